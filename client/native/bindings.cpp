@@ -79,7 +79,8 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("share_slots", &Session::share_slots)
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a, "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a)
-        .def("require_alive", &Session::require_alive);
+        .def("require_alive", &Session::require_alive)
+        .def("close", &Session::close, "Ends it; only the resident weights stay mapped.");
     nb::class_<Sweep>(m, "Sweep", "A walk through all bundles, layer after layer, round and round.")
         .def(
             "__init__",
