@@ -15,6 +15,7 @@
 #include <climits>
 #include <cstring>
 #include <system_error>
+#include <utility>
 
 namespace flashclient {
 namespace {
@@ -86,20 +87,22 @@ Session::Session(const std::string& data_socket, std::span<const uint8_t> token,
         }
         greet(token);
     } catch (...) {
-        unmap_all();
+        close();
         throw;
     }
 }
 
-Session::~Session() { unmap_all(); }
+Session::~Session() {
+    close();
+    if (resident_ != nullptr) ::munmap(resident_, resident_bytes_);
+}
 
-void Session::unmap_all() {
+void Session::close() {
     for (const auto& [number, mapping] : segments_) ::munmap(mapping.data, mapping.bytes);
     segments_.clear();
-    if (resident_ != nullptr) ::munmap(resident_, resident_bytes_);
-    if (ring_ != nullptr) ::munmap(ring_, sizeof(ring::Ring));
-    if (doorbell_ >= 0) ::close(doorbell_);
-    if (socket_ >= 0) ::close(socket_);
+    if (ring_ != nullptr) ::munmap(std::exchange(ring_, nullptr), sizeof(ring::Ring));
+    if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
+    if (socket_ >= 0) ::close(std::exchange(socket_, -1));
 }
 
 void Session::greet(std::span<const uint8_t> token) {
@@ -128,6 +131,7 @@ void Session::greet(std::span<const uint8_t> token) {
 }
 
 void Session::require_alive() const {
+    if (ring_ == nullptr) throw SessionLost("the session was closed");
     if (::getpid() != owner_) throw WrongProcess("a session cannot be used after fork: open another one in the child");
     const uint32_t state = ring_->header.state.load(std::memory_order_acquire);
     if (state == ring::CLOSED_FOR_A_BROKEN_RULE) throw SessionLost("weightd closed the session for a broken rule");
@@ -173,6 +177,7 @@ void Session::ring_doorbell() {
 }
 
 bool Session::take_ready(std::vector<ring::Grant>& grants) {
+    if (ring_ == nullptr) throw SessionLost("the session was closed");
     const uint32_t tail = ring_->header.grant_tail.load(std::memory_order_acquire);
     if (tail == grant_head_) return false;
     for (; grant_head_ != tail; grant_head_++) grants.push_back(ring_->grants[grant_head_ % ring::GRANTS]);

@@ -53,6 +53,7 @@ class Session {
         return static_cast<ring::Status>(grant.segment >> ring::STATUS_SHIFT);
     }
     void require_alive() const;  // throws SessionLost, WrongProcess
+    void close();                // ends the session; only the resident weights stay mapped
 
   private:
     struct Mapping {
@@ -65,7 +66,6 @@ class Session {
     void wait_for_bell(uint32_t seen, double deadline_s) const;
     bool take_ready(std::vector<ring::Grant>& grants);
     bool read_news(uint32_t cell_bytes, int timeout_ms);
-    void unmap_all();
 
     pid_t owner_;
     double timeout_s_;

@@ -47,6 +47,7 @@ const Sweep::Chunk* Sweep::next(uint32_t layer) {
     }
     in_use_ = true;
     const Chunk& chunk = chunks_.front();
+    if (!chunk.failed.empty()) raise(chunk, chunk.failed.front());
     layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
     return &chunk;
 }
@@ -79,9 +80,12 @@ void Sweep::take_answers(bool block) {
     session_.take_grants(grants_, block);
     for (const ring::Grant& grant : grants_) {
         Chunk& chunk = chunks_.at(grant.tag - first_tag_);
-        if (Session::status(grant) != ring::GRANTED) raise(chunk, grant);
-        place(chunk, grant);
         chunk.unanswered--;
+        if (Session::status(grant) == ring::GRANTED) {
+            place(chunk, grant);
+        } else {
+            chunk.failed.push_back(grant);
+        }
     }
     times_.cells += grants_.size();
 }
@@ -117,9 +121,15 @@ void Sweep::finish_chunk_in_use() {
     first_tag_++;
 }
 
-void Sweep::give_back(const Chunk& chunk) {
-    const uint32_t range[2] = {chunk.first_cell, chunk.first_cell + chunk.cell_count};
-    session_.release(chunk.layer, ring::RANGES, range);
+void Sweep::give_back(Chunk& chunk) {
+    std::sort(chunk.failed.begin(), chunk.failed.end(), [](const auto& a, const auto& b) { return a.cell < b.cell; });
+    std::vector<uint32_t> borders{chunk.first_cell};
+    for (const ring::Grant& failed : chunk.failed) {
+        borders.push_back(failed.cell);
+        borders.push_back(failed.cell + 1);
+    }
+    borders.push_back(chunk.first_cell + chunk.cell_count);
+    session_.release(chunk.layer, ring::RANGES, borders);
 }
 
 void Sweep::idle() {

@@ -42,6 +42,7 @@ class Sweep {
         uint32_t unanswered = 0;
         uint32_t first_position = 0;
         std::vector<uint64_t> addresses;  // of its bundles, in order of position
+        std::vector<ring::Grant> failed;  // cells that could not be had: nothing to give back
     };
 
     // Gives back the chunk in use, and returns the next of `layer`; null at the layer's end. A layer that is not the one
@@ -56,7 +57,7 @@ class Sweep {
     void finish_chunk_in_use();
     void take_answers(bool block);
     void place(Chunk& chunk, const ring::Grant& grant);
-    void give_back(const Chunk& chunk);
+    void give_back(Chunk& chunk);
     [[noreturn]] void raise(const Chunk& chunk, const ring::Grant& grant) const;
 
     Session& session_;

@@ -2,6 +2,9 @@
 #include <fcntl.h>
 #include <liburing.h>
 #include <poll.h>
+#include <sys/eventfd.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <cassert>
 #include <cerrno>
@@ -19,8 +22,13 @@ inline constexpr uint32_t BUFFERS_MAX = 4096;  // one per segment
 
 class UringReader final : public Reader {
   public:
-    UringReader(uint32_t depth, std::string& note) : flights_(depth) {
+    UringReader(uint32_t depth, std::string& note)
+        : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(depth) {
         start_ring(depth);
+        if (::io_uring_register_eventfd(&ring_, event_.get()) < 0) {
+            ::io_uring_queue_exit(&ring_);
+            throw std::system_error(errno, std::generic_category(), "io_uring_register_eventfd");
+        }
         files_ = ::io_uring_register_files_sparse(&ring_, FILES_MAX) == 0;
         buffers_ = ::io_uring_register_buffers_sparse(&ring_, BUFFERS_MAX) == 0;
         if (buffers_ && !memory_can_be_locked()) {
@@ -75,6 +83,8 @@ class UringReader final : public Reader {
 
     void reap(std::vector<Completion>& completions) override {
         if (in_flight() == 0) return;
+        uint64_t ignored = 0;
+        if (::read(event_.get(), &ignored, sizeof ignored) < 0) return;  // nothing has completed since
         ::io_uring_get_events(&ring_);  // completions are deferred until this thread asks for them
         io_uring_cqe* cqe = nullptr;
         unsigned head = 0;
@@ -88,12 +98,13 @@ class UringReader final : public Reader {
     }
 
     void wait() override {
-        io_uring_cqe* cqe = nullptr;
-        while (::io_uring_wait_cqe(&ring_, &cqe) == -EINTR) {
+        pollfd event{event_.get(), POLLIN, 0};
+        while (::poll(&event, 1, -1) < 0 && errno == EINTR) {
         }
     }
 
-    int event_fd() const override { return ring_.ring_fd; }
+    // Not the ring's own descriptor: epoll on a ring with deferred completions missed wake-ups (Linux 6.18).
+    int event_fd() const override { return event_.get(); }
 
   private:
     static std::vector<uint32_t> descending(uint32_t count) {
@@ -118,7 +129,8 @@ class UringReader final : public Reader {
     // The ring belongs to the thread that enables it, which is the one that reads.
     void enable_once() {
         if (enabled_) return;
-        ::io_uring_enable_rings(&ring_);
+        // liburing 2.3 declares io_uring_enable_rings() but does not export it.
+        ::syscall(SYS_io_uring_register, ring_.ring_fd, IORING_REGISTER_ENABLE_RINGS, nullptr, 0);
         enabled_ = true;
     }
 
@@ -193,6 +205,7 @@ class UringReader final : public Reader {
         free_flights_.push_back(flight);
     }
 
+    Descriptor event_;
     io_uring ring_{};
     bool enabled_ = false;
     bool files_ = false;
