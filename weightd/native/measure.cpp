@@ -22,13 +22,14 @@ double cpu_seconds() {
     return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-// Keeps `depth` reads in flight, each into a buffer of its own.
+// Keeps the device at `depth` reads, each into a buffer of its own. As many again wait inside the reader, as they do when
+// it serves: so a completion is followed by the next read at once, not when this thread has woken up.
 class Load {
   public:
     Load(const std::string& path, const MeasureOptions& options)
         : options_(options),
           file_(path, false),
-          memory_("weightd-measure", options.read_bytes * options.depth),
+          memory_("weightd-measure", options.read_bytes * 2 * options.depth),
           reader_(make_reader(options.io_engine, options.depth, options.depth, note_)),
           verifier_(options.verify ? std::make_unique<Verifier>(1) : nullptr),
           places_(file_.size_bytes() / options.read_bytes) {
@@ -38,7 +39,7 @@ class Load {
     }
 
     Measurement run() {
-        for (uint32_t i = 0; i < options_.depth; i++) start_read(i);
+        for (uint32_t i = 0; i < 2 * options_.depth; i++) start_read(i);
         const auto start = std::chrono::steady_clock::now();
         const double cpu_start = cpu_seconds();
         double elapsed = 0;
