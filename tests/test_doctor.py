@@ -10,6 +10,7 @@ import pytest
 from tiny_store import write_model
 
 from weightd import doctor, profile
+from weightd.errors import StoreError, UsageError
 from weightd.profile import DeviceProfile, ReadSpeed, kept_profile
 from weightd.store import Store
 
@@ -60,18 +61,18 @@ def test_a_folder_that_is_no_store_yet(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main(["--store", str(tmp_path / "none")]) == 1
-    assert "no folder" in capsys.readouterr().err
+def test_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no folder"):
+        doctor.main(["--store", str(tmp_path / "none")])
 
 
-def test_wrong_flags(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor.main([]) == 2
-    assert doctor.main(["--store", "/", "--fast"]) == 2
-    assert capsys.readouterr().err.count("\n") == 2
+@pytest.mark.parametrize("arguments", [[], ["--store", "/", "--fast"]])
+def test_wrong_flags(arguments: list[str]) -> None:
+    with pytest.raises(UsageError):
+        doctor.main(arguments)
 
 
-def test_a_file_system_without_direct_io_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_system_without_direct_io_fails() -> None:
     findings = doctor.check_direct_io(Path("/proc/self"))
     assert [finding.level for finding in findings] == [doctor.FAIL]
     assert findings[0].advice
