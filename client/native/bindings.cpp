@@ -91,8 +91,10 @@ void bind_session(nb::module_& m) {
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
         .def("next", &next_chunk, "layer"_a)
         .def("idle", &Sweep::idle, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
-        .def_prop_ro("wait_s", [](const Sweep& sweep) { return sweep.times().wait_s; }, "seconds spent waiting")
-        .def_prop_ro("cells", [](const Sweep& sweep) { return sweep.times().cells; }, "cells answered");
+        .def_prop_ro(
+            "wait_s", [](const Sweep& sweep) { return sweep.times().wait_s; }, "seconds spent waiting")
+        .def_prop_ro(
+            "cells", [](const Sweep& sweep) { return sweep.times().cells; }, "cells answered");
 }
 
 }  // namespace
