@@ -5,7 +5,6 @@ Whatever else there is to know of a model comes from its config and the daemon's
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
@@ -77,11 +76,11 @@ def activation_name(ffn: nn.Module, architecture: Architecture) -> str:
     raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
 
 
-def install(model: nn.Module, module: str, architecture: Architecture, make: Callable[[], nn.Module]) -> None:
-    """Puts make() in the place of the FFN at path `module`."""
+def install(model: nn.Module, module: str, architecture: Architecture, streamed: nn.Module) -> None:
+    """Puts `streamed` in the place of the FFN at path `module`."""
     ffn = model.get_submodule(module)
     for name in architecture.emptied:
         setattr(ffn, name, nn.Identity())
     path = module if architecture.replaced is None else f"{module}.{architecture.replaced}"
     parent, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, make())
+    setattr(model.get_submodule(parent), attribute, streamed)

@@ -1,15 +1,15 @@
 """The FFN of a layer, as a module that streams its bundles instead of holding its weights.
 
-The output is a sum over neurons in placement order, taken in fp32 and rounded once. Few tokens (decode) read the bundles
-where they lie; many (prefill) widen them into a block of a fixed number of neurons for dense products. In both ways the
-bits depend on that order alone: not on chunks, pool, transport or threads.
+The output is a sum over neurons in placement order, taken in fp32 and rounded once. Few tokens (decode) read the
+bundles where they lie; many (prefill) widen them into a block of a fixed number of neurons for dense products. In both
+ways the bits depend on that order alone: not on chunks, pool, transport or threads.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -91,7 +91,7 @@ class StreamedSum:
                 self._add_blocks(layer, x, bias, y)
             return y
 
-    def _chunks(self, layer: int) -> Iterator[Chunk]:
+    def _chunks(self, layer: int) -> Generator[Chunk, None, None]:
         """The source's chunks, with the clock running on both sides of the border."""
         with closing(self.source.chunks(layer)) as chunks:
             asked_s = time.perf_counter()
@@ -104,7 +104,7 @@ class StreamedSum:
 
     def _add_rows(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, y: Tensor) -> None:
         x_rows, y_rows = x.numpy(), y.numpy()
-        with closing(self._chunks(layer)) as chunks:  # type: ignore[type-var]
+        with closing(self._chunks(layer)) as chunks:
             for chunk in chunks:
                 of_chunk = None if bias is None else bias[chunk.first : chunk.first + len(chunk.addresses)]
                 self._kernels.add_rows(chunk.addresses, of_chunk, x_rows, y_rows)
@@ -115,7 +115,7 @@ class StreamedSum:
             self._block = torch.empty(self._parts, neurons, self.hidden_size)
         capacity, rows = self._block.shape[1], self._block.numpy()
         done = filled = 0  # neurons multiplied; neurons waiting in the block
-        with closing(self._chunks(layer)) as chunks:  # type: ignore[type-var]
+        with closing(self._chunks(layer)) as chunks:
             for chunk in chunks:
                 addresses = chunk.addresses
                 while len(addresses):

@@ -37,8 +37,8 @@ Placement = Callable[[int], NDArray[np.uint32]]  # layer -> neuron at each posit
 class _UnmadeParameters(TorchFunctionMode):
     """Puts large parameters on the meta device while a model is constructed, and computes its buffers for real.
 
-    torch's layers allocate their weights with torch.empty. Constructing on the meta device would lose what models compute
-    at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
+    torch's layers allocate their weights with torch.empty. Constructing on the meta device would lose what models
+    compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
     """
 
     def __torch_function__(
@@ -75,11 +75,12 @@ def build_model(
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    return model.eval(), total
+    model.train(False)
+    return model, total
 
 
 def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Views of the resident bytes by name; floats of another dtype than the model's become copies, as in transformers."""
+    """Views of the resident bytes by name; floats of another dtype than the model's become copies of it."""
     tensors = {}
     for tensor in record.resident:
         if tensor.dtype not in DTYPES:
@@ -114,8 +115,7 @@ def _install_ffns(
         by_position = None
         if bias is not None:
             by_position = bias.float().numpy()[placement(index)]
-        ffn = StreamedFFN(total, index, by_position, output_bias)
-        install(model, layer.module, architecture, lambda ffn=ffn: ffn)
+        install(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
     return total
 
 

@@ -1,9 +1,9 @@
 """GrpcSource: bundles over gRPC into a bounded pool of this process, for a daemon on another machine.
 
 The model is cut into chunks of neighbouring positions, numbered through all layers; a consumer walks them in a circle.
-Two threads fetch what is missing of the next few chunks. The chunk to give way is the one needed last, which in a circle is
-the one used most recently: so all of the pool but the few chunks ahead keeps a fixed part of the model (Belady's choice;
-least-recently-used would miss every chunk of a circle longer than the pool).
+Two threads fetch what is missing of the next few chunks. The chunk to give way is the one needed last, which in a
+circle is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed part of the model
+(Belady's choice; least-recently-used would miss every chunk of a circle longer than the pool).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class GrpcSource:
     def __init__(self, connection: Connection, model: weightd_pb2.Model, *, pool_bytes: int | None = None) -> None:
         self._connection = connection
         self._model = model
-        pool_bytes = pool_bytes or min(POOL_BYTES_DEFAULT, 2 * ffn_bytes(model))
+        pool_bytes = pool_bytes or min(POOL_BYTES_DEFAULT, ffn_bytes(model))
         chunk_bundles = chunk_bundles_for(model, pool_bytes)
         self._spans = cut_spans(model, chunk_bundles)
         self._spans_of_layer = [
@@ -92,7 +92,9 @@ class GrpcSource:
         self._error: FlashClientError | None = None
         self._served_bundles = 0
         self._fetched_bundles = 0
-        self._loaders = [threading.Thread(target=self._load, name="flashclient-fetch", daemon=True) for _ in range(LOADERS)]
+        self._loaders = [
+            threading.Thread(target=self._load, name=f"flashclient-fetch-{i}", daemon=True) for i in range(LOADERS)
+        ]
         for loader in self._loaders:
             loader.start()
 
@@ -209,10 +211,11 @@ class GrpcSource:
         positions = [weightd_pb2.Range(begin=span.begin, end=span.end)]
         bundles = weightd_pb2.NeuronSet(layer=span.layer, positions=positions)
         request = weightd_pb2.FetchRequest(model=self._model.name, bundles=bundles)
+        target = self._pool[slot, : span.bundles * self._model.bundle.bundle_bytes]
         deadline = time.monotonic() + self._connection.timeout_s
         while True:
             try:
-                return self._receive(request, self._pool[slot, : span.bundles * self._model.bundle.bundle_bytes], deadline)
+                return self._receive(request, target, deadline)
             except DaemonLostError:
                 if time.monotonic() >= deadline or self._closed.wait(RETRY_S):
                     raise

@@ -1,7 +1,7 @@
 """Where a model's bytes come from: the border between the transports and the forward pass.
 
-Two sources exist: `session.RingSource` computes on the daemon's own pool over shared memory, `remote.GrpcSource` on a pool
-of its own that it fills over gRPC. Both give the same bytes in the same order, so they give the same results.
+Two sources exist: `session.RingSource` computes on the daemon's own pool over shared memory, `remote.GrpcSource` on a
+pool of its own that it fills over gRPC. Both give the same bytes in the same order, so they give the same results.
 """
 
 from __future__ import annotations
