@@ -50,9 +50,9 @@ static_assert(sizeof(Request) == 32);
 
 enum Status : uint32_t {
     GRANTED = 0,
-    REFUSED = 1,    // the session's lease limit is reached: give something back, then ask again
-    UNREADABLE = 2, // the device failed; `slot` holds the errno
-    CORRUPT = 3,    // a checksum differs; `slot` holds the bundle's index in the cell
+    REFUSED = 1,     // the session's lease limit is reached: give something back, then ask again
+    UNREADABLE = 2,  // the device failed; `slot` holds the errno
+    CORRUPT = 3,     // a checksum differs; `slot` holds the bundle's index in the cell
 };
 
 struct Grant {

@@ -118,7 +118,8 @@ void Session::greet(std::span<const uint8_t> token) {
         throw SessionLost("weightd speaks another version of the ring: install the same version on both sides");
     }
     if (welcome.error != 0) {
-        throw SessionLost(std::string("weightd refused the session: ") + std::strerror(static_cast<int>(welcome.error)));
+        throw SessionLost(std::string("weightd refused the session: ") +
+                          std::strerror(static_cast<int>(welcome.error)));
     }
     const auto [ring_fd, doorbell_fd, resident_fd, none] = message.descriptors;
     doorbell_ = doorbell_fd;
@@ -126,7 +127,8 @@ void Session::greet(std::span<const uint8_t> token) {
     ring_ = reinterpret_cast<ring::Ring*>(
         map(ring_fd, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, "mapping the ring"));
     // Private and writable: torch warns about read-only memory, and an in-place operation on it would crash.
-    resident_ = map(resident_fd, welcome.resident_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, "mapping resident weights");
+    resident_ =
+        map(resident_fd, welcome.resident_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, "mapping resident weights");
     resident_bytes_ = welcome.resident_bytes;
 }
 
@@ -234,7 +236,8 @@ bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
     if (message.bytes != sizeof news) return false;
     if (news.slot_count > 0) {
         const size_t bytes = size_t{news.slot_count} * cell_bytes;
-        segments_[news.segment] = {map(message.descriptors[0], bytes, PROT_READ, MAP_SHARED, "mapping a segment"), bytes};
+        segments_[news.segment] = {map(message.descriptors[0], bytes, PROT_READ, MAP_SHARED, "mapping a segment"),
+                                   bytes};
     } else if (const auto found = segments_.find(news.segment); found != segments_.end()) {
         ::munmap(found->second.data, found->second.bytes);
         segments_.erase(found);

@@ -45,8 +45,8 @@ class Sweep {
         std::vector<ring::Grant> failed;  // cells that could not be had: nothing to give back
     };
 
-    // Gives back the chunk in use, and returns the next of `layer`; null at the layer's end. A layer that is not the one
-    // expected starts from its beginning. Blocks; throws SessionLost, CorruptBundle, std::system_error.
+    // Gives back the chunk in use, and returns the next of `layer`; null at the layer's end. A layer that is not the
+    // one expected starts from its beginning. Blocks; throws SessionLost, CorruptBundle, std::system_error.
     const Chunk* next(uint32_t layer);
     void idle();  // gives everything back
     const SweepTimes& times() const { return times_; }
@@ -64,11 +64,11 @@ class Sweep {
     Layout layout_;
     uint32_t chunk_cells_;
     uint32_t chunks_max_;
-    std::deque<Chunk> chunks_;    // the first is the one in use or the next
-    uint32_t first_tag_ = 0;      // of chunks_[0]; the others count up
+    std::deque<Chunk> chunks_;  // the first is the one in use or the next
+    uint32_t first_tag_ = 0;    // of chunks_[0]; the others count up
     bool in_use_ = false;
-    bool layer_ended_ = false;    // the last chunk given out was its layer's last
-    uint32_t next_layer_ = 0;     // where look_ahead goes on
+    bool layer_ended_ = false;  // the last chunk given out was its layer's last
+    uint32_t next_layer_ = 0;   // where look_ahead goes on
     uint32_t next_cell_ = 0;
     std::vector<ring::Grant> grants_;
     SweepTimes times_;

@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
+#include "checksum.h"
 #include "model.h"
-#include "verify.h"
 
 namespace weightd {
 
@@ -70,14 +70,15 @@ struct FlashModel {
         const uint32_t cells = (neurons + spec.bundles_per_cell - 1) / spec.bundles_per_cell;
         bytes = random_bytes(size_t{layers} * cells * cell_bytes, layers * 1000 + neurons);
         for (uint32_t layer = 0; layer < layers; layer++) {
-            spec.layers.push_back({uint64_t{layer} * cells * cell_bytes, neurons, cells, layer * cells, layer * neurons});
+            spec.layers.push_back(
+                {uint64_t{layer} * cells * cell_bytes, neurons, cells, layer * cells, layer * neurons});
             for (uint32_t j = 0; j < neurons; j++) {
-                spec.checksums.push_back(checksum(bytes.data() + offset(layer, j), spec.bundle_bytes));
+                spec.checksums.push_back(checksum({bytes.data() + offset(layer, j), spec.bundle_bytes}));
             }
         }
         resident = random_bytes(100'000, 7);
-        spec.tensors = {{"a", 0, 50'000, checksum(resident.data(), 50'000)},
-                        {"b", 50'000, 50'000, checksum(resident.data() + 50'000, 50'000)}};
+        spec.tensors = {{"a", 0, 50'000, checksum({resident.data(), 50'000})},
+                        {"b", 50'000, 50'000, checksum({resident.data() + 50'000, 50'000})}};
         spec.bundles_path = folder.file("bundles.bin");
         spec.resident_path = folder.file("resident.safetensors");
         spec.resident_bytes = resident.size();

@@ -69,7 +69,8 @@ TEST_P(ReaderTest, ScattersOneReadOverSeveralPieces) {
     SharedMemory memory("test", 4096 * 8);
     const auto reader = make();
     std::vector<Read> reads;
-    reads.push_back(read_of(5, file, 0, {{memory.data() + 4096 * 6, 8192}, {memory.data(), 4096}, {memory.data() + 8192, 4096}}));
+    reads.push_back(
+        read_of(5, file, 0, {{memory.data() + 4096 * 6, 8192}, {memory.data(), 4096}, {memory.data() + 8192, 4096}}));
     reader->submit(std::move(reads));
     EXPECT_EQ(finish(*reader, 1).at(5), 0);
     EXPECT_EQ(std::memcmp(memory.data() + 4096 * 6, bytes.data(), 8192), 0);

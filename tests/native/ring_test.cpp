@@ -32,7 +32,8 @@ struct RingTest : testing::Test {
     }
 
     std::unique_ptr<Service> serve(const FlashModel& model, uint32_t slots, const std::string& engine = "auto") {
-        auto service = std::make_unique<Service>(dram_for(model, slots), weightd::ReaderChoice{engine, 8, 32, false}, socket_path());
+        auto service = std::make_unique<Service>(dram_for(model, slots), weightd::ReaderChoice{engine, 8, 32, false},
+                                                 socket_path());
         EXPECT_EQ(service->add_model(model.spec), 0U);
         return service;
     }
@@ -69,7 +70,8 @@ struct RingTest : testing::Test {
                     ASSERT_EQ(chunk->first_position, position);
                     for (const uint64_t address : chunk->addresses) {
                         ASSERT_EQ(std::memcmp(reinterpret_cast<const void*>(address),
-                                              model.bytes.data() + model.offset(layer, position++), 1000), 0);
+                                              model.bytes.data() + model.offset(layer, position++), 1000),
+                                  0);
                     }
                 }
                 ASSERT_EQ(position, model.spec.layers[layer].neurons);
@@ -277,14 +279,14 @@ TEST_F(RingTest, ClosesASessionThatBreaksARuleAndOnlyThatOne) {
     const auto service = serve(model, 200);
     const auto good = attach(*service);
     const std::vector<ring::Request> bad{
-        {99, ring::CELLS, 0, 1, 0, {}},                        // unknown operation
-        {ring::ACQUIRE, 77, 0, 1, 0, {}},                      // unknown form
-        {ring::ACQUIRE, ring::CELLS, 5, 1, 0, {}},             // no such layer
+        {99, ring::CELLS, 0, 1, 0, {}},             // unknown operation
+        {ring::ACQUIRE, 77, 0, 1, 0, {}},           // unknown form
+        {ring::ACQUIRE, ring::CELLS, 5, 1, 0, {}},  // no such layer
         {ring::ACQUIRE, ring::CELLS, 0, ring::WORDS + 1, 0, {}},
-        {ring::ACQUIRE, ring::RANGES, 0, 1, 0, {}},            // half a range
-        {ring::ACQUIRE, ring::RANGES, 0, 2, 0, {}},            // backwards
-        {ring::RELEASE, ring::CELLS, 0, 1, 0, {}},             // holds nothing
-        {ring::ACQUIRE, ring::CELLS, 0, 2, 0, {}},             // a cell beyond the layer
+        {ring::ACQUIRE, ring::RANGES, 0, 1, 0, {}},  // half a range
+        {ring::ACQUIRE, ring::RANGES, 0, 2, 0, {}},  // backwards
+        {ring::RELEASE, ring::CELLS, 0, 1, 0, {}},   // holds nothing
+        {ring::ACQUIRE, ring::CELLS, 0, 2, 0, {}},   // a cell beyond the layer
     };
     for (const ring::Request& request : bad) {
         Stranger stranger(socket_path(), service->open_session(0, 2).token);

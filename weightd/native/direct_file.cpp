@@ -31,13 +31,14 @@ DirectFile::DirectFile(const std::string& path, bool allow_buffered) : path_(pat
         buffered_ = true;
         file_ = Descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
     }
-    struct stat status{};
+    struct stat status {};
     if (file_.get() < 0 || ::fstat(file_.get(), &status) < 0) {
         const bool refused = errno == EINVAL;
-        throw std::system_error(errno, std::generic_category(),
-                                path + (refused ? ": the file system refuses O_DIRECT (move the store to one that takes "
-                                                  "it, or pass --allow-buffered)"
-                                                : ""));
+        throw std::system_error(
+            errno, std::generic_category(),
+            path + (refused ? ": the file system refuses O_DIRECT (move the store to one that takes "
+                              "it, or pass --allow-buffered)"
+                            : ""));
     }
     size_bytes_ = static_cast<uint64_t>(status.st_size);
 }

@@ -172,9 +172,9 @@ bool Engine::step() {
 
 bool Engine::submit(ModelState& state) {
     if (state.missing.empty()) return false;
-    const auto index = static_cast<uint32_t>(std::find_if(models_.begin(), models_.end(),
-                                                          [&](const auto& m) { return m.get() == &state; }) -
-                                             models_.begin());
+    const auto index = static_cast<uint32_t>(
+        std::find_if(models_.begin(), models_.end(), [&](const auto& m) { return m.get() == &state; }) -
+        models_.begin());
     const LoadCounts counts =
         loader_.load({index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
     state.missing.clear();

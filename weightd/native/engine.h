@@ -49,8 +49,8 @@ struct ModelState {
     std::unique_ptr<Pool> pool;
     SharedMemory resident;
     bool resident_ready = false;
-    uint32_t users = 0;            // sessions, fetches and opens under way: an active model without any may go
-    uint32_t sessions = 0;         // opened, fetches apart
+    uint32_t users = 0;     // sessions, fetches and opens under way: an active model without any may go
+    uint32_t sessions = 0;  // opened, fetches apart
     uint64_t guaranteed_slots = 0;
     struct Stalled {
         uint32_t session;

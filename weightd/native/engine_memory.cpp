@@ -54,7 +54,8 @@ bool Engine::activate(uint32_t model) {
     ModelState& state = *models_.at(model);
     const bool active = state.pool != nullptr;
     const uint64_t user_bytes = state.users >= SESSIONS_RESERVED ? session_bytes(state.spec) : 0;
-    const uint64_t needed_bytes = (active ? 0 : activation_bytes(state.spec) + 2 * SHARE_SLOTS_MIN * state.spec.cell_bytes) + user_bytes;
+    const uint64_t needed_bytes =
+        (active ? 0 : activation_bytes(state.spec) + 2 * SHARE_SLOTS_MIN * state.spec.cell_bytes) + user_bytes;
     while (memory_.free_bytes() < needed_bytes) {
         if (deactivate_idle(model)) continue;
         if (drain_surplus(model)) return false;
@@ -114,7 +115,8 @@ bool Engine::grow(ModelState& state) {
     if (state.pool->slots() >= state.spec.cell_count()) return false;
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
-    const uint64_t slots = std::min<uint64_t>(std::min(wanted_bytes, memory_.free_bytes()) / cell_bytes, SEGMENT_SLOTS_MAX);
+    const uint64_t slots =
+        std::min<uint64_t>(std::min(wanted_bytes, memory_.free_bytes()) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) {
         if (state.pool->slots() < state.guaranteed_slots) drain_surplus(static_cast<uint32_t>(-1));
         return false;

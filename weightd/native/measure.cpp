@@ -22,8 +22,8 @@ double cpu_seconds() {
     return seconds(usage.ru_utime) + seconds(usage.ru_stime);
 }
 
-// Keeps the device at `depth` reads, each into a buffer of its own. As many again wait inside the reader, as they do when
-// it serves: so a completion is followed by the next read at once, not when this thread has woken up.
+// Keeps the device at `depth` reads, each into a buffer of its own. As many again wait inside the reader, as they do
+// when it serves: so a completion is followed by the next read at once, not when this thread has woken up.
 class Load {
   public:
     Load(const std::string& path, const MeasureOptions& options)
@@ -121,7 +121,8 @@ class Load {
 }  // namespace
 
 Measurement measure_reads(const std::string& path, const MeasureOptions& options) {
-    if (options.read_bytes == 0 || options.depth == 0) throw std::invalid_argument("read_bytes and depth must be above 0");
+    if (options.read_bytes == 0 || options.depth == 0)
+        throw std::invalid_argument("read_bytes and depth must be above 0");
     return Load(path, options).run();
 }
 

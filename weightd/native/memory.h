@@ -37,9 +37,9 @@ class SharedMemory {
     SharedMemory(SharedMemory&& other) noexcept;
     SharedMemory& operator=(SharedMemory&& other) noexcept;
     ~SharedMemory();
-    void seal();    // F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL; and a read-only descriptor to pass on
-    void fix();     // F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: writable by both sides, of one size for ever
-    void drain();   // unmaps it and gives its memory back at once
+    void seal();   // F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL; and a read-only descriptor to pass on
+    void fix();    // F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: writable by both sides, of one size for ever
+    void drain();  // unmaps it and gives its memory back at once
     std::byte* data() const { return data_; }
     std::span<std::byte> bytes() const { return {data_, bytes_}; }
     int shared_fd() const { return shared_.get() >= 0 ? shared_.get() : owned_.get(); }

@@ -8,7 +8,7 @@
 namespace weightd {
 
 struct LayerSpec {
-    uint64_t offset_bytes;    // of cell 0 in bundles.bin
+    uint64_t offset_bytes;  // of cell 0 in bundles.bin
     uint32_t neurons;
     uint32_t cells;
     uint32_t first_cell;      // in the model's numbering through all layers
@@ -36,9 +36,9 @@ struct ModelSpec {
     std::vector<TensorSpec> tensors;
 
     uint32_t cell_count() const { return layers.back().first_cell + layers.back().cells; }
-    uint32_t layer_of(uint32_t cell) const;                // of the model's numbering
+    uint32_t layer_of(uint32_t cell) const;                    // of the model's numbering
     uint32_t bundles_in(uint32_t layer, uint32_t cell) const;  // cell within the layer; the last may hold fewer
-    uint64_t offset_of(uint32_t cell) const;               // of the model's numbering
+    uint64_t offset_of(uint32_t cell) const;                   // of the model's numbering
     void require_sound() const;  // throws std::invalid_argument when numbers contradict each other
 };
 

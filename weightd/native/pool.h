@@ -47,12 +47,12 @@ class Pool {
   public:
     Pool(uint32_t cells, uint32_t cell_bytes);
 
-    Place find(uint32_t cell) const;       // or none
+    Place find(uint32_t cell) const;  // or none
     // Gives `cell` a place, `reading` and without leases: a free slot, else the victim's. None when nothing can go.
     Place insert(uint32_t cell);
     bool has_free() const { return free_ > 0; }
-    void loaded(Place place);              // its bytes are verified
-    void drop(Place place);                // not leased: the cell leaves the pool, its slot is free
+    void loaded(Place place);  // its bytes are verified
+    void drop(Place place);    // not leased: the cell leaves the pool, its slot is free
     void lease(Place place);
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_->touched(cell); }
@@ -79,7 +79,7 @@ class Pool {
     uint32_t free_position() const;
 
     uint32_t cell_bytes_;
-    std::vector<uint32_t> slot_of_;  // by cell: position of the segment << 16 | index, or NO_SLOT
+    std::vector<uint32_t> slot_of_;                   // by cell: position of the segment << 16 | index, or NO_SLOT
     std::vector<std::unique_ptr<Segment>> segments_;  // by position; null where one has gone
     std::unique_ptr<Replacement> replacement_;
     uint64_t slots_ = 0;   // of segments that do not drain

@@ -17,8 +17,8 @@
 
 namespace weightd {
 
-inline constexpr uint32_t PIECES_MAX = 256;            // of one read; the kernel takes 1024, devices split far earlier
-inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;   // larger requests gain nothing and delay their neighbours
+inline constexpr uint32_t PIECES_MAX = 256;           // of one read; the kernel takes 1024, devices split far earlier
+inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;  // larger requests gain nothing and delay their neighbours
 inline constexpr uint32_t DEPTH_DEFAULT = 64;
 
 struct Read {
@@ -43,16 +43,16 @@ struct Completion {
 class Reader {
   public:
     virtual ~Reader() = default;
-    virtual std::string level() const = 0;  // in words, for the log
-    virtual int register_file(const DirectFile& file) = 0;          // index, or -1
+    virtual std::string level() const = 0;                  // in words, for the log
+    virtual int register_file(const DirectFile& file) = 0;  // index, or -1
     virtual void unregister_file(int index) = 0;
-    virtual int register_memory(std::span<std::byte> memory) = 0;   // index, or -1
+    virtual int register_memory(std::span<std::byte> memory) = 0;  // index, or -1
     virtual void unregister_memory(int index) = 0;
     // Takes any number of reads; those beyond the depth wait inside.
     virtual void submit(std::vector<Read> reads) = 0;
     // Moves what has completed to the end of `completions`; never blocks.
     virtual void reap(std::vector<Completion>& completions) = 0;
-    virtual void wait() = 0;          // until reap would return something; only with reads in flight
+    virtual void wait() = 0;           // until reap would return something; only with reads in flight
     virtual int event_fd() const = 0;  // readable when reap would return something
 };
 

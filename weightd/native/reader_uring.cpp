@@ -22,8 +22,7 @@ inline constexpr uint32_t BUFFERS_MAX = 4096;  // one per segment
 
 class UringReader final : public Reader {
   public:
-    UringReader(uint32_t depth, std::string& note)
-        : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(depth) {
+    UringReader(uint32_t depth, std::string& note) : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(depth) {
         start_ring(depth);
         if (::io_uring_register_eventfd(&ring_, event_.get()) < 0) {
             ::io_uring_queue_exit(&ring_);

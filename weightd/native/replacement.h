@@ -14,13 +14,13 @@ inline constexpr uint32_t NO_CELL = UINT32_MAX;
 class Replacement {
   public:
     virtual ~Replacement() = default;
-    virtual void resize(uint32_t slots) = 0;     // the pool has grown or shrunk to this many
-    virtual void touched(uint32_t cell) = 0;     // asked for, and in the pool
-    virtual void inserted(uint32_t cell) = 0;    // comes into the pool, pinned
+    virtual void resize(uint32_t slots) = 0;   // the pool has grown or shrunk to this many
+    virtual void touched(uint32_t cell) = 0;   // asked for, and in the pool
+    virtual void inserted(uint32_t cell) = 0;  // comes into the pool, pinned
     virtual void pinned(uint32_t cell) = 0;
     virtual void unpinned(uint32_t cell) = 0;
-    virtual void removed(uint32_t cell) = 0;     // left the pool for another reason than victim()
-    virtual uint32_t victim() = 0;               // takes one out, or NO_CELL when all are pinned
+    virtual void removed(uint32_t cell) = 0;      // left the pool for another reason than victim()
+    virtual uint32_t victim() = 0;                // takes one out, or NO_CELL when all are pinned
     static uint64_t table_bytes(uint32_t cells);  // what it allocates, once
 };
 

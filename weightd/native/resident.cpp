@@ -4,8 +4,8 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "checksum.h"
 #include "reader.h"
-#include "verify.h"
 
 namespace weightd {
 namespace {
@@ -51,7 +51,7 @@ SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice) {
     SharedMemory memory("weightd-resident", blocks(spec.resident_bytes));
     read_all(file, memory, choice);
     for (const TensorSpec& tensor : spec.tensors) {
-        if (checksum(memory.data() + tensor.offset_bytes, tensor.size_bytes) != tensor.checksum) {
+        if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) != tensor.checksum) {
             throw CorruptResident(spec.name + ": resident tensor " + tensor.name +
                                   " differs from its checksum: import the model again");
         }

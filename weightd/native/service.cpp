@@ -127,9 +127,15 @@ bool Service::serve_ring(RingSession& session) {
         any = true;
         bool kept = false;
         switch (taken->op) {
-            case ring::ACQUIRE: kept = engine_->acquire(session, taken->layer, taken->cells, taken->tag); break;
-            case ring::RELEASE: kept = engine_->release(session, taken->layer, taken->cells); break;
-            case ring::PREFETCH: kept = engine_->prefetch(session, taken->layer, taken->cells); break;
+            case ring::ACQUIRE:
+                kept = engine_->acquire(session, taken->layer, taken->cells, taken->tag);
+                break;
+            case ring::RELEASE:
+                kept = engine_->release(session, taken->layer, taken->cells);
+                break;
+            case ring::PREFETCH:
+                kept = engine_->prefetch(session, taken->layer, taken->cells);
+                break;
         }
         if (!kept) session.break_rule();
         if (session.broken()) break;
@@ -252,8 +258,12 @@ void Service::close_session(uint32_t id, ring::State state) {
 Report Service::report() {
     return on_loop([&] {
         const Memory& memory = engine_->memory();
-        Report report{memory.limit_bytes(), memory.used_bytes(Account::pool), memory.used_bytes(Account::resident),
-                      memory.used_bytes(Account::tables), static_cast<uint32_t>(rings_.size()), {}};
+        Report report{memory.limit_bytes(),
+                      memory.used_bytes(Account::pool),
+                      memory.used_bytes(Account::resident),
+                      memory.used_bytes(Account::tables),
+                      static_cast<uint32_t>(rings_.size()),
+                      {}};
         for (const auto& state : engine_->models()) {
             const Pool* pool = state->pool.get();
             report.models.push_back({state->spec.name, state->sessions, pool ? pool->slots() : 0,
@@ -289,7 +299,8 @@ void Service::greet(int fd) {
     if (got != sizeof hello || hello.magic != ring::MAGIC) return;
     if (hello.version != ring::VERSION) return refuse(fd, EPROTO);
     const auto same = [&](const auto& entry) {
-        return !entry.second->attached() && std::equal(hello.token, hello.token + sizeof hello.token, entry.second->token().begin());
+        return !entry.second->attached() &&
+               std::equal(hello.token, hello.token + sizeof hello.token, entry.second->token().begin());
     };
     const auto ring = std::find_if(rings_.begin(), rings_.end(), same);
     if (ring == rings_.end()) return refuse(fd, ENOENT);

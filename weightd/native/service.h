@@ -104,9 +104,9 @@ class Service {
     std::mutex command_lock_;  // guards commands_, stopping_
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
-    std::mutex opening_;  // one activation at a time: reading resident weights takes seconds
-    std::map<uint32_t, RingSession*> rings_;       // by session, attached or not
-    std::map<int, Connection> connections_;        // by descriptor
+    std::mutex opening_;                      // one activation at a time: reading resident weights takes seconds
+    std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
+    std::map<int, Connection> connections_;   // by descriptor
     std::thread thread_;
 };
 

@@ -22,7 +22,7 @@ class Session {
     virtual ~Session() = default;
     virtual void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) = 0;  // cell within its layer
     virtual void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) = 0;
-    virtual void flush() = 0;                              // after every batch of the two above
+    virtual void flush() = 0;  // after every batch of the two above
     virtual void segment_gone(uint32_t /*segment*/) {}
 
     static uint64_t table_bytes(uint32_t cells) { return uint64_t{cells} * sizeof(Hold); }

@@ -2,23 +2,13 @@
 
 #include <sys/eventfd.h>
 #include <unistd.h>
-#include <xxhash.h>
-#if defined(__x86_64__)
-#include <xxh_x86dispatch.h>
-#endif
 
 #include <cerrno>
 #include <system_error>
 
-namespace weightd {
+#include "checksum.h"
 
-uint64_t checksum(const void* data, size_t bytes) {
-#if defined(__x86_64__)
-    return XXH3_64bits_dispatch(data, bytes);
-#else
-    return XXH3_64bits(data, bytes);
-#endif
-}
+namespace weightd {
 
 Verifier::Verifier(uint32_t threads) : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (event_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
@@ -62,7 +52,7 @@ void Verifier::work() {
         guard.unlock();
         for (uint32_t i = 0; i < job.checks.size(); i++) {
             const Check& check = job.checks[i];
-            if (checksum(check.data, check.bytes) != check.expected) job.wrong.push_back(i);
+            if (checksum({check.data, check.bytes}) != check.expected) job.wrong.push_back(i);
         }
         report(std::move(job));
         guard.lock();

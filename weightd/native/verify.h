@@ -16,8 +16,6 @@
 
 namespace weightd {
 
-uint64_t checksum(const void* data, size_t bytes);  // XXH3-64, with the SIMD that this processor has
-
 struct Check {
     const std::byte* data;
     size_t bytes;

@@ -1,0 +1,86 @@
+"""Where the FFNs sit in transformers' models, and how the streamed one takes their place.
+
+Whatever else there is to know of a model comes from its config and the daemon's record of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+from flashclient.errors import ModelError
+
+# By the name of the kernel's activation, the name that transformers gives the same function.
+_TRANSFORMERS_NAME = {"relu": "relu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one class of transformers spells its FFN.
+
+    Attributes:
+        activation: attribute of the FFN's module that holds the activation function.
+        replaced: attribute of that module that becomes the FFN; None where the whole module does.
+        emptied: attributes that become identities.
+        weights: names, below the module, of the matrices that the bundles hold.
+        bias, output_bias: names, below the module, of the resident biases.
+    """
+
+    activation: str
+    weights: tuple[str, ...]
+    replaced: str | None = None
+    emptied: tuple[str, ...] = ()
+    bias: str | None = None
+    output_bias: str | None = None
+
+
+_GATED = Architecture(activation="act_fn", weights=("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
+
+# OPT has no module of its own for the FFN: its decoder layer calls fc1, activation_fn and fc2.
+_OPT = Architecture(
+    activation="activation_fn",
+    weights=("fc1.weight", "fc2.weight"),
+    replaced="fc1",
+    emptied=("activation_fn", "fc2"),
+    bias="fc1.bias",
+    output_bias="fc2.bias",
+)
+
+ARCHITECTURES = {
+    "Gemma3ForCausalLM": _GATED,
+    "LlamaForCausalLM": _GATED,
+    "MistralForCausalLM": _GATED,
+    "OPTForCausalLM": _OPT,
+    "Qwen2ForCausalLM": _GATED,
+}
+
+
+def architecture_of(class_names: list[str] | None) -> tuple[str, Architecture]:
+    """The first class of a config's `architectures` that is known. Raises ModelError, which names the known ones."""
+    for name in class_names or []:
+        if name in ARCHITECTURES:
+            return name, ARCHITECTURES[name]
+    found = ", ".join(class_names or []) or "none named in config.json"
+    raise ModelError(f"unknown architecture ({found}): {', '.join(sorted(ARCHITECTURES))} can be run")
+
+
+def activation_name(ffn: nn.Module, architecture: Architecture) -> str:
+    """The kernels' name of the activation that the constructed module holds. Raises ModelError."""
+    function = getattr(ffn, architecture.activation)
+    for name, transformers_name in _TRANSFORMERS_NAME.items():
+        if type(function) is type(ACT2FN[transformers_name]):
+            return name
+    known = ", ".join(_TRANSFORMERS_NAME)
+    raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
+
+
+def install(model: nn.Module, module: str, architecture: Architecture, streamed: nn.Module) -> None:
+    """Puts `streamed` in the place of the FFN at path `module`."""
+    ffn = model.get_submodule(module)
+    for name in architecture.emptied:
+        setattr(ffn, name, nn.Identity())
+    path = module if architecture.replaced is None else f"{module}.{architecture.replaced}"
+    parent, _, attribute = path.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, streamed)

@@ -1,0 +1,117 @@
+"""The control plane as the client sees it: one gRPC channel, and the one place where statuses become errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+from numpy.typing import NDArray
+from weightd_proto import weightd_pb2, weightd_pb2_grpc
+
+from flashclient import errors
+
+# A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
+MESSAGE_BYTES_MAX = 16 * 2**20
+
+OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
+
+_ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
+    grpc.StatusCode.UNAVAILABLE: errors.DaemonLostError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DaemonLostError,
+    grpc.StatusCode.CANCELLED: errors.DaemonLostError,
+    grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ShareError,
+    grpc.StatusCode.DATA_LOSS: errors.CorruptionError,
+}
+
+
+@contextmanager
+def rpc_errors(address: str) -> Iterator[None]:
+    """Turns what gRPC raises inside into the error of flashclient.errors that its status stands for."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _translated(error, address) from error
+
+
+def _translated(error: Any, address: str) -> errors.FlashClientError:
+    kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
+    if kind is errors.DaemonLostError:
+        return kind(f"weightd at {address} does not answer: {error.details()}")
+    return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
+
+
+class Connection:
+    """A channel to the weightd at `address`, checked to be alive.
+
+    Args:
+        address: as gRPC spells it: `unix:/path` or `host:port`.
+        timeout_s: how long an answer may take, the first one included.
+
+    Raises:
+        NoDaemonError: nothing answers there.
+    """
+
+    def __init__(self, address: str, timeout_s: float) -> None:
+        self.address = address
+        self.timeout_s = timeout_s
+        options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.enable_retries", 0)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self.stub: Any = weightd_pb2_grpc.WeightdStub(self._channel)  # type: ignore[no-untyped-call]
+        try:
+            self.stats()
+        except errors.DaemonLostError as error:
+            self.close()
+            raise errors.NoDaemonError(
+                f"no weightd at {address}: start it with `weightd --store DIR`, or pass store="
+            ) from error
+
+    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+        with rpc_errors(self.address):
+            return method(request, timeout=self.timeout_s)
+
+    def stats(self) -> weightd_pb2.StatsResponse:
+        answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest())
+        return answer
+
+    def describe(self, name: str) -> weightd_pb2.Model:
+        """The model's record. Raises ModelNotFoundError, which names the models there are."""
+        model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
+        return model
+
+    def open_session(self, name: str, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
+        """A share of the pool. Raises ShareError, which gives the numbers."""
+        request = weightd_pb2.OpenSessionRequest(model=name, slots_wanted=slots_wanted)
+        with rpc_errors(self.address):  # the first one waits until the resident weights have been read
+            opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
+        return opened
+
+    def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
+        """The bytes asked for, in pieces of at most 1 MiB. Waits for a daemon that is coming back."""
+        with rpc_errors(self.address):
+            timeout_s = self.timeout_s if timeout_s is None else timeout_s
+            for response in self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True):
+                yield response.data
+
+    def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:
+        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`."""
+        for file in model.files:
+            target = (folder / file.name).resolve()
+            if folder.resolve() not in target.parents:
+                raise errors.RefusedError(f"file '{file.name}' of model '{model.name}' would leave its folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as out:
+                out.writelines(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
+
+    def placement(self, model: weightd_pb2.Model, layer: int) -> NDArray[np.uint32]:
+        """The neuron at each position of `layer`: [neurons] uint32."""
+        data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, placement_of=layer)))
+        return np.frombuffer(data, "<u4")
+
+    def close(self) -> None:
+        """Ends the channel and every call on it."""
+        self._channel.close()

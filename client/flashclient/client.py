@@ -1,0 +1,176 @@
+"""FlashClient: a transformers model whose FFN weights stay with a weightd."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from weightd_proto import weightd_pb2
+
+from flashclient.channel import Connection
+from flashclient.embedded import attach_or_start, import_if_path
+from flashclient.errors import FlashClientError, ForkedError, OptionError
+from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
+from flashclient.model import build_model
+from flashclient.options import DEFAULT_ADDRESS, Options
+from flashclient.prompts import encode, load_tokenizer, require_tokenizer
+from flashclient.remote import GrpcSource
+from flashclient.session import RingSource
+from flashclient.source import BundleSource
+from flashclient.stats import Stats
+
+
+class FlashClient:
+    """Generates text with a model of a weightd's store.
+
+        with FlashClient("gemma-3-270m", store="/var/lib/weights") as client:
+            print(client.generate("The capital of France is", max_new_tokens=20))
+
+    Several threads may use one client: generations run one after the other. A process forked from the client's may not.
+
+    Args:
+        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use under the
+            name of its folder, or of its file without the extension.
+        address: of a weightd, `unix:/path` or `host:port`; the system service's socket by default.
+        store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with this
+            client. A client of another process that attached to it loses it then.
+        dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
+        mode: "auto" or "exact"; "auto" is "exact" for a model that was not calibrated.
+        window: tokens whose neurons are kept, in modes that keep some.
+        device: "cpu".
+        dtype: none but the stored one is accepted; it would make private copies of shared weights.
+        transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a unix socket.
+        timeout_s: how long to wait for a daemon, at start and when it is lost.
+        pool_bytes: of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
+
+    Raises:
+        OptionError, NoDaemonError, StartError, ModelNotFoundError, ModelError, ShareError: see flashclient.errors.
+    """
+
+    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
+        self._options = Options.of(options)
+        self._pid = os.getpid()
+        self._lock = threading.RLock()  # held for the length of a generation; guards all below
+        self._stats = Stats()
+        with ExitStack() as opened:
+            self._open(os.fspath(model), opened)
+            self._close = weakref.finalize(self, _close_in, self._pid, opened.pop_all())
+
+    def _open(self, name: str, opened: ExitStack) -> None:
+        name, address = self._find_daemon(name, opened)
+        connection = Connection(address, self._options.timeout_s)
+        self._record = connection.describe(name)
+        self._options.check_dtype(self._record.bundle.dtype)
+        source = self._open_source(connection, address)
+        opened.callback(source.close)
+        opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
+        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="flashclient-")))
+        connection.save_files(self._record, folder)
+        self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(folder)
+        self.model: PreTrainedModel
+        self.model, total = build_model(
+            self._record, folder, source, partial(connection.placement, self._record), torch.get_num_threads()
+        )
+        self._generator = Generator(self.model, total, self.tokenizer)
+
+    def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:
+        """The model's name in the store, and the address of the weightd that serves it."""
+        if self._options.store is None:
+            return name, self._options.address or DEFAULT_ADDRESS
+        store = Path(self._options.store).resolve()
+        name = import_if_path(store, name)
+        address, daemon = attach_or_start(store, self._options.dram, self._options.timeout_s)
+        if daemon is not None:
+            opened.callback(daemon.stop)
+        return name, address
+
+    def _open_source(self, connection: Connection, address: str) -> BundleSource:
+        if not self._options.uses_shared_memory(address):
+            return GrpcSource(connection, self._record, pool_bytes=self._options.pool_bytes)
+        if self._options.pool_bytes is not None:
+            raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
+        return RingSource(connection, self._record)
+
+    def generate(self, prompt: Any, **arguments: Any) -> Any:
+        """Continues a prompt, with any argument of transformers' generate().
+
+        Args:
+            prompt: text, texts, a tensor or list of input_ids, or a tokenizer's output.
+            arguments: 256 new tokens are made where none of them, nor the model's generation config, sets a length.
+
+        Returns:
+            The kind that was given: for text the new text only; for ids, as in transformers, all ids, prompt included.
+            With num_return_sequences a list, with return_dict_in_generate=True transformers' own output.
+
+        Raises:
+            OptionError: an unknown argument or kind of prompt.
+            DaemonLostError, CorruptionError: while streaming the weights.
+        """
+        self._check_usable()
+        with self._lock:
+            answer, self._stats = self._generator.run(encode(prompt, self.tokenizer), arguments)
+        return answer
+
+    def stream(self, prompt: str, **arguments: Any) -> Iterator[str]:
+        """Pieces of the new text as it is made, with the arguments of generate(). One prompt, no beams."""
+        self._check_usable()
+        return TextStream(require_tokenizer(self.tokenizer)).pieces(self.generate, prompt, arguments)
+
+    def chat(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
+        """The model's answer to [{"role": ..., "content": ...}, ...], laid out by its own chat template."""
+        tokenizer = require_tokenizer(self.tokenizer)
+        if tokenizer.chat_template is None:
+            raise OptionError(f"model '{self._record.name}' has no chat template: use generate() with a prompt")
+        encoded: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        sequences = self.generate(encoded, **arguments)
+        text: Any = tokenizer.decode(sequences[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        return str(text)
+
+    def stats(self) -> Stats:
+        """Of the last generation."""
+        return self._stats
+
+    @property
+    def record(self) -> weightd_pb2.Model:
+        """What the daemon says of the model."""
+        return self._record
+
+    def close(self) -> None:
+        """Ends the session and a private weightd. A running generation is waited for; calling it twice is harmless."""
+        with self._lock:
+            self._close()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise ForkedError("this client was made before fork(): make a new one in the child process")
+        if not self._close.alive:
+            raise FlashClientError("this client is closed: make a new one")
+
+    def __enter__(self) -> FlashClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close_in(owner_pid: int, opened: ExitStack) -> None:
+    """A forked child drops what it inherited: sockets, threads and daemon are its parent's."""
+    if os.getpid() == owner_pid:
+        opened.close()
+
+
+__all__ = ["NEW_TOKENS_DEFAULT", "FlashClient"]

@@ -1,0 +1,64 @@
+"""What flashclient raises on bad input or when the daemon fails it. Programming errors are assertions instead.
+
+FlashClientError              one line for the user: lower case, the value, what to try
+├── OptionError               an unknown option or a value that is not allowed (exit status 2); also a TypeError
+├── NoDaemonError             nothing answers at the address; also a ConnectionError
+│   └── DaemonLostError       it answered before, and has not come back within timeout_s
+├── StartError                the private weightd or its import did not succeed; says what it said
+├── ModelNotFoundError        the store has no such model; names those it has
+├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
+├── ShareError                the daemon's pool has no room for another session
+├── CorruptionError           bytes on flash differ from their checksum; names model, layer and neuron
+├── RefusedError              the daemon refused a request for another reason; says it
+└── ForkedError               a client made before fork() was used in the child
+"""
+
+from __future__ import annotations
+
+
+class FlashClientError(Exception):
+    """The root of the tree above; `str()` of it is what a command prints."""
+
+    exit_status = 1
+
+
+class OptionError(FlashClientError, TypeError):
+    """An unknown option or a value that is not allowed."""
+
+    exit_status = 2
+
+
+class NoDaemonError(FlashClientError, ConnectionError):
+    """Nothing answers at the address."""
+
+
+class DaemonLostError(NoDaemonError):
+    """The daemon went away and has not come back in time."""
+
+
+class StartError(FlashClientError):
+    """The private weightd, or the import before it, did not succeed."""
+
+
+class ModelNotFoundError(FlashClientError):
+    """The store has no such model."""
+
+
+class ModelError(FlashClientError):
+    """The model is of a kind, or lacks a tensor, that this client cannot run."""
+
+
+class ShareError(FlashClientError):
+    """The daemon's pool has no room for another session."""
+
+
+class CorruptionError(FlashClientError):
+    """Bytes on flash differ from their checksum."""
+
+
+class RefusedError(FlashClientError):
+    """The daemon refused a request."""
+
+
+class ForkedError(FlashClientError):
+    """A client made before fork() was used in the child."""

@@ -1,0 +1,122 @@
+"""transformers' generate() on a streamed model: its arguments checked, its output in the caller's kind, measured."""
+
+from __future__ import annotations
+
+import inspect
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+)
+
+from flashclient.errors import OptionError
+from flashclient.ffn import StreamedSum
+from flashclient.prompts import Prompt
+from flashclient.stats import Meter, Stats
+
+NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
+LENGTH_ARGUMENTS = ("max_new_tokens", "max_length", "max_time", "stopping_criteria", "generation_config")
+
+
+class Generator:
+    """Runs one generation at a time; the caller holds the lock that makes this true."""
+
+    def __init__(self, model: PreTrainedModel, total: StreamedSum, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._model: Any = model  # typed as a module, whose generate and forward mypy takes for tensors
+        self._total = total
+        self._tokenizer = tokenizer
+        self._known = _known_arguments(model)
+
+    def run(self, prompt: Prompt, arguments: dict[str, Any]) -> tuple[Any, Stats]:
+        """What transformers returns, in the prompt's kind unless a dict was asked for, and what it took."""
+        arguments = self._completed(arguments)
+        meter = Meter(self._total.source, self._total.clock)
+        hook = self._model.register_forward_hook(meter.step)
+        try:
+            output = self._model.generate(**prompt.inputs, **arguments)
+        finally:
+            hook.remove()
+            self._total.source.idle()
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        rows, length = sequences.shape
+        new_tokens = rows * (length - prompt.tokens)
+        stats = meter.finish(rows=rows, prompt_tokens=prompt.tokens, new_tokens=new_tokens)
+        return (prompt.answer(output) if isinstance(output, Tensor) else output), stats
+
+    def _completed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Refuses unknown arguments; adds a length, the padding token and, for stop_strings, the tokenizer."""
+        for name in arguments:
+            if name not in self._known:
+                raise OptionError(f"unknown generation argument '{name}': transformers has no such one")
+        completed = dict(arguments)
+        config = self._model.generation_config
+        bounded = any(arguments.get(name) is not None for name in LENGTH_ARGUMENTS)
+        if not bounded and config.max_new_tokens is None and config.max_length is None:
+            completed["max_new_tokens"] = NEW_TOKENS_DEFAULT
+        if config.pad_token_id is None and self._tokenizer is not None and "generation_config" not in arguments:
+            completed.setdefault("pad_token_id", self._tokenizer.pad_token_id)
+        if "stop_strings" in arguments and self._tokenizer is not None:
+            completed.setdefault("tokenizer", self._tokenizer)
+        return completed
+
+
+def _known_arguments(model: Any) -> set[str]:
+    """Every name that transformers' generate() takes for this model."""
+    names = set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
+    for function in (model.generate, model.forward):
+        names |= set(inspect.signature(function).parameters)
+    return names - {"self", "kwargs", "inputs", "input_ids", "attention_mask"} | {"tokenizer"}
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool)
+
+
+class TextStream(TextStreamer):
+    """Text pieces of a generation that runs on a thread of its own, which ends when the reader stops reading."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._abandoned = threading.Event()
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if text:
+            self._pieces.put(text)
+
+    def pieces(self, generate: Any, prompt: Any, arguments: dict[str, Any]) -> Iterator[str]:
+        """Starts generate(prompt, **arguments) and yields its text as it comes; raises what it raises."""
+        criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), _StopWhen(self._abandoned)])
+        arguments = {**arguments, "streamer": self, "stopping_criteria": criteria}
+        worker = threading.Thread(target=self._run, args=(generate, prompt, arguments), name="flashclient-generate")
+        worker.start()
+        try:
+            while (piece := self._pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self._abandoned.set()
+            worker.join()
+
+    def _run(self, generate: Any, prompt: Any, arguments: dict[str, Any]) -> None:
+        try:
+            generate(prompt, **arguments)
+        except BaseException as error:  # handed to the reader, who raises it
+            self._pieces.put(error)
+        else:
+            self._pieces.put(None)

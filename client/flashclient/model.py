@@ -1,0 +1,141 @@
+"""transformers' own model around streamed FFNs, with its other weights as views of the resident bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from weightd_proto import weightd_pb2
+
+from flashclient.architectures import Architecture, activation_name, architecture_of, install
+from flashclient.errors import ModelError
+from flashclient.ffn import StreamedFFN, StreamedSum
+from flashclient.source import BundleSource
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Placement = Callable[[int], NDArray[np.uint32]]  # layer -> neuron at each position
+
+
+class _UnmadeParameters(TorchFunctionMode):
+    """Puts large parameters on the meta device while a model is constructed, and computes its buffers for real.
+
+    torch's layers allocate their weights with torch.empty. Constructing on the meta device would lose what models
+    compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_model(
+    record: weightd_pb2.Model, folder: Path, source: BundleSource, placement: Placement, threads: int
+) -> tuple[PreTrainedModel, StreamedSum]:
+    """The model of `record`, ready to run: in eval mode, without gradients, holding no FFN weights.
+
+    Args:
+        folder: with config.json and, if there is one, generation_config.json.
+
+    Returns:
+        The transformers model, and what its FFNs share.
+
+    Raises:
+        ModelError: the architecture or a dtype is unknown, or the resident tensors do not fit the model.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    class_name, architecture = architecture_of(config.architectures)
+    dtype = DTYPES[record.bundle.dtype]
+    with _UnmadeParameters():
+        model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    tensors = resident_tensors(record, source.resident, dtype)
+    total = _install_ffns(model, record, architecture, source, placement, tensors, threads)
+    _assign(model, tensors, record)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.train(False)
+    return model, total
+
+
+def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Views of the resident bytes by name; floats of another dtype than the model's become copies of it."""
+    tensors = {}
+    for tensor in record.resident:
+        if tensor.dtype not in DTYPES:
+            raise ModelError(f"tensor {tensor.name} of model '{record.name}' has unknown dtype {tensor.dtype}")
+        end = tensor.offset_bytes + tensor.size_bytes
+        view = _view(resident[tensor.offset_bytes : end], DTYPES[tensor.dtype]).view(tuple(tensor.shape))
+        tensors[tensor.name] = view.to(dtype) if view.is_floating_point() else view
+    return tensors
+
+
+def _view(data: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
+    """torch wants elements aligned; a tensor that is not is copied."""
+    aligned = data if data.ctypes.data % dtype.itemsize == 0 else data.copy()
+    return torch.from_numpy(aligned).view(dtype)
+
+
+def _install_ffns(
+    model: PreTrainedModel,
+    record: weightd_pb2.Model,
+    architecture: Architecture,
+    source: BundleSource,
+    placement: Placement,
+    tensors: dict[str, Tensor],
+    threads: int,
+) -> StreamedSum:
+    """Replaces every FFN and takes its biases out of `tensors`."""
+    activation = activation_name(model.get_submodule(record.layers[0].module), architecture)
+    total = StreamedSum(source, record.bundle, activation, threads)
+    for index, layer in enumerate(record.layers):
+        bias = tensors.pop(f"{layer.module}.{architecture.bias}", None)
+        output_bias = tensors.pop(f"{layer.module}.{architecture.output_bias}", None)
+        by_position = None
+        if bias is not None:
+            by_position = bias.float().numpy()[placement(index)]
+        install(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
+    return total
+
+
+def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_pb2.Model) -> None:
+    try:
+        unfit = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        shapes = str(error).splitlines()[-1].strip()
+        raise ModelError(f"a tensor of model '{record.name}' does not fit its config: {shapes}") from error
+    model.tie_weights()
+    if unfit.unexpected_keys:
+        raise ModelError(f"model '{record.name}' has tensors that its config does not: {_some(unfit.unexpected_keys)}")
+    state = [*model.named_parameters(), *model.named_buffers()]
+    unmade = {name for name, tensor in state if tensor.is_meta}
+    # A parameter made for real and not assigned would be noise; a tied one has its partner's storage by now.
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(unmade | (set(unfit.missing_keys) - tied))
+    if missing:
+        raise ModelError(f"model '{record.name}' lacks tensors: {_some(missing)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

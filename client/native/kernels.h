@@ -1,0 +1,35 @@
+// The inner loops of the FFN over rows of weights where they lie, for one instruction set each.
+//
+// Every sum has one order, given by hidden_size alone: how many tokens, neurons or elements a call covers changes no
+// bit of a result. Rows need only the alignment of their elements.
+#pragma once
+
+#include <cstddef>
+
+namespace flashclient {
+
+enum class Dtype { f32, bf16, f16 };
+
+inline std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+struct Kernels {
+    const char* instruction_set;
+    // dots[t] = row . x[t], for x of [tokens, hidden] fp32.
+    void (*dots)(const void* row, const float* x, std::size_t hidden, std::size_t tokens, float* dots);
+    // y[t][j] += h[k][t] * rows[k][j], k rising, for j in [begin, end); y is [tokens, hidden] fp32, h [rows, tokens].
+    void (*accumulate)(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
+                       std::size_t hidden, std::size_t begin, std::size_t end, float* y);
+    // out[j] = row[j] in fp32, exactly.
+    void (*upcast)(const void* row, std::size_t hidden, float* out);
+};
+
+// The best the processor has, or the one named: "avx512", "avx2", "portable". An unknown name, or one that this
+// processor lacks, throws std::invalid_argument.
+const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
+
+// One table per instruction set and dtype; null where the compiler's target has no such instructions.
+const Kernels* kernels_avx512(Dtype dtype);
+const Kernels* kernels_avx2(Dtype dtype);
+const Kernels* kernels_portable(Dtype dtype);
+
+}  // namespace flashclient

@@ -1,0 +1,51 @@
+// A few threads that share the work of one caller at a time, parked between calls.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <thread>
+#include <vector>
+
+namespace flashclient {
+
+// The calling thread takes part, so `threads` = 1 starts none. Items are handed out one by one: a worker that the
+// system is slow to wake delays nobody, the others do its share, and run() waits only for workers that have begun.
+//
+// One run() at a time. After fork the child has no workers: run() still works there, on the caller alone.
+class Workers {
+  public:
+    explicit Workers(std::size_t threads);
+    ~Workers();
+    Workers(const Workers&) = delete;
+    Workers& operator=(const Workers&) = delete;
+
+    // Calls item(i) for every i below `count`, in any order, and returns when all are done. `item` must not throw.
+    void run(std::size_t count, const std::function<void(std::size_t)>& item);
+
+    std::size_t threads() const { return workers_.size() + 1; }
+
+  private:
+    // Between two phases of a chunk a worker spins for this long before it parks, because waking it costs more.
+    static constexpr std::uint64_t kSpinNanoseconds = 20'000;
+    static constexpr std::uint32_t kOpen = 1u << 31;
+
+    void serve();
+    void take_items();
+    bool enter();
+    void leave();
+
+    std::vector<std::thread> workers_;
+    pid_t owner_;
+    const std::function<void(std::size_t)>* item_ = nullptr;  // published by gate_
+    std::size_t count_ = 0;                                   // published by gate_
+    std::atomic<std::size_t> next_{0};
+    std::atomic<std::uint32_t> gate_{0};    // kOpen while a run takes workers in; below it how many are inside
+    std::atomic<std::uint32_t> signal_{0};  // changes with every run, and at the end
+    std::atomic<bool> stop_{false};
+};
+
+}  // namespace flashclient
