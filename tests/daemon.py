@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +31,7 @@ class Daemon:
 
     @property
     def stub(self) -> weightd_pb2_grpc.WeightdStub:
-        return weightd_pb2_grpc.WeightdStub(self.channel)
+        return weightd_pb2_grpc.WeightdStub(self.channel)  # type: ignore[no-untyped-call]
 
     def stop(self) -> tuple[int, str]:
         """SIGTERM; the exit status and what was written to standard error."""
@@ -82,5 +82,11 @@ def serving(store: Path, *flags: str, address: str | None = None) -> Iterator[Da
 def _await_serving(daemon: Daemon) -> None:
     health = health_pb2_grpc.HealthStub(daemon.channel)
     request = health_pb2.HealthCheckRequest(service="weightd.v1.Weightd")
-    answer = health.Check(request, wait_for_ready=True, timeout=START_WITHIN_S)
-    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+    for _ in range(START_WITHIN_S):
+        with suppress(grpc.RpcError):
+            answer = health.Check(request, wait_for_ready=True, timeout=1)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            return
+        if daemon.process.poll() is not None:
+            raise AssertionError(f"weightd ended: {daemon.wait()}")
+    raise AssertionError(f"not serving within {START_WITHIN_S} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -14,6 +15,7 @@ from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from tiny_store import TinyModel, write_model
 
+from weightd.served_models import demand_of
 from weightd_proto import weightd_pb2 as pb
 
 RESPONSE_BYTES_MAX = 1 << 20
@@ -42,16 +44,16 @@ def daemon(store: Path, tiny: TinyModel, wide: TinyModel) -> Iterator[Daemon]:
         yield started
 
 
-def fetch(daemon: Daemon, model: str, **what: object) -> list[bytes]:
+def fetch(daemon: Daemon, model: str, **what: Any) -> list[bytes]:
     responses = list(daemon.stub.Fetch(pb.FetchRequest(model=model, **what)))
     assert all(response.ByteSize() <= RESPONSE_BYTES_MAX for response in responses)
     return [response.data for response in responses]
 
 
-def status_of(daemon: Daemon, model: str, **what: object) -> tuple[grpc.StatusCode, str]:
+def status_of(daemon: Daemon, model: str, **what: Any) -> tuple[grpc.StatusCode, str]:
     with pytest.raises(grpc.RpcError) as caught:
         fetch(daemon, model, **what)
-    return caught.value.code(), caught.value.details()
+    return caught.value.code(), caught.value.details() or ""
 
 
 def test_models_are_listed_and_described(daemon: Daemon, tiny: TinyModel) -> None:
@@ -63,7 +65,7 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(daemon: Daemon) -
     with pytest.raises(grpc.RpcError) as caught:
         daemon.stub.DescribeModel(pb.DescribeModelRequest(name="nope"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
-    assert all(word in caught.value.details() for word in ("'nope'", "tiny", "wide"))
+    assert all(word in (caught.value.details() or "") for word in ("'nope'", "tiny", "wide"))
     with pytest.raises(grpc.RpcError) as caught:
         daemon.stub.OpenSession(pb.OpenSessionRequest(model="nope"))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -119,7 +121,7 @@ def test_resident_files_and_placement(daemon: Daemon, tiny: TinyModel) -> None:
         ({}, ["none of them"]),
     ],
 )
-def test_what_is_not_there_is_an_invalid_argument(daemon: Daemon, what: dict[str, object], words: list[str]) -> None:
+def test_what_is_not_there_is_an_invalid_argument(daemon: Daemon, what: dict[str, Any], words: list[str]) -> None:
     status, details = status_of(daemon, "tiny", **what)
     assert status is grpc.StatusCode.INVALID_ARGUMENT
     assert all(word in details for word in words), details
@@ -140,7 +142,7 @@ def test_stats_are_a_sum_within_the_cap(daemon: Daemon) -> None:
     assert after.dram_pool_bytes + after.dram_resident_bytes + after.dram_tables_bytes <= after.dram_limit_bytes
     assert after.io_engine
     asked = [sum(model.hits + model.misses for model in stats.models) for stats in (before, after)]
-    assert asked[1] - asked[0] == 3  # 101 bundles of 128 bytes stride lie in 4 cells; one short cell less
+    assert asked[1] - asked[0] == 4  # cells: 101 bundles, 32 to a cell
 
 
 def test_reflection_names_the_service(daemon: Daemon) -> None:
@@ -190,7 +192,7 @@ def test_corrupt_resident_weights_are_data_loss(tmp_path: Path) -> None:
     with serving(store, "--dram", "64MiB") as daemon, pytest.raises(grpc.RpcError) as caught:
         daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny"))
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS
-    assert "embed" in caught.value.details()
+    assert "embed" in (caught.value.details() or "")
 
 
 def test_a_model_imported_meanwhile_is_served(tmp_path: Path) -> None:
@@ -205,11 +207,20 @@ def test_a_model_imported_meanwhile_is_served(tmp_path: Path) -> None:
 
 def test_shares_run_out_with_the_numbers(tmp_path: Path) -> None:
     store = tmp_path / "store"
-    write_model(store, neurons=40_000, layers=1)
-    with serving(store, "--dram", "5MiB") as daemon:
-        with pytest.raises(grpc.RpcError) as caught:
-            for _ in range(1000):
-                daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny"))
-        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert any(character.isdigit() for character in caught.value.details())
+    smallest_bytes = demand_of(write_model(store).record).minimum_bytes
+    with serving(store, "--dram", str(smallest_bytes)) as daemon:
+        status, details = open_sessions(daemon, "tiny", 100)
+        assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert any(character.isdigit() for character in details)
         daemon.stub.ListModels(pb.ListModelsRequest())
+
+
+def open_sessions(daemon: Daemon, model: str, count: int) -> tuple[grpc.StatusCode, str]:
+    """How the first refused one of `count` sessions was refused."""
+    for opened in range(count):
+        try:
+            daemon.stub.OpenSession(pb.OpenSessionRequest(model=model))
+        except grpc.RpcError as error:
+            assert opened > 0
+            return error.code(), error.details() or ""
+    raise AssertionError(f"all {count} sessions were opened")

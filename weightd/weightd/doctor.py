@@ -7,7 +7,6 @@ import mmap
 import os
 import resource
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,13 +41,9 @@ class Finding:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the report; 1 when something fails, 2 for wrong flags."""
-    try:
-        flags = _parser().parse_args(list(arguments))
-        findings, profile = examine(Path(flags.store), flags.measure)
-    except WeightdError as error:
-        print(f"weightd doctor: {error}", file=sys.stderr)
-        return error.exit_status
+    """Prints the report; 1 when something fails. Raises WeightdError for bad input; the command prints it."""
+    flags = _parser().parse_args(list(arguments))
+    findings, profile = examine(Path(flags.store), flags.measure)
     print(_as_json(findings, profile) if flags.json else _as_text(findings))
     return 1 if any(finding.level == FAIL for finding in findings) else 0
 

@@ -20,7 +20,7 @@ from grpc_reflection.v1alpha import reflection
 from weightd import budget, listening
 from weightd._native import Engine
 from weightd.config import ServeConfig, load_config
-from weightd.errors import DeviceError, UsageError, WeightdError
+from weightd.errors import DeviceError, UsageError
 from weightd.fetch import Fetcher
 from weightd.profile import sequential_gb_per_s
 from weightd.served_models import ServedModels, demand_of
@@ -36,14 +36,9 @@ GRACE_S = 5.0  # for running calls, when we are told to stop
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM, SIGINT or the owner's end; the exit status. Bad input is one line on standard error."""
+    """Serves until SIGTERM, SIGINT or the owner's end. Raises WeightdError for bad input; the command prints it."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weightd: %(message)s")
-    try:
-        config = load_config(arguments)
-        uvloop.run(serve(config))
-    except WeightdError as error:
-        print(f"weightd: {error}", file=sys.stderr)
-        return error.exit_status
+    uvloop.run(serve(load_config(arguments)))
     return 0
 
 
