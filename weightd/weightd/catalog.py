@@ -22,6 +22,7 @@ from weightd_proto import weightd_pb2
 MAGIC = "weightd-store"
 FORMAT_VERSION = 1
 META_KEY = b"meta"
+DEVICE_PROFILE_KEY = b"device_profile"
 MODEL_PREFIX = b"model/"
 PROFILE_KEY = b"device_profile"
 # Address space, not memory or disk: the file grows as it is filled. A neuron costs 12 bytes (checksum, placement), so
@@ -106,6 +107,16 @@ class Catalog:
             for kind in kinds:
                 for index in range(len(record.layers)):
                     transaction.delete(array_key(kind, name, index))
+
+    def device_profile(self) -> str | None:
+        """What `weightd doctor` measured, as JSON, or None."""
+        with self._transaction() as transaction:
+            record = transaction.get(DEVICE_PROFILE_KEY)
+        return None if record is None else bytes(record).decode()
+
+    def set_device_profile(self, profile: str) -> None:
+        with self._transaction(write=True) as transaction:
+            transaction.put(DEVICE_PROFILE_KEY, profile.encode())
 
     @contextmanager
     def _transaction(self, write: bool = False, create: bool = False) -> Iterator[lmdb.Transaction]:

@@ -19,7 +19,7 @@
   tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
 - Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 1}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
-  `placement/<name>/<layer:05d>` -> u32 neuron at each position.
+  `placement/<name>/<layer:05d>` -> u32 neuron at each position; `device_profile` -> JSON, what doctor measured.
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
   transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
   behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
