@@ -24,7 +24,6 @@ FORMAT_VERSION = 1
 META_KEY = b"meta"
 DEVICE_PROFILE_KEY = b"device_profile"
 MODEL_PREFIX = b"model/"
-PROFILE_KEY = b"device_profile"
 # Address space, not memory or disk: the file grows as it is filled. A neuron costs 12 bytes (checksum, placement), so
 # a 70B model (80 layers of 28672) costs 27 MB and this holds more than two thousand of them.
 MAP_BYTES = 64 << 30
@@ -82,16 +81,6 @@ class Catalog:
         with self._transaction() as transaction:
             record = transaction.get(array_key(kind, model, layer))
         return None if record is None else bytes(record)
-
-    def device_profile(self) -> str | None:
-        """JSON of the device's measured profile (profile.py), if there is one."""
-        with self._transaction() as transaction:
-            record = transaction.get(PROFILE_KEY)
-        return None if record is None else bytes(record).decode()
-
-    def set_device_profile(self, record: str) -> None:
-        with self._transaction(write=True) as transaction:
-            transaction.put(PROFILE_KEY, record.encode())
 
     def add(self, model: weightd_pb2.Model, arrays: Mapping[str, list[npt.NDArray[np.generic]]]) -> None:
         """The model and its arrays per layer (kind -> one array per layer), all or nothing."""
