@@ -51,30 +51,33 @@ def make_config(family: str, layers: int = 2, hidden: int = 64, neurons: int = 1
         options = common | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
         return Gemma3TextConfig(**(options | changes))
     kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-    return kinds[family](**(common | changes))
+    config: PreTrainedConfig = kinds[family](**(common | changes))
+    return config
 
 
 def make_model(config: PreTrainedConfig, dtype: str = "float32", seed: int = 0) -> PreTrainedModel:
     """A model whose every parameter is random, norms and biases too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") and "gemma" not in config.model_type else 0.0
             parameter.copy_(centre + torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else 0.1))
-    return model.to(DTYPES[dtype]).eval()
+    model.to(DTYPES[dtype])  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, one token per byte; <pad> 0, <s> 1, </s> 2."""
+    """Byte-level, one token per byte and one for `he`; <pad> 0, <s> 1, </s> 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, "he"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )
 
@@ -234,7 +237,7 @@ def write_gguf(
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """Byte-level tokens without merges, filled up to VOCABULARY."""
+    """The tokens of make_tokenizer, filled up to VOCABULARY."""
     tokenizer = make_tokenizer()
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     tokens += [f"<unused{index}>" for index in range(VOCABULARY - len(tokens))]
@@ -243,7 +246,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([control if token.startswith("<") and len(token) > 1 else normal for token in tokens])
-    writer.add_token_merges([])
+    writer.add_token_merges(["h e"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

@@ -1,12 +1,12 @@
 """What weightd raises on bad input, a bad store or a bad device. Programming errors are assertions instead.
 
-    WeightdError                  one line for the user: lower case, the value, what to try
-    ├── UsageError                wrong flags or configuration (exit status 2)
-    ├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
-    ├── StoreError                the store is missing, locked, of a newer format or lacks the model
-    │   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
-    ├── SpaceError                not enough room on the device or in --dram, with the numbers
-    └── DeviceError               the device or file system refuses what is needed (O_DIRECT, ...)
+WeightdError                  one line for the user: lower case, the value, what to try
+├── UsageError                wrong flags or configuration (exit status 2)
+├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
+├── StoreError                the store is missing, locked, of a newer format or lacks the model
+│   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
+├── SpaceError                not enough room on the device or in --dram, with the numbers
+└── DeviceError               the device or file system refuses what is needed (O_DIRECT, ...)
 """
 
 from __future__ import annotations
