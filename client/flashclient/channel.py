@@ -17,6 +17,8 @@ from flashclient import errors
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
 
+OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
+
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
     grpc.StatusCode.UNAVAILABLE: errors.DaemonLostError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DaemonLostError,
@@ -80,6 +82,13 @@ class Connection:
         """The model's record. Raises ModelNotFoundError, which names the models there are."""
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
         return model
+
+    def open_session(self, name: str, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
+        """A share of the pool. Raises ShareError, which gives the numbers."""
+        request = weightd_pb2.OpenSessionRequest(model=name, slots_wanted=slots_wanted)
+        with rpc_errors(self.address):  # the first one waits until the resident weights have been read
+            opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
+        return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
         """The bytes asked for, in pieces of at most 1 MiB. Waits for a daemon that is coming back."""

@@ -25,6 +25,7 @@ from flashclient.model import build_model
 from flashclient.options import DEFAULT_ADDRESS, Options
 from flashclient.prompts import encode, load_tokenizer, require_tokenizer
 from flashclient.remote import GrpcSource
+from flashclient.session import RingSource
 from flashclient.source import BundleSource
 from flashclient.stats import Stats
 
@@ -98,11 +99,7 @@ class FlashClient:
             return GrpcSource(connection, self._record, pool_bytes=self._options.pool_bytes)
         if self._options.pool_bytes is not None:
             raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
-        from flashclient.session import RingSource
-
-        timeout_s, threads = self._options.timeout_s, torch.get_num_threads()
-        source: BundleSource = RingSource(connection.stub, self._record, timeout_s=timeout_s, threads=threads)
-        return source
+        return RingSource(connection, self._record)
 
     def generate(self, prompt: Any, **arguments: Any) -> Any:
         """Continues a prompt, with any argument of transformers' generate().

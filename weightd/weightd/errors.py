@@ -1,12 +1,15 @@
 """What weightd raises on bad input, a bad store or a bad device. Programming errors are assertions instead.
 
-    WeightdError                  one line for the user: lower case, the value, what to try
-    ├── UsageError                wrong flags or configuration (exit status 2)
-    ├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
-    ├── StoreError                the store is missing, locked, of a newer format or lacks the model
-    │   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
-    ├── SpaceError                not enough room on the device or in --dram, with the numbers
-    └── DeviceError               the device or file system refuses what is needed (O_DIRECT, ...)
+WeightdError                  one line for the user: lower case, the value, what to try
+├── UsageError                wrong flags or configuration (exit status 2)
+├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
+├── RequestError              a remote call names a layer, neuron or range that is not there
+├── StoreError                the store is missing, locked, of a newer format or lacks the model
+│   ├── UnknownModelError     no model of that name; lists those there are
+│   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
+├── StoppingError             the daemon is stopping; ask again once it is back
+├── SpaceError                not enough room on the device or in --dram, with the numbers
+└── DeviceError               the device or file system refuses what is needed (O_DIRECT, ...)
 """
 
 from __future__ import annotations
@@ -28,12 +31,24 @@ class CheckpointError(WeightdError):
     """The checkpoint to import is missing, incomplete or of an unknown kind."""
 
 
+class RequestError(WeightdError):
+    """A remote call names a layer, neuron or range that is not there."""
+
+
 class StoreError(WeightdError):
     """The store is missing, locked, of a newer format, or lacks the model."""
 
 
+class UnknownModelError(StoreError):
+    """No model of that name; lists those there are."""
+
+
 class CorruptionError(StoreError):
     """Bytes on flash differ from their checksum."""
+
+
+class StoppingError(WeightdError):
+    """The daemon is stopping."""
 
 
 class SpaceError(WeightdError):

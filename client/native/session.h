@@ -1,0 +1,83 @@
+// The client's end of a session (proto/ring.h): leases cells of the daemon's pool and finds them in shared memory.
+//
+// Belongs to one thread at a time, and to the process that opened it.
+#pragma once
+
+#include <sys/types.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "ring.h"
+
+namespace flashclient {
+
+namespace ring = weightd::ring;
+
+struct SessionLost : std::runtime_error {  // weightd is gone, has closed the session, or did not answer in time
+    using std::runtime_error::runtime_error;
+};
+
+struct WrongProcess : std::logic_error {  // used after fork
+    using std::logic_error::logic_error;
+};
+
+class Session {
+  public:
+    // Throws std::system_error when the socket cannot be reached, SessionLost when the token is refused.
+    Session(const std::string& data_socket, std::span<const uint8_t> token, double timeout_s);
+    ~Session();
+    Session(const Session&) = delete;
+    Session& operator=(const Session&) = delete;
+
+    // resident.safetensors, a private copy-on-write mapping; valid as long as the session.
+    std::span<std::byte> resident() const { return {resident_, resident_bytes_}; }
+    uint32_t share_slots() const { return share_slots_; }
+
+    // Each posts one or more requests. `words` as ring::Form says.
+    void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
+    void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
+    void prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
+
+    // Appends the grants that have come. With `block`, waits until there is one; throws SessionLost at the timeout.
+    void take_grants(std::vector<ring::Grant>& grants, bool block);
+    // Where a granted cell lies.
+    const std::byte* address(const ring::Grant& grant, uint32_t cell_bytes);
+    static ring::Status status(const ring::Grant& grant) {
+        return static_cast<ring::Status>(grant.segment >> ring::STATUS_SHIFT);
+    }
+    void require_alive() const;  // throws SessionLost, WrongProcess
+    void close();                // ends the session; only the resident weights stay mapped
+
+  private:
+    struct Mapping {
+        std::byte* data = nullptr;
+        size_t bytes = 0;
+    };
+    void greet(std::span<const uint8_t> token);
+    void post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
+    void ring_doorbell();
+    void wait_for_bell(uint32_t seen, double deadline_s) const;
+    bool take_ready(std::vector<ring::Grant>& grants);
+    bool read_news(uint32_t cell_bytes, int timeout_ms);
+
+    pid_t owner_;
+    double timeout_s_;
+    int socket_ = -1;
+    int doorbell_ = -1;
+    ring::Ring* ring_ = nullptr;
+    std::byte* resident_ = nullptr;
+    size_t resident_bytes_ = 0;
+    uint32_t share_slots_ = 0;
+    uint32_t request_tail_ = 0;
+    uint32_t grant_head_ = 0;
+    std::map<uint32_t, Mapping> segments_;
+};
+
+}  // namespace flashclient

@@ -1,0 +1,240 @@
+#include "engine.h"
+
+#include <gtest/gtest.h>
+
+#include <map>
+#include <random>
+
+#include "flash_file.h"
+
+namespace weightd {
+namespace {
+
+class Recorder final : public Session {
+  public:
+    using Session::Session;
+    struct Answer {
+        const std::byte* address;
+        ring::Status status;
+        uint32_t detail;
+    };
+    void granted(uint32_t tag, uint32_t, Place place, const Pool& pool) override {
+        answers.emplace(tag, Answer{pool.address(place), ring::GRANTED, 0});
+    }
+    void failed(uint32_t tag, uint32_t, ring::Status status, uint32_t detail) override {
+        answers.emplace(tag, Answer{nullptr, status, detail});
+    }
+    void flush() override { flushes++; }
+    std::multimap<uint32_t, Answer> answers;
+    int flushes = 0;
+};
+
+struct EngineTest : testing::TestWithParam<std::string> {
+    std::string note;
+    std::unique_ptr<Reader> reader = make_reader(GetParam(), 8, 32, note);
+    Verifier verifier{1};
+
+    uint64_t dram_for(const FlashModel& model, uint32_t slots) {
+        return Engine::minimum_dram_bytes(model.spec) + (slots - 3 * SHARE_SLOTS_MIN) * uint64_t{model.spec.cell_bytes};
+    }
+
+    static void settle(Engine& engine) {
+        while (engine.step() || engine.reading()) {
+        }
+    }
+
+    Recorder& open(Engine& engine, uint32_t model, uint32_t share) {
+        EXPECT_TRUE(engine.activate(model));
+        const uint32_t cells = engine.model(model).spec.cell_count();
+        return static_cast<Recorder&>(engine.open(std::make_unique<Recorder>(model, cells, share)));
+    }
+};
+
+TEST_P(EngineTest, GrantsTheBytesOnFlash) {
+    FlashModel flash(2, 101);
+    Engine engine(dram_for(flash, 20), *reader, verifier);
+    const uint32_t model = engine.add_model(flash.spec, false);
+    Recorder& session = open(engine, model, 8);
+    for (uint32_t layer = 0; layer < 2; layer++) {
+        for (uint32_t cell = 0; cell < 26; cell++) {
+            session.answers.clear();
+            ASSERT_TRUE(engine.acquire(session, layer, std::array{cell}, 9));
+            settle(engine);
+            ASSERT_EQ(session.answers.size(), 1U);
+            const auto& answer = session.answers.find(9)->second;
+            ASSERT_EQ(answer.status, ring::GRANTED);
+            EXPECT_EQ(std::memcmp(answer.address, flash.cell(layer, cell), 4096), 0);
+            ASSERT_TRUE(engine.release(session, layer, std::array{cell}));
+        }
+    }
+    EXPECT_EQ(engine.model(model).counts.misses, 52U);
+}
+
+TEST_P(EngineTest, MergesNeighboursIntoOneRead) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 100), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 50);
+    std::vector<uint32_t> cells;
+    for (uint32_t cell = 10; cell < 40; cell++) cells.push_back(cell);
+    cells.push_back(60);
+    ASSERT_TRUE(engine.acquire(session, 0, cells, 1));
+    settle(engine);
+    EXPECT_EQ(session.answers.size(), 31U);
+    EXPECT_EQ(engine.model(0).counts.reads, 2U);
+    EXPECT_EQ(engine.model(0).counts.read_bytes, 31U * 4096);
+}
+
+TEST_P(EngineTest, ReadsOnceWhatTwoSessionsWant) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 100), *reader, verifier);
+    const uint32_t model = engine.add_model(flash.spec, false);
+    Recorder& one = open(engine, model, 10);
+    Recorder& two = open(engine, model, 10);
+    ASSERT_TRUE(engine.acquire(one, 0, std::array{7U}, 1));
+    ASSERT_TRUE(engine.acquire(two, 0, std::array{7U}, 2));
+    settle(engine);
+    EXPECT_EQ(engine.model(0).counts.reads, 1U);
+    EXPECT_EQ(one.answers.find(1)->second.address, two.answers.find(2)->second.address);
+    EXPECT_GT(one.flushes, 0);
+}
+
+TEST_P(EngineTest, RefusesWhatIsBeyondTheShareAndAnswersEveryCell) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 50), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 3);
+    ASSERT_TRUE(engine.acquire(session, 0, std::array{1U, 2U, 3U, 4U, 1U}, 1));
+    settle(engine);
+    std::map<ring::Status, int> statuses;
+    for (const auto& [tag, answer] : session.answers) statuses[answer.status]++;
+    EXPECT_EQ(statuses[ring::GRANTED], 4);  // cell 1 twice: it counts once against the share
+    EXPECT_EQ(statuses[ring::REFUSED], 1);
+    EXPECT_TRUE(engine.release(session, 0, std::array{1U, 1U, 2U}));
+    EXPECT_FALSE(engine.release(session, 0, std::array{1U})) << "it holds no lease on it any more";
+}
+
+TEST_P(EngineTest, NamesTheCorruptBundleAndServesItsNeighbours) {
+    FlashModel flash(2, 100);
+    flip_byte(flash.spec.bundles_path, flash.offset(1, 42) + 17);
+    Engine engine(dram_for(flash, 50), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 25);
+    std::vector<uint32_t> cells;
+    for (uint32_t cell = 0; cell < 25; cell++) cells.push_back(cell);
+    for (const uint32_t cell : cells) ASSERT_TRUE(engine.acquire(session, 1, std::array{cell}, cell));
+    settle(engine);
+    for (const auto& [tag, answer] : session.answers) {
+        EXPECT_EQ(answer.status, tag == 10 ? ring::CORRUPT : ring::GRANTED) << tag;
+        if (tag == 10) {
+            EXPECT_EQ(answer.detail, 2U);
+        }
+    }
+    EXPECT_EQ(engine.model(0).counts.verify_errors, 1U);
+    EXPECT_FALSE(engine.release(session, 1, std::array{10U})) << "a failed cell is not held";
+}
+
+TEST_P(EngineTest, ReportsATruncatedFileForTheMissingCellsOnly) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 60), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 30);
+    ASSERT_EQ(::truncate(flash.spec.bundles_path.c_str(), 20 * 4096), 0);
+    std::vector<uint32_t> cells;
+    for (uint32_t cell = 10; cell < 30; cell++) cells.push_back(cell);
+    for (const uint32_t cell : cells) ASSERT_TRUE(engine.acquire(session, 0, std::array{cell}, cell));
+    settle(engine);
+    EXPECT_EQ(session.answers.size(), 20U);
+    for (const auto& [tag, answer] : session.answers) {
+        EXPECT_EQ(answer.status, tag < 20 ? ring::GRANTED : ring::UNREADABLE) << tag;
+    }
+}
+
+TEST_P(EngineTest, FreesTheLeasesOfASessionThatDiesInTheMiddleOfItsReads) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 12), *reader, verifier);
+    const uint32_t model = engine.add_model(flash.spec, false);
+    Recorder& dying = open(engine, model, 5);
+    Recorder& other = open(engine, model, 5);
+    ASSERT_TRUE(engine.acquire(dying, 0, std::array{1U, 2U, 3U, 4U, 5U}, 1));
+    ASSERT_TRUE(engine.acquire(other, 0, std::array{5U, 6U}, 1));
+    engine.close(dying.id);
+    settle(engine);
+    EXPECT_EQ(other.answers.size(), 2U);
+    EXPECT_EQ(engine.model(0).pool->busy(), 2U);
+}
+
+TEST_P(EngineTest, ServesManySessionsWhoseSharesFillThePool) {
+    FlashModel flash(3, 400);
+    Engine engine(dram_for(flash, 16), *reader, verifier);
+    const uint32_t model = engine.add_model(flash.spec, false);
+    std::vector<Recorder*> sessions;
+    for (int i = 0; i < 4; i++) sessions.push_back(&open(engine, model, 4));
+    std::mt19937 random(9);
+    std::vector<std::multiset<std::pair<uint32_t, uint32_t>>> held(4);
+    for (int round = 0; round < 400; round++) {
+        for (size_t i = 0; i < 4; i++) {
+            const uint32_t layer = random() % 3;
+            std::vector<uint32_t> cells;
+            while (held[i].size() + cells.size() < 4) cells.push_back(random() % 100);
+            ASSERT_TRUE(engine.acquire(*sessions[i], layer, cells, 1));
+            for (const uint32_t cell : cells) held[i].emplace(layer, cell);
+        }
+        settle(engine);
+        for (size_t i = 0; i < 4; i++) {
+            for (const auto& [tag, answer] : sessions[i]->answers) ASSERT_EQ(answer.status, ring::GRANTED);
+            sessions[i]->answers.clear();
+            ASSERT_LE(sessions[i]->held_cells, 4U);
+            const auto [layer, cell] = *held[i].begin();
+            ASSERT_TRUE(engine.release(*sessions[i], layer, std::array{cell}));
+            held[i].erase(held[i].begin());
+        }
+    }
+    EXPECT_GT(engine.model(0).pool->evictions(), 100U);
+    EXPECT_LE(engine.memory().used_bytes(Account::pool), 16U * 4096);
+}
+
+TEST_P(EngineTest, MovesMemoryToAnotherModelWhenTheFirstIsIdle) {
+    FlashModel first(1, 400, "first");
+    FlashModel second(1, 400, "second", 8192);
+    Engine engine(dram_for(second, 40) + second.spec.checksums.size() * 8, *reader, verifier);
+    const uint32_t a = engine.add_model(first.spec, false);
+    const uint32_t b = engine.add_model(second.spec, false);
+    Recorder& session = open(engine, a, 20);
+    std::vector<uint32_t> cells;
+    for (uint32_t cell = 0; cell < 20; cell++) cells.push_back(cell);
+    ASSERT_TRUE(engine.acquire(session, 0, cells, 1));
+    settle(engine);
+    EXPECT_THROW(engine.activate(b), NoRoom);
+    engine.close(session.id);
+    engine.leave(a);
+    settle(engine);
+    Recorder& other = open(engine, b, 4);
+    ASSERT_TRUE(engine.acquire(other, 0, std::array{49U}, 1));
+    settle(engine);
+    EXPECT_EQ(std::memcmp(other.answers.find(1)->second.address, second.cell(0, 49), 8192), 0);
+    EXPECT_EQ(engine.model(a).pool, nullptr);
+}
+
+TEST_P(EngineTest, RefusesACellOrLayerThatDoesNotExist) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 50), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 3);
+    EXPECT_FALSE(engine.acquire(session, 0, std::array{100U}, 1));
+    EXPECT_FALSE(engine.acquire(session, 1, std::array{0U}, 1));
+    EXPECT_FALSE(engine.release(session, 0, std::array{0U}));
+    EXPECT_FALSE(engine.prefetch(session, 7, std::array{0U}));
+}
+
+TEST_P(EngineTest, PrefetchesWithoutLeases) {
+    FlashModel flash(1, 400);
+    Engine engine(dram_for(flash, 50), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 3);
+    ASSERT_TRUE(engine.prefetch(session, 0, std::array{5U, 6U, 7U, 8U}));
+    settle(engine);
+    EXPECT_EQ(session.held_cells, 0U);
+    ASSERT_TRUE(engine.acquire(session, 0, std::array{5U, 8U}, 1));
+    EXPECT_EQ(session.answers.size(), 2U) << "both are there";
+    EXPECT_EQ(engine.model(0).counts.hits, 2U);
+}
+
+INSTANTIATE_TEST_SUITE_P(Readers, EngineTest, testing::Values("auto", "threads"));
+
+}  // namespace
+}  // namespace weightd

@@ -1,0 +1,204 @@
+#include "pool.h"
+
+#include <gtest/gtest.h>
+
+#include <list>
+#include <random>
+#include <set>
+
+namespace weightd {
+namespace {
+
+constexpr uint32_t CELL_BYTES = 4096;
+
+SharedMemory segment(uint32_t slots) { return {"test", size_t{slots} * CELL_BYTES}; }
+
+// A reference: the same calls on a pool and on plain sets; the invariants of pool.h after each.
+TEST(Pool, KeepsItsInvariantsUnderRandomUse) {
+    std::mt19937 random(3);
+    Pool pool(200, CELL_BYTES);
+    uint32_t segments = 0;
+    pool.add_segment(segments++, segment(20));
+    std::multiset<uint32_t> leased;
+    std::set<uint32_t> reading;
+    for (int step = 0; step < 50'000; step++) {
+        const uint32_t cell = random() % 200;
+        const Place place = pool.find(cell);
+        if (place) {
+            ASSERT_EQ(place.slot().cell, cell);
+        }
+        switch (random() % 8) {
+            case 0:
+            case 1:
+            case 2: {
+                if (place) {
+                    if (!place.slot().reading) pool.touched(cell);
+                    break;
+                }
+                const Place got = pool.insert(cell);
+                if (got) reading.insert(cell);
+                ASSERT_TRUE(got || leased.size() + reading.size() > 0);
+                break;
+            }
+            case 3:
+                if (reading.erase(cell) == 1) pool.loaded(place);
+                break;
+            case 4:
+                if (place && leased.size() < 10) {
+                    pool.lease(place);
+                    leased.insert(cell);
+                }
+                break;
+            case 5:
+            case 6:
+                if (const auto held = leased.find(cell); held != leased.end()) {
+                    leased.erase(held);
+                    pool.unlease(place);
+                }
+                break;
+            case 7:
+                if (step % 500 == 7 && pool.slots() < 60) pool.add_segment(segments++, segment(10 + random() % 10));
+                if (step % 500 == 263 && pool.slots() > 30) pool.start_draining();
+                pool.retire_drained();
+                break;
+        }
+        for (const uint32_t held : leased) ASSERT_TRUE(pool.find(held)) << "a leased cell left the pool";
+        for (const uint32_t unread : reading) ASSERT_TRUE(pool.find(unread)) << "a cell left while it was being read";
+        std::set<uint32_t> busy(leased.begin(), leased.end());
+        busy.insert(reading.begin(), reading.end());
+        ASSERT_EQ(pool.busy(), busy.size());
+    }
+    EXPECT_GT(pool.evictions(), 100U);
+    EXPECT_GT(segments, 5U);
+}
+
+TEST(Pool, GivesBackADrainedSegmentWhenItsLastLeaseEnds) {
+    Pool pool(10, CELL_BYTES);
+    pool.add_segment(0, segment(4));
+    const Place place = pool.insert(3);
+    pool.lease(place);
+    pool.loaded(place);
+    ASSERT_TRUE(pool.start_draining());
+    EXPECT_TRUE(pool.retire_drained().empty());
+    EXPECT_FALSE(pool.insert(4)) << "a draining segment takes nothing new";
+    pool.unlease(place);
+    EXPECT_EQ(pool.retire_drained().size(), 1U);
+    EXPECT_FALSE(pool.find(3));
+}
+
+TEST(Pool, NeverEvictsWhatIsLeased) {
+    Pool pool(10, CELL_BYTES);
+    pool.add_segment(0, segment(2));
+    for (const uint32_t cell : {0U, 1U}) {
+        const Place place = pool.insert(cell);
+        pool.lease(place);
+        pool.loaded(place);
+    }
+    EXPECT_FALSE(pool.insert(2));
+    pool.unlease(pool.find(0));
+    EXPECT_TRUE(pool.insert(2));
+    EXPECT_FALSE(pool.find(0));
+    EXPECT_TRUE(pool.find(1));
+}
+
+// Plays a trace on the policy as the engine would; returns the share of hits.
+class Player {
+  public:
+    Player(uint32_t cells, uint32_t slots) : policy_(make_lirs(cells)), slots_(slots) { policy_->resize(slots); }
+
+    bool use(uint32_t cell) {
+        if (present_.contains(cell)) {
+            policy_->touched(cell);
+            return true;
+        }
+        if (present_.size() == slots_) {
+            const uint32_t gone = policy_->victim();
+            EXPECT_EQ(present_.erase(gone), 1U);
+        }
+        policy_->inserted(cell);
+        policy_->unpinned(cell);
+        present_.insert(cell);
+        return false;
+    }
+
+  private:
+    std::unique_ptr<Replacement> policy_;
+    uint32_t slots_;
+    std::set<uint32_t> present_;
+};
+
+TEST(Replacement, FindsHalfOfACyclicScanOverTwiceThePool) {
+    Player player(1000, 500);
+    uint32_t hits = 0;
+    for (int turn = 0; turn < 10; turn++) {
+        for (uint32_t cell = 0; cell < 1000; cell++) hits += player.use(cell) && turn >= 2;
+    }
+    EXPECT_GT(hits / 8000.0, 0.48);  // Belady's: 0.4995
+}
+
+TEST(Replacement, KeepsTheHotSetThroughAScan) {
+    Player player(10'000, 300);
+    std::mt19937 random(1);
+    for (int i = 0; i < 20'000; i++) player.use(random() % 250);
+    for (uint32_t cell = 1000; cell < 9000; cell++) player.use(cell);
+    uint32_t hits = 0;
+    for (int i = 0; i < 1000; i++) hits += player.use(random() % 250);
+    EXPECT_GT(hits, 950U);
+}
+
+TEST(Replacement, ComesCloseToTheBestOnASkewedTrace) {
+    // independent uses with p ~ 1/rank: the best that any policy can do is to hold the most frequent cells
+    std::mt19937 random(5);
+    std::vector<double> weights;
+    for (int i = 1; i <= 2000; i++) weights.push_back(1.0 / i);
+    std::discrete_distribution<uint32_t> cells(weights.begin(), weights.end());
+    Player player(2000, 400);
+    uint32_t hits = 0;
+    uint32_t best = 0;
+    for (int i = 0; i < 200'000; i++) {
+        const uint32_t cell = cells(random);
+        const bool hit = player.use(cell);
+        if (i < 50'000) continue;
+        hits += hit;
+        best += cell < 400;
+    }
+    EXPECT_GT(hits / 150'000.0, best / 150'000.0 - 0.05);
+}
+
+TEST(Replacement, AdaptsToMuchThatIsLeased) {
+    // a sweep that keeps a fifth of the pool leased ahead: what passes through must not push out the rest
+    const uint32_t cells = 1000;
+    const uint32_t slots = 500;
+    const uint32_t ahead = 100;
+    auto policy = make_lirs(cells);
+    policy->resize(slots);
+    std::set<uint32_t> present;
+    std::list<uint32_t> leased;
+    uint32_t hits = 0;
+    for (uint32_t turn = 0; turn < 12; turn++) {
+        for (uint32_t cell = 0; cell < cells; cell++) {
+            if (leased.size() == ahead) {
+                policy->unpinned(leased.front());
+                leased.pop_front();
+            }
+            if (present.contains(cell)) {
+                hits += turn >= 4;
+                policy->touched(cell);
+                policy->pinned(cell);
+            } else {
+                if (present.size() == slots) {
+                    const uint32_t gone = policy->victim();
+                    ASSERT_NE(gone, NO_CELL);
+                    ASSERT_EQ(present.erase(gone), 1U);
+                }
+                policy->inserted(cell);
+                present.insert(cell);
+            }
+            leased.push_back(cell);
+        }
+    }
+    EXPECT_GT(hits / 8000.0, 0.37);  // 400 of the slots can be useful
+}
+
+}  // namespace
+}  // namespace weightd

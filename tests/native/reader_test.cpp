@@ -1,0 +1,149 @@
+#include "reader.h"
+
+#include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <map>
+
+#include "flash_file.h"
+#include "memory.h"
+
+namespace weightd {
+namespace {
+
+struct ReaderTest : testing::TestWithParam<std::string> {
+    TestFolder folder;
+    std::string note;
+
+    std::unique_ptr<Reader> make(uint32_t depth = 16) { return make_reader(GetParam(), 8, depth, note); }
+
+    static std::map<uint64_t, int> finish(Reader& reader, size_t count) {
+        std::vector<Completion> completions;
+        while (completions.size() < count) {
+            reader.wait();
+            reader.reap(completions);
+        }
+        std::map<uint64_t, int> errors;
+        for (const Completion& completion : completions) errors[completion.tag] = completion.error;
+        return errors;
+    }
+};
+
+Read read_of(uint64_t tag, const DirectFile& file, uint64_t offset, std::vector<iovec> pieces) {
+    Read read;
+    read.tag = tag;
+    read.file = &file;
+    read.offset_bytes = offset;
+    read.pieces = std::move(pieces);
+    return read;
+}
+
+TEST_P(ReaderTest, ReadsMoreThanItsDepthIntoTheirPlaces) {
+    const auto bytes = random_bytes(4096 * 300, 1);
+    write_file(folder.file("f"), bytes);
+    const DirectFile file(folder.file("f"), false);
+    SharedMemory memory("test", bytes.size());
+    const auto reader = make();
+    const int buffer = reader->register_memory(memory.bytes());
+    const int index = reader->register_file(file);
+    std::vector<Read> reads;
+    for (uint64_t i = 0; i < 300; i++) {
+        reads.push_back(read_of(i, file, i * 4096, {{memory.data() + i * 4096, 4096}}));
+        reads.back().buffer_index = buffer;
+        reads.back().file_index = index;
+    }
+    reader->submit(std::move(reads));
+    const auto errors = finish(*reader, 300);
+    EXPECT_EQ(errors.size(), 300U);
+    for (const auto& [tag, error] : errors) EXPECT_EQ(error, 0) << tag;
+    EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
+    reader->unregister_memory(buffer);
+    reader->unregister_file(index);
+}
+
+TEST_P(ReaderTest, ScattersOneReadOverSeveralPieces) {
+    const auto bytes = random_bytes(4096 * 4, 2);
+    write_file(folder.file("f"), bytes);
+    const DirectFile file(folder.file("f"), false);
+    SharedMemory memory("test", 4096 * 8);
+    const auto reader = make();
+    std::vector<Read> reads;
+    reads.push_back(
+        read_of(5, file, 0, {{memory.data() + 4096 * 6, 8192}, {memory.data(), 4096}, {memory.data() + 8192, 4096}}));
+    reader->submit(std::move(reads));
+    EXPECT_EQ(finish(*reader, 1).at(5), 0);
+    EXPECT_EQ(std::memcmp(memory.data() + 4096 * 6, bytes.data(), 8192), 0);
+    EXPECT_EQ(std::memcmp(memory.data(), bytes.data() + 8192, 4096), 0);
+    EXPECT_EQ(std::memcmp(memory.data() + 8192, bytes.data() + 12288, 4096), 0);
+}
+
+TEST_P(ReaderTest, TakesWhatThereIsAtTheEndOfTheFile) {
+    const auto bytes = random_bytes(4096 + 96, 3);
+    write_file(folder.file("f"), bytes);
+    const DirectFile file(folder.file("f"), false);
+    SharedMemory memory("test", 8192);
+    const auto reader = make();
+    std::vector<Read> reads;
+    reads.push_back(read_of(1, file, 0, {{memory.data(), 8192}}));
+    reader->submit(std::move(reads));
+    EXPECT_EQ(finish(*reader, 1).at(1), 0);
+    EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
+}
+
+TEST_P(ReaderTest, ReportsAFileThatWasTruncated) {
+    write_file(folder.file("f"), random_bytes(8192, 4));
+    const DirectFile file(folder.file("f"), false);
+    ASSERT_EQ(::truncate(folder.file("f").c_str(), 4096), 0);
+    SharedMemory memory("test", 8192);
+    const auto reader = make();
+    std::vector<Read> reads;
+    reads.push_back(read_of(1, file, 4096, {{memory.data(), 4096}}));
+    reads.push_back(read_of(2, file, 0, {{memory.data(), 8192}}));
+    reader->submit(std::move(reads));
+    const auto errors = finish(*reader, 2);
+    EXPECT_EQ(errors.at(1), EIO);
+    EXPECT_EQ(errors.at(2), EIO);
+}
+
+TEST_P(ReaderTest, ReportsMemoryThatIsNotThere) {
+    write_file(folder.file("f"), random_bytes(4096, 5));
+    const DirectFile file(folder.file("f"), false);
+    const auto reader = make();
+    std::vector<Read> reads;
+    reads.push_back(read_of(1, file, 0, {{reinterpret_cast<void*>(4096), 4096}}));
+    reader->submit(std::move(reads));
+    EXPECT_EQ(finish(*reader, 1).at(1), EFAULT);
+}
+
+INSTANTIATE_TEST_SUITE_P(Engines, ReaderTest, testing::Values("auto", "threads"));
+
+TEST(Reader, RefusesAnUnknownEngine) {
+    std::string note;
+    EXPECT_THROW(make_reader("libaio", 1, 1, note), std::invalid_argument);
+}
+
+TEST(Reader, GoesOnWithoutRegisteredBuffersUnderASmallMemlockLimit) {
+    std::string note;
+    if (::geteuid() == 0) {  // root passes the limit; an ordinary user does not
+        const pid_t child = ::fork();
+        if (child == 0) {
+            const rlimit limit{8U << 20, 8U << 20};
+            std::string why;
+            const bool ready = ::setrlimit(RLIMIT_MEMLOCK, &limit) == 0 && ::setuid(65534) == 0;
+            const auto reader = make_reader("auto", 4, 8, why);
+            const bool falls_back = reader->level() != "io_uring with registered file and buffers" && !why.empty();
+            ::_exit(ready && falls_back ? 0 : 1);
+        }
+        int status = 0;
+        ASSERT_EQ(::waitpid(child, &status, 0), child);
+        EXPECT_EQ(status, 0);
+    } else {
+        EXPECT_FALSE(make_reader("auto", 4, 8, note)->level().empty());
+    }
+}
+
+TEST(DirectFile, RefusesWhatIsMissing) { EXPECT_THROW(DirectFile("/no/such/file", false), std::system_error); }
+
+}  // namespace
+}  // namespace weightd

@@ -1,0 +1,128 @@
+"""The daemon's flags and configuration file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from weightd.config import SOCKET_PATH_BYTES_MAX, default_listen, load_config, parse_listen
+from weightd.errors import UsageError
+
+
+def test_defaults() -> None:
+    config = load_config(["--store", "/s"])
+    assert config.store == Path("/s")
+    assert (config.io_engine, config.io_threads, config.io_depth) == ("auto", 32, 0)
+    assert config.dram_bytes is None
+    assert config.dram_percent is None
+    assert not config.allow_buffered
+    assert len(config.listen) == 1
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "weightd.toml"
+    file.write_text('store = "/a"\ndram = "50%"\nlisten = ["unix:/x"]\nio-threads = 8\nallow-buffered = true\n')
+    config = load_config(["--config", str(file), "--store", "/b", "--io-threads", "4"])
+    assert (config.store, config.dram_percent, config.io_threads) == (Path("/b"), 50.0, 4)
+    assert config.allow_buffered
+    assert [address.target for address in config.listen] == ["unix:/x"]
+
+
+def test_sizes() -> None:
+    assert load_config(["--store", "/s", "--dram", "6.5GiB"]).dram_bytes == int(6.5 * (1 << 30))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["--store"]),
+        (["--store", "/s", "--drem", "1GiB"], ["--drem", "--dram"]),
+        (["--store", "/s", "--dra", "1GiB"], ["--dra", "--dram"]),
+        (["--store", "/s", "--dram", "much"], ["much"]),
+        (["--store", "/s", "--dram", "0%"], ["0%"]),
+        (["--store", "/s", "--dram", "101%"], ["101%"]),
+        (["--store", "/s", "--dram", "x%"], ["x%"]),
+        (["--store", "/s", "--io-engine", "spdk"], ["spdk", "io_uring"]),
+        (["--store", "/s", "--io-threads", "0"], ["--io-threads 0", "1 to 256"]),
+        (["--store", "/s", "--io-depth", "many"], ["--io-depth", "many"]),
+        (["--store", "/s", "--config", "/no/such/file"], ["/no/such/file", "No such file"]),
+        (["--store"], ["--store"]),
+    ],
+)
+def test_bad_flags_are_one_clear_line(arguments: list[str], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_config(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(word in message for word in words)
+    assert caught.value.exit_status == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('strore = "/s"', ["strore", "store"]),
+        ('io_engine = "threads"', ["io_engine", "io-engine"]),
+        ("store = [", ["not TOML"]),
+        ('store = "/s"\nlisten = 5', ["listen", "5"]),
+        ('store = "/s"\nlisten = []', ["listen"]),
+        ('store = "/s"\nallow-buffered = "yes"', ["allow-buffered", "yes"]),
+        ('store = "/s"\ndram = true', ["--dram"]),
+        ('store = "/s"\nio-engine = 3', ["--io-engine", "3"]),
+        ("store = 3", ["--store"]),
+    ],
+)
+def test_bad_files_are_one_clear_line(tmp_path: Path, content: str, words: list[str]) -> None:
+    file = tmp_path / "weightd.toml"
+    file.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        load_config(["--config", str(file)])
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("unix:/run/w.sock", "unix:/run/w.sock"),
+        ("unix:///run/w.sock", "unix:/run/w.sock"),
+        ("/run/w.sock", "unix:/run/w.sock"),
+        ("localhost:7070", "localhost:7070"),
+        ("dns:///localhost:7070", "localhost:7070"),
+        ("127.0.0.2:7070", "127.0.0.2:7070"),
+        ("ipv6:[::1]:7070", "[::1]:7070"),
+    ],
+)
+def test_addresses(text: str, target: str) -> None:
+    assert parse_listen(text).target == target
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0.0.0.0:7070",
+        "[::]:7070",
+        "example.org:7070",
+        "localhost",
+        "localhost:0",
+        "localhost:http",
+        "unix:a",
+        "vsock:1:2",
+    ],
+)
+def test_addresses_that_are_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_listen(text)
+
+
+def test_a_socket_path_leaves_room_for_the_data_socket() -> None:
+    parse_listen("unix:/" + "x" * (SOCKET_PATH_BYTES_MAX - 1))
+    with pytest.raises(UsageError, match="shorter"):
+        parse_listen("unix:/" + "x" * SOCKET_PATH_BYTES_MAX)
+
+
+def test_default_addresses() -> None:
+    assert default_listen(0, {}).target == "unix:/run/weightd/weightd.sock"
+    assert default_listen(7, {"XDG_RUNTIME_DIR": "/run/user/7"}).target == "unix:/run/user/7/weightd.sock"
+    assert default_listen(7, {}).target.endswith("/weightd-7/weightd.sock")

@@ -1,0 +1,310 @@
+// weightd._native: import and engine for Python. Every call that can block runs without the GIL.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <cerrno>
+#include <stdexcept>
+#include <system_error>
+
+#include "block_size.h"
+#include "bundle.h"
+#include "checksum.h"
+#include "measure.h"
+#include "reader.h"
+#include "service.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using weightd::Service;
+
+namespace {
+
+using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using U64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+// Flat, contiguous bytes in host memory: what np.frombuffer(buffer, np.uint8) gives.
+using ReadBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WriteBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WriteChecksums = nb::ndarray<std::uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+const std::byte* data_of(const ReadBytes& bytes) { return reinterpret_cast<const std::byte*>(bytes.data()); }
+std::byte* data_of(const WriteBytes& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
+std::span<const std::byte> span_of(const ReadBytes& bytes) { return {data_of(bytes), bytes.size()}; }
+using TensorTuple = std::tuple<std::string, uint64_t, uint64_t, uint64_t>;
+
+// A failed system call becomes OSError with errno and path; what() of our errors is "path: reason".
+void translate(const std::exception_ptr& pointer, void*) {
+    try {
+        std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+        const std::string text = error.what();
+        const std::string reason = ": " + error.code().message();
+        const std::string path = text.substr(0, text.rfind(reason));
+        nb::object arguments = nb::make_tuple(error.code().value(), error.code().message(), path);
+        PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    } catch (const weightd::NoRoom& error) {
+        PyErr_SetString(PyExc_MemoryError, error.what());
+    }
+}
+
+// Bytes that are filled without the GIL.
+template <typename F>
+nb::bytes filled_bytes(size_t size, F fill) {
+    nb::object result = nb::steal(PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(size)));
+    if (!result.is_valid()) throw nb::python_error();
+    const std::span<std::byte> out(reinterpret_cast<std::byte*>(PyBytes_AS_STRING(result.ptr())), size);
+    {
+        const nb::gil_scoped_release released;
+        fill(out);
+    }
+    return nb::cast<nb::bytes>(result);
+}
+
+weightd::ModelSpec spec_of(const std::string& name, uint64_t resident_bytes, uint32_t cell_bytes, uint32_t stride_bytes,
+                           uint32_t bundle_bytes, uint32_t bundles_per_cell, const std::vector<uint64_t>& layer_offsets,
+                           const std::vector<uint32_t>& layer_neurons, const std::vector<uint32_t>& layer_cells) {
+    weightd::ModelSpec spec;
+    spec.name = name;
+    spec.resident_bytes = resident_bytes;
+    spec.cell_bytes = cell_bytes;
+    spec.stride_bytes = stride_bytes;
+    spec.bundle_bytes = bundle_bytes;
+    spec.bundles_per_cell = bundles_per_cell;
+    uint32_t first_cell = 0;
+    uint32_t first_checksum = 0;
+    for (size_t i = 0; i < layer_offsets.size(); i++) {
+        spec.layers.push_back({layer_offsets[i], layer_neurons.at(i), layer_cells.at(i), first_cell, first_checksum});
+        first_cell += layer_cells[i];
+        first_checksum += layer_neurons[i];
+    }
+    return spec;
+}
+
+uint32_t add_model(Service& service, const std::string& name, const std::string& bundles_path,
+                   const std::string& resident_path, uint64_t resident_bytes, uint32_t cell_bytes,
+                   uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell,
+                   const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
+                   const std::vector<uint32_t>& layer_cells, const std::vector<U64Array>& checksums,
+                   const std::vector<TensorTuple>& tensors) {
+    weightd::ModelSpec spec = spec_of(name, resident_bytes, cell_bytes, stride_bytes, bundle_bytes, bundles_per_cell,
+                                      layer_offsets, layer_neurons, layer_cells);
+    spec.bundles_path = bundles_path;
+    spec.resident_path = resident_path;
+    for (const U64Array& layer : checksums) {
+        spec.checksums.insert(spec.checksums.end(), layer.data(), layer.data() + layer.size());
+    }
+    for (const auto& [tensor, offset, size, checksum] : tensors)
+        spec.tensors.push_back({tensor, offset, size, checksum});
+    const nb::gil_scoped_release released;
+    return service.add_model(std::move(spec));
+}
+
+nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted) {
+    weightd::Opened opened;
+    {
+        const nb::gil_scoped_release released;
+        opened = service.open_session(model, slots_wanted);
+    }
+    return nb::make_tuple(nb::bytes(opened.token.data(), opened.token.size()), opened.share_slots);
+}
+
+nb::bytes fetch(Service& service, uint32_t model, uint32_t layer, const U32Array& cells, uint32_t cell_bytes) {
+    return filled_bytes(cells.size() * cell_bytes, [&](std::span<std::byte> out) {
+        service.fetch(model, layer, std::span(cells.data(), cells.size()), out);
+    });
+}
+
+nb::bytes fetch_resident(Service& service, uint32_t model, uint64_t offset, uint64_t size) {
+    return filled_bytes(size, [&](std::span<std::byte> out) { service.fetch_resident(model, offset, out); });
+}
+
+nb::dict report(Service& service) {
+    weightd::Report report;
+    {
+        const nb::gil_scoped_release released;
+        report = service.report();
+    }
+    nb::dict models;
+    for (const weightd::ModelReport& model : report.models) {
+        nb::dict row;
+        row["sessions"] = model.sessions;
+        row["slots"] = model.slots;
+        row["slots_filled"] = model.slots_filled;
+        row["slots_leased"] = model.slots_busy;
+        row["evictions"] = model.evictions;
+        row["hits"] = model.counts.hits;
+        row["misses"] = model.counts.misses;
+        row["reads"] = model.counts.reads;
+        row["read_bytes"] = model.counts.read_bytes;
+        row["verify_errors"] = model.counts.verify_errors;
+        row["read_errors"] = model.counts.read_errors;
+        models[model.name.c_str()] = row;
+    }
+    nb::dict result;
+    result["limit_bytes"] = report.limit_bytes;
+    result["pool_bytes"] = report.pool_bytes;
+    result["resident_bytes"] = report.resident_bytes;
+    result["tables_bytes"] = report.tables_bytes;
+    result["sessions"] = report.sessions;
+    result["models"] = models;
+    return result;
+}
+
+uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32_t cells, uint32_t neurons) {
+    weightd::ModelSpec spec;
+    spec.resident_bytes = resident_bytes;
+    spec.cell_bytes = cell_bytes;
+    spec.layers.push_back({0, neurons, cells, 0, 0});
+    spec.checksums.resize(neurons);
+    return weightd::Engine::minimum_dram_bytes(spec);
+}
+
+nb::dict measure_reads(const std::string& path, uint64_t read_bytes, uint32_t depth, double seconds, bool random,
+                       const std::string& io_engine, bool verify) {
+    weightd::Measurement measured;
+    {
+        const nb::gil_scoped_release released;
+        measured = weightd::measure_reads(path, {io_engine, read_bytes, depth, seconds, random, verify});
+    }
+    nb::dict result;
+    result["reads"] = measured.reads;
+    result["bytes"] = measured.bytes;
+    result["seconds"] = measured.seconds;
+    result["cpu_seconds"] = measured.cpu_seconds;
+    return result;
+}
+
+nb::tuple probe_io_uring() {
+    std::string note;
+    try {
+        const auto reader = weightd::make_uring_reader(weightd::DEPTH_DEFAULT, note);
+        return nb::make_tuple(reader->level(), note);
+    } catch (const std::system_error& error) {
+        return nb::make_tuple("", std::string(error.what()));
+    }
+}
+
+void bind_engine(nb::module_& m) {
+    nb::class_<Service>(m, "Engine", "The reader, the pool and the data socket, on a thread of their own.")
+        .def(
+            "__init__",
+            [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
+               bool allow_buffered, const std::string& data_socket) {
+                new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered}, data_socket);
+            },
+            "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "data_socket"_a)
+        .def_prop_ro("io_engine", &Service::io_level, "the reader's level, in words")
+        .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
+        .def("add_model", &add_model, "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a, "cell_bytes"_a,
+             "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layer_offsets"_a, "layer_neurons"_a,
+             "layer_cells"_a, "checksums"_a, "tensors"_a, "Opens a model's files; returns its number.")
+        .def("open_session", &open_session, "model"_a, "slots_wanted"_a,
+             "Returns (token, share_slots). Loads the resident weights the first time. Raises MemoryError, OSError, "
+             "RuntimeError (corrupt).")
+        .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
+             "Whole cells, back to back. Raises OSError, RuntimeError (corrupt), IndexError, MemoryError.")
+        .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
+        .def("stats", &report)
+        .def("close", &Service::stop, nb::call_guard<nb::gil_scoped_release>(), "Ends every session; can be repeated.")
+        .def_static("minimum_dram_bytes", &minimum_dram_bytes, "resident_bytes"_a, "cell_bytes"_a, "cells"_a,
+                    "neurons"_a, "The smallest --dram with which such a model can be served.");
+}
+
+// ---- import: cutting bundles ----
+
+void require(bool condition, const char* what) {
+    if (!condition) throw std::invalid_argument(what);
+}
+
+void convert_bytes(const ReadBytes& source, const std::string& source_dtype, const WriteBytes& target,
+                   const std::string& target_dtype) {
+    const weightd::Dtype from = weightd::dtype_named(source_dtype);
+    const weightd::Dtype to = weightd::dtype_named(target_dtype);
+    const std::size_t count = source.size() / weightd::dtype_bytes(from);
+    require(count * weightd::dtype_bytes(from) == source.size(), "source is not a whole number of elements");
+    require(count * weightd::dtype_bytes(to) == target.size(), "source and target differ in elements");
+    const nb::gil_scoped_release released;
+    weightd::convert(data_of(source), from, data_of(target), to, count);
+}
+
+std::uint64_t checksum_bytes(const ReadBytes& bytes) {
+    const nb::gil_scoped_release released;
+    return weightd::checksum(span_of(bytes));
+}
+
+void checksum_bundles(const weightd::BundleShape& shape, const ReadBytes& cells, const WriteChecksums& checksums) {
+    require(shape.cells(checksums.size()) * shape.cell_bytes <= cells.size(), "cells are too few for the checksums");
+    const nb::gil_scoped_release released;
+    for (std::size_t i = 0; i < checksums.size(); ++i)
+        checksums.data()[i] = weightd::checksum({data_of(cells) + shape.offset_bytes(i), shape.bundle_bytes()});
+}
+
+void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, const std::vector<std::string>& dtypes,
+         const ReadBytes& down, std::size_t first, const WriteBytes& cells, const WriteChecksums& checksums) {
+    require(rows.size() == shape.row_parts && dtypes.size() == rows.size(), "row parts do not fit the shape");
+    const std::size_t neurons = down.size() / shape.part_bytes();
+    require(neurons * shape.part_bytes() == down.size(), "down matrix does not fit hidden_size");
+    require(first + checksums.size() <= neurons, "neurons beyond the down matrix");
+    require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
+    std::vector<weightd::Rows> parts;
+    for (std::size_t i = 0; i < rows.size(); ++i) {
+        parts.push_back({data_of(rows[i]), weightd::dtype_named(dtypes[i])});
+        require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::dtype_bytes(parts[i].dtype),
+                "rows do not fit the bundles");
+    }
+    const std::span<std::uint64_t> results(checksums.data(), checksums.size());
+    const nb::gil_scoped_release released;
+    weightd::cut_bundles(shape, parts, {data_of(down), neurons}, first, data_of(cells), results);
+}
+
+weightd::BundleShape make_shape(const std::string& dtype, std::size_t hidden_size, std::size_t row_parts,
+                                std::size_t stride_bytes, std::size_t bundles_per_cell, std::size_t cell_bytes) {
+    const weightd::BundleShape shape{
+        weightd::dtype_named(dtype), hidden_size, row_parts, stride_bytes, bundles_per_cell, cell_bytes};
+    require(row_parts == 1 || row_parts == 2, "row parts are gate and up, or up");
+    require(hidden_size > 0 && bundles_per_cell > 0, "an empty bundle or cell");
+    require(stride_bytes >= shape.bundle_bytes(), "stride is smaller than a bundle");
+    require(cell_bytes >= shape.bundle_bytes() + (bundles_per_cell - 1) * stride_bytes, "cell is too small");
+    return shape;
+}
+
+void bind_bundle(nb::module_& module) {
+    nb::class_<weightd::BundleShape>(module, "BundleShape", "The layout of bundles in cells; sizes in bytes.")
+        .def_static("make", &make_shape, nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("row_parts"),
+                    nb::arg("stride_bytes"), nb::arg("bundles_per_cell"), nb::arg("cell_bytes"));
+    nb::class_<weightd::Checksum>(module, "Checksum", "XXH3-64 of bytes that come in pieces.")
+        .def(nb::init<>())
+        .def(
+            "update",
+            [](weightd::Checksum& self, const ReadBytes& bytes) {
+                const nb::gil_scoped_release released;
+                self.update(span_of(bytes));
+            },
+            nb::arg("bytes"))
+        .def_prop_ro("value", &weightd::Checksum::value);
+    module.def("checksum", &checksum_bytes, nb::arg("bytes"), "XXH3-64 of a uint8 array.");
+    module.def("convert", &convert_bytes, nb::arg("source"), nb::arg("source_dtype"), nb::arg("target"),
+               nb::arg("target_dtype"), "Converts elements between F32, BF16 and F16; both arrays are uint8.");
+    module.def("cut_bundles", &cut, nb::arg("shape"), nb::arg("rows"), nb::arg("row_dtypes"), nb::arg("down"),
+               nb::arg("first"), nb::arg("cells"), nb::arg("checksums"),
+               "Cuts neurons [first, first + len(checksums)) into cells; arrays are uint8, checksums uint64.");
+    module.def("checksum_bundles", &checksum_bundles, nb::arg("shape"), nb::arg("cells"), nb::arg("checksums"),
+               "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
+    module.def("block_size_bytes", &weightd::block_size_bytes, nb::arg("path"),
+               nb::call_guard<nb::gil_scoped_release>(),
+               "Granularity of direct I/O where the file lies: max(4096, statx's alignment).");
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    nb::register_exception_translator(&translate);
+    bind_bundle(m);
+    bind_engine(m);
+    m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,
+          "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");
+    m.def("probe_io_uring", &probe_io_uring,
+          "(level, note): what io_uring gives this process; level is empty if nothing.");
+}

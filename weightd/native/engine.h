@@ -1,0 +1,136 @@
+// Want, missing, read, place, answer: the daemon's data work, without threads, sockets or clocks of its own.
+//
+// Belongs to one thread. Invariants: a session never holds more distinct cells than its share; the shares of a model
+// never add up to more slots than its pool can have; every cell asked for is answered once, by granted() or failed();
+// a granted cell stays in its slot until its last lease is given back.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "loader.h"
+#include "memory.h"
+#include "model.h"
+#include "session.h"
+
+namespace weightd {
+
+inline constexpr uint64_t SEGMENT_BYTES_MAX = 64U << 20;  // a larger one stalls the loop while it is registered
+inline constexpr uint32_t SHARE_SLOTS_MIN = 2;            // one in use, one on its way
+inline constexpr uint32_t FETCH_SLOTS_MAX = 256;          // share of the gRPC fetches of a model together
+inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
+
+struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
+    using std::runtime_error::runtime_error;
+};
+
+struct ModelCounts {
+    uint64_t hits = 0;
+    uint64_t misses = 0;
+    uint64_t reads = 0;
+    uint64_t read_bytes = 0;
+    uint64_t verify_errors = 0;
+    uint64_t read_errors = 0;
+};
+
+struct ModelState {
+    ModelSpec spec;
+    std::unique_ptr<DirectFile> file;
+    int file_index = -1;
+    ModelCounts counts;
+
+    // while active
+    std::unique_ptr<Pool> pool;
+    SharedMemory resident;
+    bool resident_ready = false;
+    uint32_t users = 0;     // sessions, fetches and opens under way: an active model without any may go
+    uint32_t sessions = 0;  // opened, fetches apart
+    uint64_t guaranteed_slots = 0;
+    struct Stalled {
+        uint32_t session;
+        uint32_t cell;
+        uint32_t tag;
+    };
+    std::deque<Stalled> stalled;   // wants for which no slot was free, in order
+    std::vector<Missing> missing;  // placed, not yet submitted
+};
+
+class Engine {
+  public:
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier);
+    ~Engine();
+
+    uint32_t add_model(ModelSpec spec, bool allow_buffered);
+    ModelState& model(uint32_t index) { return *models_.at(index); }
+    const std::vector<std::unique_ptr<ModelState>>& models() const { return models_; }
+    const Memory& memory() const { return memory_; }
+
+    // Sets aside memory for the model's resident weights and tables and for one more user, taking it from idle models
+    // and from surplus segments. False: those are draining, ask again soon. Throws NoRoom. leave() ends the use.
+    bool activate(uint32_t model);
+    void leave(uint32_t model);
+    // What a session that wants this many slots (0: no preference) would get. Throws NoRoom.
+    uint32_t share_for(uint32_t model, uint32_t slots_wanted) const;
+    Session& open(std::unique_ptr<Session> session);  // of a model that its opener has activated
+    void close(uint32_t session);
+    Session* find(uint32_t session) const;
+
+    // Requests of a session. Cells are numbered within `layer`; false: the session broke a rule and must be closed.
+    bool acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag);
+    bool release(Session& session, uint32_t layer, std::span<const uint32_t> cells);
+    bool prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells);
+
+    // Takes in what was read, starts what is missing, flushes the sessions that were answered.
+    // True when anything happened.
+    bool step();
+    bool reading() const { return loader_.busy(); }
+
+    static uint64_t minimum_dram_bytes(const ModelSpec& spec);
+
+  private:
+    bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
+    bool may_hold(const Session& session, uint32_t cell) const;
+    void want(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
+    bool serve(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
+    void grant(ModelState& state, Session& session, uint32_t cell, uint32_t tag, Place place);
+    void fail(ModelState& state, Session& session, uint32_t cell, uint32_t tag, const Loaded& loaded);
+    void give_back(ModelState& state, Session& session, uint32_t cell, uint16_t Hold::*count);
+    void wait_for(Place place, uint32_t session, uint32_t tag);
+    Place place_for(ModelState& state, uint32_t cell);
+    bool grow(ModelState& state);
+    void take_in(const Loaded& loaded);
+    void serve_stalled(ModelState& state);
+    bool submit(ModelState& state);
+    void retire(ModelState& state);
+    void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
+    bool deactivate_idle(uint32_t except);
+    bool drain_surplus(uint32_t except);
+    void deactivate(ModelState& state);
+    uint64_t pool_bytes_free(uint32_t model) const;
+    struct Waiter {
+        uint32_t session;
+        uint32_t tag;
+        uint32_t next;
+    };
+
+    Memory memory_;
+    Reader& reader_;
+    Loader loader_;
+    uint64_t segment_bytes_;
+    uint32_t next_segment_ = 0;
+    uint32_t next_session_ = 1;
+    std::vector<std::unique_ptr<ModelState>> models_;
+    std::unordered_map<uint32_t, std::unique_ptr<Session>> sessions_;  // by id
+    std::vector<Waiter> waiters_;
+    uint32_t free_waiter_ = NO_WAITER;
+    std::vector<uint32_t> answered_;  // sessions to flush
+    std::vector<Loaded> loaded_;
+};
+
+}  // namespace weightd

@@ -1,0 +1,185 @@
+// Who gets which part of --dram: activation of models, growth of pools, and giving back.
+#include <algorithm>
+#include <cassert>
+
+#include "engine.h"
+
+namespace weightd {
+namespace {
+
+uint64_t pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+std::string mebibytes(uint64_t bytes) {
+    const uint64_t tenths = (bytes * 10 + (1U << 20) - 1) >> 20;
+    return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MiB";
+}
+
+uint64_t session_bytes(const ModelSpec& spec) {
+    return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
+}
+
+uint64_t checksum_bytes(const ModelSpec& spec) { return spec.checksums.size() * sizeof(uint64_t); }
+
+uint64_t activation_bytes(const ModelSpec& spec) {
+    return pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
+           SESSIONS_RESERVED * session_bytes(spec);
+}
+
+}  // namespace
+
+uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
+    const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
+    return activation_bytes(spec) + checksum_bytes(spec) + slots * spec.cell_bytes;
+}
+
+uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
+    spec.require_sound();
+    auto state = std::make_unique<ModelState>();
+    state->file = std::make_unique<DirectFile>(spec.bundles_path, allow_buffered);
+    const LayerSpec& last = spec.layers.back();
+    if (state->file->size_bytes() < last.offset_bytes + uint64_t{last.cells} * spec.cell_bytes) {
+        throw std::invalid_argument(spec.bundles_path + ": shorter than the catalog says (import the model again)");
+    }
+    if (!memory_.take(Account::tables, checksum_bytes(spec))) {
+        throw NoRoom(spec.name + ": its checksums need " + mebibytes(checksum_bytes(spec)) + " and --dram has " +
+                     mebibytes(memory_.free_bytes()) + " left: raise --dram");
+    }
+    state->spec = std::move(spec);
+    state->file_index = reader_.register_file(*state->file);
+    models_.push_back(std::move(state));
+    return static_cast<uint32_t>(models_.size() - 1);
+}
+
+bool Engine::activate(uint32_t model) {
+    ModelState& state = *models_.at(model);
+    const bool active = state.pool != nullptr;
+    const uint64_t user_bytes = state.users >= SESSIONS_RESERVED ? session_bytes(state.spec) : 0;
+    const uint64_t needed_bytes =
+        (active ? 0 : activation_bytes(state.spec) + 2 * SHARE_SLOTS_MIN * state.spec.cell_bytes) + user_bytes;
+    while (memory_.free_bytes() < needed_bytes) {
+        if (deactivate_idle(model)) continue;
+        if (drain_surplus(model)) return false;
+        throw NoRoom(state.spec.name + ": needs " + mebibytes(needed_bytes) + " of --dram " +
+                     mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(memory_.free_bytes()) +
+                     " is free and nothing more can be taken back: raise --dram or end a session");
+    }
+    memory_.take(Account::tables, user_bytes);
+    state.users++;
+    if (active) return true;
+    const uint64_t resident_bytes = pages(state.spec.resident_bytes);
+    memory_.take(Account::resident, resident_bytes);
+    memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
+    state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
+    return true;
+}
+
+void Engine::leave(uint32_t model) {
+    ModelState& state = *models_.at(model);
+    assert(state.users > 0);
+    if (state.users > SESSIONS_RESERVED) memory_.give(Account::tables, session_bytes(state.spec));
+    state.users--;
+}
+
+uint64_t Engine::pool_bytes_free(uint32_t model) const {
+    uint64_t spoken_for = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
+    for (uint32_t i = 0; i < models_.size(); i++) {
+        const ModelState& state = *models_[i];
+        if (state.pool == nullptr) continue;
+        spoken_for += state.guaranteed_slots * state.spec.cell_bytes;
+        if (i != model && state.users > 0) spoken_for += segment_bytes_;  // what its last segment may leave unused
+    }
+    return memory_.limit_bytes() - std::min(memory_.limit_bytes(), spoken_for);
+}
+
+// Half of what is left, at most: whoever comes next finds something too.
+uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted) const {
+    const ModelSpec& spec = models_.at(model)->spec;
+    const uint64_t left = pool_bytes_free(model) / spec.cell_bytes;
+    if (left < SHARE_SLOTS_MIN) {
+        throw NoRoom(spec.name + ": no share of the pool is left: " + std::to_string(left) + " slots of " +
+                     std::to_string(spec.cell_bytes) + " bytes are free, a session needs " +
+                     std::to_string(SHARE_SLOTS_MIN) + ": raise --dram or end a session");
+    }
+    const uint64_t most = std::min<uint64_t>(std::max<uint64_t>(SHARE_SLOTS_MIN, left / 2), spec.cell_count());
+    const uint64_t share = slots_wanted == 0 ? most : std::min<uint64_t>(slots_wanted, most);
+    return static_cast<uint32_t>(std::max<uint64_t>(share, SHARE_SLOTS_MIN));
+}
+
+Place Engine::place_for(ModelState& state, uint32_t cell) {
+    if (!state.pool->has_free()) grow(state);
+    return state.pool->insert(cell);
+}
+
+bool Engine::grow(ModelState& state) {
+    const uint64_t cell_bytes = state.spec.cell_bytes;
+    if (state.pool->slots() >= state.spec.cell_count()) return false;
+    const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
+    const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
+    const uint64_t slots =
+        std::min<uint64_t>(std::min(wanted_bytes, memory_.free_bytes()) / cell_bytes, SEGMENT_SLOTS_MAX);
+    if (slots == 0) {
+        if (state.pool->slots() < state.guaranteed_slots) drain_surplus(static_cast<uint32_t>(-1));
+        return false;
+    }
+    SharedMemory memory("weightd-pool", slots * cell_bytes);
+    memory.seal();
+    memory_.take(Account::pool, slots * cell_bytes);
+    Segment& segment = state.pool->add_segment(next_segment_++, std::move(memory));
+    segment.buffer_index = reader_.register_memory(segment.memory.bytes());
+    return true;
+}
+
+// True when a segment that some model can spare is on its way out.
+bool Engine::drain_surplus(uint32_t except) {
+    ModelState* chosen = nullptr;
+    uint64_t most_bytes = 0;
+    for (uint32_t i = 0; i < models_.size(); i++) {
+        ModelState& state = *models_[i];
+        if (state.pool == nullptr) continue;
+        if (state.pool->draining() > 0) return true;
+        const uint64_t slots = state.pool->slots();
+        const uint64_t segment_slots = segment_bytes_ / state.spec.cell_bytes;
+        if (slots < state.guaranteed_slots + segment_slots) continue;
+        const uint64_t surplus_bytes = (slots - state.guaranteed_slots) * state.spec.cell_bytes / (i == except ? 2 : 1);
+        if (surplus_bytes > most_bytes) {
+            most_bytes = surplus_bytes;
+            chosen = &state;
+        }
+    }
+    return chosen != nullptr && chosen->pool->start_draining();
+}
+
+void Engine::retire(ModelState& state) {
+    for (auto& segment : state.pool->retire_drained()) drop_segment(state, std::move(segment));
+}
+
+void Engine::drop_segment(ModelState& state, std::unique_ptr<Segment> segment) {
+    for (const auto& [id, session] : sessions_) {
+        if (models_[session->model].get() == &state) session->segment_gone(segment->number);
+    }
+    memory_.give(Account::pool, segment->slots.size() * uint64_t{state.spec.cell_bytes});
+    reader_.unregister_memory(segment->buffer_index);
+    segment->memory.drain();
+}
+
+bool Engine::deactivate_idle(uint32_t except) {
+    for (uint32_t i = 0; i < models_.size(); i++) {
+        ModelState& state = *models_[i];
+        if (i == except || state.pool == nullptr || state.users > 0 || state.pool->busy() > 0) continue;
+        deactivate(state);
+        return true;
+    }
+    return false;
+}
+
+void Engine::deactivate(ModelState& state) {
+    while (state.pool->start_draining()) retire(state);
+    memory_.give(Account::tables, activation_bytes(state.spec) - pages(state.spec.resident_bytes));
+    memory_.give(Account::resident, pages(state.spec.resident_bytes));
+    state.resident.drain();
+    state.resident = {};
+    state.resident_ready = false;
+    state.pool.reset();
+}
+
+}  // namespace weightd

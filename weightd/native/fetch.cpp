@@ -1,0 +1,126 @@
+// Cells in-band: a session inside the daemon, for what goes over gRPC.
+#include <algorithm>
+#include <condition_variable>
+#include <cstring>
+#include <system_error>
+
+#include "service.h"
+
+namespace weightd {
+namespace {
+
+constexpr std::chrono::milliseconds STOP_CHECK{200};
+
+class FetchSession final : public Session {
+  public:
+    using Session::Session;
+
+    struct Answer {
+        const std::byte* address = nullptr;
+        ring::Status status = ring::GRANTED;
+        uint32_t detail = 0;
+    };
+
+    void expect(size_t count) {
+        const std::lock_guard guard(lock_);
+        answers_.assign(count, {});
+        owed_ = count;
+    }
+
+    void granted(uint32_t tag, uint32_t, Place place, const Pool& pool) override {
+        answer(tag, {pool.address(place), ring::GRANTED, 0});
+    }
+
+    void failed(uint32_t tag, uint32_t, ring::Status status, uint32_t detail) override {
+        answer(tag, {nullptr, status, detail});
+    }
+
+    void flush() override { answered_.notify_one(); }
+
+    template <typename Stopping>
+    std::vector<Answer> wait(Stopping stopping) {
+        std::unique_lock guard(lock_);
+        while (!answered_.wait_for(guard, STOP_CHECK, [this] { return owed_ == 0; })) {
+            if (stopping()) throw std::runtime_error("weightd is stopping");
+        }
+        return answers_;
+    }
+
+  private:
+    void answer(uint32_t tag, Answer answer) {
+        const std::lock_guard guard(lock_);
+        answers_[tag] = answer;
+        owed_--;
+    }
+
+    std::mutex lock_;  // guards answers_, owed_
+    std::condition_variable answered_;
+    std::vector<Answer> answers_;
+    size_t owed_ = 0;
+};
+
+void require_good(const ModelSpec& spec, uint32_t layer, uint32_t cell, const FetchSession::Answer& answer) {
+    if (answer.status == ring::UNREADABLE) {
+        throw std::system_error(static_cast<int>(answer.detail), std::generic_category(), spec.bundles_path);
+    }
+    if (answer.status == ring::CORRUPT) {
+        const uint32_t position = cell * spec.bundles_per_cell + answer.detail;
+        throw FetchFailed(spec.name + ": layer " + std::to_string(layer) + ", neuron at position " +
+                          std::to_string(position) + " differs from its checksum: import the model again");
+    }
+}
+
+}  // namespace
+
+void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
+    ensure_active(model);
+    const ModelSpec& spec = engine_->model(model).spec;
+    FetchSession* session = nullptr;
+    const auto end = [&] {
+        on_loop([&] {
+            if (session != nullptr) engine_->close(session->id);
+            engine_->leave(model);
+        });
+    };
+    try {
+        on_loop([&] {
+            const auto wanted = static_cast<uint32_t>(std::clamp<size_t>(cells.size(), 1, FETCH_SLOTS_MAX));
+            const uint32_t share = engine_->share_for(model, wanted);
+            session = static_cast<FetchSession*>(
+                &engine_->open(std::make_unique<FetchSession>(model, spec.cell_count(), share)));
+        });
+        for (size_t first = 0; first < cells.size(); first += session->share_slots) {
+            const auto batch = cells.subspan(first, std::min<size_t>(session->share_slots, cells.size() - first));
+            session->expect(batch.size());
+            on_loop([&] {
+                for (uint32_t i = 0; i < batch.size(); i++) {
+                    if (!engine_->acquire(*session, layer, batch.subspan(i, 1), i)) {
+                        throw std::out_of_range(spec.name + ": no such layer or cell");
+                    }
+                }
+            });
+            const auto answers = session->wait([this] { return stopping(); });
+            for (size_t i = 0; i < batch.size(); i++) {
+                require_good(spec, layer, batch[i], answers[i]);
+                std::memcpy(out.data() + (first + i) * spec.cell_bytes, answers[i].address, spec.cell_bytes);
+            }
+            on_loop([&] { engine_->release(*session, layer, batch); });
+        }
+    } catch (...) {
+        end();
+        throw;
+    }
+    end();
+}
+
+void Service::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
+    ensure_active(model);
+    const ModelState& state = engine_->model(model);
+    const bool inside =
+        offset_bytes <= state.spec.resident_bytes && out.size() <= state.spec.resident_bytes - offset_bytes;
+    if (inside) std::memcpy(out.data(), state.resident.data() + offset_bytes, out.size());
+    on_loop([&] { engine_->leave(model); });
+    if (!inside) throw std::out_of_range(state.spec.name + ": beyond the end of the resident weights");
+}
+
+}  // namespace weightd

@@ -1,0 +1,140 @@
+#include "loader.h"
+
+#include <algorithm>
+
+namespace weightd {
+
+LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
+    const ModelSpec& spec = *source.spec;
+    std::sort(cells.begin(), cells.end(), [](const Missing& a, const Missing& b) { return a.cell < b.cell; });
+    std::vector<Flight> flights;
+    LoadCounts counts;
+    for (const Missing& missing : cells) {
+        counts.read_bytes += spec.cell_bytes;
+        if (!flights.empty()) {
+            std::vector<Missing>& run = flights.back().cells;
+            const bool adjacent = spec.offset_of(run.back().cell) + spec.cell_bytes == spec.offset_of(missing.cell);
+            const bool fits = (run.size() + 1) * spec.cell_bytes <= READ_BYTES_MAX && run.size() < PIECES_MAX;
+            if (adjacent && fits) {
+                run.push_back(missing);
+                continue;
+            }
+        }
+        flights.push_back({source, {missing}, false});
+    }
+    counts.reads = flights.size();
+    start(std::move(flights));
+    return counts;
+}
+
+void Loader::start(std::vector<Flight> flights) {
+    std::vector<Read> reads;
+    reads.reserve(flights.size());
+    for (Flight& flight : flights) {
+        const uint64_t tag = next_tag_++;
+        reads.push_back(read_of(flight, tag));
+        flights_.emplace(tag, std::move(flight));
+    }
+    if (!reads.empty()) reader_.submit(std::move(reads));
+}
+
+Read Loader::read_of(const Flight& flight, uint64_t tag) const {
+    const ModelSpec& spec = *flight.source.spec;
+    Read read;
+    read.tag = tag;
+    read.file = flight.source.file;
+    read.file_index = flight.source.file_index;
+    read.offset_bytes = spec.offset_of(flight.cells.front().cell);
+    const Segment* segment = flight.cells.front().place.segment;
+    bool one_segment = true;
+    for (const Missing& missing : flight.cells) {
+        one_segment = one_segment && missing.place.segment == segment;
+        if (!read.pieces.empty()) {  // slots that are neighbours too need no piece of their own
+            iovec& last = read.pieces.back();
+            if (static_cast<std::byte*>(last.iov_base) + last.iov_len == missing.address) {
+                last.iov_len += spec.cell_bytes;
+                continue;
+            }
+        }
+        read.pieces.push_back({missing.address, spec.cell_bytes});
+    }
+    read.buffer_index = read.pieces.size() == 1 && one_segment ? segment->buffer_index : -1;
+    return read;
+}
+
+Job Loader::job_of(const Flight& flight, uint64_t tag) const {
+    const ModelSpec& spec = *flight.source.spec;
+    Job job;
+    job.tag = tag;
+    job.checks.reserve(flight.cells.size() * spec.bundles_per_cell);
+    for (const Missing& missing : flight.cells) {
+        const uint32_t layer = spec.layer_of(missing.cell);
+        const uint32_t cell = missing.cell - spec.layers[layer].first_cell;
+        const uint64_t* expected =
+            &spec.checksums[spec.layers[layer].first_checksum + uint64_t{cell} * spec.bundles_per_cell];
+        for (uint32_t i = 0; i < spec.bundles_in(layer, cell); i++) {
+            job.checks.push_back({missing.address + uint64_t{i} * spec.stride_bytes, spec.bundle_bytes, expected[i]});
+        }
+    }
+    return job;
+}
+
+void Loader::reap(std::vector<Loaded>& loaded) {
+    std::vector<Job> jobs;
+    std::vector<Flight> again;
+    completions_.clear();
+    reader_.reap(completions_);
+    for (const Completion& completion : completions_) finish_read(completion, loaded, jobs, again);
+    verifier_.submit(std::move(jobs));
+    done_.clear();
+    verifier_.reap(done_);
+    for (const Job& job : done_) finish_job(job, loaded, again);
+    start(std::move(again));
+}
+
+void Loader::finish_read(const Completion& completion, std::vector<Loaded>& loaded, std::vector<Job>& jobs,
+                         std::vector<Flight>& again) {
+    const auto found = flights_.find(completion.tag);
+    Flight& flight = found->second;
+    if (completion.error == 0) {
+        jobs.push_back(job_of(flight, completion.tag));
+        return;
+    }
+    for (const Missing& missing : flight.cells) {  // one bad block must not fail its neighbours: each alone, once more
+        if (flight.second_try) {
+            loaded.push_back({flight.source.model, missing.cell, missing.place, completion.error, -1});
+        } else {
+            again.push_back({flight.source, {missing}, true});
+        }
+    }
+    flights_.erase(found);
+}
+
+void Loader::finish_job(const Job& job, std::vector<Loaded>& loaded, std::vector<Flight>& again) {
+    const auto found = flights_.find(job.tag);
+    Flight& flight = found->second;
+    const ModelSpec& spec = *flight.source.spec;
+    std::vector<int32_t> wrong_bundle(flight.cells.size(), -1);
+    for (const uint32_t check : job.wrong) {  // every cell but a layer's last is full, and a run may cross layers
+        size_t cell = 0;
+        uint32_t left = check;
+        while (true) {
+            const uint32_t layer = spec.layer_of(flight.cells[cell].cell);
+            const uint32_t count = spec.bundles_in(layer, flight.cells[cell].cell - spec.layers[layer].first_cell);
+            if (left < count) break;
+            left -= count;
+            cell++;
+        }
+        wrong_bundle[cell] = static_cast<int32_t>(left);
+    }
+    for (size_t i = 0; i < flight.cells.size(); i++) {
+        if (wrong_bundle[i] >= 0 && !flight.second_try) {  // a transfer may have gone wrong: the flash decides
+            again.push_back({flight.source, {flight.cells[i]}, true});
+        } else {
+            loaded.push_back({flight.source.model, flight.cells[i].cell, flight.cells[i].place, 0, wrong_bundle[i]});
+        }
+    }
+    flights_.erase(found);
+}
+
+}  // namespace weightd

@@ -1,0 +1,71 @@
+// From cells that are missing to cells that are verified: merges neighbours, reads, checks, reports.
+#pragma once
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include "model.h"
+#include "pool.h"
+#include "reader.h"
+#include "verify.h"
+
+namespace weightd {
+
+struct Source {  // what the loader must know of a model
+    uint32_t model;
+    const ModelSpec* spec;
+    const DirectFile* file;
+    int file_index;
+};
+
+struct Missing {
+    uint32_t cell;  // of the model's numbering
+    Place place;
+    std::byte* address;
+};
+
+struct Loaded {
+    uint32_t model;
+    uint32_t cell;
+    Place place;
+    int error;             // 0, or an errno of the read
+    int32_t wrong_bundle;  // index in the cell of a bundle whose checksum differs, or -1
+};
+
+struct LoadCounts {
+    uint64_t reads = 0;
+    uint64_t read_bytes = 0;
+};
+
+class Loader {
+  public:
+    Loader(Reader& reader, Verifier& verifier) : reader_(reader), verifier_(verifier) {}
+    // Reads each cell into its place. Returns what that costs the device.
+    LoadCounts load(const Source& source, std::vector<Missing> cells);
+    // What has been read and checked, or failed twice, since the last call; never blocks.
+    void reap(std::vector<Loaded>& loaded);
+    bool busy() const { return !flights_.empty(); }
+
+  private:
+    struct Flight {
+        Source source;
+        std::vector<Missing> cells;  // neighbours on flash
+        bool second_try = false;
+    };
+    Read read_of(const Flight& flight, uint64_t tag) const;
+    Job job_of(const Flight& flight, uint64_t tag) const;
+    void start(std::vector<Flight> flights);
+    void finish_read(const Completion& completion, std::vector<Loaded>& loaded, std::vector<Job>& jobs,
+                     std::vector<Flight>& again);
+    void finish_job(const Job& job, std::vector<Loaded>& loaded, std::vector<Flight>& again);
+
+    Reader& reader_;
+    Verifier& verifier_;
+    std::unordered_map<uint64_t, Flight> flights_;  // by tag
+    uint64_t next_tag_ = 0;
+    std::vector<Completion> completions_;
+    std::vector<Job> done_;
+};
+
+}  // namespace weightd

@@ -1,0 +1,54 @@
+// The account of --dram: resident weights, pool segments, tables and rings are all paid from it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "direct_file.h"
+
+namespace weightd {
+
+enum class Account { pool, resident, tables };
+
+class Memory {
+  public:
+    explicit Memory(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
+    bool take(Account account, uint64_t bytes);  // false when it does not fit; nothing is taken then
+    void give(Account account, uint64_t bytes);
+    uint64_t limit_bytes() const { return limit_bytes_; }
+    uint64_t used_bytes(Account account) const { return used_bytes_[static_cast<size_t>(account)]; }
+    uint64_t free_bytes() const { return limit_bytes_ - used_bytes_[0] - used_bytes_[1] - used_bytes_[2]; }
+
+  private:
+    uint64_t limit_bytes_;
+    uint64_t used_bytes_[3] = {0, 0, 0};
+};
+
+// Shared memory that this process fills and others read: a memfd, mapped here.
+//
+// After seal() nobody can map it writable, write to it or grow it, whatever descriptor they hold; the mapping here
+// stays writable. It can still be cut to nothing, so that drain() gives the memory back while clients map it.
+class SharedMemory {
+  public:
+    SharedMemory() = default;
+    SharedMemory(const char* name, size_t bytes);  // throws std::system_error
+    SharedMemory(SharedMemory&& other) noexcept;
+    SharedMemory& operator=(SharedMemory&& other) noexcept;
+    ~SharedMemory();
+    void seal();   // F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL; and a read-only descriptor to pass on
+    void fix();    // F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: writable by both sides, of one size for ever
+    void drain();  // unmaps it and gives its memory back at once
+    std::byte* data() const { return data_; }
+    std::span<std::byte> bytes() const { return {data_, bytes_}; }
+    int shared_fd() const { return shared_.get() >= 0 ? shared_.get() : owned_.get(); }
+
+  private:
+    Descriptor owned_;
+    Descriptor shared_;
+    std::byte* data_ = nullptr;
+    size_t bytes_ = 0;
+};
+
+}  // namespace weightd

@@ -1,0 +1,123 @@
+// The portable engine: each of N threads takes the next read, does it with preadv, and reports.
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#include "reader.h"
+
+namespace weightd {
+namespace {
+
+int read_whole(Read& read) {
+    while (true) {
+        const ssize_t got = ::preadv(read.file->fd(), read.pieces.data(), static_cast<int>(read.pieces.size()),
+                                     static_cast<off_t>(read.offset_bytes));
+        if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
+        if (got < 0) return errno;
+        if (got == 0) return EIO;  // the file ends before what is expected
+        if (read.file->buffered()) {
+            ::posix_fadvise(read.file->fd(), static_cast<off_t>(read.offset_bytes), got, POSIX_FADV_DONTNEED);
+        }
+        if (!read.advance(static_cast<size_t>(got))) return 0;
+    }
+}
+
+class ThreadReader final : public Reader {
+  public:
+    explicit ThreadReader(uint32_t threads) : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+        if (event_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+        for (uint32_t i = 0; i < threads; i++) workers_.emplace_back([this] { work(); });
+    }
+
+    ~ThreadReader() override {
+        {
+            const std::lock_guard guard(queue_lock_);
+            stopping_ = true;
+        }
+        queued_.notify_all();
+        for (std::thread& worker : workers_) worker.join();
+    }
+
+    std::string level() const override { return std::to_string(workers_.size()) + " reading threads"; }
+    int register_file(const DirectFile&) override { return -1; }
+    void unregister_file(int) override {}
+    int register_memory(std::span<std::byte>) override { return -1; }
+    void unregister_memory(int) override {}
+    int event_fd() const override { return event_.get(); }
+
+    void submit(std::vector<Read> reads) override {
+        const size_t count = reads.size();
+        size_t idle = 0;
+        {
+            const std::lock_guard guard(queue_lock_);
+            for (Read& read : reads) queue_.push_back(std::move(read));
+            idle = idle_;
+        }
+        for (size_t i = 0; i < count && i < idle; i++) queued_.notify_one();  // the busy ones look again by themselves
+    }
+
+    void reap(std::vector<Completion>& completions) override {
+        uint64_t ignored = 0;
+        if (::read(event_.get(), &ignored, sizeof ignored) < 0) return;  // nothing reported since
+        const std::lock_guard guard(done_lock_);
+        completions.insert(completions.end(), done_.begin(), done_.end());
+        done_.clear();
+    }
+
+    void wait() override {
+        pollfd event{event_.get(), POLLIN, 0};
+        while (::poll(&event, 1, -1) < 0 && errno == EINTR) {
+        }
+    }
+
+  private:
+    void work() {
+        std::unique_lock guard(queue_lock_);
+        while (true) {
+            idle_++;
+            queued_.wait(guard, [this] { return stopping_ || !queue_.empty(); });
+            idle_--;
+            if (stopping_) return;
+            Read read = std::move(queue_.front());
+            queue_.pop_front();
+            guard.unlock();
+            report({read.tag, read_whole(read)});
+            guard.lock();
+        }
+    }
+
+    void report(Completion completion) {
+        bool first = false;
+        {
+            const std::lock_guard guard(done_lock_);
+            first = done_.empty();
+            done_.push_back(completion);
+        }
+        const uint64_t one = 1;
+        if (first && ::write(event_.get(), &one, sizeof one) < 0) std::terminate();  // an own eventfd cannot fill up
+    }
+
+    Descriptor event_;
+    std::vector<std::thread> workers_;
+    std::mutex queue_lock_;  // guards queue_, idle_, stopping_
+    std::condition_variable queued_;
+    std::deque<Read> queue_;
+    size_t idle_ = 0;
+    bool stopping_ = false;
+    std::mutex done_lock_;  // guards done_
+    std::vector<Completion> done_;
+};
+
+}  // namespace
+
+std::unique_ptr<Reader> make_thread_reader(uint32_t threads) { return std::make_unique<ThreadReader>(threads); }
+
+}  // namespace weightd

@@ -1,0 +1,63 @@
+#include "resident.h"
+
+#include <cerrno>
+#include <stdexcept>
+#include <system_error>
+
+#include "checksum.h"
+#include "reader.h"
+
+namespace weightd {
+namespace {
+
+constexpr uint64_t BLOCK_BYTES = 4096;
+
+uint64_t blocks(uint64_t bytes) { return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES; }
+
+void read_all(const DirectFile& file, SharedMemory& memory, const ReaderChoice& choice) {
+    std::string note;
+    const auto reader = make_reader(choice.kind, choice.threads, choice.depth, note);
+    std::vector<Read> reads;
+    const uint64_t length_bytes = memory.bytes().size();
+    for (uint64_t offset = 0; offset < length_bytes; offset += READ_BYTES_MAX) {
+        const uint64_t bytes = std::min<uint64_t>(READ_BYTES_MAX, length_bytes - offset);
+        Read read;
+        read.file = &file;
+        read.offset_bytes = offset;
+        read.pieces = {{memory.data() + offset, bytes}};
+        reads.push_back(std::move(read));
+    }
+    const size_t count = reads.size();
+    reader->submit(std::move(reads));
+    std::vector<Completion> completions;
+    while (completions.size() < count) {
+        reader->wait();
+        reader->reap(completions);
+    }
+    for (const Completion& completion : completions) {
+        if (completion.error != 0) throw std::system_error(completion.error, std::generic_category(), file.path());
+    }
+}
+
+}  // namespace
+
+SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice) {
+    const DirectFile file(spec.resident_path, choice.allow_buffered);
+    if (file.size_bytes() != spec.resident_bytes) {
+        throw CorruptResident(spec.name + ": " + spec.resident_path + " has " + std::to_string(file.size_bytes()) +
+                              " bytes where the catalog says " + std::to_string(spec.resident_bytes) +
+                              ": import the model again");
+    }
+    SharedMemory memory("weightd-resident", blocks(spec.resident_bytes));
+    read_all(file, memory, choice);
+    for (const TensorSpec& tensor : spec.tensors) {
+        if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) != tensor.checksum) {
+            throw CorruptResident(spec.name + ": resident tensor " + tensor.name +
+                                  " differs from its checksum: import the model again");
+        }
+    }
+    memory.seal();
+    return memory;
+}
+
+}  // namespace weightd

@@ -1,0 +1,150 @@
+#include "ring_session.h"
+
+#include <linux/futex.h>
+#include <sys/eventfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cassert>
+#include <cerrno>
+#include <climits>
+#include <cstring>
+#include <new>
+#include <system_error>
+
+namespace weightd {
+
+inline constexpr std::chrono::seconds ATTACH_WITHIN{10};
+
+bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors) {
+    iovec part{const_cast<void*>(data), bytes};
+    alignas(cmsghdr) std::array<char, CMSG_SPACE(4 * sizeof(int))> control{};
+    assert(descriptors.size() <= 4);
+    msghdr message{};
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    if (!descriptors.empty()) {
+        message.msg_control = control.data();
+        message.msg_controllen = CMSG_SPACE(descriptors.size_bytes());
+        cmsghdr* header = CMSG_FIRSTHDR(&message);
+        header->cmsg_level = SOL_SOCKET;
+        header->cmsg_type = SCM_RIGHTS;
+        header->cmsg_len = CMSG_LEN(descriptors.size_bytes());
+        std::memcpy(CMSG_DATA(header), descriptors.data(), descriptors.size_bytes());
+    }
+    return ::sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
+}
+
+RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token)
+    : Session(model, cells, share_slots),
+      token_(token),
+      attach_before_(Clock::now() + ATTACH_WITHIN),
+      memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),
+      doorbell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (doorbell_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+    new (memory_.data()) ring::Ring{};
+    memory_.fix();
+    ring().header.magic = ring::MAGIC;
+    ring().header.version = ring::VERSION;
+    ring().header.lease_limit.store(share_slots);
+}
+
+bool RingSession::attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd) {
+    socket_ = std::move(socket);
+    process_ = std::move(process);
+    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, share_slots, 0};
+    const std::array descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
+    return send_with_descriptors(socket_.get(), &welcome, sizeof welcome, descriptors);
+}
+
+bool RingSession::has_requests() const {
+    return !broken_ && ring().header.request_tail.load(std::memory_order_acquire) != request_head_;
+}
+
+std::optional<RingSession::Taken> RingSession::take() {
+    if (!has_requests()) return std::nullopt;
+    const uint32_t waiting = ring().header.request_tail.load(std::memory_order_acquire) - request_head_;
+    const uint32_t index = request_head_ % ring::REQUESTS;
+    ring::Request request{};
+    std::memcpy(&request, &ring().requests[index], sizeof request);
+    if (waiting > ring::REQUESTS || !unpack(request, index)) {
+        broken_ = true;
+        return std::nullopt;
+    }
+    request_head_++;
+    ring().header.request_head.store(request_head_, std::memory_order_release);
+    return Taken{static_cast<ring::Op>(request.op), request.layer, request.tag, cells_};
+}
+
+// Copies the words once and works on the copy: the client may change them at any moment.
+bool RingSession::unpack(const ring::Request& request, uint32_t index) {
+    if (request.op < ring::ACQUIRE || request.op > ring::PREFETCH || request.word_count > ring::WORDS) return false;
+    const uint32_t* words = ring().words[index];
+    cells_.assign(words, words + request.word_count);
+    if (request.form == ring::RANGES) {
+        if (request.word_count % 2 != 0) return false;
+        const std::vector<uint32_t> borders = std::move(cells_);
+        cells_.clear();
+        for (size_t i = 0; i < borders.size(); i += 2) {
+            if (borders[i] > borders[i + 1] || borders[i + 1] - borders[i] > ring::GRANTS - cells_.size()) return false;
+            for (uint32_t cell = borders[i]; cell < borders[i + 1]; cell++) cells_.push_back(cell);
+        }
+    } else if (request.form != ring::CELLS) {
+        return false;
+    }
+    if (request.op != ring::ACQUIRE) return true;
+    const uint32_t unread = grant_tail_ - ring().header.grant_head.load(std::memory_order_acquire);
+    answers_owed_ += static_cast<uint32_t>(cells_.size());
+    return unread <= ring::GRANTS && answers_owed_ <= ring::GRANTS - unread;
+}
+
+void RingSession::answer(const ring::Grant& grant) {
+    assert(answers_owed_ > 0);
+    answers_owed_--;
+    ring().grants[grant_tail_++ % ring::GRANTS] = grant;
+}
+
+void RingSession::granted(uint32_t tag, uint32_t cell, Place place, const Pool&) {
+    if (broken_) return;
+    const uint32_t number = place.segment->number;
+    assert(number <= ring::SEGMENT_MASK);
+    if (segments_known_.insert(number).second) {
+        const ring::SegmentNews news{number, static_cast<uint32_t>(place.segment->slots.size())};
+        const std::array descriptors{place.segment->memory.shared_fd()};
+        broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, descriptors);  // it does not read them
+    }
+    answer({tag, cell, place.index, number});
+}
+
+void RingSession::failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) {
+    if (!broken_) answer({tag, cell, detail, status << ring::STATUS_SHIFT});
+}
+
+void RingSession::segment_gone(uint32_t segment) {
+    if (segments_known_.erase(segment) == 0) return;
+    const ring::SegmentNews news{segment, 0};
+    broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, {}) || broken_;
+}
+
+void RingSession::flush() {
+    ring().header.grant_tail.store(grant_tail_, std::memory_order_release);
+    wake();
+}
+
+void RingSession::wake() {
+    ring::Header& header = ring().header;
+    header.bell.fetch_add(1);
+    if (header.client_sleeps.load() == 0) return;
+    ::syscall(SYS_futex, &header.bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void RingSession::announce_sleep(bool sleeps) { ring().header.daemon_sleeps.store(sleeps ? 1 : 0); }
+
+void RingSession::close(ring::State state) {
+    ring().header.state.store(state);
+    ring().header.client_sleeps.store(1);  // whatever the client wrote there: it must hear this
+    wake();
+}
+
+}  // namespace weightd

@@ -1,0 +1,79 @@
+// A session of another process: the daemon's end of one ring (proto/ring.h).
+//
+// Nothing that the client writes is trusted: indices are kept here, requests are copied before they are checked, and
+// nothing here can block on the client.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <optional>
+#include <set>
+#include <span>
+#include <vector>
+
+#include "memory.h"
+#include "ring.h"
+#include "session.h"
+
+namespace weightd {
+
+using Token = std::array<uint8_t, ring::TOKEN_BYTES>;
+using Clock = std::chrono::steady_clock;
+
+class RingSession final : public Session {
+  public:
+    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token);
+
+    // The client has connected: passes it the ring, the doorbell and the resident weights. False: it does not listen.
+    bool attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd);
+    bool attached() const { return socket_.get() >= 0; }
+    bool expired() const { return !attached() && Clock::now() > attach_before_; }
+
+    struct Taken {  // a request, copied and unpacked
+        ring::Op op;
+        uint32_t layer;
+        uint32_t tag;
+        std::span<const uint32_t> cells;  // valid until the next call
+    };
+    // The next request, or none. `broken` is set when the client broke a rule.
+    std::optional<Taken> take();
+    bool has_requests() const;
+    void announce_sleep(bool sleeps);
+    void break_rule() { broken_ = true; }
+    bool broken() const { return broken_; }
+    void close(ring::State state);  // tells the client and wakes it
+
+    void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) override;
+    void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) override;
+    void flush() override;
+    void segment_gone(uint32_t segment) override;
+
+    const Token& token() const { return token_; }
+    int socket_fd() const { return socket_.get(); }
+    int doorbell_fd() const { return doorbell_.get(); }
+    int process_fd() const { return process_.get(); }
+
+  private:
+    ring::Ring& ring() const { return *reinterpret_cast<ring::Ring*>(memory_.data()); }
+    bool unpack(const ring::Request& request, uint32_t index);
+    void answer(const ring::Grant& grant);
+    void wake();
+
+    Token token_;
+    Clock::time_point attach_before_;
+    SharedMemory memory_;
+    Descriptor doorbell_;
+    Descriptor socket_;
+    Descriptor process_;  // pidfd of the client
+    uint32_t request_head_ = 0;
+    uint32_t grant_tail_ = 0;
+    uint32_t answers_owed_ = 0;
+    bool broken_ = false;
+    std::vector<uint32_t> cells_;
+    std::set<uint32_t> segments_known_;
+};
+
+// Sends one message with descriptors over a SOCK_SEQPACKET socket without blocking; false when it cannot be sent.
+bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors);
+
+}  // namespace weightd

@@ -1,0 +1,338 @@
+#include "service.h"
+
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cstring>
+#include <system_error>
+
+namespace weightd {
+namespace {
+
+constexpr uint32_t CONNECTIONS_MAX = 64;  // that have not said Hello; more are closed at once
+constexpr std::chrono::seconds HELLO_WITHIN{10};
+constexpr std::chrono::seconds ROOM_WITHIN{10};  // how long an opener waits for segments to drain
+constexpr int EXPIRY_CHECK_MS = 1000;
+
+enum Kind : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION };
+
+uint64_t event_data(Kind kind, uint32_t id) { return static_cast<uint64_t>(kind) << 32 | id; }
+
+[[noreturn]] void fail(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
+
+Descriptor listen_at(const std::string& path) {
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    if (path.size() >= sizeof address.sun_path) {
+        errno = ENAMETOOLONG;
+        fail(path);
+    }
+    std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+    Descriptor listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    ::unlink(path.c_str());
+    if (listener.get() < 0 || ::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0 ||
+        ::listen(listener.get(), CONNECTIONS_MAX) < 0) {
+        fail(path);
+    }
+    return listener;
+}
+
+uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrency() / 2); }
+
+}  // namespace
+
+Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket)
+    : choice_(std::move(choice)), data_socket_path_(data_socket) {
+    reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
+    verifier_ = std::make_unique<Verifier>(verify_threads());
+    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_);
+    epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
+    command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (epoll_.get() < 0 || command_event_.get() < 0) fail("epoll");
+    listener_ = listen_at(data_socket);
+    watch(command_event_.get(), event_data(COMMAND, 0), EPOLLIN);
+    watch(reader_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN);
+    watch(verifier_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN);
+    watch(listener_.get(), event_data(LISTENER, 0), EPOLLIN);
+    thread_ = std::thread([this] { run(); });
+}
+
+Service::~Service() { stop(); }
+
+void Service::stop() {
+    {
+        const std::lock_guard guard(command_lock_);
+        stopping_ = true;
+    }
+    const uint64_t one = 1;
+    if (::write(command_event_.get(), &one, sizeof one) < 0) return;
+    if (thread_.joinable()) thread_.join();
+    ::unlink(data_socket_path_.c_str());
+}
+
+void Service::watch(int fd, uint64_t data, uint32_t events) {
+    epoll_event event{};
+    event.events = events;
+    event.data.u64 = data;
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) fail("epoll_ctl");
+}
+
+// ---- the loop ----
+
+void Service::run() {
+    ::pthread_setname_np(::pthread_self(), "weightd-engine");
+    loop();
+    while (!rings_.empty()) close_session(rings_.begin()->first, ring::CLOSED_BY_DAEMON);
+    connections_.clear();
+    while (engine_->reading()) {  // nothing may land in memory that is gone
+        if (!engine_->step()) ::usleep(200);
+    }
+    run_commands();  // whoever posted one while we stopped is answered
+}
+
+void Service::loop() {
+    while (true) {
+        run_commands();
+        if (stopping()) return;
+        bool any = serve_rings();
+        any = engine_->step() || any;
+        if (!any) sleep_until_event();
+    }
+}
+
+bool Service::serve_rings() {
+    bool any = false;
+    for (auto next = rings_.begin(); next != rings_.end();) {
+        const auto [id, ring] = *next++;
+        if (!ring->attached()) continue;
+        any = serve_ring(*ring) || any;
+        if (ring->broken()) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);
+    }
+    return any;
+}
+
+bool Service::serve_ring(RingSession& session) {
+    bool any = false;
+    for (uint32_t i = 0; i < ring::REQUESTS; i++) {  // then the others have their turn
+        const auto taken = session.take();
+        if (!taken) break;
+        any = true;
+        bool kept = false;
+        switch (taken->op) {
+            case ring::ACQUIRE:
+                kept = engine_->acquire(session, taken->layer, taken->cells, taken->tag);
+                break;
+            case ring::RELEASE:
+                kept = engine_->release(session, taken->layer, taken->cells);
+                break;
+            case ring::PREFETCH:
+                kept = engine_->prefetch(session, taken->layer, taken->cells);
+                break;
+        }
+        if (!kept) session.break_rule();
+        if (session.broken()) break;
+    }
+    return any;
+}
+
+void Service::sleep_until_event() {
+    bool waiting = false;
+    bool unattached = !connections_.empty();
+    for (const auto& [id, ring] : rings_) {
+        ring->announce_sleep(true);
+        waiting = waiting || (ring->attached() && ring->has_requests());
+        unattached = unattached || !ring->attached();
+    }
+    std::array<epoll_event, 64> events;
+    const int timeout_ms = waiting ? 0 : unattached ? EXPIRY_CHECK_MS : -1;
+    const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
+    for (const auto& [id, ring] : rings_) ring->announce_sleep(false);
+    for (int i = 0; i < count; i++) {
+        const auto kind = static_cast<Kind>(events[i].data.u64 >> 32);
+        const auto id = static_cast<uint32_t>(events[i].data.u64);
+        if (kind == LISTENER) accept_connections();
+        if (kind == CONNECTION) greet(static_cast<int>(id));
+        if (kind == SESSION) close_session(id, ring::CLOSED_BY_DAEMON);  // hung up, or its process ended
+    }
+    if (unattached) close_expired();
+}
+
+// ---- commands ----
+
+void Service::post(std::function<void()> command) {
+    {
+        const std::lock_guard guard(command_lock_);
+        if (stopping_) throw std::runtime_error("weightd is stopping");
+        commands_.push_back(std::move(command));
+    }
+    const uint64_t one = 1;
+    if (::write(command_event_.get(), &one, sizeof one) < 0) fail("eventfd");
+}
+
+bool Service::stopping() {
+    const std::lock_guard guard(command_lock_);
+    return stopping_;
+}
+
+void Service::run_commands() {
+    uint64_t ignored = 0;
+    if (::read(command_event_.get(), &ignored, sizeof ignored) < 0) return;
+    std::vector<std::function<void()>> commands;
+    {
+        const std::lock_guard guard(command_lock_);
+        commands.swap(commands_);
+    }
+    for (const auto& command : commands) command();
+}
+
+uint32_t Service::add_model(ModelSpec spec) {
+    return on_loop([&] { return engine_->add_model(std::move(spec), choice_.allow_buffered); });
+}
+
+void Service::ensure_active(uint32_t model) {
+    const std::lock_guard guard(opening_);
+    const auto give_up = Clock::now() + ROOM_WITHIN;
+    while (!on_loop([&] { return engine_->activate(model); })) {
+        if (Clock::now() > give_up) throw NoRoom("the pool is leased: no segment became free; end a session");
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+    ModelState& state = engine_->model(model);  // its spec never changes, and only openers write `resident`
+    if (state.resident_ready) return;
+    try {
+        SharedMemory resident = load_resident(state.spec, choice_);
+        on_loop([&] {
+            state.resident = std::move(resident);
+            state.resident_ready = true;
+        });
+    } catch (...) {
+        on_loop([&] { engine_->leave(model); });
+        throw;
+    }
+}
+
+Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
+    ensure_active(model);
+    return on_loop([&] {
+        try {
+            Token token;
+            if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
+            const uint32_t share = engine_->share_for(model, slots_wanted);
+            ModelState& state = engine_->model(model);
+            auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token);
+            RingSession* opened = ring.get();
+            engine_->open(std::move(ring));
+            rings_[opened->id] = opened;
+            state.sessions++;
+            return Opened{token, share};
+        } catch (...) {
+            engine_->leave(model);
+            throw;
+        }
+    });
+}
+
+void Service::close_session(uint32_t id, ring::State state) {
+    const auto found = rings_.find(id);
+    if (found == rings_.end()) return;  // another event of this batch has closed it
+    RingSession& session = *found->second;
+    for (const int fd : {session.socket_fd(), session.doorbell_fd(), session.process_fd()}) {
+        // The client holds the doorbell too, so closing our descriptor alone would leave it in the epoll set.
+        if (fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+    }
+    session.close(state);
+    const uint32_t model = session.model;
+    rings_.erase(found);
+    engine_->model(model).sessions--;
+    engine_->close(id);
+    engine_->leave(model);
+}
+
+Report Service::report() {
+    return on_loop([&] {
+        const Memory& memory = engine_->memory();
+        Report report{memory.limit_bytes(),
+                      memory.used_bytes(Account::pool),
+                      memory.used_bytes(Account::resident),
+                      memory.used_bytes(Account::tables),
+                      static_cast<uint32_t>(rings_.size()),
+                      {}};
+        for (const auto& state : engine_->models()) {
+            const Pool* pool = state->pool.get();
+            report.models.push_back({state->spec.name, state->sessions, pool ? pool->slots() : 0,
+                                     pool ? pool->filled() : 0, pool ? pool->busy() : 0, pool ? pool->evictions() : 0,
+                                     state->counts});
+        }
+        return report;
+    });
+}
+
+// ---- the data socket ----
+
+void Service::accept_connections() {
+    while (true) {
+        Descriptor socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+        if (socket.get() < 0) return;
+        if (connections_.size() >= CONNECTIONS_MAX) continue;
+        const int fd = socket.get();
+        watch(fd, event_data(CONNECTION, static_cast<uint32_t>(fd)), EPOLLIN | EPOLLRDHUP);
+        connections_[fd] = {std::move(socket), Clock::now() + HELLO_WITHIN};
+    }
+}
+
+void Service::greet(int fd) {
+    const auto found = connections_.find(fd);
+    if (found == connections_.end()) return;
+    ring::Hello hello{};
+    const ssize_t got = ::recv(fd, &hello, sizeof hello, MSG_DONTWAIT);
+    if (got < 0 && errno == EAGAIN) return;
+    Descriptor socket = std::move(found->second.socket);
+    connections_.erase(found);
+    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+    if (got != sizeof hello || hello.magic != ring::MAGIC) return;
+    if (hello.version != ring::VERSION) return refuse(fd, EPROTO);
+    const auto same = [&](const auto& entry) {
+        return !entry.second->attached() &&
+               std::equal(hello.token, hello.token + sizeof hello.token, entry.second->token().begin());
+    };
+    const auto ring = std::find_if(rings_.begin(), rings_.end(), same);
+    if (ring == rings_.end()) return refuse(fd, ENOENT);
+    ucred peer{};
+    socklen_t peer_bytes = sizeof peer;
+    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
+    Descriptor process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
+    if (process.get() < 0 && errno != ENOSYS && errno != ESRCH) return refuse(fd, errno);
+    RingSession& session = *ring->second;
+    const uint32_t id = ring->first;
+    const ModelState& state = engine_->model(session.model);
+    watch(fd, event_data(SESSION, id), EPOLLRDHUP | EPOLLHUP);
+    // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.
+    if (process.get() >= 0) watch(process.get(), event_data(SESSION, id), EPOLLIN);
+    // Edge-triggered and never read: a client that fills it or clears O_NONBLOCK hurts only itself.
+    watch(session.doorbell_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
+    if (!session.attach(std::move(socket), std::move(process), state.spec.resident_bytes, state.resident.shared_fd())) {
+        close_session(id, ring::CLOSED_BY_DAEMON);
+    }
+}
+
+void Service::refuse(int fd, int error) {
+    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, 0, 0, static_cast<uint32_t>(error)};
+    send_with_descriptors(fd, &welcome, sizeof welcome, {});
+}
+
+void Service::close_expired() {
+    std::erase_if(connections_, [](const auto& entry) { return Clock::now() > entry.second.close_at; });
+    for (auto next = rings_.begin(); next != rings_.end();) {
+        const auto [id, ring] = *next++;
+        if (ring->expired()) close_session(id, ring::CLOSED_BY_DAEMON);
+    }
+}
+
+}  // namespace weightd

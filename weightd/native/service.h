@@ -1,0 +1,113 @@
+// The engine's thread: an event loop of doorbells in, batches of reads out, completions back.
+//
+// The public methods may be called from any thread. Each runs as a command on the loop, which alone touches the engine;
+// what blocks (reading resident weights, waiting for fetched cells) happens in the caller's thread.
+#pragma once
+
+#include <condition_variable>
+#include <functional>
+#include <future>
+#include <map>
+#include <mutex>
+#include <thread>
+
+#include "engine.h"
+#include "resident.h"
+#include "ring_session.h"
+
+namespace weightd {
+
+struct FetchFailed : std::runtime_error {  // a checksum differs; names model, layer and neuron's position
+    using std::runtime_error::runtime_error;
+};
+
+struct Opened {
+    Token token;
+    uint32_t share_slots;
+};
+
+struct ModelReport {
+    std::string name;
+    uint32_t sessions;
+    uint64_t slots;
+    uint64_t slots_filled;
+    uint64_t slots_busy;
+    uint64_t evictions;
+    ModelCounts counts;
+};
+
+struct Report {
+    uint64_t limit_bytes;
+    uint64_t pool_bytes;
+    uint64_t resident_bytes;
+    uint64_t tables_bytes;
+    uint32_t sessions;
+    std::vector<ModelReport> models;
+};
+
+class Service {
+  public:
+    // Listens on `data_socket` (a path). Throws std::system_error.
+    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket);
+    ~Service();
+
+    std::string io_level() const { return reader_->level(); }
+    const std::string& io_note() const { return io_note_; }
+
+    uint32_t add_model(ModelSpec spec);
+    Opened open_session(uint32_t model, uint32_t slots_wanted);
+    // Whole cells of `layer`, back to back in the order asked.
+    void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);
+    void fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out);
+    Report report();
+    void stop();  // closes every session, wakes its client, joins the loop; can be called twice
+
+  private:
+    struct Connection {  // has not said Hello yet
+        Descriptor socket;
+        Clock::time_point close_at;
+    };
+
+    void run();
+    void loop();
+    void sleep_until_event();
+    bool serve_rings();
+    bool serve_ring(RingSession& session);
+    void run_commands();
+    void accept_connections();
+    void greet(int fd);
+    void refuse(int fd, int error);
+    void close_session(uint32_t id, ring::State state);
+    void close_expired();
+    void watch(int fd, uint64_t data, uint32_t events);
+    void ensure_active(uint32_t model);
+    bool stopping();
+    void post(std::function<void()> command);  // throws when the service is stopping
+
+    template <typename F>
+    auto on_loop(F function) -> decltype(function()) {  // runs it there, waits, and passes on what it throws
+        std::packaged_task<decltype(function())()> task(std::move(function));
+        auto result = task.get_future();
+        post([&task] { task(); });
+        return result.get();
+    }
+
+    ReaderChoice choice_;
+    std::string io_note_;
+    std::string data_socket_path_;
+    std::unique_ptr<Reader> reader_;
+    std::unique_ptr<Verifier> verifier_;
+    std::unique_ptr<Engine> engine_;
+    Descriptor epoll_;
+    Descriptor command_event_;
+    Descriptor listener_;
+    std::mutex command_lock_;  // guards commands_, stopping_
+    std::vector<std::function<void()>> commands_;
+    bool stopping_ = false;
+    std::mutex opening_;                      // one activation at a time: reading resident weights takes seconds
+    std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
+    std::map<int, Connection> connections_;   // by descriptor
+    std::thread thread_;
+};
+
+}  // namespace weightd

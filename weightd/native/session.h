@@ -1,0 +1,37 @@
+// One attached process as the engine sees it: its share, what it holds, and where its grants go.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "pool.h"
+#include "ring.h"
+
+namespace weightd {
+
+struct Hold {  // of one cell by one session
+    uint16_t granted = 0;
+    uint16_t pending = 0;  // asked for, not yet answered
+};
+
+class Session {
+  public:
+    Session(uint32_t model, uint32_t cells, uint32_t share_slots)
+        : model(model), share_slots(share_slots), holds(cells) {}
+    virtual ~Session() = default;
+    virtual void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) = 0;  // cell within its layer
+    virtual void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) = 0;
+    virtual void flush() = 0;  // after every batch of the two above
+    virtual void segment_gone(uint32_t /*segment*/) {}
+
+    static uint64_t table_bytes(uint32_t cells) { return uint64_t{cells} * sizeof(Hold); }
+
+    uint32_t id = 0;  // given by the engine
+    const uint32_t model;
+    const uint32_t share_slots;  // guaranteed, and in this version also the limit
+    uint32_t held_cells = 0;     // distinct ones; never more than share_slots
+    std::vector<Hold> holds;     // by cell of the model's numbering
+};
+
+}  // namespace weightd

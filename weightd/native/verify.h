@@ -1,0 +1,53 @@
+// Checksums, verified by workers beside the event loop.
+//
+// A worker takes a job, compares each bundle with its XXH3-64 and reports. Cold data of 16 KiB takes 2.8 us with
+// AVX-512 and 4.3 us without, more than the read itself costs the loop; so the loop never does it.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "direct_file.h"
+
+namespace weightd {
+
+struct Check {
+    const std::byte* data;
+    size_t bytes;
+    uint64_t expected;
+};
+
+struct Job {
+    uint64_t tag = 0;
+    std::vector<Check> checks;
+    std::vector<uint32_t> wrong;  // result: indices into checks
+};
+
+class Verifier {
+  public:
+    explicit Verifier(uint32_t threads);
+    ~Verifier();
+    void submit(std::vector<Job> jobs);
+    void reap(std::vector<Job>& done);  // moves what is done to the end of `done`; never blocks
+    int event_fd() const { return event_.get(); }
+
+  private:
+    void work();
+    void report(Job job);
+
+    Descriptor event_;
+    std::mutex queue_lock_;  // guards queue_, stopping_
+    std::condition_variable queued_;
+    std::deque<Job> queue_;
+    bool stopping_ = false;
+    std::mutex done_lock_;  // guards done_
+    std::vector<Job> done_;
+    std::vector<std::thread> workers_;
+};
+
+}  // namespace weightd

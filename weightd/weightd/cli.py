@@ -1,0 +1,182 @@
+"""The command `weightd`: serves a store, or works on one.
+
+    weightd --store DIR ...                  serves (weightd.serve)
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16]
+    weightd ls | rm NAME | verify [NAME...] --store DIR
+    weightd doctor --store DIR               (weightd.doctor)
+
+Exit status 0, 1 (failed), 2 (usage). With --json, one object on standard output and nothing else there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from weightd.errors import WeightdError
+from weightd.sizes import format_size
+from weightd.store import Store
+from weightd_proto import weightd_pb2
+
+Progress = Callable[[int, int], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except WeightdError as error:
+        print(f"weightd: {error}", file=sys.stderr)
+        return error.exit_status
+    except OSError as error:
+        print(f"weightd: {_describe(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("weightd: interrupted", file=sys.stderr)
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["doctor"]:
+        from weightd import doctor
+
+        return doctor.main(arguments[1:])
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        from weightd import serve
+
+        return serve.main(arguments)
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
+    run(options)
+    return 0
+
+
+def _describe(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}".lower() if not where else f"{where}{(error.strerror or '').lower()}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="weightd",
+        allow_abbrev=False,
+        description="Serves models from flash. Without a command: serves --store; see weightd --store DIR --help.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor")
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--store", type=Path, required=True, metavar="DIR")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    adding = command("import", _import, "Imports a Hugging Face folder or a .gguf file.")
+    adding.add_argument("source", type=Path, metavar="SRC")
+    adding.add_argument("--name", help="of the model in the store; default: the name of the folder or file")
+    adding.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep")
+    listing = command("ls", _list, "Lists the models of a store.")
+    removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
+    removing.add_argument("name", metavar="NAME")
+    verifying = command("verify", _verify, "Reads everything and compares it with its checksums.")
+    verifying.add_argument("names", nargs="*", metavar="NAME", help="default: all models")
+    for reporting in (adding, listing, verifying):
+        reporting.add_argument("--json", action="store_true", help="one object on standard output")
+    for touching in (adding, verifying):
+        touching.add_argument("--allow-buffered", action="store_true", help="where O_DIRECT is refused")
+    commands.add_parser("doctor", help="Says what this machine offers, and what to do.")  # dispatched before parsing
+    return parser
+
+
+def _import(options: argparse.Namespace) -> None:
+    from weightd.convert import import_checkpoint
+
+    with Store.open(options.store, create=True) as store, _progress("importing") as progress:
+        model = import_checkpoint(
+            options.source, store, options.name, options.dtype, options.allow_buffered, progress
+        )
+    if options.json:
+        print(json.dumps(_summary(model)))
+    else:
+        print(f"imported {_line(model)}")
+
+
+def _list(options: argparse.Namespace) -> None:
+    with Store.open(options.store, readonly=True) as store:
+        models = store.models()
+    if options.json:
+        print(json.dumps({"models": [_summary(model) for model in models]}))
+    else:
+        for model in models:
+            print(_line(model))
+
+
+def _remove(options: argparse.Namespace) -> None:
+    with Store.open(options.store) as store:
+        store.remove(options.name)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from weightd.verify import verify_model
+
+    with Store.open(options.store, readonly=True) as store:
+        results = []
+        for name in options.names or store.names():
+            with _progress(f"verifying {name}") as progress:
+                results.append(verify_model(store, name, options.allow_buffered, progress))
+    if options.json:
+        print(json.dumps({"verified": [vars(result) for result in results]}))
+    else:
+        for result in results:
+            print(f"{result.model}: {result.bundles} bundles, {result.tensors} tensors, {result.files} files whole")
+
+
+def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "family": model.family,
+        "dtype": model.bundle.dtype,
+        "layers": len(model.layers),
+        "neurons": sum(layer.neurons for layer in model.layers),
+        "bundle_bytes": model.bundle.bundle_bytes,
+        "ffn_bytes": model.bundles_file_bytes,
+        "resident_bytes": model.resident_file_bytes,
+        "source": model.source,
+        "imported_unix_s": model.imported_unix_s,
+    }
+
+
+def _line(model: weightd_pb2.Model) -> str:
+    neurons = sum(layer.neurons for layer in model.layers)
+    return (
+        f"{model.name}: {model.family} {model.bundle.dtype}, {len(model.layers)} layers, {neurons} neurons of "
+        f"{format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
+        f"resident {format_size(model.resident_file_bytes)}"
+    )
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Progress | None]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+
+        def advance(read_bytes: int, total_bytes: int) -> None:
+            bar.total = total_bytes
+            bar.update(read_bytes)
+
+        yield advance
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""The daemon's configuration: one frozen record, built once from flags and an optional TOML file.
+
+A key of the file is a flag without its dashes in front, `io-engine = "threads"`; `listen` is a list. Flags win over
+the file. Unknown flags and keys are refused, with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import ipaddress
+import os
+import tempfile
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from weightd.errors import UsageError
+from weightd.sizes import parse_size
+
+IO_ENGINES = ("auto", "io_uring", "threads")
+IO_THREADS_DEFAULT = 32  # the paper's number of reading threads
+IO_THREADS_MAX = 256
+IO_DEPTH_MAX = 4096
+# sockaddr_un holds 108 bytes with the final zero; the data socket adds DATA_SUFFIX to the same path.
+DATA_SUFFIX = ".data"
+SOCKET_PATH_BYTES_MAX = 107 - len(DATA_SUFFIX)
+SYSTEM_SOCKET = Path("/run/weightd/weightd.sock")
+
+
+@dataclass(frozen=True)
+class ListenAddress:
+    """Where gRPC listens: a Unix socket's path, or a loopback host and port."""
+
+    target: str  # as gRPC spells it: unix:/path or host:port
+    socket_path: Path | None  # of a Unix socket
+    default: bool = False  # not asked for by name: its directory is made
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """What `weightd --store DIR ...` was asked to do."""
+
+    store: Path
+    listen: tuple[ListenAddress, ...]
+    dram_bytes: int | None = None  # at most one of these two
+    dram_percent: float | None = None  # of the tightest memory limit, not of what is free
+    io_engine: str = "auto"
+    io_threads: int = IO_THREADS_DEFAULT
+    io_depth: int = 0  # 0: the engine's default
+    allow_buffered: bool = False
+    owner_fd: int | None = None
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError, one line, instead of printing its usage and exiting."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> ServeConfig:
+    """The configuration of `weightd <arguments>`; raises UsageError, naming the flag or key and its value."""
+    parser = _parser()
+    flags, unknown = parser.parse_known_args(list(arguments))
+    if unknown:
+        raise UsageError(f"unknown flag {unknown[0]!r}{_nearest(unknown[0], _flag_names(parser))}")
+    settings = _read_file(flags.config) if flags.config is not None else {}
+    settings |= {name: value for name, value in vars(flags).items() if value is not None and name != "config"}
+    return _build(settings, os.environ if environment is None else environment)
+
+
+def parse_listen(text: str, default: bool = False) -> ListenAddress:
+    """`unix:/path`, `/path` or a loopback `host:port`; anything else raises UsageError."""
+    if text.startswith(("unix:", "/")):
+        return _parse_socket(text, default)
+    host, separator, port = text.removeprefix("dns:///").removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")
+    if not separator or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise UsageError(f"--listen {text!r}: want unix:/path, or host:port with a port from 1 to 65535")
+    if not _is_loopback(host):
+        raise UsageError(
+            f"--listen {text!r}: {host!r} is not a loopback address, and beyond this machine TLS is needed, which this "
+            "version lacks; use localhost, or forward the Unix socket over ssh"
+        )
+    return ListenAddress(f"{host}:{port}", None)
+
+
+def default_listen(user_id: int, environment: Mapping[str, str]) -> ListenAddress:
+    """The system service's socket for root, one in the user's runtime directory for others."""
+    if user_id == 0:
+        path = SYSTEM_SOCKET
+    elif runtime := environment.get("XDG_RUNTIME_DIR"):
+        path = Path(runtime) / "weightd.sock"
+    else:
+        path = Path(tempfile.gettempdir()) / f"weightd-{user_id}" / "weightd.sock"
+    return parse_listen(f"unix:{path}", default=True)
+
+
+def _parser() -> FlagParser:
+    parser = FlagParser(prog="weightd", allow_abbrev=False, description="Serve the models of a store from flash.")
+    add = parser.add_argument
+    add("--store", metavar="DIR", help="the store to serve")
+    add("--dram", metavar="SIZE|PCT%", help="all memory for weights, pool and tables (default: half of what is free)")
+    add("--listen", metavar="ADDR", action="append", help="unix:/path or a loopback host:port; may be given again")
+    add("--io-engine", choices=IO_ENGINES, help="how to read the device (default: auto, the best that is allowed)")
+    add("--io-threads", metavar="N", help=f"reading threads of --io-engine threads (default: {IO_THREADS_DEFAULT})")
+    add("--io-depth", metavar="N", help="reads in flight of --io-engine io_uring")
+    add("--config", metavar="FILE", help="a TOML file with these flags as keys")
+    add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
+    add("--owner-fd", metavar="FD", help="stop when this pipe closes (for programs that start weightd)")
+    return parser
+
+
+def _flag_names(parser: argparse.ArgumentParser) -> list[str]:
+    return [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(known)}"
+
+
+def _read_file(name: str) -> dict[str, Any]:
+    try:
+        content = tomllib.loads(Path(name).read_text())
+    except OSError as error:
+        raise UsageError(f"--config {name}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {name}: not TOML: {error}") from error
+    known = [flag.removeprefix("--") for flag in _flag_names(_parser()) if flag not in ("--config", "--help")]
+    for key in content:
+        if key not in known:
+            raise UsageError(f"--config {name}: unknown key {key!r}{_nearest(key, known)}")
+    return {key.replace("-", "_"): value for key, value in content.items()}
+
+
+def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> ServeConfig:
+    dram_bytes, dram_percent = _parse_dram(settings.get("dram"))
+    return ServeConfig(
+        store=_parse_store(settings.get("store")),
+        listen=_parse_listens(settings.get("listen"), environment),
+        dram_bytes=dram_bytes,
+        dram_percent=dram_percent,
+        io_engine=_parse_engine(settings.get("io_engine", "auto")),
+        io_threads=_parse_count(settings, "io_threads", 1, IO_THREADS_MAX) or IO_THREADS_DEFAULT,
+        io_depth=_parse_count(settings, "io_depth", 1, IO_DEPTH_MAX) or 0,
+        allow_buffered=_parse_switch(settings, "allow_buffered"),
+        owner_fd=_parse_count(settings, "owner_fd", 0, 1 << 20),
+    )
+
+
+def _parse_store(value: object) -> Path:
+    if not isinstance(value, str) or not value:
+        raise UsageError("--store DIR is needed: the folder that `weightd import` made")
+    return Path(value)
+
+
+def _parse_dram(value: object) -> tuple[int | None, float | None]:
+    if value is None:
+        return None, None
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise UsageError(f"--dram {value!r}: want a size like 6.5GiB or a percentage like 50%")
+    if not value.endswith("%"):
+        return parse_size(value), None
+    try:
+        percent = float(value.removesuffix("%"))
+    except ValueError:
+        percent = 0.0
+    if not 0 < percent <= 100:
+        raise UsageError(f"--dram {value!r}: want a percentage above 0% and up to 100%")
+    return None, percent
+
+
+def _parse_listens(value: object, environment: Mapping[str, str]) -> tuple[ListenAddress, ...]:
+    if value is None:
+        return (default_listen(os.geteuid(), environment),)
+    texts = [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+    if not texts or texts != value:
+        raise UsageError(f"listen = {value!r}: want a list of addresses like ['unix:/run/weightd/weightd.sock']")
+    return tuple(parse_listen(text) for text in texts)
+
+
+def _parse_socket(text: str, default: bool) -> ListenAddress:
+    path = Path(text.removeprefix("unix:").replace("///", "/", 1))
+    if not path.is_absolute():
+        raise UsageError(f"--listen {text!r}: want an absolute path, like unix:{path.absolute()}")
+    size_bytes = len(os.fsencode(path))
+    if size_bytes > SOCKET_PATH_BYTES_MAX:
+        raise UsageError(
+            f"--listen {text!r}: the path has {size_bytes} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; "
+            "use a shorter one"
+        )
+    return ListenAddress(f"unix:{path}", path, default)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse_engine(value: object) -> str:
+    if not isinstance(value, str) or value not in IO_ENGINES:
+        raise UsageError(f"--io-engine {value!r}: want one of {', '.join(IO_ENGINES)}")
+    return value
+
+
+def _parse_count(settings: Mapping[str, Any], name: str, smallest: int, largest: int) -> int | None:
+    value = settings.get(name)
+    if value is None:
+        return None
+    flag = "--" + name.replace("_", "-")
+    try:
+        number = int(str(value))
+    except ValueError:
+        raise UsageError(f"{flag} {value!r}: want a whole number") from None
+    if not smallest <= number <= largest:
+        raise UsageError(f"{flag} {number}: want {smallest} to {largest}")
+    return number
+
+
+def _parse_switch(settings: Mapping[str, Any], name: str) -> bool:
+    value = settings.get(name, False)
+    if not isinstance(value, bool):
+        raise UsageError(f"{name.replace('_', '-')} = {value!r}: want true or false")
+    return value

@@ -1,0 +1,127 @@
+"""Bytes of a model in-band: what a Fetch asks for, cut into answers of at most DATA_BYTES_MAX.
+
+Everything here blocks. A step holds at most FETCH_BYTES_MAX of cells and one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd._native import Engine
+from weightd.errors import CorruptionError, RequestError
+from weightd.served_models import ServedModel, ServedModels
+from weightd.store import Store
+from weightd_proto import weightd_pb2
+
+RESPONSE_BYTES_MAX = 1 << 20
+# A block less, for the message's own bytes; ranges stay aligned to blocks.
+DATA_BYTES_MAX = RESPONSE_BYTES_MAX - 4096
+FETCH_BYTES_MAX = 4 << 20  # bundles that share cells may be scattered over many cells
+FETCH_BUNDLES_MAX = 1 << 20  # of one call: as many as a request of gRPC's 4 MiB can name one by one
+
+Indices = npt.NDArray[np.uint32]
+
+
+class Fetcher:
+    """Answers Fetch calls from the engine and the store."""
+
+    def __init__(self, store: Store, models: ServedModels, engine: Engine) -> None:
+        self._store = store
+        self._models = models
+        self._engine = engine
+
+    def answers(self, served: ServedModel, request: weightd_pb2.FetchRequest) -> Iterator[bytes]:
+        """The data of each response, in order. RequestError at once when something asked for is not there.
+
+        While iterating: CorruptionError, OSError (unreadable), MemoryError (no share of the pool is left).
+        """
+        match request.WhichOneof("what"):
+            case "bundles":
+                return self._bundles(served, request.bundles.layer, self._positions(served, request.bundles))
+            case "resident":
+                return self._resident(served, request.resident.offset, request.resident.size)
+            case "file":
+                return self._file(served, request.file)
+            case "placement_of":
+                return self._placement(served, request.placement_of)
+            case _:
+                raise RequestError("a Fetch names bundles, resident, file or placement_of; this one names none of them")
+
+    def _positions(self, served: ServedModel, wanted: weightd_pb2.NeuronSet) -> Indices:
+        """All positions asked for, in order; refuses what is not there."""
+        layer = _layer(served, wanted.layer)
+        count = len(wanted.neurons) + sum(max(0, part.end - part.begin) for part in wanted.positions)
+        if count > FETCH_BUNDLES_MAX:
+            raise RequestError(f"{count} bundles in one call, at most {FETCH_BUNDLES_MAX}: ask in several calls")
+        for part in wanted.positions:
+            if not part.begin <= part.end <= layer.neurons:
+                raise RequestError(f"no positions {part.begin} to {part.end} in a layer of {layer.neurons} neurons")
+        neurons = np.array(wanted.neurons, dtype=np.uint32)
+        if len(neurons) and neurons.max() >= layer.neurons:
+            raise RequestError(f"no neuron {neurons.max()} in a layer of {layer.neurons} neurons")
+        named = self._models.positions(served.record.name, wanted.layer)[neurons] if len(neurons) else neurons
+        ranges = [np.arange(part.begin, part.end, dtype=np.uint32) for part in wanted.positions]
+        return np.concatenate([named, *ranges])
+
+    def _bundles(self, served: ServedModel, layer: int, positions: Indices) -> Iterator[bytes]:
+        layout = served.record.bundle
+        step = max(1, min(DATA_BYTES_MAX // layout.bundle_bytes, FETCH_BYTES_MAX // layout.cell_bytes))
+        for first in range(0, len(positions), step):
+            yield from _cut(self._read(served, layer, positions[first : first + step]))
+
+    def _read(self, served: ServedModel, layer: int, positions: Indices) -> bytes:
+        """The bundles at `positions`, back to back."""
+        layout = served.record.bundle
+        cells, which = np.unique(positions // np.uint32(layout.bundles_per_cell), return_inverse=True)
+        try:
+            data = self._engine.fetch(served.number, layer, cells, layout.cell_bytes)
+        except RuntimeError as error:
+            raise CorruptionError(str(error)) from error
+        per_cell, stride_bytes = layout.bundles_per_cell, layout.stride_bytes
+        if per_cell == 1:
+            by_cell = np.frombuffer(data, np.uint8).reshape(len(cells), layout.cell_bytes)
+            return by_cell[which, : layout.bundle_bytes].tobytes()
+        used = np.frombuffer(data, np.uint8).reshape(len(cells), layout.cell_bytes)[:, : per_cell * stride_bytes]
+        bundles = used.reshape(len(cells), per_cell, stride_bytes)
+        return bundles[which, positions % np.uint32(per_cell), : layout.bundle_bytes].tobytes()
+
+    def _resident(self, served: ServedModel, offset: int, size: int) -> Iterator[bytes]:
+        whole = served.record.resident_file_bytes
+        if offset + size > whole:
+            raise RequestError(f"no bytes {offset} to {offset + size} in resident weights of {whole} bytes")
+        return self._resident_parts(served, offset, size)
+
+    def _resident_parts(self, served: ServedModel, offset: int, size: int) -> Iterator[bytes]:
+        for first in range(offset, offset + size, DATA_BYTES_MAX):
+            part = min(DATA_BYTES_MAX, offset + size - first)
+            try:
+                yield self._engine.fetch_resident(served.number, first, part)
+            except RuntimeError as error:
+                raise CorruptionError(str(error)) from error
+
+    def _file(self, served: ServedModel, name: str) -> Iterator[bytes]:
+        # Only names of the catalog reach the file system.
+        names = [file.name for file in served.record.files]
+        if name not in names:
+            raise RequestError(f"model {served.record.name!r} has no file {name!r}: there is {', '.join(names)}")
+        return _cut((self._store.files_path(served.record.name) / name).read_bytes())
+
+    def _placement(self, served: ServedModel, layer: int) -> Iterator[bytes]:
+        _layer(served, layer)
+        return _cut(self._store.placement(served.record.name, layer).astype("<u4", copy=False).tobytes())
+
+
+def _layer(served: ServedModel, layer: int) -> weightd_pb2.Layer:
+    layers = served.record.layers
+    if layer >= len(layers):
+        raise RequestError(f"no layer {layer} in model {served.record.name!r} of {len(layers)} layers")
+    return layers[layer]
+
+
+def _cut(data: bytes) -> Iterator[bytes]:
+    """`data` in parts of at most DATA_BYTES_MAX; nothing for no data."""
+    for first in range(0, len(data), DATA_BYTES_MAX):
+        yield data[first : first + DATA_BYTES_MAX]

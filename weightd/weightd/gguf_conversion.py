@@ -1,0 +1,79 @@
+"""The child process of gguf_files.py: `python -m weightd.gguf_conversion config|files GGUF [FOLDER]`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from weightd.gguf_checkpoint import ARRAY_TYPE, STRING_TYPE, GgufFile, Value, read_gguf
+
+# transformers' configurations carry no class name when they come from a GGUF file.
+CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+
+
+class _Parts(Sequence[Any]):
+    """Elements of a metadata value as the gguf package gives them: numpy arrays, here made when asked for."""
+
+    def __init__(self, value: Value) -> None:
+        self._items = value.content if value.kind == ARRAY_TYPE else [value.content]
+        self._strings = value.item_kind == STRING_TYPE
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self._items[index]
+        return np.frombuffer(item.encode(), np.uint8) if self._strings else np.array([item])
+
+
+class LeanReader:
+    """What transformers uses of gguf.GGUFReader, without mapping the file or an object per metadata element."""
+
+    def __init__(self, path: str) -> None:
+        file = read_gguf(Path(path))
+        self.fields = {name: _field(value) for name, value in file.metadata.items()}
+        self.tensors = [SimpleNamespace(name=name) for name in file.tensors]
+
+
+def _field(value: Value) -> SimpleNamespace:
+    from gguf import GGUFValueType
+
+    kinds = [value.kind] if value.kind != ARRAY_TYPE else [ARRAY_TYPE, value.item_kind]
+    parts = _Parts(value)
+    return SimpleNamespace(parts=parts, data=range(len(parts)), types=[GGUFValueType(kind) for kind in kinds])
+
+
+def _convert(file: GgufFile, folder: Path | None) -> str:
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    where = {"pretrained_model_name_or_path": str(file.path.parent), "gguf_file": file.path.name}
+    config = AutoConfig.from_pretrained(**where)
+    config.architectures = [CLASSES[config.model_type]]
+    if folder is not None:
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        if "tokenizer.ggml.tokens" in file.metadata:
+            AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    return str(config.to_json_string(use_diff=False))
+
+
+def main() -> None:
+    import gguf
+
+    kind, path = sys.argv[1], Path(sys.argv[2]).absolute()
+    gguf.GGUFReader = LeanReader  # transformers imports the name when it reads; its own reader would also be right
+    print(_convert(read_gguf(path), Path(sys.argv[3]) if kind == "files" else None))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Sockets on the file system: made for us alone, stale ones replaced, live ones left to their owner."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from weightd.config import DATA_SUFFIX, ListenAddress
+from weightd.errors import DeviceError, UsageError
+
+SOCKET_MODE = 0o660  # who may attach: the daemon's user and group
+SYSTEM_FOLDER_MODE = 0o750
+USER_FOLDER_MODE = 0o700
+
+
+def prepare(address: ListenAddress) -> None:
+    """Makes room for a Unix socket; UsageError when a live one is there, DeviceError when its folder cannot be used."""
+    path = address.socket_path
+    if path is None:
+        return
+    if address.default:
+        _make_folder(path.parent)
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot listen at {path}: there is no folder {path.parent}; make it first")
+    remove_stale(path, socket.SOCK_STREAM)
+
+
+def remove_stale(path: Path, kind: socket.SocketKind) -> None:
+    """Deletes the socket file of a dead process; UsageError when a live one answers or it is no socket."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise UsageError(f"cannot listen at {path}: it is a file, not a socket; choose another --listen")
+    with socket.socket(socket.AF_UNIX, kind) as probe:
+        probe.setblocking(False)  # a full queue of a live listener must not block us
+        try:
+            probe.connect(str(path))
+        except (ConnectionRefusedError, FileNotFoundError):
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise UsageError(f"cannot listen at {path}: {error.strerror}; choose another --listen") from error
+    raise UsageError(f"cannot listen at {path}: another process listens there; stop it or choose another --listen")
+
+
+@contextmanager
+def data_socket(addresses: tuple[ListenAddress, ...]) -> Iterator[Path]:
+    """A path for the data socket: beside the first Unix socket, else in a private folder that goes with us."""
+    beside = [address.socket_path for address in addresses if address.socket_path is not None]
+    if beside:
+        path = beside[0].with_name(beside[0].name + DATA_SUFFIX)
+        remove_stale(path, socket.SOCK_SEQPACKET)
+        yield path
+        path.unlink(missing_ok=True)
+        return
+    with tempfile.TemporaryDirectory(prefix="weightd-") as folder:
+        yield Path(folder) / "weightd.sock.data"
+
+
+@contextmanager
+def private_sockets() -> Iterator[None]:
+    """Sockets bound inside get SOCKET_MODE from the start: nobody else can connect before a chmod."""
+    before = os.umask(0o777 & ~SOCKET_MODE)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(mode=SYSTEM_FOLDER_MODE if os.geteuid() == 0 else USER_FOLDER_MODE, parents=True, exist_ok=True)
+        facts = folder.lstat()
+    except OSError as error:
+        raise DeviceError(f"cannot make {folder}: {error.strerror}; give --listen unix:/path") from error
+    # The folder under /tmp has a name that others could have taken first.
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid():
+        raise DeviceError(f"{folder} belongs to another user; give --listen unix:/path")

@@ -1,0 +1,116 @@
+"""The models that the daemon serves: records of the catalog, opened in the engine.
+
+Models imported while the daemon runs are found when they are first asked for. (None disappears: `rm` is refused while
+a daemon serves the store.)
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd._native import Engine
+from weightd.budget import ModelDemand
+from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError
+from weightd.store import Store
+from weightd_proto import weightd_pb2
+
+# Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
+PLACEMENTS_KEPT = 64
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model's record and its number in the engine."""
+
+    record: weightd_pb2.Model
+    number: int
+
+
+class ServedModels:
+    """All models of `store`, by name; safe to use from several threads."""
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self._store = store
+        self._engine = engine
+        self._lock = threading.Lock()  # guards _opened
+        self._opened: dict[str, ServedModel] = {}
+        self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
+
+    def names(self) -> list[str]:
+        """The names in the store as it is now."""
+        return self._store.names()
+
+    def find(self, name: str) -> ServedModel:
+        """The model, opened if it was not yet.
+
+        Raises UnknownModelError (lists the names there are), StoreError, DeviceError (no O_DIRECT), SpaceError.
+        """
+        with self._lock:
+            served = self._opened.get(name)
+            if served is None:
+                names = self.names()
+                if name not in names:
+                    raise UnknownModelError(f"no model {name!r}: there is {', '.join(names) or 'none yet'}")
+                served = self._opened[name] = _open(self._store, self._engine, name)
+            return served
+
+    def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
+        """The neuron at each position of the layer."""
+        return self._store.placement(name, layer)
+
+    def _positions(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
+        """The position of each neuron of the layer: the inverse of its placement."""
+        placement = self._store.placement(name, layer)
+        positions = np.empty_like(placement)
+        positions[placement] = np.arange(len(placement), dtype=np.uint32)
+        return positions
+
+
+def demand_of(model: weightd_pb2.Model) -> ModelDemand:
+    """What the model asks of --dram."""
+    cells = sum(layer.cells for layer in model.layers)
+    neurons = sum(layer.neurons for layer in model.layers)
+    cell_bytes = model.bundle.cell_bytes
+    minimum_bytes = Engine.minimum_dram_bytes(model.resident_file_bytes, cell_bytes, cells, neurons)
+    return ModelDemand(model.name, minimum_bytes, minimum_bytes + cells * cell_bytes)
+
+
+def _open(store: Store, engine: Engine, name: str) -> ServedModel:
+    record = store.model(name)
+    bundle = record.bundle
+    try:
+        number = engine.add_model(
+            name=name,
+            bundles_path=str(store.bundles_path(name)),
+            resident_path=str(store.resident_path(name)),
+            resident_bytes=record.resident_file_bytes,
+            cell_bytes=bundle.cell_bytes,
+            stride_bytes=bundle.stride_bytes,
+            bundle_bytes=bundle.bundle_bytes,
+            bundles_per_cell=bundle.bundles_per_cell,
+            layer_offsets=[layer.offset_bytes for layer in record.layers],
+            layer_neurons=[layer.neurons for layer in record.layers],
+            layer_cells=[layer.cells for layer in record.layers],
+            checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
+            tensors=[
+                (tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident
+            ],
+        )
+    except OSError as error:
+        raise DeviceError(f"cannot open model {name!r} for direct reading: {error}{_advice(error)}") from error
+    except ValueError as error:
+        raise StoreError(f"{error}; `weightd verify` tells more, importing again helps") from error
+    except MemoryError as error:
+        raise SpaceError(str(error)) from error
+    return ServedModel(record, number)
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == 22:  # EINVAL: what file systems without O_DIRECT answer
+        return "; move the store to ext4 or xfs, or give --allow-buffered"
+    return ""

@@ -1,0 +1,41 @@
+"""Sizes as people write them: 6.5GiB."""
+
+from __future__ import annotations
+
+import re
+
+from weightd.errors import UsageError
+
+UNITS_BYTES = {
+    "": 1,
+    "B": 1,
+    "KiB": 1 << 10,
+    "MiB": 1 << 20,
+    "GiB": 1 << 30,
+    "TiB": 1 << 40,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "6.5GiB", "300 MB" or "4096"; UsageError for anything else."""
+    units = {name.lower(): size_bytes for name, size_bytes in UNITS_BYTES.items()}
+    match = _SIZE.fullmatch(text)
+    if match is None or match[2].lower() not in units:
+        raise UsageError(f"not a size: {text!r}, try 6.5GiB, 512MiB or a number of bytes")
+    return round(float(match[1]) * units[match[2].lower()])
+
+
+def format_size(size_bytes: int) -> str:
+    """The size in the largest binary unit that is not above it, with one decimal below a hundred: 6.5GiB, 512MiB."""
+    unit, unit_bytes = "B", 1
+    for name in ("KiB", "MiB", "GiB", "TiB"):
+        if size_bytes >= UNITS_BYTES[name]:
+            unit, unit_bytes = name, UNITS_BYTES[name]
+    amount = size_bytes / unit_bytes
+    digits = 0 if amount == int(amount) or amount >= 100 else 1
+    return f"{amount:.{digits}f}{unit}"

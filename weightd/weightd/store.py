@@ -1,0 +1,337 @@
+"""The store: a folder of models in bundled row-column layout. Format version 1.
+
+    STORE/catalog.mdb                    LMDB environment in one file (catalog.mdb-lock beside it is LMDB's own)
+    STORE/weightd.lock                   flock of the daemon that serves the store; JSON {"pid", "address"}
+    STORE/<model>/bundles.bin            layers back to back
+    STORE/<model>/resident.safetensors   every weight outside the FFN matrices
+    STORE/<model>/hf/                    config.json, generation_config.json, tokenizer files
+    STORE/.import-*, STORE/.removed-*    an import under way, a model being deleted
+
+- Everything is little endian. block_bytes = max(4096, what statx reports for direct I/O), written in the catalog.
+- A bundle is [gate row][up row][down column] ([up row][down column] in OPT) of one neuron, hidden_size elements each,
+  in the bundle dtype F32, BF16 or F16. FFN biases are resident.
+- Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block holding
+  bundles_per_cell = block_bytes // stride_bytes bundles, or, if not even one fits, one bundle padded to whole blocks.
+- A layer is ceil(neurons / bundles_per_cell) cells in order of placement: position p is neuron placement[p]. Layers
+  begin on block boundaries. All padding is zero.
+- resident.safetensors is a valid safetensors file whose data begin on a block boundary (the header is padded with
+  spaces). Names and shapes are those of transformers' state_dict, FFN matrices left out, a tied head stored once; all
+  tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
+- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 1}; `model/<name>` -> weightd.v1.Model;
+  `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
+  `placement/<name>/<layer:05d>` -> u32 neuron at each position; `device_profile` -> JSON, what doctor measured.
+- Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
+  transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
+  behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
+
+Refused: a folder without a catalog, a catalog of another kind or of a newer format, a model name that is not one
+plain path component, publishing over an existing model, removing while a daemon serves the store, a second daemon.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd.catalog import Catalog
+from weightd.errors import StoreError
+from weightd_proto import weightd_pb2
+
+CATALOG_FILE = "catalog.mdb"
+DAEMON_LOCK_FILE = "weightd.lock"
+BUNDLES_FILE = "bundles.bin"
+RESIDENT_FILE = "resident.safetensors"
+FILES_FOLDER = "hf"
+MARKER_FILE = ".unpublished"
+IMPORT_PREFIX = ".import-"
+REMOVED_PREFIX = ".removed-"
+CHECKSUMS = "checksums"
+PLACEMENT = "placement"
+NAME_BYTES_MAX = 200  # LMDB keys end at 511 bytes
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+# Names that the store itself uses.
+_RESERVED = {CATALOG_FILE, f"{CATALOG_FILE}-lock", DAEMON_LOCK_FILE}
+
+
+def check_model_name(name: str) -> str:
+    """`name` itself; StoreError unless it is one plain path component of letters, digits and _.+- ."""
+    if not _NAME.fullmatch(name) or len(name) > NAME_BYTES_MAX or name in _RESERVED:
+        raise StoreError(
+            f"not a model name: {name!r}, use up to {NAME_BYTES_MAX} letters, digits and _.+- without a leading dot"
+        )
+    return name
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Store:
+    """A store that is there. `Store.open` makes one; close it, or use it in a `with` statement."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.catalog = Catalog(path / CATALOG_FILE)
+        self._daemon_lock: int | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, create: bool = False, readonly: bool = False) -> Store:
+        """The store at `path`, made there first if `create` and nothing is there.
+
+        Unless `readonly`, leftovers of dead imports are deleted. Raises StoreError when there is no store, when
+        `path` holds something else, and for a newer format.
+        """
+        store = cls(Path(path))
+        if create:
+            store._create()
+        if not (store.path / CATALOG_FILE).is_file():
+            raise StoreError(f"no store at {store.path}: `weightd import SRC --store {store.path}` makes one")
+        store.catalog.check()
+        if not readonly:
+            store.clean()
+        return store
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the daemon lock, if claimed."""
+        if self._daemon_lock is not None:
+            os.close(self._daemon_lock)
+            self._daemon_lock = None
+
+    # What is in it
+
+    def names(self) -> list[str]:
+        return [model.name for model in self.models()]
+
+    def models(self) -> list[weightd_pb2.Model]:
+        return self.catalog.models()
+
+    def model(self, name: str) -> weightd_pb2.Model:
+        """StoreError names the models there are."""
+        model = self.catalog.model(name)
+        if model is None:
+            names = ", ".join(self.names()) or "none yet"
+            raise StoreError(f"no model {name!r} in {self.path}: there is {names}")
+        return model
+
+    def checksums(self, name: str, layer: int) -> npt.NDArray[np.uint64]:
+        """XXH3-64 of the layer's bundles, by position."""
+        return np.frombuffer(self._array(CHECKSUMS, name, layer), dtype="<u8")
+
+    def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
+        """The neuron at each position of the layer."""
+        return np.frombuffer(self._array(PLACEMENT, name, layer), dtype="<u4")
+
+    def bundles_path(self, name: str) -> Path:
+        return self.path / name / BUNDLES_FILE
+
+    def resident_path(self, name: str) -> Path:
+        return self.path / name / RESIDENT_FILE
+
+    def files_path(self, name: str) -> Path:
+        return self.path / name / FILES_FOLDER
+
+    def _array(self, kind: str, name: str, layer: int) -> bytes:
+        record = self.catalog.array(kind, name, layer)
+        if record is None:
+            self.model(name)
+            raise StoreError(f"model {name!r} in {self.path} has no {kind} of layer {layer}")
+        return record
+
+    # Changes
+
+    def begin_import(self, name: str) -> Staging:
+        """A folder to write the model into, owned by this process; StoreError if the name is taken or not a name."""
+        check_model_name(name)
+        with self._locked():
+            self._refuse_taken(name)
+            folder = self.path / f"{IMPORT_PREFIX}{secrets.token_hex(8)}"
+            folder.mkdir()
+            owner = os.open(folder / MARKER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Staging(self, name, folder, owner)
+
+    def remove(self, name: str) -> None:
+        """Deletes the model; StoreError if there is none or a daemon serves the store."""
+        address = self.served_by()
+        if address is not None:
+            raise StoreError(f"cannot remove {name!r}: a weightd at {address} serves {self.path}, stop it first")
+        with self._locked():
+            self.model(name)
+            folder = self.path / name
+            folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
+            (folder / MARKER_FILE).touch()
+            sync(folder)
+            self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
+            removed = self._set_aside(folder)
+        _delete(removed)
+
+    def clean(self) -> None:
+        """Deletes what dead imports and removals left behind."""
+        with self._locked():
+            leftovers = [self._set_aside(folder) for folder in self.path.iterdir() if self._abandoned(folder)]
+        for folder in leftovers:
+            _delete(folder)
+
+    def _abandoned(self, folder: Path) -> bool:
+        if folder.name.startswith(REMOVED_PREFIX):
+            return True
+        marker = folder / MARKER_FILE
+        staged = folder.name.startswith(IMPORT_PREFIX)
+        if not folder.is_dir() or not (staged or marker.exists()) or _held(marker):
+            return False
+        if self.catalog.model(folder.name) is not None:
+            marker.unlink()  # killed between the transaction and the end of publishing, or before that of rm
+            return False
+        return True
+
+    def _set_aside(self, folder: Path) -> Path:
+        removed = self.path / f"{REMOVED_PREFIX}{secrets.token_hex(8)}"
+        folder.rename(removed)
+        return removed
+
+    def _refuse_taken(self, name: str) -> None:
+        if (self.path / name).exists() or self.catalog.model(name) is not None:
+            raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
+
+    def _create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            # LMDB's own entries are what a killed creation may have left; lost+found is in the root of a disk.
+            own = {CATALOG_FILE, f"{CATALOG_FILE}-lock", "lost+found"}
+            foreign = [entry.name for entry in self.path.iterdir() if entry.name not in own]
+            if not (self.path / CATALOG_FILE).exists() and foreign:
+                raise StoreError(f"not a weightd store: {self.path} holds {foreign[0]!r}, choose an empty folder")
+            if not foreign:
+                self.catalog.create()
+                sync(self.path)
+
+    @contextmanager
+    def _locked(self, shared: bool = False) -> Iterator[None]:
+        """flock of the store's folder: serialises the short steps that change which folders there are."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    # The daemon
+
+    def claim(self, address: str) -> None:
+        """Makes this process the one that serves the store, until `close`; StoreError names the pid of another."""
+        descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        with self._locked():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                other = _daemon_record(descriptor)
+                os.close(descriptor)
+                raise StoreError(
+                    f"{self.path} is served by another weightd, pid {other['pid']} at {other['address']}: "
+                    "use that one or stop it first"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "address": address}).encode(), 0)
+        self._daemon_lock = descriptor
+
+    def served_by(self) -> str | None:
+        """The address of the daemon that serves the store, if one does."""
+        try:
+            descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            with self._locked(shared=True):
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return str(_daemon_record(descriptor)["address"])
+        finally:
+            os.close(descriptor)
+        return None
+
+
+class Staging:
+    """An import under way: write into `folder`, then `publish`; left without that, the folder is deleted."""
+
+    def __init__(self, store: Store, name: str, folder: Path, owner: int) -> None:
+        self.store = store
+        self.name = name
+        self.folder = folder
+        self._owner = owner
+        self._published = False
+
+    def __enter__(self) -> Staging:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._published:
+            _delete(self.store._set_aside(self.folder))
+        os.close(self._owner)
+
+    def publish(self, model: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> None:
+        """Makes the model part of the store, neurons placed in their own order. The files must be synced already.
+
+        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile.
+        """
+        placement = [np.arange(layer.neurons, dtype="<u4") for layer in model.layers]
+        assert [len(sums) for sums in checksums] == [len(order) for order in placement]
+        sums = [values.astype("<u8", copy=False) for values in checksums]
+        for folder in [path for path in self.folder.rglob("*") if path.is_dir()] + [self.folder]:
+            sync(folder)
+        with self.store._locked():
+            self.store._refuse_taken(self.name)
+            self.folder = self.folder.rename(self.store.path / self.name)
+            sync(self.store.path)
+            self.store.catalog.add(model, {CHECKSUMS: sums, PLACEMENT: placement})
+            self._published = True
+            (self.folder / MARKER_FILE).unlink()
+
+
+def _delete(folder: Path) -> None:
+    with suppress(FileNotFoundError):  # another process is cleaning too, and took the folder over
+        shutil.rmtree(folder)
+
+
+def _held(marker: Path) -> bool:
+    """Whether a live import holds the marker. One without a marker was killed before it wrote anything."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(marker, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _daemon_record(descriptor: int) -> dict[str, object]:
+    record = json.loads(os.pread(descriptor, 4096, 0))
+    assert isinstance(record, dict)
+    return record
