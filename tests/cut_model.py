@@ -17,12 +17,13 @@ from typing import Any
 import grpc
 import numpy as np
 import torch
-from flashclient.architectures import architecture_of
-from flashclient.source import Chunk, Counters
 from grpc_health.v1 import health, health_pb2_grpc
 from numpy.typing import NDArray
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flashclient.architectures import architecture_of
+from flashclient.source import Chunk, Counters
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from checkpoints import make_config, make_model, make_tokenizer
+from checkpoints import VOCABULARY, make_config, make_model, make_tokenizer
 from cut_model import CutModel, FetchServer, cut
+from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList, TextStreamer
+
 from flashclient import FlashClient
 from flashclient.client import NEW_TOKENS_DEFAULT
 from flashclient.errors import (
@@ -24,7 +27,6 @@ from flashclient.errors import (
     NoDaemonError,
     OptionError,
 )
-from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList, TextStreamer
 
 PROMPT = "The capital of France is"
 
@@ -53,10 +55,17 @@ def client(server: FetchServer) -> Iterator[FlashClient]:
         yield client
 
 
+def not_printable() -> list[int]:
+    """The tokens that are no printable ASCII: random weights like them as much as any."""
+    tokenizer = make_tokenizer()
+    return [token for token in range(VOCABULARY) if not re.fullmatch("[ -~]+", tokenizer.decode([token]))] + [0, 1, 2]
+
+
 def dense_text(dense: PreTrainedModel, prompts: list[str], **arguments: Any) -> list[str]:
     tokenizer = make_tokenizer()
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    sequences: Any = dense.generate(**encoded, **arguments)
+    model: Any = dense
+    sequences = model.generate(**encoded, **arguments)
     return tokenizer.batch_decode(sequences[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -109,7 +118,7 @@ def test_the_kind_that_is_given_comes_back(client: FlashClient) -> None:
     "prompt", [3, None, [], "", [[1, 2], [3]], torch.zeros(2, 2), torch.zeros(0, dtype=torch.long)]
 )
 def test_other_kinds_are_refused(client: FlashClient, prompt: Any) -> None:
-    with pytest.raises(OptionError, match="pass text|are needed|pass some text"):
+    with pytest.raises(OptionError, match=r"pass text|are needed|pass some text"):
         client.generate(prompt, max_new_tokens=2)
 
 
@@ -118,11 +127,11 @@ def test_stopping(client: FlashClient) -> None:
     criteria = StoppingCriteriaList([MaxLengthCriteria(len(ids) + 3)])
     assert len(client.generate(ids, stopping_criteria=criteria)) == len(ids) + 3
     assert len(client.generate(ids)) == len(ids) + NEW_TOKENS_DEFAULT
-    free = client.generate(PROMPT, max_new_tokens=30)
-    stop = free[3:5]
-    stopped = client.generate(PROMPT, max_new_tokens=30, stop_strings=[stop])
+    free = client.generate(PROMPT, max_new_tokens=30, suppress_tokens=not_printable())
+    stopped = client.generate(PROMPT, max_new_tokens=30, suppress_tokens=not_printable(), stop_strings=[free[3:5]])
     assert free.startswith(stopped)
-    assert stopped.endswith(stop)
+    assert stopped.endswith(free[3:5])
+    assert len(stopped) < len(free)
 
 
 def test_streamer(client: FlashClient, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,16 +140,20 @@ def test_streamer(client: FlashClient, capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_stream(client: FlashClient) -> None:
-    pieces = list(client.stream(PROMPT + " ", max_new_tokens=30))
+    arguments = {"max_new_tokens": 60, "do_sample": True, "suppress_tokens": not_printable()}
+    torch.manual_seed(3)
+    pieces = list(client.stream(PROMPT, **arguments))
+    torch.manual_seed(3)
+    assert "".join(pieces) == client.generate(PROMPT, **arguments)
     assert len(pieces) > 1
-    assert "".join(pieces) == client.generate(PROMPT + " ", max_new_tokens=30)
 
 
 def test_a_stream_may_be_left(client: FlashClient) -> None:
-    stream = client.stream(PROMPT, max_new_tokens=100_000)
+    stream = client.stream(PROMPT, max_new_tokens=100_000, do_sample=True, suppress_tokens=not_printable())
     next(iter(stream))
     stream.close()  # type: ignore[attr-defined]
-    assert client.generate(PROMPT, max_new_tokens=2)
+    client.generate(PROMPT, max_new_tokens=2)
+    assert client.stats().new_tokens == 2
 
 
 def test_a_stream_raises_what_happens(client: FlashClient) -> None:
@@ -215,7 +228,8 @@ def test_forked(client: FlashClient) -> None:
     os.waitpid(pid, 0)
     with os.fdopen(reading_end) as said:
         assert said.read() == "this client was made before fork(): make a new one in the child process"
-    assert client.generate("a", max_new_tokens=2)
+    client.generate("a", max_new_tokens=2)
+    assert client.stats().new_tokens == 2
 
 
 @pytest.mark.parametrize(
@@ -272,23 +286,28 @@ def test_corruption_during_a_generation(client: FlashClient, server: FetchServer
     server.failures.append((grpc.StatusCode.DATA_LOSS, "model 'tiny' layer 1 neuron 8: bytes differ"))
     with pytest.raises(CorruptionError, match="layer 1 neuron 8"):
         client.generate(PROMPT, max_new_tokens=3)
-    assert client.generate(PROMPT, max_new_tokens=3)
+    client.generate(PROMPT, max_new_tokens=3)
+    assert client.stats().new_tokens == 3
 
 
 def test_a_model_without_tokenizer(dense: PreTrainedModel, tmp_path: Path) -> None:
-    with FetchServer([cut(dense)], tmp_path / "socket") as server:
-        with FlashClient("tiny", address=server.address, transport="grpc") as client:
-            assert client.tokenizer is None
-            assert len(client.generate([5, 6, 7], max_new_tokens=4)) == 7
-            with pytest.raises(OptionError, match="stored without a tokenizer: pass input_ids"):
-                client.generate("text")
+    with (
+        FetchServer([cut(dense)], tmp_path / "socket") as server,
+        FlashClient("tiny", address=server.address, transport="grpc") as client,
+    ):
+        assert client.tokenizer is None
+        assert len(client.generate([5, 6, 7], max_new_tokens=4)) == 7
+        with pytest.raises(OptionError, match="stored without a tokenizer: pass input_ids"):
+            client.generate("text")
 
 
 def test_a_tokenizer_without_padding_token(dense: PreTrainedModel, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
-    with FetchServer([cut(dense, tokenizer)], tmp_path / "socket") as server:
-        with FlashClient("tiny", address=server.address, transport="grpc") as client:
-            prompts = ["hello", "a longer one"]
-            made = client.generate(prompts, max_new_tokens=6)
-            assert made == [client.generate(prompt, max_new_tokens=6) for prompt in prompts]
+    with (
+        FetchServer([cut(dense, tokenizer)], tmp_path / "socket") as server,
+        FlashClient("tiny", address=server.address, transport="grpc") as client,
+    ):
+        prompts = ["hello", "a longer one"]
+        made = client.generate(prompts, max_new_tokens=6)
+        assert made == [client.generate(prompt, max_new_tokens=6) for prompt in prompts]

@@ -9,9 +9,10 @@ import pytest
 import torch
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, cut
+from torch import Tensor
+
 from flashclient._native import Ffn
 from flashclient.ffn import ACTIVATIONS, StreamedFFN, StreamedSum, staging_neurons
-from torch import Tensor
 from weightd_proto import weightd_pb2
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,7 +38,8 @@ class Layer:
         fired = ACTIVATIONS[self.activation](fired if self.bias is None else fired + self.bias.double())
         if len(self.parts) == 3:
             fired = fired * (x @ weights[:, 1].T)
-        return fired @ weights[:, -1]
+        total: Tensor = fired @ weights[:, -1]
+        return total
 
     def source(self, chunk_sizes: Sequence[int]) -> ArraySource:
         data = self.weights.view(len(self.weights), -1).view(torch.uint8).numpy()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_config, make_model, make_tokenizer
 from cut_model import FetchServer, cut
+
 from flashclient import cli
 
 

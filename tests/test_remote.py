@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 from cut_model import CutModel, FetchServer
+
 from flashclient.channel import Connection
 from flashclient.errors import (
     CorruptionError,
@@ -57,7 +59,7 @@ def opened(
 
 
 def read_layer(source: GrpcSource, layer: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
-    rows = []
+    rows: list[Any] = []
     for chunk in source.chunks(layer):
         assert chunk.first == len(rows)
         rows += [np.frombuffer(ctypes.string_at(int(address), BUNDLE_BYTES), np.uint8) for address in chunk.addresses]

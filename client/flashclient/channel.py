@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 from flashclient import errors
+from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from weightd_proto import weightd_pb2
 
 from flashclient.channel import Connection
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.source import Chunk, Counters
+from weightd_proto import weightd_pb2
 
 CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a millisecond is small beside it
 CHUNKS_AHEAD = 4
