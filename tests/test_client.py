@@ -58,7 +58,11 @@ def client(server: FetchServer) -> Iterator[FlashClient]:
 def not_printable() -> list[int]:
     """The tokens that are no printable ASCII: random weights like them as much as any."""
     tokenizer = make_tokenizer()
-    return [token for token in range(VOCABULARY) if not re.fullmatch("[ -~]+", tokenizer.decode([token]))] + [0, 1, 2]
+    return [token for token in range(VOCABULARY) if not re.fullmatch("[ -~]+", str(tokenizer.decode(token)))] + [
+        0,
+        1,
+        2,
+    ]
 
 
 def dense_text(dense: PreTrainedModel, prompts: list[str], **arguments: Any) -> list[str]:
