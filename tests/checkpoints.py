@@ -66,12 +66,12 @@ def make_model(config: PreTrainedConfig, dtype: str = "float32", seed: int = 0) 
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level, one token per byte; <pad> 0, <s> 1, </s> 2."""
+    """Byte-level, one token per byte and one for `he`; <pad> 0, <s> 1, </s> 2."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet, "he"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
@@ -234,7 +234,7 @@ def write_gguf(
 
 
 def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    """Byte-level tokens without merges, filled up to VOCABULARY."""
+    """The tokens of make_tokenizer, filled up to VOCABULARY."""
     tokenizer = make_tokenizer()
     tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     tokens += [f"<unused{index}>" for index in range(VOCABULARY - len(tokens))]
@@ -243,7 +243,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([control if token.startswith("<") and len(token) > 1 else normal for token in tokens])
-    writer.add_token_merges([])
+    writer.add_token_merges(["h e"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)

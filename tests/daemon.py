@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,8 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from weightd_proto import weightd_pb2_grpc
 
 START_WITHIN_S = 60
+# Root passes the memlock limit by its capability; without that it meets the limit of an ordinary user.
+MEMLOCK_OF_A_USER = ("prlimit", "--memlock=8388608", "setpriv", "--bounding-set", "-ipc_lock", "--")
 STOP_WITHIN_S = 30
 
 
@@ -28,6 +30,7 @@ class Daemon:
     address: str
     channel: grpc.Channel
     owner_fd: int  # closing it ends the daemon
+    log: str = ""  # its standard error, once it has ended
 
     @property
     def stub(self) -> weightd_pb2_grpc.WeightdStub:
@@ -40,8 +43,8 @@ class Daemon:
 
     def wait(self) -> tuple[int, str]:
         """Until it ends by itself."""
-        _, log = self.process.communicate(timeout=STOP_WITHIN_S)
-        return self.process.returncode, log
+        _, self.log = self.process.communicate(timeout=STOP_WITHIN_S)
+        return self.process.returncode, self.log
 
 
 def command(store: Path, *flags: str) -> list[str]:
@@ -55,12 +58,14 @@ def refused(store: Path, *flags: str) -> tuple[int, str]:
 
 
 @contextmanager
-def serving(store: Path, *flags: str, address: str | None = None) -> Iterator[Daemon]:
-    """A daemon that answers, stopped at the end; by default at a socket beside the store."""
+def serving(
+    store: Path, *flags: str, address: str | None = None, prefix: Sequence[str] = ()
+) -> Iterator[Daemon]:
+    """A daemon that answers, stopped at the end; by default at a socket beside the store. `prefix` starts it."""
     address = address or f"unix:{store}.sock"
     reading, writing = os.pipe()
     process = subprocess.Popen(
-        command(store, "--listen", address, "--owner-fd", str(reading), *flags),
+        [*prefix, *command(store, "--listen", address, "--owner-fd", str(reading), *flags)],
         stderr=subprocess.PIPE,
         text=True,
         pass_fds=[reading],

@@ -1,0 +1,214 @@
+"""From a checkpoint to text, through a real weightd: the same numbers as transformers, whatever lies between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import GGUF_FAMILIES, make_checkpoint
+from daemon import MEMLOCK_OF_A_USER, serving
+from flashclient import FlashClient
+from page_cache import cached_pages
+from torch import Tensor
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from weightd import cli
+from weightd._native import Engine
+from weightd.store import Store
+
+TOLERANCE = 1e-3
+NEW_TOKENS = 64
+LAYERS, HIDDEN, NEURONS = 2, 64, 176
+PROMPTS = ([5, 17, 200, 31, 8], [290, 3, 3, 77, 150, 9, 21, 60, 2, 118, 4, 44, 45, 46, 47, 48, 49, 50, 51], [99])
+POOLS = (0.1, 0.5, 1.0)
+READERS = ("io_uring", "io_uring unregistered", "threads")
+TRANSPORTS = ("shm", "grpc")
+
+
+@dataclass
+class Imported:
+    """A store with one family's tiny model, once from safetensors and once, if it has a GGUF form, from GGUF."""
+
+    store: Path
+    names: list[str]
+    reference: Any
+
+    def dram(self, share_of_ffn: float) -> int:
+        """The --dram whose pool holds this share of the FFN cells, at least the smallest possible."""
+        store = Store.open(self.store)
+        needs = []
+        for name in self.names:
+            model = store.model(name)
+            cells = sum(layer.cells for layer in model.layers)
+            neurons = sum(layer.neurons for layer in model.layers)
+            least = Engine.minimum_dram_bytes(model.resident_file_bytes, model.bundle.cell_bytes, cells, neurons)
+            needs.append(least + max(0, round(share_of_ffn * cells) - 6) * model.bundle.cell_bytes + 8 * neurons)
+        return max(needs)
+
+
+def imported(family: str, folder: Path) -> Imported:
+    sizes: dict[str, Any] = {"layers": LAYERS, "hidden": HIDDEN, "neurons": NEURONS}
+    checkpoint = make_checkpoint(family, folder / "tensors", **sizes)
+    sources = {f"{family}-tensors": checkpoint}
+    if family in GGUF_FAMILIES:
+        sources[f"{family}-gguf"] = make_checkpoint(family, folder / "gguf", format="gguf", **sizes)
+    store = folder / "store"
+    for name, source in sources.items():
+        assert cli.main(["import", str(source), "--store", str(store), "--name", name]) == 0
+    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return Imported(store, list(sources), reference)
+
+
+@pytest.fixture(scope="module", params=["opt", "llama", "mistral", "qwen2", "gemma3"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Imported:
+    return imported(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@contextmanager
+def daemon_of(model: Imported, pool: float, reader: str) -> Iterator[str]:
+    flags = ["--dram", str(model.dram(pool)), "--io-engine", reader.split()[0]]
+    limits = MEMLOCK_OF_A_USER if reader == "io_uring unregistered" else ()
+    with serving(model.store, *flags, prefix=limits) as daemon:
+        yield daemon.address
+    assert ("not registered" in daemon.log) == (reader == "io_uring unregistered"), daemon.log
+
+
+def reference_tokens(reference: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
+    """64 greedy tokens behind the prompt, and the logits [tokens, vocabulary] of the whole sequence."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        for _ in range(NEW_TOKENS):
+            following = reference(ids).logits[0, -1].argmax()
+            ids = torch.cat([ids, following[None, None]], dim=1)
+        return ids, reference(ids).logits[0]
+
+
+def streamed_logits(client: FlashClient, ids: Tensor, prompt_tokens: int) -> Tensor:
+    """Teacher-forced, as generation goes: the prompt at once, then token after token with a cache."""
+    model: Any = client.model
+    with torch.no_grad():
+        out = model(ids[:, :prompt_tokens], use_cache=True)
+        logits = [out.logits[0]]
+        for i in range(prompt_tokens, ids.shape[1]):
+            out = model(ids[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+            logits.append(out.logits[0])
+    return torch.cat(logits)
+
+
+def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_tokens: int) -> None:
+    """Equal until the reference's two best tokens are closer than the tolerance: after that the texts may part."""
+    for i in range(prompt_tokens, expected.shape[1]):
+        best = logits[i - 1].topk(2).values
+        if best[0] - best[1] < 2 * TOLERANCE:
+            return
+        assert tokens[0, i] == expected[0, i], f"token {i}"
+
+
+def run_all(client: FlashClient, reference: Any) -> list[Tensor]:
+    """Everything that is compared, within this system bit for bit."""
+    results = []
+    for prompt in PROMPTS:
+        ids, expected = reference_tokens(reference, prompt)
+        logits = streamed_logits(client, ids, len(prompt))
+        assert (logits - expected).abs().max() < TOLERANCE
+        tokens = client.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+        assert_same_greedy(tokens, ids, expected, len(prompt))
+        results += [logits, tokens]
+    results.append(padded_batch(client, reference))
+    return results
+
+
+def padded_batch(client: FlashClient, reference: Any) -> Tensor:
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask).logits
+        logits: Tensor = client.model(ids, attention_mask=mask).logits
+    assert ((logits - expected).abs() * mask[..., None]).max() < TOLERANCE
+    tokens: Tensor = client.generate(
+        {"input_ids": ids, "attention_mask": mask}, max_new_tokens=12, do_sample=False, eos_token_id=-1
+    )
+    for row, prompt in enumerate(PROMPTS):
+        alone = reference_tokens(reference, prompt)
+        new = tokens[row : row + 1, longest:]
+        assert_same_greedy(torch.cat([torch.tensor([prompt]), new], 1), alone[0][:, : len(prompt) + 12], alone[1], len(prompt))
+    return tokens
+
+
+def assert_identical(runs: dict[str, list[Tensor]]) -> None:
+    (first_name, first), *others = runs.items()
+    for name, run in others:
+        for one, other in zip(first, run, strict=True):
+            assert torch.equal(one, other), f"{first_name} and {name} differ"
+
+
+def check(model: Imported, cases: list[tuple[float, str, str, str]]) -> None:
+    """Each case is (share of the FFN in the pool, reader, transport, model name)."""
+    runs = {}
+    for pool, reader in dict.fromkeys((case[0], case[1]) for case in cases):
+        with daemon_of(model, pool, reader) as address:
+            for case in [case for case in cases if case[:2] == (pool, reader)]:
+                with FlashClient(case[3], address=address, transport=case[2]) as client:
+                    runs[str(case)] = run_all(client, model.reference)
+    assert_identical(runs)
+
+
+def test_pairs_of_pool_reader_transport_and_format(model: Imported) -> None:
+    first, last = model.names[0], model.names[-1]
+    check(
+        model,
+        [
+            (0.1, READERS[0], "shm", first),
+            (0.1, READERS[0], "grpc", last),
+            (0.5, READERS[1], "shm", last),
+            (0.5, READERS[1], "grpc", first),
+            (1.0, READERS[2], "shm", first),
+            (1.0, READERS[2], "grpc", last),
+        ],
+    )
+
+
+@pytest.mark.slow
+def test_every_combination(tmp_path: Path) -> None:
+    model = imported("llama", tmp_path)
+    check(model, [(p, r, t, n) for p in POOLS for r in READERS for t in TRANSPORTS for n in model.names])
+
+
+def test_beams_and_sampling_equal_those_of_transformers(model: Imported) -> None:
+    ids = torch.tensor([PROMPTS[0]])
+    beams: dict[str, Any] = {"max_new_tokens": 20, "num_beams": 3, "do_sample": False}
+    sampling: dict[str, Any] = {"max_new_tokens": 20, "do_sample": True, "temperature": 0.8, "top_k": 20}
+    with daemon_of(model, 0.5, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
+        assert torch.equal(client.generate(ids, **beams), model.reference.generate(ids, **beams))
+        torch.manual_seed(7)
+        expected = model.reference.generate(ids, **sampling)
+        torch.manual_seed(7)
+        assert torch.equal(client.generate(ids, **sampling), expected)
+
+
+def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:
+    with daemon_of(model, 0.5, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
+        for _ in client.stream("a b c", max_new_tokens=5):
+            assert_uncached(model.store)
+    assert_uncached(model.store)
+
+
+def assert_uncached(store: Path) -> None:
+    files = [*store.glob("*/bundles.bin"), *store.glob("*/resident.safetensors")]
+    assert files
+    for file in files:
+        assert cached_pages(file) == 0, file
+
+
+def test_a_second_client_of_the_store_shares_the_embedded_daemon(model: Imported) -> None:
+    with (
+        FlashClient(model.names[0], store=str(model.store), dram=model.dram(0.5)) as first,
+        FlashClient(model.names[0], store=str(model.store)) as second,
+    ):
+        ids = torch.tensor([PROMPTS[0]])
+        assert torch.equal(first.generate(ids, max_new_tokens=8), second.generate(ids, max_new_tokens=8))
