@@ -10,9 +10,9 @@ from typing import Any
 import grpc
 import numpy as np
 from numpy.typing import NDArray
-from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 from flashclient import errors
+from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
@@ -94,7 +94,11 @@ class Connection:
         """The bytes asked for, in pieces of at most 1 MiB. Waits for a daemon that is coming back."""
         with rpc_errors(self.address):
             timeout_s = self.timeout_s if timeout_s is None else timeout_s
-            for response in self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True):
+            try:
+                responses = self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
+            except ValueError as error:  # how gRPC says that close() came first
+                raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
+            for response in responses:
                 yield response.data
 
     def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:

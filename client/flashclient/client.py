@@ -14,8 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from weightd_proto import weightd_pb2
+from transformers import PreTrainedModel
 
 from flashclient.channel import Connection
 from flashclient.embedded import attach_or_start, import_if_path
@@ -28,6 +27,7 @@ from flashclient.remote import GrpcSource
 from flashclient.session import RingSource
 from flashclient.source import BundleSource
 from flashclient.stats import Stats
+from weightd_proto import weightd_pb2
 
 
 class FlashClient:
@@ -76,7 +76,7 @@ class FlashClient:
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
         folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="flashclient-")))
         connection.save_files(self._record, folder)
-        self.tokenizer: PreTrainedTokenizerBase | None = load_tokenizer(folder)
+        self.tokenizer: Any = load_tokenizer(folder)  # transformers' own; None where the model has none
         self.model: PreTrainedModel
         self.model, total = build_model(
             self._record, folder, source, partial(connection.placement, self._record), torch.get_num_threads()

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from weightd_proto import weightd_pb2
 
 from flashclient._native import Ffn
 from flashclient.source import BundleSource, Chunk
+from weightd_proto import weightd_pb2
 
 STAGING_BYTES = 4 * 2**20  # of a block in fp32: it stays in a last-level cache between gathering and product
 STAGING_NEURONS_MIN = 128  # below it the products are too thin for a matrix library

@@ -25,7 +25,7 @@ from flashclient.prompts import Prompt
 from flashclient.stats import Meter, Stats
 
 NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
-LENGTH_ARGUMENTS = ("max_new_tokens", "max_length", "max_time", "stopping_criteria", "generation_config")
+LENGTH_ARGUMENTS = ("max_new_tokens", "max_length", "generation_config")
 
 
 class Generator:

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
-from weightd_proto import weightd_pb2
 
 from flashclient.architectures import Architecture, activation_name, architecture_of, install
 from flashclient.errors import ModelError
 from flashclient.ffn import StreamedFFN, StreamedSum
 from flashclient.source import BundleSource
+from weightd_proto import weightd_pb2
 
 DTYPES = {
     "F64": torch.float64,

@@ -8,6 +8,7 @@ circle is the one used most recently: so all of the pool but the few chunks ahea
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Generator
@@ -15,11 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from weightd_proto import weightd_pb2
 
 from flashclient.channel import Connection
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.source import Chunk, Counters
+from weightd_proto import weightd_pb2
 
 CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a millisecond is small beside it
 CHUNKS_AHEAD = 4
@@ -47,11 +48,13 @@ def ffn_bytes(model: weightd_pb2.Model) -> int:
 
 
 def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
-    """Bundles of a chunk: about CHUNK_BYTES, and no more than half of the pool. Raises OptionError."""
+    """Bundles of a chunk: at most CHUNK_BYTES and half of the pool, in equal parts of a layer. Raises OptionError."""
     bundle_bytes = model.bundle.bundle_bytes
     if pool_bytes < 2 * bundle_bytes:
         raise OptionError(f"pool_bytes={pool_bytes} is too small: two bundles of this model need {2 * bundle_bytes}")
-    return max(1, min(CHUNK_BYTES, pool_bytes // 2) // bundle_bytes)
+    most = max(1, min(CHUNK_BYTES, pool_bytes // 2) // bundle_bytes)
+    neurons = max(layer.neurons for layer in model.layers)
+    return math.ceil(neurons / math.ceil(neurons / most))
 
 
 def cut_spans(model: weightd_pb2.Model, chunk_bundles: int) -> list[Span]:

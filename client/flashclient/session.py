@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
-from weightd_proto import weightd_pb2
 
 from flashclient import _native
 from flashclient.channel import Connection
 from flashclient.errors import CorruptionError, DaemonLostError, FlashClientError, ForkedError
 from flashclient.source import Chunk, Counters
+from weightd_proto import weightd_pb2
 
 # What is leased ahead cannot be what the pool keeps, and 8 MiB in flight are enough for a device's full speed.
 LOOK_AHEAD_BYTES = 8 * 2**20

@@ -1,0 +1,197 @@
+"""A transformers model cut into bundles and resident bytes by hand: what the client is tested on without a daemon.
+
+Bundles come in a random placement. `ArraySource` gives them from this process's memory, `FetchServer` over gRPC.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+from grpc_health.v1 import health, health_pb2_grpc
+from numpy.typing import NDArray
+from safetensors.torch import save
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from flashclient.architectures import architecture_of
+from flashclient.source import Chunk, Counters
+from weightd_proto import weightd_pb2, weightd_pb2_grpc
+
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+MESSAGE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """What a store would hold. bundles[layer] is [neurons, bundle_bytes] uint8, in placement order."""
+
+    record: weightd_pb2.Model
+    bundles: list[NDArray[np.uint8]]
+    placements: list[NDArray[np.uint32]]
+    resident: bytes
+    files: dict[str, bytes]
+
+    def save_files(self, folder: Path) -> Path:
+        for name, data in self.files.items():
+            (folder / name).write_bytes(data)
+        return folder
+
+
+def cut(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, name: str = "tiny") -> CutModel:
+    """Cuts `model`, whose FFN matrices are all of one dtype."""
+    state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]
+    _, architecture = architecture_of([type(model).__name__])
+    random = np.random.default_rng(0)
+    modules = sorted(
+        {key[: -len(architecture.weights[0]) - 1] for key in state if key.endswith(architecture.weights[0])}
+    )
+    bundles, placements, layers = [], [], []
+    for module in modules:
+        *rows, down = (state.pop(f"{module}.{weight}") for weight in architecture.weights)
+        placement = random.permutation(len(rows[0])).astype(np.uint32)
+        whole = torch.stack([*rows, down.T], dim=1)[torch.from_numpy(placement.astype(np.int64))]
+        bundles.append(whole.contiguous().view(len(placement), -1).view(torch.uint8).numpy())
+        placements.append(placement)
+        layers.append(weightd_pb2.Layer(module=module, neurons=len(placement)))
+    layout = weightd_pb2.BundleLayout(
+        dtype=STORED_DTYPES[down.dtype],
+        parts=["gate", "up", "down"][-len(architecture.weights) :],
+        hidden_size=down.shape[0],
+        bundle_bytes=bundles[0].shape[1],
+    )
+    resident = save({key: tensor.contiguous() for key, tensor in state.items()})
+    record = weightd_pb2.Model(name=name, bundle=layout, layers=layers, resident_file_bytes=len(resident))
+    record.resident.extend(_tensors(resident))
+    files = _files(model, tokenizer)
+    record.files.extend(weightd_pb2.File(name=key, size_bytes=len(data)) for key, data in files.items())
+    return CutModel(record, bundles, placements, resident, files)
+
+
+def _tensors(resident: bytes) -> Iterator[weightd_pb2.Tensor]:
+    header_bytes = int.from_bytes(resident[:8], "little")
+    for key, entry in json.loads(resident[8 : 8 + header_bytes]).items():
+        begin, end = entry["data_offsets"]
+        yield weightd_pb2.Tensor(
+            name=key,
+            dtype=entry["dtype"],
+            shape=entry["shape"],
+            offset_bytes=8 + header_bytes + begin,
+            size_bytes=end - begin,
+        )
+
+
+def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class ArraySource:
+    """See BundleSource: chunks of the given sizes, over and over; bundles lie apart by an odd number of elements."""
+
+    def __init__(self, model: CutModel, chunk_sizes: Sequence[int]) -> None:
+        self._chunk_sizes = chunk_sizes
+        gap_bytes = 12
+        self._layers = [np.zeros((len(rows), rows.shape[1] + gap_bytes), np.uint8) for rows in model.bundles]
+        for stored, rows in zip(self._layers, model.bundles, strict=True):
+            stored[:, : rows.shape[1]] = rows
+        self.resident = np.frombuffer(model.resident, np.uint8).copy()
+        self.opened = 0  # iterators not yet closed
+        self.idle_calls = 0
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        stored = self._layers[layer]
+        addresses = np.uint64(stored.ctypes.data) + np.arange(len(stored), dtype=np.uint64) * np.uint64(stored.shape[1])
+        self.opened += 1
+        try:
+            first = turn = 0
+            while first < len(addresses):
+                size = self._chunk_sizes[turn % len(self._chunk_sizes)]
+                yield Chunk(first, addresses[first : first + size])
+                first, turn = first + size, turn + 1
+        finally:
+            self.opened -= 1
+
+    def idle(self) -> None:
+        self.idle_calls += 1
+
+    def counters(self) -> Counters:
+        return Counters()
+
+    def close(self) -> None:
+        self._layers.clear()
+
+
+class FetchServer:
+    """A gRPC server of cut models on a unix socket: Stats, DescribeModel, Fetch and health, as weightd answers them."""
+
+    def __init__(self, models: Sequence[CutModel], socket: Path) -> None:
+        self._models = {model.record.name: model for model in models}
+        self.address = f"unix:{socket}"
+        self.bundles_sent: list[tuple[int, int]] = []  # (layer, position)
+        self.failures: list[tuple[grpc.StatusCode, str]] = []  # of the next fetches of bundles
+
+    def __enter__(self) -> FetchServer:
+        self._server = grpc.server(ThreadPoolExecutor(8))
+        weightd_pb2_grpc.add_WeightdServicer_to_server(self, self._server)  # type: ignore[no-untyped-call]
+        servicer = health.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(servicer, self._server)
+        self._server.add_insecure_port(self.address)
+        self._server.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.stop(None).wait()
+
+    def Stats(self, request: weightd_pb2.StatsRequest, context: Any) -> weightd_pb2.StatsResponse:
+        return weightd_pb2.StatsResponse()
+
+    def ListModels(self, request: weightd_pb2.ListModelsRequest, context: Any) -> weightd_pb2.ListModelsResponse:
+        return weightd_pb2.ListModelsResponse(names=list(self._models))
+
+    def OpenSession(self, request: weightd_pb2.OpenSessionRequest, context: Any) -> None:
+        context.abort(grpc.StatusCode.UNIMPLEMENTED, "no shared memory here")
+
+    def DescribeModel(self, request: weightd_pb2.DescribeModelRequest, context: Any) -> weightd_pb2.Model:
+        if request.name not in self._models:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"no model '{request.name}': there is {', '.join(self._models)}")
+        return self._models[request.name].record
+
+    def Fetch(self, request: weightd_pb2.FetchRequest, context: Any) -> Iterator[weightd_pb2.FetchResponse]:
+        data = self._data(self._models[request.model], request, context)
+        for begin in range(0, len(data), MESSAGE_BYTES):
+            yield weightd_pb2.FetchResponse(data=data[begin : begin + MESSAGE_BYTES])
+
+    def _data(self, model: CutModel, request: weightd_pb2.FetchRequest, context: Any) -> bytes:
+        kind = request.WhichOneof("what")
+        if kind == "resident":
+            return model.resident[request.resident.offset :][: request.resident.size]
+        if kind == "file":
+            return model.files[request.file]
+        if kind == "placement_of":
+            return model.placements[request.placement_of].astype("<u4").tobytes()
+        if self.failures:
+            context.abort(*self.failures.pop(0))
+        layer = request.bundles.layer
+        positions = [p for part in request.bundles.positions for p in range(part.begin, part.end)]
+        self.bundles_sent += [(layer, position) for position in positions]
+        return model.bundles[layer][positions].tobytes()

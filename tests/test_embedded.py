@@ -1,0 +1,150 @@
+"""FlashClient(store=...): a private weightd, one that is there already, the race between two, and what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from checkpoints import make_checkpoint
+from daemon import serving
+
+from flashclient import FlashClient
+from flashclient.embedded import LOCK_FILE, PrivateDaemon, attach_or_start, serving_address
+from flashclient.errors import StartError
+
+IDS = [5, 6, 7]
+OWNER = """
+import os, sys
+from flashclient import FlashClient
+client = FlashClient("tiny", store=sys.argv[1])
+print(client.generate([5, 6, 7], max_new_tokens=4, do_sample=False), flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def store(checkpoint: Path, tmp_path: Path) -> Path:
+    FlashClient(checkpoint, store=tmp_path / "store").close()
+    return tmp_path / "store"
+
+
+def daemons_of(store: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "weightd" in command and str(store) in command:
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def owner(store: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process with a private weightd, which has made its first tokens."""
+    command = [sys.executable, "-W", "ignore", "-c", OWNER, str(store)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert len(json.loads(process.stdout.readline())) == 7
+        yield process
+        process.kill()
+
+
+def test_a_checkpoint_is_imported_once(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with FlashClient(checkpoint, store=folder, dram="32MiB") as client:
+        first = client.generate(IDS, max_new_tokens=8, do_sample=False)
+        imported = client.record.import_id
+    with FlashClient(str(checkpoint), store=folder) as client:
+        assert client.record.import_id == imported
+        assert client.record.name == "tiny"
+        assert client.generate(IDS, max_new_tokens=8, do_sample=False) == first
+    assert daemons_of(folder) == []
+
+
+def test_both_transports_say_the_same(store: Path) -> None:
+    with FlashClient("tiny", store=store) as client:
+        expected = client.generate(IDS, max_new_tokens=16, do_sample=False)
+        with FlashClient("tiny", store=store, transport="grpc") as other:
+            assert other.generate(IDS, max_new_tokens=16, do_sample=False) == expected
+        assert len(daemons_of(store)) == 1
+
+
+def test_attaches_to_the_daemon_that_is_there(store: Path) -> None:
+    with serving(store) as daemon:
+        assert serving_address(store) == daemon.address
+        with FlashClient("tiny", store=store) as client:
+            assert client.generate(IDS, max_new_tokens=2)
+            assert [process.pid for process in daemons_of(store)] == [daemon.process.pid]
+        assert daemon.process.poll() is None, "a client stopped a daemon that was not its own"
+
+
+def test_of_two_that_start_one_attaches_to_the_other(store: Path) -> None:
+    early = PrivateDaemon(store, None)  # started, but perhaps not yet serving
+    try:
+        address, daemon = attach_or_start(store, None, 30.0)
+        assert (address == early.address) == (daemon is None)
+        if daemon is not None:
+            daemon.stop()
+    finally:
+        early.stop()
+    assert daemons_of(store) == []
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_private_daemon_ends_with_its_owner(store: Path, owner: subprocess.Popen[str], kill: bool) -> None:
+    (daemon,) = daemons_of(store)
+    if kill:
+        owner.kill()
+    else:
+        assert owner.stdin is not None
+        owner.stdin.close()  # it leaves without close()
+    daemon.wait(10)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_does_not_keep_the_daemon_alive(store: Path) -> None:
+    reading_end, writing_end = os.pipe()
+    client = FlashClient("tiny", store=store)
+    pid = os.fork()
+    if pid == 0:
+        os.close(writing_end)
+        os.read(reading_end, 1)  # until the parent closes it
+        os._exit(0)
+    client.close()
+    assert daemons_of(store) == []
+    os.close(writing_end)
+    os.waitpid(pid, 0)
+    os.close(reading_end)
+
+
+def test_a_lock_file_that_outlived_its_daemon_counts_for_nothing(store: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    for content in ("", "{", "[]", json.dumps({"pid": ended.pid, "address": "unix:/nowhere"})):
+        (store / LOCK_FILE).write_text(content)
+        assert serving_address(store) is None
+        FlashClient("tiny", store=store).close()
+
+
+def test_what_the_daemon_says_is_the_error(store: Path) -> None:
+    with pytest.raises(StartError, match=rf"cannot start weightd for {store}: .*--dram"):
+        FlashClient("tiny", store=store, dram="1KiB")
+    with pytest.raises(StartError, match=r"cannot start weightd for .*/missing: "):
+        FlashClient("tiny", store=store / "missing")
+
+
+def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StartError, match=r"cannot import .*/empty: "):
+        FlashClient(tmp_path / "empty", store=tmp_path / "store")

@@ -1,0 +1,83 @@
+"""The command `flashclient`: what goes to which stream, exit statuses, refusals."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import make_config, make_model, make_tokenizer
+from cut_model import FetchServer, cut
+
+from flashclient import cli
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    model = make_model(make_config("qwen2"))
+    model.generation_config.eos_token_id = None
+    with FetchServer([cut(model, make_tokenizer())], tmp_path_factory.mktemp("cli") / "socket") as server:
+        yield server.address
+
+
+def run(address: str, *more: str) -> int:
+    return cli.main(["generate", "tiny", "hello", "--address", address, "--transport", "grpc", *more])
+
+
+def test_text_and_nothing_else(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(address, "--max-new-tokens", "6") == 0
+    printed = capsys.readouterr()
+    assert len(printed.out) > 1
+    assert printed.err == ""
+
+
+def test_stats_on_standard_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(address, "--max-new-tokens", "6", "--stats") == 0
+    assert "tokens/s" in capsys.readouterr().err
+
+
+def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(address, "--max-new-tokens", "6") == 0
+    text = capsys.readouterr().out
+    assert run(address, "--max-new-tokens", "6", "--json") == 0
+    printed = capsys.readouterr()
+    answer = json.loads(printed.out)
+    assert printed.err == ""
+    assert answer["text"] == text.removesuffix("\n")
+    assert answer["stats"]["new_tokens"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["generate"], 2, "the following arguments are required: model, prompt"),
+        (["generate", "m", "p", "--max-new-tokens", "0"], 2, "'0' must be a whole number of at least 1"),
+        (["generate", "m", "p", "--max-new-tokens", "many"], 2, "'many' must be a whole number"),
+        (["generate", "m", "p", "--address", "a", "--store", "s"], 2, "not allowed with argument"),
+        (["generate", "m", "p", "--dram", "1GiB"], 2, "dram=1GiB is for a weightd of one's own"),
+        (["serve"], 2, "invalid choice: 'serve'"),
+        (["generate", "m", "p", "--address", "unix:/nowhere/socket"], 1, "no weightd at unix:/nowhere/socket"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("flashclient: ")
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_unknown_model(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", "large", "p", "--address", address, "--transport", "grpc"]) == 1
+    assert "no model 'large': there is tiny" in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["generate", "--help"])
+    assert ended.value.code == 0
+    assert "--max-new-tokens" in capsys.readouterr().out

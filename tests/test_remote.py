@@ -1,0 +1,204 @@
+"""GrpcSource: the bytes it gives, what its pool keeps, and what a failing daemon does to it."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from cut_model import CutModel, FetchServer
+
+from flashclient.channel import Connection
+from flashclient.errors import (
+    CorruptionError,
+    DaemonLostError,
+    ModelNotFoundError,
+    NoDaemonError,
+    OptionError,
+    RefusedError,
+)
+from flashclient.remote import GrpcSource, chunk_bundles_for, cut_spans
+from weightd_proto import weightd_pb2
+
+BUNDLE_BYTES = 96
+LAYERS, NEURONS = 3, 70
+FFN_BYTES = LAYERS * NEURONS * BUNDLE_BYTES
+
+
+@pytest.fixture
+def model() -> CutModel:
+    random = np.random.default_rng(0)
+    bundles = [random.integers(0, 256, (NEURONS, BUNDLE_BYTES), dtype=np.uint8) for _ in range(LAYERS)]
+    layout = weightd_pb2.BundleLayout(
+        dtype="F32", parts=["gate", "up", "down"], hidden_size=8, bundle_bytes=BUNDLE_BYTES
+    )
+    layers = [weightd_pb2.Layer(module=f"layers.{i}", neurons=NEURONS) for i in range(LAYERS)]
+    resident = random.bytes(3 * 2**20)
+    record = weightd_pb2.Model(name="m", bundle=layout, layers=layers, resident_file_bytes=len(resident))
+    return CutModel(record, bundles, [], resident, {})
+
+
+@contextmanager
+def opened(
+    model: CutModel, folder: Path, pool_bytes: int | None = None, timeout_s: float = 10.0
+) -> Iterator[tuple[GrpcSource, FetchServer]]:
+    with FetchServer([model], folder / "socket") as server:
+        connection = Connection(server.address, timeout_s)
+        source = GrpcSource(connection, model.record, pool_bytes=pool_bytes)
+        try:
+            yield source, server
+        finally:
+            connection.close()
+            source.close()
+
+
+def read_layer(source: GrpcSource, layer: int) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+    rows: list[Any] = []
+    for chunk in source.chunks(layer):
+        assert chunk.first == len(rows)
+        rows += [np.frombuffer(ctypes.string_at(int(address), BUNDLE_BYTES), np.uint8) for address in chunk.addresses]
+    return np.stack(rows)
+
+
+@pytest.mark.parametrize("pool_bytes", [2 * BUNDLE_BYTES, FFN_BYTES // 10, FFN_BYTES // 2, FFN_BYTES, None])
+def test_gives_every_bundle_in_order(model: CutModel, tmp_path: Path, pool_bytes: int | None) -> None:
+    with opened(model, tmp_path, pool_bytes) as (source, _):
+        for _ in range(3):
+            for layer in range(LAYERS):
+                assert np.array_equal(read_layer(source, layer), model.bundles[layer])
+            source.idle()
+        assert source.resident.tobytes() == model.resident
+        counters = source.counters()
+        assert counters.read_bytes == counters.misses * BUNDLE_BYTES
+
+
+def test_layers_in_any_order(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path, FFN_BYTES // 4) as (source, _):
+        for layer in (2, 0, 0, 1, 2, 1):
+            assert np.array_equal(read_layer(source, layer), model.bundles[layer])
+
+
+def test_iterator_left_early(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path, FFN_BYTES // 4) as (source, _):
+        for layer in (0, 1, 0):
+            chunks = source.chunks(layer)
+            next(chunks)
+            chunks.close()
+        assert np.array_equal(read_layer(source, 2), model.bundles[2])
+
+
+def test_a_pool_of_all_fetches_each_bundle_once(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path, 2 * FFN_BYTES) as (source, server):
+        for layer in [0, 1, 2] * 4:
+            read_layer(source, layer)
+        assert len(server.bundles_sent) == len(set(server.bundles_sent)) == LAYERS * NEURONS
+
+
+def test_half_a_pool_serves_near_half_of_a_circle(
+    model: CutModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flashclient.remote.CHUNK_BYTES", 2 * BUNDLE_BYTES)  # 105 chunks, so that 4 ahead are few
+    with opened(model, tmp_path, FFN_BYTES // 2) as (source, _):
+        for layer in [0, 1, 2] * 2:
+            read_layer(source, layer)
+        before = source.counters()
+        for layer in [0, 1, 2] * 10:
+            read_layer(source, layer)
+        counted = source.counters().since(before)
+        assert 0.40 < counted.hits / (counted.hits + counted.misses) <= 0.52
+
+
+def test_chunks_fit_twice_into_the_pool(model: CutModel) -> None:
+    for pool_bytes in (2 * BUNDLE_BYTES, 5 * BUNDLE_BYTES, FFN_BYTES, 2**30):
+        size = chunk_bundles_for(model.record, pool_bytes)
+        assert 2 * size * BUNDLE_BYTES <= pool_bytes
+        spans = cut_spans(model.record, size)
+        assert [(s.layer, p) for s in spans for p in range(s.begin, s.end)] == [
+            (layer, position) for layer in range(LAYERS) for position in range(NEURONS)
+        ]
+    with pytest.raises(OptionError, match=r"pool_bytes=191 is too small: two bundles of this model need 192"):
+        chunk_bundles_for(model.record, 2 * BUNDLE_BYTES - 1)
+
+
+def test_corruption_is_raised_and_does_not_stick(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path) as (source, server):
+        server.failures.append(
+            (grpc.StatusCode.DATA_LOSS, "model 'm' layer 0 neuron 3: bytes differ from the checksum")
+        )
+        with pytest.raises(CorruptionError, match="layer 0 neuron 3"):
+            read_layer(source, 0)
+        assert np.array_equal(read_layer(source, 0), model.bundles[0])
+
+
+def test_a_daemon_that_comes_back_in_time_is_not_noticed(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path) as (source, server):
+        server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 3
+        assert np.array_equal(read_layer(source, 0), model.bundles[0])
+        assert not server.failures
+
+
+def test_a_daemon_that_does_not_come_back_is_lost(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path, timeout_s=0.3) as (source, server):
+        server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 1000
+        with pytest.raises(DaemonLostError, match="does not answer: stopping"):
+            read_layer(source, 0)
+
+
+def test_too_few_bytes_are_refused(model: CutModel, tmp_path: Path) -> None:
+    model.bundles[1] = model.bundles[1][:, :90]
+    with opened(model, tmp_path) as (source, _), pytest.raises(RefusedError, match=r"sent \d+ of \d+ bytes"):
+        read_layer(source, 1)
+
+
+def test_close_wakes_a_waiting_reader(model: CutModel, tmp_path: Path) -> None:
+    with FetchServer([model], tmp_path / "socket") as server:
+        connection = Connection(server.address, 60.0)
+        source = GrpcSource(connection, model.record)
+        server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 10**6
+        raised: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                read_layer(source, 0)
+            except DaemonLostError as error:
+                raised.append(error)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        connection.close()
+        source.close()
+        reader.join(10)
+        assert not reader.is_alive()
+        assert len(raised) == 1
+
+
+def test_no_daemon_says_how_to_start_one(tmp_path: Path) -> None:
+    address = f"unix:{tmp_path / 'none'}"
+    with pytest.raises(
+        NoDaemonError, match=r"no weightd at unix:.*: start it with `weightd --store DIR`, or pass store="
+    ):
+        Connection(address, 5.0)
+
+
+def test_unknown_model_names_those_there_are(model: CutModel, tmp_path: Path) -> None:
+    with FetchServer([model], tmp_path / "socket") as server:
+        connection = Connection(server.address, 5.0)
+        with pytest.raises(ModelNotFoundError, match="no model 'other': there is m"):
+            connection.describe("other")
+        connection.close()
+
+
+def test_files_may_not_leave_their_folder(model: CutModel, tmp_path: Path) -> None:
+    model.record.files.add(name="../escaped")
+    model.files["../escaped"] = b"x"
+    with FetchServer([model], tmp_path / "socket") as server:
+        connection = Connection(server.address, 5.0)
+        with pytest.raises(RefusedError, match="would leave its folder"):
+            connection.save_files(model.record, tmp_path)
+        connection.close()
