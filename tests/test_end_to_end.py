@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,13 @@ class Imported:
     store: Path
     names: list[str]
     reference: Any
+    texts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def expected(self, prompt: list[int]) -> tuple[Tensor, Tensor]:
+        """64 greedy tokens behind the prompt, and the logits [tokens, vocabulary] of the whole sequence."""
+        if tuple(prompt) not in self.texts:
+            self.texts[tuple(prompt)] = reference_text(self.reference, prompt)
+        return self.texts[tuple(prompt)]
 
     def dram(self, share_of_ffn: float) -> int:
         """The --dram whose pool holds this share of the FFN cells, at least the smallest possible."""
@@ -59,8 +66,8 @@ def imported(family: str, folder: Path) -> Imported:
     store = folder / "store"
     for name, source in sources.items():
         assert cli.main(["import", str(source), "--store", str(store), "--name", name]) == 0
-    reference = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return Imported(store, list(sources), reference)
+    reference: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    return Imported(store, list(sources), reference.eval())
 
 
 @pytest.fixture(scope="module", params=["opt", "llama", "mistral", "qwen2", "gemma3"])
@@ -77,8 +84,7 @@ def daemon_of(model: Imported, pool: float, reader: str) -> Iterator[str]:
     assert ("not registered" in daemon.log) == (reader == "io_uring unregistered"), daemon.log
 
 
-def reference_tokens(reference: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
-    """64 greedy tokens behind the prompt, and the logits [tokens, vocabulary] of the whole sequence."""
+def reference_text(reference: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
@@ -108,33 +114,33 @@ def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_
         assert tokens[0, i] == expected[0, i], f"token {i}"
 
 
-def run_all(client: FlashClient, reference: Any) -> list[Tensor]:
+def run_all(client: FlashClient, model: Imported) -> list[Tensor]:
     """Everything that is compared, within this system bit for bit."""
     results = []
     for prompt in PROMPTS:
-        ids, expected = reference_tokens(reference, prompt)
+        ids, expected = model.expected(prompt)
         logits = streamed_logits(client, ids, len(prompt))
         assert (logits - expected).abs().max() < TOLERANCE
         tokens = client.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
         assert_same_greedy(tokens, ids, expected, len(prompt))
         results += [logits, tokens]
-    results.append(padded_batch(client, reference))
+    results.append(padded_batch(client, model))
     return results
 
 
-def padded_batch(client: FlashClient, reference: Any) -> Tensor:
+def padded_batch(client: FlashClient, model: Imported) -> Tensor:
     longest = max(map(len, PROMPTS))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
     with torch.no_grad():
-        expected = reference(ids, attention_mask=mask).logits
+        expected = model.reference(ids, attention_mask=mask).logits
         logits: Tensor = client.model(ids, attention_mask=mask).logits
     assert ((logits - expected).abs() * mask[..., None]).max() < TOLERANCE
     tokens: Tensor = client.generate(
         {"input_ids": ids, "attention_mask": mask}, max_new_tokens=12, do_sample=False, eos_token_id=-1
     )
     for row, prompt in enumerate(PROMPTS):
-        alone = reference_tokens(reference, prompt)
+        alone = model.expected(prompt)
         new = tokens[row : row + 1, longest:]
         assert_same_greedy(torch.cat([torch.tensor([prompt]), new], 1), alone[0][:, : len(prompt) + 12], alone[1], len(prompt))
     return tokens
@@ -154,7 +160,7 @@ def check(model: Imported, cases: list[tuple[float, str, str, str]]) -> None:
         with daemon_of(model, pool, reader) as address:
             for case in [case for case in cases if case[:2] == (pool, reader)]:
                 with FlashClient(case[3], address=address, transport=case[2]) as client:
-                    runs[str(case)] = run_all(client, model.reference)
+                    runs[str(case)] = run_all(client, model)
     assert_identical(runs)
 
 

@@ -116,7 +116,7 @@ def test_blocks_do_not_depend_on_chunks_when_a_layer_has_several() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     layer = Layer(dtype, 77, 90, True, "gelu_tanh")
-    options = {"dtype": dtype, "hidden_size": 77, "gated": True, "activation": "gelu_tanh", "threads": 2}
+    options: dict[str, Any] = {"dtype": dtype, "hidden_size": 77, "gated": True, "activation": "gelu_tanh", "threads": 2}
     try:
         kernels = Ffn(**options, instruction_set=instruction_set)
     except ValueError as error:
@@ -196,9 +196,9 @@ def test_iterator_is_closed_when_a_chunk_fails() -> None:
     ],
 )
 def test_kernels_refuse(change: dict[str, object], message: str) -> None:
-    options = {"dtype": "F32", "hidden_size": 8, "gated": True, "activation": "silu", "threads": 1} | change
+    options: dict[str, Any] = {"dtype": "F32", "hidden_size": 8, "gated": True, "activation": "silu", "threads": 1}
     with pytest.raises(ValueError, match=message):
-        Ffn(**options)
+        Ffn(**(options | change))
 
 
 def test_kernels_refuse_shapes_that_do_not_fit() -> None:

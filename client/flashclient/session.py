@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,13 +56,13 @@ class RingSource:
 
     @property
     def resident(self) -> NDArray[np.uint8]:
-        return self._session.resident
+        return cast("NDArray[np.uint8]", self._session.resident)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         sweep = self._open_sweep()
         while True:
             with _ring_errors(self._name):
-                chunk = sweep.next(layer)
+                chunk = cast("tuple[int, NDArray[np.uint64]] | None", sweep.next(layer))
             if chunk is None:
                 return
             yield Chunk(*chunk)
