@@ -51,18 +51,21 @@ def make_config(family: str, layers: int = 2, hidden: int = 64, neurons: int = 1
         options = common | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
         return Gemma3TextConfig(**(options | changes))
     kinds = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-    return kinds[family](**(common | changes))
+    config: PreTrainedConfig = kinds[family](**(common | changes))
+    return config
 
 
 def make_model(config: PreTrainedConfig, dtype: str = "float32", seed: int = 0) -> PreTrainedModel:
     """A model whose every parameter is random, norms and biases too."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and name.endswith("weight") and "gemma" not in config.model_type else 0.0
             parameter.copy_(centre + torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else 0.1))
-    return model.to(DTYPES[dtype]).eval()
+    model.to(DTYPES[dtype])  # type: ignore[arg-type]
+    model.eval()  # type: ignore[no-untyped-call]
+    return model
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,7 +77,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("h", "e")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
     )
 

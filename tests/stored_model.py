@@ -32,7 +32,7 @@ def read_matrices(store: Store, model: weightd_pb2.Model, layer: int) -> list[to
     values = torch.from_numpy(np.stack(bundles)).view(TORCH_DTYPES[model.bundle.dtype])
     by_neuron = torch.empty_like(values)
     by_neuron[torch.from_numpy(placement.astype(np.int64))] = values
-    parts = list(by_neuron.split(model.bundle.hidden_size, dim=1))
+    parts = list(torch.split(by_neuron, model.bundle.hidden_size, dim=1))
     return [part.contiguous() for part in (*parts[:-1], parts[-1].T)]
 
 

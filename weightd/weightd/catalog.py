@@ -15,9 +15,9 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import numpy.typing as npt
+from weightd_proto import weightd_pb2
 
 from weightd.errors import SpaceError, StoreError
-from weightd_proto import weightd_pb2
 
 MAGIC = "weightd-store"
 FORMAT_VERSION = 1
@@ -52,7 +52,7 @@ class Catalog:
         """StoreError unless this is a catalog of our format, of a version that we know."""
         with self._transaction() as transaction:
             record = transaction.get(META_KEY)
-        meta = json.loads(record) if record is not None else {}
+        meta = json.loads(bytes(record)) if record is not None else {}
         if meta.get("magic") != MAGIC:
             raise StoreError(f"not a weightd store: {self.path} lacks the store's record")
         if meta["format_version"] > FORMAT_VERSION:
@@ -67,15 +67,15 @@ class Catalog:
             cursor = transaction.cursor()
             found = cursor.set_range(MODEL_PREFIX)
             records = []
-            while found and cursor.key().startswith(MODEL_PREFIX):
-                records.append(weightd_pb2.Model.FromString(cursor.value()))
+            while found and bytes(cursor.key()).startswith(MODEL_PREFIX):
+                records.append(weightd_pb2.Model.FromString(bytes(cursor.value())))
                 found = cursor.next()
         return records
 
     def model(self, name: str) -> weightd_pb2.Model | None:
         with self._transaction() as transaction:
             record = transaction.get(MODEL_PREFIX + name.encode())
-        return None if record is None else weightd_pb2.Model.FromString(record)
+        return None if record is None else weightd_pb2.Model.FromString(bytes(record))
 
     def array(self, kind: str, model: str, layer: int) -> bytes | None:
         with self._transaction() as transaction:
@@ -92,9 +92,11 @@ class Catalog:
 
     def remove(self, name: str, kinds: tuple[str, ...]) -> None:
         with self._transaction(write=True) as transaction:
-            record = weightd_pb2.Model.FromString(transaction.pop(MODEL_PREFIX + name.encode()))
+            record = transaction.pop(MODEL_PREFIX + name.encode())
+            assert record is not None, "looked up under the store's lock"
+            layers = len(weightd_pb2.Model.FromString(bytes(record)).layers)
             for kind in kinds:
-                for index in range(len(record.layers)):
+                for index in range(layers):
                     transaction.delete(array_key(kind, name, index))
 
     def device_profile(self) -> str | None:
@@ -117,13 +119,15 @@ class Catalog:
 
 
 def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:
-    options = {"subdir": False, "map_size": MAP_BYTES, "readonly": not write, "create": create}
+    def opened(lock: bool) -> lmdb.Environment:
+        return lmdb.open(str(path), subdir=False, map_size=MAP_BYTES, readonly=not write, create=create, lock=lock)
+
     try:
-        return lmdb.open(str(path), **options)
+        return opened(lock=True)
     except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
         if write:
             raise
-        return lmdb.open(str(path), lock=False, **options)  # a store on a read-only mount: nobody writes it
+        return opened(lock=False)  # a store on a read-only mount: nobody writes it
 
 
 @contextmanager

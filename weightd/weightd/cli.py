@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from weightd_proto import weightd_pb2
+
 from weightd.errors import WeightdError
 from weightd.sizes import format_size
 from weightd.store import Store
-from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]
 
@@ -98,9 +99,7 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.convert import import_checkpoint
 
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
-        model = import_checkpoint(
-            options.source, store, options.name, options.dtype, options.allow_buffered, progress
-        )
+        model = import_checkpoint(options.source, store, options.name, options.dtype, options.allow_buffered, progress)
     if options.json:
         print(json.dumps(_summary(model)))
     else:

@@ -1,8 +1,8 @@
 """An import: a checkpoint becomes a model of a store.
 
-`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits, write
-it, publish it. Memory is that of import_plan.py; nothing of the store and, where its file system allows, nothing of the
-checkpoint enters the page cache.
+`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits,
+write it, publish it. Memory is that of import_plan.py; nothing of the store and, where its file system allows, nothing
+of the checkpoint enters the page cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from weightd_proto import weightd_pb2
 
 from weightd import _native
 from weightd.checkpoint import Checkpoint, open_checkpoint
@@ -33,7 +34,6 @@ from weightd.sizes import format_size
 from weightd.store import BUNDLES_FILE, FILES_FOLDER, RESIDENT_FILE, Staging, Store, sync
 from weightd.uncached_file import UncachedWriter
 from weightd.write_behind import WriteBehind
-from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 
@@ -118,9 +118,10 @@ def _check_space(record: weightd_pb2.Model, path: Path) -> None:
     needed_bytes = record.bundles_file_bytes + record.resident_file_bytes + catalog_bytes + FILES_BYTES
     free_bytes = shutil.disk_usage(path).free
     if needed_bytes > free_bytes:
+        narrower = ", or import with --dtype bf16" if record.bundle.dtype == "F32" else ""
         raise SpaceError(
             f"{record.name} needs {format_size(needed_bytes)} in {path}, but {format_size(free_bytes)} are free: "
-            "make room, or import with --dtype bf16 if the checkpoint is in fp32"
+            f"make room{narrower}"
         )
 
 

@@ -73,7 +73,8 @@ def _dequantised(source: Source, data: Bytes) -> Elements:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    encoding = source.tensor.encoding
+    ggml_type = source.tensor.encoding.ggml_type
+    assert ggml_type is not None
     row_bytes = source.tensor.bytes_of(row_elements(source))
-    values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType(encoding.ggml_type))
+    values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType(ggml_type))
     return Elements("F32", np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8))

@@ -4,8 +4,8 @@ A recipe follows from config.json alone and speaks in names and shapes of transf
 finds those tensors in a checkpoint, whatever it calls them, and checks every shape. A family added here also needs
 its modules in flashclient/architectures.py.
 
-Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`; opt-350m normalises after the block, has no final
-norm, and embeds at word_embed_proj_dim. Gemma ties its head. A tied head is stored once, as the embedding.
+Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`; opt-350m normalises after the block, has no
+final norm, and embeds at word_embed_proj_dim. Gemma ties its head. A tied head is stored once, as the embedding.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Recipe:
         shapes = dict(self.resident)
         for layer in self.layers:
             *rows, down = layer.matrices
-            shapes.update({name: (layer.neurons, self.hidden_size) for name in rows})
+            shapes.update(dict.fromkeys(rows, (layer.neurons, self.hidden_size)))
             shapes[down] = (self.hidden_size, layer.neurons)
         return shapes
 

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping
 from math import prod
 
-from weightd.layout import DTYPE_BYTES, round_up
 from weightd_proto import weightd_pb2
+
+from weightd.layout import DTYPE_BYTES, round_up
 
 TENSOR_ALIGNMENT_BYTES = 64
 

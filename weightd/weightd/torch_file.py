@@ -74,7 +74,7 @@ def _tensor(path: Path, name: str, value: torch.Tensor) -> SourceTensor:
     if not value.is_contiguous():
         raise CheckpointError(f"{path} holds {name} as a strided view: save it again with .contiguous()")
     encoding = plain(dtype)
-    storage_offset_bytes = value.untyped_storage()._checkpoint_offset  # type: ignore[attr-defined]
+    storage_offset_bytes = value.untyped_storage()._checkpoint_offset
     assert storage_offset_bytes is not None
-    offset_bytes = storage_offset_bytes + value.storage_offset() * encoding.block_bytes
+    offset_bytes = storage_offset_bytes + int(value.storage_offset()) * encoding.block_bytes
     return SourceTensor(name, tuple(value.shape), encoding, path, offset_bytes)

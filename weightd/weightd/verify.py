@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from weightd_proto import weightd_pb2
 
 from weightd import _native
 from weightd.errors import CorruptionError
@@ -14,7 +15,6 @@ from weightd.import_plan import CHUNK_BYTES
 from weightd.layout import native_shape
 from weightd.read_ahead import Extent, ReadAhead
 from weightd.store import FILES_FOLDER, Store
-from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 
@@ -106,7 +106,7 @@ def _check_bundles(store: Store, model: weightd_pb2.Model, run: _Cells, taker: _
     if len(wrong):
         neuron = store.placement(model.name, run.layer)[run.begin + wrong[0]]
         raise CorruptionError(
-            f"model {model.name}, layer {run.layer}, neuron {neuron}: the bundle differs from its checksum; import it again"
+            f"model {model.name}, layer {run.layer}, neuron {neuron}: the bundle differs from its checksum"
         )
 
 

@@ -1,0 +1,123 @@
+"""Runs an import, or a removal, that is killed at a named point of its writing.
+
+    python dying_process.py POINT import STORE SRC NAME
+    python dying_process.py POINT rm STORE NAME
+
+A point is "before|after CALL FILE", matched as a shell pattern against the system calls that the real code makes, or
+"put KEY": between two puts of the catalog's transaction, or "fdatasync" or "write of the meta page": inside LMDB's
+commit, where a seccomp filter kills the process at that very system call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import signal
+import struct
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+CALLS = ("mkdir", "open", "posix_fallocate", "pwritev", "ftruncate", "fsync", "rename", "unlink", "rmdir")
+COMMIT_POINTS = ("fdatasync", "write of the meta page")
+# By architecture: fdatasync, pwrite64.
+SYSTEM_CALLS = {"x86_64": (75, 18), "aarch64": (83, 68)}
+PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
+KILL_PROCESS, ALLOW = 0x80000000, 0x7FFF0000
+LOAD_WORD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
+PAGE_BYTES = 4096
+
+
+def reach(event: str, point: str) -> None:
+    if fnmatchcase(event, point):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def name_of(argument: Any) -> str:
+    path = Path(f"/proc/self/fd/{argument}").readlink() if isinstance(argument, int) else Path(argument)
+    return path.name
+
+
+def watch(call: str, point: str) -> None:
+    original: Callable[..., Any] = getattr(os, call)
+
+    @functools.wraps(original)
+    def watched(first: Any, *arguments: Any, **options: Any) -> Any:
+        name = name_of(first)
+        reach(f"before {call} {name}", point)
+        result = original(first, *arguments, **options)
+        reach(f"after {call} {name}", point)
+        return result
+
+    setattr(os, call, watched)
+
+
+def filter_program(point: str) -> bytes:
+    """Kills at fdatasync, or at a pwrite64 of less than a page, which is LMDB's write of the meta page."""
+    fdatasync, pwrite = SYSTEM_CALLS[platform.machine()]
+    number, low_count = 0, 16 + 2 * 8  # offsets in struct seccomp_data: nr, args[2]
+
+    def instruction(code: int, if_true: int, if_false: int, value: int) -> bytes:
+        return struct.pack("HBBI", code, if_true, if_false, value)
+
+    allow, kill = instruction(RETURN, 0, 0, ALLOW), instruction(RETURN, 0, 0, KILL_PROCESS)
+    if point == "fdatasync":
+        return instruction(LOAD_WORD, 0, 0, number) + instruction(JUMP_EQUAL, 1, 0, fdatasync) + allow + kill
+    return (
+        instruction(LOAD_WORD, 0, 0, number)
+        + instruction(JUMP_EQUAL, 0, 2, pwrite)
+        + instruction(LOAD_WORD, 0, 0, low_count)
+        + instruction(JUMP_GREATER_EQUAL, 0, 1, PAGE_BYTES)
+        + allow
+        + kill
+    )
+
+
+def kill_in_commit(point: str) -> None:
+    program = filter_program(point)
+    buffer = ctypes.create_string_buffer(program)
+    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    for arguments in ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)):
+        if libc.prctl(*arguments) != 0:
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+def watch_catalog(point: str) -> None:
+    from weightd import catalog
+
+    original_key, original_open = catalog.array_key, catalog._open
+
+    def key(kind: str, model: str, layer: int) -> bytes:
+        reach(f"put {kind}/{model}/{layer}", point)
+        return original_key(kind, model, layer)
+
+    def opened(path: Path, write: bool, create: bool) -> Any:
+        environment = original_open(path, write, create)
+        if write and point in COMMIT_POINTS:
+            kill_in_commit(point)
+        return environment
+
+    catalog.array_key, catalog._open = key, opened
+
+
+def main() -> None:
+    point, action, store_path, *arguments = sys.argv[1:]
+    from weightd.cli import main as weightd
+
+    for call in CALLS:
+        watch(call, point)
+    watch_catalog(point)
+    if action == "import":
+        status = weightd(["import", arguments[0], "--store", store_path, "--name", arguments[1]])
+    else:
+        status = weightd(["rm", arguments[0], "--store", store_path])
+    sys.exit(f"reached the end with status {status}, not {point!r}")
+
+
+if __name__ == "__main__":
+    main()
