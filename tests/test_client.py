@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -315,3 +317,18 @@ def test_a_tokenizer_without_padding_token(dense: PreTrainedModel, tmp_path: Pat
         prompts = ["hello", "a longer one"]
         made = client.generate(prompts, max_new_tokens=6)
         assert made == [client.generate(prompt, max_new_tokens=6) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "0"),
+        ({"GOMP_SPINCOUNT": "500"}, "500"),
+        ({"OMP_WAIT_POLICY": "active"}, "None"),
+    ],
+)
+def test_idle_threads_of_torch_are_told_to_sleep(given: dict[str, str], expected: str) -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = "import os, sys, flashclient; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], env=kept | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected, "False"]

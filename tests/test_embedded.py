@@ -50,10 +50,13 @@ def daemons_of(store: Path) -> list[psutil.Process]:
 
 
 @pytest.fixture
-def owner(store: Path) -> Iterator[subprocess.Popen[str]]:
+def owner(store: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process with a private weightd, which has made its first tokens."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # it dies without cleaning up
     command = [sys.executable, "-W", "ignore", "-c", OWNER, str(store)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None
         assert len(json.loads(process.stdout.readline())) == 7
         yield process

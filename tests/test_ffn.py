@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -116,7 +117,13 @@ def test_blocks_do_not_depend_on_chunks_when_a_layer_has_several() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     layer = Layer(dtype, 77, 90, True, "gelu_tanh")
-    options: dict[str, Any] = {"dtype": dtype, "hidden_size": 77, "gated": True, "activation": "gelu_tanh", "threads": 2}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "hidden_size": 77,
+        "gated": True,
+        "activation": "gelu_tanh",
+        "threads": 2,
+    }
     try:
         kernels = Ffn(**options, instruction_set=instruction_set)
     except ValueError as error:
@@ -195,10 +202,16 @@ def test_iterator_is_closed_when_a_chunk_fails() -> None:
         ({"instruction_set": "mmx"}, "instruction set 'mmx' is unknown"),
     ],
 )
-def test_kernels_refuse(change: dict[str, object], message: str) -> None:
-    options: dict[str, Any] = {"dtype": "F32", "hidden_size": 8, "gated": True, "activation": "silu", "threads": 1}
+def test_kernels_refuse(change: dict[str, Any], message: str) -> None:
+    options: dict[str, Any] = {
+        "dtype": "F32",
+        "hidden_size": 8,
+        "gated": True,
+        "activation": "silu",
+        "threads": 1,
+    } | change
     with pytest.raises(ValueError, match=message):
-        Ffn(**(options | change))
+        Ffn(**options)
 
 
 def test_kernels_refuse_shapes_that_do_not_fit() -> None:

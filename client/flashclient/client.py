@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from flashclient.channel import Connection
 from flashclient.embedded import attach_or_start, import_if_path
 from flashclient.errors import FlashClientError, ForkedError, OptionError
+from flashclient.ffn import StreamedSum
 from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
 from flashclient.model import build_model
 from flashclient.options import DEFAULT_ADDRESS, Options
@@ -74,14 +75,18 @@ class FlashClient:
         source = self._open_source(connection, address)
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
-        folder = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="flashclient-")))
+        with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
+            total = self._load(connection, source, Path(scratch))
+        self._generator = Generator(self.model, total, self.tokenizer)
+
+    def _load(self, connection: Connection, source: BundleSource, folder: Path) -> StreamedSum:
+        """Makes tokenizer and model from the model's files, which `folder` holds for as long as it takes."""
         connection.save_files(self._record, folder)
         self.tokenizer: Any = load_tokenizer(folder)  # transformers' own; None where the model has none
         self.model: PreTrainedModel
-        self.model, total = build_model(
-            self._record, folder, source, partial(connection.placement, self._record), torch.get_num_threads()
-        )
-        self._generator = Generator(self.model, total, self.tokenizer)
+        placement = partial(connection.placement, self._record)
+        self.model, total = build_model(self._record, folder, source, placement, torch.get_num_threads())
+        return total
 
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:
         """The model's name in the store, and the address of the weightd that serves it."""

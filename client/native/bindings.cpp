@@ -79,7 +79,8 @@ void bind_session(nb::module_& m) {
                 new (self) Session(data_socket, bytes, timeout_s);
             },
             "data_socket"_a, "token"_a, "timeout_s"_a)
-        .def_prop_ro("resident", &resident, "resident.safetensors as uint8[bytes], private and writable")
+        .def_prop_ro("resident", &resident, nb::for_getter(nb::sig("def resident(self, /) -> NDArray[numpy.uint8]")),
+                     "resident.safetensors as uint8[bytes], private and writable")
         .def_prop_ro("share_slots", &Session::share_slots)
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a, "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a)
@@ -93,7 +94,8 @@ void bind_session(nb::module_& m) {
                 new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(neurons)});
             },
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
-        .def("next", &next_chunk, "layer"_a)
+        .def("next", &next_chunk, "layer"_a,
+             nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
         .def("idle", &Sweep::idle, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
         .def_prop_ro(
             "wait_s", [](const Sweep& sweep) { return sweep.times().wait_s; }, "seconds spent waiting")

@@ -1,6 +1,9 @@
 #include "kernels.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false in GCC 12's own header (its bug 105593)
+#endif
 #include <immintrin.h>
 
 #include <cstddef>
