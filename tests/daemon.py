@@ -58,9 +58,7 @@ def refused(store: Path, *flags: str) -> tuple[int, str]:
 
 
 @contextmanager
-def serving(
-    store: Path, *flags: str, address: str | None = None, prefix: Sequence[str] = ()
-) -> Iterator[Daemon]:
+def serving(store: Path, *flags: str, address: str | None = None, prefix: Sequence[str] = ()) -> Iterator[Daemon]:
     """A daemon that answers, stopped at the end; by default at a socket beside the store. `prefix` starts it."""
     address = address or f"unix:{store}.sock"
     reading, writing = os.pipe()

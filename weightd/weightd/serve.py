@@ -114,7 +114,7 @@ def _frontend(config: ServeConfig, service: WeightdService) -> Frontend:
     # Without so_reuseport=0 two daemons could share a TCP port, each getting some of the calls.
     server = grpc.aio.server(maximum_concurrent_rpcs=CALLS_MAX, options=[("grpc.so_reuseport", 0)])
     weightd_pb2_grpc.add_WeightdServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]
+    health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     for address in config.listen:
