@@ -75,8 +75,17 @@ def build_model(
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_with_plain_strides)
     model.train(False)
     return model, total
+
+
+def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """transformers hands the head a slice of the last position, for whose strides torch's matmul copies the whole head
+    first: a second for the 262144 rows of Gemma 3. A copy of the slice has the strides that it folds."""
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in hidden_states)
 
 
 def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
