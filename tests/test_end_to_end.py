@@ -13,12 +13,14 @@ import torch
 from checkpoints import GGUF_FAMILIES, make_checkpoint
 from daemon import MEMLOCK_OF_A_USER, serving
 from flashclient import FlashClient
+from memory_cgroup import memory_cgroup
 from page_cache import cached_pages
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from weightd import cli
 from weightd._native import Engine
 from weightd.store import Store
+from weightd_proto import weightd_pb2
 
 TOLERANCE = 1e-3
 NEW_TOKENS = 64
@@ -202,6 +204,26 @@ def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:
         for _ in client.stream("a b c", max_new_tokens=5):
             assert_uncached(model.store)
     assert_uncached(model.store)
+
+
+def test_the_daemon_keeps_within_its_cap_in_a_cgroup_of_that_sum(tmp_path: Path) -> None:
+    """A pool of half of 72 MiB of bundles, turned over several times: --dram and 150 MiB are enough."""
+    sizes: dict[str, Any] = {"layers": 6, "hidden": 512, "neurons": 4096, "dtype": "bfloat16"}
+    model = Imported(tmp_path / "store", ["wide"], None)
+    checkpoint = make_checkpoint("llama", tmp_path / "wide", **sizes)
+    assert cli.main(["import", str(checkpoint), "--store", str(model.store), "--name", "wide"]) == 0
+    dram = model.dram(0.5)
+    with memory_cgroup(dram + (150 << 20)) as cgroup:
+        with serving(model.store, "--dram", str(dram), prefix=cgroup.prefix) as daemon:
+            with FlashClient("wide", address=daemon.address) as client:
+                client.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=6, eos_token_id=-1)
+            stats = daemon.stub.Stats(weightd_pb2.StatsRequest())
+            used = stats.dram_pool_bytes + stats.dram_resident_bytes + stats.dram_tables_bytes
+            assert 0.9 * dram < used <= dram
+            assert stats.models[0].evictions > 1000
+            assert daemon.process.poll() is None
+        assert cgroup.kills == 0
+        assert dram < cgroup.peak_bytes + (20 << 20)  # what is counted as used really is memory
 
 
 def assert_uncached(store: Path) -> None:
