@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
+
 from weightd.checkpoint import read_json
 from weightd.families import recipe_of
 from weightd.store import Store

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
+
 from weightd.cli import main
 
 

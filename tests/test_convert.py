@@ -28,13 +28,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from stored_model import TORCH_DTYPES, read_state
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from weightd import _native
 from weightd.convert import import_checkpoint
 from weightd.errors import CorruptionError, SpaceError
 from weightd.layout import DTYPE_BYTES, bundle_layout, native_shape
 from weightd.store import Store
 from weightd.verify import verify_model
-
-from weightd import _native
 
 REQUESTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

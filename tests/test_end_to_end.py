@@ -12,11 +12,12 @@ import pytest
 import torch
 from checkpoints import GGUF_FAMILIES, make_checkpoint
 from daemon import MEMLOCK_OF_A_USER, serving
-from flashclient import FlashClient
 from memory_cgroup import memory_cgroup
 from page_cache import cached_pages
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from flashclient import FlashClient
 from weightd import cli
 from weightd._native import Engine
 from weightd.store import Store
@@ -144,7 +145,9 @@ def padded_batch(client: FlashClient, model: Imported) -> Tensor:
     for row, prompt in enumerate(PROMPTS):
         alone = model.expected(prompt)
         new = tokens[row : row + 1, longest:]
-        assert_same_greedy(torch.cat([torch.tensor([prompt]), new], 1), alone[0][:, : len(prompt) + 12], alone[1], len(prompt))
+        assert_same_greedy(
+            torch.cat([torch.tensor([prompt]), new], 1), alone[0][:, : len(prompt) + 12], alone[1], len(prompt)
+        )
     return tokens
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from checkpoints import FAMILIES, make_checkpoint, make_config, make_model, stored_tensors, write_torch
 from safetensors.torch import load_file, save_file
+
 from weightd.checkpoint import open_checkpoint
 from weightd.errors import CheckpointError
 from weightd.families import recipe_of, sources_of

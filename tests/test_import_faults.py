@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
+
 from weightd.cli import main
 from weightd.store import Store
 from weightd.verify import verify_model

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from weightd.errors import UsageError
 from weightd.sizes import format_size, parse_size
 

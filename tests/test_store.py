@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from weightd.errors import StoreError
 from weightd.layout import bundle_layout, lay_out_layers
 from weightd.store import MARKER_FILE, Store

@@ -75,7 +75,7 @@ def build_model(
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    head = model.get_output_embeddings()
+    head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(_with_plain_strides)
     model.train(False)

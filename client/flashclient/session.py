@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,13 +55,13 @@ class RingSource:
 
     @property
     def resident(self) -> NDArray[np.uint8]:
-        return cast("NDArray[np.uint8]", self._session.resident)
+        return self._session.resident
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         sweep = self._open_sweep()
         while True:
             with _ring_errors(self._name):
-                chunk = cast("tuple[int, NDArray[np.uint64]] | None", sweep.next(layer))
+                chunk = sweep.next(layer)
             if chunk is None:
                 return
             yield Chunk(*chunk)

@@ -15,9 +15,9 @@ from pathlib import Path
 import lmdb
 import numpy as np
 import numpy.typing as npt
-from weightd_proto import weightd_pb2
 
 from weightd.errors import SpaceError, StoreError
+from weightd_proto import weightd_pb2
 
 MAGIC = "weightd-store"
 FORMAT_VERSION = 1

@@ -18,11 +18,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from weightd_proto import weightd_pb2
-
 from weightd.errors import WeightdError
 from weightd.sizes import format_size
 from weightd.store import Store
+from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]
 

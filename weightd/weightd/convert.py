@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from weightd_proto import weightd_pb2
 
 from weightd import _native
 from weightd.checkpoint import Checkpoint, open_checkpoint
@@ -34,6 +33,7 @@ from weightd.sizes import format_size
 from weightd.store import BUNDLES_FILE, FILES_FOLDER, RESIDENT_FILE, Staging, Store, sync
 from weightd.uncached_file import UncachedWriter
 from weightd.write_behind import WriteBehind
+from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from weightd_proto import weightd_pb2
-
 from weightd.decode import row_elements, rows, rows_together
 from weightd.families import Ffn, Recipe, Source
 from weightd.layout import DTYPE_BYTES
 from weightd.read_ahead import Extent
+from weightd_proto import weightd_pb2
 
 # Large enough for the device's sequential speed, small enough that all buffers together stay below 64 MiB.
 CHUNK_BYTES = 8 << 20

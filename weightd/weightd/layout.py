@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weightd_proto import weightd_pb2
-
 from weightd._native import BundleShape
+from weightd_proto import weightd_pb2
 
 # Bundles of a cell start on cache lines, so that the kernels read whole ones.
 STRIDE_ALIGNMENT_BYTES = 64

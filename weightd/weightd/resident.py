@@ -6,9 +6,8 @@ import json
 from collections.abc import Mapping
 from math import prod
 
-from weightd_proto import weightd_pb2
-
 from weightd.layout import DTYPE_BYTES, round_up
+from weightd_proto import weightd_pb2
 
 TENSOR_ALIGNMENT_BYTES = 64
 

@@ -43,10 +43,10 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
-from weightd_proto import weightd_pb2
 
 from weightd.catalog import Catalog
 from weightd.errors import StoreError
+from weightd_proto import weightd_pb2
 
 CATALOG_FILE = "catalog.mdb"
 DAEMON_LOCK_FILE = "weightd.lock"

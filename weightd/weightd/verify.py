@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from weightd_proto import weightd_pb2
 
 from weightd import _native
 from weightd.errors import CorruptionError
@@ -15,6 +14,7 @@ from weightd.import_plan import CHUNK_BYTES
 from weightd.layout import native_shape
 from weightd.read_ahead import Extent, ReadAhead
 from weightd.store import FILES_FOLDER, Store
+from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 

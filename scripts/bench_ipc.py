@@ -1,0 +1,181 @@
+"""The shared-memory path: a warm ACQUIRE of 300 neurons when the machine is idle, and inside running generations.
+
+Idle: the cells are in the pool and nobody else asks. Beside it the gRPC round trip of the same daemon. Busy: 1 and 4
+processes generate text; inside each, before every FFN, a second session acquires and releases 300 random neurons of a
+random layer, so that the daemon reads, verifies and serves the sweeps meanwhile. Neurons are of 16 KiB, as in OPT-6.7B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from bench import Row, Target, machine_facts, report
+from transformers import OPTConfig, OPTForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+import flashclient
+from flashclient import _native
+from flashclient.channel import Connection
+from weightd.served_models import demand_of
+from weightd.store import Store
+from weightd_proto import weightd_pb2
+
+NAME = "ipc"
+NEURONS = 300
+LAYERS, HIDDEN, WIDTH = 4, 4096, 8192
+CALLS = 2000
+PAUSE_S = 0.0005  # between idle calls: long enough for the daemon to fall asleep, as it is between two layers
+BUSY_TOKENS = 40
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(), help="on the device that is to be read; needs 1.5 GiB")
+    parser.add_argument("--busy-client", nargs=2, metavar=("ADDRESS", "SEED"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.busy_client:
+        print(json.dumps(busy_client(options.busy_client[0], int(options.busy_client[1]))))
+        return 0
+    with TemporaryDirectory(prefix="bench-ipc-", dir=options.folder) as name:
+        store = Path(name) / "store"
+        make_store(Path(name), store)
+        machine = machine_facts(store)
+        with weightd(store, share_of_ffn=1.0) as address:
+            idle = idle_row(address)
+            grpc_row = round_trip_row(address)
+        with weightd(store, share_of_ffn=0.5) as address:
+            busy = [busy_row(address, clients) for clients in (1, 4)]
+    target = Target("acquire_300_p50_us", idle["acquire_p50_us"], "us", 30.0, "lower")
+    report(machine, [idle, grpc_row, *busy], [target], options.json)
+    return 0
+
+
+def make_store(folder: Path, store: Path) -> None:
+    """OPT with the bundles of OPT-6.7B and few, narrow other weights."""
+    config = OPTConfig(
+        vocab_size=512, hidden_size=HIDDEN, ffn_dim=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=32,
+        max_position_embeddings=128, word_embed_proj_dim=HIDDEN, dtype="bfloat16",
+    )  # fmt: skip
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = OPTForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder / NAME)
+    import_command = [sys.executable, "-m", "weightd", "import", str(folder / NAME), "--store", str(store)]
+    subprocess.run(import_command, check=True, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def weightd(store: Path, share_of_ffn: float) -> Iterator[str]:
+    """The address of a private daemon whose pool holds this share of the FFN."""
+    from flashclient.embedded import attach_or_start
+
+    model = Store.open(store, readonly=True).model(NAME)
+    dram = demand_of(model).minimum_bytes + int(share_of_ffn * model.bundles_file_bytes)
+    address, daemon = attach_or_start(store, dram, timeout_s=60)
+    try:
+        yield address
+    finally:
+        if daemon is not None:
+            daemon.stop()
+
+
+def open_probe(connection: Connection) -> tuple[_native.Session, weightd_pb2.Model]:
+    model = connection.describe(NAME)
+    opened = connection.open_session(NAME, NEURONS)
+    assert opened.share_slots == NEURONS, "the pool has no room for the probe's neurons"
+    return _native.Session(opened.data_socket, opened.token, 60.0), model
+
+
+def acquire_us(session: _native.Session, layer: int, cells: Any) -> tuple[float, float]:
+    """Microseconds of the ACQUIRE until all is granted, and of it with the RELEASE that follows."""
+    start = time.perf_counter_ns()
+    granted = session.acquire(layer, cells)
+    acquired = time.perf_counter_ns()
+    session.release(layer, cells)
+    end = time.perf_counter_ns()
+    assert granted == len(cells)
+    return (acquired - start) / 1e3, (end - start) / 1e3
+
+
+def percentiles(prefix: str, values: list[float]) -> Row:
+    return {f"{prefix}_p50_us": float(np.percentile(values, 50)), f"{prefix}_p99_us": float(np.percentile(values, 99))}
+
+
+def idle_row(address: str) -> Row:
+    connection = Connection(address, 60.0)
+    session, _ = open_probe(connection)
+    random = np.random.default_rng(1)
+    times = []
+    warm = [random.choice(WIDTH, NEURONS, replace=False).astype(np.uint32) for _ in range(8)]
+    for cells in warm:
+        acquire_us(session, 0, cells)
+    for i in range(CALLS):
+        times.append(acquire_us(session, 0, warm[i % len(warm)]))
+        time.sleep(PAUSE_S)
+    session.close()
+    connection.close()
+    row: Row = {"what": "idle, warm", "neurons": NEURONS, "calls": CALLS}
+    with_release = percentiles("with_release", [both for _, both in times])
+    return row | percentiles("acquire", [first for first, _ in times]) | with_release
+
+
+def round_trip_row(address: str) -> Row:
+    connection = Connection(address, 60.0)
+    times = []
+    for _ in range(CALLS):
+        start = time.perf_counter_ns()
+        connection.stub.ListModels(weightd_pb2.ListModelsRequest())
+        times.append((time.perf_counter_ns() - start) / 1e3)
+    connection.close()
+    return {"what": "gRPC round trip, idle", "calls": CALLS} | percentiles("round_trip", times)
+
+
+def busy_client(address: str, seed: int) -> dict[str, list[float]]:
+    """Generates, and times an ACQUIRE of random neurons before every FFN."""
+    connection = Connection(address, 60.0)
+    session, model = open_probe(connection)
+    random = np.random.default_rng(seed)
+    times: list[tuple[float, float]] = []
+
+    def probe(*_: object) -> None:
+        layer = int(random.integers(LAYERS))
+        times.append(acquire_us(session, layer, random.choice(WIDTH, NEURONS, replace=False).astype(np.uint32)))
+
+    with flashclient.FlashClient(NAME, address=address, timeout_s=60.0) as client:
+        for layer in model.layers:
+            client.model.get_submodule(layer.module).register_forward_pre_hook(probe)
+        generation = client.model.generation_config
+        assert generation is not None
+        generation.eos_token_id = None  # random weights may say "the end" at any time
+        start = time.perf_counter()
+        client.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=BUSY_TOKENS, do_sample=False)
+        seconds = time.perf_counter() - start
+    session.close()
+    connection.close()
+    return {"acquire": [one for one, _ in times], "both": [both for _, both in times], "seconds": [seconds]}
+
+
+def busy_row(address: str, clients: int) -> Row:
+    command = [sys.executable, __file__, "--busy-client", address]
+    children = [subprocess.Popen([*command, str(seed)], stdout=subprocess.PIPE, text=True) for seed in range(clients)]
+    told = [json.loads(child.communicate()[0]) for child in children]
+    row: Row = {"what": "inside a generation, random", "clients": clients, "neurons": NEURONS}
+    row["calls"] = sum(len(one["acquire"]) for one in told)
+    row |= percentiles("acquire", [value for one in told for value in one["acquire"]])
+    row |= percentiles("with_release", [value for one in told for value in one["both"]])
+    return row | {"tokens_per_s": BUSY_TOKENS * clients / max(one["seconds"][0] for one in told)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
