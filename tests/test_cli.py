@@ -1,3 +1,5 @@
+"""The commands of weightd: what they print, and how they refuse."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Conversion of a checkpoint into a store: bytes, dtypes, memory."""
+
 from __future__ import annotations
 
 import json

@@ -144,10 +144,8 @@ def padded_batch(client: FlashClient, model: Imported) -> Tensor:
     )
     for row, prompt in enumerate(PROMPTS):
         alone = model.expected(prompt)
-        new = tokens[row : row + 1, longest:]
-        assert_same_greedy(
-            torch.cat([torch.tensor([prompt]), new], 1), alone[0][:, : len(prompt) + 12], alone[1], len(prompt)
-        )
+        whole = torch.cat([torch.tensor([prompt]), tokens[row : row + 1, longest:]], dim=1)
+        assert_same_greedy(whole, alone[0][:, : len(prompt) + 12], alone[1], len(prompt))
     return tokens
 
 

@@ -1,3 +1,5 @@
+"""Families: tensor names, shapes, and what transformers makes of the same files."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -77,7 +77,8 @@ def test_serving_and_generating(folder: Path) -> None:
 
 def test_without_a_daemon(folder: Path) -> None:
     (call,) = re.findall(r"`(FlashClient\(.*store=.*?\))`", README)
-    script = f"from flashclient import FlashClient\nwith {call} as client:\n    print(client.generate('The', max_new_tokens=4))\n"
+    use = "print(client.generate('The', max_new_tokens=4))"
+    script = f"from flashclient import FlashClient\nwith {call} as client:\n    {use}\n"
     (folder / "private.py").write_text(script)
     assert run(["private"], folder)
 

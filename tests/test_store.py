@@ -1,3 +1,5 @@
+"""The store: what is written is read, and nothing else is let in."""
+
 from __future__ import annotations
 
 import json
