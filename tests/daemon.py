@@ -51,9 +51,10 @@ def command(store: Path, *flags: str) -> list[str]:
     return [sys.executable, "-m", "weightd", "--store", str(store), *flags]
 
 
-def refused(store: Path, *flags: str) -> tuple[int, str]:
+def refused(store: Path, *flags: str, prefix: Sequence[str] = ()) -> tuple[int, str]:
     """Exit status and standard error of a weightd that must not start."""
-    done = subprocess.run(command(store, *flags), capture_output=True, text=True, timeout=START_WITHIN_S, check=False)
+    started = [*prefix, *command(store, *flags)]
+    done = subprocess.run(started, capture_output=True, text=True, timeout=START_WITHIN_S, check=False)
     return done.returncode, done.stderr
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
-from daemon import refused, serving
+from daemon import MEMLOCK_OF_A_USER, refused, serving
 from tiny_store import write_model
 
 from weightd.store import Store
@@ -107,6 +110,57 @@ def test_the_default_dram_is_printed(store: Path) -> None:
 def test_the_io_engine_is_the_one_asked_for(store: Path, engine: str) -> None:
     with serving(store, "--dram", "64MiB", "--io-engine", engine) as daemon:
         assert engine.removesuffix("s") in daemon.stub.Stats(pb.StatsRequest()).io_engine
+
+
+WITHOUT_IO_URING = (sys.executable, str(Path(__file__).parent / "without_io_uring.py"))
+
+
+def test_threads_read_where_io_uring_is_refused_and_the_log_says_so_once(store: Path) -> None:
+    with serving(store, "--dram", "64MiB", prefix=WITHOUT_IO_URING) as daemon:
+        assert "threads" in daemon.stub.Stats(pb.StatsRequest()).io_engine
+        _, log = daemon.stop()
+    assert log.count("io_uring") == 1, log
+
+
+def test_io_uring_asked_for_and_refused_is_one_line(store: Path) -> None:
+    status, message = refused(store, "--dram", "64MiB", "--io-engine", "io_uring", prefix=WITHOUT_IO_URING)
+    assert (status, message.count("\n")) == (1, 1), message
+    assert "io_uring" in message
+
+
+def test_buffers_stay_unregistered_under_the_memlock_limit_of_a_user(store: Path) -> None:
+    with serving(store, "--dram", "64MiB", prefix=MEMLOCK_OF_A_USER) as daemon:
+        assert "not registered" in daemon.stub.Stats(pb.StatsRequest()).io_engine
+        _, log = daemon.stop()
+    assert log.count("memlock") == 1, log
+
+
+@pytest.fixture
+def store_without_direct_io(tmp_path: Path) -> Iterator[Path]:
+    """On ramfs, which has no direct I/O."""
+    folder = tmp_path / "ramfs"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "ramfs", "ramfs", str(folder)], capture_output=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"nothing may be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        write_model(folder / "store")
+        yield folder / "store"
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # io_uring lets go of files a moment later
+
+
+def test_a_file_system_without_direct_io_is_refused(store_without_direct_io: Path, tmp_path: Path) -> None:
+    listen = ("--listen", f"unix:{tmp_path}/w.sock", "--dram", "64MiB")
+    status, message = refused(store_without_direct_io, *listen)
+    assert (status, message.count("\n")) == (1, 1), message
+    assert "O_DIRECT" in message
+    assert "--allow-buffered" in message
+    with serving(store_without_direct_io, "--allow-buffered", "--dram", "64MiB", address=listen[1]) as daemon:
+        request = pb.FetchRequest(model="tiny", bundles=pb.NeuronSet(layer=1, neurons=[100, 3]))
+        assert sum(len(response.data) for response in daemon.stub.Fetch(request)) == 2 * 96
+        _, log = daemon.stop()
+    assert "page cache" in log
 
 
 @pytest.mark.parametrize(

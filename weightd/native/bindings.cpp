@@ -195,7 +195,8 @@ void bind_engine(nb::module_& m) {
                 new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered}, data_socket);
             },
             "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "data_socket"_a)
-        .def_prop_ro("io_engine", &Service::io_level, "the reader's level, in words")
+        .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
+                     "the reader's level, in words")
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
         .def("add_model", &add_model, "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a, "cell_bytes"_a,
              "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layer_offsets"_a, "layer_neurons"_a,

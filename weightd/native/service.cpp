@@ -197,6 +197,14 @@ uint32_t Service::add_model(ModelSpec spec) {
     return on_loop([&] { return engine_->add_model(std::move(spec), choice_.allow_buffered); });
 }
 
+std::string Service::io_level() {
+    const bool buffered = on_loop([&] {
+        return std::any_of(engine_->models().begin(), engine_->models().end(),
+                           [](const auto& model) { return model->file->buffered(); });
+    });
+    return reader_->level() + (buffered ? ", through the page cache" : "");
+}
+
 void Service::ensure_active(uint32_t model) {
     const std::lock_guard guard(opening_);
     const auto give_up = Clock::now() + ROOM_WITHIN;

@@ -51,7 +51,7 @@ class Service {
     Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket);
     ~Service();
 
-    std::string io_level() const { return reader_->level(); }
+    std::string io_level();  // of the reader, and whether some file is read through the page cache
     const std::string& io_note() const { return io_note_; }
 
     uint32_t add_model(ModelSpec spec);
