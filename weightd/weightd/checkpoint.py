@@ -80,14 +80,18 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     from weightd import folder_checkpoint, gguf_checkpoint
 
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint at {path}: give a Hugging Face folder or a .gguf file")
+    check_exists(path)
     if path.is_file():
         return gguf_checkpoint.open_gguf(path)
     gguf_files = sorted(path.glob("*.gguf"))
     if not (path / "config.json").is_file() and len(gguf_files) == 1:
         return gguf_checkpoint.open_gguf(gguf_files[0])
     return folder_checkpoint.open_folder(path)
+
+
+def check_exists(path: Path) -> None:
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint at {path}: give a Hugging Face folder or a .gguf file")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def _run(arguments: list[str]) -> int:
 
 
 def _describe(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}".lower() if not where else f"{where}{(error.strerror or '').lower()}"
+    reason = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,8 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from weightd.checkpoint import check_exists
     from weightd.convert import import_checkpoint
 
+    check_exists(options.source)  # a misspelt source makes no store
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         model = import_checkpoint(options.source, store, options.name, options.dtype, options.allow_buffered, progress)
     if options.json:

@@ -106,7 +106,7 @@ def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes:
         bundles_file_bytes=bundles_file_bytes,
         resident=tensors,
         resident_file_bytes=tensors[-1].offset_bytes + tensors[-1].size_bytes,
-        source=str(checkpoint.path),
+        source=str(checkpoint.path.absolute()),
         imported_unix_s=int(time.time()),
         import_id=os.urandom(16),
     )

@@ -54,8 +54,9 @@ class GgufFile:
 
 def open_gguf(path: Path) -> Checkpoint:
     """Configuration and tokenizer come from transformers' conversion of the same file (gguf_files.py)."""
-    from weightd.gguf_files import read_config, write_files
+    from weightd.gguf_files import check_packages, read_config, write_files
 
+    check_packages(path)
     file = read_gguf(path)
     architecture = check_architecture(file.architecture)
     config = read_config(path)

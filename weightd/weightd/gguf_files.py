@@ -9,10 +9,20 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from weightd.errors import CheckpointError
+
+PACKAGES = ("gguf", "torch", "transformers")
+
+
+def check_packages(path: Path) -> None:
+    """CheckpointError names what is not installed."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise CheckpointError(f"{path} needs {' and '.join(missing)} to be read: pip install 'weightd[import]'")
 
 
 def read_config(path: Path) -> dict[str, Any]:
