@@ -127,8 +127,10 @@ def main() -> int:
         source = folder / "model"
         source.mkdir()
         size_bytes = write_checkpoint(source)
-        ways = [partial(measure, how, source, folder / "target") for how in (copy, import_model)]
-        copies, imports = abba(*ways, options.rounds)
+        target = folder / "target"
+        copies, imports = abba(
+            partial(measure, copy, source, target), partial(measure, import_model, source, target), options.rounds
+        )
     rows = [row_of(way, runs, size_bytes) for way, runs in (("cp and fsync", copies), ("import", imports))]
     ratio = rows[0]["median_s"] / rows[1]["median_s"]
     ram_bytes = max(run.peak_bytes for run in imports) - run_weightd()
@@ -142,14 +144,8 @@ def main() -> int:
 
 def row_of(way: str, runs: list[Run], size_bytes: int) -> Row:
     median_s = middle(runs, attrgetter("seconds"))
-    each_s = [round(run.seconds, 3) for run in runs]
-    return {
-        "way": way,
-        "checkpoint_bytes": size_bytes,
-        "median_s": median_s,
-        "gb_per_s": size_bytes / median_s / 1e9,
-        "runs_s": each_s,
-    }
+    row: Row = {"way": way, "checkpoint_bytes": size_bytes, "median_s": median_s}
+    return row | {"gb_per_s": size_bytes / median_s / 1e9, "runs_s": [round(run.seconds, 3) for run in runs]}
 
 
 if __name__ == "__main__":

@@ -319,6 +319,13 @@ def test_a_tokenizer_without_padding_token(dense: PreTrainedModel, tmp_path: Pat
         assert made == [client.generate(prompt, max_new_tokens=6) for prompt in prompts]
 
 
+def test_torch_before_flashclient_is_warned_of() -> None:
+    kept = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    command = [sys.executable, "-c", "import torch, flashclient"]
+    done = subprocess.run(command, env=kept, capture_output=True, text=True, check=True)
+    assert "import flashclient first" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient import FlashClient
+from flashclient.errors import OptionError
 from weightd import cli
 from weightd._native import Engine
 from weightd.store import Store
@@ -200,7 +201,8 @@ def test_the_real_gemma(tmp_path: Path) -> None:
     model = Imported(tmp_path / "store", ["gemma"], None)
     assert cli.main(["import", str(checkpoint), "--store", str(model.store)]) == 0
     arguments: dict[str, Any] = {"gguf_file": checkpoint.name, "dtype": torch.float32}
-    model.reference = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments).eval()
+    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments)
+    model.reference = reference.eval()
     prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
     with daemon_of(model, 0.5, "io_uring") as address:
         with FlashClient("gemma", address=address) as client:
@@ -226,6 +228,15 @@ def test_beams_and_sampling_equal_those_of_transformers(model: Imported) -> None
         expected = model.reference.generate(ids, **sampling)
         torch.manual_seed(7)
         assert torch.equal(client.generate(ids, **sampling), expected)
+
+
+def test_a_length_beyond_the_table_of_positions(tmp_path: Path) -> None:
+    model = imported("opt", tmp_path)
+    with daemon_of(model, 1.0, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
+        prompt = torch.tensor([list(range(3, 243))])
+        with pytest.raises(OptionError, match="256 positions"):
+            client.generate(prompt, max_new_tokens=17)
+        assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as much as there is room for
 
 
 def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 # torch's idle OpenMP threads spin by default and take the processor from kernels, daemon and whoever else there is: on
 # two busy cores decoding is 4 to 8 times as fast without. libgomp reads this once, when torch is imported; a user's own
 # setting stands.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "0")
+if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
+    if "torch" in sys.modules:
+        logging.getLogger(__name__).warning(
+            "torch was imported before flashclient, so its idle threads spin and slow down decoding several times: "
+            "import flashclient first, or set GOMP_SPINCOUNT=0"
+        )
+    os.environ["GOMP_SPINCOUNT"] = "0"  # for this process and those that it starts
 
 if TYPE_CHECKING:
     from flashclient.client import FlashClient

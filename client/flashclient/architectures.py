@@ -26,6 +26,7 @@ class Architecture:
         emptied: attributes that become identities.
         weights: names, below the module, of the matrices that the bundles hold.
         bias, output_bias: names, below the module, of the resident biases.
+        positions_end: positions are rows of a table, so there are no more than max_position_embeddings.
     """
 
     activation: str
@@ -34,6 +35,7 @@ class Architecture:
     emptied: tuple[str, ...] = ()
     bias: str | None = None
     output_bias: str | None = None
+    positions_end: bool = False
 
 
 _GATED = Architecture(activation="act_fn", weights=("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
@@ -46,6 +48,7 @@ _OPT = Architecture(
     emptied=("activation_fn", "fc2"),
     bias="fc1.bias",
     output_bias="fc2.bias",
+    positions_end=True,
 )
 
 ARCHITECTURES = {

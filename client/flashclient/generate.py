@@ -19,6 +19,7 @@ from transformers import (
     TextStreamer,
 )
 
+from flashclient.architectures import architecture_of
 from flashclient.errors import OptionError
 from flashclient.ffn import StreamedSum
 from flashclient.prompts import Prompt
@@ -36,10 +37,12 @@ class Generator:
         self._total = total
         self._tokenizer = tokenizer
         self._known = _known_arguments(model)
+        self._positions: int = self._model.config.max_position_embeddings
+        self._positions_end = architecture_of(self._model.config.architectures)[1].positions_end
 
     def run(self, prompt: Prompt, arguments: dict[str, Any]) -> tuple[Any, Stats]:
         """What transformers returns, in the prompt's kind unless a dict was asked for, and what it took."""
-        arguments = self._completed(arguments)
+        arguments = self._completed(arguments, prompt.tokens)
         meter = Meter(self._total.source, self._total.clock)
         hook = self._model.register_forward_hook(meter.step)
         try:
@@ -53,7 +56,7 @@ class Generator:
         stats = meter.finish(rows=rows, prompt_tokens=prompt.tokens, new_tokens=new_tokens)
         return (prompt.answer(output) if isinstance(output, Tensor) else output), stats
 
-    def _completed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+    def _completed(self, arguments: dict[str, Any], prompt_tokens: int) -> dict[str, Any]:
         """Refuses unknown arguments; adds a length, the padding token and, for stop_strings, the tokenizer."""
         for name in arguments:
             if name not in self._known:
@@ -62,7 +65,13 @@ class Generator:
         config = self._model.generation_config
         bounded = any(arguments.get(name) is not None for name in LENGTH_ARGUMENTS)
         if not bounded and config.max_new_tokens is None and config.max_length is None:
-            completed["max_new_tokens"] = NEW_TOKENS_DEFAULT
+            completed["max_new_tokens"] = min(NEW_TOKENS_DEFAULT, max(1, self._positions - prompt_tokens))
+        new_tokens = completed.get("max_new_tokens")
+        if self._positions_end and new_tokens is not None and prompt_tokens + new_tokens > self._positions:
+            raise OptionError(
+                f"{prompt_tokens} tokens of prompt and {new_tokens} new ones are more than the model's "
+                f"{self._positions} positions: shorten the prompt or lower max_new_tokens"
+            )
         if config.pad_token_id is None and self._tokenizer is not None and "generation_config" not in arguments:
             completed.setdefault("pad_token_id", self._tokenizer.pad_token_id)
         if "stop_strings" in arguments and self._tokenizer is not None:
