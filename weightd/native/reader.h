@@ -53,7 +53,7 @@ class Reader {
     // Moves what has completed to the end of `completions`; never blocks.
     virtual void reap(std::vector<Completion>& completions) = 0;
     virtual void wait() = 0;           // until reap would return something; only with reads in flight
-    virtual int event_fd() const = 0;  // readable when reap would return something
+    virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
 };
 
 // kind: "auto", "io_uring" or "threads". "auto" takes the best that the system allows; `note` says why a better level

@@ -1,7 +1,6 @@
 // The io_uring engine: registered files and buffers where the system allows them, plain reads where it does not.
 #include <fcntl.h>
 #include <liburing.h>
-#include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -82,9 +81,8 @@ class UringReader final : public Reader {
 
     void reap(std::vector<Completion>& completions) override {
         if (in_flight() == 0) return;
-        uint64_t ignored = 0;
-        if (::read(event_.get(), &ignored, sizeof ignored) < 0) return;  // nothing has completed since
-        ::io_uring_get_events(&ring_);  // completions are deferred until this thread asks for them
+        const bool deferred = (IO_URING_READ_ONCE(*ring_.sq.kflags) & IORING_SQ_TASKRUN) != 0;
+        if (deferred) ::io_uring_get_events(&ring_);  // completions wait until this thread asks for them
         io_uring_cqe* cqe = nullptr;
         unsigned head = 0;
         unsigned seen = 0;
@@ -97,8 +95,8 @@ class UringReader final : public Reader {
     }
 
     void wait() override {
-        pollfd event{event_.get(), POLLIN, 0};
-        while (::poll(&event, 1, -1) < 0 && errno == EINTR) {
+        io_uring_cqe* cqe = nullptr;
+        while (::io_uring_wait_cqe(&ring_, &cqe) == -EINTR) {
         }
     }
 
@@ -115,7 +113,8 @@ class UringReader final : public Reader {
     void start_ring(uint32_t depth) {
         io_uring_params params{};
         // Completions run in this thread when it asks, not as interrupts of whatever it does (kernel 6.1).
-        params.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_R_DISABLED;
+        params.flags = IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN | IORING_SETUP_TASKRUN_FLAG |
+                       IORING_SETUP_R_DISABLED;
         int error = ::io_uring_queue_init_params(depth, &ring_, &params);
         if (error == -EINVAL) {
             params = {};

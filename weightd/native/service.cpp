@@ -59,7 +59,7 @@ Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& da
     if (epoll_.get() < 0 || command_event_.get() < 0) fail("epoll");
     listener_ = listen_at(data_socket);
     watch(command_event_.get(), event_data(COMMAND, 0), EPOLLIN);
-    watch(reader_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN);
+    watch(reader_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
     watch(verifier_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN);
     watch(listener_.get(), event_data(LISTENER, 0), EPOLLIN);
     thread_ = std::thread([this] { run(); });
