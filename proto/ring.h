@@ -1,8 +1,8 @@
 // The shared-memory data plane: everything that weightd and a client exchange besides gRPC.
 //
 // A session is one SOCK_SEQPACKET connection, one ring (a sealed memfd) and one doorbell (an eventfd).
-//   1. The client connects, sends Hello with the token that OpenSession returned, and receives Welcome with three
-//      descriptors: ring (read-write), doorbell, resident weights (read-only).
+//   1. The client connects, sends Hello with the token that OpenSession returned, and receives Welcome with three or
+//      four descriptors: ring (read-write), doorbell, resident weights and, where there are any, predictors (read-only).
 //   2. Pool segments follow as SegmentNews with one descriptor each, before the first grant that names them. A
 //      segment that the daemon takes back is announced by SegmentNews with slot_count 0; nothing in it is leased then.
 //   3. The client writes requests and, when `daemon_sleeps` is set, rings the doorbell. The daemon answers every cell
@@ -18,7 +18,7 @@
 namespace weightd::ring {
 
 inline constexpr uint32_t MAGIC = 0x676e6972;  // "ring"
-inline constexpr uint32_t VERSION = 1;
+inline constexpr uint32_t VERSION = 2;
 
 // Bounds. A grant that does not fit would block the daemon, so a client never has more cells unanswered or unread
 // than GRANTS; a larger range is asked for in pieces.
@@ -43,8 +43,9 @@ struct Request {
     uint32_t form;
     uint32_t layer;
     uint32_t word_count;
-    uint32_t tag;  // returned in the grants
-    uint32_t reserved[3];
+    uint32_t tag;            // returned in the grants
+    uint32_t release_count;  // of an ACQUIRE in form CELLS: its last words are cells that it gives back first
+    uint32_t reserved[2];
 };
 static_assert(sizeof(Request) == 32);
 
@@ -84,7 +85,9 @@ struct alignas(4096) Header {
     std::atomic<uint32_t> bell;           // futex: raised after every batch of grants and after `state` changes
     std::atomic<uint32_t> daemon_sleeps;  // it waits in epoll, so the client must ring the doorbell
     std::atomic<uint32_t> state;
-    std::atomic<uint32_t> lease_limit;  // cells that may be leased at once
+    // Cells that may be leased at once: the share and what may be borrowed above it. It changes as sessions come and go;
+    // the client obeys it at its next ACQUIRE.
+    std::atomic<uint32_t> lease_limit;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 static_assert(sizeof(Header) == 4096);
@@ -108,6 +111,7 @@ struct Welcome {
     uint32_t magic;
     uint32_t version;
     uint64_t resident_bytes;  // of resident.safetensors; the descriptor's size is rounded up to pages
+    uint64_t calibration_bytes;  // of predictors.safetensors, whose descriptor is the fourth; 0: there is none
     uint32_t share_slots;
     uint32_t error;  // 0, or an errno: the token is unknown, expired or another user's; no descriptors then
 };

@@ -53,7 +53,7 @@ RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, c
 bool RingSession::attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd) {
     socket_ = std::move(socket);
     process_ = std::move(process);
-    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, share_slots, 0};
+    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, 0, share_slots, 0};
     const std::array descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
     return send_with_descriptors(socket_.get(), &welcome, sizeof welcome, descriptors);
 }

@@ -331,7 +331,7 @@ void Service::greet(int fd) {
 }
 
 void Service::refuse(int fd, int error) {
-    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, 0, 0, static_cast<uint32_t>(error)};
+    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, 0, 0, 0, static_cast<uint32_t>(error)};
     send_with_descriptors(fd, &welcome, sizeof welcome, {});
 }
 
