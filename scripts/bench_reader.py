@@ -122,7 +122,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure")
     parser.add_argument("--size", default="2GiB", help="of the file that is written, read and deleted")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=2, help="of ABBA")
+    parser.add_argument("--rounds", type=int, default=4, help="of ABBA")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

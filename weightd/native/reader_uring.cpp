@@ -18,6 +18,9 @@ namespace {
 
 inline constexpr uint32_t FILES_MAX = 1024;    // two per model
 inline constexpr uint32_t BUFFERS_MAX = 4096;  // one per segment
+// The kernel holds a submission's reads back until it has seen them all. Random reads of 16 KiB reach 0.93 of fio's
+// speed when whatever is waiting goes in one submission, 0.995 in eights, for the same CPU time; ones take more.
+inline constexpr uint32_t SUBMISSION_READS_MAX = 8;
 
 class UringReader final : public Reader {
   public:
@@ -148,16 +151,16 @@ class UringReader final : public Reader {
 
     void start_waiting() {
         enable_once();
-        bool any = false;
+        uint32_t prepared = 0;
         while (!waiting_.empty() && !free_flights_.empty()) {
             const uint32_t flight = free_flights_.back();
             free_flights_.pop_back();
             flights_[flight] = std::move(waiting_.front());
             waiting_.pop_front();
             prepare(flight);
-            any = true;
+            if (++prepared % SUBMISSION_READS_MAX == 0) submit_all();
         }
-        if (any) submit_all();
+        if (prepared % SUBMISSION_READS_MAX != 0) submit_all();
     }
 
     void submit_all() {
