@@ -74,12 +74,16 @@ std::optional<RingSession::Taken> RingSession::take() {
     }
     request_head_++;
     ring().header.request_head.store(request_head_, std::memory_order_release);
-    return Taken{static_cast<ring::Op>(request.op), request.layer, request.tag, cells_};
+    const std::span<const uint32_t> cells(cells_);
+    const size_t own = cells.size() - request.release_count;
+    return Taken{static_cast<ring::Op>(request.op), request.layer, request.tag, cells.first(own), cells.subspan(own)};
 }
 
 // Copies the words once and works on the copy: the client may change them at any moment.
 bool RingSession::unpack(const ring::Request& request, uint32_t index) {
     if (request.op < ring::ACQUIRE || request.op > ring::PREFETCH || request.word_count > ring::WORDS) return false;
+    const bool may_give_back = request.op == ring::ACQUIRE && request.form == ring::CELLS;
+    if (request.release_count > (may_give_back ? request.word_count : 0)) return false;
     const uint32_t* words = ring().words[index];
     cells_.assign(words, words + request.word_count);
     if (request.form == ring::RANGES) {
@@ -95,7 +99,7 @@ bool RingSession::unpack(const ring::Request& request, uint32_t index) {
     }
     if (request.op != ring::ACQUIRE) return true;
     const uint32_t unread = grant_tail_ - ring().header.grant_head.load(std::memory_order_acquire);
-    answers_owed_ += static_cast<uint32_t>(cells_.size());
+    answers_owed_ += static_cast<uint32_t>(cells_.size()) - request.release_count;
     return unread <= ring::GRANTS && answers_owed_ <= ring::GRANTS - unread;
 }
 

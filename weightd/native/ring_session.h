@@ -33,7 +33,8 @@ class RingSession final : public Session {
         ring::Op op;
         uint32_t layer;
         uint32_t tag;
-        std::span<const uint32_t> cells;  // valid until the next call
+        std::span<const uint32_t> cells;     // valid until the next call
+        std::span<const uint32_t> released;  // of an ACQUIRE: given back before it
     };
     // The next request, or none. `broken` is set when the client broke a rule.
     std::optional<Taken> take();

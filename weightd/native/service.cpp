@@ -128,7 +128,8 @@ bool Service::serve_ring(RingSession& session) {
         bool kept = false;
         switch (taken->op) {
             case ring::ACQUIRE:
-                kept = engine_->acquire(session, taken->layer, taken->cells, taken->tag);
+                kept = engine_->release(session, taken->layer, taken->released) &&
+                       engine_->acquire(session, taken->layer, taken->cells, taken->tag);
                 break;
             case ring::RELEASE:
                 kept = engine_->release(session, taken->layer, taken->cells);
