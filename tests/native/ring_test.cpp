@@ -141,7 +141,7 @@ TEST_F(RingTest, GivesTheSameBytesInBand) {
     }
     EXPECT_THROW(service->fetch(0, 1, std::array{76U}, std::span(out).first(4096)), std::out_of_range);
     weightd::flip_byte(model.spec.bundles_path, model.offset(0, 9));
-    EXPECT_THROW(service->fetch(0, 0, std::array{2U}, std::span(out).first(4096)), weightd::FetchFailed);
+    EXPECT_THROW(service->fetch(0, 0, std::array{2U}, std::span(out).first(4096)), weightd::CorruptBundle);
 }
 
 TEST_F(RingTest, TellsTheClientWhichBundleIsCorrupt) {

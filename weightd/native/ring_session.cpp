@@ -36,9 +36,11 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
     return ::sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
 }
 
-RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token)
+RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
+                         std::shared_ptr<const Predictors> predictors)
     : Session(model, cells, share_slots),
       token_(token),
+      predictors_(std::move(predictors)),
       attach_before_(Clock::now() + ATTACH_WITHIN),
       memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),
       doorbell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
@@ -53,8 +55,11 @@ RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, c
 bool RingSession::attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd) {
     socket_ = std::move(socket);
     process_ = std::move(process);
-    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, 0, share_slots, 0};
-    const std::array descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
+    const bool predicts = predictors_ != nullptr;
+    const uint64_t calibration_bytes = predicts ? predictors_->bytes : 0;
+    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, calibration_bytes, share_slots, 0};
+    std::vector<int> descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
+    if (predicts) descriptors.push_back(predictors_->memory.shared_fd());
     return send_with_descriptors(socket_.get(), &welcome, sizeof welcome, descriptors);
 }
 
