@@ -18,7 +18,8 @@ namespace {
 // Sixteen fp32. The ends of rows are masked, so they read no byte beyond the row.
 struct Lane {
     static constexpr std::size_t kWidth = 16;
-    static constexpr std::size_t kTileTokens = 4;  // of four rows: 16 sums, four weights: 21 of 32 registers
+    static constexpr std::size_t kTileRows = 6;  // 24 sums, six weights and x: 31 of 32 registers
+    static constexpr std::size_t kTileTokens = 4;
     __m512 value;
 
     LANE static Lane zero() { return {_mm512_setzero_ps()}; }

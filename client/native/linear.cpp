@@ -6,9 +6,9 @@
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kBlockBytes = 128 * 1024;  // some microseconds of memory bandwidth
-constexpr std::size_t kBlockRowsMin = 8;         // a tile of the kernels
-constexpr std::size_t kBlockRowsMax = 128;
+constexpr std::size_t kBlockBytes = 512 * 1024;  // tens of microseconds of memory bandwidth
+constexpr std::size_t kBlockRowsMin = 24;        // whole tiles of the kernels
+constexpr std::size_t kBlockRowsMax = 480;
 
 std::size_t block_rows(std::size_t row_bytes) {
     const std::size_t rows = kBlockBytes / std::max<std::size_t>(row_bytes, 1);
