@@ -139,7 +139,7 @@ class ArraySource:
         self._layers.clear()
 
 
-class FetchServer:
+class FetchServer(weightd_pb2_grpc.WeightdServicer):  # type: ignore[misc, name-defined, unused-ignore]
     """A gRPC server of cut models on a unix socket: Stats, DescribeModel, Fetch and health, as weightd answers them."""
 
     def __init__(self, models: Sequence[CutModel], socket: Path) -> None:
