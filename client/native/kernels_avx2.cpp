@@ -50,7 +50,6 @@ struct Lane {
 };
 
 LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
-LANE Lane operator+(Lane a, Lane b) { return {_mm256_add_ps(a.value, b.value)}; }
 LANE float sum(Lane a) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.value), _mm256_extractf128_ps(a.value, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));

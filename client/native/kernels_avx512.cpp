@@ -52,7 +52,6 @@ struct Lane {
 };
 
 LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
-LANE Lane operator+(Lane a, Lane b) { return {_mm512_add_ps(a.value, b.value)}; }
 LANE float sum(Lane a) { return _mm512_reduce_add_ps(a.value); }
 
 }  // namespace

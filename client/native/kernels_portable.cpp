@@ -56,10 +56,6 @@ Lane fma(Lane a, Lane b, Lane c) {
     for (std::size_t i = 0; i < Lane::kWidth; ++i) c.value[i] += a.value[i] * b.value[i];
     return c;
 }
-Lane operator+(Lane a, Lane b) {
-    for (std::size_t i = 0; i < Lane::kWidth; ++i) a.value[i] += b.value[i];
-    return a;
-}
 float sum(Lane a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }
 
 }  // namespace
