@@ -3,15 +3,15 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
-#include <system_error>
 
 namespace flashclient {
 
-Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) {
+Sweep::Sweep(Session& session, Layout layout, uint32_t slots) : session_(session), layout_(std::move(layout)) {
+    slots = std::min(slots, session.share_slots());
     // At least two chunks, one in use and one on its way; as large as a read where the share allows it.
-    const uint32_t quarter = std::max(1U, session.share_slots() / 4);
+    const uint32_t quarter = std::max(1U, slots / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
-    chunks_max_ = std::max(1U, std::min(session.share_slots(), ring::GRANTS) / chunk_cells_);
+    chunks_max_ = std::max(1U, std::min(slots, ring::GRANTS) / chunk_cells_);
 }
 
 Sweep::~Sweep() {
@@ -47,7 +47,7 @@ const Sweep::Chunk* Sweep::next(uint32_t layer) {
     }
     in_use_ = true;
     const Chunk& chunk = chunks_.front();
-    if (!chunk.failed.empty()) raise(chunk, chunk.failed.front());
+    if (!chunk.failed.empty()) raise_refusal(chunk.layer, chunk.failed.front(), layout_.bundles_per_cell);
     layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
     return &chunk;
 }
@@ -95,21 +95,6 @@ void Sweep::place(Chunk& chunk, const ring::Grant& grant) {
     const uint32_t first = (grant.cell - chunk.first_cell) * layout_.bundles_per_cell;
     for (uint32_t i = 0; i < layout_.bundles_per_cell && first + i < chunk.addresses.size(); i++) {
         chunk.addresses[first + i] = address + uint64_t{i} * layout_.stride_bytes;
-    }
-}
-
-void Sweep::raise(const Chunk& chunk, const ring::Grant& grant) const {
-    const std::string where = "layer " + std::to_string(chunk.layer);
-    switch (Session::status(grant)) {
-        case ring::UNREADABLE:
-            throw std::system_error(static_cast<int>(grant.slot), std::generic_category(),
-                                    "weightd could not read " + where + ", cell " + std::to_string(grant.cell));
-        case ring::CORRUPT:
-            throw CorruptBundle(where + ", neuron at position " +
-                                std::to_string(grant.cell * layout_.bundles_per_cell + grant.slot) +
-                                " differs from its checksum: import the model again");
-        default:
-            throw SessionLost("weightd refused a cell within the session's share");
     }
 }
 
