@@ -8,7 +8,7 @@ predictors.safetensors is a safetensors file, little-endian, of one kind of pred
 - Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] and `layers.{i}.output` [neurons, rank] in the dtype
   of the model's bundles, `layers.{i}.bias` [neurons] F32, into which the threshold is folded. A neuron is wanted for
   the FFN input x where output . (input . x) + bias > 0. The rank differs from layer to layer and is at least 1.
-- Kind sign, layer i (SparseInfer, arXiv 2411.12692, section 3): `layers.{i}.signs` [neurons, ceil(hidden_size / 8)]
+- Kind sign, layer i (SparseInfer, arXiv 2411.12692): `layers.{i}.signs` [neurons, ceil(hidden_size / 8)]
   U8, where bit j % 8 of byte j // 8 is the sign bit (1: negative) of coordinate j of the neuron's gate row, or up row
   where there is no gate; bits past the last are 0. `layers.{i}.margin` [neurons] I32. A neuron is wanted where
   (coordinates whose sign is that of x's) - (those whose sign differs) > margin.
@@ -194,7 +194,7 @@ class _Tensors:
         entry = self._header.get(name)
         if not isinstance(entry, dict):
             raise self._refusal(f"it has no tensor {name}")
-        found = entry.get("shape")
+        found: Any = entry.get("shape")
         fits = isinstance(found, list) and len(found) == len(shape) and all(isinstance(one, int) for one in found)
         if not fits or any(one < 1 if want is None else one != want for one, want in zip(found, shape, strict=True)):
             raise self._refusal(f"{name} has shape {found}, the model needs {_spell_shape(shape)}")
