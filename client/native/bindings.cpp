@@ -21,6 +21,7 @@ using flashclient::Session;
 using flashclient::Sweep;
 using flashclient::Window;
 
+void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
 void bind_kernels(nb::module_& module);  // bindings_kernels.cpp
 
 namespace {
@@ -227,5 +228,6 @@ NB_MODULE(_native, m) {
     bind_sweep(m);
     bind_leases(m);
     bind_window(m);
+    bind_checksum(m);
     bind_kernels(m);
 }
