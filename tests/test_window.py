@@ -47,7 +47,7 @@ def lists(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
 
 @st.composite
 def walks(draw: st.DrawFn) -> tuple[int, int, list[tuple[int, int, Columns]]]:
-    """k, bundles per cell, and steps (layer, past tokens, columns): some tokens are rejected, generations begin anew."""
+    """k, bundles per cell, and steps (layer, past tokens, columns). Tokens are rejected, generations begin anew."""
     k, per_cell, rows = draw(st.integers(0, 8)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
     wanted = st.sets(st.integers(0, CELLS * per_cell - 1), max_size=8)
     ends = [0] * LAYERS

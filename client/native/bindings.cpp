@@ -22,7 +22,7 @@ using flashclient::Sweep;
 using flashclient::Window;
 
 void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
-void bind_kernels(nb::module_& module);  // bindings_kernels.cpp
+void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
 
 namespace {
 
@@ -111,11 +111,10 @@ void bind_sweep(nb::module_& m) {
         .def(
             "__init__",
             [](Sweep* self, Session& session, uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes,
-               std::vector<uint32_t> neurons, uint32_t slots) {
-                new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(neurons)}, slots);
+               std::vector<uint32_t> neurons) {
+                new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(neurons)});
             },
-            "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, "slots"_a,
-            nb::keep_alive<1, 2>())
+            "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
         .def("next", &next_chunk, "layer"_a,
              nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
         .def("idle", &Sweep::idle, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")

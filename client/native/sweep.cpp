@@ -6,12 +6,11 @@
 
 namespace flashclient {
 
-Sweep::Sweep(Session& session, Layout layout, uint32_t slots) : session_(session), layout_(std::move(layout)) {
-    slots = std::min(slots, session.share_slots());
+Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) {
     // At least two chunks, one in use and one on its way; as large as a read where the share allows it.
-    const uint32_t quarter = std::max(1U, slots / 4);
+    const uint32_t quarter = std::max(1U, session.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
-    chunks_max_ = std::max(1U, std::min(slots, ring::GRANTS) / chunk_cells_);
+    chunks_max_ = std::max(1U, std::min(session.share_slots(), ring::GRANTS) / chunk_cells_);
 }
 
 Sweep::~Sweep() {

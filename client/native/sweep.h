@@ -29,8 +29,7 @@ struct SweepTimes {
 
 class Sweep {
   public:
-    // Leases at most `slots` cells at once, and no more than the session's share.
-    Sweep(Session& session, Layout layout, uint32_t slots = UINT32_MAX);
+    Sweep(Session& session, Layout layout);
     ~Sweep();
 
     struct Chunk {
