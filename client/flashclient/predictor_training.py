@@ -261,6 +261,8 @@ def _set_gradients(parameters: list[Tensor], x: Tensor, fired: Tensor, weight: f
 def sign_predictor(rows: Tensor, held_back: Examples, recall: float) -> Predictor:
     """SparseInfer's predictor (arXiv 2411.12692), whose margins are chosen by recall instead of by one parameter."""
     signs = np.packbits(torch.signbit(rows).numpy(), axis=1, bitorder="little")
+    if not held_back.fired.frequency().any():  # a margin that no input exceeds
+        return Signs(signs, np.full(len(rows), rows.shape[1], np.int32))
     return with_thresholds(Signs(signs, np.zeros(len(rows), np.int32)), torch.float32, held_back, recall)
 
 
@@ -272,7 +274,7 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
 
 
 def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_back: Examples, recall: float) -> Predictor:
-    """`predictor` with the thresholds folded into its bias or margin."""
+    """`predictor` with the thresholds folded into its bias or margin. Some neuron fired in `held_back`."""
     prediction = Prediction(predictor, dtype)
     neurons, found = [], []
     for x, fired in held_back.blocks():
