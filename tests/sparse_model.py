@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,9 @@ def make_sparse_model(family: str = "opt", rank: int = 4, dtype: str = "float32"
     Rows of one sign beside a constant coordinate stand for a bias where the family has none.
     """
     changes = RELU.get(family, {"hidden_act": "relu"})
-    model = make_model(make_config(family, **changes), dtype, seed)
+    config: Any = make_config(family)
+    config.update(changes)
+    model = make_model(config, dtype, seed)
     architecture = architecture_of([type(model).__name__])[1]
     random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():

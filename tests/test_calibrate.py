@@ -178,7 +178,7 @@ def test_a_layer_where_all_or_none_fire(tmp_path: Path) -> None:
     model = make_sparse_model("opt")
     with torch.no_grad():
         for layer, bias in ((0, 100.0), (1, -100.0)):
-            deciding_module(model, f"model.decoder.layers.{layer}").bias.fill_(bias)
+            model.get_parameter(f"model.decoder.layers.{layer}.fc1.bias").fill_(bias)
     result, _, _ = calibrated(model, tmp_path)
     assert [layer.rates.predicted for layer in result.layers] == [1.0, 0.0]
     assert [layer.rates.false_negatives for layer in result.layers] == [0.0, 0.0]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
 from flashclient.calibration import LowRank, Signs
 from flashclient.firing import PackedBits, coactivation, unions
@@ -28,6 +32,10 @@ def examples(tokens: int, hidden: int, neurons: int, seed: int = 0, share: float
     return Examples(torch.randn(tokens, hidden, generator=random), bits)
 
 
+def stored(matrix: Tensor) -> NDArray[Any]:
+    return matrix.numpy() if matrix.dtype == torch.float32 else matrix.view(torch.int16).numpy().view(np.uint16)
+
+
 @settings(max_examples=25, deadline=None)
 @given(hidden=st.integers(1, 70), neurons=st.integers(1, 20), seed=st.integers(0, 1000))
 def test_sign_scores_are_counted_coordinates(hidden: int, neurons: int, seed: int) -> None:
@@ -40,7 +48,7 @@ def test_sign_scores_are_counted_coordinates(hidden: int, neurons: int, seed: in
     wanted = Prediction(Signs(signs, margin), torch.float32).wanted(x)
     for token in range(3):
         for neuron in range(neurons):
-            equal = sum(np.signbit(a) == np.signbit(b) for a, b in zip(rows[neuron], x[token], strict=True))
+            equal = int((np.signbit(rows[neuron].numpy()) == np.signbit(x[token].numpy())).sum())
             assert wanted[token, neuron].item() == (equal - (hidden - equal) > margin[neuron])
 
 

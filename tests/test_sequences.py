@@ -65,7 +65,7 @@ def test_pieces_are_those_of_one_text(tmp_path: Path, monkeypatch: pytest.Monkey
         (b"", None, "is empty: pass a text of at least 1024 tokens"),
         (b"short", None, "has 5 tokens and at least 1024 are needed: pass a longer text"),
         (b"a" * 2000, 4096, "has 2000 tokens and --tokens asks for 4096"),
-        (b"a" * 2000, 10, "has 10 tokens and --tokens asks for 10"),
+        (b"a" * 2000, 10, "--tokens 10 are too few: at least 1024 are needed"),
         (b"\xff\xfe" * 2000, None, r"is not text in UTF-8: invalid start byte \(0xff\)"),
         (b"a" * 5000 + b"\xc3", None, "is not text in UTF-8: unexpected end of data"),
     ],
@@ -80,5 +80,5 @@ def test_refused_texts(content: bytes | None, tokens: int | None, message: str, 
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="cannot read .*is a directory"):
+    with pytest.raises(OptionError, match=r"cannot read .*is a directory"):
         read_sequences(tmp_path, TOKENIZER, 256, None, 10**6)
