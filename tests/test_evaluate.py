@@ -37,7 +37,7 @@ def sequences_for(folder: Path, seed: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_dense_model_is_transformers_own(family: str, tmp_path: Path) -> None:
-    model = make_sparse_model(family, dtype="bfloat16")
+    model = make_sparse_model(family)
     ids = sequences_for(tmp_path)[:1]
     with clients(model, tmp_path, "exact") as (client,), torch.no_grad():
         rebuilt = dense_model(client)
