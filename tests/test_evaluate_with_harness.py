@@ -69,9 +69,9 @@ def test_a_local_task_gives_the_accuracy_of_transformers(tmp_path: Path) -> None
     subprocess.run([sys.executable, "-m", "weightd", "import", checkpoint, "--store", store], check=True)
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     with serving(store) as daemon:
-        command = [sys.executable, SCRIPT, "tiny", "--address", daemon.address, "--tasks", "completions", "--json"]
+        command = [sys.executable, str(SCRIPT), "tiny", "--address", daemon.address, "--tasks", "completions", "--json"]
         done = subprocess.run(
-            [*command, "--include-path", tmp_path],
+            [*command, "--include-path", str(tmp_path)],
             env=os.environ | offline,
             capture_output=True,
             text=True,

@@ -315,4 +315,5 @@ def _shift(predictor: Predictor, lowest: NDArray[np.float32]) -> Predictor:
     """So that scores of `lowest` and above are wanted."""
     if isinstance(predictor, Signs):
         return replace(predictor, margin=predictor.margin + lowest.astype(np.int32) - 1)
-    return replace(predictor, bias=predictor.bias - (lowest - ROUNDING * (1 + np.abs(lowest))))
+    below = lowest - ROUNDING * (1 + np.abs(lowest))
+    return replace(predictor, bias=(predictor.bias - below).astype(np.float32))
