@@ -243,6 +243,8 @@ class FetchServer:
         data = b"".join(request.data for request in requests)
         if offered.import_id != record.import_id:
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"a calibration of another import of '{record.name}'")
+        if len(offered.files) != 3:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a calibration of {len(offered.files)} files")
         files = {}
         for file in offered.files:
             files[file.name], data = data[: file.size_bytes], data[file.size_bytes :]
