@@ -69,10 +69,10 @@ class FlashClient:
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
-        connection = Connection(address, self._options.timeout_s)
+        self.connection = connection = Connection(address, self._options.timeout_s)  # for calibration
         self._record = connection.describe(name)
         self._options.check_dtype(self._record.bundle.dtype)
-        source = self._open_source(connection, address)
+        self.source = source = self._open_source(connection, address)  # for calibration
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
         with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:

@@ -18,6 +18,8 @@ using namespace nb::literals;
 using flashclient::Session;
 using flashclient::Sweep;
 
+void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
+
 namespace {
 
 using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -178,4 +180,5 @@ NB_MODULE(_native, m) {
     nb::register_exception_translator(&translate);
     bind_session(m);
     bind_ffn(m);
+    bind_checksum(m);
 }
