@@ -11,29 +11,20 @@ rates, the unions and the loss of quality are measured on.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
 from flashclient.calibration import (
-    PREDICTORS_FILE,
-    REPORT_FILE,
-    STATISTICS_FILE,
-    LowRank,
     Predictor,
-    write_predictors,
-    write_tensors,
 )
+from flashclient.calibration_result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.evaluate import Quality
@@ -43,7 +34,6 @@ from flashclient.model import DTYPES
 from flashclient.predictor_training import (
     Examples,
     Prediction,
-    Rates,
     constant_predictor,
     measure,
     sign_predictor,
@@ -58,10 +48,6 @@ RECALL_DEFAULT = 0.95
 KINDS = ("low_rank", "sign")
 FIRING_DENSE = 0.95  # a layer of which more fires has nothing to predict; a model of such layers is refused
 ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
-LOSS_MAX = 0.005  # of perplexity, for mode "predict" to be what "auto" takes
-COMPUTED_SHARE_MAX = 0.5  # of the FFNs' bytes that a token may need, predictor included, for predict mode to pay
-NEW_SHARE_MAX = 0.25  # new neurons per token: scattered reads cost twice sequential ones, exact mode reads half a model
-WINDOW_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -83,92 +69,6 @@ class CalibrationOptions:
             raise OptionError(f"kind '{self.kind}' is not known: use {' or '.join(KINDS)}")
 
 
-@dataclass
-class CalibratedLayer:
-    """What was found for one layer; arrays are by position."""
-
-    predictor: Predictor
-    rates: Rates
-    sign_rates: Rates
-    frequency: NDArray[np.float32]
-    predicted: NDArray[np.float32]
-    union: NDArray[np.float32]
-    coactivation: NDArray[np.int32]
-    ffn_bytes: int
-
-    @property
-    def predictor_bytes(self) -> int:
-        return int(sum(array.nbytes for array in vars(self.predictor).values()))
-
-    @property
-    def time_share(self) -> float:
-        """The predictor's part of the bytes that a token's FFN needs: at decode both run at memory bandwidth."""
-        return self.predictor_bytes / (self.predictor_bytes + self.rates.predicted * self.ffn_bytes)
-
-    @property
-    def computed_share(self) -> float:
-        return self.predictor_bytes / self.ffn_bytes + self.rates.predicted
-
-    @property
-    def new_share(self) -> float:
-        """Of the layer's neurons: predicted for a token and not in the window of those before it."""
-        return float(self.union[WINDOW_TOKENS] - self.union[WINDOW_TOKENS - 1])
-
-    def report(self) -> dict[str, Any]:
-        rank = len(self.predictor.input) if isinstance(self.predictor, LowRank) else 0
-        row = {**asdict(self.rates), "rank": rank, "bytes": self.predictor_bytes, "time_share": self.time_share}
-        return {**row, "union": [float(share) for share in self.union], "sign": asdict(self.sign_rates)}
-
-
-@dataclass
-class CalibrationResult:
-    """A finished calibration.
-
-    Attributes:
-        quality: of the dense model, and of the same masked by the predictors.
-    """
-
-    layers: list[CalibratedLayer]
-    quality: dict[str, Quality]
-    text_tokens: int
-    options: CalibrationOptions
-    seconds: float = field(compare=False, default=0.0)
-
-    @property
-    def loss(self) -> float:
-        """Of perplexity by prediction, as a share; negative where it gained."""
-        return self.quality["predict"].perplexity / self.quality["dense"].perplexity - 1
-
-    def mode(self) -> tuple[str, str]:
-        """What mode "auto" is to take, and why."""
-        computed = float(np.mean([layer.computed_share for layer in self.layers]))
-        new = float(np.mean([layer.new_share for layer in self.layers]))
-        if self.loss > LOSS_MAX:
-            return "exact", f"prediction costs {self.loss:.2%} of perplexity, more than {LOSS_MAX:.1%}"
-        if computed > COMPUTED_SHARE_MAX:
-            return "exact", f"a token needs {computed:.0%} of the FFNs, predictors included: it pays below 50%"
-        if new > NEW_SHARE_MAX:
-            return "exact", f"{new:.0%} of the neurons are new with each token: it pays below 25%"
-        return "predict", (
-            f"prediction costs {self.loss:.2%} of perplexity (at most {LOSS_MAX:.1%}); a token needs {computed:.0%} of "
-            f"the FFNs (below 50%), {new:.1%} are new with it (below 25%)"
-        )
-
-    def report(self) -> dict[str, Any]:
-        """report.json."""
-        mode, reason = self.mode()
-        return {
-            "layers": [layer.report() for layer in self.layers],
-            "quality": {name: quality.as_dict() for name, quality in self.quality.items()} | {"loss": self.loss},
-            "mode": mode,
-            "mode_reason": reason,
-            "text_tokens": self.text_tokens,
-            "target_recall": self.options.target_recall,
-            "kind": self.options.kind,
-            "seed": self.options.seed,
-        }
-
-
 def calibrate(client: FlashClient, sequences: Tensor, options: CalibrationOptions) -> CalibrationResult:
     """Runs the whole calibration; `client` must be of mode "exact" and can only be closed afterwards.
 
@@ -185,7 +85,8 @@ def calibrate(client: FlashClient, sequences: Tensor, options: CalibrationOption
         layers = [run.layer(index) for index in _progress(len(client.record.layers), options.progress)]
         quality = run.quality()
     client.source.idle()
-    return CalibrationResult(layers, quality, sequences.numel(), options, time.monotonic() - begun_s)
+    settings = {"kind": options.kind, "target_recall": options.target_recall, "seed": options.seed}
+    return CalibrationResult(layers, quality, sequences.numel(), settings, time.monotonic() - begun_s)
 
 
 def _progress(layers: int, shown: bool) -> Iterator[int]:
@@ -248,7 +149,7 @@ class _Run:
 
         self._predicted = [self._walk.step(index, hidden, feed_forward) for hidden in self._predicted]
 
-    def _train(self, weights: LayerWeights, examples: Examples, choosing: Examples) -> LowRank:
+    def _train(self, weights: LayerWeights, examples: Examples, choosing: Examples) -> Predictor:
         training = examples.select(self._training)
         share = float(training.fired.frequency().mean())
         if share > FIRING_DENSE or not share or not choosing.fired.frequency().any():
@@ -270,8 +171,8 @@ class _Run:
         self._firing.append(firing)
         if len(self._firing) == min(2, len(self._walk.record.layers)) and min(self._firing) > FIRING_DENSE:
             raise CalibrationError(
-                f"{min(self._firing):.1%} of the neurons of model '{self._walk.record.name}' are not zero for an average"
-                " token: predict mode would lose quality or read everything; run it in mode 'exact'"
+                f"{min(self._firing):.1%} of the neurons of model '{self._walk.record.name}' are not zero for an"
+                " average token: predict mode would lose quality or read everything; run it in mode 'exact'"
             )
 
     def quality(self) -> dict[str, Quality]:
@@ -309,19 +210,6 @@ def _wanted(prediction: Prediction, examples: Examples) -> PackedBits:
         bits.put(first, prediction.wanted(x))
         first += len(x)
     return bits
-
-
-def write_files(result: CalibrationResult, model: weightd_pb2.Model, folder: Path) -> tuple[str, ...]:
-    """Writes the three files of the format (flashclient.calibration); returns their names."""
-    write_predictors(folder / PREDICTORS_FILE, [layer.predictor for layer in result.layers], model)
-    statistics = {
-        f"layers.{index}.{name}": getattr(layer, name)
-        for index, layer in enumerate(result.layers)
-        for name in ("frequency", "predicted", "union", "coactivation")
-    }
-    write_tensors(folder / STATISTICS_FILE, statistics, model, {})
-    (folder / REPORT_FILE).write_text(json.dumps(result.report(), indent=1))
-    return PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE
 
 
 def publish_result(result: CalibrationResult, client: FlashClient) -> weightd_pb2.Calibration:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from flashclient._native import Workers
 from flashclient.channel import Connection
 from flashclient.embedded import attach_or_start, import_if_path
 from flashclient.errors import FlashClientError, ForkedError, OptionError
@@ -85,7 +86,7 @@ class FlashClient:
         self.tokenizer: Any = load_tokenizer(folder)  # transformers' own; None where the model has none
         self.model: PreTrainedModel
         placement = partial(connection.placement, self._record)
-        self.model, total = build_model(self._record, folder, source, placement, torch.get_num_threads())
+        self.model, total = build_model(self._record, folder, source, placement, Workers(torch.get_num_threads()))
         return total
 
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:

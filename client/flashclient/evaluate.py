@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,18 @@ class Evaluation:
             "agreement_with": "exact" if self.dense is None else "dense",
             "notes": self.notes,
         }
+
+    def table(self) -> str:
+        """A row per mode, a row per layer, and what is left out."""
+        lines = [f"{'':<8}{'perplexity':>12} {'same first token':>18}"]
+        for name, quality in (("dense", self.dense), ("exact", self.exact), ("predict", self.predict)):
+            if quality is not None:
+                lines.append(f"{name:<8}{quality.perplexity:>12.3f} {quality.top1_agreement:>18.2%}")
+        if self.layers:
+            lines.append(f"{'layer':<8}{'firing':>12} {'predicted':>12} {'missed':>12} {'false':>12}")
+        for index, rates in enumerate(self.layers):
+            lines.append(f"{index:<8}" + " ".join(f"{share:>12.2%}" for share in astuple(rates)))
+        return "\n".join([*lines, *self.notes])
 
 
 def evaluate(exact: FlashClient, predict: FlashClient | None, sequences: Tensor, progress: bool = False) -> Evaluation:

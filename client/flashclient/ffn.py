@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from flashclient._native import Ffn
+from flashclient._native import Ffn, Workers
 from flashclient.source import BundleSource, Chunk
 from weightd_proto import weightd_pb2
 
@@ -53,22 +53,18 @@ class StreamedSum:
 
     Args:
         activation: one of ACTIVATIONS.
-        threads: of the kernels, the caller's included.
+        workers: the threads of the kernels.
     """
 
-    def __init__(self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, threads: int) -> None:
+    def __init__(
+        self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, workers: Workers
+    ) -> None:
         self.source = source
         self.hidden_size = bundle.hidden_size
         self.gated = "gate" in bundle.parts
         self.clock = Clock()
         self._activation = ACTIVATIONS[activation]
-        self._kernels = Ffn(
-            dtype=bundle.dtype,
-            hidden_size=bundle.hidden_size,
-            gated=self.gated,
-            activation=activation,
-            threads=threads,
-        )
+        self._kernels = Ffn(workers, bundle.dtype, bundle.hidden_size, self.gated, activation)
         self._parts = len(bundle.parts)
         self._block: Tensor | None = None  # [parts, neurons, hidden_size] fp32, made at the first prefill
         self._lock = threading.Lock()

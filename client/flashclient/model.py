@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from flashclient._native import Workers
 from flashclient.architectures import Architecture, activation_name, architecture_of, install
 from flashclient.errors import ModelError
 from flashclient.ffn import StreamedFFN, StreamedSum
@@ -51,7 +52,7 @@ class _UnmadeParameters(TorchFunctionMode):
 
 
 def build_model(
-    record: weightd_pb2.Model, folder: Path, source: BundleSource, placement: Placement, threads: int
+    record: weightd_pb2.Model, folder: Path, source: BundleSource, placement: Placement, workers: Workers
 ) -> tuple[PreTrainedModel, StreamedSum]:
     """The model of `record`, ready to run: in eval mode, without gradients, holding no FFN weights.
 
@@ -71,7 +72,7 @@ def build_model(
         model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
-    total = _install_ffns(model, record, architecture, source, placement, tensors, threads)
+    total = _install_ffns(model, record, architecture, source, placement, tensors, workers)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -113,11 +114,11 @@ def _install_ffns(
     source: BundleSource,
     placement: Placement,
     tensors: dict[str, Tensor],
-    threads: int,
+    workers: Workers,
 ) -> StreamedSum:
     """Replaces every FFN and takes its biases out of `tensors`."""
     activation = activation_name(model.get_submodule(record.layers[0].module), architecture)
-    total = StreamedSum(source, record.bundle, activation, threads)
+    total = StreamedSum(source, record.bundle, activation, workers)
     for index, layer in enumerate(record.layers):
         bias = tensors.pop(f"{layer.module}.{architecture.bias}", None)
         output_bias = tensors.pop(f"{layer.module}.{architecture.output_bias}", None)

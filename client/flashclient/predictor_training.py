@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +26,6 @@ LOGIT_PER_DEVIATION = 4.0  # of the initial predictor: how sure it is at one sta
 FALSE_POSITIVES_REACH = 0.01  # a smaller rank is taken if it costs no more than this share of the neurons
 MOMENTS_TOKENS = 4096  # summed in fp32 before they go into sums in fp64
 FIRINGS_MIN = 16  # of a neuron, for a threshold of its own
-
-P = TypeVar("P", LowRank, Signs)
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,8 @@ def train_low_rank(
     recall: float,
     dtype: torch.dtype,
     seed: int,
-) -> LowRank:
-    """The predictor of the smallest rank whose false positives are within reach of the largest one's.
+) -> Predictor:
+    """The low-rank predictor of the smallest rank whose false positives are within reach of the largest one's.
 
     Starts from the best approximation of `rows` under the covariance of the inputs, then minimises balanced binary
     cross-entropy on the firing bits (LLM in a flash, arXiv 2312.11514, section 3.1).
@@ -169,10 +167,10 @@ def train_low_rank(
     candidates = sorted({min(rank, *rows.shape) for rank in ranks})
     start = _Start(rows, bias, training.x)
 
-    def train(rank: int) -> tuple[LowRank, float]:
+    def train(rank: int) -> tuple[Predictor, float]:
         first, second, shift = _descend(*start.of(rank), training, seed)
-        predictor = LowRank(_stored(first, dtype), _stored(second, dtype), shift.numpy())
-        predictor = with_thresholds(predictor, dtype, held_back, recall)
+        unshifted = LowRank(_stored(first, dtype), _stored(second, dtype), shift.numpy())
+        predictor = with_thresholds(unshifted, dtype, held_back, recall)
         return predictor, measure(predictor, dtype, held_back).false_positives
 
     best, reach = train(candidates[-1])
@@ -260,7 +258,7 @@ def _set_gradients(parameters: list[Tensor], x: Tensor, fired: Tensor, weight: f
     first.grad = back.T @ x
 
 
-def sign_predictor(rows: Tensor, held_back: Examples, recall: float) -> Signs:
+def sign_predictor(rows: Tensor, held_back: Examples, recall: float) -> Predictor:
     """SparseInfer's predictor (arXiv 2411.12692), whose margins are chosen by recall instead of by one parameter."""
     signs = np.packbits(torch.signbit(rows).numpy(), axis=1, bitorder="little")
     return with_thresholds(Signs(signs, np.zeros(len(rows), np.int32)), torch.float32, held_back, recall)
@@ -273,7 +271,7 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
     return LowRank(_stored(first, dtype), _stored(second, dtype), bias)
 
 
-def with_thresholds(predictor: P, dtype: torch.dtype, held_back: Examples, recall: float) -> P:
+def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_back: Examples, recall: float) -> Predictor:
     """`predictor` with the thresholds folded into its bias or margin."""
     prediction = Prediction(predictor, dtype)
     neurons, found = [], []
@@ -301,7 +299,7 @@ def _thresholds(
     return [whole, single]
 
 
-def _shift(predictor: P, lowest: NDArray[np.float32]) -> P:
+def _shift(predictor: Predictor, lowest: NDArray[np.float32]) -> Predictor:
     """So that scores of `lowest` and above are wanted."""
     if isinstance(predictor, Signs):
         return replace(predictor, margin=predictor.margin + lowest.astype(np.int32) - 1)

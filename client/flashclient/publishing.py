@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 
 from flashclient import _native
@@ -35,6 +36,21 @@ def publish(
             _messages(header, [folder / name for name in names]), timeout=OPEN_TIMEOUT_S
         )
     return published
+
+
+def check_may_publish(connection: Connection, model: weightd_pb2.Model) -> None:
+    """Raises RefusedError now where `publish` would after hours: offers a calibration of no files.
+
+    A daemon that would take one from here finds fault with the files only.
+    """
+    offered = weightd_pb2.Calibration(import_id=model.import_id, mode="exact")
+    header = weightd_pb2.PublishCalibrationHeader(model=model.name, calibration=offered)
+    with rpc_errors(connection.address):
+        try:
+            connection.stub.PublishCalibration(_messages(header, []), timeout=connection.timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+                raise
 
 
 def _described(path: Path) -> weightd_pb2.File:
