@@ -12,6 +12,7 @@
 
 #include "ffn.h"
 #include "linear.h"
+#include "memory_read.h"
 #include "predictor.h"
 #include "workers.h"
 
@@ -260,6 +261,13 @@ void bind_kernels(nb::module_& module) {
             },
             "threads"_a)
         .def_prop_ro("threads", &Workers::threads);
+    module.def(
+        "read_memory",
+        [](Workers& workers, std::uint64_t address, std::size_t size_bytes) {
+            return flashclient::read_memory(workers, reinterpret_cast<const void*>(address), size_bytes);
+        },
+        "workers"_a, "address"_a, "size_bytes"_a, nb::call_guard<nb::gil_scoped_release>(),
+        "The exclusive or of the 64-bit words there: what reading alone takes, for benchmarks to compare with.");
     bind_ffn(module);
     bind_linear(module);
     bind_predictors(module);
