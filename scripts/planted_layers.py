@@ -115,7 +115,9 @@ class PlantedModel:
             embedding[:, 0] = sqrt(shape.hidden_size) / 8
             self._stream = embedding[torch.from_numpy(ids)].float()
             head = self._noise.matrix(shape.vocabulary, shape.hidden_size, shape.hidden_size**-0.5)
-            return self._typed({"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": ones})
+            return self._typed(
+                {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": ones}
+            )
         positions = self._noise.matrix(shape.positions + 2, shape.hidden_size, POSITION)  # OPT's begin at row 2
         self._stream = embedding[torch.from_numpy(ids)].float() + positions[2 : 2 + SEQUENCE_TOKENS].float()
         final = {"model.decoder.final_layer_norm.weight": ones, "model.decoder.final_layer_norm.bias": zeros}

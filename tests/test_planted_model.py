@@ -13,7 +13,16 @@ import pytest
 import torch
 from make_planted_model import make_planted_model
 from planted_layers import SEQUENCE_TOKENS, PlantedModel, thresholds, unions
-from planted_plan import FALSE_NEGATIVES, PREDICTED_MEAN, PUBLISHED, SHAPES, firing_mean, new_share, plan_layer, union_share
+from planted_plan import (
+    FALSE_NEGATIVES,
+    PREDICTED_MEAN,
+    PUBLISHED,
+    SHAPES,
+    firing_mean,
+    new_share,
+    plan_layer,
+    union_share,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -85,7 +94,9 @@ def test_the_stream_is_the_one_of_transformers(planted: tuple[str, Path]) -> Non
     streams: list[torch.Tensor] = []
     model = load(folder)
     body = model.model.decoder if name.startswith("opt") else model.model
-    body.layers[-1].register_forward_hook(lambda *call: streams.append(call[2][0] if isinstance(call[2], tuple) else call[2]))
+    body.layers[-1].register_forward_hook(
+        lambda *call: streams.append(call[2][0] if isinstance(call[2], tuple) else call[2])
+    )
     with torch.no_grad():
         model(torch.from_numpy(ids))
     assert (streams[0] - made.stream).abs().max() < 0.1
