@@ -1,7 +1,7 @@
 """The tables of "LLM in a flash" (arXiv 2312.11514), row by row, on this machine's own device.
 
-Makes a planted model of the shape (make_planted_model: speed, not quality), imports it, and runs each row with a weightd
-and a client of its own: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same random
+Makes a planted model of the shape (make_planted_model: speed, not quality), imports it, and runs each row with a
+weightd and a client of its own: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same random
 token ids. The page cache is out of play (O_DIRECT), the daemon's DRAM is half of the model. Beside them, in the same
 run: fio's sequential read, the model in transformers wholly in memory, and offloaded to disk by accelerate within the
 memory that our two processes take together. What is compared is measured twice, in ABBA order.
@@ -10,7 +10,6 @@ memory that our two processes take together. What is compared is measured twice,
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 import torch

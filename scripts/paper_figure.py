@@ -17,7 +17,11 @@ from matplotlib.axes import Axes
 from paper_table import PAPER_TABLE_2
 
 OURS, PAPERS = "#1f5fa8", "#c8c8c8"
-PARTS = (("wait_ms", "waiting for flash", "#1f5fa8"), ("compute_ms", "compute", "#76b041"), ("management_ms", "management", "#e07b39"))  # fmt: skip
+PARTS = (
+    ("wait_ms", "waiting for flash", "#1f5fa8"),
+    ("compute_ms", "compute", "#76b041"),
+    ("management_ms", "management", "#e07b39"),
+)
 SIZE_INCHES = (11, 4.2)
 
 

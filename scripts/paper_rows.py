@@ -150,7 +150,7 @@ def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
 
 def run_json(command: Sequence[str], what: str) -> Any:
     """What the command printed, as JSON. Raises BenchError with its last words."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise BenchError(f"{what}: {said[-1]}")

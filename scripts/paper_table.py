@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from bench import Row
 
-# DRAM GB, GB read per token, GB/s, I/O ms per token. "All" in our sense is later work: the paper's last row is bundling.
+# DRAM GB, GB read per token, GB/s, I/O ms per token. The paper's last row is bundling: our "all" has more.
 PAPER_TABLE_2: Mapping[str, tuple[float, float, float, float]] = {
     "naive": (0, 13.4, 6.10, 2196),
     "hybrid": (6.7, 6.7, 6.10, 1090),

@@ -139,7 +139,8 @@ def _stratified_beta(count: int, random: np.random.Generator) -> NDArray[np.floa
 
 def normal_quantile(shares: NDArray[np.float64]) -> NDArray[np.float64]:
     """Where the standard normal distribution has `shares` of itself above."""
-    return -torch.special.ndtri(torch.from_numpy(shares)).numpy()
+    quantile: NDArray[np.float64] = -torch.special.ndtri(torch.from_numpy(shares)).numpy()
+    return quantile
 
 
 def _correlation(predicted: NDArray[np.float64], firing: NDArray[np.float64]) -> float:
