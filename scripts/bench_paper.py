@@ -1,10 +1,10 @@
 """The tables of "LLM in a flash" (arXiv 2312.11514), row by row, on this machine's own device.
 
 Makes a planted model of the shape (make_planted_model: speed, not quality), imports it, and runs each row with a
-weightd and a client of its own: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same random
-token ids. The page cache is out of play (O_DIRECT), the daemon's DRAM is half of the model. Beside them, in the same
-run: fio's sequential read, the model in transformers wholly in memory, and offloaded to disk by accelerate within the
-memory that our two processes take together. What is compared is measured twice, in ABBA order.
+weightd and a client of its own: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same
+random token ids. The page cache is out of play (O_DIRECT), the daemon's DRAM is half of the model. Beside them, in the
+same run: fio's sequential read, the model in transformers wholly in memory, and offloaded to disk by accelerate within
+the memory that our two processes take together. What is compared is measured twice, in ABBA order.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ COMPARED = ("naive", "all")
 
 @dataclass(frozen=True)
 class Bench:
-    """What is measured, and where it lies."""
+    """What is measured."""
 
-    checkpoint: Path
     work: Work
     sequential: list[float]  # GB/s of fio, so far
 
@@ -59,7 +58,7 @@ class Bench:
     def peer(self, kind: str, memory_bytes: int) -> Row:
         """A peer; "accelerate" within a cgroup of `memory_bytes`."""
         numbers = [self.work.prompt_tokens, PEER_TOKENS[kind], self.work.seed, memory_bytes]
-        command = [sys.executable, str(PEERS), kind, str(self.checkpoint), *map(str, numbers)]
+        command = [sys.executable, str(PEERS), kind, str(self.work.checkpoint), *map(str, numbers)]
         with ExitStack() as opened:
             if kind == "accelerate":
                 command = [*opened.enter_context(capped_memory(memory_bytes)).prefix, *command]
@@ -127,18 +126,18 @@ def prepare(options: argparse.Namespace) -> Bench:
         done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
         if done.returncode:
             raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
-    work = Work(store, name, options.prompt_tokens, options.tokens, options.dense_tokens, SEED)
+    work = Work(checkpoint, store, name, options.prompt_tokens, options.tokens, options.dense_tokens, SEED)
     if not Store.open(store, readonly=True).model(name).HasField("calibration"):
         with serving(store, work.dram_bytes(LAYER_POOL_BYTES)) as daemon:
             publish_planted(checkpoint, name, daemon.address)
-    return Bench(checkpoint, work, [])
+    return Bench(work, [])
 
 
 def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
     """Those whose two sides were measured."""
 
     def mean(name: str, column: str) -> float | None:
-        found = [row[column] for row in rows if row["row"] == name]
+        found = [row[column] for row in rows if row["row"] == name and column in row]
         return fmean(found) if found else None
 
     fio_gb_per_s, kernel = facts[0]["fio_sequential_gb_per_s"], facts[1]["over_memory_ratio"]
@@ -156,6 +155,8 @@ def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
         ("kernel_over_memory_bandwidth_ratio", kernel, 1.0, 0.8),
     ]
     targets = [Target(name, over / under, "x", aim, "higher") for name, over, under, aim in found if over and under]
+    if (planned := mean("all", "as_planned_share")) is not None:
+        targets.append(Target("layers_as_planned_share", planned, "", 1.0, "higher"))
     overhead = mean("all", "overhead_share")
     return targets + ([] if overhead is None else [Target("overhead_share", overhead, "", 0.05, "lower")])
 

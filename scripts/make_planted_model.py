@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from firing_shares import WINDOW
 from planted_layers import Measured, PlantedLayer, PlantedModel
-from planted_plan import PUBLISHED, SHAPES, WINDOW, Shape, new_share, skew_share, union_share
+from planted_plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -133,8 +134,7 @@ def _write_predictor(path: Path, layer: PlantedLayer) -> None:
 def _told(measured: Measured) -> dict[str, Any]:
     """One layer's planned and measured shares."""
     plan = measured.plan
-    names = ("firing", "predicted", "false_negatives", "false_positives", "union", "new_per_token")
-    return {name: getattr(measured, name) for name in names} | {
+    return asdict(measured.shares) | {
         "correlation": plan.correlation,
         "planned": {
             "firing": float(plan.firing.mean()),

@@ -20,6 +20,7 @@ from flashclient.channel import Connection
 # isort: split
 import torch
 from forced_tokens import ForcedTokens, random_ids
+from paper_firing import InputTap, compare
 from uncached_pass import read_uncached
 
 TIMEOUT_S = 600.0
@@ -37,6 +38,7 @@ class Task:
     seed: int
     options: dict[str, Any] = field(default_factory=dict)  # of FlashClient
     again_from_flash: str | None = None
+    checkpoint: str | None = None  # of a planted model: whether its neurons fire as planned is checked
 
 
 class Probe:
@@ -89,6 +91,7 @@ def run(task: Task) -> dict[str, Any]:
     with flashclient.FlashClient(task.model, address=task.address, timeout_s=TIMEOUT_S, **task.options) as client:
         vocabulary = client.model.config.vocab_size
         prompt = torch.tensor([random_ids(vocabulary, task.prompt_tokens, task.seed)])
+        tap = None if task.checkpoint is None else InputTap(client)
         probe, again = Probe(task, client), AgainFromFlash(task.again_from_flash)
         client.model.register_forward_pre_hook(again)
         forced = ForcedTokens(random_ids(vocabulary, task.new_tokens, task.seed + 1), probe.between)
@@ -96,6 +99,8 @@ def run(task: Task) -> dict[str, Any]:
         client.generate(prompt, max_new_tokens=task.new_tokens, do_sample=False, logits_processor=[forced])
         told: dict[str, Any] = {"stats": client.stats().as_dict(), "memory": memory_of(task.daemon_pid)}
         probe.close()
+    if tap is not None and task.checkpoint is not None:
+        told["firing"] = compare(Path(task.checkpoint), tap.inputs())
     passes = max(1, len(forced.seconds))
     beside = {"again_s": again.seconds / passes, "again_bytes": again.read_bytes / passes}
     told["tokens"] = [

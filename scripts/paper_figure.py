@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-
-mpl.use("Agg")  # before pyplot: no screen is needed
-
-from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from paper_table import PAPER_TABLE_2
 
 OURS, PAPERS = "#1f5fa8", "#c8c8c8"
@@ -33,15 +30,16 @@ def draw(result: Mapping[str, Any], title: str, target: Path) -> list[Path]:
         target: without suffix; its folder is made.
     """
     rows = [row for row in result["rows"] if "row" in row]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=SIZE_INCHES, layout="constrained")
+    figure = Figure(figsize=SIZE_INCHES, layout="constrained")
+    left, right = figure.subplots(1, 2)
     _draw_reading(left, [row for row in rows if row.get("io_ms")])
     _draw_time(right, rows)
     figure.suptitle(title)
     target.parent.mkdir(parents=True, exist_ok=True)
     paths = [target.with_name(f"{target.name}.{suffix}") for suffix in ("png", "svg")]
-    for path in paths:
-        figure.savefig(path, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else None)
-    pyplot.close(figure)
+    with mpl.rc_context({"svg.fonttype": "none"}):  # text stays text
+        for path in paths:
+            figure.savefig(path, dpi=144, metadata={"Date": None} if path.suffix == ".svg" else None)
     return paths
 
 

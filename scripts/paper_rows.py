@@ -71,6 +71,7 @@ ROWS = (
 class Work:
     """What every row does: a prompt of random ids, then as many forced ones."""
 
+    checkpoint: Path
     store: Path
     model: str
     prompt_tokens: int
@@ -142,6 +143,7 @@ def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
             work.seed,
             plan.options,
             None if again is None else str(again),
+            None if plan.dense else str(work.checkpoint),
         )
         told: dict[str, Any] = run_json([sys.executable, str(CLIENT), json.dumps(asdict(task))], plan.name)
     held_bytes = 0 if again is None else again.stat().st_size  # what is read anew counts as not held
@@ -164,6 +166,8 @@ def summary(name: str, told: dict[str, Any]) -> Row:
     row: Row = {"row": name, "tokens": len(tokens), "dram_gb": told["dram_bytes"] / 1e9}
     memory = told["memory"]
     row["all_memory_gb"] = (memory["client_bytes"] + memory["daemon_bytes"]) / 1e9
+    if told.get("firing"):
+        row |= told["firing"]
     row |= costs(steady)
     return row | {"prompt_s": told["tokens"][0]["seconds"], "first_tokens": costs(tokens[:FIRST_TOKENS])}
 

@@ -22,8 +22,9 @@ from math import sqrt
 
 import numpy as np
 import torch
+from firing_shares import Shares, shares_of
 from numpy.typing import NDArray
-from planted_plan import UNION_TOKENS_MAX, LayerPlan, Shape, normal_quantile, plan_layer
+from planted_plan import LayerPlan, Shape, normal_quantile, plan_layer
 from torch import Tensor
 from torch.nn import functional
 
@@ -69,15 +70,10 @@ class LowRankPredictor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Shares in the sequence that set no threshold; `union[k - 1]` of k tokens in a row. `plan` is what was planned."""
+    """Shares in the sequence that set no threshold, and what was planned."""
 
     plan: LayerPlan
-    firing: float
-    predicted: float
-    false_negatives: float
-    false_positives: float
-    union: list[float]
-    new_per_token: float
+    shares: Shares
     neuron_firing: NDArray[np.float32]  # [neurons], over all sequences
     neuron_predicted: NDArray[np.float32]
 
@@ -269,26 +265,10 @@ def thresholds(values: Tensor, shares: NDArray[np.float64]) -> Tensor:
 
 
 def measure(plan: LayerPlan, fired: Tensor, wanted: Tensor) -> Measured:
-    """Shares of `fired` and `wanted`, both [all tokens, neurons] bool, in the last sequence."""
-    fires, wants = fired[-SEQUENCE_TOKENS:].numpy(), wanted[-SEQUENCE_TOKENS:].numpy()
-    missed, needless = float((fires & ~wants).sum()), float((wants & ~fires).sum())
-    union = [unions(wants, tokens) for tokens in range(1, UNION_TOKENS_MAX + 1)]
+    """`fired` and `wanted`: [all tokens, neurons] bool."""
     return Measured(
         plan=plan,
-        firing=float(fires.mean()),
-        predicted=float(wants.mean()),
-        false_negatives=missed / max(1.0, float(fires.sum())),
-        false_positives=needless / max(1.0, float((~fires).sum())),
-        union=union,
-        new_per_token=union[4] - union[3],
+        shares=shares_of(fired[-SEQUENCE_TOKENS:].numpy(), wanted[-SEQUENCE_TOKENS:].numpy()),
         neuron_firing=fired.float().mean(dim=0).numpy(),
         neuron_predicted=wanted.float().mean(dim=0).numpy(),
     )
-
-
-def unions(wants: NDArray[np.bool_], tokens: int) -> float:
-    """Mean share of the neurons that are in the union of `tokens` tokens in a row. wants: [tokens, neurons]."""
-    together = wants[tokens - 1 :].copy()
-    for back in range(1, tokens):
-        together |= wants[tokens - 1 - back : len(wants) - back]
-    return float(together.mean())

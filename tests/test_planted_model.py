@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from firing_shares import shares_of
 from make_planted_model import make_planted_model
-from planted_layers import SEQUENCE_TOKENS, PlantedModel, thresholds, unions
+from planted_layers import SEQUENCE_TOKENS, PlantedModel, thresholds
 from planted_plan import (
     FALSE_NEGATIVES,
     PREDICTED_MEAN,
@@ -66,11 +67,17 @@ def test_thresholds_give_their_shares() -> None:
     assert np.abs(found - shares).max() < 0.06
 
 
-def test_unions_of_tokens_in_a_row() -> None:
-    wants = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [1, 0, 0, 0]], dtype=bool)
-    assert unions(wants, 1) == 0.25
-    assert unions(wants, 2) == 0.5
-    assert unions(wants, 3) == 0.5
+def test_shares_of_tokens_in_a_row() -> None:
+    wants = np.zeros((12, 4), dtype=bool)
+    wants[::2, 0] = wants[1::2, 1] = True
+    fires = wants.copy()
+    fires[0] = [False, False, True, False]
+    shares = shares_of(fires, wants)
+    assert shares.union == [0.25] + [0.5] * 7
+    assert shares.new_per_token == 0
+    assert (shares.firing, shares.predicted) == (0.25, 0.25)
+    assert shares.false_negatives == pytest.approx(1 / 12)
+    assert shares.false_positives == pytest.approx(1 / 36)
 
 
 def test_every_layer_fires_as_planned(planted: tuple[str, Path]) -> None:
