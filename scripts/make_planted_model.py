@@ -3,8 +3,8 @@
 It measures speed, not quality: what it generates is noise. But the same number of neurons of each layer fire, are
 predicted and are new per token as in the models of "LLM in a flash" (arXiv 2312.11514), so a system that runs it reads
 and computes what it would on those. The checkpoint is one that transformers and `weightd import` read; its folder
-planted/ holds the predictors, known by construction, and the plan. Layers are made, tried and written one by one: the
-memory needed is that of about two layers.
+planted/ holds the predictors, known by construction, and the plan. Layers are made, tried and written one by one; the
+memory needed is that of a few layers, whatever the number of them (OPT-6.7B: 1.6 GB).
 """
 
 from __future__ import annotations
