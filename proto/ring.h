@@ -51,7 +51,7 @@ static_assert(sizeof(Request) == 32);
 
 enum Status : uint32_t {
     GRANTED = 0,
-    REFUSED = 1,     // the session's lease limit is reached: give something back, then ask again
+    REFUSED = 1,     // nothing more is lent to this session now: give something back, then ask again
     UNREADABLE = 2,  // the device failed; `slot` holds the errno
     CORRUPT = 3,     // a checksum differs; `slot` holds the bundle's index in the cell
 };
@@ -86,7 +86,10 @@ struct alignas(4096) Header {
     std::atomic<uint32_t> daemon_sleeps;  // it waits in epoll, so the client must ring the doorbell
     std::atomic<uint32_t> state;
     // Cells that may be leased at once: the share and what may be borrowed above it. It changes as sessions come and go;
-    // the client obeys it at its next ACQUIRE.
+    // the client obeys it at its next ACQUIRE. Within its share a session waits for a slot; above it, a cell is granted or
+    // REFUSED at once, and nothing is lent while anybody waits. The limit may fall below the share for a moment, while
+    // the daemon empties a segment: then it asks the client to hold as little as it can, and refuses nothing more. A
+    // session that keeps others waiting for seconds, because it gives back nothing, is closed.
     std::atomic<uint32_t> lease_limit;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
