@@ -58,7 +58,7 @@ def open_source(kind: str, parts: CutModel, folder: Path) -> Iterator[BundleSour
 
 
 def streamed_model(parts: CutModel, source: BundleSource, folder: Path) -> Any:
-    model, _ = build_model(
+    model = build_model(
         parts.record, parts.save_files(folder), source, lambda layer: parts.placements[layer], Workers(2)
     )
     return model

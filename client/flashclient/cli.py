@@ -26,6 +26,12 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
+    return int(text)
+
+
 def _ranks(text: str) -> tuple[int, ...]:
     return tuple(_positive(one) for one in text.split(","))
 
@@ -57,7 +63,9 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
 def _add_generate(command: Any) -> None:
     command.add_argument("prompt")
     command.add_argument("--mode", default="auto", help="auto, exact or predict; default: auto, by calibration")
-    command.add_argument("--window", type=_positive, default=4, metavar="K", help="tokens whose neurons are kept")
+    command.add_argument(
+        "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons are kept; 0: none"
+    )
     command.add_argument("--max-new-tokens", type=_positive, metavar="N")
     command.add_argument("--stats", action="store_true", help="print what it took on standard error")
 

@@ -9,19 +9,24 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "leases.h"
 #include "session.h"
 #include "sweep.h"
+#include "window.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using flashclient::Leases;
 using flashclient::Session;
 using flashclient::Sweep;
+using flashclient::Window;
 
 void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
-void bind_kernels(nb::module_& module);  // bindings_kernels.cpp
+void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
 
 namespace {
 
+using U64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void translate(const std::exception_ptr& pointer, void*) {
@@ -37,6 +42,12 @@ nb::object resident(const nb::handle_t<Session>& self) {
     const auto bytes = nb::cast<Session&>(self).resident();
     using Array = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
     return nb::cast(Array(bytes.data(), {bytes.size()}, self));  // keeps the session alive
+}
+
+nb::object calibration(const nb::handle_t<Session>& self) {
+    const auto bytes = nb::cast<Session&>(self).calibration();
+    using Array = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+    return nb::cast(Array(bytes.data(), {bytes.size()}, self));
 }
 
 // (position of the first bundle, addresses of all of them), or None at the layer's end. The array is a view of the
@@ -72,6 +83,7 @@ void bind_session(nb::module_& m) {
     nb::exception<flashclient::SessionLost>(m, "SessionLost", PyExc_ConnectionError);
     nb::exception<flashclient::WrongProcess>(m, "WrongProcess", PyExc_RuntimeError);
     nb::exception<flashclient::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
+    nb::exception<flashclient::LeaseRefused>(m, "LeaseRefused", PyExc_RuntimeError);
     nb::class_<Session>(m, "Session", "One attachment to weightd's data socket.")
         .def(
             "__init__",
@@ -83,11 +95,18 @@ void bind_session(nb::module_& m) {
             "data_socket"_a, "token"_a, "timeout_s"_a)
         .def_prop_ro("resident", &resident, nb::for_getter(nb::sig("def resident(self, /) -> NDArray[numpy.uint8]")),
                      "resident.safetensors as uint8[bytes], private and writable")
+        .def_prop_ro("calibration", &calibration,
+                     nb::for_getter(nb::sig("def calibration(self, /) -> NDArray[numpy.uint8]")),
+                     "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
         .def_prop_ro("share_slots", &Session::share_slots)
+        .def_prop_ro("lease_limit", &Session::lease_limit, "cells that may be held at once, now")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a, "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a)
         .def("require_alive", &Session::require_alive)
         .def("close", &Session::close, "Ends it; only the resident weights stay mapped.");
+}
+
+void bind_sweep(nb::module_& m) {
     nb::class_<Sweep>(m, "Sweep", "A walk through all bundles, layer after layer, round and round.")
         .def(
             "__init__",
@@ -105,11 +124,109 @@ void bind_session(nb::module_& m) {
             "cells", [](const Sweep& sweep) { return sweep.times().cells; }, "cells answered");
 }
 
+// ---- leases and window ----
+
+// A copy of the layer's table would be out of date with the next grant: it is a view.
+nb::object addresses(const nb::handle_t<Leases>& self, uint32_t layer) {
+    const auto table = nb::cast<Leases&>(self).addresses(layer);
+    using Array = nb::ndarray<nb::numpy, const uint64_t, nb::ndim<1>>;
+    return nb::cast(Array(table.data(), {table.size()}, self));
+}
+
+void exchange(Leases& leases, uint32_t layer, const U32Array& acquire, const U32Array& release) {
+    const nb::gil_scoped_release released;
+    leases.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
+}
+
+void bind_leases(nb::module_& m) {
+    nb::class_<Leases>(m, "Leases", "The cells that a session holds one by one, and where they lie.")
+        .def(
+            "__init__",
+            [](Leases* self, Session& session, uint32_t bundles_per_cell, uint32_t cell_bytes,
+               const std::vector<uint32_t>& cells) { new (self) Leases(session, bundles_per_cell, cell_bytes, cells); },
+            "session"_a, "bundles_per_cell"_a, "cell_bytes"_a, "cells"_a, nb::keep_alive<1, 2>())
+        .def("addresses", &addresses, "layer"_a, nb::sig("def addresses(self, layer: int) -> NDArray[numpy.uint64]"),
+             "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
+        .def("exchange", &exchange, "layer"_a, "acquire"_a, "release"_a, "Gives back and asks for; does not wait.")
+        .def("arrived", &Leases::arrived, nb::call_guard<nb::gil_scoped_release>(),
+             "Waits for more of what was asked for; returns how many cells are still to come.")
+        .def("release_all", &Leases::release_all, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("cells_held", &Leases::cells_held);
+}
+
+using U16Array = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A numpy array that owns `values`.
+nb::object owned(std::vector<uint32_t>&& values) {
+    auto* kept = new std::vector<uint32_t>(std::move(values));
+    const nb::capsule owner(kept, [](void* pointer) noexcept { delete static_cast<std::vector<uint32_t>*>(pointer); });
+    return nb::cast(nb::ndarray<nb::numpy, uint32_t, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
+}
+
+nb::object slide(Window& window, uint32_t layer, uint32_t past_tokens, uint32_t columns, const U32Array& positions,
+                 const U16Array& row_masks, uint32_t limit) {
+    Window::Slide slid;
+    {
+        const nb::gil_scoped_release released;
+        slid = window.slide(
+            layer, {past_tokens, columns, {positions.data(), positions.size()}, {row_masks.data(), row_masks.size()}},
+            limit);
+    }
+    if (!slid.fits) return nb::none();
+    nb::list elsewhere;
+    for (auto& [other, cells] : slid.elsewhere) elsewhere.append(nb::make_tuple(other, owned(std::move(cells))));
+    return nb::make_tuple(owned(std::move(slid.acquire)), owned(std::move(slid.release)), elsewhere);
+}
+
+// One pass over the bundles of a step that have no address yet.
+size_t locate(const U64Array& table, const U32Array& positions, uint32_t bundles_per_cell, uint32_t stride_bytes,
+              const nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& addresses,
+              const nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& found) {
+    if (addresses.size() != positions.size() || found.size() != positions.size()) {
+        throw std::invalid_argument("addresses and found must have a place for each position");
+    }
+    size_t count = 0;
+    for (size_t i = 0; i < positions.size(); i++) {
+        if (addresses.data()[i] != 0) continue;
+        const uint32_t cell = positions.data()[i] / bundles_per_cell;
+        if (cell >= table.size()) throw std::invalid_argument("a position is beyond the layer's cells");
+        if (table.data()[cell] == 0) continue;
+        addresses.data()[i] = table.data()[cell] + uint64_t{positions.data()[i] % bundles_per_cell} * stride_bytes;
+        found.data()[count++] = static_cast<uint32_t>(i);
+    }
+    return count;
+}
+
+void bind_window(nb::module_& m) {
+    nb::class_<Window>(m, "Window", "Which cells stay leased: those that the last k tokens wanted.")
+        .def(
+            "__init__",
+            [](Window* self, uint32_t tokens, uint32_t bundles_per_cell, std::vector<uint32_t> cells) {
+                new (self) Window(tokens, bundles_per_cell, std::move(cells));
+            },
+            "tokens"_a, "bundles_per_cell"_a, "cells"_a)
+        .def("slide", &slide, "layer"_a, "past_tokens"_a, "columns"_a, "positions"_a, "row_masks"_a, "limit"_a,
+             nb::sig("def slide(self, layer: int, past_tokens: int, columns: int, positions: NDArray[numpy.uint32], "
+                     "row_masks: NDArray[numpy.uint16], limit: int) -> tuple[NDArray[numpy.uint32], "
+                     "NDArray[numpy.uint32], list[tuple[int, NDArray[numpy.uint32]]]] | None"),
+             "Cells to acquire, to release, and to release of other layers; None when the step alone exceeds `limit`, "
+             "which leaves the window empty.")
+        .def("clear", &Window::clear)
+        .def_prop_ro("cells_held", &Window::cells_held);
+    m.def("locate", &locate, "table"_a, "positions"_a, "bundles_per_cell"_a, "stride_bytes"_a,
+          "addresses"_a.noconvert(), "found"_a.noconvert(),
+          "Fills in the addresses that are still 0 and whose cells have arrived; writes their indices into `found` and "
+          "returns how many there are.");
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     nb::register_exception_translator(&translate);
     bind_session(m);
+    bind_sweep(m);
+    bind_leases(m);
+    bind_window(m);
     bind_checksum(m);
     bind_kernels(m);
 }
