@@ -117,7 +117,7 @@ def prepare(options: argparse.Namespace) -> Bench:
     """Checkpoint, store and calibration in the folder, each made unless it is there."""
     options.folder.mkdir(parents=True, exist_ok=True)
     name = f"planted-{options.shape}"
-    checkpoint, store = options.folder / name, options.folder / "store"
+    checkpoint, store = options.folder / name, options.folder / f"store-{options.shape}"
     if not checkpoint.exists():
         make_planted_model(SHAPES[options.shape], checkpoint)
     read_plan(checkpoint)

@@ -93,7 +93,7 @@ def run(task: Task) -> dict[str, Any]:
         prompt = torch.tensor([random_ids(vocabulary, task.prompt_tokens, task.seed)])
         tap = None if task.checkpoint is None else InputTap(client)
         probe, again = Probe(task, client), AgainFromFlash(task.again_from_flash)
-        client.model.register_forward_pre_hook(again)
+        client.model.register_forward_pre_hook(again, prepend=True)  # before the clock of the pass starts
         forced = ForcedTokens(random_ids(vocabulary, task.new_tokens, task.seed + 1), probe.between)
         forced.start()
         client.generate(prompt, max_new_tokens=task.new_tokens, do_sample=False, logits_processor=[forced])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ UNBUNDLED = ("--unbundled-reads",)
 ROWS = (
     RowPlan("naive", pool_bytes=SWEEP_POOL_BYTES, resident=False, dense=True, options={"mode": "exact"}),
     RowPlan("hybrid", dense=True, options={"mode": "exact"}),
-    RowPlan("+predictor", pool_bytes=LAYER_POOL_BYTES, flags=UNBUNDLED, options={"mode": "predict", "window": 1}),
+    RowPlan("+predictor", pool_bytes=LAYER_POOL_BYTES, flags=UNBUNDLED, options={"mode": "predict", "window": 0}),
     RowPlan("+windowing", flags=UNBUNDLED, options={"mode": "predict", "window": 4}),
     RowPlan("+bundling", options={"mode": "predict", "window": 4}),
     RowPlan("all", options={"mode": "predict", "window": 1}),
@@ -179,17 +179,39 @@ def costs(tokens: Sequence[dict[str, float]]) -> Row:
         return np.array([sum(token.get(name, 0.0) for name in names) for token in tokens])
 
     read_bytes, io_s, seconds = each("read_bytes", "again_bytes"), each("reading_s", "again_s"), each("seconds")
-    wait_s, compute_s = each("wait_s", "again_s"), each("compute_s")
     row: Row = {
         "read_gb_per_token": read_bytes.mean() / 1e9,
         "reads_per_token": each("reads").mean(),
         "gb_per_s": read_bytes.sum() / io_s.sum() / 1e9 if io_s.sum() else 0.0,
         "io_ms": io_s.mean() * 1e3,
-        "wait_ms": wait_s.mean() * 1e3,
-        "ffn_ms": compute_s.mean() * 1e3,
-        "rest_ms": (seconds - wait_s - compute_s).mean() * 1e3,
         "total_ms": seconds.mean() * 1e3,
     }
+    row |= parts(each) if "forward_s" in tokens[0] else {}
     for name, values in (("io", io_s), ("total", seconds)):
         row |= {f"{name}_ms_p{share}": float(np.percentile(values, share)) * 1e3 for share in (50, 90, 99)}
     return {key: float(value) for key, value in row.items()}
+
+
+def parts(each: Callable[..., Any]) -> Row:
+    """Where a token's time went, in ms: waiting for flash, the computations, and all else, which is management.
+
+    Args:
+        each: of names of seconds, [tokens] their sum; the client's clock has `forward_s` for all of the model, in which
+            are `ffn_s`, in which are `predict_s`, `acquire_s`, `compute_s` and `wait_s`, and `head_s`.
+    """
+    seconds, wait_s = each("seconds"), each("wait_s", "again_s")
+    computing = {
+        "attention_ms": each("forward_s") - each("ffn_s", "head_s"),
+        "head_ms": each("head_s"),
+        "predict_ms": each("predict_s"),
+        "ffn_ms": each("compute_s"),
+    }
+    compute_s = sum(computing.values())
+    management_s = seconds - wait_s - compute_s
+    row: Row = {name: values.mean() * 1e3 for name, values in computing.items()}
+    row |= {"wait_ms": wait_s.mean() * 1e3, "compute_ms": compute_s.mean() * 1e3}
+    return row | {
+        "management_ms": management_s.mean() * 1e3,
+        "acquire_ms": each("acquire_s").mean() * 1e3,
+        "overhead_share": management_s.sum() / seconds.sum(),
+    }

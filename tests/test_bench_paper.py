@@ -25,7 +25,8 @@ TOKENS = FIRST_TOKENS + 10
 def token(seconds: float) -> dict[str, float]:
     """One token's costs, with round numbers."""
     reading = {"reads": 100, "read_bytes": 2e8, "reading_s": 0.1, "again_s": 0.1, "again_bytes": 1e8}
-    return reading | {"wait_s": 0.1, "compute_s": 0.2, "seconds": seconds}
+    clock = {"wait_s": 0.1, "compute_s": 0.2, "predict_s": 0.1, "ffn_s": 0.45, "head_s": 0.05, "forward_s": 0.6}
+    return reading | clock | {"acquire_s": 0.03, "seconds": seconds}
 
 
 def told_of(seconds: list[float]) -> dict[str, Any]:
@@ -40,6 +41,10 @@ def test_costs_of_tokens() -> None:
     assert row["io_ms"] == pytest.approx(200)
     assert row["wait_ms"] == pytest.approx(200)
     assert row["total_ms"] == pytest.approx(2000)
+    assert row["attention_ms"] == pytest.approx(100)
+    assert row["compute_ms"] == pytest.approx(100 + 50 + 100 + 200)
+    assert row["management_ms"] == pytest.approx(2000 - 450 - 200)
+    assert row["overhead_share"] == pytest.approx(1.35 / 2)
     assert (row["total_ms_p50"], row["total_ms_p99"]) == (pytest.approx(2000), pytest.approx(2980))
 
 
@@ -116,7 +121,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_dense_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
     folder, result = measured
     naive, hybrid, fio, _ = result["rows"]
-    resident_bytes = (folder / "store/planted-opt-tiny/resident.safetensors").stat().st_size
+    resident_bytes = (folder / "store-opt-tiny/planted-opt-tiny/resident.safetensors").stat().st_size
     assert naive["read_gb_per_token"] * 1e9 >= resident_bytes
     assert hybrid["read_gb_per_token"] < naive["read_gb_per_token"]
     assert fio["fio_sequential_gb_per_s"] > 0
@@ -127,7 +132,7 @@ def test_dense_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
 
 def test_the_timed_tokens_fire_as_planned(measured: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = measured
-    with serving(folder / "store", 80 << 20) as daemon:
+    with serving(folder / "store-opt-tiny", 80 << 20) as daemon:
         name = "planted-opt-tiny"
         planted = str(folder / name)
         task = Task(daemon.address, name, daemon.pid, 8, 200, 1, {"mode": "exact"}, checkpoint=planted)
