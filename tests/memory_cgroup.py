@@ -1,54 +1,20 @@
-"""A memory cgroup of version 1 or 2, for a process that a test starts in it."""
+"""A memory cgroup for a process that a test starts in it; the test is skipped where none may be made."""
 
 from __future__ import annotations
 
-import os
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 import pytest
-
-
-@dataclass(frozen=True)
-class MemoryCgroup:
-    folder: Path
-    version: int
-
-    @property
-    def prefix(self) -> tuple[str, ...]:
-        """What a command is started with to run inside."""
-        return ("sh", "-c", f'echo $$ > {self.folder}/cgroup.procs && exec "$@"', "sh")
-
-    @property
-    def peak_bytes(self) -> int:
-        name = "memory.max_usage_in_bytes" if self.version == 1 else "memory.peak"
-        return int((self.folder / name).read_text())
-
-    @property
-    def kills(self) -> int:
-        name = "memory.oom_control" if self.version == 1 else "memory.events"
-        counts = dict(line.split() for line in (self.folder / name).read_text().splitlines())
-        return int(counts["oom_kill"])
+from cgroup import MemoryCgroup, capped_memory
 
 
 @contextmanager
 def memory_cgroup(limit_bytes: int) -> Iterator[MemoryCgroup]:
-    """A cgroup of this limit, without swap; the test is skipped where none may be made."""
-    first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    version = 1 if first.is_dir() else 2
-    folder = (first if version == 1 else second) / f"weightd-test-{secrets.token_hex(4)}"
-    try:
-        folder.mkdir()
-        limit = folder / ("memory.limit_in_bytes" if version == 1 else "memory.max")
-        limit.write_text(str(limit_bytes))
-    except OSError as error:
-        if folder.is_dir():
-            folder.rmdir()
-        pytest.skip(f"no memory cgroup can be made here: {error}")
-    try:
-        yield MemoryCgroup(folder, version)
-    finally:
-        os.rmdir(folder)  # noqa: PTH106 - a cgroup's folder is removed with its files in it
+    """A cgroup of this limit, page cache included."""
+    with ExitStack() as opened:
+        try:
+            made = opened.enter_context(capped_memory(limit_bytes))
+        except OSError as error:
+            pytest.skip(f"no memory cgroup can be made here: {error}")
+        yield made

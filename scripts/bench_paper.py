@@ -1,0 +1,180 @@
+"""The tables of "LLM in a flash" (arXiv 2312.11514), row by row, on this machine's own device.
+
+Makes a planted model of the shape (make_planted_model: speed, not quality), imports it, and runs each row with a
+weightd and a client of its own: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same
+random token ids. The page cache is out of play (O_DIRECT), the daemon's DRAM is half of the model. Beside them, in the
+same run: fio's sequential read, the model in transformers wholly in memory, and offloaded to disk by accelerate within
+the memory that our two processes take together. What is compared is measured twice, in ABBA order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
+import torch
+from bench import Row, Target, machine_facts, report
+from bench_kernels import Arena, sparse_row
+from bench_reader import Case, read_fio
+from cgroup import capped_memory
+from make_planted_model import make_planted_model
+from paper_figure import draw
+from paper_rows import LAYER_POOL_BYTES, ROWS, BenchError, RowPlan, Work, costs, run_json, run_row, serving, summary
+from paper_table import tables
+from planted_calibration import publish_planted, read_plan
+from planted_plan import SHAPES
+
+from weightd.store import Store
+
+SEQUENTIAL = Case("sequential", 1 << 20, 8, False)
+FIO_SECONDS = 4.0
+SEED = 7
+PEERS = Path(__file__).with_name("paper_peers.py")
+PEER_TOKENS = {"dense": 24, "accelerate": 4}
+COMPARED = ("naive", "all")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What is measured."""
+
+    work: Work
+    sequential: list[float]  # GB/s of fio, so far
+
+    def read_sequentially(self) -> None:
+        bundles = Store.open(self.work.store, readonly=True).bundles_path(self.work.model)
+        self.sequential.append(read_fio(bundles, SEQUENTIAL, FIO_SECONDS).gb_per_s)
+
+    def row(self, plan: RowPlan) -> Row:
+        return summary(plan.name, run_row(plan, self.work))
+
+    def peer(self, kind: str, memory_bytes: int) -> Row:
+        """A peer; "accelerate" within a cgroup of `memory_bytes`."""
+        numbers = [self.work.prompt_tokens, PEER_TOKENS[kind], self.work.seed, memory_bytes]
+        command = [sys.executable, str(PEERS), kind, str(self.work.checkpoint), *map(str, numbers)]
+        with ExitStack() as opened:
+            if kind == "accelerate":
+                command = [*opened.enter_context(capped_memory(memory_bytes)).prefix, *command]
+            seconds = run_json(command, kind)
+        tokens = [{"seconds": one} for one in seconds]
+        told = {key: value for key, value in costs(tokens[1:]).items() if key.startswith("total_ms")}
+        return {"row": kind, "tokens": len(tokens) - 1, "prompt_s": seconds[0]} | told
+
+
+def main() -> int:
+    options = _options()
+    try:
+        machine, rows, targets = measure(options)
+    except (BenchError, OSError) as error:
+        print(f"bench_paper: {error}", file=sys.stderr)
+        return 1
+    report(machine, rows, targets, options.json)
+    if not options.json:
+        print(f"\n{tables(rows)}")
+    if options.figures is not None:
+        draw({"rows": rows}, f"{options.shape}, {machine['cpu']}", options.figures / f"paper-{options.shape}")
+    return 0
+
+
+def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
+    """Machine, rows and targets."""
+    bench = prepare(options)
+    machine = machine_facts(options.folder) | {"shape": options.shape, "threads": torch.get_num_threads()}
+    machine["model_gb"] = bench.work.model_bytes / 1e9
+    plans = [plan for plan in ROWS if plan.name in options.rows]
+    bench.read_sequentially()
+    rows = [told(bench.row(plan)) for plan in plans]
+    peers = [] if options.no_peers else list(PEER_TOKENS)
+    memory_bytes = round(max(row["all_memory_gb"] for row in rows if row["dram_gb"]) * 1e9)
+    rows += [told(bench.peer(kind, memory_bytes)) for kind in peers]
+    again = [told(bench.peer(kind, memory_bytes)) for kind in reversed(peers)]
+    again += [told(bench.row(plan)) for plan in reversed(plans) if plan.name in COMPARED]
+    bench.read_sequentially()
+    kernel = sparse_row(Arena(torch.get_num_threads()), SHAPES[options.shape].hidden_size, gated_of(options.shape))
+    facts: list[Row] = [{"fio_sequential_gb_per_s": fmean(bench.sequential)}, kernel]
+    return machine, rows + facts, targets_of([*rows, *again], facts)
+
+
+def gated_of(shape: str) -> bool:
+    return SHAPES[shape].family != "opt"
+
+
+def told(row: Row) -> Row:
+    """Says on a terminal that a row is done."""
+    if sys.stderr.isatty():
+        print(f"{row['row']}: {row['total_ms']:.0f} ms per token", file=sys.stderr)
+    return row
+
+
+def prepare(options: argparse.Namespace) -> Bench:
+    """Checkpoint, store and calibration in the folder, each made unless it is there."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    name = f"planted-{options.shape}"
+    checkpoint, store = options.folder / name, options.folder / f"store-{options.shape}"
+    if not checkpoint.exists():
+        make_planted_model(SHAPES[options.shape], checkpoint)
+    read_plan(checkpoint)
+    if not (store / name).exists():
+        command = [sys.executable, "-m", "weightd", "import", str(checkpoint), "--store", str(store)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
+    work = Work(checkpoint, store, name, options.prompt_tokens, options.tokens, options.dense_tokens, SEED)
+    if not Store.open(store, readonly=True).model(name).HasField("calibration"):
+        with serving(store, work.dram_bytes(LAYER_POOL_BYTES)) as daemon:
+            publish_planted(checkpoint, name, daemon.address)
+    return Bench(work, [])
+
+
+def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
+    """Those whose two sides were measured."""
+
+    def mean(name: str, column: str) -> float | None:
+        found = [row[column] for row in rows if row["row"] == name and column in row]
+        return fmean(found) if found else None
+
+    fio_gb_per_s, kernel = facts[0]["fio_sequential_gb_per_s"], facts[1]["over_memory_ratio"]
+    naive_io, all_io, all_total = mean("naive", "io_ms"), mean("all", "io_ms"), mean("all", "total_ms")
+    naive_speed, dense, accelerate = (
+        mean("naive", "gb_per_s"),
+        mean("dense", "total_ms"),
+        mean("accelerate", "total_ms"),
+    )
+    found: list[tuple[str, float | None, float | None, float]] = [
+        ("io_naive_over_all_ratio", naive_io, all_io, 25),
+        ("naive_over_fio_sequential_ratio", naive_speed, fio_gb_per_s, 0.9),
+        ("decode_over_dense_in_memory_ratio", dense, all_total, 2),
+        ("decode_over_accelerate_ratio", accelerate, all_total, 15),
+        ("kernel_over_memory_bandwidth_ratio", kernel, 1.0, 0.8),
+    ]
+    targets = [Target(name, over / under, "x", aim, "higher") for name, over, under, aim in found if over and under]
+    if (planned := mean("all", "as_planned_share")) is not None:
+        targets.append(Target("layers_as_planned_share", planned, "", 1.0, "higher"))
+    overhead = mean("all", "overhead_share")
+    return targets + ([] if overhead is None else [Target("overhead_share", overhead, "", 0.05, "lower")])
+
+
+def _options() -> argparse.Namespace:
+    names = [plan.name for plan in ROWS]
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
+    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")
+    parser.add_argument("--rows", nargs="+", choices=names, default=names)
+    parser.add_argument("--tokens", type=int, default=256, help="forced after the prompt")
+    parser.add_argument("--dense-tokens", type=int, default=8, help="in rows that read all neurons for each")
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers and accelerate out")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the tables there, as PNG and SVG")
+    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

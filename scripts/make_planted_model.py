@@ -1,0 +1,196 @@
+"""Writes a model of a published shape, with random weights, whose neurons fire as published.
+
+It measures speed, not quality: what it generates is noise. But the same number of neurons of each layer fire, are
+predicted and are new per token as in the models of "LLM in a flash" (arXiv 2312.11514), so a system that runs it reads
+and computes what it would on those. The checkpoint is one that transformers and `weightd import` read; its folder
+planted/ holds the predictors, known by construction, and the plan. Layers are made, tried and written one by one; the
+memory needed is that of a few layers, whatever the number of them (OPT-6.7B: 1.6 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from firing_shares import WINDOW
+from planted_layers import Measured, PlantedLayer, PlantedModel
+from planted_plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from weightd.families import recipe_of
+
+PLANTED_FOLDER = "planted"
+PLAN_FILE = "plan.json"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LAYER_NAME = {"opt": "model.decoder.layers", "llama": "model.layers"}
+SPARE_BYTES = 64 << 20  # of the disk, beside the tensors
+
+
+def main() -> int:
+    options = _options()
+    shape = SHAPES[options.shape]
+    try:
+        plan = make_planted_model(shape, options.out, options.dtype, options.seed)
+    except OSError as error:
+        print(f"make_planted_model: {error}", file=sys.stderr)
+        return 1
+    if options.json:
+        print(json.dumps(plan))
+    else:
+        print_table(plan)
+    return 0
+
+
+def make_planted_model(shape: Shape, target: Path, dtype: str = "bf16", seed: int = 0) -> dict[str, Any]:
+    """Writes the checkpoint to `target`, which appears when all of it is there; returns what plan.json says.
+
+    Raises:
+        OSError: `target` exists, or the disk is too small.
+    """
+    if target.exists():
+        raise OSError(f"{target} exists: remove it, or give another --out")
+    tensors = recipe_of(shape.config("bfloat16")).shapes().values()
+    _check_space(target, 2 * sum(torch.Size(one).numel() for one in tensors))
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / PLANTED_FOLDER).mkdir(parents=True)
+    try:
+        plan = _write(shape, partial, DTYPES[dtype], seed)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return plan
+
+
+def _check_space(target: Path, size_bytes: int) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < size_bytes + SPARE_BYTES:
+        needed, free = ((size_bytes + SPARE_BYTES) / 1e9, free_bytes / 1e9)
+        raise OSError(f"{target.parent} has {free:.1f} GB free, the model needs {needed:.1f}: give another --out")
+
+
+def _write(shape: Shape, folder: Path, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    model = PlantedModel(shape, dtype, seed)
+    shards = _Shards(folder, 1 + shape.layers)
+    shards.write(model.outside())
+    layers = []
+    progress = tqdm(model.layers(), total=shape.layers, unit="layer", disable=None)
+    for index, layer in enumerate(progress):
+        prefix = f"{LAYER_NAME[shape.family]}.{index}"
+        shards.write({f"{prefix}.{name}": tensor for name, tensor in layer.tensors.items()})
+        _write_predictor(folder / PLANTED_FOLDER / f"layer-{index:03}.safetensors", layer)
+        layers.append(_told(layer.measured))
+    shards.write_index()
+    _write_json(folder / "config.json", shape.config(str(dtype).removeprefix("torch.")))
+    _write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
+    plan = {"shape": asdict(shape), "rank": shape.rank, "published": PUBLISHED, "layers": layers}
+    _write_json(folder / PLANTED_FOLDER / PLAN_FILE, plan)
+    return plan
+
+
+class _Shards:
+    """model-*.safetensors and their index."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._count = folder, count
+        self._written = 0
+        self._file_of: dict[str, str] = {}
+        self._total_bytes = 0
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._written += 1
+        name = f"model-{self._written:05}-of-{self._count:05}.safetensors"
+        save_file(tensors, self._folder / name, metadata={"format": "pt"})
+        self._file_of |= dict.fromkeys(tensors, name)
+        self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def write_index(self) -> None:
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
+        _write_json(self._folder / "model.safetensors.index.json", index)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _write_predictor(path: Path, layer: PlantedLayer) -> None:
+    """The planted factors, and the shares that were seen; rows by neuron."""
+    shares = {
+        "frequency": torch.from_numpy(layer.measured.neuron_firing),
+        "predicted": torch.from_numpy(layer.measured.neuron_predicted),
+    }
+    save_file(vars(layer.predictor) | shares, path)
+
+
+def _told(measured: Measured) -> dict[str, Any]:
+    """One layer's planned and measured shares."""
+    plan = measured.plan
+    return asdict(measured.shares) | {
+        "correlation": plan.correlation,
+        "planned": {
+            "firing": float(plan.firing.mean()),
+            "predicted": float(plan.predicted.mean()),
+            "union_4": union_share(plan.predicted, WINDOW),
+            "new_per_token": new_share(plan.predicted, WINDOW),
+            "skew": skew_share(plan.predicted),
+        },
+    }
+
+
+def print_table(plan: Mapping[str, Any]) -> None:
+    """Planted against published."""
+    layers: Sequence[Mapping[str, Any]] = plan["layers"]
+    print("random weights with planted firing: for measuring speed, not quality\n")
+    print(f"{'share of the neurons':<34}{'published':>10}{'planted':>10}")
+    for name, published in PUBLISHED.items():
+        value = sum(_value(layer, name) for layer in layers) / len(layers)
+        print(f"{_SPELLED[name]:<34}{100 * published:>8.1f} %{100 * value:>8.2f} %")
+    print("\nunion of k tokens      " + "".join(f"{k:>8}" for k in range(1, 6)))
+    means = [sum(layer["union"][k] for layer in layers) / len(layers) for k in range(5)]
+    print("share of the neurons   " + "".join(f"{100 * mean:>6.1f} %" for mean in means))
+    print(f"\n{'layer':>5}{'firing':>10}{'planned':>10}{'predicted':>11}{'missed':>9}{'needless':>10}")
+    for index, layer in enumerate(layers):
+        shares = (layer["firing"], layer["planned"]["firing"], layer["predicted"])
+        errors = (layer["false_negatives"], layer["false_positives"])
+        firing, planned, predicted, missed, needless = (f"{100 * share:.2f} %" for share in (*shares, *errors))
+        print(f"{index:>5}{firing:>10}{planned:>10}{predicted:>11}{missed:>9}{needless:>10}")
+
+
+_SPELLED = {
+    "predicted": "predicted per token",
+    "firing": "firing per token",
+    "false_negatives": "firing, not predicted (FN)",
+    "false_positives": "predicted, of those not firing (FP)",
+    "union_4": "union of 4 tokens",
+    "new_per_token": "new per token after 4",
+    "skew": "that make 80 % of activations",
+}
+
+
+def _value(layer: Mapping[str, Any], name: str) -> float:
+    if name == "union_4":
+        return float(layer["union"][WINDOW - 1])
+    return float(layer["planned"]["skew"] if name == "skew" else layer[name])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--shape", choices=SHAPES, required=True)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the checkpoint; must not exist")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same model")
+    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
