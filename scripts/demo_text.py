@@ -12,19 +12,26 @@ import html
 import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 HELD_OUT_PERCENT = 2
 PAGE_BYTES_MIN = 400
+READERS = 2
 # A paragraph shorter than this is a heading or a table's cell: they repeat and belong where they stand.
 REPEATS_BELOW_CHARACTERS = 60
 FOREIGN_LETTERS_SHARE_MAX = 0.02
 # Lists of symbols and other languages: no prose to learn.
-SKIPPED = re.compile(r"/(_sources|_static|_modules|translations|devhelp)/|genindex|py-modindex|search\.html|contents\.html")
+SKIPPED = re.compile(
+    r"/(_sources|_static|_modules|translations|devhelp)/|genindex|py-modindex|search\.html|contents\.html"
+)
 OTHER_LANGUAGE = re.compile(r"/debian-handbook/html/(?!en-US)[^/]+/")
 
-_BODY = re.compile(r'<(?:div|section|main)[^>]*role="main"[^>]*>(.*?)(?:<div class="(?:sphinxsidebar|clearer|footer)|</main>|<footer|\Z)', re.S)
+_BODY = re.compile(
+    r'<(?:div|section|main)[^>]*role="main"[^>]*>(.*?)'
+    r'(?:<div class="(?:sphinxsidebar|clearer|footer)|</main>|<footer|\Z)',
+    re.S,
+)
 _DROPPED = re.compile(r"<(script|style|head|nav|title)\b.*?</\1>|<!--.*?-->|<a class=\"headerlink\".*?</a>", re.S)
 _BLOCK = re.compile(r"</?(?:p|div|li|ul|ol|dl|dt|dd|h[1-6]|table|tr|section|br|blockquote|hr|body)\b[^>]*>")
 _TAG = re.compile(r"<[^>]*>")
@@ -34,10 +41,11 @@ _POD_MARK = re.compile(r"[A-Z](?:<<+ (.*?) >>+|<([^<>]*)>)")
 
 @dataclass(frozen=True)
 class Page:
-    """One document: its path below `share/` and its paragraphs, parted by empty lines."""
+    """One document: its path below `share/`, its paragraphs, parted by empty lines, and the root it came from."""
 
     name: str
     text: str
+    root: Path
 
     @property
     def held_out(self) -> bool:
@@ -46,10 +54,11 @@ class Page:
 
 def read_pages(roots: list[Path]) -> list[Page]:
     """Every page under `roots`, each paragraph only where it comes first. The order depends on names alone."""
-    paths = sorted({_name(path): path for root in roots for path in _documents(root)}.items())
-    with ProcessPoolExecutor(2) as pool:
-        texts = pool.map(_read, [path for _, path in paths], chunksize=64)
-        pages = [Page(name, text) for (name, _), text in zip(paths, texts, strict=True)]
+    found = {_name(path): (path, root) for root in roots for path in _documents(root)}
+    names = sorted(found)
+    with ProcessPoolExecutor(READERS) as pool:
+        texts = pool.map(_read, [found[name][0] for name in names], chunksize=64)
+        pages = [Page(name, text, found[name][1]) for name, text in zip(names, texts, strict=True)]
     return list(_without_repeats(pages))
 
 
@@ -108,7 +117,7 @@ def _without_repeats(pages: list[Page]) -> Iterator[Page]:
             seen.add(mark)
         text = "\n\n".join(kept)
         if len(text) >= PAGE_BYTES_MIN:
-            yield Page(page.name, text)
+            yield replace(page, text=text)
 
 
 def _foreign(text: str) -> bool:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -32,6 +32,7 @@ GRADIENT_NORM_MAX = 1.0
 PENALTY_RATE = 0.003
 PENALTY_MIN, PENALTY_MAX = 1e-3, 0.5
 FIRING_MEMORY = 0.95
+SAID_EVERY_STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Plan:
     context_tokens: int
     learning_rate: float
     firing_target: float
+    workers: int
 
 
 class FiringPenalty:
@@ -64,13 +66,19 @@ class FiringPenalty:
         self._shares[index] = (activations.detach() > 0).float().mean()
 
     def term(self) -> Tensor:
-        """The penalty of the last forward pass; adapts the factors for the next."""
-        shares = torch.stack([self._shares[index] for index in range(len(self.factors))])
+        """The penalty of the last forward pass."""
+        means = torch.stack([self._means[index] for index in range(len(self.factors))])
+        return (self.factors.to(means.device) * means).sum()
+
+    def shares(self) -> Tensor:
+        """The share of neurons [layers] that fired in the last forward pass."""
+        return torch.stack([self._shares[index] for index in range(len(self.factors))]).cpu()
+
+    def adapt(self, shares: Tensor) -> None:
+        """Change the factors for the next step, after `shares` of the neurons fired in this one."""
         self.firing = FIRING_MEMORY * self.firing + (1 - FIRING_MEMORY) * shares
         excess = ((self.firing - self.target) / self.target).clamp(-1, 1)
-        used = self.factors
         self.factors = (self.factors * torch.exp(PENALTY_RATE * excess)).clamp(PENALTY_MIN, PENALTY_MAX)
-        return (used * torch.stack([self._means[index] for index in range(len(used))])).sum()
 
 
 def learning_rate(step: int, plan: Plan) -> float:
@@ -109,8 +117,14 @@ def train(
     folder: Path,
     save_every_s: float,
     teacher: OPTForCausalLM | None = None,
+    worker: int = 0,
 ) -> None:
-    """Train `model` in place on `tokens` [n]; `folder` holds the latest state, and is where a killed run goes on."""
+    """Train `model` in place on `tokens` [n]; `folder` holds the latest state, and is where a killed run goes on.
+
+    With several workers each calls this in a process of its own, with an initialised process group, and all hold the
+    same weights after each step. One thread in each of two processes meet once a step; two threads of one process
+    meet in every operation, which on a busy machine halves the speed.
+    """
     penalty = FiringPenalty(model, plan.firing_target)
     optimizer = _optimizer(model, plan)
     step = _resume(model, optimizer, penalty, folder)
@@ -120,15 +134,17 @@ def train(
     while step < plan.steps:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan)
-        loss = _step(model, optimizer, penalty, batch(tokens, step, plan), teacher)
+        rows = batch(tokens, step, plan)[worker :: plan.workers].to(model.device)
+        loss = _step(model, optimizer, penalty, rows, teacher, plan.workers)
         step += 1
-        if step % 50 == 0:
+        if worker == 0 and step % SAID_EVERY_STEPS == 0:
             rate = (step - said_step) * plan.batch_rows * plan.context_tokens / (time.monotonic() - said)
             shares = " ".join(f"{share:.3f}" for share in penalty.firing.tolist())
-            print(f"{time.strftime('%H:%M:%S')} step {step} loss {loss:.3f} tokens/s {rate:.0f} firing {shares}", flush=True)
+            clock = time.strftime("%H:%M:%S")
+            print(f"{clock} step {step} loss {loss:.3f} tokens/s {rate:.0f} firing {shares}", flush=True)
             said, said_step = time.monotonic(), step
-        if time.monotonic() - saved > save_every_s or step == plan.steps:
-            _save(model, tokenizer, optimizer, penalty, step, folder)
+        if worker == 0 and (time.monotonic() - saved > save_every_s or step == plan.steps):
+            _save(model, tokenizer, optimizer, penalty, {"step": step, **asdict(plan)}, folder)
             saved = time.monotonic()
 
 
@@ -145,22 +161,38 @@ def _step(
     penalty: FiringPenalty,
     rows: Tensor,
     teacher: OPTForCausalLM | None,
+    workers: int,
 ) -> float:
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(rows.device.type, torch.bfloat16):
         logits = model(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
     loss = functional.cross_entropy(logits.float(), rows[:, 1:].flatten())
-    (loss + _imitation(logits, rows, teacher) + penalty.term()).backward()
+    (loss + _imitation(logits, rows, teacher) + penalty.term()).backward()  # type: ignore[no-untyped-call]
+    shares = _averaged(model, penalty.shares(), workers)
+    penalty.adapt(shares)
     nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM_MAX)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(loss.detach())
 
 
+def _averaged(model: nn.Module, shares: Tensor, workers: int) -> Tensor:
+    """Make the gradients the mean over the workers; returns that of `shares`."""
+    if workers == 1:
+        return shares
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    flat = torch.cat([shares, *(gradient.flatten() for gradient in gradients)]) / workers
+    distributed.all_reduce(flat)
+    mean_shares, *means = torch.split(flat, [len(shares), *(gradient.numel() for gradient in gradients)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient))
+    return mean_shares
+
+
 def _imitation(logits: Tensor, rows: Tensor, teacher: OPTForCausalLM | None) -> Tensor:
     """How far the draft's distribution is from its teacher's: what decides how many of its tokens are accepted."""
     if teacher is None:
-        return torch.zeros(())
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return logits.new_zeros(())
+    with torch.no_grad(), torch.autocast(rows.device.type, torch.bfloat16):
         wanted = teacher(input_ids=rows, use_cache=False).logits[:, :-1].flatten(0, 1)
     return functional.kl_div(
         functional.log_softmax(logits.float(), -1),
@@ -175,7 +207,7 @@ def _save(
     tokenizer: PreTrainedTokenizerFast,
     optimizer: torch.optim.AdamW,
     penalty: FiringPenalty,
-    step: int,
+    told: dict[str, Any],
     folder: Path,
 ) -> None:
     """Replace `folder` in one step, so a kill leaves the old state or the new one."""
@@ -183,12 +215,14 @@ def _save(
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
     tokenizer.save_pretrained(new)
-    torch.save({"optimizer": optimizer.state_dict(), "factors": penalty.factors, "firing": penalty.firing}, new / "training.pt")
-    (new / "training.json").write_text(json.dumps({"step": step}))
+    torch.save(
+        {"optimizer": optimizer.state_dict(), "factors": penalty.factors, "firing": penalty.firing}, new / "training.pt"
+    )
+    (new / "training.json").write_text(json.dumps(told))
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
-    os.replace(new, folder)
+    new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -201,14 +235,3 @@ def _resume(model: OPTForCausalLM, optimizer: torch.optim.AdamW, penalty: Firing
     optimizer.load_state_dict(state["optimizer"])
     penalty.factors, penalty.firing = state["factors"], state["firing"]
     return int(json.loads((folder / "training.json").read_text())["step"])
-
-
-def perplexity(model: OPTForCausalLM, tokens: Tensor, context_tokens: int) -> float:
-    """exp of the mean loss over whole windows of `tokens`."""
-    rows = tokens[: len(tokens) // context_tokens * context_tokens].view(-1, context_tokens).long()
-    losses = []
-    with torch.no_grad():
-        for row in rows.split(8):
-            logits = model(input_ids=row, use_cache=False).logits[:, :-1].flatten(0, 1)
-            losses.append(functional.cross_entropy(logits.float(), row[:, 1:].flatten(), reduction="sum"))
-    return math.exp(float(torch.stack(losses).sum()) / (rows.numel() - len(rows)))
