@@ -11,7 +11,6 @@ while fewer do.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -82,7 +81,7 @@ class FiringPenalty:
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    decay_steps = int(plan.steps * DECAY_SHARE)
+    decay_steps = max(1, int(plan.steps * DECAY_SHARE))
     left_steps = plan.steps - step
     return plan.learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS, left_steps / decay_steps)
 

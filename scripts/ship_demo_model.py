@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -16,11 +17,21 @@ from train_demo_model import encode
 from transformers import GenerationConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 MODEL, DRAFT = "relu-6m", "relu-draft"
-# The sample that ships is of Python's documentation alone: its licence allows that, with notice (PYTHON_LICENSE.txt).
+# The texts that ship are of Python's documentation alone: its licence allows that, with notice (PYTHON_LICENSE.txt).
 SAMPLE_PAGES = "doc/python3"
 SAMPLE_BYTES_MAX = 200_000
+# More tokens than `flashclient calibrate` takes.
+CALIBRATION_BYTES_MAX = 300_000
 # Enough held-out pages of all packages for three digits of perplexity.
 MEASURED_TOKENS_MAX = 400_000
+WHAT = {
+    MODEL: "A language model for demos and tests of sparse decoding",
+    DRAFT: f"The draft for speculative decoding of {MODEL}",
+}
+OPTIONS = {
+    MODEL: "",
+    DRAFT: f" \\\n        --name {DRAFT} --layers 2 --hidden 128 --teacher checkpoints-in-progress/{MODEL}",
+}
 CARD = Path(__file__).parent / "models" / "card.template.md"
 
 
@@ -32,8 +43,10 @@ def main() -> int:
     options = parser.parse_args()
     pages = read_pages(options.text_root)
     held_out = [page for page in pages if page.held_out]
-    sample = sample_of(held_out)
+    sample = excerpt(held_out, SAMPLE_BYTES_MAX)
     (options.into / "held_out.txt").write_text(sample)
+    learned = [page for page in pages if not page.held_out]
+    (options.into / "calibration.txt").write_text(excerpt(learned, CALIBRATION_BYTES_MAX))
     for name in (MODEL, DRAFT):
         if (options.work / name).exists():
             facts = _ship(options.work / name, options.into, sample, held_out)
@@ -43,14 +56,14 @@ def main() -> int:
     return 0
 
 
-def sample_of(held_out: list[Page]) -> str:
-    """Whole held-out pages of Python's documentation, as many as fit."""
-    sample = ""
-    for page in held_out:
-        longer = f"{sample}{page.text}\n\n"
-        if page.name.startswith(SAMPLE_PAGES) and len(longer.encode()) <= SAMPLE_BYTES_MAX:
-            sample = longer
-    return sample
+def excerpt(pages: list[Page], bytes_max: int) -> str:
+    """Whole pages of Python's documentation, as many as fit, by the hash of their names: of all its parts some."""
+    text = ""
+    for page in sorted(pages, key=lambda page: sha256(page.name.encode()).digest()):
+        longer = f"{text}{page.text}\n\n"
+        if page.name.startswith(SAMPLE_PAGES) and len(longer.encode()) <= bytes_max:
+            text = longer
+    return text
 
 
 def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[str, Any]:
@@ -60,7 +73,9 @@ def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[s
     trained: Any = OPTForCausalLM.from_pretrained(source)
     before = perplexity(trained, rows)
     trained.to(torch.bfloat16)
-    trained.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=1, pad_token_id=0)
+    trained.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=1, eos_token_id=1, pad_token_id=0
+    )
     trained.save_pretrained(into / source.name)
     tokenizer.save_pretrained(into / source.name)
     shipped = trained.float()
@@ -96,14 +111,11 @@ def _sources(pages: list[Page]) -> list[tuple[str, str, float]]:
 def _card(name: str, facts: dict[str, Any]) -> str:
     run = facts["training"]
     trained = run["step"] * run["batch_rows"] * run["context_tokens"]
-    draft = name == DRAFT
     return CARD.read_text().format(
         name=name,
-        what="draft for speculative decoding of relu-6m"
-        if draft
-        else "language model for demos and tests of sparse decoding",
+        what=WHAT[name],
         parameters=f"{facts['parameters'] / 1e6:.2f} M",
-        options=f" --name {name} --layers 2 --hidden 128 --teacher checkpoints-in-progress/{MODEL}" if draft else "",
+        options=OPTIONS[name],
         steps=run["steps"],
         trained=f"{trained / 1e6:.1f} M",
         learning_rate=run["learning_rate"],
@@ -116,8 +128,8 @@ def _card(name: str, facts: dict[str, Any]) -> str:
         sample_tokens=facts["sample_tokens"],
         all_tokens=facts["all_tokens"],
         firing="\n".join(f"| {layer} | {share:.2%} |" for layer, share in enumerate(facts["firing"])),
-        agreement=f"It finds the same next token likeliest as relu-6m for {facts['agreement']:.1%} of the sample."
-        if draft
+        agreement=f"| next token likeliest as in {MODEL} | {facts['agreement']:.1%} |\n"
+        if "agreement" in facts
         else "",
     )
 
