@@ -140,13 +140,14 @@ class ArraySource:
 
 
 class FetchServer:
-    """A gRPC server of cut models on a unix socket: Stats, DescribeModel, Fetch and health, as weightd answers them."""
+    """A gRPC server of cut models on a unix socket: what weightd answers without shared memory."""
 
     def __init__(self, models: Sequence[CutModel], socket: Path) -> None:
         self._models = {model.record.name: model for model in models}
         self.address = f"unix:{socket}"
         self.bundles_sent: list[tuple[int, int]] = []  # (layer, position)
         self.failures: list[tuple[grpc.StatusCode, str]] = []  # of the next fetches of bundles
+        self.calibrations: dict[str, dict[str, bytes]] = {}  # published: files by model
 
     def __enter__(self) -> FetchServer:
         self._server = grpc.server(ThreadPoolExecutor(8))
@@ -176,6 +177,26 @@ class FetchServer:
             context.abort(grpc.StatusCode.NOT_FOUND, f"no model '{request.name}': there is {', '.join(self._models)}")
         return self._models[request.name].record
 
+    def PublishCalibration(
+        self, requests: Iterator[weightd_pb2.PublishCalibrationRequest], context: Any
+    ) -> weightd_pb2.Calibration:
+        header = next(requests).header
+        record, offered = self._models[header.model].record, header.calibration
+        data = b"".join(request.data for request in requests)
+        if offered.import_id != record.import_id:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"a calibration of another import of '{record.name}'")
+        if len(offered.files) != 3:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"a calibration of {len(offered.files)} files")
+        files = {}
+        for file in offered.files:
+            files[file.name], data = data[: file.size_bytes], data[file.size_bytes :]
+            assert len(files[file.name]) == file.size_bytes
+        assert not data
+        self.calibrations[header.model] = files
+        offered.version = record.calibration.version + 1
+        record.calibration.CopyFrom(offered)
+        return record.calibration
+
     def Fetch(self, request: weightd_pb2.FetchRequest, context: Any) -> Iterator[weightd_pb2.FetchResponse]:
         data = self._data(self._models[request.model], request, context)
         for begin in range(0, len(data), MESSAGE_BYTES):
@@ -189,6 +210,8 @@ class FetchServer:
             return model.files[request.file]
         if kind == "placement_of":
             return model.placements[request.placement_of].astype("<u4").tobytes()
+        if kind == "calibration":
+            return self.calibrations[request.model][request.calibration.name]
         if self.failures:
             context.abort(*self.failures.pop(0))
         layer = request.bundles.layer

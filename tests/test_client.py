@@ -22,6 +22,7 @@ from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaLis
 from flashclient import FlashClient
 from flashclient.client import NEW_TOKENS_DEFAULT
 from flashclient.errors import (
+    CalibrationError,
     CorruptionError,
     FlashClientError,
     ForkedError,
@@ -187,7 +188,11 @@ def test_stats(client: FlashClient, parts: CutModel) -> None:
     assert stats.read_bytes > 0
     assert stats.hit_rate > 0.8
     assert 0 < stats.first_step_s < stats.seconds
-    assert 0 < stats.ffn_s + stats.wait_s < stats.seconds
+    parts_s = (stats.ffn_s, stats.attention_s, stats.head_s, stats.overhead_s)
+    assert min(parts_s) > 0
+    assert sum(parts_s) + stats.wait_s == pytest.approx(stats.seconds)
+    assert 0 < stats.overhead_share < 1
+    assert (stats.mode, stats.predict_s, stats.drafted_tokens) == ("exact", 0, 0)
     assert stats.as_dict()["tokens_per_s"] == stats.tokens_per_s > 0
     assert "tokens/s" in stats.table()
 
@@ -243,13 +248,11 @@ def test_forked(client: FlashClient) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"windw": 3}, r"unknown option 'windw' \(did you mean 'window'\?\)"),
-        ({"mode": "predict"}, "mode='predict' is not available for this model: 'auto' and 'exact' are"),
-        ({"mode": "threshold"}, "mode='threshold' is not available"),
-        ({"mode": "fast"}, "mode='fast' is not known: use 'auto' or 'exact'"),
+        ({"mode": "fast"}, "mode='fast' is not known: use 'auto' or 'exact' or 'predict'"),
         ({"device": "cuda"}, "device='cuda' is not known: use 'cpu'"),
         ({"transport": "tcp"}, "transport='tcp' is not known"),
-        ({"window": 0}, "window=0 must be at least 1"),
+        ({"window": -1}, "window=-1 must be a whole number of tokens from 0"),
+        ({"window": 2.5}, "window=2.5 must be a whole number"),
         ({"timeout_s": 0}, "timeout_s=0 must be above 0"),
         ({"pool_bytes": -1, "transport": "grpc"}, "pool_bytes=-1 must be above 0"),
         ({"pool_bytes": 100, "transport": "grpc"}, "pool_bytes=100 is too small"),
@@ -264,6 +267,16 @@ def test_options_are_refused(server: FetchServer, options: dict[str, Any], messa
     with pytest.raises(OptionError, match=message):
         FlashClient("tiny", address=server.address, **options)
     assert issubclass(OptionError, TypeError)
+
+
+def test_unknown_options_are_refused(server: FetchServer) -> None:
+    with pytest.raises(TypeError, match="windw"):
+        FlashClient("tiny", address=server.address, windw=3)  # type: ignore[call-arg]
+
+
+def test_predict_mode_needs_a_calibration(server: FetchServer) -> None:
+    with pytest.raises(CalibrationError, match=r"'tiny' was never calibrated: run `flashclient calibrate tiny --text"):
+        FlashClient("tiny", address=server.address, mode="predict")
 
 
 def test_shared_memory_needs_a_local_daemon() -> None:

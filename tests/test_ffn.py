@@ -12,7 +12,7 @@ from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, cut
 from torch import Tensor
 
-from flashclient._native import Ffn
+from flashclient._native import Ffn, Workers
 from flashclient.ffn import ACTIVATIONS, StreamedFFN, StreamedSum, staging_neurons
 from weightd_proto import weightd_pb2
 
@@ -48,7 +48,7 @@ class Layer:
 
     def run(self, x: Tensor, chunk_sizes: Sequence[int] = (37, 1, 64), threads: int = 2) -> Tensor:
         source = self.source(chunk_sizes)
-        total = StreamedSum(source, self.layout, self.activation, threads)
+        total = StreamedSum(source, self.layout, self.activation, Workers(threads))
         module = StreamedFFN(total, 0, None if self.bias is None else self.bias.numpy())
         y: Tensor = module(x)
         assert source.opened == 0, "an iterator was left open"
@@ -83,7 +83,7 @@ def test_activations(activation: str, tokens: int) -> None:
 def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, -100.0, 100.0])])
     weights = torch.stack([values, torch.ones_like(values)], dim=1).contiguous()  # up, down: hidden_size 1
-    kernels = Ffn(dtype="F32", hidden_size=1, gated=False, activation=activation, threads=1)
+    kernels = Ffn(Workers(1), "F32", 1, False, activation)
     one = np.ones((1, 1), np.float32)
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
@@ -117,15 +117,8 @@ def test_blocks_do_not_depend_on_chunks_when_a_layer_has_several() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     layer = Layer(dtype, 77, 90, True, "gelu_tanh")
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "hidden_size": 77,
-        "gated": True,
-        "activation": "gelu_tanh",
-        "threads": 2,
-    }
     try:
-        kernels = Ffn(**options, instruction_set=instruction_set)
+        kernels = Ffn(Workers(2), dtype, 77, True, "gelu_tanh", instruction_set=instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
     assert kernels.instruction_set == instruction_set
@@ -153,14 +146,7 @@ def test_half_precision_is_widened_exactly() -> None:
         addresses = finite.data_ptr() + np.arange(len(finite), dtype=np.uint64) * 4
         for instruction_set in INSTRUCTION_SETS:
             try:
-                kernels = Ffn(
-                    dtype=dtype,
-                    hidden_size=1,
-                    gated=False,
-                    activation="relu",
-                    threads=1,
-                    instruction_set=instruction_set,
-                )
+                kernels = Ffn(Workers(1), dtype, 1, False, "relu", instruction_set=instruction_set)
             except ValueError:
                 continue
             block = torch.empty(2, len(finite), 1)
@@ -187,7 +173,7 @@ def test_no_tokens() -> None:
 def test_iterator_is_closed_when_a_chunk_fails() -> None:
     layer = Layer("F32", 64, 50, True, "silu")
     source = layer.source([10])
-    total = StreamedSum(source, layer.layout, "silu", 1)
+    total = StreamedSum(source, layer.layout, "silu", Workers(1))
     with pytest.raises(ValueError, match="hidden_size"):
         total(0, torch.zeros(1, 63), None)
     assert source.opened == 0
@@ -196,26 +182,21 @@ def test_iterator_is_closed_when_a_chunk_fails() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "I8"}, "no kernel for bundles of dtype 'I8'"),
+        ({"dtype": "I8"}, "no kernel for weights of dtype 'I8'"),
         ({"activation": "tanh"}, "no kernel for activation 'tanh'"),
-        ({"threads": 0}, "must be positive"),
+        ({"hidden_size": 0}, "hidden_size must be positive"),
+        ({"activation": "gated_relu", "gated": False}, "needs bundles with a gate row"),
         ({"instruction_set": "mmx"}, "instruction set 'mmx' is unknown"),
     ],
 )
 def test_kernels_refuse(change: dict[str, Any], message: str) -> None:
-    options: dict[str, Any] = {
-        "dtype": "F32",
-        "hidden_size": 8,
-        "gated": True,
-        "activation": "silu",
-        "threads": 1,
-    } | change
+    options: dict[str, Any] = {"dtype": "F32", "hidden_size": 8, "gated": True, "activation": "silu"} | change
     with pytest.raises(ValueError, match=message):
-        Ffn(**options)
+        Ffn(Workers(1), **options)
 
 
 def test_kernels_refuse_shapes_that_do_not_fit() -> None:
-    kernels = Ffn(dtype="F32", hidden_size=8, gated=True, activation="silu", threads=1)
+    kernels = Ffn(Workers(1), "F32", 8, True, "silu")
     rows, none = np.zeros((1, 8), np.float32), np.zeros(0, np.uint64)
     with pytest.raises(ValueError, match="too many tokens"):
         kernels.add_rows(none, None, np.zeros((17, 8), np.float32), np.zeros((17, 8), np.float32))
@@ -229,7 +210,7 @@ def test_ffn_of_a_model_is_transformers_own() -> None:
     """The layer as cut from a model, against the module that transformers runs."""
     model = make_model(make_config("llama"))
     parts = cut(model)
-    total = StreamedSum(ArraySource(parts, [50]), parts.record.bundle, "silu", 2)
+    total = StreamedSum(ArraySource(parts, [50]), parts.record.bundle, "silu", Workers(2))
     for tokens in (4, 40):
         x = torch.randn(1, tokens, 64)
         with torch.no_grad():

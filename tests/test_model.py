@@ -13,6 +13,7 @@ import torch
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, FetchServer, cut
 
+from flashclient._native import Workers
 from flashclient.channel import Connection
 from flashclient.errors import ModelError
 from flashclient.model import build_model
@@ -57,7 +58,9 @@ def open_source(kind: str, parts: CutModel, folder: Path) -> Iterator[BundleSour
 
 
 def streamed_model(parts: CutModel, source: BundleSource, folder: Path) -> Any:
-    model, _ = build_model(parts.record, parts.save_files(folder), source, lambda layer: parts.placements[layer], 2)
+    model = build_model(
+        parts.record, parts.save_files(folder), source, lambda layer: parts.placements[layer], Workers(2)
+    )
     return model
 
 

@@ -91,13 +91,16 @@ class Connection:
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
-        """The bytes asked for, in pieces of at most 1 MiB. Waits for a daemon that is coming back."""
+        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is coming back."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        try:
+            responses = self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
+        except ValueError as error:  # how gRPC says that close() came first
+            raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
+        return self._pieces(responses)
+
+    def _pieces(self, responses: Any) -> Iterator[bytes]:
         with rpc_errors(self.address):
-            timeout_s = self.timeout_s if timeout_s is None else timeout_s
-            try:
-                responses = self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
-            except ValueError as error:  # how gRPC says that close() came first
-                raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
             for response in responses:
                 yield response.data
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from flashclient.errors import FlashClientError, OptionError
@@ -24,28 +26,69 @@ def _positive(text: str) -> int:
     return value
 
 
+def _not_negative(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
+    return int(text)
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    return tuple(_positive(one) for one in text.split(","))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flashclient", description="Run large language models from flash, through a weightd.")
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="continue a prompt and print the text as it comes")
-    generate.add_argument("model", help="name in the store; with --store also the path of a checkpoint")
-    generate.add_argument("prompt")
-    where = generate.add_mutually_exclusive_group()
+    _add_generate(_command(commands, "generate", _generate, "continue a prompt and print the text as it comes"))
+    _add_calibrate(_command(commands, "calibrate", _calibrate, "make and publish a model's predictors"))
+    _add_eval(_command(commands, "eval", _eval, "compare the quality of the modes on a text"))
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> Any:
+    """A subcommand with what all of them take."""
+    command = commands.add_parser(name, help=purpose)
+    command.set_defaults(run=run)
+    command.add_argument("model", help="name in the store; with --store also the path of a checkpoint")
+    where = command.add_mutually_exclusive_group()
     where.add_argument("--address", help="of a weightd: unix:/path or host:port; default: the system service's socket")
     where.add_argument("--store", metavar="DIR", help="attach to the weightd of this store, or start a private one")
-    generate.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
-    generate.add_argument("--transport", choices=("auto", "shm", "grpc"), default="auto")
-    generate.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
-    generate.add_argument("--max-new-tokens", type=_positive, metavar="N")
-    generate.add_argument("--stats", action="store_true", help="print what it took on standard error")
-    generate.add_argument("--json", action="store_true", help="print one object with text and statistics instead")
-    return parser
+    command.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
+    command.add_argument("--transport", choices=("auto", "shm", "grpc"), default="auto")
+    command.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
+    command.add_argument("--json", action="store_true", help="print one object instead")
+    return command
+
+
+def _add_generate(command: Any) -> None:
+    command.add_argument("prompt")
+    command.add_argument("--mode", default="auto", help="auto, exact or predict; default: auto, by calibration")
+    command.add_argument(
+        "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons are kept; 0: none"
+    )
+    command.add_argument("--max-new-tokens", type=_positive, metavar="N")
+    command.add_argument("--stats", action="store_true", help="print what it took on standard error")
+
+
+def _add_calibrate(command: Any) -> None:
+    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8, like what is to be generated")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="default: what FILE has, at most 65536")
+    command.add_argument("--target-recall", type=float, default=0.95, help="share of the firings to be predicted")
+    command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="to choose from")
+    command.add_argument("--kind", choices=("low_rank", "sign"), default="low_rank", help="of predictor to publish")
+    command.add_argument("--seed", type=int, default=0)
+
+
+def _add_eval(command: Any) -> None:
+    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="not what it was calibrated on")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="default: what FILE has, at most 16384")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 (failed) or 2 (usage)."""
     try:
-        return _generate(_parser().parse_args(arguments))
+        options = _parser().parse_args(arguments)
+        status: int = options.run(options)
     except FlashClientError as error:
         print(f"flashclient: {error}", file=sys.stderr)
         return error.exit_status
@@ -54,9 +97,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the text has gone
         sys.stderr.close()
         return 1
+    return status
 
 
-def _generate(options: argparse.Namespace) -> int:
+def _client(options: argparse.Namespace, **more: Any) -> Any:
+    """A FlashClient where `options` say."""
     from transformers import logging as transformers_logging
 
     from flashclient.client import FlashClient
@@ -65,7 +110,11 @@ def _generate(options: argparse.Namespace) -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     given = {name: getattr(options, name) for name in ("address", "store", "dram", "transport", "timeout_s")}
-    with FlashClient(options.model, **{name: value for name, value in given.items() if value is not None}) as client:
+    return FlashClient(options.model, **{name: value for name, value in given.items() if value is not None}, **more)
+
+
+def _generate(options: argparse.Namespace) -> int:
+    with _client(options, mode=options.mode, window=options.window) as client:
         lengths = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
         if options.json:
             text = client.generate(options.prompt, **lengths)
@@ -81,6 +130,51 @@ def _print_stream(client: Any, prompt: str, lengths: dict[str, int]) -> None:
     for piece in client.stream(prompt, **lengths):
         print(piece, end="", flush=True)
     print()
+
+
+def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any:
+    from flashclient.sequences import read_sequences
+
+    if client.tokenizer is None:
+        raise OptionError(f"model '{client.record.name}' was stored without a tokenizer, so it cannot read a text")
+    positions = client.model.config.max_position_embeddings
+    return read_sequences(options.text, client.tokenizer, positions, options.tokens, tokens_max)
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, publish_result
+    from flashclient.publishing import check_may_publish
+
+    wanted = CalibrationOptions(
+        target_recall=options.target_recall,
+        ranks=options.ranks,
+        kind=options.kind,
+        seed=options.seed,
+        progress=sys.stderr.isatty(),
+    )
+    with _client(options, mode="exact") as client:
+        check_may_publish(client.connection, client.record)
+        result = calibrate(client, _sequences(client, options, TOKENS_DEFAULT), wanted)
+        version, name = publish_result(result, client).version, client.record.name
+    if options.json:
+        print(json.dumps(result.report() | {"version": version}))
+    else:
+        print(f"{result.table()}\npublished as version {version} of the calibration of '{name}'")
+    return 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    from flashclient.evaluate import TOKENS_DEFAULT, evaluate
+
+    with _client(options, mode="exact") as exact:
+        sequences = _sequences(exact, options, TOKENS_DEFAULT)
+        if exact.record.calibration.version == 0:
+            result = evaluate(exact, None, sequences, sys.stderr.isatty())
+        else:
+            with _client(options, mode="predict") as predict:
+                result = evaluate(exact, predict, sequences, sys.stderr.isatty())
+    print(json.dumps(result.as_dict()) if options.json else result.table())
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from flashclient._native import Workers
 from flashclient.channel import Connection
 from flashclient.embedded import attach_or_start, import_if_path
 from flashclient.errors import FlashClientError, ForkedError, OptionError
-from flashclient.ffn import StreamedSum
 from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
-from flashclient.model import build_model
+from flashclient.model import BuiltModel, build_model
 from flashclient.options import DEFAULT_ADDRESS, Options
 from flashclient.prompts import encode, load_tokenizer, require_tokenizer
 from flashclient.remote import GrpcSource
@@ -46,8 +46,9 @@ class FlashClient:
         store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with this
             client. A client of another process that attached to it loses it then.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
-        mode: "auto" or "exact"; "auto" is "exact" for a model that was not calibrated.
-        window: tokens whose neurons are kept, in modes that keep some.
+        mode: "exact" computes every neuron; "predict" only those that the model's predictors foretell, which loses a
+            little quality that calibration has measured; "auto" is what calibration found best, "exact" without one.
+        window: in mode "predict", the tokens whose neurons are kept; 0 keeps none, which is right and slower.
         device: "cpu".
         dtype: none but the stored one is accepted; it would make private copies of shared weights.
         transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a unix socket.
@@ -55,11 +56,28 @@ class FlashClient:
         pool_bytes: of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
 
     Raises:
-        OptionError, NoDaemonError, StartError, ModelNotFoundError, ModelError, ShareError: see flashclient.errors.
+        OptionError, NoDaemonError, StartError, ModelNotFoundError, ModelError, CalibrationError, ShareError: see
+            flashclient.errors.
     """
 
-    def __init__(self, model: str | os.PathLike[str], **options: Any) -> None:
-        self._options = Options.of(options)
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        *,
+        address: str | None = None,
+        store: str | os.PathLike[str] | None = None,
+        dram: str | int | None = None,
+        mode: str = "auto",
+        window: int = 4,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype | None = None,
+        transport: str = "auto",
+        timeout_s: float = 30.0,
+        pool_bytes: int | None = None,
+    ) -> None:
+        self._options = Options(
+            address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes
+        )
         self._pid = os.getpid()
         self._lock = threading.RLock()  # held for the length of a generation; guards all below
         self._stats = Stats()
@@ -69,24 +87,24 @@ class FlashClient:
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
-        connection = Connection(address, self._options.timeout_s)
+        self.connection = connection = Connection(address, self._options.timeout_s)  # for calibration
         self._record = connection.describe(name)
         self._options.check_dtype(self._record.bundle.dtype)
-        source = self._open_source(connection, address)
+        window = self._options.window if self._options.predicts(self._record) else None
+        self.source = source = self._open_source(connection, address)  # for calibration
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
         with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
-            total = self._load(connection, source, Path(scratch))
-        self._generator = Generator(self.model, total, self.tokenizer)
+            built = self._load(connection, source, Path(scratch), window)
+        self.model: PreTrainedModel = built.model
+        self._generator = Generator(built, source, self.tokenizer)
 
-    def _load(self, connection: Connection, source: BundleSource, folder: Path) -> StreamedSum:
+    def _load(self, connection: Connection, source: BundleSource, folder: Path, window: int | None) -> BuiltModel:
         """Makes tokenizer and model from the model's files, which `folder` holds for as long as it takes."""
         connection.save_files(self._record, folder)
         self.tokenizer: Any = load_tokenizer(folder)  # transformers' own; None where the model has none
-        self.model: PreTrainedModel
         placement = partial(connection.placement, self._record)
-        self.model, total = build_model(self._record, folder, source, placement, torch.get_num_threads())
-        return total
+        return build_model(self._record, folder, source, placement, Workers(torch.get_num_threads()), window)
 
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:
         """The model's name in the store, and the address of the weightd that serves it."""
@@ -111,7 +129,9 @@ class FlashClient:
 
         Args:
             prompt: text, texts, a tensor or list of input_ids, or a tokenizer's output.
-            arguments: 256 new tokens are made where none of them, nor the model's generation config, sets a length.
+            arguments: assistant_model is a transformers model or the path of a small checkpoint; it is held in memory
+                and proposes tokens. 256 new tokens are made where neither an argument nor the model's generation
+                config sets a length.
 
         Returns:
             The kind that was given: for text the new text only; for ids, as in transformers, all ids, prompt included.
@@ -146,6 +166,11 @@ class FlashClient:
     def stats(self) -> Stats:
         """Of the last generation."""
         return self._stats
+
+    @property
+    def mode(self) -> str:
+        """What it runs in: "exact" or "predict"."""
+        return "predict" if self._options.predicts(self._record) else "exact"
 
     @property
     def record(self) -> weightd_pb2.Model:

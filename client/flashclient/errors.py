@@ -7,6 +7,7 @@ FlashClientError              one line for the user: lower case, the value, what
 ├── StartError                the private weightd or its import did not succeed; says what it said
 ├── ModelNotFoundError        the store has no such model; names those it has
 ├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
+├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
 ├── ShareError                the daemon's pool has no room for another session
 ├── CorruptionError           bytes on flash differ from their checksum; names model, layer and neuron
 ├── RefusedError              the daemon refused a request for another reason; says it
@@ -46,6 +47,10 @@ class ModelNotFoundError(FlashClientError):
 
 class ModelError(FlashClientError):
     """The model is of a kind, or lacks a tensor, that this client cannot run."""
+
+
+class CalibrationError(FlashClientError):
+    """The model has no calibration that fits it, or cannot be calibrated."""
 
 
 class ShareError(FlashClientError):

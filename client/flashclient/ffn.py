@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from flashclient._native import Ffn
+from flashclient._native import Ffn, Workers
 from flashclient.source import BundleSource, Chunk
 from weightd_proto import weightd_pb2
 
@@ -36,10 +37,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Clock:
-    """Where the FFNs' time went, in seconds; it only grows."""
+    """Where the time of forward passes went, in seconds; it only grows."""
 
-    compute_s: float = 0.0
+    predict_s: float = 0.0
+    acquire_s: float = 0.0  # finding out what is to be leased, and asking for it
+    compute_s: float = 0.0  # on bundles
     wait_s: float = 0.0  # for bundles
+    ffn_s: float = 0.0  # all of the FFNs, the four above included
+    head_s: float = 0.0
+    forward_s: float = 0.0  # all of the model
 
 
 def staging_neurons(hidden_size: int, parts: int) -> int:
@@ -48,27 +54,35 @@ def staging_neurons(hidden_size: int, parts: int) -> int:
     return max(STAGING_NEURONS_MIN, neurons // 16 * 16)
 
 
+class NeuronSum(Protocol):
+    """What an FFN is the sum of: the neurons of a layer, all or some of them."""
+
+    hidden_size: int
+    clock: Clock
+
+    def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor: ...
+
+    def idle(self) -> None:
+        """Lets go of what is leased or being fetched ahead."""
+
+
 class StreamedSum:
     """What all layers of a model share: source, kernels, the staging block and the clock. One call at a time.
 
     Args:
         activation: one of ACTIVATIONS.
-        threads: of the kernels, the caller's included.
+        workers: the threads of the kernels.
     """
 
-    def __init__(self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, threads: int) -> None:
+    def __init__(
+        self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, workers: Workers
+    ) -> None:
         self.source = source
         self.hidden_size = bundle.hidden_size
         self.gated = "gate" in bundle.parts
         self.clock = Clock()
         self._activation = ACTIVATIONS[activation]
-        self._kernels = Ffn(
-            dtype=bundle.dtype,
-            hidden_size=bundle.hidden_size,
-            gated=self.gated,
-            activation=activation,
-            threads=threads,
-        )
+        self.kernels = Ffn(workers, bundle.dtype, bundle.hidden_size, self.gated, activation)
         self._parts = len(bundle.parts)
         self._block: Tensor | None = None  # [parts, neurons, hidden_size] fp32, made at the first prefill
         self._lock = threading.Lock()
@@ -88,8 +102,22 @@ class StreamedSum:
             if x.shape[0] <= Ffn.TOKENS_MAX:
                 self._add_rows(layer, x, bias, y)
             else:
-                self._add_blocks(layer, x, bias, y)
+                self._add_blocks(layer, x, bias, y, None)
             return y
+
+    def masked(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, wanted: Tensor) -> Tensor:
+        """The sum over what each row wants, as a dense product in which the other neurons count nothing.
+
+        Args:
+            wanted: [tokens, neurons] bool, by position.
+        """
+        with self._lock:
+            y = torch.zeros_like(x)
+            self._add_blocks(layer, x, bias, y, wanted)
+            return y
+
+    def idle(self) -> None:
+        self.source.idle()
 
     def _chunks(self, layer: int) -> Generator[Chunk, None, None]:
         """The source's chunks, with the clock running on both sides of the border."""
@@ -107,9 +135,11 @@ class StreamedSum:
         with closing(self._chunks(layer)) as chunks:
             for chunk in chunks:
                 of_chunk = None if bias is None else bias[chunk.first : chunk.first + len(chunk.addresses)]
-                self._kernels.add_rows(chunk.addresses, of_chunk, x_rows, y_rows)
+                self.kernels.add_rows(chunk.addresses, of_chunk, x_rows, y_rows)
 
-    def _add_blocks(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, y: Tensor) -> None:
+    def _add_blocks(
+        self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, y: Tensor, wanted: Tensor | None
+    ) -> None:
         if self._block is None:
             neurons = staging_neurons(self.hidden_size, self._parts)
             self._block = torch.empty(self._parts, neurons, self.hidden_size)
@@ -120,15 +150,23 @@ class StreamedSum:
                 addresses = chunk.addresses
                 while len(addresses):
                     taken = min(len(addresses), capacity - filled)
-                    self._kernels.gather(addresses[:taken], filled, rows)
+                    self.kernels.gather(addresses[:taken], filled, rows)
                     addresses, filled = addresses[taken:], filled + taken
                     if filled == capacity:
-                        self._multiply(self._block, x, bias, done, y)
+                        self._multiply(self._block, x, bias, done, y, wanted)
                         done, filled = done + filled, 0
         if filled:
-            self._multiply(self._block[:, :filled], x, bias, done, y)
+            self._multiply(self._block[:, :filled], x, bias, done, y, wanted)
 
-    def _multiply(self, block: Tensor, x: Tensor, bias: NDArray[np.float32] | None, first: int, y: Tensor) -> None:
+    def _multiply(
+        self,
+        block: Tensor,
+        x: Tensor,
+        bias: NDArray[np.float32] | None,
+        first: int,
+        y: Tensor,
+        wanted: Tensor | None,
+    ) -> None:
         """y += what the neurons in `block`, the first of them at position `first`, add."""
         fired = x @ block[0].T  # [tokens, neurons]
         if bias is not None:
@@ -136,6 +174,8 @@ class StreamedSum:
         fired = self._activation(fired)
         if self.gated:
             fired *= x @ block[1].T
+        if wanted is not None:
+            fired.masked_fill_(~wanted[:, first : first + block.shape[1]], 0.0)
         y.addmm_(fired, block[-1])
 
 
@@ -148,7 +188,7 @@ class StreamedFFN(torch.nn.Module):
     """
 
     def __init__(
-        self, total: StreamedSum, layer: int, bias: NDArray[np.float32] | None = None, output_bias: Tensor | None = None
+        self, total: NeuronSum, layer: int, bias: NDArray[np.float32] | None = None, output_bias: Tensor | None = None
     ) -> None:
         super().__init__()
         self._total = total
@@ -158,12 +198,15 @@ class StreamedFFN(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in any float dtype -> a fresh tensor of the same shape and dtype."""
+        started_s = time.perf_counter()
         rows = x.detach().reshape(-1, self._total.hidden_size).float().contiguous()
         with torch.no_grad():
             y = self._total(self._layer, rows, self._bias)
             if self._output_bias is not None:
                 y += self._output_bias
-        return y.to(x.dtype).view(x.shape)
+            y = y.to(x.dtype).view(x.shape)
+        self._total.clock.ffn_s += time.perf_counter() - started_s
+        return y
 
     def extra_repr(self) -> str:
         return f"layer={self._layer}, hidden_size={self._total.hidden_size}"

@@ -8,11 +8,11 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -20,9 +20,11 @@ from transformers import (
 )
 
 from flashclient.architectures import architecture_of
+from flashclient.drafts import Drafts
 from flashclient.errors import OptionError
-from flashclient.ffn import StreamedSum
+from flashclient.model import BuiltModel
 from flashclient.prompts import Prompt
+from flashclient.source import BundleSource
 from flashclient.stats import Meter, Stats
 
 NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
@@ -32,29 +34,52 @@ LENGTH_ARGUMENTS = ("max_new_tokens", "max_length", "generation_config")
 class Generator:
     """Runs one generation at a time; the caller holds the lock that makes this true."""
 
-    def __init__(self, model: PreTrainedModel, total: StreamedSum, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._model: Any = model  # typed as a module, whose generate and forward mypy takes for tensors
-        self._total = total
+    def __init__(self, built: BuiltModel, source: BundleSource, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._model: Any = built.model  # typed as a module, whose generate and forward mypy takes for tensors
+        self._total = built.total
+        self._steps = built.steps
+        self._source = source
+        self._drafts = Drafts(built.model)
         self._tokenizer = tokenizer
-        self._known = _known_arguments(model)
+        self._known = _known_arguments(self._model)
         self._positions: int = self._model.config.max_position_embeddings
         self._positions_end = architecture_of(self._model.config.architectures)[1].positions_end
 
     def run(self, prompt: Prompt, arguments: dict[str, Any]) -> tuple[Any, Stats]:
         """What transformers returns, in the prompt's kind unless a dict was asked for, and what it took."""
         arguments = self._completed(arguments, prompt.tokens)
-        meter = Meter(self._total.source, self._total.clock)
-        hook = self._model.register_forward_hook(meter.step)
+        assistant = arguments.get("assistant_model")
+        drafted = assistant is not None or arguments.get("prompt_lookup_num_tokens") is not None
+        meter = Meter(self._source, self._total.clock)
+        if self._steps is not None:
+            self._steps.begin(prompt.tokens, None if drafted else self._end_tokens(arguments))
         try:
-            output = self._model.generate(**prompt.inputs, **arguments)
+            with meter.watching(self._model, assistant):
+                output = self._model.generate(**prompt.inputs, **arguments)
         finally:
-            hook.remove()
-            self._total.source.idle()
+            if self._steps is not None:
+                self._steps.end()
+            self._total.idle()
         sequences = output if isinstance(output, Tensor) else output.sequences
         rows, length = sequences.shape
-        new_tokens = rows * (length - prompt.tokens)
-        stats = meter.finish(rows=rows, prompt_tokens=prompt.tokens, new_tokens=new_tokens)
+        stats = meter.finish(
+            mode="exact" if self._steps is None else "predict",
+            rows=rows,
+            prompt_tokens=prompt.tokens,
+            new_tokens=rows * (length - prompt.tokens),
+            drafted=drafted,
+        )
         return (prompt.answer(output) if isinstance(output, Tensor) else output), stats
+
+    def _end_tokens(self, arguments: dict[str, Any]) -> list[int] | None:
+        """The tokens after which transformers feeds a row nothing but padding; None for beams, which it reorders."""
+        config = arguments.get("generation_config") or self._model.generation_config
+        if (arguments.get("num_beams", config.num_beams) or 1) > 1:
+            return None
+        found = arguments.get("eos_token_id", config.eos_token_id)
+        if found is None:
+            return None
+        return [int(token) for token in np.atleast_1d(np.asarray(found))]
 
     def _completed(self, arguments: dict[str, Any], prompt_tokens: int) -> dict[str, Any]:
         """Refuses unknown arguments; adds a length, the padding token and, for stop_strings, the tokenizer."""
@@ -76,6 +101,8 @@ class Generator:
             completed.setdefault("pad_token_id", self._tokenizer.pad_token_id)
         if "stop_strings" in arguments and self._tokenizer is not None:
             completed.setdefault("tokenizer", self._tokenizer)
+        if arguments.get("assistant_model") is not None:
+            completed["assistant_model"] = self._drafts.model(arguments["assistant_model"])
         return completed
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +17,16 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from flashclient._native import Workers
 from flashclient.architectures import Architecture, activation_name, architecture_of, install
 from flashclient.errors import ModelError
-from flashclient.ffn import StreamedFFN, StreamedSum
+from flashclient.ffn import Clock, NeuronSum, StreamedFFN, StreamedSum
+from flashclient.predictor import Predictors
+from flashclient.resident_linear import use_fast_linears
 from flashclient.source import BundleSource
+from flashclient.sparse_ffn import PredictedSum
+from flashclient.step import Steps
+from flashclient.window import LeasedWindow
 from weightd_proto import weightd_pb2
 
 DTYPES = {
@@ -50,19 +59,38 @@ class _UnmadeParameters(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to run, holding no FFN weights.
+
+    Attributes:
+        model: transformers' own, in eval mode and without gradients.
+        total: what its FFNs share.
+        steps: what its forward passes are about; None in exact mode, which need not know.
+    """
+
+    model: PreTrainedModel
+    total: NeuronSum
+    steps: Steps | None
+
+
 def build_model(
-    record: weightd_pb2.Model, folder: Path, source: BundleSource, placement: Placement, threads: int
-) -> tuple[PreTrainedModel, StreamedSum]:
-    """The model of `record`, ready to run: in eval mode, without gradients, holding no FFN weights.
+    record: weightd_pb2.Model,
+    folder: Path,
+    source: BundleSource,
+    placement: Placement,
+    workers: Workers,
+    window: int | None = None,
+) -> BuiltModel:
+    """The model of `record`.
 
     Args:
         folder: with config.json and, if there is one, generation_config.json.
-
-    Returns:
-        The transformers model, and what its FFNs share.
+        window: None for exact mode; in predict mode the tokens whose neurons are kept.
 
     Raises:
         ModelError: the architecture or a dtype is unknown, or the resident tensors do not fit the model.
+        CalibrationError: the predictors do not fit the model.
     """
     config = AutoConfig.from_pretrained(folder)
     class_name, architecture = architecture_of(config.architectures)
@@ -71,15 +99,50 @@ def build_model(
         model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
-    total = _install_ffns(model, record, architecture, source, placement, tensors, threads)
+    activation = activation_name(model.get_submodule(record.layers[0].module), architecture)
+    exact = StreamedSum(source, record.bundle, activation, workers)
+    total, steps = (exact, None) if window is None else _predicted(exact, record, model, workers, window)
+    _install_ffns(model, record, architecture, placement, tensors, total)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
+    use_fast_linears(model, workers)
+    _keep_time(model, total.clock)
+    model.train(False)
+    return BuiltModel(model, total, steps)
+
+
+def _predicted(
+    exact: StreamedSum, record: weightd_pb2.Model, model: Any, workers: Workers, window: int
+) -> tuple[PredictedSum, Steps]:
+    predictors = Predictors(exact.source.predictors(), record, workers)
+    leased = LeasedWindow(exact.source, record, window)
+    steps = Steps(list(inspect.signature(model.forward).parameters), leased.clear)
+    model.register_forward_pre_hook(steps.publish, with_kwargs=True)
+    return PredictedSum(exact, predictors, leased, steps), steps
+
+
+def _keep_time(model: PreTrainedModel, clock: Clock) -> None:
+    """Lets the model and its head tell the clock how long they take."""
     head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(_with_plain_strides)
-    model.train(False)
-    return model, total
+        _time(head, clock, "head_s")
+    _time(model, clock, "forward_s")
+
+
+def _time(module: torch.nn.Module, clock: Clock, name: str) -> None:
+    began_s = 0.0
+
+    def begin(*_: object) -> None:
+        nonlocal began_s
+        began_s = time.perf_counter()
+
+    def end(*_: object) -> None:
+        setattr(clock, name, getattr(clock, name) + time.perf_counter() - began_s)
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end)
 
 
 def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -110,14 +173,11 @@ def _install_ffns(
     model: PreTrainedModel,
     record: weightd_pb2.Model,
     architecture: Architecture,
-    source: BundleSource,
     placement: Placement,
     tensors: dict[str, Tensor],
-    threads: int,
-) -> StreamedSum:
+    total: NeuronSum,
+) -> None:
     """Replaces every FFN and takes its biases out of `tensors`."""
-    activation = activation_name(model.get_submodule(record.layers[0].module), architecture)
-    total = StreamedSum(source, record.bundle, activation, threads)
     for index, layer in enumerate(record.layers):
         bias = tensors.pop(f"{layer.module}.{architecture.bias}", None)
         output_bias = tensors.pop(f"{layer.module}.{architecture.output_bias}", None)
@@ -125,7 +185,6 @@ def _install_ffns(
         if bias is not None:
             by_position = bias.float().numpy()[placement(index)]
         install(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
-    return total
 
 
 def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_pb2.Model) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+import os
+from dataclasses import dataclass
 
 import torch
 
-from flashclient.errors import OptionError
+from flashclient.errors import CalibrationError, OptionError
 from flashclient.model import DTYPES
+from weightd_proto import weightd_pb2
 
 DEFAULT_ADDRESS = "unix:/run/weightd/weightd.sock"  # where the system service listens
-MODES = ("auto", "exact")
-MODES_NOT_AVAILABLE = ("predict", "threshold")  # they need calibration, which no model in a store has
+MODES = ("auto", "exact", "predict")
+WINDOW_MAX = 1024  # tokens; what they want is most of the model long before
 TRANSPORTS = ("auto", "shm", "grpc")
 
 
@@ -23,7 +22,7 @@ class Options:
     """The keyword arguments of FlashClient; see there."""
 
     address: str | None = None
-    store: str | Path | None = None
+    store: str | os.PathLike[str] | None = None
     dram: str | int | None = None
     mode: str = "auto"
     window: int = 4
@@ -33,33 +32,38 @@ class Options:
     timeout_s: float = 30.0
     pool_bytes: int | None = None
 
-    @classmethod
-    def of(cls, given: dict[str, Any]) -> Options:
-        """Raises OptionError for an unknown name or a value that is not allowed."""
-        known = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in known:
-                raise OptionError(f"unknown option '{name}'{_meant(name, known)}: FlashClient knows {', '.join(known)}")
-        options = cls(**given)
-        options._check()
-        return options
-
-    def _check(self) -> None:
+    def __post_init__(self) -> None:
+        """Raises OptionError for a value that is not allowed."""
         if self.address is not None and self.store is not None:
             raise OptionError("address= and store= name two ways to a weightd: pass one of them")
         if self.dram is not None and self.store is None:
             raise OptionError(f"dram={self.dram} is for a weightd of one's own: pass store= too, or leave it out")
-        if self.mode in MODES_NOT_AVAILABLE:
-            raise OptionError(f"mode='{self.mode}' is not available for this model: 'auto' and 'exact' are")
         _one_of("mode", self.mode, MODES)
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("device", str(self.device), ("cpu",))
-        if self.window < 1:
-            raise OptionError(f"window={self.window} must be at least 1 token")
+        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= WINDOW_MAX:
+            raise OptionError(f"window={self.window} must be a whole number of tokens from 0 to {WINDOW_MAX}")
         if not self.timeout_s > 0:
             raise OptionError(f"timeout_s={self.timeout_s} must be above 0")
         if self.pool_bytes is not None and self.pool_bytes < 1:
             raise OptionError(f"pool_bytes={self.pool_bytes} must be above 0")
+
+    def predicts(self, model: weightd_pb2.Model) -> bool:
+        """Whether this model runs in predict mode. Raises CalibrationError if it should and cannot."""
+        calibration = model.calibration
+        if self.mode == "exact" or (self.mode == "auto" and calibration.mode != "predict"):
+            return False
+        if calibration.version == 0:
+            raise CalibrationError(
+                f"mode='predict' needs predictors, and model '{model.name}' was never calibrated: run `flashclient "
+                f"calibrate {model.name} --text FILE`, or use mode='exact'"
+            )
+        if calibration.import_id != model.import_id:
+            raise CalibrationError(
+                f"model '{model.name}' was calibrated for another import of it: run `flashclient calibrate "
+                f"{model.name} --text FILE` again, or use mode='exact'"
+            )
+        return True
 
     def check_dtype(self, stored: str) -> None:
         """Refuses a dtype other than the stored one: it would make a private copy of every shared weight."""
@@ -84,8 +88,3 @@ class Options:
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionError(f"{name}='{value}' is not known: use {' or '.join(repr(one) for one in allowed)}")
-
-
-def _meant(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean '{close[0]}'?)" if close else ""

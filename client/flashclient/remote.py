@@ -4,6 +4,9 @@ The model is cut into chunks of neighbouring positions, numbered through all lay
 Two threads fetch what is missing of the next few chunks. The chunk to give way is the one needed last, which in a
 circle is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed part of the model
 (Belady's choice; least-recently-used would miss every chunk of a circle longer than the pool).
+
+That is exact mode. Predict mode takes the same memory for single bundles (remote_cells); what lies there is forgotten
+when the one way of computing follows the other.
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from flashclient.calibration import ALIGNMENT_BYTES, PREDICTORS_FILE
 from flashclient.channel import Connection
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
+from flashclient.remote_cells import RETRY_S, RemoteCells
 from flashclient.source import Chunk, Counters
 from weightd_proto import weightd_pb2
 
@@ -26,7 +31,6 @@ CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a mi
 CHUNKS_AHEAD = 4
 LOADERS = 2  # one fetch is on the wire while the other's bytes are copied
 POOL_BYTES_DEFAULT = 256 * 2**20
-RETRY_S = 0.05  # between attempts while a daemon is coming back
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,10 @@ class GrpcSource:
         slots = min(len(self._spans), max(2, pool_bytes // chunk_bytes))
         self._pool = np.empty((slots, chunk_bytes), np.uint8)
         self._ahead = min(CHUNKS_AHEAD, slots - 1)
+        self.bundles_per_cell = 1
+        self.stride_bytes: int = model.bundle.bundle_bytes
+        self._cells = RemoteCells(connection, model, self._pool.reshape(-1))
+        self._holds_cells = False  # the pool has cells in it, not chunks
         self._resident = self._fetch_resident()
         self._closed = threading.Event()
         self._changed = threading.Condition()  # guards everything below
@@ -105,7 +113,55 @@ class GrpcSource:
     def resident(self) -> NDArray[np.uint8]:
         return self._resident
 
+    def predictors(self) -> NDArray[np.uint8]:
+        version, files = self._model.calibration.version, self._model.calibration.files
+        (size,) = [file.size_bytes for file in files if file.name == PREDICTORS_FILE]
+        padded = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+        begin = -padded.ctypes.data % ALIGNMENT_BYTES
+        data = padded[begin : begin + size]
+        wanted = weightd_pb2.CalibrationFile(version=version, name=PREDICTORS_FILE)
+        self._fetch_whole(weightd_pb2.FetchRequest(model=self._model.name, calibration=wanted), data)
+        return data
+
+    @property
+    def share_cells(self) -> int:
+        return self._cells.slots
+
+    @property
+    def lease_limit(self) -> int:
+        return self._cells.slots
+
+    @property
+    def cells_held(self) -> int:
+        return self._cells.held
+
+    def addresses(self, layer: int) -> NDArray[np.uint64]:
+        return self._cells.addresses(layer)
+
+    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        if not self._holds_cells:
+            self._forget_chunks()
+        self._cells.exchange(layer, acquire, release)
+
+    def arrived(self) -> int:
+        if self._closed.is_set():
+            raise DaemonLostError("the client was closed during a generation")
+        return self._cells.arrived()
+
+    def _forget_chunks(self) -> None:
+        """Empties the pool, once nothing fills it any more."""
+        with self._changed:
+            self._cursor = None
+            self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
+            self._free += self._slot_of.values()
+            self._slot_of.clear()
+            self._ready.clear()
+        self._holds_cells = True
+
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        if self._holds_cells:
+            self._cells.forget()
+            self._holds_cells = False
         for index in self._spans_of_layer[layer]:
             slot = self._wait_for(index)
             try:
@@ -116,12 +172,13 @@ class GrpcSource:
     def idle(self) -> None:
         with self._changed:
             self._cursor = None
+        self._cells.release_all()
 
     def counters(self) -> Counters:
         with self._changed:
             hits = max(0, self._served_bundles - self._fetched_bundles)
             read_bytes = self._fetched_bundles * self._model.bundle.bundle_bytes
-            return Counters(hits, self._fetched_bundles, read_bytes)
+            return Counters(hits, self._fetched_bundles, read_bytes).plus(self._cells.counters())
 
     def close(self) -> None:
         """Ends the fetching threads; a fetch on the wire is waited for unless the connection was closed before."""
@@ -228,9 +285,12 @@ class GrpcSource:
         resident = np.empty(size, np.uint8)
         whole = weightd_pb2.ByteRange(offset=0, size=size)
         request = weightd_pb2.FetchRequest(model=self._model.name, resident=whole)
-        # A gigabyte takes seconds, so the time allowed grows with the size, as of a link of 10 MB/s.
-        self._receive(request, resident, time.monotonic() + self._connection.timeout_s + size / 10e6)
+        self._fetch_whole(request, resident)
         return resident
+
+    def _fetch_whole(self, request: weightd_pb2.FetchRequest, target: NDArray[np.uint8]) -> None:
+        # A gigabyte takes seconds, so the time allowed grows with the size, as of a link of 10 MB/s.
+        self._receive(request, target, time.monotonic() + self._connection.timeout_s + target.size / 10e6)
 
     def _receive(self, request: weightd_pb2.FetchRequest, target: NDArray[np.uint8], deadline: float) -> None:
         """Fills `target` with what `request` brings. Raises RefusedError unless it is exactly as much."""

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashclient import _native
 from flashclient.channel import Connection
-from flashclient.errors import CorruptionError, DaemonLostError, FlashClientError, ForkedError
-from flashclient.source import Chunk, Counters
+from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
+from flashclient.source import Chunk, Counters, LeaseRefusedError
 from weightd_proto import weightd_pb2
 
 # What is leased ahead cannot be what the pool keeps, and 8 MiB in flight are enough for a device's full speed.
 LOOK_AHEAD_BYTES = 8 * 2**20
+
+Held = TypeVar("Held", _native.Sweep, _native.Leases)
 
 
 @contextmanager
 def _ring_errors(model: str) -> Iterator[None]:
     try:
         yield
+    except _native.LeaseRefused as error:
+        raise LeaseRefusedError(str(error)) from error
     except _native.CorruptBundle as error:
         raise CorruptionError(f"{model}: {error}") from error
     except _native.WrongProcess as error:
@@ -47,18 +52,33 @@ class RingSource:
         opened = connection.open_session(model.name, max(4, LOOK_AHEAD_BYTES // bundle.cell_bytes))
         with _ring_errors(model.name):
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
-        self.share_slots: int = opened.share_slots
+        self.bundles_per_cell: int = bundle.bundles_per_cell
+        self.stride_bytes: int = bundle.stride_bytes
+        self._share_cells: int = opened.share_slots
         neurons = [layer.neurons for layer in model.layers]
-        self._sweep: _native.Sweep | None = _native.Sweep(
-            self._session, bundle.bundles_per_cell, bundle.stride_bytes, bundle.cell_bytes, neurons
+        sizes = (bundle.bundles_per_cell, bundle.stride_bytes, bundle.cell_bytes)
+        self._sweep: _native.Sweep | None = _native.Sweep(self._session, *sizes, neurons)
+        cells = [layer.cells for layer in model.layers]
+        self._leases: _native.Leases | None = _native.Leases(
+            self._session, bundle.bundles_per_cell, bundle.cell_bytes, cells
         )
+        self._sweeping = False  # of the two, the one that holds cells
 
     @property
     def resident(self) -> NDArray[np.uint8]:
         return self._session.resident
 
+    def predictors(self) -> NDArray[np.uint8]:
+        data = self._session.calibration
+        if len(data) == 0:
+            raise CalibrationError(f"weightd gave no predictors of model '{self._name}': attach again")
+        return data
+
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        sweep = self._open_sweep()
+        sweep = self._open(self._sweep)
+        if not self._sweeping:
+            self.idle()
+            self._sweeping = True
         while True:
             with _ring_errors(self._name):
                 chunk = sweep.next(layer)
@@ -66,10 +86,41 @@ class RingSource:
                 return
             yield Chunk(*chunk)
 
+    @property
+    def share_cells(self) -> int:
+        return self._share_cells
+
+    @property
+    def lease_limit(self) -> int:
+        with _ring_errors(self._name):
+            return self._session.lease_limit
+
+    @property
+    def cells_held(self) -> int:
+        return self._open(self._leases).cells_held
+
+    def addresses(self, layer: int) -> NDArray[np.uint64]:
+        return self._open(self._leases).addresses(layer)
+
+    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        leases = self._open(self._leases)
+        if self._sweeping:
+            self.idle()
+        with _ring_errors(self._name):
+            leases.exchange(layer, acquire, release)
+
+    def arrived(self) -> int:
+        leases = self._open(self._leases)
+        with _ring_errors(self._name):
+            return leases.arrived()
+
     def idle(self) -> None:
-        if self._sweep is not None:
-            with _ring_errors(self._name):
-                self._sweep.idle()
+        if self._sweep is None or self._leases is None:
+            return
+        with _ring_errors(self._name):
+            self._sweep.idle()
+            self._leases.release_all()
+        self._sweeping = False
 
     def counters(self) -> Counters:
         """Of the model in the daemon, so of all its sessions together."""
@@ -81,10 +132,10 @@ class RingSource:
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""
         if self._sweep is not None:
-            self._sweep = None
+            self._sweep = self._leases = None
             self._session.close()
 
-    def _open_sweep(self) -> _native.Sweep:
-        if self._sweep is None:
+    def _open(self, held: Held | None) -> Held:
+        if held is None:
             raise DaemonLostError(f"{self._name}: the client was closed during a generation")
-        return self._sweep
+        return held

@@ -1,7 +1,11 @@
 """Where a model's bytes come from: the border between the transports and the forward pass.
 
 Two sources exist: `session.RingSource` computes on the daemon's own pool over shared memory, `remote.GrpcSource` on a
-pool of its own that it fills over gRPC. Both give the same bytes in the same order, so they give the same results.
+pool of its own that it fills over gRPC. Both give the same bytes, so they give the same results.
+
+A source serves two ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode asks for
+some cells and holds them as long as it likes: exchange(), arrived(), addresses(). A cell is what is held as one: one
+bundle, or `bundles_per_cell` neighbours in placement order.
 """
 
 from __future__ import annotations
@@ -33,25 +37,67 @@ class Counters:
     misses: int = 0
     read_bytes: int = 0  # from flash, or over the wire
 
+    def plus(self, other: Counters) -> Counters:
+        return Counters(self.hits + other.hits, self.misses + other.misses, self.read_bytes + other.read_bytes)
+
     def since(self, earlier: Counters) -> Counters:
         return Counters(self.hits - earlier.hits, self.misses - earlier.misses, self.read_bytes - earlier.read_bytes)
 
 
-class BundleSource(Protocol):
-    """One consumer at a time; it walks the layers in order and begins again with each token.
+class LeaseRefusedError(Exception):
+    """The lease limit has sunk below what was asked for: let go of what is held, then ask again. Never seen outside."""
 
-    A source looks ahead by itself, across layers and tokens, for as long as it is not told to be idle.
+
+class BundleSource(Protocol):
+    """One consumer at a time, which changes between the two ways of computing as it likes.
+
+    Attributes:
+        bundles_per_cell, stride_bytes: a cell's bundles, and the distance from one to the next.
     """
+
+    bundles_per_cell: int
+    stride_bytes: int
+
+    @property
+    def share_cells(self) -> int:
+        """Cells that may always be held at once, whatever others hold; at least 1."""
 
     @property
     def resident(self) -> NDArray[np.uint8]:
         """The whole of resident.safetensors, writable but private to this process."""
 
+    def predictors(self) -> NDArray[np.uint8]:
+        """The whole of the newest calibration's predictors.safetensors, at an address that is a multiple of 64."""
+
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        """Every bundle of `layer` in placement order. Raises DaemonLostError or CorruptionError."""
+        """Every bundle of `layer` in placement order. Raises DaemonLostError or CorruptionError.
+
+        It walks the layers in order and begins again with each token, and looks ahead by itself, across layers and
+        tokens, until it is told to be idle or cells are asked for.
+        """
+
+    @property
+    def lease_limit(self) -> int:
+        """Cells of all layers together that may be held at once, now: the share, and what may be borrowed."""
+
+    @property
+    def cells_held(self) -> int:
+        """Those that exchange() asked for, that have arrived and that it has not given back."""
+
+    def addresses(self, layer: int) -> NDArray[np.uint64]:
+        """Where each cell of `layer` lies, 0 if it is not held or has not arrived: a view that changes by itself."""
+
+    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        """Gives back some cells of `layer`, then asks for others. Does not wait."""
+
+    def arrived(self) -> int:
+        """Waits for more of the cells last asked for; returns how many are still to come.
+
+        Raises LeaseRefusedError, DaemonLostError or CorruptionError.
+        """
 
     def idle(self) -> None:
-        """The end of a generation: lets go of what is leased or being fetched ahead."""
+        """Lets go of all that is held or being fetched ahead, as at the end of a generation."""
 
     def counters(self) -> Counters: ...
 

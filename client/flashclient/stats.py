@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+import torch
 
 from flashclient.ffn import Clock
 from flashclient.source import BundleSource, Counters
@@ -14,26 +18,44 @@ from flashclient.source import BundleSource, Counters
 class Stats:
     """Of the last generation of a client. Ratios of nothing are 0."""
 
+    mode: str = "exact"
     rows: int = 0
     prompt_tokens: int = 0  # of a row, padding included
     new_tokens: int = 0  # of all rows
     steps: int = 0  # forward passes
+    drafted_tokens: int = 0  # that an assistant model proposed
+    accepted_tokens: int = 0  # of these
     seconds: float = 0.0
     first_step_s: float = 0.0  # prefill
+    predict_s: float = 0.0
+    acquire_s: float = 0.0  # finding out what is to be leased, and asking for it
     ffn_s: float = 0.0  # computing on bundles
     wait_s: float = 0.0  # waiting for bundles
+    attention_s: float = 0.0  # the model without FFNs and head
+    head_s: float = 0.0
+    draft_s: float = 0.0  # in the assistant model
     hits: int = 0
     misses: int = 0
     read_bytes: int = 0  # from flash, or over the wire
 
     @property
-    def rest_s(self) -> float:
-        """Attention, head, sampling, Python."""
-        return self.seconds - self.ffn_s - self.wait_s
+    def overhead_s(self) -> float:
+        """All but predicting, computing on bundles, waiting for them, attention, head and drafts: Python, sampling,
+        and what it takes to find out what is to be leased."""
+        useful_s = self.predict_s + self.ffn_s + self.wait_s + self.attention_s + self.head_s + self.draft_s
+        return self.seconds - useful_s
+
+    @property
+    def overhead_share(self) -> float:
+        return self.overhead_s / self.seconds if self.seconds else 0.0
 
     @property
     def tokens_per_s(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
 
     @property
     def read_bytes_per_token(self) -> float:
@@ -49,19 +71,29 @@ class Stats:
         return self.hits / wanted if wanted else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        derived = ("rest_s", "tokens_per_s", "read_bytes_per_token", "read_gb_per_s", "hit_rate")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        derived = ("overhead_s", "overhead_share", "tokens_per_s", "acceptance", "read_bytes_per_token")
+        return asdict(self) | {name: getattr(self, name) for name in (*derived, "read_gb_per_s", "hit_rate")}
 
     def table(self) -> str:
         """A few lines for a terminal."""
+        tokens = f"{self.new_tokens} new, {self.prompt_tokens} of prompt"
+        if self.drafted_tokens:
+            tokens += f"; {100 * self.acceptance:.0f} % of {self.drafted_tokens} drafted accepted"
         rows = [
-            ("tokens", f"{self.new_tokens} new, {self.prompt_tokens} of prompt"),
+            ("mode", self.mode),
+            ("tokens", tokens),
             ("speed", f"{self.tokens_per_s:.2f} tokens/s, first after {self.first_step_s:.2f} s"),
             ("read", f"{self.read_bytes_per_token / 1e6:.2f} MB/token, {self.read_gb_per_s:.2f} GB/s"),
             ("hit rate", f"{100 * self.hit_rate:.1f} %"),
-            ("time", f"{self.ffn_s:.2f} s FFN, {self.wait_s:.2f} s waiting for bundles, {self.rest_s:.2f} s rest"),
+            ("time", ", ".join(f"{seconds:.2f} s {name}" for name, seconds in self._times())),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in rows)
+
+    def _times(self) -> list[tuple[str, float]]:
+        times = [("FFN", self.ffn_s), ("waiting for bundles", self.wait_s), ("predicting", self.predict_s)]
+        times += [("attention", self.attention_s), ("head", self.head_s), ("drafts", self.draft_s)]
+        shown = [(name, seconds) for name, seconds in times if seconds > 0]
+        return [*shown, (f"rest ({100 * self.overhead_share:.1f} %)", self.overhead_s)]
 
 
 class Meter:
@@ -70,29 +102,60 @@ class Meter:
     def __init__(self, source: BundleSource, clock: Clock) -> None:
         self._source, self._clock = source, clock
         self._counters_before: Counters = source.counters()
-        self._ffn_before_s, self._wait_before_s = clock.compute_s, clock.wait_s
-        self._steps = 0
-        self._first_step_s = 0.0
+        self._clock_before = replace(clock)
+        self._steps = self._columns = 0
+        self._first_step_s = self._draft_s = self._draft_began_s = 0.0
         self._started_s = time.perf_counter()
 
-    def step(self, *_: object) -> None:
-        """A forward pass has ended; a forward hook of the model calls it."""
+    @contextmanager
+    def watching(self, model: torch.nn.Module, assistant: torch.nn.Module | None) -> Iterator[None]:
+        """Counts the forward passes of `model`, and the time in those of the model that proposes tokens."""
+        hooks = [model.register_forward_hook(self._step, with_kwargs=True)]
+        if assistant is not None:
+            hooks.append(assistant.register_forward_pre_hook(self._begin_draft))
+            hooks.append(assistant.register_forward_hook(self._end_draft))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin_draft(self, *_: object) -> None:
+        self._draft_began_s = time.perf_counter()
+
+    def _end_draft(self, *_: object) -> None:
+        self._draft_s += time.perf_counter() - self._draft_began_s
+
+    def _step(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._steps += 1
+        inputs = kwargs.get("input_ids")
+        self._columns += 0 if inputs is None else inputs.shape[1]
         if self._steps == 1:
             self._first_step_s = time.perf_counter() - self._started_s
 
-    def finish(self, *, rows: int, prompt_tokens: int, new_tokens: int) -> Stats:
+    def finish(self, *, mode: str, rows: int, prompt_tokens: int, new_tokens: int, drafted: bool) -> Stats:
         seconds = time.perf_counter() - self._started_s
         counted = self._source.counters().since(self._counters_before)
+        before, now = asdict(self._clock_before), asdict(self._clock)
+        spent = {name: now[name] - before[name] for name in now}
         return Stats(
+            mode=mode,
             rows=rows,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             steps=self._steps,
+            # every step gives one token of its own; what it was fed besides prompt and the last token was drafted
+            drafted_tokens=self._columns - prompt_tokens - (self._steps - 1) if drafted else 0,
+            accepted_tokens=new_tokens - self._steps if drafted else 0,
             seconds=seconds,
             first_step_s=self._first_step_s,
-            ffn_s=self._clock.compute_s - self._ffn_before_s,
-            wait_s=self._clock.wait_s - self._wait_before_s,
+            predict_s=spent["predict_s"],
+            acquire_s=spent["acquire_s"],
+            ffn_s=spent["compute_s"],
+            wait_s=spent["wait_s"],
+            attention_s=spent["forward_s"] - spent["ffn_s"] - spent["head_s"],
+            head_s=spent["head_s"],
+            draft_s=self._draft_s,
             hits=counted.hits,
             misses=counted.misses,
             read_bytes=counted.read_bytes,

@@ -1,4 +1,4 @@
-// flashclient._native: ring client and kernels for Python. Every call that can block runs without the GIL.
+// flashclient._native: the ring client for Python. Every call that can block runs without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -9,17 +9,24 @@
 #include <stdexcept>
 #include <system_error>
 
-#include "ffn.h"
+#include "leases.h"
 #include "session.h"
 #include "sweep.h"
+#include "window.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using flashclient::Leases;
 using flashclient::Session;
 using flashclient::Sweep;
+using flashclient::Window;
+
+void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
+void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
 
 namespace {
 
+using U64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 void translate(const std::exception_ptr& pointer, void*) {
@@ -35,6 +42,12 @@ nb::object resident(const nb::handle_t<Session>& self) {
     const auto bytes = nb::cast<Session&>(self).resident();
     using Array = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
     return nb::cast(Array(bytes.data(), {bytes.size()}, self));  // keeps the session alive
+}
+
+nb::object calibration(const nb::handle_t<Session>& self) {
+    const auto bytes = nb::cast<Session&>(self).calibration();
+    using Array = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+    return nb::cast(Array(bytes.data(), {bytes.size()}, self));
 }
 
 // (position of the first bundle, addresses of all of them), or None at the layer's end. The array is a view of the
@@ -70,6 +83,7 @@ void bind_session(nb::module_& m) {
     nb::exception<flashclient::SessionLost>(m, "SessionLost", PyExc_ConnectionError);
     nb::exception<flashclient::WrongProcess>(m, "WrongProcess", PyExc_RuntimeError);
     nb::exception<flashclient::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
+    nb::exception<flashclient::LeaseRefused>(m, "LeaseRefused", PyExc_RuntimeError);
     nb::class_<Session>(m, "Session", "One attachment to weightd's data socket.")
         .def(
             "__init__",
@@ -81,11 +95,18 @@ void bind_session(nb::module_& m) {
             "data_socket"_a, "token"_a, "timeout_s"_a)
         .def_prop_ro("resident", &resident, nb::for_getter(nb::sig("def resident(self, /) -> NDArray[numpy.uint8]")),
                      "resident.safetensors as uint8[bytes], private and writable")
+        .def_prop_ro("calibration", &calibration,
+                     nb::for_getter(nb::sig("def calibration(self, /) -> NDArray[numpy.uint8]")),
+                     "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
         .def_prop_ro("share_slots", &Session::share_slots)
+        .def_prop_ro("lease_limit", &Session::lease_limit, "cells that may be held at once, now")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a, "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a)
         .def("require_alive", &Session::require_alive)
         .def("close", &Session::close, "Ends it; only the resident weights stay mapped.");
+}
+
+void bind_sweep(nb::module_& m) {
     nb::class_<Sweep>(m, "Sweep", "A walk through all bundles, layer after layer, round and round.")
         .def(
             "__init__",
@@ -103,73 +124,99 @@ void bind_session(nb::module_& m) {
             "cells", [](const Sweep& sweep) { return sweep.times().cells; }, "cells answered");
 }
 
-// ---- kernels ----
+// ---- leases and window ----
 
-using flashclient::Activation;
-using flashclient::Dtype;
-using flashclient::Ffn;
-
-using Addresses = nb::ndarray<const std::uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Bias = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Input = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Output = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Staging = nb::ndarray<float, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
-
-Dtype dtype_of(const std::string& name) {
-    if (name == "F32") return Dtype::f32;
-    if (name == "BF16") return Dtype::bf16;
-    if (name == "F16") return Dtype::f16;
-    throw std::invalid_argument("no kernel for bundles of dtype '" + name + "': F32, BF16 and F16 have one");
+// A copy of the layer's table would be out of date with the next grant: it is a view.
+nb::object addresses(const nb::handle_t<Leases>& self, uint32_t layer) {
+    const auto table = nb::cast<Leases&>(self).addresses(layer);
+    using Array = nb::ndarray<nb::numpy, const uint64_t, nb::ndim<1>>;
+    return nb::cast(Array(table.data(), {table.size()}, self));
 }
 
-Activation activation_of(const std::string& name) {
-    if (name == "relu") return Activation::relu;
-    if (name == "silu") return Activation::silu;
-    if (name == "gelu") return Activation::gelu;
-    if (name == "gelu_tanh") return Activation::gelu_tanh;
-    throw std::invalid_argument("no kernel for activation '" + name + "': relu, silu, gelu and gelu_tanh have one");
+void exchange(Leases& leases, uint32_t layer, const U32Array& acquire, const U32Array& release) {
+    const nb::gil_scoped_release released;
+    leases.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
 }
 
-void require(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
-
-void add_rows(Ffn& ffn, Addresses bundles, std::optional<Bias> bias, Input x, Output y) {
-    const std::size_t hidden = ffn.shape().hidden;
-    require(x.shape(1) == hidden && y.shape(1) == hidden, "x and y must be [tokens, hidden_size]");
-    require(x.shape(0) == y.shape(0), "x and y must have the same tokens");
-    require(x.shape(0) <= Ffn::kTokensMax, "too many tokens for rows: gather the bundles instead");
-    require(!bias || bias->shape(0) == bundles.shape(0), "there must be a bias per bundle");
-    nb::gil_scoped_release release;
-    ffn.add_rows(bundles.data(), bundles.shape(0), bias ? bias->data() : nullptr, x.data(), x.shape(0), y.data());
-}
-
-void gather(Ffn& ffn, Addresses bundles, std::size_t first, Staging out) {
-    require(out.shape(0) == ffn.parts() && out.shape(2) == ffn.shape().hidden, "out must be [parts, n, hidden_size]");
-    require(first + bundles.shape(0) <= out.shape(1), "out has no room for that many bundles");
-    nb::gil_scoped_release release;
-    ffn.gather(bundles.data(), bundles.shape(0), first, out.shape(1), out.data());
-}
-
-void bind_ffn(nb::module_& module) {
-    nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/ffn.h.")
+void bind_leases(nb::module_& m) {
+    nb::class_<Leases>(m, "Leases", "The cells that a session holds one by one, and where they lie.")
         .def(
             "__init__",
-            [](Ffn* self, const std::string& dtype, std::size_t hidden_size, bool gated, const std::string& activation,
-               std::size_t threads, std::optional<std::string> instruction_set) {
-                require(hidden_size > 0 && threads > 0, "hidden_size and threads must be positive");
-                new (self) Ffn({dtype_of(dtype), hidden_size, gated, activation_of(activation)}, threads,
-                               instruction_set ? instruction_set->c_str() : nullptr);
+            [](Leases* self, Session& session, uint32_t bundles_per_cell, uint32_t cell_bytes,
+               const std::vector<uint32_t>& cells) { new (self) Leases(session, bundles_per_cell, cell_bytes, cells); },
+            "session"_a, "bundles_per_cell"_a, "cell_bytes"_a, "cells"_a, nb::keep_alive<1, 2>())
+        .def("addresses", &addresses, "layer"_a, nb::sig("def addresses(self, layer: int) -> NDArray[numpy.uint64]"),
+             "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
+        .def("exchange", &exchange, "layer"_a, "acquire"_a, "release"_a, "Gives back and asks for; does not wait.")
+        .def("arrived", &Leases::arrived, nb::call_guard<nb::gil_scoped_release>(),
+             "Waits for more of what was asked for; returns how many cells are still to come.")
+        .def("release_all", &Leases::release_all, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("cells_held", &Leases::cells_held);
+}
+
+using U16Array = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+// A numpy array that owns `values`.
+nb::object owned(std::vector<uint32_t>&& values) {
+    auto* kept = new std::vector<uint32_t>(std::move(values));
+    const nb::capsule owner(kept, [](void* pointer) noexcept { delete static_cast<std::vector<uint32_t>*>(pointer); });
+    return nb::cast(nb::ndarray<nb::numpy, uint32_t, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
+}
+
+nb::object slide(Window& window, uint32_t layer, uint32_t past_tokens, uint32_t columns, const U32Array& positions,
+                 const U16Array& row_masks, uint32_t limit) {
+    Window::Slide slid;
+    {
+        const nb::gil_scoped_release released;
+        slid = window.slide(
+            layer, {past_tokens, columns, {positions.data(), positions.size()}, {row_masks.data(), row_masks.size()}},
+            limit);
+    }
+    if (!slid.fits) return nb::none();
+    nb::list elsewhere;
+    for (auto& [other, cells] : slid.elsewhere) elsewhere.append(nb::make_tuple(other, owned(std::move(cells))));
+    return nb::make_tuple(owned(std::move(slid.acquire)), owned(std::move(slid.release)), elsewhere);
+}
+
+// One pass over the bundles of a step that have no address yet.
+size_t locate(const U64Array& table, const U32Array& positions, uint32_t bundles_per_cell, uint32_t stride_bytes,
+              const nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& addresses,
+              const nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& found) {
+    if (addresses.size() != positions.size() || found.size() != positions.size()) {
+        throw std::invalid_argument("addresses and found must have a place for each position");
+    }
+    size_t count = 0;
+    for (size_t i = 0; i < positions.size(); i++) {
+        if (addresses.data()[i] != 0) continue;
+        const uint32_t cell = positions.data()[i] / bundles_per_cell;
+        if (cell >= table.size()) throw std::invalid_argument("a position is beyond the layer's cells");
+        if (table.data()[cell] == 0) continue;
+        addresses.data()[i] = table.data()[cell] + uint64_t{positions.data()[i] % bundles_per_cell} * stride_bytes;
+        found.data()[count++] = static_cast<uint32_t>(i);
+    }
+    return count;
+}
+
+void bind_window(nb::module_& m) {
+    nb::class_<Window>(m, "Window", "Which cells stay leased: those that the last k tokens wanted.")
+        .def(
+            "__init__",
+            [](Window* self, uint32_t tokens, uint32_t bundles_per_cell, std::vector<uint32_t> cells) {
+                new (self) Window(tokens, bundles_per_cell, std::move(cells));
             },
-            nb::kw_only(), "dtype"_a, "hidden_size"_a, "gated"_a, "activation"_a, "threads"_a,
-            "instruction_set"_a = nb::none())
-        .def("add_rows", &add_rows, "bundles"_a, "bias"_a.none(), "x"_a, "y"_a,
-             "Adds to y [tokens, hidden] what the neurons at these addresses make of x; at most 16 tokens.")
-        .def("gather", &gather, "bundles"_a, "first"_a, "out"_a,
-             "Widens the bundles' rows to fp32 into out[:, first:first + n], out [parts, capacity, hidden].")
-        .def_prop_ro("instruction_set", &Ffn::instruction_set)
-        .def_prop_ro("threads", &Ffn::threads)
-        .def_ro_static("TOKENS_MAX", &Ffn::kTokensMax, "tokens of one call of add_rows");
+            "tokens"_a, "bundles_per_cell"_a, "cells"_a)
+        .def("slide", &slide, "layer"_a, "past_tokens"_a, "columns"_a, "positions"_a, "row_masks"_a, "limit"_a,
+             nb::sig("def slide(self, layer: int, past_tokens: int, columns: int, positions: NDArray[numpy.uint32], "
+                     "row_masks: NDArray[numpy.uint16], limit: int) -> tuple[NDArray[numpy.uint32], "
+                     "NDArray[numpy.uint32], list[tuple[int, NDArray[numpy.uint32]]]] | None"),
+             "Cells to acquire, to release, and to release of other layers; None when the step alone exceeds `limit`, "
+             "which leaves the window empty.")
+        .def("clear", &Window::clear)
+        .def_prop_ro("cells_held", &Window::cells_held);
+    m.def("locate", &locate, "table"_a, "positions"_a, "bundles_per_cell"_a, "stride_bytes"_a,
+          "addresses"_a.noconvert(), "found"_a.noconvert(),
+          "Fills in the addresses that are still 0 and whose cells have arrived; writes their indices into `found` and "
+          "returns how many there are.");
 }
 
 }  // namespace
@@ -177,5 +224,9 @@ void bind_ffn(nb::module_& module) {
 NB_MODULE(_native, m) {
     nb::register_exception_translator(&translate);
     bind_session(m);
-    bind_ffn(m);
+    bind_sweep(m);
+    bind_leases(m);
+    bind_window(m);
+    bind_checksum(m);
+    bind_kernels(m);
 }

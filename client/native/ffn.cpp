@@ -3,19 +3,26 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
+#include <stdexcept>
 
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kNeuronsPerItem = 4;     // of the first phase: some microseconds of work
+constexpr std::size_t kGroupMax = 32;          // neurons of an item of the first phase: some microseconds of work
+constexpr std::size_t kGroupMin = 8;           // a tile of the kernels
 constexpr std::size_t kElementsPerItem = 256;  // of the second phase, at least: eight cache lines of each bf16 row
-constexpr std::size_t kElementsMax = 2048;     // of y at a time, so that 16 tokens of it stay in the second-level cache
+constexpr std::size_t kElementsMax = 8192;     // tokens x elements of y at a time, so that they stay in the first cache
 
 // In fp32; erf and tanh forms of gelu as torch.nn.functional.gelu has them.
-float activate(Activation activation, float v) {
-    switch (activation) {
+float activate(const FfnShape& shape, float v) {
+    switch (shape.activation) {
         case Activation::relu:
+        case Activation::gated_relu:
             return v < 0.0f ? 0.0f : v;
+        case Activation::relu_squared:
+            return v < 0.0f ? 0.0f : v * v;
+        case Activation::fatrelu:
+            return v <= shape.threshold ? 0.0f : v;
         case Activation::silu:
             return v / (1.0f + std::exp(-v));
         case Activation::gelu:
@@ -34,60 +41,112 @@ std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 
 
 }  // namespace
 
-Ffn::Ffn(FfnShape shape, std::size_t threads, const char* instruction_set)
-    : shape_(shape), kernels_(kernels_for(shape.dtype, instruction_set)), workers_(threads) {}
+struct Ffn::Group {
+    std::uint32_t entry[kGroupMax];  // of the list
+    std::size_t count = 0;
+};
+
+Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set)
+    : workers_(workers), shape_(shape), kernels_(kernels_for(shape.dtype, instruction_set)) {
+    if (shape.activation == Activation::gated_relu && !shape.gated)
+        throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
+}
 
 const char* Ffn::row(std::uint64_t bundle, std::size_t part) const {
     return reinterpret_cast<const char*>(bundle) + part * shape_.hidden * bytes_of(shape_.dtype);
 }
 
-void Ffn::fire(std::uint64_t bundle, const float* bias, const float* x, std::size_t tokens, float* h) const {
-    kernels_.dots(row(bundle, 0), x, shape_.hidden, tokens, h);
-    for (std::size_t t = 0; t < tokens; ++t) h[t] = activate(shape_.activation, h[t] + (bias ? *bias : 0.0f));
-    if (!shape_.gated || all_zero(h, tokens)) return;
-    float up[kTokensMax];
-    kernels_.dots(row(bundle, 1), x, shape_.hidden, tokens, up);
-    for (std::size_t t = 0; t < tokens; ++t) h[t] *= up[t];
+void Ffn::fire(const Neurons& list, const std::uint32_t* index, std::size_t count, const float* x, std::size_t tokens,
+               float* h) const {
+    assert(tokens <= kTokensMax);
+    const std::size_t share = divide_up(count, 2 * workers_.threads());
+    const std::size_t group_size = std::clamp(divide_up(share, kGroupMin) * kGroupMin, kGroupMin, kGroupMax);
+    workers_.run(divide_up(count, group_size), [&](std::size_t item) {
+        Group group;
+        for (std::size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); ++i) {
+            const std::size_t entry = index ? index[i] : i;
+            if (list.row_masks && list.row_masks[entry] == 0)
+                std::fill_n(h + entry * tokens, tokens, 0.0f);
+            else
+                group.entry[group.count++] = static_cast<std::uint32_t>(entry);
+        }
+        fire_group(group, list, x, tokens, h);
+    });
+}
+
+// A neuron's dots are taken for all tokens: that costs no byte more, and the mask makes zeros of what is not wanted.
+void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, std::size_t tokens, float* h) const {
+    const void* rows[kGroupMax];
+    float dots[kGroupMax * kTokensMax];
+    for (std::size_t i = 0; i < group.count; ++i) rows[i] = row(list.bundles[group.entry[i]], 0);
+    kernels_.dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    Group open;
+    for (std::size_t i = 0; i < group.count; ++i) {
+        const std::uint32_t entry = group.entry[i];
+        const float bias = list.bias ? list.bias[entry] : 0.0f;
+        float* of_entry = h + entry * tokens;
+        for (std::size_t t = 0; t < tokens; ++t) {
+            const bool wanted = list.row_masks == nullptr || (list.row_masks[entry] >> t & 1) != 0;
+            of_entry[t] = wanted ? activate(shape_, dots[i * tokens + t] + bias) : 0.0f;
+        }
+        if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
+    }
+    if (shape_.gated) open_gate(open, list.bundles, x, tokens, h);
+}
+
+// h *= up . x where the gate is open. What is closed stays 0 whatever the up row holds.
+void Ffn::open_gate(const Group& group, const std::uint64_t* bundles, const float* x, std::size_t tokens,
+                    float* h) const {
+    const void* rows[kGroupMax];
+    float dots[kGroupMax * kTokensMax];
+    for (std::size_t i = 0; i < group.count; ++i) rows[i] = row(bundles[group.entry[i]], 1);
+    kernels_.dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    for (std::size_t i = 0; i < group.count; ++i) {
+        for (std::size_t t = 0; t < tokens; ++t) {
+            float up = dots[i * tokens + t];
+            if (shape_.activation == Activation::gated_relu && up < 0.0f) up = 0.0f;
+            float& value = h[group.entry[i] * tokens + t];
+            if (value != 0.0f) value *= up;
+        }
+    }
 }
 
 // A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
-std::size_t Ffn::keep_fired(const std::uint64_t* bundles, std::size_t count, std::size_t tokens) {
-    std::size_t kept = 0;
+void Ffn::keep_fired(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens) {
+    down_rows_.clear();
+    fired_h_.clear();
     for (std::size_t i = 0; i < count; ++i) {
-        const float* h = h_.data() + i * tokens;
-        if (all_zero(h, tokens)) continue;
-        std::copy_n(h, tokens, h_.data() + kept * tokens);
-        down_rows_[kept++] = row(bundles[i], parts() - 1);
+        if (all_zero(h + i * tokens, tokens)) continue;
+        fired_h_.insert(fired_h_.end(), h + i * tokens, h + (i + 1) * tokens);
+        down_rows_.push_back(row(bundles[i], parts() - 1));
     }
-    return kept;
 }
 
-void Ffn::add_rows(const std::uint64_t* bundles, std::size_t count, const float* bias, const float* x,
-                   std::size_t tokens, float* y) {
+void Ffn::accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens, float* y) {
     assert(tokens <= kTokensMax);
-    if (h_.size() < count * tokens) h_.resize(count * tokens);
-    if (down_rows_.size() < count) down_rows_.resize(count);
-    workers_.run(divide_up(count, kNeuronsPerItem), [&](std::size_t item) {
-        const std::size_t end = std::min(count, (item + 1) * kNeuronsPerItem);
-        for (std::size_t i = item * kNeuronsPerItem; i < end; ++i)
-            fire(bundles[i], bias ? bias + i : nullptr, x, tokens, h_.data() + i * tokens);
-    });
-    const std::size_t fired = keep_fired(bundles, count, tokens);
+    keep_fired(bundles, count, h, tokens);
     // Each element of y is one thread's, and takes the neurons in order. A slice is as long as the threads allow.
     const std::size_t share = divide_up(shape_.hidden, workers_.threads());
     const std::size_t rounded = divide_up(share, kElementsPerItem) * kElementsPerItem;
-    const std::size_t slice = std::clamp(rounded, kElementsPerItem, kElementsMax);
+    const std::size_t slice = std::clamp(rounded, kElementsPerItem, kElementsMax / std::max<std::size_t>(tokens, 1));
     workers_.run(divide_up(shape_.hidden, slice), [&](std::size_t item) {
-        kernels_.accumulate(down_rows_.data(), h_.data(), fired, tokens, shape_.hidden, item * slice,
+        kernels_.accumulate(down_rows_.data(), fired_h_.data(), down_rows_.size(), tokens, shape_.hidden, item * slice,
                             std::min(shape_.hidden, (item + 1) * slice), y);
     });
 }
 
-void Ffn::gather(const std::uint64_t* bundles, std::size_t count, std::size_t first, std::size_t capacity, float* out) {
+void Ffn::add_rows(const std::uint64_t* bundles, std::size_t count, const float* bias, const float* x,
+                   std::size_t tokens, float* y) {
+    if (h_.size() < count * tokens) h_.resize(count * tokens);
+    fire({bundles, bias}, nullptr, count, x, tokens, h_.data());
+    accumulate(bundles, count, h_.data(), tokens, y);
+}
+
+void Ffn::gather(const std::uint64_t* bundles, std::size_t count, std::size_t first, std::size_t capacity,
+                 float* out) const {
     assert(first + count <= capacity);
-    workers_.run(divide_up(count, kNeuronsPerItem), [&](std::size_t item) {
-        const std::size_t end = std::min(count, (item + 1) * kNeuronsPerItem);
-        for (std::size_t i = item * kNeuronsPerItem; i < end; ++i)
+    workers_.run(divide_up(count, kGroupMin), [&](std::size_t item) {
+        for (std::size_t i = item * kGroupMin; i < std::min(count, (item + 1) * kGroupMin); ++i)
             for (std::size_t part = 0; part < parts(); ++part)
                 kernels_.upcast(row(bundles[i], part), shape_.hidden,
                                 out + (part * capacity + first + i) * shape_.hidden);

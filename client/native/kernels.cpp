@@ -10,7 +10,8 @@ namespace {
 bool processor_has(std::string_view instruction_set) {
     if (instruction_set == "portable") return true;
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
     if (instruction_set == "avx2") return avx2;
     if (instruction_set == "avx512")
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

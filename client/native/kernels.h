@@ -1,26 +1,33 @@
-// The inner loops of the FFN over rows of weights where they lie, for one instruction set each.
+// The inner loops over rows of weights where they lie, for one instruction set each.
 //
-// Every sum has one order, given by hidden_size alone: how many tokens, neurons or elements a call covers changes no
+// Every sum has one order, given by the row's length alone: how many tokens, rows or elements a call covers changes no
 // bit of a result. Rows need only the alignment of their elements.
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace flashclient {
 
 enum class Dtype { f32, bf16, f16 };
 
-inline std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+constexpr std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+// Tokens that one call takes. More of them make better use of a dense product by a matrix library.
+constexpr std::size_t kTokensMax = 16;
 
 struct Kernels {
     const char* instruction_set;
-    // dots[t] = row . x[t], for x of [tokens, hidden] fp32.
-    void (*dots)(const void* row, const float* x, std::size_t hidden, std::size_t tokens, float* dots);
+    // dots[i][t] = rows[i] . x[t], for x of [tokens, hidden] fp32 and dots [row_count, tokens].
+    void (*dots)(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden, std::size_t tokens,
+                 float* dots);
     // y[t][j] += h[k][t] * rows[k][j], k rising, for j in [begin, end); y is [tokens, hidden] fp32, h [rows, tokens].
     void (*accumulate)(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
                        std::size_t hidden, std::size_t begin, std::size_t end, float* y);
     // out[j] = row[j] in fp32, exactly.
     void (*upcast)(const void* row, std::size_t hidden, float* out);
+    // How many bits of a and b differ.
+    std::size_t (*differing_bits)(const std::uint8_t* a, const std::uint8_t* b, std::size_t bytes);
 };
 
 // The best the processor has, or the one named: "avx512", "avx2", "portable". An unknown name, or one that this

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define KERNEL __attribute__((target("avx2,fma,f16c")))
+#define KERNEL __attribute__((target("avx2,fma,f16c,popcnt")))
 #define LANE KERNEL __attribute__((always_inline)) inline
 
 namespace flashclient {
@@ -16,7 +16,7 @@ namespace {
 // Eight fp32. The ends of rows go through a small buffer, so they read no byte beyond the row.
 struct Lane {
     static constexpr std::size_t kWidth = 8;
-    static constexpr std::size_t kTokensMax = 2;  // four sums each, and the weights: 12 of 16 registers
+    static constexpr std::size_t kTileTokens = 2;  // of four rows: eight sums, four weights: 13 of 16 registers
     __m256 value;
 
     LANE static Lane zero() { return {_mm256_setzero_ps()}; }

@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")))
+#define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,popcnt")))
 #define LANE KERNEL __attribute__((always_inline)) inline
 
 namespace flashclient {
@@ -18,7 +18,7 @@ namespace {
 // Sixteen fp32. The ends of rows are masked, so they read no byte beyond the row.
 struct Lane {
     static constexpr std::size_t kWidth = 16;
-    static constexpr std::size_t kTokensMax = 4;  // four sums each, and the weights: 20 of 32 registers
+    static constexpr std::size_t kTileTokens = 4;  // of four rows: 16 sums, four weights: 21 of 32 registers
     __m512 value;
 
     LANE static Lane zero() { return {_mm512_setzero_ps()}; }

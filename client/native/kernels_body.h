@@ -1,6 +1,6 @@
 // The loops of kernels.h, written once. Included by one file per instruction set, which defines first
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
-//   Lane    a vector of fp32: kWidth, kTokensMax, load<dtype>(row), load_some<dtype>(row, n), store, store_some, fused
+//   Lane    a vector of fp32: kWidth, kTileTokens, load<dtype>(row), load_some<dtype>(row, n), store, store_some, fused
 //           multiply-add, and sum
 // All of it has internal linkage: the same names exist once per instruction set.
 #pragma once
@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -23,40 +24,72 @@ struct Element<Dtype::f32> {
     using type = float;
 };
 
-// Four accumulators hide the latency of the multiply-add; their sum is taken in pairs.
-constexpr std::size_t kAccumulators = 4;
+constexpr std::size_t kLineBytes = 64;
 
-// `tokens` dots at once: each weight is widened once for all of them.
-template <Dtype dtype, std::size_t tokens>
-KERNEL void dots_of(const typename Element<dtype>::type* row, const float* x, std::size_t hidden, float* dots) {
+// rows x tokens dots at once. A dot is one chain of vectors, so that the shape of the tile changes no bit of it; the
+// tile's many chains hide the latency of the multiply-add. `ahead` are the rows of the next tile.
+template <Dtype dtype, std::size_t rows, std::size_t tokens>
+KERNEL void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead,
+                         const float* const* x, std::size_t hidden, float (&dots)[rows][tokens]) {
     constexpr std::size_t width = Lane::kWidth;
-    Lane sums[tokens][kAccumulators];
-    for (auto& sum : sums)
-        for (Lane& lane : sum) lane = Lane::zero();
+    constexpr std::size_t line = kLineBytes / bytes_of(dtype);
+    Lane sums[rows][tokens];
+    for (auto& of_row : sums)
+        for (Lane& lane : of_row) lane = Lane::zero();
     std::size_t j = 0;
-    for (; j + kAccumulators * width <= hidden; j += kAccumulators * width) {
-        for (std::size_t a = 0; a < kAccumulators; ++a) {
-            const Lane weight = Lane::template load<dtype>(row + j + a * width);
-            for (std::size_t t = 0; t < tokens; ++t)
-                sums[t][a] = fma(weight, Lane::template load<Dtype::f32>(x + t * hidden + j + a * width), sums[t][a]);
+    for (; j + line <= hidden; j += line) {
+        for (std::size_t r = 0; r < rows; ++r)
+            __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, 2);
+        for (std::size_t k = j; k < j + line; k += width) {
+            Lane weights[rows];
+            for (std::size_t r = 0; r < rows; ++r) weights[r] = Lane::template load<dtype>(row[r] + k);
+            for (std::size_t t = 0; t < tokens; ++t) {
+                const Lane value = Lane::template load<Dtype::f32>(x[t] + k);
+                for (std::size_t r = 0; r < rows; ++r) sums[r][t] = fma(weights[r], value, sums[r][t]);
+            }
         }
     }
-    for (std::size_t a = 0; j < hidden; ++a, j += width) {
+    for (; j < hidden; j += width) {
         const std::size_t some = std::min(width, hidden - j);
-        const Lane weight = Lane::template load_some<dtype>(row + j, some);
-        for (std::size_t t = 0; t < tokens; ++t)
-            sums[t][a] = fma(weight, Lane::template load_some<Dtype::f32>(x + t * hidden + j, some), sums[t][a]);
+        for (std::size_t r = 0; r < rows; ++r) {
+            const Lane weight = Lane::template load_some<dtype>(row[r] + j, some);
+            for (std::size_t t = 0; t < tokens; ++t)
+                sums[r][t] = fma(weight, Lane::template load_some<Dtype::f32>(x[t] + j, some), sums[r][t]);
+        }
     }
-    for (std::size_t t = 0; t < tokens; ++t) dots[t] = sum((sums[t][0] + sums[t][1]) + (sums[t][2] + sums[t][3]));
+    for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t t = 0; t < tokens; ++t) dots[r][t] = sum(sums[r][t]);
+}
+
+// Tiles at the edges repeat their last row or token: it is in the cache, and the code stays one.
+template <Dtype dtype, std::size_t tile_rows, std::size_t tile_tokens>
+KERNEL void dots_in_tiles(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden,
+                          std::size_t tokens, float* dots) {
+    const typename Element<dtype>::type* row[tile_rows];
+    const void* ahead[tile_rows];
+    const float* of_token[tile_tokens];
+    float tile[tile_rows][tile_tokens];
+    for (std::size_t i = 0; i < row_count; i += tile_rows) {
+        for (std::size_t r = 0; r < tile_rows; ++r) {
+            row[r] = static_cast<const typename Element<dtype>::type*>(rows[std::min(i + r, row_count - 1)]);
+            ahead[r] = rows[std::min(i + tile_rows + r, row_count - 1)];
+        }
+        for (std::size_t t = 0; t < tokens; t += tile_tokens) {
+            for (std::size_t c = 0; c < tile_tokens; ++c) of_token[c] = x + std::min(t + c, tokens - 1) * hidden;
+            dots_of_tile<dtype, tile_rows, tile_tokens>(row, ahead, of_token, hidden, tile);
+            for (std::size_t r = 0; r < std::min(tile_rows, row_count - i); ++r)
+                std::copy_n(tile[r], std::min(tile_tokens, tokens - t), dots + (i + r) * tokens + t);
+        }
+    }
 }
 
 template <Dtype dtype>
-KERNEL void dots(const void* row, const float* x, std::size_t hidden, std::size_t tokens, float* dots) {
-    const auto* weights = static_cast<const typename Element<dtype>::type*>(row);
-    std::size_t t = 0;
-    for (; t + Lane::kTokensMax <= tokens; t += Lane::kTokensMax)
-        dots_of<dtype, Lane::kTokensMax>(weights, x + t * hidden, hidden, dots + t);
-    for (; t < tokens; ++t) dots_of<dtype, 1>(weights, x + t * hidden, hidden, dots + t);
+KERNEL void dots(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden, std::size_t tokens,
+                 float* dots) {
+    if (tokens == 1)
+        dots_in_tiles<dtype, 8, 1>(rows, row_count, x, hidden, tokens, dots);
+    else
+        dots_in_tiles<dtype, 4, Lane::kTileTokens>(rows, row_count, x, hidden, tokens, dots);
 }
 
 // y += h * row for `rows` rows, so that y is loaded and stored once for all of them; `ahead` are the rows that come
@@ -89,7 +122,7 @@ KERNEL void accumulate_rows(const void* const* row_of, const float* h, std::size
 template <Dtype dtype>
 KERNEL void accumulate(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
                        std::size_t hidden, std::size_t begin, std::size_t end, float* y) {
-    constexpr std::size_t step = 4;
+    constexpr std::size_t step = 8;
     std::size_t k = 0;
     for (; k + step <= row_count; k += step) {
         const void* const* ahead = rows + (k + 2 * step <= row_count ? k + step : k);
@@ -107,9 +140,21 @@ KERNEL void upcast(const void* row, std::size_t hidden, float* out) {
     if (j < hidden) Lane::template load_some<dtype>(weights + j, hidden - j).store_some(out + j, hidden - j);
 }
 
+KERNEL std::size_t differing_bits(const std::uint8_t* a, const std::uint8_t* b, std::size_t bytes) {
+    std::size_t differing = 0;
+    for (std::size_t j = 0; j < bytes; j += sizeof(std::uint64_t)) {
+        const std::size_t some = std::min(sizeof(std::uint64_t), bytes - j);
+        std::uint64_t left = 0, right = 0;
+        std::memcpy(&left, a + j, some);
+        std::memcpy(&right, b + j, some);
+        differing += static_cast<std::size_t>(__builtin_popcountll(left ^ right));
+    }
+    return differing;
+}
+
 template <Dtype dtype>
 const Kernels* table(const char* instruction_set) {
-    static const Kernels kernels{instruction_set, dots<dtype>, accumulate<dtype>, upcast<dtype>};
+    static const Kernels kernels{instruction_set, dots<dtype>, accumulate<dtype>, upcast<dtype>, differing_bits};
     return &kernels;
 }
 

@@ -26,7 +26,7 @@ float widen_bf16(std::uint16_t half) { return std::bit_cast<float>(static_cast<s
 // Four fp32 in an array, which compilers turn into what vectors there are. A product is rounded before it is added.
 struct Lane {
     static constexpr std::size_t kWidth = 4;
-    static constexpr std::size_t kTokensMax = 2;
+    static constexpr std::size_t kTileTokens = 2;
     float value[kWidth];
 
     static Lane zero() { return all(0.0f); }

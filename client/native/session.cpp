@@ -95,6 +95,7 @@ Session::Session(const std::string& data_socket, std::span<const uint8_t> token,
 Session::~Session() {
     close();
     if (resident_ != nullptr) ::munmap(resident_, resident_bytes_);
+    if (calibration_ != nullptr) ::munmap(calibration_, calibration_bytes_);
 }
 
 void Session::close() {
@@ -121,7 +122,7 @@ void Session::greet(std::span<const uint8_t> token) {
         throw SessionLost(std::string("weightd refused the session: ") +
                           std::strerror(static_cast<int>(welcome.error)));
     }
-    const auto [ring_fd, doorbell_fd, resident_fd, none] = message.descriptors;
+    const auto [ring_fd, doorbell_fd, resident_fd, calibration_fd] = message.descriptors;
     doorbell_ = doorbell_fd;
     share_slots_ = welcome.share_slots;
     ring_ = reinterpret_cast<ring::Ring*>(
@@ -130,6 +131,9 @@ void Session::greet(std::span<const uint8_t> token) {
     resident_ =
         map(resident_fd, welcome.resident_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, "mapping resident weights");
     resident_bytes_ = welcome.resident_bytes;
+    if (welcome.calibration_bytes == 0) return;
+    calibration_ = map(calibration_fd, welcome.calibration_bytes, PROT_READ, MAP_SHARED, "mapping predictors");
+    calibration_bytes_ = welcome.calibration_bytes;
 }
 
 void Session::require_alive() const {
@@ -138,6 +142,11 @@ void Session::require_alive() const {
     const uint32_t state = ring_->header.state.load(std::memory_order_acquire);
     if (state == ring::CLOSED_FOR_A_BROKEN_RULE) throw SessionLost("weightd closed the session for a broken rule");
     if (state != ring::OPEN) throw SessionLost("weightd closed the session: it was stopped");
+}
+
+uint32_t Session::lease_limit() const {
+    require_alive();
+    return ring_->header.lease_limit.load(std::memory_order_relaxed);
 }
 
 void Session::acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag) {
@@ -155,21 +164,46 @@ void Session::prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t
 void Session::post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag) {
     require_alive();
     while (!words.empty()) {
-        const double deadline_s = now_s() + timeout_s_;
-        while (request_tail_ - ring_->header.request_head.load(std::memory_order_acquire) >= ring::REQUESTS) {
-            ring_doorbell();
-            ::sched_yield();
-            require_alive();
-            if (now_s() > deadline_s) throw SessionLost("weightd takes no requests");
-        }
         const auto part = words.first(std::min<size_t>(words.size(), ring::WORDS));
         words = words.subspan(part.size());
-        const uint32_t index = request_tail_ % ring::REQUESTS;
-        std::copy(part.begin(), part.end(), ring_->words[index]);
-        ring_->requests[index] = {op, form, layer, static_cast<uint32_t>(part.size()), tag, {}};
-        ring_->header.request_tail.store(++request_tail_);  // before the look at daemon_sleeps, in everyone's eyes
+        wait_for_room();
+        std::copy(part.begin(), part.end(), ring_->words[request_tail_ % ring::REQUESTS]);
+        put({op, form, layer, static_cast<uint32_t>(part.size()), tag, 0, {}});
     }
     ring_doorbell();
+}
+
+void Session::exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release,
+                       uint32_t tag) {
+    require_alive();
+    const size_t count = acquire.size() + release.size();
+    if (count > ring::WORDS) throw std::invalid_argument("an exchange holds at most " + std::to_string(ring::WORDS));
+    wait_for_room();
+    uint32_t* words = ring_->words[request_tail_ % ring::REQUESTS];
+    std::copy(release.begin(), release.end(), std::copy(acquire.begin(), acquire.end(), words));
+    put({ring::ACQUIRE,
+         ring::CELLS,
+         layer,
+         static_cast<uint32_t>(count),
+         tag,
+         static_cast<uint32_t>(release.size()),
+         {}});
+    ring_doorbell();
+}
+
+void Session::wait_for_room() {
+    const double deadline_s = now_s() + timeout_s_;
+    while (request_tail_ - ring_->header.request_head.load(std::memory_order_acquire) >= ring::REQUESTS) {
+        ring_doorbell();
+        ::sched_yield();
+        require_alive();
+        if (now_s() > deadline_s) throw SessionLost("weightd takes no requests");
+    }
+}
+
+void Session::put(const ring::Request& request) {
+    ring_->requests[request_tail_ % ring::REQUESTS] = request;
+    ring_->header.request_tail.store(++request_tail_);  // before the look at daemon_sleeps, in everyone's eyes
 }
 
 void Session::ring_doorbell() {

@@ -38,11 +38,16 @@ class Session {
 
     // resident.safetensors, a private copy-on-write mapping; valid as long as the session.
     std::span<std::byte> resident() const { return {resident_, resident_bytes_}; }
+    // predictors.safetensors, read-only; empty for a model without. Valid as long as the session.
+    std::span<const std::byte> calibration() const { return {calibration_, calibration_bytes_}; }
     uint32_t share_slots() const { return share_slots_; }
+    uint32_t lease_limit() const;  // cells that may be held at once, now: the share, and what may be borrowed above it
 
     // Each posts one or more requests. `words` as ring::Form says.
     void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
     void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
+    // Gives back the cells `release` and acquires the cells `acquire` in one request; at most WORDS of both together.
+    void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release, uint32_t tag);
     void prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
 
     // Appends the grants that have come. With `block`, waits until there is one; throws SessionLost at the timeout.
@@ -53,7 +58,7 @@ class Session {
         return static_cast<ring::Status>(grant.segment >> ring::STATUS_SHIFT);
     }
     void require_alive() const;  // throws SessionLost, WrongProcess
-    void close();                // ends the session; only the resident weights stay mapped
+    void close();                // ends the session; only resident weights and predictors stay mapped
 
   private:
     struct Mapping {
@@ -62,6 +67,8 @@ class Session {
     };
     void greet(std::span<const uint8_t> token);
     void post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
+    void wait_for_room();
+    void put(const ring::Request& request);
     void ring_doorbell();
     void wait_for_bell(uint32_t seen, double deadline_s) const;
     bool take_ready(std::vector<ring::Grant>& grants);
@@ -74,6 +81,8 @@ class Session {
     ring::Ring* ring_ = nullptr;
     std::byte* resident_ = nullptr;
     size_t resident_bytes_ = 0;
+    std::byte* calibration_ = nullptr;
+    size_t calibration_bytes_ = 0;
     uint32_t share_slots_ = 0;
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;

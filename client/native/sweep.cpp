@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
-#include <system_error>
 
 namespace flashclient {
 
@@ -47,7 +46,7 @@ const Sweep::Chunk* Sweep::next(uint32_t layer) {
     }
     in_use_ = true;
     const Chunk& chunk = chunks_.front();
-    if (!chunk.failed.empty()) raise(chunk, chunk.failed.front());
+    if (!chunk.failed.empty()) raise_refusal(chunk.layer, chunk.failed.front(), layout_.bundles_per_cell);
     layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
     return &chunk;
 }
@@ -95,21 +94,6 @@ void Sweep::place(Chunk& chunk, const ring::Grant& grant) {
     const uint32_t first = (grant.cell - chunk.first_cell) * layout_.bundles_per_cell;
     for (uint32_t i = 0; i < layout_.bundles_per_cell && first + i < chunk.addresses.size(); i++) {
         chunk.addresses[first + i] = address + uint64_t{i} * layout_.stride_bytes;
-    }
-}
-
-void Sweep::raise(const Chunk& chunk, const ring::Grant& grant) const {
-    const std::string where = "layer " + std::to_string(chunk.layer);
-    switch (Session::status(grant)) {
-        case ring::UNREADABLE:
-            throw std::system_error(static_cast<int>(grant.slot), std::generic_category(),
-                                    "weightd could not read " + where + ", cell " + std::to_string(grant.cell));
-        case ring::CORRUPT:
-            throw CorruptBundle(where + ", neuron at position " +
-                                std::to_string(grant.cell * layout_.bundles_per_cell + grant.slot) +
-                                " differs from its checksum: import the model again");
-        default:
-            throw SessionLost("weightd refused a cell within the session's share");
     }
 }
 

@@ -8,15 +8,12 @@
 #include <deque>
 #include <vector>
 
+#include "leases.h"
 #include "session.h"
 
 namespace flashclient {
 
 inline constexpr uint32_t CHUNK_BYTES = 1U << 20;  // one read of the daemon; larger ones gain nothing
-
-struct CorruptBundle : std::runtime_error {  // names layer and position
-    using std::runtime_error::runtime_error;
-};
 
 struct Layout {
     uint32_t bundles_per_cell;
@@ -58,7 +55,6 @@ class Sweep {
     void take_answers(bool block);
     void place(Chunk& chunk, const ring::Grant& grant);
     void give_back(Chunk& chunk);
-    [[noreturn]] void raise(const Chunk& chunk, const ring::Grant& grant) const;
 
     Session& session_;
     Layout layout_;

@@ -45,13 +45,18 @@ Workers::~Workers() {
 }
 
 void Workers::run(std::size_t count, const std::function<void(std::size_t)>& item) {
+    if (workers_.empty() || count < 2 || busy_.test_and_set(std::memory_order_acquire)) {
+        for (std::size_t i = 0; i < count; ++i) item(i);
+        return;
+    }
+    share(count, item);
+    busy_.clear(std::memory_order_release);
+}
+
+void Workers::share(std::size_t count, const std::function<void(std::size_t)>& item) {
     item_ = &item;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    if (workers_.empty() || count < 2) {
-        take_items();
-        return;
-    }
     gate_.store(kOpen, std::memory_order_release);
     signal_.fetch_add(1, std::memory_order_release);
     signal_.notify_all();

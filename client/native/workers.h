@@ -1,4 +1,4 @@
-// A few threads that share the work of one caller at a time, parked between calls.
+// A few threads that share the work of one caller at a time, parked between calls. One pool serves all kernels.
 #pragma once
 
 #include <sys/types.h>
@@ -15,7 +15,8 @@ namespace flashclient {
 // The calling thread takes part, so `threads` = 1 starts none. Items are handed out one by one: a worker that the
 // system is slow to wake delays nobody, the others do its share, and run() waits only for workers that have begun.
 //
-// One run() at a time. After fork the child has no workers: run() still works there, on the caller alone.
+// A run() that finds the workers busy for another thread is done by its caller alone, and so is every run() in a child
+// after fork, which has no workers.
 class Workers {
   public:
     explicit Workers(std::size_t threads);
@@ -34,12 +35,14 @@ class Workers {
     static constexpr std::uint32_t kOpen = 1u << 31;
 
     void serve();
+    void share(std::size_t count, const std::function<void(std::size_t)>& item);
     void take_items();
     bool enter();
     void leave();
 
     std::vector<std::thread> workers_;
     pid_t owner_;
+    std::atomic_flag busy_;                                   // guards item_, count_ and next_ between callers
     const std::function<void(std::size_t)>* item_ = nullptr;  // published by gate_
     std::size_t count_ = 0;                                   // published by gate_
     std::atomic<std::size_t> next_{0};

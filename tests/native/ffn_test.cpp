@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "workers.h"
@@ -38,6 +39,21 @@ TEST(Workers, OneThreadIsTheCaller) {
     EXPECT_EQ(workers.threads(), 1u);
 }
 
+TEST(Workers, CallersAtTheSameTimeDoNotMixTheirItems) {
+    Workers workers(3);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; ++caller) {
+        callers.emplace_back([&workers] {
+            for (int run = 0; run < 500; ++run) {
+                std::vector<int> done(23, 0);
+                workers.run(done.size(), [&](std::size_t item) { done[item] += 1; });
+                for (const int times : done) ASSERT_EQ(times, 1);
+            }
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+}
+
 TEST(Workers, StopWithoutARun) {
     for (int turn = 0; turn < 50; ++turn) Workers workers(3);
 }
@@ -56,7 +72,8 @@ class FfnBits : public testing::TestWithParam<const char*> {
     }
 
     std::vector<float> sum(std::size_t threads, std::size_t chunk, std::size_t tokens) {
-        Ffn ffn({Dtype::f32, kHidden, true, Activation::relu}, threads, GetParam());
+        Workers workers(threads);
+        Ffn ffn(workers, {Dtype::f32, kHidden, true, Activation::relu}, GetParam());
         const std::vector<float> x = random_floats(tokens * kHidden, 1000);
         std::vector<float> y(tokens * kHidden, 0.0f);
         for (std::size_t i = 0; i < kNeurons; i += chunk)
@@ -87,7 +104,8 @@ TEST_P(FfnBits, GatherFillsOnlyItsPlaces) {
     } catch (const std::invalid_argument& error) {
         GTEST_SKIP() << error.what();
     }
-    Ffn ffn({Dtype::f32, kHidden, true, Activation::silu}, 3, GetParam());
+    Workers workers(3);
+    Ffn ffn(workers, {Dtype::f32, kHidden, true, Activation::silu}, GetParam());
     std::vector<float> out(3 * (kNeurons + 2) * kHidden, -1.0f);
     ffn.gather(addresses_.data(), kNeurons, 1, kNeurons + 2, out.data());
     for (std::size_t part = 0; part < 3; ++part) {

@@ -141,7 +141,7 @@ TEST_F(RingTest, GivesTheSameBytesInBand) {
     }
     EXPECT_THROW(service->fetch(0, 1, std::array{76U}, std::span(out).first(4096)), std::out_of_range);
     weightd::flip_byte(model.spec.bundles_path, model.offset(0, 9));
-    EXPECT_THROW(service->fetch(0, 0, std::array{2U}, std::span(out).first(4096)), weightd::FetchFailed);
+    EXPECT_THROW(service->fetch(0, 0, std::array{2U}, std::span(out).first(4096)), weightd::CorruptBundle);
 }
 
 TEST_F(RingTest, TellsTheClientWhichBundleIsCorrupt) {
@@ -279,14 +279,18 @@ TEST_F(RingTest, ClosesASessionThatBreaksARuleAndOnlyThatOne) {
     const auto service = serve(model, 200);
     const auto good = attach(*service);
     const std::vector<ring::Request> bad{
-        {99, ring::CELLS, 0, 1, 0, {}},             // unknown operation
-        {ring::ACQUIRE, 77, 0, 1, 0, {}},           // unknown form
-        {ring::ACQUIRE, ring::CELLS, 5, 1, 0, {}},  // no such layer
-        {ring::ACQUIRE, ring::CELLS, 0, ring::WORDS + 1, 0, {}},
-        {ring::ACQUIRE, ring::RANGES, 0, 1, 0, {}},  // half a range
-        {ring::ACQUIRE, ring::RANGES, 0, 2, 0, {}},  // backwards
-        {ring::RELEASE, ring::CELLS, 0, 1, 0, {}},   // holds nothing
-        {ring::ACQUIRE, ring::CELLS, 0, 2, 0, {}},   // a cell beyond the layer
+        {99, ring::CELLS, 0, 1, 0, 0, {}},             // unknown operation
+        {ring::ACQUIRE, 77, 0, 1, 0, 0, {}},           // unknown form
+        {ring::ACQUIRE, ring::CELLS, 5, 1, 0, 0, {}},  // no such layer
+        {ring::ACQUIRE, ring::CELLS, 0, ring::WORDS + 1, 0, 0, {}},
+        {ring::ACQUIRE, ring::RANGES, 0, 1, 0, 0, {}},  // half a range
+        {ring::ACQUIRE, ring::RANGES, 0, 2, 0, 0, {}},  // backwards
+        {ring::RELEASE, ring::CELLS, 0, 1, 0, 0, {}},   // holds nothing
+        {ring::ACQUIRE, ring::CELLS, 0, 2, 0, 0, {}},   // a cell beyond the layer
+        {ring::ACQUIRE, ring::CELLS, 0, 1, 0, 2, {}},   // gives back more words than there are
+        {ring::ACQUIRE, ring::CELLS, 0, 1, 0, 1, {}},   // gives back what it does not hold
+        {ring::ACQUIRE, ring::RANGES, 0, 2, 0, 2, {}},  // gives back ranges
+        {ring::PREFETCH, ring::CELLS, 0, 1, 0, 1, {}},  // gives back in another operation
     };
     for (const ring::Request& request : bad) {
         Stranger stranger(socket_path(), service->open_session(0, 2).token);
@@ -305,6 +309,35 @@ TEST_F(RingTest, ClosesASessionThatBreaksARuleAndOnlyThatOne) {
     good->acquire(0, ring::CELLS, std::array{1U}, 0);
     EXPECT_EQ(grants(*good, 1).size(), 1U);
     wait_until([&] { return service->report().sessions == 1; });
+}
+
+TEST_F(RingTest, GivesBackBeforeItAcquires) {
+    FlashModel model(1, 301);
+    const auto service = serve(model, 30);
+    Stranger stranger(socket_path(), service->open_session(0, 2).token);
+    const auto acquire = [&](std::vector<uint32_t> words, uint32_t release_count) {
+        const uint32_t answers = static_cast<uint32_t>(words.size()) - release_count;
+        const uint32_t seen = stranger.ring->header.grant_tail.load();
+        std::copy(words.begin(), words.end(),
+                  stranger.ring->words[stranger.ring->header.request_tail.load() % ring::REQUESTS]);
+        stranger.post({ring::ACQUIRE, ring::CELLS, 0, static_cast<uint32_t>(words.size()), 7, release_count, {}});
+        wait_until([&] { return stranger.ring->header.grant_tail.load() == seen + answers; });
+        std::map<uint32_t, uint32_t> statuses;  // by cell
+        for (uint32_t i = seen; i < seen + answers; i++) {
+            const ring::Grant& grant = stranger.ring->grants[i % ring::GRANTS];
+            statuses[grant.cell] = grant.segment >> ring::STATUS_SHIFT;
+        }
+        return statuses;
+    };
+    using Statuses = std::map<uint32_t, uint32_t>;
+    EXPECT_EQ(acquire({1, 2}, 0), (Statuses{{1, ring::GRANTED}, {2, ring::GRANTED}}));
+    EXPECT_EQ(acquire({3, 4, 2, 1}, 2), (Statuses{{3, ring::GRANTED}, {4, ring::GRANTED}}))
+        << "a full share turns over";
+    wait_until([&] { return service->report().models[0].slots_busy == 2; });
+    stranger.ring->words[stranger.ring->header.request_tail.load() % ring::REQUESTS][0] = 3;
+    stranger.post({ring::ACQUIRE, ring::CELLS, 0, 1, 0, 1, {}});  // gives back alone, asks for nothing
+    wait_until([&] { return service->report().models[0].slots_busy == 1; });
+    EXPECT_FALSE(stranger.closed());
 }
 
 TEST_F(RingTest, GivesClientsNoWayToWriteToWeights) {

@@ -34,6 +34,8 @@ std::byte* data_of(const WriteBytes& bytes) { return reinterpret_cast<std::byte*
 std::span<const std::byte> span_of(const ReadBytes& bytes) { return {data_of(bytes), bytes.size()}; }
 using TensorTuple = std::tuple<std::string, uint64_t, uint64_t, uint64_t>;
 
+PyObject* corrupt_bundle = nullptr;  // the exception's type, which lives as long as the module
+
 // A failed system call becomes OSError with errno and path; what() of our errors is "path: reason".
 void translate(const std::exception_ptr& pointer, void*) {
     try {
@@ -46,6 +48,11 @@ void translate(const std::exception_ptr& pointer, void*) {
         PyErr_SetObject(PyExc_OSError, arguments.ptr());
     } catch (const weightd::NoRoom& error) {
         PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const weightd::CorruptBundle& error) {
+        nb::object raised = nb::borrow(corrupt_bundle)(error.what());
+        raised.attr("layer") = error.layer;
+        raised.attr("position") = error.position;
+        PyErr_SetObject(corrupt_bundle, raised.ptr());
     }
 }
 
@@ -186,6 +193,22 @@ nb::tuple probe_io_uring() {
     }
 }
 
+void bind_errors(nb::module_& m) {
+    nb::object bundle = nb::exception<weightd::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
+    bundle.attr("layer") = 0;
+    bundle.attr("position") = 0;
+    corrupt_bundle = bundle.ptr();
+    nb::exception<weightd::CorruptResident>(m, "CorruptResident", PyExc_RuntimeError);
+    nb::exception<weightd::Stopping>(m, "Stopping", PyExc_RuntimeError);
+    nb::register_exception_translator(&translate);  // the last is asked first: it gives CorruptBundle its numbers
+}
+
+void set_predictors(Service& service, uint32_t model, const std::string& path, uint64_t bytes, uint64_t checksum,
+                    uint32_t version) {
+    const nb::gil_scoped_release released;
+    service.set_predictors(model, {path, bytes, checksum, version});
+}
+
 void bind_engine(nb::module_& m) {
     nb::class_<Service>(m, "Engine", "The reader, the pool and the data socket, on a thread of their own.")
         .def(
@@ -202,10 +225,12 @@ void bind_engine(nb::module_& m) {
              "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layer_offsets"_a, "layer_neurons"_a,
              "layer_cells"_a, "checksums"_a, "tensors"_a, "Opens a model's files; returns its number.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a,
-             "Returns (token, share_slots). Loads the resident weights the first time. Raises MemoryError, OSError, "
-             "RuntimeError (corrupt).")
+             "Returns (token, share_slots). Loads resident weights and predictors that are not in memory yet. Raises "
+             "MemoryError, OSError, CorruptResident, Stopping.")
+        .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
+             "The predictors.safetensors that sessions opened from now on get.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
-             "Whole cells, back to back. Raises OSError, RuntimeError (corrupt), IndexError, MemoryError.")
+             "Whole cells, back to back. Raises OSError, CorruptBundle, IndexError, MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
         .def("stats", &report)
         .def("close", &Service::stop, nb::call_guard<nb::gil_scoped_release>(), "Ends every session; can be repeated.")
@@ -301,7 +326,7 @@ void bind_bundle(nb::module_& module) {
 }  // namespace
 
 NB_MODULE(_native, m) {
-    nb::register_exception_translator(&translate);
+    bind_errors(m);
     bind_bundle(m);
     bind_engine(m);
     m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
+#include <optional>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,7 @@
 #include "loader.h"
 #include "memory.h"
 #include "model.h"
+#include "resident.h"
 #include "session.h"
 
 namespace weightd {
@@ -44,11 +46,13 @@ struct ModelState {
     std::unique_ptr<DirectFile> file;
     int file_index = -1;
     ModelCounts counts;
+    std::optional<PredictorsFile> predictors_file;  // of the newest calibration
 
     // while active
     std::unique_ptr<Pool> pool;
     SharedMemory resident;
     bool resident_ready = false;
+    std::shared_ptr<const Predictors> predictors;  // what the next session gets; a session keeps its own
     uint32_t users = 0;     // sessions, fetches and opens under way: an active model without any may go
     uint32_t sessions = 0;  // opened, fetches apart
     uint64_t guaranteed_slots = 0;
@@ -75,6 +79,8 @@ class Engine {
     // and from surplus segments. False: those are draining, ask again soon. Throws NoRoom. leave() ends the use.
     bool activate(uint32_t model);
     void leave(uint32_t model);
+    // Sets memory aside for predictors, until the last user lets go of them. None: draining, ask again. Throws NoRoom.
+    std::shared_ptr<Predictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
     // What a session that wants this many slots (0: no preference) would get. Throws NoRoom.
     uint32_t share_for(uint32_t model, uint32_t slots_wanted) const;
     Session& open(std::unique_ptr<Session> session);  // of a model that its opener has activated
@@ -109,6 +115,7 @@ class Engine {
     bool submit(ModelState& state);
     void retire(ModelState& state);
     void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
+    bool make_room(uint32_t model, uint64_t bytes);
     bool deactivate_idle(uint32_t except);
     bool drain_surplus(uint32_t except);
     void deactivate(ModelState& state);

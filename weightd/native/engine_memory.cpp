@@ -50,19 +50,24 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
     return static_cast<uint32_t>(models_.size() - 1);
 }
 
+// True when `bytes` are free. False: something drains, ask again. Throws NoRoom.
+bool Engine::make_room(uint32_t model, uint64_t bytes) {
+    while (memory_.free_bytes() < bytes) {
+        if (deactivate_idle(model)) continue;
+        if (drain_surplus(model)) return false;
+        throw NoRoom(models_[model]->spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
+                     mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(memory_.free_bytes()) +
+                     " is free and nothing more can be taken back: raise --dram or end a session");
+    }
+    return true;
+}
+
 bool Engine::activate(uint32_t model) {
     ModelState& state = *models_.at(model);
     const bool active = state.pool != nullptr;
     const uint64_t user_bytes = state.users >= SESSIONS_RESERVED ? session_bytes(state.spec) : 0;
-    const uint64_t needed_bytes =
-        (active ? 0 : activation_bytes(state.spec) + 2 * SHARE_SLOTS_MIN * state.spec.cell_bytes) + user_bytes;
-    while (memory_.free_bytes() < needed_bytes) {
-        if (deactivate_idle(model)) continue;
-        if (drain_surplus(model)) return false;
-        throw NoRoom(state.spec.name + ": needs " + mebibytes(needed_bytes) + " of --dram " +
-                     mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(memory_.free_bytes()) +
-                     " is free and nothing more can be taken back: raise --dram or end a session");
-    }
+    const uint64_t activated_bytes = activation_bytes(state.spec) + 2 * SHARE_SLOTS_MIN * state.spec.cell_bytes;
+    if (!make_room(model, (active ? 0 : activated_bytes) + user_bytes)) return false;
     memory_.take(Account::tables, user_bytes);
     state.users++;
     if (active) return true;
@@ -71,6 +76,17 @@ bool Engine::activate(uint32_t model) {
     memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
     state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
     return true;
+}
+
+std::shared_ptr<Predictors> Engine::reserve_predictors(uint32_t model, const PredictorsFile& wanted) {
+    const uint64_t bytes = pages(wanted.bytes);
+    if (!make_room(model, bytes)) return nullptr;
+    memory_.take(Account::resident, bytes);
+    return {new Predictors{wanted.version, wanted.bytes, {}}, [this, bytes](Predictors* predictors) {
+                predictors->memory.drain();
+                memory_.give(Account::resident, bytes);
+                delete predictors;
+            }};
 }
 
 void Engine::leave(uint32_t model) {
@@ -179,6 +195,7 @@ void Engine::deactivate(ModelState& state) {
     state.resident.drain();
     state.resident = {};
     state.resident_ready = false;
+    state.predictors.reset();
     state.pool.reset();
 }
 

@@ -37,11 +37,11 @@ class FetchSession final : public Session {
 
     void flush() override { answered_.notify_one(); }
 
-    template <typename Stopping>
-    std::vector<Answer> wait(Stopping stopping) {
+    template <typename IsStopping>
+    std::vector<Answer> wait(IsStopping stopping) {
         std::unique_lock guard(lock_);
         while (!answered_.wait_for(guard, STOP_CHECK, [this] { return owed_ == 0; })) {
-            if (stopping()) throw std::runtime_error("weightd is stopping");
+            if (stopping()) throw Stopping();
         }
         return answers_;
     }
@@ -64,13 +64,17 @@ void require_good(const ModelSpec& spec, uint32_t layer, uint32_t cell, const Fe
         throw std::system_error(static_cast<int>(answer.detail), std::generic_category(), spec.bundles_path);
     }
     if (answer.status == ring::CORRUPT) {
-        const uint32_t position = cell * spec.bundles_per_cell + answer.detail;
-        throw FetchFailed(spec.name + ": layer " + std::to_string(layer) + ", neuron at position " +
-                          std::to_string(position) + " differs from its checksum: import the model again");
+        throw CorruptBundle(spec.name, layer, cell * spec.bundles_per_cell + answer.detail);
     }
 }
 
 }  // namespace
+
+CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t position)
+    : std::runtime_error("model " + model + ", layer " + std::to_string(layer) + ", position " +
+                         std::to_string(position) + ": the bundle differs from its checksum"),
+      layer(layer),
+      position(position) {}
 
 void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
     ensure_active(model);

@@ -39,22 +39,35 @@ void read_all(const DirectFile& file, SharedMemory& memory, const ReaderChoice& 
     }
 }
 
+SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice) {
+    const DirectFile file(path, choice.allow_buffered);
+    if (file.size_bytes() != bytes) {
+        throw CorruptResident(path + " has " + std::to_string(file.size_bytes()) + " bytes where the catalog says " +
+                              std::to_string(bytes) + ": import or calibrate the model again");
+    }
+    SharedMemory memory(name, blocks(bytes));
+    read_all(file, memory, choice);
+    return memory;
+}
+
 }  // namespace
 
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice) {
-    const DirectFile file(spec.resident_path, choice.allow_buffered);
-    if (file.size_bytes() != spec.resident_bytes) {
-        throw CorruptResident(spec.name + ": " + spec.resident_path + " has " + std::to_string(file.size_bytes()) +
-                              " bytes where the catalog says " + std::to_string(spec.resident_bytes) +
-                              ": import the model again");
-    }
-    SharedMemory memory("weightd-resident", blocks(spec.resident_bytes));
-    read_all(file, memory, choice);
+    SharedMemory memory = load_file("weightd-resident", spec.resident_path, spec.resident_bytes, choice);
     for (const TensorSpec& tensor : spec.tensors) {
         if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) != tensor.checksum) {
             throw CorruptResident(spec.name + ": resident tensor " + tensor.name +
                                   " differs from its checksum: import the model again");
         }
+    }
+    memory.seal();
+    return memory;
+}
+
+SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice) {
+    SharedMemory memory = load_file("weightd-predictors", wanted.path, wanted.bytes, choice);
+    if (checksum({memory.data(), wanted.bytes}) != wanted.checksum) {
+        throw CorruptResident(model + ": " + wanted.path + " differs from its checksum: calibrate the model again");
     }
     memory.seal();
     return memory;

@@ -1,6 +1,7 @@
-// The weights outside the FFNs: one sealed, verified segment per model, shared by all its sessions.
+// The weights outside the FFNs, and the predictors: sealed, verified segments of a model, shared by its sessions.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -16,11 +17,26 @@ struct ReaderChoice {
     bool allow_buffered;
 };
 
-struct CorruptResident : std::runtime_error {  // names model and tensor
+struct PredictorsFile {  // predictors.safetensors of one version of a model's calibration
+    std::string path;
+    uint64_t bytes = 0;
+    uint64_t checksum = 0;  // XXH3-64 of the whole file
+    uint32_t version = 0;
+};
+
+struct Predictors {  // the same in memory
+    uint32_t version;
+    uint64_t bytes;  // of the file; the memory is rounded up to pages
+    SharedMemory memory;
+};
+
+struct CorruptResident : std::runtime_error {  // names model and tensor, or file
     using std::runtime_error::runtime_error;
 };
 
 // Reads the file uncached, checks every tensor, seals the segment. Blocks; throws std::system_error, CorruptResident.
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice);
+// The same for predictors, which have one checksum.
+SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice);
 
 }  // namespace weightd

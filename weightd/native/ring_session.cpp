@@ -36,9 +36,11 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
     return ::sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
 }
 
-RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token)
+RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
+                         std::shared_ptr<const Predictors> predictors)
     : Session(model, cells, share_slots),
       token_(token),
+      predictors_(std::move(predictors)),
       attach_before_(Clock::now() + ATTACH_WITHIN),
       memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),
       doorbell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
@@ -53,8 +55,11 @@ RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, c
 bool RingSession::attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd) {
     socket_ = std::move(socket);
     process_ = std::move(process);
-    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, 0, share_slots, 0};
-    const std::array descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
+    const bool predicts = predictors_ != nullptr;
+    const uint64_t calibration_bytes = predicts ? predictors_->bytes : 0;
+    const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, calibration_bytes, share_slots, 0};
+    std::vector<int> descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
+    if (predicts) descriptors.push_back(predictors_->memory.shared_fd());
     return send_with_descriptors(socket_.get(), &welcome, sizeof welcome, descriptors);
 }
 
@@ -74,12 +79,16 @@ std::optional<RingSession::Taken> RingSession::take() {
     }
     request_head_++;
     ring().header.request_head.store(request_head_, std::memory_order_release);
-    return Taken{static_cast<ring::Op>(request.op), request.layer, request.tag, cells_};
+    const std::span<const uint32_t> cells(cells_);
+    const size_t own = cells.size() - request.release_count;
+    return Taken{static_cast<ring::Op>(request.op), request.layer, request.tag, cells.first(own), cells.subspan(own)};
 }
 
 // Copies the words once and works on the copy: the client may change them at any moment.
 bool RingSession::unpack(const ring::Request& request, uint32_t index) {
     if (request.op < ring::ACQUIRE || request.op > ring::PREFETCH || request.word_count > ring::WORDS) return false;
+    const bool may_give_back = request.op == ring::ACQUIRE && request.form == ring::CELLS;
+    if (request.release_count > (may_give_back ? request.word_count : 0)) return false;
     const uint32_t* words = ring().words[index];
     cells_.assign(words, words + request.word_count);
     if (request.form == ring::RANGES) {
@@ -95,7 +104,7 @@ bool RingSession::unpack(const ring::Request& request, uint32_t index) {
     }
     if (request.op != ring::ACQUIRE) return true;
     const uint32_t unread = grant_tail_ - ring().header.grant_head.load(std::memory_order_acquire);
-    answers_owed_ += static_cast<uint32_t>(cells_.size());
+    answers_owed_ += static_cast<uint32_t>(cells_.size()) - request.release_count;
     return unread <= ring::GRANTS && answers_owed_ <= ring::GRANTS - unread;
 }
 

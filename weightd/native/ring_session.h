@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "memory.h"
+#include "resident.h"
 #include "ring.h"
 #include "session.h"
 
@@ -22,9 +23,11 @@ using Clock = std::chrono::steady_clock;
 
 class RingSession final : public Session {
   public:
-    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token);
+    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
+                std::shared_ptr<const Predictors> predictors);
 
-    // The client has connected: passes it the ring, the doorbell and the resident weights. False: it does not listen.
+    // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
+    // False: it does not listen.
     bool attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd);
     bool attached() const { return socket_.get() >= 0; }
     bool expired() const { return !attached() && Clock::now() > attach_before_; }
@@ -33,7 +36,8 @@ class RingSession final : public Session {
         ring::Op op;
         uint32_t layer;
         uint32_t tag;
-        std::span<const uint32_t> cells;  // valid until the next call
+        std::span<const uint32_t> cells;     // valid until the next call
+        std::span<const uint32_t> released;  // of an ACQUIRE: given back before it
     };
     // The next request, or none. `broken` is set when the client broke a rule.
     std::optional<Taken> take();
@@ -60,6 +64,7 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
+    std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point attach_before_;
     SharedMemory memory_;
     Descriptor doorbell_;

@@ -45,6 +45,12 @@ Descriptor listen_at(const std::string& path) {
     return listener;
 }
 
+std::optional<PredictorsFile> missing_predictors(const ModelState& state) {
+    const auto& newest = state.predictors_file;
+    const bool there = newest && state.predictors != nullptr && state.predictors->version == newest->version;
+    return there ? std::nullopt : newest;
+}
+
 uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrency() / 2); }
 
 }  // namespace
@@ -128,7 +134,8 @@ bool Service::serve_ring(RingSession& session) {
         bool kept = false;
         switch (taken->op) {
             case ring::ACQUIRE:
-                kept = engine_->acquire(session, taken->layer, taken->cells, taken->tag);
+                kept = engine_->release(session, taken->layer, taken->released) &&
+                       engine_->acquire(session, taken->layer, taken->cells, taken->tag);
                 break;
             case ring::RELEASE:
                 kept = engine_->release(session, taken->layer, taken->cells);
@@ -170,7 +177,7 @@ void Service::sleep_until_event() {
 void Service::post(std::function<void()> command) {
     {
         const std::lock_guard guard(command_lock_);
-        if (stopping_) throw std::runtime_error("weightd is stopping");
+        if (stopping_) throw Stopping();
         commands_.push_back(std::move(command));
     }
     const uint64_t one = 1;
@@ -207,11 +214,7 @@ std::string Service::io_level() {
 
 void Service::ensure_active(uint32_t model) {
     const std::lock_guard guard(opening_);
-    const auto give_up = Clock::now() + ROOM_WITHIN;
-    while (!on_loop([&] { return engine_->activate(model); })) {
-        if (Clock::now() > give_up) throw NoRoom("the pool is leased: no segment became free; end a session");
-        std::this_thread::sleep_for(std::chrono::milliseconds(2));
-    }
+    wait_for_room([&] { return engine_->activate(model); });
     ModelState& state = engine_->model(model);  // its spec never changes, and only openers write `resident`
     if (state.resident_ready) return;
     try {
@@ -226,15 +229,53 @@ void Service::ensure_active(uint32_t model) {
     }
 }
 
+// Until `reserve`, on the loop, has found memory.
+void Service::wait_for_room(const std::function<bool()>& reserve) {
+    const auto give_up = Clock::now() + ROOM_WITHIN;
+    while (!on_loop(reserve)) {
+        if (Clock::now() > give_up) throw NoRoom("the pool is leased: no segment became free; end a session");
+        std::this_thread::sleep_for(std::chrono::milliseconds(2));
+    }
+}
+
+void Service::set_predictors(uint32_t model, const PredictorsFile& file) {
+    on_loop([&] { engine_->model(model).predictors_file = file; });
+}
+
+void Service::ensure_predictors(uint32_t model) {
+    const std::lock_guard guard(opening_);
+    ModelState& state = engine_->model(model);
+    while (const auto wanted = on_loop([&] { return missing_predictors(state); })) {
+        std::shared_ptr<Predictors> fresh;
+        wait_for_room([&] { return (fresh = engine_->reserve_predictors(model, *wanted)) != nullptr; });
+        try {
+            fresh->memory = load_predictors(state.spec.name, *wanted, choice_);
+            on_loop([&] { state.predictors = std::move(fresh); });
+        } catch (...) {
+            const bool newest = on_loop([&] {
+                fresh.reset();
+                return state.predictors_file->version == wanted->version;
+            });
+            if (newest) throw;  // else its file has gone, because a newer one came
+        }
+    }
+}
+
 Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
     ensure_active(model);
+    try {
+        ensure_predictors(model);
+    } catch (...) {
+        on_loop([&] { engine_->leave(model); });
+        throw;
+    }
     return on_loop([&] {
         try {
             Token token;
             if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
             const uint32_t share = engine_->share_for(model, slots_wanted);
             ModelState& state = engine_->model(model);
-            auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token);
+            auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, state.predictors);
             RingSession* opened = ring.get();
             engine_->open(std::move(ring));
             rings_[opened->id] = opened;

@@ -17,8 +17,14 @@
 
 namespace weightd {
 
-struct FetchFailed : std::runtime_error {  // a checksum differs; names model, layer and neuron's position
-    using std::runtime_error::runtime_error;
+struct CorruptBundle : std::runtime_error {  // a checksum differs
+    CorruptBundle(const std::string& model, uint32_t layer, uint32_t position);
+    uint32_t layer;
+    uint32_t position;
+};
+
+struct Stopping : std::runtime_error {
+    Stopping() : std::runtime_error("weightd is stopping") {}
 };
 
 struct Opened {
@@ -55,6 +61,8 @@ class Service {
     const std::string& io_note() const { return io_note_; }
 
     uint32_t add_model(ModelSpec spec);
+    // What sessions get from now on; those that are open keep theirs.
+    void set_predictors(uint32_t model, const PredictorsFile& file);
     Opened open_session(uint32_t model, uint32_t slots_wanted);
     // Whole cells of `layer`, back to back in the order asked.
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);
@@ -81,8 +89,10 @@ class Service {
     void close_expired();
     void watch(int fd, uint64_t data, uint32_t events);
     void ensure_active(uint32_t model);
+    void ensure_predictors(uint32_t model);
+    void wait_for_room(const std::function<bool()>& reserve);
     bool stopping();
-    void post(std::function<void()> command);  // throws when the service is stopping
+    void post(std::function<void()> command);  // throws Stopping
 
     template <typename F>
     auto on_loop(F function) -> decltype(function()) {  // runs it there, waits, and passes on what it throws

@@ -31,6 +31,10 @@ MAP_BYTES = 64 << 30
 _turn = threading.Lock()
 
 
+def calibration_key(model: str) -> bytes:
+    return f"calibration/{model}".encode()
+
+
 def array_key(kind: str, model: str, layer: int) -> bytes:
     return f"{kind}/{model}/{layer:05d}".encode()
 
@@ -62,20 +66,25 @@ class Catalog:
             )
 
     def models(self) -> list[weightd_pb2.Model]:
-        """By name."""
+        """By name, each with its newest calibration."""
         with self._transaction() as transaction:
             cursor = transaction.cursor()
             found = cursor.set_range(MODEL_PREFIX)
             records = []
             while found and bytes(cursor.key()).startswith(MODEL_PREFIX):
-                records.append(weightd_pb2.Model.FromString(bytes(cursor.value())))
+                records.append(_model(transaction, bytes(cursor.value())))
                 found = cursor.next()
         return records
 
     def model(self, name: str) -> weightd_pb2.Model | None:
         with self._transaction() as transaction:
             record = transaction.get(MODEL_PREFIX + name.encode())
-        return None if record is None else weightd_pb2.Model.FromString(bytes(record))
+            return None if record is None else _model(transaction, bytes(record))
+
+    def set_calibration(self, model: str, calibration: weightd_pb2.Calibration) -> None:
+        """In the place of the one there was."""
+        with self._transaction(write=True) as transaction:
+            transaction.put(calibration_key(model), calibration.SerializeToString())
 
     def array(self, kind: str, model: str, layer: int) -> bytes | None:
         with self._transaction() as transaction:
@@ -95,6 +104,7 @@ class Catalog:
             record = transaction.pop(MODEL_PREFIX + name.encode())
             assert record is not None, "looked up under the store's lock"
             layers = len(weightd_pb2.Model.FromString(bytes(record)).layers)
+            transaction.delete(calibration_key(name))
             for kind in kinds:
                 for index in range(layers):
                     transaction.delete(array_key(kind, name, index))
@@ -116,6 +126,14 @@ class Catalog:
                 environment.reader_check()  # frees the reader slots of processes that were killed
             with environment.begin(write=write) as transaction:
                 yield transaction
+
+
+def _model(transaction: lmdb.Transaction, record: bytes) -> weightd_pb2.Model:
+    model = weightd_pb2.Model.FromString(record)
+    calibration = transaction.get(calibration_key(model.name))
+    if calibration is not None:
+        model.calibration.MergeFromString(bytes(calibration))
+    return model
 
 
 def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:

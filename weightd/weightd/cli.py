@@ -149,15 +149,31 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
         "resident_bytes": model.resident_file_bytes,
         "source": model.source,
         "imported_unix_s": model.imported_unix_s,
+        "calibration": _calibration(model.calibration),
+    }
+
+
+def _calibration(calibration: weightd_pb2.Calibration) -> dict[str, Any] | None:
+    if not calibration.version:
+        return None
+    return {
+        "version": calibration.version,
+        "mode": calibration.mode,
+        "published_unix_s": calibration.published_unix_s,
+        "bytes": sum(file.size_bytes for file in calibration.files),
     }
 
 
 def _line(model: weightd_pb2.Model) -> str:
     neurons = sum(layer.neurons for layer in model.layers)
+    calibration = model.calibration
+    calibrated = (
+        f"calibrated {calibration.version}, mode {calibration.mode}" if calibration.version else "not calibrated"
+    )
     return (
         f"{model.name}: {model.family} {model.bundle.dtype}, {len(model.layers)} layers, {neurons} neurons of "
         f"{format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
-        f"resident {format_size(model.resident_file_bytes)}"
+        f"resident {format_size(model.resident_file_bytes)}, {calibrated}"
     )
 
 

@@ -7,12 +7,11 @@ of the checkpoint enters the page cache.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from weightd.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_sh
 from weightd.read_ahead import ReadAhead
 from weightd.resident import lay_out_resident
 from weightd.sizes import format_size
-from weightd.store import BUNDLES_FILE, FILES_FOLDER, RESIDENT_FILE, Staging, Store, sync
+from weightd.store import BUNDLES_FILE, FILES_FOLDER, RESIDENT_FILE, Staging, Store, space_errors, sync
 from weightd.uncached_file import UncachedWriter
 from weightd.write_behind import WriteBehind
 from weightd_proto import weightd_pb2
@@ -72,7 +71,7 @@ def import_checkpoint(
     (O_DIRECT is refused and `allow_buffered` is not set) or OSError; the store is then as before.
     """
     name = name if name is not None else path.absolute().name.removesuffix(".gguf")
-    with store.begin_import(name) as staging, _space_errors(store.path):
+    with store.begin_import(name) as staging, space_errors(store.path):
         checkpoint = open_checkpoint(path)
         model = _lay_out(checkpoint, name, dtype, _block_bytes(staging))
         _check_space(model.record, store.path)
@@ -123,18 +122,6 @@ def _check_space(record: weightd_pb2.Model, path: Path) -> None:
             f"{record.name} needs {format_size(needed_bytes)} in {path}, but {format_size(free_bytes)} are free: "
             f"make room{narrower}"
         )
-
-
-@contextmanager
-def _space_errors(path: Path) -> Iterator[None]:
-    """A full disk during the import, which others fill too."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free_bytes = shutil.disk_usage(path).free
-        raise SpaceError(f"no space in {path}: {error}, {format_size(free_bytes)} are free") from error
 
 
 def _write_files(checkpoint: Checkpoint, folder: Path) -> list[weightd_pb2.File]:

@@ -3,7 +3,8 @@
 WeightdError                  one line for the user: lower case, the value, what to try
 ├── UsageError                wrong flags or configuration (exit status 2)
 ├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
-├── RequestError              a remote call names a layer, neuron or range that is not there
+├── RequestError              a remote call names a layer, neuron or range that is not there, or contradicts itself
+├── ForbiddenError            a remote caller may not do this
 ├── StoreError                the store is missing, locked, of a newer format or lacks the model
 │   ├── UnknownModelError     no model of that name; lists those there are
 │   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
@@ -32,7 +33,11 @@ class CheckpointError(WeightdError):
 
 
 class RequestError(WeightdError):
-    """A remote call names a layer, neuron or range that is not there."""
+    """A remote call names a layer, neuron or range that is not there, or contradicts itself."""
+
+
+class ForbiddenError(WeightdError):
+    """A remote caller may not do this."""
 
 
 class StoreError(WeightdError):

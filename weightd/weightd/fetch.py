@@ -10,10 +10,13 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from weightd import _native
 from weightd._native import Engine
+from weightd.calibration import calibration_path
 from weightd.errors import CorruptionError, RequestError
 from weightd.served_models import ServedModel, ServedModels
 from weightd.store import Store
+from weightd.uncached_file import UncachedReader, aligned_buffer
 from weightd_proto import weightd_pb2
 
 RESPONSE_BYTES_MAX = 1 << 20
@@ -47,6 +50,8 @@ class Fetcher:
                 return self._file(served, request.file)
             case "placement_of":
                 return self._placement(served, request.placement_of)
+            case "calibration":
+                return self._calibration(served, request.calibration)
             case _:
                 raise RequestError("a Fetch names bundles, resident, file or placement_of; this one names none of them")
 
@@ -78,8 +83,8 @@ class Fetcher:
         cells, which = np.unique(positions // np.uint32(layout.bundles_per_cell), return_inverse=True)
         try:
             data = self._engine.fetch(served.number, layer, cells, layout.cell_bytes)
-        except RuntimeError as error:
-            raise CorruptionError(str(error)) from error
+        except _native.CorruptBundle as error:
+            raise self._store.corrupt_bundle(served.record.name, error.layer, error.position) from error
         per_cell, stride_bytes = layout.bundles_per_cell, layout.stride_bytes
         if per_cell == 1:
             by_cell = np.frombuffer(data, np.uint8).reshape(len(cells), layout.cell_bytes)
@@ -99,7 +104,7 @@ class Fetcher:
             part = min(DATA_BYTES_MAX, offset + size - first)
             try:
                 yield self._engine.fetch_resident(served.number, first, part)
-            except RuntimeError as error:
+            except _native.CorruptResident as error:
                 raise CorruptionError(str(error)) from error
 
     def _file(self, served: ServedModel, name: str) -> Iterator[bytes]:
@@ -108,6 +113,41 @@ class Fetcher:
         if name not in names:
             raise RequestError(f"model {served.record.name!r} has no file {name!r}: there is {', '.join(names)}")
         return _cut((self._store.files_path(served.record.name) / name).read_bytes())
+
+    def _calibration(self, served: ServedModel, wanted: weightd_pb2.CalibrationFile) -> Iterator[bytes]:
+        name, newest = served.record.name, served.record.calibration
+        if not newest.version:
+            raise RequestError(f"model {name!r} was never calibrated: run `flashclient calibrate {name}`")
+        if wanted.version not in (0, newest.version):
+            raise RequestError(f"no version {wanted.version} of {name!r}'s calibration: there is {newest.version}")
+        file = next((file for file in newest.files if file.name == wanted.name), None)
+        if file is None:
+            names = ", ".join(file.name for file in newest.files)
+            raise RequestError(f"the calibration of {name!r} has no file {wanted.name!r}: there is {names}")
+        begin, end = wanted.range.offset, wanted.range.offset + wanted.range.size
+        if not wanted.HasField("range"):
+            begin, end = 0, file.size_bytes
+        if end > file.size_bytes:
+            raise RequestError(f"no bytes {begin} to {end} in {file.name} of {file.size_bytes} bytes")
+        return self._calibration_parts(served, file, begin, end)
+
+    def _calibration_parts(self, served: ServedModel, file: weightd_pb2.File, begin: int, end: int) -> Iterator[bytes]:
+        """Reads all of the file, because it is checked as a whole: one that differs ends as an error."""
+        path = calibration_path(self._store, served.record.name, served.record.calibration.version) / file.name
+        checksum = _native.Checksum()
+        with UncachedReader(path) as reader:
+            buffer = aligned_buffer(reader.buffer_bytes(DATA_BYTES_MAX))
+            for first in range(0, file.size_bytes, DATA_BYTES_MAX):
+                data = reader.read(first, min(DATA_BYTES_MAX, file.size_bytes - first), buffer)
+                checksum.update(np.frombuffer(data, np.uint8))
+                part = bytes(data[max(0, begin - first) : max(0, end - first)])
+                if part:
+                    yield part
+        if checksum.value != file.checksum:
+            raise CorruptionError(
+                f"model {served.record.name}, calibration file {file.name}: it differs from its checksum; "
+                "calibrate it again"
+            )
 
     def _placement(self, served: ServedModel, layer: int) -> Iterator[bytes]:
         _layer(served, layer)

@@ -15,12 +15,15 @@ import numpy.typing as npt
 
 from weightd._native import Engine
 from weightd.budget import ModelDemand
+from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
 from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError
+from weightd.layout import round_up
 from weightd.store import Store
 from weightd_proto import weightd_pb2
 
 # Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
+PAGE_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ class ServedModels:
                 served = self._opened[name] = _open(self._store, self._engine, name)
             return served
 
+    def stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
+        """A folder for the files of a new calibration. Raises RequestError, StoreError, SpaceError."""
+        self._store.clean()
+        return CalibrationStaging(self._store, served.record, offered)
+
+    def publish(self, served: ServedModel, staging: CalibrationStaging) -> weightd_pb2.Calibration:
+        """Makes it what sessions get from now on."""
+        calibration = staging.publish()
+        with self._lock:
+            record = self._store.model(served.record.name)
+            self._opened[record.name] = ServedModel(record, served.number)
+            _offer_predictors(self._store, self._engine, record, served.number)
+            remove_old(self._store, record)
+        return calibration
+
     def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
         """The neuron at each position of the layer."""
         return self._store.placement(name, layer)
@@ -76,7 +94,10 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     cells = sum(layer.cells for layer in model.layers)
     neurons = sum(layer.neurons for layer in model.layers)
     cell_bytes = model.bundle.cell_bytes
-    minimum_bytes = Engine.minimum_dram_bytes(model.resident_file_bytes, cell_bytes, cells, neurons)
+    predictors = predictors_of(model.calibration)
+    predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
+    resident_bytes = model.resident_file_bytes + predictors_bytes
+    minimum_bytes = Engine.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + cells * cell_bytes)
 
 
@@ -107,7 +128,16 @@ def _open(store: Store, engine: Engine, name: str) -> ServedModel:
         raise StoreError(f"{error}; `weightd verify` tells more, importing again helps") from error
     except MemoryError as error:
         raise SpaceError(str(error)) from error
+    _offer_predictors(store, engine, record, number)
+    remove_old(store, record)
     return ServedModel(record, number)
+
+
+def _offer_predictors(store: Store, engine: Engine, record: weightd_pb2.Model, number: int) -> None:
+    file = predictors_of(record.calibration)
+    if file is not None:
+        path = calibration_path(store, record.name, record.calibration.version) / file.name
+        engine.set_predictors(number, str(path), file.size_bytes, file.checksum, record.calibration.version)
 
 
 def _advice(error: OSError) -> str:

@@ -7,15 +7,20 @@ its next answer when the client has taken the last.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from typing import TypeVar
 
+from weightd import _native
 from weightd._native import Engine
-from weightd.errors import CorruptionError, StoppingError
-from weightd.fetch import Fetcher
-from weightd.served_models import ServedModel, ServedModels
-from weightd.status import answered, answered_stream
+from weightd.calibration import CalibrationStaging
+from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceError, StoppingError
+from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
+from weightd.served_models import ServedModel, ServedModels, demand_of
+from weightd.sizes import format_size
+from weightd.status import answered, answered_stream, answered_upload
 from weightd_proto import weightd_pb2
 
 WORKERS_MAX = 8  # threads for blocking calls
@@ -73,6 +78,23 @@ class WeightdService:
         while (data := await self._run(lambda: next(answers, None))) is not None:
             yield weightd_pb2.FetchResponse(data=data)
 
+    @answered_upload
+    async def PublishCalibration(
+        self, requests: AsyncIterator[weightd_pb2.PublishCalibrationRequest], peer: str
+    ) -> weightd_pb2.Calibration:
+        if not peer.startswith("unix:"):  # those sockets are open to our own user, our group and root
+            raise ForbiddenError(f"{peer} may not publish: publish through the Unix socket, as a member of its group")
+        parts = aiter(requests)
+        first = await anext(parts, weightd_pb2.PublishCalibrationRequest())
+        if first.WhichOneof("part") != "header":
+            raise RequestError("a calibration begins with its header")
+        served = await self._find(first.header.model)
+        with ExitStack() as undo:
+            staging = await self._run_whole(lambda: undo.enter_context(self._stage(served, first.header.calibration)))
+            async for request in parts:
+                await self._run_whole(functools.partial(staging.write, _data(request)))
+            return await self._run_whole(lambda: self._models.publish(served, staging))
+
     @answered
     async def Stats(self, request: weightd_pb2.StatsRequest) -> weightd_pb2.StatsResponse:
         stats = await self._run(self._engine.stats)
@@ -90,10 +112,22 @@ class WeightdService:
     async def _find(self, name: str) -> ServedModel:
         return await self._run(lambda: self._models.find(name))
 
+    def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
+        record = weightd_pb2.Model()
+        record.CopyFrom(served.record)
+        record.calibration.CopyFrom(offered)
+        needed_bytes = demand_of(record).minimum_bytes
+        if needed_bytes > self._dram_bytes:
+            raise SpaceError(
+                f"{record.name!r} with these predictors needs {format_size(needed_bytes)} of --dram, this weightd has "
+                f"{format_size(self._dram_bytes)}: raise --dram, or calibrate with a smaller rank"
+            )
+        return self._models.stage(served, offered)
+
     def _open_session(self, served: ServedModel, slots_wanted: int) -> tuple[bytes, int]:
         try:
             token, share = self._engine.open_session(served.number, slots_wanted)
-        except RuntimeError as error:  # the resident weights differ from their checksums
+        except _native.CorruptResident as error:
             raise CorruptionError(str(error)) from error
         return token, share
 
@@ -107,3 +141,21 @@ class WeightdService:
             if self._stopping:
                 raise StoppingError("weightd is stopping") from error
             raise
+
+    async def _run_whole(self, work: Callable[[], Result]) -> Result:
+        """The same, but a cancelled call ends when `work` has: what that touches can be taken back then."""
+        running = asyncio.ensure_future(self._run(work))
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            with suppress(Exception):
+                await running
+            raise
+
+
+def _data(request: weightd_pb2.PublishCalibrationRequest) -> bytes:
+    if request.WhichOneof("part") != "data":
+        raise RequestError("a calibration has one header, then data")
+    if len(request.data) > RESPONSE_BYTES_MAX:
+        raise RequestError(f"{len(request.data)} bytes in one message: at most {RESPONSE_BYTES_MAX}")
+    return bytes(request.data)

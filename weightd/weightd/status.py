@@ -13,6 +13,7 @@ import grpc.aio
 from weightd.errors import (
     CorruptionError,
     DeviceError,
+    ForbiddenError,
     RequestError,
     SpaceError,
     StoppingError,
@@ -32,6 +33,7 @@ STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnknownModelError, grpc.StatusCode.NOT_FOUND),
     (CorruptionError, grpc.StatusCode.DATA_LOSS),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (SpaceError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (StoppingError, grpc.StatusCode.UNAVAILABLE),
@@ -60,6 +62,21 @@ def answered(
     async def call(service: Service, request: Request, context: Context) -> Response:
         try:
             return await method(service, request)
+        except Exception as error:
+            await _refuse(context, error)
+
+    return call
+
+
+def answered_upload(
+    method: Callable[[Service, AsyncIterator[Request], str], Awaitable[Response]],
+) -> Callable[[Service, AsyncIterator[Request], Context], Awaitable[Response]]:
+    """The same for a call that is asked with a stream; `method` also gets the peer, as gRPC spells it."""
+
+    @functools.wraps(method)
+    async def call(service: Service, requests: AsyncIterator[Request], context: Context) -> Response:
+        try:
+            return await method(service, requests, context.peer())
         except Exception as error:
             await _refuse(context, error)
 

@@ -5,7 +5,8 @@
     STORE/<model>/bundles.bin            layers back to back
     STORE/<model>/resident.safetensors   every weight outside the FFN matrices
     STORE/<model>/hf/                    config.json, generation_config.json, tokenizer files
-    STORE/.import-*, STORE/.removed-*    an import under way, a model being deleted
+    STORE/<model>/calibration/<version>/ what was measured on the model (calibration.py)
+    STORE/.import-*, STORE/.removed-*    an import or calibration under way, a model being deleted
 
 - Everything is little endian. block_bytes = max(4096, what statx reports for direct I/O), written in the catalog.
 - A bundle is [gate row][up row][down column] ([up row][down column] in OPT) of one neuron, hidden_size elements each,
@@ -19,7 +20,8 @@
   tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
 - Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 1}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
-  `placement/<name>/<layer:05d>` -> u32 neuron at each position; `device_profile` -> JSON, what doctor measured.
+  `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
+  newest; `device_profile` -> JSON, what doctor measured.
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
   transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
   behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
@@ -30,6 +32,7 @@ plain path component, publishing over an existing model, removing while a daemon
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -40,12 +43,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from weightd.catalog import Catalog
-from weightd.errors import StoreError
+from weightd.errors import CorruptionError, SpaceError, StoreError
+from weightd.sizes import format_size
 from weightd_proto import weightd_pb2
 
 CATALOG_FILE = "catalog.mdb"
@@ -80,6 +85,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def space_errors(path: Path) -> Iterator[None]:
+    """A full disk as SpaceError: others fill it too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free_bytes = shutil.disk_usage(path).free
+        raise SpaceError(f"no space in {path}: {error}, {format_size(free_bytes)} are free") from error
 
 
 class Store:
@@ -130,7 +147,7 @@ class Store:
         return self.catalog.models()
 
     def model(self, name: str) -> weightd_pb2.Model:
-        """StoreError names the models there are."""
+        """The model with its newest calibration; StoreError names the models there are."""
         model = self.catalog.model(name)
         if model is None:
             names = ", ".join(self.names()) or "none yet"
@@ -154,6 +171,13 @@ class Store:
     def files_path(self, name: str) -> Path:
         return self.path / name / FILES_FOLDER
 
+    def corrupt_bundle(self, name: str, layer: int, position: int) -> CorruptionError:
+        """The error to raise when the bundle at `position` differs from its checksum."""
+        neuron = self.placement(name, layer)[position]
+        return CorruptionError(
+            f"model {name}, layer {layer}, neuron {neuron}: the bundle differs from its checksum; import it again"
+        )
+
     def _array(self, kind: str, name: str, layer: int) -> bytes:
         record = self.catalog.array(kind, name, layer)
         if record is None:
@@ -166,35 +190,31 @@ class Store:
     def begin_import(self, name: str) -> Staging:
         """A folder to write the model into, owned by this process; StoreError if the name is taken or not a name."""
         check_model_name(name)
-        with self._locked():
+        with self.locked():
             self._refuse_taken(name)
-            folder = self.path / f"{IMPORT_PREFIX}{secrets.token_hex(8)}"
-            folder.mkdir()
-            owner = os.open(folder / MARKER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return Staging(self, name, folder, owner)
+            return Staging(self, name)
 
     def remove(self, name: str) -> None:
         """Deletes the model; StoreError if there is none or a daemon serves the store."""
         address = self.served_by()
         if address is not None:
             raise StoreError(f"cannot remove {name!r}: a weightd at {address} serves {self.path}, stop it first")
-        with self._locked():
+        with self.locked():
             self.model(name)
             folder = self.path / name
             folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
             (folder / MARKER_FILE).touch()
             sync(folder)
             self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
-            removed = self._set_aside(folder)
-        _delete(removed)
+            removed = self.set_aside(folder)
+        delete(removed)
 
     def clean(self) -> None:
         """Deletes what dead imports and removals left behind."""
-        with self._locked():
-            leftovers = [self._set_aside(folder) for folder in self.path.iterdir() if self._abandoned(folder)]
+        with self.locked():
+            leftovers = [self.set_aside(folder) for folder in self.path.iterdir() if self._abandoned(folder)]
         for folder in leftovers:
-            _delete(folder)
+            delete(folder)
 
     def _abandoned(self, folder: Path) -> bool:
         if folder.name.startswith(REMOVED_PREFIX):
@@ -208,7 +228,8 @@ class Store:
             return False
         return True
 
-    def _set_aside(self, folder: Path) -> Path:
+    def set_aside(self, folder: Path) -> Path:
+        """Renames a folder to one that is to be deleted, in one step; the new path."""
         removed = self.path / f"{REMOVED_PREFIX}{secrets.token_hex(8)}"
         folder.rename(removed)
         return removed
@@ -219,7 +240,7 @@ class Store:
 
     def _create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with self._locked():
+        with self.locked():
             # LMDB's own entries are what a killed creation may have left; lost+found is in the root of a disk.
             own = {CATALOG_FILE, f"{CATALOG_FILE}-lock", "lost+found"}
             foreign = [entry.name for entry in self.path.iterdir() if entry.name not in own]
@@ -230,7 +251,7 @@ class Store:
                 sync(self.path)
 
     @contextmanager
-    def _locked(self, shared: bool = False) -> Iterator[None]:
+    def locked(self, shared: bool = False) -> Iterator[None]:
         """flock of the store's folder: serialises the short steps that change which folders there are."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -244,7 +265,7 @@ class Store:
     def claim(self, address: str) -> None:
         """Makes this process the one that serves the store, until `close`; StoreError names the pid of another."""
         descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        with self._locked():
+        with self.locked():
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -265,7 +286,7 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            with self._locked(shared=True):
+            with self.locked(shared=True):
                 fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return str(_daemon_record(descriptor)["address"])
@@ -274,25 +295,51 @@ class Store:
         return None
 
 
-class Staging:
-    """An import under way: write into `folder`, then `publish`; left without that, the folder is deleted."""
+class StagedFolder:
+    """A folder of the store that this process fills; deleted when it is left without being published."""
 
-    def __init__(self, store: Store, name: str, folder: Path, owner: int) -> None:
+    def __init__(self, store: Store) -> None:
+        """Makes it; the caller holds the store's lock."""
         self.store = store
-        self.name = name
-        self.folder = folder
-        self._owner = owner
+        self.folder = store.path / f"{IMPORT_PREFIX}{secrets.token_hex(8)}"
+        self.folder.mkdir()
+        self._owner = os.open(self.folder / MARKER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._published = False
 
-    def __enter__(self) -> Staging:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Deletes what was not published."""
         if not self._published:
-            _delete(self.store._set_aside(self.folder))
+            delete(self.store.set_aside(self.folder))
         os.close(self._owner)
+
+    def move(self, target: Path) -> None:
+        """Renames the folder, whose files are synced, and syncs where it lies. Not published before `finish`."""
+        for folder in [path for path in self.folder.rglob("*") if path.is_dir()] + [self.folder]:
+            sync(folder)
+        self.folder = self.folder.rename(target)
+        sync(target.parent)
+
+    def finish(self) -> None:
+        """The catalog has it now."""
+        self._published = True
+        (self.folder / MARKER_FILE).unlink()
+
+
+class Staging(StagedFolder):
+    """An import under way: write into `folder`, then `publish`."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        super().__init__(store)
+        self.name = name
 
     def publish(self, model: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> None:
         """Makes the model part of the store, neurons placed in their own order. The files must be synced already.
@@ -302,18 +349,15 @@ class Staging:
         placement = [np.arange(layer.neurons, dtype="<u4") for layer in model.layers]
         assert [len(sums) for sums in checksums] == [len(order) for order in placement]
         sums = [values.astype("<u8", copy=False) for values in checksums]
-        for folder in [path for path in self.folder.rglob("*") if path.is_dir()] + [self.folder]:
-            sync(folder)
-        with self.store._locked():
+        with self.store.locked():
             self.store._refuse_taken(self.name)
-            self.folder = self.folder.rename(self.store.path / self.name)
-            sync(self.store.path)
+            self.move(self.store.path / self.name)
             self.store.catalog.add(model, {CHECKSUMS: sums, PLACEMENT: placement})
-            self._published = True
-            (self.folder / MARKER_FILE).unlink()
+            self.finish()
 
 
-def _delete(folder: Path) -> None:
+def delete(folder: Path) -> None:
+    """Removes a folder that was set aside."""
     with suppress(FileNotFoundError):  # another process is cleaning too, and took the folder over
         shutil.rmtree(folder)
 

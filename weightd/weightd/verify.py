@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from weightd import _native
+from weightd.calibration import calibration_path
 from weightd.errors import CorruptionError
 from weightd.import_plan import CHUNK_BYTES
 from weightd.layout import native_shape
@@ -40,6 +41,16 @@ class _Cells:
     extent: Extent
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes that share one checksum: a resident tensor, or a file of the calibration."""
+
+    name: str
+    checksum: int
+    extents: list[Extent]
+    advice: str
+
+
 def verify_model(store: Store, name: str, allow_buffered: bool = False, progress: Progress | None = None) -> Verified:
     """Raises CorruptionError that names model, layer and neuron (or tensor, or file) of the first difference."""
     model = store.model(name)
@@ -47,18 +58,19 @@ def verify_model(store: Store, name: str, allow_buffered: bool = False, progress
     for path, size_bytes in ((bundles, model.bundles_file_bytes), (resident, model.resident_file_bytes)):
         _check_size(model, path, size_bytes)
     cells = list(_cells(model, bundles))
-    pieces = [(tensor, list(_pieces(tensor, resident))) for tensor in model.resident]
-    extents = [run.extent for run in cells] + [extent for _, extents in pieces for extent in extents]
+    pieces = [*_tensors(model, resident), *_calibration(store, model)]
+    extents = [run.extent for run in cells] + [extent for piece in pieces for extent in piece.extents]
     total_bytes = sum(extent.size_bytes for extent in extents)
     with ReadAhead(extents, direct_only=not allow_buffered) as read_ahead:
         taker = _Taker(read_ahead, total_bytes, progress)
         for run in cells:
             _check_bundles(store, model, run, taker)
-        for tensor, tensor_extents in pieces:
-            _check_tensor(model, tensor, tensor_extents, taker)
+        for piece in pieces:
+            _check_piece(model, piece, taker)
     files_bytes = sum(_check_file(store, model, file) for file in model.files)
     neurons = sum(layer.neurons for layer in model.layers)
-    return Verified(name, neurons, len(model.resident), len(model.files), total_bytes + files_bytes)
+    files = len(model.files) + len(model.calibration.files)
+    return Verified(name, neurons, len(model.resident), files, total_bytes + files_bytes)
 
 
 class _Taker:
@@ -93,9 +105,23 @@ def _cells(model: weightd_pb2.Model, path: Path) -> Iterator[_Cells]:
             yield _Cells(index, begin, end, Extent(path, offset_bytes, cells * layout.cell_bytes))
 
 
-def _pieces(tensor: weightd_pb2.Tensor, path: Path) -> Iterator[Extent]:
-    for begin in range(0, tensor.size_bytes, CHUNK_BYTES):
-        yield Extent(path, tensor.offset_bytes + begin, min(CHUNK_BYTES, tensor.size_bytes - begin))
+def _tensors(model: weightd_pb2.Model, path: Path) -> Iterator[_Piece]:
+    for tensor in model.resident:
+        extents = _extents(path, tensor.offset_bytes, tensor.size_bytes)
+        yield _Piece(f"tensor {tensor.name}", tensor.checksum, extents, "import it again")
+
+
+def _calibration(store: Store, model: weightd_pb2.Model) -> Iterator[_Piece]:
+    for file in model.calibration.files:
+        path = calibration_path(store, model.name, model.calibration.version) / file.name
+        _check_size(model, path, file.size_bytes)
+        extents = _extents(path, 0, file.size_bytes)
+        yield _Piece(f"calibration file {file.name}", file.checksum, extents, "calibrate it again")
+
+
+def _extents(path: Path, offset_bytes: int, size_bytes: int) -> list[Extent]:
+    begins = range(0, size_bytes, CHUNK_BYTES)
+    return [Extent(path, offset_bytes + begin, min(CHUNK_BYTES, size_bytes - begin)) for begin in begins]
 
 
 def _check_bundles(store: Store, model: weightd_pb2.Model, run: _Cells, taker: _Taker) -> None:
@@ -104,20 +130,15 @@ def _check_bundles(store: Store, model: weightd_pb2.Model, run: _Cells, taker: _
     expected = store.checksums(model.name, run.layer)[run.begin : run.end]
     wrong = np.flatnonzero(found != expected)
     if len(wrong):
-        neuron = store.placement(model.name, run.layer)[run.begin + wrong[0]]
-        raise CorruptionError(
-            f"model {model.name}, layer {run.layer}, neuron {neuron}: the bundle differs from its checksum"
-        )
+        raise store.corrupt_bundle(model.name, run.layer, run.begin + int(wrong[0]))
 
 
-def _check_tensor(model: weightd_pb2.Model, tensor: weightd_pb2.Tensor, extents: list[Extent], taker: _Taker) -> None:
+def _check_piece(model: weightd_pb2.Model, piece: _Piece, taker: _Taker) -> None:
     checksum = _native.Checksum()
-    for extent in extents:
+    for extent in piece.extents:
         taker.take(extent, checksum.update)
-    if checksum.value != tensor.checksum:
-        raise CorruptionError(
-            f"model {model.name}, tensor {tensor.name}: it differs from its checksum; import it again"
-        )
+    if checksum.value != piece.checksum:
+        raise CorruptionError(f"model {model.name}, {piece.name}: it differs from its checksum; {piece.advice}")
 
 
 def _check_file(store: Store, model: weightd_pb2.Model, file: weightd_pb2.File) -> int:

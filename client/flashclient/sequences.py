@@ -1,0 +1,68 @@
+"""A text file as the token sequences that calibration and evaluation run a model on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashclient.errors import OptionError
+
+TOKENS_MIN = 1024  # fewer say nothing about how often a neuron fires
+SEQUENCE_TOKENS_MAX = 512
+SEQUENCES_MIN = 16  # a short text is cut into shorter sequences instead of fewer
+PIECE_CHARACTERS = 2**20
+
+
+def read_sequences(path: Path, tokenizer: Any, positions_max: int, tokens: int | None, tokens_max: int) -> Tensor:
+    """The beginning of the text at `path`, cut into sequences of equal length.
+
+    Each begins with the token that the tokenizer puts before any text, if it does.
+
+    Args:
+        positions_max: the longest sequence that the model takes.
+        tokens: how many are needed, of all sequences together; None: what there is, up to `tokens_max`.
+
+    Returns:
+        [sequences, length] int64.
+
+    Raises:
+        OptionError: the file cannot be read, is not UTF-8, or is too short.
+    """
+    if tokens is not None and tokens < TOKENS_MIN:
+        raise OptionError(f"--tokens {tokens} are too few: at least {TOKENS_MIN} are needed")
+    prefix: list[int] = tokenizer("").input_ids[:1]
+    ids = _read_ids(path, tokenizer, tokens or tokens_max)
+    if not ids:
+        raise OptionError(f"{path} is empty: pass a text of at least {TOKENS_MIN} tokens")
+    if len(ids) < max(TOKENS_MIN, tokens or 0):
+        what = f"--tokens asks for {tokens}" if tokens else f"at least {TOKENS_MIN} are needed"
+        raise OptionError(f"{path} has {len(ids)} tokens and {what}: pass a longer text")
+    length = min(SEQUENCE_TOKENS_MAX, positions_max, len(ids) // SEQUENCES_MIN)
+    new_tokens = length - len(prefix)
+    rows = torch.tensor(ids[: len(ids) // new_tokens * new_tokens]).view(-1, new_tokens)
+    return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
+
+
+def _read_ids(path: Path, tokenizer: Any, tokens: int) -> list[int]:
+    ids: list[int] = []
+    for piece in _pieces(path):
+        ids += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids
+        if len(ids) >= tokens:
+            return ids[:tokens]
+    return ids
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """The text in pieces that end with a line, so that tokens are what they would be in one piece."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            while piece := file.read(PIECE_CHARACTERS):
+                yield piece + file.readline(PIECE_CHARACTERS)
+    except OSError as error:
+        raise OptionError(f"cannot read {path}: {(error.strerror or str(error)).lower()}") from error
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{path} is not text in UTF-8: {error.reason} ({error.object[error.start]:#04x})") from error

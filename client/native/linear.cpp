@@ -1,0 +1,46 @@
+#include "linear.h"
+
+#include <algorithm>
+#include <cassert>
+
+namespace flashclient {
+namespace {
+
+constexpr std::size_t kBlockBytes = 128 * 1024;  // some microseconds of memory bandwidth
+constexpr std::size_t kBlockRowsMin = 8;         // a tile of the kernels
+constexpr std::size_t kBlockRowsMax = 128;
+
+std::size_t block_rows(std::size_t row_bytes) {
+    const std::size_t rows = kBlockBytes / std::max<std::size_t>(row_bytes, 1);
+    return std::clamp(rows / kBlockRowsMin * kBlockRowsMin, kBlockRowsMin, kBlockRowsMax);
+}
+
+}  // namespace
+
+Linear::Linear(Workers& workers, Dtype dtype, const char* instruction_set)
+    : workers_(workers), dtype_(dtype), kernels_(kernels_for(dtype, instruction_set)) {}
+
+void Linear::for_blocks(const Matrix& weight, const float* x, std::size_t tokens, const Block& block) const {
+    assert(tokens <= kTokensMax);
+    const std::size_t row_bytes = weight.columns * bytes_of(dtype_);
+    const std::size_t rows_max = block_rows(row_bytes);
+    workers_.run((weight.rows + rows_max - 1) / rows_max, [&](std::size_t item) {
+        const void* rows[kBlockRowsMax];
+        float dots[kBlockRowsMax * kTokensMax];
+        const std::size_t first = item * rows_max;
+        const std::size_t count = std::min(rows_max, weight.rows - first);
+        for (std::size_t i = 0; i < count; ++i)
+            rows[i] = static_cast<const char*>(weight.data) + (first + i) * row_bytes;
+        kernels_.dots(rows, count, x, weight.columns, tokens, dots);
+        block(first, count, dots);
+    });
+}
+
+void Linear::multiply(const Matrix& weight, const float* x, std::size_t tokens, float* y) const {
+    for_blocks(weight, x, tokens, [&](std::size_t first, std::size_t count, const float* dots) {
+        for (std::size_t t = 0; t < tokens; ++t)
+            for (std::size_t i = 0; i < count; ++i) y[t * weight.rows + first + i] = dots[i * tokens + t];
+    });
+}
+
+}  // namespace flashclient

@@ -1,0 +1,79 @@
+#include "predictor.h"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+
+namespace flashclient {
+namespace {
+
+constexpr std::size_t kNeuronsPerItem = 128;
+
+Prediction wanted_by_some(const std::vector<std::uint16_t>& row_masks) {
+    Prediction prediction;
+    for (std::size_t neuron = 0; neuron < row_masks.size(); ++neuron) {
+        if (row_masks[neuron] == 0) continue;
+        prediction.positions.push_back(static_cast<std::uint32_t>(neuron));
+        prediction.row_masks.push_back(row_masks[neuron]);
+    }
+    return prediction;
+}
+
+std::vector<std::uint8_t> sign_bits(const float* x, std::size_t hidden, std::size_t tokens, std::size_t row_bytes) {
+    std::vector<std::uint8_t> bits(tokens * row_bytes, 0);
+    for (std::size_t t = 0; t < tokens; ++t)
+        for (std::size_t j = 0; j < hidden; ++j)
+            if (std::signbit(x[t * hidden + j])) bits[t * row_bytes + j / 8] |= static_cast<std::uint8_t>(1u << j % 8);
+    return bits;
+}
+
+}  // namespace
+
+LowRankPredictor::LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, Matrix output, const float* bias,
+                                   const char* instruction_set)
+    : linear_(workers, dtype, instruction_set), input_(input), output_(output), bias_(bias) {}
+
+Prediction LowRankPredictor::predict(const float* x, std::size_t tokens) const {
+    std::vector<float> code(tokens * input_.rows);
+    linear_.multiply(input_, x, tokens, code.data());
+    std::vector<std::uint16_t> row_masks(output_.rows);
+    linear_.for_blocks(output_, code.data(), tokens, [&](std::size_t first, std::size_t count, const float* dots) {
+        for (std::size_t i = 0; i < count; ++i) {
+            unsigned mask = 0;
+            for (std::size_t t = 0; t < tokens; ++t) mask |= (dots[i * tokens + t] + bias_[first + i] > 0.0f) << t;
+            row_masks[first + i] = static_cast<std::uint16_t>(mask);
+        }
+    });
+    return wanted_by_some(row_masks);
+}
+
+SignPredictor::SignPredictor(Workers& workers, const std::uint8_t* signs, std::size_t neurons, std::size_t row_bytes,
+                             const std::int32_t* margin, const char* instruction_set)
+    : workers_(workers),
+      kernels_(kernels_for(Dtype::f32, instruction_set)),
+      signs_(signs),
+      neurons_(neurons),
+      row_bytes_(row_bytes),
+      margin_(margin) {}
+
+Prediction SignPredictor::predict(const float* x, std::size_t hidden, std::size_t tokens) const {
+    assert(tokens <= kTokensMax);
+    const std::vector<std::uint8_t> bits = sign_bits(x, hidden, tokens, row_bytes_);
+    std::vector<std::uint16_t> row_masks(neurons_);
+    workers_.run((neurons_ + kNeuronsPerItem - 1) / kNeuronsPerItem, [&](std::size_t item) {
+        const std::size_t end = std::min(neurons_, (item + 1) * kNeuronsPerItem);
+        for (std::size_t i = item * kNeuronsPerItem; i < end; ++i) {
+            unsigned mask = 0;
+            for (std::size_t t = 0; t < tokens; ++t) {
+                const std::uint8_t* of_token = bits.data() + t * row_bytes_;
+                const auto differ =
+                    static_cast<std::int64_t>(kernels_.differing_bits(signs_ + i * row_bytes_, of_token, row_bytes_));
+                mask |= (static_cast<std::int64_t>(hidden) - 2 * differ > margin_[i]) << t;
+            }
+            row_masks[i] = static_cast<std::uint16_t>(mask);
+        }
+    });
+    return wanted_by_some(row_masks);
+}
+
+}  // namespace flashclient

@@ -1,0 +1,187 @@
+"""The client's kernels beside the speed at which the same threads read the same memory.
+
+All weights are views of one buffer of bfloat16, at least eight times the last-level cache; each kernel walks through the
+whole of it before it comes back, so nothing it reads is in a cache. Bundles are picked at random: a tenth of a layer is
+predicted, a third of that fires. What counts as read is what the kernel has to touch: gate or up rows of the predicted
+neurons, up rows and down columns of those that fire. Kernel and plain reading take turns in ABBA order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import flashclient  # isort: skip  # before torch: tells its idle threads to sleep
+import numpy as np
+import torch
+from bench import Row, Target, abba, machine_facts, report
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from flashclient._native import Ffn, Linear, LowRankPredictor, Workers, read_memory
+
+BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
+BUFFER_BYTES_MIN = 352 * 2**20  # room for the largest matrix
+PREDICTED_SHARE = 0.10
+FIRING_SHARE = 0.033
+LAYER_NEURONS = 8192
+RANK = 128
+ELEMENT_BYTES = 2
+ROUNDS = 5
+
+BUNDLES = (  # hidden_size, gated
+    (2048, False),  # OPT-1.3B: 8 KiB
+    (4096, False),  # OPT-6.7B: 16 KiB
+    (4096, True),  # Llama-7B: 24 KiB
+)
+MATRICES = (  # what, rows, columns
+    ("attention of OPT-1.3B", 2048, 2048),
+    ("head of OPT-1.3B", 50272, 2048),
+    ("head of Gemma 3 270M", 262144, 640),
+)
+
+
+class Arena:
+    """A buffer of random weights that no cache holds, and the threads that read it."""
+
+    def __init__(self, threads: int) -> None:
+        self.workers = Workers(threads)
+        self.bytes = max(BUFFER_BYTES_MIN, BUFFER_OVER_CACHE * last_level_cache_bytes())
+        mapped = mmap.mmap(-1, self.bytes)
+        mapped.madvise(mmap.MADV_HUGEPAGE)  # as the daemon asks for its pool
+        random = torch.randn(2**20).mul(0.02).bfloat16().view(torch.uint16).numpy()
+        self.bits = np.frombuffer(mapped, np.uint16)
+        self.bits[:] = np.resize(random, len(self.bits))
+        self.address = self.bits.ctypes.data
+
+    def read_s(self) -> float:
+        start_s = time.perf_counter()
+        read_memory(self.workers, self.address, self.bytes)
+        return time.perf_counter() - start_s
+
+    def matrices(self, rows: int, columns: int) -> list[NDArray[np.uint16]]:
+        count = len(self.bits) // (rows * columns)
+        return list(self.bits[: count * rows * columns].reshape(count, rows, columns))
+
+
+def last_level_cache_bytes() -> int:
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 2**20)
+
+
+def compare(arena: Arena, work: Callable[[], None], work_bytes: int, rounds: int) -> Row:
+    """Speed of `work`, which reads `work_bytes`, beside that of plain reading."""
+
+    def work_s() -> float:
+        start_s = time.perf_counter()
+        work()
+        return time.perf_counter() - start_s
+
+    work()
+    kernel, memory = abba(work_s, arena.read_s, rounds)
+    kernel_gbps, memory_gbps = work_bytes / median(kernel) / 1e9, arena.bytes / median(memory) / 1e9
+    return {"GB_per_s": kernel_gbps, "memory_GB_per_s": memory_gbps, "over_memory_ratio": kernel_gbps / memory_gbps}
+
+
+def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rounds: int = ROUNDS) -> Row:
+    """fire() and accumulate() over layer after layer of scattered bundles."""
+    row_bytes, parts = hidden_size * ELEMENT_BYTES, 3 if gated else 2
+    predicted, fired = round(PREDICTED_SHARE * LAYER_NEURONS), round(FIRING_SHARE * LAYER_NEURONS)
+    random = np.random.default_rng(0)
+    bundles = random.permutation(arena.bytes // (parts * row_bytes)).astype(np.uint64)
+    layers = np.sort(bundles[: len(bundles) // predicted * predicted].reshape(-1, predicted))
+    lists = list(np.uint64(arena.address) + layers * np.uint64(parts * row_bytes))
+    kernels = Ffn(arena.workers, "BF16", hidden_size, gated, "relu")
+    x = random.standard_normal((tokens, hidden_size)).astype(np.float32)
+    bias = np.where(random.permutation(predicted) < fired, 1e3, -1e3).astype(np.float32)  # decides which fire
+    index, masks = np.arange(predicted, dtype=np.uint32), np.full(predicted, 2**tokens - 1, np.uint16)
+    h, y = np.empty((predicted, tokens), np.float32), np.zeros((tokens, hidden_size), np.float32)
+
+    def work() -> None:
+        for addresses in lists:
+            kernels.fire(addresses, index, masks, bias, x, h)
+            kernels.accumulate(addresses, h, y)
+
+    read_bytes = len(lists) * row_bytes * (predicted + (parts - 1) * fired)
+    row = compare(arena, work, read_bytes, rounds)
+    assert np.count_nonzero(h[:, 0]) == fired
+    return {"kernel": "sparse FFN", "bundle_bytes": parts * row_bytes, "tokens": tokens, "read_bytes": read_bytes} | row
+
+
+def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, rounds: int = ROUNDS) -> Row:
+    """The native matrix product, then torch's, over as many matrices as the buffer holds."""
+    matrices = arena.matrices(rows, columns)
+    tensors = [torch.from_numpy(matrix.view(np.int16)).view(torch.bfloat16) for matrix in matrices]
+    kernel = Linear(arena.workers, "BF16")
+    x, y = torch.randn(tokens, columns), torch.empty(tokens, rows)
+    rounded = x.bfloat16()
+
+    def native() -> None:
+        for matrix in matrices:
+            kernel.multiply(matrix.ctypes.data, x.numpy(), y.numpy())
+
+    def by_torch() -> None:
+        for tensor in tensors:
+            functional.linear(rounded, tensor)
+
+    read_bytes = sum(matrix.nbytes for matrix in matrices)
+    torch_row = compare(arena, by_torch, read_bytes, 1)
+    row = compare(arena, native, read_bytes, rounds) | {"torch_over_memory_ratio": torch_row["over_memory_ratio"]}
+    return {"kernel": "linear", "matrix": what, "tokens": tokens, "read_bytes": read_bytes} | row
+
+
+def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int = ROUNDS) -> Row:
+    """Low-rank predictors of layer after layer."""
+    rows = rank + LAYER_NEURONS * rank // hidden_size  # of hidden_size elements each: input, then output
+    bias = np.full(LAYER_NEURONS, -1, np.float32)
+    layers = [
+        LowRankPredictor(arena.workers, "BF16", part[:rank], part[rank:].reshape(LAYER_NEURONS, rank), bias)
+        for part in arena.matrices(rows, hidden_size)
+    ]
+    x = np.random.default_rng(0).standard_normal((1, hidden_size)).astype(np.float32)
+
+    def work() -> None:
+        for layer in layers:
+            layer.predict(x)
+
+    read_bytes = len(layers) * (rows * hidden_size * ELEMENT_BYTES + bias.nbytes)
+    facts = {"kernel": "low-rank predictor", "rank": rank, "neurons": LAYER_NEURONS, "tokens": 1}
+    return facts | {"read_bytes": read_bytes} | compare(arena, work, read_bytes, rounds)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = machine_facts(Path()) | {"threads": options.threads, "cache_bytes": last_level_cache_bytes()}
+    arena = Arena(options.threads)
+    sparse = [sparse_row(arena, hidden, gated, rounds=options.rounds) for hidden, gated in BUNDLES]
+    batch = sparse_row(arena, BUNDLES[0][0], False, tokens=16, rounds=options.rounds)
+    linear = [linear_row(arena, *matrix, tokens, options.rounds) for matrix in MATRICES for tokens in (1, 16)]
+    predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
+    one, sixteen = linear[0::2], linear[1::2]
+    slowdown = max(
+        many["read_bytes"] / many["GB_per_s"] / (few["read_bytes"] / few["GB_per_s"])
+        for few, many in zip(one, sixteen, strict=True)
+    )
+    targets = [
+        Target(
+            "kernel_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in sparse), "x", 0.8, "higher"
+        ),
+        Target("linear_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in one), "x", 0.85, "higher"),
+        Target("linear_16_rows_over_1_time_ratio", slowdown, "x", 2.0, "lower"),
+    ]
+    report(machine, [*sparse, batch, *linear, predictor], targets, options.json)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
