@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
-import flashclient  # isort: skip  # before torch: tells its idle threads to sleep
 import numpy as np
 import torch
 from bench import Row, Target, abba, machine_facts, report

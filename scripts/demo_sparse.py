@@ -10,9 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from demo_serving import dram_for_half, facts, ffn_bytes, run, serving
-from transformers import OPTForCausalLM
 
 from flashclient import FlashClient
 from flashclient.stats import Stats
@@ -39,7 +37,7 @@ def show_sparse(folder: Path, new_tokens: int) -> None:
     ):
         text = client.generate(PROMPT, max_new_tokens=new_tokens)
         alone = client.stats()
-        drafted_text = client.generate(PROMPT, max_new_tokens=new_tokens, assistant_model=_draft())
+        drafted_text = client.generate(PROMPT, max_new_tokens=new_tokens, assistant_model=str(MODELS / DRAFT))
         drafted = client.stats()
     print(f"\n{text}\n")
     print(table(report, alone, drafted, text == drafted_text, ffn_bytes(store, MODEL)))
@@ -57,11 +55,6 @@ def _calibration(told: Path, store: Path) -> dict[str, Any]:
     return report
 
 
-def _draft() -> Any:
-    draft: Any = OPTForCausalLM.from_pretrained(MODELS / DRAFT, dtype=torch.bfloat16)
-    return draft.eval()
-
-
 def table(report: dict[str, Any], alone: Stats, drafted: Stats, same_text: bool, ffn: int) -> str:
     """What the runs cost, one fact a line."""
     fired, predicted = ([layer[name] for layer in report["layers"]] for name in ("firing", "predicted"))
@@ -70,6 +63,7 @@ def table(report: dict[str, Any], alone: Stats, drafted: Stats, same_text: bool,
         [
             ("tokens/s", f"{alone.tokens_per_s:.1f}; with the draft {drafted.tokens_per_s:.1f}"),
             ("steps", f"{alone.steps}; with the draft {drafted.steps}, {'the same' if same_text else 'another'} text"),
+            ("draft's tokens accepted", f"{drafted.acceptance:.0%} of {drafted.drafted_tokens}"),
             ("neurons firing", ", ".join(f"{share:.0%}" for share in fired)),
             ("neurons predicted", ", ".join(f"{share:.0%}" for share in predicted)),
             ("bytes read per token", f"{format_size(int(alone.read_bytes_per_token))} {whole}"),
