@@ -1,0 +1,138 @@
+"""Write the trained demo models as they ship: bf16, tokenizer, held-out sample, and a card of measured facts each."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import torch
+from demo_measures import agreement, firing_shares, perplexity, windows
+from demo_text import HELD_OUT_PERCENT, Page, read_pages
+from train_demo_model import encode
+from transformers import GenerationConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+MODEL, DRAFT = "relu-6m", "relu-draft"
+# The texts that ship are of Python's documentation alone: its licence allows that, with notice (PYTHON_LICENSE.txt).
+SAMPLE_PAGES = "doc/python3"
+SAMPLE_BYTES_MAX = 200_000
+# More tokens than `flashclient calibrate` takes.
+CALIBRATION_BYTES_MAX = 300_000
+# Enough held-out pages of all packages for three digits of perplexity.
+MEASURED_TOKENS_MAX = 400_000
+WHAT = {
+    MODEL: "A language model for demos and tests of sparse decoding",
+    DRAFT: f"The draft for speculative decoding of {MODEL}",
+}
+OPTIONS = {
+    MODEL: "",
+    DRAFT: f" \\\n        --name {DRAFT} --layers 2 --hidden 128 --teacher checkpoints-in-progress/{MODEL}",
+}
+CARD = Path(__file__).parent / "models" / "card.template.md"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--text-root", type=Path, nargs="+", default=[Path("/usr/share")])
+    parser.add_argument("--work", type=Path, default=Path("checkpoints-in-progress"))
+    parser.add_argument("--into", type=Path, default=Path(__file__).parent / "models")
+    options = parser.parse_args()
+    pages = read_pages(options.text_root)
+    held_out = [page for page in pages if page.held_out]
+    sample = excerpt(held_out, SAMPLE_BYTES_MAX)
+    (options.into / "held_out.txt").write_text(sample)
+    learned = [page for page in pages if not page.held_out]
+    (options.into / "calibration.txt").write_text(excerpt(learned, CALIBRATION_BYTES_MAX))
+    for name in (MODEL, DRAFT):
+        if (options.work / name).exists():
+            facts = _ship(options.work / name, options.into, sample, held_out)
+            print(json.dumps({"model": name} | facts))
+            facts["text"] = _sources(pages)
+            (options.into / name / "MODEL_CARD.md").write_text(_card(name, facts))
+    return 0
+
+
+def excerpt(pages: list[Page], bytes_max: int) -> str:
+    """Whole pages of Python's documentation, as many as fit, by the hash of their names: of all its parts some."""
+    text = ""
+    for page in sorted(pages, key=lambda page: sha256(page.name.encode()).digest()):
+        longer = f"{text}{page.text}\n\n"
+        if page.name.startswith(SAMPLE_PAGES) and len(longer.encode()) <= bytes_max:
+            text = longer
+    return text
+
+
+def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[str, Any]:
+    """Store the model at `source` in bf16 under `into`; what was measured of it."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
+    rows = windows(torch.tensor(tokenizer.backend_tokenizer.encode(sample).ids))
+    trained: Any = OPTForCausalLM.from_pretrained(source)
+    before = perplexity(trained, rows)
+    trained.to(torch.bfloat16)
+    trained.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        bos_token_id=1, eos_token_id=1, pad_token_id=0
+    )
+    trained.save_pretrained(into / source.name)
+    tokenizer.save_pretrained(into / source.name)
+    shipped = trained.float()
+    everywhere = windows(encode(tokenizer, held_out)[:MEASURED_TOKENS_MAX])
+    facts = {
+        "parameters": sum(parameter.numel() for parameter in shipped.parameters()),
+        "training": json.loads((source / "training.json").read_text()),
+        "perplexity_fp32_sample": before,
+        "perplexity_sample": perplexity(shipped, rows),
+        "perplexity_all": perplexity(shipped, everywhere),
+        "firing": firing_shares(shipped, rows),
+        "sample_tokens": rows.numel(),
+        "all_tokens": everywhere.numel(),
+    }
+    if source.name == DRAFT:
+        model: Any = OPTForCausalLM.from_pretrained(into / MODEL, dtype=torch.float32)
+        facts["agreement"] = agreement(model, shipped, rows)
+    return facts
+
+
+def _sources(pages: list[Page]) -> list[tuple[str, str, float]]:
+    """Package, version and megabytes of text of each root; a root that is no unpacked package stands as it is."""
+    sizes: dict[str, int] = {}
+    for page in pages:
+        sizes[page.root.name] = sizes.get(page.root.name, 0) + len(page.text.encode(errors="replace"))
+    told = []
+    for folder, size in sorted(sizes.items()):
+        package, _, version = unquote(folder).removesuffix("_all").partition("_")
+        told.append((package, version, size / 1e6))
+    return told
+
+
+def _card(name: str, facts: dict[str, Any]) -> str:
+    run = facts["training"]
+    trained = run["step"] * run["batch_rows"] * run["context_tokens"]
+    return CARD.read_text().format(
+        name=name,
+        what=WHAT[name],
+        parameters=f"{facts['parameters'] / 1e6:.2f} M",
+        options=OPTIONS[name],
+        steps=run["steps"],
+        trained=f"{trained / 1e6:.1f} M",
+        learning_rate=run["learning_rate"],
+        firing_target=f"{run['firing_target']:.0%}",
+        held_out_percent=HELD_OUT_PERCENT,
+        text="\n".join(f"| {package} | {version} | {size:.1f} |" for package, version, size in facts["text"]),
+        perplexity_sample=f"{facts['perplexity_sample']:.2f}",
+        perplexity_fp32_sample=f"{facts['perplexity_fp32_sample']:.2f}",
+        perplexity_all=f"{facts['perplexity_all']:.2f}",
+        sample_tokens=facts["sample_tokens"],
+        all_tokens=facts["all_tokens"],
+        firing="\n".join(f"| {layer} | {share:.2%} |" for layer, share in enumerate(facts["firing"])),
+        agreement=f"| next token likeliest as in {MODEL} | {facts['agreement']:.1%} |\n"
+        if "agreement" in facts
+        else "",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
