@@ -107,8 +107,8 @@ def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 class ArraySource:
     """See BundleSource: chunks of the given sizes, over and over; bundles lie apart by an odd number of elements.
 
-    Cells of `bundles_per_cell` bundles arrive a few at a time, in an order of their own. The test sets `lease_limit` and
-    `share_cells`; `refusals` of the next cells asked for are refused.
+    Cells of `bundles_per_cell` bundles arrive a few at a time, in an order of their own. The test sets `lease_limit`
+    and `share_cells`; `refusals` of the next cells asked for are refused.
     """
 
     def __init__(
