@@ -27,8 +27,8 @@ def clients(model: PreTrainedModel, folder: Path, *modes: str) -> Iterator[list[
     """A client per mode of a fresh server of `model`."""
     with ExitStack() as opened:
         server = opened.enter_context(FetchServer([cut(model, make_tokenizer())], folder / "socket"))
-        options = {"address": server.address, "transport": "grpc"}
-        yield [opened.enter_context(FlashClient("tiny", mode=mode, **options)) for mode in modes]
+        made = [FlashClient("tiny", mode=mode, address=server.address, transport="grpc") for mode in modes]
+        yield [opened.enter_context(client) for client in made]
 
 
 def sequences_for(folder: Path, seed: int = 1) -> Tensor:
@@ -101,7 +101,6 @@ def test_predict_mode_is_the_reference_of_calibration(tmp_path: Path) -> None:
         result = calibrate(client, sequences, CalibrationOptions(ranks=(4,)))
         publish_result(result, client)
         tested = sequences[7::8]
-        exact.connection.describe("tiny")
         exact.record.CopyFrom(exact.connection.describe("tiny"))
         with FlashClient("tiny", address=client.connection.address, transport="grpc", mode="predict") as predict:
             found = evaluate(exact, predict, tested)
