@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,7 +39,6 @@ class CutModel:
     placements: list[NDArray[np.uint32]]
     resident: bytes
     files: dict[str, bytes]
-    calibration: dict[str, bytes] = field(default_factory=dict)  # files of it, described in the record
 
     def save_files(self, folder: Path) -> Path:
         for name, data in self.files.items():
@@ -266,8 +265,6 @@ class FetchServer:
             return model.resident[request.resident.offset :][: request.resident.size]
         if kind == "file":
             return model.files[request.file]
-        if kind == "calibration":
-            return model.calibration[request.calibration.name]
         if kind == "placement_of":
             return model.placements[request.placement_of].astype("<u4").tobytes()
         if kind == "calibration":
