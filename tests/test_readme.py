@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 from daemon import serving
+from sparse_model import write_text
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 MODEL = "opt-1.3b"
@@ -46,7 +47,7 @@ def run(command: list[str], folder: Path) -> str:
 def test_no_command_is_left_out() -> None:
     known = ("import", "doctor", "--store ./store --dram", "ls | verify", "rm NAME", "--store DIR --help")
     left = [line for line in COMMANDS if not line.startswith(tuple(f"weightd {start}" for start in known))]
-    assert [line.split()[:2] for line in left] == [["flashclient", "generate"]]
+    assert [line.split()[1] for line in left] == ["generate", "calibrate", "eval"]
 
 
 def test_doctor(folder: Path) -> None:
@@ -73,6 +74,15 @@ def test_serving_and_generating(folder: Path) -> None:
         (script,) = PYTHON
         (folder / "example.py").write_text(script.replace(ADDRESS, daemon.address))
         assert run(["example"], folder)
+
+
+def test_calibrating_and_evaluating(folder: Path) -> None:
+    for seed, name in enumerate(("text.txt", "other.txt")):
+        write_text(folder / name, 2000, seed)
+    with serving(folder / "store") as daemon:
+        for command, word in (("calibrate", "published as version 1"), ("eval", "predict")):
+            words = example(f"flashclient {command}")
+            assert word in run([daemon.address if one == ADDRESS else one for one in words], folder)
 
 
 def test_without_a_daemon(folder: Path) -> None:

@@ -133,11 +133,12 @@ def _print_stream(client: Any, prompt: str, lengths: dict[str, int]) -> None:
 
 
 def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any:
-    from flashclient.prompts import require_tokenizer
     from flashclient.sequences import read_sequences
 
+    if client.tokenizer is None:
+        raise OptionError(f"model '{client.record.name}' was stored without a tokenizer, so it cannot read a text")
     positions = client.model.config.max_position_embeddings
-    return read_sequences(options.text, require_tokenizer(client.tokenizer), positions, options.tokens, tokens_max)
+    return read_sequences(options.text, client.tokenizer, positions, options.tokens, tokens_max)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ LEARNING_RATE = 2e-3
 LOGIT_PER_DEVIATION = 4.0  # of the initial predictor: how sure it is at one standard deviation of a neuron's input
 FALSE_POSITIVES_REACH = 0.01  # a smaller rank is taken if it costs no more than this share of the neurons
 MOMENTS_TOKENS = 4096  # summed in fp32 before they go into sums in fp64
+ROUNDING = np.float32(1e-5)  # of a score, relative: folding the threshold into the bias rounds anew
 FIRINGS_MIN = 16  # of a neuron, for a threshold of its own
 
 
@@ -261,6 +262,8 @@ def _set_gradients(parameters: list[Tensor], x: Tensor, fired: Tensor, weight: f
 def sign_predictor(rows: Tensor, held_back: Examples, recall: float) -> Predictor:
     """SparseInfer's predictor (arXiv 2411.12692), whose margins are chosen by recall instead of by one parameter."""
     signs = np.packbits(torch.signbit(rows).numpy(), axis=1, bitorder="little")
+    if not held_back.fired.frequency().any():  # a margin that no input exceeds
+        return Signs(signs, np.full(len(rows), rows.shape[1], np.int32))
     return with_thresholds(Signs(signs, np.zeros(len(rows), np.int32)), torch.float32, held_back, recall)
 
 
@@ -272,7 +275,7 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
 
 
 def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_back: Examples, recall: float) -> Predictor:
-    """`predictor` with the thresholds folded into its bias or margin."""
+    """`predictor` with the thresholds folded into its bias or margin. Some neuron fired in `held_back`."""
     prediction = Prediction(predictor, dtype)
     neurons, found = [], []
     for x, fired in held_back.blocks():
@@ -287,20 +290,30 @@ def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_back: Example
 def _thresholds(
     neurons: NDArray[np.int64], scores: NDArray[np.float32], count: int, recall: float
 ) -> list[NDArray[np.float32]]:
-    """Lowest scores [neurons] still to be wanted: one for the layer, one for each neuron."""
-    lowest = np.partition(scores, int((1 - recall) * len(scores)))[int((1 - recall) * len(scores))]
-    whole = np.full(count, lowest, np.float32)
-    order = np.lexsort((scores, neurons))
+    """Lowest scores [neurons] still to be wanted: one for the layer; one for each neuron, the rare ones sharing theirs.
+
+    Args:
+        neurons, scores: of each firing.
+    """
     firings = np.bincount(neurons, minlength=count)
-    begins = np.cumsum(firings) - firings
+    order = np.lexsort((scores, neurons))
+    ranks = (np.cumsum(firings) - firings + (1 - recall) * firings).astype(np.int64)
     frequent = firings >= FIRINGS_MIN
-    single = whole.copy()
-    single[frequent] = scores[order][(begins + (1 - recall) * firings).astype(np.int64)[frequent]]
-    return [whole, single]
+    single = np.empty(count, np.float32)
+    single[frequent] = scores[order][ranks[frequent]]
+    single[~frequent] = _lowest(scores[~frequent[neurons]], recall)
+    return [np.full(count, _lowest(scores, recall), np.float32), single]
+
+
+def _lowest(scores: NDArray[np.float32], recall: float) -> float:
+    """The highest score above or at which there are `recall` of all; 0 of none."""
+    place = int((1 - recall) * len(scores))
+    return float(np.partition(scores, place)[place]) if len(scores) else 0.0
 
 
 def _shift(predictor: Predictor, lowest: NDArray[np.float32]) -> Predictor:
     """So that scores of `lowest` and above are wanted."""
     if isinstance(predictor, Signs):
         return replace(predictor, margin=predictor.margin + lowest.astype(np.int32) - 1)
-    return replace(predictor, bias=predictor.bias - np.nextafter(lowest, np.float32(-np.inf)))
+    below = lowest - ROUNDING * (1 + np.abs(lowest))
+    return replace(predictor, bias=(predictor.bias - below).astype(np.float32))

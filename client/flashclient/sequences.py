@@ -32,6 +32,8 @@ def read_sequences(path: Path, tokenizer: Any, positions_max: int, tokens: int |
     Raises:
         OptionError: the file cannot be read, is not UTF-8, or is too short.
     """
+    if tokens is not None and tokens < TOKENS_MIN:
+        raise OptionError(f"--tokens {tokens} are too few: at least {TOKENS_MIN} are needed")
     prefix: list[int] = tokenizer("").input_ids[:1]
     ids = _read_ids(path, tokenizer, tokens or tokens_max)
     if not ids:
