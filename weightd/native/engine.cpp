@@ -6,8 +6,8 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier)
-    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier) {
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
+    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
 }
 

@@ -72,7 +72,8 @@ struct ModelState {
 
 class Engine {
   public:
-    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier);
+    // `unbundled`: see Loader.
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false);
     ~Engine();
 
     uint32_t add_model(ModelSpec spec, bool allow_buffered);
@@ -101,6 +102,7 @@ class Engine {
     // True when anything happened.
     bool step();
     bool reading() const { return loader_.busy(); }
+    double reading_s(uint32_t model) const { return loader_.reading_s(model); }
     // Whether somebody cannot go on before others give back: wants that lack a slot, memory that another model needs.
     bool waiting() const;
     // Whether it is this session that must: it is above its limit, or leases what drains.

@@ -59,7 +59,7 @@ Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& da
     : choice_(std::move(choice)), data_socket_path_(data_socket) {
     reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
-    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_);
+    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled);
     epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
     command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (epoll_.get() < 0 || command_event_.get() < 0) fail("epoll");
@@ -318,7 +318,7 @@ Report Service::report() {
             const Pool* pool = state->pool.get();
             report.models.push_back({state->spec.name, state->sessions, pool ? pool->slots() : 0,
                                      pool ? pool->filled() : 0, pool ? pool->busy() : 0, pool ? pool->evictions() : 0,
-                                     state->counts});
+                                     state->counts, engine_->reading_s(state->index)});
         }
         return report;
     });

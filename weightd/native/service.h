@@ -40,6 +40,7 @@ struct ModelReport {
     uint64_t slots_busy;
     uint64_t evictions;
     ModelCounts counts;
+    double reading_s;
 };
 
 struct Report {
