@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -219,3 +221,20 @@ def test_unbundled_reads_are_refused_where_parts_share_blocks(store: Path) -> No
     status, message = refused(store, "--listen", f"unix:{store}.sock", "--dram", "64MiB", "--unbundled-reads")
     assert (status, message.count("\n")) == (1, 1), message
     assert all(word in message for word in ("--unbundled-reads", "'tiny'", "32 bytes", "4096"))
+
+
+def test_many_sessions_take_all_descriptors_and_nothing_else(store: Path) -> None:
+    with serving(store, "--dram", "64MiB", prefix=("prlimit", "--nofile=64:128", "--")) as daemon:
+        limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()
+        assert re.search(r"Max open files +128 +128 ", limits), "the soft limit is raised"
+        refusals = []
+        for _ in range(100):
+            try:
+                daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny", slots_wanted=2))
+            except grpc.RpcError as error:
+                refusals.append((error.code(), "descriptor" in (error.details() or "")))
+        assert set(refusals) == {(grpc.StatusCode.RESOURCE_EXHAUSTED, True)}
+        bundles = pb.NeuronSet(layer=0, neurons=[1])
+        with suppress(grpc.RpcError):  # waits for a session to expire, or for ever: there was no segment before
+            list(daemon.stub.Fetch(pb.FetchRequest(model="tiny", bundles=bundles), timeout=1))
+        assert daemon.stub.Stats(pb.StatsRequest()).sessions > 0

@@ -239,6 +239,8 @@ void bind_engine(nb::module_& m) {
              "Whole cells, back to back. Raises OSError, CorruptBundle, IndexError, MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
         .def("stats", &report)
+        .def_prop_ro("failed_fd", &Service::failed_fd, "readable once the engine has ended by a fault of its own")
+        .def_prop_ro("failure", &Service::failure, "what that fault was, or empty")
         .def("close", &Service::stop, nb::call_guard<nb::gil_scoped_release>(), "Ends every session; can be repeated.")
         .def_static("minimum_dram_bytes", &minimum_dram_bytes, "resident_bytes"_a, "cell_bytes"_a, "cells"_a,
                     "neurons"_a, "The smallest --dram with which such a model can be served.");

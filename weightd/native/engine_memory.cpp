@@ -1,6 +1,7 @@
 // Who gets which part of --dram: activation of models, growth of pools, and giving back.
 #include <algorithm>
 #include <cassert>
+#include <system_error>
 
 #include "engine.h"
 
@@ -23,6 +24,17 @@ uint64_t checksum_bytes(const ModelSpec& spec) { return spec.checksums.size() * 
 uint64_t activation_bytes(const ModelSpec& spec) {
     return pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
            SESSIONS_RESERVED * session_bytes(spec);
+}
+
+// None when the system has no descriptor or mapping left: the pool then lives with the segments it has.
+std::optional<SharedMemory> new_segment(uint64_t bytes) {
+    try {
+        SharedMemory memory("weightd-pool", bytes);
+        memory.seal();
+        return memory;
+    } catch (const std::system_error&) {
+        return std::nullopt;
+    }
 }
 
 }  // namespace
@@ -185,10 +197,10 @@ bool Engine::grow(ModelState& state) {
     const uint64_t slots =
         std::min<uint64_t>(std::min(wanted_bytes, memory_.free_bytes()) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
-    SharedMemory memory("weightd-pool", slots * cell_bytes);
-    memory.seal();
+    std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
+    if (!memory) return false;
     memory_.take(Account::pool, slots * cell_bytes);
-    Segment& segment = state.pool->add_segment(next_segment_++, std::move(memory));
+    Segment& segment = state.pool->add_segment(next_segment_++, std::move(*memory));
     segment.buffer_index = reader_.register_memory(segment.memory.bytes());
     return true;
 }

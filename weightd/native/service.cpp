@@ -45,6 +45,8 @@ Descriptor listen_at(const std::string& path) {
     return listener;
 }
 
+bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
+
 std::optional<PredictorsFile> missing_predictors(const ModelState& state) {
     const auto& newest = state.predictors_file;
     const bool there = newest && state.predictors != nullptr && state.predictors->version == newest->version;
@@ -62,7 +64,8 @@ Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& da
     engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled);
     epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
     command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
-    if (epoll_.get() < 0 || command_event_.get() < 0) fail("epoll");
+    failed_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+    if (epoll_.get() < 0 || command_event_.get() < 0 || failed_event_.get() < 0) fail("epoll");
     listener_ = listen_at(data_socket);
     watch(command_event_.get(), event_data(COMMAND, 0), EPOLLIN);
     watch(reader_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
@@ -95,7 +98,11 @@ void Service::watch(int fd, uint64_t data, uint32_t events) {
 
 void Service::run() {
     ::pthread_setname_np(::pthread_self(), "weightd-engine");
-    loop();
+    try {
+        loop();
+    } catch (const std::exception& error) {  // nothing that a client does leads here; the process must not go on
+        fail_with(error.what());
+    }
     while (!rings_.empty()) close_session(rings_.begin()->first, ring::CLOSED_BY_DAEMON);
     connections_.clear();
     while (engine_->reading()) {  // nothing may land in memory that is gone
@@ -104,12 +111,26 @@ void Service::run() {
     run_commands();  // whoever posted one while we stopped is answered
 }
 
+void Service::fail_with(const std::string& what) {
+    {
+        const std::lock_guard guard(command_lock_);
+        stopping_ = true;
+        failure_ = what;
+    }
+    ::eventfd_write(failed_event_.get(), 1);
+}
+
+std::string Service::failure() {
+    const std::lock_guard guard(command_lock_);
+    return failure_;
+}
+
 void Service::loop() {
     while (true) {
         run_commands();
         if (stopping()) return;
         bool any = serve_rings();
-        close_blocking();
+        now_and_then();
         any = engine_->step() || any;  // last: it answers whom the others made way for
         if (!any) sleep_until_event();
     }
@@ -160,8 +181,9 @@ void Service::sleep_until_event() {
         unattached = unattached || !ring->attached();
     }
     std::array<epoll_event, 64> events;
-    const int timeout_ms = waiting ? 0 : unattached || engine_->waiting() ? CHECK_MS : -1;
+    const int timeout_ms = waiting ? 0 : unattached || !accepts_ || engine_->waiting() ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
+    if (count < 0 && errno != EINTR) fail("epoll_wait");
     for (const auto& [id, ring] : rings_) ring->announce_sleep(false);
     for (int i = 0; i < count; i++) {
         const auto kind = static_cast<Kind>(events[i].data.u64 >> 32);
@@ -263,30 +285,52 @@ void Service::ensure_predictors(uint32_t model) {
 }
 
 Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
-    ensure_active(model);
+    on_loop([&] { count_opening(); });
     try {
-        ensure_predictors(model);
-    } catch (...) {
-        on_loop([&] { engine_->leave(model); });
-        throw;
-    }
-    return on_loop([&] {
+        ensure_active(model);
         try {
-            Token token;
-            if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
-            const uint32_t share = engine_->share_for(model, slots_wanted);
-            ModelState& state = engine_->model(model);
-            auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, state.predictors);
-            RingSession* opened = ring.get();
-            engine_->open(std::move(ring));
-            rings_[opened->id] = opened;
-            state.sessions++;
-            return Opened{token, share};
+            ensure_predictors(model);
         } catch (...) {
-            engine_->leave(model);
+            on_loop([&] { engine_->leave(model); });
             throw;
         }
-    });
+        return on_loop([&] { return open_active(model, slots_wanted); });
+    } catch (...) {
+        on_loop([&] { opening_sessions_--; });
+        throw;
+    }
+}
+
+void Service::count_opening() {
+    const size_t there = rings_.size() + opening_sessions_;
+    if (there >= SESSIONS_MAX) {
+        throw NoRoom("no session is left: " + std::to_string(there) + " are open or being opened, at most " +
+                     std::to_string(SESSIONS_MAX) + " can be: end a session");
+    }
+    opening_sessions_++;
+}
+
+Opened Service::open_active(uint32_t model, uint32_t slots_wanted) {
+    try {
+        Token token;
+        if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
+        const uint32_t share = engine_->share_for(model, slots_wanted);
+        ModelState& state = engine_->model(model);
+        auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, state.predictors);
+        RingSession* opened = ring.get();
+        engine_->open(std::move(ring));
+        rings_[opened->id] = opened;
+        state.sessions++;
+        opening_sessions_--;
+        return {token, share};
+    } catch (const std::system_error& error) {
+        engine_->leave(model);
+        if (!out_of_descriptors(error.code().value())) throw;
+        throw NoRoom("no file descriptor is left for a session: raise LimitNOFILE or ulimit -n, or end a session");
+    } catch (...) {
+        engine_->leave(model);
+        throw;
+    }
 }
 
 void Service::close_session(uint32_t id, ring::State state) {
@@ -329,12 +373,29 @@ Report Service::report() {
 void Service::accept_connections() {
     while (true) {
         Descriptor socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+        if (socket.get() < 0 && out_of_descriptors(errno)) listen(false);  // else it would be ready for ever
         if (socket.get() < 0) return;
-        if (connections_.size() >= CONNECTIONS_MAX) continue;
-        const int fd = socket.get();
-        watch(fd, event_data(CONNECTION, static_cast<uint32_t>(fd)), EPOLLIN | EPOLLRDHUP);
-        connections_[fd] = {std::move(socket), Clock::now() + HELLO_WITHIN};
+        if (connections_.size() < CONNECTIONS_MAX) add_connection(std::move(socket));
     }
+}
+
+void Service::add_connection(Descriptor socket) {
+    const int fd = socket.get();
+    try {
+        watch(fd, event_data(CONNECTION, static_cast<uint32_t>(fd)), EPOLLIN | EPOLLRDHUP);
+    } catch (const std::system_error&) {
+        return;  // the system's limit of watches: this client sees that it is hung up on
+    }
+    connections_[fd] = {std::move(socket), Clock::now() + HELLO_WITHIN};
+}
+
+void Service::listen(bool accepts) {
+    if (accepts == accepts_) return;
+    accepts_ = accepts;
+    epoll_event event{};
+    event.events = accepts ? EPOLLIN : 0;
+    event.data.u64 = event_data(LISTENER, 0);
+    if (::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, listener_.get(), &event) < 0) fail("epoll_ctl");
 }
 
 void Service::greet(int fd) {
@@ -354,21 +415,28 @@ void Service::greet(int fd) {
     };
     const auto ring = std::find_if(rings_.begin(), rings_.end(), same);
     if (ring == rings_.end()) return refuse(fd, ENOENT);
+    attach(std::move(socket), *ring->second);
+}
+
+void Service::attach(Descriptor socket, RingSession& session) {
+    const int fd = socket.get();
     ucred peer{};
     socklen_t peer_bytes = sizeof peer;
     if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
     Descriptor process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
     if (process.get() < 0 && errno != ENOSYS && errno != ESRCH) return refuse(fd, errno);
-    RingSession& session = *ring->second;
-    const uint32_t id = ring->first;
+    try {
+        watch(fd, event_data(SESSION, session.id), EPOLLRDHUP | EPOLLHUP);
+        // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.
+        if (process.get() >= 0) watch(process.get(), event_data(SESSION, session.id), EPOLLIN);
+        // Edge-triggered and never read: a client that fills it or clears O_NONBLOCK hurts only itself.
+        watch(session.doorbell_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
+    } catch (const std::system_error& error) {
+        return refuse(fd, error.code().value());
+    }
     const ModelState& state = engine_->model(session.model);
-    watch(fd, event_data(SESSION, id), EPOLLRDHUP | EPOLLHUP);
-    // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.
-    if (process.get() >= 0) watch(process.get(), event_data(SESSION, id), EPOLLIN);
-    // Edge-triggered and never read: a client that fills it or clears O_NONBLOCK hurts only itself.
-    watch(session.doorbell_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
     if (!session.attach(std::move(socket), std::move(process), state.spec.resident_bytes, state.resident.shared_fd())) {
-        close_session(id, ring::CLOSED_BY_DAEMON);
+        close_session(session.id, ring::CLOSED_BY_DAEMON);
     }
 }
 
@@ -377,11 +445,16 @@ void Service::refuse(int fd, int error) {
     send_with_descriptors(fd, &welcome, sizeof welcome, {});
 }
 
-// A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.
-void Service::close_blocking() {
+void Service::now_and_then() {
     const auto now = Clock::now();
     if (now < next_look_) return;
     next_look_ = now + std::chrono::milliseconds(CHECK_MS);
+    listen(true);
+    close_blocking();
+}
+
+// A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.
+void Service::close_blocking() {
     for (auto next = rings_.begin(); next != rings_.end();) {
         const auto [id, ring] = *next++;
         if (ring->blocks_for_long(engine_->blocks_others(*ring))) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);

@@ -27,6 +27,9 @@ struct Stopping : std::runtime_error {
     Stopping() : std::runtime_error("weightd is stopping") {}
 };
 
+// Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
+inline constexpr uint32_t SESSIONS_MAX = 256;
+
 struct Opened {
     Token token;
     uint32_t share_slots;
@@ -69,6 +72,9 @@ class Service {
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);
     void fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out);
     Report report();
+    // Readable once the loop has ended by a fault; then failure() says which, and every call throws Stopping.
+    int failed_fd() const { return failed_event_.get(); }
+    std::string failure();
     void stop();  // closes every session, wakes its client, joins the loop; can be called twice
 
   private:
@@ -79,17 +85,24 @@ class Service {
 
     void run();
     void loop();
+    void fail_with(const std::string& what);
     void sleep_until_event();
     bool serve_rings();
     bool serve_ring(RingSession& session);
     void run_commands();
+    void now_and_then();
     void accept_connections();
+    void add_connection(Descriptor socket);
+    void listen(bool accepts);
     void greet(int fd);
+    void attach(Descriptor socket, RingSession& session);
     void refuse(int fd, int error);
     void close_session(uint32_t id, ring::State state);
     void close_expired();
     void close_blocking();
     void watch(int fd, uint64_t data, uint32_t events);
+    void count_opening();
+    Opened open_active(uint32_t model, uint32_t slots_wanted);
     void ensure_active(uint32_t model);
     void ensure_predictors(uint32_t model);
     void wait_for_room(const std::function<bool()>& reserve);
@@ -113,10 +126,14 @@ class Service {
     Descriptor epoll_;
     Descriptor command_event_;
     Descriptor listener_;
-    std::mutex command_lock_;  // guards commands_, stopping_
+    Descriptor failed_event_;
+    std::mutex command_lock_;  // guards commands_, stopping_, failure_
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
-    Clock::time_point next_look_;             // of close_blocking()
+    std::string failure_;
+    Clock::time_point next_look_;             // of now_and_then()
+    bool accepts_ = true;                     // false while no descriptor is left for a connection
+    uint32_t opening_sessions_ = 0;           // not in rings_ yet
     std::mutex opening_;                      // one activation at a time: reading resident weights takes seconds
     std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
     std::map<int, Connection> connections_;   // by descriptor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import signal
 import sys
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str]) -> int:
 
 async def serve(config: ServeConfig) -> None:
     """Claims the store, opens the engine, listens, and waits for the end."""
+    _raise_descriptor_limit()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
         dram_bytes = _dram_bytes(config, store)
@@ -61,7 +63,11 @@ async def serve(config: ServeConfig) -> None:
         stack.callback(service.close)
         frontend = _frontend(config, service)
         stack.callback(_remove_sockets, config)
-        await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes))
+        told = asyncio.Event()
+        _watch_engine(asyncio.get_running_loop(), engine, told)
+        await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes), told)
+        if engine.failure:
+            raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,12 @@ class Frontend:
 
     server: grpc.aio.Server
     health: Any  # health.aio.HealthServicer, which types-grpcio lacks
+
+
+def _raise_descriptor_limit() -> None:
+    """Each session takes four descriptors and each segment of the pool two; the soft limit is 1024 on many systems."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _dram_bytes(config: ServeConfig, store: Store) -> int:
@@ -139,8 +151,7 @@ def _startup_line(config: ServeConfig, models: ServedModels, engine: Engine, dra
     return f"serving {config.store} ({names}) with --dram {format_size(dram_bytes)}, {engine.io_engine}, at {addresses}"
 
 
-async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_line: str) -> None:
-    told = asyncio.Event()
+async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_line: str, told: asyncio.Event) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
@@ -154,6 +165,14 @@ async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_lin
     logger.info("stopping")
     await frontend.health.enter_graceful_shutdown()
     await frontend.server.stop(GRACE_S)
+
+
+def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:
+    def has_failed() -> None:
+        loop.remove_reader(engine.failed_fd)
+        told.set()
+
+    loop.add_reader(engine.failed_fd, has_failed)
 
 
 def _watch_owner(loop: asyncio.AbstractEventLoop, descriptor: int, told: asyncio.Event) -> None:

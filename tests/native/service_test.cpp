@@ -1,0 +1,143 @@
+// The daemon's service when the system or its clients leave it nothing: it refuses, waits and goes on.
+#include "service.h"
+
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <ctime>
+#include <filesystem>
+#include <future>
+#include <set>
+
+#include "flash_file.h"
+
+namespace weightd {
+namespace {
+
+struct ServiceTest : testing::Test {
+    TestFolder folder;
+
+    std::unique_ptr<Service> serve(const FlashModel& model, uint64_t dram_bytes = 512U << 20) {
+        auto service =
+            std::make_unique<Service>(dram_bytes, ReaderChoice{"threads", 2, 32, false, false}, folder.file("data"));
+        EXPECT_EQ(service->add_model(model.spec), 0U);
+        return service;
+    }
+
+    static void expect_cell(Service& service, const FlashModel& model, uint32_t cell) {
+        std::vector<std::byte> out(4096);
+        service.fetch(0, 0, std::array{cell}, out);
+        EXPECT_EQ(std::memcmp(out.data(), model.cell(0, cell), 4096), 0);
+    }
+
+    void connect(const Descriptor& socket) const {
+        sockaddr_un address{};
+        address.sun_family = AF_UNIX;
+        const std::string path = folder.file("data");
+        std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
+        EXPECT_EQ(::connect(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+    }
+};
+
+// While it lives this process can open no descriptor.
+struct NoDescriptors {
+    rlimit before{};
+    NoDescriptors() {
+        ::getrlimit(RLIMIT_NOFILE, &before);
+        const Descriptor lowest(::dup(0));  // all below it are in use
+        const rlimit none{static_cast<rlim_t>(lowest.get()), before.rlim_max};
+        ::setrlimit(RLIMIT_NOFILE, &none);
+    }
+    ~NoDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before); }
+};
+
+TEST_F(ServiceTest, RefusesASessionAboveTheBound) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    std::set<Token> tokens;
+    for (uint32_t i = 0; i < SESSIONS_MAX; i++) tokens.insert(service->open_session(0, 2).token);
+    try {
+        service->open_session(0, 2);
+        FAIL() << "one more session was opened";
+    } catch (const NoRoom& error) {
+        EXPECT_NE(std::string(error.what()).find(std::to_string(SESSIONS_MAX)), std::string::npos) << error.what();
+    }
+    EXPECT_EQ(tokens.size(), SESSIONS_MAX);
+    expect_cell(*service, model, 3);
+}
+
+TEST_F(ServiceTest, RefusesASessionForWhichThereIsNoDescriptor) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    expect_cell(*service, model, 3);  // the resident weights are in memory
+    {
+        const NoDescriptors none;
+        EXPECT_THROW(service->open_session(0, 2), NoRoom);
+    }
+    EXPECT_EQ(service->open_session(0, 2).share_slots, 2U);
+    EXPECT_EQ(service->report().sessions, 1U);
+}
+
+TEST_F(ServiceTest, AReadWaitsForTheDescriptorOfItsSegment) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    std::vector<std::byte> byte(1);
+    service->fetch_resident(0, 0, byte);  // active, but without a segment
+    std::promise<void> begin;
+    auto read = std::async(std::launch::async, [&] {
+        begin.get_future().wait();
+        expect_cell(*service, model, 3);
+    });
+    auto none = std::make_unique<NoDescriptors>();
+    begin.set_value();
+    EXPECT_EQ(read.wait_for(std::chrono::milliseconds(300)), std::future_status::timeout);
+    EXPECT_EQ(service->report().models[0].slots, 0U);
+    none.reset();
+    read.get();
+}
+
+TEST_F(ServiceTest, AConnectionWaitsForADescriptorAndNothingSpins) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    const Descriptor socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+    const ring::Hello hello{ring::MAGIC, ring::VERSION, {}};  // a token that nobody has
+    pollfd answered{socket.get(), POLLIN, 0};
+    {
+        const NoDescriptors none;
+        connect(socket);
+        EXPECT_EQ(::send(socket.get(), &hello, sizeof hello, 0), static_cast<ssize_t>(sizeof hello));
+        const std::clock_t before = std::clock();
+        EXPECT_EQ(::poll(&answered, 1, 500), 0);
+        EXPECT_LT(std::clock() - before, CLOCKS_PER_SEC / 4);
+    }
+    EXPECT_EQ(::poll(&answered, 1, 10'000), 1);
+    ring::Welcome welcome{};
+    EXPECT_EQ(::recv(socket.get(), &welcome, sizeof welcome, 0), static_cast<ssize_t>(sizeof welcome));
+    EXPECT_EQ(welcome.error, static_cast<uint32_t>(ENOENT));
+}
+
+TEST_F(ServiceTest, AFaultOfItsLoopStopsItAndIsTold) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
+        std::error_code gone;
+        if (std::filesystem::read_symlink(entry, gone).string() != "anon_inode:[eventpoll]") continue;
+        const int fd = std::stoi(entry.path().filename().string());
+        EXPECT_EQ(::syscall(SYS_dup3, 0, fd, O_CLOEXEC), fd);  // behind the sanitizer's back: it would see a race
+    }
+    const auto ask_for_ever = [&] {  // the first wakes the loop, which finds that it can wait no more
+        while (true) service->report();
+    };
+    EXPECT_THROW(ask_for_ever(), Stopping);
+    pollfd failed{service->failed_fd(), POLLIN, 0};
+    EXPECT_EQ(::poll(&failed, 1, 10'000), 1);
+    EXPECT_NE(service->failure().find("epoll_wait"), std::string::npos) << service->failure();
+}
+
+}  // namespace
+}  // namespace weightd
