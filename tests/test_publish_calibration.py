@@ -126,6 +126,18 @@ def test_what_is_published_is_described_and_fetched(daemon: Daemon, model: TinyM
     assert fetch(daemon, "predictors.safetensors", 1, pb.ByteRange(offset=77, size=200_000)) == data[77:200_077]
 
 
+def test_the_default_cap_has_room_for_predictors(store: Path, model: TinyModel) -> None:
+    with serving(store) as daemon:
+        before, none = attach(daemon)
+        whole = pb.FetchRequest(model="tiny", bundles=pb.NeuronSet(layer=0, positions=[pb.Range(begin=0, end=2)]))
+        assert b"".join(part.data for part in daemon.stub.Fetch(whole))  # so there is a segment, which holds all of it
+        publish(daemon, model, 1)
+        after, predictors = attach(daemon)
+        assert (none, predictors) == (b"", contents(1)["predictors.safetensors"])
+        before.close()
+        after.close()
+
+
 def test_a_session_keeps_its_version_and_the_next_gets_the_new_one(daemon: Daemon, model: TinyModel) -> None:
     before, none = attach(daemon)
     publish(daemon, model, 1)

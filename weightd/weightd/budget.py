@@ -34,7 +34,7 @@ class ModelDemand:
 
     name: str
     minimum_bytes: int  # the least with which it can be served
-    full_bytes: int  # resident weights, every cell and the tables: more is of no use
+    full_bytes: int  # resident weights, every cell, the tables and room for a calibration: more is of no use
 
 
 def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:

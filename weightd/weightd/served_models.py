@@ -24,6 +24,10 @@ from weightd_proto import weightd_pb2
 # Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
 PAGE_BYTES = 4096
+# Room in the default --dram for the predictors of a calibration to come, beside those of the sessions still open: a
+# rank of a sixteenth of the width takes that part of the bundles; small models need their headers and pages, too.
+CALIBRATION_SHARE = 16
+CALIBRATION_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,9 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
     resident_bytes = model.resident_file_bytes + predictors_bytes
     minimum_bytes = Engine.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
-    return ModelDemand(model.name, minimum_bytes, minimum_bytes + cells * cell_bytes)
+    bundles_bytes = cells * cell_bytes
+    calibration_bytes = bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
+    return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
 
 
 def _require_whole_parts(model: weightd_pb2.Model) -> None:
