@@ -57,7 +57,8 @@ class Layer:
 
 def close(actual: Tensor, expected: Tensor) -> bool:
     """Within what fp32 sums of a few hundred terms of this size may differ."""
-    return torch.allclose(actual.double(), expected, rtol=1e-5, atol=2e-5)
+    largest = max(1.0, expected.abs().max().item() / 16)  # terms cancel: a small sum may have large ones
+    return torch.allclose(actual.double(), expected, rtol=1e-5, atol=2e-5 * largest)
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, 16, 17, 40])

@@ -13,7 +13,13 @@ from transformers.activations import ACT2FN
 from flashclient.errors import ModelError
 
 # By the name of the kernel's activation, the name that transformers gives the same function.
-_TRANSFORMERS_NAME = {"relu": "relu", "silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+_TRANSFORMERS_NAME = {
+    "relu": "relu",
+    "relu_squared": "relu2",
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+}
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ STAGING_NEURONS_MIN = 128  # below it the products are too thin for a matrix lib
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
