@@ -21,6 +21,7 @@ from statistics import fmean
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 import torch
 from bench import Row, Target, machine_facts, report
+from bench_import import make_cold
 from bench_kernels import Arena, sparse_row
 from bench_reader import Case, read_fio
 from cgroup import capped_memory
@@ -56,7 +57,11 @@ class Bench:
         return summary(plan.name, run_row(plan, self.work))
 
     def peer(self, kind: str, memory_bytes: int) -> Row:
-        """A peer; "accelerate" within a cgroup of `memory_bytes`."""
+        """A peer; "accelerate" within a cgroup of `memory_bytes`.
+
+        What others left of the checkpoint in the page cache would be free memory: it is not charged to the cgroup.
+        """
+        make_cold(self.work.checkpoint)
         numbers = [self.work.prompt_tokens, PEER_TOKENS[kind], self.work.seed, memory_bytes]
         command = [sys.executable, str(PEERS), kind, str(self.work.checkpoint), *map(str, numbers)]
         with ExitStack() as opened:
