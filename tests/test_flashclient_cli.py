@@ -34,7 +34,9 @@ def test_text_and_nothing_else(address: str, capsys: pytest.CaptureFixture[str])
 
 def test_stats_on_standard_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(address, "--max-new-tokens", "6", "--stats") == 0
-    assert "tokens/s" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "tokens/s" in told
+    assert "mode      exact" in told
 
 
 def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,6 +58,8 @@ def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) ->
         (["generate", "m", "p", "--max-new-tokens", "many"], 2, "'many' must be a whole number"),
         (["generate", "m", "p", "--address", "a", "--store", "s"], 2, "not allowed with argument"),
         (["generate", "m", "p", "--dram", "1GiB"], 2, "dram=1GiB is for a weightd of one's own"),
+        (["generate", "m", "p", "--window", "-1"], 2, "'-1' must be a whole number of at least 0"),
+        (["generate", "m", "p", "--mode", "fast"], 2, "mode='fast' is not known: use 'auto' or 'exact' or 'predict'"),
         (["serve"], 2, "invalid choice: 'serve'"),
         (["generate", "m", "p", "--address", "unix:/nowhere/socket"], 1, "no weightd at unix:/nowhere/socket"),
     ],
@@ -74,6 +78,13 @@ def test_bad_input_is_one_line(
 def test_unknown_model(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", "large", "p", "--address", address, "--transport", "grpc"]) == 1
     assert "no model 'large': there is tiny" in capsys.readouterr().err
+
+
+def test_predict_mode_without_calibration(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(address, "--mode", "predict") == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert "'tiny' was never calibrated: run `flashclient calibrate tiny --text FILE`" in printed.err
 
 
 def test_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,9 @@ class Calibrated:
 @pytest.fixture(scope="module", params=["opt", "llama"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     folder = tmp_path_factory.mktemp(request.param)
-    relu = {} if request.param == "opt" else {"hidden_act": "relu"}
     sizes: dict[str, Any] = {"layers": LAYERS, "hidden": HIDDEN, "neurons": NEURONS}
-    checkpoint = make_checkpoint(request.param, folder / "tensors", **sizes, **relu)
+    relu = {} if request.param == "opt" else {"hidden_act": "relu"}
+    checkpoint = make_checkpoint(request.param, folder / "tensors", **sizes | relu)
     names = {kind: f"{request.param}-{kind}" for kind in ("none", "lossy", "oracle", "everything")}
     for name in names.values():
         assert cli.main(["import", str(checkpoint), "--store", str(folder / "store"), "--name", name]) == 0
@@ -74,8 +75,12 @@ def calibrate(address: str, model: Calibrated, kind: str, folder: Path) -> None:
     """Publishes predictors whose answers are known."""
     connection = Connection(address, 20.0)
     record = connection.describe(model.names[kind])
-    kinds = {"lossy": lossy, "everything": everything, "oracle": lambda record: open_all(model, record)}
-    (folder / PREDICTORS_FILE).write_bytes(kinds[kind](record))
+    makers: dict[str, Callable[[weightd_pb2.Model], bytes]] = {
+        "lossy": lossy,
+        "everything": everything,
+        "oracle": partial(open_all, model),
+    }
+    (folder / PREDICTORS_FILE).write_bytes(makers[kind](record))
     (folder / STATISTICS_FILE).write_bytes(b"none")
     (folder / REPORT_FILE).write_text("{}")
     publish(connection, record, "predict", folder, (PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE))

@@ -202,3 +202,76 @@ def test_files_may_not_leave_their_folder(model: CutModel, tmp_path: Path) -> No
         with pytest.raises(RefusedError, match="would leave its folder"):
             connection.save_files(model.record, tmp_path)
         connection.close()
+
+
+# ---- cells, as predict mode asks for them ----
+
+NONE = np.empty(0, np.uint32)
+
+
+def settle(source: GrpcSource) -> None:
+    while source.arrived() > 0:
+        pass
+
+
+def held(source: GrpcSource, layer: int) -> dict[int, bytes]:
+    table = source.addresses(layer)
+    return {int(cell): ctypes.string_at(int(table[cell]), BUNDLE_BYTES) for cell in np.flatnonzero(table)}
+
+
+def test_cells_are_fetched_once_while_there_is_room(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path) as (source, server):
+        source.exchange(1, np.array([7, 3, 69], np.uint32), NONE)
+        settle(source)
+        assert held(source, 1) == {cell: model.bundles[1][cell].tobytes() for cell in (3, 7, 69)}
+        source.exchange(1, np.array([4], np.uint32), np.array([3, 69], np.uint32))
+        settle(source)
+        assert (sorted(held(source, 1)), source.cells_held) == ([4, 7], 2)
+        sent = len(server.bundles_sent)
+        source.exchange(1, np.array([3], np.uint32), NONE)
+        assert source.arrived() == 0
+        assert held(source, 1)[3] == model.bundles[1][3].tobytes()
+        assert len(server.bundles_sent) == sent == 4
+        assert source.counters().hits == 1
+        source.idle()
+        assert (held(source, 1), source.cells_held) == ({}, 0)
+
+
+def test_a_full_pool_gives_up_what_is_not_held(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path, pool_bytes=4 * BUNDLE_BYTES) as (source, server):
+        assert source.lease_limit == source.share_cells == 4
+        source.exchange(0, np.array([0, 1, 2, 3], np.uint32), NONE)
+        settle(source)
+        source.exchange(0, np.array([4, 5], np.uint32), np.array([1, 2], np.uint32))
+        settle(source)
+        assert held(source, 0) == {cell: model.bundles[0][cell].tobytes() for cell in (0, 3, 4, 5)}
+        source.exchange(0, np.array([1], np.uint32), np.array([0], np.uint32))
+        settle(source)
+        assert server.bundles_sent[-1] == (0, 1), "it had given way"
+
+
+def test_chunks_and_cells_take_turns(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path, pool_bytes=20 * BUNDLE_BYTES) as (source, _):
+        for layer in range(LAYERS):
+            rows = []
+            for chunk in source.chunks(layer):
+                rows += [ctypes.string_at(int(address), BUNDLE_BYTES) for address in chunk.addresses]
+            assert rows == [row.tobytes() for row in model.bundles[layer]]
+            source.exchange(layer, np.arange(9, dtype=np.uint32), NONE)
+            settle(source)
+            assert held(source, layer) == {cell: model.bundles[layer][cell].tobytes() for cell in range(9)}
+
+
+def test_cells_are_asked_for_again_when_the_daemon_comes_back(model: CutModel, tmp_path: Path) -> None:
+    with opened(model, tmp_path) as (source, server):
+        server.failures += [(grpc.StatusCode.UNAVAILABLE, "gone"), (grpc.StatusCode.UNAVAILABLE, "still gone")]
+        source.exchange(0, np.array([5, 6], np.uint32), NONE)
+        settle(source)
+        assert sorted(held(source, 0)) == [5, 6]
+        server.failures.append((grpc.StatusCode.DATA_LOSS, "layer 0 neuron 9 differs"))
+        source.exchange(0, np.array([9], np.uint32), NONE)
+        with pytest.raises(CorruptionError, match="neuron 9"):
+            settle(source)
+        source.exchange(0, np.array([9], np.uint32), np.array([5], np.uint32))
+        settle(source)
+        assert held(source, 0)[9] == model.bundles[0][9].tobytes()

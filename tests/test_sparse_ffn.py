@@ -78,7 +78,7 @@ def reference(parts: CutModel, layer: int, x: Tensor, wanted: NDArray[np.bool_])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 17, 40])
 def test_an_oracle_gives_the_bits_of_exact_mode(parts: CutModel, tokens: int) -> None:
     x = rows(tokens)
-    bias = np.random.default_rng(1).standard_normal(NEURONS).astype(np.float32) / 8
+    bias = np.random.default_rng(1).normal(0, 0.125, NEURONS).astype(np.float32)
     opened = oracle(parts.record, lambda layer: gate_rows(parts, layer), [bias] * 3)
     for predictors in (everything(parts.record), opened):
         made = Sum(parts, predictors)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator
 from typing import TypeVar
 
 import numpy as np
@@ -21,20 +20,31 @@ LOOK_AHEAD_BYTES = 8 * 2**20
 Held = TypeVar("Held", _native.Sweep, _native.Leases)
 
 
-@contextmanager
-def _ring_errors(model: str) -> Iterator[None]:
-    try:
-        yield
-    except _native.LeaseRefused as error:
-        raise LeaseRefusedError(str(error)) from error
-    except _native.CorruptBundle as error:
-        raise CorruptionError(f"{model}: {error}") from error
-    except _native.WrongProcess as error:
-        raise ForkedError(str(error)) from error
-    except (_native.SessionLost, FileNotFoundError, ConnectionError) as error:
-        raise DaemonLostError(f"{model}: {error}") from error
-    except OSError as error:
-        raise FlashClientError(f"{model}: {error}") from error
+class _RingErrors:
+    """Turns what the native session raises inside into an error of flashclient.errors. Cheap: entered in every layer."""
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and (translated := self._translated(error)) is not None:
+            raise translated from error
+
+    def _translated(self, error: BaseException) -> Exception | None:
+        match error:
+            case _native.LeaseRefused():
+                return LeaseRefusedError(str(error))
+            case _native.CorruptBundle():
+                return CorruptionError(f"{self._model}: {error}")
+            case _native.WrongProcess():
+                return ForkedError(str(error))
+            case _native.SessionLost() | FileNotFoundError() | ConnectionError():
+                return DaemonLostError(f"{self._model}: {error}")
+            case OSError():
+                return FlashClientError(f"{self._model}: {error}")
+        return None
 
 
 class RingSource:
@@ -48,9 +58,10 @@ class RingSource:
     def __init__(self, connection: Connection, model: weightd_pb2.Model) -> None:
         self._connection = connection
         self._name = model.name
+        self._errors = _RingErrors(model.name)
         bundle = model.bundle
         opened = connection.open_session(model.name, max(4, LOOK_AHEAD_BYTES // bundle.cell_bytes))
-        with _ring_errors(model.name):
+        with self._errors:
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
         self.bundles_per_cell: int = bundle.bundles_per_cell
         self.stride_bytes: int = bundle.stride_bytes
@@ -80,7 +91,7 @@ class RingSource:
             self.idle()
             self._sweeping = True
         while True:
-            with _ring_errors(self._name):
+            with self._errors:
                 chunk = sweep.next(layer)
             if chunk is None:
                 return
@@ -92,7 +103,7 @@ class RingSource:
 
     @property
     def lease_limit(self) -> int:
-        with _ring_errors(self._name):
+        with self._errors:
             return self._session.lease_limit
 
     @property
@@ -106,18 +117,18 @@ class RingSource:
         leases = self._open(self._leases)
         if self._sweeping:
             self.idle()
-        with _ring_errors(self._name):
+        with self._errors:
             leases.exchange(layer, acquire, release)
 
     def arrived(self) -> int:
         leases = self._open(self._leases)
-        with _ring_errors(self._name):
+        with self._errors:
             return leases.arrived()
 
     def idle(self) -> None:
         if self._sweep is None or self._leases is None:
             return
-        with _ring_errors(self._name):
+        with self._errors:
             self._sweep.idle()
             self._leases.release_all()
         self._sweeping = False

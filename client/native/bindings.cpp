@@ -222,6 +222,8 @@ void bind_window(nb::module_& m) {
 }  // namespace
 
 NB_MODULE(_native, m) {
+    // Tensors view resident weights, and a client that a script keeps to its end outlives this module.
+    nb::set_leak_warnings(false);
     nb::register_exception_translator(&translate);
     bind_session(m);
     bind_sweep(m);

@@ -1,0 +1,146 @@
+"""RingSource: cells leased one by one from a real daemon's pool, beside the sweep of exact mode."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from daemon import Daemon, serving
+from numpy.typing import NDArray
+from tiny_store import TinyModel, write_model
+
+from flashclient.channel import Connection
+from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError
+from flashclient.session import RingSource
+from flashclient.source import LeaseRefusedError
+from weightd.store import BUNDLES_FILE
+
+NONE = np.empty(0, np.uint32)
+NEURONS, BUNDLE_BYTES = 1500, 4032  # a bundle fills its cell
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> TinyModel:
+    return write_model(tmp_path / "store", layers=2, neurons=NEURONS, bundle_bytes=BUNDLE_BYTES)
+
+
+@contextmanager
+def opened(folder: Path, *flags: str) -> Iterator[tuple[RingSource, Daemon]]:
+    with serving(folder / "store", "--dram", "64MiB", *flags) as daemon:
+        connection = Connection(daemon.address, 10.0)
+        source = RingSource(connection, connection.describe("tiny"))
+        try:
+            yield source, daemon
+        finally:
+            source.close()
+            connection.close()
+
+
+def cells(*numbers: int) -> NDArray[np.uint32]:
+    return np.array(numbers, np.uint32)
+
+
+def settle(source: RingSource) -> None:
+    while source.arrived() > 0:
+        pass
+
+
+def bundle_at(address: int) -> bytes:
+    return ctypes.string_at(int(address), BUNDLE_BYTES)
+
+
+def test_cells_lie_where_the_table_says(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, _):
+        table = source.addresses(1)
+        source.exchange(1, cells(7, 3, 1499), NONE)
+        settle(source)
+        assert np.flatnonzero(table).tolist() == [3, 7, 1499]
+        for cell in (3, 7, 1499):
+            assert bundle_at(table[cell]) == model.bundles[1][cell].tobytes()
+        source.exchange(1, cells(8), cells(3, 1499))
+        settle(source)
+        assert np.flatnonzero(table).tolist() == [7, 8]
+        assert source.cells_held == 2
+        source.idle()
+        assert not table.any()
+        assert source.cells_held == 0
+
+
+def test_more_cells_than_a_message_holds(model: TinyModel, tmp_path: Path) -> None:
+    every = np.arange(NEURONS, dtype=np.uint32)
+    with opened(tmp_path) as (source, _):
+        for layer in (0, 1):
+            source.exchange(layer, every, NONE)
+            settle(source)
+            assert [bundle_at(a) for a in source.addresses(layer)] == [row.tobytes() for row in model.bundles[layer]]
+            source.exchange(layer, NONE, every)
+            assert source.cells_held == 0
+
+
+def test_sweeping_and_leasing_take_turns(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, daemon):
+        for layer in (0, 1):
+            source.exchange(layer, cells(5, 6), NONE)
+            settle(source)
+            first = next(source.chunks(layer))
+            assert bundle_at(first.addresses[0]) == model.bundles[layer][0].tobytes()
+            assert source.cells_held == 0, "what is swept cannot be what is leased"
+        source.idle()
+        assert source.counters().hits > 0
+        assert daemon.process.poll() is None
+
+
+def test_leases_beyond_the_limit_are_refused_and_can_be_had_later(model: TinyModel, tmp_path: Path) -> None:
+    with serving(tmp_path / "store", "--dram", "9MiB") as daemon:
+        connection = Connection(daemon.address, 10.0)
+        source = RingSource(connection, connection.describe("tiny"))
+        assert source.share_cells <= source.lease_limit < NEURONS
+        source.exchange(0, np.arange(NEURONS, dtype=np.uint32), NONE)
+        with pytest.raises(LeaseRefusedError):
+            settle(source)
+        source.idle()
+        source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), NONE)
+        settle(source)
+        assert source.cells_held == source.share_cells
+        source.close()
+        connection.close()
+
+
+def test_a_corrupt_cell_is_named(model: TinyModel, tmp_path: Path) -> None:
+    path = tmp_path / "store" / "tiny" / BUNDLES_FILE
+    with path.open("r+b") as file:
+        file.seek(9 * 4096)
+        file.write(b"\xff\x00\xff\x00")
+    with opened(tmp_path) as (source, _):
+        source.exchange(0, cells(8, 9, 10), NONE)
+        with pytest.raises(CorruptionError, match="layer 0, neuron at position 9 differs"):
+            settle(source)
+        source.exchange(0, cells(11), NONE)
+        settle(source)
+        assert np.flatnonzero(source.addresses(0)).tolist() == [8, 10, 11]
+
+
+def test_a_model_without_calibration_has_no_predictors(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, _), pytest.raises(CalibrationError, match="gave no predictors of model 'tiny'"):
+        source.predictors()
+
+
+def test_a_closed_source_holds_nothing(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, _):
+        source.exchange(0, cells(1), NONE)
+        source.close()
+        with pytest.raises(DaemonLostError, match="closed during a generation"):
+            source.arrived()
+
+
+def test_a_daemon_that_stops_is_noticed(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, daemon):
+        source.exchange(0, cells(1), NONE)
+        settle(source)
+        daemon.stop()
+        with pytest.raises(DaemonLostError):
+            source.exchange(0, cells(2), NONE)
