@@ -27,7 +27,7 @@ from bench_reader import Case, read_fio
 from cgroup import capped_memory
 from make_planted_model import make_planted_model
 from paper_figure import draw
-from paper_rows import LAYER_POOL_BYTES, ROWS, BenchError, RowPlan, Work, costs, run_json, run_row, serving, summary
+from paper_rows import ROWS, BenchError, RowPlan, Work, costs, run_json, run_row, serving, summary
 from paper_table import tables
 from planted_calibration import publish_planted, read_plan
 from planted_plan import SHAPES
@@ -133,7 +133,7 @@ def prepare(options: argparse.Namespace) -> Bench:
             raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
     work = Work(checkpoint, store, name, options.prompt_tokens, options.tokens, options.dense_tokens, SEED)
     if not Store.open(store, readonly=True).model(name).HasField("calibration"):
-        with serving(store, work.dram_bytes(LAYER_POOL_BYTES)) as daemon:
+        with serving(store, work.dram_bytes("layer")) as daemon:
             publish_planted(checkpoint, name, daemon.address)
     return Bench(work, [])
 
