@@ -21,12 +21,13 @@ from statistics import fmean
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 import torch
 from bench import Row, Target, machine_facts, report
+from bench_import import make_cold
 from bench_kernels import Arena, sparse_row
 from bench_reader import Case, read_fio
 from cgroup import capped_memory
 from make_planted_model import make_planted_model
 from paper_figure import draw
-from paper_rows import LAYER_POOL_BYTES, ROWS, BenchError, RowPlan, Work, costs, run_json, run_row, serving, summary
+from paper_rows import ROWS, BenchError, RowPlan, Work, costs, run_json, run_row, serving, summary
 from paper_table import tables
 from planted_calibration import publish_planted, read_plan
 from planted_plan import SHAPES
@@ -56,7 +57,11 @@ class Bench:
         return summary(plan.name, run_row(plan, self.work))
 
     def peer(self, kind: str, memory_bytes: int) -> Row:
-        """A peer; "accelerate" within a cgroup of `memory_bytes`."""
+        """A peer; "accelerate" within a cgroup of `memory_bytes`.
+
+        What others left of the checkpoint in the page cache would be free memory: it is not charged to the cgroup.
+        """
+        make_cold(self.work.checkpoint)
         numbers = [self.work.prompt_tokens, PEER_TOKENS[kind], self.work.seed, memory_bytes]
         command = [sys.executable, str(PEERS), kind, str(self.work.checkpoint), *map(str, numbers)]
         with ExitStack() as opened:
@@ -128,7 +133,7 @@ def prepare(options: argparse.Namespace) -> Bench:
             raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
     work = Work(checkpoint, store, name, options.prompt_tokens, options.tokens, options.dense_tokens, SEED)
     if not Store.open(store, readonly=True).model(name).HasField("calibration"):
-        with serving(store, work.dram_bytes(LAYER_POOL_BYTES)) as daemon:
+        with serving(store, work.dram_bytes("layer")) as daemon:
             publish_planted(checkpoint, name, daemon.address)
     return Bench(work, [])
 

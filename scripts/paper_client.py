@@ -44,8 +44,8 @@ class Task:
 class Probe:
     """Counters of the daemon and of the client between two tokens."""
 
-    def __init__(self, task: Task, client: flashclient.FlashClient) -> None:
-        self._task, self._client = task, client
+    def __init__(self, task: Task, client: flashclient.FlashClient, again: AgainFromFlash) -> None:
+        self._task, self._client, self._again = task, client, again
         self._connection = Connection(task.address, TIMEOUT_S)
         self.costs: list[dict[str, float]] = []
         self._last = self._counters()
@@ -60,6 +60,7 @@ class Probe:
         stats = self._connection.stats()
         (model,) = [one for one in stats.models if one.name == self._task.model]
         counted = {name: float(getattr(model, name)) for name in ("reads", "read_bytes", "reading_s", "hits", "misses")}
+        counted |= {"again_s": self._again.seconds, "again_bytes": self._again.read_bytes}
         return counted | clock_seconds(self._client)
 
     def close(self) -> None:
@@ -92,7 +93,8 @@ def run(task: Task) -> dict[str, Any]:
         vocabulary = client.model.config.vocab_size
         prompt = torch.tensor([random_ids(vocabulary, task.prompt_tokens, task.seed)])
         tap = None if task.checkpoint is None else InputTap(client)
-        probe, again = Probe(task, client), AgainFromFlash(task.again_from_flash)
+        again = AgainFromFlash(task.again_from_flash)
+        probe = Probe(task, client, again)
         client.model.register_forward_pre_hook(again, prepend=True)  # before the clock of the pass starts
         forced = ForcedTokens(random_ids(vocabulary, task.new_tokens, task.seed + 1), probe.between)
         forced.start()
@@ -101,11 +103,7 @@ def run(task: Task) -> dict[str, Any]:
         probe.close()
     if tap is not None and task.checkpoint is not None:
         told["firing"] = compare(Path(task.checkpoint), tap.inputs())
-    passes = max(1, len(forced.seconds))
-    beside = {"again_s": again.seconds / passes, "again_bytes": again.read_bytes / passes}
-    told["tokens"] = [
-        cost | beside | {"seconds": seconds} for cost, seconds in zip(probe.costs, forced.seconds, strict=True)
-    ]
+    told["tokens"] = [cost | {"seconds": seconds} for cost, seconds in zip(probe.costs, forced.seconds, strict=True)]
     return told
 
 

@@ -51,9 +51,9 @@ def _draw_reading(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     known = [(place, PAPER_TABLE_2[row["row"]][3]) for place, row in enumerate(rows) if row["row"] in PAPER_TABLE_2]
     papers = axes.bar([place + 0.2 for place, _ in known], [value for _, value in known], 0.4, color=PAPERS)
     axes.bar_label(papers, [f"{value:.0f}" for _, value in known])
-    axes.set_xticks(list(places), [row["row"] for row in rows])
+    axes.set_xticks(list(places), [row["row"] for row in rows], rotation=20)
     axes.set_yscale("log")
-    axes.margins(y=0.2)
+    axes.set_ylim(top=2 * max([row["io_ms"] for row in rows] + [value for _, value in known], default=1))
     axes.set_ylabel("I/O, ms per token")
     axes.legend([ours, papers], ["here", "paper: OPT-6.7B, M1 Max"])
 
@@ -70,7 +70,7 @@ def _draw_time(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     bars = axes.bar(range(len(rows)), others, 0.6, bottom=bottoms, color=PAPERS, label="not told apart")
     axes.bar_label(bars, [f"{total:.0f}" for total in whole])
     axes.set_xticks(range(len(rows)), [row["row"] for row in rows], rotation=20)
-    axes.margins(y=0.1)
+    axes.set_ylim(0, 1.1 * max(whole, default=1))
     axes.set_ylabel("ms per token")
     axes.legend()
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from bench import Row
@@ -29,8 +29,8 @@ from weightd.store import Store
 START_WITHIN_S = 120.0
 POLL_S = 0.02
 FIRST_TOKENS = 50  # the window fills meanwhile, says the paper (section 4)
-SWEEP_POOL_BYTES = 16 << 20  # the look-ahead of a client that streams every layer, twice
-LAYER_POOL_BYTES = 64 << 20  # a layer's predicted neurons, several times over
+SWEEP_POOL_BYTES = 16 << 20  # the look-ahead of a client that streams every layer, twice: it gets half of the pool
+LAYER_POOL_SHARE = 0.25  # of a layer: its predicted neurons, twice and a little more
 CLIENT = Path(__file__).with_name("paper_client.py")
 
 
@@ -43,13 +43,14 @@ class RowPlan:
     """One row: what is switched on.
 
     Attributes:
-        pool_bytes: beside the least with which the model can be served; None: DRAM is half of the model.
+        memory: "half" of the model; else the least with which it can be served, for streaming ("sweep") or for one
+            layer's predicted neurons at a time ("layer").
         resident: what lies outside the FFNs stays in memory; else it is read again for each token.
         dense: every neuron is read for each token, so a few tokens are measured.
     """
 
     name: str
-    pool_bytes: int | None = None
+    memory: Literal["half", "sweep", "layer"] = "half"
     resident: bool = True
     dense: bool = False
     flags: tuple[str, ...] = ()  # of weightd
@@ -58,9 +59,9 @@ class RowPlan:
 
 UNBUNDLED = ("--unbundled-reads",)
 ROWS = (
-    RowPlan("naive", pool_bytes=SWEEP_POOL_BYTES, resident=False, dense=True, options={"mode": "exact"}),
+    RowPlan("naive", memory="sweep", resident=False, dense=True, options={"mode": "exact"}),
     RowPlan("hybrid", dense=True, options={"mode": "exact"}),
-    RowPlan("+predictor", pool_bytes=LAYER_POOL_BYTES, flags=UNBUNDLED, options={"mode": "predict", "window": 0}),
+    RowPlan("+predictor", memory="layer", flags=UNBUNDLED, options={"mode": "predict", "window": 0}),
     RowPlan("+windowing", flags=UNBUNDLED, options={"mode": "predict", "window": 4}),
     RowPlan("+bundling", options={"mode": "predict", "window": 4}),
     # Where the pool keeps what is used often, a window takes memory from it: at half of OPT-1.3B windows of 0, 1 and
@@ -87,11 +88,13 @@ class Work:
         record = Store.open(self.store, readonly=True).model(self.model)
         return record.bundles_file_bytes + record.resident_file_bytes
 
-    def dram_bytes(self, pool_bytes: int | None) -> int:
-        """Half of the model, or the least with this pool; the latter too where half of a small model is not enough."""
+    def dram_bytes(self, memory: str) -> int:
+        """Half of a small model is not enough to serve it: then the least is taken."""
         record = Store.open(self.store, readonly=True).model(self.model)
-        least_bytes = demand_of(record).minimum_bytes + (LAYER_POOL_BYTES if pool_bytes is None else pool_bytes)
-        return max(self.model_bytes // 2, least_bytes) if pool_bytes is None else least_bytes
+        layer_bytes = record.bundles_file_bytes // len(record.layers)
+        layer_pool_bytes = 0 if memory == "sweep" else int(layer_bytes * LAYER_POOL_SHARE)
+        least_bytes = demand_of(record).minimum_bytes + SWEEP_POOL_BYTES + layer_pool_bytes
+        return max(self.model_bytes // 2, least_bytes) if memory == "half" else least_bytes
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,7 @@ def _await(process: subprocess.Popen[bytes], address: str, log_path: Path) -> No
 
 def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
     """What the row's client told (paper_client), with `dram_bytes`."""
-    dram_bytes = work.dram_bytes(plan.pool_bytes)
+    dram_bytes = work.dram_bytes(plan.memory)
     again = None if plan.resident else Store.open(work.store, readonly=True).resident_path(work.model)
     with serving(work.store, dram_bytes, plan.flags) as daemon:
         task = Task(

@@ -109,25 +109,40 @@ def test_what_fails_says_why(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The benchmark's folder and what it printed, for the rows that need no predictor."""
+    """The benchmark's folder and what it printed, for the rows that such small bundles allow."""
     folder = tmp_path_factory.mktemp("bench")
     command = [sys.executable, str(SCRIPT), "--shape", "opt-tiny", "--folder", str(folder), "--json", "--no-peers"]
-    command += ["--rows", "naive", "hybrid", "--prompt-tokens", "8", "--dense-tokens", "3", "--figures", str(folder)]
+    command += ["--rows", "naive", "hybrid", "all", "--figures", str(folder)]
+    command += ["--prompt-tokens", "8", "--dense-tokens", "3", "--tokens", "80"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 
 
-def test_dense_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
+def test_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
     folder, result = measured
-    naive, hybrid, fio, _ = result["rows"]
+    naive, hybrid, everything, fio, _ = result["rows"]
     resident_bytes = (folder / "store-opt-tiny/planted-opt-tiny/resident.safetensors").stat().st_size
     assert naive["read_gb_per_token"] * 1e9 >= resident_bytes
     assert hybrid["read_gb_per_token"] < naive["read_gb_per_token"]
+    assert everything["predict_ms"] > 0
+    assert everything["compute_ms"] + everything["wait_ms"] + everything["management_ms"] == pytest.approx(
+        everything["total_ms"]
+    )
+    assert all(layer["predicted"] == pytest.approx(0.1, rel=0.1) for layer in everything["layers"])
     assert fio["fio_sequential_gb_per_s"] > 0
-    names = [target["name"] for target in result["targets"]]
-    assert names == ["naive_over_fio_sequential_ratio", "kernel_over_memory_bandwidth_ratio"]
     assert (folder / "paper-opt-tiny.svg").exists()
+
+
+def test_targets_are_those_that_were_measured(measured: tuple[Path, dict[str, Any]]) -> None:
+    _, result = measured
+    names = [target["name"] for target in result["targets"]]
+    assert [name for name in names if not name.startswith("io_")] == [
+        "naive_over_fio_sequential_ratio",
+        "kernel_over_memory_bandwidth_ratio",
+        "layers_as_planned_share",
+        "overhead_share",
+    ]
 
 
 def test_the_timed_tokens_fire_as_planned(measured: tuple[Path, dict[str, Any]]) -> None:
