@@ -8,6 +8,7 @@ FlashClientError              one line for the user: lower case, the value, what
 ├── ModelNotFoundError        the store has no such model; names those it has
 ├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
 ├── ShareError                the daemon's pool has no room for another session
+├── BusyError                 the daemon has too many calls at once; try again
 ├── CorruptionError           bytes on flash differ from their checksum; names model, layer and neuron
 ├── RefusedError              the daemon refused a request for another reason; says it
 └── ForkedError               a client made before fork() was used in the child
@@ -50,6 +51,10 @@ class ModelError(FlashClientError):
 
 class ShareError(FlashClientError):
     """The daemon's pool has no room for another session."""
+
+
+class BusyError(FlashClientError):
+    """The daemon has too many calls at once."""
 
 
 class CorruptionError(FlashClientError):
