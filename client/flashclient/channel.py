@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from weightd_proto import weightd_pb2, weightd_pb2_grpc
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
 
+BUSY_RETRY_S = 0.05  # before a daemon with too many calls is asked again
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
@@ -24,7 +26,8 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DaemonLostError,
     grpc.StatusCode.CANCELLED: errors.DaemonLostError,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.ShareError,
+    grpc.StatusCode.ABORTED: errors.BusyError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BusyError,  # of OpenSession: ShareError
     grpc.StatusCode.DATA_LOSS: errors.CorruptionError,
 }
 
@@ -84,25 +87,42 @@ class Connection:
         return model
 
     def open_session(self, name: str, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
-        """A share of the pool. Raises ShareError, which gives the numbers."""
+        """A share of the pool. Raises ShareError, which gives the numbers, and BusyError."""
         request = weightd_pb2.OpenSessionRequest(model=name, slots_wanted=slots_wanted)
-        with rpc_errors(self.address):  # the first one waits until the resident weights have been read
+        try:  # the first one waits until the resident weights have been read
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise errors.ShareError(error.details()) from error
+            raise _translated(error, self.address) from error
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
-        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is coming back."""
+        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is coming back, or is busy."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        return self._pieces(self._ask(request, timeout_s), request, timeout_s)
+
+    def _ask(self, request: weightd_pb2.FetchRequest, timeout_s: float) -> Any:
         try:
-            responses = self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
+            return self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
         except ValueError as error:  # how gRPC says that close() came first
             raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
-        return self._pieces(responses)
 
-    def _pieces(self, responses: Any) -> Iterator[bytes]:
-        with rpc_errors(self.address):
-            for response in responses:
-                yield response.data
+    def _pieces(self, responses: Any, request: weightd_pb2.FetchRequest, timeout_s: float) -> Iterator[bytes]:
+        give_up = time.monotonic() + timeout_s
+        begun = False
+        while True:
+            try:
+                with rpc_errors(self.address):
+                    for response in responses:
+                        begun = True
+                        yield response.data
+                return
+            except errors.BusyError:
+                if begun or time.monotonic() > give_up:
+                    raise
+                time.sleep(BUSY_RETRY_S)
+                responses = self._ask(request, timeout_s)
 
     def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:
         """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`."""

@@ -9,6 +9,7 @@ FlashClientError              one line for the user: lower case, the value, what
 ├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
 ├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
 ├── ShareError                the daemon's pool has no room for another session
+├── BusyError                 the daemon has too many calls at once; try again
 ├── CorruptionError           bytes on flash differ from their checksum; names model, layer and neuron
 ├── RefusedError              the daemon refused a request for another reason; says it
 └── ForkedError               a client made before fork() was used in the child
@@ -55,6 +56,10 @@ class CalibrationError(FlashClientError):
 
 class ShareError(FlashClientError):
     """The daemon's pool has no room for another session."""
+
+
+class BusyError(FlashClientError):
+    """The daemon has too many calls at once."""
 
 
 class CorruptionError(FlashClientError):

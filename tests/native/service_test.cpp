@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
@@ -119,6 +120,22 @@ TEST_F(ServiceTest, AConnectionWaitsForADescriptorAndNothingSpins) {
     ring::Welcome welcome{};
     EXPECT_EQ(::recv(socket.get(), &welcome, sizeof welcome, 0), static_cast<ssize_t>(sizeof welcome));
     EXPECT_EQ(welcome.error, static_cast<uint32_t>(ENOENT));
+}
+
+TEST_F(ServiceTest, LoadingOneModelKeepsNoOtherWaiting) {
+    FlashModel model(1, 40);
+    FlashModel slow(1, 40, "slow");
+    slow.spec.resident_path = folder.file("pipe");  // whose opening waits for somebody who writes
+    ASSERT_EQ(::mkfifo(slow.spec.resident_path.c_str(), 0600), 0);
+    const auto service = serve(model);
+    ASSERT_EQ(service->add_model(slow.spec), 1U);
+    auto loading = std::async(std::launch::async, [&] { service->open_session(1, 2); });
+    while (service->report().resident_bytes == 0) std::this_thread::yield();  // it is active, and reads
+    auto other = std::async(std::launch::async, [&] { return service->open_session(0, 2).share_slots; });
+    EXPECT_EQ(other.wait_for(std::chrono::seconds(20)), std::future_status::ready);
+    const Descriptor writer(::open(slow.spec.resident_path.c_str(), O_WRONLY | O_CLOEXEC));
+    EXPECT_THROW(loading.get(), std::exception);  // a pipe is no file of that size
+    EXPECT_EQ(other.get(), 2U);
 }
 
 TEST_F(ServiceTest, AFaultOfItsLoopStopsItAndIsTold) {

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -29,10 +30,18 @@ inline constexpr uint64_t SEGMENT_BYTES_MAX = 64U << 20;  // a larger one stalls
 inline constexpr uint32_t SHARE_SLOTS_MIN = 2;            // one in use, one on its way
 inline constexpr uint32_t FETCH_SLOTS_MAX = 256;          // share of the gRPC fetches of a model together
 inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;        // this part of the pool (or FETCH_SLOTS_MAX) is not lent
+inline constexpr uint32_t IDLE_LOOKS_MIN = 10;            // of look(): a remote client may come back between tokens
 inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
     using std::runtime_error::runtime_error;
+};
+
+// What a model is activated for. Each needs what the one before needs, and more.
+enum class Use {
+    resident,  // its resident weights are read
+    cells,     // cells are fetched: a share of the pool
+    session,   // a share, and predictors, if there are any
 };
 
 struct ModelCounts {
@@ -58,6 +67,7 @@ struct ModelState {
     bool resident_ready = false;
     std::shared_ptr<const Predictors> predictors;  // what the next session gets; a session keeps its own
     uint32_t users = 0;             // sessions, fetches and opens under way: an active model without any may go
+    uint32_t idle_looks = 0;        // that found it without users, one after another
     uint32_t sessions = 0;          // opened, fetches apart
     uint64_t guaranteed_slots = 0;  // shares of all its sessions
     uint64_t fetching_slots = 0;    // of those, of sessions that do not borrow
@@ -82,8 +92,11 @@ class Engine {
     const Memory& memory() const { return memory_; }
 
     // Sets aside memory for the model's resident weights and tables and for one more user, taking it from idle models
-    // and from surplus segments. False: those are draining, ask again soon. Throws NoRoom. leave() ends the use.
-    bool activate(uint32_t model);
+    // and from surplus segments. False: those are draining, ask again soon, or stop_waiting(); what becomes free is kept
+    // for it meanwhile. Throws NoRoom, and then has changed nothing, when that and the rest of what the user needs
+    // cannot be had, whatever is taken back. leave() ends the use.
+    bool activate(uint32_t model, Use use = Use::session);
+    void stop_waiting(uint32_t model);
     void leave(uint32_t model);
     // Sets memory aside for predictors, until the last user lets go of them. None: draining, ask again. Throws NoRoom.
     std::shared_ptr<Predictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
@@ -108,6 +121,8 @@ class Engine {
     // Whether it is this session that must: it is above its limit, or leases what drains.
     bool blocks_others(const Session& session) const;
 
+    void look();  // about once a second: an idle model is let go for a busy one only after a while
+
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
 
   private:
@@ -128,7 +143,11 @@ class Engine {
     void retire(ModelState& state);
     void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
     bool make_room(uint32_t model, uint64_t bytes);
-    bool deactivate_idle(uint32_t except);
+    void require_room(uint32_t model, uint64_t bytes, Use use) const;
+    uint64_t kept_for_others_bytes(uint32_t model) const;
+    uint64_t free_bytes(uint32_t model) const;
+    uint64_t fixed_bytes(uint32_t model) const;
+    bool deactivate_idle(uint32_t except, uint32_t looks_min);
     bool drain_surplus(uint32_t model, bool own);
     void deactivate(ModelState& state);
     uint64_t pool_bytes_free(uint32_t model) const;
@@ -149,6 +168,7 @@ class Engine {
     uint32_t next_session_ = 1;
     std::vector<std::unique_ptr<ModelState>> models_;
     std::unordered_map<uint32_t, std::unique_ptr<Session>> sessions_;  // by id
+    std::map<uint32_t, uint64_t> kept_bytes_;  // by model whose opener waits: what is freed is not for growing pools
     std::vector<Waiter> waiters_;
     uint32_t free_waiter_ = NO_WAITER;
     std::vector<uint32_t> answered_;  // sessions to flush

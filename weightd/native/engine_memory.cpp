@@ -26,6 +26,8 @@ uint64_t activation_bytes(const ModelSpec& spec) {
            SESSIONS_RESERVED * session_bytes(spec);
 }
 
+bool wants_more(const ModelState& state) { return state.pool->slots() < state.spec.cell_count(); }
+
 // None when the system has no descriptor or mapping left: the pool then lives with the segments it has.
 std::optional<SharedMemory> new_segment(uint64_t bytes) {
     try {
@@ -63,26 +65,61 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
     return models_.back()->index;
 }
 
-// True when `bytes` are free. False: something drains, ask again. Throws NoRoom.
+uint64_t Engine::kept_for_others_bytes(uint32_t model) const {
+    uint64_t kept = 0;
+    for (const auto& [waiting, bytes] : kept_bytes_) kept += waiting == model ? 0 : bytes;
+    return kept;
+}
+
+uint64_t Engine::free_bytes(uint32_t model) const {
+    return memory_.free_bytes() - std::min(memory_.free_bytes(), kept_for_others_bytes(model));
+}
+
+// True when `bytes` are free. False: something drains, ask again; what it frees is kept for this model. Throws NoRoom.
 bool Engine::make_room(uint32_t model, uint64_t bytes) {
-    while (memory_.free_bytes() < bytes) {
-        if (deactivate_idle(model)) continue;
-        if (drain_surplus(model, true)) return false;
+    kept_bytes_.erase(model);
+    while (free_bytes(model) < bytes) {
+        if (deactivate_idle(model, 0)) continue;
+        if (drain_surplus(model, true)) {
+            kept_bytes_[model] = bytes;
+            return false;
+        }
         throw NoRoom(models_[model]->spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
-                     mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(memory_.free_bytes()) +
+                     mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(free_bytes(model)) +
                      " is free and nothing more can be taken back: raise --dram or end a session");
     }
     return true;
 }
 
-bool Engine::activate(uint32_t model) {
+void Engine::stop_waiting(uint32_t model) { kept_bytes_.erase(model); }
+
+// Throws NoRoom unless `bytes`, and what `use` takes later, are there when all that can be taken back has been.
+void Engine::require_room(uint32_t model, uint64_t bytes, Use use) const {
+    const ModelState& state = *models_[model];
+    const auto& newest = state.predictors_file;
+    if (use != Use::resident && state.pool != nullptr) bytes += SHARE_SLOTS_MIN * uint64_t{state.spec.cell_bytes};
+    const bool loaded = state.predictors != nullptr && newest && state.predictors->version == newest->version;
+    if (use == Use::session && newest && !loaded) bytes += pages(newest->bytes);
+    const uint64_t kept_bytes = kept_for_others_bytes(model);
+    const uint64_t left_bytes = pool_bytes_free(model) - std::min(pool_bytes_free(model), kept_bytes);
+    if (bytes <= left_bytes) return;
+    throw NoRoom(state.spec.name + ": no share of the pool is left: another user needs " + mebibytes(bytes) +
+                 " of --dram " + mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) +
+                 " is not in use: raise --dram or end a session");
+}
+
+bool Engine::activate(uint32_t model, Use use) {
     ModelState& state = *models_.at(model);
     const bool active = state.pool != nullptr;
     const uint64_t user_bytes = state.users >= SESSIONS_RESERVED ? session_bytes(state.spec) : 0;
-    const uint64_t activated_bytes = activation_bytes(state.spec) + 2 * SHARE_SLOTS_MIN * state.spec.cell_bytes;
-    if (!make_room(model, (active ? 0 : activated_bytes) + user_bytes)) return false;
+    const uint64_t activated_bytes = (active ? 0 : activation_bytes(state.spec)) + user_bytes;
+    const uint64_t slots_bytes = active ? 0 : 2 * SHARE_SLOTS_MIN * uint64_t{state.spec.cell_bytes};
+    kept_bytes_.erase(model);
+    require_room(model, activated_bytes + slots_bytes, use);
+    if (!make_room(model, activated_bytes + slots_bytes)) return false;
     memory_.take(Account::tables, user_bytes);
     state.users++;
+    state.idle_looks = 0;
     if (active) return true;
     const uint64_t resident_bytes = pages(state.spec.resident_bytes);
     memory_.take(Account::resident, resident_bytes);
@@ -111,8 +148,24 @@ void Engine::leave(uint32_t model) {
     state.users--;
 }
 
+void Engine::look() {
+    for (const auto& state : models_) state->idle_looks = state->users > 0 ? 0 : state->idle_looks + 1;
+}
+
+// Resident weights and tables that cannot be taken back for `model`: idle models give theirs up.
+uint64_t Engine::fixed_bytes(uint32_t model) const {
+    uint64_t bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
+    for (uint32_t i = 0; i < models_.size(); i++) {
+        const ModelState& state = *models_[i];
+        if (i == model || state.pool == nullptr || state.users > 0) continue;
+        bytes -= activation_bytes(state.spec);
+        if (state.predictors != nullptr) bytes -= pages(state.predictors->bytes);
+    }
+    return bytes;
+}
+
 uint64_t Engine::pool_bytes_free(uint32_t model) const {
-    uint64_t spoken_for = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
+    uint64_t spoken_for = fixed_bytes(model);
     for (uint32_t i = 0; i < models_.size(); i++) {
         const ModelState& state = *models_[i];
         if (state.pool == nullptr) continue;
@@ -185,17 +238,19 @@ bool Engine::blocks_others(const Session& session) const {
 }
 
 Place Engine::place_for(ModelState& state, uint32_t cell) {
-    if (!state.pool->has_free()) grow(state);
+    while (!state.pool->has_free() && !grow(state)) {
+        if (!wants_more(state) || !deactivate_idle(state.index, IDLE_LOOKS_MIN)) break;
+    }
     return state.pool->insert(cell);
 }
 
 bool Engine::grow(ModelState& state) {
     const uint64_t cell_bytes = state.spec.cell_bytes;
-    if (state.pool->slots() >= state.spec.cell_count()) return false;
+    if (!wants_more(state)) return false;
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
     const uint64_t slots =
-        std::min<uint64_t>(std::min(wanted_bytes, memory_.free_bytes()) / cell_bytes, SEGMENT_SLOTS_MAX);
+        std::min<uint64_t>(std::min(wanted_bytes, free_bytes(state.index)) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
@@ -212,7 +267,8 @@ void Engine::claim_slots(ModelState& state) {
         if (session->model != state.index) continue;
         owed_slots += std::max(session->share_slots, std::min(session->held_cells, session->lease_limit));
     }
-    if (state.pool->slots() < owed_slots) drain_surplus(state.index, false);
+    if (state.pool->slots() >= owed_slots) return;
+    if (!deactivate_idle(state.index, 0)) drain_surplus(state.index, false);
 }
 
 // True when a segment that some model can spare is on its way out; one of `model` itself only if `own`, and rather not.
@@ -252,10 +308,11 @@ void Engine::drop_segment(ModelState& state, std::unique_ptr<Segment> segment) {
     segment->memory.drain();
 }
 
-bool Engine::deactivate_idle(uint32_t except) {
+bool Engine::deactivate_idle(uint32_t except, uint32_t looks_min) {
     for (uint32_t i = 0; i < models_.size(); i++) {
         ModelState& state = *models_[i];
         if (i == except || state.pool == nullptr || state.users > 0 || state.pool->busy() > 0) continue;
+        if (state.idle_looks < looks_min) continue;
         deactivate(state);
         return true;
     }

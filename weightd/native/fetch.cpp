@@ -77,8 +77,8 @@ CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t 
       position(position) {}
 
 void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
-    ensure_active(model);
-    const ModelSpec& spec = engine_->model(model).spec;
+    ensure_active(model, Use::cells);
+    const ModelSpec& spec = this->model(model).spec;
     FetchSession* session = nullptr;
     const auto end = [&] {
         on_loop([&] {
@@ -118,8 +118,8 @@ void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
 }
 
 void Service::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
-    ensure_active(model);
-    const ModelState& state = engine_->model(model);
+    ensure_active(model, Use::resident);
+    const ModelState& state = this->model(model);
     const bool inside =
         offset_bytes <= state.spec.resident_bytes && out.size() <= state.spec.resident_bytes - offset_bytes;
     if (inside) std::memcpy(out.data(), state.resident.data() + offset_bytes, out.size());

@@ -235,10 +235,20 @@ std::string Service::io_level() {
     return reader_->level() + (buffered ? ", through the page cache" : "");
 }
 
-void Service::ensure_active(uint32_t model) {
-    const std::lock_guard guard(opening_);
-    wait_for_room([&] { return engine_->activate(model); });
-    ModelState& state = engine_->model(model);  // its spec never changes, and only openers write `resident`
+std::mutex& Service::opening_of(uint32_t model) {
+    const std::lock_guard guard(opening_lock_);
+    return opening_[model];
+}
+
+// Off the loop: the engine's list of models grows there. What openers use of a model never changes or is theirs.
+ModelState& Service::model(uint32_t index) {
+    return on_loop([&]() -> ModelState& { return engine_->model(index); });
+}
+
+void Service::ensure_active(uint32_t model, Use use) {
+    const std::lock_guard guard(opening_of(model));
+    wait_for_room(model, [&] { return engine_->activate(model, use); });
+    ModelState& state = this->model(model);  // its spec never changes, and only openers write `resident`
     if (state.resident_ready) return;
     try {
         SharedMemory resident = load_resident(state.spec, choice_);
@@ -253,10 +263,13 @@ void Service::ensure_active(uint32_t model) {
 }
 
 // Until `reserve`, on the loop, has found memory.
-void Service::wait_for_room(const std::function<bool()>& reserve) {
+void Service::wait_for_room(uint32_t model, const std::function<bool()>& reserve) {
     const auto give_up = Clock::now() + ROOM_WITHIN;
     while (!on_loop(reserve)) {
-        if (Clock::now() > give_up) throw NoRoom("the pool is leased: no segment became free; end a session");
+        if (Clock::now() > give_up) {
+            on_loop([&] { engine_->stop_waiting(model); });
+            throw NoRoom("the pool is leased: no segment became free; end a session");
+        }
         std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
 }
@@ -266,11 +279,11 @@ void Service::set_predictors(uint32_t model, const PredictorsFile& file) {
 }
 
 void Service::ensure_predictors(uint32_t model) {
-    const std::lock_guard guard(opening_);
-    ModelState& state = engine_->model(model);
+    const std::lock_guard guard(opening_of(model));
+    ModelState& state = this->model(model);
     while (const auto wanted = on_loop([&] { return missing_predictors(state); })) {
         std::shared_ptr<Predictors> fresh;
-        wait_for_room([&] { return (fresh = engine_->reserve_predictors(model, *wanted)) != nullptr; });
+        wait_for_room(model, [&] { return (fresh = engine_->reserve_predictors(model, *wanted)) != nullptr; });
         try {
             fresh->memory = load_predictors(state.spec.name, *wanted, choice_);
             on_loop([&] { state.predictors = std::move(fresh); });
@@ -287,7 +300,7 @@ void Service::ensure_predictors(uint32_t model) {
 Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
     on_loop([&] { count_opening(); });
     try {
-        ensure_active(model);
+        ensure_active(model, Use::session);
         try {
             ensure_predictors(model);
         } catch (...) {
@@ -393,7 +406,7 @@ void Service::listen(bool accepts) {
     if (accepts == accepts_) return;
     accepts_ = accepts;
     epoll_event event{};
-    event.events = accepts ? EPOLLIN : 0;
+    event.events = accepts ? uint32_t{EPOLLIN} : 0;
     event.data.u64 = event_data(LISTENER, 0);
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, listener_.get(), &event) < 0) fail("epoll_ctl");
 }
@@ -451,6 +464,7 @@ void Service::now_and_then() {
     next_look_ = now + std::chrono::milliseconds(CHECK_MS);
     listen(true);
     close_blocking();
+    engine_->look();
 }
 
 // A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.

@@ -101,11 +101,13 @@ class Service {
     void close_expired();
     void close_blocking();
     void watch(int fd, uint64_t data, uint32_t events);
+    ModelState& model(uint32_t index);
+    std::mutex& opening_of(uint32_t model);
     void count_opening();
     Opened open_active(uint32_t model, uint32_t slots_wanted);
-    void ensure_active(uint32_t model);
+    void ensure_active(uint32_t model, Use use);
     void ensure_predictors(uint32_t model);
-    void wait_for_room(const std::function<bool()>& reserve);
+    void wait_for_room(uint32_t model, const std::function<bool()>& reserve);
     bool stopping();
     void post(std::function<void()> command);  // throws Stopping
 
@@ -134,7 +136,8 @@ class Service {
     Clock::time_point next_look_;             // of now_and_then()
     bool accepts_ = true;                     // false while no descriptor is left for a connection
     uint32_t opening_sessions_ = 0;           // not in rings_ yet
-    std::mutex opening_;                      // one activation at a time: reading resident weights takes seconds
+    std::mutex opening_lock_;                 // guards opening_
+    std::map<uint32_t, std::mutex> opening_;  // by model: one activation of it at a time, which may take minutes
     std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
     std::map<int, Connection> connections_;   // by descriptor
     std::thread thread_;

@@ -1,11 +1,14 @@
 """Bytes of a model in-band: what a Fetch asks for, cut into answers of at most DATA_BYTES_MAX.
 
-Everything here blocks. A step holds at most FETCH_BYTES_MAX of cells and one answer.
+Everything here blocks. A step holds at most FETCH_BYTES_MAX of cells and one answer; between steps a stream holds the
+last answer and what it was asked, whatever the size of what is fetched.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +25,34 @@ from weightd_proto import weightd_pb2
 RESPONSE_BYTES_MAX = 1 << 20
 # A block less, for the message's own bytes; ranges stay aligned to blocks.
 DATA_BYTES_MAX = RESPONSE_BYTES_MAX - 4096
-FETCH_BYTES_MAX = 4 << 20  # bundles that share cells may be scattered over many cells
-FETCH_BUNDLES_MAX = 1 << 20  # of one call: as many as a request of gRPC's 4 MiB can name one by one
+REQUEST_BYTES_MAX = RESPONSE_BYTES_MAX + (64 << 10)  # a piece of a calibration; and the numbers of FETCH_NAMED_MAX
+FETCH_BYTES_MAX = 2 << 20  # bundles that share cells may be scattered over many cells
+FETCH_BUNDLES_MAX = 1 << 20  # of one call, in ranges
+FETCH_NAMED_MAX = 1 << 17  # of one call, one by one: 1 MiB while the stream is open, in the request and as positions
+FETCH_RANGES_MAX = 1 << 14  # of one call
 
 Indices = npt.NDArray[np.uint32]
+
+
+class Positions:
+    """Positions named one by one, then ranges of them; made as they are needed."""
+
+    def __init__(self, named: Indices, ranges: npt.NDArray[np.int64]) -> None:
+        """`ranges`: [ranges, 2], begin and end."""
+        self._named = named
+        self._begins = ranges[:, 0]
+        self._ends = len(named) + np.cumsum(ranges[:, 1] - ranges[:, 0])  # index in all of the last of each, plus one
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else len(self._named)
+
+    def part(self, first: int, last: int) -> Indices:
+        """Those at [first, last) of all."""
+        index = np.arange(max(first, len(self._named)), min(last, len(self)))
+        which = np.searchsorted(self._ends, index, side="right")
+        starts = np.concatenate([[len(self._named)], self._ends])[which]
+        ranged = (self._begins[which] + index - starts).astype(np.uint32)
+        return np.concatenate([self._named[first:last], ranged])
 
 
 class Fetcher:
@@ -55,9 +82,14 @@ class Fetcher:
             case _:
                 raise RequestError("a Fetch names bundles, resident, file or placement_of; this one names none of them")
 
-    def _positions(self, served: ServedModel, wanted: weightd_pb2.NeuronSet) -> Indices:
+    def _positions(self, served: ServedModel, wanted: weightd_pb2.NeuronSet) -> Positions:
         """All positions asked for, in order; refuses what is not there."""
         layer = _layer(served, wanted.layer)
+        if len(wanted.neurons) > FETCH_NAMED_MAX or len(wanted.positions) > FETCH_RANGES_MAX:
+            raise RequestError(
+                f"{len(wanted.neurons)} neurons and {len(wanted.positions)} ranges in one call, at most "
+                f"{FETCH_NAMED_MAX} and {FETCH_RANGES_MAX}: ask in several calls"
+            )
         count = len(wanted.neurons) + sum(max(0, part.end - part.begin) for part in wanted.positions)
         if count > FETCH_BUNDLES_MAX:
             raise RequestError(f"{count} bundles in one call, at most {FETCH_BUNDLES_MAX}: ask in several calls")
@@ -68,14 +100,14 @@ class Fetcher:
         if len(neurons) and neurons.max() >= layer.neurons:
             raise RequestError(f"no neuron {neurons.max()} in a layer of {layer.neurons} neurons")
         named = self._models.positions(served.record.name, wanted.layer)[neurons] if len(neurons) else neurons
-        ranges = [np.arange(part.begin, part.end, dtype=np.uint32) for part in wanted.positions]
-        return np.concatenate([named, *ranges])
+        ranges = np.array([(part.begin, part.end) for part in wanted.positions], dtype=np.int64)
+        return Positions(named, ranges.reshape(-1, 2))
 
-    def _bundles(self, served: ServedModel, layer: int, positions: Indices) -> Iterator[bytes]:
+    def _bundles(self, served: ServedModel, layer: int, positions: Positions) -> Iterator[bytes]:
         layout = served.record.bundle
         step = max(1, min(DATA_BYTES_MAX // layout.bundle_bytes, FETCH_BYTES_MAX // layout.cell_bytes))
         for first in range(0, len(positions), step):
-            yield from _cut(self._read(served, layer, positions[first : first + step]))
+            yield from _cut(self._read(served, layer, positions.part(first, first + step)))
 
     def _read(self, served: ServedModel, layer: int, positions: Indices) -> bytes:
         """The bundles at `positions`, back to back."""
@@ -112,7 +144,7 @@ class Fetcher:
         names = [file.name for file in served.record.files]
         if name not in names:
             raise RequestError(f"model {served.record.name!r} has no file {name!r}: there is {', '.join(names)}")
-        return _cut((self._store.files_path(served.record.name) / name).read_bytes())
+        return _file_parts(self._store.files_path(served.record.name) / name)
 
     def _calibration(self, served: ServedModel, wanted: weightd_pb2.CalibrationFile) -> Iterator[bytes]:
         name, newest = served.record.name, served.record.calibration
@@ -151,7 +183,13 @@ class Fetcher:
 
     def _placement(self, served: ServedModel, layer: int) -> Iterator[bytes]:
         _layer(served, layer)
-        return _cut(self._store.placement(served.record.name, layer).astype("<u4", copy=False).tobytes())
+        return self._placement_parts(served, layer)
+
+    def _placement_parts(self, served: ServedModel, layer: int) -> Iterator[bytes]:
+        neurons = served.record.layers[layer].neurons
+        for first in range(0, neurons, DATA_BYTES_MAX // 4):
+            placement = self._store.placement(served.record.name, layer)
+            yield placement[first : first + DATA_BYTES_MAX // 4].astype("<u4", copy=False).tobytes()
 
 
 def _layer(served: ServedModel, layer: int) -> weightd_pb2.Layer:
@@ -159,6 +197,12 @@ def _layer(served: ServedModel, layer: int) -> weightd_pb2.Layer:
     if layer >= len(layers):
         raise RequestError(f"no layer {layer} in model {served.record.name!r} of {len(layers)} layers")
     return layers[layer]
+
+
+def _file_parts(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        for _ in range(0, os.fstat(file.fileno()).st_size, DATA_BYTES_MAX):
+            yield file.read(DATA_BYTES_MAX)
 
 
 def _cut(data: bytes) -> Iterator[bytes]:

@@ -20,19 +20,19 @@ from grpc_reflection.v1alpha import reflection
 
 from weightd import budget, listening
 from weightd._native import Engine
+from weightd.call_bounds import CALLS_MAX, SERVICE_NAME, CallBounds
 from weightd.config import ServeConfig, load_config
 from weightd.errors import DeviceError, UsageError
-from weightd.fetch import Fetcher
+from weightd.fetch import REQUEST_BYTES_MAX, Fetcher
 from weightd.profile import sequential_gb_per_s
 from weightd.served_models import ServedModels, demand_of
-from weightd.server import SERVICE_NAME, WeightdService
+from weightd.server import WeightdService
 from weightd.sizes import format_size
 from weightd.store import Store
 from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
 
-CALLS_MAX = 64  # at once; the next is refused with RESOURCE_EXHAUSTED
 GRACE_S = 5.0  # for running calls, when we are told to stop
 
 
@@ -125,7 +125,8 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
 def _frontend(config: ServeConfig, service: WeightdService) -> Frontend:
     """The server, listening at every address but not yet answering."""
     # Without so_reuseport=0 two daemons could share a TCP port, each getting some of the calls.
-    server = grpc.aio.server(maximum_concurrent_rpcs=CALLS_MAX, options=[("grpc.so_reuseport", 0)])
+    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)]
+    server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=options)
     weightd_pb2_grpc.add_WeightdServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)

@@ -1,7 +1,9 @@
 """The control plane: what each call of proto/weightd.proto does.
 
-Calls of the engine and the store block, so they run in a few worker threads, never on the event loop. A Fetch makes
-its next answer when the client has taken the last.
+Calls of the engine and the store block, so they run in worker threads, never on the event loop: long ones (a Fetch, the
+opening of a session, the files of a calibration) in threads of their own, as many as there can be such calls, so that
+none waits for another model's device and the short ones never wait for them. A Fetch makes its next answer when the
+client has taken the last.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import TypeVar
 from weightd import _native
 from weightd._native import Engine
 from weightd.calibration import CalibrationStaging
+from weightd.call_bounds import FETCHES_MAX, OPENS_MAX, PUBLISHES_MAX
 from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceError, StoppingError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.served_models import ServedModel, ServedModels, demand_of
@@ -23,8 +26,7 @@ from weightd.sizes import format_size
 from weightd.status import answered, answered_stream, answered_upload
 from weightd_proto import weightd_pb2
 
-WORKERS_MAX = 8  # threads for blocking calls
-SERVICE_NAME = weightd_pb2.DESCRIPTOR.services_by_name["Weightd"].full_name
+WORKERS_MAX = 4  # threads for short calls
 
 Result = TypeVar("Result")
 
@@ -50,12 +52,15 @@ class WeightdService:
         self._sequential_gb_per_s = sequential_gb_per_s
         self._stopping = False
         self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="weightd-call")
+        self._openers = ThreadPoolExecutor(OPENS_MAX + PUBLISHES_MAX, thread_name_prefix="weightd-open")
+        self._fetchers = ThreadPoolExecutor(FETCHES_MAX, thread_name_prefix="weightd-fetch")
 
     def close(self) -> None:
         """Ends the engine; calls still in it are answered with UNAVAILABLE."""
         self._stopping = True
         self._engine.close()
-        self._workers.shutdown()
+        for threads in (self._workers, self._openers, self._fetchers):
+            threads.shutdown()
 
     @answered
     async def ListModels(self, request: weightd_pb2.ListModelsRequest) -> weightd_pb2.ListModelsResponse:
@@ -68,15 +73,17 @@ class WeightdService:
     @answered
     async def OpenSession(self, request: weightd_pb2.OpenSessionRequest) -> weightd_pb2.OpenSessionResponse:
         served = await self._find(request.model)
-        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted))
+        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted), self._openers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
     @answered_stream
     async def Fetch(self, request: weightd_pb2.FetchRequest) -> AsyncIterator[weightd_pb2.FetchResponse]:
         served = await self._find(request.model)
-        answers = await self._run(lambda: self._fetcher.answers(served, request))
-        while (data := await self._run(lambda: next(answers, None))) is not None:
-            yield weightd_pb2.FetchResponse(data=data)
+        answers = await self._run(lambda: self._fetcher.answers(served, request), self._fetchers)
+        while (data := await self._run(lambda: next(answers, None), self._fetchers)) is not None:
+            response = weightd_pb2.FetchResponse(data=data)
+            del data  # not held while the client takes its time
+            yield response
 
     @answered_upload
     async def PublishCalibration(
@@ -131,12 +138,12 @@ class WeightdService:
             raise CorruptionError(str(error)) from error
         return token, share
 
-    async def _run(self, work: Callable[[], Result]) -> Result:
+    async def _run(self, work: Callable[[], Result], threads: ThreadPoolExecutor | None = None) -> Result:
         """`work` in a worker thread. What fails because the engine ends is a StoppingError."""
         if self._stopping:
             raise StoppingError("weightd is stopping")
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+            return await asyncio.get_running_loop().run_in_executor(threads or self._workers, work)
         except Exception as error:
             if self._stopping:
                 raise StoppingError("weightd is stopping") from error
@@ -144,7 +151,7 @@ class WeightdService:
 
     async def _run_whole(self, work: Callable[[], Result]) -> Result:
         """The same, but a cancelled call ends when `work` has: what that touches can be taken back then."""
-        running = asyncio.ensure_future(self._run(work))
+        running = asyncio.ensure_future(self._run(work, self._openers))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:

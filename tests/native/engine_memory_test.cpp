@@ -1,0 +1,155 @@
+// Who gets which part of --dram when it is short.
+#include <gtest/gtest.h>
+
+#include <numeric>
+
+#include "engine.h"
+#include "flash_file.h"
+
+namespace weightd {
+namespace {
+
+class Silent final : public Session {
+  public:
+    using Session::Session;
+    void granted(uint32_t, uint32_t, Place, const Pool&) override { grants++; }
+    void failed(uint32_t, uint32_t, ring::Status, uint32_t) override {}
+    void flush() override {}
+    uint32_t grants = 0;
+};
+
+struct EngineMemoryTest : testing::Test {
+    std::string note;
+    std::unique_ptr<Reader> reader = make_reader("threads", 2, 32, note);
+    Verifier verifier{1};
+    FlashModel first{1, 800, "first"};
+    FlashModel second{1, 800, "second"};
+    FlashModel third{1, 800, "third"};
+
+    static void settle(Engine& engine) {
+        while (engine.step() || engine.reading()) {
+        }
+    }
+
+    static Silent& open(Engine& engine, uint32_t model, uint32_t share) {
+        EXPECT_TRUE(engine.activate(model));
+        const uint32_t cells = engine.model(model).spec.cell_count();
+        return static_cast<Silent&>(engine.open(std::make_unique<Silent>(model, cells, share, true)));
+    }
+
+    static std::vector<uint32_t> cells(uint32_t begin, uint32_t end) {
+        std::vector<uint32_t> numbers(end - begin);
+        std::iota(numbers.begin(), numbers.end(), begin);
+        return numbers;
+    }
+
+    // Acquires cells one by one and gives each back: they stay in the pool.
+    static void sweep(Engine& engine, Session& session, uint32_t count) {
+        for (const uint32_t cell : cells(0, count)) {
+            EXPECT_TRUE(engine.acquire(session, 0, std::array{cell}, 0));
+            settle(engine);
+            EXPECT_TRUE(engine.release(session, 0, std::array{cell}));
+        }
+    }
+
+    static void leave(Engine& engine, Session& session) {
+        const uint32_t model = session.model;
+        engine.close(session.id);
+        engine.leave(model);
+    }
+
+    uint64_t dram_for_slots(uint32_t models, uint64_t slots) const {
+        return models * Engine::minimum_dram_bytes(first.spec) + slots * 4096;
+    }
+};
+
+TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
+    Engine engine(dram_for_slots(1, 150), *reader, verifier);
+    engine.add_model(first.spec, false);
+    engine.add_model(second.spec, false);
+    Silent& session = open(engine, 0, 40);
+    sweep(engine, session, 200);
+    const uint64_t slots = engine.model(0).pool->slots();
+    ASSERT_GT(slots, 100U) << "it has grown above its share, so there is something to take";
+    EXPECT_THROW(engine.activate(1), NoRoom);
+    settle(engine);
+    EXPECT_EQ(engine.model(0).pool->slots(), slots);
+    EXPECT_EQ(engine.model(0).pool->draining(), 0U);
+    EXPECT_EQ(engine.model(1).pool, nullptr);
+}
+
+TEST_F(EngineMemoryTest, ARefusedActivationLeavesIdleModelsActive) {
+    Engine engine(dram_for_slots(2, 20), *reader, verifier);
+    engine.add_model(first.spec, false);
+    engine.add_model(second.spec, false);
+    FlashModel large(2, 4000, "large");
+    large.spec.resident_bytes = 64U << 20;
+    const uint32_t third_index = engine.add_model(large.spec, false);
+    leave(engine, open(engine, 0, 4));
+    open(engine, 1, 4);
+    EXPECT_THROW(engine.activate(third_index), NoRoom);
+    EXPECT_NE(engine.model(0).pool, nullptr);
+}
+
+TEST_F(EngineMemoryTest, AnIdleModelGivesWayToABusyOneAfterAWhile) {
+    Engine engine(dram_for_slots(2, 150), *reader, verifier);
+    engine.add_model(first.spec, false);
+    engine.add_model(second.spec, false);
+    Silent& idle = open(engine, 0, 20);
+    sweep(engine, idle, 100);
+    leave(engine, idle);
+    Silent& busy = open(engine, 1, 20);
+    sweep(engine, busy, 200);
+    const uint64_t slots = engine.model(1).pool->slots();
+    EXPECT_LT(slots, 100U);
+    EXPECT_NE(engine.model(0).pool, nullptr) << "it may be wanted again in a moment";
+    for (uint32_t i = 0; i < IDLE_LOOKS_MIN; i++) engine.look();
+    sweep(engine, busy, 200);
+    EXPECT_EQ(engine.model(0).pool, nullptr);
+    EXPECT_GT(engine.model(1).pool->slots(), slots + 100);
+}
+
+TEST_F(EngineMemoryTest, AShareIsServedFromAnIdleModelAtOnce) {
+    Engine engine(dram_for_slots(2, 60), *reader, verifier);
+    engine.add_model(first.spec, false);
+    engine.add_model(second.spec, false);
+    Silent& idle = open(engine, 0, 20);
+    sweep(engine, idle, 200);
+    leave(engine, idle);
+    ASSERT_TRUE(engine.activate(1));
+    const uint32_t share = engine.share_for(1, 60);
+    engine.leave(1);
+    Silent& busy = open(engine, 1, share);
+    EXPECT_TRUE(engine.acquire(busy, 0, cells(0, share), 0));
+    settle(engine);
+    EXPECT_EQ(busy.grants, share);
+}
+
+TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
+    Engine engine(dram_for_slots(2, 160), *reader, verifier);
+    engine.add_model(first.spec, false);
+    engine.add_model(second.spec, false);
+    Silent& busy = open(engine, 0, 4);
+    const std::vector<uint32_t> held = cells(0, busy.lease_limit);
+    EXPECT_TRUE(engine.acquire(busy, 0, held, 0));
+    settle(engine);
+    ASSERT_EQ(busy.grants, held.size());
+    ASSERT_FALSE(engine.activate(1)) << "what it needs is leased";
+    for (const uint32_t cell : held) {
+        EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
+        engine.step();  // the segment goes, if this was its last lease
+        EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));  // a busy model takes what is free
+        settle(engine);
+    }
+    bool active = false;
+    for (uint32_t turn = 0; turn < 100 && !active; turn++) {
+        active = engine.activate(1);
+        engine.step();
+        EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));
+        settle(engine);
+    }
+    EXPECT_TRUE(active);
+}
+
+}  // namespace
+}  // namespace weightd

@@ -1,0 +1,95 @@
+"""What many clients, or a bad one, can ask at once: bounded memory, and control calls that get through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from daemon import Daemon, serving
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from tiny_store import write_model
+
+from flashclient.channel import Connection
+from flashclient.errors import BusyError
+from weightd.call_bounds import FETCHES_MAX
+from weightd_proto import weightd_pb2 as pb
+
+STREAMS = 64
+BIG_FILE_BYTES = 33 << 20
+OF_PEER = FETCHES_MAX // 2
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    store = tmp_path_factory.mktemp("bounds") / "store"
+    write_model(store)
+    with (store / "tiny" / "hf" / "config.json").open("wb") as file:
+        file.truncate(BIG_FILE_BYTES)
+    with serving(store, "--dram", "64MiB") as started:
+        yield started
+
+
+def memory_bytes(daemon: Daemon) -> int:
+    """Its own, without the pool."""
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(("RssAnon", "RssFile")))
+
+
+def open_unread(daemon: Daemon, count: int) -> list[Any]:
+    """Fetches whose answers nobody takes, once all but those that may run have been refused."""
+    streams = [daemon.stub.Fetch(pb.FetchRequest(model="tiny", file="config.json")) for _ in range(count)]
+    while sum(stream.done() for stream in streams) < count - OF_PEER:
+        daemon.stub.Stats(pb.StatsRequest(), timeout=20)
+    return streams
+
+
+def end(streams: list[Any]) -> None:
+    for stream in streams:
+        stream.cancel()
+
+
+def test_unread_streams_hold_little_memory_and_control_calls_get_through(daemon: Daemon) -> None:
+    before = memory_bytes(daemon)
+    streams = open_unread(daemon, STREAMS)
+    try:
+        for _ in range(100):  # the streams that run come to their first answer meanwhile
+            daemon.stub.Stats(pb.StatsRequest(), timeout=20)
+        assert memory_bytes(daemon) - before < OF_PEER * (6 << 20)
+        assert memory_bytes(daemon) < 150 << 20
+        refused = {stream.code() for stream in streams if stream.done()}
+        assert refused == {grpc.StatusCode.ABORTED}
+    finally:
+        end(streams)
+
+
+def test_a_client_is_told_that_the_daemon_is_busy_and_waits(daemon: Daemon) -> None:
+    connection = Connection(daemon.address, timeout_s=20)
+    request = pb.FetchRequest(model="tiny", placement_of=0)
+    streams = open_unread(daemon, 2 * OF_PEER)
+    try:
+        with pytest.raises(BusyError, match=f"at most {FETCHES_MAX} run at once"):
+            list(connection.fetch(request, timeout_s=0.2))
+    finally:
+        end(streams)
+    assert len(b"".join(connection.fetch(request))) == 4 * 101
+    connection.close()
+
+
+def test_health_watches_leave_room(daemon: Daemon) -> None:
+    stub = health_pb2_grpc.HealthStub(daemon.channel)
+    watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(STREAMS)]
+    while sum(watch.done() for watch in watches) < STREAMS - 16:
+        daemon.stub.Stats(pb.StatsRequest(), timeout=20)
+    end(watches)
+
+
+def test_a_request_that_names_too_much_is_refused(daemon: Daemon) -> None:
+    for wanted in (
+        pb.NeuronSet(layer=0, neurons=[1] * ((1 << 17) + 1)),
+        pb.NeuronSet(layer=0, positions=[pb.Range()] * ((1 << 14) + 1)),
+    ):
+        with pytest.raises(grpc.RpcError, match="ask in several calls"):
+            list(daemon.stub.Fetch(pb.FetchRequest(model="tiny", bundles=wanted)))
