@@ -2,7 +2,8 @@
 //
 // A session is one SOCK_SEQPACKET connection, one ring (a sealed memfd) and one doorbell (an eventfd).
 //   1. The client connects, sends Hello with the token that OpenSession returned, and receives Welcome with three or
-//      four descriptors: ring (read-write), doorbell, resident weights and, where there are any, predictors (read-only).
+//      four descriptors: ring (read-write), doorbell, resident weights and, where there are any, predictors
+//      (read-only).
 //   2. Pool segments follow as SegmentNews with one descriptor each, before the first grant that names them. A
 //      segment that the daemon takes back is announced by SegmentNews with slot_count 0; nothing in it is leased then.
 //   3. The client writes requests and, when `daemon_sleeps` is set, rings the doorbell. The daemon answers every cell
@@ -51,7 +52,7 @@ static_assert(sizeof(Request) == 32);
 
 enum Status : uint32_t {
     GRANTED = 0,
-    REFUSED = 1,     // the session's lease limit is reached: give something back, then ask again
+    REFUSED = 1,     // nothing more is lent to this session now: give something back, then ask again
     UNREADABLE = 2,  // the device failed; `slot` holds the errno
     CORRUPT = 3,     // a checksum differs; `slot` holds the bundle's index in the cell
 };
@@ -85,8 +86,11 @@ struct alignas(4096) Header {
     std::atomic<uint32_t> bell;           // futex: raised after every batch of grants and after `state` changes
     std::atomic<uint32_t> daemon_sleeps;  // it waits in epoll, so the client must ring the doorbell
     std::atomic<uint32_t> state;
-    // Cells that may be leased at once: the share and what may be borrowed above it. It changes as sessions come and go;
-    // the client obeys it at its next ACQUIRE.
+    // Cells that may be leased at once: the share and what may be borrowed above it. It changes as sessions come and
+    // go; the client obeys it at its next ACQUIRE. Within its share a session waits for a slot; above it, a cell is
+    // granted or REFUSED at once, and nothing is lent while anybody waits. The limit may fall below the share for a
+    // moment, while the daemon empties a segment: then it asks the client to hold as little as it can, and refuses
+    // nothing more. A session that keeps others waiting for seconds, because it gives back nothing, is closed.
     std::atomic<uint32_t> lease_limit;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
@@ -110,7 +114,7 @@ struct Hello {
 struct Welcome {
     uint32_t magic;
     uint32_t version;
-    uint64_t resident_bytes;  // of resident.safetensors; the descriptor's size is rounded up to pages
+    uint64_t resident_bytes;     // of resident.safetensors; the descriptor's size is rounded up to pages
     uint64_t calibration_bytes;  // of predictors.safetensors, whose descriptor is the fourth; 0: there is none
     uint32_t share_slots;
     uint32_t error;  // 0, or an errno: the token is unknown, expired or another user's; no descriptors then

@@ -1,9 +1,9 @@
 """The client's kernels beside the speed at which the same threads read the same memory.
 
-All weights are views of one buffer of bfloat16, at least eight times the last-level cache; each kernel walks through the
-whole of it before it comes back, so nothing it reads is in a cache. Bundles are picked at random: a tenth of a layer is
-predicted, a third of that fires. What counts as read is what the kernel has to touch: gate or up rows of the predicted
-neurons, up rows and down columns of those that fire. Kernel and plain reading take turns in ABBA order.
+All weights are views of one buffer of bfloat16, at least eight times the last-level cache; each kernel walks through
+the whole of it before it comes back, so nothing it reads is in a cache. Bundles are picked at random: a tenth of a
+layer is predicted, a third of that fires. What counts as read is what the kernel has to touch: gate or up rows of the
+predicted neurons, up rows and down columns of those that fire. Kernel and plain reading take turns in ABBA order.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+import flashclient  # noqa: F401  # isort: skip  # before torch: it tells torch's idle threads to sleep
 import numpy as np
 import torch
 from bench import Row, Target, abba, machine_facts, report

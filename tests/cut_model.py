@@ -23,7 +23,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient.architectures import architecture_of
-from flashclient.source import Chunk, Counters
+from flashclient.source import Chunk, Counters, LeaseRefusedError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -104,9 +104,15 @@ def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) ->
 
 
 class ArraySource:
-    """See BundleSource: chunks of the given sizes, over and over; bundles lie apart by an odd number of elements."""
+    """See BundleSource: chunks of the given sizes, over and over; bundles lie apart by an odd number of elements.
 
-    def __init__(self, model: CutModel, chunk_sizes: Sequence[int]) -> None:
+    Cells of `bundles_per_cell` bundles arrive a few at a time, in an order of their own. The test sets `lease_limit`
+    and `share_cells`; `refusals` of the next cells asked for are refused.
+    """
+
+    def __init__(
+        self, model: CutModel, chunk_sizes: Sequence[int], bundles_per_cell: int = 1, predictors: bytes = b""
+    ) -> None:
         self._chunk_sizes = chunk_sizes
         gap_bytes = 12
         self._layers = [np.zeros((len(rows), rows.shape[1] + gap_bytes), np.uint8) for rows in model.bundles]
@@ -115,6 +121,16 @@ class ArraySource:
         self.resident = np.frombuffer(model.resident, np.uint8).copy()
         self.opened = 0  # iterators not yet closed
         self.idle_calls = 0
+        self.bundles_per_cell = bundles_per_cell
+        self.stride_bytes = self._layers[0].shape[1]
+        self.lease_limit = self.share_cells = 1_000_000
+        self.refusals = 0
+        self.acquired: list[tuple[int, int]] = []  # (layer, cell)
+        self.cells_held = self.cells_held_most = 0
+        self._tables = [np.zeros(-(-len(rows) // bundles_per_cell), np.uint64) for rows in self._layers]
+        self._coming: list[tuple[int, int]] = []
+        self._random = np.random.default_rng(0)
+        self._predictors = aligned(predictors)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         stored = self._layers[layer]
@@ -129,14 +145,55 @@ class ArraySource:
         finally:
             self.opened -= 1
 
+    def predictors(self) -> NDArray[np.uint8]:
+        return self._predictors
+
+    def addresses(self, layer: int) -> NDArray[np.uint64]:
+        return self._tables[layer]
+
+    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        assert not self._coming, "what was asked for has not been waited for"
+        assert self._tables[layer][release].all(), "what is not held cannot be given back"
+        assert not self._tables[layer][acquire].any(), "asked for twice"
+        self._tables[layer][release] = 0
+        self.cells_held -= len(release)
+        assert self.cells_held + len(acquire) <= max(self.lease_limit, self.share_cells)
+        self._coming = [(layer, int(cell)) for cell in self._random.permutation(acquire)]
+        self.acquired += self._coming
+
+    def arrived(self) -> int:
+        for _ in range(min(7, len(self._coming))):
+            layer, cell = self._coming.pop()
+            if self.refusals > 0:
+                self.refusals -= 1
+                self._coming.clear()
+                raise LeaseRefusedError
+            first_bundle = self._layers[layer].ctypes.data + cell * self.bundles_per_cell * self.stride_bytes
+            self._tables[layer][cell] = first_bundle
+            self.cells_held += 1
+        self.cells_held_most = max(self.cells_held_most, self.cells_held)
+        return len(self._coming)
+
     def idle(self) -> None:
         self.idle_calls += 1
+        self._coming.clear()
+        for table in self._tables:
+            table[:] = 0
+        self.cells_held = 0
 
     def counters(self) -> Counters:
         return Counters()
 
     def close(self) -> None:
         self._layers.clear()
+
+
+def aligned(data: bytes) -> NDArray[np.uint8]:
+    """A copy at an address that is a multiple of 64."""
+    padded = np.zeros(len(data) + 64, np.uint8)
+    begin = -padded.ctypes.data % 64
+    padded[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
+    return padded[begin : begin + len(data)]
 
 
 class FetchServer:

@@ -10,25 +10,22 @@ commit, where a seccomp filter kills the process at that very system call.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import platform
 import signal
-import struct
 import sys
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import seccomp
+
 CALLS = ("mkdir", "open", "posix_fallocate", "pwritev", "ftruncate", "fsync", "rename", "unlink", "rmdir")
 COMMIT_POINTS = ("fdatasync", "write of the meta page")
 # By architecture: fdatasync, pwrite64.
 SYSTEM_CALLS = {"x86_64": (75, 18), "aarch64": (83, 68)}
-PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP, SECCOMP_MODE_FILTER = 38, 22, 2
-KILL_PROCESS, ALLOW = 0x80000000, 0x7FFF0000
-LOAD_WORD, JUMP_EQUAL, JUMP_GREATER_EQUAL, RETURN = 0x20, 0x15, 0x35, 0x06
 PAGE_BYTES = 4096
 
 
@@ -56,35 +53,16 @@ def watch(call: str, point: str) -> None:
     setattr(os, call, watched)
 
 
-def filter_program(point: str) -> bytes:
+def filter_program(point: str) -> list[seccomp.Instruction]:
     """Kills at fdatasync, or at a pwrite64 of less than a page, which is LMDB's write of the meta page."""
     fdatasync, pwrite = SYSTEM_CALLS[platform.machine()]
-    number, low_count = 0, 16 + 2 * 8  # offsets in struct seccomp_data: nr, args[2]
-
-    def instruction(code: int, if_true: int, if_false: int, value: int) -> bytes:
-        return struct.pack("HBBI", code, if_true, if_false, value)
-
-    allow, kill = instruction(RETURN, 0, 0, ALLOW), instruction(RETURN, 0, 0, KILL_PROCESS)
+    number = (seccomp.LOAD_WORD, 0, 0, seccomp.NUMBER_OFFSET_BYTES)
+    end = [(seccomp.RETURN, 0, 0, seccomp.ALLOW), (seccomp.RETURN, 0, 0, seccomp.KILL_PROCESS)]
     if point == "fdatasync":
-        return instruction(LOAD_WORD, 0, 0, number) + instruction(JUMP_EQUAL, 1, 0, fdatasync) + allow + kill
-    return (
-        instruction(LOAD_WORD, 0, 0, number)
-        + instruction(JUMP_EQUAL, 0, 2, pwrite)
-        + instruction(LOAD_WORD, 0, 0, low_count)
-        + instruction(JUMP_GREATER_EQUAL, 0, 1, PAGE_BYTES)
-        + allow
-        + kill
-    )
-
-
-def kill_in_commit(point: str) -> None:
-    program = filter_program(point)
-    buffer = ctypes.create_string_buffer(program)
-    header = struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer))
-    libc = ctypes.CDLL(None, use_errno=True)
-    for arguments in ((PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, header, 0, 0)):
-        if libc.prctl(*arguments) != 0:
-            raise OSError(ctypes.get_errno(), "prctl")
+        return [number, (seccomp.JUMP_EQUAL, 1, 0, fdatasync), *end]
+    count = (seccomp.LOAD_WORD, 0, 0, seccomp.ARGUMENTS_OFFSET_BYTES + 2 * 8)
+    less = (seccomp.JUMP_GREATER_EQUAL, 0, 1, PAGE_BYTES)
+    return [number, (seccomp.JUMP_EQUAL, 0, 2, pwrite), count, less, *end]
 
 
 def watch_catalog(point: str) -> None:
@@ -99,7 +77,7 @@ def watch_catalog(point: str) -> None:
     def opened(path: Path, write: bool, create: bool) -> Any:
         environment = original_open(path, write, create)
         if write and point in COMMIT_POINTS:
-            kill_in_commit(point)
+            seccomp.install(filter_program(point))
         return environment
 
     catalog.array_key, catalog._open = key, opened

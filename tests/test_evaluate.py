@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from flashclient import evaluate as evaluation
 from flashclient.calibrate import CalibrationOptions, calibrate, publish_result
 from flashclient.client import FlashClient
-from flashclient.evaluate import Quality, available_bytes, dense_model, evaluate
+from flashclient.evaluate import Quality, available_bytes, dense_model, evaluate_exact, evaluate_predict
 from flashclient.sequences import read_sequences
 
 
@@ -48,7 +48,7 @@ def test_without_calibration(tmp_path: Path) -> None:
     model = make_sparse_model()
     sequences = sequences_for(tmp_path)
     with clients(model, tmp_path, "exact") as (client,):
-        result = evaluate(client, None, sequences)
+        result = evaluate_exact(client, sequences)
     report = result.as_dict()
     assert math.log(report["dense"]["perplexity"]) == pytest.approx(loss_of(model, sequences), rel=1e-5)
     assert report["exact"]["perplexity"] == pytest.approx(report["dense"]["perplexity"], rel=1e-4)
@@ -63,7 +63,7 @@ def test_a_dense_model_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch
     monkeypatch.setattr(evaluation, "available_bytes", lambda: 1000)
     with clients(make_sparse_model(), tmp_path, "exact") as (client,):
         client.record.bundles_file_bytes = 2 * 10**9
-        result = evaluate(client, None, sequences_for(tmp_path)).as_dict()
+        result = evaluate_exact(client, sequences_for(tmp_path)).as_dict()
     assert result["dense"] is None
     assert result["agreement_with"] == "exact"
     assert result["exact"]["top1_agreement"] == 1.0
@@ -103,7 +103,8 @@ def test_predict_mode_is_the_reference_of_calibration(tmp_path: Path) -> None:
         tested = sequences[7::8]
         exact.record.CopyFrom(exact.connection.describe("tiny"))
         with FlashClient("tiny", address=client.connection.address, transport="grpc", mode="predict") as predict:
-            found = evaluate(exact, predict, tested)
+            found = evaluate_exact(exact, tested)
+            evaluate_predict(predict, found)
     assert found.predict is not None
     assert found.predict.perplexity == pytest.approx(result.quality["predict"].perplexity, rel=1e-3)
     for rates, layer in zip(found.layers, result.layers, strict=True):

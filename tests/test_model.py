@@ -58,10 +58,8 @@ def open_source(kind: str, parts: CutModel, folder: Path) -> Iterator[BundleSour
 
 
 def streamed_model(parts: CutModel, source: BundleSource, folder: Path) -> Any:
-    model = build_model(
-        parts.record, parts.save_files(folder), source, lambda layer: parts.placements[layer], Workers(2)
-    )
-    return model
+    folder = parts.save_files(folder)
+    return build_model(parts.record, folder, source, lambda layer: parts.placements[layer], Workers(2)).model
 
 
 @pytest.mark.parametrize("case", FAMILIES)

@@ -79,7 +79,8 @@ def test_serving_and_generating(folder: Path) -> None:
 def test_calibrating_and_evaluating(folder: Path) -> None:
     for seed, name in enumerate(("text.txt", "other.txt")):
         write_text(folder / name, 2000, seed)
-    with serving(folder / "store") as daemon:
+    serve = example("weightd --store ./store --dram")
+    with serving(folder / "store", *serve[3 : serve.index("--listen")]) as daemon:
         for command, word in (("calibrate", "published as version 1"), ("eval", "predict")):
             words = example(f"flashclient {command}")
             assert word in run([daemon.address if one == ADDRESS else one for one in words], folder)

@@ -16,6 +16,7 @@ from weightd.status import STATUSES, status_of
         (errors.CorruptionError("x"), grpc.StatusCode.DATA_LOSS),
         (errors.StoreError("x"), grpc.StatusCode.FAILED_PRECONDITION),
         (errors.RequestError("x"), grpc.StatusCode.INVALID_ARGUMENT),
+        (errors.ForbiddenError("x"), grpc.StatusCode.PERMISSION_DENIED),
         (errors.SpaceError("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (MemoryError("x"), grpc.StatusCode.RESOURCE_EXHAUSTED),
         (errors.StoppingError("x"), grpc.StatusCode.UNAVAILABLE),

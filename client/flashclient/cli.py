@@ -164,15 +164,15 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from flashclient.evaluate import TOKENS_DEFAULT, evaluate
+    from flashclient.evaluate import TOKENS_DEFAULT, evaluate_exact, evaluate_predict
 
-    with _client(options, mode="exact") as exact:
-        sequences = _sequences(exact, options, TOKENS_DEFAULT)
-        if exact.record.calibration.version == 0:
-            result = evaluate(exact, None, sequences, sys.stderr.isatty())
-        else:
-            with _client(options, mode="predict") as predict:
-                result = evaluate(exact, predict, sequences, sys.stderr.isatty())
+    progress = sys.stderr.isatty()
+    with _client(options, mode="exact") as client:
+        result = evaluate_exact(client, _sequences(client, options, TOKENS_DEFAULT), progress)
+        calibrated = client.record.calibration.version > 0
+    if calibrated:
+        with _client(options, mode="predict") as client:
+            evaluate_predict(client, result, progress)
     print(json.dumps(result.as_dict()) if options.json else result.table())
     return 0
 

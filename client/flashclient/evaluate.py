@@ -65,9 +65,15 @@ class Quality:
 
 @dataclass
 class Evaluation:
-    """What was measured; None and empty where it could not be, for the reason in `notes`."""
+    """What was measured; None and empty where it could not be, for the reason in `notes`.
 
-    text_tokens: int
+    Attributes:
+        sequences: [sequences, length] ids.
+        likeliest: of the same shape, the next tokens by the model compared with.
+    """
+
+    sequences: Tensor
+    likeliest: Tensor | None = None
     dense: Quality | None = None
     exact: Quality = field(default_factory=Quality)
     predict: Quality | None = None
@@ -82,7 +88,7 @@ class Evaluation:
             "exact": self.exact.as_dict(),
             "predict": None if self.predict is None else self.predict.as_dict(),
             "layers": [asdict(rates) for rates in self.layers],
-            "text_tokens": self.text_tokens,
+            "text_tokens": self.sequences.numel(),
             "agreement_with": "exact" if self.dense is None else "dense",
             "notes": self.notes,
         }
@@ -100,37 +106,44 @@ class Evaluation:
         return "\n".join([*lines, *self.notes])
 
 
-def evaluate(exact: FlashClient, predict: FlashClient | None, sequences: Tensor, progress: bool = False) -> Evaluation:
-    """Compares the modes on `sequences` [sequences, length]. Both clients can only be closed afterwards.
+def evaluate_exact(client: FlashClient, sequences: Tensor, progress: bool = False) -> Evaluation:
+    """The dense model, exact mode and, where the model was calibrated, what its predictors do in each layer.
 
     Args:
-        predict: of mode "predict"; None for a model that was not calibrated.
+        client: of mode "exact"; it can only be closed afterwards.
+        sequences: [sequences, length] ids.
 
     Raises:
         DaemonLostError, CorruptionError: while the weights were read.
         CalibrationError: the calibration does not fit the model.
     """
-    result = Evaluation(sequences.numel())
+    result = Evaluation(sequences)
     with torch.no_grad():
-        reference = _evaluate_dense(exact, sequences, result, progress)
-        agreed_with = _run(exact.model, sequences, result.exact, reference, _bar("exact", sequences, progress))
-        exact.source.idle()
-        if predict is None:
-            result.notes.append(f"predict: '{exact.record.name}' was never calibrated: run `flashclient calibrate`")
-            return result
-        result.predict = Quality()
-        _run(predict.model, sequences, result.predict, agreed_with, _bar("predict", sequences, progress))
-        predict.source.idle()
-        result.layers = layer_rates(exact, fetch_predictors(exact), sequences)
-        exact.source.idle()
+        result.likeliest = _evaluate_dense(client, result, progress)
+        result.likeliest = _run(client.model, result, result.exact, _bar("exact", sequences, progress))
+        client.source.idle()
+        if client.record.calibration.version > 0:
+            result.layers = layer_rates(client, fetch_predictors(client), sequences)
+            client.source.idle()
+        else:
+            result.notes.append(f"predict: '{client.record.name}' was never calibrated: run `flashclient calibrate`")
     return result
+
+
+def evaluate_predict(client: FlashClient, result: Evaluation, progress: bool = False) -> None:
+    """Adds predict mode to `result`, by a client of that mode. Apart from exact mode, so that one session is enough."""
+    result.predict = Quality()
+    with torch.no_grad():
+        _run(client.model, result, result.predict, _bar("predict", result.sequences, progress))
+    client.source.idle()
 
 
 def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
     yield from tqdm(sequences, desc=mode, unit="sequence", disable=not shown)
 
 
-def _evaluate_dense(client: FlashClient, sequences: Tensor, result: Evaluation, progress: bool) -> Tensor | None:
+def _evaluate_dense(client: FlashClient, result: Evaluation, progress: bool) -> Tensor | None:
+    """Returns the likeliest next tokens, as `_run` does; None where the model does not fit."""
     record = client.record
     needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
     free_bytes = available_bytes()
@@ -138,16 +151,15 @@ def _evaluate_dense(client: FlashClient, sequences: Tensor, result: Evaluation, 
         result.notes.append(f"dense: it needs {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} are free")
         return None
     result.dense = Quality()
-    model = dense_model(client)
-    return _run(model, sequences, result.dense, None, _bar("dense", sequences, progress))
+    return _run(dense_model(client), result, result.dense, _bar("dense", result.sequences, progress))
 
 
-def _run(model: Any, sequences: Tensor, quality: Quality, reference: Tensor | None, rows: Iterator[Tensor]) -> Tensor:
-    """Returns the likeliest next tokens [sequences, length] of `reference`, or of this model where that is None."""
-    likeliest = torch.empty_like(sequences) if reference is None else reference
+def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor]) -> Tensor:
+    """Returns the likeliest next tokens [sequences, length] of the model compared with: this one if there is none."""
+    likeliest = torch.empty_like(result.sequences) if result.likeliest is None else result.likeliest
     for row, ids in enumerate(rows):
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-        if reference is None:
+        if result.likeliest is None:
             likeliest[row] = logits.argmax(1)
         quality.add(logits, ids, likeliest[row])
     return likeliest

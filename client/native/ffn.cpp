@@ -8,8 +8,8 @@
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kGroupMax = 32;          // neurons of an item of the first phase: some microseconds of work
-constexpr std::size_t kGroupMin = 8;           // a tile of the kernels
+constexpr std::size_t kGroupMax = 96;          // neurons of an item of the first phase: tens of microseconds of work
+constexpr std::size_t kGroupMin = 8;           // a tile for one token
 constexpr std::size_t kElementsPerItem = 256;  // of the second phase, at least: eight cache lines of each bf16 row
 constexpr std::size_t kElementsMax = 8192;     // tokens x elements of y at a time, so that they stay in the first cache
 

@@ -16,7 +16,8 @@ namespace {
 // Eight fp32. The ends of rows go through a small buffer, so they read no byte beyond the row.
 struct Lane {
     static constexpr std::size_t kWidth = 8;
-    static constexpr std::size_t kTileTokens = 2;  // of four rows: eight sums, four weights: 13 of 16 registers
+    static constexpr std::size_t kTileRows = 4;  // eight sums, four weights and x: 13 of 16 registers
+    static constexpr std::size_t kTileTokens = 2;
     __m256 value;
 
     LANE static Lane zero() { return {_mm256_setzero_ps()}; }
@@ -49,7 +50,6 @@ struct Lane {
 };
 
 LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
-LANE Lane operator+(Lane a, Lane b) { return {_mm256_add_ps(a.value, b.value)}; }
 LANE float sum(Lane a) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.value), _mm256_extractf128_ps(a.value, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));

@@ -18,7 +18,8 @@ namespace {
 // Sixteen fp32. The ends of rows are masked, so they read no byte beyond the row.
 struct Lane {
     static constexpr std::size_t kWidth = 16;
-    static constexpr std::size_t kTileTokens = 4;  // of four rows: 16 sums, four weights: 21 of 32 registers
+    static constexpr std::size_t kTileRows = 6;  // 24 sums, six weights and x: 31 of 32 registers
+    static constexpr std::size_t kTileTokens = 4;
     __m512 value;
 
     LANE static Lane zero() { return {_mm512_setzero_ps()}; }
@@ -51,7 +52,6 @@ struct Lane {
 };
 
 LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
-LANE Lane operator+(Lane a, Lane b) { return {_mm512_add_ps(a.value, b.value)}; }
 LANE float sum(Lane a) { return _mm512_reduce_add_ps(a.value); }
 
 }  // namespace

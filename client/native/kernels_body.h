@@ -1,6 +1,7 @@
 // The loops of kernels.h, written once. Included by one file per instruction set, which defines first
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
-//   Lane    a vector of fp32: kWidth, kTileTokens, load<dtype>(row), load_some<dtype>(row, n), store, store_some, fused
+//   Lane    a vector of fp32: kWidth, kTileRows, kTileTokens, load<dtype>(row), load_some<dtype>(row, n), store,
+//   store_some, fused
 //           multiply-add, and sum
 // All of it has internal linkage: the same names exist once per instruction set.
 #pragma once
@@ -33,13 +34,14 @@ KERNEL void dots_of_tile(const typename Element<dtype>::type* const* row, const 
                          const float* const* x, std::size_t hidden, float (&dots)[rows][tokens]) {
     constexpr std::size_t width = Lane::kWidth;
     constexpr std::size_t line = kLineBytes / bytes_of(dtype);
+    constexpr int cache = tokens == 1 ? 3 : 2;  // the first, unless x needs it
     Lane sums[rows][tokens];
     for (auto& of_row : sums)
         for (Lane& lane : of_row) lane = Lane::zero();
     std::size_t j = 0;
     for (; j + line <= hidden; j += line) {
         for (std::size_t r = 0; r < rows; ++r)
-            __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, 2);
+            __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, cache);
         for (std::size_t k = j; k < j + line; k += width) {
             Lane weights[rows];
             for (std::size_t r = 0; r < rows; ++r) weights[r] = Lane::template load<dtype>(row[r] + k);
@@ -89,7 +91,7 @@ KERNEL void dots(const void* const* rows, std::size_t row_count, const float* x,
     if (tokens == 1)
         dots_in_tiles<dtype, 8, 1>(rows, row_count, x, hidden, tokens, dots);
     else
-        dots_in_tiles<dtype, 4, Lane::kTileTokens>(rows, row_count, x, hidden, tokens, dots);
+        dots_in_tiles<dtype, Lane::kTileRows, Lane::kTileTokens>(rows, row_count, x, hidden, tokens, dots);
 }
 
 // y += h * row for `rows` rows, so that y is loaded and stored once for all of them; `ahead` are the rows that come

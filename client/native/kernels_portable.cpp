@@ -26,6 +26,7 @@ float widen_bf16(std::uint16_t half) { return std::bit_cast<float>(static_cast<s
 // Four fp32 in an array, which compilers turn into what vectors there are. A product is rounded before it is added.
 struct Lane {
     static constexpr std::size_t kWidth = 4;
+    static constexpr std::size_t kTileRows = 4;
     static constexpr std::size_t kTileTokens = 2;
     float value[kWidth];
 
@@ -54,10 +55,6 @@ struct Lane {
 Lane fma(Lane a, Lane b, Lane c) {
     for (std::size_t i = 0; i < Lane::kWidth; ++i) c.value[i] += a.value[i] * b.value[i];
     return c;
-}
-Lane operator+(Lane a, Lane b) {
-    for (std::size_t i = 0; i < Lane::kWidth; ++i) a.value[i] += b.value[i];
-    return a;
 }
 float sum(Lane a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }
 

@@ -6,13 +6,14 @@
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kBlockBytes = 128 * 1024;  // some microseconds of memory bandwidth
-constexpr std::size_t kBlockRowsMin = 8;         // a tile of the kernels
-constexpr std::size_t kBlockRowsMax = 128;
+constexpr std::size_t kBlockBytes = 512 * 1024;  // tens of microseconds of memory bandwidth
+constexpr std::size_t kBlockRowsMin = 24;        // whole tiles of the kernels
+constexpr std::size_t kBlockRowsMax = 480;
 
-std::size_t block_rows(std::size_t row_bytes) {
-    const std::size_t rows = kBlockBytes / std::max<std::size_t>(row_bytes, 1);
-    return std::clamp(rows / kBlockRowsMin * kBlockRowsMin, kBlockRowsMin, kBlockRowsMax);
+// A small matrix is cut so that every thread gets some of it.
+std::size_t block_rows(std::size_t rows, std::size_t row_bytes, std::size_t threads) {
+    const std::size_t block = std::min(kBlockBytes / std::max<std::size_t>(row_bytes, 1), rows / (2 * threads));
+    return std::clamp(block / kBlockRowsMin * kBlockRowsMin, kBlockRowsMin, kBlockRowsMax);
 }
 
 }  // namespace
@@ -23,7 +24,7 @@ Linear::Linear(Workers& workers, Dtype dtype, const char* instruction_set)
 void Linear::for_blocks(const Matrix& weight, const float* x, std::size_t tokens, const Block& block) const {
     assert(tokens <= kTokensMax);
     const std::size_t row_bytes = weight.columns * bytes_of(dtype_);
-    const std::size_t rows_max = block_rows(row_bytes);
+    const std::size_t rows_max = block_rows(weight.rows, row_bytes, workers_.threads());
     workers_.run((weight.rows + rows_max - 1) / rows_max, [&](std::size_t item) {
         const void* rows[kBlockRowsMax];
         float dots[kBlockRowsMax * kTokensMax];

@@ -340,6 +340,55 @@ TEST_F(RingTest, GivesBackBeforeItAcquires) {
     EXPECT_FALSE(stranger.closed());
 }
 
+TEST_F(RingTest, TheLimitInTheRingFollowsWhoIsThere) {
+    FlashModel model(1, 801);
+    const auto service = serve(model, 100);
+    const Stranger alone(socket_path(), service->open_session(0, 4).token);
+    const uint32_t limit = alone.ring->header.lease_limit.load();
+    EXPECT_GT(limit, 90U) << "nearly the whole pool";
+    {
+        const Stranger other(socket_path(), service->open_session(0, 40).token);
+        EXPECT_LT(alone.ring->header.lease_limit.load(), limit - 40);
+        EXPECT_LT(alone.ring->header.lease_limit.load() + other.ring->header.lease_limit.load(), 106U);
+    }
+    wait_until([&] { return alone.ring->header.lease_limit.load() == limit; });
+}
+
+// All that it may lease, by its first request.
+void lease_all(Stranger& stranger) {
+    const uint32_t limit = stranger.ring->header.lease_limit.load();
+    stranger.ring->words[0][0] = 0;
+    stranger.ring->words[0][1] = limit;
+    stranger.post({ring::ACQUIRE, ring::RANGES, 0, 2, 0, 0, {}});
+    RingTest::wait_until([&] { return stranger.ring->header.grant_tail.load() == limit; });
+}
+
+TEST_F(RingTest, ClosesABorrowerThatKeepsOthersWaiting) {
+    FlashModel model(1, 801);
+    const auto service = serve(model, 100);
+    Stranger paused(socket_path(), service->open_session(0, 4).token);
+    lease_all(paused);
+    const auto other = attach(*service, 40);
+    std::vector<uint32_t> cells;
+    for (uint32_t cell = 0; cell < other->share_slots(); cell++) cells.push_back(200 - cell);
+    other->acquire(0, ring::CELLS, cells, 0);
+    for (const ring::Grant& grant : grants(*other, cells.size())) {
+        EXPECT_EQ(ClientSession::status(grant), ring::GRANTED);
+    }
+    EXPECT_TRUE(paused.closed());
+}
+
+TEST_F(RingTest, ClosesASessionThatKeepsMemoryFromAnotherModel) {
+    FlashModel first(1, 801, "first");
+    FlashModel second(1, 801, "second");
+    const auto service = serve(first, 100);
+    EXPECT_EQ(service->add_model(second.spec), 1U);
+    Stranger paused(socket_path(), service->open_session(0, 4).token);
+    lease_all(paused);
+    EXPECT_GE(service->open_session(1, 2).share_slots, 2U);
+    EXPECT_TRUE(paused.closed());
+}
+
 TEST_F(RingTest, GivesClientsNoWayToWriteToWeights) {
     FlashModel model(1, 301);
     const auto service = serve(model, 30);

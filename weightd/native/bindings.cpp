@@ -70,8 +70,9 @@ nb::bytes filled_bytes(size_t size, F fill) {
 }
 
 weightd::ModelSpec spec_of(const std::string& name, uint64_t resident_bytes, uint32_t cell_bytes, uint32_t stride_bytes,
-                           uint32_t bundle_bytes, uint32_t bundles_per_cell, const std::vector<uint64_t>& layer_offsets,
-                           const std::vector<uint32_t>& layer_neurons, const std::vector<uint32_t>& layer_cells) {
+                           uint32_t bundle_bytes, uint32_t bundles_per_cell, uint32_t bundle_parts,
+                           const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
+                           const std::vector<uint32_t>& layer_cells) {
     weightd::ModelSpec spec;
     spec.name = name;
     spec.resident_bytes = resident_bytes;
@@ -79,6 +80,7 @@ weightd::ModelSpec spec_of(const std::string& name, uint64_t resident_bytes, uin
     spec.stride_bytes = stride_bytes;
     spec.bundle_bytes = bundle_bytes;
     spec.bundles_per_cell = bundles_per_cell;
+    spec.bundle_parts = bundle_parts;
     uint32_t first_cell = 0;
     uint32_t first_checksum = 0;
     for (size_t i = 0; i < layer_offsets.size(); i++) {
@@ -91,12 +93,12 @@ weightd::ModelSpec spec_of(const std::string& name, uint64_t resident_bytes, uin
 
 uint32_t add_model(Service& service, const std::string& name, const std::string& bundles_path,
                    const std::string& resident_path, uint64_t resident_bytes, uint32_t cell_bytes,
-                   uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell,
+                   uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell, uint32_t bundle_parts,
                    const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
                    const std::vector<uint32_t>& layer_cells, const std::vector<U64Array>& checksums,
                    const std::vector<TensorTuple>& tensors) {
     weightd::ModelSpec spec = spec_of(name, resident_bytes, cell_bytes, stride_bytes, bundle_bytes, bundles_per_cell,
-                                      layer_offsets, layer_neurons, layer_cells);
+                                      bundle_parts, layer_offsets, layer_neurons, layer_cells);
     spec.bundles_path = bundles_path;
     spec.resident_path = resident_path;
     for (const U64Array& layer : checksums) {
@@ -147,6 +149,7 @@ nb::dict report(Service& service) {
         row["read_bytes"] = model.counts.read_bytes;
         row["verify_errors"] = model.counts.verify_errors;
         row["read_errors"] = model.counts.read_errors;
+        row["reading_s"] = model.reading_s;
         models[model.name.c_str()] = row;
     }
     nb::dict result;
@@ -214,16 +217,19 @@ void bind_engine(nb::module_& m) {
         .def(
             "__init__",
             [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
-               bool allow_buffered, const std::string& data_socket) {
-                new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered}, data_socket);
+               bool allow_buffered, bool unbundled_reads, const std::string& data_socket) {
+                new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads},
+                                   data_socket);
             },
-            "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "data_socket"_a)
+            "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "unbundled_reads"_a,
+            "data_socket"_a)
         .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
         .def("add_model", &add_model, "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a, "cell_bytes"_a,
-             "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layer_offsets"_a, "layer_neurons"_a,
-             "layer_cells"_a, "checksums"_a, "tensors"_a, "Opens a model's files; returns its number.")
+             "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "bundle_parts"_a, "layer_offsets"_a,
+             "layer_neurons"_a, "layer_cells"_a, "checksums"_a, "tensors"_a,
+             "Opens a model's files; returns its number.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a,
              "Returns (token, share_slots). Loads resident weights and predictors that are not in memory yet. Raises "
              "MemoryError, OSError, CorruptResident, Stopping.")

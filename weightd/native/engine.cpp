@@ -6,8 +6,8 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier)
-    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier) {
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
+    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
 }
 
@@ -26,10 +26,22 @@ bool Engine::names_cells(const Session& session, uint32_t layer, std::span<const
     return std::all_of(cells.begin(), cells.end(), [&](uint32_t cell) { return cell < layers[layer].cells; });
 }
 
-bool Engine::may_hold(const Session& session, uint32_t cell) const {
+bool Engine::within_share(const Session& session, uint32_t cell) const {
     const Hold& hold = session.holds[cell];
     const uint32_t count = uint32_t{hold.granted} + hold.pending;
     return count == 0 ? session.held_cells < session.share_slots : count < UINT16_MAX;
+}
+
+bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag) {
+    Hold& hold = session.holds[cell];
+    if (hold.granted + hold.pending > 0 || session.held_cells >= session.lease_limit) return false;
+    if (!state.stalled.empty()) return false;
+    hold.pending++;
+    session.held_cells++;
+    if (serve(state, session, cell, tag)) return true;
+    hold.pending--;
+    session.held_cells--;
+    return false;
 }
 
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
@@ -37,9 +49,9 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     ModelState& state = *models_[session.model];
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
-        if (may_hold(session, number)) {
+        if (within_share(session, number)) {
             want(state, session, number, tag);
-        } else {
+        } else if (!borrow(state, session, number, tag)) {
             session.failed(tag, cell, ring::REFUSED, 0);
         }
     }
@@ -159,6 +171,7 @@ bool Engine::step() {
         if (state->pool == nullptr) continue;
         if (state->pool->draining() > 0) retire(*state);
         if (!state->stalled.empty()) serve_stalled(*state);
+        if (!state->stalled.empty()) claim_slots(*state);
         any = submit(*state) || any;
     }
     std::sort(answered_.begin(), answered_.end());
@@ -172,11 +185,8 @@ bool Engine::step() {
 
 bool Engine::submit(ModelState& state) {
     if (state.missing.empty()) return false;
-    const auto index = static_cast<uint32_t>(
-        std::find_if(models_.begin(), models_.end(), [&](const auto& m) { return m.get() == &state; }) -
-        models_.begin());
     const LoadCounts counts =
-        loader_.load({index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
+        loader_.load({state.index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
     state.missing.clear();
     state.counts.reads += counts.reads;
     state.counts.read_bytes += counts.read_bytes;
@@ -215,13 +225,16 @@ Session& Engine::open(std::unique_ptr<Session> session) {
     ModelState& state = *models_[session->model];
     session->id = next_session_++;
     state.guaranteed_slots += session->share_slots;
-    return *(sessions_[session->id] = std::move(session));
+    if (!session->borrows) state.fetching_slots += session->share_slots;
+    Session& opened = *(sessions_[session->id] = std::move(session));
+    update_limits();
+    return opened;
 }
 
 void Engine::close(uint32_t id) {
     const auto found = sessions_.find(id);
     if (found == sessions_.end()) return;
-    const std::unique_ptr<Session> session = std::move(found->second);
+    std::unique_ptr<Session> session = std::move(found->second);
     sessions_.erase(found);
     ModelState& state = *models_[session->model];
     std::erase_if(state.stalled, [&](const ModelState::Stalled& stalled) {
@@ -235,6 +248,9 @@ void Engine::close(uint32_t id) {
         for (; hold.pending > 0; hold.pending--) state.pool->unlease(state.pool->find(cell));
     }
     state.guaranteed_slots -= session->share_slots;
+    if (!session->borrows) state.fetching_slots -= session->share_slots;
+    session.reset();
+    update_limits();
     serve_stalled(state);
 }
 

@@ -1,8 +1,10 @@
 // Want, missing, read, place, answer: the daemon's data work, without threads, sockets or clocks of its own.
 //
-// Belongs to one thread. Invariants: a session never holds more distinct cells than its share; the shares of a model
-// never add up to more slots than its pool can have; every cell asked for is answered once, by granted() or failed();
-// a granted cell stays in its slot until its last lease is given back.
+// Belongs to one thread. Invariants: every cell asked for is answered once, by granted() or failed(); a granted cell
+// stays in its slot until its last lease is given back. The lease limits of all sessions (their shares, and equal parts
+// of what is lent above them) fit into --dram together. Within its share a session waits for a slot, and gets it as
+// soon as those above their limits give back. Above its share it never waits: it gets a slot at once, and only while
+// nobody waits, or is refused. So no session that waits is waited for.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +28,7 @@ namespace weightd {
 inline constexpr uint64_t SEGMENT_BYTES_MAX = 64U << 20;  // a larger one stalls the loop while it is registered
 inline constexpr uint32_t SHARE_SLOTS_MIN = 2;            // one in use, one on its way
 inline constexpr uint32_t FETCH_SLOTS_MAX = 256;          // share of the gRPC fetches of a model together
+inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;        // this part of the pool (or FETCH_SLOTS_MAX) is not lent
 inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
@@ -42,6 +45,7 @@ struct ModelCounts {
 };
 
 struct ModelState {
+    uint32_t index = 0;  // in the engine
     ModelSpec spec;
     std::unique_ptr<DirectFile> file;
     int file_index = -1;
@@ -53,9 +57,10 @@ struct ModelState {
     SharedMemory resident;
     bool resident_ready = false;
     std::shared_ptr<const Predictors> predictors;  // what the next session gets; a session keeps its own
-    uint32_t users = 0;     // sessions, fetches and opens under way: an active model without any may go
-    uint32_t sessions = 0;  // opened, fetches apart
-    uint64_t guaranteed_slots = 0;
+    uint32_t users = 0;             // sessions, fetches and opens under way: an active model without any may go
+    uint32_t sessions = 0;          // opened, fetches apart
+    uint64_t guaranteed_slots = 0;  // shares of all its sessions
+    uint64_t fetching_slots = 0;    // of those, of sessions that do not borrow
     struct Stalled {
         uint32_t session;
         uint32_t cell;
@@ -67,7 +72,8 @@ struct ModelState {
 
 class Engine {
   public:
-    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier);
+    // `unbundled`: see Loader.
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false);
     ~Engine();
 
     uint32_t add_model(ModelSpec spec, bool allow_buffered);
@@ -96,12 +102,18 @@ class Engine {
     // True when anything happened.
     bool step();
     bool reading() const { return loader_.busy(); }
+    double reading_s(uint32_t model) const { return loader_.reading_s(model); }
+    // Whether somebody cannot go on before others give back: wants that lack a slot, memory that another model needs.
+    bool waiting() const;
+    // Whether it is this session that must: it is above its limit, or leases what drains.
+    bool blocks_others(const Session& session) const;
 
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
 
   private:
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
-    bool may_hold(const Session& session, uint32_t cell) const;
+    bool within_share(const Session& session, uint32_t cell) const;
+    bool borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     void want(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     bool serve(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     void grant(ModelState& state, Session& session, uint32_t cell, uint32_t tag, Place place);
@@ -117,9 +129,12 @@ class Engine {
     void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
     bool make_room(uint32_t model, uint64_t bytes);
     bool deactivate_idle(uint32_t except);
-    bool drain_surplus(uint32_t except);
+    bool drain_surplus(uint32_t model, bool own);
     void deactivate(ModelState& state);
     uint64_t pool_bytes_free(uint32_t model) const;
+    uint64_t lendable_bytes() const;
+    void update_limits();
+    void claim_slots(ModelState& state);
     struct Waiter {
         uint32_t session;
         uint32_t tag;

@@ -44,17 +44,18 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
         throw NoRoom(spec.name + ": its checksums need " + mebibytes(checksum_bytes(spec)) + " and --dram has " +
                      mebibytes(memory_.free_bytes()) + " left: raise --dram");
     }
+    state->index = static_cast<uint32_t>(models_.size());
     state->spec = std::move(spec);
     state->file_index = reader_.register_file(*state->file);
     models_.push_back(std::move(state));
-    return static_cast<uint32_t>(models_.size() - 1);
+    return models_.back()->index;
 }
 
 // True when `bytes` are free. False: something drains, ask again. Throws NoRoom.
 bool Engine::make_room(uint32_t model, uint64_t bytes) {
     while (memory_.free_bytes() < bytes) {
         if (deactivate_idle(model)) continue;
-        if (drain_surplus(model)) return false;
+        if (drain_surplus(model, true)) return false;
         throw NoRoom(models_[model]->spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
                      mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(memory_.free_bytes()) +
                      " is free and nothing more can be taken back: raise --dram or end a session");
@@ -74,6 +75,7 @@ bool Engine::activate(uint32_t model) {
     const uint64_t resident_bytes = pages(state.spec.resident_bytes);
     memory_.take(Account::resident, resident_bytes);
     memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
+    update_limits();
     state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
     return true;
 }
@@ -82,6 +84,7 @@ std::shared_ptr<Predictors> Engine::reserve_predictors(uint32_t model, const Pre
     const uint64_t bytes = pages(wanted.bytes);
     if (!make_room(model, bytes)) return nullptr;
     memory_.take(Account::resident, bytes);
+    update_limits();
     return {new Predictors{wanted.version, wanted.bytes, {}}, [this, bytes](Predictors* predictors) {
                 predictors->memory.drain();
                 memory_.give(Account::resident, bytes);
@@ -121,6 +124,54 @@ uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted) const {
     return static_cast<uint32_t>(std::max<uint64_t>(share, SHARE_SLOTS_MIN));
 }
 
+// What is neither guaranteed to a session nor kept for fetches and reads in flight.
+uint64_t Engine::lendable_bytes() const {
+    const uint64_t fixed_bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
+    const uint64_t pool_bytes = memory_.limit_bytes() - std::min(memory_.limit_bytes(), fixed_bytes);
+    uint64_t kept_bytes = 0;
+    uint32_t models_in_use = 0;
+    for (const auto& state : models_) {
+        if (state->pool == nullptr || state->users == 0) continue;
+        const uint64_t cell_bytes = state->spec.cell_bytes;
+        const uint64_t never_slots =
+            std::clamp<uint64_t>(pool_bytes / cell_bytes / LENT_NEVER_DIVISOR, SHARE_SLOTS_MIN, FETCH_SLOTS_MAX);
+        const uint64_t shares_slots = state->guaranteed_slots - state->fetching_slots;
+        kept_bytes += (shares_slots + std::max(state->fetching_slots, never_slots)) * cell_bytes;
+        if (models_in_use++ > 0) kept_bytes += segment_bytes_;  // as in pool_bytes_free
+    }
+    return pool_bytes - std::min(pool_bytes, kept_bytes);
+}
+
+// Equal parts: nobody can hold all that is lent, and an idle session loses nothing by what others lease, because what
+// nobody leases stays in the pool as long as what is leased.
+void Engine::update_limits() {
+    const auto borrowers =
+        std::count_if(sessions_.begin(), sessions_.end(), [](const auto& entry) { return entry.second->borrows; });
+    const uint64_t part_bytes = borrowers > 0 ? lendable_bytes() / static_cast<uint64_t>(borrowers) : 0;
+    for (const auto& [id, session] : sessions_) {
+        if (!session->borrows) continue;
+        const ModelState& state = *models_[session->model];
+        const uint64_t limit = session->share_slots + part_bytes / state.spec.cell_bytes;
+        const uint64_t most = std::max(session->share_slots, state.spec.cell_count());
+        session->lease_limit = static_cast<uint32_t>(std::min<uint64_t>(limit, most));
+        // A segment is empty sooner when windows shrink; what is in it may be anybody's.
+        session->limit_changed(state.pool->draining() > 0 ? SHARE_SLOTS_MIN : session->lease_limit);
+    }
+}
+
+bool Engine::waiting() const {
+    return std::any_of(models_.begin(), models_.end(), [](const auto& state) {
+        return state->pool != nullptr && (!state->stalled.empty() || state->pool->draining() > 0);
+    });
+}
+
+bool Engine::blocks_others(const Session& session) const {
+    const ModelState& state = *models_[session.model];
+    if (!state.stalled.empty() && session.held_cells > session.lease_limit) return true;
+    const std::vector<uint32_t> leased = state.pool->leased_in_draining();
+    return std::any_of(leased.begin(), leased.end(), [&](uint32_t cell) { return session.holds[cell].granted > 0; });
+}
+
 Place Engine::place_for(ModelState& state, uint32_t cell) {
     if (!state.pool->has_free()) grow(state);
     return state.pool->insert(cell);
@@ -133,10 +184,7 @@ bool Engine::grow(ModelState& state) {
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
     const uint64_t slots =
         std::min<uint64_t>(std::min(wanted_bytes, memory_.free_bytes()) / cell_bytes, SEGMENT_SLOTS_MAX);
-    if (slots == 0) {
-        if (state.pool->slots() < state.guaranteed_slots) drain_surplus(static_cast<uint32_t>(-1));
-        return false;
-    }
+    if (slots == 0) return false;
     SharedMemory memory("weightd-pool", slots * cell_bytes);
     memory.seal();
     memory_.take(Account::pool, slots * cell_bytes);
@@ -145,28 +193,42 @@ bool Engine::grow(ModelState& state) {
     return true;
 }
 
-// True when a segment that some model can spare is on its way out.
-bool Engine::drain_surplus(uint32_t except) {
+// Somebody waits for a slot that is his: what another model has too much of is taken back.
+void Engine::claim_slots(ModelState& state) {
+    uint64_t owed_slots = 0;
+    for (const auto& [id, session] : sessions_) {
+        if (session->model != state.index) continue;
+        owed_slots += std::max(session->share_slots, std::min(session->held_cells, session->lease_limit));
+    }
+    if (state.pool->slots() < owed_slots) drain_surplus(state.index, false);
+}
+
+// True when a segment that some model can spare is on its way out; one of `model` itself only if `own`, and rather not.
+bool Engine::drain_surplus(uint32_t model, bool own) {
     ModelState* chosen = nullptr;
     uint64_t most_bytes = 0;
     for (uint32_t i = 0; i < models_.size(); i++) {
         ModelState& state = *models_[i];
-        if (state.pool == nullptr) continue;
+        if (state.pool == nullptr || (i == model && !own)) continue;
         if (state.pool->draining() > 0) return true;
         const uint64_t slots = state.pool->slots();
         const uint64_t segment_slots = segment_bytes_ / state.spec.cell_bytes;
-        if (slots < state.guaranteed_slots + segment_slots) continue;
-        const uint64_t surplus_bytes = (slots - state.guaranteed_slots) * state.spec.cell_bytes / (i == except ? 2 : 1);
+        if (slots == 0 || (state.users > 0 && slots < state.guaranteed_slots + segment_slots)) continue;
+        const uint64_t surplus_bytes = (slots - state.guaranteed_slots) * state.spec.cell_bytes / (i == model ? 2 : 1);
         if (surplus_bytes > most_bytes) {
             most_bytes = surplus_bytes;
             chosen = &state;
         }
     }
-    return chosen != nullptr && chosen->pool->start_draining();
+    if (chosen == nullptr || !chosen->pool->start_draining()) return false;
+    update_limits();
+    return true;
 }
 
 void Engine::retire(ModelState& state) {
+    const uint32_t draining = state.pool->draining();
     for (auto& segment : state.pool->retire_drained()) drop_segment(state, std::move(segment));
+    if (state.pool->draining() < draining) update_limits();
 }
 
 void Engine::drop_segment(ModelState& state, std::unique_ptr<Segment> segment) {

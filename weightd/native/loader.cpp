@@ -4,6 +4,32 @@
 
 namespace weightd {
 
+void ReadingTime::started(uint64_t reads) {
+    if (under_way_ == 0 && reads > 0) since_ = Clock::now();
+    under_way_ += reads;
+}
+
+void ReadingTime::ended() {
+    if (--under_way_ == 0) before_ += Clock::now() - since_;
+}
+
+double ReadingTime::seconds() const {
+    const Clock::duration now = under_way_ > 0 ? Clock::now() - since_ : Clock::duration{0};
+    return std::chrono::duration<double>(before_ + now).count();
+}
+
+double Loader::reading_s(uint32_t model) const {
+    const auto found = reading_.find(model);
+    return found == reading_.end() ? 0 : found->second.seconds();
+}
+
+bool Loader::joins(const Flight& flight, const Missing& missing) const {
+    const ModelSpec& spec = *flight.source.spec;
+    const std::vector<Missing>& run = flight.cells;
+    const bool adjacent = spec.offset_of(run.back().cell) + spec.cell_bytes == spec.offset_of(missing.cell);
+    return adjacent && (run.size() + 1) * spec.cell_bytes <= READ_BYTES_MAX && run.size() < PIECES_MAX;
+}
+
 LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
     const ModelSpec& spec = *source.spec;
     std::sort(cells.begin(), cells.end(), [](const Missing& a, const Missing& b) { return a.cell < b.cell; });
@@ -11,18 +37,13 @@ LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
     LoadCounts counts;
     for (const Missing& missing : cells) {
         counts.read_bytes += spec.cell_bytes;
-        if (!flights.empty()) {
-            std::vector<Missing>& run = flights.back().cells;
-            const bool adjacent = spec.offset_of(run.back().cell) + spec.cell_bytes == spec.offset_of(missing.cell);
-            const bool fits = (run.size() + 1) * spec.cell_bytes <= READ_BYTES_MAX && run.size() < PIECES_MAX;
-            if (adjacent && fits) {
-                run.push_back(missing);
-                continue;
-            }
+        if (!unbundled_ && !flights.empty() && joins(flights.back(), missing)) {
+            flights.back().cells.push_back(missing);
+        } else {
+            flights.push_back({source, {missing}});
         }
-        flights.push_back({source, {missing}, false});
     }
-    counts.reads = flights.size();
+    counts.reads = flights.size() * (unbundled_ ? spec.bundle_parts : 1);
     start(std::move(flights));
     return counts;
 }
@@ -32,10 +53,25 @@ void Loader::start(std::vector<Flight> flights) {
     reads.reserve(flights.size());
     for (Flight& flight : flights) {
         const uint64_t tag = next_tag_++;
-        reads.push_back(read_of(flight, tag));
+        add_reads(flight, tag, reads);
+        reading_[flight.source.model].started(flight.reads_left);
         flights_.emplace(tag, std::move(flight));
     }
     if (!reads.empty()) reader_.submit(std::move(reads));
+}
+
+void Loader::add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const {
+    reads.push_back(read_of(flight, tag));
+    if (!unbundled_) return;
+    const uint64_t part_bytes = flight.source.spec->bundle_bytes / flight.source.spec->bundle_parts;
+    flight.reads_left = flight.source.spec->bundle_parts;
+    reads.back().pieces[0].iov_len = part_bytes;  // a cell of one bundle, alone
+    for (uint32_t i = 1; i < flight.reads_left; i++) {
+        Read next = reads.back();
+        next.offset_bytes += part_bytes;
+        next.pieces[0].iov_base = static_cast<std::byte*>(next.pieces[0].iov_base) + part_bytes;
+        reads.push_back(std::move(next));
+    }
 }
 
 Read Loader::read_of(const Flight& flight, uint64_t tag) const {
@@ -96,13 +132,16 @@ void Loader::finish_read(const Completion& completion, std::vector<Loaded>& load
                          std::vector<Flight>& again) {
     const auto found = flights_.find(completion.tag);
     Flight& flight = found->second;
-    if (completion.error == 0) {
+    reading_[flight.source.model].ended();
+    if (completion.error != 0) flight.error = completion.error;
+    if (--flight.reads_left > 0) return;
+    if (flight.error == 0) {
         jobs.push_back(job_of(flight, completion.tag));
         return;
     }
     for (const Missing& missing : flight.cells) {  // one bad block must not fail its neighbours: each alone, once more
         if (flight.second_try) {
-            loaded.push_back({flight.source.model, missing.cell, missing.place, completion.error, -1});
+            loaded.push_back({flight.source.model, missing.cell, missing.place, flight.error, -1});
         } else {
             again.push_back({flight.source, {missing}, true});
         }

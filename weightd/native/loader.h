@@ -1,6 +1,7 @@
 // From cells that are missing to cells that are verified: merges neighbours, reads, checks, reports.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
@@ -38,21 +39,43 @@ struct LoadCounts {
     uint64_t read_bytes = 0;
 };
 
+// The time during which at least one of a model's reads is under way.
+class ReadingTime {
+  public:
+    void started(uint64_t reads);
+    void ended();  // one of them
+    double seconds() const;
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    uint64_t under_way_ = 0;
+    Clock::time_point since_;
+    Clock::duration before_{0};
+};
+
 class Loader {
   public:
-    Loader(Reader& reader, Verifier& verifier) : reader_(reader), verifier_(verifier) {}
+    // `unbundled`: to measure what bundling brings, each part of a bundle is read by a request of its own and
+    // neighbours are not merged. Needs models whose parts are whole blocks.
+    Loader(Reader& reader, Verifier& verifier, bool unbundled)
+        : reader_(reader), verifier_(verifier), unbundled_(unbundled) {}
     // Reads each cell into its place. Returns what that costs the device.
     LoadCounts load(const Source& source, std::vector<Missing> cells);
     // What has been read and checked, or failed twice, since the last call; never blocks.
     void reap(std::vector<Loaded>& loaded);
     bool busy() const { return !flights_.empty(); }
+    double reading_s(uint32_t model) const;
 
   private:
     struct Flight {
         Source source;
         std::vector<Missing> cells;  // neighbours on flash
         bool second_try = false;
+        uint32_t reads_left = 1;
+        int error = 0;  // of one of its reads
     };
+    bool joins(const Flight& flight, const Missing& missing) const;
+    void add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const;
     Read read_of(const Flight& flight, uint64_t tag) const;
     Job job_of(const Flight& flight, uint64_t tag) const;
     void start(std::vector<Flight> flights);
@@ -62,7 +85,9 @@ class Loader {
 
     Reader& reader_;
     Verifier& verifier_;
-    std::unordered_map<uint64_t, Flight> flights_;  // by tag
+    bool unbundled_;
+    std::unordered_map<uint32_t, ReadingTime> reading_;  // by model
+    std::unordered_map<uint64_t, Flight> flights_;       // by tag
     uint64_t next_tag_ = 0;
     std::vector<Completion> completions_;
     std::vector<Job> done_;

@@ -161,6 +161,17 @@ std::vector<std::unique_ptr<Segment>> Pool::retire_drained() {
     return gone;
 }
 
+std::vector<uint32_t> Pool::leased_in_draining() const {
+    std::vector<uint32_t> cells;
+    for (const auto& segment : segments_) {
+        if (segment == nullptr || !segment->draining) continue;
+        for (const Slot& slot : segment->slots) {
+            if (slot.leases > 0) cells.push_back(slot.cell);
+        }
+    }
+    return cells;
+}
+
 uint64_t Pool::busy() const {
     uint64_t count = 0;
     for (const auto& segment : segments_) count += segment == nullptr ? 0 : segment->busy;

@@ -62,6 +62,7 @@ class Pool {
     bool start_draining();
     std::vector<std::unique_ptr<Segment>> retire_drained();
     uint32_t draining() const { return draining_; }
+    std::vector<uint32_t> leased_in_draining() const;  // cells that keep segments from going
 
     uint32_t cell_bytes() const { return cell_bytes_; }
     std::byte* address(Place place) const;

@@ -1,16 +1,14 @@
 // The portable engine: each of N threads takes the next read, does it with preadv, and reports.
 #include <fcntl.h>
 #include <poll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <cerrno>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
-#include <system_error>
 #include <thread>
 
+#include "outbox.h"
 #include "reader.h"
 
 namespace weightd {
@@ -32,8 +30,7 @@ int read_whole(Read& read) {
 
 class ThreadReader final : public Reader {
   public:
-    explicit ThreadReader(uint32_t threads) : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-        if (event_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+    explicit ThreadReader(uint32_t threads) {
         for (uint32_t i = 0; i < threads; i++) workers_.emplace_back([this] { work(); });
     }
 
@@ -51,7 +48,7 @@ class ThreadReader final : public Reader {
     void unregister_file(int) override {}
     int register_memory(std::span<std::byte>) override { return -1; }
     void unregister_memory(int) override {}
-    int event_fd() const override { return event_.get(); }
+    int event_fd() const override { return done_.event_fd(); }
 
     void submit(std::vector<Read> reads) override {
         const size_t count = reads.size();
@@ -64,16 +61,10 @@ class ThreadReader final : public Reader {
         for (size_t i = 0; i < count && i < idle; i++) queued_.notify_one();  // the busy ones look again by themselves
     }
 
-    void reap(std::vector<Completion>& completions) override {
-        uint64_t ignored = 0;
-        if (::read(event_.get(), &ignored, sizeof ignored) < 0) return;  // nothing reported since
-        const std::lock_guard guard(done_lock_);
-        completions.insert(completions.end(), done_.begin(), done_.end());
-        done_.clear();
-    }
+    void reap(std::vector<Completion>& completions) override { done_.take(completions); }
 
     void wait() override {
-        pollfd event{event_.get(), POLLIN, 0};
+        pollfd event{done_.event_fd(), POLLIN, 0};
         while (::poll(&event, 1, -1) < 0 && errno == EINTR) {
         }
     }
@@ -89,31 +80,18 @@ class ThreadReader final : public Reader {
             Read read = std::move(queue_.front());
             queue_.pop_front();
             guard.unlock();
-            report({read.tag, read_whole(read)});
+            done_.put({read.tag, read_whole(read)});
             guard.lock();
         }
     }
 
-    void report(Completion completion) {
-        bool first = false;
-        {
-            const std::lock_guard guard(done_lock_);
-            first = done_.empty();
-            done_.push_back(completion);
-        }
-        const uint64_t one = 1;
-        if (first && ::write(event_.get(), &one, sizeof one) < 0) std::terminate();  // an own eventfd cannot fill up
-    }
-
-    Descriptor event_;
+    Outbox<Completion> done_;
     std::vector<std::thread> workers_;
     std::mutex queue_lock_;  // guards queue_, idle_, stopping_
     std::condition_variable queued_;
     std::deque<Read> queue_;
     size_t idle_ = 0;
     bool stopping_ = false;
-    std::mutex done_lock_;  // guards done_
-    std::vector<Completion> done_;
 };
 
 }  // namespace

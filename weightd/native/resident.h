@@ -15,6 +15,7 @@ struct ReaderChoice {
     uint32_t threads;
     uint32_t depth;
     bool allow_buffered;
+    bool unbundled = false;  // bundles.bin: see Loader
 };
 
 struct PredictorsFile {  // predictors.safetensors of one version of a model's calibration

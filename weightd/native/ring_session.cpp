@@ -16,6 +16,7 @@
 namespace weightd {
 
 inline constexpr std::chrono::seconds ATTACH_WITHIN{10};
+inline constexpr std::chrono::seconds BLOCKS_AT_MOST{5};  // a running client gives back at its next layer
 
 bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors) {
     iovec part{const_cast<void*>(data), bytes};
@@ -38,7 +39,7 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
 
 RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
                          std::shared_ptr<const Predictors> predictors)
-    : Session(model, cells, share_slots),
+    : Session(model, cells, share_slots, true),
       token_(token),
       predictors_(std::move(predictors)),
       attach_before_(Clock::now() + ATTACH_WITHIN),
@@ -134,6 +135,14 @@ void RingSession::segment_gone(uint32_t segment) {
     if (segments_known_.erase(segment) == 0) return;
     const ring::SegmentNews news{segment, 0};
     broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, {}) || broken_;
+}
+
+void RingSession::limit_changed(uint32_t obey) { ring().header.lease_limit.store(obey); }
+
+bool RingSession::blocks_for_long(bool blocks) {
+    if (!blocks) blocks_since_.reset();
+    if (blocks && !blocks_since_) blocks_since_ = Clock::now();
+    return blocks && Clock::now() - *blocks_since_ > BLOCKS_AT_MOST;
 }
 
 void RingSession::flush() {

@@ -51,6 +51,9 @@ class RingSession final : public Session {
     void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) override;
     void flush() override;
     void segment_gone(uint32_t segment) override;
+    void limit_changed(uint32_t obey) override;
+    // Told now and then whether it blocks others; true when it has done so for BLOCKS_AT_MOST.
+    bool blocks_for_long(bool blocks);
 
     const Token& token() const { return token_; }
     int socket_fd() const { return socket_.get(); }
@@ -74,6 +77,7 @@ class RingSession final : public Session {
     uint32_t grant_tail_ = 0;
     uint32_t answers_owed_ = 0;
     bool broken_ = false;
+    std::optional<Clock::time_point> blocks_since_;
     std::vector<uint32_t> cells_;
     std::set<uint32_t> segments_known_;
 };

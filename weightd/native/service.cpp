@@ -20,7 +20,7 @@ namespace {
 constexpr uint32_t CONNECTIONS_MAX = 64;  // that have not said Hello; more are closed at once
 constexpr std::chrono::seconds HELLO_WITHIN{10};
 constexpr std::chrono::seconds ROOM_WITHIN{10};  // how long an opener waits for segments to drain
-constexpr int EXPIRY_CHECK_MS = 1000;
+constexpr int CHECK_MS = 1000;                   // for sessions that were not attached in time, or that block others
 
 enum Kind : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION };
 
@@ -59,7 +59,7 @@ Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& da
     : choice_(std::move(choice)), data_socket_path_(data_socket) {
     reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
-    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_);
+    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled);
     epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
     command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (epoll_.get() < 0 || command_event_.get() < 0) fail("epoll");
@@ -109,7 +109,8 @@ void Service::loop() {
         run_commands();
         if (stopping()) return;
         bool any = serve_rings();
-        any = engine_->step() || any;
+        close_blocking();
+        any = engine_->step() || any;  // last: it answers whom the others made way for
         if (!any) sleep_until_event();
     }
 }
@@ -159,7 +160,7 @@ void Service::sleep_until_event() {
         unattached = unattached || !ring->attached();
     }
     std::array<epoll_event, 64> events;
-    const int timeout_ms = waiting ? 0 : unattached ? EXPIRY_CHECK_MS : -1;
+    const int timeout_ms = waiting ? 0 : unattached || engine_->waiting() ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
     for (const auto& [id, ring] : rings_) ring->announce_sleep(false);
     for (int i = 0; i < count; i++) {
@@ -317,7 +318,7 @@ Report Service::report() {
             const Pool* pool = state->pool.get();
             report.models.push_back({state->spec.name, state->sessions, pool ? pool->slots() : 0,
                                      pool ? pool->filled() : 0, pool ? pool->busy() : 0, pool ? pool->evictions() : 0,
-                                     state->counts});
+                                     state->counts, engine_->reading_s(state->index)});
         }
         return report;
     });
@@ -374,6 +375,17 @@ void Service::greet(int fd) {
 void Service::refuse(int fd, int error) {
     const ring::Welcome welcome{ring::MAGIC, ring::VERSION, 0, 0, 0, static_cast<uint32_t>(error)};
     send_with_descriptors(fd, &welcome, sizeof welcome, {});
+}
+
+// A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.
+void Service::close_blocking() {
+    const auto now = Clock::now();
+    if (now < next_look_) return;
+    next_look_ = now + std::chrono::milliseconds(CHECK_MS);
+    for (auto next = rings_.begin(); next != rings_.end();) {
+        const auto [id, ring] = *next++;
+        if (ring->blocks_for_long(engine_->blocks_others(*ring))) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);
+    }
 }
 
 void Service::close_expired() {

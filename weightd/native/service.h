@@ -40,6 +40,7 @@ struct ModelReport {
     uint64_t slots_busy;
     uint64_t evictions;
     ModelCounts counts;
+    double reading_s;
 };
 
 struct Report {
@@ -87,6 +88,7 @@ class Service {
     void refuse(int fd, int error);
     void close_session(uint32_t id, ring::State state);
     void close_expired();
+    void close_blocking();
     void watch(int fd, uint64_t data, uint32_t events);
     void ensure_active(uint32_t model);
     void ensure_predictors(uint32_t model);
@@ -114,6 +116,7 @@ class Service {
     std::mutex command_lock_;  // guards commands_, stopping_
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
+    Clock::time_point next_look_;             // of close_blocking()
     std::mutex opening_;                      // one activation at a time: reading resident weights takes seconds
     std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
     std::map<int, Connection> connections_;   // by descriptor

@@ -17,20 +17,23 @@ struct Hold {  // of one cell by one session
 
 class Session {
   public:
-    Session(uint32_t model, uint32_t cells, uint32_t share_slots)
-        : model(model), share_slots(share_slots), holds(cells) {}
+    Session(uint32_t model, uint32_t cells, uint32_t share_slots, bool borrows = false)
+        : model(model), share_slots(share_slots), borrows(borrows), lease_limit(share_slots), holds(cells) {}
     virtual ~Session() = default;
     virtual void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) = 0;  // cell within its layer
     virtual void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) = 0;
     virtual void flush() = 0;  // after every batch of the two above
     virtual void segment_gone(uint32_t /*segment*/) {}
+    virtual void limit_changed(uint32_t /*obey*/) {}  // what it should keep to from now on, at most lease_limit
 
     static uint64_t table_bytes(uint32_t cells) { return uint64_t{cells} * sizeof(Hold); }
 
     uint32_t id = 0;  // given by the engine
     const uint32_t model;
-    const uint32_t share_slots;  // guaranteed, and in this version also the limit
-    uint32_t held_cells = 0;     // distinct ones; never more than share_slots
+    const uint32_t share_slots;  // guaranteed
+    const bool borrows;          // may hold more than its share, while nobody waits for a slot
+    uint32_t lease_limit;        // its share and what it may borrow; held_cells can be above it only after it fell
+    uint32_t held_cells = 0;     // distinct ones
     std::vector<Hold> holds;     // by cell of the model's numbering
 };
 

@@ -1,17 +1,12 @@
 #include "verify.h"
 
-#include <sys/eventfd.h>
-#include <unistd.h>
-
-#include <cerrno>
-#include <system_error>
+#include <utility>
 
 #include "checksum.h"
 
 namespace weightd {
 
-Verifier::Verifier(uint32_t threads) : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (event_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+Verifier::Verifier(uint32_t threads) {
     for (uint32_t i = 0; i < threads; i++) workers_.emplace_back([this] { work(); });
 }
 
@@ -34,13 +29,7 @@ void Verifier::submit(std::vector<Job> jobs) {
     several ? queued_.notify_all() : queued_.notify_one();
 }
 
-void Verifier::reap(std::vector<Job>& done) {
-    uint64_t ignored = 0;
-    if (::read(event_.get(), &ignored, sizeof ignored) < 0) return;
-    const std::lock_guard guard(done_lock_);
-    for (Job& job : done_) done.push_back(std::move(job));
-    done_.clear();
-}
+void Verifier::reap(std::vector<Job>& done) { done_.take(done); }
 
 void Verifier::work() {
     std::unique_lock guard(queue_lock_);
@@ -54,20 +43,9 @@ void Verifier::work() {
             const Check& check = job.checks[i];
             if (checksum({check.data, check.bytes}) != check.expected) job.wrong.push_back(i);
         }
-        report(std::move(job));
+        done_.put(std::move(job));
         guard.lock();
     }
-}
-
-void Verifier::report(Job job) {
-    bool first = false;
-    {
-        const std::lock_guard guard(done_lock_);
-        first = done_.empty();
-        done_.push_back(std::move(job));
-    }
-    const uint64_t one = 1;
-    if (first && ::write(event_.get(), &one, sizeof one) < 0) std::terminate();  // an own eventfd cannot fill up
 }
 
 }  // namespace weightd

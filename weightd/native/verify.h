@@ -12,7 +12,7 @@
 #include <thread>
 #include <vector>
 
-#include "direct_file.h"
+#include "outbox.h"
 
 namespace weightd {
 
@@ -34,19 +34,16 @@ class Verifier {
     ~Verifier();
     void submit(std::vector<Job> jobs);
     void reap(std::vector<Job>& done);  // moves what is done to the end of `done`; never blocks
-    int event_fd() const { return event_.get(); }
+    int event_fd() const { return done_.event_fd(); }
 
   private:
     void work();
-    void report(Job job);
 
-    Descriptor event_;
+    Outbox<Job> done_;
     std::mutex queue_lock_;  // guards queue_, stopping_
     std::condition_variable queued_;
     std::deque<Job> queue_;
     bool stopping_ = false;
-    std::mutex done_lock_;  // guards done_
-    std::vector<Job> done_;
     std::vector<std::thread> workers_;
 };
 

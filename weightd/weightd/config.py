@@ -51,6 +51,7 @@ class ServeConfig:
     io_threads: int = IO_THREADS_DEFAULT
     io_depth: int = 0  # 0: the engine's default
     allow_buffered: bool = False
+    unbundled_reads: bool = False
     owner_fd: int | None = None
 
 
@@ -109,6 +110,10 @@ def _parser() -> FlagParser:
     add("--io-depth", metavar="N", help="reads in flight of --io-engine io_uring")
     add("--config", metavar="FILE", help="a TOML file with these flags as keys")
     add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
+    unbundled = (
+        "for measuring what bundling brings: read each part of a bundle (gate, up, down) by a request of its own"
+    )
+    add("--unbundled-reads", action="store_true", default=None, help=unbundled)
     add("--owner-fd", metavar="FD", help="stop when this pipe closes (for programs that start weightd)")
     return parser
 
@@ -147,6 +152,7 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
         io_threads=_parse_count(settings, "io_threads", 1, IO_THREADS_MAX) or IO_THREADS_DEFAULT,
         io_depth=_parse_count(settings, "io_depth", 1, IO_DEPTH_MAX) or 0,
         allow_buffered=_parse_switch(settings, "allow_buffered"),
+        unbundled_reads=_parse_switch(settings, "unbundled_reads"),
         owner_fd=_parse_count(settings, "owner_fd", 0, 1 << 20),
     )
 

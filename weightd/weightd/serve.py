@@ -53,7 +53,7 @@ async def serve(config: ServeConfig) -> None:
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
         engine = _engine(config, dram_bytes, data_socket)
         stack.callback(engine.close)
-        models = ServedModels(store, engine)
+        models = ServedModels(store, engine, config.unbundled_reads)
         for name in models.names():
             models.find(name)
         fetcher = Fetcher(store, models, engine)
@@ -100,6 +100,7 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
                 io_threads=config.io_threads,
                 io_depth=config.io_depth,
                 allow_buffered=config.allow_buffered,
+                unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
             )
     except OSError as error:

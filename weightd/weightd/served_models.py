@@ -37,9 +37,11 @@ class ServedModel:
 class ServedModels:
     """All models of `store`, by name; safe to use from several threads."""
 
-    def __init__(self, store: Store, engine: Engine) -> None:
+    def __init__(self, store: Store, engine: Engine, unbundled_reads: bool = False) -> None:
+        """`unbundled_reads`: models are refused whose bundles the engine could not read so."""
         self._store = store
         self._engine = engine
+        self._unbundled_reads = unbundled_reads
         self._lock = threading.Lock()  # guards _opened
         self._opened: dict[str, ServedModel] = {}
         self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
@@ -59,7 +61,10 @@ class ServedModels:
                 names = self.names()
                 if name not in names:
                     raise UnknownModelError(f"no model {name!r}: there is {', '.join(names) or 'none yet'}")
-                served = self._opened[name] = _open(self._store, self._engine, name)
+                record = self._store.model(name)
+                if self._unbundled_reads:
+                    _require_whole_parts(record)
+                served = self._opened[name] = _open(self._store, self._engine, record)
             return served
 
     def stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
@@ -101,9 +106,18 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + cells * cell_bytes)
 
 
-def _open(store: Store, engine: Engine, name: str) -> ServedModel:
-    record = store.model(name)
-    bundle = record.bundle
+def _require_whole_parts(model: weightd_pb2.Model) -> None:
+    bundle = model.bundle
+    part_bytes = bundle.bundle_bytes // len(bundle.parts)
+    if bundle.bundles_per_cell != 1 or part_bytes % bundle.block_bytes:
+        raise StoreError(
+            f"--unbundled-reads cannot serve {model.name!r}: a part of its bundles has {part_bytes} bytes, which is no "
+            f"multiple of the block of {bundle.block_bytes}; serve a store of models with wider layers"
+        )
+
+
+def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedModel:
+    name, bundle = record.name, record.bundle
     try:
         number = engine.add_model(
             name=name,
@@ -114,6 +128,7 @@ def _open(store: Store, engine: Engine, name: str) -> ServedModel:
             stride_bytes=bundle.stride_bytes,
             bundle_bytes=bundle.bundle_bytes,
             bundles_per_cell=bundle.bundles_per_cell,
+            bundle_parts=len(bundle.parts),
             layer_offsets=[layer.offset_bytes for layer in record.layers],
             layer_neurons=[layer.neurons for layer in record.layers],
             layer_cells=[layer.cells for layer in record.layers],
