@@ -20,12 +20,15 @@ from weightd.store import Store
 MODELS = Path(__file__).parent / "models"
 MODEL, DRAFT = "relu-6m", "relu-draft"
 PROMPT = "The function returns a list of"
+# Without it so small a model soon repeats one phrase, and the window would always hold what the next token needs.
+REPETITION_PENALTY = 1.2
 # Seconds of calibration; the shares it measures are good to a point.
 CALIBRATION_TOKENS = 16384
 
 
 def show_sparse(folder: Path, new_tokens: int) -> None:
     """Import, calibrate, generate with predictors, and again with a draft: the same text in fewer steps."""
+    _be_quiet()
     store = folder / "sparse-store"
     if not (store.exists() and MODEL in Store.open(store).names()):
         run("weightd", "import", str(MODELS / MODEL), "--store", str(store), "--name", MODEL)
@@ -35,12 +38,26 @@ def show_sparse(folder: Path, new_tokens: int) -> None:
         serving(store, dram_for_half(store, MODEL), Path(socket_folder)) as address,
         FlashClient(MODEL, address=address, mode="predict") as client,
     ):
-        text = client.generate(PROMPT, max_new_tokens=new_tokens)
+        text = client.generate(PROMPT, max_new_tokens=new_tokens, repetition_penalty=REPETITION_PENALTY)
         alone = client.stats()
-        drafted_text = client.generate(PROMPT, max_new_tokens=new_tokens, assistant_model=str(MODELS / DRAFT))
+        drafted_text = client.generate(
+            PROMPT,
+            max_new_tokens=new_tokens,
+            repetition_penalty=REPETITION_PENALTY,
+            assistant_model=str(MODELS / DRAFT),
+        )
         drafted = client.stats()
-    print(f"\n{text}\n")
+    print(f"\n{PROMPT}{text.removeprefix(PROMPT)}\n")
     print(table(report, alone, drafted, text == drafted_text, ffn_bytes(store, MODEL)))
+
+
+def _be_quiet() -> None:
+    # Imported after flashclient, which sets how torch's threads wait.
+    from transformers import logging as transformers_logging
+
+    logging: Any = transformers_logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _calibration(told: Path, store: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 VOCABULARY = 4096
 POSITIONS = 512
 PAD, END = "<pad>", "</s>"
+TEXT_CHARACTERS_MIN = 100_000
 # Every fourth page is enough to choose 4096 tokens, and takes seconds.
 TOKENIZER_PAGE_STRIDE = 4
 
@@ -28,6 +29,9 @@ def main() -> int:
     options.work.mkdir(parents=True, exist_ok=True)
     if not (options.work / "tokens.pt").exists():
         pages = read_pages(options.text_root)
+        if sum(len(page.text) for page in pages) < TEXT_CHARACTERS_MIN:
+            places = ", ".join(map(str, options.text_root))
+            sys.exit(f"too little HTML or POD under {places}: install python3-doc and linux-doc, or pass --text-root")
         tokenizer = _tokenizer(pages, options.tokenizer or options.work / "tokenizer")
         torch.save(encode(tokenizer, [page for page in pages if not page.held_out]), options.work / "tokens.pt")
         del pages

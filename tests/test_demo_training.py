@@ -101,6 +101,15 @@ def test_a_stopped_run_ends_like_one_that_was_not(
         assert torch.equal(wanted, got), name
 
 
+def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--text-root", str(tmp_path), "--work", str(tmp_path / "work")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"too little HTML or POD under {tmp_path}: install python3-doc and linux-doc, or pass --text-root\n"
+    )
+
+
 @pytest.mark.slow
 def test_two_workers_hold_the_same_weights_as_one(tmp_path: Path) -> None:
     pages = tmp_path / "share/doc/p"
