@@ -29,8 +29,8 @@ def model(tmp_path: Path) -> TinyModel:
 
 
 @contextmanager
-def opened(folder: Path, *flags: str) -> Iterator[tuple[RingSource, Daemon]]:
-    with serving(folder / "store", "--dram", "64MiB", *flags) as daemon:
+def opened(folder: Path, dram: str = "64MiB") -> Iterator[tuple[RingSource, Daemon]]:
+    with serving(folder / "store", "--dram", dram) as daemon:
         connection = Connection(daemon.address, 10.0)
         source = RingSource(connection, connection.describe("tiny"))
         try:
@@ -81,6 +81,20 @@ def test_more_cells_than_a_message_holds(model: TinyModel, tmp_path: Path) -> No
             assert source.cells_held == 0
 
 
+def test_more_cells_than_the_grants_of_a_ring(tmp_path: Path) -> None:
+    """16384 grants: the rest is asked for as they are read."""
+    cells_count = 16384 + 2000
+    model = write_model(tmp_path / "store", layers=1, neurons=cells_count, bundle_bytes=BUNDLE_BYTES)
+    with opened(tmp_path, dram="128MiB") as (source, _):
+        assert source.lease_limit > cells_count - 1
+        source.exchange(0, np.arange(cells_count, dtype=np.uint32), NONE)
+        settle(source)
+        assert source.cells_held == cells_count
+        table = source.addresses(0)
+        for cell in (0, 16383, 16384, cells_count - 1):
+            assert bundle_at(table[cell]) == model.bundles[0][cell].tobytes()
+
+
 def test_sweeping_and_leasing_take_turns(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path) as (source, daemon):
         for layer in (0, 1):
@@ -95,9 +109,7 @@ def test_sweeping_and_leasing_take_turns(model: TinyModel, tmp_path: Path) -> No
 
 
 def test_leases_beyond_the_limit_are_refused_and_can_be_had_later(model: TinyModel, tmp_path: Path) -> None:
-    with serving(tmp_path / "store", "--dram", "9MiB") as daemon:
-        connection = Connection(daemon.address, 10.0)
-        source = RingSource(connection, connection.describe("tiny"))
+    with opened(tmp_path, dram="9MiB") as (source, _):
         assert source.share_cells <= source.lease_limit < NEURONS
         source.exchange(0, np.arange(NEURONS, dtype=np.uint32), NONE)
         with pytest.raises(LeaseRefusedError):
@@ -106,8 +118,6 @@ def test_leases_beyond_the_limit_are_refused_and_can_be_had_later(model: TinyMod
         source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), NONE)
         settle(source)
         assert source.cells_held == source.share_cells
-        source.close()
-        connection.close()
 
 
 def test_a_corrupt_cell_is_named(model: TinyModel, tmp_path: Path) -> None:
