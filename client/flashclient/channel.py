@@ -98,7 +98,7 @@ class Connection:
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
-        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is coming back, or is busy."""
+        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that comes back or is busy."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         return self._pieces(self._ask(request, timeout_s), request, timeout_s)
 
