@@ -21,7 +21,7 @@ Held = TypeVar("Held", _native.Sweep, _native.Leases)
 
 
 class _RingErrors:
-    """Turns what the native session raises into an error of flashclient.errors. Cheap: entered in every layer."""
+    """Turns what the native session raises inside into errors of flashclient.errors; cheap, as each layer needs it."""
 
     def __init__(self, model: str) -> None:
         self._model = model

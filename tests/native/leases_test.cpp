@@ -48,52 +48,9 @@ class Walker {
         return counts;
     }
 
-    void step(uint32_t layer, uint32_t token) {
-        std::vector<uint32_t> positions;
-        for (uint32_t position = random_() % 20; position < model_.spec.layers[layer].neurons;
-             position += 1 + random_() % 40) {
-            positions.push_back(position);
-        }
-        const std::vector<uint16_t> masks(positions.size(), 1);
-        const Window::Slide& slide = window_.slide(layer, {token, 1, positions, masks}, session_.lease_limit());
-        try {
-            if (slide.fits) {
-                for (const auto& [other, cells] : slide.elsewhere) leases_.exchange(other, {}, cells);
-                leases_.exchange(layer, slide.acquire, slide.release);
-                while (leases_.arrived() > 0) {
-                }
-                return check(layer, positions);
-            }
-        } catch (const LeaseRefused&) {
-            window_.clear();
-        }
-        leases_.release_all();
-        in_pieces(layer, positions);
-    }
-
-    void in_pieces(uint32_t layer, const std::vector<uint32_t>& positions) {
-        for (const uint32_t position : positions) {
-            const uint32_t cell = position / model_.spec.bundles_per_cell;
-            leases_.exchange(layer, {&cell, 1}, {});
-            while (leases_.arrived() > 0) {
-            }
-            check(layer, {position});
-            leases_.exchange(layer, {}, {&cell, 1});
-        }
-        ASSERT_EQ(leases_.cells_held(), 0U);
-    }
-
-    void check(uint32_t layer, const std::vector<uint32_t>& positions) {
-        const auto table = leases_.addresses(layer);
-        for (const uint32_t position : positions) {
-            const uint64_t cell = table[position / model_.spec.bundles_per_cell];
-            ASSERT_NE(cell, 0U);
-            const uint64_t bundle = cell + position % model_.spec.bundles_per_cell * model_.spec.stride_bytes;
-            ASSERT_EQ(std::memcmp(reinterpret_cast<const void*>(bundle),
-                                  model_.bytes.data() + model_.offset(layer, position), 1000),
-                      0);
-        }
-    }
+    void step(uint32_t layer, uint32_t token);
+    void in_pieces(uint32_t layer, const std::vector<uint32_t>& positions);
+    void check(uint32_t layer, const std::vector<uint32_t>& positions);
 
     const FlashModel& model_;
     flashclient::Session session_;
@@ -101,6 +58,53 @@ class Walker {
     Window window_;
     std::mt19937 random_;
 };
+
+void Walker::step(uint32_t layer, uint32_t token) {
+    std::vector<uint32_t> positions;
+    for (uint32_t position = random_() % 20; position < model_.spec.layers[layer].neurons;
+         position += 1 + random_() % 40) {
+        positions.push_back(position);
+    }
+    const std::vector<uint16_t> masks(positions.size(), 1);
+    const Window::Slide& slide = window_.slide(layer, {token, 1, positions, masks}, session_.lease_limit());
+    try {
+        if (slide.fits) {
+            for (const auto& [other, cells] : slide.elsewhere) leases_.exchange(other, {}, cells);
+            leases_.exchange(layer, slide.acquire, slide.release);
+            while (leases_.arrived() > 0) {
+            }
+            return check(layer, positions);
+        }
+    } catch (const LeaseRefused&) {
+        window_.clear();
+    }
+    leases_.release_all();
+    in_pieces(layer, positions);
+}
+
+void Walker::in_pieces(uint32_t layer, const std::vector<uint32_t>& positions) {
+    for (const uint32_t position : positions) {
+        const uint32_t cell = position / model_.spec.bundles_per_cell;
+        leases_.exchange(layer, {&cell, 1}, {});
+        while (leases_.arrived() > 0) {
+        }
+        check(layer, {position});
+        leases_.exchange(layer, {}, {&cell, 1});
+    }
+    ASSERT_EQ(leases_.cells_held(), 0U);
+}
+
+void Walker::check(uint32_t layer, const std::vector<uint32_t>& positions) {
+    const auto table = leases_.addresses(layer);
+    for (const uint32_t position : positions) {
+        const uint64_t cell = table[position / model_.spec.bundles_per_cell];
+        ASSERT_NE(cell, 0U);
+        const uint64_t bundle = cell + position % model_.spec.bundles_per_cell * model_.spec.stride_bytes;
+        ASSERT_EQ(std::memcmp(reinterpret_cast<const void*>(bundle),
+                              model_.bytes.data() + model_.offset(layer, position), 1000),
+                  0);
+    }
+}
 
 void walk_together(uint32_t slots, uint32_t walkers) {
     const weightd::TestFolder folder;
