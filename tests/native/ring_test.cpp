@@ -354,15 +354,20 @@ TEST_F(RingTest, TheLimitInTheRingFollowsWhoIsThere) {
     wait_until([&] { return alone.ring->header.lease_limit.load() == limit; });
 }
 
+// All that it may lease, by its first request.
+void lease_all(Stranger& stranger) {
+    const uint32_t limit = stranger.ring->header.lease_limit.load();
+    stranger.ring->words[0][0] = 0;
+    stranger.ring->words[0][1] = limit;
+    stranger.post({ring::ACQUIRE, ring::RANGES, 0, 2, 0, 0, {}});
+    RingTest::wait_until([&] { return stranger.ring->header.grant_tail.load() == limit; });
+}
+
 TEST_F(RingTest, ClosesABorrowerThatKeepsOthersWaiting) {
     FlashModel model(1, 801);
     const auto service = serve(model, 100);
     Stranger paused(socket_path(), service->open_session(0, 4).token);
-    const uint32_t limit = paused.ring->header.lease_limit.load();
-    paused.ring->words[0][0] = 0;
-    paused.ring->words[0][1] = limit;
-    paused.post({ring::ACQUIRE, ring::RANGES, 0, 2, 0, 0, {}});
-    wait_until([&] { return paused.ring->header.grant_tail.load() == limit; });
+    lease_all(paused);
     const auto other = attach(*service, 40);
     std::vector<uint32_t> cells;
     for (uint32_t cell = 0; cell < other->share_slots(); cell++) cells.push_back(200 - cell);
@@ -379,11 +384,7 @@ TEST_F(RingTest, ClosesASessionThatKeepsMemoryFromAnotherModel) {
     const auto service = serve(first, 100 + static_cast<uint32_t>(dram_for(second, 0) / 4096));
     EXPECT_EQ(service->add_model(second.spec), 1U);
     Stranger paused(socket_path(), service->open_session(0, 4).token);
-    const uint32_t limit = paused.ring->header.lease_limit.load();
-    paused.ring->words[0][0] = 0;
-    paused.ring->words[0][1] = limit;
-    paused.post({ring::ACQUIRE, ring::RANGES, 0, 2, 0, 0, {}});
-    wait_until([&] { return paused.ring->header.grant_tail.load() == limit; });
+    lease_all(paused);
     EXPECT_GE(service->open_session(1, 2).share_slots, 2U);
     EXPECT_TRUE(paused.closed());
 }

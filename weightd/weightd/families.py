@@ -151,13 +151,15 @@ def _gated_layers(sizes: _Sizes) -> tuple[Ffn, ...]:
     return tuple(Ffn(m, neurons, tuple(f"{m}.{part}_proj.weight" for part in GATED_PARTS)) for m in modules)
 
 
-def _decoder(sizes: _Sizes, layer: Callable[[str], dict[str, Shape]], tied: bool) -> dict[str, Shape]:
-    """Embedding, layers, norm and head, as Llama and Gemma name them."""
+def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]], tied: bool) -> Recipe:
+    """Gated FFNs between embedding, layers, norm and head, as Llama and Gemma name them."""
     resident: dict[str, Shape] = {"model.embed_tokens.weight": (sizes.vocabulary, sizes.hidden)}
     for index in range(sizes.layers):
         resident |= layer(f"model.layers.{index}")
     resident |= _norm("model.norm", sizes.hidden)
-    return resident | ({} if tied else {"lm_head.weight": (sizes.vocabulary, sizes.hidden)})
+    if not tied:
+        resident["lm_head.weight"] = (sizes.vocabulary, sizes.hidden)
+    return Recipe(family, sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident)
 
 
 def _llama(config: Config) -> Recipe:
@@ -177,8 +179,7 @@ def _llama(config: Config) -> Recipe:
             shapes |= _norm(f"{prefix}.{norm}", sizes.hidden)
         return shapes
 
-    resident = _decoder(sizes, layer, sizes.flag("tie_word_embeddings", False))
-    return Recipe("llama", sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident)
+    return _gated("llama", sizes, layer, sizes.flag("tie_word_embeddings", False))
 
 
 def _gemma3(config: Config) -> Recipe:
@@ -194,8 +195,7 @@ def _gemma3(config: Config) -> Recipe:
             shapes |= _norm(f"{prefix}.{norm}_layernorm", sizes.hidden)
         return shapes
 
-    resident = _decoder(sizes, layer, sizes.flag("tie_word_embeddings", True))
-    return Recipe("gemma3", sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident)
+    return _gated("gemma3", sizes, layer, sizes.flag("tie_word_embeddings", True))
 
 
 def _opt(config: Config) -> Recipe:

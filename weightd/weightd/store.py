@@ -42,13 +42,12 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from weightd.catalog import Catalog
+from weightd.closing import Closing
 from weightd.errors import CorruptionError, SpaceError, StoreError
 from weightd.sizes import format_size
 from weightd_proto import weightd_pb2
@@ -99,7 +98,7 @@ def space_errors(path: Path) -> Iterator[None]:
         raise SpaceError(f"no space in {path}: {error}, {format_size(free_bytes)} are free") from error
 
 
-class Store:
+class Store(Closing):
     """A store that is there. `Store.open` makes one; close it, or use it in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
@@ -123,14 +122,6 @@ class Store:
         if not readonly:
             store.clean()
         return store
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Lets go of the daemon lock, if claimed."""
@@ -306,7 +297,7 @@ class Store:
         return None
 
 
-class StagedFolder:
+class StagedFolder(Closing):
     """A folder of the store that this process fills; deleted when it is left without being published."""
 
     def __init__(self, store: Store) -> None:
@@ -317,14 +308,6 @@ class StagedFolder:
         self._owner = os.open(self.folder / MARKER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._published = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Deletes what was not published."""

@@ -10,10 +10,9 @@ import errno
 import mmap
 import os
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from weightd._native import block_size_bytes
+from weightd.closing import Closing
 from weightd.errors import DeviceError
 from weightd.layout import round_up
 
@@ -25,19 +24,11 @@ def aligned_buffer(size_bytes: int) -> memoryview:
     return memoryview(mapping)[:size_bytes]
 
 
-class _UncachedFile:
+class _UncachedFile(Closing):
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
         self.descriptor = descriptor
         self.block_bytes = block_size_bytes(str(path))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         os.close(self.descriptor)
