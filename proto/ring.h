@@ -117,7 +117,7 @@ struct Welcome {
     uint64_t resident_bytes;     // of resident.safetensors; the descriptor's size is rounded up to pages
     uint64_t calibration_bytes;  // of predictors.safetensors, whose descriptor is the fourth; 0: there is none
     uint32_t share_slots;
-    uint32_t error;  // 0, or an errno: the token is unknown, expired or another user's; no descriptors then
+    uint32_t error;  // 0, or an errno: the token is unknown, used or expired; no descriptors then
 };
 
 struct SegmentNews {

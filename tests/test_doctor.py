@@ -78,6 +78,15 @@ def test_a_file_system_without_direct_io_fails() -> None:
     assert findings[0].advice
 
 
+def test_a_store_that_cannot_be_written_is_tried_on_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path / "store")
+    monkeypatch.setattr(doctor, "NamedTemporaryFile", None)  # to call it is an error
+    findings = doctor.check_direct_io(tmp_path / "store")
+    assert [finding.level for finding in findings] == [doctor.OK, doctor.OK]
+
+
 def test_memlock() -> None:
     assert doctor.check_memlock(8 << 20, user_id=0).level == doctor.OK
     assert doctor.check_memlock(resource.RLIM_INFINITY, user_id=1000).level == doctor.OK

@@ -151,3 +151,18 @@ def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StartError, match=r"cannot import .*/empty: "):
         FlashClient(tmp_path / "empty", store=tmp_path / "store")
+
+
+def test_another_checkpoint_of_the_same_name_is_refused(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    other = make_checkpoint("llama", tmp_path / "elsewhere" / "tiny")
+    with pytest.raises(StartError, match="imported from") as caught:
+        FlashClient(other, store=store)
+    assert str(checkpoint) in str(caught.value)
+    assert str(other) in str(caught.value)
+    FlashClient(checkpoint, store=store).close()
+    FlashClient("tiny", store=store).close()
+
+
+def test_dram_for_a_daemon_that_runs_already_is_not_dropped_in_silence(store: Path) -> None:
+    with serving(store, "--dram", "64MiB"), pytest.warns(UserWarning, match="no effect.*--dram 64.0MiB"):
+        FlashClient("tiny", store=store, dram="32MiB").close()

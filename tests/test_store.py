@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import lmdb
@@ -225,3 +226,28 @@ def test_rm_of_an_unknown_model_changes_nothing(store: Store) -> None:
     with pytest.raises(StoreError, match="no model 'mine'"):
         store.remove("mine")
     assert (store.path / "mine").exists()
+
+
+def test_a_daemon_that_claims_the_store_during_rm_keeps_its_model(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(store)
+    daemons = Store.open(store.path)
+    lock = store.locked
+
+    def claimed_just_before(shared: bool = False) -> AbstractContextManager[None]:
+        if not shared:
+            daemons.claim("unix:x")
+        return lock(shared)
+
+    monkeypatch.setattr(store, "locked", claimed_just_before)
+    with pytest.raises(StoreError, match="unix:x"):
+        store.remove("tiny")
+    assert daemons.names() == ["tiny"]
+    daemons.close()
+
+
+def test_a_store_that_cannot_be_written_is_not_claimed(store: Store) -> None:
+    (store.path / "weightd.lock").mkdir()  # as good as read-only, for root too
+    with pytest.raises(StoreError, match="make the store writable"):
+        store.claim("unix:x")

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from flashclient.channel import Connection
 from flashclient.errors import StartError
 
 LOCK_FILE = "weightd.lock"
@@ -37,6 +39,7 @@ def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tu
     """
     address = serving_address(store)
     if address is not None:
+        _tell_that_dram_is_not_ours(address, dram, timeout_s)
         return address, None
     daemon = PrivateDaemon(store, dram)
     deadline = time.monotonic() + timeout_s
@@ -52,7 +55,22 @@ def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tu
     winner = _wait_for_winner(store, deadline)
     if winner is None:
         raise StartError(f"cannot start weightd for {store}: {said}")
+    _tell_that_dram_is_not_ours(winner, dram, timeout_s)
     return winner, None
+
+
+def _tell_that_dram_is_not_ours(address: str, dram: str | int | None, timeout_s: float) -> None:
+    """Whoever started the daemon has chosen its --dram."""
+    if dram is None:
+        return
+    connection = Connection(address, timeout_s)
+    limit_bytes = connection.stats().dram_limit_bytes
+    connection.close()
+    warnings.warn(
+        f"dram={dram!r} has no effect: a weightd at {address} serves the store already, with --dram "
+        f"{limit_bytes / 2**20:.1f}MiB; stop it, or leave dram= out",
+        stacklevel=2,
+    )
 
 
 def _wait_for_winner(store: Path, deadline: float) -> str | None:
@@ -156,21 +174,40 @@ os.register_at_fork(after_in_child=_let_go_after_fork)
 
 
 def import_if_path(store: Path, model: str) -> str:
-    """The name of `model` in `store`: itself, or of a checkpoint, imported now unless the store has its name already.
+    """The name of `model` in `store`: itself, or of a checkpoint, imported now unless the store has it already.
 
     Raises:
-        StartError: the import failed; says what it said.
+        StartError: the import failed, says what it said; or the store has another checkpoint of that name.
     """
     source = Path(model)
     if (store / model / "bundles.bin").exists() or not source.exists():
         return model
     name = source.resolve().name if source.is_dir() else source.stem
     if (store / name / "bundles.bin").exists():
+        _require_same_source(store, name, source)
         return name
     command = [sys.executable, "-m", "weightd", "import", str(source), "--store", str(store), "--name", name]
-    nowhere = subprocess.DEVNULL
-    done = subprocess.run(command, stdin=nowhere, stdout=nowhere, stderr=subprocess.PIPE, text=True)
+    _output_of(command, f"cannot import {source}")
+    return name
+
+
+def _require_same_source(store: Path, name: str, source: Path) -> None:
+    """Two checkpoints may have the same last part of their paths."""
+    command = [sys.executable, "-m", "weightd", "ls", "--store", str(store), "--json"]
+    models = json.loads(_output_of(command, f"cannot list the models of {store}"))["models"]
+    imported = next((model["source"] for model in models if model["name"] == name), "")
+    if Path(imported).resolve() != source.resolve():
+        raise StartError(
+            f"{store} has a model '{name}' already, imported from {imported or 'an unknown place'}, not from "
+            f"{source.resolve()}: pass '{name}' to use that one, or import yours first with "
+            f"`weightd import {source} --store {store} --name NAME` and pass NAME"
+        )
+
+
+def _output_of(command: list[str], failed: str) -> str:
+    """What `command` writes; StartError with the last line of its errors."""
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"it ended with status {done.returncode}"]
-        raise StartError(f"cannot import {source}: {lines[-1]}")
-    return name
+        raise StartError(f"{failed}: {lines[-1]}")
+    return done.stdout

@@ -381,7 +381,7 @@ TEST_F(RingTest, ClosesABorrowerThatKeepsOthersWaiting) {
 TEST_F(RingTest, ClosesASessionThatKeepsMemoryFromAnotherModel) {
     FlashModel first(1, 801, "first");
     FlashModel second(1, 801, "second");
-    const auto service = serve(first, 100);
+    const auto service = serve(first, 100 + static_cast<uint32_t>(dram_for(second, 0) / 4096));
     EXPECT_EQ(service->add_model(second.spec), 1U);
     Stranger paused(socket_path(), service->open_session(0, 4).token);
     lease_all(paused);

@@ -65,7 +65,7 @@ bool RingSession::attach(Descriptor socket, Descriptor process, uint64_t residen
 }
 
 bool RingSession::has_requests() const {
-    return !broken_ && ring().header.request_tail.load(std::memory_order_acquire) != request_head_;
+    return !broken_ && ring().header.request_tail.load() != request_head_;  // not before announce_sleep()'s store
 }
 
 std::optional<RingSession::Taken> RingSession::take() {

@@ -108,7 +108,7 @@ void Service::run() {
     while (engine_->reading()) {  // nothing may land in memory that is gone
         if (!engine_->step()) ::usleep(200);
     }
-    run_commands();  // whoever posted one while we stopped is answered
+    run_all_commands();  // whoever posted one while we stopped is answered, told of it by the event or not yet
 }
 
 void Service::fail_with(const std::string& what) {
@@ -177,7 +177,7 @@ void Service::sleep_until_event() {
     bool unattached = !connections_.empty();
     for (const auto& [id, ring] : rings_) {
         ring->announce_sleep(true);
-        waiting = waiting || (ring->attached() && ring->has_requests());
+        waiting = waiting || (ring->attached() && (ring->has_requests() || ring->broken()));
         unattached = unattached || !ring->attached();
     }
     std::array<epoll_event, 64> events;
@@ -214,7 +214,10 @@ bool Service::stopping() {
 
 void Service::run_commands() {
     uint64_t ignored = 0;
-    if (::read(command_event_.get(), &ignored, sizeof ignored) < 0) return;
+    if (::read(command_event_.get(), &ignored, sizeof ignored) == sizeof ignored) run_all_commands();
+}
+
+void Service::run_all_commands() {
     std::vector<std::function<void()>> commands;
     {
         const std::lock_guard guard(command_lock_);

@@ -90,6 +90,7 @@ class Service {
     bool serve_rings();
     bool serve_ring(RingSession& session);
     void run_commands();
+    void run_all_commands();
     void now_and_then();
     void accept_connections();
     void add_connection(Descriptor socket);

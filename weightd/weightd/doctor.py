@@ -18,7 +18,7 @@ from weightd.config import FlagParser
 from weightd.errors import StoreError, WeightdError
 from weightd.profile import DEPTHS, DeviceProfile, kept_profile, measure
 from weightd.sizes import format_size
-from weightd.store import CATALOG_FILE, Store
+from weightd.store import BUNDLES_FILE, CATALOG_FILE, Store
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 MEMLOCK_WANTED_BYTES = 1 << 30  # below, larger pools are read without registered buffers: 3.2 us a read, not 2.2
@@ -79,13 +79,12 @@ def check_store(folder: Path) -> Finding:
 
 
 def check_direct_io(folder: Path) -> list[Finding]:
-    """O_DIRECT, tried on a file of the folder, and the unit of such reads."""
+    """O_DIRECT, tried on a model's bundles, else on a file made in the folder, and the unit of such reads."""
     try:
-        with NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
-            block_bytes = block_size_bytes(file.name)
-            file.write(bytes(block_bytes))
-            file.flush()
-            _read_directly(file.name, block_bytes)
+        bundles = next(iter(sorted(folder.glob(f"*/{BUNDLES_FILE}"))), None)
+        block_bytes = _try_direct_io(folder) if bundles is None else block_size_bytes(str(bundles))
+        if bundles is not None:
+            _read_directly(str(bundles), block_bytes)
     except PermissionError as error:
         return [Finding("direct io", WARN, f"not tried: {folder}: {error.strerror}", "run doctor as the store's owner")]
     except OSError as error:
@@ -95,6 +94,16 @@ def check_direct_io(folder: Path) -> list[Finding]:
         Finding("direct io", OK, "O_DIRECT reads work"),
         Finding("block size", OK, f"{block_bytes} bytes are the unit of direct reads"),
     ]
+
+
+def _try_direct_io(folder: Path) -> int:
+    """The unit of direct reads, after one of a file made for it."""
+    with NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
+        block_bytes = block_size_bytes(file.name)
+        file.write(bytes(block_bytes))
+        file.flush()
+        _read_directly(file.name, block_bytes)
+    return block_bytes
 
 
 def _read_directly(path: str, size_bytes: int) -> None:

@@ -52,6 +52,8 @@ async def serve(config: ServeConfig) -> None:
         store.claim(config.listen[0].target)
         for address in config.listen:
             listening.prepare(address)
+            if address.socket_path is None:
+                logger.warning("every user of this machine can read the models through %s", address.target)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
         engine = _engine(config, dram_bytes, data_socket)
         stack.callback(engine.close)

@@ -187,10 +187,10 @@ class Store(Closing):
 
     def remove(self, name: str) -> None:
         """Deletes the model; StoreError if there is none or a daemon serves the store."""
-        address = self.served_by()
-        if address is not None:
-            raise StoreError(f"cannot remove {name!r}: a weightd at {address} serves {self.path}, stop it first")
-        with self.locked():
+        with self.locked():  # a daemon claims the store under this lock too
+            address = self._holder()
+            if address is not None:
+                raise StoreError(f"cannot remove {name!r}: a weightd at {address} serves {self.path}, stop it first")
             self.model(name)
             folder = self.path / name
             folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
@@ -255,7 +255,14 @@ class Store(Closing):
 
     def claim(self, address: str) -> None:
         """Makes this process the one that serves the store, until `close`; StoreError names the pid of another."""
-        descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        path = self.path / DAEMON_LOCK_FILE
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(
+                f"cannot serve {self.path}: {path.name} in it cannot be written ({error.strerror}), and it says which "
+                "daemon serves a store; make the store writable, on a file system that is not read-only"
+            ) from error
         with self.locked():
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -272,13 +279,17 @@ class Store(Closing):
 
     def served_by(self) -> str | None:
         """The address of the daemon that serves the store, if one does."""
+        with self.locked(shared=True):
+            return self._holder()
+
+    def _holder(self) -> str | None:
+        """The same; the caller holds the store's lock."""
         try:
             descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
         try:
-            with self.locked(shared=True):
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return str(_daemon_record(descriptor)["address"])
         finally:
