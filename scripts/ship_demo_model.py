@@ -30,7 +30,8 @@ WHAT = {
 }
 OPTIONS = {
     MODEL: "",
-    DRAFT: f" \\\n        --name {DRAFT} --layers 2 --hidden 128 --teacher checkpoints-in-progress/{MODEL}",
+    DRAFT: f" --name {DRAFT} --layers 2 --hidden 128 --learning-rate 3e-3 \\\n"
+    f"        --teacher checkpoints-in-progress/{MODEL}",
 }
 CARD = Path(__file__).parent / "models" / "card.template.md"
 
