@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import torch
-from demo_measures import agreement, firing_shares, perplexity, windows
+from demo_measures import measure, windows
 from demo_text import HELD_OUT_PERCENT, Page, read_pages
 from train_demo_model import encode
 from transformers import GenerationConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -28,6 +28,7 @@ WHAT = {
     MODEL: "A language model for demos and tests of sparse decoding",
     DRAFT: f"The draft for speculative decoding of {MODEL}",
 }
+LEARNT_FROM = {MODEL: "", DRAFT: f" and the divergence from {MODEL}'s distributions"}
 OPTIONS = {
     MODEL: "",
     DRAFT: f" --name {DRAFT} --layers 2 --hidden 128 --learning-rate 3e-3 \\\n"
@@ -72,7 +73,7 @@ def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[s
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     rows = windows(torch.tensor(tokenizer.backend_tokenizer.encode(sample).ids))
     trained: Any = OPTForCausalLM.from_pretrained(source)
-    before = perplexity(trained, rows)
+    before = measure(trained, rows).perplexity
     trained.to(torch.bfloat16)
     trained.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=1, eos_token_id=1, pad_token_id=0
@@ -80,20 +81,21 @@ def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[s
     trained.save_pretrained(into / source.name)
     tokenizer.save_pretrained(into / source.name)
     shipped = trained.float()
+    measured = measure(shipped, rows)
     everywhere = windows(encode(tokenizer, held_out)[:MEASURED_TOKENS_MAX])
     facts = {
         "parameters": sum(parameter.numel() for parameter in shipped.parameters()),
         "training": json.loads((source / "training.json").read_text()),
         "perplexity_fp32_sample": before,
-        "perplexity_sample": perplexity(shipped, rows),
-        "perplexity_all": perplexity(shipped, everywhere),
-        "firing": firing_shares(shipped, rows),
+        "perplexity_sample": measured.perplexity,
+        "perplexity_all": measure(shipped, everywhere).perplexity,
+        "firing": measured.firing,
         "sample_tokens": rows.numel(),
         "all_tokens": everywhere.numel(),
     }
     if source.name == DRAFT:
         model: Any = OPTForCausalLM.from_pretrained(into / MODEL, dtype=torch.float32)
-        facts["agreement"] = agreement(model, shipped, rows)
+        facts["agreement"] = measure(model, rows).agreement(measured)
     return facts
 
 
@@ -117,6 +119,7 @@ def _card(name: str, facts: dict[str, Any]) -> str:
         what=WHAT[name],
         parameters=f"{facts['parameters'] / 1e6:.2f} M",
         options=OPTIONS[name],
+        learnt_from=LEARNT_FROM[name],
         steps=run["steps"],
         trained=f"{trained / 1e6:.1f} M",
         learning_rate=run["learning_rate"],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from demo_measures import agreement, firing_shares, perplexity, windows
+from demo_measures import Measures, measure, windows
 from safetensors import safe_open
 from transformers import AutoTokenizer, GenerationConfig, OPTForCausalLM
 
@@ -26,15 +26,11 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def load(name: str) -> Any:
-    model: Any = OPTForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32)
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def rows() -> torch.Tensor:
+def measured() -> dict[str, Measures]:
     tokenizer: Any = AutoTokenizer.from_pretrained(MODELS / NAMES[0])
-    return windows(torch.tensor(tokenizer(SAMPLE)["input_ids"]))
+    rows = windows(torch.tensor(tokenizer(SAMPLE)["input_ids"]))
+    return {name: measure(OPTForCausalLM.from_pretrained(MODELS / name, dtype=torch.float32), rows) for name in NAMES}
 
 
 def told(name: str, start: str) -> float:
@@ -70,9 +66,9 @@ def test_generation_is_greedy_unless_asked(name: str) -> None:
     assert (config.temperature, config.top_k, config.top_p) in {(None, None, None), (1.0, 50, 1.0)}
 
 
-def test_the_card_tells_the_perplexity(name: str, rows: torch.Tensor) -> None:
-    measured = perplexity(load(name), rows)
-    assert told(name, r"perplexity, sample \(") == pytest.approx(measured, rel=PERPLEXITY_TOLERANCE)
+def test_the_card_tells_the_perplexity(name: str, measured: dict[str, Measures]) -> None:
+    wanted = measured[name].perplexity
+    assert told(name, r"perplexity, sample \(") == pytest.approx(wanted, rel=PERPLEXITY_TOLERANCE)
 
 
 def test_rounding_to_bf16_costs_nothing(name: str) -> None:
@@ -80,16 +76,16 @@ def test_rounding_to_bf16_costs_nothing(name: str) -> None:
     assert after <= before * 1.001
 
 
-def test_the_card_tells_the_sparsity(name: str, rows: torch.Tensor) -> None:
-    shares = firing_shares(load(name), rows)
+def test_the_card_tells_the_sparsity(name: str, measured: dict[str, Measures]) -> None:
+    shares = measured[name].firing
     assert [told(name, rf"{layer} ") / 100 for layer in range(len(shares))] == pytest.approx(
         shares, abs=SHARE_TOLERANCE
     )
 
 
-def test_the_card_tells_how_often_the_draft_agrees(rows: torch.Tensor) -> None:
-    measured = agreement(load("relu-6m"), load("relu-draft"), rows)
-    assert told("relu-draft", "next token likeliest") / 100 == pytest.approx(measured, abs=SHARE_TOLERANCE)
+def test_the_card_tells_how_often_the_draft_agrees(measured: dict[str, Measures]) -> None:
+    agreement = measured["relu-draft"].agreement(measured["relu-6m"])
+    assert told("relu-draft", "next token likeliest") / 100 == pytest.approx(agreement, abs=SHARE_TOLERANCE)
 
 
 def test_licence_of_the_texts_is_there() -> None:
