@@ -137,7 +137,7 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     ASSERT_FALSE(engine.activate(1)) << "what it needs is leased";
     for (const uint32_t cell : held) {
         EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
-        engine.step();  // the segment goes, if this was its last lease
+        engine.step();                                         // the segment goes, if this was its last lease
         EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));  // a busy model takes what is free
         settle(engine);
     }

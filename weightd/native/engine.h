@@ -92,8 +92,8 @@ class Engine {
     const Memory& memory() const { return memory_; }
 
     // Sets aside memory for the model's resident weights and tables and for one more user, taking it from idle models
-    // and from surplus segments. False: those are draining, ask again soon, or stop_waiting(); what becomes free is kept
-    // for it meanwhile. Throws NoRoom, and then has changed nothing, when that and the rest of what the user needs
+    // and from surplus segments. False: those are draining, ask again soon, or stop_waiting(); what becomes free is
+    // kept for it meanwhile. Throws NoRoom, and then has changed nothing, when that and the rest of what the user needs
     // cannot be had, whatever is taken back. leave() ends the use.
     bool activate(uint32_t model, Use use = Use::session);
     void stop_waiting(uint32_t model);
