@@ -18,7 +18,7 @@ from weightd_proto import weightd_pb2, weightd_pb2_grpc
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
 
-BUSY_RETRY_S = 0.05  # before a daemon with too many calls is asked again
+RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
@@ -121,7 +121,7 @@ class Connection:
             except errors.BusyError:
                 if begun or time.monotonic() > give_up:
                     raise
-                time.sleep(BUSY_RETRY_S)
+                time.sleep(RETRY_S)
                 responses = self._ask(request, timeout_s)
 
     def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:

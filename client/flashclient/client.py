@@ -97,6 +97,8 @@ class FlashClient:
         with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
             built = self._load(connection, source, Path(scratch), window)
         self.model: PreTrainedModel = built.model
+        self.activation = built.activation  # for calibration
+        self.clock = built.total.clock  # of all forward passes; stats() speaks of whole generations
         self._generator = Generator(built, source, self.tokenizer)
 
     def _load(self, connection: Connection, source: BundleSource, folder: Path, window: int | None) -> BuiltModel:

@@ -5,7 +5,6 @@ What it holds is one layer's FFN in fp32; the sequences' hidden states are the c
 
 from __future__ import annotations
 
-import copy
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashclient.architectures import activation_name, architecture_of, install
+from flashclient.architectures import architecture_of, install
 from flashclient.client import FlashClient
 from flashclient.ffn import ACTIVATIONS
 from flashclient.model import DTYPES, resident_tensors
@@ -69,7 +68,7 @@ class LayerWalk:
         self.record = client.record
         self._client = client
         self._architecture = architecture_of(self._model.config.architectures)[1]
-        self._activation = ACTIVATIONS[_activation_of(client)]
+        self._activation = ACTIVATIONS[client.activation]
         dtype = DTYPES[self.record.bundle.dtype]
         self._tensors = resident_tensors(self.record, client.source.resident, dtype)
         self._layers = [_decoder_layer(self._model, layer.module) for layer in self.record.layers]
@@ -151,16 +150,6 @@ class _PassedFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
         return self.run(rows).to(x.dtype).view(x.shape)
-
-
-def _activation_of(client: FlashClient) -> str:
-    """The kernels' name of it; of a model of one layer on the meta device, as the streamed one has lost its own."""
-    config = copy.deepcopy(client.model.config)
-    architecture = architecture_of(config.architectures)[1]
-    made: Any = type(client.model)
-    with torch.device("meta"):
-        skeleton = made._from_config(config)
-    return activation_name(skeleton.get_submodule(client.record.layers[0].module), architecture)
 
 
 def _decoder_layer(model: nn.Module, ffn: str) -> Any:

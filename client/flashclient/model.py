@@ -67,11 +67,13 @@ class BuiltModel:
         model: transformers' own, in eval mode and without gradients.
         total: what its FFNs share.
         steps: what its forward passes are about; None in exact mode, which need not know.
+        activation: the kernels' name of its FFNs'.
     """
 
     model: PreTrainedModel
     total: NeuronSum
     steps: Steps | None
+    activation: str
 
 
 def build_model(
@@ -109,7 +111,7 @@ def build_model(
     use_fast_linears(model, workers)
     _keep_time(model, total.clock)
     model.train(False)
-    return BuiltModel(model, total, steps)
+    return BuiltModel(model, total, steps, activation)
 
 
 def _predicted(

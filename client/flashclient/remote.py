@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashclient.calibration import ALIGNMENT_BYTES, PREDICTORS_FILE
-from flashclient.channel import Connection
+from flashclient.channel import RETRY_S, Connection
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
-from flashclient.remote_cells import RETRY_S, RemoteCells
+from flashclient.remote_cells import RemoteCells
 from flashclient.source import Chunk, Counters
 from weightd_proto import weightd_pb2
 

@@ -13,12 +13,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient.channel import Connection
+from flashclient.channel import RETRY_S, Connection
 from flashclient.errors import DaemonLostError, RefusedError
 from flashclient.source import Counters
 from weightd_proto import weightd_pb2
 
-RETRY_S = 0.05  # between attempts while a daemon is coming back
 Cell = tuple[int, int]  # layer, position
 
 

@@ -10,6 +10,7 @@ row's other neurons are zero: the same definition, rounded as in prefill.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -24,7 +25,19 @@ from flashclient.source import LeaseRefusedError
 from flashclient.step import Step, Steps
 from flashclient.window import LeasedWindow
 
-Bias = NDArray[np.float32] | None  # [neurons], by position
+Bias = NDArray[np.float32] | None  # by position; in a list, by entry
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A list of neurons in rising position, which rows want each (a bit per row), and their biases."""
+
+    positions: NDArray[np.uint32]
+    masks: NDArray[np.uint16]
+    bias: Bias
+
+    def part(self, part: slice) -> _Wanted:
+        return _Wanted(self.positions[part], self.masks[part], None if self.bias is None else self.bias[part])
 
 
 class PredictedSum:
@@ -93,24 +106,17 @@ class PredictedSum:
         fits = self._window.slide(layer, step, positions, masks)
         self.clock.acquire_s += perf_counter() - predicted_s
         y = torch.zeros_like(x)
-        if fits and self._added(layer, positions, masks, bias, rows, y.numpy()):
+        wanted = _Wanted(positions, masks, None if bias is None else bias[positions])
+        if fits and self._added(layer, wanted, rows, y.numpy()):
             self._window.end_step(layer)
         else:
-            self._add_in_pieces(layer, positions, masks, bias, rows, y.numpy())
+            self._add_in_pieces(layer, wanted, rows, y.numpy())
         return y
 
-    def _added(
-        self,
-        layer: int,
-        positions: NDArray[np.uint32],
-        masks: NDArray[np.uint16],
-        bias: Bias,
-        x: NDArray[np.float32],
-        y: NDArray[np.float32],
-    ) -> bool:
+    def _added(self, layer: int, wanted: _Wanted, x: NDArray[np.float32], y: NDArray[np.float32]) -> bool:
         """Adds what the rows want, computing while it arrives; False, with y as it was, if a lease was refused."""
         table, source = self._source.addresses(layer), self._source
-        of_list = None if bias is None else bias[positions]
+        positions = wanted.positions
         addresses, found = np.zeros(len(positions), np.uint64), np.empty(len(positions), np.uint32)
         h = np.empty((len(positions), len(x)), np.float32)
         missing, coming = len(positions), 1
@@ -118,7 +124,7 @@ class PredictedSum:
             begun_s = perf_counter()
             count = locate(table, positions, source.bundles_per_cell, source.stride_bytes, addresses, found)
             if count:
-                self._kernels.fire(addresses, found[:count], masks, of_list, x, h)
+                self._kernels.fire(addresses, found[:count], wanted.masks, wanted.bias, x, h)
                 missing -= count
             fired_s = perf_counter()
             self.clock.compute_s += fired_s - begun_s
@@ -136,21 +142,14 @@ class PredictedSum:
         self.clock.compute_s += perf_counter() - fired_s
         return True
 
-    def _add_in_pieces(
-        self,
-        layer: int,
-        positions: NDArray[np.uint32],
-        masks: NDArray[np.uint16],
-        bias: Bias,
-        x: NDArray[np.float32],
-        y: NDArray[np.float32],
-    ) -> None:
+    def _add_in_pieces(self, layer: int, wanted: _Wanted, x: NDArray[np.float32], y: NDArray[np.float32]) -> None:
         """For a step that wants more than may be held at once: one part after the other, to the same bits."""
-        for part in self._window.pieces(positions):
+        for piece in self._window.pieces(wanted.positions):
+            part = wanted.part(piece)
             asked_s = perf_counter()
-            cells = self._window.take_piece(layer, positions[part])
+            cells = self._window.take_piece(layer, part.positions)
             self.clock.acquire_s += perf_counter() - asked_s
-            added = self._added(layer, positions[part], masks[part], bias, x, y)
+            added = self._added(layer, part, x, y)
             assert added, "a cell within the share was refused"
             self._window.give_back_piece(layer, cells)
 

@@ -10,6 +10,7 @@
 #include <system_error>
 
 #include "leases.h"
+#include "owned_array.h"
 #include "session.h"
 #include "sweep.h"
 #include "window.h"
@@ -17,6 +18,7 @@
 namespace nb = nanobind;
 using namespace nb::literals;
 using flashclient::Leases;
+using flashclient::owned_array;
 using flashclient::Session;
 using flashclient::Sweep;
 using flashclient::Window;
@@ -156,13 +158,6 @@ void bind_leases(nb::module_& m) {
 
 using U16Array = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
-// A numpy array that owns `values`.
-nb::object owned(std::vector<uint32_t>&& values) {
-    auto* kept = new std::vector<uint32_t>(std::move(values));
-    const nb::capsule owner(kept, [](void* pointer) noexcept { delete static_cast<std::vector<uint32_t>*>(pointer); });
-    return nb::cast(nb::ndarray<nb::numpy, uint32_t, nb::ndim<1>>(kept->data(), {kept->size()}, owner));
-}
-
 nb::object slide(Window& window, uint32_t layer, uint32_t past_tokens, uint32_t columns, const U32Array& positions,
                  const U16Array& row_masks, uint32_t limit) {
     Window::Slide slid;
@@ -174,8 +169,8 @@ nb::object slide(Window& window, uint32_t layer, uint32_t past_tokens, uint32_t 
     }
     if (!slid.fits) return nb::none();
     nb::list elsewhere;
-    for (auto& [other, cells] : slid.elsewhere) elsewhere.append(nb::make_tuple(other, owned(std::move(cells))));
-    return nb::make_tuple(owned(std::move(slid.acquire)), owned(std::move(slid.release)), elsewhere);
+    for (auto& [other, cells] : slid.elsewhere) elsewhere.append(nb::make_tuple(other, owned_array(std::move(cells))));
+    return nb::make_tuple(owned_array(std::move(slid.acquire)), owned_array(std::move(slid.release)), elsewhere);
 }
 
 // One pass over the bundles of a step that have no address yet.

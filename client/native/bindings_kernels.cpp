@@ -6,13 +6,13 @@
 
 #include <algorithm>
 #include <map>
-#include <memory>
 #include <optional>
 #include <stdexcept>
 
 #include "ffn.h"
 #include "linear.h"
 #include "memory_read.h"
+#include "owned_array.h"
 #include "predictor.h"
 #include "workers.h"
 
@@ -28,6 +28,7 @@ using flashclient::kTokensMax;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
 using flashclient::Matrix;
+using flashclient::owned_array;
 using flashclient::Prediction;
 using flashclient::SignPredictor;
 using flashclient::Workers;
@@ -182,17 +183,8 @@ void bind_linear(nb::module_& module) {
 
 // ---- predictors ----
 
-template <typename T>
-nb::ndarray<nb::numpy, T, nb::ndim<1>> array_of(std::vector<T>&& values) {
-    auto kept = std::make_unique<std::vector<T>>(std::move(values));
-    std::vector<T>& held = *kept;
-    const nb::capsule owner(kept.get(), [](void* pointer) noexcept { delete static_cast<std::vector<T>*>(pointer); });
-    kept.release();
-    return {held.data(), {held.size()}, owner};
-}
-
 nb::object as_tuple(Prediction&& prediction) {
-    return nb::make_tuple(array_of(std::move(prediction.positions)), array_of(std::move(prediction.row_masks)));
+    return nb::make_tuple(owned_array(std::move(prediction.positions)), owned_array(std::move(prediction.row_masks)));
 }
 
 nb::object predict_low_rank(const LowRankPredictor& predictor, const Input& x) {

@@ -38,7 +38,6 @@ class Leases {
     uint32_t cells_held() const { return held_; }
 
   private:
-    void post(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release);
     void ask_more();
     void take(bool block);
     void settle();
