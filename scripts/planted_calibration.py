@@ -24,6 +24,8 @@ from flashclient.calibration import (
     REPORT_FILE,
     STATISTICS_FILE,
     LowRank,
+    arrays_of,
+    quantized,
     write_predictors,
     write_tensors,
 )
@@ -65,8 +67,10 @@ def write_calibration(
         tensors = load_file(checkpoint / PLANTED_FOLDER / f"layer-{index:03}.safetensors")
         by_position = torch.from_numpy(placement.astype(np.int64))
         predictors.append(
-            LowRank(
-                _bits(tensors["input"]), _bits(tensors["output"][by_position]), tensors["bias"][by_position].numpy()
+            quantized(
+                _bits(tensors["input"]),
+                tensors["output"][by_position].float().numpy(),
+                tensors["bias"][by_position].numpy(),
             )
         )
         statistics[f"layers.{index}.frequency"] = tensors["frequency"][by_position].numpy()
@@ -89,6 +93,6 @@ def _report(plan: Mapping[str, Any], predictors: Sequence[LowRank]) -> dict[str,
     layers = []
     for told, predictor in zip(plan["layers"], predictors, strict=True):
         shares = {name: told[name] for name in ("firing", "predicted", "false_negatives", "false_positives")}
-        size_bytes = sum(array.nbytes for array in vars(predictor).values())
+        size_bytes = sum(array.nbytes for array in arrays_of(predictor).values())
         layers.append(shares | {"rank": len(predictor.input), "bytes": size_bytes, "time_share": None})
     return {"layers": layers, "quality": {}, "text_tokens": 0, "planted": True}
