@@ -67,11 +67,7 @@ def write_calibration(
         tensors = load_file(checkpoint / PLANTED_FOLDER / f"layer-{index:03}.safetensors")
         by_position = torch.from_numpy(placement.astype(np.int64))
         predictors.append(
-            quantized(
-                _bits(tensors["input"]),
-                tensors["output"][by_position].float().numpy(),
-                tensors["bias"][by_position].numpy(),
-            )
+            planted_predictor(tensors | {name: tensors[name][by_position] for name in ("output", "bias")})
         )
         statistics[f"layers.{index}.frequency"] = tensors["frequency"][by_position].numpy()
         statistics[f"layers.{index}.predicted"] = tensors["predicted"][by_position].numpy()
@@ -81,6 +77,11 @@ def write_calibration(
     write_predictors(folder / PREDICTORS_FILE, predictors, model)
     write_tensors(folder / STATISTICS_FILE, statistics, model, {})
     (folder / REPORT_FILE).write_text(json.dumps(_report(plan, predictors)))
+
+
+def planted_predictor(tensors: Mapping[str, torch.Tensor]) -> LowRank:
+    """The predictor of one layer, from its file: `input`, `output` and `bias`, in order of the neurons or placed."""
+    return quantized(_bits(tensors["input"]), tensors["output"].float().numpy(), tensors["bias"].numpy())
 
 
 def _bits(matrix: torch.Tensor) -> NDArray[np.uint16]:
