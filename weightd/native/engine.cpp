@@ -78,10 +78,10 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
         state.missing.push_back({cell, place, state.pool->address(place)});
     }
     state.pool->lease(place);
+    state.pool->touched(cell);
     if (place.slot().reading) {
         wait_for(place, session.id, tag);
     } else {
-        state.pool->touched(cell);
         grant(state, session, cell, tag, place);
     }
     return true;
