@@ -105,8 +105,8 @@ TEST(Pool, NeverEvictsWhatIsLeased) {
 // Plays a trace on the policy as the engine would; returns the share of hits.
 class Player {
   public:
-    Player(uint32_t cells, uint32_t slots, std::span<const Hotness> expected = {})
-        : policy_(cells, expected), slots_(slots) {}
+    Player(uint32_t cells, uint32_t slots) : policy_(cells), slots_(slots) {}
+    void expect(const std::vector<Hotness>& hotness) { policy_.expect(hotness); }
 
     bool use(uint32_t cell) {
         if (present_.contains(cell)) {
@@ -156,7 +156,7 @@ class PlainSums {
 
 TEST(Replacement, TakesTheCellWithTheLeastAgedUses) {
     const uint32_t cells = 256;
-    Replacement policy(cells, {});
+    Replacement policy(cells);
     PlainSums plain(cells);
     std::mt19937 random(11);
     std::geometric_distribution<uint32_t> skewed(0.03);
@@ -191,7 +191,7 @@ TEST(Replacement, TakesTheCellWithTheLeastAgedUses) {
 }
 
 TEST(Replacement, HasNoVictimWhenAllArePinned) {
-    Replacement policy(3, {});
+    Replacement policy(3);
     policy.inserted(1);
     policy.inserted(2);
     EXPECT_EQ(policy.victim(), NO_CELL);
@@ -204,7 +204,8 @@ TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
     const uint32_t cells = 2560;
     std::vector<Hotness> expected(cells, HOTNESS_MEAN - 40);
     for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 40;
-    Player player(cells, 300, expected);
+    Player player(cells, 300);
+    player.expect(expected);
     for (uint32_t cell = 0; cell < cells; cell += 10) player.use(cell);
     std::mt19937 random(4);
     for (int i = 0; i < 400; i++) player.use(random() % cells);  // many that are seldom used, once
@@ -213,10 +214,26 @@ TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
     EXPECT_EQ(hits, 256U);
 }
 
+TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
+    Replacement policy(4);
+    for (uint32_t cell = 0; cell < 4; cell++) {
+        policy.inserted(cell);
+        for (uint32_t i = 0; i < 2 + cell; i++) policy.touched(cell);
+        if (cell > 0) policy.unpinned(cell);
+    }
+    policy.expect(std::vector<Hotness>{1, 200, 100, 50});
+    EXPECT_EQ(policy.victim(), 3U);
+    EXPECT_EQ(policy.victim(), 2U);
+    policy.unpinned(0);
+    EXPECT_EQ(policy.victim(), 0U);
+    EXPECT_EQ(policy.victim(), 1U);
+}
+
 TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
     std::vector<Hotness> expected(2560, HOTNESS_MEAN - 40);
     for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 40;
-    Player player(2560, 300, expected);
+    Player player(2560, 300);
+    player.expect(expected);
     std::mt19937 random(4);
     for (int i = 0; i < 4 * 2 * 2560; i++) player.use(1000 + random() % 250);  // four half-lives
     uint32_t hits = 0;
@@ -226,7 +243,7 @@ TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
 
 TEST(Replacement, HandsOverWhatItHasLearned) {
     const uint32_t cells = 1024;
-    Replacement teacher(cells, {});
+    Replacement teacher(cells);
     std::mt19937 random(9);
     for (uint32_t cell = 0; cell < cells; cell++) teacher.inserted(cell);
     for (uint32_t i = 0; i < 200'000; i++) teacher.touched(i % 8 == 0 ? random() % 990 : 100 + random() % 90);
@@ -239,7 +256,9 @@ TEST(Replacement, HandsOverWhatItHasLearned) {
         EXPECT_NEAR(learned[cell], HOTNESS_MEAN + 16 * std::log2(10.1), 12.0);
     }
     std::vector<Hotness> again(cells);
-    Replacement(cells, learned).write_hotness(again);
+    Replacement pupil(cells);
+    pupil.expect(learned);
+    pupil.write_hotness(again);
     EXPECT_EQ(again, learned);
 }
 
@@ -286,7 +305,7 @@ TEST(Replacement, AdaptsToMuchThatIsLeased) {
     const uint32_t cells = 1000;
     const uint32_t slots = 500;
     const uint32_t ahead = 100;
-    Replacement policy(cells, {});
+    Replacement policy(cells);
     std::set<uint32_t> present;
     std::list<uint32_t> leased;
     uint32_t hits = 0;

@@ -6,8 +6,8 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
-    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled) {
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
+    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled), warms_(warms) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
 }
 
@@ -174,6 +174,7 @@ bool Engine::step() {
         if (!state->stalled.empty()) claim_slots(*state);
         any = submit(*state) || any;
     }
+    for (const auto& state : models_) any = warm(*state) || any;
     std::sort(answered_.begin(), answered_.end());
     answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
     for (const uint32_t id : answered_) {
@@ -228,6 +229,7 @@ Session& Engine::open(std::unique_ptr<Session> session) {
     if (!session->borrows) state.fetching_slots += session->share_slots;
     Session& opened = *(sessions_[session->id] = std::move(session));
     update_limits();
+    if (!state.warming.begun) start_warming(state);
     return opened;
 }
 

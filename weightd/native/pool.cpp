@@ -10,8 +10,8 @@ bool is_busy(const Slot& slot) { return slot.reading || slot.leases > 0; }
 
 }  // namespace
 
-Pool::Pool(uint32_t cells, uint32_t cell_bytes, std::span<const Hotness> expected)
-    : cell_bytes_(cell_bytes), slot_of_(cells, NO_SLOT), replacement_(cells, expected) {}
+Pool::Pool(uint32_t cells, uint32_t cell_bytes)
+    : cell_bytes_(cell_bytes), slot_of_(cells, NO_SLOT), replacement_(cells) {}
 
 uint64_t Pool::table_bytes(uint32_t cells, uint64_t slots_max) {
     return Replacement::table_bytes(cells) + uint64_t{cells} * sizeof(uint32_t) +

@@ -46,7 +46,7 @@ struct Place {  // of a slot
 
 class Pool {
   public:
-    Pool(uint32_t cells, uint32_t cell_bytes, std::span<const Hotness> expected = {});  // of each cell, or empty
+    Pool(uint32_t cells, uint32_t cell_bytes);
 
     Place find(uint32_t cell) const;  // or none
     // Gives `cell` a place, `reading` and without leases: a free slot, else the victim's. None when nothing can go.
@@ -57,6 +57,7 @@ class Pool {
     void lease(Place place);
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_.touched(cell); }
+    void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
     void write_hotness(std::span<Hotness> hotness) const { replacement_.write_hotness(hotness); }
 
     Segment& add_segment(uint32_t number, SharedMemory memory);

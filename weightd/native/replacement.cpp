@@ -48,7 +48,7 @@ const int MEAN_ABOVE_NOW =
 
 }  // namespace
 
-Replacement::Replacement(uint32_t cells, std::span<const Hotness> expected)
+Replacement::Replacement(uint32_t cells)
     : cells_(cells),
       touches_per_step_(std::max(1U, cells / (STEPS_PER_OCTAVE / USES_PER_HALF_LIFE))),
       now_(NOW_FIRST),
@@ -57,11 +57,18 @@ Replacement::Replacement(uint32_t cells, std::span<const Hotness> expected)
       kept_by_(cells),
       uses_(cells),
       links_(cells + LEVELS) {
-    assert(expected.empty() || expected.size() == cells);
     for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
-    for (uint32_t cell = 0; cell < expected.size(); cell++) {
-        const int above = (int{expected[cell]} - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
-        if (expected[cell] > 0) scores_[cell] = static_cast<Score>(static_cast<int>(now_) + above);
+}
+
+void Replacement::expect(std::span<const Hotness> hotness) {
+    assert(hotness.size() == cells_);
+    for (uint32_t cell = 0; cell < cells_; cell++) {
+        const int above = (int{hotness[cell]} - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
+        scores_[cell] = hotness[cell] > 0 ? static_cast<Score>(static_cast<int>(now_) + above) : Score{0};
+        kept_by_[cell] = scores_[cell];
+        if (links_[cell].next == cell) continue;  // pinned, or not in the pool
+        take(cell);
+        put(cell);
     }
 }
 

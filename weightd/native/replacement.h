@@ -25,9 +25,10 @@ inline constexpr Hotness HOTNESS_MEAN = 128;
 
 class Replacement {
   public:
-    Replacement(uint32_t cells, std::span<const Hotness> expected);  // of each cell, or empty
-    void inserted(uint32_t cell);                                    // comes into the pool, pinned
-    void touched(uint32_t cell);  // is used: it was in the pool, or has just come for that
+    explicit Replacement(uint32_t cells);
+    void expect(std::span<const Hotness> hotness);  // of each cell: in the place of what was seen until now
+    void inserted(uint32_t cell);                   // comes into the pool, pinned
+    void touched(uint32_t cell);                    // is used: it was in the pool, or has just come for that
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
     void removed(uint32_t cell);  // left the pool for another reason than victim()
