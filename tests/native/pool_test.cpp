@@ -102,6 +102,23 @@ TEST(Pool, NeverEvictsWhatIsLeased) {
     EXPECT_TRUE(pool.find(1));
 }
 
+TEST(Pool, TellsWhatItHoldsFromWhatItHeld) {
+    Pool pool(3, CELL_BYTES);
+    pool.add_segment(0, segment(1));
+    for (const uint32_t cell : {0U, 1U}) {
+        const Place place = pool.insert(cell);
+        pool.touched(cell);
+        pool.loaded(place);
+    }
+    std::vector<Hotness> hotness(3);
+    pool.write_hotness(hotness);
+    EXPECT_GT(hotness[0], 0);
+    EXPECT_EQ(hotness[0] & HOTNESS_IN_POOL, 0);
+    EXPECT_EQ(hotness[1] & HOTNESS_IN_POOL, HOTNESS_IN_POOL);
+    EXPECT_EQ(hotness[1] & HOTNESS_MAX, hotness[0]);
+    EXPECT_EQ(hotness[2], 0);
+}
+
 // Plays a trace on the policy as the engine would; returns the share of hits.
 class Player {
   public:
@@ -202,8 +219,8 @@ TEST(Replacement, HasNoVictimWhenAllArePinned) {
 
 TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
     const uint32_t cells = 2560;
-    std::vector<Hotness> expected(cells, HOTNESS_MEAN - 40);
-    for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 40;
+    std::vector<Hotness> expected(cells, HOTNESS_MEAN - 20);
+    for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 20;
     Player player(cells, 300);
     player.expect(expected);
     for (uint32_t cell = 0; cell < cells; cell += 10) player.use(cell);
@@ -221,7 +238,7 @@ TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
         for (uint32_t i = 0; i < 2 + cell; i++) policy.touched(cell);
         if (cell > 0) policy.unpinned(cell);
     }
-    policy.expect(std::vector<Hotness>{1, 200, 100, 50});
+    policy.expect(std::vector<Hotness>{1, 120, 60, 30});
     EXPECT_EQ(policy.victim(), 3U);
     EXPECT_EQ(policy.victim(), 2U);
     policy.unpinned(0);
@@ -230,8 +247,8 @@ TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
 }
 
 TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
-    std::vector<Hotness> expected(2560, HOTNESS_MEAN - 40);
-    for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 40;
+    std::vector<Hotness> expected(2560, HOTNESS_MEAN - 20);
+    for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 20;
     Player player(2560, 300);
     player.expect(expected);
     std::mt19937 random(4);
@@ -253,7 +270,7 @@ TEST(Replacement, HandsOverWhatItHasLearned) {
     EXPECT_GT(learned[500], 0);
     for (uint32_t cell = 100; cell < 190; cell++) {
         // uses of such a cell by those of the mean: (7/8) / 90 and (1/8) / 990 of all, times 1024
-        EXPECT_NEAR(learned[cell], HOTNESS_MEAN + 16 * std::log2(10.1), 12.0);
+        EXPECT_NEAR(learned[cell], HOTNESS_MEAN + 8 * std::log2(10.1), 6.0);
     }
     std::vector<Hotness> again(cells);
     Replacement pupil(cells);

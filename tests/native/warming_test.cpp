@@ -42,7 +42,7 @@ struct WarmingTest : testing::Test {
     // Each `every`-th cell is hot, the others are not; the later the hotter.
     static std::vector<Hotness> each(uint32_t every) {
         std::vector<Hotness> hotness(CELLS);
-        for (uint32_t cell = 0; cell < CELLS; cell += every) hotness[cell] = static_cast<Hotness>(100 + cell / 4);
+        for (uint32_t cell = 0; cell < CELLS; cell += every) hotness[cell] = static_cast<Hotness>(20 + cell / 4);
         return hotness;
     }
 
@@ -81,6 +81,18 @@ TEST_F(WarmingTest, ItTakesFreeSlotsOnlyTheHottestFirst) {
     EXPECT_EQ(engine.model(0).pool->filled(), slots);
     EXPECT_EQ(engine.model(0).pool->evictions(), 0U);
     for (uint32_t cell = CELLS - 100; cell < CELLS; cell += 2) EXPECT_TRUE(engine.model(0).pool->find(cell)) << cell;
+}
+
+TEST_F(WarmingTest, WhatWasInThePoolComesBeforeWhatIsHotter) {
+    Engine engine(dram_for(20), *reader, verifier);
+    engine.add_model(flash.spec, false);
+    std::vector<Hotness> hotness(CELLS, HOTNESS_MAX);
+    for (uint32_t cell = 3; cell < CELLS; cell += 20) hotness[cell] = HOTNESS_IN_POOL + 1;
+    engine.expect(0, hotness);
+    open(engine);
+    settle(engine);
+    ASSERT_LT(engine.model(0).pool->slots(), CELLS / 2);
+    for (uint32_t cell = 3; cell < CELLS; cell += 20) EXPECT_TRUE(engine.model(0).pool->find(cell)) << cell;
 }
 
 TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {

@@ -34,7 +34,7 @@ inline constexpr uint32_t IDLE_LOOKS_MIN = 10;            // of look(): a remote
 inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
 inline constexpr uint64_t WARM_BYTES_MAX = 256U << 10;    // in flight: what a session reads waits for no more than that
 inline constexpr uint32_t WARM_LOOKS_MAX = 1U << 14;      // at cells, in one step
-inline constexpr uint32_t WARM_HOTNESS_STEP = 4;          // a quarter of an octave: within it, in the order on flash
+inline constexpr uint32_t WARM_HOTNESS_STEP = 2;          // a quarter of an octave: within it, in the order on flash
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
     using std::runtime_error::runtime_error;

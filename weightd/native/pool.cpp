@@ -18,6 +18,13 @@ uint64_t Pool::table_bytes(uint32_t cells, uint64_t slots_max) {
            slots_max * (sizeof(Slot) + sizeof(uint32_t));
 }
 
+void Pool::write_hotness(std::span<Hotness> hotness) const {
+    replacement_.write_hotness(hotness);
+    for (uint32_t cell = 0; cell < slot_of_.size(); cell++) {
+        if (slot_of_[cell] != NO_SLOT) hotness[cell] |= HOTNESS_IN_POOL;
+    }
+}
+
 Place Pool::find(uint32_t cell) const {
     const uint32_t slot = slot_of_[cell];
     if (slot == NO_SLOT) return {};

@@ -58,7 +58,7 @@ class Pool {
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_.touched(cell); }
     void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
-    void write_hotness(std::span<Hotness> hotness) const { replacement_.write_hotness(hotness); }
+    void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
     // Takes a segment out of use, the one with the fewest busy slots; it goes when retire_drained() finds it empty.

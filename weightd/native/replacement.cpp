@@ -16,7 +16,7 @@ constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level give way in th
 constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; what lies beyond counts as the outermost
 constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
 constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
-constexpr uint32_t HOTNESS_PER_OCTAVE = 16;
+constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
 constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
 static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
@@ -63,8 +63,9 @@ Replacement::Replacement(uint32_t cells)
 void Replacement::expect(std::span<const Hotness> hotness) {
     assert(hotness.size() == cells_);
     for (uint32_t cell = 0; cell < cells_; cell++) {
-        const int above = (int{hotness[cell]} - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
-        scores_[cell] = hotness[cell] > 0 ? static_cast<Score>(static_cast<int>(now_) + above) : Score{0};
+        const int code = hotness[cell] & HOTNESS_MAX;
+        const int above = (code - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
+        scores_[cell] = code > 0 ? static_cast<Score>(static_cast<int>(now_) + above) : Score{0};
         kept_by_[cell] = scores_[cell];
         if (links_[cell].next == cell) continue;  // pinned, or not in the pool
         take(cell);
@@ -115,7 +116,7 @@ void Replacement::write_hotness(std::span<Hotness> hotness) const {
     for (uint32_t cell = 0; cell < cells_; cell++) {
         const int above = int{scores_[cell]} - static_cast<int>(now_) - MEAN_ABOVE_NOW;
         const long hot = HOTNESS_MEAN + std::lround(static_cast<double>(above) / STEPS_PER_HOTNESS);
-        hotness[cell] = static_cast<Hotness>(std::clamp(hot, 0L, 255L));
+        hotness[cell] = static_cast<Hotness>(std::clamp<long>(hot, 0, HOTNESS_MAX));
     }
 }
 

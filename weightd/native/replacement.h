@@ -18,23 +18,27 @@ namespace weightd {
 
 inline constexpr uint32_t NO_CELL = UINT32_MAX;
 
-// How often a cell is used, in one byte: HOTNESS_MEAN + 16 log2(its uses / the mean of all cells), from 1 to 255; 0 for
-// never. It outlives pools: calibration foretells it, a pool learns it.
+// How often a cell is used, in one byte: HOTNESS_MEAN + 8 log2(its uses / the mean of all cells), from 1 to 127; 0 for
+// never. And whether it was in the pool, in the highest bit: those come first when a pool is filled again. It outlives
+// pools: calibration foretells it, a pool learns it.
 using Hotness = uint8_t;
-inline constexpr Hotness HOTNESS_MEAN = 128;
+inline constexpr Hotness HOTNESS_MEAN = 64;
+inline constexpr Hotness HOTNESS_MAX = 127;
+inline constexpr Hotness HOTNESS_IN_POOL = 128;
 
 class Replacement {
   public:
     explicit Replacement(uint32_t cells);
-    void expect(std::span<const Hotness> hotness);  // of each cell: in the place of what was seen until now
-    void inserted(uint32_t cell);                   // comes into the pool, pinned
-    void touched(uint32_t cell);                    // is used: it was in the pool, or has just come for that
+    void expect(
+        std::span<const Hotness> hotness);  // of each cell: in the place of what was seen until now; no HOTNESS_IN_POOL
+    void inserted(uint32_t cell);           // comes into the pool, pinned
+    void touched(uint32_t cell);            // is used: it was in the pool, or has just come for that
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
     void removed(uint32_t cell);  // left the pool for another reason than victim()
     uint32_t victim();            // takes one out, or NO_CELL when all are pinned
 
-    void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as seen until now
+    void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as seen until now; no HOTNESS_IN_POOL
 
     static uint64_t table_bytes(uint32_t cells);  // what it allocates, once
 
