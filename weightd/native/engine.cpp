@@ -6,8 +6,8 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
-    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled) {
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
+    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled), warms_(warms) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
 }
 
@@ -78,10 +78,10 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
         state.missing.push_back({cell, place, state.pool->address(place)});
     }
     state.pool->lease(place);
+    state.pool->touched(cell);
     if (place.slot().reading) {
         wait_for(place, session.id, tag);
     } else {
-        state.pool->touched(cell);
         grant(state, session, cell, tag, place);
     }
     return true;
@@ -174,6 +174,7 @@ bool Engine::step() {
         if (!state->stalled.empty()) claim_slots(*state);
         any = submit(*state) || any;
     }
+    for (const auto& state : models_) any = warm(*state) || any;
     std::sort(answered_.begin(), answered_.end());
     answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
     for (const uint32_t id : answered_) {
@@ -228,6 +229,7 @@ Session& Engine::open(std::unique_ptr<Session> session) {
     if (!session->borrows) state.fetching_slots += session->share_slots;
     Session& opened = *(sessions_[session->id] = std::move(session));
     update_limits();
+    if (!state.warming.begun) start_warming(state);
     return opened;
 }
 

@@ -32,6 +32,9 @@ inline constexpr uint32_t FETCH_SLOTS_MAX = 256;          // share of the gRPC f
 inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;        // this part of the pool (or FETCH_SLOTS_MAX) is not lent
 inline constexpr uint32_t IDLE_LOOKS_MIN = 10;            // of look(): a remote client may come back between tokens
 inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
+inline constexpr uint64_t WARM_BYTES_MAX = 256U << 10;    // in flight: what a session reads waits for no more than that
+inline constexpr uint32_t WARM_LOOKS_MAX = 1U << 14;      // at cells, in one step
+inline constexpr uint32_t WARM_HOTNESS_STEP = 2;          // a quarter of an octave: within it, in the order on flash
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
     using std::runtime_error::runtime_error;
@@ -60,6 +63,7 @@ struct ModelState {
     int file_index = -1;
     ModelCounts counts;
     std::optional<PredictorsFile> predictors_file;  // of the newest calibration
+    std::vector<Hotness> hotness;                   // by cell, as it was when the model was activated
 
     // while active
     std::unique_ptr<Pool> pool;
@@ -78,18 +82,27 @@ struct ModelState {
     };
     std::deque<Stalled> stalled;   // wants for which no slot was free, in order
     std::vector<Missing> missing;  // placed, not yet submitted
+    struct Warming {               // what is hot is read in the background, into slots that are free
+        bool begun = false;        // when the first session was opened: it has its resident weights by then
+        uint32_t hotness = 0;      // of the cells now looked for, and a little less; 0: nothing more
+        uint32_t next_cell = 0;
+    } warming;
 };
 
 class Engine {
   public:
-    // `unbundled`: see Loader.
-    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false);
+    // `unbundled`: see Loader. `warms`: a model's hot cells are read when its first session is
+    // opened, while nobody else reads.
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false, bool warms = true);
     ~Engine();
 
     uint32_t add_model(ModelSpec spec, bool allow_buffered);
     ModelState& model(uint32_t index) { return *models_.at(index); }
     const std::vector<std::unique_ptr<ModelState>>& models() const { return models_; }
     const Memory& memory() const { return memory_; }
+    // Of each cell: what is foretold of a model, and what is known of it by now.
+    void expect(uint32_t model, std::span<const Hotness> hotness);
+    std::vector<Hotness> hotness(uint32_t model) const;
 
     // Sets aside memory for the model's resident weights and tables and for one more user, taking it from idle models
     // and from surplus segments. False: those are draining, ask again soon, or stop_waiting(); what becomes free is
@@ -140,6 +153,9 @@ class Engine {
     void take_in(const Loaded& loaded);
     void serve_stalled(ModelState& state);
     bool submit(ModelState& state);
+    void start_warming(ModelState& state);
+    bool warm(ModelState& state);
+    void find_hot(ModelState& state);
     void retire(ModelState& state);
     void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
     bool make_room(uint32_t model, uint64_t bytes);
@@ -163,6 +179,7 @@ class Engine {
     Memory memory_;
     Reader& reader_;
     Loader loader_;
+    bool warms_;
     uint64_t segment_bytes_;
     uint32_t next_segment_ = 0;
     uint32_t next_session_ = 1;

@@ -19,7 +19,9 @@ uint64_t session_bytes(const ModelSpec& spec) {
     return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
 }
 
-uint64_t checksum_bytes(const ModelSpec& spec) { return spec.checksums.size() * sizeof(uint64_t); }
+uint64_t opened_bytes(const ModelSpec& spec) {
+    return spec.checksums.size() * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
+}
 
 uint64_t activation_bytes(const ModelSpec& spec) {
     return pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
@@ -43,7 +45,7 @@ std::optional<SharedMemory> new_segment(uint64_t bytes) {
 
 uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
-    return activation_bytes(spec) + checksum_bytes(spec) + slots * spec.cell_bytes;
+    return activation_bytes(spec) + opened_bytes(spec) + slots * spec.cell_bytes;
 }
 
 uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
@@ -54,12 +56,13 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
     if (state->file->size_bytes() < last.offset_bytes + uint64_t{last.cells} * spec.cell_bytes) {
         throw std::invalid_argument(spec.bundles_path + ": shorter than the catalog says (import the model again)");
     }
-    if (!memory_.take(Account::tables, checksum_bytes(spec))) {
-        throw NoRoom(spec.name + ": its checksums need " + mebibytes(checksum_bytes(spec)) + " and --dram has " +
-                     mebibytes(memory_.free_bytes()) + " left: raise --dram");
+    if (!memory_.take(Account::tables, opened_bytes(spec))) {
+        throw NoRoom(spec.name + ": its checksums and the record of what is hot need " + mebibytes(opened_bytes(spec)) +
+                     " and --dram has " + mebibytes(memory_.free_bytes()) + " left: raise --dram");
     }
     state->index = static_cast<uint32_t>(models_.size());
     state->spec = std::move(spec);
+    state->hotness.resize(state->spec.cell_count());
     state->file_index = reader_.register_file(*state->file);
     models_.push_back(std::move(state));
     return models_.back()->index;
@@ -126,6 +129,7 @@ bool Engine::activate(uint32_t model, Use use) {
     memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
     update_limits();
     state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
+    state.pool->expect(state.hotness);
     return true;
 }
 
@@ -320,6 +324,7 @@ bool Engine::deactivate_idle(uint32_t except, uint32_t looks_min) {
 }
 
 void Engine::deactivate(ModelState& state) {
+    state.pool->write_hotness(state.hotness);
     while (state.pool->start_draining()) retire(state);
     memory_.give(Account::tables, activation_bytes(state.spec) - pages(state.spec.resident_bytes));
     memory_.give(Account::resident, pages(state.spec.resident_bytes));
@@ -328,6 +333,7 @@ void Engine::deactivate(ModelState& state) {
     state.resident_ready = false;
     state.predictors.reset();
     state.pool.reset();
+    state.warming = {};
 }
 
 }  // namespace weightd

@@ -57,11 +57,11 @@ uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrenc
 
 }  // namespace
 
-Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket)
+Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms)
     : choice_(std::move(choice)), data_socket_path_(data_socket) {
     reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
-    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled);
+    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled, warms);
     epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
     command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     failed_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));

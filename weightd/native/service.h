@@ -58,7 +58,7 @@ struct Report {
 class Service {
   public:
     // Listens on `data_socket` (a path). Throws std::system_error.
-    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket);
+    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms = true);
     ~Service();
 
     std::string io_level();  // of the reader, and whether some file is read through the page cache
@@ -67,6 +67,12 @@ class Service {
     uint32_t add_model(ModelSpec spec);
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
+    void expect(uint32_t model, std::span<const Hotness> hotness) {
+        on_loop([&] { engine_->expect(model, hotness); });
+    }
+    std::vector<Hotness> hotness(uint32_t model) {
+        return on_loop([&] { return engine_->hotness(model); });
+    }
     Opened open_session(uint32_t model, uint32_t slots_wanted);
     // Whole cells of `layer`, back to back in the order asked.
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);

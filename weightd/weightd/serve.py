@@ -34,6 +34,10 @@ from weightd_proto import weightd_pb2_grpc
 logger = logging.getLogger("weightd")
 
 GRACE_S = 5.0  # for running calls, when we are told to stop
+# What is hot is written down at the end, and now and then for when there is no end: seldom, for the sake of the device,
+# but sooner after the start, when it is learned fastest.
+REMEMBER_FIRST_S = 4.0
+REMEMBER_EVERY_S = 256.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -63,11 +67,15 @@ async def serve(config: ServeConfig) -> None:
         fetcher = Fetcher(store, models, engine)
         service = WeightdService(models, fetcher, engine, data_socket, dram_bytes, sequential_gb_per_s(store))
         stack.callback(service.close)
+        if not config.cold_start:
+            stack.callback(models.remember)
         frontend = _frontend(config, service)
         stack.callback(_remove_sockets, config)
         told = asyncio.Event()
         _watch_engine(asyncio.get_running_loop(), engine, told)
+        remembering = asyncio.create_task(_remember_now_and_then(config, models))
         await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes), told)
+        remembering.cancel()
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
 
@@ -116,6 +124,7 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
                 allow_buffered=config.allow_buffered,
                 unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
+                warms=not config.cold_start,
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
@@ -168,6 +177,14 @@ async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_lin
     logger.info("stopping")
     await frontend.health.enter_graceful_shutdown()
     await frontend.server.stop(GRACE_S)
+
+
+async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> None:
+    pause_s = REMEMBER_FIRST_S
+    while not config.cold_start:
+        await asyncio.sleep(pause_s)
+        await asyncio.to_thread(models.remember)
+        pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
 
 
 def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:
