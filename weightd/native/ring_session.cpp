@@ -38,9 +38,10 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
 }
 
 RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
-                         std::shared_ptr<const Predictors> predictors)
+                         std::optional<uid_t> user, std::shared_ptr<const Predictors> predictors)
     : Session(model, cells, share_slots, true),
       token_(token),
+      user_(user),
       predictors_(std::move(predictors)),
       attach_before_(Clock::now() + ATTACH_WITHIN),
       memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),

@@ -4,6 +4,8 @@
 // nothing here can block on the client.
 #pragma once
 
+#include <sys/types.h>
+
 #include <array>
 #include <chrono>
 #include <optional>
@@ -23,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 class RingSession final : public Session {
   public:
-    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
+    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, std::optional<uid_t> user,
                 std::shared_ptr<const Predictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
@@ -56,6 +58,7 @@ class RingSession final : public Session {
     bool blocks_for_long(bool blocks);
 
     const Token& token() const { return token_; }
+    bool is_for(uid_t user) const { return !user_ || *user_ == user; }
     int socket_fd() const { return socket_.get(); }
     int doorbell_fd() const { return doorbell_.get(); }
     int process_fd() const { return process_.get(); }
@@ -67,6 +70,7 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
+    std::optional<uid_t> user_;                     // whose processes may attach; none: whoever has the token
     std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point attach_before_;
     SharedMemory memory_;
