@@ -1,12 +1,12 @@
 """Who may do what: rules per model, and who calls.
 
 A rule is `MODEL=WHO[,WHO]...`. WHO is user:NAME or user:UID, group:NAME or group:GID (of this machine, over the Unix
-socket), or tls:NAME (a subject alternative name of the client's certificate, or its common name where it has none). MODEL is a
-name, or `*` for all models that no other rule names. Several rules of one model add up.
+socket), or tls:NAME (a subject alternative name of the client's certificate, or its common name where it has none).
+MODEL is a name, or `*` for all models that no other rule names. Several rules of one model add up.
 
-A model without a rule may be read by whoever can connect: over the Unix socket the daemon's user and group, because of its
-mode, over TCP whoever the certificates let in. Rules narrow that. Root and the daemon's own user may do everything.
-Without a rule of its own, publishing is for callers over the Unix socket that may read the model.
+A model without a rule may be read by whoever can connect: over the Unix socket the daemon's user and group, because of
+its mode, over TCP whoever the certificates let in. Rules narrow that. Root and the daemon's own user may do
+everything over the Unix socket. Without a rule of its own, publishing is for callers there that may read the model.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def require_publish(caller: Caller, model: str, allow: Rules, allow_publish: Rul
     if caller.trusted or (any(_fits(caller, rule) for rule in rules) if rules else caller.local):
         return
     raise ForbiddenError(
-        f"{caller} may not publish calibrations of model {model!r}: publish through the Unix socket, or ask for a rule, "
-        f"--allow-publish {model}={_wanted(caller)}"
+        f"{caller} may not publish calibrations of model {model!r}: publish through the Unix socket, or ask for a "
+        f"rule, --allow-publish {model}={_wanted(caller)}"
     )
 
 

@@ -29,8 +29,8 @@ STREAMS_MAX = 64  # of one connection; a client has a few, and several may share
 METADATA_BYTES_MAX = 16 << 10  # an identity of 1024 groups has 5 KiB
 RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
 
-# A peer that is frozen, or cut off by a network that drops its packets, is found out within 50 s, so that what its calls hold
-# comes free. A living one may ping us as often as clients of ours do (each 20 s) and a little more often.
+# A peer that is frozen, or cut off by a network that drops its packets, is found out within 50 s, so that what its
+# calls hold comes free. A living one may ping us as often as our clients do (each 20 s) and a little more often.
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 PING_INTERVAL_MIN_MS = 10_000

@@ -257,8 +257,8 @@ def _parse_tls(settings: Mapping[str, Any], listen: Sequence[ListenAddress]) -> 
         for address in listen:
             if not address.loopback:
                 raise UsageError(
-                    f"--listen {address.target!r} is not a loopback address, and beyond this machine TLS is needed: give "
-                    "--tls-cert FILE --tls-key FILE (and --tls-client-ca FILE to know who calls), or use localhost"
+                    f"--listen {address.target!r} is not a loopback address, and beyond this machine TLS is needed: "
+                    "give --tls-cert FILE --tls-key FILE (and --tls-client-ca FILE to know who calls), or use localhost"
                 )
         return None
     if all(address.socket_path is not None for address in listen):

@@ -66,8 +66,8 @@ class Identities:
         """Who makes this call."""
         if not (context.peer() or "").startswith("unix:"):
             return Caller(local=False, tls_names=frozenset(_tls_names(context)))
-        metadata = dict(context.invocation_metadata() or ())
-        claim = self.check(bytes(metadata.get(METADATA_KEY, b"")))
+        shown = dict(context.invocation_metadata() or ()).get(METADATA_KEY, b"")
+        claim = self.check(shown) if isinstance(shown, bytes) else None
         if claim is None:
             return Caller(local=True)
         return Caller(local=True, user_id=claim.user_id, group_ids=frozenset(claim.group_ids))

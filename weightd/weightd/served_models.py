@@ -58,7 +58,7 @@ class ServedModels:
     def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
         """The model, opened if it was not yet.
 
-        Raises UnknownModelError (lists the names for which `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
+        Raises UnknownModelError (names those that are `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
         with self._lock:
             served = self._opened.get(name)

@@ -20,7 +20,7 @@ from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.calibration import CalibrationStaging
 from weightd.call_bounds import FETCHES_MAX, OPENS_MAX, PUBLISHES_MAX
-from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceError, StoppingError
+from weightd.errors import CorruptionError, RequestError, SpaceError, StoppingError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.identity import Context, Identities
 from weightd.served_models import ServedModel, ServedModels, demand_of
@@ -143,7 +143,7 @@ class WeightdService:
         )
 
     async def _readable(self, name: str, context: Context) -> ServedModel:
-        """The model. Raises ForbiddenError, UnknownModelError (lists what the caller may read) and what opening it does."""
+        """The model. Raises ForbiddenError, UnknownModelError (names what the caller may read), and as find()."""
         caller = self._identities.caller(context)
         require_read(caller, name, self._allow)
         return await self._run(lambda: self._models.find(name, lambda other: may_read(caller, other, self._allow)))

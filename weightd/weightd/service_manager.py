@@ -21,7 +21,7 @@ MONOTONIC_CLOCK = 1  # systemd compares microseconds of CLOCK_MONOTONIC
 
 
 def notify(manager: ServiceManager | None, *lines: str) -> None:
-    """Says `lines` to the service manager, if there is one. Never raises: a deaf manager is no reason to stop serving."""
+    """Says `lines` to the service manager, if there is one; one that is deaf is no reason to stop serving."""
     if manager is None:
         return
     address = manager.notify_socket

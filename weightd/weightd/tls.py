@@ -53,7 +53,9 @@ class TlsCredentials:
                 return _configuration(given[0])
 
         return grpc.dynamic_ssl_server_credentials(
-            _configuration(given[0]), changed, require_client_authentication=self._files.client_ca is not None
+            _configuration(given[0]),
+            changed,  # type: ignore[arg-type]  # None means "as before", which the types lack
+            require_client_authentication=self._files.client_ca is not None,
         )
 
     def reload(self) -> None:
