@@ -24,6 +24,10 @@ IO_ENGINES = ("auto", "io_uring", "threads")
 IO_THREADS_DEFAULT = 32  # the paper's number of reading threads
 IO_THREADS_MAX = 256
 IO_DEPTH_MAX = 4096
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+METRICS_HOST = "127.0.0.1"
+DRAM_FLOOR_PERCENT = 50.0
 # sockaddr_un holds 108 bytes with the final zero; the data socket adds DATA_SUFFIX to the same path.
 DATA_SUFFIX = ".data"
 SOCKET_PATH_BYTES_MAX = 107 - len(DATA_SUFFIX)
@@ -40,6 +44,15 @@ class ListenAddress:
 
 
 @dataclass(frozen=True)
+class MetricsAddress:
+    """Where Prometheus reads the metrics."""
+
+    host: str  # a name or an address, without brackets
+    port: int
+    loopback: bool  # no other machine can reach it
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """What `weightd --store DIR ...` was asked to do."""
 
@@ -53,6 +66,11 @@ class ServeConfig:
     allow_buffered: bool = False
     unbundled_reads: bool = False
     owner_fd: int | None = None
+    metrics: MetricsAddress | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+    dram_floor_bytes: int | None = None  # in place of the percentage
+    dram_floor_percent: float = DRAM_FLOOR_PERCENT  # of --dram
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -104,10 +122,15 @@ def _parser() -> FlagParser:
     add = parser.add_argument
     add("--store", metavar="DIR", help="the store to serve")
     add("--dram", metavar="SIZE|PCT%", help="all memory for weights, pool and tables (default: half of what is free)")
+    floor = "memory pressure takes back no more than down to this, a size or a percentage of --dram"
+    add("--dram-floor", metavar="SIZE|PCT%", help=f"{floor} (default: {DRAM_FLOOR_PERCENT:.0f}%%; 100%% ignores it)")
     add("--listen", metavar="ADDR", action="append", help="unix:/path or a loopback host:port; may be given again")
     add("--io-engine", choices=IO_ENGINES, help="how to read the device (default: auto, the best that is allowed)")
     add("--io-threads", metavar="N", help=f"reading threads of --io-engine threads (default: {IO_THREADS_DEFAULT})")
     add("--io-depth", metavar="N", help="reads in flight of --io-engine io_uring")
+    add("--metrics", metavar="HOST:PORT", help=f"serve Prometheus metrics there (host: {METRICS_HOST} when left out)")
+    add("--log-level", choices=LOG_LEVELS, help="(default: info)")
+    add("--log-format", choices=LOG_FORMATS, help="text for people (default), or one JSON object a line")
     add("--config", metavar="FILE", help="a TOML file with these flags as keys")
     add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
     unbundled = (
@@ -142,7 +165,8 @@ def _read_file(name: str) -> dict[str, Any]:
 
 
 def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> ServeConfig:
-    dram_bytes, dram_percent = _parse_dram(settings.get("dram"))
+    dram_bytes, dram_percent = _parse_dram("--dram", settings.get("dram"))
+    floor_bytes, floor_percent = _parse_dram("--dram-floor", settings.get("dram_floor"))
     return ServeConfig(
         store=_parse_store(settings.get("store")),
         listen=_parse_listens(settings.get("listen"), environment),
@@ -154,6 +178,11 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
         allow_buffered=_parse_switch(settings, "allow_buffered"),
         unbundled_reads=_parse_switch(settings, "unbundled_reads"),
         owner_fd=_parse_count(settings, "owner_fd", 0, 1 << 20),
+        metrics=_parse_metrics(settings.get("metrics")),
+        log_level=_parse_log_level(settings.get("log_level", "info")),
+        log_format=_parse_log_format(settings.get("log_format", "text")),
+        dram_floor_bytes=floor_bytes,
+        dram_floor_percent=DRAM_FLOOR_PERCENT if floor_percent is None else floor_percent,
     )
 
 
@@ -163,13 +192,13 @@ def _parse_store(value: object) -> Path:
     return Path(value)
 
 
-def _parse_dram(value: object) -> tuple[int | None, float | None]:
+def _parse_dram(flag: str, value: object) -> tuple[int | None, float | None]:
     if value is None:
         return None, None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise UsageError(f"--dram {value!r}: want a size like 6.5GiB or a percentage like 50%")
+        raise UsageError(f"{flag} {value!r}: want a size like 6.5GiB or a percentage like 50%")
     if not value.endswith("%"):
         return parse_size(value), None
     try:
@@ -177,7 +206,7 @@ def _parse_dram(value: object) -> tuple[int | None, float | None]:
     except ValueError:
         percent = 0.0
     if not 0 < percent <= 100:
-        raise UsageError(f"--dram {value!r}: want a percentage above 0% and up to 100%")
+        raise UsageError(f"{flag} {value!r}: want a percentage above 0% and up to 100%")
     return None, percent
 
 
@@ -213,6 +242,28 @@ def _is_loopback(host: str) -> bool:
 def _parse_engine(value: object) -> str:
     if not isinstance(value, str) or value not in IO_ENGINES:
         raise UsageError(f"--io-engine {value!r}: want one of {', '.join(IO_ENGINES)}")
+    return value
+
+
+def _parse_metrics(value: object) -> MetricsAddress | None:
+    if value is None:
+        return None
+    host, _, port = str(value).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or METRICS_HOST
+    if isinstance(value, bool) or not port.isdecimal() or not 1 <= int(port) <= 65535 or "/" in host:
+        raise UsageError(f"--metrics {value!r}: want host:port, like {METRICS_HOST}:9464, with a port from 1 to 65535")
+    return MetricsAddress(host, int(port), _is_loopback(host))
+
+
+def _parse_log_level(value: object) -> str:
+    if not isinstance(value, str) or value not in LOG_LEVELS:
+        raise UsageError(f"--log-level {value!r}: want one of {', '.join(LOG_LEVELS)}")
+    return value
+
+
+def _parse_log_format(value: object) -> str:
+    if not isinstance(value, str) or value not in LOG_FORMATS:
+        raise UsageError(f"--log-format {value!r}: want one of {', '.join(LOG_FORMATS)}")
     return value
 
 

@@ -25,7 +25,7 @@ BYTES_PER_GB = 1e9
 
 @dataclass(frozen=True)
 class Buckets:
-    """The value of a histogram: requests by upper bound in seconds (not summed up; the last has none), and their sum."""
+    """The value of a histogram: requests by upper bound in seconds (not summed up; the last has none)."""
 
     bounds_s: tuple[float, ...]
     counts: tuple[int, ...]

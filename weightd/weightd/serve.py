@@ -7,9 +7,8 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +17,17 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from weightd import budget, listening
+from weightd import budget, listening, log, pressure
 from weightd._native import Engine
 from weightd.call_bounds import CALLS_MAX, SERVICE_NAME, CallBounds
-from weightd.config import ServeConfig, load_config
-from weightd.errors import DeviceError, UsageError
+from weightd.config import MetricsAddress, ServeConfig, load_config
+from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.fetch import REQUEST_BYTES_MAX, Fetcher
 from weightd.profile import sequential_gb_per_s
 from weightd.served_models import ServedModels, demand_of
 from weightd.server import WeightdService
 from weightd.sizes import format_size
+from weightd.statistics import Statistics
 from weightd.store import Store
 from weightd_proto import weightd_pb2_grpc
 
@@ -37,9 +37,17 @@ GRACE_S = 5.0  # for running calls, when we are told to stop
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM, SIGINT or the owner's end. Raises WeightdError for bad input; the command prints it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weightd: %(message)s")
-    uvloop.run(serve(load_config(arguments)))
+    """Serves until SIGTERM, SIGINT or the owner's end. What goes wrong then is a line of the log, and the exit status.
+
+    Raises UsageError for wrong flags, before there is a log; the command prints it.
+    """
+    config = load_config(arguments)
+    log.configure(config.log_level, config.log_format)
+    try:
+        uvloop.run(serve(config))
+    except WeightdError as error:
+        logger.error("%s", error)
+        return error.exit_status
     return 0
 
 
@@ -55,14 +63,18 @@ async def serve(config: ServeConfig) -> None:
             if address.socket_path is None:
                 logger.warning("every user of this machine can read the models through %s", address.target)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
-        engine = _engine(config, dram_bytes, data_socket)
+        triggers = _pressure_triggers()
+        engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads)
         for name in models.names():
             models.find(name)
         fetcher = Fetcher(store, models, engine)
-        service = WeightdService(models, fetcher, engine, data_socket, dram_bytes, sequential_gb_per_s(store))
+        statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
+        service = WeightdService(models, fetcher, engine, data_socket, dram_bytes, statistics)
         stack.callback(service.close)
+        if config.metrics is not None:
+            stack.enter_context(_metrics(config.metrics, statistics))
         frontend = _frontend(config, service)
         stack.callback(_remove_sockets, config)
         told = asyncio.Event()
@@ -105,7 +117,32 @@ def _dram_bytes(config: ServeConfig, store: Store) -> int:
     return dram_bytes
 
 
-def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
+def _pressure_triggers() -> pressure.Triggers:
+    triggers = pressure.set_triggers()
+    for line in triggers.refused:
+        logger.debug("memory pressure is not watched in %s", line)
+    return triggers
+
+
+def _floor_bytes(config: ServeConfig, dram_bytes: int) -> int:
+    """What --dram-floor is in bytes."""
+    if config.dram_floor_bytes is None:
+        return int(dram_bytes * config.dram_floor_percent / 100)
+    if config.dram_floor_bytes > dram_bytes:
+        floor, dram = format_size(config.dram_floor_bytes), format_size(dram_bytes)
+        raise UsageError(f"--dram-floor {floor} is above --dram {dram}; give a smaller one, or a percentage")
+    return config.dram_floor_bytes
+
+
+def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContextManager[None]:
+    from weightd import metrics  # prometheus_client takes memory that only those pay who want it
+
+    if not address.loopback:
+        logger.warning("whoever reaches %s:%d can read the metrics", address.host, address.port)
+    return metrics.serving(address, statistics.now)
+
+
+def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Engine:
     try:
         with listening.private_sockets():
             engine = Engine(
@@ -116,6 +153,8 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
                 allow_buffered=config.allow_buffered,
                 unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
+                dram_floor_bytes=_floor_bytes(config, dram_bytes),
+                pressure_fds=list(triggers.descriptors),
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error

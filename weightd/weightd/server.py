@@ -23,6 +23,7 @@ from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceE
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.served_models import ServedModel, ServedModels, demand_of
 from weightd.sizes import format_size
+from weightd.statistics import Statistics
 from weightd.status import answered, answered_stream, answered_upload
 from weightd_proto import weightd_pb2
 
@@ -41,15 +42,14 @@ class WeightdService:
         engine: Engine,
         data_socket: str,
         dram_bytes: int,
-        sequential_gb_per_s: float,
+        statistics: Statistics,
     ) -> None:
-        """`sequential_gb_per_s`: of the device profile, 0 when it was not measured."""
         self._models = models
         self._fetcher = fetcher
         self._engine = engine
         self._data_socket = data_socket
         self._dram_bytes = dram_bytes
-        self._sequential_gb_per_s = sequential_gb_per_s
+        self._statistics = statistics
         self._stopping = False
         self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="weightd-call")
         self._openers = ThreadPoolExecutor(OPENS_MAX + PUBLISHES_MAX, thread_name_prefix="weightd-open")
@@ -104,17 +104,7 @@ class WeightdService:
 
     @answered
     async def Stats(self, request: weightd_pb2.StatsRequest) -> weightd_pb2.StatsResponse:
-        stats = await self._run(self._engine.stats)
-        return weightd_pb2.StatsResponse(
-            io_engine=self._engine.io_engine,
-            dram_limit_bytes=self._dram_bytes,
-            dram_pool_bytes=stats["pool_bytes"],
-            dram_resident_bytes=stats["resident_bytes"],
-            dram_tables_bytes=stats["tables_bytes"],
-            sessions=stats["sessions"],
-            models=[weightd_pb2.ModelStats(name=name, **row) for name, row in stats["models"].items()],
-            device_sequential_gb_per_s=self._sequential_gb_per_s,
-        )
+        return await self._run(self._statistics.now)
 
     async def _find(self, name: str) -> ServedModel:
         return await self._run(lambda: self._models.find(name))
