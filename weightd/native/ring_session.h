@@ -4,7 +4,7 @@
 // nothing here can block on the client.
 #pragma once
 
-#include <sys/types.h>
+#include <sys/socket.h>
 
 #include <array>
 #include <chrono>
@@ -30,7 +30,7 @@ class RingSession final : public Session {
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
     // False: it does not listen.
-    bool attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd);
+    bool attach(Descriptor socket, Descriptor process, const ucred& peer, uint64_t resident_bytes, int resident_fd);
     bool attached() const { return socket_.get() >= 0; }
     bool expired() const { return !attached() && Clock::now() > attach_before_; }
 
@@ -59,6 +59,9 @@ class RingSession final : public Session {
 
     const Token& token() const { return token_; }
     bool is_for(uid_t user) const { return !user_ || *user_ == user; }
+    const ucred& peer() const { return peer_; }  // all zero before it has attached
+    Clock::time_point opened_at() const { return opened_at_; }
+    uint64_t requests() const { return requests_; }
     int socket_fd() const { return socket_.get(); }
     int doorbell_fd() const { return doorbell_.get(); }
     int process_fd() const { return process_.get(); }
@@ -72,11 +75,14 @@ class RingSession final : public Session {
     Token token_;
     std::optional<uid_t> user_;                     // whose processes may attach; none: whoever has the token
     std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
+    Clock::time_point opened_at_ = Clock::now();
     Clock::time_point attach_before_;
     SharedMemory memory_;
     Descriptor doorbell_;
     Descriptor socket_;
     Descriptor process_;  // pidfd of the client
+    ucred peer_{};
+    uint64_t requests_ = 0;
     uint32_t request_head_ = 0;
     uint32_t grant_tail_ = 0;
     uint32_t answers_owed_ = 0;

@@ -26,6 +26,9 @@ IO_THREADS_DEFAULT = 32  # the paper's number of reading threads
 IO_THREADS_MAX = 256
 IO_DEPTH_MAX = 4096
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+METRICS_HOST = "127.0.0.1"
+DRAM_FLOOR_PERCENT = 50.0
 # sockaddr_un holds 108 bytes with the final zero; the data and the identity socket add these to the same path.
 DATA_SUFFIX = ".data"
 IDENTITY_SUFFIX = ".peer"
@@ -61,6 +64,15 @@ class ServiceManager:
 
 
 @dataclass(frozen=True)
+class MetricsAddress:
+    """Where Prometheus reads the metrics."""
+
+    host: str  # a name or an address, without brackets
+    port: int
+    loopback: bool  # no other machine can reach it
+
+
+@dataclass(frozen=True)
 class ServeConfig:
     """What `weightd --store DIR ...` was asked to do."""
 
@@ -77,8 +89,12 @@ class ServeConfig:
     tls: TlsFiles | None = None
     allow: Rules = ()  # who may read which model
     allow_publish: Rules = ()  # who may publish calibrations of which model
-    log_level: str = "info"
     service_manager: ServiceManager | None = None
+    metrics: MetricsAddress | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+    dram_floor_bytes: int | None = None  # in place of the percentage
+    dram_floor_percent: float = DRAM_FLOOR_PERCENT  # of --dram
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -125,6 +141,8 @@ def _parser() -> FlagParser:
     add = parser.add_argument
     add("--store", metavar="DIR", help="the store to serve")
     add("--dram", metavar="SIZE|PCT%", help="all memory for weights, pool and tables (default: half of what is free)")
+    floor = "memory pressure takes back no more than down to this, a size or a percentage of --dram"
+    add("--dram-floor", metavar="SIZE|PCT%", help=f"{floor} (default: {DRAM_FLOOR_PERCENT:.0f}%%; 100%% ignores it)")
     add("--listen", metavar="ADDR", action="append", help="unix:/path or host:port; may be given again")
     add("--io-engine", choices=IO_ENGINES, help="how to read the device (default: auto, the best that is allowed)")
     add("--io-threads", metavar="N", help=f"reading threads of --io-engine threads (default: {IO_THREADS_DEFAULT})")
@@ -135,7 +153,9 @@ def _parser() -> FlagParser:
     who = "MODEL=WHO[,WHO]..., WHO being user:NAME, group:NAME or tls:NAME, MODEL * for all others; may be given again"
     add("--allow", metavar="RULE", action="append", help=f"who may read a model (default: whoever connects): {who}")
     add("--allow-publish", metavar="RULE", action="append", help="who may publish a model's calibrations, likewise")
+    add("--metrics", metavar="HOST:PORT", help=f"serve Prometheus metrics there (host: {METRICS_HOST} when left out)")
     add("--log-level", choices=LOG_LEVELS, help="(default: info)")
+    add("--log-format", choices=LOG_FORMATS, help="text for people (default), or one JSON object a line")
     add("--config", metavar="FILE", help="a TOML file with these flags as keys")
     add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
     unbundled = (
@@ -170,7 +190,8 @@ def _read_file(name: str) -> dict[str, Any]:
 
 
 def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> ServeConfig:
-    dram_bytes, dram_percent = _parse_dram(settings.get("dram"))
+    dram_bytes, dram_percent = _parse_dram("--dram", settings.get("dram"))
+    floor_bytes, floor_percent = _parse_dram("--dram-floor", settings.get("dram_floor"))
     listen = _parse_listens(settings.get("listen"), environment)
     return ServeConfig(
         store=_parse_store(settings.get("store")),
@@ -186,8 +207,12 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
         tls=_parse_tls(settings, listen),
         allow=_parse_rules(settings, "allow"),
         allow_publish=_parse_rules(settings, "allow_publish"),
-        log_level=_parse_log_level(settings.get("log_level", "info")),
         service_manager=_service_manager(environment),
+        metrics=_parse_metrics(settings.get("metrics")),
+        log_level=_parse_log_level(settings.get("log_level", "info")),
+        log_format=_parse_log_format(settings.get("log_format", "text")),
+        dram_floor_bytes=floor_bytes,
+        dram_floor_percent=DRAM_FLOOR_PERCENT if floor_percent is None else floor_percent,
     )
 
 
@@ -197,13 +222,13 @@ def _parse_store(value: object) -> Path:
     return Path(value)
 
 
-def _parse_dram(value: object) -> tuple[int | None, float | None]:
+def _parse_dram(flag: str, value: object) -> tuple[int | None, float | None]:
     if value is None:
         return None, None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise UsageError(f"--dram {value!r}: want a size like 6.5GiB or a percentage like 50%")
+        raise UsageError(f"{flag} {value!r}: want a size like 6.5GiB or a percentage like 50%")
     if not value.endswith("%"):
         return parse_size(value), None
     try:
@@ -211,7 +236,7 @@ def _parse_dram(value: object) -> tuple[int | None, float | None]:
     except ValueError:
         percent = 0.0
     if not 0 < percent <= 100:
-        raise UsageError(f"--dram {value!r}: want a percentage above 0% and up to 100%")
+        raise UsageError(f"{flag} {value!r}: want a percentage above 0% and up to 100%")
     return None, percent
 
 
@@ -281,12 +306,6 @@ def _parse_rules(settings: Mapping[str, Any], name: str) -> Rules:
     return parse_rules(value, f"--{flag}")
 
 
-def _parse_log_level(value: object) -> str:
-    if not isinstance(value, str) or value not in LOG_LEVELS:
-        raise UsageError(f"--log-level {value!r}: want one of {', '.join(LOG_LEVELS)}")
-    return value
-
-
 def _service_manager(environment: Mapping[str, str]) -> ServiceManager | None:
     """Of sd_notify(3) and sd_watchdog_enabled(3)."""
     notify_socket = environment.get("NOTIFY_SOCKET")
@@ -302,6 +321,28 @@ def _service_manager(environment: Mapping[str, str]) -> ServiceManager | None:
 def _parse_engine(value: object) -> str:
     if not isinstance(value, str) or value not in IO_ENGINES:
         raise UsageError(f"--io-engine {value!r}: want one of {', '.join(IO_ENGINES)}")
+    return value
+
+
+def _parse_metrics(value: object) -> MetricsAddress | None:
+    if value is None:
+        return None
+    host, _, port = str(value).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or METRICS_HOST
+    if isinstance(value, bool) or not port.isdecimal() or not 1 <= int(port) <= 65535 or "/" in host:
+        raise UsageError(f"--metrics {value!r}: want host:port, like {METRICS_HOST}:9464, with a port from 1 to 65535")
+    return MetricsAddress(host, int(port), _is_loopback(host))
+
+
+def _parse_log_level(value: object) -> str:
+    if not isinstance(value, str) or value not in LOG_LEVELS:
+        raise UsageError(f"--log-level {value!r}: want one of {', '.join(LOG_LEVELS)}")
+    return value
+
+
+def _parse_log_format(value: object) -> str:
+    if not isinstance(value, str) or value not in LOG_FORMATS:
+        raise UsageError(f"--log-format {value!r}: want one of {', '.join(LOG_FORMATS)}")
     return value
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import fields
 
+from weightd import log
 from weightd.config import ServeConfig, load_config
 from weightd.errors import WeightdError
 from weightd.server import WeightdService
@@ -14,12 +15,12 @@ from weightd.tls import TlsCredentials
 
 logger = logging.getLogger(__name__)
 
-RELOADED = ("allow", "allow_publish", "log_level")
+RELOADED = ("allow", "allow_publish", "log_level", "log_format")
 NOT_SETTINGS = ("service_manager",)  # told to us by systemd, not by the operator
 
 
 class Reloader:
-    """Rules, log level and certificates. All else is named in the log and stays as it was until a restart."""
+    """Rules, certificates, level and form of the log. All else is named there and stays as it was until a restart."""
 
     def __init__(
         self, config: ServeConfig, arguments: Sequence[str], service: WeightdService, tls: TlsCredentials | None
@@ -43,14 +44,14 @@ class Reloader:
 
     def _take(self, fresh: ServeConfig) -> None:
         self._service.set_rules(fresh.allow, fresh.allow_publish)
-        logging.getLogger().setLevel(fresh.log_level.upper())
+        log.configure(fresh.log_level, fresh.log_format)
         if self._tls is not None:
             self._tls.reload()
         names = [field.name for field in fields(ServeConfig) if field.name not in (*RELOADED, *NOT_SETTINGS)]
         for name in names:
             if getattr(fresh, name) != getattr(self._config, name):
                 logger.warning("%s was changed: that takes effect at the next start", _key_of(name))
-        logger.info("the configuration was read again: rules, certificates and log level are as it says")
+        logger.info("the configuration was read again: rules, certificates and log are as it says")
 
 
 def _key_of(field_name: str) -> str:

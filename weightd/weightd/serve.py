@@ -7,9 +7,8 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +17,11 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from weightd import budget, listening
+from weightd import budget, listening, log, pressure
 from weightd._native import Engine
 from weightd.call_bounds import CALLS_MAX, CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
-from weightd.config import ListenAddress, ServeConfig, load_config
-from weightd.errors import DeviceError, UsageError
+from weightd.config import ListenAddress, MetricsAddress, ServeConfig, load_config
+from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.fetch import Fetcher
 from weightd.identity import Identities, IdentityProtocol
 from weightd.profile import sequential_gb_per_s
@@ -31,6 +30,7 @@ from weightd.served_models import ServedModels, demand_of
 from weightd.server import WeightdService
 from weightd.service_manager import feed_watchdog, notify
 from weightd.sizes import format_size
+from weightd.statistics import Statistics
 from weightd.store import Store
 from weightd.tls import TlsCredentials
 from weightd_proto import weightd_pb2_grpc
@@ -41,10 +41,17 @@ GRACE_S = 5.0  # for running calls, when we are told to stop
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM, SIGINT or the owner's end. Raises WeightdError for bad input; the command prints it."""
+    """Serves until SIGTERM, SIGINT or the owner's end. What goes wrong then is a line of the log, and the exit status.
+
+    Raises UsageError for wrong flags, before there is a log; the command prints it.
+    """
     config = load_config(arguments)
-    logging.basicConfig(stream=sys.stderr, level=config.log_level.upper(), format="weightd: %(message)s")
-    uvloop.run(serve(config, arguments))
+    log.configure(config.log_level, config.log_format)
+    try:
+        uvloop.run(serve(config, arguments))
+    except WeightdError as error:
+        logger.error("%s", error)
+        return error.exit_status
     return 0
 
 
@@ -61,18 +68,20 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
             if address.socket_path is None and tls is None:
                 logger.warning("every user of this machine can read the models through %s", address.target)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
-        engine = _engine(config, dram_bytes, data_socket)
+        triggers = _pressure_triggers()
+        engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads)
         for name in models.names():
             models.find(name)
         fetcher = Fetcher(store, models, engine)
         identities = Identities(config.store)
-        service = WeightdService(
-            models, fetcher, engine, identities, data_socket, dram_bytes, sequential_gb_per_s(store)
-        )
+        statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
+        service = WeightdService(models, fetcher, engine, identities, data_socket, dram_bytes, statistics)
         stack.callback(service.close)
         service.set_rules(config.allow, config.allow_publish)
+        if config.metrics is not None:
+            stack.enter_context(_metrics(config.metrics, statistics))
         stack.callback(_remove_sockets, config)
         frontend = _frontend(config, service, tls)
         await _show_identities(config, identities)
@@ -121,7 +130,32 @@ def _dram_bytes(config: ServeConfig, store: Store) -> int:
     return dram_bytes
 
 
-def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
+def _pressure_triggers() -> pressure.Triggers:
+    triggers = pressure.set_triggers()
+    for line in triggers.refused:
+        logger.debug("memory pressure is not watched in %s", line)
+    return triggers
+
+
+def _floor_bytes(config: ServeConfig, dram_bytes: int) -> int:
+    """What --dram-floor is in bytes."""
+    if config.dram_floor_bytes is None:
+        return int(dram_bytes * config.dram_floor_percent / 100)
+    if config.dram_floor_bytes > dram_bytes:
+        floor, dram = format_size(config.dram_floor_bytes), format_size(dram_bytes)
+        raise UsageError(f"--dram-floor {floor} is above --dram {dram}; give a smaller one, or a percentage")
+    return config.dram_floor_bytes
+
+
+def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContextManager[None]:
+    from weightd import metrics  # prometheus_client takes memory that only those pay who want it
+
+    if not address.loopback:
+        logger.warning("whoever reaches %s:%d can read the metrics", address.host, address.port)
+    return metrics.serving(address, statistics.now)
+
+
+def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Engine:
     try:
         with listening.private_sockets():
             engine = Engine(
@@ -132,6 +166,8 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
                 allow_buffered=config.allow_buffered,
                 unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
+                dram_floor_bytes=_floor_bytes(config, dram_bytes),
+                pressure_fds=list(triggers.descriptors),
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error

@@ -25,6 +25,7 @@ from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.identity import Context, Identities
 from weightd.served_models import ServedModel, ServedModels, demand_of
 from weightd.sizes import format_size
+from weightd.statistics import Statistics
 from weightd.status import answered, answered_stream
 from weightd_proto import weightd_pb2
 
@@ -45,9 +46,8 @@ class WeightdService:
         identities: Identities,
         data_socket: str,
         dram_bytes: int,
-        sequential_gb_per_s: float,
+        statistics: Statistics,
     ) -> None:
-        """`sequential_gb_per_s`: of the device profile, 0 when it was not measured."""
         self._models = models
         self._fetcher = fetcher
         self._engine = engine
@@ -56,7 +56,7 @@ class WeightdService:
         self._allow_publish: Rules = ()
         self._data_socket = data_socket
         self._dram_bytes = dram_bytes
-        self._sequential_gb_per_s = sequential_gb_per_s
+        self._statistics = statistics
         self._stopping = False
         self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="weightd-call")
         self._openers = ThreadPoolExecutor(OPENS_MAX + PUBLISHES_MAX, thread_name_prefix="weightd-open")
@@ -126,21 +126,13 @@ class WeightdService:
     @answered
     async def Stats(self, request: weightd_pb2.StatsRequest, context: Context) -> weightd_pb2.StatsResponse:
         caller = self._identities.caller(context)
-        stats = await self._run(self._engine.stats)
-        return weightd_pb2.StatsResponse(
-            io_engine=self._engine.io_engine,
-            dram_limit_bytes=self._dram_bytes,
-            dram_pool_bytes=stats["pool_bytes"],
-            dram_resident_bytes=stats["resident_bytes"],
-            dram_tables_bytes=stats["tables_bytes"],
-            sessions=stats["sessions"],
-            models=[
-                weightd_pb2.ModelStats(name=name, **row)
-                for name, row in stats["models"].items()
-                if may_read(caller, name, self._allow)
-            ],
-            device_sequential_gb_per_s=self._sequential_gb_per_s,
-        )
+        stats = await self._run(self._statistics.now)
+        models = [model for model in stats.models if may_read(caller, model.name, self._allow)]
+        attached = [session for session in stats.attached if may_read(caller, session.model, self._allow)]
+        del stats.models[:], stats.attached[:]
+        stats.models.extend(models)
+        stats.attached.extend(attached)
+        return stats
 
     async def _readable(self, name: str, context: Context) -> ServedModel:
         """The model. Raises ForbiddenError, UnknownModelError (names what the caller may read), and as find()."""
