@@ -26,7 +26,7 @@ FETCHES_MAX = 12  # each may hold about 6 MiB, in our hands and in gRPC's: 72 of
 OPENS_MAX = 32  # reading resident weights may take minutes
 PUBLISHES_MAX = 4
 STREAMS_MAX = 64  # of one connection; a client has a few, and several may share one through a proxy
-METADATA_BYTES_MAX = 16 << 10  # an identity of 1024 groups has 5 KiB
+METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
 RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
 
 # A peer that is frozen, or cut off by a network that drops its packets, is found out within 50 s, so that what its

@@ -32,7 +32,7 @@ KEY_BYTES = 32
 VALID_S = 3600
 CLOCK_STEP_S = 60  # a clock that was set back a little must not refuse what was just issued
 SO_PEERGROUPS = 59  # of Linux 4.13; the socket module does not name it
-GROUPS_MAX = 1024  # of one user; they fit into gRPC's metadata
+GROUPS_MAX = 256  # of one user: getsockopt() of Python gives at most 1 KiB
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -82,8 +82,7 @@ class IdentityProtocol(asyncio.Protocol):
     def __init__(self, identities: Identities) -> None:
         self._identities = identities
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.WriteTransport)
+    def connection_made(self, transport: Any) -> None:  # uvloop's classes are none of asyncio's
         connection = transport.get_extra_info("socket")
         _, user_id, group_id = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         groups = {group_id, *_groups(connection)}

@@ -84,7 +84,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
             stack.enter_context(_metrics(config.metrics, statistics))
         stack.callback(_remove_sockets, config)
         frontend = _frontend(config, service, tls)
-        await _show_identities(config, identities)
+        identity_servers = await _identity_servers(config, identities)  # they listen for as long as they are held
         told = asyncio.Event()
         loop = asyncio.get_running_loop()
         _watch_engine(loop, engine, told)
@@ -92,6 +92,8 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
         watchdog = asyncio.create_task(feed_watchdog(config.service_manager, engine))
         stack.callback(watchdog.cancel)
+        for server in identity_servers:
+            stack.callback(server.close)
         await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes), told)
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
@@ -199,12 +201,14 @@ def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials
         server.add_insecure_port(address.target)
 
 
-async def _show_identities(config: ServeConfig, identities: Identities) -> None:
-    """Beside every Unix socket, who connects to it learns who it is."""
+async def _identity_servers(config: ServeConfig, identities: Identities) -> list[asyncio.AbstractServer]:
+    """Beside every Unix socket, one that tells who connects to it who it is."""
+    loop, servers = asyncio.get_running_loop(), []
     for address in config.listen:
         if (path := listening.identity_socket(address)) is not None:
             with listening.private_sockets():
-                await asyncio.get_running_loop().create_unix_server(lambda: IdentityProtocol(identities), path)
+                servers.append(await loop.create_unix_server(lambda: IdentityProtocol(identities), path))
+    return servers
 
 
 def _remove_sockets(config: ServeConfig) -> None:
