@@ -57,7 +57,8 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     while (completions.size() < 300) {
         const ReadQueue queue = reader->queue();
         EXPECT_LE(queue.in_flight, depth);
-        EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size());
+        const size_t late = GetParam() == "threads" ? depth : 0;  // a thread answers before it is counted out
+        EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size() + late);
         reader->wait();
         reader->reap(completions);
     }
