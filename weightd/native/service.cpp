@@ -444,8 +444,8 @@ void Service::attach(Descriptor socket, RingSession& session) {
     socklen_t peer_bytes = sizeof peer;
     if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
     if (!session.is_for(peer.uid)) return refuse(fd, EPERM);
-    Descriptor process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
-    if (process.get() < 0 && errno != ENOSYS && errno != ESRCH) return refuse(fd, errno);
+    Descriptor process = process_of(fd, peer);
+    if (process.get() < 0 && out_of_descriptors(errno)) return refuse(fd, errno);
     try {
         watch(fd, event_data(SESSION, session.id), EPOLLRDHUP | EPOLLHUP);
         // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.

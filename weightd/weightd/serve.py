@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -72,8 +72,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads)
-        for name in models.names():
-            models.find(name)
+        models.open_all()
         fetcher = Fetcher(store, models, engine)
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
@@ -94,7 +93,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         stack.callback(watchdog.cancel)
         for server in identity_servers:
             stack.callback(server.close)
-        await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes), told)
+        await _serve_until_told(config, frontend, lambda: _say_started(config, models, engine, dram_bytes), told)
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
 
@@ -218,13 +217,23 @@ def _remove_sockets(config: ServeConfig) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _startup_line(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> str:
-    names = ", ".join(models.names()) or "no models yet"
-    addresses = ", ".join(address.target for address in config.listen)
-    return f"serving {config.store} ({names}) with --dram {format_size(dram_bytes)}, {engine.io_engine}, at {addresses}"
+def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> None:
+    names = models.names()
+    addresses = [address.target for address in config.listen]
+    logger.info(
+        "serving %s (%s) with --dram %s, %s, at %s",
+        config.store,
+        ", ".join(names) or "no models yet",
+        format_size(dram_bytes),
+        engine.io_engine,
+        ", ".join(addresses),
+        extra={"fields": {"models": names, "dram_bytes": dram_bytes, "listen": addresses}},
+    )
 
 
-async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_line: str, told: asyncio.Event) -> None:
+async def _serve_until_told(
+    config: ServeConfig, frontend: Frontend, started: Callable[[], None], told: asyncio.Event
+) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
@@ -233,8 +242,8 @@ async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_lin
     await frontend.server.start()
     for name in ("", SERVICE_NAME):
         await frontend.health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    logger.info("%s", startup_line)
-    notify(config.service_manager, "READY=1", f"STATUS={startup_line}")
+    started()
+    notify(config.service_manager, "READY=1")
     await told.wait()
     logger.info("stopping")
     notify(config.service_manager, "STOPPING=1")

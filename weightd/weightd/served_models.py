@@ -6,6 +6,7 @@ a daemon serves the store.)
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelErro
 from weightd.layout import round_up
 from weightd.store import Store
 from weightd_proto import weightd_pb2
+
+logger = logging.getLogger(__name__)
 
 # Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
@@ -55,11 +58,23 @@ class ServedModels:
         """The names in the store as it is now."""
         return self._store.names()
 
+    def open_all(self) -> None:
+        """Opens what is in the store now. Raises what find() does."""
+        for name in self.names():
+            self._find(name, lambda name: True)
+
     def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
         """The model, opened if it was not yet.
 
         Raises UnknownModelError (names those that are `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
+        known = name in self._opened
+        served = self._find(name, listed)
+        if not known:
+            logger.info("opened model %s, imported since the start", name, extra={"fields": {"model": name}})
+        return served
+
+    def _find(self, name: str, listed: Callable[[str], bool]) -> ServedModel:
         with self._lock:
             served = self._opened.get(name)
             if served is None:
