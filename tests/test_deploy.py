@@ -153,7 +153,7 @@ def test_systemd_accepts_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     unit.write_text(text.replace("/opt/weightd/bin/weightd", "/bin/true"))
     verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False)
     assert (verified.returncode, verified.stderr) == (0, "")
-    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", unit]
+    command = ["systemd-analyze", "security", "--offline=true", "--no-pager", str(unit)]
     security = subprocess.run(command, capture_output=True, text=True, check=False)
     exposure = re.search(r"Overall exposure level for \S+ (\d+\.\d+)", security.stdout)
     assert exposure, security.stdout

@@ -28,10 +28,10 @@ from weightd.profile import sequential_gb_per_s
 from weightd.reload import Reloader
 from weightd.served_models import ServedModels, demand_of
 from weightd.server import WeightdService
-from weightd.service_manager import feed_watchdog, notify
 from weightd.sizes import format_size
 from weightd.statistics import Statistics
 from weightd.store import Store
+from weightd.systemd import feed_watchdog, notify
 from weightd.tls import TlsCredentials
 from weightd_proto import weightd_pb2_grpc
 
@@ -202,7 +202,8 @@ def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials
 
 async def _identity_servers(config: ServeConfig, identities: Identities) -> list[asyncio.AbstractServer]:
     """Beside every Unix socket, one that tells who connects to it who it is."""
-    loop, servers = asyncio.get_running_loop(), []
+    loop = asyncio.get_running_loop()
+    servers: list[asyncio.AbstractServer] = []
     for address in config.listen:
         if (path := listening.identity_socket(address)) is not None:
             with listening.private_sockets():
