@@ -130,7 +130,7 @@ def wait_until_warm(daemon: Daemon) -> int:
     give_up = time.monotonic() + WITHIN_S
     while time.monotonic() < give_up:
         stats = stats_of(daemon)
-        if 0 < stats.slots == stats.slots_filled >= POOL:
+        if 0 < stats.slots == stats.slots_filled >= 0.95 * POOL:  # the tables of sessions take some
             return int(stats.slots_filled)
     raise AssertionError(f"not warm after {WITHIN_S} s: {stats_of(daemon)}")
 
