@@ -37,6 +37,7 @@ inline constexpr uint32_t IDLE_LOOKS_MIN = 10;  // of look(): a remote client ma
 inline constexpr uint32_t SESSIONS_RESERVED = 4;        // whose tables are set aside when a model is activated
 inline constexpr uint64_t WARM_BYTES_MAX = 256U << 10;  // in flight: what a session reads waits for no more than that
 inline constexpr uint32_t WARM_LOOKS_MAX = 1U << 14;    // at cells, in one step
+inline constexpr double BUSIER_MIN = 2;                 // times the uses of a byte: worth moving memory for
 inline constexpr uint32_t WARM_HOTNESS_STEP = 2;        // a quarter of an octave: within it, in the order on flash
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
@@ -91,6 +92,12 @@ struct ModelState {
         uint32_t hotness = 0;      // of the cells now looked for, and a little less; 0: nothing more
         uint32_t next_cell = 0;
     } warming;
+    struct Demand {         // as of the last look()
+        uint64_t uses = 0;  // of cells, since the start
+        uint64_t evictions = 0;
+        double aged_uses = 0;  // recent ones count for more
+        bool lacks = false;    // has evicted since the look before
+    } demand;
 };
 
 class Engine {
@@ -149,7 +156,9 @@ class Engine {
     uint64_t target_bytes() const { return target_bytes_; }  // what --dram is now
     uint64_t floor_bytes() const { return floor_bytes_; }
 
-    void look();  // about once a second: an idle model is let go for a busy one only after a while
+    // About once a second. An idle model is let go for a busy one only after a while, and a busy model that lacks slots
+    // gets a segment that another uses much less.
+    void look();
 
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
 
@@ -180,6 +189,10 @@ class Engine {
     uint64_t fixed_bytes(uint32_t model) const;
     bool deactivate_idle(uint32_t except, uint32_t looks_min);
     bool drain_surplus(uint32_t model, bool own);
+    void note_demand(ModelState& state);
+    double uses_per_byte(const ModelState& state) const;
+    bool can_spare_segment(const ModelState& state) const;
+    void share_by_demand();
     void deactivate(ModelState& state);
     uint64_t pool_bytes_free(uint32_t model) const;
     uint64_t lendable_bytes() const;
@@ -205,6 +218,10 @@ class Engine {
     std::vector<std::unique_ptr<ModelState>> models_;
     std::unordered_map<uint32_t, std::unique_ptr<Session>> sessions_;  // by id
     std::map<uint32_t, uint64_t> kept_bytes_;  // by model whose opener waits: what is freed is not for growing pools
+    struct Promise {  // what share_by_demand() freed is for the pool that lacks it to grow, until the next look()
+        uint32_t model = 0;
+        uint64_t bytes = 0;
+    } promise_;
     std::vector<Waiter> waiters_;
     uint32_t free_waiter_ = NO_WAITER;
     std::vector<uint32_t> answered_;  // sessions to flush

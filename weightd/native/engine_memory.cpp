@@ -152,10 +152,6 @@ void Engine::leave(uint32_t model) {
     state.users--;
 }
 
-void Engine::look() {
-    for (const auto& state : models_) state->idle_looks = state->users > 0 ? 0 : state->idle_looks + 1;
-}
-
 // Resident weights and tables that cannot be taken back for `model`: idle models give theirs up.
 uint64_t Engine::fixed_bytes(uint32_t model) const {
     uint64_t bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
@@ -257,12 +253,14 @@ bool Engine::grow(ModelState& state) {
     if (!wants_more(state)) return false;
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
-    const uint64_t slots =
-        std::min<uint64_t>(std::min(wanted_bytes, growth_bytes(state)) / cell_bytes, SEGMENT_SLOTS_MAX);
+    const uint64_t promised_bytes = promise_.model == state.index ? 0 : promise_.bytes;
+    const uint64_t left_bytes = growth_bytes(state) - std::min(growth_bytes(state), promised_bytes);
+    const uint64_t slots = std::min<uint64_t>(std::min(wanted_bytes, left_bytes) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
     memory_.take(Account::pool, slots * cell_bytes);
+    if (promise_.model == state.index) promise_ = {};
     Segment& segment = state.pool->add_segment(next_segment_++, std::move(*memory));
     segment.buffer_index = reader_.register_memory(segment.memory.bytes());
     return true;
@@ -287,9 +285,8 @@ bool Engine::drain_surplus(uint32_t model, bool own) {
         ModelState& state = *models_[i];
         if (state.pool == nullptr || (i == model && !own)) continue;
         if (state.pool->draining() > 0) return true;
+        if (!can_spare_segment(state)) continue;
         const uint64_t slots = state.pool->slots();
-        const uint64_t segment_slots = segment_bytes_ / state.spec.cell_bytes;
-        if (slots == 0 || (state.users > 0 && slots < state.guaranteed_slots + segment_slots)) continue;
         const uint64_t surplus_bytes = (slots - state.guaranteed_slots) * state.spec.cell_bytes / (i == model ? 2 : 1);
         if (surplus_bytes > most_bytes) {
             most_bytes = surplus_bytes;
@@ -339,6 +336,7 @@ void Engine::deactivate(ModelState& state) {
     state.counts.evictions += state.pool->evictions();
     state.pool.reset();
     state.warming = {};
+    state.demand = {};
 }
 
 }  // namespace weightd

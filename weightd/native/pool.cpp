@@ -37,6 +37,7 @@ std::byte* Pool::address(Place place) const {
 
 Place Pool::insert(uint32_t cell) {
     assert(slot_of_[cell] == NO_SLOT);
+    const bool contested = free_ == 0;
     while (free_ == 0) {
         const uint32_t victim = replacement_.victim();
         if (victim == NO_CELL) return {};
@@ -48,7 +49,7 @@ Place Pool::insert(uint32_t cell) {
     place.segment->busy++;
     filled_++;
     slot_of_[cell] = place.segment->position << 16 | place.index;
-    replacement_.inserted(cell);
+    replacement_.inserted(cell, contested);
     return place;
 }
 
@@ -140,10 +141,10 @@ Segment& Pool::add_segment(uint32_t number, SharedMemory memory) {
     return *(segments_[segment->position] = std::move(segment));
 }
 
-bool Pool::start_draining() {
+bool Pool::start_draining(bool idle_only) {
     Segment* chosen = nullptr;
     for (const auto& segment : segments_) {
-        if (segment == nullptr || segment->draining) continue;
+        if (segment == nullptr || segment->draining || (idle_only && segment->busy > 0)) continue;
         if (chosen == nullptr || segment->busy < chosen->busy) chosen = segment.get();
     }
     if (chosen == nullptr) return false;

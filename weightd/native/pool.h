@@ -62,7 +62,8 @@ class Pool {
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
     // Takes a segment out of use, the one with the fewest busy slots; it goes when retire_drained() finds it empty.
-    bool start_draining();
+    // `idle_only`: one without any, or none.
+    bool start_draining(bool idle_only = false);
     std::vector<std::unique_ptr<Segment>> retire_drained();
     uint32_t draining() const { return draining_; }
     std::vector<uint32_t> leased_in_draining() const;  // cells that keep segments from going

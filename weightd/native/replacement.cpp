@@ -54,9 +54,8 @@ Replacement::Replacement(uint32_t cells)
       now_(NOW_FIRST),
       lowest_(level_max()),
       scores_(cells),
-      kept_by_(cells),
-      uses_(cells),
-      links_(cells + LEVELS) {
+      stays_(cells),
+      links_(cells + LEVELS + 1) {
     for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
 }
 
@@ -66,7 +65,6 @@ void Replacement::expect(std::span<const Hotness> hotness) {
         const int code = hotness[cell] & HOTNESS_MAX;
         const int above = (code - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
         scores_[cell] = code > 0 ? static_cast<Score>(static_cast<int>(now_) + above) : Score{0};
-        kept_by_[cell] = scores_[cell];
         if (links_[cell].next == cell) continue;  // pinned, or not in the pool
         take(cell);
         put(cell);
@@ -74,21 +72,18 @@ void Replacement::expect(std::span<const Hotness> hotness) {
 }
 
 uint64_t Replacement::table_bytes(uint32_t cells) {
-    return uint64_t{cells} * (2 * sizeof(Score) + sizeof(uint8_t) + sizeof(Link)) + LEVELS * sizeof(Link);
+    return uint64_t{cells} * (sizeof(Score) + sizeof(Stay) + sizeof(Link)) + (LEVELS + 1) * sizeof(Link);
 }
 
-void Replacement::inserted(uint32_t cell) {
-    kept_by_[cell] = scores_[cell];
-    uses_[cell] = 0;
+void Replacement::inserted(uint32_t cell, bool contested) {
+    stays_[cell] = contested && !outweighs_the_lowest(cell) ? Stay::passing_unused : Stay::kept;
     pinned(cell);
 }
 
 void Replacement::touched(uint32_t cell) {
     advance();
     scores_[cell] = static_cast<Score>(sum(scores_[cell], now_));
-    if (uses_[cell] < 2) uses_[cell]++;
-    if (uses_[cell] < 2) return;
-    kept_by_[cell] = scores_[cell];
+    stays_[cell] = stays_[cell] == Stay::passing_unused ? Stay::passing : Stay::kept;
     if (links_[cell].next == cell) return;  // pinned
     take(cell);
     put(cell);
@@ -101,14 +96,15 @@ void Replacement::unpinned(uint32_t cell) { put(cell); }
 void Replacement::removed(uint32_t cell) { take(cell); }
 
 uint32_t Replacement::victim() {
-    for (; lowest_ <= level_max(); lowest_++) {
-        const uint32_t list = list_of(lowest_);
-        const uint32_t cell = links_[list].next;
-        if (cell == list) continue;
-        take(cell);
-        return cell;
+    uint32_t list = passing_list();
+    if (links_[list].next == list) {
+        find_lowest();
+        if (lowest_ > level_max()) return NO_CELL;
+        list = list_of(lowest_);
     }
-    return NO_CELL;
+    const uint32_t cell = links_[list].next;
+    take(cell);
+    return cell;
 }
 
 void Replacement::write_hotness(std::span<Hotness> hotness) const {
@@ -133,11 +129,7 @@ void Replacement::advance() {
 }
 
 void Replacement::forget_zero() {
-    const auto fall = [](std::vector<Score>& scores) {
-        for (Score& score : scores) score -= std::min<Score>(score, NOW_LAST - NOW_FIRST);
-    };
-    fall(scores_);
-    fall(kept_by_);
+    for (Score& score : scores_) score -= std::min<Score>(score, NOW_LAST - NOW_FIRST);
     now_ = NOW_FIRST;
     lowest_ -= (NOW_LAST - NOW_FIRST) / STEPS_PER_LEVEL;
 }
@@ -152,17 +144,30 @@ uint32_t Replacement::level_of(Score score) const {
     return std::clamp<uint32_t>(score / STEPS_PER_LEVEL, level_min(), level_max());
 }
 
+uint32_t Replacement::passing_list() const { return cells_ + LEVELS; }
+
 uint32_t Replacement::list_of(uint32_t level) const { return cells_ + level % LEVELS; }
 
+void Replacement::find_lowest() {
+    while (lowest_ <= level_max() && links_[list_of(lowest_)].next == list_of(lowest_)) lowest_++;
+}
+
+bool Replacement::outweighs_the_lowest(uint32_t cell) {
+    find_lowest();
+    return level_of(scores_[cell]) > lowest_;
+}
+
 void Replacement::put(uint32_t cell) {
-    const uint32_t level = level_of(kept_by_[cell]);
-    const uint32_t list = list_of(level);
-    const uint32_t after = uses_[cell] < 2 ? list : links_[list].previous;
-    const uint32_t before = links_[after].next;
-    links_[cell] = {after, before};
-    links_[after].next = cell;
-    links_[before].previous = cell;
-    lowest_ = std::min(lowest_, level);
+    uint32_t list = passing_list();
+    if (stays_[cell] == Stay::kept) {
+        const uint32_t level = level_of(scores_[cell]);
+        list = list_of(level);
+        lowest_ = std::min(lowest_, level);
+    }
+    const uint32_t last = links_[list].previous;
+    links_[cell] = {last, list};
+    links_[last].next = cell;
+    links_[list].previous = cell;
 }
 
 void Replacement::take(uint32_t cell) {

@@ -6,8 +6,9 @@
 // in which every cell is used twice on average. Cells are numbered through all layers of one model. A pinned cell
 // (leased, or being read) is never the victim.
 //
-// What a cell was read for does not count for keeping it: it stays by the score that it had before, and gives way first
-// among equals. So a cyclic scan finds in each turn what it found in the last, and a single scan flushes nothing.
+// A newcomer stays only if the uses before the one that it was read for outweigh all uses of the cell that would give
+// way to it; otherwise it is passing, and gives way first, unless it is used once more meanwhile. So a cyclic scan
+// finds in each turn what it found in the last, and a single scan flushes nothing.
 #pragma once
 
 #include <cstdint>
@@ -29,10 +30,9 @@ inline constexpr Hotness HOTNESS_IN_POOL = 128;
 class Replacement {
   public:
     explicit Replacement(uint32_t cells);
-    void expect(
-        std::span<const Hotness> hotness);  // of each cell: in the place of what was seen until now; no HOTNESS_IN_POOL
-    void inserted(uint32_t cell);           // comes into the pool, pinned
-    void touched(uint32_t cell);            // is used: it was in the pool, or has just come for that
+    void expect(std::span<const Hotness> hotness);  // of each cell: in the place of what was seen until now
+    void inserted(uint32_t cell, bool contested);   // comes into the pool, pinned; contested: for want of a free slot
+    void touched(uint32_t cell);                    // is used: it was in the pool, or has just come for that
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
     void removed(uint32_t cell);  // left the pool for another reason than victim()
@@ -44,7 +44,8 @@ class Replacement {
 
   private:
     using Score = uint16_t;  // log2 of the sum, counted from a moving zero, in STEPS_PER_OCTAVE
-    struct Link {            // of a circular list; a cell that is in none is linked to itself
+    enum class Stay : uint8_t { kept, passing_unused, passing };
+    struct Link {  // of a circular list; a cell that is in none is linked to itself
         uint32_t previous;
         uint32_t next;
     };
@@ -52,22 +53,24 @@ class Replacement {
     void advance();
     void forget_zero();
     uint32_t list_of(uint32_t level) const;
+    uint32_t passing_list() const;
     uint32_t level_of(Score score) const;
     uint32_t level_min() const;
     uint32_t level_max() const;
     void put(uint32_t cell);
     void take(uint32_t cell);
+    bool outweighs_the_lowest(uint32_t cell);
+    void find_lowest();
     void append(uint32_t target, uint32_t source);
 
     uint32_t cells_;
-    uint32_t touches_per_step_;   // of time
-    uint32_t touches_ = 0;        // since the last step
-    uint32_t now_;                // the score of one use at this moment
-    uint32_t lowest_;             // no unpinned cell of the pool is at a lower level
-    std::vector<Score> scores_;   // with all uses
-    std::vector<Score> kept_by_;  // of cells in the pool: without the use that each was read for
-    std::vector<uint8_t> uses_;   // of cells in the pool, since they came: none, one, or more
-    std::vector<Link> links_;     // of cells, then of the lists: a ring of levels
+    uint32_t touches_per_step_;  // of time
+    uint32_t touches_ = 0;       // since the last step
+    uint32_t now_;               // the score of one use at this moment
+    uint32_t lowest_;            // no unpinned cell of the pool is at a lower level
+    std::vector<Score> scores_;
+    std::vector<Stay> stays_;  // of cells in the pool
+    std::vector<Link> links_;  // of cells, then of the lists: a ring of levels, and those that are passing
 };
 
 }  // namespace weightd
