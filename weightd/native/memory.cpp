@@ -7,6 +7,8 @@
 
 #include <cassert>
 #include <cerrno>
+#include <fstream>
+#include <map>
 #include <system_error>
 #include <utility>
 
@@ -32,6 +34,15 @@ bool Memory::take(Account account, uint64_t bytes) {
 void Memory::give(Account account, uint64_t bytes) {
     assert(used_bytes_[static_cast<size_t>(account)] >= bytes);
     used_bytes_[static_cast<size_t>(account)] -= bytes;
+}
+
+bool machine_is_short() {
+    std::ifstream lines("/proc/meminfo");
+    std::map<std::string, uint64_t> fields;  // in kB
+    std::string name;
+    std::string rest;
+    for (uint64_t amount = 0; lines >> name >> amount && std::getline(lines, rest);) fields[name] = amount;
+    return fields["MemAvailable:"] < fields["MemTotal:"] / 8;
 }
 
 SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
