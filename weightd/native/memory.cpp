@@ -19,6 +19,8 @@
 namespace weightd {
 namespace {
 
+constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
+
 void check(int result, const char* what) {
     if (result < 0) throw std::system_error(errno, std::generic_category(), what);
 }
@@ -53,7 +55,11 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get(), 0);
     if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
-    ::madvise(data_, bytes, MADV_HUGEPAGE);  // acts where shmem_enabled says "advise"; harmless elsewhere
+    // Acts where shmem_enabled says so. Whole ones only: older kernels (6.1) give the last part a huge page that goes
+    // beyond the end, more memory than the account has granted.
+    const size_t whole_bytes = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if (whole_bytes > 0) ::madvise(data_, whole_bytes, MADV_HUGEPAGE);
+    if (whole_bytes < bytes) ::madvise(data_ + whole_bytes, bytes - whole_bytes, MADV_NOHUGEPAGE);
 }
 
 SharedMemory::SharedMemory(SharedMemory&& other) noexcept { *this = std::move(other); }
