@@ -23,7 +23,7 @@ from daemon import Daemon, serving
 from tiny_store import write_model
 
 from weightd import top
-from weightd.errors import UsageError
+from weightd.errors import DaemonError, UsageError
 from weightd.top_table import lines_of, quantile, view_of
 from weightd_proto import weightd_pb2 as pb
 
@@ -90,10 +90,10 @@ def terminal(*flags: str, rows: int = 24, columns: int = 150) -> Iterator[Screen
     process = subprocess.Popen(
         command(*flags), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own_terminal
     )
+    os.close(theirs)  # so that its last user is the process: then our end tells of its end
     try:
         yield Screen(ours, process)
     finally:
-        os.close(theirs)
         if process.poll() is None:
             process.kill()
             process.wait()
@@ -197,7 +197,7 @@ def test_a_frozen_daemon_is_said_too(daemon: Daemon, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(top, "ANSWER_WITHIN_S", 0.2)
     daemon.process.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(top.DaemonError, match="no weightd answers"):
+        with pytest.raises(DaemonError, match="no weightd answers"):
             top.main(["--address", daemon.address, "--json"])
     finally:
         daemon.process.send_signal(signal.SIGCONT)
@@ -246,7 +246,9 @@ def test_bad_input_is_one_line(flags: list[str], status: int, words: list[str]) 
 
 
 def moment(uptime_s: float, **numbers: int) -> pb.StatsResponse:
-    model = pb.ModelStats(name="m", read_latency_counts=[numbers.pop("fast", 0), numbers.pop("slow", 0), 0], **numbers)
+    model = pb.ModelStats(name="m", read_latency_counts=[numbers.pop("fast", 0), numbers.pop("slow", 0), 0])
+    for name, value in numbers.items():
+        setattr(model, name, value)
     attached = [pb.SessionStats(session=1, pid=77, model="m", requests=numbers.get("reads", 0), age_s=uptime_s)]
     return pb.StatsResponse(uptime_s=uptime_s, models=[model], attached=attached, read_latency_bounds_s=[0.001, 0.002])
 

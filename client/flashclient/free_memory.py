@@ -44,9 +44,14 @@ def _cgroups(root: Path) -> Iterator[tuple[str, Path]]:
 
 def _paths(root: Path) -> dict[str, str]:
     """Our cgroup's path in the unified hierarchy and in that of version 1's memory controller."""
-    lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    unified = {"cgroup2": path for number, controllers, path in lines if number == "0" and not controllers}
-    return unified | {"cgroup": path for _, controllers, path in lines if "memory" in controllers.split(",")}
+    paths: dict[str, str] = {}
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0" and not controllers:
+            paths["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            paths["cgroup"] = path
+    return paths
 
 
 def _number(file: Path) -> int | None:
