@@ -78,8 +78,8 @@ Handler = Any  # grpc.RpcMethodHandler is not generic at run time, only in its t
 class CallBounds(grpc.aio.ServerInterceptor):
     """Refuses calls beyond BOUNDS with ABORTED: the caller asks again a little later.
 
-    Ends uploads whose caller sends nothing for `patience_s` with DEADLINE_EXCEEDED. (A stream that nobody reads cannot be
-    ended so: gRPC takes no status while a message waits. It ends with its caller's deadline or connection.)
+    Ends uploads whose caller sends nothing for `patience_s` with DEADLINE_EXCEEDED. (A stream that nobody reads cannot
+    be ended so: gRPC takes no status while a message waits. It ends with its caller's deadline or connection.)
     """
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
