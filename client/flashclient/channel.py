@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from flashclient import errors
 from flashclient.address import NO_TLS, Address, TlsOptions, parse_address
-from flashclient.identity import IdentityInterceptor
+from flashclient.identity import IdentifiedStub
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
@@ -65,10 +65,12 @@ def _channel(address: Address, tls: TlsOptions) -> grpc.Channel:
     if tls.given:
         ca, cert, key = tls.read()
         return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(ca, key, cert), CHANNEL_OPTIONS)
-    channel = grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
-    if address.socket_path is None:
-        return channel
-    return grpc.intercept_channel(channel, IdentityInterceptor(address.socket_path))
+    return grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
+
+
+def _stub(channel: grpc.Channel, address: Address) -> Any:
+    stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+    return stub if address.socket_path is None else IdentifiedStub(stub, address.socket_path)
 
 
 def _details(error: Any) -> str:
@@ -103,7 +105,7 @@ class Connection:
         self.address = parsed.target
         self.timeout_s = timeout_s
         self._channel = _channel(parsed, tls)
-        self.stub: Any = weightd_pb2_grpc.WeightdStub(self._channel)  # type: ignore[no-untyped-call]
+        self.stub = _stub(self._channel, parsed)
         try:
             self.stats()
         except errors.DaemonLostError as error:

@@ -151,8 +151,7 @@ struct PressureSignalTest : testing::Test {
     FlashModel flash{1, 400};
 
     std::unique_ptr<Service> serve(Descriptor trigger) {
-        PressureChoice pressure{0};
-        pressure.triggers.push_back(std::move(trigger));
+        PressureChoice pressure{0, {}, std::move(trigger)};
         auto service = std::make_unique<Service>(64U << 20, ReaderChoice{"threads", 2, 32, false, false},
                                                  folder.file("data"), true, std::move(pressure));
         service->add_model(flash.spec);

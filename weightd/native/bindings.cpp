@@ -289,15 +289,15 @@ void bind_engine(nb::module_& m) {
             "__init__",
             [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
                bool allow_buffered, bool unbundled_reads, const std::string& data_socket, bool warms,
-               uint64_t dram_floor_bytes, const std::vector<int>& pressure_fds) {
-                weightd::PressureChoice pressure{dram_floor_bytes};
-                for (const int fd : pressure_fds) pressure.triggers.emplace_back(fd);
+               uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd) {
+                weightd::PressureChoice pressure{dram_floor_bytes, weightd::Descriptor(machine_pressure_fd),
+                                                 weightd::Descriptor(cgroup_pressure_fd)};
                 new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads},
                                    data_socket, warms, std::move(pressure));
             },
             "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "unbundled_reads"_a,
-            "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "pressure_fds"_a,
-            "Takes over `pressure_fds`: triggers of pressure stall information, which tell of pressure by POLLPRI.")
+            "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a, "cgroup_pressure_fd"_a,
+            "Takes over the triggers of pressure stall information, which tell of pressure by POLLPRI (-1: none).")
         .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")

@@ -204,8 +204,8 @@ void Service::sleep_until_event() {
 
 void Service::watch_pressure() {
     engine_->set_floor(pressure_.floor_bytes);
-    for (const Descriptor& trigger : pressure_.triggers) {
-        watch(trigger.get(), event_data(PRESSURE, static_cast<uint32_t>(trigger.get())), EPOLLPRI);
+    for (const int fd : {pressure_.machine.get(), pressure_.cgroup.get()}) {
+        if (fd >= 0) watch(fd, event_data(PRESSURE, static_cast<uint32_t>(fd)), EPOLLPRI);
     }
 }
 
@@ -214,6 +214,7 @@ void Service::hear_pressure(int fd, uint32_t events) {
         ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
         return;
     }
+    if (fd == pressure_.machine.get() && !machine_is_short()) return;
     pressure_signals_++;
     relieve_at_ = Clock::now() + RELIEVE_AFTER;
     engine_->press();

@@ -34,9 +34,11 @@ struct Stopping : std::runtime_error {
 // Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
-struct PressureChoice {                  // what becomes of the pool when the system lacks memory
-    uint64_t floor_bytes = UINT64_MAX;   // of --dram; as much as that is never taken from
-    std::vector<Descriptor> triggers{};  // of pressure stall information (PSI), set already: EPOLLPRI tells of pressure
+struct PressureChoice {                 // what becomes of the pool when the system lacks memory
+    uint64_t floor_bytes = UINT64_MAX;  // of --dram; as much as that is never taken from
+    // Triggers of pressure stall information (PSI), set already: EPOLLPRI tells of pressure.
+    Descriptor machine{};  // counts only while the machine is short of memory: it tells of any container at its limit
+    Descriptor cgroup{};   // ours
 };
 
 struct Opened {

@@ -175,7 +175,8 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
                 data_socket=data_socket,
                 warms=not config.cold_start,
                 dram_floor_bytes=_floor_bytes(config, dram_bytes),
-                pressure_fds=list(triggers.descriptors),
+                machine_pressure_fd=triggers.machine_fd,
+                cgroup_pressure_fd=triggers.cgroup_fd,
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error

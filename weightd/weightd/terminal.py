@@ -46,7 +46,7 @@ class Terminal:
         ]
         if len(shown) > height:
             shown = [*shown[: height - 1], f"... {len(shown) - height + 1} more lines"[:width]]
-        sys.stdout.write(HOME + f"{CLEAR_LINE}\r\n".join(shown) + CLEAR_LINE + CLEAR_BELOW)
+        sys.stdout.write(HOME + f"{CLEAR_LINE}\n".join(shown) + CLEAR_LINE + CLEAR_BELOW)
         sys.stdout.flush()
 
     def wait(self, seconds: float) -> Event:
