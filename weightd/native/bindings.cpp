@@ -111,11 +111,12 @@ uint32_t add_model(Service& service, const std::string& name, const std::string&
     return service.add_model(std::move(spec));
 }
 
-nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted) {
+nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted, int64_t user_id) {
     weightd::Opened opened;
+    const auto user = user_id < 0 ? std::nullopt : std::optional(static_cast<uid_t>(user_id));
     {
         const nb::gil_scoped_release released;
-        opened = service.open_session(model, slots_wanted);
+        opened = service.open_session(model, slots_wanted, user);
     }
     return nb::make_tuple(nb::bytes(opened.token.data(), opened.token.size()), opened.share_slots);
 }
@@ -290,8 +291,9 @@ void bind_engine(nb::module_& m) {
              "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "bundle_parts"_a, "layer_offsets"_a,
              "layer_neurons"_a, "layer_cells"_a, "checksums"_a, "tensors"_a,
              "Opens a model's files; returns its number.")
-        .def("open_session", &open_session, "model"_a, "slots_wanted"_a,
-             "Returns (token, share_slots). Loads resident weights and predictors that are not in memory yet. Raises "
+        .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
+             "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
+             "predictors that are not in memory yet. Raises "
              "MemoryError, OSError, CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors that sessions opened from now on get.")

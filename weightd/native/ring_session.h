@@ -25,7 +25,7 @@ using Clock = std::chrono::steady_clock;
 
 class RingSession final : public Session {
   public:
-    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
+    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, std::optional<uid_t> user,
                 std::shared_ptr<const Predictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
@@ -58,6 +58,7 @@ class RingSession final : public Session {
     bool blocks_for_long(bool blocks);
 
     const Token& token() const { return token_; }
+    bool is_for(uid_t user) const { return !user_ || *user_ == user; }
     const ucred& peer() const { return peer_; }  // all zero before it has attached
     Clock::time_point opened_at() const { return opened_at_; }
     uint64_t requests() const { return requests_; }
@@ -72,6 +73,7 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
+    std::optional<uid_t> user_;                     // whose processes may attach; none: whoever has the token
     std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point opened_at_ = Clock::now();
     Clock::time_point attach_before_;
@@ -89,6 +91,10 @@ class RingSession final : public Session {
     std::vector<uint32_t> cells_;
     std::set<uint32_t> segments_known_;
 };
+
+// A pidfd of the process at the other end of `socket`; none if that has ended, or runs in another container and Linux
+// is older than 6.5 (its process number means nothing here then), or for the reason in errno.
+Descriptor process_of(int socket, const ucred& peer);
 
 // Sends one message with descriptors over a SOCK_SEQPACKET socket without blocking; false when it cannot be sent.
 bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors);

@@ -324,7 +324,7 @@ void Service::ensure_predictors(uint32_t model) {
     }
 }
 
-Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
+Opened Service::open_session(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user) {
     on_loop([&] { count_opening(); });
     try {
         ensure_active(model, Use::session);
@@ -334,7 +334,7 @@ Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
             on_loop([&] { engine_->leave(model); });
             throw;
         }
-        return on_loop([&] { return open_active(model, slots_wanted); });
+        return on_loop([&] { return open_active(model, slots_wanted, user); });
     } catch (...) {
         on_loop([&] { opening_sessions_--; });
         throw;
@@ -350,13 +350,13 @@ void Service::count_opening() {
     opening_sessions_++;
 }
 
-Opened Service::open_active(uint32_t model, uint32_t slots_wanted) {
+Opened Service::open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user) {
     try {
         Token token;
         if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
         const uint32_t share = engine_->share_for(model, slots_wanted);
         ModelState& state = engine_->model(model);
-        auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, state.predictors);
+        auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, user, state.predictors);
         RingSession* opened = ring.get();
         engine_->open(std::move(ring));
         rings_[opened->id] = opened;
@@ -444,8 +444,9 @@ void Service::attach(Descriptor socket, RingSession& session) {
     ucred peer{};
     socklen_t peer_bytes = sizeof peer;
     if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
-    Descriptor process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
-    if (process.get() < 0 && errno != ENOSYS && errno != ESRCH) return refuse(fd, errno);
+    if (!session.is_for(peer.uid)) return refuse(fd, EPERM);
+    Descriptor process = process_of(fd, peer);
+    if (process.get() < 0 && out_of_descriptors(errno)) return refuse(fd, errno);
     try {
         watch(fd, event_data(SESSION, session.id), EPOLLRDHUP | EPOLLHUP);
         // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.

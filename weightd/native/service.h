@@ -4,11 +4,14 @@
 // what blocks (reading resident weights, waiting for fetched cells) happens in the caller's thread.
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <functional>
 #include <future>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "engine.h"
@@ -55,7 +58,8 @@ class Service {
     uint32_t add_model(ModelSpec spec);
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
-    Opened open_session(uint32_t model, uint32_t slots_wanted);
+    // Only a process of `user` can attach to it; of any user, if there is none.
+    Opened open_session(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user = std::nullopt);
     // Whole cells of `layer`, back to back in the order asked.
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);
     void fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out);
@@ -95,7 +99,7 @@ class Service {
     ModelState& model(uint32_t index);
     std::mutex& opening_of(uint32_t model);
     void count_opening();
-    Opened open_active(uint32_t model, uint32_t slots_wanted);
+    Opened open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user);
     void ensure_active(uint32_t model, Use use);
     void ensure_predictors(uint32_t model);
     void wait_for_room(uint32_t model, const std::function<bool()>& reserve);

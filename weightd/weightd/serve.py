@@ -19,16 +19,20 @@ from grpc_reflection.v1alpha import reflection
 
 from weightd import budget, listening, log, pressure
 from weightd._native import Engine
-from weightd.call_bounds import CALLS_MAX, SERVICE_NAME, CallBounds
-from weightd.config import MetricsAddress, ServeConfig, load_config
+from weightd.call_bounds import CALLS_MAX, CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
+from weightd.config import ListenAddress, MetricsAddress, ServeConfig, load_config
 from weightd.errors import DeviceError, UsageError, WeightdError
-from weightd.fetch import REQUEST_BYTES_MAX, Fetcher
+from weightd.fetch import Fetcher
+from weightd.identity import Identities, IdentityProtocol
 from weightd.profile import sequential_gb_per_s
+from weightd.reload import Reloader
 from weightd.served_models import ServedModels, demand_of
 from weightd.server import WeightdService
 from weightd.sizes import format_size
 from weightd.statistics import Statistics
 from weightd.store import Store
+from weightd.systemd import feed_watchdog, notify
+from weightd.tls import TlsCredentials
 from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
@@ -44,23 +48,24 @@ def main(arguments: Sequence[str]) -> int:
     config = load_config(arguments)
     log.configure(config.log_level, config.log_format)
     try:
-        uvloop.run(serve(config))
+        uvloop.run(serve(config, arguments))
     except WeightdError as error:
         logger.error("%s", error)
         return error.exit_status
     return 0
 
 
-async def serve(config: ServeConfig) -> None:
-    """Claims the store, opens the engine, listens, and waits for the end."""
+async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
+    """Claims the store, opens the engine, listens, and waits for the end. SIGHUP reads `arguments` and files again."""
     _raise_descriptor_limit()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
         dram_bytes = _dram_bytes(config, store)
-        store.claim(config.listen[0].target)
+        store.claim(min(config.listen, key=lambda address: address.socket_path is None).target)
+        tls = None if config.tls is None else TlsCredentials(config.tls)
         for address in config.listen:
             listening.prepare(address)
-            if address.socket_path is None:
+            if address.socket_path is None and tls is None:
                 logger.warning("every user of this machine can read the models through %s", address.target)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
         triggers = _pressure_triggers()
@@ -69,15 +74,25 @@ async def serve(config: ServeConfig) -> None:
         models = ServedModels(store, engine, config.unbundled_reads)
         models.open_all()
         fetcher = Fetcher(store, models, engine)
+        identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
-        service = WeightdService(models, fetcher, engine, data_socket, dram_bytes, statistics)
+        service = WeightdService(models, fetcher, engine, identities, data_socket, dram_bytes, statistics)
         stack.callback(service.close)
+        service.set_rules(config.allow, config.allow_publish)
         if config.metrics is not None:
             stack.enter_context(_metrics(config.metrics, statistics))
-        frontend = _frontend(config, service)
         stack.callback(_remove_sockets, config)
+        frontend = _frontend(config, service, tls)
+        identity_servers = await _identity_servers(config, identities)  # they listen for as long as they are held
         told = asyncio.Event()
-        _watch_engine(asyncio.get_running_loop(), engine, told)
+        loop = asyncio.get_running_loop()
+        _watch_engine(loop, engine, told)
+        loop.add_signal_handler(signal.SIGHUP, Reloader(config, arguments, service, tls).reload)
+        stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
+        watchdog = asyncio.create_task(feed_watchdog(config.service_manager, engine))
+        stack.callback(watchdog.cancel)
+        for server in identity_servers:
+            stack.callback(server.close)
         await _serve_until_told(config, frontend, lambda: _say_started(config, models, engine, dram_bytes), told)
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
@@ -163,28 +178,45 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
     return engine
 
 
-def _frontend(config: ServeConfig, service: WeightdService) -> Frontend:
+def _frontend(config: ServeConfig, service: WeightdService, tls: TlsCredentials | None) -> Frontend:
     """The server, listening at every address but not yet answering."""
-    # Without so_reuseport=0 two daemons could share a TCP port, each getting some of the calls.
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)]
-    server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=options)
+    server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=CHANNEL_OPTIONS)
     weightd_pb2_grpc.add_WeightdServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     for address in config.listen:
         try:
-            with listening.private_sockets():
-                server.add_insecure_port(address.target)
+            _listen(server, address, tls)
         except RuntimeError as error:
             raise UsageError(f"cannot listen at {address.target}: {error}; choose another --listen") from error
     return Frontend(server, health_service)
 
 
+def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials | None) -> None:
+    if address.socket_path is None and tls is not None:
+        server.add_secure_port(address.target, tls.for_port())
+        return
+    with listening.private_sockets():
+        server.add_insecure_port(address.target)
+
+
+async def _identity_servers(config: ServeConfig, identities: Identities) -> list[asyncio.AbstractServer]:
+    """Beside every Unix socket, one that tells who connects to it who it is."""
+    loop = asyncio.get_running_loop()
+    servers: list[asyncio.AbstractServer] = []
+    for address in config.listen:
+        if (path := listening.identity_socket(address)) is not None:
+            with listening.private_sockets():
+                servers.append(await loop.create_unix_server(lambda: IdentityProtocol(identities), path))
+    return servers
+
+
 def _remove_sockets(config: ServeConfig) -> None:
     for address in config.listen:
-        if address.socket_path is not None:
-            address.socket_path.unlink(missing_ok=True)
+        for path in (address.socket_path, listening.identity_socket(address)):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> None:
@@ -213,8 +245,10 @@ async def _serve_until_told(
     for name in ("", SERVICE_NAME):
         await frontend.health.set(name, health_pb2.HealthCheckResponse.SERVING)
     started()
+    notify(config.service_manager, "READY=1")
     await told.wait()
     logger.info("stopping")
+    notify(config.service_manager, "STOPPING=1")
     await frontend.health.enter_graceful_shutdown()
     await frontend.server.stop(GRACE_S)
 

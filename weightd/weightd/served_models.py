@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,26 +61,27 @@ class ServedModels:
     def open_all(self) -> None:
         """Opens what is in the store now. Raises what find() does."""
         for name in self.names():
-            self._find(name)
+            self._find(name, lambda name: True)
 
-    def find(self, name: str) -> ServedModel:
+    def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
         """The model, opened if it was not yet.
 
-        Raises UnknownModelError (lists the names there are), StoreError, DeviceError (no O_DIRECT), SpaceError.
+        Raises UnknownModelError (names those that are `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
         known = name in self._opened
-        served = self._find(name)
+        served = self._find(name, listed)
         if not known:
             logger.info("opened model %s, imported since the start", name, extra={"fields": {"model": name}})
         return served
 
-    def _find(self, name: str) -> ServedModel:
+    def _find(self, name: str, listed: Callable[[str], bool]) -> ServedModel:
         with self._lock:
             served = self._opened.get(name)
             if served is None:
                 names = self.names()
                 if name not in names:
-                    raise UnknownModelError(f"no model {name!r}: there is {', '.join(names) or 'none yet'}")
+                    known = ", ".join(filter(listed, names))
+                    raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
                 record = self._store.model(name)
                 if self._unbundled_reads:
                     _require_whole_parts(record)

@@ -13,11 +13,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 
 from weightd.config import FlagParser, default_listen, parse_listen
 from weightd.errors import DaemonError, UsageError
+from weightd.identity import own_identity
 from weightd.log import one_line
 from weightd.terminal import Event, drawing
 from weightd.top_table import CLIENT_HEADINGS, MODEL_HEADINGS, View, lines_of, view_of
@@ -33,12 +35,15 @@ class Daemon:
     """The weightd that is looked at."""
 
     address: str
+    socket_path: Path | None  # of a Unix socket
     stub: weightd_pb2_grpc.WeightdStub
 
     def ask(self) -> weightd_pb2.StatsResponse:
         """Its statistics. Raises DaemonError when it does not answer."""
         try:
-            answer: weightd_pb2.StatsResponse = self.stub.Stats(weightd_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S)
+            answer: weightd_pb2.StatsResponse = self.stub.Stats(
+                weightd_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S, metadata=own_identity(self.socket_path)
+            )
         except grpc.RpcError as error:
             reason = one_line(error.details() or error.code().name.lower())
             raise DaemonError(f"no weightd answers at {self.address}: {reason}; start it, or give --address") from error
@@ -85,7 +90,8 @@ def _interval(text: str) -> float:
 def _connected(address: str | None) -> Iterator[Daemon]:
     listened = default_listen(os.geteuid(), os.environ) if address is None else parse_listen(address)
     with grpc.insecure_channel(listened.target) as channel:
-        yield Daemon(listened.target, weightd_pb2_grpc.WeightdStub(channel))  # type: ignore[no-untyped-call]
+        stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+        yield Daemon(listened.target, listened.socket_path, stub)
 
 
 def _one_view(daemon: Daemon, interval_s: float) -> View:
