@@ -1,9 +1,9 @@
 """Attention at decode: a few tokens over the whole context by the native kernel, at the speed of memory.
 
 torch's scaled_dot_product_attention wakes its threads for each layer of each token, which takes several times longer
-than reading the keys and values. From 1 to 16 tokens of a sequence the kernel is used wherever the processor has vectors
-that it is written for, and transformers' own sdpa function for all else. This is a rule, not a measurement at start, for
-the reason that resident_linear.py gives; scripts/bench_kernels.py has the measurement behind it.
+than reading the keys and values. From 1 to 16 tokens of a sequence the kernel is used wherever the processor has
+vectors that it is written for, and transformers' own sdpa function for all else. It is a rule, not a measurement at
+start, for the reason that resident_linear.py gives; the measurement behind it is scripts/bench_kernels.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from flashclient._native import Attention, Ffn, Workers
 from flashclient.resident_linear import STORED_DTYPES, VECTOR_INSTRUCTION_SETS
 
-IMPLEMENTATION = "flashclient"  # its name in transformers' registries
+IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
 TOKENS_MAX = Ffn.TOKENS_MAX
 # What sdpa takes besides its tensors, and the kernel does not.
 UNSUPPORTED = ("softcap", "position_bias", "cache", "output_attentions")
 
-_transformers_attention = AttentionInterface()["sdpa"]
+_transformers_attention = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
 
 Kernels = dict[torch.dtype, Attention]
 Mask = tuple[int, tuple[int, ...], bool]  # address, strides, boolean
@@ -149,4 +149,4 @@ def _in_kernel_form(mask: Tensor) -> Tensor:
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)
-AttentionMaskInterface.register(IMPLEMENTATION, AttentionMaskInterface()["sdpa"])
+AttentionMaskInterface.register(IMPLEMENTATION, AttentionMaskInterface()["sdpa"])  # type: ignore[no-untyped-call]

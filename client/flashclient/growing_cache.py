@@ -18,12 +18,14 @@ SPARE_TOKENS_MIN = 64
 SPARE_SHARE = 8  # an eighth of what is held
 
 
-class GrowingLayer(DynamicLayer):
+class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """transformers' DynamicLayer whose keys and values are the beginnings of larger tensors.
 
     Views that it gave out keep their values until crop() takes tokens back and others are written in their place.
     """
 
+    keys: Tensor  # type: ignore[assignment]  # None before the first update
+    values: Tensor  # type: ignore[assignment]
     _rooms: tuple[Tensor, Tensor] | None = None  # [sequences, heads, capacity, elements], of keys and of values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -51,7 +53,7 @@ class GrowingLayer(DynamicLayer):
         """Sequence i becomes that of beam_idx[i]; the room moves with it, so that the next token finds it."""
         length = self.get_seq_length()
         if self._rooms is None or not _is_beginning(self.keys, self._rooms[0]):
-            super().reorder_cache(beam_idx)
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers
         elif length > 0:
             key_room, value_room = (room.index_select(0, beam_idx.to(room.device)) for room in self._rooms)
             self._rooms = key_room, value_room
@@ -75,7 +77,11 @@ class GrowingCache(DynamicCache):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config=config)
-        self.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in self.layers]
+        self.layers = [_growing(layer) for layer in self.layers]
+
+
+def _growing(layer: Any) -> Any:
+    return GrowingLayer() if type(layer) is DynamicLayer else layer  # type: ignore[no-untyped-call]
 
 
 def capacity_for(tokens: int) -> int:
@@ -96,8 +102,8 @@ def _appended(room: Tensor | None, held: Tensor, new: Tensor, length: int) -> Te
 
 
 def _is_beginning(held: Tensor, room: Tensor) -> bool:
-    """Not so where somebody has replaced what the layer holds: then the room has nothing to do with it. A tensor made in
-    inference mode cannot be written outside of it."""
+    """Not so where somebody has replaced what the layer holds: then the room has nothing to do with it. A tensor that
+    was made in inference mode cannot be written outside of it."""
     return (
         held.data_ptr() == room.data_ptr()
         and held.stride() == room.stride()
