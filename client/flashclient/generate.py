@@ -22,6 +22,7 @@ from transformers import (
 from flashclient.architectures import architecture_of
 from flashclient.drafts import Drafts
 from flashclient.errors import OptionError
+from flashclient.growing_cache import GrowingCache
 from flashclient.model import BuiltModel
 from flashclient.prompts import Prompt
 from flashclient.source import BundleSource
@@ -103,7 +104,20 @@ class Generator:
             completed.setdefault("tokenizer", self._tokenizer)
         if arguments.get("assistant_model") is not None:
             completed["assistant_model"] = self._drafts.model(arguments["assistant_model"])
+        if self._uses_default_cache(arguments):
+            completed["past_key_values"] = GrowingCache(self._model.config)
         return completed
+
+    def _uses_default_cache(self, arguments: dict[str, Any]) -> bool:
+        """Whether transformers would make a DynamicCache: nobody gave a cache, named a kind of it, or wants none."""
+
+        def setting(name: str) -> Any:
+            configs = (arguments.get("generation_config"), self._model.generation_config)
+            values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+            return next((value for value in values if value is not None), None)
+
+        unasked = arguments.get("past_key_values") is None and setting("cache_implementation") is None
+        return unasked and setting("use_cache") is not False
 
 
 def _known_arguments(model: Any) -> set[str]:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from flashclient._native import Workers
 from flashclient.architectures import Architecture, activation_name, architecture_of, install
+from flashclient.decode_attention import use_decode_attention
 from flashclient.errors import ModelError
 from flashclient.ffn import Clock, NeuronSum, StreamedFFN, StreamedSum
 from flashclient.predictor import Predictors
@@ -95,6 +96,7 @@ def build_model(
         CalibrationError: the predictors do not fit the model.
     """
     config = AutoConfig.from_pretrained(folder)
+    attention_chosen = config._attn_implementation is not None
     class_name, architecture = architecture_of(config.architectures)
     dtype = DTYPES[record.bundle.dtype]
     with _UnmadeParameters():
@@ -109,6 +111,8 @@ def build_model(
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
+    if not attention_chosen:
+        use_decode_attention(model, workers)
     _keep_time(model, total.clock)
     model.train(False)
     return BuiltModel(model, total, steps, activation)

@@ -1,14 +1,19 @@
 // flashclient._native: workers and kernels for Python. Every computation runs without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
+#include <array>
 #include <map>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 
+#include "attention.h"
 #include "ffn.h"
 #include "linear.h"
 #include "memory_read.h"
@@ -22,6 +27,10 @@ using namespace nb::literals;
 namespace {
 
 using flashclient::Activation;
+using flashclient::Attention;
+using flashclient::AttentionMask;
+using flashclient::AttentionRows;
+using flashclient::AttentionShape;
 using flashclient::Dtype;
 using flashclient::Ffn;
 using flashclient::kTokensMax;
@@ -181,6 +190,56 @@ void bind_linear(nb::module_& module) {
         .def_prop_ro("instruction_set", &Linear::instruction_set);
 }
 
+// ---- Attention ----
+
+template <std::size_t dimensions>
+using Strides = std::array<std::size_t, dimensions>;
+using Mask = std::tuple<std::uint64_t, Strides<4>, bool>;
+
+const void* at(std::uint64_t address) { return reinterpret_cast<const void*>(address); }
+
+AttentionRows rows_of(std::uint64_t address, const Strides<4>& strides) {
+    require(strides[3] == 1, "the elements of a row must be contiguous");
+    return {at(address), strides[0], strides[1], strides[2]};
+}
+
+AttentionMask mask_of(const std::optional<Mask>& mask) {
+    if (!mask) return {};
+    const auto& [address, strides, boolean] = *mask;
+    const auto kind = boolean ? AttentionMask::Kind::boolean : AttentionMask::Kind::additive;
+    return {kind, at(address), strides[0], strides[1], strides[2], strides[3]};
+}
+
+void attend(const Attention& attention, const std::array<std::size_t, 7>& sizes, float scale, std::uint64_t query,
+            const Strides<4>& query_strides, std::uint64_t key, const Strides<4>& key_strides, std::uint64_t value,
+            const Strides<4>& value_strides, const std::optional<Mask>& mask, std::uint64_t out) {
+    const auto [sequences, heads, key_heads, tokens, positions, key_elements, value_elements] = sizes;
+    require(key_heads > 0 && heads % key_heads == 0, "heads must be a multiple of key heads");
+    const AttentionShape shape{sequences, heads, key_heads, tokens, positions, key_elements, value_elements, scale};
+    const AttentionRows queries = rows_of(query, query_strides), keys = rows_of(key, key_strides);
+    const AttentionRows values = rows_of(value, value_strides);
+    const AttentionMask masked = mask_of(mask);
+    const nb::gil_scoped_release release;
+    attention.attend(shape, queries, keys, values, masked, reinterpret_cast<float*>(out));
+}
+
+// Addresses and strides, as torch's tensors give them: an array object for each would take longer than the work.
+void bind_attention(nb::module_& module) {
+    nb::class_<Attention>(module, "Attention", "Attention of a few tokens; see client/native/attention.h.")
+        .def(
+            "__init__",
+            [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
+                new (self) Attention(workers, dtype_of(dtype), name_of(instruction_set));
+            },
+            "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
+        .def("attend", &attend, "sizes"_a, "scale"_a, "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a,
+             "value_strides"_a, "mask"_a.none(), "out"_a,
+             "sizes: sequences, heads, key heads, tokens, positions, elements of a key, of a value. mask: address, "
+             "strides, and whether it is of bytes (0: masked) or fp32 (added; -inf: masked). out: address of "
+             "[sequences, tokens, heads, elements of a value] fp32.")
+        .def_prop_ro("instruction_set", &Attention::instruction_set);
+}
+
 // ---- predictors ----
 
 nb::object as_tuple(Prediction&& prediction) {
@@ -266,5 +325,6 @@ void bind_kernels(nb::module_& module) {
         "The exclusive or of the 64-bit words there: what reading alone takes, for benchmarks to compare with.");
     bind_ffn(module);
     bind_linear(module);
+    bind_attention(module);
     bind_predictors(module);
 }

@@ -1,8 +1,7 @@
 // The loops of kernels.h, written once. Included by one file per instruction set, which defines first
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
 //   Lane    a vector of fp32: kWidth, kTileRows, kTileTokens, load<dtype>(row), load_some<dtype>(row, n), store,
-//   store_some, fused
-//           multiply-add, and sum
+//   store_some, fma (a * b + c), max, sum, and power_of_two (2^n of the low bits of fp32, bias included)
 // All of it has internal linkage: the same names exist once per instruction set.
 #pragma once
 
@@ -146,6 +145,53 @@ KERNEL void upcast(const void* row, std::size_t hidden, float* out) {
     if (j < hidden) Lane::template load_some<dtype>(weights + j, hidden - j).store_some(out + j, hidden - j);
 }
 
+// e^x for x <= 0 or NaN: 2^n * e^r, n the integer nearest to x / ln 2, which adding kRound leaves in the low bits; the
+// polynomial is that of Cephes' expf.
+KERNEL Lane exponential(Lane x) {
+    constexpr float kRound = 0x1.8p23f + 127.0f;  // with the bias of an exponent
+    const Lane one = Lane::all(1.0f), zero = Lane::zero();
+    x = max(Lane::all(-88.0f), x);  // n is -127 at least, which makes 0; a NaN stays one
+    const Lane rounded = fma(x, Lane::all(1.44269504f), Lane::all(kRound));
+    const Lane n = fma(rounded, one, Lane::all(-kRound));
+    const Lane r = fma(n, Lane::all(2.12194440e-4f), fma(n, Lane::all(-0.693359375f), x));
+    Lane power = Lane::all(1.9875691500e-4f);
+    for (float coefficient :
+         {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.0f, 1.0f})
+        power = fma(power, r, Lane::all(coefficient));
+    return fma(power, power_of_two(rounded), zero);
+}
+
+KERNEL float greatest_of(const float* values, std::size_t count) {
+    Lane lanes = Lane::all(values[0]);
+    std::size_t i = 0;
+    for (; i + Lane::kWidth <= count; i += Lane::kWidth)
+        lanes = max(lanes, Lane::template load<Dtype::f32>(values + i));
+    for (; i < count; ++i) lanes = max(lanes, Lane::all(values[i]));
+    float each[Lane::kWidth];
+    lanes.store(each);
+    return *std::max_element(each, each + Lane::kWidth);
+}
+
+KERNEL float exponentials(float* values, std::size_t count) {
+    const Lane shift = Lane::all(-greatest_of(values, count)), one = Lane::all(1.0f);
+    Lane sums = Lane::zero();
+    for (std::size_t i = 0; i < count; i += Lane::kWidth) {
+        const std::size_t some = std::min(Lane::kWidth, count - i);
+        const bool whole = some == Lane::kWidth;
+        float* at = values + i;
+        const Lane x = whole ? Lane::template load<Dtype::f32>(at) : Lane::template load_some<Dtype::f32>(at, some);
+        Lane result = exponential(fma(x, one, shift));
+        if (whole) {
+            result.store(at);
+        } else {
+            result.store_some(at, some);
+            result = Lane::template load_some<Dtype::f32>(at, some);  // zeros behind the end
+        }
+        sums = fma(result, one, sums);
+    }
+    return sum(sums);
+}
+
 KERNEL std::size_t differing_bits(const std::uint8_t* a, const std::uint8_t* b, std::size_t bytes) {
     std::size_t differing = 0;
     for (std::size_t j = 0; j < bytes; j += sizeof(std::uint64_t)) {
@@ -160,7 +206,8 @@ KERNEL std::size_t differing_bits(const std::uint8_t* a, const std::uint8_t* b, 
 
 template <Dtype dtype>
 const Kernels* table(const char* instruction_set) {
-    static const Kernels kernels{instruction_set, dots<dtype>, accumulate<dtype>, upcast<dtype>, differing_bits};
+    static const Kernels kernels{instruction_set, dots<dtype>,  accumulate<dtype>,
+                                 upcast<dtype>,   exponentials, differing_bits};
     return &kernels;
 }
 

@@ -56,6 +56,15 @@ Lane fma(Lane a, Lane b, Lane c) {
     for (std::size_t i = 0; i < Lane::kWidth; ++i) c.value[i] += a.value[i] * b.value[i];
     return c;
 }
+Lane max(Lane a, Lane b) {  // b where either is NaN
+    for (std::size_t i = 0; i < Lane::kWidth; ++i)
+        if (a.value[i] > b.value[i]) b.value[i] = a.value[i];
+    return b;
+}
+Lane power_of_two(Lane a) {
+    for (float& value : a.value) value = std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) << 23);
+    return a;
+}
 float sum(Lane a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }
 
 }  // namespace

@@ -1,0 +1,152 @@
+"""Attention at decode: a few tokens over the whole context by the native kernel, at the speed of memory.
+
+torch's scaled_dot_product_attention wakes its threads for each layer of each token, which takes several times longer
+than reading the keys and values. From 1 to 16 tokens of a sequence the kernel is used wherever the processor has
+vectors that it is written for, and transformers' own sdpa function for all else. It is a rule, not a measurement at
+start, for the reason that resident_linear.py gives; the measurement behind it is scripts/bench_kernels.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from flashclient._native import Attention, Ffn, Workers
+from flashclient.resident_linear import STORED_DTYPES, VECTOR_INSTRUCTION_SETS
+
+IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
+TOKENS_MAX = Ffn.TOKENS_MAX
+# What sdpa takes besides its tensors, and the kernel does not.
+UNSUPPORTED = ("softcap", "position_bias", "cache", "output_attentions")
+
+_transformers_attention = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
+
+Kernels = dict[torch.dtype, Attention]
+Mask = tuple[int, tuple[int, ...], bool]  # address, strides, boolean
+
+
+def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
+    """Lets the attention of `model` take few tokens to the native kernel, where transformers chose sdpa for it.
+
+    Args:
+        workers: shared with the other kernels.
+        instruction_set: avx512, avx2 or portable, whatever it costs; None takes the best, and nothing if that is
+            slower than torch.
+
+    Returns:
+        The number of modules that now do.
+
+    Raises:
+        ValueError: the processor lacks `instruction_set`.
+    """
+    kernels = {dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()}
+    if instruction_set is None and kernels[torch.float32].instruction_set not in VECTOR_INSTRUCTION_SETS:
+        return 0
+    if model.config._attn_implementation != "sdpa":
+        return 0
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # as sdpa asks of its caller
+    for module in attentions:
+        module.decode_kernels = kernels  # type: ignore[assignment]
+    model.set_attn_implementation(IMPLEMENTATION)
+    return len(attentions)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls for IMPLEMENTATION; arguments and meaning are those of its sdpa function.
+
+    A row's result depends on its query and on what it attends to alone, bit for bit, for 1 to 16 tokens: not on its
+    batch-mates, the other tokens or the padding. It is summed in fp32 and rounded once.
+
+    Args:
+        query: [sequences, heads, tokens, elements]; key, value: [sequences, key heads, positions, elements].
+        attention_mask: None, or boolean or additive [sequences or 1, heads or 1, tokens, positions].
+
+    Returns:
+        [sequences, tokens, heads, elements of a value] in the dtype of query; None.
+    """
+    kernels: Kernels | None = getattr(module, "decode_kernels", None)
+    tokens = query.shape[2]
+    keys, values, mask = key, value, attention_mask
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if mask is None and causal and 1 < tokens <= TOKENS_MAX:  # aligned at the beginning, as sdpa has it
+        keys, values = key[:, :, :tokens], value[:, :, :tokens]
+        mask = torch.ones(1, 1, tokens, keys.shape[2], dtype=torch.bool).tril()
+    plain = not dropout and all(kwargs.get(name) is None or kwargs[name] is False for name in UNSUPPORTED)
+    if kernels is not None and plain and _fit(kernels, query, keys, values, mask):
+        return _attend(kernels[query.dtype], query, keys, values, mask, scaling), None
+    result: tuple[Tensor, None] = _transformers_attention(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+    )
+    return result
+
+
+def _fit(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether the kernel does this."""
+    if torch.compiler.is_compiling() or not 0 < query.shape[2] <= TOKENS_MAX or query.dtype not in kernels:
+        return False
+    tensors = (query, key, value)
+    if not all(tensor.is_cpu and tensor.dtype == query.dtype and tensor.stride(-1) == 1 for tensor in tensors):
+        return False
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return False
+    sequences, heads, tokens, elements = query.shape
+    fits = key.shape[:3] == value.shape[:3] and key.shape[0] == sequences and key.shape[3] == elements
+    return fits and heads % key.shape[1] == 0 and (mask is None or _mask_fits(mask, sequences, heads, tokens, key))
+
+
+def _mask_fits(mask: Tensor, sequences: int, heads: int, tokens: int, key: Tensor) -> bool:
+    known = mask.is_cpu and (mask.dtype == torch.bool or mask.is_floating_point()) and not mask.requires_grad
+    return (
+        known
+        and mask.dim() == 4
+        and mask.shape[0] in (1, sequences)
+        and mask.shape[1] in (1, heads)
+        and mask.shape[2:] == (tokens, key.shape[2])
+    )
+
+
+def _attend(
+    kernel: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    sequences, heads, tokens, elements = query.shape
+    _, key_heads, positions, value_elements = value.shape
+    out = torch.empty(sequences, tokens, heads, value_elements)
+    if mask is not None:
+        mask = _in_kernel_form(mask).expand(sequences, heads, tokens, positions)
+    kernel.attend(
+        (sequences, heads, key_heads, tokens, positions, elements, value_elements),
+        elements**-0.5 if scaling is None else scaling,
+        query.data_ptr(),
+        query.stride(),
+        key.data_ptr(),
+        key.stride(),
+        value.data_ptr(),
+        value.stride(),
+        None if mask is None else (mask.data_ptr(), mask.stride(), mask.dtype == torch.bool),
+        out.data_ptr(),
+    )
+    return out.to(query.dtype)
+
+
+def _in_kernel_form(mask: Tensor) -> Tensor:
+    """Boolean, or fp32 with -inf for what is masked: transformers' additive masks have the lowest number there."""
+    if mask.dtype == torch.bool:
+        return mask
+    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+AttentionMaskInterface.register(IMPLEMENTATION, AttentionMaskInterface()["sdpa"])  # type: ignore[no-untyped-call]
