@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from byte_flips import flip_bit
 from daemon import Daemon, serving
 from tiny_store import TinyModel, write_model
 
@@ -297,17 +298,9 @@ def offline(store: Path, model: TinyModel, seed: int = 1) -> pb.Calibration:
         return staging.publish()
 
 
-def flip_byte(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
-
-
 def test_corrupt_predictors_are_data_loss(store: Path, model: TinyModel) -> None:
     offline(store, model)
-    flip_byte(store / "tiny/calibration/1/predictors.safetensors", 4711)
+    flip_bit(store / "tiny/calibration/1/predictors.safetensors", 4711)
     with Store.open(store) as opened, pytest.raises(CorruptionError, match=r"tiny.*predictors\.safetensors"):
         verify_model(opened, "tiny")
     with serving(store, "--dram", "64MiB") as daemon:

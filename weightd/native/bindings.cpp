@@ -52,6 +52,7 @@ void translate(const std::exception_ptr& pointer, void*) {
         nb::object raised = nb::borrow(corrupt_bundle)(error.what());
         raised.attr("layer") = error.layer;
         raised.attr("position") = error.position;
+        raised.attr("error") = error.error;
         PyErr_SetObject(corrupt_bundle, raised.ptr());
     }
 }
@@ -200,6 +201,7 @@ void bind_errors(nb::module_& m) {
     nb::object bundle = nb::exception<weightd::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
     bundle.attr("layer") = 0;
     bundle.attr("position") = 0;
+    bundle.attr("error") = 0;
     corrupt_bundle = bundle.ptr();
     nb::exception<weightd::CorruptResident>(m, "CorruptResident", PyExc_RuntimeError);
     nb::exception<weightd::Stopping>(m, "Stopping", PyExc_RuntimeError);

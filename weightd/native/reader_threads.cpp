@@ -4,12 +4,11 @@
 
 #include <cerrno>
 #include <condition_variable>
-#include <deque>
 #include <mutex>
 #include <thread>
 
 #include "outbox.h"
-#include "reader.h"
+#include "read_queue.h"
 
 namespace weightd {
 namespace {
@@ -24,14 +23,15 @@ int read_whole(Read& read) {
         if (read.file->buffered()) {
             ::posix_fadvise(read.file->fd(), static_cast<off_t>(read.offset_bytes), got, POSIX_FADV_DONTNEED);
         }
-        if (!read.advance(static_cast<size_t>(got))) return 0;
+        const Read::Left left = read.advance(static_cast<size_t>(got));
+        if (left != Read::Left::more) return left == Read::Left::nothing ? 0 : EIO;
     }
 }
 
 class ThreadReader final : public Reader {
   public:
-    explicit ThreadReader(uint32_t threads) {
-        for (uint32_t i = 0; i < threads; i++) workers_.emplace_back([this] { work(); });
+    explicit ThreadReader(uint32_t threads) : threads_(threads), queue_(threads) {
+        for (uint32_t i = 0; i < places_for(threads); i++) workers_.emplace_back([this] { work(); });
     }
 
     ~ThreadReader() override {
@@ -43,7 +43,7 @@ class ThreadReader final : public Reader {
         for (std::thread& worker : workers_) worker.join();
     }
 
-    std::string level() const override { return std::to_string(workers_.size()) + " reading threads"; }
+    std::string level() const override { return std::to_string(threads_) + " reading threads"; }
     int register_file(const DirectFile&) override { return -1; }
     void unregister_file(int) override {}
     int register_memory(std::span<std::byte>) override { return -1; }
@@ -55,7 +55,7 @@ class ThreadReader final : public Reader {
         size_t idle = 0;
         {
             const std::lock_guard guard(queue_lock_);
-            for (Read& read : reads) queue_.push_back(std::move(read));
+            for (Read& read : reads) queue_.push(std::move(read));
             idle = idle_;
         }
         for (size_t i = 0; i < count && i < idle; i++) queued_.notify_one();  // the busy ones look again by themselves
@@ -73,23 +73,26 @@ class ThreadReader final : public Reader {
     void work() {
         std::unique_lock guard(queue_lock_);
         while (true) {
+            std::optional<Read> read;
             idle_++;
-            queued_.wait(guard, [this] { return stopping_ || !queue_.empty(); });
+            queued_.wait(guard, [&] { return stopping_ || (read = queue_.next()); });
             idle_--;
             if (stopping_) return;
-            Read read = std::move(queue_.front());
-            queue_.pop_front();
             guard.unlock();
-            done_.put({read.tag, read_whole(read)});
+            done_.put({read->tag, read_whole(*read)});
             guard.lock();
+            queue_.ended(read->file);
+            if (idle_ > 0)
+                queued_.notify_one();  // for what this file's bound kept waiting, if this thread takes another's
         }
     }
 
+    const uint32_t threads_;
     Outbox<Completion> done_;
     std::vector<std::thread> workers_;
     std::mutex queue_lock_;  // guards queue_, idle_, stopping_
     std::condition_variable queued_;
-    std::deque<Read> queue_;
+    ReadQueue queue_;
     size_t idle_ = 0;
     bool stopping_ = false;
 };

@@ -22,7 +22,7 @@ from weightd import budget, listening
 from weightd._native import Engine
 from weightd.call_bounds import CALLS_MAX, SERVICE_NAME, CallBounds
 from weightd.config import ServeConfig, load_config
-from weightd.errors import DeviceError, UsageError
+from weightd.errors import DeviceError, StoreError, UsageError, WeightdError
 from weightd.fetch import REQUEST_BYTES_MAX, Fetcher
 from weightd.profile import sequential_gb_per_s
 from weightd.served_models import ServedModels, demand_of
@@ -58,8 +58,7 @@ async def serve(config: ServeConfig) -> None:
         engine = _engine(config, dram_bytes, data_socket)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads)
-        for name in models.names():
-            models.find(name)
+        _open_models(models)
         fetcher = Fetcher(store, models, engine)
         service = WeightdService(models, fetcher, engine, data_socket, dram_bytes, sequential_gb_per_s(store))
         stack.callback(service.close)
@@ -122,6 +121,21 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
     if engine.io_engine_note:
         logger.info("%s", engine.io_engine_note)
     return engine
+
+
+def _open_models(models: ServedModels) -> None:
+    """Opens those that can be: a damaged one takes none of the others with it. Raises if there is none."""
+    failed: list[WeightdError] = []
+    names = models.names()
+    for name in names:
+        try:
+            models.find(name)
+        except (StoreError, DeviceError) as error:
+            failed.append(error)
+    if failed and len(failed) == len(names):
+        raise failed[0]
+    for error in failed:
+        logger.error("%s", error)
 
 
 def _frontend(config: ServeConfig, service: WeightdService) -> Frontend:

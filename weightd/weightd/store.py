@@ -162,12 +162,13 @@ class Store(Closing):
     def files_path(self, name: str) -> Path:
         return self.path / name / FILES_FOLDER
 
-    def corrupt_bundle(self, name: str, layer: int, position: int) -> CorruptionError:
-        """The error to raise when the bundle at `position` differs from its checksum."""
+    def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
+        """To raise when the bundle at `position` differs from its checksum, or its read ends with the errno `error`."""
         neuron = self.placement(name, layer)[position]
-        return CorruptionError(
-            f"model {name}, layer {layer}, neuron {neuron}: the bundle differs from its checksum; import it again"
-        )
+        what = "differs from its checksum; import it again"
+        if error:
+            what = f"cannot be read: {os.strerror(error)}; look after the device, or import it again"
+        return CorruptionError(f"model {name}, layer {layer}, neuron {neuron}: the bundle {what}")
 
     def _array(self, kind: str, name: str, layer: int) -> bytes:
         record = self.catalog.array(kind, name, layer)
