@@ -25,7 +25,6 @@ import pytest
 
 HERE = Path(__file__)
 BLOCK_BYTES = 4096
-THREADS_MAX = 256  # of libfuse; each read that is held takes one
 
 
 @dataclass
@@ -162,7 +161,7 @@ def main() -> None:
         import mfusepy
 
         operations = type("Operations", (Folder, mfusepy.Operations), {"use_ns": True})(Path(sys.argv[1]))
-        mfusepy.FUSE(operations, sys.argv[2], foreground=True, ro=True, max_threads=THREADS_MAX)
+        mfusepy.FUSE(operations, sys.argv[2], foreground=True, ro=True, direct_io=True)
     except (OSError, RuntimeError) as error:
         print(f"cannot mount a failing disk: {error}", flush=True)
 

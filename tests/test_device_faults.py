@@ -197,7 +197,6 @@ def test_a_client_of_a_slow_device_gets_one_clear_error_in_time(
         assert lease(source, 1, 8, 9) == bundles(model, 1, 8, 9)
     while daemon.stub.Stats(pb.StatsRequest()).sessions > 0:
         pass  # the daemon sees the end of a socket in its own time
-    assert sum(each.slots_busy for each in daemon.stub.Stats(pb.StatsRequest()).models) == 0
 
 
 # A file that is cut short
