@@ -1,4 +1,4 @@
-"""A file system that fails on purpose: a folder seen through FUSE, whose reads a test makes fail, lie, fall short or wait.
+"""A file system that fails on purpose: a folder seen through FUSE, whose reads a test makes fail, lie, stop or wait.
 
     python failing_disk.py FOLDER MOUNTPOINT
 

@@ -1,4 +1,4 @@
-"""The store: a folder of models in bundled row-column layout. Format version 1.
+"""The store: a folder of models in bundled row-column layout. Format version 2.
 
     STORE/catalog.mdb                    LMDB environment in one file (catalog.mdb-lock beside it is LMDB's own)
     STORE/weightd.lock                   flock of the daemon that serves the store; JSON {"pid", "address"}
@@ -18,10 +18,11 @@
 - resident.safetensors is a valid safetensors file whose data begin on a block boundary (the header is padded with
   spaces). Names and shapes are those of transformers' state_dict, FFN matrices left out, a tied head stored once; all
   tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
-- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 1}; `model/<name>` -> weightd.v1.Model;
+- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 2}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
   `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
-  newest; `device_profile` -> JSON, what doctor measured.
+  newest; `device_profile` -> JSON, what doctor measured. All but meta end in 8 bytes more, XXH3-64 of key and value
+  (in a store of format 1 none do). Opening a store also looks at the pages of the catalog (catalog_pages.py).
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
   transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
   behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
