@@ -1,8 +1,8 @@
 """Whether the pages of an LMDB file hang together, checked before LMDB follows them.
 
-LMDB trusts its file: a page number that a flipped bit or a cut file has made wrong ends in SIGSEGV or SIGBUS, or in
-live pages written over. Here every page of the tree is looked at once, without following anything that is not inside the
-file. (Layout: lmdb's mdb.c, "Page header", "Header for a node", "Meta page content"; data version 1.) What the records
+LMDB trusts its file: a page number that a flipped bit or a cut file has made wrong ends in SIGSEGV or SIGBUS, or
+in live pages written over. Here every page of the tree is looked at once, and nothing outside the file followed.
+(Layout: lmdb's mdb.c, "Page header", "Header for a node", "Meta page content"; data version 1.) What the records
 themselves say is the business of their own checksums, in catalog.py.
 """
 
