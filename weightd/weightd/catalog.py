@@ -123,9 +123,9 @@ class Catalog:
 
     def check(self) -> None:
         """StoreError unless this is a whole catalog of our format, of a version that we know."""
-        with self._transaction() as records:
+        with self._begun() as transaction:
             check_pages(self.path)  # within a transaction: no page of this snapshot is written over meanwhile
-            meta = records.meta() or {}
+            meta = Records(transaction, self.path).meta() or {}
         version = meta.get("format_version")
         if meta.get("magic") != MAGIC or not isinstance(version, int) or version < 1:
             raise StoreError(f"not a weightd store: {self.path} lacks the store's record")
@@ -184,11 +184,16 @@ class Catalog:
 
     @contextmanager
     def _transaction(self, write: bool = False, create: bool = False) -> Iterator[Records]:
+        with self._begun(write, create) as transaction:
+            yield Records(transaction, self.path)
+
+    @contextmanager
+    def _begun(self, write: bool = False, create: bool = False) -> Iterator[lmdb.Transaction]:
         with _turn, _translated(self.path), _open(self.path, write, create) as environment:
             if write:
                 environment.reader_check()  # frees the reader slots of processes that were killed
             with environment.begin(write=write) as transaction:
-                yield Records(transaction, self.path)
+                yield transaction
 
 
 def _model(records: Records, record: bytes) -> weightd_pb2.Model:
