@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+BLOCK_BYTES = 1024  # the smallest of ext4
+
 
 @contextmanager
 def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
@@ -27,12 +29,20 @@ def small_disk(folder: Path, size_bytes: int) -> Iterator[Path]:
     try:
         yield mount
     finally:
-        subprocess.run(["umount", mount], check=True)
+        subprocess.run(["umount", "--lazy", mount], check=True)  # io_uring lets go of files a little later
 
 
 def fill(disk: Path, size_bytes: int | None = None) -> Path:
     """Takes that much of its room, by default all; deleting the file that is returned gives it back."""
     ballast = disk / "ballast"
     with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size_bytes or shutil.disk_usage(disk).free)
+        if size_bytes is not None:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            return ballast
+        piece_bytes = shutil.disk_usage(disk).free
+        while piece_bytes >= BLOCK_BYTES:
+            try:
+                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), piece_bytes)
+            except OSError:  # some of it is promised already to others' files
+                piece_bytes //= 2
     return ballast

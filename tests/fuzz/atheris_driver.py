@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import gc
 import sys
-from pathlib import Path
 from types import FunctionType
 
 import atheris
-
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent)]
-
 from file_targets import TARGETS
 from grpc_target import grpc_messages
 

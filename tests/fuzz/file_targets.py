@@ -105,7 +105,7 @@ def _catalog() -> bytes:
 
 
 def catalog_pages(data: bytes) -> None:
-    """Each eight bytes change the catalog: where, and to what; one left over cuts it. It is refused, or gives the truth."""
+    """Each eight bytes change the catalog: where, and to what; one left over cuts it. It is refused, or right."""
     content = bytearray(_catalog())
     for first in range(0, len(data) - 7, 8):
         at = int.from_bytes(data[first : first + 4], "little") % len(content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -154,8 +153,9 @@ class _Header:
         dimensions = [self._number("<Q") for _ in range(self._number("<I"))]
         encoding = self._encoding(name, self._number("<I"))
         shape = tuple(reversed(dimensions))  # GGUF counts the fastest dimension first
-        if prod(shape) % encoding.block_elements or (shape and shape[-1] % encoding.block_elements):
-            raise CheckpointError(f"{self._path} holds {name} in rows of {shape[-1]}, no whole quantised blocks")
+        row_elements = shape[-1] if shape else 1
+        if row_elements % encoding.block_elements:
+            raise CheckpointError(f"{self._path} holds {name} in rows of {row_elements}, no whole quantised blocks")
         return name, shape, encoding, self._number("<Q")
 
     def _encoding(self, name: str, kind: int) -> Encoding:

@@ -134,8 +134,8 @@ def _open_models(models: ServedModels) -> None:
             failed.append(error)
     if failed and len(failed) == len(names):
         raise failed[0]
-    for error in failed:
-        logger.error("%s", error)
+    for refusal in failed:
+        logger.error("%s", refusal)
 
 
 def _frontend(config: ServeConfig, service: WeightdService) -> Frontend:
