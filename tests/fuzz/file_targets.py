@@ -12,12 +12,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from google.protobuf.message import DecodeError
 from tiny_store import write_model
 
 from flashclient.calibration import read_predictors
 from flashclient.errors import CalibrationError
 from weightd._native import Engine
+from weightd.catalog import _parsed
 from weightd.config import load_config
 from weightd.errors import CheckpointError, DeviceError, SpaceError, StoreError, UsageError
 from weightd.gguf_checkpoint import read_gguf
@@ -82,12 +82,9 @@ def _served() -> tuple[Store, Engine]:
 def catalog_record(data: bytes) -> None:
     """The record of a model as a store of format 1 may hold it: with nothing that vouches for it."""
     store, engine = _served()
-    try:
-        record = weightd_pb2.Model.FromString(data)
-    except DecodeError:
-        return
-    record.name = "tiny"
     with suppress(StoreError, DeviceError, SpaceError):
+        record = _parsed(data)
+        record.name = "tiny"
         demand_of(record)
         served = _open(store, engine, record)
         with suppress(MemoryError, OSError, RuntimeError):  # what the server turns into statuses

@@ -168,7 +168,6 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     spec.resident_bytes = resident_bytes;
     spec.cell_bytes = cell_bytes;
     spec.layers.push_back({0, neurons, cells, 0, 0});
-    spec.checksums.resize(neurons);
     return weightd::Engine::minimum_dram_bytes(spec);
 }
 

@@ -19,7 +19,9 @@ uint64_t session_bytes(const ModelSpec& spec) {
     return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
 }
 
-uint64_t checksum_bytes(const ModelSpec& spec) { return spec.checksums.size() * sizeof(uint64_t); }
+uint64_t checksum_bytes(const ModelSpec& spec) {
+    return (uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons) * sizeof(uint64_t);
+}
 
 uint64_t activation_bytes(const ModelSpec& spec) {
     return pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +

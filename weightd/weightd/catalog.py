@@ -27,6 +27,7 @@ MAGIC = "weightd-store"
 FORMAT_VERSION = 2
 CHECKSUMS_SINCE = 2  # records of an older store end without one, also those that are added to it
 CHECKSUM_BYTES = 8
+NEURONS_MAX = (1 << 32) - 1  # of a model: they are numbered in 32 bits
 META_KEY = b"meta"
 DEVICE_PROFILE_KEY = b"device_profile"
 MODEL_PREFIX = b"model/"
@@ -205,10 +206,15 @@ def _model(records: Records, record: bytes) -> weightd_pb2.Model:
 
 
 def _parsed(record: bytes) -> weightd_pb2.Model:
+    """What its checksum vouches for; where records have none, CorruptionError for what is no model at all."""
     try:
-        return weightd_pb2.Model.FromString(record)
-    except DecodeError as error:  # only where records have no checksum
+        model = weightd_pb2.Model.FromString(record)
+    except DecodeError as error:
         raise CorruptionError(f"the catalog is damaged: {error} as the record of a model; import it again") from error
+    neurons, cells = sum(layer.neurons for layer in model.layers), sum(layer.cells for layer in model.layers)
+    if max(neurons, cells) > NEURONS_MAX:
+        raise CorruptionError(f"the catalog is damaged: {model.name!r} of {neurons} neurons in {cells} cells")
+    return model
 
 
 def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:
