@@ -103,7 +103,7 @@ def refused_or_right(path: Path) -> None:
 def flip_record(path: Path, key: bytes) -> None:
     """One bit of the record's first byte, in the file itself."""
     with Store.open(path).catalog._begun() as transaction:
-        stored = bytes(transaction.get(key))
+        stored = bytes(transaction.get(key) or b"no such record")
     flip_bit(path / CATALOG_FILE, (path / CATALOG_FILE).read_bytes().index(stored))
 
 
