@@ -21,7 +21,9 @@ from weightd.catalog import _parsed
 from weightd.config import load_config
 from weightd.errors import CheckpointError, DeviceError, SpaceError, StoreError, UsageError
 from weightd.gguf_checkpoint import read_gguf
+from weightd.pressure import Triggers
 from weightd.safetensors_file import read_safetensors
+from weightd.serve import _engine
 from weightd.served_models import _open, demand_of
 from weightd.store import CATALOG_FILE, CHECKSUMS, PLACEMENT, Store
 from weightd_proto import weightd_pb2
@@ -67,15 +69,8 @@ def calibration_file(data: bytes) -> None:
 def _served() -> tuple[Store, Engine]:
     """A store with one model, and an engine that opens models of it."""
     write_model(folder() / "store")
-    engine = Engine(
-        dram_bytes=1 << 30,
-        io_engine="threads",
-        io_threads=1,
-        io_depth=1,
-        allow_buffered=True,
-        unbundled_reads=False,
-        data_socket=str(folder() / "data"),
-    )
+    config = load_config(["--store", str(folder() / "store"), "--io-engine", "threads", "--allow-buffered"])
+    engine = _engine(config, 1 << 30, str(folder() / "data"), Triggers((), (), ()))
     return Store.open(folder() / "store", readonly=True), engine
 
 
@@ -88,7 +83,7 @@ def catalog_record(data: bytes) -> None:
         demand_of(record)
         served = _open(store, engine, record)
         with suppress(MemoryError, OSError, RuntimeError):  # what the server turns into statuses
-            engine.open_session(served.number, 2)
+            engine.open_session(served.number, 2, -1)
 
 
 @cache

@@ -19,12 +19,14 @@ import grpc
 from tiny_store import TinyModel, write_model
 
 from weightd import serve
-from weightd._native import Engine
 from weightd.call_bounds import SERVICE_NAME
 from weightd.config import load_config
 from weightd.fetch import Fetcher
+from weightd.identity import Identities
+from weightd.pressure import Triggers
 from weightd.served_models import ServedModels
 from weightd.server import WeightdService
+from weightd.statistics import Statistics
 from weightd.store import Store
 from weightd_proto import weightd_pb2 as pb
 from weightd_proto import weightd_pb2_grpc
@@ -39,6 +41,7 @@ REFUSALS = {
     grpc.StatusCode.RESOURCE_EXHAUSTED,  # sessions that nobody attaches to last for seconds
     grpc.StatusCode.DATA_LOSS,  # a calibration that came with other bytes
     grpc.StatusCode.ABORTED,
+    grpc.StatusCode.PERMISSION_DENIED,
 }
 UNPARSED = ("Exception deserializing request!", "Error parsing message")  # gRPC's own answers to what is no message
 
@@ -52,7 +55,7 @@ class Served:
         self.model: TinyModel = write_model(folder / "store")
         address = f"unix:{folder / 'socket'}"
         ready = threading.Event()
-        arguments = ["--store", str(folder / "store"), "--listen", address]
+        arguments = ["--store", str(folder / "store"), "--listen", address, "--io-engine", "threads"]
         threading.Thread(target=lambda: asyncio.run(_serve(arguments, folder, ready)), daemon=True).start()
         assert ready.wait(60)
         self.channel = grpc.insecure_channel(address)
@@ -62,18 +65,13 @@ class Served:
 async def _serve(arguments: list[str], folder: Path, ready: threading.Event) -> None:
     config = load_config(arguments)
     store = Store.open(config.store)
-    engine = Engine(
-        dram_bytes=DRAM_BYTES,
-        io_engine="threads",
-        io_threads=2,
-        io_depth=8,
-        allow_buffered=True,
-        unbundled_reads=False,
-        data_socket=str(folder / "data"),
-    )
+    data_socket = str(folder / "data")
+    engine = serve._engine(config, DRAM_BYTES, data_socket, Triggers((), (), ()))
     models = ServedModels(store, engine)
-    service = WeightdService(models, Fetcher(store, models, engine), engine, str(folder / "data"), DRAM_BYTES, 0.0)
-    server = serve._frontend(config, service).server
+    fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
+    service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, DRAM_BYTES, statistics)
+    service.set_rules(config.allow, config.allow_publish)
+    server = serve._frontend(config, service, None).server
     await server.start()
     ready.set()
     await server.wait_for_termination()

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <list>
 #include <random>
 #include <set>
@@ -101,31 +102,182 @@ TEST(Pool, NeverEvictsWhatIsLeased) {
     EXPECT_TRUE(pool.find(1));
 }
 
+TEST(Pool, TellsWhatItHoldsFromWhatItHeld) {
+    Pool pool(3, CELL_BYTES);
+    pool.add_segment(0, segment(1));
+    for (const uint32_t cell : {0U, 1U}) {
+        const Place place = pool.insert(cell);
+        pool.touched(cell);
+        pool.loaded(place);
+    }
+    std::vector<Hotness> hotness(3);
+    pool.write_hotness(hotness);
+    EXPECT_GT(hotness[0], 0);
+    EXPECT_EQ(hotness[0] & HOTNESS_IN_POOL, 0);
+    EXPECT_EQ(hotness[1] & HOTNESS_IN_POOL, HOTNESS_IN_POOL);
+    EXPECT_EQ(hotness[1] & HOTNESS_MAX, hotness[0]);
+    EXPECT_EQ(hotness[2], 0);
+}
+
 // Plays a trace on the policy as the engine would; returns the share of hits.
 class Player {
   public:
-    Player(uint32_t cells, uint32_t slots) : policy_(make_lirs(cells)), slots_(slots) { policy_->resize(slots); }
+    Player(uint32_t cells, uint32_t slots) : policy_(cells), slots_(slots) {}
+    void expect(const std::vector<Hotness>& hotness) { policy_.expect(hotness); }
 
     bool use(uint32_t cell) {
         if (present_.contains(cell)) {
-            policy_->touched(cell);
+            policy_.touched(cell);
             return true;
         }
         if (present_.size() == slots_) {
-            const uint32_t gone = policy_->victim();
+            const uint32_t gone = policy_.victim();
             EXPECT_EQ(present_.erase(gone), 1U);
         }
-        policy_->inserted(cell);
-        policy_->unpinned(cell);
+        policy_.inserted(cell);
+        policy_.touched(cell);
+        policy_.unpinned(cell);
         present_.insert(cell);
         return false;
     }
 
   private:
-    std::unique_ptr<Replacement> policy_;
+    Replacement policy_;
     uint32_t slots_;
     std::set<uint32_t> present_;
 };
+
+// The sums themselves, in floating point, over all uses that there were.
+class PlainSums {
+  public:
+    explicit PlainSums(uint32_t cells)
+        : sums_(cells), kept_by_(cells), uses_(cells), touches_per_half_life_(2 * cells) {}
+    void inserted(uint32_t cell) {
+        kept_by_[cell] = sums_[cell];
+        uses_[cell] = 0;
+    }
+    void touched(uint32_t cell) {
+        for (double& sum : sums_) sum *= std::exp2(-1 / touches_per_half_life_);
+        for (double& sum : kept_by_) sum *= std::exp2(-1 / touches_per_half_life_);
+        sums_[cell] += 1;
+        if (++uses_[cell] > 1) kept_by_[cell] = sums_[cell];
+    }
+    double octaves(uint32_t cell) const { return std::log2(std::max(kept_by_[cell], std::exp2(-15.0))); }
+
+  private:
+    std::vector<double> sums_;
+    std::vector<double> kept_by_;
+    std::vector<uint32_t> uses_;
+    double touches_per_half_life_;
+};
+
+TEST(Replacement, TakesTheCellWithTheLeastAgedUses) {
+    const uint32_t cells = 256;
+    Replacement policy(cells);
+    PlainSums plain(cells);
+    std::mt19937 random(11);
+    std::geometric_distribution<uint32_t> skewed(0.03);
+    std::set<uint32_t> pinned;
+    std::set<uint32_t> unpinned;
+    uint32_t victims = 0;
+    for (uint32_t step = 0; step < 120'000; step++) {  // half-lives enough for the scores' zero to move three times
+        const uint32_t cell = (skewed(random) + step / 20'000 * 40) % cells;
+        if (pinned.size() + unpinned.size() == 64 && !pinned.contains(cell) && !unpinned.contains(cell)) {
+            const uint32_t gone = policy.victim();
+            ASSERT_EQ(unpinned.erase(gone), 1U);
+            for (const uint32_t other : unpinned) ASSERT_LE(plain.octaves(gone), plain.octaves(other) + 0.15) << step;
+            victims++;
+        }
+        if (unpinned.erase(cell) == 1) {
+            policy.pinned(cell);
+        } else if (!pinned.contains(cell)) {
+            policy.inserted(cell);
+            plain.inserted(cell);
+        }
+        pinned.insert(cell);
+        policy.touched(cell);
+        plain.touched(cell);
+        while (pinned.size() > random() % 8) {
+            const uint32_t given = *pinned.begin();
+            pinned.erase(pinned.begin());
+            policy.unpinned(given);
+            unpinned.insert(given);
+        }
+    }
+    EXPECT_GT(victims, 10'000U);
+}
+
+TEST(Replacement, HasNoVictimWhenAllArePinned) {
+    Replacement policy(3);
+    policy.inserted(1);
+    policy.inserted(2);
+    EXPECT_EQ(policy.victim(), NO_CELL);
+    policy.unpinned(2);
+    EXPECT_EQ(policy.victim(), 2U);
+    EXPECT_EQ(policy.victim(), NO_CELL);
+}
+
+TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
+    const uint32_t cells = 2560;
+    std::vector<Hotness> expected(cells, HOTNESS_MEAN - 20);
+    for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 20;
+    Player player(cells, 300);
+    player.expect(expected);
+    for (uint32_t cell = 0; cell < cells; cell += 10) player.use(cell);
+    std::mt19937 random(4);
+    for (int i = 0; i < 400; i++) player.use(random() % cells);  // many that are seldom used, once
+    uint32_t hits = 0;
+    for (uint32_t cell = 0; cell < cells; cell += 10) hits += player.use(cell);
+    EXPECT_EQ(hits, 256U);
+}
+
+TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
+    Replacement policy(4);
+    for (uint32_t cell = 0; cell < 4; cell++) {
+        policy.inserted(cell);
+        for (uint32_t i = 0; i < 2 + cell; i++) policy.touched(cell);
+        if (cell > 0) policy.unpinned(cell);
+    }
+    policy.expect(std::vector<Hotness>{1, 120, 60, 30});
+    EXPECT_EQ(policy.victim(), 3U);
+    EXPECT_EQ(policy.victim(), 2U);
+    policy.unpinned(0);
+    EXPECT_EQ(policy.victim(), 0U);
+    EXPECT_EQ(policy.victim(), 1U);
+}
+
+TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
+    std::vector<Hotness> expected(2560, HOTNESS_MEAN - 20);
+    for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 20;
+    Player player(2560, 300);
+    player.expect(expected);
+    std::mt19937 random(4);
+    for (int i = 0; i < 4 * 2 * 2560; i++) player.use(1000 + random() % 250);  // four half-lives
+    uint32_t hits = 0;
+    for (uint32_t cell = 1000; cell < 1250; cell++) hits += player.use(cell);
+    EXPECT_GT(hits, 245U);
+}
+
+TEST(Replacement, HandsOverWhatItHasLearned) {
+    const uint32_t cells = 1024;
+    Replacement teacher(cells);
+    std::mt19937 random(9);
+    for (uint32_t cell = 0; cell < cells; cell++) teacher.inserted(cell);
+    for (uint32_t i = 0; i < 200'000; i++) teacher.touched(i % 8 == 0 ? random() % 990 : 100 + random() % 90);
+    std::vector<Hotness> learned(cells);
+    teacher.write_hotness(learned);
+    EXPECT_EQ(learned[995], 0) << "never used";
+    EXPECT_GT(learned[500], 0);
+    for (uint32_t cell = 100; cell < 190; cell++) {
+        // uses of such a cell by those of the mean: (7/8) / 90 and (1/8) / 990 of all, times 1024
+        EXPECT_NEAR(learned[cell], HOTNESS_MEAN + 8 * std::log2(10.1), 6.0);
+    }
+    std::vector<Hotness> again(cells);
+    Replacement pupil(cells);
+    pupil.expect(learned);
+    pupil.write_hotness(again);
+    EXPECT_EQ(again, learned);
+}
 
 TEST(Replacement, FindsHalfOfACyclicScanOverTwiceThePool) {
     Player player(1000, 500);
@@ -170,30 +322,29 @@ TEST(Replacement, AdaptsToMuchThatIsLeased) {
     const uint32_t cells = 1000;
     const uint32_t slots = 500;
     const uint32_t ahead = 100;
-    auto policy = make_lirs(cells);
-    policy->resize(slots);
+    Replacement policy(cells);
     std::set<uint32_t> present;
     std::list<uint32_t> leased;
     uint32_t hits = 0;
     for (uint32_t turn = 0; turn < 12; turn++) {
         for (uint32_t cell = 0; cell < cells; cell++) {
             if (leased.size() == ahead) {
-                policy->unpinned(leased.front());
+                policy.unpinned(leased.front());
                 leased.pop_front();
             }
             if (present.contains(cell)) {
                 hits += turn >= 4;
-                policy->touched(cell);
-                policy->pinned(cell);
+                policy.pinned(cell);
             } else {
                 if (present.size() == slots) {
-                    const uint32_t gone = policy->victim();
+                    const uint32_t gone = policy.victim();
                     ASSERT_NE(gone, NO_CELL);
                     ASSERT_EQ(present.erase(gone), 1U);
                 }
-                policy->inserted(cell);
+                policy.inserted(cell);
                 present.insert(cell);
             }
+            policy.touched(cell);
             leased.push_back(cell);
         }
     }

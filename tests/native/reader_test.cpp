@@ -8,7 +8,7 @@
 
 #include "flash_file.h"
 #include "memory.h"
-#include "read_queue.h"
+#include "read_turns.h"
 
 namespace weightd {
 namespace {
@@ -38,6 +38,35 @@ Read read_of(uint64_t tag, const DirectFile& file, uint64_t offset, std::vector<
     read.offset_bytes = offset;
     read.pieces = std::move(pieces);
     return read;
+}
+
+TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
+    const auto bytes = random_bytes(4096 * 300, 1);
+    write_file(folder.file("f"), bytes);
+    const DirectFile file(folder.file("f"), false);
+    SharedMemory memory("test", bytes.size());
+    const auto reader = make(16);
+    const uint32_t depth = GetParam() == "threads" ? 8 : 16;
+    EXPECT_EQ(reader->queue().depth_limit, depth);
+    EXPECT_EQ(reader->queue().in_flight_max, 0U);
+    std::vector<Read> reads;
+    for (uint64_t i = 0; i < 300; i++) {
+        reads.push_back(read_of(i, file, i * 4096, {{memory.data() + i * 4096, 4096}}));
+    }
+    reader->submit(std::move(reads));
+    std::vector<Completion> completions;
+    while (completions.size() < 300) {
+        const ReadTurns queue = reader->queue();
+        EXPECT_LE(queue.in_flight, depth);
+        const size_t late = GetParam() == "threads" ? depth : 0;  // a thread answers before it is counted out
+        EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size() + late);
+        reader->wait();
+        reader->reap(completions);
+    }
+    for (const Completion& completion : completions) EXPECT_GT(completion.took.count(), 0);
+    EXPECT_EQ(reader->queue().waiting, 0U);
+    EXPECT_GE(reader->queue().in_flight_max, 1U);
+    EXPECT_LE(reader->queue().in_flight_max, depth);
 }
 
 TEST_P(ReaderTest, ReadsMoreThanItsDepthIntoTheirPlaces) {
@@ -146,12 +175,12 @@ TEST(Reader, GoesOnWithoutRegisteredBuffersUnderASmallMemlockLimit) {
 
 TEST(DirectFile, RefusesWhatIsMissing) { EXPECT_THROW(DirectFile("/no/such/file", false), std::system_error); }
 
-TEST(ReadQueueTest, FilesTakeTurnsAndNoneTakesEveryPlace) {
+TEST(ReadTurnsTest, FilesTakeTurnsAndNoneTakesEveryPlace) {
     TestFolder folder;
     write_file(folder.file("f"), random_bytes(4096, 1));
     const DirectFile slow(folder.file("f"), false);
     const DirectFile quick(folder.file("f"), false);
-    ReadQueue queue(2);
+    ReadTurns queue(2);
     for (uint64_t i = 0; i < 4; i++) queue.push(read_of(i, slow, 0, {}));
     EXPECT_EQ(queue.next()->tag, 0U);
     EXPECT_EQ(queue.next()->tag, 1U);

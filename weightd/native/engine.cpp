@@ -6,8 +6,13 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
-    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled) {
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
+    : memory_(dram_bytes),
+      reader_(reader),
+      loader_(reader, verifier, unbundled),
+      warms_(warms),
+      target_bytes_(dram_bytes),
+      floor_bytes_(dram_bytes / 2) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
 }
 
@@ -71,17 +76,19 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
     Place place = state.pool->find(cell);
     if (place) {
         state.counts.hits++;
+        session.hits++;
     } else {
         place = place_for(state, cell);
         if (!place) return false;
         state.counts.misses++;
+        session.misses++;
         state.missing.push_back({cell, place, state.pool->address(place)});
     }
     state.pool->lease(place);
+    state.pool->touched(cell);
     if (place.slot().reading) {
         wait_for(place, session.id, tag);
     } else {
-        state.pool->touched(cell);
         grant(state, session, cell, tag, place);
     }
     return true;
@@ -174,6 +181,8 @@ bool Engine::step() {
         if (!state->stalled.empty()) claim_slots(*state);
         any = submit(*state) || any;
     }
+    for (const auto& state : models_) any = warm(*state) || any;
+    any = shrink_to_target() || any;
     std::sort(answered_.begin(), answered_.end());
     answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
     for (const uint32_t id : answered_) {
@@ -228,6 +237,7 @@ Session& Engine::open(std::unique_ptr<Session> session) {
     if (!session->borrows) state.fetching_slots += session->share_slots;
     Session& opened = *(sessions_[session->id] = std::move(session));
     update_limits();
+    if (!state.warming.begun) start_warming(state);
     return opened;
 }
 

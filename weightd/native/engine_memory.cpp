@@ -19,8 +19,9 @@ uint64_t session_bytes(const ModelSpec& spec) {
     return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
 }
 
-uint64_t checksum_bytes(const ModelSpec& spec) {
-    return (uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons) * sizeof(uint64_t);
+uint64_t opened_bytes(const ModelSpec& spec) {
+    const uint64_t bundles = uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons;
+    return bundles * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
 }
 
 uint64_t activation_bytes(const ModelSpec& spec) {
@@ -45,7 +46,7 @@ std::optional<SharedMemory> new_segment(uint64_t bytes) {
 
 uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
-    return activation_bytes(spec) + checksum_bytes(spec) + slots * spec.cell_bytes;
+    return activation_bytes(spec) + opened_bytes(spec) + slots * spec.cell_bytes;
 }
 
 uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
@@ -56,12 +57,13 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
         if (state->file->size_bytes() >= layer.offset_bytes + uint64_t{layer.cells} * spec.cell_bytes) continue;
         throw std::invalid_argument(spec.bundles_path + ": shorter than the catalog says (import the model again)");
     }
-    if (!memory_.take(Account::tables, checksum_bytes(spec))) {
-        throw NoRoom(spec.name + ": its checksums need " + mebibytes(checksum_bytes(spec)) + " and --dram has " +
-                     mebibytes(memory_.free_bytes()) + " left: raise --dram");
+    if (!memory_.take(Account::tables, opened_bytes(spec))) {
+        throw NoRoom(spec.name + ": its checksums and the record of what is hot need " + mebibytes(opened_bytes(spec)) +
+                     " and --dram has " + mebibytes(memory_.free_bytes()) + " left: raise --dram");
     }
     state->index = static_cast<uint32_t>(models_.size());
     state->spec = std::move(spec);
+    state->hotness.resize(state->spec.cell_count());
     state->file_index = reader_.register_file(*state->file);
     models_.push_back(std::move(state));
     return models_.back()->index;
@@ -128,6 +130,7 @@ bool Engine::activate(uint32_t model, Use use) {
     memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
     update_limits();
     state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
+    state.pool->expect(state.hotness);
     return true;
 }
 
@@ -194,7 +197,7 @@ uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted) const {
 // What is neither guaranteed to a session nor kept for fetches and reads in flight.
 uint64_t Engine::lendable_bytes() const {
     const uint64_t fixed_bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
-    const uint64_t pool_bytes = memory_.limit_bytes() - std::min(memory_.limit_bytes(), fixed_bytes);
+    const uint64_t pool_bytes = target_bytes_ - std::min(target_bytes_, fixed_bytes);
     uint64_t kept_bytes = 0;
     uint32_t models_in_use = 0;
     for (const auto& state : models_) {
@@ -226,6 +229,10 @@ void Engine::update_limits() {
     }
 }
 
+uint64_t Engine::evictions(const ModelState& state) const {
+    return state.counts.evictions + (state.pool ? state.pool->evictions() : 0);
+}
+
 bool Engine::waiting() const {
     return std::any_of(models_.begin(), models_.end(), [](const auto& state) {
         return state->pool != nullptr && (!state->stalled.empty() || state->pool->draining() > 0);
@@ -252,7 +259,7 @@ bool Engine::grow(ModelState& state) {
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
     const uint64_t slots =
-        std::min<uint64_t>(std::min(wanted_bytes, free_bytes(state.index)) / cell_bytes, SEGMENT_SLOTS_MAX);
+        std::min<uint64_t>(std::min(wanted_bytes, growth_bytes(state)) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
@@ -322,6 +329,7 @@ bool Engine::deactivate_idle(uint32_t except, uint32_t looks_min) {
 }
 
 void Engine::deactivate(ModelState& state) {
+    state.pool->write_hotness(state.hotness);
     while (state.pool->start_draining()) retire(state);
     memory_.give(Account::tables, activation_bytes(state.spec) - pages(state.spec.resident_bytes));
     memory_.give(Account::resident, pages(state.spec.resident_bytes));
@@ -329,7 +337,9 @@ void Engine::deactivate(ModelState& state) {
     state.resident = {};
     state.resident_ready = false;
     state.predictors.reset();
+    state.counts.evictions += state.pool->evictions();
     state.pool.reset();
+    state.warming = {};
 }
 
 }  // namespace weightd

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "memory.h"
@@ -55,7 +56,9 @@ class Pool {
     void drop(Place place);    // not leased: the cell leaves the pool, its slot is free
     void lease(Place place);
     void unlease(Place place);
-    void touched(uint32_t cell) { replacement_->touched(cell); }
+    void touched(uint32_t cell) { replacement_.touched(cell); }
+    void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
+    void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
     // Takes a segment out of use, the one with the fewest busy slots; it goes when retire_drained() finds it empty.
@@ -70,6 +73,7 @@ class Pool {
     uint64_t filled() const { return filled_; }
     uint64_t busy() const;
     uint64_t evictions() const { return evictions_; }
+    uint64_t leases() const { return leases_; }
 
     static uint64_t table_bytes(uint32_t cells, uint64_t slots_max);
 
@@ -82,13 +86,14 @@ class Pool {
     uint32_t cell_bytes_;
     std::vector<uint32_t> slot_of_;                   // by cell: position of the segment << 16 | index, or NO_SLOT
     std::vector<std::unique_ptr<Segment>> segments_;  // by position; null where one has gone
-    std::unique_ptr<Replacement> replacement_;
+    Replacement replacement_;
     uint64_t slots_ = 0;   // of segments that do not drain
     uint64_t free_ = 0;    // of those, free
     uint64_t filled_ = 0;  // of all
     uint32_t draining_ = 0;
     uint32_t next_free_ = 0;  // position of the segment that gave the last free slot
     uint64_t evictions_ = 0;
+    uint64_t leases_ = 0;  // of all slots together
 };
 
 }  // namespace weightd

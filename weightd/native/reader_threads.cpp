@@ -2,13 +2,15 @@
 #include <fcntl.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
 
 #include "outbox.h"
-#include "read_queue.h"
+#include "read_turns.h"
 
 namespace weightd {
 namespace {
@@ -30,7 +32,7 @@ int read_whole(Read& read) {
 
 class ThreadReader final : public Reader {
   public:
-    explicit ThreadReader(uint32_t threads) : threads_(threads), queue_(threads) {
+    explicit ThreadReader(uint32_t threads) : threads_(threads), turns_(threads) {
         for (uint32_t i = 0; i < places_for(threads); i++) workers_.emplace_back([this] { work(); });
     }
 
@@ -55,13 +57,18 @@ class ThreadReader final : public Reader {
         size_t idle = 0;
         {
             const std::lock_guard guard(queue_lock_);
-            for (Read& read : reads) queue_.push(std::move(read));
+            for (Read& read : reads) turns_.push(std::move(read));
             idle = idle_;
         }
         for (size_t i = 0; i < count && i < idle; i++) queued_.notify_one();  // the busy ones look again by themselves
     }
 
     void reap(std::vector<Completion>& completions) override { done_.take(completions); }
+
+    ReadQueue queue() const override {
+        const std::lock_guard guard(queue_lock_);
+        return {busy_, busy_max_, static_cast<uint32_t>(workers_.size()), static_cast<uint32_t>(turns_.waiting())};
+    }
 
     void wait() override {
         pollfd event{done_.event_fd(), POLLIN, 0};
@@ -75,25 +82,30 @@ class ThreadReader final : public Reader {
         while (true) {
             std::optional<Read> read;
             idle_++;
-            queued_.wait(guard, [&] { return stopping_ || (read = queue_.next()); });
+            queued_.wait(guard, [&] { return stopping_ || (read = turns_.next()); });
             idle_--;
             if (stopping_) return;
+            busy_max_ = std::max(busy_max_, ++busy_);
             guard.unlock();
-            done_.put({read->tag, read_whole(*read)});
+            read->asked_at = std::chrono::steady_clock::now();
+            const int error = read_whole(*read);
+            done_.put({read->tag, error, std::chrono::steady_clock::now() - read->asked_at});
             guard.lock();
-            queue_.ended(read->file);
-            if (idle_ > 0)
-                queued_.notify_one();  // for what this file's bound kept waiting, if this thread takes another's
+            busy_--;
+            turns_.ended(read->file);
+            if (idle_ > 0) queued_.notify_one();  // what this file's bound kept waiting, if this one takes another's
         }
     }
 
     const uint32_t threads_;
     Outbox<Completion> done_;
     std::vector<std::thread> workers_;
-    std::mutex queue_lock_;  // guards queue_, idle_, stopping_
+    mutable std::mutex queue_lock_;  // guards turns_, idle_, busy_, busy_max_, stopping_
     std::condition_variable queued_;
-    ReadQueue queue_;
+    ReadTurns turns_;
     size_t idle_ = 0;
+    uint32_t busy_ = 0;  // with a read; those about to take one are neither idle nor busy
+    uint32_t busy_max_ = 0;
     bool stopping_ = false;
 };
 

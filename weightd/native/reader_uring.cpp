@@ -5,12 +5,13 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cassert>
 #include <cerrno>
 #include <cstring>
 #include <system_error>
 
-#include "read_queue.h"
+#include "read_turns.h"
 
 namespace weightd {
 namespace {
@@ -24,7 +25,7 @@ inline constexpr uint32_t SUBMISSION_READS_MAX = 8;
 class UringReader final : public Reader {
   public:
     UringReader(uint32_t depth, std::string& note)
-        : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(places_for(depth)), queue_(depth) {
+        : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(places_for(depth)), turns_(depth) {
         start_ring(places_for(depth));
         if (::io_uring_register_eventfd(&ring_, event_.get()) < 0) {
             ::io_uring_queue_exit(&ring_);
@@ -78,7 +79,7 @@ class UringReader final : public Reader {
     }
 
     void submit(std::vector<Read> reads) override {
-        for (Read& read : reads) queue_.push(std::move(read));
+        for (Read& read : reads) turns_.push(std::move(read));
         start_waiting();
     }
 
@@ -89,9 +90,10 @@ class UringReader final : public Reader {
         io_uring_cqe* cqe = nullptr;
         unsigned head = 0;
         unsigned seen = 0;
+        const auto now = std::chrono::steady_clock::now();
         io_uring_for_each_cqe(&ring_, head, cqe) {
             seen++;
-            finish(static_cast<uint32_t>(::io_uring_cqe_get_data64(cqe)), cqe->res, completions);
+            finish(static_cast<uint32_t>(::io_uring_cqe_get_data64(cqe)), cqe->res, now, completions);
         }
         ::io_uring_cq_advance(&ring_, seen);
         start_waiting();
@@ -101,6 +103,11 @@ class UringReader final : public Reader {
         io_uring_cqe* cqe = nullptr;
         while (::io_uring_wait_cqe(&ring_, &cqe) == -EINTR) {
         }
+    }
+
+    ReadQueue queue() const override {
+        return {static_cast<uint32_t>(in_flight()), in_flight_max_, static_cast<uint32_t>(flights_.size()),
+                static_cast<uint32_t>(turns_.waiting())};
     }
 
     // Not the ring's own descriptor: epoll on a ring with deferred completions missed wake-ups (Linux 6.18).
@@ -152,15 +159,18 @@ class UringReader final : public Reader {
     void start_waiting() {
         enable_once();
         uint32_t prepared = 0;
+        const auto now = std::chrono::steady_clock::now();
         while (!free_flights_.empty()) {
-            std::optional<Read> next = queue_.next();
+            std::optional<Read> next = turns_.next();
             if (!next) break;
             const uint32_t flight = free_flights_.back();
             free_flights_.pop_back();
             flights_[flight] = std::move(*next);
+            if (flights_[flight].asked_at == decltype(now){}) flights_[flight].asked_at = now;
             prepare(flight);
             if (++prepared % SUBMISSION_READS_MAX == 0) submit_all();
         }
+        in_flight_max_ = std::max(in_flight_max_, static_cast<uint32_t>(in_flight()));
         if (prepared % SUBMISSION_READS_MAX != 0) submit_all();
     }
 
@@ -193,9 +203,10 @@ class UringReader final : public Reader {
         ::io_uring_sqe_set_data64(sqe, flight);
     }
 
-    void finish(uint32_t flight, int result, std::vector<Completion>& completions) {
+    void finish(uint32_t flight, int result, std::chrono::steady_clock::time_point now,
+                std::vector<Completion>& completions) {
         Read& read = flights_[flight];
-        queue_.ended(read.file);
+        turns_.ended(read.file);
         free_flights_.push_back(flight);
         bool again = result == -EINTR || result == -EAGAIN;
         int error = result < 0 ? -result : EIO;  // nothing at all: the file ends early
@@ -204,9 +215,9 @@ class UringReader final : public Reader {
             again = left == Read::Left::more;
             error = left == Read::Left::stuck ? EIO : 0;
         }
-        if (again) return queue_.push_first(std::move(read));
+        if (again) return turns_.push_first(std::move(read));
         if (read.file->buffered() && result > 0) ::posix_fadvise(read.file->fd(), 0, 0, POSIX_FADV_DONTNEED);
-        completions.push_back({read.tag, error});
+        completions.push_back({read.tag, error, now - read.asked_at});
     }
 
     Descriptor event_;
@@ -218,7 +229,8 @@ class UringReader final : public Reader {
     std::vector<uint32_t> free_buffers_;
     std::vector<Read> flights_;  // by user_data
     std::vector<uint32_t> free_flights_;
-    ReadQueue queue_;
+    ReadTurns turns_;
+    uint32_t in_flight_max_ = 0;
 };
 
 }  // namespace

@@ -42,6 +42,10 @@ def calibration_key(model: str) -> bytes:
     return f"calibration/{model}".encode()
 
 
+def hotness_key(model: str) -> bytes:
+    return f"hotness/{model}".encode()
+
+
 def array_key(kind: str, model: str, layer: int) -> bytes:
     return f"{kind}/{model}/{layer:05d}".encode()
 
@@ -151,6 +155,15 @@ class Catalog:
         with self._transaction(write=True) as records:
             records.put(calibration_key(model), calibration.SerializeToString())
 
+    def hotness(self, model: str) -> bytes | None:
+        with self._transaction() as records:
+            return records.get(hotness_key(model))
+
+    def set_hotness(self, model: str, hotness: bytes) -> None:
+        """In the place of what there was."""
+        with self._transaction(write=True) as records:
+            records.put(hotness_key(model), hotness)
+
     def array(self, kind: str, model: str, layer: int) -> bytes | None:
         with self._transaction() as records:
             return records.get(array_key(kind, model, layer))
@@ -169,6 +182,7 @@ class Catalog:
             assert record is not None, "looked up under the store's lock"
             records.delete(MODEL_PREFIX + name.encode())
             records.delete(calibration_key(name))
+            records.delete(hotness_key(name))
             for kind in kinds:
                 for index in range(len(_parsed(record).layers)):
                     records.delete(array_key(kind, name, index))
