@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from file_targets import TARGETS
-from grpc_target import grpc_messages
+from file_targets import TARGETS, stop
+from grpc_target import grpc_messages, served
 
 FUZZ = Path(__file__).parent / "fuzz"
 
 PYTHON = TARGETS | {"grpc_messages": grpc_messages}
 INPUTS = [path for name in PYTHON for path in sorted((FUZZ / "corpus" / name).iterdir())]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ended() -> Iterator[None]:
+    yield
+    stop()
+    served().stop()
+    served.cache_clear()
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: f"{path.parent.name}/{path.name}")

@@ -74,6 +74,13 @@ def _served() -> tuple[Store, Engine]:
     return Store.open(folder() / "store", readonly=True), engine
 
 
+def stop() -> None:
+    """Ends what the targets keep running."""
+    if _served.cache_info().currsize:
+        _served()[1].close()
+        _served.cache_clear()
+
+
 def catalog_record(data: bytes) -> None:
     """The record of a model as a store of format 1 may hold it: with nothing that vouches for it."""
     store, engine = _served()

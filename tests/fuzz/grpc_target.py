@@ -54,15 +54,26 @@ class Served:
         logging.disable(logging.CRITICAL)
         self.model: TinyModel = write_model(folder / "store")
         address = f"unix:{folder / 'socket'}"
-        ready = threading.Event()
         arguments = ["--store", str(folder / "store"), "--listen", address, "--io-engine", "threads"]
-        threading.Thread(target=lambda: asyncio.run(_serve(arguments, folder, ready)), daemon=True).start()
+        self._loop = asyncio.new_event_loop()
+        self._told = asyncio.Event()
+        ready = threading.Event()
+        serving = _serve(arguments, folder, ready, self._told)
+        self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serving,), daemon=True)
+        self._thread.start()
         assert ready.wait(60)
         self.channel = grpc.insecure_channel(address)
         self.stub = weightd_pb2_grpc.WeightdStub(self.channel)  # type: ignore[no-untyped-call]
 
+    def stop(self) -> None:
+        self.channel.close()
+        self._loop.call_soon_threadsafe(self._told.set)
+        self._thread.join()
+        self._loop.close()
+        logging.disable(logging.NOTSET)
 
-async def _serve(arguments: list[str], folder: Path, ready: threading.Event) -> None:
+
+async def _serve(arguments: list[str], folder: Path, ready: threading.Event, told: asyncio.Event) -> None:
     config = load_config(arguments)
     store = Store.open(config.store)
     data_socket = str(folder / "data")
@@ -74,7 +85,9 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event) -> 
     server = serve._frontend(config, service, None).server
     await server.start()
     ready.set()
-    await server.wait_for_termination()
+    await told.wait()
+    await server.stop(0)
+    service.close()
 
 
 @cache
