@@ -3,7 +3,7 @@
 // A session is one SOCK_SEQPACKET connection, one ring (a sealed memfd) and one doorbell (an eventfd).
 //   1. The client connects, sends Hello with the token that OpenSession returned, and receives Welcome with three or
 //      four descriptors: ring (read-write), doorbell, resident weights and, where there are any, predictors
-//      (read-only).
+//      (read-only). It sends nothing more: a session whose client does is closed.
 //   2. Pool segments follow as SegmentNews with one descriptor each, before the first grant that names them. A
 //      segment that the daemon takes back is announced by SegmentNews with slot_count 0; nothing in it is leased then.
 //   3. The client writes requests and, when `daemon_sleeps` is set, rings the doorbell. The daemon answers every cell

@@ -1,7 +1,8 @@
-"""Runs an import, or a removal, that is killed at a named point of its writing.
+"""Runs an import, a removal or a publishing that is killed at a named point of its writing.
 
     python dying_process.py POINT import STORE SRC NAME
     python dying_process.py POINT rm STORE NAME
+    python dying_process.py POINT publish STORE NAME          (a calibration, stored_calibration.py's of seed 2)
 
 A point is "before|after CALL FILE", matched as a shell pattern against the system calls that the real code makes, or
 "put KEY": between two puts of the catalog's transaction, or "fdatasync" or "write of the meta page": inside LMDB's
@@ -83,6 +84,16 @@ def watch_catalog(point: str) -> None:
     catalog.array_key, catalog._open = key, opened
 
 
+def publish(path: Path, name: str) -> int:
+    from stored_calibration import offline
+
+    from weightd.store import Store
+
+    with Store.open(path) as store:
+        offline(path, store.model(name), seed=2)
+    return 0
+
+
 def main() -> None:
     point, action, store_path, *arguments = sys.argv[1:]
     from weightd.cli import main as weightd
@@ -92,8 +103,10 @@ def main() -> None:
     watch_catalog(point)
     if action == "import":
         status = weightd(["import", arguments[0], "--store", store_path, "--name", arguments[1]])
-    else:
+    elif action == "rm":
         status = weightd(["rm", arguments[0], "--store", store_path])
+    else:
+        status = publish(Path(store_path), arguments[0])
     sys.exit(f"reached the end with status {status}, not {point!r}")
 
 

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from byte_flips import flip_bit
 from checkpoints import (
     DTYPES,
     FAMILIES,
@@ -218,33 +219,25 @@ def imported(tmp_path: Path, store: Store) -> Store:
     return store
 
 
-def flip(path: Path, offset_bytes: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset_bytes)
-        byte = file.read(1)[0]
-        file.seek(offset_bytes)
-        file.write(bytes([byte ^ 0x10]))
-
-
 @pytest.mark.parametrize(("layer", "neuron"), [(0, 0), (1, 175), (1, 9)])
 def test_flipped_bit_names_the_neuron(imported: Store, layer: int, neuron: int) -> None:
     model = imported.model("tiny")
     cell, place = divmod(neuron, model.bundle.bundles_per_cell)
     offset_bytes = model.layers[layer].offset_bytes + cell * model.bundle.cell_bytes + place * model.bundle.stride_bytes
-    flip(imported.bundles_path("tiny"), offset_bytes + 7)
+    flip_bit(imported.bundles_path("tiny"), offset_bytes + 7)
     with pytest.raises(CorruptionError, match=f"model tiny, layer {layer}, neuron {neuron}:"):
         verify_model(imported, "tiny")
 
 
 def test_flipped_bit_names_the_tensor(imported: Store) -> None:
     tensor = imported.model("tiny").resident[5]
-    flip(imported.resident_path("tiny"), tensor.offset_bytes + tensor.size_bytes - 1)
+    flip_bit(imported.resident_path("tiny"), tensor.offset_bytes + tensor.size_bytes - 1)
     with pytest.raises(CorruptionError, match=f"model tiny, tensor {tensor.name}:"):
         verify_model(imported, "tiny")
 
 
 def test_changed_file_and_missing_bundles_are_named(imported: Store) -> None:
-    flip(imported.files_path("tiny") / "config.json", 3)
+    flip_bit(imported.files_path("tiny") / "config.json", 3)
     with pytest.raises(CorruptionError, match=r"model tiny, file hf/config\.json:"):
         verify_model(imported, "tiny")
     imported.bundles_path("tiny").unlink()

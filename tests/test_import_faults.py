@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import make_checkpoint
+from small_disk import fill, small_disk
 
 from weightd.cli import main
 from weightd.store import Store
@@ -145,40 +146,23 @@ def test_file_size_limit_ends_the_import_with_one_line(store: Path, checkpoint: 
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An ext4 file system of 150 MB in a file."""
-    image, mount = tmp_path / "disk.img", tmp_path / "disk"
-    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
-        pytest.skip("needs root and mkfs.ext4")
-    image.touch()
-    os.truncate(image, 150_000_000)
-    mount.mkdir()
-    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
-    if subprocess.run(["mount", "-o", "loop", image, mount], check=False).returncode != 0:
-        pytest.skip("needs loop devices")
-    try:
-        yield mount
-    finally:
-        subprocess.run(["umount", mount], check=True)
-
-
-def fill(disk: Path, size_bytes: int) -> None:
-    with (disk / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size_bytes)
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, 150_000_000) as mounted:
+        yield mounted
 
 
 def test_full_disk_is_refused_with_the_numbers(
-    small_disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+    disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["import", str(checkpoint), "--store", str(small_disk), "--name", "first"]) == 0
-    fill(small_disk, 90_000_000)
+    assert main(["import", str(checkpoint), "--store", str(disk), "--name", "first"]) == 0
+    fill(disk, 90_000_000)
     capsys.readouterr()
-    assert main(["import", str(checkpoint), "--store", str(small_disk), "--name", "second"]) == 1
+    assert main(["import", str(checkpoint), "--store", str(disk), "--name", "second"]) == 1
     error = capsys.readouterr().err
     assert "weightd: second needs 64" in error
     assert "MiB are free" in error
-    (small_disk / "ballast").unlink()
-    assert_whole_on_disk(small_disk, ["first"])
+    (disk / "ballast").unlink()
+    assert_whole_on_disk(disk, ["first"])
 
 
 def assert_whole_on_disk(path: Path, names: list[str]) -> None:
@@ -189,17 +173,17 @@ def assert_whole_on_disk(path: Path, names: list[str]) -> None:
 
 
 def test_disk_that_fills_up_meanwhile_ends_the_import(
-    small_disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The check of free space passed, then others took it."""
-    Store.open(small_disk, create=True).close()
-    free_bytes = shutil.disk_usage(small_disk).free
-    fill(small_disk, free_bytes - 200_000)
+    Store.open(disk, create=True).close()
+    free_bytes = shutil.disk_usage(disk).free
+    fill(disk, free_bytes - 200_000)
     monkeypatch.setattr("weightd.convert._check_space", lambda _record, _path: None)
-    assert main(["import", str(checkpoint), "--store", str(small_disk)]) == 1
+    assert main(["import", str(checkpoint), "--store", str(disk)]) == 1
     assert "no space in" in capsys.readouterr().err
-    (small_disk / "ballast").unlink()
-    assert_whole_on_disk(small_disk, [])
+    (disk / "ballast").unlink()
+    assert_whole_on_disk(disk, [])
 
 
 # Bad checkpoints

@@ -14,13 +14,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
+from byte_flips import flip_bit
 from daemon import Daemon, serving
+from stored_calibration import contents, offline, record_of
 from tiny_store import TinyModel, write_model
 
-from weightd import _native, cli
-from weightd.calibration import FILE_NAMES, CalibrationStaging, remove_old
+from weightd import cli
+from weightd.calibration import FILE_NAMES, remove_old
 from weightd.errors import CorruptionError, SpaceError
 from weightd.served_models import demand_of
 from weightd.store import Store
@@ -33,24 +34,6 @@ RING_MAGIC, RING_VERSION = 0x676E6972, 2
 WELCOME = struct.Struct("<IIQQII")
 
 
-def contents(seed: int) -> dict[str, bytes]:
-    random = np.random.default_rng(seed)
-    return {
-        "predictors.safetensors": random.bytes(250_001),
-        "statistics.safetensors": random.bytes(4096),
-        "report.json": json.dumps({"seed": seed}).encode(),
-    }
-
-
-def checksum(data: bytes) -> int:
-    return int(_native.checksum(np.frombuffer(data, np.uint8)))
-
-
-def record_of(model: TinyModel, contents: dict[str, bytes], **changes: Any) -> pb.Calibration:
-    records = [pb.File(name=name, size_bytes=len(data), checksum=checksum(data)) for name, data in contents.items()]
-    return pb.Calibration(**({"import_id": model.record.import_id, "mode": "predict", "files": records} | changes))
-
-
 def parts(name: str, record: pb.Calibration, data: bytes) -> Iterator[pb.PublishCalibrationRequest]:
     header = pb.PublishCalibrationHeader(model=name, calibration=record)
     yield pb.PublishCalibrationRequest(header=header)
@@ -60,7 +43,7 @@ def parts(name: str, record: pb.Calibration, data: bytes) -> Iterator[pb.Publish
 
 def publish(daemon: Daemon, model: TinyModel, seed: int) -> pb.Calibration:
     files = contents(seed)
-    answer = daemon.stub.PublishCalibration(parts("tiny", record_of(model, files), b"".join(files.values())))
+    answer = daemon.stub.PublishCalibration(parts("tiny", record_of(model.record, files), b"".join(files.values())))
     assert isinstance(answer, pb.Calibration)
     return answer
 
@@ -225,7 +208,7 @@ def test_what_is_refused_leaves_nothing(
 ) -> None:
     publish(daemon, model, 1)
     before = stored_files(store)
-    code, details = refused(daemon, parts("tiny", record_of(model, GOOD, **changes), data))
+    code, details = refused(daemon, parts("tiny", record_of(model.record, GOOD, **changes), data))
     assert code is status, details
     assert words in details
     assert stored_files(store) == before
@@ -234,7 +217,7 @@ def test_what_is_refused_leaves_nothing(
 
 
 def test_parts_out_of_order_are_refused(daemon: Daemon, model: TinyModel) -> None:
-    record = record_of(model, GOOD)
+    record = record_of(model.record, GOOD)
     header = next(parts("tiny", record, b""))
     data = pb.PublishCalibrationRequest(data=b"abc")
     large = pb.PublishCalibrationRequest(data=bytes((1 << 20) + 1))
@@ -252,7 +235,7 @@ def test_parts_out_of_order_are_refused(daemon: Daemon, model: TinyModel) -> Non
 
 def test_a_client_that_goes_away_leaves_nothing(daemon: Daemon, model: TinyModel, store: Path) -> None:
     def first_half() -> Iterator[pb.PublishCalibrationRequest]:
-        yield from parts("tiny", record_of(model, GOOD), GOOD_DATA[: len(GOOD_DATA) // 2])
+        yield from parts("tiny", record_of(model.record, GOOD), GOOD_DATA[: len(GOOD_DATA) // 2])
         while not [path for path in store.iterdir() if path.name.startswith(".import")]:
             pass
         call.cancel()
@@ -270,7 +253,7 @@ def test_tcp_peers_may_not_publish(store: Path, model: TinyModel) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with serving(store, "--dram", "64MiB", address=f"127.0.0.1:{port}") as daemon:
-        code, details = refused(daemon, parts("tiny", record_of(model, GOOD), GOOD_DATA))
+        code, details = refused(daemon, parts("tiny", record_of(model.record, GOOD), GOOD_DATA))
         assert code is grpc.StatusCode.PERMISSION_DENIED
         assert "Unix socket" in details
 
@@ -278,7 +261,7 @@ def test_tcp_peers_may_not_publish(store: Path, model: TinyModel) -> None:
 def test_predictors_that_do_not_fit_into_dram_are_refused_with_the_numbers(store: Path, model: TinyModel) -> None:
     smallest_bytes = demand_of(model.record).minimum_bytes
     with serving(store, "--dram", str(smallest_bytes + 100_000)) as daemon:
-        code, details = refused(daemon, parts("tiny", record_of(model, GOOD), GOOD_DATA))
+        code, details = refused(daemon, parts("tiny", record_of(model.record, GOOD), GOOD_DATA))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "--dram" in details
         assert any(character.isdigit() for character in details)
@@ -290,24 +273,9 @@ def test_what_was_never_calibrated_says_how(daemon: Daemon) -> None:
         fetch(daemon, "report.json")
 
 
-def offline(store: Path, model: TinyModel, seed: int = 1) -> pb.Calibration:
-    files = contents(seed)
-    with Store.open(store) as opened, CalibrationStaging(opened, model.record, record_of(model, files)) as staging:
-        staging.write(b"".join(files.values()))
-        return staging.publish()
-
-
-def flip_byte(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)[0]
-        file.seek(offset)
-        file.write(bytes([byte ^ 1]))
-
-
 def test_corrupt_predictors_are_data_loss(store: Path, model: TinyModel) -> None:
-    offline(store, model)
-    flip_byte(store / "tiny/calibration/1/predictors.safetensors", 4711)
+    offline(store, model.record)
+    flip_bit(store / "tiny/calibration/1/predictors.safetensors", 4711)
     with Store.open(store) as opened, pytest.raises(CorruptionError, match=r"tiny.*predictors\.safetensors"):
         verify_model(opened, "tiny")
     with serving(store, "--dram", "64MiB") as daemon:
@@ -320,7 +288,7 @@ def test_corrupt_predictors_are_data_loss(store: Path, model: TinyModel) -> None
 def test_verify_counts_the_files_and_finds_a_missing_one(store: Path, model: TinyModel) -> None:
     with Store.open(store) as opened:
         files = verify_model(opened, "tiny").files
-        offline(store, model)
+        offline(store, model.record)
         assert verify_model(opened, "tiny").files == files + 3
         (store / "tiny/calibration/1/statistics.safetensors").unlink()
         with pytest.raises(CorruptionError, match=r"statistics\.safetensors is missing"):
@@ -330,8 +298,8 @@ def test_verify_counts_the_files_and_finds_a_missing_one(store: Path, model: Tin
 def test_ls_shows_it_and_rm_removes_it(store: Path, model: TinyModel, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["ls", "--store", str(store)]) == 0
     assert "not calibrated" in capsys.readouterr().out
-    offline(store, model)
-    offline(store, model, 2)
+    offline(store, model.record)
+    offline(store, model.record, 2)
     assert cli.main(["ls", "--store", str(store)]) == 0
     assert "calibrated 2, mode predict" in capsys.readouterr().out
     assert cli.main(["ls", "--json", "--store", str(store)]) == 0
@@ -344,11 +312,11 @@ def test_ls_shows_it_and_rm_removes_it(store: Path, model: TinyModel, capsys: py
 
 
 def test_what_a_killed_publishing_left_behind_goes(store: Path, model: TinyModel) -> None:
-    offline(store, model)
+    offline(store, model.record)
     orphan = store / "tiny/calibration/2"
     orphan.mkdir()
     (orphan / "report.json").write_text("half of one")
-    assert offline(store, model, 2).version == 2
+    assert offline(store, model.record, 2).version == 2
     assert (orphan / "report.json").read_bytes() == contents(2)["report.json"]
     with Store.open(store) as opened:
         remove_old(opened, opened.model("tiny"))
@@ -358,5 +326,5 @@ def test_what_a_killed_publishing_left_behind_goes(store: Path, model: TinyModel
 def test_a_full_device_is_said_with_the_numbers(store: Path, model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(SpaceError, match="1000"):
-        offline(store, model)
+        offline(store, model.record)
     assert not (store / "tiny/calibration").exists()

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from byte_flips import flip_bit
 from daemon import Daemon, serving
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -171,9 +172,7 @@ def test_the_interpreter_is_small_and_without_torch(daemon: Daemon) -> None:
 def test_corruption_names_model_layer_and_neuron(tmp_path: Path) -> None:
     store = tmp_path / "store"
     model = write_model(store)
-    with (store / "tiny" / "bundles.bin").open("r+b") as file:
-        file.seek(model.record.layers[1].offset_bytes + 128 * 5)
-        file.write(b"\xff\x00\xff\x00")
+    flip_bit(store / "tiny" / "bundles.bin", model.record.layers[1].offset_bytes + 128 * 5)
     with serving(store, "--dram", "64MiB") as daemon:
         status, details = status_of(daemon, "tiny", bundles=pb.NeuronSet(layer=1, neurons=[5]))
         assert status is grpc.StatusCode.DATA_LOSS
@@ -186,9 +185,7 @@ def test_corruption_names_model_layer_and_neuron(tmp_path: Path) -> None:
 def test_corrupt_resident_weights_are_data_loss(tmp_path: Path) -> None:
     store = tmp_path / "store"
     write_model(store)
-    with (store / "tiny" / "resident.safetensors").open("r+b") as file:
-        file.seek(4711)
-        file.write(b"\xff\x00\xff\x00")
+    flip_bit(store / "tiny" / "resident.safetensors", 4711)
     with serving(store, "--dram", "64MiB") as daemon, pytest.raises(grpc.RpcError) as caught:
         daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny"))
     assert caught.value.code() is grpc.StatusCode.DATA_LOSS

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from byte_flips import flip_bit
 from daemon import Daemon, serving
 from numpy.typing import NDArray
 from tiny_store import TinyModel, write_model
@@ -123,10 +124,7 @@ def test_leases_beyond_the_limit_are_refused_and_can_be_had_later(model: TinyMod
 
 
 def test_a_corrupt_cell_is_named(model: TinyModel, tmp_path: Path) -> None:
-    path = tmp_path / "store" / "tiny" / BUNDLES_FILE
-    with path.open("r+b") as file:
-        file.seek(9 * 4096)
-        file.write(b"\xff\x00\xff\x00")
+    flip_bit(tmp_path / "store" / "tiny" / BUNDLES_FILE, 9 * 4096)
     with opened(tmp_path) as (source, _):
         source.exchange(0, cells(8, 9, 10), NONE)
         with pytest.raises(CorruptionError, match="layer 0, neuron at position 9 differs"):

@@ -99,9 +99,9 @@ def test_catalog_of_another_program_is_refused(store: Store) -> None:
 
 def test_newer_format_is_refused_and_untouched(store: Store) -> None:
     add_model(store)
-    _put(store, b"meta", json.dumps({"magic": "weightd-store", "format_version": 2}).encode())
+    _put(store, b"meta", json.dumps({"magic": "weightd-store", "format_version": 3}).encode())
     before = store.catalog.path.read_bytes()
-    with pytest.raises(StoreError, match=r"store of format 2, this weightd knows up to 1: upgrade"):
+    with pytest.raises(StoreError, match=r"store of format 3, this weightd knows up to 2: upgrade"):
         Store.open(store.path, create=True)
     assert store.catalog.path.read_bytes() == before
 

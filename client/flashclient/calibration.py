@@ -245,7 +245,7 @@ def _read_header(data: NDArray[np.uint8], model: str) -> tuple[dict[str, Any], i
         raise _refusal(model, f"its {len(data)} bytes are not a whole safetensors file")
     try:
         header = json.loads(data[8 : 8 + size_bytes].tobytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refusal(model, "its header is not JSON") from error
     if not isinstance(header, dict):
         raise _refusal(model, "its header is not a JSON object")

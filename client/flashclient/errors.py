@@ -10,7 +10,7 @@ FlashClientError              one line for the user: lower case, the value, what
 ├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
 ├── ShareError                the daemon's pool has no room for another session
 ├── BusyError                 the daemon has too many calls at once; try again
-├── CorruptionError           bytes on flash differ from their checksum; names model, layer and neuron
+├── CorruptionError           flash gives wrong bytes or none; names model, layer and neuron
 ├── RefusedError              the daemon refused a request for another reason; says it
 └── ForkedError               a client made before fork() was used in the child
 """
@@ -63,7 +63,7 @@ class BusyError(FlashClientError):
 
 
 class CorruptionError(FlashClientError):
-    """Bytes on flash differ from their checksum."""
+    """Bytes on flash differ from their checksum, or cannot be read."""
 
 
 class RefusedError(FlashClientError):

@@ -9,13 +9,14 @@ namespace flashclient {
 
 void raise_refusal(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell) {
     const std::string where = "layer " + std::to_string(layer);
+    const uint32_t first = grant.cell * bundles_per_cell;
     switch (Session::status(grant)) {
         case ring::UNREADABLE:
-            throw std::system_error(static_cast<int>(grant.slot), std::generic_category(),
-                                    "weightd could not read " + where + ", cell " + std::to_string(grant.cell));
+            throw CorruptBundle(where + ", neuron at position " + std::to_string(first) +
+                                " cannot be read: " + std::generic_category().message(static_cast<int>(grant.slot)) +
+                                "; look after the device, or import the model again");
         case ring::CORRUPT:
-            throw CorruptBundle(where + ", neuron at position " +
-                                std::to_string(grant.cell * bundles_per_cell + grant.slot) +
+            throw CorruptBundle(where + ", neuron at position " + std::to_string(first + grant.slot) +
                                 " differs from its checksum: import the model again");
         default:
             throw LeaseRefused(where + ", cell " + std::to_string(grant.cell) + " is beyond the session's lease limit");

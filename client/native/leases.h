@@ -10,7 +10,7 @@
 
 namespace flashclient {
 
-struct CorruptBundle : std::runtime_error {  // names layer and position
+struct CorruptBundle : std::runtime_error {  // or one that flash does not give; names layer and position
     using std::runtime_error::runtime_error;
 };
 
@@ -18,7 +18,7 @@ struct LeaseRefused : std::runtime_error {  // the limit has sunk: let go of wha
     using std::runtime_error::runtime_error;
 };
 
-// Throws what weightd's refusal of a cell stands for: CorruptBundle, LeaseRefused or std::system_error.
+// Throws what weightd's refusal of a cell stands for: CorruptBundle or LeaseRefused.
 [[noreturn]] void raise_refusal(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell);
 
 class Leases {
@@ -32,7 +32,7 @@ class Leases {
     // Gives back `release` and asks for `acquire`, in one message if it holds them. Neither blocks nor waits.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release);
     // Waits until more of the cells asked for have arrived, and says how many are still to come. Throws SessionLost,
-    // and for a cell that cannot be had CorruptBundle, LeaseRefused or std::system_error.
+    // and for a cell that cannot be had CorruptBundle or LeaseRefused.
     uint32_t arrived();
     void release_all();
     uint32_t cells_held() const { return held_; }

@@ -8,6 +8,7 @@
 
 #include "flash_file.h"
 #include "memory.h"
+#include "read_turns.h"
 
 namespace weightd {
 namespace {
@@ -55,7 +56,7 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     reader->submit(std::move(reads));
     std::vector<Completion> completions;
     while (completions.size() < 300) {
-        const ReadQueue queue = reader->queue();
+        const ReadTurns queue = reader->queue();
         EXPECT_LE(queue.in_flight, depth);
         const size_t late = GetParam() == "threads" ? depth : 0;  // a thread answers before it is counted out
         EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size() + late);
@@ -173,6 +174,39 @@ TEST(Reader, GoesOnWithoutRegisteredBuffersUnderASmallMemlockLimit) {
 }
 
 TEST(DirectFile, RefusesWhatIsMissing) { EXPECT_THROW(DirectFile("/no/such/file", false), std::system_error); }
+
+TEST(ReadTurnsTest, FilesTakeTurnsAndNoneTakesEveryPlace) {
+    TestFolder folder;
+    write_file(folder.file("f"), random_bytes(4096, 1));
+    const DirectFile slow(folder.file("f"), false);
+    const DirectFile quick(folder.file("f"), false);
+    ReadTurns queue(2);
+    for (uint64_t i = 0; i < 4; i++) queue.push(read_of(i, slow, 0, {}));
+    EXPECT_EQ(queue.next()->tag, 0U);
+    EXPECT_EQ(queue.next()->tag, 1U);
+    EXPECT_FALSE(queue.next()) << "a third of the same file";
+    queue.push(read_of(10, quick, 0, {}));
+    EXPECT_EQ(queue.next()->tag, 10U);
+    queue.ended(&slow);
+    queue.push_first(read_of(1, slow, 0, {}));
+    EXPECT_EQ(queue.next()->tag, 1U) << "what has begun goes on first";
+    queue.ended(&quick);
+    EXPECT_FALSE(queue.next());
+    static_assert(places_for(8) == 9 && places_for(1) == 2);
+}
+
+TEST(ReadTest, GoesOnBehindTheLastWholeBlock) {
+    TestFolder folder;
+    write_file(folder.file("f"), random_bytes(10'000, 1));
+    const DirectFile file(folder.file("f"), false);
+    std::vector<std::byte> memory(12'288);
+    Read read = read_of(0, file, 0, {{memory.data(), memory.size()}});
+    EXPECT_EQ(read.advance(100), Read::Left::stuck);
+    EXPECT_EQ(read.advance(5000), Read::Left::more);
+    EXPECT_EQ(read.offset_bytes, 4096U);
+    EXPECT_EQ(read.pieces[0].iov_base, memory.data() + 4096);
+    EXPECT_EQ(read.advance(10'000 - 4096), Read::Left::nothing);
+}
 
 }  // namespace
 }  // namespace weightd

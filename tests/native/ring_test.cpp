@@ -405,6 +405,17 @@ TEST_F(RingTest, GivesClientsNoWayToWriteToWeights) {
     EXPECT_LT(::ftruncate(stranger.fds[0], 0), 0) << "a ring cut short would crash the daemon";
 }
 
+// A message that nobody reads could carry the connection itself, and so hold it open after the client has closed it.
+TEST_F(RingTest, ClosesASessionThatSpeaksAfterItsHello) {
+    FlashModel model(1, 301);
+    const auto service = serve(model, 30);
+    {
+        const Stranger stranger(socket_path(), service->open_session(0, 2).token);
+        EXPECT_TRUE(weightd::send_with_descriptors(stranger.socket, "x", 1, std::array{stranger.socket}));
+    }
+    wait_until([&] { return service->report().sessions == 0; });
+}
+
 TEST_F(RingTest, IsNotBlockedByADoorbellWithoutONonblock) {
     FlashModel model(1, 301);
     const auto service = serve(model, 30);

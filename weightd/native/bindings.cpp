@@ -53,6 +53,7 @@ void translate(const std::exception_ptr& pointer, void*) {
         nb::object raised = nb::borrow(corrupt_bundle)(error.what());
         raised.attr("layer") = error.layer;
         raised.attr("position") = error.position;
+        raised.attr("error") = error.error;
         PyErr_SetObject(corrupt_bundle, raised.ptr());
     }
 }
@@ -224,7 +225,6 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     spec.resident_bytes = resident_bytes;
     spec.cell_bytes = cell_bytes;
     spec.layers.push_back({0, neurons, cells, 0, 0});
-    spec.checksums.resize(neurons);
     return weightd::Engine::minimum_dram_bytes(spec);
 }
 
@@ -257,6 +257,7 @@ void bind_errors(nb::module_& m) {
     nb::object bundle = nb::exception<weightd::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
     bundle.attr("layer") = 0;
     bundle.attr("position") = 0;
+    bundle.attr("error") = 0;
     corrupt_bundle = bundle.ptr();
     nb::exception<weightd::CorruptResident>(m, "CorruptResident", PyExc_RuntimeError);
     nb::exception<weightd::Stopping>(m, "Stopping", PyExc_RuntimeError);

@@ -20,7 +20,8 @@ uint64_t session_bytes(const ModelSpec& spec) {
 }
 
 uint64_t opened_bytes(const ModelSpec& spec) {
-    return spec.checksums.size() * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
+    const uint64_t bundles = uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons;
+    return bundles * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
 }
 
 uint64_t activation_bytes(const ModelSpec& spec) {
@@ -52,8 +53,8 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
     spec.require_sound();
     auto state = std::make_unique<ModelState>();
     state->file = std::make_unique<DirectFile>(spec.bundles_path, allow_buffered);
-    const LayerSpec& last = spec.layers.back();
-    if (state->file->size_bytes() < last.offset_bytes + uint64_t{last.cells} * spec.cell_bytes) {
+    for (const LayerSpec& layer : spec.layers) {
+        if (state->file->size_bytes() >= layer.offset_bytes + uint64_t{layer.cells} * spec.cell_bytes) continue;
         throw std::invalid_argument(spec.bundles_path + ": shorter than the catalog says (import the model again)");
     }
     if (!memory_.take(Account::tables, opened_bytes(spec))) {

@@ -61,7 +61,7 @@ class FetchSession final : public Session {
 
 void require_good(const ModelSpec& spec, uint32_t layer, uint32_t cell, const FetchSession::Answer& answer) {
     if (answer.status == ring::UNREADABLE) {
-        throw std::system_error(static_cast<int>(answer.detail), std::generic_category(), spec.bundles_path);
+        throw CorruptBundle(spec.name, layer, cell * spec.bundles_per_cell, static_cast<int>(answer.detail));
     }
     if (answer.status == ring::CORRUPT) {
         throw CorruptBundle(spec.name, layer, cell * spec.bundles_per_cell + answer.detail);
@@ -70,11 +70,14 @@ void require_good(const ModelSpec& spec, uint32_t layer, uint32_t cell, const Fe
 
 }  // namespace
 
-CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t position)
-    : std::runtime_error("model " + model + ", layer " + std::to_string(layer) + ", position " +
-                         std::to_string(position) + ": the bundle differs from its checksum"),
+CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t position, int error)
+    : std::runtime_error(
+          "model " + model + ", layer " + std::to_string(layer) + ", position " + std::to_string(position) +
+          ": the bundle " +
+          (error == 0 ? "differs from its checksum" : "cannot be read: " + std::generic_category().message(error))),
       layer(layer),
-      position(position) {}
+      position(position),
+      error(error) {}
 
 void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
     ensure_active(model, Use::cells);

@@ -41,11 +41,17 @@ void ModelSpec::require_sound() const {
         require(layer.cells == (uint64_t{layer.neurons} + bundles_per_cell - 1) / bundles_per_cell, "wrong cell count");
         require(layer.first_cell == cells && layer.first_checksum == bundles, "layers out of order");
         require(layer.offset_bytes % 4096 == 0, "a layer is not block aligned");
+        require(layer.offset_bytes <= INT64_MAX - uint64_t{layer.cells} * cell_bytes, "a layer ends beyond all files");
         cells += layer.cells;
         bundles += layer.neurons;
     }
     require(cells < UINT32_MAX, "too many cells");
     require(bundles == checksums.size(), "there are not as many checksums as bundles");
+    for (const TensorSpec& tensor : tensors) {
+        const bool inside =
+            tensor.size_bytes <= resident_bytes && tensor.offset_bytes <= resident_bytes - tensor.size_bytes;
+        require(inside, "a resident tensor ends beyond its file");
+    }
 }
 
 }  // namespace weightd

@@ -18,15 +18,17 @@ size_t Read::expected_bytes() const {
     return std::min<uint64_t>(length_bytes(), left);
 }
 
-bool Read::advance(size_t done_bytes) {
-    if (done_bytes >= expected_bytes()) return false;
+Read::Left Read::advance(size_t done_bytes) {
+    if (done_bytes >= expected_bytes()) return Left::nothing;
+    done_bytes -= done_bytes % READ_STEP_BYTES;
+    if (done_bytes == 0) return Left::stuck;
     offset_bytes += done_bytes;
     size_t first = 0;
     while (done_bytes >= pieces[first].iov_len) done_bytes -= pieces[first++].iov_len;
     pieces.erase(pieces.begin(), pieces.begin() + static_cast<ptrdiff_t>(first));
     pieces[0].iov_base = static_cast<std::byte*>(pieces[0].iov_base) + done_bytes;
     pieces[0].iov_len -= done_bytes;
-    return true;
+    return Left::more;
 }
 
 #ifndef WEIGHTD_HAVE_URING

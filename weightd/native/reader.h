@@ -21,6 +21,7 @@ namespace weightd {
 inline constexpr uint32_t PIECES_MAX = 256;           // of one read; the kernel takes 1024, devices split far earlier
 inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;  // larger requests gain nothing and delay their neighbours
 inline constexpr uint32_t DEPTH_DEFAULT = 64;
+inline constexpr size_t READ_STEP_BYTES = 4096;  // what was read beyond a multiple of it is read again: O_DIRECT
 
 struct Read {
     uint64_t tag = 0;
@@ -33,8 +34,9 @@ struct Read {
 
     size_t length_bytes() const;
     size_t expected_bytes() const;  // less than length at the end of the file
-    // Drops the first `done` bytes. Returns false when nothing is expected any more.
-    bool advance(size_t done_bytes);
+    // Drops the first `done` bytes, as far as reading may go on behind them.
+    enum class Left { nothing, more, stuck };  // stuck: not a block more than before
+    Left advance(size_t done_bytes);
 };
 
 struct Completion {
@@ -67,6 +69,7 @@ class Reader {
     virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
 };
 
+// `threads` and `depth` are reads of one file at once: those of others find places beside them (read_queue.h).
 // kind: "auto", "io_uring" or "threads". "auto" takes the best that the system allows; `note` says why a better level
 // was refused. Throws std::system_error when io_uring was asked for and is refused.
 std::unique_ptr<Reader> make_reader(const std::string& kind, uint32_t threads, uint32_t depth, std::string& note);

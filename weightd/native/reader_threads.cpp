@@ -6,12 +6,11 @@
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
-#include <deque>
 #include <mutex>
 #include <thread>
 
 #include "outbox.h"
-#include "reader.h"
+#include "read_turns.h"
 
 namespace weightd {
 namespace {
@@ -26,14 +25,15 @@ int read_whole(Read& read) {
         if (read.file->buffered()) {
             ::posix_fadvise(read.file->fd(), static_cast<off_t>(read.offset_bytes), got, POSIX_FADV_DONTNEED);
         }
-        if (!read.advance(static_cast<size_t>(got))) return 0;
+        const Read::Left left = read.advance(static_cast<size_t>(got));
+        if (left != Read::Left::more) return left == Read::Left::nothing ? 0 : EIO;
     }
 }
 
 class ThreadReader final : public Reader {
   public:
-    explicit ThreadReader(uint32_t threads) {
-        for (uint32_t i = 0; i < threads; i++) workers_.emplace_back([this] { work(); });
+    explicit ThreadReader(uint32_t threads) : threads_(threads), turns_(threads) {
+        for (uint32_t i = 0; i < places_for(threads); i++) workers_.emplace_back([this] { work(); });
     }
 
     ~ThreadReader() override {
@@ -45,7 +45,7 @@ class ThreadReader final : public Reader {
         for (std::thread& worker : workers_) worker.join();
     }
 
-    std::string level() const override { return std::to_string(workers_.size()) + " reading threads"; }
+    std::string level() const override { return std::to_string(threads_) + " reading threads"; }
     int register_file(const DirectFile&) override { return -1; }
     void unregister_file(int) override {}
     int register_memory(std::span<std::byte>) override { return -1; }
@@ -57,7 +57,7 @@ class ThreadReader final : public Reader {
         size_t idle = 0;
         {
             const std::lock_guard guard(queue_lock_);
-            for (Read& read : reads) queue_.push_back(std::move(read));
+            for (Read& read : reads) turns_.push(std::move(read));
             idle = idle_;
         }
         for (size_t i = 0; i < count && i < idle; i++) queued_.notify_one();  // the busy ones look again by themselves
@@ -67,7 +67,7 @@ class ThreadReader final : public Reader {
 
     ReadQueue queue() const override {
         const std::lock_guard guard(queue_lock_);
-        return {busy_, busy_max_, static_cast<uint32_t>(workers_.size()), static_cast<uint32_t>(queue_.size())};
+        return {busy_, busy_max_, static_cast<uint32_t>(workers_.size()), static_cast<uint32_t>(turns_.waiting())};
     }
 
     void wait() override {
@@ -80,27 +80,29 @@ class ThreadReader final : public Reader {
     void work() {
         std::unique_lock guard(queue_lock_);
         while (true) {
+            std::optional<Read> read;
             idle_++;
-            queued_.wait(guard, [this] { return stopping_ || !queue_.empty(); });
+            queued_.wait(guard, [&] { return stopping_ || (read = turns_.next()); });
             idle_--;
             if (stopping_) return;
-            Read read = std::move(queue_.front());
-            queue_.pop_front();
             busy_max_ = std::max(busy_max_, ++busy_);
             guard.unlock();
-            read.asked_at = std::chrono::steady_clock::now();
-            const int error = read_whole(read);
-            done_.put({read.tag, error, std::chrono::steady_clock::now() - read.asked_at});
+            read->asked_at = std::chrono::steady_clock::now();
+            const int error = read_whole(*read);
+            done_.put({read->tag, error, std::chrono::steady_clock::now() - read->asked_at});
             guard.lock();
             busy_--;
+            turns_.ended(read->file);
+            if (idle_ > 0) queued_.notify_one();  // what this file's bound kept waiting, if this one takes another's
         }
     }
 
+    const uint32_t threads_;
     Outbox<Completion> done_;
     std::vector<std::thread> workers_;
-    mutable std::mutex queue_lock_;  // guards queue_, idle_, busy_, busy_max_, stopping_
+    mutable std::mutex queue_lock_;  // guards turns_, idle_, busy_, busy_max_, stopping_
     std::condition_variable queued_;
-    std::deque<Read> queue_;
+    ReadTurns turns_;
     size_t idle_ = 0;
     uint32_t busy_ = 0;  // with a read; those about to take one are neither idle nor busy
     uint32_t busy_max_ = 0;

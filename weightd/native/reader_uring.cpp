@@ -9,10 +9,9 @@
 #include <cassert>
 #include <cerrno>
 #include <cstring>
-#include <deque>
 #include <system_error>
 
-#include "reader.h"
+#include "read_turns.h"
 
 namespace weightd {
 namespace {
@@ -25,8 +24,9 @@ inline constexpr uint32_t SUBMISSION_READS_MAX = 8;
 
 class UringReader final : public Reader {
   public:
-    UringReader(uint32_t depth, std::string& note) : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(depth) {
-        start_ring(depth);
+    UringReader(uint32_t depth, std::string& note)
+        : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)), flights_(places_for(depth)), turns_(depth) {
+        start_ring(places_for(depth));
         if (::io_uring_register_eventfd(&ring_, event_.get()) < 0) {
             ::io_uring_queue_exit(&ring_);
             throw std::system_error(errno, std::generic_category(), "io_uring_register_eventfd");
@@ -39,7 +39,7 @@ class UringReader final : public Reader {
         }
         free_files_ = descending(FILES_MAX);
         free_buffers_ = descending(BUFFERS_MAX);
-        free_flights_ = descending(depth);
+        free_flights_ = descending(places_for(depth));
     }
 
     ~UringReader() override { ::io_uring_queue_exit(&ring_); }
@@ -79,7 +79,7 @@ class UringReader final : public Reader {
     }
 
     void submit(std::vector<Read> reads) override {
-        for (Read& read : reads) waiting_.push_back(std::move(read));
+        for (Read& read : reads) turns_.push(std::move(read));
         start_waiting();
     }
 
@@ -107,7 +107,7 @@ class UringReader final : public Reader {
 
     ReadQueue queue() const override {
         return {static_cast<uint32_t>(in_flight()), in_flight_max_, static_cast<uint32_t>(flights_.size()),
-                static_cast<uint32_t>(waiting_.size())};
+                static_cast<uint32_t>(turns_.waiting())};
     }
 
     // Not the ring's own descriptor: epoll on a ring with deferred completions missed wake-ups (Linux 6.18).
@@ -160,11 +160,12 @@ class UringReader final : public Reader {
         enable_once();
         uint32_t prepared = 0;
         const auto now = std::chrono::steady_clock::now();
-        while (!waiting_.empty() && !free_flights_.empty()) {
+        while (!free_flights_.empty()) {
+            std::optional<Read> next = turns_.next();
+            if (!next) break;
             const uint32_t flight = free_flights_.back();
             free_flights_.pop_back();
-            flights_[flight] = std::move(waiting_.front());
-            waiting_.pop_front();
+            flights_[flight] = std::move(*next);
             if (flights_[flight].asked_at == decltype(now){}) flights_[flight].asked_at = now;
             prepare(flight);
             if (++prepared % SUBMISSION_READS_MAX == 0) submit_all();
@@ -205,16 +206,18 @@ class UringReader final : public Reader {
     void finish(uint32_t flight, int result, std::chrono::steady_clock::time_point now,
                 std::vector<Completion>& completions) {
         Read& read = flights_[flight];
-        const bool again = result == -EINTR || result == -EAGAIN;
-        if (again || (result > 0 && read.advance(static_cast<size_t>(result)))) {
-            waiting_.push_front(std::move(read));
-        } else {
-            if (read.file->buffered() && result > 0) {
-                ::posix_fadvise(read.file->fd(), 0, 0, POSIX_FADV_DONTNEED);
-            }
-            completions.push_back({read.tag, result > 0 ? 0 : result == 0 ? EIO : -result, now - read.asked_at});
-        }
+        turns_.ended(read.file);
         free_flights_.push_back(flight);
+        bool again = result == -EINTR || result == -EAGAIN;
+        int error = result < 0 ? -result : EIO;  // nothing at all: the file ends early
+        if (result > 0) {
+            const Read::Left left = read.advance(static_cast<size_t>(result));
+            again = left == Read::Left::more;
+            error = left == Read::Left::stuck ? EIO : 0;
+        }
+        if (again) return turns_.push_first(std::move(read));
+        if (read.file->buffered() && result > 0) ::posix_fadvise(read.file->fd(), 0, 0, POSIX_FADV_DONTNEED);
+        completions.push_back({read.tag, error, now - read.asked_at});
     }
 
     Descriptor event_;
@@ -226,7 +229,7 @@ class UringReader final : public Reader {
     std::vector<uint32_t> free_buffers_;
     std::vector<Read> flights_;  // by user_data
     std::vector<uint32_t> free_flights_;
-    std::deque<Read> waiting_;
+    ReadTurns turns_;
     uint32_t in_flight_max_ = 0;
 };
 

@@ -1,7 +1,6 @@
 #include "resident.h"
 
-#include <cerrno>
-#include <stdexcept>
+#include <functional>
 #include <system_error>
 
 #include "checksum.h"
@@ -14,7 +13,7 @@ constexpr uint64_t BLOCK_BYTES = 4096;
 
 uint64_t blocks(uint64_t bytes) { return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES; }
 
-void read_all(const DirectFile& file, SharedMemory& memory, const ReaderChoice& choice) {
+void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderChoice& choice) {
     std::string note;
     const auto reader = make_reader(choice.kind, choice.threads, choice.depth, note);
     std::vector<Read> reads;
@@ -35,42 +34,53 @@ void read_all(const DirectFile& file, SharedMemory& memory, const ReaderChoice& 
         reader->reap(completions);
     }
     for (const Completion& completion : completions) {
-        if (completion.error != 0) throw std::system_error(completion.error, std::generic_category(), file.path());
+        if (completion.error == 0) continue;
+        throw CorruptResident(file.path() + " cannot be read: " + std::generic_category().message(completion.error) +
+                              "; look after the device");
     }
 }
 
-SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice) {
+// `check` throws CorruptResident. As with bundles, one more reading tells a transfer that went wrong from bad flash.
+SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice,
+                       const std::function<void(const SharedMemory&)>& check) {
     const DirectFile file(path, choice.allow_buffered);
     if (file.size_bytes() != bytes) {
         throw CorruptResident(path + " has " + std::to_string(file.size_bytes()) + " bytes where the catalog says " +
                               std::to_string(bytes) + ": import or calibrate the model again");
     }
     SharedMemory memory(name, blocks(bytes));
-    read_all(file, memory, choice);
+    const auto read = [&] {
+        read_all(file, memory, choice);
+        check(memory);
+    };
+    try {
+        read();
+    } catch (const CorruptResident&) {
+        read();
+    }
+    memory.seal();
     return memory;
 }
 
 }  // namespace
 
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice) {
-    SharedMemory memory = load_file("weightd-resident", spec.resident_path, spec.resident_bytes, choice);
-    for (const TensorSpec& tensor : spec.tensors) {
-        if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) != tensor.checksum) {
+    const auto check = [&](const SharedMemory& memory) {
+        for (const TensorSpec& tensor : spec.tensors) {
+            if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) == tensor.checksum) continue;
             throw CorruptResident(spec.name + ": resident tensor " + tensor.name +
                                   " differs from its checksum: import the model again");
         }
-    }
-    memory.seal();
-    return memory;
+    };
+    return load_file("weightd-resident", spec.resident_path, spec.resident_bytes, choice, check);
 }
 
 SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice) {
-    SharedMemory memory = load_file("weightd-predictors", wanted.path, wanted.bytes, choice);
-    if (checksum({memory.data(), wanted.bytes}) != wanted.checksum) {
+    const auto check = [&](const SharedMemory& memory) {
+        if (checksum({memory.data(), wanted.bytes}) == wanted.checksum) return;
         throw CorruptResident(model + ": " + wanted.path + " differs from its checksum: calibrate the model again");
-    }
-    memory.seal();
-    return memory;
+    };
+    return load_file("weightd-predictors", wanted.path, wanted.bytes, choice, check);
 }
 
 }  // namespace weightd

@@ -31,11 +31,12 @@ struct Predictors {  // the same in memory
     SharedMemory memory;
 };
 
-struct CorruptResident : std::runtime_error {  // names model and tensor, or file
+struct CorruptResident : std::runtime_error {  // or cannot be read; names model and tensor, or file
     using std::runtime_error::runtime_error;
 };
 
-// Reads the file uncached, checks every tensor, seals the segment. Blocks; throws std::system_error, CorruptResident.
+// Reads the file uncached, checks every tensor, seals the segment. Blocks; throws std::system_error (it cannot be
+// opened), CorruptResident (what flash gives is wrong, or nothing).
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice);
 // The same for predictors, which have one checksum.
 SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice);

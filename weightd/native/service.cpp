@@ -194,7 +194,7 @@ void Service::sleep_until_event() {
         const auto id = static_cast<uint32_t>(events[i].data.u64);
         if (kind == LISTENER) accept_connections();
         if (kind == CONNECTION) greet(static_cast<int>(id));
-        if (kind == SESSION) close_session(id, ring::CLOSED_BY_DAEMON);  // hung up, or its process ended
+        if (kind == SESSION) close_session(id, ring::CLOSED_BY_DAEMON);  // hung up, spoke, or its process ended
         if (kind == PRESSURE) hear_pressure(static_cast<int>(id), events[i].events);
     }
     if (unattached) close_expired();
@@ -449,7 +449,9 @@ void Service::attach(Descriptor socket, RingSession& session) {
     Descriptor process = process_of(fd, peer);
     if (process.get() < 0 && out_of_descriptors(errno)) return refuse(fd, errno);
     try {
-        watch(fd, event_data(SESSION, session.id), EPOLLRDHUP | EPOLLHUP);
+        // Nothing is to come after Hello. A message that lay there unread could hold this very connection open, as one
+        // of the descriptors that came with it.
+        watch(fd, event_data(SESSION, session.id), EPOLLIN | EPOLLRDHUP | EPOLLHUP);
         // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.
         if (process.get() >= 0) watch(process.get(), event_data(SESSION, session.id), EPOLLIN);
         // Edge-triggered and never read: a client that fills it or clears O_NONBLOCK hurts only itself.

@@ -21,10 +21,11 @@
 
 namespace weightd {
 
-struct CorruptBundle : std::runtime_error {  // a checksum differs
-    CorruptBundle(const std::string& model, uint32_t layer, uint32_t position);
+struct CorruptBundle : std::runtime_error {  // a checksum differs, or flash cannot be read
+    CorruptBundle(const std::string& model, uint32_t layer, uint32_t position, int error = 0);
     uint32_t layer;
-    uint32_t position;
+    uint32_t position;  // of the first bundle of its cell, if that cannot be read
+    int error;          // errno of the read, or 0
 };
 
 struct Stopping : std::runtime_error {

@@ -98,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError when it is something else."""
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}): the download may be incomplete") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object")

@@ -183,7 +183,7 @@ def _read_file(name: str) -> dict[str, Any]:
         content = tomllib.loads(Path(name).read_text())
     except OSError as error:
         raise UsageError(f"--config {name}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"--config {name}: not TOML: {error}") from error
     known = [flag.removeprefix("--") for flag in _flag_names(_parser()) if flag not in ("--config", "--help")]
     for key in content:

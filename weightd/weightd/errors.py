@@ -7,7 +7,7 @@ WeightdError                  one line for the user: lower case, the value, what
 ├── ForbiddenError            a remote caller may not do this
 ├── StoreError                the store is missing, locked, of a newer format or lacks the model
 │   ├── UnknownModelError     no model of that name; lists those there are
-│   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
+│   └── CorruptionError       flash gives wrong bytes or none; names model, layer and neuron
 ├── StoppingError             the daemon is stopping; ask again once it is back
 ├── SpaceError                not enough room on the device or in --dram, with the numbers
 ├── DaemonError               no daemon answers where one was looked for
@@ -50,7 +50,7 @@ class UnknownModelError(StoreError):
 
 
 class CorruptionError(StoreError):
-    """Bytes on flash differ from their checksum."""
+    """Bytes on flash differ from their checksum, or cannot be read."""
 
 
 class StoppingError(WeightdError):

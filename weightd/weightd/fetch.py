@@ -66,7 +66,7 @@ class Fetcher:
     def answers(self, served: ServedModel, request: weightd_pb2.FetchRequest) -> Iterator[bytes]:
         """The data of each response, in order. RequestError at once when something asked for is not there.
 
-        While iterating: CorruptionError, OSError (unreadable), MemoryError (no share of the pool is left).
+        While iterating: CorruptionError, OSError (not of a bundle), MemoryError (no share of the pool is left).
         """
         match request.WhichOneof("what"):
             case "bundles":
@@ -116,7 +116,11 @@ class Fetcher:
         try:
             data = self._engine.fetch(served.number, layer, cells, layout.cell_bytes)
         except _native.CorruptBundle as error:
-            raise self._store.corrupt_bundle(served.record.name, error.layer, error.position) from error
+            position = error.position
+            if error.error:  # a cell: name what was asked for in it
+                cell = positions // np.uint32(layout.bundles_per_cell) == position // layout.bundles_per_cell
+                position = int(positions[cell][0])
+            raise self._store.corrupt_bundle(served.record.name, error.layer, position, error.error) from error
         per_cell, stride_bytes = layout.bundles_per_cell, layout.stride_bytes
         if per_cell == 1:
             by_cell = np.frombuffer(data, np.uint8).reshape(len(cells), layout.cell_bytes)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -70,23 +69,33 @@ def read_gguf(path: Path) -> GgufFile:
         if file.read(4) != MAGIC:
             raise CheckpointError(f"{path} is not a GGUF file: give a Hugging Face folder or a .gguf file")
         try:
-            parsed = _Header(path, file).parse()
+            parsed = _Header(path, file, file_bytes).parse()
         except (EOFError, UnicodeDecodeError, OverflowError, MemoryError) as error:
             raise CheckpointError(f"{path} is incomplete: its header ends early; download it again") from error
-    parts = parsed.metadata.get("split.count")
-    if parts is not None and parts.content > 1:
-        raise CheckpointError(f"{path} is one of {parts.content} parts: join them with llama-gguf-split --merge")
+    parts = _whole_number(path, parsed.metadata, "split.count", 1)
+    if parts > 1:
+        raise CheckpointError(f"{path} is one of {parts} parts: join them with llama-gguf-split --merge")
     for tensor in parsed.tensors.values():
         check_extent(tensor, file_bytes)
     return parsed
 
 
+def _whole_number(path: Path, metadata: Mapping[str, Value], name: str, default: int) -> int:
+    value = metadata.get(name)
+    if value is None:
+        return default
+    if not isinstance(value.content, int) or value.content < 0:
+        raise CheckpointError(f"{path} has {name} {value.content!r}, which is no count")
+    return value.content
+
+
 class _Header:
     """Reads the header from an open file."""
 
-    def __init__(self, path: Path, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self._path = path
         self._file = file
+        self._file_bytes = file_bytes
 
     def parse(self) -> GgufFile:
         version = self._number("<I")
@@ -95,8 +104,9 @@ class _Header:
         tensor_count, metadata_count = self._number("<Q"), self._number("<Q")
         metadata = dict(self._entry() for _ in range(metadata_count))
         infos = [self._tensor_info() for _ in range(tensor_count)]
-        alignment = metadata.get("general.alignment")
-        alignment_bytes = int(alignment.content) if alignment else ALIGNMENT_BYTES_DEFAULT
+        alignment_bytes = _whole_number(self._path, metadata, "general.alignment", ALIGNMENT_BYTES_DEFAULT)
+        if alignment_bytes == 0:
+            raise CheckpointError(f"{self._path} has general.alignment 0")
         data_offset_bytes = -(-self._file.tell() // alignment_bytes) * alignment_bytes
         tensors = {
             name: SourceTensor(name, shape, encoding, self._path, data_offset_bytes + offset_bytes)
@@ -105,10 +115,9 @@ class _Header:
         return GgufFile(self._path, metadata, tensors)
 
     def _bytes(self, count: int) -> bytes:
-        data = self._file.read(count)
-        if len(data) < count:
+        if count > self._file_bytes - self._file.tell():  # before memory is taken for it
             raise EOFError
-        return data
+        return self._file.read(count)
 
     def _number(self, form: str) -> int:
         (value,) = struct.unpack(form, self._bytes(struct.calcsize(form)))
@@ -144,8 +153,9 @@ class _Header:
         dimensions = [self._number("<Q") for _ in range(self._number("<I"))]
         encoding = self._encoding(name, self._number("<I"))
         shape = tuple(reversed(dimensions))  # GGUF counts the fastest dimension first
-        if prod(shape) % encoding.block_elements or (shape and shape[-1] % encoding.block_elements):
-            raise CheckpointError(f"{self._path} holds {name} in rows of {shape[-1]}, no whole quantised blocks")
+        row_elements = shape[-1] if shape else 1
+        if row_elements % encoding.block_elements:
+            raise CheckpointError(f"{self._path} holds {name} in rows of {row_elements}, no whole quantised blocks")
         return name, shape, encoding, self._number("<Q")
 
     def _encoding(self, name: str, kind: int) -> Encoding:

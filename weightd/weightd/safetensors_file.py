@@ -42,7 +42,7 @@ def read_header(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
         )
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
@@ -53,7 +53,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> Source
     try:
         dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
         begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # JSON of Python knows Infinity
         raise CheckpointError(f"{path} has a bad header entry for {name}") from error
     if dtype not in ELEMENT_BYTES:
         raise CheckpointError(f"{path} holds {name} in dtype {dtype}, which is not known here")

@@ -19,7 +19,7 @@ from weightd import _native
 from weightd._native import Engine
 from weightd.budget import ModelDemand
 from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
-from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError
+from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.hotness import calibrated_hotness, known_hotness
 from weightd.layout import round_up
 from weightd.store import Store
@@ -62,9 +62,21 @@ class ServedModels:
         return self._store.names()
 
     def open_all(self) -> None:
-        """Opens what is in the store now. Raises what find() does."""
-        for name in self.names():
-            self._find(name, lambda name: True)
+        """Opens what is in the store now; a damaged model is logged, and none of the others goes with it.
+
+        Raises what find() does, for what is not the model's own fault, or when no model is whole.
+        """
+        failed: list[WeightdError] = []
+        names = self.names()
+        for name in names:
+            try:
+                self._find(name, lambda name: True)
+            except (StoreError, DeviceError) as error:
+                failed.append(error)
+        if failed and len(failed) == len(names):
+            raise failed[0]
+        for refusal in failed:
+            logger.error("%s", refusal)
 
     def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
         """The model, opened if it was not yet.

@@ -1,4 +1,4 @@
-"""The store: a folder of models in bundled row-column layout. Format version 1.
+"""The store: a folder of models in bundled row-column layout. Format version 2.
 
     STORE/catalog.mdb                    LMDB environment in one file (catalog.mdb-lock beside it is LMDB's own)
     STORE/weightd.lock                   flock of the daemon that serves the store; JSON {"pid", "address"}
@@ -18,11 +18,12 @@
 - resident.safetensors is a valid safetensors file whose data begin on a block boundary (the header is padded with
   spaces). Names and shapes are those of transformers' state_dict, FFN matrices left out, a tied head stored once; all
   tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
-- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 1}; `model/<name>` -> weightd.v1.Model;
+- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 2}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
   `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
   newest; `hotness/<name>` -> a byte for each cell, what the last daemon learned (hotness.py); `device_profile` -> JSON,
-  what doctor measured.
+  what doctor measured. All but meta end in 8 bytes more, XXH3-64 of key and value (in a store of format 1 none do).
+  Opening a store also looks at the pages of the catalog (catalog_pages.py).
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
   transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
   behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
@@ -156,7 +157,10 @@ class Store(Closing):
 
     def hotness(self, name: str) -> npt.NDArray[np.uint8] | None:
         """What the last daemon knew of how often each cell is used (hotness.py); None when none has served it."""
-        record = self.catalog.hotness(name)
+        try:
+            record = self.catalog.hotness(name)
+        except CorruptionError:
+            return None  # only a hint: without it the pool learns anew
         return None if record is None else np.frombuffer(record, np.uint8)
 
     def bundles_path(self, name: str) -> Path:
@@ -168,12 +172,13 @@ class Store(Closing):
     def files_path(self, name: str) -> Path:
         return self.path / name / FILES_FOLDER
 
-    def corrupt_bundle(self, name: str, layer: int, position: int) -> CorruptionError:
-        """The error to raise when the bundle at `position` differs from its checksum."""
+    def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
+        """To raise when the bundle at `position` differs from its checksum, or its read ends with the errno `error`."""
         neuron = self.placement(name, layer)[position]
-        return CorruptionError(
-            f"model {name}, layer {layer}, neuron {neuron}: the bundle differs from its checksum; import it again"
-        )
+        what = "differs from its checksum; import it again"
+        if error:
+            what = f"cannot be read: {os.strerror(error)}; look after the device, or import it again"
+        return CorruptionError(f"model {name}, layer {layer}, neuron {neuron}: the bundle {what}")
 
     def _array(self, kind: str, name: str, layer: int) -> bytes:
         record = self.catalog.array(kind, name, layer)

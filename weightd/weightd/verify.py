@@ -67,6 +67,7 @@ def verify_model(store: Store, name: str, allow_buffered: bool = False, progress
             _check_bundles(store, model, run, taker)
         for piece in pieces:
             _check_piece(model, piece, taker)
+    _check_placement(store, model)
     files_bytes = sum(_check_file(store, model, file) for file in model.files)
     neurons = sum(layer.neurons for layer in model.layers)
     files = len(model.files) + len(model.calibration.files)
@@ -131,6 +132,12 @@ def _check_bundles(store: Store, model: weightd_pb2.Model, run: _Cells, taker: _
     wrong = np.flatnonzero(found != expected)
     if len(wrong):
         raise store.corrupt_bundle(model.name, run.layer, run.begin + int(wrong[0]))
+
+
+def _check_placement(store: Store, model: weightd_pb2.Model) -> None:
+    for index, layer in enumerate(model.layers):
+        if not np.array_equal(np.sort(store.placement(model.name, index)), np.arange(layer.neurons)):
+            raise CorruptionError(f"model {model.name}, layer {index}: its placement is damaged; import it again")
 
 
 def _check_piece(model: weightd_pb2.Model, piece: _Piece, taker: _Taker) -> None:

@@ -1,0 +1,128 @@
+"""Fuzz targets: files that somebody else wrote. Each takes any bytes and lets only the errors out that are a fault.
+
+What is refused raises the one class that its reader promises; everything else that escapes is a finding.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from tiny_store import write_model
+
+from flashclient.calibration import read_predictors
+from flashclient.errors import CalibrationError
+from weightd._native import Engine
+from weightd.catalog import _parsed
+from weightd.config import load_config
+from weightd.errors import CheckpointError, DeviceError, SpaceError, StoreError, UsageError
+from weightd.gguf_checkpoint import read_gguf
+from weightd.pressure import Triggers
+from weightd.safetensors_file import read_safetensors
+from weightd.serve import _engine
+from weightd.served_models import _open, demand_of
+from weightd.store import CATALOG_FILE, CHECKSUMS, PLACEMENT, Store
+from weightd_proto import weightd_pb2
+
+
+@cache
+def folder() -> Path:
+    """One for all inputs of this process; it stays, so that a finding can be looked at."""
+    return Path(tempfile.mkdtemp(prefix="weightd-fuzz-"))
+
+
+def _file(data: bytes) -> Path:
+    path = folder() / "input"
+    path.write_bytes(data)
+    return path
+
+
+def safetensors_header(data: bytes) -> None:
+    with suppress(CheckpointError):
+        read_safetensors(_file(data))
+
+
+def gguf_header(data: bytes) -> None:
+    with suppress(CheckpointError):
+        read_gguf(_file(b"GGUF" + data))
+
+
+def config_file(data: bytes) -> None:
+    with suppress(UsageError):
+        load_config(["--config", str(_file(data))], {})
+
+
+def calibration_file(data: bytes) -> None:
+    layout = weightd_pb2.BundleLayout(dtype="F32", hidden_size=4)
+    model = weightd_pb2.Model(name="m", bundle=layout, layers=[weightd_pb2.Layer(neurons=3)], import_id=b"i" * 16)
+    aligned = np.zeros(-(-len(data) // 64) * 64 + 64, np.uint8)[: len(data)]
+    aligned[:] = np.frombuffer(data, np.uint8)
+    with suppress(CalibrationError):
+        read_predictors(aligned, model)
+
+
+@cache
+def _served() -> tuple[Store, Engine]:
+    """A store with one model, and an engine that opens models of it."""
+    write_model(folder() / "store")
+    config = load_config(["--store", str(folder() / "store"), "--io-engine", "threads", "--allow-buffered"])
+    engine = _engine(config, 1 << 30, str(folder() / "data"), Triggers((), (), ()))
+    return Store.open(folder() / "store", readonly=True), engine
+
+
+def stop() -> None:
+    """Ends what the targets keep running."""
+    if _served.cache_info().currsize:
+        _served()[1].close()
+        _served.cache_clear()
+
+
+def catalog_record(data: bytes) -> None:
+    """The record of a model as a store of format 1 may hold it: with nothing that vouches for it."""
+    store, engine = _served()
+    with suppress(StoreError, DeviceError, SpaceError):
+        record = _parsed(data)
+        record.name = "tiny"
+        demand_of(record)
+        served = _open(store, engine, record)
+        with suppress(MemoryError, OSError, RuntimeError):  # what the server turns into statuses
+            engine.open_session(served.number, 2, -1)
+
+
+@cache
+def _catalog() -> bytes:
+    path = folder() / "whole"
+    for number in range(6):
+        write_model(path, f"m{number}", layers=3, neurons=700, seed=number)
+    with Store.open(path) as store:
+        store.remove("m2")
+    return (path / CATALOG_FILE).read_bytes()
+
+
+def catalog_pages(data: bytes) -> None:
+    """Each eight bytes change the catalog: where, and to what; one left over cuts it. It is refused, or right."""
+    content = bytearray(_catalog())
+    for first in range(0, len(data) - 7, 8):
+        at = int.from_bytes(data[first : first + 4], "little") % len(content)
+        content[at : at + 4] = data[first + 4 : first + 8]
+    if len(data) % 8 == 1:
+        del content[len(content) * data[-1] // 256 :]
+    path = folder() / "torn"
+    path.mkdir(exist_ok=True)
+    (path / CATALOG_FILE).write_bytes(content)
+    with suppress(StoreError), Store.open(path, readonly=True) as store:
+        for model in store.models():
+            for layer in range(3):
+                store.checksums(model.name, layer)
+                assert store.placement(model.name, layer).tolist() == list(range(700))
+            store.catalog.remove(model.name, (CHECKSUMS, PLACEMENT))
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    target.__name__: target
+    for target in (safetensors_header, gguf_header, config_file, calibration_file, catalog_record, catalog_pages)
+}
