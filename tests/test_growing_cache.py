@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -97,7 +98,7 @@ def test_tokens_are_written_in_place() -> None:
         keys, values = layer.update(*states(2, 1))
         assert keys.data_ptr() != values.data_ptr()
         addresses.append(keys.data_ptr())
-    moves = sum(before != after for before, after in zip(addresses, addresses[1:], strict=False))
+    moves = sum(before != after for before, after in itertools.pairwise(addresses))
     assert 0 < moves <= 14
 
 

@@ -70,7 +70,7 @@ def _served() -> tuple[Store, Engine]:
     """A store with one model, and an engine that opens models of it."""
     write_model(folder() / "store")
     config = load_config(["--store", str(folder() / "store"), "--io-engine", "threads", "--allow-buffered"])
-    engine = _engine(config, 1 << 30, str(folder() / "data"), Triggers((), (), ()))
+    engine = _engine(config, 1 << 30, str(folder() / "data"), Triggers())
     return Store.open(folder() / "store", readonly=True), engine
 
 

@@ -77,7 +77,7 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event, tol
     config = load_config(arguments)
     store = Store.open(config.store)
     data_socket = str(folder / "data")
-    engine = serve._engine(config, DRAM_BYTES, data_socket, Triggers((), (), ()))
+    engine = serve._engine(config, DRAM_BYTES, data_socket, Triggers())
     models = ServedModels(store, engine)
     fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
     service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, DRAM_BYTES, statistics)

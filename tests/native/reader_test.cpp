@@ -46,7 +46,7 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     const DirectFile file(folder.file("f"), false);
     SharedMemory memory("test", bytes.size());
     const auto reader = make(16);
-    const uint32_t depth = GetParam() == "threads" ? 8 : 16;
+    const uint32_t depth = weightd::places_for(GetParam() == "threads" ? 8 : 16);
     EXPECT_EQ(reader->queue().depth_limit, depth);
     EXPECT_EQ(reader->queue().in_flight_max, 0U);
     std::vector<Read> reads;
@@ -56,7 +56,7 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     reader->submit(std::move(reads));
     std::vector<Completion> completions;
     while (completions.size() < 300) {
-        const ReadTurns queue = reader->queue();
+        const ReadQueue queue = reader->queue();
         EXPECT_LE(queue.in_flight, depth);
         const size_t late = GetParam() == "threads" ? depth : 0;  // a thread answers before it is counted out
         EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size() + late);
