@@ -12,6 +12,7 @@ import argparse
 import mmap
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -22,7 +23,8 @@ from bench import Row, Target, abba, machine_facts, report
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from flashclient._native import Ffn, Linear, LowRankPredictor, Workers, read_memory
+from flashclient._native import Attention, Ffn, Linear, LowRankPredictor, Workers, read_memory
+from flashclient.decode_attention import attend
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
 BUFFER_BYTES_MIN = 352 * 2**20  # room for the largest matrix
@@ -43,6 +45,8 @@ MATRICES = (  # what, rows, columns
     ("head of OPT-1.3B", 50272, 2048),
     ("head of Gemma 3 270M", 262144, 640),
 )
+CONTEXTS = (512, 2048)  # tokens
+HEADS, HEAD_ELEMENTS = 32, 64  # OPT-1.3B
 
 
 class Arena:
@@ -157,6 +161,27 @@ def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int 
     return facts | {"read_bytes": read_bytes} | compare(arena, work, read_bytes, rounds)
 
 
+def attention_row(arena: Arena, positions: int, rounds: int = ROUNDS) -> Row:
+    """The native attention of one token, then transformers' own, over the caches of layer after layer."""
+    layers = [
+        torch.from_numpy(part.view(np.int16)).view(torch.bfloat16).view(2, 1, HEADS, positions, HEAD_ELEMENTS)
+        for part in arena.matrices(2 * HEADS * positions, HEAD_ELEMENTS)
+    ]
+    query = torch.randn(1, HEADS, 1, HEAD_ELEMENTS).bfloat16()
+    by_torch, native = torch.nn.Module(), torch.nn.Module()
+    native.decode_kernels = {torch.bfloat16: Attention(arena.workers, "BF16")}  # type: ignore[assignment]
+
+    def over_all(module: torch.nn.Module) -> None:
+        for keys, values in layers:
+            attend(module, query, keys, values, None)
+
+    read_bytes = sum(layer.nbytes for layer in layers)
+    torch_row = compare(arena, partial(over_all, by_torch), read_bytes, 1)
+    row = compare(arena, partial(over_all, native), read_bytes, rounds)
+    facts = {"kernel": "attention", "positions": positions, "tokens": 1, "read_bytes": read_bytes}
+    return facts | row | {"torch_over_memory_ratio": torch_row["over_memory_ratio"]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true")
@@ -170,6 +195,7 @@ def main() -> int:
     batch = sparse_row(arena, BUNDLES[0][0], False, tokens=16, rounds=options.rounds)
     linear = [linear_row(arena, *matrix, tokens, options.rounds) for matrix in MATRICES for tokens in (1, 16)]
     predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
+    attention = [attention_row(arena, positions, options.rounds) for positions in CONTEXTS]
     one, sixteen = linear[0::2], linear[1::2]
     slowdown = max(
         many["read_bytes"] / many["GB_per_s"] / (few["read_bytes"] / few["GB_per_s"])
@@ -180,9 +206,16 @@ def main() -> int:
             "kernel_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in sparse), "x", 0.8, "higher"
         ),
         Target("linear_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in one), "x", 0.85, "higher"),
+        Target(
+            "attention_over_memory_bandwidth_ratio",
+            min(row["over_memory_ratio"] for row in attention),
+            "x",
+            0.8,
+            "higher",
+        ),
         Target("linear_16_rows_over_1_time_ratio", slowdown, "x", 2.0, "lower"),
     ]
-    report(machine, [*sparse, batch, *linear, predictor], targets, options.json)
+    report(machine, [*sparse, batch, *linear, predictor, *attention], targets, options.json)
     return 0
 
 

@@ -17,7 +17,15 @@ import pytest
 import torch
 from checkpoints import VOCABULARY, make_config, make_model, make_tokenizer
 from cut_model import CutModel, FetchServer, cut
-from transformers import MaxLengthCriteria, PreTrainedModel, StoppingCriteriaList, TextStreamer
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StaticCache,
+    StoppingCriteriaList,
+    TextStreamer,
+)
 
 from flashclient import FlashClient
 from flashclient.client import NEW_TOKENS_DEFAULT
@@ -30,6 +38,7 @@ from flashclient.errors import (
     NoDaemonError,
     OptionError,
 )
+from flashclient.growing_cache import GrowingCache
 
 PROMPT = "The capital of France is"
 
@@ -119,6 +128,35 @@ def test_the_kind_that_is_given_comes_back(client: FlashClient) -> None:
     output = client.generate(PROMPT, max_new_tokens=5, return_dict_in_generate=True, output_scores=True)
     assert output.sequences.tolist() == [expected]
     assert len(output.scores) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({}, GrowingCache),
+        ({"generation_config": GenerationConfig(max_new_tokens=3, use_cache=True)}, GrowingCache),  # type: ignore[no-untyped-call]
+        ({"num_beams": 2, "num_return_sequences": 2}, GrowingCache),
+        ({"cache_implementation": "dynamic"}, DynamicCache),
+        ({"cache_implementation": "static"}, StaticCache),
+        ({"generation_config": GenerationConfig(max_new_tokens=3, cache_implementation="static")}, StaticCache),  # type: ignore[no-untyped-call]
+        ({"use_cache": False}, type(None)),
+        ({"generation_config": GenerationConfig(max_new_tokens=3, use_cache=False)}, type(None)),  # type: ignore[no-untyped-call]
+    ],
+)
+def test_the_cache_is_the_growing_one_unless_another_is_asked_for(
+    client: FlashClient, arguments: dict[str, Any], kind: type
+) -> None:
+    length = {} if "generation_config" in arguments else {"max_new_tokens": 3}
+    output = client.generate([5, 6, 7, 8], **arguments, **length, return_dict_in_generate=True)
+    assert type(output.past_key_values) is kind
+
+
+def test_a_cache_that_is_given_is_used(client: FlashClient) -> None:
+    cache = DynamicCache(config=client.model.config)
+    first = client.generate([5, 6, 7, 8], max_new_tokens=3, past_key_values=cache)
+    assert cache.get_seq_length() == len(first) - 1
+    expected = client.generate([*first, 9, 10], max_new_tokens=5)
+    assert client.generate([*first, 9, 10], max_new_tokens=5, past_key_values=cache) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from checkpoints import FAMILIES, make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch_threads import one_thread
 
 from flashclient._native import Attention, Workers
 from flashclient.decode_attention import IMPLEMENTATION, TOKENS_MAX, attend, use_decode_attention
@@ -20,7 +21,7 @@ from flashclient.resident_linear import STORED_DTYPES
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 PROMPT = [5, 17, 200, 31, 8]
-GREEDY: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 
 
 def available(instruction_set: str) -> bool:
@@ -230,6 +231,7 @@ def padded_prompts() -> dict[str, Tensor]:
     return {"input_ids": ids * mask, "attention_mask": mask}
 
 
+@one_thread()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_is_that_of_transformers(family: str) -> None:
     """Greedy, in a batch with padding, beams, several answers, drafts from prompt and model, without a cache."""
@@ -253,6 +255,7 @@ def test_generation_is_that_of_transformers(family: str) -> None:
             assert torch.equal(native.generate(**arguments, **extra), expected), case
 
 
+@one_thread()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers(family: str) -> None:
     plain, native = made(family)

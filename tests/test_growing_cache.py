@@ -12,13 +12,14 @@ from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch_threads import one_thread
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flashclient.growing_cache import SPARE_SHARE, SPARE_TOKENS_MIN, GrowingCache, GrowingLayer
 
 HEADS, ELEMENTS = 2, 8
-GREEDY: dict[str, Any] = {"max_new_tokens": 90, "do_sample": False, "eos_token_id": None}
+GREEDY: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False, "eos_token_id": None}
 
 calls = st.lists(
     st.one_of(
@@ -66,8 +67,8 @@ def apply(layer: Any, call: str, argument: int, sequences: int) -> None:
 @settings(max_examples=200, deadline=None)
 @given(calls, st.integers(1, 3))
 def test_calls_in_any_order_are_those_of_transformers_layer(steps: list[tuple[str, int]], sequences: int) -> None:
-    ours: Any = GrowingLayer()
-    theirs: Any = DynamicLayer()
+    ours: Any = GrowingLayer()  # type: ignore[no-untyped-call]
+    theirs: Any = DynamicLayer()  # type: ignore[no-untyped-call]
     longest, torch_sequences = 0, sequences
     for call, argument in [("update", 3), *steps]:
         if call == "update":
@@ -92,7 +93,7 @@ def test_calls_in_any_order_are_those_of_transformers_layer(steps: list[tuple[st
 
 def test_tokens_are_written_in_place() -> None:
     """A thousand tokens, one at a time, move what is held a dozen times."""
-    layer: Any = GrowingLayer()
+    layer: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     addresses = []
     for _ in range(1000):
         keys, values = layer.update(*states(2, 1))
@@ -103,7 +104,7 @@ def test_tokens_are_written_in_place() -> None:
 
 
 def test_a_reordered_room_is_not_copied_again() -> None:
-    layer: Any = GrowingLayer()
+    layer: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     layer.update(*states(3, 10))
     layer.reorder_cache(torch.tensor([2, 2, 0]))
     before = layer.keys.data_ptr()
@@ -111,7 +112,7 @@ def test_a_reordered_room_is_not_copied_again() -> None:
 
 
 def test_a_copy_and_its_original_go_separate_ways() -> None:
-    first: Any = GrowingLayer()
+    first: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     first.update(*states(1, 5))
     second = copy.deepcopy(first)
     begun = first.keys.clone()
@@ -124,7 +125,7 @@ def test_a_copy_and_its_original_go_separate_ways() -> None:
 
 def test_what_somebody_else_put_there_is_not_overwritten() -> None:
     """A layer whose keys were replaced by the beginning of another tensor."""
-    layer: Any = GrowingLayer()
+    layer: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     layer.update(*states(1, 5))
     theirs, values = states(1, 9)
     kept = theirs.clone()
@@ -135,7 +136,7 @@ def test_what_somebody_else_put_there_is_not_overwritten() -> None:
 
 
 def test_a_cache_of_inference_mode_goes_on_outside() -> None:
-    layer: Any = GrowingLayer()
+    layer: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     with torch.inference_mode():
         layer.update(*states(1, 5))
         layer.update(*states(1, 1))
@@ -143,7 +144,7 @@ def test_a_cache_of_inference_mode_goes_on_outside() -> None:
 
 
 def test_another_number_of_sequences_is_refused() -> None:
-    layer: Any = GrowingLayer()
+    layer: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     layer.update(*states(2, 5))
     for sequences in (1, 3):
         with pytest.raises(ValueError, match="do not continue"):
@@ -158,6 +159,7 @@ def test_sliding_layers_stay_transformers_own() -> None:
     assert set(kinds) == {GrowingLayer, DynamicSlidingWindowLayer}
 
 
+@one_thread()
 @pytest.mark.parametrize("family", ["opt", "llama", "gemma3"])
 def test_generation_has_the_same_bits(family: str) -> None:
     """transformers' own attention reads views as it reads whole tensors."""
@@ -172,10 +174,11 @@ def test_generation_has_the_same_bits(family: str) -> None:
         ours = model.generate(**arguments, past_key_values=GrowingCache(model.config))
         theirs = model.generate(**arguments)
         assert torch.equal(ours.sequences, theirs.sequences)
-        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(ours.scores, theirs.scores, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(ours.scores, theirs.scores, strict=True))
         assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
 
 
+@one_thread()
 def test_a_conversation_continues_with_a_returned_cache() -> None:
     model: Any = make_model(make_config("llama")).requires_grad_(False)
     ids = torch.tensor([[5, 17, 200, 31, 8]])

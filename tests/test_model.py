@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +14,9 @@ import torch
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, FetchServer, cut
 
-from flashclient._native import Workers
+from flashclient._native import Attention, Workers
 from flashclient.channel import Connection
+from flashclient.decode_attention import IMPLEMENTATION
 from flashclient.errors import ModelError
 from flashclient.model import build_model
 from flashclient.remote import GrpcSource
@@ -137,6 +139,16 @@ def test_resident_tensors_are_views(tmp_path: Path) -> None:
         assert not parameter.requires_grad
     assert streamed.lm_head.weight is streamed.model.embed_tokens.weight
     assert not streamed.training
+
+
+@pytest.mark.parametrize("chosen", [None, "eager", "sdpa"])
+def test_attention_is_the_kernel_unless_the_config_names_another(chosen: str | None, tmp_path: Path) -> None:
+    parts = cut(dense_model("llama"))
+    config = json.loads(parts.files["config.json"]) | ({} if chosen is None else {"attn_implementation": chosen})
+    parts.files["config.json"] = json.dumps(config).encode()
+    streamed = streamed_model(parts, ArraySource(parts, [61]), tmp_path)
+    vectors = Attention(Workers(1), "F32").instruction_set != "portable"
+    assert streamed.config._attn_implementation == (chosen or (IMPLEMENTATION if vectors else "sdpa"))
 
 
 def test_model_holds_no_ffn_weights(tmp_path: Path) -> None:

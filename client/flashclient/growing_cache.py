@@ -24,8 +24,8 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     Views that it gave out keep their values until crop() takes tokens back and others are written in their place.
     """
 
-    keys: Tensor  # type: ignore[assignment]  # None before the first update
-    values: Tensor  # type: ignore[assignment]
+    keys: Tensor  # None before the first update
+    values: Tensor
     _rooms: tuple[Tensor, Tensor] | None = None  # [sequences, heads, capacity, elements], of keys and of values
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
