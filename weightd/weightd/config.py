@@ -163,7 +163,7 @@ def _parser() -> FlagParser:
         "for measuring what bundling brings: read each part of a bundle (gate, up, down) by a request of its own"
     )
     add("--unbundled-reads", action="store_true", default=None, help=unbundled)
-    cold = "begin with an empty pool: neither remember which cells are hot nor read them back after a restart"
+    cold = "begin with an empty pool, and know of no cell that it is hot: nothing is remembered, foretold or read back"
     add("--cold-start", action="store_true", default=None, help=cold)
     add("--owner-fd", metavar="FD", help="stop when this pipe closes (for programs that start weightd)")
     return parser

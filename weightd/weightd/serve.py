@@ -75,7 +75,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         triggers = _pressure_triggers()
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
-        models = ServedModels(store, engine, config.unbundled_reads)
+        models = ServedModels(store, engine, config.unbundled_reads, config.cold_start)
         models.open_all()
         fetcher = Fetcher(store, models, engine)
         identities = Identities(config.store)

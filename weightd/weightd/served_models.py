@@ -20,7 +20,7 @@ from weightd._native import Engine
 from weightd.budget import ModelDemand
 from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
 from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
-from weightd.hotness import calibrated_hotness, known_hotness
+from weightd.hotness import Hotness, calibrated_hotness, known_hotness
 from weightd.layout import round_up
 from weightd.store import Store
 from weightd_proto import weightd_pb2
@@ -47,11 +47,13 @@ class ServedModel:
 class ServedModels:
     """All models of `store`, by name; safe to use from several threads."""
 
-    def __init__(self, store: Store, engine: Engine, unbundled_reads: bool = False) -> None:
-        """`unbundled_reads`: models are refused whose bundles the engine could not read so."""
+    def __init__(self, store: Store, engine: Engine, unbundled_reads: bool = False, cold_start: bool = False) -> None:
+        """`unbundled_reads`: models are refused whose bundles the engine could not read so. `cold_start`: the engine is
+        told nothing of what is hot."""
         self._store = store
         self._engine = engine
         self._unbundled_reads = unbundled_reads
+        self._cold_start = cold_start
         self._lock = threading.Lock()  # guards _opened
         self._opened: dict[str, ServedModel] = {}
         self._remembered: dict[str, int] = {}  # checksum of the hotness that the catalog has, or does not need
@@ -101,6 +103,7 @@ class ServedModels:
                 if self._unbundled_reads:
                     _require_whole_parts(record)
                 served = self._opened[name] = _open(self._store, self._engine, record)
+                self._expect(served.number, known_hotness(self._store, record))
                 self._remembered[name] = _checksum(self._engine.hotness(served.number))
             return served
 
@@ -116,11 +119,13 @@ class ServedModels:
             record = self._store.model(served.record.name)
             self._opened[record.name] = ServedModel(record, served.number)
             _offer_predictors(self._store, self._engine, record, served.number)
-            hotness = calibrated_hotness(self._store, record)
-            if hotness is not None:
-                self._engine.expect(served.number, hotness)
+            self._expect(served.number, calibrated_hotness(self._store, record))
             remove_old(self._store, record)
         return calibration
+
+    def _expect(self, number: int, hotness: Hotness | None) -> None:
+        if hotness is not None and not self._cold_start:
+            self._engine.expect(number, hotness)
 
     def remember(self) -> None:
         """Writes down what pools have learned of which cells are hot, where that is new: a byte a cell."""
@@ -202,9 +207,6 @@ def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedMode
     except MemoryError as error:
         raise SpaceError(str(error)) from error
     _offer_predictors(store, engine, record, number)
-    hotness = known_hotness(store, record)
-    if hotness is not None:
-        engine.expect(number, hotness)
     remove_old(store, record)
     return ServedModel(record, number)
 
