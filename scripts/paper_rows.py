@@ -112,7 +112,8 @@ def serving(store: Path, dram_bytes: int, flags: Sequence[str] = ()) -> Iterator
         address, log_path = f"unix:{folder}/weightd.sock", Path(folder, "log")
         command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", address]
         reading_end, writing_end = os.pipe()
-        command += ["--dram", str(dram_bytes), "--owner-fd", str(reading_end), *flags]
+        # no row begins with what the one before has learned
+        command += ["--cold-start", "--dram", str(dram_bytes), "--owner-fd", str(reading_end), *flags]
         with log_path.open("wb") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[reading_end])
         os.close(reading_end)

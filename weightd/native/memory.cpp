@@ -17,6 +17,16 @@
 namespace weightd {
 namespace {
 
+constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
+
+// Acts where shmem_enabled says so, and is refused without harm elsewhere. The last part must not become a huge page,
+// which would reach past the end and hold more memory than --dram has granted.
+void advise_huge_pages(std::byte* data, size_t bytes) {
+    const size_t whole_bytes = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if (whole_bytes > 0) ::madvise(data, whole_bytes, MADV_HUGEPAGE);
+    if (whole_bytes < bytes) ::madvise(data + whole_bytes, bytes - whole_bytes, MADV_NOHUGEPAGE);
+}
+
 void check(int result, const char* what) {
     if (result < 0) throw std::system_error(errno, std::generic_category(), what);
 }
@@ -42,7 +52,7 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get(), 0);
     if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
-    ::madvise(data_, bytes, MADV_HUGEPAGE);  // acts where shmem_enabled says "advise"; harmless elsewhere
+    advise_huge_pages(data_, bytes);
 }
 
 SharedMemory::SharedMemory(SharedMemory&& other) noexcept { *this = std::move(other); }
