@@ -27,6 +27,7 @@ from typing import Any
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 from bench import Row, Target, machine_facts, report
 from bench_processes import BenchError, Daemon, serving
+from paper_rows import COLD
 from planted_plan import SHAPES
 from planted_store import PlantedStore, planted_store
 from sharing_client import Task
@@ -142,7 +143,7 @@ def daemons_of(planted: PlantedStore, count: int) -> Iterator[list[Daemon]]:
         if count > 1:
             folder = Path(opened.enter_context(TemporaryDirectory(prefix="own-stores-", dir=planted.store.parent)))
             stores = [own_store(planted.store, folder / str(i)) for i in range(count)]
-        yield [opened.enter_context(serving(store, dram_bytes)) for store in stores]
+        yield [opened.enter_context(serving(store, dram_bytes, COLD)) for store in stores]
 
 
 def measured(planted: PlantedStore, task: Task, count: int, private: bool) -> Row:

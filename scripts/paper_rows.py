@@ -46,13 +46,14 @@ class RowPlan:
     options: dict[str, Any] = field(default_factory=dict)  # of FlashClient
 
 
-UNBUNDLED = ("--unbundled-reads",)
+COLD = ("--cold-start",)  # nothing is known that another row has learned
+UNBUNDLED = (*COLD, "--unbundled-reads")
 ROWS = (
-    RowPlan("naive", memory="sweep", resident=False, dense=True, options={"mode": "exact"}),
-    RowPlan("hybrid", dense=True, options={"mode": "exact"}),
+    RowPlan("naive", memory="sweep", resident=False, dense=True, flags=COLD, options={"mode": "exact"}),
+    RowPlan("hybrid", dense=True, flags=COLD, options={"mode": "exact"}),
     RowPlan("+predictor", memory="layer", flags=UNBUNDLED, options={"mode": "predict", "window": 0}),
     RowPlan("+windowing", flags=UNBUNDLED, options={"mode": "predict", "window": 4}),
-    RowPlan("+bundling", options={"mode": "predict", "window": 4}),
+    RowPlan("+bundling", flags=COLD, options={"mode": "predict", "window": 4}),
     # Where the pool keeps what is used often, a window takes memory from it: at half of OPT-1.3B windows of 0, 1 and
     # 2 tokens read 59, 70 and 92 MB per token.
     RowPlan("all", options={"mode": "predict", "window": 0}),

@@ -46,7 +46,7 @@ std::optional<SharedMemory> new_segment(uint64_t bytes) {
 
 uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
-    return activation_bytes(spec) + opened_bytes(spec) + slots * spec.cell_bytes;
+    return pages(activation_bytes(spec) + opened_bytes(spec)) + slots * spec.cell_bytes;
 }
 
 uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
