@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 from numpy.typing import NDArray
 
 from flashclient import errors
+from flashclient.source import SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
 
+# Before a channel that cannot connect tries again: a weightd that is back is found soon. (gRPC's own: 1 to 120 s.)
+RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 500
+
 RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
 
+Result = TypeVar("Result")
+logger = logging.getLogger("flashclient")
+
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
-    grpc.StatusCode.UNAVAILABLE: errors.DaemonLostError,
+    grpc.StatusCode.UNAVAILABLE: SessionLostError,
+    grpc.StatusCode.CANCELLED: SessionLostError,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DaemonLostError,
-    grpc.StatusCode.CANCELLED: errors.DaemonLostError,
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
     grpc.StatusCode.ABORTED: errors.BusyError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BusyError,  # of OpenSession: ShareError
@@ -43,7 +51,7 @@ def rpc_errors(address: str) -> Iterator[None]:
 
 def _translated(error: Any, address: str) -> errors.FlashClientError:
     kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
-    if kind is errors.DaemonLostError:
+    if issubclass(kind, errors.DaemonLostError):
         return kind(f"weightd at {address} does not answer: {error.details()}")
     return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
 
@@ -53,16 +61,24 @@ class Connection:
 
     Args:
         address: as gRPC spells it: `unix:/path` or `host:port`.
-        timeout_s: how long an answer may take, the first one included.
+        timeout_s: how long an answer may take, the first one included; and how long a weightd that was lost may take to
+            come back.
+        revive: called now and then while it is waited for.
 
     Raises:
         NoDaemonError: nothing answers there.
     """
 
-    def __init__(self, address: str, timeout_s: float) -> None:
+    def __init__(self, address: str, timeout_s: float, revive: Callable[[], None] = lambda: None) -> None:
         self.address = address
         self.timeout_s = timeout_s
-        options = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), ("grpc.enable_retries", 0)]
+        self._revive = revive
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.enable_retries", 0),
+            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
+            ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+        ]
         self._channel = grpc.insecure_channel(address, options=options)
         self.stub: Any = weightd_pb2_grpc.WeightdStub(self._channel)  # type: ignore[no-untyped-call]
         try:
@@ -74,8 +90,43 @@ class Connection:
             ) from error
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
-        with rpc_errors(self.address):
-            return method(request, timeout=self.timeout_s)
+        try:
+            with rpc_errors(self.address):
+                return method(request, timeout=self.timeout_s)
+        except ValueError as error:  # how gRPC says that close() came first
+            raise self._closed() from error
+
+    def _closed(self) -> errors.DaemonLostError:
+        return errors.DaemonLostError(f"the connection to weightd at {self.address} was closed")
+
+    def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
+        """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.
+
+        Raises:
+            DaemonLostError: it has not come back in time.
+            ShareError, BusyError: it has, and had no room in all that time.
+        """
+        logger.warning("%s; waiting up to %g s to attach again at %s", lost, self.timeout_s, self.address)
+        began_s = time.monotonic()
+        while True:
+            late = time.monotonic() - began_s > self.timeout_s
+            try:
+                self._revive()
+                self.stats()  # whether it answers; attaching may take longer than that
+                result = attach()
+            except SessionLostError as error:
+                if late:
+                    raise errors.DaemonLostError(
+                        f"weightd at {self.address} has not come back within {self.timeout_s:g} s: start it again, or "
+                        "raise timeout_s="
+                    ) from error
+            except (errors.ShareError, errors.BusyError):
+                if late:
+                    raise
+            else:
+                logger.info("attached again at %s after %.2f s", self.address, time.monotonic() - began_s)
+                return result
+            time.sleep(RETRY_S)
 
     def stats(self) -> weightd_pb2.StatsResponse:
         answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest())
@@ -86,9 +137,12 @@ class Connection:
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
         return model
 
-    def open_session(self, name: str, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
-        """A share of the pool. Raises ShareError, which gives the numbers, and BusyError."""
-        request = weightd_pb2.OpenSessionRequest(model=name, slots_wanted=slots_wanted)
+    def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
+        """A share of the pool.
+
+        Raises ShareError, which gives the numbers, BusyError, and RefusedError for another import of the model.
+        """
+        request = weightd_pb2.OpenSessionRequest(model=model.name, slots_wanted=slots_wanted, import_id=model.import_id)
         try:  # the first one waits until the resident weights have been read
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
         except grpc.RpcError as error:
@@ -98,15 +152,15 @@ class Connection:
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
-        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that comes back or is busy."""
+        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is busy."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         return self._pieces(self._ask(request, timeout_s), request, timeout_s)
 
     def _ask(self, request: weightd_pb2.FetchRequest, timeout_s: float) -> Any:
         try:
-            return self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
-        except ValueError as error:  # how gRPC says that close() came first
-            raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
+            return self.stub.Fetch(request, timeout=timeout_s)
+        except ValueError as error:
+            raise self._closed() from error
 
     def _pieces(self, responses: Any, request: weightd_pb2.FetchRequest, timeout_s: float) -> Iterator[bytes]:
         give_up = time.monotonic() + timeout_s

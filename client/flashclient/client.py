@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from flashclient._native import Workers
 from flashclient.channel import Connection
-from flashclient.embedded import attach_or_start, import_if_path
+from flashclient.embedded import attach_or_start, import_if_path, revive
 from flashclient.errors import FlashClientError, ForkedError, OptionError
 from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
 from flashclient.model import BuiltModel, build_model
@@ -52,7 +52,8 @@ class FlashClient:
         device: "cpu".
         dtype: none but the stored one is accepted; it would make private copies of shared weights.
         transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a unix socket.
-        timeout_s: how long to wait for a daemon, at start and when it is lost.
+        timeout_s: how long to wait for a daemon, at start and when it is lost: a generation goes on with the same
+            tokens when weightd comes back in that time. A private one is started again.
         pool_bytes: of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
 
     Raises:
@@ -87,7 +88,8 @@ class FlashClient:
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
-        self.connection = connection = Connection(address, self._options.timeout_s)  # for calibration
+        revive_daemon = partial(revive, address)
+        self.connection = connection = Connection(address, self._options.timeout_s, revive_daemon)  # for calibration
         self._record = connection.describe(name)
         self._options.check_dtype(self._record.bundle.dtype)
         window = self._options.window if self._options.predicts(self._record) else None

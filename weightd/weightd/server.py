@@ -19,7 +19,7 @@ from weightd import _native
 from weightd._native import Engine
 from weightd.calibration import CalibrationStaging
 from weightd.call_bounds import FETCHES_MAX, OPENS_MAX, PUBLISHES_MAX
-from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceError, StoppingError
+from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.served_models import ServedModel, ServedModels, demand_of
 from weightd.sizes import format_size
@@ -72,13 +72,13 @@ class WeightdService:
 
     @answered
     async def OpenSession(self, request: weightd_pb2.OpenSessionRequest) -> weightd_pb2.OpenSessionResponse:
-        served = await self._find(request.model)
+        served = await self._find(request.model, request.import_id)
         token, share = await self._run(lambda: self._open_session(served, request.slots_wanted), self._openers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
     @answered_stream
     async def Fetch(self, request: weightd_pb2.FetchRequest) -> AsyncIterator[weightd_pb2.FetchResponse]:
-        served = await self._find(request.model)
+        served = await self._find(request.model, request.import_id)
         answers = await self._run(lambda: self._fetcher.answers(served, request), self._fetchers)
         while (data := await self._run(lambda: next(answers, None), self._fetchers)) is not None:
             response = weightd_pb2.FetchResponse(data=data)
@@ -116,8 +116,12 @@ class WeightdService:
             device_sequential_gb_per_s=self._sequential_gb_per_s,
         )
 
-    async def _find(self, name: str) -> ServedModel:
-        return await self._run(lambda: self._models.find(name))
+    async def _find(self, name: str, import_id: bytes = b"") -> ServedModel:
+        """`import_id`: the only import of the model that will do; empty for any. Raises StoreError for another one."""
+        served = await self._run(lambda: self._models.find(name))
+        if import_id and import_id != served.record.import_id:
+            raise StoreError(f"{name!r} is another import than the one asked for: make a new client")
+        return served
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
         record = weightd_pb2.Model()
