@@ -229,6 +229,9 @@ class FetchServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self._server.stop(None).wait()
 
     def Stats(self, request: weightd_pb2.StatsRequest, context: Any) -> weightd_pb2.StatsResponse:

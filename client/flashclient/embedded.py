@@ -143,7 +143,7 @@ class PrivateDaemon:
         os.close(reading_end)
 
     def revive(self) -> None:
-        """Starts it again if it was killed or stopped. Raises StartError if it ended by a fault; says its last words."""
+        """Starts it again if it was killed or stopped. Raises StartError if it ended by a fault; says what it said."""
         with self._reviving:
             if not self.has_ended():
                 return

@@ -121,7 +121,8 @@ class Engine {
     // Whether it is this session that must: it is above its limit, or leases what drains.
     bool blocks_others(const Session& session) const;
 
-    void look();  // about once a second: an idle model is let go for a busy one only after a while
+    void end() { ending_ = true; }  // what clients map stays: they read it until there is another weightd
+    void look();                    // about once a second: an idle model is let go for a busy one only after a while
 
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
 
@@ -173,6 +174,7 @@ class Engine {
     uint32_t free_waiter_ = NO_WAITER;
     std::vector<uint32_t> answered_;  // sessions to flush
     std::vector<Loaded> loaded_;
+    bool ending_ = false;
 };
 
 }  // namespace weightd

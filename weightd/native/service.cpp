@@ -94,6 +94,10 @@ void Service::watch(int fd, uint64_t data, uint32_t events) {
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) fail("epoll_ctl");
 }
 
+void Service::unwatch(int fd) {
+    if (fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+}
+
 // ---- the loop ----
 
 void Service::run() {
@@ -103,7 +107,9 @@ void Service::run() {
     } catch (const std::exception& error) {  // nothing that a client does leads here; the process must not go on
         fail_with(error.what());
     }
+    engine_->end();
     while (!rings_.empty()) close_session(rings_.begin()->first, ring::CLOSED_BY_DAEMON);
+    remains_.clear();
     connections_.clear();
     while (engine_->reading()) {  // nothing may land in memory that is gone
         if (!engine_->step()) ::usleep(200);
@@ -318,7 +324,7 @@ Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
 }
 
 void Service::count_opening() {
-    const size_t there = rings_.size() + opening_sessions_;
+    const size_t there = rings_.size() + remains_.size() + opening_sessions_;
     if (there >= SESSIONS_MAX) {
         throw NoRoom("no session is left: " + std::to_string(there) + " are open or being opened, at most " +
                      std::to_string(SESSIONS_MAX) + " can be: end a session");
@@ -351,18 +357,29 @@ Opened Service::open_active(uint32_t model, uint32_t slots_wanted) {
 
 void Service::close_session(uint32_t id, ring::State state) {
     const auto found = rings_.find(id);
-    if (found == rings_.end()) return;  // another event of this batch has closed it
+    if (found == rings_.end()) return let_go(id);
     RingSession& session = *found->second;
-    for (const int fd : {session.socket_fd(), session.doorbell_fd(), session.process_fd()}) {
-        // The client holds the doorbell too, so closing our descriptor alone would leave it in the epoll set.
-        if (fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
-    }
+    const bool client_stays = state == ring::CLOSED_FOR_A_BROKEN_RULE;
+    if (!client_stays) unwatch(session.socket_fd());
+    if (!client_stays) unwatch(session.process_fd());
+    unwatch(session.doorbell_fd());  // the client holds it too: closing our descriptor would leave it in the epoll set
     session.close(state);
     const uint32_t model = session.model;
+    if (client_stays) remains_.emplace(id, session.remains());
     rings_.erase(found);
     engine_->model(model).sessions--;
     engine_->close(id);
-    engine_->leave(model);
+    if (!client_stays) engine_->leave(model);
+}
+
+// The client of a session that we closed has hung up, too, or has ended.
+void Service::let_go(uint32_t id) {
+    const auto found = remains_.find(id);
+    if (found == remains_.end()) return;  // another event of this batch has told it
+    unwatch(found->second.socket.get());
+    unwatch(found->second.process.get());
+    engine_->leave(found->second.model);
+    remains_.erase(found);
 }
 
 Report Service::report() {
@@ -422,7 +439,7 @@ void Service::greet(int fd) {
     if (got < 0 && errno == EAGAIN) return;
     Descriptor socket = std::move(found->second.socket);
     connections_.erase(found);
-    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+    unwatch(fd);
     if (got != sizeof hello || hello.magic != ring::MAGIC) return;
     if (hello.version != ring::VERSION) return refuse(fd, EPROTO);
     const auto same = [&](const auto& entry) {
