@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,21 @@ def refused(store: Path, *flags: str, prefix: Sequence[str] = ()) -> tuple[int, 
     return done.returncode, done.stderr
 
 
+def free_port() -> int:
+    """A TCP port of the loopback address that nobody listens to."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 @contextmanager
-def serving(store: Path, *flags: str, address: str | None = None, prefix: Sequence[str] = ()) -> Iterator[Daemon]:
+def serving(
+    store: Path,
+    *flags: str,
+    address: str | None = None,
+    prefix: Sequence[str] = (),
+    credentials: grpc.ChannelCredentials | None = None,
+) -> Iterator[Daemon]:
     """A daemon that answers, stopped at the end; by default at a socket beside the store. `prefix` starts it."""
     address = address or f"unix:{store}.sock"
     reading, writing = os.pipe()
@@ -70,7 +84,8 @@ def serving(store: Path, *flags: str, address: str | None = None, prefix: Sequen
         pass_fds=[reading],
     )
     os.close(reading)
-    daemon = Daemon(process, address, grpc.insecure_channel(address), writing)
+    channel = grpc.insecure_channel(address) if credentials is None else grpc.secure_channel(address, credentials)
+    daemon = Daemon(process, address, channel, writing)
     try:
         _await_serving(daemon)
         yield daemon

@@ -92,6 +92,8 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, content: str, words: list[
         ("dns:///localhost:7070", "localhost:7070"),
         ("127.0.0.2:7070", "127.0.0.2:7070"),
         ("ipv6:[::1]:7070", "[::1]:7070"),
+        ("[::]:7070", "[::]:7070"),
+        ("example.org:7070", "example.org:7070"),
     ],
 )
 def test_addresses(text: str, target: str) -> None:
@@ -101,10 +103,9 @@ def test_addresses(text: str, target: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "0.0.0.0:7070",
-        "[::]:7070",
-        "example.org:7070",
         "localhost",
+        ":7070",
+        "::1:7070",
         "localhost:0",
         "localhost:http",
         "unix:a",

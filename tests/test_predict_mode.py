@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from certificates import Authority
 from checkpoints import make_checkpoint, make_config, make_model
-from daemon import serving
+from daemon import free_port, serving
 from predictors import everything, lossy, oracle, publish_predictors
 from stored_model import read_matrices
 from torch import Tensor
@@ -147,6 +148,20 @@ def test_pool_transport_and_window_change_nothing(model: Calibrated) -> None:
     with client_of(model, "lossy", transport="grpc", window=0, pool_bytes=20_000) as client:
         runs["a tiny local pool"] = run_all(client)
     assert_same(runs)
+
+
+def test_mutual_tls_over_tcp_changes_no_token(model: Calibrated, tmp_path: Path) -> None:
+    authority, port = Authority(tmp_path), free_port()
+    server, own = authority.sign("server"), authority.sign("client")
+    tls = ["--tls-cert", str(server.cert), "--tls-key", str(server.key), "--tls-client-ca", str(authority.ca)]
+    pair: dict[str, Any] = {"tls_ca": authority.ca, "tls_cert": own.cert, "tls_key": own.key}
+    with serving(model.store, "--dram", str(model.dram(1.0)), "--listen", f"127.0.0.1:{port}", *tls) as daemon:
+        for mode in ("exact", "predict"):
+            runs = {}
+            for address, given in ((daemon.address, {}), (f"dns:///localhost:{port}", pair)):
+                with FlashClient(model.names["lossy"], address=address, mode=mode, **given) as client:
+                    runs[address] = run_all(client)
+            assert_same(runs)
 
 
 def test_what_is_predicted_differs_from_exact_mode(model: Calibrated) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
-from daemon import MEMLOCK_OF_A_USER, refused, serving
+from daemon import MEMLOCK_OF_A_USER, free_port, refused, serving
 from tiny_store import write_model
 
 from weightd.store import Store
@@ -90,10 +90,7 @@ def test_a_killed_daemon_can_be_started_again(store: Path) -> None:
 
 
 def test_loopback_tcp_alone(store: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with serving(store, "--dram", "64MiB", address=f"127.0.0.1:{port}") as daemon:
+    with serving(store, "--dram", "64MiB", address=f"127.0.0.1:{free_port()}") as daemon:
         opened = daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny"))
         folder = Path(opened.data_socket).parent
         assert folder.stat().st_mode & 0o077 == 0

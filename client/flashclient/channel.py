@@ -14,14 +14,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashclient import errors
+from flashclient.address import NO_TLS, Address, TlsOptions, parse_address
+from flashclient.identity import IdentityInterceptor
 from flashclient.source import SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
-
+# A daemon whose machine is gone is found out within 30 s of a call, however long the call may take. weightd takes pings
+# each 10 s or slower.
+KEEPALIVE_MS = 20_000
+KEEPALIVE_TIMEOUT_MS = 10_000
 # Before a channel that cannot connect tries again: a weightd that is back is found soon. (gRPC's own: 1 to 120 s.)
 RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 500
+CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
+    ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.enable_retries", 0),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),  # a call that waits for a slow device says nothing for long
+]
 
 RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
@@ -56,38 +70,59 @@ def _translated(error: Any, address: str) -> errors.FlashClientError:
     return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
 
 
+def _channel(address: Address, tls: TlsOptions) -> grpc.Channel:
+    if tls.given:
+        ca, cert, key = tls.read()
+        return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(ca, key, cert), CHANNEL_OPTIONS)
+    channel = grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
+    if address.socket_path is None:
+        return channel
+    return grpc.intercept_channel(channel, IdentityInterceptor(address.socket_path))
+
+
+def _details(error: Any) -> str:
+    """gRPC's words in one line."""
+    return " ".join((error.details() or "").split())
+
+
+def _nobody_there(address: Address, tls: TlsOptions, said: str) -> str:
+    """What to try, by what the first call met."""
+    if address.socket_path is not None:
+        return f"no weightd at {address.target}: start it with `weightd --store DIR`, or pass store="
+    if not tls.given:
+        return f"no weightd at {address.target}, or one that wants TLS: start it, or pass tls_ca="
+    return f"no weightd at {address.target}, or one of the two certificates was not accepted: {said}"
+
+
 class Connection:
     """A channel to the weightd at `address`, checked to be alive.
 
     Args:
-        address: as gRPC spells it: `unix:/path` or `host:port`.
+        address: `unix:/path` or `host:port`.
         timeout_s: how long an answer may take, the first one included; and how long a weightd that was lost may take to
             come back.
-        revive: called now and then while it is waited for.
+        tls: for TCP; needed beyond this machine.
+        revive: called now and then while a weightd that was lost is waited for.
 
     Raises:
-        NoDaemonError: nothing answers there.
+        NoDaemonError: nothing answers there, or one of the two certificates is not accepted.
+        OptionError: no such address, or no such file.
     """
 
-    def __init__(self, address: str, timeout_s: float, revive: Callable[[], None] = lambda: None) -> None:
-        self.address = address
+    def __init__(
+        self, address: str, timeout_s: float, tls: TlsOptions = NO_TLS, revive: Callable[[], None] = lambda: None
+    ) -> None:
+        parsed = parse_address(address, tls)
+        self.address = parsed.target
         self.timeout_s = timeout_s
         self._revive = revive
-        options = [
-            ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
-            ("grpc.enable_retries", 0),
-            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
-            ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
-        ]
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = _channel(parsed, tls)
         self.stub: Any = weightd_pb2_grpc.WeightdStub(self._channel)  # type: ignore[no-untyped-call]
         try:
             self.stats()
         except errors.DaemonLostError as error:
             self.close()
-            raise errors.NoDaemonError(
-                f"no weightd at {address}: start it with `weightd --store DIR`, or pass store="
-            ) from error
+            raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:

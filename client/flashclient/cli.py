@@ -51,9 +51,14 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     command.set_defaults(run=run)
     command.add_argument("model", help="name in the store; with --store also the path of a checkpoint")
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--address", help="of a weightd: unix:/path or host:port; default: the system service's socket")
+    where.add_argument(
+        "--address", help="of a weightd: unix:/path, or host:port with TLS; default: the system service's socket"
+    )
     where.add_argument("--store", metavar="DIR", help="attach to the weightd of this store, or start a private one")
     command.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
+    command.add_argument("--tls-ca", metavar="FILE", help="with the certificate that signed the daemon's; turns TLS on")
+    command.add_argument("--tls-cert", metavar="FILE", help="of this client, for a daemon that asks for one")
+    command.add_argument("--tls-key", metavar="FILE", help="of --tls-cert")
     command.add_argument("--transport", choices=("auto", "shm", "grpc"), default="auto")
     command.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
     command.add_argument("--json", action="store_true", help="print one object instead")
@@ -109,7 +114,8 @@ def _client(options: argparse.Namespace, **more: Any) -> Any:
     logging: Any = transformers_logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    given = {name: getattr(options, name) for name in ("address", "store", "dram", "transport", "timeout_s")}
+    names = ("address", "store", "dram", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key")
+    given = {name: getattr(options, name) for name in names}
     return FlashClient(options.model, **{name: value for name, value in given.items() if value is not None}, **more)
 
 

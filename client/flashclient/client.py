@@ -42,7 +42,8 @@ class FlashClient:
     Args:
         model: a name in the store; with store= also the path of a checkpoint, which is imported on first use under the
             name of its folder, or of its file without the extension.
-        address: of a weightd, `unix:/path` or `host:port`; the system service's socket by default.
+        address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; the system service's socket
+            by default. Beyond this machine it takes TLS.
         store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with this
             client. A client of another process that attached to it loses it then.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
@@ -55,6 +56,8 @@ class FlashClient:
         timeout_s: how long to wait for a daemon, at start and when it is lost: a generation goes on with the same
             tokens when weightd comes back in that time. A private one is started again.
         pool_bytes: of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
+        tls_ca: PEM file with the certificate that signed the daemon's; turns TLS on.
+        tls_cert, tls_key: PEM files of this client's certificate and key, for a daemon with --tls-client-ca.
 
     Raises:
         OptionError, NoDaemonError, StartError, ModelNotFoundError, ModelError, CalibrationError, ShareError: see
@@ -75,9 +78,13 @@ class FlashClient:
         transport: str = "auto",
         timeout_s: float = 30.0,
         pool_bytes: int | None = None,
+        tls_ca: str | os.PathLike[str] | None = None,
+        tls_cert: str | os.PathLike[str] | None = None,
+        tls_key: str | os.PathLike[str] | None = None,
     ) -> None:
+        tls = (tls_ca, tls_cert, tls_key)
         self._options = Options(
-            address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes
+            address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes, *tls
         )
         self._pid = os.getpid()
         self._lock = threading.RLock()  # held for the length of a generation; guards all below
@@ -88,8 +95,7 @@ class FlashClient:
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
-        revive_daemon = partial(revive, address)
-        self.connection = connection = Connection(address, self._options.timeout_s, revive_daemon)  # for calibration
+        self.connection = connection = self._connect(address)  # for calibration
         self._record = connection.describe(name)
         self._options.check_dtype(self._record.bundle.dtype)
         window = self._options.window if self._options.predicts(self._record) else None
@@ -102,6 +108,9 @@ class FlashClient:
         self.activation = built.activation  # for calibration
         self.clock = built.total.clock  # of all forward passes; stats() speaks of whole generations
         self._generator = Generator(built, source, self.tokenizer)
+
+    def _connect(self, address: str) -> Connection:
+        return Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
 
     def _load(self, connection: Connection, source: BundleSource, folder: Path, window: int | None) -> BuiltModel:
         """Makes tokenizer and model from the model's files, which `folder` holds for as long as it takes."""

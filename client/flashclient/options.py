@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 
 import torch
 
+from flashclient.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.model import DTYPES
 from weightd_proto import weightd_pb2
@@ -15,6 +17,7 @@ DEFAULT_ADDRESS = "unix:/run/weightd/weightd.sock"  # where the system service l
 MODES = ("auto", "exact", "predict")
 WINDOW_MAX = 1024  # tokens; what they want is most of the model long before
 TRANSPORTS = ("auto", "shm", "grpc")
+TIMEOUT_S_MAX = 86400.0  # a day
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,9 @@ class Options:
     transport: str = "auto"
     timeout_s: float = 30.0
     pool_bytes: int | None = None
+    tls_ca: str | os.PathLike[str] | None = None
+    tls_cert: str | os.PathLike[str] | None = None
+    tls_key: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         """Raises OptionError for a value that is not allowed."""
@@ -38,15 +44,24 @@ class Options:
             raise OptionError("address= and store= name two ways to a weightd: pass one of them")
         if self.dram is not None and self.store is None:
             raise OptionError(f"dram={self.dram} is for a weightd of one's own: pass store= too, or leave it out")
+        if self.tls.given and self.address is None:
+            raise OptionError("tls_ca= is for a weightd at an address: pass address= too")
+        if self.address is not None:
+            parse_address(self.address, self.tls)
         _one_of("mode", self.mode, MODES)
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("device", str(self.device), ("cpu",))
         if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= WINDOW_MAX:
             raise OptionError(f"window={self.window} must be a whole number of tokens from 0 to {WINDOW_MAX}")
-        if not self.timeout_s > 0:
-            raise OptionError(f"timeout_s={self.timeout_s} must be above 0")
+        if not (math.isfinite(self.timeout_s) and 0 < self.timeout_s <= TIMEOUT_S_MAX):
+            raise OptionError(f"timeout_s={self.timeout_s:g} must be above 0 and at most {TIMEOUT_S_MAX:g}")
         if self.pool_bytes is not None and self.pool_bytes < 1:
             raise OptionError(f"pool_bytes={self.pool_bytes} must be above 0")
+
+    @property
+    def tls(self) -> TlsOptions:
+        """Raises OptionError for an incomplete set."""
+        return TlsOptions(self.tls_ca, self.tls_cert, self.tls_key)
 
     def predicts(self, model: weightd_pb2.Model) -> bool:
         """Whether this model runs in predict mode. Raises CalibrationError if it should and cannot."""
@@ -79,7 +94,7 @@ class Options:
 
     def uses_shared_memory(self, address: str) -> bool:
         """Whether bundles come through the daemon's own pool. Raises OptionError where they cannot."""
-        local = address.startswith("unix:")
+        local = parse_address(address, self.tls).socket_path is not None
         if self.transport == "shm" and not local:
             raise OptionError(f"transport='shm' needs a weightd on this machine, not {address}: use transport='grpc'")
         return local and self.transport != "grpc"

@@ -1,6 +1,7 @@
 // weightd._native: import and engine for Python. Every call that can block runs without the GIL.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -110,11 +111,12 @@ uint32_t add_model(Service& service, const std::string& name, const std::string&
     return service.add_model(std::move(spec));
 }
 
-nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted) {
+nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted, int64_t user_id) {
     weightd::Opened opened;
+    const auto user = user_id < 0 ? std::nullopt : std::optional(static_cast<uid_t>(user_id));
     {
         const nb::gil_scoped_release released;
-        opened = service.open_session(model, slots_wanted);
+        opened = service.open_session(model, slots_wanted, user);
     }
     return nb::make_tuple(nb::bytes(opened.token.data(), opened.token.size()), opened.share_slots);
 }
@@ -129,6 +131,70 @@ nb::bytes fetch_resident(Service& service, uint32_t model, uint64_t offset, uint
     return filled_bytes(size, [&](std::span<std::byte> out) { service.fetch_resident(model, offset, out); });
 }
 
+nb::dict dict_of(const weightd::ModelReport& model) {
+    nb::dict row;
+    row["sessions"] = model.sessions;
+    row["slots"] = model.slots;
+    row["slots_filled"] = model.slots_filled;
+    row["slots_leased"] = model.slots_busy;
+    row["leases"] = model.leases;
+    row["guaranteed_slots"] = model.guaranteed_slots;
+    row["pool_bytes"] = model.pool_bytes;
+    row["evictions"] = model.evictions;
+    row["hits"] = model.counts.hits;
+    row["misses"] = model.counts.misses;
+    row["reads"] = model.counts.reads;
+    row["read_bytes"] = model.counts.read_bytes;
+    row["verify_errors"] = model.counts.verify_errors;
+    row["read_errors"] = model.counts.read_errors;
+    row["reading_s"] = model.device.reading.seconds();
+    row["read_latency_counts"] = model.device.latencies.counts();
+    row["read_latency_sum_s"] = model.device.latencies.sum_s();
+    row["region_reads"] = model.device.region_reads;
+    return row;
+}
+
+nb::dict dict_of(const weightd::SessionReport& session) {
+    nb::dict row;
+    row["session"] = session.session;
+    row["model"] = session.model;
+    row["pid"] = session.pid;
+    row["uid"] = session.uid;
+    row["share_slots"] = session.share_slots;
+    row["lease_limit"] = session.lease_limit;
+    row["leased_cells"] = session.leased_cells;
+    row["age_s"] = session.age_s;
+    row["requests"] = session.requests;
+    row["hits"] = session.hits;
+    row["misses"] = session.misses;
+    row["read_bytes"] = session.read_bytes;
+    return row;
+}
+
+nb::dict dict_of(const weightd::ReadQueue& queue) {
+    nb::dict row;
+    row["in_flight"] = queue.in_flight;
+    row["in_flight_max"] = queue.in_flight_max;
+    row["depth_limit"] = queue.depth_limit;
+    row["waiting"] = queue.waiting;
+    return row;
+}
+
+nb::dict dict_of(const weightd::PressureReport& pressure) {
+    nb::dict row;
+    row["pressed"] = pressure.pressed;
+    row["dram_target_bytes"] = pressure.target_bytes;
+    row["dram_floor_bytes"] = pressure.floor_bytes;
+    row["signals"] = pressure.signals;
+    return row;
+}
+
+nb::list latency_bounds_s() {
+    nb::list bounds;
+    for (size_t i = 0; i + 1 < weightd::LATENCY_BUCKETS; i++) bounds.append(weightd::Latencies::bound_s(i));
+    return bounds;
+}
+
 nb::dict report(Service& service) {
     weightd::Report report;
     {
@@ -136,29 +202,20 @@ nb::dict report(Service& service) {
         report = service.report();
     }
     nb::dict models;
-    for (const weightd::ModelReport& model : report.models) {
-        nb::dict row;
-        row["sessions"] = model.sessions;
-        row["slots"] = model.slots;
-        row["slots_filled"] = model.slots_filled;
-        row["slots_leased"] = model.slots_busy;
-        row["evictions"] = model.evictions;
-        row["hits"] = model.counts.hits;
-        row["misses"] = model.counts.misses;
-        row["reads"] = model.counts.reads;
-        row["read_bytes"] = model.counts.read_bytes;
-        row["verify_errors"] = model.counts.verify_errors;
-        row["read_errors"] = model.counts.read_errors;
-        row["reading_s"] = model.reading_s;
-        models[model.name.c_str()] = row;
-    }
+    for (const weightd::ModelReport& model : report.models) models[model.name.c_str()] = dict_of(model);
+    nb::list attached;
+    for (const weightd::SessionReport& session : report.attached) attached.append(dict_of(session));
     nb::dict result;
     result["limit_bytes"] = report.limit_bytes;
     result["pool_bytes"] = report.pool_bytes;
     result["resident_bytes"] = report.resident_bytes;
     result["tables_bytes"] = report.tables_bytes;
     result["sessions"] = report.sessions;
+    result["uptime_s"] = report.uptime_s;
+    result["read_queue"] = dict_of(report.read_queue);
+    result["memory_pressure"] = dict_of(report.pressure);
     result["models"] = models;
+    result["attached"] = attached;
     return result;
 }
 
@@ -217,12 +274,16 @@ void bind_engine(nb::module_& m) {
         .def(
             "__init__",
             [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
-               bool allow_buffered, bool unbundled_reads, const std::string& data_socket) {
+               bool allow_buffered, bool unbundled_reads, const std::string& data_socket, uint64_t dram_floor_bytes,
+               const std::vector<int>& pressure_fds) {
+                weightd::PressureChoice pressure{dram_floor_bytes};
+                for (const int fd : pressure_fds) pressure.triggers.emplace_back(fd);
                 new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads},
-                                   data_socket);
+                                   data_socket, std::move(pressure));
             },
             "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "unbundled_reads"_a,
-            "data_socket"_a)
+            "data_socket"_a, "dram_floor_bytes"_a, "pressure_fds"_a,
+            "Takes over `pressure_fds`: triggers of pressure stall information, which tell of pressure by POLLPRI.")
         .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
@@ -230,15 +291,16 @@ void bind_engine(nb::module_& m) {
              "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "bundle_parts"_a, "layer_offsets"_a,
              "layer_neurons"_a, "layer_cells"_a, "checksums"_a, "tensors"_a,
              "Opens a model's files; returns its number.")
-        .def("open_session", &open_session, "model"_a, "slots_wanted"_a,
-             "Returns (token, share_slots). Loads resident weights and predictors that are not in memory yet. Raises "
+        .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
+             "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
+             "predictors that are not in memory yet. Raises "
              "MemoryError, OSError, CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors that sessions opened from now on get.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
              "Whole cells, back to back. Raises OSError, CorruptBundle, IndexError, MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
-        .def("stats", &report)
+        .def("stats", &report, "What proto/weightd.proto's StatsResponse says; the latency bounds are constants.")
         .def_prop_ro("failed_fd", &Service::failed_fd, "readable once the engine has ended by a fault of its own")
         .def_prop_ro("failure", &Service::failure, "what that fault was, or empty")
         .def("close", &Service::stop, nb::call_guard<nb::gil_scoped_release>(), "Ends every session; can be repeated.")
@@ -337,6 +399,8 @@ NB_MODULE(_native, m) {
     bind_errors(m);
     bind_bundle(m);
     bind_engine(m);
+    m.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
+    m.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,
           "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");
     m.def("probe_io_uring", &probe_io_uring,

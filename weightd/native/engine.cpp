@@ -7,7 +7,11 @@
 namespace weightd {
 
 Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
-    : memory_(dram_bytes), reader_(reader), loader_(reader, verifier, unbundled) {
+    : memory_(dram_bytes),
+      reader_(reader),
+      loader_(reader, verifier, unbundled),
+      target_bytes_(dram_bytes),
+      floor_bytes_(dram_bytes / 2) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
 }
 
@@ -71,10 +75,12 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
     Place place = state.pool->find(cell);
     if (place) {
         state.counts.hits++;
+        session.hits++;
     } else {
         place = place_for(state, cell);
         if (!place) return false;
         state.counts.misses++;
+        session.misses++;
         state.missing.push_back({cell, place, state.pool->address(place)});
     }
     state.pool->lease(place);
@@ -174,6 +180,7 @@ bool Engine::step() {
         if (!state->stalled.empty()) claim_slots(*state);
         any = submit(*state) || any;
     }
+    any = shrink_to_target() || any;
     std::sort(answered_.begin(), answered_.end());
     answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
     for (const uint32_t id : answered_) {

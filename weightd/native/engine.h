@@ -7,6 +7,7 @@
 // nobody waits, or is refused. So no session that waits is waited for.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -30,8 +31,10 @@ inline constexpr uint64_t SEGMENT_BYTES_MAX = 64U << 20;  // a larger one stalls
 inline constexpr uint32_t SHARE_SLOTS_MIN = 2;            // one in use, one on its way
 inline constexpr uint32_t FETCH_SLOTS_MAX = 256;          // share of the gRPC fetches of a model together
 inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;        // this part of the pool (or FETCH_SLOTS_MAX) is not lent
-inline constexpr uint32_t IDLE_LOOKS_MIN = 10;            // of look(): a remote client may come back between tokens
-inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
+inline constexpr uint32_t PRESS_DIVISOR = 8;    // a press takes this part of --dram, or a segment: ten seconds to half
+inline constexpr uint32_t RELIEF_DIVISOR = 32;  // a relief gives back this part
+inline constexpr uint32_t IDLE_LOOKS_MIN = 10;  // of look(): a remote client may come back between tokens
+inline constexpr uint32_t SESSIONS_RESERVED = 4;  // whose tables are set aside when a model is activated
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
     using std::runtime_error::runtime_error;
@@ -51,6 +54,7 @@ struct ModelCounts {
     uint64_t read_bytes = 0;
     uint64_t verify_errors = 0;
     uint64_t read_errors = 0;
+    uint64_t evictions = 0;  // by pools that are gone
 };
 
 struct ModelState {
@@ -115,11 +119,22 @@ class Engine {
     // True when anything happened.
     bool step();
     bool reading() const { return loader_.busy(); }
-    double reading_s(uint32_t model) const { return loader_.reading_s(model); }
+    const DeviceUse& device_use(uint32_t model) const { return loader_.device_use(model); }
+    ReadQueue read_queue() const { return reader_.queue(); }
+    uint64_t evictions(const ModelState& state) const;  // since the start, by all its pools
     // Whether somebody cannot go on before others give back: wants that lack a slot, memory that another model needs.
     bool waiting() const;
     // Whether it is this session that must: it is above its limit, or leases what drains.
     bool blocks_others(const Session& session) const;
+
+    // Memory pressure: a press takes from the pool, down to the floor or to what is guaranteed, a relief gives back a
+    // part of it. Shares and leases stay whole: what is lent falls first, and segments go as leases do.
+    void set_floor(uint64_t floor_bytes) { floor_bytes_ = std::min(floor_bytes, memory_.limit_bytes()); }
+    void press();
+    void relieve();
+    bool pressed() const { return target_bytes_ < memory_.limit_bytes(); }
+    uint64_t target_bytes() const { return target_bytes_; }  // what --dram is now
+    uint64_t floor_bytes() const { return floor_bytes_; }
 
     void end() { ending_ = true; }  // what clients map stays: they read it until there is another weightd
     void look();                    // about once a second: an idle model is let go for a busy one only after a while
@@ -154,6 +169,8 @@ class Engine {
     uint64_t pool_bytes_free(uint32_t model) const;
     uint64_t lendable_bytes() const;
     void update_limits();
+    bool shrink_to_target();
+    uint64_t growth_bytes(const ModelState& state) const;
     void claim_slots(ModelState& state);
     struct Waiter {
         uint32_t session;
@@ -165,6 +182,8 @@ class Engine {
     Reader& reader_;
     Loader loader_;
     uint64_t segment_bytes_;
+    uint64_t target_bytes_;  // of all memory in use; above it only what is guaranteed
+    uint64_t floor_bytes_;   // of the target
     uint32_t next_segment_ = 0;
     uint32_t next_session_ = 1;
     std::vector<std::unique_ptr<ModelState>> models_;

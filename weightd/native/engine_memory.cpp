@@ -192,7 +192,7 @@ uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted) const {
 // What is neither guaranteed to a session nor kept for fetches and reads in flight.
 uint64_t Engine::lendable_bytes() const {
     const uint64_t fixed_bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
-    const uint64_t pool_bytes = memory_.limit_bytes() - std::min(memory_.limit_bytes(), fixed_bytes);
+    const uint64_t pool_bytes = target_bytes_ - std::min(target_bytes_, fixed_bytes);
     uint64_t kept_bytes = 0;
     uint32_t models_in_use = 0;
     for (const auto& state : models_) {
@@ -224,6 +224,10 @@ void Engine::update_limits() {
     }
 }
 
+uint64_t Engine::evictions(const ModelState& state) const {
+    return state.counts.evictions + (state.pool ? state.pool->evictions() : 0);
+}
+
 bool Engine::waiting() const {
     return std::any_of(models_.begin(), models_.end(), [](const auto& state) {
         return state->pool != nullptr && (!state->stalled.empty() || state->pool->draining() > 0);
@@ -250,7 +254,7 @@ bool Engine::grow(ModelState& state) {
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
     const uint64_t slots =
-        std::min<uint64_t>(std::min(wanted_bytes, free_bytes(state.index)) / cell_bytes, SEGMENT_SLOTS_MAX);
+        std::min<uint64_t>(std::min(wanted_bytes, growth_bytes(state)) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
@@ -327,6 +331,7 @@ void Engine::deactivate(ModelState& state) {
     state.resident = {};
     state.resident_ready = false;
     state.predictors.reset();
+    state.counts.evictions += state.pool->evictions();
     state.pool.reset();
 }
 

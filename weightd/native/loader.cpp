@@ -18,9 +18,10 @@ double ReadingTime::seconds() const {
     return std::chrono::duration<double>(before_ + now).count();
 }
 
-double Loader::reading_s(uint32_t model) const {
-    const auto found = reading_.find(model);
-    return found == reading_.end() ? 0 : found->second.seconds();
+const DeviceUse& Loader::device_use(uint32_t model) const {
+    static const DeviceUse NONE;
+    const auto found = device_.find(model);
+    return found == device_.end() ? NONE : found->second;
 }
 
 bool Loader::joins(const Flight& flight, const Missing& missing) const {
@@ -53,8 +54,13 @@ void Loader::start(std::vector<Flight> flights) {
     reads.reserve(flights.size());
     for (Flight& flight : flights) {
         const uint64_t tag = next_tag_++;
+        const size_t before = reads.size();
         add_reads(flight, tag, reads);
-        reading_[flight.source.model].started(flight.reads_left);
+        DeviceUse& use = device_[flight.source.model];
+        use.reading.started(flight.reads_left);
+        for (size_t i = before; i < reads.size(); i++) {
+            use.region_reads[flight.source.spec->region_of(reads[i].offset_bytes, REGIONS)]++;
+        }
         flights_.emplace(tag, std::move(flight));
     }
     if (!reads.empty()) reader_.submit(std::move(reads));
@@ -132,7 +138,9 @@ void Loader::finish_read(const Completion& completion, std::vector<Loaded>& load
                          std::vector<Flight>& again) {
     const auto found = flights_.find(completion.tag);
     Flight& flight = found->second;
-    reading_[flight.source.model].ended();
+    DeviceUse& use = device_[flight.source.model];
+    use.reading.ended();
+    use.latencies.add(completion.took);
     if (completion.error != 0) flight.error = completion.error;
     if (--flight.reads_left > 0) return;
     if (flight.error == 0) {

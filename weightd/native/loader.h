@@ -1,11 +1,13 @@
 // From cells that are missing to cells that are verified: merges neighbours, reads, checks, reports.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
 
+#include "latencies.h"
 #include "model.h"
 #include "pool.h"
 #include "reader.h"
@@ -53,6 +55,14 @@ class ReadingTime {
     Clock::duration before_{0};
 };
 
+inline constexpr uint32_t REGIONS = 64;  // equal parts of bundles.bin, whose reads are counted for its wear
+
+struct DeviceUse {  // by one model
+    ReadingTime reading;
+    Latencies latencies;
+    std::array<uint64_t, REGIONS> region_reads{};  // requests that begin there
+};
+
 class Loader {
   public:
     // `unbundled`: to measure what bundling brings, each part of a bundle is read by a request of its own and
@@ -64,7 +74,7 @@ class Loader {
     // What has been read and checked, or failed twice, since the last call; never blocks.
     void reap(std::vector<Loaded>& loaded);
     bool busy() const { return !flights_.empty(); }
-    double reading_s(uint32_t model) const;
+    const DeviceUse& device_use(uint32_t model) const;
 
   private:
     struct Flight {
@@ -86,8 +96,8 @@ class Loader {
     Reader& reader_;
     Verifier& verifier_;
     bool unbundled_;
-    std::unordered_map<uint32_t, ReadingTime> reading_;  // by model
-    std::unordered_map<uint64_t, Flight> flights_;       // by tag
+    std::unordered_map<uint32_t, DeviceUse> device_;  // by model
+    std::unordered_map<uint64_t, Flight> flights_;    // by tag
     uint64_t next_tag_ = 0;
     std::vector<Completion> completions_;
     std::vector<Job> done_;

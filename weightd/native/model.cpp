@@ -20,6 +20,11 @@ uint64_t ModelSpec::offset_of(uint32_t cell) const {
     return layer.offset_bytes + uint64_t{cell - layer.first_cell} * cell_bytes;
 }
 
+uint32_t ModelSpec::region_of(uint64_t offset_bytes, uint32_t regions) const {
+    const uint64_t end_bytes = layers.back().offset_bytes + uint64_t{layers.back().cells} * cell_bytes;
+    return static_cast<uint32_t>(offset_bytes * regions / end_bytes);
+}
+
 void ModelSpec::require_sound() const {
     const auto require = [this](bool sound, const char* what) {
         if (!sound) throw std::invalid_argument(name + ": " + what);

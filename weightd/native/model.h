@@ -40,6 +40,7 @@ struct ModelSpec {
     uint32_t layer_of(uint32_t cell) const;                    // of the model's numbering
     uint32_t bundles_in(uint32_t layer, uint32_t cell) const;  // cell within the layer; the last may hold fewer
     uint64_t offset_of(uint32_t cell) const;                   // of the model's numbering
+    uint32_t region_of(uint64_t offset_bytes, uint32_t regions) const;  // of bundles.bin cut in equal parts
     void require_sound() const;  // throws std::invalid_argument when numbers contradict each other
 };
 

@@ -100,12 +100,14 @@ void Pool::drop(Place place) {
 void Pool::lease(Place place) {
     const bool was_busy = is_busy(place.slot());
     place.slot().leases++;
+    leases_++;
     now_busy(place, was_busy);
 }
 
 void Pool::unlease(Place place) {
     assert(place.slot().leases > 0);
     place.slot().leases--;
+    leases_--;
     now_busy(place, true);
 }
 

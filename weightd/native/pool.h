@@ -70,6 +70,7 @@ class Pool {
     uint64_t filled() const { return filled_; }
     uint64_t busy() const;
     uint64_t evictions() const { return evictions_; }
+    uint64_t leases() const { return leases_; }
 
     static uint64_t table_bytes(uint32_t cells, uint64_t slots_max);
 
@@ -89,6 +90,7 @@ class Pool {
     uint32_t draining_ = 0;
     uint32_t next_free_ = 0;  // position of the segment that gave the last free slot
     uint64_t evictions_ = 0;
+    uint64_t leases_ = 0;  // of all slots together
 };
 
 }  // namespace weightd

@@ -6,6 +6,7 @@
 
 #include <sys/uio.h>
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -27,7 +28,8 @@ struct Read {
     int file_index = -1;    // of register_file, or -1
     int buffer_index = -1;  // of register_memory, if there is one piece and it lies inside; else -1
     uint64_t offset_bytes = 0;
-    std::vector<iovec> pieces;  // in order of the file; 1 to PIECES_MAX
+    std::vector<iovec> pieces;                         // in order of the file; 1 to PIECES_MAX
+    std::chrono::steady_clock::time_point asked_at{};  // the device, for the first time; set by the reader
 
     size_t length_bytes() const;
     size_t expected_bytes() const;  // less than length at the end of the file
@@ -37,7 +39,15 @@ struct Read {
 
 struct Completion {
     uint64_t tag;
-    int error;  // 0 or an errno; EIO too for a file that ends early
+    int error;                         // 0 or an errno; EIO too for a file that ends early
+    std::chrono::nanoseconds took{0};  // from the device's being asked to its answer, retries included
+};
+
+struct ReadQueue {  // requests of one reader
+    uint32_t in_flight = 0;
+    uint32_t in_flight_max = 0;  // since the start
+    uint32_t depth_limit = 0;
+    uint32_t waiting = 0;  // for one of those in flight to end
 };
 
 class Reader {
@@ -52,7 +62,8 @@ class Reader {
     virtual void submit(std::vector<Read> reads) = 0;
     // Moves what has completed to the end of `completions`; never blocks.
     virtual void reap(std::vector<Completion>& completions) = 0;
-    virtual void wait() = 0;           // until reap would return something; only with reads in flight
+    virtual void wait() = 0;  // until reap would return something; only with reads in flight
+    virtual ReadQueue queue() const = 0;
     virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
 };
 

@@ -2,7 +2,9 @@
 #include <fcntl.h>
 #include <poll.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -63,6 +65,11 @@ class ThreadReader final : public Reader {
 
     void reap(std::vector<Completion>& completions) override { done_.take(completions); }
 
+    ReadQueue queue() const override {
+        const std::lock_guard guard(queue_lock_);
+        return {busy_, busy_max_, static_cast<uint32_t>(workers_.size()), static_cast<uint32_t>(queue_.size())};
+    }
+
     void wait() override {
         pollfd event{done_.event_fd(), POLLIN, 0};
         while (::poll(&event, 1, -1) < 0 && errno == EINTR) {
@@ -79,18 +86,24 @@ class ThreadReader final : public Reader {
             if (stopping_) return;
             Read read = std::move(queue_.front());
             queue_.pop_front();
+            busy_max_ = std::max(busy_max_, ++busy_);
             guard.unlock();
-            done_.put({read.tag, read_whole(read)});
+            read.asked_at = std::chrono::steady_clock::now();
+            const int error = read_whole(read);
+            done_.put({read.tag, error, std::chrono::steady_clock::now() - read.asked_at});
             guard.lock();
+            busy_--;
         }
     }
 
     Outbox<Completion> done_;
     std::vector<std::thread> workers_;
-    std::mutex queue_lock_;  // guards queue_, idle_, stopping_
+    mutable std::mutex queue_lock_;  // guards queue_, idle_, busy_, busy_max_, stopping_
     std::condition_variable queued_;
     std::deque<Read> queue_;
     size_t idle_ = 0;
+    uint32_t busy_ = 0;  // with a read; those about to take one are neither idle nor busy
+    uint32_t busy_max_ = 0;
     bool stopping_ = false;
 };
 

@@ -5,6 +5,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cassert>
 #include <cerrno>
 #include <cstring>
@@ -89,9 +90,10 @@ class UringReader final : public Reader {
         io_uring_cqe* cqe = nullptr;
         unsigned head = 0;
         unsigned seen = 0;
+        const auto now = std::chrono::steady_clock::now();
         io_uring_for_each_cqe(&ring_, head, cqe) {
             seen++;
-            finish(static_cast<uint32_t>(::io_uring_cqe_get_data64(cqe)), cqe->res, completions);
+            finish(static_cast<uint32_t>(::io_uring_cqe_get_data64(cqe)), cqe->res, now, completions);
         }
         ::io_uring_cq_advance(&ring_, seen);
         start_waiting();
@@ -101,6 +103,11 @@ class UringReader final : public Reader {
         io_uring_cqe* cqe = nullptr;
         while (::io_uring_wait_cqe(&ring_, &cqe) == -EINTR) {
         }
+    }
+
+    ReadQueue queue() const override {
+        return {static_cast<uint32_t>(in_flight()), in_flight_max_, static_cast<uint32_t>(flights_.size()),
+                static_cast<uint32_t>(waiting_.size())};
     }
 
     // Not the ring's own descriptor: epoll on a ring with deferred completions missed wake-ups (Linux 6.18).
@@ -152,14 +159,17 @@ class UringReader final : public Reader {
     void start_waiting() {
         enable_once();
         uint32_t prepared = 0;
+        const auto now = std::chrono::steady_clock::now();
         while (!waiting_.empty() && !free_flights_.empty()) {
             const uint32_t flight = free_flights_.back();
             free_flights_.pop_back();
             flights_[flight] = std::move(waiting_.front());
             waiting_.pop_front();
+            if (flights_[flight].asked_at == decltype(now){}) flights_[flight].asked_at = now;
             prepare(flight);
             if (++prepared % SUBMISSION_READS_MAX == 0) submit_all();
         }
+        in_flight_max_ = std::max(in_flight_max_, static_cast<uint32_t>(in_flight()));
         if (prepared % SUBMISSION_READS_MAX != 0) submit_all();
     }
 
@@ -192,7 +202,8 @@ class UringReader final : public Reader {
         ::io_uring_sqe_set_data64(sqe, flight);
     }
 
-    void finish(uint32_t flight, int result, std::vector<Completion>& completions) {
+    void finish(uint32_t flight, int result, std::chrono::steady_clock::time_point now,
+                std::vector<Completion>& completions) {
         Read& read = flights_[flight];
         const bool again = result == -EINTR || result == -EAGAIN;
         if (again || (result > 0 && read.advance(static_cast<size_t>(result)))) {
@@ -201,7 +212,7 @@ class UringReader final : public Reader {
             if (read.file->buffered() && result > 0) {
                 ::posix_fadvise(read.file->fd(), 0, 0, POSIX_FADV_DONTNEED);
             }
-            completions.push_back({read.tag, result > 0 ? 0 : result == 0 ? EIO : -result});
+            completions.push_back({read.tag, result > 0 ? 0 : result == 0 ? EIO : -result, now - read.asked_at});
         }
         free_flights_.push_back(flight);
     }
@@ -216,6 +227,7 @@ class UringReader final : public Reader {
     std::vector<Read> flights_;  // by user_data
     std::vector<uint32_t> free_flights_;
     std::deque<Read> waiting_;
+    uint32_t in_flight_max_ = 0;
 };
 
 }  // namespace

@@ -38,9 +38,10 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
 }
 
 RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
-                         std::shared_ptr<const Predictors> predictors)
+                         std::optional<uid_t> user, std::shared_ptr<const Predictors> predictors)
     : Session(model, cells, share_slots, true),
       token_(token),
+      user_(user),
       predictors_(std::move(predictors)),
       attach_before_(Clock::now() + ATTACH_WITHIN),
       memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),
@@ -53,7 +54,9 @@ RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, c
     ring().header.lease_limit.store(share_slots);
 }
 
-bool RingSession::attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd) {
+bool RingSession::attach(Descriptor socket, Descriptor process, const ucred& peer, uint64_t resident_bytes,
+                         int resident_fd) {
+    peer_ = peer;
     socket_ = std::move(socket);
     process_ = std::move(process);
     const bool predicts = predictors_ != nullptr;
@@ -79,6 +82,7 @@ std::optional<RingSession::Taken> RingSession::take() {
         return std::nullopt;
     }
     request_head_++;
+    requests_++;
     ring().header.request_head.store(request_head_, std::memory_order_release);
     const std::span<const uint32_t> cells(cells_);
     const size_t own = cells.size() - request.release_count;

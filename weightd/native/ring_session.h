@@ -4,6 +4,8 @@
 // nothing here can block on the client.
 #pragma once
 
+#include <sys/socket.h>
+
 #include <array>
 #include <chrono>
 #include <optional>
@@ -31,12 +33,12 @@ struct Remains {
 
 class RingSession final : public Session {
   public:
-    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
+    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, std::optional<uid_t> user,
                 std::shared_ptr<const Predictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
     // False: it does not listen.
-    bool attach(Descriptor socket, Descriptor process, uint64_t resident_bytes, int resident_fd);
+    bool attach(Descriptor socket, Descriptor process, const ucred& peer, uint64_t resident_bytes, int resident_fd);
     bool attached() const { return socket_.get() >= 0; }
     bool expired() const { return !attached() && Clock::now() > attach_before_; }
 
@@ -65,6 +67,10 @@ class RingSession final : public Session {
     bool blocks_for_long(bool blocks);
 
     const Token& token() const { return token_; }
+    bool is_for(uid_t user) const { return !user_ || *user_ == user; }
+    const ucred& peer() const { return peer_; }  // all zero before it has attached
+    Clock::time_point opened_at() const { return opened_at_; }
+    uint64_t requests() const { return requests_; }
     int socket_fd() const { return socket_.get(); }
     int doorbell_fd() const { return doorbell_.get(); }
     int process_fd() const { return process_.get(); }
@@ -76,12 +82,16 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
+    std::optional<uid_t> user_;                     // whose processes may attach; none: whoever has the token
     std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
+    Clock::time_point opened_at_ = Clock::now();
     Clock::time_point attach_before_;
     SharedMemory memory_;
     Descriptor doorbell_;
     Descriptor socket_;
     Descriptor process_;  // pidfd of the client
+    ucred peer_{};
+    uint64_t requests_ = 0;
     uint32_t request_head_ = 0;
     uint32_t grant_tail_ = 0;
     uint32_t answers_owed_ = 0;

@@ -19,10 +19,11 @@ namespace {
 
 constexpr uint32_t CONNECTIONS_MAX = 64;  // that have not said Hello; more are closed at once
 constexpr std::chrono::seconds HELLO_WITHIN{10};
-constexpr std::chrono::seconds ROOM_WITHIN{10};  // how long an opener waits for segments to drain
-constexpr int CHECK_MS = 1000;                   // for sessions that were not attached in time, or that block others
+constexpr std::chrono::seconds ROOM_WITHIN{10};    // how long an opener waits for segments to drain
+constexpr std::chrono::seconds RELIEVE_AFTER{10};  // without a signal, of which the kernel sends one in two seconds
+constexpr int CHECK_MS = 1000;                     // for sessions that were not attached in time, or that block others
 
-enum Kind : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION };
+enum Kind : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION, PRESSURE };
 
 uint64_t event_data(Kind kind, uint32_t id) { return static_cast<uint64_t>(kind) << 32 | id; }
 
@@ -57,8 +58,8 @@ uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrenc
 
 }  // namespace
 
-Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket)
-    : choice_(std::move(choice)), data_socket_path_(data_socket) {
+Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, PressureChoice pressure)
+    : choice_(std::move(choice)), data_socket_path_(data_socket), pressure_(std::move(pressure)) {
     reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
     engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled);
@@ -71,6 +72,7 @@ Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& da
     watch(reader_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
     watch(verifier_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN);
     watch(listener_.get(), event_data(LISTENER, 0), EPOLLIN);
+    watch_pressure();
     thread_ = std::thread([this] { run(); });
 }
 
@@ -187,7 +189,8 @@ void Service::sleep_until_event() {
         unattached = unattached || !ring->attached();
     }
     std::array<epoll_event, 64> events;
-    const int timeout_ms = waiting ? 0 : unattached || !accepts_ || engine_->waiting() ? CHECK_MS : -1;
+    const bool ticks = unattached || !accepts_ || engine_->waiting() || engine_->pressed();
+    const int timeout_ms = waiting ? 0 : ticks ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
     if (count < 0 && errno != EINTR) fail("epoll_wait");
     for (const auto& [id, ring] : rings_) ring->announce_sleep(false);
@@ -197,8 +200,28 @@ void Service::sleep_until_event() {
         if (kind == LISTENER) accept_connections();
         if (kind == CONNECTION) greet(static_cast<int>(id));
         if (kind == SESSION) close_session(id, ring::CLOSED_BY_DAEMON);  // hung up, or its process ended
+        if (kind == PRESSURE) hear_pressure(static_cast<int>(id), events[i].events);
     }
     if (unattached) close_expired();
+}
+
+// ---- memory pressure ----
+
+void Service::watch_pressure() {
+    engine_->set_floor(pressure_.floor_bytes);
+    for (const Descriptor& trigger : pressure_.triggers) {
+        watch(trigger.get(), event_data(PRESSURE, static_cast<uint32_t>(trigger.get())), EPOLLPRI);
+    }
+}
+
+void Service::hear_pressure(int fd, uint32_t events) {
+    if ((events & EPOLLERR) != 0) {  // its cgroup has gone: it would be ready for ever
+        ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+        return;
+    }
+    pressure_signals_++;
+    relieve_at_ = Clock::now() + RELIEVE_AFTER;
+    engine_->press();
 }
 
 // ---- commands ----
@@ -306,7 +329,7 @@ void Service::ensure_predictors(uint32_t model) {
     }
 }
 
-Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
+Opened Service::open_session(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user) {
     on_loop([&] { count_opening(); });
     try {
         ensure_active(model, Use::session);
@@ -316,7 +339,7 @@ Opened Service::open_session(uint32_t model, uint32_t slots_wanted) {
             on_loop([&] { engine_->leave(model); });
             throw;
         }
-        return on_loop([&] { return open_active(model, slots_wanted); });
+        return on_loop([&] { return open_active(model, slots_wanted, user); });
     } catch (...) {
         on_loop([&] { opening_sessions_--; });
         throw;
@@ -332,13 +355,13 @@ void Service::count_opening() {
     opening_sessions_++;
 }
 
-Opened Service::open_active(uint32_t model, uint32_t slots_wanted) {
+Opened Service::open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user) {
     try {
         Token token;
         if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
         const uint32_t share = engine_->share_for(model, slots_wanted);
         ModelState& state = engine_->model(model);
-        auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, state.predictors);
+        auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, user, state.predictors);
         RingSession* opened = ring.get();
         engine_->open(std::move(ring));
         rings_[opened->id] = opened;
@@ -380,25 +403,6 @@ void Service::let_go(uint32_t id) {
     unwatch(found->second.process.get());
     engine_->leave(found->second.model);
     remains_.erase(found);
-}
-
-Report Service::report() {
-    return on_loop([&] {
-        const Memory& memory = engine_->memory();
-        Report report{memory.limit_bytes(),
-                      memory.used_bytes(Account::pool),
-                      memory.used_bytes(Account::resident),
-                      memory.used_bytes(Account::tables),
-                      static_cast<uint32_t>(rings_.size()),
-                      {}};
-        for (const auto& state : engine_->models()) {
-            const Pool* pool = state->pool.get();
-            report.models.push_back({state->spec.name, state->sessions, pool ? pool->slots() : 0,
-                                     pool ? pool->filled() : 0, pool ? pool->busy() : 0, pool ? pool->evictions() : 0,
-                                     state->counts, engine_->reading_s(state->index)});
-        }
-        return report;
-    });
 }
 
 // ---- the data socket ----
@@ -456,6 +460,7 @@ void Service::attach(Descriptor socket, RingSession& session) {
     ucred peer{};
     socklen_t peer_bytes = sizeof peer;
     if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
+    if (!session.is_for(peer.uid)) return refuse(fd, EPERM);
     Descriptor process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
     if (process.get() < 0 && errno != ENOSYS && errno != ESRCH) return refuse(fd, errno);
     try {
@@ -468,7 +473,8 @@ void Service::attach(Descriptor socket, RingSession& session) {
         return refuse(fd, error.code().value());
     }
     const ModelState& state = engine_->model(session.model);
-    if (!session.attach(std::move(socket), std::move(process), state.spec.resident_bytes, state.resident.shared_fd())) {
+    if (!session.attach(std::move(socket), std::move(process), peer, state.spec.resident_bytes,
+                        state.resident.shared_fd())) {
         close_session(session.id, ring::CLOSED_BY_DAEMON);
     }
 }
@@ -484,6 +490,7 @@ void Service::now_and_then() {
     next_look_ = now + std::chrono::milliseconds(CHECK_MS);
     listen(true);
     close_blocking();
+    if (engine_->pressed() && now > relieve_at_) engine_->relieve();
     engine_->look();
 }
 

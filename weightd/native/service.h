@@ -4,14 +4,18 @@
 // what blocks (reading resident weights, waiting for fetched cells) happens in the caller's thread.
 #pragma once
 
+#include <sys/types.h>
+
 #include <condition_variable>
 #include <functional>
 #include <future>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <thread>
 
 #include "engine.h"
+#include "report.h"
 #include "resident.h"
 #include "ring_session.h"
 
@@ -30,35 +34,20 @@ struct Stopping : std::runtime_error {
 // Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
+struct PressureChoice {                  // what becomes of the pool when the system lacks memory
+    uint64_t floor_bytes = UINT64_MAX;   // of --dram; as much as that is never taken from
+    std::vector<Descriptor> triggers{};  // of pressure stall information (PSI), set already: EPOLLPRI tells of pressure
+};
+
 struct Opened {
     Token token;
     uint32_t share_slots;
 };
 
-struct ModelReport {
-    std::string name;
-    uint32_t sessions;
-    uint64_t slots;
-    uint64_t slots_filled;
-    uint64_t slots_busy;
-    uint64_t evictions;
-    ModelCounts counts;
-    double reading_s;
-};
-
-struct Report {
-    uint64_t limit_bytes;
-    uint64_t pool_bytes;
-    uint64_t resident_bytes;
-    uint64_t tables_bytes;
-    uint32_t sessions;
-    std::vector<ModelReport> models;
-};
-
 class Service {
   public:
     // Listens on `data_socket` (a path). Throws std::system_error.
-    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket);
+    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, PressureChoice pressure = {});
     ~Service();
 
     std::string io_level();  // of the reader, and whether some file is read through the page cache
@@ -67,7 +56,8 @@ class Service {
     uint32_t add_model(ModelSpec spec);
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
-    Opened open_session(uint32_t model, uint32_t slots_wanted);
+    // Only a process of `user` can attach to it; of any user, if there is none.
+    Opened open_session(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user = std::nullopt);
     // Whole cells of `layer`, back to back in the order asked.
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);
     void fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out);
@@ -104,10 +94,12 @@ class Service {
     void close_blocking();
     void watch(int fd, uint64_t data, uint32_t events);
     void unwatch(int fd);
+    void watch_pressure();
+    void hear_pressure(int fd, uint32_t events);
     ModelState& model(uint32_t index);
     std::mutex& opening_of(uint32_t model);
     void count_opening();
-    Opened open_active(uint32_t model, uint32_t slots_wanted);
+    Opened open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user);
     void ensure_active(uint32_t model, Use use);
     void ensure_predictors(uint32_t model);
     void wait_for_room(uint32_t model, const std::function<bool()>& reserve);
@@ -125,6 +117,10 @@ class Service {
     ReaderChoice choice_;
     std::string io_note_;
     std::string data_socket_path_;
+    PressureChoice pressure_;
+    uint64_t pressure_signals_ = 0;
+    Clock::time_point relieve_at_;  // when there was no signal for a while
+    Clock::time_point started_ = Clock::now();
     std::unique_ptr<Reader> reader_;
     std::unique_ptr<Verifier> verifier_;
     std::unique_ptr<Engine> engine_;

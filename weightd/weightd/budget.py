@@ -93,14 +93,14 @@ def _machine(root: Path) -> MemoryLimit:
 
 
 def _cgroups(root: Path) -> Iterator[MemoryLimit]:
-    for directory, version in _memory_directories(root):
+    for directory, version in memory_directories(root):
         limit = _limit_v2(directory) if version == 2 else _limit_v1(directory)
         if limit is not None:
             yield limit
 
 
-def _memory_directories(root: Path) -> Iterator[tuple[Path, int]]:
-    """The directories of this process's memory cgroups, from its own up to each mount."""
+def memory_directories(root: Path) -> Iterator[tuple[Path, int]]:
+    """This process's cgroups that can bound memory and their version, from its own up to each mount."""
     paths = _cgroup_paths(root)
     for line in (root / "proc/self/mountinfo").read_text().splitlines():
         before, _, after = line.partition(" - ")

@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from weightd.fetch import REQUEST_BYTES_MAX
 from weightd_proto import weightd_pb2
 
 SERVICE_NAME = weightd_pb2.DESCRIPTOR.services_by_name["Weightd"].full_name
@@ -24,6 +25,31 @@ CALLS_MAX = 256  # at once, of all kinds; gRPC itself refuses the next
 FETCHES_MAX = 12  # each may hold about 6 MiB, in our hands and in gRPC's: 72 of the interpreter's 150
 OPENS_MAX = 32  # reading resident weights may take minutes
 PUBLISHES_MAX = 4
+STREAMS_MAX = 64  # of one connection; a client has a few, and several may share one through a proxy
+METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
+RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
+
+# A peer that is frozen, or cut off by a network that drops its packets, is found out within 50 s, so that what its
+# calls hold comes free. A living one may ping us as often as our clients do (each 20 s) and a little more often.
+KEEPALIVE_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 20_000
+PING_INTERVAL_MIN_MS = 10_000
+HANDSHAKE_WITHIN_MS = 10_000  # of TLS: whoever connects and says nothing is dropped
+
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.so_reuseport", 0),  # else two daemons could share a TCP port, each getting some of the calls
+    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+    ("grpc.max_send_message_length", RECORD_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.max_concurrent_streams", STREAMS_MAX),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
+    ("grpc.http2.max_pings_without_data", 0),  # ours may go on for as long as nothing is said
+    ("grpc.server_handshake_timeout_ms", HANDSHAKE_WITHIN_MS),
+]
 
 
 @dataclass(frozen=True)

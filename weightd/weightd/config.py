@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from weightd.access import Rules, parse_rules
 from weightd.errors import UsageError
 from weightd.sizes import parse_size
 
@@ -24,19 +25,51 @@ IO_ENGINES = ("auto", "io_uring", "threads")
 IO_THREADS_DEFAULT = 32  # the paper's number of reading threads
 IO_THREADS_MAX = 256
 IO_DEPTH_MAX = 4096
-# sockaddr_un holds 108 bytes with the final zero; the data socket adds DATA_SUFFIX to the same path.
+LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+METRICS_HOST = "127.0.0.1"
+DRAM_FLOOR_PERCENT = 50.0
+# sockaddr_un holds 108 bytes with the final zero; the data and the identity socket add these to the same path.
 DATA_SUFFIX = ".data"
-SOCKET_PATH_BYTES_MAX = 107 - len(DATA_SUFFIX)
+IDENTITY_SUFFIX = ".peer"
+SOCKET_PATH_BYTES_MAX = 107 - max(len(DATA_SUFFIX), len(IDENTITY_SUFFIX))
 SYSTEM_SOCKET = Path("/run/weightd/weightd.sock")
 
 
 @dataclass(frozen=True)
 class ListenAddress:
-    """Where gRPC listens: a Unix socket's path, or a loopback host and port."""
+    """Where gRPC listens: a Unix socket's path, or a host and port."""
 
     target: str  # as gRPC spells it: unix:/path or host:port
     socket_path: Path | None  # of a Unix socket
     default: bool = False  # not asked for by name: its directory is made
+    loopback: bool = True  # no other machine can reach it
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files for TCP: the daemon's certificate and key, and who signs those of clients, if they need one."""
+
+    cert: Path
+    key: Path
+    client_ca: Path | None = None
+
+
+@dataclass(frozen=True)
+class ServiceManager:
+    """What systemd told us: where to say that we are ready, and how often that we live."""
+
+    notify_socket: str  # a path, or @ and an abstract name
+    watchdog_s: float | None = None  # without a sign of life for so long we are killed
+
+
+@dataclass(frozen=True)
+class MetricsAddress:
+    """Where Prometheus reads the metrics."""
+
+    host: str  # a name or an address, without brackets
+    port: int
+    loopback: bool  # no other machine can reach it
 
 
 @dataclass(frozen=True)
@@ -53,6 +86,15 @@ class ServeConfig:
     allow_buffered: bool = False
     unbundled_reads: bool = False
     owner_fd: int | None = None
+    tls: TlsFiles | None = None
+    allow: Rules = ()  # who may read which model
+    allow_publish: Rules = ()  # who may publish calibrations of which model
+    service_manager: ServiceManager | None = None
+    metrics: MetricsAddress | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+    dram_floor_bytes: int | None = None  # in place of the percentage
+    dram_floor_percent: float = DRAM_FLOOR_PERCENT  # of --dram
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -74,18 +116,13 @@ def load_config(arguments: Sequence[str], environment: Mapping[str, str] | None 
 
 
 def parse_listen(text: str, default: bool = False) -> ListenAddress:
-    """`unix:/path`, `/path` or a loopback `host:port`; anything else raises UsageError."""
+    """`unix:/path`, `/path` or `host:port`; anything else raises UsageError."""
     if text.startswith(("unix:", "/")):
         return _parse_socket(text, default)
     host, separator, port = text.removeprefix("dns:///").removeprefix("ipv4:").removeprefix("ipv6:").rpartition(":")
-    if not separator or not port.isdecimal() or not 1 <= int(port) <= 65535:
+    if not separator or not _is_host(host) or not port.isdecimal() or not 1 <= int(port) <= 65535:
         raise UsageError(f"--listen {text!r}: want unix:/path, or host:port with a port from 1 to 65535")
-    if not _is_loopback(host):
-        raise UsageError(
-            f"--listen {text!r}: {host!r} is not a loopback address, and beyond this machine TLS is needed, which this "
-            "version lacks; use localhost, or forward the Unix socket over ssh"
-        )
-    return ListenAddress(f"{host}:{port}", None)
+    return ListenAddress(f"{host}:{port}", None, loopback=_is_loopback(host))
 
 
 def default_listen(user_id: int, environment: Mapping[str, str]) -> ListenAddress:
@@ -104,10 +141,21 @@ def _parser() -> FlagParser:
     add = parser.add_argument
     add("--store", metavar="DIR", help="the store to serve")
     add("--dram", metavar="SIZE|PCT%", help="all memory for weights, pool and tables (default: half of what is free)")
-    add("--listen", metavar="ADDR", action="append", help="unix:/path or a loopback host:port; may be given again")
+    floor = "memory pressure takes back no more than down to this, a size or a percentage of --dram"
+    add("--dram-floor", metavar="SIZE|PCT%", help=f"{floor} (default: {DRAM_FLOOR_PERCENT:.0f}%%; 100%% ignores it)")
+    add("--listen", metavar="ADDR", action="append", help="unix:/path or host:port; may be given again")
     add("--io-engine", choices=IO_ENGINES, help="how to read the device (default: auto, the best that is allowed)")
     add("--io-threads", metavar="N", help=f"reading threads of --io-engine threads (default: {IO_THREADS_DEFAULT})")
     add("--io-depth", metavar="N", help="reads in flight of --io-engine io_uring")
+    add("--tls-cert", metavar="FILE", help="PEM certificate (chain) for TCP; needed beyond this machine")
+    add("--tls-key", metavar="FILE", help="its private key, PEM without a password")
+    add("--tls-client-ca", metavar="FILE", help="clients need a certificate signed by one of these (mutual TLS)")
+    who = "MODEL=WHO[,WHO]..., WHO being user:NAME, group:NAME or tls:NAME, MODEL * for all others; may be given again"
+    add("--allow", metavar="RULE", action="append", help=f"who may read a model (default: whoever connects): {who}")
+    add("--allow-publish", metavar="RULE", action="append", help="who may publish a model's calibrations, likewise")
+    add("--metrics", metavar="HOST:PORT", help=f"serve Prometheus metrics there (host: {METRICS_HOST} when left out)")
+    add("--log-level", choices=LOG_LEVELS, help="(default: info)")
+    add("--log-format", choices=LOG_FORMATS, help="text for people (default), or one JSON object a line")
     add("--config", metavar="FILE", help="a TOML file with these flags as keys")
     add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
     unbundled = (
@@ -142,10 +190,12 @@ def _read_file(name: str) -> dict[str, Any]:
 
 
 def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> ServeConfig:
-    dram_bytes, dram_percent = _parse_dram(settings.get("dram"))
+    dram_bytes, dram_percent = _parse_dram("--dram", settings.get("dram"))
+    floor_bytes, floor_percent = _parse_dram("--dram-floor", settings.get("dram_floor"))
+    listen = _parse_listens(settings.get("listen"), environment)
     return ServeConfig(
         store=_parse_store(settings.get("store")),
-        listen=_parse_listens(settings.get("listen"), environment),
+        listen=listen,
         dram_bytes=dram_bytes,
         dram_percent=dram_percent,
         io_engine=_parse_engine(settings.get("io_engine", "auto")),
@@ -154,6 +204,15 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
         allow_buffered=_parse_switch(settings, "allow_buffered"),
         unbundled_reads=_parse_switch(settings, "unbundled_reads"),
         owner_fd=_parse_count(settings, "owner_fd", 0, 1 << 20),
+        tls=_parse_tls(settings, listen),
+        allow=_parse_rules(settings, "allow"),
+        allow_publish=_parse_rules(settings, "allow_publish"),
+        service_manager=_service_manager(environment),
+        metrics=_parse_metrics(settings.get("metrics")),
+        log_level=_parse_log_level(settings.get("log_level", "info")),
+        log_format=_parse_log_format(settings.get("log_format", "text")),
+        dram_floor_bytes=floor_bytes,
+        dram_floor_percent=DRAM_FLOOR_PERCENT if floor_percent is None else floor_percent,
     )
 
 
@@ -163,13 +222,13 @@ def _parse_store(value: object) -> Path:
     return Path(value)
 
 
-def _parse_dram(value: object) -> tuple[int | None, float | None]:
+def _parse_dram(flag: str, value: object) -> tuple[int | None, float | None]:
     if value is None:
         return None, None
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str):
-        raise UsageError(f"--dram {value!r}: want a size like 6.5GiB or a percentage like 50%")
+        raise UsageError(f"{flag} {value!r}: want a size like 6.5GiB or a percentage like 50%")
     if not value.endswith("%"):
         return parse_size(value), None
     try:
@@ -177,7 +236,7 @@ def _parse_dram(value: object) -> tuple[int | None, float | None]:
     except ValueError:
         percent = 0.0
     if not 0 < percent <= 100:
-        raise UsageError(f"--dram {value!r}: want a percentage above 0% and up to 100%")
+        raise UsageError(f"{flag} {value!r}: want a percentage above 0% and up to 100%")
     return None, percent
 
 
@@ -203,6 +262,11 @@ def _parse_socket(text: str, default: bool) -> ListenAddress:
     return ListenAddress(f"unix:{path}", path, default)
 
 
+def _is_host(host: str) -> bool:
+    """A name, an IPv4 address, or an IPv6 address in brackets."""
+    return bool(host) and "/" not in host and (":" not in host or (host.startswith("[") and host.endswith("]")))
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -210,9 +274,75 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+def _parse_tls(settings: Mapping[str, Any], listen: Sequence[ListenAddress]) -> TlsFiles | None:
+    cert, key, client_ca = (_parse_path(settings, name) for name in ("tls_cert", "tls_key", "tls_client_ca"))
+    if cert is None or key is None:
+        if cert or key or client_ca:
+            raise UsageError("--tls-cert and --tls-key belong together, and --tls-client-ca needs both")
+        for address in listen:
+            if not address.loopback:
+                raise UsageError(
+                    f"--listen {address.target!r} is not a loopback address, and beyond this machine TLS is needed: "
+                    "give --tls-cert FILE --tls-key FILE (and --tls-client-ca FILE to know who calls), or use localhost"
+                )
+        return None
+    if all(address.socket_path is not None for address in listen):
+        raise UsageError("--tls-cert is for TCP: give --listen host:port too, or leave the certificate out")
+    return TlsFiles(cert, key, client_ca)
+
+
+def _parse_path(settings: Mapping[str, Any], name: str) -> Path | None:
+    value = settings.get(name)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise UsageError(f"--{name.replace('_', '-')} {value!r}: want a file's name")
+    return None if value is None else Path(value).absolute()
+
+
+def _parse_rules(settings: Mapping[str, Any], name: str) -> Rules:
+    value = settings.get(name, [])
+    flag = name.replace("_", "-")
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise UsageError(f"{flag} = {value!r}: want a list of rules like ['opt-1.3b=group:research,user:1000']")
+    return parse_rules(value, f"--{flag}")
+
+
+def _service_manager(environment: Mapping[str, str]) -> ServiceManager | None:
+    """Of sd_notify(3) and sd_watchdog_enabled(3)."""
+    notify_socket = environment.get("NOTIFY_SOCKET")
+    if not notify_socket:
+        return None
+    microseconds = environment.get("WATCHDOG_USEC", "")
+    ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    if not ours or not microseconds.isdecimal() or not int(microseconds):
+        return ServiceManager(notify_socket)
+    return ServiceManager(notify_socket, int(microseconds) / 1e6)
+
+
 def _parse_engine(value: object) -> str:
     if not isinstance(value, str) or value not in IO_ENGINES:
         raise UsageError(f"--io-engine {value!r}: want one of {', '.join(IO_ENGINES)}")
+    return value
+
+
+def _parse_metrics(value: object) -> MetricsAddress | None:
+    if value is None:
+        return None
+    host, _, port = str(value).rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or METRICS_HOST
+    if isinstance(value, bool) or not port.isdecimal() or not 1 <= int(port) <= 65535 or "/" in host:
+        raise UsageError(f"--metrics {value!r}: want host:port, like {METRICS_HOST}:9464, with a port from 1 to 65535")
+    return MetricsAddress(host, int(port), _is_loopback(host))
+
+
+def _parse_log_level(value: object) -> str:
+    if not isinstance(value, str) or value not in LOG_LEVELS:
+        raise UsageError(f"--log-level {value!r}: want one of {', '.join(LOG_LEVELS)}")
+    return value
+
+
+def _parse_log_format(value: object) -> str:
+    if not isinstance(value, str) or value not in LOG_FORMATS:
+        raise UsageError(f"--log-format {value!r}: want one of {', '.join(LOG_FORMATS)}")
     return value
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightd.config import DATA_SUFFIX, ListenAddress
+from weightd.config import DATA_SUFFIX, IDENTITY_SUFFIX, ListenAddress
 from weightd.errors import DeviceError, UsageError
 
 SOCKET_MODE = 0o660  # who may attach: the daemon's user and group
@@ -27,7 +27,15 @@ def prepare(address: ListenAddress) -> None:
         _make_folder(path.parent)
     if not path.parent.is_dir():
         raise UsageError(f"cannot listen at {path}: there is no folder {path.parent}; make it first")
-    remove_stale(path, socket.SOCK_STREAM)
+    for one in (path, identity_socket(address)):
+        assert one is not None
+        remove_stale(one, socket.SOCK_STREAM)
+
+
+def identity_socket(address: ListenAddress) -> Path | None:
+    """Where those who connect to a Unix socket learn who they are (weightd.identity)."""
+    path = address.socket_path
+    return None if path is None else path.with_name(path.name + IDENTITY_SUFFIX)
 
 
 def remove_stale(path: Path, kind: socket.SocketKind) -> None:

@@ -7,9 +7,8 @@ import logging
 import os
 import resource
 import signal
-import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +17,22 @@ import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from weightd import budget, listening
+from weightd import budget, listening, log, pressure
 from weightd._native import Engine
-from weightd.call_bounds import CALLS_MAX, SERVICE_NAME, CallBounds
-from weightd.config import ServeConfig, load_config
-from weightd.errors import DeviceError, UsageError
-from weightd.fetch import REQUEST_BYTES_MAX, Fetcher
+from weightd.call_bounds import CALLS_MAX, CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
+from weightd.config import ListenAddress, MetricsAddress, ServeConfig, load_config
+from weightd.errors import DeviceError, UsageError, WeightdError
+from weightd.fetch import Fetcher
+from weightd.identity import Identities, IdentityProtocol
 from weightd.profile import sequential_gb_per_s
+from weightd.reload import Reloader
 from weightd.served_models import ServedModels, demand_of
 from weightd.server import WeightdService
+from weightd.service_manager import feed_watchdog, notify
 from weightd.sizes import format_size
+from weightd.statistics import Statistics
 from weightd.store import Store
+from weightd.tls import TlsCredentials
 from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
@@ -37,36 +41,59 @@ GRACE_S = 5.0  # for running calls, when we are told to stop
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM, SIGINT or the owner's end. Raises WeightdError for bad input; the command prints it."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="weightd: %(message)s")
-    uvloop.run(serve(load_config(arguments)))
+    """Serves until SIGTERM, SIGINT or the owner's end. What goes wrong then is a line of the log, and the exit status.
+
+    Raises UsageError for wrong flags, before there is a log; the command prints it.
+    """
+    config = load_config(arguments)
+    log.configure(config.log_level, config.log_format)
+    try:
+        uvloop.run(serve(config, arguments))
+    except WeightdError as error:
+        logger.error("%s", error)
+        return error.exit_status
     return 0
 
 
-async def serve(config: ServeConfig) -> None:
-    """Claims the store, opens the engine, listens, and waits for the end."""
+async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
+    """Claims the store, opens the engine, listens, and waits for the end. SIGHUP reads `arguments` and files again."""
     _raise_descriptor_limit()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
         dram_bytes = _dram_bytes(config, store)
-        store.claim(config.listen[0].target)
+        store.claim(min(config.listen, key=lambda address: address.socket_path is None).target)
+        tls = None if config.tls is None else TlsCredentials(config.tls)
         for address in config.listen:
             listening.prepare(address)
-            if address.socket_path is None:
+            if address.socket_path is None and tls is None:
                 logger.warning("every user of this machine can read the models through %s", address.target)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
-        engine = _engine(config, dram_bytes, data_socket)
+        triggers = _pressure_triggers()
+        engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads)
         for name in models.names():
             models.find(name)
         fetcher = Fetcher(store, models, engine)
-        service = WeightdService(models, fetcher, engine, data_socket, dram_bytes, sequential_gb_per_s(store))
+        identities = Identities(config.store)
+        statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
+        service = WeightdService(models, fetcher, engine, identities, data_socket, dram_bytes, statistics)
         stack.callback(service.close)
-        frontend = _frontend(config, service)
+        service.set_rules(config.allow, config.allow_publish)
+        if config.metrics is not None:
+            stack.enter_context(_metrics(config.metrics, statistics))
         stack.callback(_remove_sockets, config)
+        frontend = _frontend(config, service, tls)
+        identity_servers = await _identity_servers(config, identities)  # they listen for as long as they are held
         told = asyncio.Event()
-        _watch_engine(asyncio.get_running_loop(), engine, told)
+        loop = asyncio.get_running_loop()
+        _watch_engine(loop, engine, told)
+        loop.add_signal_handler(signal.SIGHUP, Reloader(config, arguments, service, tls).reload)
+        stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
+        watchdog = asyncio.create_task(feed_watchdog(config.service_manager, engine))
+        stack.callback(watchdog.cancel)
+        for server in identity_servers:
+            stack.callback(server.close)
         await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes), told)
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
@@ -105,7 +132,32 @@ def _dram_bytes(config: ServeConfig, store: Store) -> int:
     return dram_bytes
 
 
-def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
+def _pressure_triggers() -> pressure.Triggers:
+    triggers = pressure.set_triggers()
+    for line in triggers.refused:
+        logger.debug("memory pressure is not watched in %s", line)
+    return triggers
+
+
+def _floor_bytes(config: ServeConfig, dram_bytes: int) -> int:
+    """What --dram-floor is in bytes."""
+    if config.dram_floor_bytes is None:
+        return int(dram_bytes * config.dram_floor_percent / 100)
+    if config.dram_floor_bytes > dram_bytes:
+        floor, dram = format_size(config.dram_floor_bytes), format_size(dram_bytes)
+        raise UsageError(f"--dram-floor {floor} is above --dram {dram}; give a smaller one, or a percentage")
+    return config.dram_floor_bytes
+
+
+def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContextManager[None]:
+    from weightd import metrics  # prometheus_client takes memory that only those pay who want it
+
+    if not address.loopback:
+        logger.warning("whoever reaches %s:%d can read the metrics", address.host, address.port)
+    return metrics.serving(address, statistics.now)
+
+
+def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Engine:
     try:
         with listening.private_sockets():
             engine = Engine(
@@ -116,6 +168,8 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
                 allow_buffered=config.allow_buffered,
                 unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
+                dram_floor_bytes=_floor_bytes(config, dram_bytes),
+                pressure_fds=list(triggers.descriptors),
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
@@ -124,28 +178,44 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str) -> Engine:
     return engine
 
 
-def _frontend(config: ServeConfig, service: WeightdService) -> Frontend:
+def _frontend(config: ServeConfig, service: WeightdService, tls: TlsCredentials | None) -> Frontend:
     """The server, listening at every address but not yet answering."""
-    # Without so_reuseport=0 two daemons could share a TCP port, each getting some of the calls.
-    options = [("grpc.so_reuseport", 0), ("grpc.max_receive_message_length", REQUEST_BYTES_MAX)]
-    server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=options)
+    server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=CHANNEL_OPTIONS)
     weightd_pb2_grpc.add_WeightdServicer_to_server(service, server)  # type: ignore[no-untyped-call]
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
     reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
     for address in config.listen:
         try:
-            with listening.private_sockets():
-                server.add_insecure_port(address.target)
+            _listen(server, address, tls)
         except RuntimeError as error:
             raise UsageError(f"cannot listen at {address.target}: {error}; choose another --listen") from error
     return Frontend(server, health_service)
 
 
+def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials | None) -> None:
+    if address.socket_path is None and tls is not None:
+        server.add_secure_port(address.target, tls.for_port())
+        return
+    with listening.private_sockets():
+        server.add_insecure_port(address.target)
+
+
+async def _identity_servers(config: ServeConfig, identities: Identities) -> list[asyncio.AbstractServer]:
+    """Beside every Unix socket, one that tells who connects to it who it is."""
+    loop, servers = asyncio.get_running_loop(), []
+    for address in config.listen:
+        if (path := listening.identity_socket(address)) is not None:
+            with listening.private_sockets():
+                servers.append(await loop.create_unix_server(lambda: IdentityProtocol(identities), path))
+    return servers
+
+
 def _remove_sockets(config: ServeConfig) -> None:
     for address in config.listen:
-        if address.socket_path is not None:
-            address.socket_path.unlink(missing_ok=True)
+        for path in (address.socket_path, listening.identity_socket(address)):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 def _startup_line(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> str:
@@ -164,8 +234,10 @@ async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_lin
     for name in ("", SERVICE_NAME):
         await frontend.health.set(name, health_pb2.HealthCheckResponse.SERVING)
     logger.info("%s", startup_line)
+    notify(config.service_manager, "READY=1", f"STATUS={startup_line}")
     await told.wait()
     logger.info("stopping")
+    notify(config.service_manager, "STOPPING=1")
     await frontend.health.enter_graceful_shutdown()
     await frontend.server.stop(GRACE_S)
 

@@ -7,6 +7,7 @@ a daemon serves the store.)
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -54,17 +55,18 @@ class ServedModels:
         """The names in the store as it is now."""
         return self._store.names()
 
-    def find(self, name: str) -> ServedModel:
+    def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
         """The model, opened if it was not yet.
 
-        Raises UnknownModelError (lists the names there are), StoreError, DeviceError (no O_DIRECT), SpaceError.
+        Raises UnknownModelError (names those that are `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
         with self._lock:
             served = self._opened.get(name)
             if served is None:
                 names = self.names()
                 if name not in names:
-                    raise UnknownModelError(f"no model {name!r}: there is {', '.join(names) or 'none yet'}")
+                    known = ", ".join(filter(listed, names))
+                    raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
                 record = self._store.model(name)
                 if self._unbundled_reads:
                     _require_whole_parts(record)

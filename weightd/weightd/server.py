@@ -17,16 +17,20 @@ from typing import TypeVar
 
 from weightd import _native
 from weightd._native import Engine
+from weightd.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.calibration import CalibrationStaging
 from weightd.call_bounds import FETCHES_MAX, OPENS_MAX, PUBLISHES_MAX
-from weightd.errors import CorruptionError, ForbiddenError, RequestError, SpaceError, StoppingError, StoreError
+from weightd.errors import CorruptionError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
+from weightd.identity import Context, Identities
 from weightd.served_models import ServedModel, ServedModels, demand_of
 from weightd.sizes import format_size
-from weightd.status import answered, answered_stream, answered_upload
+from weightd.statistics import Statistics
+from weightd.status import answered, answered_stream
 from weightd_proto import weightd_pb2
 
 WORKERS_MAX = 4  # threads for short calls
+ANYBODY = -1  # to the engine: a session for whoever has its token
 
 Result = TypeVar("Result")
 
@@ -39,17 +43,20 @@ class WeightdService:
         models: ServedModels,
         fetcher: Fetcher,
         engine: Engine,
+        identities: Identities,
         data_socket: str,
         dram_bytes: int,
-        sequential_gb_per_s: float,
+        statistics: Statistics,
     ) -> None:
-        """`sequential_gb_per_s`: of the device profile, 0 when it was not measured."""
         self._models = models
         self._fetcher = fetcher
         self._engine = engine
+        self._identities = identities
+        self._allow: Rules = ()
+        self._allow_publish: Rules = ()
         self._data_socket = data_socket
         self._dram_bytes = dram_bytes
-        self._sequential_gb_per_s = sequential_gb_per_s
+        self._statistics = statistics
         self._stopping = False
         self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="weightd-call")
         self._openers = ThreadPoolExecutor(OPENS_MAX + PUBLISHES_MAX, thread_name_prefix="weightd-open")
@@ -62,40 +69,54 @@ class WeightdService:
         for threads in (self._workers, self._openers, self._fetchers):
             threads.shutdown()
 
-    @answered
-    async def ListModels(self, request: weightd_pb2.ListModelsRequest) -> weightd_pb2.ListModelsResponse:
-        return weightd_pb2.ListModelsResponse(names=await self._run(self._models.names))
+    def set_rules(self, allow: Rules, allow_publish: Rules) -> None:
+        """Who may read and publish what, from the next call on. Sessions that are open go on."""
+        self._allow, self._allow_publish = allow, allow_publish
 
     @answered
-    async def DescribeModel(self, request: weightd_pb2.DescribeModelRequest) -> weightd_pb2.Model:
-        return (await self._find(request.name)).record
+    async def ListModels(
+        self, request: weightd_pb2.ListModelsRequest, context: Context
+    ) -> weightd_pb2.ListModelsResponse:
+        caller = self._identities.caller(context)
+        names = await self._run(self._models.names)
+        return weightd_pb2.ListModelsResponse(names=[name for name in names if may_read(caller, name, self._allow)])
 
     @answered
-    async def OpenSession(self, request: weightd_pb2.OpenSessionRequest) -> weightd_pb2.OpenSessionResponse:
-        served = await self._find(request.model, request.import_id)
-        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted), self._openers)
+    async def DescribeModel(self, request: weightd_pb2.DescribeModelRequest, context: Context) -> weightd_pb2.Model:
+        return (await self._readable(request.name, context)).record
+
+    @answered
+    async def OpenSession(
+        self, request: weightd_pb2.OpenSessionRequest, context: Context
+    ) -> weightd_pb2.OpenSessionResponse:
+        caller = self._identities.caller(context)
+        served = await self._readable(request.model, context, request.import_id)
+        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._openers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
     @answered_stream
-    async def Fetch(self, request: weightd_pb2.FetchRequest) -> AsyncIterator[weightd_pb2.FetchResponse]:
-        served = await self._find(request.model, request.import_id)
+    async def Fetch(
+        self, request: weightd_pb2.FetchRequest, context: Context
+    ) -> AsyncIterator[weightd_pb2.FetchResponse]:
+        served = await self._readable(request.model, context, request.import_id)
         answers = await self._run(lambda: self._fetcher.answers(served, request), self._fetchers)
         while (data := await self._run(lambda: next(answers, None), self._fetchers)) is not None:
             response = weightd_pb2.FetchResponse(data=data)
             del data  # not held while the client takes its time
             yield response
 
-    @answered_upload
+    @answered
     async def PublishCalibration(
-        self, requests: AsyncIterator[weightd_pb2.PublishCalibrationRequest], peer: str
+        self, requests: AsyncIterator[weightd_pb2.PublishCalibrationRequest], context: Context
     ) -> weightd_pb2.Calibration:
-        if not peer.startswith("unix:"):  # those sockets are open to our own user, our group and root
-            raise ForbiddenError(f"{peer} may not publish: publish through the Unix socket, as a member of its group")
+        caller = self._identities.caller(context)
         parts = aiter(requests)
         first = await anext(parts, weightd_pb2.PublishCalibrationRequest())
         if first.WhichOneof("part") != "header":
             raise RequestError("a calibration begins with its header")
-        served = await self._find(first.header.model)
+        model = first.header.model
+        require_publish(caller, model, self._allow, self._allow_publish)
+        served = await self._readable(model, context)
         with ExitStack() as undo:
             staging = await self._run_whole(lambda: undo.enter_context(self._stage(served, first.header.calibration)))
             async for request in parts:
@@ -103,22 +124,25 @@ class WeightdService:
             return await self._run_whole(lambda: self._models.publish(served, staging))
 
     @answered
-    async def Stats(self, request: weightd_pb2.StatsRequest) -> weightd_pb2.StatsResponse:
-        stats = await self._run(self._engine.stats)
-        return weightd_pb2.StatsResponse(
-            io_engine=self._engine.io_engine,
-            dram_limit_bytes=self._dram_bytes,
-            dram_pool_bytes=stats["pool_bytes"],
-            dram_resident_bytes=stats["resident_bytes"],
-            dram_tables_bytes=stats["tables_bytes"],
-            sessions=stats["sessions"],
-            models=[weightd_pb2.ModelStats(name=name, **row) for name, row in stats["models"].items()],
-            device_sequential_gb_per_s=self._sequential_gb_per_s,
-        )
+    async def Stats(self, request: weightd_pb2.StatsRequest, context: Context) -> weightd_pb2.StatsResponse:
+        caller = self._identities.caller(context)
+        stats = await self._run(self._statistics.now)
+        models = [model for model in stats.models if may_read(caller, model.name, self._allow)]
+        attached = [session for session in stats.attached if may_read(caller, session.model, self._allow)]
+        del stats.models[:], stats.attached[:]
+        stats.models.extend(models)
+        stats.attached.extend(attached)
+        return stats
 
-    async def _find(self, name: str, import_id: bytes = b"") -> ServedModel:
-        """`import_id`: the only import of the model that will do; empty for any. Raises StoreError for another one."""
-        served = await self._run(lambda: self._models.find(name))
+    async def _readable(self, name: str, context: Context, import_id: bytes = b"") -> ServedModel:
+        """The model; `import_id`: the only import of it that will do, empty for any.
+
+        Raises ForbiddenError, UnknownModelError (names what the caller may read), StoreError (another import), and as
+        find().
+        """
+        caller = self._identities.caller(context)
+        require_read(caller, name, self._allow)
+        served = await self._run(lambda: self._models.find(name, lambda other: may_read(caller, other, self._allow)))
         if import_id and import_id != served.record.import_id:
             raise StoreError(f"{name!r} is another import than the one asked for: make a new client")
         return served
@@ -135,9 +159,10 @@ class WeightdService:
             )
         return self._models.stage(served, offered)
 
-    def _open_session(self, served: ServedModel, slots_wanted: int) -> tuple[bytes, int]:
+    def _open_session(self, served: ServedModel, slots_wanted: int, caller: Caller) -> tuple[bytes, int]:
+        user_id = ANYBODY if caller.user_id is None else caller.user_id
         try:
-            token, share = self._engine.open_session(served.number, slots_wanted)
+            token, share = self._engine.open_session(served.number, slots_wanted, user_id)
         except _native.CorruptResident as error:
             raise CorruptionError(str(error)) from error
         return token, share

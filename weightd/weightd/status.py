@@ -54,29 +54,14 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 def answered(
-    method: Callable[[Service, Request], Awaitable[Response]],
+    method: Callable[[Service, Request, Context], Awaitable[Response]],
 ) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """A unary call that answers what `method` returns, or the status of what it raises."""
+    """A call with one answer: what `method` returns, or the status of what it raises."""
 
     @functools.wraps(method)
     async def call(service: Service, request: Request, context: Context) -> Response:
         try:
-            return await method(service, request)
-        except Exception as error:
-            await _refuse(context, error)
-
-    return call
-
-
-def answered_upload(
-    method: Callable[[Service, AsyncIterator[Request], str], Awaitable[Response]],
-) -> Callable[[Service, AsyncIterator[Request], Context], Awaitable[Response]]:
-    """The same for a call that is asked with a stream; `method` also gets the peer, as gRPC spells it."""
-
-    @functools.wraps(method)
-    async def call(service: Service, requests: AsyncIterator[Request], context: Context) -> Response:
-        try:
-            return await method(service, requests, context.peer())
+            return await method(service, request, context)
         except Exception as error:
             await _refuse(context, error)
 
@@ -84,14 +69,14 @@ def answered_upload(
 
 
 def answered_stream(
-    method: Callable[[Service, Request], AsyncIterator[Response]],
+    method: Callable[[Service, Request, Context], AsyncIterator[Response]],
 ) -> Callable[[Service, Request, Context], AsyncIterator[Response]]:
     """The same for a call that answers with a stream."""
 
     @functools.wraps(method)
     async def call(service: Service, request: Request, context: Context) -> AsyncIterator[Response]:
         try:
-            async for response in method(service, request):
+            async for response in method(service, request, context):
                 yield response
         except Exception as error:
             await _refuse(context, error)

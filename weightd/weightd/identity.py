@@ -1,0 +1,119 @@
+"""Who is at the other end of a Unix socket: what gRPC cannot tell us, proven by a socket of our own.
+
+gRPC hides the credentials of a Unix socket's peer. So beside each of its sockets lies another, with IDENTITY_SUFFIX: to
+whoever connects we send an Identity (proto/weightd.proto) of the user and groups that the kernel names (SO_PEERCRED,
+SO_PEERGROUPS), signed, and hang up. The client sends it with its calls. It is good for an hour, so that leaving a group
+has an effect, and the key lies in the store, so that it outlives a restart. Who gives it away gives away no more
+than the weights it could give away itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import os
+import socket
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from weightd.access import Caller
+from weightd.errors import StoreError
+from weightd_proto import weightd_pb2
+
+METADATA_KEY = "weightd-identity-bin"
+KEY_FILE = "identity.key"
+KEY_BYTES = 32
+VALID_S = 3600
+CLOCK_STEP_S = 60  # a clock that was set back a little must not refuse what was just issued
+SO_PEERGROUPS = 59  # of Linux 4.13; the socket module does not name it
+GROUPS_MAX = 256  # of one user: getsockopt() of Python gives at most 1 KiB
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Identities:
+    """Signs and checks identities with the key of `folder`, which is made if there is none. Raises StoreError."""
+
+    def __init__(self, folder: Path) -> None:
+        self._key = _key(folder / KEY_FILE)
+
+    def issue(self, user_id: int, group_ids: list[int], now_s: float | None = None) -> bytes:
+        """A serialized Identity, issued at `now_s`: Unix time, by default now."""
+        claim = weightd_pb2.IdentityClaim(
+            user_id=user_id, group_ids=group_ids, issued_unix_s=int(time.time() if now_s is None else now_s)
+        ).SerializeToString()
+        return weightd_pb2.Identity(claim=claim, signature=self._signature(claim)).SerializeToString()
+
+    def check(self, identity: bytes) -> weightd_pb2.IdentityClaim | None:
+        """What it claims; None when it is not ours, or too old."""
+        try:
+            parsed = weightd_pb2.Identity.FromString(identity)
+        except DecodeError:
+            return None
+        if not hmac.compare_digest(self._signature(parsed.claim), parsed.signature):
+            return None
+        claim = weightd_pb2.IdentityClaim.FromString(parsed.claim)
+        age_s = time.time() - claim.issued_unix_s
+        return claim if -CLOCK_STEP_S <= age_s <= VALID_S else None
+
+    def caller(self, context: Context) -> Caller:
+        """Who makes this call."""
+        if not (context.peer() or "").startswith("unix:"):
+            return Caller(local=False, tls_names=frozenset(_tls_names(context)))
+        shown = dict(context.invocation_metadata() or ()).get(METADATA_KEY, b"")
+        claim = self.check(shown) if isinstance(shown, bytes) else None
+        if claim is None:
+            return Caller(local=True)
+        return Caller(local=True, user_id=claim.user_id, group_ids=frozenset(claim.group_ids))
+
+    def _signature(self, claim: bytes) -> bytes:
+        return hmac.digest(self._key, claim, hashlib.sha256)
+
+
+class IdentityProtocol(asyncio.Protocol):
+    """A connection of the identity socket: answered at once, nothing is read."""
+
+    def __init__(self, identities: Identities) -> None:
+        self._identities = identities
+
+    def connection_made(self, transport: Any) -> None:  # uvloop's classes are none of asyncio's
+        connection = transport.get_extra_info("socket")
+        _, user_id, group_id = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        groups = {group_id, *_groups(connection)}
+        transport.write(self._identities.issue(user_id, sorted(groups)))
+        transport.close()
+
+
+def _groups(connection: Any) -> list[int]:
+    """Supplementary groups of the peer; none where the kernel does not tell, or they are too many."""
+    try:
+        packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_MAX * 4)
+    except OSError:
+        return []
+    return [group for (group,) in struct.iter_unpack("I", packed)]
+
+
+def _tls_names(context: Context) -> list[str]:
+    """Subject alternative names of the client's verified certificate, or its common name where it has none."""
+    return [name.decode(errors="replace") for name in context.peer_identities() or ()]
+
+
+def _key(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot make {path}: {(error.strerror or '').lower()}; make the store writable") from error
+    else:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key := os.urandom(KEY_BYTES))
+    if len(key) != KEY_BYTES:
+        raise StoreError(f"{path} has {len(key)} bytes instead of {KEY_BYTES}: delete it, a new one is made")
+    return key
