@@ -4,8 +4,8 @@
         clients.start(0, address="unix:/run/weightd.sock", model="opt", prompts=[[5, 6, 7]], mode="exact")
         event = clients.next_event(timeout_s=10)
 
-Events are dicts: {"client": 0, "pid": 17, "event": "ready"}; "tokens" after each generation, with the prompt's index, the
-tokens, began_s of time.monotonic(), and what the process holds (descriptors, threads, anonymous memory); "error" with the
+Events are dicts: {"client": 0, "pid": 17, "event": "ready"}; "tokens" after each generation, with the prompt's index,
+the tokens, began_s of time.monotonic(), and what the process holds (descriptors, threads, memory); "error" with the
 name of the class and its line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and each
 generation is greedy, so the same prompt gives the same tokens.
 """
@@ -42,7 +42,8 @@ class ClientProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._mother.stdin is not None and self._mother.stdout is not None
+        assert self._mother.stdin is not None
+        assert self._mother.stdout is not None
         self._mother.stdin.close()
         self._mother.wait()
         self._mother.stdout.close()
@@ -51,8 +52,8 @@ class ClientProcesses:
         """Starts client `index`.
 
         Args:
-            what: address, model and prompts; generations to make (0: until it is killed or gets SIGTERM), tokens of each,
-                generate (arguments of it), and options of FlashClient.
+            what: address, model and prompts; generations to make (0: until it is killed or gets SIGTERM), tokens of
+                each, and options of FlashClient.
         """
         assert self._mother.stdin is not None
         self._mother.stdin.write(json.dumps({"index": index} | what).encode() + b"\n")
