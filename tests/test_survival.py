@@ -6,11 +6,12 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from mortal_daemon import mortal
@@ -188,6 +189,39 @@ def test_another_calibration_after_the_restart_changes_no_token(store: Path) -> 
             assert client.generate(PROMPT, **GREEDY) == expected
         with FlashClient("tiny", address=daemon.address, mode="predict") as newcomer:
             assert newcomer.generate(PROMPT, **GREEDY) != expected, "it really was another one"
+
+
+def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It pauses in the middle of a generation, and holds more than what is its own once there are others."""
+    with (
+        mortal(store, "--dram", dram(store, 0.24)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode="predict", window=64) as client,
+    ):
+        expected = client.generate(PROMPT, **GREEDY)
+        paused = False
+
+        def let_others_run(*_: object) -> None:
+            nonlocal paused
+            if not paused and client.source.cells_held > 0.9 * client.source.lease_limit:
+                paused = True
+                with ExitStack() as others:
+                    for _ in range(2):
+                        lease_a_share(others.enter_context(FlashClient("tiny", address=daemon.address)))
+
+        client.model.register_forward_hook(let_others_run)
+        assert client.generate(PROMPT, **GREEDY) == expected
+        assert paused
+        assert ["kept others waiting" in line for line in said(caplog)] == [True]
+
+
+def lease_a_share(client: FlashClient) -> None:
+    source = client.source
+    source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), np.empty(0, np.uint32))
+    while source.arrived() > 0:
+        pass
+    assert source.cells_held == source.share_cells
 
 
 def mapped(name: str) -> set[str]:

@@ -46,7 +46,7 @@ logger = logging.getLogger("flashclient")
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
     grpc.StatusCode.UNAVAILABLE: SessionLostError,
     grpc.StatusCode.CANCELLED: SessionLostError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DaemonLostError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: SessionLostError,  # or it was we who were stopped for so long
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
     grpc.StatusCode.ABORTED: errors.BusyError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BusyError,  # of OpenSession: ShareError

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flashclient.errors import DaemonLostError
 
-LOSSES_MAX = 8  # within one layer; more mean a weightd that our requests kill, or one that we break a rule of
+LOSSES_MAX = 5  # within one layer; more mean a weightd that our requests kill, or one that we break a rule of
 Result = TypeVar("Result")
 
 

@@ -23,6 +23,7 @@
 namespace flashclient {
 namespace {
 
+constexpr double WAIT_SLICE_S = 1.0;
 constexpr size_t RENEWED_BYTES = 2U << 20;  // of resident weights, compared and mapped anew at once
 constexpr int SPINS = 200;                  // about 5 us: a warm answer often comes within it
 
@@ -326,7 +327,7 @@ bool Session::take_ready(std::vector<ring::Grant>& grants) {
 
 void Session::take_grants(std::vector<ring::Grant>& grants, bool block) {
     if (take_ready(grants) || !block) return;
-    const double deadline_s = now_s() + timeout_s_;
+    double left_s = timeout_s_;
     for (int i = 0; i < SPINS; i++) {
         pause_briefly();
         if (take_ready(grants)) return;
@@ -337,19 +338,23 @@ void Session::take_grants(std::vector<ring::Grant>& grants, bool block) {
         const bool ready = take_ready(grants);
         if (!ready) {
             require_alive();
-            wait_for_bell(seen, deadline_s);
+            left_s -= wait_for_bell(seen, left_s);
         }
         ring_->header.client_sleeps.store(0);
         if (ready) return;
     }
 }
 
-void Session::wait_for_bell(uint32_t seen, double deadline_s) const {
-    const double left_s = deadline_s - now_s();
+// Returns how much of `left_s` it took: never more than a slice, so that a process that was frozen does not wake up to
+// find that weightd has not answered it for so long.
+double Session::wait_for_bell(uint32_t seen, double left_s) const {
     if (left_s <= 0) throw NoAnswer("weightd did not answer within " + seconds(timeout_s_));
-    const auto whole_s = static_cast<time_t>(left_s);
-    const timespec left{whole_s, static_cast<long>((left_s - static_cast<double>(whole_s)) * 1e9)};
-    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAIT, seen, &left, nullptr, 0);  // the watcher rings it, too
+    const double began_s = now_s();
+    const double slice_s = std::min(left_s, WAIT_SLICE_S);
+    const auto whole_s = static_cast<time_t>(slice_s);
+    const timespec slice{whole_s, static_cast<long>((slice_s - static_cast<double>(whole_s)) * 1e9)};
+    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAIT, seen, &slice, nullptr, 0);  // the watcher rings it, too
+    return std::min(now_s() - began_s, slice_s);
 }
 
 const std::byte* Session::address(const ring::Grant& grant, uint32_t cell_bytes) {

@@ -84,7 +84,7 @@ class Session {
     void wait_for_room();
     void put(const ring::Request& request);
     void ring_doorbell();
-    void wait_for_bell(uint32_t seen, double deadline_s) const;
+    double wait_for_bell(uint32_t seen, double left_s) const;
     bool take_ready(std::vector<ring::Grant>& grants);
     bool read_news(uint32_t cell_bytes, int timeout_ms);
 
