@@ -5,7 +5,8 @@
         event = clients.next_event(timeout_s=10)
 
 Events are dicts: {"client": 0, "pid": 17, "event": "ready"}; "tokens" after each generation, with the prompt's index,
-the tokens, began_s of time.monotonic(), and what the process holds (descriptors, threads, memory); "error" with the
+the tokens, began_s of time.monotonic(), and what the process holds (descriptors, threads, memory); "corruption" in
+place of it, with the line of the error; "error" with the
 name of the class and its line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and each
 generation is greedy, so the same prompt gives the same tokens.
 """
@@ -27,6 +28,7 @@ from typing import Any
 
 Event = dict[str, Any]
 REAP_S = 0.1  # how late an end may be told
+CORRUPT_PAUSE_S = 0.2  # before the next attempt
 
 
 class ClientProcesses:
@@ -140,11 +142,11 @@ def run_client(
     generations: int = 0,
     **options: Any,
 ) -> int:
-    """Generates, and tells what came of it; an error ends it. Returns the exit status."""
+    """Generates, and tells what came of it; any error but one of a corrupt bundle ends it. Returns the exit status."""
     import torch
 
     from flashclient import FlashClient
-    from flashclient.errors import FlashClientError
+    from flashclient.errors import CorruptionError, FlashClientError
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
@@ -157,8 +159,13 @@ def run_client(
             while generations == 0 or done < generations:
                 prompt = done % len(prompts)
                 began_s = time.monotonic()
-                made = client.generate(prompts[prompt], max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
-                tell(about | {"event": "tokens", "prompt": prompt, "tokens": made, "began_s": began_s} | holdings())
+                try:
+                    made = client.generate(prompts[prompt], max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+                except CorruptionError as error:
+                    tell(about | {"event": "corruption", "says": str(error), "began_s": began_s})
+                    time.sleep(CORRUPT_PAUSE_S)
+                else:
+                    tell(about | {"event": "tokens", "prompt": prompt, "tokens": made, "began_s": began_s} | holdings())
                 done += 1
     except _Stop:
         return 0
@@ -169,15 +176,22 @@ def run_client(
 
 
 def holdings(pid: int | str = "self") -> dict[str, int]:
-    """Descriptors, threads, and bytes of anonymous and of shared memory of a process."""
+    """Descriptors but those of shared memory, threads, and bytes of anonymous and of shared memory of a process."""
     process = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     return {
-        "descriptors": len(list((process / "fd").iterdir())),
+        "descriptors": sum(not _is_memory(descriptor) for descriptor in (process / "fd").iterdir()),
         "threads": int(status["Threads"]),
         "anonymous_bytes": int(status["RssAnon"].split()[0]) * 1024,
         "shared_bytes": int(status["RssShmem"].split()[0]) * 1024,
     }
+
+
+def _is_memory(descriptor: Path) -> bool:
+    try:
+        return str(descriptor.readlink()).startswith("/memfd:")
+    except FileNotFoundError:  # the one that lists them
+        return True
 
 
 if __name__ == "__main__":

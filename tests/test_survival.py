@@ -207,10 +207,11 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
             if not paused and client.source.cells_held > 0.9 * client.source.lease_limit:
                 paused = True
                 with ExitStack() as others:
-                    for _ in range(2):
+                    for _other in range(2):
                         lease_a_share(others.enter_context(FlashClient("tiny", address=daemon.address)))
 
-        client.model.register_forward_hook(let_others_run)
+        model: Any = client.model
+        model.register_forward_hook(let_others_run)
         assert client.generate(PROMPT, **GREEDY) == expected
         assert paused
         assert ["kept others waiting" in line for line in said(caplog)] == [True]

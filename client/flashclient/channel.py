@@ -61,6 +61,8 @@ def rpc_errors(address: str) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise _translated(error, address) from error
+    except ValueError as error:  # how gRPC says that close() came first
+        raise errors.DaemonLostError(f"the connection to weightd at {address} was closed") from error
 
 
 def _translated(error: Any, address: str) -> errors.FlashClientError:
@@ -125,14 +127,8 @@ class Connection:
             raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
-        try:
-            with rpc_errors(self.address):
-                return method(request, timeout=self.timeout_s)
-        except ValueError as error:  # how gRPC says that close() came first
-            raise self._closed() from error
-
-    def _closed(self) -> errors.DaemonLostError:
-        return errors.DaemonLostError(f"the connection to weightd at {self.address} was closed")
+        with rpc_errors(self.address):
+            return method(request, timeout=self.timeout_s)
 
     def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
         """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.
@@ -192,23 +188,25 @@ class Connection:
         return self._pieces(self._ask(request, timeout_s), request, timeout_s)
 
     def _ask(self, request: weightd_pb2.FetchRequest, timeout_s: float) -> Any:
-        try:
+        with rpc_errors(self.address):
             return self.stub.Fetch(request, timeout=timeout_s)
-        except ValueError as error:
-            raise self._closed() from error
 
     def _pieces(self, responses: Any, request: weightd_pb2.FetchRequest, timeout_s: float) -> Iterator[bytes]:
         give_up = time.monotonic() + timeout_s
-        begun = False
+        given_bytes = 0
         while True:
             try:
+                passed_bytes = 0  # asked again, it begins anew
                 with rpc_errors(self.address):
                     for response in responses:
-                        begun = True
-                        yield response.data
+                        fresh = response.data[max(0, given_bytes - passed_bytes) :]
+                        passed_bytes += len(response.data)
+                        given_bytes += len(fresh)
+                        if fresh:
+                            yield fresh
                 return
             except errors.BusyError:
-                if begun or time.monotonic() > give_up:
+                if time.monotonic() > give_up:
                     raise
                 time.sleep(RETRY_S)
                 responses = self._ask(request, timeout_s)

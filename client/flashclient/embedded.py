@@ -152,6 +152,10 @@ class PrivateDaemon:
             os.close(self._writing_end)
             self._start()
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def has_ended(self) -> bool:
         return self._child.poll() is not None
 
