@@ -137,10 +137,13 @@ def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, ro
 
 def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int = ROUNDS) -> Row:
     """Low-rank predictors of layer after layer."""
-    rows = rank + LAYER_NEURONS * rank // hidden_size  # of hidden_size elements each: input, then output
-    bias = np.full(LAYER_NEURONS, -1, np.float32)
+    output_bytes = LAYER_NEURONS * rank
+    rows = rank + output_bytes // (hidden_size * ELEMENT_BYTES)  # input of 16 bits, output of bytes
+    bias, scale = np.full(LAYER_NEURONS, -1, np.float32), np.ones(LAYER_NEURONS, np.float32)
     layers = [
-        LowRankPredictor(arena.workers, "BF16", part[:rank], part[rank:].reshape(LAYER_NEURONS, rank), bias)
+        LowRankPredictor(
+            arena.workers, "BF16", part[:rank], part[rank:].view(np.int8).reshape(LAYER_NEURONS, rank), bias, scale
+        )
         for part in arena.matrices(rows, hidden_size)
     ]
     x = np.random.default_rng(0).standard_normal((1, hidden_size)).astype(np.float32)
@@ -149,7 +152,7 @@ def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int 
         for layer in layers:
             layer.predict(x)
 
-    read_bytes = len(layers) * (rows * hidden_size * ELEMENT_BYTES + bias.nbytes)
+    read_bytes = len(layers) * (rows * hidden_size * ELEMENT_BYTES + bias.nbytes + scale.nbytes)
     facts = {"kernel": "low-rank predictor", "rank": rank, "neurons": LAYER_NEURONS, "tokens": 1}
     return facts | {"read_bytes": read_bytes} | compare(arena, work, read_bytes, rounds)
 

@@ -10,7 +10,6 @@ the memory that our two processes take together. What is compared is measured tw
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,14 +22,14 @@ import torch
 from bench import Row, Target, machine_facts, report
 from bench_import import make_cold
 from bench_kernels import Arena, sparse_row
+from bench_processes import BenchError, run_json
 from bench_reader import Case, read_fio
 from cgroup import capped_memory
-from make_planted_model import make_planted_model
 from paper_figure import draw
-from paper_rows import ROWS, BenchError, RowPlan, Work, costs, run_json, run_row, serving, summary
+from paper_rows import ROWS, RowPlan, Work, costs, run_row, summary
 from paper_table import tables
-from planted_calibration import publish_planted, read_plan
 from planted_plan import SHAPES
+from planted_store import planted_store
 
 from weightd.store import Store
 
@@ -119,23 +118,9 @@ def told(row: Row) -> Row:
 
 
 def prepare(options: argparse.Namespace) -> Bench:
-    """Checkpoint, store and calibration in the folder, each made unless it is there."""
-    options.folder.mkdir(parents=True, exist_ok=True)
-    name = f"planted-{options.shape}"
-    checkpoint, store = options.folder / name, options.folder / f"store-{options.shape}"
-    if not checkpoint.exists():
-        make_planted_model(SHAPES[options.shape], checkpoint)
-    read_plan(checkpoint)
-    if not (store / name).exists():
-        command = [sys.executable, "-m", "weightd", "import", str(checkpoint), "--store", str(store)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
-    work = Work(checkpoint, store, name, options.prompt_tokens, options.tokens, options.dense_tokens, SEED)
-    if not Store.open(store, readonly=True).model(name).HasField("calibration"):
-        with serving(store, work.dram_bytes("layer")) as daemon:
-            publish_planted(checkpoint, name, daemon.address)
-    return Bench(work, [])
+    planted = planted_store(options.shape, options.folder)
+    numbers = options.prompt_tokens, options.tokens, options.dense_tokens, SEED
+    return Bench(Work(planted.checkpoint, planted.store, planted.name, *numbers), [])
 
 
 def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
+import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-UNION_TOKENS_MAX = 8
+from flashclient.firing import PackedBits, unions
+from flashclient.predictor_training import PairCounts
+
 WINDOW = 4  # the paper's
 
 
@@ -33,20 +37,9 @@ class Shares:
 
 def shares_of(fires: NDArray[np.bool_], wants: NDArray[np.bool_]) -> Shares:
     """Both [tokens, neurons], tokens in order and more than UNION_TOKENS_MAX."""
-    union = [union_share(wants, tokens) for tokens in range(1, UNION_TOKENS_MAX + 1)]
-    return Shares(
-        firing=float(fires.mean()),
-        predicted=float(wants.mean()),
-        false_negatives=float((fires & ~wants).sum() / max(1, fires.sum())),
-        false_positives=float((wants & ~fires).sum() / max(1, (~fires).sum())),
-        union=union,
-        new_per_token=union[WINDOW] - union[WINDOW - 1],
-    )
-
-
-def union_share(wants: NDArray[np.bool_], tokens: int) -> float:
-    """Mean share of the neurons that are in the union of `tokens` tokens in a row. wants: [tokens, neurons]."""
-    together = wants[tokens - 1 :].copy()
-    for back in range(1, tokens):
-        together |= wants[tokens - 1 - back : len(wants) - back]
-    return float(together.mean())
+    counts = PairCounts()
+    counts.add(torch.from_numpy(fires), torch.from_numpy(wants))
+    predicted = PackedBits(*wants.shape)
+    predicted.put(0, torch.from_numpy(wants))
+    union = [float(share) for share in unions(predicted, len(wants))]
+    return Shares(**asdict(counts.rates()), union=union, new_per_token=union[WINDOW] - union[WINDOW - 1])

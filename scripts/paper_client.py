@@ -7,7 +7,6 @@ JSON object.
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -16,9 +15,11 @@ from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
 from flashclient.channel import Connection
+from flashclient.errors import FlashClientError
 
 # isort: split
 import torch
+from bench_processes import pss_bytes
 from forced_tokens import ForcedTokens, random_ids
 from paper_firing import InputTap, compare
 from uncached_pass import read_uncached
@@ -112,18 +113,11 @@ def memory_of(daemon_pid: int) -> dict[str, int]:
     return {"client_bytes": pss_bytes("self"), "daemon_bytes": pss_bytes(str(daemon_pid))}
 
 
-def pss_bytes(pid: str) -> int:
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
-
-
 def main() -> int:
     task = Task(**json.loads(sys.argv[1]))
     try:
         print(json.dumps(run(task)))
-    except (flashclient.FlashClientError, OSError) as error:
+    except (FlashClientError, OSError) as error:
         print(f"paper_client: {error}", file=sys.stderr)
         return 1
     return 0

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from firing_shares import UNION_TOKENS_MAX, WINDOW, Shares, shares_of
+from firing_shares import WINDOW, Shares, shares_of
 from make_planted_model import LAYER_NAME, PLANTED_FOLDER
-from planted_calibration import read_plan
+from planted_calibration import planted_predictor, read_plan
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 import flashclient
 from flashclient.architectures import architecture_of
+from flashclient.calibration import UNION_TOKENS_MAX
+from flashclient.predictor_training import Prediction
 
 TOLERANCE = 0.1  # of the plan
 
@@ -69,8 +71,8 @@ def as_planned(shares: Shares, planned: Mapping[str, float]) -> bool:
 
 
 def _shares(x: Tensor, checkpoint: Path, index: Mapping[str, str], prefix: str, number: int) -> Shares:
-    predictor = load_file(checkpoint / PLANTED_FOLDER / f"layer-{number:03}.safetensors")
-    scores = x @ predictor["input"].float().T @ predictor["output"].float().T + predictor["bias"]
+    planted = load_file(checkpoint / PLANTED_FOLDER / f"layer-{number:03}.safetensors")
+    wanted = Prediction(planted_predictor(planted), planted["input"].dtype).wanted(x)
     with ExitStack() as opened:
 
         def tensor(name: str) -> Tensor:
@@ -82,4 +84,4 @@ def _shares(x: Tensor, checkpoint: Path, index: Mapping[str, str], prefix: str, 
             fired = x @ tensor(f"{prefix}.fc1.weight").T + tensor(f"{prefix}.fc1.bias")
         else:
             fired = x @ tensor(f"{prefix}.mlp.gate_proj.weight").T
-    return shares_of((fired > 0).numpy(), (scores > 0).numpy())
+    return shares_of((fired > 0).numpy(), wanted.numpy())

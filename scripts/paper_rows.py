@@ -7,35 +7,24 @@ token; unbundled reads up row and down column of a neuron with two requests of h
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from bench import Row
+from bench_processes import run_json, serving
 from paper_client import Task
 
-from flashclient.embedded import is_serving
 from weightd.served_models import demand_of
 from weightd.store import Store
 
-START_WITHIN_S = 120.0
-POLL_S = 0.02
 FIRST_TOKENS = 50  # the window fills meanwhile, says the paper (section 4)
 SWEEP_POOL_BYTES = 16 << 20  # the look-ahead of a client that streams every layer, twice: it gets half of the pool
 LAYER_POOL_SHARE = 0.25  # of a layer: its predicted neurons, twice and a little more
 CLIENT = Path(__file__).with_name("paper_client.py")
-
-
-class BenchError(Exception):
-    """A part of the benchmark did not run; says which, and what it said."""
 
 
 @dataclass(frozen=True)
@@ -97,43 +86,6 @@ class Work:
         return max(self.model_bytes // 2, least_bytes) if memory == "half" else least_bytes
 
 
-@dataclass(frozen=True)
-class Daemon:
-    """A running weightd."""
-
-    address: str
-    pid: int
-
-
-@contextmanager
-def serving(store: Path, dram_bytes: int, flags: Sequence[str] = ()) -> Iterator[Daemon]:
-    """A weightd of its own, ended at the end. Raises BenchError with its last words when it does not start."""
-    with tempfile.TemporaryDirectory(prefix="bench-paper-") as folder:
-        address, log_path = f"unix:{folder}/weightd.sock", Path(folder, "log")
-        command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", address]
-        reading_end, writing_end = os.pipe()
-        command += ["--dram", str(dram_bytes), "--owner-fd", str(reading_end), *flags]
-        with log_path.open("wb") as log:
-            process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[reading_end])
-        os.close(reading_end)
-        try:
-            _await(process, address, log_path)
-            yield Daemon(address, process.pid)
-        finally:
-            os.close(writing_end)  # it ends with its owner
-            process.wait()
-
-
-def _await(process: subprocess.Popen[bytes], address: str, log_path: Path) -> None:
-    deadline = time.monotonic() + START_WITHIN_S
-    while process.poll() is None and time.monotonic() < deadline:
-        if is_serving(address):
-            return
-        time.sleep(POLL_S)
-    said = log_path.read_text(errors="replace").strip().splitlines() or ["nothing"]
-    raise BenchError(f"weightd does not serve: {said[-1]}")
-
-
 def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
     """What the row's client told (paper_client), with `dram_bytes`."""
     dram_bytes = work.dram_bytes(plan.memory)
@@ -153,15 +105,6 @@ def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
         told: dict[str, Any] = run_json([sys.executable, str(CLIENT), json.dumps(asdict(task))], plan.name)
     held_bytes = 0 if again is None else again.stat().st_size  # what is read anew counts as not held
     return told | {"dram_bytes": dram_bytes - held_bytes}
-
-
-def run_json(command: Sequence[str], what: str) -> Any:
-    """What the command printed, as JSON. Raises BenchError with its last words."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise BenchError(f"{what}: {said[-1]}")
-    return json.loads(done.stdout)
 
 
 def summary(name: str, told: dict[str, Any]) -> Row:

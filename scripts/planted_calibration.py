@@ -24,6 +24,8 @@ from flashclient.calibration import (
     REPORT_FILE,
     STATISTICS_FILE,
     LowRank,
+    arrays_of,
+    quantized,
     write_predictors,
     write_tensors,
 )
@@ -65,9 +67,7 @@ def write_calibration(
         tensors = load_file(checkpoint / PLANTED_FOLDER / f"layer-{index:03}.safetensors")
         by_position = torch.from_numpy(placement.astype(np.int64))
         predictors.append(
-            LowRank(
-                _bits(tensors["input"]), _bits(tensors["output"][by_position]), tensors["bias"][by_position].numpy()
-            )
+            planted_predictor(tensors | {name: tensors[name][by_position] for name in ("output", "bias")})
         )
         statistics[f"layers.{index}.frequency"] = tensors["frequency"][by_position].numpy()
         statistics[f"layers.{index}.predicted"] = tensors["predicted"][by_position].numpy()
@@ -77,6 +77,11 @@ def write_calibration(
     write_predictors(folder / PREDICTORS_FILE, predictors, model)
     write_tensors(folder / STATISTICS_FILE, statistics, model, {})
     (folder / REPORT_FILE).write_text(json.dumps(_report(plan, predictors)))
+
+
+def planted_predictor(tensors: Mapping[str, torch.Tensor]) -> LowRank:
+    """The predictor of one layer, from its file: `input`, `output` and `bias`, in order of the neurons or placed."""
+    return quantized(_bits(tensors["input"]), tensors["output"].float().numpy(), tensors["bias"].numpy())
 
 
 def _bits(matrix: torch.Tensor) -> NDArray[np.uint16]:
@@ -89,6 +94,6 @@ def _report(plan: Mapping[str, Any], predictors: Sequence[LowRank]) -> dict[str,
     layers = []
     for told, predictor in zip(plan["layers"], predictors, strict=True):
         shares = {name: told[name] for name in ("firing", "predicted", "false_negatives", "false_positives")}
-        size_bytes = sum(array.nbytes for array in vars(predictor).values())
+        size_bytes = sum(array.nbytes for array in arrays_of(predictor).values())
         layers.append(shares | {"rank": len(predictor.input), "bytes": size_bytes, "time_share": None})
     return {"layers": layers, "quality": {}, "text_tokens": 0, "planted": True}

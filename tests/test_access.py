@@ -126,10 +126,12 @@ def store() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def as_user(number: int, groups: list[int], *arguments: str, group: int = 0) -> dict[str, Any]:
+def as_user(
+    number: int, groups: list[int], *arguments: str, group: int = 0, prefix: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """stranger.py as that user. Group 0 is the daemon's here: without it there is no connecting."""
     who = [str(number), ",".join(map(str, [group, *groups]))]
-    command = [sys.executable, str(Path(__file__).parent / "stranger.py"), *who, *arguments]
+    command = [*prefix, sys.executable, str(Path(__file__).parent / "stranger.py"), *who, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     answer: dict[str, Any] = json.loads(done.stdout)
@@ -189,6 +191,18 @@ def test_a_session_token_is_of_no_use_to_another_user(store: Path) -> None:
         assert os.strerror(errno.EPERM) in answer["refused"]
         own = as_user(0, [], "attach", stolen.data_socket, stolen.token.hex())
         assert own == {"refused": ""}
+
+
+@AS_ROOT
+def test_a_client_of_another_container_attaches(store: Path) -> None:
+    """Its process number means nothing to the daemon."""
+    with serving(store, "--dram", "64MiB") as daemon:
+        connection = Connection(daemon.address, 10.0)
+        opened = connection.open_session(pb.Model(name="shared"), 4)
+        container = ("unshare", "--pid", "--fork")
+        answer = as_user(0, [], "attach", opened.data_socket, opened.token.hex(), prefix=container)
+        assert answer == {"refused": ""}
+        assert as_user(0, [], "calls", daemon.address, "shared", prefix=container)["open"] == "OK"
 
 
 @AS_ROOT

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from bench_processes import BenchError, run_json, serving
 from forced_tokens import IDS_SPECIAL, ForcedTokens, random_ids
 from paper_client import Task, run
 from paper_figure import draw
-from paper_rows import FIRST_TOKENS, ROWS, BenchError, costs, run_json, serving, summary
+from paper_rows import FIRST_TOKENS, ROWS, costs, summary
 from paper_table import PAPER_TABLE_2, tables
 from uncached_pass import READ_BYTES, THREADS, read_uncached
 

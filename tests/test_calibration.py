@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from flashclient.calibration import LowRank, Predictor, Signs, read_predictors, write_predictors
+from flashclient.calibration import LowRank, Predictor, Signs, arrays_of, quantized, read_predictors, write_predictors
 from flashclient.errors import CalibrationError
 from weightd_proto import weightd_pb2
 
@@ -43,6 +43,15 @@ def low_rank(record: weightd_pb2.Model, ranks: tuple[int, ...] = (3, 16)) -> lis
     ]
 
 
+def low_rank_in_bytes(record: weightd_pb2.Model) -> list[Predictor]:
+    random = np.random.default_rng(1)
+    return [
+        quantized(predictor.input, random.normal(size=predictor.output.shape).astype(np.float32), predictor.bias)
+        for predictor in low_rank(record)
+        if isinstance(predictor, LowRank)
+    ]
+
+
 def signs(record: weightd_pb2.Model) -> list[Predictor]:
     random = np.random.default_rng(0)
     width = -(-record.bundle.hidden_size // 8)
@@ -60,7 +69,7 @@ def mapped(path: Path) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("make", [low_rank, signs])
+@pytest.mark.parametrize("make", [low_rank, low_rank_in_bytes, signs])
 def test_round_trip(make: Callable[[weightd_pb2.Model], list[Predictor]], dtype: str, tmp_path: Path) -> None:
     record = make_record(dtype)
     predictors = make(record)
@@ -69,7 +78,7 @@ def test_round_trip(make: Callable[[weightd_pb2.Model], list[Predictor]], dtype:
     read = read_predictors(data, record)
     for before, after in zip(predictors, read, strict=True):
         assert type(before) is type(after)
-        for name, array in vars(before).items():
+        for name, array in arrays_of(before).items():
             view = getattr(after, name)
             np.testing.assert_array_equal(view, array)
             assert view.dtype == array.dtype
@@ -85,6 +94,15 @@ def test_other_readers_of_safetensors_accept_the_file(tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(tmp_path / "file")
     assert isinstance(predictors[1], LowRank)
     np.testing.assert_array_equal(tensors["layers.1.output"], predictors[1].output)
+
+
+def test_quantized_output_is_within_half_a_step() -> None:
+    output = np.random.default_rng(0).normal(size=(40, 9)).astype(np.float32)
+    output[3] = 0
+    predictor = quantized(np.zeros((9, 4), np.float32), output, np.zeros(40, np.float32))
+    assert predictor.scale is not None
+    error = np.abs(predictor.output * predictor.scale[:, None] - output).max(axis=1)
+    assert (error <= np.abs(output).max(axis=1) / 127 * 0.501).all()
 
 
 def without(name: str) -> Callable[[Header], None]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
+import grpc.aio
 import pytest
 from daemon import Daemon, serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -14,8 +17,9 @@ from tiny_store import write_model
 
 from flashclient.channel import Connection
 from flashclient.errors import BusyError
-from weightd.call_bounds import FETCHES_MAX
+from weightd.call_bounds import FETCHES_MAX, SERVICE_NAME, CallBounds
 from weightd_proto import weightd_pb2 as pb
+from weightd_proto import weightd_pb2_grpc
 
 STREAMS = 64
 BIG_FILE_BYTES = 33 << 20
@@ -93,3 +97,56 @@ def test_a_request_that_names_too_much_is_refused(daemon: Daemon) -> None:
     ):
         with pytest.raises(grpc.RpcError, match="ask in several calls"):
             list(daemon.stub.Fetch(pb.FetchRequest(model="tiny", bundles=wanted)))
+
+
+class Counter:
+    """The one call of the service that is an upload: says how many messages came."""
+
+    async def publish(self, requests: AsyncIterator[pb.PublishCalibrationRequest], _: Any) -> pb.Calibration:
+        return pb.Calibration(version=len([request async for request in requests]))
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        methods: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+            "PublishCalibration": grpc.stream_unary_rpc_method_handler(
+                self.publish, pb.PublishCalibrationRequest.FromString, pb.Calibration.SerializeToString
+            ),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Iterator[weightd_pb2_grpc.WeightdStub]:
+    """A server with our bounds that waits half a second for a caller."""
+    listening, ending = threading.Event(), threading.Event()
+
+    async def serve() -> None:
+        server = grpc.aio.server(interceptors=[CallBounds(patience_s=0.5)])
+        server.add_generic_rpc_handlers((Counter().handlers(),))
+        server.add_insecure_port(f"unix:{tmp_path}/s")
+        await server.start()
+        listening.set()
+        await asyncio.to_thread(ending.wait)
+        await server.stop(None)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),))
+    thread.start()
+    assert listening.wait(60)
+    with grpc.insecure_channel(f"unix:{tmp_path}/s") as channel:
+        yield weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+    ending.set()
+    thread.join()
+
+
+def test_an_upload_that_stops_is_given_up(impatient: weightd_pb2_grpc.WeightdStub) -> None:
+    silent = threading.Event()
+
+    def requests() -> Iterator[pb.PublishCalibrationRequest]:
+        yield pb.PublishCalibrationRequest()
+        silent.wait(60)
+
+    with pytest.raises(grpc.RpcError) as caught:
+        impatient.PublishCalibration(requests(), timeout=60)
+    silent.set()
+    assert "nothing was sent" in (caught.value.details() or "")
+    whole = [pb.PublishCalibrationRequest()] * 3
+    assert impatient.PublishCalibration(iter(whole), timeout=60).version == 3

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from weightd.config import SOCKET_PATH_BYTES_MAX, default_listen, load_config, parse_listen
+from weightd.config import SOCKET_PATH_BYTES_MAX, MetricsAddress, default_listen, load_config, parse_listen
 from weightd.errors import UsageError
 
 
@@ -29,6 +29,28 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
     assert [address.target for address in config.listen] == ["unix:/x"]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("9464", MetricsAddress("127.0.0.1", 9464, True)),
+        (":9464", MetricsAddress("127.0.0.1", 9464, True)),
+        ("localhost:1", MetricsAddress("localhost", 1, True)),
+        ("[::1]:9464", MetricsAddress("::1", 9464, True)),
+        ("0.0.0.0:9464", MetricsAddress("0.0.0.0", 9464, False)),
+    ],
+)
+def test_metrics_are_for_this_machine_unless_told(text: str, expected: MetricsAddress) -> None:
+    assert load_config(["--store", "/s", "--metrics", text]).metrics == expected
+
+
+def test_metrics_may_be_a_number_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "weightd.toml"
+    file.write_text('store = "/a"\nmetrics = 9464\nlog-format = "json"\ndram-floor = "4GiB"\n')
+    config = load_config(["--config", str(file)])
+    assert config.metrics == MetricsAddress("127.0.0.1", 9464, True)
+    assert (config.log_format, config.log_level, config.dram_floor_bytes) == ("json", "info", 4 << 30)
+
+
 def test_sizes() -> None:
     assert load_config(["--store", "/s", "--dram", "6.5GiB"]).dram_bytes == int(6.5 * (1 << 30))
 
@@ -48,6 +70,12 @@ def test_sizes() -> None:
         (["--store", "/s", "--io-depth", "many"], ["--io-depth", "many"]),
         (["--store", "/s", "--config", "/no/such/file"], ["/no/such/file", "No such file"]),
         (["--store"], ["--store"]),
+        (["--store", "/s", "--metrics", "here"], ["'here'", "127.0.0.1:9464"]),
+        (["--store", "/s", "--metrics", "localhost:0"], ["localhost:0", "1 to 65535"]),
+        (["--store", "/s", "--metrics", "http://h:9464"], ["http://h:9464"]),
+        (["--store", "/s", "--log-format", "xml"], ["xml", "json"]),
+        (["--store", "/s", "--log-level", "loud"], ["loud", "warning"]),
+        (["--store", "/s", "--dram-floor", "101%"], ["--dram-floor", "101%"]),
     ],
 )
 def test_bad_flags_are_one_clear_line(arguments: list[str], words: list[str]) -> None:

@@ -26,7 +26,18 @@ def test_a_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     write_model(tmp_path / "store")
     assert doctor.main(["--store", str(tmp_path / "store")]) == 0
     text = capsys.readouterr().out
-    for name in ("store", "direct io", "block size", "io_uring", "memlock", "memory", "space", "huge pages", "device"):
+    for name in (
+        "store",
+        "direct io",
+        "block size",
+        "io_uring",
+        "memlock",
+        "memory",
+        "space",
+        "huge pages",
+        "pressure",
+        "device",
+    ):
         assert any(line[5:].startswith(name) for line in text.splitlines()), name
     assert "tiny" in text
 
@@ -101,6 +112,17 @@ def test_huge_pages(tmp_path: Path) -> None:
         setting.write_text(text)
         assert doctor.check_huge_pages(setting).level == level
     assert doctor.check_huge_pages(tmp_path / "none").level == doctor.WARN
+
+
+def test_pressure_is_told_or_not(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    assert "/proc/pressure/memory" in doctor.check_pressure().value
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/mountinfo").write_text("")
+    finding = doctor.check_pressure(tmp_path)
+    assert finding.level == doctor.WARN
+    assert "no such file" in finding.value
 
 
 def test_io_uring_tells_the_switch(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from flashclient import evaluate as evaluation
 from flashclient.calibrate import CalibrationOptions, calibrate, publish_result
 from flashclient.client import FlashClient
-from flashclient.evaluate import Quality, available_bytes, dense_model, evaluate_exact, evaluate_predict
+from flashclient.evaluate import Quality, dense_model, evaluate_exact, evaluate_predict
 from flashclient.sequences import read_sequences
 
 
@@ -78,19 +78,6 @@ def test_quality_counts_what_is_foretold() -> None:
     assert quality.perplexity == pytest.approx(1.0)
     assert quality.top1_agreement == 0.5
     assert quality.tokens == 2
-
-
-def test_available_bytes_is_the_tightest_limit(tmp_path: Path) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable:    5000 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text("0::/outer/inner\n")
-    group = tmp_path / "sys/fs/cgroup/outer"
-    (group / "inner").mkdir(parents=True)
-    (group / "inner/memory.max").write_text("max\n")
-    assert available_bytes(tmp_path) == 5000 * 1024
-    (group / "memory.max").write_text("3000000\n")
-    (group / "memory.current").write_text("1000000\n")
-    assert available_bytes(tmp_path) == 2000000
 
 
 def test_predict_mode_is_the_reference_of_calibration(tmp_path: Path) -> None:

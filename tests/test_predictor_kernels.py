@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import LowRankPredictor, SignPredictor, Workers
+from flashclient.calibration import quantized
 
 WORKERS = Workers(2)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -45,8 +46,26 @@ def test_low_rank(dtype: str, hidden: int, rank: int, neurons: int, tokens: int,
     out = (torch.randn(neurons, rank) / rank**0.5).to(DTYPES[dtype])
     bias, x = torch.randn(neurons), torch.randn(tokens, hidden)
     predictor = LowRankPredictor(WORKERS, dtype, stored_bits(into), stored_bits(out), bias.numpy())
+    check_low_rank(predictor, into, out.double(), bias, x)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(sorted(DTYPES)), sizes, sizes, sizes, tokens_of, seeds)
+def test_low_rank_in_bytes(dtype: str, hidden: int, rank: int, neurons: int, tokens: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    into = (torch.randn(rank, hidden) / hidden**0.5).to(DTYPES[dtype])
+    bias, x = torch.randn(neurons), torch.randn(tokens, hidden)
+    stored = quantized(stored_bits(into), (torch.randn(neurons, rank) / rank**0.5).numpy(), bias.numpy())
+    assert stored.scale is not None
+    predictor = LowRankPredictor(WORKERS, dtype, stored.input, stored.output, stored.bias, stored.scale)
+    out = torch.from_numpy(stored.output).double() * torch.from_numpy(stored.scale).double()[:, None]
+    check_low_rank(predictor, into, out, bias, x)
+
+
+def check_low_rank(predictor: LowRankPredictor, into: Tensor, out: Tensor, bias: Tensor, x: Tensor) -> None:
+    neurons, tokens = len(out), len(x)
     wanted = unpack(predictor.predict(x.numpy()), neurons, tokens)
-    score = (out.double() @ (into.double() @ x.double().T) + bias.double()[:, None]).numpy()
+    score = (out @ (into.double() @ x.double().T) + bias.double()[:, None]).numpy()
     clear = np.abs(score) > 1e-4  # nearer to 0 rounding decides
     assert np.array_equal(wanted[clear], score[clear] > 0)
     for row in range(tokens):
@@ -72,15 +91,16 @@ def test_instruction_sets(instruction_set: str) -> None:
     signs = np.full((3, 9), 0x00, np.uint8)
     x = -np.ones((1, 71), np.float32)
     margin = np.array([-72, -71, 0], np.int32)
-    identity, bias = np.eye(71, dtype=np.float32), np.zeros(71, np.float32)
+    identity, bias, one = np.eye(71, dtype=np.float32), np.zeros(71, np.float32), np.ones(71, np.float32)
     try:
         sign = SignPredictor(WORKERS, signs, margin, instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
     assert sign.predict(x)[0].tolist() == [0]
-    low_rank = LowRankPredictor(WORKERS, "F32", identity, identity, bias, instruction_set)
     x[0, 7] = 1
-    assert low_rank.predict(x)[0].tolist() == [7]
+    for output, scale in ((identity, None), (identity.astype(np.int8), one)):
+        low_rank = LowRankPredictor(WORKERS, "F32", identity, output, bias, scale, instruction_set)
+        assert low_rank.predict(x)[0].tolist() == [7]
 
 
 def test_arrays_stay_alive_and_may_be_read_only() -> None:
@@ -113,6 +133,10 @@ def test_what_does_not_fit_is_refused() -> None:
         LowRankPredictor(WORKERS, "F32", floats, np.zeros((4, 3), np.float32), bias)
     with pytest.raises(ValueError, match="a bias per neuron"):
         LowRankPredictor(WORKERS, "F32", floats, floats, bias[:3])
+    with pytest.raises(ValueError, match="int8 with a scale"):
+        LowRankPredictor(WORKERS, "F32", floats, floats, bias, bias)
+    with pytest.raises(ValueError, match="a scale per neuron"):
+        LowRankPredictor(WORKERS, "F32", floats, floats.astype(np.int8), bias, bias[:3])
     with pytest.raises(ValueError, match="a margin per neuron"):
         SignPredictor(WORKERS, np.zeros((4, 1), np.uint8), np.zeros(3, np.int32))
     with pytest.raises(TypeError):  # a temporary copy would be gone when it is read

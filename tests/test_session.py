@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from flashclient.errors import CalibrationError, CorruptionError, DaemonLostErro
 from flashclient.session import RingSource
 from flashclient.source import LeaseRefusedError
 from weightd.store import BUNDLES_FILE
+from weightd_proto import weightd_pb2
 
 NONE = np.empty(0, np.uint32)
 NEURONS, BUNDLE_BYTES = 1500, 4032  # a bundle fills its cell
@@ -154,3 +156,20 @@ def test_a_daemon_that_stops_is_noticed(model: TinyModel, tmp_path: Path) -> Non
         daemon.stop()
         with pytest.raises(DaemonLostError):
             source.exchange(0, cells(2), NONE)
+
+
+def test_statistics_tell_who_is_attached_and_what_it_did(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, daemon):
+        source.exchange(1, cells(7, 3, 1499), NONE)
+        settle(source)
+        source.exchange(1, NONE, cells(3))
+        source.exchange(1, cells(3), NONE)
+        settle(source)
+        stats = daemon.stub.Stats(weightd_pb2.StatsRequest())
+        (row,) = stats.attached
+        assert (row.pid, row.uid, row.model) == (os.getpid(), os.getuid(), "tiny")
+        assert (row.misses, row.hits, row.read_bytes) == (3, 1, 3 * 4096)
+        assert (row.leased_cells, row.requests) == (3, 3)
+        assert row.share_slots <= row.lease_limit
+        assert 0 < row.age_s <= stats.uptime_s
+        assert (stats.models[0].leases, stats.models[0].guaranteed_slots) == (3, row.share_slots)

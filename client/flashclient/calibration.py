@@ -5,9 +5,10 @@ predictors.safetensors is a safetensors file, little-endian, of one kind of pred
 - Metadata: `format` "flashclient-calibration", `format_version` "1", `kind` "low_rank" or "sign", `import_id` in
   hexadecimal: the import of the model that it was made for.
 - Rows of the neurons are by position, not by neuron: row p belongs to the bundle at position p of the layer.
-- Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] and `layers.{i}.output` [neurons, rank] in the dtype
-  of the model's bundles, `layers.{i}.bias` [neurons] F32, into which the threshold is folded. A neuron is wanted for
-  the FFN input x where output . (input . x) + bias > 0. The rank differs from layer to layer and is at least 1.
+- Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the dtype of the model's bundles,
+  `layers.{i}.output` [neurons, rank] in the same, or I8 with `layers.{i}.scale` [neurons] F32, and `layers.{i}.bias`
+  [neurons] F32, into which the threshold is folded. A neuron is wanted for the FFN input x where
+  scale * (output . (input . x)) + bias > 0. The rank differs from layer to layer and is at least 1.
 - Kind sign, layer i (SparseInfer, arXiv 2411.12692): `layers.{i}.signs` [neurons, ceil(hidden_size / 8)]
   U8, where bit j % 8 of byte j // 8 is the sign bit (1: negative) of coordinate j of the neuron's gate row, or up row
   where there is no gate; bits past the last are 0. `layers.{i}.margin` [neurons] I32. A neuron is wanted where
@@ -50,25 +51,27 @@ ALIGNMENT_BYTES = 64  # a cache line; enough for any vector load
 HEADER_BYTES_MAX = 100 * 2**20  # safetensors' own bound
 UNION_TOKENS_MAX = 8
 COMPANIONS = 8
+INT8_MAX = 127
 
-_NUMPY: dict[str, np.dtype[Any]] = {
-    name: np.dtype(code) for name, code in {"F32": "<f4", "BF16": "<u2", "F16": "<u2", "I32": "<i4", "U8": "u1"}.items()
-}
+_CODES = {"F32": "<f4", "BF16": "<u2", "F16": "<u2", "I32": "<i4", "U8": "u1", "I8": "i1"}
+_NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """Wanted where output . (input . x) + bias > 0. Matrices in the bundles' dtype: float32, or the 16 bits as uint16.
+    """Wanted where scale * (output . (input . x)) + bias > 0.
 
     Attributes:
-        input: [rank, hidden_size].
-        output: [neurons, rank], by position.
+        input: [rank, hidden_size] in the bundles' dtype: float32, or the 16 bits as uint16.
+        output: [neurons, rank], by position; in the bundles' dtype, or int8.
         bias: [neurons] float32, by position.
+        scale: [neurons] float32, by position, of an output of int8; else None, which is 1.
     """
 
     input: NDArray[Any]
     output: NDArray[Any]
     bias: NDArray[np.float32]
+    scale: NDArray[np.float32] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,14 @@ class Signs:
 
 
 Predictor = LowRank | Signs
+
+
+def quantized(input: NDArray[Any], output: NDArray[np.float32], bias: NDArray[np.float32]) -> LowRank:
+    """Rounds `output` [neurons, rank] to int8 with a scale for each neuron: half the memory of 16 bits, which the pool
+    of bundles gets instead. Thresholds are to be chosen afterwards."""
+    scale = np.abs(output).max(axis=1) / INT8_MAX
+    scale[scale == 0] = 1
+    return LowRank(input, np.rint(output / scale[:, None]).astype(np.int8), bias, scale.astype(np.float32))
 
 
 def read_predictors(data: NDArray[np.uint8], model: weightd_pb2.Model) -> list[Predictor]:
@@ -108,9 +119,14 @@ def write_predictors(path: Path, predictors: Sequence[Predictor], model: weightd
     tensors = {
         f"layers.{index}.{name}": array
         for index, predictor in enumerate(predictors)
-        for name, array in vars(predictor).items()
+        for name, array in arrays_of(predictor).items()
     }
     write_tensors(path, tensors, model, {"kind": kinds.pop()})
+
+
+def arrays_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
+    """By the names that they have in the file."""
+    return {name: array for name, array in vars(predictor).items() if array is not None}
 
 
 def _kind(predictor: Predictor) -> str:
@@ -152,7 +168,7 @@ def _aligned(size_bytes: int) -> int:
 
 
 def _spelling(dtype: np.dtype[Any]) -> str:
-    return {"f4": "F32", "u1": "U8", "i4": "I32"}[dtype.str[1:]]
+    return {"f4": "F32", "u1": "U8", "i1": "I8", "i4": "I32"}[dtype.str[1:]]
 
 
 class _Tensors:
@@ -186,8 +202,10 @@ class _Tensors:
             return Signs(signs, self._take(f"layers.{index}.margin", "I32", (neurons,)))
         dtype = self._model.bundle.dtype
         rows = self._take(f"layers.{index}.input", dtype, (None, hidden_size))
-        output = self._take(f"layers.{index}.output", dtype, (neurons, len(rows)))
-        return LowRank(rows, output, self._take(f"layers.{index}.bias", "F32", (neurons,)))
+        scaled = f"layers.{index}.scale" in self._header
+        output = self._take(f"layers.{index}.output", "I8" if scaled else dtype, (neurons, len(rows)))
+        bias = self._take(f"layers.{index}.bias", "F32", (neurons,))
+        return LowRank(rows, output, bias, self._take(f"layers.{index}.scale", "F32", (neurons,)) if scaled else None)
 
     def _take(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
         """`None` in `shape` stands for any length of at least 1."""

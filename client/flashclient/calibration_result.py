@@ -16,6 +16,7 @@ from flashclient.calibration import (
     STATISTICS_FILE,
     LowRank,
     Predictor,
+    arrays_of,
     write_predictors,
     write_tensors,
 )
@@ -44,7 +45,7 @@ class CalibratedLayer:
 
     @property
     def predictor_bytes(self) -> int:
-        return int(sum(array.nbytes for array in vars(self.predictor).values()))
+        return int(sum(array.nbytes for array in arrays_of(self.predictor).values()))
 
     @property
     def time_share(self) -> float:

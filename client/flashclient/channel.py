@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from flashclient import errors
 from flashclient.address import NO_TLS, Address, TlsOptions, parse_address
-from flashclient.identity import IdentityInterceptor
+from flashclient.identity import IdentifiedStub
 from flashclient.source import SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
@@ -76,10 +76,12 @@ def _channel(address: Address, tls: TlsOptions) -> grpc.Channel:
     if tls.given:
         ca, cert, key = tls.read()
         return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(ca, key, cert), CHANNEL_OPTIONS)
-    channel = grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
-    if address.socket_path is None:
-        return channel
-    return grpc.intercept_channel(channel, IdentityInterceptor(address.socket_path))
+    return grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
+
+
+def _stub(channel: grpc.Channel, address: Address) -> Any:
+    stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+    return stub if address.socket_path is None else IdentifiedStub(stub, address.socket_path)
 
 
 def _details(error: Any) -> str:
@@ -119,7 +121,7 @@ class Connection:
         self.timeout_s = timeout_s
         self._revive = revive
         self._channel = _channel(parsed, tls)
-        self.stub: Any = weightd_pb2_grpc.WeightdStub(self._channel)  # type: ignore[no-untyped-call]
+        self.stub = _stub(self._channel, parsed)
         try:
             self.stats()
         except errors.DaemonLostError as error:

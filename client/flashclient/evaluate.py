@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from flashclient.architectures import architecture_of
 from flashclient.calibration import PREDICTORS_FILE, Predictor, read_predictors
 from flashclient.client import FlashClient
+from flashclient.free_memory import available_bytes
 from flashclient.layer_walk import LayerWalk, LayerWeights, read_parts
 from flashclient.model import DTYPES, resident_tensors
 from flashclient.predictor_training import PairCounts, Prediction, Rates
@@ -163,18 +163,6 @@ def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor
             likeliest[row] = logits.argmax(1)
         quality.add(logits, ids, likeliest[row])
     return likeliest
-
-
-def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that this process may still take: the machine's, or what the limits of its cgroup leave."""
-    fields = dict(line.split(":", 1) for line in (root / "proc/meminfo").read_text().splitlines())
-    free = [int(fields["MemAvailable"].split()[0]) * 1024]
-    group = (root / "proc/self/cgroup").read_text().strip().rpartition(":")[2].strip("/")
-    for folder in [Path(group), *Path(group).parents]:
-        limit, used = (root / "sys/fs/cgroup" / folder / f"memory.{name}" for name in ("max", "current"))
-        if limit.exists() and limit.read_text().strip() != "max":
-            free.append(int(limit.read_text()) - int(used.read_text()))
-    return max(0, min(free))
 
 
 def dense_model(client: FlashClient) -> Any:

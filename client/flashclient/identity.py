@@ -5,12 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections import namedtuple
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import grpc
 
 SOCKET_SUFFIX = ".peer"
 METADATA_KEY = "weightd-identity-bin"
@@ -18,45 +16,26 @@ RENEW_S = 60.0  # so that joining a group soon has an effect
 ANSWER_S = 2.0
 IDENTITY_BYTES_MAX = 8192
 
-_Details = namedtuple("_Details", ("method", "timeout", "metadata", "credentials", "wait_for_ready", "compression"))
 
+class IdentifiedStub:
+    """The calls of `stub`, each with the identity of this process as metadata.
 
-class ClientCallDetails(_Details, grpc.ClientCallDetails):
-    """What gRPC hands to an interceptor is read-only; this is a copy with more metadata."""
+    A daemon that is away is met with the last identity, which outlives its restart. (gRPC's interceptors would do the
+    same, but report a closed channel at another time and as another error.)
+    """
 
-
-class IdentityInterceptor(
-    grpc.UnaryUnaryClientInterceptor, grpc.UnaryStreamClientInterceptor, grpc.StreamUnaryClientInterceptor
-):
-    """Adds the identity to every call. A daemon that is away is met with the last one, which outlives its restart."""
-
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, stub: Any, socket_path: Path) -> None:
         """`socket_path`: of the daemon's gRPC."""
         self._path = socket_path.with_name(socket_path.name + SOCKET_SUFFIX)
         self._lock = threading.Lock()  # guards what follows
         self._identity = b""
         self._renew_at = 0.0
+        for name, method in vars(stub).items():
+            setattr(self, name, partial(self._call, method))
 
-    def intercept_unary_unary(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        return continuation(self._shown(details), request)
-
-    def intercept_unary_stream(self, continuation: Callable[..., Any], details: Any, request: Any) -> Any:
-        return continuation(self._shown(details), request)
-
-    def intercept_stream_unary(self, continuation: Callable[..., Any], details: Any, requests: Any) -> Any:
-        return continuation(self._shown(details), requests)
-
-    def _shown(self, details: Any) -> ClientCallDetails:
+    def _call(self, method: Callable[..., Any], request: Any, **options: Any) -> Any:
         identity = self._current()
-        metadata = [*(details.metadata or ()), *([(METADATA_KEY, identity)] if identity else [])]
-        return ClientCallDetails(
-            details.method,
-            details.timeout,
-            metadata,
-            details.credentials,
-            details.wait_for_ready,
-            details.compression,
-        )
+        return method(request, metadata=[(METADATA_KEY, identity)] if identity else None, **options)
 
     def _current(self) -> bytes:
         with self._lock:

@@ -49,4 +49,4 @@ class Predictors:
 def _kernel(predictor: Predictor, dtype: str, workers: Workers) -> LowRankPredictor | SignPredictor:
     if isinstance(predictor, Signs):
         return SignPredictor(workers, predictor.signs, predictor.margin)
-    return LowRankPredictor(workers, dtype, predictor.input, predictor.output, predictor.bias)
+    return LowRankPredictor(workers, dtype, predictor.input, predictor.output, predictor.bias, predictor.scale)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient.calibration import LowRank, Predictor, Signs
+from flashclient.calibration import LowRank, Predictor, Signs, quantized
 from flashclient.firing import PackedBits
 
 EPOCHS = 3
@@ -100,7 +100,7 @@ class Prediction:
 
     def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
         if isinstance(predictor, LowRank):
-            self._input, self._output = _values(predictor.input, dtype), _values(predictor.output, dtype)
+            self._input, self._output = _values(predictor.input, dtype), _output(predictor, dtype)
             self._bias = torch.from_numpy(predictor.bias.copy())
         else:
             self._signs, self._margin = predictor.signs, torch.from_numpy(predictor.margin.astype(np.float32))
@@ -125,6 +125,12 @@ def _signs_of(x: Tensor) -> Tensor:
 
 def _values(matrix: NDArray[Any], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(matrix.copy()).view(dtype).float()
+
+
+def _output(predictor: LowRank, dtype: torch.dtype) -> Tensor:
+    if predictor.scale is None:
+        return _values(predictor.output, dtype)
+    return torch.from_numpy(predictor.output * predictor.scale[:, None])
 
 
 def _stored(matrix: Tensor, dtype: torch.dtype) -> NDArray[Any]:
@@ -170,7 +176,7 @@ def train_low_rank(
 
     def train(rank: int) -> tuple[Predictor, float]:
         first, second, shift = _descend(*start.of(rank), training, seed)
-        unshifted = LowRank(_stored(first, dtype), _stored(second, dtype), shift.numpy())
+        unshifted = quantized(_stored(first, dtype), second.numpy(), shift.numpy())
         predictor = with_thresholds(unshifted, dtype, held_back, recall)
         return predictor, measure(predictor, dtype, held_back).false_positives
 
@@ -271,7 +277,7 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
     """Wants every neuron, or none: for layers where nothing can be learnt."""
     first, second = torch.zeros(1, hidden_size), torch.zeros(neurons, 1)
     bias = np.full(neurons, 1.0 if wants else -1.0, np.float32)
-    return LowRank(_stored(first, dtype), _stored(second, dtype), bias)
+    return quantized(_stored(first, dtype), second.numpy(), bias)
 
 
 def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_back: Examples, recall: float) -> Predictor:

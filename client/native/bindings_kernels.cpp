@@ -77,9 +77,9 @@ const char* name_of(const InstructionSet& instruction_set) {
 }
 
 Matrix matrix_of(const Weight& weight, Dtype dtype) {
-    const nb::dlpack::dtype stored = dtype == Dtype::f32 ? nb::dtype<float>() : nb::dtype<std::uint16_t>();
-    require(weight.dtype() == stored,
-            "weights must be float32 for dtype F32, and uint16, their bits, for BF16 and F16");
+    const nb::dlpack::dtype bits = dtype == Dtype::i8 ? nb::dtype<std::int8_t>() : nb::dtype<std::uint16_t>();
+    require(weight.dtype() == (dtype == Dtype::f32 ? nb::dtype<float>() : bits),
+            "weights must be float32 for dtype F32, uint16, their bits, for BF16 and F16, and int8 with a scale");
     return {weight.data(), weight.shape(0), weight.shape(1)};
 }
 
@@ -210,12 +210,15 @@ nb::object predict_sign(const SignPredictor& predictor, const Input& x) {
 }
 
 void make_low_rank(LowRankPredictor* self, Workers& workers, const std::string& dtype, const Weight& input,
-                   const Weight& output, const Bias& bias, const InstructionSet& instruction_set) {
+                   const Weight& output, const Bias& bias, const std::optional<Bias>& scale,
+                   const InstructionSet& instruction_set) {
     require(input.shape(0) == output.shape(1), "input must be [rank, hidden_size] and output [neurons, rank]");
     require(bias.shape(0) == output.shape(0), "there must be a bias per neuron");
+    require(!scale || scale->shape(0) == output.shape(0), "there must be a scale per neuron");
     const Dtype stored = dtype_of(dtype);
-    new (self) LowRankPredictor(workers, stored, matrix_of(input, stored), matrix_of(output, stored), bias.data(),
-                                name_of(instruction_set));
+    new (self)
+        LowRankPredictor(workers, stored, matrix_of(input, stored), matrix_of(output, scale ? Dtype::i8 : stored),
+                         bias.data(), scale ? scale->data() : nullptr, name_of(instruction_set));
 }
 
 void make_sign(SignPredictor* self, Workers& workers, const Array<const std::uint8_t, 2>& signs,
@@ -232,8 +235,9 @@ void bind_predictors(nb::module_& module) {
     const char* result = "x [tokens, hidden] -> positions, rising, and which rows want each (bit t: row t).";
     nb::class_<LowRankPredictor>(module, "LowRankPredictor", "See client/native/predictor.h.")
         .def("__init__", &make_low_rank, "workers"_a, "dtype"_a, "input"_a.noconvert(), "output"_a.noconvert(),
-             "bias"_a.noconvert(), "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(),
-             nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>())
+             "bias"_a.noconvert(), "scale"_a.noconvert() = nb::none(), "instruction_set"_a = nb::none(),
+             nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
+             nb::keep_alive<1, 7>())
         .def("predict", &predict_low_rank, "x"_a, signature, result);
     nb::class_<SignPredictor>(module, "SignPredictor", "See client/native/predictor.h.")
         .def("__init__", &make_sign, "workers"_a, "signs"_a.noconvert(), "margin"_a.noconvert(),

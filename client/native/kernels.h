@@ -9,9 +9,9 @@
 
 namespace flashclient {
 
-enum class Dtype { f32, bf16, f16 };
+enum class Dtype { f32, bf16, f16, i8 };
 
-constexpr std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+constexpr std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
 
 // Tokens that one call takes. More of them make better use of a dense product by a matrix library.
 constexpr std::size_t kTokensMax = 16;

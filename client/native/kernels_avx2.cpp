@@ -27,6 +27,8 @@ struct Lane {
     LANE static Lane load(const Weight* row) {
         if constexpr (dtype == Dtype::f32)
             return {_mm256_loadu_ps(row)};
+        else if constexpr (dtype == Dtype::i8)
+            return from_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
         else
             return widen<dtype>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
     }
@@ -41,6 +43,7 @@ struct Lane {
         if constexpr (dtype == Dtype::f16) return {_mm256_cvtph_ps(half)};
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
     }
+    LANE static Lane from_bytes(__m128i bytes) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
     LANE void store(float* out) const { _mm256_storeu_ps(out, value); }
     LANE void store_some(float* out, std::size_t some) const {
         alignas(32) float padded[kWidth];

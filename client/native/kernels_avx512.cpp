@@ -29,6 +29,8 @@ struct Lane {
     LANE static Lane load(const Weight* row) {
         if constexpr (dtype == Dtype::f32)
             return {_mm512_loadu_ps(row)};
+        else if constexpr (dtype == Dtype::i8)
+            return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
         else
             return widen<dtype>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
     }
@@ -37,6 +39,8 @@ struct Lane {
         const auto mask = static_cast<__mmask16>((1u << some) - 1);
         if constexpr (dtype == Dtype::f32)
             return {_mm512_maskz_loadu_ps(mask, row)};
+        else if constexpr (dtype == Dtype::i8)
+            return from_bytes(_mm_maskz_loadu_epi8(mask, row));
         else
             return widen<dtype>(_mm256_maskz_loadu_epi16(mask, row));
     }
@@ -45,6 +49,7 @@ struct Lane {
         if constexpr (dtype == Dtype::f16) return {_mm512_cvtph_ps(half)};
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
     }
+    LANE static Lane from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
     LANE void store(float* out) const { _mm512_storeu_ps(out, value); }
     LANE void store_some(float* out, std::size_t some) const {
         _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << some) - 1), value);

@@ -24,6 +24,10 @@ template <>
 struct Element<Dtype::f32> {
     using type = float;
 };
+template <>
+struct Element<Dtype::i8> {
+    using type = std::int8_t;
+};
 
 constexpr std::size_t kLineBytes = 64;
 
@@ -168,6 +172,8 @@ const Kernels* table_for(Dtype dtype, const char* instruction_set) {
             return table<Dtype::bf16>(instruction_set);
         case Dtype::f16:
             return table<Dtype::f16>(instruction_set);
+        case Dtype::i8:
+            return table<Dtype::i8>(instruction_set);
     }
     return nullptr;
 }

@@ -41,7 +41,7 @@ struct Lane {
     static Lane load_some(const Weight* row, std::size_t some) {
         Lane lane = zero();
         for (std::size_t i = 0; i < some; ++i) {
-            if constexpr (dtype == Dtype::f32)
+            if constexpr (dtype == Dtype::f32 || dtype == Dtype::i8)
                 lane.value[i] = row[i];
             else
                 lane.value[i] = dtype == Dtype::bf16 ? widen_bf16(row[i]) : widen_f16(row[i]);

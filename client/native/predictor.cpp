@@ -30,17 +30,24 @@ std::vector<std::uint8_t> sign_bits(const float* x, std::size_t hidden, std::siz
 }  // namespace
 
 LowRankPredictor::LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, Matrix output, const float* bias,
-                                   const char* instruction_set)
-    : linear_(workers, dtype, instruction_set), input_(input), output_(output), bias_(bias) {}
+                                   const float* scale, const char* instruction_set)
+    : encode_(workers, dtype, instruction_set),
+      decode_(workers, scale ? Dtype::i8 : dtype, instruction_set),
+      input_(input),
+      output_(output),
+      bias_(bias),
+      scale_(scale) {}
 
 Prediction LowRankPredictor::predict(const float* x, std::size_t tokens) const {
     std::vector<float> code(tokens * input_.rows);
-    linear_.multiply(input_, x, tokens, code.data());
+    encode_.multiply(input_, x, tokens, code.data());
     std::vector<std::uint16_t> row_masks(output_.rows);
-    linear_.for_blocks(output_, code.data(), tokens, [&](std::size_t first, std::size_t count, const float* dots) {
+    decode_.for_blocks(output_, code.data(), tokens, [&](std::size_t first, std::size_t count, const float* dots) {
         for (std::size_t i = 0; i < count; ++i) {
             unsigned mask = 0;
-            for (std::size_t t = 0; t < tokens; ++t) mask |= (dots[i * tokens + t] + bias_[first + i] > 0.0f) << t;
+            const float scale = scale_ ? scale_[first + i] : 1.0f;
+            for (std::size_t t = 0; t < tokens; ++t)
+                mask |= (scale * dots[i * tokens + t] + bias_[first + i] > 0.0f) << t;
             row_masks[first + i] = static_cast<std::uint16_t>(mask);
         }
     });

@@ -15,23 +15,26 @@ struct Prediction {
     std::vector<std::uint16_t> row_masks;  // bit t: row t wants it; never 0
 };
 
-// wanted iff output . (input . x) + bias > 0, in fp32: the low-rank predictor of LLM in a flash (arXiv 2312.11514,
-// section 3.1; after Deja Vu, arXiv 2310.17157) with its sigmoid and threshold folded into the bias. Safe to call from
-// several threads; the matrices are read where they lie and must outlive it.
+// wanted iff scale * (output . (input . x)) + bias > 0, in fp32: the low-rank predictor of LLM in a flash (arXiv
+// 2312.11514, section 3.1; after Deja Vu, arXiv 2310.17157) with its sigmoid and threshold folded into the bias. Safe
+// to call from several threads; the matrices are read where they lie and must outlive it.
 class LowRankPredictor {
   public:
-    // input: [rank, hidden], output: [neurons, rank], bias: [neurons].
+    // input: [rank, hidden], output: [neurons, rank], bias: [neurons]. `scale`: [neurons] where `output` is of int8,
+    // else null, which is 1.
     LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, Matrix output, const float* bias,
-                     const char* instruction_set = nullptr);
+                     const float* scale = nullptr, const char* instruction_set = nullptr);
     // x: [tokens, hidden] fp32.
     Prediction predict(const float* x, std::size_t tokens) const;
     std::size_t hidden() const { return input_.columns; }
 
   private:
-    Linear linear_;
+    Linear encode_;
+    Linear decode_;
     Matrix input_;
     Matrix output_;
     const float* bias_;
+    const float* scale_;
 };
 
 // wanted iff more than margin[neuron] coordinates have the same sign in weight row and x than have different ones:

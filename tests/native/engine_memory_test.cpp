@@ -151,5 +151,93 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     EXPECT_TRUE(active);
 }
 
+// Two models of 1000 cells and memory for a thousand in all, which the first has filled; its session stays open.
+struct DemandTest : EngineMemoryTest {
+    static constexpr uint32_t CELLS = 1000;
+    static constexpr uint32_t SHARE = 20;
+    FlashModel large{1, 4 * CELLS, "large"};
+    FlashModel other_large{1, 4 * CELLS, "other_large"};
+    Engine engine{2 * Engine::minimum_dram_bytes(large.spec) + CELLS * 4096, *reader, verifier};
+    Silent* one = nullptr;
+    Silent* other = nullptr;
+
+    void SetUp() override {
+        engine.add_model(large.spec, false);
+        engine.add_model(other_large.spec, false);
+        one = &open(engine, 0, SHARE);
+        use(*one, CELLS);
+        while (!engine.activate(1)) settle(engine);
+        other = static_cast<Silent*>(&engine.open(std::make_unique<Silent>(1, CELLS, SHARE, true)));
+        use(*other, SHARE);
+        ASSERT_GT(slots(0), 4 * slots(1));
+    }
+
+    uint64_t slots(uint32_t model) { return engine.model(model).pool->slots(); }
+
+    void use(Session& session, uint32_t count) {
+        for (uint32_t begin = 0; begin < count; begin += SHARE) {
+            const std::vector<uint32_t> part = cells(begin, std::min(count, begin + SHARE));
+            EXPECT_TRUE(engine.acquire(session, 0, part, 0));
+            settle(engine);
+            EXPECT_TRUE(engine.release(session, 0, part));
+        }
+    }
+};
+
+TEST_F(DemandTest, MemoryGoesToTheModelThatIsUsed) {
+    for (const auto& [busy, idle] : {std::pair{other, one}, std::pair{one, other}}) {
+        for (int second = 0; second < 40; second++) {
+            use(*busy, CELLS);
+            engine.look();
+        }
+        EXPECT_GT(slots(busy->model), 4 * slots(idle->model));
+        EXPECT_GE(slots(idle->model), SHARE);
+        const uint64_t misses = engine.model(busy->model).counts.misses;
+        use(*busy, CELLS);
+        EXPECT_LT(engine.model(busy->model).counts.misses - misses, CELLS / 3);
+    }
+}
+
+TEST_F(DemandTest, ModelsThatAreUsedAlikeEndWithTheLikeAndStayThere) {
+    const auto use_both = [this] {
+        for (int second = 0; second < 20; second++) {
+            use(*one, CELLS);
+            use(*other, CELLS);
+            engine.look();
+        }
+    };
+    use_both();
+    const uint64_t before = slots(0);
+    EXPECT_LT(before, 3 * slots(1));
+    EXPECT_LT(slots(1), 3 * before);
+    use_both();
+    EXPECT_EQ(slots(0), before);
+}
+
+TEST_F(DemandTest, NobodyMustGiveBackWhatHeLeasesForIt) {
+    const std::vector<uint32_t> held = cells(0, one->lease_limit);
+    one->grants = 0;
+    EXPECT_TRUE(engine.acquire(*one, 0, held, 0));
+    settle(engine);
+    const uint32_t granted = one->grants;
+    ASSERT_GT(granted, SHARE);
+    for (int second = 0; second < 20; second++) {
+        use(*other, CELLS);
+        engine.look();
+        ASSERT_EQ(engine.model(0).pool->draining(), 0U);
+        ASSERT_FALSE(engine.blocks_others(*one));
+    }
+    for (const uint32_t cell : cells(0, granted)) EXPECT_TRUE(engine.model(0).pool->find(cell));
+}
+
+TEST_F(DemandTest, AModelThatEvictsNothingTakesNothing) {
+    const uint64_t before = slots(0);
+    for (int second = 0; second < 20; second++) {
+        use(*other, SHARE);
+        engine.look();
+    }
+    EXPECT_EQ(slots(0), before);
+}
+
 }  // namespace
 }  // namespace weightd

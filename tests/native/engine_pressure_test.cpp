@@ -27,8 +27,8 @@ struct EnginePressureTest : testing::Test {
     std::string note;
     std::unique_ptr<Reader> reader = make_reader("threads", 2, 32, note);
     Verifier verifier{1};
-    FlashModel flash{1, 4000};  // 1000 cells
-    uint64_t dram_bytes = Engine::minimum_dram_bytes(flash.spec) + 640 * 4096;
+    FlashModel flash{1, 12000};  // 3000 cells
+    uint64_t dram_bytes = Engine::minimum_dram_bytes(flash.spec) + 2400 * 4096;
     Engine engine{dram_bytes, *reader, verifier};
 
     EnginePressureTest() { engine.add_model(flash.spec, false); }
@@ -63,7 +63,7 @@ struct EnginePressureTest : testing::Test {
 
 TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
     Counting& session = open(20);
-    sweep(session, 1000);
+    sweep(session, 3000);
     engine.set_floor(dram_bytes / 2);
     uint64_t before = used_bytes();
     ASSERT_GT(before, dram_bytes * 9 / 10);
@@ -79,14 +79,14 @@ TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
     engine.press();
     settle();
     EXPECT_EQ(used_bytes(), before) << "never below the floor";
-    sweep(session, 1000);
+    sweep(session, 3000);
     EXPECT_LE(used_bytes(), dram_bytes / 2) << "it serves on, and stays small";
-    EXPECT_EQ(session.grants, 2000U);
+    EXPECT_EQ(session.grants, 6000U);
 }
 
 TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureIsGone) {
     Counting& session = open(20);
-    sweep(session, 1000);
+    sweep(session, 3000);
     const uint64_t before = used_bytes();
     engine.set_floor(dram_bytes / 2);
     for (uint32_t i = 0; i < 8; i++) engine.press();
@@ -94,7 +94,7 @@ TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureIsGone) {
     EXPECT_TRUE(engine.pressed());
     for (uint32_t i = 0; i <= RELIEF_DIVISOR; i++) engine.relieve();
     EXPECT_FALSE(engine.pressed());
-    sweep(session, 1000);
+    sweep(session, 3000);
     EXPECT_EQ(used_bytes(), before);
 }
 
@@ -106,7 +106,7 @@ TEST_F(EnginePressureTest, SharesAreKeptBelowTheFloor) {
     settle();
     EXPECT_EQ(session.grants, 300U);
     EXPECT_TRUE(engine.release(session, 0, cells(300)));
-    sweep(session, 1000);
+    sweep(session, 3000);
     engine.press();
     settle();
     EXPECT_GE(pool().slots(), 300U);
@@ -138,6 +138,7 @@ TEST_F(EnginePressureTest, AModelThatNobodyUsesGoesFirst) {
     sweep(session, 500);
     engine.close(session.id);
     engine.leave(0);
+    engine.set_floor(0);
     for (uint32_t i = 0; i < IDLE_LOOKS_MIN; i++) engine.look();
     engine.press();
     EXPECT_EQ(engine.model(0).pool, nullptr);
@@ -150,10 +151,9 @@ struct PressureSignalTest : testing::Test {
     FlashModel flash{1, 400};
 
     std::unique_ptr<Service> serve(Descriptor trigger) {
-        PressureChoice pressure{0};
-        pressure.triggers.push_back(std::move(trigger));
+        PressureChoice pressure{0, {}, std::move(trigger)};
         auto service = std::make_unique<Service>(64U << 20, ReaderChoice{"threads", 2, 32, false, false},
-                                                 folder.file("data"), std::move(pressure));
+                                                 folder.file("data"), true, std::move(pressure));
         service->add_model(flash.spec);
         return service;
     }

@@ -132,19 +132,43 @@ TEST_P(EngineTest, ReadsEachPartOfABundleAloneWhenToldTo) {
     EXPECT_EQ(session.answers.find(30)->second.status, ring::UNREADABLE);
 }
 
+TEST_P(EngineTest, CountsReadsByRegionAndHowLongEachTook) {
+    FlashModel flash(2, 256);  // 128 cells: two in a region
+    Engine engine(dram_for(flash, 100), *reader, verifier);
+    Recorder& session = open(engine, engine.add_model(flash.spec, false), 50);
+    for (const uint32_t cell : {0U, 1U, 63U}) {
+        ASSERT_TRUE(engine.acquire(session, 0, std::array{cell}, cell));
+        settle(engine);
+    }
+    ASSERT_TRUE(engine.acquire(session, 1, numbers(62, 64), 9));  // one request, which begins in the last region
+    settle(engine);
+    const DeviceUse& use = engine.device_use(0);
+    std::array<uint64_t, REGIONS> expected{};
+    expected[0] = 2;
+    expected[31] = 1;
+    expected[63] = 1;
+    EXPECT_EQ(use.region_reads, expected);
+    const auto& counts = use.latencies.counts();
+    EXPECT_EQ(std::accumulate(counts.begin(), counts.end(), uint64_t{0}), engine.model(0).counts.reads);
+    EXPECT_GT(use.latencies.sum_s(), 0.0);
+    EXPECT_LE(use.latencies.sum_s(), use.reading.seconds());  // one at a time
+    EXPECT_EQ(session.misses, 5U);
+    EXPECT_EQ(engine.model(0).pool->leases(), 5U);
+}
+
 TEST_P(EngineTest, KnowsHowLongItHasBeenReading) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
     Recorder& session = open(engine, engine.add_model(flash.spec, false), 20);
-    EXPECT_EQ(engine.reading_s(0), 0.0);
+    EXPECT_EQ(engine.device_use(0).reading.seconds(), 0.0);
     const auto start = std::chrono::steady_clock::now();
     ASSERT_TRUE(engine.acquire(session, 0, numbers(0, 20), 1));
     settle(engine);
     const double longest_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    const double reading_s = engine.reading_s(0);
+    const double reading_s = engine.device_use(0).reading.seconds();
     EXPECT_GT(reading_s, 0.0);
     EXPECT_LT(reading_s, longest_s);
-    EXPECT_EQ(engine.reading_s(0), reading_s) << "it stands still while nothing is read";
+    EXPECT_EQ(engine.device_use(0).reading.seconds(), reading_s) << "it stands still while nothing is read";
 }
 
 TEST_P(EngineTest, ReadsOnceWhatTwoSessionsWant) {

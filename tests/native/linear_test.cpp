@@ -59,7 +59,7 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
     Workers workers(2);
     const std::vector<float> output = random_floats(500 * 33, 3), bias = random_floats(500, 4);
     const LowRankPredictor predictor(workers, Dtype::f32, {weight_.data(), 33, kColumns}, {output.data(), 500, 33},
-                                     bias.data(), GetParam());
+                                     bias.data(), nullptr, GetParam());
     const std::vector<std::uint8_t> signs(500 * 10, 0x55);
     const std::vector<std::int32_t> margin(500, 0);
     const SignPredictor by_sign(workers, signs.data(), 500, 10, margin.data(), GetParam());

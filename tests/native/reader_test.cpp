@@ -39,6 +39,35 @@ Read read_of(uint64_t tag, const DirectFile& file, uint64_t offset, std::vector<
     return read;
 }
 
+TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
+    const auto bytes = random_bytes(4096 * 300, 1);
+    write_file(folder.file("f"), bytes);
+    const DirectFile file(folder.file("f"), false);
+    SharedMemory memory("test", bytes.size());
+    const auto reader = make(16);
+    const uint32_t depth = GetParam() == "threads" ? 8 : 16;
+    EXPECT_EQ(reader->queue().depth_limit, depth);
+    EXPECT_EQ(reader->queue().in_flight_max, 0U);
+    std::vector<Read> reads;
+    for (uint64_t i = 0; i < 300; i++) {
+        reads.push_back(read_of(i, file, i * 4096, {{memory.data() + i * 4096, 4096}}));
+    }
+    reader->submit(std::move(reads));
+    std::vector<Completion> completions;
+    while (completions.size() < 300) {
+        const ReadQueue queue = reader->queue();
+        EXPECT_LE(queue.in_flight, depth);
+        const size_t late = GetParam() == "threads" ? depth : 0;  // a thread answers before it is counted out
+        EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size() + late);
+        reader->wait();
+        reader->reap(completions);
+    }
+    for (const Completion& completion : completions) EXPECT_GT(completion.took.count(), 0);
+    EXPECT_EQ(reader->queue().waiting, 0U);
+    EXPECT_GE(reader->queue().in_flight_max, 1U);
+    EXPECT_LE(reader->queue().in_flight_max, depth);
+}
+
 TEST_P(ReaderTest, ReadsMoreThanItsDepthIntoTheirPlaces) {
     const auto bytes = random_bytes(4096 * 300, 1);
     write_file(folder.file("f"), bytes);

@@ -269,21 +269,35 @@ void set_predictors(Service& service, uint32_t model, const std::string& path, u
     service.set_predictors(model, {path, bytes, checksum, version});
 }
 
+void expect(Service& service, uint32_t model, const ReadBytes& hotness) {
+    const nb::gil_scoped_release released;
+    service.expect(model, std::span(hotness.data(), hotness.size()));
+}
+
+nb::bytes hotness(Service& service, uint32_t model) {
+    std::vector<weightd::Hotness> result;
+    {
+        const nb::gil_scoped_release released;
+        result = service.hotness(model);
+    }
+    return nb::bytes(result.data(), result.size());
+}
+
 void bind_engine(nb::module_& m) {
     nb::class_<Service>(m, "Engine", "The reader, the pool and the data socket, on a thread of their own.")
         .def(
             "__init__",
             [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
-               bool allow_buffered, bool unbundled_reads, const std::string& data_socket, uint64_t dram_floor_bytes,
-               const std::vector<int>& pressure_fds) {
-                weightd::PressureChoice pressure{dram_floor_bytes};
-                for (const int fd : pressure_fds) pressure.triggers.emplace_back(fd);
+               bool allow_buffered, bool unbundled_reads, const std::string& data_socket, bool warms,
+               uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd) {
+                weightd::PressureChoice pressure{dram_floor_bytes, weightd::Descriptor(machine_pressure_fd),
+                                                 weightd::Descriptor(cgroup_pressure_fd)};
                 new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads},
-                                   data_socket, std::move(pressure));
+                                   data_socket, warms, std::move(pressure));
             },
             "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "unbundled_reads"_a,
-            "data_socket"_a, "dram_floor_bytes"_a, "pressure_fds"_a,
-            "Takes over `pressure_fds`: triggers of pressure stall information, which tell of pressure by POLLPRI.")
+            "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a, "cgroup_pressure_fd"_a,
+            "Takes over the triggers of pressure stall information, which tell of pressure by POLLPRI (-1: none).")
         .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
@@ -297,6 +311,9 @@ void bind_engine(nb::module_& m) {
              "MemoryError, OSError, CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors that sessions opened from now on get.")
+        .def("expect", &expect, "model"_a, "hotness"_a,
+             "How often each cell will be used: uint8 in the code of replacement.h. ValueError unless one for each.")
+        .def("hotness", &hotness, "model"_a, "The same as bytes: as it was foretold, and seen since.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
              "Whole cells, back to back. Raises OSError, CorruptBundle, IndexError, MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")

@@ -6,10 +6,11 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled)
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
     : memory_(dram_bytes),
       reader_(reader),
       loader_(reader, verifier, unbundled),
+      warms_(warms),
       target_bytes_(dram_bytes),
       floor_bytes_(dram_bytes / 2) {
     segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
@@ -84,10 +85,10 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
         state.missing.push_back({cell, place, state.pool->address(place)});
     }
     state.pool->lease(place);
+    state.pool->touched(cell);
     if (place.slot().reading) {
         wait_for(place, session.id, tag);
     } else {
-        state.pool->touched(cell);
         grant(state, session, cell, tag, place);
     }
     return true;
@@ -180,6 +181,7 @@ bool Engine::step() {
         if (!state->stalled.empty()) claim_slots(*state);
         any = submit(*state) || any;
     }
+    for (const auto& state : models_) any = warm(*state) || any;
     any = shrink_to_target() || any;
     std::sort(answered_.begin(), answered_.end());
     answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
@@ -235,6 +237,7 @@ Session& Engine::open(std::unique_ptr<Session> session) {
     if (!session->borrows) state.fetching_slots += session->share_slots;
     Session& opened = *(sessions_[session->id] = std::move(session));
     update_limits();
+    if (!state.warming.begun) start_warming(state);
     return opened;
 }
 

@@ -34,7 +34,11 @@ inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;        // this part of the po
 inline constexpr uint32_t PRESS_DIVISOR = 8;    // a press takes this part of --dram, or a segment: ten seconds to half
 inline constexpr uint32_t RELIEF_DIVISOR = 32;  // a relief gives back this part
 inline constexpr uint32_t IDLE_LOOKS_MIN = 10;  // of look(): a remote client may come back between tokens
-inline constexpr uint32_t SESSIONS_RESERVED = 4;  // whose tables are set aside when a model is activated
+inline constexpr uint32_t SESSIONS_RESERVED = 4;        // whose tables are set aside when a model is activated
+inline constexpr uint64_t WARM_BYTES_MAX = 256U << 10;  // in flight: what a session reads waits for no more than that
+inline constexpr uint32_t WARM_LOOKS_MAX = 1U << 14;    // at cells, in one step
+inline constexpr double BUSIER_MIN = 2;                 // times the uses of a byte: worth moving memory for
+inline constexpr uint32_t WARM_HOTNESS_STEP = 2;        // a quarter of an octave: within it, in the order on flash
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
     using std::runtime_error::runtime_error;
@@ -64,6 +68,7 @@ struct ModelState {
     int file_index = -1;
     ModelCounts counts;
     std::optional<PredictorsFile> predictors_file;  // of the newest calibration
+    std::vector<Hotness> hotness;                   // by cell, as it was when the model was activated
 
     // while active
     std::unique_ptr<Pool> pool;
@@ -82,18 +87,33 @@ struct ModelState {
     };
     std::deque<Stalled> stalled;   // wants for which no slot was free, in order
     std::vector<Missing> missing;  // placed, not yet submitted
+    struct Warming {               // what is hot is read in the background, into slots that are free
+        bool begun = false;        // when the first session was opened: it has its resident weights by then
+        uint32_t hotness = 0;      // of the cells now looked for, and a little less; 0: nothing more
+        uint32_t next_cell = 0;
+    } warming;
+    struct Demand {         // as of the last look()
+        uint64_t uses = 0;  // of cells, since the start
+        uint64_t evictions = 0;
+        double aged_uses = 0;  // recent ones count for more
+        bool lacks = false;    // has evicted since the look before
+    } demand;
 };
 
 class Engine {
   public:
-    // `unbundled`: see Loader.
-    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false);
+    // `unbundled`: see Loader. `warms`: a model's hot cells are read when its first session is
+    // opened, while nobody else reads.
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false, bool warms = true);
     ~Engine();
 
     uint32_t add_model(ModelSpec spec, bool allow_buffered);
     ModelState& model(uint32_t index) { return *models_.at(index); }
     const std::vector<std::unique_ptr<ModelState>>& models() const { return models_; }
     const Memory& memory() const { return memory_; }
+    // Of each cell: what is foretold of a model, and what is known of it by now.
+    void expect(uint32_t model, std::span<const Hotness> hotness);
+    std::vector<Hotness> hotness(uint32_t model) const;
 
     // Sets aside memory for the model's resident weights and tables and for one more user, taking it from idle models
     // and from surplus segments. False: those are draining, ask again soon, or stop_waiting(); what becomes free is
@@ -136,8 +156,10 @@ class Engine {
     uint64_t target_bytes() const { return target_bytes_; }  // what --dram is now
     uint64_t floor_bytes() const { return floor_bytes_; }
 
+    // About once a second. An idle model is let go for a busy one only after a while, and a busy model that lacks slots
+    // gets a segment that another uses much less.
+    void look();
     void end() { ending_ = true; }  // what clients map stays: they read it until there is another weightd
-    void look();                    // about once a second: an idle model is let go for a busy one only after a while
 
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
 
@@ -156,6 +178,9 @@ class Engine {
     void take_in(const Loaded& loaded);
     void serve_stalled(ModelState& state);
     bool submit(ModelState& state);
+    void start_warming(ModelState& state);
+    bool warm(ModelState& state);
+    void find_hot(ModelState& state);
     void retire(ModelState& state);
     void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
     bool make_room(uint32_t model, uint64_t bytes);
@@ -165,6 +190,10 @@ class Engine {
     uint64_t fixed_bytes(uint32_t model) const;
     bool deactivate_idle(uint32_t except, uint32_t looks_min);
     bool drain_surplus(uint32_t model, bool own);
+    void note_demand(ModelState& state);
+    double uses_per_byte(const ModelState& state) const;
+    bool can_spare_segment(const ModelState& state) const;
+    void share_by_demand();
     void deactivate(ModelState& state);
     uint64_t pool_bytes_free(uint32_t model) const;
     uint64_t lendable_bytes() const;
@@ -181,6 +210,7 @@ class Engine {
     Memory memory_;
     Reader& reader_;
     Loader loader_;
+    bool warms_;
     uint64_t segment_bytes_;
     uint64_t target_bytes_;  // of all memory in use; above it only what is guaranteed
     uint64_t floor_bytes_;   // of the target
@@ -189,6 +219,10 @@ class Engine {
     std::vector<std::unique_ptr<ModelState>> models_;
     std::unordered_map<uint32_t, std::unique_ptr<Session>> sessions_;  // by id
     std::map<uint32_t, uint64_t> kept_bytes_;  // by model whose opener waits: what is freed is not for growing pools
+    struct Promise {  // what share_by_demand() freed is for the pool that lacks it to grow, until the next look()
+        uint32_t model = 0;
+        uint64_t bytes = 0;
+    } promise_;
     std::vector<Waiter> waiters_;
     uint32_t free_waiter_ = NO_WAITER;
     std::vector<uint32_t> answered_;  // sessions to flush

@@ -19,7 +19,9 @@ uint64_t session_bytes(const ModelSpec& spec) {
     return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
 }
 
-uint64_t checksum_bytes(const ModelSpec& spec) { return spec.checksums.size() * sizeof(uint64_t); }
+uint64_t opened_bytes(const ModelSpec& spec) {
+    return spec.checksums.size() * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
+}
 
 uint64_t activation_bytes(const ModelSpec& spec) {
     return pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
@@ -43,7 +45,7 @@ std::optional<SharedMemory> new_segment(uint64_t bytes) {
 
 uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
-    return activation_bytes(spec) + checksum_bytes(spec) + slots * spec.cell_bytes;
+    return activation_bytes(spec) + opened_bytes(spec) + slots * spec.cell_bytes;
 }
 
 uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
@@ -54,12 +56,13 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
     if (state->file->size_bytes() < last.offset_bytes + uint64_t{last.cells} * spec.cell_bytes) {
         throw std::invalid_argument(spec.bundles_path + ": shorter than the catalog says (import the model again)");
     }
-    if (!memory_.take(Account::tables, checksum_bytes(spec))) {
-        throw NoRoom(spec.name + ": its checksums need " + mebibytes(checksum_bytes(spec)) + " and --dram has " +
-                     mebibytes(memory_.free_bytes()) + " left: raise --dram");
+    if (!memory_.take(Account::tables, opened_bytes(spec))) {
+        throw NoRoom(spec.name + ": its checksums and the record of what is hot need " + mebibytes(opened_bytes(spec)) +
+                     " and --dram has " + mebibytes(memory_.free_bytes()) + " left: raise --dram");
     }
     state->index = static_cast<uint32_t>(models_.size());
     state->spec = std::move(spec);
+    state->hotness.resize(state->spec.cell_count());
     state->file_index = reader_.register_file(*state->file);
     models_.push_back(std::move(state));
     return models_.back()->index;
@@ -126,6 +129,7 @@ bool Engine::activate(uint32_t model, Use use) {
     memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
     update_limits();
     state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
+    state.pool->expect(state.hotness);
     return true;
 }
 
@@ -146,10 +150,6 @@ void Engine::leave(uint32_t model) {
     assert(state.users > 0);
     if (state.users > SESSIONS_RESERVED) memory_.give(Account::tables, session_bytes(state.spec));
     state.users--;
-}
-
-void Engine::look() {
-    for (const auto& state : models_) state->idle_looks = state->users > 0 ? 0 : state->idle_looks + 1;
 }
 
 // Resident weights and tables that cannot be taken back for `model`: idle models give theirs up.
@@ -253,12 +253,14 @@ bool Engine::grow(ModelState& state) {
     if (!wants_more(state)) return false;
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
     const uint64_t wanted_bytes = std::min(std::max(segment_bytes_, cell_bytes), useful_bytes);
-    const uint64_t slots =
-        std::min<uint64_t>(std::min(wanted_bytes, growth_bytes(state)) / cell_bytes, SEGMENT_SLOTS_MAX);
+    const uint64_t promised_bytes = promise_.model == state.index ? 0 : promise_.bytes;
+    const uint64_t left_bytes = growth_bytes(state) - std::min(growth_bytes(state), promised_bytes);
+    const uint64_t slots = std::min<uint64_t>(std::min(wanted_bytes, left_bytes) / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
     memory_.take(Account::pool, slots * cell_bytes);
+    if (promise_.model == state.index) promise_ = {};
     Segment& segment = state.pool->add_segment(next_segment_++, std::move(*memory));
     segment.buffer_index = reader_.register_memory(segment.memory.bytes());
     return true;
@@ -283,9 +285,8 @@ bool Engine::drain_surplus(uint32_t model, bool own) {
         ModelState& state = *models_[i];
         if (state.pool == nullptr || (i == model && !own)) continue;
         if (state.pool->draining() > 0) return true;
+        if (!can_spare_segment(state)) continue;
         const uint64_t slots = state.pool->slots();
-        const uint64_t segment_slots = segment_bytes_ / state.spec.cell_bytes;
-        if (slots == 0 || (state.users > 0 && slots < state.guaranteed_slots + segment_slots)) continue;
         const uint64_t surplus_bytes = (slots - state.guaranteed_slots) * state.spec.cell_bytes / (i == model ? 2 : 1);
         if (surplus_bytes > most_bytes) {
             most_bytes = surplus_bytes;
@@ -324,6 +325,7 @@ bool Engine::deactivate_idle(uint32_t except, uint32_t looks_min) {
 }
 
 void Engine::deactivate(ModelState& state) {
+    state.pool->write_hotness(state.hotness);
     while (state.pool->start_draining()) retire(state);
     memory_.give(Account::tables, activation_bytes(state.spec) - pages(state.spec.resident_bytes));
     memory_.give(Account::resident, pages(state.spec.resident_bytes));
@@ -333,6 +335,8 @@ void Engine::deactivate(ModelState& state) {
     state.predictors.reset();
     state.counts.evictions += state.pool->evictions();
     state.pool.reset();
+    state.warming = {};
+    state.demand = {};
 }
 
 }  // namespace weightd

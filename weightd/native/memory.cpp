@@ -7,6 +7,8 @@
 
 #include <cassert>
 #include <cerrno>
+#include <fstream>
+#include <map>
 #include <system_error>
 #include <utility>
 
@@ -16,6 +18,8 @@
 
 namespace weightd {
 namespace {
+
+constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
 
 void check(int result, const char* what) {
     if (result < 0) throw std::system_error(errno, std::generic_category(), what);
@@ -34,6 +38,15 @@ void Memory::give(Account account, uint64_t bytes) {
     used_bytes_[static_cast<size_t>(account)] -= bytes;
 }
 
+bool machine_is_short() {
+    std::ifstream lines("/proc/meminfo");
+    std::map<std::string, uint64_t> fields;  // in kB
+    std::string name;
+    std::string rest;
+    for (uint64_t amount = 0; lines >> name >> amount && std::getline(lines, rest);) fields[name] = amount;
+    return fields["MemAvailable:"] < fields["MemTotal:"] / 8;
+}
+
 SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     owned_ = Descriptor(::memfd_create(name, MFD_CLOEXEC | MFD_ALLOW_SEALING));
     check(owned_.get(), "memfd_create");
@@ -42,7 +55,11 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get(), 0);
     if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
-    ::madvise(data_, bytes, MADV_HUGEPAGE);  // acts where shmem_enabled says "advise"; harmless elsewhere
+    // Acts where shmem_enabled says so. Whole ones only: older kernels (6.1) give the last part a huge page that goes
+    // beyond the end, more memory than the account has granted.
+    const size_t whole_bytes = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
+    if (whole_bytes > 0) ::madvise(data_, whole_bytes, MADV_HUGEPAGE);
+    if (whole_bytes < bytes) ::madvise(data_ + whole_bytes, bytes - whole_bytes, MADV_NOHUGEPAGE);
 }
 
 SharedMemory::SharedMemory(SharedMemory&& other) noexcept { *this = std::move(other); }

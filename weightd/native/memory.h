@@ -26,6 +26,9 @@ class Memory {
     uint64_t used_bytes_[3] = {0, 0, 0};
 };
 
+// Whether less than an eighth of this machine's memory is available. False where /proc does not tell.
+bool machine_is_short();
+
 // Shared memory that this process fills and others read: a memfd, mapped here.
 //
 // After seal() nobody can map it writable, write to it or grow it, whatever descriptor they hold; the mapping here

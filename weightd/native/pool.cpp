@@ -11,11 +11,18 @@ bool is_busy(const Slot& slot) { return slot.reading || slot.leases > 0; }
 }  // namespace
 
 Pool::Pool(uint32_t cells, uint32_t cell_bytes)
-    : cell_bytes_(cell_bytes), slot_of_(cells, NO_SLOT), replacement_(make_lirs(cells)) {}
+    : cell_bytes_(cell_bytes), slot_of_(cells, NO_SLOT), replacement_(cells) {}
 
 uint64_t Pool::table_bytes(uint32_t cells, uint64_t slots_max) {
     return Replacement::table_bytes(cells) + uint64_t{cells} * sizeof(uint32_t) +
            slots_max * (sizeof(Slot) + sizeof(uint32_t));
+}
+
+void Pool::write_hotness(std::span<Hotness> hotness) const {
+    replacement_.write_hotness(hotness);
+    for (uint32_t cell = 0; cell < slot_of_.size(); cell++) {
+        if (slot_of_[cell] != NO_SLOT) hotness[cell] |= HOTNESS_IN_POOL;
+    }
 }
 
 Place Pool::find(uint32_t cell) const {
@@ -30,8 +37,9 @@ std::byte* Pool::address(Place place) const {
 
 Place Pool::insert(uint32_t cell) {
     assert(slot_of_[cell] == NO_SLOT);
+    const bool contested = free_ == 0;
     while (free_ == 0) {
-        const uint32_t victim = replacement_->victim();
+        const uint32_t victim = replacement_.victim();
         if (victim == NO_CELL) return {};
         evictions_++;
         empty(find(victim));  // in a draining segment this frees nothing that can be used: then another must go
@@ -41,7 +49,7 @@ Place Pool::insert(uint32_t cell) {
     place.segment->busy++;
     filled_++;
     slot_of_[cell] = place.segment->position << 16 | place.index;
-    replacement_->inserted(cell);
+    replacement_.inserted(cell, contested);
     return place;
 }
 
@@ -75,10 +83,10 @@ void Pool::now_busy(Place place, bool was_busy) {
     if (busy == was_busy) return;
     if (busy) {
         place.segment->busy++;
-        replacement_->pinned(place.slot().cell);
+        replacement_.pinned(place.slot().cell);
     } else {
         place.segment->busy--;
-        replacement_->unpinned(place.slot().cell);
+        replacement_.unpinned(place.slot().cell);
         if (place.segment->draining) drop(place);
     }
 }
@@ -93,7 +101,7 @@ void Pool::drop(Place place) {
     assert(slot.leases == 0);
     if (slot.reading) place.segment->busy--;
     slot.reading = false;
-    replacement_->removed(slot.cell);
+    replacement_.removed(slot.cell);
     empty(place);
 }
 
@@ -130,14 +138,13 @@ Segment& Pool::add_segment(uint32_t number, SharedMemory memory) {
     if (segment->position == segments_.size()) segments_.emplace_back();
     slots_ += count;
     free_ += count;
-    replacement_->resize(static_cast<uint32_t>(slots_));
     return *(segments_[segment->position] = std::move(segment));
 }
 
-bool Pool::start_draining() {
+bool Pool::start_draining(bool idle_only) {
     Segment* chosen = nullptr;
     for (const auto& segment : segments_) {
-        if (segment == nullptr || segment->draining) continue;
+        if (segment == nullptr || segment->draining || (idle_only && segment->busy > 0)) continue;
         if (chosen == nullptr || segment->busy < chosen->busy) chosen = segment.get();
     }
     if (chosen == nullptr) return false;
@@ -145,7 +152,6 @@ bool Pool::start_draining() {
     draining_++;
     slots_ -= chosen->slots.size();
     free_ -= chosen->free.size();
-    replacement_->resize(static_cast<uint32_t>(slots_));
     for (uint32_t i = 0; i < chosen->slots.size(); i++) {
         const Place place{chosen, i};
         if (place.slot().cell != NO_CELL && !is_busy(place.slot())) drop(place);

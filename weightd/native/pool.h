@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <vector>
 
 #include "memory.h"
@@ -55,11 +56,14 @@ class Pool {
     void drop(Place place);    // not leased: the cell leaves the pool, its slot is free
     void lease(Place place);
     void unlease(Place place);
-    void touched(uint32_t cell) { replacement_->touched(cell); }
+    void touched(uint32_t cell) { replacement_.touched(cell); }
+    void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
+    void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
     // Takes a segment out of use, the one with the fewest busy slots; it goes when retire_drained() finds it empty.
-    bool start_draining();
+    // `idle_only`: one without any, or none.
+    bool start_draining(bool idle_only = false);
     std::vector<std::unique_ptr<Segment>> retire_drained();
     uint32_t draining() const { return draining_; }
     std::vector<uint32_t> leased_in_draining() const;  // cells that keep segments from going
@@ -83,7 +87,7 @@ class Pool {
     uint32_t cell_bytes_;
     std::vector<uint32_t> slot_of_;                   // by cell: position of the segment << 16 | index, or NO_SLOT
     std::vector<std::unique_ptr<Segment>> segments_;  // by position; null where one has gone
-    std::unique_ptr<Replacement> replacement_;
+    Replacement replacement_;
     uint64_t slots_ = 0;   // of segments that do not drain
     uint64_t free_ = 0;    // of those, free
     uint64_t filled_ = 0;  // of all

@@ -1,206 +1,191 @@
 #include "replacement.h"
 
 #include <algorithm>
+#include <array>
 #include <cassert>
-#include <vector>
+#include <cmath>
+#include <numbers>
 
 namespace weightd {
 namespace {
 
-struct Link {
-    uint32_t previous = NO_CELL;
-    uint32_t next = NO_CELL;
-};
+// Chosen by measurement (ARCHITECTURE.md): longer finds a little more when nothing changes, and adapts more slowly.
+constexpr uint32_t USES_PER_HALF_LIFE = 2;  // of each cell, on average
+constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by one step, too
+constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level give way in the order in which they came to it
+constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; what lies beyond counts as the outermost
+constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
+constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
+constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
+constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
+constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
+static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
+static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");
 
-// A doubly linked list over cell numbers, in arrays that exist from the start.
-class CellList {
-  public:
-    explicit CellList(uint32_t cells) : links_(cells) {}
-    uint32_t first() const { return first_; }
-    uint32_t next(uint32_t cell) const { return links_[cell].next; }
-    uint32_t size() const { return size_; }
+// log2(2^a + 2^b) is the larger of them plus this, by their distance.
+constexpr uint32_t DISTANCES = 12 * STEPS_PER_OCTAVE;  // beyond, it is less than half a step
 
-    void push_back(uint32_t cell) {
-        links_[cell] = {last_, NO_CELL};
-        (last_ == NO_CELL ? first_ : links_[last_].next) = cell;
-        last_ = cell;
-        size_++;
-    }
-
-    void remove(uint32_t cell) {
-        const Link link = links_[cell];
-        (link.previous == NO_CELL ? first_ : links_[link.previous].next) = link.next;
-        (link.next == NO_CELL ? last_ : links_[link.next].previous) = link.previous;
-        size_--;
-    }
-
-  private:
-    std::vector<Link> links_;
-    uint32_t first_ = NO_CELL;
-    uint32_t last_ = NO_CELL;
-    uint32_t size_ = 0;
-};
-
-struct Flags {
-    uint8_t lir : 1;
-    uint8_t present : 1;
-    uint8_t pinned : 1;
-    uint8_t in_stack : 1;
-    uint8_t in_queue : 1;
-};
-
-class Lirs final : public Replacement {
-  public:
-    explicit Lirs(uint32_t cells) : flags_(cells), stack_(cells), queue_(cells) {}
-
-    void resize(uint32_t slots) override {
-        slots_ = slots;
-        lir_max_ = slots - std::min(slots, hir_least());
-        victims_until_review_ = slots;
-        queue_least_ = UINT32_MAX;
-        while (lirs_ > lir_max_) demote_oldest();
-    }
-
-    void touched(uint32_t cell) override {
-        Flags& flags = flags_[cell];
-        assert(flags.present);
-        if (flags.lir) {
-            to_top(cell);
-            prune();
-        } else if (flags.in_stack) {  // used again before the oldest LIR cell was
-            promote(cell);
-        } else {
-            to_top(cell);
-            if (flags.in_queue) {
-                queue_.remove(cell);
-                queue_.push_back(cell);
-            }
+const std::array<uint16_t, DISTANCES>& sums() {
+    static const auto table = [] {
+        std::array<uint16_t, DISTANCES> result{};
+        for (uint32_t i = 0; i < DISTANCES; i++) {
+            const double distance = static_cast<double>(i) / STEPS_PER_OCTAVE;
+            result[i] = static_cast<uint16_t>(std::lround(STEPS_PER_OCTAVE * std::log2(1 + std::exp2(-distance))));
         }
-    }
+        return result;
+    }();
+    return table;
+}
 
-    void inserted(uint32_t cell) override {
-        Flags& flags = flags_[cell];
-        assert(!flags.present);
-        flags.present = true;
-        flags.pinned = true;
-        if (flags.in_stack || lirs_ < lir_max_) {
-            promote(cell);
-        } else {
-            to_top(cell);
-        }
-    }
+uint32_t sum(uint32_t a, uint32_t b) {
+    const uint32_t distance = a > b ? a - b : b - a;
+    return std::max(a, b) + (distance < DISTANCES ? sums()[distance] : 0);
+}
 
-    void pinned(uint32_t cell) override {
-        flags_[cell].pinned = true;
-        leave_queue(cell);
-    }
-
-    void unpinned(uint32_t cell) override {
-        flags_[cell].pinned = false;
-        if (!flags_[cell].lir) join_queue(cell);
-    }
-
-    void removed(uint32_t cell) override {
-        leave_queue(cell);
-        leave_stack(cell);
-        if (flags_[cell].lir) lirs_--;
-        flags_[cell] = {};
-        prune();
-    }
-
-    uint32_t victim() override {
-        review_shares();
-        const uint32_t cell = queue_.first();
-        if (cell == NO_CELL) return victim_among_lirs();
-        leave_queue(cell);
-        flags_[cell].present = false;  // it stays in the stack, as a memory of its last use
-        return cell;
-    }
-
-  private:
-    // One in a hundred slots is enough for what passes through (the paper's figure); never fewer than one.
-    uint32_t hir_least() const { return std::max(1U, slots_ / 100); }
-
-    // The queue must also hold what is leased for a moment: victim_among_lirs() takes room from the LIR cells when it
-    // runs empty, and this gives back what a whole turn of the pool did not use.
-    void review_shares() {
-        queue_least_ = std::min(queue_least_, queue_.size());
-        if (victims_until_review_-- > 0) return;
-        if (queue_least_ > hir_least()) lir_max_ += queue_least_ - hir_least();
-        lir_max_ = std::min(lir_max_, slots_ - std::min(slots_, hir_least()));
-        victims_until_review_ = slots_;
-        queue_least_ = UINT32_MAX;
-    }
-
-    uint32_t victim_among_lirs() {
-        uint32_t cell = stack_.first();
-        while (cell != NO_CELL && (!flags_[cell].lir || flags_[cell].pinned)) cell = stack_.next(cell);
-        if (cell == NO_CELL) return NO_CELL;
-        lir_max_ = std::max(1U, lir_max_ - 1);
-        removed(cell);
-        return cell;
-    }
-
-    void promote(uint32_t cell) {
-        flags_[cell].lir = true;
-        lirs_++;
-        leave_queue(cell);
-        to_top(cell);
-        while (lirs_ > std::max(1U, lir_max_)) demote_oldest();
-        prune();
-    }
-
-    void demote_oldest() {
-        prune();
-        const uint32_t cell = stack_.first();
-        flags_[cell].lir = false;
-        lirs_--;
-        leave_stack(cell);
-        if (!flags_[cell].pinned) join_queue(cell);
-        prune();
-    }
-
-    // The oldest cell of the stack is always a LIR cell: what lies below it can no longer become one.
-    void prune() {
-        while (stack_.first() != NO_CELL && !flags_[stack_.first()].lir) leave_stack(stack_.first());
-    }
-
-    void to_top(uint32_t cell) {
-        leave_stack(cell);
-        stack_.push_back(cell);
-        flags_[cell].in_stack = true;
-    }
-
-    void leave_stack(uint32_t cell) {
-        if (flags_[cell].in_stack) stack_.remove(cell);
-        flags_[cell].in_stack = false;
-    }
-
-    void join_queue(uint32_t cell) {
-        assert(!flags_[cell].in_queue);
-        queue_.push_back(cell);
-        flags_[cell].in_queue = true;
-    }
-
-    void leave_queue(uint32_t cell) {
-        if (flags_[cell].in_queue) queue_.remove(cell);
-        flags_[cell].in_queue = false;
-    }
-
-    std::vector<Flags> flags_;
-    CellList stack_;  // by last use, oldest first: LIR cells, and HIR cells used since the oldest of those
-    CellList queue_;  // HIR cells that may go, in order
-    uint32_t slots_ = 0;
-    uint32_t lirs_ = 0;
-    uint32_t lir_max_ = 0;
-    uint32_t victims_until_review_ = 0;
-    uint32_t queue_least_ = UINT32_MAX;
-};
+// The score, above now, of a cell that is used as often as the mean, when that has gone on for long.
+const int MEAN_ABOVE_NOW =
+    static_cast<int>(std::lround(STEPS_PER_OCTAVE * std::log2(USES_PER_HALF_LIFE / std::numbers::ln2)));
 
 }  // namespace
 
-uint64_t Replacement::table_bytes(uint32_t cells) { return uint64_t{cells} * (sizeof(Flags) + 2 * sizeof(Link)); }
+Replacement::Replacement(uint32_t cells)
+    : cells_(cells),
+      touches_per_step_(std::max(1U, cells / (STEPS_PER_OCTAVE / USES_PER_HALF_LIFE))),
+      now_(NOW_FIRST),
+      lowest_(level_max()),
+      scores_(cells),
+      stays_(cells),
+      links_(cells + LEVELS + 1) {
+    for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
+}
 
-std::unique_ptr<Replacement> make_lirs(uint32_t cells) { return std::make_unique<Lirs>(cells); }
+void Replacement::expect(std::span<const Hotness> hotness) {
+    assert(hotness.size() == cells_);
+    for (uint32_t cell = 0; cell < cells_; cell++) {
+        const int code = hotness[cell] & HOTNESS_MAX;
+        const int above = (code - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
+        scores_[cell] = code > 0 ? static_cast<Score>(static_cast<int>(now_) + above) : Score{0};
+        if (links_[cell].next == cell) continue;  // pinned, or not in the pool
+        take(cell);
+        put(cell);
+    }
+}
+
+uint64_t Replacement::table_bytes(uint32_t cells) {
+    return uint64_t{cells} * (sizeof(Score) + sizeof(Stay) + sizeof(Link)) + (LEVELS + 1) * sizeof(Link);
+}
+
+void Replacement::inserted(uint32_t cell, bool contested) {
+    stays_[cell] = contested && !outweighs_the_lowest(cell) ? Stay::passing_unused : Stay::kept;
+    pinned(cell);
+}
+
+void Replacement::touched(uint32_t cell) {
+    advance();
+    scores_[cell] = static_cast<Score>(sum(scores_[cell], now_));
+    stays_[cell] = stays_[cell] == Stay::passing_unused ? Stay::passing : Stay::kept;
+    if (links_[cell].next == cell) return;  // pinned
+    take(cell);
+    put(cell);
+}
+
+void Replacement::pinned(uint32_t cell) { take(cell); }
+
+void Replacement::unpinned(uint32_t cell) { put(cell); }
+
+void Replacement::removed(uint32_t cell) { take(cell); }
+
+uint32_t Replacement::victim() {
+    uint32_t list = passing_list();
+    if (links_[list].next == list) {
+        find_lowest();
+        if (lowest_ > level_max()) return NO_CELL;
+        list = list_of(lowest_);
+    }
+    const uint32_t cell = links_[list].next;
+    take(cell);
+    return cell;
+}
+
+void Replacement::write_hotness(std::span<Hotness> hotness) const {
+    assert(hotness.size() == cells_);
+    for (uint32_t cell = 0; cell < cells_; cell++) {
+        const int above = int{scores_[cell]} - static_cast<int>(now_) - MEAN_ABOVE_NOW;
+        const long hot = HOTNESS_MEAN + std::lround(static_cast<double>(above) / STEPS_PER_HOTNESS);
+        hotness[cell] = static_cast<Hotness>(std::clamp<long>(hot, 0, HOTNESS_MAX));
+    }
+}
+
+// ---- time ----
+
+void Replacement::advance() {
+    if (++touches_ < touches_per_step_) return;
+    touches_ = 0;
+    if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring moves up by one level: its lowest joins the next
+        append(list_of(level_min()), list_of(level_min() - 1));
+        lowest_ = std::max(lowest_, level_min());
+    }
+    if (now_ == NOW_LAST) forget_zero();
+}
+
+void Replacement::forget_zero() {
+    for (Score& score : scores_) score -= std::min<Score>(score, NOW_LAST - NOW_FIRST);
+    now_ = NOW_FIRST;
+    lowest_ -= (NOW_LAST - NOW_FIRST) / STEPS_PER_LEVEL;
+}
+
+// ---- the ring of levels ----
+
+uint32_t Replacement::level_max() const { return now_ / STEPS_PER_LEVEL + LEVELS / 2; }
+
+uint32_t Replacement::level_min() const { return level_max() + 1 - LEVELS; }
+
+uint32_t Replacement::level_of(Score score) const {
+    return std::clamp<uint32_t>(score / STEPS_PER_LEVEL, level_min(), level_max());
+}
+
+uint32_t Replacement::passing_list() const { return cells_ + LEVELS; }
+
+uint32_t Replacement::list_of(uint32_t level) const { return cells_ + level % LEVELS; }
+
+void Replacement::find_lowest() {
+    while (lowest_ <= level_max() && links_[list_of(lowest_)].next == list_of(lowest_)) lowest_++;
+}
+
+bool Replacement::outweighs_the_lowest(uint32_t cell) {
+    find_lowest();
+    return level_of(scores_[cell]) > lowest_;
+}
+
+void Replacement::put(uint32_t cell) {
+    uint32_t list = passing_list();
+    if (stays_[cell] == Stay::kept) {
+        const uint32_t level = level_of(scores_[cell]);
+        list = list_of(level);
+        lowest_ = std::min(lowest_, level);
+    }
+    const uint32_t last = links_[list].previous;
+    links_[cell] = {last, list};
+    links_[last].next = cell;
+    links_[list].previous = cell;
+}
+
+void Replacement::take(uint32_t cell) {
+    const auto [previous, next] = links_[cell];
+    links_[previous].next = next;
+    links_[next].previous = previous;
+    links_[cell] = {cell, cell};
+}
+
+void Replacement::append(uint32_t target, uint32_t source) {
+    if (links_[source].next == source) return;
+    const auto [last, first] = links_[source];  // in front of what is there: its cells go first
+    const uint32_t next = links_[target].next;
+    links_[target].next = first;
+    links_[first].previous = target;
+    links_[last].next = next;
+    links_[next].previous = last;
+    links_[source] = {source, source};
+}
 
 }  // namespace weightd

@@ -16,6 +16,7 @@
 namespace weightd {
 
 inline constexpr std::chrono::seconds ATTACH_WITHIN{10};
+inline constexpr int PEER_PIDFD = 77;                     // SO_PEERPIDFD, which older headers lack
 inline constexpr std::chrono::seconds BLOCKS_AT_MOST{5};  // a running client gives back at its next layer
 
 bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors) {
@@ -35,6 +36,14 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
         std::memcpy(CMSG_DATA(header), descriptors.data(), descriptors.size_bytes());
     }
     return ::sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
+}
+
+Descriptor process_of(int socket, const ucred& peer) {
+    int process = -1;
+    socklen_t bytes = sizeof process;
+    if (::getsockopt(socket, SOL_SOCKET, PEER_PIDFD, &process, &bytes) == 0) return Descriptor(process);
+    if (peer.pid <= 0) return Descriptor();
+    return Descriptor(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
 }
 
 RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,

@@ -101,6 +101,10 @@ class RingSession final : public Session {
     std::set<uint32_t> segments_known_;
 };
 
+// A pidfd of the process at the other end of `socket`; none if that has ended, or runs in another container and Linux
+// is older than 6.5 (its process number means nothing here then), or for the reason in errno.
+Descriptor process_of(int socket, const ucred& peer);
+
 // Sends one message with descriptors over a SOCK_SEQPACKET socket without blocking; false when it cannot be sent.
 bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors);
 

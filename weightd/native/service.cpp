@@ -58,11 +58,12 @@ uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrenc
 
 }  // namespace
 
-Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, PressureChoice pressure)
+Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms,
+                 PressureChoice pressure)
     : choice_(std::move(choice)), data_socket_path_(data_socket), pressure_(std::move(pressure)) {
     reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
-    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled);
+    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled, warms);
     epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
     command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     failed_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
@@ -209,8 +210,8 @@ void Service::sleep_until_event() {
 
 void Service::watch_pressure() {
     engine_->set_floor(pressure_.floor_bytes);
-    for (const Descriptor& trigger : pressure_.triggers) {
-        watch(trigger.get(), event_data(PRESSURE, static_cast<uint32_t>(trigger.get())), EPOLLPRI);
+    for (const int fd : {pressure_.machine.get(), pressure_.cgroup.get()}) {
+        if (fd >= 0) watch(fd, event_data(PRESSURE, static_cast<uint32_t>(fd)), EPOLLPRI);
     }
 }
 
@@ -219,6 +220,7 @@ void Service::hear_pressure(int fd, uint32_t events) {
         ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
         return;
     }
+    if (fd == pressure_.machine.get() && !machine_is_short()) return;
     pressure_signals_++;
     relieve_at_ = Clock::now() + RELIEVE_AFTER;
     engine_->press();
@@ -434,8 +436,8 @@ void Service::attach(Descriptor socket, RingSession& session) {
     socklen_t peer_bytes = sizeof peer;
     if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
     if (!session.is_for(peer.uid)) return refuse(fd, EPERM);
-    Descriptor process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
-    if (process.get() < 0 && errno != ENOSYS && errno != ESRCH) return refuse(fd, errno);
+    Descriptor process = process_of(fd, peer);
+    if (process.get() < 0 && out_of_descriptors(errno)) return refuse(fd, errno);
     try {
         watch(fd, event_data(SESSION, session.id), EPOLLRDHUP | EPOLLHUP);
         // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.

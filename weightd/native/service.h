@@ -34,9 +34,11 @@ struct Stopping : std::runtime_error {
 // Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
-struct PressureChoice {                  // what becomes of the pool when the system lacks memory
-    uint64_t floor_bytes = UINT64_MAX;   // of --dram; as much as that is never taken from
-    std::vector<Descriptor> triggers{};  // of pressure stall information (PSI), set already: EPOLLPRI tells of pressure
+struct PressureChoice {                 // what becomes of the pool when the system lacks memory
+    uint64_t floor_bytes = UINT64_MAX;  // of --dram; as much as that is never taken from
+    // Triggers of pressure stall information (PSI), set already: EPOLLPRI tells of pressure.
+    Descriptor machine{};  // counts only while the machine is short of memory: it tells of any container at its limit
+    Descriptor cgroup{};   // ours
 };
 
 struct Opened {
@@ -47,7 +49,8 @@ struct Opened {
 class Service {
   public:
     // Listens on `data_socket` (a path). Throws std::system_error.
-    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, PressureChoice pressure = {});
+    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms = true,
+            PressureChoice pressure = {});
     ~Service();
 
     std::string io_level();  // of the reader, and whether some file is read through the page cache
@@ -56,6 +59,12 @@ class Service {
     uint32_t add_model(ModelSpec spec);
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
+    void expect(uint32_t model, std::span<const Hotness> hotness) {
+        on_loop([&] { engine_->expect(model, hotness); });
+    }
+    std::vector<Hotness> hotness(uint32_t model) {
+        return on_loop([&] { return engine_->hotness(model); });
+    }
     // Only a process of `user` can attach to it; of any user, if there is none.
     Opened open_session(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user = std::nullopt);
     // Whole cells of `layer`, back to back in the order asked.

@@ -31,7 +31,8 @@ from weightd_proto import weightd_pb2
 
 CALIBRATION_FOLDER = "calibration"
 PREDICTORS_FILE = "predictors.safetensors"
-FILE_NAMES = (PREDICTORS_FILE, "statistics.safetensors", "report.json")
+STATISTICS_FILE = "statistics.safetensors"
+FILE_NAMES = (PREDICTORS_FILE, STATISTICS_FILE, "report.json")
 MODES = ("exact", "predict")
 # The paper's predictors take less than 5 % of a model; one as large as its model would bring nothing. The constant
 # part is for toy models, whose files are mostly headers.

@@ -7,6 +7,7 @@ All other calls end by themselves.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -34,6 +35,7 @@ RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client 
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 PING_INTERVAL_MIN_MS = 10_000
+PATIENCE_S = 60.0  # between two pieces of an upload, whose caller is alive and reads files of its own
 HANDSHAKE_WITHIN_MS = 10_000  # of TLS: whoever connects and says nothing is dropped
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
@@ -74,9 +76,14 @@ Handler = Any  # grpc.RpcMethodHandler is not generic at run time, only in its t
 
 
 class CallBounds(grpc.aio.ServerInterceptor):
-    """Refuses calls beyond BOUNDS with ABORTED: the caller asks again a little later."""
+    """Refuses calls beyond BOUNDS with ABORTED: the caller asks again a little later.
 
-    def __init__(self) -> None:
+    Ends uploads whose caller sends nothing for `patience_s` with DEADLINE_EXCEEDED. (A stream that nobody reads cannot
+    be ended so: gRPC takes no status while a message waits. It ends with its caller's deadline or connection.)
+    """
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
         self._running: Counter[tuple[str, str]] = Counter()  # by method and peer
 
     async def intercept_service(
@@ -92,7 +99,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
         if handler.unary_unary is not None:
             return grpc.unary_unary_rpc_method_handler(self._one(method, handler.unary_unary), *serializers)
         if handler.stream_unary is not None:
-            return grpc.stream_unary_rpc_method_handler(self._one(method, handler.stream_unary), *serializers)
+            return grpc.stream_unary_rpc_method_handler(self._upload(method, handler.stream_unary), *serializers)
         if handler.unary_stream is not None:
             return grpc.unary_stream_rpc_method_handler(self._many(method, handler.unary_stream), *serializers)
         return grpc.stream_stream_rpc_method_handler(self._many(method, handler.stream_stream), *serializers)
@@ -103,6 +110,26 @@ class CallBounds(grpc.aio.ServerInterceptor):
             return await behaviour(request, context)
 
         return call
+
+    def _upload(self, method: str, behaviour: Any) -> Any:
+        async def call(requests: AsyncIterator[Any], context: Context) -> Any:
+            await self._enter(method, context)
+            return await behaviour(self._sent(requests, context), context)
+
+        return call
+
+    async def _sent(self, requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
+        """`requests`, as long as none is waited for too long."""
+        parts = aiter(requests)
+        while True:
+            try:
+                part = await asyncio.wait_for(anext(parts, None), self._patience_s)
+            except TimeoutError:
+                silence = f"nothing was sent for {self._patience_s:g} s; begin again"
+                await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, silence)
+            if part is None:
+                return
+            yield part
 
     def _many(self, method: str, behaviour: Any) -> Any:
         if not inspect.isasyncgenfunction(behaviour):  # it writes its answers itself

@@ -35,6 +35,10 @@ def calibration_key(model: str) -> bytes:
     return f"calibration/{model}".encode()
 
 
+def hotness_key(model: str) -> bytes:
+    return f"hotness/{model}".encode()
+
+
 def array_key(kind: str, model: str, layer: int) -> bytes:
     return f"{kind}/{model}/{layer:05d}".encode()
 
@@ -86,6 +90,16 @@ class Catalog:
         with self._transaction(write=True) as transaction:
             transaction.put(calibration_key(model), calibration.SerializeToString())
 
+    def hotness(self, model: str) -> bytes | None:
+        with self._transaction() as transaction:
+            record = transaction.get(hotness_key(model))
+        return None if record is None else bytes(record)
+
+    def set_hotness(self, model: str, hotness: bytes) -> None:
+        """In the place of what there was."""
+        with self._transaction(write=True) as transaction:
+            transaction.put(hotness_key(model), hotness)
+
     def array(self, kind: str, model: str, layer: int) -> bytes | None:
         with self._transaction() as transaction:
             record = transaction.get(array_key(kind, model, layer))
@@ -105,6 +119,7 @@ class Catalog:
             assert record is not None, "looked up under the store's lock"
             layers = len(weightd_pb2.Model.FromString(bytes(record)).layers)
             transaction.delete(calibration_key(name))
+            transaction.delete(hotness_key(name))
             for kind in kinds:
                 for index in range(layers):
                     transaction.delete(array_key(kind, name, index))

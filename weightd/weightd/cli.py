@@ -4,6 +4,7 @@
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.doctor)
+    weightd top [--address ADDR]             (weightd.top)
 
 Exit status 0, 1 (failed), 2 (usage). With --json, one object on standard output and nothing else there.
 """
@@ -47,6 +48,10 @@ def _run(arguments: list[str]) -> int:
         from weightd import doctor
 
         return doctor.main(arguments[1:])
+    if arguments[:1] == ["top"]:
+        from weightd import top
+
+        return top.main(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         from weightd import serve
 
@@ -68,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         description="Serves models from flash. Without a command: serves --store; see weightd --store DIR --help.",
     )
-    commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor")
+    commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor | top")
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=Path, required=True, metavar="DIR")
 
@@ -90,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         reporting.add_argument("--json", action="store_true", help="one object on standard output")
     for touching in (adding, verifying):
         touching.add_argument("--allow-buffered", action="store_true", help="where O_DIRECT is refused")
-    commands.add_parser("doctor", help="Says what this machine offers, and what to do.")  # dispatched before parsing
+    commands.add_parser("doctor", help="Says what this machine offers, and what to do.")  # dispatched before parsing,
+    commands.add_parser("top", help="Watches a running weightd.")  # as this
     return parser
 
 

@@ -85,6 +85,7 @@ class ServeConfig:
     io_depth: int = 0  # 0: the engine's default
     allow_buffered: bool = False
     unbundled_reads: bool = False
+    cold_start: bool = False
     owner_fd: int | None = None
     tls: TlsFiles | None = None
     allow: Rules = ()  # who may read which model
@@ -162,6 +163,8 @@ def _parser() -> FlagParser:
         "for measuring what bundling brings: read each part of a bundle (gate, up, down) by a request of its own"
     )
     add("--unbundled-reads", action="store_true", default=None, help=unbundled)
+    cold = "begin with an empty pool: neither remember which cells are hot nor read them back after a restart"
+    add("--cold-start", action="store_true", default=None, help=cold)
     add("--owner-fd", metavar="FD", help="stop when this pipe closes (for programs that start weightd)")
     return parser
 
@@ -203,6 +206,7 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
         io_depth=_parse_count(settings, "io_depth", 1, IO_DEPTH_MAX) or 0,
         allow_buffered=_parse_switch(settings, "allow_buffered"),
         unbundled_reads=_parse_switch(settings, "unbundled_reads"),
+        cold_start=_parse_switch(settings, "cold_start"),
         owner_fd=_parse_count(settings, "owner_fd", 0, 1 << 20),
         tls=_parse_tls(settings, listen),
         allow=_parse_rules(settings, "allow"),

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from weightd import budget
+from weightd import budget, pressure
 from weightd._native import block_size_bytes, probe_io_uring
 from weightd.config import FlagParser
 from weightd.errors import StoreError, WeightdError
@@ -60,6 +60,7 @@ def examine(folder: Path, measure_anew: bool = False) -> tuple[list[Finding], De
         check_memory(),
         check_space(folder),
         check_huge_pages(),
+        check_pressure(),
     ]
     try:
         profile = _profile(folder, measure_anew)
@@ -164,6 +165,19 @@ def check_huge_pages(setting: Path = SHMEM_HUGE_PAGES) -> Finding:
         return Finding("huge pages", OK, f"shared memory: {chosen}")
     advice = f"echo advise > {setting}: fewer TLB misses while computing on the pool"
     return Finding("huge pages", WARN, f"shared memory: {chosen}", advice)
+
+
+def check_pressure(root: Path = Path("/")) -> Finding:
+    """Whether the kernel tells of memory pressure, so that the pool can give way to others."""
+    triggers = pressure.set_triggers(root)
+    for descriptor in (triggers.machine_fd, triggers.cgroup_fd):
+        if descriptor != pressure.NO_DESCRIPTOR:
+            os.close(descriptor)
+    refused = "; ".join(triggers.refused)
+    if triggers.watched:
+        return Finding("pressure", OK, ", ".join(triggers.watched) + (f" (not {refused})" if refused else ""))
+    advice = "boot with psi=1 (Linux 4.20 or newer); until then the pool keeps --dram whatever others need"
+    return Finding("pressure", WARN, f"memory pressure is not told: {refused}", advice)
 
 
 def check_profile(profile: DeviceProfile) -> Finding:

@@ -10,6 +10,7 @@ WeightdError                  one line for the user: lower case, the value, what
 │   └── CorruptionError       bytes on flash differ from their checksum; names model, layer and neuron
 ├── StoppingError             the daemon is stopping; ask again once it is back
 ├── SpaceError                not enough room on the device or in --dram, with the numbers
+├── DaemonError               no daemon answers where one was looked for
 └── DeviceError               the device or file system refuses what is needed (O_DIRECT, ...)
 """
 
@@ -58,6 +59,10 @@ class StoppingError(WeightdError):
 
 class SpaceError(WeightdError):
     """Not enough room on the device or in --dram."""
+
+
+class DaemonError(WeightdError):
+    """No daemon answers where one was looked for."""
 
 
 class DeviceError(WeightdError):

@@ -10,7 +10,7 @@ from weightd import log
 from weightd.config import ServeConfig, load_config
 from weightd.errors import WeightdError
 from weightd.server import WeightdService
-from weightd.service_manager import notify, notify_reloading
+from weightd.systemd import notify, notify_reloading
 from weightd.tls import TlsCredentials
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -28,16 +28,20 @@ from weightd.profile import sequential_gb_per_s
 from weightd.reload import Reloader
 from weightd.served_models import ServedModels, demand_of
 from weightd.server import WeightdService
-from weightd.service_manager import feed_watchdog, notify
 from weightd.sizes import format_size
 from weightd.statistics import Statistics
 from weightd.store import Store
+from weightd.systemd import feed_watchdog, notify
 from weightd.tls import TlsCredentials
 from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
 
 GRACE_S = 5.0  # for running calls, when we are told to stop
+# What is hot is written down at the end, and now and then for when there is no end: seldom, for the sake of the device,
+# but sooner after the start, when it is learned fastest.
+REMEMBER_FIRST_S = 4.0
+REMEMBER_EVERY_S = 256.0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,8 +76,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads)
-        for name in models.names():
-            models.find(name)
+        models.open_all()
         fetcher = Fetcher(store, models, engine)
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
@@ -82,6 +85,8 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         service.set_rules(config.allow, config.allow_publish)
         if config.metrics is not None:
             stack.enter_context(_metrics(config.metrics, statistics))
+        if not config.cold_start:
+            stack.callback(models.remember)
         stack.callback(_remove_sockets, config)
         frontend = _frontend(config, service, tls)
         identity_servers = await _identity_servers(config, identities)  # they listen for as long as they are held
@@ -90,11 +95,11 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         _watch_engine(loop, engine, told)
         loop.add_signal_handler(signal.SIGHUP, Reloader(config, arguments, service, tls).reload)
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
-        watchdog = asyncio.create_task(feed_watchdog(config.service_manager, engine))
-        stack.callback(watchdog.cancel)
+        for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
+            stack.callback(asyncio.create_task(task).cancel)
         for server in identity_servers:
             stack.callback(server.close)
-        await _serve_until_told(config, frontend, _startup_line(config, models, engine, dram_bytes), told)
+        await _serve_until_told(config, frontend, lambda: _say_started(config, models, engine, dram_bytes), told)
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
 
@@ -168,8 +173,10 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
                 allow_buffered=config.allow_buffered,
                 unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
+                warms=not config.cold_start,
                 dram_floor_bytes=_floor_bytes(config, dram_bytes),
-                pressure_fds=list(triggers.descriptors),
+                machine_pressure_fd=triggers.machine_fd,
+                cgroup_pressure_fd=triggers.cgroup_fd,
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
@@ -203,7 +210,8 @@ def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials
 
 async def _identity_servers(config: ServeConfig, identities: Identities) -> list[asyncio.AbstractServer]:
     """Beside every Unix socket, one that tells who connects to it who it is."""
-    loop, servers = asyncio.get_running_loop(), []
+    loop = asyncio.get_running_loop()
+    servers: list[asyncio.AbstractServer] = []
     for address in config.listen:
         if (path := listening.identity_socket(address)) is not None:
             with listening.private_sockets():
@@ -218,13 +226,23 @@ def _remove_sockets(config: ServeConfig) -> None:
                 path.unlink(missing_ok=True)
 
 
-def _startup_line(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> str:
-    names = ", ".join(models.names()) or "no models yet"
-    addresses = ", ".join(address.target for address in config.listen)
-    return f"serving {config.store} ({names}) with --dram {format_size(dram_bytes)}, {engine.io_engine}, at {addresses}"
+def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> None:
+    names = models.names()
+    addresses = [address.target for address in config.listen]
+    logger.info(
+        "serving %s (%s) with --dram %s, %s, at %s",
+        config.store,
+        ", ".join(names) or "no models yet",
+        format_size(dram_bytes),
+        engine.io_engine,
+        ", ".join(addresses),
+        extra={"fields": {"models": names, "dram_bytes": dram_bytes, "listen": addresses}},
+    )
 
 
-async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_line: str, told: asyncio.Event) -> None:
+async def _serve_until_told(
+    config: ServeConfig, frontend: Frontend, started: Callable[[], None], told: asyncio.Event
+) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, told.set)
@@ -233,13 +251,21 @@ async def _serve_until_told(config: ServeConfig, frontend: Frontend, startup_lin
     await frontend.server.start()
     for name in ("", SERVICE_NAME):
         await frontend.health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    logger.info("%s", startup_line)
-    notify(config.service_manager, "READY=1", f"STATUS={startup_line}")
+    started()
+    notify(config.service_manager, "READY=1")
     await told.wait()
     logger.info("stopping")
     notify(config.service_manager, "STOPPING=1")
     await frontend.health.enter_graceful_shutdown()
     await frontend.server.stop(GRACE_S)
+
+
+async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> None:
+    pause_s = REMEMBER_FIRST_S
+    while not config.cold_start:
+        await asyncio.sleep(pause_s)
+        await asyncio.to_thread(models.remember)
+        pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
 
 
 def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:

@@ -6,6 +6,7 @@ a daemon serves the store.)
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,13 +15,17 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from weightd import _native
 from weightd._native import Engine
 from weightd.budget import ModelDemand
 from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
 from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError
+from weightd.hotness import calibrated_hotness, known_hotness
 from weightd.layout import round_up
 from weightd.store import Store
 from weightd_proto import weightd_pb2
+
+logger = logging.getLogger(__name__)
 
 # Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
@@ -49,17 +54,30 @@ class ServedModels:
         self._unbundled_reads = unbundled_reads
         self._lock = threading.Lock()  # guards _opened
         self._opened: dict[str, ServedModel] = {}
+        self._remembered: dict[str, int] = {}  # checksum of the hotness that the catalog has, or does not need
         self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
 
     def names(self) -> list[str]:
         """The names in the store as it is now."""
         return self._store.names()
 
+    def open_all(self) -> None:
+        """Opens what is in the store now. Raises what find() does."""
+        for name in self.names():
+            self._find(name, lambda name: True)
+
     def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
         """The model, opened if it was not yet.
 
         Raises UnknownModelError (names those that are `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
+        known = name in self._opened
+        served = self._find(name, listed)
+        if not known:
+            logger.info("opened model %s, imported since the start", name, extra={"fields": {"model": name}})
+        return served
+
+    def _find(self, name: str, listed: Callable[[str], bool]) -> ServedModel:
         with self._lock:
             served = self._opened.get(name)
             if served is None:
@@ -71,6 +89,7 @@ class ServedModels:
                 if self._unbundled_reads:
                     _require_whole_parts(record)
                 served = self._opened[name] = _open(self._store, self._engine, record)
+                self._remembered[name] = _checksum(self._engine.hotness(served.number))
             return served
 
     def stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
@@ -85,8 +104,27 @@ class ServedModels:
             record = self._store.model(served.record.name)
             self._opened[record.name] = ServedModel(record, served.number)
             _offer_predictors(self._store, self._engine, record, served.number)
+            hotness = calibrated_hotness(self._store, record)
+            if hotness is not None:
+                self._engine.expect(served.number, hotness)
             remove_old(self._store, record)
         return calibration
+
+    def remember(self) -> None:
+        """Writes down what pools have learned of which cells are hot, where that is new: a byte a cell."""
+        with self._lock:
+            opened = list(self._opened.values())
+        for served in opened:
+            name = served.record.name
+            try:
+                hotness = self._engine.hotness(served.number)
+                if _checksum(hotness) != self._remembered[name]:
+                    self._store.catalog.set_hotness(name, hotness)
+                    self._remembered[name] = _checksum(hotness)
+            except _native.Stopping:
+                return
+            except (SpaceError, StoreError) as error:
+                logger.warning("cannot remember what is hot of %s: %s", name, error)
 
     def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
         """The neuron at each position of the layer."""
@@ -152,6 +190,9 @@ def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedMode
     except MemoryError as error:
         raise SpaceError(str(error)) from error
     _offer_predictors(store, engine, record, number)
+    hotness = known_hotness(store, record)
+    if hotness is not None:
+        engine.expect(number, hotness)
     remove_old(store, record)
     return ServedModel(record, number)
 
@@ -161,6 +202,10 @@ def _offer_predictors(store: Store, engine: Engine, record: weightd_pb2.Model, n
     if file is not None:
         path = calibration_path(store, record.name, record.calibration.version) / file.name
         engine.set_predictors(number, str(path), file.size_bytes, file.checksum, record.calibration.version)
+
+
+def _checksum(data: bytes) -> int:
+    return int(_native.checksum(np.frombuffer(data, np.uint8)))
 
 
 def _advice(error: OSError) -> str:

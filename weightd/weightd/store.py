@@ -21,7 +21,8 @@
 - Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 1}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
   `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
-  newest; `device_profile` -> JSON, what doctor measured.
+  newest; `hotness/<name>` -> a byte for each cell, what the last daemon learned (hotness.py); `device_profile` -> JSON,
+  what doctor measured.
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
   transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
   behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
@@ -152,6 +153,11 @@ class Store(Closing):
     def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
         """The neuron at each position of the layer."""
         return np.frombuffer(self._array(PLACEMENT, name, layer), dtype="<u4")
+
+    def hotness(self, name: str) -> npt.NDArray[np.uint8] | None:
+        """What the last daemon knew of how often each cell is used (hotness.py); None when none has served it."""
+        record = self.catalog.hotness(name)
+        return None if record is None else np.frombuffer(record, np.uint8)
 
     def bundles_path(self, name: str) -> Path:
         return self.path / name / BUNDLES_FILE

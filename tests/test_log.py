@@ -1,0 +1,79 @@
+"""The daemon's log: one event is one line, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from daemon import refused, serving
+from tiny_store import write_model
+
+from weightd import log
+from weightd_proto import weightd_pb2 as pb
+
+
+def record(message: str, *arguments: object, level: int = logging.INFO, **more: object) -> logging.LogRecord:
+    made = logging.LogRecord("weightd", level, __file__, 1, message, arguments, None)
+    made.__dict__ |= more
+    return made
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\r\x1b[2Jb", "a\u2028b", "a\x00b", "a\u202eb"])
+def test_names_never_break_lines(name: str) -> None:
+    text = log.TextLines().format(record("model %s", name))
+    assert text.isprintable()
+    assert text.startswith("weightd: model a\\")
+    line = log.JsonLines().format(record("model %s", name, fields={"model": name}))
+    assert line.isprintable()
+    assert json.loads(line)["model"] == name
+
+
+def test_text_says_what_is_a_warning() -> None:
+    assert log.TextLines().format(record("so")) == "weightd: so"
+    assert log.TextLines().format(record("so", level=logging.WARNING)) == "weightd: warning: so"
+
+
+def test_fields_cannot_take_the_place_of_the_words() -> None:
+    line = json.loads(log.JsonLines().format(record("so", fields={"message": "other", "reads": 3})))
+    assert (line["message"], line["reads"], line["level"]) == ("so", 3, "info")
+
+
+def test_a_fault_keeps_its_traceback() -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        fault = record("it failed", level=logging.ERROR, exc_info=sys.exc_info())
+    assert "broken" in json.loads(log.JsonLines().format(fault))["exception"]
+    assert "Traceback" in log.TextLines().format(fault)
+
+
+def test_json_lines_of_a_daemon(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    write_model(store)
+    with serving(store, "--dram", "64MiB", "--log-format", "json") as daemon:
+        write_model(store, name="late")
+        for _ in range(3):
+            daemon.stub.DescribeModel(pb.DescribeModelRequest(name="late"))
+            daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny"))
+        _, text = daemon.stop()
+    start, opened, end = [json.loads(line) for line in text.splitlines()]
+    assert (start["level"], start["models"], start["dram_bytes"]) == ("info", ["tiny"], 64 << 20)
+    assert (opened["level"], opened["model"]) == ("info", "late")
+    assert end["message"] == "stopping"
+
+
+def test_a_quiet_daemon_says_nothing(tmp_path: Path) -> None:
+    write_model(tmp_path / "store")
+    with serving(tmp_path / "store", "--dram", "64MiB", "--log-level", "warning") as daemon:
+        assert daemon.stop() == (0, "")
+
+
+def test_a_refusal_is_a_line_of_the_log_too(tmp_path: Path) -> None:
+    status, text = refused(tmp_path / "none", "--listen", f"unix:{tmp_path}/w.sock", "--log-format", "json")
+    assert status == 1
+    line = json.loads(text)
+    assert line["level"] == "error"
+    assert "none" in line["message"]

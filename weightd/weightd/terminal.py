@@ -1,0 +1,94 @@
+"""A terminal that a command draws on until it is told to end, and that is afterwards as it was."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from enum import Enum
+from types import FrameType
+
+SIZE_DEFAULT = os.terminal_size((80, 24))  # of a terminal that does not know its own
+KEYS_BYTES = 64  # read at once
+QUIT_KEYS = (b"q", b"Q")
+
+ENTER_SCREEN = "\x1b[?1049h\x1b[?25l"  # the second screen, without a cursor
+LEAVE_SCREEN = "\x1b[?25h\x1b[?1049l"
+HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
+BOLD, PLAIN = "\x1b[1m", "\x1b[m"
+
+
+class Event(Enum):
+    """What ended a wait."""
+
+    TIME = "time"
+    RESIZED = "resized"
+    QUIT = "quit"
+
+
+class Terminal:
+    """Standard output as a screen, standard input as keys (where it is a terminal, too)."""
+
+    def __init__(self, resizes_fd: int) -> None:
+        self._resizes_fd = resizes_fd
+        self._keys_fd = sys.stdin.fileno() if sys.stdin.isatty() else None
+
+    def draw(self, lines: Sequence[str], bold: Sequence[bool]) -> None:
+        """In place of what was there, each line cut to the width, no more of them than the screen is high."""
+        width, height = self._size()
+        shown = [
+            f"{BOLD}{line[:width]}{PLAIN}" if strong else line[:width] for line, strong in zip(lines, bold, strict=True)
+        ]
+        if len(shown) > height:
+            shown = [*shown[: height - 1], f"... {len(shown) - height + 1} more lines"[:width]]
+        sys.stdout.write(HOME + f"{CLEAR_LINE}\n".join(shown) + CLEAR_LINE + CLEAR_BELOW)
+        sys.stdout.flush()
+
+    def wait(self, seconds: float) -> Event:
+        """Until the time is over, the terminal has another size, or somebody wants to end."""
+        watched = [self._resizes_fd] if self._keys_fd is None else [self._resizes_fd, self._keys_fd]
+        ready, _, _ = select.select(watched, [], [], max(0.0, seconds))
+        if self._resizes_fd in ready:
+            os.read(self._resizes_fd, KEYS_BYTES)
+            return Event.RESIZED
+        if self._keys_fd not in ready or self._keys_fd is None:
+            return Event.TIME
+        keys = os.read(self._keys_fd, KEYS_BYTES)
+        ends = not keys or any(key in keys for key in QUIT_KEYS)  # nothing: the terminal has gone
+        return Event.QUIT if ends else Event.RESIZED  # any other key draws anew
+
+    def _size(self) -> os.terminal_size:
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return size if size.columns and size.lines else SIZE_DEFAULT
+
+
+@contextmanager
+def drawing() -> Iterator[Terminal]:
+    """The terminal's second screen; SIGINT and SIGTERM raise KeyboardInterrupt in it."""
+    with ExitStack() as undo:
+        reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        undo.callback(os.close, reading)
+        undo.callback(os.close, writing)
+
+        def resized(number: int, frame: FrameType | None) -> None:
+            os.write(writing, b"r")
+
+        undo.callback(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, resized))
+        undo.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
+        if sys.stdin.isatty():
+            before = termios.tcgetattr(sys.stdin)
+            undo.callback(termios.tcsetattr, sys.stdin, termios.TCSANOW, before)
+            tty.setcbreak(sys.stdin)
+        sys.stdout.write(ENTER_SCREEN)
+        undo.callback(_leave_screen)
+        yield Terminal(reading)
+
+
+def _leave_screen() -> None:
+    sys.stdout.write(LEAVE_SCREEN)
+    sys.stdout.flush()
