@@ -92,7 +92,7 @@ def weightd(store: Path, share_of_ffn: float) -> Iterator[str]:
 
 def open_probe(connection: Connection) -> tuple[_native.Session, weightd_pb2.Model]:
     model = connection.describe(NAME)
-    opened = connection.open_session(NAME, NEURONS)
+    opened = connection.open_session(model, NEURONS)
     assert opened.share_slots == NEURONS, "the pool has no room for the probe's neurons"
     return _native.Session(opened.data_socket, opened.token, 60.0), model
 

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient.architectures import architecture_of
-from flashclient.source import Chunk, Counters, LeaseRefusedError
+from flashclient.source import Chunk, Counters, LeaseRefusedError, SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -107,7 +107,7 @@ class ArraySource:
     """See BundleSource: chunks of the given sizes, over and over; bundles lie apart by an odd number of elements.
 
     Cells of `bundles_per_cell` bundles arrive a few at a time, in an order of their own. The test sets `lease_limit`
-    and `share_cells`; `refusals` of the next cells asked for are refused.
+    and `share_cells`; `refusals` of the next cells asked for are refused, `losses` of the next results are lost.
     """
 
     def __init__(
@@ -125,6 +125,8 @@ class ArraySource:
         self.stride_bytes = self._layers[0].shape[1]
         self.lease_limit = self.share_cells = 1_000_000
         self.refusals = 0
+        self.losses = 0  # of the next results
+        self.reattached: list[str] = []
         self.acquired: list[tuple[int, int]] = []  # (layer, cell)
         self.cells_held = self.cells_held_most = 0
         self._tables = [np.zeros(-(-len(rows) // bundles_per_cell), np.uint64) for rows in self._layers]
@@ -181,6 +183,15 @@ class ArraySource:
             table[:] = 0
         self.cells_held = 0
 
+    def require_open(self) -> None:
+        if self.losses > 0:
+            self.losses -= 1
+            raise SessionLostError("weightd is gone")
+
+    def reattach(self, lost: SessionLostError) -> None:
+        self.reattached.append(str(lost))
+        self.idle()
+
     def counters(self) -> Counters:
         return Counters()
 
@@ -218,6 +229,9 @@ class FetchServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         self._server.stop(None).wait()
 
     def Stats(self, request: weightd_pb2.StatsRequest, context: Any) -> weightd_pb2.StatsResponse:

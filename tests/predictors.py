@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient.calibration import PREDICTORS_FILE, LowRank, write_predictors
+from flashclient.calibration import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE, LowRank, write_predictors
+from flashclient.channel import Connection
+from flashclient.publishing import publish
 from weightd_proto import weightd_pb2
 
 MARGIN = 1e-3  # far above what the rounding of two sums can differ by
@@ -53,6 +55,18 @@ def described(record: weightd_pb2.Model, predictors: bytes, mode: str = "predict
     """What the record of a model says of them."""
     file = weightd_pb2.File(name=PREDICTORS_FILE, size_bytes=len(predictors))
     return weightd_pb2.Calibration(version=1, import_id=record.import_id, mode=mode, files=[file])
+
+
+def publish_predictors(address: str, name: str, make: Callable[[weightd_pb2.Model], bytes]) -> None:
+    """Makes what `make` says of model `name` its newest calibration."""
+    connection = Connection(address, 20.0)
+    record = connection.describe(name)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / PREDICTORS_FILE).write_bytes(make(record))
+        (Path(folder) / STATISTICS_FILE).write_bytes(b"none")
+        (Path(folder) / REPORT_FILE).write_text("{}")
+        publish(connection, record, "predict", Path(folder), (PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE))
+    connection.close()
 
 
 def _ones(count: int) -> NDArray[np.float32]:

@@ -65,7 +65,7 @@ def calls(address: str, model: str) -> dict[str, Any]:
         "counted": [row.name for row in connection.stats().models],
         "describe": outcome(lambda: connection.describe(model)),
         "fetch": outcome(lambda: list(connection.fetch(pb.FetchRequest(model=model, resident=whole)))),
-        "open": outcome(lambda: connection.open_session(model, 4)),
+        "open": outcome(lambda: connection.open_session(pb.Model(name=model), 4)),
         "publish": outcome(lambda: stub.PublishCalibration(iter(messages))),
     }
 
@@ -91,7 +91,7 @@ def write(address: str, model: str) -> dict[str, Any]:
 
     The same ways on memory of our own, which they must change: else they would prove nothing.
     """
-    opened = Connection(address, 10.0).open_session(model, 4)
+    opened = Connection(address, 10.0).open_session(pb.Model(name=model), 4)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as session:
         session.connect(opened.data_socket)
         session.send(HELLO.pack(MAGIC, VERSION, opened.token))

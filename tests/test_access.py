@@ -186,7 +186,7 @@ def test_a_caller_that_shows_no_identity_reads_nothing_that_has_a_rule(store: Pa
 def test_a_session_token_is_of_no_use_to_another_user(store: Path) -> None:
     with serving(store, "--dram", "64MiB") as daemon:
         connection = Connection(daemon.address, 10.0)
-        stolen = connection.open_session("secret", 4)
+        stolen = connection.open_session(pb.Model(name="secret"), 4)
         answer = as_user(NOBODY, [], "attach", stolen.data_socket, stolen.token.hex())
         assert os.strerror(errno.EPERM) in answer["refused"]
         own = as_user(0, [], "attach", stolen.data_socket, stolen.token.hex())
@@ -198,7 +198,7 @@ def test_a_client_of_another_container_attaches(store: Path) -> None:
     """Its process number means nothing to the daemon."""
     with serving(store, "--dram", "64MiB") as daemon:
         connection = Connection(daemon.address, 10.0)
-        opened = connection.open_session("shared", 4)
+        opened = connection.open_session(pb.Model(name="shared"), 4)
         container = ("unshare", "--pid", "--fork")
         answer = as_user(0, [], "attach", opened.data_socket, opened.token.hex(), prefix=container)
         assert answer == {"refused": ""}

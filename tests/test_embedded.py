@@ -83,6 +83,41 @@ def test_both_transports_say_the_same(store: Path) -> None:
         assert len(daemons_of(store)) == 1
 
 
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_private_daemon_that_is_killed_is_started_again(store: Path, transport: str) -> None:
+    with (
+        FlashClient("tiny", store=store, transport=transport) as client,
+        FlashClient("tiny", store=store, transport=transport) as other,
+    ):
+        expected = client.generate(IDS, max_new_tokens=16, do_sample=False)
+        steps = 0
+
+        def kill(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 6:
+                daemons_of(store)[0].kill()
+
+        client.model.register_forward_hook(kill)
+        for _ in range(2):  # a local pool of all needs no daemon
+            assert client.generate(IDS, max_new_tokens=16, do_sample=False) == expected
+        if transport == "shm":
+            assert len(daemons_of(store)) == 1
+            assert other.generate(IDS, max_new_tokens=16, do_sample=False) == expected, "it waits for the same one"
+    assert daemons_of(store) == []
+
+
+def test_a_private_daemon_that_fails_again_is_one_error(store: Path) -> None:
+    with FlashClient("tiny", store=store, timeout_s=20.0) as client:
+        client.generate(IDS, max_new_tokens=2)
+        (daemon,) = daemons_of(store)
+        (store / "catalog.mdb").rename(store / "away.mdb")
+        daemon.kill()
+        daemon.wait(10)
+        with pytest.raises(StartError, match="the private weightd ended: "):
+            client.generate(IDS, max_new_tokens=2)
+
+
 def test_attaches_to_the_daemon_that_is_there(store: Path) -> None:
     with serving(store) as daemon:
         assert serving_address(store) == daemon.address

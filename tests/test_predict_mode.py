@@ -15,16 +15,13 @@ import torch
 from certificates import Authority
 from checkpoints import make_checkpoint, make_config, make_model
 from daemon import free_port, serving
-from predictors import everything, lossy, oracle
+from predictors import everything, lossy, oracle, publish_predictors
 from stored_model import read_matrices
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient import FlashClient
-from flashclient.calibration import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
-from flashclient.channel import Connection
 from flashclient.errors import CalibrationError, ModelError, OptionError
-from flashclient.publishing import publish
 from weightd import cli
 from weightd._native import Engine
 from weightd.store import Store
@@ -68,24 +65,18 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     model = Calibrated(folder / "store", checkpoint, names)
     with serving(model.store) as daemon:
         for kind in ("lossy", "oracle", "everything"):
-            calibrate(daemon.address, model, kind, folder)
+            calibrate(daemon.address, model, kind)
     return model
 
 
-def calibrate(address: str, model: Calibrated, kind: str, folder: Path) -> None:
+def calibrate(address: str, model: Calibrated, kind: str) -> None:
     """Publishes predictors whose answers are known."""
-    connection = Connection(address, 20.0)
-    record = connection.describe(model.names[kind])
     makers: dict[str, Callable[[weightd_pb2.Model], bytes]] = {
         "lossy": lossy,
         "everything": everything,
         "oracle": partial(open_all, model),
     }
-    (folder / PREDICTORS_FILE).write_bytes(makers[kind](record))
-    (folder / STATISTICS_FILE).write_bytes(b"none")
-    (folder / REPORT_FILE).write_text("{}")
-    publish(connection, record, "predict", folder, (PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE))
-    connection.close()
+    publish_predictors(address, model.names[kind], makers[kind])
 
 
 def open_all(model: Calibrated, record: weightd_pb2.Model) -> bytes:

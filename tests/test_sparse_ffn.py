@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ from predictors import everything, lossy, oracle
 from torch import Tensor
 
 from flashclient._native import Workers
+from flashclient.errors import DaemonLostError
 from flashclient.ffn import ACTIVATIONS, StreamedSum
 from flashclient.predictor import Predictors
+from flashclient.source import survive
 from flashclient.sparse_ffn import PredictedSum
 from flashclient.step import Step, Steps
 from flashclient.window import LeasedWindow
@@ -142,6 +145,19 @@ def test_refused_leases_are_asked_for_again(parts: CutModel) -> None:
         made.source.refusals = i // 3 % 2
         results += walk(made)[i : i + 3]
     assert all(map(torch.equal, results, expected))
+
+
+def test_a_layer_begins_anew_after_each_loss(parts: CutModel) -> None:
+    made, undisturbed = (Sum(parts, lossy(parts.record)) for _ in range(2))
+    for i in range(9):
+        step, x = Step(2, 1, i // 3), rows(2, seed=i)
+        made.source.losses = i % 5
+        result = survive(made.source, partial(made, i % 3, step, x))
+        assert torch.equal(result, undisturbed(i % 3, step, x))
+    assert len(made.source.reattached) == sum(i % 5 for i in range(9))
+    made.source.losses = 5
+    with pytest.raises(DaemonLostError, match="lost 5 times within one layer"):
+        survive(made.source, partial(made, 0, Step(2, 1, 9), rows(2)))
 
 
 def test_what_others_let_go_of_is_asked_for_again(parts: CutModel) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from flashclient import errors
 from flashclient.address import NO_TLS, Address, TlsOptions, parse_address
 from flashclient.identity import IdentifiedStub
+from flashclient.source import SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
@@ -23,7 +25,11 @@ MESSAGE_BYTES_MAX = 16 * 2**20
 # each 10 s or slower.
 KEEPALIVE_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 10_000
+# Before a channel that cannot connect tries again: a weightd that is back is found soon. (gRPC's own: 1 to 120 s.)
+RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 500
 CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
+    ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
     ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
@@ -34,10 +40,13 @@ CHANNEL_OPTIONS = [
 RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
 
+Result = TypeVar("Result")
+logger = logging.getLogger("flashclient")
+
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
-    grpc.StatusCode.UNAVAILABLE: errors.DaemonLostError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DaemonLostError,
-    grpc.StatusCode.CANCELLED: errors.DaemonLostError,
+    grpc.StatusCode.UNAVAILABLE: SessionLostError,
+    grpc.StatusCode.CANCELLED: SessionLostError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: SessionLostError,  # or it was we who were stopped for so long
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
     grpc.StatusCode.ABORTED: errors.BusyError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BusyError,  # of OpenSession: ShareError
@@ -52,11 +61,13 @@ def rpc_errors(address: str) -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise _translated(error, address) from error
+    except ValueError as error:  # how gRPC says that close() came first
+        raise errors.DaemonLostError(f"the connection to weightd at {address} was closed") from error
 
 
 def _translated(error: Any, address: str) -> errors.FlashClientError:
     kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
-    if kind is errors.DaemonLostError:
+    if issubclass(kind, errors.DaemonLostError):
         return kind(f"weightd at {address} does not answer: {error.details()}")
     return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
 
@@ -92,18 +103,23 @@ class Connection:
 
     Args:
         address: `unix:/path` or `host:port`.
-        timeout_s: how long an answer may take, the first one included.
+        timeout_s: how long an answer may take, the first one included; and how long a weightd that was lost may take to
+            come back.
         tls: for TCP; needed beyond this machine.
+        revive: called now and then while a weightd that was lost is waited for.
 
     Raises:
         NoDaemonError: nothing answers there, or one of the two certificates is not accepted.
         OptionError: no such address, or no such file.
     """
 
-    def __init__(self, address: str, timeout_s: float, tls: TlsOptions = NO_TLS) -> None:
+    def __init__(
+        self, address: str, timeout_s: float, tls: TlsOptions = NO_TLS, revive: Callable[[], None] = lambda: None
+    ) -> None:
         parsed = parse_address(address, tls)
         self.address = parsed.target
         self.timeout_s = timeout_s
+        self._revive = revive
         self._channel = _channel(parsed, tls)
         self.stub = _stub(self._channel, parsed)
         try:
@@ -116,6 +132,35 @@ class Connection:
         with rpc_errors(self.address):
             return method(request, timeout=self.timeout_s)
 
+    def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
+        """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.
+
+        Raises:
+            DaemonLostError: it has not come back in time.
+            ShareError, BusyError: it has, and had no room in all that time.
+        """
+        logger.warning("%s; waiting up to %g s to attach again at %s", lost, self.timeout_s, self.address)
+        began_s = time.monotonic()
+        while True:
+            late = time.monotonic() - began_s > self.timeout_s
+            try:
+                self._revive()
+                self.stats()  # whether it answers; attaching may take longer than that
+                result = attach()
+            except SessionLostError as error:
+                if late:
+                    raise errors.DaemonLostError(
+                        f"weightd at {self.address} has not come back within {self.timeout_s:g} s: start it again, or "
+                        "raise timeout_s="
+                    ) from error
+            except (errors.ShareError, errors.BusyError):
+                if late:
+                    raise
+            else:
+                logger.info("attached again at %s after %.2f s", self.address, time.monotonic() - began_s)
+                return result
+            time.sleep(RETRY_S)
+
     def stats(self) -> weightd_pb2.StatsResponse:
         answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest())
         return answer
@@ -125,9 +170,12 @@ class Connection:
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
         return model
 
-    def open_session(self, name: str, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
-        """A share of the pool. Raises ShareError, which gives the numbers, and BusyError."""
-        request = weightd_pb2.OpenSessionRequest(model=name, slots_wanted=slots_wanted)
+    def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
+        """A share of the pool.
+
+        Raises ShareError, which gives the numbers, BusyError, and RefusedError for another import of the model.
+        """
+        request = weightd_pb2.OpenSessionRequest(model=model.name, slots_wanted=slots_wanted, import_id=model.import_id)
         try:  # the first one waits until the resident weights have been read
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
         except grpc.RpcError as error:
@@ -137,28 +185,30 @@ class Connection:
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
-        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that comes back or is busy."""
+        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is busy."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         return self._pieces(self._ask(request, timeout_s), request, timeout_s)
 
     def _ask(self, request: weightd_pb2.FetchRequest, timeout_s: float) -> Any:
-        try:
-            return self.stub.Fetch(request, timeout=timeout_s, wait_for_ready=True)
-        except ValueError as error:  # how gRPC says that close() came first
-            raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
+        with rpc_errors(self.address):
+            return self.stub.Fetch(request, timeout=timeout_s)
 
     def _pieces(self, responses: Any, request: weightd_pb2.FetchRequest, timeout_s: float) -> Iterator[bytes]:
         give_up = time.monotonic() + timeout_s
-        begun = False
+        given_bytes = 0
         while True:
             try:
+                passed_bytes = 0  # asked again, it begins anew
                 with rpc_errors(self.address):
                     for response in responses:
-                        begun = True
-                        yield response.data
+                        fresh = response.data[max(0, given_bytes - passed_bytes) :]
+                        passed_bytes += len(response.data)
+                        given_bytes += len(fresh)
+                        if fresh:
+                            yield fresh
                 return
             except errors.BusyError:
-                if begun or time.monotonic() > give_up:
+                if time.monotonic() > give_up:
                     raise
                 time.sleep(RETRY_S)
                 responses = self._ask(request, timeout_s)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from flashclient._native import Workers
 from flashclient.channel import Connection
-from flashclient.embedded import attach_or_start, import_if_path
+from flashclient.embedded import attach_or_start, import_if_path, revive
 from flashclient.errors import FlashClientError, ForkedError, OptionError
 from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
 from flashclient.model import BuiltModel, build_model
@@ -53,7 +53,8 @@ class FlashClient:
         device: "cpu".
         dtype: none but the stored one is accepted; it would make private copies of shared weights.
         transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a unix socket.
-        timeout_s: how long to wait for a daemon, at start and when it is lost.
+        timeout_s: how long to wait for a daemon, at start and when it is lost: a generation goes on with the same
+            tokens when weightd comes back in that time. A private one is started again.
         pool_bytes: of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
         tls_ca: PEM file with the certificate that signed the daemon's; turns TLS on.
         tls_cert, tls_key: PEM files of this client's certificate and key, for a daemon with --tls-client-ca.
@@ -109,7 +110,7 @@ class FlashClient:
         self._generator = Generator(built, source, self.tokenizer)
 
     def _connect(self, address: str) -> Connection:
-        return Connection(address, self._options.timeout_s, self._options.tls)
+        return Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
 
     def _load(self, connection: Connection, source: BundleSource, folder: Path, window: int | None) -> BuiltModel:
         """Makes tokenizer and model from the model's files, which `folder` holds for as long as it takes."""

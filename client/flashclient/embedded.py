@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import weakref
@@ -122,13 +123,17 @@ class PrivateDaemon:
         self._folder = Path(tempfile.mkdtemp(prefix="flashclient-"))  # mode 0700: the socket is the owner's alone
         self.address = f"unix:{self._folder / 'weightd.sock'}"
         self._log = self._folder / "weightd.log"
+        self._command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", self.address]
+        self._command += [] if dram is None else ["--dram", str(dram)]
+        self._reviving = threading.Lock()
+        self._start()
+        _daemons.add(self)
+
+    def _start(self) -> None:
         reading_end, self._writing_end = os.pipe()
-        command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", self.address]
-        command += ["--owner-fd", str(reading_end)]
-        command += [] if dram is None else ["--dram", str(dram)]
         with self._log.open("wb") as log:
             self._child = subprocess.Popen(
-                command,
+                [*self._command, "--owner-fd", str(reading_end)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -136,7 +141,20 @@ class PrivateDaemon:
                 start_new_session=True,  # an interrupt is for the owner; the daemon follows when the owner ends
             )
         os.close(reading_end)
-        _daemons.add(self)
+
+    def revive(self) -> None:
+        """Starts it again if it was killed or stopped. Raises StartError if it ended by a fault; says what it said."""
+        with self._reviving:
+            if not self.has_ended():
+                return
+            if self._child.returncode > 0:
+                raise StartError(f"the private weightd ended: {self.last_words()}")
+            os.close(self._writing_end)
+            self._start()
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
 
     def has_ended(self) -> bool:
         return self._child.poll() is not None
@@ -163,6 +181,13 @@ class PrivateDaemon:
 
 
 _daemons: weakref.WeakSet[PrivateDaemon] = weakref.WeakSet()
+
+
+def revive(address: str) -> None:
+    """Starts the private daemon at `address` again if it has ended; does nothing where that is none of this process."""
+    for daemon in list(_daemons):
+        if daemon.address == address:
+            daemon.revive()
 
 
 def _let_go_after_fork() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashclient._native import Ffn, Workers
-from flashclient.source import BundleSource, Chunk
+from flashclient.source import BundleSource, Chunk, survive
 from weightd_proto import weightd_pb2
 
 STAGING_BYTES = 4 * 2**20  # of a block in fp32: it stays in a last-level cache between gathering and product
@@ -58,10 +58,12 @@ def staging_neurons(hidden_size: int, parts: int) -> int:
 class NeuronSum(Protocol):
     """What an FFN is the sum of: the neurons of a layer, all or some of them."""
 
+    source: BundleSource
     hidden_size: int
     clock: Clock
 
-    def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor: ...
+    def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
+        """May be called again with the same arguments when it has raised SessionLostError."""
 
     def idle(self) -> None:
         """Lets go of what is leased or being fetched ahead."""
@@ -202,7 +204,7 @@ class StreamedFFN(torch.nn.Module):
         started_s = time.perf_counter()
         rows = x.detach().reshape(-1, self._total.hidden_size).float().contiguous()
         with torch.no_grad():
-            y = self._total(self._layer, rows, self._bias)
+            y = survive(self._total.source, lambda: self._total(self._layer, rows, self._bias))
             if self._output_bias is not None:
                 y += self._output_bias
             y = y.to(x.dtype).view(x.shape)

@@ -20,7 +20,7 @@ from flashclient.architectures import architecture_of, install
 from flashclient.client import FlashClient
 from flashclient.ffn import ACTIVATIONS
 from flashclient.model import DTYPES, resident_tensors
-from flashclient.source import BundleSource
+from flashclient.source import BundleSource, survive
 from weightd_proto import weightd_pb2
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
@@ -164,8 +164,12 @@ def read_parts(source: BundleSource, record: weightd_pb2.Model, layer: int) -> l
     """The matrices of a layer by position: [gate,] up, down, each [neurons, hidden_size] in the stored dtype."""
     bundle, neurons = record.bundle, record.layers[layer].neurons
     rows = np.empty((neurons, bundle.bundle_bytes), np.uint8)
-    for chunk in source.chunks(layer):
-        for place, address in enumerate(chunk.addresses.tolist(), chunk.first):
-            ctypes.memmove(rows[place].ctypes.data, address, bundle.bundle_bytes)
+
+    def copy() -> None:
+        for chunk in source.chunks(layer):
+            for place, address in enumerate(chunk.addresses.tolist(), chunk.first):
+                ctypes.memmove(rows[place].ctypes.data, address, bundle.bundle_bytes)
+
+    survive(source, copy)
     parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])
     return [parts[:, begin : begin + bundle.hidden_size] for begin in range(0, parts.shape[1], bundle.hidden_size)]

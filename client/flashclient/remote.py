@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashclient.calibration import ALIGNMENT_BYTES, PREDICTORS_FILE
-from flashclient.channel import RETRY_S, Connection
+from flashclient.channel import Connection
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.remote_cells import RemoteCells
-from flashclient.source import Chunk, Counters
+from flashclient.source import Chunk, Counters, SessionLostError
 from weightd_proto import weightd_pb2
 
 CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a millisecond is small beside it
@@ -120,7 +120,7 @@ class GrpcSource:
         begin = -padded.ctypes.data % ALIGNMENT_BYTES
         data = padded[begin : begin + size]
         wanted = weightd_pb2.CalibrationFile(version=version, name=PREDICTORS_FILE)
-        self._fetch_whole(weightd_pb2.FetchRequest(model=self._model.name, calibration=wanted), data)
+        self._fetch_whole(data, calibration=wanted)
         return data
 
     @property
@@ -150,9 +150,8 @@ class GrpcSource:
 
     def _forget_chunks(self) -> None:
         """Empties the pool, once nothing fills it any more."""
+        self._quiet()
         with self._changed:
-            self._cursor = None
-            self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
             self._free += self._slot_of.values()
             self._slot_of.clear()
             self._ready.clear()
@@ -173,6 +172,21 @@ class GrpcSource:
         with self._changed:
             self._cursor = None
         self._cells.release_all()
+
+    def require_open(self) -> None:
+        """What lies in this process's pool stays as it is."""
+
+    def reattach(self, lost: SessionLostError) -> None:
+        if self._closed.is_set():
+            raise DaemonLostError("the client was closed during a generation") from lost
+        self._connection.attach_again(self._quiet, lost)
+
+    def _quiet(self) -> None:
+        """Waits for fetches under way, whose errors would be taken for a second loss."""
+        with self._changed:
+            self._cursor = None
+            self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
+            self._error = None
 
     def counters(self) -> Counters:
         with self._changed:
@@ -267,35 +281,26 @@ class GrpcSource:
             self._changed.notify_all()
 
     def _fill(self, span: Span, slot: int) -> None:
-        """Fetches a span, again if the daemon is lost on the way, until timeout_s has passed."""
         positions = [weightd_pb2.Range(begin=span.begin, end=span.end)]
         bundles = weightd_pb2.NeuronSet(layer=span.layer, positions=positions)
-        request = weightd_pb2.FetchRequest(model=self._model.name, bundles=bundles)
         target = self._pool[slot, : span.bundles * self._model.bundle.bundle_bytes]
-        deadline = time.monotonic() + self._connection.timeout_s
-        while True:
-            try:
-                return self._receive(request, target, deadline)
-            except DaemonLostError:
-                if time.monotonic() >= deadline or self._closed.wait(RETRY_S):
-                    raise
+        self._receive(target, self._connection.timeout_s, bundles=bundles)
 
     def _fetch_resident(self) -> NDArray[np.uint8]:
         size = self._model.resident_file_bytes
         resident = np.empty(size, np.uint8)
-        whole = weightd_pb2.ByteRange(offset=0, size=size)
-        request = weightd_pb2.FetchRequest(model=self._model.name, resident=whole)
-        self._fetch_whole(request, resident)
+        self._fetch_whole(resident, resident=weightd_pb2.ByteRange(offset=0, size=size))
         return resident
 
-    def _fetch_whole(self, request: weightd_pb2.FetchRequest, target: NDArray[np.uint8]) -> None:
+    def _fetch_whole(self, target: NDArray[np.uint8], **what: Any) -> None:
         # A gigabyte takes seconds, so the time allowed grows with the size, as of a link of 10 MB/s.
-        self._receive(request, target, time.monotonic() + self._connection.timeout_s + target.size / 10e6)
+        self._receive(target, self._connection.timeout_s + target.size / 10e6, **what)
 
-    def _receive(self, request: weightd_pb2.FetchRequest, target: NDArray[np.uint8], deadline: float) -> None:
-        """Fills `target` with what `request` brings. Raises RefusedError unless it is exactly as much."""
+    def _receive(self, target: NDArray[np.uint8], timeout_s: float, **what: Any) -> None:
+        """Fills `target` with a Fetch of `what`. Raises RefusedError unless it is exactly as much."""
+        request = weightd_pb2.FetchRequest(model=self._model.name, import_id=self._model.import_id, **what)
         received = 0
-        for data in self._connection.fetch(request, max(0.001, deadline - time.monotonic())):
+        for data in self._connection.fetch(request, timeout_s):
             if received + len(data) > target.size:
                 raise RefusedError(f"weightd sent more than the {target.size} bytes asked for")
             target[received : received + len(data)] = np.frombuffer(data, np.uint8)

@@ -6,15 +6,14 @@ first gives way first.
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient.channel import RETRY_S, Connection
-from flashclient.errors import DaemonLostError, RefusedError
+from flashclient.channel import Connection
+from flashclient.errors import RefusedError
 from flashclient.source import Counters
 from weightd_proto import weightd_pb2
 
@@ -41,7 +40,6 @@ class RemoteCells:
         self._coming: list[Cell] = []  # in the order in which their bytes come
         self._bytes_come = 0  # of the first of them
         self._pieces: Iterator[bytes] = iter(())
-        self._deadline_s = 0.0
         self.held = 0
         self._hits = self._misses = 0
 
@@ -66,25 +64,18 @@ class RemoteCells:
                 missing.append((layer, position))
         self._take_slots(missing)
         self._misses += len(missing)
-        self._deadline_s = time.monotonic() + self._connection.timeout_s
         if missing:
             self._coming = missing
             self._ask()
 
     def arrived(self) -> int:
         """Waits for the next message."""
-        while self._coming:
+        if self._coming:
             try:
                 self._place(next(self._pieces))
-                return len(self._coming)
             except StopIteration:
                 raise RefusedError(f"weightd sent too little: {len(self._coming)} bundles are missing") from None
-            except DaemonLostError:
-                if time.monotonic() + RETRY_S >= self._deadline_s:
-                    raise
-                time.sleep(RETRY_S)
-                self._ask()
-        return 0
+        return len(self._coming)
 
     def forget(self) -> None:
         """Holds nothing any more, and the pool is somebody else's to fill."""
@@ -129,9 +120,9 @@ class RemoteCells:
         layer = self._coming[0][0]
         positions = [weightd_pb2.Range(begin=position, end=position + 1) for _, position in self._coming]
         bundles = weightd_pb2.NeuronSet(layer=layer, positions=positions)
-        request = weightd_pb2.FetchRequest(model=self._model.name, bundles=bundles)
+        request = weightd_pb2.FetchRequest(model=self._model.name, import_id=self._model.import_id, bundles=bundles)
         self._bytes_come = 0
-        self._pieces = self._connection.fetch(request, max(0.001, self._deadline_s - time.monotonic()))
+        self._pieces = self._connection.fetch(request)
 
     def _place(self, data: bytes) -> None:
         piece = np.frombuffer(data, np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
+from contextlib import suppress
 from typing import TypeVar
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from flashclient import _native
 from flashclient.channel import Connection
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
-from flashclient.source import Chunk, Counters, LeaseRefusedError
+from flashclient.source import Chunk, Counters, LeaseRefusedError, SessionLostError
 from weightd_proto import weightd_pb2
 
 # What is leased ahead cannot be what the pool keeps, and 8 MiB in flight are enough for a device's full speed.
@@ -41,6 +42,8 @@ class _RingErrors:
             case _native.WrongProcess():
                 return ForkedError(str(error))
             case _native.SessionLost() | FileNotFoundError() | ConnectionError():
+                return SessionLostError(f"{self._model}: {error}")
+            case _native.NoAnswer():
                 return DaemonLostError(f"{self._model}: {error}")
             case OSError():
                 return FlashClientError(f"{self._model}: {error}")
@@ -48,7 +51,7 @@ class _RingErrors:
 
 
 class RingSource:
-    """See BundleSource. One session with the daemon: its share of the pool lasts until close().
+    """See BundleSource. One session with the daemon: its share of the pool lasts until close(), or until it is lost.
 
     Raises:
         ShareError: the pool has no room for another session.
@@ -57,15 +60,15 @@ class RingSource:
 
     def __init__(self, connection: Connection, model: weightd_pb2.Model) -> None:
         self._connection = connection
+        self._model = model
         self._name = model.name
         self._errors = _RingErrors(model.name)
         bundle = model.bundle
-        opened = connection.open_session(model.name, max(4, LOOK_AHEAD_BYTES // bundle.cell_bytes))
+        opened = self._open_session()
         with self._errors:
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
         self.bundles_per_cell: int = bundle.bundles_per_cell
         self.stride_bytes: int = bundle.stride_bytes
-        self._share_cells: int = opened.share_slots
         neurons = [layer.neurons for layer in model.layers]
         sizes = (bundle.bundles_per_cell, bundle.stride_bytes, bundle.cell_bytes)
         self._sweep: _native.Sweep | None = _native.Sweep(self._session, *sizes, neurons)
@@ -74,6 +77,8 @@ class RingSource:
             self._session, bundle.bundles_per_cell, bundle.cell_bytes, cells
         )
         self._sweeping = False  # of the two, the one that holds cells
+        self._counted = Counters()  # by the weightd of now, when it was last asked
+        self._counted_before = Counters()  # by those that were lost
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -99,7 +104,7 @@ class RingSource:
 
     @property
     def share_cells(self) -> int:
-        return self._share_cells
+        return self._session.share_slots
 
     @property
     def lease_limit(self) -> int:
@@ -128,17 +133,45 @@ class RingSource:
     def idle(self) -> None:
         if self._sweep is None or self._leases is None:
             return
-        with self._errors:
-            self._sweep.idle()
-            self._leases.release_all()
+        try:
+            with self._errors:
+                self._sweep.idle()
+                self._leases.release_all()
+        except SessionLostError:  # with all that was held; whoever asks next finds out
+            self._forget()
         self._sweeping = False
+
+    def require_open(self) -> None:
+        with self._errors:
+            self._session.require_alive()
+
+    def reattach(self, lost: SessionLostError) -> None:
+        self._open(self._sweep)
+        self._connection.attach_again(self._attach, lost)
+
+    def _attach(self) -> None:
+        opened = self._open_session()
+        with self._errors:
+            self._session.attach(opened.data_socket, opened.token)
+        self._forget()
+        self._sweeping = False
+
+    def _open_session(self) -> weightd_pb2.OpenSessionResponse:
+        return self._connection.open_session(self._model, max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes))
+
+    def _forget(self) -> None:
+        self._open(self._sweep).forget()
+        self._open(self._leases).forget()
 
     def counters(self) -> Counters:
         """Of the model in the daemon, so of all its sessions together."""
-        for model in self._connection.stats().models:
-            if model.name == self._name:
-                return Counters(model.hits, model.misses, model.read_bytes)
-        return Counters()
+        with suppress(DaemonLostError):
+            models = {model.name: model for model in self._connection.stats().models}
+            counted = models.get(self._name, weightd_pb2.ModelStats())
+            if counted.hits < self._counted.hits or counted.misses < self._counted.misses:  # it began anew
+                self._counted_before = self._counted_before.plus(self._counted)
+            self._counted = Counters(counted.hits, counted.misses, counted.read_bytes)
+        return self._counted_before.plus(self._counted)
 
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""

@@ -6,16 +6,24 @@ pool of its own that it fills over gRPC. Both give the same bytes, so they give 
 A source serves two ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode asks for
 some cells and holds them as long as it likes: exchange(), arrived(), addresses(). A cell is what is held as one: one
 bundle, or `bundles_per_cell` neighbours in placement order.
+
+When weightd is gone, or has closed the session, all that was held may have changed or gone. survive() is the one place
+that handles it: it waits, attaches again, and begins the layer anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from flashclient.errors import DaemonLostError
+
+LOSSES_MAX = 5  # within one layer; more mean a weightd that our requests kill, or one that we break a rule of
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,10 @@ class LeaseRefusedError(Exception):
     """The lease limit has sunk below what was asked for: let go of what is held, then ask again. Never seen outside."""
 
 
+class SessionLostError(DaemonLostError):
+    """weightd is gone or has closed the session: reattach(), then ask again. Seen outside only before a generation."""
+
+
 class BundleSource(Protocol):
     """One consumer at a time, which changes between the two ways of computing as it likes.
 
@@ -70,7 +82,7 @@ class BundleSource(Protocol):
         """The whole of the newest calibration's predictors.safetensors, at an address that is a multiple of 64."""
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        """Every bundle of `layer` in placement order. Raises DaemonLostError or CorruptionError.
+        """Every bundle of `layer` in placement order. Raises SessionLostError, DaemonLostError or CorruptionError.
 
         It walks the layers in order and begins again with each token, and looks ahead by itself, across layers and
         tokens, until it is told to be idle or cells are asked for.
@@ -93,12 +105,44 @@ class BundleSource(Protocol):
     def arrived(self) -> int:
         """Waits for more of the cells last asked for; returns how many are still to come.
 
-        Raises LeaseRefusedError, DaemonLostError or CorruptionError.
+        Raises LeaseRefusedError, SessionLostError, DaemonLostError or CorruptionError.
         """
 
     def idle(self) -> None:
-        """Lets go of all that is held or being fetched ahead, as at the end of a generation."""
+        """Lets go of all that is held or being fetched ahead, as at the end of a generation; lost or not."""
 
-    def counters(self) -> Counters: ...
+    def require_open(self) -> None:
+        """Raises SessionLostError where what was held may have changed or gone, so that nothing read of it counts."""
+
+    def reattach(self, lost: SessionLostError) -> None:
+        """Waits until weightd is back, at most timeout_s, and attaches again; nothing is held then.
+
+        Raises:
+            DaemonLostError: it has not come back.
+            RefusedError: it has another import of the model now.
+        """
+
+    def counters(self) -> Counters:
+        """What a weightd counted that was lost since counts as far as it was asked before."""
 
     def close(self) -> None: ...
+
+
+def survive(source: BundleSource, compute: Callable[[], Result]) -> Result:
+    """What `compute` makes of bundles of `source`, made anew after each loss of weightd.
+
+    `compute` keeps nothing of a failed attempt, so the result has the same bits as without a loss.
+
+    Raises:
+        DaemonLostError: weightd has not come back in time, or is lost again and again.
+        Whatever else `compute` raises.
+    """
+    for _ in range(LOSSES_MAX):
+        try:
+            result = compute()
+            source.require_open()
+            return result
+        except SessionLostError as error:
+            lost = error
+        source.reattach(lost)
+    raise DaemonLostError(f"lost {LOSSES_MAX} times within one layer: see the log of weightd") from lost

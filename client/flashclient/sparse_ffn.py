@@ -51,7 +51,7 @@ class PredictedSum:
         self.hidden_size = exact.hidden_size
         self.clock = exact.clock
         self._exact = exact
-        self._source = exact.source
+        self.source = exact.source
         self._kernels = exact.kernels
         self._predictors = predictors
         self._window = window
@@ -88,7 +88,7 @@ class PredictedSum:
         self._window.clear()
 
     def _streamed(self, layer: int, x: Tensor, bias: Bias) -> Tensor:
-        if self._source.cells_held > 0:
+        if self.source.cells_held > 0:
             self._window.clear()
         return self._exact(layer, x, bias)
 
@@ -115,7 +115,7 @@ class PredictedSum:
 
     def _added(self, layer: int, wanted: _Wanted, x: NDArray[np.float32], y: NDArray[np.float32]) -> bool:
         """Adds what the rows want, computing while it arrives; False, with y as it was, if a lease was refused."""
-        table, source = self._source.addresses(layer), self._source
+        table, source = self.source.addresses(layer), self.source
         positions = wanted.positions
         addresses, found = np.zeros(len(positions), np.uint64), np.empty(len(positions), np.uint32)
         h = np.empty((len(positions), len(x)), np.float32)
@@ -159,6 +159,6 @@ class PredictedSum:
         if step.wants is not None:
             wanted &= step.wants.reshape(-1, 1)
         self.clock.predict_s += perf_counter() - started_s
-        if self._source.cells_held > 0:
+        if self.source.cells_held > 0:
             self._window.clear()
         return self._exact.masked(layer, x, bias, torch.from_numpy(wanted))

@@ -81,8 +81,19 @@ void release_cells(Session& session, uint32_t layer, const U32Array& cells) {
     session.release(layer, flashclient::ring::CELLS, std::span(cells.data(), cells.size()));
 }
 
+std::span<const uint8_t> bytes_of(const nb::bytes& token) {
+    return {static_cast<const uint8_t*>(token.data()), token.size()};
+}
+
+void attach(Session& session, const std::string& data_socket, const nb::bytes& token) {
+    const auto bytes = bytes_of(token);
+    const nb::gil_scoped_release released;
+    session.attach(data_socket, bytes);
+}
+
 void bind_session(nb::module_& m) {
     nb::exception<flashclient::SessionLost>(m, "SessionLost", PyExc_ConnectionError);
+    nb::exception<flashclient::NoAnswer>(m, "NoAnswer", PyExc_TimeoutError);
     nb::exception<flashclient::WrongProcess>(m, "WrongProcess", PyExc_RuntimeError);
     nb::exception<flashclient::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
     nb::exception<flashclient::LeaseRefused>(m, "LeaseRefused", PyExc_RuntimeError);
@@ -90,11 +101,13 @@ void bind_session(nb::module_& m) {
         .def(
             "__init__",
             [](Session* self, const std::string& data_socket, const nb::bytes& token, double timeout_s) {
-                const std::span bytes(static_cast<const uint8_t*>(token.data()), token.size());
+                const auto bytes = bytes_of(token);
                 const nb::gil_scoped_release released;
                 new (self) Session(data_socket, bytes, timeout_s);
             },
             "data_socket"_a, "token"_a, "timeout_s"_a)
+        .def("attach", &attach, "data_socket"_a, "token"_a,
+             "Opens another session of the same model in place of this one; nothing is held then.")
         .def_prop_ro("resident", &resident, nb::for_getter(nb::sig("def resident(self, /) -> NDArray[numpy.uint8]")),
                      "resident.safetensors as uint8[bytes], private and writable")
         .def_prop_ro("calibration", &calibration,
@@ -105,7 +118,8 @@ void bind_session(nb::module_& m) {
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a, "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a)
         .def("require_alive", &Session::require_alive)
-        .def("close", &Session::close, "Ends it; only the resident weights stay mapped.");
+        .def("close", &Session::close, nb::call_guard<nb::gil_scoped_release>(),
+             "Ends it; only the resident weights stay mapped.");
 }
 
 void bind_sweep(nb::module_& m) {
@@ -120,6 +134,7 @@ void bind_sweep(nb::module_& m) {
         .def("next", &next_chunk, "layer"_a,
              nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
         .def("idle", &Sweep::idle, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
+        .def("forget", &Sweep::forget, "The session is another one: nothing is held or on its way.")
         .def_prop_ro(
             "wait_s", [](const Sweep& sweep) { return sweep.times().wait_s; }, "seconds spent waiting")
         .def_prop_ro(
@@ -153,6 +168,7 @@ void bind_leases(nb::module_& m) {
         .def("arrived", &Leases::arrived, nb::call_guard<nb::gil_scoped_release>(),
              "Waits for more of what was asked for; returns how many cells are still to come.")
         .def("release_all", &Leases::release_all, nb::call_guard<nb::gil_scoped_release>())
+        .def("forget", &Leases::forget, "The session is another one: nothing is held or on its way.")
         .def_prop_ro("cells_held", &Leases::cells_held);
 }
 

@@ -106,4 +106,11 @@ void Leases::release_all() {
     }
 }
 
+void Leases::forget() {
+    for (auto& table : tables_) std::fill(table.begin(), table.end(), 0);
+    unanswered_ = held_ = 0;
+    waiting_.clear();
+    failed_.clear();
+}
+
 }  // namespace flashclient

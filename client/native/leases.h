@@ -35,6 +35,7 @@ class Leases {
     // and for a cell that cannot be had CorruptBundle or LeaseRefused.
     uint32_t arrived();
     void release_all();
+    void forget();  // the session is another one: nothing is held or on its way
     uint32_t cells_held() const { return held_; }
 
   private:

@@ -2,6 +2,7 @@
 
 #include <linux/futex.h>
 #include <poll.h>
+#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -11,17 +12,20 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <climits>
 #include <cstring>
+#include <sstream>
 #include <system_error>
 #include <utility>
 
 namespace flashclient {
 namespace {
 
-constexpr double LIVENESS_CHECK_S = 0.1;  // a killed daemon wakes no futex: look at its socket this often
-constexpr int SPINS = 200;                // about 5 us: a warm answer often comes within it
+constexpr double WAIT_SLICE_S = 1.0;
+constexpr size_t RENEWED_BYTES = 2U << 20;  // of resident weights, compared and mapped anew at once
+constexpr int SPINS = 200;                  // about 5 us: a warm answer often comes within it
 
 double now_s() {
     timespec time{};
@@ -70,10 +74,41 @@ std::byte* map(int fd, size_t bytes, int protection, int flags, const char* what
     return static_cast<std::byte*>(mapped);
 }
 
+// Puts what `fd` holds in the place of `mapped`, wherever the two are the same.
+void renew(std::byte* mapped, size_t mapped_bytes, int fd, size_t bytes, int protection, int flags) {
+    if (bytes != mapped_bytes) {
+        ::close(fd);
+        return;
+    }
+    const int kept = ::dup(fd);
+    std::byte* fresh = map(fd, bytes, PROT_READ, MAP_SHARED, "mapping what weightd has anew");
+    bool done = true;
+    for (size_t at = 0; at < bytes; at += RENEWED_BYTES) {
+        const size_t size = std::min(RENEWED_BYTES, bytes - at);
+        if (std::memcmp(mapped + at, fresh + at, size) != 0) continue;
+        const auto offset = static_cast<off_t>(at);
+        done = ::mmap(mapped + at, size, protection, flags | MAP_FIXED, kept, offset) != MAP_FAILED && done;
+    }
+    ::munmap(fresh, bytes);
+    ::close(kept);
+    if (!done) fail("mapping what weightd has anew");
+}
+
+std::string seconds(double value_s) {
+    std::ostringstream text;
+    text << value_s << " s";
+    return text.str();
+}
+
 }  // namespace
 
 Session::Session(const std::string& data_socket, std::span<const uint8_t> token, double timeout_s)
     : owner_(::getpid()), timeout_s_(timeout_s) {
+    attach(data_socket, token);
+}
+
+void Session::attach(const std::string& data_socket, std::span<const uint8_t> token) {
+    close();
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     if (data_socket.size() >= sizeof address.sun_path || token.size() != ring::TOKEN_BYTES) {
@@ -86,6 +121,7 @@ Session::Session(const std::string& data_socket, std::span<const uint8_t> token,
             fail(data_socket);
         }
         greet(token);
+        start_watching();
     } catch (...) {
         close();
         throw;
@@ -99,11 +135,51 @@ Session::~Session() {
 }
 
 void Session::close() {
-    for (const auto& [number, mapping] : segments_) ::munmap(mapping.data, mapping.bytes);
-    segments_.clear();
+    stop_watching();
+    pool_.clear();
     if (ring_ != nullptr) ::munmap(std::exchange(ring_, nullptr), sizeof(ring::Ring));
     if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
     if (socket_ >= 0) ::close(std::exchange(socket_, -1));
+    request_tail_ = grant_head_ = 0;
+}
+
+// ---- the thread that hears when weightd is gone ----
+
+void Session::start_watching() {
+    stop_watching_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (stop_watching_ < 0) fail("eventfd");
+    sigset_t all, before;
+    ::sigfillset(&all);
+    for (const int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) ::sigdelset(&all, fault);
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the threads of the user
+    try {
+        watcher_ = std::make_unique<std::thread>([this] { watch(); });
+    } catch (...) {
+        ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        throw;
+    }
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+}
+
+void Session::watch() {
+    ::pthread_setname_np(::pthread_self(), "weightd-watch");
+    pollfd watched[2] = {{socket_, POLLRDHUP, 0}, {stop_watching_, POLLIN, 0}};
+    while (::poll(watched, 2, -1) < 0 && errno == EINTR) continue;
+    if (watched[0].revents == 0) return;
+    pool_.take_away();
+    ring_->header.bell.fetch_add(1);
+    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+void Session::stop_watching() {
+    if (watcher_ != nullptr && ::getpid() != owner_) {
+        static_cast<void>(watcher_.release());  // fork() has left the thread to the parent: there is none to wait for
+    } else if (watcher_ != nullptr) {
+        ::eventfd_write(stop_watching_, 1);
+        watcher_->join();
+        watcher_.reset();
+    }
+    if (stop_watching_ >= 0) ::close(std::exchange(stop_watching_, -1));
 }
 
 void Session::greet(std::span<const uint8_t> token) {
@@ -114,7 +190,8 @@ void Session::greet(std::span<const uint8_t> token) {
     const int ready = ::poll(&readable, 1, static_cast<int>(timeout_s_ * 1000));
     ring::Welcome welcome{};
     const Message message = ready > 0 ? receive(socket_, &welcome, sizeof welcome, 0) : Message{};
-    if (message.bytes != sizeof welcome) throw SessionLost("weightd did not answer on its data socket");
+    if (ready == 0) throw NoAnswer("weightd did not answer on its data socket within " + seconds(timeout_s_));
+    if (message.bytes != sizeof welcome) throw SessionLost("weightd hung up on its data socket");
     if (welcome.version != ring::VERSION || welcome.error == EPROTO) {
         throw SessionLost("weightd speaks another version of the ring: install the same version on both sides");
     }
@@ -127,21 +204,48 @@ void Session::greet(std::span<const uint8_t> token) {
     share_slots_ = welcome.share_slots;
     ring_ = reinterpret_cast<ring::Ring*>(
         map(ring_fd, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, "mapping the ring"));
-    // Private and writable: torch warns about read-only memory, and an in-place operation on it would crash.
-    resident_ =
-        map(resident_fd, welcome.resident_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, "mapping resident weights");
-    resident_bytes_ = welcome.resident_bytes;
-    if (welcome.calibration_bytes == 0) return;
-    calibration_ = map(calibration_fd, welcome.calibration_bytes, PROT_READ, MAP_SHARED, "mapping predictors");
-    calibration_bytes_ = welcome.calibration_bytes;
+    take_resident(resident_fd, welcome.resident_bytes);
+    if (welcome.calibration_bytes > 0) take_calibration(calibration_fd, welcome.calibration_bytes);
+}
+
+// Private and writable: torch warns about read-only memory, and an in-place operation on it would crash.
+void Session::take_resident(int fd, size_t bytes) {
+    constexpr int PROTECTION = PROT_READ | PROT_WRITE;
+    if (resident_ == nullptr) {
+        resident_ = map(fd, bytes, PROTECTION, MAP_PRIVATE, "mapping resident weights");
+        resident_bytes_ = bytes;
+    } else {
+        renew(resident_, resident_bytes_, fd, bytes, PROTECTION, MAP_PRIVATE);
+    }
+}
+
+void Session::take_calibration(int fd, size_t bytes) {
+    if (calibration_ == nullptr) {
+        calibration_ = map(fd, bytes, PROT_READ, MAP_SHARED, "mapping predictors");
+        calibration_bytes_ = bytes;
+    } else {
+        renew(calibration_, calibration_bytes_, fd, bytes, PROT_READ, MAP_SHARED);
+    }
 }
 
 void Session::require_alive() const {
-    if (ring_ == nullptr) throw SessionLost("the session was closed");
     if (::getpid() != owner_) throw WrongProcess("a session cannot be used after fork: open another one in the child");
+    if (ring_ == nullptr) throw SessionLost("the session was closed");
+    std::atomic_thread_fence(std::memory_order_acquire);  // what was read of the pool was read before this
+    if (pool_.taken_away()) throw SessionLost(gone());
     const uint32_t state = ring_->header.state.load(std::memory_order_acquire);
-    if (state == ring::CLOSED_FOR_A_BROKEN_RULE) throw SessionLost("weightd closed the session for a broken rule");
-    if (state != ring::OPEN) throw SessionLost("weightd closed the session: it was stopped");
+    if (state != ring::OPEN) throw SessionLost(gone());
+}
+
+std::string Session::gone() const {
+    switch (ring_->header.state.load()) {
+        case ring::OPEN:
+            return "weightd is gone";
+        case ring::CLOSED_BY_DAEMON:
+            return "weightd was stopped";
+        default:
+            return "weightd closed the session, which kept others waiting or broke a rule";
+    }
 }
 
 uint32_t Session::lease_limit() const {
@@ -197,7 +301,7 @@ void Session::wait_for_room() {
         ring_doorbell();
         ::sched_yield();
         require_alive();
-        if (now_s() > deadline_s) throw SessionLost("weightd takes no requests");
+        if (now_s() > deadline_s) throw NoAnswer("weightd takes no requests");
     }
 }
 
@@ -223,7 +327,7 @@ bool Session::take_ready(std::vector<ring::Grant>& grants) {
 
 void Session::take_grants(std::vector<ring::Grant>& grants, bool block) {
     if (take_ready(grants) || !block) return;
-    const double deadline_s = now_s() + timeout_s_;
+    double left_s = timeout_s_;
     for (int i = 0; i < SPINS; i++) {
         pause_briefly();
         if (take_ready(grants)) return;
@@ -234,32 +338,35 @@ void Session::take_grants(std::vector<ring::Grant>& grants, bool block) {
         const bool ready = take_ready(grants);
         if (!ready) {
             require_alive();
-            wait_for_bell(seen, deadline_s);
+            left_s -= wait_for_bell(seen, left_s);
         }
         ring_->header.client_sleeps.store(0);
         if (ready) return;
     }
 }
 
-void Session::wait_for_bell(uint32_t seen, double deadline_s) const {
-    const timespec check{0, static_cast<long>(LIVENESS_CHECK_S * 1e9)};
-    const long result = ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAIT, seen, &check, nullptr, 0);
-    if (result == 0 || errno != ETIMEDOUT) return;
-    char byte = 0;
-    if (::recv(socket_, &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 0) throw SessionLost("weightd is gone");
-    if (now_s() > deadline_s) throw SessionLost("weightd did not answer within " + std::to_string(timeout_s_) + " s");
+// Returns how much of `left_s` it took: never more than a slice, so that a process that was frozen does not wake up to
+// find that weightd has not answered it for so long.
+double Session::wait_for_bell(uint32_t seen, double left_s) const {
+    if (left_s <= 0) throw NoAnswer("weightd did not answer within " + seconds(timeout_s_));
+    const double began_s = now_s();
+    const double slice_s = std::min(left_s, WAIT_SLICE_S);
+    const auto whole_s = static_cast<time_t>(slice_s);
+    const timespec slice{whole_s, static_cast<long>((slice_s - static_cast<double>(whole_s)) * 1e9)};
+    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAIT, seen, &slice, nullptr, 0);  // the watcher rings it, too
+    return std::min(now_s() - began_s, slice_s);
 }
 
 const std::byte* Session::address(const ring::Grant& grant, uint32_t cell_bytes) {
     const uint32_t number = grant.segment & ring::SEGMENT_MASK;
-    auto found = segments_.find(number);
-    while (found == segments_.end()) {  // its news was sent before the grant
+    const PoolMemory::Segment* segment = pool_.find(number);
+    while (segment == nullptr) {  // its news was sent before the grant
         if (!read_news(cell_bytes, static_cast<int>(timeout_s_ * 1000))) throw SessionLost("weightd sent no segment");
-        found = segments_.find(number);
+        segment = pool_.find(number);
     }
     const size_t offset = size_t{grant.slot} * cell_bytes;
-    if (offset + cell_bytes > found->second.bytes) throw SessionLost("weightd named a slot outside its segment");
-    return found->second.data + offset;
+    if (offset + cell_bytes > segment->bytes) throw SessionLost("weightd named a slot outside its segment");
+    return segment->data + offset;
 }
 
 bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
@@ -268,13 +375,10 @@ bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
     ring::SegmentNews news{};
     const Message message = receive(socket_, &news, sizeof news, MSG_DONTWAIT);
     if (message.bytes != sizeof news) return false;
-    if (news.slot_count > 0) {
-        const size_t bytes = size_t{news.slot_count} * cell_bytes;
-        segments_[news.segment] = {map(message.descriptors[0], bytes, PROT_READ, MAP_SHARED, "mapping a segment"),
-                                   bytes};
-    } else if (const auto found = segments_.find(news.segment); found != segments_.end()) {
-        ::munmap(found->second.data, found->second.bytes);
-        segments_.erase(found);
+    if (news.slot_count == 0) {
+        pool_.unmap(news.segment);
+    } else if (!pool_.map(news.segment, message.descriptors[0], size_t{news.slot_count} * cell_bytes)) {
+        return false;
     }
     return true;
 }

@@ -1,26 +1,32 @@
 // The client's end of a session (proto/ring.h): leases cells of the daemon's pool and finds them in shared memory.
 //
-// Belongs to one thread at a time, and to the process that opened it.
+// Belongs to one thread at a time, and to the process that opened it. A thread of its own hears when weightd is gone or
+// has closed the session, also while nobody uses it, and takes the pool's memory away at once (pool_memory.h).
 #pragma once
 
 #include <sys/types.h>
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <map>
+#include <memory>
 #include <span>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "pool_memory.h"
 #include "ring.h"
 
 namespace flashclient {
 
 namespace ring = weightd::ring;
 
-struct SessionLost : std::runtime_error {  // weightd is gone, has closed the session, or did not answer in time
+struct SessionLost : std::runtime_error {  // weightd is gone or has closed the session: attach again
+    using std::runtime_error::runtime_error;
+};
+
+struct NoAnswer : std::runtime_error {  // weightd is there and did not answer in time
     using std::runtime_error::runtime_error;
 };
 
@@ -30,11 +36,16 @@ struct WrongProcess : std::logic_error {  // used after fork
 
 class Session {
   public:
-    // Throws std::system_error when the socket cannot be reached, SessionLost when the token is refused.
+    // Throws std::system_error when the socket cannot be reached, SessionLost when the token is refused, NoAnswer.
     Session(const std::string& data_socket, std::span<const uint8_t> token, double timeout_s);
     ~Session();
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
+
+    // Opens another session in place of this one, of the same model: nothing is held. Resident weights and predictors
+    // stay where they are: what weightd has just so is mapped anew, so that it is in memory once, and the rest (what
+    // the caller changed; predictors of another version) stays as it is. Throws as the constructor does.
+    void attach(const std::string& data_socket, std::span<const uint8_t> token);
 
     // resident.safetensors, a private copy-on-write mapping; valid as long as the session.
     std::span<std::byte> resident() const { return {resident_, resident_bytes_}; }
@@ -57,20 +68,23 @@ class Session {
     static ring::Status status(const ring::Grant& grant) {
         return static_cast<ring::Status>(grant.segment >> ring::STATUS_SHIFT);
     }
-    void require_alive() const;  // throws SessionLost, WrongProcess
-    void close();                // ends the session; only resident weights and predictors stay mapped
+    // Throws SessionLost where something that was held may have changed or gone; WrongProcess after fork.
+    void require_alive() const;
+    void close();  // ends the session; only resident weights and predictors stay mapped
 
   private:
-    struct Mapping {
-        std::byte* data = nullptr;
-        size_t bytes = 0;
-    };
     void greet(std::span<const uint8_t> token);
+    void take_resident(int fd, size_t bytes);
+    void take_calibration(int fd, size_t bytes);
+    std::string gone() const;
+    void watch();
+    void start_watching();
+    void stop_watching();
     void post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
     void wait_for_room();
     void put(const ring::Request& request);
     void ring_doorbell();
-    void wait_for_bell(uint32_t seen, double deadline_s) const;
+    double wait_for_bell(uint32_t seen, double left_s) const;
     bool take_ready(std::vector<ring::Grant>& grants);
     bool read_news(uint32_t cell_bytes, int timeout_ms);
 
@@ -86,7 +100,9 @@ class Session {
     uint32_t share_slots_ = 0;
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
-    std::map<uint32_t, Mapping> segments_;
+    PoolMemory pool_;
+    int stop_watching_ = -1;                // eventfd
+    std::unique_ptr<std::thread> watcher_;  // touches socket_, stop_watching_, ring_ and pool_, which outlive it
 };
 
 }  // namespace flashclient

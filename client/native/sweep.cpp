@@ -6,18 +6,22 @@
 
 namespace flashclient {
 
-Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) {
+Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) { forget(); }
+
+void Sweep::forget() {
+    chunks_.clear();
+    in_use_ = layer_ended_ = false;
     // At least two chunks, one in use and one on its way; as large as a read where the share allows it.
-    const uint32_t quarter = std::max(1U, session.share_slots() / 4);
+    const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
-    chunks_max_ = std::max(1U, std::min(session.share_slots(), ring::GRANTS) / chunk_cells_);
+    chunks_max_ = std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_);
 }
 
 Sweep::~Sweep() {
     try {
         idle();
     } catch (const std::exception&) {  // the session is lost, and its leases with it
-        chunks_.clear();
+        forget();
     }
 }
 

@@ -45,7 +45,8 @@ class Sweep {
     // Gives back the chunk in use, and returns the next of `layer`; null at the layer's end. A layer that is not the
     // one expected starts from its beginning. Blocks; throws SessionLost, CorruptBundle, std::system_error.
     const Chunk* next(uint32_t layer);
-    void idle();  // gives everything back
+    void idle();    // gives everything back
+    void forget();  // the session is another one: nothing is held or on its way
     const SweepTimes& times() const { return times_; }
 
   private:

@@ -7,6 +7,7 @@
 #include <sys/wait.h>
 
 #include <atomic>
+#include <numeric>
 #include <thread>
 
 #include "flash_file.h"
@@ -387,6 +388,51 @@ TEST_F(RingTest, ClosesASessionThatKeepsMemoryFromAnotherModel) {
     lease_all(paused);
     EXPECT_GE(service->open_session(1, 2).share_slots, 2U);
     EXPECT_TRUE(paused.closed());
+}
+
+TEST_F(RingTest, AClosedSessionHearsOfItAndAttachesAgain) {
+    FlashModel model(1, 801);
+    const auto service = serve(model, 100);
+    const auto paused = attach(*service, 4);
+    std::vector<uint32_t> cells(paused->lease_limit());
+    std::iota(cells.begin(), cells.end(), 0);
+    paused->acquire(0, ring::CELLS, cells, 0);
+    const std::byte* held = paused->address(grants(*paused, cells.size()).front(), 4096);
+    const auto other = attach(*service, 40);
+    std::iota(cells.begin(), cells.end(), 150);
+    other->acquire(0, ring::CELLS, std::span(cells).first(other->share_slots()), 0);
+    grants(*other, other->share_slots());  // it waited until weightd closed the first
+    wait_until([&] { return *held == std::byte{0}; });
+    EXPECT_THROW(paused->require_alive(), flashclient::SessionLost);
+    std::byte* resident = paused->resident().data();
+    resident[5] = std::byte{77};
+    const std::vector<std::byte> before(resident, resident + model.resident.size());
+    paused->attach(socket_path(), service->open_session(0, 4).token);
+    EXPECT_EQ(paused->resident().data(), resident);
+    EXPECT_EQ(std::memcmp(resident, before.data(), before.size()), 0);
+    Sweep sweep(*paused, layout(model));
+    expect_sweep(model, sweep, 1);
+}
+
+TEST_F(RingTest, ResidentWeightsOfAClosedSessionStayUntilItsClientLetsGo) {
+    FlashModel first(1, 801, "first");
+    FlashModel second(1, 801, "second");
+    const auto service = serve(first, 10);  // the resident weights of one have room
+    EXPECT_EQ(service->add_model(second.spec), 1U);
+    auto client = std::make_unique<Stranger>(socket_path(), service->open_session(0, 2).token);
+    const void* resident = ::mmap(nullptr, first.resident.size(), PROT_READ, MAP_PRIVATE, client->fds[2], 0);
+    client->post({99, ring::CELLS, 0, 1, 0, 0, {}});
+    wait_until([&] { return client->closed() && service->report().sessions == 0; });
+    EXPECT_THROW(service->open_session(1, 2), weightd::NoRoom);
+    EXPECT_EQ(std::memcmp(resident, first.resident.data(), first.resident.size()), 0);
+    client.reset();
+    wait_until([&] {
+        try {
+            return service->open_session(1, 2).share_slots > 0;
+        } catch (const weightd::NoRoom&) {  // it has not heard yet
+            return false;
+        }
+    });
 }
 
 TEST_F(RingTest, GivesClientsNoWayToWriteToWeights) {

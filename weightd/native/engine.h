@@ -159,6 +159,7 @@ class Engine {
     // About once a second. An idle model is let go for a busy one only after a while, and a busy model that lacks slots
     // gets a segment that another uses much less.
     void look();
+    void end() { ending_ = true; }  // what clients map stays: they read it until there is another weightd
 
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
 
@@ -226,6 +227,7 @@ class Engine {
     uint32_t free_waiter_ = NO_WAITER;
     std::vector<uint32_t> answered_;  // sessions to flush
     std::vector<Loaded> loaded_;
+    bool ending_ = false;
 };
 
 }  // namespace weightd

@@ -140,7 +140,7 @@ std::shared_ptr<Predictors> Engine::reserve_predictors(uint32_t model, const Pre
     memory_.take(Account::resident, bytes);
     update_limits();
     return {new Predictors{wanted.version, wanted.bytes, {}}, [this, bytes](Predictors* predictors) {
-                predictors->memory.drain();
+                if (!ending_) predictors->memory.drain();
                 memory_.give(Account::resident, bytes);
                 delete predictors;
             }};

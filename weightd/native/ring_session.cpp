@@ -172,6 +172,11 @@ void RingSession::wake() {
 
 void RingSession::announce_sleep(bool sleeps) { ring().header.daemon_sleeps.store(sleeps ? 1 : 0); }
 
+Remains RingSession::remains() {
+    ::shutdown(socket_.get(), SHUT_WR);
+    return {model, std::move(socket_), std::move(process_), std::move(predictors_)};
+}
+
 void RingSession::close(ring::State state) {
     ring().header.state.store(state);
     ring().header.client_sleeps.store(1);  // whatever the client wrote there: it must hear this

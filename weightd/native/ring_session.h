@@ -23,6 +23,14 @@ namespace weightd {
 using Token = std::array<uint8_t, ring::TOKEN_BYTES>;
 using Clock = std::chrono::steady_clock;
 
+// Of a session that we closed: its client lives and maps resident weights and predictors, which stay until it lets go.
+struct Remains {
+    uint32_t model;
+    Descriptor socket;
+    Descriptor process;
+    std::shared_ptr<const Predictors> predictors;
+};
+
 class RingSession final : public Session {
   public:
     RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, std::optional<uid_t> user,
@@ -48,6 +56,7 @@ class RingSession final : public Session {
     void break_rule() { broken_ = true; }
     bool broken() const { return broken_; }
     void close(ring::State state);  // tells the client and wakes it
+    Remains remains();              // after close(), which hangs up towards the client and hears when it does
 
     void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) override;
     void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) override;

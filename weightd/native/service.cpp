@@ -97,6 +97,10 @@ void Service::watch(int fd, uint64_t data, uint32_t events) {
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) fail("epoll_ctl");
 }
 
+void Service::unwatch(int fd) {
+    if (fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+}
+
 // ---- the loop ----
 
 void Service::run() {
@@ -106,7 +110,9 @@ void Service::run() {
     } catch (const std::exception& error) {  // nothing that a client does leads here; the process must not go on
         fail_with(error.what());
     }
+    engine_->end();
     while (!rings_.empty()) close_session(rings_.begin()->first, ring::CLOSED_BY_DAEMON);
+    remains_.clear();
     connections_.clear();
     while (engine_->reading()) {  // nothing may land in memory that is gone
         if (!engine_->step()) ::usleep(200);
@@ -343,7 +349,7 @@ Opened Service::open_session(uint32_t model, uint32_t slots_wanted, std::optiona
 }
 
 void Service::count_opening() {
-    const size_t there = rings_.size() + opening_sessions_;
+    const size_t there = rings_.size() + remains_.size() + opening_sessions_;
     if (there >= SESSIONS_MAX) {
         throw NoRoom("no session is left: " + std::to_string(there) + " are open or being opened, at most " +
                      std::to_string(SESSIONS_MAX) + " can be: end a session");
@@ -372,22 +378,6 @@ Opened Service::open_active(uint32_t model, uint32_t slots_wanted, std::optional
         engine_->leave(model);
         throw;
     }
-}
-
-void Service::close_session(uint32_t id, ring::State state) {
-    const auto found = rings_.find(id);
-    if (found == rings_.end()) return;  // another event of this batch has closed it
-    RingSession& session = *found->second;
-    for (const int fd : {session.socket_fd(), session.doorbell_fd(), session.process_fd()}) {
-        // The client holds the doorbell too, so closing our descriptor alone would leave it in the epoll set.
-        if (fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
-    }
-    session.close(state);
-    const uint32_t model = session.model;
-    rings_.erase(found);
-    engine_->model(model).sessions--;
-    engine_->close(id);
-    engine_->leave(model);
 }
 
 // ---- the data socket ----
@@ -428,7 +418,7 @@ void Service::greet(int fd) {
     if (got < 0 && errno == EAGAIN) return;
     Descriptor socket = std::move(found->second.socket);
     connections_.erase(found);
-    ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
+    unwatch(fd);
     if (got != sizeof hello || hello.magic != ring::MAGIC) return;
     if (hello.version != ring::VERSION) return refuse(fd, EPROTO);
     const auto same = [&](const auto& entry) {
@@ -479,22 +469,6 @@ void Service::now_and_then() {
     close_blocking();
     if (engine_->pressed() && now > relieve_at_) engine_->relieve();
     engine_->look();
-}
-
-// A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.
-void Service::close_blocking() {
-    for (auto next = rings_.begin(); next != rings_.end();) {
-        const auto [id, ring] = *next++;
-        if (ring->blocks_for_long(engine_->blocks_others(*ring))) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);
-    }
-}
-
-void Service::close_expired() {
-    std::erase_if(connections_, [](const auto& entry) { return Clock::now() > entry.second.close_at; });
-    for (auto next = rings_.begin(); next != rings_.end();) {
-        const auto [id, ring] = *next++;
-        if (ring->expired()) close_session(id, ring::CLOSED_BY_DAEMON);
-    }
 }
 
 }  // namespace weightd

@@ -99,9 +99,11 @@ class Service {
     void attach(Descriptor socket, RingSession& session);
     void refuse(int fd, int error);
     void close_session(uint32_t id, ring::State state);
+    void let_go(uint32_t id);
     void close_expired();
     void close_blocking();
     void watch(int fd, uint64_t data, uint32_t events);
+    void unwatch(int fd);
     void watch_pressure();
     void hear_pressure(int fd, uint32_t events);
     ModelState& model(uint32_t index);
@@ -146,6 +148,7 @@ class Service {
     std::mutex opening_lock_;                 // guards opening_
     std::map<uint32_t, std::mutex> opening_;  // by model: one activation of it at a time, which may take minutes
     std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
+    std::map<uint32_t, Remains> remains_;     // by session
     std::map<int, Connection> connections_;   // by descriptor
     std::thread thread_;
 };

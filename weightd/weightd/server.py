@@ -20,7 +20,7 @@ from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.calibration import CalibrationStaging
 from weightd.call_bounds import FETCHES_MAX, OPENS_MAX, PUBLISHES_MAX
-from weightd.errors import CorruptionError, RequestError, SpaceError, StoppingError
+from weightd.errors import CorruptionError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.identity import Context, Identities
 from weightd.served_models import ServedModel, ServedModels, demand_of
@@ -90,7 +90,7 @@ class WeightdService:
         self, request: weightd_pb2.OpenSessionRequest, context: Context
     ) -> weightd_pb2.OpenSessionResponse:
         caller = self._identities.caller(context)
-        served = await self._readable(request.model, context)
+        served = await self._readable(request.model, context, request.import_id)
         token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._openers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
@@ -98,7 +98,7 @@ class WeightdService:
     async def Fetch(
         self, request: weightd_pb2.FetchRequest, context: Context
     ) -> AsyncIterator[weightd_pb2.FetchResponse]:
-        served = await self._readable(request.model, context)
+        served = await self._readable(request.model, context, request.import_id)
         answers = await self._run(lambda: self._fetcher.answers(served, request), self._fetchers)
         while (data := await self._run(lambda: next(answers, None), self._fetchers)) is not None:
             response = weightd_pb2.FetchResponse(data=data)
@@ -134,11 +134,18 @@ class WeightdService:
         stats.attached.extend(attached)
         return stats
 
-    async def _readable(self, name: str, context: Context) -> ServedModel:
-        """The model. Raises ForbiddenError, UnknownModelError (names what the caller may read), and as find()."""
+    async def _readable(self, name: str, context: Context, import_id: bytes = b"") -> ServedModel:
+        """The model; `import_id`: the only import of it that will do, empty for any.
+
+        Raises ForbiddenError, UnknownModelError (names what the caller may read), StoreError (another import), and as
+        find().
+        """
         caller = self._identities.caller(context)
         require_read(caller, name, self._allow)
-        return await self._run(lambda: self._models.find(name, lambda other: may_read(caller, other, self._allow)))
+        served = await self._run(lambda: self._models.find(name, lambda other: may_read(caller, other, self._allow)))
+        if import_id and import_id != served.record.import_id:
+            raise StoreError(f"{name!r} is another import than the one asked for: make a new client")
+        return served
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
         record = weightd_pb2.Model()

@@ -1,0 +1,316 @@
+"""Eight clients of one weightd, while they are killed, frozen and stopped, weightd is killed and bundles corrupted.
+
+    scripts/soak.py --minutes 10 [--clients 8] [--seed N] [--folder DIR] [--json]
+
+Two models, exact and predict mode, shared memory and gRPC. Every generation must give the tokens that an undisturbed
+client made, or the error that names the bundle that is corrupt just then; a client that has attached must survive
+whatever becomes of weightd. At the end nobody may hold anything: leases, sessions, descriptors, threads; and neither
+weightd nor the one client that is only frozen, never killed, may have grown. Exit status 1 when anything is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from random import Random
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from soak_clients import ClientProcesses, Event, holdings
+from soak_store import Corruption, MortalWeightd, corrupt, make_store
+
+from flashclient.channel import Connection
+
+KINDS = [
+    ("opt", "exact", "shm"), ("opt", "predict", "shm"), ("llama", "exact", "shm"), ("llama", "predict", "shm"),
+    ("opt", "exact", "grpc"), ("opt", "predict", "grpc"),
+]  # fmt: skip
+WITNESS_KINDS = KINDS[:4]
+PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
+TOKENS = 8
+WINDOW = 16
+TIMEOUT_S = 120.0  # of the clients: longer than weightd is ever away, so that every loss must be survived
+LOCAL_POOL_BYTES = 8 << 20
+PAUSE_S = (0.2, 1.2)  # between two events
+FROZEN_S = (0.3, 8.0)  # weightd closes a session that has kept others waiting for 5 s
+AWAY_S = (0.0, 1.5)
+CORRUPT_S = (1.0, 5.0)
+QUIET_WITHIN_S = 120.0
+WITNESS = 0  # the client that is never killed
+GROWTH_MAX = 1.1  # of memory, from the second quarter of the time to the last
+GROWTH_SPARE_BYTES = 16 << 20
+SPARE_DESCRIPTORS = SPARE_THREADS = 6  # gRPC's own come and go; what leaks, leaks with every event
+ATTACHING_ERRORS = {"NoDaemonError", "DaemonLostError", "SessionLostError", "BusyError"}  # while weightd is away
+
+
+class Soak:
+    """One run; `wrong` are the lines that say what must not be."""
+
+    def __init__(self, folder: Path, clients: int, seed: int, mother: ClientProcesses) -> None:
+        self.chance = Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._store = make_store(folder)
+        self.daemon = MortalWeightd(self._store, folder)
+        self._clients = clients
+        self._mother = mother
+        self._kinds: dict[int, tuple[str, str, str]] = {}  # of the clients that live
+        self._pids: dict[int, int] = {}  # of those that have attached
+        self._started_s: dict[int, float] = {}
+        self._frozen: set[int] = set()
+        self._corruptions: list[Corruption] = []
+        self._later: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = count()
+        self.witness: list[Event] = []
+        self.weightd: list[dict[str, int]] = []
+        self._expected = self._undisturbed_tokens()
+        self._warm_up()
+        self.baseline = self._quiet_holdings()
+
+    # ---- what should come of it ----
+
+    def _undisturbed_tokens(self) -> dict[tuple[str, str], list[list[int]]]:
+        """By model and mode; the transports must agree."""
+        tokens: dict[tuple[str, str], list[list[int]]] = {}
+        for kind in KINDS:
+            self._start(WITNESS, kind, generations=len(PROMPTS))
+            made = []
+            while (event := self._next(QUIET_WITHIN_S))["event"] != "ended":
+                made += [event["tokens"]] if event["event"] == "tokens" else []
+            del self._kinds[WITNESS]
+            if len(made) != len(PROMPTS) or tokens.setdefault(kind[:2], made) != made:
+                raise RuntimeError(f"{kind}: an undisturbed client made {made}, another {tokens.get(kind[:2])}")
+        return tokens
+
+    def _warm_up(self) -> None:
+        """All at once, so that weightd has as many threads as it ever needs."""
+        for index in range(self._clients):
+            self._start(index, KINDS[index % len(KINDS)], generations=len(PROMPTS))
+        while self._kinds:
+            self._take(self._next(QUIET_WITHIN_S), replace=False)
+        self.witness.clear()
+
+    def _quiet_holdings(self) -> dict[str, int]:
+        """Of weightd, when nobody is attached."""
+        connection = Connection(self.daemon.address, QUIET_WITHIN_S)
+        give_up_s = time.monotonic() + QUIET_WITHIN_S
+        while (left := connection.stats()).sessions or any(model.slots_leased for model in left.models):
+            if time.monotonic() > give_up_s:
+                leased = sum(model.slots_leased for model in left.models)
+                self.wrong.append(f"{left.sessions} sessions and {leased} leased slots are left without a client")
+                break
+        connection.close()
+        return holdings(self.daemon.pid)
+
+    # ---- what happens ----
+
+    def run(self, minutes: float) -> None:
+        end_s = time.monotonic() + 60 * minutes
+        for index in range(self._clients):
+            self._start(index, self.chance.choice(WITNESS_KINDS if index == WITNESS else KINDS))
+        self._after(PAUSE_S, self._disturb)
+        while time.monotonic() < end_s:
+            due_s = self._later[0][0] - time.monotonic()
+            if due_s <= 0:
+                heapq.heappop(self._later)[2]()
+            elif (event := self._mother.next_event(min(due_s, 1.0))) is not None:
+                self._take(event, replace=True)
+            if self.daemon.serves():
+                self.weightd.append(holdings(self.daemon.pid))
+        self._calm_down()
+
+    def _after(self, seconds: tuple[float, float], act: Callable[[], None]) -> None:
+        heapq.heappush(self._later, (time.monotonic() + self.chance.uniform(*seconds), next(self._order), act))
+
+    def _disturb(self) -> None:
+        acts = [
+            (3, self._kill_client),
+            (3, self._freeze_client),
+            (2, self._stop_client),
+            (2, self._corrupt),
+            (1, self._kill_daemon),
+        ]
+        weights, choices = zip(*acts, strict=True)
+        self.chance.choices(choices, weights)[0]()
+        self._after(PAUSE_S, self._disturb)
+
+    def _victim(self, *, witness: bool) -> int | None:
+        there = sorted(index for index in self._pids if index not in self._frozen and (witness or index != WITNESS))
+        return self.chance.choice(there) if there else None
+
+    def _kill_client(self) -> None:
+        if (index := self._victim(witness=False)) is not None:
+            os.kill(self._pids.pop(index), signal.SIGKILL)
+            self.counts["clients killed"] += 1
+
+    def _stop_client(self) -> None:
+        if (index := self._victim(witness=False)) is not None:
+            os.kill(self._pids.pop(index), signal.SIGTERM)
+            self.counts["clients stopped"] += 1
+
+    def _freeze_client(self) -> None:
+        if (index := self._victim(witness=True)) is not None:
+            os.kill(self._pids[index], signal.SIGSTOP)
+            self._frozen.add(index)
+            self.counts["clients frozen"] += 1
+            self._after(FROZEN_S, lambda: self._thaw(index))
+
+    def _thaw(self, index: int) -> None:
+        os.kill(self._pids[index], signal.SIGCONT)
+        self._frozen.discard(index)
+
+    def _kill_daemon(self) -> None:
+        if self.daemon.serves():
+            self.daemon.kill()
+            self.counts["weightd killed"] += 1
+            self._after(AWAY_S, self.daemon.start_again)
+
+    def _corrupt(self) -> None:
+        if all(made.end_s < float("inf") for made in self._corruptions):
+            made = corrupt(self._store, self.chance)
+            self._corruptions.append(made)
+            self.counts["bundles corrupted"] += 1
+            self._after(CORRUPT_S, made.repair)
+
+    def _calm_down(self) -> None:
+        """Everything that was begun is ended; then all clients are told to stop."""
+        while self._later:
+            act = heapq.heappop(self._later)[2]
+            if act != self._disturb:
+                act()
+        self.daemon.wait()
+        for pid in self._pids.values():
+            os.kill(pid, signal.SIGTERM)
+        while self._kinds:
+            event = self._next(QUIET_WITHIN_S)
+            self._take(event, replace=False)
+            if event["event"] == "ready":  # it was attaching when the others were told
+                os.kill(event["pid"], signal.SIGTERM)
+
+    # ---- what the clients say ----
+
+    def _start(self, index: int, kind: tuple[str, str, str], **what: Any) -> None:
+        model, mode, transport = kind
+        pool = {"pool_bytes": LOCAL_POOL_BYTES} if transport == "grpc" else {}
+        self._kinds[index] = kind
+        self._started_s[index] = time.monotonic()
+        self._mother.start(
+            index, address=self.daemon.address, model=model, prompts=PROMPTS, tokens=TOKENS, mode=mode, window=WINDOW,
+            transport=transport, timeout_s=TIMEOUT_S, **pool, **what,
+        )  # fmt: skip
+
+    def _next(self, timeout_s: float) -> Event:
+        event = self._mother.next_event(timeout_s)
+        if event is None:
+            raise RuntimeError(f"no client says anything for {timeout_s:g} s; {len(self._kinds)} live")
+        return event
+
+    def _take(self, event: Event, *, replace: bool) -> None:
+        index = event["client"]
+        match event["event"]:
+            case "ready":
+                self._pids[index] = event["pid"]
+                self.counts["clients attached"] += 1
+            case "tokens":
+                self._take_tokens(index, event)
+            case "corruption":
+                self._take_corruption(index, event)
+            case "error":
+                self._take_error(index, event)
+            case "ended":
+                self._pids.pop(index, None)
+                kind = self._kinds.pop(index)
+                if replace:
+                    self._start(index, kind if index == WITNESS else self.chance.choice(KINDS))
+
+    def _take_tokens(self, index: int, event: Event) -> None:
+        self.counts["generations"] += 1
+        kind = self._kinds[index]
+        if event["tokens"] != self._expected[kind[:2]][event["prompt"]]:
+            self.wrong.append(f"wrong tokens from {kind}, prompt {event['prompt']}: {event['tokens']}")
+        if index == WITNESS:
+            self.witness.append(event)
+
+    def _take_corruption(self, index: int, event: Event) -> None:
+        self.counts["corruption errors"] += 1
+        model = self._kinds[index][0]
+        now_s = time.monotonic()
+        if not any(made.explains(model, event["says"], event["began_s"], now_s) for made in self._corruptions):
+            self.wrong.append(f"no bundle was corrupt, or another: {event['says']}")
+
+    def _take_error(self, index: int, event: Event) -> None:
+        attaching = index not in self._pids
+        away = self.daemon.was_down(self._started_s[index], time.monotonic())
+        if attaching and away and event["kind"] in ATTACHING_ERRORS:
+            self.counts["clients that found no weightd"] += 1
+        elif attaching and event["kind"] == "ShareError":
+            self.counts["clients that got no share"] += 1
+        else:
+            self.wrong.append(f"{self._kinds[index]}: {event['kind']}: {event['says']}")
+
+    # ---- what is left ----
+
+    def look_for_leaks(self) -> dict[str, Any]:
+        left = self._quiet_holdings()
+        clients = [{name: event[name] for name in left} for event in self.witness]
+        for name, spare in (("descriptors", SPARE_DESCRIPTORS), ("threads", SPARE_THREADS)):
+            self._bound(f"{name} of weightd without clients", left[name], self.baseline[name] + spare)
+            if clients:
+                first = median(client[name] for client in clients[: len(clients) // 4 + 1])
+                self._bound(f"{name} of the witness", clients[-1][name], first + spare)
+        for owner, samples in (("weightd", self.weightd), ("the witness", clients)):
+            if len(samples) >= 8:
+                before, after = (_middle(samples, quarter) for quarter in (1, 3))
+                self._bound(f"bytes of {owner}", after, GROWTH_MAX * before + GROWTH_SPARE_BYTES)
+        return {"weightd before": self.baseline, "weightd after": left, "witness": clients[-1:]}
+
+    def _bound(self, what: str, value: float, most: float) -> None:
+        if value > most:
+            self.wrong.append(f"{what}: {value:.0f}, at most {most:.0f} were expected")
+
+
+def _middle(samples: list[dict[str, int]], quarter: int) -> float:
+    """The median of the anonymous memory in a quarter of the time."""
+    part = samples[len(samples) * quarter // 4 : len(samples) * (quarter + 1) // 4]
+    return median(sample["anonymous_bytes"] for sample in part)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0, help="the same seed disturbs in the same order")
+    parser.add_argument("--folder", type=Path, help="on the device that is to be read; needs 300 MB")
+    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    options = parser.parse_args()
+    with TemporaryDirectory(prefix="soak-", dir=options.folder) as name, ClientProcesses() as mother:
+        soak = Soak(Path(name), options.clients, options.seed, mother)
+        try:
+            soak.run(options.minutes)
+            held = soak.look_for_leaks()
+        finally:
+            soak.daemon.stop()
+    if options.json:
+        print(json.dumps({"counts": soak.counts, "held": held, "wrong": soak.wrong}))
+    else:
+        for what, number in sorted(soak.counts.items()):
+            print(f"{number:8} {what}")
+        for who, what in held.items():
+            print(f"{who}: {what}")
+        for line in soak.wrong or ["nothing is wrong"]:
+            print(line)
+    return 1 if soak.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""Client processes that can be killed and frozen, forked from one that has imported torch and transformers already.
+
+    with ClientProcesses() as clients:
+        clients.start(0, address="unix:/run/weightd.sock", model="opt", prompts=[[5, 6, 7]], mode="exact")
+        event = clients.next_event(timeout_s=10)
+
+Events are dicts: {"client": 0, "pid": 17, "event": "ready"}; "tokens" after each generation, with the prompt's index,
+the tokens, began_s of time.monotonic(), and what the process holds (descriptors, threads, memory); "corruption" in
+place of it, with the line of the error; "error" with the
+name of the class and its line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and each
+generation is greedy, so the same prompt gives the same tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+Event = dict[str, Any]
+REAP_S = 0.1  # how late an end may be told
+CORRUPT_PAUSE_S = 0.2  # before the next attempt
+
+
+class ClientProcesses:
+    """The mother process and its children; all end with the context."""
+
+    def __enter__(self) -> ClientProcesses:
+        command = [sys.executable, "-W", "ignore", str(Path(__file__).resolve())]
+        self._mother = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._unread = b""
+        self._events: deque[Event] = deque()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._mother.stdin is not None
+        assert self._mother.stdout is not None
+        self._mother.stdin.close()
+        self._mother.wait()
+        self._mother.stdout.close()
+
+    def start(self, index: int, **what: Any) -> None:
+        """Starts client `index`.
+
+        Args:
+            what: address, model and prompts; generations to make (0: until it is killed or gets SIGTERM), tokens of
+                each, and options of FlashClient.
+        """
+        assert self._mother.stdin is not None
+        self._mother.stdin.write(json.dumps({"index": index} | what).encode() + b"\n")
+        self._mother.stdin.flush()
+
+    def next_event(self, timeout_s: float) -> Event | None:
+        """What happened next; None if nothing does in time."""
+        assert self._mother.stdout is not None
+        give_up_s = time.monotonic() + timeout_s
+        while not self._events:
+            ready, _, _ = select.select([self._mother.stdout], [], [], max(0.0, give_up_s - time.monotonic()))
+            if not ready:
+                return None
+            data = os.read(self._mother.stdout.fileno(), 1 << 16)
+            if not data:
+                raise RuntimeError(f"the clients' mother process ended with status {self._mother.wait()}")
+            *lines, self._unread = (self._unread + data).split(b"\n")
+            self._events += map(json.loads, lines)
+        return self._events.popleft()
+
+
+def tell(event: Event) -> None:
+    """One write of less than PIPE_BUF: lines of several processes do not mix."""
+    os.write(1, json.dumps(event).encode() + b"\n")
+
+
+def run_mother() -> int:
+    """Forks a client for each line of standard input, and tells when one ends; kills all at the end of the input."""
+    import flashclient.client
+
+    assert flashclient.client is not None
+    children: dict[int, int] = {}  # pid -> index
+    unread = b""
+    while True:
+        if select.select([0], [], [], REAP_S)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                break
+            *lines, unread = (unread + data).split(b"\n")
+            for line in lines:
+                what = json.loads(line)
+                children[_fork(what)] = what["index"]
+        _reap(children)
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return 0
+
+
+def _reap(children: dict[int, int]) -> None:
+    for pid in list(children):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            tell(
+                {"client": children.pop(pid), "pid": pid, "event": "ended", "status": os.waitstatus_to_exitcode(status)}
+            )
+
+
+def _fork(what: dict[str, Any]) -> int:
+    pid = os.fork()
+    if pid == 0:
+        os.close(0)
+        status = 1
+        with suppress(KeyboardInterrupt):
+            status = run_client(**what)
+        os._exit(status)
+    return pid
+
+
+class _Stop(Exception):
+    """SIGTERM."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stop
+
+
+def run_client(
+    index: int,
+    address: str,
+    model: str,
+    prompts: list[list[int]],
+    tokens: int = 16,
+    generations: int = 0,
+    **options: Any,
+) -> int:
+    """Generates, and tells what came of it; any error but one of a corrupt bundle ends it. Returns the exit status."""
+    import torch
+
+    from flashclient import FlashClient
+    from flashclient.errors import CorruptionError, FlashClientError
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, _stop)
+    about = {"client": index, "pid": os.getpid()}
+    began_s = time.monotonic()
+    try:
+        with FlashClient(model, address=address, **options) as client:
+            tell(about | {"event": "ready"})
+            done = 0
+            while generations == 0 or done < generations:
+                prompt = done % len(prompts)
+                began_s = time.monotonic()
+                try:
+                    made = client.generate(prompts[prompt], max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+                except CorruptionError as error:
+                    tell(about | {"event": "corruption", "says": str(error), "began_s": began_s})
+                    time.sleep(CORRUPT_PAUSE_S)
+                else:
+                    tell(about | {"event": "tokens", "prompt": prompt, "tokens": made, "began_s": began_s} | holdings())
+                done += 1
+    except _Stop:
+        return 0
+    except FlashClientError as error:
+        tell(about | {"event": "error", "kind": type(error).__name__, "says": str(error), "began_s": began_s})
+        return error.exit_status
+    return 0
+
+
+def holdings(pid: int | str = "self") -> dict[str, int]:
+    """Descriptors but those of shared memory, threads, and bytes of anonymous and of shared memory of a process."""
+    process = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    return {
+        "descriptors": sum(not _is_memory(descriptor) for descriptor in (process / "fd").iterdir()),
+        "threads": int(status["Threads"]),
+        "anonymous_bytes": int(status["RssAnon"].split()[0]) * 1024,
+        "shared_bytes": int(status["RssShmem"].split()[0]) * 1024,
+    }
+
+
+def _is_memory(descriptor: Path) -> bool:
+    try:
+        return str(descriptor.readlink()).startswith("/memfd:")
+    except FileNotFoundError:  # the one that lists them
+        return True
+
+
+if __name__ == "__main__":
+    sys.exit(run_mother())
