@@ -47,7 +47,7 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     SharedMemory memory("test", bytes.size());
     const auto reader = make(16);
     const uint32_t depth = GetParam() == "threads" ? 8 : 16;
-    EXPECT_EQ(reader->queue().depth_limit, depth);
+    EXPECT_EQ(reader->queue().depth_limit, places_for(depth)) << "of all files together";
     EXPECT_EQ(reader->queue().in_flight_max, 0U);
     std::vector<Read> reads;
     for (uint64_t i = 0; i < 300; i++) {
@@ -56,7 +56,7 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     reader->submit(std::move(reads));
     std::vector<Completion> completions;
     while (completions.size() < 300) {
-        const ReadTurns queue = reader->queue();
+        const ReadQueue queue = reader->queue();
         EXPECT_LE(queue.in_flight, depth);
         const size_t late = GetParam() == "threads" ? depth : 0;  // a thread answers before it is counted out
         EXPECT_LE(queue.in_flight + queue.waiting, 300 - completions.size() + late);
