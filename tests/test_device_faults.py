@@ -52,7 +52,7 @@ def disk(store: Path, model: TinyModel) -> Iterator[FailingDisk]:
 
 @pytest.fixture(params=ENGINES)
 def daemon(store: Path, disk: FailingDisk, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    with serving(store, "--dram", "64MiB", "--io-engine", request.param) as started:
+    with serving(store, "--dram", "64MiB", "--cold-start", "--io-engine", request.param) as started:
         yield started
         disk.heal()  # a read that is held would hold up the end
 
@@ -165,7 +165,9 @@ def test_a_slow_device_holds_up_no_other_models_clients(
     scattered = tuple(range(0, NEURONS, 2))
     for engine in ENGINES:
         with (
-            serving(store, "--dram", "64MiB", "--io-engine", engine, "--io-depth", "8", "--io-threads", "8") as daemon,
+            serving(
+                store, "--dram", "64MiB", "--cold-start", "--io-engine", engine, "--io-depth", "8", "--io-threads", "8"
+            ) as daemon,
             source_of(daemon, "quick") as source,
             ThreadPoolExecutor() as threads,
         ):
@@ -206,7 +208,10 @@ def test_a_bundles_file_cut_short_while_it_is_served(store: Path, model: TinyMod
     path = store / "tiny" / BUNDLES_FILE
     whole = path.read_bytes()
     for engine in ENGINES:
-        with serving(store, "--dram", "64MiB", "--io-engine", engine) as daemon, source_of(daemon) as source:
+        with (
+            serving(store, "--dram", "64MiB", "--cold-start", "--io-engine", engine) as daemon,
+            source_of(daemon) as source,
+        ):
             os.truncate(path, (NEURONS + 9) * CELL_BYTES + 100)
             status, details = refusal(daemon, 1, 8, 9, 10)
             assert status is grpc.StatusCode.DATA_LOSS
