@@ -206,13 +206,6 @@ def main() -> int:
             "kernel_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in sparse), "x", 0.8, "higher"
         ),
         Target("linear_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in one), "x", 0.85, "higher"),
-        Target(
-            "attention_over_memory_bandwidth_ratio",
-            min(row["over_memory_ratio"] for row in attention),
-            "x",
-            0.8,
-            "higher",
-        ),
         Target("linear_16_rows_over_1_time_ratio", slowdown, "x", 2.0, "lower"),
     ]
     report(machine, [*sparse, batch, *linear, predictor, *attention], targets, options.json)
