@@ -62,6 +62,6 @@ def planted_store(shape: str, folder: Path) -> PlantedStore:
         if done.returncode:
             raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
     if not planted.record.HasField("calibration"):
-        with serving(planted.store, planted.least_bytes) as daemon:
+        with serving(planted.store, max(planted.model_bytes // 2, planted.least_bytes)) as daemon:  # predictors, too
             publish_planted(planted.checkpoint, name, daemon.address)
     return planted
