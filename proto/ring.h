@@ -68,6 +68,8 @@ static_assert(sizeof(Grant) == 16);
 inline constexpr uint32_t SEGMENT_MASK = 0x00ffffff;
 inline constexpr uint32_t STATUS_SHIFT = 24;
 
+// Set before a lease of the session ends, then the data socket hangs up. So what was read of the pool counts if the
+// state was OPEN afterwards. Resident weights and predictors stay until the client hangs up, too.
 enum State : uint32_t { OPEN = 0, CLOSED_BY_DAEMON = 1, CLOSED_FOR_A_BROKEN_RULE = 2 };
 
 struct alignas(4096) Header {
