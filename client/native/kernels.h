@@ -26,8 +26,8 @@ struct Kernels {
                        std::size_t hidden, std::size_t begin, std::size_t end, float* y);
     // out[j] = row[j] in fp32, exactly.
     void (*upcast)(const void* row, std::size_t hidden, float* out);
-    // values[i] = exp(values[i] - the greatest of them), in place: within 2e-7 of that, relatively, and 0 below e^-87.7.
-    // Returns their sum, in fp32. There is at least one.
+    // values[i] = exp(values[i] - the greatest of them), in place: within 2e-7 of that, relatively, and 0 below
+    // e^-87.7. Returns their sum, in fp32. There is at least one.
     float (*exponentials)(float* values, std::size_t count);
     // How many bits of a and b differ.
     std::size_t (*differing_bits)(const std::uint8_t* a, const std::uint8_t* b, std::size_t bytes);
