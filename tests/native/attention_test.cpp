@@ -84,7 +84,9 @@ TEST_P(AttentionBits, ExponentialsAreThoseOfTheFormula) {
         for (std::size_t i = 0; i < count; ++i) {
             const double x = static_cast<double>(given[i] - greatest);
             EXPECT_NEAR(values[i], std::exp(x), 2e-7 * std::exp(x) + 1e-38) << x;
-            if (x < -87.7) EXPECT_EQ(values[i], 0.0f);
+            if (x < -87.7) {
+                EXPECT_EQ(values[i], 0.0f);
+            }
             total += values[i];
         }
         EXPECT_NEAR(sum, total, 1e-5 * total);
