@@ -18,21 +18,22 @@ from sharing_client import Task
 SCRIPT = Path(__file__).parent.parent / "scripts" / "bench_sharing.py"
 
 
-def test_four_clients_share_one_model(tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # sixteen processes that load torch
+def test_clients_share_one_model(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--shape", "opt-tiny", "--folder", str(tmp_path), "--json"]
-    command += ["--clients", "1,4", "--tokens", "6", "--prompt-tokens", "8"]
+    command += ["--clients", "1,2", "--tokens", "6", "--prompt-tokens", "8"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert [(row["mode"], row["daemons"], row["clients"]) for row in result["rows"]] == [
-        (mode, *which) for mode in ("exact", "predict") for which in (("one", 1), ("one", 4), ("one each", 4))
+        (mode, *which) for mode in ("exact", "predict") for which in (("one", 1), ("one", 2), ("one each", 2))
     ]
-    one, four, apart = result["rows"][:3]
-    assert four["slots_filled"] <= one["slots_filled"] * 1.01, "a neuron has more than one slot"
-    assert apart["flash_gb"] > 2 * four["flash_gb"]
-    assert apart["memory_gb"] > four["memory_gb"]
-    assert len(four["tokens_per_s_each"]) == 4
-    assert {target["name"] for target in result["targets"]} >= {"memory_4_over_1_ratio", "flash_bytes_4_over_1_ratio"}
+    one, two, apart = result["rows"][:3]
+    assert two["slots_filled"] <= one["slots_filled"] * 1.01, "a neuron has more than one slot"
+    assert apart["flash_gb"] > 1.5 * two["flash_gb"]
+    assert apart["memory_gb"] > two["memory_gb"]
+    assert len(two["tokens_per_s_each"]) == 2
 
 
 def row_of(mode: str, clients: int, **values: Any) -> dict[str, Any]:
