@@ -212,7 +212,9 @@ class Soak:
     def _next(self, timeout_s: float) -> Event:
         event = self._mother.next_event(timeout_s)
         if event is None:
-            raise RuntimeError(f"no client says anything for {timeout_s:g} s; {len(self._kinds)} live")
+            for pid in self._mother.pids():
+                os.kill(pid, signal.SIGUSR1)
+            raise RuntimeError(f"nothing was heard for {timeout_s:g} s of {self._kinds}; they say where they stand")
         return event
 
     def _take(self, event: Event, *, replace: bool) -> None:

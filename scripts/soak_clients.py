@@ -13,6 +13,7 @@ generation is greedy, so the same prompt gives the same tokens.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import select
@@ -61,14 +62,22 @@ class ClientProcesses:
         self._mother.stdin.write(json.dumps({"index": index} | what).encode() + b"\n")
         self._mother.stdin.flush()
 
+    def pids(self) -> list[int]:
+        """Of the children."""
+        children = Path(f"/proc/{self._mother.pid}/task/{self._mother.pid}/children").read_text()
+        return [int(pid) for pid in children.split()]
+
     def next_event(self, timeout_s: float) -> Event | None:
-        """What happened next; None if nothing does in time."""
+        """What happened next; None if nothing does in time, in which a time that we are frozen counts a second."""
         assert self._mother.stdout is not None
-        give_up_s = time.monotonic() + timeout_s
+        left_s = timeout_s
         while not self._events:
-            ready, _, _ = select.select([self._mother.stdout], [], [], max(0.0, give_up_s - time.monotonic()))
+            ready, _, _ = select.select([self._mother.stdout], [], [], min(left_s, 1.0))
             if not ready:
-                return None
+                left_s -= 1.0
+                if left_s <= 0:
+                    return None
+                continue
             data = os.read(self._mother.stdout.fileno(), 1 << 16)
             if not data:
                 raise RuntimeError(f"the clients' mother process ended with status {self._mother.wait()}")
@@ -150,6 +159,7 @@ def run_client(
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
+    faulthandler.register(signal.SIGUSR1)  # tells on standard error where it stands
     about = {"client": index, "pid": os.getpid()}
     began_s = time.monotonic()
     try:
