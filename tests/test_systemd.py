@@ -14,6 +14,7 @@ from daemon import Daemon, serving
 from tiny_store import write_model
 
 WATCHDOG_S = 0.6
+WORDS_ON_THEIR_WAY_MAX = 30  # sent while a busy machine kept this test from listening; each pause is far shorter than the timeout
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH = 0x4206, 0x4207, 17
 
 
@@ -46,6 +47,11 @@ def heard(manager: socket.socket, line: str) -> bool:
     return True
 
 
+def falls_silent(manager: socket.socket, line: str) -> bool:
+    """Whether nobody says `line` any more once the words already on their way have been heard."""
+    return any(not heard(manager, line) for _ in range(WORDS_ON_THEIR_WAY_MAX))
+
+
 def test_ready_reloading_and_stopping_are_said(manager: socket.socket, tmp_path: Path) -> None:
     with daemon_in(tmp_path) as daemon:
         assert heard(manager, "READY=1")
@@ -62,9 +68,7 @@ def test_the_watchdog_is_fed_only_while_the_engine_moves(manager: socket.socket,
         assert heard(manager, "WATCHDOG=1")
         with stopped_thread(daemon.process.pid, "weightd-engine"):
             manager.settimeout(3 * WATCHDOG_S)
-            heard(manager, "WATCHDOG=1")  # one may have been on its way
-            assert not heard(manager, "WATCHDOG=1")
-            assert not heard(manager, "WATCHDOG=1")
+            assert falls_silent(manager, "WATCHDOG=1")
         manager.settimeout(60)
         assert heard(manager, "WATCHDOG=1")
 
