@@ -56,7 +56,7 @@ nb::object calibration(const nb::handle_t<Session>& self) {
 // sweep's own memory and, like the bundles, valid until the next call.
 nb::object next_chunk(const nb::handle_t<Sweep>& self, uint32_t layer) {
     auto& sweep = nb::cast<Sweep&>(self);
-    const Sweep::Chunk* chunk = nullptr;
+    const Sweep::Bundles* chunk = nullptr;
     {
         const nb::gil_scoped_release released;
         chunk = sweep.next(layer);

@@ -103,9 +103,12 @@ bool PoolMemory::map(uint32_t number, int fd, size_t bytes) {
     return true;
 }
 
-const PoolMemory::Segment* PoolMemory::find(uint32_t number) const {
+const PoolMemory::Segment* PoolMemory::find(uint32_t number) {
+    if (found_ != nullptr && found_number_ == number) return found_;
     const auto found = segments_.find(number);
-    return found == segments_.end() ? nullptr : &found->second;
+    if (found == segments_.end()) return nullptr;
+    found_number_ = number;
+    return found_ = &found->second;
 }
 
 void PoolMemory::unmap(uint32_t number) {
@@ -113,12 +116,14 @@ void PoolMemory::unmap(uint32_t number) {
     const auto found = segments_.find(number);
     if (found == segments_.end()) return;
     drop(found->second);
+    found_ = nullptr;
     segments_.erase(found);
 }
 
 void PoolMemory::clear() {
     const std::lock_guard guard(lock_);
     for (const auto& [number, segment] : segments_) drop(segment);
+    found_ = nullptr;
     segments_.clear();
     taken_away_.store(false);
 }

@@ -32,7 +32,7 @@ class PoolMemory {
 
     // Takes the descriptor. False where all has been taken away already. Throws std::system_error.
     bool map(uint32_t number, int fd, size_t bytes);
-    const Segment* find(uint32_t number) const;  // null: there is no such one
+    const Segment* find(uint32_t number);  // null: there is no such one
     void unmap(uint32_t number);
     void clear();  // unmaps all, and can be filled anew
 
@@ -46,6 +46,8 @@ class PoolMemory {
     std::atomic<bool> taken_away_ = false;
     std::mutex lock_;  // guards segments_ where they change, and where another thread takes them away
     std::map<uint32_t, Segment> segments_;
+    const Segment* found_ = nullptr;  // by find(), the last time: neighbours are mostly in one segment
+    uint32_t found_number_ = 0;
 };
 
 }  // namespace flashclient

@@ -9,8 +9,10 @@ namespace flashclient {
 Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) { forget(); }
 
 void Sweep::forget() {
+    used_.clear();
     chunks_.clear();
-    in_use_ = layer_ended_ = false;
+    in_use_ = 0;
+    layer_ended_ = false;
     // At least two chunks, one in use and one on its way; as large as a read where the share allows it.
     const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
@@ -29,11 +31,11 @@ uint32_t Sweep::cells_in(uint32_t layer) const {
     return (layout_.neurons[layer] + layout_.bundles_per_cell - 1) / layout_.bundles_per_cell;
 }
 
-const Sweep::Chunk* Sweep::next(uint32_t layer) {
-    finish_chunk_in_use();
+const Sweep::Bundles* Sweep::next(uint32_t layer) {
+    finish_chunks_in_use();
     if (layer_ended_) {
         layer_ended_ = false;
-        look_ahead();
+        refill();
         return nullptr;
     }
     if (chunks_.empty() || chunks_.front().layer != layer) {
@@ -41,22 +43,43 @@ const Sweep::Chunk* Sweep::next(uint32_t layer) {
         next_layer_ = layer;
         next_cell_ = 0;
     }
-    look_ahead();
+    if (chunks_.empty() || 2 * used_.size() >= chunks_max_) refill();
     take_answers(false);
-    if (chunks_.front().unanswered > 0) {
-        const auto start = std::chrono::steady_clock::now();
-        while (chunks_.front().unanswered > 0) take_answers(true);
-        times_.wait_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (chunks_.front().unanswered > 0) wait_for_first();
+    give_out();
+    return &given_;
+}
+
+void Sweep::wait_for_first() {
+    refill();
+    const auto start = std::chrono::steady_clock::now();
+    while (chunks_.front().unanswered > 0) take_answers(true);
+    times_.wait_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void Sweep::give_out() {
+    given_.first_position = chunks_.front().first_position;
+    given_.addresses.clear();
+    const uint32_t layer = chunks_.front().layer;
+    const uint32_t most = std::max(1U, chunks_max_ / 2);
+    while (in_use_ < std::min<size_t>(most, chunks_.size())) {
+        const Chunk& chunk = chunks_[in_use_];
+        if (chunk.layer != layer || layer_ended_ || chunk.unanswered > 0) break;
+        if (!chunk.failed.empty() && in_use_ > 0) break;
+        in_use_++;
+        if (!chunk.failed.empty()) raise_refusal(layer, chunk.failed.front(), layout_.bundles_per_cell);
+        given_.addresses.insert(given_.addresses.end(), chunk.addresses.begin(), chunk.addresses.end());
+        layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
     }
-    in_use_ = true;
-    const Chunk& chunk = chunks_.front();
-    if (!chunk.failed.empty()) raise_refusal(chunk.layer, chunk.failed.front(), layout_.bundles_per_cell);
-    layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
-    return &chunk;
+}
+
+void Sweep::refill() {
+    give_back_used();
+    look_ahead();
 }
 
 void Sweep::look_ahead() {
-    while (chunks_.size() < chunks_max_) {
+    while (used_.size() + chunks_.size() < chunks_max_) {
         Chunk chunk;
         chunk.layer = next_layer_;
         chunk.first_cell = next_cell_;
@@ -81,13 +104,18 @@ void Sweep::look_ahead() {
 void Sweep::take_answers(bool block) {
     grants_.clear();
     session_.take_grants(grants_, block);
+    Chunk* chunk = nullptr;  // of the grant before
+    uint32_t tag = 0;
     for (const ring::Grant& grant : grants_) {
-        Chunk& chunk = chunks_.at(grant.tag - first_tag_);
-        chunk.unanswered--;
+        if (chunk == nullptr || grant.tag != tag) {
+            tag = grant.tag;
+            chunk = &chunks_.at(tag - first_tag_);
+        }
+        chunk->unanswered--;
         if (Session::status(grant) == ring::GRANTED) {
-            place(chunk, grant);
+            place(*chunk, grant);
         } else {
-            chunk.failed.push_back(grant);
+            chunk->failed.push_back(grant);
         }
     }
     times_.cells += grants_.size();
@@ -101,33 +129,43 @@ void Sweep::place(Chunk& chunk, const ring::Grant& grant) {
     }
 }
 
-void Sweep::finish_chunk_in_use() {
-    if (!in_use_) return;
-    in_use_ = false;
-    give_back(chunks_.front());
+void Sweep::finish_chunks_in_use() {
+    for (; in_use_ > 0; in_use_--) finish_first();
+}
+
+void Sweep::finish_first() {
+    used_.push_back(std::move(chunks_.front()));
     chunks_.pop_front();
     first_tag_++;
 }
 
-void Sweep::give_back(Chunk& chunk) {
-    std::sort(chunk.failed.begin(), chunk.failed.end(), [](const auto& a, const auto& b) { return a.cell < b.cell; });
-    std::vector<uint32_t> borders{chunk.first_cell};
-    for (const ring::Grant& failed : chunk.failed) {
-        borders.push_back(failed.cell);
-        borders.push_back(failed.cell + 1);
+// One message for neighbours of one layer: ranges of what was granted, between the cells that failed.
+void Sweep::give_back_used() {
+    std::vector<uint32_t> borders;
+    for (size_t i = 0; i < used_.size(); i++) {
+        Chunk& chunk = used_[i];
+        std::sort(chunk.failed.begin(), chunk.failed.end(),
+                  [](const auto& a, const auto& b) { return a.cell < b.cell; });
+        borders.push_back(chunk.first_cell);
+        for (const ring::Grant& failed : chunk.failed) {
+            borders.push_back(failed.cell);
+            borders.push_back(failed.cell + 1);
+        }
+        borders.push_back(chunk.first_cell + chunk.cell_count);
+        if (i + 1 < used_.size() && used_[i + 1].layer == chunk.layer) continue;
+        session_.release(chunk.layer, ring::RANGES, borders);
+        borders.clear();
     }
-    borders.push_back(chunk.first_cell + chunk.cell_count);
-    session_.release(chunk.layer, ring::RANGES, borders);
+    used_.clear();
 }
 
 void Sweep::idle() {
-    finish_chunk_in_use();
+    finish_chunks_in_use();
     while (!chunks_.empty()) {
         while (chunks_.front().unanswered > 0) take_answers(true);  // only what was granted may be given back
-        give_back(chunks_.front());
-        chunks_.pop_front();
-        first_tag_++;
+        finish_first();
     }
+    give_back_used();
     layer_ended_ = false;
 }
 

@@ -67,7 +67,7 @@ struct RingTest : testing::Test {
         for (uint32_t turn = 0; turn < turns; turn++) {
             for (uint32_t layer = 0; layer < model.spec.layers.size(); layer++) {
                 uint32_t position = 0;
-                while (const Sweep::Chunk* chunk = sweep.next(layer)) {
+                while (const Sweep::Bundles* chunk = sweep.next(layer)) {
                     ASSERT_EQ(chunk->first_position, position);
                     for (const uint64_t address : chunk->addresses) {
                         ASSERT_EQ(std::memcmp(reinterpret_cast<const void*>(address),
@@ -90,6 +90,22 @@ TEST_F(RingTest, SweepsThroughAPoolOfAnySize) {
         expect_sweep(model, sweep, 4);
         sweep.idle();
     }
+}
+
+TEST_F(RingTest, GivesOutHalfOfItsLookAheadAtOnceWhenItIsThere) {
+    FlashModel model(1, 2000);
+    const auto service = serve(model, 600);
+    const auto session = attach(*service, 64);
+    Sweep sweep(*session, layout(model));
+    expect_sweep(model, sweep, 1);
+    wait_until([&] { return service->report().models[0].slots_busy == 64; });
+    service->report();  // the loop has answered by then
+    const Sweep::Bundles* given = sweep.next(0);
+    ASSERT_NE(given, nullptr);
+    EXPECT_EQ(given->addresses.size(), 32U * model.spec.bundles_per_cell);
+    EXPECT_EQ(service->report().models[0].slots_busy, 64U) << "nothing was given back yet";
+    sweep.idle();
+    wait_until([&] { return service->report().models[0].slots_busy == 0; });
 }
 
 TEST_F(RingTest, FindsTheResidentWeights) {

@@ -3,7 +3,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cerrno>
@@ -21,10 +20,12 @@ namespace nb = nanobind;
 using namespace nb::literals;
 using weightd::Service;
 
+void bind_model(nb::module_& module);       // bindings_model.cpp
+void bind_in_process(nb::module_& module);  // bindings_in_process.cpp
+
 namespace {
 
 using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using U64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // Flat, contiguous bytes in host memory: what np.frombuffer(buffer, np.uint8) gives.
 using ReadBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using WriteBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -33,7 +34,6 @@ using WriteChecksums = nb::ndarray<std::uint64_t, nb::ndim<1>, nb::c_contig, nb:
 const std::byte* data_of(const ReadBytes& bytes) { return reinterpret_cast<const std::byte*>(bytes.data()); }
 std::byte* data_of(const WriteBytes& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
 std::span<const std::byte> span_of(const ReadBytes& bytes) { return {data_of(bytes), bytes.size()}; }
-using TensorTuple = std::tuple<std::string, uint64_t, uint64_t, uint64_t>;
 
 PyObject* corrupt_bundle = nullptr;  // the exception's type, which lives as long as the module
 
@@ -69,47 +69,6 @@ nb::bytes filled_bytes(size_t size, F fill) {
         fill(out);
     }
     return nb::cast<nb::bytes>(result);
-}
-
-weightd::ModelSpec spec_of(const std::string& name, uint64_t resident_bytes, uint32_t cell_bytes, uint32_t stride_bytes,
-                           uint32_t bundle_bytes, uint32_t bundles_per_cell, uint32_t bundle_parts,
-                           const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
-                           const std::vector<uint32_t>& layer_cells) {
-    weightd::ModelSpec spec;
-    spec.name = name;
-    spec.resident_bytes = resident_bytes;
-    spec.cell_bytes = cell_bytes;
-    spec.stride_bytes = stride_bytes;
-    spec.bundle_bytes = bundle_bytes;
-    spec.bundles_per_cell = bundles_per_cell;
-    spec.bundle_parts = bundle_parts;
-    uint32_t first_cell = 0;
-    uint32_t first_checksum = 0;
-    for (size_t i = 0; i < layer_offsets.size(); i++) {
-        spec.layers.push_back({layer_offsets[i], layer_neurons.at(i), layer_cells.at(i), first_cell, first_checksum});
-        first_cell += layer_cells[i];
-        first_checksum += layer_neurons[i];
-    }
-    return spec;
-}
-
-uint32_t add_model(Service& service, const std::string& name, const std::string& bundles_path,
-                   const std::string& resident_path, uint64_t resident_bytes, uint32_t cell_bytes,
-                   uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell, uint32_t bundle_parts,
-                   const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
-                   const std::vector<uint32_t>& layer_cells, const std::vector<U64Array>& checksums,
-                   const std::vector<TensorTuple>& tensors) {
-    weightd::ModelSpec spec = spec_of(name, resident_bytes, cell_bytes, stride_bytes, bundle_bytes, bundles_per_cell,
-                                      bundle_parts, layer_offsets, layer_neurons, layer_cells);
-    spec.bundles_path = bundles_path;
-    spec.resident_path = resident_path;
-    for (const U64Array& layer : checksums) {
-        spec.checksums.insert(spec.checksums.end(), layer.data(), layer.data() + layer.size());
-    }
-    for (const auto& [tensor, offset, size, checksum] : tensors)
-        spec.tensors.push_back({tensor, offset, size, checksum});
-    const nb::gil_scoped_release released;
-    return service.add_model(std::move(spec));
 }
 
 nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted, int64_t user_id) {
@@ -302,9 +261,7 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
-        .def("add_model", &add_model, "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a, "cell_bytes"_a,
-             "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "bundle_parts"_a, "layer_offsets"_a,
-             "layer_neurons"_a, "layer_cells"_a, "checksums"_a, "tensors"_a,
+        .def("add_model", &Service::add_model, "spec"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Opens a model's files; returns its number.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
              "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
@@ -416,7 +373,9 @@ void bind_bundle(nb::module_& module) {
 NB_MODULE(_native, m) {
     bind_errors(m);
     bind_bundle(m);
+    bind_model(m);
     bind_engine(m);
+    bind_in_process(m);
     m.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
     m.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,

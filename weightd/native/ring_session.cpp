@@ -132,11 +132,12 @@ void RingSession::granted(uint32_t tag, uint32_t cell, Place place, const Pool&)
     if (broken_) return;
     const uint32_t number = place.segment->number;
     assert(number <= ring::SEGMENT_MASK);
-    if (segments_known_.insert(number).second) {
+    if (number != last_segment_ && segments_known_.insert(number).second) {
         const ring::SegmentNews news{number, static_cast<uint32_t>(place.segment->slots.size())};
         const std::array descriptors{place.segment->memory.shared_fd()};
         broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, descriptors);  // it does not read them
     }
+    last_segment_ = number;
     answer({tag, cell, place.index, number});
 }
 
@@ -145,6 +146,7 @@ void RingSession::failed(uint32_t tag, uint32_t cell, ring::Status status, uint3
 }
 
 void RingSession::segment_gone(uint32_t segment) {
+    if (last_segment_ == segment) last_segment_ = ring::SEGMENT_MASK + 1;
     if (segments_known_.erase(segment) == 0) return;
     const ring::SegmentNews news{segment, 0};
     broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, {}) || broken_;

@@ -99,6 +99,7 @@ class RingSession final : public Session {
     std::optional<Clock::time_point> blocks_since_;
     std::vector<uint32_t> cells_;
     std::set<uint32_t> segments_known_;
+    uint32_t last_segment_ = ring::SEGMENT_MASK + 1;  // that a grant named: no look-up for its neighbours; none yet
 };
 
 // A pidfd of the process at the other end of `socket`; none if that has ended, or runs in another container and Linux

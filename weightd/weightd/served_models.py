@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import Engine
+from weightd._native import Engine, ModelSpec
 from weightd.budget import ModelDemand
 from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
 from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
@@ -179,29 +179,32 @@ def _require_whole_parts(model: weightd_pb2.Model) -> None:
         )
 
 
-def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedModel:
+def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
+    """The record in the engine's terms."""
     name, bundle = record.name, record.bundle
+    return ModelSpec(
+        name=name,
+        bundles_path=str(store.bundles_path(name)),
+        resident_path=str(store.resident_path(name)),
+        resident_bytes=record.resident_file_bytes,
+        cell_bytes=bundle.cell_bytes,
+        stride_bytes=bundle.stride_bytes,
+        bundle_bytes=bundle.bundle_bytes,
+        bundles_per_cell=bundle.bundles_per_cell,
+        bundle_parts=len(bundle.parts),
+        layer_offsets=[layer.offset_bytes for layer in record.layers],
+        layer_neurons=[layer.neurons for layer in record.layers],
+        layer_cells=[layer.cells for layer in record.layers],
+        checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
+        tensors=[(tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident],
+    )
+
+
+def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedModel:
     try:
-        number = engine.add_model(
-            name=name,
-            bundles_path=str(store.bundles_path(name)),
-            resident_path=str(store.resident_path(name)),
-            resident_bytes=record.resident_file_bytes,
-            cell_bytes=bundle.cell_bytes,
-            stride_bytes=bundle.stride_bytes,
-            bundle_bytes=bundle.bundle_bytes,
-            bundles_per_cell=bundle.bundles_per_cell,
-            bundle_parts=len(bundle.parts),
-            layer_offsets=[layer.offset_bytes for layer in record.layers],
-            layer_neurons=[layer.neurons for layer in record.layers],
-            layer_cells=[layer.cells for layer in record.layers],
-            checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
-            tensors=[
-                (tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident
-            ],
-        )
+        number = engine.add_model(model_spec(store, record))
     except OSError as error:
-        raise DeviceError(f"cannot open model {name!r} for direct reading: {error}{_advice(error)}") from error
+        raise DeviceError(f"cannot open model {record.name!r} for direct reading: {error}{_advice(error)}") from error
     except ValueError as error:
         raise StoreError(f"{error}; `weightd verify` tells more, importing again helps") from error
     except MemoryError as error:

@@ -1,0 +1,50 @@
+// InProcessEngine for Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include "in_process.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using weightd::InProcessEngine;
+
+namespace {
+
+using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+nb::object addresses(const nb::handle_t<InProcessEngine>& self, uint32_t layer) {
+    const auto table = nb::cast<InProcessEngine&>(self).addresses(layer);
+    using Array = nb::ndarray<nb::numpy, const uint64_t, nb::ndim<1>>;
+    return nb::cast(Array(table.data(), {table.size()}, self));
+}
+
+void exchange(InProcessEngine& engine, uint32_t layer, const U32Array& acquire, const U32Array& release) {
+    const nb::gil_scoped_release released;
+    engine.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
+}
+
+}  // namespace
+
+void bind_in_process(nb::module_& m) {
+    nb::class_<InProcessEngine>(m, "InProcessEngine", "The engine in the caller's thread, with one model and session.")
+        .def(
+            "__init__",
+            [](InProcessEngine* self, uint64_t dram_bytes, const weightd::ModelSpec& spec, const std::string& io_engine,
+               uint32_t io_threads, uint32_t io_depth, uint32_t slots_wanted) {
+                const nb::gil_scoped_release released;
+                new (self) InProcessEngine(dram_bytes, spec, {io_engine, io_threads, io_depth, false}, slots_wanted);
+            },
+            "dram_bytes"_a, "spec"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "slots_wanted"_a,
+            "Raises OSError where O_DIRECT is refused, MemoryError where dram_bytes do not do.")
+        .def("addresses", &addresses, "layer"_a, nb::sig("def addresses(self, layer: int) -> NDArray[numpy.uint64]"),
+             "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
+        .def("exchange", &exchange, "layer"_a, "acquire"_a, "release"_a, "Gives back and asks for; does not wait.")
+        .def("arrived", &InProcessEngine::arrived, nb::call_guard<nb::gil_scoped_release>(),
+             "Waits for more of what was asked for; returns how many cells are still to come. Raises RuntimeError.")
+        .def("release_all", &InProcessEngine::release_all, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("share_slots", &InProcessEngine::share_slots)
+        .def_prop_ro("lease_limit", &InProcessEngine::lease_limit)
+        .def_prop_ro("cells_held", &InProcessEngine::cells_held)
+        .def_prop_ro("misses", &InProcessEngine::misses, "cells that had to be read, since the start");
+}
