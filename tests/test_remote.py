@@ -137,6 +137,28 @@ def test_corruption_is_raised_and_does_not_stick(model: CutModel, tmp_path: Path
         assert np.array_equal(read_layer(source, 0), model.bundles[0])
 
 
+def test_an_error_of_a_fetch_ahead_is_not_that_of_the_next_generation(
+    model: CutModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, fails = threading.Event(), threading.Event()
+    with opened(model, tmp_path) as (source, server):
+        answer = server._data
+
+        def data(of: CutModel, request: weightd_pb2.FetchRequest, context: Any) -> bytes:
+            if request.bundles.layer == 1 and not asked.is_set():
+                asked.set()
+                fails.wait()
+                context.abort(grpc.StatusCode.DATA_LOSS, "model 'm' layer 1 neuron 3: bytes differ from the checksum")
+            return answer(of, request, context)
+
+        monkeypatch.setattr(server, "_data", data)
+        read_layer(source, 0)
+        asked.wait()
+        source.idle()  # a generation has ended, and somebody repairs the bundle
+        fails.set()
+        assert np.array_equal(read_layer(source, 1), model.bundles[1])
+
+
 def test_a_daemon_that_comes_back_in_time_is_not_noticed(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path) as (source, server):
         server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 3
