@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from types import FrameType, TracebackType
 from typing import Any
 
-import grpc
+import grpc._channel
 import numpy as np
 import pytest
 from cut_model import CutModel, FetchServer
@@ -311,3 +314,48 @@ def test_cells_are_asked_for_again_when_the_daemon_comes_back(model: CutModel, t
         source.exchange(0, np.array([9], np.uint32), np.array([5], np.uint32))
         settle(source)
         assert held(source, 0)[9] == model.bundles[0][9].tobytes()
+
+
+class Interruption:
+    """Raises KeyboardInterrupt in this thread at the `line`-th line that it runs of gRPC's channel."""
+
+    def __init__(self, line: int) -> None:
+        self._lines_left = line
+        self.where = ""  # it was raised
+
+    def __enter__(self) -> Interruption:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename != grpc._channel.__file__:
+            return None
+        self._lines_left -= event == "line"
+        if self._lines_left == 0 and not self.where:
+            self.where = f"{code.co_filename}:{frame.f_lineno}"
+            raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of gRPC's half-made objects
+def test_a_fetch_that_is_interrupted_anywhere_does_not_keep_close_waiting(model: CutModel, tmp_path: Path) -> None:
+    wanted = weightd_pb2.FetchRequest(model="m", resident=weightd_pb2.ByteRange(offset=0, size=100))
+    with FetchServer([model], tmp_path / "socket") as server:
+        for line in count(1):
+            connection = Connection(server.address, timeout_s=10)
+            with Interruption(line) as interruption, suppress(KeyboardInterrupt):
+                assert b"".join(connection.fetch(wanted)) == model.resident[:100]
+            closing = threading.Thread(target=connection.close, daemon=True)
+            closing.start()
+            closing.join(timeout=10)
+            assert not closing.is_alive(), f"interrupted at {interruption.where}, close() waits for ever"
+            if not interruption.where:
+                break
+    assert line > 20, "gRPC's code was not interrupted"
