@@ -170,6 +170,7 @@ def run_client(
     began_s = time.monotonic()
     try:
         with FlashClient(model, address=address, **options) as client:
+            client.model.generation_config.eos_token_id = None  # random weights may say "the end" at any time
             tell(about | {"event": "ready"})
             done = 0
             while not _Stop.told and (generations == 0 or done < generations):
