@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
 import grpc._channel
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from cut_model import CutModel, FetchServer
 
+from flashclient import remote_cells
 from flashclient.channel import Connection
 from flashclient.errors import (
     CorruptionError,
@@ -317,9 +318,10 @@ def test_cells_are_asked_for_again_when_the_daemon_comes_back(model: CutModel, t
 
 
 class Interruption:
-    """Raises KeyboardInterrupt in this thread at the `line`-th line that it runs of gRPC's channel."""
+    """Raises KeyboardInterrupt in this thread at the `line`-th line that it runs of `module`."""
 
-    def __init__(self, line: int) -> None:
+    def __init__(self, module: ModuleType, line: int) -> None:
+        self._file = module.__file__
         self._lines_left = line
         self.where = ""  # it was raised
 
@@ -335,7 +337,7 @@ class Interruption:
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         code = frame.f_code
-        if code.co_name == "__del__" or code.co_filename != grpc._channel.__file__:
+        if code.co_name == "__del__" or code.co_filename != self._file:
             return None
         self._lines_left -= event == "line"
         if self._lines_left == 0 and not self.where:
@@ -350,7 +352,7 @@ def test_a_fetch_that_is_interrupted_anywhere_does_not_keep_close_waiting(model:
     with FetchServer([model], tmp_path / "socket") as server:
         for line in count(1):
             connection = Connection(server.address, timeout_s=10)
-            with Interruption(line) as interruption, suppress(KeyboardInterrupt):
+            with Interruption(grpc._channel, line) as interruption, suppress(KeyboardInterrupt):
                 assert b"".join(connection.fetch(wanted)) == model.resident[:100]
             closing = threading.Thread(target=connection.close, daemon=True)
             closing.start()
@@ -359,3 +361,26 @@ def test_a_fetch_that_is_interrupted_anywhere_does_not_keep_close_waiting(model:
             if not interruption.where:
                 break
     assert line > 20, "gRPC's code was not interrupted"
+
+
+def test_a_step_that_is_interrupted_anywhere_leaves_nothing_half_done(model: CutModel, tmp_path: Path) -> None:
+    first, second = np.arange(0, 6, dtype=np.uint32), np.arange(4, 10, dtype=np.uint32)
+    with opened(model, tmp_path, pool_bytes=8 * BUNDLE_BYTES) as (source, _):
+        for line in count(1):
+            with Interruption(remote_cells, line) as interruption, suppress(KeyboardInterrupt):
+                source.exchange(0, first, NONE)
+                settle(source)
+                source.exchange(0, second[2:], first[:4])
+                settle(source)
+                source.idle()
+            source.idle()
+            assert (held(source, 0), source.cells_held) == ({}, 0), interruption.where
+            source.exchange(0, second, NONE)
+            settle(source)
+            expected = {int(cell): model.bundles[0][cell].tobytes() for cell in second}
+            assert held(source, 0) == expected, interruption.where
+            assert source.cells_held == len(second), interruption.where
+            source.idle()
+            if not interruption.where:
+                break
+    assert line > 50, "nothing was interrupted"
