@@ -1,7 +1,7 @@
 """Bundles fetched one by one over gRPC into a bounded pool: what predict mode holds without shared memory.
 
 A cell is one bundle here. Those that were given back stay in the pool until their slot is needed, the one given back
-first gives way first. What a step that was interrupted (Ctrl-C) has left half done is not believed: the pool is empty then.
+first gives way first. What an interrupted step (Ctrl-C) has left half done is not believed: the pool is empty then.
 """
 
 from __future__ import annotations
