@@ -4,8 +4,9 @@
 
 Two models, exact and predict mode, shared memory and gRPC. Every generation must give the tokens that an undisturbed
 client made, or the error that names the bundle that is corrupt just then; a client that has attached must survive
-whatever becomes of weightd. At the end nobody may hold anything: leases, sessions, descriptors, threads; and neither
-weightd nor the one client that is only frozen, never killed, may have grown. Exit status 1 when anything is wrong.
+whatever becomes of weightd; and none may fall silent, but while it is frozen. At the end nobody may hold anything:
+leases, sessions, descriptors, threads. weightd's interpreter keeps to what it may take, and the one client that is only
+frozen, never killed, may not have grown. Exit status 1 when anything is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -30,6 +32,9 @@ from soak_clients import ClientProcesses, Event, holdings
 from soak_store import Corruption, MortalWeightd, corrupt, make_store
 
 from flashclient.channel import Connection
+from weightd.budget import INTERPRETER_BYTES
+from weightd.call_bounds import FETCHES_MAX
+from weightd.server import WORKERS_MAX
 
 KINDS = [
     ("opt", "exact", "shm"), ("opt", "predict", "shm"), ("llama", "exact", "shm"), ("llama", "predict", "shm"),
@@ -46,6 +51,8 @@ FROZEN_S = (0.3, 8.0)  # weightd closes a session that has kept others waiting f
 AWAY_S = (0.0, 1.5)
 CORRUPT_S = (1.0, 5.0)
 QUIET_WITHIN_S = 120.0
+SILENT_S = 100.0  # longer than any client says nothing, on a slow machine that runs other things, too
+SPEAKS_WITHIN_S = 5.0  # a silent client that is asked where it stands, before it is killed
 WITNESS = 0  # the client that is never killed
 GROWTH_MAX = 1.1  # of memory, from the second quarter of the time to the last
 GROWTH_SPARE_BYTES = 16 << 20
@@ -65,6 +72,9 @@ class Soak:
         self._clients = clients
         self._mother = mother
         self._kinds: dict[int, tuple[str, str, str]] = {}  # of the clients that live
+        self._processes: dict[int, int] = {}  # theirs
+        self._silent_s: dict[int, float] = {}  # frozen times left out
+        self._excused: set[int] = set()  # processes that may end with a status other than 0
         self._pids: dict[int, int] = {}  # of those that have attached
         self._started_s: dict[int, float] = {}
         self._frozen: set[int] = set()
@@ -123,8 +133,8 @@ class Soak:
             due_s = self._later[0][0] - time.monotonic()
             if due_s <= 0:
                 heapq.heappop(self._later)[2]()
-            elif (event := self._mother.next_event(min(due_s, 1.0))) is not None:
-                self._take(event, replace=True)
+            else:
+                self._hear(min(due_s, 1.0), replace=True)
             if self.daemon.serves():
                 self.weightd.append(holdings(self.daemon.pid))
         self._calm_down()
@@ -150,23 +160,24 @@ class Soak:
 
     def _kill_client(self) -> None:
         if (index := self._victim(witness=False)) is not None:
-            os.kill(self._pids.pop(index), signal.SIGKILL)
+            self._excused.add(self._pids[index])
+            _signal(self._pids.pop(index), signal.SIGKILL)
             self.counts["clients killed"] += 1
 
     def _stop_client(self) -> None:
         if (index := self._victim(witness=False)) is not None:
-            os.kill(self._pids.pop(index), signal.SIGTERM)
+            _signal(self._pids.pop(index), signal.SIGTERM)
             self.counts["clients stopped"] += 1
 
     def _freeze_client(self) -> None:
         if (index := self._victim(witness=True)) is not None:
-            os.kill(self._pids[index], signal.SIGSTOP)
+            _signal(self._pids[index], signal.SIGSTOP)
             self._frozen.add(index)
             self.counts["clients frozen"] += 1
             self._after(FROZEN_S, lambda: self._thaw(index))
 
     def _thaw(self, index: int) -> None:
-        os.kill(self._pids[index], signal.SIGCONT)
+        _signal(self._pids[index], signal.SIGCONT)
         self._frozen.discard(index)
 
     def _kill_daemon(self) -> None:
@@ -190,12 +201,11 @@ class Soak:
                 act()
         self.daemon.wait()
         for pid in self._pids.values():
-            os.kill(pid, signal.SIGTERM)
+            _signal(pid, signal.SIGTERM)
         while self._kinds:
-            event = self._next(QUIET_WITHIN_S)
-            self._take(event, replace=False)
-            if event["event"] == "ready":  # it was attaching when the others were told
-                os.kill(event["pid"], signal.SIGTERM)
+            event = self._hear(1.0, replace=False)
+            if event is not None and event["event"] == "ready":  # it was attaching when the others were told
+                _signal(event["pid"], signal.SIGTERM)
 
     # ---- what the clients say ----
 
@@ -204,6 +214,7 @@ class Soak:
         pool = {"pool_bytes": LOCAL_POOL_BYTES} if transport == "grpc" else {}
         self._kinds[index] = kind
         self._started_s[index] = time.monotonic()
+        self._silent_s[index] = 0.0
         self._mother.start(
             index, address=self.daemon.address, model=model, prompts=PROMPTS, tokens=TOKENS, mode=mode, window=WINDOW,
             transport=transport, timeout_s=TIMEOUT_S, **pool, **what,
@@ -217,9 +228,34 @@ class Soak:
             raise RuntimeError(f"nothing was heard for {timeout_s:g} s of {self._kinds}; they say where they stand")
         return event
 
+    def _hear(self, timeout_s: float, *, replace: bool) -> Event | None:
+        """Takes the next event, if there is one in time. A time that we are frozen ourselves counts a second."""
+        began_s = time.monotonic()
+        event = self._mother.next_event(timeout_s)
+        passed_s = min(time.monotonic() - began_s, 1.0)
+        if event is not None:
+            self._take(event, replace=replace)
+        for index in sorted(self._processes.keys() - self._frozen):
+            self._count_silence(index, passed_s)
+        return event
+
+    def _count_silence(self, index: int, passed_s: float) -> None:
+        before_s, after_s = self._silent_s[index], self._silent_s[index] + passed_s
+        self._silent_s[index] = after_s
+        pid = self._processes[index]
+        if before_s <= SILENT_S < after_s:
+            self.wrong.append(f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; it says where it stands")
+            _signal(pid, signal.SIGUSR1)
+        if before_s <= SILENT_S + SPEAKS_WITHIN_S < after_s:
+            self._excused.add(pid)
+            _signal(pid, signal.SIGKILL)
+
     def _take(self, event: Event, *, replace: bool) -> None:
         index = event["client"]
+        self._silent_s[index] = 0.0
         match event["event"]:
+            case "started":
+                self._processes[index] = event["pid"]
             case "ready":
                 self._pids[index] = event["pid"]
                 self.counts["clients attached"] += 1
@@ -228,9 +264,12 @@ class Soak:
             case "corruption":
                 self._take_corruption(index, event)
             case "error":
+                self._excused.add(event["pid"])
                 self._take_error(index, event)
             case "ended":
+                self._take_end(index, event)
                 self._pids.pop(index, None)
+                self._processes.pop(index, None)
                 kind = self._kinds.pop(index)
                 if replace:
                     self._start(index, kind if index == WITNESS else self.chance.choice(KINDS))
@@ -242,6 +281,10 @@ class Soak:
             self.wrong.append(f"wrong tokens from {kind}, prompt {event['prompt']}: {event['tokens']}")
         if index == WITNESS:
             self.witness.append(event)
+
+    def _take_end(self, index: int, event: Event) -> None:
+        if event["status"] != 0 and event["pid"] not in self._excused:
+            self.wrong.append(f"{self._kinds[index]}: a client ended with status {event['status']}")
 
     def _take_corruption(self, index: int, event: Event) -> None:
         self.counts["corruption errors"] += 1
@@ -265,20 +308,26 @@ class Soak:
     def look_for_leaks(self) -> dict[str, Any]:
         left = self._quiet_holdings()
         clients = [{name: event[name] for name in left} for event in self.witness]
-        for name, spare in (("descriptors", SPARE_DESCRIPTORS), ("threads", SPARE_THREADS)):
-            self._bound(f"{name} of weightd without clients", left[name], self.baseline[name] + spare)
+        calls = WORKERS_MAX + FETCHES_MAX + self._clients  # weightd keeps a thread for each that ran at once
+        for name, spare, of_calls in (("descriptors", SPARE_DESCRIPTORS, 0), ("threads", SPARE_THREADS, calls)):
+            self._bound(f"{name} of weightd without clients", left[name], self.baseline[name] + spare + of_calls)
             if clients:
                 first = median(client[name] for client in clients[: len(clients) // 4 + 1])
                 self._bound(f"{name} of the witness", clients[-1][name], first + spare)
-        for owner, samples in (("weightd", self.weightd), ("the witness", clients)):
-            if len(samples) >= 8:
-                before, after = (_middle(samples, quarter) for quarter in (1, 3))
-                self._bound(f"bytes of {owner}", after, GROWTH_MAX * before + GROWTH_SPARE_BYTES)
+        self._bound("bytes of weightd", max(sample["anonymous_bytes"] for sample in self.weightd), INTERPRETER_BYTES)
+        if len(clients) >= 8:
+            before, after = (_middle(clients, quarter) for quarter in (1, 3))
+            self._bound("bytes of the witness", after, GROWTH_MAX * before + GROWTH_SPARE_BYTES)
         return {"weightd before": self.baseline, "weightd after": left, "witness": clients[-1:]}
 
     def _bound(self, what: str, value: float, most: float) -> None:
         if value > most:
             self.wrong.append(f"{what}: {value:.0f}, at most {most:.0f} were expected")
+
+
+def _signal(pid: int, signal_number: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself, and will say so
+        os.kill(pid, signal_number)
 
 
 def _middle(samples: list[dict[str, int]], quarter: int) -> float:

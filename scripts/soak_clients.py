@@ -4,11 +4,11 @@
         clients.start(0, address="unix:/run/weightd.sock", model="opt", prompts=[[5, 6, 7]], mode="exact")
         event = clients.next_event(timeout_s=10)
 
-Events are dicts: {"client": 0, "pid": 17, "event": "ready"}; "tokens" after each generation, with the prompt's index,
-the tokens, began_s of time.monotonic(), and what the process holds (descriptors, threads, memory); "corruption" in
-place of it, with the line of the error; "error" with the
-name of the class and its line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and each
-generation is greedy, so the same prompt gives the same tokens.
+Events are dicts: {"client": 0, "pid": 17, "event": "started"}; "ready" when it has attached; "tokens" after each
+generation, with the prompt's index, the tokens, began_s of time.monotonic(), and what the process holds (descriptors,
+threads, memory); "corruption" in place of it, with the line of the error; "error" with the name of the class and its
+line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and each generation is greedy, so
+the same prompt gives the same tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import deque
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,19 +126,24 @@ def _reap(children: dict[int, int]) -> None:
 def _fork(what: dict[str, Any]) -> int:
     pid = os.fork()
     if pid == 0:
-        os.close(0)
         status = 1
-        with suppress(KeyboardInterrupt):
+        try:
+            os.close(0)
             status = run_client(**what)
+        except BaseException:  # a fault: nobody but the mother may come back from here
+            traceback.print_exc()
         os._exit(status)
     return pid
 
 
-class _Stop(Exception):
-    """SIGTERM."""
+class _Stop(BaseException):
+    """SIGTERM, which comes at any moment, as Ctrl-C does."""
+
+    told = False  # where the exception is lost, as in a finalizer, this is left of it
 
 
 def _stop(*_: object) -> None:
+    _Stop.told = True
     raise _Stop
 
 
@@ -161,16 +166,18 @@ def run_client(
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.register(signal.SIGUSR1)  # tells on standard error where it stands
     about = {"client": index, "pid": os.getpid()}
+    tell(about | {"event": "started"})
     began_s = time.monotonic()
     try:
         with FlashClient(model, address=address, **options) as client:
+            client.model.generation_config.eos_token_id = None  # random weights may say "the end" at any time
             tell(about | {"event": "ready"})
             done = 0
-            while generations == 0 or done < generations:
+            while not _Stop.told and (generations == 0 or done < generations):
                 prompt = done % len(prompts)
                 began_s = time.monotonic()
                 try:
-                    made = client.generate(prompts[prompt], max_new_tokens=tokens, do_sample=False, eos_token_id=-1)
+                    made = client.generate(prompts[prompt], max_new_tokens=tokens, do_sample=False)
                 except CorruptionError as error:
                     tell(about | {"event": "corruption", "says": str(error), "began_s": began_s})
                     time.sleep(CORRUPT_PAUSE_S)

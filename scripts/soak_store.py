@@ -26,6 +26,7 @@ SHAPES = {"opt": Shape("opt", 256, 8192, 4, 4, 2048, 512), "llama": Shape("llama
 POOL_SHARE = 0.7  # of all bundles: enough for the rings and shares of all clients, too little for what they want
 START_WITHIN_S = 60.0
 POLL_S = 0.05
+READING_S = 1.0  # a read that was under way when the bundle was repaired answers whoever asks for it meanwhile
 
 
 def make_store(folder: Path) -> Store:
@@ -118,7 +119,7 @@ class Corruption:
             and int(named[1]) == self.layer
             and int(named[2]) in (self.position, self.neuron)
             and self.begin_s <= end_s
-            and begin_s <= self.end_s
+            and begin_s <= self.end_s + READING_S
         )
 
     def repair(self) -> None:

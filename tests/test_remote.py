@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
+from types import FrameType, ModuleType, TracebackType
 from typing import Any
 
-import grpc
+import grpc._channel
 import numpy as np
 import pytest
 from cut_model import CutModel, FetchServer
 
+from flashclient import remote_cells
 from flashclient.channel import Connection
 from flashclient.errors import (
     CorruptionError,
@@ -135,6 +139,28 @@ def test_corruption_is_raised_and_does_not_stick(model: CutModel, tmp_path: Path
         with pytest.raises(CorruptionError, match="layer 0 neuron 3"):
             read_layer(source, 0)
         assert np.array_equal(read_layer(source, 0), model.bundles[0])
+
+
+def test_an_error_of_a_fetch_ahead_is_not_that_of_the_next_generation(
+    model: CutModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, fails = threading.Event(), threading.Event()
+    with opened(model, tmp_path) as (source, server):
+        answer = server._data
+
+        def data(of: CutModel, request: weightd_pb2.FetchRequest, context: Any) -> bytes:
+            if request.bundles.layer == 1 and not asked.is_set():
+                asked.set()
+                fails.wait()
+                context.abort(grpc.StatusCode.DATA_LOSS, "model 'm' layer 1 neuron 3: bytes differ from the checksum")
+            return answer(of, request, context)
+
+        monkeypatch.setattr(server, "_data", data)
+        read_layer(source, 0)
+        asked.wait()
+        source.idle()  # a generation has ended, and somebody repairs the bundle
+        fails.set()
+        assert np.array_equal(read_layer(source, 1), model.bundles[1])
 
 
 def test_a_daemon_that_comes_back_in_time_is_not_noticed(model: CutModel, tmp_path: Path) -> None:
@@ -289,3 +315,72 @@ def test_cells_are_asked_for_again_when_the_daemon_comes_back(model: CutModel, t
         source.exchange(0, np.array([9], np.uint32), np.array([5], np.uint32))
         settle(source)
         assert held(source, 0)[9] == model.bundles[0][9].tobytes()
+
+
+class Interruption:
+    """Raises KeyboardInterrupt in this thread at the `line`-th line that it runs of `module`."""
+
+    def __init__(self, module: ModuleType, line: int) -> None:
+        self._file = module.__file__
+        self._lines_left = line
+        self.where = ""  # it was raised
+
+    def __enter__(self) -> Interruption:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        if code.co_name == "__del__" or code.co_filename != self._file:
+            return None
+        self._lines_left -= event == "line"
+        if self._lines_left == 0 and not self.where:
+            self.where = f"{code.co_filename}:{frame.f_lineno}"
+            raise KeyboardInterrupt
+        return self._trace
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of gRPC's half-made objects
+def test_a_fetch_that_is_interrupted_anywhere_does_not_keep_close_waiting(model: CutModel, tmp_path: Path) -> None:
+    wanted = weightd_pb2.FetchRequest(model="m", resident=weightd_pb2.ByteRange(offset=0, size=100))
+    with FetchServer([model], tmp_path / "socket") as server:
+        for line in count(1):
+            connection = Connection(server.address, timeout_s=10)
+            with Interruption(grpc._channel, line) as interruption, suppress(KeyboardInterrupt):
+                assert b"".join(connection.fetch(wanted)) == model.resident[:100]
+            closing = threading.Thread(target=connection.close, daemon=True)
+            closing.start()
+            closing.join(timeout=10)
+            assert not closing.is_alive(), f"interrupted at {interruption.where}, close() waits for ever"
+            if not interruption.where:
+                break
+    assert line > 20, "gRPC's code was not interrupted"
+
+
+def test_a_step_that_is_interrupted_anywhere_leaves_nothing_half_done(model: CutModel, tmp_path: Path) -> None:
+    first, second = np.arange(0, 6, dtype=np.uint32), np.arange(4, 10, dtype=np.uint32)
+    with opened(model, tmp_path, pool_bytes=8 * BUNDLE_BYTES) as (source, _):
+        for line in count(1):
+            with Interruption(remote_cells, line) as interruption, suppress(KeyboardInterrupt):
+                source.exchange(0, first, NONE)
+                settle(source)
+                source.exchange(0, second[2:], first[:4])
+                settle(source)
+                source.idle()
+            source.idle()
+            assert (held(source, 0), source.cells_held) == ({}, 0), interruption.where
+            source.exchange(0, second, NONE)
+            settle(source)
+            expected = {int(cell): model.bundles[0][cell].tobytes() for cell in second}
+            assert held(source, 0) == expected, interruption.where
+            assert source.cells_held == len(second), interruption.where
+            source.idle()
+            if not interruption.where:
+                break
+    assert line > 50, "nothing was interrupted"

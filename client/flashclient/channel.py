@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import grpc.experimental
 import numpy as np
 from numpy.typing import NDArray
 
@@ -35,6 +36,9 @@ CHANNEL_OPTIONS = [
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),  # a call that waits for a slow device says nothing for long
+    # Else each stream counts on a thread that its caller starts: an interrupt (Ctrl-C) just before leaves the stream
+    # without it, and close() waits for that stream for ever. It also saves starting a thread for each Fetch.
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 ]
 
 RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again

@@ -100,7 +100,8 @@ class GrpcSource:
         self._slot_of: dict[int, int] = {}  # span -> slot, from the moment its fetch begins
         self._ready: set[int] = set()  # spans whose bytes have arrived
         self._cursor: int | None = None  # the span in use or wanted next; None when idle
-        self._error: FlashClientError | None = None
+        self._walk = 0  # counts the ends of walks
+        self._failed: dict[int, FlashClientError] = {}  # spans that this walk could not fetch
         self._served_bundles = 0
         self._fetched_bundles = 0
         self._loaders = [
@@ -170,7 +171,7 @@ class GrpcSource:
 
     def idle(self) -> None:
         with self._changed:
-            self._cursor = None
+            self._end_walk()
         self._cells.release_all()
 
     def require_open(self) -> None:
@@ -182,11 +183,16 @@ class GrpcSource:
         self._connection.attach_again(self._quiet, lost)
 
     def _quiet(self) -> None:
-        """Waits for fetches under way, whose errors would be taken for a second loss."""
+        """Waits for fetches under way: nothing fills the pool then."""
         with self._changed:
-            self._cursor = None
+            self._end_walk()
             self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
-            self._error = None
+
+    def _end_walk(self) -> None:
+        """What is being fetched may still come, but its errors say nothing to the walks that begin after it."""
+        self._cursor = None
+        self._walk += 1
+        self._failed.clear()
 
     def counters(self) -> Counters:
         with self._changed:
@@ -207,9 +213,10 @@ class GrpcSource:
         with self._changed:
             self._cursor = index
             self._changed.notify_all()
-            self._changed.wait_for(lambda: index in self._ready or self._error or self._closed.is_set())
-            if self._error:
-                error, self._error = self._error, None
+            self._changed.wait_for(lambda: index in self._ready or index in self._failed or self._closed.is_set())
+            if index in self._failed:
+                error = self._failed[index]
+                self._end_walk()
                 raise error
             if index not in self._ready:
                 raise DaemonLostError("the client was closed during a generation")
@@ -238,7 +245,7 @@ class GrpcSource:
             return None
         for distance in range(self._ahead + 1):
             index = (self._cursor + distance) % len(self._spans)
-            if index not in self._slot_of:
+            if index not in self._slot_of and index not in self._failed:
                 victim = self._victim()
                 return index if self._free or (victim is not None and self._distance(victim) > distance) else None
         return None
@@ -246,8 +253,8 @@ class GrpcSource:
     def _victim(self) -> int | None:
         return max(self._ready, key=self._distance, default=None)
 
-    def _claim(self) -> tuple[int, int] | None:
-        """Waits for a span to fetch; gives it and the slot to fill, or None at the end."""
+    def _claim(self) -> tuple[int, int, int] | None:
+        """Waits for a span to fetch; gives it, the slot to fill and the walk that wants it, or None at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed.is_set() or self._next_missing() is not None)
             index = self._next_missing()
@@ -259,25 +266,26 @@ class GrpcSource:
                 self._ready.remove(victim)
                 self._free.append(self._slot_of.pop(victim))
             self._slot_of[index] = self._free.pop()
-            return index, self._slot_of[index]
+            return index, self._slot_of[index], self._walk
 
     def _load(self) -> None:
         while (claim := self._claim()) is not None:
-            index, slot = claim
+            index, slot, walk = claim
             try:
                 self._fill(self._spans[index], slot)
             except FlashClientError as error:
-                self._give_up(index, error)
+                self._give_up(index, error, walk)
             else:
                 with self._changed:
                     self._ready.add(index)
                     self._fetched_bundles += self._spans[index].bundles
                     self._changed.notify_all()
 
-    def _give_up(self, index: int, error: FlashClientError) -> None:
+    def _give_up(self, index: int, error: FlashClientError, walk: int) -> None:
         with self._changed:
             self._free.append(self._slot_of.pop(index))
-            self._error, self._cursor = error, None
+            if walk == self._walk:
+                self._failed[index] = error
             self._changed.notify_all()
 
     def _fill(self, span: Span, slot: int) -> None:

@@ -1,7 +1,7 @@
 """Bundles fetched one by one over gRPC into a bounded pool: what predict mode holds without shared memory.
 
 A cell is one bundle here. Those that were given back stay in the pool until their slot is needed, the one given back
-first gives way first.
+first gives way first. What an interrupted step (Ctrl-C) has left half done is not believed: the pool is empty then.
 """
 
 from __future__ import annotations
@@ -34,6 +34,12 @@ class RemoteCells:
         self._pool = pool[: len(pool) // self._bundle_bytes * self._bundle_bytes].reshape(-1, self._bundle_bytes)
         self.slots = len(self._pool)
         self._tables = [np.zeros(layer.neurons, np.uint64) for layer in model.layers]
+        self._hits = self._misses = 0
+        self._empty()
+
+    def _empty(self) -> None:
+        for table in self._tables:
+            table[:] = 0
         self._slot_of: dict[Cell, int] = {}
         self._unused: OrderedDict[Cell, None] = OrderedDict()  # in the pool and not held, the first to go first
         self._free = list(range(self.slots))
@@ -41,7 +47,7 @@ class RemoteCells:
         self._bytes_come = 0  # of the first of them
         self._pieces: Iterator[bytes] = iter(())
         self.held = 0
-        self._hits = self._misses = 0
+        self._whole = True  # all of this agrees
 
     def addresses(self, layer: int) -> NDArray[np.uint64]:
         return self._tables[layer]
@@ -50,6 +56,9 @@ class RemoteCells:
         return Counters(self._hits, self._misses, self._misses * self._bundle_bytes)
 
     def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        if not self._whole:
+            self._empty()
+        self._whole = False
         self._drop_coming()
         table = self._tables[layer]
         for position in release.tolist():
@@ -67,27 +76,33 @@ class RemoteCells:
         if missing:
             self._coming = missing
             self._ask()
+        self._whole = True
 
     def arrived(self) -> int:
         """Waits for the next message."""
         if self._coming:
             try:
-                self._place(next(self._pieces))
+                piece = next(self._pieces)
             except StopIteration:
                 raise RefusedError(f"weightd sent too little: {len(self._coming)} bundles are missing") from None
+            self._whole = False
+            self._place(piece)
+            self._whole = True
         return len(self._coming)
 
     def forget(self) -> None:
         """Holds nothing any more, and the pool is somebody else's to fill."""
-        self.release_all()
-        self._slot_of.clear()
-        self._unused.clear()
-        self._free = list(range(self.slots))
+        self._empty()
 
     def release_all(self) -> None:
+        if not self._whole:
+            self._empty()
+            return
+        self._whole = False
         self._drop_coming()
         for cell in [cell for cell in self._slot_of if cell not in self._unused]:
             self._give_back(cell)
+        self._whole = True
 
     def _hold(self, cell: Cell) -> None:
         layer, position = cell

@@ -296,12 +296,14 @@ void Session::exchange(uint32_t layer, std::span<const uint32_t> acquire, std::s
 }
 
 void Session::wait_for_room() {
-    const double deadline_s = now_s() + timeout_s_;
+    double left_s = timeout_s_;
     while (request_tail_ - ring_->header.request_head.load(std::memory_order_acquire) >= ring::REQUESTS) {
+        if (left_s <= 0) throw NoAnswer("weightd takes no requests");
+        const double began_s = now_s();
         ring_doorbell();
         ::sched_yield();
         require_alive();
-        if (now_s() > deadline_s) throw NoAnswer("weightd takes no requests");
+        left_s -= std::min(now_s() - began_s, WAIT_SLICE_S);  // as in wait_for_bell
     }
 }
 
