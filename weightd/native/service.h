@@ -32,6 +32,9 @@ struct Stopping : std::runtime_error {
     Stopping() : std::runtime_error("weightd is stopping") {}
 };
 
+[[noreturn]] void fail(const std::string& what);  // std::system_error of errno
+bool out_of_descriptors(int error);               // whether that errno says so
+
 // Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
@@ -83,6 +86,9 @@ class Service {
         Clock::time_point close_at;
     };
 
+    enum Event : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION, PRESSURE };  // of epoll
+    static uint64_t event_data(Event kind, uint32_t id) { return static_cast<uint64_t>(kind) << 32 | id; }
+
     void run();
     void loop();
     void fail_with(const std::string& what);
@@ -92,6 +98,7 @@ class Service {
     void run_commands();
     void run_all_commands();
     void now_and_then();
+    static Descriptor listen_at(const std::string& path);
     void accept_connections();
     void add_connection(Descriptor socket);
     void listen(bool accepts);

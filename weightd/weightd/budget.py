@@ -6,12 +6,16 @@ machine's own memory. Page cache that the kernel would drop is free memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightd.errors import SpaceError
+from weightd.config import ServeConfig
+from weightd.errors import SpaceError, UsageError
 from weightd.sizes import format_size
+
+logger = logging.getLogger(__name__)
 
 # The interpreter's promise (design, promise 1): what the process needs beside --dram.
 INTERPRETER_BYTES = 150 << 20
@@ -45,6 +49,34 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
 def tightest(limits: Sequence[MemoryLimit]) -> MemoryLimit:
     """The bound with the smallest limit."""
     return min(limits, key=lambda limit: limit.limit_bytes)
+
+
+def chosen_dram_bytes(config: ServeConfig, demands: Sequence[ModelDemand]) -> int:
+    """What --dram is in bytes, checked against the machine and the store's models. Raises SpaceError."""
+    limits = memory_limits()
+    if config.dram_bytes is not None:
+        dram_bytes = config.dram_bytes
+    elif config.dram_percent is not None:
+        dram_bytes = percent_of_memory(config.dram_percent, limits)
+    else:
+        dram_bytes = default_dram_bytes(limits, demands)
+    check_dram(dram_bytes, limits, demands)
+    for demand in unservable(dram_bytes, demands):
+        logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_size(demand.minimum_bytes))
+    free_bytes = min(limit.free_bytes for limit in limits)
+    if dram_bytes > free_bytes:
+        logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free_bytes))
+    return dram_bytes
+
+
+def chosen_floor_bytes(config: ServeConfig, dram_bytes: int) -> int:
+    """What --dram-floor is in bytes. Raises UsageError for one above --dram."""
+    if config.dram_floor_bytes is None:
+        return int(dram_bytes * config.dram_floor_percent / 100)
+    if config.dram_floor_bytes > dram_bytes:
+        floor, dram = format_size(config.dram_floor_bytes), format_size(dram_bytes)
+        raise UsageError(f"--dram-floor {floor} is above --dram {dram}; give a smaller one, or a percentage")
+    return config.dram_floor_bytes
 
 
 def default_dram_bytes(limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand]) -> int:
