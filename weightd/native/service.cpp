@@ -223,7 +223,8 @@ void Service::run_all_commands() {
 }
 
 uint32_t Service::add_model(ModelSpec spec) {
-    return on_loop([&] { return engine_->add_model(std::move(spec), choice_.allow_buffered); });
+    auto opened = open_model(std::move(spec), choice_.allow_buffered);
+    return on_loop([&] { return engine_->add_model(std::move(opened)); });
 }
 
 std::string Service::io_level() {

@@ -114,7 +114,22 @@ class Service {
     void watch_pressure();
     void hear_pressure(int fd, uint32_t events);
     ModelState& model(uint32_t index);
-    std::mutex& opening_of(uint32_t model);
+    // One opener's turn at a model, until it goes: its activation may take minutes, and is done once.
+    class Turn {
+      public:
+        // Waits for the turns before, as long as the device answers them. Throws Unanswered, Stopping.
+        Turn(Service& service, uint32_t model);
+        ~Turn();
+        Turn(const Turn&) = delete;
+        Turn& operator=(const Turn&) = delete;
+        void moved();  // the device has answered
+
+      private:
+        Service& service_;
+        const uint32_t model_;
+    };
+    friend class Turn;
+
     void count_opening();
     Opened open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user);
     void ensure_active(uint32_t model, Use use);
@@ -149,14 +164,15 @@ class Service {
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
     std::string failure_;
-    Clock::time_point next_look_;             // of now_and_then()
-    bool accepts_ = true;                     // false while no descriptor is left for a connection
-    uint32_t opening_sessions_ = 0;           // not in rings_ yet
-    std::mutex opening_lock_;                 // guards opening_
-    std::map<uint32_t, std::mutex> opening_;  // by model: one activation of it at a time, which may take minutes
-    std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
-    std::map<uint32_t, Remains> remains_;     // by session
-    std::map<int, Connection> connections_;   // by descriptor
+    Clock::time_point next_look_;    // of now_and_then()
+    bool accepts_ = true;            // false while no descriptor is left for a connection
+    uint32_t opening_sessions_ = 0;  // not in rings_ yet
+    std::mutex opening_lock_;        // guards opening_
+    std::condition_variable opened_;
+    std::map<uint32_t, Clock::time_point> opening_;  // by model, while it is an opener's turn: when the device answered
+    std::map<uint32_t, RingSession*> rings_;         // by session, attached or not
+    std::map<uint32_t, Remains> remains_;            // by session
+    std::map<int, Connection> connections_;          // by descriptor
     std::thread thread_;
 };
 

@@ -11,6 +11,7 @@ namespace weightd {
 namespace {
 
 constexpr std::chrono::seconds ROOM_WITHIN{10};  // how long an opener waits for segments to drain
+constexpr std::chrono::milliseconds TURN_CHECK{200};
 
 std::optional<PredictorsFile> missing_predictors(const ModelState& state) {
     const auto& newest = state.predictors_file;
@@ -20,9 +21,30 @@ std::optional<PredictorsFile> missing_predictors(const ModelState& state) {
 
 }  // namespace
 
-std::mutex& Service::opening_of(uint32_t model) {
-    const std::lock_guard guard(opening_lock_);
-    return opening_[model];
+Service::Turn::Turn(Service& service, uint32_t model) : service_(service), model_(model) {
+    std::unique_lock guard(service.opening_lock_);
+    while (!service.opening_.try_emplace(model, Clock::now()).second) {
+        service.opened_.wait_for(guard, TURN_CHECK);
+        const auto other = service.opening_.find(model);
+        if (other == service.opening_.end()) continue;
+        if (service.stopping()) throw Stopping();
+        if (Clock::now() - other->second <= service.choice_.answer_within) continue;
+        guard.unlock();
+        throw Unanswered(service.model(model).spec.name, service.choice_.answer_within);
+    }
+}
+
+Service::Turn::~Turn() {
+    {
+        const std::lock_guard guard(service_.opening_lock_);
+        service_.opening_.erase(model_);
+    }
+    service_.opened_.notify_all();
+}
+
+void Service::Turn::moved() {
+    const std::lock_guard guard(service_.opening_lock_);
+    service_.opening_.at(model_) = Clock::now();
 }
 
 // Off the loop: the engine's list of models grows there. What openers use of a model never changes or is theirs.
@@ -31,12 +53,12 @@ ModelState& Service::model(uint32_t index) {
 }
 
 void Service::ensure_active(uint32_t model, Use use) {
-    const std::lock_guard guard(opening_of(model));
+    Turn turn(*this, model);
     wait_for_room(model, [&] { return engine_->activate(model, use); });
     ModelState& state = this->model(model);  // its spec never changes, and only openers write `resident`
     if (state.resident_ready) return;
     try {
-        SharedMemory resident = load_resident(state.spec, choice_);
+        SharedMemory resident = load_resident(state.spec, choice_, [&] { turn.moved(); });
         on_loop([&] {
             state.resident = std::move(resident);
             state.resident_ready = true;
@@ -64,13 +86,13 @@ void Service::set_predictors(uint32_t model, const PredictorsFile& file) {
 }
 
 void Service::ensure_predictors(uint32_t model) {
-    const std::lock_guard guard(opening_of(model));
+    Turn turn(*this, model);
     ModelState& state = this->model(model);
     while (const auto wanted = on_loop([&] { return missing_predictors(state); })) {
         std::shared_ptr<Predictors> fresh;
         wait_for_room(model, [&] { return (fresh = engine_->reserve_predictors(model, *wanted)) != nullptr; });
         try {
-            fresh->memory = load_predictors(state.spec.name, *wanted, choice_);
+            fresh->memory = load_predictors(state.spec.name, *wanted, choice_, [&] { turn.moved(); });
             on_loop([&] { state.predictors = std::move(fresh); });
         } catch (...) {
             const bool newest = on_loop([&] {

@@ -32,7 +32,8 @@ class Frontend:
         self._config = config
         self._identity_servers: list[asyncio.AbstractServer] = []  # they listen for as long as they are held
         options = CHANNEL_OPTIONS
-        self._server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=options)
+        bounds = CallBounds(service.peer_of)
+        self._server = grpc.aio.server(interceptors=[bounds], maximum_concurrent_rpcs=CALLS_MAX, options=options)
         weightd_pb2_grpc.add_WeightdServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
         self._health: Any = health.aio.HealthServicer()  # which types-grpcio lacks
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -22,7 +22,7 @@ from weightd.frontend import Frontend, prepare_addresses
 from weightd.identity import Identities
 from weightd.profile import sequential_gb_per_s
 from weightd.reload import Reloader
-from weightd.served_models import ServedModels, demand_of
+from weightd.served_models import ANSWER_WITHIN_S, ServedModels, demand_of
 from weightd.server import WeightdService
 from weightd.sizes import format_size
 from weightd.statistics import Statistics
@@ -67,7 +67,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads, config.cold_start)
-        models.open_all()
+        models.open_all(ANSWER_WITHIN_S)
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
         fetcher = Fetcher(store, models, engine)
@@ -131,6 +131,7 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
                 dram_floor_bytes=chosen_floor_bytes(config, dram_bytes),
                 machine_pressure_fd=triggers.machine_fd,
                 cgroup_pressure_fd=triggers.cgroup_fd,
+                answer_within_s=ANSWER_WITHIN_S,
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
