@@ -4,7 +4,7 @@
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.doctor)
-    weightd top [--address ADDR]             (weightd.top)
+    weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.top)
 
 Exit status 0, 1 (failed), 2 (usage). With --json, one object on standard output and nothing else there.
 """
