@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench import Row, Target, machine_facts, report
+from flags import FlagParser
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,7 +41,7 @@ BUSY_TOKENS = 40
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = FlagParser(__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the device that is to be read; needs 1.5 GiB")
     parser.add_argument("--busy-client", nargs=2, metavar=("ADDRESS", "SEED"), help=argparse.SUPPRESS)

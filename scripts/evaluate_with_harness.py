@@ -12,12 +12,14 @@ import argparse
 import json
 from typing import Any
 
+from flags import FlagParser
+
 from flashclient import FlashClient
 from flashclient.cli import add_tls_flags
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("model", help="name in the store")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--address", help="of a weightd")

@@ -10,7 +10,6 @@ weightd nor the one client that is only frozen, never killed, may have grown. Ex
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import json
 import os
@@ -26,6 +25,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from flags import FlagParser
 from soak_clients import ClientProcesses, Event, holdings
 from soak_store import Corruption, MortalWeightd, corrupt, make_store
 
@@ -288,7 +288,7 @@ def _middle(samples: list[dict[str, int]], quarter: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="the same seed disturbs in the same order")

@@ -16,7 +16,7 @@ from flashclient.errors import FlashClientError, OptionError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message} (see `{self.prog} --help`)")
+        raise OptionError(f"{message}; see {self.prog} --help")
 
 
 def _positive(text: str) -> int:

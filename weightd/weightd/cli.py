@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from weightd.config import FlagParser
 from weightd.errors import WeightdError
 from weightd.sizes import format_size
 from weightd.store import Store
@@ -67,17 +68,17 @@ def _describe(error: OSError) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> FlagParser:
+    parser = FlagParser(
         prog="weightd",
         allow_abbrev=False,
         description="Serves models from flash. Without a command: serves --store; see weightd --store DIR --help.",
     )
     commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor | top")
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = FlagParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=Path, required=True, metavar="DIR")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> FlagParser:
         added = commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
         added.set_defaults(run=run)
         return added
