@@ -6,7 +6,6 @@ TinyLlama's shape in bf16 with random bits. Peak memory is the import's over an 
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from bench import Row, Target, abba, machine_facts, middle, report
+from flags import FlagParser
 
 from weightd.families import recipe_of
 
@@ -116,7 +116,7 @@ def measure(how: Callable[[Path, Path], int], source: Path, target: Path) -> Run
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(__doc__)
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the device to measure; needs 5 GB")
     parser.add_argument("--rounds", type=int, default=2, help="ABBA rounds")

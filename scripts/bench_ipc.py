@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from bench import Row, Target, machine_facts, report
 from bench_processes import BenchError
+from flags import FlagParser
 from ipc_generation import generation_rows
 from planted_plan import SHAPES
 from transformers import OPTConfig, OPTForCausalLM
@@ -47,7 +48,7 @@ BUSY_TOKENS = 40
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b", help="of the planted model")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")
     parser.add_argument("--json", action="store_true", help="one object on standard output")

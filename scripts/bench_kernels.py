@@ -8,13 +8,14 @@ predicted neurons, up rows and down columns of those that fire. Kernel and plain
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+
+from flags import FlagParser
 
 import flashclient  # noqa: F401  # isort: skip  # before torch: it tells torch's idle threads to sleep
 import numpy as np
@@ -183,7 +184,7 @@ def attention_row(arena: Arena, positions: int, rounds: int = ROUNDS) -> Row:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = FlagParser(__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=ROUNDS)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from flags import FlagParser
+
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 import torch
 from bench import Row, Target, machine_facts, report
@@ -153,7 +155,7 @@ def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
 
 def _options() -> argparse.Namespace:
     names = [plan.name for plan in ROWS]
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")
     parser.add_argument("--rows", nargs="+", choices=names, default=names)

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 from bench import Row, Target, abba, machine_facts, middle, report
+from flags import FlagParser
 
 from weightd._native import measure_reads
 from weightd.profile import write_sample
@@ -118,7 +119,7 @@ def read_fio(path: Path, case: Case, seconds: float) -> Speed:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = FlagParser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure")
     parser.add_argument("--size", default="2GiB", help="of the file that is written, read and deleted")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each run")

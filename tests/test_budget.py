@@ -18,6 +18,7 @@ from weightd.budget import (
     unservable,
 )
 from weightd.errors import SpaceError
+from weightd.sizes import parse_size
 
 GIB = 1 << 30
 
@@ -119,3 +120,25 @@ def test_exactly_the_cgroup_is_enough_and_a_byte_more_is_not() -> None:
     check_dram(most, LIMITS, [SMALL])
     with pytest.raises(SpaceError, match=r"/cgroup.*at most --dram"):
         check_dram(most + 1, LIMITS, [SMALL])
+
+
+def told_instead(dram_bytes: int, percent: float | None, limit_bytes: int = 8 * GIB) -> str:
+    """What the refusal says to give."""
+    with pytest.raises(SpaceError) as caught:
+        check_dram(dram_bytes, [MemoryLimit("/cgroup", limit_bytes, limit_bytes)], [], percent)
+    return str(caught.value).rpartition("; ")[2]
+
+
+def test_all_of_the_memory_is_refused_with_a_percentage_that_is_taken() -> None:
+    assert told_instead(8 * GIB, 100.0) == "give at most --dram 98%"
+    check_dram(percent_of_memory(98.0, LIMITS), LIMITS, [], 98.0)
+    with pytest.raises(
+        SpaceError, match=r"--dram 100% \(of 8GiB\) and 150MiB for the interpreter are more than the 8GiB"
+    ):
+        check_dram(8 * GIB, LIMITS, [], 100.0)
+
+
+def test_what_a_refusal_says_to_give_is_taken() -> None:
+    told = told_instead(8 * GIB, None).removeprefix("give at most --dram ")
+    check_dram(parse_size(told), LIMITS, [])
+    assert told_instead(GIB, 100.0, 100 << 20) == told_instead(GIB, None, 100 << 20) == "raise that limit"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,9 @@ def memory_bytes(daemon: Daemon) -> int:
     return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(("RssAnon", "RssFile")))
 
 
-def open_unread(daemon: Daemon, count: int) -> list[Any]:
+def open_unread(daemon: Daemon, count: int, stub: Any = None) -> list[Any]:
     """Fetches whose answers nobody takes, once all but those that may run have been refused."""
-    streams = [daemon.stub.Fetch(pb.FetchRequest(model="tiny", file="config.json")) for _ in range(count)]
+    streams = [(stub or daemon.stub).Fetch(pb.FetchRequest(model="tiny", file="config.json")) for _ in range(count)]
     while sum(stream.done() for stream in streams) < count - OF_PEER:
         daemon.stub.Stats(pb.StatsRequest(), timeout=20)
     return streams
@@ -72,9 +74,9 @@ def test_unread_streams_hold_little_memory_and_control_calls_get_through(daemon:
 def test_a_client_is_told_that_the_daemon_is_busy_and_waits(daemon: Daemon) -> None:
     connection = Connection(daemon.address, timeout_s=20)
     request = pb.FetchRequest(model="tiny", placement_of=0)
-    streams = open_unread(daemon, 2 * OF_PEER)
+    streams = open_unread(daemon, 2 * OF_PEER, connection.stub)
     try:
-        with pytest.raises(BusyError, match=f"at most {FETCHES_MAX} run at once"):
+        with pytest.raises(BusyError, match=f"busy: 6 of {FETCHES_MAX} calls of Fetch run, 6 of {OF_PEER} of user 0"):
             list(connection.fetch(request, timeout_s=0.2))
     finally:
         end(streams)
@@ -99,8 +101,31 @@ def test_a_request_that_names_too_much_is_refused(daemon: Daemon) -> None:
             list(daemon.stub.Fetch(pb.FetchRequest(model="tiny", bundles=wanted)))
 
 
-class Counter:
-    """The one call of the service that is an upload: says how many messages came."""
+def test_unread_streams_of_a_stranger_leave_a_user_his_part(daemon: Daemon) -> None:
+    connection = Connection(daemon.address, timeout_s=20)
+    streams = open_unread(daemon, STREAMS)  # by somebody who does not show who he is
+    try:
+        fetched = list(connection.fetch(pb.FetchRequest(model="tiny", placement_of=0)))
+        assert len(b"".join(fetched)) == 4 * 101
+    finally:
+        end(streams)
+        connection.close()
+
+
+class Streamer:
+    """An upload that says how many messages came, and a stream without end that says when it ended."""
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.began = 0
+
+    async def fetch(self, request: pb.FetchRequest, _: Any) -> AsyncIterator[pb.FetchResponse]:
+        self.began += 1
+        try:
+            while request.model != "empty":
+                yield pb.FetchResponse(data=bytes(1 << 20))
+        finally:
+            self.ended.set()
 
     async def publish(self, requests: AsyncIterator[pb.PublishCalibrationRequest], _: Any) -> pb.Calibration:
         return pb.Calibration(version=len([request async for request in requests]))
@@ -110,19 +135,32 @@ class Counter:
             "PublishCalibration": grpc.stream_unary_rpc_method_handler(
                 self.publish, pb.PublishCalibrationRequest.FromString, pb.Calibration.SerializeToString
             ),
+            "Fetch": grpc.unary_stream_rpc_method_handler(
+                self.fetch, pb.FetchRequest.FromString, pb.FetchResponse.SerializeToString
+            ),
         }
         return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
 
-@pytest.fixture
-def impatient(tmp_path: Path) -> Iterator[weightd_pb2_grpc.WeightdStub]:
+AGED = [("grpc.max_connection_age_ms", 1000), ("grpc.max_connection_age_grace_ms", 1000)]
+
+
+@dataclass
+class Impatient:
     """A server with our bounds that waits half a second for a caller."""
-    listening, ending = threading.Event(), threading.Event()
+
+    streamer: Streamer
+    stub: weightd_pb2_grpc.WeightdStub
+
+
+@contextmanager
+def impatient(folder: Path, options: list[tuple[str, int]]) -> Iterator[Impatient]:
+    listening, ending, streamer = threading.Event(), threading.Event(), Streamer()
 
     async def serve() -> None:
-        server = grpc.aio.server(interceptors=[CallBounds(patience_s=0.5)])
-        server.add_generic_rpc_handlers((Counter().handlers(),))
-        server.add_insecure_port(f"unix:{tmp_path}/s")
+        server = grpc.aio.server(interceptors=[CallBounds(patience_s=0.5)], options=options)
+        server.add_generic_rpc_handlers((streamer.handlers(),))
+        server.add_insecure_port(f"unix:{folder}/s")
         await server.start()
         listening.set()
         await asyncio.to_thread(ending.wait)
@@ -131,22 +169,68 @@ def impatient(tmp_path: Path) -> Iterator[weightd_pb2_grpc.WeightdStub]:
     thread = threading.Thread(target=asyncio.run, args=(serve(),))
     thread.start()
     assert listening.wait(60)
-    with grpc.insecure_channel(f"unix:{tmp_path}/s") as channel:
-        yield weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+    with grpc.insecure_channel(f"unix:{folder}/s") as channel:
+        yield Impatient(streamer, weightd_pb2_grpc.WeightdStub(channel))  # type: ignore[no-untyped-call]
     ending.set()
     thread.join()
 
 
-def test_an_upload_that_stops_is_given_up(impatient: weightd_pb2_grpc.WeightdStub) -> None:
+def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
     silent = threading.Event()
 
     def requests() -> Iterator[pb.PublishCalibrationRequest]:
         yield pb.PublishCalibrationRequest()
         silent.wait(60)
 
-    with pytest.raises(grpc.RpcError) as caught:
-        impatient.PublishCalibration(requests(), timeout=60)
-    silent.set()
-    assert "nothing was sent" in (caught.value.details() or "")
-    whole = [pb.PublishCalibrationRequest()] * 3
-    assert impatient.PublishCalibration(iter(whole), timeout=60).version == 3
+    with impatient(tmp_path, []) as server:
+        with pytest.raises(grpc.RpcError) as caught:
+            server.stub.PublishCalibration(requests(), timeout=60)
+        silent.set()
+        assert "nothing was sent" in (caught.value.details() or "")
+        whole = [pb.PublishCalibrationRequest()] * 3
+        assert server.stub.PublishCalibration(iter(whole), timeout=60).version == 3
+
+
+def test_a_stream_that_nobody_reads_is_given_up_and_whoever_reads_on_is_told(tmp_path: Path) -> None:
+    with impatient(tmp_path, []) as server:
+        stream = server.stub.Fetch(pb.FetchRequest(), timeout=60)
+        assert server.streamer.ended.wait(60)  # what it held is free, while nobody has read anything
+        with pytest.raises(grpc.RpcError) as caught:
+            for _ in stream:
+                pass
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "no answer was taken for 0.5 s" in (caught.value.details() or "")
+
+
+def test_streams_that_nobody_reads_leave_their_places_to_others_only(tmp_path: Path) -> None:
+    empty = pb.FetchRequest(model="empty")
+    with impatient(tmp_path, []) as server:
+        streams = []
+        for count in range(1, OF_PEER + 1):
+            server.streamer.ended.clear()
+            streams.append(server.stub.Fetch(pb.FetchRequest(), timeout=60))
+            assert server.streamer.ended.wait(60)
+            assert server.streamer.began == count
+        with pytest.raises(grpc.RpcError, match=f"0 of {FETCHES_MAX} calls of Fetch run, 6 of {OF_PEER} of unix"):
+            list(server.stub.Fetch(empty, timeout=60))
+        end(streams)
+        assert answer_in_time(server.stub, empty) == []
+
+
+def answer_in_time(stub: weightd_pb2_grpc.WeightdStub, request: pb.FetchRequest) -> list[pb.FetchResponse]:
+    """Asked until the server has seen that the others have ended."""
+    while True:
+        try:
+            return list(stub.Fetch(request, timeout=60))
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.ABORTED:
+                raise
+
+
+def test_streams_that_nobody_ever_reads_end_with_their_connection(tmp_path: Path) -> None:
+    with impatient(tmp_path, AGED) as server:
+        streams = [server.stub.Fetch(pb.FetchRequest(), timeout=60) for _ in range(OF_PEER)]
+        while server.streamer.began < OF_PEER:
+            assert server.streamer.ended.wait(60)
+        assert answer_in_time(server.stub, pb.FetchRequest(model="empty")) == []  # over a new connection
+        end(streams)

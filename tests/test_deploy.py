@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from daemon import serving
+from tiny_store import write_model
 
 from weightd.budget import INTERPRETER_BYTES
 from weightd.config import ServeConfig, load_config
@@ -21,7 +24,7 @@ from weightd.sizes import parse_size
 DEPLOY = Path(__file__).parent.parent / "deploy"
 OPTION = re.compile(r"^(?:# )?([a-z][a-z-]*) = (.+)$", re.MULTILINE)
 OF_OTHERS = {"up", "process_cpu_seconds_total"}  # of Prometheus, and of its library
-LABELS = {"instance", "job", "le", *(label for metric in METRICS for label in metric.labels)}
+OF_SCRAPE = {"instance", "job"}
 EXPOSURE_MAX = 2.0  # of `systemd-analyze security`, on its scale from 0 to 10; it was 1.6
 
 
@@ -62,13 +65,45 @@ def metric_names() -> set[str]:
     return names | {f"{name}_{part}" for name in histograms for part in ("bucket", "sum", "count")} | OF_OTHERS
 
 
-def assert_known(expression: str) -> None:
-    """Its metrics and the labels that it groups by."""
-    grouped = {label.strip() for labels in re.findall(r"by \(([^)]*)\)", expression) for label in labels.split(",")}
-    assert grouped <= LABELS, expression
-    used = set(re.findall(r"\b(?:weightd|process)_\w+", expression))
-    assert used or expression.startswith("up{"), expression
-    assert used <= metric_names(), expression
+def labels_of(name: str) -> set[str]:
+    """That a series of this name has."""
+    if name in OF_OTHERS:
+        return OF_SCRAPE
+    metric = next(
+        each for each in METRICS if name == each.name or (each.kind == HISTOGRAM and name.startswith(each.name))
+    )
+    return OF_SCRAPE | set(metric.labels) | ({"le"} if name.endswith("_bucket") else set())
+
+
+def assert_known(expression: str, *shown: str) -> None:
+    """Its metrics, and the labels that it groups by or selects; `shown`: labels that its result must have."""
+    used = re.findall(r"\b(?:weightd|process)_\w+|\bup\b", expression)
+    assert used, expression
+    assert set(used) <= metric_names(), expression
+    kept = set.intersection(*map(labels_of, used))
+    for labels in re.findall(r"(?:by|on) \(([^)]*)\)", expression):
+        grouped = {label.strip() for label in labels.split(",")}
+        assert grouped <= kept, expression
+    for name, selected in re.findall(r"(\w+)\{([^}]*)\}", expression):
+        assert set(re.findall(r"(\w+)\s*[=!]", selected)) <= labels_of(name), expression
+    groups = [{label.strip() for label in labels.split(",")} for labels in re.findall(r"by \(([^)]*)\)", expression)]
+    assert set(shown) <= set.intersection(kept, *groups), (expression, shown)
+
+
+@pytest.mark.parametrize(
+    ("expression", "shown"),
+    [
+        ("weightd_no_such", ()),
+        ("sum by (region) (rate(weightd_reads_total[5m]))", ()),
+        ("weightd_reads_in_flight{model='m'}", ()),
+        ("sum by (instance) (weightd_sessions)", ("model",)),
+        ("sum by (le) (weightd_read_latency_seconds_sum)", ()),
+        ("weightd_dram_bytes", ("model",)),
+    ],
+)
+def test_labels_that_are_not_there_are_noticed(expression: str, shown: tuple[str, ...]) -> None:
+    with pytest.raises(AssertionError):
+        assert_known(expression, *shown)
 
 
 def test_alerts_use_metrics_that_there_are() -> None:
@@ -76,21 +111,20 @@ def test_alerts_use_metrics_that_there_are() -> None:
     names = [rule["alert"] for rule in group["rules"]]
     assert len(set(names)) == len(names) > 0
     for rule in group["rules"]:
-        assert_known(rule["expr"])
+        shown = re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values()))
+        assert_known(rule["expr"], *shown)
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert set(rule["annotations"]) == {"summary", "description"}
-        shown = re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values()))
-        assert set(shown) <= LABELS
 
 
 def test_the_dashboard_uses_metrics_that_there_are() -> None:
     dashboard = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
     panels = dashboard["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
-    expressions = [target["expr"] for panel in panels for target in panel.get("targets", [])]
-    assert len(expressions) > 20
-    for expression in expressions:
-        assert_known(expression)
+    targets = [target for panel in panels for target in panel.get("targets", [])]
+    assert len(targets) > 20
+    for target in targets:
+        assert_known(target["expr"], *re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
     assert "label_values(weightd_info, instance)" in json.dumps(dashboard["templating"])
 
 
@@ -143,6 +177,29 @@ def test_the_images_copy_what_there_is() -> None:
     assert sources
     for source in sources:
         assert (DEPLOY.parent / source).exists(), source
+
+
+def probes() -> dict[str, list[str]]:
+    """The commands with which others look after weightd."""
+    ((image,),) = [re.findall(r"HEALTHCHECK .*\\\n\s+CMD (\[.*\])", (DEPLOY / "Dockerfile").read_text())]
+    documents = {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
+    (container,) = documents["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+    names = ("startupProbe", "readinessProbe", "livenessProbe")
+    return {"HEALTHCHECK": json.loads(image)} | {name: container[name]["exec"]["command"] for name in names}
+
+
+@pytest.mark.parametrize("name", ["HEALTHCHECK", "startupProbe", "readinessProbe", "livenessProbe"])
+def test_health_probes_tell_a_daemon_that_answers_from_one_that_does_not(name: str, tmp_path: Path) -> None:
+    command = probes()[name]
+    assert command[0] == "weightd"
+    assert command[-1] == "unix:/run/weightd/weightd.sock"
+    write_model(tmp_path / "store")
+    with serving(tmp_path / "store", "--dram", "64MiB") as daemon:
+        here = [sys.executable, "-m", *command[:-1], daemon.address]
+        healthy = subprocess.run(here, capture_output=True, text=True, timeout=10, check=False)
+        assert (healthy.returncode, healthy.stderr) == (0, "")
+        daemon.stop()
+        assert subprocess.run(here, capture_output=True, timeout=10, check=False).returncode == 1
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed here")

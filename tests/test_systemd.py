@@ -14,7 +14,8 @@ from daemon import Daemon, serving
 from tiny_store import write_model
 
 WATCHDOG_S = 0.6
-WORDS_ON_THEIR_WAY_MAX = 30  # sent while a busy machine kept this test from listening; pauses are far below the timeout
+# Sent while a busy machine kept this test from listening; each pause is far shorter than the timeout.
+WORDS_ON_THEIR_WAY_MAX = 30
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH = 0x4206, 0x4207, 17
 
 

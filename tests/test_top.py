@@ -19,9 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from daemon import Daemon, serving
+from certificates import Authority
+from daemon import Daemon, free_port, serving
 from tiny_store import write_model
 
+from flashclient.address import TlsOptions, parse_address
+from flashclient.errors import OptionError
 from weightd import top
 from weightd.errors import DaemonError, UsageError
 from weightd.top_table import lines_of, quantile, view_of
@@ -240,6 +243,54 @@ def test_bad_input_is_one_line(flags: list[str], status: int, words: list[str]) 
     done = subprocess.run(command(*flags), capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (status, 1), done.stderr
     assert all(word in done.stderr for word in words), done.stderr
+
+
+def show(*flags: str) -> subprocess.CompletedProcess[str]:
+    given = command(*flags, "--interval", "0.1", "--json")
+    return subprocess.run(given, capture_output=True, text=True, check=False)
+
+
+def test_a_daemon_with_mutual_tls_is_shown_to_whom_it_knows(tmp_path: Path) -> None:
+    write_model(tmp_path / "store")
+    authority = Authority(tmp_path)
+    server, client = authority.sign("server"), authority.sign("client")
+    flags = ["--tls-cert", str(server.cert), "--tls-key", str(server.key), "--tls-client-ca", str(authority.ca)]
+    address, credentials = f"localhost:{free_port()}", authority.credentials(client)
+    known = ["--tls-ca", str(authority.ca), "--tls-cert", str(client.cert), "--tls-key", str(client.key)]
+    with serving(tmp_path / "store", "--dram", "64MiB", *flags, address=address, credentials=credentials):
+        shown = show("--address", address, *known)
+        assert (shown.returncode, shown.stderr) == (0, "")
+        assert [model["name"] for model in json.loads(shown.stdout)["models"]] == ["tiny"]
+        plain_text = show("--address", address)
+        assert (plain_text.returncode, plain_text.stderr.count("\n")) == (1, 1)
+        assert "--tls-ca if it wants TLS" in plain_text.stderr
+        unknown = show("--address", address, "--tls-ca", str(authority.ca))
+        assert (unknown.returncode, unknown.stderr.count("\n")) == (1, 1)
+        assert "look at the certificates" in unknown.stderr
+
+
+@pytest.mark.parametrize(
+    ("address", "files"),
+    [
+        ("weights.example.org:7411", {}),
+        ("unix:/x", {"ca": "/ca"}),
+        ("localhost:1", {"ca": "/ca", "cert": "/c"}),
+        ("localhost:1", {"cert": "/c", "key": "/k"}),
+        ("localhost:1", {"ca": "/no/such.pem"}),
+        ("localhost:1", {"ca": "/dev/null"}),
+    ],
+)
+def test_tls_options_are_refused_in_the_clients_words(address: str, files: dict[str, str]) -> None:
+    def check() -> None:
+        tls = TlsOptions(**files)
+        parse_address(address, tls)
+        tls.read()
+
+    with pytest.raises(OptionError) as clients:
+        check()
+    given = [word for name, file in files.items() for word in (f"--tls-{name}", file)]
+    shown = show("--address", address, *given)
+    assert (shown.returncode, shown.stderr) == (2, f"weightd: {clients.value}\n")
 
 
 # ---- what is computed ----

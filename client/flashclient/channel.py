@@ -76,14 +76,16 @@ def _translated(error: Any, address: str) -> errors.FlashClientError:
     return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
 
 
-def _channel(address: Address, tls: TlsOptions) -> grpc.Channel:
+def open_channel(address: Address, tls: TlsOptions) -> grpc.Channel:
+    """Raises OptionError for a file of `tls` that cannot be used."""
     if tls.given:
         ca, cert, key = tls.read()
         return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(ca, key, cert), CHANNEL_OPTIONS)
     return grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
 
 
-def _stub(channel: grpc.Channel, address: Address) -> Any:
+def stub_of(channel: grpc.Channel, address: Address) -> Any:
+    """The calls of weightd.v1.Weightd; over a Unix socket each shows who calls."""
     stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
     return stub if address.socket_path is None else IdentifiedStub(stub, address.socket_path)
 
@@ -124,8 +126,8 @@ class Connection:
         self.address = parsed.target
         self.timeout_s = timeout_s
         self._revive = revive
-        self._channel = _channel(parsed, tls)
-        self.stub = _stub(self._channel, parsed)
+        self._channel = open_channel(parsed, tls)
+        self.stub = stub_of(self._channel, parsed)
         try:
             self.stats()
         except errors.DaemonLostError as error:

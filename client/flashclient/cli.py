@@ -16,7 +16,7 @@ from flashclient.errors import FlashClientError, OptionError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message} (see `{self.prog} --help`)")
+        raise OptionError(f"{message}; see {self.prog} --help")
 
 
 def _positive(text: str) -> int:
@@ -56,13 +56,18 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     )
     where.add_argument("--store", metavar="DIR", help="attach to the weightd of this store, or start a private one")
     command.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
-    command.add_argument("--tls-ca", metavar="FILE", help="with the certificate that signed the daemon's; turns TLS on")
-    command.add_argument("--tls-cert", metavar="FILE", help="of this client, for a daemon that asks for one")
-    command.add_argument("--tls-key", metavar="FILE", help="of --tls-cert")
+    add_tls_flags(command)
     command.add_argument("--transport", choices=("auto", "shm", "grpc"), default="auto")
     command.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
     command.add_argument("--json", action="store_true", help="print one object instead")
     return command
+
+
+def add_tls_flags(parser: Any) -> None:
+    """--tls-ca, --tls-cert and --tls-key: the files of TlsOptions."""
+    parser.add_argument("--tls-ca", metavar="FILE", help="with the certificate that signed the daemon's; turns TLS on")
+    parser.add_argument("--tls-cert", metavar="FILE", help="of this client, for a daemon that asks for one")
+    parser.add_argument("--tls-key", metavar="FILE", help="of --tls-cert")
 
 
 def _add_generate(command: Any) -> None:

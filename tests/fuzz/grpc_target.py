@@ -22,6 +22,7 @@ from weightd import serve
 from weightd.call_bounds import SERVICE_NAME
 from weightd.config import load_config
 from weightd.fetch import Fetcher
+from weightd.frontend import Frontend
 from weightd.identity import Identities
 from weightd.pressure import Triggers
 from weightd.served_models import ServedModels
@@ -82,11 +83,12 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event, tol
     fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
     service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, DRAM_BYTES, statistics)
     service.set_rules(config.allow, config.allow_publish)
-    server = serve._frontend(config, service, None).server
-    await server.start()
+    frontend = Frontend(config, service, None)
+    await frontend.start(Identities(config.store))
     ready.set()
     await told.wait()
-    await server.stop(0)
+    await frontend.stop()
+    frontend.close()
     service.close()
 
 

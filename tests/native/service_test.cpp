@@ -138,6 +138,24 @@ TEST_F(ServiceTest, LoadingOneModelKeepsNoOtherWaiting) {
     EXPECT_EQ(other.get(), 2U);
 }
 
+TEST_F(ServiceTest, WhoWaitsForAnOpeningWhoseDeviceIsSilentIsTold) {
+    FlashModel slow(1, 40, "slow");
+    slow.spec.resident_path = folder.file("pipe");
+    ASSERT_EQ(::mkfifo(slow.spec.resident_path.c_str(), 0600), 0);
+    Service service(64U << 20, {"threads", 2, 32, false, false, std::chrono::milliseconds(300)}, folder.file("data"));
+    ASSERT_EQ(service.add_model(slow.spec), 0U);
+    auto first = std::async(std::launch::async, [&] { service.open_session(0, 2); });
+    while (service.report().resident_bytes == 0) std::this_thread::yield();
+    const uint32_t cell = 0;
+    std::vector<std::byte> out(slow.spec.cell_bytes);
+    EXPECT_THROW(service.open_session(0, 2), Unanswered);
+    EXPECT_THROW(service.fetch(0, 0, {&cell, 1}, out), Unanswered);
+    EXPECT_EQ(first.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
+    const Descriptor writer(::open(slow.spec.resident_path.c_str(), O_WRONLY | O_CLOEXEC));
+    EXPECT_THROW(first.get(), std::exception);
+    EXPECT_EQ(service.report().sessions, 0U);
+}
+
 TEST_F(ServiceTest, AFaultOfItsLoopStopsItAndIsTold) {
     FlashModel model(1, 40);
     const auto service = serve(model);

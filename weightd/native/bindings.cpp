@@ -49,6 +49,8 @@ void translate(const std::exception_ptr& pointer, void*) {
         PyErr_SetObject(PyExc_OSError, arguments.ptr());
     } catch (const weightd::NoRoom& error) {
         PyErr_SetString(PyExc_MemoryError, error.what());
+    } catch (const weightd::Unanswered& error) {
+        PyErr_SetString(PyExc_TimeoutError, error.what());
     } catch (const weightd::CorruptBundle& error) {
         nb::object raised = nb::borrow(corrupt_bundle)(error.what());
         raised.attr("layer") = error.layer;
@@ -249,14 +251,18 @@ void bind_engine(nb::module_& m) {
             "__init__",
             [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
                bool allow_buffered, bool unbundled_reads, const std::string& data_socket, bool warms,
-               uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd) {
+               uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd, double answer_within_s) {
                 weightd::PressureChoice pressure{dram_floor_bytes, weightd::Descriptor(machine_pressure_fd),
                                                  weightd::Descriptor(cgroup_pressure_fd)};
-                new (self) Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads},
-                                   data_socket, warms, std::move(pressure));
+                const auto within = std::chrono::duration_cast<std::chrono::milliseconds>(
+                    std::chrono::duration<double>(answer_within_s));
+                new (self)
+                    Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads, within},
+                            data_socket, warms, std::move(pressure));
             },
             "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "unbundled_reads"_a,
             "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a, "cgroup_pressure_fd"_a,
+            "answer_within_s"_a,
             "Takes over the triggers of pressure stall information, which tell of pressure by POLLPRI (-1: none).")
         .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
@@ -266,14 +272,16 @@ void bind_engine(nb::module_& m) {
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
              "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
              "predictors that are not in memory yet. Raises "
-             "MemoryError, OSError, CorruptResident, Stopping.")
+             "MemoryError, OSError (TimeoutError: the device is silent), CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors that sessions opened from now on get.")
         .def("expect", &expect, "model"_a, "hotness"_a,
              "How often each cell will be used: uint8 in the code of replacement.h. ValueError unless one for each.")
         .def("hotness", &hotness, "model"_a, "The same as bytes: as it was foretold, and seen since.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
-             "Whole cells, back to back. Raises OSError, CorruptBundle, IndexError, MemoryError, Stopping.")
+             "Whole cells, back to back. Raises OSError (TimeoutError: the device is silent), CorruptBundle, "
+             "IndexError, "
+             "MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
         .def("stats", &report, "What proto/weightd.proto's StatsResponse says; the latency bounds are constants.")
         .def_prop_ro("failed_fd", &Service::failed_fd, "readable once the engine has ended by a fault of its own")

@@ -100,6 +100,10 @@ struct ModelState {
     } demand;
 };
 
+// Opens the model's files, off the loop: that may take as long as the device likes. Throws std::system_error,
+// std::invalid_argument.
+std::unique_ptr<ModelState> open_model(ModelSpec spec, bool allow_buffered);
+
 class Engine {
   public:
     // `unbundled`: see Loader. `warms`: a model's hot cells are read when its first session is
@@ -107,7 +111,10 @@ class Engine {
     Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false, bool warms = true);
     ~Engine();
 
-    uint32_t add_model(ModelSpec spec, bool allow_buffered);
+    uint32_t add_model(std::unique_ptr<ModelState> opened);  // its index. Throws NoRoom
+    uint32_t add_model(ModelSpec spec, bool allow_buffered) {
+        return add_model(open_model(std::move(spec), allow_buffered));
+    }
     ModelState& model(uint32_t index) { return *models_.at(index); }
     const std::vector<std::unique_ptr<ModelState>>& models() const { return models_; }
     const Memory& memory() const { return memory_; }

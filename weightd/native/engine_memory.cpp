@@ -49,7 +49,7 @@ uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     return pages(activation_bytes(spec) + opened_bytes(spec)) + slots * spec.cell_bytes;
 }
 
-uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
+std::unique_ptr<ModelState> open_model(ModelSpec spec, bool allow_buffered) {
     spec.require_sound();
     auto state = std::make_unique<ModelState>();
     state->file = std::make_unique<DirectFile>(spec.bundles_path, allow_buffered);
@@ -57,15 +57,20 @@ uint32_t Engine::add_model(ModelSpec spec, bool allow_buffered) {
         if (state->file->size_bytes() >= layer.offset_bytes + uint64_t{layer.cells} * spec.cell_bytes) continue;
         throw std::invalid_argument(spec.bundles_path + ": shorter than the catalog says (import the model again)");
     }
+    state->spec = std::move(spec);
+    return state;
+}
+
+uint32_t Engine::add_model(std::unique_ptr<ModelState> opened) {
+    const ModelSpec& spec = opened->spec;
     if (!memory_.take(Account::tables, opened_bytes(spec))) {
         throw NoRoom(spec.name + ": its checksums and the record of what is hot need " + mebibytes(opened_bytes(spec)) +
                      " and --dram has " + mebibytes(memory_.free_bytes()) + " left: raise --dram");
     }
-    state->index = static_cast<uint32_t>(models_.size());
-    state->spec = std::move(spec);
-    state->hotness.resize(state->spec.cell_count());
-    state->file_index = reader_.register_file(*state->file);
-    models_.push_back(std::move(state));
+    opened->index = static_cast<uint32_t>(models_.size());
+    opened->hotness.resize(spec.cell_count());
+    opened->file_index = reader_.register_file(*opened->file);
+    models_.push_back(std::move(opened));
     return models_.back()->index;
 }
 

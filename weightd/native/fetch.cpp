@@ -13,7 +13,8 @@ constexpr std::chrono::milliseconds STOP_CHECK{200};
 
 class FetchSession final : public Session {
   public:
-    using Session::Session;
+    FetchSession(const ModelSpec& spec, uint32_t model, uint32_t share)
+        : Session(model, spec.cell_count(), share), model_(spec.name) {}
 
     struct Answer {
         const std::byte* address = nullptr;
@@ -25,6 +26,7 @@ class FetchSession final : public Session {
         const std::lock_guard guard(lock_);
         answers_.assign(count, {});
         owed_ = count;
+        answered_at_ = Clock::now();
     }
 
     void granted(uint32_t tag, uint32_t, Place place, const Pool& pool) override {
@@ -37,11 +39,13 @@ class FetchSession final : public Session {
 
     void flush() override { answered_.notify_one(); }
 
+    // All answers; throws Unanswered once none has come for `within`.
     template <typename IsStopping>
-    std::vector<Answer> wait(IsStopping stopping) {
+    std::vector<Answer> wait(IsStopping stopping, std::chrono::milliseconds within) {
         std::unique_lock guard(lock_);
         while (!answered_.wait_for(guard, STOP_CHECK, [this] { return owed_ == 0; })) {
             if (stopping()) throw Stopping();
+            if (Clock::now() - answered_at_ > within) throw Unanswered(model_, within);
         }
         return answers_;
     }
@@ -51,12 +55,15 @@ class FetchSession final : public Session {
         const std::lock_guard guard(lock_);
         answers_[tag] = answer;
         owed_--;
+        answered_at_ = Clock::now();
     }
 
-    std::mutex lock_;  // guards answers_, owed_
+    const std::string model_;
+    std::mutex lock_;  // guards answers_, owed_, answered_at_
     std::condition_variable answered_;
     std::vector<Answer> answers_;
     size_t owed_ = 0;
+    Clock::time_point answered_at_;
 };
 
 void require_good(const ModelSpec& spec, uint32_t layer, uint32_t cell, const FetchSession::Answer& answer) {
@@ -93,8 +100,7 @@ void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
         on_loop([&] {
             const auto wanted = static_cast<uint32_t>(std::clamp<size_t>(cells.size(), 1, FETCH_SLOTS_MAX));
             const uint32_t share = engine_->share_for(model, wanted);
-            session = static_cast<FetchSession*>(
-                &engine_->open(std::make_unique<FetchSession>(model, spec.cell_count(), share)));
+            session = static_cast<FetchSession*>(&engine_->open(std::make_unique<FetchSession>(spec, model, share)));
         });
         for (size_t first = 0; first < cells.size(); first += session->share_slots) {
             const auto batch = cells.subspan(first, std::min<size_t>(session->share_slots, cells.size() - first));
@@ -106,7 +112,7 @@ void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
                     }
                 }
             });
-            const auto answers = session->wait([this] { return stopping(); });
+            const auto answers = session->wait([this] { return stopping(); }, choice_.answer_within);
             for (size_t i = 0; i < batch.size(); i++) {
                 require_good(spec, layer, batch[i], answers[i]);
                 std::memcpy(out.data() + (first + i) * spec.cell_bytes, answers[i].address, spec.cell_bytes);

@@ -32,6 +32,9 @@ struct Stopping : std::runtime_error {
     Stopping() : std::runtime_error("weightd is stopping") {}
 };
 
+[[noreturn]] void fail(const std::string& what);  // std::system_error of errno
+bool out_of_descriptors(int error);               // whether that errno says so
+
 // Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
@@ -83,6 +86,9 @@ class Service {
         Clock::time_point close_at;
     };
 
+    enum Event : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION, PRESSURE };  // of epoll
+    static uint64_t event_data(Event kind, uint32_t id) { return static_cast<uint64_t>(kind) << 32 | id; }
+
     void run();
     void loop();
     void fail_with(const std::string& what);
@@ -92,6 +98,7 @@ class Service {
     void run_commands();
     void run_all_commands();
     void now_and_then();
+    static Descriptor listen_at(const std::string& path);
     void accept_connections();
     void add_connection(Descriptor socket);
     void listen(bool accepts);
@@ -107,7 +114,22 @@ class Service {
     void watch_pressure();
     void hear_pressure(int fd, uint32_t events);
     ModelState& model(uint32_t index);
-    std::mutex& opening_of(uint32_t model);
+    // One opener's turn at a model, until it goes: its activation may take minutes, and is done once.
+    class Turn {
+      public:
+        // Waits for the turns before, as long as the device answers them. Throws Unanswered, Stopping.
+        Turn(Service& service, uint32_t model);
+        ~Turn();
+        Turn(const Turn&) = delete;
+        Turn& operator=(const Turn&) = delete;
+        void moved();  // the device has answered
+
+      private:
+        Service& service_;
+        const uint32_t model_;
+    };
+    friend class Turn;
+
     void count_opening();
     Opened open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user);
     void ensure_active(uint32_t model, Use use);
@@ -142,14 +164,15 @@ class Service {
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
     std::string failure_;
-    Clock::time_point next_look_;             // of now_and_then()
-    bool accepts_ = true;                     // false while no descriptor is left for a connection
-    uint32_t opening_sessions_ = 0;           // not in rings_ yet
-    std::mutex opening_lock_;                 // guards opening_
-    std::map<uint32_t, std::mutex> opening_;  // by model: one activation of it at a time, which may take minutes
-    std::map<uint32_t, RingSession*> rings_;  // by session, attached or not
-    std::map<uint32_t, Remains> remains_;     // by session
-    std::map<int, Connection> connections_;   // by descriptor
+    Clock::time_point next_look_;    // of now_and_then()
+    bool accepts_ = true;            // false while no descriptor is left for a connection
+    uint32_t opening_sessions_ = 0;  // not in rings_ yet
+    std::mutex opening_lock_;        // guards opening_
+    std::condition_variable opened_;
+    std::map<uint32_t, Clock::time_point> opening_;  // by model, while it is an opener's turn: when the device answered
+    std::map<uint32_t, RingSession*> rings_;         // by session, attached or not
+    std::map<uint32_t, Remains> remains_;            // by session
+    std::map<int, Connection> connections_;          // by descriptor
     std::thread thread_;
 };
 

@@ -6,12 +6,16 @@ machine's own memory. Page cache that the kernel would drop is free memory.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightd.errors import SpaceError
+from weightd.config import ServeConfig
+from weightd.errors import SpaceError, UsageError
 from weightd.sizes import format_size
+
+logger = logging.getLogger(__name__)
 
 # The interpreter's promise (design, promise 1): what the process needs beside --dram.
 INTERPRETER_BYTES = 150 << 20
@@ -47,6 +51,34 @@ def tightest(limits: Sequence[MemoryLimit]) -> MemoryLimit:
     return min(limits, key=lambda limit: limit.limit_bytes)
 
 
+def chosen_dram_bytes(config: ServeConfig, demands: Sequence[ModelDemand]) -> int:
+    """What --dram is in bytes, checked against the machine and the store's models. Raises SpaceError."""
+    limits = memory_limits()
+    if config.dram_bytes is not None:
+        dram_bytes = config.dram_bytes
+    elif config.dram_percent is not None:
+        dram_bytes = percent_of_memory(config.dram_percent, limits)
+    else:
+        dram_bytes = default_dram_bytes(limits, demands)
+    check_dram(dram_bytes, limits, demands, config.dram_percent)
+    for demand in unservable(dram_bytes, demands):
+        logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_size(demand.minimum_bytes))
+    free_bytes = min(limit.free_bytes for limit in limits)
+    if dram_bytes > free_bytes:
+        logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free_bytes))
+    return dram_bytes
+
+
+def chosen_floor_bytes(config: ServeConfig, dram_bytes: int) -> int:
+    """What --dram-floor is in bytes. Raises UsageError for one above --dram."""
+    if config.dram_floor_bytes is None:
+        return int(dram_bytes * config.dram_floor_percent / 100)
+    if config.dram_floor_bytes > dram_bytes:
+        floor, dram = format_size(config.dram_floor_bytes), format_size(dram_bytes)
+        raise UsageError(f"--dram-floor {floor} is above --dram {dram}; give a smaller one, or a percentage")
+    return config.dram_floor_bytes
+
+
 def default_dram_bytes(limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand]) -> int:
     """Half of what machine and cgroups leave free, no more than the models need (an empty store: just half)."""
     half = max(0, min(limit.free_bytes for limit in limits) - INTERPRETER_BYTES) // 2
@@ -59,14 +91,19 @@ def percent_of_memory(percent: float, limits: Sequence[MemoryLimit]) -> int:
     return int(tightest(limits).limit_bytes * percent / 100)
 
 
-def check_dram(dram_bytes: int, limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand]) -> None:
-    """Raise SpaceError when no process of this machine can hold `dram_bytes`, or no model can be served with it."""
+def check_dram(
+    dram_bytes: int, limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand], percent: float | None = None
+) -> None:
+    """Raises SpaceError when no process of this machine can hold `dram_bytes`, or no model can be served with it.
+
+    `percent`: how that was given, if it was a percentage; what is to be given instead is one, too.
+    """
     bound = tightest(limits)
     if dram_bytes + INTERPRETER_BYTES > bound.limit_bytes:
-        most = max(0, bound.limit_bytes - INTERPRETER_BYTES)
+        given = format_size(dram_bytes) if percent is None else f"{percent:g}% (of {format_size(bound.limit_bytes)})"
         raise SpaceError(
-            f"--dram {format_size(dram_bytes)} and {format_size(INTERPRETER_BYTES)} for the interpreter are more than "
-            f"the {format_size(bound.limit_bytes)} of {bound.source}; give at most --dram {format_size(most)}"
+            f"--dram {given} and {format_size(INTERPRETER_BYTES)} for the interpreter are more than the "
+            f"{format_size(bound.limit_bytes)} of {bound.source}; {_most(bound.limit_bytes, percent is not None)}"
         )
     if demands and all(demand.minimum_bytes > dram_bytes for demand in demands):
         raise SpaceError(f"--dram {format_size(dram_bytes)} is too small: {_minimums(demands)}")
@@ -75,6 +112,16 @@ def check_dram(dram_bytes: int, limits: Sequence[MemoryLimit], demands: Sequence
 def unservable(dram_bytes: int, demands: Sequence[ModelDemand]) -> list[ModelDemand]:
     """The models that need more than `dram_bytes`."""
     return [demand for demand in demands if demand.minimum_bytes > dram_bytes]
+
+
+def _most(limit_bytes: int, as_percent: bool) -> str:
+    """What to try, rounded down so that it is taken."""
+    most_bytes = limit_bytes - INTERPRETER_BYTES
+    if as_percent and most_bytes * 100 >= limit_bytes:
+        return f"give at most --dram {most_bytes * 100 // limit_bytes}%"
+    if most_bytes >= 1 << 20:
+        return f"give at most --dram {most_bytes >> 20}MiB"
+    return "raise that limit"
 
 
 def _minimums(demands: Sequence[ModelDemand]) -> str:

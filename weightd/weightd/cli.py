@@ -4,7 +4,7 @@
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.doctor)
-    weightd top [--address ADDR]             (weightd.top)
+    weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.top)
 
 Exit status 0, 1 (failed), 2 (usage). With --json, one object on standard output and nothing else there.
 """
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from weightd.config import FlagParser
 from weightd.errors import WeightdError
 from weightd.sizes import format_size
 from weightd.store import Store
@@ -67,17 +68,17 @@ def _describe(error: OSError) -> str:
     return f"{error.filename}: {reason}" if error.filename else reason
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> FlagParser:
+    parser = FlagParser(
         prog="weightd",
         allow_abbrev=False,
         description="Serves models from flash. Without a command: serves --store; see weightd --store DIR --help.",
     )
     commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor | top")
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common = FlagParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=Path, required=True, metavar="DIR")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> FlagParser:
         added = commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
         added.set_defaults(run=run)
         return added

@@ -141,7 +141,10 @@ def _parser() -> FlagParser:
     parser = FlagParser(prog="weightd", allow_abbrev=False, description="Serve the models of a store from flash.")
     add = parser.add_argument
     add("--store", metavar="DIR", help="the store to serve")
-    add("--dram", metavar="SIZE|PCT%", help="all memory for weights, pool and tables (default: half of what is free)")
+    dram = (
+        "all memory for weights, pool and tables, a size or a percentage of the machine's memory or the cgroup's limit"
+    )
+    add("--dram", metavar="SIZE|PCT%", help=f"{dram} (default: half of what is free)")
     floor = "memory pressure takes back no more than down to this, a size or a percentage of --dram"
     add("--dram-floor", metavar="SIZE|PCT%", help=f"{floor} (default: {DRAM_FLOOR_PERCENT:.0f}%%; 100%% ignores it)")
     add("--listen", metavar="ADDR", action="append", help="unix:/path or host:port; may be given again")
@@ -234,7 +237,10 @@ def _parse_dram(flag: str, value: object) -> tuple[int | None, float | None]:
     if not isinstance(value, str):
         raise UsageError(f"{flag} {value!r}: want a size like 6.5GiB or a percentage like 50%")
     if not value.endswith("%"):
-        return parse_size(value), None
+        try:
+            return parse_size(value), None
+        except UsageError as error:
+            raise UsageError(f"{flag} is {error}") from error
     try:
         percent = float(value.removesuffix("%"))
     except ValueError:

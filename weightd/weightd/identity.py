@@ -16,7 +16,6 @@ import os
 import socket
 import struct
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from weightd.access import Caller
-from weightd.config import IDENTITY_SUFFIX
 from weightd.errors import StoreError
 from weightd_proto import weightd_pb2
 
@@ -32,7 +30,6 @@ METADATA_KEY = "weightd-identity-bin"
 KEY_FILE = "identity.key"
 KEY_BYTES = 32
 VALID_S = 3600
-ANSWER_WITHIN_S = 2.0
 CLOCK_STEP_S = 60  # a clock that was set back a little must not refuse what was just issued
 SO_PEERGROUPS = 59  # of Linux 4.13; the socket module does not name it
 GROUPS_MAX = 256  # of one user: getsockopt() of Python gives at most 1 KiB
@@ -91,18 +88,6 @@ class IdentityProtocol(asyncio.Protocol):
         groups = {group_id, *_groups(connection)}
         transport.write(self._identities.issue(user_id, sorted(groups)))
         transport.close()
-
-
-def own_identity(socket_path: Path | None) -> list[tuple[str, bytes]]:
-    """Metadata with which this process shows the daemon at `socket_path` who it is; none where that tells nothing."""
-    received = b""
-    if socket_path is not None:
-        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(ANSWER_WITHIN_S)
-            connection.connect(str(socket_path) + IDENTITY_SUFFIX)
-            while part := connection.recv(1 << 14):
-                received += part
-    return [(METADATA_KEY, received)] if received else []
 
 
 def _groups(connection: Any) -> list[int]:

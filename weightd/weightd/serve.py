@@ -7,37 +7,31 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from typing import Any
 
-import grpc.aio
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
-from weightd import budget, listening, log, pressure
+from weightd import listening, log, pressure
 from weightd._native import Engine
-from weightd.call_bounds import CALLS_MAX, CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
-from weightd.config import ListenAddress, MetricsAddress, ServeConfig, load_config
+from weightd.budget import chosen_dram_bytes, chosen_floor_bytes
+from weightd.config import MetricsAddress, ServeConfig, load_config
 from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.fetch import Fetcher
-from weightd.identity import Identities, IdentityProtocol
+from weightd.frontend import Frontend, prepare_addresses
+from weightd.identity import Identities
 from weightd.profile import sequential_gb_per_s
 from weightd.reload import Reloader
-from weightd.served_models import ServedModels, demand_of
+from weightd.served_models import ANSWER_WITHIN_S, ServedModels, demand_of
 from weightd.server import WeightdService
 from weightd.sizes import format_size
 from weightd.statistics import Statistics
 from weightd.store import Store
 from weightd.systemd import feed_watchdog, notify
 from weightd.tls import TlsCredentials
-from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
 
-GRACE_S = 5.0  # for running calls, when we are told to stop
 # What is hot is written down at the end, and now and then for when there is no end: seldom, for the sake of the device,
 # but sooner after the start, when it is learned fastest.
 REMEMBER_FIRST_S = 4.0
@@ -64,22 +58,19 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
     _raise_descriptor_limit()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
-        dram_bytes = _dram_bytes(config, store)
+        dram_bytes = chosen_dram_bytes(config, [demand_of(model) for model in store.models()])
         store.claim(min(config.listen, key=lambda address: address.socket_path is None).target)
         tls = None if config.tls is None else TlsCredentials(config.tls)
-        for address in config.listen:
-            listening.prepare(address)
-            if address.socket_path is None and tls is None:
-                logger.warning("every user of this machine can read the models through %s", address.target)
+        prepare_addresses(config, tls)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
         triggers = _pressure_triggers()
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         models = ServedModels(store, engine, config.unbundled_reads, config.cold_start)
-        models.open_all()
-        fetcher = Fetcher(store, models, engine)
+        models.open_all(ANSWER_WITHIN_S)
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
+        fetcher = Fetcher(store, models, engine)
         service = WeightdService(models, fetcher, engine, identities, data_socket, dram_bytes, statistics)
         stack.callback(service.close)
         service.set_rules(config.allow, config.allow_publish)
@@ -87,29 +78,21 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
             stack.enter_context(_metrics(config.metrics, statistics))
         if not config.cold_start:
             stack.callback(models.remember)
-        stack.callback(_remove_sockets, config)
-        frontend = _frontend(config, service, tls)
-        identity_servers = await _identity_servers(config, identities)  # they listen for as long as they are held
-        told = asyncio.Event()
+        frontend = Frontend(config, service, tls)
+        stack.callback(frontend.close)
+        told = _told_to_stop(config, engine)
         loop = asyncio.get_running_loop()
-        _watch_engine(loop, engine, told)
         loop.add_signal_handler(signal.SIGHUP, Reloader(config, arguments, service, tls).reload)
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
         for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
             stack.callback(asyncio.create_task(task).cancel)
-        for server in identity_servers:
-            stack.callback(server.close)
-        await _serve_until_told(config, frontend, lambda: _say_started(config, models, engine, dram_bytes), told)
+        await frontend.start(identities)
+        _say_started(config, models, engine, dram_bytes)
+        await told.wait()
+        _say_stopping(config)
+        await frontend.stop()
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
-
-
-@dataclass(frozen=True)
-class Frontend:
-    """The gRPC server with its health service."""
-
-    server: grpc.aio.Server
-    health: Any  # health.aio.HealthServicer, which types-grpcio lacks
 
 
 def _raise_descriptor_limit() -> None:
@@ -118,40 +101,11 @@ def _raise_descriptor_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
-def _dram_bytes(config: ServeConfig, store: Store) -> int:
-    """What --dram is in bytes, checked against the machine and the store's models."""
-    limits = budget.memory_limits()
-    demands = [demand_of(model) for model in store.models()]
-    if config.dram_bytes is not None:
-        dram_bytes = config.dram_bytes
-    elif config.dram_percent is not None:
-        dram_bytes = budget.percent_of_memory(config.dram_percent, limits)
-    else:
-        dram_bytes = budget.default_dram_bytes(limits, demands)
-    budget.check_dram(dram_bytes, limits, demands)
-    for demand in budget.unservable(dram_bytes, demands):
-        logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_size(demand.minimum_bytes))
-    free_bytes = min(limit.free_bytes for limit in limits)
-    if dram_bytes > free_bytes:
-        logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free_bytes))
-    return dram_bytes
-
-
 def _pressure_triggers() -> pressure.Triggers:
     triggers = pressure.set_triggers()
     for line in triggers.refused:
         logger.debug("memory pressure is not watched in %s", line)
     return triggers
-
-
-def _floor_bytes(config: ServeConfig, dram_bytes: int) -> int:
-    """What --dram-floor is in bytes."""
-    if config.dram_floor_bytes is None:
-        return int(dram_bytes * config.dram_floor_percent / 100)
-    if config.dram_floor_bytes > dram_bytes:
-        floor, dram = format_size(config.dram_floor_bytes), format_size(dram_bytes)
-        raise UsageError(f"--dram-floor {floor} is above --dram {dram}; give a smaller one, or a percentage")
-    return config.dram_floor_bytes
 
 
 def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContextManager[None]:
@@ -174,56 +128,16 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
                 unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
                 warms=not config.cold_start,
-                dram_floor_bytes=_floor_bytes(config, dram_bytes),
+                dram_floor_bytes=chosen_floor_bytes(config, dram_bytes),
                 machine_pressure_fd=triggers.machine_fd,
                 cgroup_pressure_fd=triggers.cgroup_fd,
+                answer_within_s=ANSWER_WITHIN_S,
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
     if engine.io_engine_note:
         logger.info("%s", engine.io_engine_note)
     return engine
-
-
-def _frontend(config: ServeConfig, service: WeightdService, tls: TlsCredentials | None) -> Frontend:
-    """The server, listening at every address but not yet answering."""
-    server = grpc.aio.server(interceptors=[CallBounds()], maximum_concurrent_rpcs=CALLS_MAX, options=CHANNEL_OPTIONS)
-    weightd_pb2_grpc.add_WeightdServicer_to_server(service, server)  # type: ignore[no-untyped-call]
-    health_service = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection([SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME], server)
-    for address in config.listen:
-        try:
-            _listen(server, address, tls)
-        except RuntimeError as error:
-            raise UsageError(f"cannot listen at {address.target}: {error}; choose another --listen") from error
-    return Frontend(server, health_service)
-
-
-def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials | None) -> None:
-    if address.socket_path is None and tls is not None:
-        server.add_secure_port(address.target, tls.for_port())
-        return
-    with listening.private_sockets():
-        server.add_insecure_port(address.target)
-
-
-async def _identity_servers(config: ServeConfig, identities: Identities) -> list[asyncio.AbstractServer]:
-    """Beside every Unix socket, one that tells who connects to it who it is."""
-    loop = asyncio.get_running_loop()
-    servers: list[asyncio.AbstractServer] = []
-    for address in config.listen:
-        if (path := listening.identity_socket(address)) is not None:
-            with listening.private_sockets():
-                servers.append(await loop.create_unix_server(lambda: IdentityProtocol(identities), path))
-    return servers
-
-
-def _remove_sockets(config: ServeConfig) -> None:
-    for address in config.listen:
-        for path in (address.socket_path, listening.identity_socket(address)):
-            if path is not None:
-                path.unlink(missing_ok=True)
 
 
 def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> None:
@@ -238,26 +152,12 @@ def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram
         ", ".join(addresses),
         extra={"fields": {"models": names, "dram_bytes": dram_bytes, "listen": addresses}},
     )
-
-
-async def _serve_until_told(
-    config: ServeConfig, frontend: Frontend, started: Callable[[], None], told: asyncio.Event
-) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, told.set)
-    if config.owner_fd is not None:
-        _watch_owner(loop, config.owner_fd, told)
-    await frontend.server.start()
-    for name in ("", SERVICE_NAME):
-        await frontend.health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    started()
     notify(config.service_manager, "READY=1")
-    await told.wait()
+
+
+def _say_stopping(config: ServeConfig) -> None:
     logger.info("stopping")
     notify(config.service_manager, "STOPPING=1")
-    await frontend.health.enter_graceful_shutdown()
-    await frontend.server.stop(GRACE_S)
 
 
 async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> None:
@@ -266,6 +166,18 @@ async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> N
         await asyncio.sleep(pause_s)
         await asyncio.to_thread(models.remember)
         pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
+
+
+def _told_to_stop(config: ServeConfig, engine: Engine) -> asyncio.Event:
+    """What SIGTERM, SIGINT, the owner's end and a fault of the engine set."""
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, told.set)
+    if config.owner_fd is not None:
+        _watch_owner(loop, config.owner_fd, told)
+    _watch_engine(loop, engine, told)
+    return told
 
 
 def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:

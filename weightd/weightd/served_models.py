@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import defaultdict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 # Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
 PAGE_BYTES = 4096
+OPENERS_AT_START = 8  # models opened at once, so that one whose device hangs keeps none of the others
+# A device that was silent for so long is given up by those who can go without its answer. Healthy ones take
+# milliseconds, a disk that wakes up or a link that fails over some seconds.
+ANSWER_WITHIN_S = 30.0
 # Room in the default --dram for the predictors of a calibration to come, beside those of the sessions still open: a
 # rank of a sixteenth of the width takes that part of the bundles; small models need their headers and pages, too.
 CALIBRATION_SHARE = 16
@@ -45,7 +51,7 @@ class ServedModel:
 
 
 class ServedModels:
-    """All models of `store`, by name; safe to use from several threads."""
+    """All models of `store`, by name; safe to use from several threads. Opening one keeps none waiting for another."""
 
     def __init__(self, store: Store, engine: Engine, unbundled_reads: bool = False, cold_start: bool = False) -> None:
         """`unbundled_reads`: models are refused whose bundles the engine could not read so. `cold_start`: the engine is
@@ -54,8 +60,9 @@ class ServedModels:
         self._engine = engine
         self._unbundled_reads = unbundled_reads
         self._cold_start = cold_start
-        self._lock = threading.Lock()  # guards _opened
+        self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is asked
         self._opened: dict[str, ServedModel] = {}
+        self._changing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one opens or publishes a model
         self._remembered: dict[str, int] = {}  # checksum of the hotness that the catalog has, or does not need
         self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
 
@@ -63,16 +70,23 @@ class ServedModels:
         """The names in the store as it is now."""
         return self._store.names()
 
-    def open_all(self) -> None:
-        """Opens what is in the store now; a damaged model is logged, and none of the others goes with it.
+    def open_all(self, within_s: float) -> None:
+        """Opens what is in the store now; one that is damaged, or whose device says nothing for `within_s`, is logged.
 
-        Raises what find() does, for what is not the model's own fault, or when no model is whole.
+        Raises what open() does, for what is not the model's own fault, or when no model is whole.
         """
         failed: list[WeightdError] = []
         names = self.names()
-        for name in names:
+        threads = ThreadPoolExecutor(OPENERS_AT_START, thread_name_prefix="weightd-start")
+        openings = [threads.submit(self._open, name) for name in names]
+        silent = wait(openings, within_s).not_done
+        threads.shutdown(wait=False)
+        for name, opening in zip(names, openings, strict=True):
+            if opening in silent:
+                logger.error("model %s is not served yet: its device has not answered for %g s", name, within_s)
+                continue
             try:
-                self._find(name, lambda name: True)
+                opening.result()
             except (StoreError, DeviceError) as error:
                 failed.append(error)
         if failed and len(failed) == len(names):
@@ -80,32 +94,44 @@ class ServedModels:
         for refusal in failed:
             logger.error("%s", refusal)
 
-    def find(self, name: str, listed: Callable[[str], bool] = lambda name: True) -> ServedModel:
-        """The model, opened if it was not yet.
+    def opened(self, name: str) -> ServedModel | None:
+        """The model, if it is open; never waits."""
+        return self._opened.get(name)
 
-        Raises UnknownModelError (names those that are `listed`), StoreError, DeviceError (no O_DIRECT), SpaceError.
+    def require_known(self, name: str, listed: Callable[[str], bool]) -> None:
+        """Raises UnknownModelError, which names those models that are `listed`."""
+        names = self.names()
+        if name not in names:
+            known = ", ".join(filter(listed, names))
+            raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
+
+    def open(self, name: str) -> ServedModel:
+        """A model imported since the start; waits for another opening of it.
+
+        Raises StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
-        known = name in self._opened
-        served = self._find(name, listed)
-        if not known:
-            logger.info("opened model %s, imported since the start", name, extra={"fields": {"model": name}})
+        served = self._open(name)
+        logger.info("opened model %s, imported since the start", name, extra={"fields": {"model": name}})
         return served
 
-    def _find(self, name: str, listed: Callable[[str], bool]) -> ServedModel:
-        with self._lock:
+    def _open(self, name: str) -> ServedModel:
+        with self._changes(name):
             served = self._opened.get(name)
-            if served is None:
-                names = self.names()
-                if name not in names:
-                    known = ", ".join(filter(listed, names))
-                    raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
-                record = self._store.model(name)
-                if self._unbundled_reads:
-                    _require_whole_parts(record)
-                served = self._opened[name] = _open(self._store, self._engine, record)
-                self._expect(served.number, known_hotness(self._store, record))
-                self._remembered[name] = _checksum(self._engine.hotness(served.number))
+            if served is not None:
+                return served
+            record = self._store.model(name)
+            if self._unbundled_reads:
+                _require_whole_parts(record)
+            served = _open(self._store, self._engine, record)
+            self._expect(served.number, known_hotness(self._store, record))
+            self._remembered[name] = _checksum(self._engine.hotness(served.number))
+            with self._lock:
+                self._opened[name] = served
             return served
+
+    def _changes(self, name: str) -> threading.Lock:
+        with self._lock:
+            return self._changing[name]
 
     def stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
         """A folder for the files of a new calibration. Raises RequestError, StoreError, SpaceError."""
@@ -115,9 +141,10 @@ class ServedModels:
     def publish(self, served: ServedModel, staging: CalibrationStaging) -> weightd_pb2.Calibration:
         """Makes it what sessions get from now on."""
         calibration = staging.publish()
-        with self._lock:
+        with self._changes(served.record.name):
             record = self._store.model(served.record.name)
-            self._opened[record.name] = ServedModel(record, served.number)
+            with self._lock:
+                self._opened[record.name] = ServedModel(record, served.number)
             _offer_predictors(self._store, self._engine, record, served.number)
             self._expect(served.number, calibrated_hotness(self._store, record))
             remove_old(self._store, record)

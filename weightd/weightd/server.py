@@ -1,9 +1,9 @@
 """The control plane: what each call of proto/weightd.proto does.
 
-Calls of the engine and the store block, so they run in worker threads, never on the event loop: long ones (a Fetch, the
-opening of a session, the files of a calibration) in threads of their own, as many as there can be such calls, so that
-none waits for another model's device and the short ones never wait for them. A Fetch makes its next answer when the
-client has taken the last.
+Calls of the engine and the store block, so they run in worker threads, never on the event loop: all that asks the
+device (a Fetch, the opening of a model or session, the files of a calibration, a look into the catalog) in threads of
+their own, as many as call_bounds lets run, so that none waits for another model's device and what asks only the
+engine's memory (Stats) never waits for them. A Fetch makes its next answer when the client has taken the last.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from weightd import _native
 from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.calibration import CalibrationStaging
-from weightd.call_bounds import FETCHES_MAX, OPENS_MAX, PUBLISHES_MAX
-from weightd.errors import CorruptionError, RequestError, SpaceError, StoppingError, StoreError
+from weightd.call_bounds import CALLS_MAX, FETCHES_MAX, host_of, keeping_place
+from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.identity import Context, Identities
-from weightd.served_models import ServedModel, ServedModels, demand_of
+from weightd.served_models import ANSWER_WITHIN_S, ServedModel, ServedModels, demand_of
 from weightd.sizes import format_size
 from weightd.statistics import Statistics
 from weightd.status import answered, answered_stream
 from weightd_proto import weightd_pb2
 
-WORKERS_MAX = 4  # threads for short calls
+WORKERS_MAX = 4  # threads for what never asks the device
 ANYBODY = -1  # to the engine: a session for whoever has its token
 
 Result = TypeVar("Result")
@@ -58,27 +58,33 @@ class WeightdService:
         self._dram_bytes = dram_bytes
         self._statistics = statistics
         self._stopping = False
+        self._opening: dict[str, asyncio.Task[ServedModel]] = {}
         self._workers = ThreadPoolExecutor(WORKERS_MAX, thread_name_prefix="weightd-call")
-        self._openers = ThreadPoolExecutor(OPENS_MAX + PUBLISHES_MAX, thread_name_prefix="weightd-open")
+        self._askers = ThreadPoolExecutor(CALLS_MAX, thread_name_prefix="weightd-ask")  # started as they are needed
         self._fetchers = ThreadPoolExecutor(FETCHES_MAX, thread_name_prefix="weightd-fetch")
 
     def close(self) -> None:
         """Ends the engine; calls still in it are answered with UNAVAILABLE."""
         self._stopping = True
         self._engine.close()
-        for threads in (self._workers, self._openers, self._fetchers):
+        for threads in (self._workers, self._askers, self._fetchers):
             threads.shutdown()
 
     def set_rules(self, allow: Rules, allow_publish: Rules) -> None:
         """Who may read and publish what, from the next call on. Sessions that are open go on."""
         self._allow, self._allow_publish = allow, allow_publish
 
+    def peer_of(self, context: Context) -> str:
+        """Who calls, to count the calls of: the user, where that is known, else the host."""
+        user_id = self._identities.caller(context).user_id
+        return host_of(context.peer()) if user_id is None else f"user {user_id}"
+
     @answered
     async def ListModels(
         self, request: weightd_pb2.ListModelsRequest, context: Context
     ) -> weightd_pb2.ListModelsResponse:
         caller = self._identities.caller(context)
-        names = await self._run(self._models.names)
+        names = await self._run(self._models.names, self._askers)
         return weightd_pb2.ListModelsResponse(names=[name for name in names if may_read(caller, name, self._allow)])
 
     @answered
@@ -91,7 +97,7 @@ class WeightdService:
     ) -> weightd_pb2.OpenSessionResponse:
         caller = self._identities.caller(context)
         served = await self._readable(request.model, context, request.import_id)
-        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._openers)
+        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._askers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
     @answered_stream
@@ -137,15 +143,43 @@ class WeightdService:
     async def _readable(self, name: str, context: Context, import_id: bytes = b"") -> ServedModel:
         """The model; `import_id`: the only import of it that will do, empty for any.
 
-        Raises ForbiddenError, UnknownModelError (names what the caller may read), StoreError (another import), and as
-        find().
+        Raises ForbiddenError, UnknownModelError (names what the caller may read), StoreError (another import),
+        DeviceError (it does not answer), and as ServedModels.open().
         """
         caller = self._identities.caller(context)
         require_read(caller, name, self._allow)
-        served = await self._run(lambda: self._models.find(name, lambda other: may_read(caller, other, self._allow)))
+        served = self._models.opened(name)
+        if served is None:
+            listed = functools.partial(self._may_list, caller)
+            await self._run(lambda: self._models.require_known(name, listed), self._askers)
+            served = await self._opened(name)
         if import_id and import_id != served.record.import_id:
             raise StoreError(f"{name!r} is another import than the one asked for: make a new client")
         return served
+
+    def _may_list(self, caller: Caller, name: str) -> bool:
+        return may_read(caller, name, self._allow)
+
+    async def _opened(self, name: str) -> ServedModel:
+        """The model, once it is open: one thread opens it, and all calls that want it wait here."""
+        if name not in self._opening:
+            opening = self._opening[name] = asyncio.create_task(
+                self._run(lambda: self._models.open(name), self._askers)
+            )
+            opening.add_done_callback(functools.partial(self._end_opening, name))
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                return await asyncio.shield(self._opening[name])
+        except TimeoutError as error:
+            raise DeviceError(
+                f"model {name!r} cannot be opened: the device has not answered for {ANSWER_WITHIN_S:g} s: look after "
+                "it, and ask again when it does"
+            ) from error
+
+    def _end_opening(self, name: str, opening: asyncio.Task[ServedModel]) -> None:
+        del self._opening[name]
+        if not opening.cancelled():
+            opening.exception()  # looked at, for when nobody waits any more
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
         record = weightd_pb2.Model()
@@ -168,11 +202,18 @@ class WeightdService:
         return token, share
 
     async def _run(self, work: Callable[[], Result], threads: ThreadPoolExecutor | None = None) -> Result:
-        """`work` in a worker thread. What fails because the engine ends is a StoppingError."""
+        """`work` in a worker thread, with its call's place kept until it ends, also when that is later than the call.
+
+        What fails because the engine ends is a StoppingError.
+        """
         if self._stopping:
             raise StoppingError("weightd is stopping")
+        loop = asyncio.get_running_loop()
+        leave_place = keeping_place()
+        running = (threads or self._workers).submit(work)
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(leave_place))
         try:
-            return await asyncio.get_running_loop().run_in_executor(threads or self._workers, work)
+            return await asyncio.wrap_future(running)
         except Exception as error:
             if self._stopping:
                 raise StoppingError("weightd is stopping") from error
@@ -180,7 +221,7 @@ class WeightdService:
 
     async def _run_whole(self, work: Callable[[], Result]) -> Result:
         """The same, but a cancelled call ends when `work` has: what that touches can be taken back then."""
-        running = asyncio.ensure_future(self._run(work, self._openers))
+        running = asyncio.ensure_future(self._run(work, self._askers))
         try:
             return await asyncio.shield(running)
         except asyncio.CancelledError:

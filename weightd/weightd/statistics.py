@@ -28,7 +28,7 @@ class Statistics:
             dram_resident_bytes=stats["resident_bytes"],
             dram_tables_bytes=stats["tables_bytes"],
             sessions=stats["sessions"],
-            models=[weightd_pb2.ModelStats(name=name, **row) for name, row in stats["models"].items()],
+            models=[weightd_pb2.ModelStats(name=name, **row) for name, row in sorted(stats["models"].items())],
             device_sequential_gb_per_s=self._sequential_gb_per_s,
             attached=[weightd_pb2.SessionStats(**row) for row in stats["attached"]],
             read_queue=weightd_pb2.ReadQueue(**stats["read_queue"]),

@@ -2,6 +2,8 @@
 
 Asks Stats every interval and draws what happened in it, on the terminal's second screen; q or Ctrl-C ends it. --json
 prints one object about one interval; where standard output is no terminal, one table is printed.
+
+It is a client like any other, so it reaches a daemon as flashclient does: the same addresses, TLS options and identity.
 """
 
 from __future__ import annotations
@@ -13,17 +15,20 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import grpc
 
-from weightd.config import FlagParser, default_listen, parse_listen
+from flashclient.address import TlsOptions, parse_address
+from flashclient.channel import open_channel, stub_of
+from flashclient.cli import add_tls_flags
+from flashclient.errors import OptionError
+from weightd.config import SYSTEM_SOCKET, FlagParser, default_listen
 from weightd.errors import DaemonError, UsageError
-from weightd.identity import own_identity
 from weightd.log import one_line
 from weightd.terminal import Event, drawing
 from weightd.top_table import CLIENT_HEADINGS, MODEL_HEADINGS, View, lines_of, view_of
-from weightd_proto import weightd_pb2, weightd_pb2_grpc
+from weightd_proto import weightd_pb2
 
 INTERVAL_S = 1.0
 INTERVAL_S_RANGE = (0.1, 3600.0)
@@ -35,18 +40,17 @@ class Daemon:
     """The weightd that is looked at."""
 
     address: str
-    socket_path: Path | None  # of a Unix socket
-    stub: weightd_pb2_grpc.WeightdStub
+    tls: bool
+    stub: Any  # of weightd.v1.Weightd
 
     def ask(self) -> weightd_pb2.StatsResponse:
         """Its statistics. Raises DaemonError when it does not answer."""
         try:
-            answer: weightd_pb2.StatsResponse = self.stub.Stats(
-                weightd_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S, metadata=own_identity(self.socket_path)
-            )
+            answer: weightd_pb2.StatsResponse = self.stub.Stats(weightd_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S)
         except grpc.RpcError as error:
             reason = one_line(error.details() or error.code().name.lower())
-            raise DaemonError(f"no weightd answers at {self.address}: {reason}; start it, or give --address") from error
+            what_to_try = "look at the certificates" if self.tls else "give --address, and --tls-ca if it wants TLS"
+            raise DaemonError(f"no weightd answers at {self.address}: {reason}; start it, or {what_to_try}") from error
         return answer
 
 
@@ -57,7 +61,8 @@ def main(arguments: Sequence[str]) -> int:
     """
     flags = _parser().parse_args(list(arguments))
     interval_s = _interval(flags.interval)
-    with suppress(KeyboardInterrupt), _connected(flags.address) as daemon:
+    tls = (flags.tls_ca, flags.tls_cert, flags.tls_key)
+    with suppress(KeyboardInterrupt), _connected(flags.address, *tls) as daemon:
         if flags.json:
             print(json.dumps(_one_view(daemon, interval_s).as_json()))
         elif not sys.stdout.isatty():
@@ -70,6 +75,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> FlagParser:
     parser = FlagParser(prog="weightd top", allow_abbrev=False, description="Watch a running weightd.")
     parser.add_argument("--address", metavar="ADDR", help="unix:/path or host:port (default: where weightd listens)")
+    add_tls_flags(parser)
     parser.add_argument("--interval", metavar="S", default=str(INTERVAL_S), help=f"seconds (default: {INTERVAL_S:g})")
     parser.add_argument("--json", action="store_true", help="one JSON object about one interval, and end")
     return parser
@@ -87,11 +93,21 @@ def _interval(text: str) -> float:
 
 
 @contextmanager
-def _connected(address: str | None) -> Iterator[Daemon]:
-    listened = default_listen(os.geteuid(), os.environ) if address is None else parse_listen(address)
-    with grpc.insecure_channel(listened.target) as channel:
-        stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
-        yield Daemon(listened.target, listened.socket_path, stub)
+def _connected(text: str | None, *tls_files: str | None) -> Iterator[Daemon]:
+    try:
+        tls = TlsOptions(*tls_files)
+        address = parse_address(_default_address() if text is None else text, tls)
+        channel = open_channel(address, tls)
+    except OptionError as error:
+        raise UsageError(str(error)) from error
+    with channel:
+        yield Daemon(address.target, tls.given, stub_of(channel, address))
+
+
+def _default_address() -> str:
+    """Of this user's own weightd, or of the system's where there is none."""
+    own = default_listen(os.geteuid(), os.environ).socket_path
+    return f"unix:{own if own is not None and own.exists() else SYSTEM_SOCKET}"
 
 
 def _one_view(daemon: Daemon, interval_s: float) -> View:

@@ -1,0 +1,23 @@
+"""Command lines of the scripts: a wrong one is one line on standard error and exit status 2, as with weightd."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Says what the script is for as its module does; no abbreviations."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(
+            prog=Path(sys.argv[0]).stem,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

@@ -1,0 +1,92 @@
+"""Where clients come in: the gRPC server, its health service, and what tells those of a Unix socket who they are."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from weightd import listening
+from weightd.call_bounds import CALLS_MAX, CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
+from weightd.config import ListenAddress, ServeConfig
+from weightd.errors import UsageError
+from weightd.identity import Identities, IdentityProtocol
+from weightd.server import WeightdService
+from weightd.tls import TlsCredentials
+from weightd_proto import weightd_pb2_grpc
+
+logger = logging.getLogger("weightd")
+
+GRACE_S = 5.0  # for running calls, when we are told to stop
+
+
+class Frontend:
+    """Listens at every address from the beginning; answers between start() and stop()."""
+
+    def __init__(self, config: ServeConfig, service: WeightdService, tls: TlsCredentials | None) -> None:
+        """Raises UsageError for an address that is taken or not this machine's."""
+        self._config = config
+        self._identity_servers: list[asyncio.AbstractServer] = []  # they listen for as long as they are held
+        options = CHANNEL_OPTIONS
+        bounds = CallBounds(service.peer_of)
+        self._server = grpc.aio.server(interceptors=[bounds], maximum_concurrent_rpcs=CALLS_MAX, options=options)
+        weightd_pb2_grpc.add_WeightdServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
+        self._health: Any = health.aio.HealthServicer()  # which types-grpcio lacks
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]
+        reflection.enable_server_reflection(names, self._server)
+        for address in config.listen:
+            try:
+                _listen(self._server, address, tls)
+            except RuntimeError as error:
+                raise UsageError(f"cannot listen at {address.target}: {error}; choose another --listen") from error
+
+    async def start(self, identities: Identities) -> None:
+        """Answers from now on."""
+        await self._identify(identities)
+        await self._server.start()
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Takes no more calls; ends those that still run after GRACE_S."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(GRACE_S)
+
+    def close(self) -> None:
+        """Leaves no socket behind."""
+        for server in self._identity_servers:
+            server.close()
+        for address in self._config.listen:
+            for path in (address.socket_path, listening.identity_socket(address)):
+                if path is not None:
+                    path.unlink(missing_ok=True)
+
+    async def _identify(self, identities: Identities) -> None:
+        """Beside every Unix socket, tells who connects who it is."""
+        loop = asyncio.get_running_loop()
+        for address in self._config.listen:
+            if (path := listening.identity_socket(address)) is not None:
+                with listening.private_sockets():
+                    server = await loop.create_unix_server(lambda: IdentityProtocol(identities), path)
+                self._identity_servers.append(server)
+
+
+def prepare_addresses(config: ServeConfig, tls: TlsCredentials | None) -> None:
+    """Makes room for the sockets; raises UsageError or DeviceError as listening.prepare() does."""
+    for address in config.listen:
+        listening.prepare(address)
+        if address.socket_path is None and tls is None:
+            logger.warning("every user of this machine can read the models through %s", address.target)
+
+
+def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials | None) -> None:
+    if address.socket_path is None and tls is not None:
+        server.add_secure_port(address.target, tls.for_port())
+        return
+    with listening.private_sockets():
+        server.add_insecure_port(address.target)
