@@ -5,6 +5,17 @@
 #include <utility>
 
 namespace weightd {
+namespace {
+
+constexpr size_t RUN_MIN = 16;  // cells; what predictors foretell is scattered
+
+bool is_run(std::span<const uint32_t> cells) {
+    return cells.size() >= RUN_MIN && std::adjacent_find(cells.begin(), cells.end(), [](uint32_t a, uint32_t b) {
+                                          return b != a + 1;
+                                      }) == cells.end();
+}
+
+}  // namespace
 
 Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
     : memory_(dram_bytes),
@@ -52,6 +63,7 @@ bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     if (!names_cells(session, layer, cells)) return false;
     ModelState& state = *models_[session.model];
+    if (!cells.empty()) note_scan(state, session, is_run(cells));
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
         if (within_share(session, number)) {
@@ -62,6 +74,13 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     }
     answered_.push_back(session.id);
     return true;
+}
+
+void Engine::note_scan(ModelState& state, Session& session, bool scans) {
+    if (session.scans == scans) return;
+    session.scans = scans;
+    state.scans += scans ? 1 : -1;
+    state.pool->linger(state.scans > 1);
 }
 
 void Engine::want(ModelState& state, Session& session, uint32_t cell, uint32_t tag) {
@@ -247,6 +266,7 @@ void Engine::close(uint32_t id) {
     std::unique_ptr<Session> session = std::move(found->second);
     sessions_.erase(found);
     ModelState& state = *models_[session->model];
+    note_scan(state, *session, false);
     std::erase_if(state.stalled, [&](const ModelState::Stalled& stalled) {
         if (stalled.session != id) return false;
         session->holds[stalled.cell].pending--;  // it waited for a slot, so it leases none

@@ -78,6 +78,7 @@ struct ModelState {
     uint32_t users = 0;             // sessions, fetches and opens under way: an active model without any may go
     uint32_t idle_looks = 0;        // that found it without users, one after another
     uint32_t sessions = 0;          // opened, fetches apart
+    uint32_t scans = 0;             // of those, sessions that run through the layers, as in exact mode
     uint64_t guaranteed_slots = 0;  // shares of all its sessions
     uint64_t fetching_slots = 0;    // of those, of sessions that do not borrow
     struct Stalled {
@@ -172,6 +173,7 @@ class Engine {
 
   private:
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
+    void note_scan(ModelState& state, Session& session, bool scans);
     bool within_share(const Session& session, uint32_t cell) const;
     bool borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     void want(ModelState& state, Session& session, uint32_t cell, uint32_t tag);

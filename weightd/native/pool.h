@@ -57,6 +57,7 @@ class Pool {
     void lease(Place place);
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_.touched(cell); }
+    void linger(bool lingers) { replacement_.linger(lingers); }
     void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 

@@ -18,6 +18,7 @@ constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
 constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
 constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
+constexpr uint32_t LINGER_DIVISOR = 10;     // of the cells that are not there: a scan reads so much more
 constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
 static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
 static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");
@@ -54,7 +55,7 @@ Replacement::Replacement(uint32_t cells)
       now_(NOW_FIRST),
       lowest_(level_max()),
       scores_(cells),
-      stays_(cells),
+      passing_(cells),
       links_(cells + LEVELS + 1) {
     for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
 }
@@ -72,18 +73,17 @@ void Replacement::expect(std::span<const Hotness> hotness) {
 }
 
 uint64_t Replacement::table_bytes(uint32_t cells) {
-    return uint64_t{cells} * (sizeof(Score) + sizeof(Stay) + sizeof(Link)) + (LEVELS + 1) * sizeof(Link);
+    return uint64_t{cells} * (sizeof(Score) + sizeof(uint8_t) + sizeof(Link)) + (LEVELS + 1) * sizeof(Link);
 }
 
 void Replacement::inserted(uint32_t cell, bool contested) {
-    stays_[cell] = contested && !outweighs_the_lowest(cell) ? Stay::passing_unused : Stay::kept;
+    passing_[cell] = contested && !outweighs_the_lowest(cell) ? 1 : 0;
     pinned(cell);
 }
 
 void Replacement::touched(uint32_t cell) {
     advance();
     scores_[cell] = static_cast<Score>(sum(scores_[cell], now_));
-    stays_[cell] = stays_[cell] == Stay::passing_unused ? Stay::passing : Stay::kept;
     if (links_[cell].next == cell) return;  // pinned
     take(cell);
     put(cell);
@@ -96,15 +96,22 @@ void Replacement::unpinned(uint32_t cell) { put(cell); }
 void Replacement::removed(uint32_t cell) { take(cell); }
 
 uint32_t Replacement::victim() {
-    uint32_t list = passing_list();
-    if (links_[list].next == list) {
-        find_lowest();
-        if (lowest_ > level_max()) return NO_CELL;
-        list = list_of(lowest_);
-    }
-    const uint32_t cell = links_[list].next;
-    take(cell);
+    const uint32_t cell = first_to_go();
+    if (cell != NO_CELL) take(cell);
     return cell;
+}
+
+uint32_t Replacement::first_to_go() {
+    if (passing_count_ > linger_count()) return links_[passing_list()].next;
+    find_lowest();
+    if (lowest_ <= level_max()) return links_[list_of(lowest_)].next;
+    return passing_count_ > 0 ? links_[passing_list()].next : NO_CELL;
+}
+
+uint32_t Replacement::linger_count() const {
+    if (!lingers_) return 0;
+    const uint32_t there = kept_count_ + passing_count_;
+    return std::min((cells_ - there) / LINGER_DIVISOR, there / 2);
 }
 
 void Replacement::write_hotness(std::span<Hotness> hotness) const {
@@ -159,7 +166,10 @@ bool Replacement::outweighs_the_lowest(uint32_t cell) {
 
 void Replacement::put(uint32_t cell) {
     uint32_t list = passing_list();
-    if (stays_[cell] == Stay::kept) {
+    if (passing_[cell] != 0) {
+        passing_count_++;
+    } else {
+        kept_count_++;
         const uint32_t level = level_of(scores_[cell]);
         list = list_of(level);
         lowest_ = std::min(lowest_, level);
@@ -172,6 +182,7 @@ void Replacement::put(uint32_t cell) {
 
 void Replacement::take(uint32_t cell) {
     const auto [previous, next] = links_[cell];
+    if (next != cell) (passing_[cell] != 0 ? passing_count_ : kept_count_)--;
     links_[previous].next = next;
     links_[next].previous = previous;
     links_[cell] = {cell, cell};

@@ -7,8 +7,12 @@
 // (leased, or being read) is never the victim.
 //
 // A newcomer stays only if the uses before the one that it was read for outweigh all uses of the cell that would give
-// way to it; otherwise it is passing, and gives way first, unless it is used once more meanwhile. So a cyclic scan
-// finds in each turn what it found in the last, and a single scan flushes nothing.
+// way to it; otherwise it is passing, and gives way first. So a cyclic scan finds in each turn what it found in the
+// last, and a single scan flushes nothing. That a passing cell is used again while it is there says only that somebody
+// follows: what is used often stays when it comes the next time.
+//
+// Several scans at once read everything once only if they stay together. So then what passes lingers, in up to half of
+// the pool: who falls behind finds it there, catches up, and all wait for the same reads.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +39,10 @@ class Replacement {
     void touched(uint32_t cell);                    // is used: it was in the pool, or has just come for that
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
-    void removed(uint32_t cell);  // left the pool for another reason than victim()
-    uint32_t victim();            // takes one out, or NO_CELL when all are pinned
+    void removed(uint32_t cell);                                       // left the pool for another reason than victim()
+    uint32_t victim();                                                 // takes one out, or NO_CELL when all are pinned
+    void linger(bool lingers) { lingers_ = lingers; }                  // several scans are under way
+    bool passing(uint32_t cell) const { return passing_[cell] != 0; }  // of one in the pool
 
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as seen until now; no HOTNESS_IN_POOL
 
@@ -44,8 +50,7 @@ class Replacement {
 
   private:
     using Score = uint16_t;  // log2 of the sum, counted from a moving zero, in STEPS_PER_OCTAVE
-    enum class Stay : uint8_t { kept, passing_unused, passing };
-    struct Link {  // of a circular list; a cell that is in none is linked to itself
+    struct Link {            // of a circular list; a cell that is in none is linked to itself
         uint32_t previous;
         uint32_t next;
     };
@@ -59,6 +64,8 @@ class Replacement {
     uint32_t level_max() const;
     void put(uint32_t cell);
     void take(uint32_t cell);
+    uint32_t first_to_go();
+    uint32_t linger_count() const;
     bool outweighs_the_lowest(uint32_t cell);
     void find_lowest();
     void append(uint32_t target, uint32_t source);
@@ -68,9 +75,12 @@ class Replacement {
     uint32_t touches_ = 0;       // since the last step
     uint32_t now_;               // the score of one use at this moment
     uint32_t lowest_;            // no unpinned cell of the pool is at a lower level
+    bool lingers_ = false;
+    uint32_t passing_count_ = 0;  // unpinned ones
+    uint32_t kept_count_ = 0;     // likewise
     std::vector<Score> scores_;
-    std::vector<Stay> stays_;  // of cells in the pool
-    std::vector<Link> links_;  // of cells, then of the lists: a ring of levels, and those that are passing
+    std::vector<uint8_t> passing_;  // of cells in the pool: 1 or 0
+    std::vector<Link> links_;       // of cells, then of the lists: a ring of levels, and those that are passing
 };
 
 }  // namespace weightd
