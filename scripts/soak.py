@@ -19,7 +19,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -28,7 +27,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from flags import FlagParser
-from soak_clients import ClientProcesses, Event, holdings
+from soak_clients import SILENT_S, ClientProcesses, Event, Silences, holdings, send_signal
 from soak_store import Corruption, MortalWeightd, corrupt, make_store
 
 from flashclient.channel import Connection
@@ -51,8 +50,6 @@ FROZEN_S = (0.3, 8.0)  # weightd closes a session that has kept others waiting f
 AWAY_S = (0.0, 1.5)
 CORRUPT_S = (1.0, 5.0)
 QUIET_WITHIN_S = 120.0
-SILENT_S = 100.0  # longer than any client says nothing, on a slow machine that runs other things, too
-SPEAKS_WITHIN_S = 5.0  # a silent client that is asked where it stands, before it is killed
 WITNESS = 0  # the client that is never killed
 GROWTH_MAX = 1.1  # of memory, from the second quarter of the time to the last
 GROWTH_SPARE_BYTES = 16 << 20
@@ -72,8 +69,7 @@ class Soak:
         self._clients = clients
         self._mother = mother
         self._kinds: dict[int, tuple[str, str, str]] = {}  # of the clients that live
-        self._processes: dict[int, int] = {}  # theirs
-        self._silent_s: dict[int, float] = {}  # frozen times left out
+        self._silences = Silences()  # but those of frozen ones
         self._excused: set[int] = set()  # processes that may end with a status other than 0
         self._pids: dict[int, int] = {}  # of those that have attached
         self._started_s: dict[int, float] = {}
@@ -161,23 +157,23 @@ class Soak:
     def _kill_client(self) -> None:
         if (index := self._victim(witness=False)) is not None:
             self._excused.add(self._pids[index])
-            _signal(self._pids.pop(index), signal.SIGKILL)
+            send_signal(self._pids.pop(index), signal.SIGKILL)
             self.counts["clients killed"] += 1
 
     def _stop_client(self) -> None:
         if (index := self._victim(witness=False)) is not None:
-            _signal(self._pids.pop(index), signal.SIGTERM)
+            send_signal(self._pids.pop(index), signal.SIGTERM)
             self.counts["clients stopped"] += 1
 
     def _freeze_client(self) -> None:
         if (index := self._victim(witness=True)) is not None:
-            _signal(self._pids[index], signal.SIGSTOP)
+            send_signal(self._pids[index], signal.SIGSTOP)
             self._frozen.add(index)
             self.counts["clients frozen"] += 1
             self._after(FROZEN_S, lambda: self._thaw(index))
 
     def _thaw(self, index: int) -> None:
-        _signal(self._pids[index], signal.SIGCONT)
+        send_signal(self._pids[index], signal.SIGCONT)
         self._frozen.discard(index)
 
     def _kill_daemon(self) -> None:
@@ -201,11 +197,11 @@ class Soak:
                 act()
         self.daemon.wait()
         for pid in self._pids.values():
-            _signal(pid, signal.SIGTERM)
+            send_signal(pid, signal.SIGTERM)
         while self._kinds:
             event = self._hear(1.0, replace=False)
             if event is not None and event["event"] == "ready":  # it was attaching when the others were told
-                _signal(event["pid"], signal.SIGTERM)
+                send_signal(event["pid"], signal.SIGTERM)
 
     # ---- what the clients say ----
 
@@ -214,7 +210,6 @@ class Soak:
         pool = {"pool_bytes": LOCAL_POOL_BYTES} if transport == "grpc" else {}
         self._kinds[index] = kind
         self._started_s[index] = time.monotonic()
-        self._silent_s[index] = 0.0
         self._mother.start(
             index, address=self.daemon.address, model=model, prompts=PROMPTS, tokens=TOKENS, mode=mode, window=WINDOW,
             transport=transport, timeout_s=TIMEOUT_S, **pool, **what,
@@ -235,27 +230,19 @@ class Soak:
         passed_s = min(time.monotonic() - began_s, 1.0)
         if event is not None:
             self._take(event, replace=replace)
-        for index in sorted(self._processes.keys() - self._frozen):
-            self._count_silence(index, passed_s)
+        for index in self._silences.watched():
+            if index not in self._frozen and self._silences.passed(index, passed_s):
+                self.wrong.append(
+                    f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; it says where it stands"
+                )
         return event
-
-    def _count_silence(self, index: int, passed_s: float) -> None:
-        before_s, after_s = self._silent_s[index], self._silent_s[index] + passed_s
-        self._silent_s[index] = after_s
-        pid = self._processes[index]
-        if before_s <= SILENT_S < after_s:
-            self.wrong.append(f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; it says where it stands")
-            _signal(pid, signal.SIGUSR1)
-        if before_s <= SILENT_S + SPEAKS_WITHIN_S < after_s:
-            self._excused.add(pid)
-            _signal(pid, signal.SIGKILL)
 
     def _take(self, event: Event, *, replace: bool) -> None:
         index = event["client"]
-        self._silent_s[index] = 0.0
+        self._silences.heard(index)
         match event["event"]:
             case "started":
-                self._processes[index] = event["pid"]
+                self._silences.begin(index, event["pid"])
             case "ready":
                 self._pids[index] = event["pid"]
                 self.counts["clients attached"] += 1
@@ -269,7 +256,7 @@ class Soak:
             case "ended":
                 self._take_end(index, event)
                 self._pids.pop(index, None)
-                self._processes.pop(index, None)
+                self._silences.end(index)
                 kind = self._kinds.pop(index)
                 if replace:
                     self._start(index, kind if index == WITNESS else self.chance.choice(KINDS))
@@ -323,11 +310,6 @@ class Soak:
     def _bound(self, what: str, value: float, most: float) -> None:
         if value > most:
             self.wrong.append(f"{what}: {value:.0f}, at most {most:.0f} were expected")
-
-
-def _signal(pid: int, signal_number: int) -> None:
-    with suppress(ProcessLookupError):  # it has ended by itself, and will say so
-        os.kill(pid, signal_number)
 
 
 def _middle(samples: list[dict[str, int]], quarter: int) -> float:

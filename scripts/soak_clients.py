@@ -23,6 +23,7 @@ import sys
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +31,8 @@ from typing import Any
 Event = dict[str, Any]
 REAP_S = 0.1  # how late an end may be told
 CORRUPT_PAUSE_S = 0.2  # before the next attempt
+SILENT_S = 100.0  # longer than any client says nothing, on a slow machine that runs other things, too
+SPEAKS_WITHIN_S = 5.0  # a silent client that is asked where it stands, before it is killed
 
 
 class ClientProcesses:
@@ -84,6 +87,43 @@ class ClientProcesses:
             *lines, self._unread = (self._unread + data).split(b"\n")
             self._events += map(json.loads, lines)
         return self._events.popleft()
+
+
+class Silences:
+    """How long each client has said nothing. One that is silent for too long is asked where it stands, then killed."""
+
+    def __init__(self) -> None:
+        self._silent_s: dict[int, float] = {}
+        self._pids: dict[int, int] = {}
+
+    def begin(self, index: int, pid: int) -> None:
+        self._pids[index] = pid
+        self.heard(index)
+
+    def heard(self, index: int) -> None:
+        self._silent_s[index] = 0.0
+
+    def end(self, index: int) -> None:
+        self._pids.pop(index, None)
+
+    def watched(self) -> list[int]:
+        return sorted(self._pids)
+
+    def passed(self, index: int, seconds: float) -> bool:
+        """Time has gone by; true when it is the one time to tell of."""
+        before_s = self._silent_s[index]
+        self._silent_s[index] = after_s = before_s + seconds
+        if before_s <= SILENT_S < after_s:
+            send_signal(self._pids[index], signal.SIGUSR1)
+            return True
+        if after_s > SILENT_S + SPEAKS_WITHIN_S:
+            send_signal(self._pids[index], signal.SIGKILL)
+        return False
+
+
+def send_signal(pid: int, number: int) -> None:
+    with suppress(ProcessLookupError):  # it has ended by itself, and will say so
+        os.kill(pid, number)
 
 
 def tell(event: Event) -> None:

@@ -28,7 +28,7 @@ from flashclient.errors import (
     RefusedError,
 )
 from flashclient.remote import GrpcSource, chunk_bundles_for, cut_spans
-from flashclient.source import survive
+from flashclient.source import SessionLostError, survive
 from weightd_proto import weightd_pb2
 
 BUNDLE_BYTES = 96
@@ -168,6 +168,38 @@ def test_a_daemon_that_comes_back_in_time_is_not_noticed(model: CutModel, tmp_pa
         server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 3
         assert np.array_equal(survive(source, lambda: read_layer(source, 0)), model.bundles[0])
         assert not server.failures
+
+
+class FrozenClock:
+    """Stands for the module `time`. `now_s` jumps where a process was frozen; sleeping takes no time."""
+
+    now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+def test_a_process_that_was_frozen_does_not_take_that_for_an_absent_daemon(
+    model: CutModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FrozenClock()
+    attempts = 0
+
+    def attach() -> int:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 1:
+            clock.now_s += 600  # and weightd, frozen as well, has not come back yet
+        if attempts < 4:
+            raise SessionLostError("nobody is there")
+        return attempts
+
+    with opened(model, tmp_path, timeout_s=30) as (source, _):
+        monkeypatch.setattr("flashclient.channel.time", clock)
+        assert source._connection.attach_again(attach, SessionLostError("gone")) == 4
 
 
 def test_a_daemon_that_does_not_come_back_is_lost(model: CutModel, tmp_path: Path) -> None:

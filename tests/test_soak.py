@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from soak_clients import SILENT_S, SPEAKS_WITHIN_S, Silences
 from soak_store import READING_S, Corruption
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "soak.py"
@@ -24,6 +26,23 @@ def test_two_minutes_of_killed_frozen_and_corrupt(tmp_path: Path) -> None:
     assert done.returncode == 0
     for event in ("generations", "clients killed", "clients frozen", "weightd killed", "corruption errors"):
         assert report["counts"].get(event, 0) > 0, f"no {event} in {report['counts']}"
+
+
+def test_a_client_that_falls_silent_is_told_of_asked_and_ended() -> None:
+    asked = "import signal; signal.signal(signal.SIGUSR1, lambda *_: print('here', flush=True))"
+    command = [sys.executable, "-c", f"{asked}; print('ready', flush=True)\nwhile True: signal.pause()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout is not None
+        assert client.stdout.readline() == "ready\n"
+        silences = Silences()
+        silences.begin(3, client.pid)
+        assert not any(silences.passed(3, SILENT_S / 8) for _ in range(7))
+        silences.heard(3)
+        told = [silences.passed(3, SILENT_S / 8) for _ in range(9)]
+        assert told == [False] * 8 + [True], "once"
+        assert client.stdout.readline() == "here\n"
+        assert not silences.passed(3, SPEAKS_WITHIN_S)
+        assert client.wait() == -signal.SIGKILL
 
 
 def test_an_error_is_explained_by_the_bundle_that_it_names_and_no_other(tmp_path: Path) -> None:

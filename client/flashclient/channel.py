@@ -42,6 +42,8 @@ CHANNEL_OPTIONS = [
 ]
 
 RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
+# That one attempt to attach again may count for: what it takes longer, this process was frozen, and weightd maybe, too.
+ATTEMPT_S = 10.0
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
 
 Result = TypeVar("Result")
@@ -134,9 +136,9 @@ class Connection:
             self.close()
             raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
 
-    def _call(self, method: Callable[..., Any], request: Any) -> Any:
+    def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None = None) -> Any:
         with rpc_errors(self.address):
-            return method(request, timeout=self.timeout_s)
+            return method(request, timeout=self.timeout_s if timeout_s is None else timeout_s)
 
     def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
         """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.
@@ -147,28 +149,31 @@ class Connection:
         """
         logger.warning("%s; waiting up to %g s to attach again at %s", lost, self.timeout_s, self.address)
         began_s = time.monotonic()
+        waited_s = 0.0
         while True:
-            late = time.monotonic() - began_s > self.timeout_s
+            asked_s = time.monotonic()
             try:
                 self._revive()
-                self.stats()  # whether it answers; attaching may take longer than that
+                self.stats(min(self.timeout_s, ATTEMPT_S))  # whether it answers; attaching may take longer than that
                 result = attach()
             except SessionLostError as error:
-                if late:
+                if waited_s > self.timeout_s:
                     raise errors.DaemonLostError(
                         f"weightd at {self.address} has not come back within {self.timeout_s:g} s: start it again, or "
                         "raise timeout_s="
                     ) from error
             except (errors.ShareError, errors.BusyError):
-                if late:
+                if waited_s > self.timeout_s:
                     raise
             else:
                 logger.info("attached again at %s after %.2f s", self.address, time.monotonic() - began_s)
                 return result
             time.sleep(RETRY_S)
+            waited_s += min(time.monotonic() - asked_s, ATTEMPT_S)
 
-    def stats(self) -> weightd_pb2.StatsResponse:
-        answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest())
+    def stats(self, timeout_s: float | None = None) -> weightd_pb2.StatsResponse:
+        """`timeout_s`: as of all calls by default."""
+        answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest(), timeout_s)
         return answer
 
     def describe(self, name: str) -> weightd_pb2.Model:
