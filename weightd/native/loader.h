@@ -57,9 +57,9 @@ class ReadingTime {
 };
 
 // What is resident between two missing cells is read once more where that saves a request: of hot cells a dense sweep
-// leaves single ones, and with busy processors each request waits for its turn. More than a quarter never pays.
-inline constexpr uint64_t GAP_BYTES_MAX = 8192;
-inline constexpr uint64_t GAPS_DIVISOR = 4;  // of a request's cells: its gaps together
+// leaves single ones, and with busy processors each request waits for its turn.
+inline constexpr uint64_t GAP_BYTES_MAX = 16384;
+inline constexpr uint64_t GAPS_DIVISOR = 3;  // of what a request has cells for: no more than that is in its gaps
 
 inline constexpr uint32_t REGIONS = 64;  // equal parts of bundles.bin, whose reads are counted for its wear
 
