@@ -98,43 +98,6 @@ TEST_P(EngineTest, MergesNeighboursIntoOneRead) {
     EXPECT_EQ(engine.model(0).counts.read_bytes, 31U * 4096);
 }
 
-TEST_P(EngineTest, ReadsThroughASmallGapIntoNobodysSlot) {
-    FlashModel flash(1, 400);
-    Engine engine(dram_for(flash, 100), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 50);
-    ASSERT_TRUE(engine.acquire(session, 0, std::array{15U}, 1));
-    settle(engine);
-    flip_byte(flash.spec.bundles_path, 15 * 4096 + 8);  // what is read of it from now on must not count
-    ASSERT_TRUE(engine.acquire(session, 0, numbers(10, 15), 2));
-    ASSERT_TRUE(engine.acquire(session, 0, numbers(16, 20), 2));
-    settle(engine);
-    EXPECT_EQ(engine.model(0).counts.reads, 2U);
-    EXPECT_EQ(engine.model(0).counts.read_bytes, 4096U + 10 * 4096) << "with the gap";
-    EXPECT_EQ(std::memcmp(session.answers.find(1)->second.address, flash.cell(0, 15), 4096), 0);
-    EXPECT_EQ(count(session, ring::GRANTED), 10U);
-    ASSERT_TRUE(engine.release(session, 0, numbers(10, 20)));
-    for (uint32_t cell = 10; cell < 20; cell++) {
-        session.answers.clear();
-        ASSERT_TRUE(engine.acquire(session, 0, std::array{cell}, 3));
-        ASSERT_EQ(std::memcmp(session.answers.find(3)->second.address, flash.cell(0, cell), 4096), 0) << cell;
-    }
-    EXPECT_EQ(engine.model(0).counts.verify_errors, 0U);
-}
-
-TEST_P(EngineTest, LeavesLargeGapsAndManyToThoseWhoWantThem) {
-    FlashModel flash(1, 400);
-    Engine engine(dram_for(flash, 100), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 50);
-    ASSERT_TRUE(engine.acquire(session, 0, std::array{2U, 4U}, 1));  // a third of a request
-    settle(engine);
-    EXPECT_EQ(engine.model(0).counts.reads, 2U);
-    ASSERT_TRUE(engine.acquire(session, 0, numbers(20, 40), 1));
-    ASSERT_TRUE(engine.acquire(session, 0, numbers(45, 52), 1));  // 20 KiB
-    settle(engine);
-    EXPECT_EQ(engine.model(0).counts.reads, 4U);
-    EXPECT_EQ(engine.model(0).counts.read_bytes, 29U * 4096);
-}
-
 // One bundle of two parts of 4096 bytes in a cell.
 FlashModel wide_model(uint32_t neurons) {
     FlashModel flash(1, neurons, "wide", 8192);
