@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 
 #include <map>
+#include <random>
 
 #include "flash_file.h"
 #include "memory.h"
@@ -90,6 +91,30 @@ TEST_P(ReaderTest, ReadsMoreThanItsDepthIntoTheirPlaces) {
     EXPECT_EQ(std::memcmp(memory.data(), bytes.data(), bytes.size()), 0);
     reader->unregister_memory(buffer);
     reader->unregister_file(index);
+}
+
+// With more workers than one file may have at once, and few: one that is not woken would leave a read behind.
+TEST_P(ReaderTest, ServesSeveralFilesToTheLastRead) {
+    const auto bytes = random_bytes(4096 * 16, 1);
+    write_file(folder.file("f"), bytes);
+    std::vector<DirectFile> files;
+    for (int i = 0; i < 3; i++) files.emplace_back(folder.file("f"), false);
+    SharedMemory memory("test", 4096 * 16);
+    const auto reader = make_reader(GetParam(), 2, 2, note);
+    std::mt19937 random(5);
+    for (int round = 0; round < 300; round++) {
+        size_t asked = 0;
+        for (uint32_t parts = 1 + random() % 3; parts > 0; parts--) {
+            std::vector<Read> reads;
+            for (uint32_t count = 1 + random() % 5; count > 0; count--, asked++) {
+                const DirectFile& file = files[random() % files.size()];
+                const uint64_t offset = asked * 4096;
+                reads.push_back(read_of(asked, file, offset, {{memory.data() + offset, 4096}}));
+            }
+            reader->submit(std::move(reads));
+        }
+        for (const auto& [tag, error] : finish(*reader, asked)) ASSERT_EQ(error, 0) << tag;
+    }
 }
 
 TEST_P(ReaderTest, ScattersOneReadOverSeveralPieces) {
@@ -182,12 +207,17 @@ TEST(ReadTurnsTest, FilesTakeTurnsAndNoneTakesEveryPlace) {
     const DirectFile quick(folder.file("f"), false);
     ReadTurns queue(2);
     for (uint64_t i = 0; i < 4; i++) queue.push(read_of(i, slow, 0, {}));
+    EXPECT_EQ(queue.startable(), 2U);
     EXPECT_EQ(queue.next()->tag, 0U);
+    EXPECT_EQ(queue.startable(), 1U);
     EXPECT_EQ(queue.next()->tag, 1U);
+    EXPECT_EQ(queue.startable(), 0U);
     EXPECT_FALSE(queue.next()) << "a third of the same file";
     queue.push(read_of(10, quick, 0, {}));
+    EXPECT_EQ(queue.startable(), 1U);
     EXPECT_EQ(queue.next()->tag, 10U);
     queue.ended(&slow);
+    EXPECT_EQ(queue.startable(), 1U);
     queue.push_first(read_of(1, slow, 0, {}));
     EXPECT_EQ(queue.next()->tag, 1U) << "what has begun goes on first";
     queue.ended(&quick);

@@ -3,6 +3,13 @@
 #include <algorithm>
 
 namespace weightd {
+namespace {
+
+uint64_t gap_bytes(const ModelSpec& spec, const Missing& missing, const Missing& next) {
+    return spec.offset_of(next.cell) - spec.offset_of(missing.cell) - spec.cell_bytes;  // vast where layers lie apart
+}
+
+}  // namespace
 
 void ReadingTime::started(uint64_t reads) {
     if (under_way_ == 0 && reads > 0) since_ = Clock::now();
@@ -25,10 +32,20 @@ const DeviceUse& Loader::device_use(uint32_t model) const {
 }
 
 bool Loader::joins(const Flight& flight, const Missing& missing) const {
+    static_assert(READ_BYTES_MAX / READ_STEP_BYTES <= PIECES_MAX, "a piece is a block at least");
     const ModelSpec& spec = *flight.source.spec;
-    const std::vector<Missing>& run = flight.cells;
-    const bool adjacent = spec.offset_of(run.back().cell) + spec.cell_bytes == spec.offset_of(missing.cell);
-    return adjacent && (run.size() + 1) * spec.cell_bytes <= READ_BYTES_MAX && run.size() < PIECES_MAX;
+    const uint64_t gap = gap_bytes(spec, flight.cells.back(), missing);
+    if (gap > GAP_BYTES_MAX) return false;
+    const uint64_t cells_bytes = uint64_t{flight.cells.size() + 1} * spec.cell_bytes;
+    const uint64_t gaps_bytes = flight.gaps_bytes + gap;
+    const bool worthwhile = gap == 0 || gaps_bytes <= cells_bytes / GAPS_DIVISOR;
+    return worthwhile && cells_bytes + gaps_bytes <= READ_BYTES_MAX;
+}
+
+void Loader::join(Flight& flight, const Missing& missing) const {
+    flight.gaps_bytes += gap_bytes(*flight.source.spec, flight.cells.back(), missing);
+    if (flight.gaps_bytes > 0 && flight.gap == nullptr) flight.gap = std::make_unique<Gap>();
+    flight.cells.push_back(missing);
 }
 
 LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
@@ -37,12 +54,14 @@ LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
     std::vector<Flight> flights;
     LoadCounts counts;
     for (const Missing& missing : cells) {
-        counts.read_bytes += spec.cell_bytes;
         if (!unbundled_ && !flights.empty() && joins(flights.back(), missing)) {
-            flights.back().cells.push_back(missing);
+            join(flights.back(), missing);
         } else {
             flights.push_back({source, {missing}});
         }
+    }
+    for (const Flight& flight : flights) {
+        counts.read_bytes += flight.cells.size() * spec.cell_bytes + flight.gaps_bytes;
     }
     counts.reads = flights.size() * (unbundled_ ? spec.bundle_parts : 1);
     start(std::move(flights));
@@ -89,9 +108,14 @@ Read Loader::read_of(const Flight& flight, uint64_t tag) const {
     read.offset_bytes = spec.offset_of(flight.cells.front().cell);
     const Segment* segment = flight.cells.front().place.segment;
     bool one_segment = true;
+    const Missing* last_cell = nullptr;
     for (const Missing& missing : flight.cells) {
         one_segment = one_segment && missing.place.segment == segment;
-        if (!read.pieces.empty()) {  // slots that are neighbours too need no piece of their own
+        const uint64_t gap = last_cell == nullptr ? 0 : gap_bytes(spec, *last_cell, missing);
+        last_cell = &missing;
+        if (gap > 0) {
+            read.pieces.push_back({flight.gap->bytes.data(), gap});
+        } else if (!read.pieces.empty()) {  // slots that are neighbours too need no piece of their own
             iovec& last = read.pieces.back();
             if (static_cast<std::byte*>(last.iov_base) + last.iov_len == missing.address) {
                 last.iov_len += spec.cell_bytes;

@@ -4,6 +4,7 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <unordered_map>
 #include <vector>
 
@@ -55,6 +56,11 @@ class ReadingTime {
     Clock::duration before_{0};
 };
 
+// What is resident between two missing cells is read once more where that saves a request: of hot cells a dense sweep
+// leaves single ones, and with busy processors each request waits for its turn.
+inline constexpr uint64_t GAP_BYTES_MAX = 16384;
+inline constexpr uint64_t GAPS_DIVISOR = 3;  // of what a request has cells for: no more than that is in its gaps
+
 inline constexpr uint32_t REGIONS = 64;  // equal parts of bundles.bin, whose reads are counted for its wear
 
 struct DeviceUse {  // by one model
@@ -77,14 +83,20 @@ class Loader {
     const DeviceUse& device_use(uint32_t model) const;
 
   private:
+    struct alignas(READ_STEP_BYTES) Gap {
+        std::array<std::byte, GAP_BYTES_MAX> bytes;
+    };
     struct Flight {
         Source source;
-        std::vector<Missing> cells;  // neighbours on flash
+        std::vector<Missing> cells;  // neighbours on flash, but for gaps
         bool second_try = false;
         uint32_t reads_left = 1;
         int error = 0;  // of one of its reads
+        uint64_t gaps_bytes = 0;
+        std::unique_ptr<Gap> gap{};  // where there are any: nobody reads what is put there
     };
     bool joins(const Flight& flight, const Missing& missing) const;
+    void join(Flight& flight, const Missing& missing) const;
     void add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const;
     Read read_of(const Flight& flight, uint64_t tag) const;
     Job job_of(const Flight& flight, uint64_t tag) const;

@@ -1,5 +1,6 @@
 #include "read_turns.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace weightd {
@@ -30,6 +31,13 @@ std::optional<Read> ReadTurns::next() {
         return read;
     }
     return std::nullopt;
+}
+
+size_t ReadTurns::startable() const {
+    size_t count = 0;
+    for (const auto& [file, line] : lines_)
+        count += std::min<size_t>(line.waiting.size(), of_file_max_ - line.under_way);
+    return count;
 }
 
 void ReadTurns::ended(const DirectFile* file) {

@@ -24,6 +24,7 @@ class ReadTurns {
     std::optional<Read> next();
     void ended(const DirectFile* file);
     size_t waiting() const { return waiting_; }
+    size_t startable() const;  // how many times next() would find one now
 
   private:
     struct Line {

@@ -53,14 +53,13 @@ class ThreadReader final : public Reader {
     int event_fd() const override { return done_.event_fd(); }
 
     void submit(std::vector<Read> reads) override {
-        const size_t count = reads.size();
-        size_t idle = 0;
+        size_t wanted = 0;  // for each that may begin an idle one; the busy ones look again by themselves
         {
             const std::lock_guard guard(queue_lock_);
             for (Read& read : reads) turns_.push(std::move(read));
-            idle = idle_;
+            wanted = std::min(turns_.startable(), idle_);
         }
-        for (size_t i = 0; i < count && i < idle; i++) queued_.notify_one();  // the busy ones look again by themselves
+        for (size_t i = 0; i < wanted; i++) queued_.notify_one();
     }
 
     void reap(std::vector<Completion>& completions) override { done_.take(completions); }
@@ -92,8 +91,7 @@ class ThreadReader final : public Reader {
             done_.put({read->tag, error, std::chrono::steady_clock::now() - read->asked_at});
             guard.lock();
             busy_--;
-            turns_.ended(read->file);
-            if (idle_ > 0) queued_.notify_one();  // what this file's bound kept waiting, if this one takes another's
+            turns_.ended(read->file);  // at most one more may begin now, and this worker takes one: nobody is woken
         }
     }
 
