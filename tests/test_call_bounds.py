@@ -225,7 +225,7 @@ def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
 
 def test_a_stream_that_nobody_reads_is_given_up_and_whoever_reads_on_is_told(tmp_path: Path) -> None:
     with impatient(tmp_path, []) as server:
-        stream = server.stub.Fetch(pb.FetchRequest(), timeout=60)
+        stream = server.stub.Fetch(pb.FetchRequest())
         assert server.streamer.ended.wait(60)  # what it held is free, while nobody has read anything
         with pytest.raises(grpc.RpcError) as caught:
             for _ in stream:
@@ -240,7 +240,7 @@ def test_streams_that_nobody_reads_leave_their_places_to_others_only(tmp_path: P
         streams = []
         for count in range(1, OF_PEER + 1):
             server.streamer.ended.clear()
-            streams.append(server.stub.Fetch(pb.FetchRequest(), timeout=60))
+            streams.append(server.stub.Fetch(pb.FetchRequest()))
             assert server.streamer.ended.wait(60)
             assert server.streamer.began == count
         with pytest.raises(grpc.RpcError, match=f"0 of {FETCHES_MAX} calls of Fetch run, 6 of {OF_PEER} of unix"):
@@ -261,7 +261,7 @@ def answer_in_time(stub: weightd_pb2_grpc.WeightdStub, request: pb.FetchRequest)
 
 def test_streams_that_nobody_ever_reads_end_with_their_connection(tmp_path: Path) -> None:
     with impatient(tmp_path, AGED) as server:
-        streams = [server.stub.Fetch(pb.FetchRequest(), timeout=60) for _ in range(OF_PEER)]
+        streams = [server.stub.Fetch(pb.FetchRequest()) for _ in range(OF_PEER)]
         while server.streamer.began < OF_PEER:
             assert server.streamer.ended.wait(60)
         assert answer_in_time(server.stub, pb.FetchRequest(model="empty")) == []  # over a new connection

@@ -14,7 +14,7 @@ import asyncio
 import inspect
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -210,7 +210,8 @@ class CallBounds(grpc.aio.ServerInterceptor):
                 if not await self._give(behaviour(request, context), context):
                     place.count_only_of_peer()
                     unread = f"no answer was taken for {self._patience_s:g} s; ask again"
-                    await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, unread)
+                    with suppress(grpc.aio.InternalError):  # its caller has gone without having read it
+                        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, unread)
             finally:
                 place.release()
 
