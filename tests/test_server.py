@@ -72,6 +72,15 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(daemon: Daemon) -
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
+@pytest.mark.parametrize("name", ["x" * 900_000, "\u20ac" * 300_000, "a\nb"])
+def test_a_refusal_of_something_long_is_short(daemon: Daemon, name: str) -> None:
+    """It comes in a header, and clients drop calls whose headers are long."""
+    with pytest.raises(grpc.RpcError) as caught:
+        daemon.stub.DescribeModel(pb.DescribeModelRequest(name=name))
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    assert (caught.value.details() or "").startswith("no model '")
+
+
 def test_bundles_come_in_the_order_asked(daemon: Daemon, tiny: TinyModel) -> None:
     neurons = [100, 0, 7, 7, 64, 63, 1]
     ranges = [pb.Range(begin=90, end=101), pb.Range(begin=5, end=5), pb.Range(begin=0, end=3)]

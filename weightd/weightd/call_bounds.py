@@ -14,7 +14,7 @@ import asyncio
 import inspect
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,7 @@ FETCHES_MAX = 12  # each may hold about 6 MiB, in our hands and in gRPC's: 72 of
 OPENS_MAX = 32  # reading resident weights may take minutes
 PUBLISHES_MAX = 4
 LOOKS_MAX = 32  # into the catalog: short, unless its device hangs
+CONNECTIONS_MAX = 1024  # to one address: four for each session there can be; each takes 20 KiB of us, and a descriptor
 STREAMS_MAX = 64  # of one connection; a client has a few, and several may share one through a proxy
 METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
 RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
@@ -45,6 +46,7 @@ PATIENCE_S = 60.0  # with a living caller, for its next piece of an upload, or u
 # A stream that nobody reads is over for us after PATIENCE_S, but gRPC keeps its last message (1 MiB) until somebody
 # does, or its connection ends. So connections end: politely, with time for the calls that run. The longest of our
 # clients' calls, an OpenSession that reads resident weights, gives up after 10 minutes.
+CONNECTION_IDLE_MS = 300_000  # without a call; gRPC's clients connect again when they need to
 CONNECTION_AGE_MS = 600_000
 CONNECTION_AGE_GRACE_MS = 1_200_000
 HANDSHAKE_WITHIN_MS = 10_000  # of TLS: whoever connects and says nothing is dropped
@@ -62,6 +64,8 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
     ("grpc.http2.max_pings_without_data", 0),  # ours may go on for as long as nothing is said
     ("grpc.server_handshake_timeout_ms", HANDSHAKE_WITHIN_MS),
+    ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
+    ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MS),
     ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
     ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_MS),
 ]
@@ -206,7 +210,8 @@ class CallBounds(grpc.aio.ServerInterceptor):
                 if not await self._give(behaviour(request, context), context):
                     place.count_only_of_peer()
                     unread = f"no answer was taken for {self._patience_s:g} s; ask again"
-                    await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, unread)
+                    with suppress(grpc.aio.InternalError):  # its caller has gone without having read it
+                        await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, unread)
             finally:
                 place.release()
 

@@ -43,6 +43,9 @@ STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 # Worth a line in the log: the operator must act, not the caller.
 LOGGED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS)
+# A status travels in a header, of which clients take 8 KiB, and a character may become nine bytes there. What is longer
+# names something that a caller made long.
+DETAILS_CHARACTERS_MAX = 800
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
@@ -89,4 +92,6 @@ async def _refuse(context: Context, error: Exception) -> NoReturn:
     if status in LOGGED:
         foreseen = any(isinstance(error, kind) for kind, _ in STATUSES)
         logger.error("%s", details, exc_info=None if foreseen else error)
+    if len(details) > DETAILS_CHARACTERS_MAX:
+        details = details[:DETAILS_CHARACTERS_MAX] + " ..."
     await context.abort(status, details)
