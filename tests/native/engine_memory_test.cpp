@@ -63,6 +63,22 @@ struct EngineMemoryTest : testing::Test {
     }
 };
 
+TEST_F(EngineMemoryTest, KnowsWhoScans) {
+    Engine engine(dram_for_slots(1, 100), *reader, verifier);
+    engine.add_model(first.spec, false);
+    Silent& one = open(engine, 0, 30);
+    Silent& other = open(engine, 0, 30);
+    ASSERT_TRUE(engine.acquire(one, 0, cells(10, 30), 0));
+    ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
+    settle(engine);
+    EXPECT_EQ(engine.model(0).scans, 2U);
+    ASSERT_TRUE(engine.acquire(one, 0, std::array{1U, 3U, 40U, 41U}, 0));
+    settle(engine);
+    EXPECT_EQ(engine.model(0).scans, 1U);
+    leave(engine, other);
+    EXPECT_EQ(engine.model(0).scans, 0U);
+}
+
 TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
     Engine engine(dram_for_slots(1, 150), *reader, verifier);
     engine.add_model(first.spec, false);

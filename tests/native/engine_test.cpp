@@ -132,25 +132,6 @@ TEST_P(EngineTest, ReadsEachPartOfABundleAloneWhenToldTo) {
     EXPECT_EQ(session.answers.find(30)->second.status, ring::UNREADABLE);
 }
 
-TEST_P(EngineTest, KnowsWhoScans) {
-    FlashModel flash(1, 400);
-    Engine engine(dram_for(flash, 100), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
-    Recorder& first = open(engine, model, 30);
-    Recorder& second = open(engine, model, 30);
-    const std::vector<uint32_t> run = numbers(10, 30);
-    const std::vector<uint32_t> scattered{1, 3, 40, 41};
-    ASSERT_TRUE(engine.acquire(first, 0, run, 1));
-    ASSERT_TRUE(engine.acquire(second, 0, run, 1));
-    settle(engine);
-    EXPECT_EQ(engine.model(model).scans, 2U);
-    ASSERT_TRUE(engine.acquire(first, 0, scattered, 2));
-    settle(engine);
-    EXPECT_EQ(engine.model(model).scans, 1U);
-    engine.close(second.id);
-    EXPECT_EQ(engine.model(model).scans, 0U);
-}
-
 TEST_P(EngineTest, CountsReadsByRegionAndHowLongEachTook) {
     FlashModel flash(2, 256);  // 128 cells: two in a region
     Engine engine(dram_for(flash, 100), *reader, verifier);

@@ -216,7 +216,9 @@ TEST(Replacement, FindsAsMuchOfManyScansThatFollowEachOtherAsOfOne) {
             policy.pinned(cell);
         } else {
             const bool contested = present.size() == cells / 2;
-            if (contested) ASSERT_EQ(present.erase(policy.victim()), 1U);
+            if (contested) {
+                ASSERT_EQ(present.erase(policy.victim()), 1U);
+            }
             policy.inserted(cell, contested);
             present.insert(cell);
         }
