@@ -113,7 +113,7 @@ TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
     uint64_t before = 16384;
     while (engine.step() || engine.reading()) {
         const uint64_t now = engine.model(0).counts.read_bytes;
-        EXPECT_LE(now - before, WARM_BYTES_MAX);
+        EXPECT_LE(now - before, WARM_BYTES_MAX + GAP_BYTES_MAX) << "the cell that is there is read through";
         before = now;
     }
     EXPECT_EQ(engine.model(0).pool->filled(), CELLS / 16);
