@@ -198,7 +198,10 @@ class Soak:
         self.daemon.wait()
         for pid in self._pids.values():
             send_signal(pid, signal.SIGTERM)
+        give_up_s = time.monotonic() + 2 * SILENT_S
         while self._kinds:
+            if time.monotonic() > give_up_s:
+                raise RuntimeError(f"still running when all was over: {self._kinds}")
             event = self._hear(1.0, replace=False)
             if event is not None and event["event"] == "ready":  # it was attaching when the others were told
                 send_signal(event["pid"], signal.SIGTERM)
@@ -232,6 +235,7 @@ class Soak:
             self._take(event, replace=replace)
         for index in self._silences.watched():
             if index not in self._frozen and self._silences.passed(index, passed_s):
+                self._excused.add(self._silences.pid(index))
                 self.wrong.append(
                     f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; it says where it stands"
                 )

@@ -106,6 +106,9 @@ class Silences:
     def end(self, index: int) -> None:
         self._pids.pop(index, None)
 
+    def pid(self, index: int) -> int:
+        return self._pids[index]
+
     def watched(self) -> list[int]:
         return sorted(self._pids)
 

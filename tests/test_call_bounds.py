@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import socket
 import threading
@@ -19,7 +20,8 @@ from daemon import Daemon, serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tiny_store import write_model
 
-from flashclient.channel import Connection
+from flashclient.address import parse_address
+from flashclient.channel import Connection, stub_of
 from flashclient.errors import BusyError
 from weightd.call_bounds import CONNECTIONS_MAX, FETCHES_MAX, SERVICE_NAME, CallBounds
 from weightd_proto import weightd_pb2 as pb
@@ -77,12 +79,14 @@ def test_unread_streams_hold_little_memory_and_control_calls_get_through(daemon:
 def test_a_client_is_told_that_the_daemon_is_busy_and_waits(daemon: Daemon) -> None:
     connection = Connection(daemon.address, timeout_s=20)
     request = pb.FetchRequest(model="tiny", placement_of=0)
-    streams = open_unread(daemon, 2 * OF_PEER, connection.stub)
-    try:
-        with pytest.raises(BusyError, match=f"busy: 6 of {FETCHES_MAX} calls of Fetch run, 6 of {OF_PEER} of user 0"):
-            list(connection.fetch(request, timeout_s=0.2))
-    finally:
-        end(streams)
+    with grpc.insecure_channel(daemon.address) as channel:  # whose streams end without being read
+        streams = open_unread(daemon, 2 * OF_PEER, stub_of(channel, parse_address(daemon.address)))
+        try:
+            busy = f"busy: 6 of {FETCHES_MAX} calls of Fetch run, 6 of {OF_PEER} of user {os.geteuid()}"
+            with pytest.raises(BusyError, match=busy):
+                list(connection.fetch(request, timeout_s=0.2))
+        finally:
+            end(streams)
     assert len(b"".join(connection.fetch(request))) == 4 * 101
     connection.close()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from flashclient.address import default_address
 from weightd.config import SOCKET_PATH_BYTES_MAX, MetricsAddress, default_listen, load_config, parse_listen
 from weightd.errors import UsageError
 
@@ -155,3 +157,16 @@ def test_default_addresses() -> None:
     assert default_listen(0, {}).target == "unix:/run/weightd/weightd.sock"
     assert default_listen(7, {"XDG_RUNTIME_DIR": "/run/user/7"}).target == "unix:/run/user/7/weightd.sock"
     assert default_listen(7, {}).target.endswith("/weightd-7/weightd.sock")
+
+
+def test_a_client_finds_the_weightd_that_its_user_has_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    user, system = os.geteuid(), default_listen(0, {}).target
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    for folder, environment in ((tmp_path / f"weightd-{user}", {}), (tmp_path, {"XDG_RUNTIME_DIR": str(tmp_path)})):
+        assert default_address(user, environment) == system, "nobody listens there"
+        folder.mkdir(exist_ok=True)
+        (folder / "weightd.sock").touch()
+        assert default_address(user, environment) == f"unix:{folder}/weightd.sock"
+        assert default_address(user + 1, environment) == system, "it is another's"
+    assert default_listen(user + 1, environment).target == f"unix:{tmp_path}/weightd.sock"
+    assert default_listen(user + 1, {}).socket_path == tmp_path / f"weightd-{user + 1}" / "weightd.sock"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from flashclient.errors import OptionError
 
+SYSTEM_ADDRESS = "unix:/run/weightd/weightd.sock"  # where the system service listens
 WANTED = "use unix:/path, or host:port such as dns:///weights.example.org:7411"
 _HOST = re.compile(r"\[[0-9A-Fa-f:.%\w]+\]|[\w.-]+")
 
@@ -95,3 +98,15 @@ def _read(option: str, path: str | os.PathLike[str] | None) -> bytes | None:
     if b"-----BEGIN " not in content:
         raise OptionError(f"{option}='{os.fspath(path)}' is not a file in PEM form")
     return content
+
+
+def default_address(user_id: int, environment: Mapping[str, str]) -> str:
+    """Of the weightd that this user has started without --listen, or else of the system's service."""
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) if runtime else Path(tempfile.gettempdir()) / f"weightd-{user_id}"
+    own = folder / "weightd.sock"
+    try:
+        listens = own.stat().st_uid == user_id  # another's in a folder that all can write to is not asked
+    except OSError:
+        listens = False
+    return f"unix:{own}" if listens else SYSTEM_ADDRESS

@@ -137,8 +137,20 @@ class Connection:
             raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
 
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None = None) -> Any:
-        with rpc_errors(self.address):
-            return method(request, timeout=self.timeout_s if timeout_s is None else timeout_s)
+        """Waits for a daemon that is busy."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        give_up_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                with rpc_errors(self.address):
+                    return method(request, timeout=timeout_s)
+            except errors.BusyError as error:
+                cause = error.__cause__
+                if not isinstance(cause, grpc.Call) or cause.code() is not grpc.StatusCode.ABORTED:
+                    raise
+                if time.monotonic() > give_up_s:
+                    raise
+            time.sleep(RETRY_S)
 
     def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
         """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.

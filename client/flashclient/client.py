@@ -17,12 +17,13 @@ import torch
 from transformers import PreTrainedModel
 
 from flashclient._native import Workers
+from flashclient.address import default_address
 from flashclient.channel import Connection
 from flashclient.embedded import attach_or_start, import_if_path, revive
 from flashclient.errors import FlashClientError, ForkedError, OptionError
 from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
 from flashclient.model import BuiltModel, build_model
-from flashclient.options import DEFAULT_ADDRESS, Options
+from flashclient.options import Options
 from flashclient.prompts import encode, load_tokenizer, require_tokenizer
 from flashclient.remote import GrpcSource
 from flashclient.session import RingSource
@@ -42,8 +43,8 @@ class FlashClient:
     Args:
         model: a name in the store; with store= also the path of a checkpoint, which is imported on first use under the
             name of its folder, or of its file without the extension.
-        address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; the system service's socket
-            by default. Beyond this machine it takes TLS.
+        address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; by default
+            the socket of the user's own weightd, or else of the system's service. Beyond this machine it takes TLS.
         store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with this
             client. A client of another process that attached to it loses it then.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
@@ -122,7 +123,7 @@ class FlashClient:
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:
         """The model's name in the store, and the address of the weightd that serves it."""
         if self._options.store is None:
-            return name, self._options.address or DEFAULT_ADDRESS
+            return name, self._options.address or default_address(os.geteuid(), os.environ)
         store = Path(self._options.store).resolve()
         name = import_if_path(store, name)
         address, daemon = attach_or_start(store, self._options.dram, self._options.timeout_s)

@@ -13,7 +13,6 @@ from flashclient.errors import CalibrationError, OptionError
 from flashclient.model import DTYPES
 from weightd_proto import weightd_pb2
 
-DEFAULT_ADDRESS = "unix:/run/weightd/weightd.sock"  # where the system service listens
 MODES = ("auto", "exact", "predict")
 WINDOW_MAX = 1024  # tokens; what they want is most of the model long before
 TRANSPORTS = ("auto", "shm", "grpc")

@@ -29,8 +29,8 @@ uintptr_t page_bytes = 4096;
 
 // Not by libc: this runs in a signal handler, and a sanitizer takes its mmap() for a write that races with readers.
 bool zeros_at(uintptr_t begin, size_t bytes) {
-    constexpr int FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
-    return ::syscall(SYS_mmap, begin, bytes, PROT_READ, FLAGS, -1, 0) != -1;
+    constexpr long FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
+    return ::syscall(SYS_mmap, begin, bytes, long{PROT_READ}, FLAGS, -1L, 0L) != -1;
 }
 
 // A read of a segment that weightd has emptied: the page is zero from now on, and the read goes on.

@@ -72,7 +72,15 @@ TEST_F(EngineMemoryTest, KnowsWhoScans) {
     ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
     settle(engine);
     EXPECT_EQ(engine.model(0).scans, 2U);
+    ASSERT_TRUE(engine.acquire(one, 0, cells(30, 34), 0));  // the short rest of a layer
+    settle(engine);
+    EXPECT_EQ(engine.model(0).scans, 2U);
     ASSERT_TRUE(engine.acquire(one, 0, std::array{1U, 3U, 40U, 41U}, 0));
+    settle(engine);
+    EXPECT_EQ(engine.model(0).scans, 1U);
+    ASSERT_TRUE(engine.release(other, 0, cells(10, 30)));
+    EXPECT_EQ(engine.model(0).scans, 0U) << "one that holds nothing is idle";
+    ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
     settle(engine);
     EXPECT_EQ(engine.model(0).scans, 1U);
     leave(engine, other);

@@ -7,12 +7,11 @@
 namespace weightd {
 namespace {
 
-constexpr size_t RUN_MIN = 16;  // cells; what predictors foretell is scattered
+constexpr size_t RUN_MIN = 16;  // cells, if no less fill a request; what predictors foretell is scattered
 
 bool is_run(std::span<const uint32_t> cells) {
-    return cells.size() >= RUN_MIN && std::adjacent_find(cells.begin(), cells.end(), [](uint32_t a, uint32_t b) {
-                                          return b != a + 1;
-                                      }) == cells.end();
+    const auto jumps = [](uint32_t cell, uint32_t next) { return next != cell + 1; };
+    return std::adjacent_find(cells.begin(), cells.end(), jumps) == cells.end();
 }
 
 }  // namespace
@@ -63,7 +62,7 @@ bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     if (!names_cells(session, layer, cells)) return false;
     ModelState& state = *models_[session.model];
-    if (!cells.empty()) note_scan(state, session, is_run(cells));
+    note_scan(state, session, cells);
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
         if (within_share(session, number)) {
@@ -76,7 +75,17 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     return true;
 }
 
-void Engine::note_scan(ModelState& state, Session& session, bool scans) {
+// A short run says nothing: the last of a layer is one, and predictors may foretell some neighbours alone.
+void Engine::note_scan(ModelState& state, Session& session, std::span<const uint32_t> cells) {
+    const size_t request_cells = std::max<size_t>(2, READ_BYTES_MAX / state.spec.cell_bytes);
+    if (!is_run(cells)) {
+        set_scans(state, session, false);
+    } else if (cells.size() >= std::min(RUN_MIN, request_cells)) {
+        set_scans(state, session, true);
+    }
+}
+
+void Engine::set_scans(ModelState& state, Session& session, bool scans) {
     if (session.scans == scans) return;
     session.scans = scans;
     state.scans += scans ? 1 : -1;
@@ -157,6 +166,7 @@ bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t>
         if (session.holds[number].granted == 0) return false;
         give_back(state, session, number, &Hold::granted);
     }
+    if (session.held_cells == 0) set_scans(state, session, false);  // idle, for all we know
     serve_stalled(state);
     return true;
 }
@@ -266,7 +276,7 @@ void Engine::close(uint32_t id) {
     std::unique_ptr<Session> session = std::move(found->second);
     sessions_.erase(found);
     ModelState& state = *models_[session->model];
-    note_scan(state, *session, false);
+    set_scans(state, *session, false);
     std::erase_if(state.stalled, [&](const ModelState::Stalled& stalled) {
         if (stalled.session != id) return false;
         session->holds[stalled.cell].pending--;  // it waited for a slot, so it leases none

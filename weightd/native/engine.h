@@ -173,7 +173,8 @@ class Engine {
 
   private:
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
-    void note_scan(ModelState& state, Session& session, bool scans);
+    void note_scan(ModelState& state, Session& session, std::span<const uint32_t> cells);
+    void set_scans(ModelState& state, Session& session, bool scans);
     bool within_share(const Session& session, uint32_t cell) const;
     bool borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     void want(ModelState& state, Session& session, uint32_t cell, uint32_t tag);

@@ -38,13 +38,21 @@ bool Loader::joins(const Flight& flight, const Missing& missing) const {
     if (gap > GAP_BYTES_MAX) return false;
     const uint64_t cells_bytes = uint64_t{flight.cells.size() + 1} * spec.cell_bytes;
     const uint64_t gaps_bytes = flight.gaps_bytes + gap;
-    const bool worthwhile = gap == 0 || gaps_bytes <= cells_bytes / GAPS_DIVISOR;
+    const bool has_place = flight.gap != nullptr || !gaps_free_.empty() || gaps_made_ < GAPS_MAX;
+    const bool worthwhile = gap == 0 || (has_place && gaps_bytes <= cells_bytes / GAPS_DIVISOR);
     return worthwhile && cells_bytes + gaps_bytes <= READ_BYTES_MAX;
 }
 
-void Loader::join(Flight& flight, const Missing& missing) const {
+void Loader::join(Flight& flight, const Missing& missing) {
     flight.gaps_bytes += gap_bytes(*flight.source.spec, flight.cells.back(), missing);
-    if (flight.gaps_bytes > 0 && flight.gap == nullptr) flight.gap = std::make_unique<Gap>();
+    if (flight.gaps_bytes > 0 && flight.gap == nullptr) {
+        if (gaps_free_.empty()) {
+            gaps_free_.push_back(std::make_unique<Gap>());
+            gaps_made_++;
+        }
+        flight.gap = std::move(gaps_free_.back());
+        gaps_free_.pop_back();
+    }
     flight.cells.push_back(missing);
 }
 
@@ -167,6 +175,7 @@ void Loader::finish_read(const Completion& completion, std::vector<Loaded>& load
     use.latencies.add(completion.took);
     if (completion.error != 0) flight.error = completion.error;
     if (--flight.reads_left > 0) return;
+    if (flight.gap != nullptr) gaps_free_.push_back(std::move(flight.gap));
     if (flight.error == 0) {
         jobs.push_back(job_of(flight, completion.tag));
         return;

@@ -61,6 +61,8 @@ class ReadingTime {
 inline constexpr uint64_t GAP_BYTES_MAX = 16384;
 inline constexpr uint64_t GAPS_DIVISOR = 3;  // of what a request has cells for: no more than that is in its gaps
 
+inline constexpr uint32_t GAPS_MAX = 256;  // requests with gaps at once: 4 MiB of the interpreter's allowance
+
 inline constexpr uint32_t REGIONS = 64;  // equal parts of bundles.bin, whose reads are counted for its wear
 
 struct DeviceUse {  // by one model
@@ -96,7 +98,7 @@ class Loader {
         std::unique_ptr<Gap> gap{};  // where there are any: nobody reads what is put there
     };
     bool joins(const Flight& flight, const Missing& missing) const;
-    void join(Flight& flight, const Missing& missing) const;
+    void join(Flight& flight, const Missing& missing);
     void add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const;
     Read read_of(const Flight& flight, uint64_t tag) const;
     Job job_of(const Flight& flight, uint64_t tag) const;
@@ -111,6 +113,8 @@ class Loader {
     std::unordered_map<uint32_t, DeviceUse> device_;  // by model
     std::unordered_map<uint64_t, Flight> flights_;    // by tag
     uint64_t next_tag_ = 0;
+    uint32_t gaps_made_ = 0;
+    std::vector<std::unique_ptr<Gap>> gaps_free_;
     std::vector<Completion> completions_;
     std::vector<Job> done_;
 };

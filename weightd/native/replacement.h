@@ -11,8 +11,9 @@
 // last, and a single scan flushes nothing. That a passing cell is used again while it is there says only that somebody
 // follows: what is used often stays when it comes the next time.
 //
-// Several scans at once read everything once only if they stay together. So then what passes lingers, in up to half of
-// the pool: who falls behind finds it there, catches up, and all wait for the same reads.
+// Several scans at once read everything once only if they stay together. So then what passes lingers, in as many
+// slots as a tenth of the cells that are not there, at most half of all: who falls behind finds it, catches up, and
+// all wait for the same reads.
 #pragma once
 
 #include <cstdint>

@@ -34,7 +34,7 @@ class Session {
     const bool borrows;          // may hold more than its share, while nobody waits for a slot
     uint32_t lease_limit;        // its share and what it may borrow; held_cells can be above it only after it fell
     uint32_t held_cells = 0;     // distinct ones
-    bool scans = false;          // what it asked for last is a run of cells, as in exact mode
+    bool scans = false;          // it asks for runs of cells, as in exact mode, and holds some
     uint64_t hits = 0;           // of the cells that it asked for
     uint64_t misses = 0;
     std::vector<Hold> holds;  // by cell of the model's numbering

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from weightd.config import ServeConfig
 from weightd.errors import SpaceError, UsageError
-from weightd.sizes import format_size
+from weightd.sizes import format_enough, format_size
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def chosen_dram_bytes(config: ServeConfig, demands: Sequence[ModelDemand]) -> in
         dram_bytes = default_dram_bytes(limits, demands)
     check_dram(dram_bytes, limits, demands, config.dram_percent)
     for demand in unservable(dram_bytes, demands):
-        logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_size(demand.minimum_bytes))
+        logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_enough(demand.minimum_bytes))
     free_bytes = min(limit.free_bytes for limit in limits)
     if dram_bytes > free_bytes:
         logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free_bytes))
@@ -126,7 +126,7 @@ def _most(limit_bytes: int, as_percent: bool) -> str:
 
 def _minimums(demands: Sequence[ModelDemand]) -> str:
     return "; ".join(
-        f"{demand.name} needs at least {format_size(demand.minimum_bytes)} (resident weights, tables, a few cells)"
+        f"{demand.name} needs at least {format_enough(demand.minimum_bytes)} (resident weights, tables, a few cells)"
         for demand in demands
     )
 

@@ -85,7 +85,7 @@ BOUNDS = {
     f"/{SERVICE_NAME}/OpenSession": Bound(OPENS_MAX, OPENS_MAX // 2, OPENS_MAX * 3 // 4),
     f"/{SERVICE_NAME}/PublishCalibration": Bound(PUBLISHES_MAX, PUBLISHES_MAX),
     f"/{SERVICE_NAME}/ListModels": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4),
-    f"/{SERVICE_NAME}/DescribeModel": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4),
+    f"/{SERVICE_NAME}/DescribeModel": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4, LOOKS_MAX * 3 // 8),
     "/grpc.health.v1.Health/Watch": Bound(16, 16),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Bound(8, 8),
 }
@@ -231,7 +231,8 @@ class CallBounds(grpc.aio.ServerInterceptor):
 
     async def _enter(self, method: str, request: Any, context: Context) -> Place:
         """Counts the call, or refuses it."""
-        bound, peer, model = BOUNDS[method], self._peer_of(context), getattr(request, "model", "")
+        bound, peer = BOUNDS[method], self._peer_of(context)
+        model = getattr(request, "model", None) or getattr(request, "name", "")  # of DescribeModel
         limits = {(OF_ALL, method): bound.calls, (OF_PEER, f"{method} {peer}"): bound.of_peer}
         if bound.of_model is not None:
             limits[OF_MODEL, f"{method} {model}"] = bound.of_model

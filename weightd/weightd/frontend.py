@@ -58,13 +58,9 @@ class Frontend:
         await self._server.stop(GRACE_S)
 
     def close(self) -> None:
-        """Leaves no socket behind."""
+        """Tells nobody any more who it is."""
         for server in self._identity_servers:
             server.close()
-        for address in self._config.listen:
-            for path in (address.socket_path, listening.identity_socket(address)):
-                if path is not None:
-                    path.unlink(missing_ok=True)
 
     async def _identify(self, identities: Identities) -> None:
         """Beside every Unix socket, tells who connects who it is."""
@@ -74,6 +70,14 @@ class Frontend:
                 with listening.private_sockets():
                     server = await loop.create_unix_server(lambda: IdentityProtocol(identities), path)
                 self._identity_servers.append(server)
+
+
+def remove_sockets(config: ServeConfig) -> None:
+    """Leaves none behind."""
+    for address in config.listen:
+        for path in (address.socket_path, listening.identity_socket(address)):
+            if path is not None:
+                path.unlink(missing_ok=True)
 
 
 def prepare_addresses(config: ServeConfig, tls: TlsCredentials | None) -> None:

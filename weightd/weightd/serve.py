@@ -18,7 +18,7 @@ from weightd.budget import chosen_dram_bytes, chosen_floor_bytes
 from weightd.config import MetricsAddress, ServeConfig, load_config
 from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.fetch import Fetcher
-from weightd.frontend import Frontend, prepare_addresses
+from weightd.frontend import Frontend, prepare_addresses, remove_sockets
 from weightd.identity import Identities
 from weightd.profile import sequential_gb_per_s
 from weightd.reload import Reloader
@@ -78,6 +78,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
             stack.enter_context(_metrics(config.metrics, statistics))
         if not config.cold_start:
             stack.callback(models.remember)
+        stack.callback(remove_sockets, config)
         frontend = Frontend(config, service, tls)
         stack.callback(frontend.close)
         told = _told_to_stop(config, engine)

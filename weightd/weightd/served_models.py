@@ -83,7 +83,8 @@ class ServedModels:
         threads.shutdown(wait=False)
         for name, opening in zip(names, openings, strict=True):
             if opening in silent:
-                logger.error("model %s is not served yet: its device has not answered for %g s", name, within_s)
+                why = f"its device has not answered for {within_s:g} s" if opening.running() else "others come first"
+                logger.error("model %s is not served yet: %s", name, why)
                 continue
             try:
                 opening.result()

@@ -24,7 +24,7 @@ from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceErro
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.identity import Context, Identities
 from weightd.served_models import ANSWER_WITHIN_S, ServedModel, ServedModels, demand_of
-from weightd.sizes import format_size
+from weightd.sizes import format_enough, format_size
 from weightd.statistics import Statistics
 from weightd.status import answered, answered_stream
 from weightd_proto import weightd_pb2
@@ -188,7 +188,7 @@ class WeightdService:
         needed_bytes = demand_of(record).minimum_bytes
         if needed_bytes > self._dram_bytes:
             raise SpaceError(
-                f"{record.name!r} with these predictors needs {format_size(needed_bytes)} of --dram, this weightd has "
+                f"{record.name!r} with these predictors needs {format_enough(needed_bytes)} of --dram, this has "
                 f"{format_size(self._dram_bytes)}: raise --dram, or calibrate with a smaller rank"
             )
         return self._models.stage(served, offered)

@@ -39,3 +39,9 @@ def format_size(size_bytes: int) -> str:
     amount = size_bytes / unit_bytes
     digits = 0 if amount == int(amount) or amount >= 100 else 1
     return f"{amount:.{digits}f}{unit}"
+
+
+def format_enough(size_bytes: int) -> str:
+    """As format_size, and never less than the size: for what a user is told to give."""
+    text = format_size(size_bytes)
+    return text if parse_size(text) >= size_bytes else f"{-(-size_bytes >> 20)}MiB"

@@ -19,11 +19,11 @@ from typing import Any
 
 import grpc
 
-from flashclient.address import TlsOptions, parse_address
+from flashclient.address import TlsOptions, default_address, parse_address
 from flashclient.channel import open_channel, stub_of
 from flashclient.cli import add_tls_flags
 from flashclient.errors import OptionError
-from weightd.config import SYSTEM_SOCKET, FlagParser, default_listen
+from weightd.config import FlagParser
 from weightd.errors import DaemonError, UsageError
 from weightd.log import one_line
 from weightd.terminal import Event, drawing
@@ -96,18 +96,12 @@ def _interval(text: str) -> float:
 def _connected(text: str | None, *tls_files: str | None) -> Iterator[Daemon]:
     try:
         tls = TlsOptions(*tls_files)
-        address = parse_address(_default_address() if text is None else text, tls)
+        address = parse_address(default_address(os.geteuid(), os.environ) if text is None else text, tls)
         channel = open_channel(address, tls)
     except OptionError as error:
         raise UsageError(str(error)) from error
     with channel:
         yield Daemon(address.target, tls.given, stub_of(channel, address))
-
-
-def _default_address() -> str:
-    """Of this user's own weightd, or of the system's where there is none."""
-    own = default_listen(os.geteuid(), os.environ).socket_path
-    return f"unix:{own if own is not None and own.exists() else SYSTEM_SOCKET}"
 
 
 def _one_view(daemon: Daemon, interval_s: float) -> View:
