@@ -105,6 +105,7 @@ def terminal(*flags: str, rows: int = 24, columns: int = 150) -> Iterator[Screen
 
 def _own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C and new sizes become signals
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
 
 
 def fetch(daemon: Daemon) -> None:
