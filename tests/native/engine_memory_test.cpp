@@ -27,7 +27,7 @@ struct EngineMemoryTest : testing::Test {
     FlashModel third{1, 800, "third"};
 
     static void settle(Engine& engine) {
-        while (engine.step() || engine.reading()) {
+        while (engine.step() || engine.reading() || engine.puts_off()) {
         }
     }
 

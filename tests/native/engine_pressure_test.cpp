@@ -34,7 +34,7 @@ struct EnginePressureTest : testing::Test {
     EnginePressureTest() { engine.add_model(flash.spec, false); }
 
     void settle() {
-        while (engine.step() || engine.reading()) {
+        while (engine.step() || engine.reading() || engine.puts_off()) {
         }
     }
 

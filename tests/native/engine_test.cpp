@@ -42,7 +42,7 @@ struct EngineTest : testing::TestWithParam<std::string> {
     }
 
     static void settle(Engine& engine) {
-        while (engine.step() || engine.reading()) {
+        while (engine.step() || engine.reading() || engine.puts_off()) {
         }
     }
 

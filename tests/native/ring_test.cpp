@@ -147,6 +147,15 @@ TEST_F(RingTest, SharesThePoolBetweenFourClients) {
     EXPECT_EQ(service->report().models[0].slots_busy, 0U);
 }
 
+TEST_F(RingTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
+    FlashModel model(1, 2000);
+    const auto service = serve(model, 300);
+    const auto silent = attach(*service, 64), session = attach(*service, 64);
+    silent->acquire(0, ring::RANGES, std::array{100U, 132U}, 0);
+    Sweep sweep(*session, layout(model));
+    expect_sweep(model, sweep, 2);  // where it is put off nothing else wakes the loop
+}
+
 TEST_F(RingTest, GivesTheSameBytesInBand) {
     FlashModel model(2, 301);
     const auto service = serve(model, 30);
@@ -168,16 +177,14 @@ TEST_F(RingTest, TellsTheClientWhichBundleIsCorrupt) {
     const auto session = attach(*service, 64);
     Sweep sweep(*session, layout(model));
     try {
-        while (sweep.next(0) != nullptr) {
-        }
-        while (sweep.next(1) != nullptr) {
+        for (const uint32_t layer : {0U, 1U}) {
+            while (sweep.next(layer) != nullptr) continue;
         }
         FAIL() << "a corrupt bundle was granted";
     } catch (const flashclient::CorruptBundle& error) {
         EXPECT_NE(std::string(error.what()).find("layer 1, neuron at position 42"), std::string::npos) << error.what();
     }
-    while (sweep.next(0) != nullptr) {  // the session goes on
-    }
+    while (sweep.next(0) != nullptr) continue;  // the session goes on
 }
 
 TEST_F(RingTest, RefusesAWrongToken) {

@@ -5,16 +5,6 @@
 #include <utility>
 
 namespace weightd {
-namespace {
-
-constexpr size_t RUN_MIN = 16;  // cells, if no less fill a request; what predictors foretell is scattered
-
-bool is_run(std::span<const uint32_t> cells) {
-    const auto jumps = [](uint32_t cell, uint32_t next) { return next != cell + 1; };
-    return std::adjacent_find(cells.begin(), cells.end(), jumps) == cells.end();
-}
-
-}  // namespace
 
 Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
     : memory_(dram_bytes),
@@ -62,7 +52,7 @@ bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     if (!names_cells(session, layer, cells)) return false;
     ModelState& state = *models_[session.model];
-    note_scan(state, session, cells);
+    note_scan(state, session, layer, cells);
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
         if (within_share(session, number)) {
@@ -73,23 +63,6 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     }
     answered_.push_back(session.id);
     return true;
-}
-
-// A short run says nothing: the last of a layer is one, and predictors may foretell some neighbours alone.
-void Engine::note_scan(ModelState& state, Session& session, std::span<const uint32_t> cells) {
-    const size_t request_cells = std::max<size_t>(2, READ_BYTES_MAX / state.spec.cell_bytes);
-    if (!is_run(cells)) {
-        set_scans(state, session, false);
-    } else if (cells.size() >= std::min(RUN_MIN, request_cells)) {
-        set_scans(state, session, true);
-    }
-}
-
-void Engine::set_scans(ModelState& state, Session& session, bool scans) {
-    if (session.scans == scans) return;
-    session.scans = scans;
-    state.scans += scans ? 1 : -1;
-    state.pool->linger(state.scans > 1);
 }
 
 void Engine::want(ModelState& state, Session& session, uint32_t cell, uint32_t tag) {
@@ -105,12 +78,18 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
     if (place) {
         state.counts.hits++;
         session.hits++;
+        if (place.slot().reading && !session.scans) hurry(state, cell);
     } else {
         place = place_for(state, cell);
         if (!place) return false;
         state.counts.misses++;
         session.misses++;
-        state.missing.push_back({cell, place, state.pool->address(place)});
+        const Missing missing{cell, place, state.pool->address(place)};
+        if (state.scans > 1 && session.scans) {
+            state.put_off.push_back({session.id, missing});
+        } else {
+            state.missing.push_back(missing);
+        }
     }
     state.pool->lease(place);
     state.pool->touched(cell);
@@ -198,7 +177,8 @@ void Engine::serve_stalled(ModelState& state) {
 
 // ---- reads ----
 
-bool Engine::step() {
+bool Engine::step(Clock::time_point now) {
+    now_ = now;
     loaded_.clear();
     loader_.reap(loaded_);
     for (const Loaded& loaded : loaded_) take_in(loaded);
@@ -222,7 +202,9 @@ bool Engine::step() {
 }
 
 bool Engine::submit(ModelState& state) {
+    if (!state.put_off.empty()) choose_for_scans(state);
     if (state.missing.empty()) return false;
+    state.reading += state.missing.size();
     const LoadCounts counts =
         loader_.load({state.index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
     state.missing.clear();
@@ -233,6 +215,7 @@ bool Engine::submit(ModelState& state) {
 
 void Engine::take_in(const Loaded& loaded) {
     ModelState& state = *models_[loaded.model];
+    state.reading--;
     const bool good = loaded.error == 0 && loaded.wrong_bundle < 0;
     uint32_t waiter = std::exchange(loaded.place.slot().first_waiter, NO_WAITER);
     if (good) {

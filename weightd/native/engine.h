@@ -88,9 +88,15 @@ struct ModelState {
     };
     std::deque<Stalled> stalled;   // wants for which no slot was free, in order
     std::vector<Missing> missing;  // placed, not yet submitted
-    struct Warming {               // what is hot is read in the background, into slots that are free
-        bool begun = false;        // when the first session was opened: it has its resident weights by then
-        uint32_t hotness = 0;      // of the cells now looked for, and a little less; 0: nothing more
+    struct PutOff {
+        uint32_t session;
+        Missing missing;
+    };
+    std::vector<PutOff> put_off;  // placed, wanted by scans; what of it is submitted next is chosen then
+    uint64_t reading = 0;         // cells that were submitted and have not come
+    struct Warming {              // what is hot is read in the background, into slots that are free
+        bool begun = false;       // when the first session was opened: it has its resident weights by then
+        uint32_t hotness = 0;     // of the cells now looked for, and a little less; 0: nothing more
         uint32_t next_cell = 0;
     } warming;
     struct Demand {         // as of the last look()
@@ -145,8 +151,9 @@ class Engine {
 
     // Takes in what was read, starts what is missing, flushes the sessions that were answered.
     // True when anything happened.
-    bool step();
+    bool step(Clock::time_point now = Clock::now());
     bool reading() const { return loader_.busy(); }
+    bool puts_off() const;  // reads of scans, for a while: step() must be called then, if nothing happens, too
     const DeviceUse& device_use(uint32_t model) const { return loader_.device_use(model); }
     ReadQueue read_queue() const { return reader_.queue(); }
     uint64_t evictions(const ModelState& state) const;  // since the start, by all its pools
@@ -173,8 +180,17 @@ class Engine {
 
   private:
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
-    void note_scan(ModelState& state, Session& session, std::span<const uint32_t> cells);
+    void note_scan(ModelState& state, Session& session, uint32_t layer, std::span<const uint32_t> cells);
     void set_scans(ModelState& state, Session& session, bool scans);
+    struct Hindmost {  // of the scans of a model
+        uint32_t cell = 0;
+        uint32_t to_first = 0;  // how far the first of them is ahead
+    };
+    Hindmost hindmost(const ModelState& state) const;
+    bool is_ahead(const ModelState& state, Hindmost last, const ModelState::PutOff& one) const;
+    void note_patience(const ModelState& state);
+    void choose_for_scans(ModelState& state);
+    static void hurry(ModelState& state, uint32_t cell);
     bool within_share(const Session& session, uint32_t cell) const;
     bool borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     void want(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
@@ -217,6 +233,7 @@ class Engine {
         uint32_t next;
     };
 
+    Clock::time_point now_ = Clock::now();
     Memory memory_;
     Reader& reader_;
     Loader loader_;

@@ -58,6 +58,7 @@ class Pool {
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_.touched(cell); }
     void linger(bool lingers) { replacement_.linger(lingers); }
+    uint32_t linger_count() const { return replacement_.linger_count(); }
     void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 

@@ -18,7 +18,7 @@ constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
 constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
 constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
-constexpr uint32_t LINGER_DIVISOR = 10;     // of the cells that are not there: a scan reads so much more
+constexpr uint32_t LINGER_DIVISOR = 20;     // of the cells that are not there: a scan reads so much more
 constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
 static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
 static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");

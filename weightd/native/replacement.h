@@ -12,8 +12,8 @@
 // follows: what is used often stays when it comes the next time.
 //
 // Several scans at once read everything once only if they stay together. So then what passes lingers, in as many
-// slots as a tenth of the cells that are not there, at most half of all: who falls behind finds it, catches up, and
-// all wait for the same reads.
+// slots as a twentieth of the cells that are not there, at most half of all: who falls behind a little finds it,
+// catches up, and all wait for the same reads. Who falls behind by more: engine_scans.cpp.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,7 @@ class Replacement {
     void removed(uint32_t cell);                                       // left the pool for another reason than victim()
     uint32_t victim();                                                 // takes one out, or NO_CELL when all are pinned
     void linger(bool lingers) { lingers_ = lingers; }                  // several scans are under way
+    uint32_t linger_count() const;                                     // cells that may linger
     bool passing(uint32_t cell) const { return passing_[cell] != 0; }  // of one in the pool
 
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as seen until now; no HOTNESS_IN_POOL
@@ -66,7 +67,6 @@ class Replacement {
     void put(uint32_t cell);
     void take(uint32_t cell);
     uint32_t first_to_go();
-    uint32_t linger_count() const;
     bool outweighs_the_lowest(uint32_t cell);
     void find_lowest();
     void append(uint32_t target, uint32_t source);

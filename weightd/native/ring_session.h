@@ -21,7 +21,6 @@
 namespace weightd {
 
 using Token = std::array<uint8_t, ring::TOKEN_BYTES>;
-using Clock = std::chrono::steady_clock;
 
 // Of a session that we closed: its client lives and maps resident weights and predictors, which stay until it lets go.
 struct Remains {

@@ -14,6 +14,7 @@ namespace {
 
 constexpr std::chrono::seconds RELIEVE_AFTER{10};  // without a signal, of which the kernel sends one in two seconds
 constexpr int CHECK_MS = 1000;                     // for sessions that were not attached in time, or that block others
+constexpr int PUT_OFF_CHECK_MS = 20;               // for reads that wait for nothing but time
 
 uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrency() / 2); }
 
@@ -156,7 +157,7 @@ void Service::sleep_until_event() {
     }
     std::array<epoll_event, 64> events;
     const bool ticks = unattached || !accepts_ || engine_->waiting() || engine_->pressed();
-    const int timeout_ms = waiting ? 0 : ticks ? CHECK_MS : -1;
+    const int timeout_ms = waiting ? 0 : engine_->puts_off() ? PUT_OFF_CHECK_MS : ticks ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
     if (count < 0 && errno != EINTR) fail("epoll_wait");
     for (const auto& [id, ring] : rings_) ring->announce_sleep(false);
