@@ -22,6 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import flashclient  # isort: skip  # before torch, so that torch's idle threads do not spin
+
 import numpy as np
 import torch
 from bench import Row, Target, machine_facts, report
@@ -32,7 +34,6 @@ from planted_plan import SHAPES
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-import flashclient
 from flashclient import _native
 from flashclient.channel import Connection
 from weightd.served_models import demand_of

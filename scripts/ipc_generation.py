@@ -34,7 +34,7 @@ from weightd_proto import weightd_pb2
 CHUNK_BYTES = 4 << 20  # as the sweep over the ring gives out when all is in the pool
 SLOTS_WANTED_BYTES = 8 << 20
 IO_THREADS, IO_DEPTH = 32, 64
-ROUNDS = 3
+ROUNDS = 8  # of four: one round may say 0.95 or 1.1
 SEED = 11
 PROMPT_TOKENS = 16
 KINDS = [("predict", 1.0, 64), ("exact", 1.0, 16), ("predict", 0.5, 64)]  # mode, share of the FFN in the pool, tokens
