@@ -27,7 +27,8 @@ struct EngineMemoryTest : testing::Test {
     FlashModel third{1, 800, "third"};
 
     static void settle(Engine& engine) {
-        while (engine.step() || engine.reading() || engine.puts_off()) {
+        for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
+            engine.tell_time(now += std::chrono::milliseconds(100));
         }
     }
 

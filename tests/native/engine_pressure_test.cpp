@@ -34,7 +34,8 @@ struct EnginePressureTest : testing::Test {
     EnginePressureTest() { engine.add_model(flash.spec, false); }
 
     void settle() {
-        while (engine.step() || engine.reading() || engine.puts_off()) {
+        for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
+            engine.tell_time(now += std::chrono::milliseconds(100));
         }
     }
 

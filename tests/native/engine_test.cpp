@@ -42,7 +42,8 @@ struct EngineTest : testing::TestWithParam<std::string> {
     }
 
     static void settle(Engine& engine) {
-        while (engine.step() || engine.reading() || engine.puts_off()) {
+        for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
+            engine.tell_time(now += std::chrono::milliseconds(100));
         }
     }
 

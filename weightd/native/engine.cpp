@@ -43,9 +43,11 @@ bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t
     if (!state.stalled.empty()) return false;
     hold.pending++;
     session.held_cells++;
+    session.unanswered++;
     if (serve(state, session, cell, tag)) return true;
     hold.pending--;
     session.held_cells--;
+    session.unanswered--;
     return false;
 }
 
@@ -69,6 +71,7 @@ void Engine::want(ModelState& state, Session& session, uint32_t cell, uint32_t t
     Hold& hold = session.holds[cell];
     if (hold.granted + hold.pending == 0) session.held_cells++;
     hold.pending++;
+    session.unanswered++;
     const bool others_first = !state.stalled.empty() && !state.pool->find(cell);
     if (others_first || !serve(state, session, cell, tag)) state.stalled.push_back({session.id, cell, tag});
 }
@@ -78,7 +81,7 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
     if (place) {
         state.counts.hits++;
         session.hits++;
-        if (place.slot().reading && !session.scans) hurry(state, cell);
+        if (!session.scans) place.slot().put_off = false;
     } else {
         place = place_for(state, cell);
         if (!place) return false;
@@ -86,6 +89,7 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
         session.misses++;
         const Missing missing{cell, place, state.pool->address(place)};
         if (state.scans > 1 && session.scans) {
+            place.slot().put_off = true;
             state.put_off.push_back({session.id, missing});
         } else {
             state.missing.push_back(missing);
@@ -117,11 +121,14 @@ void Engine::grant(ModelState& state, Session& session, uint32_t cell, uint32_t 
     Hold& hold = session.holds[cell];
     hold.pending--;
     hold.granted++;
+    session.unanswered--;
+    session.scan.awake_at = now_;
     session.granted(tag, cell - state.spec.layers[state.spec.layer_of(cell)].first_cell, place, *state.pool);
 }
 
 void Engine::fail(ModelState& state, Session& session, uint32_t cell, uint32_t tag, const Loaded& loaded) {
     give_back(state, session, cell, &Hold::pending);
+    session.unanswered--;
     const uint32_t local = cell - state.spec.layers[state.spec.layer_of(cell)].first_cell;
     if (loaded.error != 0) {
         session.failed(tag, local, ring::UNREADABLE, static_cast<uint32_t>(loaded.error));
@@ -155,6 +162,7 @@ bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t
     ModelState& state = *models_[session.model];
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
+        if (const Place found = state.pool->find(number)) found.slot().put_off = false;
         if (!state.stalled.empty() || state.pool->find(number)) continue;
         const Place place = place_for(state, number);
         if (!place) return true;  // a hint only: there is no room
@@ -177,8 +185,7 @@ void Engine::serve_stalled(ModelState& state) {
 
 // ---- reads ----
 
-bool Engine::step(Clock::time_point now) {
-    now_ = now;
+bool Engine::step() {
     loaded_.clear();
     loader_.reap(loaded_);
     for (const Loaded& loaded : loaded_) take_in(loaded);
@@ -204,7 +211,7 @@ bool Engine::step(Clock::time_point now) {
 bool Engine::submit(ModelState& state) {
     if (!state.put_off.empty()) choose_for_scans(state);
     if (state.missing.empty()) return false;
-    state.reading += state.missing.size();
+    state.cells_reading += state.missing.size();
     const LoadCounts counts =
         loader_.load({state.index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
     state.missing.clear();
@@ -215,7 +222,7 @@ bool Engine::submit(ModelState& state) {
 
 void Engine::take_in(const Loaded& loaded) {
     ModelState& state = *models_[loaded.model];
-    state.reading--;
+    state.cells_reading--;
     const bool good = loaded.error == 0 && loaded.wrong_bundle < 0;
     uint32_t waiter = std::exchange(loaded.place.slot().first_waiter, NO_WAITER);
     if (good) {
@@ -259,7 +266,7 @@ void Engine::close(uint32_t id) {
     std::unique_ptr<Session> session = std::move(found->second);
     sessions_.erase(found);
     ModelState& state = *models_[session->model];
-    set_scans(state, *session, false);
+    set_scans(state, *session, false);  // what it put off goes on
     std::erase_if(state.stalled, [&](const ModelState::Stalled& stalled) {
         if (stalled.session != id) return false;
         session->holds[stalled.cell].pending--;  // it waited for a slot, so it leases none

@@ -1,10 +1,11 @@
-// Want, missing, read, place, answer: the daemon's data work, without threads, sockets or clocks of its own.
+// Want, missing, read, place, answer: the daemon's data work, without threads, sockets or a clock of its own.
 //
 // Belongs to one thread. Invariants: every cell asked for is answered once, by granted() or failed(); a granted cell
 // stays in its slot until its last lease is given back. The lease limits of all sessions (their shares, and equal parts
 // of what is lent above them) fit into --dram together. Within its share a session waits for a slot, and gets it as
 // soon as those above their limits give back. Above its share it never waits: it gets a slot at once, and only while
-// nobody waits, or is refused. So no session that waits is waited for.
+// nobody waits, or is refused. So no session that waits for a slot is waited for, but for one whose reads are put off a
+// while (engine_scans.cpp).
 #pragma once
 
 #include <algorithm>
@@ -34,11 +35,12 @@ inline constexpr uint32_t LENT_NEVER_DIVISOR = 16;        // this part of the po
 inline constexpr uint32_t PRESS_DIVISOR = 8;    // a press takes this part of --dram, or a segment: ten seconds to half
 inline constexpr uint32_t RELIEF_DIVISOR = 32;  // a relief gives back this part
 inline constexpr uint32_t IDLE_LOOKS_MIN = 10;  // of look(): a remote client may come back between tokens
-inline constexpr uint32_t SESSIONS_RESERVED = 4;        // whose tables are set aside when a model is activated
-inline constexpr uint64_t WARM_BYTES_MAX = 256U << 10;  // in flight: what a session reads waits for no more than that
-inline constexpr uint32_t WARM_LOOKS_MAX = 1U << 14;    // at cells, in one step
-inline constexpr double BUSIER_MIN = 2;                 // times the uses of a byte: worth moving memory for
-inline constexpr uint32_t WARM_HOTNESS_STEP = 2;        // a quarter of an octave: within it, in the order on flash
+inline constexpr uint32_t SESSIONS_RESERVED = 4;          // whose tables are set aside when a model is activated
+inline constexpr std::chrono::seconds SCANS_WAIT_MAX{1};  // for those behind; devices read 1 to 7 GB meanwhile
+inline constexpr uint64_t WARM_BYTES_MAX = 256U << 10;    // in flight: what a session reads waits for no more than that
+inline constexpr uint32_t WARM_LOOKS_MAX = 1U << 14;      // at cells, in one step
+inline constexpr double BUSIER_MIN = 2;                   // times the uses of a byte: worth moving memory for
+inline constexpr uint32_t WARM_HOTNESS_STEP = 2;          // a quarter of an octave: within it, in the order on flash
 
 struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; says the numbers
     using std::runtime_error::runtime_error;
@@ -93,10 +95,15 @@ struct ModelState {
         Missing missing;
     };
     std::vector<PutOff> put_off;  // placed, wanted by scans; what of it is submitted next is chosen then
-    uint64_t reading = 0;         // cells that were submitted and have not come
-    struct Warming {              // what is hot is read in the background, into slots that are free
-        bool begun = false;       // when the first session was opened: it has its resident weights by then
-        uint32_t hotness = 0;     // of the cells now looked for, and a little less; 0: nothing more
+    uint64_t cells_reading = 0;   // submitted, and not yet come
+    struct Patience {             // how long its scans may be put off
+        Clock::duration left = SCANS_WAIT_MAX;
+        Clock::time_point noted_at;
+        bool used = false;  // something has been put off since then
+    } patience;
+    struct Warming {           // what is hot is read in the background, into slots that are free
+        bool begun = false;    // when the first session was opened: it has its resident weights by then
+        uint32_t hotness = 0;  // of the cells now looked for, and a little less; 0: nothing more
         uint32_t next_cell = 0;
     } warming;
     struct Demand {         // as of the last look()
@@ -151,9 +158,10 @@ class Engine {
 
     // Takes in what was read, starts what is missing, flushes the sessions that were answered.
     // True when anything happened.
-    bool step(Clock::time_point now = Clock::now());
+    bool step();
     bool reading() const { return loader_.busy(); }
     bool puts_off() const;  // reads of scans, for a while: step() must be called then, if nothing happens, too
+    void tell_time(Clock::time_point now) { now_ = now; }
     const DeviceUse& device_use(uint32_t model) const { return loader_.device_use(model); }
     ReadQueue read_queue() const { return reader_.queue(); }
     uint64_t evictions(const ModelState& state) const;  // since the start, by all its pools
@@ -182,15 +190,15 @@ class Engine {
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
     void note_scan(ModelState& state, Session& session, uint32_t layer, std::span<const uint32_t> cells);
     void set_scans(ModelState& state, Session& session, bool scans);
-    struct Hindmost {  // of the scans of a model
+    struct Hindmost {  // of the scans of a model that are not resting
+        uint32_t session = 0;
         uint32_t cell = 0;
         uint32_t to_first = 0;  // how far the first of them is ahead
     };
     Hindmost hindmost(const ModelState& state) const;
-    bool is_ahead(const ModelState& state, Hindmost last, const ModelState::PutOff& one) const;
-    void note_patience(const ModelState& state);
+    static bool is_ahead(const ModelState& state, const Hindmost& last, const ModelState::PutOff& wanted);
+    bool has_patience(ModelState& state) const;
     void choose_for_scans(ModelState& state);
-    static void hurry(ModelState& state, uint32_t cell);
     bool within_share(const Session& session, uint32_t cell) const;
     bool borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
     void want(ModelState& state, Session& session, uint32_t cell, uint32_t tag);
@@ -233,7 +241,7 @@ class Engine {
         uint32_t next;
     };
 
-    Clock::time_point now_ = Clock::now();
+    Clock::time_point now_;
     Memory memory_;
     Reader& reader_;
     Loader loader_;

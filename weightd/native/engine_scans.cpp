@@ -4,8 +4,8 @@
 // (replacement.h). So what those lack who are further ahead is put off until the hindmost gets there. They are not
 // slower for it in the end: together, each of them has the whole device.
 //
-// A scan waits for a second at most, and then for an eighth of the time: some are slower than others for good. Nobody
-// waits for one that asks for nothing.
+// The scans of a model wait for a second at most, all together, and then for an eighth of the time: some are slower
+// than others for good. Nobody waits for one that has got what it asked for and is silent for half a second.
 #include <algorithm>
 
 #include "engine.h"
@@ -14,8 +14,9 @@ namespace weightd {
 namespace {
 
 constexpr size_t RUN_MIN = 16;  // cells, if no less fill a request; what predictors foretell is scattered
-constexpr std::chrono::milliseconds RESTS_AFTER{500};  // without asking for anything
-constexpr uint32_t PATIENCE_DIVISOR = 8;               // of the time
+constexpr std::chrono::milliseconds RESTS_AFTER{500};  // with all that it asked for
+constexpr uint32_t PATIENCE_DIVISOR = 8;               // of the time: what they wait later
+constexpr uint32_t TOGETHER_DIVISOR = 2;               // of what lingers: nobody is far behind who is so near
 
 bool is_run(std::span<const uint32_t> cells) {
     const auto jumps = [](uint32_t cell, uint32_t next) { return next != cell + 1; };
@@ -33,8 +34,7 @@ void Engine::note_scan(ModelState& state, Session& session, uint32_t layer, std:
         set_scans(state, session, true);
     }
     if (!session.scans || cells.empty()) return;
-    session.scan.cell = state.spec.layers[layer].first_cell + cells.back();
-    session.scan.asked_at = now_;
+    session.scan = {state.spec.layers[layer].first_cell + cells.back(), now_};
 }
 
 void Engine::set_scans(ModelState& state, Session& session, bool scans) {
@@ -42,71 +42,62 @@ void Engine::set_scans(ModelState& state, Session& session, bool scans) {
     session.scans = scans;
     state.scans += scans ? 1 : -1;
     state.pool->linger(state.scans > 1);
+    if (scans) return;
+    for (const ModelState::PutOff& wanted : state.put_off) {
+        if (wanted.session == session.id) wanted.missing.place.slot().put_off = false;
+    }
 }
 
 // The scan that has the longest way behind it without another.
 Engine::Hindmost Engine::hindmost(const ModelState& state) const {
-    std::vector<uint32_t> cells;
+    std::vector<std::pair<uint32_t, uint32_t>> scans;  // cell, session
     for (const auto& [id, session] : sessions_) {
         if (models_[session->model].get() != &state || !session->scans) continue;
-        if (session->scan.waits || now_ - session->scan.asked_at < RESTS_AFTER) cells.push_back(session->scan.cell);
+        const bool rests = session->unanswered == 0 && now_ - session->scan.awake_at >= RESTS_AFTER;
+        if (!rests) scans.emplace_back(session->scan.cell, id);
     }
-    if (cells.empty()) return {};
-    std::sort(cells.begin(), cells.end());
+    if (scans.empty()) return {};
+    std::sort(scans.begin(), scans.end());
     const uint32_t count = state.spec.cell_count();
-    uint32_t longest = cells.front() + count - cells.back();
-    uint32_t found = cells.front();
-    for (size_t i = 1; i < cells.size(); i++) {
-        if (cells[i] - cells[i - 1] <= longest) continue;
-        longest = cells[i] - cells[i - 1];
-        found = cells[i];
+    uint32_t longest = scans.front().first + count - scans.back().first;
+    auto found = scans.front();
+    for (size_t i = 1; i < scans.size(); i++) {
+        if (scans[i].first - scans[i - 1].first <= longest) continue;
+        longest = scans[i].first - scans[i - 1].first;
+        found = scans[i];
     }
-    return {found, count - longest};
+    return {found.second, found.first, count - longest};
 }
 
-bool Engine::is_ahead(const ModelState& state, Hindmost last, const ModelState::PutOff& one) const {
+bool Engine::is_ahead(const ModelState& state, const Hindmost& last, const ModelState::PutOff& wanted) {
     const uint32_t count = state.spec.cell_count();
-    const uint32_t cells = (one.missing.cell + count - last.cell) % count;
-    return cells > state.pool->linger_count() / 2 && cells <= last.to_first;  // beyond, it is behind the hindmost
+    const uint32_t cells = (wanted.missing.cell + count - last.cell) % count;
+    const bool near = cells <= state.pool->linger_count() / TOGETHER_DIVISOR;
+    return wanted.session != last.session && !near && cells <= last.to_first;  // beyond, it is behind the hindmost
 }
 
-void Engine::note_patience(const ModelState& state) {
-    for (const auto& [id, session] : sessions_) {
-        if (models_[session->model].get() != &state) continue;
-        Scan& scan = session->scan;
-        const Clock::duration passed = now_ - scan.noted_at;
-        scan.patience = scan.waits ? scan.patience - passed
-                                   : std::min<Clock::duration>(PATIENCE_MAX, scan.patience + passed / PATIENCE_DIVISOR);
-        scan.noted_at = now_;
-        scan.waits = false;
-    }
+bool Engine::has_patience(ModelState& state) const {
+    ModelState::Patience& patience = state.patience;
+    const Clock::duration passed = now_ - patience.noted_at;
+    const Clock::duration left = patience.left + (patience.used ? -passed : passed / PATIENCE_DIVISOR);
+    patience = {std::clamp<Clock::duration>(left, -SCANS_WAIT_MAX, SCANS_WAIT_MAX), now_};
+    return patience.left > Clock::duration{0};
 }
 
 void Engine::choose_for_scans(ModelState& state) {
-    const Hindmost last = hindmost(state);
-    note_patience(state);
-    std::erase_if(state.put_off, [&](const ModelState::PutOff& one) {
-        Session* session = find(one.session);
-        if (session != nullptr && session->scan.patience > Clock::duration{0} && is_ahead(state, last, one)) {
-            session->scan.waits = true;
-            return false;
-        }
-        state.missing.push_back(one.missing);
+    const Hindmost last = has_patience(state) ? hindmost(state) : Hindmost{};
+    std::erase_if(state.put_off, [&](const ModelState::PutOff& wanted) {
+        Slot& slot = wanted.missing.place.slot();
+        if (slot.put_off && is_ahead(state, last, wanted)) return false;
+        slot.put_off = false;
+        state.missing.push_back(wanted.missing);
         return true;
     });
+    state.patience.used = !state.put_off.empty();
 }
 
 bool Engine::puts_off() const {
     return std::any_of(models_.begin(), models_.end(), [](const auto& state) { return !state->put_off.empty(); });
-}
-
-// Somebody else waits for it, too, who does not scan.
-void Engine::hurry(ModelState& state, uint32_t cell) {
-    std::erase_if(state.put_off, [&](const ModelState::PutOff& one) {
-        if (one.missing.cell != cell) return false;
-        state.missing.push_back(one.missing);
-        return true;
-    });
 }
 
 }  // namespace weightd

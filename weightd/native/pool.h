@@ -24,6 +24,7 @@ struct Slot {
     uint32_t leases = 0;
     uint32_t first_waiter = NO_WAITER;  // the engine's list of who waits for the read
     bool reading = false;
+    bool put_off = false;  // of a read: not yet begun, and may wait (engine_scans.cpp)
 };
 
 struct Segment {

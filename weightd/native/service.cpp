@@ -104,6 +104,7 @@ void Service::loop() {
     while (true) {
         run_commands();
         if (stopping()) return;
+        engine_->tell_time(Clock::now());
         bool any = serve_rings();
         now_and_then();
         any = engine_->step() || any;  // last: it answers whom the others made way for

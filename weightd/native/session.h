@@ -13,14 +13,9 @@ namespace weightd {
 
 using Clock = std::chrono::steady_clock;
 
-inline constexpr std::chrono::milliseconds PATIENCE_MAX{1000};  // half a turn of a scan, if it is 1.5 GB long
-
-struct Scan {           // through all cells of a model, round and round
-    uint32_t cell = 0;  // the last that was asked for
-    Clock::time_point asked_at;
-    bool waits = false;                       // for others that are behind
-    Clock::duration patience = PATIENCE_MAX;  // left for that, as of noted_at
-    Clock::time_point noted_at;
+struct Scan {                    // through all cells of a model, round and round
+    uint32_t cell = 0;           // the last that was asked for
+    Clock::time_point awake_at;  // when it asked for something or got it
 };
 
 struct Hold {  // of one cell by one session
@@ -48,7 +43,8 @@ class Session {
     uint32_t lease_limit;        // its share and what it may borrow; held_cells can be above it only after it fell
     uint32_t held_cells = 0;     // distinct ones
     bool scans = false;          // it asks for runs of cells, as in exact mode, and holds some
-    Scan scan;                   // if it does
+    Scan scan;                   // while it scans
+    uint32_t unanswered = 0;     // cells that it asked for
     uint64_t hits = 0;           // of the cells that it asked for
     uint64_t misses = 0;
     std::vector<Hold> holds;  // by cell of the model's numbering
