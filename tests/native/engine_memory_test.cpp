@@ -5,6 +5,7 @@
 
 #include "engine.h"
 #include "flash_file.h"
+#include "settle.h"
 
 namespace weightd {
 namespace {
@@ -25,12 +26,6 @@ struct EngineMemoryTest : testing::Test {
     FlashModel first{1, 800, "first"};
     FlashModel second{1, 800, "second"};
     FlashModel third{1, 800, "third"};
-
-    static void settle(Engine& engine) {
-        for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
-            engine.tell_time(now += std::chrono::milliseconds(100));
-        }
-    }
 
     static Silent& open(Engine& engine, uint32_t model, uint32_t share) {
         EXPECT_TRUE(engine.activate(model));

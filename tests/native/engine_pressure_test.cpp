@@ -7,6 +7,7 @@
 
 #include "flash_file.h"
 #include "service.h"
+#include "settle.h"
 
 namespace weightd {
 namespace {
@@ -33,12 +34,6 @@ struct EnginePressureTest : testing::Test {
 
     EnginePressureTest() { engine.add_model(flash.spec, false); }
 
-    void settle() {
-        for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
-            engine.tell_time(now += std::chrono::milliseconds(100));
-        }
-    }
-
     Counting& open(uint32_t share) {
         EXPECT_TRUE(engine.activate(0));
         return static_cast<Counting&>(engine.open(std::make_unique<Counting>(0, flash.spec.cell_count(), share, true)));
@@ -47,7 +42,7 @@ struct EnginePressureTest : testing::Test {
     void sweep(Session& session, uint32_t count) {
         for (uint32_t cell = 0; cell < count; cell++) {
             EXPECT_TRUE(engine.acquire(session, 0, std::array{cell}, 0));
-            settle();
+            settle(engine);
             EXPECT_TRUE(engine.release(session, 0, std::array{cell}));
         }
     }
@@ -70,7 +65,7 @@ TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
     ASSERT_GT(before, dram_bytes * 9 / 10);
     for (uint32_t i = 0; i < 20 && before > dram_bytes / 2; i++) {
         engine.press();
-        settle();
+        settle(engine);
         EXPECT_LT(used_bytes(), before);
         EXPECT_GE(engine.target_bytes(), dram_bytes / 2);
         before = used_bytes();
@@ -78,7 +73,7 @@ TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
     EXPECT_LE(used_bytes(), dram_bytes / 2);
     EXPECT_GT(used_bytes(), dram_bytes / 4) << "not much more than was asked";
     engine.press();
-    settle();
+    settle(engine);
     EXPECT_EQ(used_bytes(), before) << "never below the floor";
     sweep(session, 3000);
     EXPECT_LE(used_bytes(), dram_bytes / 2) << "it serves on, and stays small";
@@ -91,7 +86,7 @@ TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureIsGone) {
     const uint64_t before = used_bytes();
     engine.set_floor(dram_bytes / 2);
     for (uint32_t i = 0; i < 8; i++) engine.press();
-    settle();
+    settle(engine);
     EXPECT_TRUE(engine.pressed());
     for (uint32_t i = 0; i <= RELIEF_DIVISOR; i++) engine.relieve();
     EXPECT_FALSE(engine.pressed());
@@ -104,12 +99,12 @@ TEST_F(EnginePressureTest, SharesAreKeptBelowTheFloor) {
     engine.set_floor(0);
     for (uint32_t i = 0; i < 30; i++) engine.press();
     EXPECT_TRUE(engine.acquire(session, 0, cells(300), 0));
-    settle();
+    settle(engine);
     EXPECT_EQ(session.grants, 300U);
     EXPECT_TRUE(engine.release(session, 0, cells(300)));
     sweep(session, 3000);
     engine.press();
-    settle();
+    settle(engine);
     EXPECT_GE(pool().slots(), 300U);
 }
 
@@ -118,18 +113,18 @@ TEST_F(EnginePressureTest, WhatIsLentFallsAndALeasedSegmentGoesWithItsLastLease)
     const uint32_t lent = session.lease_limit;
     ASSERT_GT(lent, 300U);
     EXPECT_TRUE(engine.acquire(session, 0, cells(lent), 0));
-    settle();
+    settle(engine);
     ASSERT_EQ(session.grants, lent);
     engine.set_floor(dram_bytes / 2);
     const uint64_t before = used_bytes();
     for (uint32_t i = 0; i < 8; i++) engine.press();
-    settle();
+    settle(engine);
     EXPECT_LT(session.lease_limit, lent);
     EXPECT_LT(session.obey, lent);
     EXPECT_GT(used_bytes(), dram_bytes / 2) << "leases stay whole";
     EXPECT_TRUE(engine.waiting()) << "so that the loop looks again";
     for (const uint32_t cell : cells(lent)) EXPECT_TRUE(engine.release(session, 0, std::array{cell}));
-    settle();
+    settle(engine);
     EXPECT_LE(used_bytes(), dram_bytes / 2);
     EXPECT_LT(used_bytes(), before);
 }

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "flash_file.h"
+#include "settle.h"
 
 namespace weightd {
 namespace {
@@ -39,12 +40,6 @@ struct EngineTest : testing::TestWithParam<std::string> {
 
     uint64_t dram_for(const FlashModel& model, uint32_t slots) {
         return Engine::minimum_dram_bytes(model.spec) + (slots - 3 * SHARE_SLOTS_MIN) * uint64_t{model.spec.cell_bytes};
-    }
-
-    static void settle(Engine& engine) {
-        for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
-            engine.tell_time(now += std::chrono::milliseconds(100));
-        }
     }
 
     Recorder& open(Engine& engine, uint32_t model, uint32_t share, bool borrows = false) {

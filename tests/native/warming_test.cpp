@@ -5,6 +5,7 @@
 
 #include "engine.h"
 #include "flash_file.h"
+#include "settle.h"
 
 namespace weightd {
 namespace {
@@ -26,11 +27,6 @@ struct WarmingTest : testing::Test {
     std::unique_ptr<Reader> reader = make_reader("threads", 2, 32, note);
     Verifier verifier{1};
     FlashModel flash{2, CELLS / 2 * 4};
-
-    static void settle(Engine& engine) {
-        while (engine.step() || engine.reading()) {
-        }
-    }
 
     static Counter& open(Engine& engine, uint32_t model = 0) {
         EXPECT_TRUE(engine.activate(model));

@@ -162,9 +162,10 @@ bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t
     ModelState& state = *models_[session.model];
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
-        if (const Place found = state.pool->find(number)) found.slot().put_off = false;
-        if (!state.stalled.empty() || state.pool->find(number)) continue;
-        const Place place = place_for(state, number);
+        Place place = state.pool->find(number);
+        if (place) place.slot().put_off = false;
+        if (place || !state.stalled.empty()) continue;
+        place = place_for(state, number);
         if (!place) return true;  // a hint only: there is no room
         state.counts.misses++;
         state.missing.push_back({number, place, state.pool->address(place)});
@@ -211,7 +212,6 @@ bool Engine::step() {
 bool Engine::submit(ModelState& state) {
     if (!state.put_off.empty()) choose_for_scans(state);
     if (state.missing.empty()) return false;
-    state.cells_reading += state.missing.size();
     const LoadCounts counts =
         loader_.load({state.index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
     state.missing.clear();
@@ -222,7 +222,6 @@ bool Engine::submit(ModelState& state) {
 
 void Engine::take_in(const Loaded& loaded) {
     ModelState& state = *models_[loaded.model];
-    state.cells_reading--;
     const bool good = loaded.error == 0 && loaded.wrong_bundle < 0;
     uint32_t waiter = std::exchange(loaded.place.slot().first_waiter, NO_WAITER);
     if (good) {

@@ -95,7 +95,6 @@ struct ModelState {
         Missing missing;
     };
     std::vector<PutOff> put_off;  // placed, wanted by scans; what of it is submitted next is chosen then
-    uint64_t cells_reading = 0;   // submitted, and not yet come
     struct Patience {             // how long its scans may be put off
         Clock::duration left = SCANS_WAIT_MAX;
         Clock::time_point noted_at;

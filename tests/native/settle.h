@@ -1,0 +1,14 @@
+// Lets an engine do all that it can, the time in which it puts reads off included.
+#pragma once
+
+#include "engine.h"
+
+namespace weightd {
+
+inline void settle(Engine& engine) {
+    for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
+        engine.tell_time(now += std::chrono::milliseconds(100));
+    }
+}
+
+}  // namespace weightd
