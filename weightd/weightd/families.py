@@ -23,6 +23,7 @@ Shape = tuple[int, ...]
 
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
+LAYERS_MAX = 4096  # the deepest published models have some 130
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ class _Sizes:
         self.config = config
         self.hidden = self.number("hidden_size")
         self.layers = self.number("num_hidden_layers")
+        if self.layers > LAYERS_MAX:  # before memory is taken for their names
+            raise CheckpointError(f"config.json has num_hidden_layers = {self.layers}, at most {LAYERS_MAX} are known")
         self.vocabulary = self.number("vocab_size")
 
     def number(self, key: str, default: int | None = None) -> int:
