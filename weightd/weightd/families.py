@@ -24,6 +24,7 @@ HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
 SIZE_MAX = 1 << 31  # of any one dimension; no model comes near, and products of two stay countable
+LAYERS_MAX = 4096  # the deepest published models have some 130
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ class _Sizes:
         self.config = config
         self.hidden = self.number("hidden_size")
         self.layers = self.number("num_hidden_layers")
+        if self.layers > LAYERS_MAX:  # before memory is taken for their names
+            raise CheckpointError(f"config.json has num_hidden_layers = {self.layers}, at most {LAYERS_MAX} are known")
         self.vocabulary = self.number("vocab_size")
 
     def number(self, key: str, default: int | None = None) -> int:
