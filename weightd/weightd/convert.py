@@ -1,7 +1,7 @@
 """An import: a checkpoint becomes a model of a store.
 
-`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits,
-write it, publish it. Memory is that of import_plan.py; nothing of the store and, where its file system allows, nothing
+`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits and
+that a client can use its files, write it, publish it. Memory is that of import_plan.py; nothing of the store and, where its file system allows, nothing
 of the checkpoint enters the page cache.
 """
 
@@ -27,6 +27,7 @@ from weightd.families import Recipe, Source, recipe_of
 from weightd.import_plan import CHUNK_BYTES, BundleStep, DownStep, ResidentStep, Step, plan_bundles, plan_resident
 from weightd.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_shape, round_up
 from weightd.read_ahead import ReadAhead
+from weightd.rehearsal import check_files
 from weightd.resident import lay_out_resident
 from weightd.sizes import format_size
 from weightd.sources import sources_of
@@ -76,7 +77,9 @@ def import_checkpoint(
         checkpoint = open_checkpoint(path)
         model = _lay_out(checkpoint, name, dtype, _block_bytes(staging))
         _check_space(model.record, store.path)
-        model.record.files.extend(_write_files(checkpoint, staging.folder / FILES_FOLDER))
+        files_folder = staging.folder / FILES_FOLDER
+        model.record.files.extend(_write_files(checkpoint, files_folder))
+        check_files(model.record, files_folder, path)
         checksums = _Writing(model, staging.folder, allow_buffered, progress).run()
         staging.publish(model.record, checksums)
     return model.record
