@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flashclient._native import Workers
+from flashclient._native import LentMemory, Workers
 from flashclient.model import build_model
 from flashclient.prompts import load_tokenizer
 from flashclient.source import Chunk
@@ -46,6 +46,7 @@ class ZeroSource:
         self.resident: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
         self._layers = record.layers
         self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
+        self._lent = LentMemory(self._bundle)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         address = -(-self._bundle.ctypes.data // 64) * 64
@@ -65,16 +66,16 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
         RefusedFileError: a client could not.
     """
     source: Any = ZeroSource(record)
-    with _blamed("tokenizer files"):
-        tokenizer = load_tokenizer(folder)
-        if tokenizer is not None:
-            tokenizer("a")
     placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
     with _blamed("config.json"):
         model: Any = build_model(record, folder, source, placements.__getitem__, Workers(1)).model
         ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
         with torch.no_grad():
             model(ids)
+    with _blamed("tokenizer files"):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is not None:
+            tokenizer("a")
     with _blamed("generation_config.json"):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, tokenizer=tokenizer)
 
