@@ -51,7 +51,7 @@ def cut(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    _, architecture = architecture_of([type(model).__name__])
+    _, architecture = architecture_of(model.config)
     random = np.random.default_rng(0)
     modules = sorted(
         {key[: -len(architecture.weights[0]) - 1] for key in state if key.endswith(architecture.weights[0])}
@@ -94,7 +94,6 @@ def _tensors(resident: bytes) -> Iterator[weightd_pb2.Tensor]:
 def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)

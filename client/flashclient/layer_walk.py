@@ -67,7 +67,7 @@ class LayerWalk:
         self._model: Any = client.model
         self.record = client.record
         self._client = client
-        self._architecture = architecture_of(self._model.config.architectures)[1]
+        self._architecture = architecture_of(self._model.config)[1]
         self._activation = ACTIVATIONS[client.activation]
         dtype = DTYPES[self.record.bundle.dtype]
         self._tensors = resident_tensors(self.record, client.source.resident, dtype)
