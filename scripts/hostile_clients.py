@@ -48,7 +48,7 @@ def refused_requests(target: Target) -> None:
         while True:
             with suppress(grpc.RpcError, OSError):
                 control = Control(target)
-                described = control.stub.DescribeModel(pb.DescribeModelRequest(name=target.model), **control.who)
+                import_id = control.describe().import_id
                 while True:
                     _refused(asks[number % len(asks)], control, import_id)
                     number += 1
@@ -133,9 +133,11 @@ class HostileClients:
         self._command += [word for name in names for word in ("--attack", name)]
 
     def __enter__(self) -> HostileClients:
+        """RuntimeError when they cannot reach the daemon."""
         self._mother = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._mother.stdout is not None
-        self._mother.stdout.readline()  # all run
+        if not self._mother.stdout.readline():
+            raise RuntimeError(f"the hostile clients ended with status {self._mother.wait()}")
         return self
 
     def __exit__(
@@ -146,6 +148,8 @@ class HostileClients:
         self._mother.stdin.close()
         self._mother.wait()
         self._mother.stdout.close()
+        if kind is None and self._mother.returncode:
+            raise RuntimeError("a hostile client gave up: its standard error says why")
 
 
 def become_hostile(user: int) -> None:
@@ -158,20 +162,36 @@ def become_hostile(user: int) -> None:
     rings.allow_many_descriptors()
 
 
-def _fork(attack: Callable[[Target], None], target: Target, user: int) -> int:
+def _fork(work: Callable[[Target], None], target: Target, user: int) -> int:
+    """A child that does it as `user`; its status is 0 only when it comes to an end."""
     pid = os.fork()
     if pid == 0:
+        status = 1
         try:
             become_hostile(user)
-            while True:
-                with suppress(OSError, grpc.RpcError):  # weightd is away
-                    attack(target)
-                time.sleep(AGAIN_S)
+            work(target)
+            status = 0
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(1)
+            os._exit(status)
     return pid
+
+
+def _until_killed(attack: Callable[[Target], None]) -> Callable[[Target], None]:
+    def attack_for_ever(target: Target) -> None:
+        while True:
+            with suppress(OSError, grpc.RpcError):  # weightd is away
+                attack(target)
+            time.sleep(AGAIN_S)
+
+    return attack_for_ever
+
+
+def reach(target: Target) -> None:
+    """Else nothing would be shown."""
+    target.identity()
+    target.connect().close()
 
 
 def main() -> int:
@@ -191,15 +211,18 @@ def main() -> int:
     names = options.attack or [name for name in ATTACKS if target.port or not name.endswith("_over_tcp")]
     import encodings.idna  # noqa: F401  # now: another user may not be able to read Python's own files
 
-    pids = [_fork(ATTACKS[name], target, options.user) for name in names]
+    if os.waitpid(_fork(reach, target, options.user), 0)[1]:
+        return 1
+    pids = [_fork(_until_killed(ATTACKS[name]), target, options.user) for name in names]
     print(f"{len(pids)} hostile clients run", flush=True)
     with suppress(KeyboardInterrupt):
         while os.read(0, 1):  # until whoever started us closes it
             pass
-    for pid in pids:
+    gave_up = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]
+    for pid in set(pids) - set(gave_up):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    return 0
+    return 1 if gave_up else 0
 
 
 if __name__ == "__main__":
