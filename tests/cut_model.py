@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flashclient._native import LentMemory
 from flashclient.architectures import architecture_of
 from flashclient.source import Chunk, Counters, LeaseRefusedError, SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
@@ -117,6 +118,7 @@ class ArraySource:
         self._layers = [np.zeros((len(rows), rows.shape[1] + gap_bytes), np.uint8) for rows in model.bundles]
         for stored, rows in zip(self._layers, model.bundles, strict=True):
             stored[:, : rows.shape[1]] = rows
+        self._lent = [LentMemory(stored) for stored in self._layers]
         self.resident = np.frombuffer(model.resident, np.uint8).copy()
         self.opened = 0  # iterators not yet closed
         self.idle_calls = 0
