@@ -9,8 +9,8 @@ leases, sessions, descriptors, threads. weightd's memory keeps to --dram and wha
 client that is only frozen, never killed, may not have grown. Exit status 1 when anything is wrong.
 
 Beside them run hostile clients (hostile_clients.py), all of them all the time: another user's where we are root, else
-our own. Then, with nobody killed, honest clients run with and without them in turns: the 99th percentile of a token may be
-at most twice as long.
+our own. Then, with nobody killed, honest clients run with and without them in turns: the 99th percentile of a token may
+be at most twice as long.
 """
 
 from __future__ import annotations
