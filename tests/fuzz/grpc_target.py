@@ -146,6 +146,10 @@ def split_calls(data: bytes) -> list[tuple[int, bytes]]:
     return calls
 
 
+def joined(calls: list[tuple[int, bytes]]) -> bytes:
+    return b"".join(bytes([kind]) + len(message).to_bytes(2, "little") + message for kind, message in calls)
+
+
 def _call(here: Served, kind: str, message: bytes, connections: ExitStack) -> None:
     raw: Any = here.channel  # whose types know no messages that are bytes
     if kind in UNARY:
@@ -217,7 +221,7 @@ def _mutate(calls: list[tuple[int, bytes]], random: Random) -> bytes:
             calls.insert(at, (kind, _changed(kind, b"", random)))
         case _ if calls:
             calls[at] = (calls[at][0], _changed(calls[at][0], calls[at][1], random))
-    return b"".join(bytes([kind]) + len(part).to_bytes(2, "little") + part for kind, part in calls[:CALLS_MAX])
+    return joined(calls[:CALLS_MAX])
 
 
 def _changed(kind: int, message: bytes, random: Random) -> bytes:
