@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class Generator:
     def __init__(
         self, built: BuiltModel, source: BundleSource, tokenizer: PreTrainedTokenizerBase | None, turns: Turns
     ) -> None:
-        self._model: Any = built.model  # typed as a module, whose generate and forward mypy takes for tensors
+        self._model = cast(Any, built.model)  # a module, whose generate and forward mypy takes for tensors
         self._total = built.total
         self._steps = built.steps
         self._source = source
@@ -127,10 +127,10 @@ class Generator:
         self._tokenizer = tokenizer
         self._turns = turns
         self.known = known_arguments(self._model)
-        self._generate: Any = self._model.generate  # transformers' own
-        self._signature = inspect.signature(self._model.generate)
+        self._generate = self._model.generate  # transformers' own
+        self._signature = inspect.signature(self._generate)
         self._positions: int = self._model.config.max_position_embeddings
-        self._positions_end = architecture_of(self._model.config.architectures)[1].positions_end
+        self._positions_end = architecture_of(self._model.config)[1].positions_end
         self._meters: list[Meter] = []  # of the generations under way, each but the first inside the one before
         self.stats = Stats()
         self._take_place()

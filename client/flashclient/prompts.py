@@ -19,6 +19,9 @@ from flashclient.texts import continuation
 IDS = ("inputs", "input_ids")  # transformers' two names for the ids of a prompt
 KINDS = "pass text, a list of texts, input_ids, or a tokenizer's output"
 
+# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -36,9 +39,9 @@ class Prompt:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, padding on the left; None where its files hold none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
