@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashclient import errors
+from flashclient._native import checksum
 from flashclient.address import NO_TLS, Address, TlsOptions, parse_address
 from flashclient.identity import IdentifiedStub
 from flashclient.source import SessionLostError
@@ -237,14 +238,22 @@ class Connection:
                 responses = self._ask(request, timeout_s)
 
     def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:
-        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`."""
+        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`.
+
+        Raises CorruptionError for a file that came with other bytes than weightd's catalog says.
+        """
         for file in model.files:
             target = (folder / file.name).resolve()
             if folder.resolve() not in target.parents:
                 raise errors.RefusedError(f"file '{file.name}' of model '{model.name}' would leave its folder")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as out:
-                out.writelines(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
+            data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
+            if len(data) != file.size_bytes or checksum(np.frombuffer(data, np.uint8)) != file.checksum:
+                raise errors.CorruptionError(
+                    f"model {model.name}, file hf/{file.name}: it came with other bytes than its checksum is of; try "
+                    "again, and look after the network or the memory of one of the machines if it stays so"
+                )
+            target.write_bytes(data)
 
     def placement(self, model: weightd_pb2.Model, layer: int) -> NDArray[np.uint32]:
         """The neuron at each position of `layer`: [neurons] uint32."""
