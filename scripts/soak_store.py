@@ -46,7 +46,7 @@ class MortalWeightd:
         demands = [demand_of(model) for model in store.models()]
         bundles_bytes = sum(model.bundles_file_bytes for model in store.models())
         self.dram_bytes = sum(demand.minimum_bytes for demand in demands) + int(POOL_SHARE * bundles_bytes)
-        self._daemon = PrivateDaemon(folder / "store", self.dram_bytes)
+        self._daemon = PrivateDaemon.start(folder / "store", self.dram_bytes)
         self.down: list[tuple[float, float]] = []
         self._killed_s: float | None = None
         self.wait()

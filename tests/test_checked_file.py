@@ -60,13 +60,13 @@ def test_a_damaged_file_is_told_at_start_and_to_all_who_ask_and_can_be_put_back(
             lambda: daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny")),
             lambda: list(daemon.stub.Fetch(pb.FetchRequest(model="tiny", file="config.json"))),
         ):
-            with pytest.raises(grpc.RpcError, match="model tiny, file hf/config.json: it differs") as caught:
+            with pytest.raises(grpc.RpcError, match=r"model tiny, file hf/config\.json: it differs") as caught:
                 ask()
             assert caught.value.code() is grpc.StatusCode.DATA_LOSS
         config.write_bytes(whole)
         assert daemon.stub.DescribeModel(pb.DescribeModelRequest(name="tiny")).name == "tiny"
         flip_bit(config, 3)  # while it is served
-        with pytest.raises(grpc.RpcError, match="model tiny, file hf/config.json: it differs"):
+        with pytest.raises(grpc.RpcError, match=r"model tiny, file hf/config\.json: it differs"):
             list(daemon.stub.Fetch(pb.FetchRequest(model="tiny", file="config.json")))
         _, log = daemon.stop()
     assert log.index("hf/config.json: it differs") < log.index("serving ")
@@ -75,14 +75,15 @@ def test_a_damaged_file_is_told_at_start_and_to_all_who_ask_and_can_be_put_back(
 def test_a_store_of_one_damaged_model_is_the_typed_error_of_its_client(tmp_path: Path) -> None:
     write_model(tmp_path / "store")
     flip_bit(tmp_path / "store" / "tiny" / "hf" / "config.json", 3)
-    with pytest.raises(CorruptionError, match="model tiny, file hf/config.json: it differs"):
+    with pytest.raises(CorruptionError, match=r"model tiny, file hf/config\.json: it differs"):
         FlashClient("tiny", store=tmp_path / "store")
 
 
 def test_a_file_that_changes_on_its_way_is_refused(tmp_path: Path) -> None:
     model = cut(make_model(make_config("llama")), make_tokenizer())
     model.files["generation_config.json"] = model.files["generation_config.json"].replace(b"0", b"1", 1)
-    with FetchServer([model], tmp_path / "socket") as server, pytest.raises(
-        CorruptionError, match="model tiny, file hf/generation_config.json: it came with other bytes"
+    with (
+        FetchServer([model], tmp_path / "socket") as server,
+        pytest.raises(CorruptionError, match=r"model tiny, file hf/generation_config\.json: it came with other bytes"),
     ):
         FlashClient("tiny", address=server.address, transport="grpc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -79,12 +80,15 @@ def _translated(error: Any, address: str) -> errors.FlashClientError:
     return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
 
 
-def open_channel(address: Address, tls: TlsOptions) -> grpc.Channel:
-    """Raises OptionError for a file of `tls` that cannot be used."""
+def open_channel(address: Address, tls: TlsOptions, *more: tuple[str, int]) -> grpc.Channel:
+    """With `more` options of gRPC. Raises OptionError for a file of `tls` that cannot be used."""
+    options = [*CHANNEL_OPTIONS, *more]
+    if address.beyond_proxies:
+        options.append(("grpc.enable_http_proxy", 0))
     if tls.given:
         ca, cert, key = tls.read()
-        return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(ca, key, cert), CHANNEL_OPTIONS)
-    return grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
+        return grpc.secure_channel(address.channel_target, grpc.ssl_channel_credentials(ca, key, cert), options)
+    return grpc.insecure_channel(address.channel_target, options)
 
 
 def stub_of(channel: grpc.Channel, address: Address) -> Any:
@@ -191,6 +195,7 @@ class Connection:
 
     def describe(self, name: str) -> weightd_pb2.Model:
         """The model's record. Raises ModelNotFoundError, which names the models there are."""
+        name = os.fsencode(name).decode(errors="replace")  # bytes of a command line that are no UTF-8 are no name
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
         return model
 
