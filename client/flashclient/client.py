@@ -42,8 +42,8 @@ class FlashClient:
     Several threads may use one client: generations run one after the other. A process forked from the client's may not.
 
     Args:
-        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use, and when it has
-            changed since, under the name of its folder, or of its file without the extension.
+        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use, and when
+            it has changed since, under the name of its folder, or of its file without the extension.
         address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; by default
             the socket of the user's own weightd, or else of the system's service. Beyond this machine it takes TLS.
         store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with the
