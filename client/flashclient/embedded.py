@@ -133,12 +133,13 @@ def _lives(pid: int) -> bool:
 
 def _attach(store: Path) -> tuple[str, PrivateDaemon | None] | None:
     """The daemon that serves `store`, kept alive from now on if it is a private one; None if none serves yet."""
-    address = _lock(store).get("address")
-    if not isinstance(address, str) or not _rival(store):
+    lock = _lock(store)
+    address, pid = lock.get("address"), lock.get("pid")
+    if not isinstance(address, str) or not isinstance(pid, int) or not _lives(pid):
         return None
     address = os.fsdecode(address.encode(errors="surrogateescape"))
     try:
-        daemon = PrivateDaemon.join(address)
+        daemon = PrivateDaemon.join(address, pid)
     except BrokenPipeError:  # it is about to end
         return None
     if is_serving(address):
@@ -182,6 +183,7 @@ class PrivateDaemon:
         self.address = f"unix:{folder / SOCKET_FILE}"
         self._command: list[str] = []  # none for what another process has started
         self._child: subprocess.Popen[bytes] | None = None
+        self._joined_pid: int | None = None
         self._reviving = threading.Lock()
         self._hold = -1
 
@@ -197,11 +199,12 @@ class PrivateDaemon:
         return daemon
 
     @classmethod
-    def join(cls, address: str) -> PrivateDaemon | None:
+    def join(cls, address: str, pid: int) -> PrivateDaemon | None:
         """The private daemon of this user at `address`; None for what is none. BrokenPipeError: it is about to end."""
         if not address.startswith("unix:/"):
             return None
         daemon = cls(Path(address.removeprefix("unix:")).parent)
+        daemon._joined_pid = pid
         try:
             facts = (daemon._folder / USERS_FILE).lstat()
         except (OSError, ValueError):
@@ -277,6 +280,9 @@ class PrivateDaemon:
             except subprocess.TimeoutExpired:
                 self._child.kill()
                 self._child.wait()
+        give_up = time.monotonic() + STOP_S
+        while self._joined_pid is not None and _lives(self._joined_pid) and time.monotonic() < give_up:
+            time.sleep(POLL_S)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _leave(self) -> bool:
