@@ -12,7 +12,8 @@ from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, cut
 from torch import Tensor
 
-from flashclient._native import Ffn, Workers
+from flashclient._native import Ffn, LentMemory, Workers
+from flashclient.arrays import array_of
 from flashclient.ffn import ACTIVATIONS, StreamedFFN, StreamedSum, staging_neurons
 from weightd_proto import weightd_pb2
 
@@ -84,13 +85,14 @@ def test_activations(activation: str, tokens: int) -> None:
 def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, -100.0, 100.0])])
     weights = torch.stack([values, torch.ones_like(values)], dim=1).contiguous()  # up, down: hidden_size 1
-    kernels = Ffn(Workers(1), "F32", 1, False, activation)
+    kernels, lent = Ffn(Workers(1), "F32", 1, False, activation), LentMemory(array_of(weights))
     one = np.ones((1, 1), np.float32)
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
         kernels.add_rows(np.array([address], np.uint64), None, one, y)
         expected = ACTIVATIONS[activation](value.double()).item()
         assert abs(y[0, 0] - expected) <= 1e-6 * max(1.0, abs(expected))
+    del lent
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40])
@@ -126,6 +128,7 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     x = torch.randn(16, 77)
     (chunk,) = layer.source([90]).chunks(0)
     addresses = layer.weights.data_ptr() + np.arange(90, dtype=np.uint64) * layer.weights[0].nbytes
+    lent = LentMemory(array_of(layer.weights))
     assert len(chunk.addresses) == len(addresses)
     together, alone = torch.zeros(16, 77), torch.zeros(16, 77)
     kernels.add_rows(addresses, None, x.numpy(), together.numpy())
@@ -137,6 +140,7 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     kernels.gather(addresses, 10, block.numpy())
     assert torch.equal(block[:, 10:], layer.weights.float().transpose(0, 1))
     assert not block[:, :10].any()
+    del lent
 
 
 def test_half_precision_is_widened_exactly() -> None:
@@ -145,6 +149,7 @@ def test_half_precision_is_widened_exactly() -> None:
         values = every.view(DTYPES[dtype])
         finite = values[values.isfinite()].view(-1, 1).repeat(1, 2).contiguous()  # hidden_size 1, up and down
         addresses = finite.data_ptr() + np.arange(len(finite), dtype=np.uint64) * 4
+        lent = LentMemory(array_of(finite))
         for instruction_set in INSTRUCTION_SETS:
             try:
                 kernels = Ffn(Workers(1), dtype, 1, False, "relu", instruction_set=instruction_set)
@@ -153,6 +158,7 @@ def test_half_precision_is_widened_exactly() -> None:
             block = torch.empty(2, len(finite), 1)
             kernels.gather(addresses, 0, block.numpy())
             assert torch.equal(block[0, :, 0].view(torch.int32), finite[:, 0].float().view(torch.int32))
+        del lent
 
 
 def test_output_is_fresh_and_of_the_dtype_of_x() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
+from flashclient.arrays import array_of
 from flashclient.resident_linear import ROWS_MAX, STORED_DTYPES, ResidentLinear, use_fast_linears
 
 WORKERS = Workers(2)
@@ -82,7 +83,7 @@ def test_bits_do_not_depend_on_threads(instruction_set: str) -> None:
     x, results = np.random.default_rng(0).standard_normal((7, 333)).astype(np.float32), []
     for threads in (1, 2, 5):
         y = np.full((7, 1000), np.nan, np.float32)
-        Linear(Workers(threads), "BF16", instruction_set).multiply(weight.data_ptr(), x, y)
+        Linear(Workers(threads), "BF16", instruction_set).multiply(array_of(weight), x, y)
         results.append(y)
     assert all(np.array_equal(y, results[0]) for y in results)
 
@@ -155,8 +156,8 @@ def test_default_is_by_instruction_set() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    kernel = Linear(WORKERS, "F32")
+    kernel, square = Linear(WORKERS, "F32"), np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match="same tokens"):
-        kernel.multiply(0, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))
+        kernel.multiply(square, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))
     with pytest.raises(ValueError, match="too many tokens: 17"):
-        kernel.multiply(0, np.zeros((17, 4), np.float32), np.zeros((17, 4), np.float32))
+        kernel.multiply(square, np.zeros((17, 4), np.float32), np.zeros((17, 4), np.float32))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flashclient._native import Attention, Ffn, Workers
+from flashclient.arrays import array_of
 from flashclient.resident_linear import STORED_DTYPES, VECTOR_INSTRUCTION_SETS
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
@@ -25,7 +26,6 @@ UNSUPPORTED = ("softcap", "position_bias", "cache", "output_attentions")
 _transformers_attention = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
 
 Kernels = dict[torch.dtype, Attention]
-Mask = tuple[int, tuple[int, ...], bool]  # address, strides, boolean
 
 
 def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
@@ -83,7 +83,7 @@ def attend(
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if mask is None and causal and 1 < tokens <= TOKENS_MAX:  # aligned at the beginning, as sdpa has it
         keys, values = key[:, :, :tokens], value[:, :, :tokens]
-        mask = torch.ones(1, 1, tokens, keys.shape[2], dtype=torch.bool).tril()
+        mask = torch.ones(1, 1, tokens, keys.shape[2], dtype=torch.bool, device="cpu").tril()
     plain = not dropout and all(kwargs.get(name) is None or kwargs[name] is False for name in UNSUPPORTED)
     if kernels is not None and plain and _fit(kernels, query, keys, values, mask):
         return _attend(kernels[query.dtype], query, keys, values, mask, scaling), None
@@ -122,21 +122,14 @@ def _attend(
     kernel: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
 ) -> Tensor:
     sequences, heads, tokens, elements = query.shape
-    _, key_heads, positions, value_elements = value.shape
-    out = torch.empty(sequences, tokens, heads, value_elements)
-    if mask is not None:
-        mask = _in_kernel_form(mask).expand(sequences, heads, tokens, positions)
+    out = torch.empty(sequences, tokens, heads, value.shape[3], dtype=torch.float32, device="cpu")
     kernel.attend(
-        (sequences, heads, key_heads, tokens, positions, elements, value_elements),
+        array_of(query),
+        array_of(key),
+        array_of(value),
+        None if mask is None else array_of(_in_kernel_form(mask)),
         elements**-0.5 if scaling is None else scaling,
-        query.data_ptr(),
-        query.stride(),
-        key.data_ptr(),
-        key.stride(),
-        value.data_ptr(),
-        value.stride(),
-        None if mask is None else (mask.data_ptr(), mask.stride(), mask.dtype == torch.bool),
-        out.data_ptr(),
+        array_of(out),
     )
     return out.to(query.dtype)
 
@@ -145,7 +138,7 @@ def _in_kernel_form(mask: Tensor) -> Tensor:
     """Boolean, or fp32 with -inf for what is masked: transformers' additive masks have the lowest number there."""
     if mask.dtype == torch.bool:
         return mask
-    return mask.float().masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
+    return mask.to(torch.float32).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import Ffn, Linear, Workers
+from flashclient.arrays import array_of
 
 ROWS_MAX = Ffn.TOKENS_MAX
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -33,9 +34,9 @@ class ResidentLinear(nn.Linear):
         rows = x.numel() // self.in_features
         if not 0 < rows <= ROWS_MAX or not self._is_for_kernel(x):
             return super().forward(x)
-        flat = x.detach().reshape(rows, self.in_features).float().contiguous()
-        y = torch.empty(rows, self.out_features)
-        self.kernels[x.dtype].multiply(self.weight.data_ptr(), flat.numpy(), y.numpy())
+        flat = x.detach().reshape(rows, self.in_features).to(torch.float32).contiguous()
+        y = torch.empty(rows, self.out_features, dtype=torch.float32, device="cpu")
+        self.kernels[x.dtype].multiply(array_of(self.weight), array_of(flat), array_of(y))
         if self.bias is not None:
             y += self.bias
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

@@ -18,7 +18,7 @@ from typing import TypeVar
 from weightd import _native
 from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
-from weightd.calibration import CalibrationStaging
+from weightd.calibration import CalibrationStaging, check_calibration
 from weightd.call_bounds import CALLS_MAX, FETCHES_MAX, host_of, keeping_place
 from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
@@ -182,6 +182,7 @@ class WeightdService:
             opening.exception()  # looked at, for when nobody waits any more
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
+        check_calibration(served.record, offered)  # before its sizes are reckoned with
         record = weightd_pb2.Model()
         record.CopyFrom(served.record)
         record.calibration.CopyFrom(offered)
