@@ -27,7 +27,7 @@ SharedMemory used_ring() {
 }
 
 uint64_t charged_bytes(int fd) {
-    struct stat facts{};
+    struct stat facts {};
     EXPECT_EQ(::fstat(fd, &facts), 0);
     return static_cast<uint64_t>(facts.st_blocks) * 512;
 }

@@ -136,7 +136,7 @@ TEST_F(ServiceTest, ClosedRingsThatAreKeptCountAsSessionsOfTheirUser) {
     EXPECT_THROW(service->open_session(0, 2), NoRoom);
     uint64_t bytes = 0;
     for (const Descriptor& ring : kept) {
-        struct stat facts{};
+        struct stat facts {};
         ASSERT_EQ(::fstat(ring.get(), &facts), 0);
         bytes += static_cast<uint64_t>(facts.st_blocks) * 512;
     }

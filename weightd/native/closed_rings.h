@@ -1,8 +1,8 @@
 // Rings of sessions that have ended: a client can keep one for as long as it likes.
 //
 // All but the header's page goes back to the system at once, and whoever touches it again pays for it: memory cgroups
-// charge a page of shared memory to the process that makes it. What is left counts as a session of its user until nobody
-// holds it.
+// charge a page of shared memory to the process that makes it. What is left counts as a session of its user until
+// nobody holds it.
 #pragma once
 
 #include <vector>

@@ -24,7 +24,8 @@ User HalfOpen::greediest(const User& first) const {
 }
 
 std::optional<uint32_t> HalfOpen::take_oldest(const User& user) {
-    const auto oldest = std::find_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; });
+    const auto oldest =
+        std::find_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; });
     if (oldest == begun_.end()) return std::nullopt;
     const uint32_t id = oldest->id;
     begun_.erase(oldest);

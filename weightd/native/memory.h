@@ -40,8 +40,9 @@ class SharedMemory {
     SharedMemory(SharedMemory&& other) noexcept;
     SharedMemory& operator=(SharedMemory&& other) noexcept;
     ~SharedMemory();
-    void seal();   // F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL; and a read-only descriptor to pass on
-    // F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: writable by both sides, of one size for ever; and a descriptor to pass on
+    void seal();  // F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL; and a read-only descriptor to pass on
+    // F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: writable by both sides, of one size for ever; and a descriptor to pass
+    // on
     void fix();
     void drain();  // unmaps it and gives its memory back at once
     // After fix(): unmaps it, lets go of the descriptor to pass on, and gives back all memory but the first bytes.

@@ -44,8 +44,8 @@ Descriptor process_of(int socket, const ucred& peer) {
     return Descriptor(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
 }
 
-RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
-                         const User& user, std::shared_ptr<const Predictors> predictors)
+RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
+                         std::shared_ptr<const Predictors> predictors)
     : Session(model, cells, share_slots, true),
       token_(token),
       user_(user),

@@ -175,17 +175,17 @@ class Service {
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
     std::string failure_;
-    Clock::time_point next_look_;    // of now_and_then()
-    bool accepts_ = true;            // false while no descriptor is left for a connection
+    Clock::time_point next_look_;                // of now_and_then()
+    bool accepts_ = true;                        // false while no descriptor is left for a connection
     std::map<User, uint32_t> opening_sessions_;  // not in rings_ yet
-    std::mutex opening_lock_;        // guards opening_
+    std::mutex opening_lock_;                    // guards opening_
     std::condition_variable opened_;
     std::map<uint32_t, Clock::time_point> opening_;  // by model, while it is an opener's turn: when the device answered
     std::map<uint32_t, RingSession*> rings_;         // by session, attached or not
     std::map<uint32_t, Remains> remains_;            // by session
     ClosedRings closed_rings_;
-    HalfOpen unattached_;                  // of rings_
-    HalfOpen silent_;                      // of connections_: all
+    HalfOpen unattached_;                    // of rings_
+    HalfOpen silent_;                        // of connections_: all
     std::map<int, Descriptor> connections_;  // by descriptor, that have not said Hello yet
     std::thread thread_;
 };

@@ -55,9 +55,8 @@ ModelState& Service::model(uint32_t index) {
 void Service::ensure_active(uint32_t model, Use use, const User& user) {
     Turn turn(*this, model);
     ModelState& state = this->model(model);  // its spec never changes, and only openers write `resident`
-    wait_for_room(state, [&] {
-        return making_way(user, [&] { return engine_->activate(model, use, bytes_of(user)); });
-    });
+    wait_for_room(state,
+                  [&] { return making_way(user, [&] { return engine_->activate(model, use, bytes_of(user)); }); });
     if (state.resident_ready) return;
     try {
         SharedMemory resident = load_resident(state.spec, choice_, [&] { turn.moved(); });
@@ -77,7 +76,8 @@ void Service::wait_for_room(const ModelState& state, const std::function<bool()>
     while (!on_loop(reserve)) {
         if (Clock::now() > give_up) {
             on_loop([&] { engine_->stop_waiting(state); });
-            throw NoRoom(state.spec.name + ": the memory that it needs is leased, and none was given back: end a session");
+            throw NoRoom(state.spec.name +
+                         ": the memory that it needs is leased, and none was given back: end a session");
         }
         std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }
