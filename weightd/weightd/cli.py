@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def _run(arguments: list[str]) -> int:
 
         return top.main(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        # Before gRPC is imported: its core would write lines of its own, with bytes in them as a client has sent them.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from weightd import serve
 
         return serve.main(arguments)
