@@ -29,6 +29,7 @@ from flashclient.remote import GrpcSource
 from flashclient.session import RingSource
 from flashclient.source import BundleSource
 from flashclient.stats import Stats
+from flashclient.torch_state import on_cpu
 from weightd_proto import weightd_pb2
 
 
@@ -156,7 +157,7 @@ class FlashClient:
             DaemonLostError, CorruptionError: while streaming the weights.
         """
         self._check_usable()
-        with self._lock:
+        with self._lock, on_cpu():
             answer, self._stats = self._generator.run(encode(prompt, self.tokenizer), arguments)
         return answer
 
@@ -170,9 +171,10 @@ class FlashClient:
         tokenizer = require_tokenizer(self.tokenizer)
         if tokenizer.chat_template is None:
             raise OptionError(f"model '{self._record.name}' has no chat template: use generate() with a prompt")
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        with on_cpu():
+            encoded: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
         sequences = self.generate(encoded, **arguments)
         text: Any = tokenizer.decode(sequences[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
         return str(text)

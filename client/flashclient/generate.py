@@ -133,7 +133,7 @@ class _StopWhen(StoppingCriteria):
         self._event = event
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool)
+        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 
 class TextStream(TextStreamer):

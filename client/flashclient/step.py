@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashclient.torch_state import eager
+
 
 @dataclass(frozen=True)
 class Step:
@@ -71,12 +73,13 @@ class Steps:
             end_tokens: those after which a row is finished; None where rows are not tokens' own (beams, candidates).
         """
         self._prompt_tokens = prompt_tokens
-        self._end_tokens = torch.tensor(end_tokens) if end_tokens else None
+        self._end_tokens = torch.tensor(end_tokens, device="cpu") if end_tokens else None
         self._finished = None
 
     def end(self) -> None:
         self._prompt_tokens = self._end_tokens = None
 
+    @eager
     def publish(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model, registered with_kwargs=True."""
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs
