@@ -147,7 +147,7 @@ class StreamedSum:
     ) -> None:
         if self._block is None:
             neurons = staging_neurons(self.hidden_size, self._parts)
-            self._block = torch.empty(self._parts, neurons, self.hidden_size)
+            self._block = torch.empty(self._parts, neurons, self.hidden_size, dtype=torch.float32, device="cpu")
         capacity, rows = self._block.shape[1], self._block.numpy()
         done = filled = 0  # neurons multiplied; neurons waiting in the block
         with closing(self._chunks(layer)) as chunks:

@@ -13,7 +13,6 @@ from typing import TypeVar
 
 import torch
 
-
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
