@@ -16,11 +16,11 @@ from flashclient.absent_weights import AbsentProjection, Between, FirstOfTwo, La
 from flashclient.errors import ModelError
 
 # By the name of the kernel's activation, transformers' names for classes of the same function. Its other names for it
-# (swish, gelu_python) stand for objects of one of these classes too.
+# (gelu_python, gelu_python_tanh) stand for objects of one of these classes too.
 _TRANSFORMERS_NAMES = {
     "relu": ("relu",),
     "relu_squared": ("relu2",),
-    "silu": ("silu",),
+    "silu": ("silu", "swish"),
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
 }
