@@ -37,6 +37,7 @@ using flashclient::kTokensMax;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
 using flashclient::Matrix;
+using flashclient::Neurons;
 using flashclient::owned_array;
 using flashclient::Prediction;
 using flashclient::SignPredictor;
@@ -47,10 +48,10 @@ using Array = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu
 using Addresses = Array<const std::uint64_t, 1>;
 using Index = Array<const std::uint32_t, 1>;
 using RowMasks = Array<const std::uint16_t, 1>;
+using GroupMasks = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::device::cpu>;
 using Bias = Array<const float, 1>;
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
-using Staging = Array<float, 3>;
 // Bits of weights: float32, or uint16 for BF16 and F16.
 using Weight = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using InstructionSet = std::optional<std::string>;
@@ -102,21 +103,28 @@ void require_tokens(std::size_t tokens) {
 
 void require_input(const Ffn& ffn, const Input& x) {
     require(x.shape(1) == ffn.shape().hidden, "x must be [tokens, hidden_size]");
-    require_tokens(x.shape(0));
 }
 
-void add_rows(Ffn& ffn, const Addresses& bundles, const std::optional<Bias>& bias, const Input& x, const Output& y) {
+void add_rows(const Ffn& ffn, const Addresses& bundles, const std::optional<Bias>& bias,
+              const std::optional<GroupMasks>& masks, const Input& x, const Output& y) {
+    const std::size_t count = bundles.shape(0), tokens = x.shape(0);
     require_input(ffn, x);
-    require(x.shape(0) == y.shape(0) && x.shape(1) == y.shape(1), "x and y must have the same shape");
-    require(!bias || bias->shape(0) == bundles.shape(0), "there must be a bias per bundle");
+    require(tokens == y.shape(0) && x.shape(1) == y.shape(1), "x and y must have the same shape");
+    require(!bias || bias->shape(0) == count, "there must be a bias per bundle");
+    require(!masks || (masks->shape(0) == (tokens + kTokensMax - 1) / kTokensMax && masks->shape(1) == count),
+            "row_masks must be [groups of 16 tokens, bundles]");
+    require(!masks || count < 2 || masks->stride(1) == 1, "the masks of a group must be contiguous");
+    const Neurons list{bundles.data(), bias ? bias->data() : nullptr, masks ? masks->data() : nullptr,
+                       masks ? static_cast<std::size_t>(masks->stride(0)) : 0};
     const nb::gil_scoped_release release;
-    ffn.add_rows(bundles.data(), bundles.shape(0), bias ? bias->data() : nullptr, x.data(), x.shape(0), y.data());
+    ffn.add_rows(list, count, x.data(), tokens, y.data());
 }
 
 void fire(const Ffn& ffn, const Addresses& addresses, const Index& index, const RowMasks& row_masks,
           const std::optional<Bias>& bias, const Input& x, const Output& h) {
     const std::size_t count = addresses.shape(0);
     require_input(ffn, x);
+    require_tokens(x.shape(0));
     require(row_masks.shape(0) == count, "there must be a row mask per address");
     require(!bias || bias->shape(0) == count, "there must be a bias per address");
     require(h.shape(0) == count && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
@@ -128,19 +136,12 @@ void fire(const Ffn& ffn, const Addresses& addresses, const Index& index, const 
              x.data(), x.shape(0), h.data());
 }
 
-void accumulate(Ffn& ffn, const Addresses& addresses, const Input& h, const Output& y) {
+void accumulate(const Ffn& ffn, const Addresses& addresses, const Input& h, const Output& y) {
     require_tokens(y.shape(0));
     require(y.shape(1) == ffn.shape().hidden, "y must be [tokens, hidden_size]");
     require(h.shape(0) == addresses.shape(0) && h.shape(1) == y.shape(0), "h must be [addresses, tokens]");
     const nb::gil_scoped_release release;
     ffn.accumulate(addresses.data(), addresses.shape(0), h.data(), y.shape(0), y.data());
-}
-
-void gather(const Ffn& ffn, const Addresses& bundles, std::size_t first, const Staging& out) {
-    require(out.shape(0) == ffn.parts() && out.shape(2) == ffn.shape().hidden, "out must be [parts, n, hidden_size]");
-    require(first + bundles.shape(0) <= out.shape(1), "out has no room for that many bundles");
-    const nb::gil_scoped_release release;
-    ffn.gather(bundles.data(), bundles.shape(0), first, out.shape(1), out.data());
 }
 
 void make_ffn(Ffn* self, Workers& workers, const std::string& dtype, std::size_t hidden_size, bool gated,
@@ -160,25 +161,23 @@ void bind_ffn(nb::module_& module) {
              "Computes the rows of h [addresses, tokens] that index names; bit t of row_masks: row t wants the neuron.")
         .def("accumulate", &accumulate, "addresses"_a, "h"_a, "y"_a,
              "Adds to y [tokens, hidden] the down columns of the neurons that fired, in the order of the list.")
-        .def("add_rows", &add_rows, "bundles"_a, "bias"_a.none(), "x"_a, "y"_a,
-             "Adds to y [tokens, hidden] what the neurons at these addresses make of x; at most 16 tokens.")
-        .def("gather", &gather, "bundles"_a, "first"_a, "out"_a,
-             "Widens the bundles' rows to fp32 into out[:, first:first + n], out [parts, capacity, hidden].")
+        .def("add_rows", &add_rows, "bundles"_a, "bias"_a.none(), "row_masks"_a.none(), "x"_a, "y"_a,
+             "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens; "
+             "row_masks: [groups of 16 tokens, bundles].")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
-        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of one call");
+        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of a row mask, and of one fire().");
 }
 
 // ---- Linear ----
 
 void multiply(const Linear& linear, std::uint64_t weight, const Input& x, const Output& y) {
     require(x.shape(0) == y.shape(0), "x and y must have the same tokens");
-    require_tokens(x.shape(0));
     const nb::gil_scoped_release release;
     linear.multiply({reinterpret_cast<const void*>(weight), y.shape(1), x.shape(1)}, x.data(), x.shape(0), y.data());
 }
 
 void bind_linear(nb::module_& module) {
-    nb::class_<Linear>(module, "Linear", "Products of a matrix with a few rows; see client/native/linear.h.")
+    nb::class_<Linear>(module, "Linear", "Products of a matrix with rows; see client/native/linear.h.")
         .def(
             "__init__",
             [](Linear* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
@@ -203,8 +202,9 @@ AttentionRows rows_of(std::uint64_t address, const Strides<4>& strides) {
     return {at(address), strides[0], strides[1], strides[2]};
 }
 
-AttentionMask mask_of(const std::optional<Mask>& mask) {
-    if (!mask) return {};
+AttentionMask mask_of(const std::optional<Mask>& mask, bool causal) {
+    require(!mask || !causal, "causal is for attention without a mask");
+    if (!mask) return {causal ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
     const auto& [address, strides, boolean] = *mask;
     const auto kind = boolean ? AttentionMask::Kind::boolean : AttentionMask::Kind::additive;
     return {kind, at(address), strides[0], strides[1], strides[2], strides[3]};
@@ -212,20 +212,21 @@ AttentionMask mask_of(const std::optional<Mask>& mask) {
 
 void attend(const Attention& attention, const std::array<std::size_t, 7>& sizes, float scale, std::uint64_t query,
             const Strides<4>& query_strides, std::uint64_t key, const Strides<4>& key_strides, std::uint64_t value,
-            const Strides<4>& value_strides, const std::optional<Mask>& mask, std::uint64_t out) {
+            const Strides<4>& value_strides, const std::optional<Mask>& mask, bool causal, std::uint64_t out) {
     const auto [sequences, heads, key_heads, tokens, positions, key_elements, value_elements] = sizes;
     require(key_heads > 0 && heads % key_heads == 0, "heads must be a multiple of key heads");
     const AttentionShape shape{sequences, heads, key_heads, tokens, positions, key_elements, value_elements, scale};
     const AttentionRows queries = rows_of(query, query_strides), keys = rows_of(key, key_strides);
     const AttentionRows values = rows_of(value, value_strides);
-    const AttentionMask masked = mask_of(mask);
+    const AttentionMask masked = mask_of(mask, causal);
     const nb::gil_scoped_release release;
     attention.attend(shape, queries, keys, values, masked, reinterpret_cast<float*>(out));
 }
 
 // Addresses and strides, as torch's tensors give them: an array object for each would take longer than the work.
 void bind_attention(nb::module_& module) {
-    nb::class_<Attention>(module, "Attention", "Attention of a few tokens; see client/native/attention.h.")
+    nb::class_<Attention>(module, "Attention",
+                          "Attention over keys and values in place; see client/native/attention.h.")
         .def(
             "__init__",
             [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
@@ -233,10 +234,11 @@ void bind_attention(nb::module_& module) {
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("attend", &attend, "sizes"_a, "scale"_a, "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a,
-             "value_strides"_a, "mask"_a.none(), "out"_a,
+             "value_strides"_a, "mask"_a.none(), "causal"_a, "out"_a,
              "sizes: sequences, heads, key heads, tokens, positions, elements of a key, of a value. mask: address, "
-             "strides, and whether it is of bytes (0: masked) or fp32 (added; -inf: masked). out: address of "
-             "[sequences, tokens, heads, elements of a value] fp32.")
+             "strides, and whether it is of bytes (0: masked) or fp32 (added; -inf: masked). causal, without a mask: "
+             "token t attends to the positions up to t. out: address of [sequences, tokens, heads, elements of a "
+             "value] fp32.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 
