@@ -24,7 +24,8 @@ from bench import Row, Target, abba, machine_facts, report
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from flashclient._native import Attention, Ffn, Linear, LowRankPredictor, Workers, read_memory
+from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers, read_memory
+from flashclient.arrays import array_of
 from flashclient.decode_attention import attend
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
@@ -62,10 +63,11 @@ class Arena:
         self.bits = np.frombuffer(mapped, np.uint16)
         self.bits[:] = np.resize(random, len(self.bits))
         self.address = self.bits.ctypes.data
+        self.lent = LentMemory(self.bits)
 
     def read_s(self) -> float:
         start_s = time.perf_counter()
-        read_memory(self.workers, self.address, self.bytes)
+        read_memory(self.workers, self.bits)
         return time.perf_counter() - start_s
 
     def matrices(self, rows: int, columns: int) -> list[NDArray[np.uint16]]:
@@ -128,7 +130,7 @@ def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, ro
 
     def native() -> None:
         for matrix in matrices:
-            kernel.multiply(matrix.ctypes.data, x.numpy(), y.numpy())
+            kernel.multiply(matrix, array_of(x), array_of(y))
 
     def by_torch() -> None:
         for tensor in tensors:

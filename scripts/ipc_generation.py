@@ -23,6 +23,7 @@ from paper_rows import COLD
 from planted_store import PlantedStore, planted_store
 from sharing_client import Task, decode
 
+from flashclient._native import LentMemory
 from flashclient.channel import Connection
 from flashclient.session import RingSource
 from flashclient.source import BundleSource, Chunk, SessionLostError
@@ -49,6 +50,7 @@ class EngineSource(RingSource):
         super().__init__(connection, model)
         self._record = model
         self._cell_bytes = model.bundle.cell_bytes
+        self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
         self._engine = InProcessEngine(
             dram_bytes,
             model_spec(store, model),
@@ -91,7 +93,9 @@ class EngineSource(RingSource):
         self._engine.exchange(layer, acquire, release)
 
     def arrived(self) -> int:
-        return self._engine.arrived()
+        coming = self._engine.arrived()
+        self._lent += [LentMemory(segment) for segment in self._engine.segments()[len(self._lent) :]]
+        return coming
 
     def idle(self) -> None:
         self._engine.release_all()

@@ -33,7 +33,7 @@ class InputTap:
     """Keeps what goes into every FFN for each decoded token: [hidden_size] in the model's dtype."""
 
     def __init__(self, client: flashclient.FlashClient) -> None:
-        _, architecture = architecture_of(client.model.config.architectures)
+        _, architecture = architecture_of(client.model.config)
         inside = "" if architecture.replaced is None else f".{architecture.replaced}"
         self._rows: list[list[Tensor]] = [[] for _ in client.record.layers]
         for rows, layer in zip(self._rows, client.record.layers, strict=True):

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flashclient._native import LentMemory
 from flashclient.architectures import architecture_of
 from flashclient.source import Chunk, Counters, LeaseRefusedError, SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
@@ -51,7 +52,7 @@ def cut(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     state = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del state["lm_head.weight"]
-    _, architecture = architecture_of([type(model).__name__])
+    _, architecture = architecture_of(model.config)
     random = np.random.default_rng(0)
     modules = sorted(
         {key[: -len(architecture.weights[0]) - 1] for key in state if key.endswith(architecture.weights[0])}
@@ -94,7 +95,6 @@ def _tensors(resident: bytes) -> Iterator[weightd_pb2.Tensor]:
 def _files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
@@ -118,6 +118,7 @@ class ArraySource:
         self._layers = [np.zeros((len(rows), rows.shape[1] + gap_bytes), np.uint8) for rows in model.bundles]
         for stored, rows in zip(self._layers, model.bundles, strict=True):
             stored[:, : rows.shape[1]] = rows
+        self._lent = [LentMemory(stored) for stored in self._layers]
         self.resident = np.frombuffer(model.resident, np.uint8).copy()
         self.opened = 0  # iterators not yet closed
         self.idle_calls = 0

@@ -25,7 +25,7 @@ def make_sparse_model(family: str = "opt", rank: int = 4, dtype: str = "float32"
     config: Any = make_config(family)
     config.update(changes)
     model = make_model(config, dtype, seed)
-    architecture = architecture_of([type(model).__name__])[1]
+    architecture = architecture_of(model.config)[1]
     random = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith(architecture.weights[0]):
@@ -52,7 +52,7 @@ def write_text(path: Path, characters: int, seed: int = 0) -> Path:
 
 def deciding_module(model: PreTrainedModel, ffn: str) -> torch.nn.Module:
     """The linear layer whose output decides whether a neuron fires."""
-    name = architecture_of([type(model).__name__])[1].weights[0].removesuffix(".weight")
+    name = architecture_of(model.config)[1].weights[0].removesuffix(".weight")
     return model.get_submodule(f"{ffn}.{name}")
 
 

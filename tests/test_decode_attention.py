@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import FAMILIES, make_config, make_model
@@ -291,8 +292,8 @@ def test_default_is_the_best_instruction_set() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    kernel, plain = Attention(WORKERS, "F32"), (8, 8, 8, 1)
+    kernel, one = Attention(WORKERS, "F32"), np.zeros((1, 2, 1, 8), np.float32)
     with pytest.raises(ValueError, match="multiple of key heads"):
-        kernel.attend((1, 3, 2, 1, 0, 8, 8), 1.0, 0, plain, 0, plain, 0, plain, None, False, 0)
+        kernel.attend(one[:, :1].repeat(3, 1), one, one, None, False, 1.0, np.zeros((1, 1, 3, 8), np.float32))
     with pytest.raises(ValueError, match="must be contiguous"):
-        kernel.attend((1, 2, 2, 1, 0, 8, 8), 1.0, 0, plain, 0, (8, 8, 8, 2), 0, plain, None, False, 0)
+        kernel.attend(one, one.repeat(2, 3)[..., ::2], one, None, False, 1.0, np.zeros((1, 1, 2, 8), np.float32))

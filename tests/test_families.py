@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from weightd.checkpoint import open_checkpoint
 from weightd.errors import CheckpointError
-from weightd.families import recipe_of, sources_of
+from weightd.families import recipe_of
+from weightd.sources import sources_of
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -21,7 +22,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("opt", {"layer_norm_elementwise_affine": False}),
     ("opt", {"_remove_final_layer_norm": True}),
     ("opt", {"tie_word_embeddings": False}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"attention_bias": True}),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     ("llama", {"head_dim": 24}),
     ("mistral", {"head_dim": 32, "num_key_value_heads": 1}),

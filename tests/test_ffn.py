@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flashclient._native import Ffn, Linear, Workers
+from flashclient._native import Ffn, LentMemory, Linear, Workers
+from flashclient.arrays import array_of
 from flashclient.ffn import ACTIVATIONS, StreamedFFN, StreamedSum
 from weightd_proto import weightd_pb2
 
@@ -86,13 +87,14 @@ def test_activations(activation: str, tokens: int) -> None:
 def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, -100.0, 100.0])])
     weights = torch.stack([values, torch.ones_like(values)], dim=1).contiguous()  # up, down: hidden_size 1
-    kernels = Ffn(Workers(1), "F32", 1, False, activation)
+    kernels, lent = Ffn(Workers(1), "F32", 1, False, activation), LentMemory(array_of(weights))
     one = np.ones((1, 1), np.float32)
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
         kernels.add_rows(np.array([address], np.uint64), None, None, one, y)
         expected = ACTIVATIONS[activation](value.double()).item()
         assert abs(y[0, 0] - expected) <= 1e-6 * max(1.0, abs(expected))
+    del lent
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40])
@@ -141,6 +143,7 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     x = torch.randn(16, 77)
     (chunk,) = layer.source([90]).chunks(0)
     addresses = layer.weights.data_ptr() + np.arange(90, dtype=np.uint64) * layer.weights[0].nbytes
+    lent = LentMemory(array_of(layer.weights))
     assert len(chunk.addresses) == len(addresses)
     together, alone = torch.zeros(16, 77), torch.zeros(16, 77)
     kernels.add_rows(addresses, None, None, x.numpy(), together.numpy())
@@ -148,6 +151,7 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     for token in range(16):
         kernels.add_rows(addresses, None, None, x[token : token + 1].numpy(), alone[token : token + 1].numpy())
     assert torch.equal(together, alone), "a row depends on its batch-mates"
+    del lent
 
 
 def test_half_precision_is_widened_exactly() -> None:
@@ -163,7 +167,7 @@ def test_half_precision_is_widened_exactly() -> None:
             for columns in (64, 1):  # whole vectors, and the ends of rows
                 rows = weight.view(-1, columns)
                 out = np.empty((columns, len(rows)), np.float32)
-                kernels.multiply(weight.data_ptr(), np.eye(columns, dtype=np.float32), out)
+                kernels.multiply(array_of(rows), np.eye(columns, dtype=np.float32), out)
                 assert np.array_equal(out.T, rows.float().numpy())
 
 

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import checkpoint_targets
+import file_targets
+import gguf_fields
+import grpc_target
 import pytest
-from file_targets import TARGETS, stop
-from grpc_target import grpc_messages, served
 
 FUZZ = Path(__file__).parent / "fuzz"
 
-PYTHON = TARGETS | {"grpc_messages": grpc_messages}
+PYTHON = checkpoint_targets.TARGETS | file_targets.TARGETS | grpc_target.TARGETS
+MUTATORS = checkpoint_targets.MUTATORS | file_targets.MUTATORS | grpc_target.MUTATORS
 INPUTS = [path for name in PYTHON for path in sorted((FUZZ / "corpus" / name).iterdir())]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def ended() -> Iterator[None]:
     yield
-    stop()
-    served().stop()
-    served.cache_clear()
+    file_targets.stop()
+    grpc_target.served().stop()
+    grpc_target.served.cache_clear()
 
 
 @pytest.mark.parametrize("path", INPUTS, ids=lambda path: f"{path.parent.name}/{path.name}")
@@ -30,3 +33,20 @@ def test_an_input_of_the_corpus_is_answered_or_refused(path: Path) -> None:
 
 def test_every_target_has_a_corpus() -> None:
     assert {path.name for path in (FUZZ / "corpus").iterdir()} == {*PYTHON, "ring_fuzz", "socket_fuzz"}
+
+
+def test_mutation_by_field_begins_with_the_file_itself() -> None:
+    whole = (FUZZ / "corpus" / "gguf_header" / "whole").read_bytes()
+    assert gguf_fields.pack(gguf_fields.parse(whole)) == whole
+    calls = b"".join(path.read_bytes() for path in sorted((FUZZ / "corpus" / "grpc_messages").iterdir()))
+    assert len(grpc_target.split_calls(calls)) == len(list((FUZZ / "corpus" / "grpc_messages").iterdir()))
+
+
+@pytest.mark.parametrize("name", sorted(MUTATORS.keys() - {"index_file"}))
+def test_inputs_that_were_mutated_by_field_are_answered_or_refused(name: str) -> None:
+    """Three steps from each whole input, the same in every run."""
+    for path in sorted((FUZZ / "corpus" / name).iterdir()):
+        data: bytes | None = path.read_bytes()
+        for seed in range(3):
+            data = MUTATORS[name].by_field(data, seed) if data is not None else None
+            PYTHON[name](data or b"")

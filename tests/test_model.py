@@ -190,9 +190,8 @@ def test_refuses_a_tensor_of_another_shape(tmp_path: Path) -> None:
 
 def test_refuses_an_unknown_architecture(tmp_path: Path) -> None:
     parts = cut(dense_model("llama"))
-    config = parts.files["config.json"].replace(b"LlamaForCausalLM", b"OtherForCausalLM")
-    parts.files["config.json"] = config
-    with pytest.raises(ModelError, match=r"unknown architecture \(OtherForCausalLM\): Gemma3ForCausalLM, Llama"):
+    parts.files["config.json"] = parts.files["config.json"].replace(b'"llama"', b'"gpt2"')
+    with pytest.raises(ModelError, match=r"unknown architecture \(model_type 'gpt2'\): Gemma3ForCausalLM, Llama"):
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
 
 

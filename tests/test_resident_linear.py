@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
+from flashclient.arrays import array_of
 from flashclient.resident_linear import STORED_DTYPES, ResidentLinear, use_fast_linears
 
 WORKERS = Workers(2)
@@ -83,7 +84,7 @@ def test_bits_do_not_depend_on_threads(instruction_set: str) -> None:
     x, results = np.random.default_rng(0).standard_normal((7, 333)).astype(np.float32), []
     for threads in (1, 2, 5):
         y = np.full((7, 1000), np.nan, np.float32)
-        Linear(Workers(threads), "BF16", instruction_set).multiply(weight.data_ptr(), x, y)
+        Linear(Workers(threads), "BF16", instruction_set).multiply(array_of(weight), x, y)
         results.append(y)
     assert all(np.array_equal(y, results[0]) for y in results)
 
@@ -156,6 +157,6 @@ def test_default_is_the_best_instruction_set() -> None:
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
-    kernel = Linear(WORKERS, "F32")
+    kernel, square = Linear(WORKERS, "F32"), np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match="same tokens"):
-        kernel.multiply(0, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))
+        kernel.multiply(square, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))

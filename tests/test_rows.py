@@ -132,7 +132,7 @@ def test_a_pass_over_a_text_is_its_steps(served: Served, name: str) -> None:
         assert torch.equal(model(ids[1:]).logits, whole[1:])
         for pieces in ([64, 17, 1, 8], [1] * 20 + [70], [16, 16, 16, 42]):
             cache, logits = None, []
-            for piece in ids.split(pieces, dim=1):
+            for piece in torch.split(ids, pieces, dim=1):
                 out = model(piece, past_key_values=cache, use_cache=True)
                 cache = out.past_key_values
                 logits.append(out.logits)

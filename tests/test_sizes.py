@@ -18,7 +18,7 @@ def test_sizes_are_parsed(text: str, size_bytes: int) -> None:
     assert parse_size(text) == size_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1", "50%", "6,5GiB", "1 XiB", "1e9", "nan"])
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "50%", "6,5GiB", "1 XiB", "1e9", "nan", "9" * 400, "9" * 30 + "GiB"])
 def test_what_is_no_size_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match="not a size"):
         parse_size(text)
@@ -31,3 +31,7 @@ def test_formatted_sizes_are_within_five_percent(size_bytes: int) -> None:
 
 def test_whole_units_have_no_decimals() -> None:
     assert [format_size(1 << 30), format_size(6979321856), format_size(100)] == ["1GiB", "6.5GiB", "100B"]
+
+
+def test_a_size_that_only_a_damaged_file_can_have_is_formatted_too() -> None:
+    assert format_size(10**400) == "more than 2^80 bytes"

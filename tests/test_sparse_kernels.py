@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from flashclient._native import Ffn, Workers
+from flashclient._native import Ffn, LentMemory, Workers
+from flashclient.arrays import array_of
 
 WORKERS = Workers(2)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -52,6 +53,7 @@ class Case:
         self.bias = torch.randn(self.neurons)
         self.masks = torch.randint(0, 2**self.tokens, (self.neurons,)).numpy().astype(np.uint16)
         self.masks[torch.rand(self.neurons).numpy() < 0.3] = 0
+        self.lent = LentMemory(array_of(self.weights))
         step = self.weights[0].nbytes
         self.addresses = self.weights.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
 

@@ -8,17 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient.errors import ModelError
 
-# By the name of the kernel's activation, the name that transformers gives the same function.
-_TRANSFORMERS_NAME = {
-    "relu": "relu",
-    "relu_squared": "relu2",
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_tanh": "gelu_pytorch_tanh",
+# By the name of the kernel's activation, transformers' names for classes of the same function. Its other names for it
+# (swish, gelu_python) stand for objects of one of these classes too.
+_TRANSFORMERS_NAMES = {
+    "relu": ("relu",),
+    "relu_squared": ("relu2",),
+    "silu": ("silu",),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
 }
 
 
@@ -66,22 +69,23 @@ ARCHITECTURES = {
 }
 
 
-def architecture_of(class_names: list[str] | None) -> tuple[str, Architecture]:
-    """The first class of a config's `architectures` that is known. Raises ModelError, which names the known ones."""
-    for name in class_names or []:
-        if name in ARCHITECTURES:
-            return name, ARCHITECTURES[name]
-    found = ", ".join(class_names or []) or "none named in config.json"
+def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
+    """The class that transformers' AutoModelForCausalLM takes, which is that of the config's `model_type` whatever its
+    `architectures` say. Raises ModelError, which names the known ones."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name in ARCHITECTURES:
+        return name, ARCHITECTURES[name]
+    found = f"model_type {config.model_type!r}"
     raise ModelError(f"unknown architecture ({found}): {', '.join(sorted(ARCHITECTURES))} can be run")
 
 
 def activation_name(ffn: nn.Module, architecture: Architecture) -> str:
     """The kernels' name of the activation that the constructed module holds. Raises ModelError."""
     function = getattr(ffn, architecture.activation)
-    for name, transformers_name in _TRANSFORMERS_NAME.items():
-        if type(function) is type(ACT2FN[transformers_name]):
+    for name, transformers_names in _TRANSFORMERS_NAMES.items():
+        if type(function) in {type(ACT2FN[transformers_name]) for transformers_name in transformers_names}:
             return name
-    known = ", ".join(_TRANSFORMERS_NAME)
+    known = ", ".join(_TRANSFORMERS_NAMES)
     raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
 
 

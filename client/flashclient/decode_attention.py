@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flashclient._native import Attention, Workers
+from flashclient.arrays import array_of
 from flashclient.resident_linear import STORED_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
@@ -25,7 +26,6 @@ UNSUPPORTED = ("softcap", "position_bias", "cache", "output_attentions")
 _transformers_attention = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
 
 Kernels = dict[torch.dtype, Attention]
-Mask = tuple[int, tuple[int, ...], bool]  # address, strides, boolean
 
 
 def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
@@ -122,22 +122,15 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     sequences, heads, tokens, elements = query.shape
-    _, key_heads, positions, value_elements = value.shape
-    out = torch.empty(sequences, tokens, heads, value_elements, dtype=torch.float32, device="cpu")
-    if mask is not None:
-        mask = _in_kernel_form(mask).expand(sequences, heads, tokens, positions)
+    out = torch.empty(sequences, tokens, heads, value.shape[3], dtype=torch.float32, device="cpu")
     kernel.attend(
-        (sequences, heads, key_heads, tokens, positions, elements, value_elements),
-        elements**-0.5 if scaling is None else scaling,
-        query.data_ptr(),
-        query.stride(),
-        key.data_ptr(),
-        key.stride(),
-        value.data_ptr(),
-        value.stride(),
-        None if mask is None else (mask.data_ptr(), mask.stride(), mask.dtype == torch.bool),
+        array_of(query),
+        array_of(key),
+        array_of(value),
+        None if mask is None else array_of(_in_kernel_form(mask)),
         causal,
-        out.data_ptr(),
+        elements**-0.5 if scaling is None else scaling,
+        array_of(out),
     )
     return out.to(query.dtype)
 

@@ -169,7 +169,7 @@ def dense_model(client: FlashClient) -> Any:
     """transformers' own model, whole and in memory, from the client's resident tensors and bundles."""
     record, config = client.record, client.model.config
     dtype = DTYPES[record.bundle.dtype]
-    architecture = architecture_of(config.architectures)[1]
+    architecture = architecture_of(config)[1]
     state = resident_tensors(record, client.source.resident, dtype)
     for index, layer in enumerate(record.layers):
         order = torch.from_numpy(np.argsort(client.connection.placement(record, index)))

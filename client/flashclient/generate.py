@@ -44,7 +44,7 @@ class Generator:
         self._tokenizer = tokenizer
         self._known = _known_arguments(self._model)
         self._positions: int = self._model.config.max_position_embeddings
-        self._positions_end = architecture_of(self._model.config.architectures)[1].positions_end
+        self._positions_end = architecture_of(self._model.config)[1].positions_end
 
     def run(self, prompt: Prompt, arguments: dict[str, Any]) -> tuple[Any, Stats]:
         """What transformers returns, in the prompt's kind unless a dict was asked for, and what it took."""

@@ -5,7 +5,6 @@ What it holds is one layer's FFN in fp32; the sequences' hidden states are the c
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from flashclient._native import copy_bundles
 from flashclient.architectures import architecture_of, install
 from flashclient.client import FlashClient
 from flashclient.ffn import ACTIVATIONS
@@ -67,7 +67,7 @@ class LayerWalk:
         self._model: Any = client.model
         self.record = client.record
         self._client = client
-        self._architecture = architecture_of(self._model.config.architectures)[1]
+        self._architecture = architecture_of(self._model.config)[1]
         self._activation = ACTIVATIONS[client.activation]
         dtype = DTYPES[self.record.bundle.dtype]
         self._tensors = resident_tensors(self.record, client.source.resident, dtype)
@@ -167,8 +167,7 @@ def read_parts(source: BundleSource, record: weightd_pb2.Model, layer: int) -> l
 
     def copy() -> None:
         for chunk in source.chunks(layer):
-            for place, address in enumerate(chunk.addresses.tolist(), chunk.first):
-                ctypes.memmove(rows[place].ctypes.data, address, bundle.bundle_bytes)
+            copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
     survive(source, copy)
     parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])

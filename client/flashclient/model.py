@@ -95,9 +95,9 @@ def build_model(
         ModelError: the architecture or a dtype is unknown, or the resident tensors do not fit the model.
         CalibrationError: the predictors do not fit the model.
     """
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     attention_chosen = config._attn_implementation is not None
-    class_name, architecture = architecture_of(config.architectures)
+    class_name, architecture = architecture_of(config)
     dtype = DTYPES[record.bundle.dtype]
     with _UnmadeParameters():
         model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
@@ -199,7 +199,8 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_
     except RuntimeError as error:
         shapes = str(error).splitlines()[-1].strip()
         raise ModelError(f"a tensor of model '{record.name}' does not fit its config: {shapes}") from error
-    model.tie_weights()
+    # Where the checkpoint holds a head that differs from the embedding, it stays untied whatever the config says.
+    model.tie_weights(missing_keys=set(unfit.missing_keys), recompute_mapping=False)
     if unfit.unexpected_keys:
         raise ModelError(f"model '{record.name}' has tensors that its config does not: {_some(unfit.unexpected_keys)}")
     state = [*model.named_parameters(), *model.named_buffers()]

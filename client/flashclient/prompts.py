@@ -13,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from flashclient.errors import OptionError
 
+# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -33,9 +36,9 @@ class Prompt:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     """The model's tokenizer, padding on the left; None where its files hold none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flashclient._native import LentMemory
 from flashclient.calibration import ALIGNMENT_BYTES, PREDICTORS_FILE
 from flashclient.channel import Connection
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
@@ -88,6 +89,7 @@ class GrpcSource:
         chunk_bytes = chunk_bundles * model.bundle.bundle_bytes
         slots = min(len(self._spans), max(2, pool_bytes // chunk_bytes))
         self._pool = np.empty((slots, chunk_bytes), np.uint8)
+        self._lent = LentMemory(self._pool)  # kernels may read bundles there
         self._ahead = min(CHUNKS_AHEAD, slots - 1)
         self.bundles_per_cell = 1
         self.stride_bytes: int = model.bundle.bundle_bytes

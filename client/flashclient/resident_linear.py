@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
+from flashclient.arrays import array_of
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PANEL_ELEMENTS = 2**24  # of fp32 results at a time: the head's of a whole prompt would take gigabytes
@@ -36,14 +37,14 @@ class ResidentLinear(nn.Linear):
         y = (
             self._multiply(rows)
             if len(rows) <= panel
-            else torch.cat([self._multiply(some) for some in rows.split(panel)])
+            else torch.cat([self._multiply(some) for some in torch.split(rows, panel)])
         )
         return y.view(*x.shape[:-1], self.out_features)
 
     def _multiply(self, rows: Tensor) -> Tensor:
         flat = rows.to(torch.float32).contiguous()
         y = torch.empty(len(rows), self.out_features, dtype=torch.float32, device="cpu")
-        self.kernels[rows.dtype].multiply(self.weight.data_ptr(), flat.numpy(), y.numpy())
+        self.kernels[rows.dtype].multiply(array_of(self.weight), array_of(flat), array_of(y))
         if self.bias is not None:
             y += self.bias
         return y.to(rows.dtype)

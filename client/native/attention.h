@@ -56,6 +56,7 @@ class Attention {
     void attend(const AttentionShape& shape, const AttentionRows& query, const AttentionRows& key,
                 const AttentionRows& value, const AttentionMask& mask, float* out) const;
 
+    Dtype dtype() const { return dtype_; }
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:

@@ -5,10 +5,14 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
+#include <span>
 #include <stdexcept>
 #include <system_error>
+#include <vector>
 
+#include "array_arguments.h"
 #include "leases.h"
 #include "owned_array.h"
 #include "session.h"
@@ -17,10 +21,16 @@
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using flashclient::aligned;
+using flashclient::Array;
 using flashclient::Leases;
 using flashclient::owned_array;
+using flashclient::require;
 using flashclient::Session;
 using flashclient::Sweep;
+using flashclient::U16Array;
+using flashclient::U32Array;
+using flashclient::U64Array;
 using flashclient::Window;
 
 void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
@@ -28,8 +38,23 @@ void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
 
 namespace {
 
-using U64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+constexpr uint32_t CELLS_MAX = 1U << 26;      // of a model: the tables have an entry for each
+constexpr uint32_t WINDOW_TOKENS_MAX = 4096;  // far below what their counters hold
+constexpr double TIMEOUT_S_MAX = 1e6;
+
+std::span<const uint32_t> span_of(const U32Array& cells) { return {aligned(cells, "cells").data(), cells.size()}; }
+
+// Every kernel checks the addresses that come of these; here a wrong one is told before it is asked for.
+void require_layout(uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes) {
+    require(bundles_per_cell > 0 && stride_bytes > 0, "bundles_per_cell and stride_bytes must be positive");
+    require(uint64_t{bundles_per_cell - 1} * stride_bytes < cell_bytes, "a cell must hold its bundles");
+}
+
+void require_cells(const std::vector<uint32_t>& cells) {
+    uint64_t sum = 0;
+    for (const uint32_t count : cells) sum += count;
+    require(sum <= CELLS_MAX, "a model has at most 67108864 cells");
+}
 
 void translate(const std::exception_ptr& pointer, void*) {
     try {
@@ -52,33 +77,38 @@ nb::object calibration(const nb::handle_t<Session>& self) {
     return nb::cast(Array(bytes.data(), {bytes.size()}, self));
 }
 
-// (position of the first bundle, addresses of all of them), or None at the layer's end. The array is a view of the
-// sweep's own memory and, like the bundles, valid until the next call.
-nb::object next_chunk(const nb::handle_t<Sweep>& self, uint32_t layer) {
-    auto& sweep = nb::cast<Sweep&>(self);
-    const Sweep::Bundles* chunk = nullptr;
+// (position of the first bundle, addresses of all of them), or None at the layer's end. The bundles are valid until the
+// next call.
+nb::object next_chunk(Sweep& sweep, uint32_t layer) {
+    uint32_t first_position = 0;
+    std::vector<uint64_t> addresses;
     {
         const nb::gil_scoped_release released;
-        chunk = sweep.next(layer);
+        const Sweep::Bundles* chunk = sweep.next(layer);
+        if (chunk != nullptr) {
+            first_position = chunk->first_position;
+            addresses = chunk->addresses;
+        }
     }
-    if (chunk == nullptr) return nb::none();
-    using Array = nb::ndarray<nb::numpy, const uint64_t, nb::ndim<1>>;
-    return nb::make_tuple(chunk->first_position, Array(chunk->addresses.data(), {chunk->addresses.size()}, self));
+    if (addresses.empty()) return nb::none();
+    return nb::make_tuple(first_position, owned_array(std::move(addresses)));
 }
 
 size_t acquire_cells(Session& session, uint32_t layer, const U32Array& cells) {
+    const auto asked = span_of(cells);
     const nb::gil_scoped_release released;
-    session.acquire(layer, flashclient::ring::CELLS, std::span(cells.data(), cells.size()), 0);
+    session.acquire(layer, flashclient::ring::CELLS, asked, 0);
     std::vector<flashclient::ring::Grant> grants;
-    while (grants.size() < cells.size()) session.take_grants(grants, true);
+    while (grants.size() < asked.size()) session.take_grants(grants, true);
     size_t granted = 0;
     for (const auto& grant : grants) granted += Session::status(grant) == flashclient::ring::GRANTED;
     return granted;
 }
 
 void release_cells(Session& session, uint32_t layer, const U32Array& cells) {
+    const auto held = span_of(cells);
     const nb::gil_scoped_release released;
-    session.release(layer, flashclient::ring::CELLS, std::span(cells.data(), cells.size()));
+    session.release(layer, flashclient::ring::CELLS, held);
 }
 
 std::span<const uint8_t> bytes_of(const nb::bytes& token) {
@@ -102,6 +132,7 @@ void bind_session(nb::module_& m) {
             "__init__",
             [](Session* self, const std::string& data_socket, const nb::bytes& token, double timeout_s) {
                 const auto bytes = bytes_of(token);
+                require(timeout_s > 0 && timeout_s <= TIMEOUT_S_MAX, "timeout_s must be positive and at most 1e6");
                 const nb::gil_scoped_release released;
                 new (self) Session(data_socket, bytes, timeout_s);
             },
@@ -115,8 +146,9 @@ void bind_session(nb::module_& m) {
                      "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
         .def_prop_ro("share_slots", &Session::share_slots)
         .def_prop_ro("lease_limit", &Session::lease_limit, "cells that may be held at once, now")
-        .def("acquire", &acquire_cells, "layer"_a, "cells"_a, "Leases cells and waits; returns how many were granted.")
-        .def("release", &release_cells, "layer"_a, "cells"_a)
+        .def("acquire", &acquire_cells, "layer"_a, "cells"_a.noconvert(),
+             "Leases cells and waits; returns how many were granted.")
+        .def("release", &release_cells, "layer"_a, "cells"_a.noconvert())
         .def("require_alive", &Session::require_alive)
         .def("close", &Session::close, nb::call_guard<nb::gil_scoped_release>(),
              "Ends it; only the resident weights stay mapped.");
@@ -128,6 +160,10 @@ void bind_sweep(nb::module_& m) {
             "__init__",
             [](Sweep* self, Session& session, uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes,
                std::vector<uint32_t> neurons) {
+                require_layout(bundles_per_cell, stride_bytes, cell_bytes);
+                require_cells(neurons);
+                require(!neurons.empty() && std::find(neurons.begin(), neurons.end(), 0U) == neurons.end(),
+                        "a model has layers, and each of them neurons");
                 new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(neurons)});
             },
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
@@ -151,8 +187,9 @@ nb::object addresses(const nb::handle_t<Leases>& self, uint32_t layer) {
 }
 
 void exchange(Leases& leases, uint32_t layer, const U32Array& acquire, const U32Array& release) {
+    const auto asked = span_of(acquire), held = span_of(release);
     const nb::gil_scoped_release released;
-    leases.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
+    leases.exchange(layer, asked, held);
 }
 
 void bind_leases(nb::module_& m) {
@@ -160,11 +197,16 @@ void bind_leases(nb::module_& m) {
         .def(
             "__init__",
             [](Leases* self, Session& session, uint32_t bundles_per_cell, uint32_t cell_bytes,
-               const std::vector<uint32_t>& cells) { new (self) Leases(session, bundles_per_cell, cell_bytes, cells); },
+               const std::vector<uint32_t>& cells) {
+                require_layout(bundles_per_cell, 1, cell_bytes);
+                require_cells(cells);
+                new (self) Leases(session, bundles_per_cell, cell_bytes, cells);
+            },
             "session"_a, "bundles_per_cell"_a, "cell_bytes"_a, "cells"_a, nb::keep_alive<1, 2>())
         .def("addresses", &addresses, "layer"_a, nb::sig("def addresses(self, layer: int) -> NDArray[numpy.uint64]"),
              "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
-        .def("exchange", &exchange, "layer"_a, "acquire"_a, "release"_a, "Gives back and asks for; does not wait.")
+        .def("exchange", &exchange, "layer"_a, "acquire"_a.noconvert(), "release"_a.noconvert(),
+             "Gives back and asks for; does not wait.")
         .def("arrived", &Leases::arrived, nb::call_guard<nb::gil_scoped_release>(),
              "Waits for more of what was asked for; returns how many cells are still to come.")
         .def("release_all", &Leases::release_all, nb::call_guard<nb::gil_scoped_release>())
@@ -172,17 +214,10 @@ void bind_leases(nb::module_& m) {
         .def_prop_ro("cells_held", &Leases::cells_held);
 }
 
-using U16Array = nb::ndarray<const uint16_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
 nb::object slide(Window& window, uint32_t layer, uint32_t past_tokens, uint32_t columns, const U32Array& positions,
                  const U16Array& row_masks, uint32_t limit) {
-    Window::Slide slid;
-    {
-        const nb::gil_scoped_release released;
-        slid = window.slide(
-            layer, {past_tokens, columns, {positions.data(), positions.size()}, {row_masks.data(), row_masks.size()}},
-            limit);
-    }
+    const std::span masks(aligned(row_masks, "row_masks").data(), row_masks.size());
+    Window::Slide slid = window.slide(layer, {past_tokens, columns, span_of(positions), masks}, limit);
     if (!slid.fits) return nb::none();
     nb::list elsewhere;
     for (auto& [other, cells] : slid.elsewhere) elsewhere.append(nb::make_tuple(other, owned_array(std::move(cells))));
@@ -191,16 +226,16 @@ nb::object slide(Window& window, uint32_t layer, uint32_t past_tokens, uint32_t 
 
 // One pass over the bundles of a step that have no address yet.
 size_t locate(const U64Array& table, const U32Array& positions, uint32_t bundles_per_cell, uint32_t stride_bytes,
-              const nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& addresses,
-              const nb::ndarray<uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& found) {
-    if (addresses.size() != positions.size() || found.size() != positions.size()) {
-        throw std::invalid_argument("addresses and found must have a place for each position");
-    }
+              const Array<uint64_t, 1>& addresses, const Array<uint32_t, 1>& found) {
+    require(bundles_per_cell > 0, "bundles_per_cell must be positive");
+    require(addresses.size() == positions.size() && found.size() == positions.size(),
+            "addresses and found must have a place for each position");
+    aligned(table, "table"), aligned(positions, "positions"), aligned(addresses, "addresses"), aligned(found, "found");
     size_t count = 0;
     for (size_t i = 0; i < positions.size(); i++) {
         if (addresses.data()[i] != 0) continue;
         const uint32_t cell = positions.data()[i] / bundles_per_cell;
-        if (cell >= table.size()) throw std::invalid_argument("a position is beyond the layer's cells");
+        require(cell < table.size(), "a position is beyond the layer's cells");
         if (table.data()[cell] == 0) continue;
         addresses.data()[i] = table.data()[cell] + uint64_t{positions.data()[i] % bundles_per_cell} * stride_bytes;
         found.data()[count++] = static_cast<uint32_t>(i);
@@ -213,10 +248,14 @@ void bind_window(nb::module_& m) {
         .def(
             "__init__",
             [](Window* self, uint32_t tokens, uint32_t bundles_per_cell, std::vector<uint32_t> cells) {
+                require(tokens <= WINDOW_TOKENS_MAX, "a window has at most 4096 tokens");
+                require(bundles_per_cell > 0, "bundles_per_cell must be positive");
+                require_cells(cells);
                 new (self) Window(tokens, bundles_per_cell, std::move(cells));
             },
             "tokens"_a, "bundles_per_cell"_a, "cells"_a)
-        .def("slide", &slide, "layer"_a, "past_tokens"_a, "columns"_a, "positions"_a, "row_masks"_a, "limit"_a,
+        .def("slide", &slide, "layer"_a, "past_tokens"_a, "columns"_a, "positions"_a.noconvert(),
+             "row_masks"_a.noconvert(), "limit"_a,
              nb::sig("def slide(self, layer: int, past_tokens: int, columns: int, positions: NDArray[numpy.uint32], "
                      "row_masks: NDArray[numpy.uint16], limit: int) -> tuple[NDArray[numpy.uint32], "
                      "NDArray[numpy.uint32], list[tuple[int, NDArray[numpy.uint32]]]] | None"),
@@ -224,7 +263,7 @@ void bind_window(nb::module_& m) {
              "which leaves the window empty.")
         .def("clear", &Window::clear)
         .def_prop_ro("cells_held", &Window::cells_held);
-    m.def("locate", &locate, "table"_a, "positions"_a, "bundles_per_cell"_a, "stride_bytes"_a,
+    m.def("locate", &locate, "table"_a.noconvert(), "positions"_a.noconvert(), "bundles_per_cell"_a, "stride_bytes"_a,
           "addresses"_a.noconvert(), "found"_a.noconvert(),
           "Fills in the addresses that are still 0 and whose cells have arrived; writes their indices into `found` and "
           "returns how many there are.");

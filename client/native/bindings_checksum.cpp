@@ -18,5 +18,5 @@ void bind_checksum(nb::module_& module) {
             nb::gil_scoped_release release;
             return static_cast<std::uint64_t>(XXH3_64bits(bytes.data(), bytes.size()));
         },
-        "bytes"_a, "XXH3-64, the checksum of everything in a store.");
+        "bytes"_a.noconvert(), "XXH3-64, the checksum of everything in a store.");
 }

@@ -1,24 +1,27 @@
 // flashclient._native: workers and kernels for Python. Every computation runs without the GIL.
+//
+// Nothing that Python passes makes a kernel read or write out of bounds: each array is checked against the others, and
+// each bundle's address against the memory that is readable (readable_memory.h).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
-#include <nanobind/stl/array.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/tuple.h>
 
 #include <algorithm>
-#include <array>
+#include <cstring>
 #include <map>
 #include <optional>
 #include <stdexcept>
-#include <tuple>
+#include <vector>
 
+#include "array_arguments.h"
 #include "attention.h"
 #include "ffn.h"
 #include "linear.h"
 #include "memory_read.h"
 #include "owned_array.h"
 #include "predictor.h"
+#include "readable_memory.h"
 #include "workers.h"
 
 namespace nb = nanobind;
@@ -27,6 +30,8 @@ using namespace nb::literals;
 namespace {
 
 using flashclient::Activation;
+using flashclient::aligned;
+using flashclient::Array;
 using flashclient::Attention;
 using flashclient::AttentionMask;
 using flashclient::AttentionRows;
@@ -40,25 +45,29 @@ using flashclient::Matrix;
 using flashclient::Neurons;
 using flashclient::owned_array;
 using flashclient::Prediction;
+using flashclient::ReadableMemory;
+using flashclient::Reading;
+using flashclient::require;
 using flashclient::SignPredictor;
+using flashclient::U16Array;
+using flashclient::U32Array;
+using flashclient::U64Array;
 using flashclient::Workers;
 
-template <typename T, std::size_t dimensions>
-using Array = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
-using Addresses = Array<const std::uint64_t, 1>;
-using Index = Array<const std::uint32_t, 1>;
-using RowMasks = Array<const std::uint16_t, 1>;
-using GroupMasks = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::device::cpu>;
 using Bias = Array<const float, 1>;
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
-// Bits of weights: float32, or uint16 for BF16 and F16.
+using GroupMasks = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
 using Weight = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
+using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using InstructionSet = std::optional<std::string>;
 
-void require(bool condition, const char* what) {
-    if (!condition) throw std::invalid_argument(what);
-}
+constexpr std::size_t kHiddenMax = std::size_t{1} << 24;  // elements; a bundle's bytes fit 32 bits
+constexpr std::size_t kThreadsMax = 1024;
+constexpr nb::dlpack::dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
+constexpr nb::dlpack::dtype kFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+constexpr nb::dlpack::dtype kBits16 = nb::dtype<std::uint16_t>();  // of either, where numpy has no such type
 
 Dtype dtype_of(const std::string& name) {
     if (name == "F32") return Dtype::f32;
@@ -86,11 +95,26 @@ const char* name_of(const InstructionSet& instruction_set) {
     return instruction_set ? instruction_set->c_str() : nullptr;
 }
 
+// Whether elements of `given` are of `dtype`.
+bool is_of(const nb::dlpack::dtype& given, Dtype dtype) {
+    switch (dtype) {
+        case Dtype::f32:
+            return given == nb::dtype<float>();
+        case Dtype::bf16:
+            return given == kBfloat16 || given == kBits16;
+        case Dtype::f16:
+            return given == kFloat16 || given == kBits16;
+        case Dtype::i8:
+            return given == nb::dtype<std::int8_t>();
+    }
+    return false;
+}
+
 Matrix matrix_of(const Weight& weight, Dtype dtype) {
-    const nb::dlpack::dtype bits = dtype == Dtype::i8 ? nb::dtype<std::int8_t>() : nb::dtype<std::uint16_t>();
-    require(weight.dtype() == (dtype == Dtype::f32 ? nb::dtype<float>() : bits),
-            "weights must be float32 for dtype F32, uint16, their bits, for BF16 and F16, and int8 with a scale");
-    return {weight.data(), weight.shape(0), weight.shape(1)};
+    require(is_of(weight.dtype(), dtype),
+            "weights must be float32 for dtype F32, bfloat16 or float16, or uint16, their bits, for BF16 and F16, and "
+            "int8 with a scale");
+    return {aligned(weight, "a matrix").data(), weight.shape(0), weight.shape(1)};
 }
 
 void require_tokens(std::size_t tokens) {
@@ -102,51 +126,101 @@ void require_tokens(std::size_t tokens) {
 // ---- Ffn ----
 
 void require_input(const Ffn& ffn, const Input& x) {
-    require(x.shape(1) == ffn.shape().hidden, "x must be [tokens, hidden_size]");
+    require(aligned(x, "x").shape(1) == ffn.shape().hidden, "x must be [tokens, hidden_size]");
 }
 
-void add_rows(const Ffn& ffn, const Addresses& bundles, const std::optional<Bias>& bias,
-              const std::optional<GroupMasks>& masks, const Input& x, const Output& y) {
-    const std::size_t count = bundles.shape(0), tokens = x.shape(0);
-    require_input(ffn, x);
-    require(tokens == y.shape(0) && x.shape(1) == y.shape(1), "x and y must have the same shape");
-    require(!bias || bias->shape(0) == count, "there must be a bias per bundle");
-    require(!masks || (masks->shape(0) == (tokens + kTokensMax - 1) / kTokensMax && masks->shape(1) == count),
+const float* data_of(const std::optional<Bias>& bias, std::size_t count, const char* missing) {
+    if (!bias) return nullptr;
+    require(aligned(*bias, "bias").shape(0) == count, missing);
+    return bias->data();
+}
+
+std::span<const std::uint64_t> addresses_of(const U64Array& bundles) {
+    return {aligned(bundles, "the list of addresses").data(), bundles.shape(0)};
+}
+
+Reading reading_of(const Ffn& ffn) { return {ffn.bundle_bytes(), flashclient::bytes_of(ffn.shape().dtype)}; }
+
+// Some masks of each group, as long as all of them lie side by side.
+void require_masks(const GroupMasks& masks, std::size_t tokens, std::size_t bundles) {
+    require(aligned(masks, "row_masks").shape(0) == (tokens + kTokensMax - 1) / kTokensMax && masks.shape(1) == bundles,
             "row_masks must be [groups of 16 tokens, bundles]");
-    require(!masks || count < 2 || masks->stride(1) == 1, "the masks of a group must be contiguous");
-    const Neurons list{bundles.data(), bias ? bias->data() : nullptr, masks ? masks->data() : nullptr,
-                       masks ? static_cast<std::size_t>(masks->stride(0)) : 0};
-    const nb::gil_scoped_release release;
-    ffn.add_rows(list, count, x.data(), tokens, y.data());
+    require(bundles <= 1 || masks.stride(1) == 1, "the masks of a group must be contiguous");
+    require(masks.shape(0) <= 1 || masks.stride(0) >= 0, "strides must not be negative");
 }
 
-void fire(const Ffn& ffn, const Addresses& addresses, const Index& index, const RowMasks& row_masks,
+void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Bias>& bias,
+              const std::optional<GroupMasks>& row_masks, const Input& x, const Output& y) {
+    require_input(ffn, x);
+    require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
+    const auto addresses = addresses_of(bundles);
+    Neurons list{nullptr, data_of(bias, addresses.size(), "there must be a bias per bundle")};
+    if (row_masks) {
+        require_masks(*row_masks, x.shape(0), addresses.size());
+        list.row_masks = row_masks->data();
+        list.mask_stride = row_masks->shape(0) <= 1 ? 0 : static_cast<std::size_t>(row_masks->stride(0));
+    }
+    const nb::gil_scoped_release release;
+    Reading reading = reading_of(ffn);
+    const auto checked = reading.checked(addresses);
+    list.bundles = checked.data();
+    ffn.add_rows(list, checked.size(), x.data(), x.shape(0), y.data());
+}
+
+void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, const U16Array& row_masks,
           const std::optional<Bias>& bias, const Input& x, const Output& h) {
-    const std::size_t count = addresses.shape(0);
+    const auto list = addresses_of(addresses);
     require_input(ffn, x);
     require_tokens(x.shape(0));
-    require(row_masks.shape(0) == count, "there must be a row mask per address");
-    require(!bias || bias->shape(0) == count, "there must be a bias per address");
-    require(h.shape(0) == count && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
-    const std::uint32_t* end = index.data() + index.shape(0);
-    require(std::all_of(index.data(), end, [&](std::uint32_t entry) { return entry < count; }),
-            "an index is beyond the list of addresses");
+    require(aligned(row_masks, "row_masks").shape(0) == list.size(), "there must be a row mask per address");
+    const float* biases = data_of(bias, list.size(), "there must be a bias per address");
+    require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
+    const std::uint32_t* first = aligned(index, "index").data();
     const nb::gil_scoped_release release;
-    ffn.fire({addresses.data(), bias ? bias->data() : nullptr, row_masks.data()}, index.data(), index.shape(0),
-             x.data(), x.shape(0), h.data());
+    const std::vector<std::uint32_t> entries(first, first + index.shape(0));  // a copy: nobody changes it meanwhile
+    std::vector<std::uint8_t> wanted(list.size());
+    for (const std::uint32_t entry : entries) {
+        require(entry < list.size(), "an index is beyond the list of addresses");
+        wanted[entry] = row_masks.data()[entry] != 0;
+    }
+    Reading reading = reading_of(ffn);
+    const auto checked = reading.checked(list, [&](std::size_t entry) { return wanted[entry] != 0; });
+    if (checked.empty()) {
+        for (const std::uint32_t entry : entries) std::fill_n(h.data() + entry * h.shape(1), h.shape(1), 0.0f);
+        return;
+    }
+    ffn.fire({checked.data(), biases, row_masks.data()}, entries.data(), entries.size(), x.data(), x.shape(0),
+             h.data());
 }
 
-void accumulate(const Ffn& ffn, const Addresses& addresses, const Input& h, const Output& y) {
-    require_tokens(y.shape(0));
+void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const Output& y) {
+    const auto list = addresses_of(addresses);
+    const std::size_t tokens = aligned(y, "y").shape(0);
+    require_tokens(tokens);
     require(y.shape(1) == ffn.shape().hidden, "y must be [tokens, hidden_size]");
-    require(h.shape(0) == addresses.shape(0) && h.shape(1) == y.shape(0), "h must be [addresses, tokens]");
+    require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == tokens, "h must be [addresses, tokens]");
     const nb::gil_scoped_release release;
-    ffn.accumulate(addresses.data(), addresses.shape(0), h.data(), y.shape(0), y.data());
+    Reading reading = reading_of(ffn);
+    const auto checked = reading.checked(list, [&](std::size_t entry) {
+        const float* of_entry = h.data() + entry * tokens;
+        return std::any_of(of_entry, of_entry + tokens, [](float value) { return value != 0.0f; });
+    });
+    ffn.accumulate(checked.data(), checked.size(), h.data(), tokens, y.data());
+}
+
+void copy_bundles(const U64Array& bundles, const Array<std::uint8_t, 2>& out) {
+    const auto addresses = addresses_of(bundles);
+    require(out.shape(0) == addresses.size(), "out must have a row per bundle");
+    const nb::gil_scoped_release release;
+    Reading reading(out.shape(1), 1);
+    const auto checked = reading.checked(addresses);
+    for (std::size_t i = 0; i < checked.size(); ++i)
+        std::memcpy(out.data() + i * out.shape(1), reinterpret_cast<const void*>(checked[i]), out.shape(1));
 }
 
 void make_ffn(Ffn* self, Workers& workers, const std::string& dtype, std::size_t hidden_size, bool gated,
               const std::string& activation, float activation_parameter, const InstructionSet& instruction_set) {
-    require(hidden_size > 0, "hidden_size must be positive");
+    require(hidden_size > 0 && hidden_size <= kHiddenMax, "hidden_size must be positive and at most 16777216");
     new (self) Ffn(workers, {dtype_of(dtype), hidden_size, gated, activation_of(activation), activation_parameter},
                    name_of(instruction_set));
 }
@@ -157,88 +231,110 @@ void bind_ffn(nb::module_& module) {
              "activation_parameter"_a = 0.0f, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(),
              "activation: relu, relu_squared, fatrelu (activation_parameter: its threshold), silu, gelu, gelu_tanh or "
              "gated_relu.")
-        .def("fire", &fire, "addresses"_a, "index"_a, "row_masks"_a, "bias"_a.none(), "x"_a, "h"_a,
+        .def("fire", &fire, "addresses"_a.noconvert(), "index"_a.noconvert(), "row_masks"_a.noconvert(),
+             "bias"_a.noconvert().none(), "x"_a.noconvert(), "h"_a.noconvert(),
              "Computes the rows of h [addresses, tokens] that index names; bit t of row_masks: row t wants the neuron.")
-        .def("accumulate", &accumulate, "addresses"_a, "h"_a, "y"_a,
+        .def("accumulate", &accumulate, "addresses"_a.noconvert(), "h"_a.noconvert(), "y"_a.noconvert(),
              "Adds to y [tokens, hidden] the down columns of the neurons that fired, in the order of the list.")
-        .def("add_rows", &add_rows, "bundles"_a, "bias"_a.none(), "row_masks"_a.none(), "x"_a, "y"_a,
-             "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens; "
-             "row_masks: [groups of 16 tokens, bundles].")
+        .def("add_rows", &add_rows, "bundles"_a.noconvert(), "bias"_a.noconvert().none(),
+             "row_masks"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
+             "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens. "
+             "row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
-        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of a row mask, and of one fire().");
+        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of a row mask, and of one fire()");
 }
 
 // ---- Linear ----
 
-void multiply(const Linear& linear, std::uint64_t weight, const Input& x, const Output& y) {
-    require(x.shape(0) == y.shape(0), "x and y must have the same tokens");
+void multiply(const Linear& linear, const Weight& weight, const Input& x, const Output& y) {
+    const Matrix matrix = matrix_of(weight, linear.dtype());
+    require(aligned(x, "x").shape(0) == aligned(y, "y").shape(0), "x and y must have the same tokens");
+    require(x.shape(1) == matrix.columns && y.shape(1) == matrix.rows, "weight must be [columns of y, columns of x]");
     const nb::gil_scoped_release release;
-    linear.multiply({reinterpret_cast<const void*>(weight), y.shape(1), x.shape(1)}, x.data(), x.shape(0), y.data());
+    linear.multiply(matrix, x.data(), x.shape(0), y.data());
 }
 
 void bind_linear(nb::module_& module) {
-    nb::class_<Linear>(module, "Linear", "Products of a matrix with rows; see client/native/linear.h.")
+    nb::class_<Linear>(module, "Linear", "Products of a matrix with rows of x; see client/native/linear.h.")
         .def(
             "__init__",
             [](Linear* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
                 new (self) Linear(workers, dtype_of(dtype), name_of(instruction_set));
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
-        .def("multiply", &multiply, "weight"_a, "x"_a, "y"_a,
-             "y [tokens, out] = x [tokens, hidden] times the matrix [out, hidden] at address `weight`, transposed.")
+        .def("multiply", &multiply, "weight"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
+             "y [tokens, out] = x [tokens, hidden] times weight [out, hidden], transposed.")
         .def_prop_ro("instruction_set", &Linear::instruction_set);
 }
 
 // ---- Attention ----
 
-template <std::size_t dimensions>
-using Strides = std::array<std::size_t, dimensions>;
-using Mask = std::tuple<std::uint64_t, Strides<4>, bool>;
-
-const void* at(std::uint64_t address) { return reinterpret_cast<const void*>(address); }
-
-AttentionRows rows_of(std::uint64_t address, const Strides<4>& strides) {
-    require(strides[3] == 1, "the elements of a row must be contiguous");
-    return {at(address), strides[0], strides[1], strides[2]};
+// Of [sequences, heads, tokens or positions, elements]. A stride of one entry alone is never taken.
+std::size_t stride_of(const Rows& rows, std::size_t dimension) {
+    if (rows.shape(dimension) <= 1) return 0;
+    require(rows.stride(dimension) >= 0, "strides must not be negative");
+    return static_cast<std::size_t>(rows.stride(dimension));
 }
 
-AttentionMask mask_of(const std::optional<Mask>& mask, bool causal) {
+AttentionRows rows_of(const Rows& rows, Dtype dtype, const char* name) {
+    require(is_of(rows.dtype(), dtype), std::string(name) + " is not of the kernel's dtype");
+    require(rows.shape(3) <= 1 || rows.stride(3) == 1, "the elements of a row must be contiguous");
+    return {aligned(rows, name).data(), stride_of(rows, 0), stride_of(rows, 1), stride_of(rows, 2)};
+}
+
+AttentionMask mask_of(const std::optional<Rows>& mask, bool causal, const AttentionShape& shape) {
     require(!mask || !causal, "causal is for attention without a mask");
     if (!mask) return {causal ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
-    const auto& [address, strides, boolean] = *mask;
+    const bool boolean = mask->dtype() == nb::dtype<bool>();
+    require(boolean || mask->dtype() == nb::dtype<float>(), "a mask must be of bool or float32");
+    const std::size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.positions};
+    for (std::size_t i = 0; i < 4; ++i)
+        require(mask->shape(i) == sizes[i] || mask->shape(i) == 1,
+                "a mask must be [sequences, heads, tokens, positions], or 1 where it is the same for all");
     const auto kind = boolean ? AttentionMask::Kind::boolean : AttentionMask::Kind::additive;
-    return {kind, at(address), strides[0], strides[1], strides[2], strides[3]};
+    return {kind,
+            aligned(*mask, "the mask").data(),
+            stride_of(*mask, 0),
+            stride_of(*mask, 1),
+            stride_of(*mask, 2),
+            stride_of(*mask, 3)};
 }
 
-void attend(const Attention& attention, const std::array<std::size_t, 7>& sizes, float scale, std::uint64_t query,
-            const Strides<4>& query_strides, std::uint64_t key, const Strides<4>& key_strides, std::uint64_t value,
-            const Strides<4>& value_strides, const std::optional<Mask>& mask, bool causal, std::uint64_t out) {
-    const auto [sequences, heads, key_heads, tokens, positions, key_elements, value_elements] = sizes;
-    require(key_heads > 0 && heads % key_heads == 0, "heads must be a multiple of key heads");
-    const AttentionShape shape{sequences, heads, key_heads, tokens, positions, key_elements, value_elements, scale};
-    const AttentionRows queries = rows_of(query, query_strides), keys = rows_of(key, key_strides);
-    const AttentionRows values = rows_of(value, value_strides);
-    const AttentionMask masked = mask_of(mask, causal);
+void attend(const Attention& attention, const Rows& query, const Rows& key, const Rows& value,
+            const std::optional<Rows>& mask, bool causal, float scale, const Array<float, 4>& out) {
+    const AttentionShape shape{query.shape(0), query.shape(1), key.shape(1),   query.shape(2),
+                               key.shape(2),   key.shape(3),   value.shape(3), scale};
+    require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
+    require(query.shape(3) == key.shape(3), "query and key must have the same elements");
+    require(key.shape(0) == shape.sequences && value.shape(0) == shape.sequences && value.shape(1) == shape.key_heads &&
+                value.shape(2) == shape.positions,
+            "query, key and value must have the same sequences, key and value the same heads and positions");
+    require(aligned(out, "out").shape(0) == shape.sequences && out.shape(1) == shape.tokens &&
+                out.shape(2) == shape.heads && out.shape(3) == shape.value_elements,
+            "out must be [sequences, tokens, heads, elements of a value]");
+    const AttentionRows queries = rows_of(query, attention.dtype(), "query");
+    const AttentionRows keys = rows_of(key, attention.dtype(), "key");
+    const AttentionRows values = rows_of(value, attention.dtype(), "value");
+    const AttentionMask masked = mask_of(mask, causal, shape);
     const nb::gil_scoped_release release;
-    attention.attend(shape, queries, keys, values, masked, reinterpret_cast<float*>(out));
+    attention.attend(shape, queries, keys, values, masked, out.data());
 }
 
-// Addresses and strides, as torch's tensors give them: an array object for each would take longer than the work.
 void bind_attention(nb::module_& module) {
-    nb::class_<Attention>(module, "Attention",
-                          "Attention over keys and values in place; see client/native/attention.h.")
+    nb::class_<Attention>(module, "Attention", "Attention over keys and values in place; see client/native/attention.h.")
         .def(
             "__init__",
             [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
                 new (self) Attention(workers, dtype_of(dtype), name_of(instruction_set));
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
-        .def("attend", &attend, "sizes"_a, "scale"_a, "query"_a, "query_strides"_a, "key"_a, "key_strides"_a, "value"_a,
-             "value_strides"_a, "mask"_a.none(), "causal"_a, "out"_a,
-             "sizes: sequences, heads, key heads, tokens, positions, elements of a key, of a value. mask: address, "
-             "strides, and whether it is of bytes (0: masked) or fp32 (added; -inf: masked). causal, without a mask: "
-             "token t attends to the positions up to t. out: address of [sequences, tokens, heads, elements of a "
-             "value] fp32.")
+        .def("attend", &attend, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
+             "mask"_a.noconvert().none(), "causal"_a, "scale"_a, "out"_a.noconvert(),
+             "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, positions, elements], with "
+             "any strides between rows. mask [sequences, heads, tokens, positions], 1 where it is the same for all: "
+             "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
+             "positions up to t. out [sequences, tokens, heads, elements of a "
+             "value] float32.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 
@@ -248,62 +344,102 @@ nb::object as_tuple(Prediction&& prediction) {
     return nb::make_tuple(owned_array(std::move(prediction.positions)), owned_array(std::move(prediction.row_masks)));
 }
 
-nb::object predict_low_rank(const LowRankPredictor& predictor, const Input& x) {
-    require(x.shape(1) == predictor.hidden(), "x must be [tokens, hidden_size]");
+// The arrays are read where they lie, so the predictor holds them.
+struct LowRank {
+    Weight input;
+    Weight output;
+    Bias bias;
+    std::optional<Bias> scale;
+    LowRankPredictor predictor;
+};
+
+struct Sign {
+    Array<const std::uint8_t, 2> signs;
+    Array<const std::int32_t, 1> margin;
+    SignPredictor predictor;
+};
+
+nb::object predict_low_rank(const LowRank& self, const Input& x) {
+    require(aligned(x, "x").shape(1) == self.predictor.hidden(), "x must be [tokens, hidden_size]");
     require_tokens(x.shape(0));
     Prediction prediction;
     {
         const nb::gil_scoped_release release;
-        prediction = predictor.predict(x.data(), x.shape(0));
+        prediction = self.predictor.predict(x.data(), x.shape(0));
     }
     return as_tuple(std::move(prediction));
 }
 
-nb::object predict_sign(const SignPredictor& predictor, const Input& x) {
-    require((x.shape(1) + 7) / 8 == predictor.row_bytes(), "x must be [tokens, hidden_size], with a sign bit for each");
+nb::object predict_sign(const Sign& self, const Input& x) {
+    require((aligned(x, "x").shape(1) + 7) / 8 == self.predictor.row_bytes(),
+            "x must be [tokens, hidden_size], with a sign bit for each");
     require_tokens(x.shape(0));
     Prediction prediction;
     {
         const nb::gil_scoped_release release;
-        prediction = predictor.predict(x.data(), x.shape(1), x.shape(0));
+        prediction = self.predictor.predict(x.data(), x.shape(1), x.shape(0));
     }
     return as_tuple(std::move(prediction));
 }
 
-void make_low_rank(LowRankPredictor* self, Workers& workers, const std::string& dtype, const Weight& input,
-                   const Weight& output, const Bias& bias, const std::optional<Bias>& scale,
-                   const InstructionSet& instruction_set) {
+void make_low_rank(LowRank* self, Workers& workers, const std::string& dtype, const Weight& input, const Weight& output,
+                   const Bias& bias, const std::optional<Bias>& scale, const InstructionSet& instruction_set) {
     require(input.shape(0) == output.shape(1), "input must be [rank, hidden_size] and output [neurons, rank]");
-    require(bias.shape(0) == output.shape(0), "there must be a bias per neuron");
-    require(!scale || scale->shape(0) == output.shape(0), "there must be a scale per neuron");
+    require(aligned(bias, "bias").shape(0) == output.shape(0), "there must be a bias per neuron");
+    const float* scales = data_of(scale, output.shape(0), "there must be a scale per neuron");
     const Dtype stored = dtype_of(dtype);
-    new (self)
-        LowRankPredictor(workers, stored, matrix_of(input, stored), matrix_of(output, scale ? Dtype::i8 : stored),
-                         bias.data(), scale ? scale->data() : nullptr, name_of(instruction_set));
+    LowRankPredictor predictor(workers, stored, matrix_of(input, stored), matrix_of(output, scale ? Dtype::i8 : stored),
+                               bias.data(), scales, name_of(instruction_set));
+    new (self) LowRank{input, output, bias, scale, std::move(predictor)};
 }
 
-void make_sign(SignPredictor* self, Workers& workers, const Array<const std::uint8_t, 2>& signs,
+void make_sign(Sign* self, Workers& workers, const Array<const std::uint8_t, 2>& signs,
                const Array<const std::int32_t, 1>& margin, const InstructionSet& instruction_set) {
-    require(margin.shape(0) == signs.shape(0), "there must be a margin per neuron");
-    new (self)
-        SignPredictor(workers, signs.data(), signs.shape(0), signs.shape(1), margin.data(), name_of(instruction_set));
+    require(aligned(margin, "margin").shape(0) == signs.shape(0), "there must be a margin per neuron");
+    SignPredictor predictor(workers, signs.data(), signs.shape(0), signs.shape(1), margin.data(),
+                            name_of(instruction_set));
+    new (self) Sign{signs, margin, std::move(predictor)};
 }
 
-// The arrays are read where they lie: kept alive by the predictor, and never converted into a temporary one.
 void bind_predictors(nb::module_& module) {
     const auto signature =
         nb::sig("def predict(self, x: NDArray[numpy.float32]) -> tuple[NDArray[numpy.uint32], NDArray[numpy.uint16]]");
     const char* result = "x [tokens, hidden] -> positions, rising, and which rows want each (bit t: row t).";
-    nb::class_<LowRankPredictor>(module, "LowRankPredictor", "See client/native/predictor.h.")
+    nb::class_<LowRank>(module, "LowRankPredictor", "See client/native/predictor.h.")
         .def("__init__", &make_low_rank, "workers"_a, "dtype"_a, "input"_a.noconvert(), "output"_a.noconvert(),
              "bias"_a.noconvert(), "scale"_a.noconvert() = nb::none(), "instruction_set"_a = nb::none(),
-             nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(),
-             nb::keep_alive<1, 7>())
-        .def("predict", &predict_low_rank, "x"_a, signature, result);
-    nb::class_<SignPredictor>(module, "SignPredictor", "See client/native/predictor.h.")
+             nb::keep_alive<1, 2>())
+        .def("predict", &predict_low_rank, "x"_a.noconvert(), signature, result);
+    nb::class_<Sign>(module, "SignPredictor", "See client/native/predictor.h.")
         .def("__init__", &make_sign, "workers"_a, "signs"_a.noconvert(), "margin"_a.noconvert(),
-             "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(), nb::keep_alive<1, 4>())
-        .def("predict", &predict_sign, "x"_a, signature, result);
+             "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
+        .def("predict", &predict_sign, "x"_a.noconvert(), signature, result);
+}
+
+// ---- memory ----
+
+struct LentMemory {
+    Bytes array;
+    ReadableMemory memory;
+};
+
+void make_lent(LentMemory* self, const Bytes& array) { new (self) LentMemory{array, {array.data(), array.nbytes()}}; }
+
+std::uint64_t read_memory(Workers& workers, const Bytes& array) {
+    const nb::gil_scoped_release release;
+    return flashclient::read_memory(workers, array.data(), array.nbytes());
+}
+
+void bind_memory(nb::module_& module) {
+    nb::class_<LentMemory>(module, "LentMemory",
+                           "An array in which bundles may lie, as long as this object lives: kernels take addresses in "
+                           "such arrays and in the pool, and refuse all others.")
+        .def("__init__", &make_lent, "array"_a.noconvert());
+    module.def("copy_bundles", &copy_bundles, "bundles"_a.noconvert(), "out"_a.noconvert(),
+               "Copies the bundles at these addresses to the rows of out [bundles, bytes].");
+    module.def(
+        "read_memory", &read_memory, "workers"_a, "array"_a.noconvert(),
+        "The exclusive or of an array's 64-bit words: what reading alone takes, for benchmarks to compare with.");
 }
 
 }  // namespace
@@ -313,20 +449,14 @@ void bind_kernels(nb::module_& module) {
         .def(
             "__init__",
             [](Workers* self, std::size_t threads) {
-                require(threads > 0, "threads must be positive");
+                require(threads > 0 && threads <= kThreadsMax, "threads must be positive and at most 1024");
                 new (self) Workers(threads);
             },
             "threads"_a)
         .def_prop_ro("threads", &Workers::threads);
-    module.def(
-        "read_memory",
-        [](Workers& workers, std::uint64_t address, std::size_t size_bytes) {
-            return flashclient::read_memory(workers, reinterpret_cast<const void*>(address), size_bytes);
-        },
-        "workers"_a, "address"_a, "size_bytes"_a, nb::call_guard<nb::gil_scoped_release>(),
-        "The exclusive or of the 64-bit words there: what reading alone takes, for benchmarks to compare with.");
     bind_ffn(module);
     bind_linear(module);
     bind_attention(module);
     bind_predictors(module);
+    bind_memory(module);
 }

@@ -57,6 +57,7 @@ class Ffn {
 
     const FfnShape& shape() const { return shape_; }
     std::size_t parts() const { return shape_.gated ? 3 : 2; }
+    std::size_t bundle_bytes() const { return parts() * shape_.hidden * bytes_of(shape_.dtype); }
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:

@@ -29,8 +29,11 @@ Leases::Leases(Session& session, uint32_t bundles_per_cell, uint32_t cell_bytes,
 }
 
 void Leases::exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release) {
-    settle();
     std::vector<uint64_t>& table = tables_.at(layer);
+    for (const std::span<const uint32_t> cells : {acquire, release}) {
+        for (const uint32_t cell : cells) static_cast<void>(table.at(cell));
+    }
+    settle();
     std::vector<uint32_t> held;
     for (const uint32_t cell : release) {
         if (std::exchange(table.at(cell), 0) != 0) held.push_back(cell);

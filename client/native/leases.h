@@ -27,9 +27,10 @@ class Leases {
     Leases(Session& session, uint32_t bundles_per_cell, uint32_t cell_bytes, const std::vector<uint32_t>& cells);
 
     // Where each cell of the layer lies; 0 where it is not held, or has not arrived.
-    std::span<const uint64_t> addresses(uint32_t layer) const { return tables_[layer]; }
+    std::span<const uint64_t> addresses(uint32_t layer) const { return tables_.at(layer); }
 
-    // Gives back `release` and asks for `acquire`, in one message if it holds them. Neither blocks nor waits.
+    // Gives back `release` and asks for `acquire`, in one message if it holds them. Neither blocks nor waits. Throws
+    // std::out_of_range for a cell that is none, before anything is done.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release);
     // Waits until more of the cells asked for have arrived, and says how many are still to come. Throws SessionLost,
     // and for a cell that cannot be had CorruptBundle or LeaseRefused.

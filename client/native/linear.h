@@ -40,6 +40,7 @@ class Linear {
     // The same dots a block at a time, on several threads at once.
     void for_blocks(const Matrix& weight, const float* x, std::size_t tokens, const Block& block) const;
 
+    Dtype dtype() const { return dtype_; }
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:

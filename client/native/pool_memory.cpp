@@ -8,6 +8,7 @@
 #include <array>
 #include <cerrno>
 #include <system_error>
+#include <utility>
 
 namespace flashclient {
 namespace {
@@ -96,12 +97,13 @@ bool PoolMemory::map(uint32_t number, int fd, size_t bytes) {
     if (taken_away()) return false;
     if (mapped == MAP_FAILED) throw std::system_error(error, std::generic_category(), "mapping a segment");
     ::madvise(mapped, bytes, MADV_DONTFORK);  // a child may not use it, and would keep its memory from going
-    const Segment segment{static_cast<std::byte*>(mapped), bytes};
+    Segment segment{static_cast<std::byte*>(mapped), bytes};
     if (!enter_range(segment, taken_away_)) {
         ::munmap(mapped, bytes);
         throw std::system_error(ENOMEM, std::generic_category(), "too many segments of the pool are mapped");
     }
-    segments_[number] = segment;
+    segment.readable = std::make_unique<ReadableMemory>(mapped, bytes);
+    segments_[number] = std::move(segment);
     return true;
 }
 
@@ -124,13 +126,14 @@ void PoolMemory::unmap(uint32_t number) {
 
 void PoolMemory::clear() {
     const std::lock_guard guard(lock_);
-    for (const auto& [number, segment] : segments_) drop(segment);
+    for (auto& [number, segment] : segments_) drop(segment);
     found_ = nullptr;
     segments_.clear();
     taken_away_.store(false);
 }
 
-void PoolMemory::drop(const Segment& segment) const {
+void PoolMemory::drop(Segment& segment) const {
+    segment.readable.reset();
     leave_range(segment);
     if (::getpid() == owner_) ::munmap(segment.data, segment.bytes);  // a child has inherited none
 }

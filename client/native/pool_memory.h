@@ -5,7 +5,7 @@
 // reading there meanwhile. So what is taken away reads as zeros from then on: that costs no memory and stops nobody,
 // and taken_away() says that what was computed is worth nothing. It is asked before a result is used.
 //
-// One thread maps, finds and unmaps; any thread may take away.
+// One thread maps, finds and unmaps; any thread may take away. What a kernel is reading is unmapped when it is done.
 #pragma once
 
 #include <sys/types.h>
@@ -14,7 +14,10 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <mutex>
+
+#include "readable_memory.h"
 
 namespace flashclient {
 
@@ -23,6 +26,7 @@ class PoolMemory {
     struct Segment {
         std::byte* data = nullptr;
         size_t bytes = 0;
+        std::unique_ptr<ReadableMemory> readable = nullptr;  // by kernels, as long as it is mapped
     };
 
     PoolMemory();
@@ -40,7 +44,7 @@ class PoolMemory {
     bool taken_away() const { return taken_away_.load(std::memory_order_acquire); }
 
   private:
-    void drop(const Segment& segment) const;
+    void drop(Segment& segment) const;
 
     pid_t owner_;
     std::atomic<bool> taken_away_ = false;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <chrono>
+#include <stdexcept>
 
 namespace flashclient {
 
@@ -32,6 +33,7 @@ uint32_t Sweep::cells_in(uint32_t layer) const {
 }
 
 const Sweep::Bundles* Sweep::next(uint32_t layer) {
+    if (layer >= layout_.neurons.size()) throw std::out_of_range("there is no such layer");
     finish_chunks_in_use();
     if (layer_ended_) {
         layer_ended_ = false;

@@ -1,9 +1,14 @@
 #include "window.h"
 
 #include <algorithm>
-#include <cassert>
+#include <stdexcept>
 
 namespace flashclient {
+namespace {
+
+constexpr uint32_t ROWS_MAX = 16;  // of a step: bits of a row mask
+
+}  // namespace
 
 Window::Window(uint32_t tokens, uint32_t bundles_per_cell, std::vector<uint32_t> cells)
     : tokens_(tokens), bundles_per_cell_(bundles_per_cell) {
@@ -13,8 +18,10 @@ Window::Window(uint32_t tokens, uint32_t bundles_per_cell, std::vector<uint32_t>
 }
 
 const Window::Slide& Window::slide(uint32_t layer_index, const Wanted& wanted, uint32_t limit) {
-    assert(wanted.columns > 0 && wanted.positions.size() == wanted.row_masks.size());
     Layer& layer = layers_.at(layer_index);
+    if (wanted.columns == 0 || wanted.columns > ROWS_MAX || wanted.positions.size() != wanted.row_masks.size())
+        throw std::invalid_argument("a step has 1 to 16 columns, and a row mask for each position");
+    for (const uint32_t position : wanted.positions) static_cast<void>(layer.held.at(position / bundles_per_cell_));
     slide_ = {};
     slides_++;
     // The last tokens_ tokens end with the first column, which is never rejected.
@@ -41,7 +48,7 @@ void Window::take_in(Layer& layer, const Wanted& wanted) {
 
 void Window::take_column(Layer& layer, const Wanted& wanted, uint32_t column) {
     uint16_t rows = 0;
-    for (uint32_t row = column; row < 16; row += wanted.columns) rows |= static_cast<uint16_t>(1U << row);
+    for (uint32_t row = column; row < ROWS_MAX; row += wanted.columns) rows |= static_cast<uint16_t>(1U << row);
     Token token{wanted.past_tokens + column, slides_, {}};
     for (size_t i = 0; i < wanted.positions.size(); i++) {
         if ((wanted.row_masks[i] & rows) == 0) continue;

@@ -37,7 +37,8 @@ class Window {
         bool fits = true;  // false: the step alone wants more cells than `limit`. Nothing is held any more.
     };
     // Makes room for the step and takes its cells in. Tokens that the layer has at or after past_tokens were rejected
-    // and go first. Valid until the next call.
+    // and go first. Valid until the next call. Throws std::out_of_range and std::invalid_argument, and has then done
+    // nothing.
     const Slide& slide(uint32_t layer, const Wanted& wanted, uint32_t limit);
     void clear();  // holds nothing any more
     uint32_t tokens() const { return tokens_; }

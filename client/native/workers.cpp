@@ -30,10 +30,17 @@ void wait_for_change(std::atomic<std::uint32_t>& value, std::uint32_t old, std::
 }  // namespace
 
 Workers::Workers(std::size_t threads) : owner_(getpid()) {
-    for (std::size_t worker = 1; worker < threads; ++worker) workers_.emplace_back([this] { serve(); });
+    try {
+        for (std::size_t worker = 1; worker < threads; ++worker) workers_.emplace_back([this] { serve(); });
+    } catch (...) {  // the system gives no more threads
+        stop();
+        throw;
+    }
 }
 
-Workers::~Workers() {
+Workers::~Workers() { stop(); }
+
+void Workers::stop() {
     if (getpid() != owner_) {  // the threads stayed in the parent: nothing to join
         for (std::thread& worker : workers_) worker.detach();
         return;

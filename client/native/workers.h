@@ -34,6 +34,7 @@ class Workers {
     static constexpr std::uint64_t kSpinNanoseconds = 20'000;
     static constexpr std::uint32_t kOpen = 1u << 31;
 
+    void stop();
     void serve();
     void share(std::size_t count, const std::function<void(std::size_t)>& item);
     void take_items();

@@ -7,8 +7,12 @@ import sys
 from types import FunctionType
 
 import atheris
-from file_targets import TARGETS
-from grpc_target import grpc_messages
+import checkpoint_targets
+import file_targets
+import grpc_target
+
+TARGETS = checkpoint_targets.TARGETS | file_targets.TARGETS | grpc_target.TARGETS
+MUTATORS = checkpoint_targets.MUTATORS | file_targets.MUTATORS | grpc_target.MUTATORS
 
 # atheris' import hook does not see through the loader of an editable install.
 INSTRUMENTED = ("weightd.", "flashclient.", "json.", "tomllib.")
@@ -22,9 +26,9 @@ def instrument() -> None:
 
 
 def main() -> None:
-    target = (TARGETS | {"grpc_messages": grpc_messages})[sys.argv.pop(1)]
+    name = sys.argv.pop(1)
     instrument()
-    atheris.Setup(sys.argv, target)
+    atheris.Setup(sys.argv, TARGETS[name], **({"custom_mutator": MUTATORS[name]} if name in MUTATORS else {}))
     atheris.Fuzz()
 
 

@@ -1,4 +1,6 @@
-"""Fuzz targets: files that somebody else wrote. Each takes any bytes and lets only the errors out that are a fault.
+"""Fuzz targets: the other files that somebody else may have written or damaged.
+
+Each takes any bytes and lets out only errors that are a fault.
 
 What is refused raises the one class that its reader promises; everything else that escapes is a finding.
 """
@@ -10,8 +12,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import numpy as np
+from mutators import Mutator, change_message, safetensors
 from tiny_store import write_model
 
 from flashclient.calibration import read_predictors
@@ -19,10 +23,8 @@ from flashclient.errors import CalibrationError
 from weightd._native import Engine
 from weightd.catalog import _parsed
 from weightd.config import load_config
-from weightd.errors import CheckpointError, DeviceError, SpaceError, StoreError, UsageError
-from weightd.gguf_checkpoint import read_gguf
+from weightd.errors import DeviceError, SpaceError, StoreError, UsageError
 from weightd.pressure import Triggers
-from weightd.safetensors_file import read_safetensors
 from weightd.serve import _engine
 from weightd.served_models import _open, demand_of
 from weightd.store import CATALOG_FILE, CHECKSUMS, PLACEMENT, Store
@@ -39,16 +41,6 @@ def _file(data: bytes) -> Path:
     path = folder() / "input"
     path.write_bytes(data)
     return path
-
-
-def safetensors_header(data: bytes) -> None:
-    with suppress(CheckpointError):
-        read_safetensors(_file(data))
-
-
-def gguf_header(data: bytes) -> None:
-    with suppress(CheckpointError):
-        read_gguf(_file(b"GGUF" + data))
 
 
 def config_file(data: bytes) -> None:
@@ -123,6 +115,20 @@ def catalog_pages(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target
-    for target in (safetensors_header, gguf_header, config_file, calibration_file, catalog_record, catalog_pages)
+    target.__name__: target for target in (config_file, calibration_file, catalog_record, catalog_pages)
+}
+CALIBRATION_KEYS = [
+    "__metadata__", "format", "format_version", "import_id", "kind", "sign", "low_rank", "layers.0.input",
+    "layers.0.output", "layers.0.bias", "layers.0.scale", "layers.0.signs", "layers.0.margin", "F32", "I8", "U8", "I32",
+]  # fmt: skip
+
+
+def _mutate_record(record: weightd_pb2.Model, random: Random) -> bytes:
+    change_message(record, random)
+    return record.SerializeToString()
+
+
+MUTATORS: dict[str, Mutator] = {
+    "calibration_file": safetensors(CALIBRATION_KEYS),
+    "catalog_record": Mutator(weightd_pb2.Model.FromString, _mutate_record),
 }

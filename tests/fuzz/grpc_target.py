@@ -1,4 +1,4 @@
-"""Fuzz target: the bytes of gRPC messages, sent to a real server of this process.
+"""Fuzz target: the bytes of gRPC messages in sequences of calls, sent to a real server of this process.
 
 Every call ends in time, with an answer or a status that says what is wrong with the request, never with a fault of the
 daemon; and a client beside it keeps getting the right bytes.
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
+import struct
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from functools import cache
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError, Message
+from mutators import Mutator, change_message
 from tiny_store import TinyModel, write_model
 
 from weightd import serve
@@ -34,7 +41,18 @@ from weightd_proto import weightd_pb2_grpc
 
 DRAM_BYTES = 64 << 20
 ANSWER_S = 10
+CALLS_MAX = 12  # of one input
+PART_BYTES_MAX = 4096  # of an upload's messages
 UNARY = ("ListModels", "DescribeModel", "OpenSession", "Stats")
+KINDS = (*UNARY, "Fetch", "PublishCalibration", "attach")
+MESSAGES: dict[str, type[Message]] = {
+    "ListModels": pb.ListModelsRequest,
+    "DescribeModel": pb.DescribeModelRequest,
+    "OpenSession": pb.OpenSessionRequest,
+    "Stats": pb.StatsRequest,
+    "Fetch": pb.FetchRequest,
+    "PublishCalibration": pb.PublishCalibrationRequest,
+}
 REFUSALS = {
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
@@ -63,6 +81,7 @@ class Served:
         self._thread = threading.Thread(target=self._loop.run_until_complete, args=(serving,), daemon=True)
         self._thread.start()
         assert ready.wait(60)
+        self.opened = pb.OpenSessionResponse(data_socket=str(folder / "data"))
         self.channel = grpc.insecure_channel(address)
         self.stub = weightd_pb2_grpc.WeightdStub(self.channel)  # type: ignore[no-untyped-call]
 
@@ -98,35 +117,61 @@ def served() -> Served:
 
 
 def grpc_messages(data: bytes) -> None:
-    """The first byte says which call, the rest is its message; PublishCalibration's are parted by their lengths."""
+    """Calls in turn, each a byte that says which, two of its message's length, and the message."""
     here = served()
-    kind, message = data[:1] or b"\0", data[1:]
-    try:
-        _call(here, kind[0] % (len(UNARY) + 2), message)
-    except grpc.RpcError as error:
-        details = error.details() or ""
-        unparsed = any(words in details for words in UNPARSED)
-        if not unparsed and error.code() not in REFUSALS:
-            raise AssertionError(f"{error.code()}: {details}") from error
+    with ExitStack() as connections:
+        for kind, message in split_calls(data)[:CALLS_MAX]:
+            try:
+                _call(here, KINDS[kind % len(KINDS)], message, connections)
+            except grpc.RpcError as error:
+                details = error.details() or ""
+                unparsed = any(words in details for words in UNPARSED)
+                if not unparsed and error.code() not in REFUSALS:
+                    raise AssertionError(f"{error.code()}: {details}") from error
     _expect_right_bytes(here, len(data))
 
 
-def _call(here: Served, method: int, message: bytes) -> None:
+def split_calls(data: bytes) -> list[tuple[int, bytes]]:
+    calls = []
+    while len(data) >= 3:
+        size_bytes = int.from_bytes(data[1:3], "little")
+        calls.append((data[0], data[3 : 3 + size_bytes]))
+        data = data[3 + size_bytes :]
+    return calls
+
+
+def _call(here: Served, kind: str, message: bytes, connections: ExitStack) -> None:
     raw: Any = here.channel  # whose types know no messages that are bytes
-    if method < len(UNARY):
-        raw.unary_unary(f"/{SERVICE_NAME}/{UNARY[method]}")(message, timeout=ANSWER_S)
-    elif method == len(UNARY):
+    if kind in UNARY:
+        answer = raw.unary_unary(f"/{SERVICE_NAME}/{kind}")(message, timeout=ANSWER_S)
+        if kind == "OpenSession":
+            here.opened = pb.OpenSessionResponse.FromString(answer)
+    elif kind == "Fetch":
         for _ in raw.unary_stream(f"/{SERVICE_NAME}/Fetch")(message, timeout=ANSWER_S):
             pass
-    else:
+    elif kind == "PublishCalibration":
         parts = _parted(message, here.model)
         raw.stream_unary(f"/{SERVICE_NAME}/PublishCalibration")(parts, timeout=ANSWER_S)
+    else:
+        _attach(here, message, connections)
+
+
+def _attach(here: Served, hello: bytes, connections: ExitStack) -> None:
+    """With the token of the last OpenSession; `hello` in place of ours, where there is one."""
+    with suppress(OSError):
+        session = connections.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        session.settimeout(ANSWER_S)
+        session.connect(here.opened.data_socket)
+        session.send(hello or struct.pack("<II16s", 0x676E6972, 2, here.opened.token))
+        _, descriptors, _, _ = socket.recv_fds(session, 64, 4)
+        for descriptor in descriptors:
+            os.close(descriptor)
 
 
 def _parted(message: bytes, model: TinyModel) -> Iterator[bytes]:
     """Messages of two bytes' length each; the import that the header must name is put in where there is none."""
     while message:
-        size_bytes = int.from_bytes(message[:2], "little") % 4096
+        size_bytes = int.from_bytes(message[:2], "little") % PART_BYTES_MAX
         part, message = message[2 : 2 + size_bytes], message[2 + size_bytes :]
         try:
             request = pb.PublishCalibrationRequest.FromString(part)
@@ -142,3 +187,53 @@ def _expect_right_bytes(here: Served, number: int) -> None:
     wanted = pb.FetchRequest(model="tiny", bundles=pb.NeuronSet(layer=1, neurons=[neuron]))
     found = b"".join(part.data for part in here.stub.Fetch(wanted, timeout=ANSWER_S))
     assert found == here.model.bundles[1][neuron].tobytes()
+
+
+def _mutate(calls: list[tuple[int, bytes]], random: Random) -> bytes:
+    """One call more, one less, two in another order, or a field of one changed."""
+    at = random.randrange(len(calls)) if calls else 0
+    match random.randrange(6):
+        case 0 if calls:
+            calls.pop(at)
+        case 1 if calls:
+            calls.insert(random.randrange(len(calls) + 1), calls[at])
+        case 2:
+            kind = random.randrange(len(KINDS))
+            calls.insert(at, (kind, _changed(kind, b"", random)))
+        case _ if calls:
+            calls[at] = (calls[at][0], _changed(calls[at][0], calls[at][1], random))
+    return b"".join(bytes([kind]) + len(part).to_bytes(2, "little") + part for kind, part in calls[:CALLS_MAX])
+
+
+def _changed(kind: int, message: bytes, random: Random) -> bytes:
+    """The message with some of its fields changed; at most 60 KiB, which two bytes of length can say."""
+    made = MESSAGES.get(KINDS[kind % len(KINDS)])
+    if made is None:
+        return random.choice((b"", random.randbytes(24), random.randbytes(300)))
+    if made is pb.PublishCalibrationRequest:
+        return _changed_parts(message, random)
+    try:
+        parsed = made.FromString(message)
+    except DecodeError:
+        parsed = made()
+    change_message(parsed, random)
+    changed = parsed.SerializeToString()
+    return changed if len(changed) < 60 << 10 else message
+
+
+def _changed_parts(message: bytes, random: Random) -> bytes:
+    parts = []
+    while message:
+        size_bytes = int.from_bytes(message[:2], "little") % PART_BYTES_MAX
+        part, message = message[2 : 2 + size_bytes], message[2 + size_bytes :]
+        with suppress(DecodeError):
+            parts.append(pb.PublishCalibrationRequest.FromString(part))
+    if not parts or random.randrange(8) == 0:
+        parts.append(pb.PublishCalibrationRequest(data=random.randbytes(random.choice((0, 1, 64, 300)))))
+    change_message(random.choice(parts), random)
+    packed = [part.SerializeToString()[: PART_BYTES_MAX - 1] for part in parts]
+    return b"".join(len(part).to_bytes(2, "little") + part for part in packed)[: 60 << 10]
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"grpc_messages": grpc_messages}
+MUTATORS: dict[str, Mutator] = {"grpc_messages": Mutator(split_calls, _mutate)}

@@ -19,6 +19,14 @@ nb::object addresses(const nb::handle_t<InProcessEngine>& self, uint32_t layer) 
     return nb::cast(Array(table.data(), {table.size()}, self));
 }
 
+nb::list segments(const nb::handle_t<InProcessEngine>& self) {
+    using Array = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+    nb::list arrays;
+    for (const auto& bytes : nb::cast<InProcessEngine&>(self).segments())
+        arrays.append(nb::cast(Array(bytes.data(), {bytes.size()}, self)));
+    return arrays;
+}
+
 void exchange(InProcessEngine& engine, uint32_t layer, const U32Array& acquire, const U32Array& release) {
     const nb::gil_scoped_release released;
     engine.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
@@ -39,6 +47,8 @@ void bind_in_process(nb::module_& m) {
             "Raises OSError where O_DIRECT is refused, MemoryError where dram_bytes do not do.")
         .def("addresses", &addresses, "layer"_a, nb::sig("def addresses(self, layer: int) -> NDArray[numpy.uint64]"),
              "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
+        .def("segments", &segments, nb::sig("def segments(self) -> list[NDArray[numpy.uint8]]"),
+             "The memory of the pool in which cells have come to lie.")
         .def("exchange", &exchange, "layer"_a, "acquire"_a, "release"_a, "Gives back and asks for; does not wait.")
         .def("arrived", &InProcessEngine::arrived, nb::call_guard<nb::gil_scoped_release>(),
              "Waits for more of what was asked for; returns how many cells are still to come. Raises RuntimeError.")

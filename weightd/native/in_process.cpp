@@ -2,6 +2,7 @@
 
 #include <sys/epoll.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <system_error>
 #include <utility>
@@ -14,6 +15,9 @@ class InProcessEngine::Tables final : public Session {
     Tables(InProcessEngine& owner, uint32_t cells, uint32_t share) : Session(0, cells, share, true), owner_(owner) {}
     void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) override {  // the tag is the layer
         owner_.tables_[tag][cell] = reinterpret_cast<uint64_t>(pool.address(place));
+        const std::span<const std::byte> segment = place.segment->memory.bytes();
+        const auto same = [&](const auto& other) { return other.data() == segment.data(); };
+        if (std::none_of(owner_.segments_.begin(), owner_.segments_.end(), same)) owner_.segments_.push_back(segment);
         owner_.unanswered_--;
         owner_.held_++;
     }

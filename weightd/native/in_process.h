@@ -4,6 +4,7 @@
 // nothing between them and who asks. One model, one thread.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
@@ -34,6 +35,8 @@ class InProcessEngine {
     uint32_t lease_limit() const { return session_->lease_limit; }
     uint32_t cells_held() const { return held_; }
     uint64_t misses() const { return session_->misses; }  // cells that had to be read
+    // The pool's memory, as far as cells have come to lie in it.
+    const std::vector<std::span<const std::byte>>& segments() const { return segments_; }
 
   private:
     class Tables;
@@ -44,6 +47,7 @@ class InProcessEngine {
     std::unique_ptr<Engine> engine_;
     Session* session_ = nullptr;
     std::vector<std::vector<uint64_t>> tables_;  // by layer and cell
+    std::vector<std::span<const std::byte>> segments_;
     uint32_t unanswered_ = 0;
     uint32_t held_ = 0;
     bool failed_ = false;

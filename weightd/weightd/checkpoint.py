@@ -17,6 +17,7 @@ from weightd.errors import CheckpointError
 from weightd.sizes import format_size
 
 FLOAT_DTYPES = ("F32", "BF16", "F16")
+JSON_BYTES_MAX = 128 << 20  # the index of 10 million tensors would be as large
 ELEMENT_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
@@ -79,13 +80,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Reads headers only. CheckpointError when it is missing, incomplete or of an unknown kind.
     """
     from weightd import folder_checkpoint, gguf_checkpoint
+    from weightd.model_folder import ModelFolder
 
     check_exists(path)
     if path.is_file():
         return gguf_checkpoint.open_gguf(path)
-    gguf_files = sorted(path.glob("*.gguf"))
-    if not (path / "config.json").is_file() and len(gguf_files) == 1:
-        return gguf_checkpoint.open_gguf(gguf_files[0])
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is neither a file nor a folder: give a Hugging Face folder or a .gguf file")
+    folder = ModelFolder(path)
+    gguf_files = folder.matching(("*.gguf",))
+    if not folder.has(folder_checkpoint.CONFIG_FILE) and len(gguf_files) == 1:
+        return gguf_checkpoint.open_gguf(folder.file(gguf_files[0]))
     return folder_checkpoint.open_folder(path)
 
 
@@ -96,6 +101,9 @@ def check_exists(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError when it is something else."""
+    size_bytes = path.stat().st_size
+    if size_bytes > JSON_BYTES_MAX:
+        raise CheckpointError(f"{path} takes {format_size(size_bytes)}, more than a configuration or index ever does")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

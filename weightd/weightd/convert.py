@@ -23,12 +23,13 @@ from weightd.checkpoint import Checkpoint, open_checkpoint
 from weightd.decode import Bytes, Elements, decode
 from weightd.dtypes import KEEP, stored_dtype
 from weightd.errors import SpaceError
-from weightd.families import Recipe, Source, recipe_of, sources_of
+from weightd.families import Recipe, Source, recipe_of
 from weightd.import_plan import CHUNK_BYTES, BundleStep, DownStep, ResidentStep, Step, plan_bundles, plan_resident
 from weightd.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_shape, round_up
 from weightd.read_ahead import ReadAhead
 from weightd.resident import lay_out_resident
 from weightd.sizes import format_size
+from weightd.sources import sources_of
 from weightd.store import BUNDLES_FILE, FILES_FOLDER, RESIDENT_FILE, Staging, Store, space_errors, sync
 from weightd.uncached_file import UncachedWriter
 from weightd.write_behind import WriteBehind
@@ -91,8 +92,7 @@ def _block_bytes(staging: Staging) -> int:
 
 
 def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes: int) -> _Model:
-    recipe = recipe_of(checkpoint.config)
-    sources = sources_of(recipe, checkpoint)
+    recipe, sources = sources_of(recipe_of(checkpoint.config), checkpoint)
     dtype = stored_dtype(sources, dtype_request)
     layout = bundle_layout(dtype, recipe.parts, recipe.hidden_size, block_bytes)
     layers, bundles_file_bytes = lay_out_layers(layout, [(ffn.module, ffn.neurons) for ffn in recipe.layers])

@@ -1,8 +1,7 @@
 """Model families: which tensors a model has, and how bundles are cut from them.
 
-A recipe follows from config.json alone and speaks in names and shapes of transformers' state_dict (v5). `sources_of`
-finds those tensors in a checkpoint, whatever it calls them, and checks every shape. A family added here also needs
-its modules in flashclient/architectures.py.
+A recipe follows from config.json alone and speaks in names and shapes of transformers' state_dict (v5); sources.py
+finds those tensors in a checkpoint. A family added here also needs its modules in flashclient/architectures.py.
 
 Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`; opt-350m normalises after the block, has no
 final norm, and embeds at word_embed_proj_dim. Gemma ties its head. A tied head is stored once, as the embedding.
@@ -14,15 +13,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightd.checkpoint import FLOAT_DTYPES, Checkpoint, SourceTensor
+from weightd.checkpoint import SourceTensor
 from weightd.errors import CheckpointError
-from weightd.gguf_names import GgufNames, Undo
+from weightd.gguf_names import Undo
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
+HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
+SIZE_MAX = 1 << 31  # of any one dimension; no model comes near, and products of two stay countable
+LAYERS_MAX = 4096  # the deepest published models have some 130
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,17 @@ class Ffn:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model consists of. Row parts are [neurons, hidden_size], the down matrix [hidden_size, neurons]."""
+    """What a model consists of. Row parts are [neurons, hidden_size], the down matrix [hidden_size, neurons].
+
+    `tied_to` is the embedding, where the configuration ties the head to it: `resident` has no head then.
+    """
 
     family: str
     hidden_size: int
     parts: tuple[str, ...]
     layers: tuple[Ffn, ...]
     resident: Mapping[str, Shape]
+    tied_to: str | None = None
 
     def shapes(self) -> dict[str, Shape]:
         """Every tensor's shape: resident ones and FFN matrices."""
@@ -71,38 +77,6 @@ def recipe_of(config: Config) -> Recipe:
     return make(config)
 
 
-def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> dict[str, Source]:
-    """The source of every tensor of the recipe.
-
-    CheckpointError names the first tensor that is missing, has another shape than the configuration says, or is not
-    F32, BF16 or F16 (quantised GGUF types decode to F32).
-    """
-    names = GgufNames(checkpoint.gguf_architecture, checkpoint.config) if checkpoint.gguf_architecture else None
-    sources: dict[str, Source] = {}
-    for name, shape in recipe.shapes().items():
-        tensor = _find(checkpoint, [names.name_of(name)] if names else _spellings(name), name)
-        if tensor.shape != shape:
-            raise CheckpointError(
-                f"{name} has shape {list(tensor.shape)} in {tensor.path}, but the configuration says {list(shape)}"
-            )
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{name} has dtype {tensor.dtype} in {tensor.path}, known are {FLOAT_DTYPES}")
-        sources[name] = Source(tensor, names.undo_of(name) if names else None)
-    return sources
-
-
-def _spellings(name: str) -> list[str]:
-    """As transformers saves the model with its head, or the model under it alone."""
-    return [name, name.removeprefix("model.")]
-
-
-def _find(checkpoint: Checkpoint, spellings: list[str], name: str) -> SourceTensor:
-    for spelling in spellings:
-        if spelling in checkpoint.tensors:
-            return checkpoint.tensors[spelling]
-    raise CheckpointError(f"{checkpoint.path} lacks the tensor {name} (looked for {' and '.join(spellings)})")
-
-
 class _Sizes:
     """The configuration's numbers; `config.json` leaves out what equals transformers' default."""
 
@@ -110,18 +84,23 @@ class _Sizes:
         self.config = config
         self.hidden = self.number("hidden_size")
         self.layers = self.number("num_hidden_layers")
+        if self.layers > LAYERS_MAX:  # before memory is taken for their names
+            raise CheckpointError(f"config.json has num_hidden_layers = {self.layers}, at most {LAYERS_MAX} are known")
         self.vocabulary = self.number("vocab_size")
 
     def number(self, key: str, default: int | None = None) -> int:
         value = self.config.get(key)
         value = default if value is None else value
-        if not isinstance(value, int) or value <= 0:
+        if type(value) is not int or not 0 < value <= SIZE_MAX:
             raise CheckpointError(f"config.json has {key} = {value!r}, expected a positive number")
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        value = self.config.get(key)
-        return default if value is None else bool(value)
+        """`default` where the key is not there; null is false, as to transformers."""
+        value = self.config.get(key, default)
+        if value is not None and type(value) is not bool:
+            raise CheckpointError(f"config.json has {key} = {value!r}, expected true or false")
+        return bool(value)
 
 
 def _norm(name: str, size: int) -> dict[str, Shape]:
@@ -158,8 +137,9 @@ def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]],
         resident |= layer(f"model.layers.{index}")
     resident |= _norm("model.norm", sizes.hidden)
     if not tied:
-        resident["lm_head.weight"] = (sizes.vocabulary, sizes.hidden)
-    return Recipe(family, sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident)
+        resident[HEAD] = (sizes.vocabulary, sizes.hidden)
+    tied_to = "model.embed_tokens.weight" if tied else None
+    return Recipe(family, sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident, tied_to)
 
 
 def _llama(config: Config) -> Recipe:
@@ -168,13 +148,11 @@ def _llama(config: Config) -> Recipe:
     head_size = sizes.number("head_dim", sizes.hidden // sizes.number("num_attention_heads"))
     attention_bias = sizes.flag("attention_bias", False) and config["model_type"] == "llama"
     biases = (True, False) if config["model_type"] == "qwen2" else (attention_bias, attention_bias)
-    mlp_bias = sizes.flag("mlp_bias", False) and config["model_type"] == "llama"
-    widths = {"gate": sizes.number("intermediate_size"), "up": sizes.number("intermediate_size"), "down": sizes.hidden}
+    if config["model_type"] == "llama" and sizes.flag("mlp_bias", False):
+        raise CheckpointError("config.json has mlp_bias = true: gated FFNs with biases cannot be streamed")
 
     def layer(prefix: str) -> dict[str, Shape]:
         shapes = _attention(f"{prefix}.self_attn", sizes, head_size, biases)
-        if mlp_bias:
-            shapes |= {f"{prefix}.mlp.{part}_proj.bias": (width,) for part, width in widths.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             shapes |= _norm(f"{prefix}.{norm}", sizes.hidden)
         return shapes
@@ -227,10 +205,11 @@ def _opt(config: Config) -> Recipe:
         resident |= layer(module)
     if sizes.flag("do_layer_norm_before", True) and not sizes.flag("_remove_final_layer_norm", False):
         resident |= norm("model.decoder.final_layer_norm")
-    if not sizes.flag("tie_word_embeddings", True):
-        resident["lm_head.weight"] = (sizes.vocabulary, embedding)
+    tied = sizes.flag("tie_word_embeddings", True)
+    if not tied:
+        resident[HEAD] = (sizes.vocabulary, embedding)
     layers = tuple(Ffn(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
-    return Recipe("opt", hidden, PLAIN_PARTS, layers, resident)
+    return Recipe("opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None)
 
 
 # By config.json's model_type.

@@ -22,6 +22,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_BYTES_DEFAULT = 32
 STRING_TYPE, ARRAY_TYPE = 8, 9
+DIMENSIONS_MAX = 4  # GGML_MAX_DIMS
 SCALAR_DTYPES = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
@@ -150,7 +151,10 @@ class _Header:
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], Encoding, int]:
         name = self._string()
-        dimensions = [self._number("<Q") for _ in range(self._number("<I"))]
+        rank = self._number("<I")
+        if rank > DIMENSIONS_MAX:
+            raise CheckpointError(f"{self._path} holds {name} in {rank} dimensions, GGML knows {DIMENSIONS_MAX}")
+        dimensions = [self._number("<Q") for _ in range(rank)]
         encoding = self._encoding(name, self._number("<I"))
         shape = tuple(reversed(dimensions))  # GGUF counts the fastest dimension first
         row_elements = shape[-1] if shape else 1

@@ -25,7 +25,21 @@ def read_safetensors(path: Path) -> dict[str, SourceTensor]:
         tensor = _tensor(path, name, entry, data_offset_bytes)
         check_extent(tensor, file_bytes)
         tensors[name] = tensor
+    _check_coverage(path, tensors, data_offset_bytes, file_bytes)
     return tensors
+
+
+def _check_coverage(path: Path, tensors: dict[str, SourceTensor], data_offset_bytes: int, file_bytes: int) -> None:
+    """The tensors must lie end to end from the header to the end of the file, as the safetensors library demands."""
+    expected_bytes = data_offset_bytes
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset_bytes, tensor.elements)):
+        if tensor.offset_bytes != expected_bytes:
+            raise CheckpointError(f"{path} has a bad header: {tensor.name} overlaps another tensor or leaves a gap")
+        expected_bytes += tensor.bytes_of(tensor.elements)
+    if expected_bytes != file_bytes:
+        raise CheckpointError(
+            f"{path} has a bad header: {format_size(file_bytes - expected_bytes)} belong to no tensor"
+        )
 
 
 def read_header(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
@@ -51,10 +65,13 @@ def read_header(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
 
 def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> SourceTensor:
     try:
-        dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:  # JSON of Python knows Infinity
+        dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
+        whole = all(type(number) is int for number in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a bad header entry for {name}") from error
+    if not whole:
+        raise CheckpointError(f"{path} has a bad header entry for {name}: its sizes are no whole numbers")
     if dtype not in ELEMENT_BYTES:
         raise CheckpointError(f"{path} holds {name} in dtype {dtype}, which is not known here")
     tensor = SourceTensor(name, shape, plain(dtype), path, data_offset_bytes + begin)

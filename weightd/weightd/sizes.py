@@ -18,6 +18,7 @@ UNITS_BYTES = {
     "GB": 10**9,
     "TB": 10**12,
 }
+BYTES_MAX = 1 << 80
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -27,11 +28,16 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in units:
         raise UsageError(f"not a size: {text!r}, try 6.5GiB, 512MiB or a number of bytes")
-    return round(float(match[1]) * units[match[2].lower()])
+    amount = float(match[1])
+    if amount > BYTES_MAX:
+        raise UsageError(f"not a size: {match[1][:20]}... is more than any machine has")
+    return round(amount * units[match[2].lower()])
 
 
 def format_size(size_bytes: int) -> str:
     """The size in the largest binary unit that is not above it, with one decimal below a hundred: 6.5GiB, 512MiB."""
+    if size_bytes > BYTES_MAX:  # a damaged file may say so
+        return "more than 2^80 bytes"
     unit, unit_bytes = "B", 1
     for name in ("KiB", "MiB", "GiB", "TiB"):
         if size_bytes >= UNITS_BYTES[name]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,7 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
             f"{path} is incomplete or of torch's format before 1.6: download it again, or load and save it with "
             "a current torch"
         )
+    _check_archive(path)
     file_bytes = path.stat().st_size
     tensors: dict[str, SourceTensor] = {}
     for name, value in _load_fake(path).items():
@@ -48,6 +50,20 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
         check_extent(tensor, file_bytes)
         tensors[name] = tensor
     return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """The storages must lie in the file as this machine holds them: torch would convert what is read here as it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
+    except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, zlib.error) as error:
+        raise CheckpointError(f"{path} is no whole zip archive ({error}): download it again") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is compressed: load and save it with a current torch")
+    if any(order != b"little" for order in orders):
+        raise CheckpointError(f"{path} is in big-endian order: load and save it on this machine")
 
 
 def _load_fake(path: Path) -> Mapping[str, Any]:

@@ -1,0 +1,60 @@
+"""Which files of a checkpoint's folder are read: regular ones that lie in it.
+
+A folder may come from a stranger, and what is copied from it is served to every client. So a name that leads out of the
+folder is refused, by `..` or by a link of its own or of a folder on its way; the links of Hugging Face's cache, from
+snapshots/REVISION/NAME to ../../blobs/SUM, are the exception. So is what could block a reader: pipes and devices.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from weightd.errors import CheckpointError
+
+
+class ModelFolder:
+    """A folder, which may itself be a link: its user has named it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        root = path.resolve()
+        self._roots = [root]
+        if root.parent.name == "snapshots":
+            self._roots.append(root.parent.parent / "blobs")  # not resolved: where it is a link, it leads elsewhere
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything of that name, be it a link to nothing."""
+        return os.path.lexists(self._inside(name))
+
+    def file(self, name: str) -> Path:
+        """The file of that name, a path below the folder, without links. CheckpointError if it must not be read."""
+        path = self._inside(name)
+        try:
+            resolved = Path(os.path.realpath(path, strict=True))
+            mode = resolved.stat().st_mode
+        except OSError as error:
+            reason = f"a link to nothing ({path.readlink()})" if path.is_symlink() else (error.strerror or "").lower()
+            raise CheckpointError(f"{path} cannot be read: {reason}; the download may be incomplete") from error
+        if not any(resolved.is_relative_to(root) for root in self._roots):
+            raise CheckpointError(f"{path} is a link out of its folder, to {resolved}: put a copy in its place")
+        if not stat.S_ISREG(mode):
+            raise CheckpointError(f"{path} is not a regular file: {stat.filemode(mode)}")
+        return resolved
+
+    def _inside(self, name: str) -> Path:
+        if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{self.path} names a file outside of it: {name!r}")
+        return self.path / name
+
+    def matching(self, patterns: tuple[str, ...], folder: str = "") -> list[str]:
+        """Names of files that match a shell pattern, in `folder` of this one if that is named; sorted."""
+        parent = self.path / folder
+        if not parent.is_dir():
+            return []
+        listed = [path.name for path in parent.iterdir()]
+        names = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        # What is no text cannot be a name in the catalog, and none that transformers looks for.
+        return sorted(str(Path(folder, name)) for name in names if name.isprintable() and not (parent / name).is_dir())
