@@ -1,12 +1,16 @@
 """Eight clients of one weightd, while they are killed, frozen and stopped, weightd is killed and bundles corrupted.
 
-    scripts/soak.py --minutes 10 [--clients 8] [--seed N] [--folder DIR] [--json]
+    scripts/soak.py --minutes 10 [--clients 8] [--seed N] [--folder DIR] [--no-hostile] [--json]
 
 Two models, exact and predict mode, shared memory and gRPC. Every generation must give the tokens that an undisturbed
 client made, or the error that names the bundle that is corrupt just then; a client that has attached must survive
 whatever becomes of weightd; and none may fall silent, but while it is frozen. At the end nobody may hold anything:
-leases, sessions, descriptors, threads. weightd's interpreter keeps to what it may take, and the one client that is only
-frozen, never killed, may not have grown. Exit status 1 when anything is wrong.
+leases, sessions, descriptors, threads. weightd's memory keeps to --dram and what its interpreter may take, and the one
+client that is only frozen, never killed, may not have grown. Exit status 1 when anything is wrong.
+
+Beside them run hostile clients (hostile_clients.py), all of them all the time: another user's where we are root, else
+our own. Then, with nobody killed, honest clients run with and without them in turns: the 99th percentile of a token may
+be at most twice as long.
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ import heapq
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -27,8 +33,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from flags import FlagParser
+from hostile_clients import HostileClients
 from soak_clients import SILENT_S, ClientProcesses, Event, Silences, holdings, send_signal
-from soak_store import Corruption, MortalWeightd, corrupt, make_store
+from soak_comparison import SETTLE_S, TURNS, Comparison
+from soak_store import Corruption, corrupt, make_store
+from soak_weightd import LOOPBACK, MortalWeightd
 
 from flashclient.channel import Connection
 from weightd.budget import INTERPRETER_BYTES
@@ -40,6 +49,8 @@ KINDS = [
     ("opt", "exact", "grpc"), ("opt", "predict", "grpc"),
 ]  # fmt: skip
 WITNESS_KINDS = KINDS[:4]
+COMPARED = [("opt", "exact", "shm"), ("llama", "predict", "shm")]  # few enough to leave a processor to the hostile
+TURN_SHARE = 0.05  # of the time, for each of two times four turns
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
 TOKENS = 8
 WINDOW = 16
@@ -65,7 +76,8 @@ class Soak:
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
         self._store = make_store(folder)
-        self.daemon = MortalWeightd(self._store, folder)
+        self.daemon = MortalWeightd(self._store, folder, free_port())
+        self.comparison = Comparison()
         self._clients = clients
         self._mother = mother
         self._kinds: dict[int, tuple[str, str, str]] = {}  # of the clients that live
@@ -79,6 +91,7 @@ class Soak:
         self._order = count()
         self.witness: list[Event] = []
         self.weightd: list[dict[str, int]] = []
+        self.memory: list[int] = []  # bytes that are charged to weightd
         self._expected = self._undisturbed_tokens()
         self._warm_up()
         self.baseline = self._quiet_holdings()
@@ -133,7 +146,29 @@ class Soak:
                 self._hear(min(due_s, 1.0), replace=True)
             if self.daemon.serves():
                 self.weightd.append(holdings(self.daemon.pid))
+                self.memory.append(self.daemon.memory_bytes())
         self._calm_down()
+
+    def compare(self, seconds: float) -> None:
+        """Honest clients with and without hostile ones beside them, for `seconds` in each of eight turns."""
+        for index, kind in enumerate(COMPARED):
+            self._start(index, kind)
+        while len(self._pids) < len(COMPARED):
+            self._take(self._next(QUIET_WITHIN_S), replace=False)
+        for hostile in 2 * TURNS:
+            with HostileClients(self.daemon.target) if hostile else nullcontext():
+                self._listen(SETTLE_S)
+                self.comparison.begin(hostile)
+                self._listen(seconds)
+                self.comparison.end()
+        self.wrong += self.comparison.wrong(COMPARED)
+        self._calm_down()
+
+    def _listen(self, seconds: float) -> None:
+        end_s = time.monotonic() + seconds
+        while (left_s := end_s - time.monotonic()) > 0:
+            self._hear(min(left_s, 1.0), replace=False)
+            self.memory.append(self.daemon.memory_bytes())
 
     def _after(self, seconds: tuple[float, float], act: Callable[[], None]) -> None:
         heapq.heappush(self._later, (time.monotonic() + self.chance.uniform(*seconds), next(self._order), act))
@@ -270,6 +305,7 @@ class Soak:
         kind = self._kinds[index]
         if event["tokens"] != self._expected[kind[:2]][event["prompt"]]:
             self.wrong.append(f"wrong tokens from {kind}, prompt {event['prompt']}: {event['tokens']}")
+        self.comparison.take(kind, event["began_s"], event["made_s"])
         if index == WITNESS:
             self.witness.append(event)
 
@@ -306,6 +342,7 @@ class Soak:
                 first = median(client[name] for client in clients[: len(clients) // 4 + 1])
                 self._bound(f"{name} of the witness", clients[-1][name], first + spare)
         self._bound("bytes of weightd", max(sample["anonymous_bytes"] for sample in self.weightd), INTERPRETER_BYTES)
+        self._bound("bytes charged to weightd", max(self.memory), self.daemon.memory_max_bytes)
         if len(clients) >= 8:
             before, after = (_middle(clients, quarter) for quarter in (1, 3))
             self._bound("bytes of the witness", after, GROWTH_MAX * before + GROWTH_SPARE_BYTES)
@@ -322,28 +359,43 @@ def _middle(samples: list[dict[str, int]], quarter: int) -> float:
     return median(sample["anonymous_bytes"] for sample in part)
 
 
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as free:
+        free.bind((LOOPBACK, 0))
+        return int(free.getsockname()[1])
+
+
 def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0, help="the same seed disturbs in the same order")
     parser.add_argument("--folder", type=Path, help="on the device that is to be read; needs 300 MB")
+    parser.add_argument("--no-hostile", action="store_true", help="only honest clients")
     parser.add_argument("--json", action="store_true", help="one object on standard output")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="soak-", dir=options.folder) as name, ClientProcesses() as mother:
         soak = Soak(Path(name), options.clients, options.seed, mother)
         try:
-            soak.run(options.minutes)
+            with nullcontext() if options.no_hostile else HostileClients(soak.daemon.target):
+                soak.run(options.minutes)
+            if not options.no_hostile:
+                soak.compare(60 * options.minutes * TURN_SHARE)
             held = soak.look_for_leaks()
         finally:
             soak.daemon.stop()
     if options.json:
-        print(json.dumps({"counts": soak.counts, "held": held, "wrong": soak.wrong}))
+        rows, peak = soak.comparison.rows(), max(soak.memory)
+        print(json.dumps({"counts": soak.counts, "held": held, "peak": peak, "compared": rows, "wrong": soak.wrong}))
     else:
         for what, number in sorted(soak.counts.items()):
             print(f"{number:8} {what}")
         for who, what in held.items():
             print(f"{who}: {what}")
+        print(f"weightd took {max(soak.memory) >> 20} MiB of {soak.daemon.memory_max_bytes >> 20}")
+        for row in soak.comparison.rows():
+            print(row)
         for line in soak.wrong or ["nothing is wrong"]:
             print(line)
     return 1 if soak.wrong else 0

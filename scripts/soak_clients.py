@@ -5,10 +5,10 @@
         event = clients.next_event(timeout_s=10)
 
 Events are dicts: {"client": 0, "pid": 17, "event": "started"}; "ready" when it has attached; "tokens" after each
-generation, with the prompt's index, the tokens, began_s of time.monotonic(), and what the process holds (descriptors,
-threads, memory); "corruption" in place of it, with the line of the error; "error" with the name of the class and its
-line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and each generation is greedy, so
-the same prompt gives the same tokens.
+generation, with the prompt's index, the tokens, began_s of time.monotonic(), made_s each took but the first, and what
+the process holds (descriptors, threads, memory); "corruption" in place of it, with the line of the error; "error" with
+the name of the class and its line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and
+each generation is greedy, so the same prompt gives the same tokens.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 import traceback
 from collections import deque
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -205,6 +206,13 @@ def run_client(
     from flashclient import FlashClient
     from flashclient.errors import CorruptionError, FlashClientError
 
+    told_s: list[float] = []  # when each token of the generation was there
+
+    def note_token(ids: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
+        """A stopping criterion that never stops."""
+        told_s.append(time.monotonic())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
     faulthandler.register(signal.SIGUSR1)  # tells on standard error where it stands
@@ -219,13 +227,18 @@ def run_client(
             while not _Stop.told and (generations == 0 or done < generations):
                 prompt = done % len(prompts)
                 began_s = time.monotonic()
+                told_s.clear()
                 try:
-                    made = client.generate(prompts[prompt], max_new_tokens=tokens, do_sample=False)
+                    made = client.generate(
+                        prompts[prompt], max_new_tokens=tokens, do_sample=False, stopping_criteria=[note_token]
+                    )
                 except CorruptionError as error:
                     tell(about | {"event": "corruption", "says": str(error), "began_s": began_s})
                     time.sleep(CORRUPT_PAUSE_S)
                 else:
-                    tell(about | {"event": "tokens", "prompt": prompt, "tokens": made, "began_s": began_s} | holdings())
+                    made_s = [round(after - before, 6) for before, after in pairwise(told_s)]
+                    event = {"event": "tokens", "prompt": prompt, "tokens": made, "began_s": began_s, "made_s": made_s}
+                    tell(about | event | holdings())
                 done += 1
     except _Stop:
         return 0

@@ -72,7 +72,7 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(daemon: Daemon) -
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-@pytest.mark.parametrize("name", ["x" * 900_000, "\u20ac" * 300_000, "a\nb"])
+@pytest.mark.parametrize("name", ["x" * 4000, "\u20ac" * 1300, "a\nb"])
 def test_a_refusal_of_something_long_is_short(daemon: Daemon, name: str) -> None:
     """It comes in a header, and clients drop calls whose headers are long."""
     with pytest.raises(grpc.RpcError) as caught:
@@ -123,7 +123,6 @@ def test_resident_files_and_placement(daemon: Daemon, tiny: TinyModel) -> None:
         ({"bundles": pb.NeuronSet(layer=0, neurons=[5, 101])}, ["no neuron 101", "101 neurons"]),
         ({"bundles": pb.NeuronSet(layer=0, positions=[pb.Range(begin=0, end=102)])}, ["102", "101 neurons"]),
         ({"bundles": pb.NeuronSet(layer=0, positions=[pb.Range(begin=7, end=6)])}, ["7 to 6"]),
-        ({"bundles": pb.NeuronSet(layer=0, positions=[pb.Range(begin=0, end=101)] * 11_000)}, ["at most 1048576"]),
         ({"resident": pb.ByteRange(offset=1, size=3 << 20)}, ["3145728"]),
         ({"resident": pb.ByteRange(offset=(1 << 64) - 1, size=2)}, ["3145728"]),
         ({"file": "../catalog.mdb"}, ["../catalog.mdb", "config.json"]),

@@ -153,7 +153,7 @@ def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, publish_result
+    from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, check_sparse, publish_result
     from flashclient.publishing import check_may_publish
 
     wanted = CalibrationOptions(
@@ -164,6 +164,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     with _client(options, mode="exact") as client:
+        check_sparse(client)  # before anything is read
         check_may_publish(client.connection, client.record)
         result = calibrate(client, _sequences(client, options, TOKENS_DEFAULT), wanted)
         version, name = publish_result(result, client).version, client.record.name

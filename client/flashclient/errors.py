@@ -1,7 +1,8 @@
 """What flashclient raises on bad input or when the daemon fails it. Programming errors are assertions instead.
 
 FlashClientError              one line for the user: lower case, the value, what to try
-├── OptionError               an unknown option or a value that is not allowed (exit status 2); also a TypeError
+├── OptionError               an unknown option or a value that is not allowed (exit status 2); also a TypeError and
+│                             a ValueError, as which transformers knows them
 ├── NoDaemonError             nothing answers at the address; also a ConnectionError
 │   └── DaemonLostError       it answered before, and has not come back within timeout_s
 ├── StartError                the private weightd or its import did not succeed; says what it said
@@ -24,7 +25,7 @@ class FlashClientError(Exception):
     exit_status = 1
 
 
-class OptionError(FlashClientError, TypeError):
+class OptionError(FlashClientError, TypeError, ValueError):
     """An unknown option or a value that is not allowed."""
 
     exit_status = 2

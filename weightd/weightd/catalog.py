@@ -28,6 +28,7 @@ FORMAT_VERSION = 2
 CHECKSUMS_SINCE = 2  # records of an older store end without one, also those that are added to it
 CHECKSUM_BYTES = 8
 NEURONS_MAX = (1 << 32) - 1  # of a model: they are numbered in 32 bits
+FILE_BYTES_MAX = 1 << 60  # of any file: sums stay within 64 bits
 META_KEY = b"meta"
 DEVICE_PROFILE_KEY = b"device_profile"
 MODEL_PREFIX = b"model/"
@@ -212,22 +213,25 @@ class Catalog:
 
 
 def _model(records: Records, record: bytes) -> weightd_pb2.Model:
-    model = _parsed(record)
-    calibration = records.get(calibration_key(model.name))
-    if calibration is not None:
-        model.calibration.MergeFromString(calibration)
-    return model
+    calibration = records.get(calibration_key(_parsed(record).name))
+    return _parsed(record, calibration or b"")
 
 
-def _parsed(record: bytes) -> weightd_pb2.Model:
+def _parsed(record: bytes, calibration: bytes = b"") -> weightd_pb2.Model:
     """What its checksum vouches for; where records have none, CorruptionError for what is no model at all."""
     try:
         model = weightd_pb2.Model.FromString(record)
+        if calibration:
+            model.calibration.MergeFromString(calibration)
     except DecodeError as error:
         raise CorruptionError(f"the catalog is damaged: {error} as the record of a model; import it again") from error
     neurons, cells = sum(layer.neurons for layer in model.layers), sum(layer.cells for layer in model.layers)
     if max(neurons, cells) > NEURONS_MAX:
         raise CorruptionError(f"the catalog is damaged: {model.name!r} of {neurons} neurons in {cells} cells")
+    files_bytes = [model.bundles_file_bytes, model.resident_file_bytes]
+    files_bytes += [file.size_bytes for file in model.calibration.files]
+    if max(files_bytes) > FILE_BYTES_MAX:
+        raise CorruptionError(f"the catalog is damaged: {model.name!r} has a file of {max(files_bytes)} bytes")
     return model
 
 

@@ -4,6 +4,9 @@ WeightdError                  one line for the user: lower case, the value, what
 ├── UsageError                wrong flags or configuration (exit status 2)
 ├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
 ├── RequestError              a remote call names a layer, neuron or range that is not there, or contradicts itself
+│   └── LimitError            it sends, or asks for, more than one call may
+├── BusyError                 too many calls run at once; ask again a little later
+├── SilenceError              a remote caller sent, or took, nothing for too long
 ├── ForbiddenError            a remote caller may not do this
 ├── StoreError                the store is missing, locked, of a newer format or lacks the model
 │   ├── UnknownModelError     no model of that name; lists those there are
@@ -35,6 +38,18 @@ class CheckpointError(WeightdError):
 
 class RequestError(WeightdError):
     """A remote call names a layer, neuron or range that is not there, or contradicts itself."""
+
+
+class LimitError(RequestError):
+    """A remote call sends, or asks for, more than one call may."""
+
+
+class BusyError(WeightdError):
+    """Too many calls run at once; ask again a little later."""
+
+
+class SilenceError(WeightdError):
+    """A remote caller sent, or took, nothing for too long."""
 
 
 class ForbiddenError(WeightdError):

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from weightd import _native
 from weightd._native import Engine
 from weightd.calibration import calibration_path
-from weightd.errors import CorruptionError, RequestError
+from weightd.errors import CorruptionError, LimitError, RequestError
 from weightd.served_models import ServedModel, ServedModels
 from weightd.store import Store
 from weightd.uncached_file import UncachedReader, aligned_buffer
@@ -86,13 +86,13 @@ class Fetcher:
         """All positions asked for, in order; refuses what is not there."""
         layer = _layer(served, wanted.layer)
         if len(wanted.neurons) > FETCH_NAMED_MAX or len(wanted.positions) > FETCH_RANGES_MAX:
-            raise RequestError(
+            raise LimitError(
                 f"{len(wanted.neurons)} neurons and {len(wanted.positions)} ranges in one call, at most "
                 f"{FETCH_NAMED_MAX} and {FETCH_RANGES_MAX}: ask in several calls"
             )
         count = len(wanted.neurons) + sum(max(0, part.end - part.begin) for part in wanted.positions)
         if count > FETCH_BUNDLES_MAX:
-            raise RequestError(f"{count} bundles in one call, at most {FETCH_BUNDLES_MAX}: ask in several calls")
+            raise LimitError(f"{count} bundles in one call, at most {FETCH_BUNDLES_MAX}: ask in several calls")
         for part in wanted.positions:
             if not part.begin <= part.end <= layer.neurons:
                 raise RequestError(f"no positions {part.begin} to {part.end} in a layer of {layer.neurons} neurons")

@@ -11,7 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from weightd import listening
-from weightd.call_bounds import CALLS_MAX, CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
+from weightd.call_bounds import CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
 from weightd.config import ListenAddress, ServeConfig
 from weightd.errors import UsageError
 from weightd.identity import Identities, IdentityProtocol
@@ -33,7 +33,7 @@ class Frontend:
         self._identity_servers: list[asyncio.AbstractServer] = []  # they listen for as long as they are held
         options = CHANNEL_OPTIONS
         bounds = CallBounds(service.peer_of)
-        self._server = grpc.aio.server(interceptors=[bounds], maximum_concurrent_rpcs=CALLS_MAX, options=options)
+        self._server = grpc.aio.server(interceptors=[bounds], options=options)
         weightd_pb2_grpc.add_WeightdServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
         self._health: Any = health.aio.HealthServicer()  # which types-grpcio lacks
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -18,7 +18,7 @@ from typing import TypeVar
 from weightd import _native
 from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
-from weightd.calibration import CalibrationStaging
+from weightd.calibration import CalibrationStaging, check_calibration
 from weightd.call_bounds import CALLS_MAX, FETCHES_MAX, host_of, keeping_place
 from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
@@ -26,7 +26,6 @@ from weightd.identity import Context, Identities
 from weightd.served_models import ANSWER_WITHIN_S, ServedModel, ServedModels, demand_of
 from weightd.sizes import format_enough, format_size
 from weightd.statistics import Statistics
-from weightd.status import answered, answered_stream
 from weightd_proto import weightd_pb2
 
 WORKERS_MAX = 4  # threads for what never asks the device
@@ -79,7 +78,6 @@ class WeightdService:
         user_id = self._identities.caller(context).user_id
         return host_of(context.peer()) if user_id is None else f"user {user_id}"
 
-    @answered
     async def ListModels(
         self, request: weightd_pb2.ListModelsRequest, context: Context
     ) -> weightd_pb2.ListModelsResponse:
@@ -87,11 +85,9 @@ class WeightdService:
         names = await self._run(self._models.names, self._askers)
         return weightd_pb2.ListModelsResponse(names=[name for name in names if may_read(caller, name, self._allow)])
 
-    @answered
     async def DescribeModel(self, request: weightd_pb2.DescribeModelRequest, context: Context) -> weightd_pb2.Model:
         return (await self._readable(request.name, context)).record
 
-    @answered
     async def OpenSession(
         self, request: weightd_pb2.OpenSessionRequest, context: Context
     ) -> weightd_pb2.OpenSessionResponse:
@@ -100,7 +96,6 @@ class WeightdService:
         token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._askers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
-    @answered_stream
     async def Fetch(
         self, request: weightd_pb2.FetchRequest, context: Context
     ) -> AsyncIterator[weightd_pb2.FetchResponse]:
@@ -111,7 +106,6 @@ class WeightdService:
             del data  # not held while the client takes its time
             yield response
 
-    @answered
     async def PublishCalibration(
         self, requests: AsyncIterator[weightd_pb2.PublishCalibrationRequest], context: Context
     ) -> weightd_pb2.Calibration:
@@ -129,7 +123,6 @@ class WeightdService:
                 await self._run_whole(functools.partial(staging.write, _data(request)))
             return await self._run_whole(lambda: self._models.publish(served, staging))
 
-    @answered
     async def Stats(self, request: weightd_pb2.StatsRequest, context: Context) -> weightd_pb2.StatsResponse:
         caller = self._identities.caller(context)
         stats = await self._run(self._statistics.now)
@@ -182,6 +175,7 @@ class WeightdService:
             opening.exception()  # looked at, for when nobody waits any more
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
+        check_calibration(served.record, offered)  # before its sizes are reckoned with
         record = weightd_pb2.Model()
         record.CopyFrom(served.record)
         record.calibration.CopyFrom(offered)
@@ -218,6 +212,8 @@ class WeightdService:
             if self._stopping:
                 raise StoppingError("weightd is stopping") from error
             raise
+        finally:
+            del running  # it holds its error, whose frames hold this one
 
     async def _run_whole(self, work: Callable[[], Result]) -> Result:
         """The same, but a cancelled call ends when `work` has: what that touches can be taken back then."""
@@ -228,6 +224,8 @@ class WeightdService:
             with suppress(Exception):
                 await running
             raise
+        finally:
+            del running
 
 
 def _data(request: weightd_pb2.PublishCalibrationRequest) -> bytes:

@@ -1,20 +1,19 @@
-"""Errors as gRPC statuses: the one table of the daemon, and what applies it to a call."""
+"""Errors as gRPC statuses: the one table of the daemon."""
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NoReturn, TypeVar
 
 import grpc
-import grpc.aio
 
 from weightd.errors import (
+    BusyError,
     CorruptionError,
     DeviceError,
     ForbiddenError,
+    LimitError,
     RequestError,
+    SilenceError,
     SpaceError,
     StoppingError,
     StoreError,
@@ -23,19 +22,18 @@ from weightd.errors import (
 
 logger = logging.getLogger(__name__)
 
-Service = TypeVar("Service")
-Request = TypeVar("Request")
-Response = TypeVar("Response")
-Context = grpc.aio.ServicerContext[Any, Any]
 
 # The first row whose class fits counts, so a class stands above its parents.
 STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnknownModelError, grpc.StatusCode.NOT_FOUND),
     (CorruptionError, grpc.StatusCode.DATA_LOSS),
+    (LimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (ForbiddenError, grpc.StatusCode.PERMISSION_DENIED),
     (SpaceError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (BusyError, grpc.StatusCode.ABORTED),
+    (SilenceError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (StoppingError, grpc.StatusCode.UNAVAILABLE),
     (StoreError, grpc.StatusCode.FAILED_PRECONDITION),
     (DeviceError, grpc.StatusCode.INTERNAL),
@@ -56,42 +54,20 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
     return grpc.StatusCode.INTERNAL, f"a fault of weightd, see its log: {type(error).__name__}: {error}"
 
 
-def answered(
-    method: Callable[[Service, Request, Context], Awaitable[Response]],
-) -> Callable[[Service, Request, Context], Awaitable[Response]]:
-    """A call with one answer: what `method` returns, or the status of what it raises."""
-
-    @functools.wraps(method)
-    async def call(service: Service, request: Request, context: Context) -> Response:
-        try:
-            return await method(service, request, context)
-        except Exception as error:
-            await _refuse(context, error)
-
-    return call
-
-
-def answered_stream(
-    method: Callable[[Service, Request, Context], AsyncIterator[Response]],
-) -> Callable[[Service, Request, Context], AsyncIterator[Response]]:
-    """The same for a call that answers with a stream."""
-
-    @functools.wraps(method)
-    async def call(service: Service, request: Request, context: Context) -> AsyncIterator[Response]:
-        try:
-            async for response in method(service, request, context):
-                yield response
-        except Exception as error:
-            await _refuse(context, error)
-
-    return call
-
-
-async def _refuse(context: Context, error: Exception) -> NoReturn:
+def refusal_of(error: Exception) -> tuple[grpc.StatusCode, str]:
+    """The same for a call that ends with it, in a short line; logs what the operator must know, forgets the frames."""
     status, details = status_of(error)
     if status in LOGGED:
         foreseen = any(isinstance(error, kind) for kind, _ in STATUSES)
         logger.error("%s", details, exc_info=None if foreseen else error)
+    _forget_frames(error)
     if len(details) > DETAILS_CHARACTERS_MAX:
         details = details[:DETAILS_CHARACTERS_MAX] + " ..."
-    await context.abort(status, details)
+    return status, details
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Frames hold requests, and futures that hold the error: what is over would stay until the collector comes by."""
+    while error is not None and error.__traceback__ is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
