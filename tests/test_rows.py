@@ -107,18 +107,13 @@ def test_a_row_is_what_it_is_alone(served: Served, name: str, mode: str) -> None
 @pytest.mark.parametrize("mode", ["exact", "predict"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_draft_changes_no_token(served: Served, name: str, mode: str) -> None:
-    """Drafts from the prompt, from another model, and from the model itself, all of whose proposals are right."""
-    other = next(each for each in MODELS if MODELS[each][0] != MODELS[name][0])
-    with client_of(served, name, mode, threads=2) as client:
-        for index in (1, 4, 7):
+    """Drafts from the prompt, and from the model itself, nearly all of whose proposals are right."""
+    with client_of(served, name, mode) as client:
+        for index in (1, 6):
             ids = torch.tensor([prompt_of(index) * 2])  # so that there is something to look up
-            alone = client.generate(ids, **GREEDY | {"max_new_tokens": 16})
-            for draft in (
-                {"prompt_lookup_num_tokens": 4},
-                {"assistant_model": served.checkpoints[name]},
-                {"assistant_model": served.checkpoints[other]},
-            ):
-                made = client.generate(ids, **GREEDY | {"max_new_tokens": 16}, **draft)
+            alone = client.generate(ids, **GREEDY | {"max_new_tokens": 12})
+            for draft in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": served.checkpoints[name]}):
+                made = client.generate(ids, **GREEDY | {"max_new_tokens": 12}, **draft)
                 assert torch.equal(made, alone), f"{draft} of prompt {index}"
 
 
