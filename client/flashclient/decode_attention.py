@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flashclient._native import Attention, Workers
-from flashclient.arrays import array_of
+from flashclient.arrays import KernelOf, array_of
 from flashclient.resident_linear import STORED_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
@@ -41,7 +41,7 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
     Raises:
         ValueError: the processor lacks `instruction_set`.
     """
-    kernels = {dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()}
+    kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
     if model.config._attn_implementation != "sdpa":
         return 0
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # as sdpa asks of its caller
@@ -94,7 +94,7 @@ def _fit(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     tensors = (query, key, value)
     if not all(tensor.is_cpu and tensor.dtype == query.dtype and tensor.stride(-1) == 1 for tensor in tensors):
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
         return False
     sequences, heads, tokens, elements = query.shape
     fits = key.shape[:3] == value.shape[:3] and key.shape[0] == sequences and key.shape[3] == elements

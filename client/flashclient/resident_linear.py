@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
-from flashclient.arrays import array_of
+from flashclient.arrays import KernelOf, array_of
 
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PANEL_ELEMENTS = 2**24  # of fp32 results at a time: the head's of a whole prompt would take gigabytes
@@ -30,7 +30,7 @@ class ResidentLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
-        if not self._is_for_kernel(x):
+        if torch.compiler.is_compiling() or not self._is_for_kernel(x):
             return super().forward(x)
         rows = x.detach().reshape(-1, self.in_features)
         panel = max(1, PANEL_ELEMENTS // self.out_features)
@@ -54,7 +54,8 @@ class ResidentLinear(nn.Linear):
         fits = x.dtype == weight.dtype and x.dtype in self.kernels and x.shape[-1] == self.in_features and x.numel() > 0
         plain = weight.is_cpu and x.is_cpu and weight.is_contiguous()
         with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return fits and plain and not with_gradient
+        untouched = type(weight) is nn.Parameter and not torch.is_autocast_enabled("cpu")
+        return fits and plain and untouched and not with_gradient
 
 
 def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
@@ -73,7 +74,7 @@ def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | 
     Raises:
         ValueError: the processor lacks `instruction_set`.
     """
-    kernels = {dtype: Linear(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()}
+    kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for module in linears:
         module.__class__ = ResidentLinear

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashclient.torch_state import eager
+
 MASK_BITS = 16  # rows in a mask of the kernels
 
 
@@ -116,6 +118,7 @@ class Steps:
     def end(self) -> None:
         self._generations.pop()
 
+    @eager
     def publish(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model, registered with_kwargs=True."""
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs
