@@ -321,7 +321,8 @@ void attend(const Attention& attention, const Rows& query, const Rows& key, cons
 }
 
 void bind_attention(nb::module_& module) {
-    nb::class_<Attention>(module, "Attention", "Attention over keys and values in place; see client/native/attention.h.")
+    nb::class_<Attention>(module, "Attention",
+                          "Attention over keys and values in place; see client/native/attention.h.")
         .def(
             "__init__",
             [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
