@@ -218,10 +218,14 @@ def test_calls_of_every_kind_are_exact_where_predictors_are(model: Calibrated) -
             with FlashClient(model.names[kind], address=daemon.address, mode=mode) as client:
                 made.append({})
                 for name, call in CALLS.items():
+                    if "opt" in client.record.name and "assistant_early_exit" in call:
+                        with pytest.raises(OptionError, match="this model cannot stop at a layer"):
+                            client.generate(ids, **GREEDY | call)
+                        continue
                     torch.manual_seed(1)
                     made[-1][name] = client.generate(ids, **GREEDY | call)
-    for name in CALLS:
-        assert torch.equal(made[0][name], made[1][name]), name
+    for name, expected in made[0].items():
+        assert torch.equal(made[1][name], expected), name
 
 
 def test_what_a_prompt_comes_as_changes_nothing(model: Calibrated) -> None:

@@ -109,7 +109,7 @@ def test_prompt_and_answer_are_what_all_tokens_decode_to(
 def test_a_long_stream_is_the_text(clients: dict[str, FlashClient], name: str) -> None:
     """Longer than what a stream decodes at once; random bytes, of which many are halves of characters."""
     client = clients[name]
-    call: dict[str, Any] = {"max_new_tokens": 700, "do_sample": True, "temperature": 5.0}
+    call: dict[str, Any] = {"max_new_tokens": 400, "do_sample": True, "temperature": 5.0}
     torch.manual_seed(1)
     whole = client.generate("hello hello", **call)
     torch.manual_seed(1)

@@ -165,6 +165,10 @@ class Generator:
             ending.enter_context(meter.watching(self._model, assistant))
             try:
                 output = self._generate(**call.arguments)
+            except IndexError as error:  # from models that run all their layers whatever their config says, like OPT
+                if call.config.assistant_early_exit is None or meter.checks > 0:
+                    raise
+                raise OptionError("assistant_early_exit= is refused: this model cannot stop at a layer") from error
             except (TypeError, ValueError, ImportError) as error:
                 if meter.steps > 0 or isinstance(error, FlashClientError):
                     raise
