@@ -28,8 +28,10 @@ from flashclient.prompts import encode, load_tokenizer, require_tokenizer
 from flashclient.remote import GrpcSource
 from flashclient.session import RingSource
 from flashclient.source import BundleSource
+from flashclient.standard_streams import fill as fill_standard_streams
 from flashclient.stats import Stats
 from flashclient.texts import TextStream
+from flashclient.torch_state import on_cpu
 from weightd_proto import weightd_pb2
 
 
@@ -42,12 +44,12 @@ class FlashClient:
     Several threads may use one client: generations run one after the other. A process forked from the client's may not.
 
     Args:
-        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use under the
-            name of its folder, or of its file without the extension.
+        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use, and when
+            it has changed since, under the name of its folder, or of its file without the extension.
         address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; by default
             the socket of the user's own weightd, or else of the system's service. Beyond this machine it takes TLS.
-        store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with this
-            client. A client of another process that attached to it loses it then.
+        store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with the
+            last of this user's clients that came to it by store=.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
         mode: "exact" computes every neuron; "predict" only those that the model's predictors foretell, which loses a
             little quality that calibration has measured; "auto" is what calibration found best, "exact" without one.
@@ -84,6 +86,7 @@ class FlashClient:
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
     ) -> None:
+        fill_standard_streams()
         tls = (tls_ca, tls_cert, tls_key)
         self._options = Options(
             address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes, *tls
@@ -138,6 +141,7 @@ class FlashClient:
             raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
         return RingSource(connection, self._record)
 
+    @on_cpu()
     def generate(self, prompt: Any = None, **arguments: Any) -> Any:
         """Continues a prompt, with any argument of transformers' generate().
 
@@ -174,6 +178,7 @@ class FlashClient:
         tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
         return TextStream(tokenizer).pieces(self.generate, prompt, arguments)
 
+    @on_cpu()
     def chat(self, messages: Any, **arguments: Any) -> Any:
         """The model's answer to a conversation, laid out by its own chat template.
 

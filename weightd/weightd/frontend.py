@@ -90,7 +90,7 @@ def prepare_addresses(config: ServeConfig, tls: TlsCredentials | None) -> None:
 
 def _listen(server: grpc.aio.Server, address: ListenAddress, tls: TlsCredentials | None) -> None:
     if address.socket_path is None and tls is not None:
-        server.add_secure_port(address.target, tls.for_port())
+        server.add_secure_port(address.grpc_target, tls.for_port())
         return
     with listening.private_sockets():
-        server.add_insecure_port(address.target)
+        server.add_insecure_port(address.grpc_target)

@@ -1,0 +1,34 @@
+"""What all tests share: what an import does in child processes, as loading torch takes seconds, is done in this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from weightd_proto import weightd_pb2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def import_in_this_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weightd.rehearsal._rehearse", rehearse_here)
+        patch.setattr("weightd.gguf_files._write_tokenizer", write_tokenizer_here)
+        yield
+
+
+def rehearse_here(record: weightd_pb2.Model, folder: Path) -> str:
+    from flashclient.rehearsal import RefusedFileError, rehearse
+
+    try:
+        rehearse(record, folder)
+    except RefusedFileError as error:
+        return str(error)
+    return ""
+
+
+def write_tokenizer_here(path: Path, folder: Path) -> None:
+    from weightd.gguf_tokenizer import write_tokenizer
+
+    write_tokenizer(path, folder)
