@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from daemon import serving
 from flashclient import FlashClient
 from flashclient.embedded import LOCK_FILE, PrivateDaemon, attach_or_start, is_serving, serving_address
 from flashclient.errors import StartError
+from weightd import cli
 
 IDS = [5, 6, 7]
 OWNER = """
@@ -34,10 +36,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def imported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the checkpoint in it, which nobody serves."""
+    store = tmp_path_factory.mktemp("imported") / "store"
+    assert cli.main(["import", str(checkpoint), "--store", str(store)]) == 0
+    return store
+
+
 @pytest.fixture
-def store(checkpoint: Path, tmp_path: Path) -> Path:
-    FlashClient(checkpoint, store=tmp_path / "store").close()
-    return tmp_path / "store"
+def store(imported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(imported, tmp_path / "store"))
 
 
 def daemons_of(store: Path) -> list[psutil.Process]:

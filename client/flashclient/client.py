@@ -31,6 +31,7 @@ from flashclient.source import BundleSource
 from flashclient.standard_streams import fill as fill_standard_streams
 from flashclient.stats import Stats
 from flashclient.texts import TextStream
+from flashclient.torch_state import on_cpu
 from weightd_proto import weightd_pb2
 
 
@@ -140,6 +141,7 @@ class FlashClient:
             raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
         return RingSource(connection, self._record)
 
+    @on_cpu()
     def generate(self, prompt: Any = None, **arguments: Any) -> Any:
         """Continues a prompt, with any argument of transformers' generate().
 
@@ -176,6 +178,7 @@ class FlashClient:
         tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
         return TextStream(tokenizer).pieces(self.generate, prompt, arguments)
 
+    @on_cpu()
     def chat(self, messages: Any, **arguments: Any) -> Any:
         """The model's answer to a conversation, laid out by its own chat template.
 

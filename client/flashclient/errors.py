@@ -8,6 +8,7 @@ FlashClientError              one line for the user: lower case, the value, what
 ├── StartError                the private weightd or its import did not succeed; says what it said
 ├── ModelNotFoundError        the store has no such model; names those it has
 ├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
+│   └── AbsentWeightError     what was asked needs FFN weights in this process; names the way
 ├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
 ├── ShareError                the daemon's pool has no room for another session
 ├── BusyError                 the daemon has too many calls at once; try again
@@ -49,6 +50,10 @@ class ModelNotFoundError(FlashClientError):
 
 class ModelError(FlashClientError):
     """The model is of a kind, or lacks a tensor, that this client cannot run."""
+
+
+class AbsentWeightError(ModelError):
+    """What was asked needs FFN weights in this process; they stay with weightd."""
 
 
 class CalibrationError(FlashClientError):

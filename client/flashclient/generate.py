@@ -31,6 +31,7 @@ from flashclient.model import BuiltModel
 from flashclient.prompts import Prompt, as_mask, as_tensors
 from flashclient.source import BundleSource
 from flashclient.stats import Meter, Stats
+from flashclient.torch_state import on_cpu
 
 NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
 
@@ -154,7 +155,7 @@ class Generator:
 
     def run(self, arguments: dict[str, Any]) -> tuple[Any, _Call]:
         """What transformers' generate() returns, and the call that was made of it."""
-        with self._turns.taken(), ExitStack() as ending:
+        with self._turns.taken(), on_cpu(), ExitStack() as ending:
             call = self._prepared(arguments)
             assistant = call.arguments.get("assistant_model")
             if assistant is not None:

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashclient.torch_state import eager
+
 
 @dataclass(frozen=True)
 class Step:
@@ -114,6 +116,7 @@ class Steps:
     def end(self) -> None:
         self._generations.pop()
 
+    @eager
     def publish(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model, registered with_kwargs=True."""
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs

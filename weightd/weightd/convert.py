@@ -1,8 +1,8 @@
 """An import: a checkpoint becomes a model of a store.
 
-`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits,
-write it, publish it. Memory is that of import_plan.py; nothing of the store and, where its file system allows, nothing
-of the checkpoint enters the page cache.
+`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits and
+that a client can use its files, write it, publish it. Memory is that of import_plan.py; nothing of the store and, where
+its file system allows, nothing of the checkpoint enters the page cache.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from weightd.import_plan import CHUNK_BYTES, BundleStep, DownStep, ResidentStep,
 from weightd.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_shape, round_up
 from weightd.origin import origin_of, source_text
 from weightd.read_ahead import ReadAhead
+from weightd.rehearsal import check_files
 from weightd.resident import lay_out_resident
 from weightd.sizes import format_size
 from weightd.sources import sources_of
@@ -91,7 +92,9 @@ def import_checkpoint(
         model.record.source = source_text(path)
         model.record.origin.CopyFrom(origin)
         _check_space(model.record, store.path)
-        model.record.files.extend(_write_files(checkpoint, staging.folder / FILES_FOLDER))
+        files_folder = staging.folder / FILES_FOLDER
+        model.record.files.extend(_write_files(checkpoint, files_folder))
+        check_files(model.record, files_folder, path)
         checksums = _Writing(model, staging.folder, allow_buffered, progress).run()
         staging.publish(model.record, checksums)
     return model.record
