@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
-import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,13 +17,14 @@ import grpc.aio
 import pytest
 from daemon import Daemon, serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from raw_http2 import RawClient, call
+from raw_http2 import SETTINGS, RawClient, call
 from tiny_store import write_model
 
 from flashclient.address import parse_address
 from flashclient.channel import Connection, stub_of
 from flashclient.errors import BusyError
-from weightd.call_bounds import CONNECTIONS_MAX, FETCHES_MAX, SERVICE_NAME, CallBounds
+from weightd.call_bounds import FETCHES_MAX, SERVICE_NAME, CallBounds
+from weightd.users import CONNECTIONS_OF_USER
 from weightd_proto import weightd_pb2 as pb
 from weightd_proto import weightd_pb2_grpc
 
@@ -158,33 +158,18 @@ def test_unread_streams_of_a_stranger_leave_a_user_his_part(daemon: Daemon) -> N
         connection.close()
 
 
-def test_connections_are_bounded_and_those_that_are_there_go_on(daemon: Daemon) -> None:
+def test_a_users_idle_connections_make_room_for_new_ones(daemon: Daemon) -> None:
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    daemon.stub.Stats(pb.StatsRequest(), timeout=20)
     with ExitStack() as stack:
-        connections = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(CONNECTIONS_MAX + 50)]
-        refused = 0
-        for connection in connections:
-            connection.connect(daemon.address.removeprefix("unix:"))
-            connection.sendall(HTTP_2)
-        for connection in connections:
-            connection.settimeout(60)
-            refused += is_hung_up(connection)
-        assert 50 <= refused < 60  # the test's own channel has one, and maybe those of the tests before
+        clients = [stack.enter_context(RawClient(daemon.address)) for _ in range(CONNECTIONS_OF_USER + 50)]
+        for client in clients[:50]:
+            client.await_end()
+        assert next(clients[-1].frames())[0] == SETTINGS
         assert memory_bytes(daemon) < 150 << 20
-        daemon.stub.Stats(pb.StatsRequest(), timeout=20)
-    with grpc.insecure_channel(daemon.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
-        stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
-        assert stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=60).names == ["tiny"]
-
-
-def is_hung_up(connection: socket.socket) -> bool:
-    """Whether it ends, instead of beginning with the server's settings."""
-    try:
-        return connection.recv(1 << 16) == b""
-    except ConnectionResetError:
-        return True
+        with grpc.insecure_channel(daemon.address, [("grpc.use_local_subchannel_pool", 1)]) as channel:
+            stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+            assert stub.ListModels(pb.ListModelsRequest(), wait_for_ready=True, timeout=60).names == ["tiny"]
 
 
 class Streamer:
@@ -233,7 +218,9 @@ def impatient(folder: Path, options: list[tuple[str, int]], patience_s: float = 
     listening, ending, streamer = threading.Event(), threading.Event(), Streamer()
 
     async def serve() -> None:
-        server = grpc.aio.server(interceptors=[CallBounds(patience_s=patience_s)], options=options)
+        server = grpc.aio.server(
+            interceptors=[CallBounds(lambda _: "all", lambda _: None, patience_s)], options=options
+        )
         server.add_generic_rpc_handlers((streamer.handlers(),))
         server.add_insecure_port(f"unix:{folder}/s")
         await server.start()
