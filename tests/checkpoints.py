@@ -105,6 +105,8 @@ def make_checkpoint(
     make_tokenizer().save_pretrained(folder)
     if format.startswith("safetensors"):
         model.save_pretrained(folder, max_shard_size="100KB" if format.endswith("sharded") else "5GB")
+        for file in folder.glob("*.safetensors"):
+            file.chmod(0o644)  # as downloads are; safetensors writes them for their owner alone
         return folder
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

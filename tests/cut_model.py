@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flashclient._native import LentMemory
+from flashclient._native import LentMemory, checksum
 from flashclient.architectures import architecture_of
 from flashclient.source import Chunk, Counters, LeaseRefusedError, SessionLostError
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
@@ -75,7 +75,9 @@ def cut(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
     record = weightd_pb2.Model(name=name, bundle=layout, layers=layers, resident_file_bytes=len(resident))
     record.resident.extend(_tensors(resident))
     files = _files(model, tokenizer)
-    record.files.extend(weightd_pb2.File(name=key, size_bytes=len(data)) for key, data in files.items())
+    for key, data in files.items():
+        sum_of = checksum(np.frombuffer(data, np.uint8))
+        record.files.append(weightd_pb2.File(name=key, size_bytes=len(data), checksum=sum_of))
     return CutModel(record, bundles, placements, resident, files)
 
 

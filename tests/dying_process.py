@@ -96,8 +96,10 @@ def publish(path: Path, name: str) -> int:
 
 def main() -> None:
     point, action, store_path, *arguments = sys.argv[1:]
+    from weightd import rehearsal
     from weightd.cli import main as weightd
 
+    rehearsal._rehearse = lambda record, folder: ""  # takes seconds, and writes nothing
     for call in CALLS:
         watch(call, point)
     watch_catalog(point)

@@ -185,9 +185,18 @@ def test_a_layer_where_all_or_none_fire(tmp_path: Path) -> None:
     assert result.quality["predict"].perplexity == result.quality["dense"].perplexity
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
-def test_a_model_without_zeros_is_refused(activation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh"])
+def test_an_activation_without_zeros_is_refused_at_once(activation: str, tmp_path: Path) -> None:
     model = make_model(make_config("llama", hidden_act=activation))
+    with pytest.raises(CalibrationError, match=r"model 'tiny' cannot be calibrated: its activation, (silu|gelu)"):
+        calibrated(model, tmp_path)
+
+
+def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:
+    model: Any = make_model(make_config("opt"))
+    with torch.no_grad():
+        for layer in model.model.decoder.layers:
+            layer.fc1.bias.fill_(100.0)
     with pytest.raises(CalibrationError, match=r"100\.0% of the neurons of model 'tiny' are not zero"):
         calibrated(model, tmp_path)
 

@@ -160,7 +160,20 @@ def test_a_cache_that_is_given_is_used(client: FlashClient) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", [3, None, [], "", [[1, 2], [3]], torch.zeros(2, 2), torch.zeros(0, dtype=torch.long)]
+    "prompt",
+    [
+        3,
+        None,
+        [],
+        "",
+        ["a", ""],
+        [[1], []],
+        [True],
+        b"bytes",
+        ["a", 1],
+        torch.zeros(2, 2),
+        torch.zeros(0, dtype=torch.long),
+    ],
 )
 def test_other_kinds_are_refused(client: FlashClient, prompt: Any) -> None:
     with pytest.raises(OptionError, match=r"pass text|are needed|pass some text"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,8 +16,9 @@ from checkpoints import make_checkpoint
 from daemon import serving
 
 from flashclient import FlashClient
-from flashclient.embedded import LOCK_FILE, PrivateDaemon, attach_or_start, serving_address
+from flashclient.embedded import LOCK_FILE, PrivateDaemon, attach_or_start, is_serving, serving_address
 from flashclient.errors import StartError
+from weightd import cli
 
 IDS = [5, 6, 7]
 OWNER = """
@@ -34,10 +36,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def imported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the checkpoint in it, which nobody serves."""
+    store = tmp_path_factory.mktemp("imported") / "store"
+    assert cli.main(["import", str(checkpoint), "--store", str(store)]) == 0
+    return store
+
+
 @pytest.fixture
-def store(checkpoint: Path, tmp_path: Path) -> Path:
-    FlashClient(checkpoint, store=tmp_path / "store").close()
-    return tmp_path / "store"
+def store(imported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(imported, tmp_path / "store"))
 
 
 def daemons_of(store: Path) -> list[psutil.Process]:
@@ -128,14 +137,12 @@ def test_attaches_to_the_daemon_that_is_there(store: Path) -> None:
 
 
 def test_of_two_that_start_one_attaches_to_the_other(store: Path) -> None:
-    early = PrivateDaemon(store, None)  # started, but perhaps not yet serving
-    try:
-        address, daemon = attach_or_start(store, None, 30.0)
-        assert (address == early.address) == (daemon is None)
-        if daemon is not None:
-            daemon.stop()
-    finally:
-        early.stop()
+    early = PrivateDaemon.start(store, None)  # started, but perhaps not yet serving
+    address, daemon = attach_or_start(store, None, 30.0)
+    early.stop()
+    assert daemon is not None
+    assert is_serving(address), "it goes on for the other one"
+    daemon.stop()
     assert daemons_of(store) == []
 
 
@@ -176,7 +183,7 @@ def test_a_lock_file_that_outlived_its_daemon_counts_for_nothing(store: Path) ->
 
 
 def test_what_the_daemon_says_is_the_error(store: Path) -> None:
-    with pytest.raises(StartError, match=rf"cannot start weightd for {store}: .*--dram"):
+    with pytest.raises(StartError, match=rf"cannot start weightd for {store}: dram=1KiB is too small"):
         FlashClient("tiny", store=store, dram="1KiB")
     with pytest.raises(StartError, match=r"cannot start weightd for .*/missing: "):
         FlashClient("tiny", store=store / "missing")

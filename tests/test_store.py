@@ -6,8 +6,10 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import AbstractContextManager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
@@ -15,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weightd.errors import StoreError
+from weightd.errors import ImportingError, StoreError
 from weightd.layout import bundle_layout, lay_out_layers
 from weightd.store import MARKER_FILE, Store
 from weightd_proto import weightd_pb2
@@ -33,7 +35,7 @@ def add_model(store: Store, name: str = "tiny", neurons: int = 5, layers: int = 
     checksums = [np.random.default_rng(index).integers(0, 1 << 63, neurons, np.uint64) for index in range(layers)]
     with store.begin_import(name) as staging:
         (staging.folder / "bundles.bin").write_bytes(b"weights")
-        staging.publish(weightd_pb2.Model(name=name, bundle=layout, layers=records), checksums)
+        staging.publish(weightd_pb2.Model(name=name, bundle=layout, layers=records, import_id=b"1"), checksums)
     return checksums
 
 
@@ -130,13 +132,56 @@ def test_name_that_is_taken_is_refused_before_any_work(store: Store) -> None:
     np.testing.assert_array_equal(store.checksums("tiny", 0), checksums[0])
 
 
-def test_of_two_imports_of_one_name_the_second_to_finish_is_refused(store: Store) -> None:
-    with store.begin_import("tiny") as late:
+def test_of_two_imports_of_one_name_the_second_is_refused_before_any_work(store: Store) -> None:
+    with store.begin_import("tiny"):
+        add_model(store, "other")
+        with pytest.raises(ImportingError, match="another process imports 'tiny'"):
+            store.begin_import("tiny")
+    add_model(store)  # the first has failed
+    assert sorted(path.name for path in store.path.iterdir()) == ["catalog.mdb", "catalog.mdb-lock", "other", "tiny"]
+
+
+def test_an_interrupt_after_the_catalog_has_the_model_loses_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = store.catalog.add
+
+    def interrupted(*arguments: Any) -> None:
+        add(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store.catalog, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
         add_model(store)
-        with pytest.raises(StoreError, match="already in"):
-            late.publish(weightd_pb2.Model(name="tiny"), [])
-    assert len(store.model("tiny").layers) == 2
+    assert store.names() == ["tiny"]
+    assert [path.name for path in (store.path / "tiny").iterdir()] == ["bundles.bin"]
+
+
+def test_an_import_is_replaced_by_a_new_one_and_by_no_other(store: Store) -> None:
+    with store.begin_import("tiny") as staging:
+        staging.publish(weightd_pb2.Model(name="tiny", import_id=b"1"), [])
+    with pytest.raises(StoreError, match="already in"):
+        store.begin_import("tiny", b"0")
+    store.catalog.set_calibration("tiny", weightd_pb2.Calibration(version=3))
+    with store.begin_import("tiny", b"1") as staging:
+        (staging.folder / "bundles.bin").write_bytes(b"weights")
+        staging.publish(weightd_pb2.Model(name="tiny", import_id=b"2"), [])
+    assert store.model("tiny") == weightd_pb2.Model(name="tiny", import_id=b"2")
+    assert [path.name for path in (store.path / "tiny").iterdir()] == ["bundles.bin"]
     assert sorted(path.name for path in store.path.iterdir()) == ["catalog.mdb", "catalog.mdb-lock", "tiny"]
+
+
+def test_cleanings_side_by_side_fail_none(store: Store) -> None:
+    def fail_and_clean(number: int) -> None:
+        for round in range(20):
+            with suppress(StopIteration), store.begin_import(f"tiny-{number}-{round}") as staging:
+                (staging.folder / "bundles.bin").touch()
+                raise StopIteration
+            store.clean()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(fail_and_clean, range(4)))
+    assert sorted(path.name for path in store.path.iterdir()) == ["catalog.mdb", "catalog.mdb-lock"]
 
 
 def test_failed_import_leaves_nothing(store: Store) -> None:

@@ -9,21 +9,34 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from flashclient.errors import OptionError
 
 SYSTEM_ADDRESS = "unix:/run/weightd/weightd.sock"  # where the system service listens
 WANTED = "use unix:/path, or host:port such as dns:///weights.example.org:7411"
+# sockaddr_un holds 108 bytes with the final zero; weightd's other two sockets add five to the same path.
+SOCKET_PATH_BYTES_MAX = 107 - len(".data")
 _HOST = re.compile(r"\[[0-9A-Fa-f:.%\w]+\]|[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Address:
-    """A weightd's, as gRPC spells it."""
+    """A weightd's, as people write it."""
 
     target: str  # unix:/path, or [dns:///]host:port
     socket_path: Path | None  # of a Unix socket
     loopback: bool  # a port of this machine, which no other can listen to
+
+    @property
+    def channel_target(self) -> str:
+        """As gRPC reads it: a URI, in which `#`, `?`, `%` and what is not ASCII would mean something else."""
+        return self.target if self.socket_path is None else f"unix:{quote(os.fsencode(self.socket_path))}"
+
+    @property
+    def beyond_proxies(self) -> bool:
+        """Whether no proxy of http_proxy and its like can reach it. Others go through theirs, as gRPC does."""
+        return self.socket_path is not None or self.loopback
 
 
 @dataclass(frozen=True)
@@ -78,7 +91,18 @@ def _parse_socket(text: str, tls: TlsOptions) -> Address:
         raise OptionError(f"address='{text}' must have an absolute path, like unix:{path.absolute()}")
     if tls.given:
         raise OptionError(f"tls_ca= is for TCP: leave it out for address='{text}'")
+    if not fits_socket(path):
+        raise OptionError(
+            f"address='{text}' is no path of a socket: that has at most {SOCKET_PATH_BYTES_MAX} bytes, and no comma, "
+            "which parts addresses for gRPC"
+        )
     return Address(f"unix:{path}", path, False)
+
+
+def fits_socket(path: Path) -> bool:
+    """Whether a weightd can listen at `path`."""
+    encoded = os.fsencode(path)
+    return len(encoded) <= SOCKET_PATH_BYTES_MAX and b"," not in encoded and b"\0" not in encoded
 
 
 def _is_loopback(host: str) -> bool:
@@ -103,8 +127,11 @@ def _read(option: str, path: str | os.PathLike[str] | None) -> bytes | None:
 def default_address(user_id: int, environment: Mapping[str, str]) -> str:
     """Of the weightd that this user has started without --listen, or else of the system's service."""
     runtime = environment.get("XDG_RUNTIME_DIR")
-    folder = Path(runtime) if runtime else Path(tempfile.gettempdir()) / f"weightd-{user_id}"
+    own_folder = f"weightd-{user_id}"
+    folder = Path(runtime) if runtime else Path(tempfile.gettempdir()) / own_folder
     own = folder / "weightd.sock"
+    if not fits_socket(own):  # weightd's own rule (its config.py)
+        own = Path("/tmp") / own_folder / "weightd.sock"
     try:
         listens = own.stat().st_uid == user_id  # another's in a folder that all can write to is not asked
     except OSError:

@@ -12,14 +12,15 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from flashclient.absent_weights import AbsentProjection, Between, FirstOfTwo, LastOfTwo, fix
 from flashclient.errors import ModelError
 
 # By the name of the kernel's activation, transformers' names for classes of the same function. Its other names for it
-# (swish, gelu_python) stand for objects of one of these classes too.
+# (gelu_python, gelu_python_tanh) stand for objects of one of these classes too.
 _TRANSFORMERS_NAMES = {
     "relu": ("relu",),
     "relu_squared": ("relu2",),
-    "silu": ("silu",),
+    "silu": ("silu", "swish"),
     "gelu": ("gelu",),
     "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
 }
@@ -89,11 +90,34 @@ def activation_name(ffn: nn.Module, architecture: Architecture) -> str:
     raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
 
 
-def install(model: nn.Module, module: str, architecture: Architecture, streamed: nn.Module) -> None:
-    """Puts `streamed` in the place of the FFN at path `module`."""
-    ffn = model.get_submodule(module)
+def install(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
+    """Puts `ffn` in the place of the FFN at path `module`, or of what was put there before."""
     for name in architecture.emptied:
-        setattr(ffn, name, nn.Identity())
+        nn.Module.__setattr__(model.get_submodule(module), name, nn.Identity())
     path = module if architecture.replaced is None else f"{module}.{architecture.replaced}"
     parent, _, attribute = path.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, streamed)
+    nn.Module.__setattr__(model.get_submodule(parent), attribute, ffn)
+
+
+def install_streamed(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
+    """Puts `ffn` in the place of the FFN at path `module`, with absent weights under the names of those that it had."""
+    old = model.get_submodule(module)
+    names = [name.rpartition(".")[0] for name in architecture.weights]
+    if architecture.replaced is None:
+        for name in names:
+            setattr(ffn, name, AbsentProjection(f"{module}.{name}", old.get_submodule(name)))
+        setattr(ffn, architecture.activation, getattr(old, architecture.activation))
+        fix(ffn, (*names, architecture.activation))
+        install(model, module, architecture, ffn)
+        return
+    first_name, last_name = names
+    first = FirstOfTwo(f"{module}.{first_name}", old.get_submodule(first_name), ffn)
+    last = LastOfTwo(f"{module}.{last_name}", old.get_submodule(last_name), first)
+    parts = {
+        first_name: first,
+        last_name: last,
+        architecture.activation: Between(f"{module}.{architecture.activation}", first),
+    }
+    for name, part in parts.items():
+        setattr(old, name, part)
+    fix(old, tuple(parts))

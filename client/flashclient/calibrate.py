@@ -51,6 +51,18 @@ MISSES_AIMED = 0.9  # of the misses that the target allows: other texts than the
 ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
 
 
+SOFT = ("silu", "gelu", "gelu_tanh")  # activations that are zero nowhere but by rounding
+
+
+def check_sparse(client: FlashClient) -> None:
+    """Raises CalibrationError where the model's activation already says that no neuron is ever left out."""
+    if client.activation in SOFT:
+        raise CalibrationError(
+            f"model '{client.record.name}' cannot be calibrated: its activation, {client.activation}, is zero for no"
+            " neuron, so predict mode would lose quality or read everything; run it in mode 'exact'"
+        )
+
+
 @dataclass(frozen=True)
 class CalibrationOptions:
     """What `flashclient calibrate` is asked for. Raises OptionError for values that are not allowed."""
@@ -80,6 +92,7 @@ def calibrate(client: FlashClient, sequences: Tensor, options: CalibrationOption
         CalibrationError: the model has no exact zeros to predict.
         DaemonLostError, CorruptionError: while its weights were read.
     """
+    check_sparse(client)
     begun_s = time.monotonic()
     with torch.no_grad():
         run = _Run(client, sequences, options)

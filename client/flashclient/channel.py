@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashclient import errors
+from flashclient._native import checksum
 from flashclient.address import NO_TLS, Address, TlsOptions, parse_address
 from flashclient.identity import IdentifiedStub
 from flashclient.source import SessionLostError
@@ -78,12 +80,15 @@ def _translated(error: Any, address: str) -> errors.FlashClientError:
     return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
 
 
-def open_channel(address: Address, tls: TlsOptions) -> grpc.Channel:
-    """Raises OptionError for a file of `tls` that cannot be used."""
+def open_channel(address: Address, tls: TlsOptions, *more: tuple[str, int]) -> grpc.Channel:
+    """With `more` options of gRPC. Raises OptionError for a file of `tls` that cannot be used."""
+    options = [*CHANNEL_OPTIONS, *more]
+    if address.beyond_proxies:
+        options.append(("grpc.enable_http_proxy", 0))
     if tls.given:
         ca, cert, key = tls.read()
-        return grpc.secure_channel(address.target, grpc.ssl_channel_credentials(ca, key, cert), CHANNEL_OPTIONS)
-    return grpc.insecure_channel(address.target, CHANNEL_OPTIONS)
+        return grpc.secure_channel(address.channel_target, grpc.ssl_channel_credentials(ca, key, cert), options)
+    return grpc.insecure_channel(address.channel_target, options)
 
 
 def stub_of(channel: grpc.Channel, address: Address) -> Any:
@@ -190,6 +195,7 @@ class Connection:
 
     def describe(self, name: str) -> weightd_pb2.Model:
         """The model's record. Raises ModelNotFoundError, which names the models there are."""
+        name = os.fsencode(name).decode(errors="replace")  # bytes of a command line that are no UTF-8 are no name
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
         return model
 
@@ -237,14 +243,22 @@ class Connection:
                 responses = self._ask(request, timeout_s)
 
     def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:
-        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`."""
+        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`.
+
+        Raises CorruptionError for a file that came with other bytes than weightd's catalog says.
+        """
         for file in model.files:
             target = (folder / file.name).resolve()
             if folder.resolve() not in target.parents:
                 raise errors.RefusedError(f"file '{file.name}' of model '{model.name}' would leave its folder")
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("wb") as out:
-                out.writelines(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
+            data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
+            if len(data) != file.size_bytes or checksum(np.frombuffer(data, np.uint8)) != file.checksum:
+                raise errors.CorruptionError(
+                    f"model {model.name}, file hf/{file.name}: it came with other bytes than its checksum is of; try "
+                    "again, and look after the network or the memory of one of the machines if it stays so"
+                )
+            target.write_bytes(data)
 
     def placement(self, model: weightd_pb2.Model, layer: int) -> NDArray[np.uint32]:
         """The neuron at each position of `layer`: [neurons] uint32."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flashclient import standard_streams
 from flashclient.errors import FlashClientError, OptionError
+from flashclient.standard_streams import complain, say
 
 # torch and transformers take seconds to import: a usage error or --help should not wait for them.
 
@@ -30,6 +34,14 @@ def _not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
     return int(text)
+
+
+def _text(text: str) -> str:
+    """The UTF-8 that the command line holds, whatever the locale is."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -71,7 +83,7 @@ def add_tls_flags(parser: Any) -> None:
 
 
 def _add_generate(command: Any) -> None:
-    command.add_argument("prompt")
+    command.add_argument("prompt", type=_text)
     command.add_argument("--mode", default="auto", help="auto, exact or predict; default: auto, by calibration")
     command.add_argument(
         "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons are kept; 0: none"
@@ -96,18 +108,33 @@ def _add_eval(command: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 (failed) or 2 (usage)."""
+    return standard_streams.run("flashclient", lambda: _main(arguments))
+
+
+def _main(arguments: list[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments)
         status: int = options.run(options)
     except FlashClientError as error:
-        print(f"flashclient: {error}", file=sys.stderr)
+        complain("flashclient", in_flags(str(error)))
         return error.exit_status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader of the text has gone
-        sys.stderr.close()
-        return 1
     return status
+
+
+_KEYWORD = re.compile(r"\b(address|store|dram|mode|window|transport|timeout_s|tls_ca|tls_cert|tls_key)=(?=(\S?))")
+
+
+def in_flags(text: str) -> str:
+    """`text` of an error, in one line, with the command's flags in place of the library's keyword arguments."""
+
+    def flag(found: re.Match[str]) -> str:
+        gap = " " if found[2].isalnum() or found[2] in tuple("'\"/.-") else ""
+        return f"--{found[1].replace('_', '-')}{gap}"
+
+    line = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return _KEYWORD.sub(flag, line)
 
 
 def _client(options: argparse.Namespace, **more: Any) -> Any:
@@ -129,7 +156,7 @@ def _generate(options: argparse.Namespace) -> int:
         lengths = {} if options.max_new_tokens is None else {"max_new_tokens": options.max_new_tokens}
         if options.json:
             text = client.generate(options.prompt, **lengths)
-            print(json.dumps({"text": text, "stats": client.stats().as_dict()}))
+            say(json.dumps({"text": text, "stats": client.stats().as_dict()}))
         else:
             _print_stream(client, options.prompt, lengths)
         if options.stats:
@@ -139,8 +166,8 @@ def _generate(options: argparse.Namespace) -> int:
 
 def _print_stream(client: Any, prompt: str, lengths: dict[str, int]) -> None:
     for piece in client.stream(prompt, **lengths):
-        print(piece, end="", flush=True)
-    print()
+        say(piece, end="")
+    say("")
 
 
 def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any:
@@ -153,7 +180,7 @@ def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, publish_result
+    from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, check_sparse, publish_result
     from flashclient.publishing import check_may_publish
 
     wanted = CalibrationOptions(
@@ -164,13 +191,14 @@ def _calibrate(options: argparse.Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     with _client(options, mode="exact") as client:
+        check_sparse(client)  # before anything is read
         check_may_publish(client.connection, client.record)
         result = calibrate(client, _sequences(client, options, TOKENS_DEFAULT), wanted)
         version, name = publish_result(result, client).version, client.record.name
     if options.json:
-        print(json.dumps(result.report() | {"version": version}))
+        say(json.dumps(result.report() | {"version": version}))
     else:
-        print(f"{result.table()}\npublished as version {version} of the calibration of '{name}'")
+        say(f"{result.table()}\npublished as version {version} of the calibration of '{name}'")
     return 0
 
 
@@ -184,7 +212,7 @@ def _eval(options: argparse.Namespace) -> int:
     if calibrated:
         with _client(options, mode="predict") as client:
             evaluate_predict(client, result, progress)
-    print(json.dumps(result.as_dict()) if options.json else result.table())
+    say(json.dumps(result.as_dict()) if options.json else result.table())
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,16 +18,20 @@ from transformers import PreTrainedModel
 from flashclient._native import Workers
 from flashclient.address import default_address
 from flashclient.channel import Connection
+from flashclient.chat import conversation
 from flashclient.embedded import attach_or_start, import_if_path, revive
-from flashclient.errors import FlashClientError, ForkedError, OptionError
-from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, TextStream
+from flashclient.errors import OptionError
+from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, Turns
 from flashclient.model import BuiltModel, build_model
 from flashclient.options import Options
 from flashclient.prompts import encode, load_tokenizer, require_tokenizer
 from flashclient.remote import GrpcSource
 from flashclient.session import RingSource
 from flashclient.source import BundleSource
+from flashclient.standard_streams import fill as fill_standard_streams
 from flashclient.stats import Stats
+from flashclient.texts import TextStream
+from flashclient.torch_state import on_cpu
 from weightd_proto import weightd_pb2
 
 
@@ -41,12 +44,12 @@ class FlashClient:
     Several threads may use one client: generations run one after the other. A process forked from the client's may not.
 
     Args:
-        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use under the
-            name of its folder, or of its file without the extension.
+        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use, and when
+            it has changed since, under the name of its folder, or of its file without the extension.
         address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; by default
             the socket of the user's own weightd, or else of the system's service. Beyond this machine it takes TLS.
-        store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with this
-            client. A client of another process that attached to it loses it then.
+        store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with the
+            last of this user's clients that came to it by store=.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
         mode: "exact" computes every neuron; "predict" only those that the model's predictors foretell, which loses a
             little quality that calibration has measured; "auto" is what calibration found best, "exact" without one.
@@ -83,16 +86,15 @@ class FlashClient:
         tls_cert: str | os.PathLike[str] | None = None,
         tls_key: str | os.PathLike[str] | None = None,
     ) -> None:
+        fill_standard_streams()
         tls = (tls_ca, tls_cert, tls_key)
         self._options = Options(
             address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes, *tls
         )
-        self._pid = os.getpid()
-        self._lock = threading.RLock()  # held for the length of a generation; guards all below
-        self._stats = Stats()
+        self._turns = Turns()
         with ExitStack() as opened:
             self._open(os.fspath(model), opened)
-            self._close = weakref.finalize(self, _close_in, self._pid, opened.pop_all())
+            self._close = weakref.finalize(self, _close_in, os.getpid(), opened.pop_all())
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
@@ -108,7 +110,8 @@ class FlashClient:
         self.model: PreTrainedModel = built.model
         self.activation = built.activation  # for calibration
         self.clock = built.total.clock  # of all forward passes; stats() speaks of whole generations
-        self._generator = Generator(built, source, self.tokenizer)
+        self._generator = Generator(built, source, self.tokenizer, self._turns)
+        opened.callback(self._turns.close)
 
     def _connect(self, address: str) -> Connection:
         return Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
@@ -138,48 +141,67 @@ class FlashClient:
             raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
         return RingSource(connection, self._record)
 
-    def generate(self, prompt: Any, **arguments: Any) -> Any:
+    @on_cpu()
+    def generate(self, prompt: Any = None, **arguments: Any) -> Any:
         """Continues a prompt, with any argument of transformers' generate().
 
+        `client.model.generate()` does the same, and takes and returns what transformers does. client/README.md says
+        for every argument whether it works, and why if it does not.
+
         Args:
-            prompt: text, texts, a tensor or list of input_ids, or a tokenizer's output.
+            prompt: text, texts, or input_ids as a tensor, array, list or list of lists, which may differ in length; or
+                a tokenizer's output. Or none, with input_ids= or inputs_embeds= instead. A text that begins with the
+                token that the tokenizer puts first does not get it twice.
             arguments: assistant_model is a transformers model or the path of a small checkpoint; it is held in memory
                 and proposes tokens. 256 new tokens are made where neither an argument nor the model's generation
                 config sets a length.
 
         Returns:
-            The kind that was given: for text the new text only; for ids, as in transformers, all ids, prompt included.
-            With num_return_sequences a list, with return_dict_in_generate=True transformers' own output.
+            The kind that was given: for text the new text only, which prompt and new text together decode to; for ids,
+            as in transformers, all ids, prompt included. With num_return_sequences a list, with
+            return_dict_in_generate=True transformers' own output.
 
         Raises:
-            OptionError: an unknown argument or kind of prompt.
+            OptionError: an unknown argument or kind of prompt, or what cannot be done; before anything is computed.
             DaemonLostError, CorruptionError: while streaming the weights.
         """
-        self._check_usable()
-        with self._lock:
-            answer, self._stats = self._generator.run(encode(prompt, self.tokenizer), arguments)
-        return answer
+        self._turns.check()
+        return self._generator.answer(encode(prompt, arguments, self.tokenizer), arguments)
 
-    def stream(self, prompt: str, **arguments: Any) -> Iterator[str]:
-        """Pieces of the new text as it is made, with the arguments of generate(). One prompt, no beams."""
-        self._check_usable()
-        return TextStream(require_tokenizer(self.tokenizer)).pieces(self.generate, prompt, arguments)
+    def stream(self, prompt: Any = None, **arguments: Any) -> Iterator[str]:
+        """Pieces of the new text as it is made; together what generate() would return. One sequence, no beams.
 
-    def chat(self, messages: list[dict[str, Any]], **arguments: Any) -> str:
-        """The model's answer to [{"role": ..., "content": ...}, ...], laid out by its own chat template."""
-        tokenizer = require_tokenizer(self.tokenizer)
-        if tokenizer.chat_template is None:
-            raise OptionError(f"model '{self._record.name}' has no chat template: use generate() with a prompt")
-        encoded: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        sequences = self.generate(encoded, **arguments)
-        text: Any = tokenizer.decode(sequences[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-        return str(text)
+        Args:
+            prompt, arguments: those of generate().
+        """
+        self._turns.check()
+        tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
+        return TextStream(tokenizer).pieces(self.generate, prompt, arguments)
+
+    @on_cpu()
+    def chat(self, messages: Any, **arguments: Any) -> Any:
+        """The model's answer to a conversation, laid out by its own chat template.
+
+        Args:
+            messages: what a user says, or [{"role": ..., "content": ...}, ...]; or a list of such, for several answers.
+            arguments: those of generate(); tools, documents, chat_template, add_generation_prompt and
+                continue_final_message of a tokenizer's apply_chat_template(); and names that the template uses, such
+                as enable_thinking.
+
+        Returns:
+            The new text; a list of texts for several conversations or with num_return_sequences.
+
+        Raises:
+            OptionError: also where the model has no chat template, or the template refuses the messages.
+        """
+        self._turns.check()
+        tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
+        prompt, rest = conversation(tokenizer, messages, arguments, self._generator.known)
+        return self._generator.answer(prompt, rest)
 
     def stats(self) -> Stats:
-        """Of the last generation."""
-        return self._stats
+        """Statistics of the last generation."""
+        return self._generator.stats
 
     @property
     def mode(self) -> str:
@@ -193,14 +215,8 @@ class FlashClient:
 
     def close(self) -> None:
         """Ends the session and a private weightd. A running generation is waited for; calling it twice is harmless."""
-        with self._lock:
+        with self._turns.last():
             self._close()
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise ForkedError("this client was made before fork(): make a new one in the child process")
-        if not self._close.alive:
-            raise FlashClientError("this client is closed: make a new one")
 
     def __enter__(self) -> FlashClient:
         return self

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flashclient._native import Attention, Ffn, Workers
-from flashclient.arrays import array_of
+from flashclient.arrays import KernelOf, array_of
 from flashclient.resident_linear import STORED_DTYPES, VECTOR_INSTRUCTION_SETS
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
@@ -42,7 +42,7 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
     Raises:
         ValueError: the processor lacks `instruction_set`.
     """
-    kernels = {dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()}
+    kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
     if instruction_set is None and kernels[torch.float32].instruction_set not in VECTOR_INSTRUCTION_SETS:
         return 0
     if model.config._attn_implementation != "sdpa":
@@ -100,7 +100,7 @@ def _fit(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, mask: Tens
     tensors = (query, key, value)
     if not all(tensor.is_cpu and tensor.dtype == query.dtype and tensor.stride(-1) == 1 for tensor in tensors):
         return False
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_autocast_enabled("cpu") or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
         return False
     sequences, heads, tokens, elements = query.shape
     fits = key.shape[:3] == value.shape[:3] and key.shape[0] == sequences and key.shape[3] == elements

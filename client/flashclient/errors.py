@@ -1,12 +1,14 @@
 """What flashclient raises on bad input or when the daemon fails it. Programming errors are assertions instead.
 
 FlashClientError              one line for the user: lower case, the value, what to try
-├── OptionError               an unknown option or a value that is not allowed (exit status 2); also a TypeError
+├── OptionError               an unknown option or a value that is not allowed (exit status 2); also a TypeError and
+│                             a ValueError, as which transformers knows them
 ├── NoDaemonError             nothing answers at the address; also a ConnectionError
 │   └── DaemonLostError       it answered before, and has not come back within timeout_s
 ├── StartError                the private weightd or its import did not succeed; says what it said
 ├── ModelNotFoundError        the store has no such model; names those it has
 ├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
+│   └── AbsentWeightError     what was asked needs FFN weights in this process; names the way
 ├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
 ├── ShareError                the daemon's pool has no room for another session
 ├── BusyError                 the daemon has too many calls at once; try again
@@ -24,7 +26,7 @@ class FlashClientError(Exception):
     exit_status = 1
 
 
-class OptionError(FlashClientError, TypeError):
+class OptionError(FlashClientError, TypeError, ValueError):
     """An unknown option or a value that is not allowed."""
 
     exit_status = 2
@@ -48,6 +50,10 @@ class ModelNotFoundError(FlashClientError):
 
 class ModelError(FlashClientError):
     """The model is of a kind, or lacks a tensor, that this client cannot run."""
+
+
+class AbsentWeightError(ModelError):
+    """What was asked needs FFN weights in this process; they stay with weightd."""
 
 
 class CalibrationError(FlashClientError):

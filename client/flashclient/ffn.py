@@ -21,7 +21,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from flashclient._native import Ffn, Workers
+from flashclient.absent_weights import without_gradient
 from flashclient.source import BundleSource, Chunk, survive
+from flashclient.torch_state import eager, plain_torch
 from weightd_proto import weightd_pb2
 
 STAGING_BYTES = 4 * 2**20  # of a block in fp32: it stays in a last-level cache between gathering and product
@@ -145,7 +147,7 @@ class StreamedSum:
     ) -> None:
         if self._block is None:
             neurons = staging_neurons(self.hidden_size, self._parts)
-            self._block = torch.empty(self._parts, neurons, self.hidden_size)
+            self._block = torch.empty(self._parts, neurons, self.hidden_size, dtype=torch.float32, device="cpu")
         capacity, rows = self._block.shape[1], self._block.numpy()
         done = filled = 0  # neurons multiplied; neurons waiting in the block
         with closing(self._chunks(layer)) as chunks:
@@ -183,7 +185,7 @@ class StreamedSum:
 
 
 class StreamedFFN(torch.nn.Module):
-    """One layer's FFN; takes the place of transformers' module and holds no parameters.
+    """One layer's FFN; takes the place of transformers' module. Its weights are absent (absent_weights.py).
 
     Args:
         bias: [neurons] fp32 by position, before the activation (OPT).
@@ -197,19 +199,21 @@ class StreamedFFN(torch.nn.Module):
         self._total = total
         self._layer = layer
         self._bias = bias
-        self._output_bias = None if output_bias is None else output_bias.float()
+        self._output_bias = None if output_bias is None else output_bias.to(torch.float32)
 
+    @eager
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] in any float dtype -> a fresh tensor of the same shape and dtype."""
+        """[..., hidden_size] in any float dtype -> a fresh tensor of the same shape, in that dtype or autocast's."""
         started_s = time.perf_counter()
-        rows = x.detach().reshape(-1, self._total.hidden_size).float().contiguous()
-        with torch.no_grad():
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.no_grad(), plain_torch():
+            rows = x.detach().to(dtype).reshape(-1, self._total.hidden_size).to(torch.float32).contiguous()
             y = survive(self._total.source, lambda: self._total(self._layer, rows, self._bias))
             if self._output_bias is not None:
                 y += self._output_bias
-            y = y.to(x.dtype).view(x.shape)
+            y = y.to(dtype).view(x.shape)
         self._total.clock.ffn_s += time.perf_counter() - started_s
-        return y
+        return without_gradient(x, y)
 
     def extra_repr(self) -> str:
         return f"layer={self._layer}, hidden_size={self._total.hidden_size}"

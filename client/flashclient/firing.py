@@ -49,7 +49,7 @@ class PackedBits:
 
     def frequency(self) -> NDArray[np.float32]:
         """[neurons]: the share of the tokens at which each neuron's bit is set."""
-        count = torch.zeros(self.neurons)
+        count = torch.zeros(self.neurons, dtype=torch.float32)
         for _, fired in self.blocks():
             count += fired.sum(0)
         return (count / max(1, len(self))).numpy()
@@ -74,7 +74,7 @@ def coactivation(fired: PackedBits) -> NDArray[np.int32]:
 
     Beyond chance, as otherwise the few neurons that nearly always fire would be everybody's companions.
     """
-    tokens = torch.linspace(0, len(fired) - 1, min(len(fired), COACTIVATION_TOKENS)).long()
+    tokens = torch.linspace(0, len(fired) - 1, min(len(fired), COACTIVATION_TOKENS), dtype=torch.float32).long()
     bits = fired.of(tokens).float()
     share = bits.mean(0)
     companions = np.full((fired.neurons, COMPANIONS), -1, np.int32)

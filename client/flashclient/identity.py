@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 import time
@@ -50,7 +51,7 @@ def _ask(path: Path) -> bytes:
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(ANSWER_S)
-            connection.connect(str(path))
+            connection.connect(os.fsencode(path))
             while len(received) < IDENTITY_BYTES_MAX and (part := connection.recv(IDENTITY_BYTES_MAX)):
                 received += part
     except OSError:

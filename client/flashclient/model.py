@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from flashclient._native import Workers
-from flashclient.architectures import Architecture, activation_name, architecture_of, install
+from flashclient.absent_weights import AbsentWeight, guard
+from flashclient.architectures import Architecture, activation_name, architecture_of, install_streamed
 from flashclient.decode_attention import use_decode_attention
 from flashclient.errors import ModelError
 from flashclient.ffn import Clock, NeuronSum, StreamedFFN, StreamedSum
@@ -27,6 +28,7 @@ from flashclient.resident_linear import use_fast_linears
 from flashclient.source import BundleSource
 from flashclient.sparse_ffn import PredictedSum
 from flashclient.step import Steps
+from flashclient.torch_state import eager, for_good
 from flashclient.window import LeasedWindow
 from weightd_proto import weightd_pb2
 
@@ -77,6 +79,7 @@ class BuiltModel:
     activation: str
 
 
+@for_good()
 def build_model(
     record: weightd_pb2.Model,
     folder: Path,
@@ -115,6 +118,7 @@ def build_model(
         use_decode_attention(model, workers)
     _keep_time(model, total.clock)
     model.train(False)
+    guard(model)
     return BuiltModel(model, total, steps, activation)
 
 
@@ -140,10 +144,12 @@ def _keep_time(model: PreTrainedModel, clock: Clock) -> None:
 def _time(module: torch.nn.Module, clock: Clock, name: str) -> None:
     began_s = 0.0
 
+    @eager
     def begin(*_: object) -> None:
         nonlocal began_s
         began_s = time.perf_counter()
 
+    @eager
     def end(*_: object) -> None:
         setattr(clock, name, getattr(clock, name) + time.perf_counter() - began_s)
 
@@ -190,7 +196,7 @@ def _install_ffns(
         by_position = None
         if bias is not None:
             by_position = bias.float().numpy()[placement(index)]
-        install(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
+        install_streamed(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
 
 
 def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_pb2.Model) -> None:
@@ -204,10 +210,11 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_
     if unfit.unexpected_keys:
         raise ModelError(f"model '{record.name}' has tensors that its config does not: {_some(unfit.unexpected_keys)}")
     state = [*model.named_parameters(), *model.named_buffers()]
-    unmade = {name for name, tensor in state if tensor.is_meta}
+    absent = {name for name, tensor in state if isinstance(tensor, AbsentWeight)}
+    unmade = {name for name, tensor in state if tensor.is_meta} - absent
     # A parameter made for real and not assigned would be noise; a tied one has its partner's storage by now.
     tied = set(model.all_tied_weights_keys)
-    missing = sorted(unmade | (set(unfit.missing_keys) - tied))
+    missing = sorted(unmade | (set(unfit.missing_keys) - tied - absent))
     if missing:
         raise ModelError(f"model '{record.name}' lacks tensors: {_some(missing)}")
 

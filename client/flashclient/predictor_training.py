@@ -275,7 +275,7 @@ def sign_predictor(rows: Tensor, held_back: Examples, recall: float) -> Predicto
 
 def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch.dtype) -> LowRank:
     """Wants every neuron, or none: for layers where nothing can be learnt."""
-    first, second = torch.zeros(1, hidden_size), torch.zeros(neurons, 1)
+    first, second = torch.zeros(1, hidden_size, dtype=torch.float32), torch.zeros(neurons, 1, dtype=torch.float32)
     bias = np.full(neurons, 1.0 if wants else -1.0, np.float32)
     return quantized(_stored(first, dtype), second.numpy(), bias)
 

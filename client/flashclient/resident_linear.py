@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import Ffn, Linear, Workers
-from flashclient.arrays import array_of
+from flashclient.arrays import KernelOf, array_of
 
 ROWS_MAX = Ffn.TOKENS_MAX
 STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -32,7 +32,7 @@ class ResidentLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
         rows = x.numel() // self.in_features
-        if not 0 < rows <= ROWS_MAX or not self._is_for_kernel(x):
+        if torch.compiler.is_compiling() or not 0 < rows <= ROWS_MAX or not self._is_for_kernel(x):
             return super().forward(x)
         flat = x.detach().reshape(rows, self.in_features).to(torch.float32).contiguous()
         y = torch.empty(rows, self.out_features, dtype=torch.float32, device="cpu")
@@ -46,7 +46,8 @@ class ResidentLinear(nn.Linear):
         fits = x.dtype == weight.dtype and x.dtype in self.kernels and x.shape[-1] == self.in_features
         plain = weight.is_cpu and x.is_cpu and weight.is_contiguous()
         with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        return fits and plain and not with_gradient
+        untouched = type(weight) is nn.Parameter and not torch.is_autocast_enabled("cpu")
+        return fits and plain and untouched and not with_gradient
 
 
 def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
@@ -66,7 +67,7 @@ def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | 
     Raises:
         ValueError: the processor lacks `instruction_set`.
     """
-    kernels = {dtype: Linear(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()}
+    kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
     if instruction_set is None and kernels[torch.float32].instruction_set not in VECTOR_INSTRUCTION_SETS:
         return 0
     linears = [module for module in model.modules() if type(module) is nn.Linear]

@@ -16,14 +16,14 @@ from flashclient.source import BundleSource, Counters
 
 @dataclass(frozen=True)
 class Stats:
-    """Of the last generation of a client. Ratios of nothing are 0."""
+    """What a client's last generation did. Ratios of nothing are 0."""
 
     mode: str = "exact"
-    rows: int = 0
+    rows: int = 0  # sequences returned
     prompt_tokens: int = 0  # of a row, padding included
-    new_tokens: int = 0  # of all rows
-    steps: int = 0  # forward passes
-    drafted_tokens: int = 0  # that an assistant model proposed
+    new_tokens: int = 0  # of all rows, without what fills finished ones
+    steps: int = 0  # forward passes, those of guidance and of token healing included
+    drafted_tokens: int = 0  # that an assistant model, the prompt or early layers proposed
     accepted_tokens: int = 0  # of these
     seconds: float = 0.0
     first_step_s: float = 0.0  # prefill
@@ -97,21 +97,30 @@ class Stats:
 
 
 class Meter:
-    """Measures one generation from its construction to finish()."""
+    """Measures one generation from its construction to finish().
+
+    Attributes:
+        inner: generations under way inside of it, whose passes propose tokens and check none.
+    """
 
     def __init__(self, source: BundleSource, clock: Clock) -> None:
         self._source, self._clock = source, clock
         self._counters_before: Counters = source.counters()
         self._clock_before = replace(clock)
-        self._steps = self._columns = 0
+        self.inner = 0
+        self._steps = self._checks = self._columns = 0
         self._first_step_s = self._draft_s = self._draft_began_s = 0.0
         self._started_s = time.perf_counter()
+
+    @property
+    def steps(self) -> int:
+        return self._steps
 
     @contextmanager
     def watching(self, model: torch.nn.Module, assistant: torch.nn.Module | None) -> Iterator[None]:
         """Counts the forward passes of `model`, and the time in those of the model that proposes tokens."""
         hooks = [model.register_forward_hook(self._step, with_kwargs=True)]
-        if assistant is not None:
+        if assistant is not None and assistant is not model:
             hooks.append(assistant.register_forward_pre_hook(self._begin_draft))
             hooks.append(assistant.register_forward_hook(self._end_draft))
         try:
@@ -128,12 +137,22 @@ class Meter:
 
     def _step(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._steps += 1
-        inputs = kwargs.get("input_ids")
-        self._columns += 0 if inputs is None else inputs.shape[1]
         if self._steps == 1:
             self._first_step_s = time.perf_counter() - self._started_s
+        if self.inner:
+            return
+        self._checks += 1
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        self._columns += 0 if inputs is None else inputs.shape[1]
 
-    def finish(self, *, mode: str, rows: int, prompt_tokens: int, new_tokens: int, drafted: bool) -> Stats:
+    def finish(
+        self, *, mode: str, rows: int, prompt_tokens: int, fed_tokens: int, new_tokens: int, drafted: bool
+    ) -> Stats:
+        """
+        Args:
+            fed_tokens: of the prompt, those that no cache held before.
+        """
         seconds = time.perf_counter() - self._started_s
         counted = self._source.counters().since(self._counters_before)
         before, now = asdict(self._clock_before), asdict(self._clock)
@@ -144,9 +163,9 @@ class Meter:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             steps=self._steps,
-            # every step gives one token of its own; what it was fed besides prompt and the last token was drafted
-            drafted_tokens=self._columns - prompt_tokens - (self._steps - 1) if drafted else 0,
-            accepted_tokens=new_tokens - self._steps if drafted else 0,
+            # every check gives one token of its own; what it was fed besides prompt and the last token was drafted
+            drafted_tokens=max(0, self._columns - fed_tokens - (self._checks - 1)) if drafted else 0,
+            accepted_tokens=max(0, new_tokens - self._checks) if drafted else 0,
             seconds=seconds,
             first_step_s=self._first_step_s,
             predict_s=spent["predict_s"],

@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashclient.torch_state import eager
+
 
 @dataclass(frozen=True)
 class Step:
@@ -49,6 +51,46 @@ class Step:
         return sum(1 << int(bit) for bit in np.flatnonzero(self.wants))
 
 
+@dataclass
+class _Generation:
+    """One under way. Passes whose cache is not its own are of another sequence: the negative prompt of guidance.
+
+    Attributes:
+        prompt_tokens: that the cache holds once the prompt is computed.
+        end_tokens: that finish a row.
+        cache: of its first pass; None where it has none.
+        finished: [rows], so far.
+    """
+
+    prompt_tokens: int
+    end_tokens: Tensor | None
+    begun: bool = False
+    cache: Any = None
+    finished: Tensor | None = None
+
+    def owns(self, cache: Any) -> bool:
+        if not self.begun:
+            self.begun, self.cache = True, cache
+        return self.cache is cache
+
+    def exact_columns(self, cache: Any, columns: int, past_tokens: int) -> int:
+        """Those of the prompt; another sequence's prompt is what it begins with."""
+        if self.owns(cache):
+            return min(columns, max(0, self.prompt_tokens - past_tokens))
+        return columns if past_tokens == 0 else 0
+
+    def unfinished(self, inputs: Tensor | None, exact_columns: int) -> Tensor | None:
+        """[rows, columns]: a row that is fed the token that ended it is finished from there on."""
+        if self.end_tokens is None or inputs is None or exact_columns == inputs.shape[1]:
+            return None
+        ended = torch.isin(inputs, self.end_tokens)
+        ended[:, :exact_columns] = False
+        if self.finished is not None:
+            ended[:, exact_columns] |= self.finished
+        self.finished = ended.any(1)
+        return ended.cumsum(1) == 0
+
+
 class Steps:
     """The step under way, kept by publish() before every forward pass.
 
@@ -60,23 +102,21 @@ class Steps:
         self._argument_names = argument_names
         self._let_go = let_go  # called where a sequence begins outside a generation
         self._current: Step | None = None
-        self._prompt_tokens: int | None = None  # of the generation under way
-        self._end_tokens: Tensor | None = None  # that finish a row of it
-        self._finished: Tensor | None = None  # [rows] of it, so far
+        self._generations: list[_Generation] = []  # each but the first inside the one before
 
     def begin(self, prompt_tokens: int, end_tokens: list[int] | None) -> None:
-        """A generation begins.
+        """A generation begins, maybe inside another.
 
         Args:
+            prompt_tokens: that the cache holds once the prompt is computed.
             end_tokens: those after which a row is finished; None where rows are not tokens' own (beams, candidates).
         """
-        self._prompt_tokens = prompt_tokens
-        self._end_tokens = torch.tensor(end_tokens) if end_tokens else None
-        self._finished = None
+        self._generations.append(_Generation(prompt_tokens, torch.tensor(end_tokens) if end_tokens else None))
 
     def end(self) -> None:
-        self._prompt_tokens = self._end_tokens = None
+        self._generations.pop()
 
+    @eager
     def publish(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The pre-forward hook of the model, registered with_kwargs=True."""
         given = dict(zip(self._argument_names, args, strict=False)) | kwargs
@@ -84,13 +124,15 @@ class Steps:
         shape = (given.get("inputs_embeds") if inputs is None else inputs).shape  # type: ignore[union-attr]
         rows, columns = int(shape[0]), int(shape[1])
         past_tokens = 0 if cache is None else int(cache.get_seq_length())
-        exact_columns = 0
-        if self._prompt_tokens is not None:
-            exact_columns = min(columns, max(0, self._prompt_tokens - past_tokens))
+        exact_columns, unfinished = 0, None
+        if self._generations:
+            generation = self._generations[-1]
+            exact_columns = generation.exact_columns(cache, columns, past_tokens)
+            if generation.owns(cache):
+                unfinished = generation.unfinished(inputs, exact_columns)
         elif past_tokens == 0:
             self._let_go()
         wants = _attended(given.get("attention_mask"), rows, columns)
-        unfinished = self._unfinished(inputs, exact_columns)
         if unfinished is not None:
             wants = unfinished if wants is None else wants & unfinished
         if wants is not None and bool(wants.all()):
@@ -102,17 +144,6 @@ class Steps:
         """Of an FFN that is called with `tokens` rows; one that is called on its own has a sequence of them."""
         step = self._current
         return step if step is not None and step.tokens == tokens else Step(1, tokens)
-
-    def _unfinished(self, inputs: Tensor | None, exact_columns: int) -> Tensor | None:
-        """[rows, columns]: a row that is fed the token that ended it is finished from there on."""
-        if self._end_tokens is None or inputs is None or exact_columns == inputs.shape[1]:
-            return None
-        ended = torch.isin(inputs, self._end_tokens)
-        ended[:, :exact_columns] = False
-        if self._finished is not None:
-            ended[:, exact_columns] |= self._finished
-        self._finished = ended.any(1)
-        return ended.cumsum(1) == 0
 
 
 def _attended(mask: Any, rows: int, columns: int) -> Tensor | None:

@@ -19,6 +19,7 @@ from typing import Any
 import gguf_fields
 from mutators import Mutator, change_json, json_text, safetensors
 
+from weightd import rehearsal
 from weightd.checkpoint import read_json
 from weightd.convert import import_checkpoint
 from weightd.errors import CheckpointError, SpaceError
@@ -40,6 +41,9 @@ CONFIG_KEYS = [
 WEIGHTS_BYTES_MAX = 1 << 20  # of what is written to fit a configuration
 ELEMENT_BYTES = 2
 SECRET = b"\x3f\x3f"  # as BF16: what the weights outside of a checkpoint consist of
+
+
+rehearsal._rehearse = lambda record, folder: ""  # a child process for each input
 
 
 @cache

@@ -13,12 +13,13 @@
 #include <ctime>
 #include <filesystem>
 #include <future>
-#include <set>
 
 #include "flash_file.h"
 
 namespace weightd {
 namespace {
+
+constexpr uid_t ANOTHER_USER = 4242;
 
 struct ServiceTest : testing::Test {
     TestFolder folder;
@@ -34,6 +35,33 @@ struct ServiceTest : testing::Test {
         std::vector<std::byte> out(4096);
         service.fetch(0, 0, std::array{cell}, out);
         EXPECT_EQ(std::memcmp(out.data(), model.cell(0, cell), 4096), 0);
+    }
+
+    // Attaches to a session and checks that it was welcome: its connection, and in `got` what came with it.
+    Descriptor attach(const Token& token, std::vector<Descriptor>* got = nullptr) const {
+        Descriptor socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+        connect(socket);
+        ring::Hello hello{ring::MAGIC, ring::VERSION, {}};
+        std::copy(token.begin(), token.end(), hello.token);
+        EXPECT_EQ(::send(socket.get(), &hello, sizeof hello, 0), static_cast<ssize_t>(sizeof hello));
+        ring::Welcome welcome{};
+        iovec part{&welcome, sizeof welcome};
+        alignas(cmsghdr) std::array<char, CMSG_SPACE(3 * sizeof(int))> control{};
+        msghdr message{};
+        message.msg_iov = &part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.data();
+        message.msg_controllen = control.size();
+        EXPECT_EQ(::recvmsg(socket.get(), &message, MSG_CMSG_CLOEXEC), static_cast<ssize_t>(sizeof welcome));
+        EXPECT_EQ(welcome.error, 0U);
+        const cmsghdr* header = CMSG_FIRSTHDR(&message);
+        for (size_t i = 0; header != nullptr && i < 3; i++) {
+            int fd = -1;
+            std::memcpy(&fd, CMSG_DATA(header) + i * sizeof fd, sizeof fd);
+            Descriptor received(fd);
+            if (got != nullptr) got->push_back(std::move(received));
+        }
+        return socket;
     }
 
     void connect(const Descriptor& socket) const {
@@ -57,18 +85,93 @@ struct NoDescriptors {
     ~NoDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before); }
 };
 
-TEST_F(ServiceTest, RefusesASessionAboveTheBound) {
+TEST_F(ServiceTest, OneUserLeavesSessionsToOthers) {
     FlashModel model(1, 40);
     const auto service = serve(model);
-    std::set<Token> tokens;
-    for (uint32_t i = 0; i < SESSIONS_MAX; i++) tokens.insert(service->open_session(0, 2).token);
+    std::vector<Descriptor> attached;
     try {
-        service->open_session(0, 2);
-        FAIL() << "one more session was opened";
+        while (true) attached.push_back(attach(service->open_session(0, 2).token));
     } catch (const NoRoom& error) {
-        EXPECT_NE(std::string(error.what()).find(std::to_string(SESSIONS_MAX)), std::string::npos) << error.what();
+        EXPECT_NE(std::string(error.what()).find("224 of 256 are open"), std::string::npos) << error.what();
+        EXPECT_NE(std::string(error.what()).find("kept for other users"), std::string::npos) << error.what();
     }
-    EXPECT_EQ(tokens.size(), SESSIONS_MAX);
+    EXPECT_EQ(attached.size(), SESSIONS_MAX / 8 * 7);
+    EXPECT_EQ(service->open_session(0, 2, ANOTHER_USER).share_slots, 2U);
+    expect_cell(*service, model, 3);
+}
+
+TEST_F(ServiceTest, WhoNeverAttachesLosesHisOldestSessions) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    const Token modest = service->open_session(0, 2).token;
+    for (uint32_t i = 0; i < 2 * SESSIONS_MAX; i++) service->open_session(0, 2, ANOTHER_USER);
+    EXPECT_LE(service->report().sessions, 64U);
+    attach(modest);
+}
+
+TEST_F(ServiceTest, WhoNeverAttachesKeepsNoMemoryFromOthers) {
+    FlashModel model(1, 4000);
+    const auto service = serve(model, Engine::minimum_dram_bytes(model.spec) + (4U << 20));
+    try {
+        while (true) service->open_session(0, 0, ANOTHER_USER);
+    } catch (const NoRoom& error) {
+        EXPECT_NE(std::string(error.what()).find("kept for other users"), std::string::npos) << error.what();
+    }
+    std::vector<Descriptor> attached;
+    for (uint32_t i = 0; i < 3; i++) attached.push_back(attach(service->open_session(0, 100).token));
+}
+
+TEST_F(ServiceTest, ClosedRingsThatAreKeptCountAsSessionsOfTheirUser) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    std::vector<Descriptor> kept;
+    const auto open_and_keep = [&] {
+        std::vector<Descriptor> got;
+        attach(service->open_session(0, 2).token, &got);
+        kept.push_back(std::move(got.at(0)));
+    };
+    EXPECT_THROW(while (true) open_and_keep(), NoRoom);
+    EXPECT_LE(kept.size(), SESSIONS_MAX / 8 * 7);
+    while (service->report().sessions > 0) std::this_thread::yield();  // hung up on, all of them
+    EXPECT_THROW(service->open_session(0, 2), NoRoom);
+    uint64_t bytes = 0;
+    for (const Descriptor& ring : kept) {
+        struct stat facts {};
+        ASSERT_EQ(::fstat(ring.get(), &facts), 0);
+        bytes += static_cast<uint64_t>(facts.st_blocks) * 512;
+    }
+    EXPECT_LE(bytes, kept.size() * sizeof(ring::Header));
+    EXPECT_EQ(service->open_session(0, 2, ANOTHER_USER).share_slots, 2U);
+    kept.clear();
+    EXPECT_EQ(service->open_session(0, 2).share_slots, 2U);
+}
+
+TEST_F(ServiceTest, SilentConnectionsShutNobodyOut) {
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    std::vector<Descriptor> silent;
+    for (uint32_t i = 0; i < 200; i++) {
+        silent.emplace_back(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+        connect(silent.back());
+        if (i % 20 == 0) attach(service->open_session(0, 2).token);
+    }
+    pollfd oldest{silent.front().get(), POLLIN, 0};
+    EXPECT_EQ(::poll(&oldest, 1, 10'000), 1);
+    char byte = 0;
+    EXPECT_EQ(::recv(oldest.fd, &byte, 1, MSG_DONTWAIT), 0) << "it is hung up on";
+}
+
+TEST_F(ServiceTest, AModelThatComesWhileThePoolIsFullHasRoom) {
+    FlashModel model(1, 4000);
+    FlashModel other(1, 4000, "other");
+    const auto service = serve(model, Engine::minimum_dram_bytes(model.spec) + (2U << 20));
+    for (uint32_t cell = 0; cell < 900; cell++) expect_cell(*service, model, cell);
+    const Report full = service->report();
+    EXPECT_LT(full.limit_bytes - full.pool_bytes - full.resident_bytes - full.tables_bytes, 8192U);
+    EXPECT_EQ(service->add_model(other.spec), 1U);
+    std::vector<std::byte> out(4096);
+    service->fetch(1, 0, std::array{7U}, out);
+    EXPECT_EQ(std::memcmp(out.data(), other.cell(0, 7), 4096), 0);
     expect_cell(*service, model, 3);
 }
 

@@ -2,10 +2,12 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cerrno>
+#include <filesystem>
 #include <stdexcept>
 #include <system_error>
 
@@ -44,8 +46,8 @@ void translate(const std::exception_ptr& pointer, void*) {
     } catch (const std::system_error& error) {
         const std::string text = error.what();
         const std::string reason = ": " + error.code().message();
-        const std::string path = text.substr(0, text.rfind(reason));
-        nb::object arguments = nb::make_tuple(error.code().value(), error.code().message(), path);
+        const std::filesystem::path path(text.substr(0, text.rfind(reason)));
+        nb::object arguments = nb::make_tuple(error.code().value(), error.code().message(), nb::str(nb::cast(path)));
         PyErr_SetObject(PyExc_OSError, arguments.ptr());
     } catch (const weightd::NoRoom& error) {
         PyErr_SetString(PyExc_MemoryError, error.what());
@@ -189,8 +191,11 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     return weightd::Engine::minimum_dram_bytes(spec);
 }
 
-nb::dict measure_reads(const std::string& path, uint64_t read_bytes, uint32_t depth, double seconds, bool random,
-                       const std::string& io_engine, bool verify) {
+// Paths come as std::filesystem::path: its caster gives the bytes that the system knows, whatever the locale.
+uint32_t block_size_bytes(const std::filesystem::path& path) { return weightd::block_size_bytes(path); }
+
+nb::dict measure_reads(const std::filesystem::path& path, uint64_t read_bytes, uint32_t depth, double seconds,
+                       bool random, const std::string& io_engine, bool verify) {
     weightd::Measurement measured;
     {
         const nb::gil_scoped_release released;
@@ -225,8 +230,8 @@ void bind_errors(nb::module_& m) {
     nb::register_exception_translator(&translate);  // the last is asked first: it gives CorruptBundle its numbers
 }
 
-void set_predictors(Service& service, uint32_t model, const std::string& path, uint64_t bytes, uint64_t checksum,
-                    uint32_t version) {
+void set_predictors(Service& service, uint32_t model, const std::filesystem::path& path, uint64_t bytes,
+                    uint64_t checksum, uint32_t version) {
     const nb::gil_scoped_release released;
     service.set_predictors(model, {path, bytes, checksum, version});
 }
@@ -250,7 +255,7 @@ void bind_engine(nb::module_& m) {
         .def(
             "__init__",
             [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
-               bool allow_buffered, bool unbundled_reads, const std::string& data_socket, bool warms,
+               bool allow_buffered, bool unbundled_reads, const std::filesystem::path& data_socket, bool warms,
                uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd, double answer_within_s) {
                 weightd::PressureChoice pressure{dram_floor_bytes, weightd::Descriptor(machine_pressure_fd),
                                                  weightd::Descriptor(cgroup_pressure_fd)};
@@ -371,8 +376,7 @@ void bind_bundle(nb::module_& module) {
                "Cuts neurons [first, first + len(checksums)) into cells; arrays are uint8, checksums uint64.");
     module.def("checksum_bundles", &checksum_bundles, nb::arg("shape"), nb::arg("cells"), nb::arg("checksums"),
                "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
-    module.def("block_size_bytes", &weightd::block_size_bytes, nb::arg("path"),
-               nb::call_guard<nb::gil_scoped_release>(),
+    module.def("block_size_bytes", &block_size_bytes, nb::arg("path"), nb::call_guard<nb::gil_scoped_release>(),
                "Granularity of direct I/O where the file lies: max(4096, statx's alignment).");
 }
 

@@ -1,9 +1,12 @@
 // ModelSpec for Python: a record of the catalog in the engine's terms.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <filesystem>
 
 #include "model.h"
 
@@ -35,14 +38,15 @@ void bind_model(nb::module_& m) {
     nb::class_<ModelSpec>(m, "ModelSpec", "A model as the engine sees it; sizes and offsets in bytes.")
         .def(
             "__init__",
-            [](ModelSpec* self, std::string name, std::string bundles_path, std::string resident_path,
-               uint64_t resident_bytes, uint32_t cell_bytes, uint32_t stride_bytes, uint32_t bundle_bytes,
-               uint32_t bundles_per_cell, uint32_t bundle_parts, const std::vector<uint64_t>& layer_offsets,
-               const std::vector<uint32_t>& layer_neurons, const std::vector<uint32_t>& layer_cells,
-               const std::vector<U64Array>& checksums, const std::vector<TensorTuple>& tensors) {
+            [](ModelSpec* self, std::string name, const std::filesystem::path& bundles_path,
+               const std::filesystem::path& resident_path, uint64_t resident_bytes, uint32_t cell_bytes,
+               uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell, uint32_t bundle_parts,
+               const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
+               const std::vector<uint32_t>& layer_cells, const std::vector<U64Array>& checksums,
+               const std::vector<TensorTuple>& tensors) {
                 ModelSpec& spec = *new (self) ModelSpec{std::move(name),
-                                                        std::move(bundles_path),
-                                                        std::move(resident_path),
+                                                        bundles_path,
+                                                        resident_path,
                                                         resident_bytes,
                                                         cell_bytes,
                                                         stride_bytes,

@@ -25,6 +25,7 @@
 #include "model.h"
 #include "resident.h"
 #include "session.h"
+#include "user.h"
 
 namespace weightd {
 
@@ -124,9 +125,12 @@ class Engine {
     Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false, bool warms = true);
     ~Engine();
 
-    uint32_t add_model(std::unique_ptr<ModelState> opened);  // its index. Throws NoRoom
-    uint32_t add_model(ModelSpec spec, bool allow_buffered) {
-        return add_model(open_model(std::move(spec), allow_buffered));
+    // Takes in the model, whose checksums and record of what is hot --dram pays for, as activate() takes memory. Its
+    // index; none, and `opened` is still the caller's: ask again soon, or stop_waiting(). Throws NoRoom.
+    std::optional<uint32_t> add_model(std::unique_ptr<ModelState>& opened);
+    uint32_t add_model(ModelSpec spec, bool allow_buffered) {  // where nothing needs to drain for it
+        auto opened = open_model(std::move(spec), allow_buffered);
+        return add_model(opened).value();
     }
     ModelState& model(uint32_t index) { return *models_.at(index); }
     const std::vector<std::unique_ptr<ModelState>>& models() const { return models_; }
@@ -139,13 +143,14 @@ class Engine {
     // and from surplus segments. False: those are draining, ask again soon, or stop_waiting(); what becomes free is
     // kept for it meanwhile. Throws NoRoom, and then has changed nothing, when that and the rest of what the user needs
     // cannot be had, whatever is taken back. leave() ends the use.
-    bool activate(uint32_t model, Use use = Use::session);
-    void stop_waiting(uint32_t model);
+    // `has_bytes`: what the user has of --dram by other sessions (user.h).
+    bool activate(uint32_t model, Use use = Use::session, uint64_t has_bytes = 0);
+    void stop_waiting(const ModelState& state) { kept_bytes_.erase(&state); }
     void leave(uint32_t model);
     // Sets memory aside for predictors, until the last user lets go of them. None: draining, ask again. Throws NoRoom.
     std::shared_ptr<Predictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
     // What a session that wants this many slots (0: no preference) would get. Throws NoRoom.
-    uint32_t share_for(uint32_t model, uint32_t slots_wanted) const;
+    uint32_t share_for(uint32_t model, uint32_t slots_wanted, uint64_t has_bytes = 0) const;
     Session& open(std::unique_ptr<Session> session);  // of a model that its opener has activated
     void close(uint32_t session);
     Session* find(uint32_t session) const;
@@ -184,6 +189,7 @@ class Engine {
     void end() { ending_ = true; }  // what clients map stays: they read it until there is another weightd
 
     static uint64_t minimum_dram_bytes(const ModelSpec& spec);
+    static uint64_t session_bytes(const ModelSpec& spec);  // of the tables of one
 
   private:
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
@@ -216,19 +222,20 @@ class Engine {
     void find_hot(ModelState& state);
     void retire(ModelState& state);
     void drop_segment(ModelState& state, std::unique_ptr<Segment> segment);
-    bool make_room(uint32_t model, uint64_t bytes);
-    void require_room(uint32_t model, uint64_t bytes, Use use) const;
-    uint64_t kept_for_others_bytes(uint32_t model) const;
-    uint64_t free_bytes(uint32_t model) const;
-    uint64_t fixed_bytes(uint32_t model) const;
-    bool deactivate_idle(uint32_t except, uint32_t looks_min);
-    bool drain_surplus(uint32_t model, bool own);
+    bool make_room(const ModelState& state, uint64_t bytes);
+    void require_room(const ModelState& state, uint64_t model_bytes, uint64_t user_bytes, uint64_t has_bytes) const;
+    NoRoom no_room(const ModelState& state, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const;
+    uint64_t kept_for_others_bytes(const ModelState& state) const;
+    uint64_t free_bytes(const ModelState& state) const;
+    uint64_t fixed_bytes(const ModelState& state) const;
+    bool deactivate_idle(const ModelState* except, uint32_t looks_min);
+    bool drain_surplus(const ModelState* asks, bool own);
     void note_demand(ModelState& state);
     double uses_per_byte(const ModelState& state) const;
     bool can_spare_segment(const ModelState& state) const;
     void share_by_demand();
     void deactivate(ModelState& state);
-    uint64_t pool_bytes_free(uint32_t model) const;
+    uint64_t pool_bytes_free(const ModelState& state) const;
     uint64_t lendable_bytes() const;
     void update_limits();
     bool shrink_to_target();
@@ -252,7 +259,8 @@ class Engine {
     uint32_t next_session_ = 1;
     std::vector<std::unique_ptr<ModelState>> models_;
     std::unordered_map<uint32_t, std::unique_ptr<Session>> sessions_;  // by id
-    std::map<uint32_t, uint64_t> kept_bytes_;  // by model whose opener waits: what is freed is not for growing pools
+    // By model whose opener waits: what is freed is not for growing pools.
+    std::map<const ModelState*, uint64_t> kept_bytes_;
     struct Promise {  // what share_by_demand() freed is for the pool that lacks it to grow, until the next look()
         uint32_t model = 0;
         uint64_t bytes = 0;

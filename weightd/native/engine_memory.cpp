@@ -15,10 +15,6 @@ std::string mebibytes(uint64_t bytes) {
     return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MiB";
 }
 
-uint64_t session_bytes(const ModelSpec& spec) {
-    return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
-}
-
 uint64_t opened_bytes(const ModelSpec& spec) {
     const uint64_t bundles = uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons;
     return bundles * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
@@ -26,7 +22,7 @@ uint64_t opened_bytes(const ModelSpec& spec) {
 
 uint64_t activation_bytes(const ModelSpec& spec) {
     return pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
-           SESSIONS_RESERVED * session_bytes(spec);
+           SESSIONS_RESERVED * Engine::session_bytes(spec);
 }
 
 bool wants_more(const ModelState& state) { return state.pool->slots() < state.spec.cell_count(); }
@@ -43,6 +39,10 @@ std::optional<SharedMemory> new_segment(uint64_t bytes) {
 }
 
 }  // namespace
+
+uint64_t Engine::session_bytes(const ModelSpec& spec) {
+    return Session::table_bytes(spec.cell_count()) + pages(sizeof(ring::Ring));
+}
 
 uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
@@ -61,71 +61,92 @@ std::unique_ptr<ModelState> open_model(ModelSpec spec, bool allow_buffered) {
     return state;
 }
 
-uint32_t Engine::add_model(std::unique_ptr<ModelState> opened) {
-    const ModelSpec& spec = opened->spec;
-    if (!memory_.take(Account::tables, opened_bytes(spec))) {
-        throw NoRoom(spec.name + ": its checksums and the record of what is hot need " + mebibytes(opened_bytes(spec)) +
-                     " and --dram has " + mebibytes(memory_.free_bytes()) + " left: raise --dram");
-    }
+std::optional<uint32_t> Engine::add_model(std::unique_ptr<ModelState>& opened) {
+    const uint64_t bytes = opened_bytes(opened->spec);
+    kept_bytes_.erase(opened.get());
+    require_room(*opened, bytes, 0, 0);
+    if (!make_room(*opened, bytes)) return std::nullopt;
+    memory_.take(Account::tables, bytes);
     opened->index = static_cast<uint32_t>(models_.size());
-    opened->hotness.resize(spec.cell_count());
+    opened->hotness.resize(opened->spec.cell_count());
     opened->file_index = reader_.register_file(*opened->file);
     models_.push_back(std::move(opened));
+    update_limits();
     return models_.back()->index;
 }
 
-uint64_t Engine::kept_for_others_bytes(uint32_t model) const {
+uint64_t Engine::kept_for_others_bytes(const ModelState& state) const {
     uint64_t kept = 0;
-    for (const auto& [waiting, bytes] : kept_bytes_) kept += waiting == model ? 0 : bytes;
+    for (const auto& [waiting, bytes] : kept_bytes_) kept += waiting == &state ? 0 : bytes;
     return kept;
 }
 
-uint64_t Engine::free_bytes(uint32_t model) const {
-    return memory_.free_bytes() - std::min(memory_.free_bytes(), kept_for_others_bytes(model));
+uint64_t Engine::free_bytes(const ModelState& state) const {
+    return memory_.free_bytes() - std::min(memory_.free_bytes(), kept_for_others_bytes(state));
 }
 
 // True when `bytes` are free. False: something drains, ask again; what it frees is kept for this model. Throws NoRoom.
-bool Engine::make_room(uint32_t model, uint64_t bytes) {
-    kept_bytes_.erase(model);
-    while (free_bytes(model) < bytes) {
-        if (deactivate_idle(model, 0)) continue;
-        if (drain_surplus(model, true)) {
-            kept_bytes_[model] = bytes;
-            return false;
-        }
-        throw NoRoom(models_[model]->spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
-                     mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(free_bytes(model)) +
-                     " is free and nothing more can be taken back: raise --dram or end a session");
+bool Engine::make_room(const ModelState& state, uint64_t bytes) {
+    kept_bytes_.erase(&state);
+    while (free_bytes(state) < bytes) {
+        if (deactivate_idle(&state, 0)) continue;
+        if (!drain_surplus(&state, true)) throw no_room(state, bytes, free_bytes(state), 0);
+        kept_bytes_[&state] = bytes;
+        return false;
     }
     return true;
 }
 
-void Engine::stop_waiting(uint32_t model) { kept_bytes_.erase(model); }
-
-// Throws NoRoom unless `bytes`, and what `use` takes later, are there when all that can be taken back has been.
-void Engine::require_room(uint32_t model, uint64_t bytes, Use use) const {
-    const ModelState& state = *models_[model];
-    const auto& newest = state.predictors_file;
-    if (use != Use::resident && state.pool != nullptr) bytes += SHARE_SLOTS_MIN * uint64_t{state.spec.cell_bytes};
-    const bool loaded = state.predictors != nullptr && newest && state.predictors->version == newest->version;
-    if (use == Use::session && newest && !loaded) bytes += pages(newest->bytes);
-    const uint64_t kept_bytes = kept_for_others_bytes(model);
-    const uint64_t left_bytes = pool_bytes_free(model) - std::min(pool_bytes_free(model), kept_bytes);
-    if (bytes <= left_bytes) return;
-    throw NoRoom(state.spec.name + ": no share of the pool is left: another user needs " + mebibytes(bytes) +
-                 " of --dram " + mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) +
-                 " is not in use: raise --dram or end a session");
+// Throws NoRoom unless both are there when all that can be taken back has been: what the model needs for all its users,
+// and what this user needs, who has some already.
+void Engine::require_room(const ModelState& state, uint64_t model_bytes, uint64_t user_bytes,
+                          uint64_t has_bytes) const {
+    const uint64_t kept_bytes = kept_for_others_bytes(state);
+    const uint64_t left_bytes = pool_bytes_free(state) - std::min(pool_bytes_free(state), kept_bytes);
+    if (model_bytes <= left_bytes && may_take(has_bytes, user_bytes, left_bytes - model_bytes)) return;
+    throw no_room(state, model_bytes + user_bytes, left_bytes, has_bytes);
 }
 
-bool Engine::activate(uint32_t model, Use use) {
+// What it says is true at this moment, and what to do about it.
+NoRoom Engine::no_room(const ModelState& state, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const {
+    std::string text = state.spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
+                       mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) + " can be had";
+    uint64_t opened = 0;
+    bool in_use = false;
+    for (const auto& other : models_) {
+        opened += opened_bytes(other->spec);
+        if (other->pool == nullptr || other->users == 0) continue;
+        in_use = true;
+        uint64_t used_bytes = activation_bytes(other->spec) + other->guaranteed_slots * other->spec.cell_bytes;
+        if (other->users > SESSIONS_RESERVED) {
+            used_bytes += (other->users - SESSIONS_RESERVED) * session_bytes(other->spec);
+        }
+        if (other->predictors != nullptr) used_bytes += pages(other->predictors->bytes);
+        text += ", " + other->spec.name + " with its " + std::to_string(other->users) + " users has " +
+                mebibytes(used_bytes);
+    }
+    text += ", checksums and records of what is hot take " + mebibytes(opened);
+    if (bytes <= left_bytes) {
+        return NoRoom(text + ": your sessions have " + mebibytes(has_bytes) +
+                      ", and the rest is kept for other users: end a session, or raise --dram");
+    }
+    const std::string enough = mebibytes(memory_.limit_bytes() + bytes - left_bytes);
+    return NoRoom(text + (in_use ? ": end a session, or raise --dram to " : ": raise --dram to ") + enough);
+}
+
+bool Engine::activate(uint32_t model, Use use, uint64_t has_bytes) {
     ModelState& state = *models_.at(model);
     const bool active = state.pool != nullptr;
     const uint64_t user_bytes = state.users >= SESSIONS_RESERVED ? session_bytes(state.spec) : 0;
-    const uint64_t activated_bytes = (active ? 0 : activation_bytes(state.spec)) + user_bytes;
-    const uint64_t slots_bytes = active ? 0 : 2 * SHARE_SLOTS_MIN * uint64_t{state.spec.cell_bytes};
-    kept_bytes_.erase(model);
-    require_room(model, activated_bytes + slots_bytes, use);
-    if (!make_room(model, activated_bytes + slots_bytes)) return false;
+    const uint64_t share_bytes = SHARE_SLOTS_MIN * uint64_t{state.spec.cell_bytes};
+    const uint64_t model_bytes = active ? 0 : activation_bytes(state.spec) + 2 * share_bytes;
+    const bool wants_share = active && use != Use::resident;
+    const auto& newest = state.predictors_file;
+    const bool loaded = state.predictors != nullptr && newest && state.predictors->version == newest->version;
+    const uint64_t predictors_bytes = use == Use::session && newest && !loaded ? pages(newest->bytes) : 0;
+    kept_bytes_.erase(&state);
+    require_room(state, model_bytes + predictors_bytes, user_bytes + (wants_share ? share_bytes : 0), has_bytes);
+    if (!make_room(state, model_bytes + user_bytes)) return false;
     memory_.take(Account::tables, user_bytes);
     state.users++;
     state.idle_looks = 0;
@@ -141,7 +162,7 @@ bool Engine::activate(uint32_t model, Use use) {
 
 std::shared_ptr<Predictors> Engine::reserve_predictors(uint32_t model, const PredictorsFile& wanted) {
     const uint64_t bytes = pages(wanted.bytes);
-    if (!make_room(model, bytes)) return nullptr;
+    if (!make_room(*models_.at(model), bytes)) return nullptr;
     memory_.take(Account::resident, bytes);
     update_limits();
     return {new Predictors{wanted.version, wanted.bytes, {}}, [this, bytes](Predictors* predictors) {
@@ -158,39 +179,35 @@ void Engine::leave(uint32_t model) {
     state.users--;
 }
 
-// Resident weights and tables that cannot be taken back for `model`: idle models give theirs up.
-uint64_t Engine::fixed_bytes(uint32_t model) const {
+// Resident weights and tables that cannot be taken back for a model: idle ones give theirs up.
+uint64_t Engine::fixed_bytes(const ModelState& asks) const {
     uint64_t bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
-    for (uint32_t i = 0; i < models_.size(); i++) {
-        const ModelState& state = *models_[i];
-        if (i == model || state.pool == nullptr || state.users > 0) continue;
-        bytes -= activation_bytes(state.spec);
-        if (state.predictors != nullptr) bytes -= pages(state.predictors->bytes);
+    for (const auto& state : models_) {
+        if (state.get() == &asks || state->pool == nullptr || state->users > 0) continue;
+        bytes -= activation_bytes(state->spec);
+        if (state->predictors != nullptr) bytes -= pages(state->predictors->bytes);
     }
     return bytes;
 }
 
-uint64_t Engine::pool_bytes_free(uint32_t model) const {
-    uint64_t spoken_for = fixed_bytes(model);
-    for (uint32_t i = 0; i < models_.size(); i++) {
-        const ModelState& state = *models_[i];
-        if (state.pool == nullptr) continue;
-        spoken_for += state.guaranteed_slots * state.spec.cell_bytes;
-        if (i != model && state.users > 0) spoken_for += segment_bytes_;  // what its last segment may leave unused
+uint64_t Engine::pool_bytes_free(const ModelState& asks) const {
+    uint64_t spoken_for = fixed_bytes(asks);
+    for (const auto& state : models_) {
+        if (state->pool == nullptr) continue;
+        spoken_for += state->guaranteed_slots * state->spec.cell_bytes;
+        if (state.get() != &asks && state->users > 0) spoken_for += segment_bytes_;  // what its last may leave unused
     }
     return memory_.limit_bytes() - std::min(memory_.limit_bytes(), spoken_for);
 }
 
-// Half of what is left, at most: whoever comes next finds something too.
-uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted) const {
-    const ModelSpec& spec = models_.at(model)->spec;
-    const uint64_t left = pool_bytes_free(model) / spec.cell_bytes;
-    if (left < SHARE_SLOTS_MIN) {
-        throw NoRoom(spec.name + ": no share of the pool is left: " + std::to_string(left) + " slots of " +
-                     std::to_string(spec.cell_bytes) + " bytes are free, a session needs " +
-                     std::to_string(SHARE_SLOTS_MIN) + ": raise --dram or end a session");
-    }
-    const uint64_t most = std::min<uint64_t>(std::max<uint64_t>(SHARE_SLOTS_MIN, left / 2), spec.cell_count());
+// Half of what the user may still take, at most: whoever comes next finds something too.
+uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted, uint64_t has_bytes) const {
+    const ModelState& state = *models_.at(model);
+    const uint64_t cell_bytes = state.spec.cell_bytes;
+    const uint64_t free_bytes = pool_bytes_free(state);
+    const uint64_t left = most_for(has_bytes, free_bytes) / cell_bytes;
+    if (left < SHARE_SLOTS_MIN) throw no_room(state, SHARE_SLOTS_MIN * cell_bytes, free_bytes, has_bytes);
+    const uint64_t most = std::min<uint64_t>(std::max<uint64_t>(SHARE_SLOTS_MIN, left / 2), state.spec.cell_count());
     const uint64_t share = slots_wanted == 0 ? most : std::min<uint64_t>(slots_wanted, most);
     return static_cast<uint32_t>(std::max<uint64_t>(share, SHARE_SLOTS_MIN));
 }
@@ -249,7 +266,7 @@ bool Engine::blocks_others(const Session& session) const {
 
 Place Engine::place_for(ModelState& state, uint32_t cell) {
     while (!state.pool->has_free() && !grow(state)) {
-        if (!wants_more(state) || !deactivate_idle(state.index, IDLE_LOOKS_MIN)) break;
+        if (!wants_more(state) || !deactivate_idle(&state, IDLE_LOOKS_MIN)) break;
     }
     return state.pool->insert(cell);
 }
@@ -280,23 +297,23 @@ void Engine::claim_slots(ModelState& state) {
         owed_slots += std::max(session->share_slots, std::min(session->held_cells, session->lease_limit));
     }
     if (state.pool->slots() >= owed_slots) return;
-    if (!deactivate_idle(state.index, 0)) drain_surplus(state.index, false);
+    if (!deactivate_idle(&state, 0)) drain_surplus(&state, false);
 }
 
-// True when a segment that some model can spare is on its way out; one of `model` itself only if `own`, and rather not.
-bool Engine::drain_surplus(uint32_t model, bool own) {
+// True when a segment that some model can spare is on its way out; one of `asks` itself only if `own`, and rather not.
+bool Engine::drain_surplus(const ModelState* asks, bool own) {
     ModelState* chosen = nullptr;
     uint64_t most_bytes = 0;
-    for (uint32_t i = 0; i < models_.size(); i++) {
-        ModelState& state = *models_[i];
-        if (state.pool == nullptr || (i == model && !own)) continue;
-        if (state.pool->draining() > 0) return true;
-        if (!can_spare_segment(state)) continue;
-        const uint64_t slots = state.pool->slots();
-        const uint64_t surplus_bytes = (slots - state.guaranteed_slots) * state.spec.cell_bytes / (i == model ? 2 : 1);
+    for (const auto& state : models_) {
+        const bool asking = state.get() == asks;
+        if (state->pool == nullptr || (asking && !own)) continue;
+        if (state->pool->draining() > 0) return true;
+        if (!can_spare_segment(*state)) continue;
+        const uint64_t slots = state->pool->slots();
+        const uint64_t surplus_bytes = (slots - state->guaranteed_slots) * state->spec.cell_bytes / (asking ? 2 : 1);
         if (surplus_bytes > most_bytes) {
             most_bytes = surplus_bytes;
-            chosen = &state;
+            chosen = state.get();
         }
     }
     if (chosen == nullptr || !chosen->pool->start_draining()) return false;
@@ -319,12 +336,11 @@ void Engine::drop_segment(ModelState& state, std::unique_ptr<Segment> segment) {
     segment->memory.drain();
 }
 
-bool Engine::deactivate_idle(uint32_t except, uint32_t looks_min) {
-    for (uint32_t i = 0; i < models_.size(); i++) {
-        ModelState& state = *models_[i];
-        if (i == except || state.pool == nullptr || state.users > 0 || state.pool->busy() > 0) continue;
-        if (state.idle_looks < looks_min) continue;
-        deactivate(state);
+bool Engine::deactivate_idle(const ModelState* except, uint32_t looks_min) {
+    for (const auto& state : models_) {
+        if (state.get() == except || state->pool == nullptr || state->users > 0 || state->pool->busy() > 0) continue;
+        if (state->idle_looks < looks_min) continue;
+        deactivate(*state);
         return true;
     }
     return false;

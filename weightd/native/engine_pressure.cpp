@@ -4,12 +4,6 @@
 #include "engine.h"
 
 namespace weightd {
-namespace {
-
-constexpr uint32_t NO_MODEL = UINT32_MAX;
-
-}  // namespace
-
 void Engine::press() {
     const uint64_t used_bytes = memory_.limit_bytes() - memory_.free_bytes();
     const uint64_t step_bytes = std::max(memory_.limit_bytes() / PRESS_DIVISOR, segment_bytes_);
@@ -29,11 +23,11 @@ void Engine::relieve() {
 bool Engine::shrink_to_target() {
     bool any = false;
     while (memory_.limit_bytes() - memory_.free_bytes() > target_bytes_) {
-        if (deactivate_idle(NO_MODEL, IDLE_LOOKS_MIN)) {
+        if (deactivate_idle(nullptr, IDLE_LOOKS_MIN)) {
             any = true;
             continue;
         }
-        if (!drain_surplus(NO_MODEL, true)) break;
+        if (!drain_surplus(nullptr, true)) break;
         const uint64_t free_bytes = memory_.free_bytes();
         for (const auto& state : models_) {
             if (state->pool != nullptr) retire(*state);
@@ -49,7 +43,7 @@ uint64_t Engine::growth_bytes(const ModelState& state) const {
     const uint64_t used_bytes = memory_.limit_bytes() - memory_.free_bytes();
     const uint64_t below_bytes = target_bytes_ - std::min(target_bytes_, used_bytes);
     const uint64_t owed_slots = state.guaranteed_slots - std::min(state.guaranteed_slots, state.pool->slots());
-    return std::min(free_bytes(state.index), std::max(below_bytes, owed_slots * state.spec.cell_bytes));
+    return std::min(free_bytes(state), std::max(below_bytes, owed_slots * state.spec.cell_bytes));
 }
 
 }  // namespace weightd

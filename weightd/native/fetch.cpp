@@ -87,7 +87,7 @@ CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t 
       error(error) {}
 
 void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
-    ensure_active(model, Use::cells);
+    ensure_active(model, Use::cells, std::nullopt);
     const ModelSpec& spec = this->model(model).spec;
     FetchSession* session = nullptr;
     const auto end = [&] {
@@ -127,7 +127,7 @@ void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
 }
 
 void Service::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
-    ensure_active(model, Use::resident);
+    ensure_active(model, Use::resident, std::nullopt);
     const ModelState& state = this->model(model);
     const bool inside =
         offset_bytes <= state.spec.resident_bytes && out.size() <= state.spec.resident_bytes - offset_bytes;

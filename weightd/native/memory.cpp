@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -23,6 +24,13 @@ constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
 
 void check(int result, const char* what) {
     if (result < 0) throw std::system_error(errno, std::generic_category(), what);
+}
+
+Descriptor reopened(const Descriptor& memory, int flags) {
+    const std::string path = "/proc/self/fd/" + std::to_string(memory.get());
+    Descriptor again(::open(path.c_str(), flags | O_CLOEXEC));
+    check(again.get(), "reopening a memfd");
+    return again;
 }
 
 }  // namespace
@@ -78,13 +86,33 @@ SharedMemory::~SharedMemory() {
 
 void SharedMemory::seal() {
     check(::fcntl(owned_.get(), F_ADD_SEALS, F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL), "sealing a memfd");
-    const std::string path = "/proc/self/fd/" + std::to_string(owned_.get());
-    shared_ = Descriptor(::open(path.c_str(), O_RDONLY | O_CLOEXEC));
-    check(shared_.get(), "reopening a memfd read-only");
+    shared_ = reopened(owned_, O_RDONLY);
 }
 
+// The kernel counts who has a file open for writing, but not the descriptor that memfd_create() gave.
 void SharedMemory::fix() {
     check(::fcntl(owned_.get(), F_ADD_SEALS, F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL), "sealing a memfd");
+    check(::fchmod(owned_.get(), 0600), "fchmod of a memfd");
+    shared_ = reopened(owned_, O_RDWR);
+    owned_ = reopened(owned_, O_RDWR);
+    check(::fchmod(owned_.get(), 0400), "fchmod of a memfd");
+}
+
+void SharedMemory::abandon(size_t kept_bytes) {
+    ::munmap(std::exchange(data_, nullptr), bytes_);
+    shared_.reset();
+    const auto kept = static_cast<off_t>(kept_bytes);
+    const auto rest = static_cast<off_t>(bytes_) - kept;
+    check(::fallocate(owned_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, kept, rest), "emptying a memfd");
+}
+
+// A write lease is given only on a file that nobody else has open for writing; a mapping keeps it open. Whoever opened
+// it meanwhile (root can) would send us SIGIO, which ends a process; SIGURG does not.
+bool SharedMemory::held_by_others() const {
+    ::fcntl(owned_.get(), F_SETSIG, SIGURG);
+    if (::fcntl(owned_.get(), F_SETLEASE, F_WRLCK) < 0) return errno == EAGAIN;
+    ::fcntl(owned_.get(), F_SETLEASE, F_UNLCK);
+    return false;
 }
 
 void SharedMemory::drain() {

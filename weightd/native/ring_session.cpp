@@ -8,14 +8,12 @@
 
 #include <cassert>
 #include <cerrno>
-#include <climits>
 #include <cstring>
 #include <new>
 #include <system_error>
 
 namespace weightd {
 
-inline constexpr std::chrono::seconds ATTACH_WITHIN{10};
 inline constexpr int PEER_PIDFD = 77;                     // SO_PEERPIDFD, which older headers lack
 inline constexpr std::chrono::seconds BLOCKS_AT_MOST{5};  // a running client gives back at its next layer
 
@@ -46,17 +44,16 @@ Descriptor process_of(int socket, const ucred& peer) {
     return Descriptor(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
 }
 
-RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token,
-                         std::optional<uid_t> user, std::shared_ptr<const Predictors> predictors)
+RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
+                         std::shared_ptr<const Predictors> predictors)
     : Session(model, cells, share_slots, true),
       token_(token),
       user_(user),
       predictors_(std::move(predictors)),
-      attach_before_(Clock::now() + ATTACH_WITHIN),
       memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),
       doorbell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (doorbell_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
-    new (memory_.data()) ring::Ring{};
+    new (memory_.data()) ring::Ring;  // but for the header it is as it comes: zeros, without memory until it is used
     memory_.fix();
     ring().header.magic = ring::MAGIC;
     ring().header.version = ring::VERSION;
@@ -73,7 +70,9 @@ bool RingSession::attach(Descriptor socket, Descriptor process, const ucred& pee
     const ring::Welcome welcome{ring::MAGIC, ring::VERSION, resident_bytes, calibration_bytes, share_slots, 0};
     std::vector<int> descriptors{memory_.shared_fd(), doorbell_.get(), resident_fd};
     if (predicts) descriptors.push_back(predictors_->memory.shared_fd());
-    return send_with_descriptors(socket_.get(), &welcome, sizeof welcome, descriptors);
+    const bool sent = send_with_descriptors(socket_.get(), &welcome, sizeof welcome, descriptors);
+    memory_.stop_sharing();
+    return sent;
 }
 
 bool RingSession::has_requests() const {
@@ -169,14 +168,16 @@ void RingSession::wake() {
     ring::Header& header = ring().header;
     header.bell.fetch_add(1);
     if (header.client_sleeps.load() == 0) return;
-    ::syscall(SYS_futex, &header.bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+    // One: a client waits in one thread at a time, and however many do, waking them all would keep others waiting.
+    ::syscall(SYS_futex, &header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
 void RingSession::announce_sleep(bool sleeps) { ring().header.daemon_sleeps.store(sleeps ? 1 : 0); }
 
 Remains RingSession::remains() {
-    ::shutdown(socket_.get(), SHUT_WR);
-    return {model, std::move(socket_), std::move(process_), std::move(predictors_)};
+    if (attached()) ::shutdown(socket_.get(), SHUT_WR);
+    memory_.abandon(sizeof(ring::Header));  // which says that it is closed
+    return {model, user_, std::move(memory_), std::move(socket_), std::move(process_), std::move(predictors_)};
 }
 
 void RingSession::close(ring::State state) {

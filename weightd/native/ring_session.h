@@ -7,7 +7,6 @@
 #include <sys/socket.h>
 
 #include <array>
-#include <chrono>
 #include <optional>
 #include <set>
 #include <span>
@@ -17,6 +16,7 @@
 #include "resident.h"
 #include "ring.h"
 #include "session.h"
+#include "user.h"
 
 namespace weightd {
 
@@ -25,6 +25,8 @@ using Token = std::array<uint8_t, ring::TOKEN_BYTES>;
 // Of a session that we closed: its client lives and maps resident weights and predictors, which stay until it lets go.
 struct Remains {
     uint32_t model;
+    User user;
+    SharedMemory ring;
     Descriptor socket;
     Descriptor process;
     std::shared_ptr<const Predictors> predictors;
@@ -32,14 +34,13 @@ struct Remains {
 
 class RingSession final : public Session {
   public:
-    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, std::optional<uid_t> user,
+    RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
                 std::shared_ptr<const Predictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
     // False: it does not listen.
     bool attach(Descriptor socket, Descriptor process, const ucred& peer, uint64_t resident_bytes, int resident_fd);
     bool attached() const { return socket_.get() >= 0; }
-    bool expired() const { return !attached() && Clock::now() > attach_before_; }
 
     struct Taken {  // a request, copied and unpacked
         ring::Op op;
@@ -55,7 +56,8 @@ class RingSession final : public Session {
     void break_rule() { broken_ = true; }
     bool broken() const { return broken_; }
     void close(ring::State state);  // tells the client and wakes it
-    Remains remains();              // after close(), which hangs up towards the client and hears when it does
+    // After close(). What the client may still have of it: it is hung up on, and heard when it hangs up, too.
+    Remains remains();
 
     void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) override;
     void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) override;
@@ -67,6 +69,7 @@ class RingSession final : public Session {
 
     const Token& token() const { return token_; }
     bool is_for(uid_t user) const { return !user_ || *user_ == user; }
+    const User& user() const { return user_; }
     const ucred& peer() const { return peer_; }  // all zero before it has attached
     Clock::time_point opened_at() const { return opened_at_; }
     uint64_t requests() const { return requests_; }
@@ -81,10 +84,9 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
-    std::optional<uid_t> user_;                     // whose processes may attach; none: whoever has the token
+    User user_;                                     // whose processes may attach; none: whoever has the token
     std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point opened_at_ = Clock::now();
-    Clock::time_point attach_before_;
     SharedMemory memory_;
     Descriptor doorbell_;
     Descriptor socket_;

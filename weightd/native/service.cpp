@@ -16,6 +16,11 @@ constexpr std::chrono::seconds RELIEVE_AFTER{10};  // without a signal, of which
 constexpr int CHECK_MS = 1000;                     // for sessions that were not attached in time, or that block others
 constexpr int PUT_OFF_CHECK_MS = 20;               // for reads that wait for nothing but time
 
+constexpr uint32_t UNATTACHED_MAX = 64;  // sessions
+constexpr std::chrono::seconds ATTACH_WITHIN{10};
+constexpr uint32_t SILENT_MAX = 64;  // connections
+constexpr std::chrono::seconds HELLO_WITHIN{10};
+
 uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrency() / 2); }
 
 }  // namespace
@@ -26,7 +31,11 @@ bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; 
 
 Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms,
                  PressureChoice pressure)
-    : choice_(std::move(choice)), data_socket_path_(data_socket), pressure_(std::move(pressure)) {
+    : choice_(std::move(choice)),
+      data_socket_path_(data_socket),
+      pressure_(std::move(pressure)),
+      unattached_(UNATTACHED_MAX, ATTACH_WITHIN),
+      silent_(SILENT_MAX, HELLO_WITHIN) {
     reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
     engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled, warms);
@@ -150,14 +159,13 @@ bool Service::serve_ring(RingSession& session) {
 
 void Service::sleep_until_event() {
     bool waiting = false;
-    bool unattached = !connections_.empty();
     for (const auto& [id, ring] : rings_) {
         ring->announce_sleep(true);
         waiting = waiting || (ring->attached() && (ring->has_requests() || ring->broken()));
-        unattached = unattached || !ring->attached();
     }
+    const bool half_open = !silent_.empty() || !unattached_.empty() || closed_rings_.size() > 0;
     std::array<epoll_event, 64> events;
-    const bool ticks = unattached || !accepts_ || engine_->waiting() || engine_->pressed();
+    const bool ticks = half_open || !accepts_ || engine_->waiting() || engine_->pressed();
     const int timeout_ms = waiting ? 0 : engine_->puts_off() ? PUT_OFF_CHECK_MS : ticks ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
     if (count < 0 && errno != EINTR) fail("epoll_wait");
@@ -170,7 +178,6 @@ void Service::sleep_until_event() {
         if (kind == SESSION) close_session(id, ring::CLOSED_BY_DAEMON);  // hung up, spoke, or its process ended
         if (kind == PRESSURE) hear_pressure(static_cast<int>(id), events[i].events);
     }
-    if (unattached) close_expired();
 }
 
 // ---- memory pressure ----
@@ -226,7 +233,13 @@ void Service::run_all_commands() {
 
 uint32_t Service::add_model(ModelSpec spec) {
     auto opened = open_model(std::move(spec), choice_.allow_buffered);
-    return on_loop([&] { return engine_->add_model(std::move(opened)); });
+    const ModelState& state = *opened;
+    std::optional<uint32_t> index;
+    wait_for_room(state, [&] {
+        index = making_way(std::nullopt, [&] { return engine_->add_model(opened); });
+        return index.has_value();
+    });
+    return *index;
 }
 
 std::string Service::io_level() {
@@ -243,6 +256,7 @@ void Service::now_and_then() {
     next_look_ = now + std::chrono::milliseconds(CHECK_MS);
     listen(true);
     close_blocking();
+    close_expired();
     if (engine_->pressed() && now > relieve_at_) engine_->relieve();
     engine_->look();
 }

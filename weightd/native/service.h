@@ -11,10 +11,11 @@
 #include <future>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <thread>
 
+#include "closed_rings.h"
 #include "engine.h"
+#include "half_open.h"
 #include "report.h"
 #include "resident.h"
 #include "ring_session.h"
@@ -35,7 +36,7 @@ struct Stopping : std::runtime_error {
 [[noreturn]] void fail(const std::string& what);  // std::system_error of errno
 bool out_of_descriptors(int error);               // whether that errno says so
 
-// Each takes two descriptors, four once it is attached, two more for each segment of the pool beside them.
+// Each takes three descriptors, four once it is attached, two more for each segment of the pool beside them.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
 struct PressureChoice {                 // what becomes of the pool when the system lacks memory
@@ -70,7 +71,7 @@ class Service {
         return on_loop([&] { return engine_->hotness(model); });
     }
     // Only a process of `user` can attach to it; of any user, if there is none.
-    Opened open_session(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user = std::nullopt);
+    Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user = std::nullopt);
     // Whole cells of `layer`, back to back in the order asked.
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out);
     void fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out);
@@ -81,11 +82,6 @@ class Service {
     void stop();  // closes every session, wakes its client, joins the loop; can be called twice
 
   private:
-    struct Connection {  // has not said Hello yet
-        Descriptor socket;
-        Clock::time_point close_at;
-    };
-
     enum Event : uint64_t { WAKE_ONLY = 0, COMMAND, LISTENER, CONNECTION, SESSION, PRESSURE };  // of epoll
     static uint64_t event_data(Event kind, uint32_t id) { return static_cast<uint64_t>(kind) << 32 | id; }
 
@@ -130,11 +126,26 @@ class Service {
     };
     friend class Turn;
 
-    void count_opening();
-    Opened open_active(uint32_t model, uint32_t slots_wanted, std::optional<uid_t> user);
-    void ensure_active(uint32_t model, Use use);
-    void ensure_predictors(uint32_t model);
-    void wait_for_room(uint32_t model, const std::function<bool()>& reserve);
+    void count_opening(const User& user);
+    void count_opened(const User& user);
+    uint64_t sessions_of(const User& user) const;
+    uint64_t bytes_of(const User& user) const;
+    bool make_way(const User& user);
+    // On the loop: what `reserve` gives, once enough has been taken from who keeps it and does not use it, or NoRoom.
+    template <typename F>
+    auto making_way(const User& user, F reserve) -> decltype(reserve()) {
+        while (true) {
+            try {
+                return reserve();
+            } catch (const NoRoom&) {
+                if (!make_way(user)) throw;
+            }
+        }
+    }
+    Opened open_active(uint32_t model, uint32_t slots_wanted, const User& user);
+    void ensure_active(uint32_t model, Use use, const User& user);
+    void ensure_predictors(uint32_t model, const User& user);
+    void wait_for_room(const ModelState& state, const std::function<bool()>& reserve);
     bool stopping();
     void post(std::function<void()> command);  // throws Stopping
 
@@ -164,15 +175,18 @@ class Service {
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
     std::string failure_;
-    Clock::time_point next_look_;    // of now_and_then()
-    bool accepts_ = true;            // false while no descriptor is left for a connection
-    uint32_t opening_sessions_ = 0;  // not in rings_ yet
-    std::mutex opening_lock_;        // guards opening_
+    Clock::time_point next_look_;                // of now_and_then()
+    bool accepts_ = true;                        // false while no descriptor is left for a connection
+    std::map<User, uint32_t> opening_sessions_;  // not in rings_ yet
+    std::mutex opening_lock_;                    // guards opening_
     std::condition_variable opened_;
     std::map<uint32_t, Clock::time_point> opening_;  // by model, while it is an opener's turn: when the device answered
     std::map<uint32_t, RingSession*> rings_;         // by session, attached or not
     std::map<uint32_t, Remains> remains_;            // by session
-    std::map<int, Connection> connections_;          // by descriptor
+    ClosedRings closed_rings_;
+    HalfOpen unattached_;                    // of rings_
+    HalfOpen silent_;                        // of connections_: all
+    std::map<int, Descriptor> connections_;  // by descriptor, that have not said Hello yet
     std::thread thread_;
 };
 

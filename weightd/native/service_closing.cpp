@@ -14,8 +14,15 @@ void Service::close_session(uint32_t id, ring::State state) {
     if (!client_stays) unwatch(session.process_fd());
     unwatch(session.doorbell_fd());  // the client holds it too: closing our descriptor would leave it in the epoll set
     session.close(state);
+    unattached_.end(id);
     const uint32_t model = session.model;
-    if (client_stays) remains_.emplace(id, session.remains());
+    const bool was_attached = session.attached();
+    Remains remains = session.remains();
+    if (client_stays) {
+        remains_.emplace(id, std::move(remains));
+    } else if (was_attached) {
+        closed_rings_.add(std::move(remains.ring), remains.user);
+    }
     rings_.erase(found);
     engine_->model(model).sessions--;
     engine_->close(id);
@@ -29,6 +36,7 @@ void Service::let_go(uint32_t id) {
     unwatch(found->second.socket.get());
     unwatch(found->second.process.get());
     engine_->leave(found->second.model);
+    closed_rings_.add(std::move(found->second.ring), found->second.user);
     remains_.erase(found);
 }
 
@@ -41,11 +49,9 @@ void Service::close_blocking() {
 }
 
 void Service::close_expired() {
-    std::erase_if(connections_, [](const auto& entry) { return Clock::now() > entry.second.close_at; });
-    for (auto next = rings_.begin(); next != rings_.end();) {
-        const auto [id, ring] = *next++;
-        if (ring->expired()) close_session(id, ring::CLOSED_BY_DAEMON);
-    }
+    for (const uint32_t fd : silent_.take_expired(Clock::now())) connections_.erase(static_cast<int>(fd));
+    for (const uint32_t id : unattached_.take_expired(Clock::now())) close_session(id, ring::CLOSED_BY_DAEMON);
+    closed_rings_.forget_released();
 }
 
 }  // namespace weightd

@@ -14,8 +14,14 @@
 namespace weightd {
 namespace {
 
-constexpr uint32_t CONNECTIONS_MAX = 64;  // that have not said Hello; more are closed at once
-constexpr std::chrono::seconds HELLO_WITHIN{10};
+constexpr uint32_t ACCEPTS_MAX = 16;  // in one turn of the loop
+
+std::optional<ucred> peer_of(int socket) {
+    ucred peer{};
+    socklen_t bytes = sizeof peer;
+    if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) < 0) return std::nullopt;
+    return peer;
+}
 
 }  // namespace
 
@@ -30,29 +36,33 @@ Descriptor Service::listen_at(const std::string& path) {
     Descriptor listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     ::unlink(path.c_str());
     if (listener.get() < 0 || ::bind(listener.get(), reinterpret_cast<sockaddr*>(&address), sizeof address) < 0 ||
-        ::listen(listener.get(), CONNECTIONS_MAX) < 0) {
+        ::listen(listener.get(), SOMAXCONN) < 0) {
         fail(path);
     }
     return listener;
 }
 
 void Service::accept_connections() {
-    while (true) {
+    for (uint32_t i = 0; i < ACCEPTS_MAX; i++) {  // then the others have their turn
         Descriptor socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
         if (socket.get() < 0 && out_of_descriptors(errno)) listen(false);  // else it would be ready for ever
         if (socket.get() < 0) return;
-        if (connections_.size() < CONNECTIONS_MAX) add_connection(std::move(socket));
+        add_connection(std::move(socket));
     }
 }
 
 void Service::add_connection(Descriptor socket) {
     const int fd = socket.get();
+    const auto peer = peer_of(fd);
+    if (!peer) return;
     try {
         watch(fd, event_data(CONNECTION, static_cast<uint32_t>(fd)), EPOLLIN | EPOLLRDHUP);
     } catch (const std::system_error&) {
         return;  // the system's limit of watches: this client sees that it is hung up on
     }
-    connections_[fd] = {std::move(socket), Clock::now() + HELLO_WITHIN};
+    connections_[fd] = std::move(socket);
+    const auto given_up = silent_.begin(static_cast<uint32_t>(fd), peer->uid, Clock::now());
+    if (given_up) connections_.erase(static_cast<int>(*given_up));
 }
 
 void Service::listen(bool accepts) {
@@ -70,8 +80,9 @@ void Service::greet(int fd) {
     ring::Hello hello{};
     const ssize_t got = ::recv(fd, &hello, sizeof hello, MSG_DONTWAIT);
     if (got < 0 && errno == EAGAIN) return;
-    Descriptor socket = std::move(found->second.socket);
+    Descriptor socket = std::move(found->second);
     connections_.erase(found);
+    silent_.end(static_cast<uint32_t>(fd));
     unwatch(fd);
     if (got != sizeof hello || hello.magic != ring::MAGIC) return;
     if (hello.version != ring::VERSION) return refuse(fd, EPROTO);
@@ -86,11 +97,9 @@ void Service::greet(int fd) {
 
 void Service::attach(Descriptor socket, RingSession& session) {
     const int fd = socket.get();
-    ucred peer{};
-    socklen_t peer_bytes = sizeof peer;
-    if (::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &peer, &peer_bytes) < 0) return refuse(fd, EPERM);
-    if (!session.is_for(peer.uid)) return refuse(fd, EPERM);
-    Descriptor process = process_of(fd, peer);
+    const auto peer = peer_of(fd);
+    if (!peer || !session.is_for(peer->uid)) return refuse(fd, EPERM);
+    Descriptor process = process_of(fd, *peer);
     if (process.get() < 0 && out_of_descriptors(errno)) return refuse(fd, errno);
     try {
         // Nothing is to come after Hello. A message that lay there unread could hold this very connection open, as one
@@ -104,7 +113,8 @@ void Service::attach(Descriptor socket, RingSession& session) {
         return refuse(fd, error.code().value());
     }
     const ModelState& state = engine_->model(session.model);
-    if (!session.attach(std::move(socket), std::move(process), peer, state.spec.resident_bytes,
+    unattached_.end(session.id);
+    if (!session.attach(std::move(socket), std::move(process), *peer, state.spec.resident_bytes,
                         state.resident.shared_fd())) {
         close_session(session.id, ring::CLOSED_BY_DAEMON);
     }

@@ -7,6 +7,7 @@ catalog are rare and short, so each opens it anew, and threads of one process ta
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -237,7 +238,8 @@ def _parsed(record: bytes, calibration: bytes = b"") -> weightd_pb2.Model:
 
 def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:
     def opened(lock: bool) -> lmdb.Environment:
-        return lmdb.open(str(path), subdir=False, map_size=MAP_BYTES, readonly=not write, create=create, lock=lock)
+        own_path = os.fsencode(path)  # lmdb would want a path that the locale can write
+        return lmdb.open(own_path, subdir=False, map_size=MAP_BYTES, readonly=not write, create=create, lock=lock)
 
     try:
         return opened(lock=True)

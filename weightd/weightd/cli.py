@@ -1,7 +1,7 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd --store DIR ...                  serves (weightd.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.top)
@@ -13,14 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flashclient import standard_streams
+from flashclient.standard_streams import complain, say
 from weightd.config import FlagParser
 from weightd.errors import WeightdError
+from weightd.log import one_line
 from weightd.sizes import format_size
 from weightd.store import Store
 from weightd_proto import weightd_pb2
@@ -30,17 +36,21 @@ Progress = Callable[[int, int], None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    return standard_streams.run("weightd", lambda: _main(given))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         return _run(arguments)
     except WeightdError as error:
-        print(f"weightd: {error}", file=sys.stderr)
+        complain("weightd", one_line(str(error)))
         return error.exit_status
     except OSError as error:
-        print(f"weightd: {_describe(error)}", file=sys.stderr)
+        complain("weightd", one_line(_describe(error)))
         return 1
     except KeyboardInterrupt:
-        print("weightd: interrupted", file=sys.stderr)
+        complain("weightd", "interrupted")
         return 1
 
 
@@ -54,13 +64,37 @@ def _run(arguments: list[str]) -> int:
 
         return top.main(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        # Before gRPC is imported: its core would write lines of its own, with bytes in them as a client has sent them.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from weightd import serve
 
         return serve.main(arguments)
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
-    run(options)
+    with _ended_as_interrupted():
+        run(options)
     return 0
+
+
+@contextmanager
+def _ended_as_interrupted() -> Iterator[None]:
+    """SIGTERM, and the SIGHUP of a closing terminal, do what Ctrl-C does: what is half done is taken back."""
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    ending = [
+        number for number in (signal.SIGTERM, signal.SIGHUP) if ours and signal.getsignal(number) == signal.SIG_DFL
+    ]
+    for number in ending:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in ending:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _describe(error: OSError) -> str:
@@ -86,7 +120,9 @@ def _parser() -> FlagParser:
     adding = command("import", _import, "Imports a Hugging Face folder or a .gguf file.")
     adding.add_argument("source", type=Path, metavar="SRC")
     adding.add_argument("--name", help="of the model in the store; default: the name of the folder or file")
-    adding.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), default="keep")
+    adding.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), help="(default: keep)")
+    update = "do nothing where the store has it, import again what has changed since; waits for another import of it"
+    adding.add_argument("--update", action="store_true", help=update)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -104,24 +140,28 @@ def _parser() -> FlagParser:
 def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint import check_exists
     from weightd.convert import import_checkpoint
+    from weightd.update import IMPORTED, update
 
     check_exists(options.source)  # a misspelt source makes no store
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
-        model = import_checkpoint(options.source, store, options.name, options.dtype, options.allow_buffered, progress)
-    if options.json:
-        print(json.dumps(_summary(model)))
-    else:
-        print(f"imported {_line(model)}")
+        if options.update:
+            more = (options.name, options.dtype, options.allow_buffered, progress)
+            model, done = update(options.source, store, *more)
+        else:
+            dtype = options.dtype or "keep"
+            model = import_checkpoint(options.source, store, options.name, dtype, options.allow_buffered, progress)
+            done = IMPORTED
+    say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
 
 
 def _list(options: argparse.Namespace) -> None:
     with Store.open(options.store, readonly=True) as store:
         models = store.models()
     if options.json:
-        print(json.dumps({"models": [_summary(model) for model in models]}))
+        say(json.dumps({"models": [_summary(model) for model in models]}))
     else:
         for model in models:
-            print(_line(model))
+            say(_line(model))
 
 
 def _remove(options: argparse.Namespace) -> None:
@@ -138,10 +178,10 @@ def _verify(options: argparse.Namespace) -> None:
             with _progress(f"verifying {name}") as progress:
                 results.append(verify_model(store, name, options.allow_buffered, progress))
     if options.json:
-        print(json.dumps({"verified": [vars(result) for result in results]}))
+        say(json.dumps({"verified": [vars(result) for result in results]}))
     else:
         for result in results:
-            print(f"{result.model}: {result.bundles} bundles, {result.tensors} tensors, {result.files} files whole")
+            say(f"{result.model}: {result.bundles} bundles, {result.tensors} tensors, {result.files} files whole")
 
 
 def _summary(model: weightd_pb2.Model) -> dict[str, Any]:

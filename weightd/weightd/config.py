@@ -40,7 +40,7 @@ SYSTEM_SOCKET = Path("/run/weightd/weightd.sock")
 class ListenAddress:
     """Where gRPC listens: a Unix socket's path, or a host and port."""
 
-    target: str  # as gRPC spells it: unix:/path or host:port
+    target: str  # as people write it: unix:/path or host:port
     socket_path: Path | None  # of a Unix socket
     default: bool = False  # not asked for by name: its directory is made
     loopback: bool = True  # no other machine can reach it
@@ -134,6 +134,8 @@ def default_listen(user_id: int, environment: Mapping[str, str]) -> ListenAddres
         path = Path(runtime) / "weightd.sock"
     else:
         path = Path(tempfile.gettempdir()) / f"weightd-{user_id}" / "weightd.sock"
+    if unfit_for_a_socket(path):  # a long TMPDIR; clients look at the same place
+        path = Path("/tmp") / f"weightd-{user_id}" / "weightd.sock"
     return parse_listen(f"unix:{path}", default=True)
 
 
@@ -263,13 +265,29 @@ def _parse_socket(text: str, default: bool) -> ListenAddress:
     path = Path(text.removeprefix("unix:").replace("///", "/", 1))
     if not path.is_absolute():
         raise UsageError(f"--listen {text!r}: want an absolute path, like unix:{path.absolute()}")
-    size_bytes = len(os.fsencode(path))
-    if size_bytes > SOCKET_PATH_BYTES_MAX:
-        raise UsageError(
-            f"--listen {text!r}: the path has {size_bytes} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; "
-            "use a shorter one"
-        )
+    if reason := unfit_for_a_socket(path):
+        raise UsageError(f"--listen {text!r}: {reason}")
     return ListenAddress(f"unix:{path}", path, default)
+
+
+def unfit_for_a_socket(path: Path) -> str | None:
+    """Why clients could not find a socket there."""
+    encoded = os.fsencode(path)
+    if len(encoded) > SOCKET_PATH_BYTES_MAX:
+        return f"the path has {len(encoded)} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; use a shorter one"
+    if b"," in encoded:
+        return "the path has a comma, which parts addresses for gRPC; use another"
+    if b"\0" in encoded or not _is_utf8(encoded):
+        return "the path is not valid UTF-8, in which clients are told of it; use another"
+    return None
+
+
+def _is_utf8(encoded: bytes) -> bool:
+    try:
+        encoded.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_host(host: str) -> bool:

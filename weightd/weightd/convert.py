@@ -1,8 +1,8 @@
 """An import: a checkpoint becomes a model of a store.
 
-`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits,
-write it, publish it. Memory is that of import_plan.py; nothing of the store and, where its file system allows, nothing
-of the checkpoint enters the page cache.
+`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits and
+that a client can use its files, write it, publish it. Memory is that of import_plan.py; nothing of the store and, where
+its file system allows, nothing of the checkpoint enters the page cache.
 """
 
 from __future__ import annotations
@@ -26,11 +26,22 @@ from weightd.errors import SpaceError
 from weightd.families import Recipe, Source, recipe_of
 from weightd.import_plan import CHUNK_BYTES, BundleStep, DownStep, ResidentStep, Step, plan_bundles, plan_resident
 from weightd.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_shape, round_up
+from weightd.origin import origin_of, source_text
 from weightd.read_ahead import ReadAhead
+from weightd.rehearsal import check_files
 from weightd.resident import lay_out_resident
 from weightd.sizes import format_size
 from weightd.sources import sources_of
-from weightd.store import BUNDLES_FILE, FILES_FOLDER, RESIDENT_FILE, Staging, Store, space_errors, sync
+from weightd.store import (
+    BUNDLES_FILE,
+    FILES_FOLDER,
+    RESIDENT_FILE,
+    Staging,
+    Store,
+    model_name_for,
+    space_errors,
+    sync,
+)
 from weightd.uncached_file import UncachedWriter
 from weightd.write_behind import WriteBehind
 from weightd_proto import weightd_pb2
@@ -65,18 +76,25 @@ def import_checkpoint(
     dtype: str = KEEP,
     allow_buffered: bool = False,
     progress: Progress | None = None,
+    replaces: bytes = b"",
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
-    `dtype`: keep, fp32, bf16 or fp16. Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError
-    (O_DIRECT is refused and `allow_buffered` is not set) or OSError; the store is then as before.
+    `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import of that name that it takes the place of. Raises
+    CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and `allow_buffered`
+    is not set) or OSError; the store is then as before.
     """
-    name = name if name is not None else path.absolute().name.removesuffix(".gguf")
-    with store.begin_import(name) as staging, space_errors(store.path):
+    name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
+    with store.begin_import(name, replaces) as staging, space_errors(store.path):
+        origin = origin_of(path, dtype)  # before anything is read: what changes meanwhile has changed since
         checkpoint = open_checkpoint(path)
         model = _lay_out(checkpoint, name, dtype, _block_bytes(staging))
+        model.record.source = source_text(path)
+        model.record.origin.CopyFrom(origin)
         _check_space(model.record, store.path)
-        model.record.files.extend(_write_files(checkpoint, staging.folder / FILES_FOLDER))
+        files_folder = staging.folder / FILES_FOLDER
+        model.record.files.extend(_write_files(checkpoint, files_folder))
+        check_files(model.record, files_folder, path)
         checksums = _Writing(model, staging.folder, allow_buffered, progress).run()
         staging.publish(model.record, checksums)
     return model.record
@@ -105,7 +123,6 @@ def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes:
         bundles_file_bytes=bundles_file_bytes,
         resident=tensors,
         resident_file_bytes=tensors[-1].offset_bytes + tensors[-1].size_bytes,
-        source=str(checkpoint.path.absolute()),
         imported_unix_s=int(time.time()),
         import_id=os.urandom(16),
     )

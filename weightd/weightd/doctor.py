@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from flashclient.standard_streams import say
 from weightd import budget, pressure
 from weightd._native import block_size_bytes, probe_io_uring
 from weightd.config import FlagParser
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the report; 1 when something fails. Raises WeightdError for bad input; the command prints it."""
     flags = _parser().parse_args(list(arguments))
     findings, profile = examine(Path(flags.store), flags.measure)
-    print(_as_json(findings, profile) if flags.json else _as_text(findings))
+    say(_as_json(findings, profile) if flags.json else _as_text(findings))
     return 1 if any(finding.level == FAIL for finding in findings) else 0
 
 

@@ -10,6 +10,7 @@ WeightdError                  one line for the user: lower case, the value, what
 ├── ForbiddenError            a remote caller may not do this
 ├── StoreError                the store is missing, locked, of a newer format or lacks the model
 │   ├── UnknownModelError     no model of that name; lists those there are
+│   ├── ImportingError        another process imports a model of that name just now
 │   └── CorruptionError       flash gives wrong bytes or none; names model, layer and neuron
 ├── StoppingError             the daemon is stopping; ask again once it is back
 ├── SpaceError                not enough room on the device or in --dram, with the numbers
@@ -62,6 +63,10 @@ class StoreError(WeightdError):
 
 class UnknownModelError(StoreError):
     """No model of that name; lists those there are."""
+
+
+class ImportingError(StoreError):
+    """Another process imports a model of that name just now."""
 
 
 class CorruptionError(StoreError):

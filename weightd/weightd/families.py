@@ -96,11 +96,11 @@ class _Sizes:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """`default` where the key is not there; null is false, as to transformers."""
+        """`default` where the key is not there. Null is refused, as by transformers."""
         value = self.config.get(key, default)
-        if value is not None and type(value) is not bool:
+        if type(value) is not bool:
             raise CheckpointError(f"config.json has {key} = {value!r}, expected true or false")
-        return bool(value)
+        return value
 
 
 def _norm(name: str, size: int) -> dict[str, Shape]:

@@ -6,9 +6,7 @@ last answer and what it was asked, whatever the size of what is fetched.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +14,10 @@ import numpy.typing as npt
 from weightd import _native
 from weightd._native import Engine
 from weightd.calibration import calibration_path
+from weightd.checked_file import model_file, pieces
 from weightd.errors import CorruptionError, LimitError, RequestError
 from weightd.served_models import ServedModel, ServedModels
 from weightd.store import Store
-from weightd.uncached_file import UncachedReader, aligned_buffer
 from weightd_proto import weightd_pb2
 
 RESPONSE_BYTES_MAX = 1 << 20
@@ -145,10 +143,11 @@ class Fetcher:
 
     def _file(self, served: ServedModel, name: str) -> Iterator[bytes]:
         # Only names of the catalog reach the file system.
-        names = [file.name for file in served.record.files]
-        if name not in names:
-            raise RequestError(f"model {served.record.name!r} has no file {name!r}: there is {', '.join(names)}")
-        return _file_parts(self._store.files_path(served.record.name) / name)
+        file = next((file for file in served.record.files if file.name == name), None)
+        if file is None:
+            names = ", ".join(file.name for file in served.record.files)
+            raise RequestError(f"model {served.record.name!r} has no file {name!r}: there is {names}")
+        return map(bytes, model_file(self._store, served.record, file, DATA_BYTES_MAX))
 
     def _calibration(self, served: ServedModel, wanted: weightd_pb2.CalibrationFile) -> Iterator[bytes]:
         name, newest = served.record.name, served.record.calibration
@@ -169,21 +168,15 @@ class Fetcher:
 
     def _calibration_parts(self, served: ServedModel, file: weightd_pb2.File, begin: int, end: int) -> Iterator[bytes]:
         """Reads all of the file, because it is checked as a whole: one that differs ends as an error."""
-        path = calibration_path(self._store, served.record.name, served.record.calibration.version) / file.name
-        checksum = _native.Checksum()
-        with UncachedReader(path) as reader:
-            buffer = aligned_buffer(reader.buffer_bytes(DATA_BYTES_MAX))
-            for first in range(0, file.size_bytes, DATA_BYTES_MAX):
-                data = reader.read(first, min(DATA_BYTES_MAX, file.size_bytes - first), buffer)
-                checksum.update(np.frombuffer(data, np.uint8))
-                part = bytes(data[max(0, begin - first) : max(0, end - first)])
-                if part:
-                    yield part
-        if checksum.value != file.checksum:
-            raise CorruptionError(
-                f"model {served.record.name}, calibration file {file.name}: it differs from its checksum; "
-                "calibrate it again"
-            )
+        record = served.record
+        path = calibration_path(self._store, record.name, record.calibration.version) / file.name
+        what = f"model {record.name}, calibration file {file.name}"
+        first = 0
+        for data in pieces(path, file, what, "calibrate it again", DATA_BYTES_MAX):
+            part = bytes(data[max(0, begin - first) : max(0, end - first)])
+            first += len(data)
+            if part:
+                yield part
 
     def _placement(self, served: ServedModel, layer: int) -> Iterator[bytes]:
         _layer(served, layer)
@@ -201,12 +194,6 @@ def _layer(served: ServedModel, layer: int) -> weightd_pb2.Layer:
     if layer >= len(layers):
         raise RequestError(f"no layer {layer} in model {served.record.name!r} of {len(layers)} layers")
     return layers[layer]
-
-
-def _file_parts(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        for _ in range(0, os.fstat(file.fileno()).st_size, DATA_BYTES_MAX):
-            yield file.read(DATA_BYTES_MAX)
 
 
 def _cut(data: bytes) -> Iterator[bytes]:

@@ -38,7 +38,7 @@ def write_files(path: Path, folder: Path) -> None:
 
 
 def _in_child(*arguments: str | Path) -> str:
-    command = [sys.executable, "-m", "weightd.gguf_conversion", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "weightd.gguf_conversion", *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]

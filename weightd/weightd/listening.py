@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from weightd.config import DATA_SUFFIX, IDENTITY_SUFFIX, ListenAddress
+from weightd.config import DATA_SUFFIX, IDENTITY_SUFFIX, ListenAddress, unfit_for_a_socket
 from weightd.errors import DeviceError, UsageError
 
 SOCKET_MODE = 0o660  # who may attach: the daemon's user and group
@@ -50,7 +50,7 @@ def remove_stale(path: Path, kind: socket.SocketKind) -> None:
     with socket.socket(socket.AF_UNIX, kind) as probe:
         probe.setblocking(False)  # a full queue of a live listener must not block us
         try:
-            probe.connect(str(path))
+            probe.connect(os.fsencode(path))
         except (ConnectionRefusedError, FileNotFoundError):
             path.unlink(missing_ok=True)
             return
@@ -71,8 +71,10 @@ def data_socket(addresses: tuple[ListenAddress, ...]) -> Iterator[Path]:
         yield path
         path.unlink(missing_ok=True)
         return
-    with tempfile.TemporaryDirectory(prefix="weightd-") as folder:
-        yield Path(folder) / "weightd.sock.data"
+    name = "weightd.sock.data"
+    short = unfit_for_a_socket(Path(tempfile.gettempdir()) / "weightd-12345678" / name) is None
+    with tempfile.TemporaryDirectory(prefix="weightd-", dir=None if short else "/tmp") as folder:
+        yield Path(folder) / name
 
 
 @contextmanager

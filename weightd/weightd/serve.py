@@ -8,7 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 
 import uvloop
 
@@ -191,9 +191,11 @@ def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio
 
 def _watch_owner(loop: asyncio.AbstractEventLoop, descriptor: int, told: asyncio.Event) -> None:
     def read() -> None:
-        if not os.read(descriptor, 1):  # nothing but its end is expected
-            loop.remove_reader(descriptor)
-            told.set()
+        with suppress(BlockingIOError):  # of a FIFO that somebody opened between the end and now
+            if not os.read(descriptor, 1):  # nothing but its end is expected
+                loop.remove_reader(descriptor)
+                os.close(descriptor)  # who opens the FIFO from now on is told that nobody reads it
+                told.set()
 
     try:
         os.set_blocking(descriptor, False)

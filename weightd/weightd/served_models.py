@@ -21,7 +21,8 @@ from weightd import _native
 from weightd._native import Engine, ModelSpec
 from weightd.budget import ModelDemand
 from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
-from weightd.errors import DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
+from weightd.checked_file import check_files
+from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.hotness import Hotness, calibrated_hotness, known_hotness
 from weightd.layout import round_up
 from weightd.store import Store
@@ -73,7 +74,8 @@ class ServedModels:
     def open_all(self, within_s: float) -> None:
         """Opens what is in the store now; one that is damaged, or whose device says nothing for `within_s`, is logged.
 
-        Raises what open() does, for what is not the model's own fault, or when no model is whole.
+        Raises what open() does, for what is not the model's own fault, or when no model can be opened. Bytes that
+        differ from their checksum end no daemon: it says so to all who ask for the model, until it is whole again.
         """
         failed: list[WeightdError] = []
         names = self.names()
@@ -90,8 +92,9 @@ class ServedModels:
                 opening.result()
             except (StoreError, DeviceError) as error:
                 failed.append(error)
-        if failed and len(failed) == len(names):
-            raise failed[0]
+        lost = [error for error in failed if not isinstance(error, CorruptionError)]
+        if lost and len(failed) == len(names):
+            raise lost[0]
         for refusal in failed:
             logger.error("%s", refusal)
 
@@ -123,6 +126,7 @@ class ServedModels:
             record = self._store.model(name)
             if self._unbundled_reads:
                 _require_whole_parts(record)
+            check_files(self._store, record)
             served = _open(self._store, self._engine, record)
             self._expect(served.number, known_hotness(self._store, record))
             self._remembered[name] = _checksum(self._engine.hotness(served.number))

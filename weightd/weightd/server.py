@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -53,7 +54,7 @@ class WeightdService:
         self._identities = identities
         self._allow: Rules = ()
         self._allow_publish: Rules = ()
-        self._data_socket = data_socket
+        self._data_socket = os.fsencode(data_socket).decode()  # UTF-8 for clients, whatever our locale is
         self._dram_bytes = dram_bytes
         self._statistics = statistics
         self._stopping = False

@@ -50,7 +50,7 @@ import numpy.typing as npt
 
 from weightd.catalog import Catalog
 from weightd.closing import Closing
-from weightd.errors import CorruptionError, SpaceError, StoreError
+from weightd.errors import CorruptionError, ImportingError, SpaceError, StoreError
 from weightd.sizes import format_size
 from weightd_proto import weightd_pb2
 
@@ -77,6 +77,15 @@ def check_model_name(name: str) -> str:
             f"not a model name: {name!r}, use up to {NAME_BYTES_MAX} letters, digits and _.+- without a leading dot"
         )
     return name
+
+
+def model_name_for(path: Path) -> str:
+    """What the checkpoint at `path` is called in a store unless it gets another --name; always a model name.
+
+    That of the folder or .gguf file, with all that no model name may have replaced.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", path.name.removesuffix(".gguf")).lstrip("-+.")[:NAME_BYTES_MAX]
+    return name if name and name not in _RESERVED else f"model-{name}".rstrip("-")
 
 
 def sync(path: Path) -> None:
@@ -189,32 +198,59 @@ class Store(Closing):
 
     # Changes
 
-    def begin_import(self, name: str) -> Staging:
-        """A folder to write the model into, owned by this process; StoreError if the name is taken or not a name."""
+    def begin_import(self, name: str, replaces: bytes = b"") -> Staging:
+        """A folder to write the model into, owned by this process. `replaces`: the import that it takes the place of.
+
+        Raises StoreError if the name is taken or not a name, ImportingError if another process imports it just now.
+        """
         check_model_name(name)
         with self.locked():
-            self._refuse_taken(name)
-            return Staging(self, name)
+            self._refuse_taken(name, replaces)
+            if self._import_under_way(name) is not None:
+                raise ImportingError(f"another process imports {name!r} into {self.path}: wait for it")
+            return Staging(self, name, replaces)
+
+    def await_import(self, name: str) -> None:
+        """Until no other process imports this model; returns at once when none does."""
+        marker = self._import_under_way(name)
+        if marker is not None:
+            with suppress(FileNotFoundError), marker.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+
+    def _import_under_way(self, name: str) -> Path | None:
+        """The marker of another process's import of this model."""
+        for marker in self.path.glob(f"{IMPORT_PREFIX}*/{MARKER_FILE}"):
+            with suppress(FileNotFoundError):
+                if marker.read_bytes() == name.encode() and _held(marker):
+                    return marker
+        return None
 
     def remove(self, name: str) -> None:
         """Deletes the model; StoreError if there is none or a daemon serves the store."""
         with self.locked():  # a daemon claims the store under this lock too
-            address = self._holder()
-            if address is not None:
-                raise StoreError(f"cannot remove {name!r}: a weightd at {address} serves {self.path}, stop it first")
+            self._refuse_served(f"cannot remove {name!r}")
             self.model(name)
-            folder = self.path / name
-            folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
-            (folder / MARKER_FILE).touch()
-            sync(folder)
-            self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
-            removed = self.set_aside(folder)
+            removed = self.take_out(name)
         delete(removed)
+
+    def take_out(self, name: str) -> Path:
+        """Makes it no model any more; returns the folder, to be deleted. The caller holds the store's lock."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
+        (folder / MARKER_FILE).touch()
+        sync(folder)
+        self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
+        return self.set_aside(folder)
 
     def clean(self) -> None:
         """Deletes what dead imports and removals left behind."""
+        leftovers = []
         with self.locked():
-            leftovers = [self.set_aside(folder) for folder in self.path.iterdir() if self._abandoned(folder)]
+            for folder in self.path.iterdir():
+                # Others delete at the same time: what they set aside, and their own folders, without the lock.
+                with suppress(FileNotFoundError):
+                    if self._abandoned(folder):
+                        leftovers.append(self.set_aside(folder))
         for folder in leftovers:
             delete(folder)
 
@@ -223,7 +259,10 @@ class Store(Closing):
             return True
         marker = folder / MARKER_FILE
         staged = folder.name.startswith(IMPORT_PREFIX)
-        if not folder.is_dir() or not (staged or marker.exists()) or _held(marker):
+        try:
+            if not folder.is_dir() or not (staged or marker.exists()) or _held(marker):
+                return False
+        except PermissionError:  # lost+found, or another's folder: none of ours is closed to us
             return False
         if self.catalog.model(folder.name) is not None:
             marker.unlink()  # killed between the transaction and the end of publishing, or before that of rm
@@ -236,7 +275,12 @@ class Store(Closing):
         folder.rename(removed)
         return removed
 
-    def _refuse_taken(self, name: str) -> None:
+    def _refuse_taken(self, name: str, replaces: bytes) -> None:
+        """StoreError unless the name is free, or of the import that is to be replaced."""
+        if replaces:
+            self._refuse_served(f"cannot replace {name!r}")
+            if self.model(name).import_id == replaces:
+                return
         if (self.path / name).exists() or self.catalog.model(name) is not None:
             raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
 
@@ -264,6 +308,12 @@ class Store(Closing):
 
     # The daemon
 
+    def _refuse_served(self, cannot: str) -> None:
+        """StoreError if a daemon serves the store; the caller holds its lock."""
+        address = self._holder()
+        if address is not None:
+            raise StoreError(f"{cannot}: a weightd at {address} serves {self.path}, stop it first")
+
     def claim(self, address: str) -> None:
         """Makes this process the one that serves the store, until `close`; StoreError names the pid of another."""
         path = self.path / DAEMON_LOCK_FILE
@@ -278,14 +328,14 @@ class Store(Closing):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                other = _daemon_record(descriptor)
+                pid, other = _daemon_record(descriptor)
                 os.close(descriptor)
                 raise StoreError(
-                    f"{self.path} is served by another weightd, pid {other['pid']} at {other['address']}: "
-                    "use that one or stop it first"
+                    f"{self.path} is served by another weightd, pid {pid} at {other}: use that one or stop it first"
                 ) from None
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "address": address}).encode(), 0)
+            readable = os.fsencode(address).decode(errors="replace")  # by whoever reads it, in whatever locale
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "address": readable}).encode(), 0)
         self._daemon_lock = descriptor
 
     def served_by(self) -> str | None:
@@ -302,7 +352,7 @@ class Store(Closing):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            return str(_daemon_record(descriptor)["address"])
+            return _daemon_record(descriptor)[1]
         finally:
             os.close(descriptor)
         return None
@@ -322,9 +372,11 @@ class StagedFolder(Closing):
 
     def close(self) -> None:
         """Deletes what was not published."""
-        if not self._published:
-            delete(self.store.set_aside(self.folder))
-        os.close(self._owner)
+        try:
+            if not self._published:
+                delete(self.store.set_aside(self.folder))
+        finally:
+            os.close(self._owner)
 
     def move(self, target: Path) -> None:
         """Renames the folder, whose files are synced, and syncs where it lies. Not published before `finish`."""
@@ -336,35 +388,54 @@ class StagedFolder(Closing):
     def finish(self) -> None:
         """The catalog has it now."""
         self._published = True
-        (self.folder / MARKER_FILE).unlink()
+        (self.folder / MARKER_FILE).unlink(missing_ok=True)
 
 
 class Staging(StagedFolder):
     """An import under way: write into `folder`, then `publish`."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, replaces: bytes) -> None:
         super().__init__(store)
+        os.write(self._owner, name.encode())  # tells others what is being imported
         self.name = name
+        self._replaces = replaces
+        self._import_id = b""
+
+    def close(self) -> None:
+        """Deletes what was not published; keeps what was, also when we were interrupted before we noted it."""
+        if not self._published and self._import_id:
+            published = self.store.catalog.model(self.name)
+            if published is not None and published.import_id == self._import_id:
+                self.finish()
+        super().close()
 
     def publish(self, model: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> None:
         """Makes the model part of the store, neurons placed in their own order. The files must be synced already.
 
-        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile.
+        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile, or a daemon has
+        begun to serve what is to be replaced.
         """
         placement = [np.arange(layer.neurons, dtype="<u4") for layer in model.layers]
         assert [len(sums) for sums in checksums] == [len(order) for order in placement]
         sums = [values.astype("<u8", copy=False) for values in checksums]
+        replaced = []
+        self._import_id = model.import_id
         with self.store.locked():
-            self.store._refuse_taken(self.name)
+            self.store._refuse_taken(self.name, self._replaces)
+            if self._replaces:
+                replaced.append(self.store.take_out(self.name))
             self.move(self.store.path / self.name)
             self.store.catalog.add(model, {CHECKSUMS: sums, PLACEMENT: placement})
             self.finish()
+        for folder in replaced:
+            delete(folder)
 
 
 def delete(folder: Path) -> None:
-    """Removes a folder that was set aside."""
-    with suppress(FileNotFoundError):  # another process is cleaning too, and took the folder over
-        shutil.rmtree(folder)
+    """Removes a folder that was set aside. Another process may be cleaning too, and take it over or be as far."""
+    while folder.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
 
 
 def _held(marker: Path) -> bool:
@@ -380,7 +451,12 @@ def _held(marker: Path) -> bool:
     return False
 
 
-def _daemon_record(descriptor: int) -> dict[str, object]:
-    record = json.loads(os.pread(descriptor, 4096, 0))
-    assert isinstance(record, dict)
-    return record
+def _daemon_record(descriptor: int) -> tuple[str, str]:
+    """Pid and address of the daemon that holds the lock, for people; where it is damaged, words for what it lacks."""
+    try:
+        record = json.loads(os.pread(descriptor, 4096, 0))
+    except (ValueError, RecursionError):
+        record = None
+    known = record if isinstance(record, dict) else {}
+    unknown = f"unknown ({DAEMON_LOCK_FILE} is damaged)"
+    return str(known.get("pid", unknown)), str(known.get("address", f"an address that {DAEMON_LOCK_FILE} lacks"))

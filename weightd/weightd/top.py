@@ -21,8 +21,9 @@ import grpc
 
 from flashclient.address import TlsOptions, default_address, parse_address
 from flashclient.channel import open_channel, stub_of
-from flashclient.cli import add_tls_flags
+from flashclient.cli import add_tls_flags, in_flags
 from flashclient.errors import OptionError
+from flashclient.standard_streams import say
 from weightd.config import FlagParser
 from weightd.errors import DaemonError, UsageError
 from weightd.log import one_line
@@ -64,9 +65,9 @@ def main(arguments: Sequence[str]) -> int:
     tls = (flags.tls_ca, flags.tls_cert, flags.tls_key)
     with suppress(KeyboardInterrupt), _connected(flags.address, *tls) as daemon:
         if flags.json:
-            print(json.dumps(_one_view(daemon, interval_s).as_json()))
+            say(json.dumps(_one_view(daemon, interval_s).as_json()))
         elif not sys.stdout.isatty():
-            print("\n".join(lines_of(_one_view(daemon, interval_s))))
+            say("\n".join(lines_of(_one_view(daemon, interval_s))))
         else:
             _show(daemon, interval_s)
     return 0
@@ -99,7 +100,7 @@ def _connected(text: str | None, *tls_files: str | None) -> Iterator[Daemon]:
         address = parse_address(default_address(os.geteuid(), os.environ) if text is None else text, tls)
         channel = open_channel(address, tls)
     except OptionError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_flags(str(error))) from error
     with channel:
         yield Daemon(address.target, tls.given, stub_of(channel, address))
 

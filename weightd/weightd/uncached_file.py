@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from weightd._native import block_size_bytes
@@ -16,11 +17,16 @@ from weightd.closing import Closing
 from weightd.errors import DeviceError
 from weightd.layout import round_up
 
+# ext2, FUSE and network file systems know no fallocate, or a filter of system calls refuses it; glibc answers EINVAL
+# or EBADF then, when its own way, a byte into each block, meets O_DIRECT and O_WRONLY. A full device shows anyway.
+CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF)
+
 
 def aligned_buffer(size_bytes: int) -> memoryview:
     """Page-aligned zeroed memory, not yet backed by pages; on huge pages where the system gives them."""
     mapping = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE))
-    mapping.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without huge pages
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(mapping)[:size_bytes]
 
 
@@ -91,7 +97,7 @@ class UncachedReader(_UncachedFile):
 
 
 class UncachedWriter(_UncachedFile):
-    """Writes a new file of `size_bytes`, its blocks reserved first. `finish` syncs it.
+    """Writes a new file of `size_bytes`, its blocks reserved first where that can be done. `finish` syncs it.
 
     DeviceError where the file system refuses O_DIRECT, unless `allow_buffered`: then the page cache is written
     through and dropped from at the end.
@@ -120,6 +126,8 @@ class UncachedWriter(_UncachedFile):
         try:
             os.posix_fallocate(self.descriptor, 0, round_up(self.size_bytes, self.block_bytes))
         except OSError as error:
+            if error.errno in CANNOT_RESERVE:
+                return
             self.close()
             raise self._failed(error, 0) from error
 

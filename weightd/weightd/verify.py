@@ -10,11 +10,12 @@ import numpy as np
 
 from weightd import _native
 from weightd.calibration import calibration_path
+from weightd.checked_file import check_files
 from weightd.errors import CorruptionError
 from weightd.import_plan import CHUNK_BYTES
 from weightd.layout import native_shape
 from weightd.read_ahead import Extent, ReadAhead
-from weightd.store import FILES_FOLDER, Store
+from weightd.store import Store
 from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
@@ -68,7 +69,8 @@ def verify_model(store: Store, name: str, allow_buffered: bool = False, progress
         for piece in pieces:
             _check_piece(model, piece, taker)
     _check_placement(store, model)
-    files_bytes = sum(_check_file(store, model, file) for file in model.files)
+    check_files(store, model)
+    files_bytes = sum(file.size_bytes for file in model.files)
     neurons = sum(layer.neurons for layer in model.layers)
     files = len(model.files) + len(model.calibration.files)
     return Verified(name, neurons, len(model.resident), files, total_bytes + files_bytes)
@@ -146,11 +148,3 @@ def _check_piece(model: weightd_pb2.Model, piece: _Piece, taker: _Taker) -> None
         taker.take(extent, checksum.update)
     if checksum.value != piece.checksum:
         raise CorruptionError(f"model {model.name}, {piece.name}: it differs from its checksum; {piece.advice}")
-
-
-def _check_file(store: Store, model: weightd_pb2.Model, file: weightd_pb2.File) -> int:
-    path = store.files_path(model.name) / file.name
-    _check_size(model, path, file.size_bytes)
-    if _native.checksum(np.frombuffer(path.read_bytes(), np.uint8)) != file.checksum:
-        raise CorruptionError(f"model {model.name}, file {FILES_FOLDER}/{file.name}: it differs from its checksum")
-    return int(file.size_bytes)

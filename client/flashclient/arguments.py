@@ -1,0 +1,160 @@
+"""Which arguments of transformers' generate() this client takes, and which it refuses, and why.
+
+What is not named here goes to transformers as it is. client/README.md has the table of all, with the test of each.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.utils.generic import TransformersKwargs
+
+from flashclient.errors import OptionError
+
+_REPOSITORY = "transformers loads this way of decoding as code from a repository, which is not run here"
+_ENCODER = "it is for models with an encoder"
+_TRAINING = "it is for training, and generate() ignores it"
+_PACKED = "it is for packed sequences of FlashAttention, and generate() ignores it"
+_METADATA = "it says who wrote a generation_config.json and changes nothing"
+
+# By parameter: why it is refused, and the values that ask for nothing. Whether it was passed, stands in a
+# GenerationConfig or in the model's generation_config.json makes no difference: it would change the result.
+REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "constraints": (_REPOSITORY, (None,)),
+    "continuous_batching_config": ("one process generates for one caller at a time", (None,)),
+    "diversity_penalty": (_REPOSITORY, (None, 0.0)),
+    "dola_layers": (_REPOSITORY, (None,)),
+    "force_words_ids": (_REPOSITORY, (None,)),
+    "low_memory": (_REPOSITORY, (None, False)),
+    "num_beam_groups": (_REPOSITORY, (None, 1)),
+    "penalty_alpha": (_REPOSITORY, (None, 0.0)),
+    "speculation_type": ("drafts of another kind than assistant_model= of its own are not run", (None,)),
+    "use_mtp": ("an import keeps no heads that predict several tokens", (None, False)),
+}
+
+# The same for what transformers takes and drops: refused only where the caller passes it to generate().
+IGNORED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "_from_model_config": (_METADATA, (None,)),
+    "cu_seq_lens_k": (_PACKED, (None,)),
+    "cu_seq_lens_q": (_PACKED, (None,)),
+    "decoder_start_token_id": (_ENCODER, (None,)),
+    "is_assistant": ("transformers sets it for the draft of a generation", (None, False)),
+    "labels": (_TRAINING, (None,)),
+    "max_length_k": (_PACKED, (None,)),
+    "max_length_q": (_PACKED, (None,)),
+    "num_items_in_batch": (_TRAINING, (None,)),
+    "output_router_logits": ("it is for mixtures of experts, and this is none", (None, False)),
+    "seq_idx": ("it is for state-space models", (None,)),
+    "synced_gpus": ("there is one process and no GPU to wait for", (None, False)),
+    "transformers_version": (_METADATA, (None,)),
+    "trust_remote_code": ("no code of a repository is run here", (None, False)),
+}
+
+# An argument that does nothing without another one, which transformers does not say.
+NEEDS = {
+    "assistant_confidence_threshold": "assistant_model",
+    "assistant_ensemble_weight": "assistant_model",
+    "assistant_lookbehind": "assistant_model",
+    "assistant_tokenizer": "assistant_model",
+    "cache_config": "cache_implementation",
+    "max_matching_ngram_size": "prompt_lookup_num_tokens",
+    "negative_prompt_attention_mask": "negative_prompt_ids",
+    "negative_prompt_ids": "guidance_scale",
+    "num_assistant_tokens": "assistant_model",
+    "num_assistant_tokens_schedule": "assistant_model",
+    "target_lookbehind": "assistant_model",
+}
+
+_CACHES = {
+    "offloaded": "it moves keys and values between a GPU and memory, and here is no GPU",
+    "offloaded_static": "it moves keys and values between a GPU and memory, and here is no GPU",
+    "paged": "it is for many requests at once, which one client does not generate",
+}
+
+
+def known_arguments(model: Any) -> set[str]:
+    """Every name that transformers' generate() takes for `model`."""
+    names = set(vars(GenerationConfig())) | set(TransformersKwargs.__optional_keys__)  # type: ignore[no-untyped-call]
+    for function in (model.generate, model.forward):
+        names |= set(inspect.signature(function).parameters)
+    return names - {"self", "kwargs"} | {"assistant_tokenizer", "tokenizer", "trust_remote_code"}
+
+
+def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
+    """Raises OptionError for an unknown name, one that transformers would drop, and one that lacks its partner."""
+    for name, value in arguments.items():
+        if name not in known:
+            raise OptionError(
+                f"unknown generation argument '{name}': transformers' generate() has none{_near(name, known)}"
+            )
+        for refused in (REFUSED, IGNORED):
+            _refuse(refused, name, value)
+    for name, partner in NEEDS.items():
+        if arguments.get(name) is not None and not _asks_for(partner, arguments):
+            raise OptionError(f"{name}= does nothing without {partner}=: pass both or none")
+    if isinstance(arguments.get("custom_generate"), str):
+        raise OptionError(
+            f"custom_generate='{arguments['custom_generate']}' is refused: it runs code of a repository;"
+            " pass a function"
+        )
+    if arguments.get("inputs") is not None and arguments.get("input_ids") is not None:
+        raise OptionError("inputs= and input_ids= are two names for the prompt: pass one of them")
+
+
+def merged_config(model: Any, arguments: Mapping[str, Any]) -> GenerationConfig:
+    """What a generation will be configured with: arguments before generation_config= before the model's own.
+
+    Values that none of them sets are None, where transformers puts its defaults.
+
+    Raises:
+        OptionError: a value is not allowed, or asks for what cannot be done here.
+    """
+    given = arguments.get("generation_config")
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise OptionError(f"generation_config is a {type(given).__name__}: pass a GenerationConfig of transformers")
+    fields = set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
+    for name in sorted(set(vars(given or GenerationConfig())) - fields):  # type: ignore[no-untyped-call]
+        if not name.startswith("_") and (near := _near(name, fields)):
+            raise OptionError(f"unknown field '{name}' of generation_config: transformers has none{near}")
+    config: Any = GenerationConfig() if given is None else copy.deepcopy(given)  # type: ignore[no-untyped-call]
+    own = model.generation_config.to_dict()
+    try:
+        config.update(**own, defaults_only=True, allow_custom_entries=True)
+        config.update(**{name: value for name, value in arguments.items() if name in fields})
+    except (TypeError, ValueError) as error:
+        raise OptionError(str(error)) from error
+    for name in REFUSED:
+        _refuse(REFUSED, name, getattr(config, name, None))
+    if config.cache_implementation in _CACHES:
+        reason = _CACHES[config.cache_implementation]
+        raise OptionError(f"cache_implementation='{config.cache_implementation}' is refused: {reason}")
+    result: GenerationConfig = config
+    return result
+
+
+def _refuse(refused: Mapping[str, tuple[str, tuple[Any, ...]]], name: str, value: Any) -> None:
+    reason, neutral = refused.get(name, ("", (value,)))
+    if not any(value is one or (isinstance(value, int | float) and value == one) for one in neutral):
+        raise OptionError(f"{name}={_shown(value)} is refused: {reason}; leave it out or pass {name}={neutral[-1]}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 and "\n" not in text else f"({type(value).__name__})"
+
+
+def _asks_for(name: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether the arguments or the generation_config among them set `name`."""
+    found = arguments.get(name)
+    found = getattr(arguments.get("generation_config"), name, None) if found is None else found
+    return found is not None and not (name == "guidance_scale" and found == 1)
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(name, sorted(known), 1, 0.75)
+    return f"; did you mean '{found[0]}'?" if found else ""

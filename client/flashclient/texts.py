@@ -1,0 +1,156 @@
+"""The text that tokens add to a prompt: prompt and text together are what all tokens decode to.
+
+Tokens are decoded together with the prompt and the prompt is cut off, because a decoder drops the space that a text
+begins with, and joins the bytes of a character that several tokens make up.
+"""
+
+from __future__ import annotations
+
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from flashclient.errors import OptionError
+
+HALF = "\ufffd"  # what decoders put for bytes that are no character, or not yet
+HALF_MAX = 3  # of them at the end may still become one character
+WINDOW_TOKENS_MAX = 256  # that a stream decodes again and again
+WINDOW_TOKENS_KEPT = 64
+
+
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], fill: int | None) -> str:
+    """What `tokens`, which begin with `prompt`, add to its text.
+
+    Args:
+        fill: the token that fills up a row that has finished; None where there is none.
+    """
+    end = len(tokens)
+    while fill is not None and end > len(prompt) and tokens[end - 1] == fill:
+        end -= 1
+    return _added(_decoded(tokenizer, prompt), _decoded(tokenizer, tokens[:end]))
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
+    text: Any = tokenizer.decode(tokens, skip_special_tokens=True)
+    return str(text)
+
+
+def _added(before: str, after: str) -> str:
+    """What `after` has behind `before`; a decoder may have changed the last characters of it."""
+    if after.startswith(before):
+        return after[len(before) :]
+    pairs = zip(before, after, strict=False)
+    return after[next((index for index, (one, other) in enumerate(pairs) if one != other), len(after)) :]
+
+
+class _GrowingText:
+    """The text of a sequence as its tokens come, only as far as later tokens cannot change it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._tokens = prompt[-WINDOW_TOKENS_MAX:]
+        self._given = _decoded(tokenizer, self._tokens)  # of the tokens held
+        self._special = set(tokenizer.all_special_ids)
+
+    def add(self, tokens: list[int]) -> str:
+        self._tokens += tokens
+        text = _decoded(self._tokenizer, self._tokens[: self._settled()])
+        halves = len(text) - len(text.rstrip(HALF))
+        piece = self._give(text[: len(text) - halves] if halves <= HALF_MAX else text[:-HALF_MAX])
+        if len(self._tokens) > WINDOW_TOKENS_MAX + WINDOW_TOKENS_KEPT:
+            self._forget()
+        return piece
+
+    def rest(self) -> str:
+        return self._give(_decoded(self._tokenizer, self._tokens))
+
+    def _give(self, text: str) -> str:
+        if len(text) <= len(self._given):
+            return ""
+        piece, self._given = _added(self._given, text), text
+        return piece
+
+    def _settled(self) -> int:
+        """How many tokens come before a run of bytes at the end: the next byte may change what all of them make."""
+        end = len(self._tokens)
+        while end > 0:
+            token = self._tokens[end - 1]
+            if token not in self._special and not re.fullmatch("<0x[0-9A-F]{2}>", self._token(token)):
+                break
+            end -= 1
+        return end
+
+    def _token(self, token: int) -> str:
+        return str(self._tokenizer.convert_ids_to_tokens(token) or "")
+
+    def _forget(self) -> None:
+        """Keeps the last tokens only, where all of them have been given and they show text."""
+        kept = self._tokens[-WINDOW_TOKENS_KEPT:]
+        text = _decoded(self._tokenizer, kept)
+        if text.strip(HALF) and self._given == _decoded(self._tokenizer, self._tokens):
+            self._tokens, self._given = kept, text
+
+
+class _StopWhen(StoppingCriteria):
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool)
+
+
+class TextStream(BaseStreamer):
+    """Text pieces of a generation that runs on a thread of its own, which ends when the reader stops reading."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._text: _GrowingText | None = None
+        self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
+        self._abandoned = threading.Event()
+
+    def put(self, value: Tensor) -> None:
+        """The prompt [1, tokens] first, then what is made: [1] or, with a draft, [1, tokens]."""
+        if value.shape[0] > 1 and (self._text is None or value.dim() == 1):
+            raise OptionError(f"stream() gives the text of one sequence, not of {value.shape[0]}: use generate()")
+        tokens = value.reshape(-1).tolist()
+        if self._text is None:
+            self._text = _GrowingText(self._tokenizer, tokens)
+        elif piece := self._text.add(tokens):
+            self._pieces.put(piece)
+
+    def end(self) -> None:
+        if self._text is not None and (piece := self._text.rest()):
+            self._pieces.put(piece)
+
+    def pieces(self, generate: Callable[..., Any], prompt: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
+        """Starts generate(prompt, **arguments) and yields its text as it comes; raises what it raises."""
+        for name in ("streamer", "return_dict_in_generate"):
+            if arguments.get(name):
+                raise OptionError(f"{name}= is for generate(): stream() gives pieces of text")
+        criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), _StopWhen(self._abandoned)])
+        arguments = {**arguments, "streamer": self, "stopping_criteria": criteria}
+        worker = threading.Thread(target=self._run, args=(generate, prompt, arguments), name="flashclient-generate")
+        worker.start()
+        try:
+            while (piece := self._pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self._abandoned.set()
+            worker.join()
+
+    def _run(self, generate: Callable[..., Any], prompt: Any, arguments: dict[str, Any]) -> None:
+        try:
+            generate(prompt, **arguments)
+        except BaseException as error:  # handed to the reader, who raises it
+            self._pieces.put(error)
+        else:
+            self._pieces.put(None)

@@ -1,0 +1,56 @@
+"""What a model was imported from, and whether that is still what it was.
+
+The record of an import holds name, size and a checksum of each file of the checkpoint: XXH3-64 of the time of its last
+change and of samples of its bytes. So looking costs some reads of 4 KiB a file, whatever its size, and sees each file
+that was written, also where its size stayed and its time was set back. A file that was only touched counts as changed:
+importing once more is right, serving old weights is not.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from weightd import _native
+from weightd_proto import weightd_pb2
+
+# Whatever an import may read. A README that is edited is no other checkpoint.
+SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".tiktoken", ".jinja"}
+FOLDERS = ("chat_templates", "additional_chat_templates")
+SAMPLES = 32
+SAMPLE_BYTES = 4096
+
+
+def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
+    """Of the checkpoint at `path`, a folder or a file, imported with --dtype `dtype`. OSError."""
+    return weightd_pb2.Origin(dtype=dtype, files=[_file(name, file) for name, file in sorted(_files(path).items())])
+
+
+def source_text(path: Path) -> str:
+    """`path` without symbolic links, as the catalog has it: UTF-8 that names one file, whatever its bytes are."""
+    return os.fsencode(path.resolve()).decode(errors="backslashreplace")
+
+
+def _files(path: Path) -> dict[str, Path]:
+    """By their name in the record."""
+    if path.is_file():
+        return {path.name: path}
+    folders = [path, *(path / name for name in FOLDERS)]
+    files = [file for folder in folders if folder.is_dir() for file in folder.iterdir()]
+    return {str(file.relative_to(path)): file for file in files if file.suffix in SUFFIXES and file.is_file()}
+
+
+def _file(name: str, path: Path) -> weightd_pb2.File:
+    checksum = _native.Checksum()
+    with path.open("rb", buffering=0) as file:
+        facts = os.fstat(file.fileno())
+        checksum.update(np.array([facts.st_mtime_ns], np.int64).view(np.uint8))
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: these are all
+        last = max(0, facts.st_size - SAMPLE_BYTES)
+        for offset_bytes in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
+            checksum.update(np.frombuffer(os.pread(file.fileno(), SAMPLE_BYTES, offset_bytes), np.uint8))
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    readable = os.fsencode(name).decode(errors="backslashreplace")
+    return weightd_pb2.File(name=readable, size_bytes=facts.st_size, checksum=checksum.value)
