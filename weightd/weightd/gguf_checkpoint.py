@@ -7,20 +7,23 @@ gigabyte for a vocabulary of 262144. So the header is read here; the package kno
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from weightd.checkpoint import Checkpoint, Encoding, SourceTensor, check_extent, plain
 from weightd.errors import CheckpointError
 from weightd.gguf_names import check_architecture
 
+Item = TypeVar("Item")
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_BYTES_DEFAULT = 32
+VECTOR_ELEMENTS_MAX = 65536
 STRING_TYPE, ARRAY_TYPE = 8, 9
 DIMENSIONS_MAX = 4  # GGML_MAX_DIMS
 SCALAR_DTYPES = {
@@ -53,14 +56,28 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Configuration and tokenizer come from transformers' conversion of the same file (gguf_files.py)."""
-    from weightd.gguf_files import check_packages, read_config, write_files
+    """The configuration follows from the header (gguf_config.py), the tokenizer from transformers' conversion of it."""
+    from weightd.gguf_config import FREQUENCIES, GgufConfig
+    from weightd.gguf_files import check_keys, check_packages, write_files
 
     check_packages(path)
     file = read_gguf(path)
     architecture = check_architecture(file.architecture)
-    config = read_config(path)
-    return Checkpoint(path, config, file.tensors, lambda folder: write_files(path, folder), architecture)
+    check_keys(file)
+    config = GgufConfig(file, _small_vector(file, FREQUENCIES)).config()
+    return Checkpoint(path, config, file.tensors, lambda folder: write_files(file, config, folder), architecture)
+
+
+def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
+    """The values of a vector in F32; None where there is none."""
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.encoding != plain("F32") or len(tensor.shape) != 1 or tensor.elements > VECTOR_ELEMENTS_MAX:
+        raise CheckpointError(
+            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, no small F32 vector"
+        )
+    return np.fromfile(tensor.path, "<f4", tensor.elements, offset=tensor.offset_bytes)
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -103,8 +120,9 @@ class _Header:
         if version not in VERSIONS:
             raise CheckpointError(f"{self._path} has GGUF version {version}, known are {VERSIONS} in little endian")
         tensor_count, metadata_count = self._number("<Q"), self._number("<Q")
-        metadata = dict(self._entry() for _ in range(metadata_count))
+        metadata = self._unique(self._entry() for _ in range(metadata_count))
         infos = [self._tensor_info() for _ in range(tensor_count)]
+        self._unique((name, None) for name, *_ in infos)
         alignment_bytes = _whole_number(self._path, metadata, "general.alignment", ALIGNMENT_BYTES_DEFAULT)
         if alignment_bytes == 0:
             raise CheckpointError(f"{self._path} has general.alignment 0")
@@ -114,6 +132,15 @@ class _Header:
             for name, shape, encoding, offset_bytes in infos
         }
         return GgufFile(self._path, metadata, tensors)
+
+    def _unique(self, entries: Iterable[tuple[str, Item]]) -> dict[str, Item]:
+        """Entries by their names. Which of two of the same name counts differs between readers, so both are refused."""
+        found: dict[str, Item] = {}
+        for name, entry in entries:
+            if name in found:
+                raise CheckpointError(f"{self._path} has {name} twice")
+            found[name] = entry
+        return found
 
     def _bytes(self, count: int) -> bytes:
         if count > self._file_bytes - self._file.tell():  # before memory is taken for it
