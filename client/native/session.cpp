@@ -333,6 +333,9 @@ bool Session::take_ready(std::vector<ring::Grant>& grants) {
     const uint32_t tail = ring_->header.grant_tail.load(std::memory_order_acquire);
     if (tail == grant_head_) return false;
     for (; grant_head_ != tail; grant_head_++) grants.push_back(ring_->grants[grant_head_ % ring::GRANTS]);
+    // weightd takes the pages of a closed ring back, after it has said so: zeros would look like grants.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (ring_->header.state.load(std::memory_order_acquire) != ring::OPEN) throw SessionLost(gone());
     ring_->header.grant_head.store(grant_head_, std::memory_order_release);
     return true;
 }
