@@ -166,6 +166,10 @@ class Generator:
             ending.enter_context(meter.watching(self._model, assistant))
             try:
                 output = self._generate(**call.arguments)
+            except IndexError as error:  # from models that run all their layers whatever their config says, like OPT
+                if call.config.assistant_early_exit is None or meter.checks > 0:
+                    raise
+                raise OptionError("assistant_early_exit= is refused: this model cannot stop at a layer") from error
             except (TypeError, ValueError, ImportError) as error:
                 if meter.steps > 0 or isinstance(error, FlashClientError):
                     raise
@@ -222,6 +226,11 @@ class Generator:
         arguments = {name: value for name, value in arguments.items() if not _is_unset(name, value)}
         check_arguments(arguments, self.known)
         call = _Call(arguments, merged_config(self._model, arguments))
+        if self._steps is not None and (call.config.guidance_scale or 1) != 1 and call.config.use_cache is False:
+            raise OptionError(
+                "guidance_scale= with use_cache=False is refused in mode 'predict': without caches the steps of the two"
+                " prompts cannot be told apart; leave use_cache out"
+            )
         self._prepare_prompt(call)
         self._prepare_padding(call)
         self._prepare_length(call)
@@ -241,6 +250,10 @@ class Generator:
             call.ids_tokens = call.prompt_tokens = arguments[name].shape[1]
             self._check_vocabulary(arguments[name] if embeds is None else None)
         if embeds is not None:
+            if arguments.get("assistant_model") is not None and name not in arguments:
+                raise OptionError(
+                    "assistant_model= with inputs_embeds= alone: a draft reads tokens; pass input_ids= too"
+                )
             arguments["inputs_embeds"] = embeds = self._embeds(embeds)
             call.prompt_tokens = embeds.shape[1]
         elif name not in arguments and call.config.bos_token_id is None:
@@ -303,6 +316,7 @@ class Generator:
         """Sets the default length; refuses more tokens than there are positions, where these end."""
         config, longest = call.config, self._positions_taken(call)
         new_tokens = config.max_new_tokens
+        by = "max_length" if new_tokens is None and config.max_length is not None else "max_new_tokens"
         for name in ("max_new_tokens", "max_length"):
             value = getattr(config, name)
             if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
@@ -317,7 +331,7 @@ class Generator:
         if self._positions_end and longest + max(1, new_tokens) - 1 > self._positions:  # the last token is not fed
             raise OptionError(
                 f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's "
-                f"{self._positions} positions: shorten the prompt or lower max_new_tokens (max_length)"
+                f"{self._positions} positions: shorten the prompt or lower {by}="
             )
 
     def _positions_taken(self, call: _Call) -> int:

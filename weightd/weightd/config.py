@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote
 
 from weightd.access import Rules, parse_rules
 from weightd.errors import UsageError
@@ -30,6 +29,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 METRICS_HOST = "127.0.0.1"
 DRAM_FLOOR_PERCENT = 50.0
+DRAM_BYTES_MIN = 1 << 20  # no model does with less: a smaller number without a unit was meant in another
 # sockaddr_un holds 108 bytes with the final zero; the data and the identity socket add these to the same path.
 DATA_SUFFIX = ".data"
 IDENTITY_SUFFIX = ".peer"
@@ -45,11 +45,6 @@ class ListenAddress:
     socket_path: Path | None  # of a Unix socket
     default: bool = False  # not asked for by name: its directory is made
     loopback: bool = True  # no other machine can reach it
-
-    @property
-    def grpc_target(self) -> str:
-        """As gRPC reads it: a URI, in which `#`, `?`, `%` and what is not ASCII would mean something else."""
-        return self.target if self.socket_path is None else f"unix:{quote(os.fsencode(self.socket_path))}"
 
 
 @dataclass(frozen=True)
@@ -246,9 +241,13 @@ def _parse_dram(flag: str, value: object) -> tuple[int | None, float | None]:
         raise UsageError(f"{flag} {value!r}: want a size like 6.5GiB or a percentage like 50%")
     if not value.endswith("%"):
         try:
-            return parse_size(value), None
+            size_bytes = parse_size(value)
         except UsageError as error:
             raise UsageError(f"{flag} is {error}") from error
+        if size_bytes < DRAM_BYTES_MIN and value.strip().isdecimal() and flag == "--dram":
+            meant = f"; did you mean {size_bytes}GiB or {size_bytes}%?" if 0 < size_bytes <= 100 else ", try 512MiB"
+            raise UsageError(f"--dram {value} is {size_bytes} bytes, because it has no unit{meant}")
+        return size_bytes, None
     try:
         percent = float(value.removesuffix("%"))
     except ValueError:
