@@ -137,7 +137,7 @@ def test_a_dram_is_taken_as_weightd_takes_it(dram: str | int) -> None:
 
 
 def test_a_store_that_is_no_path_is_refused() -> None:
-    with pytest.raises(TypeError, match="store=.* is no path of a folder"):
+    with pytest.raises(TypeError, match=r"store=.* is no path of a folder"):
         Options(store="/tmp/a\0b")
 
 
