@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -146,6 +147,13 @@ void bind_session(nb::module_& m) {
                      "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
         .def_prop_ro("share_slots", &Session::share_slots)
         .def_prop_ro("lease_limit", &Session::lease_limit, "cells that may be held at once, now")
+        .def_prop_ro(
+            "counters",
+            [](const Session& session) {
+                const flashclient::Counters counted = session.counters();
+                return std::make_tuple(counted.hits, counted.misses, counted.read_bytes);
+            },
+            "hits, misses and bytes read from flash, of this session and those before it in its place")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a.noconvert(),
              "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a.noconvert())
