@@ -12,7 +12,7 @@ import inspect
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
@@ -54,8 +54,8 @@ class Turns:
 
     @contextmanager
     def last(self) -> Iterator[None]:
-        """Waits for a generation under way; after close() too."""
-        with self._lock:
+        """Waits for a generation under way, which another process than the client's cannot; after close() too."""
+        with self._lock if os.getpid() == self._pid else nullcontext():
             yield
 
     def check(self) -> None:
