@@ -20,6 +20,7 @@ BEGIN, END = "<!-- scripts/call_table.py begins -->\n", "<!-- scripts/call_table
 TEST = "test_calls.py"
 # What a word on the parameter says more than that it works.
 NOTES = {
+    "assistant_early_exit": "for models that can stop at a layer; OPT is refused, as transformers' runs all of them",
     "cache_config": "needs cache_implementation='quantized' and the packages of its backend",
     "cache_implementation": "but 'offloaded', 'offloaded_static' (no GPU) and 'paged' (many requests) are refused",
     "compile_config": "transformers warns that it compiles nothing on a CPU",

@@ -140,6 +140,11 @@ class HostileClients:
             raise RuntimeError(f"the hostile clients ended with status {self._mother.wait()}")
         return self
 
+    @property
+    def pid(self) -> int:
+        """Of their parent."""
+        return self._mother.pid
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -37,7 +37,7 @@ from hostile_clients import HostileClients
 from soak_clients import SILENT_S, ClientProcesses, Event, Silences, holdings, send_signal
 from soak_comparison import SETTLE_S, TURNS, Comparison
 from soak_store import Corruption, corrupt, make_store
-from soak_weightd import LOOPBACK, MortalWeightd
+from soak_weightd import LOOPBACK, MortalWeightd, charged_bytes
 
 from flashclient.channel import Connection
 from weightd.budget import INTERPRETER_BYTES
@@ -146,7 +146,7 @@ class Soak:
                 self._hear(min(due_s, 1.0), replace=True)
             if self.daemon.serves():
                 self.weightd.append(holdings(self.daemon.pid))
-                self.memory.append(self.daemon.memory_bytes())
+                self.memory.append(charged_bytes(self.daemon.pid))
         self._calm_down()
 
     def compare(self, seconds: float) -> None:
@@ -168,7 +168,7 @@ class Soak:
         end_s = time.monotonic() + seconds
         while (left_s := end_s - time.monotonic()) > 0:
             self._hear(min(left_s, 1.0), replace=False)
-            self.memory.append(self.daemon.memory_bytes())
+            self.memory.append(charged_bytes(self.daemon.pid))
 
     def _after(self, seconds: tuple[float, float], act: Callable[[], None]) -> None:
         heapq.heappush(self._later, (time.monotonic() + self.chance.uniform(*seconds), next(self._order), act))

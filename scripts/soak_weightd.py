@@ -72,19 +72,6 @@ class MortalWeightd:
     def memory_max_bytes(self) -> int:
         return self.dram_bytes + INTERPRETER_BYTES
 
-    def memory_bytes(self) -> int:
-        """What is charged to it: its own memory and its memfds, but not what the kernel takes for it."""
-        process = Path(f"/proc/{self.pid}")
-        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
-        anonymous, shared = (int(status[kind].split()[0]) << 10 for kind in ("RssAnon", "RssShmem"))
-        memfds = {}
-        for descriptor in (process / "fd").iterdir():
-            with suppress(OSError):  # closed meanwhile
-                if str(descriptor.readlink()).startswith("/memfd:"):
-                    facts = descriptor.stat()
-                    memfds[facts.st_ino] = facts.st_blocks * 512
-        return anonymous + max(shared, sum(memfds.values()))
-
     def kill(self) -> None:
         self._killed_s = time.monotonic()
         self._process.kill()
@@ -131,3 +118,17 @@ class MortalWeightd:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._sockets, ignore_errors=True)
+
+
+def charged_bytes(pid: int) -> int:
+    """What is charged to a weightd: its own memory and its memfds, but not what the kernel takes for it."""
+    process = Path(f"/proc/{pid}")
+    status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+    anonymous, shared = (int(status[kind].split()[0]) << 10 for kind in ("RssAnon", "RssShmem"))
+    memfds = {}
+    for descriptor in (process / "fd").iterdir():
+        with suppress(OSError):  # closed meanwhile
+            if str(descriptor.readlink()).startswith("/memfd:"):
+                facts = descriptor.stat()
+                memfds[facts.st_ino] = facts.st_blocks * 512
+    return anonymous + max(shared, sum(memfds.values()))

@@ -203,9 +203,13 @@ def _choose_type(
 
 
 def write_gguf(
-    model: PreTrainedModel, path: Path, quantise: Callable[[str], gguf.GGMLQuantizationType] | None = None
+    model: PreTrainedModel,
+    path: Path,
+    quantise: Callable[[str], gguf.GGMLQuantizationType] | None = None,
+    add: Callable[[gguf.GGUFWriter], Any] | None = None,
 ) -> Path:
-    """The model as a GGUF file; `quantise` gives the type of each matrix by its GGUF name, default its own dtype."""
+    """The model as a GGUF file; `quantise` gives the type of each matrix by its GGUF name, default its own dtype, and
+    `add` adds to the header, or changes it."""
     config = model.config
     architecture = {"gemma3_text": "gemma3"}.get(config.model_type, config.model_type)
     writer = gguf.GGUFWriter(path, architecture)
@@ -231,6 +235,8 @@ def write_gguf(
         values = np.ascontiguousarray(_gguf_values(architecture, name, tensor, config).numpy())
         kind = _choose_type(quantise, gguf_name, tensor)
         writer.add_tensor(gguf_name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    if add is not None:
+        add(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

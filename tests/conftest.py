@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""What all tests share: what an import does in child processes, as loading torch takes seconds, is done in this one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from weightd_proto import weightd_pb2
 
 
 @pytest.fixture(autouse=True, scope="session")
-def rehearse_in_this_process() -> Iterator[None]:
-    """An import's rehearsal needs torch, whose loading takes a child process seconds; here it is loaded already."""
+def import_in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("weightd.rehearsal._rehearse", rehearse_here)
+        patch.setattr("weightd.gguf_files._write_tokenizer", write_tokenizer_here)
         yield
 
 
@@ -26,3 +26,9 @@ def rehearse_here(record: weightd_pb2.Model, folder: Path) -> str:
     except RefusedFileError as error:
         return str(error)
     return ""
+
+
+def write_tokenizer_here(path: Path, folder: Path) -> None:
+    from weightd.gguf_tokenizer import write_tokenizer
+
+    write_tokenizer(path, folder)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from flashclient.calibration import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE, LowRank, write_predictors
 from flashclient.channel import Connection
+from flashclient.model import DTYPES
 from flashclient.publishing import publish
 from weightd_proto import weightd_pb2
 
@@ -74,8 +76,9 @@ def _ones(count: int) -> NDArray[np.float32]:
 
 
 def _bits(values: NDArray[Any], record: weightd_pb2.Model) -> NDArray[Any]:
-    assert record.bundle.dtype == "F32"
-    return np.ascontiguousarray(values, np.float32)
+    """In the model's dtype; those of 16 bits as their bits."""
+    kept = torch.from_numpy(np.asarray(values, np.float32)).to(DTYPES[record.bundle.dtype]).contiguous()
+    return kept.numpy() if record.bundle.dtype == "F32" else kept.view(torch.uint16).numpy()
 
 
 def _file(layers: list[LowRank], record: weightd_pb2.Model) -> bytes:

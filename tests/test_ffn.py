@@ -10,11 +10,13 @@ import pytest
 import torch
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, cut
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from flashclient._native import Ffn, LentMemory, Workers
+from flashclient._native import Ffn, LentMemory, Linear, Workers
 from flashclient.arrays import array_of
-from flashclient.ffn import ACTIVATIONS, StreamedFFN, StreamedSum, staging_neurons
+from flashclient.ffn import ACTIVATIONS, StreamedFFN, StreamedSum
 from weightd_proto import weightd_pb2
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -89,7 +91,7 @@ def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     one = np.ones((1, 1), np.float32)
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
-        kernels.add_rows(np.array([address], np.uint64), None, one, y)
+        kernels.add_rows(np.array([address], np.uint64), None, None, one, y)
         expected = ACTIVATIONS[activation](value.double()).item()
         assert abs(y[0, 0] - expected) <= 1e-6 * max(1.0, abs(expected))
     del lent
@@ -106,14 +108,27 @@ def test_bits_do_not_depend_on_chunks_or_threads(dtype: str, tokens: int) -> Non
             assert torch.equal(layer.run(x, sizes, threads), whole)
 
 
-def test_blocks_do_not_depend_on_chunks_when_a_layer_has_several() -> None:
-    hidden = 2048
-    neurons = 2 * staging_neurons(hidden, 3) + 5
-    layer = Layer("BF16", hidden, neurons, True, "silu")
-    x = torch.randn(33, hidden)
-    whole = layer.run(x, [neurons])
-    assert close(whole, layer.reference(x))
-    assert torch.equal(layer.run(x, [100, 1, 29]), whole)
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(sorted(DTYPES)),
+    st.integers(1, 1200),
+    st.integers(1, 300),
+    st.integers(2, 70),
+    st.sampled_from(["relu", "silu", "gelu_tanh"]),
+    st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    st.sampled_from([1, 2, 3]),
+    st.integers(0, 1000),
+)
+def test_a_row_depends_on_itself_alone(
+    dtype: str, hidden: int, neurons: int, tokens: int, activation: str, chunks: list[int], threads: int, seed: int
+) -> None:
+    layer = Layer(dtype, hidden, neurons, gated=activation != "relu", activation=activation, seed=seed)
+    x = torch.randn(tokens, hidden)
+    together = layer.run(x, chunks, threads)
+    for token in {0, tokens // 2, tokens - 1}:
+        assert torch.equal(layer.run(x[token : token + 1]), together[token : token + 1])
+    first = seed % tokens
+    assert torch.equal(layer.run(x[first:]), together[first:])
 
 
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
@@ -131,15 +146,11 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     lent = LentMemory(array_of(layer.weights))
     assert len(chunk.addresses) == len(addresses)
     together, alone = torch.zeros(16, 77), torch.zeros(16, 77)
-    kernels.add_rows(addresses, None, x.numpy(), together.numpy())
+    kernels.add_rows(addresses, None, None, x.numpy(), together.numpy())
     assert close(together, layer.reference(x))
     for token in range(16):
-        kernels.add_rows(addresses, None, x[token : token + 1].numpy(), alone[token : token + 1].numpy())
+        kernels.add_rows(addresses, None, None, x[token : token + 1].numpy(), alone[token : token + 1].numpy())
     assert torch.equal(together, alone), "a row depends on its batch-mates"
-    block = torch.zeros(3, 100, 77)
-    kernels.gather(addresses, 10, block.numpy())
-    assert torch.equal(block[:, 10:], layer.weights.float().transpose(0, 1))
-    assert not block[:, :10].any()
     del lent
 
 
@@ -147,18 +158,17 @@ def test_half_precision_is_widened_exactly() -> None:
     every = torch.arange(2**16, dtype=torch.int32).to(torch.uint16)
     for dtype in ("F16", "BF16"):
         values = every.view(DTYPES[dtype])
-        finite = values[values.isfinite()].view(-1, 1).repeat(1, 2).contiguous()  # hidden_size 1, up and down
-        addresses = finite.data_ptr() + np.arange(len(finite), dtype=np.uint64) * 4
-        lent = LentMemory(array_of(finite))
+        weight = torch.where(values.isfinite(), values, 0).view(-1, 64).contiguous()
         for instruction_set in INSTRUCTION_SETS:
             try:
-                kernels = Ffn(Workers(1), dtype, 1, False, "relu", instruction_set=instruction_set)
+                kernels = Linear(Workers(1), dtype, instruction_set)
             except ValueError:
                 continue
-            block = torch.empty(2, len(finite), 1)
-            kernels.gather(addresses, 0, block.numpy())
-            assert torch.equal(block[0, :, 0].view(torch.int32), finite[:, 0].float().view(torch.int32))
-        del lent
+            for columns in (64, 1):  # whole vectors, and the ends of rows
+                rows = weight.view(-1, columns)
+                out = np.empty((columns, len(rows)), np.float32)
+                kernels.multiply(array_of(rows), np.eye(columns, dtype=np.float32), out)
+                assert np.array_equal(out.T, rows.float().numpy())
 
 
 def test_output_is_fresh_and_of_the_dtype_of_x() -> None:
@@ -206,11 +216,14 @@ def test_kernels_refuse_shapes_that_do_not_fit() -> None:
     kernels = Ffn(Workers(1), "F32", 8, True, "silu")
     rows, none = np.zeros((1, 8), np.float32), np.zeros(0, np.uint64)
     with pytest.raises(ValueError, match="too many tokens"):
-        kernels.add_rows(none, None, np.zeros((17, 8), np.float32), np.zeros((17, 8), np.float32))
+        kernels.accumulate(none, np.zeros((0, 17), np.float32), np.zeros((17, 8), np.float32))
     with pytest.raises(ValueError, match="a bias per bundle"):
-        kernels.add_rows(none, np.zeros(1, np.float32), rows, rows.copy())
-    with pytest.raises(ValueError, match="no room"):
-        kernels.gather(none, 5, np.zeros((3, 4, 8), np.float32))
+        kernels.add_rows(none, np.zeros(1, np.float32), None, rows, rows.copy())
+    for masks in (np.zeros((2, 0), np.uint16), np.zeros((1, 1), np.uint16)):
+        with pytest.raises(ValueError, match=r"row_masks must be \[groups of 16 tokens, bundles\]"):
+            kernels.add_rows(none, None, masks, rows, rows.copy())
+    with pytest.raises(ValueError, match="must be contiguous"):
+        kernels.add_rows(np.zeros(2, np.uint64), None, np.zeros((1, 4), np.uint16)[:, ::2], rows, rows.copy())
 
 
 def test_ffn_of_a_model_is_transformers_own() -> None:

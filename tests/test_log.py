@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import struct
 import sys
 from pathlib import Path
 
@@ -77,3 +79,19 @@ def test_a_refusal_is_a_line_of_the_log_too(tmp_path: Path) -> None:
     line = json.loads(text)
     assert line["level"] == "error"
     assert "none" in line["message"]
+
+
+def test_bytes_of_a_client_never_get_into_the_log(tmp_path: Path) -> None:
+    """gRPC's core would tell of a connection error with the words that the client gave for it."""
+    store = tmp_path / "store"
+    write_model(store)
+    with serving(store, "--dram", "64MiB", "--log-format", "json") as daemon:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(daemon.address.removeprefix("unix:"))
+            words = b"\nweightd: serving nothing\n"
+            go_away = struct.pack(">IBIII", len(words) + 8 << 8 | 7, 0, 0, 0, 1) + words  # with error 1
+            client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0" + go_away)
+            while client.recv(1 << 16):
+                pass
+        _, written = daemon.stop()
+    assert [json.loads(line)["message"].split()[0] for line in written.splitlines()] == ["serving", "stopping"]

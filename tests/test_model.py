@@ -14,7 +14,7 @@ import torch
 from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, FetchServer, cut
 
-from flashclient._native import Attention, Workers
+from flashclient._native import Workers
 from flashclient.absent_weights import AbsentWeight
 from flashclient.channel import Connection
 from flashclient.decode_attention import IMPLEMENTATION
@@ -150,8 +150,7 @@ def test_attention_is_the_kernel_unless_the_config_names_another(chosen: str | N
     config = json.loads(parts.files["config.json"]) | ({} if chosen is None else {"attn_implementation": chosen})
     parts.files["config.json"] = json.dumps(config).encode()
     streamed = streamed_model(parts, ArraySource(parts, [61]), tmp_path)
-    vectors = Attention(Workers(1), "F32").instruction_set != "portable"
-    assert streamed.config._attn_implementation == (chosen or (IMPLEMENTATION if vectors else "sdpa"))
+    assert streamed.config._attn_implementation == (chosen or IMPLEMENTATION)
 
 
 def test_model_holds_no_ffn_weights(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from daemon import free_port, serving
 from predictors import everything, lossy, oracle, publish_predictors
 from stored_model import read_matrices
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient import FlashClient
@@ -195,6 +196,55 @@ def test_rows_that_are_finished_change_no_other(model: Calibrated) -> None:
             length = expected.index(end) + 1 if end in expected else len(expected)
             assert made[:length] == expected[:length]
         assert read.hits + read.misses > 0
+
+
+NEGATIVE = torch.tensor([[9, 2, 9, 30, 2, 41, 77, 12]])  # longer than the prompt, with the token that ends
+CALLS: dict[str, dict[str, Any]] = {
+    "guidance": {"guidance_scale": 1.6},
+    "guidance against a prompt": {"guidance_scale": 1.6, "negative_prompt_ids": NEGATIVE, "eos_token_id": 2},
+    "a prompt in chunks": {"prefill_chunk_size": 2},
+    "the prompt proposes": {"prompt_lookup_num_tokens": 3},
+    "early layers propose": {"assistant_early_exit": 1},
+    "a static cache": {"cache_implementation": "static"},
+    "several samples": {"do_sample": True, "num_return_sequences": 3, "eos_token_id": list(range(40))},
+}
+
+
+def test_calls_of_every_kind_are_exact_where_predictors_are(model: Calibrated) -> None:
+    made: list[dict[str, Tensor]] = []
+    ids = torch.tensor([PROMPT])
+    with serving(model.store) as daemon:
+        for kind, mode in (("none", "exact"), ("oracle", "predict")):
+            with FlashClient(model.names[kind], address=daemon.address, mode=mode) as client:
+                made.append({})
+                for name, call in CALLS.items():
+                    if "opt" in client.record.name and "assistant_early_exit" in call:
+                        with pytest.raises(OptionError, match="this model cannot stop at a layer"):
+                            client.generate(ids, **GREEDY | call)
+                        continue
+                    torch.manual_seed(1)
+                    made[-1][name] = client.generate(ids, **GREEDY | call)
+    for name, expected in made[0].items():
+        assert torch.equal(made[1][name], expected), name
+
+
+def test_what_a_prompt_comes_as_changes_nothing(model: Calibrated) -> None:
+    """Also where predictors are wrong: a prompt is exact, whole or in parts, as ids or as their embeddings."""
+    ids = torch.tensor([PROMPT])
+    with client_of(model, "lossy") as client:
+        expected = client.generate(ids, **GREEDY)
+        streamed: Any = client.model
+        assert torch.equal(streamed.generate(ids, **GREEDY), expected)
+        embeds = streamed.get_input_embeddings()(ids)
+        assert torch.equal(client.generate(inputs_embeds=embeds, **GREEDY), expected[:, len(PROMPT) :])
+        assert torch.equal(client.generate(ids, **GREEDY, prefill_chunk_size=2), expected)
+        cache = DynamicCache(config=streamed.config)
+        with torch.no_grad():
+            streamed.generate(ids[:, :3], past_key_values=cache, max_new_tokens=1)  # a cache of three exact tokens
+        assert cache.get_seq_length() == 3
+        assert torch.equal(client.generate(ids, **GREEDY, past_key_values=cache), expected)
+        with pytest.raises(OptionError, match="with use_cache=False is refused in mode 'predict'"):
+            client.generate(ids, guidance_scale=2.0, use_cache=False)
 
 
 @pytest.mark.parametrize("kind", ["its own", "another"])

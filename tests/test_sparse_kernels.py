@@ -57,9 +57,9 @@ class Case:
         step = self.weights[0].nbytes
         self.addresses = self.weights.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
 
-    def kernels(self, instruction_set: str | None = None) -> Ffn:
+    def kernels(self, instruction_set: str | None = None, workers: Workers = WORKERS) -> Ffn:
         threshold = THRESHOLD if self.activation == "fatrelu" else 0.0
-        return Ffn(WORKERS, self.dtype, self.hidden, self.gated, self.activation, threshold, instruction_set)
+        return Ffn(workers, self.dtype, self.hidden, self.gated, self.activation, threshold, instruction_set)
 
     def wanted(self) -> Tensor:
         bits = self.masks[:, None] >> np.arange(self.tokens, dtype=np.uint16) & 1
@@ -137,9 +137,27 @@ def test_masked_sum_is_the_formula(case: Case) -> None:
 @given(cases)
 def test_all_masks_set_is_add_rows_bit_for_bit(case: Case) -> None:
     kernels, y = case.kernels(), torch.zeros(case.tokens, case.hidden)
-    kernels.add_rows(case.addresses, case.bias.numpy(), case.x.numpy(), y.numpy())
+    kernels.add_rows(case.addresses, case.bias.numpy(), None, case.x.numpy(), y.numpy())
     h = case.fire(kernels, np.full(case.neurons, 0xFFFF, np.uint16))
     assert torch.equal(case.accumulate(kernels, h), y)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.integers(1, 60), st.integers(1, 4))
+def test_masks_of_several_groups_are_those_of_fire(case: Case, tokens: int, threads: int) -> None:
+    """Each row of add_rows() as fire() and accumulate() make it of that row alone."""
+    random = np.random.default_rng(case.seed)
+    x = random.standard_normal((tokens, case.hidden)).astype(np.float32)
+    masks = random.integers(0, 2**16, (-(-tokens // 16), case.neurons + 3)).astype(np.uint16)[:, 2:-1]
+    y = np.zeros((tokens, case.hidden), np.float32)
+    case.kernels(workers=Workers(threads)).add_rows(case.addresses, case.bias.numpy(), masks, x, y)
+    index, kernels = np.arange(case.neurons, dtype=np.uint32), case.kernels()
+    for row in range(tokens):
+        one, own = x[row : row + 1], masks[row // 16] >> np.uint16(row % 16) & np.uint16(1)
+        h, alone = np.empty((case.neurons, 1), np.float32), np.zeros((1, case.hidden), np.float32)
+        kernels.fire(case.addresses, index, own, case.bias.numpy(), one, h)
+        kernels.accumulate(case.addresses, h, alone)
+        assert np.array_equal(alone[0], y[row])
 
 
 @settings(max_examples=60, deadline=None)

@@ -125,5 +125,7 @@ def test_an_ffn_that_is_called_on_its_own_has_a_sequence_of_rows(watched: Watche
 
 
 def test_row_masks() -> None:
-    assert Step(2, 3).row_mask() == 0b111111
-    assert Step(2, 2, wants=np.array([[False, True], [True, True]])).row_mask() == 0b1110
+    assert Step(2, 3).row_masks().tolist() == [0b111111]
+    assert Step(1, 16).row_masks().tolist() == [0xFFFF]
+    assert Step(6, 3).row_masks().tolist() == [0xFFFF, 0b11]
+    assert Step(2, 2, wants=np.array([[False, True], [True, True]])).row_masks().tolist() == [0b1110]

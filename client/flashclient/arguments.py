@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 from transformers.utils.generic import TransformersKwargs
 
 from flashclient.errors import OptionError
@@ -102,8 +102,29 @@ def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
             f"custom_generate='{arguments['custom_generate']}' is refused: it runs code of a repository;"
             " pass a function"
         )
+    _check_callables(arguments)
     if arguments.get("inputs") is not None and arguments.get("input_ids") is not None:
         raise OptionError("inputs= and input_ids= are two names for the prompt: pass one of them")
+
+
+def _check_callables(arguments: Mapping[str, Any]) -> None:
+    """What transformers calls only once it has computed something."""
+    for name in ("logits_processor", "stopping_criteria"):
+        given = arguments.get(name) or []
+        if not isinstance(given, list | tuple):
+            raise OptionError(f"{name}= is a {type(given).__name__}: pass a list of them")
+        for one in given:
+            if not callable(one):
+                raise OptionError(f"{name}= has a {type(one).__name__}: functions of ids and scores are needed")
+    function = arguments.get("prefix_allowed_tokens_fn")
+    if function is not None and not callable(function):
+        raise OptionError(f"prefix_allowed_tokens_fn= is a {type(function).__name__}: a function is needed")
+    streamer = arguments.get("streamer")
+    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        raise OptionError(f"streamer= is a {type(streamer).__name__}: put() and end() are needed")
+    cache = arguments.get("past_key_values")
+    if cache is not None and not isinstance(cache, Cache):
+        raise OptionError(f"past_key_values= is a {type(cache).__name__}: a Cache of transformers is needed")
 
 
 def merged_config(model: Any, arguments: Mapping[str, Any]) -> GenerationConfig:

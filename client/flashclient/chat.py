@@ -54,6 +54,8 @@ def _conversations(messages: Any) -> tuple[bool, list[list[dict[str, Any]]]]:
         )
     if all(isinstance(one, Mapping) for one in messages):
         return False, [_checked(messages)]
+    if any(isinstance(one, Mapping) for one in messages):
+        raise OptionError("cannot mix messages and whole conversations in one list: pass several lists of messages")
     return True, [_conversations(one)[1][0] for one in messages]
 
 

@@ -1,9 +1,10 @@
-"""Attention at decode: a few tokens over the whole context by the native kernel, at the speed of memory.
+"""Attention by the native kernel, in which a row's bits depend on what it attends to alone.
 
-torch's scaled_dot_product_attention wakes its threads for each layer of each token, which takes several times longer
-than reading the keys and values. From 1 to 16 tokens of a sequence the kernel is used wherever the processor has
-vectors that it is written for, and transformers' own sdpa function for all else. It is a rule, not a measurement at
-start, for the reason that resident_linear.py gives; the measurement behind it is scripts/bench_kernels.py.
+The kernel is used for any number of tokens, sliding windows included, and transformers' own sdpa function for what it
+does not do (gradients, dropout, softcaps, other devices). It is a rule, not a measurement at start, for the reason that
+resident_linear.py gives. At decode it is also the faster one: torch's scaled_dot_product_attention wakes its threads
+for each layer of each token, which takes several times longer than reading the keys and values
+(scripts/bench_kernels.py).
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from flashclient._native import Attention, Ffn, Workers
+from flashclient._native import Attention, Workers
 from flashclient.arrays import KernelOf, array_of
-from flashclient.resident_linear import STORED_DTYPES, VECTOR_INSTRUCTION_SETS
+from flashclient.resident_linear import STORED_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
-TOKENS_MAX = Ffn.TOKENS_MAX
 # What sdpa takes besides its tensors, and the kernel does not.
 UNSUPPORTED = ("softcap", "position_bias", "cache", "output_attentions")
 
@@ -29,12 +29,11 @@ Kernels = dict[torch.dtype, Attention]
 
 
 def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
-    """Lets the attention of `model` take few tokens to the native kernel, where transformers chose sdpa for it.
+    """Lets the attention of `model` be the native kernel's, where transformers chose sdpa for it.
 
     Args:
         workers: shared with the other kernels.
-        instruction_set: avx512, avx2 or portable, whatever it costs; None takes the best, and nothing if that is
-            slower than torch.
+        instruction_set: avx512, avx2 or portable; None takes the best.
 
     Returns:
         The number of modules that now do.
@@ -43,8 +42,6 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
         ValueError: the processor lacks `instruction_set`.
     """
     kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
-    if instruction_set is None and kernels[torch.float32].instruction_set not in VECTOR_INSTRUCTION_SETS:
-        return 0
     if model.config._attn_implementation != "sdpa":
         return 0
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # as sdpa asks of its caller
@@ -67,8 +64,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """What transformers calls for IMPLEMENTATION; arguments and meaning are those of its sdpa function.
 
-    A row's result depends on its query and on what it attends to alone, bit for bit, for 1 to 16 tokens: not on its
-    batch-mates, the other tokens or the padding. It is summed in fp32 and rounded once.
+    A row's result depends on its query and on what it attends to alone, bit for bit: not on its batch-mates, the other
+    tokens or the padding. It is summed in fp32 and rounded once.
 
     Args:
         query: [sequences, heads, tokens, elements]; key, value: [sequences, key heads, positions, elements].
@@ -79,14 +76,11 @@ def attend(
     """
     kernels: Kernels | None = getattr(module, "decode_kernels", None)
     tokens = query.shape[2]
-    keys, values, mask = key, value, attention_mask
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if mask is None and causal and 1 < tokens <= TOKENS_MAX:  # aligned at the beginning, as sdpa has it
-        keys, values = key[:, :, :tokens], value[:, :, :tokens]
-        mask = torch.ones(1, 1, tokens, keys.shape[2], dtype=torch.bool, device="cpu").tril()
+    causal = bool(causal) and attention_mask is None and tokens > 1  # as sdpa has it
     plain = not dropout and all(kwargs.get(name) is None or kwargs[name] is False for name in UNSUPPORTED)
-    if kernels is not None and plain and _fit(kernels, query, keys, values, mask):
-        return _attend(kernels[query.dtype], query, keys, values, mask, scaling), None
+    if kernels is not None and plain and _fit(kernels, query, key, value, attention_mask):
+        return _attend(kernels[query.dtype], query, key, value, attention_mask, causal, scaling), None
     result: tuple[Tensor, None] = _transformers_attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
@@ -95,7 +89,7 @@ def attend(
 
 def _fit(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether the kernel does this."""
-    if torch.compiler.is_compiling() or not 0 < query.shape[2] <= TOKENS_MAX or query.dtype not in kernels:
+    if torch.compiler.is_compiling() or query.numel() == 0 or query.dtype not in kernels:
         return False
     tensors = (query, key, value)
     if not all(tensor.is_cpu and tensor.dtype == query.dtype and tensor.stride(-1) == 1 for tensor in tensors):
@@ -119,7 +113,13 @@ def _mask_fits(mask: Tensor, sequences: int, heads: int, tokens: int, key: Tenso
 
 
 def _attend(
-    kernel: Attention, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+    kernel: Attention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scaling: float | None,
 ) -> Tensor:
     sequences, heads, tokens, elements = query.shape
     out = torch.empty(sequences, tokens, heads, value.shape[3], dtype=torch.float32, device="cpu")
@@ -128,6 +128,7 @@ def _attend(
         array_of(key),
         array_of(value),
         None if mask is None else array_of(_in_kernel_form(mask)),
+        causal,
         elements**-0.5 if scaling is None else scaling,
         array_of(out),
     )

@@ -1,8 +1,7 @@
 """The FFN of a layer, as a module that streams its bundles instead of holding its weights.
 
-The output is a sum over neurons in placement order, taken in fp32 and rounded once. Few tokens (decode) read the
-bundles where they lie; many (prefill) widen them into a block of a fixed number of neurons for dense products. In both
-ways the bits depend on that order alone: not on chunks, pool, transport or threads.
+The output is a sum over neurons in placement order, taken in fp32 and rounded once, from bundles where they lie. A
+row's bits depend on that order and on the row alone: not on the other rows, chunks, pool, transport or threads.
 """
 
 from __future__ import annotations
@@ -26,9 +25,6 @@ from flashclient.source import BundleSource, Chunk, survive
 from flashclient.torch_state import eager, plain_torch
 from weightd_proto import weightd_pb2
 
-STAGING_BYTES = 4 * 2**20  # of a block in fp32: it stays in a last-level cache between gathering and product
-STAGING_NEURONS_MIN = 128  # below it the products are too thin for a matrix library
-
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,
     "relu_squared": lambda x: functional.relu(x).square(),
@@ -51,12 +47,6 @@ class Clock:
     forward_s: float = 0.0  # all of the model
 
 
-def staging_neurons(hidden_size: int, parts: int) -> int:
-    """Neurons of a block: a function of the layout alone, as the bits depend on it; a multiple of 16."""
-    neurons = STAGING_BYTES // (4 * hidden_size * parts)
-    return max(STAGING_NEURONS_MIN, neurons // 16 * 16)
-
-
 class NeuronSum(Protocol):
     """What an FFN is the sum of: the neurons of a layer, all or some of them."""
 
@@ -72,10 +62,10 @@ class NeuronSum(Protocol):
 
 
 class StreamedSum:
-    """What all layers of a model share: source, kernels, the staging block and the clock. One call at a time.
+    """What all layers of a model share: source, kernels and the clock. One call at a time.
 
     Args:
-        activation: one of ACTIVATIONS.
+        activation: the kernels' name of it.
         workers: the threads of the kernels.
     """
 
@@ -86,39 +76,35 @@ class StreamedSum:
         self.hidden_size = bundle.hidden_size
         self.gated = "gate" in bundle.parts
         self.clock = Clock()
-        self._activation = ACTIVATIONS[activation]
         self.kernels = Ffn(workers, bundle.dtype, bundle.hidden_size, self.gated, activation)
-        self._parts = len(bundle.parts)
-        self._block: Tensor | None = None  # [parts, neurons, hidden_size] fp32, made at the first prefill
         self._lock = threading.Lock()
 
-    def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
-        """The sum over all neurons of `layer`.
+    def __call__(
+        self,
+        layer: int,
+        x: Tensor,
+        bias: NDArray[np.float32] | None,
+        row_masks: NDArray[np.uint16] | None = None,
+    ) -> Tensor:
+        """The sum over all neurons of `layer`, or over those that each row wants.
 
         Args:
             x: [tokens, hidden_size] fp32, contiguous.
             bias: [neurons] fp32, by position, added before the activation.
+            row_masks: [ceil(tokens / 16), neurons], by position: bit t of group g, row 16 * g + t wants the neuron.
 
         Returns:
             [tokens, hidden_size] fp32, fresh.
         """
         with self._lock:
             y = torch.zeros_like(x)
-            if x.shape[0] <= Ffn.TOKENS_MAX:
-                self._add_rows(layer, x, bias, y)
-            else:
-                self._add_blocks(layer, x, bias, y, None)
-            return y
-
-    def masked(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, wanted: Tensor) -> Tensor:
-        """The sum over what each row wants, as a dense product in which the other neurons count nothing.
-
-        Args:
-            wanted: [tokens, neurons] bool, by position.
-        """
-        with self._lock:
-            y = torch.zeros_like(x)
-            self._add_blocks(layer, x, bias, y, wanted)
+            x_rows, y_rows = x.numpy(), y.numpy()
+            with closing(self._chunks(layer)) as chunks:
+                for chunk in chunks:
+                    part = slice(chunk.first, chunk.first + len(chunk.addresses))
+                    bias_part = None if bias is None else bias[part]
+                    masks_part = None if row_masks is None else row_masks[:, part]
+                    self.kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
             return y
 
     def idle(self) -> None:
@@ -134,54 +120,6 @@ class StreamedSum:
                 yield chunk
                 asked_s = time.perf_counter()
                 self.clock.compute_s += asked_s - given_s
-
-    def _add_rows(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, y: Tensor) -> None:
-        x_rows, y_rows = x.numpy(), y.numpy()
-        with closing(self._chunks(layer)) as chunks:
-            for chunk in chunks:
-                of_chunk = None if bias is None else bias[chunk.first : chunk.first + len(chunk.addresses)]
-                self.kernels.add_rows(chunk.addresses, of_chunk, x_rows, y_rows)
-
-    def _add_blocks(
-        self, layer: int, x: Tensor, bias: NDArray[np.float32] | None, y: Tensor, wanted: Tensor | None
-    ) -> None:
-        if self._block is None:
-            neurons = staging_neurons(self.hidden_size, self._parts)
-            self._block = torch.empty(self._parts, neurons, self.hidden_size, dtype=torch.float32, device="cpu")
-        capacity, rows = self._block.shape[1], self._block.numpy()
-        done = filled = 0  # neurons multiplied; neurons waiting in the block
-        with closing(self._chunks(layer)) as chunks:
-            for chunk in chunks:
-                addresses = chunk.addresses
-                while len(addresses):
-                    taken = min(len(addresses), capacity - filled)
-                    self.kernels.gather(addresses[:taken], filled, rows)
-                    addresses, filled = addresses[taken:], filled + taken
-                    if filled == capacity:
-                        self._multiply(self._block, x, bias, done, y, wanted)
-                        done, filled = done + filled, 0
-        if filled:
-            self._multiply(self._block[:, :filled], x, bias, done, y, wanted)
-
-    def _multiply(
-        self,
-        block: Tensor,
-        x: Tensor,
-        bias: NDArray[np.float32] | None,
-        first: int,
-        y: Tensor,
-        wanted: Tensor | None,
-    ) -> None:
-        """y += what the neurons in `block`, the first of them at position `first`, add."""
-        fired = x @ block[0].T  # [tokens, neurons]
-        if bias is not None:
-            fired += torch.from_numpy(bias[first : first + block.shape[1]])
-        fired = self._activation(fired)
-        if self.gated:
-            fired *= x @ block[1].T
-        if wanted is not None:
-            fired.masked_fill_(~wanted[:, first : first + block.shape[1]], 0.0)
-        y.addmm_(fired, block[-1])
 
 
 class StreamedFFN(torch.nn.Module):

@@ -194,6 +194,10 @@ class Generator:
             ending.enter_context(meter.watching(self._model, assistant))
             try:
                 output = self._generate(**call.arguments)
+            except IndexError as error:  # from models that run all their layers whatever their config says, like OPT
+                if call.config.assistant_early_exit is None or meter.checks > 0:
+                    raise
+                raise OptionError("assistant_early_exit= is refused: this model cannot stop at a layer") from error
             except (TypeError, ValueError, ImportError) as error:
                 if meter.steps > 0 or isinstance(error, FlashClientError):
                     raise
@@ -250,6 +254,11 @@ class Generator:
         arguments = {name: value for name, value in arguments.items() if not _is_unset(name, value)}
         check_arguments(arguments, self.known)
         call = _Call(arguments, merged_config(self._model, arguments))
+        if self._steps is not None and (call.config.guidance_scale or 1) != 1 and call.config.use_cache is False:
+            raise OptionError(
+                "guidance_scale= with use_cache=False is refused in mode 'predict': without caches the steps of the two"
+                " prompts cannot be told apart; leave use_cache out"
+            )
         self._prepare_prompt(call)
         self._prepare_padding(call)
         self._prepare_length(call)

@@ -35,14 +35,12 @@ class Predictors:
         """
         return self._layers[layer].predict(x)
 
-    def wanted(self, layer: int, x: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """The same for any number of rows: [rows, neurons], by position."""
-        wanted = np.zeros((len(x), self._neurons[layer]), np.bool_)
-        for first in range(0, len(x), ROWS_MAX):
-            rows = x[first : first + ROWS_MAX]
-            positions, masks = self.predict(layer, rows)
-            bits = masks >> np.arange(len(rows), dtype=np.uint16)[:, None] & np.uint16(1)
-            wanted[first : first + len(rows), positions] = bits.astype(np.bool_)
+    def row_masks(self, layer: int, x: NDArray[np.float32]) -> NDArray[np.uint16]:
+        """The same for any number of rows: [ceil(rows / ROWS_MAX), neurons], by position."""
+        wanted = np.zeros((-(-len(x) // ROWS_MAX), self._neurons[layer]), np.uint16)
+        for group, of_group in enumerate(wanted):
+            positions, masks = self.predict(layer, x[group * ROWS_MAX : (group + 1) * ROWS_MAX])
+            of_group[positions] = masks
         return wanted
 
 

@@ -3,8 +3,8 @@
 A step of one layer, for up to 16 rows: predict, slide the window, fire what is present, fire what arrives, accumulate
 in order. Which bundles are there first changes the order in which neurons fire, and nothing else: every neuron's h is a
 dot product of its own, and the down columns are added in rising position afterwards. So what a row computes depends
-neither on window, pool and transport nor on its batch-mates. With more rows than 16 it is a dense product in which a
-row's other neurons are zero: the same definition, rounded as in prefill.
+neither on window, pool and transport nor on its batch-mates. More rows than 16 want most of a layer between them: it is
+streamed whole, and each row adds the same neurons in the same order.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PredictedSum:
     """What all layers of a model in predict mode share. One call at a time.
 
     Args:
-        exact: sums over all neurons, for a generation's prompt, and dense products for many rows.
+        exact: sums over streamed layers, for a generation's prompt and for many rows.
     """
 
     def __init__(self, exact: StreamedSum, predictors: Predictors, window: LeasedWindow, steps: Steps) -> None:
@@ -87,19 +87,19 @@ class PredictedSum:
         """Lets go of all that the window holds."""
         self._window.clear()
 
-    def _streamed(self, layer: int, x: Tensor, bias: Bias) -> Tensor:
+    def _streamed(self, layer: int, x: Tensor, bias: Bias, row_masks: NDArray[np.uint16] | None = None) -> Tensor:
         if self.source.cells_held > 0:
             self._window.clear()
-        return self._exact(layer, x, bias)
+        return self._exact(layer, x, bias, row_masks)
 
     def _predicted(self, layer: int, step: Step, x: Tensor, bias: Bias) -> Tensor:
         if len(x) > ROWS_MAX:
-            return self._masked(layer, step, x, bias)
+            return self._streamed(layer, x, bias, self._row_masks(layer, step, x))
         started_s = perf_counter()
         rows = x.numpy()
         positions, masks = self._predictors.predict(layer, rows)
         if step.wants is not None:
-            masks &= np.uint16(step.row_mask())
+            masks &= step.row_masks()
             positions, masks = positions[masks != 0], masks[masks != 0]
         predicted_s = perf_counter()
         self.clock.predict_s += predicted_s - started_s
@@ -153,12 +153,10 @@ class PredictedSum:
             assert added, "a cell within the share was refused"
             self._window.give_back_piece(layer, cells)
 
-    def _masked(self, layer: int, step: Step, x: Tensor, bias: Bias) -> Tensor:
+    def _row_masks(self, layer: int, step: Step, x: Tensor) -> NDArray[np.uint16]:
         started_s = perf_counter()
-        wanted = self._predictors.wanted(layer, x.numpy())
+        masks = self._predictors.row_masks(layer, x.numpy())
         if step.wants is not None:
-            wanted &= step.wants.reshape(-1, 1)
+            masks &= step.row_masks()[:, None]
         self.clock.predict_s += perf_counter() - started_s
-        if self.source.cells_held > 0:
-            self._window.clear()
-        return self._exact.masked(layer, x, bias, torch.from_numpy(wanted))
+        return masks

@@ -114,7 +114,13 @@ class Meter:
 
     @property
     def steps(self) -> int:
+        """Forward passes so far."""
         return self._steps
+
+    @property
+    def checks(self) -> int:
+        """Those of them that make tokens."""
+        return self._checks
 
     @contextmanager
     def watching(self, model: torch.nn.Module, assistant: torch.nn.Module | None) -> Iterator[None]:

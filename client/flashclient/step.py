@@ -17,6 +17,8 @@ from torch import Tensor
 
 from flashclient.torch_state import eager
 
+MASK_BITS = 16  # rows in a mask of the kernels
+
 
 @dataclass(frozen=True)
 class Step:
@@ -44,11 +46,11 @@ class Step:
         wants = None if self.wants is None else self.wants[:, first:]
         return Step(self.rows, self.columns - first, self.past_tokens + first, 0, wants)
 
-    def row_mask(self) -> int:
-        """Bit t: row t of x wants something; for at most 16 rows."""
-        if self.wants is None:
-            return (1 << self.tokens) - 1
-        return sum(1 << int(bit) for bit in np.flatnonzero(self.wants))
+    def row_masks(self) -> NDArray[np.uint16]:
+        """[ceil(tokens / 16)]: bit t of mask g, row 16 * g + t of x wants something."""
+        wants = np.zeros((-(-self.tokens // MASK_BITS), MASK_BITS), np.bool_)
+        wants.reshape(-1)[: self.tokens] = True if self.wants is None else self.wants.reshape(-1)
+        return np.packbits(wants, axis=1, bitorder="little").view(np.dtype("<u2")).reshape(-1).astype(np.uint16)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from flashclient.errors import OptionError
 
 HALF = "\ufffd"  # what decoders put for bytes that are no character, or not yet
 HALF_MAX = 3  # of them at the end may still become one character
+CHANGED_TOKENS_MAX = 32  # at the end of a prompt, whose text what follows may change
 WINDOW_TOKENS_MAX = 256  # that a stream decodes again and again
 WINDOW_TOKENS_KEPT = 64
 
@@ -35,7 +36,16 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: 
     end = len(tokens)
     while fill is not None and end > len(prompt) and tokens[end - 1] == fill:
         end -= 1
-    return _added(_decoded(tokenizer, prompt), _decoded(tokenizer, tokens[:end]))
+    before, after = _decoded(tokenizer, prompt), _decoded(tokenizer, tokens[:end])
+    if after.startswith(before):
+        return after[len(before) :]
+    # The new tokens change what the prompt ends with: bytes that are no text spoil those of a character before them.
+    for kept in range(len(prompt) - 1, max(-1, len(prompt) - CHANGED_TOKENS_MAX), -1):
+        before = _decoded(tokenizer, prompt[:kept])
+        text = _decoded(tokenizer, prompt[:kept] + tokens[len(prompt) : end])
+        if text.startswith(before):
+            return text[len(before) :]
+    return _decoded(tokenizer, tokens[len(prompt) : end])
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
@@ -43,60 +53,54 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(text)
 
 
-def _added(before: str, after: str) -> str:
-    """What `after` has behind `before`; a decoder may have changed the last characters of it."""
-    if after.startswith(before):
-        return after[len(before) :]
-    pairs = zip(before, after, strict=False)
-    return after[next((index for index, (one, other) in enumerate(pairs) if one != other), len(after)) :]
-
-
 class _GrowingText:
     """The text of a sequence as its tokens come, only as far as later tokens cannot change it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._tokens = prompt[-WINDOW_TOKENS_MAX:]
-        self._given = _decoded(tokenizer, self._tokens)  # of the tokens held
         self._special = set(tokenizer.all_special_ids)
+        self._begin(prompt[-WINDOW_TOKENS_MAX:])
+
+    def _begin(self, prompt: list[int]) -> None:
+        self._prompt, self._tokens = prompt, list(prompt)
+        self._given = 0  # characters of what the tokens add to the prompt
 
     def add(self, tokens: list[int]) -> str:
         self._tokens += tokens
-        text = _decoded(self._tokenizer, self._tokens[: self._settled()])
+        text = self._text(self._settled())
         halves = len(text) - len(text.rstrip(HALF))
-        piece = self._give(text[: len(text) - halves] if halves <= HALF_MAX else text[:-HALF_MAX])
+        piece = self._give(text[: len(text) - min(halves, HALF_MAX)])
         if len(self._tokens) > WINDOW_TOKENS_MAX + WINDOW_TOKENS_KEPT:
             self._forget()
         return piece
 
     def rest(self) -> str:
-        return self._give(_decoded(self._tokenizer, self._tokens))
+        return self._give(self._text(len(self._tokens)))
+
+    def _text(self, end: int) -> str:
+        return continuation(self._tokenizer, self._prompt, self._tokens[:end], None) if end > len(self._prompt) else ""
 
     def _give(self, text: str) -> str:
-        if len(text) <= len(self._given):
-            return ""
-        piece, self._given = _added(self._given, text), text
+        piece, self._given = text[self._given :], max(self._given, len(text))
         return piece
 
     def _settled(self) -> int:
         """How many tokens come before a run of bytes at the end: the next byte may change what all of them make."""
         end = len(self._tokens)
-        while end > 0:
+        while end > len(self._prompt):
             token = self._tokens[end - 1]
-            if token not in self._special and not re.fullmatch("<0x[0-9A-F]{2}>", self._token(token)):
+            text = self._tokenizer.convert_ids_to_tokens(token)
+            if token not in self._special and text and not re.fullmatch("<0x[0-9A-F]{2}>", str(text)):
                 break
             end -= 1
         return end
 
-    def _token(self, token: int) -> str:
-        return str(self._tokenizer.convert_ids_to_tokens(token) or "")
-
     def _forget(self) -> None:
-        """Keeps the last tokens only, where all of them have been given and they show text."""
+        """Keeps the last tokens only, where all text has been given and they show some."""
         kept = self._tokens[-WINDOW_TOKENS_KEPT:]
-        text = _decoded(self._tokenizer, kept)
-        if text.strip(HALF) and self._given == _decoded(self._tokenizer, self._tokens):
-            self._tokens, self._given = kept, text
+        settled = self._settled() == len(self._tokens) and self._given == len(self._text(len(self._tokens)))
+        if settled and _decoded(self._tokenizer, kept).strip(HALF):
+            self._begin(kept)
 
 
 class _StopWhen(StoppingCriteria):

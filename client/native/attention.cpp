@@ -16,23 +16,28 @@ constexpr float kMasked = -std::numeric_limits<float>::infinity();
 using RowSet = std::uint16_t;  // bit r: row r of an item
 static_assert(kRowsMax <= 8 * sizeof(RowSet));
 
-// Neighbouring positions to which the same rows attend.
+// Neighbouring positions to each of which some row attends: all rows to each of them, or not all to any.
 struct Run {
     std::size_t begin;
     std::size_t count;
-    RowSet rows;
+    bool for_all;
 };
 
 // Calls of_run for all positions to which a row attends, rising.
 template <typename OfRun>
-void for_runs(const std::vector<RowSet>& attending, std::size_t positions, OfRun&& of_run) {
+void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) {
+    const std::size_t positions = attending.size();
     std::size_t begin = 0;
     while (begin < positions) {
         const RowSet rows = attending[begin];
-        const std::size_t limit = rows == 0 ? positions : std::min(positions, begin + kRunMax);
         std::size_t end = begin + 1;
-        while (end < limit && attending[end] == rows) ++end;
-        if (rows != 0) of_run(Run{begin, end - begin, rows});
+        if (rows == 0) {
+            while (end < positions && attending[end] == 0) ++end;
+        } else {
+            const std::size_t limit = std::min(positions, begin + kRunMax);
+            while (end < limit && attending[end] != 0 && (attending[end] == all) == (rows == all)) ++end;
+            of_run(Run{begin, end - begin, rows == all});
+        }
         begin = end;
     }
 }
@@ -49,6 +54,7 @@ struct Attention::Call {
     const AttentionMask& mask;
     float* out;
 
+    float bias(const Item& item, std::size_t row, std::size_t position) const;
     std::size_t group() const { return shape.heads / shape.key_heads; }
     std::size_t rows() const { return group() * shape.tokens; }  // of queries over a head of keys
     std::size_t items_of_head() const { return (rows() + kRowsMax - 1) / kRowsMax; }
@@ -80,6 +86,12 @@ struct Attention::Item {
     }
 };
 
+// What the mask adds to a score. Adding 0 changes no bit of a finite one but the sign of zero.
+float Attention::Call::bias(const Item& item, std::size_t row, std::size_t position) const {
+    if (mask.kind != AttentionMask::Kind::additive) return 0.0f;
+    return static_cast<const float*>(mask.data)[item.mask_offset(*this, row) + position * mask.position_stride];
+}
+
 // One for each thread, as long as its longest context: allocating it anew for every item would take longer than the
 // item.
 struct Attention::Scratch {
@@ -91,6 +103,7 @@ struct Attention::Scratch {
 
     void prepare(const Call& call, const Item& item) {
         attending.assign(call.shape.positions, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
+        if (call.mask.kind == AttentionMask::Kind::causal) add_causal_rows(call, item);
         weights.resize(std::max(weights.size(), item.count * call.shape.positions));
         query.resize(item.count * call.shape.key_elements);
         sums.assign(item.count * call.shape.value_elements, 0.0f);
@@ -98,17 +111,30 @@ struct Attention::Scratch {
     }
 
   private:
-    void add_mask_row(const AttentionMask& mask, std::size_t offset, std::size_t row) {
-        const std::size_t stride = mask.position_stride;
-        if (mask.kind == AttentionMask::Kind::boolean) {
-            const auto* values = static_cast<const std::uint8_t*>(mask.data) + offset;
-            for (std::size_t i = 0; i < attending.size(); ++i)
-                attending[i] |= static_cast<RowSet>((values[i * stride] != 0) << row);
-        } else if (mask.kind == AttentionMask::Kind::additive) {
-            const float* values = static_cast<const float*>(mask.data) + offset;
-            for (std::size_t i = 0; i < attending.size(); ++i)
-                attending[i] |= static_cast<RowSet>((values[i * stride] != kMasked) << row);
+    void add_causal_rows(const Call& call, const Item& item) {
+        std::size_t begin = 0;  // rows are in order of their tokens
+        for (std::size_t r = 0; r < item.count; ++r) {
+            const std::size_t end = std::min(item.token(call, r) + 1, attending.size());
+            const auto from_here = static_cast<RowSet>(item.all >> r << r);
+            for (std::size_t i = begin; i < end; ++i) attending[i] = from_here;
+            begin = end;
         }
+    }
+    void add_mask_row(const AttentionMask& mask, std::size_t offset, std::size_t row) {
+        if (mask.kind == AttentionMask::Kind::boolean)
+            add_row(static_cast<const std::uint8_t*>(mask.data) + offset, mask.position_stride, std::uint8_t{0}, row);
+        else if (mask.kind == AttentionMask::Kind::additive)
+            add_row(static_cast<const float*>(mask.data) + offset, mask.position_stride, kMasked, row);
+    }
+    template <typename Value>
+    void add_row(const Value* values, std::size_t stride, Value masked, std::size_t row) {
+        RowSet* sets = attending.data();
+        const std::size_t positions = attending.size();
+        if (stride == 1)  // a loop of its own, for vectors
+            for (std::size_t i = 0; i < positions; ++i) sets[i] |= static_cast<RowSet>((values[i] != masked) << row);
+        else
+            for (std::size_t i = 0; i < positions; ++i)
+                sets[i] |= static_cast<RowSet>((values[i * stride] != masked) << row);
     }
 };
 
@@ -149,22 +175,24 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
         kernels_.upcast(row(call.query, item.sequence, item.head(call, r), item.token(call, r)), shape.key_elements,
                         scratch.query.data() + r * shape.key_elements);
     std::size_t filled[kRowsMax] = {};
-    for_runs(scratch.attending, shape.positions, [&](const Run& run) {
+    for_runs(scratch.attending, item.all, [&](const Run& run) {
         const void* keys[kRunMax];
         float dots[kRunMax * kRowsMax];
         for (std::size_t k = 0; k < run.count; ++k)
             keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
         kernels_.dots(keys, run.count, scratch.query.data(), shape.key_elements, item.count, dots);
         for (std::size_t r = 0; r < item.count; ++r) {
-            if (!has(run.rows, r)) continue;
             float* weights = scratch.weights.data() + r * shape.positions + filled[r];
-            for (std::size_t k = 0; k < run.count; ++k) weights[k] = dots[k * item.count + r] * shape.scale;
-            if (call.mask.kind == AttentionMask::Kind::additive) {
-                const float* mask = static_cast<const float*>(call.mask.data) + item.mask_offset(call, r);
-                for (std::size_t k = 0; k < run.count; ++k)
-                    weights[k] += mask[(run.begin + k) * call.mask.position_stride];
+            if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {
+                for (std::size_t k = 0; k < run.count; ++k) weights[k] = dots[k * item.count + r] * shape.scale;
+                filled[r] += run.count;
+                continue;
             }
-            filled[r] += run.count;
+            for (std::size_t k = 0; k < run.count; ++k) {
+                if (!has(scratch.attending[run.begin + k], r)) continue;
+                *weights++ = dots[k * item.count + r] * shape.scale + call.bias(item, r, run.begin + k);
+                ++filled[r];
+            }
         }
     });
     for (std::size_t r = 0; r < item.count; ++r)
@@ -179,22 +207,25 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
     const std::size_t elements = shape.value_elements;
     const float* next[kRowsMax];
     for (std::size_t r = 0; r < item.count; ++r) next[r] = scratch.weights.data() + r * shape.positions;
-    for_runs(scratch.attending, shape.positions, [&](const Run& run) {
+    for_runs(scratch.attending, item.all, [&](const Run& run) {
         const void* values[kRunMax];
-        for (std::size_t k = 0; k < run.count; ++k)
-            values[k] = row(call.value, item.sequence, item.key_head, run.begin + k);
-        if (run.rows == item.all && item.count > 1) {
+        if (run.for_all && item.count > 1) {
+            for (std::size_t k = 0; k < run.count; ++k)
+                values[k] = row(call.value, item.sequence, item.key_head, run.begin + k);
             float weights[kRunMax * kRowsMax];
             for (std::size_t r = 0; r < item.count; ++r)
                 for (std::size_t k = 0; k < run.count; ++k) weights[k * item.count + r] = next[r][k];
             kernels_.accumulate(values, weights, run.count, item.count, elements, 0, elements, scratch.sums.data());
+            for (std::size_t r = 0; r < item.count; ++r) next[r] += run.count;
+            return;
         }
         for (std::size_t r = 0; r < item.count; ++r) {
-            if (!has(run.rows, r)) continue;
-            if (run.rows != item.all || item.count == 1)
-                kernels_.accumulate(values, next[r], run.count, 1, elements, 0, elements,
-                                    scratch.sums.data() + r * elements);
-            next[r] += run.count;
+            std::size_t count = 0;
+            for (std::size_t k = 0; k < run.count; ++k)
+                if (has(scratch.attending[run.begin + k], r))
+                    values[count++] = row(call.value, item.sequence, item.key_head, run.begin + k);
+            kernels_.accumulate(values, next[r], count, 1, elements, 0, elements, scratch.sums.data() + r * elements);
+            next[r] += count;
         }
     });
 }

@@ -1,4 +1,4 @@
-// Attention of a few tokens over keys and values where they lie: out[t] = softmax(scale * q[t] . k + mask[t]) v.
+// Attention over keys and values where they lie: out[t] = softmax(scale * q[t] . k + mask[t]) v.
 //
 // A head of keys serves a group of heads of queries (grouped-query attention, arXiv 2305.13245). Its keys and values
 // are read once for up to 16 rows of them.
@@ -31,9 +31,10 @@ struct AttentionRows {
     std::size_t row_stride;
 };
 
-// [sequences, heads, tokens, positions], with stride 0 where it is the same for all.
+// [sequences, heads, tokens, positions], with stride 0 where it is the same for all. causal: token t attends to the
+// positions up to t.
 struct AttentionMask {
-    enum class Kind { none, boolean, additive };
+    enum class Kind { none, causal, boolean, additive };
     Kind kind = Kind::none;
     const void* data = nullptr;  // boolean: bytes, 0 is masked; additive: fp32, -inf is masked
     std::size_t sequence_stride = 0;

@@ -42,6 +42,7 @@ using flashclient::kTokensMax;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
 using flashclient::Matrix;
+using flashclient::Neurons;
 using flashclient::owned_array;
 using flashclient::Prediction;
 using flashclient::ReadableMemory;
@@ -56,7 +57,7 @@ using flashclient::Workers;
 using Bias = Array<const float, 1>;
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
-using Staging = Array<float, 3>;
+using GroupMasks = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
 using Weight = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
 using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
@@ -126,7 +127,6 @@ void require_tokens(std::size_t tokens) {
 
 void require_input(const Ffn& ffn, const Input& x) {
     require(aligned(x, "x").shape(1) == ffn.shape().hidden, "x must be [tokens, hidden_size]");
-    require_tokens(x.shape(0));
 }
 
 const float* data_of(const std::optional<Bias>& bias, std::size_t count, const char* missing) {
@@ -141,21 +141,37 @@ std::span<const std::uint64_t> addresses_of(const U64Array& bundles) {
 
 Reading reading_of(const Ffn& ffn) { return {ffn.bundle_bytes(), flashclient::bytes_of(ffn.shape().dtype)}; }
 
-void add_rows(Ffn& ffn, const U64Array& bundles, const std::optional<Bias>& bias, const Input& x, const Output& y) {
+// Some masks of each group, as long as all of them lie side by side.
+void require_masks(const GroupMasks& masks, std::size_t tokens, std::size_t bundles) {
+    require(aligned(masks, "row_masks").shape(0) == (tokens + kTokensMax - 1) / kTokensMax && masks.shape(1) == bundles,
+            "row_masks must be [groups of 16 tokens, bundles]");
+    require(bundles <= 1 || masks.stride(1) == 1, "the masks of a group must be contiguous");
+    require(masks.shape(0) <= 1 || masks.stride(0) >= 0, "strides must not be negative");
+}
+
+void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Bias>& bias,
+              const std::optional<GroupMasks>& row_masks, const Input& x, const Output& y) {
     require_input(ffn, x);
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
     const auto addresses = addresses_of(bundles);
-    const float* biases = data_of(bias, addresses.size(), "there must be a bias per bundle");
+    Neurons list{nullptr, data_of(bias, addresses.size(), "there must be a bias per bundle")};
+    if (row_masks) {
+        require_masks(*row_masks, x.shape(0), addresses.size());
+        list.row_masks = row_masks->data();
+        list.mask_stride = row_masks->shape(0) <= 1 ? 0 : static_cast<std::size_t>(row_masks->stride(0));
+    }
     const nb::gil_scoped_release release;
     Reading reading = reading_of(ffn);
     const auto checked = reading.checked(addresses);
-    ffn.add_rows(checked.data(), checked.size(), biases, x.data(), x.shape(0), y.data());
+    list.bundles = checked.data();
+    ffn.add_rows(list, checked.size(), x.data(), x.shape(0), y.data());
 }
 
 void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, const U16Array& row_masks,
           const std::optional<Bias>& bias, const Input& x, const Output& h) {
     const auto list = addresses_of(addresses);
     require_input(ffn, x);
+    require_tokens(x.shape(0));
     require(aligned(row_masks, "row_masks").shape(0) == list.size(), "there must be a row mask per address");
     const float* biases = data_of(bias, list.size(), "there must be a bias per address");
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
@@ -177,7 +193,7 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
              h.data());
 }
 
-void accumulate(Ffn& ffn, const U64Array& addresses, const Input& h, const Output& y) {
+void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const Output& y) {
     const auto list = addresses_of(addresses);
     const std::size_t tokens = aligned(y, "y").shape(0);
     require_tokens(tokens);
@@ -190,17 +206,6 @@ void accumulate(Ffn& ffn, const U64Array& addresses, const Input& h, const Outpu
         return std::any_of(of_entry, of_entry + tokens, [](float value) { return value != 0.0f; });
     });
     ffn.accumulate(checked.data(), checked.size(), h.data(), tokens, y.data());
-}
-
-void gather(const Ffn& ffn, const U64Array& bundles, std::size_t first, const Staging& out) {
-    const auto addresses = addresses_of(bundles);
-    require(aligned(out, "out").shape(0) == ffn.parts() && out.shape(2) == ffn.shape().hidden,
-            "out must be [parts, n, hidden_size]");
-    require(first <= out.shape(1) && addresses.size() <= out.shape(1) - first, "out has no room for that many bundles");
-    const nb::gil_scoped_release release;
-    Reading reading = reading_of(ffn);
-    const auto checked = reading.checked(addresses);
-    ffn.gather(checked.data(), checked.size(), first, out.shape(1), out.data());
 }
 
 void copy_bundles(const U64Array& bundles, const Array<std::uint8_t, 2>& out) {
@@ -231,13 +236,12 @@ void bind_ffn(nb::module_& module) {
              "Computes the rows of h [addresses, tokens] that index names; bit t of row_masks: row t wants the neuron.")
         .def("accumulate", &accumulate, "addresses"_a.noconvert(), "h"_a.noconvert(), "y"_a.noconvert(),
              "Adds to y [tokens, hidden] the down columns of the neurons that fired, in the order of the list.")
-        .def("add_rows", &add_rows, "bundles"_a.noconvert(), "bias"_a.noconvert().none(), "x"_a.noconvert(),
-             "y"_a.noconvert(),
-             "Adds to y [tokens, hidden] what the neurons at these addresses make of x; at most 16 tokens.")
-        .def("gather", &gather, "bundles"_a.noconvert(), "first"_a, "out"_a.noconvert(),
-             "Widens the bundles' rows to fp32 into out[:, first:first + n], out [parts, capacity, hidden].")
+        .def("add_rows", &add_rows, "bundles"_a.noconvert(), "bias"_a.noconvert().none(),
+             "row_masks"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
+             "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens. "
+             "row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
-        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of one call");
+        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of a row mask, and of one fire()");
 }
 
 // ---- Linear ----
@@ -246,13 +250,12 @@ void multiply(const Linear& linear, const Weight& weight, const Input& x, const 
     const Matrix matrix = matrix_of(weight, linear.dtype());
     require(aligned(x, "x").shape(0) == aligned(y, "y").shape(0), "x and y must have the same tokens");
     require(x.shape(1) == matrix.columns && y.shape(1) == matrix.rows, "weight must be [columns of y, columns of x]");
-    require_tokens(x.shape(0));
     const nb::gil_scoped_release release;
     linear.multiply(matrix, x.data(), x.shape(0), y.data());
 }
 
 void bind_linear(nb::module_& module) {
-    nb::class_<Linear>(module, "Linear", "Products of a matrix with a few rows; see client/native/linear.h.")
+    nb::class_<Linear>(module, "Linear", "Products of a matrix with rows of x; see client/native/linear.h.")
         .def(
             "__init__",
             [](Linear* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
@@ -279,8 +282,9 @@ AttentionRows rows_of(const Rows& rows, Dtype dtype, const char* name) {
     return {aligned(rows, name).data(), stride_of(rows, 0), stride_of(rows, 1), stride_of(rows, 2)};
 }
 
-AttentionMask mask_of(const std::optional<Rows>& mask, const AttentionShape& shape) {
-    if (!mask) return {};
+AttentionMask mask_of(const std::optional<Rows>& mask, bool causal, const AttentionShape& shape) {
+    require(!mask || !causal, "causal is for attention without a mask");
+    if (!mask) return {causal ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
     const bool boolean = mask->dtype() == nb::dtype<bool>();
     require(boolean || mask->dtype() == nb::dtype<float>(), "a mask must be of bool or float32");
     const std::size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.positions};
@@ -297,7 +301,7 @@ AttentionMask mask_of(const std::optional<Rows>& mask, const AttentionShape& sha
 }
 
 void attend(const Attention& attention, const Rows& query, const Rows& key, const Rows& value,
-            const std::optional<Rows>& mask, float scale, const Array<float, 4>& out) {
+            const std::optional<Rows>& mask, bool causal, float scale, const Array<float, 4>& out) {
     const AttentionShape shape{query.shape(0), query.shape(1), key.shape(1),   query.shape(2),
                                key.shape(2),   key.shape(3),   value.shape(3), scale};
     require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
@@ -311,13 +315,14 @@ void attend(const Attention& attention, const Rows& query, const Rows& key, cons
     const AttentionRows queries = rows_of(query, attention.dtype(), "query");
     const AttentionRows keys = rows_of(key, attention.dtype(), "key");
     const AttentionRows values = rows_of(value, attention.dtype(), "value");
-    const AttentionMask masked = mask_of(mask, shape);
+    const AttentionMask masked = mask_of(mask, causal, shape);
     const nb::gil_scoped_release release;
     attention.attend(shape, queries, keys, values, masked, out.data());
 }
 
 void bind_attention(nb::module_& module) {
-    nb::class_<Attention>(module, "Attention", "Attention of a few tokens; see client/native/attention.h.")
+    nb::class_<Attention>(module, "Attention",
+                          "Attention over keys and values in place; see client/native/attention.h.")
         .def(
             "__init__",
             [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
@@ -325,10 +330,11 @@ void bind_attention(nb::module_& module) {
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("attend", &attend, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
-             "mask"_a.noconvert().none(), "scale"_a, "out"_a.noconvert(),
+             "mask"_a.noconvert().none(), "causal"_a, "scale"_a, "out"_a.noconvert(),
              "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, positions, elements], with "
              "any strides between rows. mask [sequences, heads, tokens, positions], 1 where it is the same for all: "
-             "bool (False: masked) or float32 (added; -inf: masked). out [sequences, tokens, heads, elements of a "
+             "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
+             "positions up to t. out [sequences, tokens, heads, elements of a "
              "value] float32.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }

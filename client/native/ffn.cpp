@@ -4,6 +4,7 @@
 #include <cassert>
 #include <cmath>
 #include <stdexcept>
+#include <vector>
 
 namespace flashclient {
 namespace {
@@ -11,7 +12,9 @@ namespace {
 constexpr std::size_t kGroupMax = 96;          // neurons of an item of the first phase: tens of microseconds of work
 constexpr std::size_t kGroupMin = 8;           // a tile for one token
 constexpr std::size_t kElementsPerItem = 256;  // of the second phase, at least: eight cache lines of each bf16 row
-constexpr std::size_t kElementsMax = 8192;     // tokens x elements of y at a time, so that they stay in the first cache
+constexpr std::size_t kElementsMax = 8192;     // of y at a time, so that those of a token stay in the first cache
+constexpr std::size_t kTokensMin = 8;          // of a group: with fewer, a row of weights is widened for too few
+static_assert(kTokensMax % kTokensMin == 0);
 
 // In fp32; erf and tanh forms of gelu as torch.nn.functional.gelu has them.
 float activate(const FfnShape& shape, float v) {
@@ -39,6 +42,12 @@ bool all_zero(const float* values, std::size_t count) {
 
 std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
 
+// Tokens that are done together: as many as fit a call, or half of that where the threads would wait for each other.
+std::size_t group_tokens(std::size_t tokens, std::size_t threads) {
+    const bool few = tokens > kTokensMax && divide_up(tokens, kTokensMax) < 2 * threads;
+    return few ? kTokensMin : kTokensMax;
+}
+
 }  // namespace
 
 struct Ffn::Group {
@@ -46,10 +55,23 @@ struct Ffn::Group {
     std::size_t count = 0;
 };
 
+struct Ffn::Scratch {
+    std::vector<float> h;                // [entries, tokens]
+    std::vector<float> fired_h;          // [fired, tokens]
+    std::vector<const void*> down_rows;  // of those that fired
+    std::vector<std::uint16_t> masks;    // of a group that does not begin with bit 0
+};
+
 Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set)
     : workers_(workers), shape_(shape), kernels_(kernels_for(shape.dtype, instruction_set)) {
     if (shape.activation == Activation::gated_relu && !shape.gated)
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
+}
+
+// Kept from call to call: allocating it anew would take longer than a small one.
+Ffn::Scratch& Ffn::scratch_of_thread() {
+    static thread_local Scratch scratch;
+    return scratch;
 }
 
 const char* Ffn::row(std::uint64_t bundle, std::size_t part) const {
@@ -112,44 +134,44 @@ void Ffn::open_gate(const Group& group, const std::uint64_t* bundles, const floa
 }
 
 // A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
-void Ffn::keep_fired(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens) {
-    down_rows_.clear();
-    fired_h_.clear();
+void Ffn::accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens,
+                     float* y) const {
+    assert(tokens <= kTokensMax);
+    Scratch& scratch = scratch_of_thread();
+    scratch.down_rows.clear();
+    scratch.fired_h.clear();
     for (std::size_t i = 0; i < count; ++i) {
         if (all_zero(h + i * tokens, tokens)) continue;
-        fired_h_.insert(fired_h_.end(), h + i * tokens, h + (i + 1) * tokens);
-        down_rows_.push_back(row(bundles[i], parts() - 1));
+        scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
+        scratch.down_rows.push_back(row(bundles[i], parts() - 1));
     }
-}
-
-void Ffn::accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens, float* y) {
-    assert(tokens <= kTokensMax);
-    keep_fired(bundles, count, h, tokens);
     // Each element of y is one thread's, and takes the neurons in order. A slice is as long as the threads allow.
     const std::size_t share = divide_up(shape_.hidden, workers_.threads());
-    const std::size_t rounded = divide_up(share, kElementsPerItem) * kElementsPerItem;
-    const std::size_t slice = std::clamp(rounded, kElementsPerItem, kElementsMax / std::max<std::size_t>(tokens, 1));
+    const std::size_t slice = std::min(divide_up(share, kElementsPerItem) * kElementsPerItem, kElementsMax);
     workers_.run(divide_up(shape_.hidden, slice), [&](std::size_t item) {
-        kernels_.accumulate(down_rows_.data(), fired_h_.data(), down_rows_.size(), tokens, shape_.hidden, item * slice,
-                            std::min(shape_.hidden, (item + 1) * slice), y);
+        kernels_.accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
+                            shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
     });
 }
 
-void Ffn::add_rows(const std::uint64_t* bundles, std::size_t count, const float* bias, const float* x,
-                   std::size_t tokens, float* y) {
-    if (h_.size() < count * tokens) h_.resize(count * tokens);
-    fire({bundles, bias}, nullptr, count, x, tokens, h_.data());
-    accumulate(bundles, count, h_.data(), tokens, y);
-}
-
-void Ffn::gather(const std::uint64_t* bundles, std::size_t count, std::size_t first, std::size_t capacity,
-                 float* out) const {
-    assert(first + count <= capacity);
-    workers_.run(divide_up(count, kGroupMin), [&](std::size_t item) {
-        for (std::size_t i = item * kGroupMin; i < std::min(count, (item + 1) * kGroupMin); ++i)
-            for (std::size_t part = 0; part < parts(); ++part)
-                kernels_.upcast(row(bundles[i], part), shape_.hidden,
-                                out + (part * capacity + first + i) * shape_.hidden);
+// Groups of tokens are the threads' items where there are several: within an item, run() is done by its caller alone.
+void Ffn::add_rows(const Neurons& list, std::size_t count, const float* x, std::size_t tokens, float* y) const {
+    const std::size_t together = group_tokens(tokens, workers_.threads());
+    workers_.run(divide_up(tokens, together), [&](std::size_t item) {
+        const std::size_t first = item * together;
+        const std::size_t some = std::min(together, tokens - first);
+        Scratch& scratch = scratch_of_thread();
+        if (scratch.h.size() < count * some) scratch.h.resize(count * some);
+        Neurons of_group{list.bundles, list.bias};
+        if (list.row_masks) {
+            const std::uint16_t* masks = list.row_masks + first / kTokensMax * list.mask_stride;
+            scratch.masks.assign(masks, masks + count);
+            for (std::uint16_t& mask : scratch.masks)
+                mask = static_cast<std::uint16_t>((mask >> first % kTokensMax) & ((1u << some) - 1));
+            of_group.row_masks = scratch.masks.data();
+        }
+        fire(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());
+        accumulate(list.bundles, count, scratch.h.data(), some, y + first * shape_.hidden);
     });
 }
 

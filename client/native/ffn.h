@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "kernels.h"
 #include "workers.h"
@@ -31,10 +30,11 @@ struct Neurons {
     const std::uint64_t* bundles;              // addresses, read in place
     const float* bias = nullptr;               // by entry of the list; null: none
     const std::uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
+    std::size_t mask_stride = 0;  // between the masks of one group of kTokensMax rows and those of the next
 };
 
 // The output's bits depend on the order of the list only: not on how it is cut into chunks, on the order in which
-// neurons were fired, on the number of threads, or on the other tokens of a call. One call at a time.
+// neurons were fired, on the number of threads, or on the other tokens of a call. Safe to call from several threads.
 class Ffn {
   public:
     // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
@@ -42,22 +42,18 @@ class Ffn {
     Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
 
     // h[entry][t] for the `count` entries that `index` names, or for the first `count` of the list where it is null.
-    // x: [tokens, hidden] fp32; h: [list, tokens]. 0 where row t does not want the entry; an entry that no row wants is
-    // not read, nor is the up row of one whose gate is closed to all.
+    // x: [tokens, hidden] fp32, at most kTokensMax tokens; h: [list, tokens]. 0 where row t does not want the entry; an
+    // entry that no row wants is not read, nor is the up row of one whose gate is closed to all.
     void fire(const Neurons& list, const std::uint32_t* index, std::size_t count, const float* x, std::size_t tokens,
               float* h) const;
 
     // y[t] += h[entry][t] * down[entry], entries rising. The column of an entry whose h is 0 for all tokens is not
     // read.
-    void accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens, float* y);
+    void accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens,
+                    float* y) const;
 
-    // Both at once, for all rows and entries.
-    void add_rows(const std::uint64_t* bundles, std::size_t count, const float* bias, const float* x,
-                  std::size_t tokens, float* y);
-
-    // out[part][first + i] = row `part` of bundle i in fp32, for out of [parts, capacity, hidden].
-    void gather(const std::uint64_t* bundles, std::size_t count, std::size_t first, std::size_t capacity,
-                float* out) const;
+    // Both at once, for the whole list of `count` entries and any number of tokens.
+    void add_rows(const Neurons& list, std::size_t count, const float* x, std::size_t tokens, float* y) const;
 
     const FfnShape& shape() const { return shape_; }
     std::size_t parts() const { return shape_.gated ? 3 : 2; }
@@ -65,19 +61,17 @@ class Ffn {
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:
-    struct Group;  // of neurons that one thread fires together
+    struct Group;    // of neurons that one thread fires together
+    struct Scratch;  // of a thread that adds rows
+    static Scratch& scratch_of_thread();
     const char* row(std::uint64_t bundle, std::size_t part) const;
     void fire_group(const Group& group, const Neurons& list, const float* x, std::size_t tokens, float* h) const;
     void open_gate(const Group& group, const std::uint64_t* bundles, const float* x, std::size_t tokens,
                    float* h) const;
-    void keep_fired(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens);
 
     Workers& workers_;
     FfnShape shape_;
     const Kernels& kernels_;
-    std::vector<float> h_;                // of add_rows
-    std::vector<float> fired_h_;          // [fired, tokens]
-    std::vector<const void*> down_rows_;  // of those that fired
 };
 
 }  // namespace flashclient

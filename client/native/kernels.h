@@ -13,7 +13,7 @@ enum class Dtype { f32, bf16, f16, i8 };
 
 constexpr std::size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
 
-// Tokens that one call takes. More of them make better use of a dense product by a matrix library.
+// Tokens that one call takes: bits of a row mask. More are done in groups, while the weights are in a cache.
 constexpr std::size_t kTokensMax = 16;
 
 struct Kernels {

@@ -16,8 +16,8 @@ namespace {
 // Eight fp32. The ends of rows go through a small buffer, so they read no byte beyond the row.
 struct Lane {
     static constexpr std::size_t kWidth = 8;
-    static constexpr std::size_t kTileRows = 4;  // eight sums, four weights and x: 13 of 16 registers
-    static constexpr std::size_t kTileTokens = 2;
+    static constexpr std::size_t kTileRows = 3;  // twelve sums, three weights and x: all 16 registers
+    static constexpr std::size_t kTileTokens = 4;
     __m256 value;
 
     LANE static Lane zero() { return {_mm256_setzero_ps()}; }

@@ -29,20 +29,25 @@ struct Element<Dtype::i8> {
 };
 
 constexpr std::size_t kLineBytes = 64;
+constexpr std::size_t kBlockRows = 96;
+constexpr std::size_t kBlockElements = 4096;  // of x, those of a tile together: half of a first cache
+constexpr std::size_t kStripRows = 128;       // of down columns, three lines of each: less than a first cache
+static_assert(kBlockElements / kTokensMax % kLineBytes == 0);
 
-// rows x tokens dots at once. A dot is one chain of vectors, so that the shape of the tile changes no bit of it; the
-// tile's many chains hide the latency of the multiply-add. `ahead` are the rows of the next tile.
+// Adds elements [begin, end) to rows x tokens dots at once. A dot is one chain of vectors, which rests in `sums`
+// between two calls, so that neither the shape of a tile nor where a chain rests changes a bit of it; the tile's many
+// chains hide the latency of the multiply-add. `ahead` are the rows of the next tile. begin is a multiple of a line.
 template <Dtype dtype, std::size_t rows, std::size_t tokens>
 KERNEL void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead,
-                         const float* const* x, std::size_t hidden, float (&dots)[rows][tokens]) {
+                         const float* const* x, std::size_t begin, std::size_t end, Lane (&sums)[rows][tokens]) {
     constexpr std::size_t width = Lane::kWidth;
     constexpr std::size_t line = kLineBytes / bytes_of(dtype);
     constexpr int cache = tokens == 1 ? 3 : 2;  // the first, unless x needs it
-    Lane sums[rows][tokens];
-    for (auto& of_row : sums)
-        for (Lane& lane : of_row) lane = Lane::zero();
-    std::size_t j = 0;
-    for (; j + line <= hidden; j += line) {
+    Lane chain[rows][tokens];
+    for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t t = 0; t < tokens; ++t) chain[r][t] = begin == 0 ? Lane::zero() : sums[r][t];
+    std::size_t j = begin;
+    for (; j + line <= end; j += line) {
         for (std::size_t r = 0; r < rows; ++r)
             __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, cache);
         for (std::size_t k = j; k < j + line; k += width) {
@@ -50,41 +55,59 @@ KERNEL void dots_of_tile(const typename Element<dtype>::type* const* row, const 
             for (std::size_t r = 0; r < rows; ++r) weights[r] = Lane::template load<dtype>(row[r] + k);
             for (std::size_t t = 0; t < tokens; ++t) {
                 const Lane value = Lane::template load<Dtype::f32>(x[t] + k);
-                for (std::size_t r = 0; r < rows; ++r) sums[r][t] = fma(weights[r], value, sums[r][t]);
+                for (std::size_t r = 0; r < rows; ++r) chain[r][t] = fma(weights[r], value, chain[r][t]);
             }
         }
     }
-    for (; j < hidden; j += width) {
-        const std::size_t some = std::min(width, hidden - j);
+    for (; j < end; j += width) {
+        const std::size_t some = std::min(width, end - j);
         for (std::size_t r = 0; r < rows; ++r) {
             const Lane weight = Lane::template load_some<dtype>(row[r] + j, some);
             for (std::size_t t = 0; t < tokens; ++t)
-                sums[r][t] = fma(weight, Lane::template load_some<Dtype::f32>(x[t] + j, some), sums[r][t]);
+                chain[r][t] = fma(weight, Lane::template load_some<Dtype::f32>(x[t] + j, some), chain[r][t]);
         }
     }
     for (std::size_t r = 0; r < rows; ++r)
-        for (std::size_t t = 0; t < tokens; ++t) dots[r][t] = sum(sums[r][t]);
+        for (std::size_t t = 0; t < tokens; ++t) sums[r][t] = chain[r][t];
 }
 
-// Tiles at the edges repeat their last row or token: it is in the cache, and the code stays one.
+// Tiles at the edges repeat their last row or token: it is in the cache, and the code stays one. For several tokens a
+// block of rows is taken some elements at a time: those of x for one tile stay in the first cache, those of the rows in
+// the second.
 template <Dtype dtype, std::size_t tile_rows, std::size_t tile_tokens>
 KERNEL void dots_in_tiles(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden,
                           std::size_t tokens, float* dots) {
+    constexpr std::size_t block_rows = kBlockRows / tile_rows * tile_rows;
+    constexpr std::size_t tiles_max = tile_tokens == 1 ? 1 : (kTokensMax + tile_tokens - 1) / tile_tokens;
+    const std::size_t elements = tile_tokens == 1 ? hidden : kBlockElements / tile_tokens;
+    Lane sums[tiles_max][block_rows / tile_rows][tile_rows][tile_tokens];
     const typename Element<dtype>::type* row[tile_rows];
     const void* ahead[tile_rows];
     const float* of_token[tile_tokens];
-    float tile[tile_rows][tile_tokens];
-    for (std::size_t i = 0; i < row_count; i += tile_rows) {
-        for (std::size_t r = 0; r < tile_rows; ++r) {
-            row[r] = static_cast<const typename Element<dtype>::type*>(rows[std::min(i + r, row_count - 1)]);
-            ahead[r] = rows[std::min(i + tile_rows + r, row_count - 1)];
-        }
-        for (std::size_t t = 0; t < tokens; t += tile_tokens) {
-            for (std::size_t c = 0; c < tile_tokens; ++c) of_token[c] = x + std::min(t + c, tokens - 1) * hidden;
-            dots_of_tile<dtype, tile_rows, tile_tokens>(row, ahead, of_token, hidden, tile);
-            for (std::size_t r = 0; r < std::min(tile_rows, row_count - i); ++r)
-                std::copy_n(tile[r], std::min(tile_tokens, tokens - t), dots + (i + r) * tokens + t);
-        }
+    for (std::size_t first = 0; first < row_count; first += block_rows) {
+        const std::size_t last = std::min(first + block_rows, row_count);
+        std::size_t begin = 0;
+        do {
+            const std::size_t end = std::min(begin + elements, hidden);
+            for (std::size_t t = 0; t < tokens; t += tile_tokens) {
+                for (std::size_t c = 0; c < tile_tokens; ++c) of_token[c] = x + std::min(t + c, tokens - 1) * hidden;
+                auto* tile = sums[t / tile_tokens];
+                for (std::size_t i = first; i < last; i += tile_rows) {
+                    for (std::size_t r = 0; r < tile_rows; ++r) {
+                        row[r] =
+                            static_cast<const typename Element<dtype>::type*>(rows[std::min(i + r, row_count - 1)]);
+                        ahead[r] = rows[std::min(i + tile_rows + r, row_count - 1)];
+                    }
+                    dots_of_tile<dtype, tile_rows, tile_tokens>(row, ahead, of_token, begin, end, *tile++);
+                }
+            }
+            begin = end;
+        } while (begin < hidden);
+        for (std::size_t i = first; i < last; ++i)
+            for (std::size_t t = 0; t < tokens; ++t) {
+                const auto& tile = sums[t / tile_tokens][(i - first) / tile_rows];
+                dots[i * tokens + t] = sum(tile[(i - first) % tile_rows][t % tile_tokens]);
+            }
     }
 }
 
@@ -93,48 +116,125 @@ KERNEL void dots(const void* const* rows, std::size_t row_count, const float* x,
                  float* dots) {
     if (tokens == 1)
         dots_in_tiles<dtype, 8, 1>(rows, row_count, x, hidden, tokens, dots);
+    else if (tokens == 2)
+        dots_in_tiles<dtype, 4, 2>(rows, row_count, x, hidden, tokens, dots);
     else
         dots_in_tiles<dtype, Lane::kTileRows, Lane::kTileTokens>(rows, row_count, x, hidden, tokens, dots);
 }
 
-// y += h * row for `rows` rows, so that y is loaded and stored once for all of them; `ahead` are the rows that come
-// next.
+// y += h * row for `rows` rows of one token, so that y is loaded and stored once for all of them; `ahead` are the rows
+// that come next.
 template <Dtype dtype, std::size_t rows>
-KERNEL void accumulate_rows(const void* const* row_of, const float* h, std::size_t tokens, std::size_t hidden,
-                            std::size_t begin, std::size_t end, float* y, const void* const* ahead) {
+KERNEL void accumulate_rows(const void* const* row_of, const float* h, std::size_t begin, std::size_t end, float* y,
+                            const void* const* ahead) {
     using Weight = typename Element<dtype>::type;
     for (std::size_t j = begin; j < end; j += Lane::kWidth) {
         const std::size_t some = std::min(Lane::kWidth, end - j);
         const bool whole = some == Lane::kWidth;
-        Lane weights[rows];
+        Lane sum = whole ? Lane::template load<Dtype::f32>(y + j) : Lane::template load_some<Dtype::f32>(y + j, some);
         for (std::size_t k = 0; k < rows; ++k) {
             const auto* row = static_cast<const Weight*>(row_of[k]);
             __builtin_prefetch(static_cast<const Weight*>(ahead[k]) + j);
-            weights[k] = whole ? Lane::template load<dtype>(row + j) : Lane::template load_some<dtype>(row + j, some);
+            const Lane weight =
+                whole ? Lane::template load<dtype>(row + j) : Lane::template load_some<dtype>(row + j, some);
+            sum = fma(weight, Lane::all(h[k]), sum);
         }
-        for (std::size_t t = 0; t < tokens; ++t) {
-            float* out = y + t * hidden + j;
-            Lane sum = whole ? Lane::template load<Dtype::f32>(out) : Lane::template load_some<Dtype::f32>(out, some);
-            for (std::size_t k = 0; k < rows; ++k) sum = fma(weights[k], Lane::all(h[k * tokens + t]), sum);
-            if (whole)
-                sum.store(out);
-            else
-                sum.store_some(out, some);
-        }
+        if (whole)
+            sum.store(y + j);
+        else
+            sum.store_some(y + j, some);
     }
 }
 
 template <Dtype dtype>
-KERNEL void accumulate(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
-                       std::size_t hidden, std::size_t begin, std::size_t end, float* y) {
+KERNEL void accumulate_one(const void* const* rows, const float* h, std::size_t row_count, std::size_t begin,
+                           std::size_t end, float* y) {
     constexpr std::size_t step = 8;
     std::size_t k = 0;
-    for (; k + step <= row_count; k += step) {
-        const void* const* ahead = rows + (k + 2 * step <= row_count ? k + step : k);
-        accumulate_rows<dtype, step>(rows + k, h + k * tokens, tokens, hidden, begin, end, y, ahead);
+    for (; k + step <= row_count; k += step)
+        accumulate_rows<dtype, step>(rows + k, h + k, begin, end, y, rows + (k + 2 * step <= row_count ? k + step : k));
+    for (; k < row_count; ++k) accumulate_rows<dtype, 1>(rows + k, h + k, begin, end, y, rows + k);
+}
+
+// y += h * row for all rows, in registers: elements [j, j + some) of y, `lanes` vectors, for a tile of tokens.
+template <Dtype dtype, std::size_t lanes, std::size_t tile_tokens>
+KERNEL void accumulate_tile(const void* const* rows, const float* const* h, std::size_t row_count, std::size_t tokens,
+                            std::size_t j, std::size_t some, float* const* y, bool fetch_ahead) {
+    using Weight = typename Element<dtype>::type;
+    const bool whole = some == lanes * Lane::kWidth;
+    Lane sums[tile_tokens][lanes];
+    for (std::size_t t = 0; t < tile_tokens; ++t)
+        for (std::size_t l = 0; l < lanes; ++l)
+            sums[t][l] = whole ? Lane::template load<Dtype::f32>(y[t] + j + l * Lane::kWidth)
+                               : Lane::template load_some<Dtype::f32>(y[t] + j, some);
+    for (std::size_t k = 0; k < row_count; ++k) {
+        const auto* row = static_cast<const Weight*>(rows[k]) + j;
+        if (fetch_ahead)
+            for (std::size_t l = 0; l < lanes; l += kLineBytes / bytes_of(dtype) / Lane::kWidth)
+                __builtin_prefetch(row + (lanes + l) * Lane::kWidth);
+        Lane weights[lanes];
+        for (std::size_t l = 0; l < lanes; ++l)
+            weights[l] =
+                whole ? Lane::template load<dtype>(row + l * Lane::kWidth) : Lane::template load_some<dtype>(row, some);
+        for (std::size_t t = 0; t < tile_tokens; ++t) {
+            const Lane factor = Lane::all(h[t][k * tokens]);
+            for (std::size_t l = 0; l < lanes; ++l) sums[t][l] = fma(weights[l], factor, sums[t][l]);
+        }
     }
-    for (; k < row_count; ++k)
-        accumulate_rows<dtype, 1>(rows + k, h + k * tokens, tokens, hidden, begin, end, y, rows + k);
+    for (std::size_t t = 0; t < tile_tokens; ++t)
+        for (std::size_t l = 0; l < lanes; ++l) {
+            if (whole)
+                sums[t][l].store(y[t] + j + l * Lane::kWidth);
+            else
+                sums[t][l].store_some(y[t] + j, some);
+        }
+}
+
+// Tiles at the edge repeat their last token, and store it again.
+template <Dtype dtype, std::size_t lanes>
+KERNEL void accumulate_strip(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
+                             std::size_t hidden, std::size_t j, std::size_t some, float* y) {
+    constexpr std::size_t tile_tokens = Lane::kTileTokens;
+    const float* of_token[tile_tokens];
+    float* out[tile_tokens];
+    for (std::size_t t = 0; t < tokens; t += tile_tokens) {
+        for (std::size_t c = 0; c < tile_tokens; ++c) {
+            const std::size_t token = std::min(t + c, tokens - 1);
+            of_token[c] = h + token;
+            out[c] = y + token * hidden;
+        }
+        accumulate_tile<dtype, lanes, tile_tokens>(rows, of_token, row_count, tokens, j, some, out, t == 0);
+    }
+}
+
+// What is left of [j, end) after whole strips of more than `lanes` vectors.
+template <Dtype dtype, std::size_t lanes>
+KERNEL void accumulate_rest(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
+                            std::size_t hidden, std::size_t j, std::size_t end, float* y) {
+    constexpr std::size_t strip = lanes * Lane::kWidth;
+    if (j + strip <= end) {
+        accumulate_strip<dtype, lanes>(rows, h, row_count, tokens, hidden, j, strip, y);
+        j += strip;
+    }
+    if constexpr (lanes > 1)
+        accumulate_rest<dtype, lanes - 1>(rows, h, row_count, tokens, hidden, j, end, y);
+    else if (j < end)
+        accumulate_strip<dtype, 1>(rows, h, row_count, tokens, hidden, j, end - j, y);
+}
+
+// A strip of a few vectors of some rows stays in the first cache for all tokens.
+template <Dtype dtype>
+KERNEL void accumulate(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
+                       std::size_t hidden, std::size_t begin, std::size_t end, float* y) {
+    constexpr std::size_t strip = Lane::kTileRows * Lane::kWidth;
+    if (tokens == 1) return accumulate_one<dtype>(rows, h, row_count, begin, end, y);
+    for (std::size_t k = 0; k < row_count; k += kStripRows) {
+        const std::size_t count = std::min(kStripRows, row_count - k);
+        std::size_t j = begin;
+        for (; j + strip <= end; j += strip)
+            accumulate_strip<dtype, Lane::kTileRows>(rows + k, h + k * tokens, count, tokens, hidden, j, strip, y);
+        accumulate_rest<dtype, Lane::kTileRows - 1>(rows + k, h + k * tokens, count, tokens, hidden, j, end, y);
+    }
 }
 
 template <Dtype dtype>

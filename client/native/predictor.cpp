@@ -39,16 +39,18 @@ LowRankPredictor::LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, 
       scale_(scale) {}
 
 Prediction LowRankPredictor::predict(const float* x, std::size_t tokens) const {
+    assert(tokens <= kTokensMax);
     std::vector<float> code(tokens * input_.rows);
     encode_.multiply(input_, x, tokens, code.data());
     std::vector<std::uint16_t> row_masks(output_.rows);
-    decode_.for_blocks(output_, code.data(), tokens, [&](std::size_t first, std::size_t count, const float* dots) {
-        for (std::size_t i = 0; i < count; ++i) {
+    decode_.for_blocks(output_, code.data(), tokens, [&](const Linear::Dots& dots) {
+        for (std::size_t i = 0; i < dots.count; ++i) {
             unsigned mask = 0;
-            const float scale = scale_ ? scale_[first + i] : 1.0f;
+            const std::size_t neuron = dots.first + i;
+            const float scale = scale_ ? scale_[neuron] : 1.0f;
             for (std::size_t t = 0; t < tokens; ++t)
-                mask |= (scale * dots[i * tokens + t] + bias_[first + i] > 0.0f) << t;
-            row_masks[first + i] = static_cast<std::uint16_t>(mask);
+                mask |= (scale * dots.values[i * tokens + t] + bias_[neuron] > 0.0f) << t;
+            row_masks[neuron] = static_cast<std::uint16_t>(mask);
         }
     });
     return wanted_by_some(row_masks);

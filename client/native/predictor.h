@@ -24,7 +24,7 @@ class LowRankPredictor {
     // else null, which is 1.
     LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, Matrix output, const float* bias,
                      const float* scale = nullptr, const char* instruction_set = nullptr);
-    // x: [tokens, hidden] fp32.
+    // x: [tokens, hidden] fp32, at most kTokensMax tokens.
     Prediction predict(const float* x, std::size_t tokens) const;
     std::size_t hidden() const { return input_.columns; }
 

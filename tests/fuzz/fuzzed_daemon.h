@@ -54,7 +54,7 @@ class FuzzedDaemon {
 
     // Nothing of strangers is left once they have gone.
     void expect_nothing_left() {
-        const auto deadline = Clock::now() + std::chrono::seconds(20);
+        const auto deadline = Clock::now() + std::chrono::seconds(60);
         while (true) {
             const Report report = service_.report();
             if (report.sessions == 1 && report.models[0].slots_busy == 0) return;
@@ -73,7 +73,7 @@ class FuzzedDaemon {
     Service service_{Engine::minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
                      ReaderChoice{"threads", 4, 16, false}, socket_};
     uint32_t model_number_ = service_.add_model(model_.spec);
-    flashclient::Session good_{socket_, service_.open_session(model_number_, 8).token, 20.0};
+    flashclient::Session good_{socket_, service_.open_session(model_number_, 8).token, 60.0};
 };
 
 // A socket of one who sends what it likes.

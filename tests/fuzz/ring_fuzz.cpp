@@ -13,7 +13,7 @@ class Stranger {
         std::copy(token.begin(), token.end(), hello.token);
         socket_.send({reinterpret_cast<const uint8_t*>(&hello), sizeof hello}, 0);
         ring::Welcome welcome{};
-        descriptors_ = socket_.receive(&welcome, sizeof welcome, 10'000);
+        descriptors_ = socket_.receive(&welcome, sizeof welcome, 60'000);
         require(descriptors_.size() == 3, "ring, doorbell and resident weights");
         void* mapped =
             ::mmap(nullptr, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, descriptors_[0].get(), 0);

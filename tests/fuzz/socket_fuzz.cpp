@@ -70,7 +70,7 @@ void use_up(FuzzedDaemon& daemon, const Token& token) {
     const ring::Hello hello = hello_with(token);
     socket.send({reinterpret_cast<const uint8_t*>(&hello), sizeof hello}, 0);
     ring::Welcome welcome{};
-    socket.receive(&welcome, sizeof welcome, 10'000);
+    socket.receive(&welcome, sizeof welcome, 60'000);
 }
 
 void fuzz(FuzzedDataProvider& input) {

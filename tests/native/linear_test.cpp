@@ -43,13 +43,13 @@ class LinearBits : public testing::TestWithParam<const char*> {
     }
 
     std::vector<float> weight_ = random_floats(kRows * kColumns, 1);
-    std::vector<float> x_ = random_floats(16 * kColumns, 2);
+    std::vector<float> x_ = random_floats(40 * kColumns, 2);
 };
 
 TEST_P(LinearBits, DoNotDependOnThreadsOrTokens) {
-    const std::vector<float> all = product(1, 16);
-    EXPECT_EQ(product(4, 16), all);
-    for (const std::size_t tokens : {1, 2, 5, 11}) {
+    const std::vector<float> all = product(1, 40);
+    EXPECT_EQ(product(4, 40), all);
+    for (const std::size_t tokens : {1, 2, 5, 11, 17}) {
         const std::vector<float> some = product(3, tokens);
         EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin()));
     }

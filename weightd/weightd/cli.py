@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import threading
@@ -63,6 +64,8 @@ def _run(arguments: list[str]) -> int:
 
         return top.main(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        # Before gRPC is imported: its core would write lines of its own, with bytes in them as a client has sent them.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from weightd import serve
 
         return serve.main(arguments)

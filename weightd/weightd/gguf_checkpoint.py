@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 
 from weightd.checkpoint import Checkpoint, Encoding, SourceTensor, check_extent, plain
 from weightd.errors import CheckpointError
@@ -21,6 +22,7 @@ from weightd.gguf_names import check_architecture
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_BYTES_DEFAULT = 32
+VECTOR_ELEMENTS_MAX = 65536
 STRING_TYPE, ARRAY_TYPE = 8, 9
 DIMENSIONS_MAX = 4  # GGML_MAX_DIMS
 SCALAR_DTYPES = {
@@ -53,14 +55,28 @@ class GgufFile:
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """Configuration and tokenizer come from transformers' conversion of the same file (gguf_files.py)."""
-    from weightd.gguf_files import check_packages, read_config, write_files
+    """The configuration follows from the header (gguf_config.py), the tokenizer from transformers' conversion of it."""
+    from weightd.gguf_config import FREQUENCIES, GgufConfig
+    from weightd.gguf_files import check_keys, check_packages, write_files
 
     check_packages(path)
     file = read_gguf(path)
     architecture = check_architecture(file.architecture)
-    config = read_config(path)
-    return Checkpoint(path, config, file.tensors, lambda folder: write_files(path, folder), architecture)
+    check_keys(file)
+    config = GgufConfig(file, _small_vector(file, FREQUENCIES)).config()
+    return Checkpoint(path, config, file.tensors, lambda folder: write_files(file, config, folder), architecture)
+
+
+def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
+    """The values of a vector in F32; None where there is none."""
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.encoding != plain("F32") or len(tensor.shape) != 1 or tensor.elements > VECTOR_ELEMENTS_MAX:
+        raise CheckpointError(
+            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, no small F32 vector"
+        )
+    return np.fromfile(tensor.path, "<f4", tensor.elements, offset=tensor.offset_bytes)
 
 
 def read_gguf(path: Path) -> GgufFile:
