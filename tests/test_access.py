@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from flashclient.address import TlsOptions
 from flashclient.channel import Connection
 from weightd.access import Caller, may_read, parse_rules, require_publish
 from weightd.errors import ForbiddenError, StoreError, UsageError
-from weightd.identity import KEY_FILE, VALID_S, Identities
+from weightd.identity import KEY_FILE, VALID_S, Identities, seconds_since_boot
 from weightd_proto import weightd_pb2 as pb
 
 NOBODY, OTHER, TEAM = 65534, 65533, 4242
@@ -98,10 +97,10 @@ def test_an_identity_is_ours_and_fresh(tmp_path: Path) -> None:
     claim = Identities(tmp_path).check(shown)  # after a restart too
     assert claim is not None
     assert (claim.user_id, list(claim.group_ids)) == (7, [5, 6])
-    assert identities.check(identities.issue(7, [], time.time() - VALID_S - 1)) is None
+    assert identities.check(identities.issue(7, [], seconds_since_boot() - VALID_S - 1)) is None
     assert identities.check(b"nonsense") is None
     forged = pb.Identity.FromString(shown)
-    forged.claim = pb.IdentityClaim(user_id=0, issued_unix_s=int(time.time())).SerializeToString()
+    forged.claim = pb.IdentityClaim(user_id=0, issued_boot_s=int(seconds_since_boot())).SerializeToString()
     assert identities.check(forged.SerializeToString()) is None
     (tmp_path / "other").mkdir()
     assert Identities(tmp_path / "other").check(shown) is None

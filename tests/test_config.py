@@ -170,3 +170,14 @@ def test_a_client_finds_the_weightd_that_its_user_has_started(tmp_path: Path, mo
         assert default_address(user + 1, environment) == system, "it is another's"
     assert default_listen(user + 1, environment).target == f"unix:{tmp_path}/weightd.sock"
     assert default_listen(user + 1, {}).socket_path == tmp_path / f"weightd-{user + 1}" / "weightd.sock"
+
+
+@pytest.mark.parametrize(
+    ("dram", "hint"), [("2", "2GiB or 2%"), ("50", "50GiB or 50%"), ("0", "512MiB"), ("2g", "2GiB")]
+)
+def test_a_dram_without_its_unit_is_refused_with_a_hint(dram: str, hint: str, tmp_path: Path) -> None:
+    file = tmp_path / "weightd.toml"
+    file.write_text(f"dram = {dram}" if dram.isdecimal() else f"dram = '{dram}'")
+    for arguments in (["--dram", dram], ["--config", str(file)]):
+        with pytest.raises(UsageError, match=f"--dram .*{dram}.*{hint}"):
+            load_config(["--store", "s", *arguments], {})

@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -79,6 +80,46 @@ def test_a_refusal_is_a_line_of_the_log_too(tmp_path: Path) -> None:
     line = json.loads(text)
     assert line["level"] == "error"
     assert "none" in line["message"]
+
+
+STRANGERS = """
+import os, sys, threading, warnings
+from weightd import log
+log.configure("info", "json")
+os.write(2, b"E1128 13:05:45.158929   16755 parse_address.cc:69] no address\\nI1128 13:05:46.000000   1 a.cc:1] so\\n")
+warnings.warn("old", stacklevel=1)
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start()
+thread.join()
+class Unraisable:
+    def __del__(self):
+        raise ValueError("late")
+Unraisable()
+print("Traceback", "of somebody", sep="\\n", file=sys.stderr, flush=True)
+log.configure("info", "text")
+os.write(2, b"plain again\\n")
+log.configure("info", "json")
+os.write(2, b"the last words")
+log.finish()
+"""
+
+
+def test_what_others_write_is_a_json_line_too() -> None:
+    done = subprocess.run([sys.executable, "-c", STRANGERS], capture_output=True, text=True, check=True)
+    lines = done.stderr.splitlines()
+    assert lines.count("plain again") == 1
+    events = [json.loads(line) for line in lines if line != "plain again"]
+    said = [(event["logger"], event["level"], event["message"].split("]")[-1].strip()) for event in events]
+    assert ("stderr", "error", "no address") in said
+    assert ("stderr", "info", "so") in said
+    assert [name for name, level, _ in said if level == "warning"] == ["py.warnings"]
+    assert [event["message"] for event in events if event["logger"] == "stderr"][-3:] == [
+        "Traceback",
+        "of somebody",
+        "the last words",
+    ]
+    faults = [event["exception"] for event in events if "exception" in event]
+    assert ["ZeroDivisionError" in fault or "ValueError: late" in fault for fault in faults] == [True, True]
 
 
 def test_bytes_of_a_client_never_get_into_the_log(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,8 @@ MODES = ("auto", "exact", "predict")
 WINDOW_MAX = 1024  # tokens; what they want is most of the model long before
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
+DRAM_BYTES_MIN = 1 << 20  # no model does with less: a smaller number without a unit was meant in another
+_DRAM = re.compile(r"\d+(\.\d+)?\s*([kmgt]?b|[kmgt]ib|%)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Options:
             raise OptionError("address= and store= name two ways to a weightd: pass one of them")
         if self.dram is not None and self.store is None:
             raise OptionError(f"dram={self.dram} is for a weightd of one's own: pass store= too, or leave it out")
+        if self.dram is not None:
+            _check_dram(self.dram)
         if self.tls.given and self.address is None:
             raise OptionError("tls_ca= is for a weightd at an address: pass address= too")
         if self.address is not None:
@@ -97,6 +102,18 @@ class Options:
         if self.transport == "shm" and not local:
             raise OptionError(f"transport='shm' needs a weightd on this machine, not {address}: use transport='grpc'")
         return local and self.transport != "grpc"
+
+
+def _check_dram(dram: object) -> None:
+    """As weightd's --dram, which takes no other; OptionError says what may have been meant."""
+    text = str(dram).strip()
+    if isinstance(dram, bool) or not isinstance(dram, int | str) or not _DRAM.fullmatch(text):
+        short = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])", text, re.IGNORECASE)
+        meant = f"did you mean '{short[1]}{short[2].upper()}iB'?" if short else "use one like '6.5GiB', '512MiB', '50%'"
+        raise OptionError(f"dram={dram!r} is not a size: {meant}")
+    if text.isdecimal() and int(text) < DRAM_BYTES_MIN:
+        meant = f"did you mean '{int(text)}GiB' or '{int(text)}%'?" if 0 < int(text) <= 100 else "use one like '512MiB'"
+        raise OptionError(f"dram={dram!r} is {int(text)} bytes, because it has no unit: {meant}")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

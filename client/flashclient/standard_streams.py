@@ -46,6 +46,11 @@ def run(program: str, command: Callable[[], int]) -> int:
         if cause.errno != errno.EPIPE:  # a reader that had enough is no fault
             complain(program, f"cannot write to standard output: {(cause.strerror or str(cause)).lower()}")
         return 1
+    finally:
+        try:
+            sys.stderr.flush()
+        except OSError:
+            _drop(2)
 
 
 def say(text: str, end: str = "\n") -> None:

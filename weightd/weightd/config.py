@@ -30,6 +30,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 METRICS_HOST = "127.0.0.1"
 DRAM_FLOOR_PERCENT = 50.0
+DRAM_BYTES_MIN = 1 << 20  # no model does with less: a smaller number without a unit was meant in another
 # sockaddr_un holds 108 bytes with the final zero; the data and the identity socket add these to the same path.
 DATA_SUFFIX = ".data"
 IDENTITY_SUFFIX = ".peer"
@@ -246,9 +247,13 @@ def _parse_dram(flag: str, value: object) -> tuple[int | None, float | None]:
         raise UsageError(f"{flag} {value!r}: want a size like 6.5GiB or a percentage like 50%")
     if not value.endswith("%"):
         try:
-            return parse_size(value), None
+            size_bytes = parse_size(value)
         except UsageError as error:
             raise UsageError(f"{flag} is {error}") from error
+        if size_bytes < DRAM_BYTES_MIN and value.strip().isdecimal() and flag == "--dram":
+            meant = f"; did you mean {size_bytes}GiB or {size_bytes}%?" if 0 < size_bytes <= 100 else ", try 512MiB"
+            raise UsageError(f"--dram {value} is {size_bytes} bytes, because it has no unit{meant}")
+        return size_bytes, None
     try:
         percent = float(value.removesuffix("%"))
     except ValueError:

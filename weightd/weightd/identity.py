@@ -3,8 +3,8 @@
 gRPC hides the credentials of a Unix socket's peer. So beside each of its sockets lies another, with IDENTITY_SUFFIX: to
 whoever connects we send an Identity (proto/weightd.proto) of the user and groups that the kernel names (SO_PEERCRED,
 SO_PEERGROUPS), signed, and hang up. The client sends it with its calls. It is good for an hour, so that leaving a group
-has an effect, and the key lies in the store, so that it outlives a restart. Who gives it away gives away no more
-than the weights it could give away itself.
+has an effect, and the key lies in the store, so that it outlives a restart of weightd, but not of the machine. Who
+gives it away gives away no more than the weights it could give away itself.
 """
 
 from __future__ import annotations
@@ -30,23 +30,31 @@ METADATA_KEY = "weightd-identity-bin"
 KEY_FILE = "identity.key"
 KEY_BYTES = 32
 VALID_S = 3600
-CLOCK_STEP_S = 60  # a clock that was set back a little must not refuse what was just issued
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 SO_PEERGROUPS = 59  # of Linux 4.13; the socket module does not name it
 GROUPS_MAX = 256  # of one user: getsockopt() of Python gives at most 1 KiB
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+def seconds_since_boot() -> float:
+    """Of a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Identities:
     """Signs and checks identities with the key of `folder`, which is made if there is none. Raises StoreError."""
 
     def __init__(self, folder: Path) -> None:
-        self._key = _key(folder / KEY_FILE)
+        boot_id = BOOT_ID.read_bytes() if BOOT_ID.exists() else b""
+        self._key = hmac.digest(
+            _key(folder / KEY_FILE), boot_id, hashlib.sha256
+        )  # as times of another boot mean nothing
 
     def issue(self, user_id: int, group_ids: list[int], now_s: float | None = None) -> bytes:
-        """A serialized Identity, issued at `now_s`: Unix time, by default now."""
+        """A serialized Identity, issued at `now_s`: seconds since boot, by default now."""
         claim = weightd_pb2.IdentityClaim(
-            user_id=user_id, group_ids=group_ids, issued_unix_s=int(time.time() if now_s is None else now_s)
+            user_id=user_id, group_ids=group_ids, issued_boot_s=int(seconds_since_boot() if now_s is None else now_s)
         ).SerializeToString()
         return weightd_pb2.Identity(claim=claim, signature=self._signature(claim)).SerializeToString()
 
@@ -59,8 +67,8 @@ class Identities:
         if not hmac.compare_digest(self._signature(parsed.claim), parsed.signature):
             return None
         claim = weightd_pb2.IdentityClaim.FromString(parsed.claim)
-        age_s = time.time() - claim.issued_unix_s
-        return claim if -CLOCK_STEP_S <= age_s <= VALID_S else None
+        age_s = seconds_since_boot() - claim.issued_boot_s
+        return claim if -1 <= age_s <= VALID_S else None
 
     def caller(self, context: Context) -> Caller:
         """Who makes this call."""

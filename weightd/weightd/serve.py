@@ -7,7 +7,7 @@ import logging
 import os
 import resource
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 
 import uvloop
@@ -39,9 +39,10 @@ REMEMBER_EVERY_S = 256.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM, SIGINT or the owner's end. What goes wrong then is a line of the log, and the exit status.
+    """Serves until SIGTERM, SIGINT, or the end of its terminal or owner.
 
-    Raises UsageError for wrong flags, before there is a log; the command prints it.
+    What goes wrong then is a line of the log, and the exit status. Raises UsageError for wrong flags, before there is a
+    log; the command prints it.
     """
     config = load_config(arguments)
     log.configure(config.log_level, config.log_format)
@@ -50,11 +51,20 @@ def main(arguments: Sequence[str]) -> int:
     except WeightdError as error:
         logger.error("%s", error)
         return error.exit_status
+    except OSError as error:
+        logger.error("%s", error)
+        return 1
+    except Exception:
+        logger.exception("a fault of weightd")
+        return 1
+    finally:
+        log.finish()
     return 0
 
 
 async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
     """Claims the store, opens the engine, listens, and waits for the end. SIGHUP reads `arguments` and files again."""
+    had_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # as nohup sets it
     _raise_descriptor_limit()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
@@ -83,7 +93,8 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         stack.callback(frontend.close)
         told = _told_to_stop(config, engine)
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGHUP, Reloader(config, arguments, service, tls).reload)
+        reloader = Reloader(config, arguments, service, tls)
+        loop.add_signal_handler(signal.SIGHUP, _on_hangup(had_terminal, told, reloader))
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
         for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
             stack.callback(asyncio.create_task(task).cancel)
@@ -179,6 +190,27 @@ def _told_to_stop(config: ServeConfig, engine: Engine) -> asyncio.Event:
         _watch_owner(loop, config.owner_fd, told)
     _watch_engine(loop, engine, told)
     return told
+
+
+def _has_terminal() -> bool:
+    """Whether the terminal from which we were started, if we were, is still there."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _on_hangup(had_terminal: bool, told: asyncio.Event, reloader: Reloader) -> Callable[[], None]:
+    """What SIGHUP does: it ends us when our terminal has closed, and else reads the configuration again."""
+
+    def hangup() -> None:
+        if had_terminal and not _has_terminal():
+            told.set()
+        else:
+            reloader.reload()
+
+    return hangup
 
 
 def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:

@@ -27,7 +27,9 @@ def parse_size(text: str) -> int:
     units = {name.lower(): size_bytes for name, size_bytes in UNITS_BYTES.items()}
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in units:
-        raise UsageError(f"not a size: {text!r}, try 6.5GiB, 512MiB or a number of bytes")
+        unit = match[2][:1].lower() if match is not None and match[2] else ""
+        meant = f"{match[1]}{unit.upper()}iB" if match is not None and unit and unit in "kmgt" else "6.5GiB, 512MiB"
+        raise UsageError(f"not a size: {text!r}, try {meant} or a number of bytes")
     amount = float(match[1])
     if amount > BYTES_MAX:
         raise UsageError(f"not a size: {match[1][:20]}... is more than any machine has")
