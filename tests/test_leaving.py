@@ -25,5 +25,5 @@ def test_every_way_to_leave_is_quiet(tmp_path: Path) -> None:
         done = subprocess.run(script, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
-    assert told == {way: [STATUS.get(way, 0), ""] for way in told}
+    assert told == {way: [STATUS.get(way, 0), []] for way in told}
     assert len(told) == 10
