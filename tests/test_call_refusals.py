@@ -71,6 +71,7 @@ def client(clients: dict[str, FlashClient]) -> FlashClient:
         ({"max_length": 5}, "Input length of input_ids is 7, but `max_length` is set to 5"),
         ({"num_return_sequences": 2}, "Greedy methods"),
         ({"num_beams": 2, "num_return_sequences": 3}, "has to be smaller or equal to `num_beams`"),
+        ({"inputs": None, "inputs_embeds": torch.zeros(1, 3, 64), "assistant_model": "."}, "a draft reads tokens"),
         ({"assistant_model": "/nowhere"}, "assistant_model=/nowhere has no config.json"),
         ({"past_key_values": ((1, 2),)}, "past_key_values"),
         ({"past_key_values": "static"}, "past_key_values"),
@@ -86,7 +87,7 @@ def test_is_refused_before_any_work(client: FlashClient, call: dict[str, Any], m
     model: Any = client.model
     for generate in (client.generate, model.generate):
         with pytest.raises(OptionError, match=message):
-            generate(PROMPT, **call)
+            generate(**{"inputs": PROMPT} | call)
     assert client.clock.forward_s == before
 
 

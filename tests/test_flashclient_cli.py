@@ -87,6 +87,13 @@ def test_predict_mode_without_calibration(address: str, capsys: pytest.CaptureFi
     assert "'tiny' was never calibrated: run `flashclient calibrate tiny --text FILE`" in printed.err
 
 
+def test_too_many_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_model(make_config("opt", 1))
+    with FetchServer([cut(model, make_tokenizer())], tmp_path / "socket") as server:
+        assert run(server.address, "--max-new-tokens", "300") == 2
+    assert capsys.readouterr().err.endswith("positions: shorten the prompt or lower --max-new-tokens\n")
+
+
 def test_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["generate", "--help"])

@@ -303,3 +303,13 @@ def test_files_beside_the_gguf_have_no_say(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": "x.X"}}')
     _, tokenizer = imported(tmp_path)
     assert tokenizer.chat_template is None
+
+
+def test_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(model_of("llama"), tmp_path / "m.gguf", add=change("general.name.", "tiny"))
+    content = path.read_bytes()
+    count = int.from_bytes(content[16:24], "little")
+    entry = (12).to_bytes(8, "little") + b"general.name" + (8).to_bytes(4, "little") + (1).to_bytes(8, "little") + b"x"
+    path.write_bytes(content[:16] + (count + 1).to_bytes(8, "little") + entry + content[24:])
+    with pytest.raises(CheckpointError, match=r"has general\.name twice"):
+        open_checkpoint(path)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ import torch
 from checkpoints import make_checkpoint, make_tokenizer
 from conftest import rehearse_here
 from cut_model import ArraySource, cut
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -269,3 +273,40 @@ def test_without_torch_nothing_is_rehearsed(tmp_path: Path, monkeypatch: pytest.
     rehearse = _unpatched()
     monkeypatch.setitem(rehearse.__globals__, "find_spec", lambda _package: None)
     assert rehearse(None, tmp_path) == ""
+
+
+# Values that nobody thought of
+
+KEYS = [
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "max_position_embeddings", "hidden_act", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "rope_parameters", "tie_word_embeddings", "attention_bias", "mlp_bias", "dtype", "torch_dtype", "architectures",
+    "model_type", "layer_types", "sliding_window", "pad_token_id", "bos_token_id", "eos_token_id", "text_config",
+    "quantization_config", "auto_map", "attn_implementation", "output_attentions", "use_cache", "id2label",
+    "num_labels", "chunk_size_feed_forward", "is_encoder_decoder", "per_layer_config", "transformers_version",
+    "partial_rotary_factor", "attention_dropout", "return_dict", "transformers_weights", "problem_type",
+]  # fmt: skip
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-2, 70)
+    | st.floats()
+    | st.sampled_from(["", "silu", "yarn", "float16", "1"]),
+    lambda inner: (
+        st.lists(inner, max_size=2)
+        | st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "0", "short_factor"]), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2))
+def test_any_configuration_is_imported_or_refused(
+    originals: dict[str, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with tempfile.TemporaryDirectory(dir=tmp_path) as scratch, Store.open(Path(scratch) / "s", create=True) as store:
+        folder = changed(originals["llama"], Path(scratch) / "m", **changes)
+        with suppress(CheckpointError):
+            import_checkpoint(folder, store)
+        assert {path.name for path in store.path.iterdir()} <= {"catalog.mdb", "catalog.mdb-lock", "m"}

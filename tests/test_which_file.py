@@ -17,6 +17,7 @@ from stored_model import read_state
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from weightd.checkpoint import open_checkpoint
+from weightd.cli import main
 from weightd.convert import import_checkpoint
 from weightd.errors import CheckpointError
 from weightd.store import Store
@@ -347,3 +348,14 @@ def test_compressed_torch_files_are_refused(folder: Path) -> None:
             archive.writestr(name, content)
     with pytest.raises(CheckpointError, match="is compressed: load and save it"):
         open_checkpoint(folder)
+
+
+def test_error_is_one_line_whatever_a_tensor_is_called(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, "a\nb\x1b[2J": torch.zeros(1)}, folder / "model.safetensors", {"format": "pt"})
+    assert main(["import", str(folder), "--store", str(tmp_path / "store")]) == 1
+    error = capsys.readouterr().err
+    assert r"no place for, first a\nb\x1b[2J: correct" in error
+    assert error.count("\n") == 1

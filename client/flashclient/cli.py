@@ -123,7 +123,9 @@ def _main(arguments: list[str] | None) -> int:
     return status
 
 
-_KEYWORD = re.compile(r"\b(address|store|dram|mode|window|transport|timeout_s|tls_ca|tls_cert|tls_key)=(?=(\S?))")
+_KEYWORD = re.compile(
+    r"\b(address|store|dram|mode|window|transport|timeout_s|tls_ca|tls_cert|tls_key|max_new_tokens)=(?=(\S?))"
+)
 
 
 def in_flags(text: str) -> str:
@@ -182,6 +184,7 @@ def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any
 def _calibrate(options: argparse.Namespace) -> int:
     from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, check_sparse, publish_result
     from flashclient.publishing import check_may_publish
+    from flashclient.sequences import check_text
 
     wanted = CalibrationOptions(
         target_recall=options.target_recall,
@@ -190,6 +193,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=sys.stderr.isatty(),
     )
+    check_text(options.text)  # before a model is imported or opened
     with _client(options, mode="exact") as client:
         check_sparse(client)  # before anything is read
         check_may_publish(client.connection, client.record)
@@ -204,7 +208,9 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from flashclient.evaluate import TOKENS_DEFAULT, evaluate_exact, evaluate_predict
+    from flashclient.sequences import check_text
 
+    check_text(options.text)
     progress = sys.stderr.isatty()
     with _client(options, mode="exact") as client:
         result = evaluate_exact(client, _sequences(client, options, TOKENS_DEFAULT), progress)

@@ -278,6 +278,10 @@ class Generator:
             call.ids_tokens = call.prompt_tokens = arguments[name].shape[1]
             self._check_vocabulary(arguments[name] if embeds is None else None)
         if embeds is not None:
+            if arguments.get("assistant_model") is not None and name not in arguments:
+                raise OptionError(
+                    "assistant_model= with inputs_embeds= alone: a draft reads tokens; pass input_ids= too"
+                )
             arguments["inputs_embeds"] = embeds = self._embeds(embeds)
             call.prompt_tokens = embeds.shape[1]
         elif name not in arguments and call.config.bos_token_id is None:
@@ -340,6 +344,7 @@ class Generator:
         """Sets the default length; refuses more tokens than there are positions, where these end."""
         config, longest = call.config, self._positions_taken(call)
         new_tokens = config.max_new_tokens
+        by = "max_length" if new_tokens is None and config.max_length is not None else "max_new_tokens"
         for name in ("max_new_tokens", "max_length"):
             value = getattr(config, name)
             if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
@@ -354,7 +359,7 @@ class Generator:
         if self._positions_end and longest + max(1, new_tokens) - 1 > self._positions:  # the last token is not fed
             raise OptionError(
                 f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's "
-                f"{self._positions} positions: shorten the prompt or lower max_new_tokens (max_length)"
+                f"{self._positions} positions: shorten the prompt or lower {by}="
             )
 
     def _positions_taken(self, call: _Call) -> int:

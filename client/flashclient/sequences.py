@@ -47,6 +47,12 @@ def read_sequences(path: Path, tokenizer: Any, positions_max: int, tokens: int |
     return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)
 
 
+def check_text(path: Path) -> None:
+    """Raises OptionError where no model could read the text at `path`."""
+    if not next(_pieces(path), ""):
+        raise OptionError(f"{path} is empty: pass a text of at least {TOKENS_MIN} tokens")
+
+
 def _read_ids(path: Path, tokenizer: Any, tokens: int) -> list[int]:
     ids: list[int] = []
     for piece in _pieces(path):

@@ -7,10 +7,10 @@ gigabyte for a vocabulary of 262144. So the header is read here; the package kno
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from weightd.checkpoint import Checkpoint, Encoding, SourceTensor, check_extent,
 from weightd.errors import CheckpointError
 from weightd.gguf_names import check_architecture
 
+Item = TypeVar("Item")
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT_BYTES_DEFAULT = 32
@@ -119,8 +120,9 @@ class _Header:
         if version not in VERSIONS:
             raise CheckpointError(f"{self._path} has GGUF version {version}, known are {VERSIONS} in little endian")
         tensor_count, metadata_count = self._number("<Q"), self._number("<Q")
-        metadata = dict(self._entry() for _ in range(metadata_count))
+        metadata = self._unique(self._entry() for _ in range(metadata_count))
         infos = [self._tensor_info() for _ in range(tensor_count)]
+        self._unique((name, None) for name, *_ in infos)
         alignment_bytes = _whole_number(self._path, metadata, "general.alignment", ALIGNMENT_BYTES_DEFAULT)
         if alignment_bytes == 0:
             raise CheckpointError(f"{self._path} has general.alignment 0")
@@ -130,6 +132,15 @@ class _Header:
             for name, shape, encoding, offset_bytes in infos
         }
         return GgufFile(self._path, metadata, tensors)
+
+    def _unique(self, entries: Iterable[tuple[str, Item]]) -> dict[str, Item]:
+        """Entries by their names. Which of two of the same name counts differs between readers, so both are refused."""
+        found: dict[str, Item] = {}
+        for name, entry in entries:
+            if name in found:
+                raise CheckpointError(f"{self._path} has {name} twice")
+            found[name] = entry
+        return found
 
     def _bytes(self, count: int) -> bytes:
         if count > self._file_bytes - self._file.tell():  # before memory is taken for it
