@@ -313,3 +313,22 @@ def test_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     path.write_bytes(content[:16] + (count + 1).to_bytes(8, "little") + entry + content[24:])
     with pytest.raises(CheckpointError, match=r"has general\.name twice"):
         open_checkpoint(path)
+
+
+def sentencepiece(writer: gguf.GGUFWriter) -> None:
+    for name, value in (("model", "llama"), ("scores", [0.0] * 320), ("pre", None)):
+        change(f"tokenizer.ggml.{name}.", value)(writer)
+
+
+def test_sentencepiece_begins_with_its_token_and_a_space(tmp_path: Path) -> None:
+    """llama.cpp's defaults for that kind; here the file does not say."""
+    _, tokenizer = imported(tmp_path, sentencepiece, change("tokenizer.ggml.add_bos_token.", None))
+    assert tokenizer("a").input_ids[0] == 1
+    backend: Any = tokenizer.backend_tokenizer
+    assert backend.pre_tokenizer.pre_tokenize_str("a")[0][0] == "\u2581a"
+
+
+def test_sentencepiece_without_a_space_is_refused(tmp_path: Path) -> None:
+    adds = (sentencepiece, change("tokenizer.ggml.add_space_prefix.", False))
+    with pytest.raises(CheckpointError, match="add_space_prefix = False, which transformers"):
+        imported(tmp_path, *adds)

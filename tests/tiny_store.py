@@ -32,14 +32,20 @@ class TinyModel:
 
 
 def write_model(
-    folder: Path, name: str = "tiny", layers: int = 2, neurons: int = 101, bundle_bytes: int = 96, seed: int = 0
+    folder: Path,
+    name: str = "tiny",
+    layers: int = 2,
+    neurons: int = 101,
+    bundle_bytes: int = 96,
+    seed: int = 0,
+    config_bytes: int = 0,
 ) -> TinyModel:
     """Adds a model of random bundles and resident bytes to the store at `folder`, made if there is none."""
     random = np.random.default_rng(seed)
     layout = _layout(bundle_bytes)
     bundles = [random.integers(0, 256, (neurons, bundle_bytes), dtype=np.uint8) for _ in range(layers)]
     resident = random.bytes(RESIDENT_BYTES)
-    config = json.dumps({"model_type": name}).encode()
+    config = json.dumps({"model_type": name}).encode().ljust(config_bytes)
     cells = -(-neurons // layout.bundles_per_cell)
     record = weightd_pb2.Model(
         name=name,

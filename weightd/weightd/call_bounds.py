@@ -3,8 +3,8 @@
 Every call gets its place before its request is read, and keeps it until its answer has left and all that it began has
 ended (keeping_place): so requests, answers and threads that wait for a device are bounded by the places. One peer gets
 CALLS_OF_PEER of them. A call named in BOUNDS may take long: it has a bound of its own, of which one peer gets a part,
-and so do those who want one model. The last quarter of the places is kept for peers who have none. A peer is a user,
-where a client shows who it is, else the host; those of a Unix socket who show nothing are one peer.
+and so do those who want one model. The last quarter of the places is kept for peers who have none. A peer is whom the
+front knows: a user of this machine, the names of a certificate, or a host.
 
 A request is bytes until its size and the number of its fields are known to be small enough (weightd.wire).
 """
@@ -39,7 +39,6 @@ FETCHES_MAX = 12  # each may hold about 6 MiB, in our hands and in gRPC's: 72 of
 OPENS_MAX = 32  # reading resident weights may take minutes
 PUBLISHES_MAX = 4
 LOOKS_MAX = 32  # into the catalog: short, unless its device hangs
-CONNECTIONS_MAX = 1024  # to one address: four for each session there can be; each takes 20 KiB of us, and a descriptor
 STREAMS_MAX = 64  # of one connection; a client has a few, and several may share one through a proxy
 METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
 RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
@@ -56,16 +55,13 @@ NAMES_BYTES_MAX = 4 << 10  # of a request that names a model, and little else
 # In a message of up to UNCOUNTED_BYTES there cannot be more of them, because a field takes two bytes.
 FIELDS_MAX = FETCH_RANGES_MAX + 64
 UNCOUNTED_BYTES = 2 * FIELDS_MAX
-# A stream that nobody reads is over for us after PATIENCE_S, but gRPC keeps its last message (1 MiB) until somebody
-# does, or its connection ends. So connections end: politely, with time for the calls that run. The longest of our
-# clients' calls, an OpenSession that reads resident weights, gives up after 10 minutes.
+# Connections end now and then, politely, with time for the calls that run: whoever connects again is asked again who it
+# is. The longest of our clients' calls, an OpenSession that reads resident weights, gives up after 10 minutes.
 CONNECTION_IDLE_MS = 300_000  # without a call; gRPC's clients connect again when they need to
 CONNECTION_AGE_MS = 600_000
 CONNECTION_AGE_GRACE_MS = 1_200_000
-HANDSHAKE_WITHIN_MS = 10_000  # of TLS: whoever connects and says nothing is dropped
 
 CHANNEL_OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.so_reuseport", 0),  # else two daemons could share a TCP port, each getting some of the calls
     ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
     ("grpc.max_send_message_length", RECORD_BYTES_MAX),
     ("grpc.max_metadata_size", METADATA_BYTES_MAX),
@@ -76,8 +72,6 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
     ("grpc.http2.max_pings_without_data", 0),  # ours may go on for as long as nothing is said
-    ("grpc.server_handshake_timeout_ms", HANDSHAKE_WITHIN_MS),
-    ("grpc.max_allowed_incoming_connections", CONNECTIONS_MAX),
     ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MS),
     ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
     ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_MS),
@@ -173,22 +167,14 @@ class Place:
     def release(self) -> None:
         self._held -= 1
         if not self._held:
-            self._leave(self._rows)
-
-    def count_only_of_peer(self) -> None:
-        """From now on others may have its place, but not the same peer."""
-        self._leave([row for row in self._rows if row[0] != OF_PEER])
-        self._rows = [row for row in self._rows if row[0] == OF_PEER]
+            self._running.subtract(self._rows)
+            for row in self._rows:
+                if not self._running[row]:
+                    del self._running[row]
 
     def _count(self, *rows: tuple[str, str]) -> None:
         self._rows += rows
         self._running.update(rows)
-
-    def _leave(self, rows: list[tuple[str, str]]) -> None:
-        self._running.subtract(rows)
-        for row in rows:
-            if not self._running[row]:
-                del self._running[row]
 
 
 _place: ContextVar[Place | None] = ContextVar("place", default=None)
@@ -208,13 +194,15 @@ class CallBounds(grpc.aio.ServerInterceptor):
     RESOURCE_EXHAUSTED, and answers with a status what a call raises.
 
     Ends with DEADLINE_EXCEEDED calls whose caller sends nothing for `patience_s`, and those of which it takes nothing
-    for as long. What such a stream held is free then; the status is there for whoever reads on. Until somebody
-    does, or the connection ends, it counts against its peer.
+    for as long; then with its connection, because gRPC keeps what was not taken.
     """
 
-    def __init__(self, peer_of: Callable[[Context], str] | None = None, patience_s: float = PATIENCE_S) -> None:
-        """`peer_of`: who calls; by default the host."""
-        self._peer_of = peer_of or (lambda context: host_of(context.peer()))
+    def __init__(
+        self, peer_of: Callable[[Context], str], hang_up: Callable[[Context], None], patience_s: float = PATIENCE_S
+    ) -> None:
+        """`peer_of`: who calls. `hang_up`: ends the connection of a call."""
+        self._peer_of = peer_of
+        self._hang_up = hang_up
         self._patience_s = patience_s
         self._running: Counter[tuple[str, str]] = Counter()
 
@@ -275,25 +263,25 @@ class CallBounds(grpc.aio.ServerInterceptor):
                 model: str = getattr(given, "model", "") or getattr(given, "name", "")  # of DescribeModel
                 place.enter_model(name, model, bound.of_model)
         if not handler.response_streaming:
-            await self._give(await behaviour(given, context), context, place)
+            await self._give(await behaviour(given, context), context)
         elif inspect.isasyncgenfunction(behaviour):
-            await self._give_all(behaviour(given, context), context, place)
+            await self._give_all(behaviour(given, context), context)
         else:  # it writes its answers itself
             await behaviour(given, context)
 
-    async def _give_all(self, answers: AsyncGenerator[Any, None], context: Context, place: Place) -> None:
+    async def _give_all(self, answers: AsyncGenerator[Any, None], context: Context) -> None:
         """What makes the answers is closed in any case."""
         async with aclosing(answers):
             async for answer in answers:
-                await self._give(answer, context, place)
+                await self._give(answer, context)
                 del answer  # not held while the next is made
 
-    async def _give(self, answer: Any, context: Context, place: Place) -> None:
+    async def _give(self, answer: Any, context: Context) -> None:
         try:
             async with asyncio.timeout(self._patience_s):
                 await context.write(answer)
         except TimeoutError:
-            place.count_only_of_peer()
+            asyncio.get_running_loop().call_soon(self._hang_up, context)  # when the status is on its way, for who reads
             raise SilenceError(f"no answer was taken for {self._patience_s:g} s; ask again") from None
 
 
@@ -349,8 +337,3 @@ class Incoming:
         assert self._bound.request is not None
         if count_fields(message, self._bound.request, FIELDS_MAX) > FIELDS_MAX:
             raise LimitError(f"a message of more than {FIELDS_MAX} fields: ask in several calls")
-
-
-def host_of(peer: str) -> str:
-    """`peer` as gRPC spells it, without the port of a TCP connection: many connections are one peer."""
-    return "unix" if peer.startswith("unix:") else peer.rpartition(":")[0]

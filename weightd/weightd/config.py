@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote
 
 from weightd.access import Rules, parse_rules
 from weightd.errors import UsageError
@@ -46,11 +45,6 @@ class ListenAddress:
     socket_path: Path | None  # of a Unix socket
     default: bool = False  # not asked for by name: its directory is made
     loopback: bool = True  # no other machine can reach it
-
-    @property
-    def grpc_target(self) -> str:
-        """As gRPC reads it: a URI, in which `#`, `?`, `%` and what is not ASCII would mean something else."""
-        return self.target if self.socket_path is None else f"unix:{quote(os.fsencode(self.socket_path))}"
 
 
 @dataclass(frozen=True)

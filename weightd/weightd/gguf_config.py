@@ -212,7 +212,7 @@ class GgufConfig:
     # Rotary embedding
 
     def _rope(self, head_size: int) -> dict[str, Any]:
-        default = 1_000_000.0 if self._architecture == "gemma3" else 10000.0
+        default = None if self._architecture == "gemma3" else 10000.0  # llama.cpp and transformers differ for gemma3
         scaled = {"rope_theta": self._positive("rope.freq_base", default), **self._scaling(head_size)}
         if self._architecture != "gemma3":
             return scaled

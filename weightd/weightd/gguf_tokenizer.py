@@ -127,9 +127,11 @@ def _check_prefix_space(file: GgufFile, kind: str | None, tokenizer: Any) -> Non
     """Whether a text begins with a space of its own; only transformers' class decides it."""
     if kind != "llama":
         return
-    pieces = tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens
+    backend = tokenizer.backend_tokenizer
+    text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
+    pieces = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
     wanted = _flag(file, "ggml.add_space_prefix", True)
-    if pieces and pieces[0].startswith(PREFIX_SPACE) != wanted:
+    if pieces[0][0].startswith(PREFIX_SPACE) != wanted:
         raise CheckpointError(
             f"{file.path} has tokenizer.ggml.add_space_prefix = {wanted}, which transformers' tokenizer of its kind "
             "does not follow"

@@ -16,6 +16,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from google.protobuf.message import DecodeError
 
 from weightd.access import Caller
 from weightd.errors import StoreError
+from weightd.front import Origin
 from weightd_proto import weightd_pb2
 
 METADATA_KEY = "weightd-identity-bin"
@@ -50,6 +52,11 @@ class Identities:
         self._key = hmac.digest(
             _key(folder / KEY_FILE), boot_id, hashlib.sha256
         )  # as times of another boot mean nothing
+        self.origins: Mapping[str, Origin] = {}  # the front's, by the names of its connections to gRPC
+
+    def origin(self, context: Context) -> Origin | None:
+        """Where this call comes from; None when its connection has ended."""
+        return self.origins.get((context.peer() or "").removeprefix("unix-abstract:"))
 
     def issue(self, user_id: int, group_ids: list[int], now_s: float | None = None) -> bytes:
         """A serialized Identity, issued at `now_s`: seconds since boot, by default now."""
@@ -72,8 +79,9 @@ class Identities:
 
     def caller(self, context: Context) -> Caller:
         """Who makes this call."""
-        if not (context.peer() or "").startswith("unix:"):
-            return Caller(local=False, tls_names=frozenset(_tls_names(context)))
+        origin = self.origin(context)
+        if origin is None or not origin.local:
+            return Caller(local=False, tls_names=frozenset() if origin is None else origin.tls_names)
         shown = dict(context.invocation_metadata() or ()).get(METADATA_KEY, b"")
         claim = self.check(shown) if isinstance(shown, bytes) else None
         if claim is None:
@@ -105,11 +113,6 @@ def _groups(connection: Any) -> list[int]:
     except OSError:
         return []
     return [group for (group,) in struct.iter_unpack("I", packed)]
-
-
-def _tls_names(context: Context) -> list[str]:
-    """Subject alternative names of the client's verified certificate, or its common name where it has none."""
-    return [name.decode(errors="replace") for name in context.peer_identities() or ()]
 
 
 def _key(path: Path) -> bytes:

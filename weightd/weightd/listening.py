@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightd.config import DATA_SUFFIX, IDENTITY_SUFFIX, ListenAddress, unfit_for_a_socket
@@ -84,6 +85,63 @@ def private_sockets() -> Iterator[None]:
         yield
     finally:
         os.umask(before)
+
+
+def listen_at_path(path: str) -> socket.socket:
+    """A Unix socket; OSError when it cannot be."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        listener.bind(path)
+        listener.listen(socket.SOMAXCONN)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_at_port(host: str, port: int) -> list[socket.socket]:
+    """All addresses of `host` that this machine has; OSError when one is taken, or there is none."""
+    found: list[socket.socket] = []
+    refused: OSError | None = None
+    for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
+        listener = socket.socket(family, kind | socket.SOCK_NONBLOCK, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+            listener.bind(address)
+            listener.listen(socket.SOMAXCONN)
+        except OSError as error:
+            listener.close()
+            refused = error
+            continue
+        found.append(listener)
+    if refused is not None and (not found or refused.errno == errno.EADDRINUSE):
+        for listener in found:
+            listener.close()
+        raise refused
+    return found
+
+
+class Unnamed:
+    """A Unix socket for gRPC to listen at, which nobody finds once it listens."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="weightd-"))
+        self._folder_fd = os.open(self._folder, os.O_PATH | os.O_CLOEXEC)
+        self.target = f"unix:/proc/self/fd/{self._folder_fd}/inner"  # short, however long the folder's path is
+        self.fd = -1
+
+    def hide(self) -> None:
+        """It listens now: keeps a descriptor of it, and takes its name away."""
+        self.fd = os.open("inner", os.O_PATH | os.O_CLOEXEC, dir_fd=self._folder_fd)
+        os.unlink("inner", dir_fd=self._folder_fd)
+        self._folder.rmdir()
+
+    def close(self) -> None:
+        for descriptor in (self.fd, self._folder_fd):
+            with suppress(OSError):
+                os.close(descriptor)
 
 
 def _make_folder(folder: Path) -> None:

@@ -20,7 +20,7 @@ from weightd import _native
 from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.calibration import CalibrationStaging, check_calibration
-from weightd.call_bounds import CALLS_MAX, FETCHES_MAX, host_of, keeping_place
+from weightd.call_bounds import CALLS_MAX, FETCHES_MAX, keeping_place
 from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.fetch import RESPONSE_BYTES_MAX, Fetcher
 from weightd.identity import Context, Identities
@@ -75,9 +75,14 @@ class WeightdService:
         self._allow, self._allow_publish = allow, allow_publish
 
     def peer_of(self, context: Context) -> str:
-        """Who calls, to count the calls of: the user, where that is known, else the host."""
-        user_id = self._identities.caller(context).user_id
-        return host_of(context.peer()) if user_id is None else f"user {user_id}"
+        """Who calls, to count the calls of: what the kernel or TLS says of the connection, not what the call shows."""
+        origin = self._identities.origin(context)
+        return "those who have gone" if origin is None else origin.peer
+
+    def hang_up(self, context: Context) -> None:
+        """Ends the connection of a caller that takes no answers: gRPC would keep them for it."""
+        if (origin := self._identities.origin(context)) is not None:
+            origin.hang_up()
 
     async def ListModels(
         self, request: weightd_pb2.ListModelsRequest, context: Context

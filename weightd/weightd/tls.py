@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import threading
+import os
+import ssl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import grpc
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
@@ -29,39 +31,22 @@ class Certificates:
 
 
 class TlsCredentials:
-    """What gRPC asks at every new connection. Files that were changed to something wrong are told of and not taken."""
+    """What is asked at every new connection. Files that were changed to something wrong are told of and not taken."""
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises UsageError when the files cannot be used."""
         self._files = files
-        self._lock = threading.Lock()  # guards what follows; gRPC asks in threads of its own
         self._seen = _versions(files)
-        self._certificates = read_certificates(files)
-        _warn_of_expiry(files, self._certificates)
+        self._take(read_certificates(files))
 
-    def for_port(self) -> grpc.ServerCredentials:
-        """For one port: gRPC keeps for each what it was last told."""
-        with self._lock:
-            given = [self._certificates]
-
-        def changed() -> grpc.ServerCertificateConfiguration | None:
-            with self._lock:
-                self._reread()
-                if given[0] is self._certificates:
-                    return None
-                given[0] = self._certificates
-                return _configuration(given[0])
-
-        return grpc.dynamic_ssl_server_credentials(
-            _configuration(given[0]),
-            changed,  # type: ignore[arg-type]  # None means "as before", which the types lack
-            require_client_authentication=self._files.client_ca is not None,
-        )
+    def context(self) -> ssl.SSLContext:
+        """For the next connection."""
+        self._reread()
+        return self._context
 
     def reload(self) -> None:
         """Looks at the files now, so that the log says at once what is wrong with them."""
-        with self._lock:
-            self._reread()
+        self._reread()
 
     def _reread(self) -> None:
         versions = _versions(self._files)
@@ -69,12 +54,16 @@ class TlsCredentials:
             return
         self._seen = versions
         try:
-            self._certificates = read_certificates(self._files)
+            certificates = read_certificates(self._files)
+            self._take(certificates)
         except UsageError as error:
             logger.error("%s; the certificate that was read before stays in use", error)
             return
-        logger.info("%s was read again, valid until %s", self._files.cert, f"{self._certificates.expires:%Y-%m-%d}")
-        _warn_of_expiry(self._files, self._certificates)
+        logger.info("%s was read again, valid until %s", self._files.cert, f"{certificates.expires:%Y-%m-%d}")
+
+    def _take(self, certificates: Certificates) -> None:
+        self._context = _context(self._files, certificates)
+        _warn_of_expiry(self._files, certificates)
 
 
 def read_certificates(files: TlsFiles) -> Certificates:
@@ -89,9 +78,46 @@ def read_certificates(files: TlsFiles) -> Certificates:
     return Certificates(cert, key, client_ca, first.not_valid_after_utc)
 
 
-def _configuration(certificates: Certificates) -> grpc.ServerCertificateConfiguration:
-    pair = (certificates.key, certificates.cert)
-    return grpc.ssl_server_certificate_configuration([pair], certificates.client_ca)
+def names_of(certificate: bytes) -> frozenset[str]:
+    """Subject alternative names of a verified certificate in DER form, or its common names where it has none."""
+    parsed = x509.load_der_x509_certificate(certificate)
+    try:
+        names = parsed.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        common = parsed.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+        return frozenset(str(name.value) for name in common)
+    texts = (x509.DNSName, x509.UniformResourceIdentifier, x509.RFC822Name)
+    found = [name for kind in texts for name in names.get_values_for_type(kind)]
+    return frozenset([*found, *map(str, names.get_values_for_type(x509.IPAddress))])
+
+
+def _context(files: TlsFiles, certificates: Certificates) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    context.set_alpn_protocols(["h2"])
+    try:
+        with _files_of(certificates.cert, certificates.key) as (cert, key):
+            context.load_cert_chain(cert, key)
+        if certificates.client_ca is not None:
+            context.load_verify_locations(cadata=certificates.client_ca.decode())
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (ssl.SSLError, ValueError) as error:
+        raise UsageError(f"--tls-cert {files.cert}: it cannot be used: {error}") from error
+    return context
+
+
+@contextmanager
+def _files_of(*contents: bytes) -> Iterator[list[str]]:
+    """Paths of what was read and checked: the files may have changed since, and TLS takes only paths."""
+    with ExitStack() as stack:
+        paths = []
+        for content in contents:
+            file = stack.enter_context(os.fdopen(os.memfd_create("pem"), "wb"))
+            file.write(content)
+            file.flush()
+            paths.append(f"/proc/self/fd/{file.fileno()}")
+        yield paths
 
 
 def _read(path: Path, flag: str) -> bytes:
