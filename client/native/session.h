@@ -102,7 +102,7 @@ class Session {
     pid_t owner_;
     double timeout_s_;
     std::mutex in_use_;
-    std::mutex ending_;  // guards socket_ where it changes
+    std::mutex ending_;                 // guards socket_ where it changes
     std::atomic<bool> closed_ = false;  // for good
     int socket_ = -1;
     int doorbell_ = -1;
