@@ -19,7 +19,7 @@
 namespace weightd::ring {
 
 inline constexpr uint32_t MAGIC = 0x676e6972;  // "ring"
-inline constexpr uint32_t VERSION = 2;
+inline constexpr uint32_t VERSION = 2;  // another one where a meaning changes, not where a field is added that may be 0
 
 // Bounds. A grant that does not fit would block the daemon, so a client never has more cells unanswered or unread
 // than GRANTS; a larger range is asked for in pieces.
@@ -94,7 +94,12 @@ struct alignas(4096) Header {
     // moment, while the daemon empties a segment: then it asks the client to hold as little as it can, and refuses
     // nothing more. A session that keeps others waiting for seconds, because it gives back nothing, is closed.
     std::atomic<uint32_t> lease_limit;
+    // What this session has done, each written before the grants that it counts.
+    std::atomic<uint64_t> hits;        // cells that it asked for and that were in the pool, or on their way
+    std::atomic<uint64_t> misses;      // the others
+    std::atomic<uint64_t> read_bytes;  // from flash for it, with what is read through between cells
 };
+static_assert(std::atomic<uint64_t>::is_always_lock_free);
 static_assert(std::atomic<uint32_t>::is_always_lock_free);
 static_assert(sizeof(Header) == 4096);
 

@@ -23,6 +23,7 @@ from flashclient.ffn import StreamedFFN
 from weightd import cli
 from weightd.served_models import demand_of
 from weightd.store import Store
+from weightd_proto import weightd_pb2
 
 LAYERS, HIDDEN, NEURONS = 3, 128, 1024
 PROMPT = [5, 17, 200, 31, 8]
@@ -80,6 +81,23 @@ def at_ffn(client: FlashClient, number: int, act: Callable[[], object]) -> Itera
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "flashclient"]
+
+
+@pytest.mark.parametrize("mode", ["exact", "predict"])
+def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: str) -> None:
+    """So it needs no free call of weightd, whoever has taken them all; what it counts comes from its ring."""
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode=mode, transport="shm") as client,
+    ):
+        client.connection.close()
+        client.generate(PROMPT, **GREEDY)
+        stats = client.stats()
+        counted = daemon.daemon.stub.Stats(weightd_pb2.StatsRequest()).attached[0]
+        # what was asked for ahead may be answered after the end
+        assert 0 < stats.misses <= counted.misses
+        assert stats.misses <= stats.read_bytes // 4096 <= counted.read_bytes // 4096
+        assert stats.hits <= counted.hits
 
 
 MODES = pytest.mark.parametrize("mode", ["exact", "predict"])

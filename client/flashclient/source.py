@@ -39,7 +39,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Counters:
-    """What the pool behind a source has done so far; only differences mean something."""
+    """What was done for a source so far; only differences mean something."""
 
     hits: int = 0
     misses: int = 0
@@ -123,7 +123,7 @@ class BundleSource(Protocol):
         """
 
     def counters(self) -> Counters:
-        """What a weightd counted that was lost since counts as far as it was asked before."""
+        """Goes on where weightd was lost meanwhile."""
 
     def close(self) -> None: ...
 

@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
@@ -164,6 +165,14 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("share_slots", &Session::share_slots)
         .def_prop_ro("lease_limit", &used<&Session::lease_limit>, nb::call_guard<nb::gil_scoped_release>(),
                      "cells that may be held at once, now")
+        .def_prop_ro(
+            "counters",
+            [](Session& session) {
+                const nb::gil_scoped_release released;
+                const flashclient::Counters counted = used<&Session::counters>(session);
+                return std::make_tuple(counted.hits, counted.misses, counted.read_bytes);
+            },
+            "hits, misses and bytes read from flash, of this session and those before it in its place")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a.noconvert(),
              "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a.noconvert())

@@ -15,7 +15,6 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <climits>
 #include <cstring>
 #include <mutex>
 #include <sstream>
@@ -187,6 +186,7 @@ void Session::close() {
 void Session::end() {
     stop_watching();
     pool_.clear();
+    counted_before_ = counters();
     if (ring_ != nullptr) ::munmap(std::exchange(ring_, nullptr), sizeof(ring::Ring));
     if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
     const std::lock_guard guard(ending_);
@@ -231,7 +231,7 @@ void Session::watch() {
     if (watched[0].revents == 0) return;
     pool_.take_away();
     ring_->header.bell.fetch_add(1);
-    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);  // the one thread that uses this
 }
 
 void Session::stop_watching() {
@@ -309,6 +309,16 @@ std::string Session::gone() const {
         default:
             return "weightd closed the session, which kept others waiting or broke a rule";
     }
+}
+
+Counters Session::counters() const {
+    Counters sum = counted_before_;
+    if (ring_ == nullptr || ::getpid() != owner_) return sum;
+    const ring::Header& header = ring_->header;
+    sum.hits += header.hits.load(std::memory_order_relaxed);
+    sum.misses += header.misses.load(std::memory_order_relaxed);
+    sum.read_bytes += header.read_bytes.load(std::memory_order_relaxed);
+    return sum;
 }
 
 uint32_t Session::lease_limit() const {

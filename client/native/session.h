@@ -37,6 +37,12 @@ struct WrongProcess : std::logic_error {  // used after fork
     using std::logic_error::logic_error;
 };
 
+struct Counters {  // of cells that were asked for
+    uint64_t hits = 0;
+    uint64_t misses = 0;
+    uint64_t read_bytes = 0;
+};
+
 class Session {
   public:
     // Throws std::system_error when the socket cannot be reached, SessionLost when the token is refused, NoAnswer.
@@ -59,6 +65,9 @@ class Session {
     std::span<const std::byte> calibration() const { return {calibration_, calibration_bytes_}; }
     uint32_t share_slots() const { return share_slots_; }
     uint32_t lease_limit() const;  // cells that may be held at once, now: the share, and what may be borrowed above it
+
+    // What weightd counted for this session and those before it in its place, for the grants that were taken.
+    Counters counters() const;
 
     // Each posts one or more requests. `words` as ring::Form says.
     void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
@@ -112,6 +121,7 @@ class Session {
     std::byte* calibration_ = nullptr;
     size_t calibration_bytes_ = 0;
     uint32_t share_slots_ = 0;
+    Counters counted_before_;  // by the sessions before this one
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
     PoolMemory pool_;

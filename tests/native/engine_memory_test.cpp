@@ -171,6 +171,55 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     EXPECT_TRUE(active);
 }
 
+TEST_F(EngineMemoryTest, AModelThatComesTakesWhatIsLentOfOneInUse) {
+    Engine engine(dram_for_slots(2, 160), *reader, verifier);
+    engine.add_model(first.spec, false);
+    Silent& busy = open(engine, 0, 4);
+    const std::vector<uint32_t> held = cells(0, busy.lease_limit);
+    EXPECT_TRUE(engine.acquire(busy, 0, held, 0));
+    settle(engine);
+    sweep(engine, busy, 200);
+    auto coming = open_model(second.spec, false);
+    std::optional<uint32_t> index = engine.add_model(coming);
+    for (uint32_t turn = 0; turn < held.size() && !index; turn++) {  // as its window shrinks
+        ASSERT_NE(coming, nullptr) << "it is still the caller's";
+        EXPECT_TRUE(engine.release(busy, 0, std::array{held[turn]}));
+        settle(engine);
+        index = engine.add_model(coming);
+    }
+    ASSERT_EQ(index, 1U);
+    while (!engine.activate(1)) {
+        ASSERT_GT(busy.held_cells, 0U);
+        for (const uint32_t cell : held) {
+            if (busy.holds[cell].granted > 0) EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
+        }
+        settle(engine);
+    }
+}
+
+TEST_F(EngineMemoryTest, ARefusalSaysWhoHasTheMemory) {
+    Engine engine(dram_for_slots(2, 20), *reader, verifier);
+    engine.add_model(first.spec, false);
+    second.spec.resident_bytes = 64U << 20;
+    engine.add_model(second.spec, false);
+    const auto refusal = [&]() -> std::string {
+        try {
+            engine.activate(1);
+        } catch (const NoRoom& error) {
+            return error.what();
+        }
+        return "";
+    };
+    const std::string alone = refusal();
+    EXPECT_NE(alone.find("second: needs"), std::string::npos) << alone;
+    EXPECT_NE(alone.find("raise --dram to"), std::string::npos) << alone;
+    EXPECT_EQ(alone.find("user"), std::string::npos) << "there is none: " << alone;
+    open(engine, 0, 4);
+    const std::string beside = refusal();
+    EXPECT_NE(beside.find("first with its 1 users has"), std::string::npos) << beside;
+    EXPECT_NE(beside.find("end a session, or raise --dram to"), std::string::npos) << beside;
+}
+
 // Two models of 1000 cells and memory for a thousand in all, which the first has filled; its session stays open.
 struct DemandTest : EngineMemoryTest {
     static constexpr uint32_t CELLS = 1000;

@@ -87,7 +87,8 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
         if (!place) return false;
         state.counts.misses++;
         session.misses++;
-        const Missing missing{cell, place, state.pool->address(place)};
+        session.read_bytes += state.spec.cell_bytes;
+        const Missing missing{cell, place, state.pool->address(place), session.id};
         if (state.scans > 1 && session.scans) {
             place.slot().put_off = true;
             state.put_off.push_back({session.id, missing});
@@ -168,7 +169,8 @@ bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t
         place = place_for(state, number);
         if (!place) return true;  // a hint only: there is no room
         state.counts.misses++;
-        state.missing.push_back({number, place, state.pool->address(place)});
+        session.read_bytes += state.spec.cell_bytes;
+        state.missing.push_back({number, place, state.pool->address(place), session.id});
     }
     return true;
 }
@@ -212,11 +214,14 @@ bool Engine::step() {
 bool Engine::submit(ModelState& state) {
     if (!state.put_off.empty()) choose_for_scans(state);
     if (state.missing.empty()) return false;
+    Session* first = find(state.missing.front().session);
+    const uint64_t cells_bytes = state.missing.size() * uint64_t{state.spec.cell_bytes};
     const LoadCounts counts =
         loader_.load({state.index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
     state.missing.clear();
     state.counts.reads += counts.reads;
     state.counts.read_bytes += counts.read_bytes;
+    if (first != nullptr) first->read_bytes += counts.read_bytes - cells_bytes;  // gaps: mostly all are of one session
     return true;
 }
 

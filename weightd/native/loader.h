@@ -27,6 +27,7 @@ struct Missing {
     uint32_t cell;  // of the model's numbering
     Place place;
     std::byte* address;
+    uint32_t session = 0;  // that wants it, by number; 0: none
 };
 
 struct Loaded {

@@ -10,7 +10,7 @@ double seconds_since(Clock::time_point then) { return std::chrono::duration<doub
 SessionReport report_of(const RingSession& session, const ModelSpec& spec) {
     return {session.id,          spec.name,           session.peer().pid, session.peer().uid,
             session.share_slots, session.lease_limit, session.held_cells, seconds_since(session.opened_at()),
-            session.requests(),  session.hits,        session.misses,     session.misses * spec.cell_bytes};
+            session.requests(),  session.hits,        session.misses,     session.read_bytes};
 }
 
 }  // namespace

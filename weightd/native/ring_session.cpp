@@ -6,6 +6,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cassert>
 #include <cerrno>
 #include <cstring>
@@ -76,25 +77,36 @@ bool RingSession::attach(Descriptor socket, Descriptor process, const ucred& pee
 }
 
 bool RingSession::has_requests() const {
-    return !broken_ && ring().header.request_tail.load() != request_head_;  // not before announce_sleep()'s store
+    return !broken_ && (!left_.empty() ||
+                        ring().header.request_tail.load() != request_head_);  // not before announce_sleep()'s store
 }
 
-std::optional<RingSession::Taken> RingSession::take() {
+std::optional<RingSession::Taken> RingSession::take(uint32_t cells_max) {
     if (!has_requests()) return std::nullopt;
+    std::span<const uint32_t> released;
+    if (left_.empty()) {
+        if (!take_request()) return std::nullopt;
+        released = left_.last(request_.release_count);
+        left_ = left_.first(left_.size() - request_.release_count);
+    }
+    const auto part = left_.first(std::min<size_t>(cells_max, left_.size()));
+    left_ = left_.subspan(part.size());
+    return Taken{static_cast<ring::Op>(request_.op), request_.layer, request_.tag, part, released};
+}
+
+bool RingSession::take_request() {
     const uint32_t waiting = ring().header.request_tail.load(std::memory_order_acquire) - request_head_;
     const uint32_t index = request_head_ % ring::REQUESTS;
-    ring::Request request{};
-    std::memcpy(&request, &ring().requests[index], sizeof request);
-    if (waiting > ring::REQUESTS || !unpack(request, index)) {
+    std::memcpy(&request_, &ring().requests[index], sizeof request_);
+    if (waiting > ring::REQUESTS || !unpack(request_, index)) {
         broken_ = true;
-        return std::nullopt;
+        return false;
     }
     request_head_++;
     requests_++;
     ring().header.request_head.store(request_head_, std::memory_order_release);
-    const std::span<const uint32_t> cells(cells_);
-    const size_t own = cells.size() - request.release_count;
-    return Taken{static_cast<ring::Op>(request.op), request.layer, request.tag, cells.first(own), cells.subspan(own)};
+    left_ = cells_;
+    return true;
 }
 
 // Copies the words once and works on the copy: the client may change them at any moment.
@@ -160,7 +172,11 @@ bool RingSession::blocks_for_long(bool blocks) {
 }
 
 void RingSession::flush() {
-    ring().header.grant_tail.store(grant_tail_, std::memory_order_release);
+    ring::Header& header = ring().header;
+    header.hits.store(hits, std::memory_order_relaxed);
+    header.misses.store(misses, std::memory_order_relaxed);
+    header.read_bytes.store(read_bytes, std::memory_order_relaxed);
+    header.grant_tail.store(grant_tail_, std::memory_order_release);
     wake();
 }
 

@@ -49,8 +49,8 @@ class RingSession final : public Session {
         std::span<const uint32_t> cells;     // valid until the next call
         std::span<const uint32_t> released;  // of an ACQUIRE: given back before it
     };
-    // The next request, or none. `broken` is set when the client broke a rule.
-    std::optional<Taken> take();
+    // The next request, or as much of it as `cells_max`, or none. `broken` is set when the client broke a rule.
+    std::optional<Taken> take(uint32_t cells_max);
     bool has_requests() const;
     void announce_sleep(bool sleeps);
     void break_rule() { broken_ = true; }
@@ -79,6 +79,7 @@ class RingSession final : public Session {
 
   private:
     ring::Ring& ring() const { return *reinterpret_cast<ring::Ring*>(memory_.data()); }
+    bool take_request();
     bool unpack(const ring::Request& request, uint32_t index);
     void answer(const ring::Grant& grant);
     void wake();
@@ -98,7 +99,9 @@ class RingSession final : public Session {
     uint32_t answers_owed_ = 0;
     bool broken_ = false;
     std::optional<Clock::time_point> blocks_since_;
+    ring::Request request_{};  // that is being served
     std::vector<uint32_t> cells_;
+    std::span<const uint32_t> left_;  // of them, to be taken yet
     std::set<uint32_t> segments_known_;
     uint32_t last_segment_ = ring::SEGMENT_MASK + 1;  // that a grant named: no look-up for its neighbours; none yet
 };

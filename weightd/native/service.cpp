@@ -21,6 +21,9 @@ constexpr std::chrono::seconds ATTACH_WITHIN{10};
 constexpr uint32_t SILENT_MAX = 64;  // connections
 constexpr std::chrono::seconds HELLO_WITHIN{10};
 
+constexpr uint32_t SESSION_WORK = 1024;  // in a turn: as many cells as a request names; a run of more comes in parts
+constexpr uint32_t REQUEST_WORK = 16;    // to take a request costs as much as so many cells
+
 uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrency() / 2); }
 
 }  // namespace
@@ -122,22 +125,27 @@ void Service::loop() {
 }
 
 bool Service::serve_rings() {
-    bool any = false;
-    for (auto next = rings_.begin(); next != rings_.end();) {
-        const auto [id, ring] = *next++;
-        if (!ring->attached()) continue;
-        any = serve_ring(*ring) || any;
-        if (ring->broken()) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);
+    std::vector<Turns::Waiting> waiting;
+    for (const auto& [id, ring] : rings_) {
+        if (ring->attached() && (ring->has_requests() || ring->broken())) waiting.push_back({ring->user(), id});
     }
+    const bool any = !waiting.empty();
+    turns_.round(std::move(waiting), [this](uint32_t id) {
+        RingSession& ring = *rings_.at(id);
+        const uint32_t work = serve_ring(ring);
+        if (ring.broken()) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);
+        return work;
+    });
     return any;
 }
 
-bool Service::serve_ring(RingSession& session) {
-    bool any = false;
-    for (uint32_t i = 0; i < ring::REQUESTS; i++) {  // then the others have their turn
-        const auto taken = session.take();
+// A part of what the session asks for, and how much that was: it costs something to take a request, too.
+uint32_t Service::serve_ring(RingSession& session) {
+    uint32_t work = 0;
+    while (work < SESSION_WORK && !session.broken()) {
+        const auto taken = session.take(SESSION_WORK);
         if (!taken) break;
-        any = true;
+        work += REQUEST_WORK + static_cast<uint32_t>(taken->cells.size() + taken->released.size());
         bool kept = false;
         switch (taken->op) {
             case ring::ACQUIRE:
@@ -152,9 +160,8 @@ bool Service::serve_ring(RingSession& session) {
                 break;
         }
         if (!kept) session.break_rule();
-        if (session.broken()) break;
     }
-    return any;
+    return work;
 }
 
 void Service::sleep_until_event() {

@@ -19,6 +19,7 @@
 #include "report.h"
 #include "resident.h"
 #include "ring_session.h"
+#include "turns.h"
 
 namespace weightd {
 
@@ -90,7 +91,7 @@ class Service {
     void fail_with(const std::string& what);
     void sleep_until_event();
     bool serve_rings();
-    bool serve_ring(RingSession& session);
+    uint32_t serve_ring(RingSession& session);
     void run_commands();
     void run_all_commands();
     void now_and_then();
@@ -183,6 +184,7 @@ class Service {
     std::map<uint32_t, Clock::time_point> opening_;  // by model, while it is an opener's turn: when the device answered
     std::map<uint32_t, RingSession*> rings_;         // by session, attached or not
     std::map<uint32_t, Remains> remains_;            // by session
+    Turns turns_;                                    // of rings_
     ClosedRings closed_rings_;
     HalfOpen unattached_;                    // of rings_
     HalfOpen silent_;                        // of connections_: all

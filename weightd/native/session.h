@@ -47,6 +47,7 @@ class Session {
     uint32_t unanswered = 0;     // cells that it asked for
     uint64_t hits = 0;           // of the cells that it asked for
     uint64_t misses = 0;
+    uint64_t read_bytes = 0;  // from flash for it
     std::vector<Hold> holds;  // by cell of the model's numbering
 };
 
