@@ -6,6 +6,7 @@ Each argument is checked where it enters (client/native/array_arguments.h, reada
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,13 @@ from weightd import _native as _weightd_native
 WORKERS = Workers(2)
 HIDDEN, NEURONS = 8, 6
 REFUSED = (TypeError, ValueError, IndexError, OverflowError, MemoryError)
+KINDS = ("plain", "plain", "plain", "strided", "backwards", "transposed", "skewed", "fixed", "repeated", "odd")
 DTYPES = ("float32", "float64", "uint16", "uint32", "uint64", "int8", "uint8", "int64", "float16", "bool")
 
 bundles = np.random.default_rng(0).standard_normal((NEURONS, 3 * HIDDEN)).astype(np.float32)
 bundles.flags.writeable = False
 before, lent = bundles.copy(), LentMemory(bundles)
+WRONG_ADDRESSES = [1, 2**64 - 1, 2**63, bundles.ctypes.data + 1, bundles.ctypes.data + bundles.nbytes]
 right_addresses = bundles.ctypes.data + np.arange(NEURONS, dtype=np.uint64) * np.uint64(bundles[0].nbytes)
 
 
@@ -52,14 +55,14 @@ def arrays(draw: st.DrawFn) -> Any:
     """An array of any shape, dtype and strides, that may be read-only, empty or at an odd address; or none at all."""
     shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 9, 16, 17, 24]), max_size=4)))
     dtype = draw(st.sampled_from(DTYPES))
-    kind = draw(st.sampled_from(("plain", "plain", "plain", "strided", "backwards", "transposed", "skewed", "fixed", "repeated", "odd")))
+    kind = draw(st.sampled_from(KINDS))
     if kind == "odd":
         return draw(st.sampled_from([None, 0, -1, 2**64, 2**63, "x", b"xxxxxxxx", [1.0], 1e300, object()]))
     if kind == "skewed":
         return skewed(shape, dtype)
     made: NDArray[Any] = np.zeros(shape, dtype)
     if dtype == "uint64" and draw(st.booleans()):
-        made[...] = draw(st.sampled_from([1, 2**64 - 1, 2**63, bundles.ctypes.data + 1, bundles.ctypes.data + bundles.nbytes]))
+        made[...] = draw(st.sampled_from(WRONG_ADDRESSES))
     elif dtype in ("uint32", "uint16"):
         made[...] = draw(st.sampled_from([0, 1, 5, 6, 2**16 - 1]))
     if kind == "strided":
@@ -74,13 +77,17 @@ def arrays(draw: st.DrawFn) -> Any:
     return made
 
 
-numbers = st.sampled_from([0, 1, 2, 8, 16, 17, 2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64, -1, 1.5, None, "8"])
+BORDERS = [2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64]
+numbers = st.sampled_from([0, 1, 2, 8, 16, 17, *BORDERS, -1, 1.5, None, "8"])
+out, products = np.zeros((1, 3, 2, 8), np.float32), np.zeros((2, 9), np.float32)
 x, h, y = np.zeros((2, HIDDEN), np.float32), np.zeros((NEURONS, 2), np.float32), np.zeros((2, HIDDEN), np.float32)
 rows = np.zeros((1, 2, 3, 8), np.float32)
 ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
 ffn = Ffn(WORKERS, "F32", HIDDEN, True, "silu")
-low_rank = LowRankPredictor(WORKERS, "F32", np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
-sign = SignPredictor(WORKERS, np.zeros((9, 1), np.uint8), np.zeros(9, np.int32))
+low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
+low_rank = LowRankPredictor(WORKERS, "F32", *low_rank_arrays)
+sign_arrays = (np.zeros((9, 1), np.uint8), np.zeros(9, np.int32))
+sign = SignPredictor(WORKERS, *sign_arrays)
 shape = _weightd_native.BundleShape.make("F32", HIDDEN, 2, 96, 1, 96)
 
 # Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
@@ -88,20 +95,20 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "fire": (ffn.fire, (right_addresses, index, ones, None, x, h)),
     "accumulate": (ffn.accumulate, (right_addresses, h, y)),
     "add_rows": (ffn.add_rows, (right_addresses, None, ones[None], x, y)),
-    "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, np.zeros((2, 9), np.float32))),
-    "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, 8), np.uint16), x, np.zeros((2, 9), np.float32))),
-    "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, np.zeros((1, 3, 2, 8), np.float32))),
+    "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, products)),
+    "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, HIDDEN), np.uint16), x, products)),
+    "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, out)),
     "attend masked": (
         Attention(WORKERS, "F32").attend,
-        (rows, rows, rows, np.ones((1, 1, 3, 3), np.bool_), False, 1.0, np.zeros((1, 3, 2, 8), np.float32)),
+        (rows, rows, rows, np.ones((1, 1, 3, 3), np.bool_), False, 1.0, out),
     ),
     "predict": (low_rank.predict, (x,)),
     "predict signs": (sign.predict, (x,)),
     "low rank": (
         lambda *given: LowRankPredictor(WORKERS, "F32", *given).predict(x),
-        (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32), None),
+        (*low_rank_arrays, None),
     ),
-    "signs": (lambda *given: SignPredictor(WORKERS, *given).predict(x), (np.zeros((9, 1), np.uint8), np.zeros(9, np.int32))),
+    "signs": (lambda *given: SignPredictor(WORKERS, *given).predict(x), sign_arrays),
     "copy_bundles": (copy_bundles, (right_addresses, np.zeros((NEURONS, 96), np.uint8))),
     "LentMemory": (LentMemory, (bundles,)),
     "read_memory": (lambda array: read_memory(WORKERS, array), (bundles,)),
@@ -155,10 +162,8 @@ def test_any_arguments_are_refused_or_taken(call: str, data: st.DataObject) -> N
     given_arguments = list(right)
     for place in data.draw(st.sets(st.integers(0, len(right) - 1), min_size=1)):
         given_arguments[place] = data.draw(numbers if isinstance(right[place], int | float) else arrays())
-    try:
+    with suppress(*REFUSED):
         function(*given_arguments)
-    except REFUSED as error:
-        assert str(error)
     assert np.array_equal(bundles, before), "a kernel wrote where bundles lie"
 
 
