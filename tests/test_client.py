@@ -274,8 +274,10 @@ def test_closed(server: FetchServer) -> None:
     client = FlashClient("tiny", address=server.address, transport="grpc")
     client.close()
     client.close()
-    with pytest.raises(FlashClientError, match="this client is closed"):
-        client.generate("a")
+    model: Any = client.model
+    for generate in (client.generate, client.chat, model.generate):
+        with pytest.raises(FlashClientError, match="this client is closed"):
+            generate("a")
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")

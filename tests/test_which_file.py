@@ -280,6 +280,8 @@ def test_snapshots_of_the_cache_are_read_through_their_links(folder: Path, store
     for number, path in enumerate((snapshot, cached, tmp_path / "model")):
         record = import_checkpoint(path, store, f"m{number}")
         assert {"chat_template.jinja", "tokenizer.json", "config.json"} <= {file.name for file in record.files}
+    with pytest.raises(CheckpointError, match=r"no config\.json in .*: give one of the folders in its snapshots/"):
+        import_checkpoint(blobs.parent, store, "root")
     (blobs / "sum-of-tokenizer.json").unlink()
     (blobs / "sum-of-tokenizer.json").symlink_to(outside(tmp_path / "model"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json is a link out of its folder"):

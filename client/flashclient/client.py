@@ -169,8 +169,8 @@ class FlashClient:
             OptionError: an unknown argument or kind of prompt, or what cannot be done; before anything is computed.
             DaemonLostError, CorruptionError: while streaming the weights.
         """
-        self._turns.check()
-        return self._generator.answer(encode(prompt, arguments, self.tokenizer), arguments)
+        with self._turns.taken():  # for encoding too: a tokenizer serves one thread at a time
+            return self._generator.answer(encode(prompt, arguments, self.tokenizer), arguments)
 
     def stream(self, prompt: Any = None, **arguments: Any) -> Iterator[str]:
         """Pieces of the new text as it is made; together what generate() would return. One sequence, no beams.
@@ -198,10 +198,10 @@ class FlashClient:
         Raises:
             OptionError: also where the model has no chat template, or the template refuses the messages.
         """
-        self._turns.check()
-        tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
-        prompt, rest = conversation(tokenizer, messages, arguments, self._generator.known)
-        return self._generator.answer(prompt, rest)
+        with self._turns.taken():
+            tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
+            prompt, rest = conversation(tokenizer, messages, arguments, self._generator.known)
+            return self._generator.answer(prompt, rest)
 
     def stats(self) -> Stats:
         """Statistics of the last generation."""

@@ -52,7 +52,8 @@ def open_folder(path: Path) -> Checkpoint:
             "import that"
         )
     if not folder.has(CONFIG_FILE):
-        raise CheckpointError(f"no {CONFIG_FILE} in {path}: give a Hugging Face folder or a .gguf file")
+        instead = "one of the folders in its snapshots/" if (path / "snapshots").is_dir() else "a Hugging Face folder"
+        raise CheckpointError(f"no {CONFIG_FILE} in {path}: give {instead} or a .gguf file")
     config = read_json(folder.file(CONFIG_FILE))
     _check_config(path, config)
     tensors = _read_tensors(folder, config.get("transformers_weights"))

@@ -25,7 +25,8 @@ from weightd.users import CONNECTIONS_MAX, CONNECTIONS_OF_USER, STREAMS_MAX, STR
 
 logger = logging.getLogger(__name__)
 
-READ_BYTES = 128 << 10
+READ_BYTES = 256 << 10
+READS_AT_ONCE = 8  # of one connection's answers, before others have their turn
 TLS_RECORD_BYTES = 16 << 10
 ACCEPTS = 16  # at once
 SWEEP_S = 1.0
@@ -402,19 +403,22 @@ class Connection:
     # To the client.
 
     def _read_inner(self) -> None:
-        if self._closed or self._to_outer or self._inner is None:
-            return
-        try:
-            size = self._inner.recv_into(self._front.buffer)
-        except WOULD_BLOCK:
-            return
-        except OSError as error:
-            self.close(f"gRPC: {error}")
-            return
-        if not size:
-            self.close("gRPC has ended it")
-            return
-        data = self._front.buffer[:size]
+        for _ in range(READS_AT_ONCE):
+            if self._closed or self._to_outer or self._inner is None:
+                return
+            try:
+                size = self._inner.recv_into(self._front.buffer)
+            except WOULD_BLOCK:
+                return
+            except OSError as error:
+                self.close(f"gRPC: {error}")
+                return
+            if not size:
+                self.close("gRPC has ended it")
+                return
+            self._answer(self._front.buffer[:size])
+
+    def _answer(self, data: memoryview) -> None:
         self._answers.feed(data)
         if self._answers.data_frames and self.user is not None:
             self.user.pause_s(-EARNED_PER_DATA_FRAME * self._answers.data_frames)

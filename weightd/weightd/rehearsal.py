@@ -46,5 +46,6 @@ def _rehearse(record: weightd_pb2.Model, folder: Path) -> str:
         return f"trying it out took longer than {TIMEOUT_S:g} s"
     if result.returncode == 0:
         return ""
-    lines = (result.stdout if result.returncode == 1 else result.stderr).decode(errors="replace").strip().splitlines()
+    said = (result.stdout if result.returncode == 1 else b"") or result.stderr
+    lines = said.decode(errors="replace").strip().splitlines()
     return lines[-1] if lines else f"trying it out ended with status {result.returncode}"
