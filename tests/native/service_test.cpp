@@ -2,7 +2,9 @@
 #include "service.h"
 
 #include <gtest/gtest.h>
+#include <linux/futex.h>
 #include <poll.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -10,9 +12,13 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <climits>
 #include <ctime>
 #include <filesystem>
+#include <fstream>
 #include <future>
+#include <thread>
 
 #include "flash_file.h"
 
@@ -159,6 +165,68 @@ TEST_F(ServiceTest, SilentConnectionsShutNobodyOut) {
     EXPECT_EQ(::poll(&oldest, 1, 10'000), 1);
     char byte = 0;
     EXPECT_EQ(::recv(oldest.fd, &byte, 1, MSG_DONTWAIT), 0) << "it is hung up on";
+}
+
+// Threads of a client that wait for one bell, each parked before the constructor is done.
+struct Parked {
+    std::atomic<uint32_t>& bell;
+    std::atomic<uint32_t> woken = 0;
+    std::vector<std::thread> threads;
+
+    Parked(std::atomic<uint32_t>& rung, uint32_t count) : bell(rung) {
+        std::atomic<uint32_t> ready = 0;
+        std::vector<std::atomic<pid_t>> ids(count);
+        const uint32_t seen = bell.load();
+        for (uint32_t i = 0; i < count; i++) {
+            threads.emplace_back([&, i, seen] {
+                ids[i] = static_cast<pid_t>(::syscall(SYS_gettid));
+                ready++;
+                if (::syscall(SYS_futex, &bell, FUTEX_WAIT, seen, nullptr, nullptr, 0) == 0) woken++;
+            });
+        }
+        while (ready < count) std::this_thread::yield();
+        for (const auto& id : ids) {
+            while (state_of(id) != 'S') std::this_thread::yield();
+        }
+    }
+    ~Parked() {
+        wake_all();
+        for (std::thread& each : threads) each.join();
+    }
+    long wake_all() { return ::syscall(SYS_futex, &bell, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0); }
+
+    static char state_of(pid_t thread) {
+        std::ifstream file("/proc/self/task/" + std::to_string(thread) + "/stat");
+        std::string word;
+        while (file >> word && word.back() != ')') continue;  // its name
+        char state = 0;
+        file >> state;
+        return state;
+    }
+};
+
+TEST_F(ServiceTest, AnAnswerWakesOneOfManyThatWait) {
+    constexpr uint32_t WAITING = 50;
+    FlashModel model(1, 40);
+    const auto service = serve(model);
+    std::vector<Descriptor> got;
+    const Descriptor socket = attach(service->open_session(0, 2).token, &got);
+    void* mapped = ::mmap(nullptr, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, got.at(0).get(), 0);
+    ASSERT_NE(mapped, MAP_FAILED);
+    auto& ring = *static_cast<ring::Ring*>(mapped);
+    {
+        Parked parked(ring.header.bell, WAITING);
+        ring.header.client_sleeps = 1;
+        ring.words[0][0] = 3;
+        ring.requests[0] = {ring::ACQUIRE, ring::CELLS, 0, 1, 0, 0, {}};
+        ring.header.request_tail = 1;
+        const uint64_t one = 1;
+        ASSERT_EQ(::write(got.at(1).get(), &one, sizeof one), static_cast<ssize_t>(sizeof one));
+        while (ring.header.grant_tail == 0 || parked.woken == 0) std::this_thread::yield();
+        service->report();                          // waits for the turn of the loop that answered
+        EXPECT_GE(parked.wake_all(), WAITING - 4);  // the bell may have rung before the request, too
+    }
+    ::munmap(mapped, sizeof(ring::Ring));
 }
 
 TEST_F(ServiceTest, AModelThatComesWhileThePoolIsFullHasRoom) {
