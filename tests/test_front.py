@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import ssl
 import struct
 from collections.abc import Callable, Iterator
@@ -229,3 +230,22 @@ def test_too_much_for_a_call_is_refused(daemon: Daemon) -> None:
     with pytest.raises(grpc.RpcError) as caught:
         daemon.stub.DescribeModel(pb.DescribeModelRequest(name="x" * 2 * MIB))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_without_descriptors_it_waits_for_some(tmp_path: Path) -> None:
+    """It neither spins nor gives up listening."""
+    write_model(tmp_path / "store")
+    with serving(tmp_path / "store", "--dram", "64MiB") as daemon:
+        limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+        with RawClient(daemon.address):
+            assert daemon.process.stderr is not None
+            for line in daemon.process.stderr:
+                if "no connection can be accepted" in line:
+                    break
+            resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, limits)
+            connection = Connection(daemon.address, 10)
+            assert connection.stats().sessions == 0
+            connection.close()
+        _, log = daemon.stop()
+    assert log.count("no connection can be accepted") < 10

@@ -14,6 +14,7 @@ from checkpoints import make_checkpoint
 from daemon import serving
 from tiny_store import write_model
 
+from flashclient import embedded
 from flashclient.cli import in_flags
 from flashclient.options import Options
 from weightd import cli
@@ -133,3 +134,13 @@ def test_a_dram_that_was_meant_otherwise_is_refused(dram: object) -> None:
 @pytest.mark.parametrize("dram", ["2GB", "2 GiB", "50%", 1 << 20, "1.5 tib", "0.5%"])
 def test_a_dram_is_taken_as_weightd_takes_it(dram: str | int) -> None:
     assert Options(store="s", dram=dram).dram == dram
+
+
+def test_a_store_that_is_no_path_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"store=.* is no path of a folder"):
+        Options(store="/tmp/a\0b")
+
+
+def test_the_daemons_flag_is_our_argument_and_its_commands_stay() -> None:
+    words = ["weightd: serving", "weightd: --dram 1KiB is too small: raise --dram, or `weightd rm m --store s`"]
+    assert embedded._in_our_words(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 import weakref
@@ -91,10 +92,10 @@ class FlashClient:
         self._options = Options(
             address, store, dram, mode, window, str(device), dtype, transport, timeout_s, pool_bytes, *tls
         )
-        self._turns = Turns()
         with ExitStack() as opened:
             self._open(os.fspath(model), opened)
             self._close = weakref.finalize(self, _close_in, os.getpid(), opened.pop_all())
+        _close_at_exit(self._turns, self._close)
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
@@ -103,6 +104,8 @@ class FlashClient:
         self._options.check_dtype(self._record.bundle.dtype)
         window = self._options.window if self._options.predicts(self._record) else None
         self.source = source = self._open_source(connection, address)  # for calibration
+        self._turns = Turns()
+        opened.callback(self._turns.await_exit)
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
         with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
@@ -110,6 +113,7 @@ class FlashClient:
         self.model: PreTrainedModel = built.model
         self.activation = built.activation  # for calibration
         self.clock = built.total.clock  # of all forward passes; stats() speaks of whole generations
+        built.model.register_forward_pre_hook(self._turns.check)
         self._generator = Generator(built, source, self.tokenizer, self._turns)
         opened.callback(self._turns.close)
 
@@ -231,6 +235,26 @@ def _close_in(owner_pid: int, opened: ExitStack) -> None:
     """A forked child drops what it inherited: sockets, threads and daemon are its parent's."""
     if os.getpid() == owner_pid:
         opened.close()
+
+
+# Turns and finalizer of every client that is open. An own handler, as weakref's comes too late or too early: by then
+# other threads must have been told.
+_open_clients: list[tuple[Turns, weakref.finalize[..., Any]]] = []
+
+
+def _close_at_exit(turns: Turns, close: weakref.finalize[..., Any]) -> None:
+    if not _open_clients:
+        atexit.unregister(_exit)
+        atexit.register(_exit)
+    _open_clients[:] = [(one, closing) for one, closing in _open_clients if closing.alive] + [(turns, close)]
+    close.atexit = False
+
+
+def _exit() -> None:
+    for turns, _ in _open_clients:
+        turns.exit()
+    for _, close in _open_clients:
+        close()
 
 
 __all__ = ["NEW_TOKENS_DEFAULT", "FlashClient"]

@@ -393,5 +393,5 @@ def _output_of(command: list[str], failed: str) -> str:
 
 
 def _in_our_words(lines: list[str]) -> str:
-    """The last of the lines that a weightd wrote, with our arguments in place of its flags."""
-    return re.sub(r"--(dram|store)\b ?", r"\1=", lines[-1].removeprefix("weightd: ")) if lines else ""
+    """The last of the lines that a weightd wrote, with our argument in place of its flag."""
+    return re.sub(r"--dram\b(?!-) ?", "dram=", lines[-1].removeprefix("weightd: ")) if lines else ""

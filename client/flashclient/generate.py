@@ -36,36 +36,64 @@ from flashclient.torch_state import on_cpu
 NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
 
 
+EXIT_S = 10.0  # for a generation to find out that the process ends
+
+
 class Turns:
     """Who may use a client: the process that made it, one thread at a time, until it is closed."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
         self._lock = threading.RLock()
+        self._ending = False  # nobody begins any more
         self._closed = False
+        self._exiting = False
 
     @contextmanager
     def taken(self) -> Iterator[None]:
-        """Raises ForkedError in another process and FlashClientError after close()."""
+        """Raises ForkedError in another process and FlashClientError after close().
+
+        When the interpreter exits, what runs in other threads is ended with SystemExit, which ends a thread in silence.
+        """
         self.check()
         with self._lock:
             self.check()
-            yield
+            if self._ending:
+                raise FlashClientError("this client is being closed: make a new one")
+            try:
+                yield
+            except FlashClientError:
+                if self._exiting:
+                    raise SystemExit from None
+                raise
 
     @contextmanager
     def last(self) -> Iterator[None]:
-        """Waits for a generation under way, which another process than the client's cannot; after close() too."""
+        """Waits for a generation under way; after close() too. In another process there is none to wait for."""
+        self._ending = True
         with self._lock if os.getpid() == self._pid else nullcontext():
             yield
 
-    def check(self) -> None:
+    def check(self, *_: object) -> None:
+        """Also a hook before each forward pass, whoever calls the model."""
         if os.getpid() != self._pid:
             raise ForkedError("this client was made before fork(): make a new one in the child process")
+        if self._exiting and self._closed:
+            raise SystemExit
         if self._closed:
             raise FlashClientError("this client is closed: make a new one")
 
     def close(self) -> None:
         self._closed = True
+
+    def exit(self) -> None:
+        """The interpreter exits: daemon threads may still be generating."""
+        self._exiting = True
+
+    def await_exit(self) -> None:
+        """A thread that is in native code when the interpreter ends brings the process down."""
+        if self._exiting and self._lock.acquire(timeout=EXIT_S):
+            self._lock.release()
 
 
 @dataclass

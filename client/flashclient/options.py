@@ -46,6 +46,8 @@ class Options:
             raise OptionError("address= and store= name two ways to a weightd: pass one of them")
         if self.dram is not None and self.store is None:
             raise OptionError(f"dram={self.dram} is for a weightd of one's own: pass store= too, or leave it out")
+        if self.store is not None and "\0" in os.fspath(self.store):
+            raise OptionError(f"store={os.fspath(self.store)!r} is no path of a folder: it has a zero byte")
         if self.dram is not None:
             _check_dram(self.dram)
         if self.tls.given and self.address is None:

@@ -166,9 +166,10 @@ class RingSource:
 
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""
-        if self._sweep is not None:
-            self._sweep = self._leases = None
-            self._session.close()
+        held = self._sweep, self._leases
+        self._sweep = self._leases = None
+        self._session.close()  # before they are dropped, which would wait for what is on its way to them
+        del held
 
     def _open(self, held: Held | None) -> Held:
         if held is None:

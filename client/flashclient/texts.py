@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -140,7 +141,10 @@ class TextStream(BaseStreamer):
                 raise OptionError(f"{name}= is for generate(): stream() gives pieces of text")
         criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), _StopWhen(self._abandoned)])
         arguments = {**arguments, "streamer": self, "stopping_criteria": criteria}
-        worker = threading.Thread(target=self._run, args=(generate, prompt, arguments), name="flashclient-generate")
+        # A daemon, so that the end of the program need not wait for the end of the text.
+        worker = threading.Thread(
+            target=self._run, args=(generate, prompt, arguments), name="flashclient-generate", daemon=True
+        )
         worker.start()
         try:
             while (piece := self._pieces.get()) is not None:
@@ -149,7 +153,8 @@ class TextStream(BaseStreamer):
                 yield piece
         finally:
             self._abandoned.set()
-            worker.join()
+            if not sys.is_finalizing():  # then it is over, or stands still for ever
+                worker.join()
 
     def _run(self, generate: Callable[..., Any], prompt: Any, arguments: dict[str, Any]) -> None:
         try:

@@ -66,6 +66,19 @@ void translate(const std::exception_ptr& pointer, void*) {
     }
 }
 
+// A method of Session, and one of what leases over it, while nobody else uses the session. Without the GIL.
+template <auto method>
+auto used(Session& session) {
+    const auto use = session.use();
+    return (session.*method)();
+}
+
+template <auto method, typename Leasing>
+auto used_session(Leasing& leasing) {
+    const auto use = leasing.session().use();
+    return (leasing.*method)();
+}
+
 nb::object resident(const nb::handle_t<Session>& self) {
     const auto bytes = nb::cast<Session&>(self).resident();
     using Array = nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>;
@@ -85,6 +98,7 @@ nb::object next_chunk(Sweep& sweep, uint32_t layer) {
     std::vector<uint64_t> addresses;
     {
         const nb::gil_scoped_release released;
+        const auto use = sweep.session().use();
         const Sweep::Bundles* chunk = sweep.next(layer);
         if (chunk != nullptr) {
             first_position = chunk->first_position;
@@ -98,6 +112,7 @@ nb::object next_chunk(Sweep& sweep, uint32_t layer) {
 size_t acquire_cells(Session& session, uint32_t layer, const U32Array& cells) {
     const auto asked = span_of(cells);
     const nb::gil_scoped_release released;
+    const auto use = session.use();
     session.acquire(layer, flashclient::ring::CELLS, asked, 0);
     std::vector<flashclient::ring::Grant> grants;
     while (grants.size() < asked.size()) session.take_grants(grants, true);
@@ -109,6 +124,7 @@ size_t acquire_cells(Session& session, uint32_t layer, const U32Array& cells) {
 void release_cells(Session& session, uint32_t layer, const U32Array& cells) {
     const auto held = span_of(cells);
     const nb::gil_scoped_release released;
+    const auto use = session.use();
     session.release(layer, flashclient::ring::CELLS, held);
 }
 
@@ -119,6 +135,7 @@ std::span<const uint8_t> bytes_of(const nb::bytes& token) {
 void attach(Session& session, const std::string& data_socket, const nb::bytes& token) {
     const auto bytes = bytes_of(token);
     const nb::gil_scoped_release released;
+    const auto use = session.use();
     session.attach(data_socket, bytes);
 }
 
@@ -146,20 +163,22 @@ void bind_session(nb::module_& m) {
                      nb::for_getter(nb::sig("def calibration(self, /) -> NDArray[numpy.uint8]")),
                      "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
         .def_prop_ro("share_slots", &Session::share_slots)
-        .def_prop_ro("lease_limit", &Session::lease_limit, "cells that may be held at once, now")
+        .def_prop_ro("lease_limit", &used<&Session::lease_limit>, nb::call_guard<nb::gil_scoped_release>(),
+                     "cells that may be held at once, now")
         .def_prop_ro(
             "counters",
-            [](const Session& session) {
-                const flashclient::Counters counted = session.counters();
+            [](Session& session) {
+                const nb::gil_scoped_release released;
+                const flashclient::Counters counted = used<&Session::counters>(session);
                 return std::make_tuple(counted.hits, counted.misses, counted.read_bytes);
             },
             "hits, misses and bytes read from flash, of this session and those before it in its place")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a.noconvert(),
              "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a.noconvert())
-        .def("require_alive", &Session::require_alive)
+        .def("require_alive", &used<&Session::require_alive>, nb::call_guard<nb::gil_scoped_release>())
         .def("close", &Session::close, nb::call_guard<nb::gil_scoped_release>(),
-             "Ends it; only the resident weights stay mapped.");
+             "Ends it for good, from any thread; only the resident weights stay mapped.");
 }
 
 void bind_sweep(nb::module_& m) {
@@ -177,8 +196,10 @@ void bind_sweep(nb::module_& m) {
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
         .def("next", &next_chunk, "layer"_a,
              nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
-        .def("idle", &Sweep::idle, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
-        .def("forget", &Sweep::forget, "The session is another one: nothing is held or on its way.")
+        .def("idle", &used_session<&Sweep::idle, Sweep>, nb::call_guard<nb::gil_scoped_release>(),
+             "Gives everything back.")
+        .def("forget", &used_session<&Sweep::forget, Sweep>, nb::call_guard<nb::gil_scoped_release>(),
+             "The session is another one: nothing is held or on its way.")
         .def_prop_ro(
             "wait_s", [](const Sweep& sweep) { return sweep.times().wait_s; }, "seconds spent waiting")
         .def_prop_ro(
@@ -197,6 +218,7 @@ nb::object addresses(const nb::handle_t<Leases>& self, uint32_t layer) {
 void exchange(Leases& leases, uint32_t layer, const U32Array& acquire, const U32Array& release) {
     const auto asked = span_of(acquire), held = span_of(release);
     const nb::gil_scoped_release released;
+    const auto use = leases.session().use();
     leases.exchange(layer, asked, held);
 }
 
@@ -215,10 +237,11 @@ void bind_leases(nb::module_& m) {
              "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
         .def("exchange", &exchange, "layer"_a, "acquire"_a.noconvert(), "release"_a.noconvert(),
              "Gives back and asks for; does not wait.")
-        .def("arrived", &Leases::arrived, nb::call_guard<nb::gil_scoped_release>(),
+        .def("arrived", &used_session<&Leases::arrived, Leases>, nb::call_guard<nb::gil_scoped_release>(),
              "Waits for more of what was asked for; returns how many cells are still to come.")
-        .def("release_all", &Leases::release_all, nb::call_guard<nb::gil_scoped_release>())
-        .def("forget", &Leases::forget, "The session is another one: nothing is held or on its way.")
+        .def("release_all", &used_session<&Leases::release_all, Leases>, nb::call_guard<nb::gil_scoped_release>())
+        .def("forget", &used_session<&Leases::forget, Leases>, nb::call_guard<nb::gil_scoped_release>(),
+             "The session is another one: nothing is held or on its way.")
         .def_prop_ro("cells_held", &Leases::cells_held);
 }
 

@@ -38,6 +38,7 @@ class Leases {
     void release_all();
     void forget();  // the session is another one: nothing is held or on its way
     uint32_t cells_held() const { return held_; }
+    Session& session() const { return session_; }
 
   private:
     void ask_more();

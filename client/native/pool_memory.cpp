@@ -125,6 +125,7 @@ void PoolMemory::unmap(uint32_t number) {
 }
 
 void PoolMemory::clear() {
+    if (::getpid() != owner_) return;  // a child has inherited nothing, and maybe a locked lock
     const std::lock_guard guard(lock_);
     for (auto& [number, segment] : segments_) drop(segment);
     found_ = nullptr;
@@ -135,7 +136,7 @@ void PoolMemory::clear() {
 void PoolMemory::drop(Segment& segment) const {
     segment.readable.reset();
     leave_range(segment);
-    if (::getpid() == owner_) ::munmap(segment.data, segment.bytes);  // a child has inherited none
+    ::munmap(segment.data, segment.bytes);
 }
 
 void PoolMemory::take_away() {

@@ -2,6 +2,7 @@
 
 #include <linux/futex.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -15,9 +16,11 @@
 #include <array>
 #include <cerrno>
 #include <cstring>
+#include <mutex>
 #include <sstream>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 namespace flashclient {
 namespace {
@@ -101,20 +104,55 @@ std::string seconds(double value_s) {
 
 }  // namespace
 
+// All of this process, so that a child after fork() closes what it has inherited of them: weightd sees a session end
+// when the last process lets go of its sockets.
+class Sessions {
+  public:
+    static void enter(Session* session) {
+        static const int once = ::pthread_atfork([] { lock.lock(); }, [] { lock.unlock(); }, leave_behind);
+        static_cast<void>(once);
+        const std::lock_guard guard(lock);
+        all.push_back(session);
+    }
+    static void leave(Session* session) {
+        const std::lock_guard guard(lock);
+        std::erase(all, session);
+    }
+
+  private:
+    static void leave_behind() {
+        for (Session* session : all) session->leave_behind();
+        all.clear();
+        lock.unlock();
+    }
+    inline static std::mutex lock;
+    inline static std::vector<Session*> all;
+};
+
 Session::Session(const std::string& data_socket, std::span<const uint8_t> token, double timeout_s)
     : owner_(::getpid()), timeout_s_(timeout_s) {
     attach(data_socket, token);
+    Sessions::enter(this);
+}
+
+std::unique_lock<std::mutex> Session::use() {
+    if (::getpid() != owner_) throw WrongProcess("a session cannot be used after fork: open another one in the child");
+    return std::unique_lock(in_use_);
 }
 
 void Session::attach(const std::string& data_socket, std::span<const uint8_t> token) {
-    close();
+    end();
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     if (data_socket.size() >= sizeof address.sun_path || token.size() != ring::TOKEN_BYTES) {
         throw std::invalid_argument("a data socket's path has at most 107 bytes, a token 16");
     }
     std::memcpy(address.sun_path, data_socket.c_str(), data_socket.size() + 1);
-    socket_ = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    {
+        const std::lock_guard guard(ending_);
+        if (closed_) throw SessionLost("the session was closed");
+        socket_ = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    }
     try {
         if (socket_ < 0 || ::connect(socket_, reinterpret_cast<sockaddr*>(&address), sizeof address) < 0) {
             fail(data_socket);
@@ -122,25 +160,50 @@ void Session::attach(const std::string& data_socket, std::span<const uint8_t> to
         greet(token);
         start_watching();
     } catch (...) {
-        close();
+        end();
         throw;
     }
 }
 
 Session::~Session() {
+    Sessions::leave(this);
     close();
     if (resident_ != nullptr) ::munmap(resident_, resident_bytes_);
     if (calibration_ != nullptr) ::munmap(calibration_, calibration_bytes_);
 }
 
 void Session::close() {
+    if (::getpid() != owner_) return;
+    {
+        const std::lock_guard guard(ending_);
+        closed_ = true;
+        if (socket_ >= 0) ::shutdown(socket_, SHUT_RDWR);  // the watcher hears it, and wakes who waits for weightd
+    }
+    const std::lock_guard use(in_use_);
+    end();
+}
+
+void Session::end() {
     stop_watching();
     pool_.clear();
     counted_before_ = counters();
     if (ring_ != nullptr) ::munmap(std::exchange(ring_, nullptr), sizeof(ring::Ring));
     if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
-    if (socket_ >= 0) ::close(std::exchange(socket_, -1));
+    const std::lock_guard guard(ending_);
+    if (socket_ >= 0) {
+        ::shutdown(socket_, SHUT_RDWR);  // a process that inherited it, past our handler, does not hold the session
+        ::close(std::exchange(socket_, -1));
+    }
     request_tail_ = grant_head_ = 0;
+}
+
+// In a child, in which other threads may have held any lock. Its memory it has not inherited.
+void Session::leave_behind() {
+    ring_ = nullptr;
+    for (int* descriptor : {&doorbell_, &socket_, &stop_watching_}) {
+        if (*descriptor >= 0) ::close(std::exchange(*descriptor, -1));
+    }
+    static_cast<void>(watcher_.release());  // fork() has left the thread to the parent
 }
 
 // ---- the thread that hears when weightd is gone ----
@@ -172,9 +235,7 @@ void Session::watch() {
 }
 
 void Session::stop_watching() {
-    if (watcher_ != nullptr && ::getpid() != owner_) {
-        static_cast<void>(watcher_.release());  // fork() has left the thread to the parent: there is none to wait for
-    } else if (watcher_ != nullptr) {
+    if (watcher_ != nullptr) {
         ::eventfd_write(stop_watching_, 1);
         watcher_->join();
         watcher_.reset();
@@ -204,6 +265,7 @@ void Session::greet(std::span<const uint8_t> token) {
     share_slots_ = welcome.share_slots;
     ring_ = reinterpret_cast<ring::Ring*>(
         map(ring_fd, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, "mapping the ring"));
+    ::madvise(ring_, sizeof(ring::Ring), MADV_DONTFORK);  // a child may not use it
     take_resident(resident_fd, welcome.resident_bytes);
     if (welcome.calibration_bytes > 0) take_calibration(calibration_fd, welcome.calibration_bytes);
 }
@@ -238,6 +300,7 @@ void Session::require_alive() const {
 }
 
 std::string Session::gone() const {
+    if (closed_) return "the session was closed";
     switch (ring_->header.state.load()) {
         case ring::OPEN:
             return "weightd is gone";
@@ -333,6 +396,9 @@ bool Session::take_ready(std::vector<ring::Grant>& grants) {
     const uint32_t tail = ring_->header.grant_tail.load(std::memory_order_acquire);
     if (tail == grant_head_) return false;
     for (; grant_head_ != tail; grant_head_++) grants.push_back(ring_->grants[grant_head_ % ring::GRANTS]);
+    // weightd takes the pages of a closed ring back, after it has said so: zeros would look like grants.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (ring_->header.state.load(std::memory_order_acquire) != ring::OPEN) throw SessionLost(gone());
     ring_->header.grant_head.store(grant_head_, std::memory_order_release);
     return true;
 }

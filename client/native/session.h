@@ -1,14 +1,17 @@
 // The client's end of a session (proto/ring.h): leases cells of the daemon's pool and finds them in shared memory.
 //
-// Belongs to one thread at a time, and to the process that opened it. A thread of its own hears when weightd is gone or
-// has closed the session, also while nobody uses it, and takes the pool's memory away at once (pool_memory.h).
+// Belongs to one thread at a time, which holds use() meanwhile, and to the process that opened it: a child after fork()
+// keeps nothing of it. A thread of its own hears when weightd is gone or has closed the session, also while nobody uses
+// it, and takes the pool's memory away at once (pool_memory.h).
 #pragma once
 
 #include <sys/types.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -48,6 +51,9 @@ class Session {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
+    // Whoever holds it may call all below but close(). Throws WrongProcess after fork.
+    [[nodiscard]] std::unique_lock<std::mutex> use();
+
     // Opens another session in place of this one, of the same model: nothing is held. Resident weights and predictors
     // stay where they are: what weightd has just so is mapped anew, so that it is in memory once, and the rest (what
     // the caller changed; predictors of another version) stays as it is. Throws as the constructor does.
@@ -79,9 +85,14 @@ class Session {
     }
     // Throws SessionLost where something that was held may have changed or gone; WrongProcess after fork.
     void require_alive() const;
-    void close();  // ends the session; only resident weights and predictors stay mapped
+    // Ends the session, from any thread and for good: who uses it or waits for weightd is told so and lets go first.
+    // Only resident weights and predictors stay mapped.
+    void close();
 
   private:
+    friend class Sessions;
+    void end();
+    void leave_behind();
     void greet(std::span<const uint8_t> token);
     void take_resident(int fd, size_t bytes);
     void take_calibration(int fd, size_t bytes);
@@ -99,6 +110,9 @@ class Session {
 
     pid_t owner_;
     double timeout_s_;
+    std::mutex in_use_;
+    std::mutex ending_;                 // guards socket_ where it changes
+    std::atomic<bool> closed_ = false;  // for good
     int socket_ = -1;
     int doorbell_ = -1;
     ring::Ring* ring_ = nullptr;

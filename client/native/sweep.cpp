@@ -22,6 +22,7 @@ void Sweep::forget() {
 
 Sweep::~Sweep() {
     try {
+        const auto use = session_.use();
         idle();
     } catch (const std::exception&) {  // the session is lost, and its leases with it
         forget();

@@ -45,6 +45,7 @@ class Sweep {
     void idle();    // gives everything back
     void forget();  // the session is another one: nothing is held or on its way
     const SweepTimes& times() const { return times_; }
+    Session& session() const { return session_; }
 
   private:
     struct Chunk {

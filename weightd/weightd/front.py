@@ -25,7 +25,8 @@ from weightd.users import CONNECTIONS_MAX, CONNECTIONS_OF_USER, STREAMS_MAX, STR
 
 logger = logging.getLogger(__name__)
 
-READ_BYTES = 128 << 10
+READ_BYTES = 256 << 10
+READS_AT_ONCE = 8  # of one connection's answers, before others have their turn
 TLS_RECORD_BYTES = 16 << 10
 ACCEPTS = 16  # at once
 SWEEP_S = 1.0
@@ -69,6 +70,7 @@ class Front:
         self.totals = Totals()
         self.users: dict[str, User] = {}
         self._listeners: list[Listener] = []
+        self._pausing: list[Listener] = []  # until the next sweep
         self._connections: dict[Connection, None] = {}  # the oldest first
         self._sweeper: asyncio.Task[None] | None = None
 
@@ -82,6 +84,7 @@ class Front:
 
     def stop_accepting(self) -> None:
         loop = asyncio.get_running_loop()
+        self._pausing = []
         for listener in self._listeners:
             loop.remove_reader(listener.socket.fileno())
             listener.socket.close()
@@ -137,16 +140,29 @@ class Front:
         for _ in range(ACCEPTS):
             try:
                 outer, address = listener.socket.accept()
-            except OSError:  # none waits, or there are no descriptors left
+            except BlockingIOError:  # none waits
+                return
+            except ConnectionAbortedError:  # it has gone already
+                continue
+            except OSError as error:  # no descriptors or no memory left: it would be tried again and again
+                logger.warning("no connection can be accepted: %s", error.strerror)
+                asyncio.get_running_loop().remove_reader(listener.socket.fileno())
+                self._pausing.append(listener)
                 return
             outer.setblocking(False)
             connection = Connection(self, outer, listener)
             self._connections[connection] = None
             connection.begin(address)
 
+    def _accept_again(self) -> None:
+        pausing, self._pausing = self._pausing, []
+        for listener in pausing:
+            asyncio.get_running_loop().add_reader(listener.socket.fileno(), self._accept, listener)
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_S)
+            self._accept_again()
             now_s, unread_bytes = time.monotonic(), 0
             for user in [user for user in self.users.values() if not user.connections and user.is_square()]:
                 del self.users[user.name]
@@ -402,19 +418,22 @@ class Connection:
     # To the client.
 
     def _read_inner(self) -> None:
-        if self._closed or self._to_outer or self._inner is None:
-            return
-        try:
-            size = self._inner.recv_into(self._front.buffer)
-        except WOULD_BLOCK:
-            return
-        except OSError as error:
-            self.close(f"gRPC: {error}")
-            return
-        if not size:
-            self.close("gRPC has ended it")
-            return
-        data = self._front.buffer[:size]
+        for _ in range(READS_AT_ONCE):
+            if self._closed or self._to_outer or self._inner is None:
+                return
+            try:
+                size = self._inner.recv_into(self._front.buffer)
+            except WOULD_BLOCK:
+                return
+            except OSError as error:
+                self.close(f"gRPC: {error}")
+                return
+            if not size:
+                self.close("gRPC has ended it")
+                return
+            self._answer(self._front.buffer[:size])
+
+    def _answer(self, data: memoryview) -> None:
         self._answers.feed(data)
         if self._answers.data_frames and self.user is not None:
             self.user.pause_s(-EARNED_PER_DATA_FRAME * self._answers.data_frames)

@@ -1,0 +1,186 @@
+"""What Python passes to the native kernels: a right result or an exception, never a byte out of bounds.
+
+Each argument is checked where it enters (client/native/array_arguments.h, readable_memory.h).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from flashclient import _native
+from flashclient._native import (
+    Attention,
+    Ffn,
+    LentMemory,
+    Linear,
+    LowRankPredictor,
+    SignPredictor,
+    Window,
+    Workers,
+    copy_bundles,
+    locate,
+    read_memory,
+)
+from weightd import _native as _weightd_native
+
+WORKERS = Workers(2)
+HIDDEN, NEURONS = 8, 6
+REFUSED = (TypeError, ValueError, IndexError, OverflowError, MemoryError)
+KINDS = ("plain", "plain", "plain", "strided", "backwards", "transposed", "skewed", "fixed", "repeated", "odd")
+DTYPES = ("float32", "float64", "uint16", "uint32", "uint64", "int8", "uint8", "int64", "float16", "bool")
+
+bundles = np.random.default_rng(0).standard_normal((NEURONS, 3 * HIDDEN)).astype(np.float32)
+bundles.flags.writeable = False
+before, lent = bundles.copy(), LentMemory(bundles)
+WRONG_ADDRESSES = [1, 2**64 - 1, 2**63, bundles.ctypes.data + 1, bundles.ctypes.data + bundles.nbytes]
+right_addresses = bundles.ctypes.data + np.arange(NEURONS, dtype=np.uint64) * np.uint64(bundles[0].nbytes)
+
+
+def skewed(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+    """At an address that no element may have."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.zeros(size + 1, np.uint8)[1:].view(dtype).reshape(shape)
+
+
+@st.composite
+def arrays(draw: st.DrawFn) -> Any:
+    """An array of any shape, dtype and strides, that may be read-only, empty or at an odd address; or none at all."""
+    shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 9, 16, 17, 24]), max_size=4)))
+    dtype = draw(st.sampled_from(DTYPES))
+    kind = draw(st.sampled_from(KINDS))
+    if kind == "odd":
+        return draw(st.sampled_from([None, 0, -1, 2**64, 2**63, "x", b"xxxxxxxx", [1.0], 1e300, object()]))
+    if kind == "skewed":
+        return skewed(shape, dtype)
+    made: NDArray[Any] = np.zeros(shape, dtype)
+    if dtype == "uint64" and draw(st.booleans()):
+        made[...] = draw(st.sampled_from(WRONG_ADDRESSES))
+    elif dtype in ("uint32", "uint16"):
+        made[...] = draw(st.sampled_from([0, 1, 5, 6, 2**16 - 1]))
+    if kind == "strided":
+        return np.repeat(made, 2, axis=-1)[..., ::2] if made.ndim else made
+    if kind == "backwards":
+        return made[..., ::-1] if made.ndim else made
+    if kind == "transposed":
+        return made.T
+    if kind == "repeated":
+        return np.broadcast_to(made, (3, *shape))
+    made.flags.writeable = kind != "fixed"
+    return made
+
+
+BORDERS = [2**16, 2**31, 2**32 - 1, 2**32, 2**63, 2**64 - 1, 2**64]
+numbers = st.sampled_from([0, 1, 2, 8, 16, 17, *BORDERS, -1, 1.5, None, "8"])
+out, products = np.zeros((1, 3, 2, 8), np.float32), np.zeros((2, 9), np.float32)
+x, h, y = np.zeros((2, HIDDEN), np.float32), np.zeros((NEURONS, 2), np.float32), np.zeros((2, HIDDEN), np.float32)
+rows = np.zeros((1, 2, 3, 8), np.float32)
+ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
+ffn = Ffn(WORKERS, "F32", HIDDEN, True, "silu")
+low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
+low_rank = LowRankPredictor(WORKERS, "F32", *low_rank_arrays)
+sign_arrays = (np.zeros((9, 1), np.uint8), np.zeros(9, np.int32))
+sign = SignPredictor(WORKERS, *sign_arrays)
+shape = _weightd_native.BundleShape.make("F32", HIDDEN, 2, 96, 1, 96)
+
+# Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
+CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+    "fire": (ffn.fire, (right_addresses, index, ones, None, x, h)),
+    "accumulate": (ffn.accumulate, (right_addresses, h, y)),
+    "add_rows": (ffn.add_rows, (right_addresses, None, ones[None], x, y)),
+    "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, products)),
+    "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, HIDDEN), np.uint16), x, products)),
+    "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, out)),
+    "attend masked": (
+        Attention(WORKERS, "F32").attend,
+        (rows, rows, rows, np.ones((1, 1, 3, 3), np.bool_), False, 1.0, out),
+    ),
+    "predict": (low_rank.predict, (x,)),
+    "predict signs": (sign.predict, (x,)),
+    "low rank": (
+        lambda *given: LowRankPredictor(WORKERS, "F32", *given).predict(x),
+        (*low_rank_arrays, None),
+    ),
+    "signs": (lambda *given: SignPredictor(WORKERS, *given).predict(x), sign_arrays),
+    "copy_bundles": (copy_bundles, (right_addresses, np.zeros((NEURONS, 96), np.uint8))),
+    "LentMemory": (LentMemory, (bundles,)),
+    "read_memory": (lambda array: read_memory(WORKERS, array), (bundles,)),
+    "checksum": (_native.checksum, (np.zeros(8, np.uint8),)),
+    "locate": (
+        locate,
+        (right_addresses, index, 1, 96, np.zeros(NEURONS, np.uint64), np.zeros(NEURONS, np.uint32)),
+    ),
+    "window": (lambda *given: Window(4, 1, [NEURONS]).slide(0, *given), (0, 1, index, ones, NEURONS)),
+    "Window": (lambda *given: Window(*given), (4, 1, [NEURONS])),
+    "Ffn": (lambda hidden: Ffn(WORKERS, "F32", hidden, True, "silu").accumulate(right_addresses, h, y), (HIDDEN,)),
+    "weightd checksum": (_weightd_native.checksum, (np.zeros(8, np.uint8),)),
+    "weightd convert": (
+        lambda source, target: _weightd_native.convert(source, "F32", target, "BF16"),
+        (np.zeros(16, np.uint8), np.zeros(8, np.uint8)),
+    ),
+    "weightd checksum_bundles": (
+        lambda *given: _weightd_native.checksum_bundles(shape, *given),
+        (np.zeros(NEURONS * 96, np.uint8), np.zeros(NEURONS, np.uint64)),
+    ),
+    "weightd cut_bundles": (
+        lambda first_rows, down, first, cells, sums: _weightd_native.cut_bundles(
+            shape, [first_rows, first_rows], ["F32", "F32"], down, first, cells, sums
+        ),
+        (
+            np.zeros(NEURONS * 32, np.uint8),
+            np.zeros(NEURONS * 32, np.uint8),
+            0,
+            np.zeros(NEURONS * 96, np.uint8),
+            np.zeros(NEURONS, np.uint64),
+        ),
+    ),
+    "weightd BundleShape": (
+        lambda *given: _weightd_native.BundleShape.make("F32", *given),
+        (HIDDEN, 2, 96, 1, 96),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_right_arguments_are_taken(call: str) -> None:
+    function, arguments = CALLS[call]
+    function(*arguments)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+@pytest.mark.parametrize("call", CALLS)
+def test_any_arguments_are_refused_or_taken(call: str, data: st.DataObject) -> None:
+    function, right = CALLS[call]
+    given_arguments = list(right)
+    for place in data.draw(st.sets(st.integers(0, len(right) - 1), min_size=1)):
+        given_arguments[place] = data.draw(numbers if isinstance(right[place], int | float) else arrays())
+    with suppress(*REFUSED):
+        function(*given_arguments)
+    assert np.array_equal(bundles, before), "a kernel wrote where bundles lie"
+
+
+def test_addresses_lead_to_memory_that_is_lent_and_nowhere_else() -> None:
+    private = np.ones((1, 3 * HIDDEN), np.float32)
+    address = np.array([private.ctypes.data], np.uint64)
+    with pytest.raises(ValueError, match="no bundle lies at 0x"):
+        copy_bundles(address, np.zeros((1, 96), np.uint8))
+    one = LentMemory(private)
+    copied = np.zeros((1, 96), np.uint8)
+    copy_bundles(address, copied)
+    assert copied.tobytes() == private.tobytes()
+    for beyond in (-4, 4):  # the bundle must lie wholly within
+        with pytest.raises(ValueError, match="no bundle lies at 0x"):
+            copy_bundles(address + np.int64(beyond).astype(np.uint64), copied)
+    with pytest.raises(ValueError, match="not aligned"):
+        ffn.accumulate(right_addresses[:1] + np.uint64(1), np.ones((1, 2), np.float32), y)
+    del one
+    with pytest.raises(ValueError, match="no bundle lies at 0x"):
+        copy_bundles(address, copied)
