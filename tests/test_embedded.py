@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from daemon import serving
 from flashclient import FlashClient
 from flashclient.embedded import LOCK_FILE, PrivateDaemon, attach_or_start, is_serving, serving_address
 from flashclient.errors import StartError
+from flashclient.rehearsal import rehearse
 from weightd import cli
+from weightd_proto import weightd_pb2
 
 IDS = [5, 6, 7]
 OWNER = """
@@ -193,6 +196,35 @@ def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StartError, match=r"cannot import .*/empty: "):
         FlashClient(tmp_path / "empty", store=tmp_path / "store")
+
+
+def test_this_process_rehearses_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has loaded torch already, which takes a child of the import seconds."""
+    checkpoint = make_checkpoint("llama", tmp_path / "odd")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "relu6"}))
+    rehearsed = []
+
+    def recorded(record: weightd_pb2.Model, folder: Path) -> None:
+        rehearsed.append(record.name)
+        rehearse(record, folder)
+
+    monkeypatch.setattr("flashclient.rehearsal.rehearse", recorded)
+    for _ in range(2):
+        with pytest.raises(StartError, match=r"no client could run .*odd: config.json: no kernel for .*ReLU6"):
+            FlashClient(checkpoint, store=tmp_path / "store")
+    assert rehearsed == ["odd", "odd"]
+    assert "flashclient-rehearsal" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("descriptor", ["99999", "-1", "x", str(2**70)])
+def test_a_descriptor_that_is_not_open_is_a_usage_error(
+    descriptor: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", str(checkpoint), "--store", str(tmp_path / "store"), f"--rehearse-fd={descriptor}"]
+    assert cli.main(command) == 2
+    assert f"'{descriptor}' is no open descriptor" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
 
 
 def test_another_checkpoint_of_the_same_name_is_refused(checkpoint: Path, store: Path, tmp_path: Path) -> None:

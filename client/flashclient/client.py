@@ -26,6 +26,7 @@ from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, Turns
 from flashclient.model import BuiltModel, build_model
 from flashclient.options import Options
 from flashclient.prompts import encode, load_tokenizer, require_tokenizer
+from flashclient.rehearsal import answering
 from flashclient.remote import GrpcSource
 from flashclient.session import RingSource
 from flashclient.source import BundleSource
@@ -132,7 +133,7 @@ class FlashClient:
         if self._options.store is None:
             return name, self._options.address or default_address(os.geteuid(), os.environ)
         store = Path(self._options.store).resolve()
-        name = import_if_path(store, name)
+        name = import_if_path(store, name, answering())
         address, daemon = attach_or_start(store, self._options.dram, self._options.timeout_s)
         if daemon is not None:
             opened.callback(daemon.stop)

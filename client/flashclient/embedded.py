@@ -24,7 +24,7 @@ import threading
 import time
 import warnings
 import weakref
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -329,10 +329,13 @@ def _socket_folder() -> Path:
     )
 
 
-def import_if_path(store: Path, model: str) -> str:
+def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[int]) -> str:
     """The name of `model` in `store`: itself, or of a checkpoint, imported now unless the store has it as it is.
 
     A name in the store comes first, unless it is that of the very checkpoint which lies here under the same name.
+
+    Args:
+        rehearsal: gives the descriptor for --rehearse-fd.
 
     Raises:
         StartError: the import failed, says what it said; or the store has another checkpoint of that name, or this one
@@ -341,7 +344,9 @@ def import_if_path(store: Path, model: str) -> str:
     if not os.path.exists(model) or (_is_stored(store, model) and not _is_source_of(store, model)):  # noqa: PTH110
         return model
     command = [*CHILD, "import", os.path.abspath(model), "--store", str(store), "--update", "--json"]  # noqa: PTH100
-    result = json.loads(_output_of(command, f"cannot import {model}"))
+    with rehearsal as descriptor:
+        command += ["--rehearse-fd", str(descriptor)]
+        result = json.loads(_output_of(command, f"cannot import {model}", descriptor))
     if result["done"] == "replaced":
         logger.warning("%s has changed since it was imported as '%s': imported it again", model, result["name"])
     return str(result["name"])
@@ -370,8 +375,11 @@ def _environment() -> dict[str, str]:
     return environment
 
 
-def _output_of(command: list[str], failed: str) -> str:
-    """What `command` writes; StartError with the last line of its errors. It is stopped if we are interrupted."""
+def _output_of(command: list[str], failed: str, *descriptors: int) -> str:
+    """What `command` writes; StartError with the last line of its errors. It is stopped if we are interrupted.
+
+    `descriptors`: that it gets beside the standard streams.
+    """
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -380,6 +388,7 @@ def _output_of(command: list[str], failed: str) -> str:
         encoding="utf-8",
         errors="backslashreplace",
         env=_environment(),
+        pass_fds=descriptors,
     ) as child:
         try:
             output, errors = child.communicate()

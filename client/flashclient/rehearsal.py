@@ -2,7 +2,8 @@
 
     python -m flashclient.rehearsal FOLDER < record         exit status 1, and one line on standard output, if it fails
 
-weightd starts it as a child process (weightd/rehearsal.py), because transformers takes hundreds of megabytes. It builds
+weightd starts it as a child process (weightd/rehearsal.py), because transformers takes hundreds of megabytes; where a
+client has started the import, that client does it (answering()), because it has loaded transformers already. It builds
 the model as a client does, over weights that are all zero and take no memory, then runs it: so what the class, its
 attention or its kernels refuse, and a file that transformers cannot read, is refused by the import and not later.
 """
@@ -10,11 +11,15 @@ attention or its kernels refuse, and a file that transformers cannot read, is re
 from __future__ import annotations
 
 import mmap
+import multiprocessing
+import os
 import re
 import sys
+import threading
 import warnings
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +92,32 @@ def _blamed(file: str) -> Iterator[None]:
     except Exception as error:  # whatever a library makes of a file that somebody else wrote
         reason = re.sub(r"\s+", " ", str(error)).strip()[:REASON_CHARACTERS_MAX]
         raise RefusedFileError(f"{file}: {reason or type(error).__name__}") from error
+
+
+@contextmanager
+def answering() -> Iterator[int]:
+    """The descriptor for `weightd import --rehearse-fd`, whose questions a thread of this process answers meanwhile."""
+    ours, theirs = multiprocessing.Pipe()
+    answerer = threading.Thread(target=_answer, args=(ours,), name="flashclient-rehearsal")
+    answerer.start()
+    with ours:
+        try:
+            with theirs:
+                yield theirs.fileno()
+        finally:
+            answerer.join()  # the other end is closed, here and in the import, which has ended
+
+
+def _answer(connection: Connection) -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            folder, record = os.fsdecode(connection.recv_bytes()), connection.recv_bytes()
+            try:
+                rehearse(weightd_pb2.Model.FromString(record), Path(folder))
+            except RefusedFileError as error:
+                connection.send_bytes(str(error).encode(errors="backslashreplace"))
+            else:
+                connection.send_bytes(b"")
 
 
 def main() -> None:

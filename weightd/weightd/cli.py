@@ -123,6 +123,8 @@ def _parser() -> FlagParser:
     adding.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), help="(default: keep)")
     update = "do nothing where the store has it, import again what has changed since; waits for another import of it"
     adding.add_argument("--update", action="store_true", help=update)
+    asked = "the program at this end of a connection tries the model out (for programs that have loaded torch)"
+    adding.add_argument("--rehearse-fd", type=_descriptor, metavar="FD", help=asked)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -137,20 +139,29 @@ def _parser() -> FlagParser:
     return parser
 
 
+def _descriptor(text: str) -> int:
+    try:
+        os.fstat(int(text))
+    except (ValueError, OverflowError, OSError):
+        raise argparse.ArgumentTypeError(f"'{text}' is no open descriptor") from None
+    return int(text)
+
+
 def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint import check_exists
     from weightd.convert import import_checkpoint
+    from weightd.rehearsal import asking
     from weightd.update import IMPORTED, update
 
+    rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
     check_exists(options.source)  # a misspelt source makes no store
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(options.source, store, *more)
+            model, done = update(options.source, store, *more, rehearse=rehearse)
         else:
-            dtype = options.dtype or "keep"
-            model = import_checkpoint(options.source, store, options.name, dtype, options.allow_buffered, progress)
-            done = IMPORTED
+            more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
+            model, done = import_checkpoint(options.source, store, *more, rehearse=rehearse), IMPORTED
     say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from weightd.errors import CheckpointError
@@ -19,12 +21,35 @@ PACKAGES = ("torch", "transformers")
 TIMEOUT_S = 1800.0  # a model of 400 GB is walked through in some minutes
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
+Rehearse = Callable[[weightd_pb2.Model, Path], str]  # says why it failed, in one line; "" where it did not
 
-def check_files(record: weightd_pb2.Model, folder: Path, checkpoint: Path) -> None:
-    """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`."""
-    refusal = _rehearse(record, folder)
+
+def check_files(record: weightd_pb2.Model, folder: Path, checkpoint: Path, rehearse: Rehearse | None = None) -> None:
+    """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`.
+
+    `rehearse`: tries it; by default a child process.
+    """
+    refusal = (rehearse or _rehearse)(record, folder)
     if refusal:
         raise CheckpointError(f"no client could run {checkpoint}: {refusal}")
+
+
+def asking(descriptor: int) -> Rehearse:
+    """Whoever started us tries it: loading torch takes seconds, and a client has loaded it.
+
+    `descriptor`: of a connection of multiprocessing; flashclient.rehearsal.answering() holds the other end.
+    """
+    connection = Connection(descriptor)
+
+    def ask(record: weightd_pb2.Model, folder: Path) -> str:
+        try:
+            connection.send_bytes(os.fsencode(folder))
+            connection.send_bytes(record.SerializeToString())
+            return connection.recv_bytes().decode()
+        except (OSError, EOFError):
+            return "whoever was to try it out has gone"
+
+    return ask
 
 
 def _rehearse(record: weightd_pb2.Model, folder: Path) -> str:

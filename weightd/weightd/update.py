@@ -8,6 +8,7 @@ from weightd.checkpoint import check_exists
 from weightd.convert import Progress, import_checkpoint
 from weightd.errors import ImportingError, StoreError
 from weightd.origin import origin_of, source_text
+from weightd.rehearsal import Rehearse
 from weightd.store import Store, check_model_name, model_name_for
 from weightd_proto import weightd_pb2
 
@@ -21,6 +22,7 @@ def update(
     dtype: str | None = None,
     allow_buffered: bool = False,
     progress: Progress | None = None,
+    rehearse: Rehearse | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
     """The model that was imported from the checkpoint at `path`, and what was done for it: kept, imported, replaced.
 
@@ -41,7 +43,7 @@ def update(
         wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
         replaces = b"" if known is None else known.import_id
         try:
-            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces)
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, rehearse)
         except ImportingError:
             store.await_import(check_model_name(target))
         else:
