@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
-from daemon import Daemon, serving
+from daemon import Daemon, free_port, serving
 from failing_disk import FailingDisk, Rule, failing_disk
 from tiny_store import TinyModel, write_model
 
@@ -105,26 +105,28 @@ def test_a_fetch_of_a_hung_device_is_refused_in_time_and_the_next_is_served(
 
 
 def test_fetches_of_a_hung_device_are_bounded_also_when_their_callers_have_gone(
-    daemon: Daemon, disk: FailingDisk, well: TinyModel
+    store: Path, disk: FailingDisk, well: TinyModel
 ) -> None:
     """The threads that wait are counted, not the calls: those of a file are not given back before the file is read."""
-    disk.add(Rule(CONFIG, "hold"))
-    connection = Connection(daemon.address, timeout_s=ANSWER_S)
-    wanted = pb.FetchRequest(model="tiny", file=CONFIG)
-    assert FETCHES_OF_MODEL is not None
-    for stub, places in ((daemon.stub, FETCHES_MAX // 2), (connection.stub, FETCHES_OF_MODEL - FETCHES_MAX // 2)):
-        for _ in range(places):
-            gone = stub.Fetch(wanted, timeout=ANSWER_S)
-            disk.await_held()
-            gone.cancel()
-    status, details = refused(fetch, connection.stub, wanted)
-    assert status is grpc.StatusCode.ABORTED
-    assert f"{FETCHES_OF_MODEL} of {FETCHES_OF_MODEL} of 'tiny'" in details
-    assert fetch(connection.stub, request("well")) == well.bundles[1][7].tobytes()
-    assert len(daemon.stub.Stats(pb.StatsRequest(), timeout=ANSWER_S).models) == 2
-    disk.heal()
-    assert b"".join(connection.fetch(wanted)).startswith(b"{")
-    connection.close()
+    port = free_port()
+    with impatient(store, disk, "--listen", f"127.0.0.1:{port}") as daemon:
+        disk.add(Rule(CONFIG, "hold"))
+        another = Connection(f"127.0.0.1:{port}", timeout_s=ANSWER_S)  # over TCP it is another peer
+        wanted = pb.FetchRequest(model="tiny", file=CONFIG)
+        assert FETCHES_OF_MODEL is not None
+        for stub, places in ((daemon.stub, FETCHES_MAX // 2), (another.stub, FETCHES_OF_MODEL - FETCHES_MAX // 2)):
+            for _ in range(places):
+                gone = stub.Fetch(wanted, timeout=ANSWER_S)
+                disk.await_held()
+                gone.cancel()
+        status, details = refused(fetch, another.stub, wanted)
+        assert status is grpc.StatusCode.ABORTED
+        assert f"{FETCHES_OF_MODEL} of {FETCHES_OF_MODEL} calls of Fetch run that want 'tiny'" in details
+        assert fetch(another.stub, request("well")) == well.bundles[1][7].tobytes()
+        assert len(daemon.stub.Stats(pb.StatsRequest(), timeout=ANSWER_S).models) == 2
+        disk.heal()
+        assert b"".join(another.fetch(wanted)).startswith(b"{")
+        another.close()
 
 
 def test_the_watchdog_is_fed_while_a_device_hangs(daemon: Daemon, disk: FailingDisk, well: TinyModel) -> None:
