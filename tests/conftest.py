@@ -1,13 +1,20 @@
-"""What all tests share: what an import does in child processes, as loading torch takes seconds, is done in this one."""
+"""What all tests share: what an import does in child processes is done in this one, as loading torch takes seconds."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from weightd_proto import weightd_pb2
+
+
+@pytest.fixture(autouse=True, scope="session")
+def hangups_are_not_ignored() -> None:
+    """As nohup has it, and whoever it starts inherits."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True, scope="session")

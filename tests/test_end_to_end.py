@@ -235,7 +235,7 @@ def test_a_length_beyond_the_table_of_positions(tmp_path: Path) -> None:
     with daemon_of(model, 1.0, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
         prompt = torch.tensor([list(range(3, 243))])
         with pytest.raises(OptionError, match="256 positions"):
-            client.generate(prompt, max_new_tokens=17)
+            client.generate(prompt, max_new_tokens=18)  # the last one is not fed
         assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as much as there is room for
 
 

@@ -24,6 +24,7 @@ from daemon import Daemon, free_port, serving
 from tiny_store import write_model
 
 from flashclient.address import TlsOptions, parse_address
+from flashclient.cli import in_flags
 from flashclient.errors import OptionError
 from weightd import top
 from weightd.errors import DaemonError, UsageError
@@ -263,10 +264,10 @@ def test_a_daemon_with_mutual_tls_is_shown_to_whom_it_knows(tmp_path: Path) -> N
         assert (shown.returncode, shown.stderr) == (0, "")
         assert [model["name"] for model in json.loads(shown.stdout)["models"]] == ["tiny"]
         plain_text = show("--address", address)
-        assert (plain_text.returncode, plain_text.stderr.count("\n")) == (1, 1)
+        assert (plain_text.returncode, plain_text.stderr.count("\n")) == (1, 1), plain_text.stderr
         assert "--tls-ca if it wants TLS" in plain_text.stderr
         unknown = show("--address", address, "--tls-ca", str(authority.ca))
-        assert (unknown.returncode, unknown.stderr.count("\n")) == (1, 1)
+        assert (unknown.returncode, unknown.stderr.count("\n")) == (1, 1), unknown.stderr
         assert "look at the certificates" in unknown.stderr
 
 
@@ -281,7 +282,7 @@ def test_a_daemon_with_mutual_tls_is_shown_to_whom_it_knows(tmp_path: Path) -> N
         ("localhost:1", {"ca": "/dev/null"}),
     ],
 )
-def test_tls_options_are_refused_in_the_clients_words(address: str, files: dict[str, str]) -> None:
+def test_tls_options_are_refused_as_the_client_refuses_them(address: str, files: dict[str, str]) -> None:
     def check() -> None:
         tls = TlsOptions(**files)
         parse_address(address, tls)
@@ -291,7 +292,7 @@ def test_tls_options_are_refused_in_the_clients_words(address: str, files: dict[
         check()
     given = [word for name, file in files.items() for word in (f"--tls-{name}", file)]
     shown = show("--address", address, *given)
-    assert (shown.returncode, shown.stderr) == (2, f"weightd: {clients.value}\n")
+    assert (shown.returncode, shown.stderr) == (2, f"weightd: {in_flags(str(clients.value))}\n")
 
 
 # ---- what is computed ----

@@ -108,6 +108,7 @@ def _add_eval(command: Any) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 (failed) or 2 (usage)."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported: its core would write lines of its own
     return standard_streams.run("flashclient", lambda: _main(arguments))
 
 

@@ -59,13 +59,13 @@ def _run(arguments: list[str]) -> int:
         from weightd import doctor
 
         return doctor.main(arguments[1:])
+    # Before gRPC is imported: its core would write lines of its own, with bytes in them as the other side has sent them.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if arguments[:1] == ["top"]:
         from weightd import top
 
         return top.main(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        # Before gRPC is imported: its core would write lines of its own, with bytes in them as a client has sent them.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         from weightd import serve
 
         return serve.main(arguments)
