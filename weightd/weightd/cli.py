@@ -59,7 +59,7 @@ def _run(arguments: list[str]) -> int:
         from weightd import doctor
 
         return doctor.main(arguments[1:])
-    # Before gRPC is imported: its core would write lines of its own, with bytes in them as the other side has sent them.
+    # Before gRPC is imported: its core would write lines of its own, with bytes in them as they came.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if arguments[:1] == ["top"]:
         from weightd import top
