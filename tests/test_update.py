@@ -162,7 +162,8 @@ def test_no_fallocate_is_no_fault(checkpoint: Path, tmp_path: Path, reason: int)
     ]
     command = [sys.executable, "-m", "weightd", "import", str(checkpoint), "--store", str(tmp_path / "filtered")]
     done = subprocess.run(command, capture_output=True, text=True, preexec_fn=lambda: install(program), check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert "weightd:" not in done.stderr  # gRPC's core may write a line of its own in a fork of this process
 
 
 def test_a_folder_that_is_closed_to_us_is_left_alone(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

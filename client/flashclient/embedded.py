@@ -40,6 +40,7 @@ LOCK_BYTES_MAX = 4096
 SOCKET_FILE = "weightd.sock"
 USERS_FILE = "users"  # the FIFO
 POLL_S = 0.02
+LET_GO_MS = 200  # a child that was forked a moment ago lets go as soon as it runs
 HEALTH_S = 2.0  # for one answer of a busy daemon
 STOP_S = 10.0  # a stopping daemon finishes its reads and closes its sessions first
 
@@ -291,7 +292,7 @@ class PrivateDaemon:
         self.let_go()
         watch = select.poll()
         watch.register(reading_end, select.POLLIN)
-        others = not any(events & select.POLLHUP for _, events in watch.poll(0))
+        others = not any(events & select.POLLHUP for _, events in watch.poll(LET_GO_MS))
         os.close(reading_end)
         if others and self._child is not None:
             self._child.returncode = 0  # subprocess complains about one that outlives its object
