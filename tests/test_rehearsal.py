@@ -25,6 +25,7 @@ from weightd import rehearsal
 from weightd.convert import import_checkpoint
 from weightd.errors import CheckpointError
 from weightd.store import Store
+from weightd_proto import weightd_pb2
 
 FAMILIES = ("gemma3", "llama", "opt", "qwen2")
 SHAPE = {"layers": 1, "hidden": 32, "neurons": 48}
@@ -271,6 +272,13 @@ def test_without_torch_nothing_is_rehearsed(tmp_path: Path, monkeypatch: pytest.
     rehearse = _unpatched()
     monkeypatch.setitem(rehearse.__globals__, "find_spec", lambda _package: None)
     assert rehearse(None, tmp_path) == ""
+
+
+def test_where_python_may_not_be_started_nothing_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = tmp_path / "python"
+    closed.touch(mode=0o600)
+    monkeypatch.setattr("sys.executable", str(closed))
+    assert _unpatched()(weightd_pb2.Model(), tmp_path) == ""
 
 
 # Values that nobody thought of

@@ -1,7 +1,7 @@
 """Tries in a child process whether a client can use a model's files, before its weights are written.
 
-The child is the client's own code (flashclient/rehearsal.py). Where torch and transformers are not installed no client
-runs, and nothing is tried.
+The child is the client's own code (flashclient/rehearsal.py). Where torch and transformers are not installed, or this
+Python may not be started, no client runs, and nothing is tried.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def _rehearse(record: weightd_pb2.Model, folder: Path) -> str:
             env=environment,
             timeout=TIMEOUT_S,
         )
+    except PermissionError:  # a user who may not run this Python, but runs in it: who changed its user, for one
+        return ""
     except subprocess.TimeoutExpired:
         return f"trying it out took longer than {TIMEOUT_S:g} s"
     if result.returncode == 0:
