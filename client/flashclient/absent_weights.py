@@ -35,19 +35,11 @@ _FACTS = (
     *("is_mps", "is_sparse_csr", "_version", "_grad", "_backward_hooks", "retains_grad", "output_nr"),
 )
 _METHODS = (
-    "size",
-    "dim",
-    "ndimension",
-    "numel",
-    "nelement",
-    "stride",
-    "element_size",
-    "is_floating_point",
-    "is_complex",
+    *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex"),
+    *("is_contiguous", "get_device", "is_inference", "storage_offset", "is_signed", "is_conj", "is_neg"),
 )
-_MORE_METHODS = ("is_contiguous", "get_device", "is_inference", "storage_offset", "is_signed", "is_conj", "is_neg")
 _TELLING = {getattr(Tensor, name).__get__ for name in _FACTS if hasattr(Tensor, name)}
-_TELLING |= {getattr(Tensor, name) for name in (*_METHODS, *_MORE_METHODS)}
+_TELLING |= {getattr(Tensor, name) for name in _METHODS}
 _TELLING |= {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size}
 _SELF = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.contiguous, Tensor.cpu}  # type: ignore[attr-defined]
 _SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]

@@ -48,7 +48,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     return tokenizer
 
 
-def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, what: str = "input_ids instead of text") -> Any:
+def require_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, what: str = "input_ids instead of text"
+) -> PreTrainedTokenizerBase:
     if tokenizer is None:
         raise OptionError(f"this model was stored without a tokenizer: pass {what}")
     return tokenizer
@@ -128,17 +130,18 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
 
 
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 def as_rows(name: str, value: Any) -> list[list[int]]:
     """Rows of numbers from a tensor, an array, a list of numbers or a list of such. Raises OptionError."""
     rows: Any = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
     if isinstance(rows, Sequence) and not isinstance(rows, str | bytes | bytearray) and len(rows) > 0:
         rows = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in rows]
         rows = [rows] if not any(isinstance(one, Sequence) for one in rows) else rows
-        numbers = (int, float) if name == "attention_mask" else Integral
-        ids = name != "attention_mask"
-        if all(isinstance(row, Sequence) and len(row) > 0 for row in rows) and all(
-            isinstance(one, numbers) and not (ids and isinstance(one, bool)) for row in rows for one in row
-        ):
+        fits = _is_weight if name == "attention_mask" else _is_id
+        if all(isinstance(row, Sequence) and len(row) > 0 and all(map(fits, row)) for row in rows):
             return [list(row) for row in rows]
     raise OptionError(
         f"{name} of kind {type(value).__name__}: whole numbers [rows, tokens] are needed, none of them empty"
@@ -181,8 +184,7 @@ def padded(rows: list[list[int]], fill: int) -> Tensor:
 
 
 def _of_texts(texts: list[str], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    require_tokenizer(tokenizer)
-    assert tokenizer is not None
+    tokenizer = require_tokenizer(tokenizer)
     for name in ("attention_mask", "inputs_embeds", "position_ids"):
         if arguments.get(name) is not None:
             raise OptionError(

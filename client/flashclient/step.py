@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from flashclient.predictor import ROWS_MAX
 from flashclient.torch_state import eager
-
-MASK_BITS = 16  # rows in a mask of the kernels
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Step:
 
     def row_masks(self) -> NDArray[np.uint16]:
         """[ceil(tokens / 16)]: bit t of mask g, row 16 * g + t of x wants something."""
-        wants = np.zeros((-(-self.tokens // MASK_BITS), MASK_BITS), np.bool_)
+        wants = np.zeros((-(-self.tokens // ROWS_MAX), ROWS_MAX), np.bool_)
         wants.reshape(-1)[: self.tokens] = True if self.wants is None else self.wants.reshape(-1)
         return np.packbits(wants, axis=1, bitorder="little").view(np.dtype("<u2")).reshape(-1).astype(np.uint16)
 

@@ -214,18 +214,31 @@ class Catalog:
 
 
 def _model(records: Records, record: bytes) -> weightd_pb2.Model:
-    calibration = records.get(calibration_key(_parsed(record).name))
-    return _parsed(record, calibration or b"")
+    model = _parsed(record)
+    calibration = records.get(calibration_key(model.name))
+    if calibration is not None:
+        _read(model.calibration, calibration)
+        _check_sizes(model)
+    return model
 
 
-def _parsed(record: bytes, calibration: bytes = b"") -> weightd_pb2.Model:
-    """What its checksum vouches for; where records have none, CorruptionError for what is no model at all."""
+def _parsed(record: bytes) -> weightd_pb2.Model:
+    model = weightd_pb2.Model()
+    _read(model, record)
+    _check_sizes(model)
+    return model
+
+
+def _read(message: weightd_pb2.Model | weightd_pb2.Calibration, record: bytes) -> None:
+    """Merges what the record's checksum vouches for; where records have none, CorruptionError for what is no model."""
     try:
-        model = weightd_pb2.Model.FromString(record)
-        if calibration:
-            model.calibration.MergeFromString(calibration)
+        message.MergeFromString(record)
     except DecodeError as error:
         raise CorruptionError(f"the catalog is damaged: {error} as the record of a model; import it again") from error
+
+
+def _check_sizes(model: weightd_pb2.Model) -> None:
+    """CorruptionError for what no model has."""
     neurons, cells = sum(layer.neurons for layer in model.layers), sum(layer.cells for layer in model.layers)
     if max(neurons, cells) > NEURONS_MAX:
         raise CorruptionError(f"the catalog is damaged: {model.name!r} of {neurons} neurons in {cells} cells")
@@ -233,7 +246,6 @@ def _parsed(record: bytes, calibration: bytes = b"") -> weightd_pb2.Model:
     files_bytes += [file.size_bytes for file in model.calibration.files]
     if max(files_bytes) > FILE_BYTES_MAX:
         raise CorruptionError(f"the catalog is damaged: {model.name!r} has a file of {max(files_bytes)} bytes")
-    return model
 
 
 def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:

@@ -28,7 +28,7 @@ from weightd.import_plan import CHUNK_BYTES, BundleStep, DownStep, ResidentStep,
 from weightd.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_shape, round_up
 from weightd.origin import origin_of, source_text
 from weightd.read_ahead import ReadAhead
-from weightd.rehearsal import Rehearse, check_files
+from weightd.rehearsal import Rehearse, check_runnable
 from weightd.resident import lay_out_resident
 from weightd.sizes import format_size
 from weightd.sources import sources_of
@@ -82,8 +82,8 @@ def import_checkpoint(
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
     `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import of that name that it takes the place of. `rehearse`: see
-    check_files. Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused
-    and `allow_buffered` is not set) or OSError; the store is then as before.
+    check_runnable. Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is
+    refused and `allow_buffered` is not set) or OSError; the store is then as before.
     """
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
@@ -95,7 +95,7 @@ def import_checkpoint(
         _check_space(model.record, store.path)
         files_folder = staging.folder / FILES_FOLDER
         model.record.files.extend(_write_files(checkpoint, files_folder))
-        check_files(model.record, files_folder, path, rehearse)
+        check_runnable(model.record, files_folder, path, rehearse)
         checksums = _Writing(model, staging.folder, allow_buffered, progress).run()
         staging.publish(model.record, checksums)
     return model.record

@@ -18,8 +18,10 @@ import numpy.typing as npt
 from weightd.errors import CheckpointError
 from weightd.gguf_checkpoint import GgufFile, Value
 
-MODEL_TYPES = {"gemma3": ("gemma3_text", "Gemma3ForCausalLM"), "llama": ("llama", "LlamaForCausalLM")} | {
-    "qwen2": ("qwen2", "Qwen2ForCausalLM")
+MODEL_TYPES = {
+    "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
+    "llama": ("llama", "LlamaForCausalLM"),
+    "qwen2": ("qwen2", "Qwen2ForCausalLM"),
 }
 ACTIVATIONS = {"gemma3": ("hidden_activation", "gelu_pytorch_tanh")}
 HONOURED = {

@@ -49,9 +49,8 @@ class Identities:
 
     def __init__(self, folder: Path) -> None:
         boot_id = BOOT_ID.read_bytes() if BOOT_ID.exists() else b""
-        self._key = hmac.digest(
-            _key(folder / KEY_FILE), boot_id, hashlib.sha256
-        )  # as times of another boot mean nothing
+        # Of this boot only: the times of another one mean nothing.
+        self._key = hmac.digest(_key(folder / KEY_FILE), boot_id, hashlib.sha256)
         self.origins: Mapping[str, Origin] = {}  # the front's, by the names of its connections to gRPC
 
     def origin(self, context: Context) -> Origin | None:

@@ -24,7 +24,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 Rehearse = Callable[[weightd_pb2.Model, Path], str]  # says why it failed, in one line; "" where it did not
 
 
-def check_files(record: weightd_pb2.Model, folder: Path, checkpoint: Path, rehearse: Rehearse | None = None) -> None:
+def check_runnable(record: weightd_pb2.Model, folder: Path, checkpoint: Path, rehearse: Rehearse | None = None) -> None:
     """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`.
 
     `rehearse`: tries it; by default a child process.

@@ -181,7 +181,6 @@ class WeightdService:
             opening.exception()  # looked at, for when nobody waits any more
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
-        check_calibration(served.record, offered)  # before its sizes are reckoned with
         check_calibration(served.record, offered)  # before anything is computed from sizes that a stranger says
         record = weightd_pb2.Model()
         record.CopyFrom(served.record)

@@ -32,8 +32,11 @@ def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str
     """
     names = GgufNames(checkpoint.gguf_architecture, checkpoint.config) if checkpoint.gguf_architecture else None
 
+    def spellings(name: str) -> list[str]:
+        return [names.name_of(name)] if names else _spellings(name)
+
     def find(name: str) -> Source | None:
-        for spelling in [names.name_of(name)] if names else _spellings(name):
+        for spelling in spellings(name):
             if spelling in checkpoint.tensors:
                 return Source(checkpoint.tensors[spelling], names.undo_of(name) if names else None)
         return None
@@ -45,8 +48,8 @@ def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str
     for name, shape in recipe.shapes().items():
         source = found[name]
         if source is None:
-            spellings = [names.name_of(name)] if names else _spellings(name)
-            raise CheckpointError(f"{checkpoint.path} lacks the tensor {name} (looked for {' and '.join(spellings)})")
+            looked_for = " and ".join(spellings(name))
+            raise CheckpointError(f"{checkpoint.path} lacks the tensor {name} (looked for {looked_for})")
         _check(name, shape, source.tensor)
         sources[name] = source
     _check_unused(checkpoint, {source.tensor.name for source in found.values() if source is not None})
