@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from weightd_proto import weightd_pb2 as pb
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
-END_HEADERS, ACK = 4, 1
+DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 2, 3, 4, 6, 9
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
 PING_FRAME = b"\0\0\x08\x06\0\0\0\0\0"
 STREAMS = 64  # of one connection, as many as weightd allows
 CONNECTIONS = 5  # 5 x 64 are more calls than it runs at once

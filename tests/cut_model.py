@@ -9,6 +9,7 @@ import json
 import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,8 +21,10 @@ import torch
 from grpc_health.v1 import health, health_pb2_grpc
 from numpy.typing import NDArray
 from safetensors.torch import save
+from torch_threads import one_thread
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from flashclient import FlashClient
 from flashclient._native import LentMemory, checksum
 from flashclient.architectures import architecture_of
 from flashclient.source import Chunk, Counters, LeaseRefusedError, SessionLostError
@@ -208,6 +211,14 @@ def aligned(data: bytes) -> NDArray[np.uint8]:
     begin = -padded.ctypes.data % 64
     padded[begin : begin + len(data)] = np.frombuffer(data, np.uint8)
     return padded[begin : begin + len(data)]
+
+
+@contextmanager
+def clients_of(models: Sequence[CutModel], folder: Path) -> Iterator[dict[str, FlashClient]]:
+    """A client of each model, by the model's name, which computes on one thread."""
+    with one_thread(), FetchServer(models, folder / "socket") as server, ExitStack() as opened:
+        clients = (FlashClient(model.record.name, address=server.address, transport="grpc") for model in models)
+        yield {client.record.name: opened.enter_context(client) for client in clients}
 
 
 class FetchServer:

@@ -1,4 +1,4 @@
-"""HTTP/2 by hand, for clients that misbehave: frames as bytes, and a connection that sends them."""
+"""Calls in HTTP/2 by hand, for clients that misbehave, and a connection that sends them and reads what comes."""
 
 from __future__ import annotations
 
@@ -7,32 +7,7 @@ import struct
 from collections.abc import Iterator
 from types import TracebackType
 
-from weightd.call_bounds import SERVICE_NAME
-
-PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = *range(5), *range(6, 10)
-END_STREAM, ACK, END_HEADERS = 1, 1, 4
-
-
-def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
-def literal(name: bytes, value: bytes) -> bytes:
-    """A header that leaves the tables as they are; both shorter than 127 bytes."""
-    return b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
-
-
-def call_headers(method: str) -> bytes:
-    fields = {
-        b":method": b"POST",
-        b":scheme": b"http",
-        b":path": f"/{SERVICE_NAME}/{method}".encode(),
-        b":authority": b"localhost",
-        b"te": b"trailers",
-        b"content-type": b"application/grpc",
-    }
-    return b"".join(literal(name, value) for name, value in fields.items())
+from hostile_frames import DATA, END_HEADERS, END_STREAM, HEADERS, PREFACE, SETTINGS, call_headers, frame
 
 
 def call(method: str, stream: int, message: bytes = b"", size: int | None = None) -> bytes:

@@ -17,7 +17,8 @@ import grpc.aio
 import pytest
 from daemon import Daemon, free_port, serving
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from raw_http2 import SETTINGS, RawClient, call
+from hostile_frames import SETTINGS
+from raw_http2 import RawClient, call
 from tiny_store import write_model
 
 from flashclient.address import parse_address
@@ -29,7 +30,6 @@ from weightd_proto import weightd_pb2 as pb
 from weightd_proto import weightd_pb2_grpc
 
 STREAMS = 64
-HTTP_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # how a client begins: no settings
 BIG_FILE_BYTES = 33 << 20
 OF_PEER = FETCHES_MAX // 2
 

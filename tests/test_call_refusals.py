@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_config, make_model, make_tokenizer
-from cut_model import FetchServer, cut
-from torch_threads import one_thread
+from cut_model import clients_of, cut
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessor
 
 from flashclient import FlashClient
@@ -29,13 +28,8 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Flas
     model = make_model(make_config("llama", 1, max_position_embeddings=1024), seed=5)
     model.generation_config.eos_token_id = None
     cuts = [cut(model, make_tokenizer(), "words"), cut(model, None, "wordless")]
-    with (
-        one_thread(),
-        FetchServer(cuts, tmp_path_factory.mktemp("refusals") / "socket") as server,
-        FlashClient("words", address=server.address, transport="grpc") as words,
-        FlashClient("wordless", address=server.address, transport="grpc") as wordless,
-    ):
-        yield {"words": words, "wordless": wordless}
+    with clients_of(cuts, tmp_path_factory.mktemp("refusals")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -12,9 +12,8 @@ import torch
 from call_cases import CASES, NEW, PROMPT, REFUSED_VALUES, Case, World
 from call_table import parameters, table
 from checkpoints import make_config, make_model, make_tokenizer
-from cut_model import FetchServer, cut
+from cut_model import clients_of, cut
 from torch import Tensor
-from torch_threads import one_thread
 from transformers import PreTrainedModel
 
 from flashclient import FlashClient
@@ -33,12 +32,8 @@ def dense() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def client(dense: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlashClient]:
-    with (
-        one_thread(),
-        FetchServer([cut(dense, make_tokenizer())], tmp_path_factory.mktemp("calls") / "socket") as server,
-        FlashClient("tiny", address=server.address, transport="grpc") as client,
-    ):
-        yield client
+    with clients_of([cut(dense, make_tokenizer())], tmp_path_factory.mktemp("calls")) as made:
+        yield made["tiny"]
 
 
 @pytest.fixture(scope="module")

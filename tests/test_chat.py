@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 from checkpoints import make_config, make_model, make_tokenizer
-from cut_model import FetchServer, cut
-from torch_threads import one_thread
+from cut_model import clients_of, cut
 
 from flashclient import FlashClient
 from flashclient.errors import OptionError
@@ -30,13 +29,10 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Flas
     model.generation_config.eos_token_id = None
     templates: dict[str, Any] = {"one": TEMPLATE, "none": None, "several": {"short": TEMPLATE, "rag": "R" + TEMPLATE}}
     cuts = [cut(model, make_tokenizer(), name) for name in templates]
-    with one_thread(), FetchServer(cuts, tmp_path_factory.mktemp("chat") / "socket") as server:
-        made = {name: FlashClient(name, address=server.address, transport="grpc") for name in templates}
+    with clients_of(cuts, tmp_path_factory.mktemp("chat")) as made:
         for name, template in templates.items():
             made[name].tokenizer.chat_template = template
         yield made
-        for client in made.values():
-            client.close()
 
 
 def tool(city: str) -> None:

@@ -13,7 +13,7 @@ import grpc
 import pytest
 from certificates import Authority
 from daemon import Daemon, free_port, serving
-from raw_http2 import (
+from hostile_frames import (
     CONTINUATION,
     DATA,
     END_HEADERS,
@@ -23,12 +23,11 @@ from raw_http2 import (
     PRIORITY,
     RST_STREAM,
     SETTINGS,
-    RawClient,
-    call,
     call_headers,
     frame,
     literal,
 )
+from raw_http2 import RawClient, call
 from tiny_store import write_model
 
 from flashclient.channel import Connection

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_config, make_model, make_tokenizer
-from cut_model import FetchServer, cut
+from cut_model import clients_of, cut
 from torch import Tensor
-from torch_threads import one_thread
 from transformers import GenerationConfig, pipeline
 
 from flashclient import FlashClient
@@ -34,14 +33,9 @@ def dense() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def clients(dense: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FlashClient]]:
-    models = [cut(model, make_tokenizer(), name) for name, model in dense.items()]
-    with (
-        one_thread(),
-        FetchServer(models, tmp_path_factory.mktemp("prompts") / "socket") as server,
-        FlashClient("llama", address=server.address, transport="grpc") as llama,
-        FlashClient("opt", address=server.address, transport="grpc") as opt,
-    ):
-        yield {"llama": llama, "opt": opt}
+    cuts = [cut(model, make_tokenizer(), name) for name, model in dense.items()]
+    with clients_of(cuts, tmp_path_factory.mktemp("prompts")) as made:
+        yield made
 
 
 @pytest.fixture

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_config, make_model, make_tokenizer
-from cut_model import FetchServer, cut
+from cut_model import clients_of, cut
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
-from torch_threads import one_thread
 from transformers import LogitsProcessor, PreTrainedTokenizerFast
 
 from flashclient import FlashClient
@@ -45,13 +44,8 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Flas
     model = make_model(make_config("llama", 1, max_position_embeddings=1024), seed=5)
     model.generation_config.eos_token_id = None
     cuts = [cut(model, sentencepiece(), "words"), cut(model, make_tokenizer(), "bytes")]
-    with (
-        one_thread(),
-        FetchServer(cuts, tmp_path_factory.mktemp("texts") / "socket") as server,
-        FlashClient("words", address=server.address, transport="grpc") as words,
-        FlashClient("bytes", address=server.address, transport="grpc") as bytes_,
-    ):
-        yield {"words": words, "bytes": bytes_}
+    with clients_of(cuts, tmp_path_factory.mktemp("texts")) as made:
+        yield made
 
 
 class Say(LogitsProcessor):
