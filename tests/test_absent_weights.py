@@ -121,6 +121,18 @@ def test_what_needs_them_is_refused(pair: Pair, use: str) -> None:
         USES[use](pair, pair.streamed, pair.projection(pair.streamed, pair.last))
 
 
+def test_the_refusal_of_a_hook_names_a_module_that_takes_it(pair: Pair) -> None:
+    with pytest.raises(AbsentWeightError, match="hook (.*), which computes all of it") as refused:
+        pair.projection(pair.streamed, pair.first).register_forward_pre_hook(print)
+    named = refused.value.args[0].split("hook ")[-1].split(",")[0]
+    path = {"the module of the FFN": f"{pair.layers}.0.mlp"}.get(named, named)
+    seen: list[torch.Tensor] = []
+    handle = pair.streamed.get_submodule(path).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    pair.streamed(IDS)
+    handle.remove()
+    assert [one.numel() for one in seen] == [IDS.numel() * pair.streamed.config.hidden_size]
+
+
 def test_conversions_to_what_the_model_is_do_nothing(pair: Pair) -> None:
     for converted in (pair.streamed.float(), pair.streamed.to("cpu"), pair.streamed.to(torch.float32).cpu()):
         assert converted is pair.streamed

@@ -26,7 +26,6 @@ SAVE = (
 COPY = "make another FlashClient: it shares the weights"
 TRAIN = "train with transformers, merge what you trained into the checkpoint, and import that"
 ADAPT = "adapt the attention alone, or merge the adapter into the checkpoint and import that"
-HOOK = "it is never called: hook the module of the FFN, or the decoder layer"
 
 # What of a Tensor is known without its values.
 _FACTS = (
@@ -144,8 +143,10 @@ class AbsentProjection(nn.Linear):
             if not isinstance(state_dict.get(prefix + name, self.weight), AbsentWeight):
                 raise _refused(f"{self.path}.{name} cannot be loaded", CHANGE)
 
+    hookable = "the module of the FFN"
+
     def _no_hook(self, *_: Any, **__: Any) -> NoReturn:
-        raise _refused(f"{self.path} takes no hooks", HOOK)
+        raise _refused(f"{self.path} takes no hooks", f"hook {self.hookable}, which computes all of it, or the decoder layer")
 
     register_forward_hook = register_forward_pre_hook = _no_hook
     register_full_backward_hook = register_full_backward_pre_hook = _no_hook
@@ -157,6 +158,7 @@ class FirstOfTwo(AbsentProjection):
     def __init__(self, path: str, unmade: nn.Module, ffn: nn.Module) -> None:
         super().__init__(path, unmade)
         self.ffn = ffn
+        self.hookable = f"{path}.ffn"
 
     @eager
     def forward(self, x: Tensor) -> Tensor:
