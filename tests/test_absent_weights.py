@@ -122,7 +122,7 @@ def test_what_needs_them_is_refused(pair: Pair, use: str) -> None:
 
 
 def test_the_refusal_of_a_hook_names_a_module_that_takes_it(pair: Pair) -> None:
-    with pytest.raises(AbsentWeightError, match="hook (.*), which computes all of it") as refused:
+    with pytest.raises(AbsentWeightError, match=r"hook (.*), which computes all of it") as refused:
         pair.projection(pair.streamed, pair.first).register_forward_pre_hook(print)
     named = refused.value.args[0].split("hook ")[-1].split(",")[0]
     path = {"the module of the FFN": f"{pair.layers}.0.mlp"}.get(named, named)
