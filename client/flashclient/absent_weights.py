@@ -146,7 +146,8 @@ class AbsentProjection(nn.Linear):
     hookable = "the module of the FFN"
 
     def _no_hook(self, *_: Any, **__: Any) -> NoReturn:
-        raise _refused(f"{self.path} takes no hooks", f"hook {self.hookable}, which computes all of it, or the decoder layer")
+        way = f"hook {self.hookable}, which computes all of it, or the decoder layer"
+        raise _refused(f"{self.path} takes no hooks", way)
 
     register_forward_hook = register_forward_pre_hook = _no_hook
     register_full_backward_hook = register_full_backward_pre_hook = _no_hook
