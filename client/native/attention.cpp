@@ -30,14 +30,13 @@ void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) 
     std::size_t begin = 0;
     while (begin < positions) {
         const RowSet rows = attending[begin];
+        const std::size_t limit = rows == 0 ? positions : std::min(positions, begin + kRunMax);
         std::size_t end = begin + 1;
-        if (rows == 0) {
-            while (end < positions && attending[end] == 0) ++end;
-        } else {
-            const std::size_t limit = std::min(positions, begin + kRunMax);
-            while (end < limit && attending[end] != 0 && (attending[end] == all) == (rows == all)) ++end;
-            of_run(Run{begin, end - begin, rows == all});
-        }
+        if (rows == 0 || rows == all)
+            while (end < limit && attending[end] == rows) ++end;
+        else
+            while (end < limit && attending[end] != 0 && attending[end] != all) ++end;
+        if (rows != 0) of_run(Run{begin, end - begin, rows == all});
         begin = end;
     }
 }

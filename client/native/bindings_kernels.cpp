@@ -178,13 +178,13 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
     const std::uint32_t* first = aligned(index, "index").data();
     const nb::gil_scoped_release release;
     const std::vector<std::uint32_t> entries(first, first + index.shape(0));  // a copy: nobody changes it meanwhile
-    std::vector<std::uint8_t> wanted(list.size());
-    for (const std::uint32_t entry : entries) {
-        require(entry < list.size(), "an index is beyond the list of addresses");
-        wanted[entry] = row_masks.data()[entry] != 0;
-    }
+    require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < list.size(),
+            "an index is beyond the list of addresses");
     Reading reading = reading_of(ffn);
-    const auto checked = reading.checked(list, [&](std::size_t entry) { return wanted[entry] != 0; });
+    const auto checked = reading.checked(list, [&](auto&& check) {
+        for (const std::uint32_t entry : entries)
+            if (row_masks.data()[entry] != 0) check(entry);
+    });
     if (checked.empty()) {
         for (const std::uint32_t entry : entries) std::fill_n(h.data() + entry * h.shape(1), h.shape(1), 0.0f);
         return;
@@ -201,9 +201,10 @@ void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == tokens, "h must be [addresses, tokens]");
     const nb::gil_scoped_release release;
     Reading reading = reading_of(ffn);
-    const auto checked = reading.checked(list, [&](std::size_t entry) {
-        const float* of_entry = h.data() + entry * tokens;
-        return std::any_of(of_entry, of_entry + tokens, [](float value) { return value != 0.0f; });
+    const auto checked = reading.checked(list, [&](auto&& check) {
+        const float* value = h.data();
+        for (std::size_t entry = 0; entry < list.size(); ++entry, value += tokens)
+            if (std::any_of(value, value + tokens, [](float one) { return one != 0.0f; })) check(entry);
     });
     ffn.accumulate(checked.data(), checked.size(), h.data(), tokens, y.data());
 }

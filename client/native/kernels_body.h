@@ -1,5 +1,6 @@
 // The loops of kernels.h, written once. Included by one file per instruction set, which defines first
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
+//   LANE    the same, and always inline
 //   Lane    a vector of fp32: kWidth, kTileRows, kTileTokens, load<dtype>(row), load_some<dtype>(row, n), store,
 //   store_some, fma (a * b + c), max, sum, and power_of_two (2^n of the low bits of fp32, bias included)
 // All of it has internal linkage: the same names exist once per instruction set.
@@ -38,8 +39,8 @@ static_assert(kBlockElements / kTokensMax % kLineBytes == 0);
 // between two calls, so that neither the shape of a tile nor where a chain rests changes a bit of it; the tile's many
 // chains hide the latency of the multiply-add. `ahead` are the rows of the next tile. begin is a multiple of a line.
 template <Dtype dtype, std::size_t rows, std::size_t tokens>
-KERNEL void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead,
-                         const float* const* x, std::size_t begin, std::size_t end, Lane (&sums)[rows][tokens]) {
+LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead, const float* const* x,
+                       std::size_t begin, std::size_t end, Lane (&sums)[rows][tokens]) {
     constexpr std::size_t width = Lane::kWidth;
     constexpr std::size_t line = kLineBytes / bytes_of(dtype);
     constexpr int cache = tokens == 1 ? 3 : 2;  // the first, unless x needs it
@@ -71,18 +72,43 @@ KERNEL void dots_of_tile(const typename Element<dtype>::type* const* row, const 
         for (std::size_t t = 0; t < tokens; ++t) sums[r][t] = chain[r][t];
 }
 
-// Tiles at the edges repeat their last row or token: it is in the cache, and the code stays one. For several tokens a
-// block of rows is taken some elements at a time: those of x for one tile stay in the first cache, those of the rows in
-// the second.
+// The rows of a tile and of the next. Tiles at the edge repeat their last row: it is in the cache, and the code stays
+// one.
+template <Dtype dtype, std::size_t tile_rows>
+struct Tile {
+    const typename Element<dtype>::type* row[tile_rows];
+    const void* ahead[tile_rows];
+
+    KERNEL Tile(const void* const* rows, std::size_t row_count, std::size_t first) {
+        for (std::size_t r = 0; r < tile_rows; ++r) {
+            row[r] = static_cast<const typename Element<dtype>::type*>(rows[std::min(first + r, row_count - 1)]);
+            ahead[r] = rows[std::min(first + tile_rows + r, row_count - 1)];
+        }
+    }
+};
+
+template <Dtype dtype>
+KERNEL void dots_of_one(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden,
+                        float* dots) {
+    constexpr std::size_t tile_rows = 8;
+    Lane sums[tile_rows][1];
+    for (std::size_t i = 0; i < row_count; i += tile_rows) {
+        const Tile<dtype, tile_rows> tile(rows, row_count, i);
+        dots_of_tile<dtype, tile_rows, 1>(tile.row, tile.ahead, &x, 0, hidden, sums);
+        float of_row[tile_rows];
+        for (std::size_t r = 0; r < tile_rows; ++r) of_row[r] = sum(sums[r][0]);
+        std::copy_n(of_row, std::min(tile_rows, row_count - i), dots + i);
+    }
+}
+
+// A block of rows is taken some elements at a time: those of x for one tile stay in the first cache, those of the rows
+// in the second. Tiles at the edge repeat their last token.
 template <Dtype dtype, std::size_t tile_rows, std::size_t tile_tokens>
 KERNEL void dots_in_tiles(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden,
                           std::size_t tokens, float* dots) {
-    constexpr std::size_t block_rows = kBlockRows / tile_rows * tile_rows;
-    constexpr std::size_t tiles_max = tile_tokens == 1 ? 1 : (kTokensMax + tile_tokens - 1) / tile_tokens;
-    const std::size_t elements = tile_tokens == 1 ? hidden : kBlockElements / tile_tokens;
-    Lane sums[tiles_max][block_rows / tile_rows][tile_rows][tile_tokens];
-    const typename Element<dtype>::type* row[tile_rows];
-    const void* ahead[tile_rows];
+    constexpr std::size_t block_tiles = kBlockRows / tile_rows, block_rows = block_tiles * tile_rows;
+    constexpr std::size_t elements = kBlockElements / tile_tokens;
+    Lane sums[(kTokensMax + tile_tokens - 1) / tile_tokens][block_tiles][tile_rows][tile_tokens];
     const float* of_token[tile_tokens];
     for (std::size_t first = 0; first < row_count; first += block_rows) {
         const std::size_t last = std::min(first + block_rows, row_count);
@@ -91,23 +117,19 @@ KERNEL void dots_in_tiles(const void* const* rows, std::size_t row_count, const 
             const std::size_t end = std::min(begin + elements, hidden);
             for (std::size_t t = 0; t < tokens; t += tile_tokens) {
                 for (std::size_t c = 0; c < tile_tokens; ++c) of_token[c] = x + std::min(t + c, tokens - 1) * hidden;
-                auto* tile = sums[t / tile_tokens];
+                auto* of_tile = sums[t / tile_tokens];
                 for (std::size_t i = first; i < last; i += tile_rows) {
-                    for (std::size_t r = 0; r < tile_rows; ++r) {
-                        row[r] =
-                            static_cast<const typename Element<dtype>::type*>(rows[std::min(i + r, row_count - 1)]);
-                        ahead[r] = rows[std::min(i + tile_rows + r, row_count - 1)];
-                    }
-                    dots_of_tile<dtype, tile_rows, tile_tokens>(row, ahead, of_token, begin, end, *tile++);
+                    const Tile<dtype, tile_rows> tile(rows, row_count, i);
+                    dots_of_tile<dtype, tile_rows, tile_tokens>(tile.row, tile.ahead, of_token, begin, end, *of_tile++);
                 }
             }
             begin = end;
         } while (begin < hidden);
-        for (std::size_t i = first; i < last; ++i)
-            for (std::size_t t = 0; t < tokens; ++t) {
-                const auto& tile = sums[t / tile_tokens][(i - first) / tile_rows];
-                dots[i * tokens + t] = sum(tile[(i - first) % tile_rows][t % tile_tokens]);
-            }
+        for (std::size_t i = first; i < last; i += tile_rows)
+            for (std::size_t r = 0; r < std::min(tile_rows, last - i); ++r)
+                for (std::size_t t = 0; t < tokens; ++t)
+                    dots[(i + r) * tokens + t] =
+                        sum(sums[t / tile_tokens][(i - first) / tile_rows][r][t % tile_tokens]);
     }
 }
 
@@ -115,7 +137,7 @@ template <Dtype dtype>
 KERNEL void dots(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden, std::size_t tokens,
                  float* dots) {
     if (tokens == 1)
-        dots_in_tiles<dtype, 8, 1>(rows, row_count, x, hidden, tokens, dots);
+        dots_of_one<dtype>(rows, row_count, x, hidden, dots);
     else if (tokens == 2)
         dots_in_tiles<dtype, 4, 2>(rows, row_count, x, hidden, tokens, dots);
     else

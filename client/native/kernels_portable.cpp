@@ -7,6 +7,7 @@
 #include "kernels.h"
 
 #define KERNEL
+#define LANE inline
 
 namespace flashclient {
 namespace {

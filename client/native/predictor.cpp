@@ -9,13 +9,17 @@ namespace {
 
 constexpr std::size_t kNeuronsPerItem = 128;
 
+// Without a branch, as no processor foresees which neurons are wanted.
 Prediction wanted_by_some(const std::vector<std::uint16_t>& row_masks) {
-    Prediction prediction;
+    Prediction prediction{std::vector<std::uint32_t>(row_masks.size()), std::vector<std::uint16_t>(row_masks.size())};
+    std::size_t count = 0;
     for (std::size_t neuron = 0; neuron < row_masks.size(); ++neuron) {
-        if (row_masks[neuron] == 0) continue;
-        prediction.positions.push_back(static_cast<std::uint32_t>(neuron));
-        prediction.row_masks.push_back(row_masks[neuron]);
+        prediction.positions[count] = static_cast<std::uint32_t>(neuron);
+        prediction.row_masks[count] = row_masks[neuron];
+        count += row_masks[neuron] != 0;
     }
+    prediction.positions.resize(count);
+    prediction.row_masks.resize(count);
     return prediction;
 }
 

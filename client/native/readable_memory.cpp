@@ -60,24 +60,21 @@ Reading::~Reading() {
 }
 
 // The table is locked.
-void Reading::require(std::uint64_t address) {
-    const auto holds = [&](const ReadableMemory* memory) {
-        return memory->begin_ <= address && address <= memory->end_ && memory->end_ - address >= bundle_bytes_;
-    };
-    if (last_ == nullptr || !holds(last_)) {
-        const auto after = [](std::uint64_t wanted, const ReadableMemory* other) { return wanted < other->begin_; };
-        const auto found = std::upper_bound(table.begin(), table.end(), address, after);
-        if (found == table.begin() || !holds(*(found - 1)))
-            throw std::invalid_argument("no bundle lies at " + in_hexadecimal(address) +
-                                        ": addresses come from a source that is open");
-        last_ = *(found - 1);
-        if (std::find(memories_.begin(), memories_.end(), last_) == memories_.end()) {
-            memories_.push_back(last_);
-            ++last_->readings_;
-        }
-    }
-    if (address % alignment_ != 0)
+void Reading::require_elsewhere(std::uint64_t address) {
+    const auto after = [](std::uint64_t wanted, const ReadableMemory* other) { return wanted < other->begin_; };
+    const auto found = std::upper_bound(table.begin(), table.end(), address, after);
+    ReadableMemory* memory = found == table.begin() ? nullptr : *(found - 1);
+    if (memory == nullptr || address > memory->end_ || memory->end_ - address < bundle_bytes_)
+        throw std::invalid_argument("no bundle lies at " + in_hexadecimal(address) +
+                                    ": addresses come from a source that is open");
+    if ((address & (alignment_ - 1)) != 0)
         throw std::invalid_argument("the bundle at " + in_hexadecimal(address) + " is not aligned to its elements");
+    begin_ = memory->begin_;
+    beyond_ = memory->end_ - memory->begin_ - bundle_bytes_ + 1;
+    if (std::find(memories_.begin(), memories_.end(), memory) == memories_.end()) {
+        memories_.push_back(memory);
+        ++memory->readings_;
+    }
 }
 
 }  // namespace flashclient

@@ -5,6 +5,7 @@
 // has none of it: what its parent maps is not its own.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -30,27 +31,32 @@ class ReadableMemory {
 // One kernel's call. Safe beside others in any thread.
 class Reading {
   public:
-    // Bundles of `bundle_bytes`, at addresses that are multiples of `alignment`.
+    // Bundles of `bundle_bytes`, at addresses that are multiples of `alignment`, a power of two.
     Reading(std::size_t bundle_bytes, std::size_t alignment) : bundle_bytes_(bundle_bytes), alignment_(alignment) {}
     ~Reading();
     Reading(const Reading&) = delete;
     Reading& operator=(const Reading&) = delete;
 
-    // A copy of `addresses`, so that nobody changes them meanwhile, in which those that `wanted(i)` asks for have been
-    // checked. The others are copies of one that was: they may be read as well. Empty where none is wanted. Throws
-    // std::invalid_argument for a bundle outside of readable memory.
-    template <typename Wanted>
-    std::vector<std::uint64_t> checked(std::span<const std::uint64_t> addresses, const Wanted& wanted);
+    // A copy of `addresses`, so that nobody changes them meanwhile. for_each_wanted(check) calls check(i) for every
+    // entry that is going to be read. The other entries are copies of one that was checked: they may be read as well.
+    // Empty where none is wanted. Throws std::invalid_argument for a bundle outside of readable memory.
+    template <typename ForEachWanted>
+    std::vector<std::uint64_t> checked(std::span<const std::uint64_t> addresses, const ForEachWanted& for_each_wanted);
     std::vector<std::uint64_t> checked(std::span<const std::uint64_t> addresses) {
-        return checked(addresses, [](std::size_t) { return true; });
+        return checked(addresses, [&](auto&& check) {
+            for (std::size_t i = 0; i < addresses.size(); ++i) check(i);
+        });
     }
 
   private:
-    void require(std::uint64_t address);
+    void require(std::uint64_t address) {
+        if (address - begin_ >= beyond_ || (address & (alignment_ - 1)) != 0) require_elsewhere(address);
+    }
+    void require_elsewhere(std::uint64_t address);
 
     std::size_t bundle_bytes_;
-    std::size_t alignment_;
-    ReadableMemory* last_ = nullptr;         // where the bundle before lies: neighbours are mostly together
+    std::size_t alignment_;                  // a power of two
+    std::uint64_t begin_ = 0, beyond_ = 0;   // a bundle fits at begin_ + i for i < beyond_: neighbours lie together
     std::vector<ReadableMemory*> memories_;  // where any lies
 };
 
@@ -63,22 +69,18 @@ class TableLock {
     TableLock& operator=(const TableLock&) = delete;
 };
 
-template <typename Wanted>
-std::vector<std::uint64_t> Reading::checked(std::span<const std::uint64_t> addresses, const Wanted& wanted) {
+template <typename ForEachWanted>
+std::vector<std::uint64_t> Reading::checked(std::span<const std::uint64_t> addresses,
+                                            const ForEachWanted& for_each_wanted) {
     std::vector<std::uint64_t> copy(addresses.size());
-    std::vector<std::size_t> unwanted;
-    const TableLock lock;
     std::uint64_t any = 0;
-    for (std::size_t i = 0; i < addresses.size(); ++i) {
-        if (!wanted(i)) {
-            unwanted.push_back(i);
-            continue;
-        }
+    const TableLock lock;
+    for_each_wanted([&](std::size_t i) {
         any = copy[i] = addresses[i];
         require(any);
-    }
+    });
     if (any == 0) return {};
-    for (const std::size_t i : unwanted) copy[i] = any;
+    std::replace(copy.begin(), copy.end(), std::uint64_t{0}, any);
     return copy;
 }
 
