@@ -131,8 +131,10 @@ def test_bytes_of_a_client_never_get_into_the_log(tmp_path: Path) -> None:
             client.connect(daemon.address.removeprefix("unix:"))
             words = b"\nweightd: serving nothing\n"
             go_away = struct.pack(">IBIII", len(words) + 8 << 8 | 7, 0, 0, 0, 1) + words  # with error 1
-            client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0" + go_away)
-            while client.recv(1 << 16):
-                pass
+            ping = b"\0\0\x08\6\0\0\0\0\0" + b"answered"  # once gRPC has read what is before it
+            client.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0" + go_away + ping)
+            said = b""
+            while b"answered" not in said and (more := client.recv(1 << 16)):
+                said += more
         _, written = daemon.stop()
     assert [json.loads(line)["message"].split()[0] for line in written.splitlines()] == ["serving", "stopping"]
