@@ -26,6 +26,7 @@ NODE = struct.Struct("<HHHH")  # two halves of the size, flags, key bytes; a bra
 META_HEAD = struct.Struct("<IIQQ")  # magic, version, address, map size
 DATABASE = struct.Struct("<IHHQQQQQ")  # page bytes (in the first), flags, depth, branch, leaf, overflow, entries, root
 META_TAIL = struct.Struct("<QQ")  # last page, transaction
+ORDER_FLAGS, INTEGER_KEYS = 0x7F, 0x08  # of a database: how its keys and values are ordered
 DEPTH_MAX = 32
 
 
@@ -96,6 +97,7 @@ class _Pages:
         last_page, transaction = META_TAIL.unpack_from(data, place + 2 * DATABASE.size)
         self._require(flags == META and (magic, version & 0xFFFF) == (MAGIC, DATA_VERSION), "no meta page of LMDB")
         self._require(free[0] in (4096, 8192, 16384, 32768, 65536), f"pages of {free[0]} bytes")
+        self._require((free[1] & ORDER_FLAGS, main[1] & ORDER_FLAGS) == (INTEGER_KEYS, 0), "trees of another order")
         self._page_bytes: int = free[0]
         return Meta(free[0], Tree(free[2], free[7]), Tree(main[2], main[7]), last_page, transaction)
 

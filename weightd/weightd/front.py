@@ -354,7 +354,7 @@ class Connection:
             self._to_inner = self._preface
             data = data[missing:]
         self._frames.feed(data)
-        cost, self._frames.cost = self._frames.cost, 0
+        cost, self._frames.cost = self._frames.cost, 0.0
         if cost >= CALL_COST:
             self._front.bound_streams(self.user)
             if self._closed:

@@ -21,7 +21,7 @@ TOO_LONG = b"\xff\xff\xff\xff"  # a length that gRPC refuses with RESOURCE_EXHAU
 HEADER_BLOCK_BYTES_MAX = 16 << 10  # compressed; gRPC bounds what becomes of it
 CONTINUATIONS_MAX = 8
 CONTROL_BYTES_MAX = 1 << 10  # of any other frame but data; the longest that is of use is one of settings
-SMALL_BYTES = 16 << 10  # messages up to that are not accounted for, whole frames of data cost nothing
+SMALL_BYTES = 16 << 10  # messages up to that are not accounted for; so much data costs as much as any other frame
 CALL_COST = 10  # in frames: what gRPC and Python do for a call
 
 
@@ -70,7 +70,7 @@ class ClientFrames:
         self._block_bytes = self._continuations = 0
         self._frame_since_s = 0.0
         self._incomplete: dict[int, float] = {}  # streams with a part of a message, since when; the oldest first
-        self.cost = 0  # of what has come, in frames
+        self.cost = 0.0  # of what has come, in frames
 
     @property
     def streams(self) -> int:
@@ -120,7 +120,7 @@ class ClientFrames:
         size, kind, flags = int.from_bytes(head[:3]), head[3], head[4]
         stream = int.from_bytes(head[5:]) & 0x7FFFFFFF
         self._left_bytes, self._in_data = size, kind == DATA
-        self.cost += 0 if kind == DATA and size >= CONTROL_BYTES_MAX else 1
+        self.cost += size / SMALL_BYTES if kind == DATA and size >= CONTROL_BYTES_MAX else 1
         if self._block_of and (kind != CONTINUATION or stream != self._block_of):
             raise ProtocolError("a frame within a header block")
         if kind == DATA:
