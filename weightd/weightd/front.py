@@ -47,6 +47,7 @@ class Origin:
     local: bool  # over a Unix socket
     tls_names: frozenset[str]
     hang_up: Callable[[], None]
+    charge: Callable[[float], None]  # its user, for work, in frames: it is read on when that is paid
 
 
 @dataclass(frozen=True)
@@ -291,6 +292,10 @@ class Connection:
             self._paused = self._loop.call_later(pause_s, self._end_pause)
         self._start_reading()
 
+    def _charge(self, cost: float) -> None:
+        if not self._closed:
+            self._pay(cost)
+
     def _end_pause(self) -> None:
         self._paused = None
         self._start_reading()
@@ -373,7 +378,7 @@ class Connection:
         assert self.user is not None
         self._name = f"weightd-{secrets.token_hex(8)}"
         self._front.origins[self._name] = Origin(
-            self.user.name, self._local, self._tls_names, lambda: self.close("it took no answer")
+            self.user.name, self._local, self._tls_names, lambda: self.close("it took no answer"), self._charge
         )
         self._inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._inner.bind(f"\0{self._name}")

@@ -31,6 +31,7 @@ from weightd_proto import weightd_pb2
 
 WORKERS_MAX = 4  # threads for what never asks the device
 ANYBODY = -1  # to the engine: a session for whoever has its token
+SESSION_COST = 50  # in frames (users.py), beside that of a call: memory is mapped, tables are made
 
 Result = TypeVar("Result")
 
@@ -98,6 +99,8 @@ class WeightdService:
         self, request: weightd_pb2.OpenSessionRequest, context: Context
     ) -> weightd_pb2.OpenSessionResponse:
         caller = self._identities.caller(context)
+        if (origin := self._identities.origin(context)) is not None:
+            origin.charge(SESSION_COST)
         served = await self._readable(request.model, context, request.import_id)
         token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._askers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
