@@ -45,6 +45,9 @@ class Pair:
     def projection(self, model: Model, name: str) -> Any:
         return model.get_submodule(f"{self.layers}.0.{name}")
 
+    def activation(self, model: Model) -> Any:
+        return model.get_submodule(f"{self.layers}.0.{'mlp.act_fn' if 'mlp' in self.first else 'activation_fn'}")
+
     def same(self, model: Model | None = None, dense: Model | None = None) -> bool:
         """Whether the two, or the pair's own, make the same logits."""
         with torch.no_grad():
@@ -100,6 +103,14 @@ USES: dict[str, Callable[[Pair, Model, Any], Any]] = {
     "put a projection": lambda pair, model, one: _put(pair, model, nn.Linear(4, 4)),
     "a projection alone": lambda pair, model, one: one(torch.ones(1, one.in_features)),
     "a hook": lambda pair, model, one: one.register_forward_hook(print),
+    "a hook on the activation": lambda pair, model, one: pair.activation(model).register_forward_hook(print),
+    "a pre-hook on it": lambda pair, model, one: pair.activation(model).register_forward_pre_hook(print),
+    "another forward": lambda pair, model, one: setattr(one, "forward", torch.relu),
+    "another forward of the activation": lambda pair, model, one: setattr(
+        pair.activation(model), "forward", torch.relu
+    ),
+    "the activation alone": lambda pair, model, one: pair.activation(model)(torch.ones(4)),
+    "quantisation by torch": lambda pair, model, one: setattr(one, "qconfig", None),  # it does this first
     "initialise": lambda pair, model, one: nn.init.normal_(one.weight),
     "reset": lambda pair, model, one: one.reset_parameters(),
     "prune": lambda pair, model, one: prune.l1_unstructured(one, "weight", 0.5),  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ import pytest
 
 from weightd.budget import (
     INTERPRETER_BYTES,
+    GrowingDram,
     MemoryLimit,
     ModelDemand,
     check_dram,
@@ -17,6 +18,7 @@ from weightd.budget import (
     tightest,
     unservable,
 )
+from weightd.config import load_config
 from weightd.errors import SpaceError
 from weightd.sizes import parse_size
 
@@ -93,12 +95,24 @@ def test_this_machine_has_memory() -> None:
 LIMITS = [MemoryLimit("the machine", 16 * GIB, 12 * GIB), MemoryLimit("/cgroup", 8 * GIB, 6 * GIB)]
 SMALL = ModelDemand("small", GIB, 2 * GIB)
 LARGE = ModelDemand("large", 4 * GIB, 40 * GIB)
+TINY, OTHER = ModelDemand("tiny", 1 << 20, 3 << 20), ModelDemand("other", 1 << 20, 2 << 20)
 
 
 def test_the_default_is_half_of_what_is_free() -> None:
     assert default_dram_bytes(LIMITS, [LARGE]) == (6 * GIB - INTERPRETER_BYTES) // 2
     assert default_dram_bytes(LIMITS, []) == (6 * GIB - INTERPRETER_BYTES) // 2
     assert default_dram_bytes(LIMITS, [SMALL]) == 2 * GIB
+
+
+def test_the_default_grows_with_the_models_that_come(tmp_path: Path) -> None:
+    def dram(*given: str, served: tuple[ModelDemand, ...] = (TINY,)) -> GrowingDram:
+        return GrowingDram(load_config(["--store", str(tmp_path), *given]), 3 << 20, served)
+
+    growing = dram()
+    assert growing.with_model(TINY) == (3 << 20, 3 << 19)
+    assert growing.with_model(OTHER) == growing.with_model(OTHER) == (5 << 20, 5 << 19)
+    for fixed in (dram("--dram", "3MiB"), dram("--dram", "1%"), dram(served=())):  # the last took what was free
+        assert fixed.with_model(OTHER) == (3 << 20, 3 << 19)
 
 
 def test_percent_is_of_the_tightest_limit() -> None:

@@ -18,7 +18,7 @@ from daemon import serving
 
 from flashclient import FlashClient
 from flashclient.embedded import LOCK_FILE, PrivateDaemon, attach_or_start, is_serving, serving_address
-from flashclient.errors import StartError
+from flashclient.errors import ModelNotFoundError, StartError
 from flashclient.rehearsal import rehearse
 from weightd import cli
 from weightd_proto import weightd_pb2
@@ -85,6 +85,24 @@ def test_a_checkpoint_is_imported_once(checkpoint: Path, tmp_path: Path) -> None
         assert client.record.name == "tiny"
         assert client.generate(IDS, max_new_tokens=8, do_sample=False) == first
     assert daemons_of(folder) == []
+
+
+def test_a_second_checkpoint_fits_beside_the_first(checkpoint: Path, tmp_path: Path) -> None:
+    """--dram of a daemon that chose it itself grows with the models that come."""
+    larger = make_checkpoint("opt", tmp_path / "larger", layers=4, neurons=4096)
+    folder = tmp_path / "store"
+    with FlashClient(checkpoint, store=folder) as first:
+        expected = first.generate(IDS, max_new_tokens=8, do_sample=False)
+        with FlashClient(larger, store=folder) as second:
+            assert len(second.generate(IDS, max_new_tokens=8, do_sample=False)) > 8
+            assert first.generate(IDS, max_new_tokens=8, do_sample=False) == expected
+        assert len(daemons_of(folder)) == 1
+
+
+@pytest.mark.parametrize("model", ["./nothere", "facebook/opt-1.3b", "/no/where"])
+def test_a_path_that_is_not_there_is_called_so(store: Path, model: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=f"no file or folder '{model}', .* no hub is asked"):
+        FlashClient(model, store=store)
 
 
 def test_both_transports_say_the_same(store: Path) -> None:

@@ -171,8 +171,8 @@ def assert_refused(folder: Path, store: Store, message: str) -> None:
 # The other files
 
 FILES: dict[str, tuple[str, str, str]] = {
-    "a list": ("generation_config.json", "[]", "generation_config.json|config.json"),
-    "half a file": ("generation_config.json", '{"max_len', "generation_config.json|config.json"),
+    "a list": ("generation_config.json", "[]", "/m: generation_config.json: "),
+    "half a file": ("generation_config.json", '{"max_len', r"/m: generation_config.json: [^/]*$"),
     "no temperature": ("generation_config.json", '{"do_sample": true, "temperature": 0.0}', "generation_config.json: "),
     "an end that is text": ("generation_config.json", '{"eos_token_id": "</s>"}', "generation_config.json: "),
     "half a tokenizer": ("tokenizer.json", '{"version": "1.0", "mod', "tokenizer files: "),

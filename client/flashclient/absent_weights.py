@@ -101,7 +101,28 @@ class AbsentWeight(nn.Parameter):
         raise _refused(f"{self.path} cannot be saved", SAVE)
 
 
-class AbsentProjection(nn.Linear):
+class _NeverCalled(nn.Module):
+    """A part of an FFN that is computed as a whole: what would change it, or what it computes, is refused."""
+
+    path: str
+    hookable = "the module of the FFN"
+
+    def _no_hook(self, *_: Any, **__: Any) -> NoReturn:
+        way = f"hook {self.hookable}, which computes all of it, or the decoder layer"
+        raise _refused(f"{self.path} takes no hooks", way)
+
+    register_forward_hook = register_forward_pre_hook = _no_hook
+    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _no_hook
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "forward":
+            raise _refused(f"{self.path}.forward cannot be set", CHANGE)
+        if name == "qconfig":  # of torch.ao.quantization
+            raise _refused(f"{self.path} cannot be quantised", CONVERT)
+        super().__setattr__(name, value)
+
+
+class AbsentProjection(_NeverCalled, nn.Linear):
     """The place of a projection whose matrix is absent; never called, as the FFN is computed as a whole."""
 
     def __init__(self, path: str, unmade: nn.Module) -> None:
@@ -143,15 +164,6 @@ class AbsentProjection(nn.Linear):
             if not isinstance(state_dict.get(prefix + name, self.weight), AbsentWeight):
                 raise _refused(f"{self.path}.{name} cannot be loaded", CHANGE)
 
-    hookable = "the module of the FFN"
-
-    def _no_hook(self, *_: Any, **__: Any) -> NoReturn:
-        way = f"hook {self.hookable}, which computes all of it, or the decoder layer"
-        raise _refused(f"{self.path} takes no hooks", way)
-
-    register_forward_hook = register_forward_pre_hook = _no_hook
-    register_full_backward_hook = register_full_backward_pre_hook = _no_hook
-
 
 class FirstOfTwo(AbsentProjection):
     """The first projection of a layer that calls both of them itself (OPT): here the whole FFN is computed."""
@@ -168,12 +180,28 @@ class FirstOfTwo(AbsentProjection):
         return y
 
 
-class Between(nn.Module):
+class AbsentActivation(_NeverCalled):
+    """An activation whose kernel is part of the FFN's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise _refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
+
+
+def absent_activation(path: str, activation: nn.Module) -> nn.Module:
+    """`activation`, of the same class to whoever asks, in its place of a streamed FFN."""
+    base = type(activation)
+    activation.__class__ = type(base.__name__, (AbsentActivation, base), {"__module__": base.__module__})
+    activation.path = path  # type: ignore[assignment]
+    return activation
+
+
+class Between(_NeverCalled):
     """What the layer calls in between: hands on the output of `first`, and nothing else."""
 
     def __init__(self, path: str, first: FirstOfTwo) -> None:
         super().__init__()
         self.path = path
+        self.hookable = first.hookable
         self._first = [first]  # not a module of this one
 
     @eager
@@ -188,6 +216,7 @@ class LastOfTwo(AbsentProjection):
 
     def __init__(self, path: str, unmade: nn.Module, first: FirstOfTwo) -> None:
         super().__init__(path, unmade)
+        self.hookable = first.hookable
         self._between = [Between(path, first)]
 
     @eager

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from flashclient.absent_weights import AbsentProjection, Between, FirstOfTwo, LastOfTwo, fix
+from flashclient.absent_weights import AbsentProjection, Between, FirstOfTwo, LastOfTwo, absent_activation, fix
 from flashclient.errors import ModelError
 
 # By the name of the kernel's activation, transformers' names for classes of the same function. Its other names for it
@@ -106,7 +106,8 @@ def install_streamed(model: nn.Module, module: str, architecture: Architecture, 
     if architecture.replaced is None:
         for name in names:
             setattr(ffn, name, AbsentProjection(f"{module}.{name}", old.get_submodule(name)))
-        setattr(ffn, architecture.activation, getattr(old, architecture.activation))
+        activation = getattr(old, architecture.activation)
+        setattr(ffn, architecture.activation, absent_activation(f"{module}.{architecture.activation}", activation))
         fix(ffn, (*names, architecture.activation))
         install(model, module, architecture, ffn)
         return

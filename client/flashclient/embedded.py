@@ -33,7 +33,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flashclient.address import NO_TLS, fits_socket, parse_address
 from flashclient.channel import Connection, open_channel
-from flashclient.errors import OptionError, StartError
+from flashclient.errors import ModelNotFoundError, OptionError, StartError
 
 LOCK_FILE = "weightd.lock"
 LOCK_BYTES_MAX = 4096
@@ -339,9 +339,15 @@ def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[in
         rehearsal: gives the descriptor for --rehearse-fd.
 
     Raises:
+        ModelNotFoundError: there is no such path.
         StartError: the import failed, says what it said; or the store has another checkpoint of that name, or this one
             as it was earlier and cannot import it again.
     """
+    if "/" in model and not os.path.exists(model):  # noqa: PTH110
+        raise ModelNotFoundError(
+            f"no file or folder '{model}', and no model of a store is called so: no hub is asked; download the model, "
+            "then give its folder"
+        )
     if not os.path.exists(model) or (_is_stored(store, model) and not _is_source_of(store, model)):  # noqa: PTH110
         return model
     command = [*CHILD, "import", os.path.abspath(model), "--store", str(store), "--update", "--json"]  # noqa: PTH100

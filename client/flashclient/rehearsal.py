@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from flashclient._native import LentMemory, Workers
 from flashclient.model import build_model
@@ -72,26 +74,30 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
     """
     source: Any = ZeroSource(record)
     placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
-    with _blamed("config.json"):
+    with _blamed(folder / GENERATION_CONFIG_NAME):
+        if (folder / GENERATION_CONFIG_NAME).exists():
+            GenerationConfig.from_pretrained(folder)
+    with _blamed(folder / CONFIG_NAME):
         model: Any = build_model(record, folder, source, placements.__getitem__, Workers(1)).model
         ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
         with torch.no_grad():
             model(ids)
-    with _blamed("tokenizer files"):
+    with _blamed(folder / "tokenizer files"):
         tokenizer = load_tokenizer(folder)
         if tokenizer is not None:
             tokenizer("a")
-    with _blamed("generation_config.json"):
+    with _blamed(folder / GENERATION_CONFIG_NAME):
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, tokenizer=tokenizer)
 
 
 @contextmanager
-def _blamed(file: str) -> Iterator[None]:
+def _blamed(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever a library makes of a file that somebody else wrote
-        reason = re.sub(r"\s+", " ", str(error)).strip()[:REASON_CHARACTERS_MAX]
-        raise RefusedFileError(f"{file}: {reason or type(error).__name__}") from error
+        said = str(error).replace(f"{file.parent}/", "")  # nobody knows that folder by then
+        reason = re.sub(r"\s+", " ", said).strip()[:REASON_CHARACTERS_MAX]
+        raise RefusedFileError(f"{file.name}: {reason or type(error).__name__}") from error
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from mutators import Mutator, change_message
 from tiny_store import TinyModel, write_model
 
 from weightd import serve
+from weightd.budget import GrowingDram
 from weightd.call_bounds import SERVICE_NAME
 from weightd.config import load_config
 from weightd.fetch import Fetcher
@@ -102,9 +103,10 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event, tol
     store = Store.open(config.store)
     data_socket = str(folder / "data")
     engine = serve._engine(config, DRAM_BYTES, data_socket, Triggers())
-    models = ServedModels(store, engine)
+    dram = GrowingDram(config, DRAM_BYTES, [])
+    models = ServedModels(store, engine, dram)
     fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
-    service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, DRAM_BYTES, statistics)
+    service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, dram, statistics)
     service.set_rules(config.allow, config.allow_publish)
     frontend = Frontend(config, service, None)
     await frontend.start(Identities(config.store))

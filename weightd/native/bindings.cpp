@@ -274,6 +274,8 @@ void bind_engine(nb::module_& m) {
         .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
         .def("add_model", &Service::add_model, "spec"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Opens a model's files; returns its number.")
+        .def("raise_dram", &Service::raise_dram, "dram_bytes"_a, "floor_bytes"_a,
+             nb::call_guard<nb::gil_scoped_release>(), "--dram and its floor from now on, unless it is more already.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
              "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
              "predictors that are not in memory yet. Raises "

@@ -5,6 +5,13 @@
 #include <utility>
 
 namespace weightd {
+namespace {
+
+uint64_t segment_bytes_of(uint64_t dram_bytes) {
+    return std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
+}
+
+}  // namespace
 
 Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
     : memory_(dram_bytes),
@@ -13,7 +20,16 @@ Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unb
       warms_(warms),
       target_bytes_(dram_bytes),
       floor_bytes_(dram_bytes / 2) {
-    segment_bytes_ = std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
+    segment_bytes_ = segment_bytes_of(dram_bytes);
+}
+
+void Engine::raise_dram(uint64_t dram_bytes, uint64_t floor_bytes) {
+    if (dram_bytes <= memory_.limit_bytes()) return;
+    target_bytes_ += dram_bytes - memory_.limit_bytes();
+    memory_.raise_limit(dram_bytes);
+    segment_bytes_ = segment_bytes_of(dram_bytes);
+    set_floor(floor_bytes);
+    update_limits();
 }
 
 Engine::~Engine() = default;

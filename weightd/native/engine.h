@@ -176,6 +176,8 @@ class Engine {
 
     // Memory pressure: a press takes from the pool, down to the floor or to what is guaranteed, a relief gives back a
     // part of it. Shares and leases stay whole: what is lent falls first, and segments go as leases do.
+    // --dram from now on, unless it is more already.
+    void raise_dram(uint64_t dram_bytes, uint64_t floor_bytes);
     void set_floor(uint64_t floor_bytes) { floor_bytes_ = std::min(floor_bytes, memory_.limit_bytes()); }
     void press();
     void relieve();

@@ -1,6 +1,7 @@
 // The account of --dram: resident weights, pool segments, tables and rings are all paid from it.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -17,6 +18,7 @@ class Memory {
     explicit Memory(uint64_t limit_bytes) : limit_bytes_(limit_bytes) {}
     bool take(Account account, uint64_t bytes);  // false when it does not fit; nothing is taken then
     void give(Account account, uint64_t bytes);
+    void raise_limit(uint64_t limit_bytes) { limit_bytes_ = std::max(limit_bytes_, limit_bytes); }
     uint64_t limit_bytes() const { return limit_bytes_; }
     uint64_t used_bytes(Account account) const { return used_bytes_[static_cast<size_t>(account)]; }
     uint64_t free_bytes() const { return limit_bytes_ - used_bytes_[0] - used_bytes_[1] - used_bytes_[2]; }

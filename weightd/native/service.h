@@ -63,6 +63,10 @@ class Service {
     const std::string& io_note() const { return io_note_; }
 
     uint32_t add_model(ModelSpec spec);
+    // --dram and its floor from now on, unless --dram is more already.
+    void raise_dram(uint64_t dram_bytes, uint64_t floor_bytes) {
+        on_loop([&] { engine_->raise_dram(dram_bytes, floor_bytes); });
+    }
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
     void expect(uint32_t model, std::span<const Hotness> hotness) {

@@ -86,6 +86,26 @@ def default_dram_bytes(limits: Sequence[MemoryLimit], demands: Sequence[ModelDem
     return min(half, needed) if demands else half
 
 
+class GrowingDram:
+    """--dram where none was given: it grows with the models that are imported while weightd serves."""
+
+    def __init__(self, config: ServeConfig, dram_bytes: int, demands: Sequence[ModelDemand]) -> None:
+        """`dram_bytes`, `demands`: what was chosen at the start, and for which models."""
+        self._config = config
+        self.dram_bytes = dram_bytes
+        self._known = {demand.name for demand in demands}
+        # An empty store had no bound but what was free.
+        self._grows = config.dram_bytes is None and config.dram_percent is None and bool(demands)
+
+    def with_model(self, demand: ModelDemand) -> tuple[int, int]:
+        """--dram and its floor in bytes, now that this model is served, too: more by what it needs, but no more than
+        half of what is free."""
+        if self._grows and demand.name not in self._known:
+            self._known.add(demand.name)
+            self.dram_bytes += default_dram_bytes(memory_limits(), [demand])
+        return self.dram_bytes, chosen_floor_bytes(self._config, self.dram_bytes)
+
+
 def percent_of_memory(percent: float, limits: Sequence[MemoryLimit]) -> int:
     """`percent` of the tightest limit, in bytes."""
     return int(tightest(limits).limit_bytes * percent / 100)

@@ -106,11 +106,13 @@ def _parser() -> FlagParser:
     parser = FlagParser(
         prog="weightd",
         allow_abbrev=False,
-        description="Serves models from flash. Without a command: serves --store; see weightd --store DIR --help.",
+        usage="weightd --store DIR [...]    serves the store; see weightd --store DIR --help\n"
+        "       weightd COMMAND ...          see weightd COMMAND --help",
+        description="Serves models from flash.",
     )
     commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor | top")
     common = FlagParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--store", type=Path, required=True, metavar="DIR")
+    common.add_argument("--store", type=_path, required=True, metavar="DIR", help="where the models are")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> FlagParser:
         added = commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
@@ -118,13 +120,13 @@ def _parser() -> FlagParser:
         return added
 
     adding = command("import", _import, "Imports a Hugging Face folder or a .gguf file.")
-    adding.add_argument("source", type=Path, metavar="SRC")
+    adding.add_argument("source", type=_path, metavar="SRC", help="the folder or file")
     adding.add_argument("--name", help="of the model in the store; default: the name of the folder or file")
     adding.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), help="(default: keep)")
     update = "do nothing where the store has it, import again what has changed since; waits for another import of it"
     adding.add_argument("--update", action="store_true", help=update)
-    asked = "the program at this end of a connection tries the model out (for programs that have loaded torch)"
-    adding.add_argument("--rehearse-fd", type=_descriptor, metavar="FD", help=asked)
+    # The program at this end of a connection tries the model out: one that has loaded torch.
+    adding.add_argument("--rehearse-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -137,6 +139,12 @@ def _parser() -> FlagParser:
     commands.add_parser("doctor", help="Says what this machine offers, and what to do.")  # dispatched before parsing,
     commands.add_parser("top", help="Watches a running weightd.")  # as this
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name is no path")
+    return Path(text)
 
 
 def _descriptor(text: str) -> int:

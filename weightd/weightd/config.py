@@ -171,7 +171,7 @@ def _parser() -> FlagParser:
     add("--unbundled-reads", action="store_true", default=None, help=unbundled)
     cold = "begin with an empty pool, and know of no cell that it is hot: nothing is remembered, foretold or read back"
     add("--cold-start", action="store_true", default=None, help=cold)
-    add("--owner-fd", metavar="FD", help="stop when this pipe closes (for programs that start weightd)")
+    add("--owner-fd", metavar="FD", help=argparse.SUPPRESS)
     return parser
 
 

@@ -14,7 +14,7 @@ import uvloop
 
 from weightd import listening, log, pressure
 from weightd._native import Engine
-from weightd.budget import chosen_dram_bytes, chosen_floor_bytes
+from weightd.budget import GrowingDram, chosen_dram_bytes, chosen_floor_bytes
 from weightd.config import MetricsAddress, ServeConfig, load_config
 from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.fetch import Fetcher
@@ -68,7 +68,8 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
     _raise_descriptor_limit()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
-        dram_bytes = chosen_dram_bytes(config, [demand_of(model) for model in store.models()])
+        demands = [demand_of(model) for model in store.models()]
+        dram_bytes = chosen_dram_bytes(config, demands)
         store.claim(min(config.listen, key=lambda address: address.socket_path is None).target)
         tls = None if config.tls is None else TlsCredentials(config.tls)
         prepare_addresses(config, tls)
@@ -76,12 +77,13 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         triggers = _pressure_triggers()
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
-        models = ServedModels(store, engine, config.unbundled_reads, config.cold_start)
+        dram = GrowingDram(config, dram_bytes, demands)
+        models = ServedModels(store, engine, dram, config.unbundled_reads, config.cold_start)
         models.open_all(ANSWER_WITHIN_S)
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
         fetcher = Fetcher(store, models, engine)
-        service = WeightdService(models, fetcher, engine, identities, data_socket, dram_bytes, statistics)
+        service = WeightdService(models, fetcher, engine, identities, data_socket, dram, statistics)
         stack.callback(service.close)
         service.set_rules(config.allow, config.allow_publish)
         if config.metrics is not None:

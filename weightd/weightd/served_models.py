@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from weightd import _native
 from weightd._native import Engine, ModelSpec
-from weightd.budget import ModelDemand
+from weightd.budget import GrowingDram, ModelDemand
 from weightd.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
 from weightd.checked_file import check_files
 from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
@@ -54,11 +54,19 @@ class ServedModel:
 class ServedModels:
     """All models of `store`, by name; safe to use from several threads. Opening one keeps none waiting for another."""
 
-    def __init__(self, store: Store, engine: Engine, unbundled_reads: bool = False, cold_start: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        dram: GrowingDram,
+        unbundled_reads: bool = False,
+        cold_start: bool = False,
+    ) -> None:
         """`unbundled_reads`: models are refused whose bundles the engine could not read so. `cold_start`: the engine is
         told nothing of what is hot."""
         self._store = store
         self._engine = engine
+        self._dram = dram
         self._unbundled_reads = unbundled_reads
         self._cold_start = cold_start
         self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is asked
@@ -127,6 +135,7 @@ class ServedModels:
             if self._unbundled_reads:
                 _require_whole_parts(record)
             check_files(self._store, record)
+            self._engine.raise_dram(*self._dram.with_model(demand_of(record)))
             served = _open(self._store, self._engine, record)
             self._expect(served.number, known_hotness(self._store, record))
             self._remembered[name] = _checksum(self._engine.hotness(served.number))

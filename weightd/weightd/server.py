@@ -19,6 +19,7 @@ from typing import TypeVar
 from weightd import _native
 from weightd._native import Engine
 from weightd.access import Caller, Rules, may_read, require_publish, require_read
+from weightd.budget import GrowingDram
 from weightd.calibration import CalibrationStaging, check_calibration
 from weightd.call_bounds import CALLS_MAX, FETCHES_MAX, keeping_place
 from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
@@ -46,7 +47,7 @@ class WeightdService:
         engine: Engine,
         identities: Identities,
         data_socket: str,
-        dram_bytes: int,
+        dram: GrowingDram,
         statistics: Statistics,
     ) -> None:
         self._models = models
@@ -56,7 +57,7 @@ class WeightdService:
         self._allow: Rules = ()
         self._allow_publish: Rules = ()
         self._data_socket = os.fsencode(data_socket).decode()  # UTF-8 for clients, whatever our locale is
-        self._dram_bytes = dram_bytes
+        self._dram = dram
         self._statistics = statistics
         self._stopping = False
         self._opening: dict[str, asyncio.Task[ServedModel]] = {}
@@ -189,10 +190,10 @@ class WeightdService:
         record.CopyFrom(served.record)
         record.calibration.CopyFrom(offered)
         needed_bytes = demand_of(record).minimum_bytes
-        if needed_bytes > self._dram_bytes:
+        if needed_bytes > self._dram.dram_bytes:
             raise SpaceError(
                 f"{record.name!r} with these predictors needs {format_enough(needed_bytes)} of --dram, this has "
-                f"{format_size(self._dram_bytes)}: raise --dram, or calibrate with a smaller rank"
+                f"{format_size(self._dram.dram_bytes)}: raise --dram, or calibrate with a smaller rank"
             )
         return self._models.stage(served, offered)
 
