@@ -88,6 +88,8 @@ def test_named_templates(clients: dict[str, FlashClient]) -> None:
         ("one", [], {}, "cannot chat about an empty list"),
         ("one", 3, {}, "cannot chat about a int"),
         ("one", [{"content": "Hi"}], {}, "message 0 has no role"),
+        ("one", [HI, {"role": "user", "text": "Hi"}], {}, "message 1 has a role and only 'text', which the template"),
+        ("one", [[HI], [{"role": "user"}]], {}, "message 0 has a role and nothing else: pass its text as 'content'"),
         ("one", [HI, "Hi"], {}, "cannot mix"),
         (
             "one",

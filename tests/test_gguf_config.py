@@ -193,7 +193,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("llama", "feed_forward_length", 0, "feed_forward_length = 0"),
     ("llama", "embedding_length", "64", "embedding_length = '64'"),
     ("llama", "attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon = nan"),
-    ("llama", "attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon = None"),
+    ("llama", "attention.layer_norm_rms_epsilon", None, "lacks llama.attention.layer_norm_rms_epsilon"),
     ("llama", "rope.freq_base", -1.0, r"rope\.freq_base = -1\.0"),
     ("llama", "rope.scaling.yarn_ext_factor", 0.5, r"yarn_ext_factor = 0\.5"),
     ("llama", "vocab_size", 99, "vocab_size = 99, but token_embd.weight has 320 rows"),

@@ -233,8 +233,12 @@ def test_a_pipe_gets_one_table_and_no_escapes(daemon: Daemon) -> None:
 @pytest.mark.parametrize(
     ("flags", "status", "words"),
     [
-        (["--address", "unix:/no/such.sock"], 1, ["no weightd answers at unix:/no/such.sock", "--address"]),
-        (["--address", "127.0.0.1:1"], 1, ["no weightd answers at 127.0.0.1:1"]),
+        (
+            ["--address", "unix:/no/such.sock"],
+            1,
+            ["no weightd answers at unix:/no/such.sock: nothing listens there; start it", "--address"],
+        ),
+        (["--address", "127.0.0.1:1"], 1, ["no weightd answers at 127.0.0.1:1: nothing listens there; start it"]),
         (["--address", "nowhere"], 2, ["nowhere"]),
         (["--interval", "0"], 2, ["--interval '0'", "0.1"]),
         (["--interval", "soon"], 2, ["soon"]),

@@ -29,6 +29,8 @@ def conversation(
     """
     several, conversations = _conversations(messages)
     template = _template(tokenizer, arguments)
+    for one in conversations:
+        _require_content(one, template)
     layout = {name: arguments[name] for name in LAYOUT if name in arguments}
     layout.setdefault("add_generation_prompt", not arguments.get("continue_final_message"))
     rest = {name: value for name, value in arguments.items() if name not in layout}
@@ -64,6 +66,15 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(message.get("role"), str):
             raise OptionError(f"message {index} has no role: pass messages such as {{'role': 'user', 'content': 'Hi'}}")
     return [dict(message) for message in messages]
+
+
+def _require_content(messages: Sequence[Mapping[str, Any]], template: str) -> None:
+    """A template would lay out nothing where it knows no key of a message."""
+    for index, message in enumerate(messages):
+        keys = [key for key in message if key != "role"]
+        if not any(key == "content" or re.search(rf"\b{re.escape(str(key))}\b", template) for key in keys):
+            has = f"only {', '.join(map(repr, keys))}, which the template does not use" if keys else "nothing else"
+            raise OptionError(f"message {index} has a role and {has}: pass its text as 'content'")
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:

@@ -106,6 +106,8 @@ class GgufConfig:
                 self._refuse(name, value, f"and only {NEUTRAL[name]!r} can be run")
 
     def _refuse(self, name: str, value: Any, why: str) -> NoReturn:
+        if value is None:
+            raise CheckpointError(f"{self._file.path} lacks {self._architecture}.{name}")
         raise CheckpointError(f"{self._file.path} has {self._architecture}.{name} = {value!r}, {why}")
 
     def _value(self, name: str) -> Any:

@@ -34,6 +34,11 @@ from weightd_proto import weightd_pb2
 INTERVAL_S = 1.0
 INTERVAL_S_RANGE = (0.1, 3600.0)
 ANSWER_WITHIN_S = 5.0  # a busy machine answers in milliseconds; a frozen daemon never
+PLAIN_REASONS = {  # of what gRPC's core says
+    "No such file or directory": "nothing listens there",
+    "Connection refused": "nothing listens there",
+    "Hostname Verification Check failed": "its certificate is for another name",
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class Daemon:
             answer: weightd_pb2.StatsResponse = self.stub.Stats(weightd_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S)
         except grpc.RpcError as error:
             reason = one_line(error.details() or error.code().name.lower())
+            reason = next((plain for said, plain in PLAIN_REASONS.items() if said in reason), reason)
             what_to_try = "look at the certificates" if self.tls else "give --address, and --tls-ca if it wants TLS"
             raise DaemonError(f"no weightd answers at {self.address}: {reason}; start it, or {what_to_try}") from error
         return answer
