@@ -98,6 +98,8 @@ class _Pages:
         self._require(flags == META and (magic, version & 0xFFFF) == (MAGIC, DATA_VERSION), "no meta page of LMDB")
         self._require(free[0] in (4096, 8192, 16384, 32768, 65536), f"pages of {free[0]} bytes")
         self._require((free[1] & ORDER_FLAGS, main[1] & ORDER_FLAGS) == (INTEGER_KEYS, 0), "trees of another order")
+        # LMDB finds the page of a transaction by its last bit. (In a new file both are of number 0.)
+        self._require(transaction % 2 == number or transaction == 0, f"transaction {transaction} on page {number}")
         self._page_bytes: int = free[0]
         return Meta(free[0], Tree(free[2], free[7]), Tree(main[2], main[7]), last_page, transaction)
 
