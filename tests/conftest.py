@@ -12,9 +12,10 @@ from weightd_proto import weightd_pb2
 
 
 @pytest.fixture(autouse=True, scope="session")
-def hangups_are_not_ignored() -> None:
-    """As nohup has it, and whoever it starts inherits."""
+def signals_are_not_ignored() -> None:
+    """As nohup and pytest-xdist have it, and whoever they start inherits."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

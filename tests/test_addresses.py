@@ -54,7 +54,10 @@ def test_a_path_that_no_socket_can_have_is_refused_by_both(path: str) -> None:
         parse_address(f"unix:{path}")
 
 
-def test_a_long_folder_for_temporary_files_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_folder_for_temporary_files_is_passed_over(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path = tmp_path_factory.mktemp("t")  # tmp_path has the test's name, which is too long
     long = tmp_path / ("t" * (100 - len(str(tmp_path))))
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))

@@ -62,7 +62,7 @@ class Turns:
                 raise FlashClientError("this client is being closed: make a new one")
             try:
                 yield
-            except FlashClientError:
+            except Exception:  # what it uses is being closed, so its error may be anybody's
                 if self._exiting:
                     raise SystemExit from None
                 raise
