@@ -98,6 +98,26 @@ TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
     EXPECT_EQ(engine.model(1).pool, nullptr);
 }
 
+TEST_F(EngineMemoryTest, ARaisedDramHasRoomForOneMoreModel) {
+    Engine engine(dram_for_slots(1, 150), *reader, verifier);
+    engine.add_model(first.spec, false);
+    engine.add_model(second.spec, false);
+    Silent& session = open(engine, 0, 40);
+    sweep(engine, session, 200);
+    const uint64_t slots = engine.model(0).pool->slots();
+    EXPECT_THROW(engine.activate(1), NoRoom);
+    const uint64_t raised_bytes = dram_for_slots(2, 300);
+    engine.raise_dram(raised_bytes, raised_bytes / 2);
+    engine.raise_dram(raised_bytes / 2, 0);  // less is not taken
+    EXPECT_EQ(engine.memory().limit_bytes(), raised_bytes);
+    EXPECT_EQ(engine.target_bytes(), raised_bytes);
+    EXPECT_EQ(engine.floor_bytes(), raised_bytes / 2);
+    EXPECT_TRUE(engine.activate(1));
+    engine.leave(1);
+    sweep(engine, session, 200);
+    EXPECT_GT(engine.model(0).pool->slots(), slots);
+}
+
 TEST_F(EngineMemoryTest, ARefusedActivationLeavesIdleModelsActive) {
     Engine engine(dram_for_slots(2, 20), *reader, verifier);
     engine.add_model(first.spec, false);
