@@ -114,7 +114,7 @@ class FlashClient:
         self.model: PreTrainedModel = built.model
         self.activation = built.activation  # for calibration
         self.clock = built.total.clock  # of all forward passes; stats() speaks of whole generations
-        built.model.register_forward_pre_hook(self._turns.check)
+        self._turns.watch_passes(built.model)
         self._generator = Generator(built, source, self.tokenizer, self._turns)
         opened.callback(self._turns.close)
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import os
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import EosTokenCriteria, GenerationConfig, PreTrainedTokenizerBase
 
 from flashclient.architectures import architecture_of
@@ -36,6 +37,7 @@ from flashclient.torch_state import on_cpu
 NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
 
 
+EXIT_CHECK_S = 0.001
 EXIT_S = 10.0  # for a generation to find out that the process ends
 
 
@@ -48,6 +50,7 @@ class Turns:
         self._ending = False  # nobody begins any more
         self._closed = False
         self._exiting = False
+        self._passing: set[int] = set()  # threads in a forward pass
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -74,8 +77,17 @@ class Turns:
         with self._lock if os.getpid() == self._pid else nullcontext():
             yield
 
-    def check(self, *_: object) -> None:
-        """Also a hook before each forward pass, whoever calls the model."""
+    def watch_passes(self, model: nn.Module) -> None:
+        """Of whoever calls the model."""
+        model.register_forward_pre_hook(self._begin_pass)
+        model.register_forward_hook(lambda *_: self._passing.discard(threading.get_ident()), always_call=True)
+
+    def _begin_pass(self, *_: object) -> None:
+        self.check()
+        self._passing.add(threading.get_ident())
+
+    def check(self) -> None:
+        """Raises what taken() does."""
         if os.getpid() != self._pid:
             raise ForkedError("this client was made before fork(): make a new one in the child process")
         if self._exiting and self._closed:
@@ -92,8 +104,18 @@ class Turns:
 
     def await_exit(self) -> None:
         """A thread that is in native code when the interpreter ends brings the process down."""
-        if self._exiting and self._lock.acquire(timeout=EXIT_S):
+        if not self._exiting:
+            return
+        give_up_s = time.monotonic() + EXIT_S
+        if self._lock.acquire(timeout=EXIT_S):
             self._lock.release()
+        while self._others_pass() and time.monotonic() < give_up_s:
+            time.sleep(EXIT_CHECK_S)
+
+    def _others_pass(self) -> bool:
+        """A pass that was interrupted leaves its thread noted, but mostly not alive."""
+        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        return not alive.isdisjoint(self._passing)
 
 
 @dataclass
