@@ -107,6 +107,9 @@ class _NeverCalled(nn.Module):
     path: str
     hookable = "the module of the FFN"
 
+    def forward(self, x: Tensor) -> Tensor:
+        raise _refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
+
     def _no_hook(self, *_: Any, **__: Any) -> NoReturn:
         way = f"hook {self.hookable}, which computes all of it, or the decoder layer"
         raise _refused(f"{self.path} takes no hooks", way)
@@ -139,9 +142,6 @@ class AbsentProjection(_NeverCalled, nn.Linear):
         if "_is_made" in self.__dict__:
             raise _refused(f"{self.path} takes no other weights", CHANGE)
         super().register_parameter(name, param)
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise _refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ("weight", "bias") and "_is_made" in self.__dict__:
@@ -180,17 +180,10 @@ class FirstOfTwo(AbsentProjection):
         return y
 
 
-class AbsentActivation(_NeverCalled):
-    """An activation whose kernel is part of the FFN's."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        raise _refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
-
-
 def absent_activation(path: str, activation: nn.Module) -> nn.Module:
-    """`activation`, of the same class to whoever asks, in its place of a streamed FFN."""
+    """`activation`, of the same class to whoever asks, whose kernel is part of a streamed FFN's."""
     base = type(activation)
-    activation.__class__ = type(base.__name__, (AbsentActivation, base), {"__module__": base.__module__})
+    activation.__class__ = type(base.__name__, (_NeverCalled, base), {"__module__": base.__module__})
     activation.path = path  # type: ignore[assignment]
     return activation
 

@@ -48,6 +48,15 @@ struct EngineMemoryTest : testing::Test {
         }
     }
 
+    // A session of the first model whose pool grows as far as it can.
+    Silent& grow_first_of_two(Engine& engine) const {
+        engine.add_model(first.spec, false);
+        engine.add_model(second.spec, false);
+        Silent& session = open(engine, 0, 40);
+        sweep(engine, session, 200);
+        return session;
+    }
+
     static void leave(Engine& engine, Session& session) {
         const uint32_t model = session.model;
         engine.close(session.id);
@@ -85,10 +94,7 @@ TEST_F(EngineMemoryTest, KnowsWhoScans) {
 
 TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
     Engine engine(dram_for_slots(1, 150), *reader, verifier);
-    engine.add_model(first.spec, false);
-    engine.add_model(second.spec, false);
-    Silent& session = open(engine, 0, 40);
-    sweep(engine, session, 200);
+    grow_first_of_two(engine);
     const uint64_t slots = engine.model(0).pool->slots();
     ASSERT_GT(slots, 100U) << "it has grown above its share, so there is something to take";
     EXPECT_THROW(engine.activate(1), NoRoom);
@@ -100,10 +106,7 @@ TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
 
 TEST_F(EngineMemoryTest, ARaisedDramHasRoomForOneMoreModel) {
     Engine engine(dram_for_slots(1, 150), *reader, verifier);
-    engine.add_model(first.spec, false);
-    engine.add_model(second.spec, false);
-    Silent& session = open(engine, 0, 40);
-    sweep(engine, session, 200);
+    Silent& session = grow_first_of_two(engine);
     const uint64_t slots = engine.model(0).pool->slots();
     EXPECT_THROW(engine.activate(1), NoRoom);
     const uint64_t raised_bytes = dram_for_slots(2, 300);

@@ -7,6 +7,7 @@ machine's own memory. Page cache that the kernel would drop is free memory.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,6 +94,7 @@ class GrowingDram:
         """`dram_bytes`, `demands`: what was chosen at the start, and for which models."""
         self._config = config
         self.dram_bytes = dram_bytes
+        self._lock = threading.Lock()  # models are opened in several threads
         self._known = {demand.name for demand in demands}
         # An empty store had no bound but what was free.
         self._grows = config.dram_bytes is None and config.dram_percent is None and bool(demands)
@@ -100,10 +102,11 @@ class GrowingDram:
     def with_model(self, demand: ModelDemand) -> tuple[int, int]:
         """--dram and its floor in bytes, now that this model is served, too: more by what it needs, but no more than
         half of what is free."""
-        if self._grows and demand.name not in self._known:
-            self._known.add(demand.name)
-            self.dram_bytes += default_dram_bytes(memory_limits(), [demand])
-        return self.dram_bytes, chosen_floor_bytes(self._config, self.dram_bytes)
+        with self._lock:
+            if self._grows and demand.name not in self._known:
+                self._known.add(demand.name)
+                self.dram_bytes += default_dram_bytes(memory_limits(), [demand])
+            return self.dram_bytes, chosen_floor_bytes(self._config, self.dram_bytes)
 
 
 def percent_of_memory(percent: float, limits: Sequence[MemoryLimit]) -> int:
