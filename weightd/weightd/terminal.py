@@ -34,8 +34,8 @@ class Event(Enum):
 class Terminal:
     """Standard output as a screen, standard input as keys (where it is a terminal, too)."""
 
-    def __init__(self, resizes_fd: int) -> None:
-        self._resizes_fd = resizes_fd
+    def __init__(self, signals_fd: int) -> None:
+        self._signals_fd = signals_fd
         self._keys_fd = sys.stdin.fileno() if sys.stdin.isatty() else None
 
     def draw(self, lines: Sequence[str], bold: Sequence[bool]) -> None:
@@ -51,10 +51,10 @@ class Terminal:
 
     def wait(self, seconds: float) -> Event:
         """Until the time is over, the terminal has another size, or somebody wants to end."""
-        watched = [self._resizes_fd] if self._keys_fd is None else [self._resizes_fd, self._keys_fd]
+        watched = [self._signals_fd] if self._keys_fd is None else [self._signals_fd, self._keys_fd]
         ready, _, _ = select.select(watched, [], [], max(0.0, seconds))
-        if self._resizes_fd in ready:
-            os.read(self._resizes_fd, KEYS_BYTES)
+        if self._signals_fd in ready:
+            os.read(self._signals_fd, KEYS_BYTES)
             return Event.RESIZED
         if self._keys_fd not in ready or self._keys_fd is None:
             return Event.TIME
@@ -75,10 +75,10 @@ def drawing() -> Iterator[Terminal]:
         undo.callback(os.close, reading)
         undo.callback(os.close, writing)
 
-        def resized(number: int, frame: FrameType | None) -> None:
-            os.write(writing, b"r")
-
-        undo.callback(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, resized))
+        # Python runs a handler only between two of its instructions: a signal just before `select` begins would not
+        # end it. The wakeup descriptor is written as the signal arrives.
+        undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
+        undo.callback(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, _caught))
         undo.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
         if sys.stdin.isatty():
             before = termios.tcgetattr(sys.stdin)
@@ -87,6 +87,10 @@ def drawing() -> Iterator[Terminal]:
         sys.stdout.write(ENTER_SCREEN)
         undo.callback(_leave_screen)
         yield Terminal(reading)
+
+
+def _caught(number: int, frame: FrameType | None) -> None:
+    """A handler, without which the signal would not reach the wakeup descriptor."""
 
 
 def _leave_screen() -> None:
