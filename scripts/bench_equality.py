@@ -19,14 +19,14 @@ from flags import FlagParser
 
 from flashclient import FlashClient  # isort: skip  # before torch: it tells torch's idle threads to sleep
 import torch
-from bench import Row, Target, machine_facts, report
+from benchmarks.report import Row, Target, machine_facts, report
 from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from transformers.utils import logging
 
-from flashclient.calibrate import CalibrationOptions, calibrate, publish_result
-from flashclient.sequences import read_sequences
+from flashclient.calibration.calibrate import CalibrationOptions, calibrate, publish_result
+from flashclient.calibration.sequences import read_sequences
 
 MODELS = Path(__file__).with_name("models")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

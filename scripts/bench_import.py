@@ -20,10 +20,10 @@ from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
-from bench import Row, Target, abba, machine_facts, middle, report
+from benchmarks.report import Row, Target, abba, machine_facts, middle, report
 from flags import FlagParser
 
-from weightd.families import recipe_of
+from weightd.importing.families import recipe_of
 
 CONFIG = {
     "model_type": "llama",
@@ -42,7 +42,7 @@ RANDOM_BYTES = 64 << 20
 CHILD = """
 import re, sys
 from pathlib import Path
-import weightd.cli, weightd.convert, weightd.folder_checkpoint, weightd.safetensors_file
+import weightd.cli, weightd.importing.convert, weightd.checkpoint.folder, weightd.disk.safetensors_file
 status = weightd.cli.main(sys.argv[1:]) if len(sys.argv) > 1 else 0
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 sys.exit(status)

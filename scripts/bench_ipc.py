@@ -26,18 +26,18 @@ import flashclient  # isort: skip  # before torch, so that torch's idle threads 
 
 import numpy as np
 import torch
-from bench import Row, Target, machine_facts, report
-from bench_processes import BenchError
+from benchmarks.ipc_generation import generation_rows
+from benchmarks.processes import BenchError
+from benchmarks.report import Row, Target, machine_facts, report
 from flags import FlagParser
-from ipc_generation import generation_rows
-from planted_plan import SHAPES
+from planted.plan import SHAPES
 from transformers import OPTConfig, OPTForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from flashclient import _native
-from flashclient.channel import Connection
-from weightd.served_models import demand_of
-from weightd.store import Store
+from flashclient.daemon.channel import Connection
+from weightd.serving.served_models import demand_of
+from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 NAME = "ipc"
@@ -103,7 +103,7 @@ def make_store(folder: Path, store: Path) -> None:
 @contextmanager
 def weightd(store: Path, share_of_ffn: float) -> Iterator[str]:
     """The address of a private daemon whose pool holds this share of the FFN."""
-    from flashclient.embedded import attach_or_start
+    from flashclient.daemon.private import attach_or_start
 
     model = Store.open(store, readonly=True).model(NAME)
     dram = demand_of(model).minimum_bytes + int(share_of_ffn * model.bundles_file_bytes)

@@ -20,13 +20,13 @@ from flags import FlagParser
 import flashclient  # noqa: F401  # isort: skip  # before torch: it tells torch's idle threads to sleep
 import numpy as np
 import torch
-from bench import Row, Target, abba, machine_facts, report
+from benchmarks.report import Row, Target, abba, machine_facts, report
 from numpy.typing import NDArray
 from torch.nn import functional
 
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers, read_memory
-from flashclient.arrays import array_of
-from flashclient.decode_attention import attend
+from flashclient.model.arrays import array_of
+from flashclient.model.decode_attention import attend
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
 BUFFER_BYTES_MIN = 352 * 2**20  # room for the largest matrix

@@ -21,24 +21,23 @@ from flags import FlagParser
 
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 import torch
-from bench import Row, Target, machine_facts, report
 from bench_import import make_cold
 from bench_kernels import Arena, sparse_row
-from bench_processes import BenchError, run_json
 from bench_reader import Case, read_fio
-from cgroup import capped_memory
-from paper_figure import draw
-from paper_rows import ROWS, RowPlan, Work, costs, run_row, summary
-from paper_table import tables
-from planted_plan import SHAPES
-from planted_store import planted_store
+from benchmarks.cgroup import capped_memory
+from benchmarks.processes import BenchError, module_command, run_json
+from benchmarks.report import Row, Target, machine_facts, report
+from paper.figure import draw
+from paper.rows import ROWS, RowPlan, Work, costs, run_row, summary
+from paper.table import tables
+from planted.plan import SHAPES
+from planted.store import planted_store
 
-from weightd.store import Store
+from weightd.store.store import Store
 
 SEQUENTIAL = Case("sequential", 1 << 20, 8, False)
 FIO_SECONDS = 4.0
 SEED = 7
-PEERS = Path(__file__).with_name("paper_peers.py")
 PEER_TOKENS = {"dense": 24, "accelerate": 4}
 COMPARED = ("naive", "all")
 
@@ -64,7 +63,7 @@ class Bench:
         """
         make_cold(self.work.checkpoint)
         numbers = [self.work.prompt_tokens, PEER_TOKENS[kind], self.work.seed, memory_bytes]
-        command = [sys.executable, str(PEERS), kind, str(self.work.checkpoint), *map(str, numbers)]
+        command = [*module_command("paper.peers"), kind, str(self.work.checkpoint), *map(str, numbers)]
         with ExitStack() as opened:
             if kind == "accelerate":
                 command = [*opened.enter_context(capped_memory(memory_bytes)).prefix, *command]

@@ -17,12 +17,12 @@ from operator import attrgetter
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
-from bench import Row, Target, abba, machine_facts, middle, report
+from benchmarks.report import Row, Target, abba, machine_facts, middle, report
 from flags import FlagParser
 
 from weightd._native import measure_reads
-from weightd.profile import write_sample
 from weightd.sizes import format_size, parse_size
+from weightd.store.device_profile import write_sample
 
 ENGINES = ("io_uring", "threads")
 RATIO_TARGET = 0.95

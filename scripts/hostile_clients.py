@@ -24,11 +24,11 @@ from pathlib import Path
 from types import TracebackType
 
 import grpc
-import hostile_frames as frames
-import hostile_rings as rings
 from flags import FlagParser
-from hostile_frames import AGAIN_S, Target
-from hostile_rings import Control
+from soaking import hostile_frames as frames
+from soaking import hostile_rings as rings
+from soaking.hostile_frames import AGAIN_S, Target
+from soaking.hostile_rings import Control
 
 from weightd_proto import weightd_pb2 as pb
 

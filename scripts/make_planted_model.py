@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from firing_shares import WINDOW
 from flags import FlagParser
-from planted_layers import Measured, PlantedLayer, PlantedModel
-from planted_plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
+from planted.layers import Measured, PlantedLayer, PlantedModel
+from planted.plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
+from planted.shares import WINDOW
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from weightd.families import recipe_of
+from weightd.importing.families import recipe_of
 
 PLANTED_FOLDER = "planted"
 PLAN_FILE = "plan.json"

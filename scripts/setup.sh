@@ -23,7 +23,7 @@ python3 -c 'import sys; sys.exit("python 3.11 or newer is needed") if sys.versio
 python3 -c 'import ensurepip' 2>/dev/null || need python3-venv
 [[ -f $(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h ]] || need python3-dev
 
-inputs() { cat pyproject.toml constraints.txt CMakeLists.txt proto/* weightd/native/* client/native/*; }
+inputs() { cat pyproject.toml constraints.txt CMakeLists.txt proto/* $(find weightd/native client/native -type f | sort); }
 if [[ ! -x .venv/bin/python ]]; then python3 -m venv .venv; fi
 PATH=$PWD/.venv/bin:$PATH
 if [[ $(inputs | sha256sum) != "$(cat .venv/inputs 2>/dev/null)" ]]; then

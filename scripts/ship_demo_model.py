@@ -10,8 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 import torch
-from demo_measures import measure, windows
-from demo_text import HELD_OUT_PERCENT, Page, read_pages
+from demonstration.measures import measure, windows
+from demonstration.text import HELD_OUT_PERCENT, Page, read_pages
 from flags import FlagParser
 from train_demo_model import encode
 from transformers import GenerationConfig, OPTForCausalLM, PreTrainedTokenizerFast

@@ -34,15 +34,15 @@ from typing import Any
 
 from flags import FlagParser
 from hostile_clients import HostileClients
-from soak_clients import SILENT_S, ClientProcesses, Event, Silences, holdings, send_signal
-from soak_comparison import SETTLE_S, TURNS, Comparison
-from soak_store import Corruption, corrupt, make_store
-from soak_weightd import LOOPBACK, MortalWeightd, charged_bytes
+from soaking.clients import SILENT_S, ClientProcesses, Event, Silences, holdings, send_signal
+from soaking.comparison import SETTLE_S, TURNS, Comparison
+from soaking.daemons import LOOPBACK, MortalWeightd, charged_bytes
+from soaking.store import Corruption, corrupt, make_store
 
-from flashclient.channel import Connection
-from weightd.budget import INTERPRETER_BYTES
-from weightd.call_bounds import FETCHES_MAX
-from weightd.server import WORKERS_MAX
+from flashclient.daemon.channel import Connection
+from weightd.machine.budget import INTERPRETER_BYTES
+from weightd.serving.call_bounds import FETCHES_MAX
+from weightd.serving.server import WORKERS_MAX
 
 KINDS = [
     ("opt", "exact", "shm"), ("opt", "predict", "shm"), ("llama", "exact", "shm"), ("llama", "predict", "shm"),

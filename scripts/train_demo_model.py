@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from demo_text import Page, read_pages
-from demo_training import SEED, Plan, train
+from demonstration.text import Page, read_pages
+from demonstration.training import SEED, Plan, train
 from flags import FlagParser
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, distributed

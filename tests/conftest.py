@@ -21,13 +21,13 @@ def signals_are_not_ignored() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def import_in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weightd.rehearsal._rehearse", rehearse_here)
-        patch.setattr("weightd.gguf_files._write_tokenizer", write_tokenizer_here)
+        patch.setattr("weightd.importing.rehearsal._rehearse", rehearse_here)
+        patch.setattr("weightd.checkpoint.gguf_files._write_tokenizer", write_tokenizer_here)
         yield
 
 
 def rehearse_here(record: weightd_pb2.Model, folder: Path) -> str:
-    from flashclient.rehearsal import RefusedFileError, rehearse
+    from flashclient.generation.rehearsal import RefusedFileError, rehearse
 
     try:
         rehearse(record, folder)
@@ -37,6 +37,6 @@ def rehearse_here(record: weightd_pb2.Model, folder: Path) -> str:
 
 
 def write_tokenizer_here(path: Path, folder: Path) -> None:
-    from weightd.gguf_tokenizer import write_tokenizer
+    from weightd.checkpoint.gguf_tokenizer import write_tokenizer
 
     write_tokenizer(path, folder)

@@ -174,7 +174,7 @@ def _print_stream(client: Any, prompt: str, lengths: dict[str, int]) -> None:
 
 
 def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any:
-    from flashclient.sequences import read_sequences
+    from flashclient.calibration.sequences import read_sequences
 
     if client.tokenizer is None:
         raise OptionError(f"model '{client.record.name}' was stored without a tokenizer, so it cannot read a text")
@@ -183,9 +183,15 @@ def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from flashclient.calibrate import TOKENS_DEFAULT, CalibrationOptions, calibrate, check_sparse, publish_result
-    from flashclient.publishing import check_may_publish
-    from flashclient.sequences import check_text
+    from flashclient.calibration.calibrate import (
+        TOKENS_DEFAULT,
+        CalibrationOptions,
+        calibrate,
+        check_sparse,
+        publish_result,
+    )
+    from flashclient.calibration.publishing import check_may_publish
+    from flashclient.calibration.sequences import check_text
 
     wanted = CalibrationOptions(
         target_recall=options.target_recall,
@@ -208,8 +214,8 @@ def _calibrate(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from flashclient.evaluate import TOKENS_DEFAULT, evaluate_exact, evaluate_predict
-    from flashclient.sequences import check_text
+    from flashclient.calibration.evaluate import TOKENS_DEFAULT, evaluate_exact, evaluate_predict
+    from flashclient.calibration.sequences import check_text
 
     check_text(options.text)
     progress = sys.stderr.isatty()

@@ -17,22 +17,22 @@ import torch
 from transformers import PreTrainedModel
 
 from flashclient._native import Workers
-from flashclient.address import default_address
-from flashclient.channel import Connection
-from flashclient.chat import conversation
-from flashclient.embedded import attach_or_start, import_if_path, revive
+from flashclient.daemon.address import default_address
+from flashclient.daemon.channel import Connection
+from flashclient.daemon.private import attach_or_start, import_if_path, revive
 from flashclient.errors import OptionError
-from flashclient.generate import NEW_TOKENS_DEFAULT, Generator, Turns
-from flashclient.model import BuiltModel, build_model
+from flashclient.generation.chat import conversation
+from flashclient.generation.generate import NEW_TOKENS_DEFAULT, Generator, Turns
+from flashclient.generation.prompts import encode, load_tokenizer, require_tokenizer
+from flashclient.generation.rehearsal import answering
+from flashclient.generation.stats import Stats
+from flashclient.generation.texts import TextStream
+from flashclient.model.build import BuiltModel, build_model
 from flashclient.options import Options
-from flashclient.prompts import encode, load_tokenizer, require_tokenizer
-from flashclient.rehearsal import answering
-from flashclient.remote import GrpcSource
-from flashclient.session import RingSource
-from flashclient.source import BundleSource
+from flashclient.source.border import BundleSource
+from flashclient.source.grpc_chunks import GrpcSource
+from flashclient.source.ring import RingSource
 from flashclient.standard_streams import fill as fill_standard_streams
-from flashclient.stats import Stats
-from flashclient.texts import TextStream
 from flashclient.torch_state import on_cpu
 from weightd_proto import weightd_pb2
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from flashclient.address import TlsOptions, parse_address
+from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model import DTYPES
+from flashclient.model.build import DTYPES
 from weightd_proto import weightd_pb2
 
 MODES = ("auto", "exact", "predict")

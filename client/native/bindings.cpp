@@ -14,11 +14,11 @@
 #include <vector>
 
 #include "array_arguments.h"
-#include "leases.h"
 #include "owned_array.h"
-#include "session.h"
-#include "sweep.h"
-#include "window.h"
+#include "ring/leases.h"
+#include "ring/session.h"
+#include "ring/sweep.h"
+#include "ring/window.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

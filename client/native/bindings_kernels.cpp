@@ -15,14 +15,14 @@
 #include <vector>
 
 #include "array_arguments.h"
-#include "attention.h"
-#include "ffn.h"
-#include "linear.h"
-#include "memory_read.h"
+#include "kernels/attention.h"
+#include "kernels/ffn.h"
+#include "kernels/linear.h"
+#include "kernels/memory_read.h"
+#include "kernels/predictor.h"
+#include "kernels/readable_memory.h"
+#include "kernels/workers.h"
 #include "owned_array.h"
-#include "predictor.h"
-#include "readable_memory.h"
-#include "workers.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -227,7 +227,7 @@ void make_ffn(Ffn* self, Workers& workers, const std::string& dtype, std::size_t
 }
 
 void bind_ffn(nb::module_& module) {
-    nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/ffn.h.")
+    nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/kernels/ffn.h.")
         .def("__init__", &make_ffn, "workers"_a, "dtype"_a, "hidden_size"_a, "gated"_a, "activation"_a,
              "activation_parameter"_a = 0.0f, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(),
              "activation: relu, relu_squared, fatrelu (activation_parameter: its threshold), silu, gelu, gelu_tanh or "
@@ -256,7 +256,7 @@ void multiply(const Linear& linear, const Weight& weight, const Input& x, const 
 }
 
 void bind_linear(nb::module_& module) {
-    nb::class_<Linear>(module, "Linear", "Products of a matrix with rows of x; see client/native/linear.h.")
+    nb::class_<Linear>(module, "Linear", "Products of a matrix with rows of x; see client/native/kernels/linear.h.")
         .def(
             "__init__",
             [](Linear* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
@@ -323,7 +323,7 @@ void attend(const Attention& attention, const Rows& query, const Rows& key, cons
 
 void bind_attention(nb::module_& module) {
     nb::class_<Attention>(module, "Attention",
-                          "Attention over keys and values in place; see client/native/attention.h.")
+                          "Attention over keys and values in place; see client/native/kernels/attention.h.")
         .def(
             "__init__",
             [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
@@ -407,12 +407,12 @@ void bind_predictors(nb::module_& module) {
     const auto signature =
         nb::sig("def predict(self, x: NDArray[numpy.float32]) -> tuple[NDArray[numpy.uint32], NDArray[numpy.uint16]]");
     const char* result = "x [tokens, hidden] -> positions, rising, and which rows want each (bit t: row t).";
-    nb::class_<LowRank>(module, "LowRankPredictor", "See client/native/predictor.h.")
+    nb::class_<LowRank>(module, "LowRankPredictor", "See client/native/kernels/predictor.h.")
         .def("__init__", &make_low_rank, "workers"_a, "dtype"_a, "input"_a.noconvert(), "output"_a.noconvert(),
              "bias"_a.noconvert(), "scale"_a.noconvert() = nb::none(), "instruction_set"_a = nb::none(),
              nb::keep_alive<1, 2>())
         .def("predict", &predict_low_rank, "x"_a.noconvert(), signature, result);
-    nb::class_<Sign>(module, "SignPredictor", "See client/native/predictor.h.")
+    nb::class_<Sign>(module, "SignPredictor", "See client/native/kernels/predictor.h.")
         .def("__init__", &make_sign, "workers"_a, "signs"_a.noconvert(), "margin"_a.noconvert(),
              "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("predict", &predict_sign, "x"_a.noconvert(), signature, result);

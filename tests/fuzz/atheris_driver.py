@@ -13,7 +13,7 @@ import file_targets
 import grpc_target
 from conftest import rehearse_here
 
-from weightd import rehearsal
+from weightd.importing import rehearsal
 from weightd_proto import weightd_pb2
 
 TARGETS = checkpoint_targets.TARGETS | file_targets.TARGETS | grpc_target.TARGETS

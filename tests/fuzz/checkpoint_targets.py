@@ -19,14 +19,14 @@ from typing import Any
 import gguf_fields
 from mutators import Mutator, change_json, json_text, safetensors
 
-from weightd import rehearsal
-from weightd.checkpoint import read_json
-from weightd.convert import import_checkpoint
+from weightd.checkpoint.checkpoint import read_json
+from weightd.checkpoint.gguf_file import read_gguf
+from weightd.disk.safetensors_file import read_safetensors
 from weightd.errors import CheckpointError, SpaceError
-from weightd.families import recipe_of
-from weightd.gguf_checkpoint import read_gguf
-from weightd.safetensors_file import read_safetensors
-from weightd.store import Store
+from weightd.importing import rehearsal
+from weightd.importing.convert import import_checkpoint
+from weightd.importing.families import recipe_of
+from weightd.store.store import Store
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 CONFIG_KEYS = [

@@ -18,16 +18,16 @@ import numpy as np
 from mutators import Mutator, change_message, safetensors
 from tiny_store import write_model
 
-from flashclient.calibration import read_predictors
 from flashclient.errors import CalibrationError
+from flashclient.model.predictor_file import read_predictors
 from weightd._native import Engine
-from weightd.catalog import _parsed
-from weightd.config import load_config
 from weightd.errors import DeviceError, SpaceError, StoreError, UsageError
-from weightd.pressure import Triggers
-from weightd.serve import _engine
-from weightd.served_models import _open, demand_of
-from weightd.store import CATALOG_FILE, CHECKSUMS, PLACEMENT, Store
+from weightd.machine.pressure import Triggers
+from weightd.serving.config import load_config
+from weightd.serving.serve import _engine
+from weightd.serving.served_models import _open, demand_of
+from weightd.store.catalog import _parsed
+from weightd.store.store import CATALOG_FILE, CHECKSUMS, PLACEMENT, Store
 from weightd_proto import weightd_pb2
 
 

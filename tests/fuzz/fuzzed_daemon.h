@@ -15,8 +15,8 @@
 #include <vector>
 
 #include "../native/flash_file.h"
-#include "service.h"
-#include "session.h"
+#include "ring/session.h"
+#include "service/service.h"
 
 namespace weightd {
 

@@ -26,18 +26,18 @@ from google.protobuf.message import DecodeError, Message
 from mutators import Mutator, change_message
 from tiny_store import TinyModel, write_model
 
-from weightd import serve
-from weightd.budget import GrowingDram
-from weightd.call_bounds import SERVICE_NAME
-from weightd.config import load_config
-from weightd.fetch import Fetcher
-from weightd.frontend import Frontend
-from weightd.identity import Identities
-from weightd.pressure import Triggers
-from weightd.served_models import ServedModels
-from weightd.server import WeightdService
-from weightd.statistics import Statistics
-from weightd.store import Store
+from weightd.gateway.identity import Identities
+from weightd.machine.budget import GrowingDram
+from weightd.machine.pressure import Triggers
+from weightd.serving import serve
+from weightd.serving.call_bounds import SERVICE_NAME
+from weightd.serving.config import load_config
+from weightd.serving.fetch import Fetcher
+from weightd.serving.frontend import Frontend
+from weightd.serving.served_models import ServedModels
+from weightd.serving.server import WeightdService
+from weightd.store.store import Store
+from weightd.watching.statistics import Statistics
 from weightd_proto import weightd_pb2 as pb
 from weightd_proto import weightd_pb2_grpc
 
@@ -103,7 +103,7 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event, tol
     store = Store.open(config.store)
     data_socket = str(folder / "data")
     engine = serve._engine(config, DRAM_BYTES, data_socket, Triggers())
-    dram = GrowingDram(config, DRAM_BYTES, [])
+    dram = GrowingDram(config.dram, config.dram_floor, DRAM_BYTES, [])
     models = ServedModels(store, engine, dram)
     fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
     service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, dram, statistics)

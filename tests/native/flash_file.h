@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "checksum.h"
-#include "model.h"
+#include "bundle/checksum.h"
+#include "bundle/model.h"
 
 namespace weightd {
 

@@ -1,7 +1,7 @@
 // Lets an engine do all that it can, the time in which it puts reads off included.
 #pragma once
 
-#include "engine.h"
+#include "engine/engine.h"
 
 namespace weightd {
 

@@ -11,12 +11,12 @@
 #include <stdexcept>
 #include <system_error>
 
-#include "block_size.h"
-#include "bundle.h"
-#include "checksum.h"
-#include "measure.h"
-#include "reader.h"
-#include "service.h"
+#include "bundle/bundle.h"
+#include "bundle/checksum.h"
+#include "device/block_size.h"
+#include "device/measure.h"
+#include "device/reader.h"
+#include "service/service.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -3,7 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
-#include "in_process.h"
+#include "service/in_process.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

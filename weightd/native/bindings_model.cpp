@@ -8,7 +8,7 @@
 
 #include <filesystem>
 
-#include "model.h"
+#include "bundle/model.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;

@@ -1,10 +1,10 @@
 """The command `weightd`: serves a store, or works on one.
 
-    weightd --store DIR ...                  serves (weightd.serve)
+    weightd --store DIR ...                  serves (weightd.serving.serve)
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update]
     weightd ls | rm NAME | verify [NAME...] --store DIR
-    weightd doctor --store DIR               (weightd.doctor)
-    weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.top)
+    weightd doctor --store DIR               (weightd.machine.doctor)
+    weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
 
 Exit status 0, 1 (failed), 2 (usage). With --json, one object on standard output and nothing else there.
 """
@@ -24,11 +24,11 @@ from typing import Any
 
 from flashclient import standard_streams
 from flashclient.standard_streams import complain, say
-from weightd.config import FlagParser
 from weightd.errors import WeightdError
+from weightd.flags import FlagParser
 from weightd.log import one_line
 from weightd.sizes import format_size
-from weightd.store import Store
+from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 Progress = Callable[[int, int], None]
@@ -56,17 +56,17 @@ def _main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["doctor"]:
-        from weightd import doctor
+        from weightd.machine import doctor
 
         return doctor.main(arguments[1:])
     # Before gRPC is imported: its core would write lines of its own, with bytes in them as they came.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if arguments[:1] == ["top"]:
-        from weightd import top
+        from weightd.watching import top
 
         return top.main(arguments[1:])
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        from weightd import serve
+        from weightd.serving import serve
 
         return serve.main(arguments)
     options = _parser().parse_args(arguments)
@@ -156,10 +156,10 @@ def _descriptor(text: str) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from weightd.checkpoint import check_exists
-    from weightd.convert import import_checkpoint
-    from weightd.rehearsal import asking
-    from weightd.update import IMPORTED, update
+    from weightd.checkpoint.opening import check_exists
+    from weightd.importing.convert import import_checkpoint
+    from weightd.importing.rehearsal import asking
+    from weightd.importing.update import IMPORTED, update
 
     rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
     check_exists(options.source)  # a misspelt source makes no store
@@ -189,7 +189,7 @@ def _remove(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from weightd.verify import verify_model
+    from weightd.store.verify import verify_model
 
     with Store.open(options.store, readonly=True) as store:
         results = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from weightd.errors import UsageError
 
@@ -20,6 +21,17 @@ UNITS_BYTES = {
 }
 BYTES_MAX = 1 << 80
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+
+
+@dataclass(frozen=True)
+class Amount:
+    """A size or a percentage; neither where nothing was given."""
+
+    bytes: int | None = None
+    percent: float | None = None
+
+
+NOTHING_GIVEN = Amount()
 
 
 def parse_size(text: str) -> int:
@@ -53,3 +65,7 @@ def format_enough(size_bytes: int) -> str:
     """As format_size, and never less than the size: for what a user is told to give."""
     text = format_size(size_bytes)
     return text if parse_size(text) >= size_bytes else f"{-(-size_bytes >> 20)}MiB"
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,1 @@
+"""Measures a model's sparsity and quality, trains its predictors and publishes both."""

@@ -1,0 +1,216 @@
+"""Perplexity and agreement of a model's modes on a text: `flashclient eval`.
+
+Three ways of running the same sequences are compared: transformers' dense model, rebuilt in memory from the bundles
+where there is room; the client in mode "exact"; and the client in mode "predict", where the model was calibrated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from flashclient.calibration.free_memory import available_bytes
+from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, read_parts
+from flashclient.calibration.predictor_training import PairCounts, Prediction, Rates
+from flashclient.client import FlashClient
+from flashclient.model.architectures import architecture_of
+from flashclient.model.build import DTYPES, resident_tensors
+from flashclient.model.predictor_file import Predictor, read_predictors
+from weightd_proto import weightd_pb2
+from weightd_proto.files import PREDICTORS_FILE
+
+TOKENS_DEFAULT = 16384
+DENSE_HEADROOM = 1.2  # a model in memory needs its weights and what a forward takes beside them
+
+
+@dataclass
+class Quality:
+    """How well logits foretell a text. Sums over tokens, the first of a sequence apart, which nothing foretells."""
+
+    tokens: int = 0
+    agreed: int = 0
+    nats: float = 0.0
+
+    def add(self, logits: Tensor, ids: Tensor, reference: Tensor) -> None:
+        """Takes in one sequence.
+
+        Args:
+            logits: [length, vocabulary] fp32.
+            ids: [length].
+            reference: [length], the likeliest next tokens by the model compared with.
+        """
+        self.nats += functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
+        self.agreed += int((logits.argmax(1) == reference)[:-1].sum())
+        self.tokens += len(ids) - 1
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nats / max(1, self.tokens), 700.0))
+
+    @property
+    def top1_agreement(self) -> float:
+        return self.agreed / max(1, self.tokens)
+
+    def as_dict(self) -> dict[str, float]:
+        return {"perplexity": self.perplexity, "top1_agreement": self.top1_agreement}
+
+
+@dataclass
+class Evaluation:
+    """What was measured; None and empty where it could not be, for the reason in `notes`.
+
+    Attributes:
+        sequences: [sequences, length] ids.
+        likeliest: of the same shape, the next tokens by the model compared with.
+    """
+
+    sequences: Tensor
+    likeliest: Tensor | None = None
+    dense: Quality | None = None
+    exact: Quality = field(default_factory=Quality)
+    predict: Quality | None = None
+    layers: list[Rates] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What --json prints. Agreement is with the dense model, or with exact mode where that did not fit."""
+        dense = None if self.dense is None else {"perplexity": self.dense.perplexity}
+        return {
+            "dense": dense,
+            "exact": self.exact.as_dict(),
+            "predict": None if self.predict is None else self.predict.as_dict(),
+            "layers": [asdict(rates) for rates in self.layers],
+            "text_tokens": self.sequences.numel(),
+            "agreement_with": "exact" if self.dense is None else "dense",
+            "notes": self.notes,
+        }
+
+    def table(self) -> str:
+        """A row per mode, a row per layer, and what is left out."""
+        lines = [f"{'':<8}{'perplexity':>12} {'same first token':>18}"]
+        for name, quality in (("dense", self.dense), ("exact", self.exact), ("predict", self.predict)):
+            if quality is not None:
+                lines.append(f"{name:<8}{quality.perplexity:>12.3f} {quality.top1_agreement:>18.2%}")
+        if self.layers:
+            lines.append(f"{'layer':<8}{'firing':>12} {'predicted':>12} {'missed':>12} {'false':>12}")
+        for index, rates in enumerate(self.layers):
+            lines.append(f"{index:<8}" + " ".join(f"{share:>12.2%}" for share in astuple(rates)))
+        return "\n".join([*lines, *self.notes])
+
+
+def evaluate_exact(client: FlashClient, sequences: Tensor, progress: bool = False) -> Evaluation:
+    """The dense model, exact mode and, where the model was calibrated, what its predictors do in each layer.
+
+    Args:
+        client: of mode "exact"; it can only be closed afterwards.
+        sequences: [sequences, length] ids.
+
+    Raises:
+        DaemonLostError, CorruptionError: while the weights were read.
+        CalibrationError: the calibration does not fit the model.
+    """
+    result = Evaluation(sequences)
+    with torch.no_grad():
+        result.likeliest = _evaluate_dense(client, result, progress)
+        result.likeliest = _run(client.model, result, result.exact, _bar("exact", sequences, progress))
+        client.source.idle()
+        if client.record.calibration.version > 0:
+            result.layers = layer_rates(client, fetch_predictors(client), sequences)
+            client.source.idle()
+        else:
+            result.notes.append(f"predict: '{client.record.name}' was never calibrated: run `flashclient calibrate`")
+    return result
+
+
+def evaluate_predict(client: FlashClient, result: Evaluation, progress: bool = False) -> None:
+    """Adds predict mode to `result`, by a client of that mode. Apart from exact mode, so that one session is enough."""
+    result.predict = Quality()
+    with torch.no_grad():
+        _run(client.model, result, result.predict, _bar("predict", result.sequences, progress))
+    client.source.idle()
+
+
+def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
+    yield from tqdm(sequences, desc=mode, unit="sequence", disable=not shown)
+
+
+def _evaluate_dense(client: FlashClient, result: Evaluation, progress: bool) -> Tensor | None:
+    """Returns the likeliest next tokens, as `_run` does; None where the model does not fit."""
+    record = client.record
+    needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
+    free_bytes = available_bytes()
+    if needed_bytes > free_bytes:
+        result.notes.append(f"dense: it needs {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} are free")
+        return None
+    result.dense = Quality()
+    return _run(dense_model(client), result, result.dense, _bar("dense", result.sequences, progress))
+
+
+def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor]) -> Tensor:
+    """Returns the likeliest next tokens [sequences, length] of the model compared with: this one if there is none."""
+    likeliest = torch.empty_like(result.sequences) if result.likeliest is None else result.likeliest
+    for row, ids in enumerate(rows):
+        logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
+        if result.likeliest is None:
+            likeliest[row] = logits.argmax(1)
+        quality.add(logits, ids, likeliest[row])
+    return likeliest
+
+
+def dense_model(client: FlashClient) -> Any:
+    """transformers' own model, whole and in memory, from the client's resident tensors and bundles."""
+    record, config = client.record, client.model.config
+    dtype = DTYPES[record.bundle.dtype]
+    architecture = architecture_of(config)[1]
+    state = resident_tensors(record, client.source.resident, dtype)
+    for index, layer in enumerate(record.layers):
+        order = torch.from_numpy(np.argsort(client.connection.placement(record, index)))
+        *rows, down = (part[order] for part in read_parts(client.source, record, index))
+        parts = [*rows, down.T.contiguous()]
+        state |= {f"{layer.module}.{name}": part for name, part in zip(architecture.weights, parts, strict=True)}
+    model = type(client.model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model.train(False)
+    return model
+
+
+def fetch_predictors(client: FlashClient) -> list[Predictor]:
+    """The predictors of the model's newest calibration, copied over gRPC. Raises CalibrationError, RefusedError."""
+    what = weightd_pb2.CalibrationFile(version=client.record.calibration.version, name=PREDICTORS_FILE)
+    request = weightd_pb2.FetchRequest(model=client.record.name, calibration=what)
+    data: NDArray[np.uint8] = np.frombuffer(b"".join(client.connection.fetch(request)), np.uint8)
+    return read_predictors(data, client.record)
+
+
+def layer_rates(client: FlashClient, predictors: list[Predictor], sequences: Tensor) -> list[Rates]:
+    """What `predictors` do on the inputs that the dense model's FFNs get. `client` can only be closed afterwards."""
+    walk = LayerWalk(client, sequences[:1])
+    hidden = [walk.embed(ids) for ids in sequences[:, None]]
+    rates = []
+    for index, predictor in enumerate(predictors):
+        counted = _Counted(walk.weights(index), Prediction(predictor, DTYPES[client.record.bundle.dtype]), PairCounts())
+        hidden = [walk.step(index, one, counted) for one in hidden]
+        rates.append(counted.counts.rates())
+    return rates
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A dense FFN that compares what fires with what is predicted."""
+
+    weights: LayerWeights
+    prediction: Prediction
+    counts: PairCounts
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        fired = self.weights.neurons(rows)
+        self.counts.add(fired != 0, self.prediction.wanted(rows))
+        return self.weights.sum(fired)

@@ -1,0 +1,144 @@
+"""What a calibration found: of each layer, of the whole model, and which mode that speaks for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashclient.calibration.evaluate import Quality
+from flashclient.calibration.predictor_training import Rates
+from flashclient.model.predictor_file import LowRank, Predictor, arrays_of, write_predictors, write_tensors
+from weightd_proto import weightd_pb2
+from weightd_proto.files import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
+
+LOSS_MAX = 0.005  # of perplexity, for mode "predict" to be what "auto" takes
+COMPUTED_SHARE_MAX = 0.5  # of the FFNs' bytes that a token may need, predictor included, for predict mode to pay
+NEW_SHARE_MAX = 0.25  # new neurons per token: scattered reads cost twice sequential ones, exact mode reads half a model
+WINDOW_TOKENS = 4
+
+
+@dataclass
+class CalibratedLayer:
+    """What was found for one layer; arrays are by position."""
+
+    predictor: Predictor
+    rates: Rates
+    sign_rates: Rates
+    frequency: NDArray[np.float32]
+    predicted: NDArray[np.float32]
+    union: NDArray[np.float32]
+    coactivation: NDArray[np.int32]
+    ffn_bytes: int
+
+    @property
+    def predictor_bytes(self) -> int:
+        return int(sum(array.nbytes for array in arrays_of(self.predictor).values()))
+
+    @property
+    def time_share(self) -> float:
+        """The predictor's part of the bytes that a token's FFN needs: at decode both run at memory bandwidth."""
+        return self.predictor_bytes / (self.predictor_bytes + self.rates.predicted * self.ffn_bytes)
+
+    @property
+    def computed_share(self) -> float:
+        return self.predictor_bytes / self.ffn_bytes + self.rates.predicted
+
+    @property
+    def new_share(self) -> float:
+        """Of the layer's neurons: predicted for a token and not in the window of those before it."""
+        return float(self.union[WINDOW_TOKENS] - self.union[WINDOW_TOKENS - 1])
+
+    @property
+    def rank(self) -> int:
+        """0 for a predictor of sign bits."""
+        return len(self.predictor.input) if isinstance(self.predictor, LowRank) else 0
+
+    def row(self) -> str:
+        """Its columns in the table."""
+        shares = [
+            f"{share:>9.1%}"
+            for rates in (self.rates, self.sign_rates)
+            for share in (rates.predicted, rates.false_negatives, rates.false_positives)
+        ]
+        size = f"{self.rank:>9} {self.predictor_bytes / 1024:>9.1f} {self.time_share:>9.1%}"
+        return " ".join([*shares[:3], size, *shares[3:]])
+
+    def report(self) -> dict[str, Any]:
+        row = {**asdict(self.rates), "rank": self.rank, "bytes": self.predictor_bytes, "time_share": self.time_share}
+        return {**row, "union": [float(share) for share in self.union], "sign": asdict(self.sign_rates)}
+
+
+@dataclass
+class CalibrationResult:
+    """A finished calibration.
+
+    Attributes:
+        quality: of the dense model, and of the same masked by the predictors.
+    """
+
+    layers: list[CalibratedLayer]
+    quality: dict[str, Quality]
+    text_tokens: int
+    settings: dict[str, Any]
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Of perplexity by prediction, as a share; negative where it gained."""
+        return self.quality["predict"].perplexity / self.quality["dense"].perplexity - 1
+
+    def mode(self) -> tuple[str, str]:
+        """What mode "auto" is to take, and why."""
+        computed = float(np.mean([layer.computed_share for layer in self.layers]))
+        new = float(np.mean([layer.new_share for layer in self.layers]))
+        if self.loss > LOSS_MAX:
+            return "exact", f"prediction costs {self.loss:.2%} of perplexity, more than {LOSS_MAX:.1%}"
+        if computed > COMPUTED_SHARE_MAX:
+            return "exact", f"a token needs {computed:.0%} of the FFNs, predictors included: it pays below 50%"
+        if new > NEW_SHARE_MAX:
+            return "exact", f"{new:.0%} of the neurons are new with each token: it pays below 25%"
+        return "predict", (
+            f"prediction costs {self.loss:.2%} of perplexity (at most {LOSS_MAX:.1%}); a token needs {computed:.0%} of "
+            f"the FFNs (below 50%), {new:.1%} are new with it (below 25%)"
+        )
+
+    def report(self) -> dict[str, Any]:
+        """report.json."""
+        mode, reason = self.mode()
+        return {
+            "layers": [layer.report() for layer in self.layers],
+            "quality": {name: quality.as_dict() for name, quality in self.quality.items()} | {"loss": self.loss},
+            "mode": mode,
+            "mode_reason": reason,
+            "text_tokens": self.text_tokens,
+            **self.settings,
+        }
+
+    def table(self) -> str:
+        """A row per layer, both predictors side by side, and the verdict."""
+        kind = {"low_rank": "low rank", "sign": "sign bits"}[self.settings["kind"]]
+        head = f"{'':>14} {kind:^59} {'sign bits':^29}"
+        names = ("predicted", "missed", "false", "rank", "KiB", "time", "predicted", "missed", "false")
+        lines = [head, f"{'layer':>5} {'firing':>8} " + " ".join(f"{name:>9}" for name in names)]
+        for index, layer in enumerate(self.layers):
+            lines.append(f"{index:>5} {layer.rates.firing:>8.1%} {layer.row()}")
+        mode, reason = self.mode()
+        return "\n".join([*lines, f"mode '{mode}': {reason}"])
+
+
+def write_files(result: CalibrationResult, model: weightd_pb2.Model, folder: Path) -> tuple[str, ...]:
+    """Writes the three files of the format (flashclient.model.predictor_file); returns their names."""
+    write_predictors(folder / PREDICTORS_FILE, [layer.predictor for layer in result.layers], model)
+    statistics = {
+        f"layers.{index}.{name}": getattr(layer, name)
+        for index, layer in enumerate(result.layers)
+        for name in ("frequency", "predicted", "union", "coactivation")
+    }
+    write_tensors(folder / STATISTICS_FILE, statistics, model, {})
+    (folder / REPORT_FILE).write_text(json.dumps(result.report(), indent=1))
+    return PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE

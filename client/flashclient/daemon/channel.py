@@ -1,0 +1,274 @@
+"""The control plane as the client sees it: one gRPC channel, and the one place where statuses become errors."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+import grpc.experimental
+import numpy as np
+from numpy.typing import NDArray
+
+from flashclient import errors
+from flashclient._native import checksum
+from flashclient.daemon.address import NO_TLS, Address, TlsOptions, parse_address
+from flashclient.daemon.identity import IdentifiedStub
+from weightd_proto import weightd_pb2, weightd_pb2_grpc
+
+# A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
+MESSAGE_BYTES_MAX = 16 * 2**20
+# A daemon whose machine is gone is found out within 30 s of a call, however long the call may take. weightd takes pings
+# each 10 s or slower.
+KEEPALIVE_MS = 20_000
+KEEPALIVE_TIMEOUT_MS = 10_000
+# Before a channel that cannot connect tries again: a weightd that is back is found soon. (gRPC's own: 1 to 120 s.)
+RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 500
+CHANNEL_OPTIONS = [
+    ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
+    ("grpc.max_reconnect_backoff_ms", RECONNECT_MAX_MS),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
+    ("grpc.enable_retries", 0),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),  # a call that waits for a slow device says nothing for long
+    # Else each stream counts on a thread that its caller starts: an interrupt (Ctrl-C) just before leaves the stream
+    # without it, and close() waits for that stream for ever. It also saves starting a thread for each Fetch.
+    (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
+]
+
+RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
+# That one attempt to attach again may count for: what it takes longer, this process was frozen, and weightd maybe, too.
+ATTEMPT_S = 10.0
+OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
+
+Result = TypeVar("Result")
+logger = logging.getLogger("flashclient")
+
+
+class SessionLostError(errors.DaemonLostError):
+    """weightd is gone or has closed the session: reattach(), then ask again. Seen outside only before a generation."""
+
+
+_ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
+    grpc.StatusCode.UNAVAILABLE: SessionLostError,
+    grpc.StatusCode.CANCELLED: SessionLostError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: SessionLostError,  # or it was we who were stopped for so long
+    grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
+    grpc.StatusCode.ABORTED: errors.BusyError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BusyError,  # of OpenSession: ShareError
+    grpc.StatusCode.DATA_LOSS: errors.CorruptionError,
+}
+
+
+@contextmanager
+def rpc_errors(address: str) -> Iterator[None]:
+    """Turns what gRPC raises inside into the error of flashclient.errors that its status stands for."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise _translated(error, address) from error
+    except ValueError as error:  # how gRPC says that close() came first
+        raise errors.DaemonLostError(f"the connection to weightd at {address} was closed") from error
+
+
+def _translated(error: Any, address: str) -> errors.FlashClientError:
+    kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
+    if issubclass(kind, errors.DaemonLostError):
+        return kind(f"weightd at {address} does not answer: {error.details()}")
+    return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
+
+
+def open_channel(address: Address, tls: TlsOptions, *more: tuple[str, int]) -> grpc.Channel:
+    """With `more` options of gRPC. Raises OptionError for a file of `tls` that cannot be used."""
+    options = [*CHANNEL_OPTIONS, *more]
+    if address.beyond_proxies:
+        options.append(("grpc.enable_http_proxy", 0))
+    if tls.given:
+        ca, cert, key = tls.read()
+        return grpc.secure_channel(address.channel_target, grpc.ssl_channel_credentials(ca, key, cert), options)
+    return grpc.insecure_channel(address.channel_target, options)
+
+
+def stub_of(channel: grpc.Channel, address: Address) -> Any:
+    """The calls of weightd.v1.Weightd; over a Unix socket each shows who calls."""
+    stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
+    return stub if address.socket_path is None else IdentifiedStub(stub, address.socket_path)
+
+
+def _details(error: Any) -> str:
+    """gRPC's words in one line."""
+    return " ".join((error.details() or "").split())
+
+
+def _nobody_there(address: Address, tls: TlsOptions, said: str) -> str:
+    """What to try, by what the first call met."""
+    if address.socket_path is not None:
+        return f"no weightd at {address.target}: start it with `weightd --store DIR`, or pass store="
+    if not tls.given:
+        return f"no weightd at {address.target}, or one that wants TLS: start it, or pass tls_ca="
+    return f"no weightd at {address.target}, or one of the two certificates was not accepted: {said}"
+
+
+class Connection:
+    """A channel to the weightd at `address`, checked to be alive.
+
+    Args:
+        address: `unix:/path` or `host:port`.
+        timeout_s: how long an answer may take, the first one included; and how long a weightd that was lost may take to
+            come back.
+        tls: for TCP; needed beyond this machine.
+        revive: called now and then while a weightd that was lost is waited for.
+
+    Raises:
+        NoDaemonError: nothing answers there, or one of the two certificates is not accepted.
+        OptionError: no such address, or no such file.
+    """
+
+    def __init__(
+        self, address: str, timeout_s: float, tls: TlsOptions = NO_TLS, revive: Callable[[], None] = lambda: None
+    ) -> None:
+        parsed = parse_address(address, tls)
+        self.address = parsed.target
+        self.timeout_s = timeout_s
+        self._revive = revive
+        self._channel = open_channel(parsed, tls)
+        self.stub = stub_of(self._channel, parsed)
+        try:
+            self.stats()
+        except errors.DaemonLostError as error:
+            self.close()
+            raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
+
+    def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None = None) -> Any:
+        """Waits for a daemon that is busy."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        give_up_s = time.monotonic() + timeout_s
+        while True:
+            try:
+                with rpc_errors(self.address):
+                    return method(request, timeout=timeout_s)
+            except errors.BusyError as error:
+                cause = error.__cause__
+                if not isinstance(cause, grpc.Call) or cause.code() is not grpc.StatusCode.ABORTED:
+                    raise
+                if time.monotonic() > give_up_s:
+                    raise
+            time.sleep(RETRY_S)
+
+    def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
+        """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.
+
+        Raises:
+            DaemonLostError: it has not come back in time.
+            ShareError, BusyError: it has, and had no room in all that time.
+        """
+        logger.warning("%s; waiting up to %g s to attach again at %s", lost, self.timeout_s, self.address)
+        began_s = time.monotonic()
+        waited_s = 0.0
+        while True:
+            asked_s = time.monotonic()
+            try:
+                self._revive()
+                self.stats(min(self.timeout_s, ATTEMPT_S))  # whether it answers; attaching may take longer than that
+                result = attach()
+            except SessionLostError as error:
+                if waited_s > self.timeout_s:
+                    raise errors.DaemonLostError(
+                        f"weightd at {self.address} has not come back within {self.timeout_s:g} s: start it again, or "
+                        "raise timeout_s="
+                    ) from error
+            except (errors.ShareError, errors.BusyError):
+                if waited_s > self.timeout_s:
+                    raise
+            else:
+                logger.info("attached again at %s after %.2f s", self.address, time.monotonic() - began_s)
+                return result
+            time.sleep(RETRY_S)
+            waited_s += min(time.monotonic() - asked_s, ATTEMPT_S)
+
+    def stats(self, timeout_s: float | None = None) -> weightd_pb2.StatsResponse:
+        """`timeout_s`: as of all calls by default."""
+        answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest(), timeout_s)
+        return answer
+
+    def describe(self, name: str) -> weightd_pb2.Model:
+        """The model's record. Raises ModelNotFoundError, which names the models there are."""
+        name = os.fsencode(name).decode(errors="replace")  # bytes of a command line that are no UTF-8 are no name
+        model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
+        return model
+
+    def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
+        """A share of the pool.
+
+        Raises ShareError, which gives the numbers, BusyError, and RefusedError for another import of the model.
+        """
+        request = weightd_pb2.OpenSessionRequest(model=model.name, slots_wanted=slots_wanted, import_id=model.import_id)
+        try:  # the first one waits until the resident weights have been read
+            opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+                raise errors.ShareError(error.details()) from error
+            raise _translated(error, self.address) from error
+        return opened
+
+    def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
+        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is busy."""
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        return self._pieces(self._ask(request, timeout_s), request, timeout_s)
+
+    def _ask(self, request: weightd_pb2.FetchRequest, timeout_s: float) -> Any:
+        with rpc_errors(self.address):
+            return self.stub.Fetch(request, timeout=timeout_s)
+
+    def _pieces(self, responses: Any, request: weightd_pb2.FetchRequest, timeout_s: float) -> Iterator[bytes]:
+        give_up = time.monotonic() + timeout_s
+        given_bytes = 0
+        while True:
+            try:
+                passed_bytes = 0  # asked again, it begins anew
+                with rpc_errors(self.address):
+                    for response in responses:
+                        fresh = response.data[max(0, given_bytes - passed_bytes) :]
+                        passed_bytes += len(response.data)
+                        given_bytes += len(fresh)
+                        if fresh:
+                            yield fresh
+                return
+            except errors.BusyError:
+                if time.monotonic() > give_up:
+                    raise
+                time.sleep(RETRY_S)
+                responses = self._ask(request, timeout_s)
+
+    def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:
+        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`.
+
+        Raises CorruptionError for a file that came with other bytes than weightd's catalog says.
+        """
+        for file in model.files:
+            target = (folder / file.name).resolve()
+            if folder.resolve() not in target.parents:
+                raise errors.RefusedError(f"file '{file.name}' of model '{model.name}' would leave its folder")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
+            if len(data) != file.size_bytes or checksum(np.frombuffer(data, np.uint8)) != file.checksum:
+                raise errors.CorruptionError(
+                    f"model {model.name}, file hf/{file.name}: it came with other bytes than its checksum is of; try "
+                    "again, and look after the network or the memory of one of the machines if it stays so"
+                )
+            target.write_bytes(data)
+
+    def placement(self, model: weightd_pb2.Model, layer: int) -> NDArray[np.uint32]:
+        """The neuron at each position of `layer`: [neurons] uint32."""
+        data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, placement_of=layer)))
+        return np.frombuffer(data, "<u4")
+
+    def close(self) -> None:
+        """Ends the channel and every call on it."""
+        self._channel.close()

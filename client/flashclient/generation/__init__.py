@@ -1,0 +1,1 @@
+"""generate(): prompts, arguments, drafts, caches and statistics of a generation."""

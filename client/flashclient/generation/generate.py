@@ -1,0 +1,447 @@
+"""transformers' generate() on a streamed model: its arguments checked, its output in the caller's kind, measured.
+
+A model has one Generator, which takes the place of its generate(): so whoever calls that, a pipeline of transformers
+too, gets what FlashClient.generate() gives.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from numbers import Integral
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import EosTokenCriteria, GenerationConfig, PreTrainedTokenizerBase
+
+from flashclient.errors import FlashClientError, ForkedError, OptionError
+from flashclient.generation.arguments import check_arguments, known_arguments, merged_config
+from flashclient.generation.drafts import Drafts, drafting
+from flashclient.generation.growing_cache import GrowingCache
+from flashclient.generation.prompts import Prompt, as_mask, as_tensors
+from flashclient.generation.stats import Meter, Stats
+from flashclient.model.architectures import architecture_of
+from flashclient.model.build import BuiltModel
+from flashclient.source.border import BundleSource
+from flashclient.torch_state import on_cpu
+
+NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
+
+
+EXIT_CHECK_S = 0.001
+EXIT_S = 10.0  # for a generation to find out that the process ends
+
+
+class Turns:
+    """Who may use a client: the process that made it, one thread at a time, until it is closed."""
+
+    def __init__(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._ending = False  # nobody begins any more
+        self._closed = False
+        self._exiting = False
+        self._passing: set[int] = set()  # threads in a forward pass
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Raises ForkedError in another process and FlashClientError after close().
+
+        When the interpreter exits, what runs in other threads is ended with SystemExit, which ends a thread in silence.
+        """
+        self.check()
+        with self._lock:
+            self.check()
+            if self._ending:
+                raise FlashClientError("this client is being closed: make a new one")
+            try:
+                yield
+            except Exception:  # what it uses is being closed, so its error may be anybody's
+                if self._exiting:
+                    raise SystemExit from None
+                raise
+
+    @contextmanager
+    def last(self) -> Iterator[None]:
+        """Waits for a generation under way; after close() too. In another process there is none to wait for."""
+        self._ending = True
+        with self._lock if os.getpid() == self._pid else nullcontext():
+            yield
+
+    def watch_passes(self, model: nn.Module) -> None:
+        """Of whoever calls the model."""
+        model.register_forward_pre_hook(self._begin_pass)
+        model.register_forward_hook(lambda *_: self._passing.discard(threading.get_ident()), always_call=True)
+
+    def _begin_pass(self, *_: object) -> None:
+        self.check()
+        self._passing.add(threading.get_ident())
+
+    def check(self) -> None:
+        """Raises what taken() does."""
+        if os.getpid() != self._pid:
+            raise ForkedError("this client was made before fork(): make a new one in the child process")
+        if self._exiting and self._closed:
+            raise SystemExit
+        if self._closed:
+            raise FlashClientError("this client is closed: make a new one")
+
+    def close(self) -> None:
+        self._closed = True
+
+    def exit(self) -> None:
+        """The interpreter exits: daemon threads may still be generating."""
+        self._exiting = True
+
+    def await_exit(self) -> None:
+        """A thread that is in native code when the interpreter ends brings the process down."""
+        if not self._exiting:
+            return
+        give_up_s = time.monotonic() + EXIT_S
+        if self._lock.acquire(timeout=EXIT_S):
+            self._lock.release()
+        while self._others_pass() and time.monotonic() < give_up_s:
+            time.sleep(EXIT_CHECK_S)
+
+    def _others_pass(self) -> bool:
+        """A pass that was interrupted leaves its thread noted, but mostly not alive."""
+        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
+        return not alive.isdisjoint(self._passing)
+
+
+@dataclass
+class _Call:
+    """A call of transformers' generate(), ready to be made.
+
+    Attributes:
+        arguments: of it.
+        config: what it will be configured with, for reading.
+        ids_tokens: columns of input_ids, with which the sequences begin that are returned.
+        prompt_tokens: of a row, padding included.
+        past_tokens: that a given cache holds.
+        whole: whether the prompt repeats them.
+    """
+
+    arguments: dict[str, Any]
+    config: GenerationConfig
+    ids_tokens: int = 0
+    prompt_tokens: int = 1
+    past_tokens: int = 0
+    whole: bool = True
+
+    @property
+    def cached_tokens(self) -> int:
+        """What the cache holds once the prompt is computed."""
+        return self.prompt_tokens if self.whole else self.past_tokens + self.prompt_tokens
+
+    @property
+    def fed_tokens(self) -> int:
+        return self.cached_tokens - self.past_tokens
+
+    @property
+    def drafted(self) -> bool:
+        config = self.config
+        proposes = (config.prompt_lookup_num_tokens, config.assistant_early_exit, self.arguments.get("assistant_model"))
+        return (config.num_beams or 1) == 1 and any(one is not None for one in proposes)
+
+    def set(self, name: str, value: Any) -> None:
+        """Configures the call. Where a generation_config was given it goes there: transformers wants no mixture."""
+        setattr(self.config, name, value)
+        given = self.arguments.get("generation_config")
+        if given is None or name in self.arguments:
+            self.arguments[name] = value
+        else:
+            self.arguments["generation_config"] = given = copy.deepcopy(given)
+            setattr(given, name, value)
+
+
+class Generator:
+    """Takes the place of the model's generate()."""
+
+    def __init__(
+        self, built: BuiltModel, source: BundleSource, tokenizer: PreTrainedTokenizerBase | None, turns: Turns
+    ) -> None:
+        self._model = cast(Any, built.model)  # a module, whose generate and forward mypy takes for tensors
+        self._total = built.total
+        self._steps = built.steps
+        self._source = source
+        self._drafts = Drafts(built.model, tokenizer)
+        self._tokenizer = tokenizer
+        self._turns = turns
+        self.known = known_arguments(self._model)
+        self._generate = self._model.generate  # transformers' own
+        self._signature = inspect.signature(self._generate)
+        self._positions: int = self._model.config.max_position_embeddings
+        self._positions_end = architecture_of(self._model.config)[1].positions_end
+        self._meters: list[Meter] = []  # of the generations under way, each but the first inside the one before
+        self.stats = Stats()
+        self._take_place()
+
+    def _take_place(self) -> None:
+        @functools.wraps(self._generate)
+        def generate(*positional: Any, **arguments: Any) -> Any:
+            bound = self._signature.bind(*positional, **arguments).arguments
+            rest = bound.pop("kwargs", {})
+            return self.run(bound | rest)[0]
+
+        self._model.generate = generate
+        for name in ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager"):
+            if hasattr(self._model, name):
+                setattr(self._model, name, functools.partial(_refuse_batching, name))
+
+    def answer(self, prompt: Prompt, arguments: dict[str, Any]) -> Any:
+        """What transformers returns, in the prompt's kind unless a dict was asked for."""
+        output, call = self.run(arguments | prompt.inputs)
+        return prompt.answer(output, _fill(call.config)) if isinstance(output, Tensor) else output
+
+    def run(self, arguments: dict[str, Any]) -> tuple[Any, _Call]:
+        """What transformers' generate() returns, and the call that was made of it."""
+        with self._turns.taken(), on_cpu(), ExitStack() as ending:
+            call = self._prepared(arguments)
+            assistant = call.arguments.get("assistant_model")
+            if assistant is not None:
+                given = arguments.get("generation_config")
+                ending.enter_context(drafting(assistant, arguments, given))
+            meter = Meter(self._source, self._total.clock)
+            ending.enter_context(self._under_way(meter, call))
+            ending.enter_context(meter.watching(self._model, assistant))
+            try:
+                output = self._generate(**call.arguments)
+            except IndexError as error:  # from models that run all their layers whatever their config says, like OPT
+                if call.config.assistant_early_exit is None or meter.checks > 0:
+                    raise
+                raise OptionError("assistant_early_exit= is refused: this model cannot stop at a layer") from error
+            except (TypeError, ValueError, ImportError) as error:
+                if meter.steps > 0 or isinstance(error, FlashClientError):
+                    raise
+                raise OptionError(str(error).strip()) from error  # nothing was computed: it is about the arguments
+            self.stats = self._measured(meter, call, output)
+        return output, call
+
+    @contextmanager
+    def _under_way(self, meter: Meter, call: _Call) -> Iterator[None]:
+        for outer in self._meters:
+            outer.inner += 1
+        self._meters.append(meter)
+        if self._steps is not None:
+            self._steps.begin(call.cached_tokens, self._end_tokens(call))
+        layers = self._model.config.num_hidden_layers
+        try:
+            yield
+        finally:
+            self._model.config.num_hidden_layers = layers  # which assistant_early_exit lowers, also when it fails
+            self._meters.pop()
+            for outer in self._meters:
+                outer.inner -= 1
+            if self._steps is not None:
+                self._steps.end()
+            if not self._meters:
+                self._total.idle()
+
+    def _measured(self, meter: Meter, call: _Call, output: Any) -> Stats:
+        sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+        made = torch.empty(0, 0) if sequences is None else sequences[:, call.ids_tokens :]
+        return meter.finish(
+            mode="exact" if self._steps is None else "predict",
+            rows=len(made),
+            prompt_tokens=call.prompt_tokens,
+            fed_tokens=call.fed_tokens,
+            new_tokens=_made_tokens(made, call.config),
+            drafted=call.drafted,
+        )
+
+    def _end_tokens(self, call: _Call) -> list[int] | None:
+        """The tokens after which transformers feeds a row nothing but padding; None for beams, which it reorders."""
+        config, arguments = call.config, call.arguments
+        own = any(isinstance(one, EosTokenCriteria) for one in arguments.get("stopping_criteria") or [])
+        if (config.num_beams or 1) > 1 or call.drafted or own or arguments.get("custom_generate") is not None:
+            return None
+        return _ids(config.eos_token_id)
+
+    def _prepared(self, arguments: dict[str, Any]) -> _Call:
+        """The call with lengths, tensors, cache, draft and tokenizer; refuses what cannot work before any work.
+
+        Raises:
+            OptionError: see arguments.py; or the prompt does not fit the model.
+        """
+        arguments = {name: value for name, value in arguments.items() if not _is_unset(name, value)}
+        check_arguments(arguments, self.known)
+        call = _Call(arguments, merged_config(self._model, arguments))
+        if self._steps is not None and (call.config.guidance_scale or 1) != 1 and call.config.use_cache is False:
+            raise OptionError(
+                "guidance_scale= with use_cache=False is refused in mode 'predict': without caches the steps of the two"
+                " prompts cannot be told apart; leave use_cache out"
+            )
+        self._prepare_prompt(call)
+        self._prepare_padding(call)
+        self._prepare_length(call)
+        self._prepare_tokenizer(call)
+        if self._uses_default_cache(call):
+            arguments["past_key_values"] = GrowingCache(self._model.config)
+        return call
+
+    def _prepare_prompt(self, call: _Call) -> None:
+        """Makes tensors of the prompt and its mask."""
+        arguments, cache = call.arguments, call.arguments.get("past_key_values")
+        mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
+        name = "inputs" if "inputs" in arguments else "input_ids"
+        if name in arguments:
+            fill = self._padding_token(call.config)
+            arguments[name], mask = as_tensors(arguments[name], mask, fill)
+            call.ids_tokens = call.prompt_tokens = arguments[name].shape[1]
+            self._check_vocabulary(arguments[name] if embeds is None else None)
+        if embeds is not None:
+            if arguments.get("assistant_model") is not None and name not in arguments:
+                raise OptionError(
+                    "assistant_model= with inputs_embeds= alone: a draft reads tokens; pass input_ids= too"
+                )
+            arguments["inputs_embeds"] = embeds = self._embeds(embeds)
+            call.prompt_tokens = embeds.shape[1]
+        elif name not in arguments and call.config.bos_token_id is None:
+            raise OptionError("there is no prompt, and the model has no token to begin with: pass input_ids")
+        call.past_tokens = 0 if cache is None else int(cache.get_seq_length())
+        rows = embeds if embeds is not None else arguments.get(name, torch.empty(1, 1))
+        if mask is not None:
+            arguments["attention_mask"] = mask = as_mask(mask)
+            call.whole = embeds is not None or mask.shape[-1] == call.prompt_tokens or call.past_tokens == 0
+            if mask.dim() != 2 or mask.shape[0] != rows.shape[0] or mask.shape[1] < rows.shape[1]:
+                shapes = f"{list(mask.shape)} does not fit a prompt of {list(rows.shape[:2])}"
+                raise OptionError(f"attention_mask of {shapes}: one number for each token is needed")
+
+    def _embeds(self, given: Any) -> Tensor:
+        hidden = self._model.get_input_embeddings().weight.shape[1]
+        embeds = torch.as_tensor(given)
+        if embeds.dim() != 3 or embeds.shape[2] != hidden or not embeds.is_floating_point() or embeds.numel() == 0:
+            raise OptionError(
+                f"inputs_embeds of shape {tuple(embeds.shape)} and {embeds.dtype}: floats [rows, tokens, {hidden}] are"
+                " needed"
+            )
+        return embeds.to(self._model.dtype)
+
+    def _check_vocabulary(self, ids: Tensor | None) -> None:
+        size = self._model.get_input_embeddings().weight.shape[0]
+        if ids is None:
+            return
+        strange = ids[(ids < 0) | (ids >= size)]
+        if len(strange):
+            raise OptionError(f"input_ids have {int(strange[0])}, and the model's tokens are 0 to {size - 1}")
+
+    def _padding_token(self, config: GenerationConfig) -> int:
+        """For ids of different lengths; the one that texts are padded with, so that both are the same prompt."""
+        if self._tokenizer is not None:
+            return int(self._tokenizer.pad_token_id)
+        found = _ids(config.pad_token_id)
+        return found[0] if found and found[0] >= 0 else 0
+
+    def _prepare_padding(self, call: _Call) -> None:
+        """A pad_token_id that is no token would end a generation when the first of several rows finishes."""
+        config = call.config
+        pad, ends = _ids(config.pad_token_id), _ids(config.eos_token_id)
+        size = self._model.get_input_embeddings().weight.shape[0]
+        if not pad or not ends or 0 <= pad[0] < size:
+            return
+        given = call.arguments.get("generation_config")
+        if "pad_token_id" in call.arguments or getattr(given, "pad_token_id", None) is not None:
+            rows = next(
+                (len(call.arguments[n]) for n in ("inputs", "input_ids", "inputs_embeds") if n in call.arguments), 1
+            )
+            if rows * max(config.num_beams or 1, config.num_return_sequences or 1) == 1:
+                return  # one row is never filled up
+            raise OptionError(
+                f"pad_token_id={pad[0]} is no token of the model, which has 0 to {size - 1}: pass one of them, or None"
+                " for that of the end"
+            )
+        call.set("pad_token_id", ends[0])
+
+    def _prepare_length(self, call: _Call) -> None:
+        """Sets the default length; refuses more tokens than there are positions, where these end."""
+        config, longest = call.config, self._positions_taken(call)
+        new_tokens = config.max_new_tokens
+        by = "max_length" if new_tokens is None and config.max_length is not None else "max_new_tokens"
+        for name in ("max_new_tokens", "max_length"):
+            value = getattr(config, name)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise OptionError(f"{name}={value!r} must be a whole number of tokens")
+        if new_tokens is None and config.max_length is not None:
+            both = call.ids_tokens not in (0, call.prompt_tokens)  # transformers counts ids and embeddings then
+            new_tokens = config.max_length - call.prompt_tokens - (call.ids_tokens if both else 0)
+        if new_tokens is None:
+            room = self._positions - call.prompt_tokens
+            new_tokens = min(NEW_TOKENS_DEFAULT, room if room > 0 else NEW_TOKENS_DEFAULT)
+            call.set("max_new_tokens", new_tokens)
+        if self._positions_end and longest + max(1, new_tokens) - 1 > self._positions:  # the last token is not fed
+            raise OptionError(
+                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's "
+                f"{self._positions} positions: shorten the prompt or lower {by}="
+            )
+
+    def _positions_taken(self, call: _Call) -> int:
+        """By the longest prompt: padding takes none."""
+        if (positions := call.arguments.get("position_ids")) is not None:
+            return int(torch.as_tensor(positions).max()) + 1
+        if (mask := call.arguments.get("attention_mask")) is not None:
+            return int(mask.long().sum(1).max())
+        return call.cached_tokens
+
+    def _prepare_tokenizer(self, call: _Call) -> None:
+        """Adds the tokenizer where transformers wants it, and makes a model of the draft."""
+        arguments, config = call.arguments, call.config
+        if arguments.get("assistant_model") is not None:
+            for name, value in self._drafts.arguments(arguments["assistant_model"]).items():
+                if name == "assistant_model" or arguments.get(name) is None:
+                    arguments[name] = value
+        wanted = [name for name in ("stop_strings", "token_healing") if getattr(config, name)]
+        wanted += [name for name in ("assistant_tokenizer",) if arguments.get(name) is not None]
+        if not wanted:
+            arguments.pop("tokenizer", None)
+        elif arguments.get("tokenizer") is None:
+            if self._tokenizer is None:
+                raise OptionError(f"{wanted[0]} needs a tokenizer, and this model was stored without: pass tokenizer=")
+            arguments["tokenizer"] = self._tokenizer
+
+    def _uses_default_cache(self, call: _Call) -> bool:
+        """Whether transformers would make a DynamicCache: nobody gave a cache, named a kind of it, or wants none."""
+        config = call.config
+        embeds = call.arguments.get("inputs_embeds") is not None  # with which transformers always uses one
+        unasked = call.arguments.get("past_key_values") is None and config.cache_implementation in (None, "hybrid")
+        return unasked and (embeds or config.use_cache is not False) and not config.is_assistant
+
+
+def _refuse_batching(name: str, *_: Any, **__: Any) -> None:
+    raise OptionError(f"{name}() is refused: it is for many requests at once, which one client does not generate")
+
+
+def _is_unset(name: str, value: Any) -> bool:
+    """token_type_ids of zeros are what tokenizers of models without types give."""
+    if name == "token_type_ids" and value is not None:
+        return not bool(torch.as_tensor(value).any())
+    return value is None and name in ("inputs", "input_ids", "inputs_embeds", "attention_mask", "generation_config")
+
+
+def _ids(tokens: Any) -> list[int] | None:
+    return None if tokens is None else [int(token) for token in np.atleast_1d(np.asarray(tokens))]
+
+
+def _fill(config: GenerationConfig) -> int | None:
+    """What transformers fills finished rows with; None where it finishes none of several."""
+    ends = _ids(config.eos_token_id)
+    return None if ends is None else (_ids(config.pad_token_id) or ends)[0]
+
+
+def _made_tokens(made: Tensor, config: GenerationConfig) -> int:
+    """How many of [rows, tokens] were made: without what fills a row behind its last token."""
+    fill, ends = _fill(config), _ids(config.eos_token_id)
+    if fill is None or ends is None or made.numel() == 0:
+        return made.numel()
+    filled = (made == fill).flip(1).cumprod(1).sum(1)  # at the end of each row
+    one_is_its_end = (filled > 0) & torch.tensor(fill in ends)
+    return int(made.numel() - filled.sum() + one_is_its_end.sum())

@@ -1,0 +1,224 @@
+"""What goes into generate() and what comes out: the same kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from flashclient.errors import OptionError
+from flashclient.generation.texts import continuation
+
+IDS = ("inputs", "input_ids")  # transformers' two names for the ids of a prompt
+KINDS = "pass text, a list of texts, input_ids, or a tokenizer's output"
+
+# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as arguments of transformers' generate(), and how its sequences become what the caller expects.
+
+    Attributes:
+        inputs: input_ids, attention_mask, inputs_embeds: what there is of them.
+        answer: sequences [rows * returned, tokens] and the token that fills finished rows -> text, texts, or ids of
+            the kind that was given.
+    """
+
+    inputs: dict[str, Any]
+    answer: Callable[[Tensor, int | None], Any]
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, padding on the left; None where its files hold none."""
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # padding is masked: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+def require_tokenizer(
+    tokenizer: PreTrainedTokenizerBase | None, what: str = "input_ids instead of text"
+) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise OptionError(f"this model was stored without a tokenizer: pass {what}")
+    return tokenizer
+
+
+def encode(prompt: Any, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    """Takes text, texts, ids of any kind or a tokenizer's output, or the inputs that `arguments` name.
+
+    Raises:
+        OptionError: another kind, no prompt, or two.
+    """
+    inputs = {name: arguments[name] for name in (*IDS, "inputs_embeds") if arguments.get(name) is not None}
+    if prompt is None and not inputs:
+        raise OptionError(f"there is no prompt: {KINDS}")
+    if isinstance(prompt, Mapping):
+        return _of_mapping(prompt, arguments, tokenizer)
+    if prompt is not None and (twice := [name for name in IDS if name in inputs]):
+        raise OptionError(f"the prompt is given twice, also as {twice[0]}=: pass one of them")
+    ids = next((inputs[name] for name in IDS if name in inputs), None) if prompt is None else prompt
+    if ids is None:
+        return Prompt(inputs, lambda sequences, _: sequences)
+    if isinstance(ids, str):
+        texts = _of_texts([ids], arguments, tokenizer)
+        return Prompt(texts.inputs, lambda sequences, fill: single(texts.answer(sequences, fill)))
+    if isinstance(ids, np.ndarray) and ids.dtype.kind == "U":
+        ids = ids.tolist()
+    if isinstance(ids, Sequence) and len(ids) > 0 and all(isinstance(one, str) for one in ids):
+        return _of_texts(list(ids), arguments, tokenizer)
+    name = next((name for name in IDS if name in inputs), "input_ids")
+    return Prompt(inputs | {name: ids}, answer_of_kind(ids))
+
+
+def _of_mapping(
+    prompt: Mapping[str, Any], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
+) -> Prompt:
+    """A tokenizer's output is keyword arguments."""
+    given = {name: value for name, value in prompt.items() if value is not None}
+    for name in given:
+        if arguments.get(name) is not None:
+            raise OptionError(f"{name} is given twice: in the prompt and as {name}=")
+    inner = encode(None, {**arguments, **given}, tokenizer)
+    return Prompt({**given, **inner.inputs}, inner.answer)
+
+
+def answer_of_kind(ids: Any) -> Callable[[Tensor, int | None], Any]:
+    """How sequences become the kind of `ids`."""
+    if isinstance(ids, Tensor):
+        return lambda sequences, _: sequences[0] if ids.dim() == 1 and len(sequences) == 1 else sequences
+    if isinstance(ids, np.ndarray):
+        return lambda sequences, _: (sequences[0] if ids.ndim == 1 and len(sequences) == 1 else sequences).numpy()
+    if not isinstance(ids, Sequence) or isinstance(ids, str | bytes | bytearray) or len(ids) == 0:
+        raise OptionError(f"cannot generate from {_named(ids)}: {KINDS}")
+    if all(_is_id(one) for one in ids):
+        return lambda sequences, _: single(sequences.tolist())
+    rows = as_rows("input_ids", ids)
+    longest = max(map(len, rows))
+
+    def lists(sequences: Tensor, _: int | None) -> list[list[int]]:
+        """Rows of different lengths come back without their padding."""
+        returned = len(sequences) // len(rows)
+        made = sequences.tolist()
+        return [row[longest - len(rows[index // returned]) :] for index, row in enumerate(made)]
+
+    return lists
+
+
+def _named(value: Any) -> str:
+    return f"an empty {type(value).__name__}" if value in ([], ()) else f"a {type(value).__name__}"
+
+
+def single(answers: list[Any]) -> Any:
+    """One prompt gives one answer, unless num_return_sequences asked for several."""
+    return answers[0] if len(answers) == 1 else answers
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def as_rows(name: str, value: Any) -> list[list[int]]:
+    """Rows of numbers from a tensor, an array, a list of numbers or a list of such. Raises OptionError."""
+    rows: Any = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
+    if isinstance(rows, Sequence) and not isinstance(rows, str | bytes | bytearray) and len(rows) > 0:
+        rows = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in rows]
+        rows = [rows] if not any(isinstance(one, Sequence) for one in rows) else rows
+        fits = _is_weight if name == "attention_mask" else _is_id
+        if all(isinstance(row, Sequence) and len(row) > 0 and all(map(fits, row)) for row in rows):
+            return [list(row) for row in rows]
+    raise OptionError(
+        f"{name} of kind {type(value).__name__}: whole numbers [rows, tokens] are needed, none of them empty"
+    )
+
+
+def as_tensors(ids: Any, mask: Any, fill: int) -> tuple[Tensor, Any]:
+    """The ids [rows, tokens] int64 and their mask; None where all count or transformers will find out.
+
+    Args:
+        fill: the token that rows are padded with, on the left, where they differ in length.
+    """
+    if isinstance(ids, Tensor | np.ndarray):
+        tensor = torch.as_tensor(ids)
+        rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+        if rows.dim() != 2 or rows.numel() == 0 or rows.is_floating_point() or rows.dtype == torch.bool:
+            shape = f"{tuple(tensor.shape)} and {tensor.dtype}"
+            raise OptionError(f"input_ids of shape {shape}: whole numbers [rows, tokens] are needed")
+        return rows.long(), mask
+    lists = as_rows("input_ids", ids)
+    if len({len(row) for row in lists}) == 1:
+        return torch.tensor(lists), mask
+    masks = [[1] * len(row) for row in lists] if mask is None else as_rows("attention_mask", mask)
+    if [len(row) for row in masks] != [len(row) for row in lists]:
+        raise OptionError("attention_mask has rows of other lengths than input_ids")
+    return padded(lists, fill), padded(masks, 0)
+
+
+def as_mask(mask: Any) -> Tensor:
+    """[rows, tokens] in its own dtype."""
+    numbers = mask if isinstance(mask, Tensor | np.ndarray) else as_rows("attention_mask", mask)
+    tensor = torch.as_tensor(numbers)
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
+
+
+def padded(rows: list[list[int]], fill: int) -> Tensor:
+    """[rows, longest], filled on the left."""
+    longest = max(map(len, rows))
+    return torch.tensor([[fill] * (longest - len(row)) + row for row in rows])
+
+
+def _of_texts(texts: list[str], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
+    tokenizer = require_tokenizer(tokenizer)
+    for name in ("attention_mask", "inputs_embeds", "position_ids"):
+        if arguments.get(name) is not None:
+            raise OptionError(
+                f"{name}= belongs to input_ids, and the prompt is text: tokenize it yourself, or leave it out"
+            )
+    return of_rows([_tokens(text, tokenizer) for text in texts], tokenizer)
+
+
+def of_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """A prompt of tokenized texts, answered with the text that continues each."""
+    fill: int = tokenizer.pad_token_id
+    mask = padded([[1] * len(row) for row in rows], 0)
+
+    def answer(sequences: Tensor, finished: int | None) -> list[str]:
+        returned = len(sequences) // len(rows)
+        made = []
+        for index, sequence in enumerate(sequences.tolist()):
+            prompt = rows[index // returned]
+            made.append(continuation(tokenizer, prompt, sequence[mask.shape[1] - len(prompt) :], finished))
+        return made
+
+    return Prompt({"input_ids": padded(rows, fill), "attention_mask": mask}, answer)
+
+
+def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Of a text as the tokenizer has it, but never with two tokens at its beginning that both say that it begins."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise OptionError(f"the prompt is no text in Unicode: it has the surrogate {half}") from error
+    row: list[int] = tokenizer(text).input_ids
+    if not row:
+        raise OptionError("the prompt is empty and this model's tokenizer begins with no token: pass some text")
+    begins = tokenizer.bos_token
+    doubled = len(row) > 1 and row[0] == row[1] == tokenizer.bos_token_id and text.startswith(str(begins))
+    return row[1:] if doubled else row

@@ -1,0 +1,142 @@
+"""A rehearsal of an import: what a client will do with a model's files, tried before any of its weights are written.
+
+    python -m flashclient.generation.rehearsal FOLDER < record
+
+It exits with status 1, and one line on standard output, if it fails.
+
+weightd starts it as a child process (weightd.importing.rehearsal), because transformers takes hundreds of megabytes.
+A client that has started the import does it itself (answering()), because it has loaded transformers already. The
+rehearsal builds the model as a client does, over weights that are all zero and take no memory, and runs it. So what
+the class, its attention or its kernels refuse, and a file that transformers cannot read, is refused by the import.
+"""
+
+from __future__ import annotations
+
+import mmap
+import multiprocessing
+import os
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import GenerationConfig
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from flashclient._native import LentMemory, Workers
+from flashclient.generation.prompts import load_tokenizer
+from flashclient.model.build import build_model
+from flashclient.source.border import Chunk
+from weightd_proto import weightd_pb2
+
+MAP_NORESERVE = 0x4000  # Linux's; Python names it since 3.13
+PROMPT_TOKENS = 2
+REASON_CHARACTERS_MAX = 400
+
+
+class RefusedFileError(Exception):
+    """A file of the model, and why a client cannot use it, in one line."""
+
+
+class ZeroSource:
+    """See BundleSource: weights that are all zero. A layer's bundles are one and the same."""
+
+    def __init__(self, record: weightd_pb2.Model) -> None:
+        size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are only read take no memory
+        self.resident: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
+        self._layers = record.layers
+        self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
+        self._lent = LentMemory(self._bundle)
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        address = -(-self._bundle.ctypes.data // 64) * 64
+        yield Chunk(0, np.full(self._layers[layer].neurons, address, np.uint64))
+
+    def require_open(self) -> None:
+        """It cannot be lost."""
+
+    def idle(self) -> None:
+        """It holds nothing."""
+
+
+def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
+    """Builds the model of `record`, whose files are in `folder`, and makes a token with it.
+
+    Raises:
+        RefusedFileError: a client could not.
+    """
+    source: Any = ZeroSource(record)
+    placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
+    with _blamed(folder / GENERATION_CONFIG_NAME):
+        if (folder / GENERATION_CONFIG_NAME).exists():
+            GenerationConfig.from_pretrained(folder)
+    with _blamed(folder / CONFIG_NAME):
+        model: Any = build_model(record, folder, source, placements.__getitem__, Workers(1)).model
+        ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
+        with torch.no_grad():
+            model(ids)
+    with _blamed(folder / "tokenizer files"):
+        tokenizer = load_tokenizer(folder)
+        if tokenizer is not None:
+            tokenizer("a")
+    with _blamed(folder / GENERATION_CONFIG_NAME):
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, tokenizer=tokenizer)
+
+
+@contextmanager
+def _blamed(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a library makes of a file that somebody else wrote
+        said = str(error).replace(f"{file.parent}/", "")  # nobody knows that folder by then
+        reason = re.sub(r"\s+", " ", said).strip()[:REASON_CHARACTERS_MAX]
+        raise RefusedFileError(f"{file.name}: {reason or type(error).__name__}") from error
+
+
+@contextmanager
+def answering() -> Iterator[int]:
+    """The descriptor for `weightd import --rehearse-fd`, whose questions a thread of this process answers meanwhile."""
+    ours, theirs = multiprocessing.Pipe()
+    answerer = threading.Thread(target=_answer, args=(ours,), name="flashclient-rehearsal")
+    answerer.start()
+    with ours:
+        try:
+            with theirs:
+                yield theirs.fileno()
+        finally:
+            answerer.join()  # the other end is closed, here and in the import, which has ended
+
+
+def _answer(connection: Connection) -> None:
+    with suppress(EOFError, OSError):
+        while True:
+            folder, record = os.fsdecode(connection.recv_bytes()), connection.recv_bytes()
+            try:
+                rehearse(weightd_pb2.Model.FromString(record), Path(folder))
+            except RefusedFileError as error:
+                connection.send_bytes(str(error).encode(errors="backslashreplace"))
+            else:
+                connection.send_bytes(b"")
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    record = weightd_pb2.Model.FromString(sys.stdin.buffer.read())
+    try:
+        rehearse(record, Path(sys.argv[1]))
+    except RefusedFileError as error:
+        print(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

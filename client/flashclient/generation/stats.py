@@ -1,0 +1,187 @@
+"""What one generation did: tokens, bytes and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from flashclient.model.ffn import Clock
+from flashclient.source.border import BundleSource, Counters
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a client's last generation did. Ratios of nothing are 0."""
+
+    mode: str = "exact"
+    rows: int = 0  # sequences returned
+    prompt_tokens: int = 0  # of a row, padding included
+    new_tokens: int = 0  # of all rows, without what fills finished ones
+    steps: int = 0  # forward passes, those of guidance and of token healing included
+    drafted_tokens: int = 0  # that an assistant model, the prompt or early layers proposed
+    accepted_tokens: int = 0  # of these
+    seconds: float = 0.0
+    first_step_s: float = 0.0  # prefill
+    predict_s: float = 0.0
+    acquire_s: float = 0.0  # finding out what is to be leased, and asking for it
+    ffn_s: float = 0.0  # computing on bundles
+    wait_s: float = 0.0  # waiting for bundles
+    attention_s: float = 0.0  # the model without FFNs and head
+    head_s: float = 0.0
+    draft_s: float = 0.0  # in the assistant model
+    hits: int = 0
+    misses: int = 0
+    read_bytes: int = 0  # from flash, or over the wire
+
+    @property
+    def overhead_s(self) -> float:
+        """All but predicting, computing on bundles, waiting for them, attention, head and drafts: Python, sampling,
+        and what it takes to find out what is to be leased."""
+        useful_s = self.predict_s + self.ffn_s + self.wait_s + self.attention_s + self.head_s + self.draft_s
+        return self.seconds - useful_s
+
+    @property
+    def overhead_share(self) -> float:
+        return self.overhead_s / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0
+
+    @property
+    def read_bytes_per_token(self) -> float:
+        return self.read_bytes / self.new_tokens if self.new_tokens else 0.0
+
+    @property
+    def read_gb_per_s(self) -> float:
+        return self.read_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def hit_rate(self) -> float:
+        wanted = self.hits + self.misses
+        return self.hits / wanted if wanted else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        derived = ("overhead_s", "overhead_share", "tokens_per_s", "acceptance", "read_bytes_per_token")
+        return asdict(self) | {name: getattr(self, name) for name in (*derived, "read_gb_per_s", "hit_rate")}
+
+    def table(self) -> str:
+        """A few lines for a terminal."""
+        tokens = f"{self.new_tokens} new, {self.prompt_tokens} of prompt"
+        if self.drafted_tokens:
+            tokens += f"; {100 * self.acceptance:.0f} % of {self.drafted_tokens} drafted accepted"
+        rows = [
+            ("mode", self.mode),
+            ("tokens", tokens),
+            ("speed", f"{self.tokens_per_s:.2f} tokens/s, first after {self.first_step_s:.2f} s"),
+            ("read", f"{self.read_bytes_per_token / 1e6:.2f} MB/token, {self.read_gb_per_s:.2f} GB/s"),
+            ("hit rate", f"{100 * self.hit_rate:.1f} %"),
+            ("time", ", ".join(f"{seconds:.2f} s {name}" for name, seconds in self._times())),
+        ]
+        return "\n".join(f"{name:<10}{value}" for name, value in rows)
+
+    def _times(self) -> list[tuple[str, float]]:
+        times = [("FFN", self.ffn_s), ("waiting for bundles", self.wait_s), ("predicting", self.predict_s)]
+        times += [("attention", self.attention_s), ("head", self.head_s), ("drafts", self.draft_s)]
+        shown = [(name, seconds) for name, seconds in times if seconds > 0]
+        return [*shown, (f"rest ({100 * self.overhead_share:.1f} %)", self.overhead_s)]
+
+
+class Meter:
+    """Measures one generation from its construction to finish().
+
+    Attributes:
+        inner: generations under way inside of it, whose passes propose tokens and check none.
+    """
+
+    def __init__(self, source: BundleSource, clock: Clock) -> None:
+        self._source, self._clock = source, clock
+        self._counters_before: Counters = source.counters()
+        self._clock_before = replace(clock)
+        self.inner = 0
+        self._steps = self._checks = self._columns = 0
+        self._first_step_s = self._draft_s = self._draft_began_s = 0.0
+        self._started_s = time.perf_counter()
+
+    @property
+    def steps(self) -> int:
+        """Forward passes so far."""
+        return self._steps
+
+    @property
+    def checks(self) -> int:
+        """Those of them that make tokens."""
+        return self._checks
+
+    @contextmanager
+    def watching(self, model: torch.nn.Module, assistant: torch.nn.Module | None) -> Iterator[None]:
+        """Counts the forward passes of `model`, and the time in those of the model that proposes tokens."""
+        hooks = [model.register_forward_hook(self._step, with_kwargs=True)]
+        if assistant is not None and assistant is not model:
+            hooks.append(assistant.register_forward_pre_hook(self._begin_draft))
+            hooks.append(assistant.register_forward_hook(self._end_draft))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin_draft(self, *_: object) -> None:
+        self._draft_began_s = time.perf_counter()
+
+    def _end_draft(self, *_: object) -> None:
+        self._draft_s += time.perf_counter() - self._draft_began_s
+
+    def _step(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._steps += 1
+        if self._steps == 1:
+            self._first_step_s = time.perf_counter() - self._started_s
+        if self.inner:
+            return
+        self._checks += 1
+        inputs = kwargs.get("input_ids")
+        inputs = kwargs.get("inputs_embeds") if inputs is None else inputs
+        self._columns += 0 if inputs is None else inputs.shape[1]
+
+    def finish(
+        self, *, mode: str, rows: int, prompt_tokens: int, fed_tokens: int, new_tokens: int, drafted: bool
+    ) -> Stats:
+        """
+        Args:
+            fed_tokens: of the prompt, those that no cache held before.
+        """
+        seconds = time.perf_counter() - self._started_s
+        counted = self._source.counters().since(self._counters_before)
+        before, now = asdict(self._clock_before), asdict(self._clock)
+        spent = {name: now[name] - before[name] for name in now}
+        return Stats(
+            mode=mode,
+            rows=rows,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
+            steps=self._steps,
+            # every check gives one token of its own; what it was fed besides prompt and the last token was drafted
+            drafted_tokens=max(0, self._columns - fed_tokens - (self._checks - 1)) if drafted else 0,
+            accepted_tokens=max(0, new_tokens - self._checks) if drafted else 0,
+            seconds=seconds,
+            first_step_s=self._first_step_s,
+            predict_s=spent["predict_s"],
+            acquire_s=spent["acquire_s"],
+            ffn_s=spent["compute_s"],
+            wait_s=spent["wait_s"],
+            attention_s=spent["forward_s"] - spent["ffn_s"] - spent["head_s"],
+            head_s=spent["head_s"],
+            draft_s=self._draft_s,
+            hits=counted.hits,
+            misses=counted.misses,
+            read_bytes=counted.read_bytes,
+        )

@@ -1,0 +1,1 @@
+"""transformers' model around streamed FFNs: predictors, windows, kernels as torch modules."""

@@ -1,0 +1,124 @@
+"""Where the FFNs sit in transformers' models, and how the streamed one takes their place.
+
+Whatever else there is to know of a model comes from its config and the daemon's record of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from flashclient.errors import ModelError
+from flashclient.model.absent_weights import AbsentProjection, Between, FirstOfTwo, LastOfTwo, absent_activation, fix
+
+# By the name of the kernel's activation, transformers' names for classes of the same function. Its other names for it
+# (gelu_python, gelu_python_tanh) stand for objects of one of these classes too.
+_TRANSFORMERS_NAMES = {
+    "relu": ("relu",),
+    "relu_squared": ("relu2",),
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one class of transformers spells its FFN.
+
+    Attributes:
+        activation: attribute of the FFN's module that holds the activation function.
+        replaced: attribute of that module that becomes the FFN; None where the whole module does.
+        emptied: attributes that become identities.
+        weights: names, below the module, of the matrices that the bundles hold.
+        bias, output_bias: names, below the module, of the resident biases.
+        positions_end: positions are rows of a table, so there are no more than max_position_embeddings.
+    """
+
+    activation: str
+    weights: tuple[str, ...]
+    replaced: str | None = None
+    emptied: tuple[str, ...] = ()
+    bias: str | None = None
+    output_bias: str | None = None
+    positions_end: bool = False
+
+
+_GATED = Architecture(activation="act_fn", weights=("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
+
+# OPT has no module of its own for the FFN: its decoder layer calls fc1, activation_fn and fc2.
+_OPT = Architecture(
+    activation="activation_fn",
+    weights=("fc1.weight", "fc2.weight"),
+    replaced="fc1",
+    emptied=("activation_fn", "fc2"),
+    bias="fc1.bias",
+    output_bias="fc2.bias",
+    positions_end=True,
+)
+
+ARCHITECTURES = {
+    "Gemma3ForCausalLM": _GATED,
+    "LlamaForCausalLM": _GATED,
+    "MistralForCausalLM": _GATED,
+    "OPTForCausalLM": _OPT,
+    "Qwen2ForCausalLM": _GATED,
+}
+
+
+def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
+    """The class that transformers' AutoModelForCausalLM takes, which is that of the config's `model_type` whatever its
+    `architectures` say. Raises ModelError, which names the known ones."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    if name in ARCHITECTURES:
+        return name, ARCHITECTURES[name]
+    found = f"model_type {config.model_type!r}"
+    raise ModelError(f"unknown architecture ({found}): {', '.join(sorted(ARCHITECTURES))} can be run")
+
+
+def activation_name(ffn: nn.Module, architecture: Architecture) -> str:
+    """The kernels' name of the activation that the constructed module holds. Raises ModelError."""
+    function = getattr(ffn, architecture.activation)
+    for name, transformers_names in _TRANSFORMERS_NAMES.items():
+        if type(function) in {type(ACT2FN[transformers_name]) for transformers_name in transformers_names}:
+            return name
+    known = ", ".join(_TRANSFORMERS_NAMES)
+    raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
+
+
+def install(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
+    """Puts `ffn` in the place of the FFN at path `module`, or of what was put there before."""
+    for name in architecture.emptied:
+        nn.Module.__setattr__(model.get_submodule(module), name, nn.Identity())
+    path = module if architecture.replaced is None else f"{module}.{architecture.replaced}"
+    parent, _, attribute = path.rpartition(".")
+    nn.Module.__setattr__(model.get_submodule(parent), attribute, ffn)
+
+
+def install_streamed(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
+    """Puts `ffn` in the place of the FFN at path `module`, with absent weights under the names of those that it had."""
+    old = model.get_submodule(module)
+    names = [name.rpartition(".")[0] for name in architecture.weights]
+    if architecture.replaced is None:
+        for name in names:
+            setattr(ffn, name, AbsentProjection(f"{module}.{name}", old.get_submodule(name)))
+        activation = getattr(old, architecture.activation)
+        setattr(ffn, architecture.activation, absent_activation(f"{module}.{architecture.activation}", activation))
+        fix(ffn, (*names, architecture.activation))
+        install(model, module, architecture, ffn)
+        return
+    first_name, last_name = names
+    first = FirstOfTwo(f"{module}.{first_name}", old.get_submodule(first_name), ffn)
+    last = LastOfTwo(f"{module}.{last_name}", old.get_submodule(last_name), first)
+    parts = {
+        first_name: first,
+        last_name: last,
+        architecture.activation: Between(f"{module}.{architecture.activation}", first),
+    }
+    for name, part in parts.items():
+        setattr(old, name, part)
+    fix(old, tuple(parts))

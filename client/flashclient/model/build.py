@@ -1,0 +1,223 @@
+"""transformers' own model around streamed FFNs, with its other weights as views of the resident bytes."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from flashclient._native import Workers
+from flashclient.errors import ModelError
+from flashclient.model.absent_weights import AbsentWeight, guard
+from flashclient.model.architectures import Architecture, activation_name, architecture_of, install_streamed
+from flashclient.model.decode_attention import use_decode_attention
+from flashclient.model.ffn import Clock, NeuronSum, StreamedFFN, StreamedSum
+from flashclient.model.predictor import Predictors
+from flashclient.model.resident_linear import use_fast_linears
+from flashclient.model.sparse_ffn import PredictedSum
+from flashclient.model.step import Steps
+from flashclient.model.window import LeasedWindow
+from flashclient.source.border import BundleSource
+from flashclient.torch_state import eager, for_good
+from weightd_proto import weightd_pb2
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+Placement = Callable[[int], NDArray[np.uint32]]  # layer -> neuron at each position
+
+
+class _UnmadeParameters(TorchFunctionMode):
+    """Puts large parameters on the meta device while a model is constructed, and computes its buffers for real.
+
+    torch's layers allocate their weights with torch.empty. Constructing on the meta device would lose what models
+    compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """A model ready to run, holding no FFN weights.
+
+    Attributes:
+        model: transformers' own, in eval mode and without gradients.
+        total: what its FFNs share.
+        steps: what its forward passes are about; None in exact mode, which need not know.
+        activation: the kernels' name of its FFNs'.
+    """
+
+    model: PreTrainedModel
+    total: NeuronSum
+    steps: Steps | None
+    activation: str
+
+
+@for_good()
+def build_model(
+    record: weightd_pb2.Model,
+    folder: Path,
+    source: BundleSource,
+    placement: Placement,
+    workers: Workers,
+    window: int | None = None,
+) -> BuiltModel:
+    """The model of `record`.
+
+    Args:
+        folder: with config.json and, if there is one, generation_config.json.
+        window: None for exact mode; in predict mode the tokens whose neurons are kept.
+
+    Raises:
+        ModelError: the architecture or a dtype is unknown, or the resident tensors do not fit the model.
+        CalibrationError: the predictors do not fit the model.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    attention_chosen = config._attn_implementation is not None
+    class_name, architecture = architecture_of(config)
+    dtype = DTYPES[record.bundle.dtype]
+    with _UnmadeParameters():
+        model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
+    model.requires_grad_(False)
+    tensors = resident_tensors(record, source.resident, dtype)
+    activation = activation_name(model.get_submodule(record.layers[0].module), architecture)
+    exact = StreamedSum(source, record.bundle, activation, workers)
+    total, steps = (exact, None) if window is None else _predicted(exact, record, model, workers, window)
+    _install_ffns(model, record, architecture, placement, tensors, total)
+    _assign(model, tensors, record)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    use_fast_linears(model, workers)
+    if not attention_chosen:
+        use_decode_attention(model, workers)
+    _keep_time(model, total.clock)
+    model.train(False)
+    guard(model)
+    return BuiltModel(model, total, steps, activation)
+
+
+def _predicted(
+    exact: StreamedSum, record: weightd_pb2.Model, model: Any, workers: Workers, window: int
+) -> tuple[PredictedSum, Steps]:
+    predictors = Predictors(exact.source.predictors(), record, workers)
+    leased = LeasedWindow(exact.source, record, window)
+    steps = Steps(list(inspect.signature(model.forward).parameters), leased.clear)
+    model.register_forward_pre_hook(steps.publish, with_kwargs=True)
+    return PredictedSum(exact, predictors, leased, steps), steps
+
+
+def _keep_time(model: PreTrainedModel, clock: Clock) -> None:
+    """Lets the model and its head tell the clock how long they take."""
+    head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if head is not None:
+        head.register_forward_pre_hook(_with_plain_strides)
+        _time(head, clock, "head_s")
+    _time(model, clock, "forward_s")
+
+
+def _time(module: torch.nn.Module, clock: Clock, name: str) -> None:
+    began_s = 0.0
+
+    @eager
+    def begin(*_: object) -> None:
+        nonlocal began_s
+        began_s = time.perf_counter()
+
+    @eager
+    def end(*_: object) -> None:
+        setattr(clock, name, getattr(clock, name) + time.perf_counter() - began_s)
+
+    module.register_forward_pre_hook(begin)
+    module.register_forward_hook(end)
+
+
+def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """transformers hands the head a slice of the last position, for whose strides torch's matmul copies the whole head
+    first: a second for the 262144 rows of Gemma 3. A copy of the slice has the strides that it folds."""
+    return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in hidden_states)
+
+
+def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Views of the resident bytes by name; floats of another dtype than the model's become copies of it."""
+    tensors = {}
+    for tensor in record.resident:
+        if tensor.dtype not in DTYPES:
+            raise ModelError(f"tensor {tensor.name} of model '{record.name}' has unknown dtype {tensor.dtype}")
+        end = tensor.offset_bytes + tensor.size_bytes
+        view = _view(resident[tensor.offset_bytes : end], DTYPES[tensor.dtype]).view(tuple(tensor.shape))
+        tensors[tensor.name] = view.to(dtype) if view.is_floating_point() else view
+    return tensors
+
+
+def _view(data: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
+    """torch wants elements aligned; a tensor that is not is copied."""
+    aligned = data if data.ctypes.data % dtype.itemsize == 0 else data.copy()
+    return torch.from_numpy(aligned).view(dtype)
+
+
+def _install_ffns(
+    model: PreTrainedModel,
+    record: weightd_pb2.Model,
+    architecture: Architecture,
+    placement: Placement,
+    tensors: dict[str, Tensor],
+    total: NeuronSum,
+) -> None:
+    """Replaces every FFN and takes its biases out of `tensors`."""
+    for index, layer in enumerate(record.layers):
+        bias = tensors.pop(f"{layer.module}.{architecture.bias}", None)
+        output_bias = tensors.pop(f"{layer.module}.{architecture.output_bias}", None)
+        by_position = None
+        if bias is not None:
+            by_position = bias.float().numpy()[placement(index)]
+        install_streamed(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
+
+
+def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_pb2.Model) -> None:
+    try:
+        unfit = model.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:
+        shapes = str(error).splitlines()[-1].strip()
+        raise ModelError(f"a tensor of model '{record.name}' does not fit its config: {shapes}") from error
+    # Where the checkpoint holds a head that differs from the embedding, it stays untied whatever the config says.
+    model.tie_weights(missing_keys=set(unfit.missing_keys), recompute_mapping=False)
+    if unfit.unexpected_keys:
+        raise ModelError(f"model '{record.name}' has tensors that its config does not: {_some(unfit.unexpected_keys)}")
+    state = [*model.named_parameters(), *model.named_buffers()]
+    absent = {name for name, tensor in state if isinstance(tensor, AbsentWeight)}
+    unmade = {name for name, tensor in state if tensor.is_meta} - absent
+    # A parameter made for real and not assigned would be noise; a tied one has its partner's storage by now.
+    tied = set(model.all_tied_weights_keys)
+    missing = sorted(unmade | (set(unfit.missing_keys) - tied - absent))
+    if missing:
+        raise ModelError(f"model '{record.name}' lacks tensors: {_some(missing)}")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,157 @@
+"""The FFN of a layer, as a module that streams its bundles instead of holding its weights.
+
+The output is a sum over neurons in placement order, taken in fp32 and rounded once, from bundles where they lie. A
+row's bits depend on that order and on the row alone: not on the other rows, chunks, pool, transport or threads.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from flashclient._native import Ffn, Workers
+from flashclient.model.absent_weights import without_gradient
+from flashclient.source.border import BundleSource, Chunk, survive
+from flashclient.torch_state import eager, plain_torch
+from weightd_proto import weightd_pb2
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "relu_squared": lambda x: functional.relu(x).square(),
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+@dataclass
+class Clock:
+    """Where the time of forward passes went, in seconds; it only grows."""
+
+    predict_s: float = 0.0
+    acquire_s: float = 0.0  # finding out what is to be leased, and asking for it
+    compute_s: float = 0.0  # on bundles
+    wait_s: float = 0.0  # for bundles
+    ffn_s: float = 0.0  # all of the FFNs, the four above included
+    head_s: float = 0.0
+    forward_s: float = 0.0  # all of the model
+
+
+class NeuronSum(Protocol):
+    """What an FFN is the sum of: the neurons of a layer, all or some of them."""
+
+    source: BundleSource
+    hidden_size: int
+    clock: Clock
+
+    def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
+        """May be called again with the same arguments when it has raised SessionLostError."""
+
+    def idle(self) -> None:
+        """Lets go of what is leased or being fetched ahead."""
+
+
+class StreamedSum:
+    """What all layers of a model share: source, kernels and the clock. One call at a time.
+
+    Args:
+        activation: the kernels' name of it.
+        workers: the threads of the kernels.
+    """
+
+    def __init__(
+        self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, workers: Workers
+    ) -> None:
+        self.source = source
+        self.hidden_size = bundle.hidden_size
+        self.gated = "gate" in bundle.parts
+        self.clock = Clock()
+        self.kernels = Ffn(workers, bundle.dtype, bundle.hidden_size, self.gated, activation)
+        self._lock = threading.Lock()
+
+    def __call__(
+        self,
+        layer: int,
+        x: Tensor,
+        bias: NDArray[np.float32] | None,
+        row_masks: NDArray[np.uint16] | None = None,
+    ) -> Tensor:
+        """The sum over all neurons of `layer`, or over those that each row wants.
+
+        Args:
+            x: [tokens, hidden_size] fp32, contiguous.
+            bias: [neurons] fp32, by position, added before the activation.
+            row_masks: [ceil(tokens / 16), neurons], by position: bit t of group g, row 16 * g + t wants the neuron.
+
+        Returns:
+            [tokens, hidden_size] fp32, fresh.
+        """
+        with self._lock:
+            y = torch.zeros_like(x)
+            x_rows, y_rows = x.numpy(), y.numpy()
+            with closing(self._chunks(layer)) as chunks:
+                for chunk in chunks:
+                    part = slice(chunk.first, chunk.first + len(chunk.addresses))
+                    bias_part = None if bias is None else bias[part]
+                    masks_part = None if row_masks is None else row_masks[:, part]
+                    self.kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
+            return y
+
+    def idle(self) -> None:
+        self.source.idle()
+
+    def _chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        """The source's chunks, with the clock running on both sides of the border."""
+        with closing(self.source.chunks(layer)) as chunks:
+            asked_s = time.perf_counter()
+            for chunk in chunks:
+                given_s = time.perf_counter()
+                self.clock.wait_s += given_s - asked_s
+                yield chunk
+                asked_s = time.perf_counter()
+                self.clock.compute_s += asked_s - given_s
+
+
+class StreamedFFN(torch.nn.Module):
+    """One layer's FFN; takes the place of transformers' module. Its weights are absent (absent_weights.py).
+
+    Args:
+        bias: [neurons] fp32 by position, before the activation (OPT).
+        output_bias: [hidden_size], added to the sum (OPT).
+    """
+
+    def __init__(
+        self, total: NeuronSum, layer: int, bias: NDArray[np.float32] | None = None, output_bias: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self._total = total
+        self._layer = layer
+        self._bias = bias
+        self._output_bias = None if output_bias is None else output_bias.to(torch.float32)
+
+    @eager
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] in any float dtype -> a fresh tensor of the same shape, in that dtype or autocast's."""
+        started_s = time.perf_counter()
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        with torch.no_grad(), plain_torch():
+            rows = x.detach().to(dtype).reshape(-1, self._total.hidden_size).to(torch.float32).contiguous()
+            y = survive(self._total.source, lambda: self._total(self._layer, rows, self._bias))
+            if self._output_bias is not None:
+                y += self._output_bias
+            y = y.to(dtype).view(x.shape)
+        self._total.clock.ffn_s += time.perf_counter() - started_s
+        return without_gradient(x, y)
+
+    def extra_repr(self) -> str:
+        return f"layer={self._layer}, hidden_size={self._total.hidden_size}"

@@ -1,0 +1,82 @@
+"""Products with the resident matrices by the native kernel, in which a row's bits depend on that row alone.
+
+A matrix library picks the order of its sums by the number of rows, so that batch-mates, drafts and padding would change
+tokens. The kernel is used always, not where a measurement at start prefers it: the two round differently, and a choice
+that a busy machine could turn over would let a restart change tokens. At decode it is also the faster one (torch's
+bfloat16 matrix-vector product moves 6 to 11 GB/s where memory gives 17), and in 16 bit with many rows
+(scripts/bench_kernels.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flashclient._native import Linear, Workers
+from flashclient.model.arrays import KernelOf, array_of
+
+STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+PANEL_ELEMENTS = 2**24  # of fp32 results at a time: the head's of a whole prompt would take gigabytes
+
+
+class ResidentLinear(nn.Linear):
+    """nn.Linear whose forward is the native kernel's. Weight and bias stay what and where they are.
+
+    A row's result depends on that row alone, bit for bit. It is summed in fp32 and rounded once. What the kernel cannot
+    do (gradients, other dtypes or devices) is torch's.
+    """
+
+    kernels: dict[torch.dtype, Linear]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features], in the dtype of x."""
+        if torch.compiler.is_compiling() or not self._is_for_kernel(x):
+            return super().forward(x)
+        rows = x.detach().reshape(-1, self.in_features)
+        panel = max(1, PANEL_ELEMENTS // self.out_features)
+        y = (
+            self._multiply(rows)
+            if len(rows) <= panel
+            else torch.cat([self._multiply(some) for some in torch.split(rows, panel)])
+        )
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _multiply(self, rows: Tensor) -> Tensor:
+        flat = rows.to(torch.float32).contiguous()
+        y = torch.empty(len(rows), self.out_features, dtype=torch.float32, device="cpu")
+        self.kernels[rows.dtype].multiply(array_of(self.weight), array_of(flat), array_of(y))
+        if self.bias is not None:
+            y += self.bias
+        return y.to(rows.dtype)
+
+    def _is_for_kernel(self, x: Tensor) -> bool:
+        weight = self.weight
+        fits = x.dtype == weight.dtype and x.dtype in self.kernels and x.shape[-1] == self.in_features and x.numel() > 0
+        plain = weight.is_cpu and x.is_cpu and weight.is_contiguous()
+        with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        untouched = type(weight) is nn.Parameter and not torch.is_autocast_enabled("cpu")
+        return fits and plain and untouched and not with_gradient
+
+
+def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
+    """Lets every nn.Linear of `model` (projections, head, tied or not) take its rows to the native kernel.
+
+    Modules stay the same objects under the same names, with their hooks, so that state_dict, tied weights and
+    references go on working: only their class changes. Subclasses of nn.Linear are left alone.
+
+    Args:
+        workers: shared with the other kernels.
+        instruction_set: avx512, avx2 or portable; None takes the best.
+
+    Returns:
+        The number of modules changed.
+
+    Raises:
+        ValueError: the processor lacks `instruction_set`.
+    """
+    kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in linears:
+        module.__class__ = ResidentLinear
+        module.kernels = kernels  # type: ignore[assignment]
+    return len(linears)

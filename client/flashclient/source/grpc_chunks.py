@@ -1,0 +1,319 @@
+"""GrpcSource: bundles over gRPC into a bounded pool of this process, for a daemon on another machine.
+
+The model is cut into chunks of neighbouring positions, numbered through all layers; a consumer walks them in a circle.
+Two threads fetch what is missing of the next few chunks. The chunk to give way is the one needed last, which in a
+circle is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed part of the model
+(Belady's choice; least-recently-used would miss every chunk of a circle longer than the pool).
+
+That is exact mode. Predict mode takes the same memory for single bundles (remote_cells); what lies there is forgotten
+when the one way of computing follows the other.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashclient._native import LentMemory
+from flashclient.daemon.channel import Connection, SessionLostError
+from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
+from flashclient.source.border import Chunk, Counters
+from flashclient.source.grpc_cells import RemoteCells
+from weightd_proto import weightd_pb2
+from weightd_proto.files import ALIGNMENT_BYTES, PREDICTORS_FILE
+
+CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a millisecond is small beside it
+CHUNKS_AHEAD = 4
+LOADERS = 2  # one fetch is on the wire while the other's bytes are copied
+POOL_BYTES_DEFAULT = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Span:
+    """A chunk of the model: positions [begin, end) of a layer."""
+
+    layer: int
+    begin: int
+    end: int
+
+    @property
+    def bundles(self) -> int:
+        return self.end - self.begin
+
+
+def ffn_bytes(model: weightd_pb2.Model) -> int:
+    """Of all bundles without padding."""
+    return model.bundle.bundle_bytes * sum(layer.neurons for layer in model.layers)
+
+
+def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
+    """Bundles of a chunk: at most CHUNK_BYTES and half of the pool, in equal parts of a layer. Raises OptionError."""
+    bundle_bytes = model.bundle.bundle_bytes
+    if pool_bytes < 2 * bundle_bytes:
+        raise OptionError(f"pool_bytes={pool_bytes} is too small: two bundles of this model need {2 * bundle_bytes}")
+    most = max(1, min(CHUNK_BYTES, pool_bytes // 2) // bundle_bytes)
+    neurons = max(layer.neurons for layer in model.layers)
+    return math.ceil(neurons / math.ceil(neurons / most))
+
+
+def cut_spans(model: weightd_pb2.Model, chunk_bundles: int) -> list[Span]:
+    return [
+        Span(index, begin, min(begin + chunk_bundles, layer.neurons))
+        for index, layer in enumerate(model.layers)
+        for begin in range(0, layer.neurons, chunk_bundles)
+    ]
+
+
+class GrpcSource:
+    """See BundleSource. The pool and the resident weights are private memory of this process.
+
+    Args:
+        pool_bytes: of the local pool; None takes what the FFNs need, at most 256 MiB. Two chunks at least.
+    """
+
+    def __init__(self, connection: Connection, model: weightd_pb2.Model, *, pool_bytes: int | None = None) -> None:
+        self._connection = connection
+        self._model = model
+        pool_bytes = pool_bytes or min(POOL_BYTES_DEFAULT, ffn_bytes(model))
+        chunk_bundles = chunk_bundles_for(model, pool_bytes)
+        self._spans = cut_spans(model, chunk_bundles)
+        self._spans_of_layer = [
+            [i for i, span in enumerate(self._spans) if span.layer == layer] for layer in range(len(model.layers))
+        ]
+        chunk_bytes = chunk_bundles * model.bundle.bundle_bytes
+        slots = min(len(self._spans), max(2, pool_bytes // chunk_bytes))
+        self._pool = np.empty((slots, chunk_bytes), np.uint8)
+        self._lent = LentMemory(self._pool)  # kernels may read bundles there
+        self._ahead = min(CHUNKS_AHEAD, slots - 1)
+        self.bundles_per_cell = 1
+        self.stride_bytes: int = model.bundle.bundle_bytes
+        self._cells = RemoteCells(connection, model, self._pool.reshape(-1))
+        self._holds_cells = False  # the pool has cells in it, not chunks
+        self._resident = self._fetch_resident()
+        self._closed = threading.Event()
+        self._changed = threading.Condition()  # guards everything below
+        self._free = list(range(slots))
+        self._slot_of: dict[int, int] = {}  # span -> slot, from the moment its fetch begins
+        self._ready: set[int] = set()  # spans whose bytes have arrived
+        self._cursor: int | None = None  # the span in use or wanted next; None when idle
+        self._walk = 0  # counts the ends of walks
+        self._failed: dict[int, FlashClientError] = {}  # spans that this walk could not fetch
+        self._served_bundles = 0
+        self._fetched_bundles = 0
+        self._loaders = [
+            threading.Thread(target=self._load, name=f"flashclient-fetch-{i}", daemon=True) for i in range(LOADERS)
+        ]
+        for loader in self._loaders:
+            loader.start()
+
+    @property
+    def resident(self) -> NDArray[np.uint8]:
+        return self._resident
+
+    def predictors(self) -> NDArray[np.uint8]:
+        version, files = self._model.calibration.version, self._model.calibration.files
+        (size,) = [file.size_bytes for file in files if file.name == PREDICTORS_FILE]
+        padded = np.empty(size + ALIGNMENT_BYTES, np.uint8)
+        begin = -padded.ctypes.data % ALIGNMENT_BYTES
+        data = padded[begin : begin + size]
+        wanted = weightd_pb2.CalibrationFile(version=version, name=PREDICTORS_FILE)
+        self._fetch_whole(data, calibration=wanted)
+        return data
+
+    @property
+    def share_cells(self) -> int:
+        return self._cells.slots
+
+    @property
+    def lease_limit(self) -> int:
+        return self._cells.slots
+
+    @property
+    def cells_held(self) -> int:
+        return self._cells.held
+
+    def addresses(self, layer: int) -> NDArray[np.uint64]:
+        return self._cells.addresses(layer)
+
+    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        if not self._holds_cells:
+            self._forget_chunks()
+        self._cells.exchange(layer, acquire, release)
+
+    def arrived(self) -> int:
+        if self._closed.is_set():
+            raise DaemonLostError("the client was closed during a generation")
+        return self._cells.arrived()
+
+    def _forget_chunks(self) -> None:
+        """Empties the pool, once nothing fills it any more."""
+        self._quiet()
+        with self._changed:
+            self._free += self._slot_of.values()
+            self._slot_of.clear()
+            self._ready.clear()
+        self._holds_cells = True
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        if self._holds_cells:
+            self._cells.forget()
+            self._holds_cells = False
+        for index in self._spans_of_layer[layer]:
+            slot = self._wait_for(index)
+            try:
+                yield self._chunk(self._spans[index], slot)
+            finally:
+                self._move_on(index)
+
+    def idle(self) -> None:
+        with self._changed:
+            self._end_walk()
+        self._cells.release_all()
+
+    def require_open(self) -> None:
+        """What lies in this process's pool stays as it is."""
+
+    def reattach(self, lost: SessionLostError) -> None:
+        if self._closed.is_set():
+            raise DaemonLostError("the client was closed during a generation") from lost
+        self._connection.attach_again(self._quiet, lost)
+
+    def _quiet(self) -> None:
+        """Waits for fetches under way: nothing fills the pool then."""
+        with self._changed:
+            self._end_walk()
+            self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
+
+    def _end_walk(self) -> None:
+        """What is being fetched may still come, but its errors say nothing to the walks that begin after it."""
+        self._cursor = None
+        self._walk += 1
+        self._failed.clear()
+
+    def counters(self) -> Counters:
+        with self._changed:
+            hits = max(0, self._served_bundles - self._fetched_bundles)
+            read_bytes = self._fetched_bundles * self._model.bundle.bundle_bytes
+            return Counters(hits, self._fetched_bundles, read_bytes).plus(self._cells.counters())
+
+    def close(self) -> None:
+        """Ends the fetching threads; a fetch on the wire is waited for unless the connection was closed before."""
+        self._closed.set()
+        with self._changed:
+            self._changed.notify_all()
+        for loader in self._loaders:
+            loader.join()
+
+    def _wait_for(self, index: int) -> int:
+        """Makes `index` the cursor and returns its slot once its bytes are there."""
+        with self._changed:
+            self._cursor = index
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: index in self._ready or index in self._failed or self._closed.is_set())
+            if index in self._failed:
+                error = self._failed[index]
+                self._end_walk()
+                raise error
+            if index not in self._ready:
+                raise DaemonLostError("the client was closed during a generation")
+            self._served_bundles += self._spans[index].bundles
+            return self._slot_of[index]
+
+    def _move_on(self, index: int) -> None:
+        with self._changed:
+            if self._cursor == index:
+                self._cursor = (index + 1) % len(self._spans)
+                self._changed.notify_all()
+
+    def _chunk(self, span: Span, slot: int) -> Chunk:
+        bundle_bytes = self._model.bundle.bundle_bytes
+        offsets = np.arange(span.bundles, dtype=np.uint64) * np.uint64(bundle_bytes)
+        return Chunk(span.begin, offsets + np.uint64(self._pool[slot].ctypes.data))
+
+    def _distance(self, index: int) -> int:
+        """Spans until `index` is needed; the span at the cursor has 0."""
+        assert self._cursor is not None
+        return (index - self._cursor) % len(self._spans)
+
+    def _next_missing(self) -> int | None:
+        """The nearest span ahead without a slot, if there is a slot that it may have."""
+        if self._cursor is None:
+            return None
+        for distance in range(self._ahead + 1):
+            index = (self._cursor + distance) % len(self._spans)
+            if index not in self._slot_of and index not in self._failed:
+                victim = self._victim()
+                return index if self._free or (victim is not None and self._distance(victim) > distance) else None
+        return None
+
+    def _victim(self) -> int | None:
+        return max(self._ready, key=self._distance, default=None)
+
+    def _claim(self) -> tuple[int, int, int] | None:
+        """Waits for a span to fetch; gives it, the slot to fill and the walk that wants it, or None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed.is_set() or self._next_missing() is not None)
+            index = self._next_missing()
+            if self._closed.is_set() or index is None:
+                return None
+            if not self._free:
+                victim = self._victim()
+                assert victim is not None
+                self._ready.remove(victim)
+                self._free.append(self._slot_of.pop(victim))
+            self._slot_of[index] = self._free.pop()
+            return index, self._slot_of[index], self._walk
+
+    def _load(self) -> None:
+        while (claim := self._claim()) is not None:
+            index, slot, walk = claim
+            try:
+                self._fill(self._spans[index], slot)
+            except FlashClientError as error:
+                self._give_up(index, error, walk)
+            else:
+                with self._changed:
+                    self._ready.add(index)
+                    self._fetched_bundles += self._spans[index].bundles
+                    self._changed.notify_all()
+
+    def _give_up(self, index: int, error: FlashClientError, walk: int) -> None:
+        with self._changed:
+            self._free.append(self._slot_of.pop(index))
+            if walk == self._walk:
+                self._failed[index] = error
+            self._changed.notify_all()
+
+    def _fill(self, span: Span, slot: int) -> None:
+        positions = [weightd_pb2.Range(begin=span.begin, end=span.end)]
+        bundles = weightd_pb2.NeuronSet(layer=span.layer, positions=positions)
+        target = self._pool[slot, : span.bundles * self._model.bundle.bundle_bytes]
+        self._receive(target, self._connection.timeout_s, bundles=bundles)
+
+    def _fetch_resident(self) -> NDArray[np.uint8]:
+        size = self._model.resident_file_bytes
+        resident = np.empty(size, np.uint8)
+        self._fetch_whole(resident, resident=weightd_pb2.ByteRange(offset=0, size=size))
+        return resident
+
+    def _fetch_whole(self, target: NDArray[np.uint8], **what: Any) -> None:
+        # A gigabyte takes seconds, so the time allowed grows with the size, as of a link of 10 MB/s.
+        self._receive(target, self._connection.timeout_s + target.size / 10e6, **what)
+
+    def _receive(self, target: NDArray[np.uint8], timeout_s: float, **what: Any) -> None:
+        """Fills `target` with a Fetch of `what`. Raises RefusedError unless it is exactly as much."""
+        request = weightd_pb2.FetchRequest(model=self._model.name, import_id=self._model.import_id, **what)
+        received = 0
+        for data in self._connection.fetch(request, timeout_s):
+            if received + len(data) > target.size:
+                raise RefusedError(f"weightd sent more than the {target.size} bytes asked for")
+            target[received : received + len(data)] = np.frombuffer(data, np.uint8)
+            received += len(data)
+        if received != target.size:
+            raise RefusedError(f"weightd sent {received} of {target.size} bytes asked for")

@@ -1,0 +1,76 @@
+// Attention over keys and values where they lie: out[t] = softmax(scale * q[t] . k + mask[t]) v.
+//
+// A head of keys serves a group of heads of queries (grouped-query attention, arXiv 2305.13245). Its keys and values
+// are read once for up to 16 rows of them.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "kernels/kernels.h"
+#include "kernels/workers.h"
+
+namespace flashclient {
+
+struct AttentionShape {
+    std::size_t sequences;
+    std::size_t heads;      // of queries, a multiple of key_heads
+    std::size_t key_heads;  // of keys and values
+    std::size_t tokens;     // of each sequence
+    std::size_t positions;  // of keys and values
+    std::size_t key_elements;
+    std::size_t value_elements;
+    float scale;
+};
+
+// [sequences, heads, tokens or positions, elements]; the elements of a row are contiguous. Strides are in elements.
+struct AttentionRows {
+    const void* data;
+    std::size_t sequence_stride;
+    std::size_t head_stride;
+    std::size_t row_stride;
+};
+
+// [sequences, heads, tokens, positions], with stride 0 where it is the same for all. causal: token t attends to the
+// positions up to t.
+struct AttentionMask {
+    enum class Kind { none, causal, boolean, additive };
+    Kind kind = Kind::none;
+    const void* data = nullptr;  // boolean: bytes, 0 is masked; additive: fp32, -inf is masked
+    std::size_t sequence_stride = 0;
+    std::size_t head_stride = 0;
+    std::size_t token_stride = 0;
+    std::size_t position_stride = 0;
+};
+
+// A row's bits depend on its query and on the keys and values that it attends to, in their order, alone: not on the
+// other rows of a call, on the number of threads, nor on what is masked, which is left out of every sum. Keys and
+// values that no row attends to are not read. All sums are fp32. Safe to call from several threads.
+class Attention {
+  public:
+    // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
+    // lacks; null picks the best.
+    Attention(Workers& workers, Dtype dtype, const char* instruction_set = nullptr);
+
+    // out: [sequences, tokens, heads, value_elements] fp32, contiguous; 0 where a row attends to nothing.
+    void attend(const AttentionShape& shape, const AttentionRows& query, const AttentionRows& key,
+                const AttentionRows& value, const AttentionMask& mask, float* out) const;
+
+    Dtype dtype() const { return dtype_; }
+    std::string instruction_set() const { return kernels_.instruction_set; }
+
+  private:
+    struct Call;     // the arguments of attend()
+    struct Item;     // some rows of queries over one head of keys
+    struct Scratch;  // what an item needs by position
+    void attend_item(const Call& call, const Item& item) const;
+    void weigh(const Call& call, const Item& item, Scratch& scratch) const;
+    void blend(const Call& call, const Item& item, Scratch& scratch) const;
+    const char* row(const AttentionRows& rows, std::size_t sequence, std::size_t head, std::size_t index) const;
+
+    Workers& workers_;
+    Dtype dtype_;
+    const Kernels& kernels_;
+};
+
+}  // namespace flashclient

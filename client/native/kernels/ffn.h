@@ -1,0 +1,77 @@
+// An FFN layer's output as a sum over neurons, from bundles that may lie anywhere and arrive a few at a time.
+//
+// A bundle is [gate row][up row][down column], or [up row][down column], of hidden_size elements each. Neuron n adds
+// h_n * down_n to the output, h_n = act(gate_n . x + b_n) * (up_n . x), or act(up_n . x + b_n) without a gate.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "kernels/kernels.h"
+#include "kernels/workers.h"
+
+namespace flashclient {
+
+// relu_squared: relu(v)^2 (Persimmon). fatrelu: v above a threshold, else 0 (ProSparse, arXiv 2402.13516). gated_relu:
+// relu of gate and of up (dReLU: TurboSparse, arXiv 2406.05955; Bamboo).
+enum class Activation { relu, relu_squared, fatrelu, silu, gelu, gelu_tanh, gated_relu };
+
+struct FfnShape {
+    Dtype dtype;
+    std::size_t hidden;  // elements of a row
+    bool gated;
+    Activation activation;
+    float threshold = 0.0f;  // of fatrelu
+};
+
+// A list of neurons, in the order of their sum, and which rows of x want each.
+struct Neurons {
+    const std::uint64_t* bundles;              // addresses, read in place
+    const float* bias = nullptr;               // by entry of the list; null: none
+    const std::uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
+    std::size_t mask_stride = 0;  // between the masks of one group of kTokensMax rows and those of the next
+};
+
+// The output's bits depend on the order of the list only: not on how it is cut into chunks, on the order in which
+// neurons were fired, on the number of threads, or on the other tokens of a call. Safe to call from several threads.
+class Ffn {
+  public:
+    // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
+    // lacks (null picks the best) and for gated_relu without a gate.
+    Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
+
+    // h[entry][t] for the `count` entries that `index` names, or for the first `count` of the list where it is null.
+    // x: [tokens, hidden] fp32, at most kTokensMax tokens; h: [list, tokens]. 0 where row t does not want the entry; an
+    // entry that no row wants is not read, nor is the up row of one whose gate is closed to all.
+    void fire(const Neurons& list, const std::uint32_t* index, std::size_t count, const float* x, std::size_t tokens,
+              float* h) const;
+
+    // y[t] += h[entry][t] * down[entry], entries rising. The column of an entry whose h is 0 for all tokens is not
+    // read.
+    void accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens,
+                    float* y) const;
+
+    // Both at once, for the whole list of `count` entries and any number of tokens.
+    void add_rows(const Neurons& list, std::size_t count, const float* x, std::size_t tokens, float* y) const;
+
+    const FfnShape& shape() const { return shape_; }
+    std::size_t parts() const { return shape_.gated ? 3 : 2; }
+    std::size_t bundle_bytes() const { return parts() * shape_.hidden * bytes_of(shape_.dtype); }
+    std::string instruction_set() const { return kernels_.instruction_set; }
+
+  private:
+    struct Group;    // of neurons that one thread fires together
+    struct Scratch;  // of a thread that adds rows
+    static Scratch& scratch_of_thread();
+    const char* row(std::uint64_t bundle, std::size_t part) const;
+    void fire_group(const Group& group, const Neurons& list, const float* x, std::size_t tokens, float* h) const;
+    void open_gate(const Group& group, const std::uint64_t* bundles, const float* x, std::size_t tokens,
+                   float* h) const;
+
+    Workers& workers_;
+    FfnShape shape_;
+    const Kernels& kernels_;
+};
+
+}  // namespace flashclient

@@ -1,0 +1,72 @@
+#include "kernels/kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#define KERNEL __attribute__((target("avx2,fma,f16c,popcnt")))
+#define LANE KERNEL __attribute__((always_inline)) inline
+
+namespace flashclient {
+namespace {
+
+// Eight fp32. The ends of rows go through a small buffer, so they read no byte beyond the row.
+struct Lane {
+    static constexpr std::size_t kWidth = 8;
+    static constexpr std::size_t kTileRows = 3;  // twelve sums, three weights and x: all 16 registers
+    static constexpr std::size_t kTileTokens = 4;
+    __m256 value;
+
+    LANE static Lane zero() { return {_mm256_setzero_ps()}; }
+    LANE static Lane all(float one) { return {_mm256_set1_ps(one)}; }
+
+    template <Dtype dtype, typename Weight>
+    LANE static Lane load(const Weight* row) {
+        if constexpr (dtype == Dtype::f32)
+            return {_mm256_loadu_ps(row)};
+        else if constexpr (dtype == Dtype::i8)
+            return from_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
+        else
+            return widen<dtype>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+    }
+    template <Dtype dtype, typename Weight>
+    LANE static Lane load_some(const Weight* row, std::size_t some) {
+        alignas(32) Weight padded[kWidth] = {};
+        std::memcpy(padded, row, some * sizeof(Weight));
+        return load<dtype>(padded);
+    }
+    template <Dtype dtype>
+    LANE static Lane widen(__m128i half) {
+        if constexpr (dtype == Dtype::f16) return {_mm256_cvtph_ps(half)};
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+    }
+    LANE static Lane from_bytes(__m128i bytes) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
+    LANE void store(float* out) const { _mm256_storeu_ps(out, value); }
+    LANE void store_some(float* out, std::size_t some) const {
+        alignas(32) float padded[kWidth];
+        store(padded);
+        std::memcpy(out, padded, some * sizeof(float));
+    }
+};
+
+LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
+LANE Lane max(Lane a, Lane b) { return {_mm256_max_ps(a.value, b.value)}; }  // b where either is NaN
+LANE Lane power_of_two(Lane a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.value), 23))}; }
+LANE float sum(Lane a) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.value), _mm256_extractf128_ps(a.value, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+
+}  // namespace
+}  // namespace flashclient
+
+#include "kernels/kernels_body.h"
+
+const flashclient::Kernels* flashclient::kernels_avx2(Dtype dtype) { return table_for(dtype, "avx2"); }
+#else
+const flashclient::Kernels* flashclient::kernels_avx2(Dtype) { return nullptr; }
+#endif

@@ -1,0 +1,88 @@
+// A walk through all bundles of a model in order of placement, chunk after chunk, layer after layer, round and round.
+//
+// Exact mode needs every bundle of every layer for every token, so what comes next is known: the sweep keeps several
+// chunks leased or on their way ahead of the one in use, across layers and tokens, as far as the session's share goes.
+// As long as they are there before they are needed, it gives out, gives back and asks for half of that at a time: a
+// wake-up of weightd, or of a kernel's threads, takes longer than a chunk that lies in the pool.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <vector>
+
+#include "ring/leases.h"
+#include "ring/session.h"
+
+namespace flashclient {
+
+inline constexpr uint32_t CHUNK_BYTES = 1U << 20;  // one read of the daemon; larger ones gain nothing
+
+struct Layout {
+    uint32_t bundles_per_cell;
+    uint32_t stride_bytes;
+    uint32_t cell_bytes;
+    std::vector<uint32_t> neurons;  // by layer
+};
+
+struct SweepTimes {
+    double wait_s = 0;
+    uint64_t cells = 0;
+};
+
+class Sweep {
+  public:
+    Sweep(Session& session, Layout layout);
+    ~Sweep();
+
+    struct Bundles {
+        uint32_t first_position = 0;
+        std::vector<uint64_t> addresses;  // in order of position
+    };
+
+    // Takes back what it gave out, and gives out what comes next of `layer`; null at the layer's end. A layer that is
+    // not the one expected starts from its beginning. Blocks; throws SessionLost, CorruptBundle, std::system_error.
+    const Bundles* next(uint32_t layer);
+    void idle();    // gives everything back
+    void forget();  // the session is another one: nothing is held or on its way
+    const SweepTimes& times() const { return times_; }
+    Session& session() const { return session_; }
+
+  private:
+    struct Chunk {
+        uint32_t layer = 0;
+        uint32_t first_cell = 0;
+        uint32_t cell_count = 0;
+        uint32_t unanswered = 0;
+        uint32_t first_position = 0;
+        std::vector<uint64_t> addresses;  // of its bundles, in order of position
+        std::vector<ring::Grant> failed;  // cells that could not be had: nothing to give back
+    };
+
+    uint32_t cells_in(uint32_t layer) const;
+    void look_ahead();
+    void finish_chunks_in_use();
+    void finish_first();
+    void refill();  // gives back what has been used, and asks for as much
+    void wait_for_first();
+    void give_out();
+    void take_answers(bool block);
+    void place(Chunk& chunk, const ring::Grant& grant);
+    void give_back_used();
+
+    Session& session_;
+    Layout layout_;
+    uint32_t chunk_cells_;
+    uint32_t chunks_max_;
+    std::vector<Chunk> used_;   // still leased
+    std::deque<Chunk> chunks_;  // the first is the one in use or the next
+    uint32_t first_tag_ = 0;    // of chunks_[0]; the others count up
+    Bundles given_;             // of the first in_use_ chunks
+    uint32_t in_use_ = 0;
+    bool layer_ended_ = false;  // the last chunk given out was its layer's last
+    uint32_t next_layer_ = 0;   // where look_ahead goes on
+    uint32_t next_cell_ = 0;
+    std::vector<ring::Grant> grants_;
+    SweepTimes times_;
+};
+
+}  // namespace flashclient

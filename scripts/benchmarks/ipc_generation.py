@@ -1,0 +1,159 @@
+"""What the shared-memory path costs a token: the same generation over the ring, and on an engine in the same process.
+
+Both clients live in one process, with the same resident weights, kernels and threads, over pools of the same size. One
+leases its cells from weightd over the ring; the other calls the engine
+(weightd/native/service/in_process.h) in its own thread.
+They decode the same tokens in turn (ABBA) and must come to the same logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import flashclient  # before torch, so that torch's idle threads do not spin
+
+# isort: split
+import numpy as np
+from numpy.typing import NDArray
+from paper.rows import COLD
+from planted.store import PlantedStore, planted_store
+
+from benchmarks.processes import BenchError, serving
+from benchmarks.report import Row, abba
+from benchmarks.sharing_client import Task, decode
+from flashclient._native import LentMemory
+from flashclient.daemon.channel import Connection, SessionLostError
+from flashclient.source.border import BundleSource, Chunk
+from flashclient.source.ring import RingSource
+from weightd._native import InProcessEngine
+from weightd.serving.served_models import demand_of, model_spec
+from weightd.store.store import Store
+from weightd_proto import weightd_pb2
+
+CHUNK_BYTES = 4 << 20  # as the sweep over the ring gives out when all is in the pool
+SLOTS_WANTED_BYTES = 8 << 20
+IO_THREADS, IO_DEPTH = 32, 64
+ROUNDS = 8  # of four: one round may say 0.95 or 1.1
+SEED = 11
+PROMPT_TOKENS = 16
+KINDS = [("predict", 1.0, 64), ("exact", 1.0, 16), ("predict", 0.5, 64)]  # mode, share of the FFN in the pool, tokens
+_NONE = np.empty(0, np.uint32)
+
+
+class EngineSource(RingSource):
+    """A BundleSource whose cells come from an engine in this process; only resident weights and predictors are the
+    daemon's."""
+
+    def __init__(self, connection: Connection, model: weightd_pb2.Model, store: Store, dram_bytes: int) -> None:
+        super().__init__(connection, model)
+        self._record = model
+        self._cell_bytes = model.bundle.cell_bytes
+        self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
+        self._engine = InProcessEngine(
+            dram_bytes,
+            model_spec(store, model),
+            io_engine="auto",
+            io_threads=IO_THREADS,
+            io_depth=IO_DEPTH,
+            slots_wanted=SLOTS_WANTED_BYTES // self._cell_bytes,
+        )
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        facts = self._record.layers[layer]
+        count = CHUNK_BYTES // self._cell_bytes
+        within = np.arange(self.bundles_per_cell, dtype=np.uint64) * np.uint64(self.stride_bytes)
+        for first in range(0, facts.cells, count):
+            cells = np.arange(first, min(first + count, facts.cells), dtype=np.uint32)
+            self.exchange(layer, cells, _NONE)
+            while self.arrived() > 0:
+                pass
+            position = first * self.bundles_per_cell
+            addresses = (self.addresses(layer)[cells][:, None] + within).reshape(-1)
+            yield Chunk(position, addresses[: facts.neurons - position])
+            self.exchange(layer, _NONE, cells)
+
+    @property
+    def share_cells(self) -> int:
+        return self._engine.share_slots
+
+    @property
+    def lease_limit(self) -> int:
+        return self._engine.lease_limit
+
+    @property
+    def cells_held(self) -> int:
+        return self._engine.cells_held
+
+    def addresses(self, layer: int) -> NDArray[np.uint64]:
+        return self._engine.addresses(layer)
+
+    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+        self._engine.exchange(layer, acquire, release)
+
+    def arrived(self) -> int:
+        coming = self._engine.arrived()
+        self._lent += [LentMemory(segment) for segment in self._engine.segments()[len(self._lent) :]]
+        return coming
+
+    def idle(self) -> None:
+        self._engine.release_all()
+
+    def require_open(self) -> None: ...
+
+    def reattach(self, lost: SessionLostError) -> None:
+        raise lost
+
+
+class InProcessClient(flashclient.FlashClient):
+    """A FlashClient that computes on an engine of its own."""
+
+    def __init__(self, planted: PlantedStore, dram_bytes: int, address: str, mode: str) -> None:
+        self._planted = planted
+        self._dram_bytes = dram_bytes
+        super().__init__(planted.name, address=address, mode=mode)
+
+    def _open_source(self, connection: Connection, address: str) -> BundleSource:
+        store = Store.open(self._planted.store, readonly=True)
+        return EngineSource(connection, self._record, store, self._dram_bytes)
+
+
+def token_ms(client: flashclient.FlashClient, task: Task, digests: set[str]) -> float:
+    """The median of a generation's tokens, the prompt's apart."""
+    told = decode(client, task)
+    digests.add(told["digest"])
+    return 1e3 * float(median(told["seconds"][1:]))
+
+
+def compared(planted: PlantedStore, mode: str, pool_share: float, tokens: int) -> Row:
+    """One row: both paths in turn. Raises BenchError when their logits differ."""
+    record = planted.record
+    dram_bytes = demand_of(record).minimum_bytes + int(pool_share * record.bundles_file_bytes)
+    task = Task("", planted.name, mode, PROMPT_TOKENS, tokens, SEED)
+    digests: set[str] = set()
+    with (
+        serving(planted.store, dram_bytes, COLD) as daemon,
+        flashclient.FlashClient(planted.name, address=daemon.address, mode=mode) as over_ring,
+        InProcessClient(planted, dram_bytes, daemon.address, mode) as in_process,
+    ):
+        for client in (over_ring, in_process):  # fills the pools
+            token_ms(client, task, digests)
+        shared_ms, own_ms = abba(
+            partial(token_ms, over_ring, task, digests), partial(token_ms, in_process, task, digests), ROUNDS
+        )
+    if len(digests) != 1:
+        raise BenchError(f"{mode} mode: the engine in this process and the one of weightd came to different logits")
+    return {
+        "what": f"generation, {mode}, {pool_share:.0%} of the FFN in the pool",
+        "shared_memory_ms": median(shared_ms),
+        "in_process_ms": median(own_ms),
+        "shared_memory_over_in_process": median(shared_ms) / median(own_ms),
+    }
+
+
+def generation_rows(shape: str, folder: Path) -> list[Row]:
+    """Raises BenchError and OSError, as planted_store() does."""
+    planted = planted_store(shape, folder)
+    return [compared(planted, *kind) for kind in KINDS]

@@ -1,0 +1,84 @@
+"""Processes that a benchmark starts and measures: a weightd of its own, children that print JSON, and their memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flashclient.daemon.private import is_serving
+
+START_WITHIN_S = 120.0
+POLL_S = 0.02
+SCRIPTS = Path(__file__).parents[1]
+
+
+class BenchError(Exception):
+    """A part of the benchmark did not run; says which, and what it said."""
+
+
+@dataclass(frozen=True)
+class Daemon:
+    """A running weightd."""
+
+    address: str
+    pid: int
+
+
+@contextmanager
+def serving(store: Path, dram_bytes: int, flags: Sequence[str] = ()) -> Iterator[Daemon]:
+    """A weightd of its own, ended at the end. Raises BenchError with its last words when it does not start."""
+    with tempfile.TemporaryDirectory(prefix="bench-paper-") as folder:
+        address, log_path = f"unix:{folder}/weightd.sock", Path(folder, "log")
+        command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", address]
+        reading_end, writing_end = os.pipe()
+        command += ["--dram", str(dram_bytes), "--owner-fd", str(reading_end), *flags]
+        with log_path.open("wb") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[reading_end])
+        os.close(reading_end)
+        try:
+            _await(process, address, log_path)
+            yield Daemon(address, process.pid)
+        finally:
+            os.close(writing_end)  # it ends with its owner
+            process.wait()
+
+
+def _await(process: subprocess.Popen[bytes], address: str, log_path: Path) -> None:
+    deadline = time.monotonic() + START_WITHIN_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if is_serving(address):
+            return
+        time.sleep(POLL_S)
+    said = log_path.read_text(errors="replace").strip().splitlines() or ["nothing"]
+    raise BenchError(f"weightd does not serve: {said[-1]}")
+
+
+def module_command(name: str, *options: str) -> list[str]:
+    """Runs a module of scripts/ as a process of its own, with options of python."""
+    return ["env", f"PYTHONPATH={SCRIPTS}", sys.executable, *options, "-m", name]
+
+
+def run_json(command: Sequence[str], what: str) -> Any:
+    """What the command printed, as JSON. Raises BenchError with its last words."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise BenchError(f"{what}: {said[-1]}")
+    return json.loads(done.stdout)
+
+
+def pss_bytes(pid: str) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024

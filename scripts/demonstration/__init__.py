@@ -1,0 +1,1 @@
+"""The demo's parts, and the training of the models that ship."""

@@ -1,0 +1,164 @@
+"""The rows of the paper's Table 2: each a weightd and a client of its own, on the same store and device.
+
+Every row adds one step. What the paper calls hybrid keeps half of the model in memory and reads the rest for each
+token; unbundled reads up row and down column of a neuron with two requests of half a bundle, from the same file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from benchmarks.processes import module_command, run_json, serving
+from benchmarks.report import Row
+
+from paper.client import Task
+from weightd.serving.served_models import demand_of
+from weightd.store.store import Store
+
+FIRST_TOKENS = 50  # the window fills meanwhile, says the paper (section 4)
+SWEEP_POOL_BYTES = 16 << 20  # the look-ahead of a client that streams every layer, twice: it gets half of the pool
+LAYER_POOL_SHARE = 0.25  # of a layer: its predicted neurons, twice and a little more
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """One row: what is switched on.
+
+    Attributes:
+        memory: "half" of the model; else the least with which it can be served, for streaming ("sweep") or for one
+            layer's predicted neurons at a time ("layer").
+        resident: what lies outside the FFNs stays in memory; else it is read again for each token.
+        dense: every neuron is read for each token, so a few tokens are measured.
+    """
+
+    name: str
+    memory: Literal["half", "sweep", "layer"] = "half"
+    resident: bool = True
+    dense: bool = False
+    flags: tuple[str, ...] = ()  # of weightd
+    options: dict[str, Any] = field(default_factory=dict)  # of FlashClient
+
+
+COLD = ("--cold-start",)  # nothing is known that another row has learned
+UNBUNDLED = (*COLD, "--unbundled-reads")
+ROWS = (
+    RowPlan("naive", memory="sweep", resident=False, dense=True, flags=COLD, options={"mode": "exact"}),
+    RowPlan("hybrid", dense=True, flags=COLD, options={"mode": "exact"}),
+    RowPlan("+predictor", memory="layer", flags=UNBUNDLED, options={"mode": "predict", "window": 0}),
+    RowPlan("+windowing", flags=UNBUNDLED, options={"mode": "predict", "window": 4}),
+    RowPlan("+bundling", flags=COLD, options={"mode": "predict", "window": 4}),
+    # Where the pool keeps what is used often, a window takes memory from it: at half of OPT-1.3B windows of 0, 1 and
+    # 2 tokens read 59, 70 and 92 MB per token.
+    RowPlan("all", options={"mode": "predict", "window": 0}),
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every row does: a prompt of random ids, then as many forced ones."""
+
+    checkpoint: Path
+    store: Path
+    model: str
+    prompt_tokens: int
+    new_tokens: int
+    dense_tokens: int
+    seed: int
+
+    @property
+    def model_bytes(self) -> int:
+        """All weights: FFNs and resident part."""
+        record = Store.open(self.store, readonly=True).model(self.model)
+        return record.bundles_file_bytes + record.resident_file_bytes
+
+    def dram_bytes(self, memory: str) -> int:
+        """Half of a small model is not enough to serve it: then the least is taken."""
+        record = Store.open(self.store, readonly=True).model(self.model)
+        layer_bytes = record.bundles_file_bytes // len(record.layers)
+        layer_pool_bytes = 0 if memory == "sweep" else int(layer_bytes * LAYER_POOL_SHARE)
+        least_bytes = demand_of(record).minimum_bytes + SWEEP_POOL_BYTES + layer_pool_bytes
+        return max(self.model_bytes // 2, least_bytes) if memory == "half" else least_bytes
+
+
+def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
+    """What the row's client told (paper_client), with `dram_bytes`."""
+    dram_bytes = work.dram_bytes(plan.memory)
+    again = None if plan.resident else Store.open(work.store, readonly=True).resident_path(work.model)
+    with serving(work.store, dram_bytes, plan.flags) as daemon:
+        task = Task(
+            daemon.address,
+            work.model,
+            daemon.pid,
+            work.prompt_tokens,
+            work.dense_tokens if plan.dense else work.new_tokens,
+            work.seed,
+            plan.options,
+            None if again is None else str(again),
+            None if plan.dense else str(work.checkpoint),
+        )
+        told: dict[str, Any] = run_json([*module_command("paper.client"), json.dumps(asdict(task))], plan.name)
+    held_bytes = 0 if again is None else again.stat().st_size  # what is read anew counts as not held
+    return told | {"dram_bytes": dram_bytes - held_bytes}
+
+
+def summary(name: str, told: dict[str, Any]) -> Row:
+    """One row of Tables 2 and 3: per token, after the prompt and the first tokens, which stand apart."""
+    tokens = told["tokens"][1:]  # the first is the prompt
+    steady = tokens[FIRST_TOKENS:] or tokens
+    row: Row = {"row": name, "tokens": len(tokens), "dram_gb": told["dram_bytes"] / 1e9}
+    memory = told["memory"]
+    row["all_memory_gb"] = (memory["client_bytes"] + memory["daemon_bytes"]) / 1e9
+    if told.get("firing"):
+        row |= told["firing"]
+    row |= costs(steady)
+    return row | {"prompt_s": told["tokens"][0]["seconds"], "first_tokens": costs(tokens[:FIRST_TOKENS])}
+
+
+def costs(tokens: Sequence[dict[str, float]]) -> Row:
+    """Means, and percentiles of the time that reads were under way and of the whole token."""
+
+    def each(*names: str) -> Any:
+        return np.array([sum(token.get(name, 0.0) for name in names) for token in tokens])
+
+    read_bytes, io_s, seconds = each("read_bytes", "again_bytes"), each("reading_s", "again_s"), each("seconds")
+    row: Row = {
+        "read_gb_per_token": read_bytes.mean() / 1e9,
+        "reads_per_token": each("reads").mean(),
+        "gb_per_s": read_bytes.sum() / io_s.sum() / 1e9 if io_s.sum() else 0.0,
+        "io_ms": io_s.mean() * 1e3,
+        "total_ms": seconds.mean() * 1e3,
+    }
+    row |= parts(each) if "forward_s" in tokens[0] else {}
+    for name, values in (("io", io_s), ("total", seconds)):
+        row |= {f"{name}_ms_p{share}": float(np.percentile(values, share)) * 1e3 for share in (50, 90, 99)}
+    return {key: float(value) for key, value in row.items()}
+
+
+def parts(each: Callable[..., Any]) -> Row:
+    """Where a token's time went, in ms: waiting for flash, the computations, and all else, which is management.
+
+    Args:
+        each: of names of seconds, [tokens] their sum; the client's clock has `forward_s` for all of the model, in which
+            are `ffn_s`, in which are `predict_s`, `acquire_s`, `compute_s` and `wait_s`, and `head_s`.
+    """
+    seconds, wait_s = each("seconds"), each("wait_s", "again_s")
+    computing = {
+        "attention_ms": each("forward_s") - each("ffn_s", "head_s"),
+        "head_ms": each("head_s"),
+        "predict_ms": each("predict_s"),
+        "ffn_ms": each("compute_s"),
+    }
+    compute_s = sum(computing.values())
+    management_s = seconds - wait_s - compute_s
+    row: Row = {name: values.mean() * 1e3 for name, values in computing.items()}
+    row |= {"wait_ms": wait_s.mean() * 1e3, "compute_ms": compute_s.mean() * 1e3}
+    return row | {
+        "management_ms": management_s.mean() * 1e3,
+        "acquire_ms": each("acquire_s").mean() * 1e3,
+        "overhead_share": management_s.sum() / seconds.sum(),
+    }

@@ -1,0 +1,1 @@
+"""Planted models: random weights of published shapes whose neurons fire as published."""

@@ -1,0 +1,67 @@
+"""A store that holds a planted model, imported and calibrated, for benchmarks to measure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.processes import BenchError, serving
+from make_planted_model import make_planted_model
+
+from planted.calibration import publish_planted, read_plan
+from planted.plan import SHAPES
+from weightd.serving.served_models import demand_of
+from weightd.store.store import Store
+from weightd_proto import weightd_pb2
+
+POOL_BYTES = 64 << 20  # room for several sessions
+
+
+@dataclass(frozen=True)
+class PlantedStore:
+    """A planted model: the checkpoint, and the store into which it was imported as `name`."""
+
+    checkpoint: Path
+    store: Path
+    name: str
+
+    @property
+    def record(self) -> weightd_pb2.Model:
+        return Store.open(self.store, readonly=True).model(self.name)
+
+    @property
+    def model_bytes(self) -> int:
+        """All weights: FFNs and resident part."""
+        record = self.record
+        return record.bundles_file_bytes + record.resident_file_bytes
+
+    @property
+    def least_bytes(self) -> int:
+        """Of DRAM to serve it to several sessions; half of a small model is not enough."""
+        return demand_of(self.record).minimum_bytes + POOL_BYTES
+
+
+def planted_store(shape: str, folder: Path) -> PlantedStore:
+    """Checkpoint, store and calibration of a planted model in `folder`, each made unless it is there.
+
+    Raises:
+        BenchError: the import or weightd failed; says with what words.
+        OSError: what lies there is not a planted model, or the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"planted-{shape}"
+    planted = PlantedStore(folder / name, folder / f"store-{shape}", name)
+    if not planted.checkpoint.exists():
+        make_planted_model(SHAPES[shape], planted.checkpoint)
+    read_plan(planted.checkpoint)
+    if not (planted.store / name).exists():
+        command = [sys.executable, "-m", "weightd", "import", str(planted.checkpoint), "--store", str(planted.store)]
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
+    if not planted.record.HasField("calibration"):
+        with serving(planted.store, max(planted.model_bytes // 2, planted.least_bytes)) as daemon:  # predictors, too
+            publish_planted(planted.checkpoint, name, daemon.address)
+    return planted

@@ -1,0 +1,162 @@
+"""Native linear layers against torch's, in float64 and inside a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import make_config, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from flashclient._native import Linear, Workers
+from flashclient.model.arrays import array_of
+from flashclient.model.resident_linear import STORED_DTYPES, ResidentLinear, use_fast_linears
+
+WORKERS = Workers(2)
+INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+dtypes = st.sampled_from(sorted(STORED_DTYPES, key=str))
+
+
+def fast(linear: nn.Linear, instruction_set: str = "portable") -> nn.Linear:
+    assert use_fast_linears(linear, WORKERS, instruction_set) == 1
+    return linear.requires_grad_(False)
+
+
+def make(
+    inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True, instruction_set: str = "portable"
+) -> nn.Linear:
+    return fast(nn.Linear(inputs, outputs, bias=bias, dtype=dtype), instruction_set)
+
+
+def available(instruction_set: str) -> bool:
+    try:
+        Linear(WORKERS, "F32", instruction_set)
+    except ValueError:
+        return False
+    return True
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    """Rounded once to the dtype of `actual`, of sums of order 1."""
+    unit = torch.finfo(actual.dtype).eps
+    return torch.allclose(actual.double(), expected, rtol=unit, atol=max(unit / 4, 1e-5))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtypes,
+    st.integers(1, 1200),
+    st.integers(1, 200),
+    st.integers(1, 50),
+    st.booleans(),
+    st.sampled_from([name for name in INSTRUCTION_SETS if available(name)]),
+    st.integers(0, 1000),
+)
+def test_product_is_the_formula(
+    dtype: torch.dtype, inputs: int, outputs: int, rows: int, bias: bool, instruction_set: str, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    linear = make(inputs, outputs, dtype, bias, instruction_set)
+    x = torch.randn(rows, inputs).to(dtype)
+    y = linear(x)
+    assert y.dtype == dtype
+    expected = x.double() @ linear.weight.double().T + (linear.bias.double() if bias else 0)
+    assert near(y, expected)
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(linear(x[row : row + 1])[0], y[row]), "a row depends on its batch-mates"
+
+
+@pytest.mark.parametrize("dtype", STORED_DTYPES)
+def test_several_blocks_of_rows(dtype: torch.dtype) -> None:
+    linear = make(640, 3001, dtype)
+    x = torch.randn(2, 3, 640).to(dtype)
+    assert near(linear(x), x.double() @ linear.weight.double().T + linear.bias.double())
+
+
+@pytest.mark.parametrize("instruction_set", [name for name in INSTRUCTION_SETS if available(name)])
+def test_bits_do_not_depend_on_threads(instruction_set: str) -> None:
+    weight = torch.randn(1000, 333).bfloat16()
+    x, results = np.random.default_rng(0).standard_normal((7, 333)).astype(np.float32), []
+    for threads in (1, 2, 5):
+        y = np.full((7, 1000), np.nan, np.float32)
+        Linear(Workers(threads), "BF16", instruction_set).multiply(array_of(weight), x, y)
+        results.append(y)
+    assert all(np.array_equal(y, results[0]) for y in results)
+
+
+def test_torch_takes_what_the_kernel_does_not() -> None:
+    plain = nn.Linear(64, 32)
+    linear = fast(copy.deepcopy(plain))
+    assert linear(torch.randn(0, 64)).shape == (0, 32)
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(1, 64).bfloat16())
+    with pytest.raises(RuntimeError):
+        linear(torch.randn(2, 32))
+    doubled = linear.double()
+    assert torch.equal(doubled(torch.ones(1, 64).double()), plain.double()(torch.ones(1, 64).double()))
+
+
+def test_gradients_flow() -> None:
+    linear = make(16, 8, torch.float32).requires_grad_(True)
+    x = torch.randn(2, 16, requires_grad=True)
+    linear(x).sum().backward()
+    assert linear.weight.grad is not None
+    assert x.grad is not None
+
+
+def test_strides_and_shapes() -> None:
+    linear = make(48, 20, torch.bfloat16)
+    x = torch.randn(4, 6, 48).bfloat16()
+    last = x[:, -1:, :]  # as transformers hands it to the head
+    assert linear(last).shape == (4, 1, 20)
+    assert torch.equal(linear(last), linear(last.contiguous()))
+    assert linear(torch.randn(48).bfloat16()).shape == (20,)
+    assert linear(x[:, 0].T.contiguous().T).shape == (4, 20)
+
+
+def test_weight_stays_in_place_and_may_change() -> None:
+    linear = nn.Linear(32, 16, dtype=torch.bfloat16)
+    before = linear.weight.data_ptr()
+    fast(linear)
+    assert linear.weight.data_ptr() == before
+    assert list(linear.state_dict()) == ["weight", "bias"]
+    x = torch.ones(1, 32).bfloat16()
+    linear.load_state_dict({"weight": torch.ones(16, 32).bfloat16(), "bias": torch.zeros(16)}, assign=True)
+    assert linear(x).tolist() == [[32.0] * 16]
+    linear.float()
+    assert linear(x.float()).tolist() == [[32.0] * 16]
+
+
+def test_what_a_model_holds() -> None:
+    """Every projection and a tied head, and nothing else."""
+    config = make_config("gemma3")
+    model = make_model(config).requires_grad_(False)
+    plain = copy.deepcopy(model)
+    linears = sum(type(module) is nn.Linear for module in model.modules())
+    assert use_fast_linears(model, WORKERS, "portable") == linears > 0
+    assert isinstance(model.lm_head, ResidentLinear)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert use_fast_linears(model, WORKERS, "portable") == 0
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.allclose(model(ids).logits, plain(ids).logits, atol=1e-4)
+
+
+def test_default_is_the_best_instruction_set() -> None:
+    """Never by a measurement."""
+    linear: Any = nn.Linear(4, 4)
+    assert use_fast_linears(linear, WORKERS) == 1
+    best = next(name for name in INSTRUCTION_SETS if available(name))
+    assert linear.kernels[torch.float32].instruction_set == best
+    with pytest.raises(ValueError, match="instruction set 'mmx' is unknown"):
+        use_fast_linears(nn.Linear(4, 4), WORKERS, "mmx")
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    kernel, square = Linear(WORKERS, "F32"), np.zeros((4, 4), np.float32)
+    with pytest.raises(ValueError, match="same tokens"):
+        kernel.multiply(square, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))

@@ -1,0 +1,224 @@
+"""Ffn.fire and Ffn.accumulate against the formula in float64, and against add_rows bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from flashclient._native import Ffn, LentMemory, Workers
+from flashclient.model.arrays import array_of
+
+WORKERS = Workers(2)
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+THRESHOLD = 0.4
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "relu_squared": lambda v: functional.relu(v) ** 2,
+    "fatrelu": lambda v: functional.threshold(v, THRESHOLD, 0.0),
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
+    "gated_relu": functional.relu,
+}
+
+
+@dataclass
+class Case:
+    """A random layer, tokens, and which of them want which neuron."""
+
+    dtype: str
+    hidden: int
+    neurons: int
+    tokens: int
+    gated: bool
+    activation: str
+    seed: int
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(self.seed)
+        self.gated = self.gated or self.activation == "gated_relu"
+        self.parts = 3 if self.gated else 2
+        weights = torch.randn(self.neurons, self.parts, self.hidden) / self.hidden**0.5
+        self.weights = weights.to(DTYPES[self.dtype])
+        self.x = torch.randn(self.tokens, self.hidden)
+        self.bias = torch.randn(self.neurons)
+        self.masks = torch.randint(0, 2**self.tokens, (self.neurons,)).numpy().astype(np.uint16)
+        self.masks[torch.rand(self.neurons).numpy() < 0.3] = 0
+        self.lent = LentMemory(array_of(self.weights))
+        step = self.weights[0].nbytes
+        self.addresses = self.weights.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
+
+    def kernels(self, instruction_set: str | None = None, workers: Workers = WORKERS) -> Ffn:
+        threshold = THRESHOLD if self.activation == "fatrelu" else 0.0
+        return Ffn(workers, self.dtype, self.hidden, self.gated, self.activation, threshold, instruction_set)
+
+    def wanted(self) -> Tensor:
+        bits = self.masks[:, None] >> np.arange(self.tokens, dtype=np.uint16) & 1
+        return torch.from_numpy(bits.astype(bool))  # [neurons, tokens]
+
+    def reference(self) -> tuple[Tensor, Tensor]:
+        """h [neurons, tokens] and y [tokens, hidden] in float64."""
+        weights, x = self.weights.double(), self.x.double()
+        h = ACTIVATIONS[self.activation](weights[:, 0] @ x.T + self.bias.double()[:, None])
+        if self.gated:
+            up = weights[:, 1] @ x.T
+            h = h * (functional.relu(up) if self.activation == "gated_relu" else up)
+        h = torch.where(self.wanted(), h, 0.0)
+        return h, h.T @ weights[:, -1]
+
+    def fire(self, kernels: Ffn, masks: NDArray[np.uint16], pieces: int = 3) -> Tensor:
+        """h, computed in a few pieces of random order."""
+        h = torch.full((self.neurons, self.tokens), torch.nan)
+        order = np.random.default_rng(self.seed).permutation(self.neurons).astype(np.uint32)
+        for index in np.array_split(order, pieces):
+            kernels.fire(self.addresses, index, masks, self.bias.numpy(), self.x.numpy(), h.numpy())
+        return h
+
+    def accumulate(self, kernels: Ffn, h: Tensor) -> Tensor:
+        y = torch.zeros(self.tokens, self.hidden)
+        kernels.accumulate(self.addresses, h.numpy(), y.numpy())
+        return y
+
+
+cases = st.builds(
+    Case,
+    dtype=st.sampled_from(sorted(DTYPES)),
+    hidden=st.one_of(st.integers(1, 100), st.sampled_from([128, 640, 1000])),
+    neurons=st.integers(1, 120),
+    tokens=st.integers(1, 16),
+    gated=st.booleans(),
+    activation=st.sampled_from(sorted(ACTIVATIONS)),
+    seed=st.integers(0, 1000),
+)
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(actual.double(), expected, rtol=2e-5, atol=4e-5)
+
+
+def by_row(case: Case, h: Tensor, row: int) -> Tensor:
+    """What `row` alone makes of its own neurons: a list that holds nothing else."""
+    own = np.flatnonzero(case.masks >> row & 1)
+    y = torch.zeros(1, case.hidden)
+    alone = torch.zeros(len(own), 1)
+    x, masks = case.x[row : row + 1].contiguous().numpy(), np.ones(len(own), np.uint16)
+    addresses, bias = case.addresses[own], case.bias.numpy()[own]
+    kernels = case.kernels()
+    kernels.fire(addresses, np.arange(len(own), dtype=np.uint32), masks, bias, x, alone.numpy())
+    assert torch.equal(alone[:, 0], h[own, row])
+    kernels.accumulate(addresses, alone.numpy(), y.numpy())
+    return y[0]
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases)
+def test_masked_sum_is_the_formula(case: Case) -> None:
+    h = case.fire(case.kernels(), case.masks)
+    expected_h, expected_y = case.reference()
+    # Beside a threshold rounding decides: there, and only there, h may be the other branch.
+    argument = case.weights[:, 0].double() @ case.x.double().T + case.bias.double()[:, None]
+    beside = (argument - THRESHOLD).abs() < 1e-5 if case.activation == "fatrelu" else torch.zeros_like(argument) > 0
+    assert near(h[~beside], expected_h[~beside])
+    assert not h[~case.wanted()].any(), "a neuron counts for a row that did not want it"
+    if not beside.any():
+        assert near(case.accumulate(case.kernels(), h), expected_y)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_all_masks_set_is_add_rows_bit_for_bit(case: Case) -> None:
+    kernels, y = case.kernels(), torch.zeros(case.tokens, case.hidden)
+    kernels.add_rows(case.addresses, case.bias.numpy(), None, case.x.numpy(), y.numpy())
+    h = case.fire(kernels, np.full(case.neurons, 0xFFFF, np.uint16))
+    assert torch.equal(case.accumulate(kernels, h), y)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cases, st.integers(1, 60), st.integers(1, 4))
+def test_masks_of_several_groups_are_those_of_fire(case: Case, tokens: int, threads: int) -> None:
+    """Each row of add_rows() as fire() and accumulate() make it of that row alone."""
+    random = np.random.default_rng(case.seed)
+    x = random.standard_normal((tokens, case.hidden)).astype(np.float32)
+    masks = random.integers(0, 2**16, (-(-tokens // 16), case.neurons + 3)).astype(np.uint16)[:, 2:-1]
+    y = np.zeros((tokens, case.hidden), np.float32)
+    case.kernels(workers=Workers(threads)).add_rows(case.addresses, case.bias.numpy(), masks, x, y)
+    index, kernels = np.arange(case.neurons, dtype=np.uint32), case.kernels()
+    for row in range(tokens):
+        one, own = x[row : row + 1], masks[row // 16] >> np.uint16(row % 16) & np.uint16(1)
+        h, alone = np.empty((case.neurons, 1), np.float32), np.zeros((1, case.hidden), np.float32)
+        kernels.fire(case.addresses, index, own, case.bias.numpy(), one, h)
+        kernels.accumulate(case.addresses, h, alone)
+        assert np.array_equal(alone[0], y[row])
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases)
+def test_row_depends_on_its_own_neurons_only(case: Case) -> None:
+    kernels = case.kernels()
+    h = case.fire(kernels, case.masks)
+    y = case.accumulate(kernels, h)
+    for row in range(case.tokens):
+        assert torch.equal(y[row], by_row(case, h, row)), "batch-mates or the list changed a row"
+
+
+@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_instruction_sets(instruction_set: str, dtype: str, tokens: int) -> None:
+    case = Case(dtype, 131, 70, tokens, True, "relu_squared", 3)
+    try:
+        kernels = case.kernels(instruction_set)
+    except ValueError as error:
+        pytest.skip(str(error))
+    h = case.fire(kernels, case.masks)
+    expected_h, expected_y = case.reference()
+    assert near(h, expected_h)
+    assert near(case.accumulate(kernels, h), expected_y)
+
+
+def test_a_neuron_that_nobody_wants_is_not_read() -> None:
+    """Its address leads nowhere."""
+    case = Case("BF16", 64, 20, 3, True, "relu", 0)
+    case.masks[:] = 7
+    case.masks[5] = 0
+    case.addresses[5] = 0
+    h = case.fire(case.kernels(), case.masks)
+    assert not h[5].any()
+    assert case.accumulate(case.kernels(), h).isfinite().all()
+
+
+def test_up_row_and_down_column_of_what_did_not_fire_are_not_counted() -> None:
+    """NaN stands where nothing may be read."""
+    case = Case("F32", 40, 30, 4, True, "relu", 1)
+    closed = ~(case.weights[:, 0] @ case.x.T + case.bias[:, None] > 0).any(dim=1)
+    assert closed.any()
+    case.weights[closed, 1:] = torch.nan
+    h = case.fire(case.kernels(), np.full(30, 0xF, np.uint16))
+    assert case.accumulate(case.kernels(), h).isfinite().all()
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    case = Case("F32", 8, 4, 2, False, "relu", 0)
+    kernels, x, h = case.kernels(), case.x.numpy(), np.zeros((4, 2), np.float32)
+    index = np.arange(4, dtype=np.uint32)
+    with pytest.raises(ValueError, match="beyond the list"):
+        kernels.fire(case.addresses, index + np.uint32(1), case.masks, None, x, h)
+    with pytest.raises(ValueError, match="a row mask per address"):
+        kernels.fire(case.addresses, index, case.masks[:3], None, x, h)
+    with pytest.raises(ValueError, match="a bias per address"):
+        kernels.fire(case.addresses, index, case.masks, case.bias.numpy()[:3], x, h)
+    with pytest.raises(ValueError, match=r"h must be \[addresses, tokens\]"):
+        kernels.fire(case.addresses, index, case.masks, None, x, h[:, :1].copy())
+    with pytest.raises(ValueError, match="too many tokens: 17"):
+        kernels.accumulate(case.addresses, np.zeros((4, 17), np.float32), np.zeros((17, 8), np.float32))
+    with pytest.raises(ValueError, match="threads must be positive"):
+        Workers(0)

@@ -1,0 +1,260 @@
+"""FlashClient(store=...): a private weightd, one that is there already, the race between two, and what fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from checkpoints import make_checkpoint
+from daemon import serving
+
+from flashclient import FlashClient
+from flashclient.daemon.private import LOCK_FILE, PrivateDaemon, attach_or_start, is_serving, serving_address
+from flashclient.errors import ModelNotFoundError, StartError
+from flashclient.generation.rehearsal import rehearse
+from weightd import cli
+from weightd_proto import weightd_pb2
+
+IDS = [5, 6, 7]
+OWNER = """
+import os, sys
+from flashclient import FlashClient
+client = FlashClient("tiny", store=sys.argv[1])
+print(client.generate([5, 6, 7], max_new_tokens=4, do_sample=False), flush=True)
+sys.stdin.read()
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def imported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the checkpoint in it, which nobody serves."""
+    store = tmp_path_factory.mktemp("imported") / "store"
+    assert cli.main(["import", str(checkpoint), "--store", str(store)]) == 0
+    return store
+
+
+@pytest.fixture
+def store(imported: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(imported, tmp_path / "store"))
+
+
+def daemons_of(store: Path) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "weightd" in command and str(store) in command:
+            found.append(process)
+    return found
+
+
+@pytest.fixture
+def owner(store: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process with a private weightd, which has made its first tokens."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # it dies without cleaning up
+    command = [sys.executable, "-W", "ignore", "-c", OWNER, str(store)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert len(json.loads(process.stdout.readline())) == 7
+        yield process
+        process.kill()
+
+
+def test_a_checkpoint_is_imported_once(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "store"
+    with FlashClient(checkpoint, store=folder, dram="32MiB") as client:
+        first = client.generate(IDS, max_new_tokens=8, do_sample=False)
+        imported = client.record.import_id
+    with FlashClient(str(checkpoint), store=folder) as client:
+        assert client.record.import_id == imported
+        assert client.record.name == "tiny"
+        assert client.generate(IDS, max_new_tokens=8, do_sample=False) == first
+    assert daemons_of(folder) == []
+
+
+def test_a_second_checkpoint_fits_beside_the_first(checkpoint: Path, tmp_path: Path) -> None:
+    """--dram of a daemon that chose it itself grows with the models that come."""
+    larger = make_checkpoint("opt", tmp_path / "larger", layers=4, neurons=4096)
+    folder = tmp_path / "store"
+    with FlashClient(checkpoint, store=folder) as first:
+        expected = first.generate(IDS, max_new_tokens=8, do_sample=False)
+        with FlashClient(larger, store=folder) as second:
+            assert len(second.generate(IDS, max_new_tokens=8, do_sample=False)) > 8
+            assert first.generate(IDS, max_new_tokens=8, do_sample=False) == expected
+        assert len(daemons_of(folder)) == 1
+
+
+@pytest.mark.parametrize("model", ["./nothere", "facebook/opt-1.3b", "/no/where"])
+def test_a_path_that_is_not_there_is_called_so(store: Path, model: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=f"no file or folder '{model}', .* no hub is asked"):
+        FlashClient(model, store=store)
+
+
+def test_both_transports_say_the_same(store: Path) -> None:
+    with FlashClient("tiny", store=store) as client:
+        expected = client.generate(IDS, max_new_tokens=16, do_sample=False)
+        with FlashClient("tiny", store=store, transport="grpc") as other:
+            assert other.generate(IDS, max_new_tokens=16, do_sample=False) == expected
+        assert len(daemons_of(store)) == 1
+
+
+@pytest.mark.parametrize("transport", ["shm", "grpc"])
+def test_a_private_daemon_that_is_killed_is_started_again(store: Path, transport: str) -> None:
+    with (
+        FlashClient("tiny", store=store, transport=transport) as client,
+        FlashClient("tiny", store=store, transport=transport) as other,
+    ):
+        expected = client.generate(IDS, max_new_tokens=16, do_sample=False)
+        steps = 0
+
+        def kill(*_: object) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == 6:
+                daemons_of(store)[0].kill()
+
+        client.model.register_forward_hook(kill)
+        for _ in range(2):  # a local pool of all needs no daemon
+            assert client.generate(IDS, max_new_tokens=16, do_sample=False) == expected
+        if transport == "shm":
+            assert len(daemons_of(store)) == 1
+            assert other.generate(IDS, max_new_tokens=16, do_sample=False) == expected, "it waits for the same one"
+    assert daemons_of(store) == []
+
+
+def test_a_private_daemon_that_fails_again_is_one_error(store: Path) -> None:
+    with FlashClient("tiny", store=store, timeout_s=20.0) as client:
+        client.generate(IDS, max_new_tokens=2)
+        (daemon,) = daemons_of(store)
+        (store / "catalog.mdb").rename(store / "away.mdb")
+        daemon.kill()
+        daemon.wait(10)
+        with pytest.raises(StartError, match="the private weightd ended: "):
+            client.generate(IDS, max_new_tokens=2)
+
+
+def test_attaches_to_the_daemon_that_is_there(store: Path) -> None:
+    with serving(store) as daemon:
+        assert serving_address(store) == daemon.address
+        with FlashClient("tiny", store=store) as client:
+            assert client.generate(IDS, max_new_tokens=2)
+            assert [process.pid for process in daemons_of(store)] == [daemon.process.pid]
+        assert daemon.process.poll() is None, "a client stopped a daemon that was not its own"
+
+
+def test_of_two_that_start_one_attaches_to_the_other(store: Path) -> None:
+    early = PrivateDaemon.start(store, None)  # started, but perhaps not yet serving
+    address, daemon = attach_or_start(store, None, 30.0)
+    early.stop()
+    assert daemon is not None
+    assert is_serving(address), "it goes on for the other one"
+    daemon.stop()
+    assert daemons_of(store) == []
+
+
+@pytest.mark.parametrize("kill", [True, False])
+def test_a_private_daemon_ends_with_its_owner(store: Path, owner: subprocess.Popen[str], kill: bool) -> None:
+    (daemon,) = daemons_of(store)
+    if kill:
+        owner.kill()
+    else:
+        assert owner.stdin is not None
+        owner.stdin.close()  # it leaves without close()
+    daemon.wait(10)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_does_not_keep_the_daemon_alive(store: Path) -> None:
+    reading_end, writing_end = os.pipe()
+    client = FlashClient("tiny", store=store)
+    pid = os.fork()
+    if pid == 0:
+        os.close(writing_end)
+        os.read(reading_end, 1)  # until the parent closes it
+        os._exit(0)
+    client.close()
+    assert daemons_of(store) == []
+    os.close(writing_end)
+    os.waitpid(pid, 0)
+    os.close(reading_end)
+
+
+def test_a_lock_file_that_outlived_its_daemon_counts_for_nothing(store: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    for content in ("", "{", "[]", json.dumps({"pid": ended.pid, "address": "unix:/nowhere"})):
+        (store / LOCK_FILE).write_text(content)
+        assert serving_address(store) is None
+        FlashClient("tiny", store=store).close()
+
+
+def test_what_the_daemon_says_is_the_error(store: Path) -> None:
+    with pytest.raises(StartError, match=rf"cannot start weightd for {store}: dram=1KiB is too small"):
+        FlashClient("tiny", store=store, dram="1KiB")
+    with pytest.raises(StartError, match=r"cannot start weightd for .*/missing: "):
+        FlashClient("tiny", store=store / "missing")
+
+
+def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(StartError, match=r"cannot import .*/empty: "):
+        FlashClient(tmp_path / "empty", store=tmp_path / "store")
+
+
+def test_this_process_rehearses_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has loaded torch already, which takes a child of the import seconds."""
+    checkpoint = make_checkpoint("llama", tmp_path / "odd")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "relu6"}))
+    rehearsed = []
+
+    def recorded(record: weightd_pb2.Model, folder: Path) -> None:
+        rehearsed.append(record.name)
+        rehearse(record, folder)
+
+    monkeypatch.setattr("flashclient.generation.rehearsal.rehearse", recorded)
+    for _ in range(2):
+        with pytest.raises(StartError, match=r"no client could run .*odd: config.json: no kernel for .*ReLU6"):
+            FlashClient(checkpoint, store=tmp_path / "store")
+    assert rehearsed == ["odd", "odd"]
+    assert "flashclient-rehearsal" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("descriptor", ["99999", "-1", "x", str(2**70)])
+def test_a_descriptor_that_is_not_open_is_a_usage_error(
+    descriptor: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["import", str(checkpoint), "--store", str(tmp_path / "store"), f"--rehearse-fd={descriptor}"]
+    assert cli.main(command) == 2
+    assert f"'{descriptor}' is no open descriptor" in capsys.readouterr().err
+    assert not (tmp_path / "store").exists()
+
+
+def test_another_checkpoint_of_the_same_name_is_refused(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    other = make_checkpoint("llama", tmp_path / "elsewhere" / "tiny")
+    with pytest.raises(StartError, match="imported from") as caught:
+        FlashClient(other, store=store)
+    assert str(checkpoint) in str(caught.value)
+    assert str(other) in str(caught.value)
+    FlashClient(checkpoint, store=store).close()
+    FlashClient("tiny", store=store).close()
+
+
+def test_dram_for_a_daemon_that_runs_already_is_not_dropped_in_silence(store: Path) -> None:
+    with serving(store, "--dram", "64MiB"), pytest.warns(UserWarning, match="no effect.*--dram 64.0MiB"):
+        FlashClient("tiny", store=store, dram="32MiB").close()

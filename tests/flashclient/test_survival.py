@@ -1,0 +1,287 @@
+"""What becomes of a generation when weightd dies and comes back: the same tokens, or one clear error."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import make_checkpoint
+from mortal_daemon import mortal
+from predictors import lossy, publish_predictors
+
+from flashclient import FlashClient
+from flashclient.errors import DaemonLostError, RefusedError
+from flashclient.model.ffn import StreamedFFN
+from weightd import cli
+from weightd.serving.served_models import demand_of
+from weightd.store.store import Store
+from weightd_proto import weightd_pb2
+
+LAYERS, HIDDEN, NEURONS = 3, 128, 1024
+PROMPT = [5, 17, 200, 31, 8]
+GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": -1}
+OPTIONS: dict[str, dict[str, Any]] = {"shm": {"transport": "shm"}, "grpc": {"transport": "grpc", "pool_bytes": 700_000}}
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of one model, calibrated."""
+    folder = tmp_path_factory.mktemp("survival")
+    import_model(folder / "store", folder / "tensors", seed=0)
+    with mortal(folder / "store") as daemon:
+        publish_predictors(daemon.address, "tiny", lossy)
+    return folder / "store"
+
+
+def import_model(store: Path, checkpoint: Path, seed: int) -> None:
+    make_checkpoint("opt", checkpoint, layers=LAYERS, hidden=HIDDEN, neurons=NEURONS, seed=seed)
+    assert cli.main(["import", str(checkpoint), "--store", str(store), "--name", "tiny"]) == 0
+
+
+@pytest.fixture
+def store(stored: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stored, tmp_path / "store"))
+
+
+def dram(store: Path, share_of_ffn: float = 0.3) -> str:
+    """Whose pool holds a part of the FFNs, so that bundles are read all the time."""
+    model = Store.open(store, readonly=True).model("tiny")
+    return str(demand_of(model).minimum_bytes + int(share_of_ffn * model.bundles_file_bytes))
+
+
+@contextmanager
+def at_ffn(client: FlashClient, number: int, act: Callable[[], object]) -> Iterator[None]:
+    """Runs `act` on a thread of its own from the moment at which the client's FFN number `number` begins."""
+    calls = 0
+    thread = threading.Thread(target=act)
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            thread.start()
+
+    ffns: list[Any] = [module for module in client.model.modules() if isinstance(module, StreamedFFN)]
+    hooks = [ffn.register_forward_pre_hook(count) for ffn in ffns]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        thread.join()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "flashclient"]
+
+
+@pytest.mark.parametrize("mode", ["exact", "predict"])
+def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: str) -> None:
+    """So it needs no free call of weightd, whoever has taken them all; what it counts comes from its ring."""
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode=mode, transport="shm") as client,
+    ):
+        client.connection.close()
+        client.generate(PROMPT, **GREEDY)
+        stats = client.stats()
+        counted = daemon.daemon.stub.Stats(weightd_pb2.StatsRequest()).attached[0]
+        # what was asked for ahead may be answered after the end
+        assert 0 < stats.misses <= counted.misses
+        assert stats.misses <= stats.read_bytes // 4096 <= counted.read_bytes // 4096
+        assert stats.hits <= counted.hits
+
+
+MODES = pytest.mark.parametrize("mode", ["exact", "predict"])
+TRANSPORTS = pytest.mark.parametrize("transport", ["shm", "grpc"])
+
+
+@MODES
+@TRANSPORTS
+def test_weightd_killed_during_a_generation_changes_no_token(
+    store: Path, mode: str, transport: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At several moments: in the prompt, after it, in the middle and near the end."""
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode=mode, **OPTIONS[transport]) as client,
+    ):
+        expected = client.generate(PROMPT, **GREEDY)
+        assert said(caplog) == []
+        for number in (1, 2, 7, 38, 66):
+            caplog.clear()
+            with at_ffn(client, number, daemon.restart):
+                assert client.generate(PROMPT, **GREEDY) == expected
+            assert len(said(caplog)) == 1, "told once"
+            assert "waiting up to 30 s to attach again at unix:" in said(caplog)[0]
+        assert client.stats().hits + client.stats().misses > 0
+
+
+@MODES
+def test_weightd_stopped_during_a_generation_changes_no_token(store: Path, mode: str) -> None:
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode=mode) as client,
+    ):
+        expected = client.generate(PROMPT, **GREEDY)
+
+        def stop_and_start() -> None:
+            daemon.stop()
+            daemon.start()
+
+        with at_ffn(client, 11, stop_and_start):
+            assert client.generate(PROMPT, **GREEDY) == expected
+
+
+@MODES
+@TRANSPORTS
+def test_weightd_killed_between_generations_is_waited_for(store: Path, mode: str, transport: str) -> None:
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode=mode, **OPTIONS[transport]) as client,
+    ):
+        expected = client.generate(PROMPT, **GREEDY)
+        daemon.kill()
+        starting = threading.Thread(target=daemon.start)
+        starting.start()
+        assert client.generate(PROMPT, **GREEDY) == expected
+        starting.join()
+
+
+@MODES
+@TRANSPORTS
+def test_weightd_that_does_not_come_back_is_one_error(store: Path, mode: str, transport: str) -> None:
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode=mode, timeout_s=1.0, **OPTIONS[transport]) as client,
+    ):
+        expected = client.generate(PROMPT, **GREEDY)
+        lost = f"weightd at {daemon.address} has not come back within 1 s: start it again, or raise timeout_s="
+        with at_ffn(client, 20, daemon.kill), pytest.raises(DaemonLostError, match=re.escape(lost)):
+            client.generate(PROMPT, **GREEDY)
+        daemon.start()
+        assert client.generate(PROMPT, **GREEDY) == expected, "the client is as good as before"
+
+
+@TRANSPORTS
+def test_another_import_after_the_restart_is_one_error(store: Path, tmp_path: Path, transport: str) -> None:
+    with (
+        mortal(store, "--dram", dram(store)) as daemon,
+        FlashClient("tiny", address=daemon.address, **OPTIONS[transport]) as client,
+    ):
+        client.generate(PROMPT, **GREEDY)
+
+        def import_another() -> None:
+            daemon.kill()
+            assert cli.main(["rm", "tiny", "--store", str(store)]) == 0
+            import_model(store, tmp_path / "other", seed=1)
+            daemon.start()
+
+        with at_ffn(client, 5, import_another), pytest.raises(RefusedError, match="'tiny' is another import than"):
+            client.generate(PROMPT, **GREEDY)
+
+
+def test_another_calibration_after_the_restart_changes_no_token(store: Path) -> None:
+    """The predictors that it began with are the client's own."""
+    with mortal(store, "--dram", dram(store)) as daemon:
+        with FlashClient("tiny", address=daemon.address, mode="predict") as client:
+            expected = client.generate(PROMPT, **GREEDY)
+
+            def calibrate_again() -> None:
+                daemon.kill()
+                daemon.start(f"unix:{store}.elsewhere.sock")
+                publish_predictors(daemon.daemon.address, "tiny", partial(lossy, seed=7))
+                daemon.stop()
+                daemon.start()
+
+            with at_ffn(client, 20, calibrate_again):
+                assert client.generate(PROMPT, **GREEDY) == expected
+            assert client.generate(PROMPT, **GREEDY) == expected
+        with FlashClient("tiny", address=daemon.address, mode="predict") as newcomer:
+            assert newcomer.generate(PROMPT, **GREEDY) != expected, "it really was another one"
+
+
+def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
+    store: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It pauses in the middle of a generation, and holds more than what is its own once there are others."""
+    with (
+        mortal(store, "--dram", dram(store, 0.24)) as daemon,
+        FlashClient("tiny", address=daemon.address, mode="predict", window=64) as client,
+    ):
+        expected = client.generate(PROMPT, **GREEDY)
+        paused = False
+
+        def let_others_run(*_: object) -> None:
+            nonlocal paused
+            if not paused and client.source.cells_held > 0.9 * client.source.lease_limit:
+                paused = True
+                with ExitStack() as others:
+                    for _other in range(2):
+                        lease_a_share(others.enter_context(FlashClient("tiny", address=daemon.address)))
+
+        model: Any = client.model
+        model.register_forward_hook(let_others_run)
+        assert client.generate(PROMPT, **GREEDY) == expected
+        assert paused
+        assert ["kept others waiting" in line for line in said(caplog)] == [True]
+
+
+def lease_a_share(client: FlashClient) -> None:
+    source = client.source
+    source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), np.empty(0, np.uint32))
+    while source.arrived() > 0:
+        pass
+    assert source.cells_held == source.share_cells
+
+
+def mapped(name: str) -> set[str]:
+    """The inodes behind this process's mappings of weightd's memory of that name."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    return {line.split()[4] for line in lines if f"/memfd:{name}" in line}
+
+
+def test_the_old_pool_is_gone_from_an_idle_client(store: Path) -> None:
+    """It asks for nothing and still lets go, before there is a new pool."""
+    others = mapped("weightd-resident")  # of clients of other tests, not yet collected
+    with mortal(store, "--dram", "64MiB") as daemon, FlashClient("tiny", address=daemon.address) as client:
+        expected = client.generate(PROMPT, **GREEDY)
+        assert mapped("weightd-pool")
+        resident = mapped("weightd-resident") - others
+        daemon.kill()
+        wait_until(lambda: not mapped("weightd-pool"))
+        daemon.start()
+        assert client.generate(PROMPT, **GREEDY) == expected
+        assert mapped("weightd-pool")
+        again = mapped("weightd-resident") - others
+        assert len(again) == 1, "in memory once"
+        assert again != resident
+
+
+def test_what_the_user_changed_in_resident_weights_stays(store: Path) -> None:
+    with mortal(store, "--dram", dram(store)) as daemon, FlashClient("tiny", address=daemon.address) as client:
+        before = client.generate(PROMPT, **GREEDY)
+        model: Any = client.model
+        model.model.decoder.embed_tokens.weight[300] += 1.0
+        model.model.decoder.layers[0].self_attn.q_proj.weight *= -1.0
+        changed = client.generate(PROMPT, **GREEDY)
+        assert changed != before
+        with at_ffn(client, 20, daemon.restart):
+            assert client.generate(PROMPT, **GREEDY) == changed
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    waiting = threading.Event()
+    for _ in range(1000):
+        if condition():
+            return
+        waiting.wait(0.01)
+    raise AssertionError("it did not happen within 10 s")

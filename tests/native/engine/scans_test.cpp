@@ -1,0 +1,252 @@
+// Scans of one model that are apart come together, and nobody is put off for long.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <numeric>
+
+#include "engine/engine.h"
+#include "flash_file.h"
+
+namespace weightd {
+namespace {
+
+constexpr uint32_t CELL_BYTES = 4096;
+constexpr uint32_t CELLS = 16384;
+constexpr uint32_t CHUNK = 64;                        // cells of a message
+constexpr std::chrono::microseconds CHUNK_TIME{170};  // of the device
+constexpr uint32_t AHEAD = 32;                        // chunks that a scan asks for before it needs them
+
+// Reads when it is told to, in the order in which it was asked.
+class ToldReader final : public Reader {
+  public:
+    explicit ToldReader(const std::vector<std::byte>& file) : file_(file) {}
+    void read(uint64_t cells) {
+        for (uint64_t left_bytes = cells * CELL_BYTES; left_bytes > 0 && !asked_.empty(); asked_.pop_front()) {
+            const Read& read = asked_.front();
+            const std::byte* from = file_.data() + read.offset_bytes;
+            for (const iovec& piece : read.pieces) {
+                std::memcpy(piece.iov_base, from, piece.iov_len);
+                from += piece.iov_len;
+                if (in_pool(piece.iov_base)) cells_read += piece.iov_len / CELL_BYTES;
+            }
+            done_.push_back({read.tag, 0, {}});
+            left_bytes -= std::min<uint64_t>(left_bytes, read.length_bytes());
+        }
+    }
+    std::string level() const override { return "told"; }
+    int register_file(const DirectFile&) override { return -1; }
+    void unregister_file(int) override {}
+    int register_memory(std::span<std::byte> memory) override {
+        pool_.push_back(memory);
+        return -1;
+    }
+    void unregister_memory(int) override {}
+    void submit(std::vector<Read> reads) override { std::move(reads.begin(), reads.end(), std::back_inserter(asked_)); }
+    void reap(std::vector<Completion>& completions) override {
+        completions.insert(completions.end(), done_.begin(), done_.end());
+        done_.clear();
+    }
+    void wait() override {}
+    ReadQueue queue() const override { return {}; }
+    int event_fd() const override { return -1; }
+    uint64_t cells_read = 0;
+
+  private:
+    bool in_pool(const void* address) const {  // else it is what lies in a gap between cells
+        return std::any_of(pool_.begin(), pool_.end(), [&](std::span<std::byte> memory) {
+            return address >= memory.data() && address < memory.data() + memory.size();
+        });
+    }
+
+    const std::vector<std::byte>& file_;
+    std::vector<std::span<std::byte>> pool_;
+    std::deque<Read> asked_;
+    std::vector<Completion> done_;
+};
+
+class Counter final : public Session {
+  public:
+    using Session::Session;
+    void granted(uint32_t tag, uint32_t, Place, const Pool&) override { grants[tag]++; }
+    void failed(uint32_t, uint32_t, ring::Status, uint32_t) override { FAIL(); }
+    void flush() override {}
+    std::map<uint32_t, uint32_t> grants;  // by tag
+};
+
+struct ScansTest : testing::Test {
+    FlashModel flash{1, CELLS* CELL_BYTES / 1024, "model", CELL_BYTES};
+    ToldReader reader{flash.bytes};
+    Verifier verifier{1};
+    Engine engine{Engine::minimum_dram_bytes(flash.spec) + CELLS / 2 * uint64_t{CELL_BYTES}, reader, verifier};
+    Clock::time_point now = Clock::now();
+
+    ScansTest() { engine.add_model(flash.spec, false); }
+
+    Counter& open() {
+        EXPECT_TRUE(engine.activate(0));
+        return static_cast<Counter&>(engine.open(std::make_unique<Counter>(0, CELLS, AHEAD * CHUNK)));
+    }
+    void acquire(Session& session, uint32_t begin, uint32_t count, uint32_t tag = 0) {
+        std::vector<uint32_t> cells(count);
+        std::iota(cells.begin(), cells.end(), begin);
+        ASSERT_TRUE(engine.acquire(session, 0, cells, tag));
+    }
+    void release(Session& session, uint32_t begin, uint32_t count) {
+        std::vector<uint32_t> cells(count);
+        std::iota(cells.begin(), cells.end(), begin);
+        ASSERT_TRUE(engine.release(session, 0, cells));
+    }
+    size_t put_off() { return engine.model(0).put_off.size(); }
+    uint64_t cells_reading() {  // once step() has submitted what is missing
+        const Pool& pool = *engine.model(0).pool;
+        uint64_t count = 0;
+        for (uint32_t cell = 0; cell < CELLS; cell++) {
+            const Place place = pool.find(cell);
+            count += place && place.slot().reading && !place.slot().put_off ? 1 : 0;
+        }
+        return count;
+    }
+    void step(std::chrono::microseconds passed = {}) {
+        now += passed;
+        engine.tell_time(now);
+        engine.step();
+    }
+    void read(uint32_t cells) {  // and checks
+        reader.read(cells);
+        const ModelState& state = engine.model(0);
+        do step();
+        while (state.counts.misses - cells_reading() - put_off() < reader.cells_read);
+    }
+    void read_chunk() {
+        step(CHUNK_TIME);
+        read(CHUNK);
+    }
+};
+
+// Goes round and round, with some chunks asked for ahead.
+class Scanning {
+  public:
+    Scanning(ScansTest& test, uint32_t begin) : test_(test), session_(test.open()), begin_(begin) {}
+    void move(uint32_t chunks = AHEAD) {
+        const uint32_t end = used_ + chunks;
+        for (; used_ < end && session_.grants[used_] == CHUNK; used_++) test_.release(session_, cell(used_), CHUNK);
+        for (; asked_ < used_ + AHEAD; asked_++) test_.acquire(session_, cell(asked_), CHUNK, asked_);
+    }
+    uint32_t cells() const { return used_ * CHUNK; }
+
+  private:
+    uint32_t cell(uint32_t chunk) const { return (begin_ + chunk * CHUNK) % CELLS; }
+
+    ScansTest& test_;
+    Counter& session_;
+    uint32_t begin_;
+    uint32_t asked_ = 0;  // chunks
+    uint32_t used_ = 0;
+};
+
+// One behind who asks for some cells, and one ahead of it; what that one asks for is put off.
+struct TwoScansTest : ScansTest {
+    static constexpr uint32_t PLACE = CELLS / 4;  // of the one ahead
+    Counter& behind = open();
+    Counter& ahead = open();
+
+    TwoScansTest() {
+        acquire(behind, 0, CHUNK);
+        acquire(ahead, PLACE, CHUNK);
+        step();
+        EXPECT_EQ(cells_reading(), CHUNK);
+        EXPECT_EQ(put_off(), CHUNK);
+        EXPECT_TRUE(engine.puts_off());
+    }
+    void close(Session& session) {
+        engine.close(session.id);
+        step();
+    }
+};
+
+TEST_F(TwoScansTest, WhoIsAheadWaitsForASecond) {
+    for (int i = 0; i < 9; i++) {
+        acquire(behind, (i + 1) * CHUNK, 16);
+        step(std::chrono::milliseconds{100});
+        EXPECT_EQ(put_off(), CHUNK);
+    }
+    step(std::chrono::milliseconds{110});
+    EXPECT_EQ(put_off(), 0U);
+    read(10 * CHUNK);
+    EXPECT_EQ(ahead.grants[0], CHUNK);
+}
+
+TEST_F(TwoScansTest, NobodyWaitsForOneThatAsksForNothing) {
+    read(CHUNK);
+    step(std::chrono::milliseconds{490});
+    EXPECT_EQ(put_off(), CHUNK);
+    step(std::chrono::milliseconds{20});
+    EXPECT_EQ(put_off(), 0U);
+}
+
+TEST_F(TwoScansTest, WhoIsAheadWaitsUntilTheOtherIsThere) {
+    acquire(behind, PLACE, CHUNK);
+    step();
+    EXPECT_EQ(put_off(), 0U);
+}
+
+TEST_F(TwoScansTest, WhoDoesNotScanWaitsForNobody) {
+    Counter& other = open();
+    ASSERT_TRUE(engine.acquire(other, 0, std::array{PLACE + 3}, 0));
+    step();
+    EXPECT_EQ(put_off(), CHUNK - 1);
+    read(CHUNK + 1);
+    EXPECT_EQ(other.grants[0], 1U);
+}
+
+TEST_F(TwoScansTest, WhatWasPutOffIsReadWhenItsScanEnds) {
+    close(ahead);
+    EXPECT_EQ(put_off(), 0U);
+    read(2 * CHUNK);
+    EXPECT_EQ(engine.model(0).pool->busy(), CHUNK) << "what is leased, and nothing else";
+}
+
+TEST_F(TwoScansTest, WhatWasPutOffIsReadWhenTheOtherEnds) {
+    close(behind);
+    EXPECT_EQ(put_off(), 0U);
+    read(2 * CHUNK);
+    EXPECT_EQ(ahead.grants[0], CHUNK);
+}
+
+// Cells read, while the first goes through all cells so many times, for each of these.
+double cells_per_turn(ScansTest& test, std::vector<Scanning> scans, uint32_t turns) {
+    const uint64_t before = test.engine.model(0).counts.read_bytes;
+    while (scans.front().cells() < turns * CELLS) {
+        for (Scanning& scan : scans) scan.move();
+        test.read_chunk();
+    }
+    return static_cast<double>(test.engine.model(0).counts.read_bytes - before) / CELL_BYTES / turns;
+}
+
+TEST_F(ScansTest, ScansThatAreApartComeTogether) {
+    const double alone = cells_per_turn(*this, {Scanning(*this, 0)}, 8);  // from now on it holds what it had, and rests
+    EXPECT_LT(alone, 0.7 * CELLS);
+    std::vector<Scanning> three{Scanning(*this, 0), Scanning(*this, CELLS / 4), Scanning(*this, CELLS / 2)};
+    EXPECT_LT(cells_per_turn(*this, three, 8), 1.25 * alone);
+}
+
+TEST_F(ScansTest, WhoIsSlowForGoodHoldsUpNobodyForLong) {
+    std::vector<Scanning> fast{Scanning(*this, 0), Scanning(*this, 0), Scanning(*this, CELLS / 8)};
+    Scanning slow(*this, CELLS / 2);
+    std::chrono::microseconds waited{0};
+    const Clock::time_point began = now;
+    while (now - began < std::chrono::seconds{3}) {
+        for (Scanning& scan : fast) scan.move();
+        slow.move(fast.front().cells() / 50 > slow.cells() ? 1 : 0);
+        read_chunk();
+        if (put_off() > 0) waited += CHUNK_TIME;
+    }
+    EXPECT_GT(waited, std::chrono::milliseconds{1000});
+    EXPECT_LT(waited, std::chrono::milliseconds{1000 + 3000 / 8});
+}
+
+}  // namespace
+}  // namespace weightd

@@ -1,0 +1,104 @@
+// The FFN's sums and the workers behind them, from several threads: what the sanitizers watch.
+#include "kernels/ffn.h"
+
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <cstdint>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/workers.h"
+
+namespace flashclient {
+namespace {
+
+std::vector<float> random_floats(std::size_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal(0.0f, 0.1f);
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random);
+    return values;
+}
+
+TEST(Workers, EveryItemIsDoneOnceInEveryRun) {
+    Workers workers(4);
+    for (int run = 0; run < 2000; ++run) {
+        const std::size_t count = run % 37;
+        std::vector<int> done(count, 0);  // plain: an item is one thread's, and run() makes it visible
+        workers.run(count, [&](std::size_t item) { done[item] += 1; });
+        for (const int times : done) ASSERT_EQ(times, 1);
+    }
+}
+
+TEST(Workers, OneThreadIsTheCaller) {
+    Workers workers(1);
+    const auto caller = std::this_thread::get_id();
+    workers.run(5, [&](std::size_t) { EXPECT_EQ(std::this_thread::get_id(), caller); });
+    EXPECT_EQ(workers.threads(), 1u);
+}
+
+TEST(Workers, CallersAtTheSameTimeDoNotMixTheirItems) {
+    Workers workers(3);
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; ++caller) {
+        callers.emplace_back([&workers] {
+            for (int run = 0; run < 500; ++run) {
+                std::vector<int> done(23, 0);
+                workers.run(done.size(), [&](std::size_t item) { done[item] += 1; });
+                for (const int times : done) ASSERT_EQ(times, 1);
+            }
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+}
+
+TEST(Workers, StopWithoutARun) {
+    for (int turn = 0; turn < 50; ++turn) Workers workers(3);
+}
+
+// Rows of exactly hidden elements at the end of an allocation: reading past one is an error of the address sanitizer.
+class FfnBits : public testing::TestWithParam<const char*> {
+  protected:
+    static constexpr std::size_t kHidden = 77;
+    static constexpr std::size_t kNeurons = 150;
+
+    void SetUp() override {
+        for (std::size_t neuron = 0; neuron < kNeurons; ++neuron) {
+            bundles_.push_back(random_floats(3 * kHidden, static_cast<unsigned>(neuron)));
+            addresses_.push_back(reinterpret_cast<std::uint64_t>(bundles_.back().data()));
+        }
+    }
+
+    std::vector<float> sum(std::size_t threads, std::size_t chunk, std::size_t tokens) {
+        Workers workers(threads);
+        Ffn ffn(workers, {Dtype::f32, kHidden, true, Activation::relu}, GetParam());
+        const std::vector<float> x = random_floats(tokens * kHidden, 1000);
+        std::vector<float> y(tokens * kHidden, 0.0f);
+        for (std::size_t i = 0; i < kNeurons; i += chunk)
+            ffn.add_rows({addresses_.data() + i}, std::min(chunk, kNeurons - i), x.data(), tokens, y.data());
+        return y;
+    }
+
+    std::vector<std::vector<float>> bundles_;
+    std::vector<std::uint64_t> addresses_;
+};
+
+TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
+    try {
+        kernels_for(Dtype::f32, GetParam());
+    } catch (const std::invalid_argument& error) {
+        GTEST_SKIP() << error.what();
+    }
+    for (const std::size_t tokens : {1, 3, 16, 37}) {
+        const std::vector<float> expected = sum(1, kNeurons, tokens);
+        EXPECT_EQ(sum(4, 7, tokens), expected);
+        EXPECT_EQ(sum(3, 1, tokens), expected);
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("avx512", "avx2", "portable"));
+
+}  // namespace
+}  // namespace flashclient

@@ -1,0 +1,85 @@
+// Products and predictions from several threads, over rows at the end of their allocation: what the sanitizers watch.
+#include "kernels/linear.h"
+
+#include <gtest/gtest.h>
+
+#include <cstdint>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels/predictor.h"
+
+namespace flashclient {
+namespace {
+
+std::vector<float> random_floats(std::size_t count, unsigned seed) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    std::vector<float> values(count);
+    for (float& value : values) value = normal(random);
+    return values;
+}
+
+class LinearBits : public testing::TestWithParam<const char*> {
+  protected:
+    static constexpr std::size_t kColumns = 77;
+    static constexpr std::size_t kRows = 1301;
+
+    void SetUp() override {
+        try {
+            kernels_for(Dtype::f32, GetParam());
+        } catch (const std::invalid_argument& error) {
+            GTEST_SKIP() << error.what();
+        }
+    }
+
+    std::vector<float> product(std::size_t threads, std::size_t tokens) {
+        Workers workers(threads);
+        std::vector<float> y(tokens * kRows, -1.0f);
+        Linear(workers, Dtype::f32, GetParam())
+            .multiply({weight_.data(), kRows, kColumns}, x_.data(), tokens, y.data());
+        return y;
+    }
+
+    std::vector<float> weight_ = random_floats(kRows * kColumns, 1);
+    std::vector<float> x_ = random_floats(40 * kColumns, 2);
+};
+
+TEST_P(LinearBits, DoNotDependOnThreadsOrTokens) {
+    const std::vector<float> all = product(1, 40);
+    EXPECT_EQ(product(4, 40), all);
+    for (const std::size_t tokens : {1, 2, 5, 11, 17}) {
+        const std::vector<float> some = product(3, tokens);
+        EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin()));
+    }
+}
+
+TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
+    Workers workers(2);
+    const std::vector<float> output = random_floats(500 * 33, 3), bias = random_floats(500, 4);
+    const LowRankPredictor predictor(workers, Dtype::f32, {weight_.data(), 33, kColumns}, {output.data(), 500, 33},
+                                     bias.data(), nullptr, GetParam());
+    const std::vector<std::uint8_t> signs(500 * 10, 0x55);
+    const std::vector<std::int32_t> margin(500, 0);
+    const SignPredictor by_sign(workers, signs.data(), 500, 10, margin.data(), GetParam());
+    const Prediction expected = predictor.predict(x_.data(), 16);
+    ASSERT_FALSE(expected.positions.empty());
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 3; ++caller) {
+        callers.emplace_back([&] {
+            for (int turn = 0; turn < 20; ++turn) {
+                const Prediction again = predictor.predict(x_.data(), 16);
+                EXPECT_EQ(again.positions, expected.positions);
+                EXPECT_EQ(again.row_masks, expected.row_masks);
+                EXPECT_EQ(by_sign.predict(x_.data(), kColumns, 3).positions.size() % 500, 0u);
+            }
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+}
+
+INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits, testing::Values("avx512", "avx2", "portable"));
+
+}  // namespace
+}  // namespace flashclient

@@ -1,0 +1,147 @@
+"""Which package may import which: those named in its line of the table, and nothing else.
+
+A package is named after everything that it may import, so the table has no circle. A name without a dot is a module
+directly in the top package.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+TABLE = {
+    "weightd": """
+        errors:
+        sizes: errors
+        closing:
+        flags: errors
+        log:
+        disk: errors sizes closing
+        store: errors sizes closing disk
+        checkpoint: errors sizes disk
+        importing: errors sizes disk store checkpoint
+        machine: errors sizes flags store
+        gateway: errors
+        watching: errors sizes flags log gateway
+        serving: errors sizes flags log disk store machine gateway watching
+        cli: errors sizes flags log store checkpoint importing machine watching serving
+        __main__: cli
+    """,
+    "flashclient": """
+        errors:
+        standard_streams:
+        torch_state:
+        daemon: errors
+        source: errors daemon
+        model: errors torch_state source
+        generation: errors torch_state source model
+        options: errors daemon model
+        client: errors standard_streams torch_state daemon source model generation options
+        calibration: errors daemon source model client
+        cli: errors standard_streams client calibration
+        __main__: cli
+        __init__: client
+    """,
+}
+FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
+NATIVE = {
+    "weightd": ["device bundle", "pool", "engine", "service"],
+    "client": ["kernels", "ring"],
+}
+
+
+def allowed(top: str) -> dict[str, set[str]]:
+    lines = [line.strip() for line in TABLE[top].strip().splitlines()]
+    return {name: set(names.split()) for name, names in (line.split(":") for line in lines)}
+
+
+def imports(path: Path, top: str) -> Iterator[str]:
+    """First names below `top` that the module imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == top:
+            names = [f"{top}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [node.module]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith(f"{top}."))
+
+
+def modules(top: str) -> Iterator[tuple[str, Path]]:
+    for path in sorted(FOLDERS[top].rglob("*.py")):
+        yield path.relative_to(FOLDERS[top]).parts[0].removesuffix(".py"), path
+
+
+@pytest.mark.parametrize("top", TABLE)
+def test_packages_import_only_those_below_them(top: str) -> None:
+    table = allowed(top)
+    wrong = {
+        f"{path.relative_to(FOLDERS[top])} imports {name}"
+        for package, path in modules(top)
+        for name in imports(path, top)
+        if name not in {*table.get(package, set()), package, "_native"}
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize("top", TABLE)
+def test_the_table_names_every_package_after_those_that_it_imports(top: str) -> None:
+    table = allowed(top)
+    assert {package for package, _ in modules(top)} <= {*table, "__init__"}
+    seen: set[str] = set()
+    for package, names in table.items():
+        assert names <= seen, package
+        seen.add(package)
+
+
+@pytest.mark.parametrize("top", TABLE)
+def test_modules_of_a_package_import_each_other_without_a_circle(top: str) -> None:
+    """Imports inside functions count, too: they would only hide the circle."""
+    edges: dict[str, set[str]] = {}
+    for _, path in modules(top):
+        name = ".".join((top, *path.relative_to(FOLDERS[top]).with_suffix("").parts))
+        edges[name] = {
+            module
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module is not None
+            for module in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        }
+    while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
+        for name in leaves:
+            del edges[name]
+    assert not edges
+
+
+@pytest.mark.parametrize("top", NATIVE)
+def test_native_folders_include_only_those_below_them(top: str) -> None:
+    rank = {name: number for number, names in enumerate(NATIVE[top]) for name in names.split()}
+    for path in sorted((ROOT / top / "native").glob("*/*")):
+        for included in re.findall(r'#include "(\w+)/', path.read_text()):
+            assert rank[included] <= rank[path.parent.name], f"{path.relative_to(ROOT)} includes {included}"
+
+
+def test_the_client_never_imports_the_daemon() -> None:
+    for path in (ROOT / "client").rglob("*.py"):
+        assert "weightd" not in {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_what_serves_never_imports_torch() -> None:
+    folders = ("disk", "store", "machine", "gateway", "watching", "serving")
+    for folder in folders:
+        for path in (FOLDERS["weightd"] / folder).glob("*.py"):
+            assert not {"torch", "transformers"} & {name.split(".")[0] for name in imported(path)}, path
+
+
+def imported(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield node.module

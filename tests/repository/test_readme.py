@@ -1,0 +1,104 @@
+"""Every example of README.md, run as it stands: on a tiny checkpoint of the name used there, in a folder of its own."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+from daemon import serving
+from repository import ROOT
+from sparse_model import write_text
+
+README = (ROOT / "README.md").read_text()
+MODEL = "opt-1.3b"
+ADDRESS = "unix:/tmp/weightd.sock"
+COMMANDS = re.findall(r"^    ((?:weightd|flashclient) .+)$", README, re.MULTILINE)
+PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the examples are run; the store in it is made by the README's own first command."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_checkpoint("opt", folder / MODEL, dtype="float16")
+    run(example("weightd import"), folder)
+    return folder
+
+
+def example(start: str) -> list[str]:
+    """The README's one command that begins so, without the explanation behind it."""
+    found = [re.split(r"\s{3,}", line)[0] for line in COMMANDS if line.startswith(start)]
+    assert len(found) == 1, found
+    return shlex.split(found[0])
+
+
+def run(command: list[str], folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ELSEWHERE = ("top", "--store ./store --metrics")  # test_top, test_metrics
+
+
+def test_no_command_is_left_out() -> None:
+    known = ("import", "doctor", "--store ./store --dram", "ls", "verify", "rm NAME", "--store DIR --help", *ELSEWHERE)
+    left = [line for line in COMMANDS if not line.startswith(tuple(f"weightd {start}" for start in known))]
+    assert [line.split()[1] for line in left] == ["generate", "calibrate", "eval"]
+
+
+def test_doctor(folder: Path) -> None:
+    assert "direct io" in run(example("weightd doctor"), folder)
+
+
+def test_ls_and_verify(folder: Path) -> None:
+    assert MODEL in run(example("weightd ls"), folder)
+    assert MODEL in run(example("weightd verify"), folder)
+
+
+def test_help(folder: Path) -> None:
+    assert "--config" in run(["weightd", "--store", "./store", "--help"], folder)
+
+
+def test_serving_and_generating(folder: Path) -> None:
+    serve = example("weightd --store ./store --dram")
+    assert serve[serve.index("--listen") + 1] == ADDRESS
+    with serving(folder / "store", *serve[3 : serve.index("--listen")]) as daemon:
+        generate = [daemon.address if word == ADDRESS else word for word in example("flashclient generate")]
+        assert run([*generate, "--max-new-tokens", "4"], folder)
+        (script,) = PYTHON
+        (folder / "example.py").write_text(script.replace(ADDRESS, daemon.address))
+        assert run(["example"], folder)
+
+
+def test_calibrating_and_evaluating(folder: Path) -> None:
+    for seed, name in enumerate(("text.txt", "other.txt")):
+        write_text(folder / name, 2000, seed)
+    serve = example("weightd --store ./store --dram")
+    with serving(folder / "store", *serve[3 : serve.index("--listen")]) as daemon:
+        for command, word in (("calibrate", "published as version 1"), ("eval", "predict")):
+            words = example(f"flashclient {command}")
+            assert word in run([daemon.address if one == ADDRESS else one for one in words], folder)
+
+
+def test_without_a_daemon(folder: Path) -> None:
+    (call,) = re.findall(r"`(FlashClient\(.*store=.*?\))`", README)
+    use = "print(client.generate('The', max_new_tokens=4))"
+    script = f"from flashclient import FlashClient\nwith {call} as client:\n    {use}\n"
+    (folder / "private.py").write_text(script)
+    assert run(["private"], folder)
+
+
+def test_rm(folder: Path, tmp_path: Path) -> None:
+    make_checkpoint("opt", tmp_path / "other", dtype="float16")
+    run(["weightd", "import", str(tmp_path / "other"), "--store", "./store"], folder)
+    command = [word if word != "NAME" else "other" for word in example("weightd rm")]
+    run(command, folder)
+    assert "other" not in run(["weightd", "ls", "--store", "./store"], folder)

@@ -1,0 +1,74 @@
+"""Habits that no linter knows: sizes of functions and files, the layout, no unfinished words."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+FUNCTION_LINES_MAX = 70
+FILE_LINES_MAX = 500
+TOP_LEVEL = {".ci", "client", "deploy", "proto", "scripts", "tests", "weightd"}
+CODE = {".py", ".h", ".cpp", ".proto", ".sh"}
+VAGUE_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|manager|base|misc)(_|$)")
+UNFINISHED = re.compile(r"\b(TO" + "DO|FIX" + "ME|X" + "XX)\b")
+
+
+def tracked() -> list[Path]:
+    """Files of the repository, without those that a build left."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return [ROOT / line for line in listed.stdout.splitlines() if (ROOT / line).is_file()]
+
+
+FILES = tracked()
+SOURCES = [path for path in FILES if path.suffix in CODE or path.parent == ROOT / "scripts"]
+PYTHON = [path for path in SOURCES if path.suffix == ".py"]
+MODULES = [path for path in PYTHON if not path.name.startswith("test_")]
+NATIVE = [path for path in SOURCES if path.suffix == ".cpp"]
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def test_the_layout_has_no_other_folder() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in FILES if path.parent != ROOT} <= TOP_LEVEL
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=names(SOURCES))
+def test_files_are_short_and_finished(path: Path) -> None:
+    text = path.read_text()
+    assert text.count("\n") <= FILE_LINES_MAX
+    assert not UNFINISHED.search(text)
+    assert not VAGUE_NAMES.search(path.stem)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=names(PYTHON))
+def test_python_functions_are_short(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert lines <= FUNCTION_LINES_MAX, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=names(MODULES))
+def test_modules_say_what_they_are(path: Path) -> None:
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+@pytest.mark.parametrize("path", NATIVE, ids=names(NATIVE))
+def test_native_functions_are_short(path: Path) -> None:
+    """clang-format puts a function's end on a line of its own, as deep as its beginning."""
+    functions = r"^(?!namespace|class|struct)(?:[\w:~].*|template.*\n.*)\{\n((?:(?!\}).*\n)*)\}"
+    for body in re.findall(functions, path.read_text(), re.MULTILINE):
+        assert body.count("\n") <= FUNCTION_LINES_MAX, body[:80]

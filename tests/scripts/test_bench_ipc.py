@@ -1,0 +1,56 @@
+"""scripts/bench_ipc.py: the engine in the same process gives what weightd gives over the ring."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.ipc_generation import compared
+from planted.store import planted_store
+from tiny_store import TinyModel, write_model
+
+from weightd._native import InProcessEngine
+from weightd.serving.served_models import model_spec
+from weightd.store.store import Store
+
+NONE = np.empty(0, np.uint32)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> TinyModel:
+    return write_model(tmp_path)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, tiny: TinyModel) -> InProcessEngine:
+    spec = model_spec(Store.open(tmp_path, readonly=True), tiny.record)
+    return InProcessEngine(64 << 20, spec, io_engine="auto", io_threads=4, io_depth=8, slots_wanted=2)
+
+
+def test_both_paths_make_the_same_logits(tmp_path: Path) -> None:
+    row = compared(planted_store("opt-tiny", tmp_path), "predict", 1.0, tokens=3)  # raises where they differ
+    assert row["shared_memory_over_in_process"] > 0
+
+
+def test_cells_in_this_process_hold_the_bundles(tiny: TinyModel, engine: InProcessEngine) -> None:
+    cells = np.array([0, 2], np.uint32)
+    engine.exchange(1, cells, NONE)
+    while engine.arrived() > 0:
+        pass
+    layout = tiny.record.bundle
+    for cell in cells.tolist():
+        address = int(engine.addresses(1)[cell])
+        first = cell * layout.bundles_per_cell
+        for place, bundle in enumerate(tiny.bundles[1][first : first + layout.bundles_per_cell]):
+            assert ctypes.string_at(address + place * layout.stride_bytes, len(bundle)) == bundle.tobytes()
+    assert engine.cells_held == engine.misses == len(cells)
+    engine.release_all()
+    assert engine.cells_held == 0
+    assert not engine.addresses(1).any()
+
+
+def test_what_is_not_held_cannot_be_given_back(engine: InProcessEngine) -> None:
+    with pytest.raises(ValueError, match="is not held"):
+        engine.exchange(0, NONE, np.array([1], np.uint32))

@@ -1,0 +1,162 @@
+"""scripts/bench_paper.py: rows that run, on a tiny planted model, and what is made of their numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.forced_tokens import IDS_SPECIAL, ForcedTokens, random_ids
+from benchmarks.processes import BenchError, run_json, serving
+from benchmarks.uncached_pass import READ_BYTES, THREADS, read_uncached
+from paper.client import Task, run
+from paper.figure import draw
+from paper.rows import FIRST_TOKENS, ROWS, costs, summary
+from paper.table import PAPER_TABLE_2, tables
+from repository import SCRIPTS
+
+SCRIPT = SCRIPTS / "bench_paper.py"
+TOKENS = FIRST_TOKENS + 10
+
+
+def token(seconds: float) -> dict[str, float]:
+    """One token's costs, with round numbers."""
+    reading = {"reads": 100, "read_bytes": 2e8, "reading_s": 0.1, "again_s": 0.1, "again_bytes": 1e8}
+    clock = {"wait_s": 0.1, "compute_s": 0.2, "predict_s": 0.1, "ffn_s": 0.45, "head_s": 0.05, "forward_s": 0.6}
+    return reading | clock | {"acquire_s": 0.03, "seconds": seconds}
+
+
+def told_of(seconds: list[float]) -> dict[str, Any]:
+    memory = {"client_bytes": 10**9, "daemon_bytes": 2 * 10**9}
+    return {"tokens": [token(one) for one in seconds], "memory": memory, "dram_bytes": 25 * 10**8}
+
+
+def test_costs_of_tokens() -> None:
+    row = costs([token(1.0), token(2.0), token(3.0)])
+    assert row["read_gb_per_token"] == pytest.approx(0.3)
+    assert row["gb_per_s"] == pytest.approx(1.5)
+    assert row["io_ms"] == pytest.approx(200)
+    assert row["wait_ms"] == pytest.approx(200)
+    assert row["total_ms"] == pytest.approx(2000)
+    assert row["attention_ms"] == pytest.approx(100)
+    assert row["compute_ms"] == pytest.approx(100 + 50 + 100 + 200)
+    assert row["management_ms"] == pytest.approx(2000 - 450 - 200)
+    assert row["overhead_share"] == pytest.approx(1.35 / 2)
+    assert (row["total_ms_p50"], row["total_ms_p99"]) == (pytest.approx(2000), pytest.approx(2980))
+
+
+def test_prompt_and_first_tokens_stand_apart() -> None:
+    row = summary("all", told_of([9.0] + [2.0] * FIRST_TOKENS + [1.0] * 10))
+    assert row["prompt_s"] == 9
+    assert row["first_tokens"]["total_ms"] == pytest.approx(2000)
+    assert row["total_ms"] == pytest.approx(1000)
+    assert row["tokens"] == TOKENS
+    assert row["all_memory_gb"] == 3
+
+
+def test_rows_are_the_papers() -> None:
+    assert [plan.name for plan in ROWS][:-1] == list(PAPER_TABLE_2)
+
+
+def test_tables_stand_beside_the_papers(tmp_path: Path) -> None:
+    rows = [summary(plan.name, told_of([1.0] * TOKENS)) for plan in ROWS]
+    rows.append({"row": "dense", "total_ms": 400.0})
+    text = tables(rows)
+    naive = next(line for line in text.splitlines() if line.startswith("naive"))
+    assert naive.split() == ["naive", "2.5", "|", "0", "0.3", "|", "13.4", "1.5", "|", "6.1", "200", "|", "2196"]
+    paths = draw({"rows": rows}, "a title", tmp_path / "figures" / "paper")
+    assert [path.name for path in paths] == ["paper.png", "paper.svg"]
+    assert paths[0].read_bytes().startswith(b"\x89PNG")
+    assert "a title" in paths[1].read_text()
+
+
+def test_forced_tokens_stop_the_clock() -> None:
+    asked: list[int] = []
+    forced = ForcedTokens([5, 3], lambda: asked.append(len(forced.seconds)))
+    forced.start()
+    scores = torch.zeros(1, 8)
+    first = forced(torch.zeros(1, 1, dtype=torch.long), scores)
+    second = forced(torch.zeros(1, 1, dtype=torch.long), scores)
+    assert (int(first.argmax()), int(second.argmax())) == (5, 3)
+    assert asked == [1, 2]
+    assert all(seconds >= 0 for seconds in forced.seconds)
+
+
+def test_random_ids_are_the_same_for_all_and_never_special() -> None:
+    ids = random_ids(64, 1000, seed=3)
+    assert ids == random_ids(64, 1000, seed=3)
+    assert ids != random_ids(64, 1000, seed=4)
+    assert min(ids) >= IDS_SPECIAL
+    assert max(ids) < 64
+
+
+@pytest.mark.parametrize("size_bytes", [4096, THREADS * READ_BYTES + 8192, 3 * READ_BYTES])
+def test_an_uncached_pass_reads_all(tmp_path: Path, size_bytes: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(os.urandom(size_bytes))
+    assert read_uncached(path) == size_bytes
+
+
+def test_what_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="the row: no such luck"):
+        run_json([sys.executable, "-c", "import sys; sys.exit('no such luck')"], "the row")
+    with pytest.raises(BenchError, match="weightd does not serve"), serving(tmp_path / "none", 1 << 30):
+        pass
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The benchmark's folder and what it printed, for the rows that such small bundles allow."""
+    folder = tmp_path_factory.mktemp("bench")
+    command = [sys.executable, str(SCRIPT), "--shape", "opt-tiny", "--folder", str(folder), "--json", "--no-peers"]
+    command += ["--rows", "naive", "hybrid", "all", "--figures", str(folder)]
+    command += ["--prompt-tokens", "8", "--dense-tokens", "3", "--tokens", "80"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout)
+
+
+def test_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = measured
+    naive, hybrid, everything, fio, _ = result["rows"]
+    resident_bytes = (folder / "store-opt-tiny/planted-opt-tiny/resident.safetensors").stat().st_size
+    assert naive["read_gb_per_token"] * 1e9 >= resident_bytes
+    assert hybrid["read_gb_per_token"] < naive["read_gb_per_token"]
+    assert everything["predict_ms"] > 0
+    assert everything["compute_ms"] + everything["wait_ms"] + everything["management_ms"] == pytest.approx(
+        everything["total_ms"]
+    )
+    assert all(layer["predicted"] == pytest.approx(0.1, rel=0.1) for layer in everything["layers"])
+    assert fio["fio_sequential_gb_per_s"] > 0
+    assert (folder / "paper-opt-tiny.svg").exists()
+
+
+def test_targets_are_those_that_were_measured(measured: tuple[Path, dict[str, Any]]) -> None:
+    _, result = measured
+    names = [target["name"] for target in result["targets"]]
+    assert [name for name in names if not name.startswith("io_")] == [
+        "naive_over_fio_sequential_ratio",
+        "kernel_over_memory_bandwidth_ratio",
+        "layers_as_planned_share",
+        "overhead_share",
+    ]
+
+
+def test_the_timed_tokens_fire_as_planned(measured: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = measured
+    with serving(folder / "store-opt-tiny", 80 << 20) as daemon:
+        name = "planted-opt-tiny"
+        planted = str(folder / name)
+        task = Task(daemon.address, name, daemon.pid, 8, 200, 1, {"mode": "exact"}, checkpoint=planted)
+        told = run(task)
+    assert len(told["tokens"]) == 200
+    assert told["memory"]["client_bytes"] > 0
+    firing = told["firing"]
+    assert len(firing["layers"]) == 4
+    assert firing["as_planned_share"] == 1
+    assert all(layer["false_negatives"] < 0.08 for layer in firing["layers"])

@@ -1,0 +1,304 @@
+"""One named test per fault of an import: kills, a full disk, bad checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from checkpoints import make_checkpoint
+from repository import FIXTURES
+from small_disk import fill, small_disk
+
+from weightd.cli import main
+from weightd.store.store import Store
+from weightd.store.verify import verify_model
+
+DYING = FIXTURES / "dying_process.py"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("llama", tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture
+def store(tmp_path: Path, checkpoint: Path) -> Path:
+    """A store with one model in it, `old`."""
+    path = tmp_path / "store"
+    assert main(["import", str(checkpoint), "--store", str(path), "--name", "old"]) == 0
+    return path
+
+
+def die(point: str, *arguments: str | Path) -> None:
+    command = [sys.executable, str(DYING), point, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode in (-signal.SIGKILL, -signal.SIGSYS), result.stderr
+
+
+def assert_whole(path: Path, names: list[str]) -> None:
+    """These models, every byte of them right, and nothing else in the folder."""
+    with Store.open(path) as store:
+        assert store.names() == names
+        for name in names:
+            verify_model(store, name)
+    assert {entry.name for entry in path.iterdir()} == {*names, "catalog.mdb", "catalog.mdb-lock"}
+
+
+# Kills
+
+BEFORE_COMMIT = (
+    "after mkdir .import-*",
+    "after open .unpublished",
+    "after mkdir hf",
+    "before fsync tokenizer.json",
+    "after fsync tokenizer_config.json",
+    "after open bundles.bin",
+    "after posix_fallocate bundles.bin",
+    "after posix_fallocate resident.safetensors",
+    "after pwritev bundles.bin",
+    "before pwritev resident.safetensors",
+    "after pwritev resident.safetensors",
+    "after ftruncate resident.safetensors",
+    "before fsync bundles.bin",
+    "after fsync bundles.bin",
+    "after fsync hf",
+    "before rename .import-*",
+    "after rename .import-*",
+    "after fsync store",
+    "put checksums/new/0",
+    "put placement/new/1",
+    "fdatasync",
+    "write of the meta page",
+)
+AFTER_COMMIT = ("before unlink .unpublished", "after unlink .unpublished")
+
+
+@pytest.mark.parametrize("point", BEFORE_COMMIT)
+def test_killed_import_leaves_the_old_catalog_and_the_next_succeeds(store: Path, checkpoint: Path, point: str) -> None:
+    die(point, "import", store, checkpoint, "new")
+    with Store.open(store, readonly=True) as catalog:
+        assert catalog.names() == ["old"]
+        verify_model(catalog, "old")
+    assert main(["import", str(checkpoint), "--store", str(store), "--name", "new"]) == 0
+    assert_whole(store, ["new", "old"])
+
+
+@pytest.mark.parametrize("point", BEFORE_COMMIT[:1] + BEFORE_COMMIT[-6:])
+def test_leftovers_are_cleaned_by_an_import_of_another_name(store: Path, checkpoint: Path, point: str) -> None:
+    die(point, "import", store, checkpoint, "new")
+    assert main(["import", str(checkpoint), "--store", str(store), "--name", "other"]) == 0
+    assert_whole(store, ["old", "other"])
+
+
+@pytest.mark.parametrize("point", AFTER_COMMIT)
+def test_import_killed_after_its_commit_is_there(store: Path, checkpoint: Path, point: str) -> None:
+    die(point, "import", store, checkpoint, "new")
+    assert_whole(store, ["new", "old"])
+
+
+@pytest.mark.parametrize("point", ["after mkdir store", "fdatasync", "write of the meta page"])
+def test_store_whose_making_was_killed_is_made_by_the_next(tmp_path: Path, checkpoint: Path, point: str) -> None:
+    die(point, "import", tmp_path / "store", checkpoint, "new")
+    assert main(["import", str(checkpoint), "--store", str(tmp_path / "store"), "--name", "new"]) == 0
+    assert_whole(tmp_path / "store", ["new"])
+
+
+@pytest.mark.parametrize(
+    ("point", "names"),
+    [
+        ("after open .unpublished", ["old"]),
+        ("put checksums/old/0", ["old"]),
+        ("fdatasync", ["old"]),
+        ("write of the meta page", ["old"]),
+        ("before rename old", []),
+        ("after rename old", []),
+        ("after unlink bundles.bin", []),
+        ("before rmdir .removed-*", []),
+    ],
+)
+def test_killed_rm_removes_all_or_nothing(store: Path, point: str, names: list[str]) -> None:
+    die(point, "rm", store, "old")
+    assert_whole(store, names)
+
+
+# A full disk
+
+
+def test_file_size_limit_ends_the_import_with_one_line(store: Path, checkpoint: Path) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    command = [sys.executable, "-m", "weightd.cli", "import", str(checkpoint), "--store", str(store), "--name", "new"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"weightd: no space in {store}: ")
+    assert result.stderr.count("\n") == 1
+    assert_whole(store, ["old"])
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    with small_disk(tmp_path, 150_000_000) as mounted:
+        yield mounted
+
+
+def test_full_disk_is_refused_with_the_numbers(
+    disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["import", str(checkpoint), "--store", str(disk), "--name", "first"]) == 0
+    fill(disk, 90_000_000)
+    capsys.readouterr()
+    assert main(["import", str(checkpoint), "--store", str(disk), "--name", "second"]) == 1
+    error = capsys.readouterr().err
+    assert "weightd: second needs 64" in error
+    assert "MiB are free" in error
+    (disk / "ballast").unlink()
+    assert_whole_on_disk(disk, ["first"])
+
+
+def assert_whole_on_disk(path: Path, names: list[str]) -> None:
+    with Store.open(path) as store:
+        assert store.names() == names
+        for name in names:
+            verify_model(store, name)
+
+
+def test_disk_that_fills_up_meanwhile_ends_the_import(
+    disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of free space passed, then others took it."""
+    Store.open(disk, create=True).close()
+    free_bytes = shutil.disk_usage(disk).free
+    fill(disk, free_bytes - 200_000)
+    monkeypatch.setattr("weightd.importing.convert._check_space", lambda _record, _path: None)
+    assert main(["import", str(checkpoint), "--store", str(disk)]) == 1
+    assert "no space in" in capsys.readouterr().err
+    (disk / "ballast").unlink()
+    assert_whole_on_disk(disk, [])
+
+
+# Bad checkpoints
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lose_shard(folder: Path) -> None:
+    sorted(folder.glob("model-*.safetensors"))[1].unlink()
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def bad_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 4) + b"{{{{")
+
+
+Damage = Callable[[Path], None]
+BAD: dict[str, tuple[str, Damage, str]] = {
+    "half_downloaded_safetensors": ("safetensors", lambda f: truncate(f / "model.safetensors"), "is incomplete: "),
+    "header_cut_off": ("safetensors", lambda f: os.truncate(f / "model.safetensors", 100), "its header alone takes"),
+    "empty_safetensors": ("safetensors", lambda f: os.truncate(f / "model.safetensors", 0), "is not a safetensors"),
+    "header_that_is_no_json": ("safetensors", bad_header, "is not a safetensors file"),
+    "half_downloaded_bin": ("bin", lambda f: truncate(f / "pytorch_model.bin"), "is incomplete or of torch's format"),
+    "missing_shard": ("safetensors-sharded", lose_shard, "shards are missing in"),
+    "no_weights": ("safetensors", lambda f: (f / "model.safetensors").unlink(), "no weights in"),
+    "no_config": ("safetensors", lambda f: (f / "config.json").unlink(), r"no config\.json in"),
+    "half_a_config": ("safetensors", lambda f: truncate(f / "config.json"), "is not JSON"),
+    "unknown_architecture": (
+        "safetensors",
+        lambda f: change_config(f, model_type="rwkv"),
+        "unknown architecture 'rwkv'",
+    ),
+    "wrong_shape": ("safetensors", lambda f: change_config(f, intermediate_size=200), r"has shape \[176, 64\] in"),
+    "quantised": (
+        "safetensors",
+        lambda f: change_config(f, quantization_config={"quant_method": "gptq"}),
+        r"is quantised \(gptq\): import the unquantised",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_bad_checkpoint(
+    tmp_path: Path, store: Path, fault: str, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    format, damage, message = BAD[fault]
+    folder = make_checkpoint("llama", tmp_path / "bad", format=format)
+    damage(folder)
+    assert_refused(folder, store, message, capsys)
+
+
+def assert_refused(source: Path, store: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit status 1, one clear line, the store as before."""
+    import re
+
+    capsys.readouterr()
+    assert main(["import", str(source), "--store", str(store)]) == 1
+    error = capsys.readouterr().err
+    assert re.match(f"weightd: .*{message}", error), error
+    assert error.count("\n") == 1
+    assert_whole(store, ["old"])
+
+
+def test_checkpoint_that_is_not_there(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_refused(tmp_path / "none", store, "no checkpoint at ", capsys)
+
+
+GGUF_HEADERS: dict[str, tuple[bytes, str]] = {
+    "not_gguf": (b"GGML" + bytes(100), "is not a GGUF file"),
+    "other_version": (struct.pack("<4sIQQ", b"GGUF", 9, 0, 0), "has GGUF version 9"),
+    "header_cut_off": (struct.pack("<4sIQQ", b"GGUF", 3, 5, 5), "is incomplete: its header ends early"),
+    "no_architecture": (struct.pack("<4sIQQ", b"GGUF", 3, 0, 0), "does not say its architecture"),
+}
+
+
+@pytest.mark.parametrize("fault", GGUF_HEADERS)
+def test_bad_gguf_header(tmp_path: Path, store: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = GGUF_HEADERS[fault]
+    (tmp_path / "bad.gguf").write_bytes(content)
+    assert_refused(tmp_path / "bad.gguf", store, message, capsys)
+
+
+def test_half_downloaded_gguf(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make_checkpoint("qwen2", tmp_path / "model", format="gguf")
+    truncate(path)
+    assert_refused(path, store, "is incomplete: ", capsys)
+
+
+def test_unknown_gguf_architecture(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "bad.gguf", "rwkv7")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    message = "unknown GGUF architecture 'rwkv7': known are gemma3, llama, qwen2"
+    assert_refused(tmp_path / "bad.gguf", store, message, capsys)
+
+
+def test_strided_and_legacy_torch_files(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    folder = make_checkpoint("llama", tmp_path / "model", format="bin")
+    file = folder / "pytorch_model.bin"
+    state = torch.load(file, weights_only=True)
+    torch.save(state | {"model.norm.weight": torch.zeros(128)[::2]}, file)
+    assert_refused(folder, store, "as a strided view: save it again", capsys)
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    assert_refused(folder, store, r"is incomplete or of torch's format before 1\.6", capsys)
+    torch.save({"model.norm.weight": Path}, file)
+    assert_refused(folder, store, "cannot be read as weights alone", capsys)

@@ -1,0 +1,39 @@
+#include "device/block_size.h"
+
+#include <fcntl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <system_error>
+
+namespace weightd {
+
+namespace {
+
+constexpr std::uint32_t block_bytes_min = 4096;
+constexpr unsigned statx_dioalign = 0x2000;  // STATX_DIOALIGN of Linux 6.1, which older headers lack
+
+// struct statx as of Linux 6.1; the C library's may lack the last two fields.
+struct StatxWithAlignment {
+    std::uint32_t mask;
+    std::uint8_t unused[148];
+    std::uint32_t dio_memory_align;  // at byte 152
+    std::uint32_t dio_offset_align;
+    std::uint64_t reserved[12];
+};
+
+}  // namespace
+
+std::uint32_t block_size_bytes(const std::string& path) {
+    StatxWithAlignment status{};
+    static_assert(offsetof(StatxWithAlignment, dio_memory_align) == 152 && sizeof(status) == 256);
+    if (syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, statx_dioalign, &status) != 0)
+        throw std::system_error(errno, std::generic_category(), path);
+    if ((status.mask & statx_dioalign) == 0) return block_bytes_min;
+    return std::max({block_bytes_min, status.dio_memory_align, status.dio_offset_align});
+}
+
+}  // namespace weightd

@@ -1,0 +1,41 @@
+// Reads that wait for a place among those under way: the files take turns, and none takes every place.
+//
+// So a device that has become slow, or a file on a network that hangs, holds up the reads of its own model alone.
+#pragma once
+
+#include <deque>
+#include <map>
+#include <optional>
+
+#include "device/reader.h"
+
+namespace weightd {
+
+// How many reads there must be places for, so that a file may have `of_file` under way and others go on.
+inline constexpr uint32_t places_for(uint32_t of_file) { return of_file + (of_file + 7) / 8; }
+
+class ReadTurns {
+  public:
+    explicit ReadTurns(uint32_t of_file_max) : of_file_max_(of_file_max) {}
+
+    void push(Read read);
+    void push_first(Read read);  // one that got a part of its bytes goes on before others of its file
+    // The next one, from now on under way until ended(). None: nothing waits, or only reads of files that have enough.
+    std::optional<Read> next();
+    void ended(const DirectFile* file);
+    size_t waiting() const { return waiting_; }
+    size_t startable() const;  // how many times next() would find one now
+
+  private:
+    struct Line {
+        std::deque<Read> waiting;
+        uint32_t under_way = 0;
+    };
+
+    uint32_t of_file_max_;
+    size_t waiting_ = 0;
+    std::map<const DirectFile*, Line> lines_;  // of files with reads that wait or are under way
+    const DirectFile* last_ = nullptr;         // whose turn it was; never followed, so it may have gone
+};
+
+}  // namespace weightd

@@ -1,0 +1,81 @@
+// Uncached reads, many in flight, straight into their place in memory.
+//
+// One interface, two engines. A reader belongs to one thread: submit, reap and wait are called from it alone. Memory
+// and files that are registered stay valid until they are unregistered; a read's memory until its completion.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "device/direct_file.h"
+
+namespace weightd {
+
+inline constexpr uint32_t PIECES_MAX = 256;           // of one read; the kernel takes 1024, devices split far earlier
+inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;  // larger requests gain nothing and delay their neighbours
+inline constexpr uint32_t DEPTH_DEFAULT = 64;
+inline constexpr size_t READ_STEP_BYTES = 4096;  // what was read beyond a multiple of it is read again: O_DIRECT
+
+struct Read {
+    uint64_t tag = 0;
+    const DirectFile* file = nullptr;
+    int file_index = -1;    // of register_file, or -1
+    int buffer_index = -1;  // of register_memory, if there is one piece and it lies inside; else -1
+    uint64_t offset_bytes = 0;
+    std::vector<iovec> pieces;                         // in order of the file; 1 to PIECES_MAX
+    std::chrono::steady_clock::time_point asked_at{};  // the device, for the first time; set by the reader
+
+    size_t length_bytes() const;
+    size_t expected_bytes() const;  // less than length at the end of the file
+    // Drops the first `done` bytes, as far as reading may go on behind them.
+    enum class Left { nothing, more, stuck };  // stuck: not a block more than before
+    Left advance(size_t done_bytes);
+};
+
+struct Completion {
+    uint64_t tag;
+    int error;                         // 0 or an errno; EIO too for a file that ends early
+    std::chrono::nanoseconds took{0};  // from the device's being asked to its answer, retries included
+};
+
+struct ReadQueue {  // requests of one reader
+    uint32_t in_flight = 0;
+    uint32_t in_flight_max = 0;  // since the start
+    uint32_t depth_limit = 0;
+    uint32_t waiting = 0;  // for one of those in flight to end
+};
+
+class Reader {
+  public:
+    virtual ~Reader() = default;
+    virtual std::string level() const = 0;                  // in words, for the log
+    virtual int register_file(const DirectFile& file) = 0;  // index, or -1
+    virtual void unregister_file(int index) = 0;
+    virtual int register_memory(std::span<std::byte> memory) = 0;  // index, or -1
+    virtual void unregister_memory(int index) = 0;
+    // Takes any number of reads; those beyond the depth wait inside.
+    virtual void submit(std::vector<Read> reads) = 0;
+    // Moves what has completed to the end of `completions`; never blocks.
+    virtual void reap(std::vector<Completion>& completions) = 0;
+    virtual void wait() = 0;  // until reap would return something; only with reads in flight
+    virtual ReadQueue queue() const = 0;
+    virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
+};
+
+// `threads` and `depth` are reads of one file at once: those of others find places beside them (read_queue.h).
+// kind: "auto", "io_uring" or "threads". "auto" takes the best that the system allows; `note` says why a better level
+// was refused. Throws std::system_error when io_uring was asked for and is refused.
+std::unique_ptr<Reader> make_reader(const std::string& kind, uint32_t threads, uint32_t depth, std::string& note);
+
+// Each engine. The io_uring one throws std::system_error where the kernel refuses it.
+std::unique_ptr<Reader> make_thread_reader(uint32_t threads);
+std::unique_ptr<Reader> make_uring_reader(uint32_t depth, std::string& note);
+
+}  // namespace weightd

@@ -1,0 +1,50 @@
+// Checksums, verified by workers beside the event loop.
+//
+// A worker takes a job, compares each bundle with its XXH3-64 and reports. Cold data of 16 KiB takes 2.8 us with
+// AVX-512 and 4.3 us without, more than the read itself costs the loop; so the loop never does it.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "device/outbox.h"
+
+namespace weightd {
+
+struct Check {
+    const std::byte* data;
+    size_t bytes;
+    uint64_t expected;
+};
+
+struct Job {
+    uint64_t tag = 0;
+    std::vector<Check> checks;
+    std::vector<uint32_t> wrong;  // result: indices into checks
+};
+
+class Verifier {
+  public:
+    explicit Verifier(uint32_t threads);
+    ~Verifier();
+    void submit(std::vector<Job> jobs);
+    void reap(std::vector<Job>& done);  // moves what is done to the end of `done`; never blocks
+    int event_fd() const { return done_.event_fd(); }
+
+  private:
+    void work();
+
+    Outbox<Job> done_;
+    std::mutex queue_lock_;  // guards queue_, stopping_
+    std::condition_variable queued_;
+    std::deque<Job> queue_;
+    bool stopping_ = false;
+    std::vector<std::thread> workers_;
+};
+
+}  // namespace weightd

@@ -1,0 +1,202 @@
+#include "pool/replacement.h"
+
+#include <algorithm>
+#include <array>
+#include <cassert>
+#include <cmath>
+#include <numbers>
+
+namespace weightd {
+namespace {
+
+// Chosen by measurement (ARCHITECTURE.md): longer finds a little more when nothing changes, and adapts more slowly.
+constexpr uint32_t USES_PER_HALF_LIFE = 2;  // of each cell, on average
+constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by one step, too
+constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level give way in the order in which they came to it
+constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; what lies beyond counts as the outermost
+constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
+constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
+constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
+constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
+constexpr uint32_t LINGER_DIVISOR = 20;     // of the cells that are not there: a scan reads so much more
+constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
+static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
+static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");
+
+// log2(2^a + 2^b) is the larger of them plus this, by their distance.
+constexpr uint32_t DISTANCES = 12 * STEPS_PER_OCTAVE;  // beyond, it is less than half a step
+
+const std::array<uint16_t, DISTANCES>& sums() {
+    static const auto table = [] {
+        std::array<uint16_t, DISTANCES> result{};
+        for (uint32_t i = 0; i < DISTANCES; i++) {
+            const double distance = static_cast<double>(i) / STEPS_PER_OCTAVE;
+            result[i] = static_cast<uint16_t>(std::lround(STEPS_PER_OCTAVE * std::log2(1 + std::exp2(-distance))));
+        }
+        return result;
+    }();
+    return table;
+}
+
+uint32_t sum(uint32_t a, uint32_t b) {
+    const uint32_t distance = a > b ? a - b : b - a;
+    return std::max(a, b) + (distance < DISTANCES ? sums()[distance] : 0);
+}
+
+// The score, above now, of a cell that is used as often as the mean, when that has gone on for long.
+const int MEAN_ABOVE_NOW =
+    static_cast<int>(std::lround(STEPS_PER_OCTAVE * std::log2(USES_PER_HALF_LIFE / std::numbers::ln2)));
+
+}  // namespace
+
+Replacement::Replacement(uint32_t cells)
+    : cells_(cells),
+      touches_per_step_(std::max(1U, cells / (STEPS_PER_OCTAVE / USES_PER_HALF_LIFE))),
+      now_(NOW_FIRST),
+      lowest_(level_max()),
+      scores_(cells),
+      passing_(cells),
+      links_(cells + LEVELS + 1) {
+    for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
+}
+
+void Replacement::expect(std::span<const Hotness> hotness) {
+    assert(hotness.size() == cells_);
+    for (uint32_t cell = 0; cell < cells_; cell++) {
+        const int code = hotness[cell] & HOTNESS_MAX;
+        const int above = (code - HOTNESS_MEAN) * static_cast<int>(STEPS_PER_HOTNESS) + MEAN_ABOVE_NOW;
+        scores_[cell] = code > 0 ? static_cast<Score>(static_cast<int>(now_) + above) : Score{0};
+        if (links_[cell].next == cell) continue;  // pinned, or not in the pool
+        take(cell);
+        put(cell);
+    }
+}
+
+uint64_t Replacement::table_bytes(uint32_t cells) {
+    return uint64_t{cells} * (sizeof(Score) + sizeof(uint8_t) + sizeof(Link)) + (LEVELS + 1) * sizeof(Link);
+}
+
+void Replacement::inserted(uint32_t cell, bool contested) {
+    passing_[cell] = contested && !outweighs_the_lowest(cell) ? 1 : 0;
+    pinned(cell);
+}
+
+void Replacement::touched(uint32_t cell) {
+    advance();
+    scores_[cell] = static_cast<Score>(sum(scores_[cell], now_));
+    if (links_[cell].next == cell) return;  // pinned
+    take(cell);
+    put(cell);
+}
+
+void Replacement::pinned(uint32_t cell) { take(cell); }
+
+void Replacement::unpinned(uint32_t cell) { put(cell); }
+
+void Replacement::removed(uint32_t cell) { take(cell); }
+
+uint32_t Replacement::victim() {
+    const uint32_t cell = first_to_go();
+    if (cell != NO_CELL) take(cell);
+    return cell;
+}
+
+uint32_t Replacement::first_to_go() {
+    if (passing_count_ > linger_count()) return links_[passing_list()].next;
+    find_lowest();
+    if (lowest_ <= level_max()) return links_[list_of(lowest_)].next;
+    return passing_count_ > 0 ? links_[passing_list()].next : NO_CELL;
+}
+
+uint32_t Replacement::linger_count() const {
+    if (!lingers_) return 0;
+    const uint32_t there = kept_count_ + passing_count_;
+    return std::min((cells_ - there) / LINGER_DIVISOR, there / 2);
+}
+
+void Replacement::write_hotness(std::span<Hotness> hotness) const {
+    assert(hotness.size() == cells_);
+    for (uint32_t cell = 0; cell < cells_; cell++) {
+        const int above = int{scores_[cell]} - static_cast<int>(now_) - MEAN_ABOVE_NOW;
+        const long hot = HOTNESS_MEAN + std::lround(static_cast<double>(above) / STEPS_PER_HOTNESS);
+        hotness[cell] = static_cast<Hotness>(std::clamp<long>(hot, 0, HOTNESS_MAX));
+    }
+}
+
+// ---- time ----
+
+void Replacement::advance() {
+    if (++touches_ < touches_per_step_) return;
+    touches_ = 0;
+    if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring moves up by one level: its lowest joins the next
+        append(list_of(level_min()), list_of(level_min() - 1));
+        lowest_ = std::max(lowest_, level_min());
+    }
+    if (now_ == NOW_LAST) forget_zero();
+}
+
+void Replacement::forget_zero() {
+    for (Score& score : scores_) score -= std::min<Score>(score, NOW_LAST - NOW_FIRST);
+    now_ = NOW_FIRST;
+    lowest_ -= (NOW_LAST - NOW_FIRST) / STEPS_PER_LEVEL;
+}
+
+// ---- the ring of levels ----
+
+uint32_t Replacement::level_max() const { return now_ / STEPS_PER_LEVEL + LEVELS / 2; }
+
+uint32_t Replacement::level_min() const { return level_max() + 1 - LEVELS; }
+
+uint32_t Replacement::level_of(Score score) const {
+    return std::clamp<uint32_t>(score / STEPS_PER_LEVEL, level_min(), level_max());
+}
+
+uint32_t Replacement::passing_list() const { return cells_ + LEVELS; }
+
+uint32_t Replacement::list_of(uint32_t level) const { return cells_ + level % LEVELS; }
+
+void Replacement::find_lowest() {
+    while (lowest_ <= level_max() && links_[list_of(lowest_)].next == list_of(lowest_)) lowest_++;
+}
+
+bool Replacement::outweighs_the_lowest(uint32_t cell) {
+    find_lowest();
+    return level_of(scores_[cell]) > lowest_;
+}
+
+void Replacement::put(uint32_t cell) {
+    uint32_t list = passing_list();
+    if (passing_[cell] != 0) {
+        passing_count_++;
+    } else {
+        kept_count_++;
+        const uint32_t level = level_of(scores_[cell]);
+        list = list_of(level);
+        lowest_ = std::min(lowest_, level);
+    }
+    const uint32_t last = links_[list].previous;
+    links_[cell] = {last, list};
+    links_[last].next = cell;
+    links_[list].previous = cell;
+}
+
+void Replacement::take(uint32_t cell) {
+    const auto [previous, next] = links_[cell];
+    if (next != cell) (passing_[cell] != 0 ? passing_count_ : kept_count_)--;
+    links_[previous].next = next;
+    links_[next].previous = previous;
+    links_[cell] = {cell, cell};
+}
+
+void Replacement::append(uint32_t target, uint32_t source) {
+    if (links_[source].next == source) return;
+    const auto [last, first] = links_[source];  // in front of what is there: its cells go first
+    const uint32_t next = links_[target].next;
+    links_[target].next = first;
+    links_[first].previous = target;
+    links_[last].next = next;
+    links_[next].previous = last;
+    links_[source] = {source, source};
+}
+
+}  // namespace weightd

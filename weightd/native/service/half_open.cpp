@@ -1,0 +1,60 @@
+#include "service/half_open.h"
+
+#include <algorithm>
+
+namespace weightd {
+
+size_t HalfOpen::count(const User& user) const {
+    return static_cast<size_t>(
+        std::count_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; }));
+}
+
+// `first` where nobody has more than he.
+User HalfOpen::greediest(const User& first) const {
+    User found = first;
+    size_t most = count(first);
+    for (const Begun& begun : begun_) {
+        const size_t has = count(begun.user);
+        if (has > most) {
+            most = has;
+            found = begun.user;
+        }
+    }
+    return found;
+}
+
+std::optional<uint32_t> HalfOpen::take_oldest(const User& user) {
+    const auto oldest =
+        std::find_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; });
+    if (oldest == begun_.end()) return std::nullopt;
+    const uint32_t id = oldest->id;
+    begun_.erase(oldest);
+    return id;
+}
+
+std::optional<uint32_t> HalfOpen::begin(uint32_t id, const User& user, Time now) {
+    begun_.push_back({id, user, now});
+    if (begun_.size() <= room_) return std::nullopt;
+    return take_oldest(greediest(user));
+}
+
+void HalfOpen::end(uint32_t id) {
+    std::erase_if(begun_, [&](const Begun& begun) { return begun.id == id; });
+}
+
+std::optional<uint32_t> HalfOpen::take_from_greedier(const User& user) {
+    const User most = greediest(user);
+    const bool is_greedier = most != user && count(most) > std::max<size_t>(1, count(user) + 1);
+    return is_greedier ? take_oldest(most) : std::nullopt;
+}
+
+std::vector<uint32_t> HalfOpen::take_expired(Time now) {
+    std::vector<uint32_t> expired;
+    for (const Begun& begun : begun_) {
+        if (now - begun.at > within_) expired.push_back(begun.id);
+    }
+    for (const uint32_t id : expired) end(id);
+    return expired;
+}
+
+}  // namespace weightd

@@ -1,0 +1,1 @@
+"""Checkpoints to import: Hugging Face folders and GGUF files, read as tensors and configuration."""

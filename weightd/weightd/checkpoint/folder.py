@@ -1,0 +1,141 @@
+"""Hugging Face folders: config.json beside safetensors or torch .bin files, in one piece or sharded.
+
+Which file wins where there are several is transformers' rule (_get_resolved_checkpoint_files of modeling_utils.py):
+safetensors before torch, and of each kind one piece before an index. Files of a variant (model.fp16.safetensors) and
+those of other formats (consolidated.safetensors) are never taken.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from weightd.checkpoint.checkpoint import Checkpoint, read_json
+from weightd.checkpoint.model_folder import ModelFolder
+from weightd.disk.tensors import SourceTensor
+from weightd.errors import CheckpointError
+
+CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
+SAFETENSORS_FILE = "model.safetensors"
+TORCH_FILE = "pytorch_model.bin"
+INDEX_SUFFIX = ".index.json"
+# What transformers reads besides the weights. Whatever else a folder holds (other formats, code, images) is not copied.
+FILE_PATTERNS = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer*.json",  # tokenizer.4.0.0.json is one for versions of transformers from 4.0.0 on
+    "*.model",  # sentencepiece's: tokenizer.model, spiece.model, sentencepiece.bpe.model
+    "tokenizer.model.*",
+    "vocab.json",
+    "vocab.txt",
+    "vocab-*.json",
+    "merges.txt",
+    "*.tiktoken",
+    "tekken.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+TEMPLATES_FOLDER = "additional_chat_templates"
+TEMPLATE_PATTERNS = ("*.jinja",)
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """The checkpoint in the folder at `path`. CheckpointError if it is none, quantised, an adapter or incomplete."""
+    folder = ModelFolder(path)
+    if folder.has(ADAPTER_FILE):
+        raise CheckpointError(
+            f"{path} holds an adapter ({ADAPTER_FILE}): merge it into its model with peft's merge_and_unload(), and "
+            "import that"
+        )
+    if not folder.has(CONFIG_FILE):
+        instead = "one of the folders in its snapshots/" if (path / "snapshots").is_dir() else "a Hugging Face folder"
+        raise CheckpointError(f"no {CONFIG_FILE} in {path}: give {instead} or a .gguf file")
+    config = read_json(folder.file(CONFIG_FILE))
+    _check_config(path, config)
+    tensors = _read_tensors(folder, config.get("transformers_weights"))
+    return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target))
+
+
+def copy_files(folder: ModelFolder, target: Path) -> None:
+    """Config, generation config, tokenizer files and chat templates, as they are."""
+    names = folder.matching(FILE_PATTERNS) + folder.matching(TEMPLATE_PATTERNS, TEMPLATES_FOLDER)
+    for name in names:
+        copy = target / name
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder.file(name), copy)
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    for key in ("quantization_config", "compression_config"):
+        value = config.get(key)
+        if value is not None:
+            method = value.get("quant_method") if isinstance(value, dict) else None
+            raise CheckpointError(
+                f"{path} is quantised ({method or f'{key} = {value!r}'}): import the unquantised checkpoint or a "
+                ".gguf file"
+            )
+    if config.get("configuration_files"):
+        raise CheckpointError(
+            f"{path} has a configuration for each version of transformers (configuration_files = "
+            f"{config['configuration_files']!r}): put the one of yours in the place of {CONFIG_FILE}"
+        )
+
+
+def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:
+    """`named`: the file that config.json names, if it does."""
+    if named is not None:
+        if not isinstance(named, str) or not named.endswith((".safetensors", f".safetensors{INDEX_SUFFIX}")):
+            raise CheckpointError(f"{folder.path} has transformers_weights = {named!r}, which is no safetensors file")
+        return _read_weights(folder, named)
+    for name in (SAFETENSORS_FILE, TORCH_FILE):
+        for candidate in (name, f"{name}{INDEX_SUFFIX}"):
+            if folder.has(candidate):
+                return _read_weights(folder, candidate)
+    others = folder.matching(("*.safetensors", "*.bin", "*.pth", "*.pt", "*.msgpack", "*.h5"))
+    raise CheckpointError(
+        f"no weights in {folder.path}: expected {SAFETENSORS_FILE}, {TORCH_FILE} or their index files"
+        + (f", and transformers does not look at {', '.join(others[:5])}" if others else "")
+    )
+
+
+def _read_weights(folder: ModelFolder, name: str) -> dict[str, SourceTensor]:
+    if name.endswith(INDEX_SUFFIX):
+        return _read_shards(folder, name, _reader(name.removesuffix(INDEX_SUFFIX)))
+    return _reader(name)(folder.file(name))
+
+
+def _reader(name: str) -> Callable[[Path], dict[str, SourceTensor]]:
+    from weightd.checkpoint.torch_file import read_torch_file
+    from weightd.disk.safetensors_file import read_safetensors
+
+    return read_safetensors if name.endswith(".safetensors") else read_torch_file
+
+
+def _read_shards(
+    folder: ModelFolder, index: str, read: Callable[[Path], dict[str, SourceTensor]]
+) -> dict[str, SourceTensor]:
+    weight_map = read_json(folder.file(index)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{folder.path / index} has no weight_map")
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str):
+            raise CheckpointError(f"{folder.path / index} promises {name} in {shard!r}, which is no file's name")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards if not folder.has(shard)]
+    if missing:
+        raise CheckpointError(
+            f"{len(missing)} of {len(shards)} shards are missing in {folder.path}, first {missing[0]!r}: "
+            "the download is incomplete"
+        )
+    tensors: dict[str, SourceTensor] = {}
+    for shard in shards:  # of a name that is in several the last one counts, as in transformers
+        tensors.update(read(folder.file(shard)))
+    lost = sorted(weight_map.keys() - tensors.keys())
+    if lost:
+        raise CheckpointError(f"{index} promises {lost[0]} in {weight_map[lost[0]]}, but it is not there")
+    return tensors

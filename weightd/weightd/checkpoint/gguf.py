@@ -1,0 +1,40 @@
+"""GGUF files as checkpoints: header, configuration, and the files that go with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd.checkpoint.checkpoint import Checkpoint
+from weightd.checkpoint.gguf_config import FREQUENCIES, GgufConfig
+from weightd.checkpoint.gguf_file import GgufFile, read_gguf
+from weightd.checkpoint.gguf_files import check_keys, check_packages, write_files
+from weightd.checkpoint.gguf_names import check_architecture
+from weightd.disk.tensors import plain
+from weightd.errors import CheckpointError
+
+VECTOR_ELEMENTS_MAX = 65536
+
+
+def open_gguf(path: Path) -> Checkpoint:
+    """The configuration follows from the header (gguf_config.py), the tokenizer from transformers' conversion of it."""
+    check_packages(path)
+    file = read_gguf(path)
+    architecture = check_architecture(file.architecture)
+    check_keys(file)
+    config = GgufConfig(file, _small_vector(file, FREQUENCIES)).config()
+    return Checkpoint(path, config, file.tensors, lambda folder: write_files(file, config, folder), architecture)
+
+
+def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
+    """The values of a vector in F32; None where there is none."""
+    tensor = file.tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.encoding != plain("F32") or len(tensor.shape) != 1 or tensor.elements > VECTOR_ELEMENTS_MAX:
+        raise CheckpointError(
+            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, no small F32 vector"
+        )
+    return np.fromfile(tensor.path, "<f4", tensor.elements, offset=tensor.offset_bytes)

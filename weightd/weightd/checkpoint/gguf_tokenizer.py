@@ -1,0 +1,180 @@
+"""The tokenizer of a GGUF file, by transformers' conversion, put right where that drops what the file says.
+
+    python -m weightd.checkpoint.gguf_tokenizer GGUF FOLDER             the child process of gguf_files.py
+
+Added here: tokens at begin and end of a text as the file and llama.cpp have them, every chat template, and the
+splitting of digits. What cannot be honoured is refused by its key.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from weightd.checkpoint.gguf_file import ARRAY_TYPE, STRING_TYPE, GgufFile, Value, read_gguf
+from weightd.errors import CheckpointError
+
+# tokenizer.ggml.pre: how text is split before merging. As GPT-2 does it; with every digit alone before that; and what
+# transformers knows of itself (GGUF_PRE_TOKENIZER_SPLITS).
+SPLIT_AS_GPT2 = {"default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jina-v1-en", "jina-v2-es", "jina-v2-de"}
+SPLIT_WITH_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+# llama.cpp puts the first token before a text of these unless the file says otherwise.
+PRE_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
+PREFIX_SPACE = "\u2581"
+
+
+class _Parts(Sequence[Any]):
+    """Elements of a metadata value as the gguf package gives them: numpy arrays, here made when asked for."""
+
+    def __init__(self, value: Value) -> None:
+        self._items = value.content if value.kind == ARRAY_TYPE else [value.content]
+        self._strings = value.item_kind == STRING_TYPE
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: Any) -> Any:
+        item = self._items[index]
+        return np.frombuffer(item.encode(), np.uint8) if self._strings else np.array([item])
+
+
+class LeanReader:
+    """What transformers uses of gguf.GGUFReader, without mapping the file or an object per metadata element."""
+
+    def __init__(self, path: str) -> None:
+        file = read_gguf(Path(path))
+        self.fields = {name: _field(value) for name, value in file.metadata.items()}
+        self.tensors = [SimpleNamespace(name=name) for name in file.tensors]
+
+
+def _field(value: Value) -> SimpleNamespace:
+    from gguf import GGUFValueType
+
+    kinds = [value.kind] if value.kind != ARRAY_TYPE else [ARRAY_TYPE, value.item_kind]
+    parts = _Parts(value)
+    return SimpleNamespace(parts=parts, data=range(len(parts)), types=[GGUFValueType(kind) for kind in kinds])
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """Writes the tokenizer of the file at `path` into `folder`. CheckpointError if it cannot be honoured."""
+    file = read_gguf(path)
+    pre = _string(file, "ggml.pre") or "default"
+    kind = _string(file, "ggml.model")
+    _check_split(file, kind, pre)
+    with _alone(path) as where:
+        from transformers import AutoTokenizer
+
+        # transformers imports the name when it reads. Were it to stop that, the result would be the same, but slower.
+        with mock.patch("gguf.GGUFReader", LeanReader):
+            try:
+                tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
+            except Exception as error:  # whatever a library makes of a file that somebody else wrote
+                raise CheckpointError(f"transformers cannot convert the tokenizer of {path}: {error}") from error
+    if kind == "gpt2" and pre in SPLIT_WITH_DIGITS:
+        _split_digits(tokenizer)
+    _check_prefix_space(file, kind, tokenizer)
+    _add_ends(file, tokenizer, first=_flag(file, "ggml.add_bos_token", kind == "llama" or pre in PRE_WITH_BOS))
+    templates = _templates(file)
+    if templates:
+        tokenizer.chat_template = templates["default"] if list(templates) == ["default"] else templates
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[str]:
+    """A folder with nothing but a link to the file: transformers would take templates and more from beside it."""
+    with tempfile.TemporaryDirectory(prefix="weightd-") as folder:
+        (Path(folder) / path.name).symlink_to(path.absolute())
+        yield folder
+
+
+def _string(file: GgufFile, name: str) -> str | None:
+    value = file.metadata.get(f"tokenizer.{name}")
+    return value.content if value is not None and isinstance(value.content, str) else None
+
+
+def _flag(file: GgufFile, name: str, default: bool) -> bool:
+    value = file.metadata.get(f"tokenizer.{name}")
+    return default if value is None else bool(value.content)
+
+
+def _check_split(file: GgufFile, kind: str | None, pre: str) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    if kind not in ("gpt2", "llama"):
+        raise CheckpointError(f"{file.path} has tokenizer.ggml.model = {kind!r}: known are gpt2 and llama")
+    if kind == "gpt2" and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
+        raise CheckpointError(f"{file.path} has tokenizer.ggml.pre = {pre!r}: how it splits text is not known here")
+
+
+def _split_digits(tokenizer: Any) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+
+
+def _check_prefix_space(file: GgufFile, kind: str | None, tokenizer: Any) -> None:
+    """Whether a text begins with a space of its own; only transformers' class decides it."""
+    if kind != "llama":
+        return
+    backend = tokenizer.backend_tokenizer
+    text = "a" if backend.normalizer is None else backend.normalizer.normalize_str("a")
+    pieces = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+    wanted = _flag(file, "ggml.add_space_prefix", True)
+    if pieces[0][0].startswith(PREFIX_SPACE) != wanted:
+        raise CheckpointError(
+            f"{file.path} has tokenizer.ggml.add_space_prefix = {wanted}, which transformers' tokenizer of its kind "
+            "does not follow"
+        )
+
+
+def _add_ends(file: GgufFile, tokenizer: Any, first: bool) -> None:
+    """The tokens before and after a text, whatever class the tokenizer is of."""
+    from tokenizers import processors
+
+    last = _flag(file, "ggml.add_eos_token", False)
+    ends = {name: getattr(tokenizer, f"{name}_token") for name in ("bos", "eos")}
+    begin = [ends["bos"]] if first and ends["bos"] is not None else []
+    end = [ends["eos"]] if last and ends["eos"] is not None else []
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in {*begin, *end}]
+    second = [f"{piece}:1" for piece in (*begin, "$B", *end)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*begin, "$A", *end], pair=[*begin, "$A", *end, *second], special_tokens=ids
+    )
+    tokenizer.init_kwargs.update(add_bos_token=bool(begin), add_eos_token=bool(end))
+    for name, token in (("_add_bos_token", begin), ("_add_eos_token", end)):
+        if hasattr(tokenizer, name):
+            setattr(tokenizer, name, bool(token))
+
+
+def _templates(file: GgufFile) -> dict[str, str]:
+    """tokenizer.chat_template and tokenizer.chat_template.NAME, by name."""
+    found = {}
+    for key, value in file.metadata.items():
+        if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
+            if not isinstance(value.content, str):
+                raise CheckpointError(f"{file.path} has {key} = {value.content!r}, which is no template")
+            found[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value.content
+    return found
+
+
+def main() -> None:
+    try:
+        write_tokenizer(Path(sys.argv[1]).absolute(), Path(sys.argv[2]))
+    except CheckpointError as error:
+        print(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

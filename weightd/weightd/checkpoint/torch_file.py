@@ -1,0 +1,96 @@
+"""torch's .bin files: zip archives of a pickle and raw storages.
+
+Only the pickle is read, with weights_only=True, on fake tensors: they know shape, strides and where in the file their
+storage lies, and hold no data. (torch.load's documented use of FakeTensorMode.)
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from weightd.disk.tensors import SourceTensor, check_extent, plain
+from weightd.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPES = {
+    "torch.float64": "F64",
+    "torch.float32": "F32",
+    "torch.bfloat16": "BF16",
+    "torch.float16": "F16",
+    "torch.int64": "I64",
+    "torch.int32": "I32",
+    "torch.int16": "I16",
+    "torch.int8": "I8",
+    "torch.uint8": "U8",
+    "torch.bool": "BOOL",
+    "torch.float8_e4m3fn": "F8_E4M3",
+    "torch.float8_e5m2": "F8_E5M2",
+}
+
+
+def read_torch_file(path: Path) -> dict[str, SourceTensor]:
+    """The tensors of the file by name; CheckpointError if it is not whole, or not only tensors."""
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(
+            f"{path} is incomplete or of torch's format before 1.6: download it again, or load and save it with "
+            "a current torch"
+        )
+    _check_archive(path)
+    file_bytes = path.stat().st_size
+    tensors: dict[str, SourceTensor] = {}
+    for name, value in _load_fake(path).items():
+        tensor = _tensor(path, name, value)
+        check_extent(tensor, file_bytes)
+        tensors[name] = tensor
+    return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """The storages must lie in the file as this machine holds them: torch would convert what is read here as it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
+    except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, zlib.error) as error:
+        raise CheckpointError(f"{path} is no whole zip archive ({error}): download it again") from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise CheckpointError(f"{path} is compressed: load and save it with a current torch")
+    if any(order != b"little" for order in orders):
+        raise CheckpointError(f"{path} is in big-endian order: load and save it on this machine")
+
+
+def _load_fake(path: Path) -> Mapping[str, Any]:
+    try:
+        import torch
+        from torch._subclasses.fake_tensor import FakeTensorMode
+    except ImportError as error:
+        raise CheckpointError(f"{path} needs torch to be read: pip install 'weightd[import]'") from error
+    try:
+        with FakeTensorMode():
+            state = torch.load(path, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{path} cannot be read as weights alone: {reason}") from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path} holds {type(state).__name__}, not a state_dict")
+    return state
+
+
+def _tensor(path: Path, name: str, value: torch.Tensor) -> SourceTensor:
+    dtype = _DTYPES.get(str(getattr(value, "dtype", None)))
+    if dtype is None:
+        raise CheckpointError(f"{path} holds {name}, which is no tensor of a known dtype")
+    if not value.is_contiguous():
+        raise CheckpointError(f"{path} holds {name} as a strided view: save it again with .contiguous()")
+    encoding = plain(dtype)
+    storage_offset_bytes = value.untyped_storage()._checkpoint_offset
+    assert storage_offset_bytes is not None
+    offset_bytes = storage_offset_bytes + int(value.storage_offset()) * encoding.block_bytes
+    return SourceTensor(name, tuple(value.shape), encoding, path, offset_bytes)

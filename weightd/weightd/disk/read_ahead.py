@@ -1,0 +1,86 @@
+"""Extents of files, read in order by a thread that runs ahead of their user."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Self
+
+from weightd.disk.uncached_file import UncachedReader, aligned_buffer
+
+# Large enough for the device's sequential speed, small enough that all buffers together stay below 64 MiB.
+CHUNK_BYTES = 8 << 20
+# What is read but not used yet. Four are enough that the device never waits for the processor; more only cost memory.
+BUFFERS = 4
+
+
+@dataclass(frozen=True)
+class Extent:
+    path: Path
+    offset_bytes: int
+    size_bytes: int
+
+
+class ReadAhead:
+    """Reads `extents` in their order; the same order must be taken. Enter it to start, leave it to stop.
+
+    Holds BUFFERS buffers of the largest extent's size. A failed read is raised, as OSError, where it is taken.
+    """
+
+    def __init__(self, extents: Sequence[Extent], direct_only: bool = False) -> None:
+        self._extents = extents
+        self._direct_only = direct_only
+        self._files: dict[Path, UncachedReader] = {}
+        self._free: SimpleQueue[memoryview | None] = SimpleQueue()  # None: stop
+        self._filled: SimpleQueue[tuple[memoryview, memoryview] | BaseException] = SimpleQueue()
+        self._taken = 0
+        self._thread = threading.Thread(target=self._run, name="read-ahead", daemon=True)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as undo:
+            for path in dict.fromkeys(extent.path for extent in self._extents):
+                self._files[path] = undo.enter_context(UncachedReader(path, self._direct_only))
+            undo.pop_all()
+        largest = max((self._files[e.path].buffer_bytes(e.size_bytes) for e in self._extents), default=0)
+        for _ in range(BUFFERS):
+            self._free.put(aligned_buffer(largest))
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._free.put(None)
+        self._thread.join()
+        for file in self._files.values():
+            file.close()
+
+    @contextmanager
+    def take(self, extent: Extent) -> Iterator[memoryview]:
+        """The bytes of the next extent, valid inside the `with` statement."""
+        assert extent == self._extents[self._taken], "taken out of order"
+        self._taken += 1
+        filled = self._filled.get()
+        if isinstance(filled, BaseException):
+            raise filled
+        buffer, data = filled
+        try:
+            yield data
+        finally:
+            self._free.put(buffer)
+
+    def _run(self) -> None:
+        try:
+            for extent in self._extents:
+                buffer = self._free.get()
+                if buffer is None:
+                    return
+                file = self._files[extent.path]
+                self._filled.put((buffer, file.read(extent.offset_bytes, extent.size_bytes, buffer)))
+        except BaseException as error:  # crosses to the thread that takes
+            self._filled.put(error)

@@ -1,0 +1,1 @@
+"""Where clients connect: sockets, TLS, identities, access rules and bounds per user."""

@@ -1,0 +1,129 @@
+"""Who is at the other end of a Unix socket: what gRPC cannot tell us, proven by a socket of our own.
+
+gRPC hides the credentials of a Unix socket's peer. So beside each of its sockets lies another, with IDENTITY_SUFFIX: to
+whoever connects we send an Identity (proto/weightd.proto) of the user and groups that the kernel names (SO_PEERCRED,
+SO_PEERGROUPS), signed, and hang up. The client sends it with its calls. It is good for an hour, so that leaving a group
+has an effect, and the key lies in the store, so that it outlives a restart of weightd, but not of the machine. Who
+gives it away gives away no more than the weights it could give away itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from weightd.errors import StoreError
+from weightd.gateway.access import Caller
+from weightd.gateway.front import Origin
+from weightd_proto import weightd_pb2
+
+METADATA_KEY = "weightd-identity-bin"
+KEY_FILE = "identity.key"
+KEY_BYTES = 32
+VALID_S = 3600
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SO_PEERGROUPS = 59  # of Linux 4.13; the socket module does not name it
+GROUPS_MAX = 256  # of one user: getsockopt() of Python gives at most 1 KiB
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+def seconds_since_boot() -> float:
+    """Of a clock that nobody sets, and that goes on while the machine sleeps."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Identities:
+    """Signs and checks identities with the key of `folder`, which is made if there is none. Raises StoreError."""
+
+    def __init__(self, folder: Path) -> None:
+        boot_id = BOOT_ID.read_bytes() if BOOT_ID.exists() else b""
+        # Of this boot only: the times of another one mean nothing.
+        self._key = hmac.digest(_key(folder / KEY_FILE), boot_id, hashlib.sha256)
+        self.origins: Mapping[str, Origin] = {}  # the front's, by the names of its connections to gRPC
+
+    def origin(self, context: Context) -> Origin | None:
+        """Where this call comes from; None when its connection has ended."""
+        return self.origins.get((context.peer() or "").removeprefix("unix-abstract:"))
+
+    def issue(self, user_id: int, group_ids: list[int], now_s: float | None = None) -> bytes:
+        """A serialized Identity, issued at `now_s`: seconds since boot, by default now."""
+        claim = weightd_pb2.IdentityClaim(
+            user_id=user_id, group_ids=group_ids, issued_boot_s=int(seconds_since_boot() if now_s is None else now_s)
+        ).SerializeToString()
+        return weightd_pb2.Identity(claim=claim, signature=self._signature(claim)).SerializeToString()
+
+    def check(self, identity: bytes) -> weightd_pb2.IdentityClaim | None:
+        """What it claims; None when it is not ours, or too old."""
+        try:
+            parsed = weightd_pb2.Identity.FromString(identity)
+        except DecodeError:
+            return None
+        if not hmac.compare_digest(self._signature(parsed.claim), parsed.signature):
+            return None
+        claim = weightd_pb2.IdentityClaim.FromString(parsed.claim)
+        age_s = seconds_since_boot() - claim.issued_boot_s
+        return claim if -1 <= age_s <= VALID_S else None
+
+    def caller(self, context: Context) -> Caller:
+        """Who makes this call."""
+        origin = self.origin(context)
+        if origin is None or not origin.local:
+            return Caller(local=False, tls_names=frozenset() if origin is None else origin.tls_names)
+        shown = dict(context.invocation_metadata() or ()).get(METADATA_KEY, b"")
+        claim = self.check(shown) if isinstance(shown, bytes) else None
+        if claim is None:
+            return Caller(local=True)
+        return Caller(local=True, user_id=claim.user_id, group_ids=frozenset(claim.group_ids))
+
+    def _signature(self, claim: bytes) -> bytes:
+        return hmac.digest(self._key, claim, hashlib.sha256)
+
+
+class IdentityProtocol(asyncio.Protocol):
+    """A connection of the identity socket: answered at once, nothing is read."""
+
+    def __init__(self, identities: Identities) -> None:
+        self._identities = identities
+
+    def connection_made(self, transport: Any) -> None:  # uvloop's classes are none of asyncio's
+        connection = transport.get_extra_info("socket")
+        _, user_id, group_id = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        groups = {group_id, *_groups(connection)}
+        transport.write(self._identities.issue(user_id, sorted(groups)))
+        transport.close()
+
+
+def _groups(connection: Any) -> list[int]:
+    """Supplementary groups of the peer; none where the kernel does not tell, or they are too many."""
+    try:
+        packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_MAX * 4)
+    except OSError:
+        return []
+    return [group for (group,) in struct.iter_unpack("I", packed)]
+
+
+def _key(path: Path) -> bytes:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        key = path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"cannot make {path}: {(error.strerror or '').lower()}; make the store writable") from error
+    else:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(key := os.urandom(KEY_BYTES))
+    if len(key) != KEY_BYTES:
+        raise StoreError(f"{path} has {len(key)} bytes instead of {KEY_BYTES}: delete it, a new one is made")
+    return key

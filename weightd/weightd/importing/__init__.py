@@ -1,0 +1,1 @@
+"""An import: the tensors of a checkpoint become the bundles and resident weights of a stored model."""

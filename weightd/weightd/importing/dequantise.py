@@ -1,0 +1,80 @@
+"""From the bytes of a checkpoint to elements of F32, BF16 or F16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd import _native
+from weightd.importing.families import Source
+from weightd.store.layout import DTYPE_BYTES
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Elements:
+    """Little-endian elements as flat bytes."""
+
+    dtype: str
+    data: Bytes
+
+    def into(self, target: Bytes, dtype: str) -> None:
+        """Converts into `target`, bytes of `dtype`; bit for bit when the dtype is the same."""
+        _native.convert(self.data, self.dtype, target, dtype)
+
+    def as_dtype(self, dtype: str) -> Bytes:
+        target = np.empty(len(self.data) // DTYPE_BYTES[self.dtype] * DTYPE_BYTES[dtype], np.uint8)
+        self.into(target, dtype)
+        return target
+
+
+def row_elements(source: Source) -> int:
+    """Elements of a row; a vector is one row, unless its elements are the rows that an undoing permutes."""
+    shape = source.tensor.shape
+    return source.tensor.elements // rows(source) if shape else 1
+
+
+def rows(source: Source) -> int:
+    shape = source.tensor.shape
+    if len(shape) == 1 and not (source.undo and source.undo.heads):
+        return 1
+    return shape[0] if shape else 1
+
+
+def rows_together(source: Source) -> int:
+    """Rows that must be decoded in one piece: those of a head, where they are permuted."""
+    return rows(source) // source.undo.heads if source.undo and source.undo.heads else 1
+
+
+def decode(source: Source, stored: memoryview) -> Elements:
+    """The elements stored in `stored`: whole rows, a multiple of `rows_together`."""
+    data = np.frombuffer(stored, np.uint8)
+    encoding = source.tensor.encoding
+    elements = Elements(encoding.dtype, data) if encoding.ggml_type is None else _dequantised(source, data)
+    if source.undo is None:
+        return elements
+    if source.undo.heads:
+        row_bytes = row_elements(source) * DTYPE_BYTES[elements.dtype]
+        return Elements(elements.dtype, _without_interleaving(elements.data, rows_together(source), row_bytes))
+    values = elements.as_dtype("F32").view(np.float32) - np.float32(1)
+    return Elements("F32", values.view(np.uint8))
+
+
+def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:
+    """(pair, half) order of the rows of each head back to (half, pair) order."""
+    pairs = data.reshape(-1, head_rows // 2, 2, row_bytes)
+    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
+
+
+def _dequantised(source: Source, data: Bytes) -> Elements:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    ggml_type = source.tensor.encoding.ggml_type
+    assert ggml_type is not None
+    row_bytes = source.tensor.bytes_of(row_elements(source))
+    values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType(ggml_type))
+    return Elements("F32", np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8))

@@ -1,0 +1,126 @@
+"""The order in which an import reads, so that reading, cutting and writing overlap in little memory.
+
+A bundle needs a column of the down matrix, which lies across the whole matrix: that one is held in memory, two of them,
+so that the next layer's is read while this layer's bundles are cut from slices of the other matrices. Everything else
+passes through buffers of CHUNK_BYTES.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from weightd.disk.read_ahead import CHUNK_BYTES, Extent
+from weightd.importing.dequantise import row_elements, rows, rows_together
+from weightd.importing.families import Ffn, Recipe, Source
+from weightd.store.layout import DTYPE_BYTES
+from weightd_proto import weightd_pb2
+
+# gguf decodes with a dozen temporary arrays of the result's size.
+DECODED_CHUNK_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows [begin, end) of a tensor."""
+
+    source: Source
+    begin: int
+    end: int
+
+    @property
+    def elements(self) -> tuple[int, int]:
+        size = row_elements(self.source)
+        return self.begin * size, self.end * size
+
+    @property
+    def extent(self) -> Extent:
+        tensor = self.source.tensor
+        begin, end = (tensor.bytes_of(count) for count in self.elements)
+        return Extent(tensor.path, tensor.offset_bytes + begin, end - begin)
+
+
+@dataclass(frozen=True)
+class DownStep:
+    """Rows of a layer's down matrix, to be held."""
+
+    layer: int
+    slices: tuple[Slice]
+
+
+@dataclass(frozen=True)
+class BundleStep:
+    """Neurons [begin, end) of a layer: a slice per row part, to be cut and written."""
+
+    layer: int
+    begin: int
+    end: int
+    slices: tuple[Slice, ...]
+
+
+@dataclass(frozen=True)
+class ResidentStep:
+    """Rows of the index-th resident tensor, to be appended."""
+
+    index: int
+    slices: tuple[Slice]
+
+
+Step = DownStep | BundleStep | ResidentStep
+
+
+def plan_bundles(
+    recipe: Recipe, sources: Mapping[str, Source], layout: weightd_pb2.BundleLayout
+) -> Iterator[DownStep | BundleStep]:
+    """Each layer's down matrix before its bundles; the next one's spread between them."""
+    downs = [list(_down_steps(index, ffn, sources)) for index, ffn in enumerate(recipe.layers)]
+    downs.append([])
+    yield from downs[0]
+    for index, ffn in enumerate(recipe.layers):
+        runs = list(_bundle_steps(index, ffn, sources, layout))
+        upcoming = downs[index + 1]
+        sent = 0
+        for number, run in enumerate(runs, start=1):
+            yield run
+            due = len(upcoming) * number // len(runs)
+            yield from upcoming[sent:due]
+            sent = due
+
+
+def plan_resident(tensors: list[weightd_pb2.Tensor], sources: Mapping[str, Source]) -> Iterator[ResidentStep]:
+    for index, tensor in enumerate(tensors):
+        for piece in _slices(sources[tensor.name]):
+            yield ResidentStep(index, (piece,))
+
+
+def _slices(source: Source) -> Iterator[Slice]:
+    count, unit = rows(source), rows_together(source)
+    units = max(1, _rows_per_chunk(source) // unit)
+    for begin in range(0, count, units * unit):
+        yield Slice(source, begin, min(count, begin + units * unit))
+
+
+def _rows_per_chunk(source: Source) -> int:
+    elements = row_elements(source)
+    if source.tensor.encoding.ggml_type is not None:
+        return max(1, DECODED_CHUNK_BYTES // (elements * DTYPE_BYTES["F32"]))
+    return max(1, CHUNK_BYTES // source.tensor.bytes_of(elements))
+
+
+def _down_steps(index: int, ffn: Ffn, sources: Mapping[str, Source]) -> Iterator[DownStep]:
+    for piece in _slices(sources[ffn.matrices[-1]]):
+        yield DownStep(index, (piece,))
+
+
+def _bundle_steps(
+    index: int, ffn: Ffn, sources: Mapping[str, Source], layout: weightd_pb2.BundleLayout
+) -> Iterator[BundleStep]:
+    """As many whole cells at a time as fit a chunk, read or written."""
+    parts = [sources[name] for name in ffn.matrices[:-1]]
+    neurons = min(
+        CHUNK_BYTES // layout.cell_bytes * layout.bundles_per_cell, *(_rows_per_chunk(part) for part in parts)
+    )
+    neurons = max(1, neurons // layout.bundles_per_cell) * layout.bundles_per_cell
+    for begin in range(0, ffn.neurons, neurons):
+        end = min(ffn.neurons, begin + neurons)
+        yield BundleStep(index, begin, end, tuple(Slice(part, begin, end) for part in parts))

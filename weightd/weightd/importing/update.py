@@ -1,0 +1,98 @@
+"""`weightd import --update`: a store is brought up to date with a checkpoint, and nothing is done where it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from weightd.checkpoint.opening import check_exists
+from weightd.errors import ImportingError, StoreError
+from weightd.importing.convert import Progress, import_checkpoint
+from weightd.importing.rehearsal import Rehearse
+from weightd.store.origin import origin_of, source_text
+from weightd.store.store import Store, check_model_name, model_name_for
+from weightd_proto import weightd_pb2
+
+KEPT, IMPORTED, REPLACED = "kept", "imported", "replaced"
+
+
+def update(
+    path: Path,
+    store: Store,
+    name: str | None = None,
+    dtype: str | None = None,
+    allow_buffered: bool = False,
+    progress: Progress | None = None,
+    rehearse: Rehearse | None = None,
+) -> tuple[weightd_pb2.Model, str]:
+    """The model that was imported from the checkpoint at `path`, and what was done for it: kept, imported, replaced.
+
+    Waits while another process imports it. `name`: of the model; by default what it has, or a new one's after its
+    checkpoint. `dtype`: as import_checkpoint; by default what the model was imported with. Raises what that does, and
+    StoreError where the name is another checkpoint's, or where a model that has changed is calibrated or served.
+    """
+    check_exists(path)
+    while True:
+        known = _imported_from(path, store, name)
+        target = name if name is not None else known.name if known is not None else _default_name(path)
+        if known is None:
+            _require_free(store, target, path)
+        elif not _has_changed(known, path, dtype):
+            return known, KEPT
+        else:
+            _require_replaceable(known, store, path)
+        wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
+        replaces = b"" if known is None else known.import_id
+        try:
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, rehearse)
+        except ImportingError:
+            store.await_import(check_model_name(target))
+        else:
+            return model, REPLACED if known is not None else IMPORTED
+
+
+def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Model | None:
+    """The model of that source, of whatever name unless one is given."""
+    source = source_text(path)
+    for model in store.models():
+        if name in (None, model.name) and source in (model.source, source_text(Path(model.source))):
+            return model
+    return None
+
+
+def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None) -> bool:
+    """Whether an import would give another model. One by an older weightd tells nothing of its origin."""
+    if not model.HasField("origin"):
+        return False
+    return model.origin != origin_of(path, model.origin.dtype if dtype is None else dtype)
+
+
+def _default_name(path: Path) -> str:
+    """A symbolic link's target names it, but where the target is a file without its kind, as in hub caches."""
+    resolved = path.resolve()
+    return model_name_for(resolved if path.is_dir() or resolved.suffix == ".gguf" else path)
+
+
+def _require_free(store: Store, name: str, path: Path) -> None:
+    """Two checkpoints may have the same last part of their paths."""
+    other = store.catalog.model(name)
+    if other is not None:
+        raise StoreError(
+            f"{store.path} has a model {name!r} already, imported from {other.source or 'an unknown place'}, not from "
+            f"{path.resolve()}: use {name!r} for that one, or import yours under a name of its own, with "
+            f"`weightd import {path} --store {store.path} --name NAME`"
+        )
+
+
+def _require_replaceable(model: weightd_pb2.Model, store: Store, path: Path) -> None:
+    changed = f"{path.resolve()} is not what it was when it was imported as {model.name!r}"
+    address = store.served_by()
+    if address is not None:
+        raise StoreError(
+            f"{changed}, and cannot be imported again while a weightd at {address} serves {store.path}: stop that, or "
+            f"use {model.name!r} as it was"
+        )
+    if model.calibration.version:
+        raise StoreError(
+            f"{changed}, and a new import would undo its calibration: use {model.name!r} as it was, remove it with "
+            f"`weightd rm {model.name} --store {store.path}`, or import yours under another name with `weightd import`"
+        )

@@ -1,0 +1,1 @@
+"""What this machine can give: memory limits, memory pressure, and what `weightd doctor` reports."""

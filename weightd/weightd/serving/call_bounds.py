@@ -1,0 +1,339 @@
+"""What calls may hold, so that no client shuts out another's calls or grows the daemon.
+
+Every call gets its place before its request is read, and keeps it until its answer has left and all that it began has
+ended (keeping_place): so requests, answers and threads that wait for a device are bounded by the places. One peer gets
+CALLS_OF_PEER of them. A call named in BOUNDS may take long: it has a bound of its own, of which one peer gets a part,
+and so do those who want one model. The last quarter of the places is kept for peers who have none. A peer is whom the
+front knows: a user of this machine, the names of a certificate, or a host.
+
+A request is bytes until its size and the number of its fields are known to be small enough (weightd.gateway.wire).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError, Message
+
+from weightd.errors import BusyError, LimitError, RequestError, SilenceError
+from weightd.gateway.wire import count_fields
+from weightd.serving.fetch import FETCH_RANGES_MAX, REQUEST_BYTES_MAX
+from weightd.serving.status import refusal_of
+from weightd_proto import weightd_pb2
+
+SERVICE_NAME = weightd_pb2.DESCRIPTOR.services_by_name["Weightd"].full_name
+
+CALLS_MAX = 256  # at once, of all kinds
+CALLS_OF_PEER = 64
+FETCHES_MAX = 12  # each may hold about 6 MiB, in our hands and in gRPC's: 72 of the interpreter's 150
+OPENS_MAX = 32  # reading resident weights may take minutes
+PUBLISHES_MAX = 4
+LOOKS_MAX = 32  # into the catalog: short, unless its device hangs
+STREAMS_MAX = 64  # of one connection; a client has a few, and several may share one through a proxy
+METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
+RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
+
+# A peer that is frozen, or cut off by a network that drops its packets, is found out within 50 s, so that what its
+# calls hold comes free. A living one may ping us as often as our clients do (each 20 s) and a little more often.
+KEEPALIVE_MS = 30_000
+KEEPALIVE_TIMEOUT_MS = 20_000
+PING_INTERVAL_MIN_MS = 10_000
+PATIENCE_S = 60.0  # with a living caller, for its request, its next piece of an upload, or until it takes an answer
+# An upload that comes slower than that, beyond PATIENCE_S in all, is given up: else it could keep its place for ever.
+UPLOAD_BYTES_PER_S_MIN = 64 << 10
+NAMES_BYTES_MAX = 4 << 10  # of a request that names a model, and little else
+# In a message of up to UNCOUNTED_BYTES there cannot be more of them, because a field takes two bytes.
+FIELDS_MAX = FETCH_RANGES_MAX + 64
+UNCOUNTED_BYTES = 2 * FIELDS_MAX
+# Connections end now and then, politely, with time for the calls that run: whoever connects again is asked again who it
+# is. The longest of our clients' calls, an OpenSession that reads resident weights, gives up after 10 minutes.
+CONNECTION_IDLE_MS = 300_000  # without a call; gRPC's clients connect again when they need to
+CONNECTION_AGE_MS = 600_000
+CONNECTION_AGE_GRACE_MS = 1_200_000
+
+CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", REQUEST_BYTES_MAX),
+    ("grpc.max_send_message_length", RECORD_BYTES_MAX),
+    ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+    ("grpc.max_concurrent_streams", STREAMS_MAX),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
+    ("grpc.http2.max_pings_without_data", 0),  # ours may go on for as long as nothing is said
+    ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MS),
+    ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
+    ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_MS),
+]
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Of one method: calls at once, and of those, calls of one peer and calls that want one model; and its requests."""
+
+    calls: int
+    of_peer: int
+    of_model: int | None = None
+    request_bytes: int = NAMES_BYTES_MAX
+    request: type[Message] | None = None  # where request_bytes is more than UNCOUNTED_BYTES
+
+
+BOUNDS = {
+    f"/{SERVICE_NAME}/Fetch": Bound(
+        FETCHES_MAX,
+        FETCHES_MAX // 2,
+        FETCHES_MAX * 2 // 3,
+        REQUEST_BYTES_MAX,
+        weightd_pb2.FetchRequest,
+    ),
+    f"/{SERVICE_NAME}/OpenSession": Bound(OPENS_MAX, OPENS_MAX // 2, OPENS_MAX * 3 // 4),
+    f"/{SERVICE_NAME}/PublishCalibration": Bound(
+        PUBLISHES_MAX,
+        PUBLISHES_MAX // 2,
+        request_bytes=REQUEST_BYTES_MAX,
+        request=weightd_pb2.PublishCalibrationRequest,
+    ),
+    f"/{SERVICE_NAME}/ListModels": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4),
+    f"/{SERVICE_NAME}/DescribeModel": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4, LOOKS_MAX * 3 // 8),
+    "/grpc.health.v1.Health/Watch": Bound(16, 8),
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Bound(8, 4),
+}
+ANY = Bound(CALLS_MAX, CALLS_OF_PEER)  # of all methods together
+assert 2 * sum(bound.calls for bound in BOUNDS.values()) <= CALLS_MAX
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler = Any  # grpc.RpcMethodHandler is not generic at run time, only in its types
+OF_ALL, OF_PEER, OF_MODEL = "all", "peer", "model"
+
+
+class Place:
+    """A call's among those that BOUNDS allows, until it and all that it began have ended."""
+
+    def __init__(self, running: Counter[tuple[str, str]], peer: str) -> None:
+        """Counts itself in `running`, in the rows that it enters."""
+        self._running = running
+        self._peer = peer
+        self._rows: list[tuple[str, str]] = []
+        self._held = 1
+
+    def enter(self, what: str, bound: Bound) -> None:
+        """Raises BusyError when too many are there: of all, or of this peer."""
+        of_all, of_peer = (OF_ALL, what), (OF_PEER, f"{what} {self._peer}")
+        calls = bound.calls - bound.calls // 4 if self._running[of_peer] else bound.calls
+        if self._running[of_all] >= calls or self._running[of_peer] >= bound.of_peer:
+            raise BusyError(
+                f"weightd is busy: {self._running[of_all]} of {bound.calls} {what} run, {self._running[of_peer]} of "
+                f"{bound.of_peer} of {self._peer}; try again"
+            )
+        self._count(of_all, of_peer)
+
+    def enter_model(self, what: str, model: str, most: int) -> None:
+        """Raises BusyError when too many want the same model."""
+        row = (OF_MODEL, f"{what} {model}")
+        if self._running[row] >= most:
+            raise BusyError(
+                f"weightd is busy: {self._running[row]} of {most} {what} run that want {model!r}; try again"
+            )
+        self._count(row)
+
+    def hold(self) -> None:
+        """For what the call began; each asks for one release()."""
+        self._held += 1
+
+    def hold_until_done(self, context: Context) -> None:
+        """Until gRPC has given away the last of its answer, or its caller has gone."""
+        self.hold()
+        held = [self.release]
+
+        def done(_: object) -> None:
+            while held:
+                held.pop()()
+
+        context.add_done_callback(done)  # type: ignore[arg-type]  # whose parameter has another name
+        if context.done():  # before it could be told
+            done(context)
+
+    def release(self) -> None:
+        self._held -= 1
+        if not self._held:
+            self._running.subtract(self._rows)
+            for row in self._rows:
+                if not self._running[row]:
+                    del self._running[row]
+
+    def _count(self, *rows: tuple[str, str]) -> None:
+        self._rows += rows
+        self._running.update(rows)
+
+
+_place: ContextVar[Place | None] = ContextVar("place", default=None)
+
+
+def keeping_place() -> Callable[[], None]:
+    """Keeps the place of the call that runs, until what this returns is called, on the event loop."""
+    place = _place.get()
+    if place is None:
+        return lambda: None
+    place.hold()
+    return place.release
+
+
+class CallBounds(grpc.aio.ServerInterceptor):
+    """Refuses calls beyond BOUNDS with ABORTED (the caller asks again a little later), messages beyond theirs with
+    RESOURCE_EXHAUSTED, and answers with a status what a call raises.
+
+    Ends with DEADLINE_EXCEEDED calls whose caller sends nothing for `patience_s`, and those of which it takes nothing
+    for as long; then with its connection, because gRPC keeps what was not taken.
+    """
+
+    def __init__(
+        self, peer_of: Callable[[Context], str], hang_up: Callable[[Context], None], patience_s: float = PATIENCE_S
+    ) -> None:
+        """`peer_of`: who calls. `hang_up`: ends the connection of a call."""
+        self._peer_of = peer_of
+        self._hang_up = hang_up
+        self._patience_s = patience_s
+        self._running: Counter[tuple[str, str]] = Counter()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        """The same method, to gRPC one that reads and writes when it wants, and gets bytes."""
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+
+        async def call(_: Any, context: Context) -> None:
+            await self._call(method, handler, context)
+
+        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+
+    async def _call(self, method: str, handler: Handler, context: Context) -> None:
+        place = Place(self._running, self._peer_of(context))
+        place.hold_until_done(context)
+        try:
+            if (refusal := await self._refusal(method, handler, context, place)) is not None:
+                await context.abort(*refusal)
+        except grpc.aio.InternalError:  # its caller has gone without having read it
+            pass
+        except grpc.aio.AbortError as error:
+            error.__traceback__ = None  # gRPC keeps the error, and would keep all that these frames hold
+        finally:
+            place.release()
+
+    async def _refusal(
+        self, method: str, handler: Handler, context: Context, place: Place
+    ) -> tuple[grpc.StatusCode, str] | None:
+        """Answers the call; why it was refused, if it was."""
+        try:
+            await self._answer(method, handler, context, place)
+        except (grpc.aio.AbortError, grpc.aio.InternalError):  # of a service of gRPC's own; of a caller who has gone
+            raise
+        except Exception as error:
+            return refusal_of(error)
+        return None
+
+    async def _answer(self, method: str, handler: Handler, context: Context, place: Place) -> None:
+        bound, name = BOUNDS.get(method), f"calls of {method.rpartition('/')[2]}"
+        place.enter("calls", ANY)
+        if bound is not None:
+            place.enter(name, bound)
+        _place.set(place)
+        incoming = Incoming(bound or ANY, handler.request_deserializer, context, self._patience_s)
+        behaviour = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
+        if handler.request_streaming:
+            given: Any = incoming.all()
+        else:
+            given = await incoming.one()
+            if bound is not None and bound.of_model is not None:
+                model: str = getattr(given, "model", "") or getattr(given, "name", "")  # of DescribeModel
+                place.enter_model(name, model, bound.of_model)
+        if not handler.response_streaming:
+            await self._give(await behaviour(given, context), context)
+        elif inspect.isasyncgenfunction(behaviour):
+            await self._give_all(behaviour(given, context), context)
+        else:  # it writes its answers itself
+            await behaviour(given, context)
+
+    async def _give_all(self, answers: AsyncGenerator[Any, None], context: Context) -> None:
+        """What makes the answers is closed in any case."""
+        async with aclosing(answers):
+            async for answer in answers:
+                await self._give(answer, context)
+                del answer  # not held while the next is made
+
+    async def _give(self, answer: Any, context: Context) -> None:
+        try:
+            async with asyncio.timeout(self._patience_s):
+                await context.write(answer)
+        except TimeoutError:
+            asyncio.get_running_loop().call_soon(self._hang_up, context)  # when the status is on its way, for who reads
+            raise SilenceError(f"no answer was taken for {self._patience_s:g} s; ask again") from None
+
+
+class Incoming:
+    """The messages of one call."""
+
+    def __init__(self, bound: Bound, parse: Callable[[bytes], Any], context: Context, patience_s: float) -> None:
+        self._bound = bound
+        self._parse = parse
+        self._context = context
+        self._patience_s = patience_s
+        self._received_bytes = 0
+        self._waited_s = 0.0
+
+    async def one(self) -> Any:
+        """Raises RequestError when there is none, and as all()."""
+        if (message := await self._next()) is None:
+            raise RequestError("a call without its message")
+        return message
+
+    async def all(self) -> AsyncIterator[Any]:
+        """Raises SilenceError when they come too slowly, LimitError for too much in one, RequestError for nonsense."""
+        while (message := await self._next()) is not None:
+            yield message
+
+    async def _next(self) -> Any:
+        """None at the end."""
+        left_s = self._patience_s + self._received_bytes / UPLOAD_BYTES_PER_S_MIN - self._waited_s
+        asked_s = time.monotonic()
+        try:
+            async with asyncio.timeout(min(self._patience_s, left_s)):
+                message = await self._context.read()
+        except TimeoutError:
+            raise SilenceError(f"too little was sent for {self._patience_s:g} s; begin again") from None
+        if message is grpc.aio.EOF:
+            return None
+        self._waited_s += time.monotonic() - asked_s
+        self._received_bytes += len(message)
+        return self._parsed(message)
+
+    def _parsed(self, message: bytes) -> Any:
+        bound = self._bound
+        if len(message) > bound.request_bytes:
+            raise LimitError(f"a message of {len(message)} bytes: this call takes at most {bound.request_bytes}")
+        try:
+            if len(message) > UNCOUNTED_BYTES:
+                self._require_few_fields(message)
+            return self._parse(message)
+        except (DecodeError, ValueError) as error:
+            raise RequestError(f"a message that cannot be read: {error}") from None
+
+    def _require_few_fields(self, message: bytes) -> None:
+        assert self._bound.request is not None
+        if count_fields(message, self._bound.request, FIELDS_MAX) > FIELDS_MAX:
+            raise LimitError(f"a message of more than {FIELDS_MAX} fields: ask in several calls")

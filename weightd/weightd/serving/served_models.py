@@ -1,0 +1,272 @@
+"""The models that the daemon serves: records of the catalog, opened in the engine.
+
+Models imported while the daemon runs are found when they are first asked for. (None disappears: `rm` is refused while
+a daemon serves the store.)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd import _native
+from weightd._native import Engine, ModelSpec
+from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
+from weightd.machine.budget import GrowingDram, ModelDemand
+from weightd.sizes import round_up
+from weightd.store.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
+from weightd.store.checked_file import check_files
+from weightd.store.hotness import Hotness, calibrated_hotness, known_hotness
+from weightd.store.store import Store
+from weightd_proto import weightd_pb2
+
+logger = logging.getLogger(__name__)
+
+# Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
+PLACEMENTS_KEPT = 64
+PAGE_BYTES = 4096
+OPENERS_AT_START = 8  # models opened at once, so that one whose device hangs keeps none of the others
+# A device that was silent for so long is given up by those who can go without its answer. Healthy ones take
+# milliseconds, a disk that wakes up or a link that fails over some seconds.
+ANSWER_WITHIN_S = 30.0
+# Room in the default --dram for the predictors of a calibration to come, beside those of the sessions still open: a
+# rank of a sixteenth of the width takes that part of the bundles; small models need their headers and pages, too.
+CALIBRATION_SHARE = 16
+CALIBRATION_BYTES = 2 << 20
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model's record and its number in the engine."""
+
+    record: weightd_pb2.Model
+    number: int
+
+
+class ServedModels:
+    """All models of `store`, by name; safe to use from several threads. Opening one keeps none waiting for another."""
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        dram: GrowingDram,
+        unbundled_reads: bool = False,
+        cold_start: bool = False,
+    ) -> None:
+        """`unbundled_reads`: models are refused whose bundles the engine could not read so. `cold_start`: the engine is
+        told nothing of what is hot."""
+        self._store = store
+        self._engine = engine
+        self._dram = dram
+        self._unbundled_reads = unbundled_reads
+        self._cold_start = cold_start
+        self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is asked
+        self._opened: dict[str, ServedModel] = {}
+        self._changing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one opens or publishes a model
+        self._remembered: dict[str, int] = {}  # checksum of the hotness that the catalog has, or does not need
+        self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
+
+    def names(self) -> list[str]:
+        """The names in the store as it is now."""
+        return self._store.names()
+
+    def open_all(self, within_s: float) -> None:
+        """Opens what is in the store now; one that is damaged, or whose device says nothing for `within_s`, is logged.
+
+        Raises what open() does, for what is not the model's own fault, or when no model can be opened. Bytes that
+        differ from their checksum end no daemon: it says so to all who ask for the model, until it is whole again.
+        """
+        failed: list[WeightdError] = []
+        names = self.names()
+        threads = ThreadPoolExecutor(OPENERS_AT_START, thread_name_prefix="weightd-start")
+        openings = [threads.submit(self._open, name) for name in names]
+        silent = wait(openings, within_s).not_done
+        threads.shutdown(wait=False)
+        for name, opening in zip(names, openings, strict=True):
+            if opening in silent:
+                why = f"its device has not answered for {within_s:g} s" if opening.running() else "others come first"
+                logger.error("model %s is not served yet: %s", name, why)
+                continue
+            try:
+                opening.result()
+            except (StoreError, DeviceError) as error:
+                failed.append(error)
+        lost = [error for error in failed if not isinstance(error, CorruptionError)]
+        if lost and len(failed) == len(names):
+            raise lost[0]
+        for refusal in failed:
+            logger.error("%s", refusal)
+
+    def opened(self, name: str) -> ServedModel | None:
+        """The model, if it is open; never waits."""
+        return self._opened.get(name)
+
+    def require_known(self, name: str, listed: Callable[[str], bool]) -> None:
+        """Raises UnknownModelError, which names those models that are `listed`."""
+        names = self.names()
+        if name not in names:
+            known = ", ".join(filter(listed, names))
+            raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
+
+    def open(self, name: str) -> ServedModel:
+        """A model imported since the start; waits for another opening of it.
+
+        Raises StoreError, DeviceError (no O_DIRECT), SpaceError.
+        """
+        served = self._open(name)
+        logger.info("opened model %s, imported since the start", name, extra={"fields": {"model": name}})
+        return served
+
+    def _open(self, name: str) -> ServedModel:
+        with self._changes(name):
+            served = self._opened.get(name)
+            if served is not None:
+                return served
+            record = self._store.model(name)
+            if self._unbundled_reads:
+                _require_whole_parts(record)
+            check_files(self._store, record)
+            self._engine.raise_dram(*self._dram.with_model(demand_of(record)))
+            served = _open(self._store, self._engine, record)
+            self._expect(served.number, known_hotness(self._store, record))
+            self._remembered[name] = _checksum(self._engine.hotness(served.number))
+            with self._lock:
+                self._opened[name] = served
+            return served
+
+    def _changes(self, name: str) -> threading.Lock:
+        with self._lock:
+            return self._changing[name]
+
+    def stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
+        """A folder for the files of a new calibration. Raises RequestError, StoreError, SpaceError."""
+        self._store.clean()
+        return CalibrationStaging(self._store, served.record, offered)
+
+    def publish(self, served: ServedModel, staging: CalibrationStaging) -> weightd_pb2.Calibration:
+        """Makes it what sessions get from now on."""
+        calibration = staging.publish()
+        with self._changes(served.record.name):
+            record = self._store.model(served.record.name)
+            with self._lock:
+                self._opened[record.name] = ServedModel(record, served.number)
+            _offer_predictors(self._store, self._engine, record, served.number)
+            self._expect(served.number, calibrated_hotness(self._store, record))
+            remove_old(self._store, record)
+        return calibration
+
+    def _expect(self, number: int, hotness: Hotness | None) -> None:
+        if hotness is not None and not self._cold_start:
+            self._engine.expect(number, hotness)
+
+    def remember(self) -> None:
+        """Writes down what pools have learned of which cells are hot, where that is new: a byte a cell."""
+        with self._lock:
+            opened = list(self._opened.values())
+        for served in opened:
+            name = served.record.name
+            try:
+                hotness = self._engine.hotness(served.number)
+                if _checksum(hotness) != self._remembered[name]:
+                    self._store.catalog.set_hotness(name, hotness)
+                    self._remembered[name] = _checksum(hotness)
+            except _native.Stopping:
+                return
+            except (SpaceError, StoreError) as error:
+                logger.warning("cannot remember what is hot of %s: %s", name, error)
+
+    def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
+        """The neuron at each position of the layer."""
+        return self._store.placement(name, layer)
+
+    def _positions(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
+        """The position of each neuron of the layer: the inverse of its placement."""
+        placement = self._store.placement(name, layer)
+        positions = np.empty_like(placement)
+        positions[placement] = np.arange(len(placement), dtype=np.uint32)
+        return positions
+
+
+def demand_of(model: weightd_pb2.Model) -> ModelDemand:
+    """What the model asks of --dram."""
+    cells = sum(layer.cells for layer in model.layers)
+    neurons = sum(layer.neurons for layer in model.layers)
+    cell_bytes = model.bundle.cell_bytes
+    predictors = predictors_of(model.calibration)
+    predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
+    resident_bytes = model.resident_file_bytes + predictors_bytes
+    minimum_bytes = Engine.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
+    bundles_bytes = cells * cell_bytes
+    calibration_bytes = bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
+    return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
+
+
+def _require_whole_parts(model: weightd_pb2.Model) -> None:
+    bundle = model.bundle
+    part_bytes = bundle.bundle_bytes // len(bundle.parts)
+    if bundle.bundles_per_cell != 1 or part_bytes % bundle.block_bytes:
+        raise StoreError(
+            f"--unbundled-reads cannot serve {model.name!r}: a part of its bundles has {part_bytes} bytes, which is no "
+            f"multiple of the block of {bundle.block_bytes}; serve a store of models with wider layers"
+        )
+
+
+def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
+    """The record in the engine's terms."""
+    name, bundle = record.name, record.bundle
+    return ModelSpec(
+        name=name,
+        bundles_path=str(store.bundles_path(name)),
+        resident_path=str(store.resident_path(name)),
+        resident_bytes=record.resident_file_bytes,
+        cell_bytes=bundle.cell_bytes,
+        stride_bytes=bundle.stride_bytes,
+        bundle_bytes=bundle.bundle_bytes,
+        bundles_per_cell=bundle.bundles_per_cell,
+        bundle_parts=len(bundle.parts),
+        layer_offsets=[layer.offset_bytes for layer in record.layers],
+        layer_neurons=[layer.neurons for layer in record.layers],
+        layer_cells=[layer.cells for layer in record.layers],
+        checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
+        tensors=[(tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident],
+    )
+
+
+def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedModel:
+    try:
+        number = engine.add_model(model_spec(store, record))
+    except OSError as error:
+        raise DeviceError(f"cannot open model {record.name!r} for direct reading: {error}{_advice(error)}") from error
+    except ValueError as error:
+        raise StoreError(f"{error}; `weightd verify` tells more, importing again helps") from error
+    except MemoryError as error:
+        raise SpaceError(str(error)) from error
+    _offer_predictors(store, engine, record, number)
+    remove_old(store, record)
+    return ServedModel(record, number)
+
+
+def _offer_predictors(store: Store, engine: Engine, record: weightd_pb2.Model, number: int) -> None:
+    file = predictors_of(record.calibration)
+    if file is not None:
+        path = calibration_path(store, record.name, record.calibration.version) / file.name
+        engine.set_predictors(number, str(path), file.size_bytes, file.checksum, record.calibration.version)
+
+
+def _checksum(data: bytes) -> int:
+    return int(_native.checksum(np.frombuffer(data, np.uint8)))
+
+
+def _advice(error: OSError) -> str:
+    if error.errno == 22:  # EINVAL: what file systems without O_DIRECT answer
+        return "; move the store to ext4 or xfs, or give --allow-buffered"
+    return ""

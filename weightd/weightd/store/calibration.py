@@ -1,0 +1,161 @@
+"""Calibrations: what was measured on a model, kept beside it.
+
+    STORE/<model>/calibration/<version>/{predictors.safetensors, statistics.safetensors, report.json}
+
+- What the files hold is between the client that writes them and those that read them (the format is in
+  client/flashclient/model/predictor_file.py); here they are bytes with an XXH3-64 each, at most as large as the model.
+- Versions count up from 1. The catalog's record is the newest, and nothing reads another: a session that attached with
+  an older one has it in memory, and a Fetch under way has its file open. So older folders go when a newer one is there.
+- Publishing: staged like an import (store.py), synced, renamed to its version, then written to the catalog in one
+  transaction. A folder that the catalog does not name goes with the next publishing or start of the daemon.
+
+Refused: other files than these three, one too many or empty; more bytes than a model may have; a calibration of another
+import of the model; bytes that differ from their checksums; a device without the room.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from weightd import _native
+from weightd.errors import CorruptionError, RequestError, SpaceError, StoreError
+from weightd.sizes import format_size
+from weightd.store.store import StagedFolder, Store, delete, space_errors, sync
+from weightd_proto import weightd_pb2
+from weightd_proto.files import PREDICTORS_FILE, STATISTICS_FILE
+
+CALIBRATION_FOLDER = "calibration"
+FILE_NAMES = (PREDICTORS_FILE, STATISTICS_FILE, "report.json")
+MODES = ("exact", "predict")
+# The paper's predictors take less than 5 % of a model; one as large as its model would bring nothing. The constant
+# part is for toy models, whose files are mostly headers.
+MODEL_SHARE_MAX = 1
+HEADERS_BYTES_MAX = 1 << 20
+
+
+def calibration_path(store: Store, model: str, version: int) -> Path:
+    return store.path / model / CALIBRATION_FOLDER / str(version)
+
+
+def predictors_of(calibration: weightd_pb2.Calibration) -> weightd_pb2.File | None:
+    """The record of predictors.safetensors; None when the model was never calibrated."""
+    return next((file for file in calibration.files if file.name == PREDICTORS_FILE), None)
+
+
+def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration) -> None:
+    """RequestError or StoreError, with the value, when `offered` cannot become the calibration of `model`."""
+    if offered.import_id != model.import_id:
+        raise StoreError(
+            f"a calibration of another import of {model.name!r}: import {offered.import_id.hex() or 'none'}, where the "
+            f"store has {model.import_id.hex()}; calibrate the model that is there now"
+        )
+    if offered.mode not in MODES:
+        raise RequestError(f"mode {offered.mode!r} of a calibration: want {' or '.join(MODES)}")
+    names = [file.name for file in offered.files]
+    if sorted(names) != sorted(FILE_NAMES):
+        raise RequestError(f"a calibration of the files {names}: want {', '.join(FILE_NAMES)}")
+    for file in offered.files:
+        if file.size_bytes == 0:
+            raise RequestError(f"the file {file.name} of a calibration is empty")
+    size_bytes = sum(file.size_bytes for file in offered.files)
+    most_bytes = MODEL_SHARE_MAX * (model.bundles_file_bytes + model.resident_file_bytes) + HEADERS_BYTES_MAX
+    if size_bytes > most_bytes:
+        raise RequestError(
+            f"a calibration of {format_size(size_bytes)}: {model.name!r} may have one of {format_size(most_bytes)}"
+        )
+
+
+class CalibrationStaging(StagedFolder):
+    """A calibration on its way in: `write` its bytes, then `publish`; left without that, nothing stays."""
+
+    def __init__(self, store: Store, model: weightd_pb2.Model, offered: weightd_pb2.Calibration) -> None:
+        """Raises what check_calibration does, and SpaceError when the device lacks the room."""
+        check_calibration(model, offered)
+        size_bytes = sum(file.size_bytes for file in offered.files)
+        free_bytes = shutil.disk_usage(store.path).free
+        if size_bytes > free_bytes:
+            raise SpaceError(
+                f"a calibration of {format_size(size_bytes)} does not fit into {store.path}, where "
+                f"{format_size(free_bytes)} are free: make room"
+            )
+        with store.locked():
+            super().__init__(store)
+        self._model = model.name
+        self._offered = offered
+        self._missing = list(offered.files)  # the first is being written
+        self._file: BinaryIO | None = None
+        self._written_bytes = 0
+        self._checksum = _native.Checksum()
+
+    def write(self, data: bytes) -> None:
+        """The next bytes of the files, back to back in the header's order.
+
+        Raises RequestError for too many, CorruptionError when a file differs from its checksum, SpaceError.
+        """
+        rest = memoryview(data)
+        while rest:
+            if not self._missing:
+                raise RequestError(f"{len(rest)} bytes beyond the files of the calibration")
+            part = rest[: self._missing[0].size_bytes - self._written_bytes]
+            self._write_part(part)
+            rest = rest[len(part) :]
+
+    def _write_part(self, part: memoryview) -> None:
+        wanted = self._missing[0]
+        with space_errors(self.store.path):
+            if self._file is None:
+                self._file = (self.folder / wanted.name).open("wb")
+            self._file.write(part)
+            self._checksum.update(np.frombuffer(part, np.uint8))
+            self._written_bytes += len(part)
+            if self._written_bytes == wanted.size_bytes:
+                self._finish_file(self._file, wanted)
+
+    def _finish_file(self, file: BinaryIO, wanted: weightd_pb2.File) -> None:
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.close()
+        if self._checksum.value != wanted.checksum:
+            raise CorruptionError(f"the file {wanted.name} of a calibration of {self._model!r} came with other bytes")
+        self._missing.pop(0)
+        self._file, self._written_bytes, self._checksum = None, 0, _native.Checksum()
+
+    def publish(self) -> weightd_pb2.Calibration:
+        """Makes it the model's newest calibration. RequestError when bytes are missing."""
+        if self._missing:
+            raise RequestError(f"the calibration ended early, in {self._missing[0].name}: send it again")
+        published = weightd_pb2.Calibration()
+        published.CopyFrom(self._offered)
+        published.published_unix_s = int(time.time())
+        with self.store.locked(), space_errors(self.store.path):
+            published.version = self.store.model(self._model).calibration.version + 1
+            target = calibration_path(self.store, self._model, published.version)
+            target.parent.mkdir(exist_ok=True)
+            sync(target.parent.parent)
+            if target.exists():  # of a publishing that died before the catalog knew
+                delete(self.store.set_aside(target))
+            self.move(target)
+            self.store.catalog.set_calibration(self._model, published)
+            self.finish()
+        return published
+
+    def close(self) -> None:
+        """Deletes what was not published."""
+        if self._file is not None:
+            self._file.close()
+        super().close()
+
+
+def remove_old(store: Store, model: weightd_pb2.Model) -> None:
+    """Deletes all calibrations of the model but that of its record."""
+    folder = store.path / model.name / CALIBRATION_FOLDER
+    old = [path for path in folder.iterdir() if path.name != str(model.calibration.version)] if folder.is_dir() else []
+    for path in old:
+        delete(store.set_aside(path))

@@ -1,0 +1,271 @@
+"""The catalog of a store: an LMDB environment in one file. The keys are in the docstring of store.py.
+
+LMDB refuses to open an environment twice in one process and must not be carried across fork. Operations on a
+catalog are rare and short, so each opens it anew, and threads of one process take turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError
+
+from weightd import _native
+from weightd.errors import CorruptionError, SpaceError, StoreError
+from weightd.store.catalog_pages import check_pages
+from weightd_proto import weightd_pb2
+
+MAGIC = "weightd-store"
+FORMAT_VERSION = 2
+CHECKSUMS_SINCE = 2  # records of an older store end without one, also those that are added to it
+CHECKSUM_BYTES = 8
+NEURONS_MAX = (1 << 32) - 1  # of a model: they are numbered in 32 bits
+FILE_BYTES_MAX = 1 << 60  # of any file: sums stay within 64 bits
+META_KEY = b"meta"
+DEVICE_PROFILE_KEY = b"device_profile"
+MODEL_PREFIX = b"model/"
+# Address space, not memory or disk: the file grows as it is filled. A neuron costs 12 bytes (checksum, placement), so
+# a 70B model (80 layers of 28672) costs 27 MB and this holds more than two thousand of them.
+MAP_BYTES = 64 << 30
+
+_turn = threading.Lock()
+
+
+def calibration_key(model: str) -> bytes:
+    return f"calibration/{model}".encode()
+
+
+def hotness_key(model: str) -> bytes:
+    return f"hotness/{model}".encode()
+
+
+def array_key(kind: str, model: str, layer: int) -> bytes:
+    return f"{kind}/{model}/{layer:05d}".encode()
+
+
+class Records:
+    """The records of one transaction, each followed by the XXH3-64 of its key and itself."""
+
+    def __init__(self, transaction: lmdb.Transaction, path: Path) -> None:
+        self._transaction = transaction
+        self._path = path
+        meta = self.meta()
+        self._checked = meta is None or meta.get("format_version", 0) >= CHECKSUMS_SINCE
+
+    def meta(self) -> dict[str, Any] | None:
+        """The record that says what this is; it stands alone."""
+        record = self._transaction.get(META_KEY)
+        if record is None:
+            return None
+        try:
+            meta = json.loads(bytes(record))
+        except ValueError as error:
+            raise CorruptionError(f"the catalog {self._path} is damaged: its first record is no JSON") from error
+        return meta if isinstance(meta, dict) else {}
+
+    def set_meta(self, meta: Mapping[str, object]) -> None:
+        self._transaction.put(META_KEY, json.dumps(meta).encode())
+
+    def get(self, key: bytes) -> bytes | None:
+        """CorruptionError when it differs from its checksum."""
+        record = self._transaction.get(key)
+        return None if record is None else self._read(key, bytes(record))
+
+    def starting_with(self, prefix: bytes) -> Iterable[bytes]:
+        """The records whose keys begin so, in the keys' order."""
+        cursor = self._transaction.cursor()
+        found = cursor.set_range(prefix)
+        while found and bytes(cursor.key()).startswith(prefix):
+            yield self._read(bytes(cursor.key()), bytes(cursor.value()))
+            found = cursor.next()
+
+    def put(self, key: bytes, record: bytes) -> None:
+        self._transaction.put(key, record + (_checksum(key, record) if self._checked else b""))
+
+    def delete(self, key: bytes) -> None:
+        self._transaction.delete(key)
+
+    def _read(self, key: bytes, stored: bytes) -> bytes:
+        if not self._checked:
+            return stored
+        record, checksum = stored[:-CHECKSUM_BYTES], stored[-CHECKSUM_BYTES:]
+        if checksum != _checksum(key, record):
+            raise CorruptionError(
+                f"the catalog {self._path} is damaged: its record {key.decode(errors='replace')} differs from its "
+                "checksum; restore a copy of it, or import into a new store"
+            )
+        return record
+
+
+def _checksum(key: bytes, record: bytes) -> bytes:
+    checksum = int(_native.checksum(np.frombuffer(key + record, np.uint8)))
+    return checksum.to_bytes(CHECKSUM_BYTES, "little")
+
+
+class Catalog:
+    """Reads and writes the catalog at `path`. Every method is one transaction."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def create(self) -> None:
+        """Writes the meta record if there is none: also completes a creation that was killed.
+
+        The caller holds the store's lock.
+        """
+        if self.path.exists() and self.path.stat().st_size > 0:
+            check_pages(self.path)
+        with self._transaction(write=True, create=True) as records:
+            if records.meta() is None:
+                records.set_meta({"magic": MAGIC, "format_version": FORMAT_VERSION})
+
+    def check(self) -> None:
+        """StoreError unless this is a whole catalog of our format, of a version that we know."""
+        with self._begun() as transaction:
+            check_pages(self.path)  # within a transaction: no page of this snapshot is written over meanwhile
+            meta = Records(transaction, self.path).meta() or {}
+        version = meta.get("format_version")
+        if meta.get("magic") != MAGIC or not isinstance(version, int) or version < 1:
+            raise StoreError(f"not a weightd store: {self.path} lacks the store's record")
+        if version > FORMAT_VERSION:
+            raise StoreError(
+                f"store of format {version}, this weightd knows up to {FORMAT_VERSION}: "
+                f"upgrade weightd to use {self.path.parent}"
+            )
+
+    def models(self) -> list[weightd_pb2.Model]:
+        """By name, each with its newest calibration."""
+        with self._transaction() as records:
+            return [_model(records, record) for record in records.starting_with(MODEL_PREFIX)]
+
+    def model(self, name: str) -> weightd_pb2.Model | None:
+        with self._transaction() as records:
+            record = records.get(MODEL_PREFIX + name.encode())
+            return None if record is None else _model(records, record)
+
+    def set_calibration(self, model: str, calibration: weightd_pb2.Calibration) -> None:
+        """In the place of the one there was."""
+        with self._transaction(write=True) as records:
+            records.put(calibration_key(model), calibration.SerializeToString())
+
+    def hotness(self, model: str) -> bytes | None:
+        with self._transaction() as records:
+            return records.get(hotness_key(model))
+
+    def set_hotness(self, model: str, hotness: bytes) -> None:
+        """In the place of what there was."""
+        with self._transaction(write=True) as records:
+            records.put(hotness_key(model), hotness)
+
+    def array(self, kind: str, model: str, layer: int) -> bytes | None:
+        with self._transaction() as records:
+            return records.get(array_key(kind, model, layer))
+
+    def add(self, model: weightd_pb2.Model, arrays: Mapping[str, list[npt.NDArray[np.generic]]]) -> None:
+        """The model and its arrays per layer (kind -> one array per layer), all or nothing."""
+        with self._transaction(write=True) as records:
+            for kind, layers in arrays.items():
+                for index, values in enumerate(layers):
+                    records.put(array_key(kind, model.name, index), values.tobytes())
+            records.put(MODEL_PREFIX + model.name.encode(), model.SerializeToString())
+
+    def remove(self, name: str, kinds: tuple[str, ...]) -> None:
+        with self._transaction(write=True) as records:
+            record = records.get(MODEL_PREFIX + name.encode())
+            assert record is not None, "looked up under the store's lock"
+            records.delete(MODEL_PREFIX + name.encode())
+            records.delete(calibration_key(name))
+            records.delete(hotness_key(name))
+            for kind in kinds:
+                for index in range(len(_parsed(record).layers)):
+                    records.delete(array_key(kind, name, index))
+
+    def device_profile(self) -> str | None:
+        """What `weightd doctor` measured, as JSON, or None."""
+        with self._transaction() as records:
+            record = records.get(DEVICE_PROFILE_KEY)
+        return None if record is None else record.decode()
+
+    def set_device_profile(self, profile: str) -> None:
+        with self._transaction(write=True) as records:
+            records.put(DEVICE_PROFILE_KEY, profile.encode())
+
+    @contextmanager
+    def _transaction(self, write: bool = False, create: bool = False) -> Iterator[Records]:
+        with self._begun(write, create) as transaction:
+            yield Records(transaction, self.path)
+
+    @contextmanager
+    def _begun(self, write: bool = False, create: bool = False) -> Iterator[lmdb.Transaction]:
+        with _turn, _translated(self.path), _open(self.path, write, create) as environment:
+            if write:
+                environment.reader_check()  # frees the reader slots of processes that were killed
+            with environment.begin(write=write) as transaction:
+                yield transaction
+
+
+def _model(records: Records, record: bytes) -> weightd_pb2.Model:
+    model = _parsed(record)
+    calibration = records.get(calibration_key(model.name))
+    if calibration is not None:
+        _read(model.calibration, calibration)
+        _check_sizes(model)
+    return model
+
+
+def _parsed(record: bytes) -> weightd_pb2.Model:
+    model = weightd_pb2.Model()
+    _read(model, record)
+    _check_sizes(model)
+    return model
+
+
+def _read(message: weightd_pb2.Model | weightd_pb2.Calibration, record: bytes) -> None:
+    """Merges what the record's checksum vouches for; where records have none, CorruptionError for what is no model."""
+    try:
+        message.MergeFromString(record)
+    except DecodeError as error:
+        raise CorruptionError(f"the catalog is damaged: {error} as the record of a model; import it again") from error
+
+
+def _check_sizes(model: weightd_pb2.Model) -> None:
+    """CorruptionError for what no model has."""
+    neurons, cells = sum(layer.neurons for layer in model.layers), sum(layer.cells for layer in model.layers)
+    if max(neurons, cells) > NEURONS_MAX:
+        raise CorruptionError(f"the catalog is damaged: {model.name!r} of {neurons} neurons in {cells} cells")
+    files_bytes = [model.bundles_file_bytes, model.resident_file_bytes]
+    files_bytes += [file.size_bytes for file in model.calibration.files]
+    if max(files_bytes) > FILE_BYTES_MAX:
+        raise CorruptionError(f"the catalog is damaged: {model.name!r} has a file of {max(files_bytes)} bytes")
+
+
+def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:
+    def opened(lock: bool) -> lmdb.Environment:
+        own_path = os.fsencode(path)  # lmdb would want a path that the locale can write
+        return lmdb.open(own_path, subdir=False, map_size=MAP_BYTES, readonly=not write, create=create, lock=lock)
+
+    try:
+        return opened(lock=True)
+    except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
+        if write:
+            raise
+        return opened(lock=False)  # a store on a read-only mount: nobody writes it
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (lmdb.MapFullError, lmdb.DiskError) as error:  # DiskError is ENOSPC
+        raise SpaceError(f"no space left for the catalog {path}: {error}") from error
+    except lmdb.Error as error:
+        raise StoreError(f"cannot use the catalog {path}: {error}") from error

@@ -1,0 +1,124 @@
+"""The device profile: how long a read takes by size and depth, measured once per store and kept in its catalog.
+
+Measured through the reader that serves, with O_DIRECT, on the store's own file system: on the largest bundles.bin, or
+on a temporary file where none is large enough to be out of the device's own cache.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+from weightd._native import measure_reads
+from weightd.errors import DeviceError, SpaceError
+from weightd.sizes import format_size
+from weightd.store.store import Store
+
+READ_SIZES_BYTES = tuple(4096 << step for step in range(9))  # 4 KiB to 1 MiB
+DEPTHS = (1, 32)
+SEQUENTIAL_READ_BYTES = 1 << 20
+SEQUENTIAL_DEPTH = 8
+SECONDS_EACH = 0.2  # 19 measurements: about four seconds
+SAMPLE_BYTES = 256 << 20
+WRITE_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class ReadSpeed:
+    """Random reads of one size at one depth."""
+
+    read_bytes: int
+    depth: int
+    latency_us: float  # mean, from submission to completion
+    gb_per_s: float
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What the device of a store gives."""
+
+    measured_unix_s: int
+    sequential_gb_per_s: float
+    random: tuple[ReadSpeed, ...]
+
+    def speed(self, read_bytes: int, depth: int) -> ReadSpeed:
+        """The measurement of this size and depth; KeyError when it is none of those taken."""
+        for row in self.random:
+            if (row.read_bytes, row.depth) == (read_bytes, depth):
+                return row
+        raise KeyError((read_bytes, depth))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> DeviceProfile:
+        record = json.loads(text)
+        rows = tuple(ReadSpeed(**row) for row in record.pop("random"))
+        return cls(random=rows, **record)
+
+
+def kept_profile(store: Store) -> DeviceProfile | None:
+    """The profile in the store's catalog, if one was measured."""
+    text = store.catalog.device_profile()
+    return None if text is None else DeviceProfile.from_json(text)
+
+
+def sequential_gb_per_s(store: Store) -> float:
+    """The device's sequential speed; 0 when it was not measured."""
+    profile = kept_profile(store)
+    return 0.0 if profile is None else profile.sequential_gb_per_s
+
+
+def measure(folder: Path, io_engine: str = "auto") -> DeviceProfile:
+    """Measures the device under `folder`: a store, or any folder that can be written.
+
+    Raises DeviceError when the file system refuses direct reads, SpaceError when the sample does not fit.
+    """
+    with _sample(folder) as path:
+        try:
+            rows = tuple(_measure(path, size, depth, io_engine) for depth in DEPTHS for size in READ_SIZES_BYTES)
+            sequential = measure_reads(
+                str(path), SEQUENTIAL_READ_BYTES, SEQUENTIAL_DEPTH, SECONDS_EACH, False, io_engine, False
+            )
+        except OSError as error:
+            raise DeviceError(f"cannot read {path} directly: {error}") from error
+    return DeviceProfile(int(time.time()), sequential["bytes"] / sequential["seconds"] / 1e9, rows)
+
+
+def _measure(path: Path, read_bytes: int, depth: int, io_engine: str) -> ReadSpeed:
+    taken = measure_reads(str(path), read_bytes, depth, SECONDS_EACH, True, io_engine, False)
+    latency_us = taken["seconds"] * depth / taken["reads"] * 1e6
+    return ReadSpeed(read_bytes, depth, latency_us, taken["bytes"] / taken["seconds"] / 1e9)
+
+
+@contextmanager
+def _sample(folder: Path) -> Iterator[Path]:
+    """A file of at least SAMPLE_BYTES on the device."""
+    largest = max(folder.glob("*/bundles.bin"), key=lambda path: path.stat().st_size, default=None)
+    if largest is not None and largest.stat().st_size >= SAMPLE_BYTES:
+        yield largest
+        return
+    try:
+        with NamedTemporaryFile(dir=folder, prefix=".profile-") as file:
+            write_sample(file.fileno(), SAMPLE_BYTES)
+            yield Path(file.name)
+    except OSError as error:
+        raise SpaceError(
+            f"cannot write a sample of {format_size(SAMPLE_BYTES)} in {folder}: {error.strerror}"
+        ) from error
+
+
+def write_sample(descriptor: int, size_bytes: int) -> None:
+    """Fills a file with bytes that no device can compress or merge, synced and out of the page cache."""
+    for _ in range(0, size_bytes, WRITE_BYTES):
+        data = os.urandom(WRITE_BYTES)
+        assert os.write(descriptor, data) == len(data)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)

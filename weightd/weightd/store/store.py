@@ -1,0 +1,462 @@
+"""The store: a folder of models in bundled row-column layout. Format version 2.
+
+    STORE/catalog.mdb                    LMDB environment in one file (catalog.mdb-lock beside it is LMDB's own)
+    STORE/weightd.lock                   flock of the daemon that serves the store; JSON {"pid", "address"}
+    STORE/<model>/bundles.bin            layers back to back
+    STORE/<model>/resident.safetensors   every weight outside the FFN matrices
+    STORE/<model>/hf/                    config.json, generation_config.json, tokenizer files
+    STORE/<model>/calibration/<version>/ what was measured on the model (calibration.py)
+    STORE/.import-*, STORE/.removed-*    an import or calibration under way, a model being deleted
+
+- Everything is little endian. block_bytes = max(4096, what statx reports for direct I/O), written in the catalog.
+- A bundle is [gate row][up row][down column] ([up row][down column] in OPT) of one neuron, hidden_size elements each,
+  in the bundle dtype F32, BF16 or F16. FFN biases are resident.
+- Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block holding
+  bundles_per_cell = block_bytes // stride_bytes bundles, or, if not even one fits, one bundle padded to whole blocks.
+- A layer is ceil(neurons / bundles_per_cell) cells in order of placement: position p is neuron placement[p]. Layers
+  begin on block boundaries. All padding is zero.
+- resident.safetensors is a valid safetensors file whose data begin on a block boundary (the header is padded with
+  spaces). Names and shapes are those of transformers' state_dict, FFN matrices left out, a tied head stored once; all
+  tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
+- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 2}; `model/<name>` -> weightd.v1.Model;
+  `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
+  `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
+  newest; `hotness/<name>` -> a byte for each cell, what the last daemon learned (hotness.py); `device_profile` -> JSON,
+  what doctor measured. All but meta end in 8 bytes more, XXH3-64 of key and value (in a store of format 1 none do).
+  Opening a store also looks at the pages of the catalog (catalog_pages.py).
+- Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
+  transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
+  behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
+
+Refused: a folder without a catalog, a catalog of another kind or of a newer format, a model name that is not one
+plain path component, publishing over an existing model, removing while a daemon serves the store, a second daemon.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd.closing import Closing
+from weightd.errors import CorruptionError, ImportingError, SpaceError, StoreError
+from weightd.sizes import format_size
+from weightd.store.catalog import Catalog
+from weightd_proto import weightd_pb2
+
+CATALOG_FILE = "catalog.mdb"
+DAEMON_LOCK_FILE = "weightd.lock"
+BUNDLES_FILE = "bundles.bin"
+RESIDENT_FILE = "resident.safetensors"
+FILES_FOLDER = "hf"
+MARKER_FILE = ".unpublished"
+IMPORT_PREFIX = ".import-"
+REMOVED_PREFIX = ".removed-"
+CHECKSUMS = "checksums"
+PLACEMENT = "placement"
+NAME_BYTES_MAX = 200  # LMDB keys end at 511 bytes
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
+# Names that the store itself uses.
+_RESERVED = {CATALOG_FILE, f"{CATALOG_FILE}-lock", DAEMON_LOCK_FILE}
+
+
+def check_model_name(name: str) -> str:
+    """`name` itself; StoreError unless it is one plain path component of letters, digits and _.+- ."""
+    if not _NAME.fullmatch(name) or len(name) > NAME_BYTES_MAX or name in _RESERVED:
+        raise StoreError(
+            f"not a model name: {name!r}, use up to {NAME_BYTES_MAX} letters, digits and _.+- without a leading dot"
+        )
+    return name
+
+
+def model_name_for(path: Path) -> str:
+    """What the checkpoint at `path` is called in a store unless it gets another --name; always a model name.
+
+    That of the folder or .gguf file, with all that no model name may have replaced.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", path.name.removesuffix(".gguf")).lstrip("-+.")[:NAME_BYTES_MAX]
+    return name if name and name not in _RESERVED else f"model-{name}".rstrip("-")
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def space_errors(path: Path) -> Iterator[None]:
+    """A full disk as SpaceError: others fill it too."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        free_bytes = shutil.disk_usage(path).free
+        raise SpaceError(f"no space in {path}: {error}, {format_size(free_bytes)} are free") from error
+
+
+class Store(Closing):
+    """A store that is there. `Store.open` makes one; close it, or use it in a `with` statement."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.catalog = Catalog(path / CATALOG_FILE)
+        self._daemon_lock: int | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, create: bool = False, readonly: bool = False) -> Store:
+        """The store at `path`, made there first if `create` and nothing is there.
+
+        Unless `readonly`, leftovers of dead imports are deleted. Raises StoreError when there is no store, when
+        `path` holds something else, and for a newer format.
+        """
+        store = cls(Path(path))
+        if create:
+            store._create()
+        if not (store.path / CATALOG_FILE).is_file():
+            raise StoreError(f"no store at {store.path}: `weightd import SRC --store {store.path}` makes one")
+        store.catalog.check()
+        if not readonly:
+            store.clean()
+        return store
+
+    def close(self) -> None:
+        """Lets go of the daemon lock, if claimed."""
+        if self._daemon_lock is not None:
+            os.close(self._daemon_lock)
+            self._daemon_lock = None
+
+    # What is in it
+
+    def names(self) -> list[str]:
+        return [model.name for model in self.models()]
+
+    def models(self) -> list[weightd_pb2.Model]:
+        return self.catalog.models()
+
+    def model(self, name: str) -> weightd_pb2.Model:
+        """The model with its newest calibration; StoreError names the models there are."""
+        model = self.catalog.model(name)
+        if model is None:
+            names = ", ".join(self.names()) or "none yet"
+            raise StoreError(f"no model {name!r} in {self.path}: there is {names}")
+        return model
+
+    def checksums(self, name: str, layer: int) -> npt.NDArray[np.uint64]:
+        """XXH3-64 of the layer's bundles, by position."""
+        return np.frombuffer(self._array(CHECKSUMS, name, layer), dtype="<u8")
+
+    def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
+        """The neuron at each position of the layer."""
+        return np.frombuffer(self._array(PLACEMENT, name, layer), dtype="<u4")
+
+    def hotness(self, name: str) -> npt.NDArray[np.uint8] | None:
+        """What the last daemon knew of how often each cell is used (hotness.py); None when none has served it."""
+        try:
+            record = self.catalog.hotness(name)
+        except CorruptionError:
+            return None  # only a hint: without it the pool learns anew
+        return None if record is None else np.frombuffer(record, np.uint8)
+
+    def bundles_path(self, name: str) -> Path:
+        return self.path / name / BUNDLES_FILE
+
+    def resident_path(self, name: str) -> Path:
+        return self.path / name / RESIDENT_FILE
+
+    def files_path(self, name: str) -> Path:
+        return self.path / name / FILES_FOLDER
+
+    def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
+        """To raise when the bundle at `position` differs from its checksum, or its read ends with the errno `error`."""
+        neuron = self.placement(name, layer)[position]
+        what = "differs from its checksum; import it again"
+        if error:
+            what = f"cannot be read: {os.strerror(error)}; look after the device, or import it again"
+        return CorruptionError(f"model {name}, layer {layer}, neuron {neuron}: the bundle {what}")
+
+    def _array(self, kind: str, name: str, layer: int) -> bytes:
+        record = self.catalog.array(kind, name, layer)
+        if record is None:
+            self.model(name)
+            raise StoreError(f"model {name!r} in {self.path} has no {kind} of layer {layer}")
+        return record
+
+    # Changes
+
+    def begin_import(self, name: str, replaces: bytes = b"") -> Staging:
+        """A folder to write the model into, owned by this process. `replaces`: the import that it takes the place of.
+
+        Raises StoreError if the name is taken or not a name, ImportingError if another process imports it just now.
+        """
+        check_model_name(name)
+        with self.locked():
+            self._refuse_taken(name, replaces)
+            if self._import_under_way(name) is not None:
+                raise ImportingError(f"another process imports {name!r} into {self.path}: wait for it")
+            return Staging(self, name, replaces)
+
+    def await_import(self, name: str) -> None:
+        """Until no other process imports this model; returns at once when none does."""
+        marker = self._import_under_way(name)
+        if marker is not None:
+            with suppress(FileNotFoundError), marker.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH)
+
+    def _import_under_way(self, name: str) -> Path | None:
+        """The marker of another process's import of this model."""
+        for marker in self.path.glob(f"{IMPORT_PREFIX}*/{MARKER_FILE}"):
+            with suppress(FileNotFoundError):
+                if marker.read_bytes() == name.encode() and _held(marker):
+                    return marker
+        return None
+
+    def remove(self, name: str) -> None:
+        """Deletes the model; StoreError if there is none or a daemon serves the store."""
+        with self.locked():  # a daemon claims the store under this lock too
+            self._refuse_served(f"cannot remove {name!r}")
+            self.model(name)
+            removed = self.take_out(name)
+        delete(removed)
+
+    def take_out(self, name: str) -> Path:
+        """Makes it no model any more; returns the folder, to be deleted. The caller holds the store's lock."""
+        folder = self.path / name
+        folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
+        (folder / MARKER_FILE).touch()
+        sync(folder)
+        self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
+        return self.set_aside(folder)
+
+    def clean(self) -> None:
+        """Deletes what dead imports and removals left behind."""
+        leftovers = []
+        with self.locked():
+            for folder in self.path.iterdir():
+                # Others delete at the same time: what they set aside, and their own folders, without the lock.
+                with suppress(FileNotFoundError):
+                    if self._abandoned(folder):
+                        leftovers.append(self.set_aside(folder))
+        for folder in leftovers:
+            delete(folder)
+
+    def _abandoned(self, folder: Path) -> bool:
+        if folder.name.startswith(REMOVED_PREFIX):
+            return True
+        marker = folder / MARKER_FILE
+        staged = folder.name.startswith(IMPORT_PREFIX)
+        try:
+            if not folder.is_dir() or not (staged or marker.exists()) or _held(marker):
+                return False
+        except PermissionError:  # lost+found, or another's folder: none of ours is closed to us
+            return False
+        if self.catalog.model(folder.name) is not None:
+            marker.unlink()  # killed between the transaction and the end of publishing, or before that of rm
+            return False
+        return True
+
+    def set_aside(self, folder: Path) -> Path:
+        """Renames a folder to one that is to be deleted, in one step; the new path."""
+        removed = self.path / f"{REMOVED_PREFIX}{secrets.token_hex(8)}"
+        folder.rename(removed)
+        return removed
+
+    def _refuse_taken(self, name: str, replaces: bytes) -> None:
+        """StoreError unless the name is free, or of the import that is to be replaced."""
+        if replaces:
+            self._refuse_served(f"cannot replace {name!r}")
+            if self.model(name).import_id == replaces:
+                return
+        if (self.path / name).exists() or self.catalog.model(name) is not None:
+            raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
+
+    def _create(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.locked():
+            # LMDB's own entries are what a killed creation may have left; lost+found is in the root of a disk.
+            own = {CATALOG_FILE, f"{CATALOG_FILE}-lock", "lost+found"}
+            foreign = [entry.name for entry in self.path.iterdir() if entry.name not in own]
+            if not (self.path / CATALOG_FILE).exists() and foreign:
+                raise StoreError(f"not a weightd store: {self.path} holds {foreign[0]!r}, choose an empty folder")
+            if not foreign:
+                self.catalog.create()
+                sync(self.path)
+
+    @contextmanager
+    def locked(self, shared: bool = False) -> Iterator[None]:
+        """flock of the store's folder: serialises the short steps that change which folders there are."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    # The daemon
+
+    def _refuse_served(self, cannot: str) -> None:
+        """StoreError if a daemon serves the store; the caller holds its lock."""
+        address = self._holder()
+        if address is not None:
+            raise StoreError(f"{cannot}: a weightd at {address} serves {self.path}, stop it first")
+
+    def claim(self, address: str) -> None:
+        """Makes this process the one that serves the store, until `close`; StoreError names the pid of another."""
+        path = self.path / DAEMON_LOCK_FILE
+        try:
+            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise StoreError(
+                f"cannot serve {self.path}: {path.name} in it cannot be written ({error.strerror}), and it says which "
+                "daemon serves a store; make the store writable, on a file system that is not read-only"
+            ) from error
+        with self.locked():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                pid, other = _daemon_record(descriptor)
+                os.close(descriptor)
+                raise StoreError(
+                    f"{self.path} is served by another weightd, pid {pid} at {other}: use that one or stop it first"
+                ) from None
+            os.ftruncate(descriptor, 0)
+            readable = os.fsencode(address).decode(errors="replace")  # by whoever reads it, in whatever locale
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "address": readable}).encode(), 0)
+        self._daemon_lock = descriptor
+
+    def served_by(self) -> str | None:
+        """The address of the daemon that serves the store, if one does."""
+        with self.locked(shared=True):
+            return self._holder()
+
+    def _holder(self) -> str | None:
+        """The same; the caller holds the store's lock."""
+        try:
+            descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _daemon_record(descriptor)[1]
+        finally:
+            os.close(descriptor)
+        return None
+
+
+class StagedFolder(Closing):
+    """A folder of the store that this process fills; deleted when it is left without being published."""
+
+    def __init__(self, store: Store) -> None:
+        """Makes it; the caller holds the store's lock."""
+        self.store = store
+        self.folder = store.path / f"{IMPORT_PREFIX}{secrets.token_hex(8)}"
+        self.folder.mkdir()
+        self._owner = os.open(self.folder / MARKER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
+        fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._published = False
+
+    def close(self) -> None:
+        """Deletes what was not published."""
+        try:
+            if not self._published:
+                delete(self.store.set_aside(self.folder))
+        finally:
+            os.close(self._owner)
+
+    def move(self, target: Path) -> None:
+        """Renames the folder, whose files are synced, and syncs where it lies. Not published before `finish`."""
+        for folder in [path for path in self.folder.rglob("*") if path.is_dir()] + [self.folder]:
+            sync(folder)
+        self.folder = self.folder.rename(target)
+        sync(target.parent)
+
+    def finish(self) -> None:
+        """The catalog has it now."""
+        self._published = True
+        (self.folder / MARKER_FILE).unlink(missing_ok=True)
+
+
+class Staging(StagedFolder):
+    """An import under way: write into `folder`, then `publish`."""
+
+    def __init__(self, store: Store, name: str, replaces: bytes) -> None:
+        super().__init__(store)
+        os.write(self._owner, name.encode())  # tells others what is being imported
+        self.name = name
+        self._replaces = replaces
+        self._import_id = b""
+
+    def close(self) -> None:
+        """Deletes what was not published; keeps what was, also when we were interrupted before we noted it."""
+        if not self._published and self._import_id:
+            published = self.store.catalog.model(self.name)
+            if published is not None and published.import_id == self._import_id:
+                self.finish()
+        super().close()
+
+    def publish(self, model: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> None:
+        """Makes the model part of the store, neurons placed in their own order. The files must be synced already.
+
+        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile, or a daemon has
+        begun to serve what is to be replaced.
+        """
+        placement = [np.arange(layer.neurons, dtype="<u4") for layer in model.layers]
+        assert [len(sums) for sums in checksums] == [len(order) for order in placement]
+        sums = [values.astype("<u8", copy=False) for values in checksums]
+        replaced = []
+        self._import_id = model.import_id
+        with self.store.locked():
+            self.store._refuse_taken(self.name, self._replaces)
+            if self._replaces:
+                replaced.append(self.store.take_out(self.name))
+            self.move(self.store.path / self.name)
+            self.store.catalog.add(model, {CHECKSUMS: sums, PLACEMENT: placement})
+            self.finish()
+        for folder in replaced:
+            delete(folder)
+
+
+def delete(folder: Path) -> None:
+    """Removes a folder that was set aside. Another process may be cleaning too, and take it over or be as far."""
+    while folder.exists():
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)
+
+
+def _held(marker: Path) -> bool:
+    """Whether a live import holds the marker. One without a marker was killed before it wrote anything."""
+    with suppress(FileNotFoundError):
+        descriptor = os.open(marker, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+def _daemon_record(descriptor: int) -> tuple[str, str]:
+    """Pid and address of the daemon that holds the lock, for people; where it is damaged, words for what it lacks."""
+    try:
+        record = json.loads(os.pread(descriptor, 4096, 0))
+    except (ValueError, RecursionError):
+        record = None
+    known = record if isinstance(record, dict) else {}
+    unknown = f"unknown ({DAEMON_LOCK_FILE} is damaged)"
+    return str(known.get("pid", unknown)), str(known.get("address", f"an address that {DAEMON_LOCK_FILE} lacks"))

@@ -1,0 +1,1 @@
+"""The daemon's numbers: statistics, Prometheus metrics and `weightd top`."""
