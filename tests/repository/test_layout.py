@@ -48,6 +48,7 @@ TABLE = {
         __init__: client
     """,
 }
+ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device bundle", "pool", "engine", "service"],
@@ -145,3 +146,12 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             yield node.module
+
+
+def test_the_architecture_is_one_page_that_names_every_folder() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert text.count("\n") <= ARCHITECTURE_LINES_MAX
+    folders = {path.parent.name for top in FOLDERS for _, path in modules(top)}
+    folders |= {path.parent.name for top in NATIVE for path in (ROOT / top / "native").glob("*/*")}
+    missing = {name for name in folders if not re.search(rf"`[^`]*\b{name}/`", text)}
+    assert not missing

@@ -9,7 +9,7 @@
 namespace weightd {
 namespace {
 
-// Chosen by measurement (ARCHITECTURE.md): longer finds a little more when nothing changes, and adapts more slowly.
+// Chosen by measurement (weightd/README.md): longer finds a little more when nothing changes, and adapts more slowly.
 constexpr uint32_t USES_PER_HALF_LIFE = 2;  // of each cell, on average
 constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by one step, too
 constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level give way in the order in which they came to it
