@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace flashclient {
 
@@ -25,6 +26,14 @@ inline void require(bool condition, const std::string& what) {
 
 inline void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
+}
+
+inline constexpr uint32_t CELLS_MAX = 1U << 26;  // of a model: the tables have an entry for each
+
+inline void require_cells(const std::vector<uint32_t>& cells) {
+    uint64_t sum = 0;
+    for (const uint32_t count : cells) sum += count;
+    require(sum <= CELLS_MAX, "a model has at most 67108864 cells");
 }
 
 // Every array goes through here before it is used: numpy makes arrays at any address.

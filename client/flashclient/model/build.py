@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from flashclient._native import Workers
+from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.activations import activation_name
@@ -28,7 +28,6 @@ from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.resident_linear import use_fast_linears
 from flashclient.model.step import Steps
-from flashclient.model.window import LeasedWindow
 from flashclient.source.border import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
@@ -108,8 +107,9 @@ def build_model(
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
     activation = activation_name(getattr(model.get_submodule(record.layers[0].module), architecture.activation))
-    exact = ExactFFN(source, record.bundle, activation, workers)
-    ffn, steps = (exact, None) if window is None else _predicted(exact, record, model, workers, window)
+    kernels = Ffn(workers, record.bundle.dtype, record.bundle.hidden_size, "gate" in record.bundle.parts, activation)
+    exact = ExactFFN(source, kernels, record.bundle.hidden_size, Clock())
+    ffn, steps = (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
     _install_ffns(model, record, architecture, placement, tensors, ffn)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
@@ -124,13 +124,13 @@ def build_model(
 
 
 def _predicted(
-    exact: ExactFFN, record: weightd_pb2.Model, model: Any, workers: Workers, window: int
+    exact: ExactFFN, kernels: Ffn, record: weightd_pb2.Model, model: Any, workers: Workers, tokens: int
 ) -> tuple[PredictedFFN, Steps]:
-    predictors = Predictors(exact.source.predictors(), record, workers)
-    leased = LeasedWindow(exact.source, record, window)
-    steps = Steps(list(inspect.signature(model.forward).parameters), leased.clear)
+    source = exact.source
+    predictors = Predictors(source.predictors(), record, workers)
+    steps = Steps(list(inspect.signature(model.forward).parameters), source.idle)
     model.register_forward_pre_hook(steps.publish, with_kwargs=True)
-    return PredictedFFN(exact, predictors, leased, steps), steps
+    return PredictedFFN(source, kernels, predictors, source.open_window(tokens), steps, exact, exact.clock), steps
 
 
 def _keep_time(model: PreTrainedModel, clock: Clock) -> None:

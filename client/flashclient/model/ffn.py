@@ -18,11 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient._native import Ffn, Workers
+from flashclient._native import Ffn
 from flashclient.model.absent_weights import without_gradient
 from flashclient.source.border import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
-from weightd_proto import weightd_pb2
 
 
 @dataclass
@@ -36,6 +35,13 @@ class Clock:
     ffn_s: float = 0.0  # all of the FFNs, the four above included
     head_s: float = 0.0
     forward_s: float = 0.0  # all of the model
+
+    def add(self, predict_s: float = 0, acquire_s: float = 0, compute_s: float = 0, wait_s: float = 0) -> None:
+        """Adds the parts of an FFN's time."""
+        self.predict_s += predict_s
+        self.acquire_s += acquire_s
+        self.compute_s += compute_s
+        self.wait_s += wait_s
 
 
 class ModelFFN(Protocol):
@@ -53,21 +59,13 @@ class ModelFFN(Protocol):
 
 
 class ExactFFN:
-    """What all layers of a model share: source, kernels and the clock. One call at a time.
+    """See ModelFFN: sums over all neurons, which are streamed. One call at a time."""
 
-    Args:
-        activation: the kernels' name of it.
-        workers: the threads of the kernels.
-    """
-
-    def __init__(
-        self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, workers: Workers
-    ) -> None:
+    def __init__(self, source: BundleSource, kernels: Ffn, hidden_size: int, clock: Clock) -> None:
         self.source = source
-        self.hidden_size = bundle.hidden_size
-        self.gated = "gate" in bundle.parts
-        self.clock = Clock()
-        self.kernels = Ffn(workers, bundle.dtype, bundle.hidden_size, self.gated, activation)
+        self.hidden_size = hidden_size
+        self.clock = clock
+        self._kernels = kernels
         self._lock = threading.Lock()
 
     def __call__(
@@ -95,7 +93,7 @@ class ExactFFN:
                     part = slice(chunk.first, chunk.first + len(chunk.addresses))
                     bias_part = None if bias is None else bias[part]
                     masks_part = None if row_masks is None else row_masks[:, part]
-                    self.kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
+                    self._kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
             return y
 
     def idle(self) -> None:
@@ -107,10 +105,10 @@ class ExactFFN:
             asked_s = time.perf_counter()
             for chunk in chunks:
                 given_s = time.perf_counter()
-                self.clock.wait_s += given_s - asked_s
+                self.clock.add(wait_s=given_s - asked_s)
                 yield chunk
                 asked_s = time.perf_counter()
-                self.clock.compute_s += asked_s - given_s
+                self.clock.add(compute_s=asked_s - given_s)
 
 
 class StreamedFFN(torch.nn.Module):

@@ -45,6 +45,10 @@ class Step:
         wants = None if self.wants is None else self.wants[:, first:]
         return Step(self.rows, self.columns - first, self.past_tokens + first, 0, wants)
 
+    def row_mask(self) -> int:
+        """Of at most 16 rows. Bit t: row t of x wants something."""
+        return (1 << self.tokens) - 1 if self.wants is None else int(self.row_masks()[0])
+
     def row_masks(self) -> NDArray[np.uint16]:
         """[ceil(tokens / 16)]: bit t of mask g, row 16 * g + t of x wants something."""
         wants = np.zeros((-(-self.tokens // ROWS_MAX), ROWS_MAX), np.bool_)

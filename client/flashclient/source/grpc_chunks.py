@@ -5,7 +5,7 @@ Two threads fetch what is missing of the next few chunks. The chunk to give way 
 circle is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed part of the model
 (Belady's choice; least-recently-used would miss every chunk of a circle longer than the pool).
 
-That is exact mode. Predict mode takes the same memory for single bundles (remote_cells); what lies there is forgotten
+That is exact mode. Predict mode takes the same memory for single bundles (grpc_cells.py); what lies there is forgotten
 when the one way of computing follows the other.
 """
 
@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import LentMemory
+from flashclient._native import LentMemory, Window
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.source.border import Chunk, Counters
@@ -91,10 +92,9 @@ class GrpcSource:
         self._pool = np.empty((slots, chunk_bytes), np.uint8)
         self._lent = LentMemory(self._pool)  # kernels may read bundles there
         self._ahead = min(CHUNKS_AHEAD, slots - 1)
-        self.bundles_per_cell = 1
-        self.stride_bytes: int = model.bundle.bundle_bytes
-        self._cells = RemoteCells(connection, model, self._pool.reshape(-1))
+        self.cells = RemoteCells(connection, model, self._pool.reshape(-1), self._claim_for_cells)
         self._holds_cells = False  # the pool has cells in it, not chunks
+        self.window: Window | None = None
         self._resident = self._fetch_resident()
         self._closed = threading.Event()
         self._changed = threading.Condition()  # guards everything below
@@ -113,6 +113,10 @@ class GrpcSource:
             loader.start()
 
     @property
+    def errors(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the native code calls Python here, which raises the right ones
+
+    @property
     def resident(self) -> NDArray[np.uint8]:
         return self._resident
 
@@ -126,33 +130,17 @@ class GrpcSource:
         self._fetch_whole(data, calibration=wanted)
         return data
 
-    @property
-    def share_cells(self) -> int:
-        return self._cells.slots
+    def open_window(self, tokens: int) -> Window:
+        neurons = [layer.neurons for layer in self._model.layers]
+        self.window = Window(self.cells, tokens, 1, self._model.bundle.bundle_bytes, neurons)
+        return self.window
 
-    @property
-    def lease_limit(self) -> int:
-        return self._cells.slots
-
-    @property
-    def cells_held(self) -> int:
-        return self._cells.held
-
-    def addresses(self, layer: int) -> NDArray[np.uint64]:
-        return self._cells.addresses(layer)
-
-    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
-        if not self._holds_cells:
-            self._forget_chunks()
-        self._cells.exchange(layer, acquire, release)
-
-    def arrived(self) -> int:
+    def _claim_for_cells(self) -> None:
+        """Empties the pool of chunks, once nothing fills it any more."""
         if self._closed.is_set():
             raise DaemonLostError("the client was closed during a generation")
-        return self._cells.arrived()
-
-    def _forget_chunks(self) -> None:
-        """Empties the pool, once nothing fills it any more."""
+        if self._holds_cells:
+            return
         self._quiet()
         with self._changed:
             self._free += self._slot_of.values()
@@ -160,10 +148,15 @@ class GrpcSource:
             self._ready.clear()
         self._holds_cells = True
 
-    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+    def _claim_for_chunks(self) -> None:
         if self._holds_cells:
-            self._cells.forget()
+            if self.window is not None:
+                self.window.forget()
+            self.cells.forget()
             self._holds_cells = False
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        self._claim_for_chunks()
         for index in self._spans_of_layer[layer]:
             slot = self._wait_for(index)
             try:
@@ -174,7 +167,8 @@ class GrpcSource:
     def idle(self) -> None:
         with self._changed:
             self._end_walk()
-        self._cells.release_all()
+        if self.window is not None:
+            self.window.clear()
 
     def require_open(self) -> None:
         """What lies in this process's pool stays as it is."""
@@ -200,7 +194,7 @@ class GrpcSource:
         with self._changed:
             hits = max(0, self._served_bundles - self._fetched_bundles)
             read_bytes = self._fetched_bundles * self._model.bundle.bundle_bytes
-            return Counters(hits, self._fetched_bundles, read_bytes).plus(self._cells.counters())
+            return Counters(hits, self._fetched_bundles, read_bytes).plus(self.cells.counters())
 
     def close(self) -> None:
         """Ends the fetching threads; a fetch on the wire is waited for unless the connection was closed before."""
@@ -209,6 +203,9 @@ class GrpcSource:
             self._changed.notify_all()
         for loader in self._loaders:
             loader.join()
+        self.window = (
+            None  # it keeps `cells` alive, which keep this alive: the garbage collector does not see the circle
+        )
 
     def _wait_for(self, index: int) -> int:
         """Makes `index` the cursor and returns its slot once its bytes are there."""

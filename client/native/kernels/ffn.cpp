@@ -58,15 +58,30 @@ const char* Ffn::row(uint64_t bundle, size_t part) const {
     return reinterpret_cast<const char*>(bundle) + part * shape_.hidden * bytes_of(shape_.dtype);
 }
 
-void Ffn::fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens,
-               float* h) const {
+void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const float* x, size_t tokens, float* h) const {
     assert(tokens <= TOKENS_MAX);
+    Reading reading = new_reading();
+    const auto checked = reading.checked(list.bundles, [&](auto&& check) {
+        for (const uint32_t entry : entries) {
+            if (list.row_masks == nullptr || list.row_masks[entry] != 0) check(entry);
+        }
+    });
+    if (checked.empty()) {
+        for (const uint32_t entry : entries) std::fill_n(h + entry * tokens, tokens, 0.0f);
+        return;
+    }
+    fire_entries({checked, list.bias, list.row_masks}, entries.data(), entries.size(), x, tokens, h);
+}
+
+// `entries`: of the list; null for its first `count`.
+void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const float* x, size_t tokens,
+                       float* h) const {
     const size_t share = divide_up(count, 2 * workers_.threads());
     const size_t group_size = std::clamp(divide_up(share, GROUP_MIN) * GROUP_MIN, GROUP_MIN, GROUP_MAX);
     workers_.run(divide_up(count, group_size), [&](size_t item) {
         Group group;
         for (size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); i++) {
-            const size_t entry = index ? index[i] : i;
+            const size_t entry = entries != nullptr ? entries[i] : i;
             if (list.row_masks && list.row_masks[entry] == 0) {
                 std::fill_n(h + entry * tokens, tokens, 0.0f);
             } else {
@@ -98,7 +113,8 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
 }
 
 // h *= up . x where the gate is open. What is closed stays 0 whatever the up row holds.
-void Ffn::open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const {
+void Ffn::open_gate(const Group& group, std::span<const uint64_t> bundles, const float* x, size_t tokens,
+                    float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
     for (size_t i = 0; i < group.count; i++) rows[i] = row(bundles[group.entry[i]], 1);
@@ -113,13 +129,23 @@ void Ffn::open_gate(const Group& group, const uint64_t* bundles, const float* x,
     }
 }
 
-// A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
-void Ffn::accumulate(const uint64_t* bundles, size_t count, const float* h, size_t tokens, float* y) const {
+void Ffn::accumulate(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     assert(tokens <= TOKENS_MAX);
+    Reading reading = new_reading();
+    const auto checked = reading.checked(bundles, [&](auto&& check) {
+        for (size_t entry = 0; entry < bundles.size(); entry++) {
+            if (!all_zero(h + entry * tokens, tokens)) check(entry);
+        }
+    });
+    accumulate_list(checked, h, tokens, y);
+}
+
+// A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
+void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     Scratch& scratch = scratch_of_thread();
     scratch.down_rows.clear();
     scratch.fired_h.clear();
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < bundles.size(); i++) {
         if (all_zero(h + i * tokens, tokens)) continue;
         scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
         scratch.down_rows.push_back(row(bundles[i], parts() - 1));
@@ -134,14 +160,17 @@ void Ffn::accumulate(const uint64_t* bundles, size_t count, const float* h, size
 }
 
 // Groups of tokens are the threads' items where there are several: within an item, run() is done by its caller alone.
-void Ffn::add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const {
+void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const {
+    Reading reading = new_reading();
+    const auto checked = reading.checked(list.bundles);
+    const size_t count = checked.size();
     const size_t together = group_tokens(tokens, workers_.threads());
     workers_.run(divide_up(tokens, together), [&](size_t item) {
         const size_t first = item * together;
         const size_t some = std::min(together, tokens - first);
         Scratch& scratch = scratch_of_thread();
         if (scratch.h.size() < count * some) scratch.h.resize(count * some);
-        Neurons of_group{list.bundles, list.bias};
+        Neurons of_group{checked, list.bias};
         if (list.row_masks) {
             const uint16_t* masks = list.row_masks + first / TOKENS_MAX * list.mask_stride;
             scratch.masks.assign(masks, masks + count);
@@ -150,8 +179,8 @@ void Ffn::add_rows(const Neurons& list, size_t count, const float* x, size_t tok
             }
             of_group.row_masks = scratch.masks.data();
         }
-        fire(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());
-        accumulate(list.bundles, count, scratch.h.data(), some, y + first * shape_.hidden);
+        fire_entries(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());
+        accumulate_list(checked, scratch.h.data(), some, y + first * shape_.hidden);
     });
 }
 

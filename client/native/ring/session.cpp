@@ -461,4 +461,21 @@ bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
     return true;
 }
 
+void raise_corrupt(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell) {
+    const std::string where = "layer " + std::to_string(layer);
+    const uint32_t first = grant.cell * bundles_per_cell;
+    switch (Session::status(grant)) {
+        case ring::UNREADABLE:
+            throw CorruptBundle(where + ", neuron at position " + std::to_string(first) +
+                                " cannot be read: " + std::generic_category().message(static_cast<int>(grant.slot)) +
+                                "; look after the device, or import the model again");
+        case ring::CORRUPT:
+            throw CorruptBundle(where + ", neuron at position " + std::to_string(first + grant.slot) +
+                                " differs from its checksum: import the model again");
+        default:
+            throw std::logic_error(where + ", cell " + std::to_string(grant.cell) +
+                                   " is within the session's share and was refused");
+    }
+}
+
 }  // namespace flashclient

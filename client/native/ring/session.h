@@ -37,6 +37,10 @@ struct WrongProcess : std::logic_error {  // used after fork
     using std::logic_error::logic_error;
 };
 
+struct CorruptBundle : std::runtime_error {  // or one that flash does not give; names layer and position
+    using std::runtime_error::runtime_error;
+};
+
 struct Counters {  // of cells that were asked for
     uint64_t hits = 0;
     uint64_t misses = 0;
@@ -128,5 +132,8 @@ class Session {
     int stop_watching_ = -1;                // eventfd
     std::unique_ptr<std::thread> watcher_;  // touches socket_, stop_watching_, ring_ and pool_, which outlive it
 };
+
+// Throws what weightd's answer to an ACQUIRE stands for, where it did not grant the cell: CorruptBundle.
+[[noreturn]] void raise_corrupt(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell);
 
 }  // namespace flashclient

@@ -66,7 +66,7 @@ void Sweep::give_out() {
         if (chunk.layer != layer || layer_ended_ || chunk.unanswered > 0) break;
         if (!chunk.failed.empty() && in_use_ > 0) break;
         in_use_++;
-        if (!chunk.failed.empty()) raise_refusal(layer, chunk.failed.front(), layout_.bundles_per_cell);
+        if (!chunk.failed.empty()) raise_corrupt(layer, chunk.failed.front(), layout_.bundles_per_cell);
         given_.addresses.insert(given_.addresses.end(), chunk.addresses.begin(), chunk.addresses.end());
         layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
     }

@@ -10,7 +10,6 @@
 #include <deque>
 #include <vector>
 
-#include "ring/leases.h"
 #include "ring/session.h"
 
 namespace flashclient {
