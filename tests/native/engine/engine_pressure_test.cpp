@@ -135,7 +135,7 @@ TEST_F(EnginePressureTest, AModelThatNobodyUsesGoesFirst) {
     engine.close(session.id);
     engine.leave(0);
     engine.set_floor(0);
-    for (uint32_t i = 0; i < IDLE_LOOKS_MIN; i++) engine.look();
+    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.rebalance();
     engine.press();
     EXPECT_EQ(engine.model(0).pool, nullptr);
 }
@@ -147,9 +147,9 @@ struct PressureSignalTest : testing::Test {
     FlashModel flash{1, 400};
 
     std::unique_ptr<EngineThread> serve(Descriptor trigger) {
-        PressureChoice pressure{0, {}, std::move(trigger)};
-        auto engine = std::make_unique<EngineThread>(
-            EngineOptions{64U << 20, {"threads", 2, 32, false}, folder.file("data"), true, std::move(pressure)});
+        EngineOptions options{64U << 20, {"threads", 2, 32, false}, folder.file("data"), true, {}};
+        options.pressure = {0, {}, std::move(trigger)};
+        auto engine = std::make_unique<EngineThread>(std::move(options));
         engine->add_model(flash.spec);
         return engine;
     }
