@@ -32,10 +32,9 @@ struct RingTest : testing::Test {
         return weightd::Engine::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
     }
 
-    std::unique_ptr<EngineThread> serve(const FlashModel& model, uint32_t slots,
-                                        const std::string& io_engine = "auto") {
+    std::unique_ptr<EngineThread> serve(const FlashModel& model, uint32_t slots, const std::string& reader = "auto") {
         auto engine = std::make_unique<EngineThread>(
-            weightd::EngineOptions{dram_for(model, slots), {io_engine, 8, 32, false}, socket_path()});
+            weightd::EngineOptions{dram_for(model, slots), {reader, 8, 32, false}, socket_path()});
         EXPECT_EQ(engine->add_model(model.spec), 0U);
         return engine;
     }
