@@ -1,6 +1,6 @@
-// What the bindings take as arrays: of one dtype, contiguous, in host memory, aligned to their elements, and never
-// converted, so that what a kernel writes reaches its caller. Arrays of numpy and tensors of torch do, and what
-// torch.utils.dlpack.to_dlpack() makes of a tensor, which is the fastest.
+// The arrays that the bindings take: of one dtype, contiguous, in host memory and aligned to their elements. They are
+// never converted, so what a kernel writes reaches the caller. numpy arrays, torch tensors and the capsules of
+// torch.utils.dlpack.to_dlpack() are accepted; capsules are the fastest.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -36,7 +36,7 @@ inline void require_cells(const std::vector<uint32_t>& cells) {
     require(sum <= CELLS_MAX, "a model has at most 67108864 cells");
 }
 
-// Every array goes through here before it is used: numpy makes arrays at any address.
+// Checks an array before it is used: numpy makes arrays at any address.
 template <typename Anything>
 const Anything& aligned(const Anything& array, const char* name) {
     if (reinterpret_cast<uintptr_t>(array.data()) % array.itemsize() != 0) {

@@ -38,7 +38,7 @@ constexpr double TIMEOUT_S_MAX = 1e6;
 
 std::span<const uint32_t> span_of(const U32Array& cells) { return {aligned(cells, "cells").data(), cells.size()}; }
 
-// Every kernel checks the addresses that come of these; here a wrong one is told before it is asked for.
+// The kernels check every address as well. This check fails earlier and says why.
 void require_layout(uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes) {
     require(bundles_per_cell > 0 && stride_bytes > 0, "bundles_per_cell and stride_bytes must be positive");
     require(uint64_t{bundles_per_cell - 1} * stride_bytes < cell_bytes, "a cell must hold its bundles");
@@ -53,7 +53,7 @@ void translate(const std::exception_ptr& pointer, void*) {
     }
 }
 
-// A method of Session, or of Sweep, while nobody else uses the session. Without the GIL.
+// Calls a method of Session, or of Sweep, while no other thread uses the session. Called without the GIL.
 template <auto method>
 auto used(Session& session) {
     const auto use = session.use();
@@ -78,8 +78,8 @@ nb::object calibration(const nb::handle_t<Session>& self) {
     return nb::cast(Array(bytes.data(), {bytes.size()}, self));
 }
 
-// (position of the first bundle, addresses of all of them), or None at the layer's end. The bundles are valid until the
-// next call.
+// Returns (position of the first bundle, addresses of all bundles), or None at the end of the layer. The bundles are
+// valid until the next call.
 nb::object next_chunk(Sweep& sweep, uint32_t layer) {
     uint32_t first_position = 0;
     std::vector<uint64_t> addresses;
@@ -142,7 +142,7 @@ void bind_session(nb::module_& m) {
             },
             "data_socket"_a, "token"_a, "timeout_s"_a)
         .def("attach", &attach, "data_socket"_a, "token"_a,
-             "Opens another session of the same model in place of this one; nothing is held then.")
+             "Opens another session of the same model in place of this one; nothing is leased then.")
         .def_prop_ro("resident", &resident, nb::for_getter(nb::sig("def resident(self, /) -> NDArray[numpy.uint8]")),
                      "resident.safetensors as uint8[bytes], private and writable")
         .def_prop_ro("calibration", &calibration,
@@ -150,7 +150,7 @@ void bind_session(nb::module_& m) {
                      "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
         .def_prop_ro("share_slots", &Session::share_slots)
         .def_prop_ro("lease_limit", &used<&Session::lease_limit>, nb::call_guard<nb::gil_scoped_release>(),
-                     "cells that may be held at once, now")
+                     "cells that may be leased at once now")
         .def_prop_ro(
             "counters",
             [](Session& session) {
@@ -158,13 +158,13 @@ void bind_session(nb::module_& m) {
                 const flashclient::Counters counted = used<&Session::counters>(session);
                 return std::make_tuple(counted.hits, counted.misses, counted.read_bytes);
             },
-            "hits, misses and bytes read from flash, of this session and those before it in its place")
+            "hits, misses and bytes read from flash, of this session and of those that it replaced")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a.noconvert(),
              "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a.noconvert())
         .def("require_alive", &used<&Session::require_alive>, nb::call_guard<nb::gil_scoped_release>())
         .def("close", &Session::close, nb::call_guard<nb::gil_scoped_release>(),
-             "Ends it for good, from any thread; only the resident weights stay mapped.");
+             "Ends the session for good, from any thread; only the resident weights stay mapped.");
 }
 
 void bind_sweep(nb::module_& m) {
@@ -176,7 +176,7 @@ void bind_sweep(nb::module_& m) {
                 require_layout(bundles_per_cell, stride_bytes, cell_bytes);
                 require_cells(neurons);
                 require(!neurons.empty() && std::find(neurons.begin(), neurons.end(), 0U) == neurons.end(),
-                        "a model has layers, and each of them neurons");
+                        "a model has at least one layer, and each layer at least one neuron");
                 new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(neurons)});
             },
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
@@ -184,7 +184,7 @@ void bind_sweep(nb::module_& m) {
              nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
         .def("idle", &used_sweep<&Sweep::idle>, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
         .def("forget", &used_sweep<&Sweep::forget>, nb::call_guard<nb::gil_scoped_release>(),
-             "The session is another one: nothing is held or on its way.");
+             "The session was replaced: nothing is leased or on its way.");
 }
 
 void bind_leases(nb::module_& m) {
@@ -199,13 +199,13 @@ void bind_leases(nb::module_& m) {
             "session"_a, "sweep"_a, "bundles_per_cell"_a, "cell_bytes"_a, nb::keep_alive<1, 2>(),
             nb::keep_alive<1, 3>())
         .def("forget", &Leases::forget, nb::call_guard<nb::gil_scoped_release>(),
-             "The session is another one: nothing is leased or on its way.");
+             "The session was replaced: nothing is leased or on its way.");
 }
 
 }  // namespace
 
 NB_MODULE(_native, m) {
-    // Tensors view resident weights, and a client that a script keeps to its end outlives this module.
+    // Tensors view resident weights, and a client that a script never closes outlives this module.
     nb::set_leak_warnings(false);
     nb::register_exception_translator(&translate);
     bind_session(m);

@@ -1,7 +1,7 @@
 // flashclient._native: workers and kernels for Python. Every computation runs without the GIL.
 //
-// Nothing that Python passes makes a kernel read or write out of bounds: each array is checked against the others, and
-// each bundle's address against the memory that is readable (readable_memory.h).
+// No argument from Python makes a kernel read or write out of bounds: each array is checked against the others here,
+// and the address of each bundle is checked against readable memory (readable_memory.h).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -62,11 +62,11 @@ using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
 using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using InstructionSet = std::optional<std::string>;
 
-constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; a bundle's bytes fit 32 bits
+constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; the bytes of a bundle fit into 32 bits
 constexpr size_t THREADS_MAX = 1024;
 constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
 constexpr nb::dlpack::dtype FLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // of either, where numpy has no such type
+constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // the bits of either: numpy has no bfloat16
 
 Dtype dtype_of(const std::string& name) {
     if (name == "F32") return Dtype::f32;
@@ -124,7 +124,7 @@ std::span<const uint64_t> addresses_of(const U64Array& bundles) {
     return {aligned(bundles, "the list of addresses").data(), bundles.shape(0)};
 }
 
-// Some masks of each group, as long as all of them lie side by side.
+// The masks of a group must lie side by side; the groups may be apart.
 void require_masks(const GroupMasks& masks, size_t tokens, size_t bundles) {
     require(aligned(masks, "row_masks").shape(0) == (tokens + TOKENS_MAX - 1) / TOKENS_MAX && masks.shape(1) == bundles,
             "row_masks must be [groups of 16 tokens, bundles]");
@@ -157,7 +157,8 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
     const uint32_t* first = aligned(index, "index").data();
     const nb::gil_scoped_release release;
-    const std::vector<uint32_t> entries(first, first + index.shape(0));  // a copy: nobody changes it meanwhile
+    const std::vector<uint32_t> entries(first,
+                                        first + index.shape(0));  // a copy, which Python cannot change during the call
     require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < list.size(),
             "an index is beyond the list of addresses");
     ffn.fire({list, biases, row_masks.data()}, entries, x.data(), x.shape(0), h.data());
@@ -205,7 +206,7 @@ void bind_ffn(nb::module_& module) {
              "Adds to y [tokens, hidden] the down columns of the neurons that fired, in the order of the list.")
         .def("add_rows", &add_rows, "bundles"_a.noconvert(), "bias"_a.noconvert().none(),
              "row_masks"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
-             "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens. "
+             "Adds to y [tokens, hidden] the sum over the neurons at these addresses, for any number of tokens of x. "
              "row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
         .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
@@ -236,7 +237,7 @@ void bind_linear(nb::module_& module) {
 
 // ---- Attention ----
 
-// Of [sequences, heads, tokens or positions, elements]. A stride of one entry alone is never taken.
+// `rows` is [sequences, heads, tokens or positions, elements]. The stride of a dimension of size 1 is not used.
 size_t stride_of(const Rows& rows, size_t dimension) {
     if (rows.shape(dimension) <= 1) return 0;
     require(rows.stride(dimension) >= 0, "strides must not be negative");
@@ -309,7 +310,7 @@ void bind_attention(nb::module_& module) {
 
 // ---- predictors ----
 
-// The arrays are read where they lie, so the predictor holds them.
+// The predictor reads the arrays in place, so it holds references to them.
 struct LowRank : LowRankPredictor {
     LowRank(Workers& workers, Dtype dtype, const Weight& input, const Weight& output, const Bias& bias,
             const std::optional<Bias>& scale, const char* instruction_set)
@@ -380,9 +381,10 @@ struct LentMemory {
 void make_lent(LentMemory* self, const Bytes& array) { new (self) LentMemory{array, {array.data(), array.nbytes()}}; }
 
 void bind_memory(nb::module_& module) {
-    nb::class_<LentMemory>(module, "LentMemory",
-                           "An array in which bundles may lie, as long as this object lives: kernels take addresses in "
-                           "such arrays and in the pool, and refuse all others.")
+    nb::class_<LentMemory>(
+        module, "LentMemory",
+        "Lets kernels read bundles in an array, as long as this object lives. Kernels refuse addresses "
+        "outside of such arrays and of the pool.")
         .def("__init__", &make_lent, "array"_a.noconvert());
     module.def("copy_bundles", &copy_bundles, "bundles"_a.noconvert(), "out"_a.noconvert(),
                "Copies the bundles at these addresses to the rows of out [bundles, bytes].");

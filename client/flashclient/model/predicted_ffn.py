@@ -1,7 +1,7 @@
 """The FFNs of predict mode: each row computes the neurons that its own prediction wants, and no others.
 
-A layer is one native call for up to 16 rows (client/native/predict/predict_step.h). More rows want most of a layer
-between them: it is streamed whole, and each row adds the same neurons in the same order.
+For up to 16 rows a layer is one native call (client/native/predict/predict_step.h). More rows together want most of a
+layer: it is streamed whole, and each row adds the same neurons in the same order.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PredictedFFN:
             bias: [neurons] fp32, by position, added before the activation.
 
         Returns:
-            [tokens, hidden_size] fp32, fresh.
+            A new tensor [tokens, hidden_size] fp32.
         """
         step = self._steps.current(len(x))
         with self._lock:
@@ -78,7 +78,7 @@ class PredictedFFN:
             return y.view(x.shape)
 
     def idle(self) -> None:
-        """Gives back all that the window holds."""
+        """Gives back everything that is leased or being fetched ahead."""
         self.source.idle()
 
     def _predicted(self, layer: int, step: Step, x: Tensor, bias: Bias) -> Tensor:

@@ -10,17 +10,17 @@ from flashclient._native import Ffn, Workers
 from flashclient.model.predictor_file import Predictor, Signs, read_predictors
 from weightd_proto import weightd_pb2
 
-ROWS_MAX = Ffn.TOKENS_MAX  # of one prediction: a bit each in a mask of 16
+ROWS_MAX = Ffn.TOKENS_MAX  # of one prediction: the bits of a row mask
 
 
 class Predictors:
-    """One for each layer; what a row wants depends on that row alone.
+    """The predictors of all layers. What a row wants depends on that row alone.
 
     Args:
-        data: the whole of predictors.safetensors, which is read where it lies.
+        data: the whole of predictors.safetensors, which is read in place.
 
     Raises:
-        CalibrationError: it is not a file for this model.
+        CalibrationError: the file is not for this model.
     """
 
     def __init__(self, data: NDArray[np.uint8], model: weightd_pb2.Model, workers: Workers) -> None:
@@ -29,7 +29,7 @@ class Predictors:
         self._neurons = [layer.neurons for layer in model.layers]
 
     def predict(self, layer: int, x: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-        """What x [rows, hidden_size], at most ROWS_MAX rows, wants.
+        """The neurons that the rows of x [rows, hidden_size], at most ROWS_MAX, want.
 
         Returns:
             Positions [n] that some row wants, rising, and for each a mask [n]: bit t, row t wants it.

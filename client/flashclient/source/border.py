@@ -25,7 +25,7 @@ from flashclient._native import Window
 from flashclient.daemon.channel import SessionLostError
 from flashclient.errors import DaemonLostError
 
-LOSSES_MAX = 5  # within one layer; more mean a weightd that our requests kill, or one that we break a rule of
+LOSSES_MAX = 5  # within one layer; more mean that our requests kill weightd, or break one of its rules
 Result = TypeVar("Result")
 
 
@@ -33,7 +33,7 @@ Result = TypeVar("Result")
 class Chunk:
     """Some bundles of one layer, next to each other in placement order.
 
-    Valid until the next chunk is asked for or the iterator is closed; whoever computes must be done by then.
+    Valid until the next chunk is requested or the iterator is closed.
     """
 
     first: int  # position of the first bundle
@@ -42,7 +42,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Counters:
-    """What was done for a source so far; only differences mean something."""
+    """What a source has done so far; only differences between two calls are meaningful."""
 
     hits: int = 0
     misses: int = 0
@@ -56,7 +56,7 @@ class Counters:
 
 
 class BundleSource(Protocol):
-    """One consumer at a time, which changes between the two ways of computing as it likes."""
+    """One consumer at a time; it may change between the two ways of computing at any time."""
 
     @property
     def errors(self) -> AbstractContextManager[None]:
@@ -77,10 +77,10 @@ class BundleSource(Protocol):
         """
 
     def open_window(self, tokens: int) -> Window:
-        """The one window of this source, which leases its cells. The source empties it where that is needed.
+        """The one window of this source, which leases its cells. The source empties it in chunks() and idle().
 
         Args:
-            tokens: those whose cells stay leased, that of the step included; 0 keeps nothing.
+            tokens: the last tokens whose cells stay leased, the token of the step included; 0 keeps nothing.
         """
 
     def idle(self) -> None:
@@ -88,18 +88,18 @@ class BundleSource(Protocol):
         SessionLostError."""
 
     def require_open(self) -> None:
-        """Raises SessionLostError where what was leased may have changed, so that results made of it do not count."""
+        """Raises SessionLostError where leased bundles may have changed, so that results from them are invalid."""
 
     def reattach(self, lost: SessionLostError) -> None:
         """Waits until weightd is back, at most timeout_s, and attaches again; nothing is leased then.
 
         Raises:
-            DaemonLostError: it has not come back.
-            RefusedError: it has another import of the model now.
+            DaemonLostError: weightd has not come back.
+            RefusedError: weightd has another import of the model now.
         """
 
     def counters(self) -> Counters:
-        """They go on counting after a loss of weightd."""
+        """The counts continue after a loss of weightd."""
 
     def close(self) -> None: ...
 

@@ -26,7 +26,7 @@ class RemoteCells(CellSource):
 
     Args:
         pool: [bytes] uint8, in which the bundles come to lie.
-        claim: takes the pool from whoever else uses it; called before each request.
+        claim: empties the pool of chunks; called before each exchange.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class RemoteCells(CellSource):
         self._bytes_come = 0  # of the first of them
         self._pieces: Iterator[bytes] = iter(())
         self._arrived: list[Cell] = []  # not yet returned by arrived()
-        self._whole = True  # all of this agrees
+        self._whole = True  # the attributes above are consistent
 
     def share_cells(self) -> int:
         return self.slots
@@ -108,8 +108,8 @@ class RemoteCells(CellSource):
         self._empty()
 
     def cancel(self) -> None:
-        """After a step that ended early: nothing is waited for. Gives back also what arrived() has returned, because
-        an interrupted window may not have noted it, and gives back everything that it has noted."""
+        """Called after a step that ended early. It also gives back what arrived() has returned: an interrupted window may
+        not have noted that, and it gives back everything that it has noted next."""
         if not self._whole:
             self._empty()
         self._whole = False

@@ -13,12 +13,12 @@ from flashclient.errors import CalibrationError, CorruptionError, DaemonLostErro
 from flashclient.source.border import Chunk, Counters
 from weightd_proto import weightd_pb2
 
-# What is leased ahead cannot be what the pool keeps, and 8 MiB in flight are enough for a device's full speed.
+# Cells that are leased ahead take room in the pool from cells that stay; 8 MiB in flight give a device its full speed.
 LOOK_AHEAD_BYTES = 8 * 2**20
 
 
 class _RingErrors:
-    """Turns what the native session raises inside into errors of flashclient.errors; cheap, as each layer needs it."""
+    """Turns exceptions of the native session into errors of flashclient.errors. It is cheap, as each layer enters it."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -45,11 +45,11 @@ class _RingErrors:
 
 
 class RingSource:
-    """See BundleSource. One session with the daemon: its share of the pool lasts until close(), or until it is lost.
+    """See BundleSource. One session with the daemon; its share of the pool lasts until close(), or until weightd is lost.
 
     Raises:
         ShareError: the pool has no room for another session.
-        DaemonLostError: the daemon went away in between.
+        DaemonLostError: the daemon went away meanwhile.
     """
 
     def __init__(self, connection: Connection, model: weightd_pb2.Model) -> None:
@@ -102,7 +102,7 @@ class RingSource:
                 self._sweep.idle()
                 if self.window is not None:
                     self.window.clear()
-        except SessionLostError:  # with everything that was leased; the next request says so
+        except SessionLostError:  # its leases are lost, too; the next request raises the error
             self._forget()
 
     def require_open(self) -> None:
@@ -129,7 +129,7 @@ class RingSource:
             self.window.forget()
 
     def counters(self) -> Counters:
-        """Of this client, from its ring: a generation asks weightd for nothing else."""
+        """The counters of this client's ring: a generation needs no call to weightd."""
         return Counters(*self._session.counters)
 
     def close(self) -> None:

@@ -8,11 +8,12 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t GROUP_MAX = 96;           // neurons of an item of the first phase: tens of microseconds of work
-constexpr size_t GROUP_MIN = 8;            // a tile for one token
-constexpr size_t ELEMENTS_PER_ITEM = 256;  // of the second phase, at least: eight cache lines of each bf16 row
-constexpr size_t ELEMENTS_MAX = 8192;      // of y at a time, so that those of a token stay in the first cache
-constexpr size_t TOKENS_MIN = 8;           // of a group: with fewer, a row of weights is widened for too few
+constexpr size_t GROUP_MAX = 96;  // neurons that a thread fires at once: tens of microseconds of work
+constexpr size_t GROUP_MIN = 8;   // a tile for one token
+constexpr size_t ELEMENTS_PER_ITEM =
+    256;                               // columns that a thread accumulates, at least: eight cache lines of a bf16 row
+constexpr size_t ELEMENTS_MAX = 8192;  // columns at a time, at most: y of a token stays in the L1 cache
+constexpr size_t TOKENS_MIN = 8;       // of a group: converting a row of weights does not pay for fewer
 static_assert(TOKENS_MAX % TOKENS_MIN == 0);
 
 bool all_zero(const float* values, size_t count) {
@@ -21,7 +22,7 @@ bool all_zero(const float* values, size_t count) {
 
 size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 
-// Tokens that are done together: as many as fit a call, or half of that where the threads would wait for each other.
+// The tokens of a group: as many as a call takes, or half of that where some threads would have no group.
 size_t group_tokens(size_t tokens, size_t threads) {
     const bool few = tokens > TOKENS_MAX && divide_up(tokens, TOKENS_MAX) < 2 * threads;
     return few ? TOKENS_MIN : TOKENS_MAX;
@@ -48,7 +49,7 @@ Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set)
     }
 }
 
-// Kept from call to call: allocating it anew would take longer than a small one.
+// Kept from call to call, because allocating takes longer than a small call.
 Ffn::Scratch& Ffn::scratch_of_thread() {
     static thread_local Scratch scratch;
     return scratch;
@@ -92,7 +93,7 @@ void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t coun
     });
 }
 
-// A neuron's dots are taken for all tokens: that costs no byte more, and the mask makes zeros of what is not wanted.
+// Computes the dots of a neuron for all tokens, which reads no more bytes, and sets those that are not wanted to 0.
 void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
@@ -112,7 +113,7 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
     if (shape_.gated) open_gate(open, list.bundles, x, tokens, h);
 }
 
-// h *= up . x where the gate is open. What is closed stays 0 whatever the up row holds.
+// h *= up . x where the gate is open. A closed gate stays 0, whatever the up row holds.
 void Ffn::open_gate(const Group& group, std::span<const uint64_t> bundles, const float* x, size_t tokens,
                     float* h) const {
     const void* rows[GROUP_MAX];
@@ -140,7 +141,7 @@ void Ffn::accumulate(std::span<const uint64_t> bundles, const float* h, size_t t
     accumulate_list(checked, h, tokens, y);
 }
 
-// A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
+// Skips neurons whose h is 0: adding 0 changes no finite sum, and their columns need not be read.
 void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     Scratch& scratch = scratch_of_thread();
     scratch.down_rows.clear();
@@ -150,7 +151,7 @@ void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, siz
         scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
         scratch.down_rows.push_back(row(bundles[i], parts() - 1));
     }
-    // Each element of y is one thread's, and takes the neurons in order. A slice is as long as the threads allow.
+    // One thread computes an element of y and adds the neurons in order. Each thread gets one slice, if y is not large.
     const size_t share = divide_up(shape_.hidden, workers_.threads());
     const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
     workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
@@ -159,7 +160,7 @@ void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, siz
     });
 }
 
-// Groups of tokens are the threads' items where there are several: within an item, run() is done by its caller alone.
+// The threads share the groups of tokens. Within a group, run() is done by the calling thread alone.
 void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const {
     Reading reading = new_reading();
     const auto checked = reading.checked(list.bundles);

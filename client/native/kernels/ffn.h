@@ -32,8 +32,9 @@ struct Neurons {
     size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
 };
 
-// The output's bits depend on the order of the list only: not on how it is cut into chunks, on the order in which
-// neurons were fired, on the number of threads, or on the other tokens of a call. Safe to call from several threads.
+// The bits of the output depend on the order of the list only. They depend neither on how the list is cut into chunks,
+// nor on the order in which neurons are fired, the number of threads, or the other tokens of a call. Safe to call from
+// several threads.
 class Ffn {
   public:
     // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
@@ -51,7 +52,7 @@ class Ffn {
     // read.
     void accumulate(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const;
 
-    // Both at once, for the whole list and any number of tokens.
+    // fire() and accumulate() for the whole list and any number of tokens.
     void add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const;
 
     const FfnShape& shape() const { return shape_; }

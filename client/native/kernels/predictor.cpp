@@ -9,7 +9,7 @@ namespace {
 
 constexpr size_t NEURONS_PER_ITEM = 128;
 
-// Without a branch, as no processor foresees which neurons are wanted.
+// Without a branch, because no processor predicts which neurons are wanted.
 Prediction wanted_by_some(const std::vector<uint16_t>& row_masks) {
     Prediction prediction{std::vector<uint32_t>(row_masks.size()), std::vector<uint16_t>(row_masks.size())};
     size_t count = 0;

@@ -9,13 +9,13 @@
 
 namespace flashclient {
 
-// Neurons, by position, that some row wants; a row's wishes depend on that row alone, bit for bit.
+// The neurons that some row wants. What a row wants depends on that row alone, bit for bit.
 struct Prediction {
     std::vector<uint32_t> positions;  // rising
     std::vector<uint16_t> row_masks;  // bit t: row t wants it; never 0
 };
 
-// Of one layer. Safe to call from several threads; what it reads lies where its maker says, and must outlive it.
+// The predictor of one layer. Safe to call from several threads. It reads its matrices in place; they must outlive it.
 class Predictor {
   public:
     virtual ~Predictor() = default;
@@ -25,8 +25,8 @@ class Predictor {
     virtual size_t neurons() const = 0;
 };
 
-// wanted iff scale * (output . (input . x)) + bias > 0, in fp32: the low-rank predictor of LLM in a flash (arXiv
-// 2312.11514, section 3.1; after Deja Vu, arXiv 2310.17157) with its sigmoid and threshold folded into the bias.
+// A neuron is wanted iff scale * (output . (input . x)) + bias > 0, in fp32: the low-rank predictor of LLM in a flash
+// (arXiv 2312.11514, section 3.1; after Deja Vu, arXiv 2310.17157) with its sigmoid and threshold folded into the bias.
 class LowRankPredictor : public Predictor {
   public:
     // input: [rank, hidden], output: [neurons, rank], bias: [neurons]. `scale`: [neurons] where `output` is of int8,
@@ -46,8 +46,8 @@ class LowRankPredictor : public Predictor {
     const float* scale_;
 };
 
-// wanted iff more than margin[neuron] coordinates have the same sign in weight row and x than have different ones:
-// SparseInfer (arXiv 2411.12692, section 3), which needs no training. Sign bits as IEEE has them, so -0 is negative.
+// A neuron is wanted iff (coordinates whose sign is the same in the weight row and in x) - (the others) >
+// margin[neuron]: SparseInfer (arXiv 2411.12692, section 3), which needs no training. -0 is negative, as in IEEE 754.
 class SignPredictor : public Predictor {
   public:
     // signs: [neurons, ceil(hidden / 8)]; bit j % 8 of byte j / 8 is the sign bit of coordinate j, and the bits beyond

@@ -10,7 +10,7 @@ namespace flashclient {
 
 using Arrival = std::pair<uint32_t, uint64_t>;  // a cell and its address; address 0: the lease was refused
 
-// It keeps no account of what is leased: that is the Window's (window.h).
+// The Window (window.h) keeps the account of what is leased; a source does not.
 class CellSource {
   public:
     virtual ~CellSource() = default;
@@ -21,8 +21,8 @@ class CellSource {
     // Gives back cells of `layer` that have arrived, then asks for others. Does not wait.
     virtual void exchange(uint32_t layer, const std::vector<uint32_t>& acquire,
                           const std::vector<uint32_t>& release) = 0;
-    // Waits for more of the cells asked for, and returns those that have arrived since the last call; none where none
-    // is on its way. Refusals mean that the limit has fallen. Throws where a cell cannot be had at all.
+    // Waits until more of the cells asked for have arrived, and returns them; none where none is on its way. Refusals
+    // mean that the limit has fallen. Throws where a cell cannot be read.
     virtual std::vector<Arrival> arrived() = 0;
     // Gives back what was asked for and was not returned by arrived().
     virtual void cancel() = 0;

@@ -35,7 +35,7 @@ StepTimes PredictStep::run(uint32_t layer, const StepRows& rows, float* y) {
         timer.lap(timer.times.acquire_s);
         return timer.times;
     }
-    // It wants more than may be leased at once: one part after the other, to the same bits.
+    // The step wants more cells than may be leased at once: one part after the other, with the same bits.
     for (size_t first = 0; first < wanted_.positions.size();) {
         const size_t count = window_.lease_first(layer, std::span(wanted_.positions).subspan(first));
         timer.lap(timer.times.acquire_s);
@@ -62,7 +62,7 @@ void PredictStep::predict(uint32_t layer, const StepRows& rows) {
     for (size_t i = 0; i < count; i++) bias_[i] = rows.bias[positions[i]];
 }
 
-// Adds entries [first, first + count) of the list to y. False, with y as it was, where the source refused a lease.
+// Adds entries [first, first + count) of the list to y. Returns false, with y unchanged, where a lease was refused.
 bool PredictStep::add(const StepRows& rows, size_t first, size_t count, Timer& timer, float* y) {
     const auto positions = std::span<const uint32_t>(wanted_.positions).subspan(first, count);
     addresses_.assign(count, 0);

@@ -1,9 +1,9 @@
 // The FFN of predict mode: each row computes the neurons that its own prediction wants, and no others.
 //
-// A step of one layer: predict, slide the window, fire what is present, fire what arrives, accumulate in order. Which
-// bundles are there first changes the order in which neurons fire, and nothing else: every neuron's h is a dot product
-// of its own, and the down columns are added in rising position afterwards. So what a row computes depends neither on
-// window, pool and transport nor on the other rows.
+// A step of one layer: predict, slide the window, fire the neurons that are present, fire others as they arrive,
+// accumulate in order. Which bundles arrive first changes only the order in which neurons fire: the h of each neuron is
+// its own dot product, and the down columns are added afterwards in rising order of position. So the result of a row
+// depends neither on window, pool and transport nor on the other rows.
 #pragma once
 
 #include <cstddef>
@@ -19,8 +19,8 @@ namespace flashclient {
 
 struct StepTimes {
     double predict_s = 0;
-    double acquire_s = 0;  // finding out what is to be leased, and asking for it
-    double compute_s = 0;  // on bundles
+    double acquire_s = 0;  // moving the window, and asking for cells
+    double compute_s = 0;  // kernels on bundles
     double wait_s = 0;     // for bundles
 };
 
@@ -39,8 +39,8 @@ class PredictStep {
     // One predictor for each layer. All must outlive this.
     PredictStep(const Ffn& ffn, Window& window, std::vector<const Predictor*> predictors);
 
-    // y [tokens, hidden] = the sum over each row's neurons. One thread at a time, which holds window().use(). Throws
-    // what the window's source throws; y is worth nothing then.
+    // y [tokens, hidden] = the sum over the neurons of each row. One thread at a time, which holds window().use().
+    // Throws what the window's source throws; y holds no result then.
     StepTimes run(uint32_t layer, const StepRows& rows, float* y);
 
     const Predictor& predictor(uint32_t layer) const { return *predictors_.at(layer); }
@@ -54,7 +54,7 @@ class PredictStep {
     const Ffn& ffn_;
     Window& window_;
     std::vector<const Predictor*> predictors_;
-    // Of the step under way, by entry of its list; kept from call to call, because allocating takes longer.
+    // The list of neurons of the step, kept from call to call because allocating takes long.
     Prediction wanted_;
     std::vector<float> bias_;
     std::vector<uint64_t> addresses_;

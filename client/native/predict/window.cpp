@@ -31,7 +31,7 @@ bool Window::slide(uint32_t layer_index, const Wanted& wanted) {
     slide_ = {};
     dropped_.clear();
     slides_++;
-    // The last tokens_ tokens end with the first column, which is never rejected.
+    // The window ends with the first column, which is never rejected.
     std::erase_if(layer.tokens, [&](const Token& token) {
         const bool stays = token.index < wanted.past_tokens && token.index + tokens_ > wanted.past_tokens;
         if (!stays) drop(layer, token);
@@ -47,7 +47,7 @@ bool Window::slide(uint32_t layer_index, const Wanted& wanted) {
     return true;
 }
 
-// Of the step alone.
+// Whether the step alone fits into the limit.
 bool Window::fits(const Layer& layer, const Wanted& wanted, uint32_t limit) const {
     if (wanted.columns == 0 || wanted.columns > TOKENS_MAX || wanted.positions.size() != wanted.row_masks.size()) {
         throw std::invalid_argument("a step has 1 to 16 columns, and a row mask for each position");
@@ -102,7 +102,7 @@ void Window::release_unused(Layer& layer, std::vector<uint32_t>& released) {
     dropped_.clear();
 }
 
-// Of the layer whose first token is the oldest. There is one that is older than this slide, as the step fits alone.
+// Drops the oldest token of all layers. There is one that is older than this slide, because the step alone fits.
 void Window::drop_oldest(uint32_t current) {
     uint64_t oldest = slides_;
     size_t victim = 0;

@@ -32,34 +32,34 @@ struct Wanted {
     std::span<const uint16_t> row_masks;  // bit t: row t wants it
 };
 
-// A step is slide(), wait() until all of its bundles are located, end_step(). A step that ends early leaves a window
-// that begins the next one by giving everything back. One thread at a time, which holds use().
+// A step is slide(), wait() until all of its bundles are located, and end_step(). After a step that ended early, the
+// next one first gives everything back. One thread at a time uses a window, and holds use() meanwhile.
 class Window {
   public:
-    // k = `tokens`, that of the step included, so 1 keeps what the step shares with the one before; 0 keeps nothing.
+    // k = `tokens`, the token of the step included: 1 keeps the cells of the last step for the next, 0 keeps nothing.
     Window(CellSource& source, uint32_t tokens, CellLayout layout);
 
     [[nodiscard]] std::unique_lock<std::mutex> use() { return std::unique_lock(in_use_); }
 
-    // Moves the window to the step: gives back what leaves it and asks for what is missing. Does not wait. Tokens that
-    // the layer has at or after past_tokens were rejected and leave first. Where the limit is less than the window, the
-    // oldest tokens of all layers leave. False where the step alone wants more cells than the limit: nothing is leased
-    // then. Throws std::out_of_range and std::invalid_argument, and has then done nothing.
+    // Moves the window to the step: gives back the cells that leave it and asks for those that are missing. Does not
+    // wait. The layer's tokens at or after past_tokens were rejected and leave first. Where the window would exceed the
+    // limit, the oldest tokens of all layers leave. Returns false where the step alone wants more cells than the limit;
+    // nothing is leased then. Throws std::out_of_range and std::invalid_argument before it changes anything.
     bool slide(uint32_t layer, const Wanted& wanted);
-    // Waits until more cells have arrived. False where the source refused one: nothing is leased then.
+    // Waits until more cells have arrived. Returns false where the source refused one; nothing is leased then.
     bool wait();
     // For positions whose entry of `addresses` is 0 and whose cells have arrived, sets the address, and appends the
     // entry to `found`.
     void locate(std::span<const uint32_t> positions, std::span<uint64_t> addresses, std::vector<uint32_t>& found) const;
     void end_step();
 
-    // Instead of slide(), for a step that wants more than may be leased: asks for the cells of the first positions, as
-    // many as the source always has, and returns the number of these positions. Nothing else is leased, and clear()
-    // ends it.
+    // Instead of slide(), for a step that wants more cells than may be leased. Asks for the cells of the first
+    // positions, as many as the source's share, and returns the number of these positions. The window must be empty;
+    // clear() ends the part of the step.
     size_t lease_first(uint32_t layer, std::span<const uint32_t> positions);
 
     void clear();   // gives everything back
-    void forget();  // the source has lost all that was leased
+    void forget();  // the source has lost everything that was leased
     uint32_t tokens() const { return tokens_; }
     uint32_t cells_held() const { return held_; }  // leased or on their way
 
@@ -96,7 +96,7 @@ class Window {
     std::vector<Layer> layers_;
     uint32_t held_ = 0;
     uint64_t slides_ = 0;
-    bool unfinished_ = false;  // a step, or giving back: what the source leases may differ from what is noted here
+    bool unfinished_ = false;  // a step or clear() is: the source may lease other cells than are noted here
     uint32_t layer_ = 0;       // of the step under way
     Slide slide_;
     std::vector<uint32_t> dropped_;  // cells of tokens that left, perhaps still wanted by others

@@ -27,7 +27,7 @@ void Leases::exchange(uint32_t layer, const std::vector<uint32_t>& acquire, cons
     session_.exchange(layer, acquire, release, 0);
 }
 
-// As much as the ring's grants can answer.
+// As many as the ring has room for grants.
 void Leases::ask_more() {
     const size_t count = std::min<size_t>(waiting_.size(), ring::GRANTS - unanswered_);
     if (count == 0) return;
@@ -70,7 +70,7 @@ void Leases::cancel() {
     settle();
 }
 
-// Only what was granted may be given back, so it waits for what is on its way.
+// Waits for cells that are on their way, because only granted cells may be given back.
 void Leases::settle() {
     waiting_.clear();
     while (unanswered_ > 0) take();

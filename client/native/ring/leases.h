@@ -15,17 +15,17 @@ namespace flashclient {
 
 class Leases : public CellSource {
   public:
-    // `sweep` is of the same session, and idle while cells are leased here. Both must outlive this.
+    // `sweep` is of the same session; exchange() makes it idle. Both must outlive this.
     Leases(Session& session, Sweep& sweep, uint32_t bundles_per_cell, uint32_t cell_bytes);
 
     uint32_t share_cells() override { return session_.share_slots(); }
     uint32_t lease_limit() override;
-    // One message if it holds all of it.
+    // One message, where its words suffice.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
     // Throws SessionLost, NoAnswer and CorruptBundle.
     std::vector<Arrival> arrived() override;
     void cancel() override;
-    void forget();  // the session is another one: nothing is leased or on its way
+    void forget();  // the session was replaced: nothing is leased or on its way
 
   private:
     void settle();
@@ -38,10 +38,10 @@ class Leases : public CellSource {
     uint32_t cell_bytes_;
     uint32_t layer_ = 0;  // of what was asked for
     uint32_t unanswered_ = 0;
-    std::vector<uint32_t> waiting_;  // cells for which the ring's grants have no room yet, the last first
+    std::vector<uint32_t> waiting_;  // cells for which the ring has no room yet, the last first
     std::vector<ring::Grant> grants_;
     std::vector<Arrival> arrived_;       // not yet returned
-    std::optional<ring::Grant> failed_;  // a cell that cannot be had
+    std::optional<ring::Grant> failed_;  // a cell that cannot be read
 };
 
 }  // namespace flashclient
