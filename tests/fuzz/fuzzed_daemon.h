@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../native/flash_file.h"
+#include "memory/model_cost.h"
 #include "ring/session.h"
 #include "service/service.h"
 
@@ -70,7 +71,7 @@ class FuzzedDaemon {
     TestFolder folder_;
     FlashModel model_{2, 301};
     std::string socket_ = folder_.file("data");
-    Service service_{Engine::minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
+    Service service_{minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
                      ReaderChoice{"threads", 4, 16, false}, socket_};
     uint32_t model_number_ = service_.add_model(model_.spec);
     flashclient::Session good_{socket_, service_.open_session(model_number_, 8).token, 60.0};

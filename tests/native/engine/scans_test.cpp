@@ -9,6 +9,7 @@
 
 #include "engine/engine.h"
 #include "flash_file.h"
+#include "memory/model_cost.h"
 
 namespace weightd {
 namespace {
@@ -80,13 +81,13 @@ struct ScansTest : testing::Test {
     FlashModel flash{1, CELLS* CELL_BYTES / 1024, "model", CELL_BYTES};
     ToldReader reader{flash.bytes};
     Verifier verifier{1};
-    Engine engine{Engine::minimum_dram_bytes(flash.spec) + CELLS / 2 * uint64_t{CELL_BYTES}, reader, verifier};
+    Engine engine{minimum_dram_bytes(flash.spec) + CELLS / 2 * uint64_t{CELL_BYTES}, reader, verifier};
     Clock::time_point now = Clock::now();
 
-    ScansTest() { engine.add_model(flash.spec, false); }
+    ScansTest() { engine.models().add(flash.spec, false); }
 
     Counter& open() {
-        EXPECT_TRUE(engine.activate(0));
+        EXPECT_TRUE(engine.models().activate(0));
         return static_cast<Counter&>(engine.open(std::make_unique<Counter>(0, CELLS, AHEAD * CHUNK)));
     }
     void acquire(Session& session, uint32_t begin, uint32_t count, uint32_t tag = 0) {
@@ -99,7 +100,7 @@ struct ScansTest : testing::Test {
         std::iota(cells.begin(), cells.end(), begin);
         ASSERT_TRUE(engine.release(session, 0, cells));
     }
-    size_t deferred() { return engine.model(0).deferred.size(); }
+    size_t deferred() { return engine.scans(0).deferred(); }
     uint64_t cells_reading() {  // once step() has submitted what is missing
         const Pool& pool = *engine.model(0).pool;
         uint64_t count = 0;

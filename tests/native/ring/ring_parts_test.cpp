@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "ring/sweep.h"
 #include "service/service.h"
 
@@ -20,7 +21,7 @@ struct RingPartsTest : testing::Test {
     TestFolder folder;
     FlashModel model{1, 20'000};
     static constexpr uint32_t CELLS = 5'000;
-    Service service{Engine::minimum_dram_bytes(model.spec) + (CELLS + 200) * uint64_t{4096},
+    Service service{minimum_dram_bytes(model.spec) + (CELLS + 200) * uint64_t{4096},
                     ReaderChoice{"threads", 2, 32, false}, folder.file("data")};
 
     void SetUp() override { ASSERT_EQ(service.add_model(model.spec), 0U); }

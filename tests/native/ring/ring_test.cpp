@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "ring/session.h"
 #include "ring/sweep.h"
 #include "service/service.h"
@@ -29,7 +30,7 @@ struct RingTest : testing::Test {
     std::string socket_path() const { return folder.file("data"); }
 
     static uint64_t dram_for(const FlashModel& model, uint32_t slots) {
-        return weightd::Engine::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
+        return weightd::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
     }
 
     std::unique_ptr<Service> serve(const FlashModel& model, uint32_t slots, const std::string& engine = "auto") {

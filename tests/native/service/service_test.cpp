@@ -21,6 +21,7 @@
 #include <thread>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 
 namespace weightd {
 namespace {
@@ -117,7 +118,7 @@ TEST_F(ServiceTest, WhoNeverAttachesLosesHisOldestSessions) {
 
 TEST_F(ServiceTest, WhoNeverAttachesKeepsNoMemoryFromOthers) {
     FlashModel model(1, 4000);
-    const auto service = serve(model, Engine::minimum_dram_bytes(model.spec) + (4U << 20));
+    const auto service = serve(model, minimum_dram_bytes(model.spec) + (4U << 20));
     try {
         while (true) service->open_session(0, 0, ANOTHER_USER);
     } catch (const NoRoom& error) {
@@ -232,7 +233,7 @@ TEST_F(ServiceTest, AnAnswerWakesOneOfManyThatWait) {
 TEST_F(ServiceTest, AModelThatComesWhileThePoolIsFullHasRoom) {
     FlashModel model(1, 4000);
     FlashModel other(1, 4000, "other");
-    const auto service = serve(model, Engine::minimum_dram_bytes(model.spec) + (2U << 20));
+    const auto service = serve(model, minimum_dram_bytes(model.spec) + (2U << 20));
     for (uint32_t cell = 0; cell < 900; cell++) expect_cell(*service, model, cell);
     const Report full = service->report();
     EXPECT_LT(full.limit_bytes - full.pool_bytes - full.resident_bytes - full.tables_bytes, 8192U);

@@ -18,7 +18,7 @@ struct ModelReport {
     uint64_t slots_filled = 0;
     uint64_t slots_busy = 0;
     uint64_t leases = 0;
-    uint64_t guaranteed_slots = 0;
+    uint64_t share_slots = 0;  // of all its sessions together
     uint64_t pool_bytes = 0;
     uint64_t evictions = 0;
     ModelCounts counts;
