@@ -34,6 +34,7 @@ TABLE = {
     """,
     "flashclient": """
         errors:
+        memory_limits:
         standard_streams:
         torch_state:
         daemon: errors
@@ -42,11 +43,17 @@ TABLE = {
         generation: errors torch_state source model
         options: errors daemon model
         client: errors standard_streams torch_state daemon source model generation options
-        calibration: errors daemon source model client
+        calibration: errors memory_limits daemon source model client
         cli: errors standard_streams client calibration
         __main__: cli
         __init__: client
     """,
+}
+# What weightd uses of the client: what both need and no message carries, and for `weightd top` being a client.
+CLIENT_IN_WEIGHTD = {
+    "cli": {"standard_streams"},
+    "machine": {"memory_limits", "standard_streams"},
+    "watching": {"cli", "daemon", "errors", "standard_streams"},
 }
 ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
@@ -131,6 +138,11 @@ def test_native_folders_include_only_those_below_them(top: str) -> None:
 def test_the_client_never_imports_the_daemon() -> None:
     for path in (ROOT / "client").rglob("*.py"):
         assert "weightd" not in {name.split(".")[0] for name in imported(path)}, path
+
+
+def test_the_daemon_imports_little_of_the_client() -> None:
+    for package, path in modules("weightd"):
+        assert set(imports(path, "flashclient")) <= CLIENT_IN_WEIGHTD.get(package, set()), path
 
 
 def test_what_serves_never_imports_torch() -> None:
