@@ -11,7 +11,6 @@
 #include <thread>
 
 #include "flash_file.h"
-#include "memory/model_cost.h"
 #include "ring/session.h"
 #include "ring/sweep.h"
 #include "service/service.h"

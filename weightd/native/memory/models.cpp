@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "memory/model_cost.h"
 
 namespace weightd {
 

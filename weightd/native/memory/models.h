@@ -14,6 +14,7 @@
 #include "memory/demand.h"
 #include "memory/memory.h"
 #include "memory/model.h"
+#include "memory/model_cost.h"
 #include "memory/pressure.h"
 #include "memory/room.h"
 #include "memory/segments.h"
