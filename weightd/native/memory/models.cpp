@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-
 namespace weightd {
 
 Models::Models(uint64_t dram_bytes, Reader& reader)
