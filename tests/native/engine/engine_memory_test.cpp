@@ -1,4 +1,4 @@
-// Who gets which part of --dram when it is short.
+// Models that compete for --dram, with an engine that reads their cells.
 #include <gtest/gtest.h>
 
 #include <numeric>
@@ -69,7 +69,7 @@ struct EngineMemoryTest : testing::Test {
     }
 };
 
-TEST_F(EngineMemoryTest, KnowsWhoScans) {
+TEST_F(EngineMemoryTest, TellsASessionThatScansFromOneThatDoesNot) {
     Engine engine(dram_for_slots(1, 100), *reader, verifier);
     engine.models().add(first.spec, false);
     Silent& one = open(engine, 0, 30);
@@ -78,14 +78,14 @@ TEST_F(EngineMemoryTest, KnowsWhoScans) {
     ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
     settle(engine);
     EXPECT_EQ(engine.scans(0).count(), 2U);
-    ASSERT_TRUE(engine.acquire(one, 0, cells(30, 34), 0));  // the short rest of a layer
+    ASSERT_TRUE(engine.acquire(one, 0, cells(30, 34), 0));  // the short last run of a layer
     settle(engine);
     EXPECT_EQ(engine.scans(0).count(), 2U);
     ASSERT_TRUE(engine.acquire(one, 0, std::array{1U, 3U, 40U, 41U}, 0));
     settle(engine);
     EXPECT_EQ(engine.scans(0).count(), 1U);
     ASSERT_TRUE(engine.release(other, 0, cells(10, 30)));
-    EXPECT_EQ(engine.scans(0).count(), 0U) << "one that holds nothing is idle";
+    EXPECT_EQ(engine.scans(0).count(), 0U) << "a session that holds nothing may be idle";
     ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
     settle(engine);
     EXPECT_EQ(engine.scans(0).count(), 1U);
@@ -112,7 +112,7 @@ TEST_F(EngineMemoryTest, ARaisedDramHasRoomForOneMoreModel) {
     EXPECT_THROW(engine.models().activate(1), NoRoom);
     const uint64_t raised_bytes = dram_for_slots(2, 300);
     engine.models().raise_dram(raised_bytes, raised_bytes / 2);
-    engine.models().raise_dram(raised_bytes / 2, 0);  // less is not taken
+    engine.models().raise_dram(raised_bytes / 2, 0);  // --dram never falls
     EXPECT_EQ(engine.models().memory().limit_bytes(), raised_bytes);
     EXPECT_EQ(engine.models().pressure().target_bytes(), raised_bytes);
     EXPECT_EQ(engine.models().pressure().floor_bytes(), raised_bytes / 2);
@@ -135,7 +135,7 @@ TEST_F(EngineMemoryTest, ARefusedActivationLeavesIdleModelsActive) {
     EXPECT_NE(engine.model(0).pool, nullptr);
 }
 
-TEST_F(EngineMemoryTest, AnIdleModelGivesWayToABusyOneAfterAWhile) {
+TEST_F(EngineMemoryTest, AnIdleModelIsDeactivatedForABusyOneAfterAWhile) {
     Engine engine(dram_for_slots(2, 150), *reader, verifier);
     engine.models().add(first.spec, false);
     engine.models().add(second.spec, false);
@@ -146,14 +146,14 @@ TEST_F(EngineMemoryTest, AnIdleModelGivesWayToABusyOneAfterAWhile) {
     sweep(engine, busy, 200);
     const uint64_t slots = engine.model(1).pool->slots();
     EXPECT_LT(slots, 100U);
-    EXPECT_NE(engine.model(0).pool, nullptr) << "it may be wanted again in a moment";
+    EXPECT_NE(engine.model(0).pool, nullptr) << "a client may come back to it soon";
     for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.models().rebalance();
     sweep(engine, busy, 200);
     EXPECT_EQ(engine.model(0).pool, nullptr);
     EXPECT_GT(engine.model(1).pool->slots(), slots + 100);
 }
 
-TEST_F(EngineMemoryTest, AShareIsServedFromAnIdleModelAtOnce) {
+TEST_F(EngineMemoryTest, AShareIsTakenFromAnIdleModelAtOnce) {
     Engine engine(dram_for_slots(2, 60), *reader, verifier);
     engine.models().add(first.spec, false);
     engine.models().add(second.spec, false);
@@ -181,7 +181,7 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     ASSERT_FALSE(engine.models().activate(1)) << "what it needs is leased";
     for (const uint32_t cell : held) {
         EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
-        engine.step();                                         // the segment goes, if this was its last lease
+        engine.step();                                         // the segment retires if this was its last lease
         EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));  // a busy model takes what is free
         settle(engine);
     }
@@ -195,7 +195,7 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     EXPECT_TRUE(active);
 }
 
-TEST_F(EngineMemoryTest, AModelThatComesTakesWhatIsLentOfOneInUse) {
+TEST_F(EngineMemoryTest, ANewModelTakesWhatAModelInUseHasLent) {
     Engine engine(dram_for_slots(2, 160), *reader, verifier);
     engine.models().add(first.spec, false);
     Silent& busy = open(engine, 0, 4);
@@ -221,7 +221,7 @@ TEST_F(EngineMemoryTest, AModelThatComesTakesWhatIsLentOfOneInUse) {
     }
 }
 
-TEST_F(EngineMemoryTest, ARefusalSaysWhoHasTheMemory) {
+TEST_F(EngineMemoryTest, ARefusalNamesTheModelsThatHaveTheMemory) {
     Engine engine(dram_for_slots(2, 20), *reader, verifier);
     engine.models().add(first.spec, false);
     second.spec.resident_bytes = 64U << 20;
@@ -237,15 +237,16 @@ TEST_F(EngineMemoryTest, ARefusalSaysWhoHasTheMemory) {
     const std::string alone = refusal();
     EXPECT_NE(alone.find("second: needs"), std::string::npos) << alone;
     EXPECT_NE(alone.find("raise --dram to"), std::string::npos) << alone;
-    EXPECT_EQ(alone.find("user"), std::string::npos) << "there is none: " << alone;
+    EXPECT_EQ(alone.find("user"), std::string::npos) << "there is no user: " << alone;
     open(engine, 0, 4);
     const std::string beside = refusal();
     EXPECT_NE(beside.find("first with its 1 users has"), std::string::npos) << beside;
     EXPECT_NE(beside.find("end a session, or raise --dram to"), std::string::npos) << beside;
 }
 
-// Two models of 1000 cells and memory for a thousand in all, which the first has filled; its session stays open.
-struct DemandTest : EngineMemoryTest {
+// Two models of 1000 cells each, and memory for 1000 cells in all. The first model has filled it, and its session is
+// still open.
+struct EngineDemandTest : EngineMemoryTest {
     static constexpr uint32_t CELLS = 1000;
     static constexpr uint32_t SHARE = 20;
     FlashModel large{1, 4 * CELLS, "large"};
@@ -277,7 +278,7 @@ struct DemandTest : EngineMemoryTest {
     }
 };
 
-TEST_F(DemandTest, MemoryGoesToTheModelThatIsUsed) {
+TEST_F(EngineDemandTest, MemoryGoesToTheModelThatIsUsed) {
     for (const auto& [busy, idle] : {std::pair{other, one}, std::pair{one, other}}) {
         for (int second = 0; second < 40; second++) {
             use(*busy, CELLS);
@@ -291,7 +292,7 @@ TEST_F(DemandTest, MemoryGoesToTheModelThatIsUsed) {
     }
 }
 
-TEST_F(DemandTest, ModelsThatAreUsedAlikeEndWithTheLikeAndStayThere) {
+TEST_F(EngineDemandTest, ModelsThatAreUsedAlikeEndWithSimilarPoolsAndKeepThem) {
     const auto use_both = [this] {
         for (int second = 0; second < 20; second++) {
             use(*one, CELLS);
@@ -307,7 +308,7 @@ TEST_F(DemandTest, ModelsThatAreUsedAlikeEndWithTheLikeAndStayThere) {
     EXPECT_EQ(slots(0), before);
 }
 
-TEST_F(DemandTest, NobodyMustGiveBackWhatHeLeasesForIt) {
+TEST_F(EngineDemandTest, NoSessionMustGiveBackLeasesForIt) {
     const std::vector<uint32_t> held = cells(0, one->lease_limit);
     one->grants = 0;
     EXPECT_TRUE(engine.acquire(*one, 0, held, 0));
@@ -323,7 +324,7 @@ TEST_F(DemandTest, NobodyMustGiveBackWhatHeLeasesForIt) {
     for (const uint32_t cell : cells(0, granted)) EXPECT_TRUE(engine.model(0).pool->find(cell));
 }
 
-TEST_F(DemandTest, AModelThatEvictsNothingTakesNothing) {
+TEST_F(EngineDemandTest, AModelThatEvictsNothingTakesNothing) {
     const uint64_t before = slots(0);
     for (int second = 0; second < 20; second++) {
         use(*other, SHARE);

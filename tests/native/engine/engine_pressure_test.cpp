@@ -7,7 +7,7 @@
 
 #include "flash_file.h"
 #include "memory/model_cost.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 #include "settle.h"
 
 namespace weightd {
@@ -72,16 +72,16 @@ TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
         before = used_bytes();
     }
     EXPECT_LE(used_bytes(), dram_bytes / 2);
-    EXPECT_GT(used_bytes(), dram_bytes / 4) << "not much more than was asked";
+    EXPECT_GT(used_bytes(), dram_bytes / 4) << "it takes little more than was asked";
     engine.models().press();
     settle(engine);
     EXPECT_EQ(used_bytes(), before) << "never below the floor";
     sweep(session, 3000);
-    EXPECT_LE(used_bytes(), dram_bytes / 2) << "it serves on, and stays small";
+    EXPECT_LE(used_bytes(), dram_bytes / 2) << "it goes on serving, and stays small";
     EXPECT_EQ(session.grants, 6000U);
 }
 
-TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureIsGone) {
+TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureEnds) {
     Counting& session = open(20);
     sweep(session, 3000);
     const uint64_t before = used_bytes();
@@ -109,7 +109,7 @@ TEST_F(EnginePressureTest, SharesAreKeptBelowTheFloor) {
     EXPECT_GE(pool().slots(), 300U);
 }
 
-TEST_F(EnginePressureTest, WhatIsLentFallsAndALeasedSegmentGoesWithItsLastLease) {
+TEST_F(EnginePressureTest, LimitsFallAndALeasedSegmentRetiresAfterItsLastLease) {
     Counting& session = open(20);
     const uint32_t lent = session.lease_limit;
     ASSERT_GT(lent, 300U);
@@ -123,14 +123,14 @@ TEST_F(EnginePressureTest, WhatIsLentFallsAndALeasedSegmentGoesWithItsLastLease)
     EXPECT_LT(session.lease_limit, lent);
     EXPECT_LT(session.obey, lent);
     EXPECT_GT(used_bytes(), dram_bytes / 2) << "leases stay whole";
-    EXPECT_TRUE(engine.waiting()) << "so that the loop looks again";
+    EXPECT_TRUE(engine.waiting()) << "so the loop tries again";
     for (const uint32_t cell : cells(lent)) EXPECT_TRUE(engine.release(session, 0, std::array{cell}));
     settle(engine);
     EXPECT_LE(used_bytes(), dram_bytes / 2);
     EXPECT_LT(used_bytes(), before);
 }
 
-TEST_F(EnginePressureTest, AModelThatNobodyUsesGoesFirst) {
+TEST_F(EnginePressureTest, AnIdleModelIsDeactivatedFirst) {
     Counting& session = open(20);
     sweep(session, 500);
     engine.close(session.id);
@@ -141,30 +141,30 @@ TEST_F(EnginePressureTest, AModelThatNobodyUsesGoesFirst) {
     EXPECT_EQ(engine.model(0).pool, nullptr);
 }
 
-// ---- the kernel's word ----
+// ---- signals of the kernel ----
 
 struct PressureSignalTest : testing::Test {
     TestFolder folder;
     FlashModel flash{1, 400};
 
-    std::unique_ptr<Service> serve(Descriptor trigger) {
-        PressureChoice pressure{0, {}, std::move(trigger)};
-        auto service = std::make_unique<Service>(64U << 20, ReaderChoice{"threads", 2, 32, false, false},
-                                                 folder.file("data"), true, std::move(pressure));
-        service->add_model(flash.spec);
-        return service;
+    std::unique_ptr<EngineThread> serve(Descriptor trigger) {
+        EngineOptions options{64U << 20, {"threads", 2, 32, false}, folder.file("data"), true, {}};
+        options.pressure = {0, {}, std::move(trigger)};
+        auto engine = std::make_unique<EngineThread>(std::move(options));
+        engine->add_model(flash.spec);
+        return engine;
     }
 };
 
-// A trigger that was never set polls EPOLLERR for ever, as that of a cgroup does that has gone.
-TEST_F(PressureSignalTest, ATriggerThatFailsIsDroppedAndIsNoSignal) {
+// A trigger that was never set polls EPOLLERR for ever, like the trigger of a cgroup that was removed.
+TEST_F(PressureSignalTest, ATriggerThatFailsIsDroppedAndCountsAsNoSignal) {
     Descriptor unset(::open("/proc/pressure/memory", O_RDWR | O_NONBLOCK | O_CLOEXEC));
-    if (unset.get() < 0) GTEST_SKIP() << "this kernel tells nothing of memory pressure";
-    const auto service = serve(std::move(unset));
+    if (unset.get() < 0) GTEST_SKIP() << "this kernel does not report memory pressure";
+    const auto engine = serve(std::move(unset));
     std::vector<std::byte> cell(4096);
-    service->fetch(0, 0, std::array{3U}, cell);
+    engine->fetch(0, 0, std::array{3U}, cell);
     EXPECT_EQ(std::memcmp(cell.data(), flash.cell(0, 3), 4096), 0);
-    const Report report = service->report();
+    const Report report = engine->report();
     EXPECT_EQ(report.pressure.signals, 0U);
     EXPECT_FALSE(report.pressure.pressed);
 }

@@ -95,7 +95,7 @@ TEST_P(EngineTest, MergesNeighboursIntoOneRead) {
     EXPECT_EQ(engine.model(0).counts.read_bytes, 31U * 4096);
 }
 
-// One bundle of two parts of 4096 bytes in a cell.
+// Each cell holds one bundle, in two parts of 4096 bytes.
 FlashModel wide_model(uint32_t neurons) {
     FlashModel flash(1, neurons, "wide", 8192);
     flash.spec.stride_bytes = flash.spec.bundle_bytes = 8192;
@@ -165,10 +165,10 @@ TEST_P(EngineTest, KnowsHowLongItHasBeenReading) {
     const double reading_s = engine.device_use(0).reading.seconds();
     EXPECT_GT(reading_s, 0.0);
     EXPECT_LT(reading_s, longest_s);
-    EXPECT_EQ(engine.device_use(0).reading.seconds(), reading_s) << "it stands still while nothing is read";
+    EXPECT_EQ(engine.device_use(0).reading.seconds(), reading_s) << "it does not change while nothing is read";
 }
 
-TEST_P(EngineTest, ReadsOnceWhatTwoSessionsWant) {
+TEST_P(EngineTest, ReadsACellOnceForTwoSessions) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 100), *reader, verifier);
     const uint32_t model = engine.models().add(flash.spec, false);
@@ -182,7 +182,7 @@ TEST_P(EngineTest, ReadsOnceWhatTwoSessionsWant) {
     EXPECT_GT(one.flushes, 0);
 }
 
-TEST_P(EngineTest, RefusesWhatIsBeyondTheShareAndAnswersEveryCell) {
+TEST_P(EngineTest, RefusesCellsBeyondTheShareAndAnswersEveryCell) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
     Recorder& session = open(engine, engine.models().add(flash.spec, false), 3);
@@ -190,10 +190,10 @@ TEST_P(EngineTest, RefusesWhatIsBeyondTheShareAndAnswersEveryCell) {
     settle(engine);
     std::map<ring::Status, int> statuses;
     for (const auto& [tag, answer] : session.answers) statuses[answer.status]++;
-    EXPECT_EQ(statuses[ring::GRANTED], 4);  // cell 1 twice: it counts once against the share
+    EXPECT_EQ(statuses[ring::GRANTED], 4);  // cell 1 is leased twice, and counts once against the share
     EXPECT_EQ(statuses[ring::REFUSED], 1);
     EXPECT_TRUE(engine.release(session, 0, std::array{1U, 1U, 2U}));
-    EXPECT_FALSE(engine.release(session, 0, std::array{1U})) << "it holds no lease on it any more";
+    EXPECT_FALSE(engine.release(session, 0, std::array{1U})) << "it has no lease on the cell any more";
 }
 
 TEST_P(EngineTest, NamesTheCorruptBundleAndServesItsNeighbours) {
@@ -304,18 +304,18 @@ TEST_P(EngineTest, ANewcomerGetsItsShareAsABorrowerGivesBack) {
     EXPECT_FALSE(engine.blocks_others(borrower)) << "nobody waits yet";
     ASSERT_TRUE(engine.acquire(newcomer, 0, numbers(50, 70), 1));
     settle(engine);
-    EXPECT_EQ(count(newcomer, ring::GRANTED), 3U) << "what was never lent";
-    EXPECT_EQ(count(newcomer, ring::REFUSED), 0U) << "a share is waited for";
+    EXPECT_EQ(count(newcomer, ring::GRANTED), 3U) << "the slots that are never lent";
+    EXPECT_EQ(count(newcomer, ring::REFUSED), 0U) << "within its share it waits";
     EXPECT_TRUE(engine.waiting());
     EXPECT_TRUE(engine.blocks_others(borrower));
     EXPECT_FALSE(engine.blocks_others(newcomer));
 
     borrower.answers.clear();
     ASSERT_TRUE(engine.acquire(borrower, 0, numbers(80, 84), 2));
-    EXPECT_EQ(count(borrower, ring::REFUSED), 4U) << "it is above its limit: an answer at once";
+    EXPECT_EQ(count(borrower, ring::REFUSED), 4U) << "it is above its limit, so it is answered at once";
     ASSERT_TRUE(engine.release(borrower, 0, numbers(0, 10)));
     settle(engine);
-    EXPECT_EQ(count(newcomer, ring::GRANTED), 13U) << "in part, as it comes";
+    EXPECT_EQ(count(newcomer, ring::GRANTED), 13U) << "cells are granted as slots become free";
     ASSERT_TRUE(engine.release(borrower, 0, numbers(10, 47)));
     settle(engine);
     EXPECT_EQ(count(newcomer, ring::GRANTED), 20U);
@@ -330,7 +330,7 @@ TEST_P(EngineTest, ANewcomerGetsItsShareAsABorrowerGivesBack) {
     EXPECT_EQ(borrower.lease_limit, 47U);
 }
 
-TEST_P(EngineTest, NothingIsLentWhileSomebodyWaits) {
+TEST_P(EngineTest, NothingIsLentWhileASessionWaits) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
     const uint32_t model = engine.models().add(flash.spec, false);
@@ -342,14 +342,14 @@ TEST_P(EngineTest, NothingIsLentWhileSomebodyWaits) {
     ASSERT_TRUE(engine.acquire(waiting, 0, numbers(50, 58), 1));
     ASSERT_TRUE(engine.acquire(third, 0, numbers(0, 4), 1));
     settle(engine);
-    EXPECT_EQ(count(third, ring::GRANTED), 2U) << "its share: cells that are there";
-    EXPECT_EQ(count(third, ring::REFUSED), 2U) << "to lease them would keep them from those who wait";
+    EXPECT_EQ(count(third, ring::GRANTED), 2U) << "its share, of cells that are in the pool";
+    EXPECT_EQ(count(third, ring::REFUSED), 2U) << "leases on them would keep slots from the session that waits";
     ASSERT_TRUE(engine.release(large, 0, numbers(0, 46)));
     settle(engine);
     EXPECT_EQ(count(waiting, ring::GRANTED), 8U);
 }
 
-// Clients with windows: each waits for its answers, and lets its window go when it is refused or at its limit.
+// Clients with windows. Each waits for its answers, and gives its window back when it is refused or reaches its limit.
 struct Clients {
     struct Client {
         std::set<uint32_t> held;
@@ -366,7 +366,7 @@ struct Clients {
 
     void ask(Recorder& session, Client& client) {
         if (!client.asked.empty()) return;
-        if (client.held.size() + 12 > session.lease_limit) let_go(session, client);  // also when it fell
+        if (client.held.size() + 12 > session.lease_limit) let_go(session, client);  // also when the limit fell
         for (uint32_t count = session.lease_limit - session.held_cells; count > 0; count--) {
             const uint32_t cell = random() % 1000;
             if (client.held.contains(cell) || !client.asked.insert(cell).second) continue;
@@ -387,7 +387,7 @@ struct Clients {
     }
 };
 
-TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
+TEST_P(EngineTest, BorrowersThatObeyTheirLimitsBlockNobody) {
     FlashModel flash(1, 4000);
     Engine engine(dram_for(flash, 64), *reader, verifier);
     const uint32_t model = engine.models().add(flash.spec, false);
@@ -415,7 +415,7 @@ TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
         }
         ASSERT_LE(limits, 64U);
     }
-    EXPECT_GT(waited, 10U) << "else this shows nothing";
+    EXPECT_GT(waited, 10U) << "otherwise the test shows nothing";
     for (int round = 0; round < 3; round++) {
         for (auto& [session, client] : clients.all) {
             clients.let_go(*session, client);
@@ -427,7 +427,7 @@ TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
     for (auto& [session, client] : clients.all) EXPECT_TRUE(client.asked.empty());
 }
 
-TEST_P(EngineTest, TakesWhatAnIdleModelHasLeftForThoseWhoBorrow) {
+TEST_P(EngineTest, TakesTheMemoryOfAnIdleModelForBorrowers) {
     FlashModel first(1, 400, "first");
     FlashModel second(1, 400, "second");
     Engine engine(dram_for(second, 60) + 8 * (first.spec.checksums.size() + 30'000), *reader, verifier);
@@ -484,7 +484,7 @@ TEST_P(EngineTest, PrefetchesWithoutLeases) {
     settle(engine);
     EXPECT_EQ(session.held_cells, 0U);
     ASSERT_TRUE(engine.acquire(session, 0, std::array{5U, 8U}, 1));
-    EXPECT_EQ(session.answers.size(), 2U) << "both are there";
+    EXPECT_EQ(session.answers.size(), 2U) << "both are in the pool";
     EXPECT_EQ(engine.model(0).counts.hits, 2U);
 }
 

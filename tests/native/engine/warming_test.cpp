@@ -1,4 +1,4 @@
-// What is hot comes back by itself, and stands in nobody's way.
+// Hot cells are read in the background, and are in the way of no session.
 #include <gtest/gtest.h>
 
 #include <numeric>
@@ -36,7 +36,7 @@ struct WarmingTest : testing::Test {
 
     uint64_t dram_for(uint32_t slots) const { return minimum_dram_bytes(flash.spec) + slots * uint64_t{4096}; }
 
-    // Each `every`-th cell is hot, the others are not; the later the hotter.
+    // Each `every`-th cell is hot, and later ones are hotter. The other cells are cold.
     static std::vector<Hotness> each(uint32_t every) {
         std::vector<Hotness> hotness(CELLS);
         for (uint32_t cell = 0; cell < CELLS; cell += every) hotness[cell] = static_cast<Hotness>(20 + cell / 4);
@@ -53,7 +53,7 @@ struct WarmingTest : testing::Test {
     }
 };
 
-TEST_F(WarmingTest, WhatIsHotIsReadWhenTheFirstSessionOpens) {
+TEST_F(WarmingTest, HotCellsAreReadWhenTheFirstSessionOpens) {
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.models().add(flash.spec, false);
     engine.models().seed(0, each(5));
@@ -67,7 +67,7 @@ TEST_F(WarmingTest, WhatIsHotIsReadWhenTheFirstSessionOpens) {
     EXPECT_EQ(engine.model(0).pool->busy(), 0U);
 }
 
-TEST_F(WarmingTest, ItTakesFreeSlotsOnlyTheHottestFirst) {
+TEST_F(WarmingTest, ItTakesOnlyFreeSlotsForTheHottestCellsFirst) {
     Engine engine(dram_for(60), *reader, verifier);
     engine.models().add(flash.spec, false);
     engine.models().seed(0, each(2));
@@ -80,7 +80,7 @@ TEST_F(WarmingTest, ItTakesFreeSlotsOnlyTheHottestFirst) {
     for (uint32_t cell = CELLS - 100; cell < CELLS; cell += 2) EXPECT_TRUE(engine.model(0).pool->find(cell)) << cell;
 }
 
-TEST_F(WarmingTest, WhatWasInThePoolComesBeforeWhatIsHotter) {
+TEST_F(WarmingTest, CellsThatWereInThePoolComeBeforeHotterOnes) {
     Engine engine(dram_for(20), *reader, verifier);
     engine.models().add(flash.spec, false);
     std::vector<Hotness> hotness(CELLS, HOTNESS_MAX);
@@ -92,7 +92,7 @@ TEST_F(WarmingTest, WhatWasInThePoolComesBeforeWhatIsHotter) {
     for (uint32_t cell = 3; cell < CELLS; cell += 20) EXPECT_TRUE(engine.model(0).pool->find(cell)) << cell;
 }
 
-TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
+TEST_F(WarmingTest, ItStartsNoReadWhileASessionReadsAndReadsLittleAtATime) {
     FlashModel wide(1, CELLS, "wide", 16384);
     wide.spec.bundles_per_cell = 1;
     wide.spec.layers[0].cells = wide.spec.layers[0].neurons = CELLS / 16;
@@ -106,11 +106,11 @@ TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
     Session& session = engine.open(std::make_unique<Counter>(0, CELLS / 16, 4, true));
     EXPECT_TRUE(engine.acquire(session, 0, std::array{3U}, 0));
     engine.step();
-    EXPECT_EQ(engine.model(0).counts.read_bytes, 16384U) << "the session's own cell, alone";
+    EXPECT_EQ(engine.model(0).counts.read_bytes, 16384U) << "only the session's own cell";
     uint64_t before = 16384;
     while (engine.step() || engine.reading()) {
         const uint64_t now = engine.model(0).counts.read_bytes;
-        EXPECT_LE(now - before, WARM_BYTES_MAX + GAP_BYTES_MAX) << "the cell that is there is read through";
+        EXPECT_LE(now - before, WARM_BYTES_MAX + GAP_BYTES_MAX) << "the gap is the cell that is in the pool";
         before = now;
     }
     EXPECT_EQ(engine.model(0).pool->filled(), CELLS / 16);
@@ -155,7 +155,7 @@ TEST_F(WarmingTest, AnotherModelGetsTheMemoryThatWarmCellsFill) {
     EXPECT_EQ(session.grants, wanted.size());
 }
 
-TEST_F(WarmingTest, ACorruptCellDoesNotStayAndIsAnErrorForWhoWantsIt) {
+TEST_F(WarmingTest, ACorruptCellIsDroppedAndFailsForASessionThatWantsIt) {
     flip_byte(flash.spec.bundles_path, flash.offset(0, 5 * 4));
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.models().add(flash.spec, false);
@@ -168,7 +168,7 @@ TEST_F(WarmingTest, ACorruptCellDoesNotStayAndIsAnErrorForWhoWantsIt) {
     EXPECT_EQ(session.corrupt, 1U);
 }
 
-TEST_F(WarmingTest, AModelThatWasLetGoComesBackAsWarmAsItWas) {
+TEST_F(WarmingTest, AModelThatIsActivatedAgainIsAsWarmAsItWas) {
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.models().add(flash.spec, false);
     FlashModel large(1, 3 * CELLS, "large");
@@ -190,7 +190,7 @@ TEST_F(WarmingTest, AModelThatWasLetGoComesBackAsWarmAsItWas) {
     EXPECT_EQ(engine.model(0).counts.misses, misses);
 }
 
-TEST_F(WarmingTest, NothingIsReadBackWhenToldNotTo) {
+TEST_F(WarmingTest, NothingIsReadWithoutWarming) {
     Engine engine(dram_for(CELLS), *reader, verifier, false, false);
     engine.models().add(flash.spec, false);
     engine.models().seed(0, each(5));
@@ -199,7 +199,7 @@ TEST_F(WarmingTest, NothingIsReadBackWhenToldNotTo) {
     EXPECT_EQ(engine.model(0).counts.reads, 0U);
 }
 
-TEST_F(WarmingTest, AnExpectationOfOtherCellsIsRefused) {
+TEST_F(WarmingTest, SeedsOfAnotherNumberOfCellsAreRefused) {
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.models().add(flash.spec, false);
     EXPECT_THROW(engine.models().seed(0, std::vector<Hotness>(CELLS - 1)), std::invalid_argument);

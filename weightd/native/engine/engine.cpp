@@ -6,8 +6,8 @@
 
 namespace weightd {
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
-    : reader_(reader), loader_(reader, verifier, unbundled), warms_(warms), models_(dram_bytes, reader) {}
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool warms)
+    : reader_(reader), loader_(reader, verifier), warms_(warms), models_(dram_bytes, reader) {}
 
 // ---- sessions ----
 

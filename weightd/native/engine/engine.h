@@ -25,8 +25,8 @@ namespace weightd {
 
 class Engine {
   public:
-    // `unbundled`: see Loader. `warms`: whether a model's hot cells are read after its activation (warming.h).
-    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false, bool warms = true);
+    // `warms`: whether a model's hot cells are read after its activation (warming.h).
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool warms = true);
 
     // The models and their memory.
     Models& models() { return models_; }

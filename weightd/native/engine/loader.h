@@ -49,8 +49,8 @@ struct LoadCounts {
 // The time during which at least one of a model's reads is under way.
 class ReadingTime {
   public:
-    void started(uint64_t reads);
-    void ended();  // one read
+    void started();  // one read
+    void ended();
     double seconds() const;
 
   private:
@@ -76,10 +76,7 @@ struct DeviceUse {  // by one model
 
 class Loader {
   public:
-    // `unbundled`: to measure what bundling brings, each part of a bundle is read by a request of its own and
-    // neighbours are not merged. Needs models whose parts are whole blocks.
-    Loader(Reader& reader, Verifier& verifier, bool unbundled)
-        : reader_(reader), verifier_(verifier), unbundled_(unbundled) {}
+    Loader(Reader& reader, Verifier& verifier) : reader_(reader), verifier_(verifier) {}
     // Starts to read each cell into its place. Returns what that costs the device.
     LoadCounts load(const Source& source, std::vector<Missing> cells);
     // Adds what has been read and checked, or has failed twice, since the last call. Never blocks.
@@ -95,14 +92,11 @@ class Loader {
         Source source;
         std::vector<Missing> cells;  // neighbours on flash, apart from gaps
         bool second_try = false;
-        uint32_t reads_left = 1;
-        int error = 0;  // of one of its reads
         uint64_t gaps_bytes = 0;
         std::unique_ptr<Gap> gap{};  // where gaps are read to; its content is never used
     };
     bool joins(const Flight& flight, const Missing& missing) const;
     void join(Flight& flight, const Missing& missing);
-    void add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const;
     Read read_of(const Flight& flight, uint64_t tag) const;
     Job job_of(const Flight& flight, uint64_t tag) const;
     void start(std::vector<Flight> flights);
@@ -112,7 +106,6 @@ class Loader {
 
     Reader& reader_;
     Verifier& verifier_;
-    bool unbundled_;
     std::unordered_map<uint32_t, DeviceUse> device_;  // by model
     std::unordered_map<uint64_t, Flight> flights_;    // by tag
     uint64_t next_tag_ = 0;

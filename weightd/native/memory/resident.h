@@ -18,7 +18,6 @@ struct ReaderChoice {
     uint32_t threads;
     uint32_t depth;
     bool allow_buffered;
-    bool unbundled = false;  // bundles.bin: see Loader
     // Openers and fetches give up when the device has not answered for so long.
     std::chrono::milliseconds answer_within{30'000};
 };
