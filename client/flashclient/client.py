@@ -112,7 +112,7 @@ class FlashClient:
         opened.callback(self._turns.close)
         self.model: PreTrainedModel = self.loaded.model
         self.tokenizer: Any = self.loaded.tokenizer
-        self.clock = self.loaded.built.total.clock
+        self.clock = self.loaded.built.ffn.clock
         self._generator = Generator(self.loaded)
 
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import copy_bundles
+from flashclient.model.activations import torch_activation
 from flashclient.model.architectures import architecture_of
 from flashclient.model.build import DTYPES, resident_tensors
-from flashclient.model.ffn import ACTIVATIONS, StreamedFFN
+from flashclient.model.ffn import StreamedFFN
 from flashclient.model.loaded import LoadedModel
-from flashclient.source.border import survive
+from flashclient.source.border import retry_on_loss
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
 
@@ -78,7 +79,7 @@ class LayerWalk:
         self._model: Any = loaded.model
         self._loaded = loaded
         self._architecture = architecture_of(self._model.config)[1]
-        self._activation = ACTIVATIONS[loaded.built.activation]
+        self._activation = torch_activation(loaded.built.activation)
         self._tensors = resident_tensors(loaded.record, loaded.source.resident, DTYPES[loaded.record.bundle.dtype])
         self._layers = [_decoder_layer(self._model, layer.module) for layer in loaded.record.layers]
         self._calls: list[dict[str, Any]] = [{} for _ in self._layers]
@@ -179,6 +180,6 @@ def read_parts(loaded: LoadedModel, layer: int) -> list[Tensor]:
         for chunk in loaded.source.chunks(layer):
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
-    survive(loaded.source, copy)
+    retry_on_loss(loaded.source, copy)
     parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])
     return [parts[:, begin : begin + bundle.hidden_size] for begin in range(0, parts.shape[1], bundle.hidden_size)]

@@ -84,7 +84,7 @@ class Generator:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model = cast(Any, loaded.model)  # a module, whose generate and forward mypy takes for tensors
-        self._total = loaded.built.total
+        self._ffn = loaded.built.ffn
         self._steps = loaded.built.steps
         self._source = loaded.source
         self._drafts = Drafts(loaded.model, loaded.tokenizer)
@@ -124,7 +124,7 @@ class Generator:
             if assistant is not None:
                 given = arguments.get("generation_config")
                 ending.enter_context(drafting(assistant, arguments, given))
-            meter = Meter(self._source, self._total.clock)
+            meter = Meter(self._source, self._ffn.clock)
             ending.enter_context(self._under_way(meter, call))
             ending.enter_context(meter.watching(self._model, assistant))
             try:
@@ -158,7 +158,7 @@ class Generator:
             if self._steps is not None:
                 self._steps.end()
             if not self._meters:
-                self._total.idle()
+                self._ffn.idle()
 
     def _measured(self, meter: Meter, call: _Call, output: Any) -> Stats:
         sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)

@@ -55,7 +55,7 @@ class LoadedModel:
             try:
                 yield
             finally:
-                self.built.total.idle()
+                self.built.ffn.idle()
 
     def placement(self, layer: int) -> NDArray[np.uint32]:
         """The neuron at each position of `layer`: [neurons] uint32."""
