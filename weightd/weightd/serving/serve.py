@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 import uvloop
 
 from weightd import log
-from weightd._native import Engine
+from weightd._native import Service
 from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.gateway import listening
 from weightd.gateway.addresses import MetricsAddress
@@ -22,11 +22,11 @@ from weightd.gateway.tls import TlsCredentials
 from weightd.machine import pressure
 from weightd.machine.budget import GrowingDram, chosen_dram_bytes, chosen_floor_bytes
 from weightd.serving.config import ServeConfig, load_config
+from weightd.serving.control_plane import ControlPlane
 from weightd.serving.fetch import Fetcher
 from weightd.serving.frontend import Frontend, prepare_addresses, remove_sockets
 from weightd.serving.reload import Reloader
 from weightd.serving.served_models import ANSWER_WITHIN_S, ServedModels, demand_of
-from weightd.serving.server import WeightdService
 from weightd.serving.systemd import feed_watchdog, notify
 from weightd.sizes import format_size
 from weightd.store.device_profile import sequential_gb_per_s
@@ -78,38 +78,38 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         prepare_addresses(config, tls)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
         triggers = _pressure_triggers()
-        engine = _engine(config, dram_bytes, data_socket, triggers)
-        stack.callback(engine.close)
+        service = _service(config, dram_bytes, data_socket, triggers)
+        stack.callback(service.close)
         dram = GrowingDram(config.dram, config.dram_floor, dram_bytes, demands)
-        models = ServedModels(store, engine, dram, config.unbundled_reads, config.cold_start)
+        models = ServedModels(store, service, dram, config.unbundled_reads, config.cold_start)
         models.open_all(ANSWER_WITHIN_S)
         identities = Identities(config.store)
-        statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
-        fetcher = Fetcher(store, models, engine)
-        service = WeightdService(models, fetcher, engine, identities, data_socket, dram, statistics)
-        stack.callback(service.close)
-        service.set_rules(config.allow, config.allow_publish)
+        statistics = Statistics(service, sequential_gb_per_s(store), triggers.watched)
+        fetcher = Fetcher(store, models, service)
+        control = ControlPlane(models, fetcher, service, identities, data_socket, dram, statistics)
+        stack.callback(control.close)
+        control.set_rules(config.allow, config.allow_publish)
         if config.metrics is not None:
             stack.enter_context(_metrics(config.metrics, statistics))
         if not config.cold_start:
             stack.callback(models.remember)
         stack.callback(remove_sockets, config)
-        frontend = Frontend(config, service, tls)
+        frontend = Frontend(config, control, tls)
         stack.callback(frontend.close)
-        told = _told_to_stop(config, engine)
+        told = _told_to_stop(config, service)
         loop = asyncio.get_running_loop()
-        reloader = Reloader(config, arguments, service, tls)
+        reloader = Reloader(config, arguments, control, tls)
         loop.add_signal_handler(signal.SIGHUP, _on_hangup(had_terminal, told, reloader))
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
-        for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
+        for task in (feed_watchdog(config.service_manager, service), _remember_now_and_then(config, models)):
             stack.callback(asyncio.create_task(task).cancel)
         await frontend.start(identities)
-        _say_started(config, models, engine, dram_bytes)
+        _say_started(config, models, service, dram_bytes)
         await told.wait()
         _say_stopping(config)
         await frontend.stop()
-        if engine.failure:
-            raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
+        if service.failure:
+            raise DeviceError(f"the engine ended by a fault: {service.failure}; clients attach again to a new weightd")
 
 
 def _raise_descriptor_limit() -> None:
@@ -133,10 +133,10 @@ def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContext
     return metrics.serving(address, statistics.now)
 
 
-def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Engine:
+def _service(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Service:
     try:
         with listening.private_sockets():
-            engine = Engine(
+            service = Service(
                 dram_bytes=dram_bytes,
                 io_engine=config.io_engine,
                 io_threads=config.io_threads,
@@ -152,12 +152,12 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
             )
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
-    if engine.io_engine_note:
-        logger.info("%s", engine.io_engine_note)
-    return engine
+    if service.io_engine_note:
+        logger.info("%s", service.io_engine_note)
+    return service
 
 
-def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> None:
+def _say_started(config: ServeConfig, models: ServedModels, service: Service, dram_bytes: int) -> None:
     names = models.names()
     addresses = [address.target for address in config.listen]
     logger.info(
@@ -165,7 +165,7 @@ def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram
         config.store,
         ", ".join(names) or "no models yet",
         format_size(dram_bytes),
-        engine.io_engine,
+        service.io_engine,
         ", ".join(addresses),
         extra={"fields": {"models": names, "dram_bytes": dram_bytes, "listen": addresses}},
     )
@@ -185,7 +185,7 @@ async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> N
         pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
 
 
-def _told_to_stop(config: ServeConfig, engine: Engine) -> asyncio.Event:
+def _told_to_stop(config: ServeConfig, service: Service) -> asyncio.Event:
     """What SIGTERM, SIGINT, the owner's end and a fault of the engine set."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -193,7 +193,7 @@ def _told_to_stop(config: ServeConfig, engine: Engine) -> asyncio.Event:
         loop.add_signal_handler(number, told.set)
     if config.owner_fd is not None:
         _watch_owner(loop, config.owner_fd, told)
-    _watch_engine(loop, engine, told)
+    _watch_service(loop, service, told)
     return told
 
 
@@ -218,12 +218,12 @@ def _on_hangup(had_terminal: bool, told: asyncio.Event, reloader: Reloader) -> C
     return hangup
 
 
-def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:
+def _watch_service(loop: asyncio.AbstractEventLoop, service: Service, told: asyncio.Event) -> None:
     def has_failed() -> None:
-        loop.remove_reader(engine.failed_fd)
+        loop.remove_reader(service.failed_fd)
         told.set()
 
-    loop.add_reader(engine.failed_fd, has_failed)
+    loop.add_reader(service.failed_fd, has_failed)
 
 
 def _watch_owner(loop: asyncio.AbstractEventLoop, descriptor: int, told: asyncio.Event) -> None:
