@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from flashclient._native import copy_bundles
 from flashclient.client import FlashClient
+from flashclient.model.activations import torch_activation
 from flashclient.model.architectures import architecture_of, install
 from flashclient.model.build import DTYPES, resident_tensors
-from flashclient.model.ffn import ACTIVATIONS
-from flashclient.source.border import BundleSource, survive
+from flashclient.source.border import BundleSource, retry_on_loss
 from weightd_proto import weightd_pb2
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
@@ -68,7 +68,7 @@ class LayerWalk:
         self.record = client.record
         self._client = client
         self._architecture = architecture_of(self._model.config)[1]
-        self._activation = ACTIVATIONS[client.activation]
+        self._activation = torch_activation(client.activation)
         dtype = DTYPES[self.record.bundle.dtype]
         self._tensors = resident_tensors(self.record, client.source.resident, dtype)
         self._layers = [_decoder_layer(self._model, layer.module) for layer in self.record.layers]
@@ -169,6 +169,6 @@ def read_parts(source: BundleSource, record: weightd_pb2.Model, layer: int) -> l
         for chunk in source.chunks(layer):
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
-    survive(source, copy)
+    retry_on_loss(source, copy)
     parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])
     return [parts[:, begin : begin + bundle.hidden_size] for begin in range(0, parts.shape[1], bundle.hidden_size)]

@@ -8,18 +8,15 @@
 #include <cstdint>
 #include <string>
 
+#include "kernels/activation.h"
 #include "kernels/kernels.h"
 #include "kernels/workers.h"
 
 namespace flashclient {
 
-// relu_squared: relu(v)^2 (Persimmon). fatrelu: v above a threshold, else 0 (ProSparse, arXiv 2402.13516). gated_relu:
-// relu of gate and of up (dReLU: TurboSparse, arXiv 2406.05955; Bamboo).
-enum class Activation { relu, relu_squared, fatrelu, silu, gelu, gelu_tanh, gated_relu };
-
 struct FfnShape {
     Dtype dtype;
-    std::size_t hidden;  // elements of a row
+    size_t hidden;  // elements of a row
     bool gated;
     Activation activation;
     float threshold = 0.0f;  // of fatrelu
@@ -27,10 +24,10 @@ struct FfnShape {
 
 // A list of neurons, in the order of their sum, and which rows of x want each.
 struct Neurons {
-    const std::uint64_t* bundles;              // addresses, read in place
-    const float* bias = nullptr;               // by entry of the list; null: none
-    const std::uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
-    std::size_t mask_stride = 0;  // between the masks of one group of kTokensMax rows and those of the next
+    const uint64_t* bundles;              // addresses, read in place
+    const float* bias = nullptr;          // by entry of the list; null: none
+    const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
+    size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
 };
 
 // The output's bits depend on the order of the list only: not on how it is cut into chunks, on the order in which
@@ -42,32 +39,29 @@ class Ffn {
     Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
 
     // h[entry][t] for the `count` entries that `index` names, or for the first `count` of the list where it is null.
-    // x: [tokens, hidden] fp32, at most kTokensMax tokens; h: [list, tokens]. 0 where row t does not want the entry; an
+    // x: [tokens, hidden] fp32, at most TOKENS_MAX tokens; h: [list, tokens]. 0 where row t does not want the entry; an
     // entry that no row wants is not read, nor is the up row of one whose gate is closed to all.
-    void fire(const Neurons& list, const std::uint32_t* index, std::size_t count, const float* x, std::size_t tokens,
-              float* h) const;
+    void fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens, float* h) const;
 
     // y[t] += h[entry][t] * down[entry], entries rising. The column of an entry whose h is 0 for all tokens is not
     // read.
-    void accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens,
-                    float* y) const;
+    void accumulate(const uint64_t* bundles, size_t count, const float* h, size_t tokens, float* y) const;
 
     // Both at once, for the whole list of `count` entries and any number of tokens.
-    void add_rows(const Neurons& list, std::size_t count, const float* x, std::size_t tokens, float* y) const;
+    void add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const;
 
     const FfnShape& shape() const { return shape_; }
-    std::size_t parts() const { return shape_.gated ? 3 : 2; }
-    std::size_t bundle_bytes() const { return parts() * shape_.hidden * bytes_of(shape_.dtype); }
+    size_t parts() const { return shape_.gated ? 3 : 2; }
+    size_t bundle_bytes() const { return parts() * shape_.hidden * bytes_of(shape_.dtype); }
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:
     struct Group;    // of neurons that one thread fires together
     struct Scratch;  // of a thread that adds rows
     static Scratch& scratch_of_thread();
-    const char* row(std::uint64_t bundle, std::size_t part) const;
-    void fire_group(const Group& group, const Neurons& list, const float* x, std::size_t tokens, float* h) const;
-    void open_gate(const Group& group, const std::uint64_t* bundles, const float* x, std::size_t tokens,
-                   float* h) const;
+    const char* row(uint64_t bundle, size_t part) const;
+    void fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
+    void open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const;
 
     Workers& workers_;
     FfnShape shape_;
