@@ -20,11 +20,11 @@ from tiny_store import write_model
 
 from flashclient.errors import CalibrationError
 from flashclient.model.predictor_file import read_predictors
-from weightd._native import Service
+from weightd._native import EngineThread
 from weightd.errors import DeviceError, SpaceError, StoreError, UsageError
 from weightd.machine.pressure import Triggers
 from weightd.serving.config import load_config
-from weightd.serving.serve import _service
+from weightd.serving.serve import _engine
 from weightd.serving.served_models import _open, demand_of
 from weightd.store.catalog import _parsed
 from weightd.store.store import CATALOG_FILE, CHECKSUMS, PLACEMENT, Store
@@ -58,12 +58,12 @@ def calibration_file(data: bytes) -> None:
 
 
 @cache
-def _served() -> tuple[Store, Service]:
+def _served() -> tuple[Store, EngineThread]:
     """A store with one model, and an engine that opens models of it."""
     write_model(folder() / "store")
     config = load_config(["--store", str(folder() / "store"), "--io-engine", "threads", "--allow-buffered"])
-    service = _service(config, 1 << 30, str(folder() / "data"), Triggers())
-    return Store.open(folder() / "store", readonly=True), service
+    engine = _engine(config, 1 << 30, str(folder() / "data"), Triggers())
+    return Store.open(folder() / "store", readonly=True), engine
 
 
 def stop() -> None:
@@ -75,14 +75,14 @@ def stop() -> None:
 
 def catalog_record(data: bytes) -> None:
     """The record of a model as a store of format 1 may hold it: with nothing that vouches for it."""
-    store, service = _served()
+    store, engine = _served()
     with suppress(StoreError, DeviceError, SpaceError):
         record = _parsed(data)
         record.name = "tiny"
         demand_of(record)
-        served = _open(store, service, record)
+        served = _open(store, engine, record)
         with suppress(MemoryError, OSError, RuntimeError):  # what the server turns into statuses
-            service.open_session(served.number, 2, -1)
+            engine.open_session(served.number, 2, -1)
 
 
 @cache

@@ -1,6 +1,6 @@
 #include "service/report.h"
 
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -32,7 +32,7 @@ ModelReport report_of(const Engine& engine, const Model& state) {
     return report;
 }
 
-Report Service::report() {
+Report EngineThread::report() {
     return on_loop([&] {
         const Memory& memory = engine_->memory();
         Report report;
@@ -43,7 +43,8 @@ Report Service::report() {
         report.sessions = static_cast<uint32_t>(rings_.size());
         report.uptime_s = seconds_since(started_);
         report.read_queue = engine_->read_queue();
-        report.memory_pressure = {engine_->pressed(), engine_->target_bytes(), engine_->floor_bytes(), pressure_signals_};
+        report.memory_pressure = {engine_->pressed(), engine_->target_bytes(), engine_->floor_bytes(),
+                                  pressure_signals_};
         for (const auto& state : engine_->models()) report.models.push_back(report_of(*engine_, *state));
         for (const auto& [id, ring] : rings_) {
             report.attached.push_back(report_of(*ring, engine_->model(ring->model).spec));

@@ -1,5 +1,5 @@
-// The daemon's statistics, before Python makes proto/weightd.proto's StatsResponse of them. Counters count from the start.
-// each_field names every value as proto does; nothing on the way from here to there names it again.
+// The daemon's statistics, before Python makes proto/weightd.proto's StatsResponse of them. Counters count from the
+// start. each_field names every value as proto does; nothing on the way from here to there names it again.
 #pragma once
 
 #include <sys/types.h>

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 from weightd import _native
-from weightd._native import Service
+from weightd._native import EngineThread
 from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.gateway.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.gateway.identity import Context, Identities
@@ -44,7 +44,7 @@ class ControlPlane:
         self,
         models: ServedModels,
         fetcher: Fetcher,
-        service: Service,
+        engine: EngineThread,
         identities: Identities,
         data_socket: str,
         dram: GrowingDram,
@@ -52,7 +52,7 @@ class ControlPlane:
     ) -> None:
         self._models = models
         self._fetcher = fetcher
-        self._service = service
+        self._engine = engine
         self._identities = identities
         self._allow: Rules = ()
         self._allow_publish: Rules = ()
@@ -68,7 +68,7 @@ class ControlPlane:
     def close(self) -> None:
         """Ends the engine; calls still in it are answered with UNAVAILABLE."""
         self._stopping = True
-        self._service.close()
+        self._engine.close()
         for threads in (self._workers, self._askers, self._fetchers):
             threads.shutdown()
 
@@ -200,7 +200,7 @@ class ControlPlane:
     def _open_session(self, served: ServedModel, slots_wanted: int, caller: Caller) -> tuple[bytes, int]:
         user_id = ANYBODY if caller.user_id is None else caller.user_id
         try:
-            token, share = self._service.open_session(served.number, slots_wanted, user_id)
+            token, share = self._engine.open_session(served.number, slots_wanted, user_id)
         except _native.CorruptResident as error:
             raise CorruptionError(str(error)) from error
         return token, share

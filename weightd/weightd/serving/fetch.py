@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import Service
+from weightd._native import EngineThread
 from weightd.errors import CorruptionError, LimitError, RequestError
 from weightd.serving.served_models import ServedModel, ServedModels
 from weightd.store.calibration import calibration_path
@@ -56,10 +56,10 @@ class Positions:
 class Fetcher:
     """Answers Fetch calls from the engine and the store."""
 
-    def __init__(self, store: Store, models: ServedModels, service: Service) -> None:
+    def __init__(self, store: Store, models: ServedModels, engine: EngineThread) -> None:
         self._store = store
         self._models = models
-        self._service = service
+        self._engine = engine
 
     def answers(self, served: ServedModel, request: weightd_pb2.FetchRequest) -> Iterator[bytes]:
         """The data of each response, in order. RequestError at once when something asked for is not there.
@@ -112,7 +112,7 @@ class Fetcher:
         layout = served.record.bundle
         cells, which = np.unique(positions // np.uint32(layout.bundles_per_cell), return_inverse=True)
         try:
-            data = self._service.fetch(served.number, layer, cells, layout.cell_bytes)
+            data = self._engine.fetch(served.number, layer, cells, layout.cell_bytes)
         except _native.CorruptBundle as error:
             position = error.position
             if error.error:  # a cell: name what was asked for in it
@@ -137,7 +137,7 @@ class Fetcher:
         for first in range(offset, offset + size, DATA_BYTES_MAX):
             part = min(DATA_BYTES_MAX, offset + size - first)
             try:
-                yield self._service.fetch_resident(served.number, first, part)
+                yield self._engine.fetch_resident(served.number, first, part)
             except _native.CorruptResident as error:
                 raise CorruptionError(str(error)) from error
 

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 import uvloop
 
 from weightd import log
-from weightd._native import Service
+from weightd._native import EngineOptions, EngineThread
 from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.gateway import listening
 from weightd.gateway.addresses import MetricsAddress
@@ -78,15 +78,15 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         prepare_addresses(config, tls)
         data_socket = str(stack.enter_context(listening.data_socket(config.listen)))
         triggers = _pressure_triggers()
-        service = _service(config, dram_bytes, data_socket, triggers)
-        stack.callback(service.close)
+        engine = _engine(config, dram_bytes, data_socket, triggers)
+        stack.callback(engine.close)
         dram = GrowingDram(config.dram, config.dram_floor, dram_bytes, demands)
-        models = ServedModels(store, service, dram, config.unbundled_reads, config.cold_start)
+        models = ServedModels(store, engine, dram, config.cold_start)
         models.open_all(ANSWER_WITHIN_S)
         identities = Identities(config.store)
-        statistics = Statistics(service, sequential_gb_per_s(store), triggers.watched)
-        fetcher = Fetcher(store, models, service)
-        control = ControlPlane(models, fetcher, service, identities, data_socket, dram, statistics)
+        statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
+        fetcher = Fetcher(store, models, engine)
+        control = ControlPlane(models, fetcher, engine, identities, data_socket, dram, statistics)
         stack.callback(control.close)
         control.set_rules(config.allow, config.allow_publish)
         if config.metrics is not None:
@@ -96,20 +96,20 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         stack.callback(remove_sockets, config)
         frontend = Frontend(config, control, tls)
         stack.callback(frontend.close)
-        told = _told_to_stop(config, service)
+        told = _told_to_stop(config, engine)
         loop = asyncio.get_running_loop()
         reloader = Reloader(config, arguments, control, tls)
         loop.add_signal_handler(signal.SIGHUP, _on_hangup(had_terminal, told, reloader))
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
-        for task in (feed_watchdog(config.service_manager, service), _remember_now_and_then(config, models)):
+        for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
             stack.callback(asyncio.create_task(task).cancel)
         await frontend.start(identities)
-        _say_started(config, models, service, dram_bytes)
+        _say_started(config, models, engine, dram_bytes)
         await told.wait()
         _say_stopping(config)
         await frontend.stop()
-        if service.failure:
-            raise DeviceError(f"the engine ended by a fault: {service.failure}; clients attach again to a new weightd")
+        if engine.failure:
+            raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
 
 
 def _raise_descriptor_limit() -> None:
@@ -133,16 +133,15 @@ def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContext
     return metrics.serving(address, statistics.now)
 
 
-def _service(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Service:
+def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> EngineThread:
     try:
         with listening.private_sockets():
-            service = Service(
+            options = EngineOptions.make(
                 dram_bytes=dram_bytes,
                 io_engine=config.io_engine,
                 io_threads=config.io_threads,
                 io_depth=config.io_depth,
                 allow_buffered=config.allow_buffered,
-                unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
                 warms=not config.cold_start,
                 dram_floor_bytes=chosen_floor_bytes(config.dram_floor, dram_bytes),
@@ -150,14 +149,15 @@ def _service(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: p
                 cgroup_pressure_fd=triggers.cgroup_fd,
                 answer_within_s=ANSWER_WITHIN_S,
             )
+            engine = EngineThread(options)
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
-    if service.io_engine_note:
-        logger.info("%s", service.io_engine_note)
-    return service
+    if engine.io_engine_note:
+        logger.info("%s", engine.io_engine_note)
+    return engine
 
 
-def _say_started(config: ServeConfig, models: ServedModels, service: Service, dram_bytes: int) -> None:
+def _say_started(config: ServeConfig, models: ServedModels, engine: EngineThread, dram_bytes: int) -> None:
     names = models.names()
     addresses = [address.target for address in config.listen]
     logger.info(
@@ -165,7 +165,7 @@ def _say_started(config: ServeConfig, models: ServedModels, service: Service, dr
         config.store,
         ", ".join(names) or "no models yet",
         format_size(dram_bytes),
-        service.io_engine,
+        engine.io_engine,
         ", ".join(addresses),
         extra={"fields": {"models": names, "dram_bytes": dram_bytes, "listen": addresses}},
     )
@@ -185,7 +185,7 @@ async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> N
         pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
 
 
-def _told_to_stop(config: ServeConfig, service: Service) -> asyncio.Event:
+def _told_to_stop(config: ServeConfig, engine: EngineThread) -> asyncio.Event:
     """What SIGTERM, SIGINT, the owner's end and a fault of the engine set."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -193,7 +193,7 @@ def _told_to_stop(config: ServeConfig, service: Service) -> asyncio.Event:
         loop.add_signal_handler(number, told.set)
     if config.owner_fd is not None:
         _watch_owner(loop, config.owner_fd, told)
-    _watch_service(loop, service, told)
+    _watch_engine(loop, engine, told)
     return told
 
 
@@ -218,12 +218,12 @@ def _on_hangup(had_terminal: bool, told: asyncio.Event, reloader: Reloader) -> C
     return hangup
 
 
-def _watch_service(loop: asyncio.AbstractEventLoop, service: Service, told: asyncio.Event) -> None:
+def _watch_engine(loop: asyncio.AbstractEventLoop, engine: EngineThread, told: asyncio.Event) -> None:
     def has_failed() -> None:
-        loop.remove_reader(service.failed_fd)
+        loop.remove_reader(engine.failed_fd)
         told.set()
 
-    loop.add_reader(service.failed_fd, has_failed)
+    loop.add_reader(engine.failed_fd, has_failed)
 
 
 def _watch_owner(loop: asyncio.AbstractEventLoop, descriptor: int, told: asyncio.Event) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import ModelSpec, Service
+from weightd._native import EngineThread, ModelSpec
 from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.machine.budget import GrowingDram, ModelDemand
 from weightd.sizes import round_up
@@ -57,17 +57,14 @@ class ServedModels:
     def __init__(
         self,
         store: Store,
-        service: Service,
+        engine: EngineThread,
         dram: GrowingDram,
-        unbundled_reads: bool = False,
         cold_start: bool = False,
     ) -> None:
-        """`unbundled_reads`: models are refused whose bundles the engine could not read so. `cold_start`: the engine is
-        told nothing of what is hot."""
+        """`cold_start`: the engine is told nothing of what is hot."""
         self._store = store
-        self._service = service
+        self._engine = engine
         self._dram = dram
-        self._unbundled_reads = unbundled_reads
         self._cold_start = cold_start
         self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is asked
         self._opened: dict[str, ServedModel] = {}
@@ -132,13 +129,11 @@ class ServedModels:
             if served is not None:
                 return served
             record = self._store.model(name)
-            if self._unbundled_reads:
-                _require_whole_parts(record)
             check_files(self._store, record)
-            self._service.raise_dram(*self._dram.with_model(demand_of(record)))
-            served = _open(self._store, self._service, record)
+            self._engine.raise_dram(*self._dram.with_model(demand_of(record)))
+            served = _open(self._store, self._engine, record)
             self._seed(served.number, known_hotness(self._store, record))
-            self._remembered[name] = _checksum(self._service.hotness(served.number))
+            self._remembered[name] = _checksum(self._engine.hotness(served.number))
             with self._lock:
                 self._opened[name] = served
             return served
@@ -159,14 +154,14 @@ class ServedModels:
             record = self._store.model(served.record.name)
             with self._lock:
                 self._opened[record.name] = ServedModel(record, served.number)
-            _offer_predictors(self._store, self._service, record, served.number)
+            _offer_predictors(self._store, self._engine, record, served.number)
             self._seed(served.number, calibrated_hotness(self._store, record))
             remove_old(self._store, record)
         return calibration
 
     def _seed(self, number: int, hotness: Hotness | None) -> None:
         if hotness is not None and not self._cold_start:
-            self._service.seed(number, hotness)
+            self._engine.seed(number, hotness)
 
     def remember(self) -> None:
         """Writes down what pools have learned of which cells are hot, where that is new: a byte a cell."""
@@ -175,7 +170,7 @@ class ServedModels:
         for served in opened:
             name = served.record.name
             try:
-                hotness = self._service.hotness(served.number)
+                hotness = self._engine.hotness(served.number)
                 if _checksum(hotness) != self._remembered[name]:
                     self._store.catalog.set_hotness(name, hotness)
                     self._remembered[name] = _checksum(hotness)
@@ -204,20 +199,10 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     predictors = predictors_of(model.calibration)
     predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
     resident_bytes = model.resident_file_bytes + predictors_bytes
-    minimum_bytes = Service.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
+    minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
     bundles_bytes = cells * cell_bytes
     calibration_bytes = bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
-
-
-def _require_whole_parts(model: weightd_pb2.Model) -> None:
-    bundle = model.bundle
-    part_bytes = bundle.bundle_bytes // len(bundle.parts)
-    if bundle.bundles_per_cell != 1 or part_bytes % bundle.block_bytes:
-        raise StoreError(
-            f"--unbundled-reads cannot serve {model.name!r}: a part of its bundles has {part_bytes} bytes, which is no "
-            f"multiple of the block of {bundle.block_bytes}; serve a store of models with wider layers"
-        )
 
 
 def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
@@ -232,7 +217,6 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
         stride_bytes=bundle.stride_bytes,
         bundle_bytes=bundle.bundle_bytes,
         bundles_per_cell=bundle.bundles_per_cell,
-        bundle_parts=len(bundle.parts),
         layer_offsets=[layer.offset_bytes for layer in record.layers],
         layer_neurons=[layer.neurons for layer in record.layers],
         layer_cells=[layer.cells for layer in record.layers],
@@ -241,25 +225,25 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
     )
 
 
-def _open(store: Store, service: Service, record: weightd_pb2.Model) -> ServedModel:
+def _open(store: Store, engine: EngineThread, record: weightd_pb2.Model) -> ServedModel:
     try:
-        number = service.add_model(model_spec(store, record))
+        number = engine.add_model(model_spec(store, record))
     except OSError as error:
         raise DeviceError(f"cannot open model {record.name!r} for direct reading: {error}{_advice(error)}") from error
     except ValueError as error:
         raise StoreError(f"{error}; `weightd verify` tells more, importing again helps") from error
     except MemoryError as error:
         raise SpaceError(str(error)) from error
-    _offer_predictors(store, service, record, number)
+    _offer_predictors(store, engine, record, number)
     remove_old(store, record)
     return ServedModel(record, number)
 
 
-def _offer_predictors(store: Store, service: Service, record: weightd_pb2.Model, number: int) -> None:
+def _offer_predictors(store: Store, engine: EngineThread, record: weightd_pb2.Model, number: int) -> None:
     file = predictors_of(record.calibration)
     if file is not None:
         path = calibration_path(store, record.name, record.calibration.version) / file.name
-        service.set_predictors(number, str(path), file.size_bytes, file.checksum, record.calibration.version)
+        engine.set_predictors(number, str(path), file.size_bytes, file.checksum, record.calibration.version)
 
 
 def _checksum(data: bytes) -> int:
