@@ -102,7 +102,7 @@ class FlashClient:
         name, address = self._find_daemon(name, opened)
         self.connection = connection = self._connect(address)  # for calibration
         self._record = connection.describe(name)
-        self._options.check_dtype(self._record.bundle.dtype)
+        self._options.check_dtype(self._record.compute_dtype)
         window = self._options.window if self._options.predicts(self._record) else None
         self.source = source = self._open_source(connection, address)  # for calibration
         self._turns = Turns()

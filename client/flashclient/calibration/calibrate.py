@@ -36,7 +36,7 @@ from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model.build import DTYPES
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
 
@@ -113,7 +113,7 @@ class _Run:
         self._options = options
         self._sequences = sequences
         self._recall = 1 - MISSES_AIMED * (1 - options.target_recall)
-        self._dtype = DTYPES[client.record.bundle.dtype]
+        self._dtype = DTYPES[client.record.compute_dtype]
         self._hidden = [self._walk.embed(ids) for ids in sequences[:, None]]
         roles = torch.arange(len(sequences)) % ROLES
         self._tested = (roles == ROLES - 1).nonzero()[:, 0].tolist()

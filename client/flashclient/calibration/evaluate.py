@@ -23,7 +23,8 @@ from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, read_par
 from flashclient.calibration.predictor_training import PairCounts, Prediction, Rates
 from flashclient.client import FlashClient
 from flashclient.model.architectures import architecture_of
-from flashclient.model.build import DTYPES, resident_tensors
+from flashclient.model.build import resident_tensors
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
@@ -169,7 +170,7 @@ def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor
 def dense_model(client: FlashClient) -> Any:
     """transformers' own model, whole and in memory, from the client's resident tensors and bundles."""
     record, config = client.record, client.model.config
-    dtype = DTYPES[record.bundle.dtype]
+    dtype = DTYPES[record.compute_dtype]
     architecture = architecture_of(config)[1]
     state = resident_tensors(record, client.source.resident, dtype)
     for index, layer in enumerate(record.layers):
@@ -196,7 +197,9 @@ def layer_rates(client: FlashClient, predictors: list[Predictor], sequences: Ten
     hidden = [walk.embed(ids) for ids in sequences[:, None]]
     rates = []
     for index, predictor in enumerate(predictors):
-        counted = _Counted(walk.weights(index), Prediction(predictor, DTYPES[client.record.bundle.dtype]), PairCounts())
+        counted = _Counted(
+            walk.weights(index), Prediction(predictor, DTYPES[client.record.compute_dtype]), PairCounts()
+        )
         hidden = [walk.step(index, one, counted) for one in hidden]
         rates.append(counted.counts.rates())
     return rates

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from flashclient._native import copy_bundles
 from flashclient.client import FlashClient
 from flashclient.model.architectures import architecture_of, install
-from flashclient.model.build import DTYPES, resident_tensors
+from flashclient.model.build import resident_tensors
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.ffn import ACTIVATIONS
 from flashclient.source.border import BundleSource, survive
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import part_bytes
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
 
@@ -69,7 +71,7 @@ class LayerWalk:
         self._client = client
         self._architecture = architecture_of(self._model.config)[1]
         self._activation = ACTIVATIONS[client.activation]
-        dtype = DTYPES[self.record.bundle.dtype]
+        dtype = DTYPES[self.record.compute_dtype]
         self._tensors = resident_tensors(self.record, client.source.resident, dtype)
         self._layers = [_decoder_layer(self._model, layer.module) for layer in self.record.layers]
         self._ffn = _PassedFFN()
@@ -170,5 +172,5 @@ def read_parts(source: BundleSource, record: weightd_pb2.Model, layer: int) -> l
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
     survive(source, copy)
-    parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])
-    return [parts[:, begin : begin + bundle.hidden_size] for begin in range(0, parts.shape[1], bundle.hidden_size)]
+    parts = torch.split(torch.from_numpy(rows), part_bytes(bundle), dim=1)
+    return [stored.view(DTYPES[part.encoding.format]) for part, stored in zip(bundle.parts, parts, strict=True)]

@@ -73,7 +73,7 @@ class FfnBits : public testing::TestWithParam<const char*> {
 
     std::vector<float> sum(std::size_t threads, std::size_t chunk, std::size_t tokens) {
         Workers workers(threads);
-        Ffn ffn(workers, {Dtype::f32, kHidden, true, Activation::relu}, GetParam());
+        Ffn ffn(workers, {std::vector(3, weightd::plain_encoding(Dtype::f32)), kHidden, Activation::relu}, GetParam());
         const std::vector<float> x = random_floats(tokens * kHidden, 1000);
         std::vector<float> y(tokens * kHidden, 0.0f);
         for (std::size_t i = 0; i < kNeurons; i += chunk)
