@@ -92,8 +92,6 @@ def upgrade(model: Model) -> None:
     if layout.parts or not layout.old_parts:
         return
     if layout.old_dtype not in COMPUTE_DTYPES.values():
-        raise ValueError(
-            f"its bundles are of dtype {layout.old_dtype!r}, known are {', '.join(COMPUTE_DTYPES.values())}"
-        )
+        raise ValueError(f"bundles of dtype {layout.old_dtype!r}, known are {', '.join(COMPUTE_DTYPES.values())}")
     layout.parts.extend(parts_of(layout.old_parts, plain(layout.old_dtype)))
     model.compute_dtype = layout.old_dtype

@@ -1,6 +1,12 @@
-"""Files of a model that daemon and client both name."""
+"""Names of the files that daemon and client both use."""
 
 from __future__ import annotations
+
+# In the folder of a store.
+DAEMON_LOCK_FILE = "weightd.lock"  # {"pid": ..., "address": ...} of the daemon that serves the store, which locks it
+
+# In the folder of a model.
+BUNDLES_FILE = "bundles.bin"
 
 # Of a calibration; flashclient.model.predictor_file specifies their format.
 PREDICTORS_FILE = "predictors.safetensors"

@@ -35,7 +35,8 @@ from planted.plan import SHAPES
 from planted.store import PlantedStore, planted_store
 
 from flashclient.daemon.channel import Connection
-from weightd.store.store import CATALOG_FILE, DAEMON_LOCK_FILE
+from weightd.store.store import CATALOG_FILE
+from weightd_proto.files import DAEMON_LOCK_FILE
 
 TIMEOUT_S = 600.0
 SEED = 11

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from flashclient.calibration.publishing import publish
 from flashclient.daemon.channel import Connection
-from flashclient.model.predictor_file import COMPANIONS, LowRank, arrays_of, quantized, write_predictors, write_tensors
+from flashclient.model.predictor_file import LowRank, arrays_of, quantized, write_predictors, write_tensors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
@@ -63,8 +63,6 @@ def write_calibration(
         statistics[f"layers.{index}.frequency"] = tensors["frequency"][by_position].numpy()
         statistics[f"layers.{index}.predicted"] = tensors["predicted"][by_position].numpy()
         statistics[f"layers.{index}.union"] = np.array(told["union"], np.float32)
-        # Tokens are independent and directions random: no neuron has a companion.
-        statistics[f"layers.{index}.coactivation"] = np.full((len(placement), COMPANIONS), -1, np.int32)
     write_predictors(folder / PREDICTORS_FILE, predictors, model)
     write_tensors(folder / STATISTICS_FILE, statistics, model, {})
     (folder / REPORT_FILE).write_text(json.dumps(_report(plan, predictors)))

@@ -1,4 +1,4 @@
-"""Where a weightd is found: sockets in folders of any name, proxies that do not concern us, damaged lock files."""
+"""How a weightd is found: sockets in folders of any name, proxies in the environment, damaged lock files."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from daemon import free_port, refused, serving
 from tiny_store import write_model
 
 from flashclient.daemon import private as embedded
-from flashclient.daemon.address import default_address, fits_socket, parse_address
+from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
 from flashclient.daemon.private import PrivateDaemon, is_serving, serving_address
-from flashclient.errors import OptionError
 from weightd.cli import main
-from weightd.errors import StoreError, UsageError
-from weightd.gateway.addresses import default_listen, parse_listen
+from weightd.errors import StoreError
+from weightd.gateway.addresses import default_listen
 from weightd.store.store import Store
+from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
 
 
 @pytest.fixture
@@ -46,14 +46,6 @@ def test_a_socket_may_have_any_name_but_one_with_a_comma(store: Path, tmp_path: 
     assert list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("path", ["/tmp/a,b.sock", f"/tmp/{'x' * 99}", "/tmp/a\0b"])
-def test_a_path_that_no_socket_can_have_is_refused_by_both(path: str) -> None:
-    with pytest.raises(UsageError, match=r"--listen .*use another|--listen .*use a shorter one"):
-        parse_listen(f"unix:{path}")
-    with pytest.raises(OptionError, match="is no path of a socket"):
-        parse_address(f"unix:{path}")
-
-
 def test_a_long_folder_for_temporary_files_is_passed_over(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +55,7 @@ def test_a_long_folder_for_temporary_files_is_passed_over(
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     folder = embedded._socket_folder()
-    assert fits_socket(folder / "weightd.sock")
+    assert unfit_for_a_socket(folder / SOCKET_FILE) is None
     folder.rmdir()
     assert default_listen(77, {}).target == "unix:/tmp/weightd-77/weightd.sock"
     assert default_address(77, {}).startswith("unix:/")

@@ -17,11 +17,12 @@ from checkpoints import make_checkpoint
 from daemon import serving
 
 from flashclient import FlashClient
-from flashclient.daemon.private import LOCK_FILE, PrivateDaemon, attach_or_start, is_serving, serving_address
+from flashclient.daemon.private import PrivateDaemon, attach_or_start, is_serving, serving_address
 from flashclient.errors import ModelNotFoundError, StartError
 from flashclient.generation.rehearsal import rehearse
 from weightd import cli
 from weightd_proto import weightd_pb2
+from weightd_proto.files import DAEMON_LOCK_FILE
 
 IDS = [5, 6, 7]
 OWNER = """
@@ -198,7 +199,7 @@ def test_a_lock_file_that_outlived_its_daemon_counts_for_nothing(store: Path) ->
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
     for content in ("", "{", "[]", json.dumps({"pid": ended.pid, "address": "unix:/nowhere"})):
-        (store / LOCK_FILE).write_text(content)
+        (store / DAEMON_LOCK_FILE).write_text(content)
         assert serving_address(store) is None
         FlashClient("tiny", store=store).close()
 

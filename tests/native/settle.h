@@ -6,7 +6,7 @@
 namespace weightd {
 
 inline void settle(Engine& engine) {
-    for (Clock::time_point now; engine.step() || engine.reading() || engine.puts_off();) {
+    for (Clock::time_point now; engine.step() || engine.reading() || engine.defers_reads();) {
         engine.tell_time(now += std::chrono::milliseconds(100));
     }
 }

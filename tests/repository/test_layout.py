@@ -34,6 +34,7 @@ TABLE = {
     """,
     "flashclient": """
         errors:
+        memory_limits:
         standard_streams:
         torch_state:
         daemon: errors
@@ -42,12 +43,19 @@ TABLE = {
         generation: errors torch_state source model
         options: errors daemon model
         client: errors standard_streams torch_state daemon source model generation options
-        calibration: errors daemon source model client
+        calibration: errors memory_limits daemon source model client
         cli: errors standard_streams client calibration
         __main__: cli
         __init__: client
     """,
 }
+# What weightd uses of the client: what both need and no message carries, and for `weightd top` being a client.
+CLIENT_IN_WEIGHTD = {
+    "cli": {"standard_streams"},
+    "machine": {"memory_limits", "standard_streams"},
+    "watching": {"cli", "daemon", "errors", "standard_streams"},
+}
+ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device bundle", "pool", "engine", "service"],
@@ -132,6 +140,11 @@ def test_the_client_never_imports_the_daemon() -> None:
         assert "weightd" not in {name.split(".")[0] for name in imported(path)}, path
 
 
+def test_the_daemon_imports_little_of_the_client() -> None:
+    for package, path in modules("weightd"):
+        assert set(imports(path, "flashclient")) <= CLIENT_IN_WEIGHTD.get(package, set()), path
+
+
 def test_what_serves_never_imports_torch() -> None:
     folders = ("disk", "store", "machine", "gateway", "watching", "serving")
     for folder in folders:
@@ -145,3 +158,12 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
             yield node.module
+
+
+def test_the_architecture_is_one_page_that_names_every_folder() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    assert text.count("\n") <= ARCHITECTURE_LINES_MAX
+    folders = {path.parent.name for top in FOLDERS for _, path in modules(top)}
+    folders |= {path.parent.name for top in NATIVE for path in (ROOT / top / "native").glob("*/*")}
+    missing = {name for name in folders if not re.search(rf"`[^`]*\b{name}/`", text)}
+    assert not missing

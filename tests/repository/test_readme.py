@@ -16,6 +16,7 @@ from sparse_model import write_text
 
 README = (ROOT / "README.md").read_text()
 MODEL = "opt-1.3b"
+INTRODUCTION_LINES_MAX = 120
 ADDRESS = "unix:/tmp/weightd.sock"
 COMMANDS = re.findall(r"^    ((?:weightd|flashclient) .+)$", README, re.MULTILINE)
 PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -43,6 +44,16 @@ def run(command: list[str], folder: Path) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_what_stands_before_the_figures_is_short() -> None:
+    assert README[: README.index("## Measured")].count("\n") <= INTRODUCTION_LINES_MAX
+
+
+@pytest.mark.parametrize("line", [line for line in README.splitlines() if line.startswith("| ")])
+def test_a_cell_of_a_table_has_one_number(line: str) -> None:
+    for cell in line.split("|")[2:-1]:  # the first says what was measured
+        assert not re.search(r"\d[^`]*[/;+=,][^`]*\d", cell), cell
 
 
 ELSEWHERE = ("top", "--store ./store --metrics")  # test_top, test_metrics

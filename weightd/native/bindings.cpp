@@ -239,9 +239,9 @@ void set_predictors(Service& service, uint32_t model, const std::filesystem::pat
     service.set_predictors(model, {path, bytes, checksum, version});
 }
 
-void expect(Service& service, uint32_t model, const ReadBytes& hotness) {
+void seed(Service& service, uint32_t model, const ReadBytes& hotness) {
     const nb::gil_scoped_release released;
-    service.expect(model, std::span(hotness.data(), hotness.size()));
+    service.seed(model, std::span(hotness.data(), hotness.size()));
 }
 
 nb::bytes hotness(Service& service, uint32_t model) {
@@ -285,7 +285,7 @@ void bind_engine(nb::module_& m) {
              "MemoryError, OSError (TimeoutError: the device is silent), CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors that sessions opened from now on get.")
-        .def("expect", &expect, "model"_a, "hotness"_a,
+        .def("seed", &seed, "model"_a, "hotness"_a,
              "How often each cell will be used: uint8 in the code of replacement.h. ValueError unless one for each.")
         .def("hotness", &hotness, "model"_a, "The same as bytes: as it was foretold, and seen since.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,

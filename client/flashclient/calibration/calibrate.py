@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flashclient.calibration.evaluate import Quality
-from flashclient.calibration.firing import PackedBits, coactivation, unions
+from flashclient.calibration.firing import PackedBits, unions
 from flashclient.calibration.layer_walk import LayerWalk, LayerWeights
 from flashclient.calibration.predictor_training import (
     Examples,
@@ -142,7 +142,6 @@ class _Run:
             frequency,
             wanted.frequency(),
             unions(wanted.select(self._testing), self._sequences.shape[1]),
-            coactivation(examples.fired),
             self._walk.record.layers[index].neurons * self._walk.record.bundle.bundle_bytes,
         )
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from flashclient.calibration.free_memory import available_bytes
 from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, read_parts
 from flashclient.calibration.predictor_training import PairCounts, Prediction, Rates
 from flashclient.client import FlashClient
+from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.architectures import architecture_of
 from flashclient.model.build import resident_tensors
 from flashclient.model.dtypes import DTYPES
@@ -148,9 +148,9 @@ def _evaluate_dense(client: FlashClient, result: Evaluation, progress: bool) -> 
     """Returns the likeliest next tokens, as `_run` does; None where the model does not fit."""
     record = client.record
     needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
-    free_bytes = available_bytes()
-    if needed_bytes > free_bytes:
-        result.notes.append(f"dense: it needs {needed_bytes / 1e9:.1f} GB of memory, {free_bytes / 1e9:.1f} are free")
+    free = free_bytes(memory_limits())
+    if needed_bytes > free:
+        result.notes.append(f"dense: it needs {needed_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
         return None
     result.dense = Quality()
     return _run(dense_model(client), result, result.dense, _bar("dense", result.sequences, progress))

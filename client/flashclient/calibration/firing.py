@@ -9,10 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient.model.predictor_file import COMPANIONS, UNION_TOKENS_MAX
+from flashclient.model.predictor_file import UNION_TOKENS_MAX
 
-COACTIVATION_TOKENS = 4096  # its cost is tokens * neurons^2: seconds for a layer of 16384 neurons
-COACTIVATION_BLOCK = 1024  # neurons at a time
 BLOCK_TOKENS = 512
 
 
@@ -67,22 +65,3 @@ def unions(predicted: PackedBits, sequence_tokens: int) -> NDArray[np.float32]:
             totals[more] += union.float().mean(1).sum().item()
             counts[more] += len(union)
     return (totals / np.maximum(counts, 1)).astype(np.float32)
-
-
-def coactivation(fired: PackedBits) -> NDArray[np.int32]:
-    """[neurons, 8]: which others fire with each neuron most often beyond chance, best first; -1 where there are fewer.
-
-    Beyond chance, as otherwise the few neurons that nearly always fire would be everybody's companions.
-    """
-    tokens = torch.linspace(0, len(fired) - 1, min(len(fired), COACTIVATION_TOKENS), dtype=torch.float32).long()
-    bits = fired.of(tokens).float()
-    share = bits.mean(0)
-    companions = np.full((fired.neurons, COMPANIONS), -1, np.int32)
-    kept = min(COMPANIONS, fired.neurons)
-    for begin in range(0, fired.neurons, COACTIVATION_BLOCK):
-        end = min(begin + COACTIVATION_BLOCK, fired.neurons)
-        excess = bits[:, begin:end].T @ bits / len(bits) - share[begin:end, None] * share
-        excess[torch.arange(end - begin), torch.arange(begin, end)] = 0
-        best = excess.topk(kept, dim=1)
-        companions[begin:end, :kept] = torch.where(best.values > 0, best.indices, -1).numpy()
-    return companions

@@ -32,7 +32,6 @@ class CalibratedLayer:
     frequency: NDArray[np.float32]
     predicted: NDArray[np.float32]
     union: NDArray[np.float32]
-    coactivation: NDArray[np.int32]
     ffn_bytes: int
 
     @property
@@ -137,7 +136,7 @@ def write_files(result: CalibrationResult, model: weightd_pb2.Model, folder: Pat
     statistics = {
         f"layers.{index}.{name}": getattr(layer, name)
         for index, layer in enumerate(result.layers)
-        for name in ("frequency", "predicted", "union", "coactivation")
+        for name in ("frequency", "predicted", "union")
     }
     write_tensors(folder / STATISTICS_FILE, statistics, model, {})
     (folder / REPORT_FILE).write_text(json.dumps(result.report(), indent=1))

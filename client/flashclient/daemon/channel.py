@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 import grpc
 import grpc.experimental
@@ -17,9 +18,10 @@ from numpy.typing import NDArray
 
 from flashclient import errors
 from flashclient._native import checksum
-from flashclient.daemon.address import NO_TLS, Address, TlsOptions, parse_address
+from flashclient.daemon.address import NO_TLS, TlsOptions, parse_address
 from flashclient.daemon.identity import IdentifiedStub
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
+from weightd_proto.addresses import Address
 from weightd_proto.encodings import upgrade
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
@@ -87,13 +89,18 @@ def _translated(error: Any, address: str) -> errors.FlashClientError:
 
 def open_channel(address: Address, tls: TlsOptions, *more: tuple[str, int]) -> grpc.Channel:
     """With `more` options of gRPC. Raises OptionError for a file of `tls` that cannot be used."""
-    options = [*CHANNEL_OPTIONS, *more]
-    if address.beyond_proxies:
-        options.append(("grpc.enable_http_proxy", 0))
+    target, options = _uri(address), [*CHANNEL_OPTIONS, *more]
+    if address.local:
+        options.append(("grpc.enable_http_proxy", 0))  # no proxy can reach it
     if tls.given:
         ca, cert, key = tls.read()
-        return grpc.secure_channel(address.channel_target, grpc.ssl_channel_credentials(ca, key, cert), options)
-    return grpc.insecure_channel(address.channel_target, options)
+        return grpc.secure_channel(target, grpc.ssl_channel_credentials(ca, key, cert), options)
+    return grpc.insecure_channel(target, options)
+
+
+def _uri(address: Address) -> str:
+    """The target as gRPC reads it: in the path of a URI, `#`, `?`, `%` and what is not ASCII have to be escaped."""
+    return address.target if address.socket_path is None else f"unix:{quote(os.fsencode(address.socket_path))}"
 
 
 def stub_of(channel: grpc.Channel, address: Address) -> Any:

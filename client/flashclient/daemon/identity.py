@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-SOCKET_SUFFIX = ".peer"
-METADATA_KEY = "weightd-identity-bin"
+from weightd_proto.addresses import IDENTITY_METADATA_KEY, IDENTITY_SUFFIX
+
 RENEW_S = 60.0  # so that joining a group soon has an effect
 ANSWER_S = 2.0
 IDENTITY_BYTES_MAX = 8192
@@ -27,7 +27,7 @@ class IdentifiedStub:
 
     def __init__(self, stub: Any, socket_path: Path) -> None:
         """`socket_path`: of the daemon's gRPC."""
-        self._path = socket_path.with_name(socket_path.name + SOCKET_SUFFIX)
+        self._path = socket_path.with_name(socket_path.name + IDENTITY_SUFFIX)
         self._lock = threading.Lock()  # guards what follows
         self._identity = b""
         self._renew_at = 0.0
@@ -36,7 +36,7 @@ class IdentifiedStub:
 
     def _call(self, method: Callable[..., Any], request: Any, **options: Any) -> Any:
         identity = self._current()
-        return method(request, metadata=[(METADATA_KEY, identity)] if identity else None, **options)
+        return method(request, metadata=[(IDENTITY_METADATA_KEY, identity)] if identity else None, **options)
 
     def _current(self) -> bytes:
         with self._lock:

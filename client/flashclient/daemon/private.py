@@ -31,13 +31,13 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from flashclient.daemon.address import NO_TLS, fits_socket, parse_address
+from flashclient.daemon.address import NO_TLS, parse_address
 from flashclient.daemon.channel import Connection, open_channel
 from flashclient.errors import ModelNotFoundError, OptionError, StartError
+from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
+from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 
-LOCK_FILE = "weightd.lock"
 LOCK_BYTES_MAX = 4096
-SOCKET_FILE = "weightd.sock"
 USERS_FILE = "users"  # the FIFO
 POLL_S = 0.02
 LET_GO_MS = 200  # a child that was forked a moment ago lets go as soon as it runs
@@ -105,7 +105,7 @@ def _tell_that_dram_is_not_ours(address: str, dram: str | int | None, timeout_s:
 def _lock(store: Path) -> dict[str, Any]:
     """What the lock file says; empty where there is none, it is being written, or holds something else."""
     try:
-        with (store / LOCK_FILE).open("rb") as file:
+        with (store / DAEMON_LOCK_FILE).open("rb") as file:
             content = json.loads(file.read(LOCK_BYTES_MAX))
     except (OSError, ValueError, RecursionError):
         return {}
@@ -321,7 +321,7 @@ def _socket_folder() -> Path:
     """A new folder with mode 0700, in which a socket's path is short enough; that of temporary files if it is."""
     tried = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/dev/shm"]
     for parent in filter(None, tried):
-        if fits_socket(Path(parent) / "flashclient-12345678" / SOCKET_FILE):
+        if unfit_for_a_socket(Path(parent) / "flashclient-12345678" / SOCKET_FILE) is None:
             with suppress(OSError):
                 return Path(tempfile.mkdtemp(prefix="flashclient-", dir=parent))
     raise StartError(
@@ -360,7 +360,7 @@ def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[in
 
 
 def _is_stored(store: Path, name: str) -> bool:
-    return os.path.basename(name) == name not in (".", "..") and (store / name / "bundles.bin").exists()  # noqa: PTH119
+    return os.path.basename(name) == name not in (".", "..") and (store / name / BUNDLES_FILE).exists()  # noqa: PTH119
 
 
 def _is_source_of(store: Path, name: str) -> bool:

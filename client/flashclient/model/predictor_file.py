@@ -20,8 +20,8 @@ predictors.safetensors is a safetensors file, little-endian, of one kind of pred
 
 statistics.safetensors, same metadata: `layers.{i}.frequency` and `layers.{i}.predicted` [neurons] F32, the shares of
 the text's tokens at which a neuron fired and was predicted; `layers.{i}.union` [8] F32, the share of the neurons that
-are in the union of the predicted sets of k = 1..8 tokens in a row; `layers.{i}.coactivation` [neurons, 8] I32, the
-positions of those that fired with a neuron most often beyond chance, best first, -1 where there are fewer.
+are in the union of the predicted sets of k = 1..8 tokens in a row. Readers ignore other tensors: earlier versions also
+wrote `layers.{i}.coactivation` [neurons, 8] I32.
 
 report.json: {"layers": [{"firing", "predicted", "false_negatives", "false_positives", "rank", "bytes", "time_share",
 "sign": {...}}], "quality": {...}, "text_tokens", ...}, for people.
@@ -48,7 +48,6 @@ FORMAT = "flashclient-calibration"
 FORMAT_VERSION = 1
 HEADER_BYTES_MAX = 100 * 2**20  # safetensors' own bound
 UNION_TOKENS_MAX = 8
-COMPANIONS = 8
 INT8_MAX = 127
 
 _NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(dtype.numpy) for name, dtype in DTYPES.items()}

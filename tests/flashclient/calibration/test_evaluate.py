@@ -60,7 +60,7 @@ def test_without_calibration(tmp_path: Path) -> None:
 
 
 def test_a_dense_model_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluation, "available_bytes", lambda: 1000)
+    monkeypatch.setattr(evaluation, "free_bytes", lambda _: 1000)
     with clients(make_sparse_model(), tmp_path, "exact") as (client,):
         client.record.bundles_file_bytes = 2 * 10**9
         result = evaluate_exact(client, sequences_for(tmp_path)).as_dict()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient.calibration.firing import PackedBits, coactivation, unions
+from flashclient.calibration.firing import PackedBits, unions
 from flashclient.calibration.predictor_training import (
     Examples,
     Prediction,
@@ -127,21 +127,6 @@ def test_unions_are_those_of_sets(tokens: int, length: int, neurons: int, seed: 
             for end in range(k, len(one) + 1)
         ]
         assert found[k - 1] == pytest.approx(np.mean(sizes) / neurons if sizes else 0.0, rel=1e-5)
-
-
-def test_companions_fire_together_beyond_chance() -> None:
-    random = np.random.default_rng(0)
-    fired = random.random((2000, 30)) < 0.1
-    fired[:, 5] = fired[:, 17]  # always together
-    fired[:, 29] = True  # with everybody, by chance
-    bits = PackedBits(2000, 30)
-    bits.put(0, torch.from_numpy(fired))
-    companions = coactivation(bits)
-    assert companions.shape == (30, 8)
-    assert companions[5, 0] == 17
-    assert companions[17, 0] == 5
-    assert 29 not in companions[:29, 0]
-    assert companions[29].tolist() == [-1] * 8
 
 
 def test_packed_bits_are_the_bits() -> None:

@@ -19,8 +19,8 @@ from flashclient.daemon.channel import Connection
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError
 from flashclient.source.border import LeaseRefusedError
 from flashclient.source.ring import RingSource
-from weightd.store.store import BUNDLES_FILE
 from weightd_proto import weightd_pb2
+from weightd_proto.files import BUNDLES_FILE
 
 NONE = np.empty(0, np.uint32)
 NEURONS, BUNDLE_BYTES = 1500, 4032  # a bundle fills its cell

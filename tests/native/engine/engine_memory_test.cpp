@@ -146,7 +146,7 @@ TEST_F(EngineMemoryTest, AnIdleModelGivesWayToABusyOneAfterAWhile) {
     const uint64_t slots = engine.model(1).pool->slots();
     EXPECT_LT(slots, 100U);
     EXPECT_NE(engine.model(0).pool, nullptr) << "it may be wanted again in a moment";
-    for (uint32_t i = 0; i < IDLE_LOOKS_MIN; i++) engine.look();
+    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.rebalance();
     sweep(engine, busy, 200);
     EXPECT_EQ(engine.model(0).pool, nullptr);
     EXPECT_GT(engine.model(1).pool->slots(), slots + 100);
@@ -280,7 +280,7 @@ TEST_F(DemandTest, MemoryGoesToTheModelThatIsUsed) {
     for (const auto& [busy, idle] : {std::pair{other, one}, std::pair{one, other}}) {
         for (int second = 0; second < 40; second++) {
             use(*busy, CELLS);
-            engine.look();
+            engine.rebalance();
         }
         EXPECT_GT(slots(busy->model), 4 * slots(idle->model));
         EXPECT_GE(slots(idle->model), SHARE);
@@ -295,7 +295,7 @@ TEST_F(DemandTest, ModelsThatAreUsedAlikeEndWithTheLikeAndStayThere) {
         for (int second = 0; second < 20; second++) {
             use(*one, CELLS);
             use(*other, CELLS);
-            engine.look();
+            engine.rebalance();
         }
     };
     use_both();
@@ -315,7 +315,7 @@ TEST_F(DemandTest, NobodyMustGiveBackWhatHeLeasesForIt) {
     ASSERT_GT(granted, SHARE);
     for (int second = 0; second < 20; second++) {
         use(*other, CELLS);
-        engine.look();
+        engine.rebalance();
         ASSERT_EQ(engine.model(0).pool->draining(), 0U);
         ASSERT_FALSE(engine.blocks_others(*one));
     }
@@ -326,7 +326,7 @@ TEST_F(DemandTest, AModelThatEvictsNothingTakesNothing) {
     const uint64_t before = slots(0);
     for (int second = 0; second < 20; second++) {
         use(*other, SHARE);
-        engine.look();
+        engine.rebalance();
     }
     EXPECT_EQ(slots(0), before);
 }

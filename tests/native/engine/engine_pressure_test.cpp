@@ -135,7 +135,7 @@ TEST_F(EnginePressureTest, AModelThatNobodyUsesGoesFirst) {
     engine.close(session.id);
     engine.leave(0);
     engine.set_floor(0);
-    for (uint32_t i = 0; i < IDLE_LOOKS_MIN; i++) engine.look();
+    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.rebalance();
     engine.press();
     EXPECT_EQ(engine.model(0).pool, nullptr);
 }

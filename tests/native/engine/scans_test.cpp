@@ -99,13 +99,13 @@ struct ScansTest : testing::Test {
         std::iota(cells.begin(), cells.end(), begin);
         ASSERT_TRUE(engine.release(session, 0, cells));
     }
-    size_t put_off() { return engine.model(0).put_off.size(); }
+    size_t deferred() { return engine.model(0).deferred.size(); }
     uint64_t cells_reading() {  // once step() has submitted what is missing
         const Pool& pool = *engine.model(0).pool;
         uint64_t count = 0;
         for (uint32_t cell = 0; cell < CELLS; cell++) {
             const Place place = pool.find(cell);
-            count += place && place.slot().reading && !place.slot().put_off ? 1 : 0;
+            count += place && place.slot().reading && !place.slot().deferred ? 1 : 0;
         }
         return count;
     }
@@ -116,9 +116,9 @@ struct ScansTest : testing::Test {
     }
     void read(uint32_t cells) {  // and checks
         reader.read(cells);
-        const ModelState& state = engine.model(0);
+        const Model& state = engine.model(0);
         do step();
-        while (state.counts.misses - cells_reading() - put_off() < reader.cells_read);
+        while (state.counts.misses - cells_reading() - deferred() < reader.cells_read);
     }
     void read_chunk() {
         step(CHUNK_TIME);
@@ -158,8 +158,8 @@ struct TwoScansTest : ScansTest {
         acquire(ahead, PLACE, CHUNK);
         step();
         EXPECT_EQ(cells_reading(), CHUNK);
-        EXPECT_EQ(put_off(), CHUNK);
-        EXPECT_TRUE(engine.puts_off());
+        EXPECT_EQ(deferred(), CHUNK);
+        EXPECT_TRUE(engine.defers_reads());
     }
     void close(Session& session) {
         engine.close(session.id);
@@ -171,10 +171,10 @@ TEST_F(TwoScansTest, WhoIsAheadWaitsForASecond) {
     for (int i = 0; i < 9; i++) {
         acquire(behind, (i + 1) * CHUNK, 16);
         step(std::chrono::milliseconds{100});
-        EXPECT_EQ(put_off(), CHUNK);
+        EXPECT_EQ(deferred(), CHUNK);
     }
     step(std::chrono::milliseconds{110});
-    EXPECT_EQ(put_off(), 0U);
+    EXPECT_EQ(deferred(), 0U);
     read(10 * CHUNK);
     EXPECT_EQ(ahead.grants[0], CHUNK);
 }
@@ -182,36 +182,36 @@ TEST_F(TwoScansTest, WhoIsAheadWaitsForASecond) {
 TEST_F(TwoScansTest, NobodyWaitsForOneThatAsksForNothing) {
     read(CHUNK);
     step(std::chrono::milliseconds{490});
-    EXPECT_EQ(put_off(), CHUNK);
+    EXPECT_EQ(deferred(), CHUNK);
     step(std::chrono::milliseconds{20});
-    EXPECT_EQ(put_off(), 0U);
+    EXPECT_EQ(deferred(), 0U);
 }
 
 TEST_F(TwoScansTest, WhoIsAheadWaitsUntilTheOtherIsThere) {
     acquire(behind, PLACE, CHUNK);
     step();
-    EXPECT_EQ(put_off(), 0U);
+    EXPECT_EQ(deferred(), 0U);
 }
 
 TEST_F(TwoScansTest, WhoDoesNotScanWaitsForNobody) {
     Counter& other = open();
     ASSERT_TRUE(engine.acquire(other, 0, std::array{PLACE + 3}, 0));
     step();
-    EXPECT_EQ(put_off(), CHUNK - 1);
+    EXPECT_EQ(deferred(), CHUNK - 1);
     read(CHUNK + 1);
     EXPECT_EQ(other.grants[0], 1U);
 }
 
 TEST_F(TwoScansTest, WhatWasPutOffIsReadWhenItsScanEnds) {
     close(ahead);
-    EXPECT_EQ(put_off(), 0U);
+    EXPECT_EQ(deferred(), 0U);
     read(2 * CHUNK);
     EXPECT_EQ(engine.model(0).pool->busy(), CHUNK) << "what is leased, and nothing else";
 }
 
 TEST_F(TwoScansTest, WhatWasPutOffIsReadWhenTheOtherEnds) {
     close(behind);
-    EXPECT_EQ(put_off(), 0U);
+    EXPECT_EQ(deferred(), 0U);
     read(2 * CHUNK);
     EXPECT_EQ(ahead.grants[0], CHUNK);
 }
@@ -242,7 +242,7 @@ TEST_F(ScansTest, WhoIsSlowForGoodHoldsUpNobodyForLong) {
         for (Scanning& scan : fast) scan.move();
         slow.move(fast.front().cells() / 50 > slow.cells() ? 1 : 0);
         read_chunk();
-        if (put_off() > 0) waited += CHUNK_TIME;
+        if (deferred() > 0) waited += CHUNK_TIME;
     }
     EXPECT_GT(waited, std::chrono::milliseconds{1000});
     EXPECT_LT(waited, std::chrono::milliseconds{1000 + 3000 / 8});

@@ -55,7 +55,7 @@ struct WarmingTest : testing::Test {
 TEST_F(WarmingTest, WhatIsHotIsReadWhenTheFirstSessionOpens) {
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.add_model(flash.spec, false);
-    engine.expect(0, each(5));
+    engine.seed(0, each(5));
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.reads, 0U) << "nobody uses the model";
     Counter& session = open(engine);
@@ -69,7 +69,7 @@ TEST_F(WarmingTest, WhatIsHotIsReadWhenTheFirstSessionOpens) {
 TEST_F(WarmingTest, ItTakesFreeSlotsOnlyTheHottestFirst) {
     Engine engine(dram_for(60), *reader, verifier);
     engine.add_model(flash.spec, false);
-    engine.expect(0, each(2));
+    engine.seed(0, each(2));
     open(engine);
     settle(engine);
     const uint64_t slots = engine.model(0).pool->slots();
@@ -84,7 +84,7 @@ TEST_F(WarmingTest, WhatWasInThePoolComesBeforeWhatIsHotter) {
     engine.add_model(flash.spec, false);
     std::vector<Hotness> hotness(CELLS, HOTNESS_MAX);
     for (uint32_t cell = 3; cell < CELLS; cell += 20) hotness[cell] = HOTNESS_IN_POOL + 1;
-    engine.expect(0, hotness);
+    engine.seed(0, hotness);
     open(engine);
     settle(engine);
     ASSERT_LT(engine.model(0).pool->slots(), CELLS / 2);
@@ -100,7 +100,7 @@ TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
         wide.spec.checksums.push_back(checksum({wide.cell(0, cell), 1000}));
     Engine engine(dram_for(4 * CELLS), *reader, verifier);
     engine.add_model(wide.spec, false);
-    engine.expect(0, std::vector<Hotness>(CELLS / 16, 200));
+    engine.seed(0, std::vector<Hotness>(CELLS / 16, 200));
     EXPECT_TRUE(engine.activate(0));
     Session& session = engine.open(std::make_unique<Counter>(0, CELLS / 16, 4, true));
     EXPECT_TRUE(engine.acquire(session, 0, std::array{3U}, 0));
@@ -118,7 +118,7 @@ TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
 TEST_F(WarmingTest, ASessionTakesTheSlotsThatWarmCellsFill) {
     Engine engine(dram_for(60), *reader, verifier);
     engine.add_model(flash.spec, false);
-    engine.expect(0, each(2));
+    engine.seed(0, each(2));
     Counter& session = open(engine);
     settle(engine);
     ASSERT_FALSE(engine.model(0).pool->has_free());
@@ -135,7 +135,7 @@ TEST_F(WarmingTest, AnotherModelGetsTheMemoryThatWarmCellsFill) {
     Engine engine(2 * Engine::minimum_dram_bytes(flash.spec) + 200 * 4096, *reader, verifier);
     engine.add_model(flash.spec, false);
     engine.add_model(other.spec, false);
-    engine.expect(0, std::vector<Hotness>(CELLS, 200));
+    engine.seed(0, std::vector<Hotness>(CELLS, 200));
     open(engine);
     settle(engine);
     ASSERT_GT(engine.model(0).pool->filled(), 200U);
@@ -158,7 +158,7 @@ TEST_F(WarmingTest, ACorruptCellDoesNotStayAndIsAnErrorForWhoWantsIt) {
     flip_byte(flash.spec.bundles_path, flash.offset(0, 5 * 4));
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.add_model(flash.spec, false);
-    engine.expect(0, each(5));
+    engine.seed(0, each(5));
     Counter& session = open(engine);
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.verify_errors, 1U);
@@ -192,7 +192,7 @@ TEST_F(WarmingTest, AModelThatWasLetGoComesBackAsWarmAsItWas) {
 TEST_F(WarmingTest, NothingIsReadBackWhenToldNotTo) {
     Engine engine(dram_for(CELLS), *reader, verifier, false, false);
     engine.add_model(flash.spec, false);
-    engine.expect(0, each(5));
+    engine.seed(0, each(5));
     open(engine);
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.reads, 0U);
@@ -201,7 +201,7 @@ TEST_F(WarmingTest, NothingIsReadBackWhenToldNotTo) {
 TEST_F(WarmingTest, AnExpectationOfOtherCellsIsRefused) {
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.add_model(flash.spec, false);
-    EXPECT_THROW(engine.expect(0, std::vector<Hotness>(CELLS - 1)), std::invalid_argument);
+    EXPECT_THROW(engine.seed(0, std::vector<Hotness>(CELLS - 1)), std::invalid_argument);
 }
 
 }  // namespace

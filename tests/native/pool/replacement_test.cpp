@@ -16,7 +16,7 @@ namespace {
 class Player {
   public:
     Player(uint32_t cells, uint32_t slots) : policy_(cells), slots_(slots) {}
-    void expect(const std::vector<Hotness>& hotness) { policy_.expect(hotness); }
+    void seed(const std::vector<Hotness>& hotness) { policy_.seed(hotness); }
 
     bool use(uint32_t cell) {
         if (present_.contains(cell)) {
@@ -41,44 +41,44 @@ class Player {
     std::set<uint32_t> present_;
 };
 
-// The sums themselves, in floating point, over all uses that there were, and who is passing by them; where they come
-// closer to each other than TOLERANCE, the policy's word counts.
+// The sums themselves, in floating point, over all uses that there were, and who is probationary by them; where they
+// come closer to each other than TOLERANCE, the policy's word counts.
 class PlainSums {
   public:
     static constexpr double TOLERANCE = 0.15;  // octaves
 
-    explicit PlainSums(uint32_t cells) : sums_(cells), passing_(cells), touches_per_half_life_(2 * cells) {}
+    explicit PlainSums(uint32_t cells) : sums_(cells), probationary_(cells), touches_per_half_life_(2 * cells) {}
 
-    void inserted(uint32_t cell, bool contested, const std::set<uint32_t>& unpinned, bool passing) {
+    void inserted(uint32_t cell, bool contested, const std::set<uint32_t>& unpinned, bool probationary) {
         double least = 99;
         for (const uint32_t other : unpinned) {
-            if (!passing_[other]) least = std::min(least, octaves(other));
+            if (!probationary_[other]) least = std::min(least, octaves(other));
         }
         const double above = octaves(cell) - least;
         if (!contested || above > 2 * TOLERANCE) {
-            EXPECT_FALSE(passing);
+            EXPECT_FALSE(probationary);
         } else if (above < -TOLERANCE) {
-            EXPECT_TRUE(passing);
+            EXPECT_TRUE(probationary);
         }
-        passing_[cell] = passing;
+        probationary_[cell] = probationary;
     }
     void touched(uint32_t cell) {
         for (double& sum : sums_) sum *= std::exp2(-1 / touches_per_half_life_);
         sums_[cell] += 1;
     }
     double octaves(uint32_t cell) const { return std::log2(std::max(sums_[cell], std::exp2(-15.0))); }
-    bool passing(uint32_t cell) const { return passing_[cell]; }
+    bool probationary(uint32_t cell) const { return probationary_[cell]; }
 
   private:
     std::vector<double> sums_;
-    std::vector<bool> passing_;
+    std::vector<bool> probationary_;
     double touches_per_half_life_;
 };
 
 void expect_right_victim(const PlainSums& plain, uint32_t gone, const std::set<uint32_t>& unpinned) {
-    if (plain.passing(gone)) return;
+    if (plain.probationary(gone)) return;
     for (const uint32_t other : unpinned) {
-        ASSERT_FALSE(plain.passing(other)) << "one that is kept went before one that is passing";
+        ASSERT_FALSE(plain.probationary(other)) << "one that is kept went before one that is probationary";
         ASSERT_LE(plain.octaves(gone), plain.octaves(other) + PlainSums::TOLERANCE);
     }
 }
@@ -92,7 +92,7 @@ TEST(Replacement, TakesWhoIsPassingThenTheCellWithTheLeastAgedUses) {
     std::set<uint32_t> pinned;
     std::set<uint32_t> unpinned;
     uint32_t kept_victims = 0;
-    uint32_t passing_victims = 0;
+    uint32_t probationary_victims = 0;
     for (uint32_t step = 0; step < 120'000; step++) {  // half-lives enough for the scores' zero to move three times
         const uint32_t cell = (skewed(random) + step / 20'000 * 40) % cells;
         const bool contested = pinned.size() + unpinned.size() == 64;
@@ -100,13 +100,13 @@ TEST(Replacement, TakesWhoIsPassingThenTheCellWithTheLeastAgedUses) {
             const uint32_t gone = policy.victim();
             ASSERT_EQ(unpinned.erase(gone), 1U);
             expect_right_victim(plain, gone, unpinned);
-            (plain.passing(gone) ? passing_victims : kept_victims)++;
+            (plain.probationary(gone) ? probationary_victims : kept_victims)++;
         }
         if (unpinned.erase(cell) == 1) {
             policy.pinned(cell);
         } else if (!pinned.contains(cell)) {
             policy.inserted(cell, contested);
-            plain.inserted(cell, contested, unpinned, policy.passing(cell));
+            plain.inserted(cell, contested, unpinned, policy.probationary(cell));
         }
         pinned.insert(cell);
         policy.touched(cell);
@@ -119,7 +119,7 @@ TEST(Replacement, TakesWhoIsPassingThenTheCellWithTheLeastAgedUses) {
         }
     }
     EXPECT_GT(kept_victims, 1000U);
-    EXPECT_GT(passing_victims, 1000U);
+    EXPECT_GT(probationary_victims, 1000U);
 }
 
 TEST(Replacement, HasNoVictimWhenAllArePinned) {
@@ -137,7 +137,7 @@ TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
     std::vector<Hotness> expected(cells, HOTNESS_MEAN - 20);
     for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 20;
     Player player(cells, 300);
-    player.expect(expected);
+    player.seed(expected);
     for (uint32_t cell = 0; cell < cells; cell += 10) player.use(cell);
     std::mt19937 random(4);
     for (int i = 0; i < 400; i++) player.use(random() % cells);  // many that are seldom used, once
@@ -153,7 +153,7 @@ TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
         for (uint32_t i = 0; i < 2 + cell; i++) policy.touched(cell);
         if (cell > 0) policy.unpinned(cell);
     }
-    policy.expect(std::vector<Hotness>{1, 120, 60, 30});
+    policy.seed(std::vector<Hotness>{1, 120, 60, 30});
     EXPECT_EQ(policy.victim(), 3U);
     EXPECT_EQ(policy.victim(), 2U);
     policy.unpinned(0);
@@ -165,7 +165,7 @@ TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
     std::vector<Hotness> expected(2560, HOTNESS_MEAN - 20);
     for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 20;
     Player player(2560, 300);
-    player.expect(expected);
+    player.seed(expected);
     std::mt19937 random(4);
     for (int i = 0; i < 4 * 2 * 2560; i++) player.use(1000 + random() % 250);  // four half-lives
     uint32_t hits = 0;
@@ -189,7 +189,7 @@ TEST(Replacement, HandsOverWhatItHasLearned) {
     }
     std::vector<Hotness> again(cells);
     Replacement pupil(cells);
-    pupil.expect(learned);
+    pupil.seed(learned);
     pupil.write_hotness(again);
     EXPECT_EQ(again, learned);
 }
@@ -236,7 +236,7 @@ class StopAndGo {
   public:
     StopAndGo(uint32_t cells, uint32_t slots, uint32_t scans)
         : cells_(cells), slots_(slots), policy_(cells), states_(cells), pins_(cells), scans_(scans) {
-        policy_.linger(scans > 1);
+        policy_.retain_probationary(scans > 1);
     }
 
     double reads_per_turn(uint32_t turns) {

@@ -1,4 +1,4 @@
-"""Memory limits from made-up proc and cgroup trees, and the sums made of them."""
+"""What --dram means within made-up memory limits."""
 
 from __future__ import annotations
 
@@ -6,90 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from flashclient.memory_limits import MemoryLimit
 from weightd.errors import SpaceError
 from weightd.machine.budget import (
     INTERPRETER_BYTES,
     GrowingDram,
-    MemoryLimit,
     ModelDemand,
     check_dram,
     default_dram_bytes,
-    memory_limits,
     percent_of_memory,
-    tightest,
     unservable,
 )
 from weightd.serving.config import load_config
 from weightd.sizes import parse_size
 
 GIB = 1 << 30
-
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, content in files.items():
-        file = root / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(f"{content}\n" if content else "")
-    return root
-
-
-def machine(cgroup: str, mountinfo: str) -> dict[str, str]:
-    return {
-        "proc/meminfo": f"MemTotal: {16 * GIB >> 10} kB\nMemFree: 1 kB\nMemAvailable: {12 * GIB >> 10} kB",
-        "proc/self/cgroup": cgroup,
-        "proc/self/mountinfo": mountinfo,
-    }
-
-
-def test_a_machine_without_cgroups(tmp_path: Path) -> None:
-    limits = memory_limits(write(tmp_path, machine("", "")))
-    assert limits == [MemoryLimit("the machine", 16 * GIB, 12 * GIB)]
-
-
-def test_v2_counts_every_limit_up_the_hierarchy(tmp_path: Path) -> None:
-    files = machine("0::/user/job", "30 20 0:26 / /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
-    files |= {
-        "sys/fs/cgroup/user/memory.max": str(4 * GIB),
-        "sys/fs/cgroup/user/memory.current": str(3 * GIB),
-        "sys/fs/cgroup/user/memory.stat": f"anon 5\ninactive_file {GIB}",
-        "sys/fs/cgroup/user/job/memory.max": "max",
-        "sys/fs/cgroup/user/job/memory.high": str(5 * GIB),
-        "sys/fs/cgroup/user/job/memory.current": str(GIB),
-    }
-    limits = memory_limits(write(tmp_path, files))
-    job, user = limits[1:]
-    assert (job.limit_bytes, job.free_bytes) == (5 * GIB, 4 * GIB)
-    assert (user.limit_bytes, user.free_bytes) == (4 * GIB, 2 * GIB)
-    assert tightest(limits) is user
-
-
-def test_v1_beside_a_unified_hierarchy_without_memory(tmp_path: Path) -> None:
-    mounts = (
-        "35 31 0:32 / /sys/fs/cgroup/memory rw shared:1 - cgroup cgroup rw,memory\n"
-        "36 31 0:33 / /sys/fs/cgroup/cpu rw - cgroup cgroup rw,cpu\n"
-        "41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw"
-    )
-    files = machine("4:memory:/job\n3:cpu:/\n0::/", mounts)
-    files |= {
-        "sys/fs/cgroup/unified/cgroup.procs": "",
-        "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712",
-        "sys/fs/cgroup/memory/memory.usage_in_bytes": str(GIB),
-        "sys/fs/cgroup/memory/job/memory.limit_in_bytes": str(2 * GIB),
-        "sys/fs/cgroup/memory/job/memory.usage_in_bytes": str(GIB),
-        "sys/fs/cgroup/memory/job/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB // 2}",
-    }
-    limits = memory_limits(write(tmp_path, files))
-    assert [(limit.limit_bytes, limit.free_bytes) for limit in limits[1:]] == [(2 * GIB, 3 * GIB // 2)]
-
-
-def test_a_container_that_sees_its_own_cgroup_as_the_mount(tmp_path: Path) -> None:
-    files = machine("0::/docker/abc", "30 20 0:26 /docker/abc /sys/fs/cgroup rw - cgroup2 cgroup2 rw")
-    files |= {"sys/fs/cgroup/memory.max": str(GIB), "sys/fs/cgroup/memory.current": "0"}
-    assert [limit.limit_bytes for limit in memory_limits(write(tmp_path, files))[1:]] == [GIB]
-
-
-def test_this_machine_has_memory() -> None:
-    assert all(0 <= limit.free_bytes <= limit.limit_bytes for limit in memory_limits())
 
 
 LIMITS = [MemoryLimit("the machine", 16 * GIB, 12 * GIB), MemoryLimit("/cgroup", 8 * GIB, 6 * GIB)]

@@ -13,8 +13,8 @@ from daemon import Daemon, refused, serving
 from pressure_cgroup import PressureCgroup, pressed, pressure_cgroup
 from tiny_store import write_model
 
+from flashclient.memory_limits import memory_limits
 from weightd.machine import pressure
-from weightd.machine.budget import memory_limits
 from weightd_proto import weightd_pb2 as pb
 
 DRAM_BYTES = 64 << 20

@@ -9,7 +9,7 @@ import pytest
 
 from flashclient.daemon.address import default_address
 from weightd.errors import UsageError
-from weightd.gateway.addresses import SOCKET_PATH_BYTES_MAX, MetricsAddress, default_listen, parse_listen
+from weightd.gateway.addresses import MetricsAddress, default_listen
 from weightd.serving.config import load_config
 from weightd.sizes import Amount
 
@@ -111,47 +111,6 @@ def test_bad_files_are_one_clear_line(tmp_path: Path, content: str, words: list[
         load_config(["--config", str(file)])
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
-
-
-@pytest.mark.parametrize(
-    ("text", "target"),
-    [
-        ("unix:/run/w.sock", "unix:/run/w.sock"),
-        ("unix:///run/w.sock", "unix:/run/w.sock"),
-        ("/run/w.sock", "unix:/run/w.sock"),
-        ("localhost:7070", "localhost:7070"),
-        ("dns:///localhost:7070", "localhost:7070"),
-        ("127.0.0.2:7070", "127.0.0.2:7070"),
-        ("ipv6:[::1]:7070", "[::1]:7070"),
-        ("[::]:7070", "[::]:7070"),
-        ("example.org:7070", "example.org:7070"),
-    ],
-)
-def test_addresses(text: str, target: str) -> None:
-    assert parse_listen(text).target == target
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "localhost",
-        ":7070",
-        "::1:7070",
-        "localhost:0",
-        "localhost:http",
-        "unix:a",
-        "vsock:1:2",
-    ],
-)
-def test_addresses_that_are_refused(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_listen(text)
-
-
-def test_a_socket_path_leaves_room_for_the_data_socket() -> None:
-    parse_listen("unix:/" + "x" * (SOCKET_PATH_BYTES_MAX - 1))
-    with pytest.raises(UsageError, match="shorter"):
-        parse_listen("unix:/" + "x" * SOCKET_PATH_BYTES_MAX)
 
 
 def test_default_addresses() -> None:

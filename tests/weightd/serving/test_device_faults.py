@@ -24,8 +24,9 @@ from tiny_store import RESIDENT_BYTES, TinyModel, write_model
 from flashclient.daemon.channel import Connection
 from flashclient.errors import CorruptionError, DaemonLostError
 from flashclient.source.ring import RingSource
-from weightd.store.store import BUNDLES_FILE, RESIDENT_FILE
+from weightd.store.store import RESIDENT_FILE
 from weightd_proto import weightd_pb2 as pb
+from weightd_proto.files import BUNDLES_FILE
 
 NEURONS, BUNDLE_BYTES, CELL_BYTES = 300, 4032, 4096
 ENGINES = ("io_uring", "threads")

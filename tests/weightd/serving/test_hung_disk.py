@@ -22,8 +22,9 @@ from tiny_store import TinyModel, write_model
 
 from flashclient.daemon.channel import Connection
 from weightd.serving.call_bounds import BOUNDS, FETCHES_MAX, OPENS_MAX
-from weightd.store.store import BUNDLES_FILE, RESIDENT_FILE
+from weightd.store.store import RESIDENT_FILE
 from weightd_proto import weightd_pb2 as pb
+from weightd_proto.files import BUNDLES_FILE
 
 NEURONS, BUNDLE_BYTES = 300, 4032
 IMPATIENT = (sys.executable, str(FIXTURES / "impatient_weightd.py"))

@@ -22,9 +22,10 @@ from weightd.errors import CorruptionError, StoreError
 from weightd.importing.convert import import_checkpoint
 from weightd.store.calibration import FILE_NAMES
 from weightd.store.catalog import FORMAT_VERSION, MODEL_PREFIX, Catalog
-from weightd.store.store import BUNDLES_FILE, RESIDENT_FILE, Store
+from weightd.store.store import RESIDENT_FILE, Store
 from weightd.store.verify import verify_model
 from weightd_proto.encodings import parts_of, plain
+from weightd_proto.files import BUNDLES_FILE
 
 LAYERS, HIDDEN, NEURONS = 2, 16, 40
 FORMATS = [1, 2]

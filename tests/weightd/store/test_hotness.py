@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -111,7 +112,10 @@ def dram(model: TinyModel) -> str:
 
 def write_statistics(folder: Path, record: weightd_pb2.Model, shares: NDArray[np.float32]) -> Path:
     path = folder / STATISTICS_FILE
-    write_tensors(path, {f"layers.{index}.predicted": layer for index, layer in enumerate(shares)}, record, {})
+    tensors: dict[str, NDArray[Any]] = {f"layers.{index}.predicted": layer for index, layer in enumerate(shares)}
+    # Earlier versions wrote it, and nothing reads it.
+    tensors["layers.0.coactivation"] = np.full((shares.shape[1], 8), -1, np.int32)
+    write_tensors(path, tensors, record, {})
     return path
 
 

@@ -53,7 +53,7 @@ bool Engine::within_share(const Session& session, uint32_t cell) const {
     return count == 0 ? session.held_cells < session.share_slots : count < UINT16_MAX;
 }
 
-bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t tag) {
+bool Engine::borrow(Model& state, Session& session, uint32_t cell, uint32_t tag) {
     Hold& hold = session.holds[cell];
     if (hold.granted + hold.pending > 0 || session.held_cells >= session.lease_limit) return false;
     if (!state.stalled.empty()) return false;
@@ -69,7 +69,7 @@ bool Engine::borrow(ModelState& state, Session& session, uint32_t cell, uint32_t
 
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     if (!names_cells(session, layer, cells)) return false;
-    ModelState& state = *models_[session.model];
+    Model& state = *models_[session.model];
     note_scan(state, session, layer, cells);
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
@@ -83,7 +83,7 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     return true;
 }
 
-void Engine::want(ModelState& state, Session& session, uint32_t cell, uint32_t tag) {
+void Engine::want(Model& state, Session& session, uint32_t cell, uint32_t tag) {
     Hold& hold = session.holds[cell];
     if (hold.granted + hold.pending == 0) session.held_cells++;
     hold.pending++;
@@ -92,12 +92,12 @@ void Engine::want(ModelState& state, Session& session, uint32_t cell, uint32_t t
     if (others_first || !serve(state, session, cell, tag)) state.stalled.push_back({session.id, cell, tag});
 }
 
-bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t tag) {
+bool Engine::serve(Model& state, Session& session, uint32_t cell, uint32_t tag) {
     Place place = state.pool->find(cell);
     if (place) {
         state.counts.hits++;
         session.hits++;
-        if (!session.scans) place.slot().put_off = false;
+        if (!session.scans) place.slot().deferred = false;
     } else {
         place = place_for(state, cell);
         if (!place) return false;
@@ -106,8 +106,8 @@ bool Engine::serve(ModelState& state, Session& session, uint32_t cell, uint32_t 
         session.read_bytes += state.spec.cell_bytes;
         const Missing missing{cell, place, state.pool->address(place), session.id};
         if (state.scans > 1 && session.scans) {
-            place.slot().put_off = true;
-            state.put_off.push_back({session.id, missing});
+            place.slot().deferred = true;
+            state.deferred.push_back({session.id, missing});
         } else {
             state.missing.push_back(missing);
         }
@@ -134,7 +134,7 @@ void Engine::wait_for(Place place, uint32_t session, uint32_t tag) {
     place.slot().first_waiter = index;
 }
 
-void Engine::grant(ModelState& state, Session& session, uint32_t cell, uint32_t tag, Place place) {
+void Engine::grant(Model& state, Session& session, uint32_t cell, uint32_t tag, Place place) {
     Hold& hold = session.holds[cell];
     hold.pending--;
     hold.granted++;
@@ -143,7 +143,7 @@ void Engine::grant(ModelState& state, Session& session, uint32_t cell, uint32_t 
     session.granted(tag, cell - state.spec.layers[state.spec.layer_of(cell)].first_cell, place, *state.pool);
 }
 
-void Engine::fail(ModelState& state, Session& session, uint32_t cell, uint32_t tag, const Loaded& loaded) {
+void Engine::fail(Model& state, Session& session, uint32_t cell, uint32_t tag, const Loaded& loaded) {
     give_back(state, session, cell, &Hold::pending);
     session.unanswered--;
     const uint32_t local = cell - state.spec.layers[state.spec.layer_of(cell)].first_cell;
@@ -154,7 +154,7 @@ void Engine::fail(ModelState& state, Session& session, uint32_t cell, uint32_t t
     }
 }
 
-void Engine::give_back(ModelState& state, Session& session, uint32_t cell, uint16_t Hold::*count) {
+void Engine::give_back(Model& state, Session& session, uint32_t cell, uint16_t Hold::*count) {
     Hold& hold = session.holds[cell];
     hold.*count -= 1;
     if (hold.granted + hold.pending == 0) session.held_cells--;
@@ -163,7 +163,7 @@ void Engine::give_back(ModelState& state, Session& session, uint32_t cell, uint1
 
 bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t> cells) {
     if (!names_cells(session, layer, cells)) return false;
-    ModelState& state = *models_[session.model];
+    Model& state = *models_[session.model];
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
         if (session.holds[number].granted == 0) return false;
@@ -176,11 +176,11 @@ bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t>
 
 bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells) {
     if (!names_cells(session, layer, cells)) return false;
-    ModelState& state = *models_[session.model];
+    Model& state = *models_[session.model];
     for (const uint32_t cell : cells) {
         const uint32_t number = state.spec.layers[layer].first_cell + cell;
         Place place = state.pool->find(number);
-        if (place) place.slot().put_off = false;
+        if (place) place.slot().deferred = false;
         if (place || !state.stalled.empty()) continue;
         place = place_for(state, number);
         if (!place) return true;  // a hint only: there is no room
@@ -191,9 +191,9 @@ bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t
     return true;
 }
 
-void Engine::serve_stalled(ModelState& state) {
+void Engine::serve_stalled(Model& state) {
     while (!state.stalled.empty()) {
-        const ModelState::Stalled next = state.stalled.front();
+        const Model::Stalled next = state.stalled.front();
         Session* session = find(next.session);  // a closed one has left the queue
         assert(session != nullptr);
         if (!serve(state, *session, next.cell, next.tag)) return;
@@ -227,8 +227,8 @@ bool Engine::step() {
     return any;
 }
 
-bool Engine::submit(ModelState& state) {
-    if (!state.put_off.empty()) choose_for_scans(state);
+bool Engine::submit(Model& state) {
+    if (!state.deferred.empty()) choose_for_scans(state);
     if (state.missing.empty()) return false;
     Session* first = find(state.missing.front().session);
     const uint64_t cells_bytes = state.missing.size() * uint64_t{state.spec.cell_bytes};
@@ -242,7 +242,7 @@ bool Engine::submit(ModelState& state) {
 }
 
 void Engine::take_in(const Loaded& loaded) {
-    ModelState& state = *models_[loaded.model];
+    Model& state = *models_[loaded.model];
     const bool good = loaded.error == 0 && loaded.wrong_bundle < 0;
     uint32_t waiter = std::exchange(loaded.place.slot().first_waiter, NO_WAITER);
     if (good) {
@@ -270,7 +270,7 @@ void Engine::take_in(const Loaded& loaded) {
 // ---- sessions ----
 
 Session& Engine::open(std::unique_ptr<Session> session) {
-    ModelState& state = *models_[session->model];
+    Model& state = *models_[session->model];
     session->id = next_session_++;
     state.guaranteed_slots += session->share_slots;
     if (!session->borrows) state.fetching_slots += session->share_slots;
@@ -285,9 +285,9 @@ void Engine::close(uint32_t id) {
     if (found == sessions_.end()) return;
     std::unique_ptr<Session> session = std::move(found->second);
     sessions_.erase(found);
-    ModelState& state = *models_[session->model];
+    Model& state = *models_[session->model];
     set_scans(state, *session, false);  // what it put off goes on
-    std::erase_if(state.stalled, [&](const ModelState::Stalled& stalled) {
+    std::erase_if(state.stalled, [&](const Model::Stalled& stalled) {
         if (stalled.session != id) return false;
         session->holds[stalled.cell].pending--;  // it waited for a slot, so it leases none
         return true;

@@ -25,7 +25,7 @@ uint64_t activation_bytes(const ModelSpec& spec) {
            SESSIONS_RESERVED * Engine::session_bytes(spec);
 }
 
-bool wants_more(const ModelState& state) { return state.pool->slots() < state.spec.cell_count(); }
+bool wants_more(const Model& state) { return state.pool->slots() < state.spec.cell_count(); }
 
 // None when the system has no descriptor or mapping left: the pool then lives with the segments it has.
 std::optional<SharedMemory> new_segment(uint64_t bytes) {
@@ -49,9 +49,9 @@ uint64_t Engine::minimum_dram_bytes(const ModelSpec& spec) {
     return pages(activation_bytes(spec) + opened_bytes(spec)) + slots * spec.cell_bytes;
 }
 
-std::unique_ptr<ModelState> open_model(ModelSpec spec, bool allow_buffered) {
+std::unique_ptr<Model> open_model(ModelSpec spec, bool allow_buffered) {
     spec.require_sound();
-    auto state = std::make_unique<ModelState>();
+    auto state = std::make_unique<Model>();
     state->file = std::make_unique<DirectFile>(spec.bundles_path, allow_buffered);
     for (const LayerSpec& layer : spec.layers) {
         if (state->file->size_bytes() >= layer.offset_bytes + uint64_t{layer.cells} * spec.cell_bytes) continue;
@@ -61,7 +61,7 @@ std::unique_ptr<ModelState> open_model(ModelSpec spec, bool allow_buffered) {
     return state;
 }
 
-std::optional<uint32_t> Engine::add_model(std::unique_ptr<ModelState>& opened) {
+std::optional<uint32_t> Engine::add_model(std::unique_ptr<Model>& opened) {
     const uint64_t bytes = opened_bytes(opened->spec);
     kept_bytes_.erase(opened.get());
     require_room(*opened, bytes, 0, 0);
@@ -75,18 +75,18 @@ std::optional<uint32_t> Engine::add_model(std::unique_ptr<ModelState>& opened) {
     return models_.back()->index;
 }
 
-uint64_t Engine::kept_for_others_bytes(const ModelState& state) const {
+uint64_t Engine::kept_for_others_bytes(const Model& state) const {
     uint64_t kept = 0;
     for (const auto& [waiting, bytes] : kept_bytes_) kept += waiting == &state ? 0 : bytes;
     return kept;
 }
 
-uint64_t Engine::free_bytes(const ModelState& state) const {
+uint64_t Engine::free_bytes(const Model& state) const {
     return memory_.free_bytes() - std::min(memory_.free_bytes(), kept_for_others_bytes(state));
 }
 
 // True when `bytes` are free. False: something drains, ask again; what it frees is kept for this model. Throws NoRoom.
-bool Engine::make_room(const ModelState& state, uint64_t bytes) {
+bool Engine::make_room(const Model& state, uint64_t bytes) {
     kept_bytes_.erase(&state);
     while (free_bytes(state) < bytes) {
         if (deactivate_idle(&state, 0)) continue;
@@ -99,8 +99,7 @@ bool Engine::make_room(const ModelState& state, uint64_t bytes) {
 
 // Throws NoRoom unless both are there when all that can be taken back has been: what the model needs for all its users,
 // and what this user needs, who has some already.
-void Engine::require_room(const ModelState& state, uint64_t model_bytes, uint64_t user_bytes,
-                          uint64_t has_bytes) const {
+void Engine::require_room(const Model& state, uint64_t model_bytes, uint64_t user_bytes, uint64_t has_bytes) const {
     const uint64_t kept_bytes = kept_for_others_bytes(state);
     const uint64_t left_bytes = pool_bytes_free(state) - std::min(pool_bytes_free(state), kept_bytes);
     if (model_bytes <= left_bytes && may_take(has_bytes, user_bytes, left_bytes - model_bytes)) return;
@@ -108,7 +107,7 @@ void Engine::require_room(const ModelState& state, uint64_t model_bytes, uint64_
 }
 
 // What it says is true at this moment, and what to do about it.
-NoRoom Engine::no_room(const ModelState& state, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const {
+NoRoom Engine::no_room(const Model& state, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const {
     std::string text = state.spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
                        mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) + " can be had";
     uint64_t opened = 0;
@@ -135,7 +134,7 @@ NoRoom Engine::no_room(const ModelState& state, uint64_t bytes, uint64_t left_by
 }
 
 bool Engine::activate(uint32_t model, Use use, uint64_t has_bytes) {
-    ModelState& state = *models_.at(model);
+    Model& state = *models_.at(model);
     const bool active = state.pool != nullptr;
     const uint64_t user_bytes = state.users >= SESSIONS_RESERVED ? session_bytes(state.spec) : 0;
     const uint64_t share_bytes = SHARE_SLOTS_MIN * uint64_t{state.spec.cell_bytes};
@@ -149,14 +148,14 @@ bool Engine::activate(uint32_t model, Use use, uint64_t has_bytes) {
     if (!make_room(state, model_bytes + user_bytes)) return false;
     memory_.take(Account::tables, user_bytes);
     state.users++;
-    state.idle_looks = 0;
+    state.idle_rebalances = 0;
     if (active) return true;
     const uint64_t resident_bytes = pages(state.spec.resident_bytes);
     memory_.take(Account::resident, resident_bytes);
     memory_.take(Account::tables, activation_bytes(state.spec) - resident_bytes);
     update_limits();
     state.pool = std::make_unique<Pool>(state.spec.cell_count(), state.spec.cell_bytes);
-    state.pool->expect(state.hotness);
+    state.pool->seed(state.hotness);
     return true;
 }
 
@@ -173,14 +172,14 @@ std::shared_ptr<Predictors> Engine::reserve_predictors(uint32_t model, const Pre
 }
 
 void Engine::leave(uint32_t model) {
-    ModelState& state = *models_.at(model);
+    Model& state = *models_.at(model);
     assert(state.users > 0);
     if (state.users > SESSIONS_RESERVED) memory_.give(Account::tables, session_bytes(state.spec));
     state.users--;
 }
 
 // Resident weights and tables that cannot be taken back for a model: idle ones give theirs up.
-uint64_t Engine::fixed_bytes(const ModelState& asks) const {
+uint64_t Engine::fixed_bytes(const Model& asks) const {
     uint64_t bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
     for (const auto& state : models_) {
         if (state.get() == &asks || state->pool == nullptr || state->users > 0) continue;
@@ -190,7 +189,7 @@ uint64_t Engine::fixed_bytes(const ModelState& asks) const {
     return bytes;
 }
 
-uint64_t Engine::pool_bytes_free(const ModelState& asks) const {
+uint64_t Engine::pool_bytes_free(const Model& asks) const {
     uint64_t spoken_for = fixed_bytes(asks);
     for (const auto& state : models_) {
         if (state->pool == nullptr) continue;
@@ -202,7 +201,7 @@ uint64_t Engine::pool_bytes_free(const ModelState& asks) const {
 
 // Half of what the user may still take, at most: whoever comes next finds something too.
 uint32_t Engine::share_for(uint32_t model, uint32_t slots_wanted, uint64_t has_bytes) const {
-    const ModelState& state = *models_.at(model);
+    const Model& state = *models_.at(model);
     const uint64_t cell_bytes = state.spec.cell_bytes;
     const uint64_t free_bytes = pool_bytes_free(state);
     const uint64_t left = most_for(has_bytes, free_bytes) / cell_bytes;
@@ -238,7 +237,7 @@ void Engine::update_limits() {
     const uint64_t part_bytes = borrowers > 0 ? lendable_bytes() / static_cast<uint64_t>(borrowers) : 0;
     for (const auto& [id, session] : sessions_) {
         if (!session->borrows) continue;
-        const ModelState& state = *models_[session->model];
+        const Model& state = *models_[session->model];
         const uint64_t limit = session->share_slots + part_bytes / state.spec.cell_bytes;
         const uint64_t most = std::max(session->share_slots, state.spec.cell_count());
         session->lease_limit = static_cast<uint32_t>(std::min<uint64_t>(limit, most));
@@ -247,7 +246,7 @@ void Engine::update_limits() {
     }
 }
 
-uint64_t Engine::evictions(const ModelState& state) const {
+uint64_t Engine::evictions(const Model& state) const {
     return state.counts.evictions + (state.pool ? state.pool->evictions() : 0);
 }
 
@@ -258,20 +257,20 @@ bool Engine::waiting() const {
 }
 
 bool Engine::blocks_others(const Session& session) const {
-    const ModelState& state = *models_[session.model];
+    const Model& state = *models_[session.model];
     if (!state.stalled.empty() && session.held_cells > session.lease_limit) return true;
     const std::vector<uint32_t> leased = state.pool->leased_in_draining();
     return std::any_of(leased.begin(), leased.end(), [&](uint32_t cell) { return session.holds[cell].granted > 0; });
 }
 
-Place Engine::place_for(ModelState& state, uint32_t cell) {
+Place Engine::place_for(Model& state, uint32_t cell) {
     while (!state.pool->has_free() && !grow(state)) {
-        if (!wants_more(state) || !deactivate_idle(&state, IDLE_LOOKS_MIN)) break;
+        if (!wants_more(state) || !deactivate_idle(&state, IDLE_REBALANCES_MIN)) break;
     }
     return state.pool->insert(cell);
 }
 
-bool Engine::grow(ModelState& state) {
+bool Engine::grow(Model& state) {
     const uint64_t cell_bytes = state.spec.cell_bytes;
     if (!wants_more(state)) return false;
     const uint64_t useful_bytes = (state.spec.cell_count() - state.pool->slots()) * cell_bytes;
@@ -290,7 +289,7 @@ bool Engine::grow(ModelState& state) {
 }
 
 // Somebody waits for a slot that is his: what another model has too much of is taken back.
-void Engine::claim_slots(ModelState& state) {
+void Engine::claim_slots(Model& state) {
     uint64_t owed_slots = 0;
     for (const auto& [id, session] : sessions_) {
         if (session->model != state.index) continue;
@@ -301,8 +300,8 @@ void Engine::claim_slots(ModelState& state) {
 }
 
 // True when a segment that some model can spare is on its way out; one of `asks` itself only if `own`, and rather not.
-bool Engine::drain_surplus(const ModelState* asks, bool own) {
-    ModelState* chosen = nullptr;
+bool Engine::drain_surplus(const Model* asks, bool own) {
+    Model* chosen = nullptr;
     uint64_t most_bytes = 0;
     for (const auto& state : models_) {
         const bool asking = state.get() == asks;
@@ -321,13 +320,13 @@ bool Engine::drain_surplus(const ModelState* asks, bool own) {
     return true;
 }
 
-void Engine::retire(ModelState& state) {
+void Engine::retire(Model& state) {
     const uint32_t draining = state.pool->draining();
     for (auto& segment : state.pool->retire_drained()) drop_segment(state, std::move(segment));
     if (state.pool->draining() < draining) update_limits();
 }
 
-void Engine::drop_segment(ModelState& state, std::unique_ptr<Segment> segment) {
+void Engine::drop_segment(Model& state, std::unique_ptr<Segment> segment) {
     for (const auto& [id, session] : sessions_) {
         if (models_[session->model].get() == &state) session->segment_gone(segment->number);
     }
@@ -336,17 +335,17 @@ void Engine::drop_segment(ModelState& state, std::unique_ptr<Segment> segment) {
     segment->memory.drain();
 }
 
-bool Engine::deactivate_idle(const ModelState* except, uint32_t looks_min) {
+bool Engine::deactivate_idle(const Model* except, uint32_t rebalances_min) {
     for (const auto& state : models_) {
         if (state.get() == except || state->pool == nullptr || state->users > 0 || state->pool->busy() > 0) continue;
-        if (state->idle_looks < looks_min) continue;
+        if (state->idle_rebalances < rebalances_min) continue;
         deactivate(*state);
         return true;
     }
     return false;
 }
 
-void Engine::deactivate(ModelState& state) {
+void Engine::deactivate(Model& state) {
     state.pool->write_hotness(state.hotness);
     while (state.pool->start_draining()) retire(state);
     memory_.give(Account::tables, activation_bytes(state.spec) - pages(state.spec.resident_bytes));

@@ -23,7 +23,7 @@ void Engine::relieve() {
 bool Engine::shrink_to_target() {
     bool any = false;
     while (memory_.limit_bytes() - memory_.free_bytes() > target_bytes_) {
-        if (deactivate_idle(nullptr, IDLE_LOOKS_MIN)) {
+        if (deactivate_idle(nullptr, IDLE_REBALANCES_MIN)) {
             any = true;
             continue;
         }
@@ -39,7 +39,7 @@ bool Engine::shrink_to_target() {
 }
 
 // What a pool may still take: of what is free below the target, and above it only what its sessions are owed.
-uint64_t Engine::growth_bytes(const ModelState& state) const {
+uint64_t Engine::growth_bytes(const Model& state) const {
     const uint64_t used_bytes = memory_.limit_bytes() - memory_.free_bytes();
     const uint64_t below_bytes = target_bytes_ - std::min(target_bytes_, used_bytes);
     const uint64_t owed_slots = state.guaranteed_slots - std::min(state.guaranteed_slots, state.pool->slots());

@@ -8,41 +8,41 @@
 
 namespace weightd {
 
-void Engine::expect(uint32_t model, std::span<const Hotness> hotness) {
-    ModelState& state = *models_.at(model);
+void Engine::seed(uint32_t model, std::span<const Hotness> hotness) {
+    Model& state = *models_.at(model);
     if (hotness.size() != state.hotness.size()) {
         throw std::invalid_argument(state.spec.name + ": " + std::to_string(hotness.size()) + " cells foretold of " +
                                     std::to_string(state.hotness.size()));
     }
     std::copy(hotness.begin(), hotness.end(), state.hotness.begin());
-    if (state.pool != nullptr) state.pool->expect(hotness);
+    if (state.pool != nullptr) state.pool->seed(hotness);
 }
 
 std::vector<Hotness> Engine::hotness(uint32_t model) const {
-    const ModelState& state = *models_.at(model);
+    const Model& state = *models_.at(model);
     std::vector<Hotness> hotness = state.hotness;
     if (state.pool != nullptr) state.pool->write_hotness(hotness);
     return hotness;
 }
 
-void Engine::start_warming(ModelState& state) {
+void Engine::start_warming(Model& state) {
     const uint32_t hottest = *std::max_element(state.hotness.begin(), state.hotness.end());
     state.warming = {true, warms_ ? hottest : 0, 0};
 }
 
 // True when there is more to look for right now.
-bool Engine::warm(ModelState& state) {
+bool Engine::warm(Model& state) {
     if (state.pool == nullptr || state.warming.hotness == 0 || loader_.busy()) return false;
     if (!kept_bytes_.empty() || waiting()) return false;
     find_hot(state);
     return submit(state) || state.warming.hotness > 0;
 }
 
-void Engine::find_hot(ModelState& state) {
-    ModelState::Warming& warming = state.warming;
+void Engine::find_hot(Model& state) {
+    Model::Warming& warming = state.warming;
     const uint32_t cells = state.spec.cell_count();
     const uint64_t batch_cells = std::max<uint64_t>(1, WARM_BYTES_MAX / state.spec.cell_bytes);
-    for (uint32_t look = 0; look < WARM_LOOKS_MAX && state.missing.size() < batch_cells; look++) {
+    for (uint32_t look = 0; look < WARM_EXAMINED_MAX && state.missing.size() < batch_cells; look++) {
         if (warming.next_cell == cells) {
             warming.hotness -= std::min(warming.hotness, WARM_HOTNESS_STEP);
             warming.next_cell = 0;

@@ -25,7 +25,7 @@ struct Slot {
     uint32_t leases = 0;
     uint32_t first_waiter = NO_WAITER;  // the engine's list of who waits for the read
     bool reading = false;
-    bool put_off = false;  // of a read: not yet begun, and may wait (engine_scans.cpp)
+    bool deferred = false;  // of a read: not yet begun, and may wait (engine_scans.cpp)
 };
 
 struct Segment {
@@ -59,9 +59,9 @@ class Pool {
     void lease(Place place);
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_.touched(cell); }
-    void linger(bool lingers) { replacement_.linger(lingers); }
-    uint32_t linger_count() const { return replacement_.linger_count(); }
-    void expect(std::span<const Hotness> hotness) { replacement_.expect(hotness); }
+    void retain_probationary(bool retain) { replacement_.retain_probationary(retain); }
+    uint32_t retained_max() const { return replacement_.retained_max(); }
+    void seed(std::span<const Hotness> hotness) { replacement_.seed(hotness); }
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);

@@ -9,7 +9,7 @@
 namespace weightd {
 namespace {
 
-// Chosen by measurement (ARCHITECTURE.md): longer finds a little more when nothing changes, and adapts more slowly.
+// Chosen by measurement (weightd/README.md): longer finds a little more when nothing changes, and adapts more slowly.
 constexpr uint32_t USES_PER_HALF_LIFE = 2;  // of each cell, on average
 constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by one step, too
 constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level give way in the order in which they came to it
@@ -18,7 +18,7 @@ constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
 constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
 constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
-constexpr uint32_t LINGER_DIVISOR = 20;     // of the cells that are not there: a scan reads so much more
+constexpr uint32_t RETAINED_DIVISOR = 20;   // of the cells that are not there: a scan reads so much more
 constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
 static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
 static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");
@@ -55,12 +55,12 @@ Replacement::Replacement(uint32_t cells)
       now_(NOW_FIRST),
       lowest_(level_max()),
       scores_(cells),
-      passing_(cells),
+      probationary_(cells),
       links_(cells + LEVELS + 1) {
     for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
 }
 
-void Replacement::expect(std::span<const Hotness> hotness) {
+void Replacement::seed(std::span<const Hotness> hotness) {
     assert(hotness.size() == cells_);
     for (uint32_t cell = 0; cell < cells_; cell++) {
         const int code = hotness[cell] & HOTNESS_MAX;
@@ -77,7 +77,7 @@ uint64_t Replacement::table_bytes(uint32_t cells) {
 }
 
 void Replacement::inserted(uint32_t cell, bool contested) {
-    passing_[cell] = contested && !outweighs_the_lowest(cell) ? 1 : 0;
+    probationary_[cell] = contested && !admits(cell) ? 1 : 0;
     pinned(cell);
 }
 
@@ -102,16 +102,16 @@ uint32_t Replacement::victim() {
 }
 
 uint32_t Replacement::first_to_go() {
-    if (passing_count_ > linger_count()) return links_[passing_list()].next;
+    if (probationary_count_ > retained_max()) return links_[probationary_list()].next;
     find_lowest();
     if (lowest_ <= level_max()) return links_[list_of(lowest_)].next;
-    return passing_count_ > 0 ? links_[passing_list()].next : NO_CELL;
+    return probationary_count_ > 0 ? links_[probationary_list()].next : NO_CELL;
 }
 
-uint32_t Replacement::linger_count() const {
-    if (!lingers_) return 0;
-    const uint32_t there = kept_count_ + passing_count_;
-    return std::min((cells_ - there) / LINGER_DIVISOR, there / 2);
+uint32_t Replacement::retained_max() const {
+    if (!retains_) return 0;
+    const uint32_t there = kept_count_ + probationary_count_;
+    return std::min((cells_ - there) / RETAINED_DIVISOR, there / 2);
 }
 
 void Replacement::write_hotness(std::span<Hotness> hotness) const {
@@ -151,7 +151,7 @@ uint32_t Replacement::level_of(Score score) const {
     return std::clamp<uint32_t>(score / STEPS_PER_LEVEL, level_min(), level_max());
 }
 
-uint32_t Replacement::passing_list() const { return cells_ + LEVELS; }
+uint32_t Replacement::probationary_list() const { return cells_ + LEVELS; }
 
 uint32_t Replacement::list_of(uint32_t level) const { return cells_ + level % LEVELS; }
 
@@ -159,15 +159,15 @@ void Replacement::find_lowest() {
     while (lowest_ <= level_max() && links_[list_of(lowest_)].next == list_of(lowest_)) lowest_++;
 }
 
-bool Replacement::outweighs_the_lowest(uint32_t cell) {
+bool Replacement::admits(uint32_t cell) {
     find_lowest();
     return level_of(scores_[cell]) > lowest_;
 }
 
 void Replacement::put(uint32_t cell) {
-    uint32_t list = passing_list();
-    if (passing_[cell] != 0) {
-        passing_count_++;
+    uint32_t list = probationary_list();
+    if (probationary_[cell] != 0) {
+        probationary_count_++;
     } else {
         kept_count_++;
         const uint32_t level = level_of(scores_[cell]);
@@ -182,7 +182,7 @@ void Replacement::put(uint32_t cell) {
 
 void Replacement::take(uint32_t cell) {
     const auto [previous, next] = links_[cell];
-    if (next != cell) (passing_[cell] != 0 ? passing_count_ : kept_count_)--;
+    if (next != cell) (probationary_[cell] != 0 ? probationary_count_ : kept_count_)--;
     links_[previous].next = next;
     links_[next].previous = previous;
     links_[cell] = {cell, cell};

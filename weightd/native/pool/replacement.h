@@ -35,16 +35,16 @@ inline constexpr Hotness HOTNESS_IN_POOL = 128;
 class Replacement {
   public:
     explicit Replacement(uint32_t cells);
-    void expect(std::span<const Hotness> hotness);  // of each cell: in the place of what was seen until now
-    void inserted(uint32_t cell, bool contested);   // comes into the pool, pinned; contested: for want of a free slot
-    void touched(uint32_t cell);                    // is used: it was in the pool, or has just come for that
+    void seed(std::span<const Hotness> hotness);   // of each cell: in the place of what was seen until now
+    void inserted(uint32_t cell, bool contested);  // comes into the pool, pinned; contested: for want of a free slot
+    void touched(uint32_t cell);                   // is used: it was in the pool, or has just come for that
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
-    void removed(uint32_t cell);                                       // left the pool for another reason than victim()
-    uint32_t victim();                                                 // takes one out, or NO_CELL when all are pinned
-    void linger(bool lingers) { lingers_ = lingers; }                  // several scans are under way
-    uint32_t linger_count() const;                                     // cells that may linger
-    bool passing(uint32_t cell) const { return passing_[cell] != 0; }  // of one in the pool
+    void removed(uint32_t cell);                                  // left the pool for another reason than victim()
+    uint32_t victim();                                            // takes one out, or NO_CELL when all are pinned
+    void retain_probationary(bool retain) { retains_ = retain; }  // several scans are under way
+    uint32_t retained_max() const;                                // cells that may linger
+    bool probationary(uint32_t cell) const { return probationary_[cell] != 0; }  // of one in the pool
 
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as seen until now; no HOTNESS_IN_POOL
 
@@ -60,14 +60,14 @@ class Replacement {
     void advance();
     void forget_zero();
     uint32_t list_of(uint32_t level) const;
-    uint32_t passing_list() const;
+    uint32_t probationary_list() const;
     uint32_t level_of(Score score) const;
     uint32_t level_min() const;
     uint32_t level_max() const;
     void put(uint32_t cell);
     void take(uint32_t cell);
     uint32_t first_to_go();
-    bool outweighs_the_lowest(uint32_t cell);
+    bool admits(uint32_t cell);
     void find_lowest();
     void append(uint32_t target, uint32_t source);
 
@@ -76,12 +76,12 @@ class Replacement {
     uint32_t touches_ = 0;       // since the last step
     uint32_t now_;               // the score of one use at this moment
     uint32_t lowest_;            // no unpinned cell of the pool is at a lower level
-    bool lingers_ = false;
-    uint32_t passing_count_ = 0;  // unpinned ones
-    uint32_t kept_count_ = 0;     // likewise
+    bool retains_ = false;
+    uint32_t probationary_count_ = 0;  // unpinned ones
+    uint32_t kept_count_ = 0;          // likewise
     std::vector<Score> scores_;
-    std::vector<uint8_t> passing_;  // of cells in the pool: 1 or 0
-    std::vector<Link> links_;       // of cells, then of the lists: a ring of levels, and those that are passing
+    std::vector<uint8_t> probationary_;  // of cells in the pool: 1 or 0
+    std::vector<Link> links_;            // of cells, then of the lists: a ring of levels, and those that are passing
 };
 
 }  // namespace weightd

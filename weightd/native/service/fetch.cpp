@@ -128,7 +128,7 @@ void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
 
 void Service::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
     ensure_active(model, Use::resident, std::nullopt);
-    const ModelState& state = this->model(model);
+    const Model& state = this->model(model);
     const bool inside =
         offset_bytes <= state.spec.resident_bytes && out.size() <= state.spec.resident_bytes - offset_bytes;
     if (inside) std::memcpy(out.data(), state.resident.data() + offset_bytes, out.size());

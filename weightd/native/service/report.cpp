@@ -15,7 +15,7 @@ SessionReport report_of(const RingSession& session, const ModelSpec& spec) {
 
 }  // namespace
 
-ModelReport report_of(const Engine& engine, const ModelState& state) {
+ModelReport report_of(const Engine& engine, const Model& state) {
     ModelReport report;
     report.name = state.spec.name;
     report.sessions = state.sessions;

@@ -61,6 +61,6 @@ struct Report {
 };
 
 // Of one model, as it is now.
-ModelReport report_of(const Engine& engine, const ModelState& state);
+ModelReport report_of(const Engine& engine, const Model& state);
 
 }  // namespace weightd

@@ -14,7 +14,7 @@ namespace {
 
 constexpr std::chrono::seconds RELIEVE_AFTER{10};  // without a signal, of which the kernel sends one in two seconds
 constexpr int CHECK_MS = 1000;                     // for sessions that were not attached in time, or that block others
-constexpr int PUT_OFF_CHECK_MS = 20;               // for reads that wait for nothing but time
+constexpr int DEFERRED_CHECK_MS = 20;              // for reads that wait for nothing but time
 
 constexpr uint32_t UNATTACHED_MAX = 64;  // sessions
 constexpr std::chrono::seconds ATTACH_WITHIN{10};
@@ -173,7 +173,7 @@ void Service::sleep_until_event() {
     const bool half_open = !silent_.empty() || !unattached_.empty() || closed_rings_.size() > 0;
     std::array<epoll_event, 64> events;
     const bool ticks = half_open || !accepts_ || engine_->waiting() || engine_->pressed();
-    const int timeout_ms = waiting ? 0 : engine_->puts_off() ? PUT_OFF_CHECK_MS : ticks ? CHECK_MS : -1;
+    const int timeout_ms = waiting ? 0 : engine_->defers_reads() ? DEFERRED_CHECK_MS : ticks ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
     if (count < 0 && errno != EINTR) fail("epoll_wait");
     for (const auto& [id, ring] : rings_) ring->announce_sleep(false);
@@ -240,7 +240,7 @@ void Service::run_all_commands() {
 
 uint32_t Service::add_model(ModelSpec spec) {
     auto opened = open_model(std::move(spec), choice_.allow_buffered);
-    const ModelState& state = *opened;
+    const Model& state = *opened;
     std::optional<uint32_t> index;
     wait_for_room(state, [&] {
         index = making_way(std::nullopt, [&] { return engine_->add_model(opened); });
@@ -259,13 +259,13 @@ std::string Service::io_level() {
 
 void Service::now_and_then() {
     const auto now = Clock::now();
-    if (now < next_look_) return;
-    next_look_ = now + std::chrono::milliseconds(CHECK_MS);
+    if (now < next_check_) return;
+    next_check_ = now + std::chrono::milliseconds(CHECK_MS);
     listen(true);
     close_blocking();
     close_expired();
     if (engine_->pressed() && now > relieve_at_) engine_->relieve();
-    engine_->look();
+    engine_->rebalance();
 }
 
 }  // namespace weightd

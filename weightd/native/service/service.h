@@ -69,8 +69,8 @@ class Service {
     }
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
-    void expect(uint32_t model, std::span<const Hotness> hotness) {
-        on_loop([&] { engine_->expect(model, hotness); });
+    void seed(uint32_t model, std::span<const Hotness> hotness) {
+        on_loop([&] { engine_->seed(model, hotness); });
     }
     std::vector<Hotness> hotness(uint32_t model) {
         return on_loop([&] { return engine_->hotness(model); });
@@ -114,7 +114,7 @@ class Service {
     void unwatch(int fd);
     void watch_pressure();
     void hear_pressure(int fd, uint32_t events);
-    ModelState& model(uint32_t index);
+    Model& model(uint32_t index);
     // One opener's turn at a model, until it goes: its activation may take minutes, and is done once.
     class Turn {
       public:
@@ -150,7 +150,7 @@ class Service {
     Opened open_active(uint32_t model, uint32_t slots_wanted, const User& user);
     void ensure_active(uint32_t model, Use use, const User& user);
     void ensure_predictors(uint32_t model, const User& user);
-    void wait_for_room(const ModelState& state, const std::function<bool()>& reserve);
+    void wait_for_room(const Model& state, const std::function<bool()>& reserve);
     bool stopping();
     void post(std::function<void()> command);  // throws Stopping
 
@@ -180,7 +180,7 @@ class Service {
     std::vector<std::function<void()>> commands_;
     bool stopping_ = false;
     std::string failure_;
-    Clock::time_point next_look_;                // of now_and_then()
+    Clock::time_point next_check_;               // of now_and_then()
     bool accepts_ = true;                        // false while no descriptor is left for a connection
     std::map<User, uint32_t> opening_sessions_;  // not in rings_ yet
     std::mutex opening_lock_;                    // guards opening_

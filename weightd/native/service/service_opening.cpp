@@ -13,7 +13,7 @@ namespace {
 constexpr std::chrono::seconds ROOM_WITHIN{10};  // how long an opener waits for segments to drain
 constexpr std::chrono::milliseconds TURN_CHECK{200};
 
-std::optional<PredictorsFile> missing_predictors(const ModelState& state) {
+std::optional<PredictorsFile> missing_predictors(const Model& state) {
     const auto& newest = state.predictors_file;
     const bool there = newest && state.predictors != nullptr && state.predictors->version == newest->version;
     return there ? std::nullopt : newest;
@@ -48,13 +48,13 @@ void Service::Turn::moved() {
 }
 
 // Off the loop: the engine's list of models grows there. What openers use of a model never changes or is theirs.
-ModelState& Service::model(uint32_t index) {
-    return on_loop([&]() -> ModelState& { return engine_->model(index); });
+Model& Service::model(uint32_t index) {
+    return on_loop([&]() -> Model& { return engine_->model(index); });
 }
 
 void Service::ensure_active(uint32_t model, Use use, const User& user) {
     Turn turn(*this, model);
-    ModelState& state = this->model(model);  // its spec never changes, and only openers write `resident`
+    Model& state = this->model(model);  // its spec never changes, and only openers write `resident`
     wait_for_room(state,
                   [&] { return making_way(user, [&] { return engine_->activate(model, use, bytes_of(user)); }); });
     if (state.resident_ready) return;
@@ -71,7 +71,7 @@ void Service::ensure_active(uint32_t model, Use use, const User& user) {
 }
 
 // Until `reserve`, on the loop, has found memory.
-void Service::wait_for_room(const ModelState& state, const std::function<bool()>& reserve) {
+void Service::wait_for_room(const Model& state, const std::function<bool()>& reserve) {
     const auto give_up = Clock::now() + ROOM_WITHIN;
     while (!on_loop(reserve)) {
         if (Clock::now() > give_up) {
@@ -89,7 +89,7 @@ void Service::set_predictors(uint32_t model, const PredictorsFile& file) {
 
 void Service::ensure_predictors(uint32_t model, const User& user) {
     Turn turn(*this, model);
-    ModelState& state = this->model(model);
+    Model& state = this->model(model);
     while (const auto wanted = on_loop([&] { return missing_predictors(state); })) {
         std::shared_ptr<Predictors> fresh;
         wait_for_room(state, [&] {
@@ -192,7 +192,7 @@ Opened Service::open_active(uint32_t model, uint32_t slots_wanted, const User& u
         if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
         const uint32_t share =
             making_way(user, [&] { return engine_->share_for(model, slots_wanted, bytes_of(user)); });
-        ModelState& state = engine_->model(model);
+        Model& state = engine_->model(model);
         auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, user, state.predictors);
         RingSession* opened = ring.get();
         engine_->open(std::move(ring));

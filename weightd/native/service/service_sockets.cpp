@@ -112,7 +112,7 @@ void Service::attach(Descriptor socket, RingSession& session) {
     } catch (const std::system_error& error) {
         return refuse(fd, error.code().value());
     }
-    const ModelState& state = engine_->model(session.model);
+    const Model& state = engine_->model(session.model);
     unattached_.end(session.id);
     if (!session.attach(std::move(socket), std::move(process), *peer, state.spec.resident_bytes,
                         state.resident.shared_fd())) {

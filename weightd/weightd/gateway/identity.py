@@ -27,8 +27,8 @@ from weightd.errors import StoreError
 from weightd.gateway.access import Caller
 from weightd.gateway.front import Origin
 from weightd_proto import weightd_pb2
+from weightd_proto.addresses import IDENTITY_METADATA_KEY
 
-METADATA_KEY = "weightd-identity-bin"
 KEY_FILE = "identity.key"
 KEY_BYTES = 32
 VALID_S = 3600
@@ -81,7 +81,7 @@ class Identities:
         origin = self.origin(context)
         if origin is None or not origin.local:
             return Caller(local=False, tls_names=frozenset() if origin is None else origin.tls_names)
-        shown = dict(context.invocation_metadata() or ()).get(METADATA_KEY, b"")
+        shown = dict(context.invocation_metadata() or ()).get(IDENTITY_METADATA_KEY, b"")
         claim = self.check(shown) if isinstance(shown, bytes) else None
         if claim is None:
             return Caller(local=True)

@@ -12,7 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from weightd.errors import DeviceError, UsageError
-from weightd.gateway.addresses import DATA_SUFFIX, IDENTITY_SUFFIX, ListenAddress, unfit_for_a_socket
+from weightd.gateway.addresses import ListenAddress
+from weightd_proto.addresses import DATA_SUFFIX, IDENTITY_SUFFIX, SOCKET_FILE, unfit_for_a_socket
 
 SOCKET_MODE = 0o660  # who may attach: the daemon's user and group
 SYSTEM_FOLDER_MODE = 0o750
@@ -71,7 +72,7 @@ def data_socket(addresses: tuple[ListenAddress, ...]) -> Iterator[Path]:
         yield path
         path.unlink(missing_ok=True)
         return
-    name = "weightd.sock.data"
+    name = f"{SOCKET_FILE}{DATA_SUFFIX}"
     short = unfit_for_a_socket(Path(tempfile.gettempdir()) / "weightd-12345678" / name) is None
     with tempfile.TemporaryDirectory(prefix="weightd-", dir=None if short else "/tmp") as folder:
         yield Path(folder) / name

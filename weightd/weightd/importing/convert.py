@@ -36,7 +36,6 @@ from weightd.sizes import format_size, round_up
 from weightd.store.layout import bundle_layout, lay_out_layers, native_shape
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import (
-    BUNDLES_FILE,
     FILES_FOLDER,
     RESIDENT_FILE,
     Staging,
@@ -47,6 +46,7 @@ from weightd.store.store import (
 )
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES, part_bytes, parts_of, plain
+from weightd_proto.files import BUNDLES_FILE
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 

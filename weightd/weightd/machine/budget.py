@@ -1,17 +1,13 @@
-"""What the machine and its memory cgroups can give, and what --dram means in it.
-
-The smallest limit on the way from this process's cgroup up to the root counts, in both cgroup versions, beside the
-machine's own memory. Page cache that the kernel would drop is free memory.
-"""
+"""What --dram means within the memory limits of the machine and its cgroups."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from flashclient.memory_limits import MemoryLimit, free_bytes, memory_limits, tightest
 from weightd.errors import SpaceError, UsageError
 from weightd.sizes import NOTHING_GIVEN, Amount, format_enough, format_size
 
@@ -19,18 +15,7 @@ logger = logging.getLogger(__name__)
 
 # The interpreter's promise (design, promise 1): what the process needs beside --dram.
 INTERPRETER_BYTES = 150 << 20
-# cgroup v1 writes "no limit" as the largest page-aligned 64-bit number.
-UNLIMITED_BYTES = 1 << 60
 DRAM_FLOOR = Amount(percent=50.0)  # of --dram
-
-
-@dataclass(frozen=True)
-class MemoryLimit:
-    """One bound on this process's memory: the machine's, or that of a cgroup."""
-
-    source: str  # "the machine", or the cgroup's directory
-    limit_bytes: int
-    free_bytes: int
 
 
 @dataclass(frozen=True)
@@ -40,16 +25,6 @@ class ModelDemand:
     name: str
     minimum_bytes: int  # the least with which it can be served
     full_bytes: int  # resident weights, every cell, the tables and room for a calibration: more is of no use
-
-
-def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
-    """All bounds on this process's memory, the machine's first; `root` holds proc/ and the cgroup mounts."""
-    return [_machine(root), *_cgroups(root)]
-
-
-def tightest(limits: Sequence[MemoryLimit]) -> MemoryLimit:
-    """The bound with the smallest limit."""
-    return min(limits, key=lambda limit: limit.limit_bytes)
 
 
 def chosen_dram_bytes(dram: Amount, demands: Sequence[ModelDemand]) -> int:
@@ -64,9 +39,8 @@ def chosen_dram_bytes(dram: Amount, demands: Sequence[ModelDemand]) -> int:
     check_dram(dram_bytes, limits, demands, dram.percent)
     for demand in unservable(dram_bytes, demands):
         logger.warning("%s cannot be served: it needs --dram %s", demand.name, format_enough(demand.minimum_bytes))
-    free_bytes = min(limit.free_bytes for limit in limits)
-    if dram_bytes > free_bytes:
-        logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free_bytes))
+    if dram_bytes > (free := free_bytes(limits)):
+        logger.warning("--dram %s is more than the %s free now", format_size(dram_bytes), format_size(free))
     return dram_bytes
 
 
@@ -85,7 +59,7 @@ def chosen_floor_bytes(floor: Amount, dram_bytes: int) -> int:
 
 def default_dram_bytes(limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand]) -> int:
     """Half of what machine and cgroups leave free, no more than the models need (an empty store: just half)."""
-    half = max(0, min(limit.free_bytes for limit in limits) - INTERPRETER_BYTES) // 2
+    half = max(0, free_bytes(limits) - INTERPRETER_BYTES) // 2
     needed = sum(demand.full_bytes for demand in demands)
     return min(half, needed) if demands else half
 
@@ -155,98 +129,3 @@ def _minimums(demands: Sequence[ModelDemand]) -> str:
         f"{demand.name} needs at least {format_enough(demand.minimum_bytes)} (resident weights, tables, a few cells)"
         for demand in demands
     )
-
-
-def _machine(root: Path) -> MemoryLimit:
-    fields: dict[str, int] = {}
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        name, _, rest = line.partition(":")
-        fields[name] = int(rest.split()[0]) << 10  # kB
-    return MemoryLimit("the machine", fields["MemTotal"], fields["MemAvailable"])
-
-
-def _cgroups(root: Path) -> Iterator[MemoryLimit]:
-    for directory, version in memory_directories(root):
-        limit = _limit_v2(directory) if version == 2 else _limit_v1(directory)
-        if limit is not None:
-            yield limit
-
-
-def memory_directories(root: Path) -> Iterator[tuple[Path, int]]:
-    """This process's cgroups that can bound memory and their version, from its own up to each mount."""
-    paths = _cgroup_paths(root)
-    for line in (root / "proc/self/mountinfo").read_text().splitlines():
-        before, _, after = line.partition(" - ")
-        mounted_root, mount_point = before.split()[3:5]
-        version = _version(after)
-        if version not in paths:
-            continue
-        mount = root / mount_point.lstrip("/")
-        # A container sees a mount whose root is its own cgroup: the path below the mount is what is left.
-        below = paths[version].removeprefix(mounted_root.rstrip("/")).strip("/")
-        directory = mount / below if (mount / below).is_dir() else mount
-        yield directory, version
-        while directory != mount:
-            directory = directory.parent
-            yield directory, version
-
-
-def _version(mount: str) -> int:
-    """The cgroup version that can bound memory on this mount ("type source options"); 0 when none can."""
-    kind, _, options = mount.split()[:3]
-    if kind == "cgroup2":
-        return 2
-    return 1 if kind == "cgroup" and "memory" in options.split(",") else 0
-
-
-def _cgroup_paths(root: Path) -> dict[int, str]:
-    """The process's path in the unified hierarchy (2) and in the v1 memory hierarchy (1)."""
-    paths: dict[int, str] = {}
-    file = root / "proc/self/cgroup"
-    for line in file.read_text().splitlines() if file.exists() else []:
-        number, controllers, path = line.split(":", 2)
-        if number == "0" and not controllers:
-            paths[2] = path
-        elif "memory" in controllers.split(","):
-            paths[1] = path
-    return paths
-
-
-def _limit_v2(directory: Path) -> MemoryLimit | None:
-    # Above memory.high a process is throttled until it hardly moves, so it bounds as memory.max does.
-    limits = [_number(directory / name) for name in ("memory.max", "memory.high")]
-    known = [limit for limit in limits if limit is not None]
-    used = _number(directory / "memory.current")
-    if not known or used is None:
-        return None
-    return _limit(directory, min(known), used, "inactive_file")
-
-
-def _limit_v1(directory: Path) -> MemoryLimit | None:
-    limit = _number(directory / "memory.limit_in_bytes")
-    used = _number(directory / "memory.usage_in_bytes")
-    if limit is None or used is None or limit >= UNLIMITED_BYTES:
-        return None
-    return _limit(directory, limit, used, "total_inactive_file")
-
-
-def _limit(directory: Path, limit_bytes: int, used_bytes: int, reclaimable: str) -> MemoryLimit:
-    used_bytes -= _statistic(directory / "memory.stat", reclaimable)
-    return MemoryLimit(str(directory), limit_bytes, max(0, limit_bytes - used_bytes))
-
-
-def _number(file: Path) -> int | None:
-    """The number in `file`; None when there is no such file or it says "max"."""
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
-    return None if text == "max" else int(text)
-
-
-def _statistic(file: Path, name: str) -> int:
-    for line in file.read_text().splitlines() if file.exists() else []:
-        key, _, value = line.partition(" ")
-        if key == name:
-            return int(value)
-    return 0

@@ -12,14 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
+from flashclient.memory_limits import free_bytes, memory_limits, tightest
 from flashclient.standard_streams import say
 from weightd._native import block_size_bytes, probe_io_uring
 from weightd.errors import StoreError, WeightdError
 from weightd.flags import FlagParser
-from weightd.machine import budget, pressure
+from weightd.machine import pressure
 from weightd.sizes import format_size
 from weightd.store.device_profile import DEPTHS, DeviceProfile, kept_profile, measure
-from weightd.store.store import BUNDLES_FILE, CATALOG_FILE, Store
+from weightd.store.store import CATALOG_FILE, Store
+from weightd_proto.files import BUNDLES_FILE
 
 OK, WARN, FAIL = "ok", "warn", "fail"
 MEMLOCK_WANTED_BYTES = 1 << 30  # below, larger pools are read without registered buffers: 3.2 us a read, not 2.2
@@ -142,11 +144,10 @@ def check_memlock(limit_bytes: int | None = None, user_id: int | None = None) ->
 
 
 def check_memory(root: Path = Path("/")) -> Finding:
-    limits = budget.memory_limits(root)
-    bound = budget.tightest(limits)
-    free_bytes = min(limit.free_bytes for limit in limits)
-    value = f"{format_size(bound.limit_bytes)} by {bound.source}, {format_size(free_bytes)} free"
-    if free_bytes < MEMORY_WANTED_BYTES:
+    limits = memory_limits(root)
+    bound, free = tightest(limits), free_bytes(limits)
+    value = f"{format_size(bound.limit_bytes)} by {bound.source}, {format_size(free)} free"
+    if free < MEMORY_WANTED_BYTES:
         return Finding("memory", WARN, value, "end other processes, or raise memory.max of the cgroup")
     return Finding("memory", OK, value)
 

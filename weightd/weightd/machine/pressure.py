@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from weightd.machine.budget import memory_directories
+from flashclient.memory_limits import memory_directories
 
 # Some task waited for memory during 100 ms of 2 s. Users without CAP_SYS_RESOURCE may name windows that are multiples
 # of 2 s only.

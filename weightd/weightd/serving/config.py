@@ -22,12 +22,12 @@ from weightd.gateway.addresses import (
     ListenAddress,
     MetricsAddress,
     default_listen,
-    is_loopback,
     parse_listen,
 )
 from weightd.gateway.tls import TlsFiles
 from weightd.machine.budget import DRAM_FLOOR
 from weightd.sizes import NOTHING_GIVEN, Amount, parse_size
+from weightd_proto.addresses import is_loopback
 
 IO_ENGINES = ("auto", "io_uring", "threads")
 IO_THREADS_DEFAULT = 32  # the paper's number of reading threads
@@ -210,7 +210,7 @@ def _parse_tls(settings: Mapping[str, Any], listen: Sequence[ListenAddress]) -> 
         if cert or key or client_ca:
             raise UsageError("--tls-cert and --tls-key belong together, and --tls-client-ca needs both")
         for address in listen:
-            if not address.loopback:
+            if not address.local:
                 raise UsageError(
                     f"--listen {address.target!r} is not a loopback address, and beyond this machine TLS is needed: "
                     "give --tls-cert FILE --tls-key FILE (and --tls-client-ca FILE to know who calls), or use localhost"

@@ -103,8 +103,7 @@ def _listeners(address: ListenAddress, tls: TlsCredentials | None) -> list[Liste
         if address.socket_path is not None:
             with listening.private_sockets():
                 return [Listener(listening.listen_at_path(str(address.socket_path)), None)]
-        host, _, port = address.target.rpartition(":")
-        sockets = listening.listen_at_port(host.strip("[]"), int(port))
+        sockets = listening.listen_at_port(address.host.strip("[]"), address.port)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UsageError(f"cannot listen at {address.target}: {reason}; choose another --listen") from error

@@ -137,7 +137,7 @@ class ServedModels:
             check_files(self._store, record)
             self._engine.raise_dram(*self._dram.with_model(demand_of(record)))
             served = _open(self._store, self._engine, record)
-            self._expect(served.number, known_hotness(self._store, record))
+            self._seed(served.number, known_hotness(self._store, record))
             self._remembered[name] = _checksum(self._engine.hotness(served.number))
             with self._lock:
                 self._opened[name] = served
@@ -160,13 +160,13 @@ class ServedModels:
             with self._lock:
                 self._opened[record.name] = ServedModel(record, served.number)
             _offer_predictors(self._store, self._engine, record, served.number)
-            self._expect(served.number, calibrated_hotness(self._store, record))
+            self._seed(served.number, calibrated_hotness(self._store, record))
             remove_old(self._store, record)
         return calibration
 
-    def _expect(self, number: int, hotness: Hotness | None) -> None:
+    def _seed(self, number: int, hotness: Hotness | None) -> None:
         if hotness is not None and not self._cold_start:
-            self._engine.expect(number, hotness)
+            self._engine.seed(number, hotness)
 
     def remember(self) -> None:
         """Writes down what pools have learned of which cells are hot, where that is new: a byte a cell."""

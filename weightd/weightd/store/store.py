@@ -53,10 +53,9 @@ from weightd.errors import CorruptionError, ImportingError, SpaceError, StoreErr
 from weightd.sizes import format_size
 from weightd.store.catalog import Catalog
 from weightd_proto import weightd_pb2
+from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 
 CATALOG_FILE = "catalog.mdb"
-DAEMON_LOCK_FILE = "weightd.lock"
-BUNDLES_FILE = "bundles.bin"
 RESIDENT_FILE = "resident.safetensors"
 FILES_FOLDER = "hf"
 MARKER_FILE = ".unpublished"
