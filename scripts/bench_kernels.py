@@ -20,11 +20,12 @@ from flags import FlagParser
 import flashclient  # noqa: F401  # isort: skip  # before torch: it tells torch's idle threads to sleep
 import numpy as np
 import torch
+from benchmarks.memory_read import read_memory
 from benchmarks.report import Row, Target, abba, machine_facts, report
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers, read_memory
+from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
 from flashclient.model.arrays import array_of
 from flashclient.model.decode_attention import attend
 from weightd_proto.encodings import plain
@@ -68,7 +69,7 @@ class Arena:
 
     def read_s(self) -> float:
         start_s = time.perf_counter()
-        read_memory(self.workers, self.bits)
+        read_memory(self.bits, self.workers.threads)
         return time.perf_counter() - start_s
 
     def matrices(self, rows: int, columns: int) -> list[NDArray[np.uint16]]:

@@ -113,7 +113,7 @@ class FlashClient:
             built = self._load(connection, source, Path(scratch), window)
         self.model: PreTrainedModel = built.model
         self.activation = built.activation  # for calibration
-        self.clock = built.total.clock  # of all forward passes; stats() speaks of whole generations
+        self.clock = built.ffn.clock  # of all forward passes; stats() speaks of whole generations
         self._turns.watch_passes(built.model)
         self._generator = Generator(built, source, self.tokenizer, self._turns)
         opened.callback(self._turns.close)

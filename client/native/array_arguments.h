@@ -13,11 +13,11 @@
 
 namespace flashclient {
 
-template <typename T, std::size_t dimensions>
+template <typename T, size_t dimensions>
 using Array = nanobind::ndarray<T, nanobind::ndim<dimensions>, nanobind::c_contig, nanobind::device::cpu>;
-using U16Array = Array<const std::uint16_t, 1>;
-using U32Array = Array<const std::uint32_t, 1>;
-using U64Array = Array<const std::uint64_t, 1>;
+using U16Array = Array<const uint16_t, 1>;
+using U32Array = Array<const uint32_t, 1>;
+using U64Array = Array<const uint64_t, 1>;
 
 inline void require(bool condition, const std::string& what) {
     if (!condition) throw std::invalid_argument(what);
@@ -30,8 +30,9 @@ inline void require(bool condition, const char* what) {
 // Every array goes through here before it is used: numpy makes arrays at any address.
 template <typename Anything>
 const Anything& aligned(const Anything& array, const char* name) {
-    if (reinterpret_cast<std::uintptr_t>(array.data()) % array.itemsize() != 0)
+    if (reinterpret_cast<uintptr_t>(array.data()) % array.itemsize() != 0) {
         throw std::invalid_argument(std::string(name) + " is not aligned to its elements");
+    }
     return array;
 }
 

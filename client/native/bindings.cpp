@@ -199,11 +199,7 @@ void bind_sweep(nb::module_& m) {
         .def("idle", &used_session<&Sweep::idle, Sweep>, nb::call_guard<nb::gil_scoped_release>(),
              "Gives everything back.")
         .def("forget", &used_session<&Sweep::forget, Sweep>, nb::call_guard<nb::gil_scoped_release>(),
-             "The session is another one: nothing is held or on its way.")
-        .def_prop_ro(
-            "wait_s", [](const Sweep& sweep) { return sweep.times().wait_s; }, "seconds spent waiting")
-        .def_prop_ro(
-            "cells", [](const Sweep& sweep) { return sweep.times().cells; }, "cells answered");
+             "The session is another one: nothing is held or on its way.");
 }
 
 // ---- leases and window ----

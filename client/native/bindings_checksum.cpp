@@ -11,12 +11,12 @@ using namespace nb::literals;
 void bind_checksum(nb::module_& module);
 
 void bind_checksum(nb::module_& module) {
-    using Bytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+    using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
     module.def(
         "checksum",
         [](const Bytes& bytes) {
             nb::gil_scoped_release release;
-            return static_cast<std::uint64_t>(XXH3_64bits(bytes.data(), bytes.size()));
+            return static_cast<uint64_t>(XXH3_64bits(bytes.data(), bytes.size()));
         },
         "bytes"_a.noconvert(), "XXH3-64, the checksum of everything in a store.");
 }

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <map>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -20,7 +19,6 @@
 #include "kernels/attention.h"
 #include "kernels/ffn.h"
 #include "kernels/linear.h"
-#include "kernels/memory_read.h"
 #include "kernels/predictor.h"
 #include "kernels/readable_memory.h"
 #include "kernels/workers.h"
@@ -31,7 +29,6 @@ using namespace nb::literals;
 
 namespace {
 
-using flashclient::Activation;
 using flashclient::aligned;
 using flashclient::Array;
 using flashclient::Attention;
@@ -41,7 +38,6 @@ using flashclient::AttentionShape;
 using flashclient::Dtype;
 using flashclient::Encoding;
 using flashclient::Ffn;
-using flashclient::kTokensMax;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
 using flashclient::Matrix;
@@ -52,6 +48,7 @@ using flashclient::ReadableMemory;
 using flashclient::Reading;
 using flashclient::require;
 using flashclient::SignPredictor;
+using flashclient::TOKENS_MAX;
 using flashclient::U16Array;
 using flashclient::U32Array;
 using flashclient::U64Array;
@@ -60,37 +57,22 @@ using flashclient::Workers;
 using Bias = Array<const float, 1>;
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
-using GroupMasks = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
+using GroupMasks = nb::ndarray<const uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
 using Weight = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
 using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using InstructionSet = std::optional<std::string>;
 
-constexpr std::size_t kHiddenMax = std::size_t{1} << 24;  // elements; a bundle's bytes fit 32 bits
-constexpr std::size_t kThreadsMax = 1024;
-constexpr nb::dlpack::dtype kBfloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
-constexpr nb::dlpack::dtype kFloat16{static_cast<std::uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-constexpr nb::dlpack::dtype kBits16 = nb::dtype<std::uint16_t>();  // of either, where numpy has no such type
+constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; a bundle's bytes fit 32 bits
+constexpr size_t THREADS_MAX = 1024;
+constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
+constexpr nb::dlpack::dtype FLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // of either, where numpy has no such type
 
 Dtype dtype_of(const std::string& name) {
     const std::optional<Dtype> dtype = weightd::dtype_named(name);
     if (dtype && *dtype != Dtype::i8) return *dtype;
     throw std::invalid_argument("no kernel for weights of dtype '" + name + "': F32, BF16 and F16 have one");
-}
-
-Activation activation_of(const std::string& name) {
-    static const std::map<std::string, Activation> activations = {{"relu", Activation::relu},
-                                                                  {"relu_squared", Activation::relu_squared},
-                                                                  {"fatrelu", Activation::fatrelu},
-                                                                  {"silu", Activation::silu},
-                                                                  {"gelu", Activation::gelu},
-                                                                  {"gelu_tanh", Activation::gelu_tanh},
-                                                                  {"gated_relu", Activation::gated_relu}};
-    const auto found = activations.find(name);
-    if (found != activations.end()) return found->second;
-    std::string known;
-    for (const auto& [each, _] : activations) known += (known.empty() ? "" : ", ") + each;
-    throw std::invalid_argument("no kernel for activation '" + name + "': " + known + " have one");
 }
 
 const char* name_of(const InstructionSet& instruction_set) {
@@ -103,11 +85,11 @@ bool is_of(const nb::dlpack::dtype& given, Dtype dtype) {
         case Dtype::f32:
             return given == nb::dtype<float>();
         case Dtype::bf16:
-            return given == kBfloat16 || given == kBits16;
+            return given == BFLOAT16 || given == BITS16;
         case Dtype::f16:
-            return given == kFloat16 || given == kBits16;
+            return given == FLOAT16 || given == BITS16;
         case Dtype::i8:
-            return given == nb::dtype<std::int8_t>();
+            return given == nb::dtype<int8_t>();
     }
     return false;
 }
@@ -119,10 +101,11 @@ Matrix matrix_of(const Weight& weight, Dtype dtype) {
     return {aligned(weight, "a matrix").data(), weight.shape(0), weight.shape(1)};
 }
 
-void require_tokens(std::size_t tokens) {
-    if (tokens > kTokensMax)
+void require_tokens(size_t tokens) {
+    if (tokens > TOKENS_MAX) {
         throw std::invalid_argument("too many tokens: " + std::to_string(tokens) + ", the kernels take " +
-                                    std::to_string(kTokensMax));
+                                    std::to_string(TOKENS_MAX));
+    }
 }
 
 // ---- Ffn ----
@@ -131,21 +114,21 @@ void require_input(const Ffn& ffn, const Input& x) {
     require(aligned(x, "x").shape(1) == ffn.shape().hidden, "x must be [tokens, hidden_size]");
 }
 
-const float* data_of(const std::optional<Bias>& bias, std::size_t count, const char* missing) {
+const float* data_of(const std::optional<Bias>& bias, size_t count, const char* missing) {
     if (!bias) return nullptr;
     require(aligned(*bias, "bias").shape(0) == count, missing);
     return bias->data();
 }
 
-std::span<const std::uint64_t> addresses_of(const U64Array& bundles) {
+std::span<const uint64_t> addresses_of(const U64Array& bundles) {
     return {aligned(bundles, "the list of addresses").data(), bundles.shape(0)};
 }
 
 Reading reading_of(const Ffn& ffn) { return {ffn.bundle_bytes(), ffn.alignment_bytes()}; }
 
 // Some masks of each group, as long as all of them lie side by side.
-void require_masks(const GroupMasks& masks, std::size_t tokens, std::size_t bundles) {
-    require(aligned(masks, "row_masks").shape(0) == (tokens + kTokensMax - 1) / kTokensMax && masks.shape(1) == bundles,
+void require_masks(const GroupMasks& masks, size_t tokens, size_t bundles) {
+    require(aligned(masks, "row_masks").shape(0) == (tokens + TOKENS_MAX - 1) / TOKENS_MAX && masks.shape(1) == bundles,
             "row_masks must be [groups of 16 tokens, bundles]");
     require(bundles <= 1 || masks.stride(1) == 1, "the masks of a group must be contiguous");
     require(masks.shape(0) <= 1 || masks.stride(0) >= 0, "strides must not be negative");
@@ -160,7 +143,7 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Bias>
     if (row_masks) {
         require_masks(*row_masks, x.shape(0), addresses.size());
         list.row_masks = row_masks->data();
-        list.mask_stride = row_masks->shape(0) <= 1 ? 0 : static_cast<std::size_t>(row_masks->stride(0));
+        list.mask_stride = row_masks->shape(0) <= 1 ? 0 : static_cast<size_t>(row_masks->stride(0));
     }
     const nb::gil_scoped_release release;
     Reading reading = reading_of(ffn);
@@ -177,18 +160,19 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
     require(aligned(row_masks, "row_masks").shape(0) == list.size(), "there must be a row mask per address");
     const float* biases = data_of(bias, list.size(), "there must be a bias per address");
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
-    const std::uint32_t* first = aligned(index, "index").data();
+    const uint32_t* first = aligned(index, "index").data();
     const nb::gil_scoped_release release;
-    const std::vector<std::uint32_t> entries(first, first + index.shape(0));  // a copy: nobody changes it meanwhile
+    const std::vector<uint32_t> entries(first, first + index.shape(0));  // a copy: nobody changes it meanwhile
     require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < list.size(),
             "an index is beyond the list of addresses");
     Reading reading = reading_of(ffn);
     const auto checked = reading.checked(list, [&](auto&& check) {
-        for (const std::uint32_t entry : entries)
+        for (const uint32_t entry : entries) {
             if (row_masks.data()[entry] != 0) check(entry);
+        }
     });
     if (checked.empty()) {
-        for (const std::uint32_t entry : entries) std::fill_n(h.data() + entry * h.shape(1), h.shape(1), 0.0f);
+        for (const uint32_t entry : entries) std::fill_n(h.data() + entry * h.shape(1), h.shape(1), 0.0f);
         return;
     }
     ffn.fire({checked.data(), biases, row_masks.data()}, entries.data(), entries.size(), x.data(), x.shape(0),
@@ -197,7 +181,7 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
 
 void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const Output& y) {
     const auto list = addresses_of(addresses);
-    const std::size_t tokens = aligned(y, "y").shape(0);
+    const size_t tokens = aligned(y, "y").shape(0);
     require_tokens(tokens);
     require(y.shape(1) == ffn.shape().hidden, "y must be [tokens, hidden_size]");
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == tokens, "h must be [addresses, tokens]");
@@ -205,27 +189,30 @@ void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const
     Reading reading = reading_of(ffn);
     const auto checked = reading.checked(list, [&](auto&& check) {
         const float* value = h.data();
-        for (std::size_t entry = 0; entry < list.size(); ++entry, value += tokens)
+        for (size_t entry = 0; entry < list.size(); entry++, value += tokens) {
             if (std::any_of(value, value + tokens, [](float one) { return one != 0.0f; })) check(entry);
+        }
     });
     ffn.accumulate(checked.data(), checked.size(), h.data(), tokens, y.data());
 }
 
-void copy_bundles(const U64Array& bundles, const Array<std::uint8_t, 2>& out) {
+void copy_bundles(const U64Array& bundles, const Array<uint8_t, 2>& out) {
     const auto addresses = addresses_of(bundles);
     require(out.shape(0) == addresses.size(), "out must have a row per bundle");
     const nb::gil_scoped_release release;
     Reading reading(out.shape(1), 1);
     const auto checked = reading.checked(addresses);
-    for (std::size_t i = 0; i < checked.size(); ++i)
+    for (size_t i = 0; i < checked.size(); i++) {
         std::memcpy(out.data() + i * out.shape(1), reinterpret_cast<const void*>(checked[i]), out.shape(1));
+    }
 }
 
-void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, std::size_t hidden_size,
+void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, size_t hidden_size,
               const std::string& activation, float activation_parameter, const InstructionSet& instruction_set) {
-    require(hidden_size > 0 && hidden_size <= kHiddenMax, "hidden_size must be positive and at most 16777216");
-    new (self) Ffn(workers, {std::move(parts), hidden_size, activation_of(activation), activation_parameter},
-                   name_of(instruction_set));
+    require(hidden_size > 0 && hidden_size <= HIDDEN_MAX, "hidden_size must be positive and at most 16777216");
+    new (self)
+        Ffn(workers, {std::move(parts), hidden_size, flashclient::activation_named(activation), activation_parameter},
+            name_of(instruction_set));
 }
 
 void bind_ffn(nb::module_& module) {
@@ -244,7 +231,7 @@ void bind_ffn(nb::module_& module) {
              "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens. "
              "row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
-        .def_ro_static("TOKENS_MAX", &kTokensMax, "tokens of a row mask, and of one fire()");
+        .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
 }
 
 // ---- Linear ----
@@ -273,10 +260,10 @@ void bind_linear(nb::module_& module) {
 // ---- Attention ----
 
 // Of [sequences, heads, tokens or positions, elements]. A stride of one entry alone is never taken.
-std::size_t stride_of(const Rows& rows, std::size_t dimension) {
+size_t stride_of(const Rows& rows, size_t dimension) {
     if (rows.shape(dimension) <= 1) return 0;
     require(rows.stride(dimension) >= 0, "strides must not be negative");
-    return static_cast<std::size_t>(rows.stride(dimension));
+    return static_cast<size_t>(rows.stride(dimension));
 }
 
 AttentionRows rows_of(const Rows& rows, Dtype dtype, const char* name) {
@@ -290,10 +277,11 @@ AttentionMask mask_of(const std::optional<Rows>& mask, bool causal, const Attent
     if (!mask) return {causal ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
     const bool boolean = mask->dtype() == nb::dtype<bool>();
     require(boolean || mask->dtype() == nb::dtype<float>(), "a mask must be of bool or float32");
-    const std::size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.positions};
-    for (std::size_t i = 0; i < 4; ++i)
+    const size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.positions};
+    for (size_t i = 0; i < 4; i++) {
         require(mask->shape(i) == sizes[i] || mask->shape(i) == 1,
                 "a mask must be [sequences, heads, tokens, positions], or 1 where it is the same for all");
+    }
     const auto kind = boolean ? AttentionMask::Kind::boolean : AttentionMask::Kind::additive;
     return {kind,
             aligned(*mask, "the mask").data(),
@@ -358,8 +346,8 @@ struct LowRank {
 };
 
 struct Sign {
-    Array<const std::uint8_t, 2> signs;
-    Array<const std::int32_t, 1> margin;
+    Array<const uint8_t, 2> signs;
+    Array<const int32_t, 1> margin;
     SignPredictor predictor;
 };
 
@@ -397,8 +385,8 @@ void make_low_rank(LowRank* self, Workers& workers, const std::string& dtype, co
     new (self) LowRank{input, output, bias, scale, std::move(predictor)};
 }
 
-void make_sign(Sign* self, Workers& workers, const Array<const std::uint8_t, 2>& signs,
-               const Array<const std::int32_t, 1>& margin, const InstructionSet& instruction_set) {
+void make_sign(Sign* self, Workers& workers, const Array<const uint8_t, 2>& signs,
+               const Array<const int32_t, 1>& margin, const InstructionSet& instruction_set) {
     require(aligned(margin, "margin").shape(0) == signs.shape(0), "there must be a margin per neuron");
     SignPredictor predictor(workers, signs.data(), signs.shape(0), signs.shape(1), margin.data(),
                             name_of(instruction_set));
@@ -429,11 +417,6 @@ struct LentMemory {
 
 void make_lent(LentMemory* self, const Bytes& array) { new (self) LentMemory{array, {array.data(), array.nbytes()}}; }
 
-std::uint64_t read_memory(Workers& workers, const Bytes& array) {
-    const nb::gil_scoped_release release;
-    return flashclient::read_memory(workers, array.data(), array.nbytes());
-}
-
 void bind_memory(nb::module_& module) {
     nb::class_<LentMemory>(module, "LentMemory",
                            "An array in which bundles may lie, as long as this object lives: kernels take addresses in "
@@ -441,9 +424,6 @@ void bind_memory(nb::module_& module) {
         .def("__init__", &make_lent, "array"_a.noconvert());
     module.def("copy_bundles", &copy_bundles, "bundles"_a.noconvert(), "out"_a.noconvert(),
                "Copies the bundles at these addresses to the rows of out [bundles, bytes].");
-    module.def(
-        "read_memory", &read_memory, "workers"_a, "array"_a.noconvert(),
-        "The exclusive or of an array's 64-bit words: what reading alone takes, for benchmarks to compare with.");
 }
 
 }  // namespace
@@ -452,8 +432,8 @@ void bind_kernels(nb::module_& module) {
     nb::class_<Workers>(module, "Workers", "Threads that all kernels of a process share, the caller's included.")
         .def(
             "__init__",
-            [](Workers* self, std::size_t threads) {
-                require(threads > 0 && threads <= kThreadsMax, "threads must be positive and at most 1024");
+            [](Workers* self, size_t threads) {
+                require(threads > 0 && threads <= THREADS_MAX, "threads must be positive and at most 1024");
                 new (self) Workers(threads);
             },
             "threads"_a)

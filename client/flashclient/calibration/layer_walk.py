@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from flashclient._native import copy_bundles
 from flashclient.client import FlashClient
+from flashclient.model.activations import torch_activation
 from flashclient.model.architectures import architecture_of, install
 from flashclient.model.build import resident_tensors
 from flashclient.model.dtypes import DTYPES
-from flashclient.model.ffn import ACTIVATIONS
-from flashclient.source.border import BundleSource, survive
+from flashclient.source.border import BundleSource, retry_on_loss
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import part_bytes
 
@@ -70,7 +70,7 @@ class LayerWalk:
         self.record = client.record
         self._client = client
         self._architecture = architecture_of(self._model.config)[1]
-        self._activation = ACTIVATIONS[client.activation]
+        self._activation = torch_activation(client.activation)
         dtype = DTYPES[self.record.compute_dtype]
         self._tensors = resident_tensors(self.record, client.source.resident, dtype)
         self._layers = [_decoder_layer(self._model, layer.module) for layer in self.record.layers]
@@ -171,6 +171,6 @@ def read_parts(source: BundleSource, record: weightd_pb2.Model, layer: int) -> l
         for chunk in source.chunks(layer):
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
-    survive(source, copy)
+    retry_on_loss(source, copy)
     parts = torch.split(torch.from_numpy(rows), part_bytes(bundle), dim=1)
     return [stored.view(DTYPES[part.encoding.format]) for part, stored in zip(bundle.parts, parts, strict=True)]

@@ -171,7 +171,7 @@ class Generator:
         self, built: BuiltModel, source: BundleSource, tokenizer: PreTrainedTokenizerBase | None, turns: Turns
     ) -> None:
         self._model = cast(Any, built.model)  # a module, whose generate and forward mypy takes for tensors
-        self._total = built.total
+        self._ffn = built.ffn
         self._steps = built.steps
         self._source = source
         self._drafts = Drafts(built.model, tokenizer)
@@ -211,7 +211,7 @@ class Generator:
             if assistant is not None:
                 given = arguments.get("generation_config")
                 ending.enter_context(drafting(assistant, arguments, given))
-            meter = Meter(self._source, self._total.clock)
+            meter = Meter(self._source, self._ffn.clock)
             ending.enter_context(self._under_way(meter, call))
             ending.enter_context(meter.watching(self._model, assistant))
             try:
@@ -245,7 +245,7 @@ class Generator:
             if self._steps is not None:
                 self._steps.end()
             if not self._meters:
-                self._total.idle()
+                self._ffn.idle()
 
     def _measured(self, meter: Meter, call: _Call, output: Any) -> Stats:
         sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)

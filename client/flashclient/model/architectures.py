@@ -9,21 +9,10 @@ from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient.errors import ModelError
 from flashclient.model.absent_weights import AbsentProjection, Between, FirstOfTwo, LastOfTwo, absent_activation, fix
-
-# By the name of the kernel's activation, transformers' names for classes of the same function. Its other names for it
-# (gelu_python, gelu_python_tanh) stand for objects of one of these classes too.
-_TRANSFORMERS_NAMES = {
-    "relu": ("relu",),
-    "relu_squared": ("relu2",),
-    "silu": ("silu", "swish"),
-    "gelu": ("gelu",),
-    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
-}
 
 
 @dataclass(frozen=True)
@@ -78,16 +67,6 @@ def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
         return name, ARCHITECTURES[name]
     found = f"model_type {config.model_type!r}"
     raise ModelError(f"unknown architecture ({found}): {', '.join(sorted(ARCHITECTURES))} can be run")
-
-
-def activation_name(ffn: nn.Module, architecture: Architecture) -> str:
-    """The kernels' name of the activation that the constructed module holds. Raises ModelError."""
-    function = getattr(ffn, architecture.activation)
-    for name, transformers_names in _TRANSFORMERS_NAMES.items():
-        if type(function) in {type(ACT2FN[transformers_name]) for transformers_name in transformers_names}:
-            return name
-    known = ", ".join(_TRANSFORMERS_NAMES)
-    raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
 
 
 def install(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:

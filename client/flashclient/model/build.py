@@ -20,13 +20,14 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from flashclient._native import Workers
 from flashclient.errors import ModelError
 from flashclient.model.absent_weights import AbsentWeight, guard
-from flashclient.model.architectures import Architecture, activation_name, architecture_of, install_streamed
+from flashclient.model.activations import activation_name
+from flashclient.model.architectures import Architecture, architecture_of, install_streamed
 from flashclient.model.decode_attention import use_decode_attention
 from flashclient.model.dtypes import DTYPES
-from flashclient.model.ffn import Clock, NeuronSum, StreamedFFN, StreamedSum
+from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
+from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.resident_linear import use_fast_linears
-from flashclient.model.sparse_ffn import PredictedSum
 from flashclient.model.step import Steps
 from flashclient.model.window import LeasedWindow
 from flashclient.source.border import BundleSource
@@ -58,13 +59,13 @@ class BuiltModel:
 
     Attributes:
         model: transformers' own, in eval mode and without gradients.
-        total: what its FFNs share.
+        ffn: the one object that computes all of its FFNs.
         steps: what its forward passes are about; None in exact mode, which need not know.
         activation: the kernels' name of its FFNs'.
     """
 
     model: PreTrainedModel
-    total: NeuronSum
+    ffn: ModelFFN
     steps: Steps | None
     activation: str
 
@@ -96,30 +97,30 @@ def build_model(
         model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
-    activation = activation_name(model.get_submodule(record.layers[0].module), architecture)
-    exact = StreamedSum(source, record.bundle, activation, workers)
-    total, steps = (exact, None) if window is None else _predicted(exact, record, model, workers, window)
-    _install_ffns(model, record, architecture, placement, tensors, total)
+    activation = activation_name(getattr(model.get_submodule(record.layers[0].module), architecture.activation))
+    exact = ExactFFN(source, record.bundle, activation, workers)
+    ffn, steps = (exact, None) if window is None else _predicted(exact, record, model, workers, window)
+    _install_ffns(model, record, architecture, placement, tensors, ffn)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
     if not attention_chosen:
         use_decode_attention(model, workers)
-    _keep_time(model, total.clock)
+    _keep_time(model, ffn.clock)
     model.train(False)
     guard(model)
-    return BuiltModel(model, total, steps, activation)
+    return BuiltModel(model, ffn, steps, activation)
 
 
 def _predicted(
-    exact: StreamedSum, record: weightd_pb2.Model, model: Any, workers: Workers, window: int
-) -> tuple[PredictedSum, Steps]:
+    exact: ExactFFN, record: weightd_pb2.Model, model: Any, workers: Workers, window: int
+) -> tuple[PredictedFFN, Steps]:
     predictors = Predictors(exact.source.predictors(), record, workers)
     leased = LeasedWindow(exact.source, record, window)
     steps = Steps(list(inspect.signature(model.forward).parameters), leased.clear)
     model.register_forward_pre_hook(steps.publish, with_kwargs=True)
-    return PredictedSum(exact, predictors, leased, steps), steps
+    return PredictedFFN(exact, predictors, leased, steps), steps
 
 
 def _keep_time(model: PreTrainedModel, clock: Clock) -> None:
@@ -177,7 +178,7 @@ def _install_ffns(
     architecture: Architecture,
     placement: Placement,
     tensors: dict[str, Tensor],
-    total: NeuronSum,
+    ffn: ModelFFN,
 ) -> None:
     """Replaces every FFN and takes its biases out of `tensors`."""
     for index, layer in enumerate(record.layers):
@@ -186,7 +187,7 @@ def _install_ffns(
         by_position = None
         if bias is not None:
             by_position = bias.float().numpy()[placement(index)]
-        install_streamed(model, layer.module, architecture, StreamedFFN(total, index, by_position, output_bias))
+        install_streamed(model, layer.module, architecture, StreamedFFN(ffn, index, by_position, output_bias))
 
 
 def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_pb2.Model) -> None:

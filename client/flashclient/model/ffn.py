@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,21 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from flashclient._native import Ffn, Workers
 from flashclient.model.absent_weights import without_gradient
-from flashclient.source.border import BundleSource, Chunk, survive
+from flashclient.source.border import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 from weightd_proto import weightd_pb2
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "relu_squared": lambda x: functional.relu(x).square(),
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-}
 
 
 @dataclass
@@ -47,7 +38,7 @@ class Clock:
     forward_s: float = 0.0  # all of the model
 
 
-class NeuronSum(Protocol):
+class ModelFFN(Protocol):
     """What an FFN is the sum of: the neurons of a layer, all or some of them."""
 
     source: BundleSource
@@ -61,7 +52,7 @@ class NeuronSum(Protocol):
         """Lets go of what is leased or being fetched ahead."""
 
 
-class StreamedSum:
+class ExactFFN:
     """What all layers of a model share: source, kernels and the clock. One call at a time.
 
     Args:
@@ -132,10 +123,10 @@ class StreamedFFN(torch.nn.Module):
     """
 
     def __init__(
-        self, total: NeuronSum, layer: int, bias: NDArray[np.float32] | None = None, output_bias: Tensor | None = None
+        self, ffn: ModelFFN, layer: int, bias: NDArray[np.float32] | None = None, output_bias: Tensor | None = None
     ) -> None:
         super().__init__()
-        self._total = total
+        self._ffn = ffn
         self._layer = layer
         self._bias = bias
         self._output_bias = None if output_bias is None else output_bias.to(torch.float32)
@@ -146,13 +137,13 @@ class StreamedFFN(torch.nn.Module):
         started_s = time.perf_counter()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.no_grad(), plain_torch():
-            rows = x.detach().to(dtype).reshape(-1, self._total.hidden_size).to(torch.float32).contiguous()
-            y = survive(self._total.source, lambda: self._total(self._layer, rows, self._bias))
+            rows = x.detach().to(dtype).reshape(-1, self._ffn.hidden_size).to(torch.float32).contiguous()
+            y = retry_on_loss(self._ffn.source, lambda: self._ffn(self._layer, rows, self._bias))
             if self._output_bias is not None:
                 y += self._output_bias
             y = y.to(dtype).view(x.shape)
-        self._total.clock.ffn_s += time.perf_counter() - started_s
+        self._ffn.clock.ffn_s += time.perf_counter() - started_s
         return without_gradient(x, y)
 
     def extra_repr(self) -> str:
-        return f"layer={self._layer}, hidden_size={self._total.hidden_size}"
+        return f"layer={self._layer}, hidden_size={self._ffn.hidden_size}"

@@ -7,8 +7,8 @@ A source serves two ways of computing. Exact mode walks through all bundles of a
 some cells and holds them as long as it likes: exchange(), arrived(), addresses(). A cell is what is held as one: one
 bundle, or `bundles_per_cell` neighbours in placement order.
 
-When weightd is gone, or has closed the session, all that was held may have changed or gone. survive() is the one place
-that handles it: it waits, attaches again, and begins the layer anew.
+When weightd is gone, or has closed the session, all that was held may have changed or gone. retry_on_loss() is the one
+place that handles it: it waits, attaches again, and begins the layer anew.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class BundleSource(Protocol):
     def close(self) -> None: ...
 
 
-def survive(source: BundleSource, compute: Callable[[], Result]) -> Result:
+def retry_on_loss(source: BundleSource, compute: Callable[[], Result]) -> Result:
     """What `compute` makes of bundles of `source`, made anew after each loss of weightd.
 
     `compute` keeps nothing of a failed attempt, so the result has the same bits as without a loss.

@@ -9,39 +9,40 @@
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kRowsMax = 16;  // of queries in an item: bits of RowSet
-constexpr std::size_t kRunMax = 256;  // positions of a run, so that its dots stay in the first cache
-constexpr float kMasked = -std::numeric_limits<float>::infinity();
+constexpr size_t ROWS_MAX = 16;  // of queries in an item: bits of RowSet
+constexpr size_t RUN_MAX = 256;  // positions of a run, so that its dots stay in the first cache
+constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
-using RowSet = std::uint16_t;  // bit r: row r of an item
-static_assert(kRowsMax <= 8 * sizeof(RowSet));
+using RowSet = uint16_t;  // bit r: row r of an item
+static_assert(ROWS_MAX <= 8 * sizeof(RowSet));
 
 // Neighbouring positions to each of which some row attends: all rows to each of them, or not all to any.
 struct Run {
-    std::size_t begin;
-    std::size_t count;
+    size_t begin;
+    size_t count;
     bool for_all;
 };
 
 // Calls of_run for all positions to which a row attends, rising.
 template <typename OfRun>
 void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) {
-    const std::size_t positions = attending.size();
-    std::size_t begin = 0;
+    const size_t positions = attending.size();
+    size_t begin = 0;
     while (begin < positions) {
         const RowSet rows = attending[begin];
-        const std::size_t limit = rows == 0 ? positions : std::min(positions, begin + kRunMax);
-        std::size_t end = begin + 1;
-        if (rows == 0 || rows == all)
-            while (end < limit && attending[end] == rows) ++end;
-        else
-            while (end < limit && attending[end] != 0 && attending[end] != all) ++end;
+        const size_t limit = rows == 0 ? positions : std::min(positions, begin + RUN_MAX);
+        size_t end = begin + 1;
+        if (rows == 0 || rows == all) {
+            while (end < limit && attending[end] == rows) end++;
+        } else {
+            while (end < limit && attending[end] != 0 && attending[end] != all) end++;
+        }
         if (rows != 0) of_run(Run{begin, end - begin, rows == all});
         begin = end;
     }
 }
 
-bool has(RowSet rows, std::size_t row) { return (rows >> row & 1) != 0; }
+bool has(RowSet rows, size_t row) { return (rows >> row & 1) != 0; }
 
 }  // namespace
 
@@ -53,32 +54,30 @@ struct Attention::Call {
     const AttentionMask& mask;
     float* out;
 
-    float bias(const Item& item, std::size_t row, std::size_t position) const;
-    std::size_t group() const { return shape.heads / shape.key_heads; }
-    std::size_t rows() const { return group() * shape.tokens; }  // of queries over a head of keys
-    std::size_t items_of_head() const { return (rows() + kRowsMax - 1) / kRowsMax; }
+    float bias(const Item& item, size_t row, size_t position) const;
+    size_t group() const { return shape.heads / shape.key_heads; }
+    size_t rows() const { return group() * shape.tokens; }  // of queries over a head of keys
+    size_t items_of_head() const { return (rows() + ROWS_MAX - 1) / ROWS_MAX; }
 };
 
 struct Attention::Item {
-    std::size_t sequence;
-    std::size_t key_head;
-    std::size_t first;  // row: token after token, the heads of a group side by side
-    std::size_t count;
+    size_t sequence;
+    size_t key_head;
+    size_t first;  // row: token after token, the heads of a group side by side
+    size_t count;
     RowSet all;
 
-    Item(const Call& call, std::size_t index) {
-        const std::size_t of_head = call.items_of_head();
-        first = index % of_head * kRowsMax;
+    Item(const Call& call, size_t index) {
+        const size_t of_head = call.items_of_head();
+        first = index % of_head * ROWS_MAX;
         key_head = index / of_head % call.shape.key_heads;
         sequence = index / of_head / call.shape.key_heads;
-        count = std::min(kRowsMax, call.rows() - first);
+        count = std::min(ROWS_MAX, call.rows() - first);
         all = static_cast<RowSet>((1u << count) - 1);
     }
-    std::size_t token(const Call& call, std::size_t row) const { return (first + row) / call.group(); }
-    std::size_t head(const Call& call, std::size_t row) const {
-        return key_head * call.group() + (first + row) % call.group();
-    }
-    std::size_t mask_offset(const Call& call, std::size_t row) const {
+    size_t token(const Call& call, size_t row) const { return (first + row) / call.group(); }
+    size_t head(const Call& call, size_t row) const { return key_head * call.group() + (first + row) % call.group(); }
+    size_t mask_offset(const Call& call, size_t row) const {
         const AttentionMask& mask = call.mask;
         return sequence * mask.sequence_stride + head(call, row) * mask.head_stride +
                token(call, row) * mask.token_stride;
@@ -86,7 +85,7 @@ struct Attention::Item {
 };
 
 // What the mask adds to a score. Adding 0 changes no bit of a finite one but the sign of zero.
-float Attention::Call::bias(const Item& item, std::size_t row, std::size_t position) const {
+float Attention::Call::bias(const Item& item, size_t row, size_t position) const {
     if (mask.kind != AttentionMask::Kind::additive) return 0.0f;
     return static_cast<const float*>(mask.data)[item.mask_offset(*this, row) + position * mask.position_stride];
 }
@@ -98,7 +97,7 @@ struct Attention::Scratch {
     std::vector<float> weights;     // [rows, positions]: of those that a row attends to, side by side
     std::vector<float> query;       // [rows, key_elements]
     std::vector<float> sums;        // [rows, value_elements]
-    float total[kRowsMax];          // of a row's weights
+    float total[ROWS_MAX];          // of a row's weights
 
     void prepare(const Call& call, const Item& item) {
         attending.assign(call.shape.positions, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
@@ -106,42 +105,45 @@ struct Attention::Scratch {
         weights.resize(std::max(weights.size(), item.count * call.shape.positions));
         query.resize(item.count * call.shape.key_elements);
         sums.assign(item.count * call.shape.value_elements, 0.0f);
-        for (std::size_t r = 0; r < item.count; ++r) add_mask_row(call.mask, item.mask_offset(call, r), r);
+        for (size_t r = 0; r < item.count; r++) add_mask_row(call.mask, item.mask_offset(call, r), r);
     }
 
   private:
     void add_causal_rows(const Call& call, const Item& item) {
-        std::size_t begin = 0;  // rows are in order of their tokens
-        for (std::size_t r = 0; r < item.count; ++r) {
-            const std::size_t end = std::min(item.token(call, r) + 1, attending.size());
+        size_t begin = 0;  // rows are in order of their tokens
+        for (size_t r = 0; r < item.count; r++) {
+            const size_t end = std::min(item.token(call, r) + 1, attending.size());
             const auto from_here = static_cast<RowSet>(item.all >> r << r);
-            for (std::size_t i = begin; i < end; ++i) attending[i] = from_here;
+            for (size_t i = begin; i < end; i++) attending[i] = from_here;
             begin = end;
         }
     }
-    void add_mask_row(const AttentionMask& mask, std::size_t offset, std::size_t row) {
-        if (mask.kind == AttentionMask::Kind::boolean)
-            add_row(static_cast<const std::uint8_t*>(mask.data) + offset, mask.position_stride, std::uint8_t{0}, row);
-        else if (mask.kind == AttentionMask::Kind::additive)
-            add_row(static_cast<const float*>(mask.data) + offset, mask.position_stride, kMasked, row);
+    void add_mask_row(const AttentionMask& mask, size_t offset, size_t row) {
+        if (mask.kind == AttentionMask::Kind::boolean) {
+            add_row(static_cast<const uint8_t*>(mask.data) + offset, mask.position_stride, uint8_t{0}, row);
+        } else if (mask.kind == AttentionMask::Kind::additive) {
+            add_row(static_cast<const float*>(mask.data) + offset, mask.position_stride, MASKED, row);
+        }
     }
     template <typename Value>
-    void add_row(const Value* values, std::size_t stride, Value masked, std::size_t row) {
+    void add_row(const Value* values, size_t stride, Value masked, size_t row) {
         RowSet* sets = attending.data();
-        const std::size_t positions = attending.size();
-        if (stride == 1)  // a loop of its own, for vectors
-            for (std::size_t i = 0; i < positions; ++i) sets[i] |= static_cast<RowSet>((values[i] != masked) << row);
-        else
-            for (std::size_t i = 0; i < positions; ++i)
+        const size_t positions = attending.size();
+        if (stride == 1) {  // a loop of its own, for vectors
+            for (size_t i = 0; i < positions; i++) sets[i] |= static_cast<RowSet>((values[i] != masked) << row);
+        } else {
+            for (size_t i = 0; i < positions; i++) {
                 sets[i] |= static_cast<RowSet>((values[i * stride] != masked) << row);
+            }
+        }
     }
 };
 
 Attention::Attention(Workers& workers, Dtype dtype, const char* instruction_set)
     : workers_(workers), dtype_(dtype), kernels_(kernels_for(dtype, instruction_set)) {}
 
-const char* Attention::row(const AttentionRows& rows, std::size_t sequence, std::size_t head, std::size_t index) const {
-    const std::size_t offset = sequence * rows.sequence_stride + head * rows.head_stride + index * rows.row_stride;
+const char* Attention::row(const AttentionRows& rows, size_t sequence, size_t head, size_t index) const {
+    const size_t offset = sequence * rows.sequence_stride + head * rows.head_stride + index * rows.row_stride;
     return static_cast<const char*>(rows.data) + offset * bytes_of(dtype_);
 }
 
@@ -150,7 +152,7 @@ void Attention::attend(const AttentionShape& shape, const AttentionRows& query, 
     assert(shape.key_heads > 0 && shape.heads % shape.key_heads == 0);
     const Call call{shape, query, key, value, mask, out};
     workers_.run(shape.sequences * shape.key_heads * call.items_of_head(),
-                 [&](std::size_t index) { attend_item(call, Item(call, index)); });
+                 [&](size_t index) { attend_item(call, Item(call, index)); });
 }
 
 void Attention::attend_item(const Call& call, const Item& item) const {
@@ -158,71 +160,76 @@ void Attention::attend_item(const Call& call, const Item& item) const {
     scratch.prepare(call, item);
     weigh(call, item, scratch);
     blend(call, item, scratch);
-    const std::size_t elements = call.shape.value_elements;
-    for (std::size_t r = 0; r < item.count; ++r) {
-        const std::size_t token = item.sequence * call.shape.tokens + item.token(call, r);
+    const size_t elements = call.shape.value_elements;
+    for (size_t r = 0; r < item.count; r++) {
+        const size_t token = item.sequence * call.shape.tokens + item.token(call, r);
         float* out = call.out + (token * call.shape.heads + item.head(call, r)) * elements;
         const float total = scratch.total[r] == 0.0f ? 1.0f : scratch.total[r];
-        for (std::size_t j = 0; j < elements; ++j) out[j] = scratch.sums[r * elements + j] / total;
+        for (size_t j = 0; j < elements; j++) out[j] = scratch.sums[r * elements + j] / total;
     }
 }
 
 // scratch.weights = exp(scale * q . k + mask - the greatest of them), scratch.total = their sum.
 void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
-    for (std::size_t r = 0; r < item.count; ++r)
+    for (size_t r = 0; r < item.count; r++) {
         kernels_.upcast(row(call.query, item.sequence, item.head(call, r), item.token(call, r)), shape.key_elements,
                         scratch.query.data() + r * shape.key_elements);
-    std::size_t filled[kRowsMax] = {};
+    }
+    size_t filled[ROWS_MAX] = {};
     for_runs(scratch.attending, item.all, [&](const Run& run) {
-        const void* keys[kRunMax];
-        float dots[kRunMax * kRowsMax];
-        for (std::size_t k = 0; k < run.count; ++k)
-            keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
+        const void* keys[RUN_MAX];
+        float dots[RUN_MAX * ROWS_MAX];
+        for (size_t k = 0; k < run.count; k++) keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
         kernels_.dots(keys, run.count, scratch.query.data(), shape.key_elements, item.count, dots);
-        for (std::size_t r = 0; r < item.count; ++r) {
+        for (size_t r = 0; r < item.count; r++) {
             float* weights = scratch.weights.data() + r * shape.positions + filled[r];
             if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {
-                for (std::size_t k = 0; k < run.count; ++k) weights[k] = dots[k * item.count + r] * shape.scale;
+                for (size_t k = 0; k < run.count; k++) weights[k] = dots[k * item.count + r] * shape.scale;
                 filled[r] += run.count;
                 continue;
             }
-            for (std::size_t k = 0; k < run.count; ++k) {
+            for (size_t k = 0; k < run.count; k++) {
                 if (!has(scratch.attending[run.begin + k], r)) continue;
                 *weights++ = dots[k * item.count + r] * shape.scale + call.bias(item, r, run.begin + k);
-                ++filled[r];
+                filled[r]++;
             }
         }
     });
-    for (std::size_t r = 0; r < item.count; ++r)
+    for (size_t r = 0; r < item.count; r++) {
         scratch.total[r] =
             filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.positions, filled[r]);
+    }
 }
 
 // scratch.sums[r] += weight * value, positions rising. Where not all rows attend, each is summed alone: a masked value
 // that is not finite would spoil a sum even with weight 0.
 void Attention::blend(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
-    const std::size_t elements = shape.value_elements;
-    const float* next[kRowsMax];
-    for (std::size_t r = 0; r < item.count; ++r) next[r] = scratch.weights.data() + r * shape.positions;
+    const size_t elements = shape.value_elements;
+    const float* next[ROWS_MAX];
+    for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.positions;
     for_runs(scratch.attending, item.all, [&](const Run& run) {
-        const void* values[kRunMax];
+        const void* values[RUN_MAX];
         if (run.for_all && item.count > 1) {
-            for (std::size_t k = 0; k < run.count; ++k)
+            for (size_t k = 0; k < run.count; k++) {
                 values[k] = row(call.value, item.sequence, item.key_head, run.begin + k);
-            float weights[kRunMax * kRowsMax];
-            for (std::size_t r = 0; r < item.count; ++r)
-                for (std::size_t k = 0; k < run.count; ++k) weights[k * item.count + r] = next[r][k];
+            }
+            float weights[RUN_MAX * ROWS_MAX];
+            for (size_t r = 0; r < item.count; r++) {
+                for (size_t k = 0; k < run.count; k++) weights[k * item.count + r] = next[r][k];
+            }
             kernels_.accumulate(values, weights, run.count, item.count, elements, 0, elements, scratch.sums.data());
-            for (std::size_t r = 0; r < item.count; ++r) next[r] += run.count;
+            for (size_t r = 0; r < item.count; r++) next[r] += run.count;
             return;
         }
-        for (std::size_t r = 0; r < item.count; ++r) {
-            std::size_t count = 0;
-            for (std::size_t k = 0; k < run.count; ++k)
-                if (has(scratch.attending[run.begin + k], r))
+        for (size_t r = 0; r < item.count; r++) {
+            size_t count = 0;
+            for (size_t k = 0; k < run.count; k++) {
+                if (has(scratch.attending[run.begin + k], r)) {
                     values[count++] = row(call.value, item.sequence, item.key_head, run.begin + k);
+                }
+            }
             kernels_.accumulate(values, next[r], count, 1, elements, 0, elements, scratch.sums.data() + r * elements);
             next[r] += count;
         }

@@ -13,22 +13,22 @@
 namespace flashclient {
 
 struct AttentionShape {
-    std::size_t sequences;
-    std::size_t heads;      // of queries, a multiple of key_heads
-    std::size_t key_heads;  // of keys and values
-    std::size_t tokens;     // of each sequence
-    std::size_t positions;  // of keys and values
-    std::size_t key_elements;
-    std::size_t value_elements;
+    size_t sequences;
+    size_t heads;      // of queries, a multiple of key_heads
+    size_t key_heads;  // of keys and values
+    size_t tokens;     // of each sequence
+    size_t positions;  // of keys and values
+    size_t key_elements;
+    size_t value_elements;
     float scale;
 };
 
 // [sequences, heads, tokens or positions, elements]; the elements of a row are contiguous. Strides are in elements.
 struct AttentionRows {
     const void* data;
-    std::size_t sequence_stride;
-    std::size_t head_stride;
-    std::size_t row_stride;
+    size_t sequence_stride;
+    size_t head_stride;
+    size_t row_stride;
 };
 
 // [sequences, heads, tokens, positions], with stride 0 where it is the same for all. causal: token t attends to the
@@ -37,10 +37,10 @@ struct AttentionMask {
     enum class Kind { none, causal, boolean, additive };
     Kind kind = Kind::none;
     const void* data = nullptr;  // boolean: bytes, 0 is masked; additive: fp32, -inf is masked
-    std::size_t sequence_stride = 0;
-    std::size_t head_stride = 0;
-    std::size_t token_stride = 0;
-    std::size_t position_stride = 0;
+    size_t sequence_stride = 0;
+    size_t head_stride = 0;
+    size_t token_stride = 0;
+    size_t position_stride = 0;
 };
 
 // A row's bits depend on its query and on the keys and values that it attends to, in their order, alone: not on the
@@ -66,7 +66,7 @@ class Attention {
     void attend_item(const Call& call, const Item& item) const;
     void weigh(const Call& call, const Item& item, Scratch& scratch) const;
     void blend(const Call& call, const Item& item, Scratch& scratch) const;
-    const char* row(const AttentionRows& rows, std::size_t sequence, std::size_t head, std::size_t index) const;
+    const char* row(const AttentionRows& rows, size_t sequence, size_t head, size_t index) const;
 
     Workers& workers_;
     Dtype dtype_;

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cassert>
-#include <cmath>
 #include <stdexcept>
 #include <utility>
 #include <vector>
@@ -10,71 +9,53 @@
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kGroupMax = 96;          // neurons of an item of the first phase: tens of microseconds of work
-constexpr std::size_t kGroupMin = 8;           // a tile for one token
-constexpr std::size_t kElementsPerItem = 256;  // of the second phase, at least: eight cache lines of each bf16 row
-constexpr std::size_t kElementsMax = 8192;     // of y at a time, so that those of a token stay in the first cache
-constexpr std::size_t kTokensMin = 8;          // of a group: with fewer, a row of weights is widened for too few
-static_assert(kTokensMax % kTokensMin == 0);
+constexpr size_t GROUP_MAX = 96;           // neurons of an item of the first phase: tens of microseconds of work
+constexpr size_t GROUP_MIN = 8;            // a tile for one token
+constexpr size_t ELEMENTS_PER_ITEM = 256;  // of the second phase, at least: eight cache lines of each bf16 row
+constexpr size_t ELEMENTS_MAX = 8192;      // of y at a time, so that those of a token stay in the first cache
+constexpr size_t TOKENS_MIN = 8;           // of a group: with fewer, a row of weights is widened for too few
+static_assert(TOKENS_MAX % TOKENS_MIN == 0);
 
-// In fp32; erf and tanh forms of gelu as torch.nn.functional.gelu has them.
-float activate(const FfnShape& shape, float v) {
-    switch (shape.activation) {
-        case Activation::relu:
-        case Activation::gated_relu:
-            return v < 0.0f ? 0.0f : v;
-        case Activation::relu_squared:
-            return v < 0.0f ? 0.0f : v * v;
-        case Activation::fatrelu:
-            return v <= shape.threshold ? 0.0f : v;
-        case Activation::silu:
-            return v / (1.0f + std::exp(-v));
-        case Activation::gelu:
-            return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
-        case Activation::gelu_tanh:
-            return 0.5f * v * (1.0f + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
-    }
-    return v;
-}
-
-bool all_zero(const float* values, std::size_t count) {
+bool all_zero(const float* values, size_t count) {
     return std::all_of(values, values + count, [](float value) { return value == 0.0f; });
 }
 
-std::size_t divide_up(std::size_t value, std::size_t by) { return (value + by - 1) / by; }
+size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 
 // Tokens that are done together: as many as fit a call, or half of that where the threads would wait for each other.
-std::size_t group_tokens(std::size_t tokens, std::size_t threads) {
-    const bool few = tokens > kTokensMax && divide_up(tokens, kTokensMax) < 2 * threads;
-    return few ? kTokensMin : kTokensMax;
+size_t group_tokens(size_t tokens, size_t threads) {
+    const bool few = tokens > TOKENS_MAX && divide_up(tokens, TOKENS_MAX) < 2 * threads;
+    return few ? TOKENS_MIN : TOKENS_MAX;
 }
 
 }  // namespace
 
 struct Ffn::Group {
-    std::uint32_t entry[kGroupMax];  // of the list
-    std::size_t count = 0;
+    uint32_t entry[GROUP_MAX];  // of the list
+    size_t count = 0;
 };
 
 struct Ffn::Scratch {
     std::vector<float> h;                // [entries, tokens]
     std::vector<float> fired_h;          // [fired, tokens]
     std::vector<const void*> down_rows;  // of those that fired
-    std::vector<std::uint16_t> masks;    // of a group that does not begin with bit 0
+    std::vector<uint16_t> masks;         // of a group that does not begin with bit 0
 };
 
 Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : workers_(workers), shape_(std::move(shape)) {
-    if (shape_.parts.size() != 2 && shape_.parts.size() != 3)
+    if (shape_.parts.size() != 2 && shape_.parts.size() != 3) {
         throw std::invalid_argument("a bundle's parts are gate, up and down, or up and down");
-    if (shape_.activation == Activation::gated_relu && !shape_.gated())
+    }
+    if (shape_.activation == Activation::gated_relu && !shape_.gated()) {
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
-    gate_or_up_ = next_part(instruction_set, 0);
-    up_ = shape_.gated() ? next_part(instruction_set, 1) : gate_or_up_;
-    down_ = next_part(instruction_set, shape_.parts.size() - 1);
+    }
+    gate_or_up_ = next_part(0, instruction_set);
+    up_ = shape_.gated() ? next_part(1, instruction_set) : gate_or_up_;
+    down_ = next_part(shape_.parts.size() - 1, instruction_set);
 }
 
 // Parts are taken in their order: each begins where the one before ends.
-Ffn::Part Ffn::next_part(const char* instruction_set, std::size_t part) {
+Ffn::Part Ffn::next_part(size_t part, const char* instruction_set) {
     const Encoding& encoding = shape_.parts[part];
     const Part taken{&kernels_for(encoding, instruction_set), bundle_bytes_};
     bundle_bytes_ += encoding.bytes_of(shape_.hidden);
@@ -88,38 +69,39 @@ Ffn::Scratch& Ffn::scratch_of_thread() {
     return scratch;
 }
 
-void Ffn::fire(const Neurons& list, const std::uint32_t* index, std::size_t count, const float* x, std::size_t tokens,
+void Ffn::fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens,
                float* h) const {
-    assert(tokens <= kTokensMax);
-    const std::size_t share = divide_up(count, 2 * workers_.threads());
-    const std::size_t group_size = std::clamp(divide_up(share, kGroupMin) * kGroupMin, kGroupMin, kGroupMax);
-    workers_.run(divide_up(count, group_size), [&](std::size_t item) {
+    assert(tokens <= TOKENS_MAX);
+    const size_t share = divide_up(count, 2 * workers_.threads());
+    const size_t group_size = std::clamp(divide_up(share, GROUP_MIN) * GROUP_MIN, GROUP_MIN, GROUP_MAX);
+    workers_.run(divide_up(count, group_size), [&](size_t item) {
         Group group;
-        for (std::size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); ++i) {
-            const std::size_t entry = index ? index[i] : i;
-            if (list.row_masks && list.row_masks[entry] == 0)
+        for (size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); i++) {
+            const size_t entry = index ? index[i] : i;
+            if (list.row_masks && list.row_masks[entry] == 0) {
                 std::fill_n(h + entry * tokens, tokens, 0.0f);
-            else
-                group.entry[group.count++] = static_cast<std::uint32_t>(entry);
+            } else {
+                group.entry[group.count++] = static_cast<uint32_t>(entry);
+            }
         }
         fire_group(group, list, x, tokens, h);
     });
 }
 
 // A neuron's dots are taken for all tokens: that costs no byte more, and the mask makes zeros of what is not wanted.
-void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, std::size_t tokens, float* h) const {
-    const void* rows[kGroupMax];
-    float dots[kGroupMax * kTokensMax];
-    for (std::size_t i = 0; i < group.count; ++i) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
+void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
+    const void* rows[GROUP_MAX];
+    float dots[GROUP_MAX * TOKENS_MAX];
+    for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
     gate_or_up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
     Group open;
-    for (std::size_t i = 0; i < group.count; ++i) {
-        const std::uint32_t entry = group.entry[i];
+    for (size_t i = 0; i < group.count; i++) {
+        const uint32_t entry = group.entry[i];
         const float bias = list.bias ? list.bias[entry] : 0.0f;
         float* of_entry = h + entry * tokens;
-        for (std::size_t t = 0; t < tokens; ++t) {
+        for (size_t t = 0; t < tokens; t++) {
             const bool wanted = list.row_masks == nullptr || (list.row_masks[entry] >> t & 1) != 0;
-            of_entry[t] = wanted ? activate(shape_, dots[i * tokens + t] + bias) : 0.0f;
+            of_entry[t] = wanted ? activate(shape_.activation, shape_.threshold, dots[i * tokens + t] + bias) : 0.0f;
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
@@ -127,14 +109,13 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, st
 }
 
 // h *= up . x where the gate is open. What is closed stays 0 whatever the up row holds.
-void Ffn::open_gate(const Group& group, const std::uint64_t* bundles, const float* x, std::size_t tokens,
-                    float* h) const {
-    const void* rows[kGroupMax];
-    float dots[kGroupMax * kTokensMax];
-    for (std::size_t i = 0; i < group.count; ++i) rows[i] = up_.in(bundles[group.entry[i]]);
+void Ffn::open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const {
+    const void* rows[GROUP_MAX];
+    float dots[GROUP_MAX * TOKENS_MAX];
+    for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(bundles[group.entry[i]]);
     up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
-    for (std::size_t i = 0; i < group.count; ++i) {
-        for (std::size_t t = 0; t < tokens; ++t) {
+    for (size_t i = 0; i < group.count; i++) {
+        for (size_t t = 0; t < tokens; t++) {
             float up = dots[i * tokens + t];
             if (shape_.activation == Activation::gated_relu && up < 0.0f) up = 0.0f;
             float& value = h[group.entry[i] * tokens + t];
@@ -144,40 +125,40 @@ void Ffn::open_gate(const Group& group, const std::uint64_t* bundles, const floa
 }
 
 // A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
-void Ffn::accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens,
-                     float* y) const {
-    assert(tokens <= kTokensMax);
+void Ffn::accumulate(const uint64_t* bundles, size_t count, const float* h, size_t tokens, float* y) const {
+    assert(tokens <= TOKENS_MAX);
     Scratch& scratch = scratch_of_thread();
     scratch.down_rows.clear();
     scratch.fired_h.clear();
-    for (std::size_t i = 0; i < count; ++i) {
+    for (size_t i = 0; i < count; i++) {
         if (all_zero(h + i * tokens, tokens)) continue;
         scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
         scratch.down_rows.push_back(down_.in(bundles[i]));
     }
     // Each element of y is one thread's, and takes the neurons in order. A slice is as long as the threads allow.
-    const std::size_t share = divide_up(shape_.hidden, workers_.threads());
-    const std::size_t slice = std::min(divide_up(share, kElementsPerItem) * kElementsPerItem, kElementsMax);
-    workers_.run(divide_up(shape_.hidden, slice), [&](std::size_t item) {
+    const size_t share = divide_up(shape_.hidden, workers_.threads());
+    const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
+    workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
         down_.kernels->accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
                                   shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
     });
 }
 
 // Groups of tokens are the threads' items where there are several: within an item, run() is done by its caller alone.
-void Ffn::add_rows(const Neurons& list, std::size_t count, const float* x, std::size_t tokens, float* y) const {
-    const std::size_t together = group_tokens(tokens, workers_.threads());
-    workers_.run(divide_up(tokens, together), [&](std::size_t item) {
-        const std::size_t first = item * together;
-        const std::size_t some = std::min(together, tokens - first);
+void Ffn::add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const {
+    const size_t together = group_tokens(tokens, workers_.threads());
+    workers_.run(divide_up(tokens, together), [&](size_t item) {
+        const size_t first = item * together;
+        const size_t some = std::min(together, tokens - first);
         Scratch& scratch = scratch_of_thread();
         if (scratch.h.size() < count * some) scratch.h.resize(count * some);
         Neurons of_group{list.bundles, list.bias};
         if (list.row_masks) {
-            const std::uint16_t* masks = list.row_masks + first / kTokensMax * list.mask_stride;
+            const uint16_t* masks = list.row_masks + first / TOKENS_MAX * list.mask_stride;
             scratch.masks.assign(masks, masks + count);
-            for (std::uint16_t& mask : scratch.masks)
-                mask = static_cast<std::uint16_t>((mask >> first % kTokensMax) & ((1u << some) - 1));
+            for (uint16_t& mask : scratch.masks) {
+                mask = static_cast<uint16_t>((mask >> first % TOKENS_MAX) & ((1u << some) - 1));
+            }
             of_group.row_masks = scratch.masks.data();
         }
         fire(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());

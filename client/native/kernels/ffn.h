@@ -9,18 +9,15 @@
 #include <string>
 #include <vector>
 
+#include "kernels/activation.h"
 #include "kernels/kernels.h"
 #include "kernels/workers.h"
 
 namespace flashclient {
 
-// relu_squared: relu(v)^2 (Persimmon). fatrelu: v above a threshold, else 0 (ProSparse, arXiv 2402.13516). gated_relu:
-// relu of gate and of up (dReLU: TurboSparse, arXiv 2406.05955; Bamboo).
-enum class Activation { relu, relu_squared, fatrelu, silu, gelu, gelu_tanh, gated_relu };
-
 struct FfnShape {
     std::vector<Encoding> parts;  // of a bundle, back to back: [gate,] up, down
-    std::size_t hidden;           // values of a part
+    size_t hidden;                // values of a part
     Activation activation;
     float threshold = 0.0f;  // of fatrelu
 
@@ -29,10 +26,10 @@ struct FfnShape {
 
 // A list of neurons, in the order of their sum, and which rows of x want each.
 struct Neurons {
-    const std::uint64_t* bundles;              // addresses, read in place
-    const float* bias = nullptr;               // by entry of the list; null: none
-    const std::uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
-    std::size_t mask_stride = 0;  // between the masks of one group of kTokensMax rows and those of the next
+    const uint64_t* bundles;              // addresses, read in place
+    const float* bias = nullptr;          // by entry of the list; null: none
+    const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
+    size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
 };
 
 // The output's bits depend on the order of the list only: not on how it is cut into chunks, on the order in which
@@ -44,22 +41,20 @@ class Ffn {
     Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
 
     // h[entry][t] for the `count` entries that `index` names, or for the first `count` of the list where it is null.
-    // x: [tokens, hidden] fp32, at most kTokensMax tokens; h: [list, tokens]. 0 where row t does not want the entry; an
+    // x: [tokens, hidden] fp32, at most TOKENS_MAX tokens; h: [list, tokens]. 0 where row t does not want the entry; an
     // entry that no row wants is not read, nor is the up row of one whose gate is closed to all.
-    void fire(const Neurons& list, const std::uint32_t* index, std::size_t count, const float* x, std::size_t tokens,
-              float* h) const;
+    void fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens, float* h) const;
 
     // y[t] += h[entry][t] * down[entry], entries rising. The column of an entry whose h is 0 for all tokens is not
     // read.
-    void accumulate(const std::uint64_t* bundles, std::size_t count, const float* h, std::size_t tokens,
-                    float* y) const;
+    void accumulate(const uint64_t* bundles, size_t count, const float* h, size_t tokens, float* y) const;
 
     // Both at once, for the whole list of `count` entries and any number of tokens.
-    void add_rows(const Neurons& list, std::size_t count, const float* x, std::size_t tokens, float* y) const;
+    void add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const;
 
     const FfnShape& shape() const { return shape_; }
-    std::size_t bundle_bytes() const { return bundle_bytes_; }
-    std::size_t alignment_bytes() const { return alignment_bytes_; }  // of a bundle: that of its largest element
+    size_t bundle_bytes() const { return bundle_bytes_; }
+    size_t alignment_bytes() const { return alignment_bytes_; }  // of a bundle: that of its largest element
     std::string instruction_set() const { return gate_or_up_.kernels->instruction_set; }
 
   private:
@@ -68,19 +63,18 @@ class Ffn {
     static Scratch& scratch_of_thread();
     struct Part {  // of a bundle
         const Kernels* kernels;
-        std::size_t offset_bytes;
+        size_t offset_bytes;
 
-        const void* in(std::uint64_t bundle) const { return reinterpret_cast<const char*>(bundle) + offset_bytes; }
+        const void* in(uint64_t bundle) const { return reinterpret_cast<const char*>(bundle) + offset_bytes; }
     };
-    Part next_part(const char* instruction_set, std::size_t part);
-    void fire_group(const Group& group, const Neurons& list, const float* x, std::size_t tokens, float* h) const;
-    void open_gate(const Group& group, const std::uint64_t* bundles, const float* x, std::size_t tokens,
-                   float* h) const;
+    Part next_part(size_t part, const char* instruction_set);
+    void fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
+    void open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const;
 
     Workers& workers_;
     FfnShape shape_;
-    std::size_t bundle_bytes_ = 0;
-    std::size_t alignment_bytes_ = 1;
+    size_t bundle_bytes_ = 0;
+    size_t alignment_bytes_ = 1;
     Part gate_or_up_;  // whose dot goes through the activation
     Part up_;          // the same where there is no gate
     Part down_;

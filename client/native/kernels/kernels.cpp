@@ -13,9 +13,10 @@ bool processor_has(std::string_view instruction_set) {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
     if (instruction_set == "avx2") return avx2;
-    if (instruction_set == "avx512")
+    if (instruction_set == "") {
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    }
 #endif
     return false;
 }
@@ -30,13 +31,15 @@ const Kernels& table_of(Dtype dtype, std::string_view instruction_set) {
 
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set) {
     if (instruction_set != nullptr) {
-        if (!processor_has(instruction_set))
+        if (!processor_has(instruction_set)) {
             throw std::invalid_argument("instruction set '" + std::string(instruction_set) +
                                         "' is unknown or not in this processor: pick avx512, avx2 or portable");
+        }
         return table_of(dtype, instruction_set);
     }
-    for (const char* name : {"avx512", "avx2"})
+    for (const char* name : {"", ""}) {
         if (processor_has(name)) return table_of(dtype, name);
+    }
     return table_of(dtype, "portable");
 }
 

@@ -16,23 +16,22 @@ using weightd::Dtype;
 using weightd::Encoding;
 
 // Tokens that one call takes: bits of a row mask. More are done in groups, while the weights are in a cache.
-constexpr std::size_t kTokensMax = 16;
+inline constexpr size_t TOKENS_MAX = 16;
 
 struct Kernels {
     const char* instruction_set;
     // dots[i][t] = rows[i] . x[t], for x of [tokens, hidden] fp32 and dots [row_count, tokens].
-    void (*dots)(const void* const* rows, std::size_t row_count, const float* x, std::size_t hidden, std::size_t tokens,
-                 float* dots);
+    void (*dots)(const void* const* rows, size_t row_count, const float* x, size_t hidden, size_t tokens, float* dots);
     // y[t][j] += h[k][t] * rows[k][j], k rising, for j in [begin, end); y is [tokens, hidden] fp32, h [rows, tokens].
-    void (*accumulate)(const void* const* rows, const float* h, std::size_t row_count, std::size_t tokens,
-                       std::size_t hidden, std::size_t begin, std::size_t end, float* y);
+    void (*accumulate)(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
+                       size_t begin, size_t end, float* y);
     // out[j] = row[j] in fp32, exactly.
-    void (*upcast)(const void* row, std::size_t hidden, float* out);
+    void (*upcast)(const void* row, size_t hidden, float* out);
     // values[i] = exp(values[i] - the greatest of them), in place: within 2e-7 of that, relatively, and 0 below
     // e^-87.7. Returns their sum, in fp32. There is at least one.
-    float (*exponentials)(float* values, std::size_t count);
+    float (*exponentials)(float* values, size_t count);
     // How many bits of a and b differ.
-    std::size_t (*differing_bits)(const std::uint8_t* a, const std::uint8_t* b, std::size_t bytes);
+    size_t (*differing_bits)(const uint8_t* a, const uint8_t* b, size_t bytes);
 };
 
 // The best the processor has, or the one named: "avx512", "avx2", "portable". An unknown name, or one that this

@@ -15,9 +15,9 @@ namespace {
 
 // Eight fp32. The ends of rows go through a small buffer, so they read no byte beyond the row.
 struct Lane {
-    static constexpr std::size_t kWidth = 8;
-    static constexpr std::size_t kTileRows = 3;  // twelve sums, three weights and x: all 16 registers
-    static constexpr std::size_t kTileTokens = 4;
+    static constexpr size_t WIDTH = 8;
+    static constexpr size_t TILE_ROWS = 3;  // twelve sums, three weights and x: all 16 registers
+    static constexpr size_t TILE_TOKENS = 4;
     __m256 value;
 
     LANE static Lane zero() { return {_mm256_setzero_ps()}; }
@@ -25,16 +25,17 @@ struct Lane {
 
     template <Dtype dtype, typename Weight>
     LANE static Lane load(const Weight* row) {
-        if constexpr (dtype == Dtype::f32)
+        if constexpr (dtype == Dtype::f32) {
             return {_mm256_loadu_ps(row)};
-        else if constexpr (dtype == Dtype::i8)
+        } else if constexpr (dtype == Dtype::i8) {
             return from_bytes(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(row)));
-        else
+        } else {
             return widen<dtype>(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+        }
     }
     template <Dtype dtype, typename Weight>
-    LANE static Lane load_some(const Weight* row, std::size_t some) {
-        alignas(32) Weight padded[kWidth] = {};
+    LANE static Lane load_some(const Weight* row, size_t some) {
+        alignas(32) Weight padded[WIDTH] = {};
         std::memcpy(padded, row, some * sizeof(Weight));
         return load<dtype>(padded);
     }
@@ -45,8 +46,8 @@ struct Lane {
     }
     LANE static Lane from_bytes(__m128i bytes) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
     LANE void store(float* out) const { _mm256_storeu_ps(out, value); }
-    LANE void store_some(float* out, std::size_t some) const {
-        alignas(32) float padded[kWidth];
+    LANE void store_some(float* out, size_t some) const {
+        alignas(32) float padded[WIDTH];
         store(padded);
         std::memcpy(out, padded, some * sizeof(float));
     }

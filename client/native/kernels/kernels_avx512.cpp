@@ -17,9 +17,9 @@ namespace {
 
 // Sixteen fp32. The ends of rows are masked, so they read no byte beyond the row.
 struct Lane {
-    static constexpr std::size_t kWidth = 16;
-    static constexpr std::size_t kTileRows = 6;  // 24 sums, six weights and x: 31 of 32 registers
-    static constexpr std::size_t kTileTokens = 4;
+    static constexpr size_t WIDTH = 16;
+    static constexpr size_t TILE_ROWS = 6;  // 24 sums, six weights and x: 31 of 32 registers
+    static constexpr size_t TILE_TOKENS = 4;
     __m512 value;
 
     LANE static Lane zero() { return {_mm512_setzero_ps()}; }
@@ -27,22 +27,24 @@ struct Lane {
 
     template <Dtype dtype, typename Weight>
     LANE static Lane load(const Weight* row) {
-        if constexpr (dtype == Dtype::f32)
+        if constexpr (dtype == Dtype::f32) {
             return {_mm512_loadu_ps(row)};
-        else if constexpr (dtype == Dtype::i8)
+        } else if constexpr (dtype == Dtype::i8) {
             return from_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
-        else
+        } else {
             return widen<dtype>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+        }
     }
     template <Dtype dtype, typename Weight>
-    LANE static Lane load_some(const Weight* row, std::size_t some) {
+    LANE static Lane load_some(const Weight* row, size_t some) {
         const auto mask = static_cast<__mmask16>((1u << some) - 1);
-        if constexpr (dtype == Dtype::f32)
+        if constexpr (dtype == Dtype::f32) {
             return {_mm512_maskz_loadu_ps(mask, row)};
-        else if constexpr (dtype == Dtype::i8)
+        } else if constexpr (dtype == Dtype::i8) {
             return from_bytes(_mm_maskz_loadu_epi8(mask, row));
-        else
+        } else {
             return widen<dtype>(_mm256_maskz_loadu_epi16(mask, row));
+        }
     }
     template <Dtype dtype>
     LANE static Lane widen(__m256i half) {
@@ -51,7 +53,7 @@ struct Lane {
     }
     LANE static Lane from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
     LANE void store(float* out) const { _mm512_storeu_ps(out, value); }
-    LANE void store_some(float* out, std::size_t some) const {
+    LANE void store_some(float* out, size_t some) const {
         _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << some) - 1), value);
     }
 };

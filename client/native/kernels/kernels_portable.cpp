@@ -13,57 +13,59 @@ namespace flashclient {
 namespace {
 
 // Half precision in integers: the exponent moves from bias 15 to 127; subnormals are scaled by a power of two, exactly.
-float widen_f16(std::uint16_t half) {
-    const std::uint32_t sign = (half & 0x8000u) << 16;
-    const std::uint32_t exponent = (half >> 10) & 0x1fu;
-    const std::uint32_t fraction = half & 0x3ffu;
+float widen_f16(uint16_t half) {
+    const uint32_t sign = (half & 0x8000u) << 16;
+    const uint32_t exponent = (half >> 10) & 0x1fu;
+    const uint32_t fraction = half & 0x3ffu;
     if (exponent == 0) return std::copysign(static_cast<float>(fraction) * 0x1p-24f, std::bit_cast<float>(sign | 1u));
-    const std::uint32_t widened = exponent == 0x1f ? 0xffu : exponent + 112;
+    const uint32_t widened = exponent == 0x1f ? 0xffu : exponent + 112;
     return std::bit_cast<float>(sign | widened << 23 | fraction << 13);
 }
 
-float widen_bf16(std::uint16_t half) { return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16); }
+float widen_bf16(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
 
 // Four fp32 in an array, which compilers turn into what vectors there are. A product is rounded before it is added.
 struct Lane {
-    static constexpr std::size_t kWidth = 4;
-    static constexpr std::size_t kTileRows = 4;
-    static constexpr std::size_t kTileTokens = 2;
-    float value[kWidth];
+    static constexpr size_t WIDTH = 4;
+    static constexpr size_t TILE_ROWS = 4;
+    static constexpr size_t TILE_TOKENS = 2;
+    float value[WIDTH];
 
     static Lane zero() { return all(0.0f); }
     static Lane all(float one) { return {{one, one, one, one}}; }
 
     template <Dtype dtype, typename Weight>
     static Lane load(const Weight* row) {
-        return load_some<dtype>(row, kWidth);
+        return load_some<dtype>(row, WIDTH);
     }
     template <Dtype dtype, typename Weight>
-    static Lane load_some(const Weight* row, std::size_t some) {
+    static Lane load_some(const Weight* row, size_t some) {
         Lane lane = zero();
-        for (std::size_t i = 0; i < some; ++i) {
-            if constexpr (dtype == Dtype::f32 || dtype == Dtype::i8)
+        for (size_t i = 0; i < some; i++) {
+            if constexpr (dtype == Dtype::f32 || dtype == Dtype::i8) {
                 lane.value[i] = row[i];
-            else
+            } else {
                 lane.value[i] = dtype == Dtype::bf16 ? widen_bf16(row[i]) : widen_f16(row[i]);
+            }
         }
         return lane;
     }
     void store(float* out) const { std::memcpy(out, value, sizeof(value)); }
-    void store_some(float* out, std::size_t some) const { std::memcpy(out, value, some * sizeof(float)); }
+    void store_some(float* out, size_t some) const { std::memcpy(out, value, some * sizeof(float)); }
 };
 
 Lane fma(Lane a, Lane b, Lane c) {
-    for (std::size_t i = 0; i < Lane::kWidth; ++i) c.value[i] += a.value[i] * b.value[i];
+    for (size_t i = 0; i < Lane::WIDTH; i++) c.value[i] += a.value[i] * b.value[i];
     return c;
 }
 Lane max(Lane a, Lane b) {  // b where either is NaN
-    for (std::size_t i = 0; i < Lane::kWidth; ++i)
+    for (size_t i = 0; i < Lane::WIDTH; i++) {
         if (a.value[i] > b.value[i]) b.value[i] = a.value[i];
+    }
     return b;
 }
 Lane power_of_two(Lane a) {
-    for (float& value : a.value) value = std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) << 23);
+    for (float& value : a.value) value = std::bit_cast<float>(std::bit_cast<uint32_t>(value) << 23);
     return a;
 }
 float sum(Lane a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }

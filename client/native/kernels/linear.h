@@ -12,20 +12,20 @@ namespace flashclient {
 
 struct Matrix {
     const void* data;  // [rows, columns], contiguous
-    std::size_t rows;
-    std::size_t columns;
+    size_t rows;
+    size_t columns;
 };
 
 // The bits of a row of y depend on that row of x alone. Safe to call from several threads.
 class Linear {
   public:
     // Dots [count][tokens] of the weight's rows [first, first + count) and of the tokens [first_token, first_token +
-    // tokens), at most kTokensMax of them.
+    // tokens), at most TOKENS_MAX of them.
     struct Dots {
-        std::size_t first;
-        std::size_t count;
-        std::size_t first_token;
-        std::size_t tokens;
+        size_t first;
+        size_t count;
+        size_t first_token;
+        size_t tokens;
         const float* values;
     };
     using Block = std::function<void(const Dots& dots)>;
@@ -35,10 +35,10 @@ class Linear {
     Linear(Workers& workers, Dtype dtype, const char* instruction_set = nullptr);
 
     // y: [tokens, weight.rows] fp32; x: [tokens, weight.columns] fp32.
-    void multiply(const Matrix& weight, const float* x, std::size_t tokens, float* y) const;
+    void multiply(const Matrix& weight, const float* x, size_t tokens, float* y) const;
 
     // The same dots a block at a time, on several threads at once.
-    void for_blocks(const Matrix& weight, const float* x, std::size_t tokens, const Block& block) const;
+    void for_blocks(const Matrix& weight, const float* x, size_t tokens, const Block& block) const;
 
     Dtype dtype() const { return dtype_; }
     std::string instruction_set() const { return kernels_.instruction_set; }

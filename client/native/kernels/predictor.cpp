@@ -7,14 +7,14 @@
 namespace flashclient {
 namespace {
 
-constexpr std::size_t kNeuronsPerItem = 128;
+constexpr size_t NEURONS_PER_ITEM = 128;
 
 // Without a branch, as no processor foresees which neurons are wanted.
-Prediction wanted_by_some(const std::vector<std::uint16_t>& row_masks) {
-    Prediction prediction{std::vector<std::uint32_t>(row_masks.size()), std::vector<std::uint16_t>(row_masks.size())};
-    std::size_t count = 0;
-    for (std::size_t neuron = 0; neuron < row_masks.size(); ++neuron) {
-        prediction.positions[count] = static_cast<std::uint32_t>(neuron);
+Prediction wanted_by_some(const std::vector<uint16_t>& row_masks) {
+    Prediction prediction{std::vector<uint32_t>(row_masks.size()), std::vector<uint16_t>(row_masks.size())};
+    size_t count = 0;
+    for (size_t neuron = 0; neuron < row_masks.size(); neuron++) {
+        prediction.positions[count] = static_cast<uint32_t>(neuron);
         prediction.row_masks[count] = row_masks[neuron];
         count += row_masks[neuron] != 0;
     }
@@ -23,11 +23,13 @@ Prediction wanted_by_some(const std::vector<std::uint16_t>& row_masks) {
     return prediction;
 }
 
-std::vector<std::uint8_t> sign_bits(const float* x, std::size_t hidden, std::size_t tokens, std::size_t row_bytes) {
-    std::vector<std::uint8_t> bits(tokens * row_bytes, 0);
-    for (std::size_t t = 0; t < tokens; ++t)
-        for (std::size_t j = 0; j < hidden; ++j)
-            if (std::signbit(x[t * hidden + j])) bits[t * row_bytes + j / 8] |= static_cast<std::uint8_t>(1u << j % 8);
+std::vector<uint8_t> sign_bits(const float* x, size_t hidden, size_t tokens, size_t row_bytes) {
+    std::vector<uint8_t> bits(tokens * row_bytes, 0);
+    for (size_t t = 0; t < tokens; t++) {
+        for (size_t j = 0; j < hidden; j++) {
+            if (std::signbit(x[t * hidden + j])) bits[t * row_bytes + j / 8] |= static_cast<uint8_t>(1u << j % 8);
+        }
+    }
     return bits;
 }
 
@@ -42,26 +44,27 @@ LowRankPredictor::LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, 
       bias_(bias),
       scale_(scale) {}
 
-Prediction LowRankPredictor::predict(const float* x, std::size_t tokens) const {
-    assert(tokens <= kTokensMax);
+Prediction LowRankPredictor::predict(const float* x, size_t tokens) const {
+    assert(tokens <= TOKENS_MAX);
     std::vector<float> code(tokens * input_.rows);
     encode_.multiply(input_, x, tokens, code.data());
-    std::vector<std::uint16_t> row_masks(output_.rows);
+    std::vector<uint16_t> row_masks(output_.rows);
     decode_.for_blocks(output_, code.data(), tokens, [&](const Linear::Dots& dots) {
-        for (std::size_t i = 0; i < dots.count; ++i) {
+        for (size_t i = 0; i < dots.count; i++) {
             unsigned mask = 0;
-            const std::size_t neuron = dots.first + i;
+            const size_t neuron = dots.first + i;
             const float scale = scale_ ? scale_[neuron] : 1.0f;
-            for (std::size_t t = 0; t < tokens; ++t)
+            for (size_t t = 0; t < tokens; t++) {
                 mask |= (scale * dots.values[i * tokens + t] + bias_[neuron] > 0.0f) << t;
-            row_masks[neuron] = static_cast<std::uint16_t>(mask);
+            }
+            row_masks[neuron] = static_cast<uint16_t>(mask);
         }
     });
     return wanted_by_some(row_masks);
 }
 
-SignPredictor::SignPredictor(Workers& workers, const std::uint8_t* signs, std::size_t neurons, std::size_t row_bytes,
-                             const std::int32_t* margin, const char* instruction_set)
+SignPredictor::SignPredictor(Workers& workers, const uint8_t* signs, size_t neurons, size_t row_bytes,
+                             const int32_t* margin, const char* instruction_set)
     : workers_(workers),
       kernels_(kernels_for(Dtype::f32, instruction_set)),
       signs_(signs),
@@ -69,21 +72,21 @@ SignPredictor::SignPredictor(Workers& workers, const std::uint8_t* signs, std::s
       row_bytes_(row_bytes),
       margin_(margin) {}
 
-Prediction SignPredictor::predict(const float* x, std::size_t hidden, std::size_t tokens) const {
-    assert(tokens <= kTokensMax);
-    const std::vector<std::uint8_t> bits = sign_bits(x, hidden, tokens, row_bytes_);
-    std::vector<std::uint16_t> row_masks(neurons_);
-    workers_.run((neurons_ + kNeuronsPerItem - 1) / kNeuronsPerItem, [&](std::size_t item) {
-        const std::size_t end = std::min(neurons_, (item + 1) * kNeuronsPerItem);
-        for (std::size_t i = item * kNeuronsPerItem; i < end; ++i) {
+Prediction SignPredictor::predict(const float* x, size_t hidden, size_t tokens) const {
+    assert(tokens <= TOKENS_MAX);
+    const std::vector<uint8_t> bits = sign_bits(x, hidden, tokens, row_bytes_);
+    std::vector<uint16_t> row_masks(neurons_);
+    workers_.run((neurons_ + NEURONS_PER_ITEM - 1) / NEURONS_PER_ITEM, [&](size_t item) {
+        const size_t end = std::min(neurons_, (item + 1) * NEURONS_PER_ITEM);
+        for (size_t i = item * NEURONS_PER_ITEM; i < end; i++) {
             unsigned mask = 0;
-            for (std::size_t t = 0; t < tokens; ++t) {
-                const std::uint8_t* of_token = bits.data() + t * row_bytes_;
+            for (size_t t = 0; t < tokens; t++) {
+                const uint8_t* of_token = bits.data() + t * row_bytes_;
                 const auto differ =
-                    static_cast<std::int64_t>(kernels_.differing_bits(signs_ + i * row_bytes_, of_token, row_bytes_));
-                mask |= (static_cast<std::int64_t>(hidden) - 2 * differ > margin_[i]) << t;
+                    static_cast<int64_t>(kernels_.differing_bits(signs_ + i * row_bytes_, of_token, row_bytes_));
+                mask |= (static_cast<int64_t>(hidden) - 2 * differ > margin_[i]) << t;
             }
-            row_masks[i] = static_cast<std::uint16_t>(mask);
+            row_masks[i] = static_cast<uint16_t>(mask);
         }
     });
     return wanted_by_some(row_masks);

@@ -1,4 +1,4 @@
-// Which neurons of a layer rows of its input are likely to fire, for at most kTokensMax rows at once.
+// Which neurons of a layer rows of its input are likely to fire, for at most TOKENS_MAX rows at once.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +11,8 @@ namespace flashclient {
 
 // Neurons, by position, that some row wants; a row's wishes depend on that row alone, bit for bit.
 struct Prediction {
-    std::vector<std::uint32_t> positions;  // rising
-    std::vector<std::uint16_t> row_masks;  // bit t: row t wants it; never 0
+    std::vector<uint32_t> positions;  // rising
+    std::vector<uint16_t> row_masks;  // bit t: row t wants it; never 0
 };
 
 // wanted iff scale * (output . (input . x)) + bias > 0, in fp32: the low-rank predictor of LLM in a flash (arXiv
@@ -24,9 +24,9 @@ class LowRankPredictor {
     // else null, which is 1.
     LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, Matrix output, const float* bias,
                      const float* scale = nullptr, const char* instruction_set = nullptr);
-    // x: [tokens, hidden] fp32, at most kTokensMax tokens.
-    Prediction predict(const float* x, std::size_t tokens) const;
-    std::size_t hidden() const { return input_.columns; }
+    // x: [tokens, hidden] fp32, at most TOKENS_MAX tokens.
+    Prediction predict(const float* x, size_t tokens) const;
+    size_t hidden() const { return input_.columns; }
 
   private:
     Linear encode_;
@@ -43,19 +43,19 @@ class SignPredictor {
   public:
     // signs: [neurons, ceil(hidden / 8)]; bit j % 8 of byte j / 8 is the sign bit of coordinate j, and the bits beyond
     // the last coordinate are 0. margin: [neurons].
-    SignPredictor(Workers& workers, const std::uint8_t* signs, std::size_t neurons, std::size_t row_bytes,
-                  const std::int32_t* margin, const char* instruction_set = nullptr);
+    SignPredictor(Workers& workers, const uint8_t* signs, size_t neurons, size_t row_bytes, const int32_t* margin,
+                  const char* instruction_set = nullptr);
     // x: [tokens, hidden] fp32, ceil(hidden / 8) = row_bytes.
-    Prediction predict(const float* x, std::size_t hidden, std::size_t tokens) const;
-    std::size_t row_bytes() const { return row_bytes_; }
+    Prediction predict(const float* x, size_t hidden, size_t tokens) const;
+    size_t row_bytes() const { return row_bytes_; }
 
   private:
     Workers& workers_;
     const Kernels& kernels_;
-    const std::uint8_t* signs_;
-    std::size_t neurons_;
-    std::size_t row_bytes_;
-    const std::int32_t* margin_;
+    const uint8_t* signs_;
+    size_t neurons_;
+    size_t row_bytes_;
+    const int32_t* margin_;
 };
 
 }  // namespace flashclient

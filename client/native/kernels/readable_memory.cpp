@@ -27,7 +27,7 @@ void watch_forks() {
     static_cast<void>(once);
 }
 
-std::string in_hexadecimal(std::uint64_t address) {
+std::string in_hexadecimal(uint64_t address) {
     char text[2 + 16 + 1];
     std::snprintf(text, sizeof text, "0x%llx", static_cast<unsigned long long>(address));
     return text;
@@ -38,11 +38,11 @@ std::string in_hexadecimal(std::uint64_t address) {
 TableLock::TableLock() { table_lock.lock(); }
 TableLock::~TableLock() { table_lock.unlock(); }
 
-ReadableMemory::ReadableMemory(const void* data, std::size_t bytes)
-    : begin_(reinterpret_cast<std::uintptr_t>(data)), end_(begin_ + bytes) {
+ReadableMemory::ReadableMemory(const void* data, size_t bytes)
+    : begin_(reinterpret_cast<uintptr_t>(data)), end_(begin_ + bytes) {
     watch_forks();
     const TableLock lock;
-    const auto after = [](std::uintptr_t begin, const ReadableMemory* other) { return begin < other->begin_; };
+    const auto after = [](uintptr_t begin, const ReadableMemory* other) { return begin < other->begin_; };
     table.insert(std::upper_bound(table.begin(), table.end(), begin_, after), this);
 }
 
@@ -60,20 +60,22 @@ Reading::~Reading() {
 }
 
 // The table is locked.
-void Reading::require_elsewhere(std::uint64_t address) {
-    const auto after = [](std::uint64_t wanted, const ReadableMemory* other) { return wanted < other->begin_; };
+void Reading::require_elsewhere(uint64_t address) {
+    const auto after = [](uint64_t wanted, const ReadableMemory* other) { return wanted < other->begin_; };
     const auto found = std::upper_bound(table.begin(), table.end(), address, after);
     ReadableMemory* memory = found == table.begin() ? nullptr : *(found - 1);
-    if (memory == nullptr || address > memory->end_ || memory->end_ - address < bundle_bytes_)
+    if (memory == nullptr || address > memory->end_ || memory->end_ - address < bundle_bytes_) {
         throw std::invalid_argument("no bundle lies at " + in_hexadecimal(address) +
                                     ": addresses come from a source that is open");
-    if ((address & (alignment_ - 1)) != 0)
+    }
+    if ((address & (alignment_ - 1)) != 0) {
         throw std::invalid_argument("the bundle at " + in_hexadecimal(address) + " is not aligned to its elements");
+    }
     begin_ = memory->begin_;
     beyond_ = memory->end_ - memory->begin_ - bundle_bytes_ + 1;
     if (std::find(memories_.begin(), memories_.end(), memory) == memories_.end()) {
         memories_.push_back(memory);
-        ++memory->readings_;
+        memory->readings_++;
     }
 }
 

@@ -16,23 +16,23 @@ namespace flashclient {
 // Bytes that may be read from construction to destruction. The destructor waits until no Reading is at them.
 class ReadableMemory {
   public:
-    ReadableMemory(const void* data, std::size_t bytes);
+    ReadableMemory(const void* data, size_t bytes);
     ~ReadableMemory();
     ReadableMemory(const ReadableMemory&) = delete;
     ReadableMemory& operator=(const ReadableMemory&) = delete;
 
   private:
     friend class Reading;
-    std::uintptr_t begin_;
-    std::uintptr_t end_;
-    std::uint32_t readings_ = 0;
+    uintptr_t begin_;
+    uintptr_t end_;
+    uint32_t readings_ = 0;
 };
 
 // One kernel's call. Safe beside others in any thread.
 class Reading {
   public:
     // Bundles of `bundle_bytes`, at addresses that are multiples of `alignment`, a power of two.
-    Reading(std::size_t bundle_bytes, std::size_t alignment) : bundle_bytes_(bundle_bytes), alignment_(alignment) {}
+    Reading(size_t bundle_bytes, size_t alignment) : bundle_bytes_(bundle_bytes), alignment_(alignment) {}
     ~Reading();
     Reading(const Reading&) = delete;
     Reading& operator=(const Reading&) = delete;
@@ -41,22 +41,22 @@ class Reading {
     // entry that is going to be read. The other entries are copies of one that was checked: they may be read as well.
     // Empty where none is wanted. Throws std::invalid_argument for a bundle outside of readable memory.
     template <typename ForEachWanted>
-    std::vector<std::uint64_t> checked(std::span<const std::uint64_t> addresses, const ForEachWanted& for_each_wanted);
-    std::vector<std::uint64_t> checked(std::span<const std::uint64_t> addresses) {
+    std::vector<uint64_t> checked(std::span<const uint64_t> addresses, const ForEachWanted& for_each_wanted);
+    std::vector<uint64_t> checked(std::span<const uint64_t> addresses) {
         return checked(addresses, [&](auto&& check) {
-            for (std::size_t i = 0; i < addresses.size(); ++i) check(i);
+            for (size_t i = 0; i < addresses.size(); i++) check(i);
         });
     }
 
   private:
-    void require(std::uint64_t address) {
+    void require(uint64_t address) {
         if (address - begin_ >= beyond_ || (address & (alignment_ - 1)) != 0) require_elsewhere(address);
     }
-    void require_elsewhere(std::uint64_t address);
+    void require_elsewhere(uint64_t address);
 
-    std::size_t bundle_bytes_;
-    std::size_t alignment_;                  // a power of two
-    std::uint64_t begin_ = 0, beyond_ = 0;   // a bundle fits at begin_ + i for i < beyond_: neighbours lie together
+    size_t bundle_bytes_;
+    size_t alignment_;                       // a power of two
+    uint64_t begin_ = 0, beyond_ = 0;        // a bundle fits at begin_ + i for i < beyond_: neighbours lie together
     std::vector<ReadableMemory*> memories_;  // where any lies
 };
 
@@ -70,17 +70,16 @@ class TableLock {
 };
 
 template <typename ForEachWanted>
-std::vector<std::uint64_t> Reading::checked(std::span<const std::uint64_t> addresses,
-                                            const ForEachWanted& for_each_wanted) {
-    std::vector<std::uint64_t> copy(addresses.size());
-    std::uint64_t any = 0;
+std::vector<uint64_t> Reading::checked(std::span<const uint64_t> addresses, const ForEachWanted& for_each_wanted) {
+    std::vector<uint64_t> copy(addresses.size());
+    uint64_t any = 0;
     const TableLock lock;
-    for_each_wanted([&](std::size_t i) {
+    for_each_wanted([&](size_t i) {
         any = copy[i] = addresses[i];
         require(any);
     });
     if (any == 0) return {};
-    std::replace(copy.begin(), copy.end(), std::uint64_t{0}, any);
+    std::replace(copy.begin(), copy.end(), uint64_t{0}, any);
     return copy;
 }
 

@@ -16,10 +16,10 @@ void relax() {
 }
 
 // Waits until `value` is no longer `old`: spins, then sleeps.
-void wait_for_change(std::atomic<std::uint32_t>& value, std::uint32_t old, std::uint64_t spin_nanoseconds) {
+void wait_for_change(std::atomic<uint32_t>& value, uint32_t old, uint64_t spin_nanoseconds) {
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::nanoseconds(spin_nanoseconds);
     do {
-        for (int turn = 0; turn < 32; ++turn) {
+        for (int turn = 0; turn < 32; turn++) {
             if (value.load(std::memory_order_acquire) != old) return;
             relax();
         }
@@ -29,9 +29,9 @@ void wait_for_change(std::atomic<std::uint32_t>& value, std::uint32_t old, std::
 
 }  // namespace
 
-Workers::Workers(std::size_t threads) : owner_(getpid()) {
+Workers::Workers(size_t threads) : owner_(getpid()) {
     try {
-        for (std::size_t worker = 1; worker < threads; ++worker) workers_.emplace_back([this] { serve(); });
+        for (size_t worker = 1; worker < threads; worker++) workers_.emplace_back([this] { serve(); });
     } catch (...) {  // the system gives no more threads
         stop();
         throw;
@@ -51,37 +51,37 @@ void Workers::stop() {
     for (std::thread& worker : workers_) worker.join();
 }
 
-void Workers::run(std::size_t count, const std::function<void(std::size_t)>& item) {
+void Workers::run(size_t count, const std::function<void(size_t)>& item) {
     if (workers_.empty() || count < 2 || busy_.test_and_set(std::memory_order_acquire)) {
-        for (std::size_t i = 0; i < count; ++i) item(i);
+        for (size_t i = 0; i < count; i++) item(i);
         return;
     }
     share(count, item);
     busy_.clear(std::memory_order_release);
 }
 
-void Workers::share(std::size_t count, const std::function<void(std::size_t)>& item) {
+void Workers::share(size_t count, const std::function<void(size_t)>& item) {
     item_ = &item;
     count_ = count;
     next_.store(0, std::memory_order_relaxed);
-    gate_.store(kOpen, std::memory_order_release);
+    gate_.store(OPEN, std::memory_order_release);
     signal_.fetch_add(1, std::memory_order_release);
     signal_.notify_all();
     take_items();
-    std::uint32_t inside = gate_.fetch_and(~kOpen, std::memory_order_acq_rel) & ~kOpen;
+    uint32_t inside = gate_.fetch_and(~OPEN, std::memory_order_acq_rel) & ~OPEN;
     while (inside != 0) {
-        wait_for_change(gate_, inside, kSpinNanoseconds);
+        wait_for_change(gate_, inside, SPIN_NANOSECONDS);
         inside = gate_.load(std::memory_order_acquire);
     }
 }
 
 void Workers::take_items() {
-    for (std::size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) (*item_)(i);
+    for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) (*item_)(i);
 }
 
 bool Workers::enter() {
-    std::uint32_t gate = gate_.load(std::memory_order_acquire);
-    while (gate & kOpen) {
+    uint32_t gate = gate_.load(std::memory_order_acquire);
+    while (gate & OPEN) {
         if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
     }
     return false;
@@ -93,9 +93,9 @@ void Workers::leave() {
 }
 
 void Workers::serve() {
-    std::uint32_t seen = 0;
+    uint32_t seen = 0;
     while (true) {
-        wait_for_change(signal_, seen, kSpinNanoseconds);
+        wait_for_change(signal_, seen, SPIN_NANOSECONDS);
         seen = signal_.load(std::memory_order_acquire);
         if (stop_.load()) return;
         if (!enter()) continue;

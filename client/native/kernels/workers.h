@@ -19,36 +19,36 @@ namespace flashclient {
 // after fork, which has no workers.
 class Workers {
   public:
-    explicit Workers(std::size_t threads);
+    explicit Workers(size_t threads);
     ~Workers();
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
 
     // Calls item(i) for every i below `count`, in any order, and returns when all are done. `item` must not throw.
-    void run(std::size_t count, const std::function<void(std::size_t)>& item);
+    void run(size_t count, const std::function<void(size_t)>& item);
 
-    std::size_t threads() const { return workers_.size() + 1; }
+    size_t threads() const { return workers_.size() + 1; }
 
   private:
     // Between two phases of a chunk a worker spins for this long before it parks, because waking it costs more.
-    static constexpr std::uint64_t kSpinNanoseconds = 20'000;
-    static constexpr std::uint32_t kOpen = 1u << 31;
+    static constexpr uint64_t SPIN_NANOSECONDS = 20'000;
+    static constexpr uint32_t OPEN = 1u << 31;
 
     void stop();
     void serve();
-    void share(std::size_t count, const std::function<void(std::size_t)>& item);
+    void share(size_t count, const std::function<void(size_t)>& item);
     void take_items();
     bool enter();
     void leave();
 
     std::vector<std::thread> workers_;
     pid_t owner_;
-    std::atomic_flag busy_;                                   // guards item_, count_ and next_ between callers
-    const std::function<void(std::size_t)>* item_ = nullptr;  // published by gate_
-    std::size_t count_ = 0;                                   // published by gate_
-    std::atomic<std::size_t> next_{0};
-    std::atomic<std::uint32_t> gate_{0};    // kOpen while a run takes workers in; below it how many are inside
-    std::atomic<std::uint32_t> signal_{0};  // changes with every run, and at the end
+    std::atomic_flag busy_;                              // guards item_, count_ and next_ between callers
+    const std::function<void(size_t)>* item_ = nullptr;  // published by gate_
+    size_t count_ = 0;                                   // published by gate_
+    std::atomic<size_t> next_{0};
+    std::atomic<uint32_t> gate_{0};    // OPEN while a run takes workers in; below it how many are inside
+    std::atomic<uint32_t> signal_{0};  // changes with every run, and at the end
     std::atomic<bool> stop_{false};
 };
 

@@ -1,8 +1,6 @@
 #include "ring/sweep.h"
 
 #include <algorithm>
-#include <cassert>
-#include <chrono>
 #include <stdexcept>
 
 namespace flashclient {
@@ -55,9 +53,7 @@ const Sweep::Bundles* Sweep::next(uint32_t layer) {
 
 void Sweep::wait_for_first() {
     refill();
-    const auto start = std::chrono::steady_clock::now();
     while (chunks_.front().unanswered > 0) take_answers(true);
-    times_.wait_s += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 void Sweep::give_out() {
@@ -121,7 +117,6 @@ void Sweep::take_answers(bool block) {
             chunk->failed.push_back(grant);
         }
     }
-    times_.cells += grants_.size();
 }
 
 void Sweep::place(Chunk& chunk, const ring::Grant& grant) {

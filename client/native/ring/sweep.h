@@ -24,11 +24,6 @@ struct Layout {
     std::vector<uint32_t> neurons;  // by layer
 };
 
-struct SweepTimes {
-    double wait_s = 0;
-    uint64_t cells = 0;
-};
-
 class Sweep {
   public:
     Sweep(Session& session, Layout layout);
@@ -44,7 +39,6 @@ class Sweep {
     const Bundles* next(uint32_t layer);
     void idle();    // gives everything back
     void forget();  // the session is another one: nothing is held or on its way
-    const SweepTimes& times() const { return times_; }
     Session& session() const { return session_; }
 
   private:
@@ -82,7 +76,6 @@ class Sweep {
     uint32_t next_layer_ = 0;   // where look_ahead goes on
     uint32_t next_cell_ = 0;
     std::vector<ring::Grant> grants_;
-    SweepTimes times_;
 };
 
 }  // namespace flashclient

@@ -19,8 +19,9 @@ Window::Window(uint32_t tokens, uint32_t bundles_per_cell, std::vector<uint32_t>
 
 const Window::Slide& Window::slide(uint32_t layer_index, const Wanted& wanted, uint32_t limit) {
     Layer& layer = layers_.at(layer_index);
-    if (wanted.columns == 0 || wanted.columns > ROWS_MAX || wanted.positions.size() != wanted.row_masks.size())
+    if (wanted.columns == 0 || wanted.columns > ROWS_MAX || wanted.positions.size() != wanted.row_masks.size()) {
         throw std::invalid_argument("a step has 1 to 16 columns, and a row mask for each position");
+    }
     for (const uint32_t position : wanted.positions) static_cast<void>(layer.held.at(position / bundles_per_cell_));
     slide_ = {};
     slides_++;

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashclient._native import Ffn, LentMemory, Linear, Workers
+from flashclient.model.activations import TRANSFORMERS_NAMES, torch_activation
 from flashclient.model.arrays import array_of
-from flashclient.model.ffn import ACTIVATIONS, StreamedFFN, StreamedSum
+from flashclient.model.ffn import ExactFFN, StreamedFFN
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
 
@@ -40,7 +41,7 @@ class Layer:
     def reference(self, x: Tensor) -> Tensor:
         weights, x = self.weights.double(), x.double()
         fired = x @ weights[:, 0].T
-        fired = ACTIVATIONS[self.activation](fired if self.bias is None else fired + self.bias.double())
+        fired = torch_activation(self.activation)(fired if self.bias is None else fired + self.bias.double())
         if len(self.parts) == 3:
             fired = fired * (x @ weights[:, 1].T)
         total: Tensor = fired @ weights[:, -1]
@@ -52,8 +53,8 @@ class Layer:
 
     def run(self, x: Tensor, chunk_sizes: Sequence[int] = (37, 1, 64), threads: int = 2) -> Tensor:
         source = self.source(chunk_sizes)
-        total = StreamedSum(source, self.layout, self.activation, Workers(threads))
-        module = StreamedFFN(total, 0, None if self.bias is None else self.bias.numpy())
+        ffn = ExactFFN(source, self.layout, self.activation, Workers(threads))
+        module = StreamedFFN(ffn, 0, None if self.bias is None else self.bias.numpy())
         y: Tensor = module(x)
         assert source.opened == 0, "an iterator was left open"
         return y
@@ -76,7 +77,7 @@ def test_sum_is_the_formula(dtype: str, hidden: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", TRANSFORMERS_NAMES)
 def test_activations(activation: str, tokens: int) -> None:
     for gated in (True, False):
         layer = Layer("F32", 96, 200, gated, activation)
@@ -84,7 +85,7 @@ def test_activations(activation: str, tokens: int) -> None:
         assert close(layer.run(x), layer.reference(x))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", TRANSFORMERS_NAMES)
 def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, -100.0, 100.0])])
     weights = torch.stack([values, torch.ones_like(values)], dim=1).contiguous()  # up, down: hidden_size 1
@@ -93,7 +94,7 @@ def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
         kernels.add_rows(np.array([address], np.uint64), None, None, one, y)
-        expected = ACTIVATIONS[activation](value.double()).item()
+        expected = torch_activation(activation)(value.double()).item()
         assert abs(y[0, 0] - expected) <= 1e-6 * max(1.0, abs(expected))
     del lent
 
@@ -191,9 +192,9 @@ def test_no_tokens() -> None:
 def test_iterator_is_closed_when_a_chunk_fails() -> None:
     layer = Layer("F32", 64, 50, True, "silu")
     source = layer.source([10])
-    total = StreamedSum(source, layer.layout, "silu", Workers(1))
+    ffn = ExactFFN(source, layer.layout, "silu", Workers(1))
     with pytest.raises(ValueError, match="hidden_size"):
-        total(0, torch.zeros(1, 63), None)
+        ffn(0, torch.zeros(1, 63), None)
     assert source.opened == 0
 
 
@@ -231,9 +232,9 @@ def test_ffn_of_a_model_is_transformers_own() -> None:
     """The layer as cut from a model, against the module that transformers runs."""
     model = make_model(make_config("llama"))
     parts = cut(model)
-    total = StreamedSum(ArraySource(parts, [50]), parts.record.bundle, "silu", Workers(2))
+    ffn = ExactFFN(ArraySource(parts, [50]), parts.record.bundle, "silu", Workers(2))
     for tokens in (4, 40):
         x = torch.randn(1, tokens, 64)
         with torch.no_grad():
             expected = model.get_submodule("model.layers.1.mlp")(x)
-        assert torch.allclose(StreamedFFN(total, 1)(x), expected, atol=1e-5)
+        assert torch.allclose(StreamedFFN(ffn, 1)(x), expected, atol=1e-5)

@@ -27,7 +27,6 @@ from flashclient._native import (
     Workers,
     copy_bundles,
     locate,
-    read_memory,
 )
 from weightd import _native as _weightd_native
 from weightd_proto.encodings import plain
@@ -112,7 +111,6 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "signs": (lambda *given: SignPredictor(WORKERS, *given).predict(x), sign_arrays),
     "copy_bundles": (copy_bundles, (right_addresses, np.zeros((NEURONS, 96), np.uint8))),
     "LentMemory": (LentMemory, (bundles,)),
-    "read_memory": (lambda array: read_memory(WORKERS, array), (bundles,)),
     "checksum": (_native.checksum, (np.zeros(8, np.uint8),)),
     "locate": (
         locate,

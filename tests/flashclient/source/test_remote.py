@@ -27,7 +27,7 @@ from flashclient.errors import (
     RefusedError,
 )
 from flashclient.source import grpc_cells as remote_cells
-from flashclient.source.border import survive
+from flashclient.source.border import retry_on_loss
 from flashclient.source.grpc_chunks import GrpcSource, chunk_bundles_for, cut_spans
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
@@ -170,7 +170,7 @@ def test_an_error_of_a_fetch_ahead_is_not_that_of_the_next_generation(
 def test_a_daemon_that_comes_back_in_time_is_not_noticed(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path) as (source, server):
         server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 3
-        assert np.array_equal(survive(source, lambda: read_layer(source, 0)), model.bundles[0])
+        assert np.array_equal(retry_on_loss(source, lambda: read_layer(source, 0)), model.bundles[0])
         assert not server.failures
 
 
@@ -212,14 +212,14 @@ def test_a_daemon_that_does_not_come_back_is_lost(model: CutModel, tmp_path: Pat
         with pytest.raises(
             DaemonLostError, match=r"has not come back within 0\.3 s: start it again, or raise timeout_s="
         ):
-            survive(source, lambda: read_layer(source, 0))
+            retry_on_loss(source, lambda: read_layer(source, 0))
 
 
 def test_a_daemon_that_is_lost_again_and_again_is_an_error(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path) as (source, server):
         server.failures += [(grpc.StatusCode.UNAVAILABLE, "stopping")] * 1000
         with pytest.raises(DaemonLostError, match="lost 5 times within one layer"):
-            survive(source, lambda: read_layer(source, 0))
+            retry_on_loss(source, lambda: read_layer(source, 0))
 
 
 def test_too_few_bytes_are_refused(model: CutModel, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_close_wakes_a_waiting_reader(model: CutModel, tmp_path: Path) -> None:
 
         def read() -> None:
             try:
-                survive(source, lambda: read_layer(source, 0))
+                retry_on_loss(source, lambda: read_layer(source, 0))
             except DaemonLostError as error:
                 raised.append(error)
 
@@ -342,7 +342,7 @@ def test_cells_are_asked_for_again_when_the_daemon_comes_back(model: CutModel, t
             source.exchange(0, np.array([5, 6], np.uint32), NONE)
             settle(source)
 
-        survive(source, acquire)
+        retry_on_loss(source, acquire)
         assert sorted(held(source, 0)) == [5, 6]
         server.failures.append((grpc.StatusCode.DATA_LOSS, "layer 0 neuron 9 differs"))
         source.exchange(0, np.array([9], np.uint32), NONE)

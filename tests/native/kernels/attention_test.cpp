@@ -15,7 +15,7 @@
 namespace flashclient {
 namespace {
 
-std::vector<float> random_floats(std::size_t count, unsigned seed) {
+std::vector<float> random_floats(size_t count, unsigned seed) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     std::vector<float> values(count);
@@ -25,7 +25,7 @@ std::vector<float> random_floats(std::size_t count, unsigned seed) {
 
 class AttentionBits : public testing::TestWithParam<const char*> {
   protected:
-    static constexpr AttentionShape kShape{2, 6, 2, 5, 131, 37, 21, 0.3f};
+    static constexpr AttentionShape SHAPE{2, 6, 2, 5, 131, 37, 21, 0.3f};
 
     void SetUp() override {
         try {
@@ -34,19 +34,18 @@ class AttentionBits : public testing::TestWithParam<const char*> {
             GTEST_SKIP() << error.what();
         }
         std::mt19937 random(4);
-        for (std::uint8_t& byte : mask_) byte = random() % 3 != 0;
+        for (uint8_t& byte : mask_) byte = random() % 3 != 0;
     }
 
-    static AttentionRows rows(const std::vector<float>& values, std::size_t heads, std::size_t count,
-                              std::size_t elements) {
+    static AttentionRows rows(const std::vector<float>& values, size_t heads, size_t count, size_t elements) {
         return {values.data(), heads * count * elements, count * elements, elements};
     }
 
     std::vector<float> attend(const Attention& attention) const {
-        const auto [sequences, heads, key_heads, tokens, positions, key_elements, value_elements, scale] = kShape;
+        const auto [sequences, heads, key_heads, tokens, positions, key_elements, value_elements, scale] = SHAPE;
         std::vector<float> out(sequences * tokens * heads * value_elements, -1.0f);
         const AttentionMask mask{AttentionMask::Kind::boolean, mask_.data(), tokens * positions, 0, positions, 1};
-        attention.attend(kShape, rows(query_, heads, tokens, key_elements),
+        attention.attend(SHAPE, rows(query_, heads, tokens, key_elements),
                          rows(key_, key_heads, positions, key_elements),
                          rows(value_, key_heads, positions, value_elements), mask, out.data());
         return out;
@@ -55,7 +54,7 @@ class AttentionBits : public testing::TestWithParam<const char*> {
     std::vector<float> query_ = random_floats(2 * 6 * 5 * 37, 1);
     std::vector<float> key_ = random_floats(2 * 2 * 131 * 37, 2);
     std::vector<float> value_ = random_floats(2 * 2 * 131 * 21, 3);
-    std::vector<std::uint8_t> mask_ = std::vector<std::uint8_t>(2 * 5 * 131);
+    std::vector<uint8_t> mask_ = std::vector<uint8_t>(2 * 5 * 131);
 };
 
 TEST_P(AttentionBits, DoNotDependOnThreadsOrCallers) {
@@ -64,24 +63,25 @@ TEST_P(AttentionBits, DoNotDependOnThreadsOrCallers) {
     const Attention shared(four, Dtype::f32, GetParam());
     std::vector<std::thread> callers;
     std::vector<std::vector<float>> results(3);
-    for (auto& result : results)
+    for (auto& result : results) {
         callers.emplace_back([&] {
-            for (int turn = 0; turn < 20; ++turn) result = attend(shared);
+            for (int turn = 0; turn < 20; turn++) result = attend(shared);
         });
+    }
     for (std::thread& caller : callers) caller.join();
     for (const auto& result : results) EXPECT_EQ(result, expected);
 }
 
 TEST_P(AttentionBits, ExponentialsAreThoseOfTheFormula) {
     const Kernels& kernels = kernels_for(Dtype::f32, GetParam());
-    for (const std::size_t count : {1, 3, 16, 37, 400}) {
+    for (const size_t count : {1, 3, 16, 37, 400}) {
         std::vector<float> values = random_floats(count, 5);
         for (float& value : values) value *= 25.0f;
         const std::vector<float> given = values;
         const float greatest = *std::max_element(given.begin(), given.end());
         double total = 0.0;
         const float sum = kernels.exponentials(values.data(), count);
-        for (std::size_t i = 0; i < count; ++i) {
+        for (size_t i = 0; i < count; i++) {
             const double x = static_cast<double>(given[i] - greatest);
             EXPECT_NEAR(values[i], std::exp(x), 2e-7 * std::exp(x) + 1e-38) << x;
             if (x < -87.7) {

@@ -14,7 +14,7 @@
 namespace flashclient {
 namespace {
 
-std::vector<float> random_floats(std::size_t count, unsigned seed) {
+std::vector<float> random_floats(size_t count, unsigned seed) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal(0.0f, 0.1f);
     std::vector<float> values(count);
@@ -24,10 +24,10 @@ std::vector<float> random_floats(std::size_t count, unsigned seed) {
 
 TEST(Workers, EveryItemIsDoneOnceInEveryRun) {
     Workers workers(4);
-    for (int run = 0; run < 2000; ++run) {
-        const std::size_t count = run % 37;
+    for (int run = 0; run < 2000; run++) {
+        const size_t count = run % 37;
         std::vector<int> done(count, 0);  // plain: an item is one thread's, and run() makes it visible
-        workers.run(count, [&](std::size_t item) { done[item] += 1; });
+        workers.run(count, [&](size_t item) { done[item] += 1; });
         for (const int times : done) ASSERT_EQ(times, 1);
     }
 }
@@ -35,18 +35,18 @@ TEST(Workers, EveryItemIsDoneOnceInEveryRun) {
 TEST(Workers, OneThreadIsTheCaller) {
     Workers workers(1);
     const auto caller = std::this_thread::get_id();
-    workers.run(5, [&](std::size_t) { EXPECT_EQ(std::this_thread::get_id(), caller); });
+    workers.run(5, [&](size_t) { EXPECT_EQ(std::this_thread::get_id(), caller); });
     EXPECT_EQ(workers.threads(), 1u);
 }
 
 TEST(Workers, CallersAtTheSameTimeDoNotMixTheirItems) {
     Workers workers(3);
     std::vector<std::thread> callers;
-    for (int caller = 0; caller < 3; ++caller) {
+    for (int caller = 0; caller < 3; caller++) {
         callers.emplace_back([&workers] {
-            for (int run = 0; run < 500; ++run) {
+            for (int run = 0; run < 500; run++) {
                 std::vector<int> done(23, 0);
-                workers.run(done.size(), [&](std::size_t item) { done[item] += 1; });
+                workers.run(done.size(), [&](size_t item) { done[item] += 1; });
                 for (const int times : done) ASSERT_EQ(times, 1);
             }
         });
@@ -55,34 +55,35 @@ TEST(Workers, CallersAtTheSameTimeDoNotMixTheirItems) {
 }
 
 TEST(Workers, StopWithoutARun) {
-    for (int turn = 0; turn < 50; ++turn) Workers workers(3);
+    for (int turn = 0; turn < 50; turn++) Workers workers(3);
 }
 
 // Rows of exactly hidden elements at the end of an allocation: reading past one is an error of the address sanitizer.
 class FfnBits : public testing::TestWithParam<const char*> {
   protected:
-    static constexpr std::size_t kHidden = 77;
-    static constexpr std::size_t kNeurons = 150;
+    static constexpr size_t HIDDEN = 77;
+    static constexpr size_t NEURONS = 150;
 
     void SetUp() override {
-        for (std::size_t neuron = 0; neuron < kNeurons; ++neuron) {
-            bundles_.push_back(random_floats(3 * kHidden, static_cast<unsigned>(neuron)));
-            addresses_.push_back(reinterpret_cast<std::uint64_t>(bundles_.back().data()));
+        for (size_t neuron = 0; neuron < NEURONS; neuron++) {
+            bundles_.push_back(random_floats(3 * HIDDEN, static_cast<unsigned>(neuron)));
+            addresses_.push_back(reinterpret_cast<uint64_t>(bundles_.back().data()));
         }
     }
 
-    std::vector<float> sum(std::size_t threads, std::size_t chunk, std::size_t tokens) {
+    std::vector<float> sum(size_t threads, size_t chunk, size_t tokens) {
         Workers workers(threads);
-        Ffn ffn(workers, {std::vector(3, weightd::plain_encoding(Dtype::f32)), kHidden, Activation::relu}, GetParam());
-        const std::vector<float> x = random_floats(tokens * kHidden, 1000);
-        std::vector<float> y(tokens * kHidden, 0.0f);
-        for (std::size_t i = 0; i < kNeurons; i += chunk)
-            ffn.add_rows({addresses_.data() + i}, std::min(chunk, kNeurons - i), x.data(), tokens, y.data());
+        Ffn ffn(workers, {std::vector(3, weightd::plain_encoding(Dtype::f32)), HIDDEN, Activation::relu}, GetParam());
+        const std::vector<float> x = random_floats(tokens * HIDDEN, 1000);
+        std::vector<float> y(tokens * HIDDEN, 0.0f);
+        for (size_t i = 0; i < NEURONS; i += chunk) {
+            ffn.add_rows({addresses_.data() + i}, std::min(chunk, NEURONS - i), x.data(), tokens, y.data());
+        }
         return y;
     }
 
     std::vector<std::vector<float>> bundles_;
-    std::vector<std::uint64_t> addresses_;
+    std::vector<uint64_t> addresses_;
 };
 
 TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
@@ -91,8 +92,8 @@ TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
     } catch (const std::invalid_argument& error) {
         GTEST_SKIP() << error.what();
     }
-    for (const std::size_t tokens : {1, 3, 16, 37}) {
-        const std::vector<float> expected = sum(1, kNeurons, tokens);
+    for (const size_t tokens : {1, 3, 16, 37}) {
+        const std::vector<float> expected = sum(1, NEURONS, tokens);
         EXPECT_EQ(sum(4, 7, tokens), expected);
         EXPECT_EQ(sum(3, 1, tokens), expected);
     }

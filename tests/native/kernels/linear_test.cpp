@@ -13,7 +13,7 @@
 namespace flashclient {
 namespace {
 
-std::vector<float> random_floats(std::size_t count, unsigned seed) {
+std::vector<float> random_floats(size_t count, unsigned seed) {
     std::mt19937 random(seed);
     std::normal_distribution<float> normal;
     std::vector<float> values(count);
@@ -23,8 +23,8 @@ std::vector<float> random_floats(std::size_t count, unsigned seed) {
 
 class LinearBits : public testing::TestWithParam<const char*> {
   protected:
-    static constexpr std::size_t kColumns = 77;
-    static constexpr std::size_t kRows = 1301;
+    static constexpr size_t COLUMNS = 77;
+    static constexpr size_t ROWS = 1301;
 
     void SetUp() override {
         try {
@@ -34,22 +34,21 @@ class LinearBits : public testing::TestWithParam<const char*> {
         }
     }
 
-    std::vector<float> product(std::size_t threads, std::size_t tokens) {
+    std::vector<float> product(size_t threads, size_t tokens) {
         Workers workers(threads);
-        std::vector<float> y(tokens * kRows, -1.0f);
-        Linear(workers, Dtype::f32, GetParam())
-            .multiply({weight_.data(), kRows, kColumns}, x_.data(), tokens, y.data());
+        std::vector<float> y(tokens * ROWS, -1.0f);
+        Linear(workers, Dtype::f32, GetParam()).multiply({weight_.data(), ROWS, COLUMNS}, x_.data(), tokens, y.data());
         return y;
     }
 
-    std::vector<float> weight_ = random_floats(kRows * kColumns, 1);
-    std::vector<float> x_ = random_floats(40 * kColumns, 2);
+    std::vector<float> weight_ = random_floats(ROWS * COLUMNS, 1);
+    std::vector<float> x_ = random_floats(40 * COLUMNS, 2);
 };
 
 TEST_P(LinearBits, DoNotDependOnThreadsOrTokens) {
     const std::vector<float> all = product(1, 40);
     EXPECT_EQ(product(4, 40), all);
-    for (const std::size_t tokens : {1, 2, 5, 11, 17}) {
+    for (const size_t tokens : {1, 2, 5, 11, 17}) {
         const std::vector<float> some = product(3, tokens);
         EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin()));
     }
@@ -58,21 +57,21 @@ TEST_P(LinearBits, DoNotDependOnThreadsOrTokens) {
 TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
     Workers workers(2);
     const std::vector<float> output = random_floats(500 * 33, 3), bias = random_floats(500, 4);
-    const LowRankPredictor predictor(workers, Dtype::f32, {weight_.data(), 33, kColumns}, {output.data(), 500, 33},
+    const LowRankPredictor predictor(workers, Dtype::f32, {weight_.data(), 33, COLUMNS}, {output.data(), 500, 33},
                                      bias.data(), nullptr, GetParam());
-    const std::vector<std::uint8_t> signs(500 * 10, 0x55);
-    const std::vector<std::int32_t> margin(500, 0);
+    const std::vector<uint8_t> signs(500 * 10, 0x55);
+    const std::vector<int32_t> margin(500, 0);
     const SignPredictor by_sign(workers, signs.data(), 500, 10, margin.data(), GetParam());
     const Prediction expected = predictor.predict(x_.data(), 16);
     ASSERT_FALSE(expected.positions.empty());
     std::vector<std::thread> callers;
-    for (int caller = 0; caller < 3; ++caller) {
+    for (int caller = 0; caller < 3; caller++) {
         callers.emplace_back([&] {
-            for (int turn = 0; turn < 20; ++turn) {
+            for (int turn = 0; turn < 20; turn++) {
                 const Prediction again = predictor.predict(x_.data(), 16);
                 EXPECT_EQ(again.positions, expected.positions);
                 EXPECT_EQ(again.row_masks, expected.row_masks);
-                EXPECT_EQ(by_sign.predict(x_.data(), kColumns, 3).positions.size() % 500, 0u);
+                EXPECT_EQ(by_sign.predict(x_.data(), COLUMNS, 3).positions.size() % 500, 0u);
             }
         });
     }

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from flashclient._native import Workers
 from flashclient.errors import DaemonLostError
-from flashclient.model.ffn import ACTIVATIONS, StreamedSum
+from flashclient.model.activations import torch_activation
+from flashclient.model.ffn import ExactFFN
+from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
-from flashclient.model.sparse_ffn import PredictedSum
 from flashclient.model.step import Step, Steps
 from flashclient.model.window import LeasedWindow
-from flashclient.source.border import survive
+from flashclient.source.border import retry_on_loss
 
 NEURONS, HIDDEN = 176, 64
 
@@ -49,18 +50,18 @@ def gate_rows(parts: CutModel, layer: int) -> NDArray[np.float32]:
 
 
 class Sum:
-    """A PredictedSum over an ArraySource."""
+    """A PredictedFFN over an ArraySource."""
 
     def __init__(self, parts: CutModel, predictors: bytes, window: int = 4, per_cell: int = 3, **source: int) -> None:
         self.source = ArraySource(parts, [50, 7], per_cell, predictors)
         for name, value in source.items():
             setattr(self.source, name, value)
         workers = Workers(2)
-        self.exact = StreamedSum(self.source, parts.record.bundle, "relu", workers)
+        self.exact = ExactFFN(self.source, parts.record.bundle, "relu", workers)
         self.predictors = Predictors(self.source.predictors(), parts.record, workers)
         self.steps = Fixed(Step(1, 1))
         leased = LeasedWindow(self.source, parts.record, window)
-        self.predicted = PredictedSum(self.exact, self.predictors, leased, self.steps)
+        self.predicted = PredictedFFN(self.exact, self.predictors, leased, self.steps)
 
     def __call__(self, layer: int, step: Step, x: Tensor, bias: Any = None) -> Tensor:
         self.steps.step = step
@@ -73,7 +74,7 @@ def rows(count: int, seed: int = 0) -> Tensor:
 
 def reference(parts: CutModel, layer: int, x: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
     weights = torch.from_numpy(parts.bundles[layer].view(np.float32).reshape(NEURONS, 3, HIDDEN).copy()).double()
-    fired = ACTIVATIONS["relu"](x.double() @ weights[:, 0].T) * (x.double() @ weights[:, 1].T)
+    fired = torch_activation("relu")(x.double() @ weights[:, 0].T) * (x.double() @ weights[:, 1].T)
     total: Tensor = (fired * torch.from_numpy(wanted)) @ weights[:, 2]
     return total
 
@@ -153,12 +154,12 @@ def test_a_layer_begins_anew_after_each_loss(parts: CutModel) -> None:
     for i in range(9):
         step, x = Step(2, 1, i // 3), rows(2, seed=i)
         made.source.losses = i % 5
-        result = survive(made.source, partial(made, i % 3, step, x))
+        result = retry_on_loss(made.source, partial(made, i % 3, step, x))
         assert torch.equal(result, undisturbed(i % 3, step, x))
     assert len(made.source.reattached) == sum(i % 5 for i in range(9))
     made.source.losses = 5
     with pytest.raises(DaemonLostError, match="lost 5 times within one layer"):
-        survive(made.source, partial(made, 0, Step(2, 1, 9), rows(2)))
+        retry_on_loss(made.source, partial(made, 0, Step(2, 1, 9), rows(2)))
 
 
 def test_what_others_let_go_of_is_asked_for_again(parts: CutModel) -> None:

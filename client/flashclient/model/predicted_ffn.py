@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import locate
-from flashclient.model.ffn import StreamedSum
+from flashclient.model.ffn import ExactFFN
 from flashclient.model.predictor import ROWS_MAX, Predictors
 from flashclient.model.step import Step, Steps
 from flashclient.model.window import LeasedWindow
@@ -40,14 +40,14 @@ class _Wanted:
         return _Wanted(self.positions[part], self.masks[part], None if self.bias is None else self.bias[part])
 
 
-class PredictedSum:
+class PredictedFFN:
     """What all layers of a model in predict mode share. One call at a time.
 
     Args:
         exact: sums over streamed layers, for a generation's prompt and for many rows.
     """
 
-    def __init__(self, exact: StreamedSum, predictors: Predictors, window: LeasedWindow, steps: Steps) -> None:
+    def __init__(self, exact: ExactFFN, predictors: Predictors, window: LeasedWindow, steps: Steps) -> None:
         self.hidden_size = exact.hidden_size
         self.clock = exact.clock
         self._exact = exact

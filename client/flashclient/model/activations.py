@@ -1,0 +1,36 @@
+"""The activations of FFNs: transformers' names for those that the kernels have.
+
+Names and formulas of the kernels are in client/native/kernels/activation.h.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.activations import ACT2FN
+
+from flashclient.errors import ModelError
+
+# By the kernels' name: transformers' names for classes of the same function. Its other names for a function
+# (gelu_python, gelu_python_tanh) stand for objects of one of these classes.
+TRANSFORMERS_NAMES = {
+    "relu": ("relu",),
+    "relu_squared": ("relu2",),
+    "silu": ("silu", "swish"),
+    "gelu": ("gelu",),
+    "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate"),
+}
+
+
+def activation_name(function: nn.Module) -> str:
+    """The kernels' name of transformers' activation `function`. Raises ModelError where no kernel has it."""
+    for name, transformers_names in TRANSFORMERS_NAMES.items():
+        if type(function) in {type(ACT2FN[transformers_name]) for transformers_name in transformers_names}:
+            return name
+    known = ", ".join(TRANSFORMERS_NAMES)
+    raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
+
+
+def torch_activation(name: str) -> nn.Module:
+    """transformers' module for the kernels' activation `name`: the reference of the kernels' work."""
+    function: nn.Module = ACT2FN[TRANSFORMERS_NAMES[name][0]]
+    return function
