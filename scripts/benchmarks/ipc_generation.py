@@ -1,8 +1,8 @@
 """What the shared-memory path costs a token: the same generation over the ring, and on an engine in the same process.
 
 Both clients live in one process, with the same resident weights, kernels and threads, over pools of the same size. One
-leases its cells from weightd over the ring; the other calls the engine
-(weightd/native/service/in_process.h) in its own thread.
+leases its cells from weightd over the ring; the other calls an engine in its own thread
+(scripts/benchmarks/native/in_process_engine.h).
 They decode the same tokens in turn (ABBA) and must come to the same logits.
 """
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from paper.rows import COLD
 from planted.store import PlantedStore, planted_store
 
+from benchmarks.native_module import bench_native
 from benchmarks.processes import BenchError, serving
 from benchmarks.report import Row, abba
 from benchmarks.sharing_client import Task, decode
@@ -28,7 +29,6 @@ from flashclient._native import LentMemory
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.source.border import BundleSource, Chunk
 from flashclient.source.ring import RingSource
-from weightd._native import InProcessEngine
 from weightd.serving.served_models import demand_of, model_spec
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
@@ -52,7 +52,7 @@ class EngineSource(RingSource):
         self._record = model
         self._cell_bytes = model.bundle.cell_bytes
         self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
-        self._engine = InProcessEngine(
+        self._engine = bench_native().InProcessEngine(
             dram_bytes,
             model_spec(store, model),
             io_engine="auto",
@@ -77,24 +77,25 @@ class EngineSource(RingSource):
 
     @property
     def share_cells(self) -> int:
-        return self._engine.share_slots
+        return int(self._engine.share_slots)
 
     @property
     def lease_limit(self) -> int:
-        return self._engine.lease_limit
+        return int(self._engine.lease_limit)
 
     @property
     def cells_held(self) -> int:
-        return self._engine.cells_held
+        return int(self._engine.cells_held)
 
     def addresses(self, layer: int) -> NDArray[np.uint64]:
-        return self._engine.addresses(layer)
+        addresses: NDArray[np.uint64] = self._engine.addresses(layer)
+        return addresses
 
     def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
         self._engine.exchange(layer, acquire, release)
 
     def arrived(self) -> int:
-        coming = self._engine.arrived()
+        coming = int(self._engine.arrived())
         self._lent += [LentMemory(segment) for segment in self._engine.segments()[len(self._lent) :]]
         return coming
 

@@ -20,6 +20,7 @@ from flashclient.daemon.private import is_serving
 START_WITHIN_S = 120.0
 POLL_S = 0.02
 SCRIPTS = Path(__file__).parents[1]
+WEIGHTD = (sys.executable, "-m", "weightd")
 
 
 class BenchError(Exception):
@@ -35,11 +36,17 @@ class Daemon:
 
 
 @contextmanager
-def serving(store: Path, dram_bytes: int, flags: Sequence[str] = ()) -> Iterator[Daemon]:
-    """A weightd of its own, ended at the end. Raises BenchError with its last words when it does not start."""
+def serving(
+    store: Path, dram_bytes: int, flags: Sequence[str] = (), program: Sequence[str] = WEIGHTD
+) -> Iterator[Daemon]:
+    """A weightd of its own, ended at the end. Raises BenchError with its last words when it does not start.
+
+    Args:
+        program: what is started instead of weightd, with weightd's flags.
+    """
     with tempfile.TemporaryDirectory(prefix="bench-paper-") as folder:
         address, log_path = f"unix:{folder}/weightd.sock", Path(folder, "log")
-        command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", address]
+        command = [*program, "--store", str(store), "--listen", address]
         reading_end, writing_end = os.pipe()
         command += ["--dram", str(dram_bytes), "--owner-fd", str(reading_end), *flags]
         with log_path.open("wb") as log:

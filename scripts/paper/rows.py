@@ -1,7 +1,8 @@
 """The rows of the paper's Table 2: each a weightd and a client of its own, on the same store and device.
 
 Every row adds one step. What the paper calls hybrid keeps half of the model in memory and reads the rest for each
-token; unbundled reads up row and down column of a neuron with two requests of half a bundle, from the same file.
+token. Without bundling the daemon reads the parts of a neuron's bundle (up row and down column) with one request each,
+from the same file (paper/unbundled.py): the requests that it would need if the parts lay apart.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from benchmarks.processes import module_command, run_json, serving
+from benchmarks.processes import WEIGHTD, BenchError, module_command, run_json, serving
 from benchmarks.report import Row
 
 from paper.client import Task
@@ -34,23 +35,24 @@ class RowPlan:
             layer's predicted neurons at a time ("layer").
         resident: what lies outside the FFNs stays in memory; else it is read again for each token.
         dense: every neuron is read for each token, so a few tokens are measured.
+        bundled: a neuron is read with one request, else with one for each part of its bundle.
     """
 
     name: str
     memory: Literal["half", "sweep", "layer"] = "half"
     resident: bool = True
     dense: bool = False
+    bundled: bool = True
     flags: tuple[str, ...] = ()  # of weightd
     options: dict[str, Any] = field(default_factory=dict)  # of FlashClient
 
 
 COLD = ("--cold-start",)  # nothing is known that another row has learned
-UNBUNDLED = (*COLD, "--unbundled-reads")
 ROWS = (
     RowPlan("naive", memory="sweep", resident=False, dense=True, flags=COLD, options={"mode": "exact"}),
     RowPlan("hybrid", dense=True, flags=COLD, options={"mode": "exact"}),
-    RowPlan("+predictor", memory="layer", flags=UNBUNDLED, options={"mode": "predict", "window": 0}),
-    RowPlan("+windowing", flags=UNBUNDLED, options={"mode": "predict", "window": 4}),
+    RowPlan("+predictor", memory="layer", bundled=False, flags=COLD, options={"mode": "predict", "window": 0}),
+    RowPlan("+windowing", bundled=False, flags=COLD, options={"mode": "predict", "window": 4}),
     RowPlan("+bundling", flags=COLD, options={"mode": "predict", "window": 4}),
     # Where the pool keeps what is used often, a window takes memory from it: at half of OPT-1.3B windows of 0, 1 and
     # 2 tokens read 59, 70 and 92 MB per token.
@@ -85,11 +87,23 @@ class Work:
         return max(self.model_bytes // 2, least_bytes) if memory == "half" else least_bytes
 
 
+def unbundled_weightd(work: Work) -> list[str]:
+    """The command that stands for weightd. Raises BenchError where parts of bundles are not whole blocks."""
+    bundle = Store.open(work.store, readonly=True).model(work.model).bundle
+    part_bytes = bundle.bundle_bytes // len(bundle.parts)
+    if bundle.bundle_bytes != bundle.cell_bytes or part_bytes % bundle.block_bytes:
+        raise BenchError(
+            f"rows without bundling need parts of whole blocks: a part of {work.model!r} has {part_bytes} bytes, "
+            f"a block {bundle.block_bytes}; choose a shape with wider layers"
+        )
+    return [*module_command("paper.unbundled"), str(part_bytes)]
+
+
 def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
     """What the row's client told (paper_client), with `dram_bytes`."""
     dram_bytes = work.dram_bytes(plan.memory)
     again = None if plan.resident else Store.open(work.store, readonly=True).resident_path(work.model)
-    with serving(work.store, dram_bytes, plan.flags) as daemon:
+    with serving(work.store, dram_bytes, plan.flags, WEIGHTD if plan.bundled else unbundled_weightd(work)) as daemon:
         task = Task(
             daemon.address,
             work.model,

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from flashclient import FlashClient
 from flashclient.errors import OptionError
 from weightd import cli
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
@@ -57,7 +57,7 @@ class Imported:
             model = store.model(name)
             cells = sum(layer.cells for layer in model.layers)
             neurons = sum(layer.neurons for layer in model.layers)
-            least = Engine.minimum_dram_bytes(model.resident_file_bytes, model.bundle.cell_bytes, cells, neurons)
+            least = EngineThread.minimum_dram_bytes(model.resident_file_bytes, model.bundle.cell_bytes, cells, neurons)
             needs.append(least + max(0, round(share_of_ffn * cells) - 6) * model.bundle.cell_bytes + 8 * neurons)
         return max(needs)
 

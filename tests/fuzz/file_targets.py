@@ -20,7 +20,7 @@ from tiny_store import write_model
 
 from flashclient.errors import CalibrationError
 from flashclient.model.predictor_file import read_predictors
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.errors import DeviceError, SpaceError, StoreError, UsageError
 from weightd.machine.pressure import Triggers
 from weightd.serving.config import load_config
@@ -60,7 +60,7 @@ def calibration_file(data: bytes) -> None:
 
 
 @cache
-def _served() -> tuple[Store, Engine]:
+def _served() -> tuple[Store, EngineThread]:
     """A store with one model, and an engine that opens models of it."""
     write_model(folder() / "store")
     config = load_config(["--store", str(folder() / "store"), "--io-engine", "threads", "--allow-buffered"])

@@ -16,7 +16,7 @@
 
 #include "../native/flash_file.h"
 #include "ring/session.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 
@@ -33,8 +33,8 @@ class FuzzedDaemon {
         return *daemon;
     }
 
-    Token open_session(uint32_t slots) { return service_.open_session(model_number_, slots).token; }
-    void step() { service_.report(); }  // a whole turn of the loop has passed
+    Token open_session(uint32_t slots) { return engine_.open_session(model_number_, slots).token; }
+    void step() { engine_.report(); }  // a whole turn of the loop has passed
     const std::string& socket() const { return socket_; }
 
     // The well-behaved session leases a cell, finds its bytes there, and gives it back.
@@ -56,7 +56,7 @@ class FuzzedDaemon {
     void expect_nothing_left() {
         const auto deadline = Clock::now() + std::chrono::seconds(60);
         while (true) {
-            const Report report = service_.report();
+            const Report report = engine_.report();
             if (report.sessions == 1 && report.models[0].slots_busy == 0) return;
             require(Clock::now() < deadline, "the leases of who has gone are back");
             std::this_thread::yield();
@@ -70,10 +70,11 @@ class FuzzedDaemon {
     TestFolder folder_;
     FlashModel model_{2, 301};
     std::string socket_ = folder_.file("data");
-    Service service_{Engine::minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
-                     ReaderChoice{"threads", 4, 16, false}, socket_};
-    uint32_t model_number_ = service_.add_model(model_.spec);
-    flashclient::Session good_{socket_, service_.open_session(model_number_, 8).token, 60.0};
+    EngineThread engine_{{Engine::minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
+                          {"threads", 4, 16, false},
+                          socket_}};
+    uint32_t model_number_ = engine_.add_model(model_.spec);
+    flashclient::Session good_{socket_, engine_.open_session(model_number_, 8).token, 60.0};
 };
 
 // A socket of one who sends what it likes.

@@ -67,7 +67,6 @@ struct FlashModel {
         spec.stride_bytes = 1024;
         spec.bundle_bytes = 1000;
         spec.bundles_per_cell = cell_bytes / 1024;
-        spec.bundle_parts = 2;
         const uint32_t cells = (neurons + spec.bundles_per_cell - 1) / spec.bundles_per_cell;
         bytes = random_bytes(size_t{layers} * cells * cell_bytes, layers * 1000 + neurons);
         for (uint32_t layer = 0; layer < layers; layer++) {

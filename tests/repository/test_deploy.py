@@ -55,7 +55,7 @@ def test_the_sample_can_be_used_as_it_is_and_with_every_option(tmp_path: Path) -
 def test_the_sample_shows_the_defaults() -> None:
     defaults = load_config(["--store", "/s"])
     shown: dict[str, Any] = {key: tomllib.loads(f"x = {value}")["x"] for key, value in OPTION.findall(sample())}
-    for name in ("io_engine", "io_threads", "log_level", "log_format", "allow_buffered", "unbundled_reads"):
+    for name in ("io_engine", "io_threads", "log_level", "log_format", "allow_buffered"):
         assert shown[name.replace("_", "-")] == getattr(defaults, name), name
     assert shown["dram-floor"] == f"{defaults.dram_floor.percent:g}%"
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from benchmarks.ipc_generation import compared
+from benchmarks.native_module import bench_native
 from planted.store import planted_store
 from tiny_store import TinyModel, write_model
 
-from weightd._native import InProcessEngine
 from weightd.serving.served_models import model_spec
 from weightd.store.store import Store
 
@@ -24,9 +25,9 @@ def tiny(tmp_path: Path) -> TinyModel:
 
 
 @pytest.fixture
-def engine(tmp_path: Path, tiny: TinyModel) -> InProcessEngine:
+def engine(tmp_path: Path, tiny: TinyModel) -> Any:
     spec = model_spec(Store.open(tmp_path, readonly=True), tiny.record)
-    return InProcessEngine(64 << 20, spec, io_engine="auto", io_threads=4, io_depth=8, slots_wanted=2)
+    return bench_native().InProcessEngine(64 << 20, spec, io_engine="auto", io_threads=4, io_depth=8, slots_wanted=2)
 
 
 def test_both_paths_make_the_same_logits(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_both_paths_make_the_same_logits(tmp_path: Path) -> None:
     assert row["shared_memory_over_in_process"] > 0
 
 
-def test_cells_in_this_process_hold_the_bundles(tiny: TinyModel, engine: InProcessEngine) -> None:
+def test_cells_in_this_process_hold_the_bundles(tiny: TinyModel, engine: Any) -> None:
     cells = np.array([0, 2], np.uint32)
     engine.exchange(1, cells, NONE)
     while engine.arrived() > 0:
@@ -51,6 +52,6 @@ def test_cells_in_this_process_hold_the_bundles(tiny: TinyModel, engine: InProce
     assert not engine.addresses(1).any()
 
 
-def test_what_is_not_held_cannot_be_given_back(engine: InProcessEngine) -> None:
+def test_what_is_not_held_cannot_be_given_back(engine: Any) -> None:
     with pytest.raises(ValueError, match="is not held"):
         engine.exchange(0, NONE, np.array([1], np.uint32))

@@ -16,9 +16,13 @@ from benchmarks.processes import BenchError, run_json, serving
 from benchmarks.uncached_pass import READ_BYTES, THREADS, read_uncached
 from paper.client import Task, run
 from paper.figure import draw
-from paper.rows import FIRST_TOKENS, ROWS, costs, summary
+from paper.rows import COLD, FIRST_TOKENS, ROWS, Work, costs, summary, unbundled_weightd
 from paper.table import PAPER_TABLE_2, tables
 from repository import SCRIPTS
+from tiny_store import write_model
+
+from flashclient.daemon.channel import Connection
+from weightd_proto import weightd_pb2 as pb
 
 SCRIPT = SCRIPTS / "bench_paper.py"
 TOKENS = FIRST_TOKENS + 10
@@ -107,6 +111,32 @@ def test_what_fails_says_why(tmp_path: Path) -> None:
         run_json([sys.executable, "-c", "import sys; sys.exit('no such luck')"], "the row")
     with pytest.raises(BenchError, match="weightd does not serve"), serving(tmp_path / "none", 1 << 30):
         pass
+
+
+def work_of(store: Path) -> Work:
+    return Work(store / "checkpoint", store, "tiny", prompt_tokens=1, new_tokens=1, dense_tokens=1, seed=1)
+
+
+def test_without_bundling_each_part_is_read_by_a_request_of_its_own(tmp_path: Path) -> None:
+    wide = write_model(tmp_path / "store", layers=1, neurons=40, bundle_bytes=3 * 4096)
+    program = unbundled_weightd(work_of(tmp_path / "store"))
+    positions = [0, 1, 2, 4, *range(10, 40)]  # 3 lies between, and weightd would read it with its neighbours
+    with serving(tmp_path / "store", 64 << 20, COLD, program) as daemon:
+        connection = Connection(daemon.address, 60.0)
+        wanted = pb.NeuronSet(layer=0, positions=[pb.Range(begin=each, end=each + 1) for each in positions])
+        answers = connection.stub.Fetch(pb.FetchRequest(model="tiny", bundles=wanted))
+        assert b"".join(answer.data for answer in answers) == wide.bundles[0][positions].tobytes()
+        (model,) = connection.stub.Stats(pb.StatsRequest()).models
+        connection.close()
+    cells = len(positions)
+    assert (model.misses, model.reads, model.read_bytes) == (cells, 3 * cells, cells * 3 * 4096)
+    assert model.reading_s > 0
+
+
+def test_rows_without_bundling_need_parts_of_whole_blocks(tmp_path: Path) -> None:
+    write_model(tmp_path / "store")
+    with pytest.raises(BenchError, match=r"'tiny' has 32 bytes, a block 4096"):
+        unbundled_weightd(work_of(tmp_path / "store"))
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,13 @@
 #include "device/measure.h"
 #include "device/reader.h"
 #include "encoding_argument.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
-using weightd::Service;
+using weightd::EngineThread;
 
-void bind_model(nb::module_& module);       // bindings_model.cpp
-void bind_in_process(nb::module_& module);  // bindings_in_process.cpp
+void bind_model(nb::module_& module);  // bindings_model.cpp
 
 namespace {
 
@@ -78,24 +77,24 @@ nb::bytes filled_bytes(size_t size, F fill) {
     return nb::cast<nb::bytes>(result);
 }
 
-nb::tuple open_session(Service& service, uint32_t model, uint32_t slots_wanted, int64_t user_id) {
+nb::tuple open_session(EngineThread& engine, uint32_t model, uint32_t slots_wanted, int64_t user_id) {
     weightd::Opened opened;
     const auto user = user_id < 0 ? std::nullopt : std::optional(static_cast<uid_t>(user_id));
     {
         const nb::gil_scoped_release released;
-        opened = service.open_session(model, slots_wanted, user);
+        opened = engine.open_session(model, slots_wanted, user);
     }
     return nb::make_tuple(nb::bytes(opened.token.data(), opened.token.size()), opened.share_slots);
 }
 
-nb::bytes fetch(Service& service, uint32_t model, uint32_t layer, const U32Array& cells, uint32_t cell_bytes) {
+nb::bytes fetch(EngineThread& engine, uint32_t model, uint32_t layer, const U32Array& cells, uint32_t cell_bytes) {
     return filled_bytes(cells.size() * cell_bytes, [&](std::span<std::byte> out) {
-        service.fetch(model, layer, std::span(cells.data(), cells.size()), out);
+        engine.fetch(model, layer, std::span(cells.data(), cells.size()), out);
     });
 }
 
-nb::bytes fetch_resident(Service& service, uint32_t model, uint64_t offset, uint64_t size) {
-    return filled_bytes(size, [&](std::span<std::byte> out) { service.fetch_resident(model, offset, out); });
+nb::bytes fetch_resident(EngineThread& engine, uint32_t model, uint64_t offset, uint64_t size) {
+    return filled_bytes(size, [&](std::span<std::byte> out) { engine.fetch_resident(model, offset, out); });
 }
 
 nb::dict dict_of(const weightd::ModelReport& model) {
@@ -162,11 +161,11 @@ nb::list latency_bounds_s() {
     return bounds;
 }
 
-nb::dict report(Service& service) {
+nb::dict report(EngineThread& engine) {
     weightd::Report report;
     {
         const nb::gil_scoped_release released;
-        report = service.report();
+        report = engine.report();
     }
     nb::dict models;
     for (const weightd::ModelReport& model : report.models) models[model.name.c_str()] = dict_of(model);
@@ -233,51 +232,59 @@ void bind_errors(nb::module_& m) {
     nb::register_exception_translator(&translate);  // the last is asked first: it gives CorruptBundle its numbers
 }
 
-void set_predictors(Service& service, uint32_t model, const std::filesystem::path& path, uint64_t bytes,
+void set_predictors(EngineThread& engine, uint32_t model, const std::filesystem::path& path, uint64_t bytes,
                     uint64_t checksum, uint32_t version) {
     const nb::gil_scoped_release released;
-    service.set_predictors(model, {path, bytes, checksum, version});
+    engine.set_predictors(model, {path, bytes, checksum, version});
 }
 
-void seed(Service& service, uint32_t model, const ReadBytes& hotness) {
+void seed(EngineThread& engine, uint32_t model, const ReadBytes& hotness) {
     const nb::gil_scoped_release released;
-    service.seed(model, std::span(hotness.data(), hotness.size()));
+    engine.seed(model, std::span(hotness.data(), hotness.size()));
 }
 
-nb::bytes hotness(Service& service, uint32_t model) {
+nb::bytes hotness(EngineThread& engine, uint32_t model) {
     std::vector<weightd::Hotness> result;
     {
         const nb::gil_scoped_release released;
-        result = service.hotness(model);
+        result = engine.hotness(model);
     }
     return nb::bytes(result.data(), result.size());
 }
 
+weightd::EngineOptions engine_options(uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads,
+                                      uint32_t io_depth, bool allow_buffered, const std::filesystem::path& data_socket,
+                                      bool warms, uint64_t dram_floor_bytes, int machine_pressure_fd,
+                                      int cgroup_pressure_fd, double answer_within_s) {
+    const auto within =
+        std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::duration<double>(answer_within_s));
+    return {dram_bytes,
+            {io_engine, io_threads, io_depth, allow_buffered, within},
+            data_socket,
+            warms,
+            {dram_floor_bytes, weightd::Descriptor(machine_pressure_fd), weightd::Descriptor(cgroup_pressure_fd)}};
+}
+
 void bind_engine(nb::module_& m) {
-    nb::class_<Service>(m, "Engine", "The reader, the pool and the data socket, on a thread of their own.")
+    nb::class_<weightd::EngineOptions>(m, "EngineOptions", "What an EngineThread is made of.")
+        .def_static("make", &engine_options, "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a,
+                    "allow_buffered"_a, "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a,
+                    "cgroup_pressure_fd"_a, "answer_within_s"_a,
+                    "Owns the triggers of pressure stall information (-1: none). They report pressure by POLLPRI.");
+    nb::class_<EngineThread>(m, "EngineThread", "An engine with its reader, pool and data socket, on its own thread.")
         .def(
             "__init__",
-            [](Service* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads, uint32_t io_depth,
-               bool allow_buffered, bool unbundled_reads, const std::filesystem::path& data_socket, bool warms,
-               uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd, double answer_within_s) {
-                weightd::PressureChoice pressure{dram_floor_bytes, weightd::Descriptor(machine_pressure_fd),
-                                                 weightd::Descriptor(cgroup_pressure_fd)};
-                const auto within = std::chrono::duration_cast<std::chrono::milliseconds>(
-                    std::chrono::duration<double>(answer_within_s));
-                new (self)
-                    Service(dram_bytes, {io_engine, io_threads, io_depth, allow_buffered, unbundled_reads, within},
-                            data_socket, warms, std::move(pressure));
+            [](EngineThread* self, weightd::EngineOptions& options) {
+                const nb::gil_scoped_release released;
+                new (self) EngineThread(std::move(options));
             },
-            "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "allow_buffered"_a, "unbundled_reads"_a,
-            "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a, "cgroup_pressure_fd"_a,
-            "answer_within_s"_a,
-            "Takes over the triggers of pressure stall information, which tell of pressure by POLLPRI (-1: none).")
-        .def_prop_ro("io_engine", &Service::io_level, nb::call_guard<nb::gil_scoped_release>(),
+            "options"_a, "Takes what the options own: they serve for one EngineThread. Raises OSError.")
+        .def_prop_ro("io_engine", &EngineThread::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
-        .def_prop_ro("io_engine_note", &Service::io_note, "why a better level was refused, or empty")
-        .def("add_model", &Service::add_model, "spec"_a, nb::call_guard<nb::gil_scoped_release>(),
+        .def_prop_ro("io_engine_note", &EngineThread::io_note, "why a better level was refused, or empty")
+        .def("add_model", &EngineThread::add_model, "spec"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Opens a model's files; returns its number.")
-        .def("raise_dram", &Service::raise_dram, "dram_bytes"_a, "floor_bytes"_a,
+        .def("raise_dram", &EngineThread::raise_dram, "dram_bytes"_a, "floor_bytes"_a,
              nb::call_guard<nb::gil_scoped_release>(), "--dram and its floor from now on, unless it is more already.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
              "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
@@ -294,9 +301,10 @@ void bind_engine(nb::module_& m) {
              "MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
         .def("stats", &report, "What proto/weightd.proto's StatsResponse says; the latency bounds are constants.")
-        .def_prop_ro("failed_fd", &Service::failed_fd, "readable once the engine has ended by a fault of its own")
-        .def_prop_ro("failure", &Service::failure, "what that fault was, or empty")
-        .def("close", &Service::stop, nb::call_guard<nb::gil_scoped_release>(), "Ends every session; can be repeated.")
+        .def_prop_ro("failed_fd", &EngineThread::failed_fd, "readable once the engine has ended by a fault of its own")
+        .def_prop_ro("failure", &EngineThread::failure, "what that fault was, or empty")
+        .def("close", &EngineThread::stop, nb::call_guard<nb::gil_scoped_release>(),
+             "Ends every session; can be repeated.")
         .def_static("minimum_dram_bytes", &minimum_dram_bytes, "resident_bytes"_a, "cell_bytes"_a, "cells"_a,
                     "neurons"_a, "The smallest --dram with which such a model can be served.");
 }
@@ -400,7 +408,6 @@ NB_MODULE(_native, m) {
     bind_bundle(m);
     bind_model(m);
     bind_engine(m);
-    bind_in_process(m);
     m.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
     m.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,

@@ -40,7 +40,7 @@ void bind_model(nb::module_& m) {
             "__init__",
             [](ModelSpec* self, std::string name, const std::filesystem::path& bundles_path,
                const std::filesystem::path& resident_path, uint64_t resident_bytes, uint32_t cell_bytes,
-               uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell, uint32_t bundle_parts,
+               uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell,
                const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
                const std::vector<uint32_t>& layer_cells, const std::vector<U64Array>& checksums,
                const std::vector<TensorTuple>& tensors) {
@@ -52,7 +52,6 @@ void bind_model(nb::module_& m) {
                                                         stride_bytes,
                                                         bundle_bytes,
                                                         bundles_per_cell,
-                                                        bundle_parts,
                                                         {},
                                                         {},
                                                         {}};
@@ -61,7 +60,7 @@ void bind_model(nb::module_& m) {
                     spec.tensors.push_back({tensor, offset, size, checksum});
             },
             "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a, "cell_bytes"_a, "stride_bytes"_a,
-            "bundle_bytes"_a, "bundles_per_cell"_a, "bundle_parts"_a, "layer_offsets"_a, "layer_neurons"_a,
-            "layer_cells"_a, "checksums"_a, "tensors"_a,
+            "bundle_bytes"_a, "bundles_per_cell"_a, "layer_offsets"_a, "layer_neurons"_a, "layer_cells"_a,
+            "checksums"_a, "tensors"_a,
             "checksums: uint64[neurons] of each layer; tensors: (name, offset, size, checksum) each.");
 }

@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from flashclient import FlashClient
 from flashclient.errors import CalibrationError, ModelError, OptionError
 from weightd import cli
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
@@ -49,7 +49,7 @@ class Calibrated:
         neurons = sum(layer.neurons for layer in model.layers)
         predictors = max(file.size_bytes for file in model.calibration.files)
         resident = model.resident_file_bytes + 2 * (predictors // 4096 + 1) * 4096
-        least = Engine.minimum_dram_bytes(resident, model.bundle.cell_bytes, cells, neurons)
+        least = EngineThread.minimum_dram_bytes(resident, model.bundle.cell_bytes, cells, neurons)
         cells_more = max(0, round(share_of_ffn * cells) - 6) + 6 * (sessions - 1)
         return int(least + cells_more * model.bundle.cell_bytes + 24 * neurons)
 

@@ -6,7 +6,7 @@
 #include <numeric>
 
 #include "flash_file.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 #include "settle.h"
 
 namespace weightd {
@@ -146,12 +146,12 @@ struct PressureSignalTest : testing::Test {
     TestFolder folder;
     FlashModel flash{1, 400};
 
-    std::unique_ptr<Service> serve(Descriptor trigger) {
-        PressureChoice pressure{0, {}, std::move(trigger)};
-        auto service = std::make_unique<Service>(64U << 20, ReaderChoice{"threads", 2, 32, false, false},
-                                                 folder.file("data"), true, std::move(pressure));
-        service->add_model(flash.spec);
-        return service;
+    std::unique_ptr<EngineThread> serve(Descriptor trigger) {
+        EngineOptions options{64U << 20, {"threads", 2, 32, false}, folder.file("data"), true, {}};
+        options.pressure = {0, {}, std::move(trigger)};
+        auto engine = std::make_unique<EngineThread>(std::move(options));
+        engine->add_model(flash.spec);
+        return engine;
     }
 };
 
@@ -159,11 +159,11 @@ struct PressureSignalTest : testing::Test {
 TEST_F(PressureSignalTest, ATriggerThatFailsIsDroppedAndIsNoSignal) {
     Descriptor unset(::open("/proc/pressure/memory", O_RDWR | O_NONBLOCK | O_CLOEXEC));
     if (unset.get() < 0) GTEST_SKIP() << "this kernel tells nothing of memory pressure";
-    const auto service = serve(std::move(unset));
+    const auto engine = serve(std::move(unset));
     std::vector<std::byte> cell(4096);
-    service->fetch(0, 0, std::array{3U}, cell);
+    engine->fetch(0, 0, std::array{3U}, cell);
     EXPECT_EQ(std::memcmp(cell.data(), flash.cell(0, 3), 4096), 0);
-    const Report report = service->report();
+    const Report report = engine->report();
     EXPECT_EQ(report.pressure.signals, 0U);
     EXPECT_FALSE(report.pressure.pressed);
 }

@@ -14,7 +14,7 @@ struct LoaderTest : testing::TestWithParam<std::string> {
     std::string note;
     std::unique_ptr<Reader> reader = make_reader(GetParam(), 8, 32, note);
     Verifier verifier{1};
-    Loader loader{*reader, verifier, false};
+    Loader loader{*reader, verifier};
     DirectFile file{flash.spec.bundles_path, false};
     Pool pool{flash.spec.cell_count(), flash.spec.cell_bytes};
 

@@ -10,15 +10,15 @@
 
 #include "flash_file.h"
 #include "ring/window.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace {
 
 using flashclient::LeaseRefused;
 using flashclient::Leases;
 using flashclient::Window;
+using weightd::EngineThread;
 using weightd::FlashModel;
-using weightd::Service;
 
 constexpr uint32_t LAYERS = 3;
 constexpr uint32_t TOKENS = 60;
@@ -111,11 +111,11 @@ void walk_together(uint32_t slots, uint32_t walkers) {
     const FlashModel model(LAYERS, 301);
     const uint64_t dram_bytes =
         weightd::Engine::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
-    Service service(dram_bytes, weightd::ReaderChoice{"auto", 8, 32, false}, folder.file("data"));
-    service.add_model(model.spec);
+    EngineThread engine({dram_bytes, {"auto", 8, 32, false}, folder.file("data")});
+    engine.add_model(model.spec);
     std::vector<std::unique_ptr<Walker>> all;
     for (uint32_t i = 0; i < walkers; i++) {
-        const auto token = service.open_session(0, SHARE).token;
+        const auto token = engine.open_session(0, SHARE).token;
         all.push_back(std::make_unique<Walker>(model, folder.file("data"), token, i));
     }
     std::vector<std::thread> threads;

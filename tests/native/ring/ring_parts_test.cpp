@@ -1,4 +1,4 @@
-// What a session gets of a service that others use too: its own counters, and answers in parts beside who floods it.
+// What a session gets of a engine that others use too: its own counters, and answers in parts beside who floods it.
 #include <gtest/gtest.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -9,7 +9,7 @@
 
 #include "flash_file.h"
 #include "ring/sweep.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -20,13 +20,14 @@ struct RingPartsTest : testing::Test {
     TestFolder folder;
     FlashModel model{1, 20'000};
     static constexpr uint32_t CELLS = 5'000;
-    Service service{Engine::minimum_dram_bytes(model.spec) + (CELLS + 200) * uint64_t{4096},
-                    ReaderChoice{"threads", 2, 32, false}, folder.file("data")};
+    EngineThread engine{{Engine::minimum_dram_bytes(model.spec) + (CELLS + 200) * uint64_t{4096},
+                         {"threads", 2, 32, false},
+                         folder.file("data")}};
 
-    void SetUp() override { ASSERT_EQ(service.add_model(model.spec), 0U); }
+    void SetUp() override { ASSERT_EQ(engine.add_model(model.spec), 0U); }
 
     std::unique_ptr<ClientSession> attach(uint32_t slots, const User& user = std::nullopt) {
-        return std::make_unique<ClientSession>(folder.file("data"), service.open_session(0, slots, user).token, 20.0);
+        return std::make_unique<ClientSession>(folder.file("data"), engine.open_session(0, slots, user).token, 20.0);
     }
 
     static std::vector<ring::Grant> grants(ClientSession& session, size_t count) {
@@ -52,7 +53,7 @@ TEST_F(RingPartsTest, CountsWhatItDidForTheSession) {
     EXPECT_EQ(counted.misses, 4U);
     EXPECT_EQ(counted.read_bytes, 4U * 4096);
     EXPECT_EQ(other->counters().hits, 1U);
-    session->attach(folder.file("data"), service.open_session(0, 8).token);
+    session->attach(folder.file("data"), engine.open_session(0, 8).token);
     EXPECT_EQ(session->counters().misses, 4U) << "it goes on in another session";
     use(*session, {2, 120});
     EXPECT_EQ(session->counters().hits, 3U);
@@ -70,7 +71,7 @@ TEST_F(RingPartsTest, WhatIsReadBetweenCellsCounts) {
     use(*session, cells);
     EXPECT_EQ(session->counters().misses, 39U);
     EXPECT_EQ(session->counters().read_bytes, 40U * 4096);
-    EXPECT_EQ(service.report().models[0].counts.read_bytes, 40U * 4096);
+    EXPECT_EQ(engine.report().models[0].counts.read_bytes, 40U * 4096);
 }
 
 TEST_F(RingPartsTest, AnswersARunOfAnyLength) {

@@ -1,4 +1,4 @@
-// Both ends of the ring: the daemon's service and the client's session in one process, over real sockets.
+// Both ends of the ring: the daemon's engine and the client's session in one process, over real sockets.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -13,13 +13,13 @@
 #include "flash_file.h"
 #include "ring/session.h"
 #include "ring/sweep.h"
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace {
 
 using flashclient::Sweep;
+using weightd::EngineThread;
 using weightd::FlashModel;
-using weightd::Service;
 namespace ring = weightd::ring;
 using ClientSession = flashclient::Session;
 
@@ -32,15 +32,15 @@ struct RingTest : testing::Test {
         return weightd::Engine::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
     }
 
-    std::unique_ptr<Service> serve(const FlashModel& model, uint32_t slots, const std::string& engine = "auto") {
-        auto service = std::make_unique<Service>(dram_for(model, slots), weightd::ReaderChoice{engine, 8, 32, false},
-                                                 socket_path());
-        EXPECT_EQ(service->add_model(model.spec), 0U);
-        return service;
+    std::unique_ptr<EngineThread> serve(const FlashModel& model, uint32_t slots, const std::string& reader = "auto") {
+        auto engine = std::make_unique<EngineThread>(
+            weightd::EngineOptions{dram_for(model, slots), {reader, 8, 32, false}, socket_path()});
+        EXPECT_EQ(engine->add_model(model.spec), 0U);
+        return engine;
     }
 
-    std::unique_ptr<ClientSession> attach(Service& service, uint32_t slots = 8) {
-        return std::make_unique<ClientSession>(socket_path(), service.open_session(0, slots).token, 20.0);
+    std::unique_ptr<ClientSession> attach(EngineThread& engine, uint32_t slots = 8) {
+        return std::make_unique<ClientSession>(socket_path(), engine.open_session(0, slots).token, 20.0);
     }
 
     static flashclient::Layout layout(const FlashModel& model) {
@@ -84,8 +84,8 @@ struct RingTest : testing::Test {
 TEST_F(RingTest, SweepsThroughAPoolOfAnySize) {
     FlashModel model(3, 301);
     for (const uint32_t slots : {0U, 7U, 100U, 300U}) {
-        const auto service = serve(model, slots);
-        const auto session = attach(*service, 64);
+        const auto engine = serve(model, slots);
+        const auto session = attach(*engine, 64);
         Sweep sweep(*session, layout(model));
         expect_sweep(model, sweep, 4);
         sweep.idle();
@@ -94,37 +94,37 @@ TEST_F(RingTest, SweepsThroughAPoolOfAnySize) {
 
 TEST_F(RingTest, GivesOutHalfOfItsLookAheadAtOnceWhenItIsThere) {
     FlashModel model(1, 2000);
-    const auto service = serve(model, 600);
-    const auto session = attach(*service, 64);
+    const auto engine = serve(model, 600);
+    const auto session = attach(*engine, 64);
     Sweep sweep(*session, layout(model));
     expect_sweep(model, sweep, 1);
-    wait_until([&] { return service->report().models[0].slots_busy == 64; });
-    service->report();  // the loop has answered by then
+    wait_until([&] { return engine->report().models[0].slots_busy == 64; });
+    engine->report();  // the loop has answered by then
     const Sweep::Bundles* given = sweep.next(0);
     ASSERT_NE(given, nullptr);
     EXPECT_EQ(given->addresses.size(), 32U * model.spec.bundles_per_cell);
-    EXPECT_EQ(service->report().models[0].slots_busy, 64U) << "nothing was given back yet";
+    EXPECT_EQ(engine->report().models[0].slots_busy, 64U) << "nothing was given back yet";
     sweep.idle();
-    wait_until([&] { return service->report().models[0].slots_busy == 0; });
+    wait_until([&] { return engine->report().models[0].slots_busy == 0; });
 }
 
 TEST_F(RingTest, FindsTheResidentWeights) {
     FlashModel model(1, 8);
-    const auto service = serve(model, 10);
-    const auto session = attach(*service);
+    const auto engine = serve(model, 10);
+    const auto session = attach(*engine);
     ASSERT_EQ(session->resident().size(), model.resident.size());
     EXPECT_EQ(std::memcmp(session->resident().data(), model.resident.data(), model.resident.size()), 0);
     session->resident()[0] = std::byte{1};  // a private copy
-    const auto other = attach(*service);
+    const auto other = attach(*engine);
     EXPECT_EQ(other->resident()[0], model.resident[0]);
 }
 
 TEST_F(RingTest, RefusesCorruptResidentWeights) {
     FlashModel model(1, 8);
     weightd::flip_byte(model.spec.resident_path, 70'000);
-    const auto service = serve(model, 10);
+    const auto engine = serve(model, 10);
     try {
-        service->open_session(0, 4);
+        engine->open_session(0, 4);
         FAIL() << "a corrupt tensor was served";
     } catch (const weightd::CorruptResident& error) {
         EXPECT_NE(std::string(error.what()).find("tensor b"), std::string::npos);
@@ -133,24 +133,24 @@ TEST_F(RingTest, RefusesCorruptResidentWeights) {
 
 TEST_F(RingTest, SharesThePoolBetweenFourClients) {
     FlashModel model(3, 301);
-    const auto service = serve(model, 120);
+    const auto engine = serve(model, 120);
     std::vector<std::thread> clients;
     for (int i = 0; i < 4; i++) {
         clients.emplace_back([&] {
-            const auto session = attach(*service, 16);
+            const auto session = attach(*engine, 16);
             Sweep sweep(*session, layout(model));
             expect_sweep(model, sweep, 20);
         });
     }
     for (std::thread& client : clients) client.join();
-    wait_until([&] { return service->report().sessions == 0; });
-    EXPECT_EQ(service->report().models[0].slots_busy, 0U);
+    wait_until([&] { return engine->report().sessions == 0; });
+    EXPECT_EQ(engine->report().models[0].slots_busy, 0U);
 }
 
 TEST_F(RingTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
     FlashModel model(1, 2000);
-    const auto service = serve(model, 300);
-    const auto silent = attach(*service, 64), session = attach(*service, 64);
+    const auto engine = serve(model, 300);
+    const auto silent = attach(*engine, 64), session = attach(*engine, 64);
     silent->acquire(0, ring::RANGES, std::array{100U, 132U}, 0);
     Sweep sweep(*session, layout(model));
     expect_sweep(model, sweep, 2);  // where it is put off nothing else wakes the loop
@@ -158,23 +158,23 @@ TEST_F(RingTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
 
 TEST_F(RingTest, GivesTheSameBytesInBand) {
     FlashModel model(2, 301);
-    const auto service = serve(model, 30);
+    const auto engine = serve(model, 30);
     const std::vector<uint32_t> cells{5, 0, 75, 5, 33};
     std::vector<std::byte> out(cells.size() * 4096);
-    service->fetch(0, 1, cells, out);
+    engine->fetch(0, 1, cells, out);
     for (size_t i = 0; i < cells.size(); i++) {
         EXPECT_EQ(std::memcmp(out.data() + i * 4096, model.cell(1, cells[i]), 4096), 0);
     }
-    EXPECT_THROW(service->fetch(0, 1, std::array{76U}, std::span(out).first(4096)), std::out_of_range);
+    EXPECT_THROW(engine->fetch(0, 1, std::array{76U}, std::span(out).first(4096)), std::out_of_range);
     weightd::flip_byte(model.spec.bundles_path, model.offset(0, 9));
-    EXPECT_THROW(service->fetch(0, 0, std::array{2U}, std::span(out).first(4096)), weightd::CorruptBundle);
+    EXPECT_THROW(engine->fetch(0, 0, std::array{2U}, std::span(out).first(4096)), weightd::CorruptBundle);
 }
 
 TEST_F(RingTest, TellsTheClientWhichBundleIsCorrupt) {
     FlashModel model(2, 300);
     weightd::flip_byte(model.spec.bundles_path, model.offset(1, 42));
-    const auto service = serve(model, 300);
-    const auto session = attach(*service, 64);
+    const auto engine = serve(model, 300);
+    const auto session = attach(*engine, 64);
     Sweep sweep(*session, layout(model));
     try {
         for (const uint32_t layer : {0U, 1U}) {
@@ -189,17 +189,17 @@ TEST_F(RingTest, TellsTheClientWhichBundleIsCorrupt) {
 
 TEST_F(RingTest, RefusesAWrongToken) {
     FlashModel model(1, 8);
-    const auto service = serve(model, 10);
+    const auto engine = serve(model, 10);
     EXPECT_THROW(ClientSession(socket_path(), weightd::Token{}, 5.0), flashclient::SessionLost);
-    const auto token = service->open_session(0, 2).token;
+    const auto token = engine->open_session(0, 2).token;
     ClientSession first(socket_path(), token, 5.0);
     EXPECT_THROW(ClientSession(socket_path(), token, 5.0), flashclient::SessionLost) << "a token serves once";
 }
 
 TEST_F(RingTest, FreesTheLeasesOfAKilledClient) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
-    const auto token = service->open_session(0, 8).token;
+    const auto engine = serve(model, 30);
+    const auto token = engine->open_session(0, 8).token;
     const pid_t child = ::fork();
     if (child == 0) {
         ClientSession session(socket_path(), token, 20.0);
@@ -208,14 +208,14 @@ TEST_F(RingTest, FreesTheLeasesOfAKilledClient) {
         ::kill(::getpid(), SIGKILL);
     }
     ASSERT_EQ(::waitpid(child, nullptr, 0), child);
-    wait_until([&] { return service->report().sessions == 0; });
-    EXPECT_EQ(service->report().models[0].slots_busy, 0U);
+    wait_until([&] { return engine->report().sessions == 0; });
+    EXPECT_EQ(engine->report().models[0].slots_busy, 0U);
 }
 
 TEST_F(RingTest, RaisesInAForkedChild) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
-    const auto session = attach(*service);
+    const auto engine = serve(model, 30);
+    const auto session = attach(*engine);
     const pid_t child = ::fork();
     if (child == 0) {
         try {
@@ -234,8 +234,8 @@ TEST_F(RingTest, RaisesInAForkedChild) {
 
 TEST_F(RingTest, WakesAClientThatWaitsWhenTheDaemonStops) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
-    const auto session = attach(*service);
+    const auto engine = serve(model, 30);
+    const auto session = attach(*engine);
     std::atomic<bool> lost = false;
     std::thread client([&] {
         std::vector<ring::Grant> none;
@@ -245,7 +245,7 @@ TEST_F(RingTest, WakesAClientThatWaitsWhenTheDaemonStops) {
             lost = true;
         }
     });
-    service->stop();
+    engine->stop();
     client.join();
     EXPECT_TRUE(lost);
 }
@@ -300,8 +300,8 @@ struct Stranger {
 
 TEST_F(RingTest, ClosesASessionThatBreaksARuleAndOnlyThatOne) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 200);
-    const auto good = attach(*service);
+    const auto engine = serve(model, 200);
+    const auto good = attach(*engine);
     const std::vector<ring::Request> bad{
         {99, ring::CELLS, 0, 1, 0, 0, {}},             // unknown operation
         {ring::ACQUIRE, 77, 0, 1, 0, 0, {}},           // unknown form
@@ -317,7 +317,7 @@ TEST_F(RingTest, ClosesASessionThatBreaksARuleAndOnlyThatOne) {
         {ring::PREFETCH, ring::CELLS, 0, 1, 0, 1, {}},  // gives back in another operation
     };
     for (const ring::Request& request : bad) {
-        Stranger stranger(socket_path(), service->open_session(0, 2).token);
+        Stranger stranger(socket_path(), engine->open_session(0, 2).token);
         const uint32_t words[2] = {9, 3};
         std::memcpy(stranger.ring->words[0], words, sizeof words);
         if (request.form == ring::CELLS && request.word_count == 2) stranger.ring->words[0][1] = 1'000'000;
@@ -325,20 +325,20 @@ TEST_F(RingTest, ClosesASessionThatBreaksARuleAndOnlyThatOne) {
         wait_until([&] { return stranger.closed(); });
     }
     {
-        Stranger stranger(socket_path(), service->open_session(0, 2).token);
+        Stranger stranger(socket_path(), engine->open_session(0, 2).token);
         stranger.ring->header.request_tail.store(1'000'000);
         stranger.ring_doorbell();
         wait_until([&] { return stranger.closed(); });
     }
     good->acquire(0, ring::CELLS, std::array{1U}, 0);
     EXPECT_EQ(grants(*good, 1).size(), 1U);
-    wait_until([&] { return service->report().sessions == 1; });
+    wait_until([&] { return engine->report().sessions == 1; });
 }
 
 TEST_F(RingTest, GivesBackBeforeItAcquires) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
-    Stranger stranger(socket_path(), service->open_session(0, 2).token);
+    const auto engine = serve(model, 30);
+    Stranger stranger(socket_path(), engine->open_session(0, 2).token);
     const auto acquire = [&](std::vector<uint32_t> words, uint32_t release_count) {
         const uint32_t answers = static_cast<uint32_t>(words.size()) - release_count;
         const uint32_t seen = stranger.ring->header.grant_tail.load();
@@ -357,21 +357,21 @@ TEST_F(RingTest, GivesBackBeforeItAcquires) {
     EXPECT_EQ(acquire({1, 2}, 0), (Statuses{{1, ring::GRANTED}, {2, ring::GRANTED}}));
     EXPECT_EQ(acquire({3, 4, 2, 1}, 2), (Statuses{{3, ring::GRANTED}, {4, ring::GRANTED}}))
         << "a full share turns over";
-    wait_until([&] { return service->report().models[0].slots_busy == 2; });
+    wait_until([&] { return engine->report().models[0].slots_busy == 2; });
     stranger.ring->words[stranger.ring->header.request_tail.load() % ring::REQUESTS][0] = 3;
     stranger.post({ring::ACQUIRE, ring::CELLS, 0, 1, 0, 1, {}});  // gives back alone, asks for nothing
-    wait_until([&] { return service->report().models[0].slots_busy == 1; });
+    wait_until([&] { return engine->report().models[0].slots_busy == 1; });
     EXPECT_FALSE(stranger.closed());
 }
 
 TEST_F(RingTest, TheLimitInTheRingFollowsWhoIsThere) {
     FlashModel model(1, 801);
-    const auto service = serve(model, 100);
-    const Stranger alone(socket_path(), service->open_session(0, 4).token);
+    const auto engine = serve(model, 100);
+    const Stranger alone(socket_path(), engine->open_session(0, 4).token);
     const uint32_t limit = alone.ring->header.lease_limit.load();
     EXPECT_GT(limit, 90U) << "nearly the whole pool";
     {
-        const Stranger other(socket_path(), service->open_session(0, 40).token);
+        const Stranger other(socket_path(), engine->open_session(0, 40).token);
         EXPECT_LT(alone.ring->header.lease_limit.load(), limit - 40);
         EXPECT_LT(alone.ring->header.lease_limit.load() + other.ring->header.lease_limit.load(), 106U);
     }
@@ -389,10 +389,10 @@ void lease_all(Stranger& stranger) {
 
 TEST_F(RingTest, ClosesABorrowerThatKeepsOthersWaiting) {
     FlashModel model(1, 801);
-    const auto service = serve(model, 100);
-    Stranger paused(socket_path(), service->open_session(0, 4).token);
+    const auto engine = serve(model, 100);
+    Stranger paused(socket_path(), engine->open_session(0, 4).token);
     lease_all(paused);
-    const auto other = attach(*service, 40);
+    const auto other = attach(*engine, 40);
     std::vector<uint32_t> cells;
     for (uint32_t cell = 0; cell < other->share_slots(); cell++) cells.push_back(200 - cell);
     other->acquire(0, ring::CELLS, cells, 0);
@@ -405,23 +405,23 @@ TEST_F(RingTest, ClosesABorrowerThatKeepsOthersWaiting) {
 TEST_F(RingTest, ClosesASessionThatKeepsMemoryFromAnotherModel) {
     FlashModel first(1, 801, "first");
     FlashModel second(1, 801, "second");
-    const auto service = serve(first, 100 + static_cast<uint32_t>(dram_for(second, 0) / 4096));
-    EXPECT_EQ(service->add_model(second.spec), 1U);
-    Stranger paused(socket_path(), service->open_session(0, 4).token);
+    const auto engine = serve(first, 100 + static_cast<uint32_t>(dram_for(second, 0) / 4096));
+    EXPECT_EQ(engine->add_model(second.spec), 1U);
+    Stranger paused(socket_path(), engine->open_session(0, 4).token);
     lease_all(paused);
-    EXPECT_GE(service->open_session(1, 2).share_slots, 2U);
+    EXPECT_GE(engine->open_session(1, 2).share_slots, 2U);
     EXPECT_TRUE(paused.closed());
 }
 
 TEST_F(RingTest, AClosedSessionHearsOfItAndAttachesAgain) {
     FlashModel model(1, 801);
-    const auto service = serve(model, 100);
-    const auto paused = attach(*service, 4);
+    const auto engine = serve(model, 100);
+    const auto paused = attach(*engine, 4);
     std::vector<uint32_t> cells(paused->lease_limit());
     std::iota(cells.begin(), cells.end(), 0);
     paused->acquire(0, ring::CELLS, cells, 0);
     for (const ring::Grant& grant : grants(*paused, cells.size())) paused->address(grant, 4096);
-    const auto other = attach(*service, 40);
+    const auto other = attach(*engine, 40);
     std::iota(cells.begin(), cells.end(), 150);
     other->acquire(0, ring::CELLS, std::span(cells).first(other->share_slots()), 0);
     grants(*other, other->share_slots());  // it waited until weightd closed the first
@@ -429,7 +429,7 @@ TEST_F(RingTest, AClosedSessionHearsOfItAndAttachesAgain) {
     std::byte* resident = paused->resident().data();
     resident[5] = std::byte{77};
     const std::vector<std::byte> before(resident, resident + model.resident.size());
-    paused->attach(socket_path(), service->open_session(0, 4).token);
+    paused->attach(socket_path(), engine->open_session(0, 4).token);
     EXPECT_EQ(paused->resident().data(), resident);
     EXPECT_EQ(std::memcmp(resident, before.data(), before.size()), 0);
     Sweep sweep(*paused, layout(model));
@@ -439,18 +439,18 @@ TEST_F(RingTest, AClosedSessionHearsOfItAndAttachesAgain) {
 TEST_F(RingTest, ResidentWeightsOfAClosedSessionStayUntilItsClientLetsGo) {
     FlashModel first(1, 801, "first");
     FlashModel second(1, 801, "second");
-    const auto service = serve(first, 10);  // the resident weights of one have room
-    EXPECT_EQ(service->add_model(second.spec), 1U);
-    auto client = std::make_unique<Stranger>(socket_path(), service->open_session(0, 2).token);
+    const auto engine = serve(first, 10);  // the resident weights of one have room
+    EXPECT_EQ(engine->add_model(second.spec), 1U);
+    auto client = std::make_unique<Stranger>(socket_path(), engine->open_session(0, 2).token);
     const void* resident = ::mmap(nullptr, first.resident.size(), PROT_READ, MAP_PRIVATE, client->fds[2], 0);
     client->post({99, ring::CELLS, 0, 1, 0, 0, {}});
-    wait_until([&] { return client->closed() && service->report().sessions == 0; });
-    EXPECT_THROW(service->open_session(1, 2), weightd::NoRoom);
+    wait_until([&] { return client->closed() && engine->report().sessions == 0; });
+    EXPECT_THROW(engine->open_session(1, 2), weightd::NoRoom);
     EXPECT_EQ(std::memcmp(resident, first.resident.data(), first.resident.size()), 0);
     client.reset();
     wait_until([&] {
         try {
-            return service->open_session(1, 2).share_slots > 0;
+            return engine->open_session(1, 2).share_slots > 0;
         } catch (const weightd::NoRoom&) {  // it has not heard yet
             return false;
         }
@@ -459,8 +459,8 @@ TEST_F(RingTest, ResidentWeightsOfAClosedSessionStayUntilItsClientLetsGo) {
 
 TEST_F(RingTest, GivesClientsNoWayToWriteToWeights) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
-    Stranger stranger(socket_path(), service->open_session(0, 2).token);
+    const auto engine = serve(model, 30);
+    Stranger stranger(socket_path(), engine->open_session(0, 2).token);
     const int resident = stranger.fds[2];
     EXPECT_EQ(::mmap(nullptr, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, resident, 0), MAP_FAILED);
     const std::string path = "/proc/self/fd/" + std::to_string(resident);
@@ -476,23 +476,23 @@ TEST_F(RingTest, GivesClientsNoWayToWriteToWeights) {
 // A message that nobody reads could carry the connection itself, and so hold it open after the client has closed it.
 TEST_F(RingTest, ClosesASessionThatSpeaksAfterItsHello) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
+    const auto engine = serve(model, 30);
     {
-        const Stranger stranger(socket_path(), service->open_session(0, 2).token);
+        const Stranger stranger(socket_path(), engine->open_session(0, 2).token);
         EXPECT_TRUE(weightd::send_with_descriptors(stranger.socket, "x", 1, std::array{stranger.socket}));
     }
-    wait_until([&] { return service->report().sessions == 0; });
+    wait_until([&] { return engine->report().sessions == 0; });
 }
 
 TEST_F(RingTest, IsNotBlockedByADoorbellWithoutONonblock) {
     FlashModel model(1, 301);
-    const auto service = serve(model, 30);
-    Stranger stranger(socket_path(), service->open_session(0, 2).token);
+    const auto engine = serve(model, 30);
+    Stranger stranger(socket_path(), engine->open_session(0, 2).token);
     ASSERT_EQ(::fcntl(stranger.fds[1], F_SETFL, 0), 0);
     const uint64_t full = UINT64_MAX - 2;
     ASSERT_EQ(::write(stranger.fds[1], &full, sizeof full), static_cast<ssize_t>(sizeof full));
-    EXPECT_EQ(service->report().sessions, 1U);
-    const auto good = attach(*service);
+    EXPECT_EQ(engine->report().sessions, 1U);
+    const auto good = attach(*engine);
     good->acquire(0, ring::CELLS, std::array{1U}, 0);
     EXPECT_EQ(grants(*good, 1).size(), 1U);
 }

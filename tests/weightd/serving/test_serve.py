@@ -204,23 +204,6 @@ def test_calls_after_the_end_fail_at_once(store: Path) -> None:
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
 
-def test_unbundled_reads_serve_the_same_bytes_part_by_part(tmp_path: Path) -> None:
-    wide = write_model(tmp_path / "store", layers=1, neurons=40, bundle_bytes=3 * 4096)
-    with serving(tmp_path / "store", "--dram", "64MiB", "--unbundled-reads") as daemon:
-        wanted = pb.NeuronSet(layer=0, positions=[pb.Range(begin=0, end=40)])
-        answers = daemon.stub.Fetch(pb.FetchRequest(model="tiny", bundles=wanted))
-        assert b"".join(answer.data for answer in answers) == wide.bundles[0].tobytes()
-        (model,) = daemon.stub.Stats(pb.StatsRequest()).models
-        assert (model.misses, model.reads, model.read_bytes) == (40, 3 * 40, 40 * 3 * 4096)
-        assert model.reading_s > 0
-
-
-def test_unbundled_reads_are_refused_where_parts_share_blocks(store: Path) -> None:
-    status, message = refused(store, "--listen", f"unix:{store}.sock", "--dram", "64MiB", "--unbundled-reads")
-    assert (status, message.count("\n")) == (1, 1), message
-    assert all(word in message for word in ("--unbundled-reads", "'tiny'", "32 bytes", "4096"))
-
-
 def test_many_sessions_take_all_descriptors_and_nothing_else(store: Path) -> None:
     with serving(store, "--dram", "64MiB", prefix=("prlimit", "--nofile=64:128", "--")) as daemon:
         limits = Path(f"/proc/{daemon.process.pid}/limits").read_text()

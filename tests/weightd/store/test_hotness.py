@@ -19,7 +19,7 @@ from flashclient.daemon.channel import Connection
 from flashclient.model.predictor_file import write_tensors
 from flashclient.source.ring import RingSource
 from weightd import cli
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.store.hotness import calibrated_hotness, coded, known_hotness
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
@@ -107,7 +107,8 @@ def stats_of(daemon: Daemon) -> weightd_pb2.ModelStats:
 def dram(model: TinyModel) -> str:
     record = model.record
     cells = sum(layer.cells for layer in record.layers)
-    return str(Engine.minimum_dram_bytes(record.resident_file_bytes + (1 << 20), 4096, cells, cells) + POOL * 4096)
+    least = EngineThread.minimum_dram_bytes(record.resident_file_bytes + (1 << 20), 4096, cells, cells)
+    return str(least + POOL * 4096)
 
 
 def write_statistics(folder: Path, record: weightd_pb2.Model, shares: NDArray[np.float32]) -> Path:

@@ -32,7 +32,6 @@ void ModelSpec::require_sound() const {
     require(!layers.empty(), "no layers");
     require(cell_bytes > 0 && cell_bytes % 4096 == 0, "cell_bytes is not a multiple of 4096");
     require(bundles_per_cell > 0 && bundle_bytes <= stride_bytes, "a bundle is larger than its stride");
-    require(bundle_parts > 0 && bundle_bytes % bundle_parts == 0, "a bundle is not made of equal parts");
     require(uint64_t{bundles_per_cell - 1} * stride_bytes + bundle_bytes <= cell_bytes, "bundles exceed their cell");
     uint64_t cells = 0;
     uint64_t bundles = 0;

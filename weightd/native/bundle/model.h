@@ -31,7 +31,6 @@ struct ModelSpec {
     uint32_t stride_bytes = 0;
     uint32_t bundle_bytes = 0;
     uint32_t bundles_per_cell = 0;
-    uint32_t bundle_parts = 0;  // of equal size: [gate,] up, down
     std::vector<LayerSpec> layers;
     std::vector<uint64_t> checksums;  // by layer and position
     std::vector<TensorSpec> tensors;

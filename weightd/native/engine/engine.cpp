@@ -13,10 +13,10 @@ uint64_t segment_bytes_of(uint64_t dram_bytes) {
 
 }  // namespace
 
-Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled, bool warms)
+Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool warms)
     : memory_(dram_bytes),
       reader_(reader),
-      loader_(reader, verifier, unbundled),
+      loader_(reader, verifier),
       warms_(warms),
       target_bytes_(dram_bytes),
       floor_bytes_(dram_bytes / 2) {

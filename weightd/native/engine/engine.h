@@ -120,9 +120,8 @@ std::unique_ptr<Model> open_model(ModelSpec spec, bool allow_buffered);
 
 class Engine {
   public:
-    // `unbundled`: see Loader. `warms`: a model's hot cells are read when its first session is
-    // opened, while nobody else reads.
-    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool unbundled = false, bool warms = true);
+    // `warms`: a model's hot cells are read when its first session is opened, while nobody else reads.
+    Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool warms = true);
     ~Engine();
 
     // Takes in the model, whose checksums and record of what is hot --dram pays for, as activate() takes memory. Its

@@ -11,9 +11,8 @@ uint64_t gap_bytes(const ModelSpec& spec, const Missing& missing, const Missing&
 
 }  // namespace
 
-void ReadingTime::started(uint64_t reads) {
-    if (under_way_ == 0 && reads > 0) since_ = Clock::now();
-    under_way_ += reads;
+void ReadingTime::started() {
+    if (under_way_++ == 0) since_ = Clock::now();
 }
 
 void ReadingTime::ended() {
@@ -62,7 +61,7 @@ LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
     std::vector<Flight> flights;
     LoadCounts counts;
     for (const Missing& missing : cells) {
-        if (!unbundled_ && !flights.empty() && joins(flights.back(), missing)) {
+        if (!flights.empty() && joins(flights.back(), missing)) {
             join(flights.back(), missing);
         } else {
             flights.push_back({source, {missing}});
@@ -71,7 +70,7 @@ LoadCounts Loader::load(const Source& source, std::vector<Missing> cells) {
     for (const Flight& flight : flights) {
         counts.read_bytes += flight.cells.size() * spec.cell_bytes + flight.gaps_bytes;
     }
-    counts.reads = flights.size() * (unbundled_ ? spec.bundle_parts : 1);
+    counts.reads = flights.size();
     start(std::move(flights));
     return counts;
 }
@@ -81,30 +80,13 @@ void Loader::start(std::vector<Flight> flights) {
     reads.reserve(flights.size());
     for (Flight& flight : flights) {
         const uint64_t tag = next_tag_++;
-        const size_t before = reads.size();
-        add_reads(flight, tag, reads);
+        reads.push_back(read_of(flight, tag));
         DeviceUse& use = device_[flight.source.model];
-        use.reading.started(flight.reads_left);
-        for (size_t i = before; i < reads.size(); i++) {
-            use.region_reads[flight.source.spec->region_of(reads[i].offset_bytes, REGIONS)]++;
-        }
+        use.reading.started();
+        use.region_reads[flight.source.spec->region_of(reads.back().offset_bytes, REGIONS)]++;
         flights_.emplace(tag, std::move(flight));
     }
     if (!reads.empty()) reader_.submit(std::move(reads));
-}
-
-void Loader::add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const {
-    reads.push_back(read_of(flight, tag));
-    if (!unbundled_) return;
-    const uint64_t part_bytes = flight.source.spec->bundle_bytes / flight.source.spec->bundle_parts;
-    flight.reads_left = flight.source.spec->bundle_parts;
-    reads.back().pieces[0].iov_len = part_bytes;  // a cell of one bundle, alone
-    for (uint32_t i = 1; i < flight.reads_left; i++) {
-        Read next = reads.back();
-        next.offset_bytes += part_bytes;
-        next.pieces[0].iov_base = static_cast<std::byte*>(next.pieces[0].iov_base) + part_bytes;
-        reads.push_back(std::move(next));
-    }
 }
 
 Read Loader::read_of(const Flight& flight, uint64_t tag) const {
@@ -173,16 +155,14 @@ void Loader::finish_read(const Completion& completion, std::vector<Loaded>& load
     DeviceUse& use = device_[flight.source.model];
     use.reading.ended();
     use.latencies.add(completion.took);
-    if (completion.error != 0) flight.error = completion.error;
-    if (--flight.reads_left > 0) return;
     if (flight.gap != nullptr) gaps_free_.push_back(std::move(flight.gap));
-    if (flight.error == 0) {
+    if (completion.error == 0) {
         jobs.push_back(job_of(flight, completion.tag));
         return;
     }
     for (const Missing& missing : flight.cells) {  // one bad block must not fail its neighbours: each alone, once more
         if (flight.second_try) {
-            loaded.push_back({flight.source.model, missing.cell, missing.place, flight.error, -1});
+            loaded.push_back({flight.source.model, missing.cell, missing.place, completion.error, -1});
         } else {
             again.push_back({flight.source, {missing}, true});
         }

@@ -46,8 +46,8 @@ struct LoadCounts {
 // The time during which at least one of a model's reads is under way.
 class ReadingTime {
   public:
-    void started(uint64_t reads);
-    void ended();  // one of them
+    void started();  // one more read
+    void ended();    // one of them
     double seconds() const;
 
   private:
@@ -74,10 +74,7 @@ struct DeviceUse {  // by one model
 
 class Loader {
   public:
-    // `unbundled`: to measure what bundling brings, each part of a bundle is read by a request of its own and
-    // neighbours are not merged. Needs models whose parts are whole blocks.
-    Loader(Reader& reader, Verifier& verifier, bool unbundled)
-        : reader_(reader), verifier_(verifier), unbundled_(unbundled) {}
+    Loader(Reader& reader, Verifier& verifier) : reader_(reader), verifier_(verifier) {}
     // Reads each cell into its place. Returns what that costs the device.
     LoadCounts load(const Source& source, std::vector<Missing> cells);
     // What has been read and checked, or failed twice, since the last call; never blocks.
@@ -93,14 +90,11 @@ class Loader {
         Source source;
         std::vector<Missing> cells;  // neighbours on flash, but for gaps
         bool second_try = false;
-        uint32_t reads_left = 1;
-        int error = 0;  // of one of its reads
         uint64_t gaps_bytes = 0;
         std::unique_ptr<Gap> gap{};  // where there are any: nobody reads what is put there
     };
     bool joins(const Flight& flight, const Missing& missing) const;
     void join(Flight& flight, const Missing& missing);
-    void add_reads(Flight& flight, uint64_t tag, std::vector<Read>& reads) const;
     Read read_of(const Flight& flight, uint64_t tag) const;
     Job job_of(const Flight& flight, uint64_t tag) const;
     void start(std::vector<Flight> flights);
@@ -110,7 +104,6 @@ class Loader {
 
     Reader& reader_;
     Verifier& verifier_;
-    bool unbundled_;
     std::unordered_map<uint32_t, DeviceUse> device_;  // by model
     std::unordered_map<uint64_t, Flight> flights_;    // by tag
     uint64_t next_tag_ = 0;

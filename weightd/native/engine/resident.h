@@ -17,7 +17,6 @@ struct ReaderChoice {
     uint32_t threads;
     uint32_t depth;
     bool allow_buffered;
-    bool unbundled = false;  // bundles.bin: see Loader
     // A device that was silent for so long is given up by those who can go without its answer.
     std::chrono::milliseconds answer_within{30'000};
 };

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <system_error>
 
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -86,7 +86,7 @@ CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t 
       position(position),
       error(error) {}
 
-void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
+void EngineThread::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
     ensure_active(model, Use::cells, std::nullopt);
     const ModelSpec& spec = this->model(model).spec;
     FetchSession* session = nullptr;
@@ -126,7 +126,7 @@ void Service::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
     end();
 }
 
-void Service::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
+void EngineThread::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
     ensure_active(model, Use::resident, std::nullopt);
     const Model& state = this->model(model);
     const bool inside =

@@ -1,6 +1,6 @@
 #include "service/report.h"
 
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -32,7 +32,7 @@ ModelReport report_of(const Engine& engine, const Model& state) {
     return report;
 }
 
-Report Service::report() {
+Report EngineThread::report() {
     return on_loop([&] {
         const Memory& memory = engine_->memory();
         Report report;

@@ -1,11 +1,11 @@
 // How sessions end: because their client does, or because we close them.
 #include <sys/epoll.h>
 
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 
-void Service::close_session(uint32_t id, ring::State state) {
+void EngineThread::close_session(uint32_t id, ring::State state) {
     const auto found = rings_.find(id);
     if (found == rings_.end()) return let_go(id);
     RingSession& session = *found->second;
@@ -30,7 +30,7 @@ void Service::close_session(uint32_t id, ring::State state) {
 }
 
 // The client of a session that we closed has hung up, too, or has ended.
-void Service::let_go(uint32_t id) {
+void EngineThread::let_go(uint32_t id) {
     const auto found = remains_.find(id);
     if (found == remains_.end()) return;  // another event of this batch has told it
     unwatch(found->second.socket.get());
@@ -41,14 +41,14 @@ void Service::let_go(uint32_t id) {
 }
 
 // A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.
-void Service::close_blocking() {
+void EngineThread::close_blocking() {
     for (auto next = rings_.begin(); next != rings_.end();) {
         const auto [id, ring] = *next++;
         if (ring->blocks_for_long(engine_->blocks_others(*ring))) close_session(id, ring::CLOSED_FOR_A_BROKEN_RULE);
     }
 }
 
-void Service::close_expired() {
+void EngineThread::close_expired() {
     for (const uint32_t fd : silent_.take_expired(Clock::now())) connections_.erase(static_cast<int>(fd));
     for (const uint32_t id : unattached_.take_expired(Clock::now())) close_session(id, ring::CLOSED_BY_DAEMON);
     closed_rings_.forget_released();

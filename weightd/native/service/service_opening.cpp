@@ -5,7 +5,7 @@
 #include <cerrno>
 #include <system_error>
 
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -21,7 +21,7 @@ std::optional<PredictorsFile> missing_predictors(const Model& state) {
 
 }  // namespace
 
-Service::Turn::Turn(Service& service, uint32_t model) : service_(service), model_(model) {
+EngineThread::Turn::Turn(EngineThread& service, uint32_t model) : service_(service), model_(model) {
     std::unique_lock guard(service.opening_lock_);
     while (!service.opening_.try_emplace(model, Clock::now()).second) {
         service.opened_.wait_for(guard, TURN_CHECK);
@@ -34,7 +34,7 @@ Service::Turn::Turn(Service& service, uint32_t model) : service_(service), model
     }
 }
 
-Service::Turn::~Turn() {
+EngineThread::Turn::~Turn() {
     {
         const std::lock_guard guard(service_.opening_lock_);
         service_.opening_.erase(model_);
@@ -42,17 +42,17 @@ Service::Turn::~Turn() {
     service_.opened_.notify_all();
 }
 
-void Service::Turn::moved() {
+void EngineThread::Turn::moved() {
     const std::lock_guard guard(service_.opening_lock_);
     service_.opening_.at(model_) = Clock::now();
 }
 
 // Off the loop: the engine's list of models grows there. What openers use of a model never changes or is theirs.
-Model& Service::model(uint32_t index) {
+Model& EngineThread::model(uint32_t index) {
     return on_loop([&]() -> Model& { return engine_->model(index); });
 }
 
-void Service::ensure_active(uint32_t model, Use use, const User& user) {
+void EngineThread::ensure_active(uint32_t model, Use use, const User& user) {
     Turn turn(*this, model);
     Model& state = this->model(model);  // its spec never changes, and only openers write `resident`
     wait_for_room(state,
@@ -71,7 +71,7 @@ void Service::ensure_active(uint32_t model, Use use, const User& user) {
 }
 
 // Until `reserve`, on the loop, has found memory.
-void Service::wait_for_room(const Model& state, const std::function<bool()>& reserve) {
+void EngineThread::wait_for_room(const Model& state, const std::function<bool()>& reserve) {
     const auto give_up = Clock::now() + ROOM_WITHIN;
     while (!on_loop(reserve)) {
         if (Clock::now() > give_up) {
@@ -83,11 +83,11 @@ void Service::wait_for_room(const Model& state, const std::function<bool()>& res
     }
 }
 
-void Service::set_predictors(uint32_t model, const PredictorsFile& file) {
+void EngineThread::set_predictors(uint32_t model, const PredictorsFile& file) {
     on_loop([&] { engine_->model(model).predictors_file = file; });
 }
 
-void Service::ensure_predictors(uint32_t model, const User& user) {
+void EngineThread::ensure_predictors(uint32_t model, const User& user) {
     Turn turn(*this, model);
     Model& state = this->model(model);
     while (const auto wanted = on_loop([&] { return missing_predictors(state); })) {
@@ -109,7 +109,7 @@ void Service::ensure_predictors(uint32_t model, const User& user) {
     }
 }
 
-Opened Service::open_session(uint32_t model, uint32_t slots_wanted, const User& user) {
+Opened EngineThread::open_session(uint32_t model, uint32_t slots_wanted, const User& user) {
     on_loop([&] { making_way(user, [&] { count_opening(user); }); });
     try {
         ensure_active(model, Use::session, user);
@@ -127,7 +127,7 @@ Opened Service::open_session(uint32_t model, uint32_t slots_wanted, const User& 
 }
 
 // What a user has of them: sessions, and what clients keep of those that were closed.
-uint64_t Service::sessions_of(const User& user) const {
+uint64_t EngineThread::sessions_of(const User& user) const {
     const auto is_his = [&](const auto& entry) { return entry.second.user == user; };
     const auto is_his_ring = [&](const auto& entry) { return entry.second->user() == user; };
     const auto opening = opening_sessions_.find(user);
@@ -138,7 +138,7 @@ uint64_t Service::sessions_of(const User& user) const {
 }
 
 // What a user's sessions have of --dram: their shares, and the tables of those for which none are set aside.
-uint64_t Service::bytes_of(const User& user) const {
+uint64_t EngineThread::bytes_of(const User& user) const {
     uint64_t bytes = 0;
     uint32_t tables_apart = SESSIONS_RESERVED;
     const auto add_tables = [&](const ModelSpec& spec) {
@@ -161,13 +161,13 @@ uint64_t Service::bytes_of(const User& user) const {
 }
 
 // Gives up a session that nobody has attached to, of somebody who has more such ones. False: there is none.
-bool Service::make_way(const User& user) {
+bool EngineThread::make_way(const User& user) {
     const auto session = unattached_.take_from_greedier(user);
     if (session) close_session(*session, ring::CLOSED_BY_DAEMON);
     return session.has_value();
 }
 
-void Service::count_opening(const User& user) {
+void EngineThread::count_opening(const User& user) {
     closed_rings_.forget_released();
     uint64_t there = rings_.size() + remains_.size() + closed_rings_.size();
     for (const auto& [whose, count] : opening_sessions_) there += count;
@@ -181,12 +181,12 @@ void Service::count_opening(const User& user) {
     opening_sessions_[user]++;
 }
 
-void Service::count_opened(const User& user) {
+void EngineThread::count_opened(const User& user) {
     const auto opening = opening_sessions_.find(user);
     if (--opening->second == 0) opening_sessions_.erase(opening);
 }
 
-Opened Service::open_active(uint32_t model, uint32_t slots_wanted, const User& user) {
+Opened EngineThread::open_active(uint32_t model, uint32_t slots_wanted, const User& user) {
     try {
         Token token;
         if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");

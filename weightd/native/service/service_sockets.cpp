@@ -9,7 +9,7 @@
 #include <cstring>
 #include <system_error>
 
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -25,7 +25,7 @@ std::optional<ucred> peer_of(int socket) {
 
 }  // namespace
 
-Descriptor Service::listen_at(const std::string& path) {
+Descriptor EngineThread::listen_at(const std::string& path) {
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     if (path.size() >= sizeof address.sun_path) {
@@ -42,7 +42,7 @@ Descriptor Service::listen_at(const std::string& path) {
     return listener;
 }
 
-void Service::accept_connections() {
+void EngineThread::accept_connections() {
     for (uint32_t i = 0; i < ACCEPTS_MAX; i++) {  // then the others have their turn
         Descriptor socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
         if (socket.get() < 0 && out_of_descriptors(errno)) listen(false);  // else it would be ready for ever
@@ -51,7 +51,7 @@ void Service::accept_connections() {
     }
 }
 
-void Service::add_connection(Descriptor socket) {
+void EngineThread::add_connection(Descriptor socket) {
     const int fd = socket.get();
     const auto peer = peer_of(fd);
     if (!peer) return;
@@ -65,7 +65,7 @@ void Service::add_connection(Descriptor socket) {
     if (given_up) connections_.erase(static_cast<int>(*given_up));
 }
 
-void Service::listen(bool accepts) {
+void EngineThread::listen(bool accepts) {
     if (accepts == accepts_) return;
     accepts_ = accepts;
     epoll_event event{};
@@ -74,7 +74,7 @@ void Service::listen(bool accepts) {
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_MOD, listener_.get(), &event) < 0) fail("epoll_ctl");
 }
 
-void Service::greet(int fd) {
+void EngineThread::greet(int fd) {
     const auto found = connections_.find(fd);
     if (found == connections_.end()) return;
     ring::Hello hello{};
@@ -95,7 +95,7 @@ void Service::greet(int fd) {
     attach(std::move(socket), *ring->second);
 }
 
-void Service::attach(Descriptor socket, RingSession& session) {
+void EngineThread::attach(Descriptor socket, RingSession& session) {
     const int fd = socket.get();
     const auto peer = peer_of(fd);
     if (!peer || !session.is_for(peer->uid)) return refuse(fd, EPERM);
@@ -120,7 +120,7 @@ void Service::attach(Descriptor socket, RingSession& session) {
     }
 }
 
-void Service::refuse(int fd, int error) {
+void EngineThread::refuse(int fd, int error) {
     const ring::Welcome welcome{ring::MAGIC, ring::VERSION, 0, 0, 0, static_cast<uint32_t>(error)};
     send_with_descriptors(fd, &welcome, sizeof welcome, {});
 }

@@ -59,7 +59,6 @@ class ServeConfig:
     io_threads: int = IO_THREADS_DEFAULT
     io_depth: int = 0  # 0: the engine's default
     allow_buffered: bool = False
-    unbundled_reads: bool = False
     cold_start: bool = False
     owner_fd: int | None = None
     tls: TlsFiles | None = None
@@ -107,10 +106,6 @@ def _parser() -> FlagParser:
     add("--log-format", choices=LOG_FORMATS, help="text for people (default), or one JSON object a line")
     add("--config", metavar="FILE", help="a TOML file with these flags as keys")
     add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
-    unbundled = (
-        "for measuring what bundling brings: read each part of a bundle (gate, up, down) by a request of its own"
-    )
-    add("--unbundled-reads", action="store_true", default=None, help=unbundled)
     cold = "begin with an empty pool, and know of no cell that it is hot: nothing is remembered, foretold or read back"
     add("--cold-start", action="store_true", default=None, help=cold)
     add("--owner-fd", metavar="FD", help=argparse.SUPPRESS)
@@ -151,7 +146,6 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
         io_threads=_parse_count(settings, "io_threads", 1, IO_THREADS_MAX) or IO_THREADS_DEFAULT,
         io_depth=_parse_count(settings, "io_depth", 1, IO_DEPTH_MAX) or 0,
         allow_buffered=_parse_switch(settings, "allow_buffered"),
-        unbundled_reads=_parse_switch(settings, "unbundled_reads"),
         cold_start=_parse_switch(settings, "cold_start"),
         owner_fd=_parse_count(settings, "owner_fd", 0, 1 << 20),
         tls=_parse_tls(settings, listen),

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.errors import CorruptionError, LimitError, RequestError
 from weightd.serving.served_models import ServedModel, ServedModels
 from weightd.store.calibration import calibration_path
@@ -56,7 +56,7 @@ class Positions:
 class Fetcher:
     """Answers Fetch calls from the engine and the store."""
 
-    def __init__(self, store: Store, models: ServedModels, engine: Engine) -> None:
+    def __init__(self, store: Store, models: ServedModels, engine: EngineThread) -> None:
         self._store = store
         self._models = models
         self._engine = engine

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 import uvloop
 
 from weightd import log
-from weightd._native import Engine
+from weightd._native import EngineOptions, EngineThread
 from weightd.errors import DeviceError, UsageError, WeightdError
 from weightd.gateway import listening
 from weightd.gateway.addresses import MetricsAddress
@@ -81,7 +81,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         engine = _engine(config, dram_bytes, data_socket, triggers)
         stack.callback(engine.close)
         dram = GrowingDram(config.dram, config.dram_floor, dram_bytes, demands)
-        models = ServedModels(store, engine, dram, config.unbundled_reads, config.cold_start)
+        models = ServedModels(store, engine, dram, config.cold_start)
         models.open_all(ANSWER_WITHIN_S)
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
@@ -133,16 +133,15 @@ def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContext
     return metrics.serving(address, statistics.now)
 
 
-def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> Engine:
+def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> EngineThread:
     try:
         with listening.private_sockets():
-            engine = Engine(
+            options = EngineOptions.make(
                 dram_bytes=dram_bytes,
                 io_engine=config.io_engine,
                 io_threads=config.io_threads,
                 io_depth=config.io_depth,
                 allow_buffered=config.allow_buffered,
-                unbundled_reads=config.unbundled_reads,
                 data_socket=data_socket,
                 warms=not config.cold_start,
                 dram_floor_bytes=chosen_floor_bytes(config.dram_floor, dram_bytes),
@@ -150,6 +149,7 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
                 cgroup_pressure_fd=triggers.cgroup_fd,
                 answer_within_s=ANSWER_WITHIN_S,
             )
+            engine = EngineThread(options)
     except OSError as error:
         raise DeviceError(f"cannot start the engine: {error}; `weightd doctor` tells what the system allows") from error
     if engine.io_engine_note:
@@ -157,7 +157,7 @@ def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pr
     return engine
 
 
-def _say_started(config: ServeConfig, models: ServedModels, engine: Engine, dram_bytes: int) -> None:
+def _say_started(config: ServeConfig, models: ServedModels, engine: EngineThread, dram_bytes: int) -> None:
     names = models.names()
     addresses = [address.target for address in config.listen]
     logger.info(
@@ -185,7 +185,7 @@ async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> N
         pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
 
 
-def _told_to_stop(config: ServeConfig, engine: Engine) -> asyncio.Event:
+def _told_to_stop(config: ServeConfig, engine: EngineThread) -> asyncio.Event:
     """What SIGTERM, SIGINT, the owner's end and a fault of the engine set."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -218,7 +218,7 @@ def _on_hangup(had_terminal: bool, told: asyncio.Event, reloader: Reloader) -> C
     return hangup
 
 
-def _watch_engine(loop: asyncio.AbstractEventLoop, engine: Engine, told: asyncio.Event) -> None:
+def _watch_engine(loop: asyncio.AbstractEventLoop, engine: EngineThread, told: asyncio.Event) -> None:
     def has_failed() -> None:
         loop.remove_reader(engine.failed_fd)
         told.set()

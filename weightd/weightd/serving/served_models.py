@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import Engine, ModelSpec
+from weightd._native import EngineThread, ModelSpec
 from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.machine.budget import GrowingDram, ModelDemand
 from weightd.sizes import round_up
@@ -57,17 +57,14 @@ class ServedModels:
     def __init__(
         self,
         store: Store,
-        engine: Engine,
+        engine: EngineThread,
         dram: GrowingDram,
-        unbundled_reads: bool = False,
         cold_start: bool = False,
     ) -> None:
-        """`unbundled_reads`: models are refused whose bundles the engine could not read so. `cold_start`: the engine is
-        told nothing of what is hot."""
+        """`cold_start`: the engine is told nothing of what is hot."""
         self._store = store
         self._engine = engine
         self._dram = dram
-        self._unbundled_reads = unbundled_reads
         self._cold_start = cold_start
         self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is asked
         self._opened: dict[str, ServedModel] = {}
@@ -132,8 +129,6 @@ class ServedModels:
             if served is not None:
                 return served
             record = self._store.model(name)
-            if self._unbundled_reads:
-                _require_whole_parts(record)
             check_files(self._store, record)
             self._engine.raise_dram(*self._dram.with_model(demand_of(record)))
             served = _open(self._store, self._engine, record)
@@ -204,20 +199,10 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     predictors = predictors_of(model.calibration)
     predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
     resident_bytes = model.resident_file_bytes + predictors_bytes
-    minimum_bytes = Engine.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
+    minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
     bundles_bytes = cells * cell_bytes
     calibration_bytes = bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
-
-
-def _require_whole_parts(model: weightd_pb2.Model) -> None:
-    bundle = model.bundle
-    part_bytes = bundle.bundle_bytes // len(bundle.parts)
-    if bundle.bundles_per_cell != 1 or part_bytes % bundle.block_bytes:
-        raise StoreError(
-            f"--unbundled-reads cannot serve {model.name!r}: a part of its bundles has {part_bytes} bytes, which is no "
-            f"multiple of the block of {bundle.block_bytes}; serve a store of models with wider layers"
-        )
 
 
 def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
@@ -232,7 +217,6 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
         stride_bytes=bundle.stride_bytes,
         bundle_bytes=bundle.bundle_bytes,
         bundles_per_cell=bundle.bundles_per_cell,
-        bundle_parts=len(bundle.parts),
         layer_offsets=[layer.offset_bytes for layer in record.layers],
         layer_neurons=[layer.neurons for layer in record.layers],
         layer_cells=[layer.cells for layer in record.layers],
@@ -241,7 +225,7 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
     )
 
 
-def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedModel:
+def _open(store: Store, engine: EngineThread, record: weightd_pb2.Model) -> ServedModel:
     try:
         number = engine.add_model(model_spec(store, record))
     except OSError as error:
@@ -255,7 +239,7 @@ def _open(store: Store, engine: Engine, record: weightd_pb2.Model) -> ServedMode
     return ServedModel(record, number)
 
 
-def _offer_predictors(store: Store, engine: Engine, record: weightd_pb2.Model, number: int) -> None:
+def _offer_predictors(store: Store, engine: EngineThread, record: weightd_pb2.Model, number: int) -> None:
     file = predictors_of(record.calibration)
     if file is not None:
         path = calibration_path(store, record.name, record.calibration.version) / file.name

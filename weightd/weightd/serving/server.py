@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from typing import TypeVar
 
 from weightd import _native
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
 from weightd.gateway.access import Caller, Rules, may_read, require_publish, require_read
 from weightd.gateway.identity import Context, Identities
@@ -44,7 +44,7 @@ class WeightdService:
         self,
         models: ServedModels,
         fetcher: Fetcher,
-        engine: Engine,
+        engine: EngineThread,
         identities: Identities,
         data_socket: str,
         dram: GrowingDram,

@@ -11,7 +11,7 @@ import socket
 from contextlib import suppress
 from time import clock_gettime_ns
 
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd.serving.config import ServiceManager
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def notify_reloading(manager: ServiceManager | None) -> None:
     notify(manager, "RELOADING=1", f"MONOTONIC_USEC={clock_gettime_ns(MONOTONIC_CLOCK) // 1000}")
 
 
-async def feed_watchdog(manager: ServiceManager | None, engine: Engine) -> None:
+async def feed_watchdog(manager: ServiceManager | None, engine: EngineThread) -> None:
     """For ever: feeds the watchdog each time the engine's loop has answered. Whatever hangs there gets us restarted."""
     if manager is None or manager.watchdog_s is None:
         return

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from weightd import _native
-from weightd._native import Engine
+from weightd._native import EngineThread
 from weightd_proto import weightd_pb2
 
 
 class Statistics:
     """Makes StatsResponses of what the engine counts; safe to use from several threads."""
 
-    def __init__(self, engine: Engine, sequential_gb_per_s: float, pressure_watched: Sequence[str] = ()) -> None:
+    def __init__(self, engine: EngineThread, sequential_gb_per_s: float, pressure_watched: Sequence[str] = ()) -> None:
         """`sequential_gb_per_s`: of the device profile, 0 when it was not measured."""
         self._engine = engine
         self._sequential_gb_per_s = sequential_gb_per_s

@@ -1,13 +1,17 @@
-// InProcessEngine for Python.
+// bench_native: what benchmarks compare the daemon with, for Python. Import weightd._native first: it has the types.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
-#include "service/in_process.h"
+#include "in_process_engine.h"
+#include "part_reader.h"
+#include "service/engine_thread.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using weightd::EngineThread;
 using weightd::InProcessEngine;
+using weightd::PartReader;
 
 namespace {
 
@@ -32,7 +36,37 @@ void exchange(InProcessEngine& engine, uint32_t layer, const U32Array& acquire, 
     engine.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
 }
 
-}  // namespace
+// An EngineThread that reads each part of a bundle alone.
+class UnbundledEngineThread : public EngineThread {
+  public:
+    // `reader` is the one that `owned` owns.
+    UnbundledEngineThread(weightd::EngineOptions options, const PartReader& reader, std::unique_ptr<PartReader> owned)
+        : EngineThread(std::move(options), std::move(owned)), reader_(reader) {}
+
+    uint64_t reads() const { return reader_.reads(); }
+    uint64_t read_bytes() const { return reader_.read_bytes(); }
+
+  private:
+    const PartReader& reader_;
+};
+
+void bind_unbundled(nb::module_& m) {
+    nb::class_<UnbundledEngineThread, EngineThread>(m, "UnbundledEngineThread", "Reads each part of a bundle alone.")
+        .def(
+            "__init__",
+            [](UnbundledEngineThread* self, weightd::EngineOptions& options, size_t part_bytes) {
+                const nb::gil_scoped_release released;
+                const auto& choice = options.reader;
+                std::string note;
+                auto owned = std::make_unique<PartReader>(
+                    weightd::make_reader(choice.kind, choice.threads, choice.depth, note), part_bytes);
+                const PartReader& reader = *owned;
+                new (self) UnbundledEngineThread(std::move(options), reader, std::move(owned));
+            },
+            "options"_a, "part_bytes"_a)
+        .def_prop_ro("reads", &UnbundledEngineThread::reads, "requests to the device, since the start")
+        .def_prop_ro("read_bytes", &UnbundledEngineThread::read_bytes, "what they read");
+}
 
 void bind_in_process(nb::module_& m) {
     nb::class_<InProcessEngine>(m, "InProcessEngine", "The engine in the caller's thread, with one model and session.")
@@ -57,4 +91,11 @@ void bind_in_process(nb::module_& m) {
         .def_prop_ro("lease_limit", &InProcessEngine::lease_limit)
         .def_prop_ro("cells_held", &InProcessEngine::cells_held)
         .def_prop_ro("misses", &InProcessEngine::misses, "cells that had to be read, since the start");
+}
+
+}  // namespace
+
+NB_MODULE(bench_native, m) {
+    bind_in_process(m);
+    bind_unbundled(m);
 }

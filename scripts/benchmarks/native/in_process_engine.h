@@ -1,7 +1,7 @@
 // The engine in its caller's own process and thread: one session, no ring, no doorbell, no socket.
 //
-// What the shared-memory path is measured against (scripts/bench_ipc.py): the same pool, reader and verifier, and
-// nothing between them and who asks. One model, one thread.
+// scripts/bench_ipc.py measures the shared-memory path against it: the same pool, reader and verifier, and nothing
+// between them and their user. It has one model and one thread.
 #pragma once
 
 #include <cstddef>

@@ -47,17 +47,25 @@ struct PressureChoice {                 // what becomes of the pool when the sys
     Descriptor cgroup{};   // ours
 };
 
+struct EngineOptions {
+    uint64_t dram_bytes;
+    ReaderChoice reader;
+    std::string data_socket;  // a path
+    bool warms = true;        // of Engine
+    PressureChoice pressure{};
+};
+
 struct Opened {
     Token token;
     uint32_t share_slots;
 };
 
-class Service {
+class EngineThread {
   public:
-    // Listens on `data_socket` (a path). Throws std::system_error.
-    Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms = true,
-            PressureChoice pressure = {});
-    ~Service();
+    // Listens on the data socket. Bundles are read by `reader`, if there is one, else by the one that the options name.
+    // Throws std::system_error.
+    explicit EngineThread(EngineOptions options, std::unique_ptr<Reader> reader = nullptr);
+    ~EngineThread();
 
     std::string io_level();  // of the reader, and whether some file is read through the page cache
     const std::string& io_note() const { return io_note_; }
@@ -119,14 +127,14 @@ class Service {
     class Turn {
       public:
         // Waits for the turns before, as long as the device answers them. Throws Unanswered, Stopping.
-        Turn(Service& service, uint32_t model);
+        Turn(EngineThread& service, uint32_t model);
         ~Turn();
         Turn(const Turn&) = delete;
         Turn& operator=(const Turn&) = delete;
         void moved();  // the device has answered
 
       private:
-        Service& service_;
+        EngineThread& service_;
         const uint32_t model_;
     };
     friend class Turn;

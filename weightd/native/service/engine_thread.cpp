@@ -1,4 +1,4 @@
-#include "service/service.h"
+#include "service/engine_thread.h"
 
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
@@ -32,21 +32,21 @@ void fail(const std::string& what) { throw std::system_error(errno, std::generic
 
 bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
 
-Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& data_socket, bool warms,
-                 PressureChoice pressure)
-    : choice_(std::move(choice)),
-      data_socket_path_(data_socket),
-      pressure_(std::move(pressure)),
+EngineThread::EngineThread(EngineOptions options, std::unique_ptr<Reader> reader)
+    : choice_(std::move(options.reader)),
+      data_socket_path_(options.data_socket),
+      pressure_(std::move(options.pressure)),
+      reader_(std::move(reader)),
       unattached_(UNATTACHED_MAX, ATTACH_WITHIN),
       silent_(SILENT_MAX, HELLO_WITHIN) {
-    reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
+    if (reader_ == nullptr) reader_ = make_reader(choice_.kind, choice_.threads, choice_.depth, io_note_);
     verifier_ = std::make_unique<Verifier>(verify_threads());
-    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, *verifier_, choice_.unbundled, warms);
+    engine_ = std::make_unique<Engine>(options.dram_bytes, *reader_, *verifier_, options.warms);
     epoll_ = Descriptor(::epoll_create1(EPOLL_CLOEXEC));
     command_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     failed_event_ = Descriptor(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
     if (epoll_.get() < 0 || command_event_.get() < 0 || failed_event_.get() < 0) fail("epoll");
-    listener_ = listen_at(data_socket);
+    listener_ = listen_at(data_socket_path_);
     watch(command_event_.get(), event_data(COMMAND, 0), EPOLLIN);
     watch(reader_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN | EPOLLET);
     watch(verifier_->event_fd(), event_data(WAKE_ONLY, 0), EPOLLIN);
@@ -55,9 +55,9 @@ Service::Service(uint64_t dram_bytes, ReaderChoice choice, const std::string& da
     thread_ = std::thread([this] { run(); });
 }
 
-Service::~Service() { stop(); }
+EngineThread::~EngineThread() { stop(); }
 
-void Service::stop() {
+void EngineThread::stop() {
     {
         const std::lock_guard guard(command_lock_);
         stopping_ = true;
@@ -68,20 +68,20 @@ void Service::stop() {
     ::unlink(data_socket_path_.c_str());
 }
 
-void Service::watch(int fd, uint64_t data, uint32_t events) {
+void EngineThread::watch(int fd, uint64_t data, uint32_t events) {
     epoll_event event{};
     event.events = events;
     event.data.u64 = data;
     if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) fail("epoll_ctl");
 }
 
-void Service::unwatch(int fd) {
+void EngineThread::unwatch(int fd) {
     if (fd >= 0) ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
 }
 
 // ---- the loop ----
 
-void Service::run() {
+void EngineThread::run() {
     ::pthread_setname_np(::pthread_self(), "weightd-engine");
     try {
         loop();
@@ -98,7 +98,7 @@ void Service::run() {
     run_all_commands();  // whoever posted one while we stopped is answered, told of it by the event or not yet
 }
 
-void Service::fail_with(const std::string& what) {
+void EngineThread::fail_with(const std::string& what) {
     {
         const std::lock_guard guard(command_lock_);
         stopping_ = true;
@@ -107,12 +107,12 @@ void Service::fail_with(const std::string& what) {
     ::eventfd_write(failed_event_.get(), 1);
 }
 
-std::string Service::failure() {
+std::string EngineThread::failure() {
     const std::lock_guard guard(command_lock_);
     return failure_;
 }
 
-void Service::loop() {
+void EngineThread::loop() {
     while (true) {
         run_commands();
         if (stopping()) return;
@@ -124,7 +124,7 @@ void Service::loop() {
     }
 }
 
-bool Service::serve_rings() {
+bool EngineThread::serve_rings() {
     std::vector<Turns::Waiting> waiting;
     for (const auto& [id, ring] : rings_) {
         if (ring->attached() && (ring->has_requests() || ring->broken())) waiting.push_back({ring->user(), id});
@@ -140,7 +140,7 @@ bool Service::serve_rings() {
 }
 
 // A part of what the session asks for, and how much that was: it costs something to take a request, too.
-uint32_t Service::serve_ring(RingSession& session) {
+uint32_t EngineThread::serve_ring(RingSession& session) {
     uint32_t work = 0;
     while (work < SESSION_WORK && !session.broken()) {
         const auto taken = session.take(SESSION_WORK);
@@ -164,7 +164,7 @@ uint32_t Service::serve_ring(RingSession& session) {
     return work;
 }
 
-void Service::sleep_until_event() {
+void EngineThread::sleep_until_event() {
     bool waiting = false;
     for (const auto& [id, ring] : rings_) {
         ring->announce_sleep(true);
@@ -189,14 +189,14 @@ void Service::sleep_until_event() {
 
 // ---- memory pressure ----
 
-void Service::watch_pressure() {
+void EngineThread::watch_pressure() {
     engine_->set_floor(pressure_.floor_bytes);
     for (const int fd : {pressure_.machine.get(), pressure_.cgroup.get()}) {
         if (fd >= 0) watch(fd, event_data(PRESSURE, static_cast<uint32_t>(fd)), EPOLLPRI);
     }
 }
 
-void Service::hear_pressure(int fd, uint32_t events) {
+void EngineThread::hear_pressure(int fd, uint32_t events) {
     if ((events & EPOLLERR) != 0) {  // its cgroup has gone: it would be ready for ever
         ::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, fd, nullptr);
         return;
@@ -209,7 +209,7 @@ void Service::hear_pressure(int fd, uint32_t events) {
 
 // ---- commands ----
 
-void Service::post(std::function<void()> command) {
+void EngineThread::post(std::function<void()> command) {
     {
         const std::lock_guard guard(command_lock_);
         if (stopping_) throw Stopping();
@@ -219,17 +219,17 @@ void Service::post(std::function<void()> command) {
     if (::write(command_event_.get(), &one, sizeof one) < 0) fail("eventfd");
 }
 
-bool Service::stopping() {
+bool EngineThread::stopping() {
     const std::lock_guard guard(command_lock_);
     return stopping_;
 }
 
-void Service::run_commands() {
+void EngineThread::run_commands() {
     uint64_t ignored = 0;
     if (::read(command_event_.get(), &ignored, sizeof ignored) == sizeof ignored) run_all_commands();
 }
 
-void Service::run_all_commands() {
+void EngineThread::run_all_commands() {
     std::vector<std::function<void()>> commands;
     {
         const std::lock_guard guard(command_lock_);
@@ -238,7 +238,7 @@ void Service::run_all_commands() {
     for (const auto& command : commands) command();
 }
 
-uint32_t Service::add_model(ModelSpec spec) {
+uint32_t EngineThread::add_model(ModelSpec spec) {
     auto opened = open_model(std::move(spec), choice_.allow_buffered);
     const Model& state = *opened;
     std::optional<uint32_t> index;
@@ -249,7 +249,7 @@ uint32_t Service::add_model(ModelSpec spec) {
     return *index;
 }
 
-std::string Service::io_level() {
+std::string EngineThread::io_level() {
     const bool buffered = on_loop([&] {
         return std::any_of(engine_->models().begin(), engine_->models().end(),
                            [](const auto& model) { return model->file->buffered(); });
@@ -257,7 +257,7 @@ std::string Service::io_level() {
     return reader_->level() + (buffered ? ", through the page cache" : "");
 }
 
-void Service::now_and_then() {
+void EngineThread::now_and_then() {
     const auto now = Clock::now();
     if (now < next_check_) return;
     next_check_ = now + std::chrono::milliseconds(CHECK_MS);

@@ -1,4 +1,4 @@
-#include "service/in_process.h"
+#include "in_process_engine.h"
 
 #include <sys/epoll.h>
 
@@ -36,7 +36,7 @@ InProcessEngine::InProcessEngine(uint64_t dram_bytes, const ModelSpec& spec, con
     : verifier_(1), epoll_(::epoll_create1(EPOLL_CLOEXEC)) {
     std::string note;
     reader_ = make_reader(choice.kind, choice.threads, choice.depth, note);
-    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, verifier_, false, false);
+    engine_ = std::make_unique<Engine>(dram_bytes, *reader_, verifier_, false);
     for (const int fd : {reader_->event_fd(), verifier_.event_fd()}) {
         epoll_event event{EPOLLIN | EPOLLET, {}};
         if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0)

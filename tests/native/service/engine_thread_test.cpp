@@ -1,5 +1,5 @@
-// The daemon's service when the system or its clients leave it nothing: it refuses, waits and goes on.
-#include "service/service.h"
+// The daemon's engine when the system or its clients leave it nothing: it refuses, waits and goes on.
+#include "service/engine_thread.h"
 
 #include <gtest/gtest.h>
 #include <linux/futex.h>
@@ -27,19 +27,19 @@ namespace {
 
 constexpr uid_t ANOTHER_USER = 4242;
 
-struct ServiceTest : testing::Test {
+struct EngineThreadTest : testing::Test {
     TestFolder folder;
 
-    std::unique_ptr<Service> serve(const FlashModel& model, uint64_t dram_bytes = 512U << 20) {
-        auto service =
-            std::make_unique<Service>(dram_bytes, ReaderChoice{"threads", 2, 32, false, false}, folder.file("data"));
-        EXPECT_EQ(service->add_model(model.spec), 0U);
-        return service;
+    std::unique_ptr<EngineThread> serve(const FlashModel& model, uint64_t dram_bytes = 512U << 20) {
+        auto engine =
+            std::make_unique<EngineThread>(EngineOptions{dram_bytes, {"threads", 2, 32, false}, folder.file("data")});
+        EXPECT_EQ(engine->add_model(model.spec), 0U);
+        return engine;
     }
 
-    static void expect_cell(Service& service, const FlashModel& model, uint32_t cell) {
+    static void expect_cell(EngineThread& engine, const FlashModel& model, uint32_t cell) {
         std::vector<std::byte> out(4096);
-        service.fetch(0, 0, std::array{cell}, out);
+        engine.fetch(0, 0, std::array{cell}, out);
         EXPECT_EQ(std::memcmp(out.data(), model.cell(0, cell), 4096), 0);
     }
 
@@ -91,55 +91,55 @@ struct NoDescriptors {
     ~NoDescriptors() { ::setrlimit(RLIMIT_NOFILE, &before); }
 };
 
-TEST_F(ServiceTest, OneUserLeavesSessionsToOthers) {
+TEST_F(EngineThreadTest, OneUserLeavesSessionsToOthers) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     std::vector<Descriptor> attached;
     try {
-        while (true) attached.push_back(attach(service->open_session(0, 2).token));
+        while (true) attached.push_back(attach(engine->open_session(0, 2).token));
     } catch (const NoRoom& error) {
         EXPECT_NE(std::string(error.what()).find("224 of 256 are open"), std::string::npos) << error.what();
         EXPECT_NE(std::string(error.what()).find("kept for other users"), std::string::npos) << error.what();
     }
     EXPECT_EQ(attached.size(), SESSIONS_MAX / 8 * 7);
-    EXPECT_EQ(service->open_session(0, 2, ANOTHER_USER).share_slots, 2U);
-    expect_cell(*service, model, 3);
+    EXPECT_EQ(engine->open_session(0, 2, ANOTHER_USER).share_slots, 2U);
+    expect_cell(*engine, model, 3);
 }
 
-TEST_F(ServiceTest, WhoNeverAttachesLosesHisOldestSessions) {
+TEST_F(EngineThreadTest, WhoNeverAttachesLosesHisOldestSessions) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
-    const Token modest = service->open_session(0, 2).token;
-    for (uint32_t i = 0; i < 2 * SESSIONS_MAX; i++) service->open_session(0, 2, ANOTHER_USER);
-    EXPECT_LE(service->report().sessions, 64U);
+    const auto engine = serve(model);
+    const Token modest = engine->open_session(0, 2).token;
+    for (uint32_t i = 0; i < 2 * SESSIONS_MAX; i++) engine->open_session(0, 2, ANOTHER_USER);
+    EXPECT_LE(engine->report().sessions, 64U);
     attach(modest);
 }
 
-TEST_F(ServiceTest, WhoNeverAttachesKeepsNoMemoryFromOthers) {
+TEST_F(EngineThreadTest, WhoNeverAttachesKeepsNoMemoryFromOthers) {
     FlashModel model(1, 4000);
-    const auto service = serve(model, Engine::minimum_dram_bytes(model.spec) + (4U << 20));
+    const auto engine = serve(model, Engine::minimum_dram_bytes(model.spec) + (4U << 20));
     try {
-        while (true) service->open_session(0, 0, ANOTHER_USER);
+        while (true) engine->open_session(0, 0, ANOTHER_USER);
     } catch (const NoRoom& error) {
         EXPECT_NE(std::string(error.what()).find("kept for other users"), std::string::npos) << error.what();
     }
     std::vector<Descriptor> attached;
-    for (uint32_t i = 0; i < 3; i++) attached.push_back(attach(service->open_session(0, 100).token));
+    for (uint32_t i = 0; i < 3; i++) attached.push_back(attach(engine->open_session(0, 100).token));
 }
 
-TEST_F(ServiceTest, ClosedRingsThatAreKeptCountAsSessionsOfTheirUser) {
+TEST_F(EngineThreadTest, ClosedRingsThatAreKeptCountAsSessionsOfTheirUser) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     std::vector<Descriptor> kept;
     const auto open_and_keep = [&] {
         std::vector<Descriptor> got;
-        attach(service->open_session(0, 2).token, &got);
+        attach(engine->open_session(0, 2).token, &got);
         kept.push_back(std::move(got.at(0)));
     };
     EXPECT_THROW(while (true) open_and_keep(), NoRoom);
     EXPECT_LE(kept.size(), SESSIONS_MAX / 8 * 7);
-    while (service->report().sessions > 0) std::this_thread::yield();  // hung up on, all of them
-    EXPECT_THROW(service->open_session(0, 2), NoRoom);
+    while (engine->report().sessions > 0) std::this_thread::yield();  // hung up on, all of them
+    EXPECT_THROW(engine->open_session(0, 2), NoRoom);
     uint64_t bytes = 0;
     for (const Descriptor& ring : kept) {
         struct stat facts {};
@@ -147,19 +147,19 @@ TEST_F(ServiceTest, ClosedRingsThatAreKeptCountAsSessionsOfTheirUser) {
         bytes += static_cast<uint64_t>(facts.st_blocks) * 512;
     }
     EXPECT_LE(bytes, kept.size() * sizeof(ring::Header));
-    EXPECT_EQ(service->open_session(0, 2, ANOTHER_USER).share_slots, 2U);
+    EXPECT_EQ(engine->open_session(0, 2, ANOTHER_USER).share_slots, 2U);
     kept.clear();
-    EXPECT_EQ(service->open_session(0, 2).share_slots, 2U);
+    EXPECT_EQ(engine->open_session(0, 2).share_slots, 2U);
 }
 
-TEST_F(ServiceTest, SilentConnectionsShutNobodyOut) {
+TEST_F(EngineThreadTest, SilentConnectionsShutNobodyOut) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     std::vector<Descriptor> silent;
     for (uint32_t i = 0; i < 200; i++) {
         silent.emplace_back(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
         connect(silent.back());
-        if (i % 20 == 0) attach(service->open_session(0, 2).token);
+        if (i % 20 == 0) attach(engine->open_session(0, 2).token);
     }
     pollfd oldest{silent.front().get(), POLLIN, 0};
     EXPECT_EQ(::poll(&oldest, 1, 10'000), 1);
@@ -205,12 +205,12 @@ struct Parked {
     }
 };
 
-TEST_F(ServiceTest, AnAnswerWakesOneOfManyThatWait) {
+TEST_F(EngineThreadTest, AnAnswerWakesOneOfManyThatWait) {
     constexpr uint32_t WAITING = 50;
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     std::vector<Descriptor> got;
-    const Descriptor socket = attach(service->open_session(0, 2).token, &got);
+    const Descriptor socket = attach(engine->open_session(0, 2).token, &got);
     void* mapped = ::mmap(nullptr, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, got.at(0).get(), 0);
     ASSERT_NE(mapped, MAP_FAILED);
     auto& ring = *static_cast<ring::Ring*>(mapped);
@@ -223,59 +223,59 @@ TEST_F(ServiceTest, AnAnswerWakesOneOfManyThatWait) {
         const uint64_t one = 1;
         ASSERT_EQ(::write(got.at(1).get(), &one, sizeof one), static_cast<ssize_t>(sizeof one));
         while (ring.header.grant_tail == 0 || parked.woken == 0) std::this_thread::yield();
-        service->report();                          // waits for the turn of the loop that answered
+        engine->report();                           // waits for the turn of the loop that answered
         EXPECT_GE(parked.wake_all(), WAITING - 4);  // the bell may have rung before the request, too
     }
     ::munmap(mapped, sizeof(ring::Ring));
 }
 
-TEST_F(ServiceTest, AModelThatComesWhileThePoolIsFullHasRoom) {
+TEST_F(EngineThreadTest, AModelThatComesWhileThePoolIsFullHasRoom) {
     FlashModel model(1, 4000);
     FlashModel other(1, 4000, "other");
-    const auto service = serve(model, Engine::minimum_dram_bytes(model.spec) + (2U << 20));
-    for (uint32_t cell = 0; cell < 900; cell++) expect_cell(*service, model, cell);
-    const Report full = service->report();
+    const auto engine = serve(model, Engine::minimum_dram_bytes(model.spec) + (2U << 20));
+    for (uint32_t cell = 0; cell < 900; cell++) expect_cell(*engine, model, cell);
+    const Report full = engine->report();
     EXPECT_LT(full.limit_bytes - full.pool_bytes - full.resident_bytes - full.tables_bytes, 8192U);
-    EXPECT_EQ(service->add_model(other.spec), 1U);
+    EXPECT_EQ(engine->add_model(other.spec), 1U);
     std::vector<std::byte> out(4096);
-    service->fetch(1, 0, std::array{7U}, out);
+    engine->fetch(1, 0, std::array{7U}, out);
     EXPECT_EQ(std::memcmp(out.data(), other.cell(0, 7), 4096), 0);
-    expect_cell(*service, model, 3);
+    expect_cell(*engine, model, 3);
 }
 
-TEST_F(ServiceTest, RefusesASessionForWhichThereIsNoDescriptor) {
+TEST_F(EngineThreadTest, RefusesASessionForWhichThereIsNoDescriptor) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
-    expect_cell(*service, model, 3);  // the resident weights are in memory
+    const auto engine = serve(model);
+    expect_cell(*engine, model, 3);  // the resident weights are in memory
     {
         const NoDescriptors none;
-        EXPECT_THROW(service->open_session(0, 2), NoRoom);
+        EXPECT_THROW(engine->open_session(0, 2), NoRoom);
     }
-    EXPECT_EQ(service->open_session(0, 2).share_slots, 2U);
-    EXPECT_EQ(service->report().sessions, 1U);
+    EXPECT_EQ(engine->open_session(0, 2).share_slots, 2U);
+    EXPECT_EQ(engine->report().sessions, 1U);
 }
 
-TEST_F(ServiceTest, AReadWaitsForTheDescriptorOfItsSegment) {
+TEST_F(EngineThreadTest, AReadWaitsForTheDescriptorOfItsSegment) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     std::vector<std::byte> byte(1);
-    service->fetch_resident(0, 0, byte);  // active, but without a segment
+    engine->fetch_resident(0, 0, byte);  // active, but without a segment
     std::promise<void> begin;
     auto read = std::async(std::launch::async, [&] {
         begin.get_future().wait();
-        expect_cell(*service, model, 3);
+        expect_cell(*engine, model, 3);
     });
     auto none = std::make_unique<NoDescriptors>();
     begin.set_value();
     EXPECT_EQ(read.wait_for(std::chrono::milliseconds(300)), std::future_status::timeout);
-    EXPECT_EQ(service->report().models[0].slots, 0U);
+    EXPECT_EQ(engine->report().models[0].slots, 0U);
     none.reset();
     read.get();
 }
 
-TEST_F(ServiceTest, AConnectionWaitsForADescriptorAndNothingSpins) {
+TEST_F(EngineThreadTest, AConnectionWaitsForADescriptorAndNothingSpins) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     const Descriptor socket(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
     const ring::Hello hello{ring::MAGIC, ring::VERSION, {}};  // a token that nobody has
     pollfd answered{socket.get(), POLLIN, 0};
@@ -293,43 +293,43 @@ TEST_F(ServiceTest, AConnectionWaitsForADescriptorAndNothingSpins) {
     EXPECT_EQ(welcome.error, static_cast<uint32_t>(ENOENT));
 }
 
-TEST_F(ServiceTest, LoadingOneModelKeepsNoOtherWaiting) {
+TEST_F(EngineThreadTest, LoadingOneModelKeepsNoOtherWaiting) {
     FlashModel model(1, 40);
     FlashModel slow(1, 40, "slow");
     slow.spec.resident_path = folder.file("pipe");  // whose opening waits for somebody who writes
     ASSERT_EQ(::mkfifo(slow.spec.resident_path.c_str(), 0600), 0);
-    const auto service = serve(model);
-    ASSERT_EQ(service->add_model(slow.spec), 1U);
-    auto loading = std::async(std::launch::async, [&] { service->open_session(1, 2); });
-    while (service->report().resident_bytes == 0) std::this_thread::yield();  // it is active, and reads
-    auto other = std::async(std::launch::async, [&] { return service->open_session(0, 2).share_slots; });
+    const auto engine = serve(model);
+    ASSERT_EQ(engine->add_model(slow.spec), 1U);
+    auto loading = std::async(std::launch::async, [&] { engine->open_session(1, 2); });
+    while (engine->report().resident_bytes == 0) std::this_thread::yield();  // it is active, and reads
+    auto other = std::async(std::launch::async, [&] { return engine->open_session(0, 2).share_slots; });
     EXPECT_EQ(other.wait_for(std::chrono::seconds(20)), std::future_status::ready);
     const Descriptor writer(::open(slow.spec.resident_path.c_str(), O_WRONLY | O_CLOEXEC));
     EXPECT_THROW(loading.get(), std::exception);  // a pipe is no file of that size
     EXPECT_EQ(other.get(), 2U);
 }
 
-TEST_F(ServiceTest, WhoWaitsForAnOpeningWhoseDeviceIsSilentIsTold) {
+TEST_F(EngineThreadTest, WhoWaitsForAnOpeningWhoseDeviceIsSilentIsTold) {
     FlashModel slow(1, 40, "slow");
     slow.spec.resident_path = folder.file("pipe");
     ASSERT_EQ(::mkfifo(slow.spec.resident_path.c_str(), 0600), 0);
-    Service service(64U << 20, {"threads", 2, 32, false, false, std::chrono::milliseconds(300)}, folder.file("data"));
-    ASSERT_EQ(service.add_model(slow.spec), 0U);
-    auto first = std::async(std::launch::async, [&] { service.open_session(0, 2); });
-    while (service.report().resident_bytes == 0) std::this_thread::yield();
+    EngineThread engine({64U << 20, {"threads", 2, 32, false, std::chrono::milliseconds(300)}, folder.file("data")});
+    ASSERT_EQ(engine.add_model(slow.spec), 0U);
+    auto first = std::async(std::launch::async, [&] { engine.open_session(0, 2); });
+    while (engine.report().resident_bytes == 0) std::this_thread::yield();
     const uint32_t cell = 0;
     std::vector<std::byte> out(slow.spec.cell_bytes);
-    EXPECT_THROW(service.open_session(0, 2), Unanswered);
-    EXPECT_THROW(service.fetch(0, 0, {&cell, 1}, out), Unanswered);
+    EXPECT_THROW(engine.open_session(0, 2), Unanswered);
+    EXPECT_THROW(engine.fetch(0, 0, {&cell, 1}, out), Unanswered);
     EXPECT_EQ(first.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
     const Descriptor writer(::open(slow.spec.resident_path.c_str(), O_WRONLY | O_CLOEXEC));
     EXPECT_THROW(first.get(), std::exception);
-    EXPECT_EQ(service.report().sessions, 0U);
+    EXPECT_EQ(engine.report().sessions, 0U);
 }
 
-TEST_F(ServiceTest, AFaultOfItsLoopStopsItAndIsTold) {
+TEST_F(EngineThreadTest, AFaultOfItsLoopStopsItAndIsTold) {
     FlashModel model(1, 40);
-    const auto service = serve(model);
+    const auto engine = serve(model);
     for (const auto& entry : std::filesystem::directory_iterator("/proc/self/fd")) {
         std::error_code gone;
         if (std::filesystem::read_symlink(entry, gone).string() != "anon_inode:[eventpoll]") continue;
@@ -337,12 +337,12 @@ TEST_F(ServiceTest, AFaultOfItsLoopStopsItAndIsTold) {
         EXPECT_EQ(::syscall(SYS_dup3, 0, fd, O_CLOEXEC), fd);  // behind the sanitizer's back: it would see a race
     }
     const auto ask_for_ever = [&] {  // the first wakes the loop, which finds that it can wait no more
-        while (true) service->report();
+        while (true) engine->report();
     };
     EXPECT_THROW(ask_for_ever(), Stopping);
-    pollfd failed{service->failed_fd(), POLLIN, 0};
+    pollfd failed{engine->failed_fd(), POLLIN, 0};
     EXPECT_EQ(::poll(&failed, 1, 10'000), 1);
-    EXPECT_NE(service->failure().find("epoll_wait"), std::string::npos) << service->failure();
+    EXPECT_NE(engine->failure().find("epoll_wait"), std::string::npos) << engine->failure();
 }
 
 }  // namespace
