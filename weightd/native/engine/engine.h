@@ -54,6 +54,7 @@ enum class Use {
     session,   // a share, and predictors, if there are any
 };
 
+// Counted since the daemon's start. proto's ModelStats has a field of the same name for each, and says what it means.
 struct ModelCounts {
     uint64_t hits = 0;
     uint64_t misses = 0;
@@ -61,7 +62,18 @@ struct ModelCounts {
     uint64_t read_bytes = 0;
     uint64_t verify_errors = 0;
     uint64_t read_errors = 0;
-    uint64_t evictions = 0;  // by pools that are gone
+    uint64_t evictions = 0;  // by pools that no longer exist
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("hits", hits);
+        visit("misses", misses);
+        visit("reads", reads);
+        visit("read_bytes", read_bytes);
+        visit("verify_errors", verify_errors);
+        visit("read_errors", read_errors);
+        visit("evictions", evictions);
+    }
 };
 
 struct Model {
