@@ -18,11 +18,8 @@
 #include "device/block_size.h"
 #include "device/measure.h"
 #include "device/reader.h"
-<<<<<<< HEAD
-#include "memory/model_cost.h"
-=======
 #include "encoding_argument.h"
->>>>>>> main
+#include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
 namespace nb = nanobind;
