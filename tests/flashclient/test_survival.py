@@ -90,7 +90,7 @@ def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: st
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, transport="shm") as client,
     ):
-        client.connection.close()
+        client.loaded.connection.close()
         client.generate(PROMPT, **GREEDY)
         stats = client.stats()
         counted = daemon.daemon.stub.Stats(weightd_pb2.StatsRequest()).attached[0]
@@ -238,8 +238,8 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
 
 
 def ring_source(client: FlashClient) -> RingSource:
-    assert isinstance(client.source, RingSource)
-    return client.source
+    assert isinstance(client.loaded.source, RingSource)
+    return client.loaded.source
 
 
 def lease_a_share(client: FlashClient) -> None:

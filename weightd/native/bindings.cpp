@@ -8,14 +8,18 @@
 
 #include <cerrno>
 #include <filesystem>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 #include "bundle/bundle.h"
 #include "bundle/checksum.h"
 #include "device/block_size.h"
 #include "device/measure.h"
 #include "device/reader.h"
+#include "encoding_argument.h"
+#include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
 namespace nb = nanobind;
@@ -94,92 +98,47 @@ nb::bytes fetch_resident(EngineThread& engine, uint32_t model, uint64_t offset, 
     return filled_bytes(size, [&](std::span<std::byte> out) { engine.fetch_resident(model, offset, out); });
 }
 
-nb::dict dict_of(const weightd::ModelReport& model) {
-    nb::dict row;
-    row["sessions"] = model.sessions;
-    row["slots"] = model.slots;
-    row["slots_filled"] = model.slots_filled;
-    row["slots_leased"] = model.slots_busy;
-    row["leases"] = model.leases;
-    row["guaranteed_slots"] = model.guaranteed_slots;
-    row["pool_bytes"] = model.pool_bytes;
-    row["evictions"] = model.evictions;
-    row["hits"] = model.counts.hits;
-    row["misses"] = model.counts.misses;
-    row["reads"] = model.counts.reads;
-    row["read_bytes"] = model.counts.read_bytes;
-    row["verify_errors"] = model.counts.verify_errors;
-    row["read_errors"] = model.counts.read_errors;
-    row["reading_s"] = model.device.reading.seconds();
-    row["read_latency_counts"] = model.device.latencies.counts();
-    row["read_latency_sum_s"] = model.device.latencies.sum_s();
-    row["region_reads"] = model.device.region_reads;
-    return row;
-}
-
-nb::dict dict_of(const weightd::SessionReport& session) {
-    nb::dict row;
-    row["session"] = session.session;
-    row["model"] = session.model;
-    row["pid"] = session.pid;
-    row["uid"] = session.uid;
-    row["share_slots"] = session.share_slots;
-    row["lease_limit"] = session.lease_limit;
-    row["leased_cells"] = session.leased_cells;
-    row["age_s"] = session.age_s;
-    row["requests"] = session.requests;
-    row["hits"] = session.hits;
-    row["misses"] = session.misses;
-    row["read_bytes"] = session.read_bytes;
-    return row;
-}
-
-nb::dict dict_of(const weightd::ReadQueue& queue) {
-    nb::dict row;
-    row["in_flight"] = queue.in_flight;
-    row["in_flight_max"] = queue.in_flight_max;
-    row["depth_limit"] = queue.depth_limit;
-    row["waiting"] = queue.waiting;
-    return row;
-}
-
-nb::dict dict_of(const weightd::PressureReport& pressure) {
-    nb::dict row;
-    row["pressed"] = pressure.pressed;
-    row["dram_target_bytes"] = pressure.target_bytes;
-    row["dram_floor_bytes"] = pressure.floor_bytes;
-    row["signals"] = pressure.signals;
-    return row;
-}
-
 nb::list latency_bounds_s() {
     nb::list bounds;
     for (size_t i = 0; i + 1 < weightd::LATENCY_BUCKETS; i++) bounds.append(weightd::Latencies::bound_s(i));
     return bounds;
 }
 
-nb::dict report(EngineThread& engine) {
+template <typename T>
+concept HasFields = requires(const T& report) {
+    report.each_field([](const char*, const auto&) {});
+};
+
+template <typename T>
+nb::object object_of(const T& value) {
+    return nb::cast(value);
+}
+
+template <HasFields T>
+nb::dict object_of(const T& report);
+
+template <HasFields T>
+nb::list object_of(const std::vector<T>& reports) {
+    nb::list list;
+    for (const T& report : reports) list.append(object_of(report));
+    return list;
+}
+
+// The fields under the names that proto/weightd.proto gives them.
+template <HasFields T>
+nb::dict object_of(const T& report) {
+    nb::dict fields;
+    report.each_field([&](const char* name, const auto& value) { fields[name] = object_of(value); });
+    return fields;
+}
+
+nb::dict stats(EngineThread& engine) {
     weightd::Report report;
     {
         const nb::gil_scoped_release released;
         report = engine.report();
     }
-    nb::dict models;
-    for (const weightd::ModelReport& model : report.models) models[model.name.c_str()] = dict_of(model);
-    nb::list attached;
-    for (const weightd::SessionReport& session : report.attached) attached.append(dict_of(session));
-    nb::dict result;
-    result["limit_bytes"] = report.limit_bytes;
-    result["pool_bytes"] = report.pool_bytes;
-    result["resident_bytes"] = report.resident_bytes;
-    result["tables_bytes"] = report.tables_bytes;
-    result["sessions"] = report.sessions;
-    result["uptime_s"] = report.uptime_s;
-    result["read_queue"] = dict_of(report.read_queue);
-    result["memory_pressure"] = dict_of(report.pressure);
-    result["models"] = models;
-    result["attached"] = attached;
-    return result;
+    return object_of(report);
 }
 
 uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32_t cells, uint32_t neurons) {
@@ -187,7 +146,7 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     spec.resident_bytes = resident_bytes;
     spec.cell_bytes = cell_bytes;
     spec.layers.push_back({0, neurons, cells, 0, 0});
-    return weightd::Engine::minimum_dram_bytes(spec);
+    return weightd::minimum_dram_bytes(spec);
 }
 
 // Paths come as std::filesystem::path: its caster gives the bytes that the system knows, whatever the locale.
@@ -297,7 +256,8 @@ void bind_engine(nb::module_& m) {
              "IndexError, "
              "MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
-        .def("stats", &report, "What proto/weightd.proto's StatsResponse says; the latency bounds are constants.")
+        .def("stats", &stats,
+             "The fields of proto/weightd.proto's StatsResponse that the engine knows, as dicts and lists.")
         .def_prop_ro("failed_fd", &EngineThread::failed_fd, "readable once the engine has ended by a fault of its own")
         .def_prop_ro("failure", &EngineThread::failure, "what that fault was, or empty")
         .def("close", &EngineThread::stop, nb::call_guard<nb::gil_scoped_release>(),
@@ -312,13 +272,19 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
 
+weightd::Dtype dtype_of(const std::string& name) {
+    const std::optional<weightd::Dtype> dtype = weightd::dtype_named(name);
+    if (!dtype || *dtype == weightd::Dtype::i8) throw std::invalid_argument("unknown dtype " + name);
+    return *dtype;
+}
+
 void convert_bytes(const ReadBytes& source, const std::string& source_dtype, const WriteBytes& target,
                    const std::string& target_dtype) {
-    const weightd::Dtype from = weightd::dtype_named(source_dtype);
-    const weightd::Dtype to = weightd::dtype_named(target_dtype);
-    const std::size_t count = source.size() / weightd::dtype_bytes(from);
-    require(count * weightd::dtype_bytes(from) == source.size(), "source is not a whole number of elements");
-    require(count * weightd::dtype_bytes(to) == target.size(), "source and target differ in elements");
+    const weightd::Dtype from = dtype_of(source_dtype);
+    const weightd::Dtype to = dtype_of(target_dtype);
+    const std::size_t count = source.size() / weightd::bytes_of(from);
+    require(count * weightd::bytes_of(from) == source.size(), "source is not a whole number of elements");
+    require(count * weightd::bytes_of(to) == target.size(), "source and target differ in elements");
     const nb::gil_scoped_release released;
     weightd::convert(data_of(source), from, data_of(target), to, count);
 }
@@ -337,15 +303,16 @@ void checksum_bundles(const weightd::BundleShape& shape, const ReadBytes& cells,
 
 void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, const std::vector<std::string>& dtypes,
          const ReadBytes& down, std::size_t first, const WriteBytes& cells, const WriteChecksums& checksums) {
-    require(rows.size() == shape.row_parts && dtypes.size() == rows.size(), "row parts do not fit the shape");
-    const std::size_t neurons = down.size() / shape.part_bytes();
-    require(neurons * shape.part_bytes() == down.size(), "down matrix does not fit hidden_size");
+    require(rows.size() == shape.row_parts() && dtypes.size() == rows.size(), "row parts do not fit the shape");
+    const std::size_t column_bytes = shape.part_bytes(shape.row_parts());
+    const std::size_t neurons = down.size() / column_bytes;
+    require(neurons * column_bytes == down.size(), "down matrix does not fit hidden_size");
     require(first + checksums.size() <= neurons, "neurons beyond the down matrix");
     require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
     std::vector<weightd::Rows> parts;
     for (std::size_t i = 0; i < rows.size(); ++i) {
-        parts.push_back({data_of(rows[i]), weightd::dtype_named(dtypes[i])});
-        require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::dtype_bytes(parts[i].dtype),
+        parts.push_back({data_of(rows[i]), dtype_of(dtypes[i])});
+        require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::bytes_of(parts[i].dtype),
                 "rows do not fit the bundles");
     }
     const std::span<std::uint64_t> results(checksums.data(), checksums.size());
@@ -353,12 +320,13 @@ void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, 
     weightd::cut_bundles(shape, parts, {data_of(down), neurons}, first, data_of(cells), results);
 }
 
-weightd::BundleShape make_shape(const std::string& dtype, std::size_t hidden_size, std::size_t row_parts,
-                                std::size_t stride_bytes, std::size_t bundles_per_cell, std::size_t cell_bytes) {
-    const weightd::BundleShape shape{
-        weightd::dtype_named(dtype), hidden_size, row_parts, stride_bytes, bundles_per_cell, cell_bytes};
-    require(row_parts == 1 || row_parts == 2, "row parts are gate and up, or up");
-    require(hidden_size > 0 && bundles_per_cell > 0, "an empty bundle or cell");
+weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, std::size_t hidden_size, std::size_t stride_bytes,
+                                std::size_t bundles_per_cell, std::size_t cell_bytes) {
+    require(parts.size() == 2 || parts.size() == 3, "parts are gate, up and down, or up and down");
+    const weightd::BundleShape shape{std::move(parts), hidden_size, stride_bytes, bundles_per_cell, cell_bytes};
+    require(bundles_per_cell > 0 && shape.bundle_bytes() > 0, "an empty bundle or cell");
+    for (const weightd::Encoding& part : shape.parts)
+        require(hidden_size % part.block_values == 0, "hidden_size is not a whole number of blocks");
     require(stride_bytes >= shape.bundle_bytes(), "stride is smaller than a bundle");
     require(cell_bytes >= shape.bundle_bytes() + (bundles_per_cell - 1) * stride_bytes, "cell is too small");
     return shape;
@@ -366,8 +334,8 @@ weightd::BundleShape make_shape(const std::string& dtype, std::size_t hidden_siz
 
 void bind_bundle(nb::module_& module) {
     nb::class_<weightd::BundleShape>(module, "BundleShape", "The layout of bundles in cells; sizes in bytes.")
-        .def_static("make", &make_shape, nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("row_parts"),
-                    nb::arg("stride_bytes"), nb::arg("bundles_per_cell"), nb::arg("cell_bytes"));
+        .def_static("make", &make_shape, nb::arg("parts"), nb::arg("hidden_size"), nb::arg("stride_bytes"),
+                    nb::arg("bundles_per_cell"), nb::arg("cell_bytes"));
     nb::class_<weightd::Checksum>(module, "Checksum", "XXH3-64 of bytes that come in pieces.")
         .def(nb::init<>())
         .def(

@@ -1,7 +1,7 @@
 """Attention by the native kernel, in which the bits of a row depend only on what it attends to.
 
-The kernel is used for any number of tokens, also with sliding windows. transformers' own sdpa function is used where the
-kernel lacks something (gradients, dropout, softcaps, other devices). This choice is fixed, for the reason given in
+The kernel is used for any number of tokens, also with sliding windows. transformers' own sdpa function computes what
+the kernel cannot (gradients, dropout, softcaps, other devices). This choice is fixed, for the reason given in
 resident_linear.py. In decode the kernel is also faster: torch's scaled_dot_product_attention wakes its threads for each
 layer of each token, which takes several times longer than reading the keys and values (scripts/bench_kernels.py).
 """
@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flashclient._native import Attention, Workers
 from flashclient.model.arrays import KernelOf, array_of
-from flashclient.model.resident_linear import STORED_DTYPES
+from flashclient.model.dtypes import KERNEL_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
 # Arguments that sdpa takes and the kernel does not.
@@ -40,7 +40,7 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
     Raises:
         ValueError: the processor does not have `instruction_set`.
     """
-    kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
+    kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
     if model.config._attn_implementation != "sdpa":
         return 0
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # as sdpa asks of its caller

@@ -52,8 +52,10 @@ class ModelFFN(Protocol):
     clock: Clock
 
     def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
-        """The FFN's output for x [tokens, hidden_size], without its output bias. Where it has raised SessionLostError, it
-        may be called again with the same arguments."""
+        """The FFN's output for x [tokens, hidden_size], without its output bias.
+
+        Where it has raised SessionLostError, it may be called again with the same arguments.
+        """
 
     def idle(self) -> None:
         """Gives back everything that is leased or being fetched ahead."""

@@ -49,4 +49,4 @@ def _kernel(predictor: Predictor, model: weightd_pb2.Model, workers: Workers) ->
     if isinstance(predictor, Signs):
         return _native.SignPredictor(workers, predictor.signs, model.bundle.hidden_size, predictor.margin)
     arrays = predictor.input, predictor.output, predictor.bias, predictor.scale
-    return _native.LowRankPredictor(workers, model.bundle.dtype, *arrays)
+    return _native.LowRankPredictor(workers, model.compute_dtype, *arrays)

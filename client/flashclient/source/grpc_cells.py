@@ -108,8 +108,10 @@ class RemoteCells(CellSource):
         self._empty()
 
     def cancel(self) -> None:
-        """Called after a step that ended early. It also gives back what arrived() has returned: an interrupted window may
-        not have noted that, and it gives back everything that it has noted next."""
+        """Called after a step that ended early; the window gives back next what it has noted.
+
+        It also gives back what arrived() has returned, because an interrupted window may not have noted that.
+        """
         if not self._whole:
             self._empty()
         self._whole = False

@@ -18,7 +18,7 @@ LOOK_AHEAD_BYTES = 8 * 2**20
 
 
 class _RingErrors:
-    """Turns exceptions of the native session into errors of flashclient.errors. It is cheap, as each layer enters it."""
+    """Turns exceptions of the native session into errors of flashclient.errors. Cheap: each layer enters it."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -45,7 +45,7 @@ class _RingErrors:
 
 
 class RingSource:
-    """See BundleSource. One session with the daemon; its share of the pool lasts until close(), or until weightd is lost.
+    """See BundleSource. One session with the daemon; its share of the pool lasts until close() or a loss of weightd.
 
     Raises:
         ShareError: the pool has no room for another session.

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace flashclient {
@@ -42,21 +43,31 @@ struct Ffn::Scratch {
     std::vector<uint16_t> masks;         // of a group that does not begin with bit 0
 };
 
-Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set)
-    : workers_(workers), shape_(shape), kernels_(kernels_for(shape.dtype, instruction_set)) {
-    if (shape.activation == Activation::gated_relu && !shape.gated) {
+Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : workers_(workers), shape_(std::move(shape)) {
+    if (shape_.parts.size() != 2 && shape_.parts.size() != 3) {
+        throw std::invalid_argument("a bundle's parts are gate, up and down, or up and down");
+    }
+    if (shape_.activation == Activation::gated_relu && !shape_.gated()) {
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
     }
+    gate_or_up_ = next_part(0, instruction_set);
+    up_ = shape_.gated() ? next_part(1, instruction_set) : gate_or_up_;
+    down_ = next_part(shape_.parts.size() - 1, instruction_set);
+}
+
+// Parts are taken in their order: each begins where the one before ends.
+Ffn::Part Ffn::next_part(size_t part, const char* instruction_set) {
+    const Encoding& encoding = shape_.parts[part];
+    const Part taken{&kernels_for(encoding, instruction_set), bundle_bytes_};
+    bundle_bytes_ += encoding.bytes_of(shape_.hidden);
+    alignment_bytes_ = std::max(alignment_bytes_, bytes_of(*encoding.plain()));
+    return taken;
 }
 
 // Kept from call to call, because allocating takes longer than a small call.
 Ffn::Scratch& Ffn::scratch_of_thread() {
     static thread_local Scratch scratch;
     return scratch;
-}
-
-const char* Ffn::row(uint64_t bundle, size_t part) const {
-    return reinterpret_cast<const char*>(bundle) + part * shape_.hidden * bytes_of(shape_.dtype);
 }
 
 void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const float* x, size_t tokens, float* h) const {
@@ -97,8 +108,8 @@ void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t coun
 void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
-    for (size_t i = 0; i < group.count; i++) rows[i] = row(list.bundles[group.entry[i]], 0);
-    kernels_.dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
+    gate_or_up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
     Group open;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
@@ -110,7 +121,7 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
-    if (shape_.gated) open_gate(open, list.bundles, x, tokens, h);
+    if (shape_.gated()) open_gate(open, list.bundles, x, tokens, h);
 }
 
 // h *= up . x where the gate is open. A closed gate stays 0, whatever the up row holds.
@@ -118,8 +129,8 @@ void Ffn::open_gate(const Group& group, std::span<const uint64_t> bundles, const
                     float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
-    for (size_t i = 0; i < group.count; i++) rows[i] = row(bundles[group.entry[i]], 1);
-    kernels_.dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(bundles[group.entry[i]]);
+    up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
     for (size_t i = 0; i < group.count; i++) {
         for (size_t t = 0; t < tokens; t++) {
             float up = dots[i * tokens + t];
@@ -149,14 +160,14 @@ void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, siz
     for (size_t i = 0; i < bundles.size(); i++) {
         if (all_zero(h + i * tokens, tokens)) continue;
         scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
-        scratch.down_rows.push_back(row(bundles[i], parts() - 1));
+        scratch.down_rows.push_back(down_.in(bundles[i]));
     }
     // One thread computes an element of y and adds the neurons in order. Each thread gets one slice, if y is not large.
     const size_t share = divide_up(shape_.hidden, workers_.threads());
     const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
     workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
-        kernels_.accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
-                            shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
+        down_.kernels->accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
+                                  shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
     });
 }
 

@@ -23,6 +23,7 @@ from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Step, Steps
 from flashclient.source.border import retry_on_loss
+from weightd_proto.encodings import plain
 
 NEURONS, HIDDEN = 176, 64
 
@@ -56,7 +57,7 @@ class Sum:
         for name, value in cells.items():
             setattr(self.source.cells, name, value)
         workers = Workers(2)
-        kernels = Ffn(workers, "F32", HIDDEN, True, "relu")
+        kernels = Ffn(workers, [plain("F32")] * 3, HIDDEN, "relu")
         self.exact = ExactFFN(self.source, kernels, HIDDEN, Clock())
         self.predictors = Predictors(self.source.predictors(), parts.record, workers)
         self.steps = Fixed(Step(1, 1))

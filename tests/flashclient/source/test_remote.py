@@ -32,6 +32,7 @@ from flashclient.source import grpc_cells
 from flashclient.source.border import retry_on_loss
 from flashclient.source.grpc_chunks import GrpcSource, chunk_bundles_for, cut_spans
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import parts_of, plain
 
 BUNDLE_BYTES = 96
 LAYERS, NEURONS = 3, 70
@@ -43,7 +44,7 @@ def model() -> CutModel:
     random = np.random.default_rng(0)
     bundles = [random.integers(0, 256, (NEURONS, BUNDLE_BYTES), dtype=np.uint8) for _ in range(LAYERS)]
     layout = weightd_pb2.BundleLayout(
-        dtype="F32", parts=["gate", "up", "down"], hidden_size=8, bundle_bytes=BUNDLE_BYTES
+        parts=parts_of(("gate", "up", "down"), plain("F32")), hidden_size=8, bundle_bytes=BUNDLE_BYTES
     )
     layers = [weightd_pb2.Layer(module=f"layers.{i}", neurons=NEURONS) for i in range(LAYERS)]
     resident = random.bytes(3 * 2**20)
@@ -397,7 +398,7 @@ def test_a_step_that_is_interrupted_anywhere_leaves_nothing_half_done(model: Cut
     """In Python code below a native step: the next one gives the right bits, and the pool has room for it."""
     with opened(model, tmp_path, pool_bytes=8 * BUNDLE_BYTES) as (source, _):
         workers, layout = Workers(1), model.record.bundle
-        kernels = Ffn(workers, layout.dtype, layout.hidden_size, "gate" in layout.parts, "silu")
+        kernels = Ffn(workers, [part.encoding for part in layout.parts], layout.hidden_size, "silu")
         first, second = (wanting(workers, model, cells) for cells in (range(6), range(4, 10)))
         window = source.open_window(2)
         x = np.random.default_rng(0).standard_normal((1, layout.hidden_size)).astype(np.float32)

@@ -19,6 +19,7 @@ from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError
 from flashclient.source.ring import RingSource
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import plain
 from weightd_proto.files import BUNDLES_FILE
 
 NEURONS, BUNDLE_BYTES = 1500, 4032  # a bundle fills its cell
@@ -117,7 +118,7 @@ def test_a_window_is_empty_while_chunks_are_read(model: TinyModel, tmp_path: Pat
     """A window whose step wants neurons 5 and 6."""
     with opened(tmp_path) as (source, daemon):
         window = source.open_window(4)
-        kernels = _native.Ffn(_native.Workers(1), "F32", 336, True, "relu")
+        kernels = _native.Ffn(_native.Workers(1), [plain("F32")] * 3, 336, "relu")
         bias = np.full(NEURONS, -1, np.float32)
         bias[5:7] = 1
         zeros = np.zeros((1, 336), np.float32), np.zeros((NEURONS, 1), np.float32)

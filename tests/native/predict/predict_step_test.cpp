@@ -39,7 +39,7 @@ class Multiples : public Predictor {
 struct PredictStepTest : testing::Test {
     static constexpr uint32_t PER_CELL = 2;
     Workers workers{2};
-    Ffn ffn{workers, {Dtype::f32, HIDDEN, true, Activation::relu}};
+    Ffn ffn{workers, {{3, weightd::plain_encoding(Dtype::f32)}, HIDDEN, Activation::relu}};
     std::vector<float> bundles = random_floats(LAYERS * NEURONS * 3 * HIDDEN, 1);
     ReadableMemory readable{bundles.data(), bundles.size() * sizeof(float)};
     std::vector<float> x = random_floats(ROWS * HIDDEN, 2), bias = random_floats(NEURONS, 3);

@@ -19,14 +19,14 @@ ModelReport report_of(const Engine& engine, const Model& state) {
     ModelReport report;
     report.name = state.spec.name;
     report.sessions = state.sessions;
-    report.guaranteed_slots = state.guaranteed_slots;
+    report.share_slots = engine.models().sessions().share_slots(state);
     report.counts = state.counts;
-    report.evictions = engine.evictions(state);
+    report.counts.evictions = state.evictions();
     report.device = engine.device_use(state.index);
     if (state.pool == nullptr) return report;
     report.slots = state.pool->slots();
     report.slots_filled = state.pool->filled();
-    report.slots_busy = state.pool->busy();
+    report.slots_leased = state.pool->busy();
     report.leases = state.pool->leases();
     report.pool_bytes = report.slots * state.spec.cell_bytes;
     return report;
@@ -34,17 +34,19 @@ ModelReport report_of(const Engine& engine, const Model& state) {
 
 Report EngineThread::report() {
     return on_loop([&] {
-        const Memory& memory = engine_->memory();
+        const Memory& memory = engine_->models().memory();
         Report report;
-        report.limit_bytes = memory.limit_bytes();
-        report.pool_bytes = memory.used_bytes(Account::pool);
-        report.resident_bytes = memory.used_bytes(Account::resident);
-        report.tables_bytes = memory.used_bytes(Account::tables);
+        report.dram_limit_bytes = memory.limit_bytes();
+        report.dram_pool_bytes = memory.used_bytes(Account::pool);
+        report.dram_resident_bytes = memory.used_bytes(Account::resident);
+        report.dram_tables_bytes = memory.used_bytes(Account::tables);
         report.sessions = static_cast<uint32_t>(rings_.size());
         report.uptime_s = seconds_since(started_);
         report.read_queue = engine_->read_queue();
-        report.pressure = {engine_->pressed(), engine_->target_bytes(), engine_->floor_bytes(), pressure_signals_};
-        for (const auto& state : engine_->models()) report.models.push_back(report_of(*engine_, *state));
+        const Pressure& pressure = engine_->models().pressure();
+        report.memory_pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(),
+                                  pressure_signals_};
+        for (const auto& state : engine_->models().all()) report.models.push_back(report_of(*engine_, *state));
         for (const auto& [id, ring] : rings_) {
             report.attached.push_back(report_of(*ring, engine_->model(ring->model).spec));
         }
