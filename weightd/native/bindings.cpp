@@ -19,6 +19,7 @@
 #include "device/measure.h"
 #include "device/reader.h"
 #include "encoding_argument.h"
+#include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
 namespace nb = nanobind;
@@ -145,7 +146,7 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     spec.resident_bytes = resident_bytes;
     spec.cell_bytes = cell_bytes;
     spec.layers.push_back({0, neurons, cells, 0, 0});
-    return weightd::Engine::minimum_dram_bytes(spec);
+    return weightd::minimum_dram_bytes(spec);
 }
 
 // Paths come as std::filesystem::path: its caster gives the bytes that the system knows, whatever the locale.
