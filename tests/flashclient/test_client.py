@@ -310,10 +310,10 @@ def test_forked(client: FlashClient) -> None:
         ({"pool_bytes": -1, "transport": "grpc"}, "pool_bytes=-1 must be above 0"),
         ({"pool_bytes": 100, "transport": "grpc"}, "pool_bytes=100 is too small"),
         ({"pool_bytes": 2**20, "transport": "shm"}, r"pool_bytes= is for transport='grpc'"),
-        ({"dtype": "bfloat16"}, "dtype=bfloat16 is not the stored one, float32"),
-        ({"dtype": torch.float16}, r"dtype=torch.float16 is not the stored one, float32"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16 is not the stored dtype, float32"),
+        ({"dtype": torch.float16}, r"dtype=torch.float16 is not the stored dtype, float32"),
         ({"dram": "1GiB"}, "dram=1GiB is for a weightd of one's own"),
-        ({"store": "/tmp"}, "address= and store= name two ways"),
+        ({"store": "/tmp"}, "address= and store= each name a weightd"),
     ],
 )
 def test_options_are_refused(server: FetchServer, options: dict[str, Any], message: str) -> None:
