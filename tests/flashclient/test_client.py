@@ -176,7 +176,7 @@ def test_a_cache_that_is_given_is_used(client: FlashClient) -> None:
     ],
 )
 def test_other_kinds_are_refused(client: FlashClient, prompt: Any) -> None:
-    with pytest.raises(OptionError, match=r"pass text|are needed|pass some text"):
+    with pytest.raises(OptionError, match=r"pass text|pass whole numbers|pass some text"):
         client.generate(prompt, max_new_tokens=2)
 
 
@@ -217,7 +217,7 @@ def test_a_stream_may_be_left(client: FlashClient) -> None:
 
 
 def test_a_stream_raises_what_happens(client: FlashClient) -> None:
-    with pytest.raises(OptionError, match="unknown generation argument 'temprature'"):
+    with pytest.raises(OptionError, match="has no argument 'temprature'"):
         list(client.stream(PROMPT, temprature=1.0))
 
 
@@ -342,7 +342,7 @@ def test_the_stored_dtype_is_accepted(server: FetchServer) -> None:
 
 
 def test_generation_arguments_are_refused(client: FlashClient) -> None:
-    with pytest.raises(OptionError, match="unknown generation argument 'max_new_token'"):
+    with pytest.raises(OptionError, match="has no argument 'max_new_token'"):
         client.generate(PROMPT, max_new_token=3)
 
 

@@ -1,6 +1,6 @@
 """The weightd of a store: the one that serves it already, or a private child of this process.
 
-STORE/weightd.lock names the daemon that serves the store, {"pid": ..., "address": ...}, which holds the file locked. The
+STORE/weightd.lock names the daemon that serves the store, {"pid": ..., "address": ...}; the daemon holds it locked. The
 client asks that address. It does not try the lock, which could disturb a daemon that is about to take it. If several
 processes start a daemon at the same time, the lock picks one; the others attach to it.
 
