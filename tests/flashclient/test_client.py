@@ -312,7 +312,7 @@ def test_forked(client: FlashClient) -> None:
         ({"pool_bytes": 2**20, "transport": "shm"}, r"pool_bytes= is for transport='grpc'"),
         ({"dtype": "bfloat16"}, "dtype=bfloat16 is not the stored dtype, float32"),
         ({"dtype": torch.float16}, r"dtype=torch.float16 is not the stored dtype, float32"),
-        ({"dram": "1GiB"}, "dram=1GiB is for a weightd of one's own"),
+        ({"dram": "1GiB"}, "dram=1GiB is for a private weightd"),
         ({"store": "/tmp"}, "address= and store= each name a weightd"),
     ],
 )
