@@ -4,9 +4,9 @@ The log is short by default: a line at the start, a line per model, and warnings
 debug. Names come from stores and clients, so control characters are escaped and every event stays on one line. An event
 passes numbers as `logger.info("...", extra={"fields": {...}})`; they become keys of the JSON object.
 
-In JSON form every line is an object, including lines that other code writes: Python's warnings and uncaught exceptions are
-logged as events, and descriptor 2 is a pipe whose lines become events, because gRPC's core writes there. If native code
-crashes, its last lines may be lost in that pipe.
+In JSON form every line is an object, including lines that other code writes: Python's warnings and uncaught exceptions
+are logged as events, and descriptor 2 is a pipe whose lines become events, because gRPC's core writes there. If native
+code crashes, its last lines may be lost in that pipe.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class JsonLines(logging.Formatter):
 
 
 class _Capture:
-    """Turns each line written to descriptor 2 into an event, until end(). `stream` writes to the real standard error."""
+    """Turns each line written to descriptor 2 into an event, until end(). `stream` is the real standard error."""
 
     def __init__(self) -> None:
         self.stream = os.fdopen(os.dup(2), "w", errors="backslashreplace")

@@ -1,9 +1,10 @@
 """The front: the proxy that all clients connect to. It passes on to gRPC what is within bounds.
 
-The front learns from the kernel or from TLS who connects, and terminates TLS. It counts what each user holds (users.py),
-reads the frame headers of both directions (http2.py), and closes connections that stay half open. gRPC listens at a
-socket whose name has been removed, so that only this process, which has a descriptor of it, can connect. The front binds
-each of its connections to gRPC to an abstract name, by which a call's handler finds the Origin of the call.
+The front learns from the kernel or from TLS who connects, and terminates TLS. It counts what each user holds
+(users.py), reads the frame headers of both directions (http2.py), and closes connections that stay half open. gRPC
+listens at a socket whose name has been removed, so that only this process, which has a descriptor of it, can connect.
+The front binds each of its connections to gRPC to an abstract name, by which a call's handler finds the Origin of the
+call.
 
 A connection buffers at most one read. While the other side does not take it, this side is not read.
 """

@@ -1,8 +1,8 @@
 """Bounds of an HTTP/2 connection that are checked before gRPC sees its bytes. Only frame headers are read.
 
-gRPC's core bounds a call, but not what arrives before there is a call: header blocks without an end, frames that must be
-answered at once, parts of messages. So this module counts them first. It does not decode header blocks, so it does not
-know which method a call names.
+gRPC's core bounds a call, but not what arrives before there is a call: header blocks without an end, frames that must
+be answered at once, parts of messages. So this module counts them first. It does not decode header blocks, so it does
+not know which method a call names.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
 """Who is at the other end of a Unix socket: a signed identity that the client sends with its calls.
 
 gRPC hides the credentials of a Unix socket's peer. So beside each gRPC socket there is a second one, whose name ends in
-IDENTITY_SUFFIX. Whoever connects there is sent a signed Identity (proto/weightd.proto) with the user and the groups that
-the kernel reports (SO_PEERCRED, SO_PEERGROUPS). The client sends it with its calls. An identity is valid for an hour, so
-that leaving a group takes effect. The key is a file of the store, so identities survive a restart of weightd, but not of
-the machine. A process that passes its identity on gives away no more than the weights that it can read anyway.
+IDENTITY_SUFFIX. Whoever connects there is sent a signed Identity (proto/weightd.proto) with the user and the groups
+that the kernel reports (SO_PEERCRED, SO_PEERGROUPS). The client sends it with its calls. An identity is valid for an
+hour, so that leaving a group takes effect. The key is a file of the store, so identities survive a restart of weightd,
+but not of the machine. A process that passes its identity on gives away no more than the weights that it can read
+anyway.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Accounts of the front's users: connections, calls, bytes of messages, and the rate at which they may cause work.
 
-A user is a user of this machine (over a Unix socket), the names in a certificate, or an address. Only what the kernel or
-TLS has proven counts, never what a client claims.
+A user is a user of this machine (over a Unix socket), the names in a certificate, or an address. Only what the kernel
+or TLS has proven counts, never what a client claims.
 """
 
 from __future__ import annotations

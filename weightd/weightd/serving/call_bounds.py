@@ -1,10 +1,10 @@
 """Bounds on calls, so that no client can shut out others or make the daemon grow.
 
-Every call takes a place before its request is read. It keeps the place until its answer has been sent and all work that it
-began has ended (keeping_place). So the number of places bounds the requests, the answers, and the threads that wait for a
-device. One peer gets at most CALLS_OF_PEER places. A method named in BOUNDS may take long and has a bound of its own, of
-which one peer, and one model, get only a part. The last quarter of the places is reserved for peers that have none. The
-front says who a peer is: a user of this machine, the names of a certificate, or a host.
+Every call takes a place before its request is read. It keeps the place until its answer has been sent and all work that
+it began has ended (keeping_place). So the number of places bounds the requests, the answers, and the threads that wait
+for a device. One peer gets at most CALLS_OF_PEER places. A method named in BOUNDS may take long and has a bound of its
+own, of which one peer, and one model, get only a part. The last quarter of the places is reserved for peers that have
+none. The front says who a peer is: a user of this machine, the names of a certificate, or a host.
 
 A request is parsed only after its size and its number of fields have been checked (weightd.gateway.wire).
 """
@@ -43,8 +43,8 @@ STREAMS_MAX = 64  # of one connection; a client has a few, and clients behind a 
 METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
 RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client accepts as much
 
-# A peer that is frozen or cut off is detected within 50 s, and its calls release what they hold. Clients ping every 20 s;
-# pings a little more often are accepted.
+# A peer that is frozen or cut off is detected within 50 s, and its calls release what they hold. Clients
+# ping every 20 s; pings a little more often are accepted.
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 PING_INTERVAL_MIN_MS = 10_000
@@ -55,8 +55,8 @@ NAMES_BYTES_MAX = 4 << 10  # of a request that holds little more than a model's 
 # In a message of up to UNCOUNTED_BYTES there cannot be more of them, because a field takes two bytes.
 FIELDS_MAX = FETCH_RANGES_MAX + 64
 UNCOUNTED_BYTES = 2 * FIELDS_MAX
-# Connections are closed after a while, with time for running calls, so that the peer is identified again when it connects
-# again. The longest call of a client, an OpenSession that reads resident weights, times out after 10 minutes.
+# Connections are closed after a while, with time for running calls, so that the peer is identified again when it
+# connects again. The longest call of a client, an OpenSession that reads resident weights, times out after 10 minutes.
 CONNECTION_IDLE_MS = 300_000  # without a call; gRPC's clients connect again when they need to
 CONNECTION_AGE_MS = 600_000
 CONNECTION_AGE_GRACE_MS = 1_200_000
@@ -193,8 +193,8 @@ class CallBounds(grpc.aio.ServerInterceptor):
     """Refuses calls beyond BOUNDS with ABORTED (the caller tries again later) and too large messages with
     RESOURCE_EXHAUSTED, and turns exceptions of a call into a status.
 
-    Ends a call with DEADLINE_EXCEEDED if its caller sends nothing, or reads nothing, for `patience_s`. In the second case
-    the connection is closed too, because gRPC keeps answers that were not read.
+    Ends a call with DEADLINE_EXCEEDED if its caller sends nothing, or reads nothing, for `patience_s`. In the second
+    case the connection is closed too, because gRPC keeps answers that were not read.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The daemon's configuration: one frozen record, built once from flags and an optional TOML file.
 
-A key of the file is a flag without its leading dashes, as in `io-engine = "threads"`. `listen` is a list. Flags override
-the file. Unknown flags and keys are refused, and the error names the nearest known one.
+A key of the file is a flag without its leading dashes, as in `io-engine = "threads"`. `listen` is a list. Flags
+override the file. Unknown flags and keys are refused, and the error names the nearest known one.
 """
 
 from __future__ import annotations

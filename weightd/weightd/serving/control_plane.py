@@ -1,9 +1,9 @@
 """The control plane: what each call of proto/weightd.proto does.
 
-Calls of the engine and the store block, so they run in worker threads, never on the event loop. Calls that read from the
-device (a Fetch, the opening of a model or a session, the files of a calibration, a lookup in the catalog) have thread
-pools as large as call_bounds allows calls. So no call waits for another model's device, and Stats, which reads memory
-only, waits for none. A Fetch makes its next answer when the client has taken the last.
+Calls of the engine and the store block, so they run in worker threads, never on the event loop. Calls that read from
+the device (a Fetch, the opening of a model or a session, the files of a calibration, a lookup in the catalog) have
+thread pools as large as call_bounds allows calls. So no call waits for another model's device, and Stats, which reads
+memory only, waits for none. A Fetch makes its next answer when the client has taken the last.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ class ControlPlane:
     async def _readable(self, name: str, context: Context, import_id: bytes = b"") -> ServedModel:
         """The opened model. `import_id` is the import that the caller wants, empty for any.
 
-        Raises ForbiddenError, UnknownModelError (lists the models that the caller may read), StoreError (the stored import
-        is another one), DeviceError (the device does not answer), and what ServedModels.open() raises.
+        Raises ForbiddenError, UnknownModelError (lists the models that the caller may read), StoreError (the stored
+        import is another one), DeviceError (the device does not answer), and what ServedModels.open() raises.
         """
         caller = self._identities.caller(context)
         require_read(caller, name, self._allow)

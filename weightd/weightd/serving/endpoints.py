@@ -1,4 +1,4 @@
-"""All that clients connect to: the front, the gRPC server behind it with its health service, and the identity sockets."""
+"""All that clients connect to: the front, the gRPC server and health service behind it, and the identity sockets."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ from weightd.watching.statistics import Statistics
 
 logger = logging.getLogger("weightd")
 
-# Hotness is saved at the end, and at intervals in case the daemon is killed. The intervals are long, to spare the device,
-# but short after the start, when hotness changes fastest.
+# Hotness is saved at the end, and at intervals in case the daemon is killed. The intervals are long, to spare the
+# device, but short after the start, when hotness changes fastest.
 REMEMBER_FIRST_S = 4.0
 REMEMBER_EVERY_S = 256.0
 

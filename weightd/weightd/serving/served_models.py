@@ -34,11 +34,12 @@ logger = logging.getLogger(__name__)
 PLACEMENTS_KEPT = 64
 PAGE_BYTES = 4096
 OPENERS_AT_START = 8  # models opened at once, so that a device that hangs does not delay other models
-# After this time without an answer, callers that can go on without the device do so. A healthy device takes milliseconds;
-# a disk that wakes up or a link that fails over takes seconds.
+# After this time without an answer, callers that can go on without the device do so. A healthy device takes
+# milliseconds; a disk that wakes up or a link that fails over takes seconds.
 ANSWER_WITHIN_S = 30.0
-# The default --dram leaves room for the predictors of a future calibration beside those of open sessions. Predictors whose
-# rank is a sixteenth of the width take a sixteenth of the bundles' bytes; small models need room for headers and pages.
+# The default --dram leaves room for the predictors of a future calibration beside those of open sessions. Predictors
+# whose rank is a sixteenth of the width take a sixteenth of the bundles' bytes; small models need room for headers and
+# pages.
 CALIBRATION_SHARE = 16
 CALIBRATION_BYTES = 2 << 20
 

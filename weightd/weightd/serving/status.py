@@ -41,8 +41,8 @@ STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
 )
 # These are logged, because the operator must act, not the caller.
 LOGGED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS)
-# A status is sent in a header. Clients accept 8 KiB of headers, and a character may take nine bytes there. Only texts with
-# a long name chosen by a caller are longer.
+# A status is sent in a header. Clients accept 8 KiB of headers, and a character may take nine bytes there. Only texts
+# with a long name chosen by a caller are longer.
 DETAILS_CHARACTERS_MAX = 800
 
 

@@ -1,7 +1,7 @@
 """`--metrics HOST:PORT`: the daemon's metrics for Prometheus, over HTTP.
 
-prometheus_client formats the text; metric_table.py names the metrics. Concurrent requests and the time of each are bounded:
-connections above the bound, and silent ones, are closed.
+prometheus_client formats the text; metric_table.py names the metrics. Concurrent requests and the time of each are
+bounded: connections above the bound, and silent ones, are closed.
 """
 
 from __future__ import annotations

@@ -75,8 +75,8 @@ def drawing() -> Iterator[Terminal]:
         undo.callback(os.close, reading)
         undo.callback(os.close, writing)
 
-        # Python runs a handler only between two of its instructions, so a signal that arrives just before `select` begins
-        # would not end it. The wakeup descriptor is written as soon as the signal arrives.
+        # Python runs a handler only between two of its instructions, so a signal that arrives just before `select`
+        # begins would not end it. The wakeup descriptor is written as soon as the signal arrives.
         undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
         undo.callback(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, _caught))
         undo.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))

@@ -1,8 +1,8 @@
 """`weightd top`: shows the statistics of a running daemon.
 
-On a terminal it asks for Stats at every interval and shows what happened in between, on the terminal's alternate screen,
-until q or Ctrl-C ends it. If standard output is not a terminal, it prints one table for one interval. --json prints one
-object for one interval.
+On a terminal it asks for Stats at every interval and shows what happened in between, on the terminal's alternate
+screen, until q or Ctrl-C ends it. If standard output is not a terminal, it prints one table for one interval. --json
+prints one object for one interval.
 
 It connects as flashclient does, with the same addresses, TLS options and identity.
 """
