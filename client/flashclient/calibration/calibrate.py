@@ -1,12 +1,12 @@
-"""Measures a model's sparsity on a text, makes its predictors and publishes both: `flashclient calibrate`.
+"""Measures a model's sparsity on a text, trains its predictors and publishes both: `flashclient calibrate`.
 
-The model is run one decoder layer at a time over all sequences, so each layer is read from flash once. Held meanwhile:
-the hidden states and one layer's FFN inputs (each tokens x hidden_size in the model's dtype), its firing bits (tokens x
+The model runs one decoder layer at a time over all sequences, so each layer is read from flash once. In memory are: the
+hidden states and one layer's FFN inputs (each tokens x hidden_size in the model's dtype), its firing bits (tokens x
 neurons / 8 bytes), its weights in fp32 (neurons x hidden_size x 12 bytes with a gate), and the finished predictors.
-For 65536 tokens of OPT-6.7B that is 0.5 + 0.5 + 0.1 + 0.5 + 0.2 GB, where the inputs of all layers would take 17 GB.
+For 65536 tokens of OPT-6.7B that is 0.5 + 0.5 + 0.1 + 0.5 + 0.2 GB. The inputs of all layers would take 17 GB.
 
-Of every eight sequences six train, one chooses thresholds and ranks, and one, not used for anything else, is what the
-rates, the unions and the loss of quality are measured on.
+Of every eight sequences, six train the predictors, one chooses thresholds and ranks, and one is the test set: rates,
+unions and the loss of quality are measured on it alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flashclient.calibration.evaluate import Quality
 from flashclient.calibration.firing import PackedBits, unions
-from flashclient.calibration.layer_walk import LayerWalk, LayerWeights
+from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, layer_walk
 from flashclient.calibration.predictor_training import (
     Examples,
     Prediction,
@@ -34,9 +34,9 @@ from flashclient.calibration.predictor_training import (
 )
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
-from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model.build import DTYPES
+from flashclient.model.dtypes import DTYPES
+from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
 
@@ -44,26 +44,25 @@ TOKENS_DEFAULT = 65536
 RANKS_DEFAULT = (16, 32, 64, 128)
 RECALL_DEFAULT = 0.95
 KINDS = ("low_rank", "sign")
-FIRING_DENSE = 0.95  # a layer of which more fires has nothing to predict; a model of such layers is refused
-MISSES_AIMED = 0.9  # of the misses that the target allows: other texts than the one calibrated on miss a little more
+FIRING_DENSE = 0.95  # where more neurons fire there is nothing to predict; a model of such layers is refused
+MISSES_AIMED = 0.9  # of the misses that the target recall allows: on other texts predictors miss a little more
 ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
+SOFT = ("silu", "gelu", "gelu_tanh")  # activations that are zero only by rounding
 
 
-SOFT = ("silu", "gelu", "gelu_tanh")  # activations that are zero nowhere but by rounding
-
-
-def check_sparse(client: FlashClient) -> None:
-    """Raises CalibrationError where the model's activation already says that no neuron is ever left out."""
-    if client.activation in SOFT:
+def check_sparse(loaded: LoadedModel) -> None:
+    """Raises CalibrationError where no neuron of the model's activation is ever exactly zero."""
+    activation = loaded.built.activation
+    if activation in SOFT:
         raise CalibrationError(
-            f"model '{client.record.name}' cannot be calibrated: its activation, {client.activation}, is zero for no"
-            " neuron, so predict mode would lose quality or read everything; run it in mode 'exact'"
+            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation}, is never exactly zero,"
+            " so predict mode would lose quality or read everything; run it in mode 'exact'"
         )
 
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What `flashclient calibrate` is asked for. Raises OptionError for values that are not allowed."""
+    """Options of `flashclient calibrate`. Raises OptionError for values that are not allowed."""
 
     target_recall: float = RECALL_DEFAULT
     ranks: tuple[int, ...] = RANKS_DEFAULT
@@ -75,28 +74,28 @@ class CalibrationOptions:
         if not 0 < self.target_recall < 1:
             raise OptionError(f"target recall {self.target_recall:g} must be between 0 and 1, such as 0.95")
         if not self.ranks or min(self.ranks) < 1:
-            raise OptionError(f"ranks {', '.join(map(str, self.ranks))} must be at least 1")
+            raise OptionError(f"ranks {', '.join(map(str, self.ranks)) or '()'} must be whole numbers of at least 1")
         if self.kind not in KINDS:
             raise OptionError(f"kind '{self.kind}' is not known: use {' or '.join(KINDS)}")
 
 
-def calibrate(client: FlashClient, sequences: Tensor, options: CalibrationOptions) -> CalibrationResult:
-    """Runs the whole calibration; `client` must be of mode "exact" and can only be closed afterwards.
+def calibrate(loaded: LoadedModel, sequences: Tensor, options: CalibrationOptions) -> CalibrationResult:
+    """Runs the whole calibration.
 
     Args:
+        loaded: a model in exact mode.
         sequences: [sequences, length] ids, at least 8 sequences.
 
     Raises:
         CalibrationError: the model has no exact zeros to predict.
         DaemonLostError, CorruptionError: while its weights were read.
     """
-    check_sparse(client)
+    check_sparse(loaded)
     begun_s = time.monotonic()
-    with torch.no_grad():
-        run = _Run(client, sequences, options)
-        layers = [run.layer(index) for index in _progress(len(client.record.layers), options.progress)]
+    with torch.no_grad(), layer_walk(loaded, sequences[:1]) as walk:
+        run = _Run(walk, loaded.record, sequences, options)
+        layers = [run.layer(index) for index in _progress(len(loaded.record.layers), options.progress)]
         quality = run.quality()
-    client.source.idle()
     settings = {"kind": options.kind, "target_recall": options.target_recall, "seed": options.seed}
     return CalibrationResult(layers, quality, sequences.numel(), settings, time.monotonic() - begun_s)
 
@@ -106,14 +105,17 @@ def _progress(layers: int, shown: bool) -> Iterator[int]:
 
 
 class _Run:
-    """The hidden states of all sequences, which move on layer by layer; those of the test also as predicted."""
+    """The hidden states of all sequences, layer by layer; those of the test set also with predicted FFNs."""
 
-    def __init__(self, client: FlashClient, sequences: Tensor, options: CalibrationOptions) -> None:
-        self._walk = LayerWalk(client, sequences[:1])
+    def __init__(
+        self, walk: LayerWalk, record: weightd_pb2.Model, sequences: Tensor, options: CalibrationOptions
+    ) -> None:
+        self._walk = walk
+        self._record = record
         self._options = options
         self._sequences = sequences
         self._recall = 1 - MISSES_AIMED * (1 - options.target_recall)
-        self._dtype = DTYPES[client.record.bundle.dtype]
+        self._dtype = DTYPES[record.compute_dtype]
         self._hidden = [self._walk.embed(ids) for ids in sequences[:, None]]
         roles = torch.arange(len(sequences)) % ROLES
         self._tested = (roles == ROLES - 1).nonzero()[:, 0].tolist()
@@ -142,13 +144,13 @@ class _Run:
             frequency,
             wanted.frequency(),
             unions(wanted.select(self._testing), self._sequences.shape[1]),
-            self._walk.record.layers[index].neurons * self._walk.record.bundle.bundle_bytes,
+            self._record.layers[index].neurons * self._record.bundle.bundle_bytes,
         )
 
     def _advance(self, index: int, weights: LayerWeights) -> Examples:
-        """Takes all hidden states through the layer; returns its FFN's inputs and which neurons fired."""
+        """Takes all hidden states through the layer; returns its FFN's inputs and the neurons that fired."""
         length = self._sequences.shape[1]
-        hidden_size, neurons = self._walk.record.bundle.hidden_size, len(weights.down)
+        hidden_size, neurons = self._record.bundle.hidden_size, len(weights.down)
         x = torch.empty(self._sequences.numel(), hidden_size, dtype=self._dtype)
         bits = PackedBits(len(x), neurons)
         for row, hidden in enumerate(self._hidden):
@@ -179,16 +181,16 @@ class _Run:
         )
 
     def _refuse_dense(self, firing: float) -> None:
-        """After two layers, as the first of a sparse model may be dense."""
+        """Refuses a model whose first two layers are dense; the first layer of a sparse model may be."""
         self._firing.append(firing)
-        if len(self._firing) == min(2, len(self._walk.record.layers)) and min(self._firing) > FIRING_DENSE:
+        if len(self._firing) == min(2, len(self._record.layers)) and min(self._firing) > FIRING_DENSE:
             raise CalibrationError(
-                f"{min(self._firing):.1%} of the neurons of model '{self._walk.record.name}' are not zero for an"
+                f"{min(self._firing):.1%} of the neurons of model '{self._record.name}' are not zero for an"
                 " average token: predict mode would lose quality or read everything; run it in mode 'exact'"
             )
 
     def quality(self) -> dict[str, Quality]:
-        """Of the dense model and of the predicted one on the test's sequences."""
+        """Quality of the dense and of the predicted model on the test set."""
         dense, predict = Quality(), Quality()
         for row, predicted in zip(self._tested, self._predicted, strict=True):
             ids = self._sequences[row : row + 1]
@@ -201,7 +203,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """An FFN that keeps its inputs and which neurons fired, from token `first` on."""
+    """An FFN that records its inputs and the neurons that fired, from token `first` on."""
 
     weights: LayerWeights
     x: Tensor
@@ -224,8 +226,8 @@ def _wanted(prediction: Prediction, examples: Examples) -> PackedBits:
     return bits
 
 
-def publish_result(result: CalibrationResult, client: FlashClient) -> weightd_pb2.Calibration:
-    """Makes `result` the model's newest calibration. Raises what publishing.publish does."""
+def publish_result(result: CalibrationResult, loaded: LoadedModel) -> weightd_pb2.Calibration:
+    """Publishes `result` as the model's newest calibration. Raises what publish() does."""
     with TemporaryDirectory(prefix="flashclient-") as name:
-        names = write_files(result, client.record, Path(name))
-        return publish(client.connection, client.record, result.mode()[0], Path(name), names)
+        names = write_files(result, loaded.record, Path(name))
+        return publish(loaded.connection, loaded.record, result.mode()[0], Path(name), names)

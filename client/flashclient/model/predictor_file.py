@@ -1,11 +1,12 @@
-"""The files of a calibration, as `flashclient calibrate` writes them and the predictor reads them.
+"""The files of a calibration, which `flashclient calibrate` writes and predict mode reads.
 
-predictors.safetensors is a safetensors file, little-endian, of one kind of predictor for all L layers of a model.
+predictors.safetensors is a safetensors file, little-endian, with a predictor for each of the L layers of a model, all
+of one kind.
 
 - Metadata: `format` "flashclient-calibration", `format_version` "1", `kind` "low_rank" or "sign", `import_id` in
   hexadecimal: the import of the model that it was made for.
-- Rows of the neurons are by position, not by neuron: row p belongs to the bundle at position p of the layer.
-- Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the dtype of the model's bundles,
+- Rows are by position, not by neuron: row p belongs to the bundle at position p of the layer.
+- Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the model's compute dtype,
   `layers.{i}.output` [neurons, rank] in the same, or I8 with `layers.{i}.scale` [neurons] F32, and `layers.{i}.bias`
   [neurons] F32, into which the threshold is folded. A neuron is wanted for the FFN input x where
   scale * (output . (input . x)) + bias > 0. The rank differs from layer to layer and is at least 1.
@@ -13,10 +14,10 @@ predictors.safetensors is a safetensors file, little-endian, of one kind of pred
   U8, where bit j % 8 of byte j // 8 is the sign bit (1: negative) of coordinate j of the neuron's gate row, or up row
   where there is no gate; bits past the last are 0. `layers.{i}.margin` [neurons] I32. A neuron is wanted where
   (coordinates whose sign is that of x's) - (those whose sign differs) > margin.
-- Every tensor begins at a multiple of 64 bytes of the file, so it can be used where it is mapped. safetensors allows
-  no holes: what lies between is in tensors `padding.{n}` U8, which mean nothing.
-- Refused, as CalibrationError: what is not a whole safetensors file, another format, a newer version, an unknown
-  kind, another import_id than the model's, a tensor that is missing, not aligned, or of another dtype or shape.
+- Every tensor begins at a multiple of 64 bytes of the file, so it can be used in place where the file is mapped.
+  safetensors allows no gaps, so the bytes between are in tensors `padding.{n}` U8, which have no meaning.
+- Refused with CalibrationError: a file that is not a whole safetensors file, another format, a newer version, an
+  unknown kind, another import_id than the model's, a tensor that is missing, not aligned, or of another dtype or shape.
 
 statistics.safetensors, same metadata: `layers.{i}.frequency` and `layers.{i}.predicted` [neurons] F32, the shares of
 the text's tokens at which a neuron fired and was predicted; `layers.{i}.union` [8] F32, the share of the neurons that
@@ -29,7 +30,6 @@ report.json: {"layers": [{"firing", "predicted", "false_negatives", "false_posit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -41,16 +41,16 @@ from numpy.typing import NDArray
 
 from flashclient.errors import CalibrationError
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES
 from weightd_proto.files import ALIGNMENT_BYTES
+from weightd_proto.safetensors_header import LENGTH_BYTES, METADATA, HeaderError, header_of, parse, text_bytes
 
 FORMAT = "flashclient-calibration"
 FORMAT_VERSION = 1
-HEADER_BYTES_MAX = 100 * 2**20  # safetensors' own bound
 UNION_TOKENS_MAX = 8
 INT8_MAX = 127
 
-_CODES = {"F32": "<f4", "BF16": "<u2", "F16": "<u2", "I32": "<i4", "U8": "u1", "I8": "i1"}
-_NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in _CODES.items()}
+_NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(dtype.numpy) for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class LowRank:
     """Wanted where scale * (output . (input . x)) + bias > 0.
 
     Attributes:
-        input: [rank, hidden_size] in the bundles' dtype: float32, or the 16 bits as uint16.
-        output: [neurons, rank], by position; in the bundles' dtype, or int8.
+        input: [rank, hidden_size] in the model's compute dtype: float32, or the 16 bits as uint16.
+        output: [neurons, rank], by position; in the model's compute dtype, or int8.
         bias: [neurons] float32, by position.
         scale: [neurons] float32, by position, of an output of int8; else None, which is 1.
     """
@@ -87,8 +87,8 @@ Predictor = LowRank | Signs
 
 
 def quantized(input: NDArray[Any], output: NDArray[np.float32], bias: NDArray[np.float32]) -> LowRank:
-    """Rounds `output` [neurons, rank] to int8 with a scale for each neuron: half the memory of 16 bits, which the pool
-    of bundles gets instead. Thresholds are to be chosen afterwards."""
+    """Rounds `output` [neurons, rank] to int8 with a scale for each neuron: half the memory of 16 bits, which leaves
+    more for the pool. Thresholds must be chosen afterwards."""
     scale = np.abs(output).max(axis=1) / INT8_MAX
     scale[scale == 0] = 1
     return LowRank(input, np.rint(output / scale[:, None]).astype(np.int8), bias, scale.astype(np.float32))
@@ -101,14 +101,14 @@ def read_predictors(data: NDArray[np.uint8], model: weightd_pb2.Model) -> list[P
         data: the whole of predictors.safetensors, as mapped: its address a multiple of 64.
 
     Raises:
-        CalibrationError: it is not a file of this format for this model; see the module's refusals.
+        CalibrationError: the data are not a file of this format for this model; see the refusals above.
     """
     tensors = _Tensors(data, model)
     return [tensors.layer(index) for index in range(len(model.layers))]
 
 
 def write_predictors(path: Path, predictors: Sequence[Predictor], model: weightd_pb2.Model) -> None:
-    """Writes predictors.safetensors. All of them are of one kind, one for each layer."""
+    """Writes predictors.safetensors: one predictor for each layer, all of one kind."""
     kinds = {_kind(predictor) for predictor in predictors}
     assert len(kinds) == 1
     assert len(predictors) == len(model.layers)
@@ -121,7 +121,7 @@ def write_predictors(path: Path, predictors: Sequence[Predictor], model: weightd
 
 
 def arrays_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
-    """By the names that they have in the file."""
+    """The arrays, by their names in the file."""
     return {name: array for name, array in vars(predictor).items() if array is not None}
 
 
@@ -132,50 +132,37 @@ def _kind(predictor: Predictor) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], model: weightd_pb2.Model, metadata: Mapping[str, str]
 ) -> None:
-    """A safetensors file whose tensors are aligned; uint16 stands for the bits of the bundles' dtype."""
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "import_id": model.import_id.hex(),
-            **metadata,
-        }
-    }
-    begin = 0
+    """A safetensors file whose tensors are aligned; uint16 stands for the bits of the model's compute dtype."""
+    placed: dict[str, tuple[str, Sequence[int]]] = {}
     for name, array in tensors.items():
-        end = begin + array.nbytes
-        dtype = model.bundle.dtype if array.dtype == np.uint16 else _spelling(array.dtype)
-        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
-        begin = _aligned(end)
-        if begin > end:
-            padding = {"dtype": "U8", "shape": [begin - end], "data_offsets": [end, begin]}
-            entries[f"padding.{len(entries)}"] = padding
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(_aligned(8 + len(text)) - 8)
+        placed[name] = (model.compute_dtype if array.dtype == np.uint16 else _spelling(array.dtype), array.shape)
+        if array.nbytes % ALIGNMENT_BYTES:
+            placed[f"padding.{len(placed) + 1}"] = ("U8", [_padding_bytes(array)])
+    own = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "import_id": model.import_id.hex()}
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of(placed, ALIGNMENT_BYTES, own | dict(metadata)))
         for array in tensors.values():
             file.write(np.ascontiguousarray(array).tobytes())
-            file.write(bytes(_aligned(array.nbytes) - array.nbytes))
+            file.write(bytes(_padding_bytes(array)))
 
 
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _padding_bytes(array: NDArray[Any]) -> int:
+    return -array.nbytes % ALIGNMENT_BYTES
 
 
 def _spelling(dtype: np.dtype[Any]) -> str:
-    return {"f4": "F32", "u1": "U8", "i1": "I8", "i4": "I32"}[dtype.str[1:]]
+    return next(name for name in ("F32", "I32", "U8", "I8") if _NUMPY[name] == dtype)
 
 
 class _Tensors:
-    """The tensors of one predictors.safetensors, each checked as it is taken."""
+    """The tensors of a predictors.safetensors. Each is checked when it is taken."""
 
     def __init__(self, data: NDArray[np.uint8], model: weightd_pb2.Model) -> None:
         self._model = model
         self._header, self._first = _read_header(data, model.name)
         self._data = data.view()
         self._data.flags.writeable = False
-        self._kind = self._check_metadata(self._header.get("__metadata__"))
+        self._kind = self._check_metadata(self._header.get(METADATA))
 
     def _check_metadata(self, metadata: object) -> str:
         """Returns the kind."""
@@ -196,7 +183,7 @@ class _Tensors:
         if self._kind == "sign":
             signs = self._take(f"layers.{index}.signs", "U8", (neurons, -(-hidden_size // 8)))
             return Signs(signs, self._take(f"layers.{index}.margin", "I32", (neurons,)))
-        dtype = self._model.bundle.dtype
+        dtype = self._model.compute_dtype
         rows = self._take(f"layers.{index}.input", dtype, (None, hidden_size))
         scaled = f"layers.{index}.scale" in self._header
         output = self._take(f"layers.{index}.output", "I8" if scaled else dtype, (neurons, len(rows)))
@@ -204,7 +191,7 @@ class _Tensors:
         return LowRank(rows, output, bias, self._take(f"layers.{index}.scale", "F32", (neurons,)) if scaled else None)
 
     def _take(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
-        """`None` in `shape` stands for any length of at least 1."""
+        """`None` in `shape` means any length of at least 1."""
         entry = self._header.get(name)
         if not isinstance(entry, dict):
             raise self._refusal(f"it has no tensor {name}")
@@ -218,7 +205,7 @@ class _Tensors:
         return self._data[begin:end].view(_NUMPY[dtype]).reshape(found)
 
     def _extent(self, name: str, entry: dict[str, Any], size_bytes: int) -> tuple[int, int]:
-        """Where the tensor lies in the file."""
+        """The bytes [begin, end) of the tensor in the file."""
         match entry.get("data_offsets"):
             case [int(begin), int(end)] if begin >= 0 and end - begin == size_bytes:
                 begin, end = self._first + begin, self._first + end
@@ -235,17 +222,17 @@ class _Tensors:
 
 
 def _read_header(data: NDArray[np.uint8], model: str) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begin."""
-    size_bytes = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 or size_bytes > min(HEADER_BYTES_MAX, len(data) - 8):
+    """The header, and the offset at which the data begin."""
+    try:
+        end = LENGTH_BYTES + text_bytes(data[:LENGTH_BYTES].tobytes())
+    except HeaderError:
+        end = len(data) + 1
+    if end > len(data):
         raise _refusal(model, f"its {len(data)} bytes are not a whole safetensors file")
     try:
-        header = json.loads(data[8 : 8 + size_bytes].tobytes())
-    except (ValueError, RecursionError) as error:
-        raise _refusal(model, "its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _refusal(model, "its header is not a JSON object")
-    return header, 8 + size_bytes
+        return parse(data[LENGTH_BYTES:end].tobytes()), end
+    except HeaderError as error:
+        raise _refusal(model, str(error)) from error
 
 
 def _refusal(model: str, reason: str) -> CalibrationError:

@@ -29,7 +29,7 @@ from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
-from flashclient.model.build import DTYPES
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import LowRank, read_predictors
 
 CHARACTERS = 6000
@@ -61,7 +61,7 @@ def calibrated(
     whole = cut_model(model)
     sequences = sequences_for(folder)
     with served(whole, folder) as (_, client):
-        return calibrate(client, sequences, options), whole, sequences
+        return calibrate(client.loaded, sequences, options), whole, sequences
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def hooked(model: PreTrainedModel, whole: CutModel, result: CalibrationResult | 
         seen[index].append(rows > 0)
         if result is None:
             return None
-        prediction = Prediction(result.layers[index].predictor, DTYPES[whole.record.bundle.dtype])
+        prediction = Prediction(result.layers[index].predictor, DTYPES[whole.record.compute_dtype])
         placement = torch.from_numpy(whole.placements[index].astype(np.int64))
         wanted = torch.empty_like(rows, dtype=torch.bool)
         wanted[:, placement] = prediction.wanted(arguments[0].reshape(-1, arguments[0].shape[-1]).float())
@@ -207,7 +207,7 @@ def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:
         ({"target_recall": 1.0}, "target recall 1 must be between 0 and 1"),
         ({"target_recall": -0.5}, "target recall -0.5 must be"),
         ({"target_recall": float("nan")}, "target recall nan must be"),
-        ({"ranks": ()}, "ranks  must be at least 1"),
+        ({"ranks": ()}, r"ranks \(\) must be whole numbers of at least 1"),
         ({"kind": "oracle"}, "kind 'oracle' is not known: use low_rank or sign"),
     ],
 )
@@ -225,8 +225,8 @@ def quality(perplexity: float) -> Quality:
     [
         ({}, 0.0, 10.02, "predict", "costs 0.20% of perplexity"),
         ({}, 0.0, 10.06, "exact", "costs 0.60% of perplexity, more than 0.5%"),
-        ({"predicted": 0.6}, 0.0, 10.0, "exact", "of the FFNs, predictors included: it pays below 50%"),
-        ({}, 0.3, 10.0, "exact", "30% of the neurons are new with each token: it pays below 25%"),
+        ({"predicted": 0.6}, 0.0, 10.0, "exact", "of the FFNs, predictors included: prediction pays below 50%"),
+        ({}, 0.3, 10.0, "exact", "30% of the neurons are new with each token: prediction pays below 25%"),
     ],
 )
 def test_the_mode_follows_from_what_was_measured(
@@ -250,8 +250,8 @@ def test_published_files_are_whole(
 ) -> None:
     model, result, _, sequences = planted
     with served(cut_model(model), tmp_path) as (server, client):
-        check_may_publish(client.connection, client.record)
-        published = publish_result(result, client)
+        check_may_publish(client.loaded.connection, client.record)
+        published = publish_result(result, client.loaded)
         assert (published.version, published.mode) == (1, result.mode()[0])
         files = server.calibrations["tiny"]
     assert [file.name for file in published.files] == list(files)
@@ -276,7 +276,7 @@ def test_a_calibration_of_another_import_is_refused(tmp_path: Path) -> None:
         record.CopyFrom(client.record)
         record.import_id = b"another import!!"
         with pytest.raises(RefusedError, match="another import"):
-            check_may_publish(client.connection, record)
+            check_may_publish(client.loaded.connection, record)
         (tmp_path / "file").write_bytes(b"data")
         with pytest.raises(RefusedError, match="another import"):
-            publish(client.connection, record, "exact", tmp_path, ("file",))
+            publish(client.loaded.connection, record, "exact", tmp_path, ("file",))

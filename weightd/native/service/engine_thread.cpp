@@ -88,7 +88,7 @@ void EngineThread::run() {
     } catch (const std::exception& error) {  // nothing that a client does leads here; the process must not go on
         fail_with(error.what());
     }
-    engine_->end();
+    engine_->models().end();
     while (!rings_.empty()) close_session(rings_.begin()->first, ring::CLOSED_BY_DAEMON);
     remains_.clear();
     connections_.clear();
@@ -172,7 +172,7 @@ void EngineThread::sleep_until_event() {
     }
     const bool half_open = !silent_.empty() || !unattached_.empty() || closed_rings_.size() > 0;
     std::array<epoll_event, 64> events;
-    const bool ticks = half_open || !accepts_ || engine_->waiting() || engine_->pressed();
+    const bool ticks = half_open || !accepts_ || engine_->waiting() || engine_->models().pressure().pressed();
     const int timeout_ms = waiting ? 0 : engine_->defers_reads() ? DEFERRED_CHECK_MS : ticks ? CHECK_MS : -1;
     const int count = ::epoll_wait(epoll_.get(), events.data(), static_cast<int>(events.size()), timeout_ms);
     if (count < 0 && errno != EINTR) fail("epoll_wait");
@@ -190,7 +190,7 @@ void EngineThread::sleep_until_event() {
 // ---- memory pressure ----
 
 void EngineThread::watch_pressure() {
-    engine_->set_floor(pressure_.floor_bytes);
+    engine_->models().set_floor(pressure_.floor_bytes);
     for (const int fd : {pressure_.machine.get(), pressure_.cgroup.get()}) {
         if (fd >= 0) watch(fd, event_data(PRESSURE, static_cast<uint32_t>(fd)), EPOLLPRI);
     }
@@ -204,7 +204,7 @@ void EngineThread::hear_pressure(int fd, uint32_t events) {
     if (fd == pressure_.machine.get() && !machine_is_short()) return;
     pressure_signals_++;
     relieve_at_ = Clock::now() + RELIEVE_AFTER;
-    engine_->press();
+    engine_->models().press();
 }
 
 // ---- commands ----
@@ -243,7 +243,7 @@ uint32_t EngineThread::add_model(ModelSpec spec) {
     const Model& state = *opened;
     std::optional<uint32_t> index;
     wait_for_room(state, [&] {
-        index = making_way(std::nullopt, [&] { return engine_->add_model(opened); });
+        index = making_way(std::nullopt, [&] { return engine_->models().add(opened); });
         return index.has_value();
     });
     return *index;
@@ -251,7 +251,7 @@ uint32_t EngineThread::add_model(ModelSpec spec) {
 
 std::string EngineThread::io_level() {
     const bool buffered = on_loop([&] {
-        return std::any_of(engine_->models().begin(), engine_->models().end(),
+        return std::any_of(engine_->models().all().begin(), engine_->models().all().end(),
                            [](const auto& model) { return model->file->buffered(); });
     });
     return reader_->level() + (buffered ? ", through the page cache" : "");
@@ -264,8 +264,8 @@ void EngineThread::now_and_then() {
     listen(true);
     close_blocking();
     close_expired();
-    if (engine_->pressed() && now > relieve_at_) engine_->relieve();
-    engine_->rebalance();
+    if (engine_->models().pressure().pressed() && now > relieve_at_) engine_->models().relieve();
+    engine_->models().rebalance();
 }
 
 }  // namespace weightd

@@ -14,7 +14,7 @@
 #include <thread>
 
 #include "engine/engine.h"
-#include "engine/resident.h"
+#include "memory/resident.h"
 #include "service/closed_rings.h"
 #include "service/half_open.h"
 #include "service/report.h"
@@ -73,15 +73,15 @@ class EngineThread {
     uint32_t add_model(ModelSpec spec);
     // --dram and its floor from now on, unless --dram is more already.
     void raise_dram(uint64_t dram_bytes, uint64_t floor_bytes) {
-        on_loop([&] { engine_->raise_dram(dram_bytes, floor_bytes); });
+        on_loop([&] { engine_->models().raise_dram(dram_bytes, floor_bytes); });
     }
     // What sessions get from now on; those that are open keep theirs.
     void set_predictors(uint32_t model, const PredictorsFile& file);
     void seed(uint32_t model, std::span<const Hotness> hotness) {
-        on_loop([&] { engine_->seed(model, hotness); });
+        on_loop([&] { engine_->models().seed(model, hotness); });
     }
     std::vector<Hotness> hotness(uint32_t model) {
-        return on_loop([&] { return engine_->hotness(model); });
+        return on_loop([&] { return engine_->models().hotness(model); });
     }
     // Only a process of `user` can attach to it; of any user, if there is none.
     Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user = std::nullopt);

@@ -93,13 +93,13 @@ void EngineThread::fetch(uint32_t model, uint32_t layer, std::span<const uint32_
     const auto end = [&] {
         on_loop([&] {
             if (session != nullptr) engine_->close(session->id);
-            engine_->leave(model);
+            engine_->models().leave(model);
         });
     };
     try {
         on_loop([&] {
             const auto wanted = static_cast<uint32_t>(std::clamp<size_t>(cells.size(), 1, FETCH_SLOTS_MAX));
-            const uint32_t share = engine_->share_for(model, wanted);
+            const uint32_t share = engine_->models().share_for(model, wanted);
             session = static_cast<FetchSession*>(&engine_->open(std::make_unique<FetchSession>(spec, model, share)));
         });
         for (size_t first = 0; first < cells.size(); first += session->share_slots) {
@@ -132,7 +132,7 @@ void EngineThread::fetch_resident(uint32_t model, uint64_t offset_bytes, std::sp
     const bool inside =
         offset_bytes <= state.spec.resident_bytes && out.size() <= state.spec.resident_bytes - offset_bytes;
     if (inside) std::memcpy(out.data(), state.resident.data() + offset_bytes, out.size());
-    on_loop([&] { engine_->leave(model); });
+    on_loop([&] { engine_->models().leave(model); });
     if (!inside) throw std::out_of_range(state.spec.name + ": beyond the end of the resident weights");
 }
 

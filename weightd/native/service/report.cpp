@@ -19,9 +19,9 @@ ModelReport report_of(const Engine& engine, const Model& state) {
     ModelReport report;
     report.name = state.spec.name;
     report.sessions = state.sessions;
-    report.guaranteed_slots = state.guaranteed_slots;
+    report.share_slots = engine.models().sessions().share_slots(state);
     report.counts = state.counts;
-    report.counts.evictions = engine.evictions(state);
+    report.counts.evictions = state.evictions();
     report.device = engine.device_use(state.index);
     if (state.pool == nullptr) return report;
     report.slots = state.pool->slots();
@@ -34,7 +34,7 @@ ModelReport report_of(const Engine& engine, const Model& state) {
 
 Report EngineThread::report() {
     return on_loop([&] {
-        const Memory& memory = engine_->memory();
+        const Memory& memory = engine_->models().memory();
         Report report;
         report.dram_limit_bytes = memory.limit_bytes();
         report.dram_pool_bytes = memory.used_bytes(Account::pool);
@@ -43,9 +43,10 @@ Report EngineThread::report() {
         report.sessions = static_cast<uint32_t>(rings_.size());
         report.uptime_s = seconds_since(started_);
         report.read_queue = engine_->read_queue();
-        report.memory_pressure = {engine_->pressed(), engine_->target_bytes(), engine_->floor_bytes(),
+        const Pressure& pressure = engine_->models().pressure();
+        report.memory_pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(),
                                   pressure_signals_};
-        for (const auto& state : engine_->models()) report.models.push_back(report_of(*engine_, *state));
+        for (const auto& state : engine_->models().all()) report.models.push_back(report_of(*engine_, *state));
         for (const auto& [id, ring] : rings_) {
             report.attached.push_back(report_of(*ring, engine_->model(ring->model).spec));
         }

@@ -19,7 +19,7 @@ struct ModelReport {
     uint64_t slots_filled = 0;
     uint64_t slots_leased = 0;
     uint64_t leases = 0;
-    uint64_t guaranteed_slots = 0;
+    uint64_t share_slots = 0;  // of all its sessions together
     uint64_t pool_bytes = 0;
     ModelCounts counts;
     DeviceUse device;
@@ -32,7 +32,7 @@ struct ModelReport {
         visit("slots_filled", slots_filled);
         visit("slots_leased", slots_leased);
         visit("leases", leases);
-        visit("guaranteed_slots", guaranteed_slots);
+        visit("guaranteed_slots", share_slots);
         visit("pool_bytes", pool_bytes);
         counts.each_field(visit);
         visit("reading_s", device.reading.seconds());

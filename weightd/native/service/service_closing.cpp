@@ -26,7 +26,7 @@ void EngineThread::close_session(uint32_t id, ring::State state) {
     rings_.erase(found);
     engine_->model(model).sessions--;
     engine_->close(id);
-    if (!client_stays) engine_->leave(model);
+    if (!client_stays) engine_->models().leave(model);
 }
 
 // The client of a session that we closed has hung up, too, or has ended.
@@ -35,7 +35,7 @@ void EngineThread::let_go(uint32_t id) {
     if (found == remains_.end()) return;  // another event of this batch has told it
     unwatch(found->second.socket.get());
     unwatch(found->second.process.get());
-    engine_->leave(found->second.model);
+    engine_->models().leave(found->second.model);
     closed_rings_.add(std::move(found->second.ring), found->second.user);
     remains_.erase(found);
 }

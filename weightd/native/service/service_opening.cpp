@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <system_error>
 
+#include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
 namespace weightd {
@@ -55,8 +56,9 @@ Model& EngineThread::model(uint32_t index) {
 void EngineThread::ensure_active(uint32_t model, Use use, const User& user) {
     Turn turn(*this, model);
     Model& state = this->model(model);  // its spec never changes, and only openers write `resident`
-    wait_for_room(state,
-                  [&] { return making_way(user, [&] { return engine_->activate(model, use, bytes_of(user)); }); });
+    wait_for_room(state, [&] {
+        return making_way(user, [&] { return engine_->models().activate(model, use, bytes_of(user)); });
+    });
     if (state.resident_ready) return;
     try {
         SharedMemory resident = load_resident(state.spec, choice_, [&] { turn.moved(); });
@@ -65,7 +67,7 @@ void EngineThread::ensure_active(uint32_t model, Use use, const User& user) {
             state.resident_ready = true;
         });
     } catch (...) {
-        on_loop([&] { engine_->leave(model); });
+        on_loop([&] { engine_->models().leave(model); });
         throw;
     }
 }
@@ -75,7 +77,7 @@ void EngineThread::wait_for_room(const Model& state, const std::function<bool()>
     const auto give_up = Clock::now() + ROOM_WITHIN;
     while (!on_loop(reserve)) {
         if (Clock::now() > give_up) {
-            on_loop([&] { engine_->stop_waiting(state); });
+            on_loop([&] { engine_->models().stop_waiting(state); });
             throw NoRoom(state.spec.name +
                          ": the memory that it needs is leased, and none was given back: end a session");
         }
@@ -93,7 +95,7 @@ void EngineThread::ensure_predictors(uint32_t model, const User& user) {
     while (const auto wanted = on_loop([&] { return missing_predictors(state); })) {
         std::shared_ptr<Predictors> fresh;
         wait_for_room(state, [&] {
-            fresh = making_way(user, [&] { return engine_->reserve_predictors(model, *wanted); });
+            fresh = making_way(user, [&] { return engine_->models().reserve_predictors(model, *wanted); });
             return fresh != nullptr;
         });
         try {
@@ -116,7 +118,7 @@ Opened EngineThread::open_session(uint32_t model, uint32_t slots_wanted, const U
         try {
             ensure_predictors(model, user);
         } catch (...) {
-            on_loop([&] { engine_->leave(model); });
+            on_loop([&] { engine_->models().leave(model); });
             throw;
         }
         return on_loop([&] { return open_active(model, slots_wanted, user); });
@@ -145,7 +147,7 @@ uint64_t EngineThread::bytes_of(const User& user) const {
         if (tables_apart > 0) {
             tables_apart--;
         } else {
-            bytes += Engine::session_bytes(spec);
+            bytes += session_bytes(spec);
         }
     };
     for (const auto& [id, ring] : rings_) {
@@ -191,7 +193,7 @@ Opened EngineThread::open_active(uint32_t model, uint32_t slots_wanted, const Us
         Token token;
         if (::getrandom(token.data(), token.size(), 0) != static_cast<ssize_t>(token.size())) fail("getrandom");
         const uint32_t share =
-            making_way(user, [&] { return engine_->share_for(model, slots_wanted, bytes_of(user)); });
+            making_way(user, [&] { return engine_->models().share_for(model, slots_wanted, bytes_of(user)); });
         Model& state = engine_->model(model);
         auto ring = std::make_unique<RingSession>(model, state.spec.cell_count(), share, token, user, state.predictors);
         RingSession* opened = ring.get();
@@ -203,11 +205,11 @@ Opened EngineThread::open_active(uint32_t model, uint32_t slots_wanted, const Us
         if (given_up) close_session(*given_up, ring::CLOSED_BY_DAEMON);  // perhaps this one: its client tries again
         return {token, share};
     } catch (const std::system_error& error) {
-        engine_->leave(model);
+        engine_->models().leave(model);
         if (!out_of_descriptors(error.code().value())) throw;
         throw NoRoom("no file descriptor is left for a session: raise LimitNOFILE or ulimit -n, or end a session");
     } catch (...) {
-        engine_->leave(model);
+        engine_->models().leave(model);
         throw;
     }
 }

@@ -1,0 +1,100 @@
+#include "memory/resident.h"
+
+#include <sstream>
+#include <system_error>
+
+#include "bundle/checksum.h"
+#include "device/reader.h"
+
+namespace weightd {
+namespace {
+
+constexpr uint64_t BLOCK_BYTES = 4096;
+
+uint64_t blocks(uint64_t bytes) { return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES; }
+
+void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderChoice& choice,
+              const std::function<void()>& moved) {
+    std::string note;
+    const auto reader = make_reader(choice.kind, choice.threads, choice.depth, note);
+    std::vector<Read> reads;
+    const uint64_t length_bytes = memory.bytes().size();
+    for (uint64_t offset = 0; offset < length_bytes; offset += READ_BYTES_MAX) {
+        const uint64_t bytes = std::min<uint64_t>(READ_BYTES_MAX, length_bytes - offset);
+        Read read;
+        read.file = &file;
+        read.offset_bytes = offset;
+        read.pieces = {{memory.data() + offset, bytes}};
+        reads.push_back(std::move(read));
+    }
+    const size_t count = reads.size();
+    reader->submit(std::move(reads));
+    std::vector<Completion> completions;
+    while (completions.size() < count) {
+        reader->wait();
+        reader->reap(completions);
+        moved();
+    }
+    for (const Completion& completion : completions) {
+        if (completion.error == 0) continue;
+        throw CorruptResident(file.path() + " cannot be read: " + std::generic_category().message(completion.error) +
+                              ": check the device");
+    }
+}
+
+// `check` throws CorruptResident. As with bundles, a second reading tells a failed transfer from bad flash.
+SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice,
+                       const std::function<void()>& moved, const std::function<void(const SharedMemory&)>& check) {
+    const DirectFile file(path, choice.allow_buffered);
+    if (file.size_bytes() != bytes) {
+        throw CorruptResident(path + " has " + std::to_string(file.size_bytes()) + " bytes where the catalog says " +
+                              std::to_string(bytes) + ": import or calibrate the model again");
+    }
+    SharedMemory memory(name, blocks(bytes));
+    const auto read = [&] {
+        read_all(file, memory, choice, moved);
+        check(memory);
+    };
+    try {
+        read();
+    } catch (const CorruptResident&) {
+        read();
+    }
+    memory.seal();
+    return memory;
+}
+
+std::string seconds(std::chrono::milliseconds time) {
+    std::ostringstream text;
+    text << std::chrono::duration<double>(time).count() << " s";
+    return text.str();
+}
+
+}  // namespace
+
+Unanswered::Unanswered(const std::string& model, std::chrono::milliseconds silent)
+    : std::runtime_error("model " + model + ": the device has not answered for " + seconds(silent) +
+                         ": check the device, then try again") {}
+
+SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice, const std::function<void()>& moved) {
+    const auto check = [&](const SharedMemory& memory) {
+        for (const TensorSpec& tensor : spec.tensors) {
+            moved();
+            if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) == tensor.checksum) continue;
+            throw CorruptResident(spec.name + ": resident tensor " + tensor.name +
+                                  " differs from its checksum: import the model again");
+        }
+    };
+    return load_file("weightd-resident", spec.resident_path, spec.resident_bytes, choice, moved, check);
+}
+
+SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice,
+                             const std::function<void()>& moved) {
+    const auto check = [&](const SharedMemory& memory) {
+        if (checksum({memory.data(), wanted.bytes}) == wanted.checksum) return;
+        throw CorruptResident(model + ": " + wanted.path + " differs from its checksum: calibrate the model again");
+    };
+    return load_file("weightd-predictors", wanted.path, wanted.bytes, choice, moved, check);
+}
+
+}  // namespace weightd
