@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "service/pressure_signals.h"
+#include "session/ring_sessions.h"
 
 namespace weightd {
 
@@ -18,7 +20,7 @@ struct ModelReport {
     uint64_t slots_filled = 0;
     uint64_t slots_busy = 0;
     uint64_t leases = 0;
-    uint64_t guaranteed_slots = 0;
+    uint64_t share_slots = 0;  // of all its sessions together
     uint64_t pool_bytes = 0;
     uint64_t evictions = 0;
     ModelCounts counts;
@@ -60,7 +62,8 @@ struct Report {
     std::vector<SessionReport> attached;
 };
 
-// Of one model, as it is now.
-ModelReport report_of(const Engine& engine, const Model& state);
+// As it is now; on the engine's thread.
+Report report_of(const Engine& engine, const RingSessions& sessions, const PressureSignals& signals,
+                 Clock::duration uptime);
 
 }  // namespace weightd
