@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../native/flash_file.h"
+#include "memory/model_cost.h"
 #include "ring/session.h"
 #include "service/engine_thread.h"
 
@@ -70,7 +71,7 @@ class FuzzedDaemon {
     TestFolder folder_;
     FlashModel model_{2, 301};
     std::string socket_ = folder_.file("data");
-    EngineThread engine_{{Engine::minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
+    EngineThread engine_{{minimum_dram_bytes(model_.spec) + SLOTS * uint64_t{model_.spec.cell_bytes},
                           {"threads", 4, 16, false},
                           socket_}};
     uint32_t model_number_ = engine_.add_model(model_.spec);

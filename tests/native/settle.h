@@ -1,4 +1,4 @@
-// Lets an engine do all that it can, the time in which it puts reads off included.
+// Lets an engine do everything that it can do, and lets the time pass in which it defers reads.
 #pragma once
 
 #include "engine/engine.h"

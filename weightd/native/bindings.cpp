@@ -16,6 +16,7 @@
 #include "device/block_size.h"
 #include "device/measure.h"
 #include "device/reader.h"
+#include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
 namespace nb = nanobind;
@@ -101,7 +102,7 @@ nb::dict dict_of(const weightd::ModelReport& model) {
     row["slots_filled"] = model.slots_filled;
     row["slots_leased"] = model.slots_busy;
     row["leases"] = model.leases;
-    row["guaranteed_slots"] = model.guaranteed_slots;
+    row["guaranteed_slots"] = model.share_slots;
     row["pool_bytes"] = model.pool_bytes;
     row["evictions"] = model.evictions;
     row["hits"] = model.counts.hits;
@@ -187,7 +188,7 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
     spec.resident_bytes = resident_bytes;
     spec.cell_bytes = cell_bytes;
     spec.layers.push_back({0, neurons, cells, 0, 0});
-    return weightd::Engine::minimum_dram_bytes(spec);
+    return weightd::minimum_dram_bytes(spec);
 }
 
 // Paths come as std::filesystem::path: its caster gives the bytes that the system knows, whatever the locale.

@@ -43,14 +43,14 @@ InProcessEngine::InProcessEngine(uint64_t dram_bytes, const ModelSpec& spec, con
             throw std::system_error(errno, std::generic_category(), "epoll_ctl");
     }
     for (const LayerSpec& layer : spec.layers) tables_.emplace_back(layer.cells);
-    engine_->add_model(spec, choice.allow_buffered);
-    while (!engine_->activate(0)) engine_->step();
-    const uint32_t share = engine_->share_for(0, slots_wanted);
+    engine_->models().add(spec, choice.allow_buffered);
+    while (!engine_->models().activate(0)) engine_->step();
+    const uint32_t share = engine_->models().share_for(0, slots_wanted);
     session_ = &engine_->open(std::make_unique<Tables>(*this, spec.cell_count(), share));
 }
 
 InProcessEngine::~InProcessEngine() {
-    engine_->end();
+    engine_->models().end();
     engine_->close(session_->id);
     while (engine_->reading()) engine_->step();  // nothing may land in memory that is gone
 }

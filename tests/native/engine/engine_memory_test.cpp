@@ -1,10 +1,11 @@
-// Who gets which part of --dram when it is short.
+// Models that compete for --dram, with an engine that reads their cells.
 #include <gtest/gtest.h>
 
 #include <numeric>
 
 #include "engine/engine.h"
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "settle.h"
 
 namespace weightd {
@@ -28,7 +29,7 @@ struct EngineMemoryTest : testing::Test {
     FlashModel third{1, 800, "third"};
 
     static Silent& open(Engine& engine, uint32_t model, uint32_t share) {
-        EXPECT_TRUE(engine.activate(model));
+        EXPECT_TRUE(engine.models().activate(model));
         const uint32_t cells = engine.model(model).spec.cell_count();
         return static_cast<Silent&>(engine.open(std::make_unique<Silent>(model, cells, share, true)));
     }
@@ -50,8 +51,8 @@ struct EngineMemoryTest : testing::Test {
 
     // A session of the first model whose pool grows as far as it can.
     Silent& grow_first_of_two(Engine& engine) const {
-        engine.add_model(first.spec, false);
-        engine.add_model(second.spec, false);
+        engine.models().add(first.spec, false);
+        engine.models().add(second.spec, false);
         Silent& session = open(engine, 0, 40);
         sweep(engine, session, 200);
         return session;
@@ -60,36 +61,36 @@ struct EngineMemoryTest : testing::Test {
     static void leave(Engine& engine, Session& session) {
         const uint32_t model = session.model;
         engine.close(session.id);
-        engine.leave(model);
+        engine.models().leave(model);
     }
 
     uint64_t dram_for_slots(uint32_t models, uint64_t slots) const {
-        return models * Engine::minimum_dram_bytes(first.spec) + slots * 4096;
+        return models * minimum_dram_bytes(first.spec) + slots * 4096;
     }
 };
 
-TEST_F(EngineMemoryTest, KnowsWhoScans) {
+TEST_F(EngineMemoryTest, TellsASessionThatScansFromOneThatDoesNot) {
     Engine engine(dram_for_slots(1, 100), *reader, verifier);
-    engine.add_model(first.spec, false);
+    engine.models().add(first.spec, false);
     Silent& one = open(engine, 0, 30);
     Silent& other = open(engine, 0, 30);
     ASSERT_TRUE(engine.acquire(one, 0, cells(10, 30), 0));
     ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
     settle(engine);
-    EXPECT_EQ(engine.model(0).scans, 2U);
-    ASSERT_TRUE(engine.acquire(one, 0, cells(30, 34), 0));  // the short rest of a layer
+    EXPECT_EQ(engine.scans(0).count(), 2U);
+    ASSERT_TRUE(engine.acquire(one, 0, cells(30, 34), 0));  // the short last run of a layer
     settle(engine);
-    EXPECT_EQ(engine.model(0).scans, 2U);
+    EXPECT_EQ(engine.scans(0).count(), 2U);
     ASSERT_TRUE(engine.acquire(one, 0, std::array{1U, 3U, 40U, 41U}, 0));
     settle(engine);
-    EXPECT_EQ(engine.model(0).scans, 1U);
+    EXPECT_EQ(engine.scans(0).count(), 1U);
     ASSERT_TRUE(engine.release(other, 0, cells(10, 30)));
-    EXPECT_EQ(engine.model(0).scans, 0U) << "one that holds nothing is idle";
+    EXPECT_EQ(engine.scans(0).count(), 0U) << "a session that holds nothing may be idle";
     ASSERT_TRUE(engine.acquire(other, 0, cells(10, 30), 0));
     settle(engine);
-    EXPECT_EQ(engine.model(0).scans, 1U);
+    EXPECT_EQ(engine.scans(0).count(), 1U);
     leave(engine, other);
-    EXPECT_EQ(engine.model(0).scans, 0U);
+    EXPECT_EQ(engine.scans(0).count(), 0U);
 }
 
 TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
@@ -97,7 +98,7 @@ TEST_F(EngineMemoryTest, ARefusedActivationTakesNothingFromOthers) {
     grow_first_of_two(engine);
     const uint64_t slots = engine.model(0).pool->slots();
     ASSERT_GT(slots, 100U) << "it has grown above its share, so there is something to take";
-    EXPECT_THROW(engine.activate(1), NoRoom);
+    EXPECT_THROW(engine.models().activate(1), NoRoom);
     settle(engine);
     EXPECT_EQ(engine.model(0).pool->slots(), slots);
     EXPECT_EQ(engine.model(0).pool->draining(), 0U);
@@ -108,36 +109,36 @@ TEST_F(EngineMemoryTest, ARaisedDramHasRoomForOneMoreModel) {
     Engine engine(dram_for_slots(1, 150), *reader, verifier);
     Silent& session = grow_first_of_two(engine);
     const uint64_t slots = engine.model(0).pool->slots();
-    EXPECT_THROW(engine.activate(1), NoRoom);
+    EXPECT_THROW(engine.models().activate(1), NoRoom);
     const uint64_t raised_bytes = dram_for_slots(2, 300);
-    engine.raise_dram(raised_bytes, raised_bytes / 2);
-    engine.raise_dram(raised_bytes / 2, 0);  // less is not taken
-    EXPECT_EQ(engine.memory().limit_bytes(), raised_bytes);
-    EXPECT_EQ(engine.target_bytes(), raised_bytes);
-    EXPECT_EQ(engine.floor_bytes(), raised_bytes / 2);
-    EXPECT_TRUE(engine.activate(1));
-    engine.leave(1);
+    engine.models().raise_dram(raised_bytes, raised_bytes / 2);
+    engine.models().raise_dram(raised_bytes / 2, 0);  // --dram never falls
+    EXPECT_EQ(engine.models().memory().limit_bytes(), raised_bytes);
+    EXPECT_EQ(engine.models().pressure().target_bytes(), raised_bytes);
+    EXPECT_EQ(engine.models().pressure().floor_bytes(), raised_bytes / 2);
+    EXPECT_TRUE(engine.models().activate(1));
+    engine.models().leave(1);
     sweep(engine, session, 200);
     EXPECT_GT(engine.model(0).pool->slots(), slots);
 }
 
 TEST_F(EngineMemoryTest, ARefusedActivationLeavesIdleModelsActive) {
     Engine engine(dram_for_slots(2, 20), *reader, verifier);
-    engine.add_model(first.spec, false);
-    engine.add_model(second.spec, false);
+    engine.models().add(first.spec, false);
+    engine.models().add(second.spec, false);
     FlashModel large(2, 4000, "large");
     large.spec.resident_bytes = 64U << 20;
-    const uint32_t third_index = engine.add_model(large.spec, false);
+    const uint32_t third_index = engine.models().add(large.spec, false);
     leave(engine, open(engine, 0, 4));
     open(engine, 1, 4);
-    EXPECT_THROW(engine.activate(third_index), NoRoom);
+    EXPECT_THROW(engine.models().activate(third_index), NoRoom);
     EXPECT_NE(engine.model(0).pool, nullptr);
 }
 
-TEST_F(EngineMemoryTest, AnIdleModelGivesWayToABusyOneAfterAWhile) {
+TEST_F(EngineMemoryTest, AnIdleModelIsDeactivatedForABusyOneAfterAWhile) {
     Engine engine(dram_for_slots(2, 150), *reader, verifier);
-    engine.add_model(first.spec, false);
-    engine.add_model(second.spec, false);
+    engine.models().add(first.spec, false);
+    engine.models().add(second.spec, false);
     Silent& idle = open(engine, 0, 20);
     sweep(engine, idle, 100);
     leave(engine, idle);
@@ -145,23 +146,23 @@ TEST_F(EngineMemoryTest, AnIdleModelGivesWayToABusyOneAfterAWhile) {
     sweep(engine, busy, 200);
     const uint64_t slots = engine.model(1).pool->slots();
     EXPECT_LT(slots, 100U);
-    EXPECT_NE(engine.model(0).pool, nullptr) << "it may be wanted again in a moment";
-    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.rebalance();
+    EXPECT_NE(engine.model(0).pool, nullptr) << "a client may come back to it soon";
+    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.models().rebalance();
     sweep(engine, busy, 200);
     EXPECT_EQ(engine.model(0).pool, nullptr);
     EXPECT_GT(engine.model(1).pool->slots(), slots + 100);
 }
 
-TEST_F(EngineMemoryTest, AShareIsServedFromAnIdleModelAtOnce) {
+TEST_F(EngineMemoryTest, AShareIsTakenFromAnIdleModelAtOnce) {
     Engine engine(dram_for_slots(2, 60), *reader, verifier);
-    engine.add_model(first.spec, false);
-    engine.add_model(second.spec, false);
+    engine.models().add(first.spec, false);
+    engine.models().add(second.spec, false);
     Silent& idle = open(engine, 0, 20);
     sweep(engine, idle, 200);
     leave(engine, idle);
-    ASSERT_TRUE(engine.activate(1));
-    const uint32_t share = engine.share_for(1, 60);
-    engine.leave(1);
+    ASSERT_TRUE(engine.models().activate(1));
+    const uint32_t share = engine.models().share_for(1, 60);
+    engine.models().leave(1);
     Silent& busy = open(engine, 1, share);
     EXPECT_TRUE(engine.acquire(busy, 0, cells(0, share), 0));
     settle(engine);
@@ -170,23 +171,23 @@ TEST_F(EngineMemoryTest, AShareIsServedFromAnIdleModelAtOnce) {
 
 TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     Engine engine(dram_for_slots(2, 160), *reader, verifier);
-    engine.add_model(first.spec, false);
-    engine.add_model(second.spec, false);
+    engine.models().add(first.spec, false);
+    engine.models().add(second.spec, false);
     Silent& busy = open(engine, 0, 4);
     const std::vector<uint32_t> held = cells(0, busy.lease_limit);
     EXPECT_TRUE(engine.acquire(busy, 0, held, 0));
     settle(engine);
     ASSERT_EQ(busy.grants, held.size());
-    ASSERT_FALSE(engine.activate(1)) << "what it needs is leased";
+    ASSERT_FALSE(engine.models().activate(1)) << "what it needs is leased";
     for (const uint32_t cell : held) {
         EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
-        engine.step();                                         // the segment goes, if this was its last lease
+        engine.step();                                         // the segment retires if this was its last lease
         EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));  // a busy model takes what is free
         settle(engine);
     }
     bool active = false;
     for (uint32_t turn = 0; turn < 100 && !active; turn++) {
-        active = engine.activate(1);
+        active = engine.models().activate(1);
         engine.step();
         EXPECT_TRUE(engine.prefetch(busy, 0, cells(0, 200)));
         settle(engine);
@@ -194,40 +195,40 @@ TEST_F(EngineMemoryTest, WhatDrainsForAnActivationIsKeptForIt) {
     EXPECT_TRUE(active);
 }
 
-TEST_F(EngineMemoryTest, AModelThatComesTakesWhatIsLentOfOneInUse) {
+TEST_F(EngineMemoryTest, ANewModelTakesWhatAModelInUseHasLent) {
     Engine engine(dram_for_slots(2, 160), *reader, verifier);
-    engine.add_model(first.spec, false);
+    engine.models().add(first.spec, false);
     Silent& busy = open(engine, 0, 4);
     const std::vector<uint32_t> held = cells(0, busy.lease_limit);
     EXPECT_TRUE(engine.acquire(busy, 0, held, 0));
     settle(engine);
     sweep(engine, busy, 200);
     auto coming = open_model(second.spec, false);
-    std::optional<uint32_t> index = engine.add_model(coming);
+    std::optional<uint32_t> index = engine.models().add(coming);
     for (uint32_t turn = 0; turn < held.size() && !index; turn++) {  // as its window shrinks
         ASSERT_NE(coming, nullptr) << "it is still the caller's";
         EXPECT_TRUE(engine.release(busy, 0, std::array{held[turn]}));
         settle(engine);
-        index = engine.add_model(coming);
+        index = engine.models().add(coming);
     }
     ASSERT_EQ(index, 1U);
-    while (!engine.activate(1)) {
+    while (!engine.models().activate(1)) {
         ASSERT_GT(busy.held_cells, 0U);
         for (const uint32_t cell : held) {
-            if (busy.holds[cell].granted > 0) EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
+            if (busy.granted_leases(cell) > 0) EXPECT_TRUE(engine.release(busy, 0, std::array{cell}));
         }
         settle(engine);
     }
 }
 
-TEST_F(EngineMemoryTest, ARefusalSaysWhoHasTheMemory) {
+TEST_F(EngineMemoryTest, ARefusalNamesTheModelsThatHaveTheMemory) {
     Engine engine(dram_for_slots(2, 20), *reader, verifier);
-    engine.add_model(first.spec, false);
+    engine.models().add(first.spec, false);
     second.spec.resident_bytes = 64U << 20;
-    engine.add_model(second.spec, false);
+    engine.models().add(second.spec, false);
     const auto refusal = [&]() -> std::string {
         try {
-            engine.activate(1);
+            engine.models().activate(1);
         } catch (const NoRoom& error) {
             return error.what();
         }
@@ -236,29 +237,30 @@ TEST_F(EngineMemoryTest, ARefusalSaysWhoHasTheMemory) {
     const std::string alone = refusal();
     EXPECT_NE(alone.find("second: needs"), std::string::npos) << alone;
     EXPECT_NE(alone.find("raise --dram to"), std::string::npos) << alone;
-    EXPECT_EQ(alone.find("user"), std::string::npos) << "there is none: " << alone;
+    EXPECT_EQ(alone.find("user"), std::string::npos) << "there is no user: " << alone;
     open(engine, 0, 4);
     const std::string beside = refusal();
     EXPECT_NE(beside.find("first with its 1 users has"), std::string::npos) << beside;
     EXPECT_NE(beside.find("end a session, or raise --dram to"), std::string::npos) << beside;
 }
 
-// Two models of 1000 cells and memory for a thousand in all, which the first has filled; its session stays open.
-struct DemandTest : EngineMemoryTest {
+// Two models of 1000 cells each, and memory for 1000 cells in all. The first model has filled it, and its session is
+// still open.
+struct EngineDemandTest : EngineMemoryTest {
     static constexpr uint32_t CELLS = 1000;
     static constexpr uint32_t SHARE = 20;
     FlashModel large{1, 4 * CELLS, "large"};
     FlashModel other_large{1, 4 * CELLS, "other_large"};
-    Engine engine{2 * Engine::minimum_dram_bytes(large.spec) + CELLS * 4096, *reader, verifier};
+    Engine engine{2 * minimum_dram_bytes(large.spec) + CELLS * 4096, *reader, verifier};
     Silent* one = nullptr;
     Silent* other = nullptr;
 
     void SetUp() override {
-        engine.add_model(large.spec, false);
-        engine.add_model(other_large.spec, false);
+        engine.models().add(large.spec, false);
+        engine.models().add(other_large.spec, false);
         one = &open(engine, 0, SHARE);
         use(*one, CELLS);
-        while (!engine.activate(1)) settle(engine);
+        while (!engine.models().activate(1)) settle(engine);
         other = static_cast<Silent*>(&engine.open(std::make_unique<Silent>(1, CELLS, SHARE, true)));
         use(*other, SHARE);
         ASSERT_GT(slots(0), 4 * slots(1));
@@ -276,11 +278,11 @@ struct DemandTest : EngineMemoryTest {
     }
 };
 
-TEST_F(DemandTest, MemoryGoesToTheModelThatIsUsed) {
+TEST_F(EngineDemandTest, MemoryGoesToTheModelThatIsUsed) {
     for (const auto& [busy, idle] : {std::pair{other, one}, std::pair{one, other}}) {
         for (int second = 0; second < 40; second++) {
             use(*busy, CELLS);
-            engine.rebalance();
+            engine.models().rebalance();
         }
         EXPECT_GT(slots(busy->model), 4 * slots(idle->model));
         EXPECT_GE(slots(idle->model), SHARE);
@@ -290,12 +292,12 @@ TEST_F(DemandTest, MemoryGoesToTheModelThatIsUsed) {
     }
 }
 
-TEST_F(DemandTest, ModelsThatAreUsedAlikeEndWithTheLikeAndStayThere) {
+TEST_F(EngineDemandTest, ModelsThatAreUsedAlikeEndWithSimilarPoolsAndKeepThem) {
     const auto use_both = [this] {
         for (int second = 0; second < 20; second++) {
             use(*one, CELLS);
             use(*other, CELLS);
-            engine.rebalance();
+            engine.models().rebalance();
         }
     };
     use_both();
@@ -306,7 +308,7 @@ TEST_F(DemandTest, ModelsThatAreUsedAlikeEndWithTheLikeAndStayThere) {
     EXPECT_EQ(slots(0), before);
 }
 
-TEST_F(DemandTest, NobodyMustGiveBackWhatHeLeasesForIt) {
+TEST_F(EngineDemandTest, NoSessionMustGiveBackLeasesForIt) {
     const std::vector<uint32_t> held = cells(0, one->lease_limit);
     one->grants = 0;
     EXPECT_TRUE(engine.acquire(*one, 0, held, 0));
@@ -315,18 +317,18 @@ TEST_F(DemandTest, NobodyMustGiveBackWhatHeLeasesForIt) {
     ASSERT_GT(granted, SHARE);
     for (int second = 0; second < 20; second++) {
         use(*other, CELLS);
-        engine.rebalance();
+        engine.models().rebalance();
         ASSERT_EQ(engine.model(0).pool->draining(), 0U);
         ASSERT_FALSE(engine.blocks_others(*one));
     }
     for (const uint32_t cell : cells(0, granted)) EXPECT_TRUE(engine.model(0).pool->find(cell));
 }
 
-TEST_F(DemandTest, AModelThatEvictsNothingTakesNothing) {
+TEST_F(EngineDemandTest, AModelThatEvictsNothingTakesNothing) {
     const uint64_t before = slots(0);
     for (int second = 0; second < 20; second++) {
         use(*other, SHARE);
-        engine.rebalance();
+        engine.models().rebalance();
     }
     EXPECT_EQ(slots(0), before);
 }

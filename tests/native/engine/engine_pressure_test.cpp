@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "service/engine_thread.h"
 #include "settle.h"
 
@@ -29,13 +30,13 @@ struct EnginePressureTest : testing::Test {
     std::unique_ptr<Reader> reader = make_reader("threads", 2, 32, note);
     Verifier verifier{1};
     FlashModel flash{1, 12000};  // 3000 cells
-    uint64_t dram_bytes = Engine::minimum_dram_bytes(flash.spec) + 2400 * 4096;
+    uint64_t dram_bytes = minimum_dram_bytes(flash.spec) + 2400 * 4096;
     Engine engine{dram_bytes, *reader, verifier};
 
-    EnginePressureTest() { engine.add_model(flash.spec, false); }
+    EnginePressureTest() { engine.models().add(flash.spec, false); }
 
     Counting& open(uint32_t share) {
-        EXPECT_TRUE(engine.activate(0));
+        EXPECT_TRUE(engine.models().activate(0));
         return static_cast<Counting&>(engine.open(std::make_unique<Counting>(0, flash.spec.cell_count(), share, true)));
     }
 
@@ -53,94 +54,94 @@ struct EnginePressureTest : testing::Test {
         return numbers;
     }
 
-    uint64_t used_bytes() const { return dram_bytes - engine.memory().free_bytes(); }
+    uint64_t used_bytes() const { return dram_bytes - engine.models().memory().free_bytes(); }
     const Pool& pool() { return *engine.model(0).pool; }
 };
 
 TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
     Counting& session = open(20);
     sweep(session, 3000);
-    engine.set_floor(dram_bytes / 2);
+    engine.models().set_floor(dram_bytes / 2);
     uint64_t before = used_bytes();
     ASSERT_GT(before, dram_bytes * 9 / 10);
     for (uint32_t i = 0; i < 20 && before > dram_bytes / 2; i++) {
-        engine.press();
+        engine.models().press();
         settle(engine);
         EXPECT_LT(used_bytes(), before);
-        EXPECT_GE(engine.target_bytes(), dram_bytes / 2);
+        EXPECT_GE(engine.models().pressure().target_bytes(), dram_bytes / 2);
         before = used_bytes();
     }
     EXPECT_LE(used_bytes(), dram_bytes / 2);
-    EXPECT_GT(used_bytes(), dram_bytes / 4) << "not much more than was asked";
-    engine.press();
+    EXPECT_GT(used_bytes(), dram_bytes / 4) << "it takes little more than was asked";
+    engine.models().press();
     settle(engine);
     EXPECT_EQ(used_bytes(), before) << "never below the floor";
     sweep(session, 3000);
-    EXPECT_LE(used_bytes(), dram_bytes / 2) << "it serves on, and stays small";
+    EXPECT_LE(used_bytes(), dram_bytes / 2) << "it goes on serving, and stays small";
     EXPECT_EQ(session.grants, 6000U);
 }
 
-TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureIsGone) {
+TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureEnds) {
     Counting& session = open(20);
     sweep(session, 3000);
     const uint64_t before = used_bytes();
-    engine.set_floor(dram_bytes / 2);
-    for (uint32_t i = 0; i < 8; i++) engine.press();
+    engine.models().set_floor(dram_bytes / 2);
+    for (uint32_t i = 0; i < 8; i++) engine.models().press();
     settle(engine);
-    EXPECT_TRUE(engine.pressed());
-    for (uint32_t i = 0; i <= RELIEF_DIVISOR; i++) engine.relieve();
-    EXPECT_FALSE(engine.pressed());
+    EXPECT_TRUE(engine.models().pressure().pressed());
+    for (uint32_t i = 0; i <= RELIEF_DIVISOR; i++) engine.models().relieve();
+    EXPECT_FALSE(engine.models().pressure().pressed());
     sweep(session, 3000);
     EXPECT_EQ(used_bytes(), before);
 }
 
 TEST_F(EnginePressureTest, SharesAreKeptBelowTheFloor) {
     Counting& session = open(300);
-    engine.set_floor(0);
-    for (uint32_t i = 0; i < 30; i++) engine.press();
+    engine.models().set_floor(0);
+    for (uint32_t i = 0; i < 30; i++) engine.models().press();
     EXPECT_TRUE(engine.acquire(session, 0, cells(300), 0));
     settle(engine);
     EXPECT_EQ(session.grants, 300U);
     EXPECT_TRUE(engine.release(session, 0, cells(300)));
     sweep(session, 3000);
-    engine.press();
+    engine.models().press();
     settle(engine);
     EXPECT_GE(pool().slots(), 300U);
 }
 
-TEST_F(EnginePressureTest, WhatIsLentFallsAndALeasedSegmentGoesWithItsLastLease) {
+TEST_F(EnginePressureTest, LimitsFallAndALeasedSegmentRetiresAfterItsLastLease) {
     Counting& session = open(20);
     const uint32_t lent = session.lease_limit;
     ASSERT_GT(lent, 300U);
     EXPECT_TRUE(engine.acquire(session, 0, cells(lent), 0));
     settle(engine);
     ASSERT_EQ(session.grants, lent);
-    engine.set_floor(dram_bytes / 2);
+    engine.models().set_floor(dram_bytes / 2);
     const uint64_t before = used_bytes();
-    for (uint32_t i = 0; i < 8; i++) engine.press();
+    for (uint32_t i = 0; i < 8; i++) engine.models().press();
     settle(engine);
     EXPECT_LT(session.lease_limit, lent);
     EXPECT_LT(session.obey, lent);
     EXPECT_GT(used_bytes(), dram_bytes / 2) << "leases stay whole";
-    EXPECT_TRUE(engine.waiting()) << "so that the loop looks again";
+    EXPECT_TRUE(engine.waiting()) << "so the loop tries again";
     for (const uint32_t cell : cells(lent)) EXPECT_TRUE(engine.release(session, 0, std::array{cell}));
     settle(engine);
     EXPECT_LE(used_bytes(), dram_bytes / 2);
     EXPECT_LT(used_bytes(), before);
 }
 
-TEST_F(EnginePressureTest, AModelThatNobodyUsesGoesFirst) {
+TEST_F(EnginePressureTest, AnIdleModelIsDeactivatedFirst) {
     Counting& session = open(20);
     sweep(session, 500);
     engine.close(session.id);
-    engine.leave(0);
-    engine.set_floor(0);
-    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.rebalance();
-    engine.press();
+    engine.models().leave(0);
+    engine.models().set_floor(0);
+    for (uint32_t i = 0; i < IDLE_REBALANCES_MIN; i++) engine.models().rebalance();
+    engine.models().press();
     EXPECT_EQ(engine.model(0).pool, nullptr);
 }
 
-// ---- the kernel's word ----
+// ---- signals of the kernel ----
 
 struct PressureSignalTest : testing::Test {
     TestFolder folder;
@@ -155,10 +156,10 @@ struct PressureSignalTest : testing::Test {
     }
 };
 
-// A trigger that was never set polls EPOLLERR for ever, as that of a cgroup does that has gone.
-TEST_F(PressureSignalTest, ATriggerThatFailsIsDroppedAndIsNoSignal) {
+// A trigger that was never set polls EPOLLERR for ever, like the trigger of a cgroup that was removed.
+TEST_F(PressureSignalTest, ATriggerThatFailsIsDroppedAndCountsAsNoSignal) {
     Descriptor unset(::open("/proc/pressure/memory", O_RDWR | O_NONBLOCK | O_CLOEXEC));
-    if (unset.get() < 0) GTEST_SKIP() << "this kernel tells nothing of memory pressure";
+    if (unset.get() < 0) GTEST_SKIP() << "this kernel does not report memory pressure";
     const auto engine = serve(std::move(unset));
     std::vector<std::byte> cell(4096);
     engine->fetch(0, 0, std::array{3U}, cell);

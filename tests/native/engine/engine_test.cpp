@@ -9,6 +9,7 @@
 #include <set>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "settle.h"
 
 namespace weightd {
@@ -39,11 +40,11 @@ struct EngineTest : testing::TestWithParam<std::string> {
     Verifier verifier{1};
 
     uint64_t dram_for(const FlashModel& model, uint32_t slots) {
-        return Engine::minimum_dram_bytes(model.spec) + (slots - 3 * SHARE_SLOTS_MIN) * uint64_t{model.spec.cell_bytes};
+        return minimum_dram_bytes(model.spec) + (slots - 3 * SHARE_SLOTS_MIN) * uint64_t{model.spec.cell_bytes};
     }
 
     Recorder& open(Engine& engine, uint32_t model, uint32_t share, bool borrows = false) {
-        EXPECT_TRUE(engine.activate(model));
+        EXPECT_TRUE(engine.models().activate(model));
         const uint32_t cells = engine.model(model).spec.cell_count();
         return static_cast<Recorder&>(engine.open(std::make_unique<Recorder>(model, cells, share, borrows)));
     }
@@ -63,7 +64,7 @@ struct EngineTest : testing::TestWithParam<std::string> {
 TEST_P(EngineTest, GrantsTheBytesOnFlash) {
     FlashModel flash(2, 101);
     Engine engine(dram_for(flash, 20), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     Recorder& session = open(engine, model, 8);
     for (uint32_t layer = 0; layer < 2; layer++) {
         for (uint32_t cell = 0; cell < 26; cell++) {
@@ -83,7 +84,7 @@ TEST_P(EngineTest, GrantsTheBytesOnFlash) {
 TEST_P(EngineTest, MergesNeighboursIntoOneRead) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 100), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 50);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 50);
     std::vector<uint32_t> cells;
     for (uint32_t cell = 10; cell < 40; cell++) cells.push_back(cell);
     cells.push_back(60);
@@ -94,7 +95,7 @@ TEST_P(EngineTest, MergesNeighboursIntoOneRead) {
     EXPECT_EQ(engine.model(0).counts.read_bytes, 31U * 4096);
 }
 
-// One bundle of two parts of 4096 bytes in a cell.
+// Each cell holds one bundle, in two parts of 4096 bytes.
 FlashModel wide_model(uint32_t neurons) {
     FlashModel flash(1, neurons, "wide", 8192);
     flash.spec.stride_bytes = flash.spec.bundle_bytes = 8192;
@@ -111,7 +112,7 @@ TEST_P(EngineTest, ReadsEachPartOfABundleAloneWhenToldTo) {
     FlashModel flash = wide_model(800);
     flip_byte(flash.spec.bundles_path, 8192 * 20 + 5000);
     Engine engine(dram_for(flash, 50), *reader, verifier, true);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 30);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 30);
     for (uint32_t cell = 0; cell < 20; cell++) ASSERT_TRUE(engine.acquire(session, 0, std::array{cell}, cell));
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.reads, 40U);
@@ -131,7 +132,7 @@ TEST_P(EngineTest, ReadsEachPartOfABundleAloneWhenToldTo) {
 TEST_P(EngineTest, CountsReadsByRegionAndHowLongEachTook) {
     FlashModel flash(2, 256);  // 128 cells: two in a region
     Engine engine(dram_for(flash, 100), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 50);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 50);
     for (const uint32_t cell : {0U, 1U, 63U}) {
         ASSERT_TRUE(engine.acquire(session, 0, std::array{cell}, cell));
         settle(engine);
@@ -155,7 +156,7 @@ TEST_P(EngineTest, CountsReadsByRegionAndHowLongEachTook) {
 TEST_P(EngineTest, KnowsHowLongItHasBeenReading) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 20);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 20);
     EXPECT_EQ(engine.device_use(0).reading.seconds(), 0.0);
     const auto start = std::chrono::steady_clock::now();
     ASSERT_TRUE(engine.acquire(session, 0, numbers(0, 20), 1));
@@ -164,13 +165,13 @@ TEST_P(EngineTest, KnowsHowLongItHasBeenReading) {
     const double reading_s = engine.device_use(0).reading.seconds();
     EXPECT_GT(reading_s, 0.0);
     EXPECT_LT(reading_s, longest_s);
-    EXPECT_EQ(engine.device_use(0).reading.seconds(), reading_s) << "it stands still while nothing is read";
+    EXPECT_EQ(engine.device_use(0).reading.seconds(), reading_s) << "it does not change while nothing is read";
 }
 
-TEST_P(EngineTest, ReadsOnceWhatTwoSessionsWant) {
+TEST_P(EngineTest, ReadsACellOnceForTwoSessions) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 100), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     Recorder& one = open(engine, model, 10);
     Recorder& two = open(engine, model, 10);
     ASSERT_TRUE(engine.acquire(one, 0, std::array{7U}, 1));
@@ -181,25 +182,25 @@ TEST_P(EngineTest, ReadsOnceWhatTwoSessionsWant) {
     EXPECT_GT(one.flushes, 0);
 }
 
-TEST_P(EngineTest, RefusesWhatIsBeyondTheShareAndAnswersEveryCell) {
+TEST_P(EngineTest, RefusesCellsBeyondTheShareAndAnswersEveryCell) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 3);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 3);
     ASSERT_TRUE(engine.acquire(session, 0, std::array{1U, 2U, 3U, 4U, 1U}, 1));
     settle(engine);
     std::map<ring::Status, int> statuses;
     for (const auto& [tag, answer] : session.answers) statuses[answer.status]++;
-    EXPECT_EQ(statuses[ring::GRANTED], 4);  // cell 1 twice: it counts once against the share
+    EXPECT_EQ(statuses[ring::GRANTED], 4);  // cell 1 is leased twice, and counts once against the share
     EXPECT_EQ(statuses[ring::REFUSED], 1);
     EXPECT_TRUE(engine.release(session, 0, std::array{1U, 1U, 2U}));
-    EXPECT_FALSE(engine.release(session, 0, std::array{1U})) << "it holds no lease on it any more";
+    EXPECT_FALSE(engine.release(session, 0, std::array{1U})) << "it has no lease on the cell any more";
 }
 
 TEST_P(EngineTest, NamesTheCorruptBundleAndServesItsNeighbours) {
     FlashModel flash(2, 100);
     flip_byte(flash.spec.bundles_path, flash.offset(1, 42) + 17);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 25);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 25);
     std::vector<uint32_t> cells;
     for (uint32_t cell = 0; cell < 25; cell++) cells.push_back(cell);
     for (const uint32_t cell : cells) ASSERT_TRUE(engine.acquire(session, 1, std::array{cell}, cell));
@@ -217,7 +218,7 @@ TEST_P(EngineTest, NamesTheCorruptBundleAndServesItsNeighbours) {
 TEST_P(EngineTest, ReportsATruncatedFileForTheMissingCellsOnly) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 60), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 30);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 30);
     ASSERT_EQ(::truncate(flash.spec.bundles_path.c_str(), 20 * 4096), 0);
     std::vector<uint32_t> cells;
     for (uint32_t cell = 10; cell < 30; cell++) cells.push_back(cell);
@@ -232,7 +233,7 @@ TEST_P(EngineTest, ReportsATruncatedFileForTheMissingCellsOnly) {
 TEST_P(EngineTest, FreesTheLeasesOfASessionThatDiesInTheMiddleOfItsReads) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 12), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     Recorder& dying = open(engine, model, 5);
     Recorder& other = open(engine, model, 5);
     ASSERT_TRUE(engine.acquire(dying, 0, std::array{1U, 2U, 3U, 4U, 5U}, 1));
@@ -246,7 +247,7 @@ TEST_P(EngineTest, FreesTheLeasesOfASessionThatDiesInTheMiddleOfItsReads) {
 TEST_P(EngineTest, ServesManySessionsWhoseSharesFillThePool) {
     FlashModel flash(3, 400);
     Engine engine(dram_for(flash, 16), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     std::vector<Recorder*> sessions;
     for (int i = 0; i < 4; i++) sessions.push_back(&open(engine, model, 4));
     std::mt19937 random(9);
@@ -270,13 +271,13 @@ TEST_P(EngineTest, ServesManySessionsWhoseSharesFillThePool) {
         }
     }
     EXPECT_GT(engine.model(0).pool->evictions(), 100U);
-    EXPECT_LE(engine.memory().used_bytes(Account::pool), 16U * 4096);
+    EXPECT_LE(engine.models().memory().used_bytes(Account::pool), 16U * 4096);
 }
 
 TEST_P(EngineTest, LendsNearlyAllOfThePoolToASessionThatIsAlone) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    Recorder& alone = open(engine, engine.add_model(flash.spec, false), 10, true);
+    Recorder& alone = open(engine, engine.models().add(flash.spec, false), 10, true);
     EXPECT_EQ(alone.lease_limit, 47U);
     ASSERT_TRUE(engine.acquire(alone, 0, numbers(0, 60), 1));
     settle(engine);
@@ -293,7 +294,7 @@ TEST_P(EngineTest, LendsNearlyAllOfThePoolToASessionThatIsAlone) {
 TEST_P(EngineTest, ANewcomerGetsItsShareAsABorrowerGivesBack) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     Recorder& borrower = open(engine, model, 10, true);
     ASSERT_TRUE(engine.acquire(borrower, 0, numbers(0, 47), 1));
     settle(engine);
@@ -303,18 +304,18 @@ TEST_P(EngineTest, ANewcomerGetsItsShareAsABorrowerGivesBack) {
     EXPECT_FALSE(engine.blocks_others(borrower)) << "nobody waits yet";
     ASSERT_TRUE(engine.acquire(newcomer, 0, numbers(50, 70), 1));
     settle(engine);
-    EXPECT_EQ(count(newcomer, ring::GRANTED), 3U) << "what was never lent";
-    EXPECT_EQ(count(newcomer, ring::REFUSED), 0U) << "a share is waited for";
+    EXPECT_EQ(count(newcomer, ring::GRANTED), 3U) << "the slots that are never lent";
+    EXPECT_EQ(count(newcomer, ring::REFUSED), 0U) << "within its share it waits";
     EXPECT_TRUE(engine.waiting());
     EXPECT_TRUE(engine.blocks_others(borrower));
     EXPECT_FALSE(engine.blocks_others(newcomer));
 
     borrower.answers.clear();
     ASSERT_TRUE(engine.acquire(borrower, 0, numbers(80, 84), 2));
-    EXPECT_EQ(count(borrower, ring::REFUSED), 4U) << "it is above its limit: an answer at once";
+    EXPECT_EQ(count(borrower, ring::REFUSED), 4U) << "it is above its limit, so it is answered at once";
     ASSERT_TRUE(engine.release(borrower, 0, numbers(0, 10)));
     settle(engine);
-    EXPECT_EQ(count(newcomer, ring::GRANTED), 13U) << "in part, as it comes";
+    EXPECT_EQ(count(newcomer, ring::GRANTED), 13U) << "cells are granted as slots become free";
     ASSERT_TRUE(engine.release(borrower, 0, numbers(10, 47)));
     settle(engine);
     EXPECT_EQ(count(newcomer, ring::GRANTED), 20U);
@@ -325,14 +326,14 @@ TEST_P(EngineTest, ANewcomerGetsItsShareAsABorrowerGivesBack) {
     settle(engine);
     EXPECT_EQ(count(borrower, ring::GRANTED), 18U);
     engine.close(newcomer.id);
-    engine.leave(model);
+    engine.models().leave(model);
     EXPECT_EQ(borrower.lease_limit, 47U);
 }
 
-TEST_P(EngineTest, NothingIsLentWhileSomebodyWaits) {
+TEST_P(EngineTest, NothingIsLentWhileASessionWaits) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     Recorder& large = open(engine, model, 4, true);
     ASSERT_TRUE(engine.acquire(large, 0, numbers(0, 46), 1));
     settle(engine);
@@ -341,14 +342,14 @@ TEST_P(EngineTest, NothingIsLentWhileSomebodyWaits) {
     ASSERT_TRUE(engine.acquire(waiting, 0, numbers(50, 58), 1));
     ASSERT_TRUE(engine.acquire(third, 0, numbers(0, 4), 1));
     settle(engine);
-    EXPECT_EQ(count(third, ring::GRANTED), 2U) << "its share: cells that are there";
-    EXPECT_EQ(count(third, ring::REFUSED), 2U) << "to lease them would keep them from those who wait";
+    EXPECT_EQ(count(third, ring::GRANTED), 2U) << "its share, of cells that are in the pool";
+    EXPECT_EQ(count(third, ring::REFUSED), 2U) << "leases on them would keep slots from the session that waits";
     ASSERT_TRUE(engine.release(large, 0, numbers(0, 46)));
     settle(engine);
     EXPECT_EQ(count(waiting, ring::GRANTED), 8U);
 }
 
-// Clients with windows: each waits for its answers, and lets its window go when it is refused or at its limit.
+// Clients with windows. Each waits for its answers, and gives its window back when it is refused or reaches its limit.
 struct Clients {
     struct Client {
         std::set<uint32_t> held;
@@ -365,7 +366,7 @@ struct Clients {
 
     void ask(Recorder& session, Client& client) {
         if (!client.asked.empty()) return;
-        if (client.held.size() + 12 > session.lease_limit) let_go(session, client);  // also when it fell
+        if (client.held.size() + 12 > session.lease_limit) let_go(session, client);  // also when the limit fell
         for (uint32_t count = session.lease_limit - session.held_cells; count > 0; count--) {
             const uint32_t cell = random() % 1000;
             if (client.held.contains(cell) || !client.asked.insert(cell).second) continue;
@@ -386,10 +387,10 @@ struct Clients {
     }
 };
 
-TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
+TEST_P(EngineTest, BorrowersThatObeyTheirLimitsBlockNobody) {
     FlashModel flash(1, 4000);
     Engine engine(dram_for(flash, 64), *reader, verifier);
-    const uint32_t model = engine.add_model(flash.spec, false);
+    const uint32_t model = engine.models().add(flash.spec, false);
     Clients clients{engine, {}};
     uint64_t waited = 0;
     for (int round = 0; round < 600; round++) {
@@ -400,7 +401,7 @@ TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
             Recorder* gone = clients.all.back().first;
             clients.all.pop_back();
             engine.close(gone->id);
-            engine.leave(model);
+            engine.models().leave(model);
         }
         for (auto& [session, client] : clients.all) {
             if (clients.random() % 2 == 0) clients.ask(*session, client);  // the others compute
@@ -414,7 +415,7 @@ TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
         }
         ASSERT_LE(limits, 64U);
     }
-    EXPECT_GT(waited, 10U) << "else this shows nothing";
+    EXPECT_GT(waited, 10U) << "otherwise the test shows nothing";
     for (int round = 0; round < 3; round++) {
         for (auto& [session, client] : clients.all) {
             clients.let_go(*session, client);
@@ -426,17 +427,17 @@ TEST_P(EngineTest, BorrowersThatObeyNeverBlockAnybody) {
     for (auto& [session, client] : clients.all) EXPECT_TRUE(client.asked.empty());
 }
 
-TEST_P(EngineTest, TakesWhatAnIdleModelHasLeftForThoseWhoBorrow) {
+TEST_P(EngineTest, TakesTheMemoryOfAnIdleModelForBorrowers) {
     FlashModel first(1, 400, "first");
     FlashModel second(1, 400, "second");
     Engine engine(dram_for(second, 60) + 8 * (first.spec.checksums.size() + 30'000), *reader, verifier);
-    const uint32_t a = engine.add_model(first.spec, false);
-    const uint32_t b = engine.add_model(second.spec, false);
+    const uint32_t a = engine.models().add(first.spec, false);
+    const uint32_t b = engine.models().add(second.spec, false);
     Recorder& before = open(engine, a, 2, true);
     ASSERT_TRUE(engine.acquire(before, 0, numbers(0, 2), 1));
     settle(engine);
     engine.close(before.id);
-    engine.leave(a);
+    engine.models().leave(a);
     Recorder& session = open(engine, b, 20, true);
     ASSERT_TRUE(engine.acquire(session, 0, numbers(0, 20), 1));
     settle(engine);
@@ -447,16 +448,16 @@ TEST_P(EngineTest, MovesMemoryToAnotherModelWhenTheFirstIsIdle) {
     FlashModel first(1, 400, "first");
     FlashModel second(1, 400, "second", 8192);
     Engine engine(dram_for(second, 40) + second.spec.checksums.size() * 8, *reader, verifier);
-    const uint32_t a = engine.add_model(first.spec, false);
-    const uint32_t b = engine.add_model(second.spec, false);
+    const uint32_t a = engine.models().add(first.spec, false);
+    const uint32_t b = engine.models().add(second.spec, false);
     Recorder& session = open(engine, a, 20);
     std::vector<uint32_t> cells;
     for (uint32_t cell = 0; cell < 20; cell++) cells.push_back(cell);
     ASSERT_TRUE(engine.acquire(session, 0, cells, 1));
     settle(engine);
-    EXPECT_THROW(engine.activate(b), NoRoom);
+    EXPECT_THROW(engine.models().activate(b), NoRoom);
     engine.close(session.id);
-    engine.leave(a);
+    engine.models().leave(a);
     settle(engine);
     Recorder& other = open(engine, b, 4);
     ASSERT_TRUE(engine.acquire(other, 0, std::array{49U}, 1));
@@ -468,7 +469,7 @@ TEST_P(EngineTest, MovesMemoryToAnotherModelWhenTheFirstIsIdle) {
 TEST_P(EngineTest, RefusesACellOrLayerThatDoesNotExist) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 3);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 3);
     EXPECT_FALSE(engine.acquire(session, 0, std::array{100U}, 1));
     EXPECT_FALSE(engine.acquire(session, 1, std::array{0U}, 1));
     EXPECT_FALSE(engine.release(session, 0, std::array{0U}));
@@ -478,12 +479,12 @@ TEST_P(EngineTest, RefusesACellOrLayerThatDoesNotExist) {
 TEST_P(EngineTest, PrefetchesWithoutLeases) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);
-    Recorder& session = open(engine, engine.add_model(flash.spec, false), 3);
+    Recorder& session = open(engine, engine.models().add(flash.spec, false), 3);
     ASSERT_TRUE(engine.prefetch(session, 0, std::array{5U, 6U, 7U, 8U}));
     settle(engine);
     EXPECT_EQ(session.held_cells, 0U);
     ASSERT_TRUE(engine.acquire(session, 0, std::array{5U, 8U}, 1));
-    EXPECT_EQ(session.answers.size(), 2U) << "both are there";
+    EXPECT_EQ(session.answers.size(), 2U) << "both are in the pool";
     EXPECT_EQ(engine.model(0).counts.hits, 2U);
 }
 

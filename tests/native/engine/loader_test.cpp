@@ -20,7 +20,7 @@ struct LoaderTest : testing::TestWithParam<std::string> {
 
     LoaderTest() { pool.add_segment(0, {"test", size_t{100} * flash.spec.cell_bytes}); }
 
-    // Reads what of `cells` the pool lacks.
+    // Reads those of `cells` that are not in the pool.
     LoadCounts load(const std::vector<uint32_t>& cells) {
         std::vector<Missing> missing;
         for (const uint32_t cell : cells) {
@@ -53,16 +53,17 @@ struct LoaderTest : testing::TestWithParam<std::string> {
     }
 };
 
-TEST_P(LoaderTest, ReadsThroughASmallGapIntoNobodysSlot) {
+TEST_P(LoaderTest, ReadsThroughASmallGapAndDropsItsBytes) {
     load({15, 24, 25});
-    flip_byte(flash.spec.bundles_path, 15 * 4096 + 8);  // what is read of it from now on must not count
+    flip_byte(flash.spec.bundles_path,
+              15 * 4096 + 8);  // the cell is in the pool, so bytes of it that are read now must not matter
     const LoadCounts counts = load(numbers(6, 40));
     EXPECT_EQ(counts.reads, 1U);
-    EXPECT_EQ(counts.read_bytes, 34U * 4096) << "with the gaps";
+    EXPECT_EQ(counts.read_bytes, 34U * 4096) << "gaps included";
     expect_whole(numbers(6, 40));
 }
 
-TEST_P(LoaderTest, LeavesLargeGapsAndThoseOfAFewCells) {
+TEST_P(LoaderTest, ReadsThroughNoLargeGapAndNoneForAFewCells) {
     EXPECT_EQ(load({2, 4, 6}).reads, 3U);
     load(numbers(30, 35));
     const LoadCounts counts = load(numbers(10, 50));

@@ -1,4 +1,4 @@
-// Scans of one model that are apart come together, and nobody is put off for long.
+// Scans of one model come together, and no scan is deferred for long.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -9,17 +9,18 @@
 
 #include "engine/engine.h"
 #include "flash_file.h"
+#include "memory/model_cost.h"
 
 namespace weightd {
 namespace {
 
 constexpr uint32_t CELL_BYTES = 4096;
 constexpr uint32_t CELLS = 16384;
-constexpr uint32_t CHUNK = 64;                        // cells of a message
-constexpr std::chrono::microseconds CHUNK_TIME{170};  // of the device
+constexpr uint32_t CHUNK = 64;                        // cells of one request
+constexpr std::chrono::microseconds CHUNK_TIME{170};  // the device reads a chunk in this time
 constexpr uint32_t AHEAD = 32;                        // chunks that a scan asks for before it needs them
 
-// Reads when it is told to, in the order in which it was asked.
+// Reads only when the test says so, in the order of the requests.
 class ToldReader final : public Reader {
   public:
     explicit ToldReader(const std::vector<std::byte>& file) : file_(file) {}
@@ -55,7 +56,7 @@ class ToldReader final : public Reader {
     uint64_t cells_read = 0;
 
   private:
-    bool in_pool(const void* address) const {  // else it is what lies in a gap between cells
+    bool in_pool(const void* address) const {  // else it is a gap between cells
         return std::any_of(pool_.begin(), pool_.end(), [&](std::span<std::byte> memory) {
             return address >= memory.data() && address < memory.data() + memory.size();
         });
@@ -80,13 +81,13 @@ struct ScansTest : testing::Test {
     FlashModel flash{1, CELLS* CELL_BYTES / 1024, "model", CELL_BYTES};
     ToldReader reader{flash.bytes};
     Verifier verifier{1};
-    Engine engine{Engine::minimum_dram_bytes(flash.spec) + CELLS / 2 * uint64_t{CELL_BYTES}, reader, verifier};
+    Engine engine{minimum_dram_bytes(flash.spec) + CELLS / 2 * uint64_t{CELL_BYTES}, reader, verifier};
     Clock::time_point now = Clock::now();
 
-    ScansTest() { engine.add_model(flash.spec, false); }
+    ScansTest() { engine.models().add(flash.spec, false); }
 
     Counter& open() {
-        EXPECT_TRUE(engine.activate(0));
+        EXPECT_TRUE(engine.models().activate(0));
         return static_cast<Counter&>(engine.open(std::make_unique<Counter>(0, CELLS, AHEAD * CHUNK)));
     }
     void acquire(Session& session, uint32_t begin, uint32_t count, uint32_t tag = 0) {
@@ -99,8 +100,8 @@ struct ScansTest : testing::Test {
         std::iota(cells.begin(), cells.end(), begin);
         ASSERT_TRUE(engine.release(session, 0, cells));
     }
-    size_t deferred() { return engine.model(0).deferred.size(); }
-    uint64_t cells_reading() {  // once step() has submitted what is missing
+    size_t deferred() { return engine.scans(0).deferred(); }
+    uint64_t cells_reading() {  // after step() has submitted what is missing
         const Pool& pool = *engine.model(0).pool;
         uint64_t count = 0;
         for (uint32_t cell = 0; cell < CELLS; cell++) {
@@ -114,7 +115,7 @@ struct ScansTest : testing::Test {
         engine.tell_time(now);
         engine.step();
     }
-    void read(uint32_t cells) {  // and checks
+    void read(uint32_t cells) {  // cells, and verifies them
         reader.read(cells);
         const Model& state = engine.model(0);
         do step();
@@ -126,7 +127,7 @@ struct ScansTest : testing::Test {
     }
 };
 
-// Goes round and round, with some chunks asked for ahead.
+// One scan, which asks for some chunks ahead.
 class Scanning {
   public:
     Scanning(ScansTest& test, uint32_t begin) : test_(test), session_(test.open()), begin_(begin) {}
@@ -147,9 +148,9 @@ class Scanning {
     uint32_t used_ = 0;
 };
 
-// One behind who asks for some cells, and one ahead of it; what that one asks for is put off.
+// Two scans, one far ahead of the other: what it asks for is deferred.
 struct TwoScansTest : ScansTest {
-    static constexpr uint32_t PLACE = CELLS / 4;  // of the one ahead
+    static constexpr uint32_t PLACE = CELLS / 4;  // of the scan ahead
     Counter& behind = open();
     Counter& ahead = open();
 
@@ -167,7 +168,7 @@ struct TwoScansTest : ScansTest {
     }
 };
 
-TEST_F(TwoScansTest, WhoIsAheadWaitsForASecond) {
+TEST_F(TwoScansTest, TheScanAheadWaitsForASecond) {
     for (int i = 0; i < 9; i++) {
         acquire(behind, (i + 1) * CHUNK, 16);
         step(std::chrono::milliseconds{100});
@@ -179,7 +180,7 @@ TEST_F(TwoScansTest, WhoIsAheadWaitsForASecond) {
     EXPECT_EQ(ahead.grants[0], CHUNK);
 }
 
-TEST_F(TwoScansTest, NobodyWaitsForOneThatAsksForNothing) {
+TEST_F(TwoScansTest, NoScanWaitsForOneThatAsksForNothing) {
     read(CHUNK);
     step(std::chrono::milliseconds{490});
     EXPECT_EQ(deferred(), CHUNK);
@@ -187,13 +188,13 @@ TEST_F(TwoScansTest, NobodyWaitsForOneThatAsksForNothing) {
     EXPECT_EQ(deferred(), 0U);
 }
 
-TEST_F(TwoScansTest, WhoIsAheadWaitsUntilTheOtherIsThere) {
+TEST_F(TwoScansTest, TheScanAheadWaitsUntilTheOtherGetsThere) {
     acquire(behind, PLACE, CHUNK);
     step();
     EXPECT_EQ(deferred(), 0U);
 }
 
-TEST_F(TwoScansTest, WhoDoesNotScanWaitsForNobody) {
+TEST_F(TwoScansTest, ASessionThatDoesNotScanIsNotDeferred) {
     Counter& other = open();
     ASSERT_TRUE(engine.acquire(other, 0, std::array{PLACE + 3}, 0));
     step();
@@ -202,21 +203,21 @@ TEST_F(TwoScansTest, WhoDoesNotScanWaitsForNobody) {
     EXPECT_EQ(other.grants[0], 1U);
 }
 
-TEST_F(TwoScansTest, WhatWasPutOffIsReadWhenItsScanEnds) {
+TEST_F(TwoScansTest, DeferredCellsAreReadWhenTheirScanEnds) {
     close(ahead);
     EXPECT_EQ(deferred(), 0U);
     read(2 * CHUNK);
-    EXPECT_EQ(engine.model(0).pool->busy(), CHUNK) << "what is leased, and nothing else";
+    EXPECT_EQ(engine.model(0).pool->busy(), CHUNK) << "only leased slots are busy";
 }
 
-TEST_F(TwoScansTest, WhatWasPutOffIsReadWhenTheOtherEnds) {
+TEST_F(TwoScansTest, DeferredCellsAreReadWhenTheLaggardEnds) {
     close(behind);
     EXPECT_EQ(deferred(), 0U);
     read(2 * CHUNK);
     EXPECT_EQ(ahead.grants[0], CHUNK);
 }
 
-// Cells read, while the first goes through all cells so many times, for each of these.
+// Cells read per turn, while the first scan goes through all cells so many times.
 double cells_per_turn(ScansTest& test, std::vector<Scanning> scans, uint32_t turns) {
     const uint64_t before = test.engine.model(0).counts.read_bytes;
     while (scans.front().cells() < turns * CELLS) {
@@ -226,14 +227,14 @@ double cells_per_turn(ScansTest& test, std::vector<Scanning> scans, uint32_t tur
     return static_cast<double>(test.engine.model(0).counts.read_bytes - before) / CELL_BYTES / turns;
 }
 
-TEST_F(ScansTest, ScansThatAreApartComeTogether) {
-    const double alone = cells_per_turn(*this, {Scanning(*this, 0)}, 8);  // from now on it holds what it had, and rests
+TEST_F(ScansTest, ScansThatStartApartComeTogether) {
+    const double alone = cells_per_turn(*this, {Scanning(*this, 0)}, 8);  // then this scan keeps its leases and rests
     EXPECT_LT(alone, 0.7 * CELLS);
     std::vector<Scanning> three{Scanning(*this, 0), Scanning(*this, CELLS / 4), Scanning(*this, CELLS / 2)};
     EXPECT_LT(cells_per_turn(*this, three, 8), 1.25 * alone);
 }
 
-TEST_F(ScansTest, WhoIsSlowForGoodHoldsUpNobodyForLong) {
+TEST_F(ScansTest, AScanThatStaysSlowHoldsUpTheOthersOnlyBriefly) {
     std::vector<Scanning> fast{Scanning(*this, 0), Scanning(*this, 0), Scanning(*this, CELLS / 8)};
     Scanning slow(*this, CELLS / 2);
     std::chrono::microseconds waited{0};

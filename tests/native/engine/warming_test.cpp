@@ -1,10 +1,11 @@
-// What is hot comes back by itself, and stands in nobody's way.
+// Hot cells are read in the background, and are in the way of no session.
 #include <gtest/gtest.h>
 
 #include <numeric>
 
 #include "engine/engine.h"
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "settle.h"
 
 namespace weightd {
@@ -29,13 +30,13 @@ struct WarmingTest : testing::Test {
     FlashModel flash{2, CELLS / 2 * 4};
 
     static Counter& open(Engine& engine, uint32_t model = 0) {
-        EXPECT_TRUE(engine.activate(model));
+        EXPECT_TRUE(engine.models().activate(model));
         return static_cast<Counter&>(engine.open(std::make_unique<Counter>(model, CELLS, 4, true)));
     }
 
-    uint64_t dram_for(uint32_t slots) const { return Engine::minimum_dram_bytes(flash.spec) + slots * uint64_t{4096}; }
+    uint64_t dram_for(uint32_t slots) const { return minimum_dram_bytes(flash.spec) + slots * uint64_t{4096}; }
 
-    // Each `every`-th cell is hot, the others are not; the later the hotter.
+    // Each `every`-th cell is hot, and later ones are hotter. The other cells are cold.
     static std::vector<Hotness> each(uint32_t every) {
         std::vector<Hotness> hotness(CELLS);
         for (uint32_t cell = 0; cell < CELLS; cell += every) hotness[cell] = static_cast<Hotness>(20 + cell / 4);
@@ -52,10 +53,10 @@ struct WarmingTest : testing::Test {
     }
 };
 
-TEST_F(WarmingTest, WhatIsHotIsReadWhenTheFirstSessionOpens) {
+TEST_F(WarmingTest, HotCellsAreReadWhenTheFirstSessionOpens) {
     Engine engine(dram_for(CELLS), *reader, verifier);
-    engine.add_model(flash.spec, false);
-    engine.seed(0, each(5));
+    engine.models().add(flash.spec, false);
+    engine.models().seed(0, each(5));
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.reads, 0U) << "nobody uses the model";
     Counter& session = open(engine);
@@ -66,10 +67,10 @@ TEST_F(WarmingTest, WhatIsHotIsReadWhenTheFirstSessionOpens) {
     EXPECT_EQ(engine.model(0).pool->busy(), 0U);
 }
 
-TEST_F(WarmingTest, ItTakesFreeSlotsOnlyTheHottestFirst) {
+TEST_F(WarmingTest, ItTakesOnlyFreeSlotsForTheHottestCellsFirst) {
     Engine engine(dram_for(60), *reader, verifier);
-    engine.add_model(flash.spec, false);
-    engine.seed(0, each(2));
+    engine.models().add(flash.spec, false);
+    engine.models().seed(0, each(2));
     open(engine);
     settle(engine);
     const uint64_t slots = engine.model(0).pool->slots();
@@ -79,19 +80,19 @@ TEST_F(WarmingTest, ItTakesFreeSlotsOnlyTheHottestFirst) {
     for (uint32_t cell = CELLS - 100; cell < CELLS; cell += 2) EXPECT_TRUE(engine.model(0).pool->find(cell)) << cell;
 }
 
-TEST_F(WarmingTest, WhatWasInThePoolComesBeforeWhatIsHotter) {
+TEST_F(WarmingTest, CellsThatWereInThePoolComeBeforeHotterOnes) {
     Engine engine(dram_for(20), *reader, verifier);
-    engine.add_model(flash.spec, false);
+    engine.models().add(flash.spec, false);
     std::vector<Hotness> hotness(CELLS, HOTNESS_MAX);
     for (uint32_t cell = 3; cell < CELLS; cell += 20) hotness[cell] = HOTNESS_IN_POOL + 1;
-    engine.seed(0, hotness);
+    engine.models().seed(0, hotness);
     open(engine);
     settle(engine);
     ASSERT_LT(engine.model(0).pool->slots(), CELLS / 2);
     for (uint32_t cell = 3; cell < CELLS; cell += 20) EXPECT_TRUE(engine.model(0).pool->find(cell)) << cell;
 }
 
-TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
+TEST_F(WarmingTest, ItStartsNoReadWhileASessionReadsAndReadsLittleAtATime) {
     FlashModel wide(1, CELLS, "wide", 16384);
     wide.spec.bundles_per_cell = 1;
     wide.spec.layers[0].cells = wide.spec.layers[0].neurons = CELLS / 16;
@@ -99,17 +100,17 @@ TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
     for (uint32_t cell = 0; cell < CELLS / 16; cell++)
         wide.spec.checksums.push_back(checksum({wide.cell(0, cell), 1000}));
     Engine engine(dram_for(4 * CELLS), *reader, verifier);
-    engine.add_model(wide.spec, false);
-    engine.seed(0, std::vector<Hotness>(CELLS / 16, 200));
-    EXPECT_TRUE(engine.activate(0));
+    engine.models().add(wide.spec, false);
+    engine.models().seed(0, std::vector<Hotness>(CELLS / 16, 200));
+    EXPECT_TRUE(engine.models().activate(0));
     Session& session = engine.open(std::make_unique<Counter>(0, CELLS / 16, 4, true));
     EXPECT_TRUE(engine.acquire(session, 0, std::array{3U}, 0));
     engine.step();
-    EXPECT_EQ(engine.model(0).counts.read_bytes, 16384U) << "the session's own cell, alone";
+    EXPECT_EQ(engine.model(0).counts.read_bytes, 16384U) << "only the session's own cell";
     uint64_t before = 16384;
     while (engine.step() || engine.reading()) {
         const uint64_t now = engine.model(0).counts.read_bytes;
-        EXPECT_LE(now - before, WARM_BYTES_MAX + GAP_BYTES_MAX) << "the cell that is there is read through";
+        EXPECT_LE(now - before, WARM_BYTES_MAX + GAP_BYTES_MAX) << "the gap is the cell that is in the pool";
         before = now;
     }
     EXPECT_EQ(engine.model(0).pool->filled(), CELLS / 16);
@@ -117,8 +118,8 @@ TEST_F(WarmingTest, ItBeginsNothingWhileASessionReadsAndLittleAtATime) {
 
 TEST_F(WarmingTest, ASessionTakesTheSlotsThatWarmCellsFill) {
     Engine engine(dram_for(60), *reader, verifier);
-    engine.add_model(flash.spec, false);
-    engine.seed(0, each(2));
+    engine.models().add(flash.spec, false);
+    engine.models().seed(0, each(2));
     Counter& session = open(engine);
     settle(engine);
     ASSERT_FALSE(engine.model(0).pool->has_free());
@@ -132,21 +133,21 @@ TEST_F(WarmingTest, ASessionTakesTheSlotsThatWarmCellsFill) {
 
 TEST_F(WarmingTest, AnotherModelGetsTheMemoryThatWarmCellsFill) {
     FlashModel other(2, CELLS / 2 * 4, "other");
-    Engine engine(2 * Engine::minimum_dram_bytes(flash.spec) + 200 * 4096, *reader, verifier);
-    engine.add_model(flash.spec, false);
-    engine.add_model(other.spec, false);
-    engine.seed(0, std::vector<Hotness>(CELLS, 200));
+    Engine engine(2 * minimum_dram_bytes(flash.spec) + 200 * 4096, *reader, verifier);
+    engine.models().add(flash.spec, false);
+    engine.models().add(other.spec, false);
+    engine.models().seed(0, std::vector<Hotness>(CELLS, 200));
     open(engine);
     settle(engine);
     ASSERT_GT(engine.model(0).pool->filled(), 200U);
     bool active = false;
     for (uint32_t turn = 0; turn < 100 && !active; turn++) {
-        active = engine.activate(1);
+        active = engine.models().activate(1);
         settle(engine);
     }
     ASSERT_TRUE(active);
     Counter& session =
-        static_cast<Counter&>(engine.open(std::make_unique<Counter>(1, CELLS, engine.share_for(1, 0), true)));
+        static_cast<Counter&>(engine.open(std::make_unique<Counter>(1, CELLS, engine.models().share_for(1, 0), true)));
     std::vector<uint32_t> wanted(session.share_slots);
     std::iota(wanted.begin(), wanted.end(), 0);
     EXPECT_TRUE(engine.acquire(session, 0, wanted, 0));
@@ -154,11 +155,11 @@ TEST_F(WarmingTest, AnotherModelGetsTheMemoryThatWarmCellsFill) {
     EXPECT_EQ(session.grants, wanted.size());
 }
 
-TEST_F(WarmingTest, ACorruptCellDoesNotStayAndIsAnErrorForWhoWantsIt) {
+TEST_F(WarmingTest, ACorruptCellIsDroppedAndFailsForASessionThatWantsIt) {
     flip_byte(flash.spec.bundles_path, flash.offset(0, 5 * 4));
     Engine engine(dram_for(CELLS), *reader, verifier);
-    engine.add_model(flash.spec, false);
-    engine.seed(0, each(5));
+    engine.models().add(flash.spec, false);
+    engine.models().seed(0, each(5));
     Counter& session = open(engine);
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.verify_errors, 1U);
@@ -167,21 +168,21 @@ TEST_F(WarmingTest, ACorruptCellDoesNotStayAndIsAnErrorForWhoWantsIt) {
     EXPECT_EQ(session.corrupt, 1U);
 }
 
-TEST_F(WarmingTest, AModelThatWasLetGoComesBackAsWarmAsItWas) {
+TEST_F(WarmingTest, AModelThatIsActivatedAgainIsAsWarmAsItWas) {
     Engine engine(dram_for(CELLS), *reader, verifier);
-    engine.add_model(flash.spec, false);
+    engine.models().add(flash.spec, false);
     FlashModel large(1, 3 * CELLS, "large");
     large.spec.resident_bytes = CELLS * 4096 / 2;
-    engine.add_model(large.spec, false);
+    engine.models().add(large.spec, false);
     Counter& session = open(engine);
     for (uint32_t turn = 0; turn < 5; turn++) {
         for (uint32_t cell = 7; cell < CELLS; cell += 10) EXPECT_TRUE(acquire(engine, session, cell));
     }
     engine.close(session.id);
-    engine.leave(0);
-    EXPECT_TRUE(engine.activate(1));
+    engine.models().leave(0);
+    EXPECT_TRUE(engine.models().activate(1));
     EXPECT_EQ(engine.model(0).pool, nullptr);
-    engine.leave(1);
+    engine.models().leave(1);
     Counter& again = open(engine);
     settle(engine);
     const uint64_t misses = engine.model(0).counts.misses;
@@ -189,19 +190,19 @@ TEST_F(WarmingTest, AModelThatWasLetGoComesBackAsWarmAsItWas) {
     EXPECT_EQ(engine.model(0).counts.misses, misses);
 }
 
-TEST_F(WarmingTest, NothingIsReadBackWhenToldNotTo) {
+TEST_F(WarmingTest, NothingIsReadWithoutWarming) {
     Engine engine(dram_for(CELLS), *reader, verifier, false, false);
-    engine.add_model(flash.spec, false);
-    engine.seed(0, each(5));
+    engine.models().add(flash.spec, false);
+    engine.models().seed(0, each(5));
     open(engine);
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.reads, 0U);
 }
 
-TEST_F(WarmingTest, AnExpectationOfOtherCellsIsRefused) {
+TEST_F(WarmingTest, SeedsOfAnotherNumberOfCellsAreRefused) {
     Engine engine(dram_for(CELLS), *reader, verifier);
-    engine.add_model(flash.spec, false);
-    EXPECT_THROW(engine.seed(0, std::vector<Hotness>(CELLS - 1)), std::invalid_argument);
+    engine.models().add(flash.spec, false);
+    EXPECT_THROW(engine.models().seed(0, std::vector<Hotness>(CELLS - 1)), std::invalid_argument);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ constexpr uint32_t CELL_BYTES = 4096;
 
 SharedMemory segment(uint32_t slots) { return {"test", size_t{slots} * CELL_BYTES}; }
 
-// A reference: the same calls on a pool and on plain sets; the invariants of pool.h after each.
+// Makes the same random calls on a pool and on plain sets, and checks the invariants of pool.h after each.
 TEST(Pool, KeepsItsInvariantsUnderRandomUse) {
     std::mt19937 random(3);
     Pool pool(200, CELL_BYTES);
@@ -71,7 +71,7 @@ TEST(Pool, KeepsItsInvariantsUnderRandomUse) {
     EXPECT_GT(segments, 5U);
 }
 
-TEST(Pool, GivesBackADrainedSegmentWhenItsLastLeaseEnds) {
+TEST(Pool, RetiresADrainedSegmentWhenItsLastLeaseEnds) {
     Pool pool(10, CELL_BYTES);
     pool.add_segment(0, segment(4));
     const Place place = pool.insert(3);
@@ -85,7 +85,7 @@ TEST(Pool, GivesBackADrainedSegmentWhenItsLastLeaseEnds) {
     EXPECT_FALSE(pool.find(3));
 }
 
-TEST(Pool, NeverEvictsWhatIsLeased) {
+TEST(Pool, NeverEvictsALeasedCell) {
     Pool pool(10, CELL_BYTES);
     pool.add_segment(0, segment(2));
     for (const uint32_t cell : {0U, 1U}) {
@@ -100,7 +100,7 @@ TEST(Pool, NeverEvictsWhatIsLeased) {
     EXPECT_TRUE(pool.find(1));
 }
 
-TEST(Pool, TellsWhatItHoldsFromWhatItHeld) {
+TEST(Pool, WritesHotnessOfCellsThatItHoldsAndThatItHeld) {
     Pool pool(3, CELL_BYTES);
     pool.add_segment(0, segment(1));
     for (const uint32_t cell : {0U, 1U}) {

@@ -12,7 +12,7 @@
 namespace weightd {
 namespace {
 
-// Plays a trace on the policy as the engine would; returns the share of hits.
+// Uses the policy as the engine does. use() returns whether the cell was in the pool.
 class Player {
   public:
     Player(uint32_t cells, uint32_t slots) : policy_(cells), slots_(slots) {}
@@ -41,8 +41,8 @@ class Player {
     std::set<uint32_t> present_;
 };
 
-// The sums themselves, in floating point, over all uses that there were, and who is probationary by them; where they
-// come closer to each other than TOLERANCE, the policy's word counts.
+// The sums of the definition in floating point, and which cells are probationary by them. Where two sums are closer to
+// each other than TOLERANCE, the policy decides.
 class PlainSums {
   public:
     static constexpr double TOLERANCE = 0.15;  // octaves
@@ -78,12 +78,12 @@ class PlainSums {
 void expect_right_victim(const PlainSums& plain, uint32_t gone, const std::set<uint32_t>& unpinned) {
     if (plain.probationary(gone)) return;
     for (const uint32_t other : unpinned) {
-        ASSERT_FALSE(plain.probationary(other)) << "one that is kept went before one that is probationary";
+        ASSERT_FALSE(plain.probationary(other)) << "an admitted cell was evicted before a probationary one";
         ASSERT_LE(plain.octaves(gone), plain.octaves(other) + PlainSums::TOLERANCE);
     }
 }
 
-TEST(Replacement, TakesWhoIsPassingThenTheCellWithTheLeastAgedUses) {
+TEST(Replacement, EvictsProbationaryCellsThenTheOneWithTheLeastRecentUses) {
     const uint32_t cells = 256;
     Replacement policy(cells);
     PlainSums plain(cells);
@@ -93,7 +93,7 @@ TEST(Replacement, TakesWhoIsPassingThenTheCellWithTheLeastAgedUses) {
     std::set<uint32_t> unpinned;
     uint32_t kept_victims = 0;
     uint32_t probationary_victims = 0;
-    for (uint32_t step = 0; step < 120'000; step++) {  // half-lives enough for the scores' zero to move three times
+    for (uint32_t step = 0; step < 120'000; step++) {  // enough half-lives for the scores' zero to move three times
         const uint32_t cell = (skewed(random) + step / 20'000 * 40) % cells;
         const bool contested = pinned.size() + unpinned.size() == 64;
         if (contested && !pinned.contains(cell) && !unpinned.contains(cell)) {
@@ -132,7 +132,7 @@ TEST(Replacement, HasNoVictimWhenAllArePinned) {
     EXPECT_EQ(policy.victim(), NO_CELL);
 }
 
-TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
+TEST(Replacement, KeepsSeededCellsFromTheirFirstUse) {
     const uint32_t cells = 2560;
     std::vector<Hotness> expected(cells, HOTNESS_MEAN - 20);
     for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 20;
@@ -140,13 +140,13 @@ TEST(Replacement, KeepsWhatCalibrationForetellsFromTheFirstUseOn) {
     player.seed(expected);
     for (uint32_t cell = 0; cell < cells; cell += 10) player.use(cell);
     std::mt19937 random(4);
-    for (int i = 0; i < 400; i++) player.use(random() % cells);  // many that are seldom used, once
+    for (int i = 0; i < 400; i++) player.use(random() % cells);  // many cells that are seldom used, once each
     uint32_t hits = 0;
     for (uint32_t cell = 0; cell < cells; cell += 10) hits += player.use(cell);
     EXPECT_EQ(hits, 256U);
 }
 
-TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
+TEST(Replacement, ANewSeedReordersTheCellsInThePool) {
     Replacement policy(4);
     for (uint32_t cell = 0; cell < 4; cell++) {
         policy.inserted(cell, false);
@@ -161,7 +161,7 @@ TEST(Replacement, ReordersWhatIsInThePoolByANewExpectation) {
     EXPECT_EQ(policy.victim(), 1U);
 }
 
-TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
+TEST(Replacement, ForgetsAWrongSeed) {
     std::vector<Hotness> expected(2560, HOTNESS_MEAN - 20);
     for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 20;
     Player player(2560, 300);
@@ -173,7 +173,7 @@ TEST(Replacement, ForgetsWhatCalibrationForetoldWrongly) {
     EXPECT_GT(hits, 245U);
 }
 
-TEST(Replacement, HandsOverWhatItHasLearned) {
+TEST(Replacement, WritesWhatItHasLearnedAsASeed) {
     const uint32_t cells = 1024;
     Replacement teacher(cells);
     std::mt19937 random(9);
@@ -184,7 +184,7 @@ TEST(Replacement, HandsOverWhatItHasLearned) {
     EXPECT_EQ(learned[995], 0) << "never used";
     EXPECT_GT(learned[500], 0);
     for (uint32_t cell = 100; cell < 190; cell++) {
-        // uses of such a cell by those of the mean: (7/8) / 90 and (1/8) / 990 of all, times 1024
+        // its uses divided by the mean: such a cell has (7/8) / 90 + (1/8) / 990 of all uses, times 1024 cells
         EXPECT_NEAR(learned[cell], HOTNESS_MEAN + 8 * std::log2(10.1), 6.0);
     }
     std::vector<Hotness> again(cells);
@@ -194,18 +194,18 @@ TEST(Replacement, HandsOverWhatItHasLearned) {
     EXPECT_EQ(again, learned);
 }
 
-TEST(Replacement, FindsHalfOfACyclicScanOverTwiceThePool) {
+TEST(Replacement, HitsHalfOfACyclicScanOverTwiceThePool) {
     Player player(1000, 500);
     uint32_t hits = 0;
     for (int turn = 0; turn < 10; turn++) {
         for (uint32_t cell = 0; cell < 1000; cell++) hits += player.use(cell) && turn >= 2;
     }
-    EXPECT_GT(hits / 8000.0, 0.48);  // Belady's: 0.4995
+    EXPECT_GT(hits / 8000.0, 0.48);  // Belady's optimum: 0.4995
 }
 
-TEST(Replacement, FindsAsMuchOfManyScansThatFollowEachOtherAsOfOne) {
+TEST(Replacement, HitsAsOftenInScansThatFollowEachOtherAsInOne) {
     const uint32_t cells = 1000;
-    const uint32_t behind = 20;  // the last of them: until then a cell is leased
+    const uint32_t behind = 20;  // the last scan is so far behind; a cell is leased until it has passed
     Replacement policy(cells);
     std::set<uint32_t> present;
     uint32_t hits = 0;
@@ -228,10 +228,10 @@ TEST(Replacement, FindsAsMuchOfManyScansThatFollowEachOtherAsOfOne) {
         }
         if (step >= behind) policy.unpinned((step - behind) % cells);
     }
-    EXPECT_GT(hits / (8.0 * cells), 0.46);  // 0.48 of the cells are there and not leased
+    EXPECT_GT(hits / (8.0 * cells), 0.46);  // 0.48 of the cells are in the pool and not leased
 }
 
-// Scans of one model that stop and go: each has some cells asked for ahead, and the device reads one cell at a time.
+// Scans of one model that pause at random. Each asks for some cells ahead, and the device reads one cell at a time.
 class StopAndGo {
   public:
     StopAndGo(uint32_t cells, uint32_t slots, uint32_t scans)
@@ -310,7 +310,7 @@ class StopAndGo {
     uint32_t now_ = 0;
 };
 
-TEST(Replacement, BringsScansTogetherThatDriftApart) {
+TEST(Replacement, BringsTogetherScansThatDriftApart) {
     for (const uint32_t slots : {3'000U, 10'000U}) {
         const double alone = StopAndGo(20'000, slots, 1).reads_per_turn(8);
         EXPECT_LT(alone, 1.08 - slots / 20'000.0);  // of the cells, the first turn included
@@ -321,11 +321,12 @@ TEST(Replacement, BringsScansTogetherThatDriftApart) {
     }
 }
 
-TEST(Replacement, FindsWhatFitsOfACyclicScanWhateverWasThereBefore) {
+TEST(Replacement, HitsWhatFitsOfACyclicScanWhateverThePoolHeldBefore) {
     Player player(1000, 850);
     std::mt19937 random(2);
-    for (int i = 0; i < 20'000; i++) player.use(random() % 100);      // little is used often,
-    for (uint32_t cell = 300; cell < 1000; cell++) player.use(cell);  // the rest is filled from the middle
+    for (int i = 0; i < 20'000; i++) player.use(random() % 100);  // a few cells are used often,
+    for (uint32_t cell = 300; cell < 1000; cell++)
+        player.use(cell);  // and the pool is filled from the middle of the cycle
     uint32_t hits = 0;
     for (int turn = 0; turn < 20; turn++) {
         for (uint32_t cell = 0; cell < 1000; cell++) hits += player.use(cell) && turn >= 10;
@@ -344,7 +345,7 @@ TEST(Replacement, KeepsTheHotSetThroughAScan) {
 }
 
 TEST(Replacement, ComesCloseToTheBestOnASkewedTrace) {
-    // independent uses with p ~ 1/rank: the best that any policy can do is to hold the most frequent cells
+    // Uses are independent, with p ~ 1/rank. The best policy holds the most frequent cells.
     std::mt19937 random(5);
     std::vector<double> weights;
     for (int i = 1; i <= 2000; i++) weights.push_back(1.0 / i);
@@ -362,8 +363,8 @@ TEST(Replacement, ComesCloseToTheBestOnASkewedTrace) {
     EXPECT_GT(hits / 150'000.0, best / 150'000.0 - 0.05);
 }
 
-TEST(Replacement, AdaptsToMuchThatIsLeased) {
-    // a sweep that keeps a fifth of the pool leased ahead: what passes through must not push out the rest
+TEST(Replacement, AdaptsToManyLeasedCells) {
+    // A scan keeps a fifth of the pool leased ahead. Its probationary cells must not evict the rest.
     const uint32_t cells = 1000;
     const uint32_t slots = 500;
     const uint32_t ahead = 100;

@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "ring/window.h"
 #include "service/engine_thread.h"
 
@@ -109,8 +110,7 @@ void Walker::check(uint32_t layer, const std::vector<uint32_t>& positions) {
 void walk_together(uint32_t slots, uint32_t walkers) {
     const weightd::TestFolder folder;
     const FlashModel model(LAYERS, 301);
-    const uint64_t dram_bytes =
-        weightd::Engine::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
+    const uint64_t dram_bytes = weightd::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
     EngineThread engine({dram_bytes, {"auto", 8, 32, false}, folder.file("data")});
     engine.add_model(model.spec);
     std::vector<std::unique_ptr<Walker>> all;

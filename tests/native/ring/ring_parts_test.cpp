@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 #include "ring/sweep.h"
 #include "service/engine_thread.h"
 
@@ -20,7 +21,7 @@ struct RingPartsTest : testing::Test {
     TestFolder folder;
     FlashModel model{1, 20'000};
     static constexpr uint32_t CELLS = 5'000;
-    EngineThread engine{{Engine::minimum_dram_bytes(model.spec) + (CELLS + 200) * uint64_t{4096},
+    EngineThread engine{{minimum_dram_bytes(model.spec) + (CELLS + 200) * uint64_t{4096},
                          {"threads", 2, 32, false},
                          folder.file("data")}};
 

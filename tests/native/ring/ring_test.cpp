@@ -29,7 +29,7 @@ struct RingTest : testing::Test {
     std::string socket_path() const { return folder.file("data"); }
 
     static uint64_t dram_for(const FlashModel& model, uint32_t slots) {
-        return weightd::Engine::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
+        return weightd::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
     }
 
     std::unique_ptr<EngineThread> serve(const FlashModel& model, uint32_t slots, const std::string& reader = "auto") {

@@ -21,6 +21,7 @@
 #include <thread>
 
 #include "flash_file.h"
+#include "memory/model_cost.h"
 
 namespace weightd {
 namespace {
@@ -117,7 +118,7 @@ TEST_F(EngineThreadTest, WhoNeverAttachesLosesHisOldestSessions) {
 
 TEST_F(EngineThreadTest, WhoNeverAttachesKeepsNoMemoryFromOthers) {
     FlashModel model(1, 4000);
-    const auto engine = serve(model, Engine::minimum_dram_bytes(model.spec) + (4U << 20));
+    const auto engine = serve(model, minimum_dram_bytes(model.spec) + (4U << 20));
     try {
         while (true) engine->open_session(0, 0, ANOTHER_USER);
     } catch (const NoRoom& error) {
@@ -232,7 +233,7 @@ TEST_F(EngineThreadTest, AnAnswerWakesOneOfManyThatWait) {
 TEST_F(EngineThreadTest, AModelThatComesWhileThePoolIsFullHasRoom) {
     FlashModel model(1, 4000);
     FlashModel other(1, 4000, "other");
-    const auto engine = serve(model, Engine::minimum_dram_bytes(model.spec) + (2U << 20));
+    const auto engine = serve(model, minimum_dram_bytes(model.spec) + (2U << 20));
     for (uint32_t cell = 0; cell < 900; cell++) expect_cell(*engine, model, cell);
     const Report full = engine->report();
     EXPECT_LT(full.limit_bytes - full.pool_bytes - full.resident_bytes - full.tables_bytes, 8192U);

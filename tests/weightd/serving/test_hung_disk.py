@@ -100,7 +100,7 @@ def test_a_fetch_of_a_hung_device_is_refused_in_time_and_the_next_is_served(
     disk.add(Rule(BUNDLES_FILE, "hold"))
     status, details = refused(fetch, daemon.stub, request("tiny"))
     assert status is grpc.StatusCode.INTERNAL
-    assert details == "model tiny: the device has not answered for 1 s: look after it, and ask again when it does"
+    assert details == "model tiny: the device has not answered for 1 s: check the device, then try again"
     assert_others_are_served(daemon, well)
     disk.heal()
     assert fetch(daemon.stub, request("tiny")) == tiny.bundles[1][7].tobytes()

@@ -5,77 +5,54 @@
 #include <utility>
 
 namespace weightd {
-namespace {
-
-uint64_t segment_bytes_of(uint64_t dram_bytes) {
-    return std::clamp<uint64_t>(dram_bytes / 16, 4096, SEGMENT_BYTES_MAX);
-}
-
-}  // namespace
 
 Engine::Engine(uint64_t dram_bytes, Reader& reader, Verifier& verifier, bool warms)
-    : memory_(dram_bytes),
-      reader_(reader),
-      loader_(reader, verifier),
-      warms_(warms),
-      target_bytes_(dram_bytes),
-      floor_bytes_(dram_bytes / 2) {
-    segment_bytes_ = segment_bytes_of(dram_bytes);
+    : reader_(reader), loader_(reader, verifier), warms_(warms), models_(dram_bytes, reader) {}
+
+// ---- sessions ----
+
+Session& Engine::open(std::unique_ptr<Session> session) {
+    Session& opened = models_.sessions().add(std::move(session));
+    models_.sessions().update_limits();
+    for (auto index = static_cast<uint32_t>(queues_.size()); index <= opened.model; index++) {
+        queues_.push_back(std::make_unique<Queues>(models_.at(index), warms_));
+    }
+    queues_[opened.model]->warming.begin();
+    return opened;
 }
 
-void Engine::raise_dram(uint64_t dram_bytes, uint64_t floor_bytes) {
-    if (dram_bytes <= memory_.limit_bytes()) return;
-    target_bytes_ += dram_bytes - memory_.limit_bytes();
-    memory_.raise_limit(dram_bytes);
-    segment_bytes_ = segment_bytes_of(dram_bytes);
-    set_floor(floor_bytes);
-    update_limits();
-}
-
-Engine::~Engine() = default;
-
-Session* Engine::find(uint32_t session) const {
-    const auto found = sessions_.find(session);
-    return found == sessions_.end() ? nullptr : found->second.get();
+void Engine::close(uint32_t id) {
+    std::unique_ptr<Session> session = models_.sessions().remove(id);
+    if (session == nullptr) return;
+    Queues& queues = *queues_[session->model];
+    Pool& pool = *queues.model.pool;
+    queues.scans.end(*session);
+    queues.stalled.withdraw(*session);
+    for (uint32_t cell = 0; cell < session->cell_count(); cell++) {
+        for (uint32_t leases = session->leases(cell); leases > 0; leases--) pool.unlease(pool.find(cell));
+    }
+    session.reset();
+    models_.sessions().update_limits();
+    serve_stalled(queues);
 }
 
 // ---- requests ----
 
 bool Engine::names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const {
-    const std::vector<LayerSpec>& layers = models_[session.model]->spec.layers;
+    const std::vector<LayerSpec>& layers = queues_[session.model]->model.spec.layers;
     if (layer >= layers.size()) return false;
     return std::all_of(cells.begin(), cells.end(), [&](uint32_t cell) { return cell < layers[layer].cells; });
 }
 
-bool Engine::within_share(const Session& session, uint32_t cell) const {
-    const Hold& hold = session.holds[cell];
-    const uint32_t count = uint32_t{hold.granted} + hold.pending;
-    return count == 0 ? session.held_cells < session.share_slots : count < UINT16_MAX;
-}
-
-bool Engine::borrow(Model& state, Session& session, uint32_t cell, uint32_t tag) {
-    Hold& hold = session.holds[cell];
-    if (hold.granted + hold.pending > 0 || session.held_cells >= session.lease_limit) return false;
-    if (!state.stalled.empty()) return false;
-    hold.pending++;
-    session.held_cells++;
-    session.unanswered++;
-    if (serve(state, session, cell, tag)) return true;
-    hold.pending--;
-    session.held_cells--;
-    session.unanswered--;
-    return false;
-}
-
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     if (!names_cells(session, layer, cells)) return false;
-    Model& state = *models_[session.model];
-    note_scan(state, session, layer, cells);
+    Queues& queues = *queues_[session.model];
+    queues.scans.note(session, layer, cells, now_);
     for (const uint32_t cell : cells) {
-        const uint32_t number = state.spec.layers[layer].first_cell + cell;
-        if (within_share(session, number)) {
-            want(state, session, number, tag);
-        } else if (!borrow(state, session, number, tag)) {
+        const uint32_t number = queues.model.spec.layers[layer].first_cell + cell;
+        if (session.is_within_share(number)) {
+            want(queues, session, number, tag);
+        } else if (!borrow(queues, session, number, tag)) {
             session.failed(tag, cell, ring::REFUSED, 0);
         }
     }
@@ -83,121 +60,94 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     return true;
 }
 
-void Engine::want(Model& state, Session& session, uint32_t cell, uint32_t tag) {
-    Hold& hold = session.holds[cell];
-    if (hold.granted + hold.pending == 0) session.held_cells++;
-    hold.pending++;
-    session.unanswered++;
-    const bool others_first = !state.stalled.empty() && !state.pool->find(cell);
-    if (others_first || !serve(state, session, cell, tag)) state.stalled.push_back({session.id, cell, tag});
+void Engine::want(Queues& queues, Session& session, uint32_t cell, uint32_t tag) {
+    session.ask(cell);
+    const bool others_first = !queues.stalled.empty() && !queues.model.pool->find(cell);
+    if (others_first || !serve(queues, session, cell, tag)) queues.stalled.push({session.id, cell, tag});
 }
 
-bool Engine::serve(Model& state, Session& session, uint32_t cell, uint32_t tag) {
-    Place place = state.pool->find(cell);
+bool Engine::borrow(Queues& queues, Session& session, uint32_t cell, uint32_t tag) {
+    if (session.holds(cell) || session.held_cells >= session.lease_limit || !queues.stalled.empty()) return false;
+    session.ask(cell);
+    if (serve(queues, session, cell, tag)) return true;
+    session.withdraw(cell);
+    return false;
+}
+
+bool Engine::serve(Queues& queues, Session& session, uint32_t cell, uint32_t tag) {
+    Model& model = queues.model;
+    Place place = model.pool->find(cell);
     if (place) {
-        state.counts.hits++;
+        model.counts.hits++;
         session.hits++;
-        if (!session.scans) place.slot().deferred = false;
+        if (!session.scan.active) place.slot().deferred = false;
     } else {
-        place = place_for(state, cell);
-        if (!place) return false;
-        state.counts.misses++;
+        const std::optional<Missing> missing = place_missing(model, session, cell);
+        if (!missing) return false;
         session.misses++;
-        session.read_bytes += state.spec.cell_bytes;
-        const Missing missing{cell, place, state.pool->address(place), session.id};
-        if (state.scans > 1 && session.scans) {
-            place.slot().deferred = true;
-            state.deferred.push_back({session.id, missing});
+        place = missing->place;
+        if (queues.scans.defers(session)) {
+            queues.scans.defer(*missing);
         } else {
-            state.missing.push_back(missing);
+            queues.missing.push_back(*missing);
         }
     }
-    state.pool->lease(place);
-    state.pool->touched(cell);
+    model.pool->lease(place);
+    model.pool->touched(cell);
     if (place.slot().reading) {
-        wait_for(place, session.id, tag);
+        waiters_.add(place.slot(), session.id, tag);
     } else {
-        grant(state, session, cell, tag, place);
+        grant(model, session, cell, tag, place);
     }
     return true;
 }
 
-void Engine::wait_for(Place place, uint32_t session, uint32_t tag) {
-    uint32_t index = free_waiter_;
-    if (index == NO_WAITER) {
-        index = static_cast<uint32_t>(waiters_.size());
-        waiters_.emplace_back();
-    } else {
-        free_waiter_ = waiters_[index].next;
-    }
-    waiters_[index] = {session, tag, place.slot().first_waiter};
-    place.slot().first_waiter = index;
-}
-
-void Engine::grant(Model& state, Session& session, uint32_t cell, uint32_t tag, Place place) {
-    Hold& hold = session.holds[cell];
-    hold.pending--;
-    hold.granted++;
-    session.unanswered--;
-    session.scan.awake_at = now_;
-    session.granted(tag, cell - state.spec.layers[state.spec.layer_of(cell)].first_cell, place, *state.pool);
-}
-
-void Engine::fail(Model& state, Session& session, uint32_t cell, uint32_t tag, const Loaded& loaded) {
-    give_back(state, session, cell, &Hold::pending);
-    session.unanswered--;
-    const uint32_t local = cell - state.spec.layers[state.spec.layer_of(cell)].first_cell;
-    if (loaded.error != 0) {
-        session.failed(tag, local, ring::UNREADABLE, static_cast<uint32_t>(loaded.error));
-    } else {
-        session.failed(tag, local, ring::CORRUPT, static_cast<uint32_t>(loaded.wrong_bundle));
-    }
-}
-
-void Engine::give_back(Model& state, Session& session, uint32_t cell, uint16_t Hold::*count) {
-    Hold& hold = session.holds[cell];
-    hold.*count -= 1;
-    if (hold.granted + hold.pending == 0) session.held_cells--;
-    state.pool->unlease(state.pool->find(cell));
+std::optional<Missing> Engine::place_missing(Model& model, Session& session, uint32_t cell) {
+    const Place place = models_.place_for(model, cell);
+    if (!place) return std::nullopt;
+    model.counts.misses++;
+    session.read_bytes += model.spec.cell_bytes;
+    return Missing{cell, place, model.pool->address(place), session.id};
 }
 
 bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t> cells) {
     if (!names_cells(session, layer, cells)) return false;
-    Model& state = *models_[session.model];
+    Queues& queues = *queues_[session.model];
+    Pool& pool = *queues.model.pool;
     for (const uint32_t cell : cells) {
-        const uint32_t number = state.spec.layers[layer].first_cell + cell;
-        if (session.holds[number].granted == 0) return false;
-        give_back(state, session, number, &Hold::granted);
+        const uint32_t number = queues.model.spec.layers[layer].first_cell + cell;
+        if (session.granted_leases(number) == 0) return false;
+        session.give_back(number);
+        pool.unlease(pool.find(number));
     }
-    if (session.held_cells == 0) set_scans(state, session, false);  // idle, for all we know
-    serve_stalled(state);
+    if (session.held_cells == 0) queues.scans.end(session);  // it may be idle from now on
+    serve_stalled(queues);
     return true;
 }
 
 bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells) {
     if (!names_cells(session, layer, cells)) return false;
-    Model& state = *models_[session.model];
+    Queues& queues = *queues_[session.model];
+    Model& model = queues.model;
     for (const uint32_t cell : cells) {
-        const uint32_t number = state.spec.layers[layer].first_cell + cell;
-        Place place = state.pool->find(number);
+        const uint32_t number = model.spec.layers[layer].first_cell + cell;
+        const Place place = model.pool->find(number);
         if (place) place.slot().deferred = false;
-        if (place || !state.stalled.empty()) continue;
-        place = place_for(state, number);
-        if (!place) return true;  // a hint only: there is no room
-        state.counts.misses++;
-        session.read_bytes += state.spec.cell_bytes;
-        state.missing.push_back({number, place, state.pool->address(place), session.id});
+        if (place || !queues.stalled.empty()) continue;
+        const std::optional<Missing> missing = place_missing(model, session, number);
+        if (!missing) return true;  // there is no room, and this was only a hint
+        queues.missing.push_back(*missing);
     }
     return true;
 }
 
-void Engine::serve_stalled(Model& state) {
-    while (!state.stalled.empty()) {
-        const Model::Stalled next = state.stalled.front();
-        Session* session = find(next.session);  // a closed one has left the queue
+void Engine::serve_stalled(Queues& queues) {
+    while (!queues.stalled.empty()) {
+        const StalledWant next = queues.stalled.front();
+        Session* session = models_.sessions().find(next.session);
         assert(session != nullptr);
-        if (!serve(state, *session, next.cell, next.tag)) return;
-        state.stalled.pop_front();
+        if (!serve(queues, *session, next.cell, next.tag)) return;
+        queues.stalled.pop();
         answered_.push_back(session->id);
     }
 }
@@ -209,99 +159,106 @@ bool Engine::step() {
     loader_.reap(loaded_);
     for (const Loaded& loaded : loaded_) take_in(loaded);
     bool any = !loaded_.empty() || !answered_.empty();
-    for (const auto& state : models_) {
-        if (state->pool == nullptr) continue;
-        if (state->pool->draining() > 0) retire(*state);
-        if (!state->stalled.empty()) serve_stalled(*state);
-        if (!state->stalled.empty()) claim_slots(*state);
-        any = submit(*state) || any;
+    for (const auto& queues : queues_) {
+        if (queues->model.pool == nullptr) continue;
+        models_.retire_drained(queues->model);
+        if (!queues->stalled.empty()) serve_stalled(*queues);
+        if (!queues->stalled.empty()) models_.claim_slots(queues->model);
+        any = submit(*queues) || any;
     }
-    for (const auto& state : models_) any = warm(*state) || any;
-    any = shrink_to_target() || any;
-    std::sort(answered_.begin(), answered_.end());
-    answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
-    for (const uint32_t id : answered_) {
-        if (Session* session = find(id)) session->flush();
-    }
-    answered_.clear();
+    for (const auto& queues : queues_) any = warm(*queues) || any;
+    any = models_.shrink_to_target() || any;
+    flush_answered();
     return any;
 }
 
-bool Engine::submit(Model& state) {
-    if (!state.deferred.empty()) choose_for_scans(state);
-    if (state.missing.empty()) return false;
-    Session* first = find(state.missing.front().session);
-    const uint64_t cells_bytes = state.missing.size() * uint64_t{state.spec.cell_bytes};
-    const LoadCounts counts =
-        loader_.load({state.index, &state.spec, state.file.get(), state.file_index}, std::move(state.missing));
-    state.missing.clear();
-    state.counts.reads += counts.reads;
-    state.counts.read_bytes += counts.read_bytes;
-    if (first != nullptr) first->read_bytes += counts.read_bytes - cells_bytes;  // gaps: mostly all are of one session
+bool Engine::submit(Queues& queues) {
+    Model& model = queues.model;
+    queues.scans.take_due(queues.missing, now_);
+    if (queues.missing.empty()) return false;
+    Session* first = models_.sessions().find(queues.missing.front().session);
+    const uint64_t cells_bytes = queues.missing.size() * uint64_t{model.spec.cell_bytes};
+    const Source source{model.index, &model.spec, model.file.get(), model.file_index};
+    const LoadCounts counts = loader_.load(source, std::exchange(queues.missing, {}));
+    model.counts.reads += counts.reads;
+    model.counts.read_bytes += counts.read_bytes;
+    // Gaps between cells count for one session, which asked for most of the cells as a rule.
+    if (first != nullptr) first->read_bytes += counts.read_bytes - cells_bytes;
     return true;
 }
 
+// True when there is more to do right now.
+bool Engine::warm(Queues& queues) {
+    if (!queues.warming.pending() || loader_.busy() || models_.openers_wait() || waiting()) return false;
+    queues.warming.add_hot(models_, queues.missing);
+    return submit(queues) || queues.warming.pending();
+}
+
 void Engine::take_in(const Loaded& loaded) {
-    Model& state = *models_[loaded.model];
+    Model& model = models_.at(loaded.model);
     const bool good = loaded.error == 0 && loaded.wrong_bundle < 0;
-    uint32_t waiter = std::exchange(loaded.place.slot().first_waiter, NO_WAITER);
     if (good) {
-        state.pool->loaded(loaded.place);
+        model.pool->loaded(loaded.place);
     } else {
-        (loaded.error != 0 ? state.counts.read_errors : state.counts.verify_errors)++;
+        (loaded.error != 0 ? model.counts.read_errors : model.counts.verify_errors)++;
     }
-    while (waiter != NO_WAITER) {
-        const Waiter now = waiters_[waiter];
-        waiters_[waiter].next = free_waiter_;
-        free_waiter_ = waiter;
-        waiter = now.next;
-        Session* session = find(now.session);
-        if (session == nullptr) continue;  // its leases went when it closed
-        answered_.push_back(session->id);
+    waiters_.take_all(loaded.place.slot(), [&](uint32_t id, uint32_t tag) {
+        Session* session = models_.sessions().find(id);
+        if (session == nullptr) return;  // its leases ended when it closed
+        answered_.push_back(id);
         if (good) {
-            grant(state, *session, loaded.cell, now.tag, loaded.place);
+            grant(model, *session, loaded.cell, tag, loaded.place);
         } else {
-            fail(state, *session, loaded.cell, now.tag, loaded);
+            fail(model, *session, loaded, tag);
         }
-    }
-    if (!good) state.pool->drop(loaded.place);
-}
-
-// ---- sessions ----
-
-Session& Engine::open(std::unique_ptr<Session> session) {
-    Model& state = *models_[session->model];
-    session->id = next_session_++;
-    state.guaranteed_slots += session->share_slots;
-    if (!session->borrows) state.fetching_slots += session->share_slots;
-    Session& opened = *(sessions_[session->id] = std::move(session));
-    update_limits();
-    if (!state.warming.begun) start_warming(state);
-    return opened;
-}
-
-void Engine::close(uint32_t id) {
-    const auto found = sessions_.find(id);
-    if (found == sessions_.end()) return;
-    std::unique_ptr<Session> session = std::move(found->second);
-    sessions_.erase(found);
-    Model& state = *models_[session->model];
-    set_scans(state, *session, false);  // what it put off goes on
-    std::erase_if(state.stalled, [&](const Model::Stalled& stalled) {
-        if (stalled.session != id) return false;
-        session->holds[stalled.cell].pending--;  // it waited for a slot, so it leases none
-        return true;
     });
-    for (uint32_t cell = 0; cell < session->holds.size(); cell++) {
-        Hold& hold = session->holds[cell];
-        for (; hold.granted > 0; hold.granted--) state.pool->unlease(state.pool->find(cell));
-        for (; hold.pending > 0; hold.pending--) state.pool->unlease(state.pool->find(cell));
+    if (!good) model.pool->drop(loaded.place);
+}
+
+// ---- answers ----
+
+void Engine::grant(const Model& model, Session& session, uint32_t cell, uint32_t tag, Place place) {
+    session.grant(cell);
+    session.scan.awake_at = now_;
+    session.granted(tag, cell - model.spec.layers[model.spec.layer_of(cell)].first_cell, place, *model.pool);
+}
+
+void Engine::fail(const Model& model, Session& session, const Loaded& loaded, uint32_t tag) {
+    session.withdraw(loaded.cell);
+    model.pool->unlease(loaded.place);
+    const uint32_t cell = loaded.cell - model.spec.layers[model.spec.layer_of(loaded.cell)].first_cell;
+    if (loaded.error != 0) {
+        session.failed(tag, cell, ring::UNREADABLE, static_cast<uint32_t>(loaded.error));
+    } else {
+        session.failed(tag, cell, ring::CORRUPT, static_cast<uint32_t>(loaded.wrong_bundle));
     }
-    state.guaranteed_slots -= session->share_slots;
-    if (!session->borrows) state.fetching_slots -= session->share_slots;
-    session.reset();
-    update_limits();
-    serve_stalled(state);
+}
+
+void Engine::flush_answered() {
+    std::sort(answered_.begin(), answered_.end());
+    answered_.erase(std::unique(answered_.begin(), answered_.end()), answered_.end());
+    for (const uint32_t id : answered_) {
+        if (Session* session = models_.sessions().find(id)) session->flush();
+    }
+    answered_.clear();
+}
+
+bool Engine::defers_reads() const {
+    return std::any_of(queues_.begin(), queues_.end(), [](const auto& queues) { return queues->scans.deferred() > 0; });
+}
+
+bool Engine::waiting() const {
+    return std::any_of(queues_.begin(), queues_.end(), [](const auto& queues) {
+        const Pool* pool = queues->model.pool.get();
+        return pool != nullptr && (!queues->stalled.empty() || pool->draining() > 0);
+    });
+}
+
+bool Engine::blocks_others(const Session& session) const {
+    const Queues& queues = *queues_[session.model];
+    if (!queues.stalled.empty() && session.held_cells > session.lease_limit) return true;
+    const std::vector<uint32_t> leased = queues.model.pool->leased_in_draining();
+    return std::any_of(leased.begin(), leased.end(), [&](uint32_t cell) { return session.granted_leases(cell) > 0; });
 }
 
 }  // namespace weightd

@@ -6,7 +6,7 @@ namespace weightd {
 namespace {
 
 uint64_t gap_bytes(const ModelSpec& spec, const Missing& missing, const Missing& next) {
-    return spec.offset_of(next.cell) - spec.offset_of(missing.cell) - spec.cell_bytes;  // vast where layers lie apart
+    return spec.offset_of(next.cell) - spec.offset_of(missing.cell) - spec.cell_bytes;  // huge where layers lie apart
 }
 
 }  // namespace
@@ -105,7 +105,7 @@ Read Loader::read_of(const Flight& flight, uint64_t tag) const {
         last_cell = &missing;
         if (gap > 0) {
             read.pieces.push_back({flight.gap->bytes.data(), gap});
-        } else if (!read.pieces.empty()) {  // slots that are neighbours too need no piece of their own
+        } else if (!read.pieces.empty()) {  // slots that are neighbours share a piece
             iovec& last = read.pieces.back();
             if (static_cast<std::byte*>(last.iov_base) + last.iov_len == missing.address) {
                 last.iov_len += spec.cell_bytes;
@@ -175,7 +175,7 @@ void Loader::finish_job(const Job& job, std::vector<Loaded>& loaded, std::vector
     Flight& flight = found->second;
     const ModelSpec& spec = *flight.source.spec;
     std::vector<int32_t> wrong_bundle(flight.cells.size(), -1);
-    for (const uint32_t check : job.wrong) {  // every cell but a layer's last is full, and a run may cross layers
+    for (const uint32_t check : job.wrong) {  // only a layer's last cell may hold fewer; a run may cross layers
         size_t cell = 0;
         uint32_t left = check;
         while (true) {
@@ -188,7 +188,7 @@ void Loader::finish_job(const Job& job, std::vector<Loaded>& loaded, std::vector
         wrong_bundle[cell] = static_cast<int32_t>(left);
     }
     for (size_t i = 0; i < flight.cells.size(); i++) {
-        if (wrong_bundle[i] >= 0 && !flight.second_try) {  // a transfer may have gone wrong: the flash decides
+        if (wrong_bundle[i] >= 0 && !flight.second_try) {  // the transfer may have failed: read it again
             again.push_back({flight.source, {flight.cells[i]}, true});
         } else {
             loaded.push_back({flight.source.model, flight.cells[i].cell, flight.cells[i].place, 0, wrong_bundle[i]});

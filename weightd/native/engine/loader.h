@@ -1,4 +1,7 @@
-// From cells that are missing to cells that are verified: merges neighbours, reads, checks, reports.
+// Turns missing cells into verified cells: merges neighbours into one request, reads, checks, reports.
+//
+// Invariants: each cell is reported once. A cell that cannot be read, or whose checksum differs, is read once more
+// before it is reported as failed.
 #pragma once
 
 #include <array>
@@ -16,7 +19,7 @@
 
 namespace weightd {
 
-struct Source {  // what the loader must know of a model
+struct Source {  // what the loader needs of a model
     uint32_t model;
     const ModelSpec* spec;
     const DirectFile* file;
@@ -27,7 +30,7 @@ struct Missing {
     uint32_t cell;  // of the model's numbering
     Place place;
     std::byte* address;
-    uint32_t session = 0;  // that wants it, by number; 0: none
+    uint32_t session = 0;  // the one that wants it; 0: none
 };
 
 struct Loaded {
@@ -46,8 +49,8 @@ struct LoadCounts {
 // The time during which at least one of a model's reads is under way.
 class ReadingTime {
   public:
-    void started();  // one more read
-    void ended();    // one of them
+    void started();  // one read
+    void ended();
     double seconds() const;
 
   private:
@@ -57,27 +60,26 @@ class ReadingTime {
     Clock::duration before_{0};
 };
 
-// What is resident between two missing cells is read once more where that saves a request: of hot cells a dense sweep
-// leaves single ones, and with busy processors each request waits for its turn.
+// A short gap between two missing cells is read too, and thrown away, where that saves a request. A dense sweep finds
+// single hot cells already in the pool, and each request waits for its turn when the processors are busy.
 inline constexpr uint64_t GAP_BYTES_MAX = 16384;
-inline constexpr uint64_t GAPS_DIVISOR = 3;  // of what a request has cells for: no more than that is in its gaps
+inline constexpr uint64_t GAPS_DIVISOR = 3;  // a request's gaps are at most this part of its cells' bytes
+inline constexpr uint32_t GAPS_MAX = 256;    // requests with gaps at once: 4 MiB beside --dram
 
-inline constexpr uint32_t GAPS_MAX = 256;  // requests with gaps at once: 4 MiB of the interpreter's allowance
-
-inline constexpr uint32_t REGIONS = 64;  // equal parts of bundles.bin, whose reads are counted for its wear
+inline constexpr uint32_t REGIONS = 64;  // equal parts of bundles.bin whose reads are counted, as a measure of wear
 
 struct DeviceUse {  // by one model
     ReadingTime reading;
     Latencies latencies;
-    std::array<uint64_t, REGIONS> region_reads{};  // requests that begin there
+    std::array<uint64_t, REGIONS> region_reads{};  // requests that begin in each
 };
 
 class Loader {
   public:
     Loader(Reader& reader, Verifier& verifier) : reader_(reader), verifier_(verifier) {}
-    // Reads each cell into its place. Returns what that costs the device.
+    // Starts to read each cell into its place. Returns what that costs the device.
     LoadCounts load(const Source& source, std::vector<Missing> cells);
-    // What has been read and checked, or failed twice, since the last call; never blocks.
+    // Adds what has been read and checked, or has failed twice, since the last call. Never blocks.
     void reap(std::vector<Loaded>& loaded);
     bool busy() const { return !flights_.empty(); }
     const DeviceUse& device_use(uint32_t model) const;
@@ -88,10 +90,10 @@ class Loader {
     };
     struct Flight {
         Source source;
-        std::vector<Missing> cells;  // neighbours on flash, but for gaps
+        std::vector<Missing> cells;  // neighbours on flash, apart from gaps
         bool second_try = false;
         uint64_t gaps_bytes = 0;
-        std::unique_ptr<Gap> gap{};  // where there are any: nobody reads what is put there
+        std::unique_ptr<Gap> gap{};  // where gaps are read to; its content is never used
     };
     bool joins(const Flight& flight, const Missing& missing) const;
     void join(Flight& flight, const Missing& missing);

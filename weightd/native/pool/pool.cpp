@@ -42,13 +42,13 @@ Place Pool::insert(uint32_t cell) {
         const uint32_t victim = replacement_.victim();
         if (victim == NO_CELL) return {};
         evictions_++;
-        empty(find(victim));  // in a draining segment this frees nothing that can be used: then another must go
+        empty(find(victim));  // in a draining segment this frees no usable slot, and another must be evicted
     }
     const Place place = take_free();
     place.slot() = {cell, 0, NO_WAITER, true};
     place.segment->busy++;
     filled_++;
-    slot_of_[cell] = place.segment->position << 16 | place.index;
+    slot_of_[cell] = place.segment->index << 16 | place.index;
     replacement_.inserted(cell, contested);
     return place;
 }
@@ -119,7 +119,7 @@ void Pool::unlease(Place place) {
     now_busy(place, true);
 }
 
-uint32_t Pool::free_position() const {
+uint32_t Pool::free_index() const {
     for (uint32_t i = 0; i < segments_.size(); i++) {
         if (segments_[i] == nullptr) return i;
     }
@@ -131,14 +131,14 @@ Segment& Pool::add_segment(uint32_t number, SharedMemory memory) {
     const auto count = static_cast<uint32_t>(memory.bytes().size() / cell_bytes_);
     assert(count > 0 && count <= SEGMENT_SLOTS_MAX);
     segment->number = number;
-    segment->position = free_position();
+    segment->index = free_index();
     segment->memory = std::move(memory);
     segment->slots.resize(count);
     for (uint32_t i = count; i > 0; i--) segment->free.push_back(i - 1);
-    if (segment->position == segments_.size()) segments_.emplace_back();
+    if (segment->index == segments_.size()) segments_.emplace_back();
     slots_ += count;
     free_ += count;
-    return *(segments_[segment->position] = std::move(segment));
+    return *(segments_[segment->index] = std::move(segment));
 }
 
 bool Pool::start_draining(bool idle_only) {

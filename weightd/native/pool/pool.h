@@ -1,8 +1,8 @@
 // The slots of one model: segments of shared memory, what each slot holds, and how often it is leased.
 //
-// Invariants: a cell is in at most one slot; slot_of(cell) names it. A slot is free, or holds one cell; it is `reading`
-// until its bytes are verified. Only a slot that is neither leased nor reading gives way. A draining segment takes
-// nothing new, and goes when its last slot is free. Segment numbers are never used twice.
+// Invariants: a cell is in at most one slot, which find() names. A slot is free or holds one cell; it is `reading`
+// until the cell's bytes are verified. Only a slot that is neither leased nor reading is evicted. A draining segment
+// takes no new cell, and retires when its last slot is free. Segment numbers are never used twice.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,6 @@
 #include <vector>
 
 #include "device/shared_memory.h"
-#include "pool/memory.h"
 #include "pool/replacement.h"
 
 namespace weightd {
@@ -23,23 +22,23 @@ inline constexpr uint32_t NO_WAITER = UINT32_MAX;
 struct Slot {
     uint32_t cell = NO_CELL;
     uint32_t leases = 0;
-    uint32_t first_waiter = NO_WAITER;  // the engine's list of who waits for the read
+    uint32_t first_waiter = NO_WAITER;  // of the engine's Waiters for the read
     bool reading = false;
-    bool deferred = false;  // of a read: not yet begun, and may wait (engine_scans.cpp)
+    bool deferred = false;  // its read has not begun, and may wait (engine/scans.h)
 };
 
 struct Segment {
-    uint32_t number = 0;    // through the daemon's life
-    uint32_t position = 0;  // in its pool
+    uint32_t number = 0;  // unique in the daemon's life
+    uint32_t index = 0;   // in its pool
     SharedMemory memory;
     int buffer_index = -1;  // the reader's registration
     bool draining = false;
     std::vector<Slot> slots;
-    std::vector<uint32_t> free;  // the lowest last, so that neighbours on flash often become neighbours here
+    std::vector<uint32_t> free;  // the lowest last, so that neighbours on flash often become neighbours in memory
     uint32_t busy = 0;           // slots that are leased or reading
 };
 
-struct Place {  // of a slot
+struct Place {  // where a slot is; or none
     Segment* segment = nullptr;
     uint32_t index = 0;
     explicit operator bool() const { return segment != nullptr; }
@@ -50,12 +49,13 @@ class Pool {
   public:
     Pool(uint32_t cells, uint32_t cell_bytes);
 
-    Place find(uint32_t cell) const;  // or none
-    // Gives `cell` a place, `reading` and without leases: a free slot, else the victim's. None when nothing can go.
+    Place find(uint32_t cell) const;
+    // Gives `cell` a free slot, or evicts a cell for it. The slot is `reading` and has no leases. None when all are
+    // busy.
     Place insert(uint32_t cell);
     bool has_free() const { return free_ > 0; }
     void loaded(Place place);  // its bytes are verified
-    void drop(Place place);    // not leased: the cell leaves the pool, its slot is free
+    void drop(Place place);    // the cell, which is not leased, leaves the pool
     void lease(Place place);
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_.touched(cell); }
@@ -65,12 +65,12 @@ class Pool {
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
-    // Takes a segment out of use, the one with the fewest busy slots; it goes when retire_drained() finds it empty.
-    // `idle_only`: one without any, or none.
+    // Takes the segment with the fewest busy slots out of use, if there is one. retire_drained() returns it once it is
+    // empty. `idle_only`: only a segment without busy slots.
     bool start_draining(bool idle_only = false);
     std::vector<std::unique_ptr<Segment>> retire_drained();
     uint32_t draining() const { return draining_; }
-    std::vector<uint32_t> leased_in_draining() const;  // cells that keep segments from going
+    std::vector<uint32_t> leased_in_draining() const;  // cells that keep segments from retiring
 
     uint32_t cell_bytes() const { return cell_bytes_; }
     std::byte* address(Place place) const;
@@ -86,19 +86,19 @@ class Pool {
     Place take_free();
     void now_busy(Place place, bool was_busy);
     void empty(Place place);
-    uint32_t free_position() const;
+    uint32_t free_index() const;
 
     uint32_t cell_bytes_;
-    std::vector<uint32_t> slot_of_;                   // by cell: position of the segment << 16 | index, or NO_SLOT
-    std::vector<std::unique_ptr<Segment>> segments_;  // by position; null where one has gone
+    std::vector<uint32_t> slot_of_;                   // by cell: index of the segment << 16 | index in it, or NO_SLOT
+    std::vector<std::unique_ptr<Segment>> segments_;  // by index; null where one has retired
     Replacement replacement_;
-    uint64_t slots_ = 0;   // of segments that do not drain
-    uint64_t free_ = 0;    // of those, free
-    uint64_t filled_ = 0;  // of all
+    uint64_t slots_ = 0;   // in segments that do not drain
+    uint64_t free_ = 0;    // free ones of those
+    uint64_t filled_ = 0;  // in all segments
     uint32_t draining_ = 0;
-    uint32_t next_free_ = 0;  // position of the segment that gave the last free slot
+    uint32_t next_free_ = 0;  // index of the segment that gave the last free slot
     uint64_t evictions_ = 0;
-    uint64_t leases_ = 0;  // of all slots together
+    uint64_t leases_ = 0;  // on all slots together
 };
 
 }  // namespace weightd

@@ -9,21 +9,22 @@
 namespace weightd {
 namespace {
 
-// Chosen by measurement (weightd/README.md): longer finds a little more when nothing changes, and adapts more slowly.
+// Chosen by measurement (weightd/README.md): a longer half-life finds a little more while nothing changes, and adapts
+// more slowly.
 constexpr uint32_t USES_PER_HALF_LIFE = 2;  // of each cell, on average
-constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by one step, too
-constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level give way in the order in which they came to it
-constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; what lies beyond counts as the outermost
+constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by the same steps
+constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level are evicted in the order in which they entered it
+constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; scores beyond count as the outermost level
 constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
-constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // then all scores are counted from a later zero
+constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // at this time the zero of all scores moves
 constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
-constexpr uint32_t RETAINED_DIVISOR = 20;   // of the cells that are not there: a scan reads so much more
-constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell can have, were it alone used
+constexpr uint32_t RETAINED_DIVISOR = 20;   // of the cells outside the pool; a scan reads that much more
+constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell reaches that is the only one used
 static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
 static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");
 
-// log2(2^a + 2^b) is the larger of them plus this, by their distance.
+// log2(2^a + 2^b) is the larger of a and b plus sums()[their distance].
 constexpr uint32_t DISTANCES = 12 * STEPS_PER_OCTAVE;  // beyond, it is less than half a step
 
 const std::array<uint16_t, DISTANCES>& sums() {
@@ -43,7 +44,7 @@ uint32_t sum(uint32_t a, uint32_t b) {
     return std::max(a, b) + (distance < DISTANCES ? sums()[distance] : 0);
 }
 
-// The score, above now, of a cell that is used as often as the mean, when that has gone on for long.
+// The score, relative to now, of a cell that has been used as often as the mean for a long time.
 const int MEAN_ABOVE_NOW =
     static_cast<int>(std::lround(STEPS_PER_OCTAVE * std::log2(USES_PER_HALF_LIFE / std::numbers::ln2)));
 
@@ -96,12 +97,12 @@ void Replacement::unpinned(uint32_t cell) { put(cell); }
 void Replacement::removed(uint32_t cell) { take(cell); }
 
 uint32_t Replacement::victim() {
-    const uint32_t cell = first_to_go();
+    const uint32_t cell = next_victim();
     if (cell != NO_CELL) take(cell);
     return cell;
 }
 
-uint32_t Replacement::first_to_go() {
+uint32_t Replacement::next_victim() {
     if (probationary_count_ > retained_max()) return links_[probationary_list()].next;
     find_lowest();
     if (lowest_ <= level_max()) return links_[list_of(lowest_)].next;
@@ -110,7 +111,7 @@ uint32_t Replacement::first_to_go() {
 
 uint32_t Replacement::retained_max() const {
     if (!retains_) return 0;
-    const uint32_t there = kept_count_ + probationary_count_;
+    const uint32_t there = admitted_count_ + probationary_count_;
     return std::min((cells_ - there) / RETAINED_DIVISOR, there / 2);
 }
 
@@ -128,7 +129,7 @@ void Replacement::write_hotness(std::span<Hotness> hotness) const {
 void Replacement::advance() {
     if (++touches_ < touches_per_step_) return;
     touches_ = 0;
-    if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring moves up by one level: its lowest joins the next
+    if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring moves up by one level: the lowest joins the next
         append(list_of(level_min()), list_of(level_min() - 1));
         lowest_ = std::max(lowest_, level_min());
     }
@@ -169,7 +170,7 @@ void Replacement::put(uint32_t cell) {
     if (probationary_[cell] != 0) {
         probationary_count_++;
     } else {
-        kept_count_++;
+        admitted_count_++;
         const uint32_t level = level_of(scores_[cell]);
         list = list_of(level);
         lowest_ = std::min(lowest_, level);
@@ -182,7 +183,7 @@ void Replacement::put(uint32_t cell) {
 
 void Replacement::take(uint32_t cell) {
     const auto [previous, next] = links_[cell];
-    if (next != cell) (probationary_[cell] != 0 ? probationary_count_ : kept_count_)--;
+    if (next != cell) (probationary_[cell] != 0 ? probationary_count_ : admitted_count_)--;
     links_[previous].next = next;
     links_[next].previous = previous;
     links_[cell] = {cell, cell};
@@ -190,7 +191,7 @@ void Replacement::take(uint32_t cell) {
 
 void Replacement::append(uint32_t target, uint32_t source) {
     if (links_[source].next == source) return;
-    const auto [last, first] = links_[source];  // in front of what is there: its cells go first
+    const auto [last, first] = links_[source];  // they are put in front, so that they are evicted first
     const uint32_t next = links_[target].next;
     links_[target].next = first;
     links_[first].previous = target;

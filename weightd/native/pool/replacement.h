@@ -1,19 +1,20 @@
-// Which cell gives way when the pool is full: the one that is used least often, where recent uses count for more.
+// Which cell is evicted when the pool is full: the least used one, where recent uses count for more.
 //
-// LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001): a use counts for 1 at first and for half of that
-// after each half-life, and a cell's score is the sum over all its uses, also of those while it was not in the pool.
-// All scores fall at the same rate, so their order changes only where something is used. Here a half-life is the time
-// in which every cell is used twice on average. Cells are numbered through all layers of one model. A pinned cell
-// (leased, or being read) is never the victim.
+// LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001): a use counts for 1 at first, and for half as much
+// after each half-life. A cell's score is the sum over all its uses, including those while it was not in the pool. All
+// scores fall at the same rate, so their order changes only when a cell is used. A half-life is the time in which every
+// cell is used twice on average. Cells are numbered through all layers of one model.
 //
-// A newcomer stays only if the uses before the one that it was read for outweigh all uses of the cell that would give
-// way to it; otherwise it is passing, and gives way first. So a cyclic scan finds in each turn what it found in the
-// last, and a single scan flushes nothing. That a passing cell is used again while it is there says only that somebody
-// follows: what is used often stays when it comes the next time.
+// Admission: a cell that comes into a full pool is kept only if its earlier uses, without the one that it is read for,
+// outweigh all uses of the cell that would be evicted for it. Otherwise it is probationary. So a cyclic scan finds in
+// each turn what it found in the last, and a single scan evicts nothing of value. A use of a probationary cell does not
+// admit it: it only says that another session follows the first. A cell that is used often is admitted when it is read
+// the next time.
 //
-// Several scans at once read everything once only if they stay together. So then what passes lingers, in as many
-// slots as a twentieth of the cells that are not there, at most half of all: who falls behind a little finds it,
-// catches up, and all wait for the same reads. Who falls behind by more: engine_scans.cpp.
+// Invariants: a pinned cell (leased, or being read) is never evicted. Probationary cells are evicted before admitted
+// ones, except while several scans are under way: then a twentieth as many as the cells outside the pool are retained,
+// and at most half of the pool. A scan that falls behind a little finds those, catches up, and from then on all scans
+// wait for the same reads. engine/scans.h says what happens to a scan that falls behind by more.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +26,8 @@ namespace weightd {
 inline constexpr uint32_t NO_CELL = UINT32_MAX;
 
 // How often a cell is used, in one byte: HOTNESS_MEAN + 8 log2(its uses / the mean of all cells), from 1 to 127; 0 for
-// never. And whether it was in the pool, in the highest bit: those come first when a pool is filled again. It outlives
-// pools: calibration foretells it, a pool learns it.
+// never. The highest bit says that the cell was in the pool: such cells come first when a pool is filled again. Hotness
+// outlives pools: calibration predicts it, and a pool learns it.
 using Hotness = uint8_t;
 inline constexpr Hotness HOTNESS_MEAN = 64;
 inline constexpr Hotness HOTNESS_MAX = 127;
@@ -35,24 +36,24 @@ inline constexpr Hotness HOTNESS_IN_POOL = 128;
 class Replacement {
   public:
     explicit Replacement(uint32_t cells);
-    void seed(std::span<const Hotness> hotness);   // of each cell: in the place of what was seen until now
-    void inserted(uint32_t cell, bool contested);  // comes into the pool, pinned; contested: for want of a free slot
-    void touched(uint32_t cell);                   // is used: it was in the pool, or has just come for that
+    void seed(std::span<const Hotness> hotness);   // of each cell; replaces all scores
+    void inserted(uint32_t cell, bool contested);  // comes into the pool, pinned; contested: there was no free slot
+    void touched(uint32_t cell);                   // is used; it is in the pool
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
-    void removed(uint32_t cell);                                  // left the pool for another reason than victim()
-    uint32_t victim();                                            // takes one out, or NO_CELL when all are pinned
-    void retain_probationary(bool retain) { retains_ = retain; }  // several scans are under way
-    uint32_t retained_max() const;                                // cells that may linger
-    bool probationary(uint32_t cell) const { return probationary_[cell] != 0; }  // of one in the pool
+    void removed(uint32_t cell);  // leaves the pool for another reason than victim()
+    uint32_t victim();            // takes a cell out; NO_CELL when all are pinned
+    void retain_probationary(bool retain) { retains_ = retain; }
+    uint32_t retained_max() const;  // probationary cells that are retained now
+    bool probationary(uint32_t cell) const { return probationary_[cell] != 0; }  // of a cell in the pool
 
-    void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as seen until now; no HOTNESS_IN_POOL
+    void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as learned; without HOTNESS_IN_POOL
 
-    static uint64_t table_bytes(uint32_t cells);  // what it allocates, once
+    static uint64_t table_bytes(uint32_t cells);  // all that it allocates
 
   private:
-    using Score = uint16_t;  // log2 of the sum, counted from a moving zero, in STEPS_PER_OCTAVE
-    struct Link {            // of a circular list; a cell that is in none is linked to itself
+    using Score = uint16_t;  // log2 of the sum of uses, above a moving zero, in STEPS_PER_OCTAVE
+    struct Link {            // in a circular list; a cell that is in no list is linked to itself
         uint32_t previous;
         uint32_t next;
     };
@@ -66,22 +67,22 @@ class Replacement {
     uint32_t level_max() const;
     void put(uint32_t cell);
     void take(uint32_t cell);
-    uint32_t first_to_go();
+    uint32_t next_victim();
     bool admits(uint32_t cell);
     void find_lowest();
     void append(uint32_t target, uint32_t source);
 
     uint32_t cells_;
-    uint32_t touches_per_step_;  // of time
+    uint32_t touches_per_step_;  // touches that move time by one step
     uint32_t touches_ = 0;       // since the last step
-    uint32_t now_;               // the score of one use at this moment
-    uint32_t lowest_;            // no unpinned cell of the pool is at a lower level
+    uint32_t now_;               // the score of one use now
+    uint32_t lowest_;            // level below which the pool has no unpinned admitted cell
     bool retains_ = false;
-    uint32_t probationary_count_ = 0;  // unpinned ones
-    uint32_t kept_count_ = 0;          // likewise
+    uint32_t probationary_count_ = 0;  // without pinned cells
+    uint32_t admitted_count_ = 0;      // likewise
     std::vector<Score> scores_;
     std::vector<uint8_t> probationary_;  // of cells in the pool: 1 or 0
-    std::vector<Link> links_;            // of cells, then of the lists: a ring of levels, and those that are passing
+    std::vector<Link> links_;            // of cells, then of the lists: a ring of levels, and the probationary list
 };
 
 }  // namespace weightd

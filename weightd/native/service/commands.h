@@ -36,8 +36,8 @@ class Commands {
     std::string failure() const;  // what fail() was told, or empty
 
     // On the engine's thread.
-    void run();      // what has been posted since the event was signalled
-    void run_all();  // what has been posted, signalled or not: whoever waits for it is answered
+    void run();                          // what has been posted since the event was signalled
+    void run_all();                      // what has been posted, signalled or not: whoever waits for it is answered
     void fail(const std::string& what);  // stops by a fault
     int event_fd() const { return event_.get(); }
 

@@ -41,11 +41,7 @@ void refuse(int fd, int error) {
 }  // namespace
 
 Connections::Connections(const std::string& path, Epoll& epoll, RingSessions& sessions)
-    : path_(path),
-      epoll_(epoll),
-      sessions_(sessions),
-      listener_(listen_at(path)),
-      silent_(SILENT_MAX, HELLO_WITHIN) {
+    : path_(path), epoll_(epoll), sessions_(sessions), listener_(listen_at(path)), silent_(SILENT_MAX, HELLO_WITHIN) {
     epoll_.watch(listener_.get(), Watched::listener, 0, EPOLLIN);
 }
 

@@ -17,10 +17,10 @@ class Connections {
     // Listens at `path`. Throws std::system_error.
     Connections(const std::string& path, Epoll& epoll, RingSessions& sessions);
 
-    void accept();          // the listener is ready
-    void greet(int fd);     // a connection has said something, or has hung up
-    void accept_again();    // after a while without descriptors
-    void close_late();      // connections that have not said Hello in time
+    void accept();        // the listener is ready
+    void greet(int fd);   // a connection has said something, or has hung up
+    void accept_again();  // after a while without descriptors
+    void close_late();    // connections that have not said Hello in time
     bool waits_for_time() const { return !silent_.empty() || !accepts_; }
     void close_all() { connections_.clear(); }
     void remove_socket();

@@ -132,8 +132,8 @@ Opened Openings::open_active(uint32_t index, uint32_t slots_wanted, const User& 
         const uint32_t share = sessions_.making_way(
             user, [&] { return engine_.models().share_for(index, slots_wanted, sessions_.bytes_of(user)); });
         const Model& model = engine_.model(index);
-        sessions_.open(std::make_unique<RingSession>(index, model.spec.cell_count(), share, token, user,
-                                                     model.predictors));
+        sessions_.open(
+            std::make_unique<RingSession>(index, model.spec.cell_count(), share, token, user, model.predictors));
         return {token, share};
     } catch (const std::system_error& error) {
         engine_.models().leave(index);

@@ -6,18 +6,9 @@ namespace {
 double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
 
 SessionReport report_of(const RingSession& session, const ModelSpec& spec) {
-    return {session.id,
-            spec.name,
-            session.peer().pid,
-            session.peer().uid,
-            session.share_slots,
-            session.lease_limit,
-            session.held_cells,
-            seconds(Clock::now() - session.opened_at()),
-            session.requests(),
-            session.hits,
-            session.misses,
-            session.read_bytes};
+    return {session.id,          spec.name,           session.peer().pid, session.peer().uid,
+            session.share_slots, session.lease_limit, session.held_cells, seconds(Clock::now() - session.opened_at()),
+            session.requests(),  session.hits,        session.misses,     session.read_bytes};
 }
 
 ModelReport report_of(const Engine& engine, const RingSessions& sessions, const Model& model) {
@@ -54,7 +45,7 @@ Report report_of(const Engine& engine, const RingSessions& sessions, const Press
     report.pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(), signals.count()};
     for (const auto& model : engine.models().all()) report.models.push_back(report_of(engine, sessions, *model));
     for (const auto& [id, session] : sessions.open_sessions()) {
-        report.attached.push_back(report_of(*session, engine.models().at(session->model).spec));
+        report.attached.push_back(report_of(*session, engine.models().all()[session->model]->spec));
     }
     return report;
 }

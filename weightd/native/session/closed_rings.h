@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "device/shared_memory.h"
-#include "engine/user.h"
+#include "memory/user.h"
 
 namespace weightd {
 

@@ -17,7 +17,7 @@ class EndedSessions {
   public:
     explicit EndedSessions(Epoll& epoll) : epoll_(epoll) {}
 
-    void keep(uint32_t session, Remains remains);       // its client lives, and may hang up later
+    void keep(uint32_t session, Remains remains);         // its client lives, and may hang up later
     void keep_ring(SharedMemory ring, const User& user);  // its client has gone
     // The client of a kept session has hung up or has ended. The model that it no longer maps; none if the session is
     // not kept.

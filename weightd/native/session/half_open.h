@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "engine/user.h"
+#include "memory/user.h"
 
 namespace weightd {
 

@@ -13,10 +13,10 @@
 #include <vector>
 
 #include "device/shared_memory.h"
-#include "engine/resident.h"
-#include "engine/session.h"
-#include "engine/user.h"
-#include "pool/memory.h"
+#include "memory/memory.h"
+#include "memory/resident.h"
+#include "memory/session.h"
+#include "memory/user.h"
 #include "ring.h"
 
 namespace weightd {

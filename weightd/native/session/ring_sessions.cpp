@@ -14,9 +14,7 @@ constexpr std::chrono::seconds ATTACH_WITHIN{10};
 constexpr uint32_t SESSION_WORK = 1024;  // in a turn: as many cells as a request names; a longer run comes in parts
 constexpr uint32_t REQUEST_WORK = 16;    // to take a request costs as much as so many cells
 
-bool has_work(const RingSession& session) {
-    return session.attached() && (session.has_requests() || session.broken());
-}
+bool has_work(const RingSession& session) { return session.attached() && (session.has_requests() || session.broken()); }
 
 }  // namespace
 

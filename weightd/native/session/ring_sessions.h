@@ -48,15 +48,15 @@ class RingSessions {
     // socket is left to the caller.
     int attach(Descriptor& socket, RingSession& session);
 
-    bool serve();                   // one round of the sessions that have requests; false: there were none
-    bool announce_sleep();          // tells all clients to ring the doorbell; true: one has asked meanwhile
-    void announce_waking();         // and that they need not
-    bool waits_for_time() const {   // whether close_late() may find something
+    bool serve();                  // one round of the sessions that have requests; false: there were none
+    bool announce_sleep();         // tells all clients to ring the doorbell; true: one has asked meanwhile
+    void announce_waking();        // and that they need not
+    bool waits_for_time() const {  // whether close_late() may find something
         return !unattached_.empty() || ended_.holds_rings();
     }
 
     void close(uint32_t session, ring::State state);  // of one that is open, or kept by its client
-    void close_late();  // those that keep others waiting, or were not attached to in time
+    void close_late();                                // those that keep others waiting, or were not attached to in time
     void close_all();
 
     const std::map<uint32_t, RingSession*>& open_sessions() const { return open_; }  // by number
@@ -70,10 +70,10 @@ class RingSessions {
 
     Engine& engine_;
     Epoll& epoll_;
-    std::map<User, uint32_t> places_;          // taken by sessions that are not open yet
-    std::map<uint32_t, RingSession*> open_;    // by number, attached or not
-    HalfOpen unattached_;                      // of open_
-    Turns turns_;                              // of open_
+    std::map<User, uint32_t> places_;        // taken by sessions that are not open yet
+    std::map<uint32_t, RingSession*> open_;  // by number, attached or not
+    HalfOpen unattached_;                    // of open_
+    Turns turns_;                            // of open_
     EndedSessions ended_;
 };
 

@@ -7,7 +7,9 @@
 
 namespace weightd {
 
-[[noreturn]] inline void fail(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] inline void fail(const std::string& what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
 
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
 

@@ -9,7 +9,7 @@
 #include <map>
 #include <vector>
 
-#include "engine/user.h"
+#include "memory/user.h"
 
 namespace weightd {
 

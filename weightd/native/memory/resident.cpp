@@ -1,4 +1,4 @@
-#include "engine/resident.h"
+#include "memory/resident.h"
 
 #include <sstream>
 #include <system_error>
@@ -38,11 +38,11 @@ void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderCh
     for (const Completion& completion : completions) {
         if (completion.error == 0) continue;
         throw CorruptResident(file.path() + " cannot be read: " + std::generic_category().message(completion.error) +
-                              "; look after the device");
+                              ": check the device");
     }
 }
 
-// `check` throws CorruptResident. As with bundles, one more reading tells a transfer that went wrong from bad flash.
+// `check` throws CorruptResident. As with bundles, a second reading tells a failed transfer from bad flash.
 SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice,
                        const std::function<void()>& moved, const std::function<void(const SharedMemory&)>& check) {
     const DirectFile file(path, choice.allow_buffered);
@@ -74,7 +74,7 @@ std::string seconds(std::chrono::milliseconds time) {
 
 Unanswered::Unanswered(const std::string& model, std::chrono::milliseconds silent)
     : std::runtime_error("model " + model + ": the device has not answered for " + seconds(silent) +
-                         ": look after it, and ask again when it does") {}
+                         ": check the device, then try again") {}
 
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice, const std::function<void()>& moved) {
     const auto check = [&](const SharedMemory& memory) {

@@ -1,4 +1,4 @@
-// The account of --dram: resident weights, pool segments, tables and rings are all paid from it.
+// The account of --dram: resident weights, pool segments and tables are all paid from it.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +6,8 @@
 #include <cstdint>
 
 namespace weightd {
+
+inline constexpr uint64_t SEGMENT_BYTES_MAX = 64U << 20;  // registering a larger one would stall the engine's thread
 
 enum class Account { pool, resident, tables };
 
@@ -16,15 +18,14 @@ class Memory {
     void give(Account account, uint64_t bytes);
     void raise_limit(uint64_t limit_bytes) { limit_bytes_ = std::max(limit_bytes_, limit_bytes); }
     uint64_t limit_bytes() const { return limit_bytes_; }
+    uint64_t used_bytes() const { return used_bytes_[0] + used_bytes_[1] + used_bytes_[2]; }
     uint64_t used_bytes(Account account) const { return used_bytes_[static_cast<size_t>(account)]; }
-    uint64_t free_bytes() const { return limit_bytes_ - used_bytes_[0] - used_bytes_[1] - used_bytes_[2]; }
+    uint64_t free_bytes() const { return limit_bytes_ - used_bytes(); }
+    uint64_t segment_bytes() const { return std::clamp<uint64_t>(limit_bytes_ / 16, 4096, SEGMENT_BYTES_MAX); }
 
   private:
     uint64_t limit_bytes_;
     uint64_t used_bytes_[3] = {0, 0, 0};
 };
-
-// Whether less than an eighth of this machine's memory is available. False where /proc does not tell.
-bool machine_is_short();
 
 }  // namespace weightd

@@ -1,4 +1,5 @@
-// The weights outside the FFNs, and the predictors: sealed, verified segments of a model, shared by its sessions.
+// Resident weights (those outside the FFNs) and predictors: verified, sealed shared memory of a model, which all its
+// sessions map.
 #pragma once
 
 #include <chrono>
@@ -17,11 +18,11 @@ struct ReaderChoice {
     uint32_t threads;
     uint32_t depth;
     bool allow_buffered;
-    // A device that was silent for so long is given up by those who can go without its answer.
+    // Openers and fetches give up when the device has not answered for so long.
     std::chrono::milliseconds answer_within{30'000};
 };
 
-struct Unanswered : std::runtime_error {  // by the device, for longer than ReaderChoice::answer_within
+struct Unanswered : std::runtime_error {  // the device was silent for longer than ReaderChoice::answer_within
     Unanswered(const std::string& model, std::chrono::milliseconds silent);
 };
 
@@ -32,21 +33,20 @@ struct PredictorsFile {  // predictors.safetensors of one version of a model's c
     uint32_t version = 0;
 };
 
-struct Predictors {  // the same in memory
+struct Predictors {  // such a file in memory
     uint32_t version;
     uint64_t bytes;  // of the file; the memory is rounded up to pages
     SharedMemory memory;
 };
 
-struct CorruptResident : std::runtime_error {  // or cannot be read; names model and tensor, or file
+struct CorruptResident : std::runtime_error {  // a checksum differs, or a file cannot be read; the text names it
     using std::runtime_error::runtime_error;
 };
 
-// Reads the file uncached, checks every tensor, seals the segment. Blocks; throws std::system_error (it cannot be
-// opened), CorruptResident (what flash gives is wrong, or nothing). Calls `moved` for each piece that was read or
-// checked.
+// Reads the file uncached, checks every tensor and seals the memory. Blocks. Calls `moved` after each piece that was
+// read or checked. Throws std::system_error (the file cannot be opened), CorruptResident.
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice, const std::function<void()>& moved);
-// The same for predictors, which have one checksum.
+// The same for predictors, whose file has one checksum.
 SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice,
                              const std::function<void()>& moved);
 

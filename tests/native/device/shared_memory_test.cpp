@@ -1,5 +1,5 @@
 // Shared memory as the kernel sees it: huge pages where they fit, and nothing left after a drain.
-#include "pool/memory.h"
+#include "device/shared_memory.h"
 
 #include <gtest/gtest.h>
 #include <sys/stat.h>
@@ -7,8 +7,6 @@
 #include <cstring>
 #include <fstream>
 #include <sstream>
-
-#include "device/shared_memory.h"
 
 namespace weightd {
 namespace {

@@ -1,0 +1,105 @@
+#include "memory/segments.h"
+
+#include <gtest/gtest.h>
+
+#include "bare_model.h"
+
+namespace weightd {
+namespace {
+
+constexpr uint64_t SEGMENT_SLOTS = 10;
+constexpr uint64_t DRAM_SLOTS = 16 * SEGMENT_SLOTS;
+
+struct SegmentsTest : testing::Test {
+    ModelList models;
+    Memory memory{DRAM_SLOTS * BARE_CELL_BYTES};
+    Pressure pressure{memory};
+    Sessions sessions{models, memory, pressure};
+    Room room{models, memory, sessions};
+    IdleReader reader;
+    Segments segments{models, memory, pressure, reader, sessions, room};
+    Model& one = add_active(models, 1000);
+    Model& other = add_active(models, 1000);
+
+    uint64_t grow_all(Model& model) {
+        while (segments.grow(model)) {
+        }
+        return model.pool->slots();
+    }
+    QuietSession& add_share(const Model& model, uint32_t slots) {
+        auto session = std::make_unique<QuietSession>(model.index, model.spec.cell_count(), slots, true);
+        return static_cast<QuietSession&>(sessions.add(std::move(session)));
+    }
+};
+
+TEST_F(SegmentsTest, APoolGrowsUntilDramOrItsCellsEnd) {
+    Model& small = add_active(models, 25);
+    EXPECT_EQ(grow_all(small), 25U) << "the last segment is as large as is useful";
+    EXPECT_EQ(grow_all(one), DRAM_SLOTS - 25);
+    EXPECT_EQ(memory.free_bytes(), 0U);
+    EXPECT_EQ(reader.registered, 3 + 14);
+}
+
+TEST_F(SegmentsTest, AboveTheTargetItGrowsOnlyForShares) {
+    pressure.set_floor(0);
+    for (uint32_t i = 0; i < 20; i++) pressure.press();
+    ASSERT_EQ(pressure.target_bytes(), 0U);
+    EXPECT_EQ(grow_all(one), 0U);
+    add_share(one, 25);
+    EXPECT_EQ(grow_all(one), 25U);
+}
+
+TEST_F(SegmentsTest, WhatIsKeptForAnOpenerIsNotTaken) {
+    room.keep(other, 100 * BARE_CELL_BYTES);
+    EXPECT_EQ(grow_all(one), DRAM_SLOTS - 100);
+}
+
+TEST_F(SegmentsTest, ASurplusIsTakenFromTheModelThatHasMost) {
+    for (uint32_t i = 0; i < 6; i++) segments.grow(one);
+    for (uint32_t i = 0; i < 4; i++) segments.grow(other);
+    add_share(one, 45);
+    EXPECT_TRUE(segments.can_spare(one));
+    EXPECT_TRUE(segments.drain_surplus(nullptr, true));
+    EXPECT_EQ(other.pool->draining(), 1U) << "40 slots to spare, against 15";
+    EXPECT_TRUE(segments.drain_surplus(nullptr, true)) << "that is under way";
+    EXPECT_EQ(one.pool->draining(), 0U);
+    segments.retire(other);
+    EXPECT_EQ(other.pool->slots(), 30U);
+    EXPECT_EQ(memory.used_bytes(Account::pool), 90U * BARE_CELL_BYTES);
+    EXPECT_TRUE(segments.drain_surplus(&other, false)) << "never one of the model's own";
+    EXPECT_EQ(one.pool->draining(), 1U);
+}
+
+TEST_F(SegmentsTest, SharesAreNeverSurplus) {
+    for (uint32_t i = 0; i < 6; i++) segments.grow(one);
+    add_share(one, 55);
+    EXPECT_FALSE(segments.can_spare(one));
+    EXPECT_FALSE(segments.drain_surplus(nullptr, true));
+    one.users = 0;
+    EXPECT_TRUE(segments.can_spare(one)) << "nobody uses it";
+}
+
+TEST_F(SegmentsTest, ATransferredSegmentIsPromisedToTheOtherModel) {
+    grow_all(one);
+    QuietSession& session = add_share(one, 10);
+    segments.transfer(one, other);
+    EXPECT_EQ(session.gone.size(), 1U);
+    EXPECT_EQ(one.pool->slots(), DRAM_SLOTS - SEGMENT_SLOTS);
+    EXPECT_FALSE(segments.grow(one));
+    EXPECT_TRUE(segments.grow(other));
+    EXPECT_EQ(other.pool->slots(), SEGMENT_SLOTS);
+    segments.transfer(one, other);
+    segments.end_promise();
+    EXPECT_TRUE(segments.grow(one));
+}
+
+TEST_F(SegmentsTest, ATransferTakesNoSegmentWithLeases) {
+    grow_all(one);
+    for (uint32_t cell = 0; cell < DRAM_SLOTS; cell++) one.pool->lease(one.pool->insert(cell));
+    segments.transfer(one, other);
+    EXPECT_EQ(one.pool->draining(), 0U);
+    EXPECT_EQ(one.pool->slots(), DRAM_SLOTS);
+}
+
+}  // namespace
+}  // namespace weightd

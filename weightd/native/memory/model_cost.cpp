@@ -1,0 +1,30 @@
+#include "memory/model_cost.h"
+
+#include "memory/session.h"
+#include "pool/pool.h"
+#include "ring.h"
+
+namespace weightd {
+
+uint64_t whole_pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+uint64_t catalog_bytes(const ModelSpec& spec) {
+    const uint64_t bundles = uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons;
+    return bundles * sizeof(uint64_t) + spec.cell_count() * sizeof(Hotness);
+}
+
+uint64_t activation_bytes(const ModelSpec& spec) {
+    return whole_pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
+           SESSIONS_RESERVED * session_bytes(spec);
+}
+
+uint64_t session_bytes(const ModelSpec& spec) {
+    return Session::table_bytes(spec.cell_count()) + whole_pages(sizeof(ring::Ring));
+}
+
+uint64_t minimum_dram_bytes(const ModelSpec& spec) {
+    const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
+    return whole_pages(activation_bytes(spec) + catalog_bytes(spec)) + slots * spec.cell_bytes;
+}
+
+}  // namespace weightd

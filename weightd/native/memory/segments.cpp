@@ -1,0 +1,101 @@
+#include "memory/segments.h"
+
+#include <algorithm>
+#include <optional>
+#include <system_error>
+
+namespace weightd {
+namespace {
+
+// None when the system has no descriptor or mapping left: the pool then goes on with the segments that it has.
+std::optional<SharedMemory> new_segment(uint64_t bytes) {
+    try {
+        SharedMemory memory("weightd-pool", bytes);
+        memory.seal();
+        return memory;
+    } catch (const std::system_error&) {
+        return std::nullopt;
+    }
+}
+
+}  // namespace
+
+// What is free below the target; above it, only what the shares of the model's sessions still need. What was promised
+// to another model is left to it.
+uint64_t Segments::growth_bytes(const Model& model) const {
+    const uint64_t share_slots = sessions_.share_slots(model);
+    const uint64_t owed_slots = share_slots - std::min(share_slots, model.pool->slots());
+    const uint64_t most_bytes = std::max(pressure_.left_bytes(), owed_slots * model.spec.cell_bytes);
+    const uint64_t growth_bytes = std::min(room_.free_bytes(model), most_bytes);
+    return promise_.model == model.index ? growth_bytes : growth_bytes - std::min(growth_bytes, promise_.bytes);
+}
+
+bool Segments::grow(Model& model) {
+    if (!model.wants_more_slots()) return false;
+    const uint64_t cell_bytes = model.spec.cell_bytes;
+    const uint64_t useful_bytes = (model.spec.cell_count() - model.pool->slots()) * cell_bytes;
+    const uint64_t wanted_bytes = std::min(std::max(memory_.segment_bytes(), cell_bytes), useful_bytes);
+    const uint64_t bytes = std::min(wanted_bytes, growth_bytes(model));
+    const uint64_t slots = std::min<uint64_t>(bytes / cell_bytes, SEGMENT_SLOTS_MAX);
+    if (slots == 0) return false;
+    std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
+    if (!memory) return false;
+    memory_.take(Account::pool, slots * cell_bytes);
+    if (promise_.model == model.index) promise_ = {};
+    Segment& segment = model.pool->add_segment(next_number_++, std::move(*memory));
+    segment.buffer_index = reader_.register_memory(segment.memory.bytes());
+    return true;
+}
+
+bool Segments::can_spare(const Model& model) const {
+    const uint64_t slots = model.pool->slots();
+    const uint64_t segment_slots = memory_.segment_bytes() / model.spec.cell_bytes;
+    return slots > 0 && (model.users == 0 || slots >= sessions_.share_slots(model) + segment_slots);
+}
+
+bool Segments::drain_surplus(const Model* asking, bool own) {
+    Model* chosen = nullptr;
+    uint64_t most_bytes = 0;
+    for (const auto& model : models_) {
+        const bool is_asking = model.get() == asking;
+        if (model->pool == nullptr || (is_asking && !own)) continue;
+        if (model->pool->draining() > 0) return true;
+        if (!can_spare(*model)) continue;
+        const uint64_t surplus_slots = model->pool->slots() - sessions_.share_slots(*model);
+        const uint64_t surplus_bytes = surplus_slots * model->spec.cell_bytes / (is_asking ? 2 : 1);
+        if (surplus_bytes > most_bytes) {
+            most_bytes = surplus_bytes;
+            chosen = model.get();
+        }
+    }
+    if (chosen == nullptr || !chosen->pool->start_draining()) return false;
+    sessions_.update_limits();
+    return true;
+}
+
+void Segments::drain_all(Model& model) {
+    while (model.pool->start_draining()) retire(model);
+}
+
+void Segments::retire(Model& model) {
+    const uint32_t draining = model.pool->draining();
+    if (draining == 0) return;
+    for (auto& segment : model.pool->retire_drained()) drop(model, std::move(segment));
+    if (model.pool->draining() < draining) sessions_.update_limits();
+}
+
+void Segments::drop(const Model& model, std::unique_ptr<Segment> segment) {
+    sessions_.tell_segment_gone(model, segment->number);
+    memory_.give(Account::pool, segment->slots.size() * uint64_t{model.spec.cell_bytes});
+    reader_.unregister_memory(segment->buffer_index);
+    segment->memory.drain();
+}
+
+void Segments::transfer(Model& from, const Model& to) {
+    const uint64_t before_bytes = memory_.used_bytes(Account::pool);
+    if (!from.pool->start_draining(true)) return;
+    retire(from);
+    promise_ = {to.index, before_bytes - memory_.used_bytes(Account::pool)};
+}
+
+}  // namespace weightd

@@ -1,0 +1,90 @@
+#include "memory/sessions.h"
+
+#include <algorithm>
+
+#include "memory/model_cost.h"
+
+namespace weightd {
+
+Session& Sessions::add(std::unique_ptr<Session> session) {
+    session->id = next_id_++;
+    Shares& shares = shares_[session->model];
+    shares.slots += session->share_slots;
+    if (!session->borrows) shares.fetching_slots += session->share_slots;
+    return *(sessions_[session->id] = std::move(session));
+}
+
+std::unique_ptr<Session> Sessions::remove(uint32_t session) {
+    auto entry = sessions_.extract(session);
+    if (entry.empty()) return nullptr;
+    const Session& removed = *entry.mapped();
+    Shares& shares = shares_[removed.model];
+    shares.slots -= removed.share_slots;
+    if (!removed.borrows) shares.fetching_slots -= removed.share_slots;
+    return std::move(entry.mapped());
+}
+
+Session* Sessions::find(uint32_t session) const {
+    const auto found = sessions_.find(session);
+    return found == sessions_.end() ? nullptr : found->second.get();
+}
+
+Sessions::Shares Sessions::shares_of(const Model& model) const {
+    const auto found = shares_.find(model.index);
+    return found == shares_.end() ? Shares{} : found->second;
+}
+
+uint64_t Sessions::share_slots(const Model& model) const { return shares_of(model).slots; }
+
+uint64_t Sessions::owed_slots(const Model& model) const {
+    uint64_t slots = 0;
+    for (const auto& [id, session] : sessions_) {
+        if (session->model != model.index) continue;
+        slots += std::max(session->share_slots, std::min(session->held_cells, session->lease_limit));
+    }
+    return slots;
+}
+
+// What is neither part of a share nor kept for fetches and reads in flight.
+uint64_t Sessions::lendable_bytes() const {
+    const uint64_t fixed_bytes = memory_.used_bytes(Account::resident) + memory_.used_bytes(Account::tables);
+    const uint64_t pool_bytes = pressure_.target_bytes() - std::min(pressure_.target_bytes(), fixed_bytes);
+    uint64_t kept_bytes = 0;
+    uint32_t models_in_use = 0;
+    for (const auto& model : models_) {
+        if (model->pool == nullptr || model->users == 0) continue;
+        const uint64_t cell_bytes = model->spec.cell_bytes;
+        const uint64_t never_slots =
+            std::clamp<uint64_t>(pool_bytes / cell_bytes / LENT_NEVER_DIVISOR, SHARE_SLOTS_MIN, FETCH_SLOTS_MAX);
+        const Shares shares = shares_of(*model);
+        const uint64_t borrowers_slots = shares.slots - shares.fetching_slots;
+        kept_bytes += (borrowers_slots + std::max(shares.fetching_slots, never_slots)) * cell_bytes;
+        if (models_in_use++ > 0) kept_bytes += memory_.segment_bytes();  // a model may leave part of its last unused
+    }
+    return pool_bytes - std::min(pool_bytes, kept_bytes);
+}
+
+// The parts are equal, so that no session can hold all that is lent. An idle session loses nothing by what others
+// lease: a cell that nobody leases stays in the pool as long as a leased one.
+void Sessions::update_limits() {
+    const auto borrowers =
+        std::count_if(sessions_.begin(), sessions_.end(), [](const auto& entry) { return entry.second->borrows; });
+    const uint64_t part_bytes = borrowers > 0 ? lendable_bytes() / static_cast<uint64_t>(borrowers) : 0;
+    for (const auto& [id, session] : sessions_) {
+        if (!session->borrows) continue;
+        const Model& model = *models_[session->model];
+        const uint64_t limit = session->share_slots + part_bytes / model.spec.cell_bytes;
+        const uint64_t most = std::max(session->share_slots, model.spec.cell_count());
+        session->lease_limit = static_cast<uint32_t>(std::min<uint64_t>(limit, most));
+        // A draining segment, whose cells may be leased by any session, is empty sooner when all windows shrink.
+        session->limit_changed(model.pool->draining() > 0 ? SHARE_SLOTS_MIN : session->lease_limit);
+    }
+}
+
+void Sessions::tell_segment_gone(const Model& model, uint32_t segment) const {
+    for (const auto& [id, session] : sessions_) {
+        if (session->model == model.index) session->segment_gone(segment);
+    }
+}
+
+}  // namespace weightd
