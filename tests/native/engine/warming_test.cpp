@@ -191,7 +191,7 @@ TEST_F(WarmingTest, AModelThatIsActivatedAgainIsAsWarmAsItWas) {
 }
 
 TEST_F(WarmingTest, NothingIsReadWithoutWarming) {
-    Engine engine(dram_for(CELLS), *reader, verifier, false, false);
+    Engine engine(dram_for(CELLS), *reader, verifier, false);
     engine.models().add(flash.spec, false);
     engine.models().seed(0, each(5));
     open(engine);
