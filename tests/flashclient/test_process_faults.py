@@ -34,8 +34,8 @@ client.generate([5, 6, 7], max_new_tokens=2)
 pid = os.fork()
 if pid == 0:
     refused = []
-    chunks = client.source.chunks(0)
-    for use in (lambda: client.generate([5]), client.source.require_open, lambda: next(chunks)):
+    chunks = client.loaded.source.chunks(0)
+    for use in (lambda: client.generate([5]), client.loaded.source.require_open, lambda: next(chunks)):
         try:
             use()
         except ForkedError as error:

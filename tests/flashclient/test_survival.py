@@ -90,7 +90,7 @@ def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: st
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, transport="shm") as client,
     ):
-        client.connection.close()
+        client.loaded.connection.close()
         client.generate(PROMPT, **GREEDY)
         stats = client.stats()
         counted = daemon.daemon.stub.Stats(weightd_pb2.StatsRequest()).attached[0]
@@ -222,7 +222,7 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
 
         def let_others_run(*_: object) -> None:
             nonlocal paused
-            if not paused and client.source.cells_held > 0.9 * client.source.lease_limit:
+            if not paused and client.loaded.source.cells_held > 0.9 * client.loaded.source.lease_limit:
                 paused = True
                 with ExitStack() as others:
                     for _other in range(2):
@@ -236,7 +236,7 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
 
 
 def lease_a_share(client: FlashClient) -> None:
-    source = client.source
+    source = client.loaded.source
     source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), np.empty(0, np.uint32))
     while source.arrived() > 0:
         pass

@@ -58,7 +58,7 @@ class FuzzedDaemon {
         const auto deadline = Clock::now() + std::chrono::seconds(60);
         while (true) {
             const Report report = engine_.report();
-            if (report.sessions == 1 && report.models[0].slots_busy == 0) return;
+            if (report.sessions == 1 && report.models[0].slots_leased == 0) return;
             require(Clock::now() < deadline, "the leases of who has gone are back");
             std::this_thread::yield();
         }

@@ -32,10 +32,10 @@ from weightd.machine.pressure import Triggers
 from weightd.serving import serve
 from weightd.serving.call_bounds import SERVICE_NAME
 from weightd.serving.config import load_config
+from weightd.serving.control_plane import ControlPlane
 from weightd.serving.fetch import Fetcher
 from weightd.serving.frontend import Frontend
 from weightd.serving.served_models import ServedModels
-from weightd.serving.server import WeightdService
 from weightd.store.store import Store
 from weightd.watching.statistics import Statistics
 from weightd_proto import weightd_pb2 as pb
@@ -106,15 +106,15 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event, tol
     dram = GrowingDram(config.dram, config.dram_floor, DRAM_BYTES, [])
     models = ServedModels(store, engine, dram)
     fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
-    service = WeightdService(models, fetcher, engine, Identities(config.store), data_socket, dram, statistics)
-    service.set_rules(config.allow, config.allow_publish)
-    frontend = Frontend(config, service, None)
+    control = ControlPlane(models, fetcher, engine, Identities(config.store), data_socket, dram, statistics)
+    control.set_rules(config.allow, config.allow_publish)
+    frontend = Frontend(config, control, None)
     await frontend.start(Identities(config.store))
     ready.set()
     await told.wait()
     await frontend.stop()
     frontend.close()
-    service.close()
+    control.close()
 
 
 @cache

@@ -37,13 +37,14 @@ TABLE = {
         memory_limits:
         standard_streams:
         torch_state:
+        turns: errors
         daemon: errors
         source: errors daemon
-        model: errors torch_state source
+        model: errors torch_state turns daemon source
         generation: errors torch_state source model
+        calibration: errors memory_limits daemon source model
         options: errors daemon model
-        client: errors standard_streams torch_state daemon source model generation options
-        calibration: errors memory_limits daemon source model client
+        client: errors standard_streams torch_state turns daemon source model generation options
         cli: errors standard_streams client calibration
         __main__: cli
         __init__: client

@@ -95,92 +95,47 @@ nb::bytes fetch_resident(EngineThread& engine, uint32_t model, uint64_t offset, 
     return filled_bytes(size, [&](std::span<std::byte> out) { engine.fetch_resident(model, offset, out); });
 }
 
-nb::dict dict_of(const weightd::ModelReport& model) {
-    nb::dict row;
-    row["sessions"] = model.sessions;
-    row["slots"] = model.slots;
-    row["slots_filled"] = model.slots_filled;
-    row["slots_leased"] = model.slots_busy;
-    row["leases"] = model.leases;
-    row["guaranteed_slots"] = model.share_slots;
-    row["pool_bytes"] = model.pool_bytes;
-    row["evictions"] = model.evictions;
-    row["hits"] = model.counts.hits;
-    row["misses"] = model.counts.misses;
-    row["reads"] = model.counts.reads;
-    row["read_bytes"] = model.counts.read_bytes;
-    row["verify_errors"] = model.counts.verify_errors;
-    row["read_errors"] = model.counts.read_errors;
-    row["reading_s"] = model.device.reading.seconds();
-    row["read_latency_counts"] = model.device.latencies.counts();
-    row["read_latency_sum_s"] = model.device.latencies.sum_s();
-    row["region_reads"] = model.device.region_reads;
-    return row;
-}
-
-nb::dict dict_of(const weightd::SessionReport& session) {
-    nb::dict row;
-    row["session"] = session.session;
-    row["model"] = session.model;
-    row["pid"] = session.pid;
-    row["uid"] = session.uid;
-    row["share_slots"] = session.share_slots;
-    row["lease_limit"] = session.lease_limit;
-    row["leased_cells"] = session.leased_cells;
-    row["age_s"] = session.age_s;
-    row["requests"] = session.requests;
-    row["hits"] = session.hits;
-    row["misses"] = session.misses;
-    row["read_bytes"] = session.read_bytes;
-    return row;
-}
-
-nb::dict dict_of(const weightd::ReadQueue& queue) {
-    nb::dict row;
-    row["in_flight"] = queue.in_flight;
-    row["in_flight_max"] = queue.in_flight_max;
-    row["depth_limit"] = queue.depth_limit;
-    row["waiting"] = queue.waiting;
-    return row;
-}
-
-nb::dict dict_of(const weightd::PressureReport& pressure) {
-    nb::dict row;
-    row["pressed"] = pressure.pressed;
-    row["dram_target_bytes"] = pressure.target_bytes;
-    row["dram_floor_bytes"] = pressure.floor_bytes;
-    row["signals"] = pressure.signals;
-    return row;
-}
-
 nb::list latency_bounds_s() {
     nb::list bounds;
     for (size_t i = 0; i + 1 < weightd::LATENCY_BUCKETS; i++) bounds.append(weightd::Latencies::bound_s(i));
     return bounds;
 }
 
-nb::dict report(EngineThread& engine) {
+template <typename T>
+concept HasFields = requires(const T& report) {
+    report.each_field([](const char*, const auto&) {});
+};
+
+template <typename T>
+nb::object object_of(const T& value) {
+    return nb::cast(value);
+}
+
+template <HasFields T>
+nb::dict object_of(const T& report);
+
+template <HasFields T>
+nb::list object_of(const std::vector<T>& reports) {
+    nb::list list;
+    for (const T& report : reports) list.append(object_of(report));
+    return list;
+}
+
+// The fields under the names that proto/weightd.proto gives them.
+template <HasFields T>
+nb::dict object_of(const T& report) {
+    nb::dict fields;
+    report.each_field([&](const char* name, const auto& value) { fields[name] = object_of(value); });
+    return fields;
+}
+
+nb::dict stats(EngineThread& engine) {
     weightd::Report report;
     {
         const nb::gil_scoped_release released;
         report = engine.report();
     }
-    nb::dict models;
-    for (const weightd::ModelReport& model : report.models) models[model.name.c_str()] = dict_of(model);
-    nb::list attached;
-    for (const weightd::SessionReport& session : report.attached) attached.append(dict_of(session));
-    nb::dict result;
-    result["limit_bytes"] = report.limit_bytes;
-    result["pool_bytes"] = report.pool_bytes;
-    result["resident_bytes"] = report.resident_bytes;
-    result["tables_bytes"] = report.tables_bytes;
-    result["sessions"] = report.sessions;
-    result["uptime_s"] = report.uptime_s;
-    result["read_queue"] = dict_of(report.read_queue);
-    result["memory_pressure"] = dict_of(report.pressure);
-    result["models"] = models;
-    result["attached"] = attached;
-    return result;
+    return object_of(report);
 }
 
 uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32_t cells, uint32_t neurons) {
@@ -298,7 +253,8 @@ void bind_engine(nb::module_& m) {
              "IndexError, "
              "MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
-        .def("stats", &report, "What proto/weightd.proto's StatsResponse says; the latency bounds are constants.")
+        .def("stats", &stats,
+             "The fields of proto/weightd.proto's StatsResponse that the engine knows, as dicts and lists.")
         .def_prop_ro("failed_fd", &EngineThread::failed_fd, "readable once the engine has ended by a fault of its own")
         .def_prop_ro("failure", &EngineThread::failure, "what that fault was, or empty")
         .def("close", &EngineThread::stop, nb::call_guard<nb::gil_scoped_release>(),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flashclient.calibration.evaluate import Quality
 from flashclient.calibration.firing import PackedBits, unions
-from flashclient.calibration.layer_walk import LayerWalk, LayerWeights
+from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, layer_walk
 from flashclient.calibration.predictor_training import (
     Examples,
     Prediction,
@@ -34,9 +34,9 @@ from flashclient.calibration.predictor_training import (
 )
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
-from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.model.build import DTYPES
+from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
 
@@ -52,12 +52,13 @@ ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
 SOFT = ("silu", "gelu", "gelu_tanh")  # activations that are zero nowhere but by rounding
 
 
-def check_sparse(client: FlashClient) -> None:
-    """Raises CalibrationError where the model's activation already says that no neuron is ever left out."""
-    if client.activation in SOFT:
+def check_sparse(loaded: LoadedModel) -> None:
+    """Raises CalibrationError where no neuron of the model's activation is ever exactly zero."""
+    activation = loaded.built.activation
+    if activation in SOFT:
         raise CalibrationError(
-            f"model '{client.record.name}' cannot be calibrated: its activation, {client.activation}, is zero for no"
-            " neuron, so predict mode would lose quality or read everything; run it in mode 'exact'"
+            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation}, is never exactly zero,"
+            " so predict mode would lose quality or read everything; run it in mode 'exact'"
         )
 
 
@@ -80,23 +81,23 @@ class CalibrationOptions:
             raise OptionError(f"kind '{self.kind}' is not known: use {' or '.join(KINDS)}")
 
 
-def calibrate(client: FlashClient, sequences: Tensor, options: CalibrationOptions) -> CalibrationResult:
-    """Runs the whole calibration; `client` must be of mode "exact" and can only be closed afterwards.
+def calibrate(loaded: LoadedModel, sequences: Tensor, options: CalibrationOptions) -> CalibrationResult:
+    """Runs the whole calibration.
 
     Args:
+        loaded: a model in exact mode.
         sequences: [sequences, length] ids, at least 8 sequences.
 
     Raises:
         CalibrationError: the model has no exact zeros to predict.
         DaemonLostError, CorruptionError: while its weights were read.
     """
-    check_sparse(client)
+    check_sparse(loaded)
     begun_s = time.monotonic()
-    with torch.no_grad():
-        run = _Run(client, sequences, options)
-        layers = [run.layer(index) for index in _progress(len(client.record.layers), options.progress)]
+    with torch.no_grad(), layer_walk(loaded, sequences[:1]) as walk:
+        run = _Run(walk, loaded.record, sequences, options)
+        layers = [run.layer(index) for index in _progress(len(loaded.record.layers), options.progress)]
         quality = run.quality()
-    client.source.idle()
     settings = {"kind": options.kind, "target_recall": options.target_recall, "seed": options.seed}
     return CalibrationResult(layers, quality, sequences.numel(), settings, time.monotonic() - begun_s)
 
@@ -108,12 +109,15 @@ def _progress(layers: int, shown: bool) -> Iterator[int]:
 class _Run:
     """The hidden states of all sequences, which move on layer by layer; those of the test also as predicted."""
 
-    def __init__(self, client: FlashClient, sequences: Tensor, options: CalibrationOptions) -> None:
-        self._walk = LayerWalk(client, sequences[:1])
+    def __init__(
+        self, walk: LayerWalk, record: weightd_pb2.Model, sequences: Tensor, options: CalibrationOptions
+    ) -> None:
+        self._walk = walk
+        self._record = record
         self._options = options
         self._sequences = sequences
         self._recall = 1 - MISSES_AIMED * (1 - options.target_recall)
-        self._dtype = DTYPES[client.record.bundle.dtype]
+        self._dtype = DTYPES[record.bundle.dtype]
         self._hidden = [self._walk.embed(ids) for ids in sequences[:, None]]
         roles = torch.arange(len(sequences)) % ROLES
         self._tested = (roles == ROLES - 1).nonzero()[:, 0].tolist()
@@ -142,13 +146,13 @@ class _Run:
             frequency,
             wanted.frequency(),
             unions(wanted.select(self._testing), self._sequences.shape[1]),
-            self._walk.record.layers[index].neurons * self._walk.record.bundle.bundle_bytes,
+            self._record.layers[index].neurons * self._record.bundle.bundle_bytes,
         )
 
     def _advance(self, index: int, weights: LayerWeights) -> Examples:
         """Takes all hidden states through the layer; returns its FFN's inputs and which neurons fired."""
         length = self._sequences.shape[1]
-        hidden_size, neurons = self._walk.record.bundle.hidden_size, len(weights.down)
+        hidden_size, neurons = self._record.bundle.hidden_size, len(weights.down)
         x = torch.empty(self._sequences.numel(), hidden_size, dtype=self._dtype)
         bits = PackedBits(len(x), neurons)
         for row, hidden in enumerate(self._hidden):
@@ -181,9 +185,9 @@ class _Run:
     def _refuse_dense(self, firing: float) -> None:
         """After two layers, as the first of a sparse model may be dense."""
         self._firing.append(firing)
-        if len(self._firing) == min(2, len(self._walk.record.layers)) and min(self._firing) > FIRING_DENSE:
+        if len(self._firing) == min(2, len(self._record.layers)) and min(self._firing) > FIRING_DENSE:
             raise CalibrationError(
-                f"{min(self._firing):.1%} of the neurons of model '{self._walk.record.name}' are not zero for an"
+                f"{min(self._firing):.1%} of the neurons of model '{self._record.name}' are not zero for an"
                 " average token: predict mode would lose quality or read everything; run it in mode 'exact'"
             )
 
@@ -224,8 +228,8 @@ def _wanted(prediction: Prediction, examples: Examples) -> PackedBits:
     return bits
 
 
-def publish_result(result: CalibrationResult, client: FlashClient) -> weightd_pb2.Calibration:
+def publish_result(result: CalibrationResult, loaded: LoadedModel) -> weightd_pb2.Calibration:
     """Makes `result` the model's newest calibration. Raises what publishing.publish does."""
     with TemporaryDirectory(prefix="flashclient-") as name:
-        names = write_files(result, client.record, Path(name))
-        return publish(client.connection, client.record, result.mode()[0], Path(name), names)
+        names = write_files(result, loaded.record, Path(name))
+        return publish(loaded.connection, loaded.record, result.mode()[0], Path(name), names)

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, read_parts
+from flashclient.calibration.layer_walk import LayerWeights, layer_walk, read_parts
 from flashclient.calibration.predictor_training import PairCounts, Prediction, Rates
-from flashclient.client import FlashClient
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.architectures import architecture_of
 from flashclient.model.build import DTYPES, resident_tensors
+from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
@@ -107,11 +107,11 @@ class Evaluation:
         return "\n".join([*lines, *self.notes])
 
 
-def evaluate_exact(client: FlashClient, sequences: Tensor, progress: bool = False) -> Evaluation:
+def evaluate_exact(loaded: LoadedModel, sequences: Tensor, progress: bool = False) -> Evaluation:
     """The dense model, exact mode and, where the model was calibrated, what its predictors do in each layer.
 
     Args:
-        client: of mode "exact"; it can only be closed afterwards.
+        loaded: a model in exact mode.
         sequences: [sequences, length] ids.
 
     Raises:
@@ -119,40 +119,41 @@ def evaluate_exact(client: FlashClient, sequences: Tensor, progress: bool = Fals
         CalibrationError: the calibration does not fit the model.
     """
     result = Evaluation(sequences)
-    with torch.no_grad():
-        result.likeliest = _evaluate_dense(client, result, progress)
-        result.likeliest = _run(client.model, result, result.exact, _bar("exact", sequences, progress))
-        client.source.idle()
-        if client.record.calibration.version > 0:
-            result.layers = layer_rates(client, fetch_predictors(client), sequences)
-            client.source.idle()
+    with torch.no_grad(), loaded.taken():
+        result.likeliest = _evaluate_dense(loaded, result, progress)
+        result.likeliest = _run(loaded.model, result, result.exact, _bar("exact", sequences, progress))
+        if loaded.record.calibration.version > 0:
+            result.layers = layer_rates(loaded, fetch_predictors(loaded), sequences)
         else:
-            result.notes.append(f"predict: '{client.record.name}' was never calibrated: run `flashclient calibrate`")
+            result.notes.append(f"predict: '{loaded.record.name}' was never calibrated: run `flashclient calibrate`")
     return result
 
 
-def evaluate_predict(client: FlashClient, result: Evaluation, progress: bool = False) -> None:
-    """Adds predict mode to `result`, by a client of that mode. Apart from exact mode, so that one session is enough."""
+def evaluate_predict(loaded: LoadedModel, result: Evaluation, progress: bool = False) -> None:
+    """Adds predict mode to `result`.
+
+    Args:
+        loaded: the same model in predict mode. It is loaded after the one in exact mode, so that one session is enough.
+    """
     result.predict = Quality()
-    with torch.no_grad():
-        _run(client.model, result, result.predict, _bar("predict", result.sequences, progress))
-    client.source.idle()
+    with torch.no_grad(), loaded.taken():
+        _run(loaded.model, result, result.predict, _bar("predict", result.sequences, progress))
 
 
 def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
     yield from tqdm(sequences, desc=mode, unit="sequence", disable=not shown)
 
 
-def _evaluate_dense(client: FlashClient, result: Evaluation, progress: bool) -> Tensor | None:
+def _evaluate_dense(loaded: LoadedModel, result: Evaluation, progress: bool) -> Tensor | None:
     """Returns the likeliest next tokens, as `_run` does; None where the model does not fit."""
-    record = client.record
+    record = loaded.record
     needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
     free = free_bytes(memory_limits())
     if needed_bytes > free:
         result.notes.append(f"dense: it needs {needed_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
         return None
     result.dense = Quality()
-    return _run(dense_model(client), result, result.dense, _bar("dense", result.sequences, progress))
+    return _run(dense_model(loaded), result, result.dense, _bar("dense", result.sequences, progress))
 
 
 def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor]) -> Tensor:
@@ -166,39 +167,39 @@ def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor
     return likeliest
 
 
-def dense_model(client: FlashClient) -> Any:
+def dense_model(loaded: LoadedModel) -> Any:
     """transformers' own model, whole and in memory, from the client's resident tensors and bundles."""
-    record, config = client.record, client.model.config
+    record, config = loaded.record, loaded.model.config
     dtype = DTYPES[record.bundle.dtype]
     architecture = architecture_of(config)[1]
-    state = resident_tensors(record, client.source.resident, dtype)
+    state = resident_tensors(record, loaded.source.resident, dtype)
     for index, layer in enumerate(record.layers):
-        order = torch.from_numpy(np.argsort(client.connection.placement(record, index)))
-        *rows, down = (part[order] for part in read_parts(client.source, record, index))
+        order = torch.from_numpy(np.argsort(loaded.placement(index)))
+        *rows, down = (part[order] for part in read_parts(loaded, index))
         parts = [*rows, down.T.contiguous()]
         state |= {f"{layer.module}.{name}": part for name, part in zip(architecture.weights, parts, strict=True)}
-    model = type(client.model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model = type(loaded.model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     model.train(False)
     return model
 
 
-def fetch_predictors(client: FlashClient) -> list[Predictor]:
+def fetch_predictors(loaded: LoadedModel) -> list[Predictor]:
     """The predictors of the model's newest calibration, copied over gRPC. Raises CalibrationError, RefusedError."""
-    what = weightd_pb2.CalibrationFile(version=client.record.calibration.version, name=PREDICTORS_FILE)
-    request = weightd_pb2.FetchRequest(model=client.record.name, calibration=what)
-    data: NDArray[np.uint8] = np.frombuffer(b"".join(client.connection.fetch(request)), np.uint8)
-    return read_predictors(data, client.record)
+    what = weightd_pb2.CalibrationFile(version=loaded.record.calibration.version, name=PREDICTORS_FILE)
+    request = weightd_pb2.FetchRequest(model=loaded.record.name, calibration=what)
+    data: NDArray[np.uint8] = np.frombuffer(b"".join(loaded.connection.fetch(request)), np.uint8)
+    return read_predictors(data, loaded.record)
 
 
-def layer_rates(client: FlashClient, predictors: list[Predictor], sequences: Tensor) -> list[Rates]:
-    """What `predictors` do on the inputs that the dense model's FFNs get. `client` can only be closed afterwards."""
-    walk = LayerWalk(client, sequences[:1])
-    hidden = [walk.embed(ids) for ids in sequences[:, None]]
-    rates = []
-    for index, predictor in enumerate(predictors):
-        counted = _Counted(walk.weights(index), Prediction(predictor, DTYPES[client.record.bundle.dtype]), PairCounts())
-        hidden = [walk.step(index, one, counted) for one in hidden]
-        rates.append(counted.counts.rates())
+def layer_rates(loaded: LoadedModel, predictors: list[Predictor], sequences: Tensor) -> list[Rates]:
+    """How well `predictors` do, layer by layer, on the inputs that the dense model's FFNs get."""
+    dtype, rates = DTYPES[loaded.record.bundle.dtype], []
+    with layer_walk(loaded, sequences[:1]) as walk:
+        hidden = [walk.embed(ids) for ids in sequences[:, None]]
+        for index, predictor in enumerate(predictors):
+            counted = _Counted(walk.weights(index), Prediction(predictor, dtype), PairCounts())
+            hidden = [walk.step(index, one, counted) for one in hidden]
+            rates.append(counted.counts.rates())
     return rates
 
 

@@ -5,8 +5,8 @@ What it holds is one layer's FFN in fp32; the sequences' hidden states are the c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,14 +16,30 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import copy_bundles
-from flashclient.client import FlashClient
 from flashclient.model.activations import torch_activation
-from flashclient.model.architectures import architecture_of, install
+from flashclient.model.architectures import architecture_of
 from flashclient.model.build import DTYPES, resident_tensors
-from flashclient.source.border import BundleSource, retry_on_loss
-from weightd_proto import weightd_pb2
+from flashclient.model.ffn import StreamedFFN
+from flashclient.model.loaded import LoadedModel
+from flashclient.source.border import retry_on_loss
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
+
+
+@contextmanager
+def layer_walk(loaded: LoadedModel, example: Tensor) -> Iterator[LayerWalk]:
+    """A walk through `loaded`, in its caller's turn. Afterwards the model is as it was.
+
+    Args:
+        loaded: a model in exact mode.
+        example: [1, length] ids; every sequence of the walk has this length.
+    """
+    ffns = [module for module in loaded.model.modules() if isinstance(module, StreamedFFN)]
+    with loaded.taken():
+        walk = LayerWalk(loaded)
+        with _forwards(ffns, [walk.run_ffn] * len(ffns)):
+            walk.record_calls(example)
+            yield walk
 
 
 @dataclass(frozen=True)
@@ -57,37 +73,32 @@ class LayerWeights:
 
 
 class LayerWalk:
-    """The model of `client`, taken over: its own forward must not be used afterwards.
+    """Runs the decoder layers of a loaded model one by one, with FFNs that the caller gives. See layer_walk()."""
 
-    Args:
-        example: [1, length] ids; every sequence has this length.
-    """
-
-    def __init__(self, client: FlashClient, example: Tensor) -> None:
-        self._model: Any = client.model
-        self.record = client.record
-        self._client = client
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model: Any = loaded.model
+        self._loaded = loaded
         self._architecture = architecture_of(self._model.config)[1]
-        self._activation = torch_activation(client.activation)
-        dtype = DTYPES[self.record.bundle.dtype]
-        self._tensors = resident_tensors(self.record, client.source.resident, dtype)
-        self._layers = [_decoder_layer(self._model, layer.module) for layer in self.record.layers]
-        self._ffn = _PassedFFN()
-        for layer in self.record.layers:
-            install(self._model, layer.module, self._architecture, self._ffn)
-        self._calls = self._record_calls(example)
+        self._activation = torch_activation(loaded.built.activation)
+        self._tensors = resident_tensors(loaded.record, loaded.source.resident, DTYPES[loaded.record.bundle.dtype])
+        self._layers = [_decoder_layer(self._model, layer.module) for layer in loaded.record.layers]
+        self._calls: list[dict[str, Any]] = [{} for _ in self._layers]
+        self._feed_forward: FeedForward = torch.zeros_like
 
-    def _record_calls(self, example: Tensor) -> list[dict[str, Any]]:
-        """What each decoder layer is called with besides the hidden states: masks and positions, equal for all."""
-        calls: list[dict[str, Any]] = [{} for _ in self._layers]
+    def run_ffn(self, x: Tensor) -> Tensor:
+        """What the model's FFNs compute during the walk."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        return self._feed_forward(rows).to(x.dtype).view(x.shape)
+
+    def record_calls(self, example: Tensor) -> None:
+        """Keeps what decoder layers are called with besides the hidden states: masks and positions, equal for all."""
 
         def keep(index: int, hidden: Tensor, **arguments: Any) -> Tensor:
-            calls[index] = arguments
+            self._calls[index] = arguments
             return hidden
 
-        with self._instead_of_layers(keep):
+        with self._layers_call(keep):
             self._forward(self._model.base_model, example)
-        return calls
 
     def embed(self, ids: Tensor) -> Tensor:
         """The first layer's hidden states of ids [1, length]: [1, length, hidden_size]."""
@@ -97,33 +108,32 @@ class LayerWalk:
             first.append(hidden)
             return hidden
 
-        with self._instead_of_layers(keep):
+        with self._layers_call(keep):
             self._forward(self._model.base_model, ids)
         return first[0]
 
     def step(self, layer: int, hidden: Tensor, feed_forward: FeedForward) -> Tensor:
         """Hidden states [1, length, hidden_size] after decoder layer `layer`, with `feed_forward` as its FFN."""
-        self._ffn.run = feed_forward
+        self._feed_forward = feed_forward
         output = self._layers[layer](hidden, **self._calls[layer])
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
     def logits(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """[length, vocabulary] fp32, of the hidden states after the last layer."""
-        with self._instead_of_layers(lambda index, _, **arguments: hidden):
+        with self._layers_call(lambda index, _, **arguments: hidden):
             logits: Tensor = self._forward(self._model, ids).logits[0].float()
         return logits
 
     def weights(self, layer: int) -> LayerWeights:
         """Reads layer `layer` from flash; faster in rising order. Raises DaemonLostError or CorruptionError."""
-        module, bundle = self.record.layers[layer].module, self.record.bundle
-        *rows, down = read_parts(self._client.source, self.record, layer)
+        module = self._loaded.record.layers[layer].module
+        *rows, down = read_parts(self._loaded, layer)
         bias = self._tensors.get(f"{module}.{self._architecture.bias}")
         output_bias = self._tensors.get(f"{module}.{self._architecture.output_bias}")
         if bias is not None:
-            placement = self._client.connection.placement(self.record, layer)
+            placement = self._loaded.placement(layer)
             bias = bias.float()[torch.from_numpy(placement.astype(np.int64))]
-        assert down.shape[1] == bundle.hidden_size
         parts = [part.float() for part in rows]
         return LayerWeights(
             parts, down.float(), bias, None if output_bias is None else output_bias.float(), self._activation
@@ -132,24 +142,25 @@ class LayerWalk:
     def _forward(self, module: Any, ids: Tensor) -> Any:
         return module(input_ids=ids, use_cache=False)
 
-    @contextmanager
-    def _instead_of_layers(self, call: Callable[..., Tensor]) -> Iterator[None]:
-        """Decoder layers call `call(index, hidden, **arguments)` meanwhile."""
-        with ExitStack() as restored:
-            for index, layer in enumerate(self._layers):
-                layer.forward = partial(call, index)
-                restored.callback(delattr, layer, "forward")
-            yield
+    def _layers_call(self, call: Callable[..., Tensor]) -> AbstractContextManager[None]:
+        """Decoder layers call `call(index, hidden, **arguments)` instead of computing."""
+        return _forwards(self._layers, [partial(call, index) for index in range(len(self._layers))])
 
 
-class _PassedFFN(nn.Module):
-    """Takes the place of every FFN and runs what it was told to."""
-
-    run: FeedForward
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float()
-        return self.run(rows).to(x.dtype).view(x.shape)
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    """Each of `modules` runs one of `functions` instead of its forward."""
+    before = [vars(module).get("forward") for module in modules]
+    for module, function in zip(modules, functions, strict=True):
+        module.forward = function
+    try:
+        yield
+    finally:
+        for module, forward in zip(modules, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
 
 
 def _decoder_layer(model: nn.Module, ffn: str) -> Any:
@@ -160,15 +171,15 @@ def _decoder_layer(model: nn.Module, ffn: str) -> Any:
     return model.get_submodule(path)
 
 
-def read_parts(source: BundleSource, record: weightd_pb2.Model, layer: int) -> list[Tensor]:
+def read_parts(loaded: LoadedModel, layer: int) -> list[Tensor]:
     """The matrices of a layer by position: [gate,] up, down, each [neurons, hidden_size] in the stored dtype."""
-    bundle, neurons = record.bundle, record.layers[layer].neurons
+    bundle, neurons = loaded.record.bundle, loaded.record.layers[layer].neurons
     rows = np.empty((neurons, bundle.bundle_bytes), np.uint8)
 
     def copy() -> None:
-        for chunk in source.chunks(layer):
+        for chunk in loaded.source.chunks(layer):
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
-    retry_on_loss(source, copy)
+    retry_on_loss(loaded.source, copy)
     parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])
     return [parts[:, begin : begin + bundle.hidden_size] for begin in range(0, parts.shape[1], bundle.hidden_size)]

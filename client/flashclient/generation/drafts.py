@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient.errors import ModelError, OptionError
-from flashclient.generation.prompts import load_tokenizer
+from flashclient.model.loaded import load_tokenizer
 
 # A pass checks these and one more, and the sparse FFN takes 16 rows at once; the likelihood that all of many are right
 # is small, and every wrong one makes the pass read more.

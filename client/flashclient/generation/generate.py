@@ -9,113 +9,28 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-import os
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from transformers import EosTokenCriteria, GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import EosTokenCriteria, GenerationConfig
 
-from flashclient.errors import FlashClientError, ForkedError, OptionError
+from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.arguments import check_arguments, known_arguments, merged_config
 from flashclient.generation.drafts import Drafts, drafting
 from flashclient.generation.growing_cache import GrowingCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
 from flashclient.generation.stats import Meter, Stats
 from flashclient.model.architectures import architecture_of
-from flashclient.model.build import BuiltModel
-from flashclient.source.border import BundleSource
+from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
 NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
-
-
-EXIT_CHECK_S = 0.001
-EXIT_S = 10.0  # for a generation to find out that the process ends
-
-
-class Turns:
-    """Who may use a client: the process that made it, one thread at a time, until it is closed."""
-
-    def __init__(self) -> None:
-        self._pid = os.getpid()
-        self._lock = threading.RLock()
-        self._ending = False  # nobody begins any more
-        self._closed = False
-        self._exiting = False
-        self._passing: set[int] = set()  # threads in a forward pass
-
-    @contextmanager
-    def taken(self) -> Iterator[None]:
-        """Raises ForkedError in another process and FlashClientError after close().
-
-        When the interpreter exits, what runs in other threads is ended with SystemExit, which ends a thread in silence.
-        """
-        self.check()
-        with self._lock:
-            self.check()
-            if self._ending:
-                raise FlashClientError("this client is being closed: make a new one")
-            try:
-                yield
-            except Exception:  # what it uses is being closed, so its error may be anybody's
-                if self._exiting:
-                    raise SystemExit from None
-                raise
-
-    @contextmanager
-    def last(self) -> Iterator[None]:
-        """Waits for a generation under way; after close() too. In another process there is none to wait for."""
-        self._ending = True
-        with self._lock if os.getpid() == self._pid else nullcontext():
-            yield
-
-    def watch_passes(self, model: nn.Module) -> None:
-        """Of whoever calls the model."""
-        model.register_forward_pre_hook(self._begin_pass)
-        model.register_forward_hook(lambda *_: self._passing.discard(threading.get_ident()), always_call=True)
-
-    def _begin_pass(self, *_: object) -> None:
-        self.check()
-        self._passing.add(threading.get_ident())
-
-    def check(self) -> None:
-        """Raises what taken() does."""
-        if os.getpid() != self._pid:
-            raise ForkedError("this client was made before fork(): make a new one in the child process")
-        if self._exiting and self._closed:
-            raise SystemExit
-        if self._closed:
-            raise FlashClientError("this client is closed: make a new one")
-
-    def close(self) -> None:
-        self._closed = True
-
-    def exit(self) -> None:
-        """The interpreter exits: daemon threads may still be generating."""
-        self._exiting = True
-
-    def await_exit(self) -> None:
-        """A thread that is in native code when the interpreter ends brings the process down."""
-        if not self._exiting:
-            return
-        give_up_s = time.monotonic() + EXIT_S
-        if self._lock.acquire(timeout=EXIT_S):
-            self._lock.release()
-        while self._others_pass() and time.monotonic() < give_up_s:
-            time.sleep(EXIT_CHECK_S)
-
-    def _others_pass(self) -> bool:
-        """A pass that was interrupted leaves its thread noted, but mostly not alive."""
-        alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
-        return not alive.isdisjoint(self._passing)
 
 
 @dataclass
@@ -167,16 +82,14 @@ class _Call:
 class Generator:
     """Takes the place of the model's generate()."""
 
-    def __init__(
-        self, built: BuiltModel, source: BundleSource, tokenizer: PreTrainedTokenizerBase | None, turns: Turns
-    ) -> None:
-        self._model = cast(Any, built.model)  # a module, whose generate and forward mypy takes for tensors
-        self._ffn = built.ffn
-        self._steps = built.steps
-        self._source = source
-        self._drafts = Drafts(built.model, tokenizer)
-        self._tokenizer = tokenizer
-        self._turns = turns
+    def __init__(self, loaded: LoadedModel) -> None:
+        self._model = cast(Any, loaded.model)  # a module, whose generate and forward mypy takes for tensors
+        self._ffn = loaded.built.ffn
+        self._steps = loaded.built.steps
+        self._source = loaded.source
+        self._drafts = Drafts(loaded.model, loaded.tokenizer)
+        self._tokenizer = loaded.tokenizer
+        self._turns = loaded.turns
         self.known = known_arguments(self._model)
         self._generate = self._model.generate  # transformers' own
         self._signature = inspect.signature(self._generate)

@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from flashclient.errors import OptionError
 from flashclient.generation.texts import continuation
 
 IDS = ("inputs", "input_ids")  # transformers' two names for the ids of a prompt
 KINDS = "pass text, a list of texts, input_ids, or a tokenizer's output"
-
-# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
-VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
 
 @dataclass(frozen=True)
@@ -35,17 +31,6 @@ class Prompt:
 
     inputs: dict[str, Any]
     answer: Callable[[Tensor, int | None], Any]
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, padding on the left; None where its files hold none."""
-    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:  # padding is masked: any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    return tokenizer
 
 
 def require_tokenizer(

@@ -32,8 +32,8 @@ from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from flashclient._native import LentMemory, Workers
-from flashclient.generation.prompts import load_tokenizer
 from flashclient.model.build import build_model
+from flashclient.model.loaded import load_tokenizer
 from flashclient.source.border import Chunk
 from weightd_proto import weightd_pb2
 

@@ -21,8 +21,7 @@ class Architecture:
 
     Attributes:
         activation: attribute of the FFN's module that holds the activation function.
-        replaced: attribute of that module that becomes the FFN; None where the whole module does.
-        emptied: attributes that become identities.
+        has_module: whether the module is the FFN's alone; else it is the decoder layer, which calls the parts itself.
         weights: names, below the module, of the matrices that the bundles hold.
         bias, output_bias: names, below the module, of the resident biases.
         positions_end: positions are rows of a table, so there are no more than max_position_embeddings.
@@ -30,8 +29,7 @@ class Architecture:
 
     activation: str
     weights: tuple[str, ...]
-    replaced: str | None = None
-    emptied: tuple[str, ...] = ()
+    has_module: bool = True
     bias: str | None = None
     output_bias: str | None = None
     positions_end: bool = False
@@ -43,8 +41,7 @@ _GATED = Architecture(activation="act_fn", weights=("gate_proj.weight", "up_proj
 _OPT = Architecture(
     activation="activation_fn",
     weights=("fc1.weight", "fc2.weight"),
-    replaced="fc1",
-    emptied=("activation_fn", "fc2"),
+    has_module=False,
     bias="fc1.bias",
     output_bias="fc2.bias",
     positions_end=True,
@@ -69,26 +66,18 @@ def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
     raise ModelError(f"unknown architecture ({found}): {', '.join(sorted(ARCHITECTURES))} can be run")
 
 
-def install(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
-    """Puts `ffn` in the place of the FFN at path `module`, or of what was put there before."""
-    for name in architecture.emptied:
-        nn.Module.__setattr__(model.get_submodule(module), name, nn.Identity())
-    path = module if architecture.replaced is None else f"{module}.{architecture.replaced}"
-    parent, _, attribute = path.rpartition(".")
-    nn.Module.__setattr__(model.get_submodule(parent), attribute, ffn)
-
-
 def install_streamed(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
     """Puts `ffn` in the place of the FFN at path `module`, with absent weights under the names of those that it had."""
     old = model.get_submodule(module)
     names = [name.rpartition(".")[0] for name in architecture.weights]
-    if architecture.replaced is None:
+    if architecture.has_module:
         for name in names:
             setattr(ffn, name, AbsentProjection(f"{module}.{name}", old.get_submodule(name)))
         activation = getattr(old, architecture.activation)
         setattr(ffn, architecture.activation, absent_activation(f"{module}.{architecture.activation}", activation))
         fix(ffn, (*names, architecture.activation))
-        install(model, module, architecture, ffn)
+        parent, _, attribute = module.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, ffn)
         return
     first_name, last_name = names
     first = FirstOfTwo(f"{module}.{first_name}", old.get_submodule(first_name), ffn)

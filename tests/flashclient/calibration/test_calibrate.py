@@ -61,7 +61,7 @@ def calibrated(
     whole = cut_model(model)
     sequences = sequences_for(folder)
     with served(whole, folder) as (_, client):
-        return calibrate(client, sequences, options), whole, sequences
+        return calibrate(client.loaded, sequences, options), whole, sequences
 
 
 @pytest.fixture(scope="module")
@@ -250,8 +250,8 @@ def test_published_files_are_whole(
 ) -> None:
     model, result, _, sequences = planted
     with served(cut_model(model), tmp_path) as (server, client):
-        check_may_publish(client.connection, client.record)
-        published = publish_result(result, client)
+        check_may_publish(client.loaded.connection, client.record)
+        published = publish_result(result, client.loaded)
         assert (published.version, published.mode) == (1, result.mode()[0])
         files = server.calibrations["tiny"]
     assert [file.name for file in published.files] == list(files)
@@ -276,7 +276,7 @@ def test_a_calibration_of_another_import_is_refused(tmp_path: Path) -> None:
         record.CopyFrom(client.record)
         record.import_id = b"another import!!"
         with pytest.raises(RefusedError, match="another import"):
-            check_may_publish(client.connection, record)
+            check_may_publish(client.loaded.connection, record)
         (tmp_path / "file").write_bytes(b"data")
         with pytest.raises(RefusedError, match="another import"):
-            publish(client.connection, record, "exact", tmp_path, ("file",))
+            publish(client.loaded.connection, record, "exact", tmp_path, ("file",))

@@ -226,7 +226,7 @@ def test_every_chat_template_arrives(originals: dict[str, Path], tmp_path: Path,
 
 
 def test_tokenizer_of_vocabulary_and_merges_is_a_tokenizer(tmp_path: Path) -> None:
-    from flashclient.generation.prompts import load_tokenizer
+    from flashclient.model.loaded import load_tokenizer
 
     model = json.loads(make_tokenizer().backend_tokenizer.to_str())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))

@@ -98,14 +98,14 @@ TEST_F(RingTest, GivesOutHalfOfItsLookAheadAtOnceWhenItIsThere) {
     const auto session = attach(*engine, 64);
     Sweep sweep(*session, layout(model));
     expect_sweep(model, sweep, 1);
-    wait_until([&] { return engine->report().models[0].slots_busy == 64; });
+    wait_until([&] { return engine->report().models[0].slots_leased == 64; });
     engine->report();  // the loop has answered by then
     const Sweep::Bundles* given = sweep.next(0);
     ASSERT_NE(given, nullptr);
     EXPECT_EQ(given->addresses.size(), 32U * model.spec.bundles_per_cell);
-    EXPECT_EQ(engine->report().models[0].slots_busy, 64U) << "nothing was given back yet";
+    EXPECT_EQ(engine->report().models[0].slots_leased, 64U) << "nothing was given back yet";
     sweep.idle();
-    wait_until([&] { return engine->report().models[0].slots_busy == 0; });
+    wait_until([&] { return engine->report().models[0].slots_leased == 0; });
 }
 
 TEST_F(RingTest, FindsTheResidentWeights) {
@@ -144,7 +144,7 @@ TEST_F(RingTest, SharesThePoolBetweenFourClients) {
     }
     for (std::thread& client : clients) client.join();
     wait_until([&] { return engine->report().sessions == 0; });
-    EXPECT_EQ(engine->report().models[0].slots_busy, 0U);
+    EXPECT_EQ(engine->report().models[0].slots_leased, 0U);
 }
 
 TEST_F(RingTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
@@ -209,7 +209,7 @@ TEST_F(RingTest, FreesTheLeasesOfAKilledClient) {
     }
     ASSERT_EQ(::waitpid(child, nullptr, 0), child);
     wait_until([&] { return engine->report().sessions == 0; });
-    EXPECT_EQ(engine->report().models[0].slots_busy, 0U);
+    EXPECT_EQ(engine->report().models[0].slots_leased, 0U);
 }
 
 TEST_F(RingTest, RaisesInAForkedChild) {
@@ -357,10 +357,10 @@ TEST_F(RingTest, GivesBackBeforeItAcquires) {
     EXPECT_EQ(acquire({1, 2}, 0), (Statuses{{1, ring::GRANTED}, {2, ring::GRANTED}}));
     EXPECT_EQ(acquire({3, 4, 2, 1}, 2), (Statuses{{3, ring::GRANTED}, {4, ring::GRANTED}}))
         << "a full share turns over";
-    wait_until([&] { return engine->report().models[0].slots_busy == 2; });
+    wait_until([&] { return engine->report().models[0].slots_leased == 2; });
     stranger.ring->words[stranger.ring->header.request_tail.load() % ring::REQUESTS][0] = 3;
     stranger.post({ring::ACQUIRE, ring::CELLS, 0, 1, 0, 1, {}});  // gives back alone, asks for nothing
-    wait_until([&] { return engine->report().models[0].slots_busy == 1; });
+    wait_until([&] { return engine->report().models[0].slots_leased == 1; });
     EXPECT_FALSE(stranger.closed());
 }
 

@@ -50,6 +50,14 @@ struct ReadQueue {  // requests of one reader
     uint32_t in_flight_max = 0;  // since the start
     uint32_t depth_limit = 0;
     uint32_t waiting = 0;  // for one of those in flight to end
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("in_flight", in_flight);
+        visit("in_flight_max", in_flight_max);
+        visit("depth_limit", depth_limit);
+        visit("waiting", waiting);
+    }
 };
 
 class Reader {

@@ -14,7 +14,8 @@
 
 namespace weightd {
 
-struct ModelCounts {  // since the daemon's start
+// Counted since the daemon's start. proto's ModelStats has a field of the same name for each, and says what it means.
+struct ModelCounts {
     uint64_t hits = 0;
     uint64_t misses = 0;
     uint64_t reads = 0;
@@ -22,6 +23,17 @@ struct ModelCounts {  // since the daemon's start
     uint64_t verify_errors = 0;
     uint64_t read_errors = 0;
     uint64_t evictions = 0;  // by earlier pools of the model
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("hits", hits);
+        visit("misses", misses);
+        visit("reads", reads);
+        visit("read_bytes", read_bytes);
+        visit("verify_errors", verify_errors);
+        visit("read_errors", read_errors);
+        visit("evictions", evictions);
+    }
 };
 
 struct Model {

@@ -17,12 +17,12 @@ ModelReport report_of(const Engine& engine, const RingSessions& sessions, const 
     report.sessions = sessions.count_of(model.index);
     report.share_slots = engine.models().sessions().share_slots(model);
     report.counts = model.counts;
-    report.evictions = model.evictions();
+    report.counts.evictions = model.evictions();
     report.device = engine.device_use(model.index);
     if (model.pool == nullptr) return report;
     report.slots = model.pool->slots();
     report.slots_filled = model.pool->filled();
-    report.slots_busy = model.pool->busy();
+    report.slots_leased = model.pool->busy();
     report.leases = model.pool->leases();
     report.pool_bytes = report.slots * model.spec.cell_bytes;
     return report;
@@ -35,14 +35,14 @@ Report report_of(const Engine& engine, const RingSessions& sessions, const Press
     const Memory& memory = engine.models().memory();
     const Pressure& pressure = engine.models().pressure();
     Report report;
-    report.limit_bytes = memory.limit_bytes();
-    report.pool_bytes = memory.used_bytes(Account::pool);
-    report.resident_bytes = memory.used_bytes(Account::resident);
-    report.tables_bytes = memory.used_bytes(Account::tables);
+    report.dram_limit_bytes = memory.limit_bytes();
+    report.dram_pool_bytes = memory.used_bytes(Account::pool);
+    report.dram_resident_bytes = memory.used_bytes(Account::resident);
+    report.dram_tables_bytes = memory.used_bytes(Account::tables);
     report.sessions = static_cast<uint32_t>(sessions.open_sessions().size());
     report.uptime_s = seconds(uptime);
     report.read_queue = engine.read_queue();
-    report.pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(), signals.count()};
+    report.memory_pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(), signals.count()};
     for (const auto& model : engine.models().all()) report.models.push_back(report_of(engine, sessions, *model));
     for (const auto& [id, session] : sessions.open_sessions()) {
         report.attached.push_back(report_of(*session, engine.models().all()[session->model]->spec));

@@ -1,4 +1,5 @@
-// What the daemon tells of itself: proto/weightd.proto's StatsResponse before it is one. Counters count from the start.
+// The daemon's statistics, before Python makes proto/weightd.proto's StatsResponse of them. Counters count from the
+// start. each_field names every value as proto does; nothing on the way from here to there names it again.
 #pragma once
 
 #include <sys/types.h>
@@ -18,13 +19,29 @@ struct ModelReport {
     uint32_t sessions = 0;
     uint64_t slots = 0;
     uint64_t slots_filled = 0;
-    uint64_t slots_busy = 0;
+    uint64_t slots_leased = 0;
     uint64_t leases = 0;
     uint64_t share_slots = 0;  // of all its sessions together
     uint64_t pool_bytes = 0;
-    uint64_t evictions = 0;
     ModelCounts counts;
     DeviceUse device;
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("name", name);
+        visit("sessions", sessions);
+        visit("slots", slots);
+        visit("slots_filled", slots_filled);
+        visit("slots_leased", slots_leased);
+        visit("leases", leases);
+        visit("guaranteed_slots", share_slots);
+        visit("pool_bytes", pool_bytes);
+        counts.each_field(visit);
+        visit("reading_s", device.reading.seconds());
+        visit("read_latency_counts", device.latencies.counts());
+        visit("read_latency_sum_s", device.latencies.sum_s());
+        visit("region_reads", device.region_reads);
+    }
 };
 
 struct SessionReport {
@@ -40,26 +57,64 @@ struct SessionReport {
     uint64_t hits;
     uint64_t misses;
     uint64_t read_bytes;
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("session", session);
+        visit("model", model);
+        visit("pid", pid);
+        visit("uid", uid);
+        visit("share_slots", share_slots);
+        visit("lease_limit", lease_limit);
+        visit("leased_cells", leased_cells);
+        visit("age_s", age_s);
+        visit("requests", requests);
+        visit("hits", hits);
+        visit("misses", misses);
+        visit("read_bytes", read_bytes);
+    }
 };
 
 struct PressureReport {
     bool pressed = false;
-    uint64_t target_bytes = 0;
-    uint64_t floor_bytes = 0;
+    uint64_t dram_target_bytes = 0;
+    uint64_t dram_floor_bytes = 0;
     uint64_t signals = 0;
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("pressed", pressed);
+        visit("dram_target_bytes", dram_target_bytes);
+        visit("dram_floor_bytes", dram_floor_bytes);
+        visit("signals", signals);
+    }
 };
 
 struct Report {
-    uint64_t limit_bytes = 0;
-    uint64_t pool_bytes = 0;
-    uint64_t resident_bytes = 0;
-    uint64_t tables_bytes = 0;
+    uint64_t dram_limit_bytes = 0;
+    uint64_t dram_pool_bytes = 0;
+    uint64_t dram_resident_bytes = 0;
+    uint64_t dram_tables_bytes = 0;
     uint32_t sessions = 0;
     double uptime_s = 0;
     ReadQueue read_queue;
-    PressureReport pressure;
+    PressureReport memory_pressure;
     std::vector<ModelReport> models;
     std::vector<SessionReport> attached;
+
+    template <typename Visit>
+    void each_field(Visit visit) const {
+        visit("dram_limit_bytes", dram_limit_bytes);
+        visit("dram_pool_bytes", dram_pool_bytes);
+        visit("dram_resident_bytes", dram_resident_bytes);
+        visit("dram_tables_bytes", dram_tables_bytes);
+        visit("sessions", sessions);
+        visit("uptime_s", uptime_s);
+        visit("read_queue", read_queue);
+        visit("memory_pressure", memory_pressure);
+        visit("models", models);
+        visit("attached", attached);
+    }
 };
 
 // As it is now; on the engine's thread.

@@ -18,8 +18,8 @@ from weightd.gateway.identity import Identities, IdentityProtocol
 from weightd.gateway.tls import TlsCredentials, names_of
 from weightd.serving.call_bounds import CHANNEL_OPTIONS, SERVICE_NAME, CallBounds
 from weightd.serving.config import ServeConfig
+from weightd.serving.control_plane import ControlPlane
 from weightd.serving.fetch import REQUEST_BYTES_MAX
-from weightd.serving.server import WeightdService
 from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
@@ -30,14 +30,14 @@ GRACE_S = 5.0  # for running calls, when we are told to stop
 class Frontend:
     """Listens at every address from the beginning; answers between start() and stop()."""
 
-    def __init__(self, config: ServeConfig, service: WeightdService, tls: TlsCredentials | None) -> None:
+    def __init__(self, config: ServeConfig, control: ControlPlane, tls: TlsCredentials | None) -> None:
         """Raises UsageError for an address that is taken or not this machine's."""
         self._config = config
         self._identity_servers: list[asyncio.AbstractServer] = []  # they listen for as long as they are held
         options = CHANNEL_OPTIONS
-        bounds = CallBounds(service.peer_of, service.hang_up)
+        bounds = CallBounds(control.peer_of, control.hang_up)
         self._server = grpc.aio.server(interceptors=[bounds], options=options)
-        weightd_pb2_grpc.add_WeightdServicer_to_server(service, self._server)  # type: ignore[no-untyped-call]
+        weightd_pb2_grpc.add_WeightdServicer_to_server(control, self._server)  # type: ignore[no-untyped-call]
         self._health: Any = health.aio.HealthServicer()  # which types-grpcio lacks
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = [SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME]

@@ -10,7 +10,7 @@ from weightd import log
 from weightd.errors import WeightdError
 from weightd.gateway.tls import TlsCredentials
 from weightd.serving.config import ServeConfig, load_config
-from weightd.serving.server import WeightdService
+from weightd.serving.control_plane import ControlPlane
 from weightd.serving.systemd import notify, notify_reloading
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,12 @@ class Reloader:
     """Rules, certificates, level and form of the log. All else is named there and stays as it was until a restart."""
 
     def __init__(
-        self, config: ServeConfig, arguments: Sequence[str], service: WeightdService, tls: TlsCredentials | None
+        self, config: ServeConfig, arguments: Sequence[str], control: ControlPlane, tls: TlsCredentials | None
     ) -> None:
         """`config` is what `arguments` said at start."""
         self._config = config
         self._arguments = arguments
-        self._service = service
+        self._control = control
         self._tls = tls
 
     def reload(self) -> None:
@@ -43,7 +43,7 @@ class Reloader:
         notify(self._config.service_manager, "READY=1")
 
     def _take(self, fresh: ServeConfig) -> None:
-        self._service.set_rules(fresh.allow, fresh.allow_publish)
+        self._control.set_rules(fresh.allow, fresh.allow_publish)
         log.configure(fresh.log_level, fresh.log_format)
         if self._tls is not None:
             self._tls.reload()

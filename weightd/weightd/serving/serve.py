@@ -22,11 +22,11 @@ from weightd.gateway.tls import TlsCredentials
 from weightd.machine import pressure
 from weightd.machine.budget import GrowingDram, chosen_dram_bytes, chosen_floor_bytes
 from weightd.serving.config import ServeConfig, load_config
+from weightd.serving.control_plane import ControlPlane
 from weightd.serving.fetch import Fetcher
 from weightd.serving.frontend import Frontend, prepare_addresses, remove_sockets
 from weightd.serving.reload import Reloader
 from weightd.serving.served_models import ANSWER_WITHIN_S, ServedModels, demand_of
-from weightd.serving.server import WeightdService
 from weightd.serving.systemd import feed_watchdog, notify
 from weightd.sizes import format_size
 from weightd.store.device_profile import sequential_gb_per_s
@@ -86,19 +86,19 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         identities = Identities(config.store)
         statistics = Statistics(engine, sequential_gb_per_s(store), triggers.watched)
         fetcher = Fetcher(store, models, engine)
-        service = WeightdService(models, fetcher, engine, identities, data_socket, dram, statistics)
-        stack.callback(service.close)
-        service.set_rules(config.allow, config.allow_publish)
+        control = ControlPlane(models, fetcher, engine, identities, data_socket, dram, statistics)
+        stack.callback(control.close)
+        control.set_rules(config.allow, config.allow_publish)
         if config.metrics is not None:
             stack.enter_context(_metrics(config.metrics, statistics))
         if not config.cold_start:
             stack.callback(models.remember)
         stack.callback(remove_sockets, config)
-        frontend = Frontend(config, service, tls)
+        frontend = Frontend(config, control, tls)
         stack.callback(frontend.close)
         told = _told_to_stop(config, engine)
         loop = asyncio.get_running_loop()
-        reloader = Reloader(config, arguments, service, tls)
+        reloader = Reloader(config, arguments, control, tls)
         loop.add_signal_handler(signal.SIGHUP, _on_hangup(had_terminal, told, reloader))
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
         for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):

@@ -37,7 +37,7 @@ SESSION_COST = 50  # in frames (users.py), beside that of a call: memory is mapp
 Result = TypeVar("Result")
 
 
-class WeightdService:
+class ControlPlane:
     """The service weightd.v1.Weightd. (gRPC finds the methods by their names; no generated base class is needed.)"""
 
     def __init__(

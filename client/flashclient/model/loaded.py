@@ -1,0 +1,95 @@
+"""A model loaded from a weightd: what generation, calibration and evaluation run on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from flashclient._native import Workers
+from flashclient.daemon.channel import Connection
+from flashclient.model.build import BuiltModel, build_model
+from flashclient.source.border import BundleSource
+from flashclient.turns import Turns
+from weightd_proto import weightd_pb2
+
+# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """transformers' model and tokenizer, and the weightd that keeps its FFN weights.
+
+    Attributes:
+        connection: to the weightd.
+        record: what the weightd says of the model.
+        source: of the FFNs' bundles.
+        turns: whoever runs the model takes a turn.
+        tokenizer: transformers' own; None where the model was stored without one.
+    """
+
+    connection: Connection
+    record: weightd_pb2.Model
+    source: BundleSource
+    turns: Turns
+    built: BuiltModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.built.model
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """The caller's turn with the model; afterwards nothing is leased or fetched ahead. Raises what Turns does."""
+        with self.turns.taken():
+            try:
+                yield
+            finally:
+                self.built.ffn.idle()
+
+    def placement(self, layer: int) -> NDArray[np.uint32]:
+        """The neuron at each position of `layer`: [neurons] uint32."""
+        return self.connection.placement(self.record, layer)
+
+
+def load_model(
+    connection: Connection, record: weightd_pb2.Model, source: BundleSource, turns: Turns, window: int | None
+) -> LoadedModel:
+    """The model of `record`.
+
+    Args:
+        window: None for exact mode; in predict mode the tokens whose neurons are kept.
+
+    Raises:
+        ModelError, CalibrationError: as build_model() does.
+        CorruptionError, DaemonLostError: while its files were fetched.
+    """
+    placement = partial(connection.placement, record)
+    with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
+        folder = Path(scratch)
+        connection.save_files(record, folder)
+        tokenizer = load_tokenizer(folder)
+        built = build_model(record, folder, source, placement, Workers(torch.get_num_threads()), window)
+    turns.watch_passes(built.model)
+    return LoadedModel(connection, record, source, turns, built, tokenizer)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer, padding on the left; None where its files hold none."""
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:  # padding is masked: any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
