@@ -28,6 +28,7 @@ from torch.nn import functional
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
 from flashclient.model.arrays import array_of
 from flashclient.model.decode_attention import attend
+from weightd_proto.encodings import plain
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
 BUFFER_BYTES_MIN = 352 * 2**20  # room for the largest matrix
@@ -104,7 +105,7 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
     bundles = random.permutation(arena.bytes // (parts * row_bytes)).astype(np.uint64)
     layers = np.sort(bundles[: len(bundles) // predicted * predicted].reshape(-1, predicted))
     lists = list(np.uint64(arena.address) + layers * np.uint64(parts * row_bytes))
-    kernels = Ffn(arena.workers, "BF16", hidden_size, gated, "relu")
+    kernels = Ffn(arena.workers, [plain("BF16")] * (3 if gated else 2), hidden_size, "relu")
     x = random.standard_normal((tokens, hidden_size)).astype(np.float32)
     bias = np.where(random.permutation(predicted) < fired, 1e3, -1e3).astype(np.float32)  # decides which fire
     index, masks = np.arange(predicted, dtype=np.uint32), np.full(predicted, 2**tokens - 1, np.uint16)

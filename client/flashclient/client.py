@@ -101,7 +101,7 @@ class FlashClient:
         name, address = self._find_daemon(name, opened)
         connection = Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
         record = connection.describe(name)
-        self._options.check_dtype(record.bundle.dtype)
+        self._options.check_dtype(record.compute_dtype)
         window = self._options.window if self._options.predicts(record) else None
         source = self._open_source(connection, record, address)
         self._turns = Turns()

@@ -11,7 +11,7 @@ import torch
 
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model.build import DTYPES
+from flashclient.model.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 
 MODES = ("auto", "exact", "predict")

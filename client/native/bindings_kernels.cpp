@@ -6,6 +6,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "array_arguments.h"
+#include "encoding_argument.h"
 #include "kernels/attention.h"
 #include "kernels/ffn.h"
 #include "kernels/linear.h"
@@ -34,6 +36,7 @@ using flashclient::AttentionMask;
 using flashclient::AttentionRows;
 using flashclient::AttentionShape;
 using flashclient::Dtype;
+using flashclient::Encoding;
 using flashclient::Ffn;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
@@ -67,9 +70,8 @@ constexpr nb::dlpack::dtype FLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code:
 constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // of either, where numpy has no such type
 
 Dtype dtype_of(const std::string& name) {
-    if (name == "F32") return Dtype::f32;
-    if (name == "BF16") return Dtype::bf16;
-    if (name == "F16") return Dtype::f16;
+    const std::optional<Dtype> dtype = weightd::dtype_named(name);
+    if (dtype && *dtype != Dtype::i8) return *dtype;
     throw std::invalid_argument("no kernel for weights of dtype '" + name + "': F32, BF16 and F16 have one");
 }
 
@@ -122,7 +124,7 @@ std::span<const uint64_t> addresses_of(const U64Array& bundles) {
     return {aligned(bundles, "the list of addresses").data(), bundles.shape(0)};
 }
 
-Reading reading_of(const Ffn& ffn) { return {ffn.bundle_bytes(), flashclient::bytes_of(ffn.shape().dtype)}; }
+Reading reading_of(const Ffn& ffn) { return {ffn.bundle_bytes(), ffn.alignment_bytes()}; }
 
 // Some masks of each group, as long as all of them lie side by side.
 void require_masks(const GroupMasks& masks, size_t tokens, size_t bundles) {
@@ -205,20 +207,20 @@ void copy_bundles(const U64Array& bundles, const Array<uint8_t, 2>& out) {
     }
 }
 
-void make_ffn(Ffn* self, Workers& workers, const std::string& dtype, size_t hidden_size, bool gated,
+void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, size_t hidden_size,
               const std::string& activation, float activation_parameter, const InstructionSet& instruction_set) {
     require(hidden_size > 0 && hidden_size <= HIDDEN_MAX, "hidden_size must be positive and at most 16777216");
-    new (self) Ffn(
-        workers, {dtype_of(dtype), hidden_size, gated, flashclient::activation_named(activation), activation_parameter},
-        name_of(instruction_set));
+    new (self)
+        Ffn(workers, {std::move(parts), hidden_size, flashclient::activation_named(activation), activation_parameter},
+            name_of(instruction_set));
 }
 
 void bind_ffn(nb::module_& module) {
     nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/kernels/ffn.h.")
-        .def("__init__", &make_ffn, "workers"_a, "dtype"_a, "hidden_size"_a, "gated"_a, "activation"_a,
+        .def("__init__", &make_ffn, "workers"_a, "parts"_a, "hidden_size"_a, "activation"_a,
              "activation_parameter"_a = 0.0f, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(),
-             "activation: relu, relu_squared, fatrelu (activation_parameter: its threshold), silu, gelu, gelu_tanh or "
-             "gated_relu.")
+             "parts: the encodings of [gate,] up and down. activation: relu, relu_squared, fatrelu "
+             "(activation_parameter: its threshold), silu, gelu, gelu_tanh or gated_relu.")
         .def("fire", &fire, "addresses"_a.noconvert(), "index"_a.noconvert(), "row_masks"_a.noconvert(),
              "bias"_a.noconvert().none(), "x"_a.noconvert(), "h"_a.noconvert(),
              "Computes the rows of h [addresses, tokens] that index names; bit t of row_masks: row t wants the neuron.")

@@ -49,8 +49,10 @@ def config_file(data: bytes) -> None:
 
 
 def calibration_file(data: bytes) -> None:
-    layout = weightd_pb2.BundleLayout(dtype="F32", hidden_size=4)
-    model = weightd_pb2.Model(name="m", bundle=layout, layers=[weightd_pb2.Layer(neurons=3)], import_id=b"i" * 16)
+    layout = weightd_pb2.BundleLayout(hidden_size=4)
+    model = weightd_pb2.Model(
+        name="m", compute_dtype="F32", bundle=layout, layers=[weightd_pb2.Layer(neurons=3)], import_id=b"i" * 16
+    )
     aligned = np.zeros(-(-len(data) // 64) * 64 + 64, np.uint8)[: len(data)]
     aligned[:] = np.frombuffer(data, np.uint8)
     with suppress(CalibrationError):

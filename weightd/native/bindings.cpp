@@ -8,14 +8,17 @@
 
 #include <cerrno>
 #include <filesystem>
+#include <optional>
 #include <stdexcept>
 #include <system_error>
+#include <utility>
 
 #include "bundle/bundle.h"
 #include "bundle/checksum.h"
 #include "device/block_size.h"
 #include "device/measure.h"
 #include "device/reader.h"
+#include "encoding_argument.h"
 #include "memory/model_cost.h"
 #include "service/engine_thread.h"
 
@@ -269,13 +272,19 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
 
+weightd::Dtype dtype_of(const std::string& name) {
+    const std::optional<weightd::Dtype> dtype = weightd::dtype_named(name);
+    if (!dtype || *dtype == weightd::Dtype::i8) throw std::invalid_argument("unknown dtype " + name);
+    return *dtype;
+}
+
 void convert_bytes(const ReadBytes& source, const std::string& source_dtype, const WriteBytes& target,
                    const std::string& target_dtype) {
-    const weightd::Dtype from = weightd::dtype_named(source_dtype);
-    const weightd::Dtype to = weightd::dtype_named(target_dtype);
-    const std::size_t count = source.size() / weightd::dtype_bytes(from);
-    require(count * weightd::dtype_bytes(from) == source.size(), "source is not a whole number of elements");
-    require(count * weightd::dtype_bytes(to) == target.size(), "source and target differ in elements");
+    const weightd::Dtype from = dtype_of(source_dtype);
+    const weightd::Dtype to = dtype_of(target_dtype);
+    const std::size_t count = source.size() / weightd::bytes_of(from);
+    require(count * weightd::bytes_of(from) == source.size(), "source is not a whole number of elements");
+    require(count * weightd::bytes_of(to) == target.size(), "source and target differ in elements");
     const nb::gil_scoped_release released;
     weightd::convert(data_of(source), from, data_of(target), to, count);
 }
@@ -294,15 +303,16 @@ void checksum_bundles(const weightd::BundleShape& shape, const ReadBytes& cells,
 
 void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, const std::vector<std::string>& dtypes,
          const ReadBytes& down, std::size_t first, const WriteBytes& cells, const WriteChecksums& checksums) {
-    require(rows.size() == shape.row_parts && dtypes.size() == rows.size(), "row parts do not fit the shape");
-    const std::size_t neurons = down.size() / shape.part_bytes();
-    require(neurons * shape.part_bytes() == down.size(), "down matrix does not fit hidden_size");
+    require(rows.size() == shape.row_parts() && dtypes.size() == rows.size(), "row parts do not fit the shape");
+    const std::size_t column_bytes = shape.part_bytes(shape.row_parts());
+    const std::size_t neurons = down.size() / column_bytes;
+    require(neurons * column_bytes == down.size(), "down matrix does not fit hidden_size");
     require(first + checksums.size() <= neurons, "neurons beyond the down matrix");
     require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
     std::vector<weightd::Rows> parts;
     for (std::size_t i = 0; i < rows.size(); ++i) {
-        parts.push_back({data_of(rows[i]), weightd::dtype_named(dtypes[i])});
-        require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::dtype_bytes(parts[i].dtype),
+        parts.push_back({data_of(rows[i]), dtype_of(dtypes[i])});
+        require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::bytes_of(parts[i].dtype),
                 "rows do not fit the bundles");
     }
     const std::span<std::uint64_t> results(checksums.data(), checksums.size());
@@ -310,12 +320,13 @@ void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, 
     weightd::cut_bundles(shape, parts, {data_of(down), neurons}, first, data_of(cells), results);
 }
 
-weightd::BundleShape make_shape(const std::string& dtype, std::size_t hidden_size, std::size_t row_parts,
-                                std::size_t stride_bytes, std::size_t bundles_per_cell, std::size_t cell_bytes) {
-    const weightd::BundleShape shape{
-        weightd::dtype_named(dtype), hidden_size, row_parts, stride_bytes, bundles_per_cell, cell_bytes};
-    require(row_parts == 1 || row_parts == 2, "row parts are gate and up, or up");
-    require(hidden_size > 0 && bundles_per_cell > 0, "an empty bundle or cell");
+weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, std::size_t hidden_size, std::size_t stride_bytes,
+                                std::size_t bundles_per_cell, std::size_t cell_bytes) {
+    require(parts.size() == 2 || parts.size() == 3, "parts are gate, up and down, or up and down");
+    const weightd::BundleShape shape{std::move(parts), hidden_size, stride_bytes, bundles_per_cell, cell_bytes};
+    require(bundles_per_cell > 0 && shape.bundle_bytes() > 0, "an empty bundle or cell");
+    for (const weightd::Encoding& part : shape.parts)
+        require(hidden_size % part.block_values == 0, "hidden_size is not a whole number of blocks");
     require(stride_bytes >= shape.bundle_bytes(), "stride is smaller than a bundle");
     require(cell_bytes >= shape.bundle_bytes() + (bundles_per_cell - 1) * stride_bytes, "cell is too small");
     return shape;
@@ -323,8 +334,8 @@ weightd::BundleShape make_shape(const std::string& dtype, std::size_t hidden_siz
 
 void bind_bundle(nb::module_& module) {
     nb::class_<weightd::BundleShape>(module, "BundleShape", "The layout of bundles in cells; sizes in bytes.")
-        .def_static("make", &make_shape, nb::arg("dtype"), nb::arg("hidden_size"), nb::arg("row_parts"),
-                    nb::arg("stride_bytes"), nb::arg("bundles_per_cell"), nb::arg("cell_bytes"));
+        .def_static("make", &make_shape, nb::arg("parts"), nb::arg("hidden_size"), nb::arg("stride_bytes"),
+                    nb::arg("bundles_per_cell"), nb::arg("cell_bytes"));
     nb::class_<weightd::Checksum>(module, "Checksum", "XXH3-64 of bytes that come in pieces.")
         .def(nb::init<>())
         .def(

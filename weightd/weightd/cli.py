@@ -30,6 +30,7 @@ from weightd.log import one_line
 from weightd.sizes import format_size
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import COMPUTE_DTYPES, formats_of
 
 Progress = Callable[[int, int], None]
 
@@ -122,7 +123,7 @@ def _parser() -> FlagParser:
     adding = command("import", _import, "Imports a Hugging Face folder or a .gguf file.")
     adding.add_argument("source", type=_path, metavar="SRC", help="the folder or file")
     adding.add_argument("--name", help="of the model in the store; default: the name of the folder or file")
-    adding.add_argument("--dtype", choices=("keep", "fp32", "bf16", "fp16"), help="(default: keep)")
+    adding.add_argument("--dtype", choices=("keep", *COMPUTE_DTYPES), help="(default: keep)")
     update = "do nothing where the store has it, import again what has changed since; waits for another import of it"
     adding.add_argument("--update", action="store_true", help=update)
     # The program at this end of a connection tries the model out: one that has loaded torch.
@@ -207,7 +208,7 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
     return {
         "name": model.name,
         "family": model.family,
-        "dtype": model.bundle.dtype,
+        "dtype": formats_of(model.bundle),
         "layers": len(model.layers),
         "neurons": sum(layer.neurons for layer in model.layers),
         "bundle_bytes": model.bundle.bundle_bytes,
@@ -237,7 +238,7 @@ def _line(model: weightd_pb2.Model) -> str:
         f"calibrated {calibration.version}, mode {calibration.mode}" if calibration.version else "not calibrated"
     )
     return (
-        f"{model.name}: {model.family} {model.bundle.dtype}, {len(model.layers)} layers, {neurons} neurons of "
+        f"{model.name}: {model.family} {formats_of(model.bundle)}, {len(model.layers)} layers, {neurons} neurons of "
         f"{format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
         f"resident {format_size(model.resident_file_bytes)}, {calibrated}"
     )

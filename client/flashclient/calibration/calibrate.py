@@ -35,7 +35,7 @@ from flashclient.calibration.predictor_training import (
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model.build import DTYPES
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
@@ -117,7 +117,7 @@ class _Run:
         self._options = options
         self._sequences = sequences
         self._recall = 1 - MISSES_AIMED * (1 - options.target_recall)
-        self._dtype = DTYPES[record.bundle.dtype]
+        self._dtype = DTYPES[record.compute_dtype]
         self._hidden = [self._walk.embed(ids) for ids in sequences[:, None]]
         roles = torch.arange(len(sequences)) % ROLES
         self._tested = (roles == ROLES - 1).nonzero()[:, 0].tolist()

@@ -22,7 +22,8 @@ from flashclient.calibration.layer_walk import LayerWeights, layer_walk, read_pa
 from flashclient.calibration.predictor_training import PairCounts, Prediction, Rates
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.architectures import architecture_of
-from flashclient.model.build import DTYPES, resident_tensors
+from flashclient.model.build import resident_tensors
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
@@ -170,7 +171,7 @@ def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor
 def dense_model(loaded: LoadedModel) -> Any:
     """transformers' own model, whole and in memory, from the client's resident tensors and bundles."""
     record, config = loaded.record, loaded.model.config
-    dtype = DTYPES[record.bundle.dtype]
+    dtype = DTYPES[record.compute_dtype]
     architecture = architecture_of(config)[1]
     state = resident_tensors(record, loaded.source.resident, dtype)
     for index, layer in enumerate(record.layers):
@@ -193,7 +194,7 @@ def fetch_predictors(loaded: LoadedModel) -> list[Predictor]:
 
 def layer_rates(loaded: LoadedModel, predictors: list[Predictor], sequences: Tensor) -> list[Rates]:
     """How well `predictors` do, layer by layer, on the inputs that the dense model's FFNs get."""
-    dtype, rates = DTYPES[loaded.record.bundle.dtype], []
+    dtype, rates = DTYPES[loaded.record.compute_dtype], []
     with layer_walk(loaded, sequences[:1]) as walk:
         hidden = [walk.embed(ids) for ids in sequences[:, None]]
         for index, predictor in enumerate(predictors):

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from flashclient._native import copy_bundles
 from flashclient.model.activations import torch_activation
 from flashclient.model.architectures import architecture_of
-from flashclient.model.build import DTYPES, resident_tensors
+from flashclient.model.build import resident_tensors
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.ffn import StreamedFFN
 from flashclient.model.loaded import LoadedModel
 from flashclient.source.border import retry_on_loss
+from weightd_proto.encodings import part_bytes
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
 
@@ -80,7 +82,7 @@ class LayerWalk:
         self._loaded = loaded
         self._architecture = architecture_of(self._model.config)[1]
         self._activation = torch_activation(loaded.built.activation)
-        self._tensors = resident_tensors(loaded.record, loaded.source.resident, DTYPES[loaded.record.bundle.dtype])
+        self._tensors = resident_tensors(loaded.record, loaded.source.resident, DTYPES[loaded.record.compute_dtype])
         self._layers = [_decoder_layer(self._model, layer.module) for layer in loaded.record.layers]
         self._calls: list[dict[str, Any]] = [{} for _ in self._layers]
         self._feed_forward: FeedForward = torch.zeros_like
@@ -181,5 +183,5 @@ def read_parts(loaded: LoadedModel, layer: int) -> list[Tensor]:
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
     retry_on_loss(loaded.source, copy)
-    parts = torch.from_numpy(rows).view(DTYPES[bundle.dtype])
-    return [parts[:, begin : begin + bundle.hidden_size] for begin in range(0, parts.shape[1], bundle.hidden_size)]
+    parts = torch.split(torch.from_numpy(rows), part_bytes(bundle), dim=1)
+    return [stored.view(DTYPES[part.encoding.format]) for part, stored in zip(bundle.parts, parts, strict=True)]

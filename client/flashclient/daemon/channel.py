@@ -22,6 +22,7 @@ from flashclient.daemon.address import NO_TLS, TlsOptions, parse_address
 from flashclient.daemon.identity import IdentifiedStub
 from weightd_proto import weightd_pb2, weightd_pb2_grpc
 from weightd_proto.addresses import Address
+from weightd_proto.encodings import upgrade
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
@@ -208,6 +209,7 @@ class Connection:
         """The model's record. Raises ModelNotFoundError, which names the models there are."""
         name = os.fsencode(name).decode(errors="replace")  # bytes of a command line that are no UTF-8 are no name
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
+        upgrade(model)  # that of a weightd before store format 3
         return model
 
     def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:

@@ -23,6 +23,7 @@ from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.activations import activation_name
 from flashclient.model.architectures import Architecture, architecture_of, install_streamed
 from flashclient.model.decode_attention import use_decode_attention
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
@@ -32,17 +33,6 @@ from flashclient.model.window import LeasedWindow
 from flashclient.source.border import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 Placement = Callable[[int], NDArray[np.uint32]]  # layer -> neuron at each position
 
@@ -102,7 +92,7 @@ def build_model(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     attention_chosen = config._attn_implementation is not None
     class_name, architecture = architecture_of(config)
-    dtype = DTYPES[record.bundle.dtype]
+    dtype = DTYPES[record.compute_dtype]
     with _UnmadeParameters():
         model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
     model.requires_grad_(False)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from flashclient._native import Attention, Workers
 from flashclient.model.arrays import KernelOf, array_of
-from flashclient.model.resident_linear import STORED_DTYPES
+from flashclient.model.dtypes import KERNEL_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
 # What sdpa takes besides its tensors, and the kernel does not.
@@ -41,7 +41,7 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
     Raises:
         ValueError: the processor lacks `instruction_set`.
     """
-    kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
+    kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
     if model.config._attn_implementation != "sdpa":
         return 0
     attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # as sdpa asks of its caller

@@ -65,9 +65,10 @@ class ExactFFN:
     ) -> None:
         self.source = source
         self.hidden_size = bundle.hidden_size
-        self.gated = "gate" in bundle.parts
+        parts = [part.encoding for part in bundle.parts]
+        self.gated = len(parts) == 3
         self.clock = Clock()
-        self.kernels = Ffn(workers, bundle.dtype, bundle.hidden_size, self.gated, activation)
+        self.kernels = Ffn(workers, parts, bundle.hidden_size, activation)
         self._lock = threading.Lock()
 
     def __call__(

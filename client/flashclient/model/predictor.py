@@ -24,7 +24,7 @@ class Predictors:
 
     def __init__(self, data: NDArray[np.uint8], model: weightd_pb2.Model, workers: Workers) -> None:
         found = read_predictors(data, model)
-        self._layers = [_kernel(predictor, model.bundle.dtype, workers) for predictor in found]
+        self._layers = [_kernel(predictor, model.compute_dtype, workers) for predictor in found]
         self._neurons = [layer.neurons for layer in model.layers]
 
     def predict(self, layer: int, x: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:

@@ -5,7 +5,7 @@ predictors.safetensors is a safetensors file, little-endian, of one kind of pred
 - Metadata: `format` "flashclient-calibration", `format_version` "1", `kind` "low_rank" or "sign", `import_id` in
   hexadecimal: the import of the model that it was made for.
 - Rows of the neurons are by position, not by neuron: row p belongs to the bundle at position p of the layer.
-- Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the dtype of the model's bundles,
+- Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the model's compute dtype,
   `layers.{i}.output` [neurons, rank] in the same, or I8 with `layers.{i}.scale` [neurons] F32, and `layers.{i}.bias`
   [neurons] F32, into which the threshold is folded. A neuron is wanted for the FFN input x where
   scale * (output . (input . x)) + bias > 0. The rank differs from layer to layer and is at least 1.
@@ -41,6 +41,7 @@ from numpy.typing import NDArray
 
 from flashclient.errors import CalibrationError
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES
 from weightd_proto.files import ALIGNMENT_BYTES
 
 FORMAT = "flashclient-calibration"
@@ -49,8 +50,7 @@ HEADER_BYTES_MAX = 100 * 2**20  # safetensors' own bound
 UNION_TOKENS_MAX = 8
 INT8_MAX = 127
 
-_CODES = {"F32": "<f4", "BF16": "<u2", "F16": "<u2", "I32": "<i4", "U8": "u1", "I8": "i1"}
-_NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(code) for name, code in _CODES.items()}
+_NUMPY: dict[str, np.dtype[Any]] = {name: np.dtype(dtype.numpy) for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class LowRank:
     """Wanted where scale * (output . (input . x)) + bias > 0.
 
     Attributes:
-        input: [rank, hidden_size] in the bundles' dtype: float32, or the 16 bits as uint16.
-        output: [neurons, rank], by position; in the bundles' dtype, or int8.
+        input: [rank, hidden_size] in the model's compute dtype: float32, or the 16 bits as uint16.
+        output: [neurons, rank], by position; in the model's compute dtype, or int8.
         bias: [neurons] float32, by position.
         scale: [neurons] float32, by position, of an output of int8; else None, which is 1.
     """
@@ -132,7 +132,7 @@ def _kind(predictor: Predictor) -> str:
 def write_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], model: weightd_pb2.Model, metadata: Mapping[str, str]
 ) -> None:
-    """A safetensors file whose tensors are aligned; uint16 stands for the bits of the bundles' dtype."""
+    """A safetensors file whose tensors are aligned; uint16 stands for the bits of the model's compute dtype."""
     entries: dict[str, Any] = {
         "__metadata__": {
             "format": FORMAT,
@@ -144,7 +144,7 @@ def write_tensors(
     begin = 0
     for name, array in tensors.items():
         end = begin + array.nbytes
-        dtype = model.bundle.dtype if array.dtype == np.uint16 else _spelling(array.dtype)
+        dtype = model.compute_dtype if array.dtype == np.uint16 else _spelling(array.dtype)
         entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
         begin = _aligned(end)
         if begin > end:
@@ -164,7 +164,7 @@ def _aligned(size_bytes: int) -> int:
 
 
 def _spelling(dtype: np.dtype[Any]) -> str:
-    return {"f4": "F32", "u1": "U8", "i1": "I8", "i4": "I32"}[dtype.str[1:]]
+    return next(name for name in ("F32", "I32", "U8", "I8") if _NUMPY[name] == dtype)
 
 
 class _Tensors:
@@ -196,7 +196,7 @@ class _Tensors:
         if self._kind == "sign":
             signs = self._take(f"layers.{index}.signs", "U8", (neurons, -(-hidden_size // 8)))
             return Signs(signs, self._take(f"layers.{index}.margin", "I32", (neurons,)))
-        dtype = self._model.bundle.dtype
+        dtype = self._model.compute_dtype
         rows = self._take(f"layers.{index}.input", dtype, (None, hidden_size))
         scaled = f"layers.{index}.scale" in self._header
         output = self._take(f"layers.{index}.output", "I8" if scaled else dtype, (neurons, len(rows)))

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
 from flashclient.model.arrays import KernelOf, array_of
+from flashclient.model.dtypes import KERNEL_DTYPES
 
-STORED_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 PANEL_ELEMENTS = 2**24  # of fp32 results at a time: the head's of a whole prompt would take gigabytes
 
 
@@ -74,7 +74,7 @@ def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | 
     Raises:
         ValueError: the processor lacks `instruction_set`.
     """
-    kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in STORED_DTYPES.items()})
+    kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
     linears = [module for module in model.modules() if type(module) is nn.Linear]
     for module in linears:
         module.__class__ = ResidentLinear

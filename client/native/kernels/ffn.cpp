@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace flashclient {
@@ -41,21 +42,31 @@ struct Ffn::Scratch {
     std::vector<uint16_t> masks;         // of a group that does not begin with bit 0
 };
 
-Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set)
-    : workers_(workers), shape_(shape), kernels_(kernels_for(shape.dtype, instruction_set)) {
-    if (shape.activation == Activation::gated_relu && !shape.gated) {
+Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : workers_(workers), shape_(std::move(shape)) {
+    if (shape_.parts.size() != 2 && shape_.parts.size() != 3) {
+        throw std::invalid_argument("a bundle's parts are gate, up and down, or up and down");
+    }
+    if (shape_.activation == Activation::gated_relu && !shape_.gated()) {
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
     }
+    gate_or_up_ = next_part(0, instruction_set);
+    up_ = shape_.gated() ? next_part(1, instruction_set) : gate_or_up_;
+    down_ = next_part(shape_.parts.size() - 1, instruction_set);
+}
+
+// Parts are taken in their order: each begins where the one before ends.
+Ffn::Part Ffn::next_part(size_t part, const char* instruction_set) {
+    const Encoding& encoding = shape_.parts[part];
+    const Part taken{&kernels_for(encoding, instruction_set), bundle_bytes_};
+    bundle_bytes_ += encoding.bytes_of(shape_.hidden);
+    alignment_bytes_ = std::max(alignment_bytes_, bytes_of(*encoding.plain()));
+    return taken;
 }
 
 // Kept from call to call: allocating it anew would take longer than a small one.
 Ffn::Scratch& Ffn::scratch_of_thread() {
     static thread_local Scratch scratch;
     return scratch;
-}
-
-const char* Ffn::row(uint64_t bundle, size_t part) const {
-    return reinterpret_cast<const char*>(bundle) + part * shape_.hidden * bytes_of(shape_.dtype);
 }
 
 void Ffn::fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens,
@@ -81,8 +92,8 @@ void Ffn::fire(const Neurons& list, const uint32_t* index, size_t count, const f
 void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
-    for (size_t i = 0; i < group.count; i++) rows[i] = row(list.bundles[group.entry[i]], 0);
-    kernels_.dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
+    gate_or_up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
     Group open;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
@@ -94,15 +105,15 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
-    if (shape_.gated) open_gate(open, list.bundles, x, tokens, h);
+    if (shape_.gated()) open_gate(open, list.bundles, x, tokens, h);
 }
 
 // h *= up . x where the gate is open. What is closed stays 0 whatever the up row holds.
 void Ffn::open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
-    for (size_t i = 0; i < group.count; i++) rows[i] = row(bundles[group.entry[i]], 1);
-    kernels_.dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(bundles[group.entry[i]]);
+    up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
     for (size_t i = 0; i < group.count; i++) {
         for (size_t t = 0; t < tokens; t++) {
             float up = dots[i * tokens + t];
@@ -122,14 +133,14 @@ void Ffn::accumulate(const uint64_t* bundles, size_t count, const float* h, size
     for (size_t i = 0; i < count; i++) {
         if (all_zero(h + i * tokens, tokens)) continue;
         scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
-        scratch.down_rows.push_back(row(bundles[i], parts() - 1));
+        scratch.down_rows.push_back(down_.in(bundles[i]));
     }
     // Each element of y is one thread's, and takes the neurons in order. A slice is as long as the threads allow.
     const size_t share = divide_up(shape_.hidden, workers_.threads());
     const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
     workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
-        kernels_.accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
-                            shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
+        down_.kernels->accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
+                                  shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
     });
 }
 

@@ -1,12 +1,13 @@
 // An FFN layer's output as a sum over neurons, from bundles that may lie anywhere and arrive a few at a time.
 //
-// A bundle is [gate row][up row][down column], or [up row][down column], of hidden_size elements each. Neuron n adds
+// A bundle is [gate row][up row][down column], or [up row][down column], of hidden_size values each. Neuron n adds
 // h_n * down_n to the output, h_n = act(gate_n . x + b_n) * (up_n . x), or act(up_n . x + b_n) without a gate.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "kernels/activation.h"
 #include "kernels/kernels.h"
@@ -15,11 +16,12 @@
 namespace flashclient {
 
 struct FfnShape {
-    Dtype dtype;
-    size_t hidden;  // elements of a row
-    bool gated;
+    std::vector<Encoding> parts;  // of a bundle, back to back: [gate,] up, down
+    size_t hidden;                // values of a part
     Activation activation;
     float threshold = 0.0f;  // of fatrelu
+
+    bool gated() const { return parts.size() == 3; }
 };
 
 // A list of neurons, in the order of their sum, and which rows of x want each.
@@ -34,8 +36,8 @@ struct Neurons {
 // neurons were fired, on the number of threads, or on the other tokens of a call. Safe to call from several threads.
 class Ffn {
   public:
-    // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
-    // lacks (null picks the best) and for gated_relu without a gate.
+    // `workers` is shared and must outlive this. Throws std::invalid_argument for an encoding without a kernel, for an
+    // instruction set that the processor lacks (null picks the best) and for gated_relu without a gate.
     Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
 
     // h[entry][t] for the `count` entries that `index` names, or for the first `count` of the list where it is null.
@@ -51,21 +53,31 @@ class Ffn {
     void add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const;
 
     const FfnShape& shape() const { return shape_; }
-    size_t parts() const { return shape_.gated ? 3 : 2; }
-    size_t bundle_bytes() const { return parts() * shape_.hidden * bytes_of(shape_.dtype); }
-    std::string instruction_set() const { return kernels_.instruction_set; }
+    size_t bundle_bytes() const { return bundle_bytes_; }
+    size_t alignment_bytes() const { return alignment_bytes_; }  // of a bundle: that of its largest element
+    std::string instruction_set() const { return gate_or_up_.kernels->instruction_set; }
 
   private:
     struct Group;    // of neurons that one thread fires together
     struct Scratch;  // of a thread that adds rows
     static Scratch& scratch_of_thread();
-    const char* row(uint64_t bundle, size_t part) const;
+    struct Part {  // of a bundle
+        const Kernels* kernels;
+        size_t offset_bytes;
+
+        const void* in(uint64_t bundle) const { return reinterpret_cast<const char*>(bundle) + offset_bytes; }
+    };
+    Part next_part(size_t part, const char* instruction_set);
     void fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
     void open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const;
 
     Workers& workers_;
     FfnShape shape_;
-    const Kernels& kernels_;
+    size_t bundle_bytes_ = 0;
+    size_t alignment_bytes_ = 1;
+    Part gate_or_up_;  // whose dot goes through the activation
+    Part up_;          // the same where there is no gate
+    Part down_;
 };
 
 }  // namespace flashclient

@@ -43,4 +43,12 @@ const Kernels& kernels_for(Dtype dtype, const char* instruction_set) {
     return table_of(dtype, "portable");
 }
 
+const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set) {
+    const std::optional<Dtype> dtype = encoding.plain();
+    if (!dtype || *dtype == Dtype::i8)
+        throw std::invalid_argument("no kernel for weights of encoding '" + encoding.format +
+                                    "': F32, BF16 and F16 have one");
+    return kernels_for(*dtype, instruction_set);
+}
+
 }  // namespace flashclient

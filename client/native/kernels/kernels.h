@@ -7,11 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "encoding.h"
+
 namespace flashclient {
 
-enum class Dtype { f32, bf16, f16, i8 };
-
-constexpr size_t bytes_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : dtype == Dtype::i8 ? 1 : 2; }
+using weightd::bytes_of;
+using weightd::Dtype;
+using weightd::Encoding;
 
 // Tokens that one call takes: bits of a row mask. More are done in groups, while the weights are in a cache.
 inline constexpr size_t TOKENS_MAX = 16;
@@ -35,6 +37,9 @@ struct Kernels {
 // The best the processor has, or the one named: "avx512", "avx2", "portable". An unknown name, or one that this
 // processor lacks, throws std::invalid_argument.
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
+
+// The same for rows of an encoding. std::invalid_argument for one that has no kernel: only plain F32, BF16 and F16 do.
+const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set = nullptr);
 
 // One table per instruction set and dtype; null where the compiler's target has no such instructions.
 const Kernels* kernels_avx512(Dtype dtype);

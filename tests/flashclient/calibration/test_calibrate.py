@@ -29,7 +29,7 @@ from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
-from flashclient.model.build import DTYPES
+from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import LowRank, read_predictors
 
 CHARACTERS = 6000
@@ -81,7 +81,7 @@ def hooked(model: PreTrainedModel, whole: CutModel, result: CalibrationResult | 
         seen[index].append(rows > 0)
         if result is None:
             return None
-        prediction = Prediction(result.layers[index].predictor, DTYPES[whole.record.bundle.dtype])
+        prediction = Prediction(result.layers[index].predictor, DTYPES[whole.record.compute_dtype])
         placement = torch.from_numpy(whole.placements[index].astype(np.int64))
         wanted = torch.empty_like(rows, dtype=torch.bool)
         wanted[:, placement] = prediction.wanted(arguments[0].reshape(-1, arguments[0].shape[-1]).float())

@@ -28,16 +28,16 @@ Header = dict[str, Any]
 
 
 def make_record(dtype: str = "BF16", hidden: int = 52, neurons: tuple[int, ...] = (37, 41)) -> weightd_pb2.Model:
-    layout = weightd_pb2.BundleLayout(dtype=dtype, hidden_size=hidden)
+    layout = weightd_pb2.BundleLayout(hidden_size=hidden)
     layers = [weightd_pb2.Layer(neurons=count) for count in neurons]
-    return weightd_pb2.Model(name="tiny", bundle=layout, layers=layers, import_id=bytes(range(16)))
+    return weightd_pb2.Model(name="tiny", compute_dtype=dtype, bundle=layout, layers=layers, import_id=bytes(range(16)))
 
 
 def low_rank(record: weightd_pb2.Model, ranks: tuple[int, ...] = (3, 16)) -> list[Predictor]:
     random = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> NDArray[Any]:
-        if record.bundle.dtype == "F32":
+        if record.compute_dtype == "F32":
             return random.normal(size=(rows, columns)).astype(np.float32)
         return random.integers(0, 2**16, (rows, columns), dtype=np.uint16)
 

@@ -17,7 +17,7 @@ from torch_threads import one_thread
 from flashclient._native import Attention, Workers
 from flashclient.generation.growing_cache import GrowingCache
 from flashclient.model.decode_attention import IMPLEMENTATION, attend, use_decode_attention
-from flashclient.model.resident_linear import STORED_DTYPES
+from flashclient.model.dtypes import KERNEL_DTYPES
 
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -35,14 +35,14 @@ def available(instruction_set: str) -> bool:
 
 AVAILABLE = [name for name in INSTRUCTION_SETS if available(name)]
 sets = st.sampled_from(AVAILABLE)
-dtypes = st.sampled_from(sorted(STORED_DTYPES, key=str))
+dtypes = st.sampled_from(sorted(KERNEL_DTYPES, key=str))
 
 
 def attention_module(dtype: torch.dtype, instruction_set: str | None = None, threads: int = 2) -> nn.Module:
     module: Any = nn.Module()
     module.is_causal = True
     workers = WORKERS if threads == 2 else Workers(threads)
-    module.decode_kernels = {dtype: Attention(workers, STORED_DTYPES[dtype], instruction_set)}
+    module.decode_kernels = {dtype: Attention(workers, KERNEL_DTYPES[dtype], instruction_set)}
     return module  # type: ignore[no-any-return]
 
 
@@ -129,7 +129,7 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("dtype", STORED_DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_a_row_depends_on_what_it_attends_to_alone(dtype: torch.dtype, instruction_set: str) -> None:
     """Not on batch-mates, other tokens, padding (whatever it holds), form of the mask, or threads."""
     torch.manual_seed(0)

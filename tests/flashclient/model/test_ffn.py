@@ -19,6 +19,7 @@ from flashclient.model.activations import TRANSFORMERS_NAMES, torch_activation
 from flashclient.model.arrays import array_of
 from flashclient.model.ffn import ExactFFN, StreamedFFN
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import parts_of, plain
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
@@ -34,7 +35,7 @@ class Layer:
         self.bias = None if gated else torch.randn(neurons)
         self.activation = activation
         self.layout = weightd_pb2.BundleLayout(
-            dtype=dtype, parts=self.parts, hidden_size=hidden, bundle_bytes=self.weights[0].nbytes
+            parts=parts_of(self.parts, plain(dtype)), hidden_size=hidden, bundle_bytes=self.weights[0].nbytes
         )
 
     def reference(self, x: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def test_activations(activation: str, tokens: int) -> None:
 def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, -100.0, 100.0])])
     weights = torch.stack([values, torch.ones_like(values)], dim=1).contiguous()  # up, down: hidden_size 1
-    kernels, lent = Ffn(Workers(1), "F32", 1, False, activation), LentMemory(array_of(weights))
+    kernels, lent = Ffn(Workers(1), [plain("F32")] * 2, 1, activation), LentMemory(array_of(weights))
     one = np.ones((1, 1), np.float32)
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
@@ -137,7 +138,7 @@ def test_a_row_depends_on_itself_alone(
 def test_instruction_sets(dtype: str, instruction_set: str) -> None:
     layer = Layer(dtype, 77, 90, True, "gelu_tanh")
     try:
-        kernels = Ffn(Workers(2), dtype, 77, True, "gelu_tanh", instruction_set=instruction_set)
+        kernels = Ffn(Workers(2), [plain(dtype)] * 3, 77, "gelu_tanh", instruction_set=instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
     assert kernels.instruction_set == instruction_set
@@ -200,21 +201,21 @@ def test_iterator_is_closed_when_a_chunk_fails() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "I8"}, "no kernel for weights of dtype 'I8'"),
+        ({"parts": [plain("F32"), plain("I8")]}, "no kernel for weights of encoding 'I8'"),
         ({"activation": "tanh"}, "no kernel for activation 'tanh'"),
         ({"hidden_size": 0}, "hidden_size must be positive"),
-        ({"activation": "gated_relu", "gated": False}, "needs bundles with a gate row"),
+        ({"activation": "gated_relu", "parts": [plain("F32")] * 2}, "needs bundles with a gate row"),
         ({"instruction_set": "mmx"}, "instruction set 'mmx' is unknown"),
     ],
 )
 def test_kernels_refuse(change: dict[str, Any], message: str) -> None:
-    options: dict[str, Any] = {"dtype": "F32", "hidden_size": 8, "gated": True, "activation": "silu"} | change
+    options: dict[str, Any] = {"parts": [plain("F32")] * 3, "hidden_size": 8, "activation": "silu"} | change
     with pytest.raises(ValueError, match=message):
         Ffn(Workers(1), **options)
 
 
 def test_kernels_refuse_shapes_that_do_not_fit() -> None:
-    kernels = Ffn(Workers(1), "F32", 8, True, "silu")
+    kernels = Ffn(Workers(1), [plain("F32")] * 3, 8, "silu")
     rows, none = np.zeros((1, 8), np.float32), np.zeros(0, np.uint64)
     with pytest.raises(ValueError, match="too many tokens"):
         kernels.accumulate(none, np.zeros((0, 17), np.float32), np.zeros((17, 8), np.float32))

@@ -29,6 +29,7 @@ from flashclient._native import (
     locate,
 )
 from weightd import _native as _weightd_native
+from weightd_proto.encodings import plain
 
 WORKERS = Workers(2)
 HIDDEN, NEURONS = 8, 6
@@ -82,12 +83,12 @@ out, products = np.zeros((1, 3, 2, 8), np.float32), np.zeros((2, 9), np.float32)
 x, h, y = np.zeros((2, HIDDEN), np.float32), np.zeros((NEURONS, 2), np.float32), np.zeros((2, HIDDEN), np.float32)
 rows = np.zeros((1, 2, 3, 8), np.float32)
 ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
-ffn = Ffn(WORKERS, "F32", HIDDEN, True, "silu")
+ffn = Ffn(WORKERS, [plain("F32")] * 3, HIDDEN, "silu")
 low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
 low_rank = LowRankPredictor(WORKERS, "F32", *low_rank_arrays)
 sign_arrays = (np.zeros((9, 1), np.uint8), np.zeros(9, np.int32))
 sign = SignPredictor(WORKERS, *sign_arrays)
-shape = _weightd_native.BundleShape.make("F32", HIDDEN, 2, 96, 1, 96)
+shape = _weightd_native.BundleShape.make([plain("F32")] * 3, HIDDEN, 96, 1, 96)
 
 # Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -117,7 +118,10 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "window": (lambda *given: Window(4, 1, [NEURONS]).slide(0, *given), (0, 1, index, ones, NEURONS)),
     "Window": (lambda *given: Window(*given), (4, 1, [NEURONS])),
-    "Ffn": (lambda hidden: Ffn(WORKERS, "F32", hidden, True, "silu").accumulate(right_addresses, h, y), (HIDDEN,)),
+    "Ffn": (
+        lambda hidden: Ffn(WORKERS, [plain("F32")] * 3, hidden, "silu").accumulate(right_addresses, h, y),
+        (HIDDEN,),
+    ),
     "weightd checksum": (_weightd_native.checksum, (np.zeros(8, np.uint8),)),
     "weightd convert": (
         lambda source, target: _weightd_native.convert(source, "F32", target, "BF16"),
@@ -140,8 +144,8 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         ),
     ),
     "weightd BundleShape": (
-        lambda *given: _weightd_native.BundleShape.make("F32", *given),
-        (HIDDEN, 2, 96, 1, 96),
+        lambda *given: _weightd_native.BundleShape.make([plain("F32")] * 3, *given),
+        (HIDDEN, 96, 1, 96),
     ),
 }
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
 from flashclient.model.arrays import array_of
-from flashclient.model.resident_linear import STORED_DTYPES, ResidentLinear, use_fast_linears
+from flashclient.model.dtypes import KERNEL_DTYPES
+from flashclient.model.resident_linear import ResidentLinear, use_fast_linears
 
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
-dtypes = st.sampled_from(sorted(STORED_DTYPES, key=str))
+dtypes = st.sampled_from(sorted(KERNEL_DTYPES, key=str))
 
 
 def fast(linear: nn.Linear, instruction_set: str = "portable") -> nn.Linear:
@@ -71,7 +72,7 @@ def test_product_is_the_formula(
         assert torch.equal(linear(x[row : row + 1])[0], y[row]), "a row depends on its batch-mates"
 
 
-@pytest.mark.parametrize("dtype", STORED_DTYPES)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_several_blocks_of_rows(dtype: torch.dtype) -> None:
     linear = make(640, 3001, dtype)
     x = torch.randn(2, 3, 640).to(dtype)

@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from flashclient._native import Ffn, LentMemory, Workers
 from flashclient.model.arrays import array_of
+from weightd_proto.encodings import plain
 
 WORKERS = Workers(2)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -59,7 +60,7 @@ class Case:
 
     def kernels(self, instruction_set: str | None = None, workers: Workers = WORKERS) -> Ffn:
         threshold = THRESHOLD if self.activation == "fatrelu" else 0.0
-        return Ffn(workers, self.dtype, self.hidden, self.gated, self.activation, threshold, instruction_set)
+        return Ffn(workers, [plain(self.dtype)] * self.parts, self.hidden, self.activation, threshold, instruction_set)
 
     def wanted(self) -> Tensor:
         bits = self.masks[:, None] >> np.arange(self.tokens, dtype=np.uint16) & 1

@@ -30,6 +30,7 @@ from flashclient.source import grpc_cells as remote_cells
 from flashclient.source.border import retry_on_loss
 from flashclient.source.grpc_chunks import GrpcSource, chunk_bundles_for, cut_spans
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import parts_of, plain
 
 BUNDLE_BYTES = 96
 LAYERS, NEURONS = 3, 70
@@ -41,7 +42,7 @@ def model() -> CutModel:
     random = np.random.default_rng(0)
     bundles = [random.integers(0, 256, (NEURONS, BUNDLE_BYTES), dtype=np.uint8) for _ in range(LAYERS)]
     layout = weightd_pb2.BundleLayout(
-        dtype="F32", parts=["gate", "up", "down"], hidden_size=8, bundle_bytes=BUNDLE_BYTES
+        parts=parts_of(("gate", "up", "down"), plain("F32")), hidden_size=8, bundle_bytes=BUNDLE_BYTES
     )
     layers = [weightd_pb2.Layer(module=f"layers.{i}", neurons=NEURONS) for i in range(LAYERS)]
     resident = random.bytes(3 * 2**20)

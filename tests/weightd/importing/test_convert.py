@@ -36,9 +36,11 @@ from weightd import _native
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.errors import CheckpointError, CorruptionError, SpaceError
 from weightd.importing.convert import import_checkpoint
-from weightd.store.layout import DTYPE_BYTES, bundle_layout, native_shape
+from weightd.store.layout import bundle_layout, native_shape
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
+from weightd_proto import encodings
+from weightd_proto.encodings import parts_of, plain
 
 REQUESTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -114,7 +116,7 @@ def test_gguf_equals_transformers_loader(tmp_path: Path, store: Store, family: s
     path = write_gguf(model, tmp_path / "tiny.gguf", quantise)
     record = import_checkpoint(path, store)
     assert record.name == "tiny"
-    assert record.bundle.dtype == "F32"
+    assert record.compute_dtype == "F32"
     assert_same_bits(read_state(store, "tiny"), transformers_state(path))
 
 
@@ -145,7 +147,7 @@ def test_quantised_gguf_converts_to_bf16(tmp_path: Path, store: Store) -> None:
 def test_half_precision_gguf_keeps_its_dtype_when_norms_fit(tmp_path: Path, store: Store, dtype: str) -> None:
     """llama.cpp widens norms to F32; that loses nothing on the way back."""
     source = make_checkpoint("llama", tmp_path / "model", dtype=dtype, format="gguf")
-    assert import_checkpoint(source, store).bundle.dtype == {"float16": "F16", "bfloat16": "BF16"}[dtype]
+    assert import_checkpoint(source, store).compute_dtype == {"float16": "F16", "bfloat16": "BF16"}[dtype]
     assert_same_bits(read_state(store, "model"), stored_tensors(make_model(make_config("llama"), dtype)))
 
 
@@ -157,7 +159,7 @@ def test_half_precision_is_widened_when_a_norm_does_not_fit(tmp_path: Path, stor
     state = stored_tensors(model)
     state["model.norm.weight"] = torch.full((64,), 1 / 3)
     save_file(state, folder / "model.safetensors")
-    assert import_checkpoint(folder, store).bundle.dtype == "F32"
+    assert import_checkpoint(folder, store).compute_dtype == "F32"
     assert_same_bits(read_state(store, "model"), {name: tensor.float() for name, tensor in state.items()})
 
 
@@ -270,15 +272,15 @@ def as_bytes(tensor: torch.Tensor) -> np.ndarray:
 @given(
     hidden=st.integers(1, 700),
     neurons=st.integers(1, 90),
-    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
-    row_dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    dtype=st.sampled_from(sorted(TORCH_DTYPES)),
+    row_dtype=st.sampled_from(sorted(TORCH_DTYPES)),
     parts=st.sampled_from([("up", "down"), ("gate", "up", "down")]),
     data=st.data(),
 )
 def test_cutting_equals_the_reference(
     hidden: int, neurons: int, dtype: str, row_dtype: str, parts: tuple[str, ...], data: st.DataObject
 ) -> None:
-    layout = bundle_layout(dtype, parts, hidden, 4096)
+    layout = bundle_layout(parts_of(parts, plain(dtype)), hidden, 4096)
     begin = data.draw(st.integers(0, (neurons - 1) // layout.bundles_per_cell)) * layout.bundles_per_cell
     end = data.draw(st.integers(begin + 1, neurons))
     generator = torch.Generator().manual_seed(hidden * 1000 + neurons)
@@ -301,12 +303,12 @@ def test_cutting_equals_the_reference(
 
 
 def converted(values: torch.Tensor, source: str, target: str) -> torch.Tensor:
-    out = np.zeros(values.numel() * DTYPE_BYTES[target], np.uint8)
+    out = np.zeros(values.numel() * encodings.DTYPES[target].bytes, np.uint8)
     _native.convert(as_bytes(values), source, out, target)
     return torch.from_numpy(out).view(TORCH_DTYPES[target])
 
 
-@pytest.mark.parametrize("target", sorted(DTYPE_BYTES))
+@pytest.mark.parametrize("target", sorted(TORCH_DTYPES))
 @pytest.mark.parametrize("source", ["BF16", "F16"])
 def test_every_half_precision_value_converts_as_torch_does(source: str, target: str) -> None:
     values = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(TORCH_DTYPES[source])
@@ -328,14 +330,14 @@ def assert_converts(values: torch.Tensor, source: str, target: str) -> None:
     found, expected = converted(values, source, target), values.to(TORCH_DTYPES[target])
     number = ~values.isnan()
     assert found[~number].isnan().all()
-    kind = {4: torch.int32, 2: torch.int16}[DTYPE_BYTES[target]]
+    kind = {4: torch.int32, 2: torch.int16}[encodings.DTYPES[target].bytes]
     assert torch.equal(found[number].view(kind), expected[number].view(kind))
     if source == target:
         assert torch.equal(found.view(kind), values.view(kind))
 
 
 def test_native_functions_check_their_arrays() -> None:
-    shape = native_shape(bundle_layout("F32", ("up", "down"), 8, 4096))
+    shape = native_shape(bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096))
     small, sums = np.zeros(32, np.uint8), np.zeros(1, np.uint64)
     with pytest.raises(ValueError, match="cells do not fit"):
         _native.cut_bundles(shape, [small], ["F32"], small, 0, np.zeros(64, np.uint8), sums)

@@ -83,7 +83,7 @@ def test_a_changed_checkpoint_keeps_name_and_dtype(checkpoint: Path, store: Stor
     update(checkpoint, store, "mine", "bf16")
     CHANGES["a byte of the weights"](checkpoint)
     model, done = update(checkpoint, store)
-    assert (model.name, model.bundle.dtype, done) == ("mine", "BF16", REPLACED)
+    assert (model.name, model.compute_dtype, done) == ("mine", "BF16", REPLACED)
     assert update(checkpoint, store, dtype="fp32")[1] == REPLACED
 
 

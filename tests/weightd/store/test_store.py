@@ -21,6 +21,7 @@ from weightd.errors import ImportingError, StoreError
 from weightd.store.layout import bundle_layout, lay_out_layers
 from weightd.store.store import MARKER_FILE, Store
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import parts_of, plain
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def store(tmp_path: Path) -> Store:
 
 def add_model(store: Store, name: str = "tiny", neurons: int = 5, layers: int = 2) -> list[np.ndarray]:
     """A record with random checksums and no weights."""
-    layout = bundle_layout("F32", ("up", "down"), 8, 4096)
+    layout = bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096)
     records, _ = lay_out_layers(layout, [(f"layers.{index}", neurons) for index in range(layers)])
     checksums = [np.random.default_rng(index).integers(0, 1 << 63, neurons, np.uint64) for index in range(layers)]
     with store.begin_import(name) as staging:
@@ -101,9 +102,9 @@ def test_catalog_of_another_program_is_refused(store: Store) -> None:
 
 def test_newer_format_is_refused_and_untouched(store: Store) -> None:
     add_model(store)
-    _put(store, b"meta", json.dumps({"magic": "weightd-store", "format_version": 3}).encode())
+    _put(store, b"meta", json.dumps({"magic": "weightd-store", "format_version": 4}).encode())
     before = store.catalog.path.read_bytes()
-    with pytest.raises(StoreError, match=r"store of format 3, this weightd knows up to 2: upgrade"):
+    with pytest.raises(StoreError, match=r"store of format 4, this weightd knows up to 3: upgrade"):
         Store.open(store.path, create=True)
     assert store.catalog.path.read_bytes() == before
 

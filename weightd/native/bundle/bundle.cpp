@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 #include "bundle/checksum.h"
 
@@ -74,6 +75,10 @@ void convert_elements(const std::byte* source_bytes, std::byte* target_bytes, st
     }
 }
 
+[[noreturn]] void refuse_dtype(Dtype dtype) {
+    throw std::invalid_argument("no conversion from or to " + plain_encoding(dtype).format);
+}
+
 template <typename Source>
 void convert_from(const std::byte* source, std::byte* target, Dtype target_dtype, std::size_t count) {
     switch (target_dtype) {
@@ -83,7 +88,10 @@ void convert_from(const std::byte* source, std::byte* target, Dtype target_dtype
             return convert_elements<Source, Bf16>(source, target, count);
         case Dtype::f16:
             return convert_elements<Source, F16>(source, target, count);
+        case Dtype::i8:
+            break;
     }
+    refuse_dtype(target_dtype);
 }
 
 // Square blocks of 16-byte vectors, transposed by log2(lanes) rounds that interleave row i with row i + lanes / 2.
@@ -151,14 +159,22 @@ void copy_columns(const std::byte* down, std::size_t row_bytes, std::size_t rows
 class Cutter {
   public:
     Cutter(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, std::size_t first, std::byte* cells)
-        : shape_(shape), rows_(rows), down_(down), first_(first), cells_(cells) {}
+        : shape_(shape), rows_(rows), down_(down), first_(first), cells_(cells) {
+        for (std::size_t part = 0; part < shape.parts.size(); ++part) {
+            const std::optional<Dtype> dtype = shape.parts[part].plain();
+            if (!dtype) throw std::invalid_argument("cannot cut parts of encoding " + shape.parts[part].format);
+            dtypes_.push_back(*dtype);
+        }
+        down_offset_bytes_ = shape.part_offset_bytes(shape.row_parts());
+    }
+
+    std::size_t group() const { return group_bytes / bytes_of(dtypes_.back()); }
 
     // Bundles [begin, end) of this run, at most group_bytes / element wide.
     void cut_group(std::size_t begin, std::size_t end) const {
         std::byte* targets[group_bytes / 2];
-        for (std::size_t i = begin; i < end; ++i)
-            targets[i - begin] = bundle(i) + shape_.row_parts * shape_.part_bytes();
-        const std::size_t element_bytes = dtype_bytes(shape_.dtype);
+        for (std::size_t i = begin; i < end; ++i) targets[i - begin] = bundle(i) + down_offset_bytes_;
+        const std::size_t element_bytes = bytes_of(dtypes_.back());
         const std::byte* column = down_.data + (first_ + begin) * element_bytes;
         const std::size_t row_bytes = down_.neurons * element_bytes;
         const auto copy = element_bytes == 2 ? copy_columns<std::uint16_t> : copy_columns<std::uint32_t>;
@@ -181,10 +197,11 @@ class Cutter {
 
     void copy_rows(std::size_t index) const {
         std::byte* target = bundle(index);
-        for (const Rows& part : rows_) {
-            const std::size_t row_bytes = shape_.hidden_size * dtype_bytes(part.dtype);
-            convert(part.data + index * row_bytes, part.dtype, target, shape_.dtype, shape_.hidden_size);
-            target += shape_.part_bytes();
+        for (std::size_t part = 0; part < rows_.size(); ++part) {
+            const Rows& rows = rows_[part];
+            const std::size_t row_bytes = shape_.hidden_size * bytes_of(rows.dtype);
+            convert(rows.data + index * row_bytes, rows.dtype, target, dtypes_[part], shape_.hidden_size);
+            target += shape_.part_bytes(part);
         }
     }
 
@@ -193,22 +210,15 @@ class Cutter {
     DownMatrix down_;
     std::size_t first_;
     std::byte* cells_;
+    std::vector<Dtype> dtypes_;  // of the parts
+    std::size_t down_offset_bytes_;
 };
 
 }  // namespace
 
-Dtype dtype_named(const std::string& name) {
-    if (name == "F32") return Dtype::f32;
-    if (name == "BF16") return Dtype::bf16;
-    if (name == "F16") return Dtype::f16;
-    throw std::invalid_argument("unknown dtype " + name);
-}
-
-std::size_t dtype_bytes(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
-
 void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dtype target_dtype, std::size_t count) {
     if (source_dtype == target_dtype) {
-        std::memcpy(target, source, count * dtype_bytes(source_dtype));
+        std::memcpy(target, source, count * bytes_of(source_dtype));
         return;
     }
     switch (source_dtype) {
@@ -218,14 +228,17 @@ void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dty
             return convert_from<Bf16>(source, target, target_dtype, count);
         case Dtype::f16:
             return convert_from<F16>(source, target, target_dtype, count);
+        case Dtype::i8:
+            break;
     }
+    refuse_dtype(source_dtype);
 }
 
 void cut_bundles(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, std::size_t first,
                  std::byte* cells, std::span<std::uint64_t> checksums) {
     const std::size_t count = checksums.size();
-    const std::size_t group = group_bytes / dtype_bytes(shape.dtype);
     const Cutter cutter(shape, rows, down, first, cells);
+    const std::size_t group = cutter.group();
     // The last cell may hold fewer bundles than fit; what is left of it is zero.
     if (count % shape.bundles_per_cell != 0) {
         const std::size_t used = shape.offset_bytes(count);

@@ -12,8 +12,8 @@ from weightd.checkpoint.gguf_config import FREQUENCIES, GgufConfig
 from weightd.checkpoint.gguf_file import GgufFile, read_gguf
 from weightd.checkpoint.gguf_files import check_keys, check_packages, write_files
 from weightd.checkpoint.gguf_names import check_architecture
-from weightd.disk.tensors import plain
 from weightd.errors import CheckpointError
+from weightd_proto.encodings import plain
 
 VECTOR_ELEMENTS_MAX = 65536
 

@@ -14,8 +14,10 @@ from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
-from weightd.disk.tensors import Encoding, SourceTensor, check_extent, plain
+from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
+from weightd_proto.encodings import plain
+from weightd_proto.weightd_pb2 import Encoding
 
 Item = TypeVar("Item")
 MAGIC = b"GGUF"
@@ -157,7 +159,7 @@ class _Header:
         encoding = self._encoding(name, self._number("<I"))
         shape = tuple(reversed(dimensions))  # GGUF counts the fastest dimension first
         row_elements = shape[-1] if shape else 1
-        if row_elements % encoding.block_elements:
+        if row_elements % encoding.block_values:
             raise CheckpointError(f"{self._path} holds {name} in rows of {row_elements}, no whole quantised blocks")
         return name, shape, encoding, self._number("<Q")
 
@@ -169,8 +171,10 @@ class _Header:
 
         try:
             quantisation = GGMLQuantizationType(kind)
-            block_elements, block_bytes = GGML_QUANT_SIZES[quantisation]
+            block_values, block_bytes = GGML_QUANT_SIZES[quantisation]
             dequantize(np.zeros((1, block_bytes), np.uint8), quantisation)
         except (ValueError, KeyError, NotImplementedError) as error:
             raise CheckpointError(f"{self._path} holds {name} in GGML type {kind}, which gguf cannot decode") from error
-        return Encoding("F32", block_elements, block_bytes, kind)
+        return Encoding(
+            format=quantisation.name, block_values=block_values, block_bytes=block_bytes, scales=Encoding.IN_BLOCK
+        )

@@ -13,26 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from weightd.disk.tensors import SourceTensor, check_extent, plain
+from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
+from weightd_proto.encodings import DTYPES, plain
 
 if TYPE_CHECKING:
     import torch
 
-_DTYPES = {
-    "torch.float64": "F64",
-    "torch.float32": "F32",
-    "torch.bfloat16": "BF16",
-    "torch.float16": "F16",
-    "torch.int64": "I64",
-    "torch.int32": "I32",
-    "torch.int16": "I16",
-    "torch.int8": "I8",
-    "torch.uint8": "U8",
-    "torch.bool": "BOOL",
-    "torch.float8_e4m3fn": "F8_E4M3",
-    "torch.float8_e5m2": "F8_E5M2",
-}
+_NAMES = {f"torch.{dtype.torch}": dtype.name for dtype in DTYPES.values()}
 
 
 def read_torch_file(path: Path) -> dict[str, SourceTensor]:
@@ -84,7 +72,7 @@ def _load_fake(path: Path) -> Mapping[str, Any]:
 
 
 def _tensor(path: Path, name: str, value: torch.Tensor) -> SourceTensor:
-    dtype = _DTYPES.get(str(getattr(value, "dtype", None)))
+    dtype = _NAMES.get(str(getattr(value, "dtype", None)))
     if dtype is None:
         raise CheckpointError(f"{path} holds {name}, which is no tensor of a known dtype")
     if not value.is_contiguous():

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from weightd.disk.tensors import ELEMENT_BYTES, SourceTensor, check_extent, plain
+from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
+from weightd_proto.encodings import DTYPES, plain
 
 # What the safetensors library accepts; a larger length is not a safetensors file.
 HEADER_BYTES_MAX = 100_000_000
@@ -72,7 +73,7 @@ def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> Source
         raise CheckpointError(f"{path} has a bad header entry for {name}") from error
     if not whole:
         raise CheckpointError(f"{path} has a bad header entry for {name}: its sizes are no whole numbers")
-    if dtype not in ELEMENT_BYTES:
+    if dtype not in DTYPES:
         raise CheckpointError(f"{path} holds {name} in dtype {dtype}, which is not known here")
     tensor = SourceTensor(name, shape, plain(dtype), path, data_offset_bytes + begin)
     if begin < 0 or min(shape, default=0) < 0 or tensor.bytes_of(tensor.elements) != end - begin:

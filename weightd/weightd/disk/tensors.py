@@ -8,27 +8,8 @@ from pathlib import Path
 
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
-
-FLOAT_DTYPES = ("F32", "BF16", "F16")
-ELEMENT_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
-    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How the elements of a tensor are stored: `block_bytes` for every `block_elements` of a row."""
-
-    dtype: str  # of the elements when decoded: as safetensors spells it; F32 for what is quantised
-    block_elements: int
-    block_bytes: int
-    ggml_type: int | None = None  # of quantised blocks
-
-
-def plain(dtype: str) -> Encoding:
-    """The encoding of elements stored as they are."""
-    return Encoding(dtype, 1, ELEMENT_BYTES[dtype])
+from weightd_proto.encodings import is_plain, stored_bytes
+from weightd_proto.weightd_pb2 import Encoding
 
 
 @dataclass(frozen=True)
@@ -43,7 +24,8 @@ class SourceTensor:
 
     @property
     def dtype(self) -> str:
-        return self.encoding.dtype
+        """Of its elements, once they are dequantised: F32 for quantised blocks."""
+        return self.encoding.format if is_plain(self.encoding) else "F32"
 
     @property
     def elements(self) -> int:
@@ -51,8 +33,7 @@ class SourceTensor:
 
     def bytes_of(self, elements: int) -> int:
         """Stored bytes of that many elements, which must be whole blocks."""
-        assert elements % self.encoding.block_elements == 0
-        return elements // self.encoding.block_elements * self.encoding.block_bytes
+        return stored_bytes(self.encoding, elements)
 
 
 def check_extent(tensor: SourceTensor, file_bytes: int) -> None:

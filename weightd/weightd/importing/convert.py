@@ -25,15 +25,15 @@ from weightd.disk.read_ahead import CHUNK_BYTES, ReadAhead
 from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
 from weightd.errors import SpaceError
-from weightd.importing.dequantise import Bytes, Elements, decode
-from weightd.importing.dtypes import KEEP, stored_dtype
+from weightd.importing.dequantise import Bytes, Elements, dequantise
 from weightd.importing.families import Recipe, Source, recipe_of
 from weightd.importing.plan import BundleStep, DownStep, ResidentStep, Step, plan_bundles, plan_resident
 from weightd.importing.rehearsal import Rehearse, check_runnable
 from weightd.importing.resident import lay_out_resident
 from weightd.importing.sources import sources_of
+from weightd.importing.stored_dtype import KEEP, stored_dtype
 from weightd.sizes import format_size, round_up
-from weightd.store.layout import DTYPE_BYTES, bundle_layout, lay_out_layers, native_shape
+from weightd.store.layout import bundle_layout, lay_out_layers, native_shape
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import (
     FILES_FOLDER,
@@ -45,6 +45,7 @@ from weightd.store.store import (
     sync,
 )
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES, part_bytes, parts_of, plain
 from weightd_proto.files import BUNDLES_FILE
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
@@ -114,12 +115,13 @@ def _block_bytes(staging: Staging) -> int:
 def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes: int) -> _Model:
     recipe, sources = sources_of(recipe_of(checkpoint.config), checkpoint)
     dtype = stored_dtype(sources, dtype_request)
-    layout = bundle_layout(dtype, recipe.parts, recipe.hidden_size, block_bytes)
+    layout = bundle_layout(parts_of(recipe.parts, plain(dtype)), recipe.hidden_size, block_bytes)
     layers, bundles_file_bytes = lay_out_layers(layout, [(ffn.module, ffn.neurons) for ffn in recipe.layers])
     header, tensors = lay_out_resident(recipe.resident, dtype, block_bytes)
     record = weightd_pb2.Model(
         name=name,
         family=recipe.family,
+        compute_dtype=dtype,
         bundle=layout,
         layers=layers,
         bundles_file_bytes=bundles_file_bytes,
@@ -136,7 +138,7 @@ def _check_space(record: weightd_pb2.Model, path: Path) -> None:
     needed_bytes = record.bundles_file_bytes + record.resident_file_bytes + catalog_bytes + FILES_BYTES
     free_bytes = shutil.disk_usage(path).free
     if needed_bytes > free_bytes:
-        narrower = ", or import with --dtype bf16" if record.bundle.dtype == "F32" else ""
+        narrower = ", or import with --dtype bf16" if record.compute_dtype == "F32" else ""
         raise SpaceError(
             f"{record.name} needs {format_size(needed_bytes)} in {path}, but {format_size(free_bytes)} are free: "
             f"make room{narrower}"
@@ -167,8 +169,9 @@ class _Writing:
         self._folder = folder
         self._allow_buffered = allow_buffered
         self._progress = progress or (lambda _read_bytes, _total_bytes: None)
-        element_bytes = self._layout.hidden_size * DTYPE_BYTES[self._layout.dtype]
-        down_bytes = max(layer.neurons for layer in self._record.layers) * element_bytes
+        self._down_dtype = self._layout.parts[-1].encoding.format
+        self._column_bytes = part_bytes(self._layout)[-1]
+        down_bytes = max(layer.neurons for layer in self._record.layers) * self._column_bytes
         self._downs = [np.empty(down_bytes, np.uint8) for _ in range(min(2, len(self._record.layers)))]
         self._checksums = [np.zeros(layer.neurons, np.uint64) for layer in self._record.layers]
 
@@ -196,7 +199,7 @@ class _Writing:
         for step in self._steps:
             with ExitStack() as taken:
                 stored = [taken.enter_context(read_ahead.take(piece.extent)) for piece in step.slices]
-                elements = [decode(piece.source, data) for piece, data in zip(step.slices, stored, strict=True)]
+                elements = [dequantise(piece.source, data) for piece, data in zip(step.slices, stored, strict=True)]
                 match step:
                     case DownStep():
                         self._hold(step, elements[0])
@@ -210,12 +213,11 @@ class _Writing:
 
     def _down(self, layer: int) -> Bytes:
         """The held down matrix of a layer."""
-        size_bytes = self._record.layers[layer].neurons * self._layout.hidden_size * DTYPE_BYTES[self._layout.dtype]
-        return self._downs[layer % 2][:size_bytes]
+        return self._downs[layer % 2][: self._record.layers[layer].neurons * self._column_bytes]
 
     def _hold(self, step: DownStep, elements: Elements) -> None:
-        begin, end = (count * DTYPE_BYTES[self._layout.dtype] for count in step.slices[0].elements)
-        elements.into(self._down(step.layer)[begin:end], self._layout.dtype)
+        begin, end = (count * DTYPES[self._down_dtype].bytes for count in step.slices[0].elements)
+        elements.into(self._down(step.layer)[begin:end], self._down_dtype)
 
     def _cut(self, step: BundleStep, rows: list[Elements], bundles: UncachedWriter, write_behind: WriteBehind) -> None:
         cells = -(-(step.end - step.begin) // self._layout.bundles_per_cell)
@@ -254,7 +256,7 @@ class _ResidentStream:
         """More elements of the index-th tensor."""
         self._write_header()
         dtype = self._tensors[index].dtype
-        source_bytes, target_bytes = DTYPE_BYTES[elements.dtype], DTYPE_BYTES[dtype]
+        source_bytes, target_bytes = DTYPES[elements.dtype].bytes, DTYPES[dtype].bytes
         left = elements.data
         while len(left):
             target = self._room(len(left) // source_bytes * target_bytes)

@@ -1,4 +1,4 @@
-"""From the bytes of a checkpoint to elements of F32, BF16 or F16."""
+"""From the bytes of a checkpoint to elements of F32, BF16 or F16: quantised blocks become F32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from weightd import _native
 from weightd.importing.families import Source
-from weightd.store.layout import DTYPE_BYTES
+from weightd_proto.encodings import DTYPES, is_plain
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -26,7 +26,7 @@ class Elements:
         _native.convert(self.data, self.dtype, target, dtype)
 
     def as_dtype(self, dtype: str) -> Bytes:
-        target = np.empty(len(self.data) // DTYPE_BYTES[self.dtype] * DTYPE_BYTES[dtype], np.uint8)
+        target = np.empty(len(self.data) // DTYPES[self.dtype].bytes * DTYPES[dtype].bytes, np.uint8)
         self.into(target, dtype)
         return target
 
@@ -45,19 +45,19 @@ def rows(source: Source) -> int:
 
 
 def rows_together(source: Source) -> int:
-    """Rows that must be decoded in one piece: those of a head, where they are permuted."""
+    """Rows that must be dequantised in one piece: those of a head, where they are permuted."""
     return rows(source) // source.undo.heads if source.undo and source.undo.heads else 1
 
 
-def decode(source: Source, stored: memoryview) -> Elements:
+def dequantise(source: Source, stored: memoryview) -> Elements:
     """The elements stored in `stored`: whole rows, a multiple of `rows_together`."""
     data = np.frombuffer(stored, np.uint8)
-    encoding = source.tensor.encoding
-    elements = Elements(encoding.dtype, data) if encoding.ggml_type is None else _dequantised(source, data)
+    plain = is_plain(source.tensor.encoding)
+    elements = Elements(source.tensor.dtype, data) if plain else _from_blocks(source, data)
     if source.undo is None:
         return elements
     if source.undo.heads:
-        row_bytes = row_elements(source) * DTYPE_BYTES[elements.dtype]
+        row_bytes = row_elements(source) * DTYPES[elements.dtype].bytes
         return Elements(elements.dtype, _without_interleaving(elements.data, rows_together(source), row_bytes))
     values = elements.as_dtype("F32").view(np.float32) - np.float32(1)
     return Elements("F32", values.view(np.uint8))
@@ -69,12 +69,10 @@ def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
 
 
-def _dequantised(source: Source, data: Bytes) -> Elements:
+def _from_blocks(source: Source, data: Bytes) -> Elements:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
-    ggml_type = source.tensor.encoding.ggml_type
-    assert ggml_type is not None
     row_bytes = source.tensor.bytes_of(row_elements(source))
-    values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType(ggml_type))
+    values = dequantize(data.reshape(-1, row_bytes), GGMLQuantizationType[source.tensor.encoding.format])
     return Elements("F32", np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint8))

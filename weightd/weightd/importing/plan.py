@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from weightd.disk.read_ahead import CHUNK_BYTES, Extent
 from weightd.importing.dequantise import row_elements, rows, rows_together
 from weightd.importing.families import Ffn, Recipe, Source
-from weightd.store.layout import DTYPE_BYTES
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES, is_plain
 
-# gguf decodes with a dozen temporary arrays of the result's size.
-DECODED_CHUNK_BYTES = 2 << 20
+# gguf dequantises with a dozen temporary arrays of the result's size.
+DEQUANTISED_CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,8 @@ def _slices(source: Source) -> Iterator[Slice]:
 
 def _rows_per_chunk(source: Source) -> int:
     elements = row_elements(source)
-    if source.tensor.encoding.ggml_type is not None:
-        return max(1, DECODED_CHUNK_BYTES // (elements * DTYPE_BYTES["F32"]))
+    if not is_plain(source.tensor.encoding):
+        return max(1, DEQUANTISED_CHUNK_BYTES // (elements * DTYPES["F32"].bytes))
     return max(1, CHUNK_BYTES // source.tensor.bytes_of(elements))
 
 

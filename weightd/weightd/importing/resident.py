@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from math import prod
 
 from weightd.sizes import round_up
-from weightd.store.layout import DTYPE_BYTES
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES
 
 TENSOR_ALIGNMENT_BYTES = 64
 
@@ -20,7 +20,7 @@ def lay_out_resident(
 
     safetensors allows no holes, so tensors whose size is a multiple of 64 come first: all of those are aligned.
     """
-    sizes = {name: prod(shape) * DTYPE_BYTES[dtype] for name, shape in shapes.items()}
+    sizes = {name: prod(shape) * DTYPES[dtype].bytes for name, shape in shapes.items()}
     order = sorted(sizes, key=lambda name: (sizes[name] % TENSOR_ALIGNMENT_BYTES != 0, -sizes[name], name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset_bytes = 0

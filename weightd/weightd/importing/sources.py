@@ -13,11 +13,12 @@ import numpy as np
 from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.checkpoint.gguf_names import GgufNames
 from weightd.disk.read_ahead import ReadAhead
-from weightd.disk.tensors import ELEMENT_BYTES, FLOAT_DTYPES, SourceTensor
+from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
-from weightd.importing.dequantise import decode
+from weightd.importing.dequantise import dequantise
 from weightd.importing.families import HEAD, Recipe, Shape, Source
 from weightd.importing.plan import Slice
+from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
 
 # What checkpoints hold though the configuration implies it: rotary frequencies, a version. transformers skips them too.
 IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
@@ -81,14 +82,15 @@ def _equal(one: Source, other: Source) -> bool:
     with ReadAhead([piece.extent for piece in pieces]) as read_ahead:
         for first, second in zip(pieces[::2], pieces[1::2], strict=True):
             with read_ahead.take(first.extent) as a, read_ahead.take(second.extent) as b:
-                if not np.array_equal(decode(one, a).as_dtype("F32"), decode(other, b).as_dtype("F32")):
+                values, others = dequantise(one, a).as_dtype("F32"), dequantise(other, b).as_dtype("F32")
+                if not np.array_equal(values, others):
                     return False
     return True
 
 
 def _rows(source: Source) -> list[Slice]:
     rows, width = source.tensor.shape
-    step = max(1, COMPARED_BYTES // (width * ELEMENT_BYTES["F32"]))
+    step = max(1, COMPARED_BYTES // (width * DTYPES["F32"].bytes))
     return [Slice(source, begin, min(rows, begin + step)) for begin in range(0, rows, step)]
 
 
@@ -97,8 +99,9 @@ def _check(name: str, shape: Shape, tensor: SourceTensor) -> None:
         raise CheckpointError(
             f"{name} has shape {list(tensor.shape)} in {tensor.path}, but the configuration says {list(shape)}"
         )
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{name} has dtype {tensor.dtype} in {tensor.path}, known are {FLOAT_DTYPES}")
+    if tensor.dtype not in COMPUTE_DTYPES.values():
+        known = ", ".join(COMPUTE_DTYPES.values())
+        raise CheckpointError(f"{name} has dtype {tensor.dtype} in {tensor.path}, known are {known}")
 
 
 def _check_unused(checkpoint: Checkpoint, used: set[str]) -> None:

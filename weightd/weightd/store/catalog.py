@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from weightd import _native
 from weightd.errors import CorruptionError, SpaceError, StoreError
 from weightd.store.catalog_pages import check_pages
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import upgrade
 
 MAGIC = "weightd-store"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CHECKSUMS_SINCE = 2  # records of an older store end without one, also those that are added to it
 CHECKSUM_BYTES = 8
 NEURONS_MAX = (1 << 32) - 1  # of a model: they are numbered in 32 bits
@@ -59,7 +60,7 @@ class Records:
         self._transaction = transaction
         self._path = path
         meta = self.meta()
-        self._checked = meta is None or meta.get("format_version", 0) >= CHECKSUMS_SINCE
+        self._version = FORMAT_VERSION if meta is None else meta.get("format_version", 0)
 
     def meta(self) -> dict[str, Any] | None:
         """The record that says what this is; it stands alone."""
@@ -90,6 +91,30 @@ class Records:
 
     def put(self, key: bytes, record: bytes) -> None:
         self._transaction.put(key, record + (_checksum(key, record) if self._checked else b""))
+
+    def upgrade(self) -> None:
+        """Makes a store of format 1 or 2 one of format 3: models get their encodings, records their checksums.
+
+        A damaged record stays as it is, and is refused when it is read.
+        """
+        if self._version == FORMAT_VERSION:
+            return
+        keys = [bytes(key) for key in self._transaction.cursor().iternext(values=False)]
+        for key in keys:
+            with suppress(CorruptionError):
+                if key.startswith(MODEL_PREFIX):
+                    self._put_checked(key, _parsed(self.get(key) or b"").SerializeToString())
+                elif key != META_KEY and not self._checked:
+                    self._put_checked(key, self.get(key) or b"")
+        self._version = FORMAT_VERSION
+        self.set_meta({"magic": MAGIC, "format_version": FORMAT_VERSION})
+
+    def _put_checked(self, key: bytes, record: bytes) -> None:
+        self._transaction.put(key, record + _checksum(key, record))
+
+    @property
+    def _checked(self) -> bool:
+        return self._version >= CHECKSUMS_SINCE
 
     def delete(self, key: bytes) -> None:
         self._transaction.delete(key)
@@ -173,6 +198,7 @@ class Catalog:
     def add(self, model: weightd_pb2.Model, arrays: Mapping[str, list[npt.NDArray[np.generic]]]) -> None:
         """The model and its arrays per layer (kind -> one array per layer), all or nothing."""
         with self._transaction(write=True) as records:
+            records.upgrade()
             for kind, layers in arrays.items():
                 for index, values in enumerate(layers):
                     records.put(array_key(kind, model.name, index), values.tobytes())
@@ -226,6 +252,10 @@ def _parsed(record: bytes) -> weightd_pb2.Model:
     model = weightd_pb2.Model()
     _read(model, record)
     _check_sizes(model)
+    try:
+        upgrade(model)
+    except ValueError as error:
+        raise CorruptionError(f"the catalog is damaged: {model.name!r}: {error}; import it again") from error
     return model
 
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from weightd.disk.read_ahead import Extent, ReadAhead
-from weightd.importing.dequantise import decode
+from weightd.importing.dequantise import dequantise
 from weightd.importing.families import Source
+from weightd_proto.encodings import COMPUTE_DTYPES
 
-REQUESTS = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 KEEP = "keep"
 
 
@@ -27,7 +27,7 @@ def stored_dtype(sources: Mapping[str, Source], request: str) -> str:
     in F32 beside F16 matrices, are judged by their values, so that they do not double the model.
     """
     if request != KEEP:
-        return REQUESTS[request]
+        return COMPUTE_DTYPES[request]
     matrices = {source.tensor.dtype for source in sources.values() if len(source.tensor.shape) > 1}
     if len(matrices) != 1:
         return "F32"
@@ -41,7 +41,7 @@ def _hold_exactly(vectors: list[Source], dtype: str) -> bool:
     with ReadAhead([extent_of(source) for source in others]) as read_ahead:
         for source in others:
             with read_ahead.take(extent_of(source)) as stored:
-                elements = decode(source, stored)
+                elements = dequantise(source, stored)
                 values = elements.as_dtype("F32").view(np.float32)
                 narrow = type(elements)(dtype, elements.as_dtype(dtype)).as_dtype("F32").view(np.float32)
                 if not np.array_equal(values, narrow, equal_nan=True):

@@ -1,0 +1,53 @@
+// Dtypes and encodings for C++: those of encodings.py that C++ computes with (a test compares the two), and
+// weightd.v1.Encoding.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+#include <optional>
+#include <string>
+#include <string_view>
+
+namespace weightd {
+
+enum class Dtype : uint8_t { f32, bf16, f16, i8 };
+
+struct DtypeRecord {
+    std::string_view name;  // as safetensors spells it
+    size_t bytes;
+};
+
+inline constexpr DtypeRecord DTYPES[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"I8", 1}};  // in the order of Dtype
+
+constexpr size_t bytes_of(Dtype dtype) { return DTYPES[static_cast<size_t>(dtype)].bytes; }
+
+constexpr std::optional<Dtype> dtype_named(std::string_view name) {
+    for (size_t i = 0; i < std::size(DTYPES); ++i)
+        if (DTYPES[i].name == name) return static_cast<Dtype>(i);
+    return std::nullopt;
+}
+
+enum class Scales : uint8_t { none, in_block, after_values };
+
+struct Encoding {
+    std::string format;
+    uint32_t block_values = 1;
+    uint32_t block_bytes = 0;
+    Scales scales = Scales::none;
+
+    // Of numbers that are stored one by one; none for an encoding in blocks and for a dtype that C++ does not know.
+    std::optional<Dtype> plain() const {
+        const std::optional<Dtype> dtype = dtype_named(format);
+        const bool alone = block_values == 1 && scales == Scales::none;
+        return dtype && alone && block_bytes == weightd::bytes_of(*dtype) ? dtype : std::nullopt;
+    }
+    // Of `values` numbers, which must be whole blocks.
+    size_t bytes_of(size_t values) const { return values / block_values * block_bytes; }
+};
+
+inline Encoding plain_encoding(Dtype dtype) {
+    return {std::string(DTYPES[static_cast<size_t>(dtype)].name), 1, static_cast<uint32_t>(bytes_of(dtype))};
+}
+
+}  // namespace weightd

@@ -1,0 +1,97 @@
+"""Dtypes and encodings: how numbers are stored. Daemon and client take every name and size from here (C++: encoding.h).
+
+A dtype is a kind of number. A model computes in one of them, and says which (Model.compute_dtype). An encoding is how
+one part of a bundle stores its numbers (weightd.v1.Encoding): as they are, or in blocks with scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Model
+
+
+class Dtype(NamedTuple):
+    """A kind of number."""
+
+    name: str  # as safetensors spells it
+    bytes: int
+    numpy: str  # little endian; floats of 16 and 8 bits as unsigned integers of their bits
+    torch: str  # as an attribute of torch
+
+
+DTYPES = {
+    dtype.name: dtype
+    for dtype in (
+        Dtype("F64", 8, "<f8", "float64"),
+        Dtype("F32", 4, "<f4", "float32"),
+        Dtype("BF16", 2, "<u2", "bfloat16"),
+        Dtype("F16", 2, "<u2", "float16"),
+        Dtype("F8_E4M3", 1, "|u1", "float8_e4m3fn"),
+        Dtype("F8_E5M2", 1, "|u1", "float8_e5m2"),
+        Dtype("I64", 8, "<i8", "int64"),
+        Dtype("I32", 4, "<i4", "int32"),
+        Dtype("I16", 2, "<i2", "int16"),
+        Dtype("I8", 1, "|i1", "int8"),
+        Dtype("U64", 8, "<u8", "uint64"),
+        Dtype("U32", 4, "<u4", "uint32"),
+        Dtype("U16", 2, "<u2", "uint16"),
+        Dtype("U8", 1, "|u1", "uint8"),
+        Dtype("BOOL", 1, "|b1", "bool"),
+    )
+}
+# In which models are computed, and bundles are stored today. By what `weightd import --dtype` calls them.
+COMPUTE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+
+
+def plain(dtype: str) -> Encoding:
+    """The encoding of numbers that are stored one by one. KeyError for an unknown dtype."""
+    return Encoding(format=dtype, block_values=1, block_bytes=DTYPES[dtype].bytes)
+
+
+def is_plain(encoding: Encoding) -> bool:
+    return encoding.format in DTYPES and encoding == plain(encoding.format)
+
+
+def stored_bytes(encoding: Encoding, values: int) -> int:
+    """The bytes of `values` numbers, which must be whole blocks."""
+    assert values % encoding.block_values == 0
+    return values // encoding.block_values * encoding.block_bytes
+
+
+def parts_of(names: Sequence[str], encoding: Encoding) -> list[BundlePart]:
+    """The parts of a bundle, all stored alike."""
+    return [BundlePart(name=name, encoding=encoding) for name in names]
+
+
+def part_bytes(layout: BundleLayout) -> list[int]:
+    """The size of each part. Parts lie back to back."""
+    return [stored_bytes(part.encoding, layout.hidden_size) for part in layout.parts]
+
+
+def formats_of(layout: BundleLayout) -> str:
+    """The formats of the parts, for people: BF16, or Q4_K/Q6_K where parts differ."""
+    return "/".join(dict.fromkeys(part.encoding.format for part in layout.parts))
+
+
+def fill_old_fields(layout: BundleLayout) -> None:
+    """Sets what readers before store format 3 know instead of `parts`. The dtype stays empty, and they refuse the
+    model, where a part is not plain or two parts differ."""
+    formats = {part.encoding.format if is_plain(part.encoding) else "" for part in layout.parts}
+    layout.old_dtype = formats.pop() if len(formats) == 1 else ""
+    layout.old_parts[:] = [part.name for part in layout.parts]
+
+
+def upgrade(model: Model) -> None:
+    """Makes a record of store format 1 or 2, or from a daemon of that time, one of format 3. Leaves others as they are.
+
+    There one dtype was that of every part and of all computing. ValueError for a dtype in which no model is stored.
+    """
+    layout = model.bundle
+    if layout.parts or not layout.old_parts:
+        return
+    if layout.old_dtype not in COMPUTE_DTYPES.values():
+        raise ValueError(f"bundles of dtype {layout.old_dtype!r}, known are {', '.join(COMPUTE_DTYPES.values())}")
+    layout.parts.extend(parts_of(layout.old_parts, plain(layout.old_dtype)))
+    model.compute_dtype = layout.old_dtype

@@ -1,0 +1,94 @@
+"""Dtypes and encodings: one table for numpy, torch, safetensors and C++."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from repository import ROOT
+
+from weightd_proto.encodings import (
+    COMPUTE_DTYPES,
+    DTYPES,
+    fill_old_fields,
+    formats_of,
+    is_plain,
+    part_bytes,
+    parts_of,
+    plain,
+    stored_bytes,
+    upgrade,
+)
+from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Model
+
+Q4_K = Encoding(format="Q4_K", block_values=256, block_bytes=144, scales=Encoding.IN_BLOCK)
+HEADER = (ROOT / "proto" / "encoding.h").read_text()
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_sizes_are_those_of_numpy_and_torch(name: str) -> None:
+    dtype = DTYPES[name]
+    assert np.dtype(dtype.numpy).itemsize == getattr(torch, dtype.torch).itemsize == dtype.bytes
+
+
+def test_cpp_has_the_same_names_and_sizes() -> None:
+    (table,) = re.findall(r"DTYPES\[\] = \{(.*)\};", HEADER)
+    found = re.findall(r'\{"(\w+)", (\d+)\}', table)
+    assert {name: int(size) for name, size in found} == {name: DTYPES[name].bytes for name, _ in found}
+    (order,) = re.findall(r"enum class Dtype[^{]*\{ ?([\w, ]*) ?\}", HEADER)
+    assert [name.lower() for name, _ in found] == order.replace(" ", "").split(",")
+    assert {name for name, _ in found} >= set(COMPUTE_DTYPES.values())
+
+
+def test_cpp_numbers_the_places_of_scales_as_protobuf_does() -> None:
+    (order,) = re.findall(r"enum class Scales[^{]*\{ ?([\w, ]*) ?\}", HEADER)
+    places = {name.upper(): number for number, name in enumerate(order.replace(" ", "").split(","))}
+    assert places == dict(Encoding.Scales.items())
+
+
+def test_bytes_are_those_of_whole_blocks() -> None:
+    assert stored_bytes(plain("BF16"), 7) == 14
+    assert stored_bytes(Q4_K, 512) == 288
+    with pytest.raises(AssertionError):
+        stored_bytes(Q4_K, 100)
+
+
+def test_what_is_in_blocks_is_not_plain() -> None:
+    assert is_plain(plain("F16"))
+    assert not is_plain(Q4_K)
+    assert not is_plain(Encoding(format="F16", block_values=2, block_bytes=4))
+
+
+def test_parts_may_differ() -> None:
+    layout = BundleLayout(hidden_size=256, parts=parts_of(("gate", "up"), Q4_K))
+    layout.parts.append(BundlePart(name="down", encoding=plain("F16")))
+    assert part_bytes(layout) == [144, 144, 512]
+    assert formats_of(layout) == "Q4_K/F16"
+
+
+def test_old_clients_find_the_dtype_of_plain_parts_and_none_of_others() -> None:
+    layout = BundleLayout(hidden_size=256, parts=parts_of(("up", "down"), plain("BF16")))
+    fill_old_fields(layout)
+    assert (layout.old_dtype, list(layout.old_parts)) == ("BF16", ["up", "down"])
+    layout.parts[1].encoding.CopyFrom(Q4_K)
+    fill_old_fields(layout)
+    assert layout.old_dtype == ""
+
+
+def test_a_record_of_before_gets_its_encodings_once() -> None:
+    model = Model(name="m", bundle=BundleLayout(old_dtype="F16", old_parts=["up", "down"], hidden_size=8))
+    upgrade(model)
+    assert list(model.bundle.parts) == parts_of(("up", "down"), plain("F16"))
+    assert model.compute_dtype == "F16"
+    again = Model()
+    again.CopyFrom(model)
+    upgrade(again)
+    assert again == model
+
+
+def test_records_without_bundles_stay_without() -> None:
+    model = Model(name="m")
+    upgrade(model)
+    assert model == Model(name="m")
