@@ -165,8 +165,8 @@ TEST_F(PressureSignalTest, ATriggerThatFailsIsDroppedAndCountsAsNoSignal) {
     engine->fetch(0, 0, std::array{3U}, cell);
     EXPECT_EQ(std::memcmp(cell.data(), flash.cell(0, 3), 4096), 0);
     const Report report = engine->report();
-    EXPECT_EQ(report.pressure.signals, 0U);
-    EXPECT_FALSE(report.pressure.pressed);
+    EXPECT_EQ(report.memory_pressure.signals, 0U);
+    EXPECT_FALSE(report.memory_pressure.pressed);
 }
 
 }  // namespace

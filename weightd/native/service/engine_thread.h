@@ -23,10 +23,10 @@ namespace weightd {
 
 struct EngineOptions {
     uint64_t dram_bytes = 0;
-    ReaderChoice reader;
+    ReaderChoice reader{};
     std::string data_socket;  // a path
     bool warms = true;        // of Engine
-    PressureChoice pressure;
+    PressureChoice pressure{};
 };
 
 class EngineThread {
