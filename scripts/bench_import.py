@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from operator import attrgetter
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from benchmarks.report import Row, Target, abba, machine_facts, middle, report
 from flags import FlagParser
 
 from weightd.importing.families import recipe_of
+from weightd_proto.safetensors_header import header_of
 
 CONFIG = {
     "model_type": "llama",
@@ -60,19 +62,15 @@ class Run:
 def write_checkpoint(folder: Path) -> int:
     """Writes config.json and model.safetensors; returns the bytes of the latter."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    entries, offset_bytes = {}, 0
-    for name, shape in sorted(recipe_of(CONFIG).shapes().items()):
-        end_bytes = offset_bytes + 2 * int(np.prod(shape))
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [offset_bytes, end_bytes]}
-        offset_bytes = end_bytes
-    header = json.dumps(entries).encode()
-    header = header.ljust(-(-len(header) // 8) * 8)
+    shapes = sorted(recipe_of(CONFIG).shapes().items())
+    header = header_of({name: ("BF16", shape) for name, shape in shapes}, alignment_bytes=8)
+    data_bytes = sum(2 * prod(shape) for _, shape in shapes)
     noise = memoryview(np.random.default_rng(0).bytes(RANDOM_BYTES))
     with (folder / "model.safetensors").open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for begin in range(0, offset_bytes, RANDOM_BYTES):
-            file.write(noise[: min(RANDOM_BYTES, offset_bytes - begin)])
-    return 8 + len(header) + offset_bytes
+        file.write(header)
+        for begin in range(0, data_bytes, RANDOM_BYTES):
+            file.write(noise[: min(RANDOM_BYTES, data_bytes - begin)])
+    return len(header) + data_bytes
 
 
 def make_cold(folder: Path) -> None:

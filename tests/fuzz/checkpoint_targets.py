@@ -27,6 +27,7 @@ from weightd.importing import rehearsal
 from weightd.importing.convert import import_checkpoint
 from weightd.importing.families import recipe_of
 from weightd.store.store import Store
+from weightd_proto.safetensors_header import header_of
 
 CONFIG_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
 CONFIG_KEYS = [
@@ -104,13 +105,8 @@ def _empty(name: str) -> Path:
 
 def _write_weights(path: Path, shapes: Any, element: bytes = b"\0\0") -> None:
     """A safetensors file of the same element everywhere."""
-    entries, begin = {}, 0
-    for name, shape in shapes.items():
-        end = begin + prod(shape) * ELEMENT_BYTES
-        entries[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + element * (begin // ELEMENT_BYTES))
+    header = header_of({name: ("BF16", shape) for name, shape in shapes.items()}, alignment_bytes=1)
+    path.write_bytes(header + element * sum(map(prod, shapes.values())))
 
 
 def _import(checkpoint: Path) -> None:

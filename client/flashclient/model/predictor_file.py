@@ -29,7 +29,6 @@ report.json: {"layers": [{"firing", "predicted", "false_negatives", "false_posit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -43,10 +42,10 @@ from flashclient.errors import CalibrationError
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES
 from weightd_proto.files import ALIGNMENT_BYTES
+from weightd_proto.safetensors_header import LENGTH_BYTES, METADATA, HeaderError, header_of, parse, text_bytes
 
 FORMAT = "flashclient-calibration"
 FORMAT_VERSION = 1
-HEADER_BYTES_MAX = 100 * 2**20  # safetensors' own bound
 UNION_TOKENS_MAX = 8
 INT8_MAX = 127
 
@@ -133,34 +132,21 @@ def write_tensors(
     path: Path, tensors: Mapping[str, NDArray[Any]], model: weightd_pb2.Model, metadata: Mapping[str, str]
 ) -> None:
     """A safetensors file whose tensors are aligned; uint16 stands for the bits of the model's compute dtype."""
-    entries: dict[str, Any] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "format_version": str(FORMAT_VERSION),
-            "import_id": model.import_id.hex(),
-            **metadata,
-        }
-    }
-    begin = 0
+    placed: dict[str, tuple[str, Sequence[int]]] = {}
     for name, array in tensors.items():
-        end = begin + array.nbytes
-        dtype = model.compute_dtype if array.dtype == np.uint16 else _spelling(array.dtype)
-        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, end]}
-        begin = _aligned(end)
-        if begin > end:
-            padding = {"dtype": "U8", "shape": [begin - end], "data_offsets": [end, begin]}
-            entries[f"padding.{len(entries)}"] = padding
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text = text.ljust(_aligned(8 + len(text)) - 8)
+        placed[name] = (model.compute_dtype if array.dtype == np.uint16 else _spelling(array.dtype), array.shape)
+        if array.nbytes % ALIGNMENT_BYTES:
+            placed[f"padding.{len(placed) + 1}"] = ("U8", [_padding_bytes(array)])
+    own = {"format": FORMAT, "format_version": str(FORMAT_VERSION), "import_id": model.import_id.hex()}
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header_of(placed, ALIGNMENT_BYTES, own | dict(metadata)))
         for array in tensors.values():
             file.write(np.ascontiguousarray(array).tobytes())
-            file.write(bytes(_aligned(array.nbytes) - array.nbytes))
+            file.write(bytes(_padding_bytes(array)))
 
 
-def _aligned(size_bytes: int) -> int:
-    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+def _padding_bytes(array: NDArray[Any]) -> int:
+    return -array.nbytes % ALIGNMENT_BYTES
 
 
 def _spelling(dtype: np.dtype[Any]) -> str:
@@ -175,7 +161,7 @@ class _Tensors:
         self._header, self._first = _read_header(data, model.name)
         self._data = data.view()
         self._data.flags.writeable = False
-        self._kind = self._check_metadata(self._header.get("__metadata__"))
+        self._kind = self._check_metadata(self._header.get(METADATA))
 
     def _check_metadata(self, metadata: object) -> str:
         """Returns the kind."""
@@ -236,16 +222,16 @@ class _Tensors:
 
 def _read_header(data: NDArray[np.uint8], model: str) -> tuple[dict[str, Any], int]:
     """The header, and where the data begin."""
-    size_bytes = int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < 8 or size_bytes > min(HEADER_BYTES_MAX, len(data) - 8):
+    try:
+        end = LENGTH_BYTES + text_bytes(data[:LENGTH_BYTES].tobytes())
+    except HeaderError:
+        end = len(data) + 1
+    if end > len(data):
         raise _refusal(model, f"its {len(data)} bytes are not a whole safetensors file")
     try:
-        header = json.loads(data[8 : 8 + size_bytes].tobytes())
-    except (ValueError, RecursionError) as error:
-        raise _refusal(model, "its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise _refusal(model, "its header is not a JSON object")
-    return header, 8 + size_bytes
+        return parse(data[LENGTH_BYTES:end].tobytes()), end
+    except HeaderError as error:
+        raise _refusal(model, str(error)) from error
 
 
 def _refusal(model: str, reason: str) -> CalibrationError:

@@ -95,40 +95,6 @@ TEST_P(EngineTest, MergesNeighboursIntoOneRead) {
     EXPECT_EQ(engine.model(0).counts.read_bytes, 31U * 4096);
 }
 
-// Each cell holds one bundle, in two parts of 4096 bytes.
-FlashModel wide_model(uint32_t neurons) {
-    FlashModel flash(1, neurons, "wide", 8192);
-    flash.spec.stride_bytes = flash.spec.bundle_bytes = 8192;
-    flash.spec.bundles_per_cell = 1;
-    flash.spec.layers[0].neurons = flash.spec.layers[0].cells;
-    flash.spec.checksums.clear();
-    for (uint32_t cell = 0; cell < flash.spec.layers[0].cells; cell++) {
-        flash.spec.checksums.push_back(checksum({flash.cell(0, cell), 8192}));
-    }
-    return flash;
-}
-
-TEST_P(EngineTest, ReadsEachPartOfABundleAloneWhenToldTo) {
-    FlashModel flash = wide_model(800);
-    flip_byte(flash.spec.bundles_path, 8192 * 20 + 5000);
-    Engine engine(dram_for(flash, 50), *reader, verifier, true);
-    Recorder& session = open(engine, engine.models().add(flash.spec, false), 30);
-    for (uint32_t cell = 0; cell < 20; cell++) ASSERT_TRUE(engine.acquire(session, 0, std::array{cell}, cell));
-    settle(engine);
-    EXPECT_EQ(engine.model(0).counts.reads, 40U);
-    EXPECT_EQ(engine.model(0).counts.read_bytes, 20U * 8192);
-    for (const auto& [cell, answer] : session.answers) {
-        EXPECT_EQ(std::memcmp(answer.address, flash.cell(0, cell), 8192), 0) << cell;
-    }
-    session.answers.clear();
-    ASSERT_EQ(::truncate(flash.spec.bundles_path.c_str(), 8192 * 30 + 4096), 0);
-    ASSERT_TRUE(engine.acquire(session, 0, std::array{20U}, 20));
-    ASSERT_TRUE(engine.acquire(session, 0, std::array{30U}, 30));  // its second part has gone
-    settle(engine);
-    EXPECT_EQ(session.answers.find(20)->second.status, ring::CORRUPT);
-    EXPECT_EQ(session.answers.find(30)->second.status, ring::UNREADABLE);
-}
-
 TEST_P(EngineTest, CountsReadsByRegionAndHowLongEachTook) {
     FlashModel flash(2, 256);  // 128 cells: two in a region
     Engine engine(dram_for(flash, 100), *reader, verifier);

@@ -1,8 +1,7 @@
-"""Headers of safetensors files."""
+"""Reads which tensors a safetensors file holds, and where."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,16 @@ from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
 from weightd_proto.encodings import DTYPES, plain
-
-# What the safetensors library accepts; a larger length is not a safetensors file.
-HEADER_BYTES_MAX = 100_000_000
+from weightd_proto.safetensors_header import LENGTH_BYTES, METADATA, HeaderError, parse, text_bytes
 
 
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:
     """The tensors of the file by name; CheckpointError if it is not whole."""
     file_bytes = path.stat().st_size
-    header, data_offset_bytes = read_header(path, file_bytes)
+    header, data_offset_bytes = _read_header(path, file_bytes)
     tensors: dict[str, SourceTensor] = {}
     for name, entry in header.items():
-        if name == "__metadata__":
+        if name == METADATA:
             continue
         tensor = _tensor(path, name, entry, data_offset_bytes)
         check_extent(tensor, file_bytes)
@@ -43,25 +40,20 @@ def _check_coverage(path: Path, tensors: dict[str, SourceTensor], data_offset_by
         )
 
 
-def read_header(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
-    """The JSON header and the offset of the data."""
-    with path.open("rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or header_bytes > HEADER_BYTES_MAX:
-            raise CheckpointError(f"{path} is not a safetensors file")
-        text = file.read(header_bytes)
-    if len(text) < header_bytes:
-        raise CheckpointError(
-            f"{path} is incomplete: {format_size(file_bytes)} on disk, its header alone takes "
-            f"{format_size(header_bytes)}; download it again"
-        )
+def _read_header(path: Path, file_bytes: int) -> tuple[dict[str, Any], int]:
+    """The entries of the header, and the offset of the data."""
     try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            header_bytes = text_bytes(file.read(LENGTH_BYTES))
+            text = file.read(header_bytes)
+        if len(text) < header_bytes:
+            raise CheckpointError(
+                f"{path} is incomplete: {format_size(file_bytes)} on disk, its header alone takes "
+                f"{format_size(header_bytes)}; download it again"
+            )
+        return parse(text), LENGTH_BYTES + header_bytes
+    except HeaderError as error:
         raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is no JSON object")
-    return header, 8 + header_bytes
 
 
 def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> SourceTensor:
