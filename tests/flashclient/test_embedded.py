@@ -102,7 +102,7 @@ def test_a_second_checkpoint_fits_beside_the_first(checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize("model", ["./nothere", "facebook/opt-1.3b", "/no/where"])
 def test_a_path_that_is_not_there_is_called_so(store: Path, model: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=f"no file or folder '{model}', .* no hub is asked"):
+    with pytest.raises(ModelNotFoundError, match=f"no file or folder '{model}', .* not downloaded from a hub"):
         FlashClient(model, store=store)
 
 

@@ -207,7 +207,7 @@ def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:
         ({"target_recall": 1.0}, "target recall 1 must be between 0 and 1"),
         ({"target_recall": -0.5}, "target recall -0.5 must be"),
         ({"target_recall": float("nan")}, "target recall nan must be"),
-        ({"ranks": ()}, "ranks  must be at least 1"),
+        ({"ranks": ()}, r"ranks \(\) must be whole numbers of at least 1"),
         ({"kind": "oracle"}, "kind 'oracle' is not known: use low_rank or sign"),
     ],
 )
@@ -225,8 +225,8 @@ def quality(perplexity: float) -> Quality:
     [
         ({}, 0.0, 10.02, "predict", "costs 0.20% of perplexity"),
         ({}, 0.0, 10.06, "exact", "costs 0.60% of perplexity, more than 0.5%"),
-        ({"predicted": 0.6}, 0.0, 10.0, "exact", "of the FFNs, predictors included: it pays below 50%"),
-        ({}, 0.3, 10.0, "exact", "30% of the neurons are new with each token: it pays below 25%"),
+        ({"predicted": 0.6}, 0.0, 10.0, "exact", "of the FFNs, predictors included: prediction pays below 50%"),
+        ({}, 0.3, 10.0, "exact", "30% of the neurons are new with each token: prediction pays below 25%"),
     ],
 )
 def test_the_mode_follows_from_what_was_measured(

@@ -59,7 +59,7 @@ def test_without_calibration(tmp_path: Path) -> None:
     assert report["exact"]["top1_agreement"] > 0.99
     assert report["predict"] is None
     assert report["layers"] == []
-    assert report["notes"] == ["predict: 'tiny' was never calibrated: run `flashclient calibrate`"]
+    assert report["notes"] == ["predict: not run, as 'tiny' was never calibrated: run `flashclient calibrate`"]
     assert "exact" in result.table()
 
 
@@ -71,7 +71,7 @@ def test_a_dense_model_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch
     assert result["dense"] is None
     assert result["agreement_with"] == "exact"
     assert result["exact"]["top1_agreement"] == 1.0
-    assert result["notes"][0] == "dense: it needs 2.4 GB of memory, 0.0 are free"
+    assert result["notes"][0] == "dense: not run, as it needs 2.4 GB of memory and 0.0 are free"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

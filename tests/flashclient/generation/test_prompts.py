@@ -143,7 +143,9 @@ def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[s
         made = [row[6:] for row in expected.tolist()]
         assert client.stats().new_tokens == sum(min(5, [*row, end].index(end) + 1) for row in made) < 10
         if pad not in (None, 7):
-            with pytest.raises(OptionError, match=f"pad_token_id={pad} is no token of the model, which has 0 to 319"):
+            with pytest.raises(
+                OptionError, match=f"pad_token_id={pad} is not a token of the model, whose tokens are 0 to 319"
+            ):
                 client.generate(EQUAL, **NEW, eos_token_id=end, pad_token_id=pad)
     finally:
         client.model.generation_config.pad_token_id = before
@@ -198,18 +200,18 @@ def test_turning_positions_go_on(client: FlashClient, dense: dict[str, Any]) -> 
         ({"prompt": EQUAL, "input_ids": EQUAL}, "given twice, also as input_ids="),
         ({"inputs": EQUAL, "input_ids": EQUAL}, "two names for the prompt"),
         ({"prompt": {"input_ids": EQUAL, "attention_mask": MASK}, "attention_mask": MASK}, "mask is given twice"),
-        ({"prompt": "text", "attention_mask": MASK}, "attention_mask= belongs to input_ids"),
+        ({"prompt": "text", "attention_mask": MASK}, "attention_mask= needs input_ids"),
         ({"prompt": EQUAL, "attention_mask": MASK[:, :4]}, r"of \[2, 4\] does not fit a prompt of \[2, 6\]"),
         ({"prompt": EQUAL, "attention_mask": MASK[:1]}, r"attention_mask of \[1, 6\] does not fit"),
         ({"prompt": EQUAL, "attention_mask": MASK[None]}, "attention_mask of"),
-        ({"prompt": RAGGED, "attention_mask": [[1] * 6, [1] * 4]}, "rows of other lengths"),
-        ({"prompt": EQUAL, "attention_mask": "yes"}, "attention_mask of kind str"),
-        ({"prompt": torch.tensor([[5, 320]])}, "input_ids have 320, and the model's tokens are 0 to 319"),
-        ({"prompt": [[-1, 5]]}, "input_ids have -1"),
+        ({"prompt": RAGGED, "attention_mask": [[1] * 6, [1] * 4]}, "differ in length"),
+        ({"prompt": EQUAL, "attention_mask": "yes"}, "attention_mask is a str"),
+        ({"prompt": torch.tensor([[5, 320]])}, "input_ids contain 320, and the model's tokens are 0 to 319"),
+        ({"prompt": [[-1, 5]]}, "input_ids contain -1"),
         ({"prompt": EQUAL[None]}, "whole numbers"),
-        ({"prompt": EQUAL, "token_type_ids": torch.ones_like(EQUAL)}, "unknown generation argument 'token_type_ids'"),
-        ({"inputs_embeds": torch.zeros(1, 3, 8)}, r"inputs_embeds of shape \(1, 3, 8\)"),
-        ({"inputs_embeds": EQUAL}, "inputs_embeds of shape"),
+        ({"prompt": EQUAL, "token_type_ids": torch.ones_like(EQUAL)}, "has no argument 'token_type_ids'"),
+        ({"inputs_embeds": torch.zeros(1, 3, 8)}, r"inputs_embeds have shape \(1, 3, 8\)"),
+        ({"inputs_embeds": EQUAL}, "inputs_embeds have shape"),
         ({"prompt": object()}, "cannot generate from a object"),
         ({"prompt": "half \ud83d"}, r"it has the surrogate U\+D83D at character 5"),
     ],
