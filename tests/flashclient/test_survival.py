@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from mortal_daemon import mortal
@@ -20,6 +19,7 @@ from predictors import lossy, publish_predictors
 from flashclient import FlashClient
 from flashclient.errors import DaemonLostError, RefusedError
 from flashclient.model.ffn import StreamedFFN
+from flashclient.source.ring import RingSource
 from weightd import cli
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
@@ -222,7 +222,9 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
 
         def let_others_run(*_: object) -> None:
             nonlocal paused
-            if not paused and client.loaded.source.cells_held > 0.9 * client.loaded.source.lease_limit:
+            source = ring_source(client)
+            assert source.window is not None
+            if not paused and source.window.cells_held > 0.9 * source.leases.lease_limit():
                 paused = True
                 with ExitStack() as others:
                     for _other in range(2):
@@ -235,12 +237,18 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
         assert ["kept others waiting" in line for line in said(caplog)] == [True]
 
 
+def ring_source(client: FlashClient) -> RingSource:
+    assert isinstance(client.loaded.source, RingSource)
+    return client.loaded.source
+
+
 def lease_a_share(client: FlashClient) -> None:
-    source = client.loaded.source
-    source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), np.empty(0, np.uint32))
-    while source.arrived() > 0:
-        pass
-    assert source.cells_held == source.share_cells
+    leases = ring_source(client).leases
+    leases.exchange(0, list(range(leases.share_cells())), [])
+    granted = 0
+    while arrived := leases.arrived():
+        granted += sum(address != 0 for _, address in arrived)
+    assert granted == leases.share_cells()
 
 
 def mapped(name: str) -> set[str]:

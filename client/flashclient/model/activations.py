@@ -1,6 +1,6 @@
-"""The activations of FFNs: transformers' names for those that the kernels have.
+"""The activations of FFNs: the kernels' names, and transformers' names for the same functions.
 
-Names and formulas of the kernels are in client/native/kernels/activation.h.
+The formulas of the kernels are in client/native/kernels/activation.h.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ from flashclient.calibration.evaluate import Quality, dense_model, evaluate_exac
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, FlashClientError
+from flashclient.source.grpc_chunks import GrpcSource
 
 
 @contextmanager
@@ -91,7 +92,10 @@ def test_the_client_generates_the_same_after_calibration_and_evaluation(family: 
         with FlashClient("tiny", address=client.loaded.connection.address, transport="grpc", mode="predict") as predict:
             told = predict.generate(prompt, max_new_tokens=12)
             evaluate_predict(predict.loaded, first)
-            assert predict.loaded.source.cells_held == 0
+            source = predict.loaded.source
+            assert isinstance(source, GrpcSource)
+            assert source.window is not None
+            assert source.window.cells_held == 0
             assert predict.generate(prompt, max_new_tokens=12) == told
 
 
