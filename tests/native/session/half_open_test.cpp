@@ -1,5 +1,5 @@
 // What is begun and not finished: who has most of it loses it first.
-#include "service/half_open.h"
+#include "session/half_open.h"
 
 #include <gtest/gtest.h>
 
