@@ -1,7 +1,7 @@
 """An import: a checkpoint becomes a model of a store.
 
 `import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits and
-that a client can use its files, write it, publish it. Memory is that of import_plan.py; nothing of the store and, where
+that a client can use its files, write it, publish it. Memory is that of plan.py; nothing of the store and, where
 its file system allows, nothing of the checkpoint enters the page cache.
 """
 
