@@ -46,7 +46,7 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def dense() -> PreTrainedModel:
     model = make_model(make_config("llama"))
-    model.generation_config.eos_token_id = None  # random weights may end at once
+    model.generation_config.eos_token_id = None  # random weights may end a text at once
     return model
 
 
@@ -68,7 +68,7 @@ def client(server: FetchServer) -> Iterator[FlashClient]:
 
 
 def not_printable() -> list[int]:
-    """The tokens that are no printable ASCII: random weights like them as much as any."""
+    """The tokens that are not printable ASCII; a model of random weights often picks them."""
     tokenizer = make_tokenizer()
     return [token for token in range(VOCABULARY) if not re.fullmatch("[ -~]+", str(tokenizer.decode(token)))] + [
         0,

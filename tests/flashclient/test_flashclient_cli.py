@@ -1,4 +1,4 @@
-"""The command `flashclient`: what goes to which stream, exit statuses, refusals."""
+"""The command `flashclient`: its output streams, exit statuses and refusals."""
 
 from __future__ import annotations
 

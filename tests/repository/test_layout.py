@@ -60,7 +60,7 @@ ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device bundle", "pool", "memory", "engine", "service"],
-    "client": ["kernels", "ring"],
+    "client": ["kernels", "predict", "ring"],
 }
 
 

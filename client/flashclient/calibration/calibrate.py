@@ -35,6 +35,7 @@ from flashclient.calibration.predictor_training import (
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.errors import CalibrationError, OptionError
+from flashclient.model.activations import has_exact_zeros
 from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
@@ -47,13 +48,12 @@ KINDS = ("low_rank", "sign")
 FIRING_DENSE = 0.95  # where more neurons fire there is nothing to predict; a model of such layers is refused
 MISSES_AIMED = 0.9  # of the misses that the target recall allows: on other texts predictors miss a little more
 ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
-SOFT = ("silu", "gelu", "gelu_tanh")  # activations that are zero only by rounding
 
 
 def check_sparse(loaded: LoadedModel) -> None:
     """Raises CalibrationError where no neuron of the model's activation is ever exactly zero."""
     activation = loaded.built.activation
-    if activation in SOFT:
+    if not has_exact_zeros(activation):
         raise CalibrationError(
             f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation}, is never exactly zero,"
             " so predict mode would lose quality or read everything; run it in mode 'exact'"

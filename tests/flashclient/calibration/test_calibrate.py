@@ -29,6 +29,7 @@ from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
+from flashclient.model.activations import TRANSFORMERS_NAMES, has_exact_zeros
 from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import LowRank, read_predictors
 
@@ -73,7 +74,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
 
 @contextmanager
 def hooked(model: PreTrainedModel, whole: CutModel, result: CalibrationResult | None) -> Iterator[list[list[Any]]]:
-    """Records what fires in each layer of `model`; with `result`, only what it predicts is left to fire."""
+    """Records the neurons that fire in each layer of `model`. With `result`, only predicted neurons may fire."""
     seen: list[list[Any]] = [[] for _ in whole.record.layers]
 
     def see(index: int, module: Any, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
@@ -190,6 +191,11 @@ def test_an_activation_without_zeros_is_refused_at_once(activation: str, tmp_pat
     model = make_model(make_config("llama", hidden_act=activation))
     with pytest.raises(CalibrationError, match=r"model 'tiny' cannot be calibrated: its activation, (silu|gelu)"):
         calibrated(model, tmp_path)
+
+
+def test_which_activations_have_exact_zeros() -> None:
+    assert {name for name in TRANSFORMERS_NAMES if has_exact_zeros(name)} >= {"relu", "relu_squared"}
+    assert not any(has_exact_zeros(name) for name in ("silu", "gelu", "gelu_tanh"))
 
 
 def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:

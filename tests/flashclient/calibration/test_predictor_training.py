@@ -25,7 +25,7 @@ from flashclient.model.predictor_file import LowRank, Signs
 
 
 def examples(tokens: int, hidden: int, neurons: int, seed: int = 0, share: float = 0.2) -> Examples:
-    """Random inputs, and firing that has nothing to do with them."""
+    """Random inputs, and random firing that is independent of them."""
     random = torch.Generator().manual_seed(seed)
     bits = PackedBits(tokens, neurons)
     bits.put(0, torch.rand(tokens, neurons, generator=random) < share)

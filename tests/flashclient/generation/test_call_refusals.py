@@ -1,4 +1,4 @@
-"""Calls of generate() that would do something else than they say: one clear error before anything is computed."""
+"""Calls of generate() that would not do what they say: one clear error before anything is computed."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_criteria_of_ones_own_replace_the_end(client: FlashClient) -> None:
 
 
 class Asks(LogitsProcessor):
-    """Generates while it generates."""
+    """Generates again inside a generation."""
 
     def __init__(self, client: FlashClient) -> None:
         self._client = client

@@ -1,4 +1,4 @@
-"""Conversations: what a chat template makes of them is what is continued, and what it cannot take is said."""
+"""Conversations: the chat template's text is continued, and what the template refuses gives a clear error."""
 
 from __future__ import annotations
 

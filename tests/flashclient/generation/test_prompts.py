@@ -1,4 +1,4 @@
-"""Kinds of prompts, their padding and their positions: what the dense model makes of the same, or one clear error."""
+"""Kinds of prompts, their padding and positions: the dense model's result, or one clear error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MASK = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])
 def dense() -> dict[str, Any]:
     models = {family: make_model(make_config(family), seed=5) for family in ("llama", "opt")}
     for model in models.values():
-        model.generation_config.eos_token_id = None  # random weights may end at once
+        model.generation_config.eos_token_id = None  # random weights may end a text at once
     return models
 
 
@@ -107,7 +107,7 @@ def _mask(*zeros: int, row: int = 1) -> Tensor:
 @pytest.mark.parametrize(
     "mask",
     [
-        None,  # found out from the padding
+        None,  # derived from the padding
         MASK,
         MASK.bool(),
         MASK.float(),
@@ -133,7 +133,7 @@ def test_masks_are_what_they_are_to_the_dense_model(
 
 @pytest.mark.parametrize("pad", [-1, None, 7, 5000])
 def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[str, Any], pad: int | None) -> None:
-    """Of a model's own config; the dense model fails where a row ends before the others."""
+    """A pad_token_id of the model's own config. The dense model fails if one row ends before the others."""
     client, model = clients["opt"], dense["opt"]
     end = int(model.generate(EQUAL, **NEW)[0, 7])
     expected = model.generate(EQUAL, **NEW, eos_token_id=end, pad_token_id=end if pad != 7 else 7)
@@ -154,7 +154,7 @@ def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[s
 @pytest.mark.parametrize("tokens", [244, 245, 246])
 @pytest.mark.parametrize("spelling", ["max_new_tokens", "max_length", "generation_config", "own config"])
 def test_positions_end(clients: dict[str, FlashClient], dense: dict[str, Any], tokens: int, spelling: str) -> None:
-    """OPT has 256 of them, and the last token takes none: after a prompt of 12 there can be 245."""
+    """OPT has 256 positions, and the last token needs none: after a prompt of 12 tokens 245 new ones fit."""
     client, ids = clients["opt"], torch.cat([EQUAL[:1]] * 2, dim=1)
     own = client.model.generation_config
     calls: dict[str, dict[str, Any]] = {
@@ -189,7 +189,7 @@ def test_padding_takes_no_position(clients: dict[str, FlashClient], dense: dict[
 
 
 def test_turning_positions_go_on(client: FlashClient, dense: dict[str, Any]) -> None:
-    """Rotary embeddings know positions that training did not; transformers says so and goes on."""
+    """Rotary embeddings work beyond the positions of training; transformers warns and goes on."""
     ids = torch.cat([EQUAL[:1]] * 45, dim=1)  # 270, where the config says 256
     assert torch.equal(client.generate(ids, **NEW), dense["llama"].generate(ids, **NEW))
 
