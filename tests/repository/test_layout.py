@@ -59,7 +59,7 @@ CLIENT_IN_WEIGHTD = {
 ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
-    "weightd": ["device bundle", "pool", "memory", "engine", "service"],
+    "weightd": ["device bundle", "pool", "memory", "engine", "session", "service"],
     "client": ["kernels", "predict", "ring"],
 }
 
