@@ -336,10 +336,6 @@ void Session::release(uint32_t layer, ring::Form form, std::span<const uint32_t>
     post(ring::RELEASE, layer, form, words, 0);
 }
 
-void Session::prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words) {
-    post(ring::PREFETCH, layer, form, words, 0);
-}
-
 void Session::post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag) {
     require_alive();
     while (!words.empty()) {

@@ -79,7 +79,6 @@ class Session {
     void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
     // Gives back the cells `release` and acquires the cells `acquire`, in one request of at most WORDS cells.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release, uint32_t tag);
-    void prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
 
     // Appends the grants that have arrived. With `block`, waits until there is one; throws NoAnswer at the timeout.
     void take_grants(std::vector<ring::Grant>& grants, bool block);
