@@ -68,7 +68,7 @@ class Session {
     std::span<std::byte> resident() const { return {resident_, resident_bytes_}; }
     // predictors.safetensors, read-only; empty for a model without. Valid as long as the session.
     std::span<const std::byte> calibration() const { return {calibration_, calibration_bytes_}; }
-    uint32_t share_slots() const { return share_slots_; }
+    uint32_t share_cells() const { return share_cells_; }
     uint32_t lease_limit() const;  // cells that may be leased at once now: the share, and what may be borrowed above it
 
     // What weightd counted for this session and for those that it replaced, up to the last grants that were taken.
@@ -125,7 +125,7 @@ class Session {
     size_t resident_bytes_ = 0;
     std::byte* calibration_ = nullptr;
     size_t calibration_bytes_ = 0;
-    uint32_t share_slots_ = 0;
+    uint32_t share_cells_ = 0;
     Counters counted_before_;  // by the sessions that this one replaced
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
