@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """How many greedy texts are equal: alone and in a batch, with and without a draft, and beside transformers' own.
 
 The model is saved in each dtype, and run in exact mode and, where a text to calibrate it on is given, in predict mode.

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Import of a Llama-shaped checkpoint of 2.2 GB against a copy of its files.
 
 Both start from a cold page cache and end with everything synced; they take turns in ABBA order. The checkpoint is

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """The shared-memory path: what it costs a token, and a warm ACQUIRE of 300 neurons.
 
 A token: the same generation over the ring and on an engine in the same process (ipc_generation.py), on a planted model.

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """The client's kernels beside the speed at which the same threads read the same memory.
 
 All weights are views of one buffer of bfloat16, at least eight times the last-level cache; each kernel walks through

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """The tables of "LLM in a flash" (arXiv 2312.11514), row by row, on this machine's own device.
 
 Makes a planted model of the shape (make_planted_model: speed, not quality), imports it, and runs each row with a

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """The native reader against fio: the same file, sizes, depth and run, in ABBA order.
 
 Prints speed and CPU time per read, with and without checksums, of both engines. fio reads as well as it can: io_uring,

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Several processes on one model: the memory they take together, what they read from flash, how fast each one is.
 
 Every process decodes the same prompt and the same tokens at the same time, in exact and in predict mode, over one

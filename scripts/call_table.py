@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Writes the table of client/README.md: every parameter of transformers' generate(), whether it works, and its test."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Runs tasks of lm-evaluation-harness on a model in a weightd's store: client.model is a pretrained model to it.
 
     scripts/evaluate_with_harness.py opt-1.3b --store ./store --mode predict --tasks hellaswag,arc_easy --limit 200

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Every hostile client there is, each a process of its own, of another user where we are root.
 
     scripts/hostile_clients.py --socket PATH --model NAME [--port PORT] [--user 1600] [--attack NAME]...

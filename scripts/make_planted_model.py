@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Writes a model of a published shape, with random weights, whose neurons fire as published.
 
 It measures speed, not quality: what it generates is noise. But the same number of neurons of each layer fire, are

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Write the trained demo models as they ship: bf16, tokenizer, held-out sample, and a card of measured facts each."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Eight clients of one weightd, while they are killed, frozen and stopped, weightd is killed and bundles corrupted.
 
     scripts/soak.py --minutes 10 [--clients 8] [--seed N] [--folder DIR] [--no-hostile] [--json]

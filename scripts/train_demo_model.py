@@ -1,3 +1,4 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Train the demo's ReLU model, or its draft, on documentation that Debian packages ship."""
 
 from __future__ import annotations

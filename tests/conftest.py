@@ -1,21 +1,19 @@
-"""What all tests share: child processes of an import run in this process, and torch computes on one thread.
+"""What all tests share: child processes of an import run in this process, as loading torch takes seconds.
 
-Loading torch takes seconds. Sharing out the work of a tiny model takes several times longer than computing it, and
-pytest-xdist keeps every core busy. Tests of several threads ask for them with torch_threads.all_cores.
+flashclient is imported before torch: it makes torch's idle threads sleep. If they spin, the processes of pytest-xdist
+take the cores from each other, and tests that compute take six times as much CPU.
 """
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+import flashclient  # noqa: F401 (see above)
 from weightd_proto import weightd_pb2
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded, here and in every process that a test starts
 
 
 @pytest.fixture(autouse=True, scope="session")

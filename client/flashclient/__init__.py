@@ -7,9 +7,9 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-# torch's idle OpenMP threads spin by default and take the processor from kernels, daemon and whoever else there is: on
-# two busy cores decoding is 4 to 8 times as fast without. libgomp reads this once, when torch is imported; a user's own
-# setting stands.
+# By default, torch's idle OpenMP threads spin and take processor time from the kernels, the daemon and other processes.
+# On two busy cores decoding is 4 to 8 times as fast without that. libgomp reads the variable once, when torch is
+# imported. A user's own setting stands.
 if "OMP_WAIT_POLICY" not in os.environ and "GOMP_SPINCOUNT" not in os.environ:
     if "torch" in sys.modules:
         logging.getLogger(__name__).warning(
@@ -25,7 +25,7 @@ __all__ = ["FlashClient"]
 
 
 def __getattr__(name: str) -> Any:
-    """FlashClient, imported when it is first named: torch and transformers take seconds."""
+    """Imports FlashClient when it is first named: torch and transformers take seconds."""
     if name == "FlashClient":
         from flashclient.client import FlashClient
 

@@ -58,57 +58,62 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> Any:
-    """A subcommand with what all of them take."""
+    """A subcommand with the arguments that all of them take."""
     command = commands.add_parser(name, help=purpose)
     command.set_defaults(run=run)
     command.add_argument("model", help="name in the store; with --store also the path of a checkpoint")
     where = command.add_mutually_exclusive_group()
     where.add_argument(
-        "--address", help="of a weightd: unix:/path, or host:port with TLS; default: the system service's socket"
+        "--address",
+        help="of a weightd: unix:/path, or host:port with TLS; default: your own weightd, else the system's",
     )
     where.add_argument("--store", metavar="DIR", help="attach to the weightd of this store, or start a private one")
     command.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
     add_tls_flags(command)
     command.add_argument("--transport", choices=("auto", "shm", "grpc"), default="auto")
     command.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
-    command.add_argument("--json", action="store_true", help="print one object instead")
+    command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return command
 
 
 def add_tls_flags(parser: Any) -> None:
     """--tls-ca, --tls-cert and --tls-key: the files of TlsOptions."""
-    parser.add_argument("--tls-ca", metavar="FILE", help="with the certificate that signed the daemon's; turns TLS on")
-    parser.add_argument("--tls-cert", metavar="FILE", help="of this client, for a daemon that asks for one")
-    parser.add_argument("--tls-key", metavar="FILE", help="of --tls-cert")
+    parser.add_argument("--tls-ca", metavar="FILE", help="certificate that signed the daemon's; turns TLS on")
+    parser.add_argument("--tls-cert", metavar="FILE", help="certificate of this client, for a daemon that asks for one")
+    parser.add_argument("--tls-key", metavar="FILE", help="private key of --tls-cert")
 
 
 def _add_generate(command: Any) -> None:
     command.add_argument("prompt", type=_text)
-    command.add_argument("--mode", default="auto", help="auto, exact or predict; default: auto, by calibration")
+    command.add_argument("--mode", default="auto", help="auto (default: as calibration decided), exact or predict")
     command.add_argument(
-        "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons are kept; 0: none"
+        "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons stay leased; 0: none"
     )
     command.add_argument("--max-new-tokens", type=_positive, metavar="N")
-    command.add_argument("--stats", action="store_true", help="print what it took on standard error")
+    command.add_argument("--stats", action="store_true", help="print statistics on standard error")
 
 
 def _add_calibrate(command: Any) -> None:
-    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8, like what is to be generated")
-    command.add_argument("--tokens", type=_positive, metavar="N", help="default: what FILE has, at most 65536")
-    command.add_argument("--target-recall", type=float, default=0.95, help="share of the firings to be predicted")
-    command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="to choose from")
-    command.add_argument("--kind", choices=("low_rank", "sign"), default="low_rank", help="of predictor to publish")
+    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, like future prompts")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="default: all of FILE, at most 65536")
+    command.add_argument("--target-recall", type=float, default=0.95, help="share of firing neurons to predict")
+    command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="ranks to choose from")
+    command.add_argument(
+        "--kind", choices=("low_rank", "sign"), default="low_rank", help="kind of predictor to publish"
+    )
     command.add_argument("--seed", type=int, default=0)
 
 
 def _add_eval(command: Any) -> None:
-    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="not what it was calibrated on")
-    command.add_argument("--tokens", type=_positive, metavar="N", help="default: what FILE has, at most 16384")
+    command.add_argument(
+        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, not that of the calibration"
+    )
+    command.add_argument("--tokens", type=_positive, metavar="N", help="default: all of FILE, at most 16384")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 (failed) or 2 (usage)."""
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before it is imported: its core would write lines of its own
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # before the import: gRPC's core would write its own log lines
     return standard_streams.run("flashclient", lambda: _main(arguments))
 
 
@@ -130,7 +135,7 @@ _KEYWORD = re.compile(
 
 
 def in_flags(text: str) -> str:
-    """`text` of an error, in one line, with the command's flags in place of the library's keyword arguments."""
+    """An error's text in one line, with the command's flags in place of the library's keyword arguments."""
 
     def flag(found: re.Match[str]) -> str:
         gap = " " if found[2].isalnum() or found[2] in tuple("'\"/.-") else ""
@@ -141,7 +146,7 @@ def in_flags(text: str) -> str:
 
 
 def _client(options: argparse.Namespace, **more: Any) -> Any:
-    """A FlashClient where `options` say."""
+    """The FlashClient that `options` ask for."""
     from transformers import logging as transformers_logging
 
     from flashclient.client import FlashClient
@@ -201,7 +206,7 @@ def _calibrate(options: argparse.Namespace) -> int:
         seed=options.seed,
         progress=sys.stderr.isatty(),
     )
-    check_text(options.text)  # before a model is imported or opened
+    check_text(options.text)  # before the model is imported or opened
     with _client(options, mode="exact") as client:
         loaded = client.loaded
         check_sparse(loaded)  # before anything is read

@@ -42,31 +42,39 @@ class FlashClient:
         with FlashClient("gemma-3-270m", store="/var/lib/weights") as client:
             print(client.generate("The capital of France is", max_new_tokens=20))
 
-    Several threads may use one client: generations run one after the other. A process forked from the client's may not.
+    Several threads may use one client: their generations run one after the other. A forked child may not use it.
 
     Args:
-        model: a name in the store; with store= also the path of a checkpoint, which is imported on first use, and when
-            it has changed since, under the name of its folder, or of its file without the extension.
-        address: of a weightd, `unix:/path`, or `host:port` or `dns:///host:port` over TCP; by default
-            the socket of the user's own weightd, or else of the system's service. Beyond this machine it takes TLS.
-        store: folder of a store: attaches to the weightd that serves it, or starts a private one, which ends with the
-            last of this user's clients that came to it by store=.
+        model: a name in the store. With store= also the path of a checkpoint: it is imported on first use, and again
+            when it has changed. Its name in the store is that of its folder, or of its file without the extension.
+        address: of a weightd: `unix:/path`, or for TCP `host:port` or `dns:///host:port`. Default: the socket of the
+            user's own weightd, or else of the system's service. TCP to another machine needs TLS.
+        store: folder of a store. The client attaches to the weightd that serves it, or starts a private one, which ends
+            with the last of this user's clients that attached by store=.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
-        mode: "exact" computes every neuron; "predict" only those that the model's predictors foretell, which loses a
-            little quality that calibration has measured; "auto" is what calibration found best, "exact" without one.
-        window: in mode "predict", the tokens whose neurons are kept; 0 keeps none, which is right and slower.
+        mode: "exact" computes every neuron. "predict" computes those that the model's predictors expect to fire; the
+            loss of quality is small, and calibration has measured it. "auto" takes what calibration found best, and
+            "exact" without a calibration.
+        window: in mode "predict", the number of last tokens whose neurons stay leased. With 0 none do: the result is
+            the same, and slower.
         device: "cpu".
-        dtype: none but the stored one is accepted; it would make private copies of shared weights.
-        transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a unix socket.
-        timeout_s: how long to wait for a daemon, at start and when it is lost: a generation goes on with the same
-            tokens when weightd comes back in that time. A private one is started again.
-        pool_bytes: of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
-        tls_ca: PEM file with the certificate that signed the daemon's; turns TLS on.
+        dtype: only the stored dtype is accepted; another would need private copies of shared weights.
+        transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a Unix socket.
+        timeout_s: how long to wait for a daemon, at the start and when it is lost. If weightd comes back in that time,
+            a generation goes on with the same tokens. A private weightd is started again.
+        pool_bytes: size of the local pool of transport "grpc"; by default what the FFNs need, at most 256 MiB.
+        tls_ca: PEM file of the certificate that signed the daemon's; turns TLS on.
         tls_cert, tls_key: PEM files of this client's certificate and key, for a daemon with --tls-client-ca.
 
     Raises:
         OptionError, NoDaemonError, StartError, ModelNotFoundError, ModelError, CalibrationError, ShareError: see
             flashclient.errors.
+
+    Attributes:
+        model: transformers' own model; its FFNs stream their weights.
+        tokenizer: transformers' own; None where the model was stored without one.
+        clock: where the time of all forward passes went; stats() is about the last generation.
+        loaded: what calibration and evaluation take (flashclient.calibration).
     """
 
     def __init__(
@@ -137,31 +145,30 @@ class FlashClient:
     def generate(self, prompt: Any = None, **arguments: Any) -> Any:
         """Continues a prompt, with any argument of transformers' generate().
 
-        `client.model.generate()` does the same, and takes and returns what transformers does. client/README.md says
-        for every argument whether it works, and why if it does not.
+        `client.model.generate()` does the same with transformers' own inputs and outputs. client/README.md lists every
+        argument: whether it works, and if not, why.
 
         Args:
-            prompt: text, texts, or input_ids as a tensor, array, list or list of lists, which may differ in length; or
-                a tokenizer's output. Or none, with input_ids= or inputs_embeds= instead. A text that begins with the
-                token that the tokenizer puts first does not get it twice.
+            prompt: a text or a list of texts; input_ids as a tensor, array, list, or list of lists of any lengths; or a
+                tokenizer's output. None with input_ids= or inputs_embeds= instead. If a text already begins with the
+                tokenizer's first token, that token is not added again.
             arguments: assistant_model is a transformers model or the path of a small checkpoint; it is held in memory
-                and proposes tokens. 256 new tokens are made where neither an argument nor the model's generation
-                config sets a length.
+                and proposes tokens. If no argument and no generation config sets a length, 256 new tokens are made.
 
         Returns:
-            The kind that was given: for text the new text only, which prompt and new text together decode to; for ids,
-            as in transformers, all ids, prompt included. With num_return_sequences a list, with
-            return_dict_in_generate=True transformers' own output.
+            The same kind as the prompt. For text, the new text only. For ids, as in transformers, all ids, those of the
+            prompt included. A list with num_return_sequences; transformers' own output with
+            return_dict_in_generate=True.
 
         Raises:
-            OptionError: an unknown argument or kind of prompt, or what cannot be done; before anything is computed.
+            OptionError: an unknown argument or kind of prompt, or one that cannot work; before anything is computed.
             DaemonLostError, CorruptionError: while streaming the weights.
         """
         with self._turns.taken():  # for encoding too: a tokenizer serves one thread at a time
             return self._generator.answer(encode(prompt, arguments, self.tokenizer), arguments)
 
     def stream(self, prompt: Any = None, **arguments: Any) -> Iterator[str]:
-        """Pieces of the new text as it is made; together what generate() would return. One sequence, no beams.
+        """Yields the new text piece by piece; together the pieces are what generate() returns. One sequence, no beams.
 
         Args:
             prompt, arguments: those of generate().
@@ -172,10 +179,10 @@ class FlashClient:
 
     @on_cpu()
     def chat(self, messages: Any, **arguments: Any) -> Any:
-        """The model's answer to a conversation, laid out by its own chat template.
+        """The model's answer to a conversation, formatted by the model's chat template.
 
         Args:
-            messages: what a user says, or [{"role": ..., "content": ...}, ...]; or a list of such, for several answers.
+            messages: a user's text, or [{"role": ..., "content": ...}, ...]; or a list of such lists.
             arguments: those of generate(); tools, documents, chat_template, add_generation_prompt and
                 continue_final_message of a tokenizer's apply_chat_template(); and names that the template uses, such
                 as enable_thinking.
@@ -184,7 +191,7 @@ class FlashClient:
             The new text; a list of texts for several conversations or with num_return_sequences.
 
         Raises:
-            OptionError: also where the model has no chat template, or the template refuses the messages.
+            OptionError: as generate(); or the model has no chat template, or the template refuses the messages.
         """
         with self._turns.taken():
             tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
@@ -197,16 +204,16 @@ class FlashClient:
 
     @property
     def mode(self) -> str:
-        """What it runs in: "exact" or "predict"."""
+        """The mode that the client runs in: "exact" or "predict"."""
         return "exact" if self.loaded.built.steps is None else "predict"
 
     @property
     def record(self) -> weightd_pb2.Model:
-        """What the daemon says of the model."""
+        """The daemon's record of the model."""
         return self.loaded.record
 
     def close(self) -> None:
-        """Ends the session and a private weightd. A running generation is waited for; calling it twice is harmless."""
+        """Ends the session and a private weightd, after a running generation. May be called twice."""
         with self._turns.last():
             self._close()
 
@@ -220,13 +227,13 @@ class FlashClient:
 
 
 def _close_in(owner_pid: int, opened: ExitStack) -> None:
-    """A forked child drops what it inherited: sockets, threads and daemon are its parent's."""
+    """Closes nothing in a forked child: sockets, threads and daemon are its parent's."""
     if os.getpid() == owner_pid:
         opened.close()
 
 
-# Turns and finalizer of every client that is open. An own handler, as weakref's comes too late or too early: by then
-# other threads must have been told.
+# Turns and finalizer of every open client. weakref's own exit handler does not do: at exit, other threads must be told
+# before any client is closed.
 _open_clients: list[tuple[Turns, weakref.finalize[..., Any]]] = []
 
 

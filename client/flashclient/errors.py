@@ -1,19 +1,19 @@
-"""What flashclient raises on bad input or when the daemon fails it. Programming errors are assertions instead.
+"""What flashclient raises for bad input and for faults of the daemon. Programming errors are assertions instead.
 
 FlashClientError              one line for the user: lower case, the value, what to try
-├── OptionError               an unknown option or a value that is not allowed (exit status 2); also a TypeError and
-│                             a ValueError, as which transformers knows them
+├── OptionError               an unknown option, or a value that is not allowed (exit status 2); also a TypeError and
+│                             a ValueError, the classes that transformers raises
 ├── NoDaemonError             nothing answers at the address; also a ConnectionError
-│   └── DaemonLostError       it answered before, and has not come back within timeout_s
-├── StartError                the private weightd or its import did not succeed; says what it said
-├── ModelNotFoundError        the store has no such model; names those it has
-├── ModelError                the model is of a kind, or lacks a tensor, that this client cannot run
-│   └── AbsentWeightError     what was asked needs FFN weights in this process; names the way
+│   └── DaemonLostError       the daemon answered before and has not come back within timeout_s
+├── StartError                the private weightd or its import failed; repeats its message
+├── ModelNotFoundError        the store has no such model; names the models that it has
+├── ModelError                the client cannot run a model of this kind, or the model lacks a tensor
+│   └── AbsentWeightError     the request needs FFN weights in this process; names an alternative
 ├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
 ├── ShareError                the daemon's pool has no room for another session
 ├── BusyError                 the daemon has too many calls at once; try again
-├── CorruptionError           flash gives wrong bytes or none; names model, layer and neuron
-├── RefusedError              the daemon refused a request for another reason; says it
+├── CorruptionError           flash returns wrong bytes or an error; names model, layer and neuron
+├── RefusedError              the daemon refused a request for another reason; says which
 └── ForkedError               a client made before fork() was used in the child
 """
 
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 
 class FlashClientError(Exception):
-    """The root of the tree above; `str()` of it is what a command prints."""
+    """The root of the tree above. A command prints its `str()`."""
 
     exit_status = 1
 
@@ -37,11 +37,11 @@ class NoDaemonError(FlashClientError, ConnectionError):
 
 
 class DaemonLostError(NoDaemonError):
-    """The daemon went away and has not come back in time."""
+    """The daemon was lost and has not come back in time."""
 
 
 class StartError(FlashClientError):
-    """The private weightd, or the import before it, did not succeed."""
+    """The private weightd, or the import before it, failed."""
 
 
 class ModelNotFoundError(FlashClientError):
@@ -49,11 +49,11 @@ class ModelNotFoundError(FlashClientError):
 
 
 class ModelError(FlashClientError):
-    """The model is of a kind, or lacks a tensor, that this client cannot run."""
+    """The client cannot run a model of this kind, or the model lacks a tensor."""
 
 
 class AbsentWeightError(ModelError):
-    """What was asked needs FFN weights in this process; they stay with weightd."""
+    """The request needs FFN weights in this process; they stay with weightd."""
 
 
 class CalibrationError(FlashClientError):

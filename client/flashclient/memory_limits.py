@@ -1,4 +1,4 @@
-"""What bounds the memory of this process: the machine, and the memory cgroups that it is in.
+"""The limits on this process's memory: the machine's, and those of its memory cgroups.
 
 The limit of each cgroup counts, from the process's own up to the root, in both cgroup versions. In version 2
 memory.high counts as memory.max does: above it the kernel throttles the process until it hardly moves. Page cache that

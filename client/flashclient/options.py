@@ -1,4 +1,4 @@
-"""What a FlashClient is asked for, checked once."""
+"""The keyword arguments of a FlashClient, checked once."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from flashclient.model.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 
 MODES = ("auto", "exact", "predict")
-WINDOW_MAX = 1024  # tokens; what they want is most of the model long before
+WINDOW_MAX = 1024  # tokens; fewer already want most of the model
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
-DRAM_BYTES_MIN = 1 << 20  # no model does with less: a smaller number without a unit was meant in another
+DRAM_BYTES_MIN = 1 << 20  # no model needs less: whoever gives a smaller number meant another unit
 _DRAM = re.compile(r"\d+(\.\d+)?\s*([kmgt]?b|[kmgt]ib|%)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Options:
-    """The keyword arguments of FlashClient; see there."""
+    """See FlashClient."""
 
     address: str | None = None
     store: str | os.PathLike[str] | None = None
@@ -43,11 +43,11 @@ class Options:
     def __post_init__(self) -> None:
         """Raises OptionError for a value that is not allowed."""
         if self.address is not None and self.store is not None:
-            raise OptionError("address= and store= name two ways to a weightd: pass one of them")
+            raise OptionError("address= and store= each name a weightd: pass one of them")
         if self.dram is not None and self.store is None:
-            raise OptionError(f"dram={self.dram} is for a weightd of one's own: pass store= too, or leave it out")
+            raise OptionError(f"dram={self.dram} is for a private weightd: pass store= too, or leave it out")
         if self.store is not None and "\0" in os.fspath(self.store):
-            raise OptionError(f"store={os.fspath(self.store)!r} is no path of a folder: it has a zero byte")
+            raise OptionError(f"store={os.fspath(self.store)!r} is not the path of a folder: it has a zero byte")
         if self.dram is not None:
             _check_dram(self.dram)
         if self.tls.given and self.address is None:
@@ -94,7 +94,7 @@ class Options:
         if wanted != DTYPES[stored]:
             name = str(DTYPES[stored]).removeprefix("torch.")
             raise OptionError(
-                f"dtype={self.dtype} is not the stored one, {name}: leave dtype= out, or import the model again"
+                f"dtype={self.dtype} is not the stored dtype, {name}: leave dtype= out, or import the model again"
                 " with `weightd import --dtype`"
             )
 
@@ -107,14 +107,16 @@ class Options:
 
 
 def _check_dram(dram: object) -> None:
-    """As weightd's --dram, which takes no other; OptionError says what may have been meant."""
+    """Checks the grammar of weightd's --dram. The OptionError suggests what may have been meant."""
     text = str(dram).strip()
     if isinstance(dram, bool) or not isinstance(dram, int | str) or not _DRAM.fullmatch(text):
         short = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])", text, re.IGNORECASE)
-        meant = f"did you mean '{short[1]}{short[2].upper()}iB'?" if short else "use one like '6.5GiB', '512MiB', '50%'"
+        meant = f"did you mean '{short[1]}{short[2].upper()}iB'?" if short else "use a size like '512MiB' or '50%'"
         raise OptionError(f"dram={dram!r} is not a size: {meant}")
     if text.isdecimal() and int(text) < DRAM_BYTES_MIN:
-        meant = f"did you mean '{int(text)}GiB' or '{int(text)}%'?" if 0 < int(text) <= 100 else "use one like '512MiB'"
+        meant = (
+            f"did you mean '{int(text)}GiB' or '{int(text)}%'?" if 0 < int(text) <= 100 else "use a size like '512MiB'"
+        )
         raise OptionError(f"dram={dram!r} is {int(text)} bytes, because it has no unit: {meant}")
 
 

@@ -1,4 +1,4 @@
-"""The standard streams of a command, whatever they are: closed, a full disk, a pipe that nobody reads, plain ASCII."""
+"""The standard streams of a command: closed ones, a full disk, a pipe without a reader, an ASCII locale."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 
 
 class OutputError(Exception):
-    """Standard output takes no more."""
+    """Standard output cannot be written."""
 
 
 def fill() -> None:
-    """Opens /dev/null in place of those standard streams that are closed.
+    """Opens /dev/null in place of closed standard streams.
 
-    Else the next file or socket gets one of their numbers, and what any library says on standard error goes there.
+    Otherwise the next file or socket would get one of their numbers, and libraries would write error messages into it.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
@@ -33,7 +33,7 @@ def run(program: str, command: Callable[[], int]) -> int:
     for stream in (sys.stdout, sys.stderr):
         adapt: Any = getattr(stream, "reconfigure", None)
         if adapt is not None:
-            adapt(errors="backslashreplace")  # for names and texts that the locale's encoding cannot write
+            adapt(errors="backslashreplace")  # names and texts may have characters that the locale's encoding lacks
     try:
         try:
             return command()
@@ -43,7 +43,7 @@ def run(program: str, command: Callable[[], int]) -> int:
     except OutputError as error:
         cause = error.__cause__
         assert isinstance(cause, OSError)
-        if cause.errno != errno.EPIPE:  # a reader that had enough is no fault
+        if cause.errno != errno.EPIPE:  # a reader may stop early
             complain(program, f"cannot write to standard output: {(cause.strerror or str(cause)).lower()}")
         return 1
     finally:
@@ -54,7 +54,7 @@ def run(program: str, command: Callable[[], int]) -> int:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Writes to standard output, now. Raises OutputError."""
+    """Writes to standard output and flushes it. Raises OutputError."""
     try:
         print(text, end=end, flush=True)
     except OSError as error:
@@ -63,7 +63,7 @@ def say(text: str, end: str = "\n") -> None:
 
 
 def complain(program: str, text: str) -> None:
-    """One line on standard error, if it takes it."""
+    """Writes one line to standard error, if that can be written."""
     try:
         print(f"{program}: {text}", file=sys.stderr, flush=True)
     except OSError:
@@ -71,7 +71,7 @@ def complain(program: str, text: str) -> None:
 
 
 def _drop(descriptor: int) -> None:
-    """What is still in Python's buffer would fail once more at exit."""
+    """Points the descriptor at /dev/null: the rest of Python's buffer would fail again at exit."""
     with suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, descriptor)

@@ -1,8 +1,8 @@
-"""torch's state that others change: what of it must not reach the tensors that this library makes.
+"""Shields this library's tensors from torch's global state, which the user may change.
 
-Every tensor that meets a kernel is made with its dtype and device said, because the default dtype is one for the whole
-process and may change at any moment, in any thread. What belongs to the thread that calls is set aside here: grad and
-inference mode, autocast, default device and other modes of torch's functions.
+The default dtype belongs to the whole process and may change at any moment, in any thread: so every tensor for a kernel
+is made with an explicit dtype and device. State of the calling thread is set aside here: grad and inference mode,
+autocast, default device and torch's function modes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def eager(function: Function) -> Function:
-    """torch.compile() calls it, and traces nothing of it: it costs a call 1 us."""
+    """Makes torch.compile() call `function` without tracing it; this costs 1 us a call."""
     disabled: Function = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return disabled
 
 
 def plain_torch() -> AbstractContextManager[object]:
-    """For what a layer computes: neither autocast nor modes of torch's functions. Cheap where there are none."""
+    """For the computation of a layer: disables autocast and torch's function modes. Cheap where there are none."""
     if not torch.is_autocast_enabled("cpu") and torch._C._len_torch_function_stack() == 0:
         return nullcontext()
     stack = ExitStack()
@@ -34,7 +34,7 @@ def plain_torch() -> AbstractContextManager[object]:
 
 @contextmanager
 def on_cpu() -> Iterator[None]:
-    """For what transformers computes: tensors whose device nobody says lie on the CPU, as the model does."""
+    """For transformers' code: puts tensors without an explicit device on the CPU, where the model is."""
     if torch._C._len_torch_function_stack() == 0:
         yield
         return
@@ -44,6 +44,6 @@ def on_cpu() -> Iterator[None]:
 
 @contextmanager
 def for_good() -> Iterator[None]:
-    """For tensors that stay: usable in every mode."""
+    """For tensors that outlive the call: they are made usable in every mode."""
     with on_cpu(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield

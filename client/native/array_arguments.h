@@ -1,6 +1,6 @@
-// What the bindings take as arrays: of one dtype, contiguous, in host memory, aligned to their elements, and never
-// converted, so that what a kernel writes reaches its caller. Arrays of numpy and tensors of torch do, and what
-// torch.utils.dlpack.to_dlpack() makes of a tensor, which is the fastest.
+// The arrays that the bindings take: of one dtype, contiguous, in host memory and aligned to their elements. They are
+// never converted, so what a kernel writes reaches the caller. numpy arrays, torch tensors and the capsules of
+// torch.utils.dlpack.to_dlpack() are accepted; capsules are the fastest.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace flashclient {
 
@@ -27,7 +28,15 @@ inline void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
 
-// Every array goes through here before it is used: numpy makes arrays at any address.
+inline constexpr uint32_t CELLS_MAX = 1U << 26;  // of a model: the tables have an entry for each
+
+inline void require_cells(const std::vector<uint32_t>& cells) {
+    uint64_t sum = 0;
+    for (const uint32_t count : cells) sum += count;
+    require(sum <= CELLS_MAX, "a model has at most 67108864 cells");
+}
+
+// Checks an array before it is used: numpy makes arrays at any address.
 template <typename Anything>
 const Anything& aligned(const Anything& array, const char* name) {
     if (reinterpret_cast<uintptr_t>(array.data()) % array.itemsize() != 0) {

@@ -1,7 +1,7 @@
 // flashclient._native: workers and kernels for Python. Every computation runs without the GIL.
 //
-// Nothing that Python passes makes a kernel read or write out of bounds: each array is checked against the others, and
-// each bundle's address against the memory that is readable (readable_memory.h).
+// No argument from Python makes a kernel read or write out of bounds: each array is checked against the others here,
+// and the address of each bundle is checked against readable memory (readable_memory.h).
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
@@ -12,6 +12,7 @@
 #include <cstring>
 #include <optional>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
 #include "array_arguments.h"
@@ -44,6 +45,7 @@ using flashclient::Matrix;
 using flashclient::Neurons;
 using flashclient::owned_array;
 using flashclient::Prediction;
+using flashclient::Predictor;
 using flashclient::ReadableMemory;
 using flashclient::Reading;
 using flashclient::require;
@@ -63,11 +65,11 @@ using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
 using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using InstructionSet = std::optional<std::string>;
 
-constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; a bundle's bytes fit 32 bits
+constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; the bytes of a bundle fit into 32 bits
 constexpr size_t THREADS_MAX = 1024;
 constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
 constexpr nb::dlpack::dtype FLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // of either, where numpy has no such type
+constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // the bits of either: numpy has no bfloat16
 
 Dtype dtype_of(const std::string& name) {
     const std::optional<Dtype> dtype = weightd::dtype_named(name);
@@ -124,9 +126,7 @@ std::span<const uint64_t> addresses_of(const U64Array& bundles) {
     return {aligned(bundles, "the list of addresses").data(), bundles.shape(0)};
 }
 
-Reading reading_of(const Ffn& ffn) { return {ffn.bundle_bytes(), ffn.alignment_bytes()}; }
-
-// Some masks of each group, as long as all of them lie side by side.
+// The masks of a group must lie side by side; the groups may be apart.
 void require_masks(const GroupMasks& masks, size_t tokens, size_t bundles) {
     require(aligned(masks, "row_masks").shape(0) == (tokens + TOKENS_MAX - 1) / TOKENS_MAX && masks.shape(1) == bundles,
             "row_masks must be [groups of 16 tokens, bundles]");
@@ -139,17 +139,14 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Bias>
     require_input(ffn, x);
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
     const auto addresses = addresses_of(bundles);
-    Neurons list{nullptr, data_of(bias, addresses.size(), "there must be a bias per bundle")};
+    Neurons list{addresses, data_of(bias, addresses.size(), "there must be a bias per bundle")};
     if (row_masks) {
         require_masks(*row_masks, x.shape(0), addresses.size());
         list.row_masks = row_masks->data();
         list.mask_stride = row_masks->shape(0) <= 1 ? 0 : static_cast<size_t>(row_masks->stride(0));
     }
     const nb::gil_scoped_release release;
-    Reading reading = reading_of(ffn);
-    const auto checked = reading.checked(addresses);
-    list.bundles = checked.data();
-    ffn.add_rows(list, checked.size(), x.data(), x.shape(0), y.data());
+    ffn.add_rows(list, x.data(), x.shape(0), y.data());
 }
 
 void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, const U16Array& row_masks,
@@ -162,21 +159,11 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
     const uint32_t* first = aligned(index, "index").data();
     const nb::gil_scoped_release release;
-    const std::vector<uint32_t> entries(first, first + index.shape(0));  // a copy: nobody changes it meanwhile
+    const std::vector<uint32_t> entries(first,
+                                        first + index.shape(0));  // a copy, which Python cannot change during the call
     require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < list.size(),
             "an index is beyond the list of addresses");
-    Reading reading = reading_of(ffn);
-    const auto checked = reading.checked(list, [&](auto&& check) {
-        for (const uint32_t entry : entries) {
-            if (row_masks.data()[entry] != 0) check(entry);
-        }
-    });
-    if (checked.empty()) {
-        for (const uint32_t entry : entries) std::fill_n(h.data() + entry * h.shape(1), h.shape(1), 0.0f);
-        return;
-    }
-    ffn.fire({checked.data(), biases, row_masks.data()}, entries.data(), entries.size(), x.data(), x.shape(0),
-             h.data());
+    ffn.fire({list, biases, row_masks.data()}, entries, x.data(), x.shape(0), h.data());
 }
 
 void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const Output& y) {
@@ -186,14 +173,7 @@ void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const
     require(y.shape(1) == ffn.shape().hidden, "y must be [tokens, hidden_size]");
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == tokens, "h must be [addresses, tokens]");
     const nb::gil_scoped_release release;
-    Reading reading = reading_of(ffn);
-    const auto checked = reading.checked(list, [&](auto&& check) {
-        const float* value = h.data();
-        for (size_t entry = 0; entry < list.size(); entry++, value += tokens) {
-            if (std::any_of(value, value + tokens, [](float one) { return one != 0.0f; })) check(entry);
-        }
-    });
-    ffn.accumulate(checked.data(), checked.size(), h.data(), tokens, y.data());
+    ffn.accumulate(list, h.data(), tokens, y.data());
 }
 
 void copy_bundles(const U64Array& bundles, const Array<uint8_t, 2>& out) {
@@ -228,7 +208,7 @@ void bind_ffn(nb::module_& module) {
              "Adds to y [tokens, hidden] the down columns of the neurons that fired, in the order of the list.")
         .def("add_rows", &add_rows, "bundles"_a.noconvert(), "bias"_a.noconvert().none(),
              "row_masks"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
-             "Adds to y [tokens, hidden] what the neurons at these addresses make of x, for any number of tokens. "
+             "Adds to y [tokens, hidden] the sum over the neurons at these addresses, for any number of tokens of x. "
              "row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
         .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
@@ -259,7 +239,7 @@ void bind_linear(nb::module_& module) {
 
 // ---- Attention ----
 
-// Of [sequences, heads, tokens or positions, elements]. A stride of one entry alone is never taken.
+// `rows` is [sequences, heads, tokens or positions, elements]. The stride of a dimension of size 1 is not used.
 size_t stride_of(const Rows& rows, size_t dimension) {
     if (rows.shape(dimension) <= 1) return 0;
     require(rows.stride(dimension) >= 0, "strides must not be negative");
@@ -332,80 +312,65 @@ void bind_attention(nb::module_& module) {
 
 // ---- predictors ----
 
-nb::object as_tuple(Prediction&& prediction) {
+// The predictor reads the arrays in place, so it holds references to them.
+struct LowRank : LowRankPredictor {
+    LowRank(Workers& workers, Dtype dtype, const Weight& input, const Weight& output, const Bias& bias,
+            const std::optional<Bias>& scale, const char* instruction_set)
+        : LowRankPredictor(workers, dtype, matrix_of(input, dtype), matrix_of(output, scale ? Dtype::i8 : dtype),
+                           bias.data(), scale ? scale->data() : nullptr, instruction_set),
+          held(input, output, bias, scale) {}
+    std::tuple<Weight, Weight, Bias, std::optional<Bias>> held;
+};
+
+struct Sign : SignPredictor {
+    using Signs = Array<const uint8_t, 2>;
+    using Margin = Array<const int32_t, 1>;
+    Sign(Workers& workers, const Signs& signs, size_t hidden, const Margin& margin, const char* instruction_set)
+        : SignPredictor(workers, signs.data(), signs.shape(0), hidden, margin.data(), instruction_set),
+          held(signs, margin) {}
+    std::tuple<Signs, Margin> held;
+};
+
+nb::object predict(const Predictor& predictor, const Input& x) {
+    require(aligned(x, "x").shape(1) == predictor.hidden(), "x must be [tokens, hidden_size]");
+    require_tokens(x.shape(0));
+    Prediction prediction;
+    {
+        const nb::gil_scoped_release release;
+        prediction = predictor.predict(x.data(), x.shape(0));
+    }
     return nb::make_tuple(owned_array(std::move(prediction.positions)), owned_array(std::move(prediction.row_masks)));
-}
-
-// The arrays are read where they lie, so the predictor holds them.
-struct LowRank {
-    Weight input;
-    Weight output;
-    Bias bias;
-    std::optional<Bias> scale;
-    LowRankPredictor predictor;
-};
-
-struct Sign {
-    Array<const uint8_t, 2> signs;
-    Array<const int32_t, 1> margin;
-    SignPredictor predictor;
-};
-
-nb::object predict_low_rank(const LowRank& self, const Input& x) {
-    require(aligned(x, "x").shape(1) == self.predictor.hidden(), "x must be [tokens, hidden_size]");
-    require_tokens(x.shape(0));
-    Prediction prediction;
-    {
-        const nb::gil_scoped_release release;
-        prediction = self.predictor.predict(x.data(), x.shape(0));
-    }
-    return as_tuple(std::move(prediction));
-}
-
-nb::object predict_sign(const Sign& self, const Input& x) {
-    require((aligned(x, "x").shape(1) + 7) / 8 == self.predictor.row_bytes(),
-            "x must be [tokens, hidden_size], with a sign bit for each");
-    require_tokens(x.shape(0));
-    Prediction prediction;
-    {
-        const nb::gil_scoped_release release;
-        prediction = self.predictor.predict(x.data(), x.shape(1), x.shape(0));
-    }
-    return as_tuple(std::move(prediction));
 }
 
 void make_low_rank(LowRank* self, Workers& workers, const std::string& dtype, const Weight& input, const Weight& output,
                    const Bias& bias, const std::optional<Bias>& scale, const InstructionSet& instruction_set) {
     require(input.shape(0) == output.shape(1), "input must be [rank, hidden_size] and output [neurons, rank]");
     require(aligned(bias, "bias").shape(0) == output.shape(0), "there must be a bias per neuron");
-    const float* scales = data_of(scale, output.shape(0), "there must be a scale per neuron");
-    const Dtype stored = dtype_of(dtype);
-    LowRankPredictor predictor(workers, stored, matrix_of(input, stored), matrix_of(output, scale ? Dtype::i8 : stored),
-                               bias.data(), scales, name_of(instruction_set));
-    new (self) LowRank{input, output, bias, scale, std::move(predictor)};
+    static_cast<void>(data_of(scale, output.shape(0), "there must be a scale per neuron"));
+    new (self) LowRank(workers, dtype_of(dtype), input, output, bias, scale, name_of(instruction_set));
 }
 
-void make_sign(Sign* self, Workers& workers, const Array<const uint8_t, 2>& signs,
-               const Array<const int32_t, 1>& margin, const InstructionSet& instruction_set) {
+void make_sign(Sign* self, Workers& workers, const Sign::Signs& signs, size_t hidden_size, const Sign::Margin& margin,
+               const InstructionSet& instruction_set) {
+    require(hidden_size > 0 && hidden_size <= HIDDEN_MAX, "hidden_size must be positive and at most 16777216");
+    require(signs.shape(1) == (hidden_size + 7) / 8, "signs must be [neurons, ceil(hidden_size / 8)]");
     require(aligned(margin, "margin").shape(0) == signs.shape(0), "there must be a margin per neuron");
-    SignPredictor predictor(workers, signs.data(), signs.shape(0), signs.shape(1), margin.data(),
-                            name_of(instruction_set));
-    new (self) Sign{signs, margin, std::move(predictor)};
+    new (self) Sign(workers, signs, hidden_size, margin, name_of(instruction_set));
 }
 
 void bind_predictors(nb::module_& module) {
-    const auto signature =
-        nb::sig("def predict(self, x: NDArray[numpy.float32]) -> tuple[NDArray[numpy.uint32], NDArray[numpy.uint16]]");
-    const char* result = "x [tokens, hidden] -> positions, rising, and which rows want each (bit t: row t).";
-    nb::class_<LowRank>(module, "LowRankPredictor", "See client/native/kernels/predictor.h.")
+    nb::class_<Predictor>(module, "Predictor", "See client/native/kernels/predictor.h.")
+        .def("predict", &predict, "x"_a.noconvert(),
+             nb::sig("def predict(self, x: NDArray[numpy.float32]) -> tuple[NDArray[numpy.uint32], "
+                     "NDArray[numpy.uint16]]"),
+             "x [tokens, hidden] -> positions, rising, and which rows want each (bit t: row t).");
+    nb::class_<LowRank, Predictor>(module, "LowRankPredictor")
         .def("__init__", &make_low_rank, "workers"_a, "dtype"_a, "input"_a.noconvert(), "output"_a.noconvert(),
              "bias"_a.noconvert(), "scale"_a.noconvert() = nb::none(), "instruction_set"_a = nb::none(),
-             nb::keep_alive<1, 2>())
-        .def("predict", &predict_low_rank, "x"_a.noconvert(), signature, result);
-    nb::class_<Sign>(module, "SignPredictor", "See client/native/kernels/predictor.h.")
-        .def("__init__", &make_sign, "workers"_a, "signs"_a.noconvert(), "margin"_a.noconvert(),
-             "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
-        .def("predict", &predict_sign, "x"_a.noconvert(), signature, result);
+             nb::keep_alive<1, 2>());
+    nb::class_<Sign, Predictor>(module, "SignPredictor")
+        .def("__init__", &make_sign, "workers"_a, "signs"_a.noconvert(), "hidden_size"_a, "margin"_a.noconvert(),
+             "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>());
 }
 
 // ---- memory ----
@@ -418,9 +383,10 @@ struct LentMemory {
 void make_lent(LentMemory* self, const Bytes& array) { new (self) LentMemory{array, {array.data(), array.nbytes()}}; }
 
 void bind_memory(nb::module_& module) {
-    nb::class_<LentMemory>(module, "LentMemory",
-                           "An array in which bundles may lie, as long as this object lives: kernels take addresses in "
-                           "such arrays and in the pool, and refuse all others.")
+    nb::class_<LentMemory>(
+        module, "LentMemory",
+        "Lets kernels read bundles in an array, as long as this object lives. Kernels refuse addresses "
+        "outside of such arrays and of the pool.")
         .def("__init__", &make_lent, "array"_a.noconvert());
     module.def("copy_bundles", &copy_bundles, "bundles"_a.noconvert(), "out"_a.noconvert(),
                "Copies the bundles at these addresses to the rows of out [bundles, bytes].");

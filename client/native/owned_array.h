@@ -1,4 +1,4 @@
-// A numpy array that owns a vector's memory: for results whose length only C++ knows.
+// A numpy array that owns the memory of a vector, for results whose length only C++ knows.
 #pragma once
 
 #include <nanobind/nanobind.h>

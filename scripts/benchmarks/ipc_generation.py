@@ -8,10 +8,11 @@ They decode the same tokens in turn (ABBA) and must come to the same logits.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
 
@@ -25,7 +26,7 @@ from benchmarks.native_module import bench_native
 from benchmarks.processes import BenchError, serving
 from benchmarks.report import Row, abba
 from benchmarks.sharing_client import Task, decode
-from flashclient._native import LentMemory
+from flashclient._native import CellSource, LentMemory, Window
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.source.border import BundleSource, Chunk
 from flashclient.source.ring import RingSource
@@ -43,6 +44,38 @@ KINDS = [("predict", 1.0, 64), ("exact", 1.0, 16), ("predict", 0.5, 64)]  # mode
 _NONE = np.empty(0, np.uint32)
 
 
+class EngineCells(CellSource):
+    """Cells that an engine in this process leases."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__()
+        self._engine = engine
+        self._coming: tuple[int, NDArray[np.uint32]] = 0, _NONE  # layer and cells
+        self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
+
+    def share_cells(self) -> int:
+        return int(self._engine.share_slots)
+
+    def lease_limit(self) -> int:
+        return int(self._engine.lease_limit)
+
+    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
+        cells = np.array(acquire, np.uint32)
+        self._engine.exchange(layer, cells, np.array(release, np.uint32))
+        self._coming = layer, cells
+
+    def arrived(self) -> list[tuple[int, int]]:
+        while self._engine.arrived() > 0:
+            pass
+        self._lent += [LentMemory(segment) for segment in self._engine.segments()[len(self._lent) :]]
+        layer, cells = self._coming
+        self._coming = 0, _NONE
+        return list(zip(cells.tolist(), self._engine.addresses(layer)[cells].tolist(), strict=True))
+
+    def cancel(self) -> None:
+        self._engine.release_all()
+
+
 class EngineSource(RingSource):
     """A BundleSource whose cells come from an engine in this process; only resident weights and predictors are the
     daemon's."""
@@ -50,57 +83,38 @@ class EngineSource(RingSource):
     def __init__(self, connection: Connection, model: weightd_pb2.Model, store: Store, dram_bytes: int) -> None:
         super().__init__(connection, model)
         self._record = model
-        self._cell_bytes = model.bundle.cell_bytes
-        self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
-        self._engine = bench_native().InProcessEngine(
+        engine = bench_native().InProcessEngine(
             dram_bytes,
             model_spec(store, model),
             io_engine="auto",
             io_threads=IO_THREADS,
             io_depth=IO_DEPTH,
-            slots_wanted=SLOTS_WANTED_BYTES // self._cell_bytes,
+            slots_wanted=SLOTS_WANTED_BYTES // model.bundle.cell_bytes,
         )
+        self._cells = EngineCells(engine)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        facts = self._record.layers[layer]
-        count = CHUNK_BYTES // self._cell_bytes
-        within = np.arange(self.bundles_per_cell, dtype=np.uint64) * np.uint64(self.stride_bytes)
+        facts, bundle = self._record.layers[layer], self._record.bundle
+        if self.window is not None:
+            self.window.clear()
+        count = CHUNK_BYTES // bundle.cell_bytes
+        within = np.arange(bundle.bundles_per_cell, dtype=np.uint64) * np.uint64(bundle.stride_bytes)
         for first in range(0, facts.cells, count):
-            cells = np.arange(first, min(first + count, facts.cells), dtype=np.uint32)
-            self.exchange(layer, cells, _NONE)
-            while self.arrived() > 0:
-                pass
-            position = first * self.bundles_per_cell
-            addresses = (self.addresses(layer)[cells][:, None] + within).reshape(-1)
-            yield Chunk(position, addresses[: facts.neurons - position])
-            self.exchange(layer, _NONE, cells)
+            cells = list(range(first, min(first + count, facts.cells)))
+            self._cells.exchange(layer, cells, [])
+            starts = np.array([address for _, address in self._cells.arrived()], np.uint64)
+            position = first * bundle.bundles_per_cell
+            yield Chunk(position, (starts[:, None] + within).reshape(-1)[: facts.neurons - position])
+            self._cells.exchange(layer, [], cells)
 
-    @property
-    def share_cells(self) -> int:
-        return int(self._engine.share_slots)
-
-    @property
-    def lease_limit(self) -> int:
-        return int(self._engine.lease_limit)
-
-    @property
-    def cells_held(self) -> int:
-        return int(self._engine.cells_held)
-
-    def addresses(self, layer: int) -> NDArray[np.uint64]:
-        addresses: NDArray[np.uint64] = self._engine.addresses(layer)
-        return addresses
-
-    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
-        self._engine.exchange(layer, acquire, release)
-
-    def arrived(self) -> int:
-        coming = int(self._engine.arrived())
-        self._lent += [LentMemory(segment) for segment in self._engine.segments()[len(self._lent) :]]
-        return coming
+    def open_window(self, tokens: int) -> Window:
+        bundle, cells = self._record.bundle, [layer.cells for layer in self._record.layers]
+        self.window = Window(self._cells, tokens, bundle.bundles_per_cell, bundle.stride_bytes, cells)
+        return self.window
 
     def idle(self) -> None:
-        self._engine.release_all()
+        if self.window is not None:
+            self.window.clear()
 
     def require_open(self) -> None: ...
 

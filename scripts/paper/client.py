@@ -1,6 +1,6 @@
 """One row of the paper's tables, from the inside: a client that decodes forced tokens and says what each one cost.
 
-Run by bench_paper as a process of its own: `paper_client.py '{"address": ..., ...}'` (the fields of Task), prints one
+Run by bench_paper as a process of its own: `paper/client.py '{"address": ..., ...}'` (the fields of Task), prints one
 JSON object.
 """
 

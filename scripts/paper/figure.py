@@ -1,4 +1,4 @@
-"""Draws what bench_paper measured, as PNG and SVG: `paper_figure.py RESULT.json FOLDER`."""
+"""Draws what bench_paper measured, as PNG and SVG: `paper/figure.py RESULT.json FOLDER`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What a user would take instead: transformers with the whole model in memory, or offloaded to disk by accelerate.
 
 Run by bench_paper as a process of its own, in a memory cgroup where the memory is to be the same:
-`paper_peers.py dense|accelerate CHECKPOINT PROMPT_TOKENS NEW_TOKENS SEED MEMORY_BYTES`, prints one JSON object.
+`paper/peers.py dense|accelerate CHECKPOINT PROMPT_TOKENS NEW_TOKENS SEED MEMORY_BYTES`, prints one JSON object.
 """
 
 from __future__ import annotations

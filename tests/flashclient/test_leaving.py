@@ -1,4 +1,4 @@
-"""The end of a process that has a client: at any moment, with threads and children, it is quiet and the right one."""
+"""A process with a client ends without messages and with the right status: at any moment, with threads and children."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from repository import FIXTURES
 
 from weightd import cli
 
-STATUS = {"exit_in_a_callback": 3, "exit_at_once_while_a_thread_generates": 3}  # of the others 0
+STATUS = {"exit_in_a_callback": 3, "exit_at_once_while_a_thread_generates": 3}  # the others have status 0
 
 
 @pytest.mark.timeout(180)

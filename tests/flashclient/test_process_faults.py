@@ -1,4 +1,4 @@
-"""Clients that are killed, frozen and forked, beside others: leases come back, and nobody else sees another token."""
+"""Clients that are killed, frozen and forked: their leases come back, and no other client gets another token."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
-WITHIN_S = 60.0  # for what takes a moment on a machine that does nothing else
+WITHIN_S = 60.0  # for what takes a moment on an idle machine
 FORKED = """
 import os, sys
 from flashclient import FlashClient
@@ -67,7 +67,7 @@ def clients() -> Iterator[ClientProcesses]:
 
 @pytest.fixture
 def daemon(store: Path, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    """Its pool holds a third of the FFNs, or the share that the test gives."""
+    """A daemon with a pool for a third of the FFNs, or for the share that the test gives."""
     share = getattr(request, "param", 1 / 3)
     model = Store.open(store, readonly=True).model("tiny")
     dram_bytes = demand_of(model).minimum_bytes + int(model.bundles_file_bytes * share)
@@ -80,7 +80,7 @@ def start(clients: ClientProcesses, daemon: Daemon, index: int, **what: Any) -> 
 
 
 def wait_for(clients: ClientProcesses, wanted: Callable[[Event], bool]) -> list[Event]:
-    """All events up to the one that is wanted; none of them may be an error."""
+    """All events up to the wanted one; none of them may be an error."""
     seen: list[Event] = []
     while not seen or not wanted(seen[-1]):
         event = clients.next_event(WITHIN_S)
@@ -91,7 +91,7 @@ def wait_for(clients: ClientProcesses, wanted: Callable[[Event], bool]) -> list[
 
 
 def expected(clients: ClientProcesses, daemon: Daemon, mode: str) -> list[list[int]]:
-    """What a client that is alone makes of each prompt."""
+    """The tokens of each prompt by a client that has the daemon to itself."""
     start(clients, daemon, 99, mode=mode, generations=len(PROMPTS))
     seen = wait_for(clients, lambda event: event["event"] == "ended")
     return [event["tokens"] for event in seen if event["event"] == "tokens"]
@@ -116,7 +116,7 @@ def seconds_until(condition: Callable[[], bool]) -> float:
 
 
 def test_leases_of_a_killed_client_are_back_within_a_second(clients: ClientProcesses, daemon: Daemon) -> None:
-    """At several moments of a generation; who is beside it notices nothing."""
+    """At several moments of a generation; the other client's tokens stay the same."""
     tokens = expected(clients, daemon, "predict")
     chance = random.Random(0)
     start(clients, daemon, 0, mode="predict")
@@ -144,7 +144,7 @@ def test_leases_of_a_killed_client_are_back_within_a_second(clients: ClientProce
 def test_a_frozen_client_keeps_nobody_and_goes_on_afterwards(
     clients: ClientProcesses, daemon: Daemon, mode: str
 ) -> None:
-    """It holds leases; weightd takes them back from it after a while, and it attaches again when it runs again."""
+    """weightd takes the leases of a frozen client back after a while; when the client runs again, it attaches again."""
     tokens = expected(clients, daemon, mode)
     start(clients, daemon, 0, mode=mode, window=64)
     frozen = wait_for(clients, lambda event: event["event"] == "tokens")[-1]["pid"]
@@ -164,7 +164,9 @@ def test_a_frozen_client_keeps_nobody_and_goes_on_afterwards(
     assert (stats(daemon).sessions, stats(daemon).models[0].slots_leased) == (0, 0)
 
 
-@pytest.mark.parametrize("daemon", [6.0], indirect=True)  # rings and shares of eight fit, their windows do not
+@pytest.mark.parametrize(
+    "daemon", [6.0], indirect=True
+)  # the rings and shares of eight clients fit, their windows do not
 def test_eight_clients_whose_windows_exceed_the_pool_with_one_frozen(clients: ClientProcesses, daemon: Daemon) -> None:
     tokens = expected(clients, daemon, "predict")
     for index in range(8):

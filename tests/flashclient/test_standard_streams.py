@@ -1,4 +1,4 @@
-"""Commands with standard streams that are closed, full, broken or plain ASCII; and errors in a command's own terms."""
+"""Commands with standard streams that are closed, full, broken or plain ASCII; errors name a command's own flags."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from daemon import serving
 from tiny_store import write_model
 
 from flashclient.cli import in_flags
-from flashclient.daemon import private as embedded
+from flashclient.daemon import private
 from flashclient.options import Options
 from weightd import cli
 
@@ -35,7 +35,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weightd(*arguments: object, redirect: str = "", environment: dict[str, str] | None = None) -> tuple[int, str, str]:
-    """Status, output and errors of the command; `redirect`: of the shell."""
+    """Status, output and errors of the command. `redirect` is the shell's redirection."""
     command = ["sh", "-c", f'exec "$@" {redirect}', "sh", sys.executable, "-m", "weightd", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, env=os.environ | (environment or {}), timeout=60, check=False)
     return done.returncode, done.stdout.decode(), done.stderr.decode()
@@ -127,7 +127,7 @@ def test_errors_speak_of_flags(words: str, expected: str) -> None:
 
 @pytest.mark.parametrize("dram", [2, "2", 50, 0, -1, "nan", "1e3", "2g", "", True, 2.5, "2 XiB", "101%%"])
 def test_a_dram_that_was_meant_otherwise_is_refused(dram: object) -> None:
-    with pytest.raises(TypeError, match=r"^dram=.*(did you mean|use one like)"):
+    with pytest.raises(TypeError, match=r"^dram=.*(did you mean|use a size like)"):
         Options(store="s", dram=dram)  # type: ignore[arg-type]
 
 
@@ -137,10 +137,10 @@ def test_a_dram_is_taken_as_weightd_takes_it(dram: str | int) -> None:
 
 
 def test_a_store_that_is_no_path_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"store=.* is no path of a folder"):
+    with pytest.raises(TypeError, match=r"store=.* is not the path of a folder"):
         Options(store="/tmp/a\0b")
 
 
 def test_the_daemons_flag_is_our_argument_and_its_commands_stay() -> None:
     words = ["weightd: serving", "weightd: --dram 1KiB is too small: raise --dram, or `weightd rm m --store s`"]
-    assert embedded._in_our_words(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"
+    assert private._in_arguments(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"

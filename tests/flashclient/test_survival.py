@@ -1,4 +1,4 @@
-"""What becomes of a generation when weightd dies and comes back: the same tokens, or one clear error."""
+"""A generation during which weightd dies and comes back: the same tokens, or one clear error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from checkpoints import make_checkpoint
 from mortal_daemon import mortal
@@ -20,6 +19,7 @@ from predictors import lossy, publish_predictors
 from flashclient import FlashClient
 from flashclient.errors import DaemonLostError, RefusedError
 from flashclient.model.ffn import StreamedFFN
+from flashclient.source.ring import RingSource
 from weightd import cli
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"shm": {"transport": "shm"}, "grpc": {"tra
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of one model, calibrated."""
+    """A store with one calibrated model."""
     folder = tmp_path_factory.mktemp("survival")
     import_model(folder / "store", folder / "tensors", seed=0)
     with mortal(folder / "store") as daemon:
@@ -52,14 +52,14 @@ def store(stored: Path, tmp_path: Path) -> Path:
 
 
 def dram(store: Path, share_of_ffn: float = 0.3) -> str:
-    """Whose pool holds a part of the FFNs, so that bundles are read all the time."""
+    """The --dram of a pool for a part of the FFNs, so that bundles are read all the time."""
     model = Store.open(store, readonly=True).model("tiny")
     return str(demand_of(model).minimum_bytes + int(share_of_ffn * model.bundles_file_bytes))
 
 
 @contextmanager
 def at_ffn(client: FlashClient, number: int, act: Callable[[], object]) -> Iterator[None]:
-    """Runs `act` on a thread of its own from the moment at which the client's FFN number `number` begins."""
+    """Starts a thread that runs `act` when the FFN call number `number` of the client begins."""
     calls = 0
     thread = threading.Thread(target=act)
 
@@ -85,7 +85,7 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("mode", ["exact", "predict"])
 def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: str) -> None:
-    """So it needs no free call of weightd, whoever has taken them all; what it counts comes from its ring."""
+    """So it works when other clients use up weightd's calls. Its counters come from its ring."""
     with (
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, transport="shm") as client,
@@ -94,7 +94,7 @@ def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: st
         client.generate(PROMPT, **GREEDY)
         stats = client.stats()
         counted = daemon.daemon.stub.Stats(weightd_pb2.StatsRequest()).attached[0]
-        # what was asked for ahead may be answered after the end
+        # cells requested ahead may arrive after the end
         assert 0 < stats.misses <= counted.misses
         assert stats.misses <= stats.read_bytes // 4096 <= counted.read_bytes // 4096
         assert stats.hits <= counted.hits
@@ -190,7 +190,7 @@ def test_another_import_after_the_restart_is_one_error(store: Path, tmp_path: Pa
 
 
 def test_another_calibration_after_the_restart_changes_no_token(store: Path) -> None:
-    """The predictors that it began with are the client's own."""
+    """A client keeps the predictors that it began with."""
     with mortal(store, "--dram", dram(store)) as daemon:
         with FlashClient("tiny", address=daemon.address, mode="predict") as client:
             expected = client.generate(PROMPT, **GREEDY)
@@ -212,7 +212,7 @@ def test_another_calibration_after_the_restart_changes_no_token(store: Path) -> 
 def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
     store: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """It pauses in the middle of a generation, and holds more than what is its own once there are others."""
+    """It pauses in the middle of a generation and holds more than its share once there are other clients."""
     with (
         mortal(store, "--dram", dram(store, 0.24)) as daemon,
         FlashClient("tiny", address=daemon.address, mode="predict", window=64) as client,
@@ -222,7 +222,9 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
 
         def let_others_run(*_: object) -> None:
             nonlocal paused
-            if not paused and client.loaded.source.cells_held > 0.9 * client.loaded.source.lease_limit:
+            source = ring_source(client)
+            assert source.window is not None
+            if not paused and source.window.cells_held > 0.9 * source.leases.lease_limit():
                 paused = True
                 with ExitStack() as others:
                     for _other in range(2):
@@ -235,12 +237,18 @@ def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
         assert ["kept others waiting" in line for line in said(caplog)] == [True]
 
 
+def ring_source(client: FlashClient) -> RingSource:
+    assert isinstance(client.loaded.source, RingSource)
+    return client.loaded.source
+
+
 def lease_a_share(client: FlashClient) -> None:
-    source = client.loaded.source
-    source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), np.empty(0, np.uint32))
-    while source.arrived() > 0:
-        pass
-    assert source.cells_held == source.share_cells
+    leases = ring_source(client).leases
+    leases.exchange(0, list(range(leases.share_cells())), [])
+    granted = 0
+    while arrived := leases.arrived():
+        granted += sum(address != 0 for _, address in arrived)
+    assert granted == leases.share_cells()
 
 
 def mapped(name: str) -> set[str]:
@@ -250,7 +258,7 @@ def mapped(name: str) -> set[str]:
 
 
 def test_the_old_pool_is_gone_from_an_idle_client(store: Path) -> None:
-    """It asks for nothing and still lets go, before there is a new pool."""
+    """An idle client lets go of the old pool, before there is a new one."""
     others = mapped("weightd-resident")  # of clients of other tests, not yet collected
     with mortal(store, "--dram", "64MiB") as daemon, FlashClient("tiny", address=daemon.address) as client:
         expected = client.generate(PROMPT, **GREEDY)

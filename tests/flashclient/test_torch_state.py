@@ -1,4 +1,4 @@
-"""torch's state, which a program may set for reasons of its own, does not reach what a client computes."""
+"""torch's global state, which a program may set, does not change what a client computes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ State = Callable[[], AbstractContextManager[object]]
 
 
 class Halving(TorchFunctionMode):
-    """Makes floats of 16 bits wherever nobody says the dtype."""
+    """Makes 16-bit floats wherever no dtype is given."""
 
     FACTORIES = (torch.empty, torch.zeros, torch.zeros_like, torch.ones, torch.full, torch.arange, torch.tensor)
 
@@ -80,7 +80,7 @@ STATES: dict[str, State] = {
 
 @dataclass
 class Served:
-    """A tiny model, a client that was made in torch's ordinary state, and what it generates there."""
+    """A tiny model, a client made in torch's ordinary state, and the tokens that it generates there."""
 
     address: str
     family: str
@@ -96,7 +96,7 @@ class Served:
 
 
 def generate(client: FlashClient, **arguments: Any) -> tuple[Tensor, Tensor]:
-    """Greedy tokens [1, prompt and new ones] and the logits [new ones, vocabulary] that chose them."""
+    """Greedy tokens [1, prompt and new tokens], and the logits [new tokens, vocabulary] that chose them."""
     wanted = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
     made = client.generate(PROMPT, output_logits=True, return_dict_in_generate=True, **wanted, **arguments)
     return made.sequences, torch.cat(made.logits)
@@ -163,7 +163,7 @@ def test_set_by_another_thread_while_generating(served: Served, state: State) ->
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(served: Served, dtype: torch.dtype) -> None:
-    """It rounds what transformers computes, as with any model; what is made under it is as good without."""
+    """Autocast rounds what transformers computes, as with any model. A client made under it works without it."""
     with ExitStack() as opened:
         with torch.autocast("cpu", dtype):
             client = opened.enter_context(served.another())

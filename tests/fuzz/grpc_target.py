@@ -33,8 +33,8 @@ from weightd.serving import serve
 from weightd.serving.call_bounds import SERVICE_NAME
 from weightd.serving.config import load_config
 from weightd.serving.control_plane import ControlPlane
+from weightd.serving.endpoints import Endpoints
 from weightd.serving.fetch import Fetcher
-from weightd.serving.frontend import Frontend
 from weightd.serving.served_models import ServedModels
 from weightd.store.store import Store
 from weightd.watching.statistics import Statistics
@@ -108,12 +108,12 @@ async def _serve(arguments: list[str], folder: Path, ready: threading.Event, tol
     fetcher, statistics = Fetcher(store, models, engine), Statistics(engine, 0.0)
     control = ControlPlane(models, fetcher, engine, Identities(config.store), data_socket, dram, statistics)
     control.set_rules(config.allow, config.allow_publish)
-    frontend = Frontend(config, control, None)
-    await frontend.start(Identities(config.store))
+    endpoints = Endpoints(config, control, None)
+    await endpoints.start(Identities(config.store))
     ready.set()
     await told.wait()
-    await frontend.stop()
-    frontend.close()
+    await endpoints.stop()
+    endpoints.close()
     control.close()
 
 

@@ -1,6 +1,7 @@
-// A model, a session and a reader for tests of those who share --dram: none of them touches a file.
+// A model without files, a session that counts what it is told, and a reader that reads nothing.
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -40,16 +41,19 @@ inline void add_slots(Model& model, uint32_t slots) {
     model.pool->add_segment(number++, {"test", size_t{slots} * BARE_CELL_BYTES});
 }
 
-class QuietSession final : public Session {
+// Counts what it is told.
+class CountingSession final : public Session {
   public:
     using Session::Session;
-    void granted(uint32_t, uint32_t, Place, const Pool&) override {}
-    void failed(uint32_t, uint32_t, ring::Status, uint32_t) override {}
+    void granted(uint32_t, uint32_t, Place, const Pool&) override { grants++; }
+    void failed(uint32_t, uint32_t, ring::Status status, uint32_t) override { failures[status]++; }
     void flush() override {}
     void segment_gone(uint32_t segment) override { gone.push_back(segment); }
-    void limit_changed(uint32_t limit) override { told = limit; }
-    uint32_t told = 0;
-    std::vector<uint32_t> gone;
+    void limit_changed(uint32_t limit) override { told_limit = limit; }
+    uint32_t grants = 0;
+    std::map<ring::Status, uint32_t> failures;
+    std::vector<uint32_t> gone;  // segments
+    uint32_t told_limit = 0;
 };
 
 class IdleReader final : public Reader {

@@ -59,8 +59,8 @@ CLIENT_IN_WEIGHTD = {
 ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
-    "weightd": ["device bundle", "pool", "memory", "engine", "service"],
-    "client": ["kernels", "ring"],
+    "weightd": ["device bundle", "pool", "memory", "engine", "session", "service"],
+    "client": ["kernels", "predict", "ring"],
 }
 
 

@@ -151,6 +151,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
     folder, result = measured
     naive, hybrid, everything, fio, _ = result["rows"]
@@ -166,6 +167,7 @@ def test_rows_run(measured: tuple[Path, dict[str, Any]]) -> None:
     assert (folder / "paper-opt-tiny.svg").exists()
 
 
+@pytest.mark.slow
 def test_targets_are_those_that_were_measured(measured: tuple[Path, dict[str, Any]]) -> None:
     _, result = measured
     names = [target["name"] for target in result["targets"]]
@@ -177,6 +179,7 @@ def test_targets_are_those_that_were_measured(measured: tuple[Path, dict[str, An
     ]
 
 
+@pytest.mark.slow
 def test_the_timed_tokens_fire_as_planned(measured: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = measured
     with serving(folder / "store-opt-tiny", 80 << 20) as daemon:

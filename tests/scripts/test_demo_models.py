@@ -66,6 +66,7 @@ def test_generation_is_greedy_unless_asked(name: str) -> None:
     assert (config.temperature, config.top_k, config.top_p) in {(None, None, None), (1.0, 50, 1.0)}
 
 
+@pytest.mark.slow
 def test_the_card_tells_the_perplexity(name: str, measured: dict[str, Measures]) -> None:
     wanted = measured[name].perplexity
     assert told(name, r"perplexity, sample \(") == pytest.approx(wanted, rel=PERPLEXITY_TOLERANCE)
@@ -76,6 +77,7 @@ def test_rounding_to_bf16_costs_nothing(name: str) -> None:
     assert after <= before * 1.001
 
 
+@pytest.mark.slow
 def test_the_card_tells_the_sparsity(name: str, measured: dict[str, Measures]) -> None:
     shares = measured[name].firing
     assert [told(name, rf"{layer} ") / 100 for layer in range(len(shares))] == pytest.approx(
@@ -83,6 +85,7 @@ def test_the_card_tells_the_sparsity(name: str, measured: dict[str, Measures]) -
     )
 
 
+@pytest.mark.slow
 def test_the_card_tells_how_often_the_draft_agrees(measured: dict[str, Measures]) -> None:
     agreement = measured["relu-draft"].agreement(measured["relu-6m"])
     assert told("relu-draft", "next token likeliest") / 100 == pytest.approx(agreement, abs=SHARE_TOLERANCE)

@@ -63,6 +63,7 @@ def accuracy(checkpoint: Path, documents: list[dict[str, object]]) -> float:
     return right / len(documents)
 
 
+@pytest.mark.slow
 def test_a_local_task_gives_the_accuracy_of_transformers(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("opt", tmp_path / "tiny")
     documents = write_task(tmp_path)

@@ -2,7 +2,7 @@
 
 import sys
 
-if __name__ == "__main__" and not sys.flags.safe_path:  # Python has put the current folder first, whatever lies there
+if __name__ == "__main__" and not sys.flags.safe_path:  # -m puts the current folder first in sys.path
     del sys.path[0]
 
 from weightd.cli import main

@@ -1,12 +1,12 @@
 """The command `weightd`: serves a store, or works on one.
 
-    weightd --store DIR ...                  serves (weightd.serving.serve)
+    weightd --store DIR ...                  serves the store (weightd.serving.serve)
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
 
-Exit status 0, 1 (failed), 2 (usage). With --json, one object on standard output and nothing else there.
+The exit status is 0, 1 (failed) or 2 (wrong usage). With --json, standard output is one JSON object and nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _run(arguments: list[str]) -> int:
         from weightd.machine import doctor
 
         return doctor.main(arguments[1:])
-    # Before gRPC is imported: its core would write lines of its own, with bytes in them as they came.
+    # Set before gRPC is imported: otherwise its core writes its own lines to standard error, with unescaped bytes.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if arguments[:1] == ["top"]:
         from weightd.watching import top
@@ -79,10 +79,10 @@ def _run(arguments: list[str]) -> int:
 
 @contextmanager
 def _ended_as_interrupted() -> Iterator[None]:
-    """SIGTERM, and the SIGHUP of a closing terminal, do what Ctrl-C does: what is half done is taken back."""
+    """SIGTERM, and the SIGHUP of a closing terminal, act like Ctrl-C, so that unfinished work is undone."""
 
     def interrupt(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # once is enough
+        signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the undoing
         raise KeyboardInterrupt
 
     ours = threading.current_thread() is threading.main_thread()
@@ -113,32 +113,38 @@ def _parser() -> FlagParser:
     )
     commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor | top")
     common = FlagParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--store", type=_path, required=True, metavar="DIR", help="where the models are")
+    common.add_argument("--store", type=_path, required=True, metavar="DIR", help="the folder that holds the models")
 
     def command(name: str, run: Callable[[argparse.Namespace], None], about: str) -> FlagParser:
         added = commands.add_parser(name, parents=[common], help=about, description=about, allow_abbrev=False)
         added.set_defaults(run=run)
         return added
 
-    adding = command("import", _import, "Imports a Hugging Face folder or a .gguf file.")
-    adding.add_argument("source", type=_path, metavar="SRC", help="the folder or file")
-    adding.add_argument("--name", help="of the model in the store; default: the name of the folder or file")
-    adding.add_argument("--dtype", choices=("keep", *COMPUTE_DTYPES), help="(default: keep)")
-    update = "do nothing where the store has it, import again what has changed since; waits for another import of it"
+    adding = command("import", _import, "Imports a model from a Hugging Face folder or a .gguf file.")
+    adding.add_argument("source", type=_path, metavar="SRC", help="the folder or .gguf file")
+    adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
+    adding.add_argument(
+        "--dtype",
+        choices=("keep", *COMPUTE_DTYPES),
+        help="dtype of the stored weights (default: keep, as they are)",
+    )
+    update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
     adding.add_argument("--update", action="store_true", help=update)
-    # The program at this end of a connection tries the model out: one that has loaded torch.
+    # A connection to a process that has loaded torch already and tries the imported model out.
     adding.add_argument("--rehearse-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
-    verifying = command("verify", _verify, "Reads everything and compares it with its checksums.")
+    verifying = command("verify", _verify, "Reads all stored bytes and compares them with their checksums.")
     verifying.add_argument("names", nargs="*", metavar="NAME", help="default: all models")
     for reporting in (adding, listing, verifying):
-        reporting.add_argument("--json", action="store_true", help="one object on standard output")
+        reporting.add_argument("--json", action="store_true", help="print one JSON object")
     for touching in (adding, verifying):
-        touching.add_argument("--allow-buffered", action="store_true", help="where O_DIRECT is refused")
-    commands.add_parser("doctor", help="Says what this machine offers, and what to do.")  # dispatched before parsing,
-    commands.add_parser("top", help="Watches a running weightd.")  # as this
+        touching.add_argument(
+            "--allow-buffered", action="store_true", help="use buffered I/O where the file system refuses O_DIRECT"
+        )
+    commands.add_parser("doctor", help="Checks this machine and says what to change.")  # _run handles these two before
+    commands.add_parser("top", help="Watches a running weightd.")  # this parser is used
     return parser
 
 
@@ -163,7 +169,7 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.importing.update import IMPORTED, update
 
     rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
-    check_exists(options.source)  # a misspelt source makes no store
+    check_exists(options.source)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
@@ -246,7 +252,7 @@ def _line(model: weightd_pb2.Model) -> str:
 
 @contextmanager
 def _progress(what: str) -> Iterator[Progress | None]:
-    """A bar on a terminal, nothing elsewhere."""
+    """A progress bar, if standard error is a terminal."""
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""What is closed at the end of a `with` statement."""
+"""The base class of objects that a `with` statement closes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Self
 
 
 class Closing(ABC):
-    """Leaving the `with` statement closes it, whatever was raised there."""
+    """Is closed when the `with` statement ends, also after an exception."""
 
     def __enter__(self) -> Self:
         return self
@@ -20,4 +20,4 @@ class Closing(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of what it holds."""
+        """Releases its resources."""

@@ -5,16 +5,16 @@ WeightdError                  one line for the user: lower case, the value, what
 ├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
 ├── RequestError              a remote call names a layer, neuron or range that is not there, or contradicts itself
 │   └── LimitError            it sends, or asks for, more than one call may
-├── BusyError                 too many calls run at once; ask again a little later
-├── SilenceError              a remote caller sent, or took, nothing for too long
+├── BusyError                 too many calls run at once; try again later
+├── SilenceError              a remote caller sent nothing, or read nothing, for too long
 ├── ForbiddenError            a remote caller may not do this
 ├── StoreError                the store is missing, locked, of a newer format or lacks the model
-│   ├── UnknownModelError     no model of that name; lists those there are
-│   ├── ImportingError        another process imports a model of that name just now
-│   └── CorruptionError       flash gives wrong bytes or none; names model, layer and neuron
-├── StoppingError             the daemon is stopping; ask again once it is back
-├── SpaceError                not enough room on the device or in --dram, with the numbers
-├── DaemonError               no daemon answers where one was looked for
+│   ├── UnknownModelError     no model has that name; lists the names that exist
+│   ├── ImportingError        another process is importing a model of that name
+│   └── CorruptionError       bytes on flash are wrong or cannot be read; names model, layer and neuron
+├── StoppingError             the daemon is stopping; try again when it runs again
+├── SpaceError                not enough room on the device or in --dram; gives the numbers
+├── DaemonError               no daemon answers at the address
 └── DeviceError               the device or file system refuses what is needed (O_DIRECT, ...)
 """
 
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 
 class WeightdError(Exception):
-    """The root of the tree above; `str()` of it is what a command prints."""
+    """The root of the tree above. Commands print its `str()`."""
 
     exit_status = 1
 
@@ -46,11 +46,11 @@ class LimitError(RequestError):
 
 
 class BusyError(WeightdError):
-    """Too many calls run at once; ask again a little later."""
+    """Too many calls run at once; try again later."""
 
 
 class SilenceError(WeightdError):
-    """A remote caller sent, or took, nothing for too long."""
+    """A remote caller sent nothing, or read nothing, for too long."""
 
 
 class ForbiddenError(WeightdError):
@@ -62,11 +62,11 @@ class StoreError(WeightdError):
 
 
 class UnknownModelError(StoreError):
-    """No model of that name; lists those there are."""
+    """No model has that name; lists the names that exist."""
 
 
 class ImportingError(StoreError):
-    """Another process imports a model of that name just now."""
+    """Another process is importing a model of that name."""
 
 
 class CorruptionError(StoreError):
@@ -82,7 +82,7 @@ class SpaceError(WeightdError):
 
 
 class DaemonError(WeightdError):
-    """No daemon answers where one was looked for."""
+    """No daemon answers at the address."""
 
 
 class DeviceError(WeightdError):

@@ -1,4 +1,4 @@
-"""Command lines: a wrong one is one UsageError."""
+"""The parser of command lines, which raises UsageError for a wrong one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weightd.errors import UsageError
 
 
 class FlagParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises UsageError, one line, instead of printing its usage and exiting."""
+    """An ArgumentParser that raises UsageError with one line instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

@@ -1,12 +1,12 @@
-"""The daemon's log on standard error: lines for people, or one JSON object a line for programs.
+"""The daemon's log on standard error: lines for people, or one JSON object per line for programs.
 
-Quiet by default: a line at the start, one for each model, warnings. What clients do is told at level debug. Names come
-from stores and clients, so control characters are escaped: one event is one line, whatever its words are. Numbers of an
-event stand beside its words, `logger.info("...", extra={"fields": {...}})`, and become keys of the object.
+The log is short by default: a line at the start, a line per model, and warnings. Actions of clients are logged at level
+debug. Names come from stores and clients, so control characters are escaped and every event stays on one line. An event
+passes numbers as `logger.info("...", extra={"fields": {...}})`; they become keys of the JSON object.
 
-Where programs read it, each line is an object, also of what others say: warnings and faults of Python are events, and
-descriptor 2 leads through a pipe, so that the lines of gRPC's core are, too. (Of a crash in native code the last words
-may be lost there.)
+In JSON form every line is an object, including lines that other code writes: Python's warnings and uncaught exceptions
+are logged as events, and descriptor 2 is a pipe whose lines become events, because gRPC's core writes there. If native
+code crashes, its last lines may be lost in that pipe.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import threading
 import time
 from typing import Any
 
-# JSON keys that every line has; fields of an event cannot take them.
+# JSON keys that the log sets itself; fields of an event cannot replace them.
 RESERVED = ("time", "level", "logger", "message", "exception")
 
 
 class TextLines(logging.Formatter):
-    """`weightd: words`, as all commands print errors; warnings say so. The traceback of a fault stands below."""
+    """Lines like `weightd: warning: message`. The traceback of an exception follows on lines of its own."""
 
     def format(self, record: logging.LogRecord) -> str:
         level = f"{record.levelname.lower()}: " if record.levelno in (logging.DEBUG, logging.WARNING) else ""
@@ -34,7 +34,7 @@ class TextLines(logging.Formatter):
 
 
 class JsonLines(logging.Formatter):
-    """{"time": RFC 3339 in UTC, "level", "logger", "message", fields..., "exception" of a fault}."""
+    """{"time": RFC 3339 in UTC, "level", "logger", "message", fields..., "exception": a traceback, if there is one}."""
 
     def format(self, record: logging.LogRecord) -> str:
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
@@ -52,7 +52,7 @@ class JsonLines(logging.Formatter):
 
 
 class _Capture:
-    """While it lasts, what is written to descriptor 2 becomes events, a line each, and `stream` is standard error."""
+    """Turns each line written to descriptor 2 into an event, until end(). `stream` is the real standard error."""
 
     def __init__(self) -> None:
         self.stream = os.fdopen(os.dup(2), "w", errors="backslashreplace")
@@ -68,7 +68,7 @@ class _Capture:
                 logging.getLogger("stderr").log(_LEVELS.get(_abseil_level(line), logging.ERROR), "%s", line)
 
     def end(self) -> None:
-        os.dup2(self.stream.fileno(), 2)  # the last writing end of the pipe: the thread ends
+        os.dup2(self.stream.fileno(), 2)  # closes the pipe's last writing end, which ends the thread
         self._thread.join()
 
 
@@ -77,12 +77,12 @@ _capture: _Capture | None = None
 
 
 def _abseil_level(line: str) -> str:
-    """The letter of a line like `I1128 13:05:45.158929   16755 parse_address.cc:69] ...`; empty for others."""
+    """The level's letter of a line of gRPC's core like `I1128 13:05:45.158929   16755 file.cc:69] ...`, else empty."""
     return line[0] if re.match(r"[IWEF]\d{4} ", line) else ""
 
 
 def configure(level: str, form: str) -> None:
-    """Sends every logger of the process to standard error; `form` is "text" or "json". It may be called again."""
+    """Sends every logger of the process to standard error. `form` is "text" or "json". Can be called again."""
     global _capture
     before = _capture
     finish()
@@ -93,16 +93,16 @@ def configure(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     if before is not None:
         before.stream.close()
-    logging.raiseExceptions = False  # a standard error that takes nothing is no event, and told nowhere
+    logging.raiseExceptions = False  # if standard error cannot be written, there is nowhere to report that
     logging.captureWarnings(True)
     threading.excepthook = _tell_of_thread
     sys.unraisablehook = _tell_of_unraisable
-    for name in ("asyncio", "grpc"):  # at debug they tell of every turn of their loops
+    for name in ("asyncio", "grpc"):  # at debug they log every turn of their loops
         logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
 
 
 def finish() -> None:
-    """Before the process ends: all that was written to descriptor 2 is in the log then."""
+    """Writes out what descriptor 2 still holds. Call it before the process ends."""
     global _capture
     if _capture is not None:
         capture, _capture = _capture, None
@@ -120,5 +120,5 @@ def _tell_of_unraisable(fault: Any) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` with everything escaped that could end the line or move the cursor."""
+    """`text` with every character escaped that could end the line or move the cursor."""
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)

@@ -1,4 +1,4 @@
-"""Sizes as people write them: 6.5GiB."""
+"""Sizes with units, such as 6.5GiB: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 @dataclass(frozen=True)
 class Amount:
-    """A size or a percentage; neither where nothing was given."""
+    """A size or a percentage, or neither if the user gave nothing."""
 
     bytes: int | None = None
     percent: float | None = None
@@ -35,7 +35,7 @@ NOTHING_GIVEN = Amount()
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "6.5GiB", "300 MB" or "4096"; UsageError for anything else."""
+    """The bytes of a text like "6.5GiB", "300 MB" or "4096". Raises UsageError."""
     units = {name.lower(): size_bytes for name, size_bytes in UNITS_BYTES.items()}
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in units:
@@ -50,7 +50,7 @@ def parse_size(text: str) -> int:
 
 def format_size(size_bytes: int) -> str:
     """The size in the largest binary unit that is not above it, with one decimal below a hundred: 6.5GiB, 512MiB."""
-    if size_bytes > BYTES_MAX:  # a damaged file may say so
+    if size_bytes > BYTES_MAX:  # from a damaged file
         return "more than 2^80 bytes"
     unit, unit_bytes = "B", 1
     for name in ("KiB", "MiB", "GiB", "TiB"):
@@ -62,7 +62,7 @@ def format_size(size_bytes: int) -> str:
 
 
 def format_enough(size_bytes: int) -> str:
-    """As format_size, and never less than the size: for what a user is told to give."""
+    """Like format_size, but rounded up, for a size that a user is told to provide."""
     text = format_size(size_bytes)
     return text if parse_size(text) >= size_bytes else f"{-(-size_bytes >> 20)}MiB"
 

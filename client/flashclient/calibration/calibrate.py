@@ -1,12 +1,12 @@
-"""Measures a model's sparsity on a text, makes its predictors and publishes both: `flashclient calibrate`.
+"""Measures a model's sparsity on a text, trains its predictors and publishes both: `flashclient calibrate`.
 
-The model is run one decoder layer at a time over all sequences, so each layer is read from flash once. Held meanwhile:
-the hidden states and one layer's FFN inputs (each tokens x hidden_size in the model's dtype), its firing bits (tokens x
+The model runs one decoder layer at a time over all sequences, so each layer is read from flash once. In memory are: the
+hidden states and one layer's FFN inputs (each tokens x hidden_size in the model's dtype), its firing bits (tokens x
 neurons / 8 bytes), its weights in fp32 (neurons x hidden_size x 12 bytes with a gate), and the finished predictors.
-For 65536 tokens of OPT-6.7B that is 0.5 + 0.5 + 0.1 + 0.5 + 0.2 GB, where the inputs of all layers would take 17 GB.
+For 65536 tokens of OPT-6.7B that is 0.5 + 0.5 + 0.1 + 0.5 + 0.2 GB. The inputs of all layers would take 17 GB.
 
-Of every eight sequences six train, one chooses thresholds and ranks, and one, not used for anything else, is what the
-rates, the unions and the loss of quality are measured on.
+Of every eight sequences, six train the predictors, one chooses thresholds and ranks, and one is the test set: rates,
+unions and the loss of quality are measured on it alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from flashclient.calibration.predictor_training import (
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.errors import CalibrationError, OptionError
+from flashclient.model.activations import has_exact_zeros
 from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
@@ -44,18 +45,15 @@ TOKENS_DEFAULT = 65536
 RANKS_DEFAULT = (16, 32, 64, 128)
 RECALL_DEFAULT = 0.95
 KINDS = ("low_rank", "sign")
-FIRING_DENSE = 0.95  # a layer of which more fires has nothing to predict; a model of such layers is refused
-MISSES_AIMED = 0.9  # of the misses that the target allows: other texts than the one calibrated on miss a little more
+FIRING_DENSE = 0.95  # where more neurons fire there is nothing to predict; a model of such layers is refused
+MISSES_AIMED = 0.9  # of the misses that the target recall allows: on other texts predictors miss a little more
 ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
-
-
-SOFT = ("silu", "gelu", "gelu_tanh")  # activations that are zero nowhere but by rounding
 
 
 def check_sparse(loaded: LoadedModel) -> None:
     """Raises CalibrationError where no neuron of the model's activation is ever exactly zero."""
     activation = loaded.built.activation
-    if activation in SOFT:
+    if not has_exact_zeros(activation):
         raise CalibrationError(
             f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation}, is never exactly zero,"
             " so predict mode would lose quality or read everything; run it in mode 'exact'"
@@ -64,7 +62,7 @@ def check_sparse(loaded: LoadedModel) -> None:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """What `flashclient calibrate` is asked for. Raises OptionError for values that are not allowed."""
+    """Options of `flashclient calibrate`. Raises OptionError for values that are not allowed."""
 
     target_recall: float = RECALL_DEFAULT
     ranks: tuple[int, ...] = RANKS_DEFAULT
@@ -76,7 +74,7 @@ class CalibrationOptions:
         if not 0 < self.target_recall < 1:
             raise OptionError(f"target recall {self.target_recall:g} must be between 0 and 1, such as 0.95")
         if not self.ranks or min(self.ranks) < 1:
-            raise OptionError(f"ranks {', '.join(map(str, self.ranks))} must be at least 1")
+            raise OptionError(f"ranks {', '.join(map(str, self.ranks)) or '()'} must be whole numbers of at least 1")
         if self.kind not in KINDS:
             raise OptionError(f"kind '{self.kind}' is not known: use {' or '.join(KINDS)}")
 
@@ -107,7 +105,7 @@ def _progress(layers: int, shown: bool) -> Iterator[int]:
 
 
 class _Run:
-    """The hidden states of all sequences, which move on layer by layer; those of the test also as predicted."""
+    """The hidden states of all sequences, layer by layer; those of the test set also with predicted FFNs."""
 
     def __init__(
         self, walk: LayerWalk, record: weightd_pb2.Model, sequences: Tensor, options: CalibrationOptions
@@ -150,7 +148,7 @@ class _Run:
         )
 
     def _advance(self, index: int, weights: LayerWeights) -> Examples:
-        """Takes all hidden states through the layer; returns its FFN's inputs and which neurons fired."""
+        """Takes all hidden states through the layer; returns its FFN's inputs and the neurons that fired."""
         length = self._sequences.shape[1]
         hidden_size, neurons = self._record.bundle.hidden_size, len(weights.down)
         x = torch.empty(self._sequences.numel(), hidden_size, dtype=self._dtype)
@@ -183,7 +181,7 @@ class _Run:
         )
 
     def _refuse_dense(self, firing: float) -> None:
-        """After two layers, as the first of a sparse model may be dense."""
+        """Refuses a model whose first two layers are dense; the first layer of a sparse model may be."""
         self._firing.append(firing)
         if len(self._firing) == min(2, len(self._record.layers)) and min(self._firing) > FIRING_DENSE:
             raise CalibrationError(
@@ -192,7 +190,7 @@ class _Run:
             )
 
     def quality(self) -> dict[str, Quality]:
-        """Of the dense model and of the predicted one on the test's sequences."""
+        """Quality of the dense and of the predicted model on the test set."""
         dense, predict = Quality(), Quality()
         for row, predicted in zip(self._tested, self._predicted, strict=True):
             ids = self._sequences[row : row + 1]
@@ -205,7 +203,7 @@ class _Run:
 
 @dataclass(frozen=True)
 class _Recorded:
-    """An FFN that keeps its inputs and which neurons fired, from token `first` on."""
+    """An FFN that records its inputs and the neurons that fired, from token `first` on."""
 
     weights: LayerWeights
     x: Tensor
@@ -229,7 +227,7 @@ def _wanted(prediction: Prediction, examples: Examples) -> PackedBits:
 
 
 def publish_result(result: CalibrationResult, loaded: LoadedModel) -> weightd_pb2.Calibration:
-    """Makes `result` the model's newest calibration. Raises what publishing.publish does."""
+    """Publishes `result` as the model's newest calibration. Raises what publish() does."""
     with TemporaryDirectory(prefix="flashclient-") as name:
         names = write_files(result, loaded.record, Path(name))
         return publish(loaded.connection, loaded.record, result.mode()[0], Path(name), names)

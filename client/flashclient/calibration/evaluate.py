@@ -1,7 +1,7 @@
 """Perplexity and agreement of a model's modes on a text: `flashclient eval`.
 
-Three ways of running the same sequences are compared: transformers' dense model, rebuilt in memory from the bundles
-where there is room; the client in mode "exact"; and the client in mode "predict", where the model was calibrated.
+The same sequences run in three ways: through transformers' dense model, rebuilt in memory from the bundles if it fits;
+through the client in mode "exact"; and in mode "predict" if the model was calibrated.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
 
 TOKENS_DEFAULT = 16384
-DENSE_HEADROOM = 1.2  # a model in memory needs its weights and what a forward takes beside them
+DENSE_HEADROOM = 1.2  # memory of a dense model and its forward pass, in sizes of its weights
 
 
 @dataclass
 class Quality:
-    """How well logits foretell a text. Sums over tokens, the first of a sequence apart, which nothing foretells."""
+    """How well logits predict a text. Sums over all tokens but the first of each sequence, which nothing predicts."""
 
     tokens: int = 0
     agreed: int = 0
     nats: float = 0.0
 
     def add(self, logits: Tensor, ids: Tensor, reference: Tensor) -> None:
-        """Takes in one sequence.
+        """Adds one sequence.
 
         Args:
             logits: [length, vocabulary] fp32.
             ids: [length].
-            reference: [length], the likeliest next tokens by the model compared with.
+            reference: [length], the most likely next tokens according to the reference model.
         """
         self.nats += functional.cross_entropy(logits[:-1], ids[1:], reduction="sum").item()
         self.agreed += int((logits.argmax(1) == reference)[:-1].sum())
@@ -67,11 +67,12 @@ class Quality:
 
 @dataclass
 class Evaluation:
-    """What was measured; None and empty where it could not be, for the reason in `notes`.
+    """What was measured. A part that could not be is None or empty, and `notes` says why.
 
     Attributes:
         sequences: [sequences, length] ids.
-        likeliest: of the same shape, the next tokens by the model compared with.
+        likeliest: of the same shape, the most likely next tokens according to the reference model: the dense one, or
+            exact mode where that does not fit.
     """
 
     sequences: Tensor
@@ -83,7 +84,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
-        """What --json prints. Agreement is with the dense model, or with exact mode where that did not fit."""
+        """What --json prints. `top1_agreement` is with the reference model."""
         dense = None if self.dense is None else {"perplexity": self.dense.perplexity}
         return {
             "dense": dense,
@@ -96,7 +97,7 @@ class Evaluation:
         }
 
     def table(self) -> str:
-        """A row per mode, a row per layer, and what is left out."""
+        """A row per mode, a row per layer, and the notes."""
         lines = [f"{'':<8}{'perplexity':>12} {'same first token':>18}"]
         for name, quality in (("dense", self.dense), ("exact", self.exact), ("predict", self.predict)):
             if quality is not None:
@@ -109,7 +110,7 @@ class Evaluation:
 
 
 def evaluate_exact(loaded: LoadedModel, sequences: Tensor, progress: bool = False) -> Evaluation:
-    """The dense model, exact mode and, where the model was calibrated, what its predictors do in each layer.
+    """Evaluates the dense model, exact mode and, if the model was calibrated, the predictors of each layer.
 
     Args:
         loaded: a model in exact mode.
@@ -126,7 +127,9 @@ def evaluate_exact(loaded: LoadedModel, sequences: Tensor, progress: bool = Fals
         if loaded.record.calibration.version > 0:
             result.layers = layer_rates(loaded, fetch_predictors(loaded), sequences)
         else:
-            result.notes.append(f"predict: '{loaded.record.name}' was never calibrated: run `flashclient calibrate`")
+            result.notes.append(
+                f"predict: not run, as '{loaded.record.name}' was never calibrated: run `flashclient calibrate`"
+            )
     return result
 
 
@@ -146,19 +149,21 @@ def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
 
 
 def _evaluate_dense(loaded: LoadedModel, result: Evaluation, progress: bool) -> Tensor | None:
-    """Returns the likeliest next tokens, as `_run` does; None where the model does not fit."""
+    """Returns the most likely next tokens, as `_run` does; None if the model does not fit into memory."""
     record = loaded.record
     needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
     free = free_bytes(memory_limits())
     if needed_bytes > free:
-        result.notes.append(f"dense: it needs {needed_bytes / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
+        result.notes.append(
+            f"dense: not run, as it needs {needed_bytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
+        )
         return None
     result.dense = Quality()
     return _run(dense_model(loaded), result, result.dense, _bar("dense", result.sequences, progress))
 
 
 def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor]) -> Tensor:
-    """Returns the likeliest next tokens [sequences, length] of the model compared with: this one if there is none."""
+    """Returns the most likely next tokens [sequences, length] of the reference model: this one if there is none yet."""
     likeliest = torch.empty_like(result.sequences) if result.likeliest is None else result.likeliest
     for row, ids in enumerate(rows):
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
@@ -169,7 +174,7 @@ def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor
 
 
 def dense_model(loaded: LoadedModel) -> Any:
-    """transformers' own model, whole and in memory, from the client's resident tensors and bundles."""
+    """transformers' own model with all its weights in memory, from the resident tensors and bundles."""
     record, config = loaded.record, loaded.model.config
     dtype = DTYPES[record.compute_dtype]
     architecture = architecture_of(config)[1]
@@ -185,7 +190,7 @@ def dense_model(loaded: LoadedModel) -> Any:
 
 
 def fetch_predictors(loaded: LoadedModel) -> list[Predictor]:
-    """The predictors of the model's newest calibration, copied over gRPC. Raises CalibrationError, RefusedError."""
+    """The predictors of the model's newest calibration, fetched over gRPC. Raises CalibrationError, RefusedError."""
     what = weightd_pb2.CalibrationFile(version=loaded.record.calibration.version, name=PREDICTORS_FILE)
     request = weightd_pb2.FetchRequest(model=loaded.record.name, calibration=what)
     data: NDArray[np.uint8] = np.frombuffer(b"".join(loaded.connection.fetch(request)), np.uint8)
@@ -206,7 +211,7 @@ def layer_rates(loaded: LoadedModel, predictors: list[Predictor], sequences: Ten
 
 @dataclass(frozen=True)
 class _Counted:
-    """A dense FFN that compares what fires with what is predicted."""
+    """A dense FFN that compares the neurons that fire with those predicted."""
 
     weights: LayerWeights
     prediction: Prediction

@@ -1,4 +1,4 @@
-"""Which neurons of a layer fired for which tokens, one bit each, and what follows from it."""
+"""Which neurons of a layer fired for which tokens, one bit each, and statistics of these bits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK_TOKENS = 512
 
 
 class PackedBits:
-    """Bits of [tokens, neurons], eight to a byte: 100 k tokens of 16384 neurons take 205 MB."""
+    """Bits of [tokens, neurons], eight in a byte: 100 k tokens of 16384 neurons take 205 MB."""
 
     def __init__(self, tokens: int, neurons: int) -> None:
         self.neurons = neurons
@@ -54,7 +54,7 @@ class PackedBits:
 
 
 def unions(predicted: PackedBits, sequence_tokens: int) -> NDArray[np.float32]:
-    """[8]: the share of the neurons in the union of k = 1..8 successive tokens of a sequence, on average."""
+    """[8]: the average share of the neurons in the union of k = 1..8 successive tokens of a sequence."""
     totals, counts = np.zeros(UNION_TOKENS_MAX), np.zeros(UNION_TOKENS_MAX)
     for begin in range(0, len(predicted), sequence_tokens):
         alone = predicted.of(slice(begin, begin + sequence_tokens))

@@ -1,6 +1,6 @@
 """Runs a model one decoder layer at a time over any number of sequences, so that each layer is read from flash once.
 
-What it holds is one layer's FFN in fp32; the sequences' hidden states are the caller's.
+A walk holds one layer's FFN in fp32. The caller holds the sequences' hidden states.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def layer_walk(loaded: LoadedModel, example: Tensor) -> Iterator[LayerWalk]:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's FFN in fp32, rows by position. What an FFN computes here is the reference of the kernels' work.
+    """One layer's FFN in fp32, rows by position. Its results are the reference for the kernels.
 
     Attributes:
         rows: [gate,] up, each [neurons, hidden_size].
@@ -61,7 +61,7 @@ class LayerWeights:
     activation: Callable[[Tensor], Tensor]
 
     def neurons(self, x: Tensor) -> Tensor:
-        """What the neurons put out for x [tokens, hidden_size]: [tokens, neurons]. One fires where this is not 0."""
+        """The neurons' outputs [tokens, neurons] for x [tokens, hidden_size]. A neuron fires where that is not 0."""
         first = x @ self.rows[0].T
         if self.bias is not None:
             first += self.bias
@@ -128,7 +128,7 @@ class LayerWalk:
         return logits
 
     def weights(self, layer: int) -> LayerWeights:
-        """Reads layer `layer` from flash; faster in rising order. Raises DaemonLostError or CorruptionError."""
+        """Reads layer `layer` from flash; ascending order is faster. Raises DaemonLostError or CorruptionError."""
         module = self._loaded.record.layers[layer].module
         *rows, down = read_parts(self._loaded, layer)
         bias = self._tensors.get(f"{module}.{self._architecture.bias}")

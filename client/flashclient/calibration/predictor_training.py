@@ -1,7 +1,7 @@
-"""Predictors of one layer: a low-rank one, trained, and one of sign bits, which needs no training.
+"""Predictors of one layer: a low-rank one, which is trained, and one of sign bits, which needs no training.
 
-Both score every neuron and want those above a threshold: the highest that still finds the target share of the firings
-of tokens held back from training, one for the layer or, where that predicts less, one for each neuron.
+Both score every neuron and predict those above a threshold. The threshold is the highest with which the target share
+of firings is found on tokens held out from training. The layer has one, or each neuron if that predicts less.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from flashclient.model.predictor_file import LowRank, Predictor, Signs, quantize
 
 EPOCHS = 3
 BATCH_TOKENS = 256
-BLOCK_NEURONS = 4096  # of a batch at a time: bounds what training holds to a few MB
+BLOCK_NEURONS = 4096  # of a batch at a time: bounds the memory of training to a few MB
 LEARNING_RATE = 2e-3
-LOGIT_PER_DEVIATION = 4.0  # of the initial predictor: how sure it is at one standard deviation of a neuron's input
-FALSE_POSITIVES_REACH = 0.01  # a smaller rank is taken if it costs no more than this share of the neurons
+LOGIT_PER_DEVIATION = 4.0  # the initial predictor's logit at one standard deviation of a neuron's input
+FALSE_POSITIVES_REACH = 0.01  # a smaller rank is chosen if it adds at most this share of false positives
 MOMENTS_TOKENS = 4096  # summed in fp32 before they go into sums in fp64
-ROUNDING = np.float32(1e-5)  # of a score, relative: folding the threshold into the bias rounds anew
-FIRINGS_MIN = 16  # of a neuron, for a threshold of its own
+ROUNDING = np.float32(1e-5)  # relative, of a score: adding the threshold to the bias rounds once more
+FIRINGS_MIN = 16  # a neuron with fewer gets no threshold of its own
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs of one layer's FFN, and which neurons fired for them.
+    """Inputs of one layer's FFN, and the neurons that fired for them.
 
     Attributes:
         x: [tokens, hidden_size], in the model's dtype.
@@ -52,12 +52,12 @@ class Examples:
 
 @dataclass(frozen=True)
 class Rates:
-    """How well a predictor does on some tokens.
+    """How good a predictor is on some tokens.
 
     Attributes:
         firing, predicted: shares of all (neuron, token) pairs.
-        false_negatives: firing pairs that were not predicted, of all firing pairs.
-        false_positives: predicted pairs that did not fire, of all pairs that did not fire.
+        false_negatives: share of the firing pairs that were not predicted.
+        false_positives: share of the pairs that did not fire that were predicted.
     """
 
     firing: float
@@ -68,7 +68,7 @@ class Rates:
 
 @dataclass
 class PairCounts:
-    """Sums over (neuron, token) pairs, from which Rates follow."""
+    """Counts of (neuron, token) pairs, from which Rates follow."""
 
     pairs: int = 0
     firing: int = 0
@@ -92,10 +92,10 @@ class PairCounts:
 
 
 class Prediction:
-    """A predictor computed by torch: the reference of the kernels' predictors.
+    """A predictor computed by torch: the reference for the kernels.
 
     Args:
-        dtype: of the predictor's matrices, whose 16 bits numpy cannot name.
+        dtype: of the predictor's matrices; numpy has no bfloat16, so they are uint16 there.
     """
 
     def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
@@ -107,7 +107,7 @@ class Prediction:
         self._is_low_rank = isinstance(predictor, LowRank)
 
     def scores(self, x: Tensor) -> Tensor:
-        """[tokens, neurons] of x [tokens, hidden_size] fp32; a neuron is wanted where its score is above 0."""
+        """Scores [tokens, neurons] of x [tokens, hidden_size] fp32; a neuron is wanted where its score is above 0."""
         if self._is_low_rank:
             return torch.addmm(self._bias, x @ self._input.T, self._output.T)
         bits = np.unpackbits(self._signs, axis=1, count=x.shape[1], bitorder="little")
@@ -119,7 +119,7 @@ class Prediction:
 
 
 def _signs_of(x: Tensor) -> Tensor:
-    """1 or -1, by the sign bit as it is stored: -0.0 is negative."""
+    """1 or -1 by the stored sign bit: -0.0 is negative."""
     return 1.0 - 2.0 * torch.signbit(x).float()
 
 
@@ -134,7 +134,7 @@ def _output(predictor: LowRank, dtype: torch.dtype) -> Tensor:
 
 
 def _stored(matrix: Tensor, dtype: torch.dtype) -> NDArray[Any]:
-    """Rounded to `dtype`; 16 bits as uint16."""
+    """`matrix` rounded to `dtype`; 16-bit floats as uint16."""
     rounded = matrix.to(dtype).contiguous()
     return rounded.numpy() if dtype == torch.float32 else rounded.view(torch.int16).numpy().view(np.uint16)
 
@@ -152,24 +152,24 @@ def train_low_rank(
     rows: Tensor,
     bias: Tensor | None,
     training: Examples,
-    held_back: Examples,
+    held_out: Examples,
     *,
     ranks: Sequence[int],
     recall: float,
     dtype: torch.dtype,
     seed: int,
 ) -> Predictor:
-    """The low-rank predictor of the smallest rank whose false positives are within reach of the largest one's.
+    """The low-rank predictor of the smallest rank whose false positives are close to those of the largest rank.
 
     Starts from the best approximation of `rows` under the covariance of the inputs, then minimises balanced binary
     cross-entropy on the firing bits (LLM in a flash, arXiv 2312.11514, section 3.1).
 
     Args:
-        rows: [neurons, hidden_size] fp32, those whose activation decides whether a neuron fires.
+        rows: [neurons, hidden_size] fp32, the gate rows, or the up rows where there is no gate.
         bias: [neurons] fp32 or None.
-        held_back: what thresholds and rank are chosen by.
-        ranks: candidates; larger ones than hidden_size or neurons count as these.
-        recall: share of the firings to be predicted.
+        held_out: the examples on which thresholds and rank are chosen.
+        ranks: candidates; each is capped at hidden_size and neurons.
+        recall: the share of firings to predict.
     """
     candidates = sorted({min(rank, *rows.shape) for rank in ranks})
     start = _Start(rows, bias, training.x)
@@ -177,8 +177,8 @@ def train_low_rank(
     def train(rank: int) -> tuple[Predictor, float]:
         first, second, shift = _descend(*start.of(rank), training, seed)
         unshifted = quantized(_stored(first, dtype), second.numpy(), shift.numpy())
-        predictor = with_thresholds(unshifted, dtype, held_back, recall)
-        return predictor, measure(predictor, dtype, held_back).false_positives
+        predictor = with_thresholds(unshifted, dtype, held_out, recall)
+        return predictor, measure(predictor, dtype, held_out).false_positives
 
     best, reach = train(candidates[-1])
     for rank in candidates[:-1]:
@@ -189,7 +189,9 @@ def train_low_rank(
 
 
 class _Start:
-    """Low-rank approximations of W x + b, best in the mean square over the inputs in units of each neuron's spread.
+    """Low-rank approximations of W x + b with the least mean square error over the inputs.
+
+    The error of each neuron is in units of the standard deviation of its input.
 
     With C the inputs' covariance, V the leading eigenvectors of C^1/2 W' W C^1/2: W is about (W C^1/2 V) (V' C^-1/2).
     """
@@ -230,7 +232,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def _descend(
     first: Tensor, second: Tensor, bias: Tensor, training: Examples, seed: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Adam on balanced binary cross-entropy. The gradient is written out: autograd would keep every block's logits."""
+    """Adam on balanced binary cross-entropy. The gradient is explicit: autograd would keep every block's logits."""
     parameters = [first, second, bias]
     steps = EPOCHS * -(-len(training.x) // BATCH_TOKENS)
     optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99))
@@ -249,7 +251,7 @@ def _descend(
 
 
 def _set_gradients(parameters: list[Tensor], x: Tensor, fired: Tensor, weight: float) -> None:
-    """Of the mean over pairs of -(weight * fired * log p + (1 - fired) * log(1 - p)), p the sigmoid of the score."""
+    """Gradients of the mean over pairs of -(weight * fired * log p + (1 - fired) * log(1 - p)), p = sigmoid(score)."""
     first, second, bias = parameters
     latent = x @ first.T
     back = torch.zeros_like(latent)
@@ -265,41 +267,43 @@ def _set_gradients(parameters: list[Tensor], x: Tensor, fired: Tensor, weight: f
     first.grad = back.T @ x
 
 
-def sign_predictor(rows: Tensor, held_back: Examples, recall: float) -> Predictor:
-    """SparseInfer's predictor (arXiv 2411.12692), whose margins are chosen by recall instead of by one parameter."""
+def sign_predictor(rows: Tensor, held_out: Examples, recall: float) -> Predictor:
+    """SparseInfer's predictor (arXiv 2411.12692), but with margins chosen by recall instead of one parameter."""
     signs = np.packbits(torch.signbit(rows).numpy(), axis=1, bitorder="little")
-    if not held_back.fired.frequency().any():  # a margin that no input exceeds
+    if not held_out.fired.frequency().any():  # no input exceeds this margin
         return Signs(signs, np.full(len(rows), rows.shape[1], np.int32))
-    return with_thresholds(Signs(signs, np.zeros(len(rows), np.int32)), torch.float32, held_back, recall)
+    return with_thresholds(Signs(signs, np.zeros(len(rows), np.int32)), torch.float32, held_out, recall)
 
 
 def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch.dtype) -> LowRank:
-    """Wants every neuron, or none: for layers where nothing can be learnt."""
+    """A predictor that wants every neuron, or none: for layers where nothing can be learnt."""
     first, second = torch.zeros(1, hidden_size, dtype=torch.float32), torch.zeros(neurons, 1, dtype=torch.float32)
     bias = np.full(neurons, 1.0 if wants else -1.0, np.float32)
     return quantized(_stored(first, dtype), second.numpy(), bias)
 
 
-def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_back: Examples, recall: float) -> Predictor:
-    """`predictor` with the thresholds folded into its bias or margin. Some neuron fired in `held_back`."""
+def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_out: Examples, recall: float) -> Predictor:
+    """`predictor` with thresholds in its bias or margin. At least one neuron fired in `held_out`."""
     prediction = Prediction(predictor, dtype)
     neurons, found = [], []
-    for x, fired in held_back.blocks():
+    for x, fired in held_out.blocks():
         places = fired.nonzero(as_tuple=True)
         neurons.append(places[1].numpy())
         found.append(prediction.scores(x)[places].numpy())
-    choices = _thresholds(np.concatenate(neurons), np.concatenate(found), held_back.fired.neurons, recall)
+    choices = _thresholds(np.concatenate(neurons), np.concatenate(found), held_out.fired.neurons, recall)
     shifted = [_shift(predictor, threshold) for threshold in choices]
-    return min(shifted, key=lambda one: measure(one, dtype, held_back).predicted)
+    return min(shifted, key=lambda one: measure(one, dtype, held_out).predicted)
 
 
 def _thresholds(
     neurons: NDArray[np.int64], scores: NDArray[np.float32], count: int, recall: float
 ) -> list[NDArray[np.float32]]:
-    """Lowest scores [neurons] still to be wanted: one for the layer; one for each neuron, the rare ones sharing theirs.
+    """Two choices of the lowest score [neurons] that is still wanted: one for the layer, and one for each neuron.
+
+    In the second, neurons that seldom fire share a threshold.
 
     Args:
-        neurons, scores: of each firing.
+        neurons, scores: the neuron and the score of each firing.
     """
     firings = np.bincount(neurons, minlength=count)
     order = np.lexsort((scores, neurons))
@@ -312,13 +316,13 @@ def _thresholds(
 
 
 def _lowest(scores: NDArray[np.float32], recall: float) -> float:
-    """The highest score above or at which there are `recall` of all; 0 of none."""
+    """The highest score at or above which `recall` of all scores lie; 0 if there are no scores."""
     place = int((1 - recall) * len(scores))
     return float(np.partition(scores, place)[place]) if len(scores) else 0.0
 
 
 def _shift(predictor: Predictor, lowest: NDArray[np.float32]) -> Predictor:
-    """So that scores of `lowest` and above are wanted."""
+    """`predictor` changed so that it wants scores of `lowest` and above."""
     if isinstance(predictor, Signs):
         return replace(predictor, margin=predictor.margin + lowest.astype(np.int32) - 1)
     below = lowest - ROUNDING * (1 + np.abs(lowest))

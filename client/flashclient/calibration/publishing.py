@@ -1,4 +1,4 @@
-"""A finished calibration's files, and their way to the daemon."""
+"""Sends the files of a finished calibration to the daemon."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PIECE_BYTES = 2**20  # of one message
 def publish(
     connection: Connection, model: weightd_pb2.Model, mode: str, folder: Path, names: tuple[str, ...]
 ) -> weightd_pb2.Calibration:
-    """Makes the files `names` in `folder` the model's newest calibration.
+    """Publishes the files `names` in `folder` as the model's newest calibration.
 
     Args:
-        mode: what mode "auto" is to take for the model: "exact" or "predict".
+        mode: "exact" or "predict", which mode "auto" then takes for the model.
 
     Raises:
-        RefusedError: the daemon does not allow it, or the model was imported again meanwhile.
-        CorruptionError: what came there was not what was sent.
+        RefusedError: the daemon does not allow it, or the model has been imported again.
+        CorruptionError: the daemon received other bytes than were sent.
         DaemonLostError.
     """
     calibration = weightd_pb2.Calibration(import_id=model.import_id, mode=mode)
@@ -39,9 +39,9 @@ def publish(
 
 
 def check_may_publish(connection: Connection, model: weightd_pb2.Model) -> None:
-    """Raises RefusedError now where `publish` would after hours: offers a calibration of no files.
+    """Raises RefusedError at once if publish() would raise it, hours later.
 
-    A daemon that would take one from here finds fault with the files only.
+    Offers a calibration without files: a daemon that allows publishing only objects to the lack of files.
     """
     offered = weightd_pb2.Calibration(import_id=model.import_id, mode="exact")
     header = weightd_pb2.PublishCalibrationHeader(model=model.name, calibration=offered)

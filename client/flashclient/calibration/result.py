@@ -1,4 +1,4 @@
-"""What a calibration found: of each layer, of the whole model, and which mode that speaks for."""
+"""Results of a calibration: of each layer and of the model, and the mode that they recommend."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from flashclient.model.predictor_file import LowRank, Predictor, arrays_of, writ
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
-LOSS_MAX = 0.005  # of perplexity, for mode "predict" to be what "auto" takes
-COMPUTED_SHARE_MAX = 0.5  # of the FFNs' bytes that a token may need, predictor included, for predict mode to pay
-NEW_SHARE_MAX = 0.25  # new neurons per token: scattered reads cost twice sequential ones, exact mode reads half a model
+LOSS_MAX = 0.005  # of perplexity; mode "auto" does not predict with more
+COMPUTED_SHARE_MAX = 0.5  # of the FFNs' bytes that a token needs, predictor included; with more, predicting is slower
+NEW_SHARE_MAX = 0.25  # of neurons new with each token: random reads cost twice as much as sequential ones, and exact
+# mode reads about half of the model
 WINDOW_TOKENS = 4
 
 
 @dataclass
 class CalibratedLayer:
-    """What was found for one layer; arrays are by position."""
+    """Results for one layer; arrays are by position."""
 
     predictor: Predictor
     rates: Rates
@@ -40,7 +41,7 @@ class CalibratedLayer:
 
     @property
     def time_share(self) -> float:
-        """The predictor's part of the bytes that a token's FFN needs: at decode both run at memory bandwidth."""
+        """The predictor's share of the bytes that a token's FFN reads; at decode both run at memory bandwidth."""
         return self.predictor_bytes / (self.predictor_bytes + self.rates.predicted * self.ffn_bytes)
 
     @property
@@ -49,16 +50,16 @@ class CalibratedLayer:
 
     @property
     def new_share(self) -> float:
-        """Of the layer's neurons: predicted for a token and not in the window of those before it."""
+        """The share of neurons that are predicted for a token and not in the window of the tokens before it."""
         return float(self.union[WINDOW_TOKENS] - self.union[WINDOW_TOKENS - 1])
 
     @property
     def rank(self) -> int:
-        """0 for a predictor of sign bits."""
+        """The predictor's rank; 0 for one of sign bits."""
         return len(self.predictor.input) if isinstance(self.predictor, LowRank) else 0
 
     def row(self) -> str:
-        """Its columns in the table."""
+        """The layer's columns in the table."""
         shares = [
             f"{share:>9.1%}"
             for rates in (self.rates, self.sign_rates)
@@ -77,7 +78,7 @@ class CalibrationResult:
     """A finished calibration.
 
     Attributes:
-        quality: of the dense model, and of the same masked by the predictors.
+        quality: of "dense", the whole model, and of "predict", the model masked by the predictors.
     """
 
     layers: list[CalibratedLayer]
@@ -88,19 +89,19 @@ class CalibrationResult:
 
     @property
     def loss(self) -> float:
-        """Of perplexity by prediction, as a share; negative where it gained."""
+        """The relative loss of perplexity by prediction; negative for a gain."""
         return self.quality["predict"].perplexity / self.quality["dense"].perplexity - 1
 
     def mode(self) -> tuple[str, str]:
-        """What mode "auto" is to take, and why."""
+        """The mode for "auto", and the reason."""
         computed = float(np.mean([layer.computed_share for layer in self.layers]))
         new = float(np.mean([layer.new_share for layer in self.layers]))
         if self.loss > LOSS_MAX:
             return "exact", f"prediction costs {self.loss:.2%} of perplexity, more than {LOSS_MAX:.1%}"
         if computed > COMPUTED_SHARE_MAX:
-            return "exact", f"a token needs {computed:.0%} of the FFNs, predictors included: it pays below 50%"
+            return "exact", f"a token needs {computed:.0%} of the FFNs, predictors included: prediction pays below 50%"
         if new > NEW_SHARE_MAX:
-            return "exact", f"{new:.0%} of the neurons are new with each token: it pays below 25%"
+            return "exact", f"{new:.0%} of the neurons are new with each token: prediction pays below 25%"
         return "predict", (
             f"prediction costs {self.loss:.2%} of perplexity (at most {LOSS_MAX:.1%}); a token needs {computed:.0%} of "
             f"the FFNs (below 50%), {new:.1%} are new with it (below 25%)"
@@ -119,7 +120,7 @@ class CalibrationResult:
         }
 
     def table(self) -> str:
-        """A row per layer, both predictors side by side, and the verdict."""
+        """A row per layer with both predictors side by side, and the recommended mode."""
         kind = {"low_rank": "low rank", "sign": "sign bits"}[self.settings["kind"]]
         head = f"{'':>14} {kind:^59} {'sign bits':^29}"
         names = ("predicted", "missed", "false", "rank", "KiB", "time", "predicted", "missed", "false")

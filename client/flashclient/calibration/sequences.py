@@ -1,4 +1,4 @@
-"""A text file as the token sequences that calibration and evaluation run a model on."""
+"""A text file as token sequences for calibration and evaluation."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from flashclient.errors import OptionError
 
-TOKENS_MIN = 1024  # fewer say nothing about how often a neuron fires
+TOKENS_MIN = 1024  # with fewer, the shares of firing neurons mean nothing
 SEQUENCE_TOKENS_MAX = 512
-SEQUENCES_MIN = 16  # a short text is cut into shorter sequences instead of fewer
+SEQUENCES_MIN = 16  # a short text gives shorter sequences instead of fewer
 PIECE_CHARACTERS = 2**20
 
 
 def read_sequences(path: Path, tokenizer: Any, positions_max: int, tokens: int | None, tokens_max: int) -> Tensor:
     """The beginning of the text at `path`, cut into sequences of equal length.
 
-    Each begins with the token that the tokenizer puts before any text, if it does.
+    If the tokenizer puts a token before each text, every sequence begins with it.
 
     Args:
-        positions_max: the longest sequence that the model takes.
-        tokens: how many are needed, of all sequences together; None: what there is, up to `tokens_max`.
+        positions_max: the longest sequence that the model allows.
+        tokens: the number in all sequences together; None for all of the text, up to `tokens_max`.
 
     Returns:
         [sequences, length] int64.
@@ -48,7 +48,7 @@ def read_sequences(path: Path, tokenizer: Any, positions_max: int, tokens: int |
 
 
 def check_text(path: Path) -> None:
-    """Raises OptionError where no model could read the text at `path`."""
+    """Raises OptionError if the text at `path` cannot be read or is empty, before any model is loaded."""
     if not next(_pieces(path), ""):
         raise OptionError(f"{path} is empty: pass a text of at least {TOKENS_MIN} tokens")
 
@@ -63,7 +63,7 @@ def _read_ids(path: Path, tokenizer: Any, tokens: int) -> list[int]:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    """The text in pieces that end with a line, so that tokens are what they would be in one piece."""
+    """The text in pieces of whole lines, so that the tokens are those of the text in one piece."""
     try:
         with path.open(encoding="utf-8") as file:
             while piece := file.read(PIECE_CHARACTERS):

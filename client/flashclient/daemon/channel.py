@@ -1,4 +1,4 @@
-"""The control plane as the client sees it: one gRPC channel, and the one place where statuses become errors."""
+"""The control plane of the client: one gRPC channel, and the only place where gRPC statuses become errors."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from weightd_proto.encodings import upgrade
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
-# A daemon whose machine is gone is found out within 30 s of a call, however long the call may take. weightd takes pings
-# each 10 s or slower.
+# A daemon whose machine is gone is noticed 30 s after a call began, however long the call may take. weightd allows a
+# ping every 10 s.
 KEEPALIVE_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 10_000
-# Before a channel that cannot connect tries again: a weightd that is back is found soon. (gRPC's own: 1 to 120 s.)
+# How long a channel that cannot connect waits before it tries again, so that a restarted weightd is found soon. (gRPC's
+# default: 1 to 120 s.)
 RECONNECT_MIN_MS, RECONNECT_MAX_MS = 100, 500
 CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", RECONNECT_MIN_MS),
@@ -39,14 +40,15 @@ CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", KEEPALIVE_MS),
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
-    ("grpc.http2.max_pings_without_data", 0),  # a call that waits for a slow device says nothing for long
-    # Else each stream counts on a thread that its caller starts: an interrupt (Ctrl-C) just before leaves the stream
-    # without it, and close() waits for that stream for ever. It also saves starting a thread for each Fetch.
+    ("grpc.http2.max_pings_without_data", 0),  # a call that waits for a slow device sends nothing for long
+    # Without it each stream needs a thread that its caller starts. An interrupt (Ctrl-C) just before that leaves the
+    # stream without its thread, and close() waits for it for ever. It also saves a new thread for each Fetch.
     (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 ]
 
-RETRY_S = 0.05  # before a daemon that has too many calls, or is coming back, is asked again
-# That one attempt to attach again may count for: what it takes longer, this process was frozen, and weightd maybe, too.
+RETRY_S = 0.05  # before the next call to a daemon that has too many calls, or is coming back
+# At most this much of one attempt to attach again counts as waiting. An attempt that takes longer was frozen: this
+# process was stopped, or weightd was.
 ATTEMPT_S = 10.0
 OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
 
@@ -55,13 +57,13 @@ logger = logging.getLogger("flashclient")
 
 
 class SessionLostError(errors.DaemonLostError):
-    """weightd is gone or has closed the session: reattach(), then ask again. Seen outside only before a generation."""
+    """weightd is gone or has closed the session: reattach(), then ask again. Users see it only before a generation."""
 
 
 _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
     grpc.StatusCode.UNAVAILABLE: SessionLostError,
     grpc.StatusCode.CANCELLED: SessionLostError,
-    grpc.StatusCode.DEADLINE_EXCEEDED: SessionLostError,  # or it was we who were stopped for so long
+    grpc.StatusCode.DEADLINE_EXCEEDED: SessionLostError,  # or this process was stopped for so long
     grpc.StatusCode.NOT_FOUND: errors.ModelNotFoundError,
     grpc.StatusCode.ABORTED: errors.BusyError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.BusyError,  # of OpenSession: ShareError
@@ -71,12 +73,12 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
 
 @contextmanager
 def rpc_errors(address: str) -> Iterator[None]:
-    """Turns what gRPC raises inside into the error of flashclient.errors that its status stands for."""
+    """Turns gRPC's errors into those of flashclient.errors, by their status."""
     try:
         yield
     except grpc.RpcError as error:
         raise _translated(error, address) from error
-    except ValueError as error:  # how gRPC says that close() came first
+    except ValueError as error:  # gRPC raises it after close()
         raise errors.DaemonLostError(f"the connection to weightd at {address} was closed") from error
 
 
@@ -88,7 +90,7 @@ def _translated(error: Any, address: str) -> errors.FlashClientError:
 
 
 def open_channel(address: Address, tls: TlsOptions, *more: tuple[str, int]) -> grpc.Channel:
-    """With `more` options of gRPC. Raises OptionError for a file of `tls` that cannot be used."""
+    """A channel with `more` gRPC options. Raises OptionError for a file of `tls` that cannot be used."""
     target, options = _uri(address), [*CHANNEL_OPTIONS, *more]
     if address.local:
         options.append(("grpc.enable_http_proxy", 0))  # no proxy can reach it
@@ -104,22 +106,22 @@ def _uri(address: Address) -> str:
 
 
 def stub_of(channel: grpc.Channel, address: Address) -> Any:
-    """The calls of weightd.v1.Weightd; over a Unix socket each shows who calls."""
+    """The calls of weightd.v1.Weightd; over a Unix socket each carries the caller's identity."""
     stub = weightd_pb2_grpc.WeightdStub(channel)  # type: ignore[no-untyped-call]
     return stub if address.socket_path is None else IdentifiedStub(stub, address.socket_path)
 
 
 def _details(error: Any) -> str:
-    """gRPC's words in one line."""
+    """gRPC's message in one line."""
     return " ".join((error.details() or "").split())
 
 
 def _nobody_there(address: Address, tls: TlsOptions, said: str) -> str:
-    """What to try, by what the first call met."""
+    """The error text after a first call that failed: what to try depends on the transport."""
     if address.socket_path is not None:
         return f"no weightd at {address.target}: start it with `weightd --store DIR`, or pass store="
     if not tls.given:
-        return f"no weightd at {address.target}, or one that wants TLS: start it, or pass tls_ca="
+        return f"no weightd at {address.target}, or one that needs TLS: start it, or pass tls_ca="
     return f"no weightd at {address.target}, or one of the two certificates was not accepted: {said}"
 
 
@@ -128,14 +130,13 @@ class Connection:
 
     Args:
         address: `unix:/path` or `host:port`.
-        timeout_s: how long an answer may take, the first one included; and how long a weightd that was lost may take to
-            come back.
-        tls: for TCP; needed beyond this machine.
-        revive: called now and then while a weightd that was lost is waited for.
+        timeout_s: how long an answer may take, the first one included, and how long a lost weightd may stay away.
+        tls: for TCP; needed for another machine.
+        revive: called repeatedly while the client waits for a lost weightd.
 
     Raises:
-        NoDaemonError: nothing answers there, or one of the two certificates is not accepted.
-        OptionError: no such address, or no such file.
+        NoDaemonError: nothing answers at the address, or one of the two certificates is not accepted.
+        OptionError: the address is not valid, or a file cannot be read.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class Connection:
             raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
 
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None = None) -> Any:
-        """Waits for a daemon that is busy."""
+        """Calls `method`, again and again while the daemon is busy."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         give_up_s = time.monotonic() + timeout_s
         while True:
@@ -170,11 +171,13 @@ class Connection:
             time.sleep(RETRY_S)
 
     def attach_again(self, attach: Callable[[], Result], lost: SessionLostError) -> Result:
-        """What `attach` gives, tried again until weightd is back and has room, at most timeout_s; said once in the log.
+        """The result of `attach`, which is tried until weightd is back and has room, for at most timeout_s.
+
+        The log gets one line at the start and one at the end.
 
         Raises:
-            DaemonLostError: it has not come back in time.
-            ShareError, BusyError: it has, and had no room in all that time.
+            DaemonLostError: weightd has not come back in time.
+            ShareError, BusyError: weightd is back and had no room in all that time.
         """
         logger.warning("%s; waiting up to %g s to attach again at %s", lost, self.timeout_s, self.address)
         began_s = time.monotonic()
@@ -183,7 +186,7 @@ class Connection:
             asked_s = time.monotonic()
             try:
                 self._revive()
-                self.stats(min(self.timeout_s, ATTEMPT_S))  # whether it answers; attaching may take longer than that
+                self.stats(min(self.timeout_s, ATTEMPT_S))  # is it there? attaching itself may take longer
                 result = attach()
             except SessionLostError as error:
                 if waited_s > self.timeout_s:
@@ -201,24 +204,27 @@ class Connection:
             waited_s += min(time.monotonic() - asked_s, ATTEMPT_S)
 
     def stats(self, timeout_s: float | None = None) -> weightd_pb2.StatsResponse:
-        """`timeout_s`: as of all calls by default."""
+        """The daemon's statistics. `timeout_s`: by default that of all calls."""
         answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest(), timeout_s)
         return answer
 
     def describe(self, name: str) -> weightd_pb2.Model:
-        """The model's record. Raises ModelNotFoundError, which names the models there are."""
-        name = os.fsencode(name).decode(errors="replace")  # bytes of a command line that are no UTF-8 are no name
+        """The model's record. Raises ModelNotFoundError, which names the models of the store."""
+        name = os.fsencode(name).decode(errors="replace")  # a name in the store is UTF-8
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
         upgrade(model)  # that of a weightd before store format 3
         return model
 
     def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
-        """A share of the pool.
+        """Opens a session with a share of the pool.
 
-        Raises ShareError, which gives the numbers, BusyError, and RefusedError for another import of the model.
+        Raises:
+            ShareError: the pool has no room; the text gives the numbers.
+            BusyError: the daemon has too many calls.
+            RefusedError: the store has another import of the model now.
         """
         request = weightd_pb2.OpenSessionRequest(model=model.name, slots_wanted=slots_wanted, import_id=model.import_id)
-        try:  # the first one waits until the resident weights have been read
+        try:  # the first session waits until the resident weights have been read
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
@@ -227,7 +233,7 @@ class Connection:
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
-        """Asks now, and gives the bytes in pieces of at most 1 MiB. Waits for a daemon that is busy."""
+        """Sends the request, then yields the bytes in pieces of at most 1 MiB. Waits for a busy daemon."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         return self._pieces(self._ask(request, timeout_s), request, timeout_s)
 
@@ -240,7 +246,7 @@ class Connection:
         given_bytes = 0
         while True:
             try:
-                passed_bytes = 0  # asked again, it begins anew
+                passed_bytes = 0  # a repeated request starts from the first byte
                 with rpc_errors(self.address):
                     for response in responses:
                         fresh = response.data[max(0, given_bytes - passed_bytes) :]
@@ -256,9 +262,9 @@ class Connection:
                 responses = self._ask(request, timeout_s)
 
     def save_files(self, model: weightd_pb2.Model, folder: Path) -> None:
-        """Writes what lies under the model's hf/ (configuration, tokenizer) into `folder`.
+        """Writes the files of the model's hf/ (configuration, tokenizer) into `folder`.
 
-        Raises CorruptionError for a file that came with other bytes than weightd's catalog says.
+        Raises CorruptionError for a file whose bytes do not match the checksum in weightd's catalog.
         """
         for file in model.files:
             target = (folder / file.name).resolve()
@@ -268,8 +274,8 @@ class Connection:
             data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, file=file.name)))
             if len(data) != file.size_bytes or checksum(np.frombuffer(data, np.uint8)) != file.checksum:
                 raise errors.CorruptionError(
-                    f"model {model.name}, file hf/{file.name}: it came with other bytes than its checksum is of; try "
-                    "again, and look after the network or the memory of one of the machines if it stays so"
+                    f"model {model.name}, file hf/{file.name}: the bytes received do not match its checksum; try "
+                    "again, and if that fails too, check the network and the memory of both machines"
                 )
             target.write_bytes(data)
 
@@ -279,5 +285,5 @@ class Connection:
         return np.frombuffer(data, "<u4")
 
     def close(self) -> None:
-        """Ends the channel and every call on it."""
+        """Closes the channel and ends every call on it."""
         self._channel.close()

@@ -1,4 +1,4 @@
-"""Shows the daemon who calls, over a Unix socket: see the head of proto/weightd.proto."""
+"""Tells the daemon who calls over a Unix socket: see the head of proto/weightd.proto."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from weightd_proto.addresses import IDENTITY_METADATA_KEY, IDENTITY_SUFFIX
 
-RENEW_S = 60.0  # so that joining a group soon has an effect
+RENEW_S = 60.0  # so that joining a group has an effect soon
 ANSWER_S = 2.0
 IDENTITY_BYTES_MAX = 8192
 
@@ -21,14 +21,14 @@ IDENTITY_BYTES_MAX = 8192
 class IdentifiedStub:
     """The calls of `stub`, each with the identity of this process as metadata.
 
-    A daemon that is away is met with the last identity, which outlives its restart. (gRPC's interceptors would do the
-    same, but report a closed channel at another time and as another error.)
+    While the daemon is away, calls carry the last identity, which stays valid across the daemon's restart. (gRPC's
+    interceptors could add the metadata, but they report a closed channel at another time and as another error.)
     """
 
     def __init__(self, stub: Any, socket_path: Path) -> None:
-        """`socket_path`: of the daemon's gRPC."""
+        """`socket_path`: the daemon's gRPC socket."""
         self._path = socket_path.with_name(socket_path.name + IDENTITY_SUFFIX)
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.Lock()  # guards the fields below
         self._identity = b""
         self._renew_at = 0.0
         for name, method in vars(stub).items():
@@ -46,7 +46,7 @@ class IdentifiedStub:
 
 
 def _ask(path: Path) -> bytes:
-    """What the daemon says of this process; nothing where it does not answer."""
+    """The identity that the daemon gives to this process; empty if it does not answer."""
     received = b""
     try:
         with socket.socket(socket.AF_UNIX) as connection:

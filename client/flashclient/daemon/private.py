@@ -1,11 +1,11 @@
 """The weightd of a store: the one that serves it already, or a private child of this process.
 
-Who serves a store is written in STORE/weightd.lock, which its daemon holds locked: {"pid": ..., "address": ...}. Asking
-that address, rather than trying the lock, disturbs no daemon that is about to take it. Of several processes that start
-one at the same time the daemon's own lock picks the winner; the others attach to it.
+STORE/weightd.lock names the daemon that serves the store, {"pid": ..., "address": ...}; the daemon holds it locked. The
+client asks that address. It does not try the lock, which could disturb a daemon that is about to take it. If several
+processes start a daemon at the same time, the lock picks one; the others attach to it.
 
-A private daemon ends with the last of those who use it: beside its socket lies a FIFO, and it serves as long as
-somebody holds that open for writing. All of them are processes of one user, because the folder is that user's alone.
+A private daemon ends with the last of its users. Beside its socket lies a FIFO, and the daemon serves as long as some
+process has that open for writing. All of these are processes of one user, who alone may open the folder.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 LOCK_BYTES_MAX = 4096
 USERS_FILE = "users"  # the FIFO
 POLL_S = 0.02
-LET_GO_MS = 200  # a child that was forked a moment ago lets go as soon as it runs
+LET_GO_MS = 200  # a child forked a moment ago closes its copy of the FIFO as soon as it runs
 HEALTH_S = 2.0  # for one answer of a busy daemon
-STOP_S = 10.0  # a stopping daemon finishes its reads and closes its sessions first
+STOP_S = 10.0  # a daemon finishes its reads and closes its sessions before it ends
 
 logger = logging.getLogger("flashclient")
 
 
 def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tuple[str, PrivateDaemon | None]:
-    """The address of the weightd that serves `store`; and it, to be stopped, if it is a private one.
+    """The address of the weightd that serves `store`, and the daemon to stop later if it is a private one.
 
     Raises:
-        StartError: it could not be started; says what it said.
+        StartError: it could not be started; repeats its message.
     """
     deadline = time.monotonic() + timeout_s
     while (found := _attach(store)) is None:
@@ -61,7 +61,7 @@ def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tu
             return daemon.address, daemon
         said = daemon.last_words()
         daemon.stop()
-        if not was_rival:  # it was not another daemon that kept it from the store
+        if not was_rival:  # it did not end because another daemon serves the store
             raise StartError(f"cannot start weightd for {store}: {said}")
         while (found := _attach(store)) is None and _rival(store) and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -69,12 +69,12 @@ def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tu
             break
         if time.monotonic() > deadline:
             raise StartError(f"cannot start weightd for {store}: {said}")
-    _tell_that_dram_is_not_ours(found[0], dram, timeout_s)
+    _warn_of_unused_dram(found[0], dram, timeout_s)
     return found
 
 
 def _await_serving(daemon: PrivateDaemon, store: Path, deadline: float) -> bool:
-    """Until it serves or has ended. Returns whether another daemon was seen at the store.
+    """Waits until `daemon` serves or has ended. Returns whether another daemon was seen at the store.
 
     Raises StartError after `deadline`.
     """
@@ -88,8 +88,8 @@ def _await_serving(daemon: PrivateDaemon, store: Path, deadline: float) -> bool:
     return was_rival or _rival(store, daemon.pid)
 
 
-def _tell_that_dram_is_not_ours(address: str, dram: str | int | None, timeout_s: float) -> None:
-    """Whoever started the daemon has chosen its --dram."""
+def _warn_of_unused_dram(address: str, dram: str | int | None, timeout_s: float) -> None:
+    """Warns that `dram` has no effect: whoever started the daemon has chosen its --dram."""
     if dram is None:
         return
     connection = Connection(address, timeout_s)
@@ -103,7 +103,7 @@ def _tell_that_dram_is_not_ours(address: str, dram: str | int | None, timeout_s:
 
 
 def _lock(store: Path) -> dict[str, Any]:
-    """What the lock file says; empty where there is none, it is being written, or holds something else."""
+    """The content of the lock file; empty if there is none, it is being written, or it is damaged."""
     try:
         with (store / DAEMON_LOCK_FILE).open("rb") as file:
             content = json.loads(file.read(LOCK_BYTES_MAX))
@@ -113,18 +113,18 @@ def _lock(store: Path) -> dict[str, Any]:
 
 
 def _rival(store: Path, own_pid: int | None = None) -> bool:
-    """Whether another live process than `own_pid` claims the store. A lock file may outlive its process."""
+    """Whether a live process other than `own_pid` claims the store. A lock file may outlive its process."""
     pid = _lock(store).get("pid")
     return isinstance(pid, int) and pid != own_pid and _lives(pid)
 
 
 def _lives(pid: int) -> bool:
-    """Whether the process runs: one that has ended does not, even before its parent has asked for its status."""
+    """Whether the process runs. A zombie, which has ended and whose parent has not waited for it, does not."""
     try:
         process = os.pidfd_open(pid)
     except (ProcessLookupError, OverflowError, ValueError):
         return False
-    except OSError:  # a kernel or filter without pidfds; or no such number of a process
+    except OSError:  # the kernel or a seccomp filter refuses pidfds; or `pid` cannot be a process
         return Path(f"/proc/{pid}").exists()
     try:
         return not select.select([process], [], [], 0)[0]
@@ -133,7 +133,10 @@ def _lives(pid: int) -> bool:
 
 
 def _attach(store: Path) -> tuple[str, PrivateDaemon | None] | None:
-    """The daemon that serves `store`, kept alive from now on if it is a private one; None if none serves yet."""
+    """The address of the daemon that serves `store`, and the daemon, held from now on, if it is a private one.
+
+    None if none serves yet.
+    """
     lock = _lock(store)
     address, pid = lock.get("address"), lock.get("pid")
     if not isinstance(address, str) or not isinstance(pid, int) or not _lives(pid):
@@ -151,7 +154,7 @@ def _attach(store: Path) -> tuple[str, PrivateDaemon | None] | None:
 
 
 def serving_address(store: Path) -> str | None:
-    """Of the daemon that serves `store`; None if none does yet."""
+    """The address of the daemon that serves `store`; None if none does yet."""
     found = _attach(store)
     if found is None:
         return None
@@ -162,12 +165,12 @@ def serving_address(store: Path) -> str | None:
 
 
 def is_serving(address: str) -> bool:
-    """Whether a weightd at `address` says now that it serves."""
+    """Whether a weightd at `address` answers that it serves."""
     try:
         parsed = parse_address(address)
     except OptionError:
         return False
-    # A new channel each time: one that failed to connect waits a second before it tries again.
+    # A new channel each time, because a channel that failed to connect waits a second before it tries again.
     with open_channel(parsed, NO_TLS, ("grpc.use_local_subchannel_pool", 1)) as channel, suppress(grpc.RpcError):
         stub = health_pb2_grpc.HealthStub(channel)
         answer = stub.Check(health_pb2.HealthCheckRequest(), timeout=HEALTH_S)
@@ -176,13 +179,13 @@ def is_serving(address: str) -> bool:
 
 
 class PrivateDaemon:
-    """A weightd that ends with the last of its users: each of them holds the FIFO open that it reads."""
+    """A weightd that ends with the last of its users. Each user holds open the FIFO that the daemon reads."""
 
     def __init__(self, folder: Path) -> None:
-        """`start` or `join` makes one. `folder`: of its socket, this user's alone; it goes with the daemon."""
+        """Use `start` or `join`. `folder` holds the socket, is this user's alone and is removed after the daemon."""
         self._folder = folder
         self.address = f"unix:{folder / SOCKET_FILE}"
-        self._command: list[str] = []  # none for what another process has started
+        self._command: list[str] = []  # empty if another process has started the daemon
         self._child: subprocess.Popen[bytes] | None = None
         self._joined_pid: int | None = None
         self._reviving = threading.Lock()
@@ -190,7 +193,7 @@ class PrivateDaemon:
 
     @classmethod
     def start(cls, store: Path, dram: str | int | None) -> PrivateDaemon:
-        """One of our own. Raises StartError where it can have no socket."""
+        """Starts a child process. Raises StartError where no folder can hold its socket."""
         daemon = cls(_socket_folder())
         os.mkfifo(daemon._folder / USERS_FILE, 0o600)
         daemon._command = [*CHILD, "--store", str(store), "--listen", daemon.address]
@@ -201,7 +204,7 @@ class PrivateDaemon:
 
     @classmethod
     def join(cls, address: str, pid: int) -> PrivateDaemon | None:
-        """The private daemon of this user at `address`; None for what is none. BrokenPipeError: it is about to end."""
+        """This user's private daemon at `address`, held; None for another. BrokenPipeError: it is about to end."""
         if not address.startswith("unix:/"):
             return None
         daemon = cls(Path(address.removeprefix("unix:")).parent)
@@ -214,7 +217,7 @@ class PrivateDaemon:
             return None
         try:
             daemon._take_hold()
-        except OSError as error:  # ENXIO: nobody reads it
+        except OSError as error:  # ENXIO: no process reads the FIFO
             raise BrokenPipeError(f"the weightd at {address} is about to end") from error
         _daemons.add(daemon)
         return daemon
@@ -234,12 +237,12 @@ class PrivateDaemon:
                 stderr=log,
                 pass_fds=[reading_end],
                 env=_environment(),
-                start_new_session=True,  # an interrupt is for its users; the daemon follows when they end
+                start_new_session=True,  # an interrupt (Ctrl-C) is for its users; the daemon ends after them
             )
         os.close(reading_end)
 
     def revive(self) -> None:
-        """Starts it again if it was killed or stopped. Raises StartError if it ended by a fault; says what it said."""
+        """Starts the daemon again if it was killed or stopped. Raises StartError if it failed; repeats its message."""
         with self._reviving:
             if self._child is None or not self.has_ended():
                 return
@@ -253,26 +256,26 @@ class PrivateDaemon:
 
     @property
     def pid(self) -> int:
-        assert self._child is not None, "only whoever has started it asks"
+        assert self._child is not None, "only the process that has started it asks"
         return self._child.pid
 
     def has_ended(self) -> bool:
         return self._child is None or self._child.poll() is not None
 
     def last_words(self) -> str:
-        """The last line it wrote, in terms of our arguments."""
+        """The last line that the daemon wrote, with this library's names of arguments."""
         lines = self._log.read_text("utf-8", errors="backslashreplace").strip().splitlines()
         assert self._child is not None
-        return _in_our_words(lines) or f"it ended with status {self._child.returncode} and said nothing"
+        return _in_arguments(lines) or f"it ended with status {self._child.returncode} and no message"
 
     def let_go(self) -> None:
-        """Leaves it to its other users, or to its end; a forked child does, which would keep it alive."""
+        """Stops holding the daemon. A forked child does so, because it would keep the daemon alive."""
         os.close(self._hold)
         self._hold = -1
         _daemons.discard(self)
 
     def stop(self) -> None:
-        """Lets go. If nobody else holds it, waits for its end, kills it if it does not come, and removes its folder."""
+        """Lets go. If no other process holds the daemon, waits for its end, or kills it, and removes its folder."""
         if self._leave():
             return
         if self._child is not None:
@@ -287,7 +290,7 @@ class PrivateDaemon:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _leave(self) -> bool:
-        """Lets go; returns whether others hold it still."""
+        """Lets go; returns whether other processes still hold the daemon."""
         reading_end = os.open(self._folder / USERS_FILE, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.let_go()
         watch = select.poll()
@@ -295,7 +298,7 @@ class PrivateDaemon:
         others = not any(events & select.POLLHUP for _, events in watch.poll(LET_GO_MS))
         os.close(reading_end)
         if others and self._child is not None:
-            self._child.returncode = 0  # subprocess complains about one that outlives its object
+            self._child.returncode = 0  # subprocess warns of a child that outlives its object
         return others
 
 
@@ -303,7 +306,7 @@ _daemons: weakref.WeakSet[PrivateDaemon] = weakref.WeakSet()
 
 
 def revive(address: str) -> None:
-    """Starts the private daemon at `address` again if it has ended; does nothing where that is none of this process."""
+    """Starts the private daemon at `address` again if this process had started it and it has ended."""
     for daemon in list(_daemons):
         if daemon.address == address:
             daemon.revive()
@@ -318,35 +321,34 @@ os.register_at_fork(after_in_child=_let_go_after_fork)
 
 
 def _socket_folder() -> Path:
-    """A new folder with mode 0700, in which a socket's path is short enough; that of temporary files if it is."""
+    """A new folder of mode 0700 for a socket, the path of which must be short; preferably in the temporary folder."""
     tried = [tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), "/tmp", "/dev/shm"]
     for parent in filter(None, tried):
         if unfit_for_a_socket(Path(parent) / "flashclient-12345678" / SOCKET_FILE) is None:
             with suppress(OSError):
                 return Path(tempfile.mkdtemp(prefix="flashclient-", dir=parent))
     raise StartError(
-        f"no folder for the socket of a private weightd: {tried[0]}, /tmp and /dev/shm have too long a path or cannot "
-        "be written; set TMPDIR to one with a short path"
+        f"no folder for the socket of a private weightd: {tried[0]}, /tmp and /dev/shm cannot be written, or have too "
+        "long a path; set TMPDIR to a folder with a short path"
     )
 
 
 def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[int]) -> str:
-    """The name of `model` in `store`: itself, or of a checkpoint, imported now unless the store has it as it is.
+    """The name of `model` in `store`. A path of a checkpoint is imported first, unless the store has it unchanged.
 
-    A name in the store comes first, unless it is that of the very checkpoint which lies here under the same name.
+    If `model` is both a name in the store and a path, the name counts, unless that model was imported from this path.
 
     Args:
         rehearsal: gives the descriptor for --rehearse-fd.
 
     Raises:
         ModelNotFoundError: there is no such path.
-        StartError: the import failed, says what it said; or the store has another checkpoint of that name, or this one
-            as it was earlier and cannot import it again.
+        StartError: the import failed; repeats its message. For example, the store has another checkpoint of that name.
     """
     if "/" in model and not os.path.exists(model):  # noqa: PTH110
         raise ModelNotFoundError(
-            f"no file or folder '{model}', and no model of a store is called so: no hub is asked; download the model, "
-            "then give its folder"
+            f"no file or folder '{model}', and a model's name has no slash: models are not downloaded from a hub; "
+            "download it, then pass its folder"
         )
     if not os.path.exists(model) or (_is_stored(store, model) and not _is_source_of(store, model)):  # noqa: PTH110
         return model
@@ -369,12 +371,12 @@ def _is_source_of(store: Path, name: str) -> bool:
     return any(model["name"] == name and Path(model["source"]).resolve() == Path(name).resolve() for model in models)
 
 
-# -P: nothing is imported from the folder that the user happens to be in.
+# -P: Python imports nothing from the current folder.
 CHILD = [sys.executable, "-P", "-m", "weightd"]
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without those entries of PYTHONPATH that stand for the current folder."""
+    """This process's environment, without those entries of PYTHONPATH that stand for the current folder."""
     environment = dict(os.environ)
     if path := environment.pop("PYTHONPATH", ""):
         kept = [entry for entry in path.split(os.pathsep) if entry.strip("./") or entry.startswith(("/", ".."))]
@@ -383,9 +385,11 @@ def _environment() -> dict[str, str]:
 
 
 def _output_of(command: list[str], failed: str, *descriptors: int) -> str:
-    """What `command` writes; StartError with the last line of its errors. It is stopped if we are interrupted.
+    """The standard output of `command`, which is stopped if this process is interrupted.
 
-    `descriptors`: that it gets beside the standard streams.
+    Raises StartError, which begins with `failed` and ends with the last line of the command's errors.
+
+    `descriptors`: what the command inherits beside the standard streams.
     """
     with subprocess.Popen(
         command,
@@ -400,14 +404,14 @@ def _output_of(command: list[str], failed: str, *descriptors: int) -> str:
         try:
             output, errors = child.communicate()
         except BaseException:
-            child.terminate()  # it takes back what it has written
+            child.terminate()  # the import removes what it has written
             raise
     if child.returncode != 0:
-        said = _in_our_words(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
+        said = _in_arguments(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
         raise StartError(f"{failed}: {said}")
     return output
 
 
-def _in_our_words(lines: list[str]) -> str:
-    """The last of the lines that a weightd wrote, with our argument in place of its flag."""
+def _in_arguments(lines: list[str]) -> str:
+    """The last of the lines that a weightd wrote, with this library's argument in place of its flag."""
     return re.sub(r"--dram\b(?!-) ?", "dram=", lines[-1].removeprefix("weightd: ")) if lines else ""

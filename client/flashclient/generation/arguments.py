@@ -1,6 +1,6 @@
-"""Which arguments of transformers' generate() this client takes, and which it refuses, and why.
+"""Which arguments of transformers' generate() the client refuses, and why.
 
-What is not named here goes to transformers as it is. client/README.md has the table of all, with the test of each.
+All others go to transformers unchanged. client/README.md has a table of all arguments, with the test of each.
 """
 
 from __future__ import annotations
@@ -16,46 +16,46 @@ from transformers.utils.generic import TransformersKwargs
 
 from flashclient.errors import OptionError
 
-_REPOSITORY = "transformers loads this way of decoding as code from a repository, which is not run here"
+_REPOSITORY = "transformers loads this method as code from a repository, and flashclient runs no such code"
 _ENCODER = "it is for models with an encoder"
 _TRAINING = "it is for training, and generate() ignores it"
 _PACKED = "it is for packed sequences of FlashAttention, and generate() ignores it"
 _METADATA = "it says who wrote a generation_config.json and changes nothing"
 
-# By parameter: why it is refused, and the values that ask for nothing. Whether it was passed, stands in a
-# GenerationConfig or in the model's generation_config.json makes no difference: it would change the result.
+# For each parameter: why it is refused, and the values that request nothing. These parameters would change the result,
+# so they are refused wherever they come from: the call, a GenerationConfig or the model's generation_config.json.
 REFUSED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "constraints": (_REPOSITORY, (None,)),
-    "continuous_batching_config": ("one process generates for one caller at a time", (None,)),
+    "continuous_batching_config": ("a client generates for one caller at a time", (None,)),
     "diversity_penalty": (_REPOSITORY, (None, 0.0)),
     "dola_layers": (_REPOSITORY, (None,)),
     "force_words_ids": (_REPOSITORY, (None,)),
     "low_memory": (_REPOSITORY, (None, False)),
     "num_beam_groups": (_REPOSITORY, (None, 1)),
     "penalty_alpha": (_REPOSITORY, (None, 0.0)),
-    "speculation_type": ("drafts of another kind than assistant_model= of its own are not run", (None,)),
-    "use_mtp": ("an import keeps no heads that predict several tokens", (None, False)),
+    "speculation_type": ("only assistant_model=, prompt lookup and early exit can draft tokens", (None,)),
+    "use_mtp": ("an import drops heads that predict several tokens", (None, False)),
 }
 
-# The same for what transformers takes and drops: refused only where the caller passes it to generate().
+# The same for parameters that transformers accepts and ignores: refused only if the caller passes them to generate().
 IGNORED: dict[str, tuple[str, tuple[Any, ...]]] = {
     "_from_model_config": (_METADATA, (None,)),
     "cu_seq_lens_k": (_PACKED, (None,)),
     "cu_seq_lens_q": (_PACKED, (None,)),
     "decoder_start_token_id": (_ENCODER, (None,)),
-    "is_assistant": ("transformers sets it for the draft of a generation", (None, False)),
+    "is_assistant": ("transformers sets it for the draft model", (None, False)),
     "labels": (_TRAINING, (None,)),
     "max_length_k": (_PACKED, (None,)),
     "max_length_q": (_PACKED, (None,)),
     "num_items_in_batch": (_TRAINING, (None,)),
-    "output_router_logits": ("it is for mixtures of experts, and this is none", (None, False)),
+    "output_router_logits": ("it is for mixtures of experts, and this model is not one", (None, False)),
     "seq_idx": ("it is for state-space models", (None,)),
     "synced_gpus": ("there is one process and no GPU to wait for", (None, False)),
     "transformers_version": (_METADATA, (None,)),
-    "trust_remote_code": ("no code of a repository is run here", (None, False)),
+    "trust_remote_code": ("flashclient runs no code from a repository", (None, False)),
 }
 
-# An argument that does nothing without another one, which transformers does not say.
+# Arguments that have no effect without another one; transformers does not report it.
 NEEDS = {
     "assistant_confidence_threshold": "assistant_model",
     "assistant_ensemble_weight": "assistant_model",
@@ -71,14 +71,14 @@ NEEDS = {
 }
 
 _CACHES = {
-    "offloaded": "it moves keys and values between a GPU and memory, and here is no GPU",
-    "offloaded_static": "it moves keys and values between a GPU and memory, and here is no GPU",
-    "paged": "it is for many requests at once, which one client does not generate",
+    "offloaded": "it moves keys and values between a GPU and memory, and there is no GPU",
+    "offloaded_static": "it moves keys and values between a GPU and memory, and there is no GPU",
+    "paged": "it is for many requests at once, and a client serves one",
 }
 
 
 def known_arguments(model: Any) -> set[str]:
-    """Every name that transformers' generate() takes for `model`."""
+    """The names of all arguments of transformers' generate() for `model`."""
     names = set(vars(GenerationConfig())) | set(TransformersKwargs.__optional_keys__)  # type: ignore[no-untyped-call]
     for function in (model.generate, model.forward):
         names |= set(inspect.signature(function).parameters)
@@ -86,20 +86,18 @@ def known_arguments(model: Any) -> set[str]:
 
 
 def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
-    """Raises OptionError for an unknown name, one that transformers would drop, and one that lacks its partner."""
+    """Raises OptionError for a name that is unknown, refused, ignored by transformers, or useless without another."""
     for name, value in arguments.items():
         if name not in known:
-            raise OptionError(
-                f"unknown generation argument '{name}': transformers' generate() has none{_near(name, known)}"
-            )
+            raise OptionError(f"transformers' generate() has no argument '{name}'{_near(name, known)}")
         for refused in (REFUSED, IGNORED):
             _refuse(refused, name, value)
     for name, partner in NEEDS.items():
         if arguments.get(name) is not None and not _asks_for(partner, arguments):
-            raise OptionError(f"{name}= does nothing without {partner}=: pass both or none")
+            raise OptionError(f"{name}= has no effect without {partner}=: pass both or neither")
     if isinstance(arguments.get("custom_generate"), str):
         raise OptionError(
-            f"custom_generate='{arguments['custom_generate']}' is refused: it runs code of a repository;"
+            f"custom_generate='{arguments['custom_generate']}' is refused: it runs code from a repository;"
             " pass a function"
         )
     _check_callables(arguments)
@@ -108,32 +106,32 @@ def check_arguments(arguments: Mapping[str, Any], known: set[str]) -> None:
 
 
 def _check_callables(arguments: Mapping[str, Any]) -> None:
-    """What transformers calls only once it has computed something."""
+    """Checks what transformers would call only after it has computed something."""
     for name in ("logits_processor", "stopping_criteria"):
         given = arguments.get(name) or []
         if not isinstance(given, list | tuple):
-            raise OptionError(f"{name}= is a {type(given).__name__}: pass a list of them")
+            raise OptionError(f"{name}= is a {type(given).__name__}: pass a list of functions")
         for one in given:
             if not callable(one):
-                raise OptionError(f"{name}= has a {type(one).__name__}: functions of ids and scores are needed")
+                raise OptionError(f"{name}= contains a {type(one).__name__}: pass functions of ids and scores")
     function = arguments.get("prefix_allowed_tokens_fn")
     if function is not None and not callable(function):
-        raise OptionError(f"prefix_allowed_tokens_fn= is a {type(function).__name__}: a function is needed")
+        raise OptionError(f"prefix_allowed_tokens_fn= is a {type(function).__name__}: pass a function")
     streamer = arguments.get("streamer")
     if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
-        raise OptionError(f"streamer= is a {type(streamer).__name__}: put() and end() are needed")
+        raise OptionError(f"streamer= is a {type(streamer).__name__}: pass an object with put() and end()")
     cache = arguments.get("past_key_values")
     if cache is not None and not isinstance(cache, Cache):
-        raise OptionError(f"past_key_values= is a {type(cache).__name__}: a Cache of transformers is needed")
+        raise OptionError(f"past_key_values= is a {type(cache).__name__}: pass a Cache of transformers")
 
 
 def merged_config(model: Any, arguments: Mapping[str, Any]) -> GenerationConfig:
-    """What a generation will be configured with: arguments before generation_config= before the model's own.
+    """The configuration of a generation. Arguments override generation_config=, which overrides the model's own.
 
-    Values that none of them sets are None, where transformers puts its defaults.
+    A value that none of them sets is None; transformers puts its default there.
 
     Raises:
-        OptionError: a value is not allowed, or asks for what cannot be done here.
+        OptionError: a value is not allowed, or flashclient cannot do it.
     """
     given = arguments.get("generation_config")
     if given is not None and not isinstance(given, GenerationConfig):
@@ -141,7 +139,7 @@ def merged_config(model: Any, arguments: Mapping[str, Any]) -> GenerationConfig:
     fields = set(vars(GenerationConfig()))  # type: ignore[no-untyped-call]
     for name in sorted(set(vars(given or GenerationConfig())) - fields):  # type: ignore[no-untyped-call]
         if not name.startswith("_") and (near := _near(name, fields)):
-            raise OptionError(f"unknown field '{name}' of generation_config: transformers has none{near}")
+            raise OptionError(f"transformers' GenerationConfig has no field '{name}'{near}")
     config: Any = GenerationConfig() if given is None else copy.deepcopy(given)  # type: ignore[no-untyped-call]
     own = model.generation_config.to_dict()
     try:
@@ -170,7 +168,7 @@ def _shown(value: Any) -> str:
 
 
 def _asks_for(name: str, arguments: Mapping[str, Any]) -> bool:
-    """Whether the arguments or the generation_config among them set `name`."""
+    """Whether the arguments, or the generation_config among them, set `name`."""
     found = arguments.get(name)
     found = getattr(arguments.get("generation_config"), name, None) if found is None else found
     return found is not None and not (name == "guidance_scale" and found == 1)

@@ -1,4 +1,4 @@
-"""Conversations as prompts, laid out by a tokenizer's chat template."""
+"""Conversations as prompts, formatted by a tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from transformers import PreTrainedTokenizerBase
 from flashclient.errors import OptionError
 from flashclient.generation.prompts import Prompt, of_rows, single
 
-# Arguments of apply_chat_template() that say what is laid out; the others are about tokens, which are made here.
+# Arguments of apply_chat_template() that shape the text. Its others are about tokenizing, which happens here.
 LAYOUT = ("tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message")
 
 
 def conversation(
     tokenizer: PreTrainedTokenizerBase, messages: Any, arguments: Mapping[str, Any], known: set[str]
 ) -> tuple[Prompt, dict[str, Any]]:
-    """The prompt of one conversation or of several, and the arguments that are generate()'s.
+    """The prompt of one conversation or of several, and the arguments that belong to generate().
 
     Args:
-        known: names of generate()'s arguments; others belong to the template if it uses them.
+        known: names of generate()'s arguments. Another name belongs to the template if the template uses it.
 
     Raises:
-        OptionError: there is no template, it refuses the messages, or they are of another form.
+        OptionError: there is no template, it refuses the messages, or they have another form.
     """
     several, conversations = _conversations(messages)
     template = _template(tokenizer, arguments)
@@ -44,7 +44,7 @@ def conversation(
 
 
 def _conversations(messages: Any) -> tuple[bool, list[list[dict[str, Any]]]]:
-    """Whether there are several, and each as a list of messages."""
+    """Whether `messages` are several conversations, and each as a list of messages."""
     if isinstance(messages, str):
         return False, [[{"role": "user", "content": messages}]]
     if isinstance(messages, Mapping):
@@ -69,7 +69,7 @@ def _checked(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _require_content(messages: Sequence[Mapping[str, Any]], template: str) -> None:
-    """A template would lay out nothing where it knows no key of a message."""
+    """Refuses a message of which the template uses no key: it would format it as empty."""
     for index, message in enumerate(messages):
         keys = [key for key in message if key != "role"]
         if not any(key == "content" or re.search(rf"\b{re.escape(str(key))}\b", template) for key in keys):
@@ -78,7 +78,7 @@ def _require_content(messages: Sequence[Mapping[str, Any]], template: str) -> No
 
 
 def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str:
-    """The text of the template that will be used."""
+    """The text of the template that applies."""
     if tokenizer.chat_template is None and arguments.get("chat_template") is None:
         raise OptionError("this model has no chat template: use generate() with a prompt, or pass chat_template=")
     try:
@@ -97,5 +97,5 @@ def _laid_out(
         raise OptionError(f"the model's chat template refuses the messages: {error}") from error
     row = [int(token) for token in encoded["input_ids"]]
     if not row:
-        raise OptionError("the model's chat template makes nothing of these messages: use generate() with a prompt")
+        raise OptionError("the model's chat template gives no tokens for these messages: use generate() with a prompt")
     return row

@@ -1,7 +1,7 @@
-"""Draft models of speculative decoding (arXiv 2211.17192): small ones, wholly in memory, that propose tokens.
+"""Draft models of speculative decoding (arXiv 2211.17192): small models, held in memory, that propose tokens.
 
-A draft's proposals change how many tokens a forward pass checks, never which ones are made: with greedy decoding the
-text is that of the model without it.
+Proposals change how many tokens a forward pass checks, never the result: with greedy decoding the text is the same as
+without a draft model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from flashclient.errors import ModelError, OptionError
 from flashclient.model.loaded import load_tokenizer
 
-# A pass checks these and one more, and the sparse FFN takes 16 rows at once; the likelihood that all of many are right
-# is small, and every wrong one makes the pass read more.
+# A pass checks these tokens and one more, and the sparse FFN takes 16 rows at once. With more tokens, it is less likely
+# that all are right, and each wrong one makes the pass read more.
 DRAFT_TOKENS_DEFAULT = 5
 DRAFT_TOKENS_MAX = 15
 
-# What transformers reads in the draft's own generation config only, so that as an argument it would be dropped.
+# Settings that transformers reads only from the draft model's generation config. It ignores them as arguments.
 SETTINGS = (
     "num_assistant_tokens",
     "num_assistant_tokens_schedule",
@@ -35,7 +35,7 @@ SETTINGS = (
 
 
 class Drafts:
-    """Those that one model was asked to work with; a path is loaded once.
+    """The draft models of one model. Each path is loaded once.
 
     Args:
         tokenizer: the model's.
@@ -48,12 +48,12 @@ class Drafts:
         self._loaded: dict[Path, tuple[Any, PreTrainedTokenizerBase | None]] = {}
 
     def arguments(self, given: Any) -> dict[str, Any]:
-        """The arguments of generate() for the model itself, or for what the checkpoint folder at this path holds.
+        """The arguments of generate() for `given`: a draft model, or the path of its checkpoint folder.
 
-        A draft with another number of tokens comes with both tokenizers, so that its proposals go through text.
+        A draft with another vocabulary needs both tokenizers: its proposals are translated through text.
 
         Raises:
-            OptionError: it is no model, or there is no such folder.
+            OptionError: `given` is not a model, or there is no such folder.
             ModelError: transformers cannot load it, or it has another vocabulary and no tokenizer.
         """
         if not isinstance(given, str | os.PathLike):
@@ -90,10 +90,10 @@ class Drafts:
 
 @contextmanager
 def drafting(draft: Any, arguments: Mapping[str, Any], given: GenerationConfig | None) -> Iterator[None]:
-    """Lets the draft's config say what the call asks for, and how many tokens to propose; as it was afterwards.
+    """Puts the call's settings into the draft model's config meanwhile.
 
     Raises:
-        OptionError: more tokens than a pass takes.
+        OptionError: more tokens than a pass can check.
     """
     config = draft.generation_config
     before = {name: getattr(config, name) for name in SETTINGS}
@@ -109,7 +109,7 @@ def drafting(draft: Any, arguments: Mapping[str, Any], given: GenerationConfig |
         if not 0 < config.num_assistant_tokens <= DRAFT_TOKENS_MAX:
             raise OptionError(
                 f"num_assistant_tokens={config.num_assistant_tokens} must be from 1 to {DRAFT_TOKENS_MAX}: with more "
-                "a pass reads the whole model; pass a smaller one, or set it in the draft's generation_config"
+                "a pass reads the whole model; pass a smaller number, or set it in the draft's generation_config"
             )
         yield
     finally:

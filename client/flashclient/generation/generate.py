@@ -1,7 +1,7 @@
-"""transformers' generate() on a streamed model: its arguments checked, its output in the caller's kind, measured.
+"""transformers' generate() on a streamed model, with checked arguments, measurement and output in the caller's kind.
 
-A model has one Generator, which takes the place of its generate(): so whoever calls that, a pipeline of transformers
-too, gets what FlashClient.generate() gives.
+A model has one Generator, which replaces the model's generate(). So other callers, such as a pipeline of transformers,
+get the same checks and the same tokens as FlashClient.generate().
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from flashclient.model.architectures import architecture_of
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
-NEW_TOKENS_DEFAULT = 256  # where neither the caller nor the model's generation_config sets a length
+NEW_TOKENS_DEFAULT = 256  # if neither the caller nor the model's generation_config sets a length
 
 
 @dataclass
 class _Call:
-    """A call of transformers' generate(), ready to be made.
+    """A prepared call of transformers' generate().
 
     Attributes:
-        arguments: of it.
-        config: what it will be configured with, for reading.
-        ids_tokens: columns of input_ids, with which the sequences begin that are returned.
-        prompt_tokens: of a row, padding included.
-        past_tokens: that a given cache holds.
-        whole: whether the prompt repeats them.
+        arguments: of the call.
+        config: the configuration that results from them, for reading.
+        ids_tokens: columns of input_ids, with which the returned sequences begin.
+        prompt_tokens: tokens of one row, padding included.
+        past_tokens: tokens in the cache that was passed.
+        whole: whether the prompt repeats the tokens of that cache.
     """
 
     arguments: dict[str, Any]
@@ -55,7 +55,7 @@ class _Call:
 
     @property
     def cached_tokens(self) -> int:
-        """What the cache holds once the prompt is computed."""
+        """Tokens in the cache after the prompt."""
         return self.prompt_tokens if self.whole else self.past_tokens + self.prompt_tokens
 
     @property
@@ -69,7 +69,7 @@ class _Call:
         return (config.num_beams or 1) == 1 and any(one is not None for one in proposes)
 
     def set(self, name: str, value: Any) -> None:
-        """Configures the call. Where a generation_config was given it goes there: transformers wants no mixture."""
+        """Sets a parameter: in the generation_config if one was passed, because transformers refuses a mixture."""
         setattr(self.config, name, value)
         given = self.arguments.get("generation_config")
         if given is None or name in self.arguments:
@@ -80,10 +80,10 @@ class _Call:
 
 
 class Generator:
-    """Takes the place of the model's generate()."""
+    """Replaces the model's generate()."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        self._model = cast(Any, loaded.model)  # a module, whose generate and forward mypy takes for tensors
+        self._model = cast(Any, loaded.model)  # mypy takes attributes of a module for tensors
         self._ffn = loaded.built.ffn
         self._steps = loaded.built.steps
         self._source = loaded.source
@@ -95,7 +95,7 @@ class Generator:
         self._signature = inspect.signature(self._generate)
         self._positions: int = self._model.config.max_position_embeddings
         self._positions_end = architecture_of(self._model.config)[1].positions_end
-        self._meters: list[Meter] = []  # of the generations under way, each but the first inside the one before
+        self._meters: list[Meter] = []  # of the generations under way, each inside the one before it
         self.stats = Stats()
         self._take_place()
 
@@ -112,12 +112,12 @@ class Generator:
                 setattr(self._model, name, functools.partial(_refuse_batching, name))
 
     def answer(self, prompt: Prompt, arguments: dict[str, Any]) -> Any:
-        """What transformers returns, in the prompt's kind unless a dict was asked for."""
+        """The output of transformers, in the prompt's kind unless a dict was requested."""
         output, call = self.run(arguments | prompt.inputs)
         return prompt.answer(output, _fill(call.config)) if isinstance(output, Tensor) else output
 
     def run(self, arguments: dict[str, Any]) -> tuple[Any, _Call]:
-        """What transformers' generate() returns, and the call that was made of it."""
+        """The output of transformers' generate(), and the call that was made."""
         with self._turns.taken(), on_cpu(), ExitStack() as ending:
             call = self._prepared(arguments)
             assistant = call.arguments.get("assistant_model")
@@ -129,14 +129,14 @@ class Generator:
             ending.enter_context(meter.watching(self._model, assistant))
             try:
                 output = self._generate(**call.arguments)
-            except IndexError as error:  # from models that run all their layers whatever their config says, like OPT
+            except IndexError as error:  # of models like OPT, which run all layers whatever their config says
                 if call.config.assistant_early_exit is None or meter.checks > 0:
                     raise
                 raise OptionError("assistant_early_exit= is refused: this model cannot stop at a layer") from error
             except (TypeError, ValueError, ImportError) as error:
                 if meter.steps > 0 or isinstance(error, FlashClientError):
                     raise
-                raise OptionError(str(error).strip()) from error  # nothing was computed: it is about the arguments
+                raise OptionError(str(error).strip()) from error  # before any pass, so the arguments are the cause
             self.stats = self._measured(meter, call, output)
         return output, call
 
@@ -151,7 +151,7 @@ class Generator:
         try:
             yield
         finally:
-            self._model.config.num_hidden_layers = layers  # which assistant_early_exit lowers, also when it fails
+            self._model.config.num_hidden_layers = layers  # assistant_early_exit lowers it, also when it fails
             self._meters.pop()
             for outer in self._meters:
                 outer.inner -= 1
@@ -173,7 +173,7 @@ class Generator:
         )
 
     def _end_tokens(self, call: _Call) -> list[int] | None:
-        """The tokens after which transformers feeds a row nothing but padding; None for beams, which it reorders."""
+        """The tokens after which transformers feeds a row only padding; None for beams, whose rows it reorders."""
         config, arguments = call.config, call.arguments
         own = any(isinstance(one, EosTokenCriteria) for one in arguments.get("stopping_criteria") or [])
         if (config.num_beams or 1) > 1 or call.drafted or own or arguments.get("custom_generate") is not None:
@@ -181,7 +181,7 @@ class Generator:
         return _ids(config.eos_token_id)
 
     def _prepared(self, arguments: dict[str, Any]) -> _Call:
-        """The call with lengths, tensors, cache, draft and tokenizer; refuses what cannot work before any work.
+        """The call with length, tensors, cache, draft and tokenizer. Refuses what cannot work before any work.
 
         Raises:
             OptionError: see arguments.py; or the prompt does not fit the model.
@@ -192,7 +192,7 @@ class Generator:
         if self._steps is not None and (call.config.guidance_scale or 1) != 1 and call.config.use_cache is False:
             raise OptionError(
                 "guidance_scale= with use_cache=False is refused in mode 'predict': without caches the steps of the two"
-                " prompts cannot be told apart; leave use_cache out"
+                " prompts cannot be distinguished; leave use_cache out"
             )
         self._prepare_prompt(call)
         self._prepare_padding(call)
@@ -203,7 +203,7 @@ class Generator:
         return call
 
     def _prepare_prompt(self, call: _Call) -> None:
-        """Makes tensors of the prompt and its mask."""
+        """Turns the prompt and its mask into tensors, and checks them."""
         arguments, cache = call.arguments, call.arguments.get("past_key_values")
         mask, embeds = arguments.get("attention_mask"), arguments.get("inputs_embeds")
         name = "inputs" if "inputs" in arguments else "input_ids"
@@ -215,12 +215,12 @@ class Generator:
         if embeds is not None:
             if arguments.get("assistant_model") is not None and name not in arguments:
                 raise OptionError(
-                    "assistant_model= with inputs_embeds= alone: a draft reads tokens; pass input_ids= too"
+                    "assistant_model= needs input_ids= beside inputs_embeds=, as a draft reads tokens: pass both"
                 )
             arguments["inputs_embeds"] = embeds = self._embeds(embeds)
             call.prompt_tokens = embeds.shape[1]
         elif name not in arguments and call.config.bos_token_id is None:
-            raise OptionError("there is no prompt, and the model has no token to begin with: pass input_ids")
+            raise OptionError("there is no prompt, and the model has no first token of its own: pass input_ids")
         call.past_tokens = 0 if cache is None else int(cache.get_seq_length())
         rows = embeds if embeds is not None else arguments.get(name, torch.empty(1, 1))
         if mask is not None:
@@ -228,15 +228,15 @@ class Generator:
             call.whole = embeds is not None or mask.shape[-1] == call.prompt_tokens or call.past_tokens == 0
             if mask.dim() != 2 or mask.shape[0] != rows.shape[0] or mask.shape[1] < rows.shape[1]:
                 shapes = f"{list(mask.shape)} does not fit a prompt of {list(rows.shape[:2])}"
-                raise OptionError(f"attention_mask of {shapes}: one number for each token is needed")
+                raise OptionError(f"attention_mask of {shapes}: pass one number for each token")
 
     def _embeds(self, given: Any) -> Tensor:
         hidden = self._model.get_input_embeddings().weight.shape[1]
         embeds = torch.as_tensor(given)
         if embeds.dim() != 3 or embeds.shape[2] != hidden or not embeds.is_floating_point() or embeds.numel() == 0:
             raise OptionError(
-                f"inputs_embeds of shape {tuple(embeds.shape)} and {embeds.dtype}: floats [rows, tokens, {hidden}] are"
-                " needed"
+                f"inputs_embeds have shape {tuple(embeds.shape)} and dtype {embeds.dtype}: pass floats"
+                f" [rows, tokens, {hidden}]"
             )
         return embeds.to(self._model.dtype)
 
@@ -246,17 +246,17 @@ class Generator:
             return
         strange = ids[(ids < 0) | (ids >= size)]
         if len(strange):
-            raise OptionError(f"input_ids have {int(strange[0])}, and the model's tokens are 0 to {size - 1}")
+            raise OptionError(f"input_ids contain {int(strange[0])}, and the model's tokens are 0 to {size - 1}")
 
     def _padding_token(self, config: GenerationConfig) -> int:
-        """For ids of different lengths; the one that texts are padded with, so that both are the same prompt."""
+        """The padding token for ids of different lengths: the same as for texts, so that both give the same prompt."""
         if self._tokenizer is not None:
             return int(self._tokenizer.pad_token_id)
         found = _ids(config.pad_token_id)
         return found[0] if found and found[0] >= 0 else 0
 
     def _prepare_padding(self, call: _Call) -> None:
-        """A pad_token_id that is no token would end a generation when the first of several rows finishes."""
+        """Replaces or refuses a pad_token_id that is not a token: it would fail when the first of several rows ends."""
         config = call.config
         pad, ends = _ids(config.pad_token_id), _ids(config.eos_token_id)
         size = self._model.get_input_embeddings().weight.shape[0]
@@ -268,15 +268,15 @@ class Generator:
                 (len(call.arguments[n]) for n in ("inputs", "input_ids", "inputs_embeds") if n in call.arguments), 1
             )
             if rows * max(config.num_beams or 1, config.num_return_sequences or 1) == 1:
-                return  # one row is never filled up
+                return  # a single row is never padded
             raise OptionError(
-                f"pad_token_id={pad[0]} is no token of the model, which has 0 to {size - 1}: pass one of them, or None"
-                " for that of the end"
+                f"pad_token_id={pad[0]} is not a token of the model, whose tokens are 0 to {size - 1}: pass one of"
+                " them, or None for eos_token_id"
             )
         call.set("pad_token_id", ends[0])
 
     def _prepare_length(self, call: _Call) -> None:
-        """Sets the default length; refuses more tokens than there are positions, where these end."""
+        """Sets the default length. Refuses more tokens than the model has positions, if their number is fixed."""
         config, longest = call.config, self._positions_taken(call)
         new_tokens = config.max_new_tokens
         by = "max_length" if new_tokens is None and config.max_length is not None else "max_new_tokens"
@@ -285,7 +285,7 @@ class Generator:
             if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
                 raise OptionError(f"{name}={value!r} must be a whole number of tokens")
         if new_tokens is None and config.max_length is not None:
-            both = call.ids_tokens not in (0, call.prompt_tokens)  # transformers counts ids and embeddings then
+            both = call.ids_tokens not in (0, call.prompt_tokens)  # then transformers counts ids and embeddings
             new_tokens = config.max_length - call.prompt_tokens - (call.ids_tokens if both else 0)
         if new_tokens is None:
             room = self._positions - call.prompt_tokens
@@ -298,7 +298,7 @@ class Generator:
             )
 
     def _positions_taken(self, call: _Call) -> int:
-        """By the longest prompt: padding takes none."""
+        """Positions of the longest prompt; padding takes none."""
         if (positions := call.arguments.get("position_ids")) is not None:
             return int(torch.as_tensor(positions).max()) + 1
         if (mask := call.arguments.get("attention_mask")) is not None:
@@ -306,7 +306,7 @@ class Generator:
         return call.cached_tokens
 
     def _prepare_tokenizer(self, call: _Call) -> None:
-        """Adds the tokenizer where transformers wants it, and makes a model of the draft."""
+        """Adds the tokenizer if transformers needs it, and loads the draft model."""
         arguments, config = call.arguments, call.config
         if arguments.get("assistant_model") is not None:
             for name, value in self._drafts.arguments(arguments["assistant_model"]).items():
@@ -318,23 +318,25 @@ class Generator:
             arguments.pop("tokenizer", None)
         elif arguments.get("tokenizer") is None:
             if self._tokenizer is None:
-                raise OptionError(f"{wanted[0]} needs a tokenizer, and this model was stored without: pass tokenizer=")
+                raise OptionError(
+                    f"{wanted[0]} needs a tokenizer, and this model was stored without one: pass tokenizer="
+                )
             arguments["tokenizer"] = self._tokenizer
 
     def _uses_default_cache(self, call: _Call) -> bool:
-        """Whether transformers would make a DynamicCache: nobody gave a cache, named a kind of it, or wants none."""
+        """Whether transformers would make a DynamicCache: no cache was passed, chosen by name, or disabled."""
         config = call.config
-        embeds = call.arguments.get("inputs_embeds") is not None  # with which transformers always uses one
+        embeds = call.arguments.get("inputs_embeds") is not None  # then transformers always uses a cache
         unasked = call.arguments.get("past_key_values") is None and config.cache_implementation in (None, "hybrid")
         return unasked and (embeds or config.use_cache is not False) and not config.is_assistant
 
 
 def _refuse_batching(name: str, *_: Any, **__: Any) -> None:
-    raise OptionError(f"{name}() is refused: it is for many requests at once, which one client does not generate")
+    raise OptionError(f"{name}() is refused: it is for many requests at once, and a client serves one")
 
 
 def _is_unset(name: str, value: Any) -> bool:
-    """token_type_ids of zeros are what tokenizers of models without types give."""
+    """Whether an argument requests nothing. Some tokenizers give token_type_ids of zeros for any model."""
     if name == "token_type_ids" and value is not None:
         return not bool(torch.as_tensor(value).any())
     return value is None and name in ("inputs", "input_ids", "inputs_embeds", "attention_mask", "generation_config")
@@ -345,16 +347,16 @@ def _ids(tokens: Any) -> list[int] | None:
 
 
 def _fill(config: GenerationConfig) -> int | None:
-    """What transformers fills finished rows with; None where it finishes none of several."""
+    """The token that transformers pads finished rows with; None if rows have no end token."""
     ends = _ids(config.eos_token_id)
     return None if ends is None else (_ids(config.pad_token_id) or ends)[0]
 
 
 def _made_tokens(made: Tensor, config: GenerationConfig) -> int:
-    """How many of [rows, tokens] were made: without what fills a row behind its last token."""
+    """The number of new tokens in [rows, tokens], without the padding behind the last token of each row."""
     fill, ends = _fill(config), _ids(config.eos_token_id)
     if fill is None or ends is None or made.numel() == 0:
         return made.numel()
-    filled = (made == fill).flip(1).cumprod(1).sum(1)  # at the end of each row
+    filled = (made == fill).flip(1).cumprod(1).sum(1)  # padding at the end of each row
     one_is_its_end = (filled > 0) & torch.tensor(fill in ends)
     return int(made.numel() - filled.sum() + one_is_its_end.sum())

@@ -1,8 +1,8 @@
 """A cache of keys and values that appends in place.
 
-transformers' DynamicCache makes new tensors of all keys and values for every token, which for a long context costs more
-than attention itself. Here each tensor has room to spare: a token is written behind the others, and a context that
-outgrows its room is copied once in many tokens.
+transformers' DynamicCache copies all keys and values for every token, which for a long context costs more than
+attention itself. Here each tensor is allocated with spare room. A new token is written behind the others, and the
+tensor is copied only when the room is used up, once in many tokens.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
 
 SPARE_TOKENS_MIN = 64
-SPARE_SHARE = 8  # an eighth of what is held
+SPARE_SHARE = 8  # spare room is an eighth of what is held
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """transformers' DynamicLayer whose keys and values are the beginnings of larger tensors.
+    """transformers' DynamicLayer, with keys and values that are the beginnings of larger tensors.
 
-    Views that it gave out keep their values until crop() takes tokens back and others are written in their place.
+    Views of them keep their values until crop() removes tokens and others are written in their place.
     """
 
     keys: Tensor  # None before the first update
@@ -50,7 +50,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Sequence i becomes that of beam_idx[i]; the room moves with it, so that the next token finds it."""
+        """Sequence i becomes sequence beam_idx[i], with its spare room."""
         length = self.get_seq_length()
         if self._rooms is None or not _is_beginning(self.keys, self._rooms[0]):
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers
@@ -60,7 +60,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
             self._show(length)
 
     def reset(self) -> None:
-        """Forgets everything, and gives its memory back."""
+        """Removes all tokens and frees the memory."""
         self._rooms = None
         super().reset()
 
@@ -70,9 +70,9 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 class GrowingCache(DynamicCache):
-    """DynamicCache(config=config) with growing layers in the place of those that hold the whole context.
+    """DynamicCache(config=config) with a GrowingLayer for each layer that holds the whole context.
 
-    Layers with a sliding window stay transformers' own.
+    Layers with a sliding window are transformers' own.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
@@ -85,12 +85,12 @@ def _growing(layer: Any) -> Any:
 
 
 def capacity_for(tokens: int) -> int:
-    """Of a room that is made for `tokens` tokens."""
+    """The capacity of a tensor that is allocated for `tokens` tokens."""
     return tokens + max(SPARE_TOKENS_MIN, tokens // SPARE_SHARE)
 
 
 def _appended(room: Tensor | None, held: Tensor, new: Tensor, length: int) -> Tensor:
-    """The room of the `length` tokens in `held` with `new` written behind them, or a larger one."""
+    """`room`, or a larger copy, with `new` written behind the `length` tokens of `held`."""
     end = length + new.shape[-2]
     if room is None or end > room.shape[-2] or not _is_beginning(held, room):
         sequences, heads, _, elements = new.shape
@@ -102,8 +102,11 @@ def _appended(room: Tensor | None, held: Tensor, new: Tensor, length: int) -> Te
 
 
 def _is_beginning(held: Tensor, room: Tensor) -> bool:
-    """Not so where somebody has replaced what the layer holds: then the room has nothing to do with it. A tensor that
-    was made in inference mode cannot be written outside of it."""
+    """Whether `held` is the beginning of `room`, and `room` may be written.
+
+    If somebody has replaced the layer's tensors, the room is not theirs. A tensor made in inference mode cannot be
+    written outside of it.
+    """
     return (
         held.data_ptr() == room.data_ptr()
         and held.stride() == room.stride()

@@ -1,4 +1,4 @@
-"""What goes into generate() and what comes out: the same kind."""
+"""Prompts of generate() in every kind, and its answers in the same kind."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KINDS = "pass text, a list of texts, input_ids, or a tokenizer's output"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as arguments of transformers' generate(), and how its sequences become what the caller expects.
+    """A prompt as arguments of transformers' generate(), and the way back to the caller's kind.
 
     Attributes:
-        inputs: input_ids, attention_mask, inputs_embeds: what there is of them.
-        answer: sequences [rows * returned, tokens] and the token that fills finished rows -> text, texts, or ids of
-            the kind that was given.
+        inputs: those given of input_ids, attention_mask and inputs_embeds.
+        answer: turns sequences [rows * returned, tokens] and the token that pads finished rows into text, texts, or
+            ids of the caller's kind.
     """
 
     inputs: dict[str, Any]
@@ -42,10 +42,10 @@ def require_tokenizer(
 
 
 def encode(prompt: Any, arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> Prompt:
-    """Takes text, texts, ids of any kind or a tokenizer's output, or the inputs that `arguments` name.
+    """The prompt of a text, texts, ids of any kind, a tokenizer's output, or the inputs among `arguments`.
 
     Raises:
-        OptionError: another kind, no prompt, or two.
+        OptionError: the prompt is of another kind, missing, or given twice.
     """
     inputs = {name: arguments[name] for name in (*IDS, "inputs_embeds") if arguments.get(name) is not None}
     if prompt is None and not inputs:
@@ -71,7 +71,7 @@ def encode(prompt: Any, arguments: Mapping[str, Any], tokenizer: PreTrainedToken
 def _of_mapping(
     prompt: Mapping[str, Any], arguments: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> Prompt:
-    """A tokenizer's output is keyword arguments."""
+    """The prompt of a tokenizer's output, which holds keyword arguments."""
     given = {name: value for name, value in prompt.items() if value is not None}
     for name in given:
         if arguments.get(name) is not None:
@@ -81,7 +81,7 @@ def _of_mapping(
 
 
 def answer_of_kind(ids: Any) -> Callable[[Tensor, int | None], Any]:
-    """How sequences become the kind of `ids`."""
+    """The function that turns sequences into the kind of `ids`."""
     if isinstance(ids, Tensor):
         return lambda sequences, _: sequences[0] if ids.dim() == 1 and len(sequences) == 1 else sequences
     if isinstance(ids, np.ndarray):
@@ -94,7 +94,7 @@ def answer_of_kind(ids: Any) -> Callable[[Tensor, int | None], Any]:
     longest = max(map(len, rows))
 
     def lists(sequences: Tensor, _: int | None) -> list[list[int]]:
-        """Rows of different lengths come back without their padding."""
+        """Without the padding of shorter rows."""
         returned = len(sequences) // len(rows)
         made = sequences.tolist()
         return [row[longest - len(rows[index // returned]) :] for index, row in enumerate(made)]
@@ -107,7 +107,7 @@ def _named(value: Any) -> str:
 
 
 def single(answers: list[Any]) -> Any:
-    """One prompt gives one answer, unless num_return_sequences asked for several."""
+    """The answer to one prompt; a list of answers with num_return_sequences."""
     return answers[0] if len(answers) == 1 else answers
 
 
@@ -120,7 +120,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def as_rows(name: str, value: Any) -> list[list[int]]:
-    """Rows of numbers from a tensor, an array, a list of numbers or a list of such. Raises OptionError."""
+    """Rows of numbers from a tensor, an array, a list of numbers or a list of lists. Raises OptionError."""
     rows: Any = value.tolist() if isinstance(value, Tensor | np.ndarray) else value
     if isinstance(rows, Sequence) and not isinstance(rows, str | bytes | bytearray) and len(rows) > 0:
         rows = [one.tolist() if isinstance(one, Tensor | np.ndarray) else one for one in rows]
@@ -128,42 +128,40 @@ def as_rows(name: str, value: Any) -> list[list[int]]:
         fits = _is_weight if name == "attention_mask" else _is_id
         if all(isinstance(row, Sequence) and len(row) > 0 and all(map(fits, row)) for row in rows):
             return [list(row) for row in rows]
-    raise OptionError(
-        f"{name} of kind {type(value).__name__}: whole numbers [rows, tokens] are needed, none of them empty"
-    )
+    raise OptionError(f"{name} is a {type(value).__name__}: pass whole numbers [rows, tokens], without empty rows")
 
 
 def as_tensors(ids: Any, mask: Any, fill: int) -> tuple[Tensor, Any]:
-    """The ids [rows, tokens] int64 and their mask; None where all count or transformers will find out.
+    """The ids [rows, tokens] int64 and their mask; None if all tokens count, or transformers makes the mask.
 
     Args:
-        fill: the token that rows are padded with, on the left, where they differ in length.
+        fill: the token that shorter rows are padded with, on the left.
     """
     if isinstance(ids, Tensor | np.ndarray):
         tensor = torch.as_tensor(ids)
         rows = tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
         if rows.dim() != 2 or rows.numel() == 0 or rows.is_floating_point() or rows.dtype == torch.bool:
             shape = f"{tuple(tensor.shape)} and {tensor.dtype}"
-            raise OptionError(f"input_ids of shape {shape}: whole numbers [rows, tokens] are needed")
+            raise OptionError(f"input_ids have shape {shape}: pass whole numbers [rows, tokens]")
         return rows.long(), mask
     lists = as_rows("input_ids", ids)
     if len({len(row) for row in lists}) == 1:
         return torch.tensor(lists), mask
     masks = [[1] * len(row) for row in lists] if mask is None else as_rows("attention_mask", mask)
     if [len(row) for row in masks] != [len(row) for row in lists]:
-        raise OptionError("attention_mask has rows of other lengths than input_ids")
+        raise OptionError("the rows of attention_mask and input_ids differ in length: pass a number for each token")
     return padded(lists, fill), padded(masks, 0)
 
 
 def as_mask(mask: Any) -> Tensor:
-    """[rows, tokens] in its own dtype."""
+    """The mask [rows, tokens] in its own dtype."""
     numbers = mask if isinstance(mask, Tensor | np.ndarray) else as_rows("attention_mask", mask)
     tensor = torch.as_tensor(numbers)
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor
 
 
 def padded(rows: list[list[int]], fill: int) -> Tensor:
-    """[rows, longest], filled on the left."""
+    """[rows, longest], padded on the left."""
     longest = max(map(len, rows))
     return torch.tensor([[fill] * (longest - len(row)) + row for row in rows])
 
@@ -173,13 +171,13 @@ def _of_texts(texts: list[str], arguments: Mapping[str, Any], tokenizer: PreTrai
     for name in ("attention_mask", "inputs_embeds", "position_ids"):
         if arguments.get(name) is not None:
             raise OptionError(
-                f"{name}= belongs to input_ids, and the prompt is text: tokenize it yourself, or leave it out"
+                f"{name}= needs input_ids, and the prompt is text: tokenize the text yourself, or leave {name}= out"
             )
     return of_rows([_tokens(text, tokenizer) for text in texts], tokenizer)
 
 
 def of_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """A prompt of tokenized texts, answered with the text that continues each."""
+    """The prompt of tokenized texts. Its answers are the texts that continue them."""
     fill: int = tokenizer.pad_token_id
     mask = padded([[1] * len(row) for row in rows], 0)
 
@@ -195,15 +193,15 @@ def of_rows(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase) -> Prompt
 
 
 def _tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Of a text as the tokenizer has it, but never with two tokens at its beginning that both say that it begins."""
+    """The tokens of `text`, without a second token for its beginning if the text spells that token itself."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         half = f"U+{ord(text[error.start]):04X} at character {error.start}"
-        raise OptionError(f"the prompt is no text in Unicode: it has the surrogate {half}") from error
+        raise OptionError(f"the prompt is not valid Unicode: it has the surrogate {half}") from error
     row: list[int] = tokenizer(text).input_ids
     if not row:
-        raise OptionError("the prompt is empty and this model's tokenizer begins with no token: pass some text")
+        raise OptionError("the prompt is empty, and this model's tokenizer adds no first token: pass some text")
     begins = tokenizer.bos_token
     doubled = len(row) > 1 and row[0] == row[1] == tokenizer.bos_token_id and text.startswith(str(begins))
     return row[1:] if doubled else row

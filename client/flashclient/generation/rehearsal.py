@@ -1,13 +1,13 @@
-"""A rehearsal of an import: what a client will do with a model's files, tried before any of its weights are written.
+"""The rehearsal of an import: tries what a client does with a model's files before any weights are written.
 
     python -m flashclient.generation.rehearsal FOLDER < record
 
-It exits with status 1, and one line on standard output, if it fails.
+It fails with status 1 and one line on standard output.
 
-weightd starts it as a child process (weightd.importing.rehearsal), because transformers takes hundreds of megabytes.
-A client that has started the import does it itself (answering()), because it has loaded transformers already. The
-rehearsal builds the model as a client does, over weights that are all zero and take no memory, and runs it. So what
-the class, its attention or its kernels refuse, and a file that transformers cannot read, is refused by the import.
+weightd runs it in a child process (weightd.importing.rehearsal), because transformers takes hundreds of megabytes. A
+client that has started the import runs it itself (answering()), because it has loaded transformers already. The
+rehearsal builds the model as a client does, with weights that are all zero and take no memory, and runs it. So an
+import is refused if its files cannot be read, or the model's class, attention or kernels refuse the model.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ REASON_CHARACTERS_MAX = 400
 
 
 class RefusedFileError(Exception):
-    """A file of the model, and why a client cannot use it, in one line."""
+    """Names a file of the model and says why a client cannot use it, in one line."""
 
 
 class ZeroSource:
-    """See BundleSource: weights that are all zero. A layer's bundles are one and the same."""
+    """A BundleSource of zeros. All bundles share the same memory."""
 
     def __init__(self, record: weightd_pb2.Model) -> None:
         size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are only read take no memory
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are never written take no memory
         self.resident: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
         self._layers = record.layers
         self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
@@ -62,17 +62,17 @@ class ZeroSource:
         yield Chunk(0, np.full(self._layers[layer].neurons, address, np.uint64))
 
     def require_open(self) -> None:
-        """It cannot be lost."""
+        """Nothing can be lost."""
 
     def idle(self) -> None:
-        """It holds nothing."""
+        """Nothing is held."""
 
 
 def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
     """Builds the model of `record`, whose files are in `folder`, and makes a token with it.
 
     Raises:
-        RefusedFileError: a client could not.
+        RefusedFileError: a client could not do so.
     """
     source: Any = ZeroSource(record)
     placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
@@ -96,15 +96,15 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
 def _blamed(file: Path) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a library makes of a file that somebody else wrote
-        said = str(error).replace(f"{file.parent}/", "")  # nobody knows that folder by then
+    except Exception as error:  # libraries raise anything for a file of unknown origin
+        said = str(error).replace(f"{file.parent}/", "")  # the folder is gone by then
         reason = re.sub(r"\s+", " ", said).strip()[:REASON_CHARACTERS_MAX]
         raise RefusedFileError(f"{file.name}: {reason or type(error).__name__}") from error
 
 
 @contextmanager
 def answering() -> Iterator[int]:
-    """The descriptor for `weightd import --rehearse-fd`, whose questions a thread of this process answers meanwhile."""
+    """The descriptor for `weightd import --rehearse-fd`. A thread of this process answers its requests meanwhile."""
     ours, theirs = multiprocessing.Pipe()
     answerer = threading.Thread(target=_answer, args=(ours,), name="flashclient-rehearsal")
     answerer.start()
@@ -113,7 +113,7 @@ def answering() -> Iterator[int]:
             with theirs:
                 yield theirs.fileno()
         finally:
-            answerer.join()  # the other end is closed, here and in the import, which has ended
+            answerer.join()  # it ends: the import has ended, and both copies of the other end are closed
 
 
 def _answer(connection: Connection) -> None:

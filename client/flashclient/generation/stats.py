@@ -16,22 +16,22 @@ from flashclient.source.border import BundleSource, Counters
 
 @dataclass(frozen=True)
 class Stats:
-    """What a client's last generation did. Ratios of nothing are 0."""
+    """Statistics of a client's last generation. A ratio with a denominator of 0 is 0."""
 
     mode: str = "exact"
     rows: int = 0  # sequences returned
-    prompt_tokens: int = 0  # of a row, padding included
-    new_tokens: int = 0  # of all rows, without what fills finished ones
-    steps: int = 0  # forward passes, those of guidance and of token healing included
-    drafted_tokens: int = 0  # that an assistant model, the prompt or early layers proposed
-    accepted_tokens: int = 0  # of these
+    prompt_tokens: int = 0  # of one row, padding included
+    new_tokens: int = 0  # of all rows, without the padding of finished ones
+    steps: int = 0  # forward passes, with those of guidance and token healing
+    drafted_tokens: int = 0  # proposed by an assistant model, prompt lookup or early exit
+    accepted_tokens: int = 0  # of the drafted ones
     seconds: float = 0.0
     first_step_s: float = 0.0  # prefill
     predict_s: float = 0.0
-    acquire_s: float = 0.0  # finding out what is to be leased, and asking for it
-    ffn_s: float = 0.0  # computing on bundles
+    acquire_s: float = 0.0  # choosing cells to lease, and requesting them
+    ffn_s: float = 0.0  # computing FFNs from bundles
     wait_s: float = 0.0  # waiting for bundles
-    attention_s: float = 0.0  # the model without FFNs and head
+    attention_s: float = 0.0  # the model without its FFNs and head
     head_s: float = 0.0
     draft_s: float = 0.0  # in the assistant model
     hits: int = 0
@@ -40,8 +40,7 @@ class Stats:
 
     @property
     def overhead_s(self) -> float:
-        """All but predicting, computing on bundles, waiting for them, attention, head and drafts: Python, sampling,
-        and what it takes to find out what is to be leased."""
+        """Time for Python, sampling and acquiring: all but prediction, FFNs, waiting, attention, head and drafts."""
         useful_s = self.predict_s + self.ffn_s + self.wait_s + self.attention_s + self.head_s + self.draft_s
         return self.seconds - useful_s
 
@@ -97,10 +96,10 @@ class Stats:
 
 
 class Meter:
-    """Measures one generation from its construction to finish().
+    """Measures one generation, from the Meter's construction to finish().
 
     Attributes:
-        inner: generations under way inside of it, whose passes propose tokens and check none.
+        inner: number of generations under way inside this one. Their passes draft tokens and check none.
     """
 
     def __init__(self, source: BundleSource, clock: Clock) -> None:
@@ -119,12 +118,12 @@ class Meter:
 
     @property
     def checks(self) -> int:
-        """Those of them that make tokens."""
+        """Forward passes so far that make tokens."""
         return self._checks
 
     @contextmanager
     def watching(self, model: torch.nn.Module, assistant: torch.nn.Module | None) -> Iterator[None]:
-        """Counts the forward passes of `model`, and the time in those of the model that proposes tokens."""
+        """Counts the forward passes of `model`, and measures the time of those of `assistant`."""
         hooks = [model.register_forward_hook(self._step, with_kwargs=True)]
         if assistant is not None and assistant is not model:
             hooks.append(assistant.register_forward_pre_hook(self._begin_draft))
@@ -157,7 +156,7 @@ class Meter:
     ) -> Stats:
         """
         Args:
-            fed_tokens: of the prompt, those that no cache held before.
+            fed_tokens: tokens of the prompt that were not in a cache.
         """
         seconds = time.perf_counter() - self._started_s
         counted = self._source.counters().since(self._counters_before)
@@ -169,7 +168,7 @@ class Meter:
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
             steps=self._steps,
-            # every check gives one token of its own; what it was fed besides prompt and the last token was drafted
+            # each check makes one token itself; it was fed the last token and the drafted ones
             drafted_tokens=max(0, self._columns - fed_tokens - (self._checks - 1)) if drafted else 0,
             accepted_tokens=max(0, new_tokens - self._checks) if drafted else 0,
             seconds=seconds,

@@ -1,7 +1,7 @@
-"""The text that tokens add to a prompt: prompt and text together are what all tokens decode to.
+"""The text that new tokens add to a prompt: all tokens decode to the prompt followed by it.
 
-Tokens are decoded together with the prompt and the prompt is cut off, because a decoder drops the space that a text
-begins with, and joins the bytes of a character that several tokens make up.
+The new tokens are decoded together with the prompt, and the prompt is cut off: a decoder drops the space at the
+beginning of a text, and a character may be spread over several tokens.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from transformers.generation.streamers import BaseStreamer
 
 from flashclient.errors import OptionError
 
-HALF = "\ufffd"  # what decoders put for bytes that are no character, or not yet
-HALF_MAX = 3  # of them at the end may still become one character
-CHANGED_TOKENS_MAX = 32  # at the end of a prompt, whose text what follows may change
-WINDOW_TOKENS_MAX = 256  # that a stream decodes again and again
+HALF = "\ufffd"  # a decoder's character for bytes that are not, or not yet, a character
+HALF_MAX = 3  # so many at the end may still become one character
+CHANGED_TOKENS_MAX = 32  # at the end of a prompt; later tokens may change their text
+WINDOW_TOKENS_MAX = 256  # a stream decodes at most so many tokens again for each piece
 WINDOW_TOKENS_KEPT = 64
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], fill: int | None) -> str:
-    """What `tokens`, which begin with `prompt`, add to its text.
+    """The text that `tokens`, which begin with `prompt`, add to the prompt.
 
     Args:
-        fill: the token that fills up a row that has finished; None where there is none.
+        fill: the token that pads a finished row; None if there is none.
     """
     end = len(tokens)
     while fill is not None and end > len(prompt) and tokens[end - 1] == fill:
@@ -39,7 +39,7 @@ def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: 
     before, after = _decoded(tokenizer, prompt), _decoded(tokenizer, tokens[:end])
     if after.startswith(before):
         return after[len(before) :]
-    # The new tokens change what the prompt ends with: bytes that are no text spoil those of a character before them.
+    # The new tokens change the end of the prompt's text: invalid bytes break the character before them.
     for kept in range(len(prompt) - 1, max(-1, len(prompt) - CHANGED_TOKENS_MAX), -1):
         before = _decoded(tokenizer, prompt[:kept])
         text = _decoded(tokenizer, prompt[:kept] + tokens[len(prompt) : end])
@@ -54,7 +54,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 class _GrowingText:
-    """The text of a sequence as its tokens come, only as far as later tokens cannot change it."""
+    """The text of a growing sequence, as far as later tokens cannot change it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
@@ -63,7 +63,7 @@ class _GrowingText:
 
     def _begin(self, prompt: list[int]) -> None:
         self._prompt, self._tokens = prompt, list(prompt)
-        self._given = 0  # characters of what the tokens add to the prompt
+        self._given = 0  # characters of the new text that were given out
 
     def add(self, tokens: list[int]) -> str:
         self._tokens += tokens
@@ -85,7 +85,7 @@ class _GrowingText:
         return piece
 
     def _settled(self) -> int:
-        """How many tokens come before a run of bytes at the end: the next byte may change what all of them make."""
+        """The number of tokens before a run of bytes at the end; the next byte may change the text of the whole run."""
         end = len(self._tokens)
         while end > len(self._prompt):
             token = self._tokens[end - 1]
@@ -96,7 +96,7 @@ class _GrowingText:
         return end
 
     def _forget(self) -> None:
-        """Keeps the last tokens only, where all text has been given and they show some."""
+        """Drops all but the last tokens if all text has been given out and the last tokens have a text."""
         kept = self._tokens[-WINDOW_TOKENS_KEPT:]
         settled = self._settled() == len(self._tokens) and self._given == len(self._text(len(self._tokens)))
         if settled and _decoded(self._tokenizer, kept).strip(HALF):
@@ -112,7 +112,7 @@ class _StopWhen(StoppingCriteria):
 
 
 class TextStream(BaseStreamer):
-    """Text pieces of a generation that runs on a thread of its own, which ends when the reader stops reading."""
+    """Text pieces of a generation on a thread of its own, which ends when the reader stops reading."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -121,7 +121,7 @@ class TextStream(BaseStreamer):
         self._abandoned = threading.Event()
 
     def put(self, value: Tensor) -> None:
-        """The prompt [1, tokens] first, then what is made: [1] or, with a draft, [1, tokens]."""
+        """Takes the prompt [1, tokens] first, then new tokens: [1] or, with a draft, [1, tokens]."""
         if value.shape[0] > 1 and (self._text is None or value.dim() == 1):
             raise OptionError(f"stream() gives the text of one sequence, not of {value.shape[0]}: use generate()")
         tokens = value.reshape(-1).tolist()
@@ -135,13 +135,13 @@ class TextStream(BaseStreamer):
             self._pieces.put(piece)
 
     def pieces(self, generate: Callable[..., Any], prompt: Any, arguments: Mapping[str, Any]) -> Iterator[str]:
-        """Starts generate(prompt, **arguments) and yields its text as it comes; raises what it raises."""
+        """Starts generate(prompt, **arguments) and yields its text piece by piece; raises what it raises."""
         for name in ("streamer", "return_dict_in_generate"):
             if arguments.get(name):
                 raise OptionError(f"{name}= is for generate(): stream() gives pieces of text")
         criteria = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), _StopWhen(self._abandoned)])
         arguments = {**arguments, "streamer": self, "stopping_criteria": criteria}
-        # A daemon, so that the end of the program need not wait for the end of the text.
+        # A daemon thread, so that the program can end before the text does.
         worker = threading.Thread(
             target=self._run, args=(generate, prompt, arguments), name="flashclient-generate", daemon=True
         )
@@ -153,13 +153,13 @@ class TextStream(BaseStreamer):
                 yield piece
         finally:
             self._abandoned.set()
-            if not sys.is_finalizing():  # then it is over, or stands still for ever
+            if not sys.is_finalizing():  # at exit the thread has ended, or never runs again
                 worker.join()
 
     def _run(self, generate: Callable[..., Any], prompt: Any, arguments: dict[str, Any]) -> None:
         try:
             generate(prompt, **arguments)
-        except BaseException as error:  # handed to the reader, who raises it
+        except BaseException as error:  # pieces() raises it
             self._pieces.put(error)
         else:
             self._pieces.put(None)

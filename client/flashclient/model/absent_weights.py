@@ -1,8 +1,8 @@
-"""The FFN weights that a model has and this process has not: they stay with weightd, on flash.
+"""The FFN weights of a model, whose values are not in this process: they stay with weightd, on flash.
 
-Each keeps its name, shape and dtype in the model, so that what counts, lists or compares them is right. Whatever needs
-their values raises AbsentWeightError, which names the way, where it is asked for: no adapter, state_dict, conversion,
-copy or gradient leaves the FFN out in silence.
+Each keeps its name, shape and dtype in the model, so code that counts, lists or compares parameters works. Code that
+needs the values gets an AbsentWeightError, which says what to do instead. So no adapter, state_dict, conversion, copy
+or gradient silently leaves the FFN out.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COPY = "make another FlashClient: it shares the weights"
 TRAIN = "train with transformers, merge what you trained into the checkpoint, and import that"
 ADAPT = "adapt the attention alone, or merge the adapter into the checkpoint and import that"
 
-# What of a Tensor is known without its values.
+# The attributes and methods of a Tensor that do not need its values.
 _FACTS = (
     *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "names", "requires_grad", "is_leaf", "grad"),
     *("grad_fn", "is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_xpu"),
@@ -51,13 +51,13 @@ _DTYPES = {
 
 
 class AbsentWeight(nn.Parameter):
-    """A parameter without values. Every function of torch that needs them raises AbsentWeightError."""
+    """A parameter without values. Every torch function that needs them raises AbsentWeightError."""
 
     path: str
 
     @classmethod
     def of(cls, path: str, unmade: Tensor) -> AbsentWeight:
-        """Of the name `path`, in shape and dtype as `unmade`, which lies on the meta device."""
+        """A weight of the name `path`, with the shape and dtype of `unmade`, which is on the meta device."""
         weight: AbsentWeight = Tensor._make_subclass(cls, unmade.detach().to("meta"), False)
         weight.path = path
         return weight
@@ -84,7 +84,7 @@ class AbsentWeight(nn.Parameter):
         raise _refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", CHANGE)
 
     def _converted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> AbsentWeight:
-        """Itself, where nothing is to change."""
+        """Itself, where dtype and device stay the same."""
         if func is Tensor.to and not any(isinstance(one, Tensor) for one in args):
             device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             if (device is None or device.type == "cpu") and dtype in (None, self.dtype):
@@ -102,7 +102,7 @@ class AbsentWeight(nn.Parameter):
 
 
 class _NeverCalled(nn.Module):
-    """A part of an FFN that is computed as a whole: what would change it, or what it computes, is refused."""
+    """A part of an FFN. The FFN is computed as a whole, so changing the part or calling it is refused."""
 
     path: str
     hookable = "the module of the FFN"
@@ -126,7 +126,7 @@ class _NeverCalled(nn.Module):
 
 
 class AbsentProjection(_NeverCalled, nn.Linear):
-    """The place of a projection whose matrix is absent; never called, as the FFN is computed as a whole."""
+    """Stands for a projection whose matrix is absent. It is never called, because the FFN is computed as a whole."""
 
     def __init__(self, path: str, unmade: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -166,7 +166,7 @@ class AbsentProjection(_NeverCalled, nn.Linear):
 
 
 class FirstOfTwo(AbsentProjection):
-    """The first projection of a layer that calls both of them itself (OPT): here the whole FFN is computed."""
+    """The first projection of a layer that calls both projections itself (OPT). It computes the whole FFN."""
 
     def __init__(self, path: str, unmade: nn.Module, ffn: nn.Module) -> None:
         super().__init__(path, unmade)
@@ -181,7 +181,7 @@ class FirstOfTwo(AbsentProjection):
 
 
 def absent_activation(path: str, activation: nn.Module) -> nn.Module:
-    """`activation`, of the same class to whoever asks, whose kernel is part of a streamed FFN's."""
+    """Makes `activation` refuse calls, because the streamed FFN computes it; its class keeps its name and base."""
     base = type(activation)
     activation.__class__ = type(base.__name__, (_NeverCalled, base), {"__module__": base.__module__})
     activation.path = path  # type: ignore[assignment]
@@ -189,13 +189,13 @@ def absent_activation(path: str, activation: nn.Module) -> nn.Module:
 
 
 class Between(_NeverCalled):
-    """What the layer calls in between: hands on the output of `first`, and nothing else."""
+    """What the layer calls between the projections. It passes the output of `first` on, and refuses anything else."""
 
     def __init__(self, path: str, first: FirstOfTwo) -> None:
         super().__init__()
         self.path = path
         self.hookable = first.hookable
-        self._first = [first]  # not a module of this one
+        self._first = [first]  # in a list, so that it is no submodule
 
     @eager
     def forward(self, x: Tensor) -> Tensor:
@@ -220,9 +220,9 @@ class LastOfTwo(AbsentProjection):
 
 
 def fix(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Refuses from now on to set these attributes of `module`: what is put there would not be called.
+    """Makes `module` refuse to set these attributes, because a module that is put there would not be called.
 
-    Its class becomes a subclass of the same name, as an attribute of an instance cannot be watched otherwise.
+    The class of `module` becomes a subclass of the same name: there is no other way to guard an instance's attributes.
     """
 
     def set_attribute(self: nn.Module, name: str, value: Any) -> None:
@@ -236,7 +236,7 @@ def fix(module: nn.Module, names: tuple[str, ...]) -> None:
 
 
 class _NoGradient(torch.autograd.Function):
-    """Hands on y, and raises where a gradient is asked to flow back to x."""
+    """Returns y, and raises where a gradient would flow back to x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -248,16 +248,16 @@ class _NoGradient(torch.autograd.Function):
 
 
 def without_gradient(x: Tensor, y: Tensor) -> Tensor:
-    """y, made of x by kernels that know no gradients."""
+    """y, which kernels without gradients computed from x."""
     if torch.is_grad_enabled() and x.requires_grad:
         y = _NoGradient.apply(x, y)  # type: ignore[no-untyped-call]
     return y
 
 
 def guard(model: PreTrainedModel) -> None:
-    """Lets `model` and the models in it refuse as a whole, before anything has changed, what absent weights do not do.
+    """Makes `model` and the models in it refuse what absent weights cannot do, before anything has changed.
 
-    On the instances: a class of its own would also be that of the models which others make of it.
+    This is done on the instances: a new class would also be the class of models that others make from it.
     """
 
     def refuse(what: str, way: str) -> Callable[..., NoReturn]:
@@ -277,7 +277,7 @@ def guard(model: PreTrainedModel) -> None:
 
 
 class _Applied:
-    """nn.Module._apply of a model, absent weights first: one that refuses leaves the others as they are."""
+    """nn.Module._apply of a model, absent weights first: where one refuses, nothing has been changed."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module

@@ -1,10 +1,11 @@
-"""The activations of FFNs: transformers' names for those that the kernels have.
+"""The activations of FFNs: the kernels' names, and transformers' names for the same functions.
 
-Names and formulas of the kernels are in client/native/kernels/activation.h.
+The formulas of the kernels are in client/native/kernels/activation.h.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -28,6 +29,11 @@ def activation_name(function: nn.Module) -> str:
             return name
     known = ", ".join(TRANSFORMERS_NAMES)
     raise ModelError(f"no kernel for activation {type(function).__name__}: {known} have one")
+
+
+def has_exact_zeros(name: str) -> bool:
+    """Whether the activation `name` is exactly zero for some inputs; others are so only by rounding."""
+    return bool(torch_activation(name)(torch.tensor(-1.0, dtype=torch.float32, device="cpu")) == 0)
 
 
 def torch_activation(name: str) -> nn.Module:

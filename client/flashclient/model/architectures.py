@@ -1,6 +1,6 @@
-"""Where the FFNs sit in transformers' models, and how the streamed one takes their place.
+"""Where the FFNs are in transformers' models, and how streamed FFNs are put in their place.
 
-Whatever else there is to know of a model comes from its config and the daemon's record of it.
+Everything else about a model comes from its config and from the daemon's record of it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from flashclient.model.absent_weights import AbsentProjection, Between, FirstOfT
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one class of transformers spells its FFN.
+    """The names of the parts of an FFN in one class of transformers.
 
     Attributes:
-        activation: attribute of the FFN's module that holds the activation function.
-        has_module: whether the module is the FFN's alone; else it is the decoder layer, which calls the parts itself.
+        activation: the attribute of the FFN's module that holds the activation function.
+        has_module: whether the module is the FFN's alone; otherwise it is the decoder layer, which calls the parts.
         weights: names, below the module, of the matrices that the bundles hold.
         bias, output_bias: names, below the module, of the resident biases.
-        positions_end: positions are rows of a table, so there are no more than max_position_embeddings.
+        positions_end: position embeddings are a table, so there are at most max_position_embeddings.
     """
 
     activation: str
@@ -37,7 +37,7 @@ class Architecture:
 
 _GATED = Architecture(activation="act_fn", weights=("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
 
-# OPT has no module of its own for the FFN: its decoder layer calls fc1, activation_fn and fc2.
+# OPT has no module for the FFN: its decoder layer calls fc1, activation_fn and fc2.
 _OPT = Architecture(
     activation="activation_fn",
     weights=("fc1.weight", "fc2.weight"),
@@ -57,8 +57,8 @@ ARCHITECTURES = {
 
 
 def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
-    """The class that transformers' AutoModelForCausalLM takes, which is that of the config's `model_type` whatever its
-    `architectures` say. Raises ModelError, which names the known ones."""
+    """The class that transformers' AutoModelForCausalLM takes: that of the config's `model_type`, whatever its
+    `architectures` say. Raises ModelError, which names the known classes."""
     name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
     if name in ARCHITECTURES:
         return name, ARCHITECTURES[name]
@@ -67,7 +67,7 @@ def architecture_of(config: PreTrainedConfig) -> tuple[str, Architecture]:
 
 
 def install_streamed(model: nn.Module, module: str, architecture: Architecture, ffn: nn.Module) -> None:
-    """Puts `ffn` in the place of the FFN at path `module`, with absent weights under the names of those that it had."""
+    """Puts `ffn` in the place of the FFN at path `module`, with absent weights under the names of its weights."""
     old = model.get_submodule(module)
     names = [name.rpartition(".")[0] for name in architecture.weights]
     if architecture.has_module:

@@ -1,4 +1,4 @@
-"""Tensors as the native kernels take them, and the kernels as torch's modules hold them."""
+"""How tensors are passed to native kernels, and how torch modules hold kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kernel = TypeVar("Kernel")
 
 
 class KernelOf(dict[torch.dtype, Kernel]):
-    """A kernel for each dtype: part of this process, so a copied module shares it, and a file has none."""
+    """A kernel for each dtype. A kernel belongs to the process: a copied module shares it, and it cannot be pickled."""
 
     def __deepcopy__(self, memo: Any) -> KernelOf[Kernel]:
         return self
@@ -24,8 +24,8 @@ class KernelOf(dict[torch.dtype, Kernel]):
 
 
 def array_of(tensor: Tensor) -> Any:
-    """The memory of `tensor`, to read or to write, for one call of a kernel: 0.4 us, where numpy() takes 3.
+    """The memory of `tensor` for one call of a kernel, to read or to write. Takes 0.4 us, where numpy() takes 3.
 
-    It carries dtype, shape and strides, which the kernels check; 16-bit floats too, of which numpy has not all.
+    It carries dtype, shape and strides, which the kernels check. It works for bfloat16, which numpy does not have.
     """
     return to_dlpack(tensor.detach() if tensor.requires_grad else tensor)

@@ -1,4 +1,4 @@
-"""transformers' own model around streamed FFNs, with its other weights as views of the resident bytes."""
+"""Builds transformers' own model with streamed FFNs. Its other weights are views of the resident bytes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from flashclient._native import Workers
+from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.activations import activation_name
@@ -29,19 +29,18 @@ from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.resident_linear import use_fast_linears
 from flashclient.model.step import Steps
-from flashclient.model.window import LeasedWindow
 from flashclient.source.border import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
 
-Placement = Callable[[int], NDArray[np.uint32]]  # layer -> neuron at each position
+Placement = Callable[[int], NDArray[np.uint32]]  # layer -> the neuron at each position
 
 
 class _UnmadeParameters(TorchFunctionMode):
-    """Puts large parameters on the meta device while a model is constructed, and computes its buffers for real.
+    """Puts parameters on the meta device while a model is constructed, and computes its buffers.
 
-    torch's layers allocate their weights with torch.empty. Constructing on the meta device would lose what models
-    compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
+    torch's layers allocate their weights with torch.empty. Constructing the whole model on the meta device would lose
+    what models compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
     """
 
     def __torch_function__(
@@ -55,13 +54,13 @@ class _UnmadeParameters(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """A model ready to run, holding no FFN weights.
+    """A model that is ready to run and holds no FFN weights.
 
     Attributes:
         model: transformers' own, in eval mode and without gradients.
-        ffn: the one object that computes all of its FFNs.
-        steps: what its forward passes are about; None in exact mode, which need not know.
-        activation: the kernels' name of its FFNs'.
+        ffn: the object that computes all of its FFNs.
+        steps: describes its forward passes; None in exact mode, which does not need it.
+        activation: the kernels' name of the activation of its FFNs.
     """
 
     model: PreTrainedModel
@@ -79,11 +78,11 @@ def build_model(
     workers: Workers,
     window: int | None = None,
 ) -> BuiltModel:
-    """The model of `record`.
+    """Builds the model of `record`.
 
     Args:
         folder: with config.json and, if there is one, generation_config.json.
-        window: None for exact mode; in predict mode the tokens whose neurons are kept.
+        window: None for exact mode; in predict mode the number of tokens whose neurons stay leased.
 
     Raises:
         ModelError: the architecture or a dtype is unknown, or the resident tensors do not fit the model.
@@ -98,8 +97,10 @@ def build_model(
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
     activation = activation_name(getattr(model.get_submodule(record.layers[0].module), architecture.activation))
-    exact = ExactFFN(source, record.bundle, activation, workers)
-    ffn, steps = (exact, None) if window is None else _predicted(exact, record, model, workers, window)
+    parts = [part.encoding for part in record.bundle.parts]
+    kernels = Ffn(workers, parts, record.bundle.hidden_size, activation)
+    exact = ExactFFN(source, kernels, record.bundle.hidden_size, Clock())
+    ffn, steps = (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
     _install_ffns(model, record, architecture, placement, tensors, ffn)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
@@ -114,17 +115,17 @@ def build_model(
 
 
 def _predicted(
-    exact: ExactFFN, record: weightd_pb2.Model, model: Any, workers: Workers, window: int
+    exact: ExactFFN, kernels: Ffn, record: weightd_pb2.Model, model: Any, workers: Workers, tokens: int
 ) -> tuple[PredictedFFN, Steps]:
-    predictors = Predictors(exact.source.predictors(), record, workers)
-    leased = LeasedWindow(exact.source, record, window)
-    steps = Steps(list(inspect.signature(model.forward).parameters), leased.clear)
+    source = exact.source
+    predictors = Predictors(source.predictors(), record, workers)
+    steps = Steps(list(inspect.signature(model.forward).parameters), source.idle)
     model.register_forward_pre_hook(steps.publish, with_kwargs=True)
-    return PredictedFFN(exact, predictors, leased, steps), steps
+    return PredictedFFN(source, kernels, predictors, source.open_window(tokens), steps, exact, exact.clock), steps
 
 
 def _keep_time(model: PreTrainedModel, clock: Clock) -> None:
-    """Lets the model and its head tell the clock how long they take."""
+    """Adds the time of the model and of its head to the clock."""
     head: torch.nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if head is not None:
         head.register_forward_pre_hook(_with_plain_strides)
@@ -149,13 +150,16 @@ def _time(module: torch.nn.Module, clock: Clock, name: str) -> None:
 
 
 def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """transformers hands the head a slice of the last position, for whose strides torch's matmul copies the whole head
-    first: a second for the 262144 rows of Gemma 3. A copy of the slice has the strides that it folds."""
+    """Copies the input of the head to contiguous memory.
+
+    transformers passes a slice of the last position. For its strides torch's matmul copies the whole head first, which
+    takes a second for the 262144 rows of Gemma 3.
+    """
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in hidden_states)
 
 
 def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Views of the resident bytes by name; floats of another dtype than the model's become copies of it."""
+    """Views of the resident bytes, by name. Floats of another dtype than the model's are converted, into copies."""
     tensors = {}
     for tensor in record.resident:
         if tensor.dtype not in DTYPES:
@@ -167,7 +171,7 @@ def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dty
 
 
 def _view(data: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
-    """torch wants elements aligned; a tensor that is not is copied."""
+    """A tensor that is not aligned to its elements is copied, because torch needs that."""
     aligned = data if data.ctypes.data % dtype.itemsize == 0 else data.copy()
     return torch.from_numpy(aligned).view(dtype)
 
@@ -180,7 +184,7 @@ def _install_ffns(
     tensors: dict[str, Tensor],
     ffn: ModelFFN,
 ) -> None:
-    """Replaces every FFN and takes its biases out of `tensors`."""
+    """Replaces every FFN, and removes its biases from `tensors`."""
     for index, layer in enumerate(record.layers):
         bias = tensors.pop(f"{layer.module}.{architecture.bias}", None)
         output_bias = tensors.pop(f"{layer.module}.{architecture.output_bias}", None)
@@ -196,14 +200,14 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_
     except RuntimeError as error:
         shapes = str(error).splitlines()[-1].strip()
         raise ModelError(f"a tensor of model '{record.name}' does not fit its config: {shapes}") from error
-    # Where the checkpoint holds a head that differs from the embedding, it stays untied whatever the config says.
+    # A head in the checkpoint that differs from the embedding stays untied, whatever the config says.
     model.tie_weights(missing_keys=set(unfit.missing_keys), recompute_mapping=False)
     if unfit.unexpected_keys:
         raise ModelError(f"model '{record.name}' has tensors that its config does not: {_some(unfit.unexpected_keys)}")
     state = [*model.named_parameters(), *model.named_buffers()]
     absent = {name for name, tensor in state if isinstance(tensor, AbsentWeight)}
     unmade = {name for name, tensor in state if tensor.is_meta} - absent
-    # A parameter made for real and not assigned would be noise; a tied one has its partner's storage by now.
+    # A parameter that was not assigned would be uninitialised memory; a tied one has its partner's storage by now.
     tied = set(model.all_tied_weights_keys)
     missing = sorted(unmade | (set(unfit.missing_keys) - tied - absent))
     if missing:

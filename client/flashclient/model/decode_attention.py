@@ -1,10 +1,9 @@
-"""Attention by the native kernel, in which a row's bits depend on what it attends to alone.
+"""Attention by the native kernel, in which the bits of a row depend only on what it attends to.
 
-The kernel is used for any number of tokens, sliding windows included, and transformers' own sdpa function for what it
-does not do (gradients, dropout, softcaps, other devices). It is a rule, not a measurement at start, for the reason that
-resident_linear.py gives. At decode it is also the faster one: torch's scaled_dot_product_attention wakes its threads
-for each layer of each token, which takes several times longer than reading the keys and values
-(scripts/bench_kernels.py).
+The kernel is used for any number of tokens, also with sliding windows. transformers' own sdpa function computes what
+the kernel cannot (gradients, dropout, softcaps, other devices). This choice is fixed, for the reason given in
+resident_linear.py. In decode the kernel is also faster: torch's scaled_dot_product_attention wakes its threads for each
+layer of each token, which takes several times longer than reading the keys and values (scripts/bench_kernels.py).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from flashclient.model.arrays import KernelOf, array_of
 from flashclient.model.dtypes import KERNEL_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
-# What sdpa takes besides its tensors, and the kernel does not.
+# Arguments that sdpa takes and the kernel does not.
 UNSUPPORTED = ("softcap", "position_bias", "cache", "output_attentions")
 
 _transformers_attention = AttentionInterface()["sdpa"]  # type: ignore[no-untyped-call]
@@ -29,17 +28,17 @@ Kernels = dict[torch.dtype, Attention]
 
 
 def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
-    """Lets the attention of `model` be the native kernel's, where transformers chose sdpa for it.
+    """Makes `model` use the native kernel for attention, where transformers chose sdpa for it.
 
     Args:
         workers: shared with the other kernels.
         instruction_set: avx512, avx2 or portable; None takes the best.
 
     Returns:
-        The number of modules that now do.
+        The number of modules that use it.
 
     Raises:
-        ValueError: the processor lacks `instruction_set`.
+        ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
     if model.config._attn_implementation != "sdpa":
@@ -136,7 +135,7 @@ def _attend(
 
 
 def _in_kernel_form(mask: Tensor) -> Tensor:
-    """Boolean, or fp32 with -inf for what is masked: transformers' additive masks have the lowest number there."""
+    """A boolean mask, or fp32 with -inf where transformers' additive masks have the lowest number."""
     if mask.dtype == torch.bool:
         return mask
     return mask.to(torch.float32).masked_fill(mask <= torch.finfo(mask.dtype).min, -torch.inf)

@@ -1,7 +1,7 @@
 """The FFN of a layer, as a module that streams its bundles instead of holding its weights.
 
-The output is a sum over neurons in placement order, taken in fp32 and rounded once, from bundles where they lie. A
-row's bits depend on that order and on the row alone: not on the other rows, chunks, pool, transport or threads.
+The output is a sum over neurons in placement order, computed in fp32 and rounded once; bundles are read in place. The
+bits of a row depend on that order and on the row alone: not on the other rows, chunks, pool, transport or threads.
 """
 
 from __future__ import annotations
@@ -18,57 +18,57 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient._native import Ffn, Workers
+from flashclient._native import Ffn
 from flashclient.model.absent_weights import without_gradient
 from flashclient.source.border import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
-from weightd_proto import weightd_pb2
 
 
 @dataclass
 class Clock:
-    """Where the time of forward passes went, in seconds; it only grows."""
+    """The time that the parts of forward passes took, in seconds, since the model was built."""
 
     predict_s: float = 0.0
-    acquire_s: float = 0.0  # finding out what is to be leased, and asking for it
-    compute_s: float = 0.0  # on bundles
+    acquire_s: float = 0.0  # moving the window, and asking for cells
+    compute_s: float = 0.0  # kernels on bundles
     wait_s: float = 0.0  # for bundles
-    ffn_s: float = 0.0  # all of the FFNs, the four above included
+    ffn_s: float = 0.0  # the FFNs, including the four parts above
     head_s: float = 0.0
-    forward_s: float = 0.0  # all of the model
+    forward_s: float = 0.0  # the whole model
+
+    def add(self, predict_s: float = 0, acquire_s: float = 0, compute_s: float = 0, wait_s: float = 0) -> None:
+        """Adds the parts of an FFN's time."""
+        self.predict_s += predict_s
+        self.acquire_s += acquire_s
+        self.compute_s += compute_s
+        self.wait_s += wait_s
 
 
 class ModelFFN(Protocol):
-    """What an FFN is the sum of: the neurons of a layer, all or some of them."""
+    """Computes the FFN of any layer of a model, from all of its neurons or some."""
 
     source: BundleSource
     hidden_size: int
     clock: Clock
 
     def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
-        """May be called again with the same arguments when it has raised SessionLostError."""
+        """The FFN's output for x [tokens, hidden_size], without its output bias.
+
+        Where it has raised SessionLostError, it may be called again with the same arguments.
+        """
 
     def idle(self) -> None:
-        """Lets go of what is leased or being fetched ahead."""
+        """Gives back everything that is leased or being fetched ahead."""
 
 
 class ExactFFN:
-    """What all layers of a model share: source, kernels and the clock. One call at a time.
+    """See ModelFFN: sums over all neurons, which are streamed. One call at a time."""
 
-    Args:
-        activation: the kernels' name of it.
-        workers: the threads of the kernels.
-    """
-
-    def __init__(
-        self, source: BundleSource, bundle: weightd_pb2.BundleLayout, activation: str, workers: Workers
-    ) -> None:
+    def __init__(self, source: BundleSource, kernels: Ffn, hidden_size: int, clock: Clock) -> None:
         self.source = source
-        self.hidden_size = bundle.hidden_size
-        parts = [part.encoding for part in bundle.parts]
-        self.gated = len(parts) == 3
-        self.clock = Clock()
-        self.kernels = Ffn(workers, parts, bundle.hidden_size, activation)
+        self.hidden_size = hidden_size
+        self.clock = clock
+        self._kernels = kernels
         self._lock = threading.Lock()
 
     def __call__(
@@ -86,7 +86,7 @@ class ExactFFN:
             row_masks: [ceil(tokens / 16), neurons], by position: bit t of group g, row 16 * g + t wants the neuron.
 
         Returns:
-            [tokens, hidden_size] fp32, fresh.
+            A new tensor [tokens, hidden_size] fp32.
         """
         with self._lock:
             y = torch.zeros_like(x)
@@ -96,26 +96,26 @@ class ExactFFN:
                     part = slice(chunk.first, chunk.first + len(chunk.addresses))
                     bias_part = None if bias is None else bias[part]
                     masks_part = None if row_masks is None else row_masks[:, part]
-                    self.kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
+                    self._kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
             return y
 
     def idle(self) -> None:
         self.source.idle()
 
     def _chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        """The source's chunks, with the clock running on both sides of the border."""
+        """The source's chunks. Measures the time until each arrives, and the time that the caller computes on it."""
         with closing(self.source.chunks(layer)) as chunks:
             asked_s = time.perf_counter()
             for chunk in chunks:
                 given_s = time.perf_counter()
-                self.clock.wait_s += given_s - asked_s
+                self.clock.add(wait_s=given_s - asked_s)
                 yield chunk
                 asked_s = time.perf_counter()
-                self.clock.compute_s += asked_s - given_s
+                self.clock.add(compute_s=asked_s - given_s)
 
 
 class StreamedFFN(torch.nn.Module):
-    """One layer's FFN; takes the place of transformers' module. Its weights are absent (absent_weights.py).
+    """The FFN of one layer, in the place of transformers' module. Its weights are absent (absent_weights.py).
 
     Args:
         bias: [neurons] fp32 by position, before the activation (OPT).
@@ -133,7 +133,7 @@ class StreamedFFN(torch.nn.Module):
 
     @eager
     def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] in any float dtype -> a fresh tensor of the same shape, in that dtype or autocast's."""
+        """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's."""
         started_s = time.perf_counter()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.no_grad(), plain_torch():

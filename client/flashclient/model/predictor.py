@@ -5,35 +5,36 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import Ffn, LowRankPredictor, SignPredictor, Workers
+from flashclient import _native
+from flashclient._native import Ffn, Workers
 from flashclient.model.predictor_file import Predictor, Signs, read_predictors
 from weightd_proto import weightd_pb2
 
-ROWS_MAX = Ffn.TOKENS_MAX  # of one prediction: a bit each in a mask of 16
+ROWS_MAX = Ffn.TOKENS_MAX  # of one prediction: the bits of a row mask
 
 
 class Predictors:
-    """One for each layer; what a row wants depends on that row alone.
+    """The predictors of all layers. What a row wants depends on that row alone.
 
     Args:
-        data: the whole of predictors.safetensors, which is read where it lies.
+        data: the whole of predictors.safetensors, which is read in place.
 
     Raises:
-        CalibrationError: it is not a file for this model.
+        CalibrationError: the file is not for this model.
     """
 
     def __init__(self, data: NDArray[np.uint8], model: weightd_pb2.Model, workers: Workers) -> None:
         found = read_predictors(data, model)
-        self._layers = [_kernel(predictor, model.compute_dtype, workers) for predictor in found]
+        self.layers = [_kernel(predictor, model, workers) for predictor in found]
         self._neurons = [layer.neurons for layer in model.layers]
 
     def predict(self, layer: int, x: NDArray[np.float32]) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
-        """What x [rows, hidden_size], at most ROWS_MAX rows, wants.
+        """The neurons that the rows of x [rows, hidden_size], at most ROWS_MAX, want.
 
         Returns:
             Positions [n] that some row wants, rising, and for each a mask [n]: bit t, row t wants it.
         """
-        return self._layers[layer].predict(x)
+        return self.layers[layer].predict(x)
 
     def row_masks(self, layer: int, x: NDArray[np.float32]) -> NDArray[np.uint16]:
         """The same for any number of rows: [ceil(rows / ROWS_MAX), neurons], by position."""
@@ -44,7 +45,8 @@ class Predictors:
         return wanted
 
 
-def _kernel(predictor: Predictor, dtype: str, workers: Workers) -> LowRankPredictor | SignPredictor:
+def _kernel(predictor: Predictor, model: weightd_pb2.Model, workers: Workers) -> _native.Predictor:
     if isinstance(predictor, Signs):
-        return SignPredictor(workers, predictor.signs, predictor.margin)
-    return LowRankPredictor(workers, dtype, predictor.input, predictor.output, predictor.bias, predictor.scale)
+        return _native.SignPredictor(workers, predictor.signs, model.bundle.hidden_size, predictor.margin)
+    arrays = predictor.input, predictor.output, predictor.bias, predictor.scale
+    return _native.LowRankPredictor(workers, model.compute_dtype, *arrays)

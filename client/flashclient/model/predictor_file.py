@@ -1,10 +1,11 @@
-"""The files of a calibration, as `flashclient calibrate` writes them and the predictor reads them.
+"""The files of a calibration, which `flashclient calibrate` writes and predict mode reads.
 
-predictors.safetensors is a safetensors file, little-endian, of one kind of predictor for all L layers of a model.
+predictors.safetensors is a safetensors file, little-endian, with a predictor for each of the L layers of a model, all
+of one kind.
 
 - Metadata: `format` "flashclient-calibration", `format_version` "1", `kind` "low_rank" or "sign", `import_id` in
   hexadecimal: the import of the model that it was made for.
-- Rows of the neurons are by position, not by neuron: row p belongs to the bundle at position p of the layer.
+- Rows are by position, not by neuron: row p belongs to the bundle at position p of the layer.
 - Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the model's compute dtype,
   `layers.{i}.output` [neurons, rank] in the same, or I8 with `layers.{i}.scale` [neurons] F32, and `layers.{i}.bias`
   [neurons] F32, into which the threshold is folded. A neuron is wanted for the FFN input x where
@@ -13,10 +14,10 @@ predictors.safetensors is a safetensors file, little-endian, of one kind of pred
   U8, where bit j % 8 of byte j // 8 is the sign bit (1: negative) of coordinate j of the neuron's gate row, or up row
   where there is no gate; bits past the last are 0. `layers.{i}.margin` [neurons] I32. A neuron is wanted where
   (coordinates whose sign is that of x's) - (those whose sign differs) > margin.
-- Every tensor begins at a multiple of 64 bytes of the file, so it can be used where it is mapped. safetensors allows
-  no holes: what lies between is in tensors `padding.{n}` U8, which mean nothing.
-- Refused, as CalibrationError: what is not a whole safetensors file, another format, a newer version, an unknown
-  kind, another import_id than the model's, a tensor that is missing, not aligned, or of another dtype or shape.
+- Every tensor begins at a multiple of 64 bytes of the file, so it can be used in place where the file is mapped.
+  safetensors allows no gaps, so the bytes between are in tensors `padding.{n}` U8, which have no meaning.
+- Refused with CalibrationError: a file that is not a whole safetensors file, another format, a newer version, an
+  unknown kind, another import_id than the model's, a tensor that is missing, not aligned, or of another dtype or shape.
 
 statistics.safetensors, same metadata: `layers.{i}.frequency` and `layers.{i}.predicted` [neurons] F32, the shares of
 the text's tokens at which a neuron fired and was predicted; `layers.{i}.union` [8] F32, the share of the neurons that
@@ -86,8 +87,8 @@ Predictor = LowRank | Signs
 
 
 def quantized(input: NDArray[Any], output: NDArray[np.float32], bias: NDArray[np.float32]) -> LowRank:
-    """Rounds `output` [neurons, rank] to int8 with a scale for each neuron: half the memory of 16 bits, which the pool
-    of bundles gets instead. Thresholds are to be chosen afterwards."""
+    """Rounds `output` [neurons, rank] to int8 with a scale for each neuron: half the memory of 16 bits, which leaves
+    more for the pool. Thresholds must be chosen afterwards."""
     scale = np.abs(output).max(axis=1) / INT8_MAX
     scale[scale == 0] = 1
     return LowRank(input, np.rint(output / scale[:, None]).astype(np.int8), bias, scale.astype(np.float32))
@@ -100,14 +101,14 @@ def read_predictors(data: NDArray[np.uint8], model: weightd_pb2.Model) -> list[P
         data: the whole of predictors.safetensors, as mapped: its address a multiple of 64.
 
     Raises:
-        CalibrationError: it is not a file of this format for this model; see the module's refusals.
+        CalibrationError: the data are not a file of this format for this model; see the refusals above.
     """
     tensors = _Tensors(data, model)
     return [tensors.layer(index) for index in range(len(model.layers))]
 
 
 def write_predictors(path: Path, predictors: Sequence[Predictor], model: weightd_pb2.Model) -> None:
-    """Writes predictors.safetensors. All of them are of one kind, one for each layer."""
+    """Writes predictors.safetensors: one predictor for each layer, all of one kind."""
     kinds = {_kind(predictor) for predictor in predictors}
     assert len(kinds) == 1
     assert len(predictors) == len(model.layers)
@@ -120,7 +121,7 @@ def write_predictors(path: Path, predictors: Sequence[Predictor], model: weightd
 
 
 def arrays_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
-    """By the names that they have in the file."""
+    """The arrays, by their names in the file."""
     return {name: array for name, array in vars(predictor).items() if array is not None}
 
 
@@ -154,7 +155,7 @@ def _spelling(dtype: np.dtype[Any]) -> str:
 
 
 class _Tensors:
-    """The tensors of one predictors.safetensors, each checked as it is taken."""
+    """The tensors of a predictors.safetensors. Each is checked when it is taken."""
 
     def __init__(self, data: NDArray[np.uint8], model: weightd_pb2.Model) -> None:
         self._model = model
@@ -190,7 +191,7 @@ class _Tensors:
         return LowRank(rows, output, bias, self._take(f"layers.{index}.scale", "F32", (neurons,)) if scaled else None)
 
     def _take(self, name: str, dtype: str, shape: tuple[int | None, ...]) -> NDArray[Any]:
-        """`None` in `shape` stands for any length of at least 1."""
+        """`None` in `shape` means any length of at least 1."""
         entry = self._header.get(name)
         if not isinstance(entry, dict):
             raise self._refusal(f"it has no tensor {name}")
@@ -204,7 +205,7 @@ class _Tensors:
         return self._data[begin:end].view(_NUMPY[dtype]).reshape(found)
 
     def _extent(self, name: str, entry: dict[str, Any], size_bytes: int) -> tuple[int, int]:
-        """Where the tensor lies in the file."""
+        """The bytes [begin, end) of the tensor in the file."""
         match entry.get("data_offsets"):
             case [int(begin), int(end)] if begin >= 0 and end - begin == size_bytes:
                 begin, end = self._first + begin, self._first + end
@@ -221,7 +222,7 @@ class _Tensors:
 
 
 def _read_header(data: NDArray[np.uint8], model: str) -> tuple[dict[str, Any], int]:
-    """The header, and where the data begin."""
+    """The header, and the offset at which the data begin."""
     try:
         end = LENGTH_BYTES + text_bytes(data[:LENGTH_BYTES].tobytes())
     except HeaderError:

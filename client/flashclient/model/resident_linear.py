@@ -1,9 +1,9 @@
-"""Products with the resident matrices by the native kernel, in which a row's bits depend on that row alone.
+"""Products with the resident matrices by the native kernel, in which the bits of a row depend on that row alone.
 
-A matrix library picks the order of its sums by the number of rows, so that batch-mates, drafts and padding would change
-tokens. The kernel is used always, not where a measurement at start prefers it: the two round differently, and a choice
-that a busy machine could turn over would let a restart change tokens. At decode it is also the faster one (torch's
-bfloat16 matrix-vector product moves 6 to 11 GB/s where memory gives 17), and in 16 bit with many rows
+A matrix library picks the order of its sums by the number of rows, so other rows of a batch, drafts and padding would
+change tokens. The kernel is always used. A measurement at start could choose the other product on a busy machine; the
+two round differently, so a restart could change tokens. In decode the kernel is also faster: torch's bfloat16
+matrix-vector product reads 6 to 11 GB/s where memory gives 17. With many rows it is faster in 16 bit
 (scripts/bench_kernels.py).
 """
 
@@ -16,14 +16,14 @@ from flashclient._native import Linear, Workers
 from flashclient.model.arrays import KernelOf, array_of
 from flashclient.model.dtypes import KERNEL_DTYPES
 
-PANEL_ELEMENTS = 2**24  # of fp32 results at a time: the head's of a whole prompt would take gigabytes
+PANEL_ELEMENTS = 2**24  # of fp32 results at a time: those of the head for a whole prompt would take gigabytes
 
 
 class ResidentLinear(nn.Linear):
-    """nn.Linear whose forward is the native kernel's. Weight and bias stay what and where they are.
+    """nn.Linear whose forward pass is the native kernel. Weight and bias are not copied.
 
-    A row's result depends on that row alone, bit for bit. It is summed in fp32 and rounded once. What the kernel cannot
-    do (gradients, other dtypes or devices) is torch's.
+    The result of a row depends on that row alone, bit for bit. It is summed in fp32 and rounded once. torch computes
+    what the kernel cannot: gradients, other dtypes and devices.
     """
 
     kernels: dict[torch.dtype, Linear]
@@ -59,10 +59,10 @@ class ResidentLinear(nn.Linear):
 
 
 def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
-    """Lets every nn.Linear of `model` (projections, head, tied or not) take its rows to the native kernel.
+    """Makes every nn.Linear of `model` (projections and head, tied or not) use the native kernel.
 
-    Modules stay the same objects under the same names, with their hooks, so that state_dict, tied weights and
-    references go on working: only their class changes. Subclasses of nn.Linear are left alone.
+    Only the class of the modules changes. They stay the same objects under the same names, with their hooks, so
+    state_dict, tied weights and references go on working. Subclasses of nn.Linear are not changed.
 
     Args:
         workers: shared with the other kernels.
@@ -72,7 +72,7 @@ def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | 
         The number of modules changed.
 
     Raises:
-        ValueError: the processor lacks `instruction_set`.
+        ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({dtype: Linear(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
     linears = [module for module in model.modules() if type(module) is nn.Linear]

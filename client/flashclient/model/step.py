@@ -1,7 +1,7 @@
-"""What a forward pass is about, which an FFN cannot see: whose tokens its rows are, and which of them count.
+"""What an FFN cannot see of a forward pass: which tokens its rows are, and which rows count.
 
-A pre-forward hook of the model publishes a Step. Prompt columns of a generation are exact; all others are predicted,
-those that assisted generation checks together with the prompt included. Padding and finished rows want nothing.
+A pre-forward hook of the model publishes a Step. The prompt columns of a generation are exact. All other columns are
+predicted, also those that assisted generation checks together with the prompt. Padding and finished rows want nothing.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Step:
     """One forward pass: row r, column c is token past_tokens + c of sequence r, and row r * columns + c of an FFN's x.
 
     Attributes:
-        past_tokens: what the cache holds. A cache shorter than before means that tokens were rejected.
-        exact_columns: the first of the columns, which belong to a generation's prompt.
-        wants: [rows, columns], False for padding and finished rows; None where all want.
+        past_tokens: the tokens in the cache. Fewer than after the last step mean that tokens were rejected.
+        exact_columns: the number of columns, from the first, that belong to the prompt of a generation.
+        wants: [rows, columns], False for padding and finished rows; None where all are True.
     """
 
     rows: int
@@ -40,13 +40,17 @@ class Step:
         return self.rows * self.columns
 
     def predicted(self) -> Step:
-        """Its predicted columns alone."""
+        """The step of its predicted columns alone."""
         first = self.exact_columns
         wants = None if self.wants is None else self.wants[:, first:]
         return Step(self.rows, self.columns - first, self.past_tokens + first, 0, wants)
 
+    def row_mask(self) -> int:
+        """For at most 16 rows. Bit t: row t of x wants something."""
+        return (1 << self.tokens) - 1 if self.wants is None else int(self.row_masks()[0])
+
     def row_masks(self) -> NDArray[np.uint16]:
-        """[ceil(tokens / 16)]: bit t of mask g, row 16 * g + t of x wants something."""
+        """[ceil(tokens / 16)]. Bit t of mask g: row 16 * g + t of x wants something."""
         wants = np.zeros((-(-self.tokens // ROWS_MAX), ROWS_MAX), np.bool_)
         wants.reshape(-1)[: self.tokens] = True if self.wants is None else self.wants.reshape(-1)
         return np.packbits(wants, axis=1, bitorder="little").view(np.dtype("<u2")).reshape(-1).astype(np.uint16)
@@ -54,12 +58,12 @@ class Step:
 
 @dataclass
 class _Generation:
-    """One under way. Passes whose cache is not its own are of another sequence: the negative prompt of guidance.
+    """A generation under way. Passes with another cache belong to another sequence: the negative prompt of guidance.
 
     Attributes:
-        prompt_tokens: that the cache holds once the prompt is computed.
-        end_tokens: that finish a row.
-        cache: of its first pass; None where it has none.
+        prompt_tokens: the tokens in the cache once the prompt is computed.
+        end_tokens: those that finish a row.
+        cache: of its first pass; None where there is none.
         finished: [rows], so far.
     """
 
@@ -75,13 +79,13 @@ class _Generation:
         return self.cache is cache
 
     def exact_columns(self, cache: Any, columns: int, past_tokens: int) -> int:
-        """Those of the prompt; another sequence's prompt is what it begins with."""
+        """The number of prompt columns. The prompt of another sequence is what its first pass computes."""
         if self.owns(cache):
             return min(columns, max(0, self.prompt_tokens - past_tokens))
         return columns if past_tokens == 0 else 0
 
     def unfinished(self, inputs: Tensor | None, exact_columns: int) -> Tensor | None:
-        """[rows, columns]: a row that is fed the token that ended it is finished from there on."""
+        """[rows, columns]. A row is finished from the column on that holds the token that ended it."""
         if self.end_tokens is None or inputs is None or exact_columns == inputs.shape[1]:
             return None
         ended = torch.isin(inputs, self.end_tokens)
@@ -93,24 +97,25 @@ class _Generation:
 
 
 class Steps:
-    """The step under way, kept by publish() before every forward pass.
+    """The step under way, which publish() sets before every forward pass.
 
     Args:
-        argument_names: of the model's forward, in order.
+        argument_names: of the model's forward(), in order.
+        let_go: called where a sequence begins outside of a generation.
     """
 
     def __init__(self, argument_names: list[str], let_go: Callable[[], None]) -> None:
         self._argument_names = argument_names
-        self._let_go = let_go  # called where a sequence begins outside a generation
+        self._let_go = let_go
         self._current: Step | None = None
-        self._generations: list[_Generation] = []  # each but the first inside the one before
+        self._generations: list[_Generation] = []  # each inside of the one before it
 
     def begin(self, prompt_tokens: int, end_tokens: list[int] | None) -> None:
-        """A generation begins, maybe inside another.
+        """Called when a generation begins, perhaps inside of another.
 
         Args:
-            prompt_tokens: that the cache holds once the prompt is computed.
-            end_tokens: those after which a row is finished; None where rows are not tokens' own (beams, candidates).
+            prompt_tokens: the tokens in the cache once the prompt is computed.
+            end_tokens: those after which a row is finished; None where a row is not one sequence (beams, candidates).
         """
         self._generations.append(_Generation(prompt_tokens, torch.tensor(end_tokens) if end_tokens else None))
 
@@ -142,13 +147,13 @@ class Steps:
         self._current = Step(rows, columns, past_tokens, exact_columns, numpy_wants)
 
     def current(self, tokens: int) -> Step:
-        """Of an FFN that is called with `tokens` rows; one that is called on its own has a sequence of them."""
+        """The step of an FFN that is called with `tokens` rows. Outside of a forward pass they are one sequence."""
         step = self._current
         return step if step is not None and step.tokens == tokens else Step(1, tokens)
 
 
 def _attended(mask: Any, rows: int, columns: int) -> Tensor | None:
-    """[rows, columns] of a mask [rows, past + columns]; None where there is none of this form."""
+    """[rows, columns] of a mask [rows, past + columns]; None where the mask has another form."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] < columns:
         return None
     return mask[:, -columns:] != 0

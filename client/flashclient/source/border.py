@@ -1,29 +1,31 @@
 """Where a model's bytes come from: the border between the transports and the forward pass.
 
-Two sources exist: `session.RingSource` computes on the daemon's own pool over shared memory, `remote.GrpcSource` on a
-pool of its own that it fills over gRPC. Both give the same bytes, so they give the same results.
+Two sources exist. `ring.RingSource` computes on the daemon's own pool over shared memory. `grpc_chunks.GrpcSource`
+computes on a pool of its own, which it fills over gRPC. Both give the same bytes, so they give the same results.
 
-A source serves two ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode asks for
-some cells and holds them as long as it likes: exchange(), arrived(), addresses(). A cell is what is held as one: one
-bundle, or `bundles_per_cell` neighbours in placement order.
+A source serves two ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode leases
+cells one by one and keeps them as long as it likes: open_window(). A cell is the unit of leasing: one bundle, or
+several neighbours in placement order.
 
-When weightd is gone, or has closed the session, all that was held may have changed or gone. retry_on_loss() is the one
-place that handles it: it waits, attaches again, and begins the layer anew.
+When weightd is gone, or has closed the session, everything that was leased may have changed. retry_on_loss() is the one
+place that handles it: it waits, attaches again, and computes the layer again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashclient._native import Window
 from flashclient.daemon.channel import SessionLostError
 from flashclient.errors import DaemonLostError
 
-LOSSES_MAX = 5  # within one layer; more mean a weightd that our requests kill, or one that we break a rule of
+LOSSES_MAX = 5  # within one layer; more mean that our requests kill weightd, or break one of its rules
 Result = TypeVar("Result")
 
 
@@ -31,7 +33,7 @@ Result = TypeVar("Result")
 class Chunk:
     """Some bundles of one layer, next to each other in placement order.
 
-    Valid until the next chunk is asked for or the iterator is closed; whoever computes must be done by then.
+    Valid until the next chunk is requested or the iterator is closed.
     """
 
     first: int  # position of the first bundle
@@ -40,7 +42,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Counters:
-    """What was done for a source so far; only differences mean something."""
+    """What a source has done so far; only differences between two calls are meaningful."""
 
     hits: int = 0
     misses: int = 0
@@ -53,23 +55,12 @@ class Counters:
         return Counters(self.hits - earlier.hits, self.misses - earlier.misses, self.read_bytes - earlier.read_bytes)
 
 
-class LeaseRefusedError(Exception):
-    """The lease limit has sunk below what was asked for: let go of what is held, then ask again. Never seen outside."""
-
-
 class BundleSource(Protocol):
-    """One consumer at a time, which changes between the two ways of computing as it likes.
-
-    Attributes:
-        bundles_per_cell, stride_bytes: a cell's bundles, and the distance from one to the next.
-    """
-
-    bundles_per_cell: int
-    stride_bytes: int
+    """One consumer at a time; it may change between the two ways of computing at any time."""
 
     @property
-    def share_cells(self) -> int:
-        """Cells that may always be held at once, whatever others hold; at least 1."""
+    def errors(self) -> AbstractContextManager[None]:
+        """Around native code that uses this source: its exceptions become those of flashclient.errors."""
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -81,52 +72,40 @@ class BundleSource(Protocol):
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         """Every bundle of `layer` in placement order. Raises SessionLostError, DaemonLostError or CorruptionError.
 
-        It walks the layers in order and begins again with each token, and looks ahead by itself, across layers and
-        tokens, until it is told to be idle or cells are asked for.
+        The source expects the layers in order, and the first again after the last. It fetches chunks ahead, across
+        layers and tokens, until idle() or a step of the window. The window is empty afterwards.
         """
 
-    @property
-    def lease_limit(self) -> int:
-        """Cells of all layers together that may be held at once, now: the share, and what may be borrowed."""
+    def open_window(self, tokens: int) -> Window:
+        """The one window of this source, which leases its cells. The source empties it in chunks() and idle().
 
-    @property
-    def cells_held(self) -> int:
-        """Those that exchange() asked for, that have arrived and that it has not given back."""
-
-    def addresses(self, layer: int) -> NDArray[np.uint64]:
-        """Where each cell of `layer` lies, 0 if it is not held or has not arrived: a view that changes by itself."""
-
-    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
-        """Gives back some cells of `layer`, then asks for others. Does not wait."""
-
-    def arrived(self) -> int:
-        """Waits for more of the cells last asked for; returns how many are still to come.
-
-        Raises LeaseRefusedError, SessionLostError, DaemonLostError or CorruptionError.
+        Args:
+            tokens: the last tokens whose cells stay leased, the token of the step included; 0 keeps nothing.
         """
 
     def idle(self) -> None:
-        """Lets go of all that is held or being fetched ahead, as at the end of a generation; lost or not."""
+        """Gives back everything that is leased or being fetched ahead, as at the end of a generation; never raises
+        SessionLostError."""
 
     def require_open(self) -> None:
-        """Raises SessionLostError where what was held may have changed or gone, so that nothing read of it counts."""
+        """Raises SessionLostError where leased bundles may have changed, so that results from them are invalid."""
 
     def reattach(self, lost: SessionLostError) -> None:
-        """Waits until weightd is back, at most timeout_s, and attaches again; nothing is held then.
+        """Waits until weightd is back, at most timeout_s, and attaches again; nothing is leased then.
 
         Raises:
-            DaemonLostError: it has not come back.
-            RefusedError: it has another import of the model now.
+            DaemonLostError: weightd has not come back.
+            RefusedError: weightd has another import of the model now.
         """
 
     def counters(self) -> Counters:
-        """Goes on where weightd was lost meanwhile."""
+        """The counts continue after a loss of weightd."""
 
     def close(self) -> None: ...
 
 
 def retry_on_loss(source: BundleSource, compute: Callable[[], Result]) -> Result:
-    """What `compute` makes of bundles of `source`, made anew after each loss of weightd.
+    """Calls `compute`, which reads bundles of `source`, and calls it again after each loss of weightd.
 
     `compute` keeps nothing of a failed attempt, so the result has the same bits as without a loss.
 

@@ -1,17 +1,18 @@
-"""Bundles fetched one by one over gRPC into a bounded pool: what predict mode holds without shared memory.
+"""Bundles fetched one by one over gRPC into a bounded pool: what predict mode leases without shared memory.
 
-A cell is one bundle here. Those that were given back stay in the pool until their slot is needed, the one given back
-first gives way first. What an interrupted step (Ctrl-C) has left half done is not believed: the pool is empty then.
+A cell is one bundle here. Cells that were given back stay in the pool until their slot is needed; the one given back
+first leaves first. After an interrupted call (Ctrl-C) nothing in the pool is believed: it is empty then.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flashclient._native import CellSource
 from flashclient.daemon.channel import Connection
 from flashclient.errors import RefusedError
 from flashclient.source.border import Counters
@@ -20,57 +21,68 @@ from weightd_proto import weightd_pb2
 Cell = tuple[int, int]  # layer, position
 
 
-class RemoteCells:
-    """The cells of a GrpcSource. See BundleSource for exchange(), arrived() and addresses().
+class RemoteCells(CellSource):
+    """The CellSource of a GrpcSource (client/native/predict/cell_source.h), whose pool holds `slots` cells.
 
     Args:
         pool: [bytes] uint8, in which the bundles come to lie.
+        claim: empties the pool of chunks; called before each exchange.
     """
 
-    def __init__(self, connection: Connection, model: weightd_pb2.Model, pool: NDArray[np.uint8]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        model: weightd_pb2.Model,
+        pool: NDArray[np.uint8],
+        claim: Callable[[], None],
+    ) -> None:
+        super().__init__()
         self._connection = connection
         self._model = model
+        self._claim = claim
         self._bundle_bytes = model.bundle.bundle_bytes
         self._pool = pool[: len(pool) // self._bundle_bytes * self._bundle_bytes].reshape(-1, self._bundle_bytes)
         self.slots = len(self._pool)
-        self._tables = [np.zeros(layer.neurons, np.uint64) for layer in model.layers]
         self._hits = self._misses = 0
         self._empty()
 
     def _empty(self) -> None:
-        for table in self._tables:
-            table[:] = 0
         self._slot_of: dict[Cell, int] = {}
-        self._unused: OrderedDict[Cell, None] = OrderedDict()  # in the pool and not held, the first to go first
+        self._unused: OrderedDict[Cell, None] = OrderedDict()  # in the pool and not leased, the first to leave first
         self._free = list(range(self.slots))
         self._coming: list[Cell] = []  # in the order in which their bytes come
         self._bytes_come = 0  # of the first of them
         self._pieces: Iterator[bytes] = iter(())
-        self.held = 0
-        self._whole = True  # all of this agrees
+        self._arrived: list[Cell] = []  # not yet returned by arrived()
+        self._whole = True  # the attributes above are consistent
 
-    def addresses(self, layer: int) -> NDArray[np.uint64]:
-        return self._tables[layer]
+    def share_cells(self) -> int:
+        return self.slots
+
+    def lease_limit(self) -> int:
+        return self.slots
 
     def counters(self) -> Counters:
         return Counters(self._hits, self._misses, self._misses * self._bundle_bytes)
 
-    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
+    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._claim()
         if not self._whole:
             self._empty()
         self._whole = False
         self._drop_coming()
-        table = self._tables[layer]
-        for position in release.tolist():
-            if table[position]:
-                self._give_back((layer, position))
-        missing = []
-        for position in acquire.tolist():
+        for position in release:
             if (layer, position) in self._slot_of:
-                self._hold((layer, position))
+                self._unused[layer, position] = None
+        missing = []
+        for position in acquire:
+            cell = (layer, position)
+            if cell in self._slot_of:
+                self._unused.pop(cell, None)
+                self._arrived.append(cell)
                 self._hits += 1
             else:
-                missing.append((layer, position))
+                missing.append(cell)
         self._take_slots(missing)
         self._misses += len(missing)
         if missing:
@@ -78,9 +90,9 @@ class RemoteCells:
             self._ask()
         self._whole = True
 
-    def arrived(self) -> int:
-        """Waits for the next message."""
-        if self._coming:
+    def arrived(self) -> list[tuple[int, int]]:
+        """Waits for the next message where nothing has arrived."""
+        while self._coming and not self._arrived:
             try:
                 piece = next(self._pieces)
             except StopIteration:
@@ -88,32 +100,33 @@ class RemoteCells:
             self._whole = False
             self._place(piece)
             self._whole = True
-        return len(self._coming)
+        arrived, self._arrived = self._arrived, []
+        return [(cell[1], self._pool[self._slot_of[cell]].ctypes.data) for cell in arrived]
 
     def forget(self) -> None:
-        """Holds nothing any more, and the pool is somebody else's to fill."""
+        """Nothing is leased any more, and the pool is free for other uses."""
         self._empty()
 
-    def release_all(self) -> None:
+    def cancel(self) -> None:
+        """Called after a step that ended early; the window gives back next what it has noted.
+
+        It also gives back what arrived() has returned, because an interrupted window may not have noted that.
+        """
         if not self._whole:
             self._empty()
-            return
         self._whole = False
         self._drop_coming()
-        for cell in [cell for cell in self._slot_of if cell not in self._unused]:
-            self._give_back(cell)
+        for cell in self._slot_of:
+            self._unused.setdefault(cell)
+        self._arrived = []
         self._whole = True
 
-    def _hold(self, cell: Cell) -> None:
-        layer, position = cell
-        self._unused.pop(cell, None)
-        self.held += self._tables[layer][position] == 0
-        self._tables[layer][position] = self._pool[self._slot_of[cell]].ctypes.data
-
-    def _give_back(self, cell: Cell) -> None:
-        self._tables[cell[0]][cell[1]] = 0
-        self._unused[cell] = None
-        self.held -= 1
+    def _drop_coming(self) -> None:
+        for cell in self._coming:
+            self._free.append(self._slot_of.pop(cell))
+        self._coming = []
+        self._bytes_come = 0
+        self._pieces = iter(())
 
     def _take_slots(self, cells: list[Cell]) -> None:
         assert len(cells) <= len(self._free) + len(self._unused), "more cells than lease_limit"
@@ -122,14 +135,6 @@ class RemoteCells:
                 oldest, _ = self._unused.popitem(last=False)
                 self._free.append(self._slot_of.pop(oldest))
             self._slot_of[cell] = self._free.pop()
-
-    def _drop_coming(self) -> None:
-        """After a step that ended early: what has not arrived is not waited for."""
-        for cell in self._coming:
-            self._free.append(self._slot_of.pop(cell))
-        self._coming = []
-        self._bytes_come = 0
-        self._pieces = iter(())
 
     def _ask(self) -> None:
         layer = self._coming[0][0]
@@ -150,6 +155,6 @@ class RemoteCells:
             slot[self._bytes_come : self._bytes_come + taken] = piece[:taken]
             piece, self._bytes_come = piece[taken:], self._bytes_come + taken
             if self._bytes_come == self._bundle_bytes:
-                self._hold(self._coming[done])
+                self._arrived.append(self._coming[done])
                 done, self._bytes_come = done + 1, 0
         self._coming = self._coming[done:]

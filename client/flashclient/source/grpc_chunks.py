@@ -1,12 +1,12 @@
 """GrpcSource: bundles over gRPC into a bounded pool of this process, for a daemon on another machine.
 
-The model is cut into chunks of neighbouring positions, numbered through all layers; a consumer walks them in a circle.
-Two threads fetch what is missing of the next few chunks. The chunk to give way is the one needed last, which in a
-circle is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed part of the model
-(Belady's choice; least-recently-used would miss every chunk of a circle longer than the pool).
+For exact mode the model is cut into chunks of neighbouring positions, numbered through all layers. A consumer walks
+through them again and again. Two threads fetch those of the next few chunks that are missing. The chunk that is evicted
+is the one needed last, which is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed
+part of the model (Belady's choice; least-recently-used would miss every chunk of a walk longer than the pool).
 
-That is exact mode. Predict mode takes the same memory for single bundles (remote_cells); what lies there is forgotten
-when the one way of computing follows the other.
+Predict mode uses the same memory for single bundles (grpc_cells.py). The pool is emptied when the way of computing
+changes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Generator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import LentMemory
+from flashclient._native import LentMemory, Window
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.source.border import Chunk, Counters
@@ -36,7 +37,7 @@ POOL_BYTES_DEFAULT = 256 * 2**20
 
 @dataclass(frozen=True)
 class Span:
-    """A chunk of the model: positions [begin, end) of a layer."""
+    """The positions [begin, end) of a layer: what one chunk holds."""
 
     layer: int
     begin: int
@@ -48,7 +49,7 @@ class Span:
 
 
 def ffn_bytes(model: weightd_pb2.Model) -> int:
-    """Of all bundles without padding."""
+    """The bytes of all bundles without padding."""
     return model.bundle.bundle_bytes * sum(layer.neurons for layer in model.layers)
 
 
@@ -74,7 +75,7 @@ class GrpcSource:
     """See BundleSource. The pool and the resident weights are private memory of this process.
 
     Args:
-        pool_bytes: of the local pool; None takes what the FFNs need, at most 256 MiB. Two chunks at least.
+        pool_bytes: the size of the local pool; None means what the FFNs need, at most 256 MiB. At least two chunks.
     """
 
     def __init__(self, connection: Connection, model: weightd_pb2.Model, *, pool_bytes: int | None = None) -> None:
@@ -91,10 +92,9 @@ class GrpcSource:
         self._pool = np.empty((slots, chunk_bytes), np.uint8)
         self._lent = LentMemory(self._pool)  # kernels may read bundles there
         self._ahead = min(CHUNKS_AHEAD, slots - 1)
-        self.bundles_per_cell = 1
-        self.stride_bytes: int = model.bundle.bundle_bytes
-        self._cells = RemoteCells(connection, model, self._pool.reshape(-1))
+        self.cells = RemoteCells(connection, model, self._pool.reshape(-1), self._claim_for_cells)
         self._holds_cells = False  # the pool has cells in it, not chunks
+        self.window: Window | None = None
         self._resident = self._fetch_resident()
         self._closed = threading.Event()
         self._changed = threading.Condition()  # guards everything below
@@ -103,7 +103,7 @@ class GrpcSource:
         self._ready: set[int] = set()  # spans whose bytes have arrived
         self._cursor: int | None = None  # the span in use or wanted next; None when idle
         self._walk = 0  # counts the ends of walks
-        self._failed: dict[int, FlashClientError] = {}  # spans that this walk could not fetch
+        self._failed: dict[int, FlashClientError] = {}  # spans that could not be fetched in this walk
         self._served_bundles = 0
         self._fetched_bundles = 0
         self._loaders = [
@@ -111,6 +111,10 @@ class GrpcSource:
         ]
         for loader in self._loaders:
             loader.start()
+
+    @property
+    def errors(self) -> AbstractContextManager[None]:
+        return nullcontext()  # the native code calls Python here, which raises the right ones
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -126,33 +130,17 @@ class GrpcSource:
         self._fetch_whole(data, calibration=wanted)
         return data
 
-    @property
-    def share_cells(self) -> int:
-        return self._cells.slots
+    def open_window(self, tokens: int) -> Window:
+        neurons = [layer.neurons for layer in self._model.layers]
+        self.window = Window(self.cells, tokens, 1, self._model.bundle.bundle_bytes, neurons)
+        return self.window
 
-    @property
-    def lease_limit(self) -> int:
-        return self._cells.slots
-
-    @property
-    def cells_held(self) -> int:
-        return self._cells.held
-
-    def addresses(self, layer: int) -> NDArray[np.uint64]:
-        return self._cells.addresses(layer)
-
-    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
-        if not self._holds_cells:
-            self._forget_chunks()
-        self._cells.exchange(layer, acquire, release)
-
-    def arrived(self) -> int:
+    def _claim_for_cells(self) -> None:
+        """Empties the pool of chunks, once nothing fills it any more."""
         if self._closed.is_set():
             raise DaemonLostError("the client was closed during a generation")
-        return self._cells.arrived()
-
-    def _forget_chunks(self) -> None:
-        """Empties the pool, once nothing fills it any more."""
+        if self._holds_cells:
+            return
         self._quiet()
         with self._changed:
             self._free += self._slot_of.values()
@@ -160,10 +148,15 @@ class GrpcSource:
             self._ready.clear()
         self._holds_cells = True
 
-    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+    def _claim_for_chunks(self) -> None:
         if self._holds_cells:
-            self._cells.forget()
+            if self.window is not None:
+                self.window.forget()
+            self.cells.forget()
             self._holds_cells = False
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        self._claim_for_chunks()
         for index in self._spans_of_layer[layer]:
             slot = self._wait_for(index)
             try:
@@ -174,10 +167,11 @@ class GrpcSource:
     def idle(self) -> None:
         with self._changed:
             self._end_walk()
-        self._cells.release_all()
+        if self.window is not None:
+            self.window.clear()
 
     def require_open(self) -> None:
-        """What lies in this process's pool stays as it is."""
+        """The pool belongs to this process: nothing in it changes."""
 
     def reattach(self, lost: SessionLostError) -> None:
         if self._closed.is_set():
@@ -185,13 +179,13 @@ class GrpcSource:
         self._connection.attach_again(self._quiet, lost)
 
     def _quiet(self) -> None:
-        """Waits for fetches under way: nothing fills the pool then."""
+        """Waits for fetches under way; nothing writes to the pool then."""
         with self._changed:
             self._end_walk()
             self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
 
     def _end_walk(self) -> None:
-        """What is being fetched may still come, but its errors say nothing to the walks that begin after it."""
+        """Fetches under way may still arrive. Their errors do not concern the walks that begin afterwards."""
         self._cursor = None
         self._walk += 1
         self._failed.clear()
@@ -200,18 +194,21 @@ class GrpcSource:
         with self._changed:
             hits = max(0, self._served_bundles - self._fetched_bundles)
             read_bytes = self._fetched_bundles * self._model.bundle.bundle_bytes
-            return Counters(hits, self._fetched_bundles, read_bytes).plus(self._cells.counters())
+            return Counters(hits, self._fetched_bundles, read_bytes).plus(self.cells.counters())
 
     def close(self) -> None:
-        """Ends the fetching threads; a fetch on the wire is waited for unless the connection was closed before."""
+        """Ends the fetching threads. Waits for a fetch on the wire unless the connection was closed before."""
         self._closed.set()
         with self._changed:
             self._changed.notify_all()
         for loader in self._loaders:
             loader.join()
+        self.window = (
+            None  # it keeps `cells` alive, which keep this alive: the garbage collector does not see the circle
+        )
 
     def _wait_for(self, index: int) -> int:
-        """Makes `index` the cursor and returns its slot once its bytes are there."""
+        """Makes `index` the cursor and returns its slot once its bytes have arrived."""
         with self._changed:
             self._cursor = index
             self._changed.notify_all()
@@ -237,12 +234,12 @@ class GrpcSource:
         return Chunk(span.begin, offsets + np.uint64(self._pool[slot].ctypes.data))
 
     def _distance(self, index: int) -> int:
-        """Spans until `index` is needed; the span at the cursor has 0."""
+        """The number of spans before `index` is needed; 0 for the span at the cursor."""
         assert self._cursor is not None
         return (index - self._cursor) % len(self._spans)
 
     def _next_missing(self) -> int | None:
-        """The nearest span ahead without a slot, if there is a slot that it may have."""
+        """The nearest span ahead that has no slot, where a slot can be found for it."""
         if self._cursor is None:
             return None
         for distance in range(self._ahead + 1):
@@ -256,7 +253,7 @@ class GrpcSource:
         return max(self._ready, key=self._distance, default=None)
 
     def _claim(self) -> tuple[int, int, int] | None:
-        """Waits for a span to fetch; gives it, the slot to fill and the walk that wants it, or None at the end."""
+        """Waits for a span to fetch. Returns it, the slot to fill and the walk that wants it; None after close()."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed.is_set() or self._next_missing() is not None)
             index = self._next_missing()
@@ -303,11 +300,11 @@ class GrpcSource:
         return resident
 
     def _fetch_whole(self, target: NDArray[np.uint8], **what: Any) -> None:
-        # A gigabyte takes seconds, so the time allowed grows with the size, as of a link of 10 MB/s.
+        # A gigabyte takes seconds, so the time allowed grows with the size, as on a link of 10 MB/s.
         self._receive(target, self._connection.timeout_s + target.size / 10e6, **what)
 
     def _receive(self, target: NDArray[np.uint8], timeout_s: float, **what: Any) -> None:
-        """Fills `target` with a Fetch of `what`. Raises RefusedError unless it is exactly as much."""
+        """Fills `target` with the answer to a Fetch of `what`. Raises RefusedError unless the sizes agree."""
         request = weightd_pb2.FetchRequest(model=self._model.name, import_id=self._model.import_id, **what)
         received = 0
         for data in self._connection.fetch(request, timeout_s):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,17 +10,15 @@ from numpy.typing import NDArray
 from flashclient import _native
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
-from flashclient.source.border import Chunk, Counters, LeaseRefusedError
+from flashclient.source.border import Chunk, Counters
 from weightd_proto import weightd_pb2
 
-# What is leased ahead cannot be what the pool keeps, and 8 MiB in flight are enough for a device's full speed.
+# Cells that are leased ahead take room in the pool from cells that stay; 8 MiB in flight give a device its full speed.
 LOOK_AHEAD_BYTES = 8 * 2**20
-
-Held = TypeVar("Held", _native.Sweep, _native.Leases)
 
 
 class _RingErrors:
-    """Turns what the native session raises inside into errors of flashclient.errors; cheap, as each layer needs it."""
+    """Turns exceptions of the native session into errors of flashclient.errors. Cheap: each layer enters it."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -34,8 +31,6 @@ class _RingErrors:
 
     def _translated(self, error: BaseException) -> Exception | None:
         match error:
-            case _native.LeaseRefused():
-                return LeaseRefusedError(str(error))
             case _native.CorruptBundle():
                 return CorruptionError(f"{self._model}: {error}")
             case _native.WrongProcess():
@@ -50,32 +45,27 @@ class _RingErrors:
 
 
 class RingSource:
-    """See BundleSource. One session with the daemon: its share of the pool lasts until close(), or until it is lost.
+    """See BundleSource. One session with the daemon; its share of the pool lasts until close() or a loss of weightd.
 
     Raises:
         ShareError: the pool has no room for another session.
-        DaemonLostError: the daemon went away in between.
+        DaemonLostError: the daemon went away meanwhile.
     """
 
     def __init__(self, connection: Connection, model: weightd_pb2.Model) -> None:
         self._connection = connection
         self._model = model
         self._name = model.name
-        self._errors = _RingErrors(model.name)
+        self.errors = _RingErrors(model.name)
         bundle = model.bundle
         opened = self._open_session()
-        with self._errors:
+        with self.errors:
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
-        self.bundles_per_cell: int = bundle.bundles_per_cell
-        self.stride_bytes: int = bundle.stride_bytes
         neurons = [layer.neurons for layer in model.layers]
         sizes = (bundle.bundles_per_cell, bundle.stride_bytes, bundle.cell_bytes)
         self._sweep: _native.Sweep | None = _native.Sweep(self._session, *sizes, neurons)
-        cells = [layer.cells for layer in model.layers]
-        self._leases: _native.Leases | None = _native.Leases(
-            self._session, bundle.bundles_per_cell, bundle.cell_bytes, cells
-        )
-        self._sweeping = False  # of the two, the one that holds cells
+        self.leases = _native.Leases(self._session, self._sweep, bundle.bundles_per_cell, bundle.cell_bytes)
+        self.window: _native.Window | None = None
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -88,90 +78,67 @@ class RingSource:
         return data
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        sweep = self._open(self._sweep)
-        if not self._sweeping:
-            self.idle()
-            self._sweeping = True
+        sweep = self._open_sweep()
+        if self.window is not None:
+            with self.errors:
+                self.window.clear()
         while True:
-            with self._errors:
+            with self.errors:
                 chunk = sweep.next(layer)
             if chunk is None:
                 return
             yield Chunk(*chunk)
 
-    @property
-    def share_cells(self) -> int:
-        return self._session.share_slots
-
-    @property
-    def lease_limit(self) -> int:
-        with self._errors:
-            return self._session.lease_limit
-
-    @property
-    def cells_held(self) -> int:
-        return self._open(self._leases).cells_held
-
-    def addresses(self, layer: int) -> NDArray[np.uint64]:
-        return self._open(self._leases).addresses(layer)
-
-    def exchange(self, layer: int, acquire: NDArray[np.uint32], release: NDArray[np.uint32]) -> None:
-        leases = self._open(self._leases)
-        if self._sweeping:
-            self.idle()
-        with self._errors:
-            leases.exchange(layer, acquire, release)
-
-    def arrived(self) -> int:
-        leases = self._open(self._leases)
-        with self._errors:
-            return leases.arrived()
+    def open_window(self, tokens: int) -> _native.Window:
+        bundle, cells = self._model.bundle, [layer.cells for layer in self._model.layers]
+        self.window = _native.Window(self.leases, tokens, bundle.bundles_per_cell, bundle.stride_bytes, cells)
+        return self.window
 
     def idle(self) -> None:
-        if self._sweep is None or self._leases is None:
+        if self._sweep is None:
             return
         try:
-            with self._errors:
+            with self.errors:
                 self._sweep.idle()
-                self._leases.release_all()
-        except SessionLostError:  # with all that was held; whoever asks next finds out
+                if self.window is not None:
+                    self.window.clear()
+        except SessionLostError:  # its leases are lost, too; the next request raises the error
             self._forget()
-        self._sweeping = False
 
     def require_open(self) -> None:
-        with self._errors:
+        with self.errors:
             self._session.require_alive()
 
     def reattach(self, lost: SessionLostError) -> None:
-        self._open(self._sweep)
+        self._open_sweep()
         self._connection.attach_again(self._attach, lost)
 
     def _attach(self) -> None:
         opened = self._open_session()
-        with self._errors:
+        with self.errors:
             self._session.attach(opened.data_socket, opened.token)
         self._forget()
-        self._sweeping = False
 
     def _open_session(self) -> weightd_pb2.OpenSessionResponse:
         return self._connection.open_session(self._model, max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes))
 
     def _forget(self) -> None:
-        self._open(self._sweep).forget()
-        self._open(self._leases).forget()
+        self._open_sweep().forget()
+        self.leases.forget()
+        if self.window is not None:
+            self.window.forget()
 
     def counters(self) -> Counters:
-        """Of this client, from its ring: a generation asks weightd for nothing else."""
+        """The counters of this client's ring: a generation needs no call to weightd."""
         return Counters(*self._session.counters)
 
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""
-        held = self._sweep, self._leases
-        self._sweep = self._leases = None
-        self._session.close()  # before they are dropped, which would wait for what is on its way to them
-        del held
+        sweep, self._sweep = self._sweep, None
+        self._session.close()  # before the sweep is dropped, which would wait for what is on its way to it
+        del sweep
 
-    def _open(self, held: Held | None) -> Held:
-        if held is None:
+    def _open_sweep(self) -> _native.Sweep:
+        if self._sweep is None:
             raise DaemonLostError(f"{self._name}: the client was closed during a generation")
-        return held
+        return self._sweep

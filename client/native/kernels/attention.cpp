@@ -10,20 +10,20 @@ namespace flashclient {
 namespace {
 
 constexpr size_t ROWS_MAX = 16;  // of queries in an item: bits of RowSet
-constexpr size_t RUN_MAX = 256;  // positions of a run, so that its dots stay in the first cache
+constexpr size_t RUN_MAX = 256;  // positions of a run, so that its dots stay in the L1 cache
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
 static_assert(ROWS_MAX <= 8 * sizeof(RowSet));
 
-// Neighbouring positions to each of which some row attends: all rows to each of them, or not all to any.
+// Neighbouring positions. Either all rows attend to each of them, or to each of them some rows attend and some do not.
 struct Run {
     size_t begin;
     size_t count;
     bool for_all;
 };
 
-// Calls of_run for all positions to which a row attends, rising.
+// Calls of_run for all positions to which some row attends, in rising order.
 template <typename OfRun>
 void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) {
     const size_t positions = attending.size();
@@ -90,14 +90,13 @@ float Attention::Call::bias(const Item& item, size_t row, size_t position) const
     return static_cast<const float*>(mask.data)[item.mask_offset(*this, row) + position * mask.position_stride];
 }
 
-// One for each thread, as long as its longest context: allocating it anew for every item would take longer than the
-// item.
+// Each thread keeps one, because allocating takes longer than an item.
 struct Attention::Scratch {
     std::vector<RowSet> attending;  // by position
     std::vector<float> weights;     // [rows, positions]: of those that a row attends to, side by side
     std::vector<float> query;       // [rows, key_elements]
     std::vector<float> sums;        // [rows, value_elements]
-    float total[ROWS_MAX];          // of a row's weights
+    float total[ROWS_MAX];          // the sum of the weights of a row
 
     void prepare(const Call& call, const Item& item) {
         attending.assign(call.shape.positions, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
@@ -202,8 +201,8 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
     }
 }
 
-// scratch.sums[r] += weight * value, positions rising. Where not all rows attend, each is summed alone: a masked value
-// that is not finite would spoil a sum even with weight 0.
+// scratch.sums[r] += weight * value, in rising order of positions. Where not all rows attend, each row is summed alone,
+// because a masked value that is not finite would spoil a sum even with weight 0.
 void Attention::blend(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
     const size_t elements = shape.value_elements;

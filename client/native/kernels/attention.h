@@ -1,7 +1,7 @@
-// Attention over keys and values where they lie: out[t] = softmax(scale * q[t] . k + mask[t]) v.
+// Attention over keys and values, which are read in place: out[t] = softmax(scale * q[t] . k + mask[t]) v.
 //
 // A head of keys serves a group of heads of queries (grouped-query attention, arXiv 2305.13245). Its keys and values
-// are read once for up to 16 rows of them.
+// are read once for up to 16 rows of queries.
 #pragma once
 
 #include <cstddef>
@@ -43,9 +43,9 @@ struct AttentionMask {
     size_t position_stride = 0;
 };
 
-// A row's bits depend on its query and on the keys and values that it attends to, in their order, alone: not on the
-// other rows of a call, on the number of threads, nor on what is masked, which is left out of every sum. Keys and
-// values that no row attends to are not read. All sums are fp32. Safe to call from several threads.
+// The bits of a row depend only on its query and on the keys and values that it attends to, in their order. They do not
+// depend on the other rows of a call, the number of threads, or on masked entries, which are left out of every sum.
+// Keys and values that no row attends to are not read. All sums are fp32. Safe to call from several threads.
 class Attention {
   public:
     // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
@@ -62,7 +62,7 @@ class Attention {
   private:
     struct Call;     // the arguments of attend()
     struct Item;     // some rows of queries over one head of keys
-    struct Scratch;  // what an item needs by position
+    struct Scratch;  // the intermediate results of an item
     void attend_item(const Call& call, const Item& item) const;
     void weigh(const Call& call, const Item& item, Scratch& scratch) const;
     void blend(const Call& call, const Item& item, Scratch& scratch) const;

@@ -9,11 +9,12 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t GROUP_MAX = 96;           // neurons of an item of the first phase: tens of microseconds of work
-constexpr size_t GROUP_MIN = 8;            // a tile for one token
-constexpr size_t ELEMENTS_PER_ITEM = 256;  // of the second phase, at least: eight cache lines of each bf16 row
-constexpr size_t ELEMENTS_MAX = 8192;      // of y at a time, so that those of a token stay in the first cache
-constexpr size_t TOKENS_MIN = 8;           // of a group: with fewer, a row of weights is widened for too few
+constexpr size_t GROUP_MAX = 96;  // neurons that a thread fires at once: tens of microseconds of work
+constexpr size_t GROUP_MIN = 8;   // a tile for one token
+constexpr size_t ELEMENTS_PER_ITEM =
+    256;                               // columns that a thread accumulates, at least: eight cache lines of a bf16 row
+constexpr size_t ELEMENTS_MAX = 8192;  // columns at a time, at most: y of a token stays in the L1 cache
+constexpr size_t TOKENS_MIN = 8;       // of a group: converting a row of weights does not pay for fewer
 static_assert(TOKENS_MAX % TOKENS_MIN == 0);
 
 bool all_zero(const float* values, size_t count) {
@@ -22,7 +23,7 @@ bool all_zero(const float* values, size_t count) {
 
 size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 
-// Tokens that are done together: as many as fit a call, or half of that where the threads would wait for each other.
+// The tokens of a group: as many as a call takes, or half of that where some threads would have no group.
 size_t group_tokens(size_t tokens, size_t threads) {
     const bool few = tokens > TOKENS_MAX && divide_up(tokens, TOKENS_MAX) < 2 * threads;
     return few ? TOKENS_MIN : TOKENS_MAX;
@@ -63,21 +64,36 @@ Ffn::Part Ffn::next_part(size_t part, const char* instruction_set) {
     return taken;
 }
 
-// Kept from call to call: allocating it anew would take longer than a small one.
+// Kept from call to call, because allocating takes longer than a small call.
 Ffn::Scratch& Ffn::scratch_of_thread() {
     static thread_local Scratch scratch;
     return scratch;
 }
 
-void Ffn::fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens,
-               float* h) const {
+void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const float* x, size_t tokens, float* h) const {
     assert(tokens <= TOKENS_MAX);
+    Reading reading = new_reading();
+    const auto checked = reading.checked(list.bundles, [&](auto&& check) {
+        for (const uint32_t entry : entries) {
+            if (list.row_masks == nullptr || list.row_masks[entry] != 0) check(entry);
+        }
+    });
+    if (checked.empty()) {
+        for (const uint32_t entry : entries) std::fill_n(h + entry * tokens, tokens, 0.0f);
+        return;
+    }
+    fire_entries({checked, list.bias, list.row_masks}, entries.data(), entries.size(), x, tokens, h);
+}
+
+// `entries`: of the list; null for its first `count`.
+void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const float* x, size_t tokens,
+                       float* h) const {
     const size_t share = divide_up(count, 2 * workers_.threads());
     const size_t group_size = std::clamp(divide_up(share, GROUP_MIN) * GROUP_MIN, GROUP_MIN, GROUP_MAX);
     workers_.run(divide_up(count, group_size), [&](size_t item) {
         Group group;
         for (size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); i++) {
-            const size_t entry = index ? index[i] : i;
+            const size_t entry = entries != nullptr ? entries[i] : i;
             if (list.row_masks && list.row_masks[entry] == 0) {
                 std::fill_n(h + entry * tokens, tokens, 0.0f);
             } else {
@@ -88,7 +104,7 @@ void Ffn::fire(const Neurons& list, const uint32_t* index, size_t count, const f
     });
 }
 
-// A neuron's dots are taken for all tokens: that costs no byte more, and the mask makes zeros of what is not wanted.
+// Computes the dots of a neuron for all tokens, which reads no more bytes, and sets those that are not wanted to 0.
 void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
@@ -108,8 +124,9 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
     if (shape_.gated()) open_gate(open, list.bundles, x, tokens, h);
 }
 
-// h *= up . x where the gate is open. What is closed stays 0 whatever the up row holds.
-void Ffn::open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const {
+// h *= up . x where the gate is open. A closed gate stays 0, whatever the up row holds.
+void Ffn::open_gate(const Group& group, std::span<const uint64_t> bundles, const float* x, size_t tokens,
+                    float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
     for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(bundles[group.entry[i]]);
@@ -124,18 +141,28 @@ void Ffn::open_gate(const Group& group, const uint64_t* bundles, const float* x,
     }
 }
 
-// A zero that is multiplied and added changes no finite sum, so leaving it out is a matter of bytes, not of bits.
-void Ffn::accumulate(const uint64_t* bundles, size_t count, const float* h, size_t tokens, float* y) const {
+void Ffn::accumulate(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     assert(tokens <= TOKENS_MAX);
+    Reading reading = new_reading();
+    const auto checked = reading.checked(bundles, [&](auto&& check) {
+        for (size_t entry = 0; entry < bundles.size(); entry++) {
+            if (!all_zero(h + entry * tokens, tokens)) check(entry);
+        }
+    });
+    accumulate_list(checked, h, tokens, y);
+}
+
+// Skips neurons whose h is 0: adding 0 changes no finite sum, and their columns need not be read.
+void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     Scratch& scratch = scratch_of_thread();
     scratch.down_rows.clear();
     scratch.fired_h.clear();
-    for (size_t i = 0; i < count; i++) {
+    for (size_t i = 0; i < bundles.size(); i++) {
         if (all_zero(h + i * tokens, tokens)) continue;
         scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
         scratch.down_rows.push_back(down_.in(bundles[i]));
     }
-    // Each element of y is one thread's, and takes the neurons in order. A slice is as long as the threads allow.
+    // One thread computes an element of y and adds the neurons in order. Each thread gets one slice, if y is not large.
     const size_t share = divide_up(shape_.hidden, workers_.threads());
     const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
     workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
@@ -144,15 +171,18 @@ void Ffn::accumulate(const uint64_t* bundles, size_t count, const float* h, size
     });
 }
 
-// Groups of tokens are the threads' items where there are several: within an item, run() is done by its caller alone.
-void Ffn::add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const {
+// The threads share the groups of tokens. Within a group, run() is done by the calling thread alone.
+void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const {
+    Reading reading = new_reading();
+    const auto checked = reading.checked(list.bundles);
+    const size_t count = checked.size();
     const size_t together = group_tokens(tokens, workers_.threads());
     workers_.run(divide_up(tokens, together), [&](size_t item) {
         const size_t first = item * together;
         const size_t some = std::min(together, tokens - first);
         Scratch& scratch = scratch_of_thread();
         if (scratch.h.size() < count * some) scratch.h.resize(count * some);
-        Neurons of_group{list.bundles, list.bias};
+        Neurons of_group{checked, list.bias};
         if (list.row_masks) {
             const uint16_t* masks = list.row_masks + first / TOKENS_MAX * list.mask_stride;
             scratch.masks.assign(masks, masks + count);
@@ -161,8 +191,8 @@ void Ffn::add_rows(const Neurons& list, size_t count, const float* x, size_t tok
             }
             of_group.row_masks = scratch.masks.data();
         }
-        fire(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());
-        accumulate(list.bundles, count, scratch.h.data(), some, y + first * shape_.hidden);
+        fire_entries(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());
+        accumulate_list(checked, scratch.h.data(), some, y + first * shape_.hidden);
     });
 }
 

@@ -6,11 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "kernels/activation.h"
 #include "kernels/kernels.h"
+#include "kernels/readable_memory.h"
 #include "kernels/workers.h"
 
 namespace flashclient {
@@ -26,31 +28,34 @@ struct FfnShape {
 
 // A list of neurons, in the order of their sum, and which rows of x want each.
 struct Neurons {
-    const uint64_t* bundles;              // addresses, read in place
+    std::span<const uint64_t> bundles;    // addresses, read in place
     const float* bias = nullptr;          // by entry of the list; null: none
     const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
     size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
 };
 
-// The output's bits depend on the order of the list only: not on how it is cut into chunks, on the order in which
-// neurons were fired, on the number of threads, or on the other tokens of a call. Safe to call from several threads.
+// The bits of the output depend on the order of the list only. They depend neither on how the list is cut into chunks,
+// nor on the order in which neurons are fired, the number of threads, or the other tokens of a call. Safe to call from
+// several threads.
 class Ffn {
   public:
     // `workers` is shared and must outlive this. Throws std::invalid_argument for an encoding without a kernel, for an
     // instruction set that the processor lacks (null picks the best) and for gated_relu without a gate.
     Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
 
-    // h[entry][t] for the `count` entries that `index` names, or for the first `count` of the list where it is null.
-    // x: [tokens, hidden] fp32, at most TOKENS_MAX tokens; h: [list, tokens]. 0 where row t does not want the entry; an
-    // entry that no row wants is not read, nor is the up row of one whose gate is closed to all.
-    void fire(const Neurons& list, const uint32_t* index, size_t count, const float* x, size_t tokens, float* h) const;
+    // Each throws std::invalid_argument for a bundle that it would read outside of readable memory (readable_memory.h).
+
+    // h[entry][t] for the entries of the list that `entries` names. x: [tokens, hidden] fp32, at most TOKENS_MAX
+    // tokens; h: [list, tokens]. 0 where row t does not want the entry; an entry that no row wants is not read, nor is
+    // the up row of one whose gate is closed to all.
+    void fire(const Neurons& list, std::span<const uint32_t> entries, const float* x, size_t tokens, float* h) const;
 
     // y[t] += h[entry][t] * down[entry], entries rising. The column of an entry whose h is 0 for all tokens is not
     // read.
-    void accumulate(const uint64_t* bundles, size_t count, const float* h, size_t tokens, float* y) const;
+    void accumulate(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const;
 
-    // Both at once, for the whole list of `count` entries and any number of tokens.
-    void add_rows(const Neurons& list, size_t count, const float* x, size_t tokens, float* y) const;
+    // fire() and accumulate() for the whole list and any number of tokens.
+    void add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const;
 
     const FfnShape& shape() const { return shape_; }
     size_t bundle_bytes() const { return bundle_bytes_; }
@@ -68,8 +73,13 @@ class Ffn {
         const void* in(uint64_t bundle) const { return reinterpret_cast<const char*>(bundle) + offset_bytes; }
     };
     Part next_part(size_t part, const char* instruction_set);
+    Reading new_reading() const { return {bundle_bytes_, alignment_bytes_}; }
+    void fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const float* x, size_t tokens,
+                      float* h) const;
+    void accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const;
     void fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
-    void open_gate(const Group& group, const uint64_t* bundles, const float* x, size_t tokens, float* h) const;
+    void open_gate(const Group& group, std::span<const uint64_t> bundles, const float* x, size_t tokens,
+                   float* h) const;
 
     Workers& workers_;
     FfnShape shape_;

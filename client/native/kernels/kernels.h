@@ -1,7 +1,7 @@
-// The inner loops over rows of weights where they lie, for one instruction set each.
+// The inner loops over rows of weights, which are read in place. There is one set of loops for each instruction set.
 //
-// Every sum has one order, given by the row's length alone: how many tokens, rows or elements a call covers changes no
-// bit of a result. Rows need only the alignment of their elements.
+// The order of every sum follows from the length of the row alone, so the number of tokens, rows or elements of a call
+// changes no bit of a result. Rows need only the alignment of their elements.
 #pragma once
 
 #include <cstddef>
@@ -15,7 +15,7 @@ using weightd::bytes_of;
 using weightd::Dtype;
 using weightd::Encoding;
 
-// Tokens that one call takes: bits of a row mask. More are done in groups, while the weights are in a cache.
+// Tokens of one call: the bits of a row mask. More tokens are computed in groups, while the weights are in a cache.
 inline constexpr size_t TOKENS_MAX = 16;
 
 struct Kernels {
@@ -27,15 +27,15 @@ struct Kernels {
                        size_t begin, size_t end, float* y);
     // out[j] = row[j] in fp32, exactly.
     void (*upcast)(const void* row, size_t hidden, float* out);
-    // values[i] = exp(values[i] - the greatest of them), in place: within 2e-7 of that, relatively, and 0 below
-    // e^-87.7. Returns their sum, in fp32. There is at least one.
+    // values[i] = exp(values[i] - the greatest value), in place. The relative error is at most 2e-7; results below
+    // e^-87.7 are 0. Returns the sum in fp32. `count` is at least 1.
     float (*exponentials)(float* values, size_t count);
-    // How many bits of a and b differ.
+    // The number of bits in which a and b differ.
     size_t (*differing_bits)(const uint8_t* a, const uint8_t* b, size_t bytes);
 };
 
-// The best the processor has, or the one named: "avx512", "avx2", "portable". An unknown name, or one that this
-// processor lacks, throws std::invalid_argument.
+// The best instruction set of the processor, or the one named: "avx512", "avx2" or "portable". Throws
+// std::invalid_argument for an unknown name and for one that this processor lacks.
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 
 // The same for rows of an encoding. std::invalid_argument for one that has no kernel: only plain F32, BF16 and F16 do.

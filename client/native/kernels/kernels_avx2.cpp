@@ -13,7 +13,7 @@
 namespace flashclient {
 namespace {
 
-// Eight fp32. The ends of rows go through a small buffer, so they read no byte beyond the row.
+// Eight fp32. The end of a row goes through a small buffer, so no byte beyond the row is read.
 struct Lane {
     static constexpr size_t WIDTH = 8;
     static constexpr size_t TILE_ROWS = 3;  // twelve sums, three weights and x: all 16 registers

@@ -3,7 +3,7 @@
 //   LANE    the same, and always inline
 //   Lane    a vector of fp32: WIDTH, TILE_ROWS, TILE_TOKENS, load<dtype>(row), load_some<dtype>(row, n), store,
 //   store_some, fma (a * b + c), max, sum, and power_of_two (2^n of the low bits of fp32, bias included)
-// All of it has internal linkage: the same names exist once per instruction set.
+// Everything has internal linkage, because the same names exist once per instruction set.
 #pragma once
 
 #include <algorithm>
@@ -31,19 +31,19 @@ struct Element<Dtype::i8> {
 
 constexpr size_t LINE_BYTES = 64;
 constexpr size_t BLOCK_ROWS = 96;
-constexpr size_t BLOCK_ELEMENTS = 4096;  // of x, those of a tile together: half of a first cache
-constexpr size_t STRIP_ROWS = 128;       // of down columns, three lines of each: less than a first cache
+constexpr size_t BLOCK_ELEMENTS = 4096;  // of x, for all tokens of a tile: half of an L1 cache
+constexpr size_t STRIP_ROWS = 128;       // of down columns, three cache lines of each: less than an L1 cache
 static_assert(BLOCK_ELEMENTS / TOKENS_MAX % LINE_BYTES == 0);
 
-// Adds elements [begin, end) to rows x tokens dots at once. A dot is one chain of vectors, which rests in `sums`
-// between two calls, so that neither the shape of a tile nor where a chain rests changes a bit of it; the tile's many
-// chains hide the latency of the multiply-add. `ahead` are the rows of the next tile. begin is a multiple of a line.
+// Adds elements [begin, end) to rows x tokens dots at once. A dot is one chain of vector sums, kept in `sums` between
+// calls, so neither the shape of a tile nor the borders between calls change a bit of it. The many chains of a tile
+// hide the latency of the multiply-add. `ahead` are the rows of the next tile. `begin` is a multiple of a cache line.
 template <Dtype dtype, size_t rows, size_t tokens>
 LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead, const float* const* x,
                        size_t begin, size_t end, Lane (&sums)[rows][tokens]) {
     constexpr size_t width = Lane::WIDTH;
     constexpr size_t line = LINE_BYTES / bytes_of(dtype);
-    constexpr int cache = tokens == 1 ? 3 : 2;  // the first, unless x needs it
+    constexpr int cache = tokens == 1 ? 3 : 2;  // prefetch into L1, unless x needs it
     Lane chain[rows][tokens];
     for (size_t r = 0; r < rows; r++) {
         for (size_t t = 0; t < tokens; t++) chain[r][t] = begin == 0 ? Lane::zero() : sums[r][t];
@@ -76,8 +76,8 @@ LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const vo
     }
 }
 
-// The rows of a tile and of the next. Tiles at the edge repeat their last row: it is in the cache, and the code stays
-// one.
+// The rows of a tile and of the next. A tile at the edge repeats its last row, which is in the cache, so that all tiles
+// run the same code.
 template <Dtype dtype, size_t tile_rows>
 struct Tile {
     const typename Element<dtype>::type* row[tile_rows];
@@ -104,8 +104,8 @@ KERNEL void dots_of_one(const void* const* rows, size_t row_count, const float* 
     }
 }
 
-// A block of rows is taken some elements at a time: those of x for one tile stay in the first cache, those of the rows
-// in the second. Tiles at the edge repeat their last token.
+// Computes a block of rows some elements at a time, so that the elements of x for a tile stay in the L1 cache, and
+// those of the rows in the L2 cache. A tile at the edge repeats its last token.
 template <Dtype dtype, size_t tile_rows, size_t tile_tokens>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const float* x, size_t hidden, size_t tokens,
                           float* dots) {
@@ -150,8 +150,8 @@ KERNEL void dots(const void* const* rows, size_t row_count, const float* x, size
     }
 }
 
-// y += h * row for `rows` rows of one token, so that y is loaded and stored once for all of them; `ahead` are the rows
-// that come next.
+// y += h * row for `rows` rows of one token: y is loaded and stored once for all rows. `ahead` are the rows that come
+// next.
 template <Dtype dtype, size_t rows>
 KERNEL void accumulate_rows(const void* const* row_of, const float* h, size_t begin, size_t end, float* y,
                             const void* const* ahead) {
@@ -186,7 +186,7 @@ KERNEL void accumulate_one(const void* const* rows, const float* h, size_t row_c
     for (; k < row_count; k++) accumulate_rows<dtype, 1>(rows + k, h + k, begin, end, y, rows + k);
 }
 
-// y += h * row for all rows, in registers: elements [j, j + some) of y, `lanes` vectors, for a tile of tokens.
+// y += h * row for all rows and a tile of tokens, on elements [j, j + some) of y, which are kept in `lanes` registers.
 template <Dtype dtype, size_t lanes, size_t tile_tokens>
 KERNEL void accumulate_tile(const void* const* rows, const float* const* h, size_t row_count, size_t tokens, size_t j,
                             size_t some, float* const* y, bool fetch_ahead) {
@@ -227,7 +227,7 @@ KERNEL void accumulate_tile(const void* const* rows, const float* const* h, size
     }
 }
 
-// Tiles at the edge repeat their last token, and store it again.
+// A tile at the edge repeats its last token, and stores it again.
 template <Dtype dtype, size_t lanes>
 KERNEL void accumulate_strip(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                              size_t j, size_t some, float* y) {
@@ -244,7 +244,7 @@ KERNEL void accumulate_strip(const void* const* rows, const float* h, size_t row
     }
 }
 
-// What is left of [j, end) after whole strips of more than `lanes` vectors.
+// The rest of [j, end), after whole strips of more than `lanes` vectors.
 template <Dtype dtype, size_t lanes>
 KERNEL void accumulate_rest(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                             size_t j, size_t end, float* y) {
@@ -260,7 +260,7 @@ KERNEL void accumulate_rest(const void* const* rows, const float* h, size_t row_
     }
 }
 
-// A strip of a few vectors of some rows stays in the first cache for all tokens.
+// A strip of a few vectors of some rows stays in the L1 cache for all tokens.
 template <Dtype dtype>
 KERNEL void accumulate(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                        size_t begin, size_t end, float* y) {
@@ -324,7 +324,7 @@ KERNEL float exponentials(float* values, size_t count) {
             result.store(at);
         } else {
             result.store_some(at, some);
-            result = Lane::template load_some<Dtype::f32>(at, some);  // zeros behind the end
+            result = Lane::template load_some<Dtype::f32>(at, some);  // with zeros after the end
         }
         sums = fma(result, one, sums);
     }

@@ -5,11 +5,11 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t BLOCK_BYTES = 512 * 1024;  // tens of microseconds of memory bandwidth; fits a second cache
+constexpr size_t BLOCK_BYTES = 512 * 1024;  // tens of microseconds of reading; fits into an L2 cache
 constexpr size_t BLOCK_ROWS_MIN = 24;       // whole tiles of the kernels
 constexpr size_t BLOCK_ROWS_MAX = 480;
 
-// A small matrix is cut so that every thread gets some of it.
+// A small matrix is cut into more blocks, so that every thread gets some.
 size_t block_rows(size_t rows, size_t row_bytes, size_t threads) {
     const size_t block = std::min(BLOCK_BYTES / std::max<size_t>(row_bytes, 1), rows / (2 * threads));
     return std::clamp(block / BLOCK_ROWS_MIN * BLOCK_ROWS_MIN, BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);

@@ -1,4 +1,4 @@
-// Products of a matrix, where it lies, with rows of x: y[t][o] = weight[o] . x[t].
+// Products of a matrix, which is read in place, with rows of x: y[t][o] = weight[o] . x[t].
 #pragma once
 
 #include <cstddef>
@@ -37,7 +37,7 @@ class Linear {
     // y: [tokens, weight.rows] fp32; x: [tokens, weight.columns] fp32.
     void multiply(const Matrix& weight, const float* x, size_t tokens, float* y) const;
 
-    // The same dots a block at a time, on several threads at once.
+    // Passes the same dots to `block`, which several threads call at once.
     void for_blocks(const Matrix& weight, const float* x, size_t tokens, const Block& block) const;
 
     Dtype dtype() const { return dtype_; }

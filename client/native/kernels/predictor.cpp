@@ -9,7 +9,7 @@ namespace {
 
 constexpr size_t NEURONS_PER_ITEM = 128;
 
-// Without a branch, as no processor foresees which neurons are wanted.
+// Without a branch, because no processor predicts which neurons are wanted.
 Prediction wanted_by_some(const std::vector<uint16_t>& row_masks) {
     Prediction prediction{std::vector<uint32_t>(row_masks.size()), std::vector<uint16_t>(row_masks.size())};
     size_t count = 0;
@@ -63,18 +63,19 @@ Prediction LowRankPredictor::predict(const float* x, size_t tokens) const {
     return wanted_by_some(row_masks);
 }
 
-SignPredictor::SignPredictor(Workers& workers, const uint8_t* signs, size_t neurons, size_t row_bytes,
+SignPredictor::SignPredictor(Workers& workers, const uint8_t* signs, size_t neurons, size_t hidden,
                              const int32_t* margin, const char* instruction_set)
     : workers_(workers),
       kernels_(kernels_for(Dtype::f32, instruction_set)),
       signs_(signs),
       neurons_(neurons),
-      row_bytes_(row_bytes),
+      hidden_(hidden),
+      row_bytes_((hidden + 7) / 8),
       margin_(margin) {}
 
-Prediction SignPredictor::predict(const float* x, size_t hidden, size_t tokens) const {
+Prediction SignPredictor::predict(const float* x, size_t tokens) const {
     assert(tokens <= TOKENS_MAX);
-    const std::vector<uint8_t> bits = sign_bits(x, hidden, tokens, row_bytes_);
+    const std::vector<uint8_t> bits = sign_bits(x, hidden_, tokens, row_bytes_);
     std::vector<uint16_t> row_masks(neurons_);
     workers_.run((neurons_ + NEURONS_PER_ITEM - 1) / NEURONS_PER_ITEM, [&](size_t item) {
         const size_t end = std::min(neurons_, (item + 1) * NEURONS_PER_ITEM);
@@ -84,7 +85,7 @@ Prediction SignPredictor::predict(const float* x, size_t hidden, size_t tokens) 
                 const uint8_t* of_token = bits.data() + t * row_bytes_;
                 const auto differ =
                     static_cast<int64_t>(kernels_.differing_bits(signs_ + i * row_bytes_, of_token, row_bytes_));
-                mask |= (static_cast<int64_t>(hidden) - 2 * differ > margin_[i]) << t;
+                mask |= (static_cast<int64_t>(hidden_) - 2 * differ > margin_[i]) << t;
             }
             row_masks[i] = static_cast<uint16_t>(mask);
         }

@@ -13,17 +13,18 @@
 namespace flashclient {
 namespace {
 
-std::mutex table_lock;  // guards all below; held across fork(), so that a child finds it whole
+std::mutex table_lock;  // guards everything below; held across fork(), so that a child finds it consistent
 std::condition_variable reading_ended;
 std::vector<ReadableMemory*> table;  // by rising begin; a child begins with an empty one
 
 void watch_forks() {
-    static const int once = ::pthread_atfork([] { table_lock.lock(); }, [] { table_lock.unlock(); },
-                                             [] {
-                                                 table.clear();
-                                                 new (&reading_ended) std::condition_variable;  // nobody waits here
-                                                 table_lock.unlock();
-                                             });
+    static const int once =
+        ::pthread_atfork([] { table_lock.lock(); }, [] { table_lock.unlock(); },
+                         [] {
+                             table.clear();
+                             new (&reading_ended) std::condition_variable;  // no thread waits in the child
+                             table_lock.unlock();
+                         });
     static_cast<void>(once);
 }
 
@@ -48,7 +49,7 @@ ReadableMemory::ReadableMemory(const void* data, size_t bytes)
 
 ReadableMemory::~ReadableMemory() {
     std::unique_lock lock(table_lock);
-    if (std::erase(table, this) == 0) return;  // after fork(): whoever was reading is the parent's
+    if (std::erase(table, this) == 0) return;  // after fork(): the readings are the parent's
     reading_ended.wait(lock, [this] { return readings_ == 0; });
 }
 
@@ -59,7 +60,7 @@ Reading::~Reading() {
     }
 }
 
-// The table is locked.
+// Called with the table locked.
 void Reading::require_elsewhere(uint64_t address) {
     const auto after = [](uint64_t wanted, const ReadableMemory* other) { return wanted < other->begin_; };
     const auto found = std::upper_bound(table.begin(), table.end(), address, after);

@@ -1,8 +1,8 @@
-// The memory that kernels may read bundles from. Addresses come to them as numbers, through Python: a Reading says
-// which of them are bundles, and keeps those mapped for as long as it lives.
+// The memory that kernels may read bundles from. Kernels get addresses as numbers, through Python. A Reading checks
+// that bundles lie there, and keeps that memory mapped as long as it lives.
 //
-// That is what the process maps of weightd's pool (pool_memory.h), and arrays that a caller lends. A child after fork()
-// has none of it: what its parent maps is not its own.
+// Readable are the mapped segments of weightd's pool (pool_memory.h) and the arrays that a caller lends. A child after
+// fork() has no readable memory: the mappings are its parent's.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace flashclient {
 
-// Bytes that may be read from construction to destruction. The destructor waits until no Reading is at them.
+// Bytes that may be read from construction to destruction. The destructor waits until no Reading uses them.
 class ReadableMemory {
   public:
     ReadableMemory(const void* data, size_t bytes);
@@ -28,7 +28,7 @@ class ReadableMemory {
     uint32_t readings_ = 0;
 };
 
-// One kernel's call. Safe beside others in any thread.
+// The checks of one kernel call. Several may exist at once, in any threads.
 class Reading {
   public:
     // Bundles of `bundle_bytes`, at addresses that are multiples of `alignment`, a power of two.
@@ -37,9 +37,9 @@ class Reading {
     Reading(const Reading&) = delete;
     Reading& operator=(const Reading&) = delete;
 
-    // A copy of `addresses`, so that nobody changes them meanwhile. for_each_wanted(check) calls check(i) for every
-    // entry that is going to be read. The other entries are copies of one that was checked: they may be read as well.
-    // Empty where none is wanted. Throws std::invalid_argument for a bundle outside of readable memory.
+    // A copy of `addresses`, which Python cannot change during the call. for_each_wanted(check) calls check(i) for
+    // every entry that will be read. The other entries are replaced by one that was checked, so they may be read as
+    // well. Empty where no entry is wanted. Throws std::invalid_argument for a bundle outside of readable memory.
     template <typename ForEachWanted>
     std::vector<uint64_t> checked(std::span<const uint64_t> addresses, const ForEachWanted& for_each_wanted);
     std::vector<uint64_t> checked(std::span<const uint64_t> addresses) {
@@ -56,8 +56,8 @@ class Reading {
 
     size_t bundle_bytes_;
     size_t alignment_;                       // a power of two
-    uint64_t begin_ = 0, beyond_ = 0;        // a bundle fits at begin_ + i for i < beyond_: neighbours lie together
-    std::vector<ReadableMemory*> memories_;  // where any lies
+    uint64_t begin_ = 0, beyond_ = 0;        // of the last memory: a bundle fits at begin_ + i for i < beyond_
+    std::vector<ReadableMemory*> memories_;  // in which checked bundles lie
 };
 
 // Locks the table of all readable memory; one at a time.

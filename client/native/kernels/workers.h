@@ -1,4 +1,4 @@
-// A few threads that share the work of one caller at a time, parked between calls. One pool serves all kernels.
+// A few threads that share the work of one caller at a time. They sleep between calls. One pool serves all kernels.
 #pragma once
 
 #include <sys/types.h>
@@ -12,11 +12,11 @@
 
 namespace flashclient {
 
-// The calling thread takes part, so `threads` = 1 starts none. Items are handed out one by one: a worker that the
-// system is slow to wake delays nobody, the others do its share, and run() waits only for workers that have begun.
+// The calling thread takes part, so `threads` = 1 starts none. Items are handed out one by one, and run() waits only
+// for workers that have begun. So a worker that wakes late delays nobody: the others do its items.
 //
-// A run() that finds the workers busy for another thread is done by its caller alone, and so is every run() in a child
-// after fork, which has no workers.
+// Where the workers are busy for another thread, the calling thread does all items alone. A child after fork has no
+// workers, so its calling threads always do.
 class Workers {
   public:
     explicit Workers(size_t threads);
@@ -24,13 +24,14 @@ class Workers {
     Workers(const Workers&) = delete;
     Workers& operator=(const Workers&) = delete;
 
-    // Calls item(i) for every i below `count`, in any order, and returns when all are done. `item` must not throw.
+    // Calls item(i) for every i below `count`, in any order, and returns when all have returned. `item` must not throw.
     void run(size_t count, const std::function<void(size_t)>& item);
 
     size_t threads() const { return workers_.size() + 1; }
 
   private:
-    // Between two phases of a chunk a worker spins for this long before it parks, because waking it costs more.
+    // A worker spins for this long before it sleeps: the next phase of a layer often begins within it, and waking costs
+    // more.
     static constexpr uint64_t SPIN_NANOSECONDS = 20'000;
     static constexpr uint32_t OPEN = 1u << 31;
 

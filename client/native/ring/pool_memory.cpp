@@ -13,7 +13,7 @@
 namespace flashclient {
 namespace {
 
-// Of all sessions of this process; 512 GiB of the largest segments, which is more than a client maps.
+// For all sessions of this process: 512 GiB of the largest segments, more than a client maps.
 constexpr size_t RANGES_MAX = 8192;
 
 struct Range {
@@ -22,19 +22,20 @@ struct Range {
     std::atomic<std::atomic<bool>*> taken_away = nullptr;
 };
 
-// What a signal handler may look at: no locks, no memory that moves.
+// Read by the signal handler, so there are no locks, and no memory moves.
 std::array<Range, RANGES_MAX> ranges;
 std::mutex ranges_lock;  // guards the choice of free entries
 struct sigaction handler_before;
 uintptr_t page_bytes = 4096;
 
-// Not by libc: this runs in a signal handler, and a sanitizer takes its mmap() for a write that races with readers.
+// A plain system call: this runs in a signal handler, and a sanitizer takes libc's mmap() for a write that races with
+// readers.
 bool zeros_at(uintptr_t begin, size_t bytes) {
     constexpr long FLAGS = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE;
     return ::syscall(SYS_mmap, begin, bytes, long{PROT_READ}, FLAGS, -1L, 0L) != -1;
 }
 
-// A read of a segment that weightd has emptied: the page is zero from now on, and the read goes on.
+// After a read of a segment that weightd has emptied: makes the page zeros, and the read goes on.
 bool patch(uintptr_t address) {
     for (Range& range : ranges) {
         const uintptr_t begin = range.begin.load();
@@ -50,8 +51,8 @@ void handle_bus_error(int signal, siginfo_t* info, void*) {
     const bool patched = info->si_code == BUS_ADRERR && patch(reinterpret_cast<uintptr_t>(info->si_addr));
     errno = error;
     if (patched) return;
-    ::sigaction(signal, &handler_before, nullptr);  // not ours: the read faults again, in other hands
-    if (info->si_code <= 0) ::raise(signal);        // sent by somebody: it will not come again by itself
+    ::sigaction(signal, &handler_before, nullptr);  // not ours: the read faults again, with the handler before
+    if (info->si_code <= 0) ::raise(signal);        // sent by a process: it does not come again by itself
 }
 
 void install_handler() {
@@ -96,7 +97,7 @@ bool PoolMemory::map(uint32_t number, int fd, size_t bytes) {
     ::close(fd);
     if (taken_away()) return false;
     if (mapped == MAP_FAILED) throw std::system_error(error, std::generic_category(), "mapping a segment");
-    ::madvise(mapped, bytes, MADV_DONTFORK);  // a child may not use it, and would keep its memory from going
+    ::madvise(mapped, bytes, MADV_DONTFORK);  // a child may not use it, and would keep its memory alive
     Segment segment{static_cast<std::byte*>(mapped), bytes};
     if (!enter_range(segment, taken_away_)) {
         ::munmap(mapped, bytes);
@@ -125,7 +126,7 @@ void PoolMemory::unmap(uint32_t number) {
 }
 
 void PoolMemory::clear() {
-    if (::getpid() != owner_) return;  // a child has inherited nothing, and maybe a locked lock
+    if (::getpid() != owner_) return;  // a child has inherited no segment, and lock_ may be locked
     const std::lock_guard guard(lock_);
     for (auto& [number, segment] : segments_) drop(segment);
     found_ = nullptr;
@@ -140,7 +141,7 @@ void PoolMemory::drop(Segment& segment) const {
 }
 
 void PoolMemory::take_away() {
-    taken_away_.store(true);  // first: whoever reads a zero must find out
+    taken_away_.store(true);  // first: whoever reads zeros must find it set
     const std::lock_guard guard(lock_);
     for (const auto& [number, segment] : segments_) zeros_at(reinterpret_cast<uintptr_t>(segment.data), segment.bytes);
 }

@@ -1,11 +1,12 @@
-// The segments of weightd's pool as this process maps them, read-only.
+// The segments of weightd's pool, mapped read-only into this process.
 //
-// Their memory can be taken away at any moment: weightd empties a segment once it has closed this session for blocking
-// others, and when weightd has died, what is mapped here must not live beside its successor's pool. A kernel may be
-// reading there meanwhile. So what is taken away reads as zeros from then on: that costs no memory and stops nobody,
-// and taken_away() says that what was computed is worth nothing. It is asked before a result is used.
+// Their memory can be taken away at any moment. weightd empties a segment after it has closed this session for blocking
+// others. And when weightd has died, its pool must not stay in memory beside the pool of its successor. A kernel may be
+// reading a segment at that moment. So memory that is taken away reads as zeros from then on, which needs no memory
+// and stops no kernel. taken_away() must be asked before a result is used: where it is true, the result is worthless.
 //
-// One thread maps, finds and unmaps; any thread may take away. What a kernel is reading is unmapped when it is done.
+// One thread maps, finds and unmaps segments; any thread may take them away. A segment that a kernel reads is unmapped
+// when the kernel returns.
 #pragma once
 
 #include <sys/types.h>
@@ -26,7 +27,7 @@ class PoolMemory {
     struct Segment {
         std::byte* data = nullptr;
         size_t bytes = 0;
-        std::unique_ptr<ReadableMemory> readable = nullptr;  // by kernels, as long as it is mapped
+        std::unique_ptr<ReadableMemory> readable = nullptr;  // lets kernels read it, as long as it is mapped
     };
 
     PoolMemory();
@@ -34,11 +35,11 @@ class PoolMemory {
     PoolMemory(const PoolMemory&) = delete;
     PoolMemory& operator=(const PoolMemory&) = delete;
 
-    // Takes the descriptor. False where all has been taken away already. Throws std::system_error.
+    // Takes ownership of the descriptor. False where everything was taken away already. Throws std::system_error.
     bool map(uint32_t number, int fd, size_t bytes);
-    const Segment* find(uint32_t number);  // null: there is no such one
+    const Segment* find(uint32_t number);  // null where there is none
     void unmap(uint32_t number);
-    void clear();  // unmaps all, and can be filled anew
+    void clear();  // unmaps all; segments can be mapped again
 
     void take_away();
     bool taken_away() const { return taken_away_.load(std::memory_order_acquire); }
@@ -48,9 +49,9 @@ class PoolMemory {
 
     pid_t owner_;
     std::atomic<bool> taken_away_ = false;
-    std::mutex lock_;  // guards segments_ where they change, and where another thread takes them away
+    std::mutex lock_;  // guards segments_ where it changes, and where another thread takes segments away
     std::map<uint32_t, Segment> segments_;
-    const Segment* found_ = nullptr;  // by find(), the last time: neighbours are mostly in one segment
+    const Segment* found_ = nullptr;  // the last result of find(): neighbours mostly lie in one segment
     uint32_t found_number_ = 0;
 };
 

@@ -26,7 +26,7 @@ namespace flashclient {
 namespace {
 
 constexpr double WAIT_SLICE_S = 1.0;
-constexpr size_t RENEWED_BYTES = 2U << 20;  // of resident weights, compared and mapped anew at once
+constexpr size_t RENEWED_BYTES = 2U << 20;  // of resident weights, compared and mapped again at a time
 constexpr int SPINS = 200;                  // about 5 us: a warm answer often comes within it
 
 double now_s() {
@@ -76,7 +76,7 @@ std::byte* map(int fd, size_t bytes, int protection, int flags, const char* what
     return static_cast<std::byte*>(mapped);
 }
 
-// Puts what `fd` holds in the place of `mapped`, wherever the two are the same.
+// Maps the parts of `fd` that are equal to `mapped` over it.
 void renew(std::byte* mapped, size_t mapped_bytes, int fd, size_t bytes, int protection, int flags) {
     if (bytes != mapped_bytes) {
         ::close(fd);
@@ -104,8 +104,8 @@ std::string seconds(double value_s) {
 
 }  // namespace
 
-// All of this process, so that a child after fork() closes what it has inherited of them: weightd sees a session end
-// when the last process lets go of its sockets.
+// All sessions of this process. A child after fork() closes what it has inherited of them, because weightd sees a
+// session end when the last process closes its socket.
 class Sessions {
   public:
     static void enter(Session* session) {
@@ -177,7 +177,8 @@ void Session::close() {
     {
         const std::lock_guard guard(ending_);
         closed_ = true;
-        if (socket_ >= 0) ::shutdown(socket_, SHUT_RDWR);  // the watcher hears it, and wakes who waits for weightd
+        if (socket_ >= 0)
+            ::shutdown(socket_, SHUT_RDWR);  // the watcher notices, and wakes a thread that waits for weightd
     }
     const std::lock_guard use(in_use_);
     end();
@@ -191,22 +192,23 @@ void Session::end() {
     if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
     const std::lock_guard guard(ending_);
     if (socket_ >= 0) {
-        ::shutdown(socket_, SHUT_RDWR);  // a process that inherited it, past our handler, does not hold the session
+        ::shutdown(socket_,
+                   SHUT_RDWR);  // so that a process that inherited it, past our handler, does not keep the session
         ::close(std::exchange(socket_, -1));
     }
     request_tail_ = grant_head_ = 0;
 }
 
-// In a child, in which other threads may have held any lock. Its memory it has not inherited.
+// In a child, where any lock may be held by a thread that does not exist. The child has not inherited the memory.
 void Session::leave_behind() {
     ring_ = nullptr;
     for (int* descriptor : {&doorbell_, &socket_, &stop_watching_}) {
         if (*descriptor >= 0) ::close(std::exchange(*descriptor, -1));
     }
-    static_cast<void>(watcher_.release());  // fork() has left the thread to the parent
+    static_cast<void>(watcher_.release());  // the thread is the parent's
 }
 
-// ---- the thread that hears when weightd is gone ----
+// ---- the thread that notices when weightd is gone ----
 
 void Session::start_watching() {
     stop_watching_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -214,7 +216,7 @@ void Session::start_watching() {
     sigset_t all, before;
     ::sigfillset(&all);
     for (const int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) ::sigdelset(&all, fault);
-    ::pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the threads of the user
+    ::pthread_sigmask(SIG_SETMASK, &all, &before);  // the user's threads handle signals
     try {
         watcher_ = std::make_unique<std::thread>([this] { watch(); });
     } catch (...) {
@@ -231,7 +233,7 @@ void Session::watch() {
     if (watched[0].revents == 0) return;
     pool_.take_away();
     ring_->header.bell.fetch_add(1);
-    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);  // the one thread that uses this
+    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);  // the one thread that waits
 }
 
 void Session::stop_watching() {
@@ -293,7 +295,7 @@ void Session::take_calibration(int fd, size_t bytes) {
 void Session::require_alive() const {
     if (::getpid() != owner_) throw WrongProcess("a session cannot be used after fork: open another one in the child");
     if (ring_ == nullptr) throw SessionLost("the session was closed");
-    std::atomic_thread_fence(std::memory_order_acquire);  // what was read of the pool was read before this
+    std::atomic_thread_fence(std::memory_order_acquire);  // after all reads of the pool
     if (pool_.taken_away()) throw SessionLost(gone());
     const uint32_t state = ring_->header.state.load(std::memory_order_acquire);
     if (state != ring::OPEN) throw SessionLost(gone());
@@ -382,7 +384,7 @@ void Session::wait_for_room() {
 
 void Session::put(const ring::Request& request) {
     ring_->requests[request_tail_ % ring::REQUESTS] = request;
-    ring_->header.request_tail.store(++request_tail_);  // before the look at daemon_sleeps, in everyone's eyes
+    ring_->header.request_tail.store(++request_tail_);  // before daemon_sleeps is read, for all threads
 }
 
 void Session::ring_doorbell() {
@@ -396,7 +398,7 @@ bool Session::take_ready(std::vector<ring::Grant>& grants) {
     const uint32_t tail = ring_->header.grant_tail.load(std::memory_order_acquire);
     if (tail == grant_head_) return false;
     for (; grant_head_ != tail; grant_head_++) grants.push_back(ring_->grants[grant_head_ % ring::GRANTS]);
-    // weightd takes the pages of a closed ring back, after it has said so: zeros would look like grants.
+    // weightd takes back the pages of a closed ring after it has set the state: zeros would look like grants.
     std::atomic_thread_fence(std::memory_order_acquire);
     if (ring_->header.state.load(std::memory_order_acquire) != ring::OPEN) throw SessionLost(gone());
     ring_->header.grant_head.store(grant_head_, std::memory_order_release);
@@ -423,22 +425,22 @@ void Session::take_grants(std::vector<ring::Grant>& grants, bool block) {
     }
 }
 
-// Returns how much of `left_s` it took: never more than a slice, so that a process that was frozen does not wake up to
-// find that weightd has not answered it for so long.
+// Returns how much of `left_s` has passed, at most one slice: a process that was frozen for long must not conclude that
+// weightd has not answered in time.
 double Session::wait_for_bell(uint32_t seen, double left_s) const {
     if (left_s <= 0) throw NoAnswer("weightd did not answer within " + seconds(timeout_s_));
     const double began_s = now_s();
     const double slice_s = std::min(left_s, WAIT_SLICE_S);
     const auto whole_s = static_cast<time_t>(slice_s);
     const timespec slice{whole_s, static_cast<long>((slice_s - static_cast<double>(whole_s)) * 1e9)};
-    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAIT, seen, &slice, nullptr, 0);  // the watcher rings it, too
+    ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAIT, seen, &slice, nullptr, 0);  // the watcher wakes it, too
     return std::min(now_s() - began_s, slice_s);
 }
 
 const std::byte* Session::address(const ring::Grant& grant, uint32_t cell_bytes) {
     const uint32_t number = grant.segment & ring::SEGMENT_MASK;
     const PoolMemory::Segment* segment = pool_.find(number);
-    while (segment == nullptr) {  // its news was sent before the grant
+    while (segment == nullptr) {  // its SegmentNews was sent before the grant
         if (!read_news(cell_bytes, static_cast<int>(timeout_s_ * 1000))) throw SessionLost("weightd sent no segment");
         segment = pool_.find(number);
     }
@@ -459,6 +461,23 @@ bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
         return false;
     }
     return true;
+}
+
+void raise_corrupt(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell) {
+    const std::string where = "layer " + std::to_string(layer);
+    const uint32_t first = grant.cell * bundles_per_cell;
+    switch (Session::status(grant)) {
+        case ring::UNREADABLE:
+            throw CorruptBundle(where + ", neuron at position " + std::to_string(first) +
+                                " cannot be read: " + std::generic_category().message(static_cast<int>(grant.slot)) +
+                                "; look after the device, or import the model again");
+        case ring::CORRUPT:
+            throw CorruptBundle(where + ", neuron at position " + std::to_string(first + grant.slot) +
+                                " differs from its checksum: import the model again");
+        default:
+            throw std::logic_error(where + ", cell " + std::to_string(grant.cell) +
+                                   " is within the session's share and was refused");
+    }
 }
 
 }  // namespace flashclient

@@ -1,8 +1,8 @@
 // The client's end of a session (proto/ring.h): leases cells of the daemon's pool and finds them in shared memory.
 //
-// Belongs to one thread at a time, which holds use() meanwhile, and to the process that opened it: a child after fork()
-// keeps nothing of it. A thread of its own hears when weightd is gone or has closed the session, also while nobody uses
-// it, and takes the pool's memory away at once (pool_memory.h).
+// One thread at a time uses it, and holds use() meanwhile. It belongs to the process that opened it: a child after
+// fork() keeps nothing of it. A thread of the session notices when weightd is gone or has closed the session, also
+// while no other thread uses it, and takes the memory of the pool away at once (pool_memory.h).
 #pragma once
 
 #include <sys/types.h>
@@ -37,7 +37,11 @@ struct WrongProcess : std::logic_error {  // used after fork
     using std::logic_error::logic_error;
 };
 
-struct Counters {  // of cells that were asked for
+struct CorruptBundle : std::runtime_error {  // or one that the device cannot read; names layer and position
+    using std::runtime_error::runtime_error;
+};
+
+struct Counters {  // of cells that were requested
     uint64_t hits = 0;
     uint64_t misses = 0;
     uint64_t read_bytes = 0;
@@ -51,12 +55,13 @@ class Session {
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
-    // Whoever holds it may call all below but close(). Throws WrongProcess after fork.
+    // The thread that holds it may call all methods below except close(). Throws WrongProcess after fork.
     [[nodiscard]] std::unique_lock<std::mutex> use();
 
-    // Opens another session in place of this one, of the same model: nothing is held. Resident weights and predictors
-    // stay where they are: what weightd has just so is mapped anew, so that it is in memory once, and the rest (what
-    // the caller changed; predictors of another version) stays as it is. Throws as the constructor does.
+    // Opens another session of the same model in place of this one; nothing is leased then. Resident weights and
+    // predictors stay at their addresses. Parts that are equal to weightd's are mapped again, so that they are in
+    // memory once. Other parts (changed by the caller, or predictors of another version) stay as they are. Throws as
+    // the constructor does.
     void attach(const std::string& data_socket, std::span<const uint8_t> token);
 
     // resident.safetensors, a private copy-on-write mapping; valid as long as the session.
@@ -64,28 +69,28 @@ class Session {
     // predictors.safetensors, read-only; empty for a model without. Valid as long as the session.
     std::span<const std::byte> calibration() const { return {calibration_, calibration_bytes_}; }
     uint32_t share_slots() const { return share_slots_; }
-    uint32_t lease_limit() const;  // cells that may be held at once, now: the share, and what may be borrowed above it
+    uint32_t lease_limit() const;  // cells that may be leased at once now: the share, and what may be borrowed above it
 
-    // What weightd counted for this session and those before it in its place, for the grants that were taken.
+    // What weightd counted for this session and for those that it replaced, up to the last grants that were taken.
     Counters counters() const;
 
-    // Each posts one or more requests. `words` as ring::Form says.
+    // Each posts one or more requests. For `words` see ring::Form.
     void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
     void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
-    // Gives back the cells `release` and acquires the cells `acquire` in one request; at most WORDS of both together.
+    // Gives back the cells `release` and acquires the cells `acquire`, in one request of at most WORDS cells.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release, uint32_t tag);
     void prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
 
-    // Appends the grants that have come. With `block`, waits until there is one; throws SessionLost at the timeout.
+    // Appends the grants that have arrived. With `block`, waits until there is one; throws NoAnswer at the timeout.
     void take_grants(std::vector<ring::Grant>& grants, bool block);
-    // Where a granted cell lies.
+    // The address of a granted cell.
     const std::byte* address(const ring::Grant& grant, uint32_t cell_bytes);
     static ring::Status status(const ring::Grant& grant) {
         return static_cast<ring::Status>(grant.segment >> ring::STATUS_SHIFT);
     }
-    // Throws SessionLost where something that was held may have changed or gone; WrongProcess after fork.
+    // Throws SessionLost where cells that were leased may have changed; WrongProcess after fork.
     void require_alive() const;
-    // Ends the session, from any thread and for good: who uses it or waits for weightd is told so and lets go first.
+    // Ends the session for good, from any thread. A thread that uses it or waits for weightd gets SessionLost first.
     // Only resident weights and predictors stay mapped.
     void close();
 
@@ -121,12 +126,15 @@ class Session {
     std::byte* calibration_ = nullptr;
     size_t calibration_bytes_ = 0;
     uint32_t share_slots_ = 0;
-    Counters counted_before_;  // by the sessions before this one
+    Counters counted_before_;  // by the sessions that this one replaced
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
     PoolMemory pool_;
     int stop_watching_ = -1;                // eventfd
     std::unique_ptr<std::thread> watcher_;  // touches socket_, stop_watching_, ring_ and pool_, which outlive it
 };
+
+// Throws the error for a cell that weightd did not grant: CorruptBundle.
+[[noreturn]] void raise_corrupt(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell);
 
 }  // namespace flashclient

@@ -12,7 +12,7 @@ void Sweep::forget() {
     chunks_.clear();
     in_use_ = 0;
     layer_ended_ = false;
-    // At least two chunks, one in use and one on its way; as large as a read where the share allows it.
+    // At least two chunks, one in use and one on its way; as large as one read where the share allows it.
     const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
     chunks_max_ = std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_);
@@ -22,7 +22,7 @@ Sweep::~Sweep() {
     try {
         const auto use = session_.use();
         idle();
-    } catch (const std::exception&) {  // the session is lost, and its leases with it
+    } catch (const std::exception&) {  // the session is lost, and its leases are, too
         forget();
     }
 }
@@ -66,7 +66,7 @@ void Sweep::give_out() {
         if (chunk.layer != layer || layer_ended_ || chunk.unanswered > 0) break;
         if (!chunk.failed.empty() && in_use_ > 0) break;
         in_use_++;
-        if (!chunk.failed.empty()) raise_refusal(layer, chunk.failed.front(), layout_.bundles_per_cell);
+        if (!chunk.failed.empty()) raise_corrupt(layer, chunk.failed.front(), layout_.bundles_per_cell);
         given_.addresses.insert(given_.addresses.end(), chunk.addresses.begin(), chunk.addresses.end());
         layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
     }
@@ -103,7 +103,7 @@ void Sweep::look_ahead() {
 void Sweep::take_answers(bool block) {
     grants_.clear();
     session_.take_grants(grants_, block);
-    Chunk* chunk = nullptr;  // of the grant before
+    Chunk* chunk = nullptr;  // of the last grant
     uint32_t tag = 0;
     for (const ring::Grant& grant : grants_) {
         if (chunk == nullptr || grant.tag != tag) {
@@ -137,7 +137,7 @@ void Sweep::finish_first() {
     first_tag_++;
 }
 
-// One message for neighbours of one layer: ranges of what was granted, between the cells that failed.
+// One message for neighbouring chunks of a layer: the ranges of cells between those that failed.
 void Sweep::give_back_used() {
     std::vector<uint32_t> borders;
     for (size_t i = 0; i < used_.size(); i++) {

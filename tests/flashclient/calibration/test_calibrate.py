@@ -29,6 +29,7 @@ from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
+from flashclient.model.activations import TRANSFORMERS_NAMES, has_exact_zeros
 from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import LowRank, read_predictors
 
@@ -73,7 +74,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, 
 
 @contextmanager
 def hooked(model: PreTrainedModel, whole: CutModel, result: CalibrationResult | None) -> Iterator[list[list[Any]]]:
-    """Records what fires in each layer of `model`; with `result`, only what it predicts is left to fire."""
+    """Records the neurons that fire in each layer of `model`. With `result`, only predicted neurons may fire."""
     seen: list[list[Any]] = [[] for _ in whole.record.layers]
 
     def see(index: int, module: Any, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
@@ -192,6 +193,11 @@ def test_an_activation_without_zeros_is_refused_at_once(activation: str, tmp_pat
         calibrated(model, tmp_path)
 
 
+def test_which_activations_have_exact_zeros() -> None:
+    assert {name for name in TRANSFORMERS_NAMES if has_exact_zeros(name)} >= {"relu", "relu_squared"}
+    assert not any(has_exact_zeros(name) for name in ("silu", "gelu", "gelu_tanh"))
+
+
 def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:
     model: Any = make_model(make_config("opt"))
     with torch.no_grad():
@@ -207,7 +213,7 @@ def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:
         ({"target_recall": 1.0}, "target recall 1 must be between 0 and 1"),
         ({"target_recall": -0.5}, "target recall -0.5 must be"),
         ({"target_recall": float("nan")}, "target recall nan must be"),
-        ({"ranks": ()}, "ranks  must be at least 1"),
+        ({"ranks": ()}, r"ranks \(\) must be whole numbers of at least 1"),
         ({"kind": "oracle"}, "kind 'oracle' is not known: use low_rank or sign"),
     ],
 )
@@ -225,8 +231,8 @@ def quality(perplexity: float) -> Quality:
     [
         ({}, 0.0, 10.02, "predict", "costs 0.20% of perplexity"),
         ({}, 0.0, 10.06, "exact", "costs 0.60% of perplexity, more than 0.5%"),
-        ({"predicted": 0.6}, 0.0, 10.0, "exact", "of the FFNs, predictors included: it pays below 50%"),
-        ({}, 0.3, 10.0, "exact", "30% of the neurons are new with each token: it pays below 25%"),
+        ({"predicted": 0.6}, 0.0, 10.0, "exact", "of the FFNs, predictors included: prediction pays below 50%"),
+        ({}, 0.3, 10.0, "exact", "30% of the neurons are new with each token: prediction pays below 25%"),
     ],
 )
 def test_the_mode_follows_from_what_was_measured(

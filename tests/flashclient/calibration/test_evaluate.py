@@ -24,6 +24,7 @@ from flashclient.calibration.evaluate import Quality, dense_model, evaluate_exac
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, FlashClientError
+from flashclient.source.grpc_chunks import GrpcSource
 
 
 @contextmanager
@@ -59,7 +60,7 @@ def test_without_calibration(tmp_path: Path) -> None:
     assert report["exact"]["top1_agreement"] > 0.99
     assert report["predict"] is None
     assert report["layers"] == []
-    assert report["notes"] == ["predict: 'tiny' was never calibrated: run `flashclient calibrate`"]
+    assert report["notes"] == ["predict: not run, as 'tiny' was never calibrated: run `flashclient calibrate`"]
     assert "exact" in result.table()
 
 
@@ -71,7 +72,7 @@ def test_a_dense_model_that_does_not_fit_is_left_out(tmp_path: Path, monkeypatch
     assert result["dense"] is None
     assert result["agreement_with"] == "exact"
     assert result["exact"]["top1_agreement"] == 1.0
-    assert result["notes"][0] == "dense: it needs 2.4 GB of memory, 0.0 are free"
+    assert result["notes"][0] == "dense: not run, as it needs 2.4 GB of memory and 0.0 are free"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -91,12 +92,15 @@ def test_the_client_generates_the_same_after_calibration_and_evaluation(family: 
         with FlashClient("tiny", address=client.loaded.connection.address, transport="grpc", mode="predict") as predict:
             told = predict.generate(prompt, max_new_tokens=12)
             evaluate_predict(predict.loaded, first)
-            assert predict.loaded.source.cells_held == 0
+            source = predict.loaded.source
+            assert isinstance(source, GrpcSource)
+            assert source.window is not None
+            assert source.window.cells_held == 0
             assert predict.generate(prompt, max_new_tokens=12) == told
 
 
 def test_a_failed_walk_leaves_the_client_usable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the caller has put a forward of its own on a decoder layer."""
+    """Also if the caller has replaced the forward of a decoder layer."""
     prompt, sequences = [5, 17, 200, 31, 8], sequences_for(tmp_path)
     with clients(make_sparse_model(), tmp_path, "exact") as (client,):
         expected = client.generate(prompt, max_new_tokens=12)
@@ -137,7 +141,7 @@ def test_a_calibration_waits_for_the_clients_turn(tmp_path: Path) -> None:
         evaluate_exact(client.loaded, sequences[:1])
 
 
-def test_quality_counts_what_is_foretold() -> None:
+def test_quality_counts_predicted_tokens() -> None:
     quality = Quality()
     logits = torch.full((3, 4), -1e9)
     logits[0, 2] = logits[1, 1] = logits[2, 0] = 0.0
@@ -148,7 +152,7 @@ def test_quality_counts_what_is_foretold() -> None:
 
 
 def test_predict_mode_is_the_reference_of_calibration(tmp_path: Path) -> None:
-    """The client's own predict mode loses what masked neurons lost when layers were walked one by one."""
+    """Predict mode loses as much quality as the walk through the layers with masked neurons."""
     model = make_sparse_model()
     sequences = sequences_for(tmp_path)
     with clients(model, tmp_path, "exact", "exact") as (client, exact):

@@ -1,4 +1,4 @@
-"""flashclient calibrate and eval as commands: their streams, exit statuses and refusals."""
+"""The commands `flashclient calibrate` and `eval`: streams, exit statuses and refusals."""
 
 from __future__ import annotations
 

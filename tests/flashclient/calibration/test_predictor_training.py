@@ -25,7 +25,7 @@ from flashclient.model.predictor_file import LowRank, Signs
 
 
 def examples(tokens: int, hidden: int, neurons: int, seed: int = 0, share: float = 0.2) -> Examples:
-    """Random inputs, and firing that has nothing to do with them."""
+    """Random inputs, and random firing that is independent of them."""
     random = torch.Generator().manual_seed(seed)
     bits = PackedBits(tokens, neurons)
     bits.put(0, torch.rand(tokens, neurons, generator=random) < share)
@@ -68,22 +68,22 @@ def test_low_rank_scores(dtype: torch.dtype) -> None:
 @settings(max_examples=25, deadline=None)
 @given(recall=st.floats(0.5, 0.99), seed=st.integers(0, 1000), share=st.floats(0.02, 0.9))
 def test_thresholds_find_the_target_share(recall: float, seed: int, share: float) -> None:
-    held_back = examples(200, 16, 12, seed, share)
+    held_out = examples(200, 16, 12, seed, share)
     rows = torch.randn(12, 16, generator=torch.Generator().manual_seed(seed))
     low_rank = LowRank(np.eye(16, dtype=np.float32), rows.numpy(), np.zeros(12, np.float32))
-    shifted = with_thresholds(low_rank, torch.float32, held_back, recall)
-    for predictor in (shifted, sign_predictor(rows, held_back, recall)):
-        rates = measure(predictor, torch.float32, held_back)
+    shifted = with_thresholds(low_rank, torch.float32, held_out, recall)
+    for predictor in (shifted, sign_predictor(rows, held_out, recall)):
+        rates = measure(predictor, torch.float32, held_out)
         assert rates.false_negatives <= 1 - recall + 1e-6
-        assert rates.firing == pytest.approx(held_back.fired.frequency().mean(), rel=1e-5)
+        assert rates.firing == pytest.approx(held_out.fired.frequency().mean(), rel=1e-5)
 
 
 def test_rates_are_shares_of_pairs() -> None:
-    held_back = examples(300, 8, 30)
-    fired = held_back.fired.of(slice(0, 300))
+    held_out = examples(300, 8, 30)
+    fired = held_out.fired.of(slice(0, 300))
     predictor = LowRank(np.zeros((1, 8), np.float32), np.zeros((30, 1), np.float32), np.ones(30, np.float32))
     predictor.bias[10:] = -1
-    rates = measure(predictor, torch.float32, held_back)
+    rates = measure(predictor, torch.float32, held_out)
     assert rates.predicted == pytest.approx(1 / 3)
     assert rates.false_negatives == pytest.approx(fired[:, 10:].sum().item() / fired.sum().item())
     assert rates.false_positives == pytest.approx((~fired[:, :10]).sum().item() / (~fired).sum().item())
@@ -96,12 +96,12 @@ def test_the_smallest_rank_that_serves_is_taken() -> None:
     bits = PackedBits(3000, 96)
     bits.put(0, x @ rows.T - 30 > 0)
     whole = Examples(x, bits)
-    training, held_back = whole.select(torch.arange(2000)), whole.select(torch.arange(2000, 3000))
+    training, held_out = whole.select(torch.arange(2000)), whole.select(torch.arange(2000, 3000))
     predictor = train_low_rank(
         rows,
         torch.full((96,), -30.0),
         training,
-        held_back,
+        held_out,
         ranks=(2, 6, 12, 500),
         recall=0.95,
         dtype=torch.float32,
@@ -109,7 +109,7 @@ def test_the_smallest_rank_that_serves_is_taken() -> None:
     )
     assert isinstance(predictor, LowRank)
     assert predictor.input.shape == (6, 48)
-    assert measure(predictor, torch.float32, held_back).false_positives < 0.005
+    assert measure(predictor, torch.float32, held_out).false_positives < 0.005
 
 
 @settings(max_examples=20, deadline=None)

@@ -1,4 +1,4 @@
-"""Every parameter of transformers' generate(): either it gives what the dense model gives, or it is refused by name."""
+"""Every parameter of transformers' generate() either gives the dense model's result or is refused by name."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ REFUSALS = {**REFUSED, **IGNORED}
 
 @pytest.fixture(scope="module")
 def dense() -> PreTrainedModel:
-    model = make_model(make_config("llama"), seed=5)  # which does not repeat itself
-    model.generation_config.eos_token_id = None  # random weights may end at once
+    model = make_model(make_config("llama"), seed=5)  # a text without repetitions
+    model.generation_config.eos_token_id = None  # random weights may end a text at once
     return model
 
 
@@ -97,7 +97,7 @@ def test_refused(client: FlashClient, name: str) -> None:
 
 
 def test_the_table_names_every_parameter_of_this_transformers() -> None:
-    """A new version of transformers may have more: each of them gets a case or a refusal."""
+    """A new version of transformers may have more parameters: each needs a case or a refusal."""
     known = set(CASES) | set(REFUSALS) | {"cache_config"}
     assert parameters() == known
 

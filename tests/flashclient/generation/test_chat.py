@@ -1,4 +1,4 @@
-"""Conversations: what a chat template makes of them is what is continued, and what it cannot take is said."""
+"""Conversations: the chat template's text is continued, and what the template refuses gives a clear error."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def test_named_templates(clients: dict[str, FlashClient]) -> None:
             {},
             "template refuses the messages: no critics",
         ),
-        ("one", "Hi", {"enable_thinkin": True}, "unknown generation argument 'enable_thinkin'"),
+        ("one", "Hi", {"enable_thinkin": True}, "has no argument 'enable_thinkin'"),
         ("one", "Hi", {"chat_template": "{% if"}, "the model's chat template refuses the messages"),
         ("one", "Hi", {"continue_final_message": True, "add_generation_prompt": True}, "refuses the messages"),
-        ("one", "Hi", {"chat_template": ""}, "makes nothing of these messages"),
+        ("one", "Hi", {"chat_template": ""}, "gives no tokens for these messages"),
     ],
 )
 def test_what_is_no_conversation_is_refused(

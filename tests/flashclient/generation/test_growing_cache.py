@@ -1,4 +1,4 @@
-"""The growing cache does what transformers' does: the same keys and values after the same calls, in bounded room."""
+"""The growing cache holds the same keys and values as transformers' after the same calls, in bounded memory."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ calls = st.lists(
 
 
 def states(sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """As a projection gives them: not contiguous."""
+    """Keys or values as a projection gives them: not contiguous."""
     made = torch.randn(2, sequences, tokens, HEADS, ELEMENTS).transpose(2, 3)
     return made[0], made[1]
 
 
 def room_tokens(layer: GrowingLayer) -> int:
-    """How many tokens the memory behind a layer's keys has room for."""
+    """The number of tokens that fit into the memory behind a layer's keys."""
     return layer.keys.untyped_storage().nbytes() // (layer.keys.shape[0] * HEADS * ELEMENTS * 4)
 
 
@@ -92,7 +92,7 @@ def test_calls_in_any_order_are_those_of_transformers_layer(steps: list[tuple[st
 
 
 def test_tokens_are_written_in_place() -> None:
-    """A thousand tokens, one at a time, move what is held a dozen times."""
+    """A thousand tokens, added one by one, copy the held ones about a dozen times."""
     layer: Any = GrowingLayer()  # type: ignore[no-untyped-call]
     addresses = []
     for _ in range(1000):

@@ -1,4 +1,4 @@
-"""Kinds of prompts, their padding and their positions: what the dense model makes of the same, or one clear error."""
+"""Kinds of prompts, their padding and positions: the dense model's result, or one clear error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MASK = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1]])
 def dense() -> dict[str, Any]:
     models = {family: make_model(make_config(family), seed=5) for family in ("llama", "opt")}
     for model in models.values():
-        model.generation_config.eos_token_id = None  # random weights may end at once
+        model.generation_config.eos_token_id = None  # random weights may end a text at once
     return models
 
 
@@ -107,7 +107,7 @@ def _mask(*zeros: int, row: int = 1) -> Tensor:
 @pytest.mark.parametrize(
     "mask",
     [
-        None,  # found out from the padding
+        None,  # derived from the padding
         MASK,
         MASK.bool(),
         MASK.float(),
@@ -133,7 +133,7 @@ def test_masks_are_what_they_are_to_the_dense_model(
 
 @pytest.mark.parametrize("pad", [-1, None, 7, 5000])
 def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[str, Any], pad: int | None) -> None:
-    """Of a model's own config; the dense model fails where a row ends before the others."""
+    """A pad_token_id of the model's own config. The dense model fails if one row ends before the others."""
     client, model = clients["opt"], dense["opt"]
     end = int(model.generate(EQUAL, **NEW)[0, 7])
     expected = model.generate(EQUAL, **NEW, eos_token_id=end, pad_token_id=end if pad != 7 else 7)
@@ -143,7 +143,9 @@ def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[s
         made = [row[6:] for row in expected.tolist()]
         assert client.stats().new_tokens == sum(min(5, [*row, end].index(end) + 1) for row in made) < 10
         if pad not in (None, 7):
-            with pytest.raises(OptionError, match=f"pad_token_id={pad} is no token of the model, which has 0 to 319"):
+            with pytest.raises(
+                OptionError, match=f"pad_token_id={pad} is not a token of the model, whose tokens are 0 to 319"
+            ):
                 client.generate(EQUAL, **NEW, eos_token_id=end, pad_token_id=pad)
     finally:
         client.model.generation_config.pad_token_id = before
@@ -152,7 +154,7 @@ def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[s
 @pytest.mark.parametrize("tokens", [244, 245, 246])
 @pytest.mark.parametrize("spelling", ["max_new_tokens", "max_length", "generation_config", "own config"])
 def test_positions_end(clients: dict[str, FlashClient], dense: dict[str, Any], tokens: int, spelling: str) -> None:
-    """OPT has 256 of them, and the last token takes none: after a prompt of 12 there can be 245."""
+    """OPT has 256 positions, and the last token needs none: after a prompt of 12 tokens 245 new ones fit."""
     client, ids = clients["opt"], torch.cat([EQUAL[:1]] * 2, dim=1)
     own = client.model.generation_config
     calls: dict[str, dict[str, Any]] = {
@@ -187,7 +189,7 @@ def test_padding_takes_no_position(clients: dict[str, FlashClient], dense: dict[
 
 
 def test_turning_positions_go_on(client: FlashClient, dense: dict[str, Any]) -> None:
-    """Rotary embeddings know positions that training did not; transformers says so and goes on."""
+    """Rotary embeddings work beyond the positions of training; transformers warns and goes on."""
     ids = torch.cat([EQUAL[:1]] * 45, dim=1)  # 270, where the config says 256
     assert torch.equal(client.generate(ids, **NEW), dense["llama"].generate(ids, **NEW))
 
@@ -198,18 +200,18 @@ def test_turning_positions_go_on(client: FlashClient, dense: dict[str, Any]) -> 
         ({"prompt": EQUAL, "input_ids": EQUAL}, "given twice, also as input_ids="),
         ({"inputs": EQUAL, "input_ids": EQUAL}, "two names for the prompt"),
         ({"prompt": {"input_ids": EQUAL, "attention_mask": MASK}, "attention_mask": MASK}, "mask is given twice"),
-        ({"prompt": "text", "attention_mask": MASK}, "attention_mask= belongs to input_ids"),
+        ({"prompt": "text", "attention_mask": MASK}, "attention_mask= needs input_ids"),
         ({"prompt": EQUAL, "attention_mask": MASK[:, :4]}, r"of \[2, 4\] does not fit a prompt of \[2, 6\]"),
         ({"prompt": EQUAL, "attention_mask": MASK[:1]}, r"attention_mask of \[1, 6\] does not fit"),
         ({"prompt": EQUAL, "attention_mask": MASK[None]}, "attention_mask of"),
-        ({"prompt": RAGGED, "attention_mask": [[1] * 6, [1] * 4]}, "rows of other lengths"),
-        ({"prompt": EQUAL, "attention_mask": "yes"}, "attention_mask of kind str"),
-        ({"prompt": torch.tensor([[5, 320]])}, "input_ids have 320, and the model's tokens are 0 to 319"),
-        ({"prompt": [[-1, 5]]}, "input_ids have -1"),
+        ({"prompt": RAGGED, "attention_mask": [[1] * 6, [1] * 4]}, "differ in length"),
+        ({"prompt": EQUAL, "attention_mask": "yes"}, "attention_mask is a str"),
+        ({"prompt": torch.tensor([[5, 320]])}, "input_ids contain 320, and the model's tokens are 0 to 319"),
+        ({"prompt": [[-1, 5]]}, "input_ids contain -1"),
         ({"prompt": EQUAL[None]}, "whole numbers"),
-        ({"prompt": EQUAL, "token_type_ids": torch.ones_like(EQUAL)}, "unknown generation argument 'token_type_ids'"),
-        ({"inputs_embeds": torch.zeros(1, 3, 8)}, r"inputs_embeds of shape \(1, 3, 8\)"),
-        ({"inputs_embeds": EQUAL}, "inputs_embeds of shape"),
+        ({"prompt": EQUAL, "token_type_ids": torch.ones_like(EQUAL)}, "has no argument 'token_type_ids'"),
+        ({"inputs_embeds": torch.zeros(1, 3, 8)}, r"inputs_embeds have shape \(1, 3, 8\)"),
+        ({"inputs_embeds": EQUAL}, "inputs_embeds have shape"),
         ({"prompt": object()}, "cannot generate from a object"),
         ({"prompt": "half \ud83d"}, r"it has the surrogate U\+D83D at character 5"),
     ],

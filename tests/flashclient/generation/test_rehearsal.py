@@ -1,4 +1,4 @@
-"""What an import takes a client can run: a value of a config is honoured as by transformers, or refused by name."""
+"""A client can run every model that an import accepts: each config value works as in transformers or is refused."""
 
 from __future__ import annotations
 
@@ -281,7 +281,7 @@ def test_where_python_may_not_be_started_nothing_is_rehearsed(tmp_path: Path, mo
     assert _unpatched()(weightd_pb2.Model(), tmp_path) == ""
 
 
-# Values that nobody thought of
+# Unforeseen values
 
 KEYS = [
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",

@@ -1,7 +1,7 @@
-"""What a row computes depends on itself alone, bit for bit: tokens and logits through real clients.
+"""A row's tokens and logits depend on that row alone, bit for bit, through real clients.
 
-Batch-mates, their padding, drafts, chunks of the prompt, threads and transport change nothing, in a prompt as in
-decode, in exact and predict mode, in three dtypes, with and without sliding windows.
+Other rows of the batch, their padding, drafts, chunks of the prompt, threads and transport change nothing: in prefill
+and decode, in exact and predict mode, in three dtypes, with and without sliding windows.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name: family, dtype, c
     "qwen2-bfloat16": ("qwen2", "bfloat16", {}),
     "gemma3-float16": ("gemma3", "float16", {}),
 }
-LENGTHS = (1, 5, 15, 16, 17, 33, 64, 90)  # about the borders of kernels, groups and windows
+LENGTHS = (1, 5, 15, 16, 17, 33, 64, 90)  # around the limits of kernels, groups and windows
 
 
 @dataclass
@@ -74,7 +74,7 @@ def prompt_of(index: int) -> list[int]:
 
 
 def run(client: FlashClient, indices: list[int], **arguments: Any) -> list[tuple[Tensor, Tensor]]:
-    """For each prompt the tokens made, and the logits that they were picked from, [tokens, vocabulary]."""
+    """For each prompt the new tokens, and the logits [tokens, vocabulary] that they were picked from."""
     prompts = [prompt_of(index) for index in indices]
     longest = max(map(len, prompts))
     rows = {
@@ -107,10 +107,10 @@ def test_a_row_is_what_it_is_alone(served: Served, name: str, mode: str) -> None
 @pytest.mark.parametrize("mode", ["exact", "predict"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_draft_changes_no_token(served: Served, name: str, mode: str) -> None:
-    """Drafts from the prompt, and from the model itself, nearly all of whose proposals are right."""
+    """Drafts from the prompt, and from the model itself, whose proposals are nearly all right."""
     with client_of(served, name, mode) as client:
         for index in (1, 6):
-            ids = torch.tensor([prompt_of(index) * 2])  # so that there is something to look up
+            ids = torch.tensor([prompt_of(index) * 2])  # so that prompt lookup finds something
             alone = client.generate(ids, **GREEDY | {"max_new_tokens": 12})
             for draft in ({"prompt_lookup_num_tokens": 4}, {"assistant_model": served.checkpoints[name]}):
                 made = client.generate(ids, **GREEDY | {"max_new_tokens": 12}, **draft)
@@ -119,7 +119,7 @@ def test_a_draft_changes_no_token(served: Served, name: str, mode: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_over_a_text_is_its_steps(served: Served, name: str) -> None:
-    """Every position's logits: all at once, beside others, in pieces with a cache, and token after token."""
+    """The logits of each token: all at once, beside other rows, in pieces with a cache, and token after token."""
     ids = torch.tensor([prompt_of(7), prompt_of(15)])
     with client_of(served, name, "exact", threads=2) as client, torch.no_grad():
         model: Any = client.model
@@ -136,7 +136,7 @@ def test_a_pass_over_a_text_is_its_steps(served: Served, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_torch_computes_of_a_row_is_its_own(served: Served, name: str) -> None:
-    """Norms, embeddings and rotary angles, which stay torch's: the same bits at every place of a tensor."""
+    """Norms, embeddings and rotary angles, computed by torch, have the same bits at every place of a tensor."""
     with client_of(served, name, "exact", threads=2) as client, torch.no_grad():
         model: Any = client.model
         norms = [module for module in model.modules() if "Norm" in type(module).__name__]

@@ -1,4 +1,4 @@
-"""Texts: what is made continues the prompt, character for character, as a whole, in pieces and in batches."""
+"""New text continues the prompt, character for character: as a whole, in pieces and in batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TOKENS = ["<unk>", "<s>", "</s>", *BYTES, *WORDS, "<tool>"]
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """Like Llama's: words begin with a space, which the first one of a text loses, and other characters are bytes."""
+    """A tokenizer like Llama's: words begin with a space, which the first one of a text loses; the rest is bytes."""
     merges = [("▁", "h"), ("▁", "w")]
     vocabulary = {token: index for index, token in enumerate(TOKENS)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))
@@ -49,7 +49,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Flas
 
 
 class Say(LogitsProcessor):
-    """Makes a model say certain tokens, whatever it thinks."""
+    """Makes a model generate certain tokens."""
 
     def __init__(self, tokens: list[int]) -> None:
         self._coming = iter(tokens)
@@ -75,7 +75,7 @@ EURO, HALF = ["<0xE2>", "<0x82>", "<0xAC>"], ["<0xE2>", "<0x82>"]
         ["<tool>", "▁w", "<tool>", "</s>", "▁w"],
         [*EURO, "▁w"],
         [*EURO, *EURO],
-        [*EURO, *HALF],  # ends in the middle: the decoder makes nothing of all five
+        [*EURO, *HALF],  # ends inside a character: the decoder gives nothing for all five
         [*EURO, "<tool>", *HALF, "w"],
         [*HALF, "▁w", *EURO],
         ["<0x80>", "w", "<0x80>"],
@@ -91,7 +91,7 @@ def test_prompt_and_answer_are_what_all_tokens_decode_to(
     whole = client.tokenizer.decode(client.generate(row, **saying(client, tokens)), skip_special_tokens=True)
     begun = client.tokenizer.decode(row, skip_special_tokens=True)
     assert begun == prompt.replace("<tool>", "").replace("<s>", "")
-    if not whole.startswith(begun):  # broken bytes spoil characters of the prompt, which an answer cannot
+    if not whole.startswith(begun):  # invalid bytes break characters of the prompt, which an answer cannot change
         whole = begun + client.generate("h", **saying(client, tokens))
     assert begun + client.generate(prompt, **saying(client, tokens)) == whole
     assert begun + client.generate(["w", prompt], **saying(client, tokens))[1] == whole
@@ -101,7 +101,7 @@ def test_prompt_and_answer_are_what_all_tokens_decode_to(
 
 @pytest.mark.parametrize("name", ["words", "bytes"])
 def test_a_long_stream_is_the_text(clients: dict[str, FlashClient], name: str) -> None:
-    """Longer than what a stream decodes at once; random bytes, of which many are halves of characters."""
+    """A text longer than a stream decodes at once, of random bytes; many of them are parts of characters."""
     client = clients[name]
     call: dict[str, Any] = {"max_new_tokens": 400, "do_sample": True, "temperature": 5.0}
     torch.manual_seed(1)
@@ -128,7 +128,7 @@ def test_a_text_that_begins_as_texts_do_begins_once(clients: dict[str, FlashClie
 
 
 def test_an_ended_row_says_no_more_than_it_did_alone(clients: dict[str, FlashClient]) -> None:
-    """The token that ends is no special one here, and fills up the row that it ended."""
+    """The end token is not a special token here, and it pads the row that it ended."""
     client = clients["bytes"]
     prompts = ["hello", "a longer prompt than that"]
     free = [client.tokenizer.encode(client.generate(prompt, max_new_tokens=12)) for prompt in prompts]

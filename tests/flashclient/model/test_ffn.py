@@ -17,7 +17,7 @@ from torch import Tensor
 from flashclient._native import Ffn, LentMemory, Linear, Workers
 from flashclient.model.activations import TRANSFORMERS_NAMES, torch_activation
 from flashclient.model.arrays import array_of
-from flashclient.model.ffn import ExactFFN, StreamedFFN
+from flashclient.model.ffn import Clock, ExactFFN, StreamedFFN
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
 
@@ -53,11 +53,16 @@ class Layer:
 
     def run(self, x: Tensor, chunk_sizes: Sequence[int] = (37, 1, 64), threads: int = 2) -> Tensor:
         source = self.source(chunk_sizes)
-        ffn = ExactFFN(source, self.layout, self.activation, Workers(threads))
+        ffn = exact_ffn(source, self.layout, self.activation, threads)
         module = StreamedFFN(ffn, 0, None if self.bias is None else self.bias.numpy())
         y: Tensor = module(x)
         assert source.opened == 0, "an iterator was left open"
         return y
+
+
+def exact_ffn(source: ArraySource, layout: weightd_pb2.BundleLayout, activation: str, threads: int) -> ExactFFN:
+    kernels = Ffn(Workers(threads), [part.encoding for part in layout.parts], layout.hidden_size, activation)
+    return ExactFFN(source, kernels, layout.hidden_size, Clock())
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -192,7 +197,7 @@ def test_no_tokens() -> None:
 def test_iterator_is_closed_when_a_chunk_fails() -> None:
     layer = Layer("F32", 64, 50, True, "silu")
     source = layer.source([10])
-    ffn = ExactFFN(source, layer.layout, "silu", Workers(1))
+    ffn = exact_ffn(source, layer.layout, "silu", 1)
     with pytest.raises(ValueError, match="hidden_size"):
         ffn(0, torch.zeros(1, 63), None)
     assert source.opened == 0
@@ -232,7 +237,7 @@ def test_ffn_of_a_model_is_transformers_own() -> None:
     """The layer as cut from a model, against the module that transformers runs."""
     model = make_model(make_config("llama"))
     parts = cut(model)
-    ffn = ExactFFN(ArraySource(parts, [50]), parts.record.bundle, "silu", Workers(2))
+    ffn = exact_ffn(ArraySource(parts, [50]), parts.record.bundle, "silu", 2)
     for tokens in (4, 40):
         x = torch.randn(1, tokens, 64)
         with torch.no_grad():

@@ -5,7 +5,7 @@ Each argument is checked where it enters (client/native/array_arguments.h, reada
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,22 +18,23 @@ from numpy.typing import NDArray
 from flashclient import _native
 from flashclient._native import (
     Attention,
+    CellSource,
     Ffn,
     LentMemory,
     Linear,
     LowRankPredictor,
+    PredictStep,
     SignPredictor,
     Window,
     Workers,
     copy_bundles,
-    locate,
 )
 from weightd import _native as _weightd_native
 from weightd_proto.encodings import plain
 
 WORKERS = Workers(2)
 HIDDEN, NEURONS = 8, 6
-REFUSED = (TypeError, ValueError, IndexError, OverflowError, MemoryError)
+REFUSED = (TypeError, ValueError, IndexError, OverflowError, MemoryError, RuntimeError)
 KINDS = ("plain", "plain", "plain", "strided", "backwards", "transposed", "skewed", "fixed", "repeated", "odd")
 DTYPES = ("float32", "float64", "uint16", "uint32", "uint64", "int8", "uint8", "int64", "float16", "bool")
 
@@ -86,9 +87,42 @@ ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
 ffn = Ffn(WORKERS, [plain("F32")] * 3, HIDDEN, "silu")
 low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
 low_rank = LowRankPredictor(WORKERS, "F32", *low_rank_arrays)
-sign_arrays = (np.zeros((9, 1), np.uint8), np.zeros(9, np.int32))
+sign_arrays = (np.zeros((9, 1), np.uint8), HIDDEN, np.zeros(9, np.int32))
 sign = SignPredictor(WORKERS, *sign_arrays)
 shape = _weightd_native.BundleShape.make([plain("F32")] * 3, HIDDEN, 96, 1, 96)
+
+every_arrays = (np.zeros((1, HIDDEN), np.float32), np.zeros((NEURONS, 1), np.float32), np.ones(NEURONS, np.float32))
+every = LowRankPredictor(WORKERS, "F32", *every_arrays)  # wants all
+
+
+class Cells(CellSource):
+    """Each cell at the address of its bundle, or where the fuzzer says."""
+
+    def __init__(self, address: Any = 0, cell: Any = 0) -> None:
+        super().__init__()
+        self._wrong = (cell, address)
+        self._coming: list[tuple[Any, Any]] = []
+
+    def share_cells(self) -> int:
+        return NEURONS
+
+    def lease_limit(self) -> int:
+        return NEURONS
+
+    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming = [(cell, int(right_addresses[cell])) for cell in acquire]
+
+    def arrived(self) -> list[tuple[int, int]]:
+        arrived = self._coming if self._wrong == (0, 0) else [self._wrong]
+        self._coming = []
+        return arrived
+
+    def cancel(self) -> None: ...
+
+
+def new_step(cells: Cells | None = None) -> PredictStep:
+    return PredictStep(ffn, Window(cells or Cells(), 4, 1, 96, [NEURONS]), [every])
+
 
 # Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
@@ -112,12 +146,9 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "copy_bundles": (copy_bundles, (right_addresses, np.zeros((NEURONS, 96), np.uint8))),
     "LentMemory": (LentMemory, (bundles,)),
     "checksum": (_native.checksum, (np.zeros(8, np.uint8),)),
-    "locate": (
-        locate,
-        (right_addresses, index, 1, 96, np.zeros(NEURONS, np.uint64), np.zeros(NEURONS, np.uint32)),
-    ),
-    "window": (lambda *given: Window(4, 1, [NEURONS]).slide(0, *given), (0, 1, index, ones, NEURONS)),
-    "Window": (lambda *given: Window(*given), (4, 1, [NEURONS])),
+    "step": (lambda *given: new_step().run(*given), (0, 0, 2, 3, np.zeros(NEURONS, np.float32), x, y)),
+    "step of a wrong source": (lambda *given: new_step(Cells(*given)).run(0, 0, 2, 3, None, x, y), (0, 0)),
+    "Window": (lambda *given: Window(Cells(), *given), (4, 1, 96, [NEURONS])),
     "Ffn": (
         lambda hidden: Ffn(WORKERS, [plain("F32")] * 3, hidden, "silu").accumulate(right_addresses, h, y),
         (HIDDEN,),

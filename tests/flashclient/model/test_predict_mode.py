@@ -18,7 +18,6 @@ from daemon import free_port, serving
 from predictors import everything, lossy, oracle, publish_predictors
 from stored_model import read_matrices
 from torch import Tensor
-from torch_threads import all_cores
 from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -130,7 +129,6 @@ def assert_same(runs: dict[str, list[Tensor]]) -> None:
             assert torch.equal(one, other), f"{first_name} and {name} differ in {i}"
 
 
-@all_cores()
 def test_an_oracle_gives_the_bits_of_exact_mode(model: Calibrated) -> None:
     runs = {}
     with serving(model.store) as daemon:

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from predictors import everything, lossy, oracle
 from torch import Tensor
 
-from flashclient._native import Workers
+from flashclient._native import Ffn, Workers
 from flashclient.errors import DaemonLostError
 from flashclient.model.activations import torch_activation
-from flashclient.model.ffn import ExactFFN
+from flashclient.model.ffn import Clock, ExactFFN
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Step, Steps
-from flashclient.model.window import LeasedWindow
 from flashclient.source.border import retry_on_loss
+from weightd_proto.encodings import plain
 
 NEURONS, HIDDEN = 176, 64
 
@@ -50,18 +50,21 @@ def gate_rows(parts: CutModel, layer: int) -> NDArray[np.float32]:
 
 
 class Sum:
-    """A PredictedFFN over an ArraySource."""
+    """A PredictedFFN over an ArraySource, whose cells have these attributes."""
 
-    def __init__(self, parts: CutModel, predictors: bytes, window: int = 4, per_cell: int = 3, **source: int) -> None:
+    def __init__(self, parts: CutModel, predictors: bytes, window: int = 4, per_cell: int = 3, **cells: int) -> None:
         self.source = ArraySource(parts, [50, 7], per_cell, predictors)
-        for name, value in source.items():
-            setattr(self.source, name, value)
+        for name, value in cells.items():
+            setattr(self.source.cells, name, value)
         workers = Workers(2)
-        self.exact = ExactFFN(self.source, parts.record.bundle, "relu", workers)
+        kernels = Ffn(workers, [plain("F32")] * 3, HIDDEN, "relu")
+        self.exact = ExactFFN(self.source, kernels, HIDDEN, Clock())
         self.predictors = Predictors(self.source.predictors(), parts.record, workers)
         self.steps = Fixed(Step(1, 1))
-        leased = LeasedWindow(self.source, parts.record, window)
-        self.predicted = PredictedFFN(self.exact, self.predictors, leased, self.steps)
+        self.window = self.source.open_window(window)
+        self.predicted = PredictedFFN(
+            self.source, kernels, self.predictors, self.window, self.steps, self.exact, self.exact.clock
+        )
 
     def __call__(self, layer: int, step: Step, x: Tensor, bias: Any = None) -> Tensor:
         self.steps.step = step
@@ -117,9 +120,10 @@ def test_the_window_changes_what_is_read_and_nothing_else(parts: CutModel, windo
     expected = walk(Sum(parts, lossy(parts.record), window=2, per_cell=2))
     made = Sum(parts, lossy(parts.record), window=window, per_cell=per_cell)
     assert all(map(torch.equal, walk(made), expected))
-    assert (made.source.cells_held == 0) == (window == 0)
+    assert (made.window.cells_held == 0) == (window == 0)
+    assert made.window.cells_held == len(made.source.cells.held)
     made.predicted.idle()
-    assert made.source.cells_held == 0
+    assert made.window.cells_held == len(made.source.cells.held) == 0
 
 
 def test_a_wider_window_asks_for_less(parts: CutModel) -> None:
@@ -127,24 +131,24 @@ def test_a_wider_window_asks_for_less(parts: CutModel) -> None:
     for window in (0, 1, 4):
         made = Sum(parts, lossy(parts.record), window=window)
         walk(made)
-        asked.append(len(made.source.acquired))
+        asked.append(len(made.source.cells.acquired))
     assert asked[0] > asked[1] > asked[2]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 10, 40, 60, 90])
 def test_a_limit_changes_what_is_held_and_nothing_else(parts: CutModel, limit: int) -> None:
     expected = walk(Sum(parts, lossy(parts.record)))
-    made = Sum(parts, lossy(parts.record), lease_limit=limit, share_cells=min(limit, 10))
+    made = Sum(parts, lossy(parts.record), limit=limit, share=min(limit, 10))
     assert all(map(torch.equal, walk(made), expected))
-    assert made.source.cells_held_most <= limit
+    assert made.source.cells.held_most <= limit
 
 
 def test_refused_leases_are_asked_for_again(parts: CutModel) -> None:
     expected = walk(Sum(parts, lossy(parts.record)))
-    made = Sum(parts, lossy(parts.record), share_cells=5)
+    made = Sum(parts, lossy(parts.record), share=5)
     results = []
     for i in range(0, 36, 3):
-        made.source.refusals = i // 3 % 2
+        made.source.cells.refusals = i // 3 % 2
         results += walk(made)[i : i + 3]
     assert all(map(torch.equal, results, expected))
 
@@ -193,7 +197,7 @@ def test_padding_and_finished_rows_want_nothing(parts: CutModel, tokens: int) ->
 def test_nothing_is_asked_for_when_no_row_wants_anything(parts: CutModel) -> None:
     made = Sum(parts, lossy(parts.record))
     assert not made(0, Step(2, 1, wants=np.zeros((2, 1), np.bool_)), rows(2)).any()
-    assert not made.source.acquired
+    assert not made.source.cells.acquired
 
 
 def test_columns_of_the_prompt_are_exact(parts: CutModel) -> None:

@@ -81,7 +81,7 @@ def test_sign(hidden: int, neurons: int, tokens: int, seed: int) -> None:
     x = random.standard_normal((tokens, hidden)).astype(np.float32)
     margin = random.integers(-hidden, hidden, neurons).astype(np.int32)
     signs = np.packbits(np.signbit(weights), axis=1, bitorder="little")
-    wanted = unpack(SignPredictor(WORKERS, signs, margin).predict(x), neurons, tokens)
+    wanted = unpack(SignPredictor(WORKERS, signs, x.shape[1], margin).predict(x), neurons, tokens)
     agree = np.sign(weights).astype(np.int64) @ np.sign(x).astype(np.int64).T  # same less different
     assert np.array_equal(wanted, agree > margin[:, None])
 
@@ -93,7 +93,7 @@ def test_instruction_sets(instruction_set: str) -> None:
     margin = np.array([-72, -71, 0], np.int32)
     identity, bias, one = np.eye(71, dtype=np.float32), np.zeros(71, np.float32), np.ones(71, np.float32)
     try:
-        sign = SignPredictor(WORKERS, signs, margin, instruction_set)
+        sign = SignPredictor(WORKERS, signs, x.shape[1], margin, instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
     assert sign.predict(x)[0].tolist() == [0]
@@ -138,7 +138,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="a scale per neuron"):
         LowRankPredictor(WORKERS, "F32", floats, floats.astype(np.int8), bias, bias[:3])
     with pytest.raises(ValueError, match="a margin per neuron"):
-        SignPredictor(WORKERS, np.zeros((4, 1), np.uint8), np.zeros(3, np.int32))
+        SignPredictor(WORKERS, np.zeros((4, 1), np.uint8), 8, np.zeros(3, np.int32))
     with pytest.raises(TypeError):  # a temporary copy would be gone when it is read
         LowRankPredictor(WORKERS, "F32", floats, floats, np.zeros(4, np.float64))
     predictor = LowRankPredictor(WORKERS, "F32", floats, floats, bias)

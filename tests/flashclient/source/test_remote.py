@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -16,7 +16,9 @@ import grpc._channel
 import numpy as np
 import pytest
 from cut_model import CutModel, FetchServer
+from numpy.typing import NDArray
 
+from flashclient._native import Ffn, LowRankPredictor, PredictStep, Workers
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import (
     CorruptionError,
@@ -26,7 +28,7 @@ from flashclient.errors import (
     OptionError,
     RefusedError,
 )
-from flashclient.source import grpc_cells as remote_cells
+from flashclient.source import grpc_cells
 from flashclient.source.border import retry_on_loss
 from flashclient.source.grpc_chunks import GrpcSource, chunk_bundles_for, cut_spans
 from weightd_proto import weightd_pb2
@@ -278,47 +280,43 @@ def test_files_may_not_leave_their_folder(model: CutModel, tmp_path: Path) -> No
 
 # ---- cells, as predict mode asks for them ----
 
-NONE = np.empty(0, np.uint32)
+
+def settle(source: GrpcSource) -> dict[int, bytes]:
+    """Waits for all cells asked for; the bytes of each."""
+    addresses: dict[int, int] = {}
+    while arrived := source.cells.arrived():
+        addresses |= dict(arrived)
+    return {cell: ctypes.string_at(address, BUNDLE_BYTES) for cell, address in sorted(addresses.items())}
 
 
-def settle(source: GrpcSource) -> None:
-    while source.arrived() > 0:
-        pass
-
-
-def held(source: GrpcSource, layer: int) -> dict[int, bytes]:
-    table = source.addresses(layer)
-    return {int(cell): ctypes.string_at(int(table[cell]), BUNDLE_BYTES) for cell in np.flatnonzero(table)}
+def expected(model: CutModel, layer: int, cells: Iterable[int]) -> dict[int, bytes]:
+    return {cell: model.bundles[layer][cell].tobytes() for cell in cells}
 
 
 def test_cells_are_fetched_once_while_there_is_room(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path) as (source, server):
-        source.exchange(1, np.array([7, 3, 69], np.uint32), NONE)
-        settle(source)
-        assert held(source, 1) == {cell: model.bundles[1][cell].tobytes() for cell in (3, 7, 69)}
-        source.exchange(1, np.array([4], np.uint32), np.array([3, 69], np.uint32))
-        settle(source)
-        assert (sorted(held(source, 1)), source.cells_held) == ([4, 7], 2)
+        source.cells.exchange(1, [7, 3, 69], [])
+        assert settle(source) == expected(model, 1, (3, 7, 69))
+        source.cells.exchange(1, [4], [3, 69])
+        assert settle(source) == expected(model, 1, [4])
         sent = len(server.bundles_sent)
-        source.exchange(1, np.array([3], np.uint32), NONE)
-        assert source.arrived() == 0
-        assert held(source, 1)[3] == model.bundles[1][3].tobytes()
+        source.cells.exchange(1, [3], [])
+        assert settle(source) == expected(model, 1, [3])
         assert len(server.bundles_sent) == sent == 4
         assert source.counters().hits == 1
-        source.idle()
-        assert (held(source, 1), source.cells_held) == ({}, 0)
 
 
 def test_a_full_pool_gives_up_what_is_not_held(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path, pool_bytes=4 * BUNDLE_BYTES) as (source, server):
-        assert source.lease_limit == source.share_cells == 4
-        source.exchange(0, np.array([0, 1, 2, 3], np.uint32), NONE)
-        settle(source)
-        source.exchange(0, np.array([4, 5], np.uint32), np.array([1, 2], np.uint32))
-        settle(source)
-        assert held(source, 0) == {cell: model.bundles[0][cell].tobytes() for cell in (0, 3, 4, 5)}
-        source.exchange(0, np.array([1], np.uint32), np.array([0], np.uint32))
-        settle(source)
+        assert source.cells.lease_limit() == source.cells.share_cells() == 4
+        source.cells.exchange(0, [0, 1, 2, 3], [])
+        first = dict(source.cells.arrived())
+        source.cells.exchange(0, [4, 5], [1, 2])
+        assert settle(source) == expected(model, 0, (4, 5))
+        for cell in (0, 3):
+            assert ctypes.string_at(first[cell], BUNDLE_BYTES) == model.bundles[0][cell].tobytes(), "it was held"
+        source.cells.exchange(0, [1], [0])
+        assert settle(source) == expected(model, 0, [1])
         assert server.bundles_sent[-1] == (0, 1), "it had given way"
 
 
@@ -329,28 +327,25 @@ def test_chunks_and_cells_take_turns(model: CutModel, tmp_path: Path) -> None:
             for chunk in source.chunks(layer):
                 rows += [ctypes.string_at(int(address), BUNDLE_BYTES) for address in chunk.addresses]
             assert rows == [row.tobytes() for row in model.bundles[layer]]
-            source.exchange(layer, np.arange(9, dtype=np.uint32), NONE)
-            settle(source)
-            assert held(source, layer) == {cell: model.bundles[layer][cell].tobytes() for cell in range(9)}
+            source.cells.exchange(layer, list(range(9)), [])
+            assert settle(source) == expected(model, layer, range(9))
 
 
 def test_cells_are_asked_for_again_when_the_daemon_comes_back(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path) as (source, server):
         server.failures += [(grpc.StatusCode.UNAVAILABLE, "gone"), (grpc.StatusCode.UNAVAILABLE, "still gone")]
 
-        def acquire() -> None:
-            source.exchange(0, np.array([5, 6], np.uint32), NONE)
-            settle(source)
+        def acquire() -> dict[int, bytes]:
+            source.cells.exchange(0, [5, 6], [])
+            return settle(source)
 
-        retry_on_loss(source, acquire)
-        assert sorted(held(source, 0)) == [5, 6]
+        assert retry_on_loss(source, acquire) == expected(model, 0, (5, 6))
         server.failures.append((grpc.StatusCode.DATA_LOSS, "layer 0 neuron 9 differs"))
-        source.exchange(0, np.array([9], np.uint32), NONE)
+        source.cells.exchange(0, [9], [])
         with pytest.raises(CorruptionError, match="neuron 9"):
             settle(source)
-        source.exchange(0, np.array([9], np.uint32), np.array([5], np.uint32))
-        settle(source)
-        assert held(source, 0)[9] == model.bundles[0][9].tobytes()
+        source.cells.exchange(0, [9], [5])
+        assert settle(source) == expected(model, 0, [9])
 
 
 class Interruption:
@@ -400,23 +395,38 @@ def test_a_fetch_that_is_interrupted_anywhere_does_not_keep_close_waiting(model:
 
 
 def test_a_step_that_is_interrupted_anywhere_leaves_nothing_half_done(model: CutModel, tmp_path: Path) -> None:
-    first, second = np.arange(0, 6, dtype=np.uint32), np.arange(4, 10, dtype=np.uint32)
+    """In Python code below a native step: the next one gives the right bits, and the pool has room for it."""
     with opened(model, tmp_path, pool_bytes=8 * BUNDLE_BYTES) as (source, _):
+        workers, layout = Workers(1), model.record.bundle
+        kernels = Ffn(workers, [part.encoding for part in layout.parts], layout.hidden_size, "silu")
+        first, second = (wanting(workers, model, cells) for cells in (range(6), range(4, 10)))
+        window = source.open_window(2)
+        x = np.random.default_rng(0).standard_normal((1, layout.hidden_size)).astype(np.float32)
+        y = [np.empty_like(x) for _ in range(3)]
+
+        def step(token: int, predictor: LowRankPredictor, out: NDArray[np.float32]) -> None:
+            PredictStep(kernels, window, [predictor]).run(0, token, 1, 1, None, x, out)
+
+        step(0, second, y[0])
         for line in count(1):
-            with Interruption(remote_cells, line) as interruption, suppress(KeyboardInterrupt):
-                source.exchange(0, first, NONE)
-                settle(source)
-                source.exchange(0, second[2:], first[:4])
-                settle(source)
+            with Interruption(grpc_cells, line) as interruption, suppress(KeyboardInterrupt):
+                step(1, first, y[1])
+                step(2, second, y[1])
                 source.idle()
+            step(3, second, y[2])
+            assert y[2].tobytes() == y[0].tobytes(), interruption.where
+            assert window.cells_held == 6, interruption.where
             source.idle()
-            assert (held(source, 0), source.cells_held) == ({}, 0), interruption.where
-            source.exchange(0, second, NONE)
-            settle(source)
-            expected = {int(cell): model.bundles[0][cell].tobytes() for cell in second}
-            assert held(source, 0) == expected, interruption.where
-            assert source.cells_held == len(second), interruption.where
-            source.idle()
+            assert window.cells_held == 0, interruption.where
             if not interruption.where:
                 break
     assert line > 50, "nothing was interrupted"
+
+
+def wanting(workers: Workers, model: CutModel, cells: range) -> LowRankPredictor:
+    """A predictor that wants these neurons, whatever the input."""
+    record = model.record
+    bias = np.full(record.layers[0].neurons, -1, np.float32)
+    bias[cells.start : cells.stop] = 1
+    rows = np.zeros((1, record.bundle.hidden_size), np.float32), np.zeros((len(bias), 1), np.float32)
+    return LowRankPredictor(workers, "F32", *rows, bias)

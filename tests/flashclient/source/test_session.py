@@ -12,17 +12,16 @@ import numpy as np
 import pytest
 from byte_flips import flip_bit
 from daemon import Daemon, serving
-from numpy.typing import NDArray
 from tiny_store import TinyModel, write_model
 
-from flashclient.daemon.channel import Connection
+from flashclient import _native
+from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError
-from flashclient.source.border import LeaseRefusedError
 from flashclient.source.ring import RingSource
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import plain
 from weightd_proto.files import BUNDLES_FILE
 
-NONE = np.empty(0, np.uint32)
 NEURONS, BUNDLE_BYTES = 1500, 4032  # a bundle fills its cell
 
 
@@ -43,45 +42,49 @@ def opened(folder: Path, dram: str = "64MiB") -> Iterator[tuple[RingSource, Daem
             connection.close()
 
 
-def cells(*numbers: int) -> NDArray[np.uint32]:
-    return np.array(numbers, np.uint32)
-
-
-def settle(source: RingSource) -> None:
-    while source.arrived() > 0:
-        pass
+def settle(source: RingSource) -> dict[int, int]:
+    """Waits for all cells asked for; the addresses of those that were granted."""
+    addresses: dict[int, int] = {}
+    while arrived := source.leases.arrived():
+        addresses |= dict(arrived)
+    return {cell: address for cell, address in addresses.items() if address != 0}
 
 
 def bundle_at(address: int) -> bytes:
-    return ctypes.string_at(int(address), BUNDLE_BYTES)
+    return ctypes.string_at(address, BUNDLE_BYTES)
 
 
-def test_cells_lie_where_the_table_says(model: TinyModel, tmp_path: Path) -> None:
-    with opened(tmp_path) as (source, _):
-        table = source.addresses(1)
-        source.exchange(1, cells(7, 3, 1499), NONE)
-        settle(source)
-        assert np.flatnonzero(table).tolist() == [3, 7, 1499]
-        for cell in (3, 7, 1499):
-            assert bundle_at(table[cell]) == model.bundles[1][cell].tobytes()
-        source.exchange(1, cells(8), cells(3, 1499))
-        settle(source)
-        assert np.flatnonzero(table).tolist() == [7, 8]
-        assert source.cells_held == 2
-        source.idle()
-        assert not table.any()
-        assert source.cells_held == 0
+def leased(daemon: Daemon) -> int:
+    """Cells that weightd has leased. Its loop may still be taking back what was released."""
+    count: int = daemon.stub.Stats(weightd_pb2.StatsRequest()).models[0].leases
+    return count
+
+
+def test_cells_lie_where_they_are_said_to(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, daemon):
+        source.leases.exchange(1, [7, 3, 1499], [])
+        held = settle(source)
+        assert sorted(held) == [3, 7, 1499]
+        for cell, address in held.items():
+            assert bundle_at(address) == model.bundles[1][cell].tobytes()
+        source.leases.exchange(1, [8], [3, 1499])
+        assert list(settle(source)) == [8]
+        assert leased(daemon) == 2
+        source.leases.exchange(1, [], [7, 8])
+        assert source.leases.arrived() == []
 
 
 def test_more_cells_than_a_message_holds(model: TinyModel, tmp_path: Path) -> None:
-    every = np.arange(NEURONS, dtype=np.uint32)
-    with opened(tmp_path) as (source, _):
+    every = list(range(NEURONS))
+    with opened(tmp_path) as (source, daemon):
         for layer in (0, 1):
-            source.exchange(layer, every, NONE)
-            settle(source)
-            assert [bundle_at(a) for a in source.addresses(layer)] == [row.tobytes() for row in model.bundles[layer]]
-            source.exchange(layer, NONE, every)
-            assert source.cells_held == 0
+            source.leases.exchange(layer, every, [])
+            held = settle(source)
+            assert [bundle_at(held[cell]) for cell in every] == [row.tobytes() for row in model.bundles[layer]]
+            source.leases.exchange(layer, [], every)
+        source.leases.exchange(0, [5], [])
+        settle(source)
+        assert leased(daemon) == 1
 
 
 def test_more_cells_than_the_grants_of_a_ring(tmp_path: Path) -> None:
@@ -89,49 +92,81 @@ def test_more_cells_than_the_grants_of_a_ring(tmp_path: Path) -> None:
     cells_count = 16384 + 2000
     model = write_model(tmp_path / "store", layers=1, neurons=cells_count, bundle_bytes=BUNDLE_BYTES)
     with opened(tmp_path, dram="128MiB") as (source, _):
-        assert source.lease_limit > cells_count - 1
-        source.exchange(0, np.arange(cells_count, dtype=np.uint32), NONE)
-        settle(source)
-        assert source.cells_held == cells_count
-        table = source.addresses(0)
+        assert source.leases.lease_limit() > cells_count - 1
+        source.leases.exchange(0, list(range(cells_count)), [])
+        held = settle(source)
+        assert len(held) == cells_count
         for cell in (0, 16383, 16384, cells_count - 1):
-            assert bundle_at(table[cell]) == model.bundles[0][cell].tobytes()
+            assert bundle_at(held[cell]) == model.bundles[0][cell].tobytes()
 
 
 def test_sweeping_and_leasing_take_turns(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path) as (source, daemon):
         for layer in (0, 1):
-            source.exchange(layer, cells(5, 6), NONE)
+            source.leases.exchange(layer, [5, 6], [])
             settle(source)
+            assert leased(daemon) == 2, "what is swept cannot be what is leased"
+            source.leases.exchange(layer, [], [5, 6])
             first = next(source.chunks(layer))
-            assert bundle_at(first.addresses[0]) == model.bundles[layer][0].tobytes()
-            assert source.cells_held == 0, "what is swept cannot be what is leased"
+            assert bundle_at(int(first.addresses[0])) == model.bundles[layer][0].tobytes()
         source.idle()
         assert source.counters().hits > 0
         assert daemon.process.poll() is None
 
 
+def test_a_window_is_empty_while_chunks_are_read(model: TinyModel, tmp_path: Path) -> None:
+    """A window whose step wants neurons 5 and 6."""
+    with opened(tmp_path) as (source, daemon):
+        window = source.open_window(4)
+        kernels = _native.Ffn(_native.Workers(1), [plain("F32")] * 3, 336, "relu")
+        bias = np.full(NEURONS, -1, np.float32)
+        bias[5:7] = 1
+        zeros = np.zeros((1, 336), np.float32), np.zeros((NEURONS, 1), np.float32)
+        predictor = _native.LowRankPredictor(_native.Workers(1), "F32", *zeros, bias)
+        step = _native.PredictStep(kernels, window, [predictor, predictor])
+        for layer in (0, 1):
+            x, y = np.ones((1, 336), np.float32), np.empty((1, 336), np.float32)
+            step.run(layer, 0, 1, 1, None, x, y)
+            assert window.cells_held == leased(daemon) == 2
+            next(source.chunks(layer))
+            assert window.cells_held == 0
+        source.idle()
+
+
 def test_leases_beyond_the_limit_are_refused_and_can_be_had_later(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path, dram="9MiB") as (source, _):
-        assert source.share_cells <= source.lease_limit < NEURONS
-        source.exchange(0, np.arange(NEURONS, dtype=np.uint32), NONE)
-        with pytest.raises(LeaseRefusedError):
-            settle(source)
-        source.idle()
-        source.exchange(0, np.arange(source.share_cells, dtype=np.uint32), NONE)
+        leases = source.leases
+        share = leases.share_cells()
+        assert share <= leases.lease_limit() < NEURONS
+        leases.exchange(0, list(range(NEURONS)), [])
+        held = settle(source)
+        assert share <= len(held) < NEURONS
+        leases.exchange(0, [], list(held))
+        leases.exchange(0, list(range(share)), [])
+        assert len(settle(source)) == share
+
+
+def test_what_is_on_its_way_can_be_given_back(model: TinyModel, tmp_path: Path) -> None:
+    with opened(tmp_path) as (source, daemon):
+        source.leases.exchange(0, list(range(100)), [])
+        source.leases.cancel()
+        assert source.leases.arrived() == []
+        source.leases.exchange(0, [1], [])
         settle(source)
-        assert source.cells_held == source.share_cells
+        assert leased(daemon) == 1
 
 
 def test_a_corrupt_cell_is_named(model: TinyModel, tmp_path: Path) -> None:
     flip_bit(tmp_path / "store" / "tiny" / BUNDLES_FILE, 9 * 4096)
-    with opened(tmp_path) as (source, _):
-        source.exchange(0, cells(8, 9, 10), NONE)
-        with pytest.raises(CorruptionError, match="layer 0, neuron at position 9 differs"):
+    with opened(tmp_path) as (source, daemon):
+        source.leases.exchange(0, [9], [])
+        match = "layer 0, neuron at position 9 differs"
+        with pytest.raises(CorruptionError, match=match), source.errors:
             settle(source)
-        source.exchange(0, cells(11), NONE)
-        settle(source)
-        assert np.flatnonzero(source.addresses(0)).tolist() == [8, 10, 11]
+        source.leases.cancel()
+        source.leases.exchange(0, [8, 10, 11], [])
+        assert sorted(settle(source)) == [8, 10, 11]
+        assert leased(daemon) == 3
 
 
 def test_a_model_without_calibration_has_no_predictors(model: TinyModel, tmp_path: Path) -> None:
@@ -141,27 +176,29 @@ def test_a_model_without_calibration_has_no_predictors(model: TinyModel, tmp_pat
 
 def test_a_closed_source_holds_nothing(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path) as (source, _):
-        source.exchange(0, cells(1), NONE)
+        source.leases.exchange(0, [1], [])
         source.close()
+        with pytest.raises(SessionLostError, match="closed") as lost, source.errors:
+            source.leases.arrived()
         with pytest.raises(DaemonLostError, match="closed during a generation"):
-            source.arrived()
+            source.reattach(lost.value)
 
 
 def test_a_daemon_that_stops_is_noticed(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path) as (source, daemon):
-        source.exchange(0, cells(1), NONE)
+        source.leases.exchange(0, [1], [])
         settle(source)
         daemon.stop()
-        with pytest.raises(DaemonLostError):
-            source.exchange(0, cells(2), NONE)
+        with pytest.raises(DaemonLostError), source.errors:
+            source.leases.exchange(0, [2], [])
 
 
 def test_statistics_tell_who_is_attached_and_what_it_did(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path) as (source, daemon):
-        source.exchange(1, cells(7, 3, 1499), NONE)
+        source.leases.exchange(1, [7, 3, 1499], [])
         settle(source)
-        source.exchange(1, NONE, cells(3))
-        source.exchange(1, cells(3), NONE)
+        source.leases.exchange(1, [], [3])
+        source.leases.exchange(1, [3], [])
         settle(source)
         stats = daemon.stub.Stats(weightd_pb2.StatsRequest())
         (row,) = stats.attached

@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "bare_model.h"
 #include "engine/engine.h"
 #include "flash_file.h"
 #include "memory/model_cost.h"
@@ -10,18 +11,6 @@
 
 namespace weightd {
 namespace {
-
-class Counting final : public Session {
-  public:
-    using Session::Session;
-    void granted(uint32_t, uint32_t, Place, const Pool&) override { grants++; }
-    void failed(uint32_t, uint32_t, ring::Status, uint32_t) override { refusals++; }
-    void flush() override {}
-    void limit_changed(uint32_t limit) override { obey = limit; }
-    uint32_t grants = 0;
-    uint32_t refusals = 0;
-    uint32_t obey = 0;
-};
 
 struct EnginePressureTest : testing::Test {
     std::string note;
@@ -33,9 +22,10 @@ struct EnginePressureTest : testing::Test {
 
     EnginePressureTest() { engine.models().add(flash.spec, false); }
 
-    Counting& open(uint32_t share) {
+    CountingSession& open(uint32_t share) {
         EXPECT_TRUE(engine.models().activate(0));
-        return static_cast<Counting&>(engine.open(std::make_unique<Counting>(0, flash.spec.cell_count(), share, true)));
+        return static_cast<CountingSession&>(
+            engine.open(std::make_unique<CountingSession>(0, flash.spec.cell_count(), share, true)));
     }
 
     void sweep(Session& session, uint32_t count) {
@@ -57,7 +47,7 @@ struct EnginePressureTest : testing::Test {
 };
 
 TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
-    Counting& session = open(20);
+    CountingSession& session = open(20);
     sweep(session, 3000);
     engine.models().set_floor(dram_bytes / 2);
     uint64_t before = used_bytes();
@@ -80,7 +70,7 @@ TEST_F(EnginePressureTest, EachPressTakesAPartDownToTheFloor) {
 }
 
 TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureEnds) {
-    Counting& session = open(20);
+    CountingSession& session = open(20);
     sweep(session, 3000);
     const uint64_t before = used_bytes();
     engine.models().set_floor(dram_bytes / 2);
@@ -94,7 +84,7 @@ TEST_F(EnginePressureTest, ItGrowsAgainWhenThePressureEnds) {
 }
 
 TEST_F(EnginePressureTest, SharesAreKeptBelowTheFloor) {
-    Counting& session = open(300);
+    CountingSession& session = open(300);
     engine.models().set_floor(0);
     for (uint32_t i = 0; i < 30; i++) engine.models().press();
     EXPECT_TRUE(engine.acquire(session, 0, cells(300), 0));
@@ -108,7 +98,7 @@ TEST_F(EnginePressureTest, SharesAreKeptBelowTheFloor) {
 }
 
 TEST_F(EnginePressureTest, LimitsFallAndALeasedSegmentRetiresAfterItsLastLease) {
-    Counting& session = open(20);
+    CountingSession& session = open(20);
     const uint32_t lent = session.lease_limit;
     ASSERT_GT(lent, 300U);
     EXPECT_TRUE(engine.acquire(session, 0, cells(lent), 0));
@@ -119,7 +109,7 @@ TEST_F(EnginePressureTest, LimitsFallAndALeasedSegmentRetiresAfterItsLastLease) 
     for (uint32_t i = 0; i < 8; i++) engine.models().press();
     settle(engine);
     EXPECT_LT(session.lease_limit, lent);
-    EXPECT_LT(session.obey, lent);
+    EXPECT_LT(session.told_limit, lent);
     EXPECT_GT(used_bytes(), dram_bytes / 2) << "leases stay whole";
     EXPECT_TRUE(engine.waiting()) << "so the loop tries again";
     for (const uint32_t cell : cells(lent)) EXPECT_TRUE(engine.release(session, 0, std::array{cell}));
@@ -129,7 +119,7 @@ TEST_F(EnginePressureTest, LimitsFallAndALeasedSegmentRetiresAfterItsLastLease) 
 }
 
 TEST_F(EnginePressureTest, AnIdleModelIsDeactivatedFirst) {
-    Counting& session = open(20);
+    CountingSession& session = open(20);
     sweep(session, 500);
     engine.close(session.id);
     engine.models().leave(0);

@@ -19,7 +19,7 @@ TEST(StalledWants, AreServedInTheOrderInWhichTheyWereAsked) {
 }
 
 TEST(StalledWants, ThoseOfASessionThatClosesAreWithdrawn) {
-    QuietSession closing(0, 20, 4);
+    CountingSession closing(0, 20, 4);
     closing.id = 1;
     StalledWants stalled;
     for (const uint32_t cell : {5U, 6U}) {

@@ -3,6 +3,7 @@
 
 #include <numeric>
 
+#include "bare_model.h"
 #include "engine/engine.h"
 #include "flash_file.h"
 #include "memory/model_cost.h"
@@ -10,16 +11,6 @@
 
 namespace weightd {
 namespace {
-
-class Counter final : public Session {
-  public:
-    using Session::Session;
-    void granted(uint32_t, uint32_t, Place, const Pool&) override { grants++; }
-    void failed(uint32_t, uint32_t, ring::Status status, uint32_t) override { corrupt += status == ring::CORRUPT; }
-    void flush() override {}
-    uint32_t grants = 0;
-    uint32_t corrupt = 0;
-};
 
 constexpr uint32_t CELLS = 400;
 
@@ -29,9 +20,9 @@ struct WarmingTest : testing::Test {
     Verifier verifier{1};
     FlashModel flash{2, CELLS / 2 * 4};
 
-    static Counter& open(Engine& engine, uint32_t model = 0) {
+    static CountingSession& open(Engine& engine, uint32_t model = 0) {
         EXPECT_TRUE(engine.models().activate(model));
-        return static_cast<Counter&>(engine.open(std::make_unique<Counter>(model, CELLS, 4, true)));
+        return static_cast<CountingSession&>(engine.open(std::make_unique<CountingSession>(model, CELLS, 4, true)));
     }
 
     uint64_t dram_for(uint32_t slots) const { return minimum_dram_bytes(flash.spec) + slots * uint64_t{4096}; }
@@ -43,7 +34,7 @@ struct WarmingTest : testing::Test {
         return hotness;
     }
 
-    static bool acquire(Engine& engine, Counter& session, uint32_t cell) {
+    static bool acquire(Engine& engine, CountingSession& session, uint32_t cell) {
         const uint32_t before = session.grants;
         EXPECT_TRUE(engine.acquire(session, cell / (CELLS / 2), std::array{cell % (CELLS / 2)}, 0));
         settle(engine);
@@ -59,7 +50,7 @@ TEST_F(WarmingTest, HotCellsAreReadWhenTheFirstSessionOpens) {
     engine.models().seed(0, each(5));
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.reads, 0U) << "nobody uses the model";
-    Counter& session = open(engine);
+    CountingSession& session = open(engine);
     settle(engine);
     EXPECT_EQ(engine.model(0).pool->filled(), CELLS / 5);
     for (uint32_t cell = 0; cell < CELLS; cell += 5) EXPECT_TRUE(acquire(engine, session, cell));
@@ -103,7 +94,7 @@ TEST_F(WarmingTest, ItStartsNoReadWhileASessionReadsAndReadsLittleAtATime) {
     engine.models().add(wide.spec, false);
     engine.models().seed(0, std::vector<Hotness>(CELLS / 16, 200));
     EXPECT_TRUE(engine.models().activate(0));
-    Session& session = engine.open(std::make_unique<Counter>(0, CELLS / 16, 4, true));
+    Session& session = engine.open(std::make_unique<CountingSession>(0, CELLS / 16, 4, true));
     EXPECT_TRUE(engine.acquire(session, 0, std::array{3U}, 0));
     engine.step();
     EXPECT_EQ(engine.model(0).counts.read_bytes, 16384U) << "only the session's own cell";
@@ -120,7 +111,7 @@ TEST_F(WarmingTest, ASessionTakesTheSlotsThatWarmCellsFill) {
     Engine engine(dram_for(60), *reader, verifier);
     engine.models().add(flash.spec, false);
     engine.models().seed(0, each(2));
-    Counter& session = open(engine);
+    CountingSession& session = open(engine);
     settle(engine);
     ASSERT_FALSE(engine.model(0).pool->has_free());
     std::vector<uint32_t> wanted(session.lease_limit);
@@ -146,8 +137,8 @@ TEST_F(WarmingTest, AnotherModelGetsTheMemoryThatWarmCellsFill) {
         settle(engine);
     }
     ASSERT_TRUE(active);
-    Counter& session =
-        static_cast<Counter&>(engine.open(std::make_unique<Counter>(1, CELLS, engine.models().share_for(1, 0), true)));
+    CountingSession& session = static_cast<CountingSession&>(
+        engine.open(std::make_unique<CountingSession>(1, CELLS, engine.models().share_for(1, 0), true)));
     std::vector<uint32_t> wanted(session.share_slots);
     std::iota(wanted.begin(), wanted.end(), 0);
     EXPECT_TRUE(engine.acquire(session, 0, wanted, 0));
@@ -160,12 +151,12 @@ TEST_F(WarmingTest, ACorruptCellIsDroppedAndFailsForASessionThatWantsIt) {
     Engine engine(dram_for(CELLS), *reader, verifier);
     engine.models().add(flash.spec, false);
     engine.models().seed(0, each(5));
-    Counter& session = open(engine);
+    CountingSession& session = open(engine);
     settle(engine);
     EXPECT_EQ(engine.model(0).counts.verify_errors, 1U);
     EXPECT_FALSE(engine.model(0).pool->find(5));
     EXPECT_FALSE(acquire(engine, session, 5));
-    EXPECT_EQ(session.corrupt, 1U);
+    EXPECT_EQ(session.failures[ring::CORRUPT], 1U);
 }
 
 TEST_F(WarmingTest, AModelThatIsActivatedAgainIsAsWarmAsItWas) {
@@ -174,7 +165,7 @@ TEST_F(WarmingTest, AModelThatIsActivatedAgainIsAsWarmAsItWas) {
     FlashModel large(1, 3 * CELLS, "large");
     large.spec.resident_bytes = CELLS * 4096 / 2;
     engine.models().add(large.spec, false);
-    Counter& session = open(engine);
+    CountingSession& session = open(engine);
     for (uint32_t turn = 0; turn < 5; turn++) {
         for (uint32_t cell = 7; cell < CELLS; cell += 10) EXPECT_TRUE(acquire(engine, session, cell));
     }
@@ -183,7 +174,7 @@ TEST_F(WarmingTest, AModelThatIsActivatedAgainIsAsWarmAsItWas) {
     EXPECT_TRUE(engine.models().activate(1));
     EXPECT_EQ(engine.model(0).pool, nullptr);
     engine.models().leave(1);
-    Counter& again = open(engine);
+    CountingSession& again = open(engine);
     settle(engine);
     const uint64_t misses = engine.model(0).counts.misses;
     for (uint32_t cell = 7; cell < CELLS; cell += 10) EXPECT_TRUE(acquire(engine, again, cell));

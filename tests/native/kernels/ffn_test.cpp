@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <deque>
 #include <random>
 #include <thread>
 #include <vector>
@@ -68,6 +69,7 @@ class FfnBits : public testing::TestWithParam<const char*> {
         for (size_t neuron = 0; neuron < NEURONS; neuron++) {
             bundles_.push_back(random_floats(3 * HIDDEN, static_cast<unsigned>(neuron)));
             addresses_.push_back(reinterpret_cast<uint64_t>(bundles_.back().data()));
+            readable_.emplace_back(bundles_.back().data(), 3 * HIDDEN * sizeof(float));
         }
     }
 
@@ -77,13 +79,15 @@ class FfnBits : public testing::TestWithParam<const char*> {
         const std::vector<float> x = random_floats(tokens * HIDDEN, 1000);
         std::vector<float> y(tokens * HIDDEN, 0.0f);
         for (size_t i = 0; i < NEURONS; i += chunk) {
-            ffn.add_rows({addresses_.data() + i}, std::min(chunk, NEURONS - i), x.data(), tokens, y.data());
+            const auto part = std::span(addresses_).subspan(i, std::min(chunk, NEURONS - i));
+            ffn.add_rows({part}, x.data(), tokens, y.data());
         }
         return y;
     }
 
     std::vector<std::vector<float>> bundles_;
     std::vector<uint64_t> addresses_;
+    std::deque<ReadableMemory> readable_;
 };
 
 TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {

@@ -46,7 +46,7 @@ TEST_F(RoomTest, PoolsCanBeHadButSharesAndAModelsLastSegmentCannot) {
     const uint64_t left_bytes = DRAM_BYTES - memory.segment_bytes();
     EXPECT_EQ(refusal(left_bytes, 0, 0), "");
     EXPECT_NE(refusal(left_bytes + 1, 0, 0), "");
-    sessions.add(std::make_unique<QuietSession>(1, 100'000, 1000, true));
+    sessions.add(std::make_unique<CountingSession>(1, 100'000, 1000, true));
     EXPECT_EQ(refusal(left_bytes - 1000 * BARE_CELL_BYTES, 0, 0), "");
     EXPECT_NE(refusal(left_bytes - 1000 * BARE_CELL_BYTES + 1, 0, 0), "");
 }

@@ -26,9 +26,9 @@ struct SegmentsTest : testing::Test {
         }
         return model.pool->slots();
     }
-    QuietSession& add_share(const Model& model, uint32_t slots) {
-        auto session = std::make_unique<QuietSession>(model.index, model.spec.cell_count(), slots, true);
-        return static_cast<QuietSession&>(sessions.add(std::move(session)));
+    CountingSession& add_share(const Model& model, uint32_t slots) {
+        auto session = std::make_unique<CountingSession>(model.index, model.spec.cell_count(), slots, true);
+        return static_cast<CountingSession&>(sessions.add(std::move(session)));
     }
 };
 
@@ -81,7 +81,7 @@ TEST_F(SegmentsTest, SharesAreNeverSurplus) {
 
 TEST_F(SegmentsTest, ATransferredSegmentIsPromisedToTheOtherModel) {
     grow_all(one);
-    QuietSession& session = add_share(one, 10);
+    CountingSession& session = add_share(one, 10);
     segments.transfer(one, other);
     EXPECT_EQ(session.gone.size(), 1U);
     EXPECT_EQ(one.pool->slots(), DRAM_SLOTS - SEGMENT_SLOTS);

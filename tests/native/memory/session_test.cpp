@@ -9,7 +9,7 @@ namespace weightd {
 namespace {
 
 TEST(Session, CountsACellOnceHoweverOftenItIsLeased) {
-    QuietSession session(0, 10, 2);
+    CountingSession session(0, 10, 2);
     session.ask(3);
     session.ask(3);
     EXPECT_EQ(session.held_cells, 1U);
@@ -27,7 +27,7 @@ TEST(Session, CountsACellOnceHoweverOftenItIsLeased) {
 }
 
 TEST(Session, KnowsWhatItsShareCovers) {
-    QuietSession session(0, 10, 2);
+    CountingSession session(0, 10, 2);
     session.ask(1);
     EXPECT_TRUE(session.is_within_share(2));
     session.ask(2);

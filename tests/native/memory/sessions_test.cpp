@@ -17,21 +17,21 @@ struct SessionsTest : testing::Test {
     Sessions sessions{models, memory, pressure};
     Model& model = add_active(models, 4000);
 
-    QuietSession& add(uint32_t share_slots, bool borrows = true, uint32_t index = 0) {
+    CountingSession& add(uint32_t share_slots, bool borrows = true, uint32_t index = 0) {
         const uint32_t cells = models[index]->spec.cell_count();
-        auto& added = sessions.add(std::make_unique<QuietSession>(index, cells, share_slots, borrows));
+        auto& added = sessions.add(std::make_unique<CountingSession>(index, cells, share_slots, borrows));
         sessions.update_limits();
-        return static_cast<QuietSession&>(added);
+        return static_cast<CountingSession&>(added);
     }
 };
 
 TEST_F(SessionsTest, LendsEqualPartsOfWhatIsNoShare) {
-    QuietSession& one = add(100);
+    CountingSession& one = add(100);
     EXPECT_EQ(one.lease_limit, DRAM_SLOTS - DRAM_SLOTS / LENT_NEVER_DIVISOR);
-    QuietSession& two = add(300);
+    CountingSession& two = add(300);
     EXPECT_EQ(one.lease_limit, 100U + (1500 - 400) / 2);
     EXPECT_EQ(two.lease_limit, 300U + (1500 - 400) / 2);
-    EXPECT_EQ(two.told, two.lease_limit);
+    EXPECT_EQ(two.told_limit, two.lease_limit);
     EXPECT_EQ(sessions.share_slots(model), 400U);
     sessions.remove(two.id);
     sessions.update_limits();
@@ -40,8 +40,8 @@ TEST_F(SessionsTest, LendsEqualPartsOfWhatIsNoShare) {
 }
 
 TEST_F(SessionsTest, AFetchDoesNotBorrowAndIsPaidFromWhatIsNeverLent) {
-    QuietSession& one = add(100);
-    QuietSession& fetch = add(60, false);
+    CountingSession& one = add(100);
+    CountingSession& fetch = add(60, false);
     EXPECT_EQ(fetch.lease_limit, 60U);
     EXPECT_EQ(one.lease_limit, 1500U);
     add(140, false);
@@ -63,16 +63,16 @@ TEST_F(SessionsTest, AModelNobodyUsesKeepsNothingBack) {
 }
 
 TEST_F(SessionsTest, WhileASegmentDrainsSessionsAreToldToHoldLittle) {
-    QuietSession& one = add(100);
+    CountingSession& one = add(100);
     add_slots(model, 10);
     ASSERT_TRUE(model.pool->start_draining());
     sessions.update_limits();
-    EXPECT_EQ(one.told, SHARE_SLOTS_MIN);
+    EXPECT_EQ(one.told_limit, SHARE_SLOTS_MIN);
     EXPECT_EQ(one.lease_limit, 1500U) << "what it may still be granted";
 }
 
 TEST_F(SessionsTest, OwesASessionItsShareOrWhatItHoldsWithinItsLimit) {
-    QuietSession& one = add(100);
+    CountingSession& one = add(100);
     add(50);
     EXPECT_EQ(sessions.owed_slots(model), 150U);
     one.held_cells = 120;
@@ -83,8 +83,8 @@ TEST_F(SessionsTest, OwesASessionItsShareOrWhatItHoldsWithinItsLimit) {
 
 TEST_F(SessionsTest, FindsTheOpenOnesAndTellsThemOfTheirSegments) {
     add_active(models, 50);
-    QuietSession& one = add(10);
-    QuietSession& other = add(10, true, 1);
+    CountingSession& one = add(10);
+    CountingSession& other = add(10, true, 1);
     EXPECT_EQ(sessions.find(one.id), &one);
     EXPECT_EQ(sessions.remove(77), nullptr);
     sessions.tell_segment_gone(model, 5);

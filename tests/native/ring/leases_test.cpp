@@ -10,12 +10,11 @@
 
 #include "flash_file.h"
 #include "memory/model_cost.h"
-#include "ring/window.h"
+#include "predict/window.h"
 #include "service/engine_thread.h"
 
 namespace {
 
-using flashclient::LeaseRefused;
 using flashclient::Leases;
 using flashclient::Window;
 using weightd::EngineThread;
@@ -31,15 +30,16 @@ class Walker {
     Walker(const FlashModel& model, const std::string& socket, const weightd::Token& token, uint32_t seed)
         : model_(model),
           session_(socket, token, 20.0),
-          leases_(session_, model.spec.bundles_per_cell, model.spec.cell_bytes, cells()),
-          window_(4, model.spec.bundles_per_cell, cells()),
+          sweep_(session_, {model.spec.bundles_per_cell, model.spec.stride_bytes, model.spec.cell_bytes, neurons()}),
+          leases_(session_, sweep_, model.spec.bundles_per_cell, model.spec.cell_bytes),
+          window_(leases_, 4, {model.spec.bundles_per_cell, model.spec.stride_bytes, cells()}),
           random_(seed) {}
 
     void run() {
         for (uint32_t token = 0; token < TOKENS; token++) {
             for (uint32_t layer = 0; layer < LAYERS; layer++) step(layer, token);
         }
-        leases_.release_all();
+        window_.clear();
     }
 
   private:
@@ -49,12 +49,19 @@ class Walker {
         return counts;
     }
 
+    std::vector<uint32_t> neurons() const {
+        std::vector<uint32_t> counts;
+        for (const auto& layer : model_.spec.layers) counts.push_back(layer.neurons);
+        return counts;
+    }
+
     void step(uint32_t layer, uint32_t token);
     void in_pieces(uint32_t layer, const std::vector<uint32_t>& positions);
-    void check(uint32_t layer, const std::vector<uint32_t>& positions);
+    bool check(uint32_t layer, std::span<const uint32_t> positions);
 
     const FlashModel& model_;
     flashclient::Session session_;
+    flashclient::Sweep sweep_;
     Leases leases_;
     Window window_;
     std::mt19937 random_;
@@ -67,44 +74,38 @@ void Walker::step(uint32_t layer, uint32_t token) {
         positions.push_back(position);
     }
     const std::vector<uint16_t> masks(positions.size(), 1);
-    const Window::Slide& slide = window_.slide(layer, {token, 1, positions, masks}, session_.lease_limit());
-    try {
-        if (slide.fits) {
-            for (const auto& [other, cells] : slide.elsewhere) leases_.exchange(other, {}, cells);
-            leases_.exchange(layer, slide.acquire, slide.release);
-            while (leases_.arrived() > 0) {
-            }
-            return check(layer, positions);
-        }
-    } catch (const LeaseRefused&) {
-        window_.clear();
+    if (window_.slide(layer, {token, 1, positions, masks}) && check(layer, positions)) {
+        window_.end_step();
+    } else {
+        in_pieces(layer, positions);
     }
-    leases_.release_all();
-    in_pieces(layer, positions);
 }
 
 void Walker::in_pieces(uint32_t layer, const std::vector<uint32_t>& positions) {
-    for (const uint32_t position : positions) {
-        const uint32_t cell = position / model_.spec.bundles_per_cell;
-        leases_.exchange(layer, {&cell, 1}, {});
-        while (leases_.arrived() > 0) {
-        }
-        check(layer, {position});
-        leases_.exchange(layer, {}, {&cell, 1});
+    for (size_t first = 0; first < positions.size();) {
+        const auto rest = std::span<const uint32_t>(positions).subspan(first);
+        const size_t count = window_.lease_first(layer, rest);
+        ASSERT_TRUE(check(layer, rest.first(count)));
+        window_.clear();
+        ASSERT_EQ(window_.cells_held(), 0U);
+        first += count;
     }
-    ASSERT_EQ(leases_.cells_held(), 0U);
 }
 
-void Walker::check(uint32_t layer, const std::vector<uint32_t>& positions) {
-    const auto table = leases_.addresses(layer);
-    for (const uint32_t position : positions) {
-        const uint64_t cell = table[position / model_.spec.bundles_per_cell];
-        ASSERT_NE(cell, 0U);
-        const uint64_t bundle = cell + position % model_.spec.bundles_per_cell * model_.spec.stride_bytes;
-        ASSERT_EQ(std::memcmp(reinterpret_cast<const void*>(bundle),
-                              model_.bytes.data() + model_.offset(layer, position), 1000),
-                  0);
+// False where a lease was refused.
+bool Walker::check(uint32_t layer, std::span<const uint32_t> positions) {
+    std::vector<uint64_t> addresses(positions.size());
+    std::vector<uint32_t> found;
+    window_.locate(positions, addresses, found);
+    while (found.size() < positions.size()) {
+        if (!window_.wait()) return false;
+        window_.locate(positions, addresses, found);
     }
+    for (size_t i = 0; i < positions.size(); i++) {
+        const std::byte* expected = model_.bytes.data() + model_.offset(layer, positions[i]);
+        EXPECT_EQ(std::memcmp(reinterpret_cast<const void*>(addresses[i]), expected, 1000), 0);
+    }
+    return true;
 }
 
 void walk_together(uint32_t slots, uint32_t walkers) {

@@ -236,7 +236,7 @@ TEST_F(EngineThreadTest, AModelThatComesWhileThePoolIsFullHasRoom) {
     const auto engine = serve(model, minimum_dram_bytes(model.spec) + (2U << 20));
     for (uint32_t cell = 0; cell < 900; cell++) expect_cell(*engine, model, cell);
     const Report full = engine->report();
-    EXPECT_LT(full.limit_bytes - full.pool_bytes - full.resident_bytes - full.tables_bytes, 8192U);
+    EXPECT_LT(full.dram_limit_bytes - full.dram_pool_bytes - full.dram_resident_bytes - full.dram_tables_bytes, 8192U);
     EXPECT_EQ(engine->add_model(other.spec), 1U);
     std::vector<std::byte> out(4096);
     engine->fetch(1, 0, std::array{7U}, out);
@@ -302,7 +302,7 @@ TEST_F(EngineThreadTest, LoadingOneModelKeepsNoOtherWaiting) {
     const auto engine = serve(model);
     ASSERT_EQ(engine->add_model(slow.spec), 1U);
     auto loading = std::async(std::launch::async, [&] { engine->open_session(1, 2); });
-    while (engine->report().resident_bytes == 0) std::this_thread::yield();  // it is active, and reads
+    while (engine->report().dram_resident_bytes == 0) std::this_thread::yield();  // it is active, and reads
     auto other = std::async(std::launch::async, [&] { return engine->open_session(0, 2).share_slots; });
     EXPECT_EQ(other.wait_for(std::chrono::seconds(20)), std::future_status::ready);
     const Descriptor writer(::open(slow.spec.resident_path.c_str(), O_WRONLY | O_CLOEXEC));
@@ -317,7 +317,7 @@ TEST_F(EngineThreadTest, WhoWaitsForAnOpeningWhoseDeviceIsSilentIsTold) {
     EngineThread engine({64U << 20, {"threads", 2, 32, false, std::chrono::milliseconds(300)}, folder.file("data")});
     ASSERT_EQ(engine.add_model(slow.spec), 0U);
     auto first = std::async(std::launch::async, [&] { engine.open_session(0, 2); });
-    while (engine.report().resident_bytes == 0) std::this_thread::yield();
+    while (engine.report().dram_resident_bytes == 0) std::this_thread::yield();
     const uint32_t cell = 0;
     std::vector<std::byte> out(slow.spec.cell_bytes);
     EXPECT_THROW(engine.open_session(0, 2), Unanswered);

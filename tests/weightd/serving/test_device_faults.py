@@ -90,10 +90,12 @@ def source_of(daemon: Daemon, name: str = "tiny", timeout_s: float = ANSWER_S) -
 
 
 def lease(source: RingSource, layer: int, *cells: int) -> bytes:
-    source.exchange(layer, np.array(cells, np.uint32), NONE)
-    while source.arrived() > 0:
-        pass
-    return b"".join(ctypes.string_at(int(source.addresses(layer)[number]), BUNDLE_BYTES) for number in cells)
+    addresses: dict[int, int] = {}
+    with source.errors:
+        source.leases.exchange(layer, cells, [])
+        while arrived := source.leases.arrived():
+            addresses |= dict(arrived)
+    return b"".join(ctypes.string_at(addresses[number], BUNDLE_BYTES) for number in cells)
 
 
 def read_errors(daemon: Daemon) -> int:

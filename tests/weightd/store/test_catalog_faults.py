@@ -20,6 +20,7 @@ from weightd import _native
 from weightd.cli import main
 from weightd.errors import CorruptionError, SpaceError, StoreError
 from weightd.store.catalog import META_KEY, array_key
+from weightd.store.staged_folder import set_aside
 from weightd.store.store import CATALOG_FILE, CHECKSUMS, FILES_FOLDER, PLACEMENT, Store
 from weightd.store.verify import verify_model
 from weightd_proto import weightd_pb2 as pb
@@ -187,7 +188,7 @@ def test_temporary_folders_of_a_crash_are_gone_after_the_next_import(store: Path
     killed = subprocess.run([sys.executable, "-c", KILLED, str(store)], cwd=FIXTURES, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with Store.open(store, readonly=True) as opened:
-        opened.set_aside(store / "m3" / FILES_FOLDER)
+        set_aside(opened.path, store / "m3" / FILES_FOLDER)
     assert len([path for path in store.iterdir() if path.name.startswith(".")]) == 2
     write_model(store, "next")
     assert not [path for path in store.iterdir() if path.name.startswith(".")]

@@ -71,8 +71,8 @@ class Client:
         held = np.unique(np.concatenate(self._tokens[layer]))
         self._tokens[layer] = [*self._tokens[layer][1:], wanted]
         kept = np.unique(np.concatenate(self._tokens[layer]))
-        self._source.exchange(layer, np.setdiff1d(wanted, held), np.setdiff1d(held, kept))
-        while self._source.arrived() > 0:
+        self._source.leases.exchange(layer, np.setdiff1d(wanted, held).tolist(), np.setdiff1d(held, kept).tolist())
+        while self._source.leases.arrived():
             pass
 
     def sweep(self) -> None:

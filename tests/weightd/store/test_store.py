@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from weightd.errors import ImportingError, StoreError
 from weightd.store.layout import bundle_layout, lay_out_layers
-from weightd.store.store import MARKER_FILE, Store
+from weightd.store.staged_folder import MARKER_FILE
+from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
 

@@ -77,7 +77,7 @@ class Reader {
     virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
 };
 
-// `threads` and `depth` are reads of one file at once: those of others find places beside them (read_queue.h).
+// `threads` and `depth` are reads of one file at once: those of others find places beside them (read_turns.h).
 // kind: "auto", "io_uring" or "threads". "auto" takes the best that the system allows; `note` says why a better level
 // was refused. Throws std::system_error when io_uring was asked for and is refused.
 std::unique_ptr<Reader> make_reader(const std::string& kind, uint32_t threads, uint32_t depth, std::string& note);

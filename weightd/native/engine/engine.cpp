@@ -48,8 +48,9 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     if (!names_cells(session, layer, cells)) return false;
     Queues& queues = *queues_[session.model];
     queues.scans.note(session, layer, cells, now_);
+    const uint32_t first_cell = queues.model.spec.layers[layer].first_cell;
     for (const uint32_t cell : cells) {
-        const uint32_t number = queues.model.spec.layers[layer].first_cell + cell;
+        const uint32_t number = first_cell + cell;
         if (session.is_within_share(number)) {
             want(queues, session, number, tag);
         } else if (!borrow(queues, session, number, tag)) {
@@ -114,8 +115,9 @@ bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t>
     if (!names_cells(session, layer, cells)) return false;
     Queues& queues = *queues_[session.model];
     Pool& pool = *queues.model.pool;
+    const uint32_t first_cell = queues.model.spec.layers[layer].first_cell;
     for (const uint32_t cell : cells) {
-        const uint32_t number = queues.model.spec.layers[layer].first_cell + cell;
+        const uint32_t number = first_cell + cell;
         if (session.granted_leases(number) == 0) return false;
         session.give_back(number);
         pool.unlease(pool.find(number));
@@ -129,8 +131,9 @@ bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t
     if (!names_cells(session, layer, cells)) return false;
     Queues& queues = *queues_[session.model];
     Model& model = queues.model;
+    const uint32_t first_cell = model.spec.layers[layer].first_cell;
     for (const uint32_t cell : cells) {
-        const uint32_t number = model.spec.layers[layer].first_cell + cell;
+        const uint32_t number = first_cell + cell;
         const Place place = model.pool->find(number);
         if (place) place.slot().deferred = false;
         if (place || !queues.stalled.empty()) continue;

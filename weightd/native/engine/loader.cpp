@@ -160,7 +160,8 @@ void Loader::finish_read(const Completion& completion, std::vector<Loaded>& load
         jobs.push_back(job_of(flight, completion.tag));
         return;
     }
-    for (const Missing& missing : flight.cells) {  // one bad block must not fail its neighbours: each alone, once more
+    for (const Missing& missing :
+         flight.cells) {  // one bad block must not fail its neighbours: each cell is read alone, once more
         if (flight.second_try) {
             loaded.push_back({flight.source.model, missing.cell, missing.place, completion.error, -1});
         } else {

@@ -46,7 +46,6 @@ struct Model {
     ModelCounts counts;
     uint32_t users = 0;            // sessions, fetches and openings under way; without any, an active model is idle
     uint32_t idle_rebalances = 0;  // consecutive rebalances that found it idle
-    uint32_t sessions = 0;         // open sessions of clients, without fetches
     uint32_t activations = 0;      // tells the pool of one activation from that of the next
 
     // While the model is active:

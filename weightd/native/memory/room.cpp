@@ -81,17 +81,17 @@ uint64_t Room::in_use_bytes(const Model& model) const {
 // Says what is true at this moment, and what to do about it.
 NoRoom Room::refusal(const Model& asking, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const {
     std::string text = asking.spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
-                       mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) + " can be had";
+                       mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) + " is available";
     uint64_t catalogs_bytes = 0;
     bool in_use = false;
     for (const auto& model : models_) {
         catalogs_bytes += catalog_bytes(model->spec);
         if (model->pool == nullptr || model->users == 0) continue;
         in_use = true;
-        text += ", " + model->spec.name + " with its " + std::to_string(model->users) + " users has " +
-                mebibytes(in_use_bytes(*model));
+        text += "; " + model->spec.name + " has " + mebibytes(in_use_bytes(*model)) + " for " +
+                std::to_string(model->users) + (model->users == 1 ? " user" : " users");
     }
-    text += ", checksums and records of what is hot take " + mebibytes(catalogs_bytes);
+    text += "; checksums and hotness of all models take " + mebibytes(catalogs_bytes);
     if (bytes <= left_bytes) {
         return NoRoom(text + ": your sessions have " + mebibytes(has_bytes) +
                       ", and the rest is kept for other users: end a session, or raise --dram");

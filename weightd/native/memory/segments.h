@@ -30,8 +30,8 @@ class Segments {
     void drain_all(Model& model);  // nothing of it is leased or being read
     void retire(Model& model);     // drops its segments that have drained
 
-    // Takes a segment without leases from one model, if there is such a one. What becomes free is promised to the
-    // other, until the next transfer or the end of promises.
+    // Takes a segment without leases from one model, if it has one. What becomes free is promised to the other model
+    // until it has grown, or until end_promise().
     void transfer(Model& from, const Model& to);
     void end_promise() { promise_ = {}; }
 

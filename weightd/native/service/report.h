@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "engine/engine.h"
+#include "service/pressure_signals.h"
+#include "session/ring_sessions.h"
 
 namespace weightd {
 
@@ -115,7 +117,8 @@ struct Report {
     }
 };
 
-// Of one model, as it is now.
-ModelReport report_of(const Engine& engine, const Model& state);
+// As it is now; on the engine's thread.
+Report report_of(const Engine& engine, const RingSessions& sessions, const PressureSignals& signals,
+                 Clock::duration uptime);
 
 }  // namespace weightd

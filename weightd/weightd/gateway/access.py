@@ -1,4 +1,4 @@
-"""Who may do what: rules per model, and who calls.
+"""Access control: rules per model, and the callers that they apply to.
 
 A rule is `MODEL=WHO[,WHO]...`. WHO is user:NAME or user:UID, group:NAME or group:GID (of this machine, over the Unix
 socket), or tls:NAME (a subject alternative name of the client's certificate, or its common name where it has none).
@@ -25,7 +25,7 @@ ID_MAX = (1 << 32) - 2  # -1 means "no one" to the kernel
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of --allow: these may, as far as `model` goes."""
+    """One value of --allow: these users, groups and certificates may access `model`."""
 
     model: str
     user_ids: frozenset[int] = frozenset()
@@ -38,10 +38,10 @@ Rules = tuple[Rule, ...]
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls, as far as it is proven."""
+    """Who makes a call: only what the kernel or TLS has proven."""
 
     local: bool  # over a Unix socket
-    user_id: int | None = None  # None: not shown
+    user_id: int | None = None  # None: the call came without an identity
     group_ids: frozenset[int] = frozenset()
     tls_names: frozenset[str] = frozenset()
 
@@ -63,7 +63,7 @@ def parse_rules(texts: Sequence[str], flag: str) -> Rules:
 
 
 def may_read(caller: Caller, model: str, allow: Rules) -> bool:
-    """Whether `caller` may know and read `model`."""
+    """Whether `caller` may see and read `model`."""
     rules = _rules_of(model, allow)
     return caller.trusted or not rules or any(_fits(caller, rule) for rule in rules)
 

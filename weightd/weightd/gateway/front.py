@@ -1,11 +1,12 @@
-"""The front: all clients connect to it, and it hands on to gRPC what is within bounds.
+"""The front: the proxy that all clients connect to. It passes on to gRPC what is within bounds.
 
-It learns from the kernel or from TLS who connects, and ends TLS. It counts what each user holds (users.py), reads the
-headers of the frames of both directions (http2.py), and hangs up on what stays half open. gRPC listens at a socket
-whose name has been removed, so only a process that has our descriptor of it can connect. Each connection to it is bound
-to an abstract name, by which a call's handler finds its Origin.
+The front learns from the kernel or from TLS who connects, and terminates TLS. It counts what each user holds
+(users.py), reads the frame headers of both directions (http2.py), and closes connections that stay half open. gRPC
+listens at a socket whose name has been removed, so that only this process, which has a descriptor of it, can connect.
+The front binds each of its connections to gRPC to an abstract name, by which a call's handler finds the Origin of the
+call.
 
-Nothing is kept but what one read has brought and the other side does not take: then this side is not read.
+A connection buffers at most one read. While the other side does not take it, this side is not read.
 """
 
 from __future__ import annotations
@@ -34,28 +35,28 @@ from weightd.gateway.users import (
 logger = logging.getLogger(__name__)
 
 READ_BYTES = 256 << 10
-READS_AT_ONCE = 8  # of one connection's answers, before others have their turn
+READS_AT_ONCE = 8  # of one connection's answers, before other connections have their turn
 TLS_RECORD_BYTES = 16 << 10
-ACCEPTS = 16  # at once
+ACCEPTS = 16  # connections accepted in one turn of the loop
 SWEEP_S = 1.0
 HALF_OPEN_S = 10.0  # for the beginning of a connection, and for a frame or a header block
 MESSAGE_S = 60.0  # for a message that has begun
-UNREAD_S = 60.0  # for answers of which nothing is taken
-UNREAD_BYTES_MAX = 16 << 20  # of all connections; whose answers wait longest is hung up on beyond that
+UNREAD_S = 60.0  # for answers that the client does not read
+UNREAD_BYTES_MAX = 16 << 20  # of all connections; beyond it, those whose answers wait longest are closed
 CONNECTION_COST, HANDSHAKE_COST = 10, 50  # in frames
-EARNED_PER_DATA_FRAME = 2  # a reader answers our data with window updates
+EARNED_PER_DATA_FRAME = 2  # frames; a client answers data that it reads with window updates
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError, InterruptedError)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a call comes from, as far as it is proven."""
+    """Where a call comes from: only what the kernel or TLS has proven."""
 
-    peer: str  # to count by: a user, a certificate's names, or a host
+    peer: str  # the user whose calls are counted together: a user id, a certificate's names, or a host
     local: bool  # over a Unix socket
     tls_names: frozenset[str]
     hang_up: Callable[[], None]
-    charge: Callable[[float], None]  # its user, for work, in frames: it is read on when that is paid
+    charge: Callable[[float], None]  # adds a cost, in frames, to the user's; reading pauses while that is too high
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,17 @@ class Front:
         """`inner_fd`: an O_PATH descriptor of the socket at which gRPC listens."""
         self.inner_path = f"/proc/self/fd/{inner_fd}"
         self.message_bytes_max = message_bytes_max
-        self.buffer = memoryview(bytearray(READ_BYTES))  # of all: what is read is passed on at once, or copied
+        self.buffer = memoryview(bytearray(READ_BYTES))  # shared: each read is passed on at once, or copied
         self.origins: dict[str, Origin] = {}
         self.totals = Totals()
         self.users: dict[str, User] = {}
         self._listeners: list[Listener] = []
-        self._pausing: list[Listener] = []  # until the next sweep
-        self._connections: dict[Connection, None] = {}  # the oldest first
+        self._pausing: list[Listener] = []  # not accepting until the next sweep
+        self._connections: dict[Connection, None] = {}  # in order of age, oldest first
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self, listeners: list[Listener]) -> None:
-        """Accepts from now on."""
+        """Begins to accept connections."""
         self._listeners = listeners
         loop = asyncio.get_running_loop()
         for listener in listeners:
@@ -100,7 +101,7 @@ class Front:
         self._listeners = []
 
     def close(self) -> None:
-        """Hangs up on all."""
+        """Closes all connections."""
         self.stop_accepting()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -108,7 +109,7 @@ class Front:
             connection.close("weightd ends")
 
     def belong(self, connection: Connection, name: str) -> bool:
-        """Counts a connection as that user's; makes room by hanging up on idle ones, the oldest first."""
+        """Counts a connection as that user's. Above a bound it closes the oldest idle one; False if there is none."""
         self._leave(connection)
         user = connection.user = self.users.setdefault(name, User(name, self.totals))
         user.connections += 1
@@ -120,7 +121,7 @@ class Front:
         return True
 
     def bound_streams(self, user: User) -> None:
-        """Hangs up on the connection with most calls while there are too many, of this user or of all."""
+        """While this user, or all users, have too many calls: closes the connection with the most calls."""
         while user.streams > STREAMS_OF_USER or self.totals.streams > STREAMS_MAX:
             most = user if user.streams > STREAMS_OF_USER else max(self.users.values(), key=lambda each: each.streams)
             theirs = [one for one in self._connections if one.user is most]
@@ -137,7 +138,7 @@ class Front:
             connection.user = None
 
     def _drop_one(self, user: User, newcomer: Connection) -> bool:
-        """Of another user also one with calls."""
+        """Closes an idle connection of `user`, or any if the newcomer belongs to another user."""
         theirs = [one for one in self._connections if one.user is user and one is not newcomer]
         idle = next((one for one in theirs if not one.streams), None)
         dropped = theirs[0] if idle is None and user is not newcomer.user else idle
@@ -149,11 +150,11 @@ class Front:
         for _ in range(ACCEPTS):
             try:
                 outer, address = listener.socket.accept()
-            except BlockingIOError:  # none waits
+            except BlockingIOError:  # no more connections wait
                 return
-            except ConnectionAbortedError:  # it has gone already
+            except ConnectionAbortedError:  # the client has closed it already
                 continue
-            except OSError as error:  # no descriptors or no memory left: it would be tried again and again
+            except OSError as error:  # no descriptors or memory left; without a pause the loop would spin
                 logger.warning("no connection can be accepted: %s", error.strerror)
                 asyncio.get_running_loop().remove_reader(listener.socket.fileno())
                 self._pausing.append(listener)
@@ -187,7 +188,7 @@ class Front:
 
 
 class Connection:
-    """A client's connection and ours to gRPC, which ends with it."""
+    """A client's connection, and the front's connection to gRPC that belongs to it."""
 
     def __init__(self, front: Front, outer: socket.socket, listener: Listener) -> None:
         self._front = front
@@ -219,7 +220,7 @@ class Connection:
         return len(self._to_outer)
 
     def begin(self, address: object) -> None:
-        """Learns who it is; with TLS the certificate may tell more, later."""
+        """Finds out who connects. With TLS, the certificate may tell more after the handshake."""
         if self._local:
             _, user_id, _ = struct.unpack("iII", self._outer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
             name = f"user {user_id}"
@@ -257,7 +258,7 @@ class Connection:
         self._front.forget(self)
 
     def look_at(self, now_s: float) -> None:
-        """Hangs up when something has been half open for too long."""
+        """Closes the connection if something has been half open for too long."""
         if self._frames is None:
             if now_s - self._began_s > HALF_OPEN_S:
                 self.close("it does not begin")
@@ -277,7 +278,7 @@ class Connection:
         if self._frames is not None:
             self._frames.end_stream(stream)
 
-    # From the client.
+    # From the client to gRPC.
 
     def _start_reading(self) -> None:
         if self._closed or self._reading or self._paused or self._to_inner:
@@ -286,14 +287,14 @@ class Connection:
         shaking = isinstance(self._outer, ssl.SSLSocket) and self._outer.version() is None
         self._loop.add_reader(self._outer_fd, self._shake_hands if shaking else self._read_outer)
         if isinstance(self._outer, ssl.SSLSocket) and not shaking and self._outer.pending():
-            self._loop.call_soon(self._read_outer)  # what TLS has, the kernel does not tell of
+            self._loop.call_soon(self._read_outer)  # bytes in TLS's own buffer raise no event
 
     def _stop_reading(self) -> None:
         self._reading = False
         self._loop.remove_reader(self._outer_fd)
 
     def _pay(self, cost: float) -> None:
-        """Reads on when the user has not sent too much."""
+        """Adds `cost` to the user's and reads on, after a pause if the user has sent too much."""
         assert self.user is not None
         if cost and (pause_s := self.user.pause_s(cost)):
             self._stop_reading()
@@ -317,7 +318,7 @@ class Connection:
         except ssl.SSLWantReadError:
             return
         except ssl.SSLWantWriteError:
-            return  # it is small, and its socket empty: the other end must read first
+            return  # the handshake's answer is small, so the client must read first
         except (OSError, ValueError) as error:
             self.close(f"TLS: {error}")
             return
@@ -326,7 +327,7 @@ class Connection:
             return
         certificate = self._outer.getpeercert(binary_form=True)
         self._tls_names = self._listener.tls_names(certificate) if certificate else frozenset()
-        # The certificate's user now, who was the address's before.
+        # From now on it counts as the certificate's user instead of the address's.
         if self._tls_names and not self._belong_to(f"tls:{', '.join(sorted(self._tls_names))}"):
             return
         self._stop_reading()
@@ -382,7 +383,7 @@ class Connection:
             self._pay(cost)
 
     def _connect(self) -> None:
-        """To gRPC, now that the client speaks its language."""
+        """Connects to gRPC, once the client has sent HTTP/2's preface."""
         assert self.user is not None
         self._name = f"weightd-{secrets.token_hex(8)}"
         self._front.origins[self._name] = Origin(
@@ -397,7 +398,7 @@ class Connection:
             return
         try:
             self._inner.connect(self._front.inner_path)
-        except BlockingIOError:  # gRPC has many to accept
+        except BlockingIOError:  # gRPC's queue of connections is full
             self._loop.call_later(0.01, self._try_to_connect)
             return
         except OSError as error:
@@ -428,7 +429,7 @@ class Connection:
         self._send_inner(memoryview(data))
         self._start_reading()
 
-    # To the client.
+    # From gRPC to the client.
 
     def _read_inner(self) -> None:
         for _ in range(READS_AT_ONCE):
@@ -467,7 +468,7 @@ class Connection:
             return
         if sent:
             self.unread_since_s = time.monotonic()
-        if sent < len(data):  # TLS wants the same record again, which this begins with
+        if sent < len(data):  # TLS must send the same record again; what is left begins with it
             self._to_outer = bytes(data[sent:])
             self._loop.remove_reader(self._inner.fileno())
             self._loop.add_writer(self._outer_fd, self._flush_outer)

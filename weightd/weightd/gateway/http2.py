@@ -1,8 +1,8 @@
-"""What a client's half of an HTTP/2 connection may be: its frames' headers are read, and nothing else of it.
+"""Bounds of an HTTP/2 connection that are checked before gRPC sees its bytes. Only frame headers are read.
 
-gRPC's core bounds what a call is given, not what it takes before there is a call: header blocks without an end, frames
-that must be answered at once, messages of which a part is there. So these are counted before it sees them.
-A header block is not decoded, so nothing here knows one call from another.
+gRPC's core bounds a call, but not what arrives before there is a call: header blocks without an end, frames that must
+be answered at once, parts of messages. So this module counts them first. It does not decode header blocks, so it does
+not know which method a call names.
 """
 
 from __future__ import annotations
@@ -15,62 +15,62 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEADER_BYTES = 9
 DATA, HEADERS, RST_STREAM, PUSH_PROMISE, CONTINUATION = 0, 1, 3, 5, 9
 END_STREAM, END_HEADERS = 1, 4
-MESSAGE_PREFIX_BYTES = 5  # of gRPC: whether it is compressed, and its length
+MESSAGE_PREFIX_BYTES = 5  # gRPC's: a flag for compression, and the message's length
 TOO_LONG = b"\xff\xff\xff\xff"  # a length that gRPC refuses with RESOURCE_EXHAUSTED
 
-HEADER_BLOCK_BYTES_MAX = 16 << 10  # compressed; gRPC bounds what becomes of it
+HEADER_BLOCK_BYTES_MAX = 16 << 10  # compressed; gRPC bounds the decompressed size
 CONTINUATIONS_MAX = 8
-CONTROL_BYTES_MAX = 1 << 10  # of any other frame but data; the longest that is of use is one of settings
-SMALL_BYTES = 16 << 10  # messages up to that are not accounted for; so much data costs as much as any other frame
-CALL_COST = 10  # in frames: what gRPC and Python do for a call
+CONTROL_BYTES_MAX = 1 << 10  # of a frame that is neither data nor headers; the longest useful one is settings
+SMALL_BYTES = 16 << 10  # messages up to this size reserve nothing; data of this size costs as much as one frame
+CALL_COST = 10  # in frames: the work of gRPC and Python for a call
 
 
 class ProtocolError(Exception):
-    """A client that does what none does that means well."""
+    """The client breaks a bound that no honest client reaches; the connection is closed."""
 
 
 class Account(Protocol):
-    """What a connection's user holds."""
+    """Counts what the user of a connection holds."""
 
     def open_stream(self) -> None: ...
     def close_stream(self) -> None: ...
     def reserve(self, size_bytes: int) -> bool:
-        """Whether it may hold that, too."""
+        """Whether the user may hold `size_bytes` more; if so, they are counted."""
 
     def give_back(self, size_bytes: int) -> None: ...
 
 
 class _Stream:
-    """A call, as far as its messages have come."""
+    """A call, and how much of its current message has arrived."""
 
     __slots__ = ("left_bytes", "prefix", "refused", "reserved_bytes")
 
     def __init__(self) -> None:
         self.prefix = b""
-        self.left_bytes = 0  # of the message that comes
-        self.reserved_bytes = 0  # for the longest until now: those that came may still be held
+        self.left_bytes = 0  # of the current message
+        self.reserved_bytes = 0  # of the longest message so far, which gRPC may still hold
         self.refused = False
 
 
 class ClientFrames:
-    """The frames of one connection's client, behind its preface."""
+    """The frames that one client sends after HTTP/2's preface."""
 
     def __init__(self, account: Account, message_bytes_max: int) -> None:
-        """`message_bytes_max`: gRPC refuses longer ones by itself."""
+        """`message_bytes_max`: gRPC itself refuses longer messages."""
         self._account = account
         self._message_bytes_max = message_bytes_max
         self._streams: dict[int, _Stream] = {}
         self._newest = 0
-        self._head = b""  # of a frame's header, what has come
-        self._left_bytes = 0  # of the frame that comes
+        self._head = b""  # the part of a frame's header that has arrived
+        self._left_bytes = 0  # of the current frame
         self._data_of: _Stream | None = None
         self._data_id = 0
         self._in_data = False
         self._block_of = 0  # the stream whose header block has no end yet
         self._block_bytes = self._continuations = 0
         self._frame_since_s = 0.0
-        self._incomplete: dict[int, float] = {}  # streams with a part of a message, since when; the oldest first
-        self.cost = 0.0  # of what has come, in frames
+        self._incomplete: dict[int, float] = {}  # when the incomplete message of a stream began; oldest first
+        self.cost = 0.0  # of what has arrived, in frames
 
     @property
     def streams(self) -> int:
@@ -78,7 +78,10 @@ class ClientFrames:
         return len(self._streams)
 
     def feed(self, data: memoryview) -> None:
-        """The next bytes; makes messages for which there is no room too long. Raises ProtocolError."""
+        """Takes the next bytes. If a message has no room, its length is overwritten so that gRPC refuses it.
+
+        Raises ProtocolError.
+        """
         at, end = 0, len(data)
         while at < end:
             if not self._left_bytes:
@@ -99,17 +102,17 @@ class ClientFrames:
             self._frame_since_s = 0.0
 
     def half_sent_s(self, now_s: float) -> tuple[float, float]:
-        """For how long a frame or header block, and a message, have been there in part."""
+        """For how many seconds a frame or header block, and a message, have been incomplete."""
         message_since_s = next(iter(self._incomplete.values()), now_s)
         return now_s - (self._frame_since_s or now_s), now_s - message_since_s
 
     def end_stream(self, stream: int) -> None:
-        """The call is over, for one of the two sides."""
+        """One of the two sides has ended the call."""
         if (ended := self._streams.pop(stream, None)) is not None:
             self._incomplete.pop(stream, None)
             self._account.close_stream()
             self._account.give_back(ended.reserved_bytes)
-            ended.refused = True  # what still comes is nobody's
+            ended.refused = True  # bytes that still arrive are not counted
 
     def end_all(self) -> None:
         for stream in list(self._streams):
@@ -169,7 +172,7 @@ class ClientFrames:
             self._incomplete.pop(self._data_id, None)
 
     def _begin_message(self, stream: _Stream, prefix: memoryview) -> None:
-        """`prefix`: as much of it as has not been passed on."""
+        """`prefix` is the part of the message's prefix that has not been passed on yet."""
         size, stream.prefix = int.from_bytes(stream.prefix[1:]), b""
         stream.left_bytes = size
         if size > self._message_bytes_max:
@@ -180,12 +183,12 @@ class ClientFrames:
             elif len(prefix) == MESSAGE_PREFIX_BYTES:
                 prefix[1:] = TOO_LONG
                 stream.refused, stream.left_bytes = True, 0
-            else:  # half of its length is gone already
+            else:  # a part of the length has been passed on and cannot be overwritten
                 raise ProtocolError("no room for a message")
 
 
 class ServerFrames:
-    """The other half: only where calls end."""
+    """The frames that gRPC sends: finds out where calls end."""
 
     def __init__(self, ended: Callable[[int], None]) -> None:
         self._ended = ended

@@ -1,10 +1,11 @@
-"""Who is at the other end of a Unix socket: what gRPC cannot tell us, proven by a socket of our own.
+"""Who is at the other end of a Unix socket: a signed identity that the client sends with its calls.
 
-gRPC hides the credentials of a Unix socket's peer. So beside each of its sockets lies another, with IDENTITY_SUFFIX: to
-whoever connects we send an Identity (proto/weightd.proto) of the user and groups that the kernel names (SO_PEERCRED,
-SO_PEERGROUPS), signed, and hang up. The client sends it with its calls. It is good for an hour, so that leaving a group
-has an effect, and the key lies in the store, so that it outlives a restart of weightd, but not of the machine. Who
-gives it away gives away no more than the weights it could give away itself.
+gRPC hides the credentials of a Unix socket's peer. So beside each gRPC socket there is a second one, whose name ends in
+IDENTITY_SUFFIX. Whoever connects there is sent a signed Identity (proto/weightd.proto) with the user and the groups
+that the kernel reports (SO_PEERCRED, SO_PEERGROUPS). The client sends it with its calls. An identity is valid for an
+hour, so that leaving a group takes effect. The key is a file of the store, so identities survive a restart of weightd,
+but not of the machine. A process that passes its identity on gives away no more than the weights that it can read
+anyway.
 """
 
 from __future__ import annotations
@@ -40,21 +41,21 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 
 def seconds_since_boot() -> float:
-    """Of a clock that nobody sets, and that goes on while the machine sleeps."""
+    """Read from a clock that cannot be set and that also runs while the machine sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Identities:
-    """Signs and checks identities with the key of `folder`, which is made if there is none. Raises StoreError."""
+    """Signs and checks identities with the key in `folder`, which is made if it is missing. Raises StoreError."""
 
     def __init__(self, folder: Path) -> None:
         boot_id = BOOT_ID.read_bytes() if BOOT_ID.exists() else b""
-        # Of this boot only: the times of another one mean nothing.
+        # Valid for this boot only, because the claims hold seconds since boot.
         self._key = hmac.digest(_key(folder / KEY_FILE), boot_id, hashlib.sha256)
-        self.origins: Mapping[str, Origin] = {}  # the front's, by the names of its connections to gRPC
+        self.origins: Mapping[str, Origin] = {}  # the front's, by the name of a connection to gRPC
 
     def origin(self, context: Context) -> Origin | None:
-        """Where this call comes from; None when its connection has ended."""
+        """Where this call comes from. None if its connection has ended."""
         return self.origins.get((context.peer() or "").removeprefix("unix-abstract:"))
 
     def issue(self, user_id: int, group_ids: list[int], now_s: float | None = None) -> bytes:
@@ -65,7 +66,7 @@ class Identities:
         return weightd_pb2.Identity(claim=claim, signature=self._signature(claim)).SerializeToString()
 
     def check(self, identity: bytes) -> weightd_pb2.IdentityClaim | None:
-        """What it claims; None when it is not ours, or too old."""
+        """The claim of an identity. None if its signature is wrong, or if it is too old."""
         try:
             parsed = weightd_pb2.Identity.FromString(identity)
         except DecodeError:
@@ -92,7 +93,7 @@ class Identities:
 
 
 class IdentityProtocol(asyncio.Protocol):
-    """A connection of the identity socket: answered at once, nothing is read."""
+    """A connection of the identity socket: it is answered at once, and nothing is read from it."""
 
     def __init__(self, identities: Identities) -> None:
         self._identities = identities
@@ -106,7 +107,7 @@ class IdentityProtocol(asyncio.Protocol):
 
 
 def _groups(connection: Any) -> list[int]:
-    """Supplementary groups of the peer; none where the kernel does not tell, or they are too many."""
+    """The peer's supplementary groups. Empty if the kernel does not report them, or if there are too many."""
     try:
         packed = connection.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, GROUPS_MAX * 4)
     except OSError:

@@ -1,4 +1,4 @@
-"""Sockets on the file system: made for us alone, stale ones replaced, live ones left to their owner."""
+"""Listening sockets: private ones on the file system, whose stale files are replaced, and TCP ports."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def remove_stale(path: Path, kind: socket.SocketKind) -> None:
 
 @contextmanager
 def data_socket(addresses: tuple[ListenAddress, ...]) -> Iterator[Path]:
-    """A path for the data socket: beside the first Unix socket, else in a private folder that goes with us."""
+    """A path for the data socket: beside the first Unix socket, else in a private folder that is removed at the end."""
     beside = [address.socket_path for address in addresses if address.socket_path is not None]
     if beside:
         path = beside[0].with_name(beside[0].name + DATA_SUFFIX)
@@ -80,7 +80,7 @@ def data_socket(addresses: tuple[ListenAddress, ...]) -> Iterator[Path]:
 
 @contextmanager
 def private_sockets() -> Iterator[None]:
-    """Sockets bound inside get SOCKET_MODE from the start: nobody else can connect before a chmod."""
+    """Sockets that are bound inside have SOCKET_MODE from the start, so no other user can connect before a chmod."""
     before = os.umask(0o777 & ~SOCKET_MODE)
     try:
         yield
@@ -89,7 +89,7 @@ def private_sockets() -> Iterator[None]:
 
 
 def listen_at_path(path: str) -> socket.socket:
-    """A Unix socket; OSError when it cannot be."""
+    """A listening Unix socket. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         listener.bind(path)
@@ -101,7 +101,7 @@ def listen_at_path(path: str) -> socket.socket:
 
 
 def listen_at_port(host: str, port: int) -> list[socket.socket]:
-    """All addresses of `host` that this machine has; OSError when one is taken, or there is none."""
+    """Sockets for all addresses of `host` that this machine has. Raises OSError if one is taken or there is none."""
     found: list[socket.socket] = []
     refused: OSError | None = None
     for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -125,7 +125,7 @@ def listen_at_port(host: str, port: int) -> list[socket.socket]:
 
 
 class Unnamed:
-    """A Unix socket for gRPC to listen at, which nobody finds once it listens."""
+    """A Unix socket for gRPC, whose name is removed once gRPC listens, so that no other process can connect."""
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="weightd-"))
@@ -134,7 +134,7 @@ class Unnamed:
         self.fd = -1
 
     def hide(self) -> None:
-        """It listens now: keeps a descriptor of it, and takes its name away."""
+        """Call it once gRPC listens: keeps a descriptor of the socket and removes its name."""
         self.fd = os.open("inner", os.O_PATH | os.O_CLOEXEC, dir_fd=self._folder_fd)
         os.unlink("inner", dir_fd=self._folder_fd)
         self._folder.rmdir()

@@ -1,4 +1,4 @@
-"""Certificates for TCP: read and checked at start, and again when a file has changed."""
+"""The daemon's certificates for TCP: read and checked at the start, and again when a file has changed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TlsFiles:
-    """PEM files for TCP: the daemon's certificate and key, and who signs those of clients, if they need one."""
+    """PEM files for TCP: the daemon's certificate and key, and optionally the CA that signs clients' certificates."""
 
     cert: Path
     key: Path
@@ -39,7 +39,7 @@ class Certificates:
 
 
 class TlsCredentials:
-    """What is asked at every new connection. Files that were changed to something wrong are told of and not taken."""
+    """The credentials of every new connection. If changed files cannot be used, that is logged and the old stay."""
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises UsageError when the files cannot be used."""
@@ -48,12 +48,12 @@ class TlsCredentials:
         self._take(read_certificates(files))
 
     def context(self) -> ssl.SSLContext:
-        """For the next connection."""
+        """The TLS context of the next connection."""
         self._reread()
         return self._context
 
     def reload(self) -> None:
-        """Looks at the files now, so that the log says at once what is wrong with them."""
+        """Reads changed files now, so that the log says at once what is wrong with them."""
         self._reread()
 
     def _reread(self) -> None:
@@ -75,7 +75,7 @@ class TlsCredentials:
 
 
 def read_certificates(files: TlsFiles) -> Certificates:
-    """Reads and checks them; UsageError names the flag, the file and what is wrong."""
+    """Reads and checks the files. Raises UsageError, which names the flag, the file and what is wrong."""
     cert = _read(files.cert, "--tls-cert")
     key = _read(files.key, "--tls-key")
     client_ca = None if files.client_ca is None else _read(files.client_ca, "--tls-client-ca")
@@ -117,7 +117,7 @@ def _context(files: TlsFiles, certificates: Certificates) -> ssl.SSLContext:
 
 @contextmanager
 def _files_of(*contents: bytes) -> Iterator[list[str]]:
-    """Paths of what was read and checked: the files may have changed since, and TLS takes only paths."""
+    """Paths of in-memory copies: ssl accepts only paths, and the original files may have changed since the check."""
     with ExitStack() as stack:
         paths = []
         for content in contents:
@@ -160,7 +160,7 @@ def _warn_of_expiry(files: TlsFiles, certificates: Certificates) -> None:
 
 
 def _versions(files: TlsFiles) -> list[tuple[int, int, int] | None]:
-    """What changes when a file is written or replaced."""
+    """Facts about the files that differ after a file is written or replaced."""
     paths = (files.cert, files.key, *([files.client_ca] if files.client_ca else []))
     return [_version(path) for path in paths]
 

@@ -1,7 +1,7 @@
-"""What users hold of the front: connections, calls, bytes of messages, and how fast they may send what costs us work.
+"""Accounts of the front's users: connections, calls, bytes of messages, and the rate at which they may cause work.
 
-A user is one of this machine over a Unix socket, else the name in a certificate, else an address: what the kernel or
-TLS has proven, never what a client says.
+A user is a user of this machine (over a Unix socket), the names in a certificate, or an address. Only what the kernel
+or TLS has proven counts, never what a client claims.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import ipaddress
 import time
 from dataclasses import dataclass, field
 
-CONNECTIONS_MAX = 1024  # each takes about 30 KiB of us, and three descriptors
+CONNECTIONS_MAX = 1024  # each takes about 30 KiB and three descriptors
 CONNECTIONS_OF_USER = 256
-STREAMS_OF_USER = 256  # calls that are open for the client; those beyond CALLS_OF_PEER have been refused
+STREAMS_OF_USER = 256  # open calls; those beyond CALLS_OF_PEER have been refused, but the client has not read that yet
 STREAMS_MAX = 1024
-# Messages above 16 KiB: those of the calls that one user may make at once (call_bounds), and of three such users.
+# Of messages above 16 KiB: enough for the calls that one user may make at once (call_bounds), and for three such users.
 MESSAGE_BYTES_OF_USER = 12 << 20
 MESSAGE_BYTES_MAX = 36 << 20
-COST_PER_S = 5_000  # in frames; what a user has sent beyond COST_MAX is read when its time has come
+COST_PER_S = 5_000  # in frames; a user whose cost is above COST_MAX is read more slowly
 COST_MAX = 10_000
 
 
 @dataclass
 class Totals:
-    """Of all users."""
+    """The sums over all users."""
 
     connections: int = 0
     streams: int = 0
@@ -32,7 +32,7 @@ class Totals:
 
 @dataclass
 class User:
-    """One user's account; there is one for each that has a connection."""
+    """The account of one user that has a connection, or had one a moment ago."""
 
     name: str
     totals: Totals
@@ -51,7 +51,7 @@ class User:
         self.totals.streams -= 1
 
     def reserve(self, size_bytes: int) -> bool:
-        """Whether a message of that size may come."""
+        """Whether a message of that size may arrive; if so, its bytes are counted."""
         of_all, of_user = self.totals.message_bytes + size_bytes, self.message_bytes + size_bytes
         if of_user > MESSAGE_BYTES_OF_USER or of_all > MESSAGE_BYTES_MAX:
             return False
@@ -63,7 +63,7 @@ class User:
         self.message_bytes -= size_bytes
 
     def pause_s(self, cost: float) -> float:
-        """How long to wait before more is read, after what cost that much. Less than nothing: it has earned that."""
+        """Adds `cost` (negative: earned) and returns how long to wait before reading more from this user."""
         now_s = time.monotonic()
         self._cost = max(0.0, self._cost + cost - (now_s - self._counted_s) * COST_PER_S)
         self._counted_s = now_s
@@ -74,7 +74,7 @@ class User:
 
 
 def host_name(host: str) -> str:
-    """Of the user behind an address: those of one IPv6 network are one."""
+    """The user's name for an address. All addresses of one IPv6 /64 network are one user."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if address.version == 6:
         mapped = getattr(address, "ipv4_mapped", None)

@@ -1,7 +1,7 @@
-"""Bounds of a protobuf message that apply before it is parsed.
+"""Counts the fields of a protobuf message before it is parsed.
 
-A parsed field may take twenty times its bytes: a mebibyte of empty submessages becomes half a million objects. So the
-fields that would become objects are counted first, which makes none.
+A parsed field can take twenty times its bytes: a mebibyte of empty submessages becomes half a million objects. Counting
+the fields first makes no objects.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 from google.protobuf.message import Message
 
-Descriptor = Any  # has two classes, one for types and one at run time
+Descriptor = Any  # protobuf has one class for type checkers and another at run time
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; groups (3, 4) are none of proto3
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 VARINT_BYTES_MAX = 10
 
 
 def count_fields(message: bytes, of: type[Message], most: int) -> int:
-    """Fields of `message`, of the type `of`, and of what it contains once; it stops when there are more than `most`.
+    """Counts the fields of `message`, whose type is `of`, and of its submessages that are not repeated.
 
-    A repeated submessage counts as one field, whatever is inside: numbers and strings make no objects. Raises
-    ValueError for what is no message.
+    A repeated submessage counts as one field, whatever it contains: numbers and strings make no objects. Counting stops
+    above `most`. Raises ValueError if the bytes are not a message.
     """
     return _count(message, 0, len(message), of.DESCRIPTOR, most)
 
@@ -52,14 +52,14 @@ def _count(message: bytes, at: int, end: int, of: Descriptor, most: int) -> int:
 
 @cache
 def _contained_once(of: Descriptor) -> dict[int, Descriptor]:
-    """The types of those submessages that are not repeated, by number."""
+    """The types of the submessages that are not repeated, by field number."""
     fields = of.fields_by_number.items()
     return {n: field.message_type for n, field in fields if field.message_type is not None and not field.is_repeated}
 
 
 def _varint(message: bytes, at: int, end: int) -> tuple[int, int]:
-    """The number at `at`, and where it ends."""
-    if at < end and message[at] < 0x80:  # nearly all
+    """The number at `at`, and the offset behind it."""
+    if at < end and message[at] < 0x80:  # the usual case
         return message[at], at + 1
     value = 0
     for place, byte in enumerate(message[at : min(end, at + VARINT_BYTES_MAX)]):

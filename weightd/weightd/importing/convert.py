@@ -1,7 +1,7 @@
 """An import: a checkpoint becomes a model of a store.
 
 `import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits and
-that a client can use its files, write it, publish it. Memory is that of import_plan.py; nothing of the store and, where
+that a client can use its files, write it, publish it. Memory is that of plan.py; nothing of the store and, where
 its file system allows, nothing of the checkpoint enters the page cache.
 """
 
@@ -35,15 +35,8 @@ from weightd.importing.stored_dtype import KEEP, stored_dtype
 from weightd.sizes import format_size, round_up
 from weightd.store.layout import bundle_layout, lay_out_layers, native_shape
 from weightd.store.origin import origin_of, source_text
-from weightd.store.store import (
-    FILES_FOLDER,
-    RESIDENT_FILE,
-    Staging,
-    Store,
-    model_name_for,
-    space_errors,
-    sync,
-)
+from weightd.store.staged_folder import space_errors, sync
+from weightd.store.store import FILES_FOLDER, RESIDENT_FILE, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES, part_bytes, parts_of, plain
 from weightd_proto.files import BUNDLES_FILE

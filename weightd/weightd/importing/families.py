@@ -1,7 +1,7 @@
 """Model families: which tensors a model has, and how bundles are cut from them.
 
 A recipe follows from config.json alone and speaks in names and shapes of transformers' state_dict (v5); sources.py
-finds those tensors in a checkpoint. A family added here also needs its modules in flashclient/architectures.py.
+finds those tensors in a checkpoint. A family added here also needs its modules in flashclient/model/architectures.py.
 
 Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`; opt-350m normalises after the block, has no
 final norm, and embeds at word_embed_proj_dim. Gemma ties its head. A tied head is stored once, as the embedding.

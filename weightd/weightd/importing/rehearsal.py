@@ -1,7 +1,7 @@
 """Tries in a child process whether a client can use a model's files, before its weights are written.
 
-The child is the client's own code (flashclient/rehearsal.py). Where torch and transformers are not installed, or this
-Python may not be started, no client runs, and nothing is tried.
+The child runs the client's own code (flashclient/generation/rehearsal.py). If torch and transformers are not installed,
+or this Python may not be started, no client can run, and nothing is tried.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What calls may hold, so that no client shuts out another's calls or grows the daemon.
+"""Bounds on calls, so that no client can shut out others or make the daemon grow.
 
-Every call gets its place before its request is read, and keeps it until its answer has left and all that it began has
-ended (keeping_place): so requests, answers and threads that wait for a device are bounded by the places. One peer gets
-CALLS_OF_PEER of them. A call named in BOUNDS may take long: it has a bound of its own, of which one peer gets a part,
-and so do those who want one model. The last quarter of the places is kept for peers who have none. A peer is whom the
-front knows: a user of this machine, the names of a certificate, or a host.
+Every call takes a place before its request is read. It keeps the place until its answer has been sent and all work that
+it began has ended (keeping_place). So the number of places bounds the requests, the answers, and the threads that wait
+for a device. One peer gets at most CALLS_OF_PEER places. A method named in BOUNDS may take long and has a bound of its
+own, of which one peer, and one model, get only a part. The last quarter of the places is reserved for peers that have
+none. The front says who a peer is: a user of this machine, the names of a certificate, or a host.
 
-A request is bytes until its size and the number of its fields are known to be small enough (weightd.gateway.wire).
+A request is parsed only after its size and its number of fields have been checked (weightd.gateway.wire).
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ SERVICE_NAME = weightd_pb2.DESCRIPTOR.services_by_name["Weightd"].full_name
 
 CALLS_MAX = 256  # at once, of all kinds
 CALLS_OF_PEER = 64
-FETCHES_MAX = 12  # each may hold about 6 MiB, in our hands and in gRPC's: 72 of the interpreter's 150
+FETCHES_MAX = 12  # each may hold about 6 MiB, here and in gRPC: 72 MiB of the interpreter's 150
 OPENS_MAX = 32  # reading resident weights may take minutes
 PUBLISHES_MAX = 4
-LOOKS_MAX = 32  # into the catalog: short, unless its device hangs
-STREAMS_MAX = 64  # of one connection; a client has a few, and several may share one through a proxy
+LOOKUPS_MAX = 32  # of the catalog: short, unless its device hangs
+STREAMS_MAX = 64  # of one connection; a client has a few, and clients behind a proxy may share a connection
 METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
-RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client takes as much
+RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client accepts as much
 
-# A peer that is frozen, or cut off by a network that drops its packets, is found out within 50 s, so that what its
-# calls hold comes free. A living one may ping us as often as our clients do (each 20 s) and a little more often.
+# A peer that is frozen or cut off is detected within 50 s, and its calls release what they hold. Clients
+# ping every 20 s; pings a little more often are accepted.
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 PING_INTERVAL_MIN_MS = 10_000
-PATIENCE_S = 60.0  # with a living caller, for its request, its next piece of an upload, or until it takes an answer
-# An upload that comes slower than that, beyond PATIENCE_S in all, is given up: else it could keep its place for ever.
+PATIENCE_S = 60.0  # for a caller's request, for the next piece of an upload, and until it reads an answer
+# A slower upload is ended once it is PATIENCE_S behind, because it could keep its place for ever.
 UPLOAD_BYTES_PER_S_MIN = 64 << 10
-NAMES_BYTES_MAX = 4 << 10  # of a request that names a model, and little else
+NAMES_BYTES_MAX = 4 << 10  # of a request that holds little more than a model's name
 # In a message of up to UNCOUNTED_BYTES there cannot be more of them, because a field takes two bytes.
 FIELDS_MAX = FETCH_RANGES_MAX + 64
 UNCOUNTED_BYTES = 2 * FIELDS_MAX
-# Connections end now and then, politely, with time for the calls that run: whoever connects again is asked again who it
-# is. The longest of our clients' calls, an OpenSession that reads resident weights, gives up after 10 minutes.
+# Connections are closed after a while, with time for running calls, so that the peer is identified again when it
+# connects again. The longest call of a client, an OpenSession that reads resident weights, times out after 10 minutes.
 CONNECTION_IDLE_MS = 300_000  # without a call; gRPC's clients connect again when they need to
 CONNECTION_AGE_MS = 600_000
 CONNECTION_AGE_GRACE_MS = 1_200_000
@@ -71,7 +71,7 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MIN_MS),
-    ("grpc.http2.max_pings_without_data", 0),  # ours may go on for as long as nothing is said
+    ("grpc.http2.max_pings_without_data", 0),  # no bound: a silent connection may be pinged for ever
     ("grpc.max_connection_idle_ms", CONNECTION_IDLE_MS),
     ("grpc.max_connection_age_ms", CONNECTION_AGE_MS),
     ("grpc.max_connection_age_grace_ms", CONNECTION_AGE_GRACE_MS),
@@ -80,13 +80,13 @@ CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 @dataclass(frozen=True)
 class Bound:
-    """Of one method: calls at once, and of those, calls of one peer and calls that want one model; and its requests."""
+    """The bounds of one method: its concurrent calls in all, of one peer and for one model, and its request's size."""
 
     calls: int
     of_peer: int
     of_model: int | None = None
     request_bytes: int = NAMES_BYTES_MAX
-    request: type[Message] | None = None  # where request_bytes is more than UNCOUNTED_BYTES
+    request: type[Message] | None = None  # needed if request_bytes is above UNCOUNTED_BYTES
 
 
 BOUNDS = {
@@ -104,8 +104,8 @@ BOUNDS = {
         request_bytes=REQUEST_BYTES_MAX,
         request=weightd_pb2.PublishCalibrationRequest,
     ),
-    f"/{SERVICE_NAME}/ListModels": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4),
-    f"/{SERVICE_NAME}/DescribeModel": Bound(LOOKS_MAX // 2, LOOKS_MAX // 4, LOOKS_MAX * 3 // 8),
+    f"/{SERVICE_NAME}/ListModels": Bound(LOOKUPS_MAX // 2, LOOKUPS_MAX // 4),
+    f"/{SERVICE_NAME}/DescribeModel": Bound(LOOKUPS_MAX // 2, LOOKUPS_MAX // 4, LOOKUPS_MAX * 3 // 8),
     "/grpc.health.v1.Health/Watch": Bound(16, 8),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Bound(8, 4),
 }
@@ -118,10 +118,10 @@ OF_ALL, OF_PEER, OF_MODEL = "all", "peer", "model"
 
 
 class Place:
-    """A call's among those that BOUNDS allows, until it and all that it began have ended."""
+    """One of the places that BOUNDS allows. A call holds it until the call and the work that it began have ended."""
 
     def __init__(self, running: Counter[tuple[str, str]], peer: str) -> None:
-        """Counts itself in `running`, in the rows that it enters."""
+        """`running` counts the calls of each row; a row is all calls, a method's, a peer's or a model's."""
         self._running = running
         self._peer = peer
         self._rows: list[tuple[str, str]] = []
@@ -148,11 +148,11 @@ class Place:
         self._count(row)
 
     def hold(self) -> None:
-        """For what the call began; each asks for one release()."""
+        """Holds the place for work that the call began. Each hold() needs one release()."""
         self._held += 1
 
     def hold_until_done(self, context: Context) -> None:
-        """Until gRPC has given away the last of its answer, or its caller has gone."""
+        """Holds the place until gRPC has sent the whole answer, or the caller has disconnected."""
         self.hold()
         held = [self.release]
 
@@ -161,7 +161,7 @@ class Place:
                 held.pop()()
 
         context.add_done_callback(done)  # type: ignore[arg-type]  # whose parameter has another name
-        if context.done():  # before it could be told
+        if context.done():  # before the callback was added
             done(context)
 
     def release(self) -> None:
@@ -181,7 +181,7 @@ _place: ContextVar[Place | None] = ContextVar("place", default=None)
 
 
 def keeping_place() -> Callable[[], None]:
-    """Keeps the place of the call that runs, until what this returns is called, on the event loop."""
+    """Holds the current call's place until the returned function is called, on the event loop."""
     place = _place.get()
     if place is None:
         return lambda: None
@@ -190,17 +190,17 @@ def keeping_place() -> Callable[[], None]:
 
 
 class CallBounds(grpc.aio.ServerInterceptor):
-    """Refuses calls beyond BOUNDS with ABORTED (the caller asks again a little later), messages beyond theirs with
-    RESOURCE_EXHAUSTED, and answers with a status what a call raises.
+    """Refuses calls beyond BOUNDS with ABORTED (the caller tries again later) and too large messages with
+    RESOURCE_EXHAUSTED, and turns exceptions of a call into a status.
 
-    Ends with DEADLINE_EXCEEDED calls whose caller sends nothing for `patience_s`, and those of which it takes nothing
-    for as long; then with its connection, because gRPC keeps what was not taken.
+    Ends a call with DEADLINE_EXCEEDED if its caller sends nothing, or reads nothing, for `patience_s`. In the second
+    case the connection is closed too, because gRPC keeps answers that were not read.
     """
 
     def __init__(
         self, peer_of: Callable[[Context], str], hang_up: Callable[[Context], None], patience_s: float = PATIENCE_S
     ) -> None:
-        """`peer_of`: who calls. `hang_up`: ends the connection of a call."""
+        """`peer_of` names the peer of a call. `hang_up` closes the connection of a call."""
         self._peer_of = peer_of
         self._hang_up = hang_up
         self._patience_s = patience_s
@@ -211,7 +211,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        """The same method, to gRPC one that reads and writes when it wants, and gets bytes."""
+        """Presents the method to gRPC as a stream of bytes in both directions, so that this class does the reading."""
         handler = await continuation(handler_call_details)
         if handler is None:
             return None
@@ -228,20 +228,20 @@ class CallBounds(grpc.aio.ServerInterceptor):
         try:
             if (refusal := await self._refusal(method, handler, context, place)) is not None:
                 await context.abort(*refusal)
-        except grpc.aio.InternalError:  # its caller has gone without having read it
+        except grpc.aio.InternalError:  # the caller has disconnected without reading the status
             pass
         except grpc.aio.AbortError as error:
-            error.__traceback__ = None  # gRPC keeps the error, and would keep all that these frames hold
+            error.__traceback__ = None  # gRPC keeps the error, and with it everything that its frames refer to
         finally:
             place.release()
 
     async def _refusal(
         self, method: str, handler: Handler, context: Context, place: Place
     ) -> tuple[grpc.StatusCode, str] | None:
-        """Answers the call; why it was refused, if it was."""
+        """Answers the call. Returns the status of a refusal, or None."""
         try:
             await self._answer(method, handler, context, place)
-        except (grpc.aio.AbortError, grpc.aio.InternalError):  # of a service of gRPC's own; of a caller who has gone
+        except (grpc.aio.AbortError, grpc.aio.InternalError):  # by gRPC's own services; the caller has disconnected
             raise
         except Exception as error:
             return refusal_of(error)
@@ -266,11 +266,11 @@ class CallBounds(grpc.aio.ServerInterceptor):
             await self._give(await behaviour(given, context), context)
         elif inspect.isasyncgenfunction(behaviour):
             await self._give_all(behaviour(given, context), context)
-        else:  # it writes its answers itself
+        else:  # the method writes its answers itself
             await behaviour(given, context)
 
     async def _give_all(self, answers: AsyncGenerator[Any, None], context: Context) -> None:
-        """What makes the answers is closed in any case."""
+        """Sends all answers and closes the generator, also after an error."""
         async with aclosing(answers):
             async for answer in answers:
                 await self._give(answer, context)
@@ -281,7 +281,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(self._patience_s):
                 await context.write(answer)
         except TimeoutError:
-            asyncio.get_running_loop().call_soon(self._hang_up, context)  # when the status is on its way, for who reads
+            asyncio.get_running_loop().call_soon(self._hang_up, context)  # after the status has been sent
             raise SilenceError(f"no answer was taken for {self._patience_s:g} s; ask again") from None
 
 
@@ -297,13 +297,13 @@ class Incoming:
         self._waited_s = 0.0
 
     async def one(self) -> Any:
-        """Raises RequestError when there is none, and as all()."""
+        """The only message. Raises RequestError if there is none, and what all() raises."""
         if (message := await self._next()) is None:
             raise RequestError("a call without its message")
         return message
 
     async def all(self) -> AsyncIterator[Any]:
-        """Raises SilenceError when they come too slowly, LimitError for too much in one, RequestError for nonsense."""
+        """Raises SilenceError (they arrive too slowly), LimitError (one is too large), RequestError (not a message)."""
         while (message := await self._next()) is not None:
             yield message
 

@@ -1,7 +1,7 @@
 """The daemon's configuration: one frozen record, built once from flags and an optional TOML file.
 
-A key of the file is a flag without its dashes in front, `io-engine = "threads"`; `listen` is a list. Flags win over
-the file. Unknown flags and keys are refused, with the nearest known name.
+A key of the file is a flag without its leading dashes, as in `io-engine = "threads"`. `listen` is a list. Flags
+override the file. Unknown flags and keys are refused, and the error names the nearest known one.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ IO_DEPTH_MAX = 4096
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 METRICS_HOST = "127.0.0.1"
-DRAM_BYTES_MIN = 1 << 20  # no model does with less: a smaller number without a unit was meant in another
+DRAM_BYTES_MIN = 1 << 20  # every model needs more, so a smaller number without a unit is a mistake
 
 
 @dataclass(frozen=True)
 class ServiceManager:
-    """What systemd told us: where to say that we are ready, and how often that we live."""
+    """What systemd passed on: the socket for sd_notify(3), and the watchdog's deadline."""
 
     notify_socket: str  # a path, or @ and an abstract name
-    watchdog_s: float | None = None  # without a sign of life for so long we are killed
+    watchdog_s: float | None = None  # systemd kills the daemon after this time without a sign of life
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """What `weightd --store DIR ...` was asked to do."""
+    """The settings of `weightd --store DIR ...`."""
 
     store: Path
     listen: tuple[ListenAddress, ...]
@@ -85,28 +85,49 @@ def _parser() -> FlagParser:
     parser = FlagParser(prog="weightd", allow_abbrev=False, description="Serve the models of a store from flash.")
     add = parser.add_argument
     add("--store", metavar="DIR", help="the store to serve")
-    dram = (
-        "all memory for weights, pool and tables, a size or a percentage of the machine's memory or the cgroup's limit"
-    )
+    dram = "memory for weights, pool and tables: a size, or a percentage of the machine's memory or the cgroup's limit"
     add("--dram", metavar="SIZE|PCT%", help=f"{dram} (default: half of what is free)")
-    floor = "memory pressure takes back no more than down to this, a size or a percentage of --dram"
+    floor = "memory pressure shrinks the pool no further than this: a size, or a percentage of --dram"
     add("--dram-floor", metavar="SIZE|PCT%", help=f"{floor} (default: {DRAM_FLOOR.percent:.0f}%%; 100%% ignores it)")
-    add("--listen", metavar="ADDR", action="append", help="unix:/path or host:port; may be given again")
+    add("--listen", metavar="ADDR", action="append", help="unix:/path or host:port; can be repeated")
     add("--io-engine", choices=IO_ENGINES, help="how to read the device (default: auto, the best that is allowed)")
     add("--io-threads", metavar="N", help=f"reading threads of --io-engine threads (default: {IO_THREADS_DEFAULT})")
     add("--io-depth", metavar="N", help="reads in flight of --io-engine io_uring")
-    add("--tls-cert", metavar="FILE", help="PEM certificate (chain) for TCP; needed beyond this machine")
-    add("--tls-key", metavar="FILE", help="its private key, PEM without a password")
-    add("--tls-client-ca", metavar="FILE", help="clients need a certificate signed by one of these (mutual TLS)")
-    who = "MODEL=WHO[,WHO]..., WHO being user:NAME, group:NAME or tls:NAME, MODEL * for all others; may be given again"
-    add("--allow", metavar="RULE", action="append", help=f"who may read a model (default: whoever connects): {who}")
-    add("--allow-publish", metavar="RULE", action="append", help="who may publish a model's calibrations, likewise")
-    add("--metrics", metavar="HOST:PORT", help=f"serve Prometheus metrics there (host: {METRICS_HOST} when left out)")
-    add("--log-level", choices=LOG_LEVELS, help="(default: info)")
-    add("--log-format", choices=LOG_FORMATS, help="text for people (default), or one JSON object a line")
+    add("--tls-cert", metavar="FILE", help="PEM certificate (chain) for TCP; needed for clients on other machines")
+    add("--tls-key", metavar="FILE", help="the certificate's private key, PEM without a password")
+    add(
+        "--tls-client-ca", metavar="FILE", help="require clients' certificates, signed by one of these CAs (mutual TLS)"
+    )
+    who = (
+        "MODEL=WHO[,WHO]..., where WHO is user:NAME, group:NAME or tls:NAME, and MODEL * is all others; can be repeated"
+    )
+    add(
+        "--allow",
+        metavar="RULE",
+        action="append",
+        help=f"who may read a model (default: everybody who can connect): {who}",
+    )
+    add(
+        "--allow-publish",
+        metavar="RULE",
+        action="append",
+        help="who may publish a model's calibrations; the same form as --allow",
+    )
+    add(
+        "--metrics",
+        metavar="HOST:PORT",
+        help=f"serve Prometheus metrics at this address (default host: {METRICS_HOST})",
+    )
+    add("--log-level", choices=LOG_LEVELS, help="least severe level that is logged (default: info)")
+    add("--log-format", choices=LOG_FORMATS, help="text (default), or one JSON object per line")
     add("--config", metavar="FILE", help="a TOML file with these flags as keys")
-    add("--allow-buffered", action="store_true", default=None, help="serve where the file system refuses O_DIRECT")
-    cold = "begin with an empty pool, and know of no cell that it is hot: nothing is remembered, foretold or read back"
+    add(
+        "--allow-buffered",
+        action="store_true",
+        default=None,
+        help="use buffered I/O where the file system refuses O_DIRECT",
+    )
+    cold = "start with an empty pool and without hotness: do not save it, do not use it, and read nothing ahead"
     add("--cold-start", action="store_true", default=None, help=cold)
     add("--owner-fd", metavar="FD", help=argparse.SUPPRESS)
     return parser

@@ -1,9 +1,9 @@
 """The control plane: what each call of proto/weightd.proto does.
 
-Calls of the engine and the store block, so they run in worker threads, never on the event loop: all that asks the
-device (a Fetch, the opening of a model or session, the files of a calibration, a look into the catalog) in threads of
-their own, as many as call_bounds lets run, so that none waits for another model's device and what asks only the
-engine's memory (Stats) never waits for them. A Fetch makes its next answer when the client has taken the last.
+Calls of the engine and the store block, so they run in worker threads, never on the event loop. Calls that read from
+the device (a Fetch, the opening of a model or a session, the files of a calibration, a lookup in the catalog) have
+thread pools as large as call_bounds allows calls. So no call waits for another model's device, and Stats, which reads
+memory only, waits for none. A Fetch makes its next answer when the client has taken the last.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from weightd.store.calibration import CalibrationStaging, check_calibration
 from weightd.watching.statistics import Statistics
 from weightd_proto import weightd_pb2
 
-WORKERS_MAX = 4  # threads for what never asks the device
-ANYBODY = -1  # to the engine: a session for whoever has its token
-SESSION_COST = 50  # in frames (users.py), beside that of a call: memory is mapped, tables are made
+WORKERS_MAX = 4  # threads for calls that do not read from the device
+ANYBODY = -1  # a user id for the engine: any process that has the token may attach
+SESSION_COST = 50  # in frames (users.py), in addition to a call's: memory is mapped, tables are made
 
 Result = TypeVar("Result")
 
@@ -66,23 +66,23 @@ class ControlPlane:
         self._fetchers = ThreadPoolExecutor(FETCHES_MAX, thread_name_prefix="weightd-fetch")
 
     def close(self) -> None:
-        """Ends the engine; calls still in it are answered with UNAVAILABLE."""
+        """Stops the engine. Calls that still run are answered with UNAVAILABLE."""
         self._stopping = True
         self._engine.close()
         for threads in (self._workers, self._askers, self._fetchers):
             threads.shutdown()
 
     def set_rules(self, allow: Rules, allow_publish: Rules) -> None:
-        """Who may read and publish what, from the next call on. Sessions that are open go on."""
+        """Applies rules for reading and publishing from the next call on. Open sessions are not affected."""
         self._allow, self._allow_publish = allow, allow_publish
 
     def peer_of(self, context: Context) -> str:
-        """Who calls, to count the calls of: what the kernel or TLS says of the connection, not what the call shows."""
+        """The name under which a caller's calls are counted. It comes from the connection, not from the call."""
         origin = self._identities.origin(context)
-        return "those who have gone" if origin is None else origin.peer
+        return "callers whose connection has ended" if origin is None else origin.peer
 
     def hang_up(self, context: Context) -> None:
-        """Ends the connection of a caller that takes no answers: gRPC would keep them for it."""
+        """Closes the connection of a caller that reads no answers, because gRPC would keep them."""
         if (origin := self._identities.origin(context)) is not None:
             origin.hang_up()
 
@@ -113,7 +113,7 @@ class ControlPlane:
         answers = await self._run(lambda: self._fetcher.answers(served, request), self._fetchers)
         while (data := await self._run(lambda: next(answers, None), self._fetchers)) is not None:
             response = weightd_pb2.FetchResponse(data=data)
-            del data  # not held while the client takes its time
+            del data  # must not be held while the client reads slowly
             yield response
 
     async def PublishCalibration(
@@ -144,10 +144,10 @@ class ControlPlane:
         return stats
 
     async def _readable(self, name: str, context: Context, import_id: bytes = b"") -> ServedModel:
-        """The model; `import_id`: the only import of it that will do, empty for any.
+        """The opened model. `import_id` is the import that the caller wants, empty for any.
 
-        Raises ForbiddenError, UnknownModelError (names what the caller may read), StoreError (another import),
-        DeviceError (it does not answer), and as ServedModels.open().
+        Raises ForbiddenError, UnknownModelError (lists the models that the caller may read), StoreError (the stored
+        import is another one), DeviceError (the device does not answer), and what ServedModels.open() raises.
         """
         caller = self._identities.caller(context)
         require_read(caller, name, self._allow)
@@ -164,7 +164,7 @@ class ControlPlane:
         return may_read(caller, name, self._allow)
 
     async def _opened(self, name: str) -> ServedModel:
-        """The model, once it is open: one thread opens it, and all calls that want it wait here."""
+        """Opens the model in one thread. All calls that want it wait here."""
         if name not in self._opening:
             opening = self._opening[name] = asyncio.create_task(
                 self._run(lambda: self._models.open(name), self._askers)
@@ -182,10 +182,10 @@ class ControlPlane:
     def _end_opening(self, name: str, opening: asyncio.Task[ServedModel]) -> None:
         del self._opening[name]
         if not opening.cancelled():
-            opening.exception()  # looked at, for when nobody waits any more
+            opening.exception()  # marks it as seen; otherwise asyncio logs it when no call waits for it
 
     def _stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
-        check_calibration(served.record, offered)  # before anything is computed from sizes that a stranger says
+        check_calibration(served.record, offered)  # first, because the sizes come from a client
         record = weightd_pb2.Model()
         record.CopyFrom(served.record)
         record.calibration.CopyFrom(offered)
@@ -206,9 +206,9 @@ class ControlPlane:
         return token, share
 
     async def _run(self, work: Callable[[], Result], threads: ThreadPoolExecutor | None = None) -> Result:
-        """`work` in a worker thread, with its call's place kept until it ends, also when that is later than the call.
+        """Runs `work` in a worker thread. The call keeps its place until `work` ends, even if the call ends earlier.
 
-        What fails because the engine ends is a StoppingError.
+        Raises StoppingError for any failure while the engine is stopping.
         """
         if self._stopping:
             raise StoppingError("weightd is stopping")
@@ -223,10 +223,10 @@ class ControlPlane:
                 raise StoppingError("weightd is stopping") from error
             raise
         finally:
-            del running  # it holds its error, whose frames hold this one
+            del running  # otherwise its exception and this frame refer to each other
 
     async def _run_whole(self, work: Callable[[], Result]) -> Result:
-        """The same, but a cancelled call ends when `work` has: what that touches can be taken back then."""
+        """Like _run, but a cancelled call waits for the end of `work`, so that its effects can be undone."""
         running = asyncio.ensure_future(self._run(work, self._askers))
         try:
             return await asyncio.shield(running)

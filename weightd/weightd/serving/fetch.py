@@ -1,7 +1,7 @@
-"""Bytes of a model in-band: what a Fetch asks for, cut into answers of at most DATA_BYTES_MAX.
+"""The in-band data path: the bytes that a Fetch asks for, in answers of at most DATA_BYTES_MAX.
 
-Everything here blocks. A step holds at most FETCH_BYTES_MAX of cells and one answer; between steps a stream holds the
-last answer and what it was asked, whatever the size of what is fetched.
+All functions block. One step holds at most FETCH_BYTES_MAX of cells and one answer. Between steps a stream holds its
+request and the last answer, whatever the size of what is fetched.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 RESPONSE_BYTES_MAX = 1 << 20
-# A block less, for the message's own bytes; ranges stay aligned to blocks.
+# One block less leaves room for the message's own bytes and keeps ranges aligned to blocks.
 DATA_BYTES_MAX = RESPONSE_BYTES_MAX - 4096
-REQUEST_BYTES_MAX = RESPONSE_BYTES_MAX + (64 << 10)  # a piece of a calibration; and the numbers of FETCH_NAMED_MAX
-FETCH_BYTES_MAX = 2 << 20  # bundles that share cells may be scattered over many cells
-FETCH_BUNDLES_MAX = 1 << 20  # of one call, in ranges
-FETCH_NAMED_MAX = 1 << 17  # of one call, one by one: 1 MiB while the stream is open, in the request and as positions
+REQUEST_BYTES_MAX = RESPONSE_BYTES_MAX + (64 << 10)  # a piece of a calibration, or FETCH_NAMED_MAX numbers
+FETCH_BYTES_MAX = 2 << 20  # of cells; small bundles may be scattered over many cells
+FETCH_BUNDLES_MAX = 1 << 20  # of one call, ranges included
+FETCH_NAMED_MAX = 1 << 17  # neurons named in one call: 1 MiB while the stream is open, in the request and as positions
 FETCH_RANGES_MAX = 1 << 14  # of one call
 
 Indices = npt.NDArray[np.uint32]
 
 
 class Positions:
-    """Positions named one by one, then ranges of them; made as they are needed."""
+    """Positions that were named one by one, then ranges of positions, which are expanded on demand."""
 
     def __init__(self, named: Indices, ranges: npt.NDArray[np.int64]) -> None:
         """`ranges`: [ranges, 2], begin and end."""
@@ -62,9 +62,9 @@ class Fetcher:
         self._engine = engine
 
     def answers(self, served: ServedModel, request: weightd_pb2.FetchRequest) -> Iterator[bytes]:
-        """The data of each response, in order. RequestError at once when something asked for is not there.
+        """The data of each response, in order. Raises RequestError at once if something requested does not exist.
 
-        While iterating: CorruptionError, OSError (not of a bundle), MemoryError (no share of the pool is left).
+        Iterating raises CorruptionError, OSError (a read failed), MemoryError (no share of the pool is left).
         """
         match request.WhichOneof("what"):
             case "bundles":
@@ -81,7 +81,7 @@ class Fetcher:
                 raise RequestError("a Fetch names bundles, resident, file or placement_of; this one names none of them")
 
     def _positions(self, served: ServedModel, wanted: weightd_pb2.NeuronSet) -> Positions:
-        """All positions asked for, in order; refuses what is not there."""
+        """All requested positions, in order. Raises RequestError, LimitError."""
         layer = _layer(served, wanted.layer)
         if len(wanted.neurons) > FETCH_NAMED_MAX or len(wanted.positions) > FETCH_RANGES_MAX:
             raise LimitError(
@@ -108,14 +108,14 @@ class Fetcher:
             yield from _cut(self._read(served, layer, positions.part(first, first + step)))
 
     def _read(self, served: ServedModel, layer: int, positions: Indices) -> bytes:
-        """The bundles at `positions`, back to back."""
+        """The bundles at `positions`, concatenated."""
         layout = served.record.bundle
         cells, which = np.unique(positions // np.uint32(layout.bundles_per_cell), return_inverse=True)
         try:
             data = self._engine.fetch(served.number, layer, cells, layout.cell_bytes)
         except _native.CorruptBundle as error:
             position = error.position
-            if error.error:  # a cell: name what was asked for in it
+            if error.error:  # a whole cell could not be read: name a requested bundle in it
                 cell = positions // np.uint32(layout.bundles_per_cell) == position // layout.bundles_per_cell
                 position = int(positions[cell][0])
             raise self._store.corrupt_bundle(served.record.name, error.layer, position, error.error) from error
@@ -142,7 +142,7 @@ class Fetcher:
                 raise CorruptionError(str(error)) from error
 
     def _file(self, served: ServedModel, name: str) -> Iterator[bytes]:
-        # Only names of the catalog reach the file system.
+        # Only names in the catalog reach the file system.
         file = next((file for file in served.record.files if file.name == name), None)
         if file is None:
             names = ", ".join(file.name for file in served.record.files)
@@ -167,7 +167,7 @@ class Fetcher:
         return self._calibration_parts(served, file, begin, end)
 
     def _calibration_parts(self, served: ServedModel, file: weightd_pb2.File, begin: int, end: int) -> Iterator[bytes]:
-        """Reads all of the file, because it is checked as a whole: one that differs ends as an error."""
+        """Reads the whole file, because its checksum covers all of it. Raises an error at the end if it differs."""
         record = served.record
         path = calibration_path(self._store, record.name, record.calibration.version) / file.name
         what = f"model {record.name}, calibration file {file.name}"
@@ -197,6 +197,6 @@ def _layer(served: ServedModel, layer: int) -> weightd_pb2.Layer:
 
 
 def _cut(data: bytes) -> Iterator[bytes]:
-    """`data` in parts of at most DATA_BYTES_MAX; nothing for no data."""
+    """`data` in parts of at most DATA_BYTES_MAX."""
     for first in range(0, len(data), DATA_BYTES_MAX):
         yield data[first : first + DATA_BYTES_MAX]

@@ -1,4 +1,4 @@
-"""SIGHUP: the configuration is read again, and what can change without a restart changes."""
+"""SIGHUP: reads the configuration again and applies the settings that can change without a restart."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from weightd.serving.systemd import notify, notify_reloading
 logger = logging.getLogger(__name__)
 
 RELOADED = ("allow", "allow_publish", "log_level", "log_format")
-NOT_SETTINGS = ("service_manager",)  # told to us by systemd, not by the operator
+NOT_SETTINGS = ("service_manager",)  # set by systemd, not by the operator
 
 
 class Reloader:
-    """Rules, certificates, level and form of the log. All else is named there and stays as it was until a restart."""
+    """Applies rules, certificates, log level and log format. Other changes are logged and need a restart."""
 
     def __init__(
         self, config: ServeConfig, arguments: Sequence[str], control: ControlPlane, tls: TlsCredentials | None
     ) -> None:
-        """`config` is what `arguments` said at start."""
+        """`config` was made from `arguments` at the start."""
         self._config = config
         self._arguments = arguments
         self._control = control
         self._tls = tls
 
     def reload(self) -> None:
-        """Never raises: a mistake in the file is told in the log, and all stays as it was."""
+        """Never raises. A mistake in the configuration is logged, and nothing changes."""
         notify_reloading(self._config.service_manager)
         try:
             fresh = load_config(self._arguments)

@@ -1,4 +1,4 @@
-"""`weightd --store DIR`: from the configuration to a serving process, and back to nothing."""
+"""`weightd --store DIR`: starts the daemon from its configuration, and ends it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from weightd.machine import pressure
 from weightd.machine.budget import GrowingDram, chosen_dram_bytes, chosen_floor_bytes
 from weightd.serving.config import ServeConfig, load_config
 from weightd.serving.control_plane import ControlPlane
+from weightd.serving.endpoints import Endpoints, prepare_addresses, remove_sockets
 from weightd.serving.fetch import Fetcher
-from weightd.serving.frontend import Frontend, prepare_addresses, remove_sockets
 from weightd.serving.reload import Reloader
 from weightd.serving.served_models import ANSWER_WITHIN_S, ServedModels, demand_of
 from weightd.serving.systemd import feed_watchdog, notify
@@ -35,17 +35,16 @@ from weightd.watching.statistics import Statistics
 
 logger = logging.getLogger("weightd")
 
-# What is hot is written down at the end, and now and then for when there is no end: seldom, for the sake of the device,
-# but sooner after the start, when it is learned fastest.
+# Hotness is saved at the end, and at intervals in case the daemon is killed. The intervals are long, to spare the
+# device, but short after the start, when hotness changes fastest.
 REMEMBER_FIRST_S = 4.0
 REMEMBER_EVERY_S = 256.0
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Serves until SIGTERM, SIGINT, or the end of its terminal or owner.
+    """Serves until SIGTERM or SIGINT, or until its terminal or its owner ends. Returns the exit status.
 
-    What goes wrong then is a line of the log, and the exit status. Raises UsageError for wrong flags, before there is a
-    log; the command prints it.
+    Errors are logged. Only UsageError for wrong flags is raised, because the log is not configured yet.
     """
     config = load_config(arguments)
     log.configure(config.log_level, config.log_format)
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
-    """Claims the store, opens the engine, listens, and waits for the end. SIGHUP reads `arguments` and files again."""
+    """Claims the store, starts the engine, listens, and waits for the end. SIGHUP reads the configuration again."""
     had_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # as nohup sets it
     _raise_descriptor_limit()
     with ExitStack() as stack:
@@ -94,8 +93,8 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         if not config.cold_start:
             stack.callback(models.remember)
         stack.callback(remove_sockets, config)
-        frontend = Frontend(config, control, tls)
-        stack.callback(frontend.close)
+        endpoints = Endpoints(config, control, tls)
+        stack.callback(endpoints.close)
         told = _told_to_stop(config, engine)
         loop = asyncio.get_running_loop()
         reloader = Reloader(config, arguments, control, tls)
@@ -103,17 +102,17 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
         for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
             stack.callback(asyncio.create_task(task).cancel)
-        await frontend.start(identities)
+        await endpoints.start(identities)
         _say_started(config, models, engine, dram_bytes)
         await told.wait()
         _say_stopping(config)
-        await frontend.stop()
+        await endpoints.stop()
         if engine.failure:
             raise DeviceError(f"the engine ended by a fault: {engine.failure}; clients attach again to a new weightd")
 
 
 def _raise_descriptor_limit() -> None:
-    """Each session takes four descriptors and each segment of the pool two; the soft limit is 1024 on many systems."""
+    """Each session takes four descriptors and each segment of the pool two. Many systems have a soft limit of 1024."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -126,7 +125,7 @@ def _pressure_triggers() -> pressure.Triggers:
 
 
 def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContextManager[None]:
-    from weightd.watching import metrics  # prometheus_client takes memory that only those pay who want it
+    from weightd.watching import metrics  # imported on demand, because prometheus_client takes memory
 
     if not address.loopback:
         logger.warning("whoever reaches %s:%d can read the metrics", address.host, address.port)
@@ -186,7 +185,7 @@ async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> N
 
 
 def _told_to_stop(config: ServeConfig, engine: EngineThread) -> asyncio.Event:
-    """What SIGTERM, SIGINT, the owner's end and a fault of the engine set."""
+    """An event that is set by SIGTERM, SIGINT, the end of the owner, and a fault of the engine."""
     told = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -198,7 +197,7 @@ def _told_to_stop(config: ServeConfig, engine: EngineThread) -> asyncio.Event:
 
 
 def _has_terminal() -> bool:
-    """Whether the terminal from which we were started, if we were, is still there."""
+    """Whether this process has a controlling terminal that is still open."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
@@ -207,7 +206,7 @@ def _has_terminal() -> bool:
 
 
 def _on_hangup(had_terminal: bool, told: asyncio.Event, reloader: Reloader) -> Callable[[], None]:
-    """What SIGHUP does: it ends us when our terminal has closed, and else reads the configuration again."""
+    """SIGHUP's handler: stops the daemon if its terminal has closed, otherwise reads the configuration again."""
 
     def hangup() -> None:
         if had_terminal and not _has_terminal():
@@ -228,10 +227,10 @@ def _watch_engine(loop: asyncio.AbstractEventLoop, engine: EngineThread, told: a
 
 def _watch_owner(loop: asyncio.AbstractEventLoop, descriptor: int, told: asyncio.Event) -> None:
     def read() -> None:
-        with suppress(BlockingIOError):  # of a FIFO that somebody opened between the end and now
-            if not os.read(descriptor, 1):  # nothing but its end is expected
+        with suppress(BlockingIOError):  # another process has opened the FIFO since the owner's end
+            if not os.read(descriptor, 1):  # the owner writes nothing; it only closes its end
                 loop.remove_reader(descriptor)
-                os.close(descriptor)  # who opens the FIFO from now on is told that nobody reads it
+                os.close(descriptor)  # from now on, opening the FIFO for writing fails
                 told.set()
 
     try:

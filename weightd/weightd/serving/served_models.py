@@ -1,7 +1,7 @@
 """The models that the daemon serves: records of the catalog, opened in the engine.
 
-Models imported while the daemon runs are found when they are first asked for. (None disappears: `rm` is refused while
-a daemon serves the store.)
+A model that is imported while the daemon runs is opened when it is first requested. Models do not disappear: `rm` is
+refused while a daemon serves the store.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ from weightd_proto import weightd_pb2
 
 logger = logging.getLogger(__name__)
 
-# Placements are looked up per Fetch and cost 4 bytes a neuron; 64 layers of 28672 are 7 MB of the interpreter's 150.
+# A Fetch looks placements up. They take 4 bytes per neuron: 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
 PAGE_BYTES = 4096
-OPENERS_AT_START = 8  # models opened at once, so that one whose device hangs keeps none of the others
-# A device that was silent for so long is given up by those who can go without its answer. Healthy ones take
-# milliseconds, a disk that wakes up or a link that fails over some seconds.
+OPENERS_AT_START = 8  # models opened at once, so that a device that hangs does not delay other models
+# After this time without an answer, callers that can go on without the device do so. A healthy device takes
+# milliseconds; a disk that wakes up or a link that fails over takes seconds.
 ANSWER_WITHIN_S = 30.0
-# Room in the default --dram for the predictors of a calibration to come, beside those of the sessions still open: a
-# rank of a sixteenth of the width takes that part of the bundles; small models need their headers and pages, too.
+# The default --dram leaves room for the predictors of a future calibration beside those of open sessions. Predictors
+# whose rank is a sixteenth of the width take a sixteenth of the bundles' bytes; small models need room for headers and
+# pages.
 CALIBRATION_SHARE = 16
 CALIBRATION_BYTES = 2 << 20
 
@@ -52,7 +53,7 @@ class ServedModel:
 
 
 class ServedModels:
-    """All models of `store`, by name; safe to use from several threads. Opening one keeps none waiting for another."""
+    """All models of `store`, by name. Safe to use from several threads. Opening one model does not delay others."""
 
     def __init__(
         self,
@@ -61,26 +62,28 @@ class ServedModels:
         dram: GrowingDram,
         cold_start: bool = False,
     ) -> None:
-        """`cold_start`: the engine is told nothing of what is hot."""
+        """`cold_start`: the engine is not seeded with hotness."""
         self._store = store
         self._engine = engine
         self._dram = dram
         self._cold_start = cold_start
-        self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is asked
+        self._lock = threading.Lock()  # guards _opened and _changing; never held while the device is read
         self._opened: dict[str, ServedModel] = {}
-        self._changing: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)  # one opens or publishes a model
-        self._remembered: dict[str, int] = {}  # checksum of the hotness that the catalog has, or does not need
+        self._changing: defaultdict[str, threading.Lock] = defaultdict(
+            threading.Lock
+        )  # held to open or publish a model
+        self._remembered: dict[str, int] = {}  # checksum of the last saved hotness
         self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
 
     def names(self) -> list[str]:
-        """The names in the store as it is now."""
+        """The names that are in the store now."""
         return self._store.names()
 
     def open_all(self, within_s: float) -> None:
-        """Opens what is in the store now; one that is damaged, or whose device says nothing for `within_s`, is logged.
+        """Opens all models of the store. Logs those that are damaged, or whose device gives no answer for `within_s`.
 
-        Raises what open() does, for what is not the model's own fault, or when no model can be opened. Bytes that
-        differ from their checksum end no daemon: it says so to all who ask for the model, until it is whole again.
+        Raises what open() raises if no model can be opened for another reason than corruption. Corruption does not end
+        the daemon: calls for the model fail until it is repaired.
         """
         failed: list[WeightdError] = []
         names = self.names()
@@ -104,18 +107,18 @@ class ServedModels:
             logger.error("%s", refusal)
 
     def opened(self, name: str) -> ServedModel | None:
-        """The model, if it is open; never waits."""
+        """The model if it is open, without waiting."""
         return self._opened.get(name)
 
     def require_known(self, name: str, listed: Callable[[str], bool]) -> None:
-        """Raises UnknownModelError, which names those models that are `listed`."""
+        """Raises UnknownModelError, which lists the models for which `listed` is true."""
         names = self.names()
         if name not in names:
             known = ", ".join(filter(listed, names))
             raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
 
     def open(self, name: str) -> ServedModel:
-        """A model imported since the start; waits for another opening of it.
+        """Opens a model that was imported since the start. Waits if another thread is opening it.
 
         Raises StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
@@ -143,12 +146,12 @@ class ServedModels:
             return self._changing[name]
 
     def stage(self, served: ServedModel, offered: weightd_pb2.Calibration) -> CalibrationStaging:
-        """A folder for the files of a new calibration. Raises RequestError, StoreError, SpaceError."""
+        """Makes a folder for the files of a new calibration. Raises RequestError, StoreError, SpaceError."""
         self._store.clean()
         return CalibrationStaging(self._store, served.record, offered)
 
     def publish(self, served: ServedModel, staging: CalibrationStaging) -> weightd_pb2.Calibration:
-        """Makes it what sessions get from now on."""
+        """Publishes the staged calibration. Sessions that open from now on use it."""
         calibration = staging.publish()
         with self._changes(served.record.name):
             record = self._store.model(served.record.name)
@@ -164,7 +167,7 @@ class ServedModels:
             self._engine.seed(number, hotness)
 
     def remember(self) -> None:
-        """Writes down what pools have learned of which cells are hot, where that is new: a byte a cell."""
+        """Saves the hotness of each model's cells in the catalog, a byte per cell, if it has changed."""
         with self._lock:
             opened = list(self._opened.values())
         for served in opened:
@@ -192,7 +195,7 @@ class ServedModels:
 
 
 def demand_of(model: weightd_pb2.Model) -> ModelDemand:
-    """What the model asks of --dram."""
+    """How much of --dram the model needs."""
     cells = sum(layer.cells for layer in model.layers)
     neurons = sum(layer.neurons for layer in model.layers)
     cell_bytes = model.bundle.cell_bytes
@@ -206,7 +209,7 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
 
 
 def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
-    """The record in the engine's terms."""
+    """The record as the engine takes it."""
     name, bundle = record.name, record.bundle
     return ModelSpec(
         name=name,
@@ -251,6 +254,6 @@ def _checksum(data: bytes) -> int:
 
 
 def _advice(error: OSError) -> str:
-    if error.errno == 22:  # EINVAL: what file systems without O_DIRECT answer
+    if error.errno == 22:  # EINVAL: the file system does not support O_DIRECT
         return "; move the store to ext4 or xfs, or give --allow-buffered"
     return ""

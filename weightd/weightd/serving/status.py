@@ -1,4 +1,4 @@
-"""Errors as gRPC statuses: the one table of the daemon."""
+"""The daemon's table of errors and gRPC statuses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from weightd.errors import (
 logger = logging.getLogger(__name__)
 
 
-# The first row whose class fits counts, so a class stands above its parents.
+# The first row that matches counts, so a class comes before its parents.
 STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnknownModelError, grpc.StatusCode.NOT_FOUND),
     (CorruptionError, grpc.StatusCode.DATA_LOSS),
@@ -37,17 +37,17 @@ STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (StoppingError, grpc.StatusCode.UNAVAILABLE),
     (StoreError, grpc.StatusCode.FAILED_PRECONDITION),
     (DeviceError, grpc.StatusCode.INTERNAL),
-    (OSError, grpc.StatusCode.INTERNAL),  # a read that the device refused; asking again is of no use
+    (OSError, grpc.StatusCode.INTERNAL),  # the device refused a read; trying again does not help
 )
-# Worth a line in the log: the operator must act, not the caller.
+# These are logged, because the operator must act, not the caller.
 LOGGED = (grpc.StatusCode.INTERNAL, grpc.StatusCode.DATA_LOSS)
-# A status travels in a header, of which clients take 8 KiB, and a character may become nine bytes there. What is longer
-# names something that a caller made long.
+# A status is sent in a header. Clients accept 8 KiB of headers, and a character may take nine bytes there. Only texts
+# with a long name chosen by a caller are longer.
 DETAILS_CHARACTERS_MAX = 800
 
 
 def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The status and the line with which `error` crosses gRPC."""
+    """The gRPC status and the details of `error`."""
     for kind, status in STATUSES:
         if isinstance(error, kind):
             return status, str(error)
@@ -55,7 +55,7 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 def refusal_of(error: Exception) -> tuple[grpc.StatusCode, str]:
-    """The same for a call that ends with it, in a short line; logs what the operator must know, forgets the frames."""
+    """The same with bounded details, for a call that fails. Logs what the operator must know and frees the frames."""
     status, details = status_of(error)
     if status in LOGGED:
         foreseen = any(isinstance(error, kind) for kind, _ in STATUSES)
@@ -67,7 +67,7 @@ def refusal_of(error: Exception) -> tuple[grpc.StatusCode, str]:
 
 
 def _forget_frames(error: BaseException | None) -> None:
-    """Frames hold requests, and futures that hold the error: what is over would stay until the collector comes by."""
+    """Breaks reference cycles of an error and its frames, which would keep a request until the next collection."""
     while error is not None and error.__traceback__ is not None:
         error.__traceback__ = None
         error = error.__cause__ or error.__context__

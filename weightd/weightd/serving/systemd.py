@@ -1,6 +1,6 @@
-"""What systemd is told: ready, reloading, stopping, and, as long as the engine's loop moves, that we live.
+"""Messages to systemd: ready, reloading, stopping, and signs of life while the engine's loop runs.
 
-The protocol is that of sd_notify(3): datagrams of lines to the socket named in NOTIFY_SOCKET.
+The protocol is that of sd_notify(3): datagrams of lines, sent to the socket named in NOTIFY_SOCKET.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from weightd.serving.config import ServiceManager
 
 logger = logging.getLogger(__name__)
 
-FEEDS_PER_DEADLINE = 3  # so one that comes late does not end us
+FEEDS_PER_DEADLINE = 3  # so that one late sign of life does not matter
 MONOTONIC_CLOCK = 1  # systemd compares microseconds of CLOCK_MONOTONIC
 
 
 def notify(manager: ServiceManager | None, *lines: str) -> None:
-    """Says `lines` to the service manager, if there is one; one that is deaf is no reason to stop serving."""
+    """Sends `lines` to the service manager, if there is one. A failure is logged and otherwise ignored."""
     if manager is None:
         return
     address = manager.notify_socket
@@ -40,12 +40,12 @@ def notify_reloading(manager: ServiceManager | None) -> None:
 
 
 async def feed_watchdog(manager: ServiceManager | None, engine: EngineThread) -> None:
-    """For ever: feeds the watchdog each time the engine's loop has answered. Whatever hangs there gets us restarted."""
+    """Feeds the watchdog each time the engine's loop answers. If the loop hangs, systemd restarts the daemon."""
     if manager is None or manager.watchdog_s is None:
         return
     pause_s = manager.watchdog_s / FEEDS_PER_DEADLINE
     while True:
-        with suppress(Exception):  # an engine that has ended does not answer: its end is told elsewhere
+        with suppress(Exception):  # the engine has ended; that is reported elsewhere
             await asyncio.to_thread(engine.stats)
             notify(manager, "WATCHDOG=1")
         await asyncio.sleep(pause_s)

@@ -26,7 +26,8 @@ import numpy as np
 from weightd import _native
 from weightd.errors import CorruptionError, RequestError, SpaceError, StoreError
 from weightd.sizes import format_size
-from weightd.store.store import StagedFolder, Store, delete, space_errors, sync
+from weightd.store.staged_folder import StagedFolder, delete, set_aside, space_errors, sync
+from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE, STATISTICS_FILE
 
@@ -85,7 +86,8 @@ class CalibrationStaging(StagedFolder):
                 f"{format_size(free_bytes)} are free: make room"
             )
         with store.locked():
-            super().__init__(store)
+            super().__init__(store.path)
+        self.store = store
         self._model = model.name
         self._offered = offered
         self._missing = list(offered.files)  # the first is being written
@@ -140,7 +142,7 @@ class CalibrationStaging(StagedFolder):
             target.parent.mkdir(exist_ok=True)
             sync(target.parent.parent)
             if target.exists():  # of a publishing that died before the catalog knew
-                delete(self.store.set_aside(target))
+                delete(set_aside(self.store.path, target))
             self.move(target)
             self.store.catalog.set_calibration(self._model, published)
             self.finish()
@@ -158,4 +160,4 @@ def remove_old(store: Store, model: weightd_pb2.Model) -> None:
     folder = store.path / model.name / CALIBRATION_FOLDER
     old = [path for path in folder.iterdir() if path.name != str(model.calibration.version)] if folder.is_dir() else []
     for path in old:
-        delete(store.set_aside(path))
+        delete(set_aside(store.path, path))

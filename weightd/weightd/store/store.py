@@ -1,32 +1,36 @@
-"""The store: a folder of models in bundled row-column layout. Format version 2.
+"""The store: a folder of models in bundled row-column layout. Format version 3.
 
     STORE/catalog.mdb                    LMDB environment in one file (catalog.mdb-lock beside it is LMDB's own)
-    STORE/weightd.lock                   flock of the daemon that serves the store; JSON {"pid", "address"}
+    STORE/weightd.lock                   flock of the daemon that serves the store (daemon_lock.py)
     STORE/<model>/bundles.bin            layers back to back
     STORE/<model>/resident.safetensors   every weight outside the FFN matrices
     STORE/<model>/hf/                    config.json, generation_config.json, tokenizer files
     STORE/<model>/calibration/<version>/ what was measured on the model (calibration.py)
-    STORE/.import-*, STORE/.removed-*    an import or calibration under way, a model being deleted
+    STORE/.import-*, STORE/.removed-*    an import or calibration under way, a folder being deleted
 
-- Everything is little endian. block_bytes = max(4096, what statx reports for direct I/O), written in the catalog.
-- A bundle is [gate row][up row][down column] ([up row][down column] in OPT) of one neuron, hidden_size elements each,
-  in the bundle dtype F32, BF16 or F16. FFN biases are resident.
-- Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block holding
-  bundles_per_cell = block_bytes // stride_bytes bundles, or, if not even one fits, one bundle padded to whole blocks.
-- A layer is ceil(neurons / bundles_per_cell) cells in order of placement: position p is neuron placement[p]. Layers
+- All numbers are little endian. block_bytes = max(4096, what statx reports for direct I/O); the catalog has it.
+- A bundle holds one neuron: [gate row][up row][down column], or [up row][down column] in OPT, back to back, with
+  hidden_size values each. Each part has an encoding (proto/weightd.proto; today plain F32, BF16 or F16). FFN biases are
+  resident.
+- Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block with
+  bundles_per_cell = block_bytes // stride_bytes bundles. If not even one fits, a cell is one bundle padded to whole
+  blocks.
+- A layer is ceil(neurons / bundles_per_cell) cells in order of placement: position p holds neuron placement[p]. Layers
   begin on block boundaries. All padding is zero.
-- resident.safetensors is a valid safetensors file whose data begin on a block boundary (the header is padded with
-  spaces). Names and shapes are those of transformers' state_dict, FFN matrices left out, a tied head stored once; all
-  tensors have the bundle dtype. They are sorted so that each begins 64-byte aligned as long as sizes allow it.
-- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 2}; `model/<name>` -> weightd.v1.Model;
+- resident.safetensors is a valid safetensors file whose data begin on a block boundary (spaces pad the header). Names
+  and shapes are those of transformers' state_dict without the FFN matrices; a tied head is stored once. All tensors
+  have the compute dtype. Their order aligns each to 64 bytes as far as sizes allow.
+- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 3}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
   `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
-  newest; `hotness/<name>` -> a byte for each cell, what the last daemon learned (hotness.py); `device_profile` -> JSON,
-  what doctor measured. All but meta end in 8 bytes more, XXH3-64 of key and value (in a store of format 1 none do).
-  Opening a store also looks at the pages of the catalog (catalog_pages.py).
+  newest; `hotness/<name>` -> a byte for each cell (hotness.py); `device_profile` -> JSON, what doctor measured.
+  Every value but that of `meta` ends in 8 more bytes, the XXH3-64 of key and value. Opening a store also checks the
+  pages of the catalog (catalog_pages.py).
+- Older formats are read, and stay as they are until the next import, which makes the store one of format 3. Format 2
+  has one dtype for all parts and for computing, instead of encodings. Format 1 has no checksums of values either.
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
-  transaction. A folder holding `.unpublished` is a model only if the catalog says so; what a dead import or rm left
-  behind is known by that file or by the folder's name, and that nobody holds its flock. The next import deletes it.
+  transaction. A folder with a file `.unpublished` is a model only if the catalog says so. Leftovers of a dead import or
+  rm have that file or such a folder name, and nobody holds the flock of the file. The next import deletes them.
 
 Refused: a folder without a catalog, a catalog of another kind or of a newer format, a model name that is not one
 plain path component, publishing over an existing model, removing while a daemon serves the store, a second daemon.
@@ -34,13 +38,9 @@ plain path component, publishing over an existing model, removing while a daemon
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import json
 import os
 import re
-import secrets
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,18 +49,26 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd.closing import Closing
-from weightd.errors import CorruptionError, ImportingError, SpaceError, StoreError
-from weightd.sizes import format_size
+from weightd.errors import CorruptionError, ImportingError, StoreError
 from weightd.store.catalog import Catalog
+from weightd.store.daemon_lock import DaemonLock
+from weightd.store.staged_folder import (
+    MARKER_FILE,
+    REMOVED_PREFIX,
+    STAGED_PREFIX,
+    StagedFolder,
+    delete,
+    is_held,
+    marker_of,
+    set_aside,
+    sync,
+)
 from weightd_proto import weightd_pb2
 from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 
 CATALOG_FILE = "catalog.mdb"
 RESIDENT_FILE = "resident.safetensors"
 FILES_FOLDER = "hf"
-MARKER_FILE = ".unpublished"
-IMPORT_PREFIX = ".import-"
-REMOVED_PREFIX = ".removed-"
 CHECKSUMS = "checksums"
 PLACEMENT = "placement"
 NAME_BYTES_MAX = 200  # LMDB keys end at 511 bytes
@@ -87,34 +95,13 @@ def model_name_for(path: Path) -> str:
     return name if name and name not in _RESERVED else f"model-{name}".rstrip("-")
 
 
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def space_errors(path: Path) -> Iterator[None]:
-    """A full disk as SpaceError: others fill it too."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free_bytes = shutil.disk_usage(path).free
-        raise SpaceError(f"no space in {path}: {error}, {format_size(free_bytes)} are free") from error
-
-
 class Store(Closing):
     """A store that is there. `Store.open` makes one; close it, or use it in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.catalog = Catalog(path / CATALOG_FILE)
-        self._daemon_lock: int | None = None
+        self._daemon_lock = DaemonLock(path)
 
     @classmethod
     def open(cls, path: Path | str, create: bool = False, readonly: bool = False) -> Store:
@@ -134,10 +121,8 @@ class Store(Closing):
         return store
 
     def close(self) -> None:
-        """Lets go of the daemon lock, if claimed."""
-        if self._daemon_lock is not None:
-            os.close(self._daemon_lock)
-            self._daemon_lock = None
+        """Gives back the daemon's lock, if it was claimed."""
+        self._daemon_lock.close()
 
     # What is in it
 
@@ -205,24 +190,16 @@ class Store(Closing):
         check_model_name(name)
         with self.locked():
             self._refuse_taken(name, replaces)
-            if self._import_under_way(name) is not None:
+            if marker_of(self.path, name) is not None:
                 raise ImportingError(f"another process imports {name!r} into {self.path}: wait for it")
             return Staging(self, name, replaces)
 
     def await_import(self, name: str) -> None:
         """Until no other process imports this model; returns at once when none does."""
-        marker = self._import_under_way(name)
+        marker = marker_of(self.path, name)
         if marker is not None:
             with suppress(FileNotFoundError), marker.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
-
-    def _import_under_way(self, name: str) -> Path | None:
-        """The marker of another process's import of this model."""
-        for marker in self.path.glob(f"{IMPORT_PREFIX}*/{MARKER_FILE}"):
-            with suppress(FileNotFoundError):
-                if marker.read_bytes() == name.encode() and _held(marker):
-                    return marker
-        return None
 
     def remove(self, name: str) -> None:
         """Deletes the model; StoreError if there is none or a daemon serves the store."""
@@ -239,7 +216,7 @@ class Store(Closing):
         (folder / MARKER_FILE).touch()
         sync(folder)
         self.catalog.remove(name, (CHECKSUMS, PLACEMENT))
-        return self.set_aside(folder)
+        return set_aside(self.path, folder)
 
     def clean(self) -> None:
         """Deletes what dead imports and removals left behind."""
@@ -249,7 +226,7 @@ class Store(Closing):
                 # Others delete at the same time: what they set aside, and their own folders, without the lock.
                 with suppress(FileNotFoundError):
                     if self._abandoned(folder):
-                        leftovers.append(self.set_aside(folder))
+                        leftovers.append(set_aside(self.path, folder))
         for folder in leftovers:
             delete(folder)
 
@@ -257,9 +234,9 @@ class Store(Closing):
         if folder.name.startswith(REMOVED_PREFIX):
             return True
         marker = folder / MARKER_FILE
-        staged = folder.name.startswith(IMPORT_PREFIX)
+        staged = folder.name.startswith(STAGED_PREFIX)
         try:
-            if not folder.is_dir() or not (staged or marker.exists()) or _held(marker):
+            if not folder.is_dir() or not (staged or marker.exists()) or is_held(marker):
                 return False
         except PermissionError:  # lost+found, or another's folder: none of ours is closed to us
             return False
@@ -267,12 +244,6 @@ class Store(Closing):
             marker.unlink()  # killed between the transaction and the end of publishing, or before that of rm
             return False
         return True
-
-    def set_aside(self, folder: Path) -> Path:
-        """Renames a folder to one that is to be deleted, in one step; the new path."""
-        removed = self.path / f"{REMOVED_PREFIX}{secrets.token_hex(8)}"
-        folder.rename(removed)
-        return removed
 
     def _refuse_taken(self, name: str, replaces: bytes) -> None:
         """StoreError unless the name is free, or of the import that is to be replaced."""
@@ -308,100 +279,35 @@ class Store(Closing):
     # The daemon
 
     def _refuse_served(self, cannot: str) -> None:
-        """StoreError if a daemon serves the store; the caller holds its lock."""
-        address = self._holder()
+        """StoreError if a daemon serves the store. The caller holds the store's lock."""
+        address = self._daemon_lock.holder()
         if address is not None:
             raise StoreError(f"{cannot}: a weightd at {address} serves {self.path}, stop it first")
 
     def claim(self, address: str) -> None:
-        """Makes this process the one that serves the store, until `close`; StoreError names the pid of another."""
-        path = self.path / DAEMON_LOCK_FILE
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise StoreError(
-                f"cannot serve {self.path}: {path.name} in it cannot be written ({error.strerror}), and it says which "
-                "daemon serves a store; make the store writable, on a file system that is not read-only"
-            ) from error
+        """Makes this process the daemon of the store, until `close`. StoreError names the pid of another."""
         with self.locked():
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                pid, other = _daemon_record(descriptor)
-                os.close(descriptor)
-                raise StoreError(
-                    f"{self.path} is served by another weightd, pid {pid} at {other}: use that one or stop it first"
-                ) from None
-            os.ftruncate(descriptor, 0)
-            readable = os.fsencode(address).decode(errors="replace")  # by whoever reads it, in whatever locale
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "address": readable}).encode(), 0)
-        self._daemon_lock = descriptor
+            self._daemon_lock.claim(address)
 
     def served_by(self) -> str | None:
         """The address of the daemon that serves the store, if one does."""
         with self.locked(shared=True):
-            return self._holder()
-
-    def _holder(self) -> str | None:
-        """The same; the caller holds the store's lock."""
-        try:
-            descriptor = os.open(self.path / DAEMON_LOCK_FILE, os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return None
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _daemon_record(descriptor)[1]
-        finally:
-            os.close(descriptor)
-        return None
-
-
-class StagedFolder(Closing):
-    """A folder of the store that this process fills; deleted when it is left without being published."""
-
-    def __init__(self, store: Store) -> None:
-        """Makes it; the caller holds the store's lock."""
-        self.store = store
-        self.folder = store.path / f"{IMPORT_PREFIX}{secrets.token_hex(8)}"
-        self.folder.mkdir()
-        self._owner = os.open(self.folder / MARKER_FILE, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
-        fcntl.flock(self._owner, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._published = False
-
-    def close(self) -> None:
-        """Deletes what was not published."""
-        try:
-            if not self._published:
-                delete(self.store.set_aside(self.folder))
-        finally:
-            os.close(self._owner)
-
-    def move(self, target: Path) -> None:
-        """Renames the folder, whose files are synced, and syncs where it lies. Not published before `finish`."""
-        for folder in [path for path in self.folder.rglob("*") if path.is_dir()] + [self.folder]:
-            sync(folder)
-        self.folder = self.folder.rename(target)
-        sync(target.parent)
-
-    def finish(self) -> None:
-        """The catalog has it now."""
-        self._published = True
-        (self.folder / MARKER_FILE).unlink(missing_ok=True)
+            return self._daemon_lock.holder()
 
 
 class Staging(StagedFolder):
     """An import under way: write into `folder`, then `publish`."""
 
     def __init__(self, store: Store, name: str, replaces: bytes) -> None:
-        super().__init__(store)
-        os.write(self._owner, name.encode())  # tells others what is being imported
+        super().__init__(store.path)
+        self.mark(name)
+        self.store = store
         self.name = name
         self._replaces = replaces
         self._import_id = b""
 
     def close(self) -> None:
-        """Deletes what was not published; keeps what was, also when we were interrupted before we noted it."""
+        """Deletes the folder unless it was published, even if an interrupt came between the catalog and `finish`."""
         if not self._published and self._import_id:
             published = self.store.catalog.model(self.name)
             if published is not None and published.import_id == self._import_id:
@@ -428,34 +334,3 @@ class Staging(StagedFolder):
             self.finish()
         for folder in replaced:
             delete(folder)
-
-
-def delete(folder: Path) -> None:
-    """Removes a folder that was set aside. Another process may be cleaning too, and take it over or be as far."""
-    while folder.exists():
-        with suppress(FileNotFoundError):
-            shutil.rmtree(folder)
-
-
-def _held(marker: Path) -> bool:
-    """Whether a live import holds the marker. One without a marker was killed before it wrote anything."""
-    with suppress(FileNotFoundError):
-        descriptor = os.open(marker, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-    return False
-
-
-def _daemon_record(descriptor: int) -> tuple[str, str]:
-    """Pid and address of the daemon that holds the lock, for people; where it is damaged, words for what it lacks."""
-    try:
-        record = json.loads(os.pread(descriptor, 4096, 0))
-    except (ValueError, RecursionError):
-        record = None
-    known = record if isinstance(record, dict) else {}
-    unknown = f"unknown ({DAEMON_LOCK_FILE} is damaged)"
-    return str(known.get("pid", unknown)), str(known.get("address", f"an address that {DAEMON_LOCK_FILE} lacks"))

@@ -1,7 +1,7 @@
-"""`--metrics HOST:PORT`: the daemon's numbers for Prometheus, over HTTP.
+"""`--metrics HOST:PORT`: the daemon's metrics for Prometheus, over HTTP.
 
-The text comes from prometheus_client, the names from metric_table.py. Threads and what each may wait for are bounded:
-whoever connects too often or says nothing is hung up on.
+prometheus_client formats the text; metric_table.py names the metrics. Concurrent requests and the time of each are
+bounded: connections above the bound, and silent ones, are closed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from weightd.gateway.addresses import MetricsAddress
 from weightd.watching.metric_table import COUNTER, GAUGE, METRICS, Buckets, Metric
 from weightd_proto.weightd_pb2 import StatsResponse
 
-SCRAPES_MAX = 4  # at once; Prometheus makes one
-SILENCE_S = 5.0  # after which a connection is hung up on
+SCRAPES_MAX = 4  # at once; one Prometheus makes one
+SILENCE_S = 5.0  # after which a silent connection is closed
 
 Answer = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class StatisticsCollector(Collector):
-    """Gives METRICS from one StatsResponse a scrape."""
+    """Makes all METRICS of a scrape from one StatsResponse."""
 
     def __init__(self, statistics: Callable[[], StatsResponse]) -> None:
         self._statistics = statistics
@@ -45,7 +45,7 @@ class StatisticsCollector(Collector):
 
 
 def family_of(metric: Metric, stats: StatsResponse) -> Family:
-    """One metric with all its samples, as prometheus_client prints it."""
+    """One metric with all its samples, in the form that prometheus_client prints."""
     if metric.kind in (COUNTER, GAUGE):
         kind = CounterMetricFamily if metric.kind == COUNTER else GaugeMetricFamily
         family = kind(metric.name, metric.help, labels=metric.labels)
@@ -63,7 +63,7 @@ def family_of(metric: Metric, stats: StatsResponse) -> Family:
 
 @contextmanager
 def serving(address: MetricsAddress, statistics: Callable[[], StatsResponse]) -> Iterator[None]:
-    """Answers GET /metrics at `address` from threads of its own. Raises UsageError when it is taken or unknown."""
+    """Answers GET /metrics at `address` in its own threads. Raises UsageError if the address cannot be used."""
     registry = CollectorRegistry()
     registry.register(StatisticsCollector(statistics))
     ProcessCollector(registry=registry)
@@ -104,18 +104,18 @@ class _Handler(WSGIRequestHandler):
     timeout = SILENCE_S
 
     def log_message(self, format: str, *arguments: object) -> None:
-        """Says nothing: Prometheus asks every few seconds."""
+        """Logs nothing, because Prometheus asks every few seconds."""
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    daemon_threads = True  # a silent peer does not delay the end
+    daemon_threads = True  # a silent peer does not delay the daemon's end
 
     def __init__(self, *arguments: Any) -> None:
         self._free = threading.BoundedSemaphore(SCRAPES_MAX)
         super().__init__(*arguments)
 
     def server_bind(self) -> None:
-        """As HTTPServer's, without asking the name service for this host's name."""
+        """Like HTTPServer's, but without a lookup of this host's name."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
@@ -133,7 +133,7 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._free.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Says nothing: a peer that hangs up or keeps silent is no fault of ours."""
+        """Logs nothing: a peer that disconnects or stays silent is not an error of the daemon."""
 
 
 class _ServerV6(_Server):

@@ -1,4 +1,4 @@
-"""A terminal that a command draws on until it is told to end, and that is afterwards as it was."""
+"""A terminal that a command draws on until a key or signal ends it, and whose state is restored afterwards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from contextlib import ExitStack, contextmanager
 from enum import Enum
 from types import FrameType
 
-SIZE_DEFAULT = os.terminal_size((80, 24))  # of a terminal that does not know its own
+SIZE_DEFAULT = os.terminal_size((80, 24))  # if the terminal does not report its size
 KEYS_BYTES = 64  # read at once
 QUIT_KEYS = (b"q", b"Q")
 
-ENTER_SCREEN = "\x1b[?1049h\x1b[?25l"  # the second screen, without a cursor
+ENTER_SCREEN = "\x1b[?1049h\x1b[?25l"  # the alternate screen, without a cursor
 LEAVE_SCREEN = "\x1b[?25h\x1b[?1049l"
 HOME, CLEAR_LINE, CLEAR_BELOW = "\x1b[H", "\x1b[K", "\x1b[J"
 BOLD, PLAIN = "\x1b[1m", "\x1b[m"
@@ -32,14 +32,14 @@ class Event(Enum):
 
 
 class Terminal:
-    """Standard output as a screen, standard input as keys (where it is a terminal, too)."""
+    """Standard output as a screen, and standard input as a keyboard if it is a terminal too."""
 
     def __init__(self, signals_fd: int) -> None:
         self._signals_fd = signals_fd
         self._keys_fd = sys.stdin.fileno() if sys.stdin.isatty() else None
 
     def draw(self, lines: Sequence[str], bold: Sequence[bool]) -> None:
-        """In place of what was there, each line cut to the width, no more of them than the screen is high."""
+        """Replaces the screen's contents. Lines are cut to its width, and their number to its height."""
         width, height = self._size()
         shown = [
             f"{BOLD}{line[:width]}{PLAIN}" if strong else line[:width] for line, strong in zip(lines, bold, strict=True)
@@ -50,7 +50,7 @@ class Terminal:
         sys.stdout.flush()
 
     def wait(self, seconds: float) -> Event:
-        """Until the time is over, the terminal has another size, or somebody wants to end."""
+        """Waits until the time is over, the terminal's size has changed, or the user wants to quit."""
         watched = [self._signals_fd] if self._keys_fd is None else [self._signals_fd, self._keys_fd]
         ready, _, _ = select.select(watched, [], [], max(0.0, seconds))
         if self._signals_fd in ready:
@@ -59,8 +59,8 @@ class Terminal:
         if self._keys_fd not in ready or self._keys_fd is None:
             return Event.TIME
         keys = os.read(self._keys_fd, KEYS_BYTES)
-        ends = not keys or any(key in keys for key in QUIT_KEYS)  # nothing: the terminal has gone
-        return Event.QUIT if ends else Event.RESIZED  # any other key draws anew
+        ends = not keys or any(key in keys for key in QUIT_KEYS)  # no bytes: the terminal has closed
+        return Event.QUIT if ends else Event.RESIZED  # any other key redraws the screen
 
     def _size(self) -> os.terminal_size:
         size = os.get_terminal_size(sys.stdout.fileno())
@@ -69,14 +69,14 @@ class Terminal:
 
 @contextmanager
 def drawing() -> Iterator[Terminal]:
-    """The terminal's second screen; SIGINT and SIGTERM raise KeyboardInterrupt in it."""
+    """Shows the terminal's alternate screen. SIGINT and SIGTERM raise KeyboardInterrupt inside."""
     with ExitStack() as undo:
         reading, writing = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         undo.callback(os.close, reading)
         undo.callback(os.close, writing)
 
-        # Python runs a handler only between two of its instructions: a signal just before `select` begins would not
-        # end it. The wakeup descriptor is written as the signal arrives.
+        # Python runs a handler only between two of its instructions, so a signal that arrives just before `select`
+        # begins would not end it. The wakeup descriptor is written as soon as the signal arrives.
         undo.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
         undo.callback(signal.signal, signal.SIGWINCH, signal.signal(signal.SIGWINCH, _caught))
         undo.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, signal.default_int_handler))
@@ -90,7 +90,7 @@ def drawing() -> Iterator[Terminal]:
 
 
 def _caught(number: int, frame: FrameType | None) -> None:
-    """A handler, without which the signal would not reach the wakeup descriptor."""
+    """Does nothing. Without a handler, the signal would not be written to the wakeup descriptor."""
 
 
 def _leave_screen() -> None:

@@ -1,9 +1,10 @@
-"""`weightd top`: a running daemon's statistics, live in a terminal, once elsewhere.
+"""`weightd top`: shows the statistics of a running daemon.
 
-Asks Stats every interval and draws what happened in it, on the terminal's second screen; q or Ctrl-C ends it. --json
-prints one object about one interval; where standard output is no terminal, one table is printed.
+On a terminal it asks for Stats at every interval and shows what happened in between, on the terminal's alternate
+screen, until q or Ctrl-C ends it. If standard output is not a terminal, it prints one table for one interval. --json
+prints one object for one interval.
 
-It is a client like any other, so it reaches a daemon as flashclient does: the same addresses, TLS options and identity.
+It connects as flashclient does, with the same addresses, TLS options and identity.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from weightd_proto import weightd_pb2
 INTERVAL_S = 1.0
 INTERVAL_S_RANGE = (0.1, 3600.0)
 ANSWER_WITHIN_S = 5.0  # a busy machine answers in milliseconds; a frozen daemon never
-PLAIN_REASONS = {  # of what gRPC's core says
+PLAIN_REASONS = {  # for texts of gRPC's core
     "No such file or directory": "nothing listens there",
     "Connection refused": "nothing listens there",
     "Hostname Verification Check failed": "its certificate is for another name",
@@ -43,14 +44,14 @@ PLAIN_REASONS = {  # of what gRPC's core says
 
 @dataclass(frozen=True)
 class Daemon:
-    """The weightd that is looked at."""
+    """The weightd whose statistics are shown."""
 
     address: str
     tls: bool
     stub: Any  # of weightd.v1.Weightd
 
     def ask(self) -> weightd_pb2.StatsResponse:
-        """Its statistics. Raises DaemonError when it does not answer."""
+        """The daemon's statistics. Raises DaemonError if it does not answer."""
         try:
             answer: weightd_pb2.StatsResponse = self.stub.Stats(weightd_pb2.StatsRequest(), timeout=ANSWER_WITHIN_S)
         except grpc.RpcError as error:
@@ -62,10 +63,7 @@ class Daemon:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Shows until told to end, by q, Ctrl-C or SIGTERM.
-
-    Raises WeightdError for bad input or a daemon that is gone; the command prints it.
-    """
+    """Runs until q, Ctrl-C or SIGTERM. Raises WeightdError if the input is wrong or the daemon does not answer."""
     flags = _parser().parse_args(list(arguments))
     interval_s = _interval(flags.interval)
     tls = (flags.tls_ca, flags.tls_cert, flags.tls_key)
@@ -80,11 +78,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _parser() -> FlagParser:
-    parser = FlagParser(prog="weightd top", allow_abbrev=False, description="Watch a running weightd.")
-    parser.add_argument("--address", metavar="ADDR", help="unix:/path or host:port (default: where weightd listens)")
+    parser = FlagParser(prog="weightd top", allow_abbrev=False, description="Watches a running weightd.")
+    parser.add_argument("--address", metavar="ADDR", help="unix:/path or host:port (default: weightd's default socket)")
     add_tls_flags(parser)
-    parser.add_argument("--interval", metavar="S", default=str(INTERVAL_S), help=f"seconds (default: {INTERVAL_S:g})")
-    parser.add_argument("--json", action="store_true", help="one JSON object about one interval, and end")
+    parser.add_argument(
+        "--interval", metavar="S", default=str(INTERVAL_S), help=f"seconds between updates (default: {INTERVAL_S:g})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object about one interval and exit")
     return parser
 
 
@@ -118,7 +118,7 @@ def _one_view(daemon: Daemon, interval_s: float) -> View:
 
 
 def _show(daemon: Daemon, interval_s: float) -> None:
-    """Until somebody ends it. The first screen tells of the time since the daemon's start."""
+    """Runs until q or a signal. The first screen covers the time since the daemon's start."""
     before = daemon.ask()
     view = view_of(weightd_pb2.StatsResponse(), before)
     due = time.monotonic() + interval_s

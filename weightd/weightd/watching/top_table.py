@@ -1,6 +1,7 @@
-"""What `weightd top` shows: two moments of a daemon's statistics, and what happened between them.
+"""The table of `weightd top`, computed from the statistics of two moments.
 
-Rates are differences of counters over the time between; those of a daemon that has started since count from zero.
+Rates are differences of counters divided by the time between. If the daemon has restarted in between, its counters are
+compared with zero.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ class ModelRow:
 
     name: str
     sessions: int
-    hit_rate: float | None  # None: nothing was asked for
+    hit_rate: float | None  # None: no cell was requested
     reads_per_s: float
     gb_per_s: float  # over the whole interval
-    gb_per_s_reading: float | None  # while at least one read was under way; None: there was none
+    gb_per_s_reading: float | None  # over the time in which at least one read was under way; None: no reads
     read_ms_p50: float | None
     read_ms_p99: float | None
     leases: int
@@ -35,8 +36,8 @@ class ModelRow:
     slots_filled: int
     slots: int
     pool_bytes: int
-    read_errors: int  # since the start, as the next
-    verify_errors: int
+    read_errors: int  # since the daemon's start
+    verify_errors: int  # since the daemon's start
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ClientRow:
     model: str
     hit_rate: float | None
     requests_per_s: float
-    gb_per_s: float  # read for its misses
+    gb_per_s: float  # that were read for its misses
     leased_cells: int
     share_slots: int
     lease_limit: int
@@ -58,7 +59,7 @@ class ClientRow:
 
 @dataclass(frozen=True)
 class View:
-    """The whole screen."""
+    """Everything that the screen shows."""
 
     interval_s: float
     io_engine: str
@@ -77,12 +78,12 @@ class View:
     clients: tuple[ClientRow, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """For programs: the names above."""
+        """The fields above, for --json."""
         return asdict(self)
 
 
 def view_of(before: StatsResponse, after: StatsResponse) -> View:
-    """What happened between two answers; since the daemon's start when `before` is empty or another daemon's."""
+    """What happened between two answers. If `before` is empty or from another daemon: since the daemon's start."""
     if after.uptime_s < before.uptime_s:
         before = StatsResponse()
     interval_s = max(after.uptime_s - before.uptime_s, INTERVAL_S_MIN)
@@ -161,9 +162,9 @@ def _milliseconds(seconds: float | None) -> float | None:
 
 
 def quantile(counts: Sequence[int], bounds_s: Sequence[float], share: float) -> float | None:
-    """The time in seconds below which `share` of the reads lie, within its bucket by proportion; None: no reads.
+    """The latency in seconds below which `share` of the reads lie, interpolated within its bucket. None: no reads.
 
-    `counts` by bucket, one more than `bounds_s`; what lies in the open one is said to be at its lower bound.
+    `counts` has one bucket more than `bounds_s`. A quantile in this last, open bucket is given as its lower bound.
     """
     wanted = share * sum(counts)
     if wanted <= 0:
@@ -197,7 +198,7 @@ LEFT_COLUMNS = ("MODEL", "CLIENT OF")
 
 
 def lines_of(view: View) -> list[str]:
-    """The screen, without its width and height in mind."""
+    """All lines of the screen, which Terminal cuts to its size."""
     return [
         *_head(view),
         "",

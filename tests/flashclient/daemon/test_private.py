@@ -1,4 +1,4 @@
-"""FlashClient(store=...): a private weightd, one that is there already, the race between two, and what fails."""
+"""FlashClient(store=...): a private weightd, one that serves already, the race of two starts, and failures."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def imported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with the checkpoint in it, which nobody serves."""
+    """A store with the imported checkpoint, which no daemon serves."""
     store = tmp_path_factory.mktemp("imported") / "store"
     assert cli.main(["import", str(checkpoint), "--store", str(store)]) == 0
     return store
@@ -64,8 +64,8 @@ def daemons_of(store: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def owner(store: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process with a private weightd, which has made its first tokens."""
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # it dies without cleaning up
+    """Another process with a private weightd, after its first tokens."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # it ends without cleaning up
     command = [sys.executable, "-W", "ignore", "-c", OWNER, str(store)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -89,7 +89,7 @@ def test_a_checkpoint_is_imported_once(checkpoint: Path, tmp_path: Path) -> None
 
 
 def test_a_second_checkpoint_fits_beside_the_first(checkpoint: Path, tmp_path: Path) -> None:
-    """--dram of a daemon that chose it itself grows with the models that come."""
+    """A daemon that chose its --dram itself raises it with the models that are imported."""
     larger = make_checkpoint("opt", tmp_path / "larger", layers=4, neurons=4096)
     folder = tmp_path / "store"
     with FlashClient(checkpoint, store=folder) as first:
@@ -102,7 +102,7 @@ def test_a_second_checkpoint_fits_beside_the_first(checkpoint: Path, tmp_path: P
 
 @pytest.mark.parametrize("model", ["./nothere", "facebook/opt-1.3b", "/no/where"])
 def test_a_path_that_is_not_there_is_called_so(store: Path, model: str) -> None:
-    with pytest.raises(ModelNotFoundError, match=f"no file or folder '{model}', .* no hub is asked"):
+    with pytest.raises(ModelNotFoundError, match=f"no file or folder '{model}', .* not downloaded from a hub"):
         FlashClient(model, store=store)
 
 
@@ -130,7 +130,7 @@ def test_a_private_daemon_that_is_killed_is_started_again(store: Path, transport
                 daemons_of(store)[0].kill()
 
         client.model.register_forward_hook(kill)
-        for _ in range(2):  # a local pool of all needs no daemon
+        for _ in range(2):  # a local pool that holds everything needs no daemon
             assert client.generate(IDS, max_new_tokens=16, do_sample=False) == expected
         if transport == "shm":
             assert len(daemons_of(store)) == 1
@@ -175,7 +175,7 @@ def test_a_private_daemon_ends_with_its_owner(store: Path, owner: subprocess.Pop
         owner.kill()
     else:
         assert owner.stdin is not None
-        owner.stdin.close()  # it leaves without close()
+        owner.stdin.close()  # it ends without close()
     daemon.wait(10)
 
 
@@ -218,7 +218,7 @@ def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
 
 
 def test_this_process_rehearses_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has loaded torch already, which takes a child of the import seconds."""
+    """It has loaded torch already, which would take a child of the import seconds."""
     checkpoint = make_checkpoint("llama", tmp_path / "odd")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "relu6"}))

@@ -1,4 +1,4 @@
-#include "service/ring_session.h"
+#include "session/ring_session.h"
 
 #include <linux/futex.h>
 #include <sys/eventfd.h>
@@ -35,6 +35,13 @@ bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span
         std::memcpy(CMSG_DATA(header), descriptors.data(), descriptors.size_bytes());
     }
     return ::sendmsg(socket, &message, MSG_DONTWAIT | MSG_NOSIGNAL) == static_cast<ssize_t>(bytes);
+}
+
+std::optional<ucred> peer_of(int socket) {
+    ucred peer{};
+    socklen_t bytes = sizeof peer;
+    if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &peer, &bytes) < 0) return std::nullopt;
+    return peer;
 }
 
 Descriptor process_of(int socket, const ucred& peer) {

@@ -1,4 +1,4 @@
-#include "service/half_open.h"
+#include "session/half_open.h"
 
 #include <algorithm>
 

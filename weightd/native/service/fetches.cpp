@@ -1,10 +1,9 @@
-// Cells in-band: a session inside the daemon, for what goes over gRPC.
+#include "service/fetches.h"
+
 #include <algorithm>
 #include <condition_variable>
 #include <cstring>
 #include <system_error>
-
-#include "service/engine_thread.h"
 
 namespace weightd {
 namespace {
@@ -22,7 +21,7 @@ class FetchSession final : public Session {
         uint32_t detail = 0;
     };
 
-    void expect(size_t count) {
+    void ask(size_t count) {
         const std::lock_guard guard(lock_);
         answers_.assign(count, {});
         owed_ = count;
@@ -39,12 +38,11 @@ class FetchSession final : public Session {
 
     void flush() override { answered_.notify_one(); }
 
-    // All answers; throws Unanswered once none has come for `within`.
-    template <typename IsStopping>
-    std::vector<Answer> wait(IsStopping stopping, std::chrono::milliseconds within) {
+    // All answers. Throws Stopping, and Unanswered once none has come for `within`.
+    std::vector<Answer> wait(const Commands& commands, std::chrono::milliseconds within) {
         std::unique_lock guard(lock_);
         while (!answered_.wait_for(guard, STOP_CHECK, [this] { return owed_ == 0; })) {
-            if (stopping()) throw Stopping();
+            if (commands.stopping()) throw Stopping();
             if (Clock::now() - answered_at_ > within) throw Unanswered(model_, within);
         }
         return answers_;
@@ -86,38 +84,37 @@ CorruptBundle::CorruptBundle(const std::string& model, uint32_t layer, uint32_t 
       position(position),
       error(error) {}
 
-void EngineThread::fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
-    ensure_active(model, Use::cells, std::nullopt);
-    const ModelSpec& spec = this->model(model).spec;
+void Fetches::cells(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {
+    const ModelSpec& spec = openings_.activate(model, Use::cells, std::nullopt).spec;
     FetchSession* session = nullptr;
     const auto end = [&] {
-        on_loop([&] {
-            if (session != nullptr) engine_->close(session->id);
-            engine_->models().leave(model);
+        commands_.on_loop([&] {
+            if (session != nullptr) engine_.close(session->id);
+            engine_.models().leave(model);
         });
     };
     try {
-        on_loop([&] {
+        commands_.on_loop([&] {
             const auto wanted = static_cast<uint32_t>(std::clamp<size_t>(cells.size(), 1, FETCH_SLOTS_MAX));
-            const uint32_t share = engine_->models().share_for(model, wanted);
-            session = static_cast<FetchSession*>(&engine_->open(std::make_unique<FetchSession>(spec, model, share)));
+            const uint32_t share = engine_.models().share_for(model, wanted);
+            session = static_cast<FetchSession*>(&engine_.open(std::make_unique<FetchSession>(spec, model, share)));
         });
         for (size_t first = 0; first < cells.size(); first += session->share_slots) {
             const auto batch = cells.subspan(first, std::min<size_t>(session->share_slots, cells.size() - first));
-            session->expect(batch.size());
-            on_loop([&] {
+            session->ask(batch.size());
+            commands_.on_loop([&] {
                 for (uint32_t i = 0; i < batch.size(); i++) {
-                    if (!engine_->acquire(*session, layer, batch.subspan(i, 1), i)) {
+                    if (!engine_.acquire(*session, layer, batch.subspan(i, 1), i)) {
                         throw std::out_of_range(spec.name + ": no such layer or cell");
                     }
                 }
             });
-            const auto answers = session->wait([this] { return stopping(); }, choice_.answer_within);
+            const auto answers = session->wait(commands_, answer_within_);
             for (size_t i = 0; i < batch.size(); i++) {
                 require_good(spec, layer, batch[i], answers[i]);
                 std::memcpy(out.data() + (first + i) * spec.cell_bytes, answers[i].address, spec.cell_bytes);
             }
-            on_loop([&] { engine_->release(*session, layer, batch); });
+            commands_.on_loop([&] { engine_.release(*session, layer, batch); });
         }
     } catch (...) {
         end();
@@ -126,14 +123,13 @@ void EngineThread::fetch(uint32_t model, uint32_t layer, std::span<const uint32_
     end();
 }
 
-void EngineThread::fetch_resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
-    ensure_active(model, Use::resident, std::nullopt);
-    const Model& state = this->model(model);
-    const bool inside =
-        offset_bytes <= state.spec.resident_bytes && out.size() <= state.spec.resident_bytes - offset_bytes;
-    if (inside) std::memcpy(out.data(), state.resident.data() + offset_bytes, out.size());
-    on_loop([&] { engine_->models().leave(model); });
-    if (!inside) throw std::out_of_range(state.spec.name + ": beyond the end of the resident weights");
+void Fetches::resident(uint32_t model, uint64_t offset_bytes, std::span<std::byte> out) {
+    const Model& active = openings_.activate(model, Use::resident, std::nullopt);
+    const uint64_t bytes = active.spec.resident_bytes;
+    const bool inside = offset_bytes <= bytes && out.size() <= bytes - offset_bytes;
+    if (inside) std::memcpy(out.data(), active.resident.data() + offset_bytes, out.size());
+    openings_.leave(model);
+    if (!inside) throw std::out_of_range(active.spec.name + ": beyond the end of the resident weights");
 }
 
 }  // namespace weightd

@@ -1,4 +1,4 @@
-#include "service/closed_rings.h"
+#include "session/closed_rings.h"
 
 #include <algorithm>
 

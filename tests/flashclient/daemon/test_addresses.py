@@ -13,7 +13,7 @@ import pytest
 from daemon import free_port, refused, serving
 from tiny_store import write_model
 
-from flashclient.daemon import private as embedded
+from flashclient.daemon import private
 from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
 from flashclient.daemon.private import PrivateDaemon, is_serving, serving_address
@@ -54,7 +54,7 @@ def test_a_long_folder_for_temporary_files_is_passed_over(
     long.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    folder = embedded._socket_folder()
+    folder = private._socket_folder()
     assert unfit_for_a_socket(folder / SOCKET_FILE) is None
     folder.rmdir()
     assert default_listen(77, {}).target == "unix:/tmp/weightd-77/weightd.sock"
@@ -62,7 +62,7 @@ def test_a_long_folder_for_temporary_files_is_passed_over(
     for unfit in ("a,b", "ok"):
         (tmp_path / unfit).mkdir()
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / unfit))
-        folder = embedded._socket_folder()
+        folder = private._socket_folder()
         assert (folder.parent == tmp_path / unfit) == (unfit == "ok")
         folder.rmdir()
 
@@ -105,7 +105,7 @@ def test_a_locked_store_with_a_damaged_lock_refuses_a_daemon(store: Path) -> Non
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with modules whose import is told by a file; also PYTHONPATH stands for it."""
+    """The current folder, which PYTHONPATH names too, with modules that write a file when they are imported."""
     folder = tmp_path / "trap"
     folder.mkdir()
     for module in ("lmdb", "grpc", "numpy", "uvloop", "weightd", "gguf", "transformers"):
@@ -116,7 +116,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_children_import_nothing_from_the_current_folder(store: Path, trap: Path) -> None:
-    assert embedded._output_of([*embedded.CHILD, "ls", "--store", str(store)], "no").startswith("tiny: ")
+    assert private._output_of([*private.CHILD, "ls", "--store", str(store)], "no").startswith("tiny: ")
     daemon = PrivateDaemon.start(store, "64MiB")
     try:
         while not is_serving(daemon.address):
@@ -131,7 +131,7 @@ def test_commands_import_nothing_from_the_current_folder(
     trap: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PYTHONPATH")
-    (trap / "weightd.py").unlink()  # Python itself would take it for what -m names
+    (trap / "weightd.py").unlink()  # Python would run it for -m weightd
     done = subprocess.run([sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert not (trap / "RAN").exists()
@@ -139,6 +139,6 @@ def test_commands_import_nothing_from_the_current_folder(
 
 def test_relative_folders_of_modules_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "src", ".", "/opt/lib", "..", "./", "./lib"]))
-    assert embedded._environment()["PYTHONPATH"].split(os.pathsep) == ["src", "/opt/lib", "..", "./lib"]
+    assert private._environment()["PYTHONPATH"].split(os.pathsep) == ["src", "/opt/lib", "..", "./lib"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep)
-    assert "PYTHONPATH" not in embedded._environment()
+    assert "PYTHONPATH" not in private._environment()

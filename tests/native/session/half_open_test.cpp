@@ -1,5 +1,5 @@
 // What is begun and not finished: who has most of it loses it first.
-#include "service/half_open.h"
+#include "session/half_open.h"
 
 #include <gtest/gtest.h>
 
@@ -62,30 +62,6 @@ TEST(HalfOpenTest, WhoLacksSomethingTakesItFromWhoHasMore) {
     EXPECT_EQ(half_open.take_from_greedier(MODEST), 1U);
     half_open.begin(10, MODEST, BEGAN);
     EXPECT_EQ(half_open.take_from_greedier(MODEST), std::nullopt) << "with one more he would have as many";
-}
-
-TEST(UserTest, NobodyGetsToMoreThanAMultipleOfWhatIsLeft) {
-    EXPECT_TRUE(may_take(0, 100, 100)) << "who has nothing may take it all";
-    EXPECT_FALSE(may_take(0, 101, 100));
-    EXPECT_EQ(most_for(0, 100), 100U);
-    for (const uint64_t has : {1U, 10U, 500U, 699U, 700U, 5000U}) {
-        const uint64_t most = most_for(has, 100);
-        EXPECT_TRUE(most == 0 || may_take(has, most, 100)) << has;
-        EXPECT_FALSE(may_take(has, most + 1, 100)) << has;
-    }
-}
-
-TEST(UserTest, HoweverManyUsersTakeWhatTheyCanTheNextFindsSomething) {
-    uint64_t free = 1000;
-    for (int user = 0; user < 3; user++) {
-        uint64_t has = 0;
-        while (may_take(has, 1, free)) {
-            has++;
-            free--;
-        }
-        EXPECT_GT(has, 0U);
-        EXPECT_GT(free, 0U);
-    }
 }
 
 }  // namespace

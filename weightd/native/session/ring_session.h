@@ -107,6 +107,9 @@ class RingSession final : public Session {
     uint32_t last_segment_ = ring::SEGMENT_MASK + 1;  // that a grant named: no look-up for its neighbours; none yet
 };
 
+// The process at the other end of a Unix socket; none if the kernel does not say.
+std::optional<ucred> peer_of(int socket);
+
 // A pidfd of the process at the other end of `socket`; none if that has ended, or runs in another container and Linux
 // is older than 6.5 (its process number means nothing here then), or for the reason in errno.
 Descriptor process_of(int socket, const ucred& peer);

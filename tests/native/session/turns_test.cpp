@@ -1,5 +1,5 @@
 // Who is served next, and how much, when some ask for more than others.
-#include "service/turns.h"
+#include "session/turns.h"
 
 #include <gtest/gtest.h>
 

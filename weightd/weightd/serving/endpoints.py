@@ -1,4 +1,4 @@
-"""Where clients come in: the front, gRPC behind it, its health service, and what tells local clients who they are."""
+"""All that clients connect to: the front, the gRPC server and health service behind it, and the identity sockets."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from weightd_proto import weightd_pb2_grpc
 
 logger = logging.getLogger("weightd")
 
-GRACE_S = 5.0  # for running calls, when we are told to stop
+GRACE_S = 5.0  # for running calls, when the daemon stops
 
 
-class Frontend:
-    """Listens at every address from the beginning; answers between start() and stop()."""
+class Endpoints:
+    """Listens at every address from the start, and answers between start() and stop()."""
 
     def __init__(self, config: ServeConfig, control: ControlPlane, tls: TlsCredentials | None) -> None:
-        """Raises UsageError for an address that is taken or not this machine's."""
+        """Raises UsageError if an address is taken or does not belong to this machine."""
         self._config = config
-        self._identity_servers: list[asyncio.AbstractServer] = []  # they listen for as long as they are held
+        self._identity_servers: list[asyncio.AbstractServer] = []  # they stop listening when they are freed
         options = CHANNEL_OPTIONS
         bounds = CallBounds(control.peer_of, control.hang_up)
         self._server = grpc.aio.server(interceptors=[bounds], options=options)
@@ -49,7 +49,7 @@ class Frontend:
         self._listeners = [listener for address in config.listen for listener in _listeners(address, tls)]
 
     async def start(self, identities: Identities) -> None:
-        """Answers from now on."""
+        """Begins to answer."""
         await self._identify(identities)
         await self._server.start()
         identities.origins = self._front.origins
@@ -58,14 +58,14 @@ class Frontend:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
-        """Takes no more calls; ends those that still run after GRACE_S."""
+        """Accepts no more calls, and ends those that still run after GRACE_S."""
         self._front.stop_accepting()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(GRACE_S)
         self._front.close()
 
     def close(self) -> None:
-        """Tells nobody any more who it is."""
+        """Closes the sockets."""
         for server in self._identity_servers:
             server.close()
         for listener in self._listeners:
@@ -73,7 +73,7 @@ class Frontend:
         self._inner.close()
 
     async def _identify(self, identities: Identities) -> None:
-        """Beside every Unix socket, tells who connects who it is."""
+        """Opens an identity socket beside every Unix socket."""
         loop = asyncio.get_running_loop()
         for address in self._config.listen:
             if (path := listening.identity_socket(address)) is not None:
@@ -83,7 +83,7 @@ class Frontend:
 
 
 def remove_sockets(config: ServeConfig) -> None:
-    """Leaves none behind."""
+    """Removes the files of the sockets."""
     for address in config.listen:
         for path in (address.socket_path, listening.identity_socket(address)):
             if path is not None:

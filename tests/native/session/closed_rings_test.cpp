@@ -1,5 +1,5 @@
 // What clients keep of closed rings: their memory is back at once, and who holds one is known.
-#include "service/closed_rings.h"
+#include "session/closed_rings.h"
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
@@ -11,7 +11,7 @@
 #include <cstring>
 
 #include "ring.h"
-#include "service/ring_session.h"
+#include "session/ring_session.h"
 
 namespace weightd {
 namespace {

@@ -1,0 +1,31 @@
+// Where predict mode leases the cells of a model one by one: from the daemon's pool over a ring (ring/leases.h), or
+// from a pool that Python fills over gRPC.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace flashclient {
+
+using Arrival = std::pair<uint32_t, uint64_t>;  // a cell and its address; address 0: the lease was refused
+
+// The Window (window.h) keeps the account of what is leased; a source does not.
+class CellSource {
+  public:
+    virtual ~CellSource() = default;
+    // Cells that may always be leased at once; at least 1.
+    virtual uint32_t share_cells() = 0;
+    // Cells that may be leased at once now: the share, and what may be borrowed above it.
+    virtual uint32_t lease_limit() = 0;
+    // Gives back cells of `layer` that have arrived, then asks for others. Does not wait.
+    virtual void exchange(uint32_t layer, const std::vector<uint32_t>& acquire,
+                          const std::vector<uint32_t>& release) = 0;
+    // Waits until more of the cells asked for have arrived, and returns them; none where none is on its way. Refusals
+    // mean that the limit has fallen. Throws where a cell cannot be read.
+    virtual std::vector<Arrival> arrived() = 0;
+    // Gives back what was asked for and was not returned by arrived().
+    virtual void cancel() = 0;
+};
+
+}  // namespace flashclient

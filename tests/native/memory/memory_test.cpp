@@ -1,0 +1,35 @@
+#include "memory/memory.h"
+
+#include <gtest/gtest.h>
+
+namespace weightd {
+namespace {
+
+TEST(Memory, TakesWhatFitsAndNothingElse) {
+    Memory memory(1000);
+    EXPECT_TRUE(memory.take(Account::pool, 600));
+    EXPECT_TRUE(memory.take(Account::tables, 300));
+    EXPECT_FALSE(memory.take(Account::resident, 101));
+    EXPECT_EQ(memory.used_bytes(Account::resident), 0U);
+    EXPECT_EQ(memory.used_bytes(), 900U);
+    EXPECT_EQ(memory.free_bytes(), 100U);
+    memory.give(Account::pool, 600);
+    EXPECT_EQ(memory.used_bytes(Account::pool), 0U);
+    EXPECT_EQ(memory.free_bytes(), 700U);
+}
+
+TEST(Memory, ItsLimitOnlyRises) {
+    Memory memory(1000);
+    memory.raise_limit(2000);
+    memory.raise_limit(500);
+    EXPECT_EQ(memory.limit_bytes(), 2000U);
+}
+
+TEST(Memory, ASegmentIsASixteenthWithinBounds) {
+    EXPECT_EQ(Memory(1000).segment_bytes(), 4096U);
+    EXPECT_EQ(Memory(64U << 20).segment_bytes(), 4U << 20);
+    EXPECT_EQ(Memory(uint64_t{64} << 30).segment_bytes(), SEGMENT_BYTES_MAX);
+}
+
+}  // namespace
+}  // namespace weightd

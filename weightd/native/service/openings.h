@@ -1,0 +1,48 @@
+// What must be in memory before a session or a fetch begins, and how a session begins.
+//
+// Runs in the callers' threads, because reading resident weights may take minutes; what touches the engine is a
+// command. What openers use of a model never changes, or is written only in their turns.
+#pragma once
+
+#include <functional>
+
+#include "engine/engine.h"
+#include "memory/resident.h"
+#include "service/commands.h"
+#include "service/opener_turns.h"
+#include "session/ring_sessions.h"
+
+namespace weightd {
+
+struct Opened {
+    Token token;
+    uint32_t share_slots;
+};
+
+class Openings {
+  public:
+    Openings(Commands& commands, Engine& engine, RingSessions& sessions, const ReaderChoice& choice);
+
+    // Takes in a model. Throws std::system_error, std::invalid_argument, NoRoom, Stopping.
+    uint32_t add_model(ModelSpec spec);
+    // Only a process of `user` can attach to the session; of any user, if there is none. Throws NoRoom,
+    // std::system_error, CorruptResident, Unanswered, Stopping.
+    Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user);
+    // Has in memory what the use needs, until leave(). Throws what open_session() throws.
+    Model& activate(uint32_t model, Use use, const User& user);
+    void leave(uint32_t model);
+
+  private:
+    Model& model(uint32_t index);
+    void load_newest_predictors(uint32_t model, const User& user);
+    void wait_for_room(const Model& model, const std::function<bool()>& reserve);
+    Opened open_active(uint32_t model, uint32_t slots_wanted, const User& user);
+
+    Commands& commands_;
+    Engine& engine_;
+    RingSessions& sessions_;
+    const ReaderChoice& choice_;
+    OpenerTurns turns_;
+};
+
+}  // namespace weightd

@@ -1,0 +1,28 @@
+#include "session/ended_sessions.h"
+
+#include <algorithm>
+
+namespace weightd {
+
+void EndedSessions::keep(uint32_t session, Remains remains) { kept_.emplace(session, std::move(remains)); }
+
+void EndedSessions::keep_ring(SharedMemory ring, const User& user) { closed_rings_.add(std::move(ring), user); }
+
+std::optional<uint32_t> EndedSessions::hung_up(uint32_t session) {
+    const auto found = kept_.find(session);
+    if (found == kept_.end()) return std::nullopt;  // another event of this batch has told it
+    Remains& remains = found->second;
+    const uint32_t model = remains.model;
+    epoll_.unwatch(remains.socket.get());
+    epoll_.unwatch(remains.process.get());
+    keep_ring(std::move(remains.ring), remains.user);
+    kept_.erase(found);
+    return model;
+}
+
+size_t EndedSessions::of(const User& user) const {
+    const auto is_theirs = [&](const auto& entry) { return entry.second.user == user; };
+    return closed_rings_.of(user) + static_cast<size_t>(std::count_if(kept_.begin(), kept_.end(), is_theirs));
+}
+
+}  // namespace weightd

@@ -1,0 +1,16 @@
+// Failed system calls.
+#pragma once
+
+#include <cerrno>
+#include <string>
+#include <system_error>
+
+namespace weightd {
+
+[[noreturn]] inline void fail(const std::string& what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
+
+inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }
+
+}  // namespace weightd
