@@ -1,10 +1,10 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""How many greedy texts are equal: alone and in a batch, with and without a draft, and beside transformers' own.
+"""Counts equal greedy texts: alone and in a batch, with and without a draft, and compared with transformers.
 
-The model is saved in each dtype, and run in exact mode and, where a text to calibrate it on is given, in predict mode.
-Prompts of different lengths are cut from a text. What this system computes of a row depends on that row alone, so all
-its texts must be equal among themselves; those of transformers' own batches, which are counted too, need not be. Beside
-transformers' dense model sums are rounded in another order, so a text may part where two tokens are nearly as likely.
+The model is saved in each dtype and run in exact mode and, if there is a text to calibrate on, in predict mode. Prompts
+of different lengths are cut from a text. A row's result depends on that row alone, so all texts of this system must be
+equal. Texts of transformers' own batches are counted too; they need not be equal. transformers' dense model rounds sums
+in another order, so texts may differ after two tokens that are almost equally likely.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Generate = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Bench:
-    """What is generated, the same for all."""
+    """What every run generates."""
 
     prompts: Texts
     new_tokens: int
@@ -68,7 +68,7 @@ class Bench:
 
 
 def own_rows(bench: Bench, client: FlashClient, facts: Row, draft: Path | None) -> tuple[list[Row], Texts]:
-    """The client's texts beside one another; those of prompts alone."""
+    """Compares the client's texts with each other. Returns the texts of single prompts."""
     alone = bench.run(client.generate)
     rows = [
         bench.compared(facts, f"alone, in batches of {count}", alone, bench.run(client.generate, count))
@@ -83,7 +83,7 @@ def own_rows(bench: Bench, client: FlashClient, facts: Row, draft: Path | None) 
 
 
 def dense_rows(bench: Bench, dense: Any, facts: Row, exact: Texts) -> list[Row]:
-    """transformers' dense model beside exact mode, and beside itself."""
+    """Compares transformers' dense model with exact mode, and with itself."""
 
     def generate(batch: dict[str, Tensor], **arguments: Any) -> Tensor:
         made: Tensor = dense.generate(**batch, **arguments)
@@ -137,10 +137,10 @@ def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--model", type=Path, default=MODELS / "relu-6m", help="a checkpoint folder")
-    parser.add_argument("--gguf-file", metavar="NAME", help="in that folder")
+    parser.add_argument("--gguf-file", metavar="NAME", help="a .gguf file in that folder")
     parser.add_argument("--draft", type=Path, help="a checkpoint folder of a draft model")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--text", type=Path, default=MODELS / "held_out.txt", help="where the prompts are cut from")
+    parser.add_argument("--text", type=Path, default=MODELS / "held_out.txt", help="the text that prompts are cut from")
     parser.add_argument("--calibrate", type=Path, metavar="FILE", help="text to calibrate on, for predict mode")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--texts", type=int, default=24)

@@ -1,8 +1,9 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Import of a Llama-shaped checkpoint of 2.2 GB against a copy of its files.
+"""Compares the import of a Llama-shaped checkpoint of 2.2 GB with a copy of its files.
 
-Both start from a cold page cache and end with everything synced; they take turns in ABBA order. The checkpoint is
-TinyLlama's shape in bf16 with random bits. Peak memory is the import's over an interpreter with the same modules.
+Both start with a cold page cache and end with everything synced, and take turns in ABBA order. The checkpoint has
+TinyLlama's shape in bf16 and random bits. Peak memory is what the import takes above an interpreter with the same
+modules.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def measure(how: Callable[[Path, Path], int], source: Path, target: Path) -> Run
 
 def main() -> int:
     parser = FlagParser(__doc__)
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--folder", type=Path, default=Path(), help="on the device to measure; needs 5 GB")
     parser.add_argument("--rounds", type=int, default=2, help="ABBA rounds")
     options = parser.parse_args()

@@ -1,13 +1,13 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""The shared-memory path: what it costs a token, and a warm ACQUIRE of 300 neurons.
+"""Measures the shared-memory path: its cost per token, and a warm ACQUIRE of 300 neurons.
 
-A token: the same generation over the ring and on an engine in the same process (ipc_generation.py), on a planted model.
+Per token: the same generation of a planted model over the ring and with an engine in the same process
+(benchmarks/ipc_generation.py).
 
-ACQUIRE: when the machine is idle, and inside running generations.
-
-Idle: the cells are in the pool and nobody else asks. Beside it the gRPC round trip of the same daemon. Busy: 1 and 4
-processes generate text; inside each, before every FFN, a second session acquires and releases 300 random neurons of a
-random layer, so that the daemon reads, verifies and serves the sweeps meanwhile. Neurons are of 16 KiB, as in OPT-6.7B.
+ACQUIRE, idle: the cells are in the pool and there is no other client. The gRPC round trip of the same daemon stands
+beside it. ACQUIRE, busy: 1 and 4 processes generate text. In each, before every FFN, a second session acquires and
+releases 300 random neurons of a random layer, while the daemon reads, verifies and serves the generations. Neurons have
+16 KiB, as in OPT-6.7B.
 """
 
 from __future__ import annotations
@@ -45,15 +45,17 @@ NAME = "ipc"
 NEURONS = 300
 LAYERS, HIDDEN, WIDTH = 4, 4096, 8192
 CALLS = 2000
-PAUSE_S = 0.0005  # between idle calls: long enough for the daemon to fall asleep, as it is between two layers
+PAUSE_S = 0.0005  # between idle calls: long enough for the daemon to sleep, as between two layers
 BUSY_TOKENS = 40
 
 
 def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b", help="of the planted model")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="on the device to measure; its contents are kept"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--busy-client", nargs=2, metavar=("ADDRESS", "SEED"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.busy_client:
@@ -103,7 +105,7 @@ def make_store(folder: Path, store: Path) -> None:
 
 @contextmanager
 def weightd(store: Path, share_of_ffn: float) -> Iterator[str]:
-    """The address of a private daemon whose pool holds this share of the FFN."""
+    """Runs a private daemon whose pool holds this share of the FFN. Gives its address."""
     from flashclient.daemon.private import attach_or_start
 
     model = Store.open(store, readonly=True).model(NAME)
@@ -124,7 +126,7 @@ def open_probe(connection: Connection) -> tuple[_native.Session, weightd_pb2.Mod
 
 
 def acquire_us(session: _native.Session, layer: int, cells: Any) -> tuple[float, float]:
-    """Microseconds of the ACQUIRE until all is granted, and of it with the RELEASE that follows."""
+    """Microseconds until an ACQUIRE is granted, and until the RELEASE after it has been sent."""
     start = time.perf_counter_ns()
     granted = session.acquire(layer, cells)
     acquired = time.perf_counter_ns()
@@ -168,7 +170,7 @@ def round_trip_row(address: str) -> Row:
 
 
 def busy_client(address: str, seed: int) -> dict[str, list[float]]:
-    """Generates, and times an ACQUIRE of random neurons before every FFN."""
+    """Generates text and times an ACQUIRE of random neurons before every FFN."""
     connection = Connection(address, 60.0)
     session, model = open_probe(connection)
     random = np.random.default_rng(seed)
@@ -183,7 +185,7 @@ def busy_client(address: str, seed: int) -> dict[str, list[float]]:
             client.model.get_submodule(layer.module).register_forward_pre_hook(probe)
         generation = client.model.generation_config
         assert generation is not None
-        generation.eos_token_id = None  # random weights may say "the end" at any time
+        generation.eos_token_id = None  # random weights may produce the end token at any time
         start = time.perf_counter()
         client.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=BUSY_TOKENS, do_sample=False)
         seconds = time.perf_counter() - start

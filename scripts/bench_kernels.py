@@ -1,10 +1,10 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""The client's kernels beside the speed at which the same threads read the same memory.
+"""Compares the client's kernels with the speed at which the same threads read the same memory.
 
-All weights are views of one buffer of bfloat16, at least eight times the last-level cache; each kernel walks through
-the whole of it before it comes back, so nothing it reads is in a cache. Bundles are picked at random: a tenth of a
-layer is predicted, a third of that fires. What counts as read is what the kernel has to touch: gate or up rows of the
-predicted neurons, up rows and down columns of those that fire. Kernel and plain reading take turns in ABBA order.
+All weights are views of one bfloat16 buffer of at least eight times the last-level cache. A kernel uses the whole
+buffer before it uses a part again, so nothing that it reads is in a cache. Bundles are picked at random: a tenth of a
+layer is predicted, a third of that fires. Only bytes that the kernel needs are counted: gate or up rows of predicted
+neurons, up rows and down columns of firing ones. Kernel and plain reading take turns in ABBA order.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HEADS, HEAD_ELEMENTS = 32, 64  # OPT-1.3B
 
 
 class Arena:
-    """A buffer of random weights that no cache holds, and the threads that read it."""
+    """A buffer of random weights that is larger than the caches, and the threads that read it."""
 
     def __init__(self, threads: int) -> None:
         self.workers = Workers(threads)
@@ -85,7 +85,7 @@ def last_level_cache_bytes() -> int:
 
 
 def compare(arena: Arena, work: Callable[[], None], work_bytes: int, rounds: int) -> Row:
-    """Speed of `work`, which reads `work_bytes`, beside that of plain reading."""
+    """The speed of `work`, which reads `work_bytes`, and of plain reading."""
 
     def work_s() -> float:
         start_s = time.perf_counter()

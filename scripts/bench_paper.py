@@ -1,11 +1,11 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """The tables of "LLM in a flash" (arXiv 2312.11514), row by row, on this machine's own device.
 
-Makes a planted model of the shape (make_planted_model: speed, not quality), imports it, and runs each row with a
-weightd and a client of its own: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same
-random token ids. The page cache is out of play (O_DIRECT), the daemon's DRAM is half of the model. Beside them, in the
-same run: fio's sequential read, the model in transformers wholly in memory, and offloaded to disk by accelerate within
-the memory that our two processes take together. What is compared is measured twice, in ABBA order.
+Makes a planted model of the shape (make_planted_model: for speed, not quality), imports it, and runs each row with its
+own weightd and client: naive, hybrid, +predictor, +windowing, +bundling, and everything. All decode the same random
+token ids. The page cache is not used (O_DIRECT), and the daemon's DRAM is half of the model. The same run measures
+fio's sequential read, the model in transformers wholly in memory, and the model offloaded to disk by accelerate within
+the memory that weightd and client take together. What is compared is measured twice, in ABBA order.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Bench:
     def peer(self, kind: str, memory_bytes: int) -> Row:
         """A peer; "accelerate" within a cgroup of `memory_bytes`.
 
-        What others left of the checkpoint in the page cache would be free memory: it is not charged to the cgroup.
+        The checkpoint's pages are dropped first: pages that others cached are not charged to the cgroup.
         """
         make_cold(self.work.checkpoint)
         numbers = [self.work.prompt_tokens, PEER_TOKENS[kind], self.work.seed, memory_bytes]
@@ -113,7 +113,7 @@ def gated_of(shape: str) -> bool:
 
 
 def told(row: Row) -> Row:
-    """Says on a terminal that a row is done."""
+    """Reports on a terminal that a row is done."""
     if sys.stderr.isatty():
         print(f"{row['row']}: {row['total_ms']:.0f} ms per token", file=sys.stderr)
     return row
@@ -126,7 +126,7 @@ def prepare(options: argparse.Namespace) -> Bench:
 
 
 def targets_of(rows: Sequence[Row], facts: Sequence[Row]) -> list[Target]:
-    """Those whose two sides were measured."""
+    """The targets for which both values were measured."""
 
     def mean(name: str, column: str) -> float | None:
         found = [row[column] for row in rows if row["row"] == name and column in row]
@@ -157,14 +157,18 @@ def _options() -> argparse.Namespace:
     names = [plan.name for plan in ROWS]
     parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="on the device to measure; its contents are kept"
+    )
     parser.add_argument("--rows", nargs="+", choices=names, default=names)
-    parser.add_argument("--tokens", type=int, default=256, help="forced after the prompt")
-    parser.add_argument("--dense-tokens", type=int, default=8, help="in rows that read all neurons for each")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens to decode after the prompt")
+    parser.add_argument(
+        "--dense-tokens", type=int, default=8, help="tokens of rows that read all neurons for each token"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--no-peers", action="store_true", help="leave transformers and accelerate out")
-    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the tables there, as PNG and SVG")
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--no-peers", action="store_true", help="do not run transformers and accelerate")
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="draw the tables there as PNG and SVG")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
 

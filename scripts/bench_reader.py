@@ -1,8 +1,8 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""The native reader against fio: the same file, sizes, depth and run, in ABBA order.
+"""Compares the native reader with fio: the same file, sizes and depth, in one run in ABBA order.
 
-Prints speed and CPU time per read, with and without checksums, of both engines. fio reads as well as it can: io_uring,
-registered file and buffers, few clock readings.
+Prints speed and CPU time per read of both engines, with and without checksums. fio uses its fastest settings: io_uring,
+a registered file, registered buffers, and few clock readings.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main() -> int:
 
 
 def compare(path: Path, case: Case, engine: str, seconds: float, rounds: int) -> Row:
-    """Medians of both, and ours once more with checksums."""
+    """The medians of both, and of the native reader with checksums."""
     ours = partial(read_ours, path, case, engine, seconds, False)
     ours_runs, fio_runs = abba(ours, partial(read_fio, path, case, seconds), rounds)
     verified = [read_ours(path, case, engine, seconds, True) for _ in range(rounds)]
@@ -105,7 +105,7 @@ def read_ours(path: Path, case: Case, engine: str, seconds: float, verify: bool)
 
 
 def read_fio(path: Path, case: Case, seconds: float) -> Speed:
-    """fio at its best."""
+    """fio with its fastest settings."""
     command = ["fio", "--name=read", f"--filename={path}", f"--bs={case.read_bytes}", f"--iodepth={case.depth}"]
     command += ["--rw=randread" if case.random else "--rw=read", "--norandommap", "--ioengine=io_uring"]
     command += ["--fixedbufs", "--registerfiles", "--gtod_reduce=1", "--direct=1"]
@@ -122,9 +122,9 @@ def read_fio(path: Path, case: Case, seconds: float) -> Speed:
 def _options() -> argparse.Namespace:
     parser = FlagParser(__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure")
-    parser.add_argument("--size", default="2GiB", help="of the file that is written, read and deleted")
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each run")
-    parser.add_argument("--rounds", type=int, default=4, help="of ABBA")
+    parser.add_argument("--size", default="2GiB", help="size of the file that is written, read and deleted")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of a run")
+    parser.add_argument("--rounds", type=int, default=4, help="number of ABBA rounds")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 

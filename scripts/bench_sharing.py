@@ -1,11 +1,11 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Several processes on one model: the memory they take together, what they read from flash, how fast each one is.
+"""Measures several processes that share one model: their memory, their bytes from flash, and their speed.
 
-Every process decodes the same prompt and the same tokens at the same time, in exact and in predict mode, over one
-weightd with half of the model's bytes; beside that, as many processes with a weightd of their own each. Memory is the
-sum of Pss_Anon and Pss_File of all processes and the memfds' blocks once; what as many processes take that have loaded
-the libraries and no model (torch's own runtime) is measured too, and stands apart. Numbers of clients are measured
-upwards and then downwards (1, 2, 4, 4, 2, 1), and averaged.
+All processes decode the same tokens after the same prompt at the same time, in exact and in predict mode, with one
+weightd that has half of the model's bytes. For comparison, each process gets its own weightd. Memory is the sum of
+Pss_Anon and Pss_File of all processes, plus the blocks of memfds counted once. The memory of processes that have loaded
+the libraries but no model is measured and listed separately. Numbers of clients are measured upwards, then downwards
+(1, 2, 4, 4, 2, 1), and averaged.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ MODES = {"exact": 8, "predict": 64}  # tokens to decode
 
 @dataclass(frozen=True)
 class Read:
-    """What daemons have read from flash for the model, and how many slots of their pools are filled."""
+    """The bytes that the daemons have read from flash for the model, and the filled slots of their pools."""
 
     read_bytes: int
     slots_filled: int
 
 
 class Client:
-    """A process that decodes when it is told to. Raises BenchError with its last words."""
+    """A process that decodes on demand. Raises BenchError with its last line of standard error."""
 
     def __init__(self, task: Task) -> None:
         pipe = subprocess.PIPE
@@ -66,7 +66,7 @@ class Client:
         return self._process.pid
 
     def told(self) -> Any:
-        """The next thing that it says."""
+        """The next JSON line that the process prints."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -96,7 +96,7 @@ def clients(tasks: Sequence[Task]) -> Iterator[list[Client]]:
 
 
 def process_bytes(pid: int) -> int:
-    """Pss_Anon and Pss_File: what it has for itself, and its part of mapped files."""
+    """Pss_Anon and Pss_File: a process's own memory and its part of mapped files."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss_(?:Anon|File):\s+(\d+) kB", text, re.MULTILINE)) * 1024
 
@@ -113,7 +113,7 @@ def shared_bytes(pid: int) -> int:
 
 
 def runtime_bytes(count: int) -> int:
-    """Of as many processes as there are clients, with the libraries and without a model."""
+    """The memory of `count` processes that have loaded the libraries but no model."""
     with clients([Task(None, "", "", 0, 0, 0)] * count) as started:
         return sum(process_bytes(client.pid) for client in started)
 
@@ -150,7 +150,7 @@ def daemons_of(planted: PlantedStore, count: int) -> Iterator[list[Daemon]]:
 
 
 def measured(planted: PlantedStore, task: Task, count: int, private: bool) -> Row:
-    """One row: `count` clients on one daemon, or each on its own."""
+    """One row: `count` clients that share a daemon, or that have one each."""
     with ExitStack() as opened:
         daemons = opened.enter_context(daemons_of(planted, count if private else 1))
         tasks = [replace(task, address=daemons[i % len(daemons)].address) for i in range(count)]
@@ -179,7 +179,7 @@ def measured(planted: PlantedStore, task: Task, count: int, private: bool) -> Ro
 
 
 def averaged(rows: Sequence[Row]) -> Row:
-    """Of the same thing, measured several times."""
+    """The average of several measurements of one row."""
 
     def mean(name: str) -> Any:
         values = [row[name] for row in rows]
@@ -211,14 +211,14 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
 
 
 def told(row: Row) -> Row:
-    """Says on a terminal that a row is done."""
+    """Reports on a terminal that a row is done."""
     if sys.stderr.isatty():
         print(f"{row['mode']}, {row['clients']} clients: {row['tokens_per_s']:.1f} tokens/s", file=sys.stderr)
     return row
 
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:
-    """The most clients against one; of the modes, the worse one."""
+    """Compares the most clients with one client, in the worse of both modes."""
     first, last = min(row["clients"] for row in rows), max(row["clients"] for row in rows)
     if (first, last) != (1, 4):
         return []
@@ -244,12 +244,16 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
 
 def main() -> int:
     parser = FlagParser(__doc__)
-    parser.add_argument("--clients", type=counts_of, default=(1, 2, 4), help="numbers of clients, rising: 1,2,4")
+    parser.add_argument(
+        "--clients", type=counts_of, default=(1, 2, 4), help="rising numbers of clients (default: 1,2,4)"
+    )
     parser.add_argument("--shape", choices=SHAPES, default="opt-1.3b", help="of the planted model")
-    parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="on the device to measure; kept")
-    parser.add_argument("--tokens", type=int, help="to decode; default: 8 in exact mode, 64 in predict mode")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="on the device to measure; its contents are kept"
+    )
+    parser.add_argument("--tokens", type=int, help="tokens to decode (default: 8 in exact mode, 64 in predict mode)")
     parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     try:
         results = measure(options)
@@ -261,7 +265,7 @@ def main() -> int:
 
 
 def counts_of(text: str) -> tuple[int, ...]:
-    """Of "1,2,4"."""
+    """Parses a text like "1,2,4"."""
     counts = tuple(int(part) for part in text.split(","))
     if not counts or list(counts) != sorted(set(counts)) or counts[0] < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of rising numbers: use 1,2,4")

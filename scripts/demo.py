@@ -1,7 +1,7 @@
 """The demo's steps: a real dense model in exact mode, then a small ReLU model in predict mode and with a draft.
 
-Each is imported once and served with half of its FFN weights in memory. Everything lies in ./demo-store (or the folder
-given); run again, it uses what is there.
+Each is imported once and served with half of its FFN weights in memory. All files are in ./demo-store, or in the given
+folder. The next run uses them again. `scripts/demo` installs what is needed and runs this.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def main() -> int:
 
 
 def show_dense(folder: Path, new_tokens: int) -> None:
-    """Gemma 3 270M from its GGUF to text: no zeros to skip, so half of it is read for each token."""
+    """Gemma 3 270M from its GGUF file to text. A token needs all neurons: half of them are read from flash."""
     store = folder / "store"
     _import(folder, store)
     device = json.loads(run("weightd", "doctor", "--store", str(store), "--json"))["profile"]
@@ -56,7 +56,7 @@ def show_dense(folder: Path, new_tokens: int) -> None:
 
 
 def table(told: dict[str, Any], stats: weightd_pb2.StatsResponse, device: dict[str, Any], ffn: int) -> str:
-    """What the run cost, one fact a line."""
+    """The cost of the run, one fact per line."""
     served = stats.models[0]
     used_bytes = stats.dram_pool_bytes + stats.dram_resident_bytes + stats.dram_tables_bytes
     half = f"{stats.dram_pool_bytes / ffn:.1%} of the FFN weights' {format_size(ffn)}"

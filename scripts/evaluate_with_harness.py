@@ -1,10 +1,10 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Runs tasks of lm-evaluation-harness on a model in a weightd's store: client.model is a pretrained model to it.
+"""Runs tasks of lm-evaluation-harness on a stored model. The harness takes client.model as a pretrained model.
 
     scripts/evaluate_with_harness.py opt-1.3b --store ./store --mode predict --tasks hellaswag,arc_easy --limit 200
 
-Needs the extra `eval`. Tasks that the harness brings load their data sets from the network; with --include-path a
-folder of task files (YAML) on local data is enough.
+Needs the extra `eval`. The harness's own tasks load their data sets from the network. With --include-path it runs task
+files (YAML) with local data.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from flashclient.cli import add_tls_flags
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(__doc__)
-    parser.add_argument("model", help="name in the store")
+    parser.add_argument("model", help="the model's name in the store")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--address", help="of a weightd")
+    where.add_argument("--address", help="address of a weightd")
     where.add_argument("--store", metavar="DIR")
     add_tls_flags(parser)
     parser.add_argument("--mode", default="auto", help="auto, exact or predict")
     parser.add_argument("--tasks", required=True, type=lambda text: text.split(","), metavar="T,T")
-    parser.add_argument("--include-path", metavar="DIR", help="of task files")
-    parser.add_argument("--limit", type=int, metavar="N", help="examples of each task")
+    parser.add_argument("--include-path", metavar="DIR", help="folder of task files")
+    parser.add_argument("--limit", type=int, metavar="N", help="number of examples of each task")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one object instead of a table")
     return parser.parse_args(arguments)

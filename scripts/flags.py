@@ -1,4 +1,4 @@
-"""Command lines of the scripts: a wrong one is one line on standard error and exit status 2, as with weightd."""
+"""The parser of the scripts' command lines. A wrong one gives one line on standard error and exit status 2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NoReturn
 
 
 class FlagParser(argparse.ArgumentParser):
-    """Says what the script is for as its module does; no abbreviations."""
+    """Describes the script by its module's docstring. Flags cannot be abbreviated."""
 
     def __init__(self, description: str | None) -> None:
         super().__init__(

@@ -1,11 +1,11 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Every hostile client there is, each a process of its own, of another user where we are root.
+"""Runs all hostile clients, each in its own process, as another user if this script runs as root.
 
     scripts/hostile_clients.py --socket PATH --model NAME [--port PORT] [--user 1600] [--attack NAME]...
 
-runs them against a weightd until it is ended; --list says what they do. The user is one who may attach: it has the
-daemon's group. All run at the lowest priority: what they cost others is then what they make weightd do, not their own
-share of the processors, which every process of a machine can have.
+runs them against a weightd until the script is ended. --list explains them. The other user has the daemon's group, so
+it may attach. All run at the lowest priority, so that they harm others through the work that weightd does for them, and
+not through their own use of the processors.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from weightd_proto import weightd_pb2 as pb
 USER = 1600  # nobody's
 LOWEST = 19
 PR_SET_PDEATHSIG = 1
-THREADS = 12  # of those who ask for too much
+THREADS = 12  # that make oversized requests
 UNREAD = 64  # streams
 Ask = Callable[[Control, bytes], object]
 
 
 def refused_requests(target: Target) -> None:
-    """Requests that are refused once they are read: too many fields, too long names, too much asked for."""
+    """Requests that are refused after they were read: too many fields, too long names, too much data."""
     asks: list[Ask] = [_many_files, _long_mode, _many_ranges, _long_name, _long_import_id, _too_long]
 
     def ask_for_ever(number: int) -> None:
@@ -100,7 +100,7 @@ def _too_long(control: Control, _: bytes) -> object:
 
 
 def unread_streams(target: Target) -> None:
-    """Streams of whole layers of which nobody takes an answer."""
+    """Streams of whole layers whose answers are not read."""
     wanted = pb.FetchRequest(model=target.model, resident=pb.ByteRange(offset=0, size=1 << 20))
     while True:
         with suppress(grpc.RpcError, OSError):
@@ -124,7 +124,7 @@ ATTACKS: dict[str, Callable[[Target], None]] = {
 
 
 class HostileClients:
-    """Runs attacks for as long as it is entered."""
+    """Runs attacks for the length of a `with` statement."""
 
     def __init__(self, target: Target, names: Sequence[str] = tuple(ATTACKS), user: int = USER) -> None:
         self._command = [
@@ -169,7 +169,7 @@ def become_hostile(user: int) -> None:
 
 
 def _fork(work: Callable[[Target], None], target: Target, user: int) -> int:
-    """A child that does it as `user`; its status is 0 only when it comes to an end."""
+    """Forks a child that runs the attack as `user`. Its exit status is 0 only if the attack returns."""
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -187,7 +187,7 @@ def _fork(work: Callable[[Target], None], target: Target, user: int) -> int:
 def _until_killed(attack: Callable[[Target], None]) -> Callable[[Target], None]:
     def attack_for_ever(target: Target) -> None:
         while True:
-            with suppress(OSError, grpc.RpcError):  # weightd is away
+            with suppress(OSError, grpc.RpcError):  # weightd does not run
                 attack(target)
             time.sleep(AGAIN_S)
 
@@ -204,10 +204,12 @@ def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--socket", help="path of weightd's gRPC socket")
     parser.add_argument("--model", help="a model that it serves")
-    parser.add_argument("--port", type=int, default=0, help="of loopback TCP, at which it listens, too")
-    parser.add_argument("--user", type=int, default=USER, help="whose processes they are, where we are root")
-    parser.add_argument("--attack", action="append", choices=sorted(ATTACKS), help="only this one; default: all")
-    parser.add_argument("--list", action="store_true", help="say what there is")
+    parser.add_argument("--port", type=int, default=0, help="weightd's port on loopback TCP")
+    parser.add_argument("--user", type=int, default=USER, help="user id of their processes, if started as root")
+    parser.add_argument(
+        "--attack", action="append", choices=sorted(ATTACKS), help="run only this one; can be repeated (default: all)"
+    )
+    parser.add_argument("--list", action="store_true", help="list the hostile clients")
     options = parser.parse_args()
     if options.list:
         for name, attack in ATTACKS.items():

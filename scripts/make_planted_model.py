@@ -1,11 +1,11 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Writes a model of a published shape, with random weights, whose neurons fire as published.
 
-It measures speed, not quality: what it generates is noise. But the same number of neurons of each layer fire, are
-predicted and are new per token as in the models of "LLM in a flash" (arXiv 2312.11514), so a system that runs it reads
-and computes what it would on those. The checkpoint is one that transformers and `weightd import` read; its folder
-planted/ holds the predictors, known by construction, and the plan. Layers are made, tried and written one by one; the
-memory needed is that of a few layers, whatever the number of them (OPT-6.7B: 1.6 GB).
+The model is for measuring speed, not quality: its text is noise. But in each layer as many neurons fire, are predicted
+and are new per token as in the models of "LLM in a flash" (arXiv 2312.11514). So a system reads and computes as much
+for this model as for those. transformers and `weightd import` can read the checkpoint. Its folder planted/ holds the
+predictors, which are known by construction, and the plan. Layers are made, tested and written one by one, so the memory
+needed is that of a few layers (OPT-6.7B: 1.6 GB).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> int:
 
 
 def make_planted_model(shape: Shape, target: Path, dtype: str = "bf16", seed: int = 0) -> dict[str, Any]:
-    """Writes the checkpoint to `target`, which appears when all of it is there; returns what plan.json says.
+    """Writes the checkpoint to `target`, which appears when it is complete. Returns the contents of plan.json.
 
     Raises:
         OSError: `target` exists, or the disk is too small.
@@ -149,7 +149,7 @@ def _told(measured: Measured) -> dict[str, Any]:
 
 
 def print_table(plan: Mapping[str, Any]) -> None:
-    """Planted against published."""
+    """A table of planted and published shares."""
     layers: Sequence[Mapping[str, Any]] = plan["layers"]
     print("random weights with planted firing: for measuring speed, not quality\n")
     print(f"{'share of the neurons':<34}{'published':>10}{'planted':>10}")
@@ -187,10 +187,12 @@ def _value(layer: Mapping[str, Any], name: str) -> float:
 def _options() -> argparse.Namespace:
     parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, required=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="of the checkpoint; must not exist")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the checkpoint; must not exist"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same model")
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 
 

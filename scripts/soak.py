@@ -1,17 +1,18 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Eight clients of one weightd, while they are killed, frozen and stopped, weightd is killed and bundles corrupted.
+"""A soak test: eight clients of one weightd, while clients and weightd are killed and frozen and bundles are corrupted.
 
     scripts/soak.py --minutes 10 [--clients 8] [--seed N] [--folder DIR] [--no-hostile] [--json]
 
-Two models, exact and predict mode, shared memory and gRPC. Every generation must give the tokens that an undisturbed
-client made, or the error that names the bundle that is corrupt just then; a client that has attached must survive
-whatever becomes of weightd; and none may fall silent, but while it is frozen. At the end nobody may hold anything:
-leases, sessions, descriptors, threads. weightd's memory keeps to --dram and what its interpreter may take, and the one
-client that is only frozen, never killed, may not have grown. Exit status 1 when anything is wrong.
+The clients cover two models, exact and predict mode, shared memory and gRPC. Each generation must give the tokens of an
+undisturbed client, or the error that names the bundle that is corrupt at that moment. A client that has attached must
+keep running when weightd is killed, and a client may be silent only while it is frozen. At the end there must be no
+leases, sessions, descriptors or threads left. weightd's memory must stay within --dram plus a bound for its
+interpreter, and the memory of the one client that is never killed must not grow. The exit status is 1 if anything is
+wrong.
 
-Beside them run hostile clients (hostile_clients.py), all of them all the time: another user's where we are root, else
-our own. Then, with nobody killed, honest clients run with and without them in turns: the 99th percentile of a token may
-be at most twice as long.
+All hostile clients (hostile_clients.py) run at the same time, as another user if this script runs as root. Afterwards,
+honest clients run in turns with and without hostile ones, and nothing is killed: the 99th percentile of a token's time
+may at most double.
 """
 
 from __future__ import annotations
@@ -50,13 +51,16 @@ KINDS = [
     ("opt", "exact", "grpc"), ("opt", "predict", "grpc"),
 ]  # fmt: skip
 WITNESS_KINDS = KINDS[:4]
-COMPARED = [("opt", "exact", "shm"), ("llama", "predict", "shm")]  # few enough to leave a processor to the hostile
+COMPARED = [
+    ("opt", "exact", "shm"),
+    ("llama", "predict", "shm"),
+]  # few enough to leave a processor to the hostile clients
 TURN_SHARE = 0.05  # of the time, for each of two times four turns
 TURN_S_MIN = 12.0  # enough for a 99th percentile
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
 TOKENS = 8
 WINDOW = 16
-TIMEOUT_S = 120.0  # of the clients: longer than weightd is ever away, so that every loss must be survived
+TIMEOUT_S = 120.0  # of the clients; longer than weightd is ever down, so that every loss must be retried
 LOCAL_POOL_BYTES = 8 << 20
 PAUSE_S = (0.2, 1.2)  # between two events
 FROZEN_S = (0.3, 8.0)  # weightd closes a session that has kept others waiting for 5 s
@@ -82,10 +86,10 @@ class Soak:
         self.comparison = Comparison()
         self._clients = clients
         self._mother = mother
-        self._kinds: dict[int, tuple[str, str, str]] = {}  # of the clients that live
-        self._silences = Silences()  # but those of frozen ones
+        self._kinds: dict[int, tuple[str, str, str]] = {}  # of running clients
+        self._silences = Silences()  # of clients that are not frozen
         self._excused: set[int] = set()  # processes that may end with a status other than 0
-        self._pids: dict[int, int] = {}  # of those that have attached
+        self._pids: dict[int, int] = {}  # of attached clients
         self._started_s: dict[int, float] = {}
         self._frozen: set[int] = set()
         self._corruptions: list[Corruption] = []
@@ -98,10 +102,10 @@ class Soak:
         self._warm_up()
         self.baseline = self._quiet_holdings()
 
-    # ---- what should come of it ----
+    # ---- expectations ----
 
     def _undisturbed_tokens(self) -> dict[tuple[str, str], list[list[int]]]:
-        """By model and mode; the transports must agree."""
+        """The expected tokens by model and mode. Both transports must give the same."""
         tokens: dict[tuple[str, str], list[list[int]]] = {}
         for kind in KINDS:
             self._start(WITNESS, kind, generations=len(PROMPTS))
@@ -114,7 +118,7 @@ class Soak:
         return tokens
 
     def _warm_up(self) -> None:
-        """All at once, so that weightd has as many threads as it ever needs."""
+        """Runs all kinds of calls at once, so that weightd has as many threads as it ever needs."""
         for index in range(self._clients):
             self._start(index, KINDS[index % len(KINDS)], generations=len(PROMPTS))
         while self._kinds:
@@ -122,7 +126,7 @@ class Soak:
         self.witness.clear()
 
     def _quiet_holdings(self) -> dict[str, int]:
-        """Of weightd, when nobody is attached."""
+        """Descriptors and threads of weightd while no client is attached."""
         connection = Connection(self.daemon.address, QUIET_WITHIN_S)
         give_up_s = time.monotonic() + QUIET_WITHIN_S
         while (left := connection.stats()).sessions or any(model.slots_leased for model in left.models):
@@ -133,7 +137,7 @@ class Soak:
         connection.close()
         return holdings(self.daemon.pid)
 
-    # ---- what happens ----
+    # ---- disturbances ----
 
     def run(self, minutes: float) -> None:
         end_s = time.monotonic() + 60 * minutes
@@ -152,7 +156,7 @@ class Soak:
         self._calm_down()
 
     def compare(self, seconds: float) -> None:
-        """Honest clients with and without hostile ones beside them, for `seconds` in each of eight turns."""
+        """Runs honest clients in eight turns of `seconds`, with and without hostile ones."""
         for index, kind in enumerate(COMPARED):
             self._start(index, kind)
         while len(self._pids) < len(COMPARED):
@@ -227,7 +231,7 @@ class Soak:
             self._after(CORRUPT_S, made.repair)
 
     def _calm_down(self) -> None:
-        """Everything that was begun is ended; then all clients are told to stop."""
+        """Ends all disturbances, then tells all clients to stop."""
         while self._later:
             act = heapq.heappop(self._later)[2]
             if act != self._disturb:
@@ -240,10 +244,10 @@ class Soak:
             if time.monotonic() > give_up_s:
                 raise RuntimeError(f"still running when all was over: {self._kinds}")
             event = self._hear(1.0, replace=False)
-            if event is not None and event["event"] == "ready":  # it was attaching when the others were told
+            if event is not None and event["event"] == "ready":  # it was still attaching when the others were told
                 send_signal(event["pid"], signal.SIGTERM)
 
-    # ---- what the clients say ----
+    # ---- events of the clients ----
 
     def _start(self, index: int, kind: tuple[str, str, str], **what: Any) -> None:
         model, mode, transport = kind
@@ -264,7 +268,7 @@ class Soak:
         return event
 
     def _hear(self, timeout_s: float, *, replace: bool) -> Event | None:
-        """Takes the next event, if there is one in time. A time that we are frozen ourselves counts a second."""
+        """Handles the next event, if one arrives in time. If this process was frozen, that counts as a second."""
         began_s = time.monotonic()
         event = self._mother.next_event(timeout_s)
         passed_s = min(time.monotonic() - began_s, 1.0)
@@ -332,12 +336,12 @@ class Soak:
         else:
             self.wrong.append(f"{self._kinds[index]}: {event['kind']}: {event['says']}")
 
-    # ---- what is left ----
+    # ---- checks at the end ----
 
     def look_for_leaks(self) -> dict[str, Any]:
         left = self._quiet_holdings()
         clients = [{name: event[name] for name in left} for event in self.witness]
-        calls = WORKERS_MAX + FETCHES_MAX + self._clients  # weightd keeps a thread for each that ran at once
+        calls = WORKERS_MAX + FETCHES_MAX + self._clients  # weightd keeps a thread for each concurrent call
         for name, spare, of_calls in (("descriptors", SPARE_DESCRIPTORS, 0), ("threads", SPARE_THREADS, calls)):
             self._bound(f"{name} of weightd without clients", left[name], self.baseline[name] + spare + of_calls)
             if clients:
@@ -362,7 +366,7 @@ def _middle(samples: list[dict[str, int]], quarter: int) -> float:
 
 
 def free_port() -> int:
-    """One that nobody listens at."""
+    """A port that is free."""
     with socket.socket() as free:
         free.bind((LOOPBACK, 0))
         return int(free.getsockname()[1])
@@ -372,10 +376,10 @@ def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=0, help="the same seed disturbs in the same order")
-    parser.add_argument("--folder", type=Path, help="on the device that is to be read; needs 300 MB")
-    parser.add_argument("--no-hostile", action="store_true", help="only honest clients")
-    parser.add_argument("--json", action="store_true", help="one object on standard output")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of disturbances")
+    parser.add_argument("--folder", type=Path, help="on the device to read from; needs 300 MB")
+    parser.add_argument("--no-hostile", action="store_true", help="run honest clients only")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="soak-", dir=options.folder) as name, ClientProcesses() as mother:
         soak = Soak(Path(name), options.clients, options.seed, mother)

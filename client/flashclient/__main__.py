@@ -2,7 +2,7 @@
 
 import sys
 
-if not sys.flags.safe_path:  # Python has put the current folder first: what lies there by chance is none of our modules
+if not sys.flags.safe_path:  # Python puts the current folder first, and files in it must not replace modules
     del sys.path[0]
 
 from flashclient.cli import main

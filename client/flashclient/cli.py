@@ -70,7 +70,9 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     where.add_argument("--store", metavar="DIR", help="attach to the weightd of this store, or start a private one")
     command.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
     add_tls_flags(command)
-    command.add_argument("--transport", choices=("auto", "shm", "grpc"), default="auto")
+    command.add_argument(
+        "--transport", choices=("auto", "shm", "grpc"), default="auto", help="shm needs a weightd on this machine"
+    )
     command.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return command
@@ -84,12 +86,14 @@ def add_tls_flags(parser: Any) -> None:
 
 
 def _add_generate(command: Any) -> None:
-    command.add_argument("prompt", type=_text)
+    command.add_argument("prompt", type=_text, help="text to continue")
     command.add_argument("--mode", default="auto", help="auto (default: as calibration decided), exact or predict")
     command.add_argument(
         "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons stay leased; 0: none"
     )
-    command.add_argument("--max-new-tokens", type=_positive, metavar="N")
+    command.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", help="default: the model's own length, or 256"
+    )
     command.add_argument("--stats", action="store_true", help="print statistics on standard error")
 
 
@@ -101,7 +105,7 @@ def _add_calibrate(command: Any) -> None:
     command.add_argument(
         "--kind", choices=("low_rank", "sign"), default="low_rank", help="kind of predictor to publish"
     )
-    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--seed", type=int, default=0, help="of the training's random order")
 
 
 def _add_eval(command: Any) -> None:

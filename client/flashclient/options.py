@@ -15,10 +15,10 @@ from flashclient.model.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 
 MODES = ("auto", "exact", "predict")
-WINDOW_MAX = 1024  # tokens; fewer already want most of the model
+WINDOW_MAX = 1024  # tokens; together, far fewer use most of the model's neurons
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
-DRAM_BYTES_MIN = 1 << 20  # no model needs less: whoever gives a smaller number meant another unit
+DRAM_BYTES_MIN = 1 << 20  # every model needs more: a smaller number was meant in another unit
 _DRAM = re.compile(r"\d+(\.\d+)?\s*([kmgt]?b|[kmgt]ib|%)?", re.IGNORECASE)
 
 

@@ -50,9 +50,9 @@ class Turns:
 
     @contextmanager
     def last(self) -> Iterator[None]:
-        """The turn in which the model is closed; waits for a generation under way.
+        """The turn in which the model is closed; waits for a generation under way. It may be taken again later.
 
-        It may be taken again after that. A forked process has none to wait for.
+        In a forked process there is no generation to wait for.
         """
         self._ending = True
         with self._lock if os.getpid() == self._pid else nullcontext():

@@ -148,9 +148,6 @@ void bind_session(nb::module_& m) {
         .def_prop_ro("calibration", &calibration,
                      nb::for_getter(nb::sig("def calibration(self, /) -> NDArray[numpy.uint8]")),
                      "predictors.safetensors as uint8[bytes], read-only; empty for a model without")
-        .def_prop_ro("share_slots", &Session::share_slots)
-        .def_prop_ro("lease_limit", &used<&Session::lease_limit>, nb::call_guard<nb::gil_scoped_release>(),
-                     "cells that may be leased at once now")
         .def_prop_ro(
             "counters",
             [](Session& session) {

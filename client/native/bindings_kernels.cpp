@@ -239,7 +239,7 @@ void bind_linear(nb::module_& module) {
 
 // ---- Attention ----
 
-// `rows` is [sequences, heads, tokens or positions, elements]. The stride of a dimension of size 1 is not used.
+// `rows` is [sequences, heads, tokens or keys, elements]. The stride of a dimension of size 1 is not used.
 size_t stride_of(const Rows& rows, size_t dimension) {
     if (rows.shape(dimension) <= 1) return 0;
     require(rows.stride(dimension) >= 0, "strides must not be negative");
@@ -257,10 +257,10 @@ AttentionMask mask_of(const std::optional<Rows>& mask, bool causal, const Attent
     if (!mask) return {causal ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
     const bool boolean = mask->dtype() == nb::dtype<bool>();
     require(boolean || mask->dtype() == nb::dtype<float>(), "a mask must be of bool or float32");
-    const size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.positions};
+    const size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.keys};
     for (size_t i = 0; i < 4; i++) {
         require(mask->shape(i) == sizes[i] || mask->shape(i) == 1,
-                "a mask must be [sequences, heads, tokens, positions], or 1 where it is the same for all");
+                "a mask must be [sequences, heads, tokens, keys], or 1 where it is the same for all");
     }
     const auto kind = boolean ? AttentionMask::Kind::boolean : AttentionMask::Kind::additive;
     return {kind,
@@ -278,8 +278,8 @@ void attend(const Attention& attention, const Rows& query, const Rows& key, cons
     require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
     require(query.shape(3) == key.shape(3), "query and key must have the same elements");
     require(key.shape(0) == shape.sequences && value.shape(0) == shape.sequences && value.shape(1) == shape.key_heads &&
-                value.shape(2) == shape.positions,
-            "query, key and value must have the same sequences, key and value the same heads and positions");
+                value.shape(2) == shape.keys,
+            "query, key and value must have the same sequences, key and value the same heads and rows");
     require(aligned(out, "out").shape(0) == shape.sequences && out.shape(1) == shape.tokens &&
                 out.shape(2) == shape.heads && out.shape(3) == shape.value_elements,
             "out must be [sequences, tokens, heads, elements of a value]");
@@ -302,10 +302,10 @@ void bind_attention(nb::module_& module) {
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("attend", &attend, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
              "mask"_a.noconvert().none(), "causal"_a, "scale"_a, "out"_a.noconvert(),
-             "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, positions, elements], with "
-             "any strides between rows. mask [sequences, heads, tokens, positions], 1 where it is the same for all: "
+             "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, keys, elements], with "
+             "any strides between rows. mask [sequences, heads, tokens, keys], 1 where it is the same for all: "
              "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
-             "positions up to t. out [sequences, tokens, heads, elements of a "
+             "keys up to t. out [sequences, tokens, heads, elements of a "
              "value] float32.")
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }

@@ -1,9 +1,9 @@
-"""What the shared-memory path costs a token: the same generation over the ring, and on an engine in the same process.
+"""The cost of the shared-memory path per token, against the same generation with an engine in the same process.
 
-Both clients live in one process, with the same resident weights, kernels and threads, over pools of the same size. One
-leases its cells from weightd over the ring; the other calls an engine in its own thread
-(scripts/benchmarks/native/in_process_engine.h).
-They decode the same tokens in turn (ABBA) and must come to the same logits.
+Both clients run in one process with the same resident weights, kernels and threads, and with pools of the same size.
+One leases its cells from weightd over the ring. The other calls an engine in its own thread
+(scripts/benchmarks/native/in_process_engine.h). They decode the same tokens in turn (ABBA) and must get the same
+logits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from weightd_proto import weightd_pb2
 CHUNK_BYTES = 4 << 20  # as the sweep over the ring gives out when all is in the pool
 SLOTS_WANTED_BYTES = 8 << 20
 IO_THREADS, IO_DEPTH = 32, 64
-ROUNDS = 8  # of four: one round may say 0.95 or 1.1
+ROUNDS = 8  # of four generations; the ratio of a single round varies from 0.95 to 1.1
 SEED = 11
 PROMPT_TOKENS = 16
 KINDS = [("predict", 1.0, 64), ("exact", 1.0, 16), ("predict", 0.5, 64)]  # mode, share of the FFN in the pool, tokens

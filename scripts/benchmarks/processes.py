@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts and measures: a weightd of its own, children that print JSON, and their memory."""
+"""Processes that a benchmark starts: a private weightd, and children that print JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WEIGHTD = (sys.executable, "-m", "weightd")
 
 
 class BenchError(Exception):
-    """A part of the benchmark did not run; says which, and what it said."""
+    """A part of the benchmark failed. Names the part and the last line of its standard error."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Daemon:
 def serving(
     store: Path, dram_bytes: int, flags: Sequence[str] = (), program: Sequence[str] = WEIGHTD
 ) -> Iterator[Daemon]:
-    """A weightd of its own, ended at the end. Raises BenchError with its last words when it does not start.
+    """Runs a private weightd. Raises BenchError with its last line of standard error if it does not start.
 
     Args:
         program: what is started instead of weightd, with weightd's flags.
@@ -56,7 +56,7 @@ def serving(
             _await(process, address, log_path)
             yield Daemon(address, process.pid)
         finally:
-            os.close(writing_end)  # it ends with its owner
+            os.close(writing_end)  # ends the daemon, whose owner is this pipe
             process.wait()
 
 
@@ -76,7 +76,7 @@ def module_command(name: str, *options: str) -> list[str]:
 
 
 def run_json(command: Sequence[str], what: str) -> Any:
-    """What the command printed, as JSON. Raises BenchError with its last words."""
+    """Runs a command that prints JSON. Raises BenchError with its last line of standard error."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]

@@ -1,7 +1,7 @@
-"""What the benchmarks share: facts about the machine, targets, runs in ABBA order, and the report.
+"""The report of a benchmark: facts about the machine, rows, targets, and runs in ABBA order.
 
-Every bench_*.py prints with --json one object: {"machine": {...}, "rows": [...], "targets": [{"name", "value", "unit",
-"target", "better", "met"}]}. What it compares with is measured in the same run.
+With --json every bench_*.py prints one object: {"machine": {...}, "rows": [...], "targets": [{"name", "value", "unit",
+"target", "better", "met"}]}. Values that are compared come from the same run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Target:
-    """A number of the design's budget, and what was measured."""
+    """A value that was measured, and the value that it should reach."""
 
     name: str
     value: float
@@ -35,7 +35,7 @@ class Target:
 
 
 def abba(first: Callable[[], Result], second: Callable[[], Result], rounds: int) -> tuple[list[Result], list[Result]]:
-    """Results of both in the order first, second, second, first, `rounds` times: a slow drift hits both alike."""
+    """Runs both in the order first, second, second, first, `rounds` times, so that a slow drift affects both alike."""
     results: tuple[list[Result], list[Result]] = ([], [])
     for _ in range(rounds):
         for which in (0, 1, 1, 0):
@@ -63,7 +63,7 @@ def machine_facts(folder: Path) -> Row:
 
 
 def report(machine: Row, rows: Sequence[Row], targets: Sequence[Target], as_json: bool) -> None:
-    """Prints the results, for programs or for people."""
+    """Prints the results as JSON or as a table."""
     if as_json:
         told = [asdict(target) | {"met": target.met} for target in targets]
         print(json.dumps({"machine": machine, "rows": list(rows), "targets": told}))

@@ -1,8 +1,8 @@
 """One of several processes that decode the same tokens at the same time; run by bench_sharing.
 
 `sharing_client.py '{"address": ..., ...}'` (the fields of Task) prints a line when it is ready, decodes after a line on
-standard input, prints what it took, and stays, with all its memory, until standard input ends. Without an address it
-loads the libraries and nothing else: what a process takes that has no model.
+standard input, prints its times, and keeps all its memory until standard input ends. Without an address it only loads
+the libraries, to show the memory of a process without a model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Task:
-    """What a client is to do."""
+    """The work of one client."""
 
     address: str | None
     model: str

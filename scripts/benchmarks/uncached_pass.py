@@ -1,4 +1,4 @@
-"""One pass over a file, past the page cache, at the device's sequential speed."""
+"""Reads a file once with O_DIRECT, at the device's sequential speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def read_uncached(path: Path) -> int:
     """Reads all of `path` with O_DIRECT into buffers that are thrown away; returns the bytes read.
 
     Raises:
-        OSError: of the device or the file system.
+        OSError: the device or the file system refuses a read.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:

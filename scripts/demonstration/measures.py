@@ -1,4 +1,4 @@
-"""What the demo models' cards tell, measured on held-out text: perplexity, sparsity, agreement of draft and model."""
+"""The measurements in the demo models' cards, on held-out text: perplexity, sparsity, agreement of draft and model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROWS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Measures:
-    """Of one model on some rows [n, tokens].
+    """The measurements of one model on some rows [n, tokens].
 
     Attributes:
         perplexity: exp of the mean loss over every token but each row's first.

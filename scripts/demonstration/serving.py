@@ -1,4 +1,4 @@
-"""What both parts of the demo do: run our commands, keep a weightd for a while, ask what it did."""
+"""Steps of both parts of the demo: run a command, serve a store with weightd, and ask for its statistics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ffn_bytes(store: Path, name: str) -> int:
 
 
 def run(module: str, *arguments: str) -> str:
-    """Standard output of `python -m module arguments`; what it says on standard error passes through."""
+    """Runs `python -m module arguments` and returns its standard output. Standard error is passed through."""
     done = subprocess.run([sys.executable, "-m", module, *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode not in (0, 1) or (done.returncode == 1 and not done.stdout):
         sys.exit(done.returncode)
@@ -41,7 +41,7 @@ def run(module: str, *arguments: str) -> str:
 
 @contextmanager
 def serving(store: Path, dram_bytes: int, folder: Path) -> Iterator[str]:
-    """The address of a weightd that answers and that ends with us, however we end."""
+    """Runs a weightd that ends with this process. Gives its address."""
     address = f"unix:{folder.absolute()}/weightd.sock"
     reading, writing = os.pipe()
     command = [sys.executable, "-m", "weightd", "--store", str(store), "--listen", address]
@@ -79,5 +79,5 @@ def stats_of(address: str) -> weightd_pb2.StatsResponse:
 
 
 def facts(rows: list[tuple[str, str]]) -> str:
-    """A table, one fact a line."""
+    """A table with one fact per line."""
     return "\n".join(f"{name:24}{value}" for name, value in rows)

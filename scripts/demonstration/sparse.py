@@ -1,6 +1,6 @@
-"""The demo's second part: the small ReLU model that ships (scripts/models), predicted, streamed, and drafted for.
+"""The demo's second part: the small ReLU model in scripts/models, in predict mode and with a draft model.
 
-Its own store, so that half of its FFN weights is what the daemon's memory is measured by.
+It has its own store, so that the daemon's memory can be half of this model's FFN weights.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from weightd.store.store import Store
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, DRAFT = "relu-6m", "relu-draft"
 PROMPT = "The function returns a list of"
-# Logits in bf16 have ties, which checking several tokens at once may break otherwise than one after the other does: in
-# fp32 the draft changes no token.
+# Logits in bf16 have ties, which a check of several tokens at once may break differently than single steps do. In fp32
+# the draft changes no token.
 DTYPE = "fp32"
-# Without it so small a model soon repeats one phrase, and the window would always hold what the next token needs.
+# Without it, such a small model soon repeats one phrase, and the window always holds what the next token needs.
 REPETITION_PENALTY = 1.2
-# Seconds of calibration; the shares it measures are good to a point.
+# Calibration takes seconds. The shares that it measures are accurate to one percentage point.
 CALIBRATION_TOKENS = 16384
 # This model's predictors find almost all of what fires without wanting much else.
 TARGET_RECALL = 0.97
 
 
 def show_sparse(folder: Path, new_tokens: int) -> None:
-    """Import, calibrate, generate with predictors, and again with a draft: the same text in fewer steps."""
+    """Imports, calibrates, generates with predictors, and again with a draft: the same text in fewer steps."""
     _be_quiet()
     store = folder / "sparse-store"
     if not (store.exists() and MODEL in Store.open(store).names()):
@@ -65,7 +65,7 @@ def _be_quiet() -> None:
 
 
 def _calibration(told: Path, store: Path) -> dict[str, Any]:
-    """What calibration measured: now, or when the demo was first run."""
+    """The report of the calibration, which the first run of the demo makes."""
     if not told.exists():
         answer = run(
             *("flashclient", "calibrate", MODEL, "--store", str(store), "--text", str(MODELS / "calibration.txt")),
@@ -77,7 +77,7 @@ def _calibration(told: Path, store: Path) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any], alone: Stats, drafted: Stats, same_text: bool, ffn: int) -> str:
-    """What the runs cost, one fact a line."""
+    """The cost of the runs, one fact per line."""
     fired, predicted = ([layer[name] for layer in report["layers"]] for name in ("firing", "predicted"))
     whole = f"of the FFN weights' {format_size(ffn)}"
     return facts(

@@ -1,7 +1,6 @@
-"""One row of the paper's tables, from the inside: a client that decodes forced tokens and says what each one cost.
+"""The client of one row of the paper's tables: it decodes forced tokens and measures the cost of each.
 
-Run by bench_paper as a process of its own: `paper/client.py '{"address": ..., ...}'` (the fields of Task), prints one
-JSON object.
+bench_paper runs it as a process: `paper/client.py '{"address": ..., ...}'` (the fields of Task) prints one JSON object.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Task:
-    """What the client is to do; `again_from_flash` is a file that is read anew for every token."""
+    """The work of the client. `again_from_flash` is a file that is read again for every token."""
 
     address: str
     model: str
@@ -70,12 +69,12 @@ class Probe:
 
 
 def clock_seconds(client: flashclient.FlashClient) -> dict[str, float]:
-    """Where the forward passes' time went so far: stats() speaks of whole generations only."""
+    """The time spent in each part of the forward passes so far; stats() covers whole generations only."""
     return asdict(client.clock)
 
 
 class AgainFromFlash:
-    """For "naive": the weights that the daemon keeps are read again before each token, as if nobody kept them."""
+    """For "naive": reads the weights that the daemon keeps again before each token, as if they were not kept."""
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path is None else Path(path)
@@ -90,7 +89,7 @@ class AgainFromFlash:
 
 
 def run(task: Task) -> dict[str, Any]:
-    """What every token cost, the prompt first."""
+    """The cost of every token. The first is the prompt's."""
     with flashclient.FlashClient(task.model, address=task.address, timeout_s=TIMEOUT_S, **task.options) as client:
         vocabulary = client.model.config.vocab_size
         prompt = torch.tensor([random_ids(vocabulary, task.prompt_tokens, task.seed)])

@@ -1,7 +1,7 @@
-"""Whether the neurons fired as planned, in the very tokens that were timed.
+"""Checks that neurons fired as planned in the tokens that were timed.
 
-The FFNs' inputs are kept while a row runs (a copy of some kilobytes per layer) and multiplied with the checkpoint's own
-matrices after it. So the check knows nothing of how the client predicts, reads or computes.
+While a row runs, the inputs of the FFNs are copied (some kilobytes per layer). Afterwards they are multiplied with the
+checkpoint's own matrices. So the check does not depend on how the client predicts, reads or computes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOLERANCE = 0.1  # of the plan
 
 
 class InputTap:
-    """Keeps what goes into every FFN for each decoded token: [hidden_size] in the model's dtype."""
+    """Keeps the input of every FFN for each decoded token: [hidden_size] in the model's dtype."""
 
     def __init__(self, client: flashclient.FlashClient) -> None:
         _, architecture = architecture_of(client.model.config)

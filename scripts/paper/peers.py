@@ -1,6 +1,6 @@
-"""What a user would take instead: transformers with the whole model in memory, or offloaded to disk by accelerate.
+"""The alternatives: transformers with the whole model in memory, or offloaded to disk by accelerate.
 
-Run by bench_paper as a process of its own, in a memory cgroup where the memory is to be the same:
+bench_paper runs it as a process, in a memory cgroup if both sides must have the same memory:
 `paper/peers.py dense|accelerate CHECKPOINT PROMPT_TOKENS NEW_TOKENS SEED MEMORY_BYTES`, prints one JSON object.
 """
 
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Peers get the same treatment as ours: with idle threads that spin, two busy cores decode several times slower.
+# The same setting as in flashclient: with idle threads that spin, two busy cores decode several times slower.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch

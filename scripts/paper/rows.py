@@ -1,7 +1,7 @@
-"""The rows of the paper's Table 2: each a weightd and a client of its own, on the same store and device.
+"""The rows of the paper's Table 2. Each has its own weightd and client, on the same store and device.
 
-Every row adds one step. What the paper calls hybrid keeps half of the model in memory and reads the rest for each
-token. Without bundling the daemon reads the parts of a neuron's bundle (up row and down column) with one request each,
+Every row adds one step. The row "hybrid" keeps half of the model in memory and reads the rest for each token. Without
+bundling the daemon reads the parts of a neuron's bundle (up row and down column) with one request each,
 from the same file (paper/unbundled.py): the requests that it would need if the parts lay apart.
 """
 
@@ -21,14 +21,14 @@ from paper.client import Task
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
 
-FIRST_TOKENS = 50  # the window fills meanwhile, says the paper (section 4)
+FIRST_TOKENS = 50  # in which the window fills (section 4 of the paper)
 SWEEP_POOL_BYTES = 16 << 20  # the look-ahead of a client that streams every layer, twice: it gets half of the pool
 LAYER_POOL_SHARE = 0.25  # of a layer: its predicted neurons, twice and a little more
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """One row: what is switched on.
+    """One row: the techniques that it uses.
 
     Attributes:
         memory: "half" of the model; else the least with which it can be served, for streaming ("sweep") or for one
@@ -47,7 +47,7 @@ class RowPlan:
     options: dict[str, Any] = field(default_factory=dict)  # of FlashClient
 
 
-COLD = ("--cold-start",)  # nothing is known that another row has learned
+COLD = ("--cold-start",)  # without the hotness that another row has measured
 ROWS = (
     RowPlan("naive", memory="sweep", resident=False, dense=True, flags=COLD, options={"mode": "exact"}),
     RowPlan("hybrid", dense=True, flags=COLD, options={"mode": "exact"}),
@@ -62,7 +62,7 @@ ROWS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What every row does: a prompt of random ids, then as many forced ones."""
+    """The work of every row: a prompt of random ids, then forced random ids."""
 
     checkpoint: Path
     store: Path
@@ -79,7 +79,7 @@ class Work:
         return record.bundles_file_bytes + record.resident_file_bytes
 
     def dram_bytes(self, memory: str) -> int:
-        """Half of a small model is not enough to serve it: then the least is taken."""
+        """Half of the model, or the minimum for a small model, which half is not enough to serve."""
         record = Store.open(self.store, readonly=True).model(self.model)
         layer_bytes = record.bundles_file_bytes // len(record.layers)
         layer_pool_bytes = 0 if memory == "sweep" else int(layer_bytes * LAYER_POOL_SHARE)
@@ -88,7 +88,7 @@ class Work:
 
 
 def unbundled_weightd(work: Work) -> list[str]:
-    """The command that stands for weightd. Raises BenchError where parts of bundles are not whole blocks."""
+    """The command that runs instead of weightd. Raises BenchError if parts of bundles are not whole blocks."""
     bundle = Store.open(work.store, readonly=True).model(work.model).bundle
     part_bytes = bundle.bundle_bytes // len(bundle.parts)
     if bundle.bundle_bytes != bundle.cell_bytes or part_bytes % bundle.block_bytes:
@@ -100,7 +100,7 @@ def unbundled_weightd(work: Work) -> list[str]:
 
 
 def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
-    """What the row's client told (paper_client), with `dram_bytes`."""
+    """The output of the row's client (paper/client.py), with `dram_bytes`."""
     dram_bytes = work.dram_bytes(plan.memory)
     again = None if plan.resident else Store.open(work.store, readonly=True).resident_path(work.model)
     with serving(work.store, dram_bytes, plan.flags, WEIGHTD if plan.bundled else unbundled_weightd(work)) as daemon:
@@ -121,7 +121,7 @@ def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
 
 
 def summary(name: str, told: dict[str, Any]) -> Row:
-    """One row of Tables 2 and 3: per token, after the prompt and the first tokens, which stand apart."""
+    """One row of Tables 2 and 3: per token, without the prompt and the first tokens, which are given separately."""
     tokens = told["tokens"][1:]  # the first is the prompt
     steady = tokens[FIRST_TOKENS:] or tokens
     row: Row = {"row": name, "tokens": len(tokens), "dram_gb": told["dram_bytes"] / 1e9}
@@ -134,7 +134,7 @@ def summary(name: str, told: dict[str, Any]) -> Row:
 
 
 def costs(tokens: Sequence[dict[str, float]]) -> Row:
-    """Means, and percentiles of the time that reads were under way and of the whole token."""
+    """Means, and percentiles of the read time and the total time of a token."""
 
     def each(*names: str) -> Any:
         return np.array([sum(token.get(name, 0.0) for name in names) for token in tokens])
@@ -154,7 +154,7 @@ def costs(tokens: Sequence[dict[str, float]]) -> Row:
 
 
 def parts(each: Callable[..., Any]) -> Row:
-    """Where a token's time went, in ms: waiting for flash, the computations, and all else, which is management.
+    """The parts of a token's time in ms: waiting for flash, computation, and the rest, which is memory management.
 
     Args:
         each: of names of seconds, [tokens] their sum; the client's clock has `forward_s` for all of the model, in which

@@ -1,4 +1,4 @@
-"""What a planted model is to look like: its shape, and when its neurons fire.
+"""The plan of a planted model: its shape, and how often its neurons fire.
 
 The published statistics (arXiv 2312.11514 v3, sections 3 and 4, and appendix; OPT-6.7B): 10 % of the neurons predicted
 per token while 3.3 % fire, 5 % of those that fire missed; the union of four tokens' sets is 24 % of the neurons and

@@ -44,11 +44,11 @@ class PlantedStore:
 
 
 def planted_store(shape: str, folder: Path) -> PlantedStore:
-    """Checkpoint, store and calibration of a planted model in `folder`, each made unless it is there.
+    """The checkpoint, store and calibration of a planted model in `folder`. Makes those that are missing.
 
     Raises:
-        BenchError: the import or weightd failed; says with what words.
-        OSError: what lies there is not a planted model, or the disk is full.
+        BenchError: the import or weightd failed; gives the error.
+        OSError: the folder holds something else than a planted model, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = f"planted-{shape}"

@@ -1,1 +1,1 @@
-"""The parts of soak.py: clients, daemons, the store, hostile ones."""
+"""Parts of soak.py: clients, daemons, the store, hostile clients."""

@@ -1,14 +1,14 @@
-"""Client processes that can be killed and frozen, forked from one that has imported torch and transformers already.
+"""Client processes that can be killed and frozen. They are forked from a process that has imported torch already.
 
     with ClientProcesses() as clients:
         clients.start(0, address="unix:/run/weightd.sock", model="opt", prompts=[[5, 6, 7]], mode="exact")
         event = clients.next_event(timeout_s=10)
 
-Events are dicts: {"client": 0, "pid": 17, "event": "started"}; "ready" when it has attached; "tokens" after each
-generation, with the prompt's index, the tokens, began_s of time.monotonic(), made_s each took but the first, and what
-the process holds (descriptors, threads, memory); "corruption" in place of it, with the line of the error; "error" with
-the name of the class and its line; "ended" with the exit status, negative for a signal. Prompts are taken in turn, and
-each generation is greedy, so the same prompt gives the same tokens.
+An event is a dict such as {"client": 0, "pid": 17, "event": "started"}. The other events: "ready", the client has
+attached; "tokens" after each generation, with the prompt's index, the tokens, began_s (of time.monotonic()), made_s of
+each token but the first, and the process's descriptors, threads and memory; "corruption" instead, with the error's
+text; "error" with the error's class and text; "ended" with the exit status, negative for a signal. A client uses its
+prompts in turn. Each generation is greedy, so the same prompt gives the same tokens.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from typing import Any
 from benchmarks.processes import module_command
 
 Event = dict[str, Any]
-REAP_S = 0.1  # how late an end may be told
+REAP_S = 0.1  # how late the end of a client may be reported
 CORRUPT_PAUSE_S = 0.2  # before the next attempt
-SILENT_S = 100.0  # longer than any client says nothing, on a slow machine that runs other things, too
-SPEAKS_WITHIN_S = 5.0  # a silent client that is asked where it stands, before it is killed
+SILENT_S = 100.0  # longer than any healthy client is silent, even on a slow and busy machine
+SPEAKS_WITHIN_S = 5.0  # for a silent client's stack trace, before the client is killed
 
 
 class ClientProcesses:
-    """The mother process and its children; all end with the context."""
+    """The parent process and the clients that it forks. All end with the context."""
 
     def __enter__(self) -> ClientProcesses:
         command = module_command("soaking.clients", "-W", "ignore")
@@ -69,12 +69,12 @@ class ClientProcesses:
         self._mother.stdin.flush()
 
     def pids(self) -> list[int]:
-        """Of the children."""
+        """The process ids of the clients."""
         children = Path(f"/proc/{self._mother.pid}/task/{self._mother.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """What happened next; None if nothing does in time, in which a time that we are frozen counts a second."""
+        """The next event, or None after the timeout. If this process was frozen itself, that counts as a second."""
         assert self._mother.stdout is not None
         left_s = timeout_s
         while not self._events:
@@ -93,7 +93,7 @@ class ClientProcesses:
 
 
 class Silences:
-    """How long each client has said nothing. One that is silent for too long is asked where it stands, then killed."""
+    """How long each client has been silent. After SILENT_S a client must write its stack trace, then it is killed."""
 
     def __init__(self) -> None:
         self._silent_s: dict[int, float] = {}
@@ -116,7 +116,7 @@ class Silences:
         return sorted(self._pids)
 
     def passed(self, index: int, seconds: float) -> bool:
-        """Time has gone by; true when it is the one time to tell of."""
+        """Adds time without an event. True once, when the silence must be reported."""
         before_s = self._silent_s[index]
         self._silent_s[index] = after_s = before_s + seconds
         if before_s <= SILENT_S < after_s:
@@ -128,17 +128,17 @@ class Silences:
 
 
 def send_signal(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):  # it has ended by itself, and will say so
+    with suppress(ProcessLookupError):  # it has ended by itself; an event follows
         os.kill(pid, number)
 
 
 def tell(event: Event) -> None:
-    """One write of less than PIPE_BUF: lines of several processes do not mix."""
+    """Writes less than PIPE_BUF at once, so that lines of several processes do not mix."""
     os.write(1, json.dumps(event).encode() + b"\n")
 
 
 def run_mother() -> int:
-    """Forks a client for each line of standard input, and tells when one ends; kills all at the end of the input."""
+    """Forks a client for each line of standard input and reports its end. Kills all clients when the input ends."""
     import flashclient.client
 
     assert flashclient.client is not None
@@ -176,16 +176,16 @@ def _fork(what: dict[str, Any]) -> int:
         try:
             os.close(0)
             status = run_client(**what)
-        except BaseException:  # a fault: nobody but the mother may come back from here
+        except BaseException:  # only the parent may return from here
             traceback.print_exc()
         os._exit(status)
     return pid
 
 
 class _Stop(BaseException):
-    """SIGTERM, which comes at any moment, as Ctrl-C does."""
+    """SIGTERM raised as an exception, at any moment, like KeyboardInterrupt."""
 
-    told = False  # where the exception is lost, as in a finalizer, this is left of it
+    told = False  # remains if the exception is lost, as in a finalizer
 
 
 def _stop(*_: object) -> None:
@@ -202,13 +202,13 @@ def run_client(
     generations: int = 0,
     **options: Any,
 ) -> int:
-    """Generates, and tells what came of it; any error but one of a corrupt bundle ends it. Returns the exit status."""
+    """Generates and reports events. Any error except corruption ends the client. Returns the exit status."""
     import torch
 
     from flashclient import FlashClient
     from flashclient.errors import CorruptionError, FlashClientError
 
-    told_s: list[float] = []  # when each token of the generation was there
+    told_s: list[float] = []  # the time of each token of the generation
 
     def note_token(ids: torch.Tensor, _: Any, **__: Any) -> torch.Tensor:
         """A stopping criterion that never stops."""
@@ -217,13 +217,13 @@ def run_client(
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGTERM, _stop)
-    faulthandler.register(signal.SIGUSR1)  # tells on standard error where it stands
+    faulthandler.register(signal.SIGUSR1)  # writes a stack trace to standard error
     about = {"client": index, "pid": os.getpid()}
     tell(about | {"event": "started"})
     began_s = time.monotonic()
     try:
         with FlashClient(model, address=address, **options) as client:
-            client.model.generation_config.eos_token_id = None  # random weights may say "the end" at any time
+            client.model.generation_config.eos_token_id = None  # random weights may produce the end token at any time
             tell(about | {"event": "ready"})
             done = 0
             while not _Stop.told and (generations == 0 or done < generations):
@@ -251,7 +251,7 @@ def run_client(
 
 
 def holdings(pid: int | str = "self") -> dict[str, int]:
-    """Descriptors but those of shared memory, threads, and bytes of anonymous and of shared memory of a process."""
+    """A process's descriptors (without those of shared memory), threads, and bytes of anonymous and shared memory."""
     process = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     return {
@@ -265,7 +265,7 @@ def holdings(pid: int | str = "self") -> dict[str, int]:
 def _is_memory(descriptor: Path) -> bool:
     try:
         return str(descriptor.readlink()).startswith("/memfd:")
-    except FileNotFoundError:  # the one that lists them
+    except FileNotFoundError:  # the descriptor of the listing itself
         return True
 
 

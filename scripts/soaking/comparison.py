@@ -1,4 +1,4 @@
-"""How long honest clients take for a token, with hostile ones beside them and without, in turns within one run."""
+"""Compares the time of a token of honest clients with and without hostile ones, in turns within one run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 Kind = tuple[str, str, str]  # model, mode, transport
 
-TURNS = (False, True, True, False)  # hostile or not: what drifts by the minute falls on both
-SETTLE_S = 2.0  # after a change: connections are made, or found to have gone
-SLOWER_MAX = 2.0  # of the 99th percentile
-TOKENS_MIN = 200  # of a kind in both states, for a 99th percentile to mean anything
+TURNS = (False, True, True, False)  # with hostile clients or not; a slow drift affects both alike
+SETTLE_S = 2.0  # after a change, while connections are opened or closed
+SLOWER_MAX = 2.0  # ratio of the 99th percentiles
+TOKENS_MIN = 200  # of a kind, with and without: fewer give no meaningful 99th percentile
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Comparison:
         self.hostile = None
 
     def take(self, kind: Kind, began_s: float, made_s: Sequence[float]) -> None:
-        """The tokens of a generation that has just ended; only of one that lies within a turn."""
+        """Counts the tokens of a generation that has ended, if all of it lies within one turn."""
         if self.hostile is not None and began_s >= self.since_s:
             self.times_s[kind][self.hostile].extend(made_s)
 
@@ -48,12 +48,12 @@ class Comparison:
         ]
 
     def slower(self, kind: Kind) -> float:
-        """The 99th percentile with hostile clients, of that without."""
+        """The 99th percentile with hostile clients, divided by the one without."""
         quiet, hostile = self.times_s[kind]
         return percentile(hostile, 0.99) / percentile(quiet, 0.99)
 
     def wrong(self, kinds: Sequence[Kind]) -> list[str]:
-        """What must not be."""
+        """A line for each result that is wrong."""
         lines = []
         for kind in kinds:
             if min(map(len, self.times_s[kind])) < TOKENS_MIN:

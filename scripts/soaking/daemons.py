@@ -1,4 +1,4 @@
-"""The weightd of the soak: killed and started again at the same addresses, which another user can reach, too."""
+"""The weightd of the soak. It is killed and restarted at the same addresses, which another user can reach too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from weightd.machine.budget import INTERPRETER_BYTES
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
 
-POOL_SHARE = 0.7  # of all bundles: enough for the rings and shares of all clients, too little for what they want
+POOL_SHARE = 0.7  # of all bundles: enough for the rings and shares of all clients, too little for all their cells
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 30.0
 POLL_S = 0.05
@@ -29,14 +29,14 @@ LOOPBACK = "127.0.0.1"
 
 
 class MortalWeightd:
-    """The daemon at one Unix socket and one port. `down` are times of time.monotonic() in which it did not serve."""
+    """The daemon at one Unix socket and one port. `down` lists intervals of time.monotonic() without a daemon."""
 
     def __init__(self, store: Store, folder: Path, port: int) -> None:
-        """`folder` holds the checkpoints, too. Serves when made."""
+        """`folder` also holds the checkpoints. The daemon serves when the constructor returns."""
         demands = [demand_of(model) for model in store.models()]
         bundles_bytes = sum(model.bundles_file_bytes for model in store.models())
         self.dram_bytes = sum(demand.minimum_bytes for demand in demands) + int(POOL_SHARE * bundles_bytes)
-        self._sockets = Path(tempfile.mkdtemp(prefix="soak-"))  # short, and not in a folder of ours alone
+        self._sockets = Path(tempfile.mkdtemp(prefix="soak-"))  # a short path, which other users can reach
         self._sockets.chmod(TRAVERSABLE)
         self._log = self._sockets / "weightd.log"
         self._port = port
@@ -61,7 +61,7 @@ class MortalWeightd:
 
     @property
     def target(self) -> Target:
-        """Of hostile clients."""
+        """The target of hostile clients."""
         return Target(self.address.removeprefix("unix:"), self._port, next(iter(SHAPES)))
 
     @property
@@ -88,7 +88,7 @@ class MortalWeightd:
         return True
 
     def serves(self) -> bool:
-        """Whether it does now; takes note of the end of a time in which it did not."""
+        """Whether the daemon serves now. If it serves again, the interval in `down` ends."""
         if self._killed_s is None:
             return True
         if self._process.poll() is not None or not is_serving(self.address):
@@ -121,7 +121,7 @@ class MortalWeightd:
 
 
 def charged_bytes(pid: int) -> int:
-    """What is charged to a weightd: its own memory and its memfds, but not what the kernel takes for it."""
+    """The memory charged to a weightd: its own and that of its memfds, without what the kernel takes for it."""
     process = Path(f"/proc/{pid}")
     status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
     anonymous, shared = (int(status[kind].split()[0]) << 10 for kind in ("RssAnon", "RssShmem"))

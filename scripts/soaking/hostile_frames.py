@@ -24,14 +24,14 @@ PING_FRAME = b"\0\0\x08\x06\0\0\0\0\0"
 STREAMS = 64  # of one connection, as many as weightd allows
 CONNECTIONS = 5  # 5 x 64 are more calls than it runs at once
 IDLE_CONNECTIONS = 1024
-PROMISED_BYTES = 1_000_000  # of a message that never comes whole
+PROMISED_BYTES = 1_000_000  # of a message that is never completed
 POLL_S = 0.3
 AGAIN_S = 0.01  # after a refusal
 
 
 @dataclass(frozen=True)
 class Target:
-    """A weightd: the path of its gRPC socket, beside which lie two others, a port of loopback TCP, and a model."""
+    """A weightd: the path of its gRPC socket, its port on loopback TCP, and a model."""
 
     path: str
     port: int
@@ -46,7 +46,7 @@ class Target:
         return socket.create_connection(("127.0.0.1", self.port), timeout=10)
 
     def identity(self) -> bytes:
-        """What weightd says of this process, to be shown with calls."""
+        """The identity that weightd gives this process, to be sent with calls."""
         with socket.socket(socket.AF_UNIX) as peer:
             peer.settimeout(10)
             peer.connect(self.path + ".peer")
@@ -91,7 +91,7 @@ def open_http2(connect: Connect) -> socket.socket:
 
 
 def answer_pings(connection: socket.socket) -> None:
-    """As a living peer does. OSError when the other end has hung up."""
+    """Answers like a healthy peer. Raises OSError if the other end has closed the connection."""
     connection.setblocking(False)
     with suppress(BlockingIOError):
         while data := connection.recv(1 << 20):
@@ -102,7 +102,7 @@ def answer_pings(connection: socket.socket) -> None:
 
 
 def keep_open(opened: Callable[[], socket.socket], count: int) -> None:
-    """Keeps `count` connections, each made by `opened`, for ever; one that is closed is made anew."""
+    """Keeps `count` connections open for ever, each made by `opened`. A closed one is replaced."""
     held: list[socket.socket] = []
     while True:
         with suppress(OSError):
@@ -118,7 +118,7 @@ def keep_open(opened: Callable[[], socket.socket], count: int) -> None:
 
 
 def half_sent_calls(target: Target) -> None:
-    """Calls whose message is announced and never comes whole."""
+    """Calls whose message is announced but never completed."""
     identity = target.identity()
 
     def opened() -> socket.socket:
@@ -133,7 +133,7 @@ def half_sent_calls(target: Target) -> None:
 
 
 def trickling_uploads(target: Target) -> None:
-    """Uploads of which a byte comes now and then."""
+    """Uploads that send a byte now and then."""
     header = pb.PublishCalibrationHeader(model=target.model, calibration=pb.Calibration(mode="exact"))
     message = pb.PublishCalibrationRequest(header=header).SerializeToString()
     identity = target.identity()
@@ -157,7 +157,7 @@ def trickling_uploads(target: Target) -> None:
 
 
 def continuation_flood(target: Target, connect: Connect | None = None) -> None:
-    """Headers that never end: gRPC's core collects them before anybody is asked."""
+    """Headers that never end; gRPC's core would collect them."""
     field = literal(b"x", b"y" * 16_000)
     while True:
         with suppress(OSError):
@@ -169,22 +169,22 @@ def continuation_flood(target: Target, connect: Connect | None = None) -> None:
 
 
 def continuation_flood_over_tcp(target: Target) -> None:
-    """The same over TCP, where no kernel says who it is."""
+    """The same over TCP, where the kernel does not identify the client."""
     continuation_flood(target, target.connect_tcp)
 
 
 def idle_connections(target: Target) -> None:
-    """As many as weightd accepts in all, and not a call in any."""
+    """As many connections as weightd accepts, without a call."""
     keep_open(lambda: open_http2(target.connect), IDLE_CONNECTIONS)
 
 
 def silent_connections_over_tcp(target: Target) -> None:
-    """Connections that do not even begin to speak."""
+    """Connections that send nothing."""
     keep_open(target.connect_tcp, IDLE_CONNECTIONS)
 
 
 def rapid_resets(target: Target) -> None:
-    """Calls that are begun and taken back at once (CVE-2023-44487)."""
+    """Calls that are opened and cancelled at once (CVE-2023-44487)."""
     block = call_headers("Stats")
     while True:
         with suppress(OSError):
@@ -199,7 +199,7 @@ def rapid_resets(target: Target) -> None:
 
 
 def junk_frames(target: Target) -> None:
-    """Random bytes, with and without the beginning of a real connection."""
+    """Random bytes, with and without the valid beginning of a connection."""
     chance = random.Random(0)
     while True:
         with suppress(OSError):
@@ -212,7 +212,7 @@ def junk_frames(target: Target) -> None:
 
 
 def identities_without_end(target: Target) -> None:
-    """Asks who it is again and again, and never listens."""
+    """Requests its identity again and again and never reads it."""
     held: list[socket.socket] = []
     while True:
         with suppress(OSError):

@@ -41,7 +41,7 @@ HELLO_BYTES_MAX = 300
 
 
 class Control:
-    """The calls of weightd.proto, made by a channel of its own."""
+    """The calls of weightd.proto, on a gRPC channel of its own."""
 
     def __init__(self, target: Target) -> None:
         options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
@@ -65,7 +65,7 @@ class Ring:
     """An attached session."""
 
     def __init__(self, opened: pb.OpenSessionResponse) -> None:
-        """OSError when the daemon refuses it."""
+        """Raises OSError if the daemon refuses it."""
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.socket.settimeout(ANSWER_S)
         self.socket.connect(opened.data_socket)
@@ -81,7 +81,7 @@ class Ring:
         return int(struct.unpack_from("<I", self.map, offset)[0])
 
     def put(self, op: int, form: int, layer: int, words: list[int]) -> None:
-        """A request, and the doorbell."""
+        """Writes a request and rings the doorbell."""
         place = self.tail % REQUESTS
         struct.pack_into(f"<{len(words)}I", self.map, WORDS_OFFSET + place * WORDS * 4, *words)
         struct.pack_into("<8I", self.map, REQUESTS_OFFSET + place * 32, op, form, layer, len(words), 0, 0, 0, 0)
@@ -90,11 +90,11 @@ class Ring:
         os.write(self.doorbell, struct.pack("<Q", 1))
 
     def read_grants(self) -> None:
-        """Says that all are read."""
+        """Marks all answers as read."""
         struct.pack_into("<I", self.map, GRANT_HEAD, self.word(GRANT_TAIL))
 
     def is_open(self) -> bool:
-        """Takes what the daemon sends: segments, whose descriptors it closes."""
+        """Receives what the daemon sends, and closes the descriptors of segments."""
         self.socket.setblocking(False)
         with suppress(BlockingIOError):
             while True:
@@ -106,7 +106,7 @@ class Ring:
         return True
 
     def close(self, *, keep_ring: bool = False) -> None:
-        """Hangs up; `keep_ring` leaves the ring's descriptor open."""
+        """Closes the connection. `keep_ring` leaves the ring's descriptor open."""
         self.map.close()
         self.socket.close()
         for descriptor in self.descriptors:
@@ -116,7 +116,7 @@ class Ring:
 
 @contextmanager
 def attached(control: Control, slots: int = 4) -> Iterator[Ring]:
-    """A session for as long as the daemon gives one; what it raises when it does not, is for the caller."""
+    """A session, opened again when it is lost. Raises if the daemon refuses one."""
     ring = Ring(control.open(slots))
     try:
         yield ring
@@ -125,7 +125,7 @@ def attached(control: Control, slots: int = 4) -> Iterator[Ring]:
 
 
 def sessions_without_attaching(target: Target) -> None:
-    """Opens sessions as large as can be, and attaches to none."""
+    """Opens the largest possible sessions and attaches to none."""
     control = Control(target)
     while True:
         try:
@@ -135,7 +135,7 @@ def sessions_without_attaching(target: Target) -> None:
 
 
 def silent_data_connections(target: Target) -> None:
-    """Connections to the data socket that say nothing, as many as there can be."""
+    """As many silent connections to the data socket as possible."""
     held: list[socket.socket] = []
     while True:
         with suppress(OSError):
@@ -158,7 +158,7 @@ def silent_data_connections(target: Target) -> None:
 
 
 def data_socket_junk(target: Target) -> None:
-    """Greetings that are none, with descriptors that nobody asked for."""
+    """Invalid greetings with unwanted descriptors."""
     chance = random.Random(1)
     while True:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
@@ -171,7 +171,7 @@ def data_socket_junk(target: Target) -> None:
 
 
 def ring_hoarder(target: Target) -> None:
-    """Keeps the rings of the sessions that it has closed, and writes into all of their pages."""
+    """Keeps the rings of sessions that it has closed, and writes to all their pages."""
     control, kept = Control(target), []
     while True:
         try:
@@ -188,7 +188,7 @@ def ring_hoarder(target: Target) -> None:
 
 
 def futex_herd(target: Target) -> None:
-    """Parks a herd of threads on its bell, and asks for one cell after another."""
+    """Lets many threads wait for its doorbell, and acquires one cell after another."""
     control, libc = Control(target), ctypes.CDLL(None, use_errno=True)
     threading.stack_size(1 << 16)
 
@@ -199,7 +199,7 @@ def futex_herd(target: Target) -> None:
 
     while True:
         with suppress(OSError, grpc.RpcError):
-            ring, ended = Ring(control.open()), threading.Event()  # never unmapped: threads look at it
+            ring, ended = Ring(control.open()), threading.Event()  # never unmapped, because threads read it
             bell = ctypes.c_uint32.from_buffer(ring.map, BELL)
             threads = [threading.Thread(target=park, args=(bell, ended)) for _ in range(HERD)]
             for thread in threads:
@@ -218,7 +218,7 @@ def futex_herd(target: Target) -> None:
 
 
 def acquire_flood(target: Target) -> None:
-    """Asks for cells, gives them back and has others read ahead, as fast as the ring takes requests."""
+    """Acquires, releases and prefetches cells as fast as the ring takes requests."""
     control, chance = Control(target), random.Random(2)
     layers = control.describe().layers
     while True:
@@ -237,7 +237,7 @@ def acquire_flood(target: Target) -> None:
 
 
 def lease_hoarder(target: Target) -> None:
-    """Takes all that is lent, and gives nothing back."""
+    """Acquires as many cells as it may borrow, and releases none."""
     control = Control(target)
     layers = control.describe().layers
     while True:
@@ -253,7 +253,7 @@ def lease_hoarder(target: Target) -> None:
 
 
 def ring_junk(target: Target) -> None:
-    """Writes at random into what it shares with the daemon, and rings."""
+    """Writes random bytes into the memory that it shares with the daemon, and rings the doorbell."""
     control, chance = Control(target), random.Random(3)
     while True:
         with suppress(OSError, ValueError, grpc.RpcError), attached(control) as ring:

@@ -19,7 +19,7 @@ from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 SHAPES = {"opt": Shape("opt", 256, 8192, 4, 4, 2048, 512), "llama": Shape("llama", 256, 8192, 4, 4, 2048, 512)}
-READING_S = 1.0  # a read that was under way when the bundle was repaired answers whoever asks for it meanwhile
+READING_S = 1.0  # a read that was under way during the repair may still deliver the corrupt bytes
 
 
 def make_store(folder: Path) -> Store:
@@ -34,7 +34,7 @@ def make_store(folder: Path) -> Store:
 
 @dataclass
 class Corruption:
-    """A bundle whose bytes on flash were changed, from one time of time.monotonic() to another."""
+    """A bundle whose bytes on flash are changed during an interval of time.monotonic()."""
 
     model: str
     layer: int
@@ -47,7 +47,7 @@ class Corruption:
     end_s: float = float("inf")
 
     def explains(self, model: str, says: str, begin_s: float, end_s: float) -> bool:
-        """Whether an error of a generation of `model` between these times is this one, named as it should be."""
+        """Whether this corruption explains an error of `model` between these times, and the error names it rightly."""
         named = re.search(r"layer (\d+)\D+(\d+)", says)
         return (
             model == self.model in says

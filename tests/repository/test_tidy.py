@@ -12,6 +12,8 @@ from repository import ROOT
 
 FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 500
+PRIVATE_METHODS_MAX = 20  # of a class
+CLASS_SOURCES_MAX = 2  # .cpp files that define member functions of a class
 TOP_LEVEL = {".ci", "client", "deploy", "proto", "scripts", "tests", "weightd"}
 CODE = {".py", ".h", ".cpp", ".proto", ".sh"}
 VAGUE_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|manager|base|misc)(_|$)")
@@ -34,7 +36,9 @@ FILES = tracked()
 SOURCES = [path for path in FILES if path.suffix in CODE or path.parent == ROOT / "scripts"]
 PYTHON = [path for path in SOURCES if path.suffix == ".py"]
 MODULES = [path for path in PYTHON if not path.name.startswith("test_")]
+PRODUCT = [path for path in MODULES if path.is_relative_to(ROOT / "weightd") or path.is_relative_to(ROOT / "client")]
 NATIVE = [path for path in SOURCES if path.suffix == ".cpp"]
+HEADERS = [path for path in SOURCES if path.suffix == ".h"]
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -72,3 +76,31 @@ def test_native_functions_are_short(path: Path) -> None:
     functions = r"^(?!namespace|class|struct)(?:[\w:~].*|template.*\n.*)\{\n((?:(?!\}).*\n)*)\}"
     for body in re.findall(functions, path.read_text(), re.MULTILINE):
         assert body.count("\n") <= FUNCTION_LINES_MAX, body[:80]
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=names(PRODUCT))
+def test_python_classes_have_few_private_methods(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ClassDef):
+            functions = [each.name for each in node.body if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef)]
+            private = [name for name in functions if name.startswith("_") and not name.endswith("__")]
+            assert len(private) <= PRIVATE_METHODS_MAX, f"{node.name} has {len(private)} private methods"
+
+
+@pytest.mark.parametrize("path", HEADERS, ids=names(HEADERS))
+def test_native_classes_have_few_private_methods(path: Path) -> None:
+    """clang-format indents members by four spaces, and what goes on in a second line by more."""
+    for name, body in re.findall(r"^class (\w+)[^;]*?\{\n(.*?)^\};", path.read_text(), re.MULTILINE | re.DOTALL):
+        private = re.findall(r"^  private:\n(.*?)(?=^  \w+:$|\Z)", body, re.MULTILINE | re.DOTALL)
+        methods = re.findall(r"^    [\w~][^(={\n]*\b\w+\(", "".join(private), re.MULTILINE)
+        assert len(methods) <= PRIVATE_METHODS_MAX, f"{name} has {len(methods)} private methods"
+
+
+@pytest.mark.parametrize("top", ["weightd", "client"])
+def test_native_classes_lie_in_few_sources(top: str) -> None:
+    sources: dict[str, set[str]] = {}
+    for path in (each for each in NATIVE if each.is_relative_to(ROOT / top / "native")):
+        for name in re.findall(r"^\w[^(\n]*?\b([A-Z]\w*)::~?\w+\(", path.read_text(), re.MULTILINE):
+            sources.setdefault(name, set()).add(path.name)
+    spread = {name: sorted(files) for name, files in sources.items() if len(files) > CLASS_SOURCES_MAX}
+    assert not spread

@@ -1,4 +1,4 @@
-"""scripts/bench_paper.py: rows that run, on a tiny planted model, and what is made of their numbers."""
+"""scripts/bench_paper.py: the rows run on a tiny planted model, and their numbers are computed correctly."""
 
 from __future__ import annotations
 

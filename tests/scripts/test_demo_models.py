@@ -1,4 +1,4 @@
-"""The demo models that ship: whole, small, alike in their tokens, and what their cards say is what is measured."""
+"""The demo models in scripts/models: they are complete and small, have one tokenizer, and their cards are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/soak.py finds nothing wrong, and finds what is."""
+"""scripts/soak.py finds no error in weightd, and detects silent clients and corruption."""
 
 from __future__ import annotations
 

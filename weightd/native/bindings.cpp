@@ -234,7 +234,7 @@ void bind_engine(nb::module_& m) {
                 const nb::gil_scoped_release released;
                 new (self) EngineThread(std::move(options));
             },
-            "options"_a, "Takes what the options own: they serve for one EngineThread. Raises OSError.")
+            "options"_a, "Takes what the options own, so they serve for one EngineThread. Raises OSError.")
         .def_prop_ro("io_engine", &EngineThread::io_level, nb::call_guard<nb::gil_scoped_release>(),
                      "the reader's level, in words")
         .def_prop_ro("io_engine_note", &EngineThread::io_note, "why a better level was refused, or empty")
@@ -247,10 +247,10 @@ void bind_engine(nb::module_& m) {
              "predictors that are not in memory yet. Raises "
              "MemoryError, OSError (TimeoutError: the device is silent), CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
-             "The predictors.safetensors that sessions opened from now on get.")
+             "The predictors.safetensors for sessions that open from now on.")
         .def("seed", &seed, "model"_a, "hotness"_a,
              "How often each cell will be used: uint8 in the code of replacement.h. ValueError unless one for each.")
-        .def("hotness", &hotness, "model"_a, "The same as bytes: as it was foretold, and seen since.")
+        .def("hotness", &hotness, "model"_a, "The hotness of each cell now: the seed, and what was seen since.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
              "Whole cells, back to back. Raises OSError (TimeoutError: the device is silent), CorruptBundle, "
              "IndexError, "

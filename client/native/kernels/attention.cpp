@@ -10,27 +10,27 @@ namespace flashclient {
 namespace {
 
 constexpr size_t ROWS_MAX = 16;  // of queries in an item: bits of RowSet
-constexpr size_t RUN_MAX = 256;  // positions of a run, so that its dots stay in the L1 cache
+constexpr size_t RUN_MAX = 256;  // keys of a run, so that its dots stay in the L1 cache
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
 static_assert(ROWS_MAX <= 8 * sizeof(RowSet));
 
-// Neighbouring positions. Either all rows attend to each of them, or to each of them some rows attend and some do not.
+// Neighbouring keys. Either all rows attend to each of them, or to each of them some rows attend and some do not.
 struct Run {
     size_t begin;
     size_t count;
     bool for_all;
 };
 
-// Calls of_run for all positions to which some row attends, in rising order.
+// Calls of_run for all keys to which some row attends, in rising order.
 template <typename OfRun>
 void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) {
-    const size_t positions = attending.size();
+    const size_t keys = attending.size();
     size_t begin = 0;
-    while (begin < positions) {
+    while (begin < keys) {
         const RowSet rows = attending[begin];
-        const size_t limit = rows == 0 ? positions : std::min(positions, begin + RUN_MAX);
+        const size_t limit = rows == 0 ? keys : std::min(keys, begin + RUN_MAX);
         size_t end = begin + 1;
         if (rows == 0 || rows == all) {
             while (end < limit && attending[end] == rows) end++;
@@ -54,7 +54,7 @@ struct Attention::Call {
     const AttentionMask& mask;
     float* out;
 
-    float bias(const Item& item, size_t row, size_t position) const;
+    float bias(const Item& item, size_t row, size_t index) const;
     size_t group() const { return shape.heads / shape.key_heads; }
     size_t rows() const { return group() * shape.tokens; }  // of queries over a head of keys
     size_t items_of_head() const { return (rows() + ROWS_MAX - 1) / ROWS_MAX; }
@@ -85,23 +85,23 @@ struct Attention::Item {
 };
 
 // What the mask adds to a score. Adding 0 changes no bit of a finite one but the sign of zero.
-float Attention::Call::bias(const Item& item, size_t row, size_t position) const {
+float Attention::Call::bias(const Item& item, size_t row, size_t index) const {
     if (mask.kind != AttentionMask::Kind::additive) return 0.0f;
-    return static_cast<const float*>(mask.data)[item.mask_offset(*this, row) + position * mask.position_stride];
+    return static_cast<const float*>(mask.data)[item.mask_offset(*this, row) + index * mask.key_stride];
 }
 
 // Each thread keeps one, because allocating takes longer than an item.
 struct Attention::Scratch {
-    std::vector<RowSet> attending;  // by position
-    std::vector<float> weights;     // [rows, positions]: of those that a row attends to, side by side
+    std::vector<RowSet> attending;  // by key
+    std::vector<float> weights;     // [rows, keys]: of those that a row attends to, side by side
     std::vector<float> query;       // [rows, key_elements]
     std::vector<float> sums;        // [rows, value_elements]
     float total[ROWS_MAX];          // the sum of the weights of a row
 
     void prepare(const Call& call, const Item& item) {
-        attending.assign(call.shape.positions, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
+        attending.assign(call.shape.keys, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
         if (call.mask.kind == AttentionMask::Kind::causal) add_causal_rows(call, item);
-        weights.resize(std::max(weights.size(), item.count * call.shape.positions));
+        weights.resize(std::max(weights.size(), item.count * call.shape.keys));
         query.resize(item.count * call.shape.key_elements);
         sums.assign(item.count * call.shape.value_elements, 0.0f);
         for (size_t r = 0; r < item.count; r++) add_mask_row(call.mask, item.mask_offset(call, r), r);
@@ -119,19 +119,19 @@ struct Attention::Scratch {
     }
     void add_mask_row(const AttentionMask& mask, size_t offset, size_t row) {
         if (mask.kind == AttentionMask::Kind::boolean) {
-            add_row(static_cast<const uint8_t*>(mask.data) + offset, mask.position_stride, uint8_t{0}, row);
+            add_row(static_cast<const uint8_t*>(mask.data) + offset, mask.key_stride, uint8_t{0}, row);
         } else if (mask.kind == AttentionMask::Kind::additive) {
-            add_row(static_cast<const float*>(mask.data) + offset, mask.position_stride, MASKED, row);
+            add_row(static_cast<const float*>(mask.data) + offset, mask.key_stride, MASKED, row);
         }
     }
     template <typename Value>
     void add_row(const Value* values, size_t stride, Value masked, size_t row) {
         RowSet* sets = attending.data();
-        const size_t positions = attending.size();
+        const size_t keys = attending.size();
         if (stride == 1) {  // a loop of its own, for vectors
-            for (size_t i = 0; i < positions; i++) sets[i] |= static_cast<RowSet>((values[i] != masked) << row);
+            for (size_t i = 0; i < keys; i++) sets[i] |= static_cast<RowSet>((values[i] != masked) << row);
         } else {
-            for (size_t i = 0; i < positions; i++) {
+            for (size_t i = 0; i < keys; i++) {
                 sets[i] |= static_cast<RowSet>((values[i * stride] != masked) << row);
             }
         }
@@ -182,7 +182,7 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
         for (size_t k = 0; k < run.count; k++) keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
         kernels_.dots(keys, run.count, scratch.query.data(), shape.key_elements, item.count, dots);
         for (size_t r = 0; r < item.count; r++) {
-            float* weights = scratch.weights.data() + r * shape.positions + filled[r];
+            float* weights = scratch.weights.data() + r * shape.keys + filled[r];
             if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {
                 for (size_t k = 0; k < run.count; k++) weights[k] = dots[k * item.count + r] * shape.scale;
                 filled[r] += run.count;
@@ -197,17 +197,17 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
     });
     for (size_t r = 0; r < item.count; r++) {
         scratch.total[r] =
-            filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.positions, filled[r]);
+            filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.keys, filled[r]);
     }
 }
 
-// scratch.sums[r] += weight * value, in rising order of positions. Where not all rows attend, each row is summed alone,
+// scratch.sums[r] += weight * value, in the order of the keys. Where not all rows attend, each row is summed alone,
 // because a masked value that is not finite would spoil a sum even with weight 0.
 void Attention::blend(const Call& call, const Item& item, Scratch& scratch) const {
     const AttentionShape& shape = call.shape;
     const size_t elements = shape.value_elements;
     const float* next[ROWS_MAX];
-    for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.positions;
+    for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.keys;
     for_runs(scratch.attending, item.all, [&](const Run& run) {
         const void* values[RUN_MAX];
         if (run.for_all && item.count > 1) {

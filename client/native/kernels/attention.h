@@ -17,13 +17,13 @@ struct AttentionShape {
     size_t heads;      // of queries, a multiple of key_heads
     size_t key_heads;  // of keys and values
     size_t tokens;     // of each sequence
-    size_t positions;  // of keys and values
+    size_t keys;       // of a head, and its values
     size_t key_elements;
     size_t value_elements;
     float scale;
 };
 
-// [sequences, heads, tokens or positions, elements]; the elements of a row are contiguous. Strides are in elements.
+// [sequences, heads, tokens or keys, elements]; the elements of a row are contiguous. Strides are in elements.
 struct AttentionRows {
     const void* data;
     size_t sequence_stride;
@@ -31,8 +31,8 @@ struct AttentionRows {
     size_t row_stride;
 };
 
-// [sequences, heads, tokens, positions], with stride 0 where it is the same for all. causal: token t attends to the
-// positions up to t.
+// [sequences, heads, tokens, keys], with stride 0 where it is the same for all. causal: token t attends to the
+// keys up to t.
 struct AttentionMask {
     enum class Kind { none, causal, boolean, additive };
     Kind kind = Kind::none;
@@ -40,7 +40,7 @@ struct AttentionMask {
     size_t sequence_stride = 0;
     size_t head_stride = 0;
     size_t token_stride = 0;
-    size_t position_stride = 0;
+    size_t key_stride = 0;
 };
 
 // The bits of a row depend only on its query and on the keys and values that it attends to, in their order. They do not

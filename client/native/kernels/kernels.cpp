@@ -13,7 +13,7 @@ bool processor_has(std::string_view instruction_set) {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
     if (instruction_set == "avx2") return avx2;
-    if (instruction_set == "") {
+    if (instruction_set == "avx512") {
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     }
@@ -37,7 +37,7 @@ const Kernels& kernels_for(Dtype dtype, const char* instruction_set) {
         }
         return table_of(dtype, instruction_set);
     }
-    for (const char* name : {"", ""}) {
+    for (const char* name : {"avx512", "avx2"}) {
         if (processor_has(name)) return table_of(dtype, name);
     }
     return table_of(dtype, "portable");
@@ -45,9 +45,10 @@ const Kernels& kernels_for(Dtype dtype, const char* instruction_set) {
 
 const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set) {
     const std::optional<Dtype> dtype = encoding.plain();
-    if (!dtype || *dtype == Dtype::i8)
+    if (!dtype || *dtype == Dtype::i8) {
         throw std::invalid_argument("no kernel for weights of encoding '" + encoding.format +
                                     "': F32, BF16 and F16 have one");
+    }
     return kernels_for(*dtype, instruction_set);
 }
 

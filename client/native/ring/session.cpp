@@ -264,7 +264,7 @@ void Session::greet(std::span<const uint8_t> token) {
     }
     const auto [ring_fd, doorbell_fd, resident_fd, calibration_fd] = message.descriptors;
     doorbell_ = doorbell_fd;
-    share_slots_ = welcome.share_slots;
+    share_cells_ = welcome.share_slots;
     ring_ = reinterpret_cast<ring::Ring*>(
         map(ring_fd, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, "mapping the ring"));
     ::madvise(ring_, sizeof(ring::Ring), MADV_DONTFORK);  // a child may not use it
@@ -334,10 +334,6 @@ void Session::acquire(uint32_t layer, ring::Form form, std::span<const uint32_t>
 
 void Session::release(uint32_t layer, ring::Form form, std::span<const uint32_t> words) {
     post(ring::RELEASE, layer, form, words, 0);
-}
-
-void Session::prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words) {
-    post(ring::PREFETCH, layer, form, words, 0);
 }
 
 void Session::post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag) {

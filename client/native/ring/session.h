@@ -68,7 +68,7 @@ class Session {
     std::span<std::byte> resident() const { return {resident_, resident_bytes_}; }
     // predictors.safetensors, read-only; empty for a model without. Valid as long as the session.
     std::span<const std::byte> calibration() const { return {calibration_, calibration_bytes_}; }
-    uint32_t share_slots() const { return share_slots_; }
+    uint32_t share_cells() const { return share_cells_; }
     uint32_t lease_limit() const;  // cells that may be leased at once now: the share, and what may be borrowed above it
 
     // What weightd counted for this session and for those that it replaced, up to the last grants that were taken.
@@ -79,7 +79,6 @@ class Session {
     void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
     // Gives back the cells `release` and acquires the cells `acquire`, in one request of at most WORDS cells.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release, uint32_t tag);
-    void prefetch(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
 
     // Appends the grants that have arrived. With `block`, waits until there is one; throws NoAnswer at the timeout.
     void take_grants(std::vector<ring::Grant>& grants, bool block);
@@ -125,7 +124,7 @@ class Session {
     size_t resident_bytes_ = 0;
     std::byte* calibration_ = nullptr;
     size_t calibration_bytes_ = 0;
-    uint32_t share_slots_ = 0;
+    uint32_t share_cells_ = 0;
     Counters counted_before_;  // by the sessions that this one replaced
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;

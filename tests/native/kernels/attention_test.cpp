@@ -42,12 +42,11 @@ class AttentionBits : public testing::TestWithParam<const char*> {
     }
 
     std::vector<float> attend(const Attention& attention) const {
-        const auto [sequences, heads, key_heads, tokens, positions, key_elements, value_elements, scale] = SHAPE;
+        const auto [sequences, heads, key_heads, tokens, keys, key_elements, value_elements, scale] = SHAPE;
         std::vector<float> out(sequences * tokens * heads * value_elements, -1.0f);
-        const AttentionMask mask{AttentionMask::Kind::boolean, mask_.data(), tokens * positions, 0, positions, 1};
-        attention.attend(SHAPE, rows(query_, heads, tokens, key_elements),
-                         rows(key_, key_heads, positions, key_elements),
-                         rows(value_, key_heads, positions, value_elements), mask, out.data());
+        const AttentionMask mask{AttentionMask::Kind::boolean, mask_.data(), tokens * keys, 0, keys, 1};
+        attention.attend(SHAPE, rows(query_, heads, tokens, key_elements), rows(key_, key_heads, keys, key_elements),
+                         rows(value_, key_heads, keys, value_elements), mask, out.data());
         return out;
     }
 

@@ -59,9 +59,9 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
     const std::vector<float> output = random_floats(500 * 33, 3), bias = random_floats(500, 4);
     const LowRankPredictor predictor(workers, Dtype::f32, {weight_.data(), 33, COLUMNS}, {output.data(), 500, 33},
                                      bias.data(), nullptr, GetParam());
-    const std::vector<uint8_t> signs(500 * 10, 0x55);
+    const std::vector<uint8_t> signs(500 * ((COLUMNS + 7) / 8), 0x55);
     const std::vector<int32_t> margin(500, 0);
-    const SignPredictor by_sign(workers, signs.data(), 500, 10, margin.data(), GetParam());
+    const SignPredictor by_sign(workers, signs.data(), 500, COLUMNS, margin.data(), GetParam());
     const Prediction expected = predictor.predict(x_.data(), 16);
     ASSERT_FALSE(expected.positions.empty());
     std::vector<std::thread> callers;
@@ -71,7 +71,7 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
                 const Prediction again = predictor.predict(x_.data(), 16);
                 EXPECT_EQ(again.positions, expected.positions);
                 EXPECT_EQ(again.row_masks, expected.row_masks);
-                EXPECT_EQ(by_sign.predict(x_.data(), COLUMNS, 3).positions.size() % 500, 0u);
+                EXPECT_EQ(by_sign.predict(x_.data(), 3).positions.size() % 500, 0u);
             }
         });
     }

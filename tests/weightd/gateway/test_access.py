@@ -1,4 +1,4 @@
-"""Who may read and publish what: rules, identities, and what users and certificates meet in a real daemon."""
+"""Access control: rules, identities, and how a real daemon treats users and certificates."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def as_user(
 
 
 def answers(answer: dict[str, Any]) -> dict[str, Any]:
-    """Of the four calls about one model."""
+    """The statuses of the four calls about one model."""
     return {name: answer[name] for name in ("describe", "fetch", "open", "publish")}
 
 

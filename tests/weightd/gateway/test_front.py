@@ -1,4 +1,4 @@
-"""What clients that misbehave meet at the front, while others go on. Over real sockets, with and without TLS."""
+"""How the front treats clients that misbehave, while others go on. Over real sockets, with and without TLS."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory, authority: Authority, tls_a
 
 @pytest.fixture
 def strange(tls_address: str) -> Iterator[RawClient]:
-    """Somebody without a certificate, over TLS."""
+    """A client without a certificate, over TLS."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     context.set_alpn_protocols(["h2"])
@@ -181,7 +181,7 @@ def test_messages_that_are_half_there_are_bounded_before_they_come(
 
 
 def test_answers_that_are_not_read_do_not_pile_up(daemon: Daemon, strange: RawClient) -> None:
-    """Its window is closed, so each answer stays with us; there are only so many open calls of one user."""
+    """The client's window is closed, so the daemon keeps each answer; a user's open calls are bounded."""
     before = memory_bytes(daemon)
     try:
         strange.send(frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)))
@@ -232,7 +232,7 @@ def test_too_much_for_a_call_is_refused(daemon: Daemon) -> None:
 
 
 def test_without_descriptors_it_waits_for_some(tmp_path: Path) -> None:
-    """It neither spins nor gives up listening."""
+    """The daemon neither spins nor stops listening."""
     write_model(tmp_path / "store")
     with serving(tmp_path / "store", "--dram", "64MiB") as daemon:
         limits = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)

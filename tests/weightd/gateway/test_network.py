@@ -1,4 +1,4 @@
-"""TCP with TLS: what is served, who is let in, and how each wrong certificate is refused. Over real sockets."""
+"""TCP with TLS: who may connect, and how each wrong certificate is refused. Over real sockets."""
 
 from __future__ import annotations
 

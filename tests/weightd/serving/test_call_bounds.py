@@ -1,4 +1,4 @@
-"""What many clients, or a bad one, can ask at once: bounded memory, and control calls that get through."""
+"""Many clients, or a hostile one: memory stays bounded, and control calls are still answered."""
 
 from __future__ import annotations
 

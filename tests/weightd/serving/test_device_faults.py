@@ -1,7 +1,7 @@
 """A device that fails: one named test per fault, on a real daemon that reads a file system which fails on purpose.
 
-What is defined: a read that fails, or whose bytes are wrong, is done once more, each cell alone; what fails then is one
-error that names model, layer and neuron, to those who asked for it. Nothing of it stays: the next who asks reads again.
+A read that fails, or whose bytes are wrong, is repeated once, each cell alone. If it fails again, those who asked for
+the cell get an error that names model, layer and neuron. The failure is not remembered: the next request reads again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A device that does not answer at all: who waits for it is told in time, and nobody else waits.
+"""A device that does not answer: calls that wait for it get an error in time, and no other call waits.
 
-The disk of `tiny` hangs, in a file system that holds reads, or the opening of files, until it is healed; `well` lies
-beside it. weightd gives up a silent device after a second here, else after half a minute.
+The disk of model `tiny` hangs: its file system delays reads, or the opening of files, until it is healed. Model `well`
+is on another disk. Here weightd waits a second for a silent device instead of half a minute.
 """
 
 from __future__ import annotations

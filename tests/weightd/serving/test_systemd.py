@@ -1,4 +1,4 @@
-"""What systemd hears: ready, reloading, stopping, and a watchdog that is fed only while the engine's loop moves."""
+"""Messages to systemd: ready, reloading, stopping, and a watchdog that is fed only while the engine's loop runs."""
 
 from __future__ import annotations
 

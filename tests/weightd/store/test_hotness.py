@@ -206,7 +206,7 @@ def test_statistics_that_cannot_be_used_are_said_and_cost_nothing_else(
         assert not found.any()
     else:
         assert found is None
-        assert "what calibration says of tiny cannot be used" in caplog.text
+        assert "the statistics of the calibration of tiny cannot be used" in caplog.text
 
 
 def test_what_was_remembered_of_other_cells_is_not_used(model: TinyModel, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from daemon import Daemon, refused, serving
+from google.protobuf.message import Message
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -102,6 +103,22 @@ def test_each_metric_of_the_table_is_there_with_its_help_and_unit(daemon: Daemon
         assert metric.name.endswith("_total") == (metric.kind == COUNTER), metric.name
         assert metric.help.endswith("."), metric.name
     assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+# Fields that are no metric of their own: texts, parts of a metric that metric_table.py makes, and what others tell.
+NO_METRIC = {
+    "name", "io_engine", "sessions", "uptime_s", "watched", "models", "attached", "read_queue", "memory_pressure",
+    "dram_pool_bytes", "dram_resident_bytes", "dram_tables_bytes", "device_sequential_gb_per_s",
+    "read_latency_bounds_s", "read_latency_counts", "read_latency_sum_s", "region_reads",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", [pb.StatsResponse, pb.ReadQueue, pb.MemoryPressure, pb.ModelStats])
+def test_every_number_of_stats_is_a_metric(message: type[Message]) -> None:
+    served = {metric.name for metric in METRICS}
+    for field in message.DESCRIPTOR.fields:
+        option: pb.Metric = field.GetOptions().Extensions[pb.metric]  # type: ignore[index]
+        assert option.name in served or field.name in NO_METRIC, field.full_name
 
 
 def test_the_latency_histogram_and_the_regions_sum_up_to_the_reads(daemon: Daemon, port: int, model: TinyModel) -> None:

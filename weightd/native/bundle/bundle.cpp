@@ -25,14 +25,14 @@ std::uint16_t narrow_bf16(float value) {
 // Both ways of fp16 are branch-free, so that they vectorise; the method is Fabian Giesen's (half_to_float_fast5,
 // float_to_half_fast3_rtne, public domain): subnormals are aligned by a floating-point addition or subtraction.
 float widen_f16(std::uint16_t half) {
-    constexpr std::uint32_t exponent_mask = 0x7c00U << 13;
+    constexpr std::uint32_t EXPONENT_MASK = 0x7c00U << 13;
     const std::uint32_t magnitude = (half & 0x7fffU) << 13;
-    const std::uint32_t exponent = magnitude & exponent_mask;
+    const std::uint32_t exponent = magnitude & EXPONENT_MASK;
     const std::uint32_t rebased = magnitude + ((127U - 15U) << 23);
     const std::uint32_t special = rebased + ((128U - 16U) << 23);
     const float smallest_normal = std::bit_cast<float>(113U << 23);
     const auto subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(rebased + (1U << 23)) - smallest_normal);
-    const std::uint32_t bits = exponent == exponent_mask ? special : exponent == 0 ? subnormal : rebased;
+    const std::uint32_t bits = exponent == EXPONENT_MASK ? special : exponent == 0 ? subnormal : rebased;
     return std::bit_cast<float>(bits | (half & 0x8000U) << 16);
 }
 
@@ -94,20 +94,20 @@ void convert_from(const std::byte* source, std::byte* target, Dtype target_dtype
     refuse_dtype(target_dtype);
 }
 
-// Square blocks of 16-byte vectors, transposed by log2(lanes) rounds that interleave row i with row i + lanes / 2.
+// Square blocks of 16-byte vectors, transposed by log2(LANES) rounds that interleave row i with row i + LANES / 2.
 template <typename Element>
 struct Block {
-    static constexpr std::size_t lanes = 16 / sizeof(Element);
+    static constexpr std::size_t LANES = 16 / sizeof(Element);
     typedef Element Vector __attribute__((vector_size(16)));
 
     static Vector low(Vector a, Vector b) {
-        if constexpr (lanes == 4)
+        if constexpr (LANES == 4)
             return __builtin_shufflevector(a, b, 0, 4, 1, 5);
         else
             return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
     }
     static Vector high(Vector a, Vector b) {
-        if constexpr (lanes == 4)
+        if constexpr (LANES == 4)
             return __builtin_shufflevector(a, b, 2, 6, 3, 7);
         else
             return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
@@ -116,23 +116,23 @@ struct Block {
     // Column i of the block goes to targets[i] + offset_bytes; source_stride is in bytes.
     static void transpose(const std::byte* source, std::size_t source_stride, std::byte* const* targets,
                           std::size_t offset_bytes) {
-        Vector rows[lanes];
-        for (std::size_t i = 0; i < lanes; ++i) std::memcpy(&rows[i], source + i * source_stride, 16);
-        for (std::size_t round = 1; round < lanes; round *= 2) {
-            Vector mixed[lanes];
-            for (std::size_t i = 0; i < lanes / 2; ++i) {
-                mixed[2 * i] = low(rows[i], rows[i + lanes / 2]);
-                mixed[2 * i + 1] = high(rows[i], rows[i + lanes / 2]);
+        Vector rows[LANES];
+        for (std::size_t i = 0; i < LANES; ++i) std::memcpy(&rows[i], source + i * source_stride, 16);
+        for (std::size_t round = 1; round < LANES; round *= 2) {
+            Vector mixed[LANES];
+            for (std::size_t i = 0; i < LANES / 2; ++i) {
+                mixed[2 * i] = low(rows[i], rows[i + LANES / 2]);
+                mixed[2 * i + 1] = high(rows[i], rows[i + LANES / 2]);
             }
             std::memcpy(rows, mixed, sizeof(rows));
         }
-        for (std::size_t i = 0; i < lanes; ++i) std::memcpy(targets[i] + offset_bytes, &rows[i], 16);
+        for (std::size_t i = 0; i < LANES; ++i) std::memcpy(targets[i] + offset_bytes, &rows[i], 16);
     }
 };
 
 // A neuron group is this wide in the down matrix: whole cache lines are used once fetched, and the bundles of a
 // group stay in the second-level cache until they are checksummed.
-constexpr std::size_t group_bytes = 64;
+constexpr std::size_t GROUP_BYTES = 64;
 
 template <typename Element>
 void copy_columns_one_by_one(const std::byte* down, std::size_t row_bytes, std::size_t row_begin, std::size_t row_end,
@@ -147,10 +147,10 @@ void copy_columns_one_by_one(const std::byte* down, std::size_t row_bytes, std::
 template <typename Element>
 void copy_columns(const std::byte* down, std::size_t row_bytes, std::size_t rows, std::size_t columns,
                   std::byte* const* targets) {
-    constexpr std::size_t lanes = Block<Element>::lanes;
+    constexpr std::size_t LANES = Block<Element>::LANES;
     std::size_t row = 0;
-    for (; columns % lanes == 0 && row + lanes <= rows; row += lanes)
-        for (std::size_t column = 0; column < columns; column += lanes)
+    for (; columns % LANES == 0 && row + LANES <= rows; row += LANES)
+        for (std::size_t column = 0; column < columns; column += LANES)
             Block<Element>::transpose(down + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
                                       row * sizeof(Element));
     copy_columns_one_by_one<Element>(down, row_bytes, row, rows, columns, targets);
@@ -168,11 +168,11 @@ class Cutter {
         down_offset_bytes_ = shape.part_offset_bytes(shape.row_parts());
     }
 
-    std::size_t group() const { return group_bytes / bytes_of(dtypes_.back()); }
+    std::size_t group() const { return GROUP_BYTES / bytes_of(dtypes_.back()); }
 
-    // Bundles [begin, end) of this run, at most group_bytes / element wide.
+    // Bundles [begin, end) of this run, at most GROUP_BYTES / element wide.
     void cut_group(std::size_t begin, std::size_t end) const {
-        std::byte* targets[group_bytes / 2];
+        std::byte* targets[GROUP_BYTES / 2];
         for (std::size_t i = begin; i < end; ++i) targets[i - begin] = bundle(i) + down_offset_bytes_;
         const std::size_t element_bytes = bytes_of(dtypes_.back());
         const std::byte* column = down_.data + (first_ + begin) * element_bytes;

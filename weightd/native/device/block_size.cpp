@@ -13,8 +13,8 @@ namespace weightd {
 
 namespace {
 
-constexpr std::uint32_t block_bytes_min = 4096;
-constexpr unsigned statx_dioalign = 0x2000;  // STATX_DIOALIGN of Linux 6.1, which older headers lack
+constexpr std::uint32_t BLOCK_BYTES_MIN = 4096;
+constexpr unsigned STATX_DIOALIGN_BIT = 0x2000;  // STATX_DIOALIGN of Linux 6.1, which older headers lack
 
 // struct statx as of Linux 6.1; the C library's may lack the last two fields.
 struct StatxWithAlignment {
@@ -30,10 +30,10 @@ struct StatxWithAlignment {
 std::uint32_t block_size_bytes(const std::string& path) {
     StatxWithAlignment status{};
     static_assert(offsetof(StatxWithAlignment, dio_memory_align) == 152 && sizeof(status) == 256);
-    if (syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, statx_dioalign, &status) != 0)
+    if (syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN_BIT, &status) != 0)
         throw std::system_error(errno, std::generic_category(), path);
-    if ((status.mask & statx_dioalign) == 0) return block_bytes_min;
-    return std::max({block_bytes_min, status.dio_memory_align, status.dio_offset_align});
+    if ((status.mask & STATX_DIOALIGN_BIT) == 0) return BLOCK_BYTES_MIN;
+    return std::max({BLOCK_BYTES_MIN, status.dio_memory_align, status.dio_offset_align});
 }
 
 }  // namespace weightd

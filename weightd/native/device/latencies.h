@@ -1,4 +1,4 @@
-// How long reads took: counts in buckets whose bounds double.
+// A histogram of read times: counts in buckets whose bounds double.
 #pragma once
 
 #include <algorithm>

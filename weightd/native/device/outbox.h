@@ -1,4 +1,4 @@
-// Results that threads leave for one other thread, and the descriptor that tells it so.
+// Results that threads pass to one other thread, and the descriptor that wakes it.
 #pragma once
 
 #include <sys/eventfd.h>

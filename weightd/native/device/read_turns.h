@@ -1,6 +1,6 @@
-// Reads that wait for a place among those under way: the files take turns, and none takes every place.
+// Reads that wait for others to complete: the files take turns, and no file takes every place.
 //
-// So a device that has become slow, or a file on a network that hangs, holds up the reads of its own model alone.
+// So a slow device, or a file on a network that hangs, delays only the reads of its own model.
 #pragma once
 
 #include <deque>
@@ -11,7 +11,7 @@
 
 namespace weightd {
 
-// How many reads there must be places for, so that a file may have `of_file` under way and others go on.
+// The number of concurrent reads, if one file may have `of_file` of them and other files must still get some.
 inline constexpr uint32_t places_for(uint32_t of_file) { return of_file + (of_file + 7) / 8; }
 
 class ReadTurns {

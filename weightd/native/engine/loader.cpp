@@ -25,9 +25,9 @@ double ReadingTime::seconds() const {
 }
 
 const DeviceUse& Loader::device_use(uint32_t model) const {
-    static const DeviceUse NONE;
+    static const DeviceUse none;
     const auto found = device_.find(model);
-    return found == device_.end() ? NONE : found->second;
+    return found == device_.end() ? none : found->second;
 }
 
 bool Loader::joins(const Flight& flight, const Missing& missing) const {

@@ -37,7 +37,7 @@ class Commands {
 
     // On the engine's thread.
     void run();                          // what has been posted since the event was signalled
-    void run_all();                      // what has been posted, signalled or not: whoever waits for it is answered
+    void run_all();                      // what has been posted, signalled or not: no caller waits for ever
     void fail(const std::string& what);  // stops by a fault
     int event_fd() const { return event_.get(); }
 

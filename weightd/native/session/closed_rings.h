@@ -1,8 +1,8 @@
-// Rings of sessions that have ended: a client can keep one for as long as it likes.
+// The rings of ended sessions. A client can keep a ring mapped for as long as it likes.
 //
-// All but the header's page goes back to the system at once, and whoever touches it again pays for it: memory cgroups
-// charge a page of shared memory to the process that makes it. What is left counts as a session of its user until
-// nobody holds it.
+// All pages but the header's are freed when the session ends. A process that touches them again pays for them: memory
+// cgroups charge a page of shared memory to the process that allocates it. The ring counts as a session of its user
+// until no process holds it.
 #pragma once
 
 #include <vector>
@@ -15,7 +15,7 @@ namespace weightd {
 class ClosedRings {
   public:
     void add(SharedMemory ring, const User& user);
-    void forget_released();  // those that nobody holds any more
+    void forget_released();  // those that no process holds any more
     size_t size() const { return held_.size(); }
     size_t of(const User& user) const;
 

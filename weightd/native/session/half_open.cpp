@@ -9,7 +9,7 @@ size_t HalfOpen::count(const User& user) const {
         std::count_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; }));
 }
 
-// `first` where nobody has more than he.
+// `first` if no other user has more entries.
 User HalfOpen::greediest(const User& first) const {
     User found = first;
     size_t most = count(first);

@@ -1,7 +1,7 @@
-// What users have begun and not finished: connections without a Hello, sessions that nobody has attached to.
+// What users have begun and not finished: connections without a Hello, sessions without a client.
 //
-// There is room for a number of them. Where one more comes, the user who has the most loses the oldest of his, so that
-// whoever has few keeps them whatever others do. What is not finished in time is given up, too.
+// The number of entries is limited. One entry too many removes the oldest entry of the user that has most of them, so a
+// user with few entries keeps them, whatever other users do. Entries that are not finished in time are removed, too.
 #pragma once
 
 #include <chrono>
@@ -18,10 +18,10 @@ class HalfOpen {
 
     HalfOpen(size_t room, std::chrono::seconds within) : room_(room), within_(within) {}
 
-    // Takes in `id` of `user`. Which must go for it, if any: perhaps `id` itself. It is no longer here then.
+    // Adds the entry `id` of `user`. Returns the entry that it removed for lack of room, if any: perhaps `id` itself.
     std::optional<uint32_t> begin(uint32_t id, const User& user, Time now);
-    void end(uint32_t id);  // finished, or gone; it need not be here
-    // The oldest of the user who has the most, if that is more than one, and more than `user` would have with one more.
+    void end(uint32_t id);  // removes the entry, if it is there
+    // Removes the oldest entry of the user with most entries, if those are several, and more than `user` has plus one.
     std::optional<uint32_t> take_from_greedier(const User& user);
     std::vector<uint32_t> take_expired(Time now);
     bool empty() const { return begun_.empty(); }

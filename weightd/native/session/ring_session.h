@@ -86,7 +86,7 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
-    User user_;                                     // whose processes may attach; none: whoever has the token
+    User user_;                                     // whose processes may attach; none: any process with the token
     std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point opened_at_ = Clock::now();
     SharedMemory memory_;

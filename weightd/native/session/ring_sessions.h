@@ -1,4 +1,4 @@
-// The sessions of other processes: who has them, whose requests are served next, and how they end.
+// The sessions of other processes: whose they are, which requests are served next, and how sessions end.
 //
 // Belongs to the engine's thread. A session takes a place when its opening begins, is open until its client or we close
 // it, and may leave something behind (ended_sessions.h). No user takes the places that others need (user.h).

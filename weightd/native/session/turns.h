@@ -1,7 +1,7 @@
-// Whose requests are served next: in each round every user gets as much done, and his sessions share it.
+// The order of requests: in each round every user gets the same work done, and the sessions of a user share it.
 //
-// So whoever asks for much, by however many sessions, keeps another user waiting for no longer than one part. What is
-// left of a user's requests comes in the next rounds, in turn.
+// So a user that asks for much, in any number of sessions, makes another user wait for one part of that work at most.
+// The rest of a user's requests follows in the next rounds; its sessions take turns.
 #pragma once
 
 #include <algorithm>
@@ -22,7 +22,7 @@ class Turns {
         uint32_t session;
     };
 
-    // One round of those that wait. `serve` does a part of a session's work and tells how much.
+    // One round. `serve` does a part of a session's work and returns how much it did.
     template <typename Serve>
     void round(std::vector<Waiting> waiting, Serve serve) {
         std::map<User, uint32_t> next;
@@ -42,13 +42,13 @@ class Turns {
     }
 
   private:
-    // Within its user's: first those whose turn was not reached in the last round.
+    // The rank among the sessions of its user: sessions that the last round did not reach come first.
     uint32_t place(const Waiting& waiting) const {
         const auto next = next_.find(waiting.user);
         return next == next_.end() ? waiting.session : waiting.session - next->second;
     }
 
-    std::map<User, uint32_t> next_;  // session, of who waited in the last round
+    std::map<User, uint32_t> next_;  // session, of each user of the last round
 };
 
 }  // namespace weightd

@@ -1,7 +1,7 @@
-"""A checkpoint to import: which tensors it has, where their bytes lie, and the files that go with them.
+"""A checkpoint to import: its tensors, where their bytes lie, and the files that go with them.
 
-One abstraction for every input. Safetensors, torch's zip files and GGUF differ only in how they say where a tensor
-begins; reading is the same for all: ranges of a file, past the page cache (uncached_file.py).
+Safetensors, torch's zip files and GGUF differ only in how they say where a tensor begins. All of them are read alike:
+ranges of a file, past the page cache (disk/uncached_file.py).
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
 
-JSON_BYTES_MAX = 128 << 20  # the index of 10 million tensors would be as large
+JSON_BYTES_MAX = 128 << 20  # the size of an index of 10 million tensors
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by their name in the checkpoint, the model's configuration, and how to write its other files."""
+    """Tensors by their names in the checkpoint, the configuration, and a function that writes the other files."""
 
     path: Path
     config: Mapping[str, Any]  # config.json as transformers writes it
     tensors: Mapping[str, SourceTensor]
     write_files: Callable[[Path], None] = field(repr=False)  # config, generation config, tokenizer into a folder
-    gguf_architecture: str | None = None  # names are llama.cpp's then
+    gguf_architecture: str | None = None  # set for GGUF, whose tensors have llama.cpp's names
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; CheckpointError when it is something else."""
+    """The JSON object in a file. CheckpointError if the file is anything else."""
     size_bytes = path.stat().st_size
     if size_bytes > JSON_BYTES_MAX:
         raise CheckpointError(f"{path} takes {format_size(size_bytes)}, more than a configuration or index ever does")

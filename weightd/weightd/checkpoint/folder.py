@@ -1,8 +1,8 @@
 """Hugging Face folders: config.json beside safetensors or torch .bin files, in one piece or sharded.
 
-Which file wins where there are several is transformers' rule (_get_resolved_checkpoint_files of modeling_utils.py):
-safetensors before torch, and of each kind one piece before an index. Files of a variant (model.fp16.safetensors) and
-those of other formats (consolidated.safetensors) are never taken.
+If there are several weight files, transformers' rule decides (_get_resolved_checkpoint_files of modeling_utils.py):
+safetensors before torch, and of each kind a single file before an index. Files of a variant (model.fp16.safetensors)
+and of other formats (consolidated.safetensors) are never taken.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ADAPTER_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
-# What transformers reads besides the weights. Whatever else a folder holds (other formats, code, images) is not copied.
+# Files that transformers reads besides the weights. Others (other formats, code, images) are not copied.
 FILE_PATTERNS = (
     CONFIG_FILE,
     "generation_config.json",
-    "tokenizer*.json",  # tokenizer.4.0.0.json is one for versions of transformers from 4.0.0 on
+    "tokenizer*.json",  # tokenizer.4.0.0.json is for versions of transformers from 4.0.0 on
     "*.model",  # sentencepiece's: tokenizer.model, spiece.model, sentencepiece.bpe.model
     "tokenizer.model.*",
     "vocab.json",
@@ -45,7 +45,10 @@ TEMPLATE_PATTERNS = ("*.jinja",)
 
 
 def open_folder(path: Path) -> Checkpoint:
-    """The checkpoint in the folder at `path`. CheckpointError if it is none, quantised, an adapter or incomplete."""
+    """The checkpoint in the folder at `path`.
+
+    CheckpointError if the folder holds none, or one that is quantised, incomplete or an adapter.
+    """
     folder = ModelFolder(path)
     if folder.has(ADAPTER_FILE):
         raise CheckpointError(
@@ -62,7 +65,7 @@ def open_folder(path: Path) -> Checkpoint:
 
 
 def copy_files(folder: ModelFolder, target: Path) -> None:
-    """Config, generation config, tokenizer files and chat templates, as they are."""
+    """Copies config, generation config, tokenizer files and chat templates, unchanged."""
     names = folder.matching(FILE_PATTERNS) + folder.matching(TEMPLATE_PATTERNS, TEMPLATES_FOLDER)
     for name in names:
         copy = target / name
@@ -87,7 +90,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:
-    """`named`: the file that config.json names, if it does."""
+    """`named`: the weights file that config.json names, if it names one."""
     if named is not None:
         if not isinstance(named, str) or not named.endswith((".safetensors", f".safetensors{INDEX_SUFFIX}")):
             raise CheckpointError(f"{folder.path} has transformers_weights = {named!r}, which is no safetensors file")
@@ -133,7 +136,7 @@ def _read_shards(
             "the download is incomplete"
         )
     tensors: dict[str, SourceTensor] = {}
-    for shard in shards:  # of a name that is in several the last one counts, as in transformers
+    for shard in shards:  # if several shards hold a name, the last one counts, as in transformers
         tensors.update(read(folder.file(shard)))
     lost = sorted(weight_map.keys() - tensors.keys())
     if lost:

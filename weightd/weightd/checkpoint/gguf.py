@@ -1,4 +1,4 @@
-"""GGUF files as checkpoints: header, configuration, and the files that go with them."""
+"""Opens a GGUF file as a checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ VECTOR_ELEMENTS_MAX = 65536
 
 
 def open_gguf(path: Path) -> Checkpoint:
-    """The configuration follows from the header (gguf_config.py), the tokenizer from transformers' conversion of it."""
+    """The checkpoint in a GGUF file. Its configuration comes from the header (gguf_config.py), its tokenizer from
+    transformers' conversion (gguf_tokenizer.py)."""
     check_packages(path)
     file = read_gguf(path)
     architecture = check_architecture(file.architecture)
@@ -29,7 +30,7 @@ def open_gguf(path: Path) -> Checkpoint:
 
 
 def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
-    """The values of a vector in F32; None where there is none."""
+    """The values of an F32 vector, or None if the file has no such tensor."""
     tensor = file.tensors.get(name)
     if tensor is None:
         return None

@@ -1,9 +1,9 @@
-"""What the header of a GGUF file says of the model, as a configuration of transformers.
+"""Makes a transformers configuration from the header of a GGUF file.
 
-Every key `ARCHITECTURE.*` stands in one of these tables: it is honoured, it has no meaning for the model, or it must
-have the value that changes nothing. Any other key is refused by name. Meaning and defaults are llama.cpp's
+Every key `ARCHITECTURE.*` is in one of these tables: it is honoured, it has no meaning for the model, or it must have
+the value that changes nothing. Any other key is refused by name. Meanings and defaults are llama.cpp's
 (llama-model.cpp: load_hparams, and the graphs of llama, qwen2 and gemma3); transformers' own conversion drops most of
-them. Tensors that no recipe knows are refused by sources.py.
+the keys. sources.py refuses tensors that no recipe knows.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ HONOURED = {
     "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.type", "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow", "vocab_size",
 }  # fmt: skip
-# They describe the file or its making, and nothing of the model follows from them.
+# These describe the file or how it was made, or belong to kinds of layers that these models lack.
 WITHOUT_MEANING = {
     "rope.scaling.finetuned", "tensor_data_layout", "attention.layer_norm_epsilon", "expert_used_count",
     "expert_weights_norm", "expert_weights_scale", "expert_gating_func", "expert_feed_forward_length",
     "expert_shared_feed_forward_length", "interleave_moe_layer_step", "leading_dense_block_count",
 }  # fmt: skip
-# What they say must be this, or they are refused: transformers' classes have no such thing.
+# These must have this value: transformers' classes of the known architectures support no other.
 NEUTRAL: Mapping[str, Any] = {
     "attention.causal": True, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
     "attention.output_scale": 1.0, "attn_logit_softcapping": 0.0, "embedding_scale": 1.0, "expert_count": 0,
@@ -49,7 +49,7 @@ NEUTRAL: Mapping[str, Any] = {
     "swin_norm": False, "use_parallel_residual": False,
 }  # fmt: skip
 GEMMA3_27B_LAYERS = 62
-GEMMA3_PATTERN = 6  # layers with a sliding window but for each sixth
+GEMMA3_PATTERN = 6  # every sixth layer has full attention, the others a sliding window
 FREQUENCIES = "rope_freqs.weight"
 
 
@@ -59,11 +59,11 @@ class GgufConfig:
     def __init__(self, file: GgufFile, frequencies: npt.NDArray[np.float32] | None) -> None:
         self._file = file
         self._architecture = file.architecture
-        self._frequencies = frequencies  # rope_freqs.weight, by which rotary frequencies are divided
+        self._frequencies = frequencies  # rope_freqs.weight: the divisors of the rotary frequencies
         self._check_keys()
 
     def config(self) -> dict[str, Any]:
-        """CheckpointError names the key that is missing, of another type than it must be, or cannot be honoured."""
+        """CheckpointError names a key that is missing, has a wrong type, or cannot be honoured."""
         model_type, class_name = MODEL_TYPES[self._architecture]
         hidden, heads = self._size("embedding_length"), self._size("attention.head_count")
         layers = self._size("block_count")
@@ -111,7 +111,7 @@ class GgufConfig:
         raise CheckpointError(f"{self._file.path} has {self._architecture}.{name} = {value!r}, {why}")
 
     def _value(self, name: str) -> Any:
-        """Of one layer where all layers have the same; None where there is no such key."""
+        """The key's value, or None. An array with one value for all layers is that value."""
         value = self._file.metadata.get(f"{self._architecture}.{name}")
         if value is None:
             return None
@@ -138,7 +138,7 @@ class GgufConfig:
         return number
 
     def _optional(self, name: str) -> float | None:
-        """A positive number; None where there is none, or zero, which turns a thing off."""
+        """A positive number. None if the key is missing, or 0, which turns the feature off."""
         value = self._value(name)
         return None if value is None or value == 0 else self._positive(name)
 
@@ -154,7 +154,7 @@ class GgufConfig:
         return key
 
     def _vocabulary(self) -> int:
-        """Rows of the embedding: a vocabulary may be padded, and no key must say its size."""
+        """The rows of the embedding. The vocabulary may be padded, and the key of its size may be missing."""
         embedding = self._file.tensors.get("token_embd.weight")
         if embedding is None or len(embedding.shape) != 2:
             raise CheckpointError(f"{self._file.path} lacks the tensor token_embd.weight")
@@ -188,11 +188,11 @@ class GgufConfig:
                 self._refuse("attention.scale", scale, f"and only {head_size**-0.5:.6g} can be run")
             return
         layers = config["num_hidden_layers"]
-        # transformers wants a window, though no layer has one.
+        # transformers needs a window even if no layer uses it.
         config["sliding_window"] = self._size("attention.sliding_window" if window else "context_length")
         config["layer_types"] = self._layer_types(layers) if window else ["full_attention"] * layers
         config["final_logit_softcapping"] = cap
-        # As f_attention_scale in llama.cpp: 27B is told by its layers; else it is the head's width.
+        # As f_attention_scale in llama.cpp, which knows 27B by its number of layers. Otherwise the head's width counts.
         is_27b = layers == GEMMA3_27B_LAYERS
         scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else head_size
         config["query_pre_attn_scalar"] = scalar if scale is None else round(scale**-2)
@@ -226,7 +226,7 @@ class GgufConfig:
     def _scaling(self, head_size: int) -> dict[str, Any]:
         kind = self._value("rope.scaling.type")
         factor = self._optional("rope.scaling.factor") or self._optional("rope.scale_linear") or 1.0
-        kind = kind if kind is not None else "linear"  # as in llama.cpp, where a factor of 1 scales nothing
+        kind = kind if kind is not None else "linear"  # as in llama.cpp; a factor of 1 scales nothing
         attention = self._optional("rope.scaling.attn_factor") or 1.0
         if self._frequencies is not None:
             if self._architecture == "gemma3":
@@ -257,7 +257,7 @@ class GgufConfig:
         return found
 
     def _divided(self, head_size: int, kind: str, attention: float) -> dict[str, Any]:
-        """Frequencies divided one by one, as Llama 3 scales them: longrope of transformers, alike at any length."""
+        """Each frequency has its own divisor, as in Llama 3: longrope of transformers with equal factors."""
         if kind != "none" or attention != 1.0:
             self._refuse("rope.scaling.type", kind, f"together with the tensor {FREQUENCIES}: one of them can be run")
         factors = self._frequencies
@@ -278,7 +278,7 @@ class GgufConfig:
 
 
 def token_id(file: GgufFile, key: str, vocabulary: int) -> int | None:
-    """The id of tokenizer.ggml.`key`_token_id; None where there is none. CheckpointError if there is no such token."""
+    """The value of tokenizer.ggml.`key`_token_id, or None. CheckpointError if there is no token with that id."""
     value: Value | None = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
     if value is None or value.content in (-1, 0xFFFFFFFF):  # llama.cpp's LLAMA_TOKEN_NULL
         return None

@@ -1,7 +1,8 @@
-"""GGUF files: header, metadata and the extents of tensors. (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
+"""Reads the header of GGUF files: metadata, and the extents and encodings of tensors.
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md)
 
-The gguf package's reader maps the whole file and keeps a numpy object per metadata element, which takes half a
-gigabyte for a vocabulary of 262144. So the header is read here; the package knows the quantised types.
+The reader of the gguf package maps the whole file and makes a numpy object per metadata element, which takes half a
+gigabyte for a vocabulary of 262144. So this module reads the header; it uses the package for the quantised types.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Header and metadata; CheckpointError if the file is not whole, not GGUF, or one part of a split."""
+    """Reads a header. CheckpointError if the file is incomplete, is not GGUF, or is one part of a split file."""
     file_bytes = path.stat().st_size
     with path.open("rb") as file:
         if file.read(4) != MAGIC:
@@ -82,7 +83,7 @@ def _whole_number(path: Path, metadata: Mapping[str, Value], name: str, default:
 
 
 class _Header:
-    """Reads the header from an open file."""
+    """Reads a header from an open file."""
 
     def __init__(self, path: Path, file: BinaryIO, file_bytes: int) -> None:
         self._path = path
@@ -108,7 +109,7 @@ class _Header:
         return GgufFile(self._path, metadata, tensors)
 
     def _unique(self, entries: Iterable[tuple[str, Item]]) -> dict[str, Item]:
-        """Entries by their names. Which of two of the same name counts differs between readers, so both are refused."""
+        """Entries by their names. A name that occurs twice is refused: readers differ in which of the two counts."""
         found: dict[str, Item] = {}
         for name, entry in entries:
             if name in found:
@@ -117,7 +118,7 @@ class _Header:
         return found
 
     def _bytes(self, count: int) -> bytes:
-        if count > self._file_bytes - self._file.tell():  # before memory is taken for it
+        if count > self._file_bytes - self._file.tell():  # checked before memory is allocated
             raise EOFError
         return self._file.read(count)
 
@@ -157,7 +158,7 @@ class _Header:
             raise CheckpointError(f"{self._path} holds {name} in {rank} dimensions, GGML knows {DIMENSIONS_MAX}")
         dimensions = [self._number("<Q") for _ in range(rank)]
         encoding = self._encoding(name, self._number("<I"))
-        shape = tuple(reversed(dimensions))  # GGUF counts the fastest dimension first
+        shape = tuple(reversed(dimensions))  # GGUF begins with the innermost dimension
         row_elements = shape[-1] if shape else 1
         if row_elements % encoding.block_values:
             raise CheckpointError(f"{self._path} holds {name} in rows of {row_elements}, no whole quantised blocks")

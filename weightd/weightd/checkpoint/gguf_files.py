@@ -1,7 +1,7 @@
-"""config.json, generation_config.json and tokenizer of a GGUF file.
+"""Writes config.json, generation_config.json and the tokenizer of a GGUF file.
 
-The tokenizer is made in a child process: transformers and a converted vocabulary take hundreds of megabytes, which are
-given back before the first weight is read.
+A child process makes the tokenizer. transformers and a converted vocabulary take hundreds of megabytes, and this memory
+is free again before the first weight is read.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ from weightd.checkpoint.gguf_file import GgufFile
 from weightd.errors import CheckpointError
 
 PACKAGES = ("gguf", "torch", "transformers")
-# Ends of a generation besides tokenizer.ggml.eos_token_id, as in llama.cpp: by their keys, and control tokens by their
-# text.
+# Tokens that end a generation, as in llama.cpp: those of these keys, and control tokens with these texts.
 END_KEYS = ("eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 END_TEXTS = {
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
@@ -30,7 +29,7 @@ CONTROL = 3  # of tokenizer.ggml.token_type
 SAMPLING = {
     "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
 }  # fmt: skip
-# Keys of the tokenizer that follow from others, or that only infilling and classifying use.
+# Keys of the tokenizer. Some of them follow from others, and some are used only for infilling and classification.
 TOKENIZER_KEYS = {
     "ggml.model", "ggml.pre", "ggml.tokens", "ggml.scores", "ggml.token_type", "ggml.merges", "ggml.add_bos_token",
     "ggml.add_eos_token", "ggml.add_space_prefix", "ggml.remove_extra_whitespaces", "ggml.precompiled_charsmap",
@@ -42,14 +41,14 @@ TOKENIZER_KEYS = {
 
 
 def check_packages(path: Path) -> None:
-    """CheckpointError names what is not installed."""
+    """CheckpointError names packages that are not installed."""
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise CheckpointError(f"{path} needs {' and '.join(missing)} to be read: pip install 'weightd[import]'")
 
 
 def check_keys(file: GgufFile) -> None:
-    """CheckpointError names a key outside of the architecture's that cannot be honoured."""
+    """CheckpointError names a key that cannot be honoured. (gguf_config.py checks the keys of the architecture.)"""
     kind = file.metadata.get("general.type")
     if kind is not None and kind.content != "model":
         raise CheckpointError(f"{file.path} has general.type = {kind.content!r}: give the file of the model itself")
@@ -88,7 +87,7 @@ def _generation_config(file: GgufFile, config: Mapping[str, Any]) -> dict[str, A
 
 
 def _ends(file: GgufFile, vocabulary: int) -> list[int]:
-    """Ids of the tokens that end a generation, that of the end of a text first."""
+    """The ids of the tokens that end a generation. The end-of-sequence token is first."""
     ends = [token_id(file, key, vocabulary) for key in END_KEYS]
     tokens, kinds = (file.metadata.get(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type"))
     if tokens is not None and kinds is not None:

@@ -1,8 +1,7 @@
-"""llama.cpp's names for transformers' tensors, and what its converter did to their values.
+"""llama.cpp's names for transformers' tensors, and how its converter changed their values.
 
-As in llama.cpp's conversion (convert_hf_to_gguf.py) and in its undoing by transformers
-(modeling_gguf_pytorch_utils.py): rows of Q and K are permuted in architecture llama only, Gemma's norms are stored
-plus one. Tensors not asked for (rope_freqs, which the configuration implies) are ignored.
+llama.cpp's converter (convert_hf_to_gguf.py) permutes the rows of Q and K in architecture llama, and adds one to
+Gemma's norms. transformers undoes the same (modeling_gguf_pytorch_utils.py).
 """
 
 from __future__ import annotations
@@ -41,14 +40,14 @@ _NORMS = {
 
 @dataclass(frozen=True)
 class Undo:
-    """What to undo: rows interleaved within each of `heads` heads (rotary halves side by side), or, `heads` = 0, a one
-    that was added."""
+    """A change of the converter to undo. With `heads`, the rows of each head were interleaved (rotary halves side by
+    side). With `heads` = 0, one was added to each value."""
 
     heads: int = 0
 
 
 class GgufNames:
-    """Names and undoings for one architecture, by transformers' names."""
+    """Finds llama.cpp's name of a tensor and the change to undo, by transformers' name."""
 
     def __init__(self, architecture: str, config: Mapping[str, Any]) -> None:
         self._architecture = check_architecture(architecture)
@@ -73,7 +72,7 @@ class GgufNames:
 
 
 def check_architecture(architecture: str) -> str:
-    """The architecture itself; CheckpointError lists the known ones."""
+    """Returns the architecture. CheckpointError for an unknown one lists the known ones."""
     if architecture not in ARCHITECTURES:
         raise CheckpointError(f"unknown GGUF architecture {architecture!r}: known are {', '.join(ARCHITECTURES)}")
     return architecture

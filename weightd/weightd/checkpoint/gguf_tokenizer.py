@@ -1,9 +1,9 @@
-"""The tokenizer of a GGUF file, by transformers' conversion, put right where that drops what the file says.
+"""Makes the tokenizer of a GGUF file with transformers' conversion, and adds what that drops.
 
     python -m weightd.checkpoint.gguf_tokenizer GGUF FOLDER             the child process of gguf_files.py
 
-Added here: tokens at begin and end of a text as the file and llama.cpp have them, every chat template, and the
-splitting of digits. What cannot be honoured is refused by its key.
+Added here: the tokens at the begin and end of a text, as the file and llama.cpp define them; every chat template; and
+the splitting of digits. A key that cannot be honoured is refused by name.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ import numpy as np
 from weightd.checkpoint.gguf_file import ARRAY_TYPE, STRING_TYPE, GgufFile, Value, read_gguf
 from weightd.errors import CheckpointError
 
-# tokenizer.ggml.pre: how text is split before merging. As GPT-2 does it; with every digit alone before that; and what
-# transformers knows of itself (GGUF_PRE_TOKENIZER_SPLITS).
+# Values of tokenizer.ggml.pre, which says how text is split before merging: as by GPT-2, or the same after every digit
+# was split off. transformers itself knows others (GGUF_PRE_TOKENIZER_SPLITS).
 SPLIT_AS_GPT2 = {"default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jina-v1-en", "jina-v2-es", "jina-v2-de"}
 SPLIT_WITH_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
-# llama.cpp puts the first token before a text of these unless the file says otherwise.
+# For these, llama.cpp begins every text with the BOS token unless the file says otherwise.
 PRE_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 PREFIX_SPACE = "\u2581"
 
 
 class _Parts(Sequence[Any]):
-    """Elements of a metadata value as the gguf package gives them: numpy arrays, here made when asked for."""
+    """The elements of a metadata value as numpy arrays, as in the gguf package, but made only when they are read."""
 
     def __init__(self, value: Value) -> None:
         self._items = value.content if value.kind == ARRAY_TYPE else [value.content]
@@ -47,7 +47,7 @@ class _Parts(Sequence[Any]):
 
 
 class LeanReader:
-    """What transformers uses of gguf.GGUFReader, without mapping the file or an object per metadata element."""
+    """The part of gguf.GGUFReader that transformers uses. It neither maps the file nor makes an object per element."""
 
     def __init__(self, path: str) -> None:
         file = read_gguf(Path(path))
@@ -72,11 +72,11 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     with _alone(path) as where:
         from transformers import AutoTokenizer
 
-        # transformers imports the name when it reads. Were it to stop that, the result would be the same, but slower.
+        # transformers imports GGUFReader when it reads. If it stops doing so, the result is the same, only slower.
         with mock.patch("gguf.GGUFReader", LeanReader):
             try:
                 tokenizer: Any = AutoTokenizer.from_pretrained(where, gguf_file=path.name, trust_remote_code=False)
-            except Exception as error:  # whatever a library makes of a file that somebody else wrote
+            except Exception as error:  # the library may raise anything for a malformed file
                 raise CheckpointError(f"transformers cannot convert the tokenizer of {path}: {error}") from error
     if kind == "gpt2" and pre in SPLIT_WITH_DIGITS:
         _split_digits(tokenizer)
@@ -90,7 +90,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[str]:
-    """A folder with nothing but a link to the file: transformers would take templates and more from beside it."""
+    """A folder with only a link to the file: transformers would also read templates that lie beside the file."""
     with tempfile.TemporaryDirectory(prefix="weightd-") as folder:
         (Path(folder) / path.name).symlink_to(path.absolute())
         yield folder
@@ -124,7 +124,7 @@ def _split_digits(tokenizer: Any) -> None:
 
 
 def _check_prefix_space(file: GgufFile, kind: str | None, tokenizer: Any) -> None:
-    """Whether a text begins with a space of its own; only transformers' class decides it."""
+    """CheckpointError if the file and transformers' tokenizer class differ about a space before every text."""
     if kind != "llama":
         return
     backend = tokenizer.backend_tokenizer
@@ -139,7 +139,7 @@ def _check_prefix_space(file: GgufFile, kind: str | None, tokenizer: Any) -> Non
 
 
 def _add_ends(file: GgufFile, tokenizer: Any, first: bool) -> None:
-    """The tokens before and after a text, whatever class the tokenizer is of."""
+    """Adds the tokens before and after a text, for every tokenizer class."""
     from tokenizers import processors
 
     last = _flag(file, "ggml.add_eos_token", False)

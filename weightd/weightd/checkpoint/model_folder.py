@@ -1,8 +1,9 @@
-"""Which files of a checkpoint's folder are read: regular ones that lie in it.
+"""Restricts a checkpoint's files to regular files inside its folder.
 
 A folder may come from a stranger, and what is copied from it is served to every client. So a name that leads out of the
-folder is refused, by `..` or by a link of its own or of a folder on its way; the links of Hugging Face's cache, from
-snapshots/REVISION/NAME to ../../blobs/SUM, are the exception. So is what could block a reader: pipes and devices.
+folder is refused, whether by `..` or by a link, of the file or of a folder on its path. The links of Hugging Face's
+cache, from snapshots/REVISION/NAME to ../../blobs/SUM, are the exception. Pipes and devices, which could block a
+reader, are refused too.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from weightd.errors import CheckpointError
 
 
 class ModelFolder:
-    """A folder, which may itself be a link: its user has named it."""
+    """A checkpoint's folder. It may itself be a link, because the user has named it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         root = path.resolve()
         self._roots = [root]
         if root.parent.name == "snapshots":
-            self._roots.append(root.parent.parent / "blobs")  # not resolved: where it is a link, it leads elsewhere
+            self._roots.append(root.parent.parent / "blobs")  # not resolved: if it is a link, its target is outside
 
     def has(self, name: str) -> bool:
-        """Whether there is anything of that name, be it a link to nothing."""
+        """Whether anything has that name, even if it is a broken link."""
         return os.path.lexists(self._inside(name))
 
     def file(self, name: str) -> Path:
-        """The file of that name, a path below the folder, without links. CheckpointError if it must not be read."""
+        """The real path of the file with that name, which may have folders. CheckpointError if it must not be read."""
         path = self._inside(name)
         try:
             resolved = Path(os.path.realpath(path, strict=True))
@@ -50,11 +51,11 @@ class ModelFolder:
         return self.path / name
 
     def matching(self, patterns: tuple[str, ...], folder: str = "") -> list[str]:
-        """Names of files that match a shell pattern, in `folder` of this one if that is named; sorted."""
+        """The sorted names of files that match a shell pattern. `folder`: a folder below this one."""
         parent = self.path / folder
         if not parent.is_dir():
             return []
         listed = [path.name for path in parent.iterdir()]
         names = [name for name in listed if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        # What is no text cannot be a name in the catalog, and none that transformers looks for.
+        # Unprintable names cannot be in the catalog, and transformers looks for none.
         return sorted(str(Path(folder, name)) for name in names if name.isprintable() and not (parent / name).is_dir())

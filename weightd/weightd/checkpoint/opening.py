@@ -12,9 +12,9 @@ from weightd.errors import CheckpointError
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`: a Hugging Face folder, a .gguf file, or a folder holding just one .gguf file.
+    """The checkpoint at `path`: a Hugging Face folder, a .gguf file, or a folder with exactly one .gguf file.
 
-    Reads headers only. CheckpointError when it is missing, incomplete or of an unknown kind.
+    Reads headers only. CheckpointError if the checkpoint is missing, incomplete or of an unknown kind.
     """
     check_exists(path)
     if path.is_file():

@@ -1,7 +1,7 @@
-"""torch's .bin files: zip archives of a pickle and raw storages.
+"""Reads torch's .bin files: zip archives of a pickle and raw storages.
 
-Only the pickle is read, with weights_only=True, on fake tensors: they know shape, strides and where in the file their
-storage lies, and hold no data. (torch.load's documented use of FakeTensorMode.)
+Only the pickle is read, with weights_only=True and fake tensors. A fake tensor has a shape, strides and the place of
+its storage in the file, but no data. (torch.load documents this use of FakeTensorMode.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NAMES = {f"torch.{dtype.torch}": dtype.name for dtype in DTYPES.values()}
 
 
 def read_torch_file(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of the file by name; CheckpointError if it is not whole, or not only tensors."""
+    """The tensors of the file by name. CheckpointError if the file is incomplete or holds anything else."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is incomplete or of torch's format before 1.6: download it again, or load and save it with "
@@ -41,7 +41,7 @@ def read_torch_file(path: Path) -> dict[str, SourceTensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """The storages must lie in the file as this machine holds them: torch would convert what is read here as it is."""
+    """CheckpointError unless the storages lie in the file as they do in memory, because they are read directly."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -1,4 +1,4 @@
-"""Extents of files, read in order by a thread that runs ahead of their user."""
+"""Reads extents of files in a given order, in a thread that runs ahead of the consumer."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Self
 
 from weightd.disk.uncached_file import UncachedReader, aligned_buffer
 
-# Large enough for the device's sequential speed, small enough that all buffers together stay below 64 MiB.
+# Large enough for the device's sequential speed, and small enough that all buffers together stay below 64 MiB.
 CHUNK_BYTES = 8 << 20
-# What is read but not used yet. Four are enough that the device never waits for the processor; more only cost memory.
+# Buffers that are read but not used yet. With four the device never waits for the processor; more would cost memory.
 BUFFERS = 4
 
 
@@ -27,9 +27,9 @@ class Extent:
 
 
 class ReadAhead:
-    """Reads `extents` in their order; the same order must be taken. Enter it to start, leave it to stop.
+    """Reads `extents`, which must be taken in the same order. Entering it starts the thread, leaving it stops it.
 
-    Holds BUFFERS buffers of the largest extent's size. A failed read is raised, as OSError, where it is taken.
+    It holds BUFFERS buffers of the largest extent's size. If a read fails, `take` raises the OSError.
     """
 
     def __init__(self, extents: Sequence[Extent], direct_only: bool = False) -> None:
@@ -62,7 +62,7 @@ class ReadAhead:
 
     @contextmanager
     def take(self, extent: Extent) -> Iterator[memoryview]:
-        """The bytes of the next extent, valid inside the `with` statement."""
+        """The bytes of the next extent. They are valid inside the `with` statement."""
         assert extent == self._extents[self._taken], "taken out of order"
         self._taken += 1
         filled = self._filled.get()
@@ -82,5 +82,5 @@ class ReadAhead:
                     return
                 file = self._files[extent.path]
                 self._filled.put((buffer, file.read(extent.offset_bytes, extent.size_bytes, buffer)))
-        except BaseException as error:  # crosses to the thread that takes
+        except BaseException as error:  # `take` raises it in the consumer's thread
             self._filled.put(error)

@@ -13,7 +13,7 @@ from weightd_proto.safetensors_header import LENGTH_BYTES, METADATA, HeaderError
 
 
 def read_safetensors(path: Path) -> dict[str, SourceTensor]:
-    """The tensors of the file by name; CheckpointError if it is not whole."""
+    """The tensors of the file by name. CheckpointError if the file is not whole."""
     file_bytes = path.stat().st_size
     header, data_offset_bytes = _read_header(path, file_bytes)
     tensors: dict[str, SourceTensor] = {}
@@ -28,7 +28,10 @@ def read_safetensors(path: Path) -> dict[str, SourceTensor]:
 
 
 def _check_coverage(path: Path, tensors: dict[str, SourceTensor], data_offset_bytes: int, file_bytes: int) -> None:
-    """The tensors must lie end to end from the header to the end of the file, as the safetensors library demands."""
+    """CheckpointError unless the tensors lie back to back from the header to the end of the file.
+
+    The safetensors library has the same rule.
+    """
     expected_bytes = data_offset_bytes
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset_bytes, tensor.elements)):
         if tensor.offset_bytes != expected_bytes:

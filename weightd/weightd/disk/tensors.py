@@ -24,7 +24,7 @@ class SourceTensor:
 
     @property
     def dtype(self) -> str:
-        """Of its elements, once they are dequantised: F32 for quantised blocks."""
+        """The dtype of the elements once they are dequantised: F32 for quantised blocks."""
         return self.encoding.format if is_plain(self.encoding) else "F32"
 
     @property
@@ -32,7 +32,7 @@ class SourceTensor:
         return prod(self.shape)
 
     def bytes_of(self, elements: int) -> int:
-        """Stored bytes of that many elements, which must be whole blocks."""
+        """The stored size of so many elements, which must be whole blocks."""
         return stored_bytes(self.encoding, elements)
 
 

@@ -1,7 +1,7 @@
-"""Files read and written past the page cache, in large aligned requests.
+"""Reads and writes files past the page cache (O_DIRECT), in large aligned requests.
 
-O_DIRECT wants offsets, sizes and memory aligned to the block size; what a caller asks for need not be. Buffers are
-anonymous mappings, made once and reused.
+O_DIRECT needs offsets, sizes and memory that are aligned to the block size. The ranges that callers ask for need not be
+aligned. Buffers are anonymous mappings, made once and reused.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from weightd.closing import Closing
 from weightd.errors import DeviceError
 from weightd.sizes import round_up
 
-# ext2, FUSE and network file systems know no fallocate, or a filter of system calls refuses it; glibc answers EINVAL
-# or EBADF then, when its own way, a byte into each block, meets O_DIRECT and O_WRONLY. A full device shows anyway.
+# ext2, FUSE and network file systems lack fallocate, or a filter of system calls refuses it. Then glibc writes a byte
+# into each block, which fails with EINVAL or EBADF for O_DIRECT and O_WRONLY. Without a reservation, a full device is
+# noticed by the write that fails.
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF)
 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
-    """Page-aligned zeroed memory, not yet backed by pages; on huge pages where the system gives them."""
+    """Page-aligned memory of zeros that takes no page until it is used; huge pages where the system has them."""
     mapping = mmap.mmap(-1, max(size_bytes, mmap.PAGESIZE))
     with suppress(OSError):  # a kernel without huge pages
         mapping.madvise(mmap.MADV_HUGEPAGE)
@@ -44,9 +45,9 @@ class _UncachedFile(Closing):
 
 
 class UncachedReader(_UncachedFile):
-    """Reads ranges of a file. Where O_DIRECT is refused, reads go through the page cache and are dropped from it.
+    """Reads ranges of a file. If O_DIRECT is refused, reads go through the page cache and are dropped from it.
 
-    That fallback is for checkpoints, which are not ours to place; `direct_only` refuses it with DeviceError.
+    That fallback is for checkpoints, which may lie on any file system. `direct_only` raises DeviceError instead.
     """
 
     def __init__(self, path: Path, direct_only: bool = False) -> None:
@@ -64,13 +65,13 @@ class UncachedReader(_UncachedFile):
         self.size_bytes = os.fstat(descriptor).st_size
 
     def buffer_bytes(self, size_bytes: int) -> int:
-        """How large a buffer must be to read any `size_bytes` of this file."""
+        """The size of a buffer that can take any `size_bytes` of this file."""
         return round_up(size_bytes, self.block_bytes) + self.block_bytes
 
     def read(self, offset_bytes: int, size_bytes: int, buffer: memoryview) -> memoryview:
-        """Fills `buffer` from the blocks around the range and returns the range, a part of it.
+        """Reads the blocks around the range into `buffer` and returns the part of it that is the range.
 
-        OSError names path and offset, also when the file ends early.
+        OSError has the path and the offset, also if the file ends early.
         """
         lead_bytes = offset_bytes % self.block_bytes
         begin = offset_bytes - lead_bytes
@@ -84,7 +85,9 @@ class UncachedReader(_UncachedFile):
                 if count == 0 or begin + done_bytes >= self.size_bytes:
                     reason = f"file ended at {begin + done_bytes}, {offset_bytes + size_bytes} bytes expected"
                     raise OSError(errno.EIO, reason, str(self.path))
-                done_bytes -= done_bytes % self.block_bytes  # a short read: the next request must be aligned again
+                done_bytes -= (
+                    done_bytes % self.block_bytes
+                )  # after a short read, the next request must be aligned again
         if self.buffered:
             os.posix_fadvise(self.descriptor, begin, len(target), os.POSIX_FADV_DONTNEED)
         return target[lead_bytes:wanted_bytes]
@@ -97,10 +100,10 @@ class UncachedReader(_UncachedFile):
 
 
 class UncachedWriter(_UncachedFile):
-    """Writes a new file of `size_bytes`, its blocks reserved first where that can be done. `finish` syncs it.
+    """Writes a new file of `size_bytes`. Its blocks are reserved first if the file system can. `finish` syncs it.
 
-    DeviceError where the file system refuses O_DIRECT, unless `allow_buffered`: then the page cache is written
-    through and dropped from at the end.
+    DeviceError if the file system refuses O_DIRECT. With `allow_buffered`, the file is then written through the page
+    cache, and dropped from it at the end.
     """
 
     def __init__(self, path: Path, size_bytes: int, allow_buffered: bool = False) -> None:
@@ -112,7 +115,7 @@ class UncachedWriter(_UncachedFile):
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            path.unlink(missing_ok=True)  # Linux has created it by the time it refuses
+            path.unlink(missing_ok=True)  # Linux creates the file before it refuses O_DIRECT
             if not allow_buffered:
                 raise DeviceError(_refusal(path)) from error
             descriptor = os.open(path, flags, 0o644)
@@ -132,7 +135,7 @@ class UncachedWriter(_UncachedFile):
             raise self._failed(error, 0) from error
 
     def write(self, data: memoryview, offset_bytes: int) -> None:
-        """`data` (aligned memory) at a multiple of block_bytes; only the end of the file may be no whole block."""
+        """Writes `data` (aligned memory) at a multiple of block_bytes. Only the last block may be incomplete."""
         assert offset_bytes % self.block_bytes == 0
         assert len(data) % self.block_bytes == 0
         done_bytes = 0
@@ -143,7 +146,7 @@ class UncachedWriter(_UncachedFile):
                 raise self._failed(error, offset_bytes + done_bytes) from error
 
     def finish(self) -> None:
-        """Cuts the padding of the last block off and syncs."""
+        """Removes the padding of the last block and syncs."""
         os.ftruncate(self.descriptor, self.size_bytes)
         os.fsync(self.descriptor)
         if self.buffered:

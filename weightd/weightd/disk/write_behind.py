@@ -1,4 +1,4 @@
-"""Blocks of files, written by a thread behind their producer."""
+"""Writes blocks of files in a thread that runs behind the producer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Self
 
 from weightd.disk.uncached_file import UncachedWriter, aligned_buffer
 
-# One being written, one being filled, one in between.
+# One is being written, one is being filled, and one is between the two.
 BUFFERS = 3
 
 
 class WriteBehind:
-    """Takes filled buffers and writes them. `drain` waits for all; leaving the `with` statement drops what is left.
+    """Takes filled buffers and writes them. `drain` waits for all of them.
 
-    A failed write is raised, as OSError, by the next `buffer` or `drain`.
+    If a write fails, the next `buffer` or `drain` raises the OSError, and later buffers are not written.
     """
 
     def __init__(self, buffer_bytes: int) -> None:
@@ -39,17 +39,17 @@ class WriteBehind:
         self._thread.join()
 
     def buffer(self) -> memoryview:
-        """A buffer to fill; waits for one to be written."""
+        """A buffer to fill. Waits until one is free."""
         buffer = self._free.get()
         self._raise()
         return buffer
 
     def put(self, file: UncachedWriter, buffer: memoryview, size_bytes: int, offset_bytes: int) -> None:
-        """Writes the first `size_bytes` of a buffer that `buffer` gave."""
+        """Writes the first `size_bytes` of a buffer that came from `buffer`."""
         self._filled.put((file, buffer, size_bytes, offset_bytes))
 
     def drain(self) -> None:
-        """Waits until everything put is written. No buffer may be held."""
+        """Waits until everything is written. The caller must not hold a buffer."""
         buffers = [self._free.get() for _ in range(BUFFERS)]
         for buffer in buffers:
             self._free.put(buffer)
@@ -65,6 +65,6 @@ class WriteBehind:
             try:
                 if self._error is None:
                     file.write(buffer[:size_bytes], offset_bytes)
-            except BaseException as error:  # crosses to the producer
+            except BaseException as error:  # raised in the producer's thread
                 self._error = error
             self._free.put(buffer)

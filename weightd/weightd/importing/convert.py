@@ -1,8 +1,8 @@
 """An import: a checkpoint becomes a model of a store.
 
-`import_checkpoint` reads as the sentence: find the tensors, choose the dtype, lay the model out, see that it fits and
-that a client can use its files, write it, publish it. Memory is that of plan.py; nothing of the store and, where
-its file system allows, nothing of the checkpoint enters the page cache.
+`import_checkpoint` finds the tensors, chooses the dtype, lays the model out, checks that it fits and that a client can
+use its files, writes it, and publishes it. plan.py bounds the memory. Files of the store never enter the page cache,
+nor do those of the checkpoint if their file system supports O_DIRECT.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from weightd_proto.files import BUNDLES_FILE
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 
-# LMDB copies pages that it changes and keeps the old ones until they are free.
+# Twice the 12 bytes of a neuron: LMDB copies every page that it changes, and frees the old page later.
 CATALOG_BYTES_PER_NEURON = 2 * 12
-# Config and tokenizer (33 MB for Gemma's vocabulary of 262144), and LMDB's own pages.
+# Config and tokenizer (33 MB for Gemma's vocabulary of 262144), and pages of LMDB.
 FILES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A model laid out but not written."""
+    """A model that is laid out but not written yet."""
 
     recipe: Recipe
     sources: dict[str, Source]
@@ -76,13 +76,13 @@ def import_checkpoint(
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
-    `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import of that name that it takes the place of. `rehearse`: see
-    check_runnable. Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is
-    refused and `allow_buffered` is not set) or OSError; the store is then as before.
+    `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
+    `rehearse`: see check_runnable. Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError
+    (O_DIRECT is refused and `allow_buffered` is not set) or OSError. After an error the store is as before.
     """
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
-        origin = origin_of(path, dtype)  # before anything is read: what changes meanwhile has changed since
+        origin = origin_of(path, dtype)  # first, so that a change during the import counts as a later change
         checkpoint = open_checkpoint(path)
         model = _lay_out(checkpoint, name, dtype, _block_bytes(staging))
         model.record.source = source_text(path)
@@ -171,7 +171,7 @@ class _Writing:
     def run(self) -> list[npt.NDArray[np.uint64]]:
         """Returns the checksums of each layer's bundles."""
         read_ahead = ReadAhead([piece.extent for step in self._steps for piece in step.slices])
-        # A cell may be larger than a chunk.
+        # One cell may be larger than a chunk.
         write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
         with self._create(BUNDLES_FILE, self._record.bundles_file_bytes) as bundles:
             with self._create(RESIDENT_FILE, self._record.resident_file_bytes) as resident:
@@ -205,7 +205,7 @@ class _Writing:
         write_behind.drain()
 
     def _down(self, layer: int) -> Bytes:
-        """The held down matrix of a layer."""
+        """The down matrix of a layer, which is in memory."""
         return self._downs[layer % 2][: self._record.layers[layer].neurons * self._column_bytes]
 
     def _hold(self, step: DownStep, elements: Elements) -> None:
@@ -231,7 +231,7 @@ class _Writing:
 
 
 class _ResidentStream:
-    """Appends tensors to resident.safetensors in the order of `tensors`, whose checksums it sets."""
+    """Appends tensors to resident.safetensors in the order of `tensors`, and sets their checksums."""
 
     def __init__(
         self, file: UncachedWriter, write_behind: WriteBehind, header: bytes, tensors: list[weightd_pb2.Tensor]
@@ -246,7 +246,7 @@ class _ResidentStream:
         self._header = header
 
     def append(self, index: int, elements: Elements) -> None:
-        """More elements of the index-th tensor."""
+        """Appends elements to the index-th tensor."""
         self._write_header()
         dtype = self._tensors[index].dtype
         source_bytes, target_bytes = DTYPES[elements.dtype].bytes, DTYPES[dtype].bytes
@@ -276,7 +276,7 @@ class _ResidentStream:
             self._flush(padded_bytes)
 
     def _room(self, wanted_bytes: int) -> Bytes:
-        """The next part of the file, up to `wanted_bytes`; a whole number of elements, as buffers and offsets are."""
+        """Memory for the next `wanted_bytes` of the file, or for fewer, but always for whole elements."""
         if self._filled_bytes == self._write_behind.buffer_bytes:
             self._flush(self._filled_bytes)
         if self._buffer is None:

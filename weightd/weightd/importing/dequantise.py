@@ -1,4 +1,4 @@
-"""From the bytes of a checkpoint to elements of F32, BF16 or F16: quantised blocks become F32."""
+"""Turns the bytes of a checkpoint into elements of F32, BF16 or F16. Quantised blocks become F32."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Elements:
-    """Little-endian elements as flat bytes."""
+    """Little-endian elements of one dtype, as a flat array of bytes."""
 
     dtype: str
     data: Bytes
 
     def into(self, target: Bytes, dtype: str) -> None:
-        """Converts into `target`, bytes of `dtype`; bit for bit when the dtype is the same."""
+        """Converts the elements to `dtype` and writes them into `target`. The same dtype is copied bit for bit."""
         _native.convert(self.data, self.dtype, target, dtype)
 
     def as_dtype(self, dtype: str) -> Bytes:
@@ -32,12 +32,13 @@ class Elements:
 
 
 def row_elements(source: Source) -> int:
-    """Elements of a row; a vector is one row, unless its elements are the rows that an undoing permutes."""
+    """Elements of a row."""
     shape = source.tensor.shape
     return source.tensor.elements // rows(source) if shape else 1
 
 
 def rows(source: Source) -> int:
+    """Rows of the tensor. A vector is one row, unless its elements must be permuted back: then each is a row."""
     shape = source.tensor.shape
     if len(shape) == 1 and not (source.undo and source.undo.heads):
         return 1
@@ -45,12 +46,12 @@ def rows(source: Source) -> int:
 
 
 def rows_together(source: Source) -> int:
-    """Rows that must be dequantised in one piece: those of a head, where they are permuted."""
+    """How many rows must be dequantised together: those of a head if they are permuted, otherwise 1."""
     return rows(source) // source.undo.heads if source.undo and source.undo.heads else 1
 
 
 def dequantise(source: Source, stored: memoryview) -> Elements:
-    """The elements stored in `stored`: whole rows, a multiple of `rows_together`."""
+    """The elements of `stored`, which holds whole rows, a multiple of `rows_together`."""
     data = np.frombuffer(stored, np.uint8)
     plain = is_plain(source.tensor.encoding)
     elements = Elements(source.tensor.dtype, data) if plain else _from_blocks(source, data)
@@ -64,7 +65,7 @@ def dequantise(source: Source, stored: memoryview) -> Elements:
 
 
 def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:
-    """(pair, half) order of the rows of each head back to (half, pair) order."""
+    """Permutes the rows of each head from (pair, half) order back to (half, pair) order."""
     pairs = data.reshape(-1, head_rows // 2, 2, row_bytes)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
 

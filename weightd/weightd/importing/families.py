@@ -1,10 +1,11 @@
 """Model families: which tensors a model has, and how bundles are cut from them.
 
-A recipe follows from config.json alone and speaks in names and shapes of transformers' state_dict (v5); sources.py
-finds those tensors in a checkpoint. A family added here also needs its modules in flashclient/model/architectures.py.
+A recipe follows from config.json alone. Its names and shapes are those of transformers' state_dict (v5), and sources.py
+finds these tensors in a checkpoint. A new family also needs its modules in flashclient/model/architectures.py.
 
-Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`; opt-350m normalises after the block, has no
-final norm, and embeds at word_embed_proj_dim. Gemma ties its head. A tied head is stored once, as the embedding.
+Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`. opt-350m normalises after the block, has no
+final norm, and its embedding has word_embed_proj_dim columns. Gemma ties its head. A tied head is stored once, as the
+embedding.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
-SIZE_MAX = 1 << 31  # of any one dimension; no model comes near, and products of two stay countable
-LAYERS_MAX = 4096  # the deepest published models have some 130
+SIZE_MAX = 1 << 31  # of a dimension: far above any model, and products of two fit 64 bits
+LAYERS_MAX = 4096  # the deepest published models have about 130
 
 
 @dataclass(frozen=True)
 class Ffn:
-    """One layer's FFN: `matrices` are tensor names in order of the recipe's parts, the down matrix last."""
+    """The FFN of a layer. `matrices` are tensor names in the order of the recipe's parts; the down matrix is last."""
 
     module: str
     neurons: int
@@ -38,9 +39,9 @@ class Ffn:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a model consists of. Row parts are [neurons, hidden_size], the down matrix [hidden_size, neurons].
+    """The tensors of a model. Row parts are [neurons, hidden_size], the down matrix is [hidden_size, neurons].
 
-    `tied_to` is the embedding, where the configuration ties the head to it: `resident` has no head then.
+    `tied_to` is the embedding if the configuration ties the head to it. `resident` has no head then.
     """
 
     family: str
@@ -51,7 +52,7 @@ class Recipe:
     tied_to: str | None = None
 
     def shapes(self) -> dict[str, Shape]:
-        """Every tensor's shape: resident ones and FFN matrices."""
+        """The shapes of all tensors: resident ones and FFN matrices."""
         shapes = dict(self.resident)
         for layer in self.layers:
             *rows, down = layer.matrices
@@ -62,14 +63,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a tensor of the model comes from, and what must be undone to what is stored there."""
+    """The tensor of the checkpoint that a tensor of the model comes from, and what must be undone to its values."""
 
     tensor: SourceTensor
     undo: Undo | None = None
 
 
 def recipe_of(config: Config) -> Recipe:
-    """The recipe for a transformers configuration; CheckpointError for an architecture that is not known."""
+    """The recipe for a transformers configuration. CheckpointError for an unknown architecture."""
     model_type = config.get("model_type")
     make = _RECIPES.get(str(model_type))
     if make is None:
@@ -78,7 +79,7 @@ def recipe_of(config: Config) -> Recipe:
 
 
 class _Sizes:
-    """The configuration's numbers; `config.json` leaves out what equals transformers' default."""
+    """The numbers of a configuration. config.json leaves out what equals transformers' default."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -96,7 +97,7 @@ class _Sizes:
         return value
 
     def flag(self, key: str, default: bool) -> bool:
-        """`default` where the key is not there. Null is refused, as by transformers."""
+        """The key's value, or `default` if it is missing. Null is refused, as by transformers."""
         value = self.config.get(key, default)
         if type(value) is not bool:
             raise CheckpointError(f"config.json has {key} = {value!r}, expected true or false")
@@ -112,7 +113,7 @@ def _linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, Shape
 
 
 def _attention(prefix: str, sizes: _Sizes, head_size: int, biases: tuple[bool, bool]) -> dict[str, Shape]:
-    """Grouped-query attention; `biases` of q, k, v and of o."""
+    """Grouped-query attention. `biases`: whether q, k and v have one, and whether o has one."""
     heads = sizes.number("num_attention_heads")
     queries = heads * head_size
     keys = sizes.number("num_key_value_heads", heads) * head_size
@@ -177,7 +178,7 @@ def _gemma3(config: Config) -> Recipe:
 
 
 def _opt(config: Config) -> Recipe:
-    """The FFN has no module of its own: `module` is the decoder layer that holds fc1 and fc2."""
+    """OPT's FFN has no module of its own: `module` is the decoder layer that holds fc1 and fc2."""
     sizes = _Sizes(config)
     hidden, neurons = sizes.hidden, sizes.number("ffn_dim")
     embedding = sizes.number("word_embed_proj_dim", hidden)

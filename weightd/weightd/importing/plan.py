@@ -1,7 +1,7 @@
-"""The order in which an import reads, so that reading, cutting and writing overlap in little memory.
+"""The order in which an import reads. Reading, cutting and writing overlap, and need little memory.
 
-A bundle needs a column of the down matrix, which lies across the whole matrix: that one is held in memory, two of them,
-so that the next layer's is read while this layer's bundles are cut from slices of the other matrices. Everything else
+A bundle has a column of the down matrix, and a column is spread over the whole matrix. So the down matrices of two
+layers are in memory: bundles are cut with one, while the other, of the next layer, is being read. Everything else
 passes through buffers of CHUNK_BYTES.
 """
 
@@ -16,7 +16,7 @@ from weightd.importing.families import Ffn, Recipe, Source
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES, is_plain
 
-# gguf dequantises with a dozen temporary arrays of the result's size.
+# gguf's dequantize() makes about a dozen temporary arrays of the result's size.
 DEQUANTISED_CHUNK_BYTES = 2 << 20
 
 
@@ -42,7 +42,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class DownStep:
-    """Rows of a layer's down matrix, to be held."""
+    """Reads rows of a layer's down matrix into memory."""
 
     layer: int
     slices: tuple[Slice]
@@ -50,7 +50,7 @@ class DownStep:
 
 @dataclass(frozen=True)
 class BundleStep:
-    """Neurons [begin, end) of a layer: a slice per row part, to be cut and written."""
+    """Cuts and writes the bundles of neurons [begin, end) of a layer. There is a slice per row part."""
 
     layer: int
     begin: int
@@ -60,7 +60,7 @@ class BundleStep:
 
 @dataclass(frozen=True)
 class ResidentStep:
-    """Rows of the index-th resident tensor, to be appended."""
+    """Appends rows to the index-th resident tensor."""
 
     index: int
     slices: tuple[Slice]
@@ -72,7 +72,7 @@ Step = DownStep | BundleStep | ResidentStep
 def plan_bundles(
     recipe: Recipe, sources: Mapping[str, Source], layout: weightd_pb2.BundleLayout
 ) -> Iterator[DownStep | BundleStep]:
-    """Each layer's down matrix before its bundles; the next one's spread between them."""
+    """The steps of all layers. A layer's down matrix is read between the bundles of the layer before."""
     downs = [list(_down_steps(index, ffn, sources)) for index, ffn in enumerate(recipe.layers)]
     downs.append([])
     yield from downs[0]
@@ -115,7 +115,7 @@ def _down_steps(index: int, ffn: Ffn, sources: Mapping[str, Source]) -> Iterator
 def _bundle_steps(
     index: int, ffn: Ffn, sources: Mapping[str, Source], layout: weightd_pb2.BundleLayout
 ) -> Iterator[BundleStep]:
-    """As many whole cells at a time as fit a chunk, read or written."""
+    """Each step has as many whole cells as fit into a chunk, both read and written."""
     parts = [sources[name] for name in ffn.matrices[:-1]]
     neurons = min(
         CHUNK_BYTES // layout.cell_bytes * layout.bundles_per_cell, *(_rows_per_chunk(part) for part in parts)

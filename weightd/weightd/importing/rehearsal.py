@@ -1,7 +1,7 @@
-"""Tries in a child process whether a client can use a model's files, before its weights are written.
+"""Checks that a client can use a model's files, before the weights are written.
 
-The child runs the client's own code (flashclient/generation/rehearsal.py). If torch and transformers are not installed,
-or this Python may not be started, no client can run, and nothing is tried.
+A child process runs the client's own code (flashclient/generation/rehearsal.py). If torch and transformers are not
+installed, or if this Python may not be started, then no client runs here either, and the check is left out.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from weightd.errors import CheckpointError
 from weightd_proto import weightd_pb2
 
 PACKAGES = ("torch", "transformers")
-TIMEOUT_S = 1800.0  # a model of 400 GB is walked through in some minutes
+TIMEOUT_S = 1800.0  # a model of 400 GB takes a few minutes
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-Rehearse = Callable[[weightd_pb2.Model, Path], str]  # says why it failed, in one line; "" where it did not
+Rehearse = Callable[[weightd_pb2.Model, Path], str]  # returns in one line why it failed; "" if it did not
 
 
 def check_runnable(record: weightd_pb2.Model, folder: Path, checkpoint: Path, rehearse: Rehearse | None = None) -> None:
     """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`.
 
-    `rehearse`: tries it; by default a child process.
+    `rehearse`: makes the check. By default it is made in a child process.
     """
     refusal = (rehearse or _rehearse)(record, folder)
     if refusal:
@@ -35,9 +35,9 @@ def check_runnable(record: weightd_pb2.Model, folder: Path, checkpoint: Path, re
 
 
 def asking(descriptor: int) -> Rehearse:
-    """Whoever started us tries it: loading torch takes seconds, and a client has loaded it.
+    """Lets the client that started this import make the check. It has loaded torch already, which takes seconds.
 
-    `descriptor`: of a connection of multiprocessing; flashclient.generation.rehearsal.answering() holds the other end.
+    `descriptor`: of a multiprocessing connection, whose other end flashclient.generation.rehearsal.answering() has.
     """
     connection = Connection(descriptor)
 
@@ -47,13 +47,13 @@ def asking(descriptor: int) -> Rehearse:
             connection.send_bytes(record.SerializeToString())
             return connection.recv_bytes().decode()
         except (OSError, EOFError):
-            return "whoever was to try it out has gone"
+            return "the client that should have tried it has ended"
 
     return ask
 
 
 def _rehearse(record: weightd_pb2.Model, folder: Path) -> str:
-    """Why it failed, in one line; empty where it did not."""
+    """Why it failed, in one line; empty if it did not."""
     if any(find_spec(package) is None for package in PACKAGES):
         return ""
     command = [sys.executable, "-P", "-m", "flashclient.generation.rehearsal", str(folder)]
@@ -67,12 +67,12 @@ def _rehearse(record: weightd_pb2.Model, folder: Path) -> str:
             env=environment,
             timeout=TIMEOUT_S,
         )
-    except PermissionError:  # a user who may not run this Python, but runs in it: who changed its user, for one
+    except PermissionError:  # the process changed its user, and this user may not start this Python
         return ""
     except subprocess.TimeoutExpired:
-        return f"trying it out took longer than {TIMEOUT_S:g} s"
+        return f"the rehearsal took longer than {TIMEOUT_S:g} s"
     if result.returncode == 0:
         return ""
     said = (result.stdout if result.returncode == 1 else b"") or result.stderr
     lines = said.decode(errors="replace").strip().splitlines()
-    return lines[-1] if lines else f"trying it out ended with status {result.returncode}"
+    return lines[-1] if lines else f"the rehearsal ended with status {result.returncode}"

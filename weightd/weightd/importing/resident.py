@@ -1,4 +1,4 @@
-"""resident.safetensors: its header, and where each tensor lies."""
+"""The layout of resident.safetensors: its header, and the offset of each tensor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ TENSOR_ALIGNMENT_BYTES = 64
 def lay_out_resident(shapes: Mapping[str, tuple[int, ...]], dtype: str, block_bytes: int) -> tuple[bytes, list[Tensor]]:
     """The header, padded so that the data begin on a block boundary, and the tensors in order, without checksums.
 
-    safetensors allows no holes, so tensors whose size is a multiple of 64 come first: all of those are aligned.
+    Tensors whose size is a multiple of 64 come first, so that they are all aligned. Padding between tensors is not
+    possible, because safetensors allows no holes.
     """
     sizes = {name: prod(shape) * DTYPES[dtype].bytes for name, shape in shapes.items()}
     order = sorted(sizes, key=lambda name: (sizes[name] % TENSOR_ALIGNMENT_BYTES != 0, -sizes[name], name))

@@ -1,6 +1,6 @@
-"""Finds the tensors of a recipe in a checkpoint, whatever it calls them, and checks every shape.
+"""Finds the tensors of a recipe in a checkpoint, under any of their names, and checks every shape.
 
-Nothing is left over: a tensor that the recipe has no place for would be lost in silence, so it is refused.
+A tensor that the recipe has no place for would be lost, so the import of such a checkpoint is refused.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from weightd.importing.families import HEAD, Recipe, Shape, Source
 from weightd.importing.plan import Slice
 from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
 
-# What checkpoints hold though the configuration implies it: rotary frequencies, a version. transformers skips them too.
+# Tensors that follow from the configuration: rotary frequencies, a version. transformers skips them too.
 IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
 COMPARED_BYTES = 8 << 20  # of a head and an embedding at a time
 
 
 def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str, Source]]:
-    """The source of every tensor of the recipe, and the recipe as the checkpoint has it: with a head of its own, where
-    the configuration ties it but the checkpoint holds both with different values.
+    """The source of every tensor of the recipe, and the recipe as the checkpoint has it.
 
-    CheckpointError names the first tensor that is missing, has another shape than the configuration says, or is not
-    F32, BF16 or F16 (quantised GGUF types decode to F32), and the first one of the checkpoint that nothing uses.
+    The recipe gets a head of its own if the configuration ties head and embedding, but the checkpoint holds both with
+    different values. CheckpointError names the first tensor that is missing, has another shape than the configuration
+    says, or is not F32, BF16 or F16 (quantised GGUF types become F32), and the first tensor that nothing uses.
     """
     names = GgufNames(checkpoint.gguf_architecture, checkpoint.config) if checkpoint.gguf_architecture else None
 
@@ -59,8 +59,11 @@ def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str
 
 
 def _with_head(recipe: Recipe, found: dict[str, Source | None], head: Source | None, embedding: str) -> Recipe:
-    """What a head in the checkpoint means though the configuration ties it: as tie_weights() of transformers, it stands
-    in for an embedding that is not there, and is a matrix of its own if it differs from one that is."""
+    """The recipe for a checkpoint with a head though the configuration ties head and embedding.
+
+    As in transformers' tie_weights(): the head takes the place of a missing embedding. If the embedding is there and
+    differs, the head is a matrix of its own.
+    """
     shape = recipe.resident[embedding]
     if head is None:
         return recipe
@@ -75,7 +78,7 @@ def _with_head(recipe: Recipe, found: dict[str, Source | None], head: Source | N
 
 
 def _equal(one: Source, other: Source) -> bool:
-    """Whether two matrices of the same shape hold the same values. Torch's files name one matrix twice."""
+    """Whether two matrices of the same shape hold the same values. In torch's files one matrix may have two names."""
     if one == replace(other, tensor=replace(other.tensor, name=one.tensor.name)):
         return True
     pieces = [piece for pair in zip(_rows(one), _rows(other), strict=True) for piece in pair]
@@ -105,7 +108,7 @@ def _check(name: str, shape: Shape, tensor: SourceTensor) -> None:
 
 
 def _check_unused(checkpoint: Checkpoint, used: set[str]) -> None:
-    """What the model has no place for would be lost in silence: biases, layers, experts, adapters."""
+    """CheckpointError for tensors that the model has no place for: biases, layers, experts, adapters."""
     unused = sorted(name for name in checkpoint.tensors.keys() - used if not IMPLIED.search(name))
     if unused:
         raise CheckpointError(
@@ -115,5 +118,5 @@ def _check_unused(checkpoint: Checkpoint, used: set[str]) -> None:
 
 
 def _spellings(name: str) -> list[str]:
-    """As transformers saves the model with its head, or the model under it alone."""
+    """The names with and without the prefix `model.`: transformers saves a model with its head, or without."""
     return [name, name.removeprefix("model.")]

@@ -1,4 +1,4 @@
-"""Which dtype a model is stored in. One for all of it: transformers computes in one."""
+"""Chooses the dtype in which a model is stored and computed. It is the same for all tensors, as in transformers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ KEEP = "keep"
 
 
 def extent_of(source: Source) -> Extent:
-    """The whole tensor."""
+    """The extent of the whole tensor."""
     tensor = source.tensor
     return Extent(tensor.path, tensor.offset_bytes, tensor.bytes_of(tensor.elements))
 
 
 def stored_dtype(sources: Mapping[str, Source], request: str) -> str:
-    """F32, BF16 or F16. `keep`: the narrowest that holds every value of the checkpoint exactly.
+    """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly.
 
-    Matrices are judged by their dtype. Vectors (norms, biases) that are kept in another one, as llama.cpp keeps norms
-    in F32 beside F16 matrices, are judged by their values, so that they do not double the model.
+    For matrices the dtype decides. Vectors (norms, biases) may have a wider dtype than the matrices: llama.cpp stores
+    norms in F32 beside F16 matrices. For them the values decide, so that they do not double the size of the model.
     """
     if request != KEEP:
         return COMPUTE_DTYPES[request]

@@ -1,4 +1,4 @@
-"""`weightd import --update`: a store is brought up to date with a checkpoint, and nothing is done where it is."""
+"""`weightd import --update`: imports a checkpoint if it is new to the store or has changed since."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ def update(
     progress: Progress | None = None,
     rehearse: Rehearse | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
-    """The model that was imported from the checkpoint at `path`, and what was done for it: kept, imported, replaced.
+    """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
-    Waits while another process imports it. `name`: of the model; by default what it has, or a new one's after its
-    checkpoint. `dtype`: as import_checkpoint; by default what the model was imported with. Raises what that does, and
-    StoreError where the name is another checkpoint's, or where a model that has changed is calibrated or served.
+    Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
+    its checkpoint if it is new. `dtype`: as of import_checkpoint; by default that of the last import. Raises the errors
+    of import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but
+    its model is calibrated or served.
     """
     check_exists(path)
     while True:
@@ -51,7 +52,7 @@ def update(
 
 
 def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Model | None:
-    """The model of that source, of whatever name unless one is given."""
+    """The model that was imported from `path`, with the given name or, without one, with any name."""
     source = source_text(path)
     for model in store.models():
         if name in (None, model.name) and source in (model.source, source_text(Path(model.source))):
@@ -60,20 +61,20 @@ def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Mo
 
 
 def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None) -> bool:
-    """Whether an import would give another model. One by an older weightd tells nothing of its origin."""
+    """Whether an import would give another model. Unknown, and so False, for an import by an older weightd."""
     if not model.HasField("origin"):
         return False
     return model.origin != origin_of(path, model.origin.dtype if dtype is None else dtype)
 
 
 def _default_name(path: Path) -> str:
-    """A symbolic link's target names it, but where the target is a file without its kind, as in hub caches."""
+    """The name by the target of a symbolic link, unless that is a file without a suffix, as in hub caches."""
     resolved = path.resolve()
     return model_name_for(resolved if path.is_dir() or resolved.suffix == ".gguf" else path)
 
 
 def _require_free(store: Store, name: str, path: Path) -> None:
-    """Two checkpoints may have the same last part of their paths."""
+    """StoreError if the name belongs to another checkpoint, whose path may end in the same name."""
     other = store.catalog.model(name)
     if other is not None:
         raise StoreError(

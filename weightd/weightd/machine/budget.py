@@ -1,4 +1,4 @@
-"""What --dram means within the memory limits of the machine and its cgroups."""
+"""Chooses and checks --dram within the memory limits of the machine and its cgroups."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from weightd.sizes import NOTHING_GIVEN, Amount, format_enough, format_size
 
 logger = logging.getLogger(__name__)
 
-# The interpreter's promise (design, promise 1): what the process needs beside --dram.
+# What the process needs beside --dram, at most.
 INTERPRETER_BYTES = 150 << 20
 DRAM_FLOOR = Amount(percent=50.0)  # of --dram
 
 
 @dataclass(frozen=True)
 class ModelDemand:
-    """What one model asks of --dram."""
+    """How much of --dram one model needs."""
 
     name: str
-    minimum_bytes: int  # the least with which it can be served
-    full_bytes: int  # resident weights, every cell, the tables and room for a calibration: more is of no use
+    minimum_bytes: int  # it cannot be served with less
+    full_bytes: int  # resident weights, every cell, tables and room for a calibration: it can use no more
 
 
 def chosen_dram_bytes(dram: Amount, demands: Sequence[ModelDemand]) -> int:
-    """What --dram is in bytes, checked against the machine and the store's models. Raises SpaceError."""
+    """--dram in bytes, checked against the machine and the store's models. Raises SpaceError."""
     limits = memory_limits()
     if dram.bytes is not None:
         dram_bytes = dram.bytes
@@ -45,7 +45,7 @@ def chosen_dram_bytes(dram: Amount, demands: Sequence[ModelDemand]) -> int:
 
 
 def chosen_floor_bytes(floor: Amount, dram_bytes: int) -> int:
-    """What --dram-floor is in bytes. Raises UsageError for one above --dram."""
+    """--dram-floor in bytes. Raises UsageError if it is above --dram."""
     if floor.percent is not None:
         return int(dram_bytes * floor.percent / 100)
     assert floor.bytes is not None
@@ -58,27 +58,27 @@ def chosen_floor_bytes(floor: Amount, dram_bytes: int) -> int:
 
 
 def default_dram_bytes(limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand]) -> int:
-    """Half of what machine and cgroups leave free, no more than the models need (an empty store: just half)."""
+    """Half of the free memory, but no more than the models need. For an empty store just half."""
     half = max(0, free_bytes(limits) - INTERPRETER_BYTES) // 2
     needed = sum(demand.full_bytes for demand in demands)
     return min(half, needed) if demands else half
 
 
 class GrowingDram:
-    """--dram where none was given: it grows with the models that are imported while weightd serves."""
+    """The default --dram. It grows with every model that is imported while weightd serves."""
 
     def __init__(self, dram: Amount, floor: Amount, dram_bytes: int, demands: Sequence[ModelDemand]) -> None:
-        """`dram`, `floor`: as given. `dram_bytes`, `demands`: what was chosen at the start, and for which models."""
+        """`dram`, `floor`: as the user gave them. `dram_bytes`: chosen at the start for the models of `demands`."""
         self._floor = floor
         self.dram_bytes = dram_bytes
         self._lock = threading.Lock()  # models are opened in several threads
         self._known = {demand.name for demand in demands}
-        # An empty store had no bound but what was free.
+        # With an empty store, --dram is half of the free memory from the start.
         self._grows = dram == NOTHING_GIVEN and bool(demands)
 
     def with_model(self, demand: ModelDemand) -> tuple[int, int]:
-        """--dram and its floor in bytes, now that this model is served, too: more by what it needs, but no more than
-        half of what is free."""
+        """--dram and its floor in bytes after one more model: more by its demand, but by no more than half of what is
+        free."""
         with self._lock:
             if self._grows and demand.name not in self._known:
                 self._known.add(demand.name)
@@ -94,9 +94,9 @@ def percent_of_memory(percent: float, limits: Sequence[MemoryLimit]) -> int:
 def check_dram(
     dram_bytes: int, limits: Sequence[MemoryLimit], demands: Sequence[ModelDemand], percent: float | None = None
 ) -> None:
-    """Raises SpaceError when no process of this machine can hold `dram_bytes`, or no model can be served with it.
+    """Raises SpaceError if the limits do not allow `dram_bytes`, or if no model can be served with it.
 
-    `percent`: how that was given, if it was a percentage; what is to be given instead is one, too.
+    `percent`: the percentage that the user gave, if it was one. The error then suggests a percentage, too.
     """
     bound = tightest(limits)
     if dram_bytes + INTERPRETER_BYTES > bound.limit_bytes:
@@ -115,7 +115,7 @@ def unservable(dram_bytes: int, demands: Sequence[ModelDemand]) -> list[ModelDem
 
 
 def _most(limit_bytes: int, as_percent: bool) -> str:
-    """What to try, rounded down so that it is taken."""
+    """The largest --dram that is accepted, as advice."""
     most_bytes = limit_bytes - INTERPRETER_BYTES
     if as_percent and most_bytes * 100 >= limit_bytes:
         return f"give at most --dram {most_bytes * 100 // limit_bytes}%"

@@ -1,4 +1,4 @@
-"""`weightd doctor --store DIR`: what this system allows, and what to do where it could allow more."""
+"""`weightd doctor --store DIR`: checks what this system allows weightd to do, and gives advice."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from weightd.store.store import CATALOG_FILE, Store
 from weightd_proto.files import BUNDLES_FILE
 
 OK, WARN, FAIL = "ok", "warn", "fail"
-MEMLOCK_WANTED_BYTES = 1 << 30  # below, larger pools are read without registered buffers: 3.2 us a read, not 2.2
+MEMLOCK_WANTED_BYTES = 1 << 30  # larger pools need it for registered buffers: 2.2 us a read, without them 3.2
 SPACE_WANTED_BYTES = 1 << 30
 MEMORY_WANTED_BYTES = 1 << 30
-RANDOM_READS_WANTED_PER_S = 5000  # of 16 KiB; disks that turn reach a few hundred
+RANDOM_READS_WANTED_PER_S = 5000  # of 16 KiB; hard disks reach a few hundred
 PROFILE_READ_BYTES = 16 << 10
 IO_URING_SWITCH = Path("/proc/sys/kernel/io_uring_disabled")
 SHMEM_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
@@ -40,11 +40,11 @@ class Finding:
     name: str
     level: str  # OK, WARN or FAIL
     value: str
-    advice: str = ""  # what to do; empty when there is nothing
+    advice: str = ""  # what to do; empty if nothing needs to be done
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints the report; 1 when something fails. Raises WeightdError for bad input; the command prints it."""
+    """Prints the report. Returns 1 if a check fails. Raises WeightdError for bad input."""
     flags = _parser().parse_args(list(arguments))
     findings, profile = examine(Path(flags.store), flags.measure)
     say(_as_json(findings, profile) if flags.json else _as_text(findings))
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def examine(folder: Path, measure_anew: bool = False) -> tuple[list[Finding], DeviceProfile | None]:
-    """Every finding about the store's folder and the system, and the device's profile (None: cannot be measured)."""
+    """All findings about the folder and the system, and the device's profile (None if it cannot be measured)."""
     if not folder.is_dir():
         raise StoreError(f"no folder {folder}: `weightd import SRC --store {folder}` makes a store")
     findings = [
@@ -83,7 +83,7 @@ def check_store(folder: Path) -> Finding:
 
 
 def check_direct_io(folder: Path) -> list[Finding]:
-    """O_DIRECT, tried on a model's bundles, else on a file made in the folder, and the unit of such reads."""
+    """Tries O_DIRECT on a model's bundles, or on a temporary file in the folder, and finds the unit of direct reads."""
     try:
         bundles = next(iter(sorted(folder.glob(f"*/{BUNDLES_FILE}"))), None)
         block_bytes = _try_direct_io(folder) if bundles is None else block_size_bytes(str(bundles))
@@ -101,7 +101,7 @@ def check_direct_io(folder: Path) -> list[Finding]:
 
 
 def _try_direct_io(folder: Path) -> int:
-    """The unit of direct reads, after one of a file made for it."""
+    """The unit of direct reads, after a direct read of a temporary file."""
     with NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
         block_bytes = block_size_bytes(file.name)
         file.write(bytes(block_bytes))
@@ -113,7 +113,7 @@ def _try_direct_io(folder: Path) -> int:
 def _read_directly(path: str, size_bytes: int) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
     try:
-        with mmap.mmap(-1, size_bytes) as page:  # memory of its own pages, as O_DIRECT wants
+        with mmap.mmap(-1, size_bytes) as page:  # page-aligned memory, as O_DIRECT needs
             os.preadv(descriptor, [page], 0)
     finally:
         os.close(descriptor)
@@ -170,7 +170,7 @@ def check_huge_pages(setting: Path = SHMEM_HUGE_PAGES) -> Finding:
 
 
 def check_pressure(root: Path = Path("/")) -> Finding:
-    """Whether the kernel tells of memory pressure, so that the pool can give way to others."""
+    """Whether the kernel signals memory pressure, so that the pool can shrink in favour of other processes."""
     triggers = pressure.set_triggers(root)
     for descriptor in (triggers.machine_fd, triggers.cgroup_fd):
         if descriptor != pressure.NO_DESCRIPTOR:
@@ -179,7 +179,7 @@ def check_pressure(root: Path = Path("/")) -> Finding:
     if triggers.watched:
         return Finding("pressure", OK, ", ".join(triggers.watched) + (f" (not {refused})" if refused else ""))
     advice = "boot with psi=1 (Linux 4.20 or newer); until then the pool keeps --dram whatever others need"
-    return Finding("pressure", WARN, f"memory pressure is not told: {refused}", advice)
+    return Finding("pressure", WARN, f"the kernel does not signal memory pressure: {refused}", advice)
 
 
 def check_profile(profile: DeviceProfile) -> Finding:
@@ -196,7 +196,7 @@ def check_profile(profile: DeviceProfile) -> Finding:
 
 
 def _profile(folder: Path, measure_anew: bool) -> DeviceProfile:
-    """The kept profile; measured first where there is none or a new one is asked for, and kept where it can be."""
+    """The profile in the catalog. It is measured if there is none or if the user asks for a new one, and then kept."""
     if not (folder / CATALOG_FILE).exists():
         return measure(folder)
     store = Store.open(folder, readonly=True)

@@ -1,16 +1,17 @@
-"""Calibrations: what was measured on a model, kept beside it.
+"""Calibrations: what `flashclient calibrate` measured on a model, kept in the model's folder.
 
     STORE/<model>/calibration/<version>/{predictors.safetensors, statistics.safetensors, report.json}
 
-- What the files hold is between the client that writes them and those that read them (the format is in
-  client/flashclient/model/predictor_file.py); here they are bytes with an XXH3-64 each, at most as large as the model.
-- Versions count up from 1. The catalog's record is the newest, and nothing reads another: a session that attached with
-  an older one has it in memory, and a Fetch under way has its file open. So older folders go when a newer one is there.
-- Publishing: staged like an import (store.py), synced, renamed to its version, then written to the catalog in one
-  transaction. A folder that the catalog does not name goes with the next publishing or start of the daemon.
+- Clients write and read the files (client/flashclient/model/predictor_file.py specifies their format). For the daemon
+  a file is a sequence of bytes with an XXH3-64. All files together may be as large as the model.
+- Versions count from 1. The catalog names the newest, and only that is read: a session that attached with an older one
+  has it in memory, and a Fetch that is under way has its file open. So older folders are deleted.
+- Publishing: the files are staged like an import (store.py), synced, and renamed to their version. Then the catalog
+  gets the record in one transaction. A folder that the catalog does not name is deleted by the next publishing or
+  start of the daemon.
 
-Refused: other files than these three, one too many or empty; more bytes than a model may have; a calibration of another
-import of the model; bytes that differ from their checksums; a device without the room.
+Refused: missing, additional or empty files; more bytes than the model has; a calibration of another import of the
+model; bytes that differ from their checksums; a device without enough room.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from weightd_proto.files import PREDICTORS_FILE, STATISTICS_FILE
 CALIBRATION_FOLDER = "calibration"
 FILE_NAMES = (PREDICTORS_FILE, STATISTICS_FILE, "report.json")
 MODES = ("exact", "predict")
-# The paper's predictors take less than 5 % of a model; one as large as its model would bring nothing. The constant
-# part is for toy models, whose files are mostly headers.
+# The paper's predictors take less than 5 % of a model, and a calibration as large as its model would be of no use. The
+# constant part is for toy models, whose files consist mostly of headers.
 MODEL_SHARE_MAX = 1
 HEADERS_BYTES_MAX = 1 << 20
 
@@ -50,7 +51,7 @@ def predictors_of(calibration: weightd_pb2.Calibration) -> weightd_pb2.File | No
 
 
 def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration) -> None:
-    """RequestError or StoreError, with the value, when `offered` cannot become the calibration of `model`."""
+    """RequestError or StoreError, with the wrong value, if `offered` cannot become the calibration of `model`."""
     if offered.import_id != model.import_id:
         raise StoreError(
             f"a calibration of another import of {model.name!r}: import {offered.import_id.hex() or 'none'}, where the "
@@ -73,10 +74,10 @@ def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration
 
 
 class CalibrationStaging(StagedFolder):
-    """A calibration on its way in: `write` its bytes, then `publish`; left without that, nothing stays."""
+    """A calibration that is being published: `write` its bytes, then `publish`. Without `publish` nothing stays."""
 
     def __init__(self, store: Store, model: weightd_pb2.Model, offered: weightd_pb2.Calibration) -> None:
-        """Raises what check_calibration does, and SpaceError when the device lacks the room."""
+        """Raises the errors of check_calibration, and SpaceError if the device lacks the room."""
         check_calibration(model, offered)
         size_bytes = sum(file.size_bytes for file in offered.files)
         free_bytes = shutil.disk_usage(store.path).free
@@ -90,15 +91,15 @@ class CalibrationStaging(StagedFolder):
         self.store = store
         self._model = model.name
         self._offered = offered
-        self._missing = list(offered.files)  # the first is being written
+        self._missing = list(offered.files)  # the first one is being written
         self._file: BinaryIO | None = None
         self._written_bytes = 0
         self._checksum = _native.Checksum()
 
     def write(self, data: bytes) -> None:
-        """The next bytes of the files, back to back in the header's order.
+        """Writes the next bytes of the files, which come back to back in the header's order.
 
-        Raises RequestError for too many, CorruptionError when a file differs from its checksum, SpaceError.
+        RequestError for too many bytes, CorruptionError if a file differs from its checksum, SpaceError.
         """
         rest = memoryview(data)
         while rest:
@@ -130,7 +131,7 @@ class CalibrationStaging(StagedFolder):
         self._file, self._written_bytes, self._checksum = None, 0, _native.Checksum()
 
     def publish(self) -> weightd_pb2.Calibration:
-        """Makes it the model's newest calibration. RequestError when bytes are missing."""
+        """Makes this the model's newest calibration. RequestError if bytes are missing."""
         if self._missing:
             raise RequestError(f"the calibration ended early, in {self._missing[0].name}: send it again")
         published = weightd_pb2.Calibration()
@@ -141,7 +142,7 @@ class CalibrationStaging(StagedFolder):
             target = calibration_path(self.store, self._model, published.version)
             target.parent.mkdir(exist_ok=True)
             sync(target.parent.parent)
-            if target.exists():  # of a publishing that died before the catalog knew
+            if target.exists():  # left by a publishing that was killed before its transaction
                 delete(set_aside(self.store.path, target))
             self.move(target)
             self.store.catalog.set_calibration(self._model, published)
@@ -149,14 +150,14 @@ class CalibrationStaging(StagedFolder):
         return published
 
     def close(self) -> None:
-        """Deletes what was not published."""
+        """Deletes the files unless they were published."""
         if self._file is not None:
             self._file.close()
         super().close()
 
 
 def remove_old(store: Store, model: weightd_pb2.Model) -> None:
-    """Deletes all calibrations of the model but that of its record."""
+    """Deletes all calibrations of the model except the one in its record."""
     folder = store.path / model.name / CALIBRATION_FOLDER
     old = [path for path in folder.iterdir() if path.name != str(model.calibration.version)] if folder.is_dir() else []
     for path in old:

@@ -1,7 +1,7 @@
-"""The catalog of a store: an LMDB environment in one file. The keys are in the docstring of store.py.
+"""The catalog of a store: an LMDB environment in one file. The docstring of store.py lists its keys.
 
-LMDB refuses to open an environment twice in one process and must not be carried across fork. Operations on a
-catalog are rare and short, so each opens it anew, and threads of one process take turns.
+LMDB refuses to open an environment twice in one process, and an environment must not be used after a fork. Operations
+on a catalog are rare and short, so each one opens the environment and closes it, and threads of a process take turns.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from weightd_proto.encodings import upgrade
 
 MAGIC = "weightd-store"
 FORMAT_VERSION = 3
-CHECKSUMS_SINCE = 2  # records of an older store end without one, also those that are added to it
+CHECKSUMS_SINCE = 2  # in a store of an older format, values have no checksums
 CHECKSUM_BYTES = 8
-NEURONS_MAX = (1 << 32) - 1  # of a model: they are numbered in 32 bits
-FILE_BYTES_MAX = 1 << 60  # of any file: sums stay within 64 bits
+NEURONS_MAX = (1 << 32) - 1  # of a model: 32 bits number them
+FILE_BYTES_MAX = 1 << 60  # of any file: sums of sizes fit 64 bits
 META_KEY = b"meta"
 DEVICE_PROFILE_KEY = b"device_profile"
 MODEL_PREFIX = b"model/"
-# Address space, not memory or disk: the file grows as it is filled. A neuron costs 12 bytes (checksum, placement), so
-# a 70B model (80 layers of 28672) costs 27 MB and this holds more than two thousand of them.
+# Address space, not memory or disk: the file grows as it is filled. A neuron takes 12 bytes (checksum, placement), so a
+# 70B model (80 layers of 28672) takes 27 MB, and this is room for more than two thousand such models.
 MAP_BYTES = 64 << 30
 
 _turn = threading.Lock()
@@ -54,7 +54,7 @@ def array_key(kind: str, model: str, layer: int) -> bytes:
 
 
 class Records:
-    """The records of one transaction, each followed by the XXH3-64 of its key and itself."""
+    """The records of one transaction. Each value is followed by the XXH3-64 of key and value."""
 
     def __init__(self, transaction: lmdb.Transaction, path: Path) -> None:
         self._transaction = transaction
@@ -63,26 +63,26 @@ class Records:
         self._version = FORMAT_VERSION if meta is None else meta.get("format_version", 0)
 
     def meta(self) -> dict[str, Any] | None:
-        """The record that says what this is; it stands alone."""
+        """The record that says the format. It has no checksum."""
         record = self._transaction.get(META_KEY)
         if record is None:
             return None
         try:
             meta = json.loads(bytes(record))
         except ValueError as error:
-            raise CorruptionError(f"the catalog {self._path} is damaged: its first record is no JSON") from error
+            raise CorruptionError(f"the catalog {self._path} is damaged: its record `meta` is not JSON") from error
         return meta if isinstance(meta, dict) else {}
 
     def set_meta(self, meta: Mapping[str, object]) -> None:
         self._transaction.put(META_KEY, json.dumps(meta).encode())
 
     def get(self, key: bytes) -> bytes | None:
-        """CorruptionError when it differs from its checksum."""
+        """The value, or None. CorruptionError if it differs from its checksum."""
         record = self._transaction.get(key)
         return None if record is None else self._read(key, bytes(record))
 
     def starting_with(self, prefix: bytes) -> Iterable[bytes]:
-        """The records whose keys begin so, in the keys' order."""
+        """The values whose keys begin with `prefix`, in the order of the keys."""
         cursor = self._transaction.cursor()
         found = cursor.set_range(prefix)
         while found and bytes(cursor.key()).startswith(prefix):
@@ -93,7 +93,7 @@ class Records:
         self._transaction.put(key, record + (_checksum(key, record) if self._checked else b""))
 
     def upgrade(self) -> None:
-        """Makes a store of format 1 or 2 one of format 3: models get their encodings, records their checksums.
+        """Makes a store of format 1 or 2 one of format 3: models get encodings, and values get checksums.
 
         A damaged record stays as it is, and is refused when it is read.
         """
@@ -143,7 +143,7 @@ class Catalog:
         self.path = path
 
     def create(self) -> None:
-        """Writes the meta record if there is none: also completes a creation that was killed.
+        """Writes the record `meta` if it is missing, also after a creation that was killed.
 
         The caller holds the store's lock.
         """
@@ -154,9 +154,9 @@ class Catalog:
                 records.set_meta({"magic": MAGIC, "format_version": FORMAT_VERSION})
 
     def check(self) -> None:
-        """StoreError unless this is a whole catalog of our format, of a version that we know."""
+        """StoreError unless this is a whole catalog of a known format version."""
         with self._begun() as transaction:
-            check_pages(self.path)  # within a transaction: no page of this snapshot is written over meanwhile
+            check_pages(self.path)  # inside a transaction, so that no page of this snapshot is overwritten meanwhile
             meta = Records(transaction, self.path).meta() or {}
         version = meta.get("format_version")
         if meta.get("magic") != MAGIC or not isinstance(version, int) or version < 1:
@@ -168,7 +168,7 @@ class Catalog:
             )
 
     def models(self) -> list[weightd_pb2.Model]:
-        """By name, each with its newest calibration."""
+        """All models in order of their names, each with its newest calibration."""
         with self._transaction() as records:
             return [_model(records, record) for record in records.starting_with(MODEL_PREFIX)]
 
@@ -178,7 +178,7 @@ class Catalog:
             return None if record is None else _model(records, record)
 
     def set_calibration(self, model: str, calibration: weightd_pb2.Calibration) -> None:
-        """In the place of the one there was."""
+        """Replaces the model's calibration."""
         with self._transaction(write=True) as records:
             records.put(calibration_key(model), calibration.SerializeToString())
 
@@ -187,7 +187,7 @@ class Catalog:
             return records.get(hotness_key(model))
 
     def set_hotness(self, model: str, hotness: bytes) -> None:
-        """In the place of what there was."""
+        """Replaces the model's hotness."""
         with self._transaction(write=True) as records:
             records.put(hotness_key(model), hotness)
 
@@ -196,7 +196,7 @@ class Catalog:
             return records.get(array_key(kind, model, layer))
 
     def add(self, model: weightd_pb2.Model, arrays: Mapping[str, list[npt.NDArray[np.generic]]]) -> None:
-        """The model and its arrays per layer (kind -> one array per layer), all or nothing."""
+        """Adds the model and its arrays (kind -> one array per layer). An older store becomes one of format 3."""
         with self._transaction(write=True) as records:
             records.upgrade()
             for kind, layers in arrays.items():
@@ -216,7 +216,7 @@ class Catalog:
                     records.delete(array_key(kind, name, index))
 
     def device_profile(self) -> str | None:
-        """What `weightd doctor` measured, as JSON, or None."""
+        """The device profile as JSON, or None if nothing was measured."""
         with self._transaction() as records:
             record = records.get(DEVICE_PROFILE_KEY)
         return None if record is None else record.decode()
@@ -260,7 +260,7 @@ def _parsed(record: bytes) -> weightd_pb2.Model:
 
 
 def _read(message: weightd_pb2.Model | weightd_pb2.Calibration, record: bytes) -> None:
-    """Merges what the record's checksum vouches for; where records have none, CorruptionError for what is no model."""
+    """Merges the record into `message`. CorruptionError if it is no such message, as may be where checksums lack."""
     try:
         message.MergeFromString(record)
     except DecodeError as error:
@@ -268,7 +268,7 @@ def _read(message: weightd_pb2.Model | weightd_pb2.Calibration, record: bytes) -
 
 
 def _check_sizes(model: weightd_pb2.Model) -> None:
-    """CorruptionError for what no model has."""
+    """CorruptionError for sizes that no model has."""
     neurons, cells = sum(layer.neurons for layer in model.layers), sum(layer.cells for layer in model.layers)
     if max(neurons, cells) > NEURONS_MAX:
         raise CorruptionError(f"the catalog is damaged: {model.name!r} of {neurons} neurons in {cells} cells")
@@ -280,7 +280,7 @@ def _check_sizes(model: weightd_pb2.Model) -> None:
 
 def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:
     def opened(lock: bool) -> lmdb.Environment:
-        own_path = os.fsencode(path)  # lmdb would want a path that the locale can write
+        own_path = os.fsencode(path)  # lmdb refuses a str that the locale cannot encode
         return lmdb.open(own_path, subdir=False, map_size=MAP_BYTES, readonly=not write, create=create, lock=lock)
 
     try:
@@ -288,7 +288,7 @@ def _open(path: Path, write: bool, create: bool) -> lmdb.Environment:
     except (lmdb.ReadonlyError, lmdb.LockError, PermissionError):
         if write:
             raise
-        return opened(lock=False)  # a store on a read-only mount: nobody writes it
+        return opened(lock=False)  # the store is on a read-only mount, so nobody writes it
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""Whether the pages of an LMDB file hang together, checked before LMDB follows them.
+"""Checks the structure of an LMDB file before LMDB reads it.
 
-LMDB trusts its file: a page number that a flipped bit or a cut file has made wrong ends in SIGSEGV or SIGBUS, or
-in live pages written over. Here every page of the tree is looked at once, and nothing outside the file followed.
-(Layout: lmdb's mdb.c, "Page header", "Header for a node", "Meta page content"; data version 1.) What the records
-themselves say is the business of their own checksums, in catalog.py.
+LMDB trusts its file. A wrong page number, from a flipped bit or a truncated file, ends in SIGSEGV or SIGBUS, or in live
+pages that are overwritten. This module visits every page of both trees once and reads nothing outside the file. (The
+layout is that of lmdb's mdb.c, data version 1: "Page header", "Header for a node", "Meta page content".) The values of
+the records have checksums of their own (catalog.py).
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from weightd.errors import CorruptionError
 
 MAGIC, DATA_VERSION = 0xBEEFC0DE, 1
 BRANCH, LEAF, OVERFLOW, META = 0x01, 0x02, 0x04, 0x08
-BIG_DATA = 0x01  # a node whose value lies in overflow pages
+BIG_DATA = 0x01  # the value of the node lies in overflow pages
 NO_PAGE = (1 << 64) - 1
-FIRST_PAGE = 2  # the two before are meta pages
+FIRST_PAGE = 2  # pages 0 and 1 are meta pages
 PAGE = struct.Struct("<QHHHH")  # number, padding, flags, lower, upper; in overflow pages a u32 count for the last two
 NODE = struct.Struct("<HHHH")  # two halves of the size, flags, key bytes; a branch's page number in the first three
 META_HEAD = struct.Struct("<IIQQ")  # magic, version, address, map size
 DATABASE = struct.Struct("<IHHQQQQQ")  # page bytes (in the first), flags, depth, branch, leaf, overflow, entries, root
 META_TAIL = struct.Struct("<QQ")  # last page, transaction
-ORDER_FLAGS, INTEGER_KEYS = 0x7F, 0x08  # of a database: how its keys and values are ordered
+ORDER_FLAGS, INTEGER_KEYS = 0x7F, 0x08  # flags of a database: the order of its keys and values
 DEPTH_MAX = 32
 
 
 class Tree(NamedTuple):
-    """A database of the file: that of the free pages, and the main one."""
+    """One of the two databases of the file: the free pages, and the main database."""
 
     depth: int
     root: int
 
 
 class Meta(NamedTuple):
-    """What a transaction left behind."""
+    """A meta page: the state after one transaction."""
 
     page_bytes: int
     free: Tree
@@ -55,9 +55,9 @@ class Node(NamedTuple):
 
 
 def check_pages(path: Path) -> None:
-    """CorruptionError unless the file is whole and its newest transaction's pages are sound.
+    """CorruptionError unless the file is whole and the pages of its newest transaction are sound.
 
-    The caller sees to it that no transaction is written meanwhile.
+    The caller makes sure that no transaction is written meanwhile.
     """
     with path.open("rb") as file:
         _Pages(path, file.fileno()).check()
@@ -69,7 +69,7 @@ class _Pages:
         self._descriptor = descriptor
         self._size_bytes = os.fstat(descriptor).st_size
         self._used: set[int] = set()
-        self._of_free_pages = False  # the tree that is being looked at; the main one's large values are not read
+        self._of_free_pages = False  # whether the free pages' tree is being checked, or the main one
 
     def check(self) -> None:
         self._meta = max((self._read_meta(number) for number in (0, 1)), key=lambda meta: meta.transaction)
@@ -86,7 +86,7 @@ class _Pages:
                 self._use(page, 1)
 
     def _read_meta(self, number: int) -> Meta:
-        # A page of the system, as LMDB takes it; 4096 at least.
+        # LMDB's pages have the size of the system's pages, at least 4096 bytes.
         data = os.pread(self._descriptor, 4096, number * (self._page_bytes if number else 0))
         self._require(len(data) == 4096, f"{self._size_bytes} bytes")
         _, _, flags, _, _ = PAGE.unpack_from(data)
@@ -98,13 +98,13 @@ class _Pages:
         self._require(flags == META and (magic, version & 0xFFFF) == (MAGIC, DATA_VERSION), "no meta page of LMDB")
         self._require(free[0] in (4096, 8192, 16384, 32768, 65536), f"pages of {free[0]} bytes")
         self._require((free[1] & ORDER_FLAGS, main[1] & ORDER_FLAGS) == (INTEGER_KEYS, 0), "trees of another order")
-        # LMDB finds the page of a transaction by its last bit. (In a new file both are of number 0.)
+        # LMDB writes transaction n to meta page n % 2. (In a new file both have number 0.)
         self._require(transaction % 2 == number or transaction == 0, f"transaction {transaction} on page {number}")
         self._page_bytes: int = free[0]
         return Meta(free[0], Tree(free[2], free[7]), Tree(main[2], main[7]), last_page, transaction)
 
     def _leaves(self, tree: Tree) -> list[Node]:
-        """All entries, in order. (A catalog has some hundred; their values, in overflow pages, are not read.)"""
+        """All entries in order of their keys. (A catalog has some hundred. Values in overflow pages are not read.)"""
         if tree.root == NO_PAGE:
             return []
         self._require(1 <= tree.depth <= DEPTH_MAX, f"a tree of depth {tree.depth}")
@@ -114,7 +114,7 @@ class _Pages:
         return nodes
 
     def _order(self, key: bytes) -> bytes:
-        """What keys are compared by: those of the free pages are numbers."""
+        """The bytes by which keys are compared. Keys of the free pages are little-endian numbers."""
         return key[::-1] if self._of_free_pages else key
 
     def _below(self, number: int, depth: int) -> list[Node]:
@@ -140,7 +140,7 @@ class _Pages:
         return nodes
 
     def _value(self, page: bytes, number: int, begin: int, flags: int, size_bytes: int) -> bytes:
-        """Of the main tree's large values, nothing."""
+        """The value of a node; empty for a large value of the main tree, which is not read."""
         self._require(flags in (0, BIG_DATA), f"page {number} with a value of kind {flags}")
         end = begin + (8 if flags else size_bytes)
         self._require(end <= len(page), f"page {number} with a value outside it")
@@ -155,7 +155,7 @@ class _Pages:
 
     def _page(self, number: int, kind: int) -> bytes:
         page_bytes = self._meta.page_bytes
-        self._require(FIRST_PAGE <= number <= self._meta.last_page, f"a page {number} that is not there")
+        self._require(FIRST_PAGE <= number <= self._meta.last_page, f"a page {number}, which does not exist")
         page = os.pread(self._descriptor, page_bytes, number * page_bytes)
         self._require(len(page) == page_bytes, f"page {number} cut off")
         found, _, flags, _, _ = PAGE.unpack_from(page)
@@ -163,9 +163,9 @@ class _Pages:
         return page
 
     def _use(self, first: int, count: int) -> None:
-        """Marks pages as taken, each once."""
+        """Marks pages as used. A page can be used only once."""
         inside = first >= FIRST_PAGE and first + count - 1 <= self._meta.last_page
-        self._require(inside, f"pages {first} to {first + count - 1} that are not there")
+        self._require(inside, f"pages {first} to {first + count - 1}, which do not exist")
         pages = range(first, first + count)
         self._require(self._used.isdisjoint(pages), f"page {first} in two places")
         self._used.update(pages)

@@ -1,4 +1,4 @@
-"""Files of a model with one checksum for all of their bytes: those under hf/, and those of a calibration."""
+"""Reads files that have one checksum for all of their bytes: those under hf/, and those of a calibration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PIECE_BYTES = 1 << 20
 
 
 def check_files(store: Store, model: weightd_pb2.Model) -> None:
-    """Reads all that lies under hf/. CorruptionError names the model and the file that differs from its checksum."""
+    """Reads every file under hf/. CorruptionError names the model and the file that differs from its checksum."""
     for file in model.files:
         for _ in model_file(store, model, file):
             pass
@@ -27,7 +27,7 @@ def check_files(store: Store, model: weightd_pb2.Model) -> None:
 def model_file(
     store: Store, model: weightd_pb2.Model, file: weightd_pb2.File, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[memoryview]:
-    """The bytes of a file under hf/, as pieces() gives them."""
+    """The bytes of a file under hf/, as pieces() yields them."""
     path = store.files_path(model.name) / file.name
     return pieces(path, file, f"model {model.name}, file {FILES_FOLDER}/{file.name}", "import it again", piece_bytes)
 
@@ -35,10 +35,10 @@ def model_file(
 def pieces(
     path: Path, file: weightd_pb2.File, what: str, advice: str, piece_bytes: int = PIECE_BYTES
 ) -> Iterator[memoryview]:
-    """The file's bytes, read past the page cache; each piece is good until the next one is asked for.
+    """Yields the file's bytes, read past the page cache. A piece is valid until the next one is taken.
 
-    It is checked as a whole: CorruptionError, which says `what` it is, comes after the last piece when the bytes differ
-    from the checksum, and before the first when the file is missing, of another size, or cannot be read.
+    The checksum covers the whole file, so CorruptionError for a wrong checksum comes after the last piece. If the file
+    is missing, has another size or cannot be read, CorruptionError comes before. `what` begins the error's text.
     """
     checksum = _native.Checksum()
     try:

@@ -1,7 +1,7 @@
-"""The device profile: how long a read takes by size and depth, measured once per store and kept in its catalog.
+"""The device profile: how long a read takes, by size and queue depth. Measured once per store and kept in its catalog.
 
-Measured through the reader that serves, with O_DIRECT, on the store's own file system: on the largest bundles.bin, or
-on a temporary file where none is large enough to be out of the device's own cache.
+It is measured with the daemon's own reader and O_DIRECT, on the largest bundles.bin of the store. If that is so small
+that it may lie in the device's own cache, a temporary file takes its place.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class ReadSpeed:
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What the device of a store gives."""
+    """The measured speed of a store's device."""
 
     measured_unix_s: int
     sequential_gb_per_s: float
     random: tuple[ReadSpeed, ...]
 
     def speed(self, read_bytes: int, depth: int) -> ReadSpeed:
-        """The measurement of this size and depth; KeyError when it is none of those taken."""
+        """The measurement of this size and depth. KeyError if it was not measured."""
         for row in self.random:
             if (row.read_bytes, row.depth) == (read_bytes, depth):
                 return row
@@ -65,21 +65,21 @@ class DeviceProfile:
 
 
 def kept_profile(store: Store) -> DeviceProfile | None:
-    """The profile in the store's catalog, if one was measured."""
+    """The profile in the store's catalog, or None."""
     text = store.catalog.device_profile()
     return None if text is None else DeviceProfile.from_json(text)
 
 
 def sequential_gb_per_s(store: Store) -> float:
-    """The device's sequential speed; 0 when it was not measured."""
+    """The device's sequential speed, 0 if it was not measured."""
     profile = kept_profile(store)
     return 0.0 if profile is None else profile.sequential_gb_per_s
 
 
 def measure(folder: Path, io_engine: str = "auto") -> DeviceProfile:
-    """Measures the device under `folder`: a store, or any folder that can be written.
+    """Measures the device of `folder`, which may be a store or any folder that can be written.
 
-    Raises DeviceError when the file system refuses direct reads, SpaceError when the sample does not fit.
+    DeviceError if the file system refuses direct reads, SpaceError if the sample file does not fit.
     """
     with _sample(folder) as path:
         try:
@@ -116,7 +116,7 @@ def _sample(folder: Path) -> Iterator[Path]:
 
 
 def write_sample(descriptor: int, size_bytes: int) -> None:
-    """Fills a file with bytes that no device can compress or merge, synced and out of the page cache."""
+    """Fills a file with random bytes, which no device can compress, syncs it and drops it from the page cache."""
     for _ in range(0, size_bytes, WRITE_BYTES):
         data = os.urandom(WRITE_BYTES)
         assert os.write(descriptor, data) == len(data)

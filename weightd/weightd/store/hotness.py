@@ -1,9 +1,9 @@
-"""Which cells of a model are hot: what calibration foretells, and what a daemon remembers from one start to the next.
+"""Hotness: how often each cell of a model is used, predicted by calibration or learned by an earlier daemon.
 
-A byte for each cell, layer after layer, in the code of weightd/native/pool/replacement.h:
-64 + 8 log2(uses / the mean of all cells), from 1 to 127; 0 for a cell that is never used; and in the highest bit
-whether it was in the pool. It only decides what is read back and what is evicted: a wrong value costs reads, never a
-result.
+Hotness is one byte per cell, layer after layer, in the code of weightd/native/pool/replacement.h. The low 7 bits are
+64 + 8 log2(uses / mean uses of all cells), from 1 to 127, or 0 for a cell that is never used. The highest bit says
+whether the cell was in the pool. Hotness decides what is read back at start and what is evicted. A wrong value costs
+reads, and never changes a result.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Shares = npt.NDArray[np.float32]
 
 
 def known_hotness(store: Store, model: weightd_pb2.Model) -> Hotness | None:
-    """What an earlier daemon remembered of the model, else what its calibration foretells, else None."""
+    """The hotness that an earlier daemon learned, else that of the calibration, else None."""
     remembered = store.hotness(model.name)
     if remembered is not None and len(remembered) == sum(layer.cells for layer in model.layers):
         return remembered
@@ -40,20 +40,27 @@ def known_hotness(store: Store, model: weightd_pb2.Model) -> Hotness | None:
 
 
 def calibrated_hotness(store: Store, model: weightd_pb2.Model) -> Hotness | None:
-    """From the shares of tokens at which calibration's predictors wanted each neuron; None if they cannot be read."""
+    """The hotness by the shares of tokens for which the calibration's predictors want each neuron.
+
+    None if there is no calibration, or if its statistics cannot be read.
+    """
     if not model.HasField("calibration"):
         return None
     try:
         layers = _predicted_shares(store, model)
     except (CheckpointError, OSError) as error:
-        logger.warning("what calibration says of %s cannot be used, its pool learns from use: %s", model.name, error)
+        logger.warning(
+            "the statistics of the calibration of %s cannot be used, the pool starts without them: %s",
+            model.name,
+            error,
+        )
         return None
     per_cell = model.bundle.bundles_per_cell
     return coded(np.concatenate([_used_cells(shares, per_cell) for shares in layers]))
 
 
 def coded(uses: npt.NDArray[np.floating]) -> Hotness:
-    """The code of each cell's uses, in any unit that is the same for all."""
+    """The code of each cell's uses. Any unit will do: only ratios count."""
     hotness = np.zeros(len(uses), np.uint8)
     used = uses > 0
     if used.any():
@@ -63,7 +70,7 @@ def coded(uses: npt.NDArray[np.floating]) -> Hotness:
 
 
 def _used_cells(shares: Shares, bundles_per_cell: int) -> Shares:
-    """The share of tokens that use each cell, were its neurons independent: 1 - product(1 - share)."""
+    """The share of tokens that use each cell if its neurons are independent: 1 - product(1 - share)."""
     unused = np.ones(-(-len(shares) // bundles_per_cell) * bundles_per_cell, np.float32)
     unused[: len(shares)] -= np.clip(np.nan_to_num(shares), 0, 1)
     wanted: Shares = 1 - unused.reshape(-1, bundles_per_cell).prod(axis=1)

@@ -1,9 +1,9 @@
-"""What a model was imported from, and whether that is still what it was.
+"""Whether the checkpoint of a model has changed since it was imported.
 
-The record of an import holds name, size and a checksum of each file of the checkpoint: XXH3-64 of the time of its last
-change and of samples of its bytes. So looking costs some reads of 4 KiB a file, whatever its size, and sees each file
-that was written, also where its size stayed and its time was set back. A file that was only touched counts as changed:
-importing once more is right, serving old weights is not.
+The record of an import has name, size and a checksum of each file of the checkpoint. The checksum is the XXH3-64 of the
+time of the last change and of samples of the bytes. So a check costs a few reads of 4 KiB per file, whatever its size,
+and notices a file that was rewritten with the same size and an old time. A file that was only touched counts as
+changed: one import too many does no harm, but serving old weights would.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from weightd import _native
 from weightd_proto import weightd_pb2
 
-# Whatever an import may read. A README that is edited is no other checkpoint.
+# The kinds of files that an import may read. An edited README does not change the checkpoint.
 SUFFIXES = {".safetensors", ".bin", ".gguf", ".json", ".model", ".txt", ".tiktoken", ".jinja"}
 FOLDERS = ("chat_templates", "additional_chat_templates")
 SAMPLES = 32
@@ -24,17 +24,17 @@ SAMPLE_BYTES = 4096
 
 
 def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
-    """Of the checkpoint at `path`, a folder or a file, imported with --dtype `dtype`. OSError."""
+    """The origin of the checkpoint at `path` (a folder or a file), imported with --dtype `dtype`. OSError."""
     return weightd_pb2.Origin(dtype=dtype, files=[_file(name, file) for name, file in sorted(_files(path).items())])
 
 
 def source_text(path: Path) -> str:
-    """`path` without symbolic links, as the catalog has it: UTF-8 that names one file, whatever its bytes are."""
+    """`path` without symbolic links, as the catalog stores it: UTF-8, with escapes for other bytes."""
     return os.fsencode(path.resolve()).decode(errors="backslashreplace")
 
 
 def _files(path: Path) -> dict[str, Path]:
-    """By their name in the record."""
+    """The files of the checkpoint by their name in the record."""
     if path.is_file():
         return {path.name: path}
     folders = [path, *(path / name for name in FOLDERS)]
@@ -47,7 +47,7 @@ def _file(name: str, path: Path) -> weightd_pb2.File:
     with path.open("rb", buffering=0) as file:
         facts = os.fstat(file.fileno())
         checksum.update(np.array([facts.st_mtime_ns], np.int64).view(np.uint8))
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: these are all
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: only the samples are read
         last = max(0, facts.st_size - SAMPLE_BYTES)
         for offset_bytes in sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)}):
             checksum.update(np.frombuffer(os.pread(file.fileno(), SAMPLE_BYTES, offset_bytes), np.uint8))

@@ -78,7 +78,7 @@ _RESERVED = {CATALOG_FILE, f"{CATALOG_FILE}-lock", DAEMON_LOCK_FILE}
 
 
 def check_model_name(name: str) -> str:
-    """`name` itself; StoreError unless it is one plain path component of letters, digits and _.+- ."""
+    """Returns `name`. StoreError unless it is one plain path component of letters, digits and _.+- ."""
     if not _NAME.fullmatch(name) or len(name) > NAME_BYTES_MAX or name in _RESERVED:
         raise StoreError(
             f"not a model name: {name!r}, use up to {NAME_BYTES_MAX} letters, digits and _.+- without a leading dot"
@@ -87,16 +87,16 @@ def check_model_name(name: str) -> str:
 
 
 def model_name_for(path: Path) -> str:
-    """What the checkpoint at `path` is called in a store unless it gets another --name; always a model name.
+    """The name of the checkpoint at `path` in a store, unless --name gives another one.
 
-    That of the folder or .gguf file, with all that no model name may have replaced.
+    It is the name of the folder or of the .gguf file, with a dash for every character that no model name may have.
     """
     name = re.sub(r"[^A-Za-z0-9_.+-]", "-", path.name.removesuffix(".gguf")).lstrip("-+.")[:NAME_BYTES_MAX]
     return name if name and name not in _RESERVED else f"model-{name}".rstrip("-")
 
 
 class Store(Closing):
-    """A store that is there. `Store.open` makes one; close it, or use it in a `with` statement."""
+    """An existing store. `Store.open` opens it; close it, or use it in a `with` statement."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,10 +105,10 @@ class Store(Closing):
 
     @classmethod
     def open(cls, path: Path | str, create: bool = False, readonly: bool = False) -> Store:
-        """The store at `path`, made there first if `create` and nothing is there.
+        """The store at `path`. With `create`, it is made if the folder is empty or missing.
 
-        Unless `readonly`, leftovers of dead imports are deleted. Raises StoreError when there is no store, when
-        `path` holds something else, and for a newer format.
+        Unless `readonly`, leftovers of dead imports are deleted. StoreError if there is no store, if `path` holds
+        something else, and for a newer format.
         """
         store = cls(Path(path))
         if create:
@@ -124,7 +124,7 @@ class Store(Closing):
         """Gives back the daemon's lock, if it was claimed."""
         self._daemon_lock.close()
 
-    # What is in it
+    # Contents
 
     def names(self) -> list[str]:
         return [model.name for model in self.models()]
@@ -133,7 +133,7 @@ class Store(Closing):
         return self.catalog.models()
 
     def model(self, name: str) -> weightd_pb2.Model:
-        """The model with its newest calibration; StoreError names the models there are."""
+        """The model's record with its newest calibration. StoreError for an unknown name lists the known ones."""
         model = self.catalog.model(name)
         if model is None:
             names = ", ".join(self.names()) or "none yet"
@@ -149,11 +149,11 @@ class Store(Closing):
         return np.frombuffer(self._array(PLACEMENT, name, layer), dtype="<u4")
 
     def hotness(self, name: str) -> npt.NDArray[np.uint8] | None:
-        """What the last daemon knew of how often each cell is used (hotness.py); None when none has served it."""
+        """How often each cell is used, as the last daemon learned it (hotness.py). None if no daemon has served it."""
         try:
             record = self.catalog.hotness(name)
         except CorruptionError:
-            return None  # only a hint: without it the pool learns anew
+            return None  # the pool can learn it again
         return None if record is None else np.frombuffer(record, np.uint8)
 
     def bundles_path(self, name: str) -> Path:
@@ -166,7 +166,7 @@ class Store(Closing):
         return self.path / name / FILES_FOLDER
 
     def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
-        """To raise when the bundle at `position` differs from its checksum, or its read ends with the errno `error`."""
+        """The error for a bundle that differs from its checksum, or whose read ended with the errno `error`."""
         neuron = self.placement(name, layer)[position]
         what = "differs from its checksum; import it again"
         if error:
@@ -183,9 +183,9 @@ class Store(Closing):
     # Changes
 
     def begin_import(self, name: str, replaces: bytes = b"") -> Staging:
-        """A folder to write the model into, owned by this process. `replaces`: the import that it takes the place of.
+        """Begins an import: returns a folder for the model's files. `replaces`: the import_id of the model to replace.
 
-        Raises StoreError if the name is taken or not a name, ImportingError if another process imports it just now.
+        StoreError if the name is taken or is no model name, ImportingError if another process is importing it.
         """
         check_model_name(name)
         with self.locked():
@@ -195,7 +195,7 @@ class Store(Closing):
             return Staging(self, name, replaces)
 
     def await_import(self, name: str) -> None:
-        """Until no other process imports this model; returns at once when none does."""
+        """Waits until no other process imports this model."""
         marker = marker_of(self.path, name)
         if marker is not None:
             with suppress(FileNotFoundError), marker.open("rb") as file:
@@ -210,7 +210,7 @@ class Store(Closing):
         delete(removed)
 
     def take_out(self, name: str) -> Path:
-        """Makes it no model any more; returns the folder, to be deleted. The caller holds the store's lock."""
+        """Removes the model from the catalog. Returns its folder, to be deleted. The caller holds the store's lock."""
         folder = self.path / name
         folder.mkdir(exist_ok=True)  # a record whose folder was deleted by hand can still be removed
         (folder / MARKER_FILE).touch()
@@ -223,7 +223,7 @@ class Store(Closing):
         leftovers = []
         with self.locked():
             for folder in self.path.iterdir():
-                # Others delete at the same time: what they set aside, and their own folders, without the lock.
+                # Other processes delete folders without the lock: those that they set aside, and their own.
                 with suppress(FileNotFoundError):
                     if self._abandoned(folder):
                         leftovers.append(set_aside(self.path, folder))
@@ -238,15 +238,15 @@ class Store(Closing):
         try:
             if not folder.is_dir() or not (staged or marker.exists()) or is_held(marker):
                 return False
-        except PermissionError:  # lost+found, or another's folder: none of ours is closed to us
+        except PermissionError:  # not a folder of the store: lost+found, or one of another user
             return False
         if self.catalog.model(folder.name) is not None:
-            marker.unlink()  # killed between the transaction and the end of publishing, or before that of rm
+            marker.unlink()  # an import was killed after its transaction, or an rm before its transaction
             return False
         return True
 
     def _refuse_taken(self, name: str, replaces: bytes) -> None:
-        """StoreError unless the name is free, or of the import that is to be replaced."""
+        """StoreError unless the name is free, or belongs to the import that is to be replaced."""
         if replaces:
             self._refuse_served(f"cannot replace {name!r}")
             if self.model(name).import_id == replaces:
@@ -257,7 +257,7 @@ class Store(Closing):
     def _create(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         with self.locked():
-            # LMDB's own entries are what a killed creation may have left; lost+found is in the root of a disk.
+            # A killed creation may have left LMDB's files. lost+found is in the root of every ext4 file system.
             own = {CATALOG_FILE, f"{CATALOG_FILE}-lock", "lost+found"}
             foreign = [entry.name for entry in self.path.iterdir() if entry.name not in own]
             if not (self.path / CATALOG_FILE).exists() and foreign:
@@ -268,7 +268,7 @@ class Store(Closing):
 
     @contextmanager
     def locked(self, shared: bool = False) -> Iterator[None]:
-        """flock of the store's folder: serialises the short steps that change which folders there are."""
+        """Holds a flock of the store's folder. It serialises the short steps that add and remove folders."""
         descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
@@ -315,10 +315,10 @@ class Staging(StagedFolder):
         super().close()
 
     def publish(self, model: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> None:
-        """Makes the model part of the store, neurons placed in their own order. The files must be synced already.
+        """Makes the model part of the store, with neurons placed in their own order. The files must be synced already.
 
-        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile, or a daemon has
-        begun to serve what is to be replaced.
+        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile, or if a daemon has
+        begun to serve the model that is to be replaced.
         """
         placement = [np.arange(layer.neurons, dtype="<u4") for layer in model.layers]
         assert [len(sums) for sums in checksums] == [len(order) for order in placement]

@@ -1,4 +1,4 @@
-"""Checks every byte of a model against its checksums, read past the page cache."""
+"""Compares every byte of a model with its checksums. Files are read past the page cache."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]  # bytes read since the last call, bytes t
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found whole."""
+    """What was read and found whole."""
 
     model: str
     bundles: int
@@ -33,7 +33,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class _Cells:
-    """Positions [begin, end) of a layer."""
+    """A run of cells: positions [begin, end) of a layer."""
 
     layer: int
     begin: int
@@ -43,7 +43,7 @@ class _Cells:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes that share one checksum: a resident tensor, or a file of the calibration."""
+    """Bytes with one checksum: a resident tensor, or a file of the calibration."""
 
     name: str
     checksum: int
@@ -52,7 +52,7 @@ class _Piece:
 
 
 def verify_model(store: Store, name: str, allow_buffered: bool = False, progress: Progress | None = None) -> Verified:
-    """Raises CorruptionError that names model, layer and neuron (or tensor, or file) of the first difference."""
+    """CorruptionError names the model and the neuron (with its layer), tensor or file of the first difference."""
     model = store.model(name)
     bundles, resident = store.bundles_path(name), store.resident_path(name)
     for path, size_bytes in ((bundles, model.bundles_file_bytes), (resident, model.resident_file_bytes)):

@@ -29,7 +29,7 @@ from weightd.errors import DaemonError, UsageError
 from weightd.flags import FlagParser
 from weightd.log import one_line
 from weightd.watching.terminal import Event, drawing
-from weightd.watching.top_table import CLIENT_HEADINGS, MODEL_HEADINGS, View, lines_of, view_of
+from weightd.watching.top_table import CLIENT_COLUMNS, MODEL_COLUMNS, View, lines_of, view_of
 from weightd_proto import weightd_pb2
 
 INTERVAL_S = 1.0
@@ -137,5 +137,6 @@ def _show(daemon: Daemon, interval_s: float) -> None:
 
 
 def _is_heading(line: str) -> bool:
+    headings = [[heading for heading, _ in columns[:2]] for columns in (MODEL_COLUMNS, CLIENT_COLUMNS)]
     words = line.split()
-    return words[:1] == ["weightd"] or words[:2] in (list(MODEL_HEADINGS[:2]), list(CLIENT_HEADINGS[:2]))
+    return words[:1] == ["weightd"] or words[:2] in headings

@@ -6,10 +6,10 @@ compared with zero.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from weightd.log import one_line
 from weightd.sizes import format_size
@@ -17,6 +17,8 @@ from weightd_proto.weightd_pb2 import ModelStats, SessionStats, StatsResponse
 
 BYTES_PER_GB = 1e9
 INTERVAL_S_MIN = 1e-3
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -179,21 +181,33 @@ def quantile(counts: Sequence[int], bounds_s: Sequence[float], share: float) -> 
 
 # ---- as text ----
 
-MODEL_HEADINGS = (
-    "MODEL",
-    "CLIENTS",
-    "HIT",
-    "GB/s",
-    "READING",
-    "READS/s",
-    "P50",
-    "P99",
-    "LEASES",
-    "SLOTS",
-    "POOL",
-    "ERR",
+# A column: its heading, and its text in a row.
+MODEL_COLUMNS: tuple[tuple[str, Callable[[ModelRow], str]], ...] = (
+    ("MODEL", lambda row: one_line(row.name)),
+    ("CLIENTS", lambda row: str(row.sessions)),
+    ("HIT", lambda row: _percent(row.hit_rate)),
+    ("GB/s", lambda row: f"{row.gb_per_s:.2f}"),
+    ("READING", lambda row: "-" if row.gb_per_s_reading is None else f"{row.gb_per_s_reading:.2f}"),
+    ("READS/s", lambda row: f"{row.reads_per_s:.0f}"),
+    ("P50", lambda row: _time(row.read_ms_p50)),
+    ("P99", lambda row: _time(row.read_ms_p99)),
+    ("LEASES", lambda row: str(row.leases)),
+    ("SLOTS", lambda row: f"{row.slots_filled}/{row.slots}"),
+    ("POOL", lambda row: format_size(row.pool_bytes)),
+    ("ERR", lambda row: str(row.read_errors + row.verify_errors)),
 )
-CLIENT_HEADINGS = ("PID", "UID", "CLIENT OF", "HIT", "GB/s", "REQ/s", "LEASED", "SHARE", "LIMIT", "AGE")
+CLIENT_COLUMNS: tuple[tuple[str, Callable[[ClientRow], str]], ...] = (
+    ("PID", lambda row: str(row.pid) if row.pid else "-"),
+    ("UID", lambda row: str(row.uid)),
+    ("CLIENT OF", lambda row: one_line(row.model)),
+    ("HIT", lambda row: _percent(row.hit_rate)),
+    ("GB/s", lambda row: f"{row.gb_per_s:.2f}"),
+    ("REQ/s", lambda row: f"{row.requests_per_s:.0f}"),
+    ("LEASED", lambda row: str(row.leased_cells)),
+    ("SHARE", lambda row: str(row.share_slots)),
+    ("LIMIT", lambda row: str(row.lease_limit)),
+    ("AGE", lambda row: _age(row.age_s)),
+)
 LEFT_COLUMNS = ("MODEL", "CLIENT OF")
 
 
@@ -202,9 +216,9 @@ def lines_of(view: View) -> list[str]:
     return [
         *_head(view),
         "",
-        *_table(MODEL_HEADINGS, [_model_cells(row) for row in view.models]),
+        *_table(MODEL_COLUMNS, view.models),
         "",
-        *_table(CLIENT_HEADINGS, [_client_cells(row) for row in view.clients]),
+        *_table(CLIENT_COLUMNS, view.clients),
     ]
 
 
@@ -222,40 +236,10 @@ def _head(view: View) -> list[str]:
     ]
 
 
-def _model_cells(row: ModelRow) -> tuple[str, ...]:
-    return (
-        one_line(row.name),
-        str(row.sessions),
-        _percent(row.hit_rate),
-        f"{row.gb_per_s:.2f}",
-        "-" if row.gb_per_s_reading is None else f"{row.gb_per_s_reading:.2f}",
-        f"{row.reads_per_s:.0f}",
-        _time(row.read_ms_p50),
-        _time(row.read_ms_p99),
-        str(row.leases),
-        f"{row.slots_filled}/{row.slots}",
-        format_size(row.pool_bytes),
-        str(row.read_errors + row.verify_errors),
-    )
-
-
-def _client_cells(row: ClientRow) -> tuple[str, ...]:
-    return (
-        str(row.pid) if row.pid else "-",
-        str(row.uid),
-        one_line(row.model),
-        _percent(row.hit_rate),
-        f"{row.gb_per_s:.2f}",
-        f"{row.requests_per_s:.0f}",
-        str(row.leased_cells),
-        str(row.share_slots),
-        str(row.lease_limit),
-        _age(row.age_s),
-    )
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in [headings, *rows]) for column in range(len(headings))]
+def _table(columns: Sequence[tuple[str, Callable[[Row], str]]], rows: Sequence[Row]) -> list[str]:
+    headings = [heading for heading, _ in columns]
+    lines = [headings, *([cell(row) for _, cell in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = (
@@ -264,7 +248,7 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         )
         return "  ".join(padded).rstrip()
 
-    return [line(row) for row in [headings, *rows]]
+    return [line(cells) for cells in lines]
 
 
 def _percent(share: float | None) -> str:
