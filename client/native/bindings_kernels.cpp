@@ -313,8 +313,8 @@ void bind_attention(nb::module_& module) {
 // ---- predictors ----
 
 // The predictor reads the arrays in place, so it holds references to them.
-struct LowRank : LowRankPredictor {
-    LowRank(Workers& workers, Dtype dtype, const Weight& input, const Weight& output, const Bias& bias,
+struct LowRankArrays : LowRankPredictor {
+    LowRankArrays(Workers& workers, Dtype dtype, const Weight& input, const Weight& output, const Bias& bias,
             const std::optional<Bias>& scale, const char* instruction_set)
         : LowRankPredictor(workers, dtype, matrix_of(input, dtype), matrix_of(output, scale ? Dtype::i8 : dtype),
                            bias.data(), scale ? scale->data() : nullptr, instruction_set),
@@ -347,7 +347,7 @@ void make_low_rank(LowRank* self, Workers& workers, const std::string& dtype, co
     require(input.shape(0) == output.shape(1), "input must be [rank, hidden_size] and output [neurons, rank]");
     require(aligned(bias, "bias").shape(0) == output.shape(0), "there must be a bias per neuron");
     static_cast<void>(data_of(scale, output.shape(0), "there must be a scale per neuron"));
-    new (self) LowRank(workers, dtype_of(dtype), input, output, bias, scale, name_of(instruction_set));
+    new (self) LowRankArrays(workers, dtype_of(dtype), input, output, bias, scale, name_of(instruction_set));
 }
 
 void make_sign(Sign* self, Workers& workers, const Sign::Signs& signs, size_t hidden_size, const Sign::Margin& margin,

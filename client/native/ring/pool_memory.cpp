@@ -16,14 +16,14 @@ namespace {
 // For all sessions of this process: 512 GiB of the largest segments, more than a client maps.
 constexpr size_t RANGES_MAX = 8192;
 
-struct Range {
+struct AddressRange {
     std::atomic<uintptr_t> begin = 0;  // 0: the entry is free
     std::atomic<uintptr_t> end = 0;
     std::atomic<std::atomic<bool>*> taken_away = nullptr;
 };
 
 // Read by the signal handler, so there are no locks, and no memory moves.
-std::array<Range, RANGES_MAX> ranges;
+std::array<AddressRange, RANGES_MAX> ranges;
 std::mutex ranges_lock;  // guards the choice of free entries
 struct sigaction handler_before;
 uintptr_t page_bytes = 4096;
@@ -37,7 +37,7 @@ bool zeros_at(uintptr_t begin, size_t bytes) {
 
 // After a read of a segment that weightd has emptied: makes the page zeros, and the read goes on.
 bool patch(uintptr_t address) {
-    for (Range& range : ranges) {
+    for (AddressRange& range : ranges) {
         const uintptr_t begin = range.begin.load();
         if (begin == 0 || address < begin || address >= range.end.load()) continue;
         range.taken_away.load()->store(true);
@@ -66,7 +66,7 @@ void install_handler() {
 
 bool enter_range(const PoolMemory::Segment& segment, std::atomic<bool>& taken_away) {
     const std::lock_guard guard(ranges_lock);
-    for (Range& range : ranges) {
+    for (AddressRange& range : ranges) {
         if (range.begin.load() != 0) continue;
         range.taken_away.store(&taken_away);
         range.end.store(reinterpret_cast<uintptr_t>(segment.data) + segment.bytes);
@@ -77,7 +77,7 @@ bool enter_range(const PoolMemory::Segment& segment, std::atomic<bool>& taken_aw
 }
 
 void leave_range(const PoolMemory::Segment& segment) {
-    for (Range& range : ranges) {
+    for (AddressRange& range : ranges) {
         if (range.begin.load() == reinterpret_cast<uintptr_t>(segment.data)) range.begin.store(0);
     }
 }

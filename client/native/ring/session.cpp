@@ -264,7 +264,7 @@ void Session::greet(std::span<const uint8_t> token) {
     }
     const auto [ring_fd, doorbell_fd, resident_fd, calibration_fd] = message.descriptors;
     doorbell_ = doorbell_fd;
-    share_cells_ = welcome.share_slots;
+    share_slots_ = welcome.share_slots;
     ring_ = reinterpret_cast<ring::Ring*>(
         map(ring_fd, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, "mapping the ring"));
     ::madvise(ring_, sizeof(ring::Ring), MADV_DONTFORK);  // a child may not use it
@@ -313,8 +313,8 @@ std::string Session::gone() const {
     }
 }
 
-Counters Session::counters() const {
-    Counters sum = counted_before_;
+SessionCounters Session::counters() const {
+    SessionCounters sum = counted_before_;
     if (ring_ == nullptr || ::getpid() != owner_) return sum;
     const ring::Header& header = ring_->header;
     sum.hits += header.hits.load(std::memory_order_relaxed);

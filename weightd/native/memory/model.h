@@ -52,7 +52,8 @@ struct Model {
     std::unique_ptr<Pool> pool;
     SharedMemory resident;
     bool resident_ready = false;
-    std::shared_ptr<const Predictors> predictors;  // for the next session; each session keeps the ones it was given
+    std::shared_ptr<const LoadedPredictors>
+        predictors;  // for the next session; each session keeps the ones it was given
 
     uint64_t evictions() const { return counts.evictions + (pool == nullptr ? 0 : pool->evictions()); }
     bool wants_more_slots() const { return pool->slots() < spec.cell_count(); }

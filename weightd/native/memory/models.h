@@ -59,7 +59,7 @@ class Models {
     void leave(uint32_t model);
     // Sets memory aside for predictors, until their last user lets go of them. None: draining, ask again. Throws
     // NoRoom.
-    std::shared_ptr<Predictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
+    std::shared_ptr<LoadedPredictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
     // The share that a session that wants this many slots (0: no preference) would get. Throws NoRoom.
     uint32_t share_for(uint32_t model, uint32_t slots_wanted, uint64_t has_bytes = 0) const {
         return room_.share_for(*models_.at(model), slots_wanted, has_bytes);

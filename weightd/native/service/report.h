@@ -34,7 +34,7 @@ struct ModelReport {
         visit("slots_filled", slots_filled);
         visit("slots_leased", slots_leased);
         visit("leases", leases);
-        visit("guaranteed_slots", share_slots);
+        visit("share_slots", share_slots);
         visit("pool_bytes", pool_bytes);
         counts.each_field(visit);
         visit("reading_s", device.reading.seconds());

@@ -53,7 +53,7 @@ Descriptor process_of(int socket, const ucred& peer) {
 }
 
 RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
-                         std::shared_ptr<const Predictors> predictors)
+                         std::shared_ptr<const LoadedPredictors> predictors)
     : Session(model, cells, share_slots, true),
       token_(token),
       user_(user),

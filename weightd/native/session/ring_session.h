@@ -30,13 +30,13 @@ struct Remains {
     SharedMemory ring;
     Descriptor socket;
     Descriptor process;
-    std::shared_ptr<const Predictors> predictors;
+    std::shared_ptr<const LoadedPredictors> predictors;
 };
 
 class RingSession final : public Session {
   public:
     RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
-                std::shared_ptr<const Predictors> predictors);
+                std::shared_ptr<const LoadedPredictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
     // False: it does not listen.
@@ -86,8 +86,8 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
-    User user_;                                     // whose processes may attach; none: any process with the token
-    std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
+    User user_;  // whose processes may attach; none: any process with the token
+    std::shared_ptr<const LoadedPredictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point opened_at_ = Clock::now();
     SharedMemory memory_;
     Descriptor doorbell_;

@@ -12,7 +12,7 @@
 #include "session/epoll.h"
 #include "session/half_open.h"
 #include "session/ring_session.h"
-#include "session/turns.h"
+#include "session/rounds.h"
 
 namespace weightd {
 
@@ -73,7 +73,7 @@ class RingSessions {
     std::map<User, uint32_t> places_;        // taken by sessions that are not open yet
     std::map<uint32_t, RingSession*> open_;  // by number, attached or not
     HalfOpen unattached_;                    // of open_
-    Turns turns_;                            // of open_
+    Rounds rounds_;                          // of open_
     EndedSessions ended_;
 };
 

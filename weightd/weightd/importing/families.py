@@ -29,7 +29,7 @@ LAYERS_MAX = 4096  # the deepest published models have about 130
 
 
 @dataclass(frozen=True)
-class Ffn:
+class FfnTensors:
     """The FFN of a layer. `matrices` are tensor names in the order of the recipe's parts; the down matrix is last."""
 
     module: str
@@ -47,7 +47,7 @@ class Recipe:
     family: str
     hidden_size: int
     parts: tuple[str, ...]
-    layers: tuple[Ffn, ...]
+    layers: tuple[FfnTensors, ...]
     resident: Mapping[str, Shape]
     tied_to: str | None = None
 
@@ -62,7 +62,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """The tensor of the checkpoint that a tensor of the model comes from, and what must be undone to its values."""
 
     tensor: SourceTensor
@@ -125,10 +125,10 @@ def _attention(prefix: str, sizes: _Sizes, head_size: int, biases: tuple[bool, b
     }
 
 
-def _gated_layers(sizes: _Sizes) -> tuple[Ffn, ...]:
+def _gated_layers(sizes: _Sizes) -> tuple[FfnTensors, ...]:
     neurons = sizes.number("intermediate_size")
     modules = [f"model.layers.{index}.mlp" for index in range(sizes.layers)]
-    return tuple(Ffn(m, neurons, tuple(f"{m}.{part}_proj.weight" for part in GATED_PARTS)) for m in modules)
+    return tuple(FfnTensors(m, neurons, tuple(f"{m}.{part}_proj.weight" for part in GATED_PARTS)) for m in modules)
 
 
 def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]], tied: bool) -> Recipe:
@@ -209,7 +209,7 @@ def _opt(config: Config) -> Recipe:
     tied = sizes.flag("tie_word_embeddings", True)
     if not tied:
         resident[HEAD] = (sizes.vocabulary, embedding)
-    layers = tuple(Ffn(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
+    layers = tuple(FfnTensors(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
     return Recipe("opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None)
 
 

@@ -117,7 +117,7 @@ Handler = Any  # grpc.RpcMethodHandler is not generic at run time, only in its t
 OF_ALL, OF_PEER, OF_MODEL = "all", "peer", "model"
 
 
-class Place:
+class CallPlace:
     """One of the places that BOUNDS allows. A call holds it until the call and the work that it began have ended."""
 
     def __init__(self, running: Counter[tuple[str, str]], peer: str) -> None:
@@ -177,7 +177,7 @@ class Place:
         self._running.update(rows)
 
 
-_place: ContextVar[Place | None] = ContextVar("place", default=None)
+_place: ContextVar[CallPlace | None] = ContextVar("place", default=None)
 
 
 def keeping_place() -> Callable[[], None]:
@@ -223,7 +223,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
     async def _call(self, method: str, handler: Handler, context: Context) -> None:
-        place = Place(self._running, self._peer_of(context))
+        place = CallPlace(self._running, self._peer_of(context))
         place.hold_until_done(context)
         try:
             if (refusal := await self._refusal(method, handler, context, place)) is not None:
@@ -236,7 +236,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
             place.release()
 
     async def _refusal(
-        self, method: str, handler: Handler, context: Context, place: Place
+        self, method: str, handler: Handler, context: Context, place: CallPlace
     ) -> tuple[grpc.StatusCode, str] | None:
         """Answers the call. Returns the status of a refusal, or None."""
         try:
@@ -247,7 +247,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
             return refusal_of(error)
         return None
 
-    async def _answer(self, method: str, handler: Handler, context: Context, place: Place) -> None:
+    async def _answer(self, method: str, handler: Handler, context: Context, place: CallPlace) -> None:
         bound, name = BOUNDS.get(method), f"calls of {method.rpartition('/')[2]}"
         place.enter("calls", ANY)
         if bound is not None:
