@@ -177,8 +177,8 @@ void Session::close() {
     {
         const std::lock_guard guard(ending_);
         closed_ = true;
-        if (socket_ >= 0)
-            ::shutdown(socket_, SHUT_RDWR);  // the watcher notices, and wakes a thread that waits for weightd
+        // The watcher notices it, and wakes a thread that waits for weightd.
+        if (socket_ >= 0) ::shutdown(socket_, SHUT_RDWR);
     }
     const std::lock_guard use(in_use_);
     end();
@@ -192,14 +192,14 @@ void Session::end() {
     if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
     const std::lock_guard guard(ending_);
     if (socket_ >= 0) {
-        ::shutdown(socket_,
-                   SHUT_RDWR);  // so that a process that inherited it, past our handler, does not keep the session
+        // shutdown() also ends copies that a child inherited by a fork that bypassed our handler.
+        ::shutdown(socket_, SHUT_RDWR);
         ::close(std::exchange(socket_, -1));
     }
     request_tail_ = grant_head_ = 0;
 }
 
-// In a child, where any lock may be held by a thread that does not exist. The child has not inherited the memory.
+// Called in a child process. A thread that does not exist there may hold any lock. The memory is not inherited.
 void Session::leave_behind() {
     ring_ = nullptr;
     for (int* descriptor : {&doorbell_, &socket_, &stop_watching_}) {
