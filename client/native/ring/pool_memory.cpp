@@ -13,7 +13,7 @@
 namespace flashclient {
 namespace {
 
-// For all sessions of this process: 512 GiB of the largest segments, more than a client maps.
+// The most segments that all sessions of this process map: 512 GiB of the largest ones, more than a client maps.
 constexpr size_t RANGES_MAX = 8192;
 
 struct AddressRange {
@@ -22,8 +22,13 @@ struct AddressRange {
     std::atomic<std::atomic<bool>*> taken_away = nullptr;
 };
 
+<<<<<<< HEAD
 // Read by the signal handler, so there are no locks, and no memory moves.
 std::array<AddressRange, RANGES_MAX> ranges;
+=======
+// The signal handler reads it, so entries are read without a lock and never move.
+std::array<Range, RANGES_MAX> ranges;
+>>>>>>> room-service
 std::mutex ranges_lock;  // guards the choice of free entries
 struct sigaction handler_before;
 uintptr_t page_bytes = 4096;
@@ -35,7 +40,7 @@ bool zeros_at(uintptr_t begin, size_t bytes) {
     return ::syscall(SYS_mmap, begin, bytes, long{PROT_READ}, FLAGS, -1L, 0L) != -1;
 }
 
-// After a read of a segment that weightd has emptied: makes the page zeros, and the read goes on.
+// Called after a read of a segment that weightd has emptied. Maps zeros at the page, so that the read goes on.
 bool patch(uintptr_t address) {
     for (AddressRange& range : ranges) {
         const uintptr_t begin = range.begin.load();
@@ -51,8 +56,9 @@ void handle_bus_error(int signal, siginfo_t* info, void*) {
     const bool patched = info->si_code == BUS_ADRERR && patch(reinterpret_cast<uintptr_t>(info->si_addr));
     errno = error;
     if (patched) return;
-    ::sigaction(signal, &handler_before, nullptr);  // not ours: the read faults again, with the handler before
-    if (info->si_code <= 0) ::raise(signal);        // sent by a process: it does not come again by itself
+    // Not our fault address: restores the previous handler. The read is retried, and faults again.
+    ::sigaction(signal, &handler_before, nullptr);
+    if (info->si_code <= 0) ::raise(signal);  // signal sent by kill(): re-raises it
 }
 
 void install_handler() {

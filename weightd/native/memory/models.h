@@ -1,4 +1,4 @@
-// The models that are served, and who gets which part of --dram: activation, growth of pools, and giving back.
+// The models that are served, and how --dram is divided among them: activation, growth of pools, and giving back.
 //
 // Invariants: a model with users is active, and stays active. Idle models are deactivated before anything is taken
 // from a model in use. Shares stay whole: only what is lent, or used by nobody, is taken back.
@@ -84,7 +84,8 @@ class Models {
 
     // Called about once a second. A busy model that lacks slots gets a segment of one that uses its segments much less.
     void rebalance();
-    void end() { ending_ = true; }  // what clients map stays: they read it until another weightd has started
+    // From now on, keeps memory that clients still map; they use it until a new weightd starts.
+    void end() { ending_ = true; }
 
     Sessions& sessions() { return sessions_; }
     const Sessions& sessions() const { return sessions_; }

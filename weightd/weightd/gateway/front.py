@@ -35,16 +35,16 @@ from weightd.gateway.users import (
 logger = logging.getLogger(__name__)
 
 READ_BYTES = 256 << 10
-READS_AT_ONCE = 8  # of one connection's answers, before other connections have their turn
+READS_AT_ONCE = 8  # reads of one connection's answers before other connections have their turn
 TLS_RECORD_BYTES = 16 << 10
 ACCEPTS = 16  # connections accepted in one turn of the loop
-SWEEP_S = 1.0
-HALF_OPEN_S = 10.0  # for the beginning of a connection, and for a frame or a header block
-MESSAGE_S = 60.0  # for a message that has begun
-UNREAD_S = 60.0  # for answers that the client does not read
-UNREAD_BYTES_MAX = 16 << 20  # of all connections; beyond it, those whose answers wait longest are closed
-CONNECTION_COST, HANDSHAKE_COST = 10, 50  # in frames
-EARNED_PER_DATA_FRAME = 2  # frames; a client answers data that it reads with window updates
+SWEEP_S = 1.0  # interval of the checks for what is late
+HALF_OPEN_S = 10.0  # the most time that a connection's beginning, a frame or a header block may take
+MESSAGE_S = 60.0  # the most time from a message's beginning to its end
+UNREAD_S = 60.0  # how long a client may leave answers unread
+UNREAD_BYTES_MAX = 16 << 20  # unread answers of all connections; above it, those that wait longest are closed
+CONNECTION_COST, HANDSHAKE_COST = 10, 50  # cost of a connection and of a TLS handshake, in frames
+EARNED_PER_DATA_FRAME = 2  # credit in frames: a client answers the data that it reads with window updates
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError, InterruptedError)
 
 
@@ -69,7 +69,7 @@ class Listener:
 
 
 class Front:
-    """Connections of all listeners, from start() to close(). For one event loop."""
+    """Holds the connections of all listeners, from start() to close(). Belongs to one event loop."""
 
     def __init__(self, inner_fd: int, message_bytes_max: int) -> None:
         """`inner_fd`: an O_PATH descriptor of the socket at which gRPC listens."""

@@ -3,9 +3,9 @@
 A recipe follows from config.json alone. Its names and shapes are those of transformers' state_dict (v5), and sources.py
 finds these tensors in a checkpoint. A new family also needs its modules in flashclient/model/architectures.py.
 
-Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`. opt-350m normalises after the block, has no
-final norm, and its embedding has word_embed_proj_dim columns. Gemma ties its head. A tied head is stored once, as the
-embedding.
+Known irregularities: OPT checkpoints name the decoder `decoder.` or `model.decoder.`. opt-350m normalises after the
+block, has no final norm, and its embedding has word_embed_proj_dim columns. Gemma ties its head. A tied head is stored
+once, as the embedding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
-SIZE_MAX = 1 << 31  # of a dimension: far above any model, and products of two fit 64 bits
+SIZE_MAX = 1 << 31  # the largest dimension: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
 
 

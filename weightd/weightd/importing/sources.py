@@ -61,10 +61,10 @@ def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str
 def _with_head(
     recipe: Recipe, found: dict[str, TensorSource | None], head: TensorSource | None, embedding: str
 ) -> Recipe:
-    """The recipe for a checkpoint with a head though the configuration ties head and embedding.
+    """Handles checkpoints with lm_head although tie_word_embeddings is set. Returns the recipe to use.
 
-    As in transformers' tie_weights(): the head takes the place of a missing embedding. If the embedding is there and
-    differs, the head is a matrix of its own.
+    As in transformers' tie_weights(), the head replaces a missing embedding. If the embedding is there and differs, the
+    head becomes a matrix of its own.
     """
     shape = recipe.resident[embedding]
     if head is None:
