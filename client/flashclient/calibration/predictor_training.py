@@ -283,13 +283,8 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
 
 
 def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_out: Examples, recall: float) -> Predictor:
-<<<<<<< HEAD
-    """`predictor` with thresholds in its bias or margin. At least one neuron fired in `held_out`."""
-    prediction = ReferencePredictor(predictor, dtype)
-=======
     """`predictor` with thresholds in its bias or margin. In `held_out`, at least one neuron must have fired."""
-    prediction = Prediction(predictor, dtype)
->>>>>>> room-service
+    prediction = ReferencePredictor(predictor, dtype)
     neurons, found = [], []
     for x, fired in held_out.blocks():
         places = fired.nonzero(as_tuple=True)

@@ -22,13 +22,8 @@ struct AddressRange {
     std::atomic<std::atomic<bool>*> taken_away = nullptr;
 };
 
-<<<<<<< HEAD
-// Read by the signal handler, so there are no locks, and no memory moves.
-std::array<AddressRange, RANGES_MAX> ranges;
-=======
 // The signal handler reads it, so entries are read without a lock and never move.
-std::array<Range, RANGES_MAX> ranges;
->>>>>>> room-service
+std::array<AddressRange, RANGES_MAX> ranges;
 std::mutex ranges_lock;  // guards the choice of free entries
 struct sigaction handler_before;
 uintptr_t page_bytes = 4096;

@@ -52,12 +52,8 @@ struct Model {
     std::unique_ptr<Pool> pool;
     SharedMemory resident;
     bool resident_ready = false;
-<<<<<<< HEAD
-    std::shared_ptr<const LoadedPredictors>
-        predictors;  // for the next session; each session keeps the ones it was given
-=======
-    std::shared_ptr<const Predictors> predictors;  // those for the next session; each session keeps what it was given
->>>>>>> room-service
+    // Those for the next session. Each session keeps what it was given.
+    std::shared_ptr<const LoadedPredictors> predictors;
 
     uint64_t evictions() const { return counts.evictions + (pool == nullptr ? 0 : pool->evictions()); }
     bool wants_more_slots() const { return pool->slots() < spec.cell_count(); }

@@ -72,13 +72,8 @@ class RingSessions {
     Epoll& epoll_;
     std::map<User, uint32_t> places_;        // number of places taken by sessions that are not open yet
     std::map<uint32_t, RingSession*> open_;  // by number, attached or not
-<<<<<<< HEAD
-    HalfOpen unattached_;                    // of open_
-    Rounds rounds_;                          // of open_
-=======
-    HalfOpen unattached_;  // sessions of open_ without a client
-    Turns turns_;          // the order in which those of open_ are served
->>>>>>> room-service
+    HalfOpen unattached_;                    // sessions of open_ without a client
+    Rounds rounds_;                          // the order in which those of open_ are served
     EndedSessions ended_;
 };
 

@@ -3,8 +3,8 @@
 The front learns from the kernel or from TLS who connects, and terminates TLS. It counts what each user holds
 (users.py), reads the frame headers of both directions (http2.py), and closes connections that stay half open. gRPC
 listens at a socket whose name has been removed, so that only this process, which has a descriptor of it, can connect.
-The front binds each of its connections to gRPC to an abstract name, by which a call's handler finds the CallOrigin of the
-call.
+The front binds each of its connections to gRPC to an abstract name, by which a call's handler finds the call's
+CallOrigin.
 
 A connection buffers at most one read. While the other side does not take it, this side is not read.
 """
