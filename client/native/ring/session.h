@@ -94,7 +94,7 @@ class Session {
     void close();
 
   private:
-    friend class Sessions;
+    friend class ForkableSessions;
     void end();
     void leave_behind();
     void greet(std::span<const uint8_t> token);
