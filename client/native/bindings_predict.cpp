@@ -37,7 +37,7 @@ constexpr uint32_t WINDOW_TOKENS_MAX = 4096;  // far below what the window's cou
 struct PythonCells : CellSource {
     NB_TRAMPOLINE(CellSource, 5);
     using Cells = std::vector<uint32_t>;
-    uint32_t share_cells() override { NB_OVERRIDE_PURE(share_cells); }
+    uint32_t share_slots() override { NB_OVERRIDE_PURE(share_slots); }
     uint32_t lease_limit() override { NB_OVERRIDE_PURE(lease_limit); }
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
         NB_OVERRIDE_PURE(exchange, layer, acquire, release);
@@ -51,7 +51,7 @@ void bind_cell_source(nb::module_& m) {
     nb::class_<CellSource, PythonCells>(m, "CellSource",
                                         "Where predict mode leases cells one by one; subclasses define all methods.")
         .def(nb::init<>())
-        .def("share_cells", &CellSource::share_cells, Release(), "Cells that may always be leased at once; at least 1.")
+        .def("share_slots", &CellSource::share_slots, Release(), "Cells that may always be leased at once; at least 1.")
         .def("lease_limit", &CellSource::lease_limit, Release(),
              "Cells that may be leased at once now: the share, and what may be borrowed above it.")
         .def("exchange", &CellSource::exchange, "layer"_a, "acquire"_a, "release"_a, Release(),

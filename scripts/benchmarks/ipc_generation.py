@@ -53,7 +53,7 @@ class EngineCells(CellSource):
         self._coming: tuple[int, NDArray[np.uint32]] = 0, _NONE  # layer and cells
         self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
 
-    def share_cells(self) -> int:
+    def share_slots(self) -> int:
         return int(self._engine.share_slots)
 
     def lease_limit(self) -> int:

@@ -17,7 +17,7 @@ class CellSource {
   public:
     virtual ~CellSource() = default;
     // Cells that may always be leased at once; at least 1.
-    virtual uint32_t share_cells() = 0;
+    virtual uint32_t share_slots() = 0;
     // Cells that may be leased at once now: the share, and what may be borrowed above it.
     virtual uint32_t lease_limit() = 0;
     // Gives back cells of `layer` that have arrived, then asks for others. Does not wait.

@@ -175,7 +175,7 @@ void Window::end_step() {
 size_t Window::lease_first(uint32_t layer_index, std::span<const uint32_t> positions) {
     Layer& layer = layers_.at(layer_index);
     if (held_ > 0) throw std::logic_error("the window is not empty");
-    const uint32_t share = source_.share_cells();
+    const uint32_t share = source_.share_slots();
     unfinished_ = true;
     layer_ = layer_index;
     slide_ = {};

@@ -8,9 +8,9 @@ namespace flashclient {
 Leases::Leases(Session& session, Sweep& sweep, uint32_t bundles_per_cell, uint32_t cell_bytes)
     : session_(session), sweep_(sweep), bundles_per_cell_(bundles_per_cell), cell_bytes_(cell_bytes) {}
 
-uint32_t Leases::share_cells() {
+uint32_t Leases::share_slots() {
     const auto use = session_.use();
-    return session_.share_cells();
+    return session_.share_slots();
 }
 
 uint32_t Leases::lease_limit() {

@@ -18,7 +18,7 @@ class Leases : public CellSource {
     // `sweep` is of the same session; exchange() makes it idle. Both must outlive this.
     Leases(Session& session, Sweep& sweep, uint32_t bundles_per_cell, uint32_t cell_bytes);
 
-    uint32_t share_cells() override;
+    uint32_t share_slots() override;
     uint32_t lease_limit() override;
     // One message, where its words suffice. Throws SessionLost and NoAnswer.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;

@@ -13,9 +13,9 @@ void Sweep::forget() {
     in_use_ = 0;
     layer_ended_ = false;
     // At least two chunks, one in use and one on its way; as large as one read where the share allows it.
-    const uint32_t quarter = std::max(1U, session_.share_cells() / 4);
+    const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
-    chunks_max_ = std::max(1U, std::min(session_.share_cells(), ring::GRANTS) / chunk_cells_);
+    chunks_max_ = std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_);
 }
 
 Sweep::~Sweep() {

@@ -103,7 +103,7 @@ class Cells(CellSource):
         self._wrong = (cell, address)
         self._coming: list[tuple[Any, Any]] = []
 
-    def share_cells(self) -> int:
+    def share_slots(self) -> int:
         return NEURONS
 
     def lease_limit(self) -> int:

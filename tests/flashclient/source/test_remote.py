@@ -320,7 +320,7 @@ def test_cells_are_fetched_once_while_there_is_room(model: CutModel, tmp_path: P
 
 def test_a_full_pool_gives_up_what_is_not_held(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path, pool_bytes=4 * BUNDLE_BYTES) as (source, server):
-        assert source.cells.lease_limit() == source.cells.share_cells() == 4
+        assert source.cells.lease_limit() == source.cells.share_slots() == 4
         source.cells.exchange(0, [0, 1, 2, 3], [])
         first = dict(source.cells.arrived())
         source.cells.exchange(0, [4, 5], [1, 2])

@@ -21,7 +21,7 @@ class TestCells : public CellSource {
 
     static uint64_t address_of(uint32_t layer, uint32_t cell) { return (layer + 1) * 0x100000 + cell * 0x1000; }
 
-    uint32_t share_cells() override { return share; }
+    uint32_t share_slots() override { return share; }
     uint32_t lease_limit() override { return limit; }
 
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
