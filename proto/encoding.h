@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <iterator>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 
@@ -26,6 +27,13 @@ constexpr std::optional<Dtype> dtype_named(std::string_view name) {
     for (size_t i = 0; i < std::size(DTYPES); ++i)
         if (DTYPES[i].name == name) return static_cast<Dtype>(i);
     return std::nullopt;
+}
+
+// A dtype in which models are computed: COMPUTE_DTYPES of encodings.py. Throws std::invalid_argument.
+inline Dtype compute_dtype_named(std::string_view name) {
+    const std::optional<Dtype> dtype = dtype_named(name);
+    if (dtype && *dtype != Dtype::i8) return *dtype;
+    throw std::invalid_argument("unknown dtype '" + std::string(name) + "': want F32, BF16 or F16");
 }
 
 enum class Scales : uint8_t { none, in_block, after_values };

@@ -109,6 +109,8 @@ def check(model: Model) -> None:
         raise ValueError("bundles without parts")
     for part in layout.parts:
         block_values = part.encoding.block_values
+        if part.encoding.scales not in Encoding.Scales.values():
+            raise ValueError(f"part {part.name!r} with scales of the unknown kind {part.encoding.scales}")
         if block_values == 0 or layout.hidden_size % block_values != 0:
             raise ValueError(
                 f"part {part.name!r} of {layout.hidden_size} values in blocks of {block_values}, not whole blocks"

@@ -12,4 +12,5 @@ BUNDLES_FILE = "bundles.bin"
 PREDICTORS_FILE = "predictors.safetensors"
 STATISTICS_FILE = "statistics.safetensors"
 REPORT_FILE = "report.json"
+CALIBRATION_FILES = (PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE)
 ALIGNMENT_BYTES = 64  # of every tensor in them: a cache line, enough for any vector load

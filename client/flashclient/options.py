@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from flashclient._native import WINDOW_TOKENS_MAX
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.model.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 
 MODES = ("auto", "exact", "predict")
-WINDOW_MAX = 1024  # tokens; together, far fewer use most of the model's neurons
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
 DRAM_BYTES_MIN = 1 << 20  # every model needs more: a smaller number was meant in another unit
@@ -57,8 +57,12 @@ class Options:
         _one_of("mode", self.mode, MODES)
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("device", str(self.device), ("cpu",))
-        if isinstance(self.window, bool) or not isinstance(self.window, int) or not 0 <= self.window <= WINDOW_MAX:
-            raise OptionError(f"window={self.window} must be a whole number of tokens from 0 to {WINDOW_MAX}")
+        if (
+            isinstance(self.window, bool)
+            or not isinstance(self.window, int)
+            or not 0 <= self.window <= WINDOW_TOKENS_MAX
+        ):
+            raise OptionError(f"window={self.window} must be a whole number of tokens from 0 to {WINDOW_TOKENS_MAX}")
         if not (math.isfinite(self.timeout_s) and 0 < self.timeout_s <= TIMEOUT_S_MAX):
             raise OptionError(f"timeout_s={self.timeout_s:g} must be above 0 and at most {TIMEOUT_S_MAX:g}")
         if self.pool_bytes is not None and self.pool_bytes < 1:

@@ -71,12 +71,6 @@ constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code
 constexpr nb::dlpack::dtype FLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
 constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // the bits of either: numpy has no bfloat16
 
-Dtype dtype_of(const std::string& name) {
-    const std::optional<Dtype> dtype = weightd::dtype_named(name);
-    if (dtype && *dtype != Dtype::i8) return *dtype;
-    throw std::invalid_argument("no kernel for weights of dtype '" + name + "': F32, BF16 and F16 have one");
-}
-
 const char* name_of(const InstructionSet& instruction_set) {
     return instruction_set ? instruction_set->c_str() : nullptr;
 }
@@ -229,7 +223,7 @@ void bind_linear(nb::module_& module) {
         .def(
             "__init__",
             [](Linear* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
-                new (self) Linear(workers, dtype_of(dtype), name_of(instruction_set));
+                new (self) Linear(workers, weightd::compute_dtype_named(dtype), name_of(instruction_set));
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("multiply", &multiply, "weight"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
@@ -297,7 +291,7 @@ void bind_attention(nb::module_& module) {
         .def(
             "__init__",
             [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
-                new (self) Attention(workers, dtype_of(dtype), name_of(instruction_set));
+                new (self) Attention(workers, weightd::compute_dtype_named(dtype), name_of(instruction_set));
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("attend", &attend, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
@@ -348,7 +342,8 @@ void make_low_rank(LowRankArrays* self, Workers& workers, const std::string& dty
     require(input.shape(0) == output.shape(1), "input must be [rank, hidden_size] and output [neurons, rank]");
     require(aligned(bias, "bias").shape(0) == output.shape(0), "there must be a bias per neuron");
     static_cast<void>(data_of(scale, output.shape(0), "there must be a scale per neuron"));
-    new (self) LowRankArrays(workers, dtype_of(dtype), input, output, bias, scale, name_of(instruction_set));
+    new (self) LowRankArrays(workers, weightd::compute_dtype_named(dtype), input, output, bias, scale,
+                             name_of(instruction_set));
 }
 
 void make_sign(Sign* self, Workers& workers, const Sign::Signs& signs, size_t hidden_size, const Sign::Margin& margin,

@@ -31,8 +31,6 @@ using flashclient::Window;
 
 namespace {
 
-constexpr uint32_t WINDOW_TOKENS_MAX = 4096;  // far below what the window's counters hold
-
 // A CellSource that is a subclass in Python. Its methods are called with the GIL.
 struct PythonCells : CellSource {
     NB_TRAMPOLINE(CellSource, 5);
@@ -76,7 +74,7 @@ void bind_window(nb::module_& m) {
             "__init__",
             [](Window* self, CellSource& source, uint32_t tokens, uint32_t bundles_per_cell, uint32_t stride_bytes,
                std::vector<uint32_t> cells) {
-                require(tokens <= WINDOW_TOKENS_MAX, "a window has at most 4096 tokens");
+                require(tokens <= flashclient::WINDOW_TOKENS_MAX, "a window has at most 1024 tokens");
                 require(bundles_per_cell > 0 && stride_bytes > 0, "bundles_per_cell and stride_bytes must be positive");
                 require_cells(cells);
                 new (self) Window(source, tokens, {bundles_per_cell, stride_bytes, std::move(cells)});
@@ -137,6 +135,7 @@ void bind_step(nb::module_& m) {
 }  // namespace
 
 void bind_predict(nb::module_& module) {
+    module.attr("WINDOW_TOKENS_MAX") = flashclient::WINDOW_TOKENS_MAX;
     bind_cell_source(module);
     bind_window(module);
     bind_step(module);

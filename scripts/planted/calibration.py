@@ -22,9 +22,8 @@ from flashclient.calibration.publishing import publish
 from flashclient.daemon.channel import Connection
 from flashclient.model.predictor_file import LowRank, arrays_of, quantized, write_predictors, write_tensors
 from weightd_proto import weightd_pb2
-from weightd_proto.files import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
+from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
-FILES = (PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE)
 TIMEOUT_S = 60.0
 
 
@@ -42,7 +41,7 @@ def publish_planted(checkpoint: Path, name: str, address: str) -> weightd_pb2.Ca
         placements = [connection.placement(model, layer) for layer in range(len(model.layers))]
         with TemporaryDirectory(prefix="planted-") as folder:
             write_calibration(checkpoint, model, placements, Path(folder))
-            return publish(connection, model, "predict", Path(folder), FILES)
+            return publish(connection, model, "predict", Path(folder), CALIBRATION_FILES)
     finally:
         connection.close()
 

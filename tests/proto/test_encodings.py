@@ -112,6 +112,10 @@ def test_a_record_whose_encodings_fit_is_accepted() -> None:
         (lambda model: model.bundle.parts[1].ClearField("encoding"), "'up' of 512 values in blocks of 0"),
         (lambda model: setattr(model.bundle, "hidden_size", 500), "'gate' of 500 values in blocks of 256"),
         (lambda model: setattr(model.bundle, "bundle_bytes", 863), "bundles of 863 bytes, their parts have 864"),
+        (
+            lambda model: setattr(model.bundle.parts[2].encoding, "scales", 9),
+            "scales of the unknown kind 9",
+        ),
         (lambda model: setattr(model, "compute_dtype", ""), "compute dtype '', known are F32, BF16, F16"),
         (lambda model: setattr(model, "compute_dtype", "I8"), "compute dtype 'I8'"),
     ],

@@ -272,16 +272,10 @@ void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
 
-weightd::Dtype dtype_of(const std::string& name) {
-    const std::optional<weightd::Dtype> dtype = weightd::dtype_named(name);
-    if (!dtype || *dtype == weightd::Dtype::i8) throw std::invalid_argument("unknown dtype " + name);
-    return *dtype;
-}
-
 void convert_bytes(const ReadBytes& source, const std::string& source_dtype, const WriteBytes& target,
                    const std::string& target_dtype) {
-    const weightd::Dtype from = dtype_of(source_dtype);
-    const weightd::Dtype to = dtype_of(target_dtype);
+    const weightd::Dtype from = weightd::compute_dtype_named(source_dtype);
+    const weightd::Dtype to = weightd::compute_dtype_named(target_dtype);
     const std::size_t count = source.size() / weightd::bytes_of(from);
     require(count * weightd::bytes_of(from) == source.size(), "source is not a whole number of elements");
     require(count * weightd::bytes_of(to) == target.size(), "source and target differ in elements");
@@ -311,7 +305,7 @@ void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, 
     require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
     std::vector<weightd::Rows> parts;
     for (std::size_t i = 0; i < rows.size(); ++i) {
-        parts.push_back({data_of(rows[i]), dtype_of(dtypes[i])});
+        parts.push_back({data_of(rows[i]), weightd::compute_dtype_named(dtypes[i])});
         require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::bytes_of(parts[i].dtype),
                 "rows do not fit the bundles");
     }
@@ -366,6 +360,7 @@ NB_MODULE(_native, m) {
     bind_model(m);
     bind_engine(m);
     m.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
+    m.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
     m.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,
           "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");

@@ -14,7 +14,7 @@ from flashclient.calibration.evaluate import Quality
 from flashclient.calibration.predictor_training import Rates
 from flashclient.model.predictor_file import LowRank, Predictor, arrays_of, write_predictors, write_tensors
 from weightd_proto import weightd_pb2
-from weightd_proto.files import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
+from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
 LOSS_MAX = 0.005  # of perplexity; mode "auto" does not predict with more
 COMPUTED_SHARE_MAX = 0.5  # of the FFNs' bytes that a token needs, predictor included; with more, predicting is slower
@@ -141,4 +141,4 @@ def write_files(result: CalibrationResult, model: weightd_pb2.Model, folder: Pat
     }
     write_tensors(folder / STATISTICS_FILE, statistics, model, {})
     (folder / REPORT_FILE).write_text(json.dumps(result.report(), indent=1))
-    return PREDICTORS_FILE, STATISTICS_FILE, REPORT_FILE
+    return CALIBRATION_FILES

@@ -153,17 +153,6 @@ def _attach(store: Path) -> tuple[str, PrivateDaemon | None] | None:
     return None
 
 
-def serving_address(store: Path) -> str | None:
-    """The address of the daemon that serves `store`; None if none does yet."""
-    found = _attach(store)
-    if found is None:
-        return None
-    address, daemon = found
-    if daemon is not None:
-        daemon.let_go()
-    return address
-
-
 def is_serving(address: str) -> bool:
     """Whether a weightd at `address` answers that it serves."""
     try:

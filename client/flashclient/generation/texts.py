@@ -23,8 +23,8 @@ from flashclient.errors import OptionError
 HALF = "\ufffd"  # a decoder's character for bytes that are not, or not yet, a character
 HALF_MAX = 3  # up to this many at the end may still become one character
 CHANGED_TOKENS_MAX = 32  # tokens at the end of a prompt whose text later tokens may change
-WINDOW_TOKENS_MAX = 256  # a stream decodes at most so many tokens again for each piece
-WINDOW_TOKENS_KEPT = 64
+TAIL_TOKENS_MAX = 256  # a stream decodes at most so many tokens again for each piece
+TAIL_TOKENS_KEPT = 64
 
 
 def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], tokens: list[int], fill: int | None) -> str:
@@ -59,7 +59,7 @@ class _GrowingText:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
-        self._begin(prompt[-WINDOW_TOKENS_MAX:])
+        self._begin(prompt[-TAIL_TOKENS_MAX:])
 
     def _begin(self, prompt: list[int]) -> None:
         self._prompt, self._tokens = prompt, list(prompt)
@@ -70,7 +70,7 @@ class _GrowingText:
         text = self._text(self._settled())
         halves = len(text) - len(text.rstrip(HALF))
         piece = self._give(text[: len(text) - min(halves, HALF_MAX)])
-        if len(self._tokens) > WINDOW_TOKENS_MAX + WINDOW_TOKENS_KEPT:
+        if len(self._tokens) > TAIL_TOKENS_MAX + TAIL_TOKENS_KEPT:
             self._forget()
         return piece
 
@@ -97,7 +97,7 @@ class _GrowingText:
 
     def _forget(self) -> None:
         """Drops all but the last tokens if all text has been given out and the last tokens have a text."""
-        kept = self._tokens[-WINDOW_TOKENS_KEPT:]
+        kept = self._tokens[-TAIL_TOKENS_KEPT:]
         settled = self._settled() == len(self._tokens) and self._given == len(self._text(len(self._tokens)))
         if settled and _decoded(self._tokenizer, kept).strip(HALF):
             self._begin(kept)

@@ -48,7 +48,6 @@ class PredictedFFN:
         self._exact = exact
         self._step = PredictStep(kernels, window, predictors.layers)
         self._predictors = predictors
-        self._window = window
         self._steps = steps
         self._lock = threading.Lock()
 

@@ -17,6 +17,9 @@
 
 namespace flashclient {
 
+// Together, far fewer tokens use most of a model's neurons. The window's counters hold far more.
+inline constexpr uint32_t WINDOW_TOKENS_MAX = 1024;
+
 struct CellLayout {
     uint32_t bundles_per_cell;
     uint32_t stride_bytes;        // from one bundle of a cell to the next

@@ -16,7 +16,7 @@ from tiny_store import write_model
 from flashclient.daemon import private
 from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
-from flashclient.daemon.private import PrivateDaemon, is_serving, serving_address
+from flashclient.daemon.private import PrivateDaemon, is_serving
 from weightd.cli import main
 from weightd.errors import StoreError
 from weightd.gateway.addresses import default_listen
@@ -86,7 +86,7 @@ def test_a_damaged_lock_is_one_line_of_whoever_looks(store: Path, capsys: pytest
         fcntl.flock(held, fcntl.LOCK_EX)
         for junk in LOCKS:
             lock.write_text(junk, "latin-1")
-            assert serving_address(store) is None
+            assert private._attach(store) is None
             assert main(["rm", "tiny", "--store", str(store)]) == 1
             message = capsys.readouterr().err
             assert message.startswith("weightd: cannot remove 'tiny': a weightd at ")

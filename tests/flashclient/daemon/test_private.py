@@ -17,7 +17,8 @@ from checkpoints import make_checkpoint
 from daemon import serving
 
 from flashclient import FlashClient
-from flashclient.daemon.private import PrivateDaemon, attach_or_start, is_serving, serving_address
+from flashclient.daemon import private
+from flashclient.daemon.private import PrivateDaemon, attach_or_start, is_serving
 from flashclient.errors import ModelNotFoundError, StartError
 from flashclient.generation.rehearsal import rehearse
 from weightd import cli
@@ -151,7 +152,7 @@ def test_a_private_daemon_that_fails_again_is_one_error(store: Path) -> None:
 
 def test_attaches_to_the_daemon_that_is_there(store: Path) -> None:
     with serving(store) as daemon:
-        assert serving_address(store) == daemon.address
+        assert private._attach(store) == (daemon.address, None)
         with FlashClient("tiny", store=store) as client:
             assert client.generate(IDS, max_new_tokens=2)
             assert [process.pid for process in daemons_of(store)] == [daemon.process.pid]
@@ -200,7 +201,7 @@ def test_a_lock_file_that_outlived_its_daemon_counts_for_nothing(store: Path) ->
         ended.wait()
     for content in ("", "{", "[]", json.dumps({"pid": ended.pid, "address": "unix:/nowhere"})):
         (store / DAEMON_LOCK_FILE).write_text(content)
-        assert serving_address(store) is None
+        assert private._attach(store) is None
         FlashClient("tiny", store=store).close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def test_a_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ):
         assert any(line[5:].startswith(name) for line in text.splitlines()), name
     assert "tiny" in text
+    assert re.search(r"device .*; measured on \d{4}-\d\d-\d\d", text)
 
 
 def test_a_report_for_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,12 +20,11 @@ from tiny_store import write_model
 from weightd.cli import main
 from weightd.errors import CorruptionError, StoreError
 from weightd.importing.convert import import_checkpoint
-from weightd.store.calibration import FILE_NAMES
 from weightd.store.catalog import FORMAT_VERSION, MODEL_PREFIX, Catalog
 from weightd.store.store import RESIDENT_FILE, Store
 from weightd.store.verify import verify_model
 from weightd_proto.encodings import parts_of, plain
-from weightd_proto.files import BUNDLES_FILE
+from weightd_proto.files import BUNDLES_FILE, CALIBRATION_FILES
 
 LAYERS, HIDDEN, NEURONS = 2, 16, 40
 FORMATS = [1, 2]
@@ -51,7 +50,7 @@ def check_tiny(store: Store) -> None:
     record = store.model("tiny")
     assert list(record.bundle.parts) == parts_of(("gate", "up", "down"), plain("BF16"))
     assert record.compute_dtype == "BF16"
-    assert [file.name for file in record.calibration.files] == list(FILE_NAMES)
+    assert [file.name for file in record.calibration.files] == list(CALIBRATION_FILES)
     hotness = store.hotness("tiny")
     assert hotness is not None
     assert hotness.tolist() == list(range(len(hotness)))

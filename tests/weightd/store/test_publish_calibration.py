@@ -23,10 +23,11 @@ from tiny_store import TinyModel, write_model
 from weightd import cli
 from weightd.errors import CorruptionError, SpaceError
 from weightd.serving.served_models import demand_of
-from weightd.store.calibration import FILE_NAMES, remove_old
+from weightd.store.calibration import remove_old
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
 from weightd_proto import weightd_pb2 as pb
+from weightd_proto.files import CALIBRATION_FILES
 
 PIECE_BYTES = 100_000
 # Hello and Welcome of proto/ring.h.
@@ -144,7 +145,7 @@ def test_a_session_keeps_its_version_and_the_next_gets_the_new_one(daemon: Daemo
 def test_only_the_newest_stays_on_flash(daemon: Daemon, model: TinyModel, store: Path) -> None:
     for seed in range(3):
         publish(daemon, model, seed)
-    assert stored_files(store) == sorted(f"3/{name}" for name in FILE_NAMES)
+    assert stored_files(store) == sorted(f"3/{name}" for name in CALIBRATION_FILES)
     assert not [path.name for path in store.iterdir() if path.name.startswith((".import", ".removed"))]
     with pytest.raises(grpc.RpcError) as caught:
         fetch(daemon, "report.json", version=2)
@@ -186,12 +187,12 @@ WITHOUT_REPORT = {name: data for name, data in GOOD.items() if name != "report.j
             "catalog.mdb",
         ),
         (
-            {"files": [pb.File(name=name, size_bytes=20 << (i * 20)) for i, name in enumerate(FILE_NAMES)]},
+            {"files": [pb.File(name=name, size_bytes=20 << (i * 20)) for i, name in enumerate(CALIBRATION_FILES)]},
             b"abc",
             grpc.StatusCode.INVALID_ARGUMENT,
             "TiB",
         ),
-        ({"files": [pb.File(name=name) for name in FILE_NAMES]}, b"", grpc.StatusCode.INVALID_ARGUMENT, "empty"),
+        ({"files": [pb.File(name=name) for name in CALIBRATION_FILES]}, b"", grpc.StatusCode.INVALID_ARGUMENT, "empty"),
         ({}, GOOD_DATA[:-1], grpc.StatusCode.INVALID_ARGUMENT, "ended early, in report.json"),
         ({}, GOOD_DATA + b"x", grpc.StatusCode.INVALID_ARGUMENT, "1 bytes beyond"),
         ({}, b"x" + GOOD_DATA[1:], grpc.StatusCode.DATA_LOSS, "predictors.safetensors"),
@@ -320,7 +321,7 @@ def test_what_a_killed_publishing_left_behind_goes(store: Path, model: TinyModel
     assert (orphan / "report.json").read_bytes() == contents(2)["report.json"]
     with Store.open(store) as opened:
         remove_old(opened, opened.model("tiny"))
-    assert stored_files(store) == sorted(f"2/{name}" for name in FILE_NAMES)
+    assert stored_files(store) == sorted(f"2/{name}" for name in CALIBRATION_FILES)
 
 
 def test_a_full_device_is_said_with_the_numbers(store: Path, model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:

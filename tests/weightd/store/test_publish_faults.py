@@ -16,10 +16,10 @@ from small_disk import fill, small_disk
 from stored_calibration import contents, offline, record_of
 from tiny_store import TinyModel, write_model
 
-from weightd.store.calibration import FILE_NAMES
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
 from weightd_proto import weightd_pb2 as pb
+from weightd_proto.files import CALIBRATION_FILES
 
 DYING = FIXTURES / "dying_process.py"
 POINTS = {  # and the version that is there afterwards
@@ -83,7 +83,7 @@ def test_a_disk_that_fills_up_during_a_publishing_leaves_the_old_calibration(dis
             daemon.stub.PublishCalibration(sent(model, disk))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         (disk / "ballast").unlink()
-        wanted = pb.FetchRequest(model="tiny", calibration=pb.CalibrationFile(name=FILE_NAMES[0]))
-        assert b"".join(part.data for part in daemon.stub.Fetch(wanted)) == contents(1)[FILE_NAMES[0]]
+        wanted = pb.FetchRequest(model="tiny", calibration=pb.CalibrationFile(name=CALIBRATION_FILES[0]))
+        assert b"".join(part.data for part in daemon.stub.Fetch(wanted)) == contents(1)[CALIBRATION_FILES[0]]
         assert daemon.stub.PublishCalibration(sent(model, None)).version == 2
     assert_calibrated(disk / "store", 2)

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "device/block_size.h"
+
 namespace weightd {
 
 uint32_t ModelSpec::layer_of(uint32_t cell) const {
@@ -30,7 +32,7 @@ void ModelSpec::require_sound() const {
         if (!sound) throw std::invalid_argument(name + ": " + what);
     };
     require(!layers.empty(), "no layers");
-    require(cell_bytes > 0 && cell_bytes % 4096 == 0, "cell_bytes is not a multiple of 4096");
+    require(cell_bytes > 0 && cell_bytes % BLOCK_BYTES_MIN == 0, "cell_bytes is not a multiple of 4096");
     require(bundles_per_cell > 0 && bundle_bytes <= stride_bytes, "a bundle is larger than its stride");
     require(uint64_t{bundles_per_cell - 1} * stride_bytes + bundle_bytes <= cell_bytes, "bundles exceed their cell");
     uint64_t cells = 0;
@@ -39,7 +41,7 @@ void ModelSpec::require_sound() const {
         require(layer.neurons > 0, "a layer without neurons");
         require(layer.cells == (uint64_t{layer.neurons} + bundles_per_cell - 1) / bundles_per_cell, "wrong cell count");
         require(layer.first_cell == cells && layer.first_checksum == bundles, "layers out of order");
-        require(layer.offset_bytes % 4096 == 0, "a layer is not block aligned");
+        require(layer.offset_bytes % BLOCK_BYTES_MIN == 0, "a layer is not block aligned");
         require(layer.offset_bytes <= INT64_MAX - uint64_t{layer.cells} * cell_bytes, "a layer ends beyond all files");
         cells += layer.cells;
         bundles += layer.neurons;

@@ -5,15 +5,14 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <cstddef>
-#include <system_error>
+
+#include "device/system_error.h"
 
 namespace weightd {
 
 namespace {
 
-constexpr std::uint32_t BLOCK_BYTES_MIN = 4096;
 constexpr unsigned STATX_DIOALIGN_BIT = 0x2000;  // STATX_DIOALIGN of Linux 6.1, which older headers lack
 
 // struct statx as of Linux 6.1; the C library's may lack the last two fields.
@@ -30,8 +29,7 @@ struct StatxWithAlignment {
 std::uint32_t block_size_bytes(const std::string& path) {
     StatxWithAlignment status{};
     static_assert(offsetof(StatxWithAlignment, dio_memory_align) == 152 && sizeof(status) == 256);
-    if (syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN_BIT, &status) != 0)
-        throw std::system_error(errno, std::generic_category(), path);
+    if (syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN_BIT, &status) != 0) fail(path);
     if ((status.mask & STATX_DIOALIGN_BIT) == 0) return BLOCK_BYTES_MIN;
     return std::max({BLOCK_BYTES_MIN, status.dio_memory_align, status.dio_offset_align});
 }

@@ -9,11 +9,11 @@
 #include <exception>
 #include <iterator>
 #include <mutex>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "device/direct_file.h"
+#include "device/system_error.h"
 
 namespace weightd {
 
@@ -21,7 +21,7 @@ template <typename Result>
 class Outbox {
   public:
     Outbox() : event_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-        if (event_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+        if (event_.get() < 0) fail("eventfd");
     }
 
     int event_fd() const { return event_.get(); }  // readable while something is inside

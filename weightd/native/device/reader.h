@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "device/block_size.h"
 #include "device/direct_file.h"
 
 namespace weightd {
@@ -21,7 +22,8 @@ namespace weightd {
 inline constexpr uint32_t PIECES_MAX = 256;  // pieces of one read; the kernel takes 1024, devices split far earlier
 inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;  // larger requests gain nothing and delay their neighbours
 inline constexpr uint32_t DEPTH_DEFAULT = 64;
-inline constexpr size_t READ_STEP_BYTES = 4096;  // O_DIRECT: a short read is repeated from the last multiple of it
+inline constexpr size_t READ_STEP_BYTES =
+    BLOCK_BYTES_MIN;  // O_DIRECT: a short read is repeated from the last multiple of it
 
 struct Read {
     uint64_t tag = 0;

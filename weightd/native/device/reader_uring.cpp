@@ -12,6 +12,7 @@
 #include <system_error>
 
 #include "device/read_turns.h"
+#include "device/system_error.h"
 
 namespace weightd {
 namespace {
@@ -29,7 +30,7 @@ class UringReader final : public Reader {
         start_ring(places_for(depth));
         if (::io_uring_register_eventfd(&ring_, event_.get()) < 0) {
             ::io_uring_queue_exit(&ring_);
-            throw std::system_error(errno, std::generic_category(), "io_uring_register_eventfd");
+            fail("io_uring_register_eventfd");
         }
         files_ = ::io_uring_register_files_sparse(&ring_, FILES_MAX) == 0;
         buffers_ = ::io_uring_register_buffers_sparse(&ring_, BUFFERS_MAX) == 0;

@@ -8,8 +8,9 @@
 
 #include <cerrno>
 #include <string>
-#include <system_error>
 #include <utility>
+
+#include "device/system_error.h"
 
 #ifndef F_SEAL_FUTURE_WRITE
 #define F_SEAL_FUTURE_WRITE 0x0010
@@ -21,7 +22,7 @@ namespace {
 constexpr size_t HUGE_PAGE_BYTES = 2U << 20;
 
 void check(int result, const char* what) {
-    if (result < 0) throw std::system_error(errno, std::generic_category(), what);
+    if (result < 0) fail(what);
 }
 
 Descriptor reopened(const Descriptor& memory, int flags) {
@@ -39,7 +40,7 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     check(::fchmod(owned_.get(), 0400), "fchmod of a memfd");
     check(::ftruncate(owned_.get(), static_cast<off_t>(bytes)), "ftruncate of a memfd");
     void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get(), 0);
-    if (mapped == MAP_FAILED) throw std::system_error(errno, std::generic_category(), "mmap of a memfd");
+    if (mapped == MAP_FAILED) fail("mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
     // Acts where shmem_enabled says so. Whole ones only: older kernels (6.1) give the last part a huge page that goes
     // beyond the end, more memory than the account has granted.

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/block_size.h"
+
 namespace weightd {
 
 inline constexpr uint64_t SEGMENT_BYTES_MAX = 64U << 20;  // registering a larger one would stall the engine's thread
@@ -21,7 +23,7 @@ class Memory {
     uint64_t used_bytes() const { return used_bytes_[0] + used_bytes_[1] + used_bytes_[2]; }
     uint64_t used_bytes(Account account) const { return used_bytes_[static_cast<size_t>(account)]; }
     uint64_t free_bytes() const { return limit_bytes_ - used_bytes(); }
-    uint64_t segment_bytes() const { return std::clamp<uint64_t>(limit_bytes_ / 16, 4096, SEGMENT_BYTES_MAX); }
+    uint64_t segment_bytes() const { return std::clamp<uint64_t>(limit_bytes_ / 16, PAGE_BYTES, SEGMENT_BYTES_MAX); }
 
   private:
     uint64_t limit_bytes_;

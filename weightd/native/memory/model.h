@@ -54,6 +54,8 @@ struct Model {
     bool resident_ready = false;
     // Those for the next session. Each session keeps what it was given.
     std::shared_ptr<const LoadedPredictors> predictors;
+    // Those that are being loaded. They stay here, because only the engine's thread may give their memory back.
+    std::shared_ptr<LoadedPredictors> next_predictors;
 
     uint64_t evictions() const { return counts.evictions + (pool == nullptr ? 0 : pool->evictions()); }
     bool wants_more_slots() const { return pool->slots() < spec.cell_count(); }

@@ -1,12 +1,11 @@
 #include "memory/model_cost.h"
 
+#include "device/block_size.h"
 #include "memory/session.h"
 #include "pool/pool.h"
 #include "ring.h"
 
 namespace weightd {
-
-uint64_t whole_pages(uint64_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 uint64_t catalog_bytes(const ModelSpec& spec) {
     const uint64_t bundles = uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons;

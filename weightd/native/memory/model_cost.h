@@ -10,8 +10,6 @@ namespace weightd {
 inline constexpr uint32_t SHARE_SLOTS_MIN = 2;    // one slot in use, one being read
 inline constexpr uint32_t SESSIONS_RESERVED = 4;  // the tables of so many sessions are paid when a model is activated
 
-uint64_t whole_pages(uint64_t bytes);  // rounded up to pages
-
 // From the time when the model is added: checksums, and a record of how hot each cell is.
 uint64_t catalog_bytes(const ModelSpec& spec);
 // While the model is active: resident weights, tables of the pool and of SESSIONS_RESERVED sessions.

@@ -1,9 +1,6 @@
 #include "memory/pressure.h"
 
 #include <algorithm>
-#include <fstream>
-#include <map>
-#include <string>
 
 namespace weightd {
 
@@ -21,14 +18,5 @@ void Pressure::relieve() {
 }
 
 uint64_t Pressure::left_bytes() const { return target_bytes_ - std::min(target_bytes_, memory_.used_bytes()); }
-
-bool machine_is_short() {
-    std::ifstream lines("/proc/meminfo");
-    std::map<std::string, uint64_t> fields;  // in kB
-    std::string name;
-    std::string rest;
-    for (uint64_t amount = 0; lines >> name >> amount && std::getline(lines, rest);) fields[name] = amount;
-    return fields["MemAvailable:"] < fields["MemTotal:"] / 8;
-}
 
 }  // namespace weightd

@@ -37,7 +37,4 @@ class Pressure {
     uint64_t floor_bytes_;
 };
 
-// Whether less than an eighth of this machine's memory is available. False where /proc does not tell.
-bool machine_is_short();
-
 }  // namespace weightd

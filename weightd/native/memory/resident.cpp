@@ -4,14 +4,11 @@
 #include <system_error>
 
 #include "bundle/checksum.h"
+#include "device/block_size.h"
 #include "device/reader.h"
 
 namespace weightd {
 namespace {
-
-constexpr uint64_t BLOCK_BYTES = 4096;
-
-uint64_t blocks(uint64_t bytes) { return (bytes + BLOCK_BYTES - 1) / BLOCK_BYTES * BLOCK_BYTES; }
 
 void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderChoice& choice,
               const std::function<void()>& moved) {
@@ -50,7 +47,7 @@ SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes
         throw CorruptResident(path + " has " + std::to_string(file.size_bytes()) + " bytes where the catalog says " +
                               std::to_string(bytes) + ": import or calibrate the model again");
     }
-    SharedMemory memory(name, blocks(bytes));
+    SharedMemory memory(name, whole_pages(bytes));
     const auto read = [&] {
         read_all(file, memory, choice, moved);
         check(memory);

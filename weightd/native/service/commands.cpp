@@ -3,7 +3,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "session/system_error.h"
+#include "device/system_error.h"
 
 namespace weightd {
 

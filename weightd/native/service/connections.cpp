@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "session/system_error.h"
+#include "device/system_error.h"
 
 namespace weightd {
 namespace {

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 
-#include "session/system_error.h"
+#include "device/system_error.h"
 
 namespace weightd {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "session/system_error.h"
+#include "device/system_error.h"
 
 namespace weightd {
 namespace {
@@ -94,17 +94,21 @@ void Openings::load_newest_predictors(uint32_t index, const User& user) {
     Model& model = this->model(index);
     OpenerTurns::Turn turn(turns_, index, model.spec.name);
     while (const auto wanted = commands_.on_loop([&] { return missing_predictors(model); })) {
-        std::shared_ptr<LoadedPredictors> fresh;
         wait_for_room(model, [&] {
-            fresh = sessions_.making_way(user, [&] { return engine_.models().reserve_predictors(index, *wanted); });
-            return fresh != nullptr;
+            return sessions_.making_way(user, [&] {
+                model.next_predictors = engine_.models().reserve_predictors(index, *wanted);
+                return model.next_predictors != nullptr;
+            });
         });
         try {
-            fresh->memory = load_predictors(model.spec.name, *wanted, choice_, [&] { turn.moved(); });
-            commands_.on_loop([&] { model.predictors = std::move(fresh); });
+            SharedMemory memory = load_predictors(model.spec.name, *wanted, choice_, [&] { turn.moved(); });
+            commands_.on_loop([&] {
+                model.next_predictors->memory = std::move(memory);
+                model.predictors = std::move(model.next_predictors);
+            });
         } catch (...) {
             const bool newest = commands_.on_loop([&] {
-                fresh.reset();
+                model.next_predictors.reset();
                 return model.predictors_file->version == wanted->version;
             });
             if (newest) throw;  // else a newer calibration has replaced the file

@@ -1,9 +1,23 @@
 #include "service/pressure_signals.h"
 
+#include <fstream>
+#include <map>
+#include <string>
+
 namespace weightd {
 namespace {
 
 constexpr std::chrono::seconds RELIEVE_AFTER{10};  // without a signal; under pressure the kernel sends one every 2 s
+
+// Whether less than an eighth of this machine's memory is available. False where /proc does not tell.
+bool machine_is_short() {
+    std::ifstream lines("/proc/meminfo");
+    std::map<std::string, uint64_t> fields;  // in kB
+    std::string name;
+    std::string rest;
+    for (uint64_t amount = 0; lines >> name >> amount && std::getline(lines, rest);) fields[name] = amount;
+    return fields["MemAvailable:"] < fields["MemTotal:"] / 8;
+}
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 #include "session/epoll.h"
 
-#include "session/system_error.h"
+#include "device/system_error.h"
 
 namespace weightd {
 

@@ -11,7 +11,9 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
-#include <system_error>
+
+#include "device/block_size.h"
+#include "device/system_error.h"
 
 namespace weightd {
 
@@ -58,9 +60,9 @@ RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, c
       token_(token),
       user_(user),
       predictors_(std::move(predictors)),
-      memory_("weightd-ring", (sizeof(ring::Ring) + 4095) / 4096 * 4096),
+      memory_("weightd-ring", whole_pages(sizeof(ring::Ring))),
       doorbell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (doorbell_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+    if (doorbell_.get() < 0) fail("eventfd");
     new (memory_.data()) ring::Ring;  // but for the header it is as it comes: zeros, without memory until it is used
     memory_.fix();
     ring().header.magic = ring::MAGIC;

@@ -2,8 +2,8 @@
 
 #include <algorithm>
 
+#include "device/system_error.h"
 #include "memory/model_cost.h"
-#include "session/system_error.h"
 
 namespace weightd {
 namespace {

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import EngineThread, ModelSpec
+from weightd._native import PAGE_BYTES, EngineThread, ModelSpec
 from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.machine.budget import GrowingDram, ModelDemand
 from weightd.sizes import round_up
@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # A Fetch looks placements up. They take 4 bytes per neuron: 64 layers of 28672 are 7 MB of the interpreter's 150.
 PLACEMENTS_KEPT = 64
-PAGE_BYTES = 4096
 OPENERS_AT_START = 8  # models opened at once, so that a device that hangs does not delay other models
 # After this time without an answer, callers that can go on without the device do so. A healthy device takes
 # milliseconds; a disk that wakes up or a link that fails over takes seconds.

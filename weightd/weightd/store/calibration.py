@@ -30,10 +30,9 @@ from weightd.sizes import format_size
 from weightd.store.staged_folder import StagedFolder, delete, set_aside, space_errors, sync
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
-from weightd_proto.files import PREDICTORS_FILE, STATISTICS_FILE
+from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE
 
 CALIBRATION_FOLDER = "calibration"
-FILE_NAMES = (PREDICTORS_FILE, STATISTICS_FILE, "report.json")
 MODES = ("exact", "predict")
 # The paper's predictors take less than 5 % of a model, and a calibration as large as its model would be of no use. The
 # constant part is for toy models, whose files consist mostly of headers.
@@ -60,8 +59,8 @@ def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration
     if offered.mode not in MODES:
         raise RequestError(f"mode {offered.mode!r} of a calibration: want {' or '.join(MODES)}")
     names = [file.name for file in offered.files]
-    if sorted(names) != sorted(FILE_NAMES):
-        raise RequestError(f"a calibration of the files {names}: want {', '.join(FILE_NAMES)}")
+    if sorted(names) != sorted(CALIBRATION_FILES):
+        raise RequestError(f"a calibration of the files {names}: want {', '.join(CALIBRATION_FILES)}")
     for file in offered.files:
         if file.size_bytes == 0:
             raise RequestError(f"the file {file.name} of a calibration is empty")

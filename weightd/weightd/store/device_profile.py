@@ -19,6 +19,7 @@ from weightd._native import measure_reads
 from weightd.errors import DeviceError, SpaceError
 from weightd.sizes import format_size
 from weightd.store.store import Store
+from weightd_proto.files import BUNDLES_FILE
 
 READ_SIZES_BYTES = tuple(4096 << step for step in range(9))  # 4 KiB to 1 MiB
 DEPTHS = (1, 32)
@@ -101,7 +102,7 @@ def _measure(path: Path, read_bytes: int, depth: int, io_engine: str) -> ReadSpe
 @contextmanager
 def _sample(folder: Path) -> Iterator[Path]:
     """A file of at least SAMPLE_BYTES on the device."""
-    largest = max(folder.glob("*/bundles.bin"), key=lambda path: path.stat().st_size, default=None)
+    largest = max(folder.glob(f"*/{BUNDLES_FILE}"), key=lambda path: path.stat().st_size, default=None)
     if largest is not None and largest.stat().st_size >= SAMPLE_BYTES:
         yield largest
         return

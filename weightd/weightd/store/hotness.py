@@ -19,6 +19,7 @@ from weightd.errors import CheckpointError
 from weightd.store.calibration import calibration_path
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES
 from weightd_proto.files import STATISTICS_FILE
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def _predicted_shares(store: Store, model: weightd_pb2.Model) -> list[Shares]:
             tensor = tensors.get(f"layers.{index}.predicted")
             if tensor is None or tensor.dtype != "F32" or tensor.shape != (layer.neurons,):
                 raise CheckpointError(f"{path} has no layers.{index}.predicted of {layer.neurons} F32")
-            buffer = aligned_buffer(reader.buffer_bytes(4 * layer.neurons))
-            data = reader.read(tensor.offset_bytes, 4 * layer.neurons, buffer)
+            buffer = aligned_buffer(reader.buffer_bytes(DTYPES["F32"].bytes * layer.neurons))
+            data = reader.read(tensor.offset_bytes, DTYPES["F32"].bytes * layer.neurons, buffer)
             layers.append(np.frombuffer(data, "<f4").copy())
     return layers
