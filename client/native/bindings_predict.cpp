@@ -110,6 +110,7 @@ std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer,
     const Predictor& predictor = step.predictor(layer);
     require(aligned(x, "x").shape(1) == predictor.hidden(), "x must be [tokens, hidden_size]");
     require(x.shape(0) <= flashclient::TOKENS_MAX, "a step has at most 16 tokens");
+    require(columns > 0 && x.shape(0) % columns == 0, "the rows of x must be whole sequences of `columns` tokens");
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
     require(!bias || aligned(*bias, "bias").shape(0) == predictor.neurons(), "there must be a bias per neuron");
     const float* biases = bias ? bias->data() : nullptr;

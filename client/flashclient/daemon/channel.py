@@ -20,9 +20,8 @@ from flashclient import errors
 from flashclient._native import checksum
 from flashclient.daemon.address import NO_TLS, TlsOptions, parse_address
 from flashclient.daemon.identity import IdentifiedStub
-from weightd_proto import weightd_pb2, weightd_pb2_grpc
+from weightd_proto import encodings, weightd_pb2, weightd_pb2_grpc
 from weightd_proto.addresses import Address
-from weightd_proto.encodings import upgrade
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
@@ -208,10 +207,19 @@ class Connection:
         return answer
 
     def describe(self, name: str) -> weightd_pb2.Model:
-        """The model's record. Raises ModelNotFoundError, which names the models of the store."""
+        """The model's record.
+
+        Raises:
+            ModelNotFoundError: names the models of the store.
+            ModelError: the model is stored in a way that this flashclient does not know.
+        """
         name = os.fsencode(name).decode(errors="replace")  # a name in the store is UTF-8
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
-        upgrade(model)  # that of a weightd before store format 3
+        try:
+            encodings.upgrade(model)  # that of a weightd before store format 3
+            encodings.check(model)
+        except ValueError as error:
+            raise errors.ModelError(f"cannot read model '{name}': {error}; upgrade flashclient") from error
         return model
 
     def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:

@@ -75,7 +75,7 @@ class Window {
         std::vector<uint16_t> users;      // by cell: tokens that want it
         uint32_t held = 0;
     };
-    struct Slide {
+    struct Slide {  // what the source has not been told yet
         std::vector<uint32_t> acquire;
         std::vector<uint32_t> release;                                      // cells of the same layer
         std::vector<std::pair<uint32_t, std::vector<uint32_t>>> elsewhere;  // cells of other layers to release
@@ -87,6 +87,8 @@ class Window {
     void drop(Layer& layer, const Token& token);
     void release_unused(Layer& layer, std::vector<uint32_t>& released);
     void drop_oldest(uint32_t layer);
+    void release_elsewhere();
+    void exchange(const std::vector<uint32_t>& acquire);
     static void empty(Layer& layer);
 
     CellSource& source_;

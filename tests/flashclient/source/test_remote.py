@@ -23,6 +23,7 @@ from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import (
     CorruptionError,
     DaemonLostError,
+    ModelError,
     ModelNotFoundError,
     NoDaemonError,
     OptionError,
@@ -48,7 +49,9 @@ def model() -> CutModel:
     )
     layers = [weightd_pb2.Layer(module=f"layers.{i}", neurons=NEURONS) for i in range(LAYERS)]
     resident = random.bytes(3 * 2**20)
-    record = weightd_pb2.Model(name="m", bundle=layout, layers=layers, resident_file_bytes=len(resident))
+    record = weightd_pb2.Model(
+        name="m", compute_dtype="F32", bundle=layout, layers=layers, resident_file_bytes=len(resident)
+    )
     return CutModel(record, bundles, [], resident, {})
 
 
@@ -265,6 +268,15 @@ def test_unknown_model_names_those_there_are(model: CutModel, tmp_path: Path) ->
         connection = Connection(server.address, 5.0)
         with pytest.raises(ModelNotFoundError, match="no model 'other': there is m"):
             connection.describe("other")
+        connection.close()
+
+
+def test_a_model_that_is_stored_in_an_unknown_way_needs_another_flashclient(model: CutModel, tmp_path: Path) -> None:
+    model.record.compute_dtype = "F4"
+    with FetchServer([model], tmp_path / "socket") as server:
+        connection = Connection(server.address, 5.0)
+        with pytest.raises(ModelError, match=r"cannot read model 'm': compute dtype 'F4', .*; upgrade flashclient"):
+            connection.describe("m")
         connection.close()
 
 
