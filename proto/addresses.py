@@ -72,7 +72,7 @@ def _parse_socket(text: str) -> Path:
 
 
 def unfit_for_a_socket(path: Path) -> str | None:
-    """Why no weightd can listen at `path`; None if one can."""
+    """The reason why a weightd cannot listen at `path`, or None if it can."""
     encoded = os.fsencode(path)
     if len(encoded) > SOCKET_PATH_BYTES_MAX:
         return f"the path has {len(encoded)} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}: use a shorter one"

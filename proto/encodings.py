@@ -55,7 +55,7 @@ def is_plain(encoding: Encoding) -> bool:
 
 
 def stored_bytes(encoding: Encoding, values: int) -> int:
-    """The bytes of `values` numbers, which must be whole blocks."""
+    """The bytes of `values` numbers, which must be whole blocks, as check() makes sure of for a model."""
     assert values % encoding.block_values == 0
     return values // encoding.block_values * encoding.block_bytes
 
@@ -95,3 +95,23 @@ def upgrade(model: Model) -> None:
         raise ValueError(f"bundles of dtype {layout.old_dtype!r}, known are {', '.join(COMPUTE_DTYPES.values())}")
     layout.parts.extend(parts_of(layout.old_parts, plain(layout.old_dtype)))
     model.compute_dtype = layout.old_dtype
+
+
+def check(model: Model) -> None:
+    """ValueError unless the sizes and names of the record's encodings fit together, as all other code assumes.
+
+    For records from outside: of a store, or of a daemon. A format that is not in DTYPES may be one of a newer version.
+    """
+    layout = model.bundle
+    if model.compute_dtype not in COMPUTE_DTYPES.values():
+        raise ValueError(f"compute dtype {model.compute_dtype!r}, known are {', '.join(COMPUTE_DTYPES.values())}")
+    if not layout.parts:
+        raise ValueError("bundles without parts")
+    for part in layout.parts:
+        block_values = part.encoding.block_values
+        if block_values == 0 or layout.hidden_size % block_values != 0:
+            raise ValueError(
+                f"part {part.name!r} of {layout.hidden_size} values in blocks of {block_values}, not whole blocks"
+            )
+    if layout.bundle_bytes != sum(part_bytes(layout)):
+        raise ValueError(f"bundles of {layout.bundle_bytes} bytes, their parts have {sum(part_bytes(layout))}")

@@ -94,8 +94,8 @@ struct alignas(4096) Header {
     // How many cells the session may lease at once: its share and what it may borrow. It changes as sessions come and
     // go, and the client obeys it at its next ACQUIRE. Within its share a session waits for a slot. Above its share a
     // cell is GRANTED or REFUSED at once, and every cell is REFUSED while some session waits. While the daemon empties
-    // a segment, the limit may be below the share: the client should then hold as few cells as it can, but the cells of
-    // its share are still granted. A session that makes others wait for seconds and gives nothing back is closed.
+    // a segment, the limit may be below the share. The client should then hold as few cells as it can; the daemon still
+    // grants the cells of its share. A session that makes others wait for seconds and gives nothing back is closed.
     std::atomic<uint32_t> lease_limit;
     // Counters of this session. Each is written before the grants that it counts.
     std::atomic<uint64_t> hits;        // acquired cells that were in the pool, or were being read already

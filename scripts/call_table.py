@@ -19,25 +19,25 @@ from flashclient.model.architectures import ARCHITECTURES  # noqa: E402
 
 BEGIN, END = "<!-- scripts/call_table.py begins -->\n", "<!-- scripts/call_table.py ends -->\n"
 TEST = "test_calls.py"
-# What a word on the parameter says more than that it works.
+# What the table says after "works".
 NOTES = {
-    "assistant_early_exit": "for models that can stop at a layer; OPT is refused, as transformers' runs all of them",
+    "assistant_early_exit": "but not with OPT, which always runs all layers",
     "cache_config": "needs cache_implementation='quantized' and the packages of its backend",
-    "cache_implementation": "but 'offloaded', 'offloaded_static' (no GPU) and 'paged' (many requests) are refused",
+    "cache_implementation": "except 'offloaded' and 'offloaded_static' (no GPU), and 'paged' (many requests)",
     "compile_config": "transformers warns that it compiles nothing on a CPU",
-    "custom_generate": "a function; the name of a repository is refused, as its code would run here",
-    "guidance_scale": "in mode predict not together with use_cache=False",
-    "is_causal": "as transformers has it: for prompts",
-    "max_new_tokens": "256 where nothing sets a length",
-    "negative_prompt_ids": "with guidance_scale",
-    "num_assistant_tokens": "1 to 15; transformers itself reads it in the draft's config only",
-    "pad_token_id": "one that is no token is taken for unset in a model's config, and refused where rows need it",
-    "tokenizer": "set where stop_strings, token_healing or a draft need it",
+    "custom_generate": "only a function; the name of a repository is refused, because its code would run here",
+    "guidance_scale": "but in predict mode not together with use_cache=False",
+    "is_causal": "only for prompts, as in transformers",
+    "max_new_tokens": "the default is 256 if no length is set",
+    "negative_prompt_ids": "needs guidance_scale",
+    "num_assistant_tokens": "1 to 15; transformers itself reads it only from the draft's config",
+    "pad_token_id": "an id outside the vocabulary is unset in a model's config, and refused in a call for several rows",
+    "tokenizer": "by default the model's own, where stop_strings, token_healing or a draft needs one",
 }
 
 
 def parameters() -> set[str]:
-    """Of generate(), its config and the forward of every model that can be run."""
+    """Parameters of generate(), its config and the forward() of every architecture that flashclient runs."""
     names: set[str] = set()
     for name in ARCHITECTURES:
         names |= known_arguments(getattr(transformers, name))
@@ -45,7 +45,7 @@ def parameters() -> set[str]:
 
 
 def table() -> str:
-    """One row for each."""
+    """The table, one row per parameter."""
     lines = ["| parameter | | test |", "|---|---|---|"]
     for name in sorted(parameters() | set(CASES), key=lambda one: one.lstrip("_")):
         if name in REFUSED or name in IGNORED:

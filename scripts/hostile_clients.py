@@ -33,11 +33,11 @@ from soaking.hostile_rings import Control
 
 from weightd_proto import weightd_pb2 as pb
 
-USER = 1600  # nobody's
-LOWEST = 19
+USER = 1600  # a user id that no account has
+LOWEST = 19  # the lowest priority, as a nice value
 PR_SET_PDEATHSIG = 1
-THREADS = 12  # that make oversized requests
-UNREAD = 64  # streams
+THREADS = 12  # threads of refused_requests
+UNREAD = 64  # streams whose answers are never read
 Ask = Callable[[Control, bytes], object]
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Write the trained demo models as they ship: bf16, tokenizer, held-out sample, and a card of measured facts each."""
+"""Writes the trained demo models as they ship: bf16 weights, tokenizer, held-out sample, card of measured facts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from train_demo_model import encode
 from transformers import GenerationConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 MODEL, DRAFT = "relu-6m", "relu-draft"
-# The texts that ship are of Python's documentation alone: its licence allows that, with notice (PYTHON_LICENSE.txt).
+# Only texts of Python's documentation ship: its licence allows that, with a notice (PYTHON_LICENSE.txt).
 SAMPLE_PAGES = "doc/python3"
 SAMPLE_BYTES_MAX = 200_000
-# More tokens than `flashclient calibrate` takes.
+# This gives more tokens than `flashclient calibrate` uses.
 CALIBRATION_BYTES_MAX = 300_000
-# Enough held-out pages of all packages for three digits of perplexity.
+# This many held-out tokens of all packages give three digits of perplexity.
 MEASURED_TOKENS_MAX = 400_000
 WHAT = {
     MODEL: "A language model for demos and tests of sparse decoding",
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def excerpt(pages: list[Page], bytes_max: int) -> str:
-    """Whole pages of Python's documentation, as many as fit, by the hash of their names: of all its parts some."""
+    """Whole pages of Python's documentation, as many as fit. They are sorted by a hash, so that all parts occur."""
     text = ""
     for page in sorted(pages, key=lambda page: sha256(page.name.encode()).digest()):
         longer = f"{text}{page.text}\n\n"
@@ -70,7 +70,7 @@ def excerpt(pages: list[Page], bytes_max: int) -> str:
 
 
 def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[str, Any]:
-    """Store the model at `source` in bf16 under `into`; what was measured of it."""
+    """Stores the model at `source` in bf16 under `into`. Returns the measured facts."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source)
     rows = windows(torch.tensor(tokenizer.backend_tokenizer.encode(sample).ids))
     trained: Any = OPTForCausalLM.from_pretrained(source)
@@ -101,7 +101,7 @@ def _ship(source: Path, into: Path, sample: str, held_out: list[Page]) -> dict[s
 
 
 def _sources(pages: list[Page]) -> list[tuple[str, str, float]]:
-    """Package, version and megabytes of text of each root; a root that is no unpacked package stands as it is."""
+    """Package, version and megabytes of text of each root; for a root that is no package, its folder's name."""
     sizes: dict[str, int] = {}
     for page in pages:
         sizes[page.root.name] = sizes.get(page.root.name, 0) + len(page.text.encode(errors="replace"))

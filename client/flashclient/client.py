@@ -232,8 +232,8 @@ def _close_in(owner_pid: int, opened: ExitStack) -> None:
         opened.close()
 
 
-# Turns and finalizer of every open client. weakref's own exit handler does not do: at exit, other threads must be told
-# before any client is closed.
+# Turns and finalizer of every open client. weakref's own exit handler cannot close them: at exit, other threads must be
+# told before any client is closed.
 _open_clients: list[tuple[Turns, weakref.finalize[..., Any]]] = []
 
 

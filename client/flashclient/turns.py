@@ -43,16 +43,16 @@ class Turns:
                 raise FlashClientError("this client is being closed: make a new one")
             try:
                 yield
-            except Exception:  # at exit, what the turn uses is closed under it, which may raise anything
+            except Exception:  # at exit the model is closed while the turn uses it, which may raise anything
                 if self._exiting:
                     raise SystemExit from None
                 raise
 
     @contextmanager
     def last(self) -> Iterator[None]:
-        """The turn in which the model is closed; waits for a generation under way. It may be taken again later.
+        """The turn that closes the model; waits for a running generation. A second close() may take it again.
 
-        In a forked process there is no generation to wait for.
+        A forked process does not wait, because no generation runs in it.
         """
         self._ending = True
         with self._lock if os.getpid() == self._pid else nullcontext():
@@ -94,6 +94,6 @@ class Turns:
             time.sleep(EXIT_CHECK_S)
 
     def _others_in_pass(self) -> bool:
-        """An interrupted pass leaves its thread noted, but that thread has mostly ended."""
+        """Whether other threads are in a pass. An interrupted pass stays noted, so ended threads do not count."""
         alive = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
         return not alive.isdisjoint(self._in_pass)

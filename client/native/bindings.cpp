@@ -152,7 +152,7 @@ void bind_session(nb::module_& m) {
             "counters",
             [](Session& session) {
                 const nb::gil_scoped_release released;
-                const flashclient::Counters counted = used<&Session::counters>(session);
+                const flashclient::SessionCounters counted = used<&Session::counters>(session);
                 return std::make_tuple(counted.hits, counted.misses, counted.read_bytes);
             },
             "hits, misses and bytes read from flash, of this session and of those that it replaced")

@@ -313,9 +313,9 @@ void bind_attention(nb::module_& module) {
 // ---- predictors ----
 
 // The predictor reads the arrays in place, so it holds references to them.
-struct LowRank : LowRankPredictor {
-    LowRank(Workers& workers, Dtype dtype, const Weight& input, const Weight& output, const Bias& bias,
-            const std::optional<Bias>& scale, const char* instruction_set)
+struct LowRankArrays : LowRankPredictor {
+    LowRankArrays(Workers& workers, Dtype dtype, const Weight& input, const Weight& output, const Bias& bias,
+                  const std::optional<Bias>& scale, const char* instruction_set)
         : LowRankPredictor(workers, dtype, matrix_of(input, dtype), matrix_of(output, scale ? Dtype::i8 : dtype),
                            bias.data(), scale ? scale->data() : nullptr, instruction_set),
           held(input, output, bias, scale) {}
@@ -342,12 +342,13 @@ nb::object predict(const Predictor& predictor, const Input& x) {
     return nb::make_tuple(owned_array(std::move(prediction.positions)), owned_array(std::move(prediction.row_masks)));
 }
 
-void make_low_rank(LowRank* self, Workers& workers, const std::string& dtype, const Weight& input, const Weight& output,
-                   const Bias& bias, const std::optional<Bias>& scale, const InstructionSet& instruction_set) {
+void make_low_rank(LowRankArrays* self, Workers& workers, const std::string& dtype, const Weight& input,
+                   const Weight& output, const Bias& bias, const std::optional<Bias>& scale,
+                   const InstructionSet& instruction_set) {
     require(input.shape(0) == output.shape(1), "input must be [rank, hidden_size] and output [neurons, rank]");
     require(aligned(bias, "bias").shape(0) == output.shape(0), "there must be a bias per neuron");
     static_cast<void>(data_of(scale, output.shape(0), "there must be a scale per neuron"));
-    new (self) LowRank(workers, dtype_of(dtype), input, output, bias, scale, name_of(instruction_set));
+    new (self) LowRankArrays(workers, dtype_of(dtype), input, output, bias, scale, name_of(instruction_set));
 }
 
 void make_sign(Sign* self, Workers& workers, const Sign::Signs& signs, size_t hidden_size, const Sign::Margin& margin,
@@ -364,7 +365,7 @@ void bind_predictors(nb::module_& module) {
              nb::sig("def predict(self, x: NDArray[numpy.float32]) -> tuple[NDArray[numpy.uint32], "
                      "NDArray[numpy.uint16]]"),
              "x [tokens, hidden] -> positions, rising, and which rows want each (bit t: row t).");
-    nb::class_<LowRank, Predictor>(module, "LowRankPredictor")
+    nb::class_<LowRankArrays, Predictor>(module, "LowRankPredictor")
         .def("__init__", &make_low_rank, "workers"_a, "dtype"_a, "input"_a.noconvert(), "output"_a.noconvert(),
              "bias"_a.noconvert(), "scale"_a.noconvert() = nb::none(), "instruction_set"_a = nb::none(),
              nb::keep_alive<1, 2>());

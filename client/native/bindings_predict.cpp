@@ -37,7 +37,7 @@ constexpr uint32_t WINDOW_TOKENS_MAX = 4096;  // far below what the window's cou
 struct PythonCells : CellSource {
     NB_TRAMPOLINE(CellSource, 5);
     using Cells = std::vector<uint32_t>;
-    uint32_t share_cells() override { NB_OVERRIDE_PURE(share_cells); }
+    uint32_t share_slots() override { NB_OVERRIDE_PURE(share_slots); }
     uint32_t lease_limit() override { NB_OVERRIDE_PURE(lease_limit); }
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
         NB_OVERRIDE_PURE(exchange, layer, acquire, release);
@@ -51,7 +51,7 @@ void bind_cell_source(nb::module_& m) {
     nb::class_<CellSource, PythonCells>(m, "CellSource",
                                         "Where predict mode leases cells one by one; subclasses define all methods.")
         .def(nb::init<>())
-        .def("share_cells", &CellSource::share_cells, Release(), "Cells that may always be leased at once; at least 1.")
+        .def("share_slots", &CellSource::share_slots, Release(), "Cells that may always be leased at once; at least 1.")
         .def("lease_limit", &CellSource::lease_limit, Release(),
              "Cells that may be leased at once now: the share, and what may be borrowed above it.")
         .def("exchange", &CellSource::exchange, "layer"_a, "acquire"_a, "release"_a, Release(),
@@ -110,6 +110,7 @@ std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer,
     const Predictor& predictor = step.predictor(layer);
     require(aligned(x, "x").shape(1) == predictor.hidden(), "x must be [tokens, hidden_size]");
     require(x.shape(0) <= flashclient::TOKENS_MAX, "a step has at most 16 tokens");
+    require(columns > 0 && x.shape(0) % columns == 0, "the rows of x must be whole sequences of `columns` tokens");
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
     require(!bias || aligned(*bias, "bias").shape(0) == predictor.neurons(), "there must be a bias per neuron");
     const float* biases = bias ? bias->data() : nullptr;

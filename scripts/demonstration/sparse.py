@@ -19,10 +19,9 @@ from weightd.store.store import Store
 MODELS = Path(__file__).parents[1] / "models"
 MODEL, DRAFT = "relu-6m", "relu-draft"
 PROMPT = "The function returns a list of"
-# Logits in bf16 have ties, which a check of several tokens at once may break differently than single steps do. In fp32
-# the draft changes no token.
+# The dtype of the import. A draft changes no greedy text in any dtype (tests/flashclient/generation/test_rows.py).
 DTYPE = "fp32"
-# Without it, such a small model soon repeats one phrase, and the window always holds what the next token needs.
+# Without a penalty such a small model soon repeats one phrase. The window then always holds what the next token wants.
 REPETITION_PENALTY = 1.2
 # Calibration takes seconds. The shares that it measures are accurate to one percentage point.
 CALIBRATION_TOKENS = 16384

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import flashclient
-from flashclient.calibration.predictor_training import Prediction
+from flashclient.calibration.predictor_training import ReferencePredictor
 from flashclient.model.architectures import architecture_of
 from flashclient.model.predictor_file import UNION_TOKENS_MAX
 
@@ -72,7 +72,7 @@ def as_planned(shares: Shares, planned: Mapping[str, float]) -> bool:
 
 def _shares(x: Tensor, checkpoint: Path, index: Mapping[str, str], prefix: str, number: int) -> Shares:
     planted = load_file(checkpoint / PLANTED_FOLDER / f"layer-{number:03}.safetensors")
-    wanted = Prediction(planted_predictor(planted), planted["input"].dtype).wanted(x)
+    wanted = ReferencePredictor(planted_predictor(planted), planted["input"].dtype).wanted(x)
     with ExitStack() as opened:
 
         def tensor(name: str) -> Tensor:

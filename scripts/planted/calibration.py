@@ -1,7 +1,7 @@
-"""The calibration of a planted model: known by construction, so nothing is trained.
+"""Publishes the calibration of a planted model. It is known by construction, so nothing is trained.
 
-Training predictors for a model of 6.7 billion parameters takes hours on two cores; a planted model's are the factors
-that were planted, with the thresholds that were set when it was made.
+Training predictors for a model of 6.7 billion parameters takes hours on two cores. A planted model's predictors are the
+planted factors, with the thresholds that were set when the model was made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUT_S = 60.0
 
 
 def read_plan(checkpoint: Path) -> dict[str, Any]:
-    """What make_planted_model wrote of the checkpoint. Raises OSError where it was not made by it."""
+    """The plan that make_planted_model wrote. Raises OSError if the checkpoint is not a planted model."""
     plan: dict[str, Any] = json.loads((checkpoint / PLANTED_FOLDER / PLAN_FILE).read_text())
     return plan
 
@@ -50,7 +50,11 @@ def publish_planted(checkpoint: Path, name: str, address: str) -> weightd_pb2.Ca
 def write_calibration(
     checkpoint: Path, model: weightd_pb2.Model, placements: Sequence[NDArray[np.uint32]], folder: Path
 ) -> None:
-    """The three files of flashclient.model.predictor_file; `placements` [neurons] by position, for each layer."""
+    """Writes the three files of a calibration (flashclient.model.predictor_file) into `folder`.
+
+    Args:
+        placements: for each layer its neurons, by position.
+    """
     plan = read_plan(checkpoint)
     predictors: list[LowRank] = []
     statistics: dict[str, NDArray[Any]] = {}
@@ -69,12 +73,12 @@ def write_calibration(
 
 
 def planted_predictor(tensors: Mapping[str, torch.Tensor]) -> LowRank:
-    """The predictor of one layer, from its file: `input`, `output` and `bias`, in order of the neurons or placed."""
+    """The predictor of one layer from its tensors `input`, `output` and `bias`; the order of their rows is kept."""
     return quantized(_bits(tensors["input"]), tensors["output"].float().numpy(), tensors["bias"].numpy())
 
 
 def _bits(matrix: torch.Tensor) -> NDArray[np.uint16]:
-    """Of 16-bit floats."""
+    """The bits of a matrix of 16-bit floats."""
     bits: NDArray[np.uint16] = matrix.contiguous().view(torch.uint16).numpy()
     return bits
 

@@ -1,17 +1,18 @@
 """Layers of a planted model: random weights around FFNs whose firing follows a plan.
 
-How a neuron's firing is planted. An FFN's input x is a normalised residual stream, nearly Gaussian with unit variance
-per coordinate. A subspace of low rank is drawn per layer and a unit direction v in it per neuron. The neuron's row is
+An FFN's input x is a normalised residual stream, nearly Gaussian with unit variance per coordinate. For each layer a
+subspace of low rank is drawn, and for each neuron a unit direction v in it. The neuron's row is
 
     correlation * (v through the subspace) + sqrt(1 - correlation^2) * noise
 
-so that row . x has unit variance, and the score v . (subspace x), which is all that the predictor sees, correlates with
-it as planned. Thresholds make shares of these: fc1's bias in OPT; in Llama, which has none, a coordinate that is the
-same positive number in every embedding, to which no layer adds, and the gate row's weight for it.
+So row . x has unit variance. The predictor sees only the score v . (subspace x), which correlates with row . x as
+planned. Thresholds on both give the planned shares of firing and predicted neurons. In OPT, fc1's bias is a neuron's
+threshold. Llama has no bias, so one coordinate has the same positive value in every embedding, and no layer adds to it.
+The gate row's weight for this coordinate is the threshold.
 
-So that tokens stay independent and x keeps its distribution through all layers, what attention and FFN add is small
-beside the embeddings. The thresholds are nevertheless set on what random tokens do when they are run through the very
-layers that are written, and what they give is measured on other tokens.
+Attention and FFN add little to the embeddings, so tokens stay independent and x keeps its distribution through all
+layers. The thresholds are still set on measurements: random tokens are run through the layers that are written. The
+resulting shares are measured on other tokens.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from torch.nn import functional
 from planted.plan import LayerPlan, Shape, normal_quantile, plan_layer
 from planted.shares import Shares, shares_of
 
-ADDED = 0.05  # what attention or FFN of one layer adds, beside an embedding of 1 per coordinate
-POSITION = 0.1  # a position's embedding, likewise
-SEQUENCE_TOKENS = 256
-SEQUENCES = 5  # thresholds are set on all but the last, which checks them
-BANK_NUMBERS = (1 << 24) + 43  # odd, so rows that reuse a number have it in another column
-SLICE_ROWS = 1024  # made at a time: bounds the fp32 copies
+ADDED = 0.05  # deviation of what one attention or FFN adds per coordinate; that of the embeddings is 1
+POSITION = 0.1  # deviation of the position embeddings per coordinate
+SEQUENCE_TOKENS = 256  # tokens of each sequence of the sample
+SEQUENCES = 5  # sequences of the sample: the last checks the thresholds, which are set on the others
+BANK_NUMBERS = (1 << 24) + 43  # numbers in the bank of noise; odd, so rows that reuse one have it in another column
+SLICE_ROWS = 1024  # rows made at a time, which bounds the fp32 copies
 ROPE_THETA = 10000.0
 NORM_EPSILON = {"opt": 1e-5, "llama": 1e-6}
-TOKENS_SPECIAL = 16  # ids below are never drawn
+TOKENS_SPECIAL = 16  # token ids below this one are never drawn
 
 
 class Noise:
-    """Gaussian matrices, cheaply: consecutive pieces of one bank of numbers, from a new place for each matrix."""
+    """Makes Gaussian matrices cheaply: from consecutive numbers of one bank, beginning at a random place for each."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -49,7 +50,7 @@ class Noise:
         self._dtype = dtype
 
     def matrix(self, rows: int, columns: int, deviation: float) -> Tensor:
-        """[rows, columns] in the model's dtype."""
+        """A matrix [rows, columns] in the model's dtype."""
         matrix = torch.empty(rows * columns, dtype=self._dtype)
         place = int(torch.randint(BANK_NUMBERS, (), generator=self._generator))
         filled = 0
@@ -62,7 +63,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class LowRankPredictor:
-    """By neuron. Wanted where output . (input . x) + bias > 0."""
+    """A predictor of one layer: neurons are wanted where output . (input . x) + bias > 0."""
 
     input: Tensor  # [rank, hidden_size]
     output: Tensor  # [neurons, rank]
@@ -71,7 +72,7 @@ class LowRankPredictor:
 
 @dataclass(frozen=True)
 class Measured:
-    """Shares in the sequence that set no threshold, and what was planned."""
+    """The plan of a layer, and the shares measured in the sequence that set no threshold."""
 
     plan: LayerPlan
     shares: Shares
@@ -81,7 +82,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class PlantedLayer:
-    """Tensors by name below the layer's own, the predictor, and what was measured."""
+    """A layer: its tensors by their names within the layer, its predictor, and what was measured."""
 
     tensors: dict[str, Tensor]
     predictor: LowRankPredictor
@@ -89,7 +90,9 @@ class PlantedLayer:
 
 
 class PlantedModel:
-    """The model's tensors in order: `outside()`, then each layer once. Holds a bank of noise and a few sequences.
+    """Makes the model's tensors: call outside() first, then iterate over layers() once.
+
+    Holds a bank of noise and a few sequences.
 
     Args:
         seed: the same seed gives the same model.
@@ -122,7 +125,7 @@ class PlantedModel:
         return self._typed(names | final)
 
     def layers(self) -> Iterator[PlantedLayer]:
-        """Each layer, made when it is asked for."""
+        """Yields each layer. A layer is made when it is requested."""
         for index in range(self.shape.layers):
             plan = plan_layer(self.shape, index, self._random)
             attention = self._attention()
@@ -144,7 +147,7 @@ class PlantedModel:
         output = "out" if opt else "o"
         tensors[f"self_attn.{output}_proj.weight"] = self._noise.matrix(size, size, ADDED * size**-0.5)
         if not opt:
-            tensors["self_attn.o_proj.weight"][0] = 0  # the constant coordinate
+            tensors["self_attn.o_proj.weight"][0] = 0  # nothing is added to the constant coordinate
         norms = ("self_attn_layer_norm", "final_layer_norm") if opt else ("input_layernorm", "post_attention_layernorm")
         tensors |= {f"{norm}.weight": torch.ones(size) for norm in norms}
         if opt:
@@ -175,7 +178,7 @@ class PlantedModel:
         return x.view(*x.shape[:2], self.shape.heads, -1).transpose(1, 2)
 
     def _ffn(self, plan: LayerPlan) -> tuple[dict[str, Tensor], LowRankPredictor, Measured]:
-        """Makes an FFN, adds it to the stream."""
+        """Makes an FFN and adds its output to the stream."""
         x = self._normalised().flatten(0, 1)  # [all tokens, hidden_size]
         subspace, directions = self._low_rank()
         rows = self._planted_rows(subspace, directions, plan.correlation)
@@ -195,7 +198,7 @@ class PlantedModel:
         return tensors, LowRankPredictor(subspace, directions, wanted_bias), measured
 
     def _rest_of_ffn(self, x: Tensor, fired: Tensor, rows: Tensor, bias: Tensor) -> dict[str, Tensor]:
-        """The tensors of the FFN; its output, scaled to add ADDED, goes into the stream. fired: [tokens, neurons]."""
+        """The tensors of the FFN. Adds its output, scaled to ADDED, to the stream. fired: [tokens, neurons]."""
         size, width = self.shape.hidden_size, self.shape.ffn_size
         if self.shape.family == "opt":
             tensors = {"fc1.weight": rows, "fc1.bias": bias, "fc2.bias": torch.zeros(size)}
@@ -220,7 +223,7 @@ class PlantedModel:
         return subspace, functional.normalize(directions).to(self._dtype)
 
     def _planted_rows(self, subspace: Tensor, directions: Tensor, correlation: float) -> Tensor:
-        """[neurons, hidden_size] in the model's dtype."""
+        """The neurons' rows [neurons, hidden_size] in the model's dtype."""
         noise = sqrt((1 - correlation**2) / self.shape.hidden_size)
         rows = self._noise.matrix(self.shape.ffn_size, self.shape.hidden_size, noise)
         seen = subspace.float() * correlation
@@ -233,12 +236,12 @@ class PlantedModel:
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., columns] times weight [rows, columns], in bf16 for speed, as fp32."""
+    """Multiplies x [..., columns] by weight [rows, columns] in bf16, for speed. Returns fp32."""
     return (x.to(torch.bfloat16) @ weight.to(torch.bfloat16).T).float()
 
 
 def rotated(x: Tensor) -> Tensor:
-    """Rotary positions as Llama's. x: [sequences, heads, tokens, head_size]."""
+    """Applies Llama's rotary embeddings. x: [sequences, heads, tokens, head_size]."""
     half = x.shape[-1] // 2
     frequencies = ROPE_THETA ** (-torch.arange(half) / half)
     angles = torch.outer(torch.arange(x.shape[2]), frequencies)  # [tokens, half]
@@ -250,8 +253,9 @@ def rotated(x: Tensor) -> Tensor:
 def thresholds(values: Tensor, shares: NDArray[np.float64]) -> Tensor:
     """[neurons] fp32 such that values + threshold is above 0 for these shares of the tokens.
 
-    Each neuron's comes from its own mean, the layer's deviation and the normal distribution, because a few thousand
-    tokens say too little of a neuron that fires for one in a thousand; one shift then makes the layer's mean exact.
+    Each neuron's threshold comes from its own mean, the layer's deviation and the normal distribution. Its own
+    quantile would be inaccurate, because a neuron may fire for one token in a thousand, and there are only a few
+    thousand. Then all thresholds are shifted by one number, so that the layer's mean share is exact.
 
     Args:
         values: [all tokens, neurons] fp32; the last sequence is left out.
@@ -266,7 +270,7 @@ def thresholds(values: Tensor, shares: NDArray[np.float64]) -> Tensor:
 
 
 def measure(plan: LayerPlan, fired: Tensor, wanted: Tensor) -> Measured:
-    """`fired` and `wanted`: [all tokens, neurons] bool."""
+    """Counts the shares. `fired` and `wanted`: [all tokens, neurons] bool."""
     return Measured(
         plan=plan,
         shares=shares_of(fired[-SEQUENCE_TOKENS:].numpy(), wanted[-SEQUENCE_TOKENS:].numpy()),

@@ -1,11 +1,13 @@
 """The plan of a planted model: its shape, and how often its neurons fire.
 
-The published statistics (arXiv 2312.11514 v3, sections 3 and 4, and appendix; OPT-6.7B): 10 % of the neurons predicted
-per token while 3.3 % fire, 5 % of those that fire missed; the union of four tokens' sets is 24 % of the neurons and
-2.4 % are new per token; firing rises from 1.56 % in the first layer over 2.66 % to 5.36 % in the last.
+The statistics are published in arXiv 2312.11514 v3 (sections 3 and 4, and appendix) for OPT-6.7B. Per token 10 % of the
+neurons are predicted and 3.3 % fire. The predictor misses 5 % of those that fire. The union of four tokens' predicted
+sets is 24 % of the neurons, and 2.4 % of the neurons are new per token. 1.56 % of the neurons fire in the first layer,
+2.66 % in the middle one and 5.36 % in the last.
 
-A neuron's predicted share is drawn from a Beta distribution and tokens are independent given it. Beta(0.153, 1.377) has
-2.2 % new after four tokens, Beta(0.222, 2.002) 2.7 %: the one taken lies between.
+A neuron's predicted share is drawn from a Beta distribution; tokens are independent given the share. With
+Beta(0.153, 1.377), 2.2 % of the neurons are new after four tokens, with Beta(0.222, 2.002) 2.7 %. The distribution used
+lies between the two.
 """
 
 from __future__ import annotations
@@ -31,15 +33,15 @@ PUBLISHED = {
     "false_positives": 0.07,
     "union_4": 0.24,
     "new_per_token": 0.024,
-    "skew": 0.17,  # neurons that make 80 % of the activations
+    "skew": 0.17,  # share of the neurons that make 80 % of the activations
 }
 _QUADRATURE = 400
-_SHARES_MIN = 1e-7  # a threshold further out than five deviations is never passed in a run
+_SHARES_MIN = 1e-7  # the least share: its threshold is five deviations out, and no token of a run exceeds it
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a planted model; `family` as transformers spells model_type."""
+    """Sizes of a planted model. `family` is transformers' model_type."""
 
     family: str
     hidden_size: int
@@ -51,11 +53,11 @@ class Shape:
 
     @property
     def rank(self) -> int:
-        """Of the predictors: the paper's 128 at hidden size 4096, in proportion below (1.25 % of the model)."""
+        """The rank of the predictors: 128 at hidden size 4096, as in the paper, and in proportion below."""
         return max(32, self.hidden_size // 32)
 
     def config(self, dtype: str) -> dict[str, Any]:
-        """config.json."""
+        """The content of config.json."""
         shared: dict[str, Any] = {
             "model_type": self.family,
             "hidden_size": self.hidden_size,
@@ -100,14 +102,14 @@ class LayerPlan:
 
 
 def plan_layer(shape: Shape, layer: int, random: np.random.Generator) -> LayerPlan:
-    """Draws the shares of a layer's neurons; the correlation is solved so that FALSE_NEGATIVES are missed."""
+    """Draws the shares of a layer's neurons. Solves for the correlation at which FALSE_NEGATIVES are missed."""
     predicted = _stratified_beta(shape.ffn_size, random)
     firing = predicted * (firing_mean(layer, shape.layers) / PREDICTED_MEAN)
     return LayerPlan(predicted, firing, _correlation(predicted, firing))
 
 
 def firing_mean(layer: int, layers: int) -> float:
-    """Through the three published layers: a line, then a root, so that the mean is the published 3.3 %."""
+    """The share of neurons that fire in `layer`. The curve meets the three published layers and the mean of 3.3 %."""
     depth = layer / max(1, layers - 1)
     if depth <= 0.5:
         return FIRING_FIRST + 2 * depth * (FIRING_MIDDLE - FIRING_FIRST)
@@ -115,35 +117,35 @@ def firing_mean(layer: int, layers: int) -> float:
 
 
 def new_share(predicted: NDArray[np.float64], window: int) -> float:
-    """Of the neurons: wanted by a token and by none of the `window` tokens before it."""
+    """The share of neurons that a token wants and none of the `window` tokens before it."""
     return float((predicted * (1 - predicted) ** window).mean())
 
 
 def union_share(predicted: NDArray[np.float64], tokens: int) -> float:
-    """Of the neurons: wanted by at least one of `tokens` tokens."""
+    """The share of neurons that at least one of `tokens` tokens wants."""
     return float((1 - (1 - predicted) ** tokens).mean())
 
 
 def skew_share(predicted: NDArray[np.float64]) -> float:
-    """Of the neurons, the busiest first: those that make BUSIEST_SHARE of all activations."""
+    """The share of neurons, the busiest first, that make BUSIEST_SHARE of all activations."""
     made = np.cumsum(np.sort(predicted)[::-1])
     return float((np.searchsorted(made, BUSIEST_SHARE * made[-1]) + 1) / len(predicted))
 
 
 def _stratified_beta(count: int, random: np.random.Generator) -> NDArray[np.float64]:
-    """`count` draws in random order whose distribution is even: every 64th of many sorted ones."""
+    """`count` draws in random order: every 64th of many sorted draws, so they follow the distribution evenly."""
     many = np.sort(random.beta(BETA_A, BETA_B, count * 64))[32::64]
     return random.permutation(np.clip(many, _SHARES_MIN, 1 - 1e-4))
 
 
 def normal_quantile(shares: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Where the standard normal distribution has `shares` of itself above."""
+    """The values above which the standard normal distribution has `shares` of its mass."""
     quantile: NDArray[np.float64] = -torch.special.ndtri(torch.from_numpy(shares)).numpy()
     return quantile
 
 
 def _correlation(predicted: NDArray[np.float64], firing: NDArray[np.float64]) -> float:
-    """By bisection: the more the predictor sees, the less it misses."""
+    """Finds the correlation by bisection: the higher it is, the less the predictor misses."""
     some = np.argsort(predicted)[:: max(1, len(predicted) // 256)]
     low, high = 0.0, 1.0
     for _ in range(30):
@@ -154,7 +156,7 @@ def _correlation(predicted: NDArray[np.float64], firing: NDArray[np.float64]) ->
 
 
 def _missed(predicted: NDArray[np.float64], firing: NDArray[np.float64], correlation: float) -> float:
-    """Share of the firing that the predictor misses, integrated over its score from far below to its threshold."""
+    """The share of firings that the predictor misses: an integral over its score, from far below to its threshold."""
     predictor_at, fires_at = normal_quantile(predicted)[:, None], normal_quantile(firing)[:, None]
     steps = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
     score = -8 + steps * (predictor_at + 8)  # [neurons, steps]

@@ -1,4 +1,4 @@
-"""What the published statistics count, of one layer and a sequence of tokens."""
+"""Counts the published statistics in one layer, over a sequence of tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from flashclient.calibration.firing import PackedBits, unions
 from flashclient.calibration.predictor_training import PairCounts
 
-WINDOW = 4  # the paper's
+WINDOW = 4  # tokens of the paper's window
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Shares:
     """Means over the tokens.
 
     Attributes:
-        firing, predicted: of the neurons.
-        false_negatives: of those that fire, not predicted.
-        false_positives: of those that do not fire, predicted.
-        union: of the neurons, in the predicted sets of k tokens in a row, k from 1.
-        new_per_token: of the neurons, predicted for a token and for none of the four before it.
+        firing, predicted: shares of the neurons that fire and that are predicted.
+        false_negatives: the share of the neurons that fire which is not predicted.
+        false_positives: the share of the neurons that do not fire which is predicted.
+        union: the shares of the neurons that are predicted for at least one of k tokens in a row, k from 1.
+        new_per_token: the share of the neurons that is predicted for a token and for none of the four before it.
     """
 
     firing: float
@@ -36,7 +36,7 @@ class Shares:
 
 
 def shares_of(fires: NDArray[np.bool_], wants: NDArray[np.bool_]) -> Shares:
-    """Both [tokens, neurons], tokens in order and more than UNION_TOKENS_MAX."""
+    """Counts the shares. Both are [tokens, neurons], with tokens in order, and more of them than UNION_TOKENS_MAX."""
     counts = PairCounts()
     counts.add(torch.from_numpy(fires), torch.from_numpy(wants))
     predicted = PackedBits(*wants.shape)

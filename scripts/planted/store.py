@@ -33,13 +33,13 @@ class PlantedStore:
 
     @property
     def model_bytes(self) -> int:
-        """All weights: FFNs and resident part."""
+        """Bytes of all weights: FFNs and resident part."""
         record = self.record
         return record.bundles_file_bytes + record.resident_file_bytes
 
     @property
     def least_bytes(self) -> int:
-        """Of DRAM to serve it to several sessions; half of a small model is not enough."""
+        """The least DRAM for several sessions. For a small model it is more than half of the model."""
         return demand_of(self.record).minimum_bytes + POOL_BYTES
 
 

@@ -33,7 +33,7 @@ WORDS_OFFSET = REQUESTS_OFFSET + REQUESTS * 32
 ACQUIRE, RELEASE, PREFETCH = 1, 2, 3
 CELLS, RANGES = 1, 2
 FUTEX_WAIT, FUTEX = 0, {"x86_64": 202, "aarch64": 98}
-HERD = 400  # threads
+HERD = 400  # threads of futex_herd
 STEP = 128  # cells at once
 ANSWER_S = 10.0
 RINGS_KEPT = 600
@@ -188,7 +188,7 @@ def ring_hoarder(target: Target) -> None:
 
 
 def futex_herd(target: Target) -> None:
-    """Lets many threads wait for its doorbell, and acquires one cell after another."""
+    """Lets many threads wait on its ring's futex `bell`, and acquires one cell after another."""
     control, libc = Control(target), ctypes.CDLL(None, use_errno=True)
     threading.stack_size(1 << 16)
 

@@ -244,11 +244,11 @@ def ring_source(client: FlashClient) -> RingSource:
 
 def lease_a_share(client: FlashClient) -> None:
     leases = ring_source(client).leases
-    leases.exchange(0, list(range(leases.share_cells())), [])
+    leases.exchange(0, list(range(leases.share_slots())), [])
     granted = 0
     while arrived := leases.arrived():
         granted += sum(address != 0 for _, address in arrived)
-    assert granted == leases.share_cells()
+    assert granted == leases.share_slots()
 
 
 def mapped(name: str) -> set[str]:

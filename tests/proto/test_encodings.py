@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from repository import ROOT
 from weightd_proto.encodings import (
     COMPUTE_DTYPES,
     DTYPES,
+    check,
     fill_old_fields,
     formats_of,
     is_plain,
@@ -92,3 +94,30 @@ def test_records_without_bundles_stay_without() -> None:
     model = Model(name="m")
     upgrade(model)
     assert model == Model(name="m")
+
+
+def quantised_model() -> Model:
+    layout = BundleLayout(hidden_size=512, bundle_bytes=3 * 288, parts=parts_of(("gate", "up", "down"), Q4_K))
+    return Model(name="m", compute_dtype="BF16", bundle=layout)
+
+
+def test_a_record_whose_encodings_fit_is_accepted() -> None:
+    check(quantised_model())
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda model: model.bundle.ClearField("parts"), "bundles without parts"),
+        (lambda model: model.bundle.parts[1].ClearField("encoding"), "'up' of 512 values in blocks of 0"),
+        (lambda model: setattr(model.bundle, "hidden_size", 500), "'gate' of 500 values in blocks of 256"),
+        (lambda model: setattr(model.bundle, "bundle_bytes", 863), "bundles of 863 bytes, their parts have 864"),
+        (lambda model: setattr(model, "compute_dtype", ""), "compute dtype '', known are F32, BF16, F16"),
+        (lambda model: setattr(model, "compute_dtype", "I8"), "compute dtype 'I8'"),
+    ],
+)
+def test_a_record_whose_encodings_do_not_fit_is_refused(damage: Callable[[Model], object], text: str) -> None:
+    model = quantised_model()
+    damage(model)
+    with pytest.raises(ValueError, match=text):
+        check(model)

@@ -168,3 +168,31 @@ def test_the_architecture_is_one_page_that_names_every_folder() -> None:
     folders |= {path.parent.name for top in NATIVE for path in (ROOT / top / "native").glob("*/*")}
     missing = {name for name in folders if not re.search(rf"`[^`]*\b{name}/`", text)}
     assert not missing
+
+
+# Names that mean the same thing on both sides (a Session has two ends), or in a message and in the code that reads it.
+SHARED_NAMES = {
+    "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model", "ReadQueue",
+    "Session",
+}  # fmt: skip
+CLASS = re.compile(r"^(?:class|struct|enum(?: class)?) (\w+)(?: final)?(?: : [^;{]*)?\s*\{", re.MULTILINE)
+
+
+def defined_classes() -> Iterator[tuple[str, str]]:
+    """Classes of the product and the file, without its suffix, that defines each. Not those inside of another."""
+    for folder in (*FOLDERS.values(), ROOT / "proto"):
+        for path in folder.rglob("*.py"):
+            names = (node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef))
+            yield from ((name, str(path.with_suffix(""))) for name in names)
+    for folder in (ROOT / "weightd" / "native", ROOT / "client" / "native", ROOT / "proto"):
+        for path in (*folder.rglob("*.h"), *folder.rglob("*.cpp")):
+            yield from ((name, str(path.with_suffix(""))) for name in CLASS.findall(path.read_text()))
+    messages = re.findall(r"^message (\w+)", (ROOT / "proto" / "weightd.proto").read_text(), re.MULTILINE)
+    yield from ((name, "weightd.proto") for name in messages)
+
+
+def test_a_class_name_means_one_thing() -> None:
+    where: dict[str, set[str]] = {}
+    for name, path in defined_classes():
+        where.setdefault(name, set()).add(path)
+    assert {name: paths for name, paths in where.items() if len(paths) > 1 and name not in SHARED_NAMES} == {}

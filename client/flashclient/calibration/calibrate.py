@@ -26,7 +26,7 @@ from flashclient.calibration.firing import PackedBits, unions
 from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, layer_walk
 from flashclient.calibration.predictor_training import (
     Examples,
-    Prediction,
+    ReferencePredictor,
     constant_predictor,
     measure,
     sign_predictor,
@@ -134,7 +134,7 @@ class _Run:
         choosing, testing = examples.select(self._choosing), examples.select(self._testing)
         signs = sign_predictor(weights.rows[0], choosing, self._recall)
         predictor = signs if self._options.kind == "sign" else self._train(weights, examples, choosing)
-        prediction = Prediction(predictor, self._dtype)
+        prediction = ReferencePredictor(predictor, self._dtype)
         self._advance_predicted(index, weights, prediction)
         wanted = _wanted(prediction, examples)
         return CalibratedLayer(
@@ -157,7 +157,7 @@ class _Run:
             self._hidden[row] = self._walk.step(index, hidden, _Recorded(weights, x, bits, row * length))
         return Examples(x, bits)
 
-    def _advance_predicted(self, index: int, weights: LayerWeights, prediction: Prediction) -> None:
+    def _advance_predicted(self, index: int, weights: LayerWeights, prediction: ReferencePredictor) -> None:
         def feed_forward(rows: Tensor) -> Tensor:
             return weights.sum(weights.neurons(rows) * prediction.wanted(rows))
 
@@ -217,7 +217,7 @@ class _Recorded:
         return self.weights.sum(fired)
 
 
-def _wanted(prediction: Prediction, examples: Examples) -> PackedBits:
+def _wanted(prediction: ReferencePredictor, examples: Examples) -> PackedBits:
     bits = PackedBits(len(examples.x), examples.fired.neurons)
     first = 0
     for x, _ in examples.blocks():

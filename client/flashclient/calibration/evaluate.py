@@ -19,7 +19,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from flashclient.calibration.layer_walk import LayerWeights, layer_walk, read_parts
-from flashclient.calibration.predictor_training import PairCounts, Prediction, Rates
+from flashclient.calibration.predictor_training import PairCounts, Rates, ReferencePredictor
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.architectures import architecture_of
 from flashclient.model.build import resident_tensors
@@ -203,7 +203,7 @@ def layer_rates(loaded: LoadedModel, predictors: list[Predictor], sequences: Ten
     with layer_walk(loaded, sequences[:1]) as walk:
         hidden = [walk.embed(ids) for ids in sequences[:, None]]
         for index, predictor in enumerate(predictors):
-            counted = _Counted(walk.weights(index), Prediction(predictor, dtype), PairCounts())
+            counted = _Counted(walk.weights(index), ReferencePredictor(predictor, dtype), PairCounts())
             hidden = [walk.step(index, one, counted) for one in hidden]
             rates.append(counted.counts.rates())
     return rates
@@ -214,7 +214,7 @@ class _Counted:
     """A dense FFN that compares the neurons that fire with those predicted."""
 
     weights: LayerWeights
-    prediction: Prediction
+    prediction: ReferencePredictor
     counts: PairCounts
 
     def __call__(self, rows: Tensor) -> Tensor:

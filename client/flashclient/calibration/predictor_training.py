@@ -91,7 +91,7 @@ class PairCounts:
         )
 
 
-class Prediction:
+class ReferencePredictor:
     """A predictor computed by torch: the reference for the kernels.
 
     Args:
@@ -141,7 +141,7 @@ def _stored(matrix: Tensor, dtype: torch.dtype) -> NDArray[Any]:
 
 def measure(predictor: Predictor, dtype: torch.dtype, examples: Examples) -> Rates:
     """The rates of `predictor` on `examples`."""
-    prediction = Prediction(predictor, dtype)
+    prediction = ReferencePredictor(predictor, dtype)
     counts = PairCounts()
     for x, fired in examples.blocks():
         counts.add(fired, prediction.wanted(x))
@@ -283,8 +283,8 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
 
 
 def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_out: Examples, recall: float) -> Predictor:
-    """`predictor` with thresholds in its bias or margin. At least one neuron fired in `held_out`."""
-    prediction = Prediction(predictor, dtype)
+    """`predictor` with thresholds in its bias or margin. In `held_out`, at least one neuron must have fired."""
+    prediction = ReferencePredictor(predictor, dtype)
     neurons, found = [], []
     for x, fired in held_out.blocks():
         places = fired.nonzero(as_tuple=True)

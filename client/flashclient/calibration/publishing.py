@@ -12,7 +12,7 @@ from flashclient import _native
 from flashclient.daemon.channel import OPEN_TIMEOUT_S, Connection, rpc_errors
 from weightd_proto import weightd_pb2
 
-PIECE_BYTES = 2**20  # of one message
+PIECE_BYTES = 2**20  # file bytes in one message
 
 
 def publish(
@@ -39,9 +39,9 @@ def publish(
 
 
 def check_may_publish(connection: Connection, model: weightd_pb2.Model) -> None:
-    """Raises RefusedError at once if publish() would raise it, hours later.
+    """Raises RefusedError if publish() would raise it. Call it before a calibration, which takes hours.
 
-    Offers a calibration without files: a daemon that allows publishing only objects to the lack of files.
+    Offers a calibration without files. A daemon that allows publishing refuses it only because files are missing.
     """
     offered = weightd_pb2.Calibration(import_id=model.import_id, mode="exact")
     header = weightd_pb2.PublishCalibrationHeader(model=model.name, calibration=offered)

@@ -20,14 +20,12 @@ from flashclient import errors
 from flashclient._native import checksum
 from flashclient.daemon.address import NO_TLS, TlsOptions, parse_address
 from flashclient.daemon.identity import IdentifiedStub
-from weightd_proto import weightd_pb2, weightd_pb2_grpc
+from weightd_proto import encodings, weightd_pb2, weightd_pb2_grpc
 from weightd_proto.addresses import Address
-from weightd_proto.encodings import upgrade
 
 # A response carries at most 1 MiB of data and a few bytes around it; a model's record grows with its layers.
 MESSAGE_BYTES_MAX = 16 * 2**20
-# A daemon whose machine is gone is noticed 30 s after a call began, however long the call may take. weightd allows a
-# ping every 10 s.
+# If the daemon's machine is gone, a call fails within 30 s, whatever its timeout. weightd allows a ping every 10 s.
 KEEPALIVE_MS = 20_000
 KEEPALIVE_TIMEOUT_MS = 10_000
 # How long a channel that cannot connect waits before it tries again, so that a restarted weightd is found soon. (gRPC's
@@ -46,11 +44,11 @@ CHANNEL_OPTIONS = [
     (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
 ]
 
-RETRY_S = 0.05  # before the next call to a daemon that has too many calls, or is coming back
+RETRY_S = 0.05  # the pause between attempts while the daemon is busy or restarts
 # At most this much of one attempt to attach again counts as waiting. An attempt that takes longer was frozen: this
 # process was stopped, or weightd was.
 ATTEMPT_S = 10.0
-OPEN_TIMEOUT_S = 600.0  # reading 100 GB of resident weights from a slow device
+OPEN_TIMEOUT_S = 600.0  # enough to read 100 GB of resident weights from a slow device
 
 Result = TypeVar("Result")
 logger = logging.getLogger("flashclient")
@@ -209,10 +207,19 @@ class Connection:
         return answer
 
     def describe(self, name: str) -> weightd_pb2.Model:
-        """The model's record. Raises ModelNotFoundError, which names the models of the store."""
+        """The model's record.
+
+        Raises:
+            ModelNotFoundError: names the models of the store.
+            ModelError: the model is stored in a way that this flashclient does not know.
+        """
         name = os.fsencode(name).decode(errors="replace")  # a name in the store is UTF-8
         model: weightd_pb2.Model = self._call(self.stub.DescribeModel, weightd_pb2.DescribeModelRequest(name=name))
-        upgrade(model)  # that of a weightd before store format 3
+        try:
+            encodings.upgrade(model)  # that of a weightd before store format 3
+            encodings.check(model)
+        except ValueError as error:
+            raise errors.ModelError(f"cannot read model '{name}': {error}; upgrade flashclient") from error
         return model
 
     def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:

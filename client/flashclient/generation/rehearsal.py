@@ -62,10 +62,10 @@ class ZeroSource:
         yield Chunk(0, np.full(self._layers[layer].neurons, address, np.uint64))
 
     def require_open(self) -> None:
-        """Nothing can be lost."""
+        """No-op: there is no session."""
 
     def idle(self) -> None:
-        """Nothing is held."""
+        """No-op: no cells are leased."""
 
 
 def rehearse(record: weightd_pb2.Model, folder: Path) -> None:

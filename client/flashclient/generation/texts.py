@@ -1,7 +1,7 @@
-"""The text that new tokens add to a prompt: all tokens decode to the prompt followed by it.
+"""Decodes new tokens: the text that they add to the text of the prompt.
 
-The new tokens are decoded together with the prompt, and the prompt is cut off: a decoder drops the space at the
-beginning of a text, and a character may be spread over several tokens.
+The new tokens are decoded together with the prompt, and the prompt's text is cut off. Decoded alone they would lose the
+space at their beginning, and a character may be spread over several tokens.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 from flashclient.errors import OptionError
 
 HALF = "\ufffd"  # a decoder's character for bytes that are not, or not yet, a character
-HALF_MAX = 3  # so many at the end may still become one character
-CHANGED_TOKENS_MAX = 32  # at the end of a prompt; later tokens may change their text
+HALF_MAX = 3  # up to this many at the end may still become one character
+CHANGED_TOKENS_MAX = 32  # tokens at the end of a prompt whose text later tokens may change
 WINDOW_TOKENS_MAX = 256  # a stream decodes at most so many tokens again for each piece
 WINDOW_TOKENS_KEPT = 64
 
@@ -54,7 +54,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
 
 
 class _GrowingText:
-    """The text of a growing sequence, as far as later tokens cannot change it."""
+    """Decodes a growing sequence. Gives out only text that later tokens cannot change."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
         self._tokenizer = tokenizer

@@ -32,6 +32,7 @@ from flashclient.model.step import Steps
 from flashclient.source.border import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import formats_of
 
 Placement = Callable[[int], NDArray[np.uint32]]  # layer -> the neuron at each position
 
@@ -97,8 +98,7 @@ def build_model(
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
     activation = activation_name(getattr(model.get_submodule(record.layers[0].module), architecture.activation))
-    parts = [part.encoding for part in record.bundle.parts]
-    kernels = Ffn(workers, parts, record.bundle.hidden_size, activation)
+    kernels = _kernels(record, workers, activation)
     exact = ExactFFN(source, kernels, record.bundle.hidden_size, Clock())
     ffn, steps = (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
     _install_ffns(model, record, architecture, placement, tensors, ffn)
@@ -112,6 +112,17 @@ def build_model(
     model.train(False)
     guard(model)
     return BuiltModel(model, ffn, steps, activation)
+
+
+def _kernels(record: weightd_pb2.Model, workers: Workers, activation: str) -> Ffn:
+    parts = [part.encoding for part in record.bundle.parts]
+    try:
+        return Ffn(workers, parts, record.bundle.hidden_size, activation)
+    except ValueError as error:
+        formats = formats_of(record.bundle)
+        raise ModelError(
+            f"no kernel for the bundles of model '{record.name}', stored as {formats}: {error}; upgrade flashclient"
+        ) from error
 
 
 def _predicted(

@@ -1,10 +1,8 @@
 """Products with the resident matrices by the native kernel, in which the bits of a row depend on that row alone.
 
 A matrix library picks the order of its sums by the number of rows, so other rows of a batch, drafts and padding would
-change tokens. The kernel is always used. A measurement at start could choose the other product on a busy machine; the
-two round differently, so a restart could change tokens. In decode the kernel is also faster: torch's bfloat16
-matrix-vector product reads 6 to 11 GB/s where memory gives 17. With many rows it is faster in 16 bit
-(scripts/bench_kernels.py).
+change tokens. The kernel is always used. A choice by timing at start could fall on torch's product, which rounds
+differently, so a restart could change tokens. scripts/bench_kernels.py compares the speed of both.
 """
 
 from __future__ import annotations

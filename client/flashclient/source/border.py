@@ -25,7 +25,7 @@ from flashclient._native import Window
 from flashclient.daemon.channel import SessionLostError
 from flashclient.errors import DaemonLostError
 
-LOSSES_MAX = 5  # within one layer; more mean that our requests kill weightd, or break one of its rules
+LOSSES_MAX = 5  # losses within one layer before giving up: our requests then kill weightd or break one of its rules
 Result = TypeVar("Result")
 
 
@@ -60,7 +60,7 @@ class BundleSource(Protocol):
 
     @property
     def errors(self) -> AbstractContextManager[None]:
-        """Around native code that uses this source: its exceptions become those of flashclient.errors."""
+        """Wraps native code that uses this source: turns its exceptions into those of flashclient.errors."""
 
     @property
     def resident(self) -> NDArray[np.uint8]:

@@ -56,7 +56,7 @@ class RemoteCells(CellSource):
         self._arrived: list[Cell] = []  # not yet returned by arrived()
         self._whole = True  # the attributes above are consistent
 
-    def share_cells(self) -> int:
+    def share_slots(self) -> int:
         return self.slots
 
     def lease_limit(self) -> int:

@@ -9,21 +9,21 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t ROWS_MAX = 16;  // of queries in an item: bits of RowSet
-constexpr size_t RUN_MAX = 256;  // keys of a run, so that its dots stay in the L1 cache
+constexpr size_t ROWS_MAX = 16;  // rows of queries in an item: bits of RowSet
+constexpr size_t RUN_MAX = 256;  // keys of a run, few enough for its dots to stay in the L1 cache
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
 static_assert(ROWS_MAX <= 8 * sizeof(RowSet));
 
-// Neighbouring keys. Either all rows attend to each of them, or to each of them some rows attend and some do not.
+// Neighbouring keys. for_all: all rows attend to every key. Otherwise some, but not all, rows attend to each key.
 struct Run {
     size_t begin;
     size_t count;
     bool for_all;
 };
 
-// Calls of_run for all keys to which some row attends, in rising order.
+// Calls of_run for each run of keys to which some row attends, in rising order.
 template <typename OfRun>
 void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) {
     const size_t keys = attending.size();
@@ -56,7 +56,7 @@ struct Attention::Call {
 
     float bias(const Item& item, size_t row, size_t index) const;
     size_t group() const { return shape.heads / shape.key_heads; }
-    size_t rows() const { return group() * shape.tokens; }  // of queries over a head of keys
+    size_t rows() const { return group() * shape.tokens; }  // rows of queries that share a head of keys
     size_t items_of_head() const { return (rows() + ROWS_MAX - 1) / ROWS_MAX; }
 };
 

@@ -18,10 +18,10 @@
 namespace flashclient {
 
 struct FfnShape {
-    std::vector<Encoding> parts;  // of a bundle, back to back: [gate,] up, down
-    size_t hidden;                // values of a part
+    std::vector<Encoding> parts;  // parts of a bundle, back to back: [gate,] up, down
+    size_t hidden;                // number of values in a part
     Activation activation;
-    float threshold = 0.0f;  // of fatrelu
+    float threshold = 0.0f;  // fatrelu's threshold
 
     bool gated() const { return parts.size() == 3; }
 };
@@ -46,8 +46,8 @@ class Ffn {
     // Each throws std::invalid_argument for a bundle that it would read outside of readable memory (readable_memory.h).
 
     // h[entry][t] for the entries of the list that `entries` names. x: [tokens, hidden] fp32, at most TOKENS_MAX
-    // tokens; h: [list, tokens]. 0 where row t does not want the entry; an entry that no row wants is not read, nor is
-    // the up row of one whose gate is closed to all.
+    // tokens; h: [list, tokens]. h is 0 where row t does not want the entry. Not read are entries that no row wants,
+    // and the up rows of entries whose gate activation is 0 for every row.
     void fire(const Neurons& list, std::span<const uint32_t> entries, const float* x, size_t tokens, float* h) const;
 
     // y[t] += h[entry][t] * down[entry], entries rising. The column of an entry whose h is 0 for all tokens is not
@@ -59,14 +59,14 @@ class Ffn {
 
     const FfnShape& shape() const { return shape_; }
     size_t bundle_bytes() const { return bundle_bytes_; }
-    size_t alignment_bytes() const { return alignment_bytes_; }  // of a bundle: that of its largest element
+    size_t alignment_bytes() const { return alignment_bytes_; }  // alignment of a bundle: that of its largest element
     std::string instruction_set() const { return gate_or_up_.kernels->instruction_set; }
 
   private:
-    struct Group;    // of neurons that one thread fires together
-    struct Scratch;  // of a thread that adds rows
+    struct Group;    // neurons that one thread fires together
+    struct Scratch;  // memory of a thread that adds rows
     static Scratch& scratch_of_thread();
-    struct Part {  // of a bundle
+    struct Part {  // a part of a bundle
         const Kernels* kernels;
         size_t offset_bytes;
 
@@ -85,8 +85,8 @@ class Ffn {
     FfnShape shape_;
     size_t bundle_bytes_ = 0;
     size_t alignment_bytes_ = 1;
-    Part gate_or_up_;  // whose dot goes through the activation
-    Part up_;          // the same where there is no gate
+    Part gate_or_up_;  // the part whose dot goes through the activation
+    Part up_;          // the same as gate_or_up_ if there is no gate
     Part down_;
 };
 

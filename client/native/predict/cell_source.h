@@ -10,12 +10,14 @@ namespace flashclient {
 
 using Arrival = std::pair<uint32_t, uint64_t>;  // a cell and its address; address 0: the lease was refused
 
-// The Window (window.h) keeps the account of what is leased; a source does not.
+// The Window (window.h) keeps the account of what is leased; a source does not. After an exchange() that threw, the
+// window counts the cells of `release` as given back and those of `acquire` as not leased. The source makes it true in
+// the next cancel(), or everything was lost and Window::forget() follows.
 class CellSource {
   public:
     virtual ~CellSource() = default;
     // Cells that may always be leased at once; at least 1.
-    virtual uint32_t share_cells() = 0;
+    virtual uint32_t share_slots() = 0;
     // Cells that may be leased at once now: the share, and what may be borrowed above it.
     virtual uint32_t lease_limit() = 0;
     // Gives back cells of `layer` that have arrived, then asks for others. Does not wait.
@@ -24,7 +26,7 @@ class CellSource {
     // Waits until more of the cells asked for have arrived, and returns them; none where none is on its way. Refusals
     // mean that the limit has fallen. Throws where a cell cannot be read.
     virtual std::vector<Arrival> arrived() = 0;
-    // Gives back what was asked for and was not returned by arrived().
+    // Gives back what was asked for and was not returned by arrived(), and what exchange() could not give back.
     virtual void cancel() = 0;
 };
 

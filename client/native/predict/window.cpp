@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 #include "kernels/kernels.h"
 
@@ -40,11 +41,24 @@ bool Window::slide(uint32_t layer_index, const Wanted& wanted) {
     for (uint32_t column = 0; column < wanted.columns; column++) take_in(layer, wanted, column);
     release_unused(layer, slide_.release);
     while (held_ > limit) drop_oldest(layer_index);
-    for (const auto& [other, cells] : slide_.elsewhere) source_.exchange(other, {}, cells);
-    if (!slide_.acquire.empty() || !slide_.release.empty()) {
-        source_.exchange(layer_index, slide_.acquire, slide_.release);
-    }
+    release_elsewhere();
+    exchange(slide_.acquire);
     return true;
+}
+
+// Cells leave slide_ before the source gets them, because the source answers for them even if it throws.
+void Window::release_elsewhere() {
+    auto& elsewhere = slide_.elsewhere;
+    while (!elsewhere.empty()) {
+        const auto [layer, cells] = std::move(elsewhere.front());
+        elsewhere.erase(elsewhere.begin());
+        source_.exchange(layer, {}, cells);
+    }
+}
+
+void Window::exchange(const std::vector<uint32_t>& acquire) {
+    const std::vector<uint32_t> release = std::exchange(slide_.release, {});
+    if (!acquire.empty() || !release.empty()) source_.exchange(layer_, acquire, release);
 }
 
 // Whether the step alone fits into the limit.
@@ -161,7 +175,7 @@ void Window::end_step() {
 size_t Window::lease_first(uint32_t layer_index, std::span<const uint32_t> positions) {
     Layer& layer = layers_.at(layer_index);
     if (held_ > 0) throw std::logic_error("the window is not empty");
-    const uint32_t share = source_.share_cells();
+    const uint32_t share = source_.share_slots();
     unfinished_ = true;
     layer_ = layer_index;
     slide_ = {};
@@ -181,6 +195,8 @@ void Window::clear() {
     if (held_ == 0 && !unfinished_) return;
     unfinished_ = true;
     source_.cancel();
+    release_elsewhere();  // of a slide() that threw
+    exchange({});
     for (uint32_t index = 0; index < layers_.size(); index++) {
         Layer& layer = layers_[index];
         std::vector<uint32_t> arrived;
@@ -196,6 +212,7 @@ void Window::clear() {
 
 void Window::forget() {
     for (Layer& layer : layers_) empty(layer);
+    slide_ = {};
     held_ = 0;
     unfinished_ = false;
 }

@@ -53,9 +53,9 @@ class Window {
     void locate(std::span<const uint32_t> positions, std::span<uint64_t> addresses, std::vector<uint32_t>& found) const;
     void end_step();
 
-    // Instead of slide(), for a step that wants more cells than may be leased. Asks for the cells of the first
-    // positions, as many as the source's share, and returns the number of these positions. The window must be empty;
-    // clear() ends the part of the step.
+    // Computes a step in parts if it wants more cells than may be leased; replaces slide(). Asks for the cells of the
+    // first positions, as many as the source's share, and returns the number of these positions. The window must be
+    // empty. clear() ends the part.
     size_t lease_first(uint32_t layer, std::span<const uint32_t> positions);
 
     void clear();   // gives everything back
@@ -75,10 +75,10 @@ class Window {
         std::vector<uint16_t> users;      // by cell: tokens that want it
         uint32_t held = 0;
     };
-    struct Slide {
+    struct Slide {  // what the source has not been told yet
         std::vector<uint32_t> acquire;
-        std::vector<uint32_t> release;                                      // of the same layer
-        std::vector<std::pair<uint32_t, std::vector<uint32_t>>> elsewhere;  // to be released, by layer
+        std::vector<uint32_t> release;                                      // cells of the same layer
+        std::vector<std::pair<uint32_t, std::vector<uint32_t>>> elsewhere;  // cells of other layers to release
     };
 
     bool fits(const Layer& layer, const Wanted& wanted, uint32_t limit) const;
@@ -87,6 +87,8 @@ class Window {
     void drop(Layer& layer, const Token& token);
     void release_unused(Layer& layer, std::vector<uint32_t>& released);
     void drop_oldest(uint32_t layer);
+    void release_elsewhere();
+    void exchange(const std::vector<uint32_t>& acquire);
     static void empty(Layer& layer);
 
     CellSource& source_;
@@ -96,8 +98,8 @@ class Window {
     std::vector<Layer> layers_;
     uint32_t held_ = 0;
     uint64_t slides_ = 0;
-    bool unfinished_ = false;  // a step or clear() is: the source may lease other cells than are noted here
-    uint32_t layer_ = 0;       // of the step under way
+    bool unfinished_ = false;  // a step or clear() has not ended: the source may lease other cells than are noted here
+    uint32_t layer_ = 0;       // layer of the step under way
     Slide slide_;
     std::vector<uint32_t> dropped_;  // cells of tokens that left, perhaps still wanted by others
 };

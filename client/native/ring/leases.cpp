@@ -8,6 +8,11 @@ namespace flashclient {
 Leases::Leases(Session& session, Sweep& sweep, uint32_t bundles_per_cell, uint32_t cell_bytes)
     : session_(session), sweep_(sweep), bundles_per_cell_(bundles_per_cell), cell_bytes_(cell_bytes) {}
 
+uint32_t Leases::share_slots() {
+    const auto use = session_.use();
+    return session_.share_slots();
+}
+
 uint32_t Leases::lease_limit() {
     const auto use = session_.use();
     return session_.lease_limit();
@@ -15,26 +20,48 @@ uint32_t Leases::lease_limit() {
 
 void Leases::exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
     const auto use = session_.use();
-    sweep_.idle();
-    settle();
-    layer_ = layer;
-    if (acquire.empty() || acquire.size() + release.size() > ring::WORDS) {
-        session_.release(layer, ring::CELLS, release);
-        waiting_.assign(acquire.rbegin(), acquire.rend());
-        return ask_more();
+    const bool one_message = !acquire.empty() && acquire.size() + release.size() <= ring::WORDS;
+    try {
+        sweep_.idle();
+        settle();
+        layer_ = layer;
+        if (one_message) session_.exchange(layer, acquire, release, 0);
+    } catch (const NoAnswer&) {
+        owed_.emplace_back(layer, release);
+        throw;
     }
-    unanswered_ += static_cast<uint32_t>(acquire.size());
-    session_.exchange(layer, acquire, release, 0);
+    if (one_message) {
+        unanswered_ += static_cast<uint32_t>(acquire.size());
+        return;
+    }
+    give_back(layer, release);
+    waiting_.assign(acquire.rbegin(), acquire.rend());
+    ask_more();
 }
 
-// As many as the ring has room for grants.
+// In requests of one message each: after NoAnswer it is known which were posted. The other cells stay owed.
+void Leases::give_back(uint32_t layer, std::span<const uint32_t> cells) {
+    try {
+        while (!cells.empty()) {
+            const size_t count = std::min<size_t>(cells.size(), ring::WORDS);
+            session_.release(layer, ring::CELLS, cells.first(count));
+            cells = cells.subspan(count);
+        }
+    } catch (const NoAnswer&) {
+        owed_.emplace_back(layer, std::vector<uint32_t>(cells.begin(), cells.end()));
+        throw;
+    }
+}
+
+// Asks for as many cells as the ring has room for grants. Only cells whose request was posted count as unanswered.
 void Leases::ask_more() {
-    const size_t count = std::min<size_t>(waiting_.size(), ring::GRANTS - unanswered_);
-    if (count == 0) return;
-    const std::vector<uint32_t> part(waiting_.rbegin(), waiting_.rbegin() + static_cast<ptrdiff_t>(count));
-    waiting_.resize(waiting_.size() - count);
-    unanswered_ += static_cast<uint32_t>(count);
-    session_.acquire(layer_, ring::CELLS, part, 0);
+    while (!waiting_.empty() && unanswered_ < ring::GRANTS) {
+        const size_t count = std::min<size_t>({waiting_.size(), ring::GRANTS - unanswered_, ring::WORDS});
+        const std::vector<uint32_t> part(waiting_.rbegin(), waiting_.rbegin() + static_cast<ptrdiff_t>(count));
+        session_.acquire(layer_, ring::CELLS, part, 0);
+        unanswered_ += static_cast<uint32_t>(count);
+        waiting_.resize(waiting_.size() - count);
+    }
 }
 
 void Leases::take() {
@@ -78,14 +105,21 @@ void Leases::settle() {
     for (const auto& [cell, address] : std::exchange(arrived_, {})) {
         if (address != 0) granted.push_back(cell);
     }
-    if (!granted.empty()) session_.release(layer_, ring::CELLS, granted);
+    give_back(layer_, granted);
+    while (!owed_.empty()) {
+        const auto [layer, cells] = std::move(owed_.back());
+        owed_.pop_back();
+        give_back(layer, cells);
+    }
     failed_.reset();
 }
 
 void Leases::forget() {
+    const auto use = session_.use();
     unanswered_ = 0;
     waiting_.clear();
     arrived_.clear();
+    owed_.clear();
     failed_.reset();
 }
 

@@ -13,17 +13,17 @@
 namespace flashclient {
 namespace {
 
-// For all sessions of this process: 512 GiB of the largest segments, more than a client maps.
+// The most segments that all sessions of this process map: 512 GiB of the largest ones, more than a client maps.
 constexpr size_t RANGES_MAX = 8192;
 
-struct Range {
+struct AddressRange {
     std::atomic<uintptr_t> begin = 0;  // 0: the entry is free
     std::atomic<uintptr_t> end = 0;
     std::atomic<std::atomic<bool>*> taken_away = nullptr;
 };
 
-// Read by the signal handler, so there are no locks, and no memory moves.
-std::array<Range, RANGES_MAX> ranges;
+// The signal handler reads it, so entries are read without a lock and never move.
+std::array<AddressRange, RANGES_MAX> ranges;
 std::mutex ranges_lock;  // guards the choice of free entries
 struct sigaction handler_before;
 uintptr_t page_bytes = 4096;
@@ -35,9 +35,9 @@ bool zeros_at(uintptr_t begin, size_t bytes) {
     return ::syscall(SYS_mmap, begin, bytes, long{PROT_READ}, FLAGS, -1L, 0L) != -1;
 }
 
-// After a read of a segment that weightd has emptied: makes the page zeros, and the read goes on.
+// Called after a read of a segment that weightd has emptied. Maps zeros at the page, so that the read goes on.
 bool patch(uintptr_t address) {
-    for (Range& range : ranges) {
+    for (AddressRange& range : ranges) {
         const uintptr_t begin = range.begin.load();
         if (begin == 0 || address < begin || address >= range.end.load()) continue;
         range.taken_away.load()->store(true);
@@ -51,8 +51,9 @@ void handle_bus_error(int signal, siginfo_t* info, void*) {
     const bool patched = info->si_code == BUS_ADRERR && patch(reinterpret_cast<uintptr_t>(info->si_addr));
     errno = error;
     if (patched) return;
-    ::sigaction(signal, &handler_before, nullptr);  // not ours: the read faults again, with the handler before
-    if (info->si_code <= 0) ::raise(signal);        // sent by a process: it does not come again by itself
+    // Not our fault address: restores the previous handler. The read is retried, and faults again.
+    ::sigaction(signal, &handler_before, nullptr);
+    if (info->si_code <= 0) ::raise(signal);  // signal sent by kill(): re-raises it
 }
 
 void install_handler() {
@@ -66,7 +67,7 @@ void install_handler() {
 
 bool enter_range(const PoolMemory::Segment& segment, std::atomic<bool>& taken_away) {
     const std::lock_guard guard(ranges_lock);
-    for (Range& range : ranges) {
+    for (AddressRange& range : ranges) {
         if (range.begin.load() != 0) continue;
         range.taken_away.store(&taken_away);
         range.end.store(reinterpret_cast<uintptr_t>(segment.data) + segment.bytes);
@@ -77,7 +78,7 @@ bool enter_range(const PoolMemory::Segment& segment, std::atomic<bool>& taken_aw
 }
 
 void leave_range(const PoolMemory::Segment& segment) {
-    for (Range& range : ranges) {
+    for (AddressRange& range : ranges) {
         if (range.begin.load() == reinterpret_cast<uintptr_t>(segment.data)) range.begin.store(0);
     }
 }

@@ -1,9 +1,9 @@
 // The segments of weightd's pool, mapped read-only into this process.
 //
-// Their memory can be taken away at any moment. weightd empties a segment after it has closed this session for blocking
-// others. And when weightd has died, its pool must not stay in memory beside the pool of its successor. A kernel may be
-// reading a segment at that moment. So memory that is taken away reads as zeros from then on, which needs no memory
-// and stops no kernel. taken_away() must be asked before a result is used: where it is true, the result is worthless.
+// weightd may revoke a segment at any time: it empties segments after it has closed this session for blocking others.
+// The client revokes all segments when weightd has died, because the old pool must not stay in memory beside the pool
+// of the next weightd. Revoked pages are remapped to zero pages, which take no memory, so running kernels do not fault.
+// Check taken_away() before a result is used: if it is true, the result is worthless.
 //
 // One thread maps, finds and unmaps segments; any thread may take them away. A segment that a kernel reads is unmapped
 // when the kernel returns.
@@ -49,7 +49,7 @@ class PoolMemory {
 
     pid_t owner_;
     std::atomic<bool> taken_away_ = false;
-    std::mutex lock_;  // guards segments_ where it changes, and where another thread takes segments away
+    std::mutex lock_;  // guards changes of segments_, and its use by take_away()
     std::map<uint32_t, Segment> segments_;
     const Segment* found_ = nullptr;  // the last result of find(): neighbours mostly lie in one segment
     uint32_t found_number_ = 0;

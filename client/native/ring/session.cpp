@@ -106,7 +106,7 @@ std::string seconds(double value_s) {
 
 // All sessions of this process. A child after fork() closes what it has inherited of them, because weightd sees a
 // session end when the last process closes its socket.
-class Sessions {
+class ForkableSessions {
   public:
     static void enter(Session* session) {
         static const int once = ::pthread_atfork([] { lock.lock(); }, [] { lock.unlock(); }, leave_behind);
@@ -132,7 +132,7 @@ class Sessions {
 Session::Session(const std::string& data_socket, std::span<const uint8_t> token, double timeout_s)
     : owner_(::getpid()), timeout_s_(timeout_s) {
     attach(data_socket, token);
-    Sessions::enter(this);
+    ForkableSessions::enter(this);
 }
 
 std::unique_lock<std::mutex> Session::use() {
@@ -166,7 +166,7 @@ void Session::attach(const std::string& data_socket, std::span<const uint8_t> to
 }
 
 Session::~Session() {
-    Sessions::leave(this);
+    ForkableSessions::leave(this);
     close();
     if (resident_ != nullptr) ::munmap(resident_, resident_bytes_);
     if (calibration_ != nullptr) ::munmap(calibration_, calibration_bytes_);
@@ -177,8 +177,8 @@ void Session::close() {
     {
         const std::lock_guard guard(ending_);
         closed_ = true;
-        if (socket_ >= 0)
-            ::shutdown(socket_, SHUT_RDWR);  // the watcher notices, and wakes a thread that waits for weightd
+        // The watcher notices it, and wakes a thread that waits for weightd.
+        if (socket_ >= 0) ::shutdown(socket_, SHUT_RDWR);
     }
     const std::lock_guard use(in_use_);
     end();
@@ -192,14 +192,14 @@ void Session::end() {
     if (doorbell_ >= 0) ::close(std::exchange(doorbell_, -1));
     const std::lock_guard guard(ending_);
     if (socket_ >= 0) {
-        ::shutdown(socket_,
-                   SHUT_RDWR);  // so that a process that inherited it, past our handler, does not keep the session
+        // shutdown() also ends copies that a child inherited by a fork that bypassed our handler.
+        ::shutdown(socket_, SHUT_RDWR);
         ::close(std::exchange(socket_, -1));
     }
     request_tail_ = grant_head_ = 0;
 }
 
-// In a child, where any lock may be held by a thread that does not exist. The child has not inherited the memory.
+// Called in a child process. A thread that does not exist there may hold any lock. The memory is not inherited.
 void Session::leave_behind() {
     ring_ = nullptr;
     for (int* descriptor : {&doorbell_, &socket_, &stop_watching_}) {
@@ -264,7 +264,7 @@ void Session::greet(std::span<const uint8_t> token) {
     }
     const auto [ring_fd, doorbell_fd, resident_fd, calibration_fd] = message.descriptors;
     doorbell_ = doorbell_fd;
-    share_cells_ = welcome.share_slots;
+    share_slots_ = welcome.share_slots;
     ring_ = reinterpret_cast<ring::Ring*>(
         map(ring_fd, sizeof(ring::Ring), PROT_READ | PROT_WRITE, MAP_SHARED, "mapping the ring"));
     ::madvise(ring_, sizeof(ring::Ring), MADV_DONTFORK);  // a child may not use it
@@ -313,8 +313,8 @@ std::string Session::gone() const {
     }
 }
 
-Counters Session::counters() const {
-    Counters sum = counted_before_;
+SessionCounters Session::counters() const {
+    SessionCounters sum = counted_before_;
     if (ring_ == nullptr || ::getpid() != owner_) return sum;
     const ring::Header& header = ring_->header;
     sum.hits += header.hits.load(std::memory_order_relaxed);

@@ -41,7 +41,7 @@ struct CorruptBundle : std::runtime_error {  // or one that the device cannot re
     using std::runtime_error::runtime_error;
 };
 
-struct Counters {  // of cells that were requested
+struct SessionCounters {  // of cells that were requested
     uint64_t hits = 0;
     uint64_t misses = 0;
     uint64_t read_bytes = 0;
@@ -68,11 +68,11 @@ class Session {
     std::span<std::byte> resident() const { return {resident_, resident_bytes_}; }
     // predictors.safetensors, read-only; empty for a model without. Valid as long as the session.
     std::span<const std::byte> calibration() const { return {calibration_, calibration_bytes_}; }
-    uint32_t share_cells() const { return share_cells_; }
+    uint32_t share_slots() const { return share_slots_; }
     uint32_t lease_limit() const;  // cells that may be leased at once now: the share, and what may be borrowed above it
 
     // What weightd counted for this session and for those that it replaced, up to the last grants that were taken.
-    Counters counters() const;
+    SessionCounters counters() const;
 
     // Each posts one or more requests. For `words` see ring::Form.
     void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
@@ -94,7 +94,7 @@ class Session {
     void close();
 
   private:
-    friend class Sessions;
+    friend class ForkableSessions;
     void end();
     void leave_behind();
     void greet(std::span<const uint8_t> token);
@@ -124,8 +124,8 @@ class Session {
     size_t resident_bytes_ = 0;
     std::byte* calibration_ = nullptr;
     size_t calibration_bytes_ = 0;
-    uint32_t share_cells_ = 0;
-    Counters counted_before_;  // by the sessions that this one replaced
+    uint32_t share_slots_ = 0;
+    SessionCounters counted_before_;  // by the sessions that this one replaced
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
     PoolMemory pool_;

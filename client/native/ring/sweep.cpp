@@ -13,9 +13,9 @@ void Sweep::forget() {
     in_use_ = 0;
     layer_ended_ = false;
     // At least two chunks, one in use and one on its way; as large as one read where the share allows it.
-    const uint32_t quarter = std::max(1U, session_.share_cells() / 4);
+    const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
-    chunks_max_ = std::max(1U, std::min(session_.share_cells(), ring::GRANTS) / chunk_cells_);
+    chunks_max_ = std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_);
 }
 
 Sweep::~Sweep() {
@@ -90,8 +90,8 @@ void Sweep::look_ahead() {
         chunk.addresses.resize(position_end - chunk.first_position);
         const uint32_t range[2] = {chunk.first_cell, end};
         const auto tag = first_tag_ + static_cast<uint32_t>(chunks_.size());
-        chunks_.push_back(std::move(chunk));
         session_.acquire(next_layer_, ring::RANGES, range, tag);
+        chunks_.push_back(std::move(chunk));  // after it was asked for: idle() waits for the grants of every chunk
         next_cell_ = end;
         if (end == cells_in(next_layer_)) {
             next_cell_ = 0;
@@ -137,24 +137,27 @@ void Sweep::finish_first() {
     first_tag_++;
 }
 
-// One message for neighbouring chunks of a layer: the ranges of cells between those that failed.
+// One message for neighbouring chunks of a layer: the ranges of cells between those that failed. Chunks leave used_
+// only after the message was posted.
 void Sweep::give_back_used() {
-    std::vector<uint32_t> borders;
-    for (size_t i = 0; i < used_.size(); i++) {
-        Chunk& chunk = used_[i];
-        std::sort(chunk.failed.begin(), chunk.failed.end(),
-                  [](const auto& a, const auto& b) { return a.cell < b.cell; });
-        borders.push_back(chunk.first_cell);
-        for (const ring::Grant& failed : chunk.failed) {
-            borders.push_back(failed.cell);
-            borders.push_back(failed.cell + 1);
+    while (!used_.empty()) {
+        const uint32_t layer = used_.front().layer;
+        const auto end =
+            std::find_if(used_.begin(), used_.end(), [&](const Chunk& chunk) { return chunk.layer != layer; });
+        std::vector<uint32_t> borders;
+        for (auto chunk = used_.begin(); chunk != end; ++chunk) {
+            std::sort(chunk->failed.begin(), chunk->failed.end(),
+                      [](const auto& a, const auto& b) { return a.cell < b.cell; });
+            borders.push_back(chunk->first_cell);
+            for (const ring::Grant& failed : chunk->failed) {
+                borders.push_back(failed.cell);
+                borders.push_back(failed.cell + 1);
+            }
+            borders.push_back(chunk->first_cell + chunk->cell_count);
         }
-        borders.push_back(chunk.first_cell + chunk.cell_count);
-        if (i + 1 < used_.size() && used_[i + 1].layer == chunk.layer) continue;
-        session_.release(chunk.layer, ring::RANGES, borders);
-        borders.clear();
+        session_.release(layer, ring::RANGES, borders);
+        used_.erase(used_.begin(), end);
     }
-    used_.clear();
 }
 
 void Sweep::idle() {

@@ -28,7 +28,7 @@ class InProcessEngine final : public flashclient::CellSource {
     InProcessEngine(const InProcessEngine&) = delete;
     InProcessEngine& operator=(const InProcessEngine&) = delete;
 
-    uint32_t share_cells() override { return session_->share_slots; }
+    uint32_t share_slots() override { return session_->share_slots; }
     uint32_t lease_limit() override { return session_->lease_limit; }
     // Throws std::invalid_argument where cells to release are not held, or cells to acquire do not exist.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;

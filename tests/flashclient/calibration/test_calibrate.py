@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from flashclient.calibration.calibrate import CalibrationOptions, calibrate, publish_result
 from flashclient.calibration.evaluate import Quality
-from flashclient.calibration.predictor_training import Prediction
+from flashclient.calibration.predictor_training import ReferencePredictor
 from flashclient.calibration.publishing import check_may_publish, publish
 from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
@@ -82,7 +82,7 @@ def hooked(model: PreTrainedModel, whole: CutModel, result: CalibrationResult | 
         seen[index].append(rows > 0)
         if result is None:
             return None
-        prediction = Prediction(result.layers[index].predictor, DTYPES[whole.record.compute_dtype])
+        prediction = ReferencePredictor(result.layers[index].predictor, DTYPES[whole.record.compute_dtype])
         placement = torch.from_numpy(whole.placements[index].astype(np.int64))
         wanted = torch.empty_like(rows, dtype=torch.bool)
         wanted[:, placement] = prediction.wanted(arguments[0].reshape(-1, arguments[0].shape[-1]).float())

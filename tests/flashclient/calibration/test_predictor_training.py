@@ -15,7 +15,7 @@ from torch import Tensor
 from flashclient.calibration.firing import PackedBits, unions
 from flashclient.calibration.predictor_training import (
     Examples,
-    Prediction,
+    ReferencePredictor,
     measure,
     sign_predictor,
     train_low_rank,
@@ -45,7 +45,7 @@ def test_sign_scores_are_counted_coordinates(hidden: int, neurons: int, seed: in
     x[0, 0] = -0.0
     signs = np.packbits(np.signbit(rows.numpy()), axis=1, bitorder="little")
     margin = random.integers(-5, 5, neurons, dtype=np.int32)
-    wanted = Prediction(Signs(signs, margin), torch.float32).wanted(x)
+    wanted = ReferencePredictor(Signs(signs, margin), torch.float32).wanted(x)
     for token in range(3):
         for neuron in range(neurons):
             equal = int((np.signbit(rows[neuron].numpy()) == np.signbit(x[token].numpy())).sum())
@@ -62,7 +62,7 @@ def test_low_rank_scores(dtype: torch.dtype) -> None:
     bias = np.arange(-3, 4, dtype=np.float32)
     x = torch.randn(5, 10, generator=random)
     expected = (x.double() @ first.double().T @ second.double().T + torch.from_numpy(bias)) > 0
-    assert torch.equal(Prediction(LowRank(bits[0], bits[1], bias), dtype).wanted(x), expected)
+    assert torch.equal(ReferencePredictor(LowRank(bits[0], bits[1], bias), dtype).wanted(x), expected)
 
 
 @settings(max_examples=25, deadline=None)

@@ -204,6 +204,14 @@ def test_refuses_an_activation_without_kernel(tmp_path: Path) -> None:
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
 
 
+def test_refuses_bundles_without_kernel(tmp_path: Path) -> None:
+    parts = cut(dense_model("llama"))
+    for part in parts.record.bundle.parts:
+        part.encoding.format = "Q8_0"
+    with pytest.raises(ModelError, match=r"no kernel for the bundles of model '.*', stored as Q8_0: .*; upgrade flash"):
+        streamed_model(parts, ArraySource(parts, [9]), tmp_path)
+
+
 def test_a_tensor_at_an_odd_place_is_copied(tmp_path: Path) -> None:
     parts = cut(dense_model("llama"))
     for tensor in parts.record.resident:

@@ -103,7 +103,7 @@ class Cells(CellSource):
         self._wrong = (cell, address)
         self._coming: list[tuple[Any, Any]] = []
 
-    def share_cells(self) -> int:
+    def share_slots(self) -> int:
         return NEURONS
 
     def lease_limit(self) -> int:
@@ -198,6 +198,12 @@ def test_any_arguments_are_refused_or_taken(call: str, data: st.DataObject) -> N
     with suppress(*REFUSED):
         function(*given_arguments)
     assert np.array_equal(bundles, before), "a kernel wrote where bundles lie"
+
+
+@pytest.mark.parametrize("columns", [0, 3])
+def test_a_step_is_of_whole_sequences(columns: int) -> None:
+    with pytest.raises(ValueError, match="whole sequences of `columns` tokens"):
+        new_step().run(0, 0, columns, 3, None, x, y)
 
 
 def test_addresses_lead_to_memory_that_is_lent_and_nowhere_else() -> None:

@@ -23,6 +23,7 @@ from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import (
     CorruptionError,
     DaemonLostError,
+    ModelError,
     ModelNotFoundError,
     NoDaemonError,
     OptionError,
@@ -48,7 +49,9 @@ def model() -> CutModel:
     )
     layers = [weightd_pb2.Layer(module=f"layers.{i}", neurons=NEURONS) for i in range(LAYERS)]
     resident = random.bytes(3 * 2**20)
-    record = weightd_pb2.Model(name="m", bundle=layout, layers=layers, resident_file_bytes=len(resident))
+    record = weightd_pb2.Model(
+        name="m", compute_dtype="F32", bundle=layout, layers=layers, resident_file_bytes=len(resident)
+    )
     return CutModel(record, bundles, [], resident, {})
 
 
@@ -268,6 +271,15 @@ def test_unknown_model_names_those_there_are(model: CutModel, tmp_path: Path) ->
         connection.close()
 
 
+def test_a_model_that_is_stored_in_an_unknown_way_needs_another_flashclient(model: CutModel, tmp_path: Path) -> None:
+    model.record.compute_dtype = "F4"
+    with FetchServer([model], tmp_path / "socket") as server:
+        connection = Connection(server.address, 5.0)
+        with pytest.raises(ModelError, match=r"cannot read model 'm': compute dtype 'F4', .*; upgrade flashclient"):
+            connection.describe("m")
+        connection.close()
+
+
 def test_files_may_not_leave_their_folder(model: CutModel, tmp_path: Path) -> None:
     model.record.files.add(name="../escaped")
     model.files["../escaped"] = b"x"
@@ -308,7 +320,7 @@ def test_cells_are_fetched_once_while_there_is_room(model: CutModel, tmp_path: P
 
 def test_a_full_pool_gives_up_what_is_not_held(model: CutModel, tmp_path: Path) -> None:
     with opened(model, tmp_path, pool_bytes=4 * BUNDLE_BYTES) as (source, server):
-        assert source.cells.lease_limit() == source.cells.share_cells() == 4
+        assert source.cells.lease_limit() == source.cells.share_slots() == 4
         source.cells.exchange(0, [0, 1, 2, 3], [])
         first = dict(source.cells.arrived())
         source.cells.exchange(0, [4, 5], [1, 2])

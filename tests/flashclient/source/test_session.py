@@ -136,7 +136,7 @@ def test_a_window_is_empty_while_chunks_are_read(model: TinyModel, tmp_path: Pat
 def test_leases_beyond_the_limit_are_refused_and_can_be_had_later(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path, dram="9MiB") as (source, _):
         leases = source.leases
-        share = leases.share_cells()
+        share = leases.share_slots()
         assert share <= leases.lease_limit() < NEURONS
         leases.exchange(0, list(range(NEURONS)), [])
         held = settle(source)
@@ -207,4 +207,4 @@ def test_statistics_tell_who_is_attached_and_what_it_did(model: TinyModel, tmp_p
         assert (row.leased_cells, row.requests) == (3, 3)
         assert row.share_slots <= row.lease_limit
         assert 0 < row.age_s <= stats.uptime_s
-        assert (stats.models[0].leases, stats.models[0].guaranteed_slots) == (3, row.share_slots)
+        assert (stats.models[0].leases, stats.models[0].share_slots) == (3, row.share_slots)

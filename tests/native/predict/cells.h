@@ -21,10 +21,14 @@ class TestCells : public CellSource {
 
     static uint64_t address_of(uint32_t layer, uint32_t cell) { return (layer + 1) * 0x100000 + cell * 0x1000; }
 
-    uint32_t share_cells() override { return share; }
+    uint32_t share_slots() override { return share; }
     uint32_t lease_limit() override { return limit; }
 
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
+        if (unreachable) {
+            for (const uint32_t cell : release) owed_.emplace_back(layer, cell);
+            throw std::runtime_error("unreachable");
+        }
         EXPECT_TRUE(coming_.empty()) << "what was asked for has not been waited for";
         for (const uint32_t cell : release) {
             EXPECT_EQ(held.erase({layer, cell}), 1U) << "what is not leased cannot be given back";
@@ -53,13 +57,18 @@ class TestCells : public CellSource {
         return arrivals;
     }
 
-    void cancel() override { coming_.clear(); }
+    void cancel() override {
+        coming_.clear();
+        for (const auto& cell : owed_) EXPECT_EQ(held.erase(cell), 1U) << "what is not leased cannot be given back";
+        owed_.clear();
+    }
 
     std::function<uint64_t(uint32_t, uint32_t)> address = address_of;
     uint32_t share = 1'000'000, limit = 1'000'000;
     uint32_t refusals = 0;  // of the next cells
     bool one_by_one = false;
     bool lost = false;
+    bool unreachable = false;                      // exchange() throws
     std::set<std::pair<uint32_t, uint32_t>> held;  // layer, cell
     Cells acquired, released;                      // by the last exchange
     uint32_t exchanges = 0;
@@ -67,6 +76,7 @@ class TestCells : public CellSource {
   private:
     uint32_t layer_ = 0;
     Cells coming_;
+    std::vector<std::pair<uint32_t, uint32_t>> owed_;  // layer, cell
 };
 
 }  // namespace flashclient

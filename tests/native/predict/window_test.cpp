@@ -224,6 +224,22 @@ TEST_F(WindowTest, AStepThatEndsEarlyIsGivenBackBeforeTheNext) {
     EXPECT_EQ(cells.held, (std::set<std::pair<uint32_t, uint32_t>>{{0, 2}, {0, 3}, {0, 4}}));
 }
 
+TEST_F(WindowTest, WhatASlideCouldNotGiveBackIsGivenBackBeforeTheNext) {
+    cells.limit = 6;
+    Window window = this->window(1);
+    ASSERT_TRUE(step(window, 0, 0, {1, 2}));
+    ASSERT_TRUE(step(window, 1, 0, {3, 4}));
+    ASSERT_TRUE(step(window, 2, 0, {5, 6}));
+    cells.unreachable = true;  // the slide wants to give back cells of all three layers
+    EXPECT_THROW(slide(window, 2, 1, {6, 7, 8, 9, 10, 11}), std::runtime_error);
+    EXPECT_THROW(window.clear(), std::runtime_error);
+    cells.unreachable = false;
+    ASSERT_TRUE(step(window, 2, 1, {6, 7, 8, 9, 10, 11}));
+    EXPECT_EQ(cells.held.size(), 6U);
+    window.clear();
+    EXPECT_TRUE(cells.held.empty());
+}
+
 TEST_F(WindowTest, ForgetsWhatTheSourceHasLost) {
     Window window = this->window(4);
     ASSERT_TRUE(step(window, 0, 0, {1, 2}));

@@ -4,13 +4,16 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <random>
 #include <thread>
 
 #include "flash_file.h"
 #include "memory/model_cost.h"
 #include "predict/window.h"
+#include "ring/silent_weightd.h"
 #include "service/engine_thread.h"
 
 namespace {
@@ -130,6 +133,86 @@ TEST(LeasesTest, OneClientInAPoolOfAnySize) {
 
 TEST(LeasesTest, ClientsWhoseWindowsExceedThePool) {
     for (const uint32_t slots : {40U, 120U}) walk_together(slots, 4);
+}
+
+// A client of a daemon that answers nothing by itself.
+class AbandonedLeasesTest : public testing::Test {
+  protected:
+    using Cells = std::vector<uint32_t>;
+    using Given = std::vector<std::pair<uint32_t, Cells>>;  // layer, cells
+
+    AbandonedLeasesTest() { weightd_.join(); }
+
+    // The cells of layer 0 become leased.
+    void lease(const Cells& cells) {
+        leases_.exchange(0, cells, {});
+        weightd_.take();
+        weightd_.grant(cells);
+        ASSERT_EQ(leases_.arrived().size(), cells.size());
+    }
+
+    // No more requests fit, until weightd takes them.
+    void fill_the_ring(uint32_t free = 0) {
+        for (uint32_t i = free; i < flashclient::ring::REQUESTS; i++) {
+            session_.release(FILLING_LAYER, flashclient::ring::CELLS, Cells{0});
+        }
+    }
+
+    // What was given back since the last call.
+    Given given_back() {
+        Given given;
+        for (const auto& [request, words] : weightd_.take()) {
+            const bool release = request.op == flashclient::ring::RELEASE;
+            const size_t count = release ? words.size() : request.release_count;
+            if (request.layer == FILLING_LAYER || count == 0) continue;
+            given.emplace_back(request.layer, Cells(words.end() - static_cast<ptrdiff_t>(count), words.end()));
+        }
+        return given;
+    }
+
+    static constexpr uint32_t CELL_BYTES = 4096, SLOTS = 8, FILLING_LAYER = 1000;
+    static constexpr double TIMEOUT_S = 0.2;
+    static constexpr weightd::Token TOKEN{};
+    weightd::TestFolder folder_;
+    flashclient::SilentWeightd weightd_{folder_.file("data"), SLOTS, CELL_BYTES};
+    flashclient::Session session_{folder_.file("data"), TOKEN, TIMEOUT_S};
+    flashclient::Sweep sweep_{session_, {1, 64, CELL_BYTES, {9000, 9000}}};
+    Leases leases_{session_, sweep_, 1, CELL_BYTES};
+};
+
+TEST_F(AbandonedLeasesTest, CellsThatWereNeverAskedForAreNotWaitedFor) {
+    fill_the_ring();
+    EXPECT_THROW(leases_.exchange(0, {1, 2, 3}, {}), flashclient::NoAnswer);
+    weightd_.take();
+    leases_.cancel();  // throws NoAnswer where it waits for grants
+    lease({1, 2, 3});
+}
+
+TEST_F(AbandonedLeasesTest, CellsOfALargeRequestCountAsTheyAreAskedFor) {
+    Cells cells(flashclient::ring::WORDS + 1);
+    std::iota(cells.begin(), cells.end(), 0U);
+    fill_the_ring(1);  // the first part still fits
+    EXPECT_THROW(leases_.exchange(0, cells, {}), flashclient::NoAnswer);
+    weightd_.take();
+    weightd_.grant(std::span(cells).first(flashclient::ring::WORDS));
+    leases_.cancel();
+    const Given given = given_back();
+    ASSERT_EQ(given.size(), 1U);
+    EXPECT_EQ(given[0].second, Cells(cells.begin(), cells.end() - 1));
+}
+
+TEST_F(AbandonedLeasesTest, WhatCouldNotBeGivenBackIsGivenBackLater) {
+    for (const Cells& acquire : {Cells{}, Cells{4}}) {
+        lease({1, 2, 3});
+        fill_the_ring();
+        EXPECT_THROW(leases_.exchange(0, acquire, {1, 3}), flashclient::NoAnswer);
+        EXPECT_THROW(leases_.cancel(), flashclient::NoAnswer);
+        weightd_.take();
+        leases_.exchange(1, {}, {7});
+        EXPECT_EQ(given_back(), (Given{{0, {1, 3}}, {1, {7}}}));
+        leases_.cancel();
+        EXPECT_EQ(given_back(), Given{});
+    }
 }
 
 }  // namespace

@@ -394,7 +394,7 @@ TEST_F(RingTest, ClosesABorrowerThatKeepsOthersWaiting) {
     lease_all(paused);
     const auto other = attach(*engine, 40);
     std::vector<uint32_t> cells;
-    for (uint32_t cell = 0; cell < other->share_cells(); cell++) cells.push_back(200 - cell);
+    for (uint32_t cell = 0; cell < other->share_slots(); cell++) cells.push_back(200 - cell);
     other->acquire(0, ring::CELLS, cells, 0);
     for (const ring::Grant& grant : grants(*other, cells.size())) {
         EXPECT_EQ(ClientSession::status(grant), ring::GRANTED);
@@ -423,8 +423,8 @@ TEST_F(RingTest, AClosedSessionHearsOfItAndAttachesAgain) {
     for (const ring::Grant& grant : grants(*paused, cells.size())) paused->address(grant, 4096);
     const auto other = attach(*engine, 40);
     std::iota(cells.begin(), cells.end(), 150);
-    other->acquire(0, ring::CELLS, std::span(cells).first(other->share_cells()), 0);
-    grants(*other, other->share_cells());  // it waited until weightd closed the first
+    other->acquire(0, ring::CELLS, std::span(cells).first(other->share_slots()), 0);
+    grants(*other, other->share_slots());  // it waited until weightd closed the first
     EXPECT_THROW(paused->require_alive(), flashclient::SessionLost);
     std::byte* resident = paused->resident().data();
     resident[5] = std::byte{77};

@@ -126,6 +126,15 @@ def test_a_model_with_a_damaged_record_keeps_none_of_the_others_from_being_serve
     assert "checksums/m2/00000 differs from its checksum" in daemon.log
 
 
+def test_encodings_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    record = write_model(path).record
+    record.bundle.parts[0].encoding.block_values = 0
+    with Store.open(path) as opened:
+        opened.catalog.add(record, {})
+    one_line(path, "the catalog is damaged: 'tiny': part 'gate' of 8 values in blocks of 0")
+
+
 def test_a_store_of_format_1_is_read_and_added_to(tmp_path: Path) -> None:
     """Its records end without checksums."""
     with Store.open(tmp_path / "store", create=True) as opened, opened.catalog._begun(write=True) as transaction:

@@ -35,9 +35,10 @@ def add_model(store: Store, name: str = "tiny", neurons: int = 5, layers: int = 
     layout = bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096)
     records, _ = lay_out_layers(layout, [(f"layers.{index}", neurons) for index in range(layers)])
     checksums = [np.random.default_rng(index).integers(0, 1 << 63, neurons, np.uint64) for index in range(layers)]
+    record = weightd_pb2.Model(name=name, compute_dtype="F32", bundle=layout, layers=records, import_id=b"1")
     with store.begin_import(name) as staging:
         (staging.folder / "bundles.bin").write_bytes(b"weights")
-        staging.publish(weightd_pb2.Model(name=name, bundle=layout, layers=records, import_id=b"1"), checksums)
+        staging.publish(record, checksums)
     return checksums
 
 
@@ -160,15 +161,18 @@ def test_an_interrupt_after_the_catalog_has_the_model_loses_nothing(
 
 
 def test_an_import_is_replaced_by_a_new_one_and_by_no_other(store: Store) -> None:
+    layout = bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096)
+    record = weightd_pb2.Model(name="tiny", compute_dtype="F32", bundle=layout, import_id=b"1")
     with store.begin_import("tiny") as staging:
-        staging.publish(weightd_pb2.Model(name="tiny", import_id=b"1"), [])
+        staging.publish(record, [])
     with pytest.raises(StoreError, match="already in"):
         store.begin_import("tiny", b"0")
     store.catalog.set_calibration("tiny", weightd_pb2.Calibration(version=3))
     with store.begin_import("tiny", b"1") as staging:
         (staging.folder / "bundles.bin").write_bytes(b"weights")
-        staging.publish(weightd_pb2.Model(name="tiny", import_id=b"2"), [])
-    assert store.model("tiny") == weightd_pb2.Model(name="tiny", import_id=b"2")
+        record.import_id = b"2"
+        staging.publish(record, [])
+    assert store.model("tiny") == record
     assert [path.name for path in (store.path / "tiny").iterdir()] == ["bundles.bin"]
     assert sorted(path.name for path in store.path.iterdir()) == ["catalog.mdb", "catalog.mdb-lock", "tiny"]
 

@@ -8,11 +8,11 @@
 namespace weightd {
 
 struct LayerSpec {
-    uint64_t offset_bytes;  // of cell 0 in bundles.bin
+    uint64_t offset_bytes;  // where cell 0 begins in bundles.bin
     uint32_t neurons;
     uint32_t cells;
-    uint32_t first_cell;      // in the model's numbering through all layers
-    uint32_t first_checksum;  // likewise of bundles
+    uint32_t first_cell;      // number of cell 0, counted through all layers of the model
+    uint32_t first_checksum;  // index in ModelSpec::checksums of the first bundle's checksum
 };
 
 struct TensorSpec {
@@ -32,15 +32,17 @@ struct ModelSpec {
     uint32_t bundle_bytes = 0;
     uint32_t bundles_per_cell = 0;
     std::vector<LayerSpec> layers;
-    std::vector<uint64_t> checksums;  // by layer and position
+    std::vector<uint64_t> checksums;  // of bundles, by layer and position
     std::vector<TensorSpec> tensors;
 
     uint32_t cell_count() const { return layers.back().first_cell + layers.back().cells; }
-    uint32_t layer_of(uint32_t cell) const;                    // of the model's numbering
-    uint32_t bundles_in(uint32_t layer, uint32_t cell) const;  // cell within the layer; the last may hold fewer
-    uint64_t offset_of(uint32_t cell) const;                   // of the model's numbering
-    uint32_t region_of(uint64_t offset_bytes, uint32_t regions) const;  // of bundles.bin cut in equal parts
-    void require_sound() const;  // throws std::invalid_argument when numbers contradict each other
+    // `cell` counts through all layers, except in bundles_in(), where it counts within the layer.
+    uint32_t layer_of(uint32_t cell) const;
+    uint32_t bundles_in(uint32_t layer, uint32_t cell) const;  // the last cell of a layer may hold fewer
+    uint64_t offset_of(uint32_t cell) const;                   // where the cell begins in bundles.bin
+    // The part that holds `offset_bytes` when bundles.bin is cut into `regions` equal parts.
+    uint32_t region_of(uint64_t offset_bytes, uint32_t regions) const;
+    void require_sound() const;  // throws std::invalid_argument if numbers contradict each other
 };
 
 }  // namespace weightd

@@ -18,7 +18,7 @@
 
 namespace weightd {
 
-inline constexpr uint32_t PIECES_MAX = 256;           // of one read; the kernel takes 1024, devices split far earlier
+inline constexpr uint32_t PIECES_MAX = 256;  // pieces of one read; the kernel takes 1024, devices split far earlier
 inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;  // larger requests gain nothing and delay their neighbours
 inline constexpr uint32_t DEPTH_DEFAULT = 64;
 inline constexpr size_t READ_STEP_BYTES = 4096;  // O_DIRECT: a short read is repeated from the last multiple of it
@@ -30,26 +30,26 @@ struct Read {
     int buffer_index = -1;  // of register_memory, if there is one piece and it lies inside; else -1
     uint64_t offset_bytes = 0;
     std::vector<iovec> pieces;                         // in order of the file; 1 to PIECES_MAX
-    std::chrono::steady_clock::time_point asked_at{};  // the device, for the first time; set by the reader
+    std::chrono::steady_clock::time_point asked_at{};  // time of the first submission to the device; set by the reader
 
     size_t length_bytes() const;
     size_t expected_bytes() const;  // less than length at the end of the file
-    // Drops the first `done` bytes, as far as reading may go on behind them.
-    enum class Left { nothing, more, stuck };  // stuck: not a block more than before
+    // Drops the first `done_bytes`, rounded down to the block from which reading can resume. Returns what is left.
+    enum class Left { nothing, more, stuck };  // stuck: not even one block was read
     Left advance(size_t done_bytes);
 };
 
 struct Completion {
     uint64_t tag;
     int error;                         // 0 or an errno; EIO too for a file that ends early
-    std::chrono::nanoseconds took{0};  // from the device's being asked to its answer, retries included
+    std::chrono::nanoseconds took{0};  // from the first submission to the device to completion
 };
 
 struct ReadQueue {  // requests of one reader
     uint32_t in_flight = 0;
-    uint32_t in_flight_max = 0;  // since the start
+    uint32_t in_flight_max = 0;  // the most since the start
     uint32_t depth_limit = 0;
-    uint32_t waiting = 0;  // for one of those in flight to end
+    uint32_t waiting = 0;  // not submitted yet, because too many are in flight
 
     template <typename Visit>
     void each_field(Visit visit) const {
@@ -72,7 +72,7 @@ class Reader {
     virtual void submit(std::vector<Read> reads) = 0;
     // Moves what has completed to the end of `completions`; never blocks.
     virtual void reap(std::vector<Completion>& completions) = 0;
-    virtual void wait() = 0;  // until reap would return something; only with reads in flight
+    virtual void wait() = 0;  // blocks until reap() would return something; call it only with reads in flight
     virtual ReadQueue queue() const = 0;
     virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
 };

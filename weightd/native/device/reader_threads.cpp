@@ -53,7 +53,7 @@ class ThreadReader final : public Reader {
     int event_fd() const override { return done_.event_fd(); }
 
     void submit(std::vector<Read> reads) override {
-        size_t wanted = 0;  // for each that may begin an idle one; the busy ones look again by themselves
+        size_t wanted = 0;  // wakes one idle thread per startable read; busy threads recheck the queue
         {
             const std::lock_guard guard(queue_lock_);
             for (Read& read : reads) turns_.push(std::move(read));
@@ -91,7 +91,7 @@ class ThreadReader final : public Reader {
             done_.put({read->tag, error, std::chrono::steady_clock::now() - read->asked_at});
             guard.lock();
             busy_--;
-            turns_.ended(read->file);  // at most one more may begin now, and this worker takes one: nobody is woken
+            turns_.ended(read->file);  // wakes no thread: at most one more read may start now, and this worker takes it
         }
     }
 
@@ -102,7 +102,7 @@ class ThreadReader final : public Reader {
     std::condition_variable queued_;
     ReadTurns turns_;
     size_t idle_ = 0;
-    uint32_t busy_ = 0;  // with a read; those about to take one are neither idle nor busy
+    uint32_t busy_ = 0;  // workers with a read; those about to take one are neither idle nor busy
     uint32_t busy_max_ = 0;
     bool stopping_ = false;
 };

@@ -19,17 +19,18 @@ class SharedMemory {
     SharedMemory(SharedMemory&& other) noexcept;
     SharedMemory& operator=(SharedMemory&& other) noexcept;
     ~SharedMemory();
-    void seal();  // F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL; and a read-only descriptor to pass on
-    // F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: writable by both sides, of one size for ever; and a descriptor to pass
-    // on
+    // Sets F_SEAL_FUTURE_WRITE | F_SEAL_GROW | F_SEAL_SEAL. shared_fd() is a read-only descriptor from then on.
+    void seal();
+    // Sets F_SEAL_GROW | F_SEAL_SHRINK | F_SEAL_SEAL: the size is fixed, and both sides may write. shared_fd() is a
+    // writable descriptor for the client from then on.
     void fix();
     void drain();  // unmaps it and gives its memory back at once
-    // After fix(): unmaps it, lets go of the descriptor to pass on, and gives back all memory but the first bytes.
+    // After fix(): unmaps it, closes the client's descriptor, and gives back all memory but the first `kept_bytes`.
     void abandon(size_t kept_bytes);
     bool held_by_others() const;  // after abandon(): whether some process has it mapped or open for writing
     std::byte* data() const { return data_; }
     std::span<std::byte> bytes() const { return {data_, bytes_}; }
-    void stop_sharing() { shared_.reset(); }  // after fix(): the descriptor has been passed on
+    void stop_sharing() { shared_.reset(); }  // after fix(): closes the client's descriptor, which has been sent
     int shared_fd() const { return shared_.get() >= 0 ? shared_.get() : owned_.get(); }
 
   private:

@@ -2,10 +2,10 @@
 //
 // Several scans read everything once only if they go together. A scan finds little of what earlier scans have read,
 // because most of it is evicted before the scan gets there (replacement.h). So a read that only scans far ahead want is
-// deferred until the laggard gets there. No scan is slower for it in the end: together, each has the whole device.
+// deferred until the slowest scan gets there. In the end no scan is slower: once aligned, all scans share each read.
 //
 // Reads are deferred for at most a second, for all scans of the model together, and afterwards for an eighth of the
-// time, because some scans are slower than others for good. No scan waits for one that has got what it asked for and
+// time, because some scans are permanently slower. No scan waits for one that has got what it asked for and
 // has been silent for half a second.
 //
 // Invariants: a deferred read has a slot, and is either deferred here or handed over exactly once. With fewer than two
@@ -42,15 +42,15 @@ class Scans {
     size_t deferred() const { return deferred_.size(); }
 
   private:
-    struct Laggard {  // of the scans that do not rest
+    struct Laggard {  // the last of the scans that do not rest
         uint32_t session = 0;
         uint32_t cell = 0;
-        uint32_t first_distance = 0;  // cells from it to the first of the scans
+        uint32_t first_distance = 0;  // cells from it to the scan that is furthest ahead
     };
-    struct Patience {  // how long reads may still be deferred
-        Clock::duration left = SCANS_WAIT_MAX;
+    struct Patience {
+        Clock::duration left = SCANS_WAIT_MAX;  // how long reads may still be deferred
         Clock::time_point noted_at;
-        bool used = false;  // something has been deferred since then
+        bool used = false;  // something has been deferred since noted_at
     };
 
     void start(Session& session);

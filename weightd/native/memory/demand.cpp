@@ -5,7 +5,7 @@
 namespace weightd {
 namespace {
 
-constexpr double KEPT_PER_NOTE = 0.875;  // of the weight of a use: the last few seconds decide, not the last token
+constexpr double KEPT_PER_NOTE = 0.875;  // part of a use's weight: the last few seconds decide, not the last token
 
 // A use of a cell is a use of each of its bytes, so slots of different sizes compare.
 double uses_per_slot(const Model& model, double recent_uses) {

@@ -22,7 +22,7 @@ struct ModelCounts {
     uint64_t read_bytes = 0;
     uint64_t verify_errors = 0;
     uint64_t read_errors = 0;
-    uint64_t evictions = 0;  // by earlier pools of the model
+    uint64_t evictions = 0;  // those of the model's earlier pools; evictions() adds the present pool's
 
     template <typename Visit>
     void each_field(Visit visit) const {
@@ -37,22 +37,23 @@ struct ModelCounts {
 };
 
 struct Model {
-    uint32_t index = 0;  // in Models
+    uint32_t index = 0;  // number in Models
     ModelSpec spec;
     std::unique_ptr<DirectFile> file;               // bundles.bin
-    int file_index = -1;                            // the reader's registration
+    int file_index = -1;                            // index of `file` in the reader; -1: not registered
     std::vector<Hotness> hotness;                   // by cell, as it was at the last activation
-    std::optional<PredictorsFile> predictors_file;  // of the newest calibration
+    std::optional<PredictorsFile> predictors_file;  // predictors of the newest calibration
     ModelCounts counts;
-    uint32_t users = 0;            // sessions, fetches and openings under way; without any, an active model is idle
-    uint32_t idle_rebalances = 0;  // consecutive rebalances that found it idle
-    uint32_t activations = 0;      // tells the pool of one activation from that of the next
+    uint32_t users = 0;            // number of sessions, fetches and openings under way; if 0, an active model is idle
+    uint32_t idle_rebalances = 0;  // number of consecutive rebalances that found the model idle
+    uint32_t activations = 0;      // number of activations; tells one activation's pool from the next one's
 
     // While the model is active:
     std::unique_ptr<Pool> pool;
     SharedMemory resident;
     bool resident_ready = false;
-    std::shared_ptr<const Predictors> predictors;  // for the next session; each session keeps the ones it was given
+    // Those for the next session. Each session keeps what it was given.
+    std::shared_ptr<const LoadedPredictors> predictors;
 
     uint64_t evictions() const { return counts.evictions + (pool == nullptr ? 0 : pool->evictions()); }
     bool wants_more_slots() const { return pool->slots() < spec.cell_count(); }

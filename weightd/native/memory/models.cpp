@@ -82,12 +82,12 @@ void Models::leave(uint32_t index) {
     model.users--;
 }
 
-std::shared_ptr<Predictors> Models::reserve_predictors(uint32_t index, const PredictorsFile& wanted) {
+std::shared_ptr<LoadedPredictors> Models::reserve_predictors(uint32_t index, const PredictorsFile& wanted) {
     const uint64_t bytes = whole_pages(wanted.bytes);
     if (!make_room(*models_.at(index), bytes)) return nullptr;
     memory_.take(Account::resident, bytes);
     sessions_.update_limits();
-    return {new Predictors{wanted.version, wanted.bytes, {}}, [this, bytes](Predictors* predictors) {
+    return {new LoadedPredictors{wanted.version, wanted.bytes, {}}, [this, bytes](LoadedPredictors* predictors) {
                 if (!ending_) predictors->memory.drain();
                 memory_.give(Account::resident, bytes);
                 delete predictors;

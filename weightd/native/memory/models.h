@@ -1,4 +1,4 @@
-// The models that are served, and who gets which part of --dram: activation, growth of pools, and giving back.
+// The models that are served, and how --dram is divided among them: activation, growth of pools, and giving back.
 //
 // Invariants: a model with users is active, and stays active. Idle models are deactivated before anything is taken
 // from a model in use. Shares stay whole: only what is lent, or used by nobody, is taken back.
@@ -59,7 +59,7 @@ class Models {
     void leave(uint32_t model);
     // Sets memory aside for predictors, until their last user lets go of them. None: draining, ask again. Throws
     // NoRoom.
-    std::shared_ptr<Predictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
+    std::shared_ptr<LoadedPredictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
     // The share that a session that wants this many slots (0: no preference) would get. Throws NoRoom.
     uint32_t share_for(uint32_t model, uint32_t slots_wanted, uint64_t has_bytes = 0) const {
         return room_.share_for(*models_.at(model), slots_wanted, has_bytes);
@@ -84,7 +84,8 @@ class Models {
 
     // Called about once a second. A busy model that lacks slots gets a segment of one that uses its segments much less.
     void rebalance();
-    void end() { ending_ = true; }  // what clients map stays: they read it until another weightd has started
+    // From now on, keeps memory that clients still map; they use it until a new weightd starts.
+    void end() { ending_ = true; }
 
     Sessions& sessions() { return sessions_; }
     const Sessions& sessions() const { return sessions_; }

@@ -11,8 +11,10 @@
 
 namespace weightd {
 
-inline constexpr uint32_t PRESS_DIVISOR = 8;    // a press takes this part of --dram, or a segment: ten seconds to half
-inline constexpr uint32_t RELIEF_DIVISOR = 32;  // a relief gives back this part
+// A press takes 1/8 of --dram or one segment, whichever is larger. Under pressure the kernel sends a signal every 2 s,
+// so half of --dram is taken in about ten seconds.
+inline constexpr uint32_t PRESS_DIVISOR = 8;
+inline constexpr uint32_t RELIEF_DIVISOR = 32;  // a relief gives back 1/32 of --dram
 
 class Pressure {
   public:

@@ -33,7 +33,7 @@ struct PredictorsFile {  // predictors.safetensors of one version of a model's c
     uint32_t version = 0;
 };
 
-struct Predictors {  // such a file in memory
+struct LoadedPredictors {  // such a file in memory
     uint32_t version;
     uint64_t bytes;  // of the file; the memory is rounded up to pages
     SharedMemory memory;

@@ -11,7 +11,7 @@ namespace weightd {
 // A user as the kernel names it; one user may run many processes. None: all processes whose user is unknown, together.
 using User = std::optional<uid_t>;
 
-inline constexpr uint64_t LEFT_MULTIPLE_MAX = 7;  // one user may have seven eighths, and leaves one
+inline constexpr uint64_t LEFT_MULTIPLE_MAX = 7;  // times what is left: a user may hold up to 7/8
 
 // Whether a user that has `has` may take `more` of the `free`. A user that has nothing may take all of it. Any other
 // user may have at most LEFT_MULTIPLE_MAX times what is left afterwards, so that the next user finds something.

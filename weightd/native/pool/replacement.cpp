@@ -11,16 +11,18 @@ namespace {
 
 // Chosen by measurement (weightd/README.md): a longer half-life finds a little more while nothing changes, and adapts
 // more slowly.
-constexpr uint32_t USES_PER_HALF_LIFE = 2;  // of each cell, on average
-constexpr uint32_t STEPS_PER_OCTAVE = 256;  // of scores; time moves by the same steps
+constexpr uint32_t USES_PER_HALF_LIFE = 2;  // average uses of each cell
+constexpr uint32_t STEPS_PER_OCTAVE = 256;  // resolution of scores and of time
 constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level are evicted in the order in which they entered it
 constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; scores beyond count as the outermost level
 constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
 constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // at this time the zero of all scores moves
 constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
-constexpr uint32_t RETAINED_DIVISOR = 20;   // of the cells outside the pool; a scan reads that much more
-constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // more than a cell reaches that is the only one used
+// While several scans are under way, 1/20 as many probationary cells are retained as there are cells outside the pool.
+// That costs a scan up to 1/20 more reads.
+constexpr uint32_t RETAINED_DIVISOR = 20;
+constexpr uint32_t OCTAVES_ABOVE_NOW = 36;  // upper bound of a score above now, even if all uses are of one cell
 static_assert((NOW_LAST - NOW_FIRST) % (LEVELS * STEPS_PER_LEVEL) == 0, "levels keep their lists");
 static_assert(NOW_LAST + OCTAVES_ABOVE_NOW * STEPS_PER_OCTAVE <= UINT16_MAX, "scores fit into their type");
 

@@ -36,20 +36,20 @@ inline constexpr Hotness HOTNESS_IN_POOL = 128;
 class Replacement {
   public:
     explicit Replacement(uint32_t cells);
-    void seed(std::span<const Hotness> hotness);   // of each cell; replaces all scores
-    void inserted(uint32_t cell, bool contested);  // comes into the pool, pinned; contested: there was no free slot
-    void touched(uint32_t cell);                   // is used; it is in the pool
+    void seed(std::span<const Hotness> hotness);   // replaces all scores; `hotness` is by cell
+    void inserted(uint32_t cell, bool contested);  // it enters the pool, pinned; contested: there was no free slot
+    void touched(uint32_t cell);                   // it is used; it is in the pool
     void pinned(uint32_t cell);
     void unpinned(uint32_t cell);
-    void removed(uint32_t cell);  // leaves the pool for another reason than victim()
+    void removed(uint32_t cell);  // it leaves the pool for another reason than victim()
     uint32_t victim();            // takes a cell out; NO_CELL when all are pinned
     void retain_probationary(bool retain) { retains_ = retain; }
     uint32_t retained_max() const;  // probationary cells that are retained now
-    bool probationary(uint32_t cell) const { return probationary_[cell] != 0; }  // of a cell in the pool
+    bool probationary(uint32_t cell) const { return probationary_[cell] != 0; }  // `cell` is in the pool
 
-    void write_hotness(std::span<Hotness> hotness) const;  // of each cell, as learned; without HOTNESS_IN_POOL
+    void write_hotness(std::span<Hotness> hotness) const;  // writes the learned one by cell; without HOTNESS_IN_POOL
 
-    static uint64_t table_bytes(uint32_t cells);  // all that it allocates
+    static uint64_t table_bytes(uint32_t cells);  // bytes of all its allocations
 
   private:
     using Score = uint16_t;  // log2 of the sum of uses, above a moving zero, in STEPS_PER_OCTAVE
@@ -74,15 +74,15 @@ class Replacement {
 
     uint32_t cells_;
     uint32_t touches_per_step_;  // touches that move time by one step
-    uint32_t touches_ = 0;       // since the last step
+    uint32_t touches_ = 0;       // touches since the last step
     uint32_t now_;               // the score of one use now
     uint32_t lowest_;            // level below which the pool has no unpinned admitted cell
     bool retains_ = false;
-    uint32_t probationary_count_ = 0;  // without pinned cells
-    uint32_t admitted_count_ = 0;      // likewise
+    uint32_t probationary_count_ = 0;  // unpinned cells on probation in the pool
+    uint32_t admitted_count_ = 0;      // unpinned admitted cells in the pool
     std::vector<Score> scores_;
-    std::vector<uint8_t> probationary_;  // of cells in the pool: 1 or 0
-    std::vector<Link> links_;            // of cells, then of the lists: a ring of levels, and the probationary list
+    std::vector<uint8_t> probationary_;  // by cell: 1 or 0; only cells in the pool count
+    std::vector<Link> links_;            // cells, then heads of the lists: one per level, and the probationary list
 };
 
 }  // namespace weightd

@@ -11,9 +11,9 @@
 namespace weightd {
 namespace {
 
-constexpr int CHECK_MS = 1000;          // for what may have become late, or blocks others
-constexpr int DEFERRED_CHECK_MS = 20;   // for reads that wait for nothing but time
-constexpr uint32_t END_CHECK_US = 200;  // for the last reads
+constexpr int CHECK_MS = 1000;          // interval of checks for timeouts and blocking sessions
+constexpr int DEFERRED_CHECK_MS = 20;   // interval of checks for deferred reads
+constexpr uint32_t END_CHECK_US = 200;  // at the end: interval of checks for the last reads
 
 uint32_t verify_threads() { return std::max(1U, std::thread::hardware_concurrency() / 2); }
 
@@ -53,14 +53,14 @@ void EngineThread::run() {
     ::pthread_setname_np(::pthread_self(), "weightd-engine");
     try {
         loop();
-    } catch (const std::exception& error) {  // no client can cause this; the process must not go on
+    } catch (const std::exception& error) {  // no client can cause this; the process must end
         commands_.fail(error.what());
         ::eventfd_write(failed_event_.get(), 1);
     }
     engine_.models().end();
     sessions_.close_all();
     connections_.close_all();
-    while (engine_.reading()) {  // nothing may land in memory that is gone
+    while (engine_.reading()) {  // the memory that these reads write to is freed afterwards
         if (!engine_.step()) ::usleep(END_CHECK_US);
     }
     commands_.run_all();  // callers that posted while the loop ended are answered
@@ -73,7 +73,7 @@ void EngineThread::loop() {
         engine_.tell_time(Clock::now());
         bool any = sessions_.serve();
         check_now_and_then();
-        any = engine_.step() || any;  // last: it answers those for whom the others made way
+        any = engine_.step() || any;  // last: grants slots that the steps above released
         if (!any) sleep_until_event();
     }
 }
@@ -85,7 +85,7 @@ void EngineThread::sleep_until_event() {
     for (const Epoll::Event& event : events) handle(event);
 }
 
-// Not at all where a client has asked for something since it was last served.
+// 0 if a client has asked for something since it was last served; -1: without limit.
 int EngineThread::sleep_limit_ms(bool asked) const {
     if (asked) return 0;
     if (engine_.defers_reads()) return DEFERRED_CHECK_MS;

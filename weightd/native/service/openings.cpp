@@ -94,7 +94,7 @@ void Openings::load_newest_predictors(uint32_t index, const User& user) {
     Model& model = this->model(index);
     OpenerTurns::Turn turn(turns_, index, model.spec.name);
     while (const auto wanted = commands_.on_loop([&] { return missing_predictors(model); })) {
-        std::shared_ptr<Predictors> fresh;
+        std::shared_ptr<LoadedPredictors> fresh;
         wait_for_room(model, [&] {
             fresh = sessions_.making_way(user, [&] { return engine_.models().reserve_predictors(index, *wanted); });
             return fresh != nullptr;

@@ -21,7 +21,7 @@ struct ModelReport {
     uint64_t slots_filled = 0;
     uint64_t slots_leased = 0;
     uint64_t leases = 0;
-    uint64_t share_slots = 0;  // of all its sessions together
+    uint64_t share_slots = 0;  // sum of the shares of all its sessions
     uint64_t pool_bytes = 0;
     ModelCounts counts;
     DeviceUse device;
@@ -34,7 +34,7 @@ struct ModelReport {
         visit("slots_filled", slots_filled);
         visit("slots_leased", slots_leased);
         visit("leases", leases);
-        visit("guaranteed_slots", share_slots);
+        visit("share_slots", share_slots);
         visit("pool_bytes", pool_bytes);
         counts.each_field(visit);
         visit("reading_s", device.reading.seconds());
@@ -117,7 +117,7 @@ struct Report {
     }
 };
 
-// As it is now; on the engine's thread.
+// The report as of now. Call it on the engine's thread.
 Report report_of(const Engine& engine, const RingSessions& sessions, const PressureSignals& signals,
                  Clock::duration uptime);
 

@@ -53,7 +53,7 @@ Descriptor process_of(int socket, const ucred& peer) {
 }
 
 RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
-                         std::shared_ptr<const Predictors> predictors)
+                         std::shared_ptr<const LoadedPredictors> predictors)
     : Session(model, cells, share_slots, true),
       token_(token),
       user_(user),
@@ -191,7 +191,7 @@ void RingSession::wake() {
     ring::Header& header = ring().header;
     header.bell.fetch_add(1);
     if (header.client_sleeps.load() == 0) return;
-    // One: a client waits in one thread at a time, and however many do, waking them all would keep others waiting.
+    // Wakes one thread. A client waits in one thread at a time, and waking many would keep other clients waiting.
     ::syscall(SYS_futex, &header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
@@ -199,13 +199,13 @@ void RingSession::announce_sleep(bool sleeps) { ring().header.daemon_sleeps.stor
 
 Remains RingSession::remains() {
     if (attached()) ::shutdown(socket_.get(), SHUT_WR);
-    memory_.abandon(sizeof(ring::Header));  // which says that it is closed
+    memory_.abandon(sizeof(ring::Header));  // the header stays: its state says that the session is closed
     return {model, user_, std::move(memory_), std::move(socket_), std::move(process_), std::move(predictors_)};
 }
 
 void RingSession::close(ring::State state) {
     ring().header.state.store(state);
-    ring().header.client_sleeps.store(1);  // whatever the client wrote there: it must hear this
+    ring().header.client_sleeps.store(1);  // forces the futex wake regardless of the client's flag
     wake();
 }
 

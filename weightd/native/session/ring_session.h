@@ -23,20 +23,21 @@ namespace weightd {
 
 using Token = std::array<uint8_t, ring::TOKEN_BYTES>;
 
-// Of a session that we closed: its client lives and maps resident weights and predictors, which stay until it lets go.
+// What is left of a session that we closed while its client lives. The client maps resident weights and predictors,
+// which stay until it lets go of them.
 struct Remains {
     uint32_t model;
     User user;
     SharedMemory ring;
     Descriptor socket;
     Descriptor process;
-    std::shared_ptr<const Predictors> predictors;
+    std::shared_ptr<const LoadedPredictors> predictors;
 };
 
 class RingSession final : public Session {
   public:
     RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, const Token& token, const User& user,
-                std::shared_ptr<const Predictors> predictors);
+                std::shared_ptr<const LoadedPredictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
     // False: it does not listen.
@@ -48,7 +49,7 @@ class RingSession final : public Session {
         uint32_t layer;
         uint32_t tag;
         std::span<const uint32_t> cells;     // valid until the next call
-        std::span<const uint32_t> released;  // of an ACQUIRE: given back before it
+        std::span<const uint32_t> released;  // cells that an ACQUIRE gives back first
     };
     // The next request, or as much of it as `cells_max`, or none. `broken` is set when the client broke a rule.
     std::optional<Taken> take(uint32_t cells_max);
@@ -57,7 +58,7 @@ class RingSession final : public Session {
     void break_rule() { broken_ = true; }
     bool broken() const { return broken_; }
     void close(ring::State state);  // tells the client and wakes it
-    // After close(). What the client may still have of it: it is hung up on, and heard when it hangs up, too.
+    // After close(): closes our end of the socket, and returns what is needed to watch for the client's hang-up.
     Remains remains();
 
     void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) override;
@@ -65,7 +66,7 @@ class RingSession final : public Session {
     void flush() override;
     void segment_gone(uint32_t segment) override;
     void limit_changed(uint32_t obey) override;
-    // Told now and then whether it blocks others; true when it has done so for BLOCKS_AT_MOST.
+    // Called periodically with whether the session blocks others. True once it has done so for BLOCKS_AT_MOST.
     bool blocks_for_long(bool blocks);
 
     const Token& token() const { return token_; }
@@ -86,8 +87,8 @@ class RingSession final : public Session {
     void wake();
 
     Token token_;
-    User user_;                                     // whose processes may attach; none: any process with the token
-    std::shared_ptr<const Predictors> predictors_;  // of the version that was the newest when it was opened
+    User user_;  // whose processes may attach; none: any process with the token
+    std::shared_ptr<const LoadedPredictors> predictors_;  // of the version that was the newest when it was opened
     Clock::time_point opened_at_ = Clock::now();
     SharedMemory memory_;
     Descriptor doorbell_;
@@ -100,11 +101,12 @@ class RingSession final : public Session {
     uint32_t answers_owed_ = 0;
     bool broken_ = false;
     std::optional<Clock::time_point> blocks_since_;
-    ring::Request request_{};  // that is being served
+    ring::Request request_{};  // the request that is being served
     std::vector<uint32_t> cells_;
-    std::span<const uint32_t> left_;  // of them, to be taken yet
+    std::span<const uint32_t> left_;  // the part of cells_ that is not taken yet
     std::set<uint32_t> segments_known_;
-    uint32_t last_segment_ = ring::SEGMENT_MASK + 1;  // that a grant named: no look-up for its neighbours; none yet
+    // The segment of the last grant: the next grant in it needs no look-up. The first value is no segment's number.
+    uint32_t last_segment_ = ring::SEGMENT_MASK + 1;
 };
 
 // The process at the other end of a Unix socket; none if the kernel does not say.

@@ -131,12 +131,12 @@ void RingSessions::watch(const RingSession& session, int socket, int process) {
 // ---- serving ----
 
 bool RingSessions::serve() {
-    std::vector<Turns::Waiting> waiting;
+    std::vector<Rounds::Waiting> waiting;
     for (const auto& [id, session] : open_) {
         if (has_work(*session)) waiting.push_back({session->user(), id});
     }
     const bool any = !waiting.empty();
-    turns_.round(std::move(waiting), [this](uint32_t id) {
+    rounds_.round(std::move(waiting), [this](uint32_t id) {
         RingSession& session = *open_.at(id);
         const uint32_t work = serve(session);
         if (session.broken()) close(id, ring::CLOSED_FOR_A_BROKEN_RULE);

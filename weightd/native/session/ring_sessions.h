@@ -12,7 +12,7 @@
 #include "session/epoll.h"
 #include "session/half_open.h"
 #include "session/ring_session.h"
-#include "session/turns.h"
+#include "session/rounds.h"
 
 namespace weightd {
 
@@ -43,20 +43,20 @@ class RingSessions {
     // What the user's sessions have of --dram: their shares, and the tables of those for which none are set aside.
     uint64_t bytes_of(const User& user) const;
 
-    RingSession* find(const Token& token);  // of a session that no client has attached to, else null
+    RingSession* find(const Token& token);  // the session with this token; null if there is none or it has a client
     // Connects a session with its client, and takes the socket. Returns 0, or the errno of a refusal, for which the
     // socket is left to the caller.
     int attach(Descriptor& socket, RingSession& session);
 
-    bool serve();                  // one round of the sessions that have requests; false: there were none
-    bool announce_sleep();         // tells all clients to ring the doorbell; true: one has asked meanwhile
-    void announce_waking();        // and that they need not
+    bool serve();            // serves one round of the sessions that have requests; false: none has
+    bool announce_sleep();   // tells clients to ring the doorbell for a request; true: one has made a request meanwhile
+    void announce_waking();  // tells clients that ringing is not needed
     bool waits_for_time() const {  // whether close_late() may find something
         return !unattached_.empty() || ended_.holds_rings();
     }
 
-    void close(uint32_t session, ring::State state);  // of one that is open, or kept by its client
-    void close_late();                                // those that keep others waiting, or were not attached to in time
+    void close(uint32_t session, ring::State state);  // closes an open session, or one whose client lives
+    void close_late();                                // closes sessions that block others, or got no client in time
     void close_all();
 
     const std::map<uint32_t, RingSession*>& open_sessions() const { return open_; }  // by number
@@ -70,10 +70,10 @@ class RingSessions {
 
     Engine& engine_;
     Epoll& epoll_;
-    std::map<User, uint32_t> places_;        // taken by sessions that are not open yet
+    std::map<User, uint32_t> places_;        // number of places taken by sessions that are not open yet
     std::map<uint32_t, RingSession*> open_;  // by number, attached or not
-    HalfOpen unattached_;                    // of open_
-    Turns turns_;                            // of open_
+    HalfOpen unattached_;                    // sessions of open_ without a client
+    Rounds rounds_;                          // the order in which those of open_ are served
     EndedSessions ended_;
 };
 

@@ -4,9 +4,10 @@ A rule is `MODEL=WHO[,WHO]...`. WHO is user:NAME or user:UID, group:NAME or grou
 socket), or tls:NAME (a subject alternative name of the client's certificate, or its common name where it has none).
 MODEL is a name, or `*` for all models that no other rule names. Several rules of one model add up.
 
-A model without a rule may be read by whoever can connect: over the Unix socket the daemon's user and group, because of
-its mode, over TCP whoever the certificates let in. Rules narrow that. Root and the daemon's own user may do
-everything over the Unix socket. Without a rule of its own, publishing is for callers there that may read the model.
+A model without an --allow rule may be read by all who can connect. Over the Unix socket these are the daemon's user and
+group, because of the socket's mode. Over TCP the certificates decide who can. Root and the daemon's own user may do
+everything over the Unix socket. Without an --allow-publish rule, Unix-socket callers that may read the model may also
+publish.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 The front learns from the kernel or from TLS who connects, and terminates TLS. It counts what each user holds
 (users.py), reads the frame headers of both directions (http2.py), and closes connections that stay half open. gRPC
 listens at a socket whose name has been removed, so that only this process, which has a descriptor of it, can connect.
-The front binds each of its connections to gRPC to an abstract name, by which a call's handler finds the Origin of the
-call.
+The front binds each of its connections to gRPC to an abstract name, by which a call's handler finds the call's
+CallOrigin.
 
 A connection buffers at most one read. While the other side does not take it, this side is not read.
 """
@@ -35,21 +35,21 @@ from weightd.gateway.users import (
 logger = logging.getLogger(__name__)
 
 READ_BYTES = 256 << 10
-READS_AT_ONCE = 8  # of one connection's answers, before other connections have their turn
+READS_AT_ONCE = 8  # reads of one connection's answers before other connections have their turn
 TLS_RECORD_BYTES = 16 << 10
 ACCEPTS = 16  # connections accepted in one turn of the loop
-SWEEP_S = 1.0
-HALF_OPEN_S = 10.0  # for the beginning of a connection, and for a frame or a header block
-MESSAGE_S = 60.0  # for a message that has begun
-UNREAD_S = 60.0  # for answers that the client does not read
-UNREAD_BYTES_MAX = 16 << 20  # of all connections; beyond it, those whose answers wait longest are closed
-CONNECTION_COST, HANDSHAKE_COST = 10, 50  # in frames
-EARNED_PER_DATA_FRAME = 2  # frames; a client answers data that it reads with window updates
+SWEEP_S = 1.0  # interval of the checks for what is late
+HALF_OPEN_S = 10.0  # the most time that a connection's beginning, a frame or a header block may take
+MESSAGE_S = 60.0  # the most time from a message's beginning to its end
+UNREAD_S = 60.0  # how long a client may leave answers unread
+UNREAD_BYTES_MAX = 16 << 20  # unread answers of all connections; above it, those that wait longest are closed
+CONNECTION_COST, HANDSHAKE_COST = 10, 50  # cost of a connection and of a TLS handshake, in frames
+EARNED_PER_DATA_FRAME = 2  # credit in frames: a client answers the data that it reads with window updates
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError, InterruptedError)
 
 
 @dataclass(frozen=True)
-class Origin:
+class CallOrigin:
     """Where a call comes from: only what the kernel or TLS has proven."""
 
     peer: str  # the user whose calls are counted together: a user id, a certificate's names, or a host
@@ -69,19 +69,19 @@ class Listener:
 
 
 class Front:
-    """Connections of all listeners, from start() to close(). For one event loop."""
+    """Holds the connections of all listeners, from start() to close(). Belongs to one event loop."""
 
     def __init__(self, inner_fd: int, message_bytes_max: int) -> None:
         """`inner_fd`: an O_PATH descriptor of the socket at which gRPC listens."""
         self.inner_path = f"/proc/self/fd/{inner_fd}"
         self.message_bytes_max = message_bytes_max
         self.buffer = memoryview(bytearray(READ_BYTES))  # shared: each read is passed on at once, or copied
-        self.origins: dict[str, Origin] = {}
+        self.origins: dict[str, CallOrigin] = {}
         self.totals = Totals()
         self.users: dict[str, User] = {}
         self._listeners: list[Listener] = []
         self._pausing: list[Listener] = []  # not accepting until the next sweep
-        self._connections: dict[Connection, None] = {}  # in order of age, oldest first
+        self._connections: dict[FrontConnection, None] = {}  # in order of age, oldest first
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self, listeners: list[Listener]) -> None:
@@ -108,7 +108,7 @@ class Front:
         for connection in list(self._connections):
             connection.close("weightd ends")
 
-    def belong(self, connection: Connection, name: str) -> bool:
+    def belong(self, connection: FrontConnection, name: str) -> bool:
         """Counts a connection as that user's. Above a bound it closes the oldest idle one; False if there is none."""
         self._leave(connection)
         user = connection.user = self.users.setdefault(name, User(name, self.totals))
@@ -127,17 +127,17 @@ class Front:
             theirs = [one for one in self._connections if one.user is most]
             max(theirs, key=lambda one: one.streams).close(f"too many calls of {most.name}")
 
-    def forget(self, connection: Connection) -> None:
+    def forget(self, connection: FrontConnection) -> None:
         self._connections.pop(connection, None)
         self._leave(connection)
 
-    def _leave(self, connection: Connection) -> None:
+    def _leave(self, connection: FrontConnection) -> None:
         if connection.user is not None:
             connection.user.connections -= 1
             self.totals.connections -= 1
             connection.user = None
 
-    def _drop_one(self, user: User, newcomer: Connection) -> bool:
+    def _drop_one(self, user: User, newcomer: FrontConnection) -> bool:
         """Closes an idle connection of `user`, or any if the newcomer belongs to another user."""
         theirs = [one for one in self._connections if one.user is user and one is not newcomer]
         idle = next((one for one in theirs if not one.streams), None)
@@ -160,7 +160,7 @@ class Front:
                 self._pausing.append(listener)
                 return
             outer.setblocking(False)
-            connection = Connection(self, outer, listener)
+            connection = FrontConnection(self, outer, listener)
             self._connections[connection] = None
             connection.begin(address)
 
@@ -187,7 +187,7 @@ class Front:
                 connection.close("too many answers wait to be read")
 
 
-class Connection:
+class FrontConnection:
     """A client's connection, and the front's connection to gRPC that belongs to it."""
 
     def __init__(self, front: Front, outer: socket.socket, listener: Listener) -> None:
@@ -386,7 +386,7 @@ class Connection:
         """Connects to gRPC, once the client has sent HTTP/2's preface."""
         assert self.user is not None
         self._name = f"weightd-{secrets.token_hex(8)}"
-        self._front.origins[self._name] = Origin(
+        self._front.origins[self._name] = CallOrigin(
             self.user.name, self._local, self._tls_names, lambda: self.close("it took no answer"), self._charge
         )
         self._inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)

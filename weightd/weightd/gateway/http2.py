@@ -29,7 +29,7 @@ class ProtocolError(Exception):
     """The client breaks a bound that no honest client reaches; the connection is closed."""
 
 
-class Account(Protocol):
+class FrameAccount(Protocol):
     """Counts what the user of a connection holds."""
 
     def open_stream(self) -> None: ...
@@ -55,7 +55,7 @@ class _Stream:
 class ClientFrames:
     """The frames that one client sends after HTTP/2's preface."""
 
-    def __init__(self, account: Account, message_bytes_max: int) -> None:
+    def __init__(self, account: FrameAccount, message_bytes_max: int) -> None:
         """`message_bytes_max`: gRPC itself refuses longer messages."""
         self._account = account
         self._message_bytes_max = message_bytes_max

@@ -26,7 +26,7 @@ from google.protobuf.message import DecodeError
 
 from weightd.errors import StoreError
 from weightd.gateway.access import Caller
-from weightd.gateway.front import Origin
+from weightd.gateway.front import CallOrigin
 from weightd_proto import weightd_pb2
 from weightd_proto.addresses import IDENTITY_METADATA_KEY
 
@@ -52,9 +52,9 @@ class Identities:
         boot_id = BOOT_ID.read_bytes() if BOOT_ID.exists() else b""
         # Valid for this boot only, because the claims hold seconds since boot.
         self._key = hmac.digest(_key(folder / KEY_FILE), boot_id, hashlib.sha256)
-        self.origins: Mapping[str, Origin] = {}  # the front's, by the name of a connection to gRPC
+        self.origins: Mapping[str, CallOrigin] = {}  # the front's, by the name of a connection to gRPC
 
-    def origin(self, context: Context) -> Origin | None:
+    def origin(self, context: Context) -> CallOrigin | None:
         """Where this call comes from. None if its connection has ended."""
         return self.origins.get((context.peer() or "").removeprefix("unix-abstract:"))
 

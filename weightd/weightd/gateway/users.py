@@ -10,14 +10,14 @@ import ipaddress
 import time
 from dataclasses import dataclass, field
 
-CONNECTIONS_MAX = 1024  # each takes about 30 KiB and three descriptors
+CONNECTIONS_MAX = 1024  # connections of all users; each takes about 30 KiB and three descriptors
 CONNECTIONS_OF_USER = 256
 STREAMS_OF_USER = 256  # open calls; those beyond CALLS_OF_PEER have been refused, but the client has not read that yet
 STREAMS_MAX = 1024
-# Of messages above 16 KiB: enough for the calls that one user may make at once (call_bounds), and for three such users.
+# Bytes of messages above 16 KiB. One user's suffice for the calls that it may make at once (call_bounds).
 MESSAGE_BYTES_OF_USER = 12 << 20
-MESSAGE_BYTES_MAX = 36 << 20
-COST_PER_S = 5_000  # in frames; a user whose cost is above COST_MAX is read more slowly
+MESSAGE_BYTES_MAX = 36 << 20  # enough for three such users
+COST_PER_S = 5_000  # cost that decays per second, in frames; a user above COST_MAX is read more slowly
 COST_MAX = 10_000
 
 
@@ -63,7 +63,7 @@ class User:
         self.message_bytes -= size_bytes
 
     def pause_s(self, cost: float) -> float:
-        """Adds `cost` (negative: earned) and returns how long to wait before reading more from this user."""
+        """Adds `cost` (negative: credit) and returns how long to wait before reading more from this user."""
         now_s = time.monotonic()
         self._cost = max(0.0, self._cost + cost - (now_s - self._counted_s) * COST_PER_S)
         self._counted_s = now_s

@@ -26,7 +26,7 @@ from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
 from weightd.errors import SpaceError
 from weightd.importing.dequantise import Bytes, Elements, dequantise
-from weightd.importing.families import Recipe, Source, recipe_of
+from weightd.importing.families import Recipe, TensorSource, recipe_of
 from weightd.importing.plan import BundleStep, DownStep, ResidentStep, Step, plan_bundles, plan_resident
 from weightd.importing.rehearsal import Rehearse, check_runnable
 from weightd.importing.resident import lay_out_resident
@@ -54,7 +54,7 @@ class _Model:
     """A model that is laid out but not written yet."""
 
     recipe: Recipe
-    sources: dict[str, Source]
+    sources: dict[str, TensorSource]
     record: weightd_pb2.Model
     resident_header: bytes
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd.importing.families import Source
+from weightd.importing.families import TensorSource
 from weightd_proto.encodings import DTYPES, is_plain
 
 Bytes = npt.NDArray[np.uint8]
@@ -31,13 +31,13 @@ class Elements:
         return target
 
 
-def row_elements(source: Source) -> int:
+def row_elements(source: TensorSource) -> int:
     """Elements of a row."""
     shape = source.tensor.shape
     return source.tensor.elements // rows(source) if shape else 1
 
 
-def rows(source: Source) -> int:
+def rows(source: TensorSource) -> int:
     """Rows of the tensor. A vector is one row, unless its elements must be permuted back: then each is a row."""
     shape = source.tensor.shape
     if len(shape) == 1 and not (source.undo and source.undo.heads):
@@ -45,12 +45,12 @@ def rows(source: Source) -> int:
     return shape[0] if shape else 1
 
 
-def rows_together(source: Source) -> int:
+def rows_together(source: TensorSource) -> int:
     """How many rows must be dequantised together: those of a head if they are permuted, otherwise 1."""
     return rows(source) // source.undo.heads if source.undo and source.undo.heads else 1
 
 
-def dequantise(source: Source, stored: memoryview) -> Elements:
+def dequantise(source: TensorSource, stored: memoryview) -> Elements:
     """The elements of `stored`, which holds whole rows, a multiple of `rows_together`."""
     data = np.frombuffer(stored, np.uint8)
     plain = is_plain(source.tensor.encoding)
@@ -70,7 +70,7 @@ def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(-1)
 
 
-def _from_blocks(source: Source, data: Bytes) -> Elements:
+def _from_blocks(source: TensorSource, data: Bytes) -> Elements:
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

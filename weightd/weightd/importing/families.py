@@ -3,9 +3,9 @@
 A recipe follows from config.json alone. Its names and shapes are those of transformers' state_dict (v5), and sources.py
 finds these tensors in a checkpoint. A new family also needs its modules in flashclient/model/architectures.py.
 
-Traps. OPT checkpoints name the decoder `decoder.` or `model.decoder.`. opt-350m normalises after the block, has no
-final norm, and its embedding has word_embed_proj_dim columns. Gemma ties its head. A tied head is stored once, as the
-embedding.
+Known irregularities: OPT checkpoints name the decoder `decoder.` or `model.decoder.`. opt-350m normalises after the
+block, has no final norm, and its embedding has word_embed_proj_dim columns. Gemma ties its head. A tied head is stored
+once, as the embedding.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
-SIZE_MAX = 1 << 31  # of a dimension: far above any model, and products of two fit 64 bits
+SIZE_MAX = 1 << 31  # the largest dimension: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
 
 
 @dataclass(frozen=True)
-class Ffn:
+class FfnTensors:
     """The FFN of a layer. `matrices` are tensor names in the order of the recipe's parts; the down matrix is last."""
 
     module: str
@@ -47,7 +47,7 @@ class Recipe:
     family: str
     hidden_size: int
     parts: tuple[str, ...]
-    layers: tuple[Ffn, ...]
+    layers: tuple[FfnTensors, ...]
     resident: Mapping[str, Shape]
     tied_to: str | None = None
 
@@ -62,7 +62,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Source:
+class TensorSource:
     """The tensor of the checkpoint that a tensor of the model comes from, and what must be undone to its values."""
 
     tensor: SourceTensor
@@ -125,10 +125,10 @@ def _attention(prefix: str, sizes: _Sizes, head_size: int, biases: tuple[bool, b
     }
 
 
-def _gated_layers(sizes: _Sizes) -> tuple[Ffn, ...]:
+def _gated_layers(sizes: _Sizes) -> tuple[FfnTensors, ...]:
     neurons = sizes.number("intermediate_size")
     modules = [f"model.layers.{index}.mlp" for index in range(sizes.layers)]
-    return tuple(Ffn(m, neurons, tuple(f"{m}.{part}_proj.weight" for part in GATED_PARTS)) for m in modules)
+    return tuple(FfnTensors(m, neurons, tuple(f"{m}.{part}_proj.weight" for part in GATED_PARTS)) for m in modules)
 
 
 def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]], tied: bool) -> Recipe:
@@ -209,7 +209,7 @@ def _opt(config: Config) -> Recipe:
     tied = sizes.flag("tie_word_embeddings", True)
     if not tied:
         resident[HEAD] = (sizes.vocabulary, embedding)
-    layers = tuple(Ffn(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
+    layers = tuple(FfnTensors(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
     return Recipe("opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None)
 
 

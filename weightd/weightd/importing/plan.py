@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from weightd.disk.read_ahead import CHUNK_BYTES, Extent
 from weightd.importing.dequantise import row_elements, rows, rows_together
-from weightd.importing.families import Ffn, Recipe, Source
+from weightd.importing.families import FfnTensors, Recipe, TensorSource
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES, is_plain
 
@@ -24,7 +24,7 @@ DEQUANTISED_CHUNK_BYTES = 2 << 20
 class Slice:
     """Rows [begin, end) of a tensor."""
 
-    source: Source
+    source: TensorSource
     begin: int
     end: int
 
@@ -70,7 +70,7 @@ Step = DownStep | BundleStep | ResidentStep
 
 
 def plan_bundles(
-    recipe: Recipe, sources: Mapping[str, Source], layout: weightd_pb2.BundleLayout
+    recipe: Recipe, sources: Mapping[str, TensorSource], layout: weightd_pb2.BundleLayout
 ) -> Iterator[DownStep | BundleStep]:
     """The steps of all layers. A layer's down matrix is read between the bundles of the layer before."""
     downs = [list(_down_steps(index, ffn, sources)) for index, ffn in enumerate(recipe.layers)]
@@ -87,33 +87,33 @@ def plan_bundles(
             sent = due
 
 
-def plan_resident(tensors: list[weightd_pb2.Tensor], sources: Mapping[str, Source]) -> Iterator[ResidentStep]:
+def plan_resident(tensors: list[weightd_pb2.Tensor], sources: Mapping[str, TensorSource]) -> Iterator[ResidentStep]:
     for index, tensor in enumerate(tensors):
         for piece in _slices(sources[tensor.name]):
             yield ResidentStep(index, (piece,))
 
 
-def _slices(source: Source) -> Iterator[Slice]:
+def _slices(source: TensorSource) -> Iterator[Slice]:
     count, unit = rows(source), rows_together(source)
     units = max(1, _rows_per_chunk(source) // unit)
     for begin in range(0, count, units * unit):
         yield Slice(source, begin, min(count, begin + units * unit))
 
 
-def _rows_per_chunk(source: Source) -> int:
+def _rows_per_chunk(source: TensorSource) -> int:
     elements = row_elements(source)
     if not is_plain(source.tensor.encoding):
         return max(1, DEQUANTISED_CHUNK_BYTES // (elements * DTYPES["F32"].bytes))
     return max(1, CHUNK_BYTES // source.tensor.bytes_of(elements))
 
 
-def _down_steps(index: int, ffn: Ffn, sources: Mapping[str, Source]) -> Iterator[DownStep]:
+def _down_steps(index: int, ffn: FfnTensors, sources: Mapping[str, TensorSource]) -> Iterator[DownStep]:
     for piece in _slices(sources[ffn.matrices[-1]]):
         yield DownStep(index, (piece,))
 
 
 def _bundle_steps(
-    index: int, ffn: Ffn, sources: Mapping[str, Source], layout: weightd_pb2.BundleLayout
+    index: int, ffn: FfnTensors, sources: Mapping[str, TensorSource], layout: weightd_pb2.BundleLayout
 ) -> Iterator[BundleStep]:
     """Each step has as many whole cells as fit into a chunk, both read and written."""
     parts = [sources[name] for name in ffn.matrices[:-1]]

@@ -16,7 +16,7 @@ from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.dequantise import dequantise
-from weightd.importing.families import HEAD, Recipe, Shape, Source
+from weightd.importing.families import HEAD, Recipe, Shape, TensorSource
 from weightd.importing.plan import Slice
 from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
 
@@ -25,7 +25,7 @@ IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.
 COMPARED_BYTES = 8 << 20  # of a head and an embedding at a time
 
 
-def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str, Source]]:
+def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str, TensorSource]]:
     """The source of every tensor of the recipe, and the recipe as the checkpoint has it.
 
     The recipe gets a head of its own if the configuration ties head and embedding, but the checkpoint holds both with
@@ -37,16 +37,16 @@ def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str
     def spellings(name: str) -> list[str]:
         return [names.name_of(name)] if names else _spellings(name)
 
-    def find(name: str) -> Source | None:
+    def find(name: str) -> TensorSource | None:
         for spelling in spellings(name):
             if spelling in checkpoint.tensors:
-                return Source(checkpoint.tensors[spelling], names.undo_of(name) if names else None)
+                return TensorSource(checkpoint.tensors[spelling], names.undo_of(name) if names else None)
         return None
 
     found = {name: find(name) for name in recipe.shapes()}
     if recipe.tied_to is not None:
         recipe = _with_head(recipe, found, find(HEAD), recipe.tied_to)
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     for name, shape in recipe.shapes().items():
         source = found[name]
         if source is None:
@@ -58,11 +58,13 @@ def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str
     return recipe, sources
 
 
-def _with_head(recipe: Recipe, found: dict[str, Source | None], head: Source | None, embedding: str) -> Recipe:
-    """The recipe for a checkpoint with a head though the configuration ties head and embedding.
+def _with_head(
+    recipe: Recipe, found: dict[str, TensorSource | None], head: TensorSource | None, embedding: str
+) -> Recipe:
+    """Handles checkpoints with lm_head although tie_word_embeddings is set. Returns the recipe to use.
 
-    As in transformers' tie_weights(): the head takes the place of a missing embedding. If the embedding is there and
-    differs, the head is a matrix of its own.
+    As in transformers' tie_weights(), the head replaces a missing embedding. If the embedding is there and differs, the
+    head becomes a matrix of its own.
     """
     shape = recipe.resident[embedding]
     if head is None:
@@ -77,7 +79,7 @@ def _with_head(recipe: Recipe, found: dict[str, Source | None], head: Source | N
     return recipe if _equal(source, head) else replace(recipe, resident={**recipe.resident, HEAD: shape})
 
 
-def _equal(one: Source, other: Source) -> bool:
+def _equal(one: TensorSource, other: TensorSource) -> bool:
     """Whether two matrices of the same shape hold the same values. In torch's files one matrix may have two names."""
     if one == replace(other, tensor=replace(other.tensor, name=one.tensor.name)):
         return True
@@ -91,7 +93,7 @@ def _equal(one: Source, other: Source) -> bool:
     return True
 
 
-def _rows(source: Source) -> list[Slice]:
+def _rows(source: TensorSource) -> list[Slice]:
     rows, width = source.tensor.shape
     step = max(1, COMPARED_BYTES // (width * DTYPES["F32"].bytes))
     return [Slice(source, begin, min(rows, begin + step)) for begin in range(0, rows, step)]

@@ -8,19 +8,19 @@ import numpy as np
 
 from weightd.disk.read_ahead import Extent, ReadAhead
 from weightd.importing.dequantise import dequantise
-from weightd.importing.families import Source
+from weightd.importing.families import TensorSource
 from weightd_proto.encodings import COMPUTE_DTYPES
 
 KEEP = "keep"
 
 
-def extent_of(source: Source) -> Extent:
+def extent_of(source: TensorSource) -> Extent:
     """The extent of the whole tensor."""
     tensor = source.tensor
     return Extent(tensor.path, tensor.offset_bytes, tensor.bytes_of(tensor.elements))
 
 
-def stored_dtype(sources: Mapping[str, Source], request: str) -> str:
+def stored_dtype(sources: Mapping[str, TensorSource], request: str) -> str:
     """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly.
 
     For matrices the dtype decides. Vectors (norms, biases) may have a wider dtype than the matrices: llama.cpp stores
@@ -36,7 +36,7 @@ def stored_dtype(sources: Mapping[str, Source], request: str) -> str:
     return dtype if dtype == "F32" or _hold_exactly(vectors, dtype) else "F32"
 
 
-def _hold_exactly(vectors: list[Source], dtype: str) -> bool:
+def _hold_exactly(vectors: list[TensorSource], dtype: str) -> bool:
     others = [source for source in vectors if source.tensor.dtype != dtype or source.undo is not None]
     with ReadAhead([extent_of(source) for source in others]) as read_ahead:
         for source in others:

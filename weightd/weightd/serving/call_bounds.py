@@ -33,31 +33,31 @@ from weightd_proto import weightd_pb2
 
 SERVICE_NAME = weightd_pb2.DESCRIPTOR.services_by_name["Weightd"].full_name
 
-CALLS_MAX = 256  # at once, of all kinds
-CALLS_OF_PEER = 64
-FETCHES_MAX = 12  # each may hold about 6 MiB, here and in gRPC: 72 MiB of the interpreter's 150
-OPENS_MAX = 32  # reading resident weights may take minutes
-PUBLISHES_MAX = 4
-LOOKUPS_MAX = 32  # of the catalog: short, unless its device hangs
-STREAMS_MAX = 64  # of one connection; a client has a few, and clients behind a proxy may share a connection
-METADATA_BYTES_MAX = 16 << 10  # an identity of 256 groups has at most 1.4 KiB
-RECORD_BYTES_MAX = 16 << 20  # a model's record, the largest answer; the client accepts as much
+CALLS_MAX = 256  # calls at once, all methods together
+CALLS_OF_PEER = 64  # calls of one peer at once
+FETCHES_MAX = 12  # Fetch calls at once; each may hold about 6 MiB, here and in gRPC: 72 MiB of the interpreter's 150
+OPENS_MAX = 32  # OpenSession calls at once; reading resident weights may take minutes
+PUBLISHES_MAX = 4  # PublishCalibration calls at once
+LOOKUPS_MAX = 32  # ListModels and DescribeModel calls at once; they are short, unless the store's device hangs
+STREAMS_MAX = 64  # calls at once on one connection, which clients behind a proxy may share; one client has a few
+METADATA_BYTES_MAX = 16 << 10  # metadata of a call; an identity of 256 groups has at most 1.4 KiB
+RECORD_BYTES_MAX = 16 << 20  # a response; the largest is a model's record, and the client accepts as much
 
 # A peer that is frozen or cut off is detected within 50 s, and its calls release what they hold. Clients
 # ping every 20 s; pings a little more often are accepted.
 KEEPALIVE_MS = 30_000
 KEEPALIVE_TIMEOUT_MS = 20_000
 PING_INTERVAL_MIN_MS = 10_000
-PATIENCE_S = 60.0  # for a caller's request, for the next piece of an upload, and until it reads an answer
+PATIENCE_S = 60.0  # how long a call waits for its request, for an upload's next piece, and until its answer is read
 # A slower upload is ended once it is PATIENCE_S behind, because it could keep its place for ever.
 UPLOAD_BYTES_PER_S_MIN = 64 << 10
-NAMES_BYTES_MAX = 4 << 10  # of a request that holds little more than a model's name
-# In a message of up to UNCOUNTED_BYTES there cannot be more of them, because a field takes two bytes.
+NAMES_BYTES_MAX = 4 << 10  # a request that holds little more than a model's name
+# The most fields of a request. A message of up to UNCOUNTED_BYTES cannot have more, because a field takes two bytes.
 FIELDS_MAX = FETCH_RANGES_MAX + 64
 UNCOUNTED_BYTES = 2 * FIELDS_MAX
 # Connections are closed after a while, with time for running calls, so that the peer is identified again when it
 # connects again. The longest call of a client, an OpenSession that reads resident weights, times out after 10 minutes.
-CONNECTION_IDLE_MS = 300_000  # without a call; gRPC's clients connect again when they need to
+CONNECTION_IDLE_MS = 300_000  # time without a call; gRPC's clients connect again when they need to
 CONNECTION_AGE_MS = 600_000
 CONNECTION_AGE_GRACE_MS = 1_200_000
 
@@ -109,7 +109,7 @@ BOUNDS = {
     "/grpc.health.v1.Health/Watch": Bound(16, 8),
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": Bound(8, 4),
 }
-ANY = Bound(CALLS_MAX, CALLS_OF_PEER)  # of all methods together
+ANY = Bound(CALLS_MAX, CALLS_OF_PEER)  # the bound of all methods together
 assert 2 * sum(bound.calls for bound in BOUNDS.values()) <= CALLS_MAX
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -117,7 +117,7 @@ Handler = Any  # grpc.RpcMethodHandler is not generic at run time, only in its t
 OF_ALL, OF_PEER, OF_MODEL = "all", "peer", "model"
 
 
-class Place:
+class CallPlace:
     """One of the places that BOUNDS allows. A call holds it until the call and the work that it began have ended."""
 
     def __init__(self, running: Counter[tuple[str, str]], peer: str) -> None:
@@ -128,7 +128,7 @@ class Place:
         self._held = 1
 
     def enter(self, what: str, bound: Bound) -> None:
-        """Raises BusyError when too many are there: of all, or of this peer."""
+        """Counts a call of `what`. Raises BusyError if too many run, in all or of this peer."""
         of_all, of_peer = (OF_ALL, what), (OF_PEER, f"{what} {self._peer}")
         calls = bound.calls - bound.calls // 4 if self._running[of_peer] else bound.calls
         if self._running[of_all] >= calls or self._running[of_peer] >= bound.of_peer:
@@ -139,7 +139,7 @@ class Place:
         self._count(of_all, of_peer)
 
     def enter_model(self, what: str, model: str, most: int) -> None:
-        """Raises BusyError when too many want the same model."""
+        """Counts a call for `model`. Raises BusyError if `most` calls of `what` for it run already."""
         row = (OF_MODEL, f"{what} {model}")
         if self._running[row] >= most:
             raise BusyError(
@@ -177,7 +177,7 @@ class Place:
         self._running.update(rows)
 
 
-_place: ContextVar[Place | None] = ContextVar("place", default=None)
+_place: ContextVar[CallPlace | None] = ContextVar("place", default=None)
 
 
 def keeping_place() -> Callable[[], None]:
@@ -223,7 +223,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
         return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
 
     async def _call(self, method: str, handler: Handler, context: Context) -> None:
-        place = Place(self._running, self._peer_of(context))
+        place = CallPlace(self._running, self._peer_of(context))
         place.hold_until_done(context)
         try:
             if (refusal := await self._refusal(method, handler, context, place)) is not None:
@@ -236,7 +236,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
             place.release()
 
     async def _refusal(
-        self, method: str, handler: Handler, context: Context, place: Place
+        self, method: str, handler: Handler, context: Context, place: CallPlace
     ) -> tuple[grpc.StatusCode, str] | None:
         """Answers the call. Returns the status of a refusal, or None."""
         try:
@@ -247,7 +247,7 @@ class CallBounds(grpc.aio.ServerInterceptor):
             return refusal_of(error)
         return None
 
-    async def _answer(self, method: str, handler: Handler, context: Context, place: Place) -> None:
+    async def _answer(self, method: str, handler: Handler, context: Context, place: CallPlace) -> None:
         bound, name = BOUNDS.get(method), f"calls of {method.rpartition('/')[2]}"
         place.enter("calls", ANY)
         if bound is not None:

@@ -22,8 +22,7 @@ from google.protobuf.message import DecodeError
 from weightd import _native
 from weightd.errors import CorruptionError, SpaceError, StoreError
 from weightd.store.catalog_pages import check_pages
-from weightd_proto import weightd_pb2
-from weightd_proto.encodings import upgrade
+from weightd_proto import encodings, weightd_pb2
 
 MAGIC = "weightd-store"
 FORMAT_VERSION = 3
@@ -253,7 +252,8 @@ def _parsed(record: bytes) -> weightd_pb2.Model:
     _read(model, record)
     _check_sizes(model)
     try:
-        upgrade(model)
+        encodings.upgrade(model)
+        encodings.check(model)
     except ValueError as error:
         raise CorruptionError(f"the catalog is damaged: {model.name!r}: {error}; import it again") from error
     return model

@@ -13,7 +13,7 @@
 
 namespace weightd {
 
-class Turns {
+class Rounds {
   public:
     static constexpr uint32_t USER_WORK = 2048;  // in a round: a tenth of a millisecond or two
 
