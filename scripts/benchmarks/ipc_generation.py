@@ -8,17 +8,15 @@ logits.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
 
 # isort: split
 import numpy as np
-from numpy.typing import NDArray
 from paper.rows import COLD
 from planted.store import PlantedStore, planted_store
 
@@ -26,7 +24,7 @@ from benchmarks.native_module import bench_native
 from benchmarks.processes import BenchError, serving
 from benchmarks.report import Row, abba
 from benchmarks.sharing_client import Task, decode
-from flashclient._native import CellSource, LentMemory, Window
+from flashclient._native import Window
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.source.border import BundleSource, Chunk
 from flashclient.source.ring import RingSource
@@ -41,39 +39,6 @@ ROUNDS = 8  # of four generations; the ratio of a single round varies from 0.95 
 SEED = 11
 PROMPT_TOKENS = 16
 KINDS = [("predict", 1.0, 64), ("exact", 1.0, 16), ("predict", 0.5, 64)]  # mode, share of the FFN in the pool, tokens
-_NONE = np.empty(0, np.uint32)
-
-
-class EngineCells(CellSource):
-    """Cells that an engine in this process leases."""
-
-    def __init__(self, engine: Any) -> None:
-        super().__init__()
-        self._engine = engine
-        self._coming: tuple[int, NDArray[np.uint32]] = 0, _NONE  # layer and cells
-        self._lent: list[LentMemory] = []  # the engine's segments, in which the kernels read bundles
-
-    def share_slots(self) -> int:
-        return int(self._engine.share_slots)
-
-    def lease_limit(self) -> int:
-        return int(self._engine.lease_limit)
-
-    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
-        cells = np.array(acquire, np.uint32)
-        self._engine.exchange(layer, cells, np.array(release, np.uint32))
-        self._coming = layer, cells
-
-    def arrived(self) -> list[tuple[int, int]]:
-        while self._engine.arrived() > 0:
-            pass
-        self._lent += [LentMemory(segment) for segment in self._engine.segments()[len(self._lent) :]]
-        layer, cells = self._coming
-        self._coming = 0, _NONE
-        return list(zip(cells.tolist(), self._engine.addresses(layer)[cells].tolist(), strict=True))
-
-    def cancel(self) -> None:
-        self._engine.release_all()
 
 
 class EngineSource(RingSource):
@@ -83,7 +48,7 @@ class EngineSource(RingSource):
     def __init__(self, connection: Connection, model: weightd_pb2.Model, store: Store, dram_bytes: int) -> None:
         super().__init__(connection, model)
         self._record = model
-        engine = bench_native().InProcessEngine(
+        self._engine = bench_native().InProcessEngine(
             dram_bytes,
             model_spec(store, model),
             io_engine="auto",
@@ -91,7 +56,6 @@ class EngineSource(RingSource):
             io_depth=IO_DEPTH,
             slots_wanted=SLOTS_WANTED_BYTES // model.bundle.cell_bytes,
         )
-        self._cells = EngineCells(engine)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         facts, bundle = self._record.layers[layer], self._record.bundle
@@ -100,16 +64,17 @@ class EngineSource(RingSource):
         count = CHUNK_BYTES // bundle.cell_bytes
         within = np.arange(bundle.bundles_per_cell, dtype=np.uint64) * np.uint64(bundle.stride_bytes)
         for first in range(0, facts.cells, count):
-            cells = list(range(first, min(first + count, facts.cells)))
-            self._cells.exchange(layer, cells, [])
-            starts = np.array([address for _, address in self._cells.arrived()], np.uint64)
+            cells = min(count, facts.cells - first)
+            starts = self._engine.lease_range(layer, first, cells)
             position = first * bundle.bundles_per_cell
-            yield Chunk(position, (starts[:, None] + within).reshape(-1)[: facts.neurons - position])
-            self._cells.exchange(layer, [], cells)
+            try:
+                yield Chunk(position, (starts[:, None] + within).reshape(-1)[: facts.neurons - position])
+            finally:
+                self._engine.release_range(layer, first, cells)
 
     def open_window(self, tokens: int) -> Window:
         bundle, cells = self._record.bundle, [layer.cells for layer in self._record.layers]
-        self.window = Window(self._cells, tokens, bundle.bundles_per_cell, bundle.stride_bytes, cells)
+        self.window = Window(self._engine, tokens, bundle.bundles_per_cell, bundle.stride_bytes, cells)
         return self.window
 
     def idle(self) -> None:

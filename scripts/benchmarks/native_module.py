@@ -1,6 +1,7 @@
 """The C++ that benchmarks compare the daemon with (scripts/benchmarks/native): built on first use, then imported.
 
-Its core is built in build/tests, with the C++ tests. `weightd._native` is imported first, whose types it uses.
+Its core is built in build/tests, with the C++ tests. `weightd._native` and `flashclient._native` are imported
+first, whose types it uses.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 import nanobind  # type: ignore[import-untyped]
 
-import weightd._native  # noqa: F401 - its types are those of the module
+import flashclient._native  # noqa: F401 - the module uses types of both
+import weightd._native  # noqa: F401
 from benchmarks.processes import SCRIPTS, BenchError
 
 ROOT = SCRIPTS.parent

@@ -6,7 +6,6 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from benchmarks.ipc_generation import compared
 from benchmarks.native_module import bench_native
@@ -15,8 +14,6 @@ from tiny_store import TinyModel, write_model
 
 from weightd.serving.served_models import model_spec
 from weightd.store.store import Store
-
-NONE = np.empty(0, np.uint32)
 
 
 @pytest.fixture
@@ -36,22 +33,45 @@ def test_both_paths_make_the_same_logits(tmp_path: Path) -> None:
 
 
 def test_cells_in_this_process_hold_the_bundles(tiny: TinyModel, engine: Any) -> None:
-    cells = np.array([0, 2], np.uint32)
-    engine.exchange(1, cells, NONE)
-    while engine.arrived() > 0:
-        pass
+    engine.exchange(1, [0, 2], [])
+    addresses = arrivals(engine)
+    assert sorted(addresses) == [0, 2]
     layout = tiny.record.bundle
-    for cell in cells.tolist():
-        address = int(engine.addresses(1)[cell])
+    for cell, address in addresses.items():
         first = cell * layout.bundles_per_cell
         for place, bundle in enumerate(tiny.bundles[1][first : first + layout.bundles_per_cell]):
             assert ctypes.string_at(address + place * layout.stride_bytes, len(bundle)) == bundle.tobytes()
-    assert engine.cells_held == engine.misses == len(cells)
-    engine.release_all()
+    assert engine.cells_held == engine.misses == len(addresses)
+    engine.exchange(1, [], [0, 2])
     assert engine.cells_held == 0
-    assert not engine.addresses(1).any()
+
+
+def test_cancel_keeps_the_cells_that_were_returned(engine: Any) -> None:
+    engine.exchange(0, [0], [])
+    arrivals(engine)
+    engine.exchange(1, [1], [])
+    engine.cancel()
+    assert engine.cells_held == 1
+    engine.exchange(0, [], [0])
+    assert engine.cells_held == 0
+
+
+def test_a_range_is_leased_and_given_back(tiny: TinyModel, engine: Any) -> None:
+    for address in engine.lease_range(0, 1, 2).tolist():
+        assert address % tiny.record.bundle.cell_bytes == 0
+    assert engine.cells_held == 2
+    engine.release_range(0, 1, 2)
+    assert engine.cells_held == 0
 
 
 def test_what_is_not_held_cannot_be_given_back(engine: Any) -> None:
     with pytest.raises(ValueError, match="is not held"):
-        engine.exchange(0, NONE, np.array([1], np.uint32))
+        engine.exchange(0, [], [1])
+
+
+def arrivals(engine: Any) -> dict[int, int]:
+    """Address by cell of all that is on its way."""
+    addresses: dict[int, int] = {}
+    while batch := engine.arrived():
+        addresses |= batch
+    return addresses

@@ -1,39 +1,53 @@
-// bench_native: what benchmarks compare the daemon with, for Python. Import weightd._native first: it has the types.
+// bench_native: what benchmarks compare the daemon with, for Python. Import weightd._native and flashclient._native
+// first: they have the types.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
 #include "in_process_engine.h"
+#include "owned_array.h"
 #include "part_reader.h"
 #include "service/engine_thread.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
+using flashclient::CellSource;
+using flashclient::owned_array;
 using weightd::EngineThread;
 using weightd::InProcessEngine;
 using weightd::PartReader;
 
 namespace {
 
-using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+// Lends each segment to the client's kernels, as long as this lives: flashclient._native has the table of what they may
+// read. Called without the GIL, and destroyed with it.
+class Lent {
+  public:
+    Lent() : lent_memory_(nb::module_::import_("flashclient._native").attr("LentMemory")) {}
+    void operator()(std::span<const std::byte> segment) {
+        const nb::gil_scoped_acquire acquired;
+        using Bytes = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
+        const Bytes view(segment.data(), {segment.size()}, nb::none());
+        segments_.append(lent_memory_(nb::cast(view, nb::rv_policy::reference)));
+    }
 
-nb::object addresses(const nb::handle_t<InProcessEngine>& self, uint32_t layer) {
-    const auto table = nb::cast<InProcessEngine&>(self).addresses(layer);
-    using Array = nb::ndarray<nb::numpy, const uint64_t, nb::ndim<1>>;
-    return nb::cast(Array(table.data(), {table.size()}, self));
-}
+  private:
+    nb::object lent_memory_;
+    nb::list segments_;
+};
 
-nb::list segments(const nb::handle_t<InProcessEngine>& self) {
-    using Array = nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>>;
-    nb::list arrays;
-    for (const auto& bytes : nb::cast<InProcessEngine&>(self).segments())
-        arrays.append(nb::cast(Array(bytes.data(), {bytes.size()}, self)));
-    return arrays;
-}
-
-void exchange(InProcessEngine& engine, uint32_t layer, const U32Array& acquire, const U32Array& release) {
+void make_in_process(InProcessEngine* self, uint64_t dram_bytes, const weightd::ModelSpec& spec,
+                     const std::string& io_engine, uint32_t io_threads, uint32_t io_depth, uint32_t slots_wanted) {
+    auto lent = std::make_shared<Lent>();
     const nb::gil_scoped_release released;
-    engine.exchange(layer, {acquire.data(), acquire.size()}, {release.data(), release.size()});
+    new (self) InProcessEngine(dram_bytes, spec, {io_engine, io_threads, io_depth, false}, slots_wanted,
+                               [lent](std::span<const std::byte> segment) { (*lent)(segment); });
 }
 
 // An EngineThread that reads each part of a bundle alone.
@@ -69,26 +83,24 @@ void bind_unbundled(nb::module_& m) {
 }
 
 void bind_in_process(nb::module_& m) {
-    nb::class_<InProcessEngine>(m, "InProcessEngine", "The engine in the caller's thread, with one model and session.")
+    using Release = nb::call_guard<nb::gil_scoped_release>;
+    nb::class_<InProcessEngine, CellSource>(m, "InProcessEngine",
+                                            "The engine in the caller's thread, with one model and session.")
+        .def("__init__", &make_in_process, "dram_bytes"_a, "spec"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a,
+             "slots_wanted"_a, "Raises OSError where O_DIRECT is refused, MemoryError where dram_bytes do not do.")
         .def(
-            "__init__",
-            [](InProcessEngine* self, uint64_t dram_bytes, const weightd::ModelSpec& spec, const std::string& io_engine,
-               uint32_t io_threads, uint32_t io_depth, uint32_t slots_wanted) {
-                const nb::gil_scoped_release released;
-                new (self) InProcessEngine(dram_bytes, spec, {io_engine, io_threads, io_depth, false}, slots_wanted);
+            "lease_range",
+            [](InProcessEngine& engine, uint32_t layer, uint32_t first, uint32_t count) {
+                std::vector<uint64_t> addresses;
+                {
+                    const nb::gil_scoped_release released;
+                    addresses = engine.lease_range(layer, first, count);
+                }
+                return owned_array(std::move(addresses));
             },
-            "dram_bytes"_a, "spec"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a, "slots_wanted"_a,
-            "Raises OSError where O_DIRECT is refused, MemoryError where dram_bytes do not do.")
-        .def("addresses", &addresses, "layer"_a, nb::sig("def addresses(self, layer: int) -> NDArray[numpy.uint64]"),
-             "uint64[cells], 0 where a cell is not held or has not arrived; a view that changes with every grant.")
-        .def("segments", &segments, nb::sig("def segments(self) -> list[NDArray[numpy.uint8]]"),
-             "The memory of the pool in which cells have come to lie.")
-        .def("exchange", &exchange, "layer"_a, "acquire"_a, "release"_a, "Gives back and asks for; does not wait.")
-        .def("arrived", &InProcessEngine::arrived, nb::call_guard<nb::gil_scoped_release>(),
-             "Waits for more of what was asked for; returns how many cells are still to come. Raises RuntimeError.")
-        .def("release_all", &InProcessEngine::release_all, nb::call_guard<nb::gil_scoped_release>())
-        .def_prop_ro("share_slots", &InProcessEngine::share_slots)
-        .def_prop_ro("lease_limit", &InProcessEngine::lease_limit)
+            "layer"_a, "first"_a, "count"_a,
+            "Leases neighbouring cells, waits for them and returns their addresses. Raises RuntimeError.")
+        .def("release_range", &InProcessEngine::release_range, "layer"_a, "first"_a, "count"_a, Release())
         .def_prop_ro("cells_held", &InProcessEngine::cells_held)
         .def_prop_ro("misses", &InProcessEngine::misses, "cells that had to be read, since the start");
 }

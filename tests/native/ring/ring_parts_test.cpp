@@ -49,7 +49,7 @@ TEST_F(RingPartsTest, CountsWhatItDidForTheSession) {
     use(*session, {1, 2, 3});
     use(*other, {3, 90});
     use(*session, {2, 90, 91});
-    const flashclient::Counters counted = session->counters();
+    const flashclient::SessionCounters counted = session->counters();
     EXPECT_EQ(counted.hits, 2U);
     EXPECT_EQ(counted.misses, 4U);
     EXPECT_EQ(counted.read_bytes, 4U * 4096);
