@@ -17,6 +17,7 @@ import numpy as np
 
 from weightd.disk.tensors import SourceTensor, check_extent
 from weightd.errors import CheckpointError
+from weightd.sizes import round_up
 from weightd_proto.encodings import plain
 from weightd_proto.weightd_pb2 import Encoding
 
@@ -101,7 +102,7 @@ class _Header:
         alignment_bytes = _whole_number(self._path, metadata, "general.alignment", ALIGNMENT_BYTES_DEFAULT)
         if alignment_bytes == 0:
             raise CheckpointError(f"{self._path} has general.alignment 0")
-        data_offset_bytes = -(-self._file.tell() // alignment_bytes) * alignment_bytes
+        data_offset_bytes = round_up(self._file.tell(), alignment_bytes)
         tensors = {
             name: SourceTensor(name, shape, encoding, self._path, data_offset_bytes + offset_bytes)
             for name, shape, encoding, offset_bytes in infos

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from weightd.disk.safetensors_file import read_safetensors
 from weightd.disk.uncached_file import UncachedReader, aligned_buffer
 from weightd.errors import CheckpointError
+from weightd.sizes import round_up
 from weightd.store.calibration import calibration_path
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
@@ -72,7 +73,7 @@ def coded(uses: npt.NDArray[np.floating]) -> Hotness:
 
 def _used_cells(shares: Shares, bundles_per_cell: int) -> Shares:
     """The share of tokens that use each cell if its neurons are independent: 1 - product(1 - share)."""
-    unused = np.ones(-(-len(shares) // bundles_per_cell) * bundles_per_cell, np.float32)
+    unused = np.ones(round_up(len(shares), bundles_per_cell), np.float32)
     unused[: len(shares)] -= np.clip(np.nan_to_num(shares), 0, 1)
     wanted: Shares = 1 - unused.reshape(-1, bundles_per_cell).prod(axis=1)
     return wanted
