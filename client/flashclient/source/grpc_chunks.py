@@ -203,9 +203,7 @@ class GrpcSource:
             self._changed.notify_all()
         for loader in self._loaders:
             loader.join()
-        self.window = (
-            None  # it keeps `cells` alive, which keep this alive: the garbage collector does not see the circle
-        )
+        self.window = None  # window, cells and this keep each other alive, which the garbage collector cannot see
 
     def _wait_for(self, index: int) -> int:
         """Makes `index` the cursor and returns its slot once its bytes have arrived."""
