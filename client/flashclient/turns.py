@@ -80,7 +80,7 @@ class Turns:
         self._closed = True
 
     def exit(self) -> None:
-        """Tells that the interpreter exits, while daemon threads may still be generating."""
+        """Notes that the interpreter exits, while daemon threads may still be generating."""
         self._exiting = True
 
     def await_exit(self) -> None:

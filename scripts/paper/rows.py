@@ -157,8 +157,9 @@ def parts(each: Callable[..., Any]) -> Row:
     """The parts of a token's time in ms: waiting for flash, computation, and the rest, which is memory management.
 
     Args:
-        each: of names of seconds, [tokens] their sum; the client's clock has `forward_s` for all of the model, in which
-            are `ffn_s`, in which are `predict_s`, `acquire_s`, `compute_s` and `wait_s`, and `head_s`.
+        each: returns the sum of the times that it is given by name, [tokens]. In the client's clock `forward_s`, the
+            time of the whole model, includes `ffn_s` and `head_s`; `ffn_s` includes `predict_s`, `acquire_s`,
+            `compute_s` and `wait_s`.
     """
     seconds, wait_s = each("seconds"), each("wait_s", "again_s")
     computing = {

@@ -232,11 +232,11 @@ def test_beams_and_sampling_equal_those_of_transformers(model: Imported) -> None
         assert torch.equal(client.generate(ids, **sampling), expected)
 
 
-def test_a_length_beyond_the_table_of_positions(tmp_path: Path) -> None:
+def test_a_length_beyond_the_context(tmp_path: Path) -> None:
     model = imported("opt", tmp_path)
     with daemon_of(model, 1.0, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
         prompt = torch.tensor([list(range(3, 243))])
-        with pytest.raises(OptionError, match="256 positions"):
+        with pytest.raises(OptionError, match="context of 256 tokens"):
             client.generate(prompt, max_new_tokens=18)  # the last token is not fed
         assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as many as there is room for
 

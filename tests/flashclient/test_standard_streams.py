@@ -143,4 +143,4 @@ def test_a_store_that_is_no_path_is_refused() -> None:
 
 def test_the_daemons_flag_is_our_argument_and_its_commands_stay() -> None:
     words = ["weightd: serving", "weightd: --dram 1KiB is too small: raise --dram, or `weightd rm m --store s`"]
-    assert private._in_arguments(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"
+    assert private._last_words(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import select
 import shutil
 import stat
@@ -32,7 +31,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flashclient.daemon.address import NO_TLS, parse_address
-from flashclient.daemon.channel import Connection, open_channel
+from flashclient.daemon.channel import Connection, in_arguments, open_channel
 from flashclient.errors import ModelNotFoundError, OptionError, StartError
 from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
 from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
@@ -255,7 +254,7 @@ class PrivateDaemon:
         """The last line that the daemon wrote, with this library's names of arguments."""
         lines = self._log.read_text("utf-8", errors="backslashreplace").strip().splitlines()
         assert self._child is not None
-        return _in_arguments(lines) or f"it ended with status {self._child.returncode} and no message"
+        return _last_words(lines) or f"it ended with status {self._child.returncode} and no message"
 
     def let_go(self) -> None:
         """Stops holding the daemon. A forked child does so, because it would keep the daemon alive."""
@@ -396,11 +395,11 @@ def _output_of(command: list[str], failed: str, *descriptors: int) -> str:
             child.terminate()  # the import removes what it has written
             raise
     if child.returncode != 0:
-        said = _in_arguments(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
+        said = _last_words(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
         raise StartError(f"{failed}: {said}")
     return output
 
 
-def _in_arguments(lines: list[str]) -> str:
+def _last_words(lines: list[str]) -> str:
     """The last of the lines that a weightd wrote, with this library's argument in place of its flag."""
-    return re.sub(r"--dram\b(?!-) ?", "dram=", lines[-1].removeprefix("weightd: ")) if lines else ""
+    return in_arguments(lines[-1].removeprefix("weightd: ")) if lines else ""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flashclient import _native
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
-from flashclient.source.border import Chunk, Counters
+from flashclient.source.bundle_source import Chunk, Counters
 from weightd_proto import weightd_pb2
 
 # Cells that are leased ahead take room in the pool from cells that stay; 8 MiB in flight give a device its full speed.

@@ -152,9 +152,9 @@ def test_what_torch_computes_of_a_row_is_its_own(served: Served, name: str) -> N
             if rotary is not None:
                 kinds = getattr(rotary, "layer_types", None)
                 for arguments in [{}] if kinds is None else [{"layer_type": kind} for kind in sorted(set(kinds))]:
-                    positions = torch.stack([torch.arange(rows), torch.arange(rows) + 71])
-                    together = rotary(x, positions, **arguments)
+                    position_ids = torch.stack([torch.arange(rows), torch.arange(rows) + 71])
+                    together = rotary(x, position_ids, **arguments)
                     for sequence, row in ((0, rows - 1), (1, rows // 2)):
-                        alone = rotary(x, positions[sequence : sequence + 1, row : row + 1], **arguments)
+                        alone = rotary(x, position_ids[sequence : sequence + 1, row : row + 1], **arguments)
                         for one, all_of_them in zip(alone, together, strict=True):
                             assert torch.equal(one[0, 0], all_of_them[sequence, row])

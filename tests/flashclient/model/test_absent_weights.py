@@ -209,5 +209,5 @@ def test_peft(pair: Pair, tmp_path: Path) -> None:
                 assert pair.same(adapted, dense)
                 assert not pair.same(adapted)
                 continue
-            with pytest.raises(AbsentWeightError, match="adapt the attention alone"):
+            with pytest.raises(AbsentWeightError, match="adapt only the attention"):
                 load(streamed, str(folder))

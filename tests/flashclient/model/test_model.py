@@ -20,7 +20,7 @@ from flashclient.errors import ModelError
 from flashclient.model.absent_weights import AbsentWeight
 from flashclient.model.build import build_model
 from flashclient.model.decode_attention import IMPLEMENTATION
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from weightd_proto import weightd_pb2
 

@@ -22,7 +22,7 @@ from flashclient.model.ffn import Clock, ExactFFN
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Step, Steps
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from weightd_proto.encodings import plain
 
 NEURONS, HIDDEN = 176, 64

@@ -30,7 +30,7 @@ from flashclient.errors import (
     RefusedError,
 )
 from flashclient.source import grpc_cells
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from flashclient.source.grpc_chunks import GrpcSource, chunk_bundles_for, cut_spans
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
@@ -135,7 +135,7 @@ def test_chunks_fit_twice_into_the_pool(model: CutModel) -> None:
         assert [(s.layer, p) for s in spans for p in range(s.begin, s.end)] == [
             (layer, position) for layer in range(LAYERS) for position in range(NEURONS)
         ]
-    with pytest.raises(OptionError, match=r"pool_bytes=191 is too small: two bundles of this model need 192"):
+    with pytest.raises(OptionError, match=r"pool_bytes=191 is too small: two bundles of this model take 192"):
         chunk_bundles_for(model.record, 2 * BUNDLE_BYTES - 1)
 
 

@@ -238,11 +238,11 @@ STRANGE: dict[str, tuple[Change, str]] = {
     ),
     "a shard by its whole path": (lambda f: index_of(f, str(f.parent / "private.safetensors")), "outside of it: '/"),
     "a torch shard beside the folder": (lambda f: bin_index_of(f, "../x.bin"), r"outside of it: '\.\./x\.bin'"),
-    "a shard that is no name": (lambda f: index_of(f, float("nan")), "promises model.norm.weight in nan, which is no"),
-    "a shard that is a list": (lambda f: index_of(f, ["a"]), r"promises model\.norm\.weight in \['a'\]"),
+    "a shard that is a number": (lambda f: index_of(f, float("nan")), "weight is in nan, which is not a file name"),
+    "a shard that is a list": (lambda f: index_of(f, ["a"]), r"model\.norm\.weight is in \['a'\]"),
     "a shard of no name": (lambda f: index_of(f, ""), "not a regular file: d"),
     "named weights outside": (lambda f: change_config(f, transformers_weights="../x.safetensors"), "outside of it"),
-    "named weights of a kind": (lambda f: change_config(f, transformers_weights="x.bin"), "which is no safetensors"),
+    "named weights of a kind": (lambda f: change_config(f, transformers_weights="x.bin"), "which is not a safetensors"),
     "a pipe for a tokenizer": (lambda f: pipe(f, "tokenizer.json"), r"tokenizer\.json is not a regular file: p"),
     "a pipe for a configuration": (lambda f: pipe(f, "config.json"), r"config\.json is not a regular file: p"),
     "a pipe for weights": (lambda f: pipe(f, "model.safetensors"), r"model\.safetensors is not a regular file: p"),
@@ -317,11 +317,11 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "bytes of no tensor": (lambda entries: entries.pop("model.norm.weight"), "leaves a gap|belong to no tensor"),
     "sizes that are no numbers": (
         lambda entries: entries["model.norm.weight"].update(shape=[32.0]),
-        "model.norm.weight: its sizes are no whole numbers",
+        "model.norm.weight: its sizes are not whole numbers",
     ),
     "a shape of booleans": (
         lambda entries: entries["model.norm.weight"].update(shape=[32, True]),
-        "model.norm.weight: its sizes are no whole numbers",
+        "model.norm.weight: its sizes are not whole numbers",
     ),
 }
 

@@ -81,8 +81,8 @@ def test_honest_clients_go_on_beside(attacked: Attacked, name: str) -> None:
 
 def test_they_are_another_users_where_they_can_be(attacked: Attacked) -> None:
     with HostileClients(attacked.target, ["idle_connections"]) as hostile:
-        mother = hostile.pid
-        (child,) = Path(f"/proc/{mother}/task/{mother}/children").read_text().split()
+        parent = hostile.pid
+        (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         while (user := Path(f"/proc/{child}").stat().st_uid) == os.geteuid() == 0:
             time.sleep(0.01)
         assert user == (1600 if os.geteuid() == 0 else os.geteuid())
