@@ -264,11 +264,11 @@ class Soak:
         if event is None:
             for pid in self._processes.pids():
                 os.kill(pid, signal.SIGUSR1)
-            raise RuntimeError(f"nothing was heard for {timeout_s:g} s of {self._kinds}; they say where they stand")
+            raise RuntimeError(f"nothing was heard for {timeout_s:g} s of {self._kinds}; their stack traces follow")
         return event
 
     def _hear(self, timeout_s: float, *, replace: bool) -> Event | None:
-        """Handles the next event, if one arrives in time. If this process was frozen, that counts as a second."""
+        """Handles the next event, if one arrives in time. Time in which this process was frozen counts as a second."""
         began_s = time.monotonic()
         event = self._processes.next_event(timeout_s)
         passed_s = min(time.monotonic() - began_s, 1.0)
@@ -278,7 +278,7 @@ class Soak:
             if index not in self._frozen and self._silences.passed(index, passed_s):
                 self._excused.add(self._silences.pid(index))
                 self.wrong.append(
-                    f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; it says where it stands"
+                    f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; its stack trace follows"
                 )
         return event
 

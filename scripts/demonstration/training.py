@@ -37,7 +37,7 @@ SAID_EVERY_STEPS = 25
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run depends on, besides its data."""
+    """The settings of a run. The result depends on them and on the data."""
 
     steps: int
     batch_rows: int

@@ -2,10 +2,10 @@
 
 STORE/weightd.lock names the daemon that serves the store, {"pid": ..., "address": ...}; the daemon holds it locked. The
 client asks that address. It does not try the lock, which could disturb a daemon that is about to take it. If several
-processes start a daemon at the same time, the lock picks one; the others attach to it.
+processes start a daemon at the same time, the daemon that gets the lock serves, and all of them attach to it.
 
-A private daemon ends with the last of its users. Beside its socket lies a FIFO, and the daemon serves as long as some
-process has that open for writing. All of these are processes of one user, who alone may open the folder.
+A private daemon ends with the last process that uses it. In the folder of its socket is a FIFO, and the daemon serves
+as long as some process has the FIFO open for writing. Only one user may open the folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 LOCK_BYTES_MAX = 4096
 USERS_FILE = "users"  # the FIFO
 POLL_S = 0.02
-LET_GO_MS = 200  # a child forked a moment ago closes its copy of the FIFO as soon as it runs
+LET_GO_MS = 200  # time for a child that was just forked to close its copy of the FIFO
 HEALTH_S = 2.0  # for one answer of a busy daemon
 STOP_S = 10.0  # a daemon finishes its reads and closes its sessions before it ends
 
@@ -88,7 +88,7 @@ def _await_serving(daemon: PrivateDaemon, store: Path, deadline: float) -> bool:
 
 
 def _warn_of_unused_dram(address: str, dram: str | int | None, timeout_s: float) -> None:
-    """Warns that `dram` has no effect: whoever started the daemon has chosen its --dram."""
+    """Warns that `dram` has no effect, because the daemon was started with another --dram."""
     if dram is None:
         return
     connection = Connection(address, timeout_s)

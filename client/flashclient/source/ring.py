@@ -135,7 +135,7 @@ class RingSource:
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""
         sweep, self._sweep = self._sweep, None
-        self._session.close()  # before the sweep is dropped, which would wait for what is on its way to it
+        self._session.close()  # first, because dropping the sweep would wait for its cells
         del sweep
 
     def _open_sweep(self) -> _native.Sweep:

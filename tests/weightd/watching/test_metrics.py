@@ -204,7 +204,7 @@ def test_a_word_of_warning_beyond_this_machine(store: Path, model: TinyModel, po
     with serving(store, "--dram", "64MiB", "--metrics", f"0.0.0.0:{port}") as daemon:
         assert "weightd_info" in scrape(port)
         _, log = daemon.stop()
-    assert re.search(r"warning: whoever reaches 0\.0\.0\.0:\d+ can read the metrics", log), log
+    assert re.search(r"warning: everybody who can connect to 0\.0\.0\.0:\d+ can read the metrics", log), log
 
 
 def test_the_loopback_of_ipv6(store: Path, model: TinyModel, port: int) -> None:

@@ -128,7 +128,7 @@ def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContext
     from weightd.watching import metrics  # imported on demand, because prometheus_client takes memory
 
     if not address.loopback:
-        logger.warning("whoever reaches %s:%d can read the metrics", address.host, address.port)
+        logger.warning("everybody who can connect to %s:%d can read the metrics", address.host, address.port)
     return metrics.serving(address, statistics.now)
 
 

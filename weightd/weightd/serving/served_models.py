@@ -92,7 +92,8 @@ class ServedModels:
         threads.shutdown(wait=False)
         for name, opening in zip(names, openings, strict=True):
             if opening in silent:
-                why = f"its device has not answered for {within_s:g} s" if opening.running() else "others come first"
+                silent = f"its device has not answered for {within_s:g} s"
+                why = silent if opening.running() else "other models are opened first"
                 logger.error("model %s is not served yet: %s", name, why)
                 continue
             try:
