@@ -91,14 +91,14 @@ def _add_generate(command: Any) -> None:
     window = "number of last tokens whose neurons stay in memory in predict mode (default: 4)"
     command.add_argument("--window", type=_not_negative, default=4, metavar="K", help=window)
     command.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="default: the model's own length, or 256"
+        "--max-new-tokens", type=_positive, metavar="N", help="number of new tokens (default: the model's own, or 256)"
     )
     command.add_argument("--stats", action="store_true", help="print statistics on standard error")
 
 
 def _add_calibrate(command: Any) -> None:
-    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, like future prompts")
-    command.add_argument("--tokens", type=_positive, metavar="N", help="default: all of FILE, at most 65536")
+    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text that resembles future prompts")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="tokens to use (default: all, at most 65536)")
     command.add_argument("--target-recall", type=float, default=0.95, help="share of firing neurons to predict")
     command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="ranks to choose from")
     command.add_argument(
@@ -109,9 +109,9 @@ def _add_calibrate(command: Any) -> None:
 
 def _add_eval(command: Any) -> None:
     command.add_argument(
-        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, not that of the calibration"
+        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, other than that of the calibration"
     )
-    command.add_argument("--tokens", type=_positive, metavar="N", help="default: all of FILE, at most 16384")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="tokens to use (default: all, at most 16384)")
 
 
 def main(arguments: list[str] | None = None) -> int:
