@@ -68,8 +68,8 @@ def daemons_of(store: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def owner(store: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process with a private weightd, after its first tokens."""
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # it ends without cleaning up
+    """Another process that has a private weightd and has generated its first tokens."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # the process ends without removing its folder
     command = [sys.executable, "-W", "ignore", "-c", OWNER, str(store)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -237,7 +237,7 @@ def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
 
 
 def test_this_process_rehearses_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has loaded torch already, which would take a child of the import seconds."""
+    """It has loaded torch already. A child process of the import would take seconds for that."""
     checkpoint = make_checkpoint("llama", tmp_path / "odd")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "relu6"}))

@@ -1,4 +1,4 @@
-"""Native attention against the formula in float64, its bits whatever surrounds a row, and in transformers' models."""
+"""Native attention: against the formula in float64, with equal bits whatever surrounds a row, and in whole models."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_a_row_depends_on_what_it_attends_to_alone(dtype: torch.dtype, instruction_set: str) -> None:
-    """Not on batch-mates, other tokens, padding (whatever it holds), form of the mask, or threads."""
+    """It does not depend on other rows, the contents of padding, the form of the mask, or threads."""
     torch.manual_seed(0)
     heads, key_count, tokens, padding = 4, 133, 7, 9
     query = torch.randn(2, heads, tokens, 40).to(dtype)
@@ -159,7 +159,7 @@ def test_a_row_depends_on_what_it_attends_to_alone(dtype: torch.dtype, instructi
 
 
 def test_masked_values_that_are_not_finite_add_nothing() -> None:
-    """Where one token of a call attends and another does not."""
+    """One token of a call attends to a key and another one does not."""
     module = attention_module(torch.float32)
     query, key, value = (torch.randn(1, 1, count, 8) for count in (2, 5, 5))
     mask = torch.tensor([[True] * 4 + [False], [True] * 5])[None, None]

@@ -43,7 +43,7 @@ def scaling(kind: gguf.RopeScalingType | None, factor: float, **more: Any) -> Ad
 
 
 def change(name: str, value: Any) -> Add:
-    """Sets `ARCHITECTURE.name` or, with a dot at its end, `name` as it is."""
+    """Sets `ARCHITECTURE.name`; or, if `name` ends in a dot, `name` without the dot."""
 
     def add(writer: gguf.GGUFWriter) -> None:
         key = name[:-1] if name.endswith(".") else f"{writer.arch}.{name}"

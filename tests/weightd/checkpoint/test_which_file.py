@@ -1,4 +1,4 @@
-"""Folders: which file wins, what a tied head means, and that nothing from outside of the folder is read."""
+"""Folders: which of several files is read, what a tied head means, and that nothing outside of the folder is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Change = Callable[[Path], Any]
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of seed 0 in safetensors; `change`d copies of it are imported."""
+    """A checkpoint of seed 0 in safetensors. Tests import copies of it that they have changed."""
     return make_checkpoint("llama", tmp_path_factory.mktemp("original") / "model", layers=1, hidden=32, neurons=48)
 
 
@@ -47,7 +47,7 @@ def other_state(seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def sharded(folder: Path, seed: int) -> None:
-    """Two shards and their index, of other values."""
+    """Writes two shards and their index, with other values."""
     state = other_state(seed)
     names = sorted(state)
     weight_map = {name: f"model-0000{index % 2 + 1}-of-00002.safetensors" for index, name in enumerate(names)}
@@ -163,7 +163,7 @@ def test_head_of_another_shape_than_its_embedding_is_refused(folder: Path, store
 
 
 def test_head_that_neither_ties_nor_is_there_is_refused(folder: Path, store: Store) -> None:
-    """transformers makes one of random values."""
+    """transformers would make one with random values."""
     tied(folder, lambda state: state.pop("lm_head.weight"))
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
@@ -265,7 +265,7 @@ def test_what_is_not_of_the_folder_is_refused(folder: Path, store: Store, case: 
 
 
 def test_snapshots_of_the_cache_are_read_through_their_links(folder: Path, store: Store, tmp_path: Path) -> None:
-    """Also where the cache itself is reached through a link."""
+    """Also if the path of the cache itself has a link."""
     blobs = tmp_path / "disk" / "hub" / "models--a--b" / "blobs"
     snapshot = blobs.parent / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -337,7 +337,7 @@ def test_headers_that_safetensors_refuses_are_refused(folder: Path, case: str) -
 
 
 def test_compressed_torch_files_are_refused(folder: Path) -> None:
-    """Their bytes in the file are not those of the tensors."""
+    """Their bytes in the file are not in the order of the tensor."""
     import zipfile
 
     (folder / "model.safetensors").unlink()

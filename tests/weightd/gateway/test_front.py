@@ -1,4 +1,4 @@
-"""How the front treats clients that misbehave, while others go on. Over real sockets, with and without TLS."""
+"""The front ends or slows down clients that misbehave, and others go on. Over real sockets, with and without TLS."""
 
 from __future__ import annotations
 

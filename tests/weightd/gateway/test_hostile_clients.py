@@ -1,4 +1,4 @@
-"""Each hostile client of scripts/hostile_clients.py, and honest ones that go on beside it."""
+"""Each hostile client of scripts/hostile_clients.py runs, and honest clients go on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 
 def honest_work(attacked: Attacked) -> None:
-    """A generation of a client that is there, and one of a client that comes."""
+    """Generates with a client that was attached before, and with one that attaches now."""
     assert attacked.client.generate(PROMPT, max_new_tokens=4, do_sample=False) == attacked.tokens
     with FlashClient("llama", address=attacked.daemon.address, timeout_s=TIMEOUT_S) as client:
         assert client.generate(PROMPT, max_new_tokens=4, do_sample=False) == attacked.tokens

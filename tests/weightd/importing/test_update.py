@@ -1,4 +1,4 @@
-"""A checkpoint and its model in a store: imported once, again when it has changed, by one of many at a time."""
+"""A checkpoint is imported once, and again when it has changed. Of several processes one imports it."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_of_many_at_once_one_imports_and_the_others_wait(
         monkeypatch.setattr(Store, "await_import", awaited)
         for thread in threads:
             thread.start()
-        waiting.wait()  # all three have been refused, and wait; this import comes to nothing
+        waiting.wait()  # all three were refused and wait; this import fails
         monkeypatch.setattr(Store, "await_import", await_import)
     for thread in threads:
         thread.join()

@@ -1,4 +1,4 @@
-"""`--metrics`: what Prometheus reads, and how it is refused."""
+"""`--metrics`: the text that Prometheus reads, and the refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_each_metric_of_the_table_is_there_with_its_help_and_unit(daemon: Daemon
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
-# Fields that are no metric of their own: texts, parts of a metric that metric_table.py makes, and what others tell.
+# Fields without a metric of their own: texts, parts of a metric that metric_table.py makes, and what other fields say.
 NO_METRIC = {
     "name", "io_engine", "sessions", "uptime_s", "watched", "models", "attached", "read_queue", "memory_pressure",
     "dram_pool_bytes", "dram_resident_bytes", "dram_tables_bytes", "device_sequential_gb_per_s",
