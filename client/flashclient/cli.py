@@ -97,7 +97,9 @@ def _add_generate(command: Any) -> None:
 
 
 def _add_calibrate(command: Any) -> None:
-    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text that resembles future prompts")
+    command.add_argument(
+        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text that resembles future prompts"
+    )
     command.add_argument("--tokens", type=_positive, metavar="N", help="tokens to use (default: all, at most 65536)")
     command.add_argument("--target-recall", type=float, default=0.95, help="share of firing neurons to predict")
     command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="ranks to choose from")

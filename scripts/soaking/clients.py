@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any
 
 from benchmarks.processes import module_command
+
 from soaking.parent import ParentProcess
 
 Event = dict[str, Any]

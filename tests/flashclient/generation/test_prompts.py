@@ -169,7 +169,7 @@ def test_a_fixed_context_is_not_exceeded(
     before = client.clock.forward_s
     try:
         if tokens == 246:
-            with pytest.raises(OptionError, match="prompt of 12 tokens and 246 new ones do not fit .* of 256 tokens"):
+            with pytest.raises(OptionError, match=r"prompt of 12 tokens and 246 new ones do not fit .* of 256 tokens"):
                 client.generate(ids, **calls[spelling])
             assert client.clock.forward_s == before
         elif spelling == "max_new_tokens":

@@ -92,8 +92,8 @@ class ServedModels:
         threads.shutdown(wait=False)
         for name, opening in zip(names, openings, strict=True):
             if opening in silent:
-                silent = f"its device has not answered for {within_s:g} s"
-                why = silent if opening.running() else "other models are opened first"
+                unanswered = f"its device has not answered for {within_s:g} s"
+                why = unanswered if opening.running() else "other models are opened first"
                 logger.error("model %s is not served yet: %s", name, why)
                 continue
             try:

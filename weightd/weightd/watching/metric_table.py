@@ -104,9 +104,7 @@ def _sequential(stats: StatsResponse) -> Iterator[Sample]:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "weightd_info", GAUGE, "Always 1; io_engine says how the device is read.", ("io_engine",), _info
-    ),
+    Metric("weightd_info", GAUGE, "Always 1; io_engine says how the device is read.", ("io_engine",), _info),
     *(_of_daemon(field, lambda stats: stats) for field in _fields(StatsResponse)),
     *(_of_daemon(field, lambda stats: stats.memory_pressure) for field in _fields(MemoryPressure)),
     *(_of_daemon(field, lambda stats: stats.read_queue) for field in _fields(ReadQueue)),
