@@ -203,8 +203,8 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("llama", "tokenizer.ggml.pre.", "no-such", "tokenizer.ggml.pre = 'no-such'"),
     ("llama", "tokenizer.ggml.eos_token_id.", 999, "eos_token_id = 999, but 320 tokens"),
     ("llama", "tokenizer.ggml.eot_token_id.", 999, "eot_token_id = 999, but 320 tokens"),
-    ("llama", "tokenizer.ggml.add_sep_token.", True, "tokenizer.ggml.add_sep_token, which is not known"),
-    ("llama", "tokenizer.new.", 1, r"tokenizer\.new, which is not known"),
+    ("llama", "tokenizer.ggml.add_sep_token.", True, "tokenizer.ggml.add_sep_token, which weightd does not know"),
+    ("llama", "tokenizer.new.", 1, r"tokenizer\.new, which weightd does not know"),
     ("llama", "tokenizer.chat_template.tool.", 3, "tokenizer.chat_template.tool = 3"),
 ]
 
