@@ -1,0 +1,262 @@
+"""Finds the tensors of a model of transformers in a checkpoint.
+
+transformers knows how the names and shapes in published checkpoints differ from those of its modules: renamed modules,
+experts that are merged into one tensor, projections that are fused or split. Its own loader is run on tensors without
+elements (tracing.py), so that every rule of the installed version applies, and from_pretrained's treatment of prefixes,
+tied weights and ignored names with them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.utils import logging
+
+from flashclient.recipes.places import Place, Shape, UntraceableError, matrix, tensors_of
+from flashclient.recipes.tracing import TracedTensor
+from weightd_proto.weightd_pb2 import LeftOut, MatrixSource
+
+# Tensors that follow from the configuration: rotary frequencies, a version.
+IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
+FURTHER_TOKENS = re.compile(r"(\.|^)(mtp|nextn|eagle|medusa)\w*\.")
+LAYER = re.compile(r"(?:\.|^)layers\.(\d+)\.")
+OTHER_MEDIA = re.compile(
+    r"(\.|^|_)(vision|visual|image|audio|speech|video|multi_?modal|mm_projector|vit|resampler|vqmodel|patch)(\.|_|$)"
+)
+
+
+class CheckpointMismatchError(Exception):
+    """The checkpoint does not have the tensors that its configuration says, in one line."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a model's tensors lie in a checkpoint.
+
+    Attributes:
+        places: of the tensors of the model's state_dict, by name. Of weights that are tied to each other, only the first
+            is here, unless the checkpoint holds both.
+        tied: tensors that the checkpoint holds although the configuration ties them, and what it ties them to. They
+            are tied only if their values are equal.
+        left_out: tensors that the model does not use, by the reason.
+    """
+
+    places: dict[str, Place]
+    tied: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+
+    def left_out_messages(self) -> list[LeftOut]:
+        return [LeftOut(reason=reason, tensors=names) for reason, names in self.left_out.items()]
+
+
+def find_tensors(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> Found:
+    """Finds the tensors of `model`, which is on the meta device, in a checkpoint with tensors of these names and shapes.
+
+    Raises:
+        CheckpointMismatchError: a tensor is missing or has another shape than in the model, or the checkpoint has one that
+            the model has no place for. It would be lost.
+    """
+    load = _Load(model, shapes, None)
+    prefixes = _prefixes_of_text_models(model, load.missing, shapes)
+    if prefixes:
+        load = _Load(model, shapes, prefixes)
+    places, tied = _tie(model, load.places)
+    missing = sorted(load.missing & (model.state_dict().keys() - places.keys() - _tied_names(model)))
+    if load.errors:
+        name = next(iter(load.errors))
+        raise CheckpointMismatchError(f"{name} cannot be made from the tensors of the checkpoint: {load.errors[name]}")
+    if load.mismatched:
+        name, found, expected = min(load.mismatched)
+        raise CheckpointMismatchError(
+            f"{name} has shape {list(found)} in the checkpoint, but the configuration says {list(expected)}"
+        )
+    if missing:
+        raise CheckpointMismatchError(f"the checkpoint lacks the tensor {missing[0]}")
+    used = {name for place in places.values() for name in tensors_of(place)}
+    return Found(places, tied, _left_out(model, load, shapes.keys() - used))
+
+
+def part_source(place: Place, index: tuple[int | slice, ...], neurons_dim: int = 0) -> MatrixSource:
+    """The rows of one part of an FFN or of one expert.
+
+    Args:
+        place: of the parameter that holds the part.
+        index: of the part in the parameter: an integer or a slice for each dimension; two slices.
+        neurons_dim: which of the two runs along the neurons.
+    """
+    dim = 0
+    for entry in index:
+        if isinstance(entry, slice):
+            begin, end, step = entry.indices(place.shape[dim])
+            if (begin, end, step) != (0, place.shape[dim], 1):
+                place = place.sliced(dim, begin, end, step)
+            dim += 1
+        else:
+            place = place.selected(dim, entry)
+    return matrix(place if neurons_dim == 0 else place.permuted((1, 0)))
+
+
+class _Load:
+    """What transformers' loader does with the tensors of a checkpoint."""
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape], renamed: dict[str, str] | None) -> None:
+        self._mapping = get_model_conversion_mapping(model, renamed)
+        traced = {name: TracedTensor.whole(name, shape, model.dtype) for name, shape in shapes.items()}
+        config = LoadStateDictConfig(device_map={"": "meta"}, dtype=model.dtype, weight_mapping=self._mapping)
+        with _restored(model), _without_progress():
+            info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=traced, load_config=config)
+            state = model.state_dict(keep_vars=True)
+            self.places = {name: value.place for name, value in state.items() if isinstance(value, TracedTensor)}
+        unexpected = set(info.unexpected_keys)
+        model._adjust_missing_and_unexpected_keys(info)
+        self._ignored = unexpected - info.unexpected_keys
+        self.missing = set(info.missing_keys)
+        self.mismatched = set(info.mismatched_keys)
+        self.errors = {name: _reason(text) for name, text in info.conversion_errors.items()}
+
+    def ignores(self, model: PreTrainedModel, name: str) -> bool:
+        """Whether transformers leaves a tensor of the checkpoint out without a warning."""
+        if not self._ignored:
+            return False
+        renamings = [entry for entry in self._mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in self._mapping if isinstance(entry, WeightConverter)]
+        renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, model.state_dict())
+        return not self._ignored.isdisjoint({name, renamed})
+
+
+def _reason(text: str) -> str:
+    """The line of a report of the loader that names the error."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.startswith("Error: ")]
+    return lines[-1].strip() if lines else "unknown"
+
+
+@contextmanager
+def _restored(model: PreTrainedModel) -> Iterator[None]:
+    """Undoes what is assigned to the model's parameters and buffers."""
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    attributes = dict(vars(model))
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        for name in vars(model).keys() - attributes.keys():
+            delattr(model, name)
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _prefixes_of_text_models(
+    model: PreTrainedModel, missing: set[str], shapes: Mapping[str, Shape]
+) -> dict[str, str]:
+    """Renamings for a text model whose checkpoint is that of a model of several media: model.language_model.layers... or
+    language_model.model.layers... is its model.layers..."""
+    base = f"{model.base_model_prefix}."
+    within = {name.removeprefix(base) for name in missing if name.startswith(base)}
+    ends: Counter[str] = Counter()
+    for name in shapes:
+        parts = name.split(".")
+        for count in range(1, min(4, len(parts))):
+            if ".".join(parts[count:]) in within:
+                ends[".".join(parts[:count])] += 1
+                break
+    if not ends:
+        return {}
+    prefix, _ = ends.most_common(1)[0]
+    renamed = {rf"^{re.escape(prefix)}\.": base}
+    for name in missing - {base + name for name in within}:
+        for other in shapes:
+            if other.endswith(f".{name}") and prefix.startswith(other.removesuffix(f".{name}").split(".")[0]):
+                renamed[rf"^{re.escape(other)}$"] = name
+    return renamed
+
+
+# Tied weights
+
+
+def _tied_pairs(model: PreTrainedModel) -> dict[str, str]:
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _tied_names(model: PreTrainedModel) -> set[str]:
+    """Names of weights that stand for others if the checkpoint holds none of them under another name."""
+    return set(_tied_pairs(model))
+
+
+def _tie(model: PreTrainedModel, found: Mapping[str, Place]) -> tuple[dict[str, Place], dict[str, str]]:
+    """As in tie_weights(): a weight that is tied replaces a missing one. If both are there, the import compares them."""
+    places, tied = dict(found), {}
+    for target, source in _tied_pairs(model).items():
+        if target not in places:
+            continue
+        if source not in places:
+            places[source] = places.pop(target)
+        elif places[target] == places[source]:
+            del places[target]
+        else:
+            tied[target] = source
+    return places, tied
+
+
+# Tensors that nothing uses
+
+
+def _left_out(model: PreTrainedModel, load: _Load, unused: set[str]) -> dict[str, list[str]]:
+    reasons: dict[str, list[str]] = {}
+    lost = []
+    for name in sorted(unused):
+        reason = _reason_to_leave_out(model, load, name)
+        if reason is None:
+            lost.append(name)
+        else:
+            reasons.setdefault(reason, []).append(name)
+    if lost:
+        raise CheckpointMismatchError(
+            f"the checkpoint holds {len(lost)} tensors that its configuration has no place for, first {lost[0]}: correct "
+            "the configuration, or remove them"
+        )
+    return reasons
+
+
+def _reason_to_leave_out(model: PreTrainedModel, load: _Load, name: str) -> str | None:
+    if IMPLIED.search(name):
+        return "they follow from the configuration"
+    if FURTHER_TOKENS.search(name) or _is_further_layer(model.config, name):
+        return "they predict further tokens, which transformers does not"
+    if OTHER_MEDIA.search(name):
+        return "they are for other media than text"
+    if load.ignores(model, name):
+        return f"transformers' {type(model).__name__} does not use them"
+    return None
+
+
+def _is_further_layer(config: Any, name: str) -> bool:
+    """Layers after the last are the modules that predict further tokens (DeepSeek-V3, GLM-4.5)."""
+    further = getattr(config, "num_nextn_predict_layers", None) or 0
+    layer = LAYER.search(name)
+    return layer is not None and 0 <= int(layer[1]) - config.num_hidden_layers < further
