@@ -9,8 +9,7 @@ tied weights and ignored names with them.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,22 +26,15 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
-from flashclient.recipes.places import Place, Shape, UntraceableError, matrix, tensors_of
+from flashclient.errors import ModelError
+from flashclient.recipes.places import Place, Shape, gather, matrix, tensors_of
 from flashclient.recipes.tracing import TracedTensor
-from weightd_proto.weightd_pb2 import LeftOut, MatrixSource
+from weightd_proto.weightd_pb2 import LeftOut, MatrixSource, TensorSource
 
 # Tensors that follow from the configuration: rotary frequencies, a version.
 IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
 FURTHER_TOKENS = re.compile(r"(\.|^)(mtp|nextn|eagle|medusa)\w*\.")
 LAYER = re.compile(r"(?:\.|^)layers\.(\d+)\.")
-OTHER_MEDIA = re.compile(
-    r"(\.|^|_)(vision|visual|image|audio|speech|video|multi_?modal|mm_projector|vit|resampler|vqmodel|patch)(\.|_|$)"
-)
-
-
-class CheckpointMismatchError(Exception):
-    """The checkpoint does not have the tensors that its configuration says, in one line."""
-
 
 @dataclass(frozen=True)
 class Found:
@@ -64,31 +56,39 @@ class Found:
         return [LeftOut(reason=reason, tensors=names) for reason, names in self.left_out.items()]
 
 
-def find_tensors(model: PreTrainedModel, shapes: Mapping[str, Shape]) -> Found:
-    """Finds the tensors of `model`, which is on the meta device, in a checkpoint with tensors of these names and shapes.
+def places_of(sources: Mapping[str, TensorSource], shapes: Mapping[str, Shape]) -> dict[str, Place]:
+    """The places of tensors that are put together from those of a checkpoint, which have these shapes."""
+    whole = {name: TracedTensor.whole(name, shape, torch.float32) for name, shape in shapes.items()}
+    return {name: gather(source, whole).place for name, source in sources.items()}  # type: ignore[attr-defined]
+
+
+def find_tensors(model: PreTrainedModel, tensors: Mapping[str, Place]) -> Found:
+    """Finds the tensors of `model`, which is on the meta device, in a checkpoint.
+
+    Args:
+        tensors: of the checkpoint, by the names that transformers' loader knows. Piece.whole() is the place of one that
+            is published under such a name.
 
     Raises:
-        CheckpointMismatchError: a tensor is missing or has another shape than in the model, or the checkpoint has one that
-            the model has no place for. It would be lost.
+        ModelError: a tensor is missing or has another shape than in the model, or the checkpoint has one that the model
+            has no place for. It would be lost.
     """
-    load = _Load(model, shapes, None)
-    prefixes = _prefixes_of_text_models(model, load.missing, shapes)
-    if prefixes:
-        load = _Load(model, shapes, prefixes)
+    load = _Load(model, tensors)
     places, tied = _tie(model, load.places)
-    missing = sorted(load.missing & (model.state_dict().keys() - places.keys() - _tied_names(model)))
+    missing = sorted(load.missing - places.keys() - _tied_pairs(model).keys())
     if load.errors:
         name = next(iter(load.errors))
-        raise CheckpointMismatchError(f"{name} cannot be made from the tensors of the checkpoint: {load.errors[name]}")
+        raise ModelError(f"{name} cannot be made from the tensors of the checkpoint: {load.errors[name]}")
     if load.mismatched:
         name, found, expected = min(load.mismatched)
-        raise CheckpointMismatchError(
+        raise ModelError(
             f"{name} has shape {list(found)} in the checkpoint, but the configuration says {list(expected)}"
         )
     if missing:
-        raise CheckpointMismatchError(f"the checkpoint lacks the tensor {missing[0]}")
+        raise ModelError(f"the checkpoint lacks the tensor {missing[0]}")
     used = {name for place in places.values() for name in tensors_of(place)}
-    return Found(places, tied, _left_out(model, load, shapes.keys() - used))
+    unused = [name for name, place in tensors.items() if used.isdisjoint(tensors_of(place))]
+    return Found(places, tied, _left_out(model, load, unused))
 
 
 def part_source(place: Place, index: tuple[int | slice, ...], neurons_dim: int = 0) -> MatrixSource:
@@ -114,9 +114,9 @@ def part_source(place: Place, index: tuple[int | slice, ...], neurons_dim: int =
 class _Load:
     """What transformers' loader does with the tensors of a checkpoint."""
 
-    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape], renamed: dict[str, str] | None) -> None:
-        self._mapping = get_model_conversion_mapping(model, renamed)
-        traced = {name: TracedTensor.whole(name, shape, model.dtype) for name, shape in shapes.items()}
+    def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Place]) -> None:
+        self._mapping = get_model_conversion_mapping(model)
+        traced = {name: TracedTensor(place, model.dtype) for name, place in tensors.items()}
         config = LoadStateDictConfig(device_map={"": "meta"}, dtype=model.dtype, weight_mapping=self._mapping)
         with _restored(model), _without_progress():
             info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=traced, load_config=config)
@@ -171,41 +171,11 @@ def _without_progress() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _prefixes_of_text_models(
-    model: PreTrainedModel, missing: set[str], shapes: Mapping[str, Shape]
-) -> dict[str, str]:
-    """Renamings for a text model whose checkpoint is that of a model of several media: model.language_model.layers... or
-    language_model.model.layers... is its model.layers..."""
-    base = f"{model.base_model_prefix}."
-    within = {name.removeprefix(base) for name in missing if name.startswith(base)}
-    ends: Counter[str] = Counter()
-    for name in shapes:
-        parts = name.split(".")
-        for count in range(1, min(4, len(parts))):
-            if ".".join(parts[count:]) in within:
-                ends[".".join(parts[:count])] += 1
-                break
-    if not ends:
-        return {}
-    prefix, _ = ends.most_common(1)[0]
-    renamed = {rf"^{re.escape(prefix)}\.": base}
-    for name in missing - {base + name for name in within}:
-        for other in shapes:
-            if other.endswith(f".{name}") and prefix.startswith(other.removesuffix(f".{name}").split(".")[0]):
-                renamed[rf"^{re.escape(other)}$"] = name
-    return renamed
-
-
 # Tied weights
 
 
 def _tied_pairs(model: PreTrainedModel) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
-
-
-def _tied_names(model: PreTrainedModel) -> set[str]:
-    """Names of weights that stand for others if the checkpoint holds none of them under another name."""
-    return set(_tied_pairs(model))
 
 
 def _tie(model: PreTrainedModel, found: Mapping[str, Place]) -> tuple[dict[str, Place], dict[str, str]]:
@@ -226,7 +196,7 @@ def _tie(model: PreTrainedModel, found: Mapping[str, Place]) -> tuple[dict[str, 
 # Tensors that nothing uses
 
 
-def _left_out(model: PreTrainedModel, load: _Load, unused: set[str]) -> dict[str, list[str]]:
+def _left_out(model: PreTrainedModel, load: _Load, unused: Sequence[str]) -> dict[str, list[str]]:
     reasons: dict[str, list[str]] = {}
     lost = []
     for name in sorted(unused):
@@ -236,7 +206,7 @@ def _left_out(model: PreTrainedModel, load: _Load, unused: set[str]) -> dict[str
         else:
             reasons.setdefault(reason, []).append(name)
     if lost:
-        raise CheckpointMismatchError(
+        raise ModelError(
             f"the checkpoint holds {len(lost)} tensors that its configuration has no place for, first {lost[0]}: correct "
             "the configuration, or remove them"
         )
@@ -248,8 +218,6 @@ def _reason_to_leave_out(model: PreTrainedModel, load: _Load, name: str) -> str 
         return "they follow from the configuration"
     if FURTHER_TOKENS.search(name) or _is_further_layer(model.config, name):
         return "they predict further tokens, which transformers does not"
-    if OTHER_MEDIA.search(name):
-        return "they are for other media than text"
     if load.ignores(model, name):
         return f"transformers' {type(model).__name__} does not use them"
     return None

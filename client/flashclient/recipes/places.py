@@ -15,12 +15,13 @@ from typing import Self
 
 import torch
 
+from flashclient.errors import ModelError
 from weightd_proto.weightd_pb2 import Concatenated, MatrixSource, Slice, TensorSource, Transposed
 
 Shape = tuple[int, ...]
 
 
-class UntraceableError(Exception):
+class UntraceableError(ModelError):
     """Elements that are not slices of the checkpoint's tensors, or not in an order that an import can follow."""
 
 
