@@ -112,18 +112,17 @@ class Joined:
         return Joined(list(dims).index(self.dim), self.stacked, tuple(part.permuted(inner) for part in self.parts))
 
     def reshaped(self, shape: Shape) -> Place:
-        """Changes what lies before or after the joined dimension. That one may merge with what follows it."""
+        """Divides what lies before the joined dimension anew, and that dimension with what follows it, part by part."""
         outer, inner = prod(self.shape[: self.dim]), prod(self.shape[self.dim :])
-        joined = self.shape[self.dim]
+        elements = [prod(part.shape[self.dim :]) for part in self.parts]
         for dim in range(len(shape)):
-            if prod(shape[:dim]) != outer or prod(shape[dim:]) != inner or shape[dim] % joined:
+            each = prod(shape[dim + 1 :])
+            if prod(shape[:dim]) != outer or each * shape[dim] != inner or any(count % each for count in elements):
                 continue
-            width = shape[dim] // joined
-            if self.stacked and width == 1:
+            if self.stacked and shape[dim] == len(self.parts):
                 return Joined(dim, True, tuple(part.reshaped(_without(shape, dim)) for part in self.parts))
-            counts = [1 if self.stacked else part.shape[self.dim] for part in self.parts]
-            sized = zip(self.parts, counts, strict=True)
-            return join([part.reshaped(_with(shape, dim, count * width)) for part, count in sized], dim)
+            sized = zip(self.parts, elements, strict=True)
+            return join([part.reshaped(_with(shape, dim, count // each)) for part, count in sized], dim)
         raise UntraceableError(f"joined tensors of shape {list(self.shape)} cannot be told as {list(shape)}")
 
     def _inner(self, dim: int) -> int:
