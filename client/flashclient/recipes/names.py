@@ -36,13 +36,14 @@ IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.
 FURTHER_TOKENS = re.compile(r"(\.|^)(mtp|nextn|eagle|medusa)\w*\.")
 LAYER = re.compile(r"(?:\.|^)layers\.(\d+)\.")
 
+
 @dataclass(frozen=True)
 class Found:
     """Where a model's tensors lie in a checkpoint.
 
     Attributes:
-        places: of the tensors of the model's state_dict, by name. Of weights that are tied to each other, only the first
-            is here, unless the checkpoint holds both.
+        places: of the tensors of the model's state_dict, by name. Of weights that are tied to each other, only the
+            first is here, unless the checkpoint holds both.
         tied: tensors that the checkpoint holds although the configuration ties them, and what it ties them to. They
             are tied only if their values are equal.
         left_out: tensors that the model does not use, by the reason.
@@ -179,7 +180,7 @@ def _tied_pairs(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _tie(model: PreTrainedModel, found: Mapping[str, Place]) -> tuple[dict[str, Place], dict[str, str]]:
-    """As in tie_weights(): a weight that is tied replaces a missing one. If both are there, the import compares them."""
+    """As in tie_weights(): a tied weight replaces a missing one. If both are there, the import compares them."""
     places, tied = dict(found), {}
     for target, source in _tied_pairs(model).items():
         if target not in places:
@@ -207,8 +208,8 @@ def _left_out(model: PreTrainedModel, load: _Load, unused: Sequence[str]) -> dic
             reasons.setdefault(reason, []).append(name)
     if lost:
         raise ModelError(
-            f"the checkpoint holds {len(lost)} tensors that its configuration has no place for, first {lost[0]}: correct "
-            "the configuration, or remove them"
+            f"the checkpoint holds {len(lost)} tensors that its configuration has no place for, first {lost[0]}: "
+            "correct the configuration, or remove them"
         )
     return reasons
 

@@ -1,7 +1,7 @@
 """Tensors that know where their elements lie in a checkpoint, and have no elements themselves.
 
-transformers' own loader moves them as it would move a checkpoint's tensors. What it does is told from the places that the
-model's parameters have afterwards.
+transformers' own loader moves them as it would move a checkpoint's tensors. What it did is seen from the places of the
+model's parameters afterwards.
 """
 
 from __future__ import annotations

@@ -143,7 +143,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
     tensors = saved(model, tmp_path)
     expert = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
     without = {name: value for name, value in tensors.items() if name != expert}
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj cannot be made .* concatenated"):
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.1\.mlp\.experts\.gate_up_proj cannot be made .* concatenated"
+    ):
         find_tensors(on_meta(model), whole(without))
     with pytest.raises(ModelError, match=r"norm\.weight has shape \[31\] in the checkpoint, .* says \[32\]"):
         find_tensors(on_meta(model), whole(tensors | {"model.norm.weight": torch.ones(31)}))

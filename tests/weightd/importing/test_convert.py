@@ -291,7 +291,7 @@ def test_cutting_equals_the_reference(
         first = first if not columns else first % step
         matrix = torch.randn(first + neurons * step, hidden, generator=generator)
         matrix = matrix.to(TORCH_DTYPES[dtype if columns else row_dtype])
-        expected_parts.append(matrix[first :: step][begin:end].to(TORCH_DTYPES[dtype]))
+        expected_parts.append(matrix[first::step][begin:end].to(TORCH_DTYPES[dtype]))
         stored = matrix[: neurons * step + (0 if columns else first)]
         stored = stored.T if columns else stored
         given.append((as_bytes(stored), dtype if columns else row_dtype, columns, first + begin * step, step))

@@ -109,7 +109,7 @@ def fused_rows(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Arra
 
 
 def interleaved_columns(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Arrangement:
-    """gpt-oss: [experts, hidden, 2 * neurons], a column of gate and one of up in turn, and [experts, neurons, hidden]."""
+    """gpt-oss: [experts, hidden, 2 * neurons], columns of gate and up in turn, and [experts, neurons, hidden]."""
     both = torch.stack([gate, up], 2).reshape(EXPERTS, 2 * NEURONS, HIDDEN)
     return {"gate_up": both.transpose(1, 2), "down": down}, [
         [
@@ -139,7 +139,9 @@ ARRANGEMENTS = (one_tensor_per_expert, fused_rows, interleaved_columns, interlea
 
 @pytest.mark.parametrize("arrangement", ARRANGEMENTS)
 @pytest.mark.parametrize("chunk_bytes", [1, 3000, 1 << 23])
-def test_bundles_of_experts(tmp_path: Path, arrangement: object, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundles_of_experts(
+    tmp_path: Path, arrangement: object, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("weightd.importing.plan.CHUNK_BYTES", chunk_bytes)
     gate, up, down = (torch.randn(EXPERTS, NEURONS, HIDDEN) for _ in PARTS)
     tensors, experts = arrangement(gate, up, down)  # type: ignore[operator]

@@ -21,8 +21,10 @@ JSON_BYTES_MAX = 128 << 20  # the size of an index of 10 million tensors
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors, the configuration, and a function that writes the other files. Tensors have the names of the checkpoints that
-    transformers reads, also those of GGUF files, as far as they are known."""
+    """Tensors, the configuration, and a function that writes the other files.
+
+    Tensors of GGUF files, too, have the names of the checkpoints that transformers reads, as far as they are known.
+    """
 
     path: Path
     config: Mapping[str, Any]  # config.json as transformers writes it

@@ -14,8 +14,11 @@ from weightd_proto.weightd_pb2 import Encoding
 
 @dataclass(frozen=True)
 class Undo:
-    """A change that a converter made to a tensor's values, and that the reader undoes. With `heads`, the rows of each head
-    were interleaved (rotary halves side by side). With `heads` = 0, one was added to each value."""
+    """A change that a converter made to a tensor's values, and that the reader undoes.
+
+    With `heads`, the rows of each head were interleaved (rotary halves side by side). With `heads` = 0, one was added
+    to each value.
+    """
 
     heads: int = 0
 
@@ -42,8 +45,10 @@ class SourceTensor:
 
     @property
     def rows(self) -> int:
-        """Rows of the tensor, of shape[-1] elements. A vector is one row, unless its elements must be permuted back: then
-        each is a row."""
+        """Rows of the tensor, of shape[-1] elements each.
+
+        A vector is one row, unless its elements must be permuted back: then each is a row.
+        """
         if len(self.shape) == 1 and not (self.undo and self.undo.heads):
             return 1
         return prod(self.shape[:-1]) if len(self.shape) > 1 else self.elements

@@ -38,7 +38,7 @@ class ResidentStep:
 
 @dataclass(frozen=True)
 class AssemblyStep:
-    """Reads elements of the tensor `name`, of which the index-th resident tensor is put together. The `last` completes it."""
+    """Reads elements of tensor `name`, a part of the index-th resident tensor. The `last` step completes that."""
 
     index: int
     name: str

@@ -203,7 +203,9 @@ def _opt(config: Config) -> FamilyRecipe:
     if not tied:
         resident[HEAD] = (sizes.vocabulary, embedding)
     layers = tuple(FfnTensors(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
-    return FamilyRecipe("opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None)
+    return FamilyRecipe(
+        "opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None
+    )
 
 
 # By config.json's model_type.
@@ -251,9 +253,7 @@ def derive(checkpoint: Checkpoint) -> weightd_pb2.Recipe:
             raise CheckpointError(
                 f"{name} has shape {list(tensor.shape)} in {tensor.path}, but the configuration says {list(shape)}"
             )
-    unused = sorted(
-        name for name in checkpoint.tensors.keys() - set(found.values()) if not IMPLIED.search(name)
-    )
+    unused = sorted(name for name in checkpoint.tensors.keys() - set(found.values()) if not IMPLIED.search(name))
     if unused:
         raise CheckpointError(
             f"{checkpoint.path} holds {len(unused)} tensors that its configuration has no place for, first "

@@ -1,7 +1,7 @@
 """The order in which an import reads. Reading, cutting and writing overlap, and need little memory.
 
-Bundles are cut unit by unit (units.py). Where a unit's neurons are columns of a matrix, that matrix must be in memory. So
-there is memory for the matrices of two units: bundles are cut with those of one, while those of the next are being
+Bundles are cut unit by unit (units.py). Where a unit's neurons are columns of a matrix, that matrix must be in memory.
+So there is memory for the matrices of two units: bundles are cut with those of one, while those of the next are being
 read. Everything else passes through buffers of CHUNK_BYTES.
 """
 
@@ -36,7 +36,7 @@ class Run:
 
 @dataclass(frozen=True)
 class HoldStep:
-    """Reads rows of a unit's matrix into memory. `held`: its number in Unit.held; `first`: its element that is first."""
+    """Reads elements of a unit's matrix, from its element `first` on, into memory. `held`: its index in Unit.held."""
 
     unit: int
     held: int
@@ -46,7 +46,7 @@ class HoldStep:
 
 @dataclass(frozen=True)
 class CutPart:
-    """Where a part of the first bundle of a step lies: a column of a held matrix, or a row of one of the step's runs."""
+    """Where a part of a step's first bundle lies: in a column of a held matrix, or a row of one of the step's runs."""
 
     columns: bool
     index: int  # of the held matrix or of the run

@@ -20,8 +20,10 @@ Tensors = Mapping[str, SourceTensor]
 
 
 def used_tensors(recipe: Recipe, tensors: Tensors) -> dict[str, SourceTensor]:
-    """The tensors that the recipe uses, by name. CheckpointError for one that is not F32, BF16 or F16 (quantised GGUF types
-    become F32)."""
+    """The tensors that the recipe uses, by name.
+
+    CheckpointError for one that is not F32, BF16 or F16. (Quantised GGUF types become F32.)
+    """
     used = dict.fromkeys(_names(recipe))
     for name in used:
         tensor = tensors[name]
@@ -40,8 +42,10 @@ def _names(recipe: Recipe) -> Iterator[str]:
 
 
 def without_equal_ties(recipe: Recipe, tensors: Tensors) -> list[ResidentSource]:
-    """The resident tensors, without those that equal the ones they are tied to. As in transformers' tie_weights(), a weight
-    that differs from the one it is tied to is a weight of its own."""
+    """The resident tensors, without those that equal the ones they are tied to.
+
+    As in transformers' tie_weights(), a weight that differs from the one it is tied to is a weight of its own.
+    """
     by_name = {resident.name: resident for resident in recipe.resident}
     return [
         resident

@@ -65,7 +65,7 @@ def _part(source: MatrixSource, tensors: Mapping[str, SourceTensor], neurons: in
     last = source.first + source.step * (neurons - 1)
     if values != hidden_size or source.step == 0 or last >= count or source.matrix >= (matrices or [1])[0]:
         raise CheckpointError(
-            f"{source.tensor} has shape {list(tensor.shape)} in {tensor.path}, which does not hold {neurons} neurons of "
-            f"{hidden_size} values"
+            f"{source.tensor} has shape {list(tensor.shape)} in {tensor.path}, which does not hold {neurons} neurons "
+            f"of {hidden_size} values"
         )
     return UnitPart(Matrix(tensor, source.matrix * rows, rows), source.columns, source.first, source.step)
