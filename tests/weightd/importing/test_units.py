@@ -16,6 +16,8 @@ from weightd.errors import CheckpointError
 from weightd.importing.assembly import plan_resident
 from weightd.importing.plan import plan_bundles
 from weightd.importing.resident import lay_out_resident
+from weightd.importing.sources import used_tensors
+from weightd.importing.stored_dtype import resident_dtype, stored_dtype
 from weightd.importing.units import units_of
 from weightd.importing.writing import ModelWriter
 from weightd.store.layout import bundle_layout, lay_out_layers
@@ -49,8 +51,10 @@ class Written:
         self.record.bundle.CopyFrom(bundle_layout(parts_of(PARTS, plain("F32")), HIDDEN, 4096))
         self.record.bundle.bundles_per_cell = 2
         self.record.bundles_file_bytes = lay_out_layers(self.record.bundle, self.record.layers)
-        shapes = {source.name: tuple(source.shape) for source in recipe.resident}
-        header, laid_out = lay_out_resident(shapes, "F32", 4096)
+        kinds = {
+            source.name: (resident_dtype(source, stored, "F32"), tuple(source.shape)) for source in recipe.resident
+        }
+        header, laid_out = lay_out_resident(kinds, 4096)
         self.record.resident.extend(laid_out)
         self.record.resident_file_bytes = laid_out[-1].offset_bytes + laid_out[-1].size_bytes
         sources = {source.name: source for source in recipe.resident}
@@ -194,6 +198,7 @@ def swapped(of: TensorSource, dim0: int, dim1: int) -> TensorSource:
 
 
 A, B, C = torch.randn(6, 8, 10), torch.randn(8, 10), torch.randn(8, 10)
+I = torch.arange(12).reshape(3, 4)
 RESIDENT: dict[str, tuple[TensorSource, torch.Tensor]] = {
     "whole": (source("a"), A),
     "rows": (cut(source("a"), 0, 2, 5), A[2:5]),
@@ -207,6 +212,7 @@ RESIDENT: dict[str, tuple[TensorSource, torch.Tensor]] = {
         torch.cat([torch.stack([B, C]), A[:2]], 1),
     ),
     "transposed": (swapped(source("a"), 0, 2), A.transpose(0, 2)),
+    "integers": (source("i"), I),
     "rows of columns": (cut(swapped(source("b"), 0, 1), 0, 4, 9, 2), B.T[4:9:2]),
 }
 
@@ -221,7 +227,7 @@ def test_resident_tensors_are_put_together(tmp_path: Path, range_bytes: int, mon
     recipe.resident.extend(
         ResidentSource(name=name, shape=value.shape, source=of) for name, (of, value) in RESIDENT.items()
     )
-    written = Written(recipe, tensors | {"a": A, "b": B, "c": C, "norm": torch.randn(HIDDEN)}, tmp_path)
+    written = Written(recipe, tensors | {"a": A, "b": B, "c": C, "i": I, "norm": torch.randn(HIDDEN)}, tmp_path)
     found = written.resident()
     for name, (_, expected) in RESIDENT.items():
         assert torch.equal(found[name], expected), name
@@ -233,3 +239,20 @@ def test_resident_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
     wrong = ResidentSource(name="x", shape=[7, 10], source=joined(1, source("b"), source("b")))
     with pytest.raises(CheckpointError, match=r"x has shape \[8, 20\] in .*, but the configuration says \[7, 10\]"):
         list(plan_resident([wrong], stored))
+
+
+def test_dtypes_of_resident_tensors(tmp_path: Path) -> None:
+    """Some stay in F32 where a model is stored in 16 bits, and integers stay what they are."""
+    half = {"b": B.to(torch.bfloat16), "v": torch.full((4,), 1 / 3), "i": I}
+    save_file(half, tmp_path / "in.safetensors")
+    stored = read_safetensors(tmp_path / "in.safetensors")
+    kept = ResidentSource(name="v", shape=[4], source=source("v"), f32_in=["BF16"])
+    recipe = Recipe(resident=[ResidentSource(name=name, source=source(name)) for name in ("b", "i")] + [kept])
+    tensors = used_tensors(recipe, stored)
+    assert stored_dtype(recipe, tensors, "keep") == "BF16"
+    assert [resident_dtype(one, tensors, "BF16") for one in recipe.resident] == ["BF16", "I64", "F32"]
+    assert resident_dtype(kept, tensors, "F16") == "F16"
+    kept.f32_in.clear()
+    assert stored_dtype(Recipe(resident=[*recipe.resident[:2], kept]), tensors, "keep") == "F32"
+    with pytest.raises(CheckpointError, match="i has dtype I64"):
+        used_tensors(mixture([[MatrixSource(tensor="i", step=1)]]), stored | {"norm": stored["v"]})

@@ -25,7 +25,7 @@ from weightd.importing.plan import plan_bundles
 from weightd.importing.rehearsal import Rehearse, check_runnable
 from weightd.importing.resident import lay_out_resident
 from weightd.importing.sources import used_tensors, without_equal_ties
-from weightd.importing.stored_dtype import KEEP, stored_dtype
+from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
@@ -102,7 +102,7 @@ def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes:
     recipe = derive(checkpoint)
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
-    dtype = stored_dtype(tensors.values(), dtype_request)
+    dtype = stored_dtype(recipe, tensors, dtype_request)
     record = weightd_pb2.Model()
     record.CopyFrom(recipe.model)
     record.name = name
@@ -110,7 +110,8 @@ def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes:
     parts = parts_of([part.name for part in recipe.model.bundle.parts], plain(dtype))
     record.bundle.CopyFrom(bundle_layout(parts, recipe.model.bundle.hidden_size, block_bytes))
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
-    header, stored = lay_out_resident({source.name: tuple(source.shape) for source in resident}, dtype, block_bytes)
+    kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
+    header, stored = lay_out_resident(kinds, block_bytes)
     record.resident.extend(stored)
     record.resident_file_bytes = stored[-1].offset_bytes + stored[-1].size_bytes
     record.imported_unix_s = int(time.time())

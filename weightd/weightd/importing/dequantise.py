@@ -23,7 +23,10 @@ class Elements:
 
     def into(self, target: Bytes, dtype: str) -> None:
         """Converts the elements to `dtype` and writes them into `target`. The same dtype is copied bit for bit."""
-        _native.convert(self.data, self.dtype, target, dtype)
+        if self.dtype == dtype:
+            target[:] = self.data
+        else:
+            _native.convert(self.data, self.dtype, target, dtype)
 
     def as_dtype(self, dtype: str) -> Bytes:
         target = np.empty(len(self.data) // DTYPES[self.dtype].bytes * DTYPES[dtype].bytes, np.uint8)

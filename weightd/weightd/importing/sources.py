@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -16,29 +16,28 @@ from weightd.importing.plan import Run, runs_of
 from weightd_proto.encodings import COMPUTE_DTYPES
 from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+
 Tensors = Mapping[str, SourceTensor]
 
 
 def used_tensors(recipe: Recipe, tensors: Tensors) -> dict[str, SourceTensor]:
     """The tensors that the recipe uses, by name.
 
-    CheckpointError for one that is not F32, BF16 or F16. (Quantised GGUF types become F32.)
+    CheckpointError for one that is not F32, BF16 or F16, unless it is resident and holds integers. (Quantised GGUF types
+    become F32.)
     """
-    used = dict.fromkeys(_names(recipe))
-    for name in used:
+    used = {part.tensor: True for ffn in recipe.ffns for expert in ffn.experts for part in expert.parts}
+    for resident in recipe.resident:
+        names = tensor_names(resident.source)
+        has_integers = len(names) == 1 and tensors[names[0]].dtype in INTEGERS
+        used |= {name: not has_integers or used.get(name, False) for name in names}
+    for name, must_be_float in used.items():
         tensor = tensors[name]
-        if tensor.dtype not in COMPUTE_DTYPES.values():
+        if must_be_float and tensor.dtype not in COMPUTE_DTYPES.values():
             known = ", ".join(COMPUTE_DTYPES.values())
             raise CheckpointError(f"{name} has dtype {tensor.dtype} in {tensor.path}, known are {known}")
     return {name: tensors[name] for name in used}
-
-
-def _names(recipe: Recipe) -> Iterator[str]:
-    for ffn in recipe.ffns:
-        for expert in ffn.experts:
-            yield from (part.tensor for part in expert.parts)
-    for resident in recipe.resident:
-        yield from tensor_names(resident.source)
 
 
 def without_equal_ties(recipe: Recipe, tensors: Tensors) -> list[ResidentSource]:

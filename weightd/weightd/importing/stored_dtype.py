@@ -1,20 +1,25 @@
-"""Chooses the dtype in which a model is stored and computed. It is the same for all tensors, as in transformers."""
+"""Chooses the dtype in which a model is stored and computed.
+
+It is the same for all tensors that hold floats, as in transformers, which keeps few tensors of some models in F32.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 import numpy as np
 
 from weightd.disk.read_ahead import Extent, ReadAhead
 from weightd.disk.tensors import SourceTensor
+from weightd.importing.assembly import tensor_names
 from weightd.importing.dequantise import dequantise
 from weightd_proto.encodings import COMPUTE_DTYPES
+from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
 KEEP = "keep"
 
 
-def stored_dtype(tensors: Collection[SourceTensor], request: str) -> str:
+def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: str) -> str:
     """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly.
 
     For matrices the dtype decides. Vectors (norms, biases) may have a wider dtype than the matrices: llama.cpp stores
@@ -22,12 +27,23 @@ def stored_dtype(tensors: Collection[SourceTensor], request: str) -> str:
     """
     if request != KEEP:
         return COMPUTE_DTYPES[request]
-    matrices = {tensor.dtype for tensor in tensors if len(tensor.shape) > 1}
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in COMPUTE_DTYPES.values()}
+    apart = {name for source in recipe.resident if source.f32_in for name in tensor_names(source.source)}
+    matrices = {tensor.dtype for name, tensor in floats.items() if len(tensor.shape) > 1 and name not in apart}
     if len(matrices) != 1:
         return "F32"
     (dtype,) = matrices
-    vectors = [tensor for tensor in tensors if len(tensor.shape) <= 1]
+    kept = {name for s in recipe.resident if dtype in s.f32_in for name in tensor_names(s.source)}
+    vectors = [tensor for name, tensor in floats.items() if len(tensor.shape) <= 1 and name not in kept]
     return dtype if dtype == "F32" or _hold_exactly(vectors, dtype) else "F32"
+
+
+def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], dtype: str) -> str:
+    """The dtype of a resident tensor of a model that is stored in `dtype`. Integers stay what they are."""
+    found = {tensors[name].dtype for name in tensor_names(source.source)}
+    if found.isdisjoint(COMPUTE_DTYPES.values()):
+        return min(found)
+    return "F32" if dtype in source.f32_in else dtype
 
 
 def _hold_exactly(vectors: list[SourceTensor], dtype: str) -> bool:
