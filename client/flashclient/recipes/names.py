@@ -92,6 +92,17 @@ def find_tensors(model: PreTrainedModel, tensors: Mapping[str, Place]) -> Found:
     return Found(places, tied, _left_out(model, load, unused))
 
 
+def kept_in_f32(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Tensors that transformers keeps in F32, and the dtypes of models in which it does."""
+    kept: dict[str, list[str]] = {}
+    for name, dtype in (("F16", torch.float16), ("BF16", torch.bfloat16)):
+        patterns = [re.compile(pattern.replace("*", ".*")) for pattern in model._get_dtype_plan(dtype)]
+        for tensor in model.state_dict():
+            if any(pattern.search(tensor) for pattern in patterns):
+                kept.setdefault(tensor, []).append(name)
+    return kept
+
+
 def part_source(place: Place, index: tuple[int | slice, ...], neurons_dim: int = 0) -> MatrixSource:
     """The rows of one part of an FFN or of one expert.
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flashclient.errors import ModelError
-from flashclient.recipes.names import find_tensors, part_source, places_of
+from flashclient.recipes.names import find_tensors, kept_in_f32, part_source, places_of
 from flashclient.recipes.places import Joined, Piece, Place, UntraceableError, gather, matrix, message, stack
 from flashclient.recipes.tracing import TracedTensor
 from weightd_proto.weightd_pb2 import MatrixSource, Slice, TensorSource
@@ -163,6 +163,13 @@ def test_what_transformers_leaves_out_is_named_with_the_reason(tmp_path: Path) -
     found = find_tensors(on_meta(model), whole(saved(model, tmp_path) | more))
     assert {name for names in found.left_out.values() for name in names} == set(more)
     assert len(found.left_out) == 3
+
+
+def test_what_transformers_keeps_in_f32() -> None:
+    kept = kept_in_f32(on_meta(make("deepseek_v3")))
+    assert kept == {"model.layers.1.mlp.gate.e_score_correction_bias": ["F16", "BF16"]}
+    assert kept_in_f32(on_meta(make("gpt_oss")))["model.norm.weight"] == ["F16"]
+    assert not kept_in_f32(on_meta(make("llama")))
 
 
 # Parts of FFNs

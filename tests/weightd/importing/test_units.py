@@ -198,7 +198,7 @@ def swapped(of: TensorSource, dim0: int, dim1: int) -> TensorSource:
 
 
 A, B, C = torch.randn(6, 8, 10), torch.randn(8, 10), torch.randn(8, 10)
-I = torch.arange(12).reshape(3, 4)
+NUMBERS = torch.arange(12).reshape(3, 4)
 RESIDENT: dict[str, tuple[TensorSource, torch.Tensor]] = {
     "whole": (source("a"), A),
     "rows": (cut(source("a"), 0, 2, 5), A[2:5]),
@@ -212,7 +212,7 @@ RESIDENT: dict[str, tuple[TensorSource, torch.Tensor]] = {
         torch.cat([torch.stack([B, C]), A[:2]], 1),
     ),
     "transposed": (swapped(source("a"), 0, 2), A.transpose(0, 2)),
-    "integers": (source("i"), I),
+    "integers": (source("i"), NUMBERS),
     "rows of columns": (cut(swapped(source("b"), 0, 1), 0, 4, 9, 2), B.T[4:9:2]),
 }
 
@@ -227,7 +227,7 @@ def test_resident_tensors_are_put_together(tmp_path: Path, range_bytes: int, mon
     recipe.resident.extend(
         ResidentSource(name=name, shape=value.shape, source=of) for name, (of, value) in RESIDENT.items()
     )
-    written = Written(recipe, tensors | {"a": A, "b": B, "c": C, "i": I, "norm": torch.randn(HIDDEN)}, tmp_path)
+    written = Written(recipe, tensors | {"a": A, "b": B, "c": C, "i": NUMBERS, "norm": torch.randn(HIDDEN)}, tmp_path)
     found = written.resident()
     for name, (_, expected) in RESIDENT.items():
         assert torch.equal(found[name], expected), name
@@ -243,7 +243,7 @@ def test_resident_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
 
 def test_dtypes_of_resident_tensors(tmp_path: Path) -> None:
     """Some stay in F32 where a model is stored in 16 bits, and integers stay what they are."""
-    half = {"b": B.to(torch.bfloat16), "v": torch.full((4,), 1 / 3), "i": I}
+    half = {"b": B.to(torch.bfloat16), "v": torch.full((4,), 1 / 3), "i": NUMBERS}
     save_file(half, tmp_path / "in.safetensors")
     stored = read_safetensors(tmp_path / "in.safetensors")
     kept = ResidentSource(name="v", shape=[4], source=source("v"), f32_in=["BF16"])

@@ -24,8 +24,8 @@ Tensors = Mapping[str, SourceTensor]
 def used_tensors(recipe: Recipe, tensors: Tensors) -> dict[str, SourceTensor]:
     """The tensors that the recipe uses, by name.
 
-    CheckpointError for one that is not F32, BF16 or F16, unless it is resident and holds integers. (Quantised GGUF types
-    become F32.)
+    CheckpointError for one that is not F32, BF16 or F16, unless it is resident and holds integers. (Quantised GGUF
+    types become F32.)
     """
     used = {part.tensor: True for ffn in recipe.ffns for expert in ffn.experts for part in expert.parts}
     for resident in recipe.resident:
