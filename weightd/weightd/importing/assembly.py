@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
-from weightd.importing.plan import Run, runs_of
+from weightd.importing.plan import ElementRun, runs_of
 from weightd_proto.encodings import is_plain
 from weightd_proto.weightd_pb2 import Concatenated, ResidentSource, Slice, TensorSource
 
@@ -33,7 +33,7 @@ class ResidentStep:
     """Appends elements to the index-th resident tensor."""
 
     index: int
-    runs: tuple[Run]
+    runs: tuple[ElementRun]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class AssemblyStep:
 
     index: int
     name: str
-    runs: tuple[Run]
+    runs: tuple[ElementRun]
     last: bool
 
 

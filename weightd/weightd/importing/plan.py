@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from weightd.disk.read_ahead import CHUNK_BYTES, Extent
 from weightd.disk.tensors import SourceTensor
-from weightd.importing.units import Matrix, Unit, UnitPart
+from weightd.importing.units import TensorMatrix, Unit, UnitPart
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES, is_plain
 
@@ -21,7 +21,7 @@ DEQUANTISED_CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class Run:
+class ElementRun:
     """Elements [begin, end) of a tensor. They are whole rows where rows must be read whole (see dequantise())."""
 
     tensor: SourceTensor
@@ -41,7 +41,7 @@ class HoldStep:
     unit: int
     held: int
     first: int
-    runs: tuple[Run]
+    runs: tuple[ElementRun]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BundleStep:
     begin: int
     end: int
     parts: tuple[CutPart, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[ElementRun, ...]
 
 
 def plan_bundles(units: Sequence[Unit], layout: weightd_pb2.BundleLayout) -> Iterator[HoldStep | BundleStep]:
@@ -80,13 +80,13 @@ def plan_bundles(units: Sequence[Unit], layout: weightd_pb2.BundleLayout) -> Ite
             sent = due
 
 
-def runs_of(tensor: SourceTensor, begin: int = 0, end: int | None = None) -> Iterator[Run]:
+def runs_of(tensor: SourceTensor, begin: int = 0, end: int | None = None) -> Iterator[ElementRun]:
     """Runs of at most a chunk, from one element of a tensor to another."""
     end = tensor.elements if end is None else end
     together = tensor.rows_together * tensor.row_elements
     size = max(1, _rows_per_chunk(tensor) // tensor.rows_together) * together
     for first in range(begin, end, size):
-        yield Run(tensor, first, min(end, first + size))
+        yield ElementRun(tensor, first, min(end, first + size))
 
 
 def _rows_per_chunk(tensor: SourceTensor) -> int:
@@ -114,10 +114,10 @@ def _bundle_steps(index: int, unit: Unit, layout: weightd_pb2.BundleLayout) -> I
         yield BundleStep(index, begin, end, *_cut_parts(unit, begin, end))
 
 
-def _cut_parts(unit: Unit, begin: int, end: int) -> tuple[tuple[CutPart, ...], tuple[Run, ...]]:
+def _cut_parts(unit: Unit, begin: int, end: int) -> tuple[tuple[CutPart, ...], tuple[ElementRun, ...]]:
     """Where the parts of neurons [begin, end) lie, and what must be read. Interleaved parts are read together."""
     held = unit.held
-    spans: dict[tuple[Matrix, int, int], list[int]] = {}  # rows by matrix, step, and turn of the step
+    spans: dict[tuple[TensorMatrix, int, int], list[int]] = {}  # rows by matrix, step, and turn of the step
     for part in unit.parts:
         if not part.columns:
             first, last = part.first + begin * part.step, part.first + (end - 1) * part.step
@@ -135,10 +135,10 @@ def _cut_parts(unit: Unit, begin: int, end: int) -> tuple[tuple[CutPart, ...], t
     return tuple(parts), tuple(_rows(matrix, *spans[matrix, step, turn]) for matrix, step, turn in order)
 
 
-def _together(part: UnitPart) -> tuple[Matrix, int, int]:
+def _together(part: UnitPart) -> tuple[TensorMatrix, int, int]:
     return part.matrix, part.step, part.first // part.step
 
 
-def _rows(matrix: Matrix, first: int, last: int) -> Run:
+def _rows(matrix: TensorMatrix, first: int, last: int) -> ElementRun:
     width = matrix.tensor.row_elements
-    return Run(matrix.tensor, (matrix.first_row + first) * width, (matrix.first_row + last + 1) * width)
+    return ElementRun(matrix.tensor, (matrix.first_row + first) * width, (matrix.first_row + last + 1) * width)

@@ -12,7 +12,7 @@ from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.assembly import tensor_names
 from weightd.importing.dequantise import dequantise
-from weightd.importing.plan import Run, runs_of
+from weightd.importing.plan import ElementRun, runs_of
 from weightd_proto.encodings import COMPUTE_DTYPES
 from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
@@ -68,7 +68,7 @@ def _hold_the_same(one: SourceTensor, other: SourceTensor) -> bool:
     if replace(one, name=other.name) == other:
         return True
     runs = max((list(runs_of(tensor)) for tensor in (one, other)), key=len)
-    pairs = [(Run(one, run.begin, run.end), Run(other, run.begin, run.end)) for run in runs]
+    pairs = [(ElementRun(one, run.begin, run.end), ElementRun(other, run.begin, run.end)) for run in runs]
     with ReadAhead([run.extent for pair in pairs for run in pair]) as read_ahead:
         for first, second in pairs:
             with read_ahead.take(first.extent) as a, read_ahead.take(second.extent) as b:

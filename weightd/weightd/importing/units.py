@@ -11,7 +11,7 @@ from weightd_proto.weightd_pb2 import MatrixSource, Recipe
 
 
 @dataclass(frozen=True)
-class Matrix:
+class TensorMatrix:
     """Rows [first_row, first_row + rows) of a tensor: all of it, or one index of the first of three dimensions."""
 
     tensor: SourceTensor
@@ -23,7 +23,7 @@ class Matrix:
 class UnitPart:
     """One part of a unit's bundles. That of neuron j is row or column first + step * j of the matrix."""
 
-    matrix: Matrix
+    matrix: TensorMatrix
     columns: bool
     first: int
     step: int
@@ -39,7 +39,7 @@ class Unit:
     parts: tuple[UnitPart, ...]
 
     @property
-    def held(self) -> list[Matrix]:
+    def held(self) -> list[TensorMatrix]:
         """The matrices whose columns are cut. A column is spread over the whole matrix, so it must be in memory."""
         return list(dict.fromkeys(part.matrix for part in self.parts if part.columns))
 
@@ -68,4 +68,4 @@ def _part(source: MatrixSource, tensors: Mapping[str, SourceTensor], neurons: in
             f"{source.tensor} has shape {list(tensor.shape)} in {tensor.path}, which does not hold {neurons} neurons "
             f"of {hidden_size} values"
         )
-    return UnitPart(Matrix(tensor, source.matrix * rows, rows), source.columns, source.first, source.step)
+    return UnitPart(TensorMatrix(tensor, source.matrix * rows, rows), source.columns, source.first, source.step)

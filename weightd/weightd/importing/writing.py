@@ -16,7 +16,7 @@ from weightd.disk.write_behind import WriteBehind
 from weightd.importing.assembly import AssemblyStep, ResidentStep, assemble
 from weightd.importing.dequantise import Bytes, Elements, dequantise
 from weightd.importing.plan import BundleStep, HoldStep
-from weightd.importing.units import Matrix, Unit
+from weightd.importing.units import TensorMatrix, Unit
 from weightd.sizes import round_up
 from weightd.store.layout import native_shape
 from weightd.store.store import RESIDENT_FILE
@@ -143,7 +143,7 @@ class _HeldMatrices:
     def _unit_bytes(self, unit: Unit) -> int:
         return sum(self._bytes_of(matrix) for matrix in unit.held)
 
-    def _bytes_of(self, matrix: Matrix) -> int:
+    def _bytes_of(self, matrix: TensorMatrix) -> int:
         return matrix.rows * matrix.tensor.row_elements * DTYPES[self._dtype].bytes
 
 
