@@ -314,7 +314,8 @@ weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, std::size_t p
         require(first / step <= width / step && neurons <= width / step - first / step, "neurons beyond the columns");
     } else {
         const std::size_t rows = elements / shape.hidden_size;
-        require(neurons == 0 || (first < rows && (neurons - 1) <= (rows - 1 - first) / step), "neurons beyond the rows");
+        require(neurons == 0 || (first < rows && (neurons - 1) <= (rows - 1 - first) / step),
+                "neurons beyond the rows");
     }
     return {data_of(data), dtype, columns, width, first, step};
 }
@@ -359,9 +360,10 @@ void bind_bundle(nb::module_& module) {
     module.def("checksum", &checksum_bytes, nb::arg("bytes"), "XXH3-64 of a uint8 array.");
     module.def("convert", &convert_bytes, nb::arg("source"), nb::arg("source_dtype"), nb::arg("target"),
                nb::arg("target_dtype"), "Converts elements between F32, BF16 and F16; both arrays are uint8.");
-    module.def("cut_bundles", &cut, nb::arg("shape"), nb::arg("parts"), nb::arg("cells"), nb::arg("checksums"),
-               "Cuts len(checksums) neurons into cells. A part is (bytes of a matrix, dtype, whether neurons are columns, "
-               "row or column of the first neuron, step to the next); arrays are uint8, checksums uint64.");
+    module.def(
+        "cut_bundles", &cut, nb::arg("shape"), nb::arg("parts"), nb::arg("cells"), nb::arg("checksums"),
+        "Cuts len(checksums) neurons into cells. A part is (bytes of a matrix, dtype, whether neurons are columns, "
+        "row or column of the first neuron, step to the next); arrays are uint8, checksums uint64.");
     module.def("checksum_bundles", &checksum_bundles, nb::arg("shape"), nb::arg("cells"), nb::arg("checksums"),
                "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
     module.def("block_size_bytes", &block_size_bytes, nb::arg("path"), nb::call_guard<nb::gil_scoped_release>(),

@@ -130,14 +130,14 @@ struct Block {
     }
 };
 
-// A neuron group is this wide in a matrix whose columns are cut: whole cache lines are used once fetched, and the bundles
-// of a group stay in the second-level cache until they are checksummed.
+// A neuron group is this wide in a matrix whose columns are cut: whole cache lines are used once fetched, and the
+// bundles of a group stay in the second-level cache until they are checksummed.
 constexpr std::size_t GROUP_BYTES = 64;
 constexpr std::size_t GROUP_MAX = GROUP_BYTES / 2;  // neurons
 
 template <typename Element>
-void copy_columns_one_by_one(const std::byte* matrix, std::size_t row_bytes, std::size_t row_begin,
-                             std::size_t row_end, std::size_t columns, std::byte* const* targets) {
+void copy_columns_one_by_one(const std::byte* matrix, std::size_t row_bytes, std::size_t row_begin, std::size_t row_end,
+                             std::size_t columns, std::byte* const* targets) {
     for (std::size_t row = row_begin; row < row_end; ++row)
         for (std::size_t column = 0; column < columns; ++column)
             std::memcpy(targets[column] + row * sizeof(Element), matrix + row * row_bytes + column * sizeof(Element),
@@ -152,8 +152,8 @@ void copy_columns(const std::byte* matrix, std::size_t row_bytes, std::size_t ro
     std::size_t row = 0;
     for (; columns % LANES == 0 && row + LANES <= rows; row += LANES)
         for (std::size_t column = 0; column < columns; column += LANES)
-            Block<Element>::transpose(matrix + row * row_bytes + column * sizeof(Element), row_bytes,
-                                      targets + column, row * sizeof(Element));
+            Block<Element>::transpose(matrix + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
+                                      row * sizeof(Element));
     copy_columns_one_by_one<Element>(matrix, row_bytes, row, rows, columns, targets);
 }
 
@@ -209,8 +209,8 @@ class Cutter {
         const std::size_t count = (end - begin) * columns.step;
         std::byte* targets[GROUP_MAX * COLUMN_STEP_MAX];
         for (std::size_t i = 0; i < count; ++i)
-            targets[i] = i % columns.step == phase ? bundle(begin + i / columns.step) + offsets_bytes_[part]
-                                                   : unwanted_.data();
+            targets[i] =
+                i % columns.step == phase ? bundle(begin + i / columns.step) + offsets_bytes_[part] : unwanted_.data();
         const std::size_t element_bytes = bytes_of(columns.dtype);
         const std::size_t first = columns.first - phase + begin * columns.step;
         const auto copy = element_bytes == 2 ? copy_columns<std::uint16_t> : copy_columns<std::uint32_t>;
