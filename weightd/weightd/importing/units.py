@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
@@ -14,7 +14,7 @@ from weightd_proto.weightd_pb2 import MatrixSource, Recipe
 class TensorMatrix:
     """Rows [first_row, first_row + rows) of a tensor: all of it, or one index of the first of three dimensions."""
 
-    tensor: SourceTensor
+    tensor: SourceTensor = field(hash=False)
     first_row: int
     rows: int
 
