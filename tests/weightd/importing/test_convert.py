@@ -265,7 +265,7 @@ def reference_cells(layout: Any, rows: list[torch.Tensor], down: torch.Tensor) -
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @settings(max_examples=60, deadline=None)

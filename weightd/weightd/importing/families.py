@@ -257,7 +257,7 @@ def derive(checkpoint: Checkpoint) -> weightd_pb2.Recipe:
     if unused:
         raise CheckpointError(
             f"{checkpoint.path} holds {len(unused)} tensors that its configuration has no place for, first "
-            f"{unused[0]}: correct the configuration, or remove them"
+            f"{checkpoint.tensors[unused[0]].name}: correct the configuration, or remove them"
         )
     recipe = weightd_pb2.Recipe()
     recipe.model.family = family.family
