@@ -127,7 +127,7 @@ class _Load:
     """What transformers' loader does with the tensors of a checkpoint."""
 
     def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Place]) -> None:
-        self._mapping = get_model_conversion_mapping(model)
+        self._mapping: list[Any] = get_model_conversion_mapping(model)
         traced = {name: TracedTensor(place, model.dtype) for name, place in tensors.items()}
         config = LoadStateDictConfig(device_map={"": "meta"}, dtype=model.dtype, weight_mapping=self._mapping)
         with _restored(model), _without_progress():
@@ -175,12 +175,12 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _without_progress() -> Iterator[None]:
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 # Tied weights

@@ -23,19 +23,19 @@ class TracedTensor(torch.Tensor):
 
     @staticmethod
     def __new__(cls, place: Place, dtype: torch.dtype) -> TracedTensor:
-        made = torch.Tensor._make_wrapper_subclass(cls, place.shape, dtype=dtype, device="meta")  # type: ignore[attr-defined]
+        made = torch.Tensor._make_wrapper_subclass(cls, place.shape, dtype=dtype, device=torch.device("meta"))
         made.place = place
-        return made  # type: ignore[no-any-return]
+        return made
 
     @classmethod
     def whole(cls, name: str, shape: Shape, dtype: torch.dtype) -> TracedTensor:
         return cls(Piece.whole(name, shape), dtype)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"TracedTensor({self.place})"
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         trace = _TRACED.get(func.overloadpacket)

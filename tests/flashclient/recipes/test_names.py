@@ -68,7 +68,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def make(kind: str, **changes: Any) -> PreTrainedModel:
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **(KINDS[kind] | changes))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
@@ -77,7 +77,7 @@ def make(kind: str, **changes: Any) -> PreTrainedModel:
 
 def on_meta(model: PreTrainedModel) -> PreTrainedModel:
     with torch.device("meta"):
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(model.config)  # type: ignore[no-untyped-call]
     return made
 
 

@@ -70,7 +70,7 @@ class Written:
     def matrices(self, layer: int) -> list[torch.Tensor]:
         """[neurons, hidden_size] of each part."""
         bundles = torch.from_numpy(np.stack(read_bundles(self, self.record, layer))).view(torch.float32)  # type: ignore[arg-type]
-        return list(bundles.split(HIDDEN, dim=1))
+        return list(torch.split(bundles, HIDDEN, dim=1))
 
     def resident(self) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
@@ -91,7 +91,8 @@ Arrangement = tuple[dict[str, torch.Tensor], list[list[MatrixSource]]]
 
 
 def one_tensor_per_expert(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> Arrangement:
-    tensors, experts = {}, []
+    tensors: dict[str, torch.Tensor] = {}
+    experts = []
     for e in range(EXPERTS):
         tensors |= {f"{e}.w1": gate[e], f"{e}.w3": up[e], f"{e}.w2": down[e].T}
         rows = [MatrixSource(tensor=f"{e}.{name}", step=1) for name in ("w1", "w3")]

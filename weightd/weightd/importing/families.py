@@ -269,6 +269,6 @@ def derive(checkpoint: Checkpoint) -> weightd_pb2.Recipe:
         for part, name in zip(family.parts, ffn.matrices, strict=True):
             expert.parts.add(tensor=found[name] or "", columns=part == "down", step=1)
     for name in [*family.resident, *tied]:
-        source = weightd_pb2.TensorSource(tensor=found[name] or "")
-        recipe.resident.add(name=name, shape=shapes[name], source=source, tied_to=tied.get(name, ""))
+        whole = weightd_pb2.TensorSource(tensor=found[name] or "")
+        recipe.resident.add(name=name, shape=shapes[name], source=whole, tied_to=tied.get(name, ""))
     return recipe
