@@ -127,9 +127,10 @@ class _Load:
     """What transformers' loader does with the tensors of a checkpoint."""
 
     def __init__(self, model: PreTrainedModel, tensors: Mapping[str, Place]) -> None:
-        self._mapping: list[Any] = get_model_conversion_mapping(model)
+        self._mapping = get_model_conversion_mapping(model)
         traced = {name: TracedTensor(place, model.dtype) for name, place in tensors.items()}
-        config = LoadStateDictConfig(device_map={"": "meta"}, dtype=model.dtype, weight_mapping=self._mapping)
+        mapping: Any = self._mapping
+        config = LoadStateDictConfig(device_map={"": "meta"}, dtype=model.dtype, weight_mapping=mapping)
         with _restored(model), _without_progress():
             info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=traced, load_config=config)
             state = model.state_dict(keep_vars=True)

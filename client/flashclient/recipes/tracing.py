@@ -31,7 +31,7 @@ class TracedTensor(torch.Tensor):
     def whole(cls, name: str, shape: Shape, dtype: torch.dtype) -> TracedTensor:
         return cls(Piece.whole(name, shape), dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"TracedTensor({self.place})"
 
     @classmethod
