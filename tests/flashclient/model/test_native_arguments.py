@@ -163,13 +163,17 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (np.zeros(NEURONS * 96, np.uint8), np.zeros(NEURONS, np.uint64)),
     ),
     "weightd cut_bundles": (
-        lambda first_rows, down, first, cells, sums: _weightd_native.cut_bundles(
-            shape, [first_rows, first_rows], ["F32", "F32"], down, first, cells, sums
+        lambda rows, columns, first, step, cells, sums: _weightd_native.cut_bundles(
+            shape,
+            [(rows, "F32", False, first, step), (rows, "F32", False, 0, 1), (columns, "F32", True, first, step)],
+            cells,
+            sums,
         ),
         (
             np.zeros(NEURONS * 32, np.uint8),
             np.zeros(NEURONS * 32, np.uint8),
             0,
+            1,
             np.zeros(NEURONS * 96, np.uint8),
             np.zeros(NEURONS, np.uint64),
         ),

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.errors import CheckpointError
-from weightd.importing.families import recipe_of
-from weightd.importing.sources import sources_of
+from weightd.importing.families import derive, recipe_of
+from weightd.importing.sources import used_tensors
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -79,7 +79,7 @@ def changed(tmp_path: Path, change: Any) -> Path:
 
 def resolve(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    sources_of(recipe_of(checkpoint.config), checkpoint)
+    used_tensors(derive(checkpoint), checkpoint.tensors)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def store(tmp_path: Path) -> Store:
 def add_model(store: Store, name: str = "tiny", neurons: int = 5, layers: int = 2) -> list[np.ndarray]:
     """A record with random checksums and no weights."""
     layout = bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096)
-    records, _ = lay_out_layers(layout, [(f"layers.{index}", neurons) for index in range(layers)])
+    records = [weightd_pb2.Layer(module=f"layers.{index}", neurons=neurons) for index in range(layers)]
+    lay_out_layers(layout, records)
     checksums = [np.random.default_rng(index).integers(0, 1 << 63, neurons, np.uint64) for index in range(layers)]
     record = weightd_pb2.Model(name=name, compute_dtype="F32", bundle=layout, layers=records, import_id=b"1")
     with store.begin_import(name) as staging:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
-from weightd.importing.convert import Progress, import_checkpoint
+from weightd.importing.convert import import_checkpoint
 from weightd.importing.rehearsal import Rehearse
+from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import Store, check_model_name, model_name_for
 from weightd_proto import weightd_pb2
