@@ -22,7 +22,7 @@ uint16_t narrow_bf16(float value) {
     return static_cast<uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? quiet_nan : rounded);
 }
 
-// Both conversions of fp16 are free of branches, so that they vectorise; the method is Fabian Giesen's
+// Both conversions of fp16 are free of branches, so that they vectorise. The method is Fabian Giesen's
 // (half_to_float_fast5, float_to_half_fast3_rtne, public domain): subnormals are aligned by a floating-point addition
 // or subtraction.
 float widen_f16(uint16_t half) {
@@ -126,59 +126,59 @@ struct Block {
     }
 };
 
-// A neuron group is this wide in the down matrix: whole cache lines are used once fetched, and the bundles of a
-// group stay in the second-level cache until they are checksummed.
+// A neuron group is this wide in a matrix whose columns are cut: whole cache lines are used once fetched, and the
+// bundles of a group stay in the second-level cache until they are checksummed.
 constexpr size_t GROUP_BYTES = 64;
+constexpr size_t GROUP_MAX = GROUP_BYTES / 2;  // neurons
 
 template <typename Element>
-void copy_columns_one_by_one(const std::byte* down, size_t row_bytes, size_t row_begin, size_t row_end, size_t columns,
-                             std::byte* const* targets) {
+void copy_columns_one_by_one(const std::byte* matrix, size_t row_bytes, size_t row_begin, size_t row_end,
+                             size_t columns, std::byte* const* targets) {
     for (size_t row = row_begin; row < row_end; row++) {
         for (size_t column = 0; column < columns; column++) {
-            std::memcpy(targets[column] + row * sizeof(Element), down + row * row_bytes + column * sizeof(Element),
+            std::memcpy(targets[column] + row * sizeof(Element), matrix + row * row_bytes + column * sizeof(Element),
                         sizeof(Element));
         }
     }
 }
 
-// The columns of a group, each to where targets[column] points; `down` points at the group's first column.
+// The columns of a group, each to where targets[column] points; `matrix` points at the group's first column.
 template <typename Element>
-void copy_columns(const std::byte* down, size_t row_bytes, size_t rows, size_t columns, std::byte* const* targets) {
+void copy_columns(const std::byte* matrix, size_t row_bytes, size_t rows, size_t columns, std::byte* const* targets) {
     constexpr size_t LANES = Block<Element>::LANES;
     size_t row = 0;
     for (; columns % LANES == 0 && row + LANES <= rows; row += LANES) {
         for (size_t column = 0; column < columns; column += LANES) {
-            Block<Element>::transpose(down + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
+            Block<Element>::transpose(matrix + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
                                       row * sizeof(Element));
         }
     }
-    copy_columns_one_by_one<Element>(down, row_bytes, row, rows, columns, targets);
+    copy_columns_one_by_one<Element>(matrix, row_bytes, row, rows, columns, targets);
 }
 
 class Cutter {
   public:
-    Cutter(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, size_t first, std::byte* cells)
-        : shape_(shape), rows_(rows), down_(down), first_(first), cells_(cells) {
+    Cutter(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells)
+        : shape_(shape), parts_(parts), cells_(cells), unwanted_(shape.hidden_size * sizeof(float)) {
         for (size_t part = 0; part < shape.parts.size(); part++) {
             const std::optional<Dtype> dtype = shape.parts[part].plain();
             if (!dtype) throw std::invalid_argument("cannot cut parts of encoding " + shape.parts[part].format);
             dtypes_.push_back(*dtype);
+            offsets_bytes_.push_back(shape.part_offset_bytes(part));
         }
-        down_offset_bytes_ = shape.part_offset_bytes(shape.row_parts());
     }
 
     size_t group() const { return GROUP_BYTES / bytes_of(dtypes_.back()); }
 
-    // Bundles [begin, end) of this run, at most GROUP_BYTES / element wide.
-    void cut_group(size_t begin, size_t end) const {
-        std::byte* targets[GROUP_BYTES / 2];
-        for (size_t i = begin; i < end; i++) targets[i - begin] = bundle(i) + down_offset_bytes_;
-        const size_t element_bytes = bytes_of(dtypes_.back());
-        const std::byte* column = down_.data + (first_ + begin) * element_bytes;
-        const size_t row_bytes = down_.neurons * element_bytes;
-        const auto copy = element_bytes == 2 ? copy_columns<uint16_t> : copy_columns<uint32_t>;
-        copy(column, row_bytes, shape_.hidden_size, end - begin, targets);
-        for (size_t i = begin; i < end; i++) copy_rows(i);
+    // Bundles [begin, end) of this run, at most GROUP_MAX.
+    void cut_group(size_t begin, size_t end) {
+        for (size_t part = 0; part < parts_.size(); part++) {
+            if (parts_[part].columns) {
+                cut_columns(part, begin, end);
+            } else {
+                cut_rows(part, begin, end);
+            }
+        }
     }
 
     uint64_t finish(size_t index) const {
@@ -193,23 +193,37 @@ class Cutter {
   private:
     std::byte* bundle(size_t index) const { return cells_ + shape_.offset_bytes(index); }
 
-    void copy_rows(size_t index) const {
-        std::byte* target = bundle(index);
-        for (size_t part = 0; part < rows_.size(); part++) {
-            const Rows& rows = rows_[part];
-            const size_t row_bytes = shape_.hidden_size * bytes_of(rows.dtype);
-            convert(rows.data + index * row_bytes, rows.dtype, target, dtypes_[part], shape_.hidden_size);
-            target += shape_.part_bytes(part);
+    void cut_rows(size_t part, size_t begin, size_t end) const {
+        const PartMatrix& rows = parts_[part];
+        const size_t row_bytes = rows.width * bytes_of(rows.dtype);
+        for (size_t i = begin; i < end; i++) {
+            convert(rows.data + (rows.first + i * rows.step) * row_bytes, rows.dtype, bundle(i) + offsets_bytes_[part],
+                    dtypes_[part], shape_.hidden_size);
         }
     }
 
+    // The columns between those of interleaved parts are copied, too: to memory that nobody reads.
+    void cut_columns(size_t part, size_t begin, size_t end) {
+        const PartMatrix& columns = parts_[part];
+        const size_t phase = columns.first % columns.step;
+        const size_t count = (end - begin) * columns.step;
+        std::byte* targets[GROUP_MAX * COLUMN_STEP_MAX];
+        for (size_t i = 0; i < count; i++) {
+            targets[i] =
+                i % columns.step == phase ? bundle(begin + i / columns.step) + offsets_bytes_[part] : unwanted_.data();
+        }
+        const size_t element_bytes = bytes_of(columns.dtype);
+        const size_t first = columns.first - phase + begin * columns.step;
+        const auto copy = element_bytes == 2 ? copy_columns<uint16_t> : copy_columns<uint32_t>;
+        copy(columns.data + first * element_bytes, columns.width * element_bytes, shape_.hidden_size, count, targets);
+    }
+
     const BundleShape& shape_;
-    std::span<const Rows> rows_;
-    DownMatrix down_;
-    size_t first_;
+    std::span<const PartMatrix> parts_;
     std::byte* cells_;
+    std::vector<std::byte> unwanted_;
     std::vector<Dtype> dtypes_;  // of the parts
-    size_t down_offset_bytes_;
+    std::vector<size_t> offsets_bytes_;
 };
 
 }  // namespace
@@ -232,10 +246,10 @@ void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dty
     refuse_dtype(source_dtype);
 }
 
-void cut_bundles(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, size_t first, std::byte* cells,
+void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
                  std::span<uint64_t> checksums) {
     const size_t count = checksums.size();
-    const Cutter cutter(shape, rows, down, first, cells);
+    Cutter cutter(shape, parts, cells);
     const size_t group = cutter.group();
     // The last cell may hold fewer bundles than fit; what is left of it is zero.
     if (count % shape.bundles_per_cell != 0) {
