@@ -31,7 +31,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
 
 
 def weightd(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-P", "-m", "weightd", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-P", "-m", "weightd", *arguments], capture_output=True, text=True, check=False
+    )
 
 
 def test_model_of_the_hub_is_imported_once_and_replaced_by_a_newer_revision(hub: HubServer, tmp_path: Path) -> None:
@@ -53,7 +55,9 @@ def test_model_of_the_hub_is_imported_once_and_replaced_by_a_newer_revision(hub:
 
 
 def test_model_that_the_hub_lacks_is_one_line(hub: HubServer, tmp_path: Path) -> None:
-    with pytest.raises(StartError, match="cannot import org/other: no file or folder org/other, and http.* no such model"):
+    with pytest.raises(
+        StartError, match=r"cannot import org/other: no file or folder org/other, and http.* no such model"
+    ):
         FlashClient("org/other", store=tmp_path / "store")
     refused = weightd("import", "org/other", "--store", str(tmp_path / "store"))
     assert refused.returncode == 1

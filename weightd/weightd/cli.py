@@ -122,7 +122,10 @@ def _parser() -> FlagParser:
 
     adding = command("import", _import, "Imports a model from a Hugging Face folder, a .gguf file or the hub.")
     adding.add_argument(
-        "source", type=_source, metavar="SRC", help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub"
+        "source",
+        type=_source,
+        metavar="SRC",
+        help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub",
     )
     adding.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub (default: main)")
     adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")

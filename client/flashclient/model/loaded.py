@@ -98,7 +98,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _needs_code(folder: Path) -> bool:
-    """Whether transformers has no class for the tokenizer. Another class would read its files, and differ in silence."""
+    """Whether transformers has no class for the tokenizer. Another one would read its files and differ in silence."""
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_bytes()) if file.exists() else None
     if not isinstance(config, dict) or "AutoTokenizer" not in (config.get("auto_map") or ()):

@@ -1,8 +1,8 @@
 """What a published checkpoint is to transformers: a configuration, tensor names and an activation, by data.
 
-Most checkpoints are what they say. Of multimodal ones the text part runs (text_parts.py). Some formats have remote code,
-which is never executed, and a class of transformers with the same mathematics (remote_formats.py). Everything else is
-refused in one line.
+Most checkpoints are what they say. Of multimodal ones the text part runs (text_parts.py). Some formats have remote
+code, which is never executed, and a class of transformers with the same mathematics (remote_formats.py). Everything
+else is refused in one line.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def parse_activation(text: str) -> weightd_pb2.Activation:
     name, _, parameter = text.partition(":")
     number = re.fullmatch(r"\d+(\.\d*)?(e-?\d+)?", parameter)
     if name not in ACTIVATIONS or (name == "fatrelu") != (number is not None) or (parameter and number is None):
-        raise ModelError(f"unknown activation {text!r}: known are {', '.join(ACTIVATIONS)}, fatrelu as fatrelu:THRESHOLD")
+        raise ModelError(
+            f"unknown activation {text!r}: known are {', '.join(ACTIVATIONS)}, fatrelu as fatrelu:THRESHOLD"
+        )
     return weightd_pb2.Activation(function=name, parameter=float(parameter or 0))
 
 

@@ -77,7 +77,9 @@ def renamed(
     sources: dict[str, weightd_pb2.TensorSource] = {}
     left_out: dict[str, list[str]] = {}
     for name, shape in shapes.items():
-        match, rule = next(((found, rule) for pattern, rule in rules if (found := pattern.fullmatch(name))), (None, None))
+        match, rule = next(
+            ((found, rule) for pattern, rule in rules if (found := pattern.fullmatch(name))), (None, None)
+        )
         if isinstance(rule, Omission):
             left_out.setdefault(rule.reason, []).append(name)
             continue

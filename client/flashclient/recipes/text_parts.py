@@ -34,6 +34,8 @@ LANGUAGE_MODEL = (
     rename(r"(?:model\.)?language_model\.(.+)", r"model.\1"),
 )
 TEXT_MODEL = (rename(r"(?:model\.)?text_model\.(.+)", r"model.\1"),)
+
+
 @dataclass(frozen=True)
 class TextPart:
     """The text part of a multimodal model type.
@@ -89,7 +91,9 @@ def text_config(config: Config, part: TextPart) -> dict[str, Any]:
     if model_class is None:
         raise ModelError(f"transformers has no class for the text part of {config['model_type']} ({text.model_type})")
     values["architectures"] = [model_class]
-    values["tie_word_embeddings"] = bool(getattr(whole, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False)))
+    values["tie_word_embeddings"] = bool(
+        getattr(whole, "tie_word_embeddings", getattr(text, "tie_word_embeddings", False))
+    )
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype"):
         if values.get(key) is None:
             values[key] = config.get(key) if key != "dtype" else config.get("dtype", config.get("torch_dtype"))

@@ -221,7 +221,9 @@ def test_every_chat_template_arrives(originals: dict[str, Path], tmp_path: Path,
     assert AutoTokenizer.from_pretrained(store.files_path("listed")).chat_template == {"default": "d", "tool_use": "t"}
 
 
-@pytest.mark.parametrize(("name", "loads"), [("X", False), ("PreTrainedTokenizerFast", True), ("GPT2TokenizerFast", True)])
+@pytest.mark.parametrize(
+    ("name", "loads"), [("X", False), ("PreTrainedTokenizerFast", True), ("GPT2TokenizerFast", True)]
+)
 def test_tokenizer_that_needs_code_of_its_own_is_left_alone(
     originals: dict[str, Path], tmp_path: Path, store: Store, name: str, loads: bool
 ) -> None:

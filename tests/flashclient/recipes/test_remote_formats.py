@@ -159,7 +159,10 @@ def chatglm_logits(state: State) -> Tensor:
         normed = norm(hidden, layer["post_attention_layernorm.weight"], 1e-5)
         gate, up = (normed @ layer["mlp.dense_h_to_4h.weight"].T).chunk(2, dim=-1)
         hidden = hidden + (silu(gate) * up) @ layer["mlp.dense_4h_to_h.weight"].T
-    return norm(hidden, state["transformer.encoder.final_layernorm.weight"], 1e-5) @ state["transformer.output_layer.weight"].T
+    return (
+        norm(hidden, state["transformer.encoder.final_layernorm.weight"], 1e-5)
+        @ state["transformer.output_layer.weight"].T
+    )
 
 
 def test_chatglm_runs_as_glm(tmp_path: Path) -> None:
@@ -176,7 +179,9 @@ def test_glm_4_scales_its_rotary_base_but_other_models_may_scale_positions() -> 
 
 def test_qkv_of_other_rows_than_its_heads_is_refused() -> None:
     name = "transformer.encoder.layers.0.self_attention.query_key_value.weight"
-    with pytest.raises(ModelError, match=r"query_key_value\.weight has shape \[96, 32\], but by config\.json it has 64"):
+    with pytest.raises(
+        ModelError, match=r"query_key_value\.weight has shape \[96, 32\], but by config\.json it has 64"
+    ):
         published(CHATGLM).tensors({name: (96, 32)})
 
 
@@ -274,7 +279,7 @@ def test_bamboo_runs_as_mistral_with_relu_on_both(tmp_path: Path) -> None:
     predictors = {f"model.layers.0.mlp.predictor.fc{n}.weight": torch.ones(4, 4) for n in (1, 2)}
     found = logits_of(BAMBOO, state | predictors, tmp_path)
     torch.testing.assert_close(found, reference(input_ids=IDS).logits)
-    _, (left,) = published(BAMBOO).tensors({name: (4, 4) for name in predictors})
+    _, (left,) = published(BAMBOO).tensors(dict.fromkeys(predictors, (4, 4)))
     assert (left.reason, set(left.tensors)) == (PREDICTORS, set(predictors))
 
 
@@ -467,7 +472,10 @@ def test_model_without_an_activation_module_cannot_be_amended() -> None:
     ("config", "message"),
     [
         ({"model_type": "bamboo", "hidden_act": "silu"}, "hidden_act = 'silu': model type bamboo runs as MistralFor"),
-        ({"model_type": "mine", "auto_map": {"AutoModel": "x.Y"}}, "'mine' needs code from its publisher, which is never"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoModel": "x.Y"}},
+            "'mine' needs code from its publisher, which is never",
+        ),
         ({"model_type": "mine"}, "unknown model type 'mine': it may need a newer transformers"),
         ({"model_type": "clip"}, "no causal language model of type 'clip'"),
         ({}, "config.json has no model_type"),

@@ -149,7 +149,8 @@ def text_of(folder: Path) -> tuple[Any, Any]:
     tensors = {name: computed(source, state).clone().contiguous() for name, source in sources.items()}
     save_file(tensors, folder / "text" / "model.safetensors", {"format": "pt"})
     model, info = AutoModelForCausalLM.from_pretrained(folder / "text", dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    assert not info["missing_keys"], info
+    assert not info["unexpected_keys"], info
     return model.eval(), left_out
 
 
@@ -184,7 +185,11 @@ def test_names_before_transformers_4_52() -> None:
 
 
 def test_flat_configurations_of_the_first_qwen2_vl() -> None:
-    flat = {"model_type": "qwen2_vl", "tie_word_embeddings": True, "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]}}
+    flat = {
+        "model_type": "qwen2_vl",
+        "tie_word_embeddings": True,
+        "rope_scaling": {"type": "mrope", "mrope_section": [2, 1, 1]},
+    }
     config = published(flat | {key: value for key, value in TEXT.items() if key != "head_dim"}).config
     assert config["model_type"] == "qwen2"
     assert config["hidden_size"] == 32

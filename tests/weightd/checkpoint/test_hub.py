@@ -37,7 +37,9 @@ def published(tmp_path: Path) -> Path:
 def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     server = HubServer(published, NAME)
     monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 4096)
@@ -133,7 +135,12 @@ def test_half_of_a_cached_model_is_an_incomplete_download(hub: HubServer, publis
 
 
 REFUSALS = {
-    "private or missing": (401, "RepoNotFound", None, "no file or folder org/tiny, and http.* has no such model for you"),
+    "private or missing": (
+        401,
+        "RepoNotFound",
+        None,
+        "no file or folder org/tiny, and http.* has no such model for you",
+    ),
     "gated": (403, "GatedRepo", None, r"is gated: accept its terms at http://.*/org/tiny, then set HF_TOKEN"),
     "a token that is not valid": (401, "", None, "does not accept your token for org/tiny|no such model for you"),
     "a hub that fails": (503, "", None, "answered 503 for org/tiny: try again later"),
@@ -152,7 +159,18 @@ def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(hub: HubServer, s
 
 def test_hub_that_cannot_be_reached(hub: HubServer, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(CheckpointError, match=r"no file or folder org/tiny, and it cannot be downloaded from .*: check the"):
+    with pytest.raises(
+        CheckpointError, match=r"no file or folder org/tiny, and it cannot be downloaded from .*: check the"
+    ):
+        fetch(NAME, None, store)
+
+
+def test_disk_that_cannot_be_written_is_not_called_a_fault_of_the_network(
+    hub: HubServer, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NotADirectoryError):
         fetch(NAME, None, store)
 
 
@@ -173,7 +191,9 @@ def test_one_gguf_file_is_the_model(hub: HubServer, published: Path, store: Path
     assert [path.name for path in folder.glob("*.gguf")] == ["a-q4.gguf"]
 
 
-def test_configuration_for_this_version_of_transformers_is_downloaded(hub: HubServer, published: Path, store: Path) -> None:
+def test_configuration_for_this_version_of_transformers_is_downloaded(
+    hub: HubServer, published: Path, store: Path
+) -> None:
     config = json.loads((published / "config.json").read_text())
     (published / "config.4.0.0.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
     (published / "config.json").write_text(json.dumps(config | {"configuration_files": ["config.4.0.0.json"]}))
@@ -187,7 +207,9 @@ def test_room_for_download_and_import_is_checked_first(
     hub: HubServer, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1 << 30, 1 << 30, 64 << 20))
-    with pytest.raises(SpaceError, match=r"needs .* in .*cache to be downloaded and .* to import it into .*store on the"):
+    with pytest.raises(
+        SpaceError, match=r"needs .* in .*cache to be downloaded and .* to import it into .*store on the"
+    ):
         fetch(NAME, None, store)
     assert "model.safetensors" not in {file for _, file, _ in hub.requests}
 
@@ -208,7 +230,9 @@ def test_a_path_that_exists_comes_before_the_hub(
     assert "snapshots" in str(locate(NAME, None, store))
 
 
-@pytest.mark.parametrize("path", ["./org/tiny", "/org/tiny", "org/tiny/more", "tiny", "../tiny", "~/tiny", "org/tiny.gguf"])
+@pytest.mark.parametrize(
+    "path", ["./org/tiny", "/org/tiny", "org/tiny/more", "tiny", "../tiny", "~/tiny", "org/tiny.gguf"]
+)
 def test_a_path_that_is_not_there_is_no_model_of_the_hub(hub: HubServer, store: Path, path: str) -> None:
     assert not is_hub_name(path)
     with pytest.raises(WeightdError, match="no checkpoint at"):
@@ -251,5 +275,3 @@ def test_without_huggingface_hub_the_error_says_how_to_get_it(store: Path, monke
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r"needs huggingface_hub: pip install 'weightd\[import\]'"):
         fetch(NAME, None, store)
-
-

@@ -63,7 +63,7 @@ class _Fetch:
             from huggingface_hub import constants, errors, utils
         except ImportError as error:
             raise CheckpointError(
-                f"no file or folder {name}, and to take it from the hub needs huggingface_hub: pip install 'weightd[import]'"
+                f"no file or folder {name}, and the hub needs huggingface_hub: pip install 'weightd[import]'"
             ) from error
         self._hub: Any = huggingface_hub
         self._constants: Any = constants
@@ -79,20 +79,28 @@ class _Fetch:
             cached = self._cached()
             if cached is None:
                 raise CheckpointError(
-                    f"{self._place} is not in the cache {self._constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset "
-                    "it to download the model"
+                    f"{self._place} is not in the cache {self._constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
+                    "unset it to download the model"
                 )
             return cached
         try:
             return self._download(store)
         except (CheckpointError, SpaceError):
             raise
+        except OSError as error:
+            if error.errno is not None:  # of this machine's disk
+                raise
+            return self._fall_back(error)
         except Exception as error:  # huggingface_hub and its HTTP libraries, which differ by version, raise many kinds
-            cached = None if self._is_final(error) else self._cached()
-            if cached is None:
-                raise CheckpointError(self._explain(error)) from error
-            print(f"weightd: {self._explain(error)}; taking the cached {cached}", file=sys.stderr)
-            return cached
+            return self._fall_back(error)
+
+    def _fall_back(self, error: Exception) -> Path:
+        """The cached snapshot, unless the hub has answered that there is no such revision."""
+        cached = None if isinstance(error, self._errors.RevisionNotFoundError) else self._cached()
+        if cached is None:
+            raise CheckpointError(self._explain(error)) from error
+        print(f"weightd: {self._explain(error)}; taking the cached {cached}", file=sys.stderr)
+        return cached
 
     @property
     def _place(self) -> str:
@@ -114,13 +122,11 @@ class _Fetch:
         sizes = {file.rfilename: file.size or 0 for file in info.siblings}
         wanted = self._wanted(sizes, info.sha)
         self._check_space(wanted, sizes, info.sha, store)
-        folder = self._hub.snapshot_download(
-            self._name,
-            revision=self._revision,
-            allow_patterns=[re.sub(r"([*?[])", r"[\1]", file) for file in wanted],
-            max_workers=1,  # a file at a time, so that what an interrupted download has made is whole files
-        )
-        return Path(folder)
+        # One after the other in this thread: an interrupt ends it at once, and leaves whole files.
+        for file in wanted:
+            self._hub.hf_hub_download(self._name, file, revision=info.sha)
+        patterns = [re.sub(r"([*?[])", r"[\1]", file) for file in wanted]
+        return Path(self._hub.snapshot_download(self._name, revision=self._revision, allow_patterns=patterns))
 
     def _wanted(self, files: Mapping[str, int], commit: str) -> list[str]:
         """The files that an import reads. Configuration and index are downloaded for this."""
@@ -162,8 +168,8 @@ class _Fetch:
         missing = [shard for shard in shards if shard not in files]
         if missing:
             raise CheckpointError(
-                f"{self._place} lacks {len(missing)} of its {len(shards)} shards on the hub, first {missing[0]!r}: it was "
-                "not uploaded whole; take another revision or model"
+                f"{self._place} lacks {len(missing)} of its {len(shards)} shards on the hub, first {missing[0]!r}: "
+                "it was not uploaded whole; take another revision or model"
             )
         return shards
 
@@ -191,10 +197,6 @@ class _Fetch:
                 f"{self._place} needs {format_size(missing_bytes)} in {cache} to be downloaded{also}, but "
                 f"{format_size(free_bytes)} are free: make room, or set HF_HUB_CACHE to a folder on another disk"
             )
-
-    def _is_final(self, error: Exception) -> bool:
-        """Whether the hub has answered that there is no such revision. Otherwise the cache may serve."""
-        return isinstance(error, self._errors.RevisionNotFoundError)
 
     def _explain(self, error: Exception) -> str:
         errors, endpoint = self._errors, self._constants.ENDPOINT

@@ -76,8 +76,8 @@ def _refusal(path: Path, said: str) -> str:
     code = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", said)
     if code is not None:
         return (
-            f"{path} holds code ({code[1]}) beside its weights, which is never run: take the model's safetensors files, "
-            "or save its state_dict alone"
+            f"{path} holds code ({code[1]}) beside its weights, which is never run: take the model's safetensors "
+            "files, or save its state_dict alone"
         )
     return f"{path} cannot be read as weights alone: {(said.splitlines() or ['unknown'])[0]}"
 

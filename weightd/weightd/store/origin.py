@@ -30,7 +30,7 @@ def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
 
 
 def source_text(path: Path) -> str:
-    """What was imported, as the catalog stores it: `path` without symbolic links, in UTF-8 with escapes for other bytes.
+    """What was imported, as the catalog stores it: `path` without symbolic links, UTF-8 with escapes for other bytes.
 
     A snapshot in the hub's cache is named as on the hub, because its path differs with every revision.
     """
@@ -39,7 +39,7 @@ def source_text(path: Path) -> str:
 
 
 def hub_name_of(path: Path) -> str | None:
-    """ORGANISATION/NAME, if `path` is a snapshot in the hub's cache: .../models--ORGANISATION--NAME/snapshots/COMMIT."""
+    """ORGANISATION/NAME if `path` is a snapshot in the hub's cache: models--ORGANISATION--NAME/snapshots/COMMIT."""
     found = re.fullmatch(r".*/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+", str(path))
     return None if found is None else f"{found[1]}/{found[2]}"
 
