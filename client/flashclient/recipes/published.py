@@ -128,6 +128,8 @@ def _from_remote_format(config: Config, known: RemoteFormat, activation_given: b
 
 def _refusal(config: Config, model_type: str) -> str:
     if model_type in CONFIG_MAPPING:
+        if isinstance(config.get("text_config"), dict):
+            return f"the text part of {model_type!r} is not known to run alone: it is for {', '.join(TEXT_PARTS)}"
         return f"transformers has no causal language model of type {model_type!r}"
     if config.get("auto_map"):
         known = ", ".join(REMOTE_FORMATS)

@@ -342,6 +342,11 @@ _BAICHUAN = RemoteFormat(
 )
 
 
+# Kimi K2 is DeepSeek-V3 under another name
+
+_KIMI_K2 = RemoteFormat("deepseek_v3", "DeepseekV3ForCausalLM")
+
+
 # Falcon as it was first published
 
 _FALCON_KEYS = {
@@ -374,6 +379,7 @@ REMOTE_FORMATS: dict[str, RemoteFormat] = {
     "internlm": _INTERNLM,
     "internlm2": _INTERNLM2,
     "baichuan": _BAICHUAN,
+    "kimi_k2": _KIMI_K2,
     "RefinedWebModel": _FALCON_7B,
     "RefinedWeb": _FALCON_40B,
 }

@@ -25,7 +25,7 @@ Config = Mapping[str, Any]
 
 TOWERS = (
     r"(model\.)?(vision_tower|vision_model|visual|vision_embedder|image_newline|audio_tower|audio_model|embed_vision"
-    r"|embed_audio|multi_modal_projector|connector|mlp_AR|projector)(\..+)?"
+    r"|embed_audio|multi_modal_projector|mm_projector|connector|mlp_AR|projector)(\..+)?"
 )
 # Names before transformers 4.52, names since then, and names of models that were saved without their head.
 LANGUAGE_MODEL = (
@@ -54,9 +54,9 @@ class TextPart:
 
 # By the model_type of the whole.
 TEXT_PARTS: dict[str, TextPart] = {
-    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "llama4", "mistral3"), TextPart()),
+    **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama4", "mistral3"), TextPart()),
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "vipllava", "internvl"), TextPart()),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe"), TextPart()),
+    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "kimi_k25", "lfm2_vl", "exaone4_5"), TextPart()),
     **dict.fromkeys(("idefics3", "smolvlm"), TextPart(TEXT_MODEL)),
     "qwen2_vl": TextPart(model_type="qwen2"),
     "qwen2_5_vl": TextPart(model_type="qwen2"),

@@ -425,6 +425,12 @@ def test_baichuan_7b_runs_as_llama(tmp_path: Path) -> None:
         published(config | {"vocab_size": 125696})
 
 
+def test_kimi_k2_is_deepseek_v3() -> None:
+    found = published({"model_type": "kimi_k2", "auto_map": {"AutoModel": "x.Y"}, "n_routed_experts": 384})
+    assert found.config["architectures"] == ["DeepseekV3ForCausalLM"]
+    assert AutoConfig.for_model(**found.config).n_routed_experts == 384
+
+
 @pytest.mark.parametrize("model_type", ["RefinedWebModel", "RefinedWeb"])
 def test_first_falcons_have_their_sizes_under_other_names(model_type: str) -> None:
     old = {"n_head": 4, "n_layer": 2, "hidden_size": 32, "multi_query": True, "parallel_attn": True, "vocab_size": 96}
@@ -478,6 +484,10 @@ def test_model_without_an_activation_module_cannot_be_amended() -> None:
         ),
         ({"model_type": "mine"}, "unknown model type 'mine': it may need a newer transformers"),
         ({"model_type": "clip"}, "no causal language model of type 'clip'"),
+        (
+            {"model_type": "glm4v", "text_config": {}},
+            "text part of 'glm4v' is not known to run alone: it is for gemma3",
+        ),
         ({}, "config.json has no model_type"),
         ({"model_type": "chatglm", "position_encoding_2d": True}, "position_encoding_2d = True"),
     ],

@@ -78,12 +78,43 @@ GEMMA4 = {
     "global_head_dim": 8,
     "num_kv_shared_layers": 0,
 }
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
 
 # Configurations of the whole, by model type: of the text part, of the vision tower, and the rest.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (TEXT | WINDOW, VISION, {"mm_tokens_per_image": 4, "image_token_index": 90}),
     "gemma3n": (TEXT | WINDOW | GEMMA3N, {"architecture": "mobilenetv5_300m_enc"}, {}),
     "gemma4": (TEXT | WINDOW | GEMMA4, VISION, {}),
+    "gemma4_unified": (TEXT | WINDOW | GEMMA4, {"mm_embed_dim": 32, "output_proj_dims": 32}, {}),
+    "kimi_k25": (
+        TEXT | DEEPSEEK,
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"projection_hidden_size": 32, "tie_word_embeddings": False},
+    ),
+    "lfm2_vl": (
+        TEXT | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
+        {"projector_hidden_size": 32},
+    ),
+    "exaone4_5": (
+        TEXT | WINDOW,
+        {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_key_value_heads": 2}
+        | {"out_hidden_size": 32},
+        {},
+    ),
     "mistral3": (TEXT, VISION, {"image_token_index": 90, "tie_word_embeddings": False}),
     "llama4": (
         TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2},
@@ -135,7 +166,8 @@ def make_whole(model_type: str, folder: Path) -> Any:
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(folder)
+    # transformers 5.23 calls layers blocks when it saves Kimi's text part.
+    model.save_pretrained(folder, save_original_format=model_type != "kimi_k25")
     return model
 
 
