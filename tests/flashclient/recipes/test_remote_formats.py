@@ -486,7 +486,7 @@ def test_model_without_an_activation_module_cannot_be_amended() -> None:
         ({"model_type": "clip"}, "no causal language model of type 'clip'"),
         (
             {"model_type": "glm4v", "text_config": {}},
-            "text part of 'glm4v' is not known to run alone: it is for gemma3",
+            "'glm4v' is not known to run alone: it is for gemma3",
         ),
         ({}, "config.json has no model_type"),
         ({"model_type": "chatglm", "position_encoding_2d": True}, "position_encoding_2d = True"),
