@@ -1,1 +1,1 @@
-"""Recipes: how an import makes a model from a checkpoint, derived from transformers' own classes and proven."""
+"""Recipes: how an import makes a model of transformers from a checkpoint, derived from the model and proven."""
