@@ -66,7 +66,7 @@ def _apply_to_up(module: Any, name: str) -> None:
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The sum over each token's experts of weight * down (relu(gate x) * relu(up x))."""
     result = torch.zeros_like(hidden_states)
-    for expert in top_k_index.unique().tolist():
+    for expert in sorted(set(top_k_index.flatten().tolist())):
         tokens, place = torch.where(top_k_index == expert)
         gate, up = (hidden_states[tokens] @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
         output = (torch.relu(gate) * torch.relu(up)) @ module.down_proj[expert].T

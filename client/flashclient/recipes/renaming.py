@@ -73,12 +73,13 @@ def renamed(
     Raises:
         ModelError: two tensors go to the same name, or a tensor has other rows than its rule places.
     """
-    rules = [(re.compile(rule.pattern), rule) for rule in (*omissions, *renames)]
+    rules: list[Rename | Omission] = [*omissions, *renames]
+    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
     sources: dict[str, weightd_pb2.TensorSource] = {}
     left_out: dict[str, list[str]] = {}
     for name, shape in shapes.items():
         match, rule = next(
-            ((found, rule) for pattern, rule in rules if (found := pattern.fullmatch(name))), (None, None)
+            ((found, rule) for pattern, rule in compiled if (found := pattern.fullmatch(name))), (None, None)
         )
         if isinstance(rule, Omission):
             left_out.setdefault(rule.reason, []).append(name)

@@ -100,7 +100,7 @@ def text_config(config: Config, part: TextPart) -> dict[str, Any]:
     if part.model_type:
         values["rope_parameters"] = _plain_rope(values.get("rope_parameters"))
         values.pop("rope_scaling", None)
-    return values | part.constants
+    return {**values, **part.constants}
 
 
 def _plain_rope(parameters: Any) -> Any:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from tensor_sources import computed
-from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralForCausalLM
+from transformers import AutoConfig, LlamaConfig
 
 from flashclient.errors import ModelError
 from flashclient.recipes.published import parse_activation, published
@@ -21,9 +22,13 @@ from flashclient.recipes.reference import amend
 from flashclient.recipes.remote_formats import PREDICTORS
 from weightd_proto import weightd_pb2
 
+Tensor = Any  # torch's stubs do not type unflatten() and split()
 State = dict[str, Tensor]
+CAUSAL: Any = transformers.AutoModelForCausalLM
+LLAMA_CLASS: Any = transformers.LlamaForCausalLM
+MISTRAL_CLASS: Any = transformers.MistralForCausalLM
 IDS = torch.arange(3, 27).reshape(2, 12)
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -38,7 +43,7 @@ LLAMA = {
 }
 
 
-def random_state(shapes: dict[str, tuple[int, ...]]) -> State:
+def random_state(shapes: Mapping[str, tuple[int, ...]]) -> State:
     torch.manual_seed(0)
     return {name: torch.randn(shape, dtype=torch.float32) * 0.3 for name, shape in shapes.items()}
 
@@ -50,7 +55,7 @@ def logits_of(config: dict[str, Any], state: State, folder: Path) -> Tensor:
     tensors = {name: computed(source, state).clone().contiguous() for name, source in sources.items()}
     (folder / "config.json").write_text(json.dumps(found.config))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = CAUSAL.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"], info
     assert not info["unexpected_keys"], info
     if found.activation is not None:
@@ -204,9 +209,9 @@ class FatReluOfOneHundredth(torch.nn.Module):
         return values * (values > 0.01)
 
 
-def llama(tied: bool, **more: Any) -> LlamaForCausalLM:
+def llama(tied: bool, **more: Any) -> Any:
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**LLAMA | more, tie_word_embeddings=tied)).eval()
+    model = LLAMA_CLASS(LlamaConfig(**LLAMA | more, tie_word_embeddings=tied)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model
@@ -269,7 +274,7 @@ BAMBOO = LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window"
 @torch.no_grad()
 def test_bamboo_runs_as_mistral_with_relu_on_both(tmp_path: Path) -> None:
     """TurboSparse-Mistral also has predictors, which are left out."""
-    reference = MistralForCausalLM._from_config(AutoConfig.for_model("mistral", **LLAMA)).eval()
+    reference = MISTRAL_CLASS._from_config(AutoConfig.for_model("mistral", **LLAMA)).eval()
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     for layer in reference.model.layers:
@@ -435,7 +440,7 @@ def test_kimi_k2_is_deepseek_v3() -> None:
 def test_first_falcons_have_their_sizes_under_other_names(model_type: str) -> None:
     old = {"n_head": 4, "n_layer": 2, "hidden_size": 32, "multi_query": True, "parallel_attn": True, "vocab_size": 96}
     config = published({"model_type": model_type, "n_head_kv": 2} | old).config
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model = CAUSAL.from_config(AutoConfig.for_model(**config))
     heads = {"RefinedWebModel": 4 + 2, "RefinedWeb": 4 + 2 * 2}[model_type]
     assert model.transformer.h[1].self_attention.query_key_value.out_features == heads * 8
     assert hasattr(model.transformer.h[0], "ln_attn") == (model_type == "RefinedWeb")

@@ -8,15 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tensor_sources import computed
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoModel
 
 from flashclient.errors import ModelError
 from flashclient.recipes.published import published
 from flashclient.recipes.text_parts import TEXT_PARTS
 
-TEXT = {
+CONFIGS: Any = transformers.CONFIG_MAPPING
+WHOLE: Any = transformers.AutoModelForImageTextToText
+CAUSAL: Any = transformers.AutoModelForCausalLM
+TEXT: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -148,7 +152,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(autouse=True)
 def no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gemma 3n's vision tower needs a package that is not installed here. Nothing here uses it."""
-    real = AutoModel.from_config
+    real: Any = AutoModel.from_config
 
     def from_config(config: Any, **options: Any) -> Any:
         return torch.nn.Linear(1, 1) if config.model_type == "gemma3n_vision" else real(config, **options)
@@ -159,11 +163,11 @@ def no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 def make_whole(model_type: str, folder: Path) -> Any:
     """Saves a tiny model with random weights as its type is published, and returns it."""
     text, vision, rest = CASES[model_type]
-    defaults = CONFIG_MAPPING[model_type]()
+    defaults = CONFIGS[model_type]()
     kind = {"text_config": {"model_type": defaults.text_config.model_type} | text}
-    config = CONFIG_MAPPING[model_type](**kind, vision_config=vision, **rest)
+    config = CONFIGS[model_type](**kind, vision_config=vision, **rest)
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32).eval()
+    model = WHOLE.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     # transformers 5.23 calls layers blocks when it saves Kimi's text part.
@@ -180,7 +184,7 @@ def text_of(folder: Path) -> tuple[Any, Any]:
     (folder / "text" / "config.json").write_text(json.dumps(found.config))
     tensors = {name: computed(source, state).clone().contiguous() for name, source in sources.items()}
     save_file(tensors, folder / "text" / "model.safetensors", {"format": "pt"})
-    model, info = AutoModelForCausalLM.from_pretrained(folder / "text", dtype=torch.float32, output_loading_info=True)
+    model, info = CAUSAL.from_pretrained(folder / "text", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"], info
     assert not info["unexpected_keys"], info
     return model.eval(), left_out
@@ -204,7 +208,7 @@ def test_every_type_of_the_table_has_a_case() -> None:
 
 
 def test_names_before_transformers_4_52() -> None:
-    whole = CONFIG_MAPPING["gemma3"](text_config=TEXT).to_dict()
+    whole = CONFIGS["gemma3"](text_config=TEXT).to_dict()
     shapes = {
         "language_model.model.layers.0.mlp.up_proj.weight": (48, 32),
         "language_model.lm_head.weight": (96, 32),
@@ -230,7 +234,7 @@ def test_flat_configurations_of_the_first_qwen2_vl() -> None:
 
 
 def test_tensors_under_two_names_are_refused() -> None:
-    whole = CONFIG_MAPPING["gemma3"](text_config=TEXT).to_dict()
+    whole = CONFIGS["gemma3"](text_config=TEXT).to_dict()
     names = ("language_model.model.norm.weight", "model.language_model.norm.weight")
     with pytest.raises(ModelError, match=r"holds model\.norm\.weight under two names"):
         published(whole).tensors(dict.fromkeys(names, (32,)))
@@ -240,7 +244,7 @@ def test_tensors_under_two_names_are_refused() -> None:
 def test_experts_of_qwen3_vl_moe_are_taken_in_either_order(shape: tuple[int, ...]) -> None:
     """As transformers takes them: the model's hidden size tells the two apart."""
     text = {"hidden_size": 32, "moe_intermediate_size": 24, "num_hidden_layers": 1}
-    config = published(CONFIG_MAPPING["qwen3_vl_moe"](text_config=text).to_dict())
+    config = published(CONFIGS["qwen3_vl_moe"](text_config=text).to_dict())
     sources, _ = config.tensors({"model.language_model.layers.0.mlp.experts.gate_up_proj": shape})
     (source,) = sources.values()
     tensor = torch.zeros(shape)

@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +60,16 @@ class _Fetch:
 
     def __init__(self, name: str, revision: str) -> None:
         try:
-            import huggingface_hub
-            from huggingface_hub import constants, errors, utils
+            self._hub: Any = import_module("huggingface_hub")
         except ImportError as error:
             raise CheckpointError(
                 f"no file or folder {name}, and the hub needs huggingface_hub: pip install 'weightd[import]'"
             ) from error
-        self._hub: Any = huggingface_hub
-        self._constants: Any = constants
-        self._errors: Any = errors
+        self._constants: Any = import_module("huggingface_hub.constants")
+        self._errors: Any = import_module("huggingface_hub.errors")
         self._name = name
         self._revision = revision
+        utils: Any = import_module("huggingface_hub.utils")
         utils.logging.set_verbosity_error()
         if not sys.stderr.isatty():
             utils.disable_progress_bars()
