@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.model.build import BuiltModel, build_model
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
 
-# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+# Files that hold the vocabulary of one of transformers' tokenizers. Its other files are useless without one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
 
@@ -35,7 +35,7 @@ class LoadedModel:
         connection: to the weightd.
         record: what the weightd says of the model.
         source: of the FFNs' bundles.
-        turns: whoever runs the model takes a turn.
+        turns: code that runs the model takes a turn first.
         tokenizer: transformers' own; None where the model was stored without one.
     """
 
