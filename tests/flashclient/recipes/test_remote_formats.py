@@ -474,39 +474,3 @@ def test_activations_with_and_without_a_number() -> None:
 def test_model_without_an_activation_module_cannot_be_amended() -> None:
     with pytest.raises(ModelError, match="Linear has no activation that relu could replace"):
         amend(torch.nn.Linear(2, 2), weightd_pb2.Activation(function="relu"))
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "bamboo", "hidden_act": "silu"}, "hidden_act = 'silu': model type bamboo runs as MistralFor"),
-        (
-            {"model_type": "mine", "auto_map": {"AutoModel": "x.Y"}},
-            "'mine' needs code from its publisher, which is never",
-        ),
-        ({"model_type": "mine"}, "unknown model type 'mine': it may need a newer transformers"),
-        ({"model_type": "clip"}, "no causal language model of type 'clip'"),
-        (
-            {"model_type": "glm4v", "text_config": {}},
-            "'glm4v' is not known to run alone: it is for gemma3",
-        ),
-        ({}, "config.json has no model_type"),
-        ({"model_type": "chatglm", "position_encoding_2d": True}, "position_encoding_2d = True"),
-    ],
-)
-def test_what_no_class_is_known_to_run_is_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message):
-        published(config)
-
-
-def test_remote_code_beside_a_class_of_transformers_is_ignored() -> None:
-    """As from_pretrained() does with trust_remote_code=False."""
-    config = LLAMA | {"model_type": "llama", "auto_map": {"AutoModelForCausalLM": "x.Y"}}
-    assert published(config).config == LLAMA | {"model_type": "llama"}
-
-
-def test_mistral_with_kinds_of_layers_is_ministral_as_in_transformers() -> None:
-    assert published({"model_type": "mistral", "layer_types": ["full_attention"]}).config["model_type"] == "ministral"
