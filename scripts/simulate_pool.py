@@ -1,10 +1,10 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Compares the pool's replacement policy with others on traces of cells: the share of uses that are hits.
 
-weightd runs the pool's own C++ code; the others are LRU, frequency, W-TinyLFU, S3-FIFO, and Belady's policy, which knows
-the future. The traces: a mixture of experts with published locality (an LRU list that holds 1/2, 1/4 and 1/8 of the
-experts hits 89, 67 and 45 %), also with popular experts; a dense model in exact mode; neurons in predict mode; and
-recorded ones (--trace).
+The column weightd is the pool's own C++ code. The others are LRU, frequency, W-TinyLFU, S3-FIFO, and Belady's policy,
+which knows the future. The traces are: a mixture of experts with published locality (an LRU list that holds 1/2, 1/4
+and 1/8 of the experts hits 89, 67 and 45 %), the same with popular experts, a dense model in exact mode, neurons in
+predict mode, and recorded ones (--trace).
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def main() -> int:
         print(f"simulate_pool: {error}", file=sys.stderr)
         return 1
     worst = float(min(np.subtract(row["weightd"], row["LRU"]) for row in rows))
-    report(machine_facts(Path(__file__)), rows, [Target("hits_above_lru_worst", worst, "", 0.0, "higher")], options.json)
+    target = Target("hits_above_lru_worst", worst, "", 0.0, "higher")
+    report(machine_facts(Path(__file__)), rows, [target], options.json)
     return 0
 
 

@@ -42,7 +42,8 @@ def expert_choices(experts: int, chosen: int, tokens: int, popularity: float, se
             share = weight[members] / weight[members].sum()
             picked += rng.choice(members, taken, replace=False, p=share).tolist()
         left = stack[~np.isin(stack, picked)]
-        now = np.concatenate([stack[np.isin(stack, picked)], left[:short]])  # the most recent first, so that all are found
+        # In the order of the stack, so that a list of any length finds all that it held before this token.
+        now = np.concatenate([stack[np.isin(stack, picked)], left[:short]])
         choices[token] = now
         stack = np.concatenate([now, stack[~np.isin(stack, now)]])
     return choices
@@ -80,7 +81,7 @@ def neurons(layers: int, cells: int, tokens: int, seed: int = 7) -> Trace:
 
 def recorded(path: Path) -> Trace:
     """A trace that record_experts() wrote (numpy's .npy)."""
-    trace = np.load(path, allow_pickle=False)
+    trace: Trace = np.load(path, allow_pickle=False)
     if trace.ndim != 2 or trace.dtype != np.uint32:
         raise ValueError(f"{path} holds {trace.dtype} {list(trace.shape)}, not uint32 [steps, cells of a step]")
     return trace

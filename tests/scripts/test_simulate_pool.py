@@ -12,16 +12,18 @@ import pytest
 from benchmarks.native_module import bench_native
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from repository import SCRIPTS
 from simulation.policies import POLICIES, Policy
-from simulation.traces import LRU_HITS, dense, mixture, neurons, recorded
+from simulation.traces import LRU_HITS, Trace, dense, mixture, neurons, recorded
 
 SCRIPT = SCRIPTS / "simulate_pool.py"
 TEXTBOOK = [1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5]  # Belady, Nelson and Shedler, 1969
 
 
-def pool(cells: np.ndarray[tuple[int], np.dtype[np.uint32]], slots: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    return bench_native().replay(cells.reshape(-1, 1), int(cells.max()) + 1, slots) == 1
+def pool(cells: Trace, slots: int) -> NDArray[np.bool_]:
+    hits: NDArray[np.uint8] = bench_native().replay(cells.reshape(-1, 1), int(cells.max()) + 1, slots)
+    return hits == 1
 
 
 ALL: dict[str, Policy] = POLICIES | {"weightd": pool}
