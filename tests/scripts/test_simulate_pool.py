@@ -23,7 +23,8 @@ TEXTBOOK = [1, 2, 3, 4, 1, 2, 5, 1, 2, 3, 4, 5]  # Belady, Nelson and Shedler, 1
 
 def pool(cells: Trace, slots: int) -> NDArray[np.bool_]:
     hits: NDArray[np.uint8] = bench_native().replay(cells.reshape(-1, 1), int(cells.max()) + 1, slots)
-    return hits == 1
+    found: NDArray[np.bool_] = hits == 1
+    return found
 
 
 ALL: dict[str, Policy] = POLICIES | {"weightd": pool}
