@@ -130,8 +130,8 @@ def _parser() -> FlagParser:
     )
     update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
     adding.add_argument("--update", action="store_true", help=update)
-    # A connection to a process that has loaded torch already and tries the imported model out.
-    adding.add_argument("--rehearse-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
+    # A connection to a process that has loaded torch already, and derives recipes and tries the imported model out.
+    adding.add_argument("--client-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -164,19 +164,19 @@ def _descriptor(text: str) -> int:
 
 def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint.opening import check_exists
+    from weightd.importing.client_process import starter
     from weightd.importing.convert import import_checkpoint
-    from weightd.importing.rehearsal import asking
     from weightd.importing.update import IMPORTED, update
 
-    rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
+    ask = None if options.client_fd is None else starter(options.client_fd)
     check_exists(options.source)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(options.source, store, *more, rehearse=rehearse)
+            model, done = update(options.source, store, *more, ask=ask)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
-            model, done = import_checkpoint(options.source, store, *more, rehearse=rehearse), IMPORTED
+            model, done = import_checkpoint(options.source, store, *more, ask=ask), IMPORTED
     say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
 
 

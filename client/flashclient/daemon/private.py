@@ -322,13 +322,13 @@ def _socket_folder() -> Path:
     )
 
 
-def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[int]) -> str:
+def import_if_path(store: Path, model: str, answering: AbstractContextManager[int]) -> str:
     """The name of `model` in `store`. A path of a checkpoint is imported first, unless the store has it unchanged.
 
     If `model` is both a name in the store and a path, the name counts, unless that model was imported from this path.
 
     Args:
-        rehearsal: gives the descriptor for --rehearse-fd.
+        answering: gives the descriptor for --client-fd.
 
     Raises:
         ModelNotFoundError: there is no such path.
@@ -342,8 +342,8 @@ def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[in
     if not os.path.exists(model) or (_is_stored(store, model) and not _is_source_of(store, model)):  # noqa: PTH110
         return model
     command = [*CHILD, "import", os.path.abspath(model), "--store", str(store), "--update", "--json"]  # noqa: PTH100
-    with rehearsal as descriptor:
-        command += ["--rehearse-fd", str(descriptor)]
+    with answering as descriptor:
+        command += ["--client-fd", str(descriptor)]
         result = json.loads(_output_of(command, f"cannot import {model}", descriptor))
     if result["done"] == "replaced":
         logger.warning("%s has changed since it was imported as '%s': imported it again", model, result["name"])
