@@ -1,4 +1,4 @@
-"""scripts/make_planted_model.py: the checkpoint is what transformers makes of it, and fires as planned."""
+"""scripts/make_planted_model.py: transformers can load the checkpoint, and its neurons fire as planned."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_every_layer_fires_as_planned(planted: tuple[str, Path]) -> None:
 
 
 def test_the_stream_is_the_one_of_transformers(planted: tuple[str, Path]) -> None:
-    """Thresholds were set on what really flows through the model."""
+    """The thresholds fit the residual stream that transformers computes."""
     name, folder = planted
     made = PlantedModel(SHAPES[name], torch.bfloat16, seed=0)
     made.outside()

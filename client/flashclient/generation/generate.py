@@ -93,8 +93,8 @@ class Generator:
         self.known = known_arguments(self._model)
         self._generate = self._model.generate  # transformers' own
         self._signature = inspect.signature(self._generate)
-        self._positions: int = self._model.config.max_position_embeddings
-        self._positions_end = architecture_of(self._model.config)[1].positions_end
+        self._context_tokens: int = self._model.config.max_position_embeddings
+        self._context_is_fixed = architecture_of(self._model.config)[1].context_is_fixed
         self._meters: list[Meter] = []  # of the generations under way, each inside the one before it
         self.stats = Stats()
         self._take_place()
@@ -276,8 +276,8 @@ class Generator:
         call.set("pad_token_id", ends[0])
 
     def _prepare_length(self, call: _Call) -> None:
-        """Sets the default length. Refuses more tokens than the model has positions, if their number is fixed."""
-        config, longest = call.config, self._positions_taken(call)
+        """Sets the default length. Refuses more tokens than the model's context has, if its length is fixed."""
+        config, longest = call.config, self._longest_prompt(call)
         new_tokens = config.max_new_tokens
         by = "max_length" if new_tokens is None and config.max_length is not None else "max_new_tokens"
         for name in ("max_new_tokens", "max_length"):
@@ -288,19 +288,20 @@ class Generator:
             both = call.ids_tokens not in (0, call.prompt_tokens)  # then transformers counts ids and embeddings
             new_tokens = config.max_length - call.prompt_tokens - (call.ids_tokens if both else 0)
         if new_tokens is None:
-            room = self._positions - call.prompt_tokens
+            room = self._context_tokens - call.prompt_tokens
             new_tokens = min(NEW_TOKENS_DEFAULT, room if room > 0 else NEW_TOKENS_DEFAULT)
             call.set("max_new_tokens", new_tokens)
-        if self._positions_end and longest + max(1, new_tokens) - 1 > self._positions:  # the last token is not fed
+        # The last new token is not fed to the model.
+        if self._context_is_fixed and longest + max(1, new_tokens) - 1 > self._context_tokens:
             raise OptionError(
-                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's "
-                f"{self._positions} positions: shorten the prompt or lower {by}="
+                f"a prompt of {longest} tokens and {new_tokens} new ones do not fit the model's context of "
+                f"{self._context_tokens} tokens: shorten the prompt or lower {by}="
             )
 
-    def _positions_taken(self, call: _Call) -> int:
-        """Positions of the longest prompt; padding takes none."""
-        if (positions := call.arguments.get("position_ids")) is not None:
-            return int(torch.as_tensor(positions).max()) + 1
+    def _longest_prompt(self, call: _Call) -> int:
+        """The number of tokens in the longest prompt, without padding."""
+        if (position_ids := call.arguments.get("position_ids")) is not None:
+            return int(torch.as_tensor(position_ids).max()) + 1
         if (mask := call.arguments.get("attention_mask")) is not None:
             return int(mask.long().sum(1).max())
         return call.cached_tokens

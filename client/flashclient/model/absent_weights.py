@@ -18,14 +18,14 @@ from flashclient.errors import AbsentWeightError
 from flashclient.torch_state import eager
 
 CHANGE = "change the checkpoint and import it again, or load it with transformers where it fits into memory"
-CONVERT = "the model runs on the CPU in the dtype it was imported in: `weightd import --dtype` makes it another"
+CONVERT = "the model runs on the CPU in its stored dtype; `weightd import --dtype` stores it in another"
 SAVE = (
-    "use the checkpoint that was imported; what you changed of other weights is saved by those modules' own "
-    "state_dict(), and adapters by peft's save_pretrained()"
+    "use the checkpoint that was imported; other weights that you changed can be saved with state_dict() of their "
+    "modules, and adapters with peft's save_pretrained()"
 )
 COPY = "make another FlashClient: it shares the weights"
 TRAIN = "train with transformers, merge what you trained into the checkpoint, and import that"
-ADAPT = "adapt the attention alone, or merge the adapter into the checkpoint and import that"
+ADAPT = "adapt only the attention, or merge the adapter into the checkpoint and import that"
 
 # The attributes and methods of a Tensor that do not need its values.
 _FACTS = (
@@ -84,7 +84,7 @@ class AbsentWeight(nn.Parameter):
         raise _refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", CHANGE)
 
     def _converted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> AbsentWeight:
-        """Itself, where dtype and device stay the same."""
+        """Returns the weight itself if dtype and device stay the same. Otherwise raises AbsentWeightError."""
         if func is Tensor.to and not any(isinstance(one, Tensor) for one in args):
             device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             if (device is None or device.type == "cpu") and dtype in (None, self.dtype):
@@ -150,7 +150,7 @@ class AbsentProjection(_NeverCalled, nn.Linear):
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
-            raise _refused(f"{self.path}.{name} cannot be taken away", CHANGE)
+            raise _refused(f"{self.path}.{name} cannot be removed", CHANGE)
         super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AbsentProjection:
@@ -200,7 +200,7 @@ class Between(_NeverCalled):
     @eager
     def forward(self, x: Tensor) -> Tensor:
         if getattr(x, "passes_to", None) is not self._first[0]:
-            raise _refused(f"{self.path} cannot be computed alone, nor what enters it be changed", CHANGE)
+            raise _refused(f"{self.path} cannot be computed alone, and its input cannot be changed", CHANGE)
         return x
 
 

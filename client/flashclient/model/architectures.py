@@ -24,7 +24,8 @@ class Architecture:
         has_module: whether the module is the FFN's alone; otherwise it is the decoder layer, which calls the parts.
         weights: names, below the module, of the matrices that the bundles hold.
         bias, output_bias: names, below the module, of the resident biases.
-        positions_end: position embeddings are a table, so there are at most max_position_embeddings.
+        context_is_fixed: whether no sequence can be longer than max_position_embeddings, because the model has a
+            learned embedding for each place in a sequence.
     """
 
     activation: str
@@ -32,7 +33,7 @@ class Architecture:
     has_module: bool = True
     bias: str | None = None
     output_bias: str | None = None
-    positions_end: bool = False
+    context_is_fixed: bool = False
 
 
 _GATED = Architecture(activation="act_fn", weights=("gate_proj.weight", "up_proj.weight", "down_proj.weight"))
@@ -44,7 +45,7 @@ _OPT = Architecture(
     has_module=False,
     bias="fc1.bias",
     output_bias="fc2.bias",
-    positions_end=True,
+    context_is_fixed=True,
 )
 
 ARCHITECTURES = {

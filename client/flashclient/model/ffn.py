@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashclient._native import Ffn
 from flashclient.model.absent_weights import without_gradient
-from flashclient.source.border import BundleSource, Chunk, retry_on_loss
+from flashclient.source.bundle_source import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
 
@@ -54,7 +54,7 @@ class ModelFFN(Protocol):
     def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
         """The FFN's output for x [tokens, hidden_size], without its output bias.
 
-        Where it has raised SessionLostError, it may be called again with the same arguments.
+        After a SessionLostError it may be called again with the same arguments.
         """
 
     def idle(self) -> None:

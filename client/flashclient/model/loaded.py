@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.model.build import BuiltModel, build_model
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
 
-# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+# Files that hold the vocabulary of one of transformers' tokenizers. Its other files are useless without one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
 
@@ -33,7 +35,7 @@ class LoadedModel:
         connection: to the weightd.
         record: what the weightd says of the model.
         source: of the FFNs' bundles.
-        turns: whoever runs the model takes a turn.
+        turns: code that runs the model takes a turn first.
         tokenizer: transformers' own; None where the model was stored without one.
     """
 
@@ -85,11 +87,21 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, padding on the left; None where its files hold none."""
-    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+    """The model's tokenizer, padding on the left; None where its files hold none, or need code from their publisher."""
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)) or _needs_code(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _needs_code(folder: Path) -> bool:
+    """Whether transformers has no class for the tokenizer. Another one would read its files and differ in silence."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) if file.exists() else None
+    if not isinstance(config, dict) or "AutoTokenizer" not in (config.get("auto_map") or ()):
+        return False
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    return not any(hasattr(transformers, known) for known in (name, f"{name}Fast"))

@@ -91,7 +91,7 @@ def test_opt_350m_shape(tmp_path: Path, store: Store) -> None:
 
 
 def transformers_state(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """What transformers' own loader makes of a GGUF file."""
+    """The model that transformers' own loader makes of a GGUF file."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     return stored_tensors(model)
 
@@ -111,7 +111,7 @@ def quantise(name: str) -> gguf.GGMLQuantizationType:
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_gguf_equals_transformers_loader(tmp_path: Path, store: Store, family: str) -> None:
-    """Quantised types decoded, Q and K put back in order, Gemma's one taken off; kept in F32."""
+    """Quantised types are decoded, rows of Q and K are put back in order, Gemma's one is subtracted; stored in F32."""
     model = make_model(make_config(family, neurons=192))
     path = write_gguf(model, tmp_path / "tiny.gguf", quantise)
     record = import_checkpoint(path, store)
@@ -253,7 +253,7 @@ def test_changed_file_and_missing_bundles_are_named(imported: Store) -> None:
 
 
 def reference_cells(layout: Any, rows: list[torch.Tensor], down: torch.Tensor) -> np.ndarray:
-    """Cells by the definition of the format."""
+    """Cells computed by the definition of the format."""
     parts = torch.cat([*rows, down.T], dim=1).contiguous().view(torch.uint8).numpy()
     count = len(parts)
     cells = np.zeros(-(-count // layout.bundles_per_cell) * layout.cell_bytes, np.uint8)
@@ -322,7 +322,7 @@ def test_every_half_precision_value_converts_as_torch_does(source: str, target: 
 
 @pytest.mark.parametrize("target", ["BF16", "F16"])
 def test_floats_round_to_nearest_even(target: str) -> None:
-    """Every upper half of a float with the lower halves around ties, and random ones."""
+    """Floats with every upper half and the lower halves around ties, and random ones."""
     upper = torch.arange(1 << 16, dtype=torch.int64) << 16
     lower = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = (upper[:, None] | lower[None, :]).reshape(-1)
@@ -388,7 +388,7 @@ print(json.dumps({"added_bytes": peak_bytes() - before, "layer_bytes": model.bun
 
 
 def test_memory_of_an_import_is_bounded(tmp_path: Path) -> None:
-    """512 MiB of weights, an embedding of 125 MiB and layers of 128 MiB among them."""
+    """A checkpoint of 512 MiB, with an embedding of 125 MiB and layers of 128 MiB."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = make_config("llama", layers=3, hidden=2048, neurons=11264, vocab_size=32000, tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""Families: tensor names, shapes, and what transformers makes of the same files."""
+"""Families: tensor names and shapes, compared with what transformers makes of the same files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_recipe_names_exactly_what_transformers_has(tmp_path: Path, family: str,
 
 
 def open_config(folder: Path) -> dict[str, Any]:
-    """As it is on disk: without what equals a default."""
+    """The configuration as it is on disk: without values that equal the default."""
     from weightd.checkpoint.checkpoint import read_json
 
     return read_json(folder / "config.json")
@@ -69,7 +69,7 @@ def test_configuration_without_a_size_is_refused(value: Any) -> None:
 
 
 def changed(tmp_path: Path, change: Any) -> Path:
-    """A Llama checkpoint whose state_dict went through `change`."""
+    """A Llama checkpoint whose state_dict was changed by `change`."""
     folder = make_checkpoint("llama", tmp_path / "model")
     state = load_file(folder / "model.safetensors")
     change(state)

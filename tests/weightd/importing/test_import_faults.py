@@ -51,7 +51,7 @@ def die(point: str, *arguments: str | Path) -> None:
 
 
 def assert_whole(path: Path, names: list[str]) -> None:
-    """These models, every byte of them right, and nothing else in the folder."""
+    """Asserts that the store has these models, with every byte right, and nothing else in its folder."""
     with Store.open(path) as store:
         assert store.names() == names
         for name in names:
@@ -182,7 +182,7 @@ def assert_whole_on_disk(path: Path, names: list[str]) -> None:
 def test_disk_that_fills_up_meanwhile_ends_the_import(
     disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check of free space passed, then others took it."""
+    """There was enough space when it was checked, then other files took it."""
     Store.open(disk, create=True).close()
     free_bytes = shutil.disk_usage(disk).free
     fill(disk, free_bytes - 200_000)
@@ -249,7 +249,7 @@ def test_bad_checkpoint(
 
 
 def assert_refused(source: Path, store: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 1, one clear line, the store as before."""
+    """Asserts exit status 1, one clear line, and an unchanged store."""
     import re
 
     capsys.readouterr()
@@ -307,4 +307,31 @@ def test_strided_and_legacy_torch_files(tmp_path: Path, store: Path, capsys: pyt
     torch.save(state, file, _use_new_zipfile_serialization=False)
     assert_refused(folder, store, r"is incomplete or of torch's format before 1\.6", capsys)
     torch.save({"model.norm.weight": Path}, file)
-    assert_refused(folder, store, "cannot be read as weights alone", capsys)
+    assert_refused(folder, store, r"holds code \(pathlib\.Path\) beside its weights, which is never run", capsys)
+
+
+def test_code_in_a_torch_file_is_not_run(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    import torch
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    folder = make_checkpoint("llama", tmp_path / "model", format="bin")
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    assert_refused(folder, store, r"holds code \(posix\.mkdir\) beside its weights", capsys)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_download_that_is_not_finished_is_called_so(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `hf download --local-dir` leaves it."""
+    folder = make_checkpoint("llama", tmp_path / "model")
+    downloads = folder / ".cache" / "huggingface" / "download"
+    downloads.mkdir(parents=True)
+    (folder / "model.safetensors").rename(downloads / "x.0123.incomplete")
+    message = r"no weights in .*; 1 unfinished files \(\*\.incomplete\) lie there: run the download again"
+    assert_refused(folder, store, message, capsys)

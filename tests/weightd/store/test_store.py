@@ -1,4 +1,4 @@
-"""The store: what is written is read, and nothing else is let in."""
+"""The store: what was written can be read, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -298,6 +298,6 @@ def test_a_daemon_that_claims_the_store_during_rm_keeps_its_model(
 
 
 def test_a_store_that_cannot_be_written_is_not_claimed(store: Store) -> None:
-    (store.path / "weightd.lock").mkdir()  # as good as read-only, for root too
+    (store.path / "weightd.lock").mkdir()  # has the effect of a read-only file system, for root too
     with pytest.raises(StoreError, match="make the store writable"):
         store.claim("unix:x")

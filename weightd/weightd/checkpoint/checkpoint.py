@@ -1,6 +1,6 @@
 """A checkpoint to import: its tensors, where their bytes lie, and the files that go with them.
 
-Safetensors, torch's zip files and GGUF differ only in how they say where a tensor begins. All of them are read alike:
+Safetensors, torch's zip files and GGUF differ only in how they record where a tensor begins. All are read the same way:
 ranges of a file, past the page cache (disk/uncached_file.py).
 """
 

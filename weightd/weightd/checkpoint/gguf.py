@@ -37,6 +37,6 @@ def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
         return None
     if tensor.encoding != plain("F32") or len(tensor.shape) != 1 or tensor.elements > VECTOR_ELEMENTS_MAX:
         raise CheckpointError(
-            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, no small F32 vector"
+            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, not a small F32 vector"
         )
     return np.fromfile(tensor.path, "<f4", tensor.elements, offset=tensor.offset_bytes)

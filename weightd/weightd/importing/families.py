@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
-SIZE_MAX = 1 << 31  # the largest dimension: far above any model, and products of two fit 64 bits
+SIZE_MAX = 1 << 31  # the largest dimension: far above that of any model, and products of two fit into 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
 
 
