@@ -134,6 +134,12 @@ def _parser() -> FlagParser:
         choices=("keep", *COMPUTE_DTYPES),
         help="dtype of the stored weights (default: keep, as they are)",
     )
+    adding.add_argument(
+        "--activation",
+        metavar="NAME",
+        default="",
+        help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
+    )
     update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
     adding.add_argument("--update", action="store_true", help=update)
     # A connection to a process that has loaded torch already and tries the imported model out.
@@ -185,10 +191,10 @@ def _import(options: argparse.Namespace) -> None:
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(source, store, *more, ask=ask)
+            model, done = update(source, store, *more, ask=ask, activation=options.activation)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
-            model, done = import_checkpoint(source, store, *more, ask=ask), IMPORTED
+            model, done = import_checkpoint(source, store, *more, ask=ask, activation=options.activation), IMPORTED
     say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
 
 

@@ -30,7 +30,7 @@ def answer(request: ImportRequest) -> ImportResponse:
         rehearse(request.rehearse.record, Path(request.rehearse.folder))
         return ImportResponse()
     except (ModelError, RefusedFileError) as error:
-        return ImportResponse(refusal=" ".join(str(error).split()))
+        return ImportResponse(refusal=str(error).replace("\n", "\\n"))
     except Exception as error:  # libraries raise anything for a configuration of unknown origin
         return ImportResponse(refusal=f"{type(error).__name__}: {' '.join(str(error).split())}")
 

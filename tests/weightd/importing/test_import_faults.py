@@ -226,10 +226,10 @@ BAD: dict[str, tuple[str, Damage, str]] = {
     "half_a_config": ("safetensors", lambda f: truncate(f / "config.json"), "is not JSON"),
     "unknown_architecture": (
         "safetensors",
-        lambda f: change_config(f, model_type="rwkv"),
-        "unknown architecture 'rwkv'",
+        lambda f: change_config(f, model_type="unheard_of"),
+        "unknown model type 'unheard_of'",
     ),
-    "wrong_shape": ("safetensors", lambda f: change_config(f, intermediate_size=200), r"has shape \[176, 64\] in"),
+    "wrong_shape": ("safetensors", lambda f: change_config(f, intermediate_size=200), r"has shape \[\d+, \d+\] in"),
     "quantised": (
         "safetensors",
         lambda f: change_config(f, quantization_config={"quant_method": "gptq"}),

@@ -39,9 +39,12 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 Ask = Callable[[ImportRequest], ImportResponse]
 
 
-def derive(checkpoint: Checkpoint, ask: Ask) -> Recipe:
-    """CheckpointError if there is no recipe for the checkpoint, or if its tensors are not those of its config."""
-    request = DeriveRequest(config_json=json.dumps(dict(checkpoint.config)).encode())
+def derive(checkpoint: Checkpoint, ask: Ask, activation: str = "") -> Recipe:
+    """The recipe of a checkpoint. `activation`: see DeriveRequest.
+
+    CheckpointError if there is none, or if the checkpoint's tensors are not those of its configuration.
+    """
+    request = DeriveRequest(config_json=json.dumps(dict(checkpoint.config)).encode(), activation=activation)
     for name, tensor in checkpoint.tensors.items():
         request.tensors.add(name=name, dtype=tensor.dtype, shape=tensor.shape)
     response = ask(ImportRequest(derive=request))

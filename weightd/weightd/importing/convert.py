@@ -65,11 +65,13 @@ def import_checkpoint(
     progress: Progress | None = None,
     replaces: bytes = b"",
     ask: Ask | None = None,
+    activation: str = "",
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
     `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
     `ask`: the client that started the import; by default a child process is asked.
+    `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
@@ -79,7 +81,7 @@ def import_checkpoint(
         origin = origin_of(path, dtype)  # first, so that a change during the import counts as a later change
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
-            recipe = derive(checkpoint, asked)
+            recipe = derive(checkpoint, asked, activation)
             model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging))
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)

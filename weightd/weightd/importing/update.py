@@ -24,6 +24,7 @@ def update(
     allow_buffered: bool = False,
     progress: Progress | None = None,
     ask: Ask | None = None,
+    activation: str = "",
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
@@ -45,7 +46,7 @@ def update(
         wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
         replaces = b"" if known is None else known.import_id
         try:
-            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, ask)
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, ask, activation)
         except ImportingError:
             store.await_import(check_model_name(target))
         else:
