@@ -1,7 +1,7 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd --store DIR ...                  serves the store (weightd.serving.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
@@ -128,6 +128,7 @@ def _parser() -> FlagParser:
         help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub",
     )
     adding.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub (default: main)")
+    adding.add_argument("--file", metavar="F", help="the .gguf file of a model on the hub that has several")
     adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
     adding.add_argument(
         "--dtype",
@@ -184,10 +185,14 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint.opening import locate
     from weightd.importing.client_process import starter
     from weightd.importing.convert import import_checkpoint
-    from weightd.importing.update import IMPORTED, update
+    from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
 
     ask = None if options.client_fd is None else starter(options.client_fd)
-    source = locate(options.source, options.revision, options.store)  # before the store is made
+    if options.update and options.file is None:
+        known = current_on_hub(options.source, options.revision, options.store, options.name, options.dtype)
+        if known is not None:
+            return _say_imported(known, KEPT, options.json)
+    source = locate(options.source, options.revision, options.store, options.file)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
@@ -195,7 +200,11 @@ def _import(options: argparse.Namespace) -> None:
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
             model, done = import_checkpoint(source, store, *more, ask=ask, activation=options.activation), IMPORTED
-    say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
+    return _say_imported(model, done, options.json)
+
+
+def _say_imported(model: weightd_pb2.Model, done: str, as_json: bool) -> None:
+    say(json.dumps(_summary(model) | {"done": done}) if as_json else f"{done} {_line(model)}")
 
 
 def _list(options: argparse.Namespace) -> None:

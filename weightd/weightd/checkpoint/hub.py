@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -36,11 +37,12 @@ from weightd.errors import CheckpointError, SpaceError
 from weightd.sizes import format_size
 
 MAIN = "main"
+FILES_LISTED_MAX = 24
 SPARE_BYTES = 64 << 20  # left free on the cache's disk: links, locks and small files
 
 
-def fetch(name: str, revision: str | None, store: Path) -> Path:
-    """The folder of the hub's model `name` (ORGANISATION/NAME), complete.
+def fetch(name: str, revision: str | None, store: Path, file: str | None = None) -> Path:
+    """The folder of the hub's model `name` (ORGANISATION/NAME), complete, or its .gguf file `file`.
 
     If the hub cannot be reached, what the cache has is taken, and said on standard error unless offline was asked for.
 
@@ -52,13 +54,19 @@ def fetch(name: str, revision: str | None, store: Path) -> Path:
         CheckpointError: there is no such model, it may not be read, or it is neither reachable nor cached.
         SpaceError: the disk has no room for the download and the import.
     """
-    return _Fetch(name, revision or MAIN).run(store)
+    folder = _Fetch(name, revision or MAIN, file).run(store)
+    return folder if file is None else folder / file
+
+
+def newest_commit(name: str, revision: str | None) -> str | None:
+    """The commit of the hub's model `name` that `fetch` would take, without its files; None where that is unknown."""
+    return _Fetch(name, revision or MAIN).commit()
 
 
 class _Fetch:
     """One model's way into the cache."""
 
-    def __init__(self, name: str, revision: str) -> None:
+    def __init__(self, name: str, revision: str, file: str | None = None) -> None:
         try:
             self._hub: Any = import_module("huggingface_hub")
         except ImportError as error:
@@ -69,6 +77,7 @@ class _Fetch:
         self._errors: Any = import_module("huggingface_hub.errors")
         self._name = name
         self._revision = revision
+        self._file = file
         utils: Any = import_module("huggingface_hub.utils")
         utils.logging.set_verbosity_error()
         if not sys.stderr.isatty():
@@ -93,6 +102,13 @@ class _Fetch:
             return self._fall_back(error)
         except Exception as error:  # huggingface_hub and its HTTP libraries, which differ by version, raise many kinds
             return self._fall_back(error)
+
+    def commit(self) -> str | None:
+        if not self._constants.HF_HUB_OFFLINE:
+            with suppress(Exception):  # fetch() says what is wrong
+                return str(self._hub.HfApi().model_info(self._name, revision=self._revision).sha)
+        cached = self._cached()
+        return None if cached is None else cached.name
 
     def _fall_back(self, error: Exception) -> Path:
         """The cached snapshot, unless the hub has answered that there is no such revision."""
@@ -130,6 +146,11 @@ class _Fetch:
 
     def _wanted(self, files: Mapping[str, int], commit: str) -> list[str]:
         """The files that an import reads. Configuration and index are downloaded for this."""
+        ggufs = sorted(file for file in files if file.endswith(".gguf") and not _name(file).startswith("mmproj"))
+        if self._file is not None:
+            if self._file not in ggufs:
+                raise CheckpointError(f"{self._place} has no file {self._file}: its .gguf files are {_listed(ggufs)}")
+            return [self._file]
         weights: list[str] = []
         kept = [file for file in files if _matches(file)]
         if CONFIG_FILE in files:
@@ -138,11 +159,9 @@ class _Fetch:
             kept = [*dict.fromkeys((*kept, configuration))]
         if weights:
             return [*kept, *weights]
-        ggufs = sorted(file for file in files if file.endswith(".gguf"))
         if len(ggufs) > 1:
             raise CheckpointError(
-                f"{self._place} has {len(ggufs)} .gguf files ({', '.join(ggufs[:3])}, ...): download one with "
-                f"`hf download {self._name} FILE --local-dir DIR`, and import that"
+                f"{self._place} has {len(ggufs)} .gguf files: pick one with --file, of {_listed(ggufs)}"
             )
         if not ggufs:
             raise CheckpointError(f"{self._place} has nothing that can be imported: no safetensors, .bin or .gguf file")
@@ -222,6 +241,15 @@ class _Fetch:
             f"no file or folder {self._name}, and it cannot be downloaded from {endpoint} ({reason}): check the "
             "network and run the command again; what has been downloaded is kept"
         )
+
+
+def _name(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
+def _listed(files: list[str]) -> str:
+    more = len(files) - FILES_LISTED_MAX
+    return ", ".join(files[:FILES_LISTED_MAX]) + (f" and {more} more" if more > 0 else "") if files else "none"
 
 
 def _matches(file: str) -> bool:
