@@ -45,7 +45,7 @@ ELEMENT_BYTES = 2
 SECRET = b"\x3f\x3f"  # the elements of weights outside of a checkpoint, in BF16
 
 
-convert.child = client_here  # not a child process for each input
+convert.__dict__["child"] = client_here  # not a child process for each input
 
 
 @cache
