@@ -15,14 +15,14 @@ from typing import Any
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
-from flashclient.recipes.names import Found, find_tensors, kept_in_f32, part_source, places_of
-from flashclient.recipes.places import Place, message
 from flashclient.recipes.published import Published, published
 from flashclient.recipes.reference import amend
 from flashclient.recipes.site import Part, Site
 from flashclient.recipes.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.tiny import tiny_model
 from flashclient.recipes.watching import watch
+from flashclient.tensors.names import Found, find_tensors, kept_in_f32, part_source, places_of
+from flashclient.tensors.places import Place, message
 from weightd_proto.weightd_pb2 import DeriveRequest, ExpertSource, FfnSource, Layer, MatrixSource, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
