@@ -41,8 +41,9 @@ TABLE = {
         daemon: errors
         source: errors daemon
         model: errors torch_state turns daemon source
-        recipes: errors
-        generation: errors torch_state source model
+        tensors: errors
+        recipes: errors model tensors
+        generation: errors torch_state source model recipes
         calibration: errors memory_limits daemon source model
         options: errors daemon model
         client: errors standard_streams torch_state turns daemon source model generation options
