@@ -154,7 +154,10 @@ def test_a_record_of_a_mixture_is_accepted() -> None:
         (lambda model: model.layers[0].weights.pop(), "mlp with 2 weights for 3 parts"),
         (lambda model: setattr(model.layers[1].biases[0], "part", "down"), "experts with biases of down"),
         (lambda model: model.ClearField("activation"), "FFNs without an activation"),
-        (lambda model: setattr(model.activation, "up_limit", float("nan")), "an activation with the numbers 1.7.*, nan"),
+        (
+            lambda model: setattr(model.activation, "up_limit", float("nan")),
+            "an activation with the numbers 1.7.*, nan",
+        ),
     ],
 )
 def test_a_record_whose_layers_do_not_fit_is_refused(damage: Callable[[Model], object], text: str) -> None:

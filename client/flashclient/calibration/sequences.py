@@ -17,7 +17,9 @@ SEQUENCES_MIN = 16  # a short text gives shorter sequences instead of fewer
 PIECE_CHARACTERS = 2**20
 
 
-def read_sequences(path: Path, tokenizer: Any, positions_max: int | None, tokens: int | None, tokens_max: int) -> Tensor:
+def read_sequences(
+    path: Path, tokenizer: Any, positions_max: int | None, tokens: int | None, tokens_max: int
+) -> Tensor:
     """The beginning of the text at `path`, cut into sequences of equal length.
 
     If the tokenizer puts a token before each text, every sequence begins with it.

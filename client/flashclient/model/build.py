@@ -34,6 +34,7 @@ from flashclient.source.border import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import formats_of
+
 COMPUTED_ELEMENTS_MAX = 1 << 24
 
 

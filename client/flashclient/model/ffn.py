@@ -23,7 +23,6 @@ from flashclient.model.absent_weights import without_gradient
 from flashclient.source.border import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
-
 # Added to the products before the activation, by position: [1, neurons] of up, or [2, neurons] of gate and up, fp32.
 Biases = NDArray[np.float32] | None
 
@@ -103,7 +102,7 @@ class ExactFFN:
             return y
 
     def each_expert(self, layer: int, width: int, inputs: list[Tensor], biases: Biases) -> list[Tensor]:
-        """The sums over the `width` neurons of each expert of `layer`, for its own inputs [tokens, hidden_size] fp32."""
+        """The sums over the `width` neurons of each expert of `layer`, for its own inputs [tokens, hidden_size]."""
         outputs = [torch.zeros_like(x) for x in inputs]
         with self._lock, closing(self._chunks(layer)) as chunks:
             for chunk in chunks:

@@ -8,7 +8,8 @@ the bundles hold are replaced, by absent ones, and so are the biases, which the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -28,7 +29,13 @@ from flashclient.model.absent_weights import (
     make_absent,
 )
 from flashclient.model.ffn import Biases, ExactFFN, LayerFFN, ModelFFN, StreamedFFN, streamed_ffn
-from flashclient.model.parts import BetweenProjections, FirstProjection, LastProjection, PartsOfFFN
+from flashclient.model.parts import (
+    BetweenProjections,
+    FirstProjection,
+    LastProjection,
+    OtherActivationError,
+    PartsOfFFN,
+)
 from flashclient.model.streamed_experts import StreamedExperts
 from flashclient.torch_state import eager
 from weightd_proto import weightd_pb2
@@ -125,18 +132,43 @@ class _Installing:
             raise ModelError(f"no way to install {self._layer.module} of '{self._record.name}'; upgrade flashclient")
 
     def _install_module(self, streamed: LayerFFN) -> None:
-        projections = {owner: AbsentProjection for owner in self._owners()}
+        projections = {owner: AbsentProjection for owner, _ in self._holders()}
         self._make_absent(projections)
+        self._check_forward()
         for path, part in list(self._module.named_modules()):
             if path and path not in projections and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)
         become(self._module, StreamedFFN)
         self._module.streamed = streamed  # type: ignore[assignment]
 
+    def _check_forward(self) -> None:
+        """Runs the module's own forward once, to see that it computes the record's activation in this transformers.
+
+        Raises:
+            ModelError: it does not. A forward that does more than can be seen is left to the proof of the import.
+        """
+        x = torch.zeros(1, 1, self._record.bundle.hidden_size, dtype=torch.float32, device="cpu")
+        y = torch.arange(x.numel(), dtype=torch.float32, device="cpu").view(x.shape)
+        site = self._parts_of_ffn()
+        *firsts, (last, _) = ((self._module.get_submodule(owner), held) for owner, held in self._holders())
+        for projection, held in firsts:
+            projection.__dict__["forward"] = partial(site.begin, tuple(held), ffn=lambda _: y)
+        last.__dict__["forward"] = site.finish
+        try:
+            made = self._module(x)
+        except OtherActivationError as error:
+            raise self._unlike(str(error).partition(";")[0]) from error
+        except Exception:  # whatever a module raises that was not made for this
+            return
+        finally:
+            for projection in (last, *(projection for projection, _ in firsts)):
+                del projection.__dict__["forward"]
+        if not isinstance(made, Tensor) or not torch.equal(made, y):
+            raise self._unlike(f"{self._layer.module} changes what its last projection returns")
+
     def _install_parts(self, streamed: LayerFFN) -> None:
-        layer, gated = self._layer, len(self._record.bundle.parts) == 3
-        site = PartsOfFFN(layer.module, layer.neurons, self._record.activation, gated)
-        *firsts, (last, _) = ((name.rpartition(".")[0], held) for name, held in self._parts.items())
+        layer, site = self._layer, self._parts_of_ffn()
+        *firsts, (last, _) = self._holders()
         kinds: dict[str, type[HoldsAbsentWeights]] = {path: FirstProjection for path, _ in firsts}
         self._make_absent(kinds | {last: LastProjection})
         ffn = streamed_ffn(streamed)
@@ -145,12 +177,11 @@ class _Installing:
             projection.__dict__.update(site=site, parts=tuple(held))
             projection.add_module("ffn", ffn)
         self._module.get_submodule(last).__dict__["site"] = site
-        hookable = f"{layer.module}.{firsts[0][0]}.ffn"
-        for path, part in list(self._module.named_modules()):
-            if type(part).__module__ in ACTIVATION_PACKAGES:
-                self._replace(path, BetweenProjections)
+        for path in self._activations():
+            self._replace(path, BetweenProjections)
+        for part in self._module.modules():
             if isinstance(part, FirstProjection | LastProjection | BetweenProjections):
-                part.__dict__["hookable"] = hookable
+                part.__dict__["hookable"] = f"{layer.module}.{firsts[0][0]}.ffn"
         # torch.compile() would trace what becomes of pending projections.
         self._module.forward = eager(self._module.forward)
 
@@ -163,8 +194,24 @@ class _Installing:
         self._module.__dict__.update(ffn=exact, layer=index, experts=layer.experts, biases=biases)
         self._module.__dict__.update(width=layer.neurons // layer.experts, output_biases=output_biases)
 
-    def _owners(self) -> list[str]:
-        return [name.rpartition(".")[0] for name in self._parts]
+    def _parts_of_ffn(self) -> PartsOfFFN:
+        gated = len(self._record.bundle.parts) == 3
+        return PartsOfFFN(self._layer.module, self._layer.neurons, self._record.activation, gated)
+
+    def _holders(self) -> list[tuple[str, list[str]]]:
+        """The projections, below the module, and the parts that each holds."""
+        return [(name.rpartition(".")[0], held) for name, held in self._parts.items()]
+
+    def _activations(self) -> list[str]:
+        """The activations beside the projections, or above them."""
+        parents = {path[:end] for path, _ in self._holders() for end in _ends_of_parents(path)}
+        return [
+            path
+            for path, part in self._module.named_modules()
+            if type(part).__module__ in ACTIVATION_PACKAGES
+            and path.rpartition(".")[0] in parents
+            and next(part.parameters(), None) is None
+        ]
 
     def _make_absent(self, kinds: dict[str, type[HoldsAbsentWeights]]) -> None:
         """Makes the parameters that the bundles hold absent, and the biases of the same modules."""
@@ -174,7 +221,8 @@ class _Installing:
         for owner, kind in kinds.items():
             own = dict.fromkeys(attribute for path, _, attribute in map(_split, names) if path == owner)
             module = self._module.get_submodule(owner)
-            make_absent(module, f"{prefix}{owner}".rstrip("."), (one for one in own if _is_parameter(module, one)), kind)
+            held = [name for name in own if module._parameters.get(name) is not None]
+            make_absent(module, f"{prefix}{owner}".rstrip("."), held, kind)
             self._fix(owner)
 
     def _replace(self, path: str, kind: type[nn.Module]) -> None:
@@ -217,5 +265,5 @@ def _split(name: str) -> tuple[str, str, str]:
     return name.rpartition(".")
 
 
-def _is_parameter(module: nn.Module, name: str) -> bool:
-    return module._parameters.get(name) is not None
+def _ends_of_parents(path: str) -> list[int]:
+    return [0, *(index for index, letter in enumerate(path) if letter == ".")]

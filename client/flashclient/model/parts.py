@@ -65,6 +65,10 @@ class _Done(NamedTuple):
     index: int | None = None
 
 
+class OtherActivationError(AbsentWeightError):
+    """A module does not compute the activation of the record between its projections."""
+
+
 @dataclass
 class _Call:
     """One call of the FFN.
@@ -201,7 +205,7 @@ class PartsOfFFN:
         gated: whether the activation takes products with gate rows and up rows.
     """
 
-    _tried: dict[tuple[Any, ...], bool] = {}  # noqa: RUF012  for all layers, which do the same
+    _known: set[tuple[Any, ...]] = set()  # noqa: RUF012  what was tried and is right, for all layers and models
 
     def __init__(self, path: str, neurons: int, activation: Activation, gated: bool) -> None:
         self.path = path
@@ -229,13 +233,14 @@ class PartsOfFFN:
         """
         call, self._call = self._call, None
         if not isinstance(h, PendingProjection) or h.site is not self or h.call is not call or call is None:
-            raise refused(f"{self.path} computes its FFN as a whole, so what enters its last projection is fixed", CHANGE)
-        key = (*self._key, h.done)
-        if key not in self._tried:
-            self._tried[key] = self._is_activation(h.done)
-        shape = h.plain.shape
-        if not self._tried[key] or shape[-1] != self.neurons:
-            raise refused(f"{self.path} does not compute {self._activation.function} between its projections", CHANGE)
+            what = f"{self.path} computes its FFN as a whole, so what enters its last projection is fixed"
+            raise refused(what, CHANGE)
+        key, shape = (*self._key, h.done), h.plain.shape
+        if key not in self._known:
+            if shape[-1] != self.neurons or not self._is_activation(h.done):
+                what = f"{self.path} does not compute {self._activation.function} between its projections"
+                raise OtherActivationError(f"{what}; {CHANGE}")
+            self._known.add(key)
         return call.y if shape[:-1] == call.y.shape[:-1] else call.y.view(*shape[:-1], -1)
 
     def _is_activation(self, done: Any) -> bool:

@@ -11,9 +11,10 @@ from checkpoints import make_model
 from cut_model import ArraySource, cut
 from ffn_sites import SITES
 from transformers import AutoConfig
+from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from flashclient._native import Workers
-from flashclient.errors import AbsentWeightError
+from flashclient.errors import AbsentWeightError, ModelError
 from flashclient.model.absent_weights import AbsentWeight
 from flashclient.model.build import build_model
 from flashclient.model.install import streamed_ffns
@@ -152,7 +153,12 @@ class Changed:
 def test_a_hook_that_changes_a_product_is_refused(tmp_path: Path) -> None:
     changed = Changed("bloom", tmp_path)
     activation = changed.model.transformer.h[1].mlp.gelu_impl
-    for change in (lambda h: h * 0.5, lambda h: h + torch.ones(128), lambda h: h[..., :64], lambda h: torch.zeros(2, 14, 128)):
+    for change in (
+        lambda h: h * 0.5,
+        lambda h: h + torch.ones(128),
+        lambda h: h[..., :64],
+        lambda h: torch.zeros(2, 14, 128),
+    ):
         handle = activation.register_forward_hook(lambda module, given, h, change=change: change(h))
         with pytest.raises(AbsentWeightError, match=r"(between its projections|last projection is fixed)"):
             changed.called()
@@ -180,9 +186,32 @@ def test_a_class_that_computes_something_else_is_refused(tmp_path: Path) -> None
     parts = cut(dense)
     parts.record.activation.function = "gelu"
     parts.save_files(tmp_path)
-    streamed = build_model(parts.record, tmp_path, ArraySource(parts, [9]), parts.placements.__getitem__, Workers(1)).model
-    with torch.no_grad(), pytest.raises(AbsentWeightError, match="layers.0 does not compute gelu between its projections"):
+    streamed = build_model(
+        parts.record, tmp_path, ArraySource(parts, [9]), parts.placements.__getitem__, Workers(1)
+    ).model
+    with (
+        torch.no_grad(),
+        pytest.raises(AbsentWeightError, match=r"layers\.0 does not compute gelu between its projections"),
+    ):
         streamed(IDS)
+
+
+@pytest.mark.parametrize("case", ["phi3", "gpt2"])
+def test_a_module_that_computes_something_else_is_refused(case: str, tmp_path: Path) -> None:
+    parts = cut(dense_model(case))
+    parts.record.activation.function = "relu"
+    parts.save_files(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"of transformers .*: .*0\.mlp does not compute relu between its projections; use"
+    ):
+        build_model(parts.record, tmp_path, ArraySource(parts, [9]), parts.placements.__getitem__, Workers(1))
+
+
+def test_a_module_that_scales_its_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Phi3MLP.forward
+    monkeypatch.setattr(Phi3MLP, "forward", lambda self, x: 0.5 * forward(self, x))
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp changes what its last projection returns; use the transf"):
+        streamed_model(dense_model("phi3"), tmp_path)
 
 
 def test_an_interrupted_call_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -204,6 +233,6 @@ def test_biases_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     parts = cut(dense_model("gpt2"))
     parts.record.layers[0].biases[0].first = 1
     parts.save_files(tmp_path)
-    with pytest.raises(Exception, match=r"c_fc.bias of model 'tiny' does not hold up biases"):
+    with pytest.raises(ModelError, match=r"c_fc\.bias of model 'tiny' does not hold up biases"):
         build_model(parts.record, tmp_path, ArraySource(parts, [9]), parts.placements.__getitem__, Workers(1))
     assert parts.record.layers[0].place == Layer.MODULE

@@ -223,7 +223,7 @@ def test_refuses_an_unknown_architecture_of_before(tmp_path: Path) -> None:
 
 def test_refuses_an_activation_without_kernel(tmp_path: Path) -> None:
     parts = cut(dense_model("llama", hidden_act="tanh"))
-    with pytest.raises(ModelError, match="no kernel for the FFNs of .*: no kernel for activation 'tanh': .*; upgrade"):
+    with pytest.raises(ModelError, match=r"no kernel for the FFNs of .*: no kernel for activation 'tanh': .*; upgrade"):
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
     with pytest.raises(ModelError, match="no kernel for activation Tanh"):
         streamed_model(old(parts), ArraySource(parts, [9]), tmp_path)
@@ -242,13 +242,31 @@ def _without_up(record: weightd_pb2.Model) -> None:
 
 
 MISFITS: dict[str, tuple[Callable[[weightd_pb2.Model], object], str]] = {
-    "no such class": (lambda record: setattr(record, "model_class", "Llama9ForCausalLM"), "needs Llama9ForCausalLM, which"),
-    "no class of a model": (lambda record: setattr(record, "model_class", "AutoConfig"), "needs AutoConfig, which trans"),
-    "another class": (lambda record: setattr(record, "model_class", "OPTForCausalLM"), "model_type 'llama', OPTForCausalLM needs 'opt'"),
-    "no such module": (_renamed, r"does not fit LlamaForCausalLM of .*: there is no module model\.layers\.1\.feed_forward"),
+    "no such class": (
+        lambda record: setattr(record, "model_class", "Llama9ForCausalLM"),
+        "needs Llama9ForCausalLM, which",
+    ),
+    "no class of a model": (
+        lambda record: setattr(record, "model_class", "AutoConfig"),
+        "needs AutoConfig, which trans",
+    ),
+    "another class": (
+        lambda record: setattr(record, "model_class", "OPTForCausalLM"),
+        "model_type 'llama', OPTForCausalLM needs 'opt'",
+    ),
+    "no such module": (
+        _renamed,
+        r"does not fit LlamaForCausalLM of .*: there is no module model\.layers\.1\.feed_forward",
+    ),
     "no such weight": (_without_up, r"there is no module model\.layers\.0\.mlp\.up; use the transformers"),
-    "another shape": (_reshaped, r"gate_proj\.weight has shape \(176, 64\), the store \(177, 64\); use the transformers"),
-    "an unknown place": (lambda record: setattr(record.layers[0], "place", 9), "no way to install .*; upgrade flashclient"),
+    "another shape": (
+        _reshaped,
+        r"gate_proj\.weight has shape \(176, 64\), the store \(177, 64\); use the transformers",
+    ),
+    "an unknown place": (
+        lambda record: setattr(record.layers[0], "place", 9),
+        "no way to install .*; upgrade flashclient",
+    ),
 }
 
 

@@ -51,7 +51,9 @@ class Case:
         self.addresses = self.weights.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
 
     def kernels(self, instruction_set: str | None = None, workers: Workers = WORKERS) -> Ffn:
-        return Ffn(workers, [plain(self.dtype)] * self.parts, self.hidden, ACTIVATIONS[self.activation], instruction_set)
+        return Ffn(
+            workers, [plain(self.dtype)] * self.parts, self.hidden, ACTIVATIONS[self.activation], instruction_set
+        )
 
     def wanted(self) -> Tensor:
         bits = self.masks[:, None] >> np.arange(self.tokens, dtype=np.uint16) & 1
