@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashclient.model.absent_weights import HoldsAbsentWeights, without_gradient
 from flashclient.model.ffn import Biases, ExactFFN
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
 
