@@ -62,7 +62,7 @@ class LoadedModel:
         """Whether no sequence can be longer, because the model has a learned embedding for each place in a sequence."""
         model, tokens = self.model, self.context_tokens
         tables = {module for module in model.modules() if isinstance(module, nn.Embedding)}
-        tables.discard(model.get_input_embeddings())  # type: ignore[arg-type]
+        tables.discard(model.get_input_embeddings())
         besides = (table.num_embeddings - tokens for table in tables) if tokens is not None else ()
         return any(0 <= rows <= PLACES_BESIDE_MAX for rows in besides)
 
