@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -103,11 +105,21 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, padding on the left; None where its files hold none."""
-    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+    """The model's tokenizer, padding on the left; None where its files hold none, or need code from their publisher."""
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)) or _needs_code(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _needs_code(folder: Path) -> bool:
+    """Whether transformers has no class for the tokenizer. Another one would read its files and differ in silence."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) if file.exists() else None
+    if not isinstance(config, dict) or "AutoTokenizer" not in (config.get("auto_map") or ()):
+        return False
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    return not any(hasattr(transformers, known) for known in (name, f"{name}Fast"))
