@@ -11,8 +11,8 @@ namespace flashclient {
 using Arrival = std::pair<uint32_t, uint64_t>;  // a cell and its address; address 0: the lease was refused
 
 // The Window (window.h) keeps the account of what is leased; a source does not. After an exchange() that threw, the
-// window counts the cells of `release` as given back and those of `acquire` as not leased. The source makes it true in
-// the next cancel(), or everything was lost and Window::forget() follows.
+// window counts the cells of `release` as given back, and those of `acquire` as not leased. The next cancel() makes
+// that true, unless everything was lost: then Window::forget() follows.
 class CellSource {
   public:
     virtual ~CellSource() = default;
