@@ -42,8 +42,9 @@ TABLE = {
         source: errors daemon
         kernels: errors
         model: errors torch_state turns daemon source kernels
-        recipes: errors model
-        generation: errors torch_state source model
+        tensors: errors
+        recipes: errors model tensors
+        generation: errors torch_state source model recipes
         calibration: errors memory_limits daemon source kernels model
         options: errors daemon kernels model
         client: errors standard_streams torch_state turns daemon source model generation options
