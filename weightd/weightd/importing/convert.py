@@ -88,8 +88,9 @@ def import_checkpoint(
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
-            for note in _notes(recipe) if tell is not None else ():
-                tell(note)
+            if tell is not None:
+                for note in _notes(recipe):
+                    tell(note)
             model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging))
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)

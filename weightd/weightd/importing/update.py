@@ -33,8 +33,8 @@ def update(
 
     Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
     its checkpoint if it is new. `dtype`, `activation`: as of import_checkpoint; by default those of the last import.
-    `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the
-    checkpoint has changed but its model is calibrated or served.
+    `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and StoreError if the name belongs to
+    another checkpoint, or if the checkpoint has changed but its model is calibrated or served.
     """
     check_exists(path)
     while True:
