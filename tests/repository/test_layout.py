@@ -41,7 +41,7 @@ TABLE = {
         daemon: errors
         source: errors daemon
         model: errors torch_state turns daemon source
-        recipes: errors
+        recipes: errors source model
         generation: errors torch_state source model
         calibration: errors memory_limits daemon source model
         options: errors daemon model

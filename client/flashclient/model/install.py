@@ -7,6 +7,7 @@ the bundles hold are replaced, by absent ones, and so are the biases, which the 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -134,7 +135,8 @@ class _Installing:
     def _install_module(self, streamed: LayerFFN) -> None:
         projections: dict[str, type[HoldsAbsentWeights]] = {owner: AbsentProjection for owner, _ in self._holders()}
         self._make_absent(projections)
-        self._check_forward()
+        if not self._record.activation.instead:
+            self._check_forward()
         for path, part in list(self._module.named_modules()):
             if path and path not in projections and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)
@@ -227,7 +229,9 @@ class _Installing:
             self._fix(owner)
 
     def _replace(self, path: str, kind: type[nn.Module]) -> None:
-        part = self._module.get_submodule(path)
+        parent, _, name = path.rpartition(".")
+        part = copy.copy(self._module.get_submodule(path))  # transformers has activations that all models share
+        self._module.get_submodule(parent)._modules[name] = part
         part.__dict__["path"] = f"{self._layer.module}.{path}"
         become(part, kind)
         self._fix(path)

@@ -33,7 +33,9 @@ class StreamedExperts(HoldsAbsentWeights):
     output_biases: Tensor | None
 
     @eager
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """The weighted sum of the chosen experts' outputs.
 
         Args:
@@ -46,10 +48,25 @@ class StreamedExperts(HoldsAbsentWeights):
         started_s = time.perf_counter()
         with torch.no_grad(), plain_torch():
             rows = hidden_states.detach().to(torch.float32).contiguous()
-            y = retry_on_loss(self.ffn.source, lambda: self._sum(rows, top_k_index, top_k_weights.to(torch.float32)))
+            if top_k_index is None or top_k_weights is None:
+                y = retry_on_loss(self.ffn.source, lambda: self._each(rows))
+            else:
+                weights = top_k_weights.to(torch.float32)
+                y = retry_on_loss(self.ffn.source, lambda: self._sum(rows, top_k_index, weights))
             y = y.to(hidden_states.dtype)
         self.ffn.clock.ffn_s += time.perf_counter() - started_s
         return without_gradient(hidden_states, y)
+
+    def _each(self, x: Tensor) -> Tensor:
+        """The outputs for rows of x that belong to one expert after the other. Rows of zeros are not computed."""
+        by_expert = x.view(self.experts, -1, x.shape[-1])
+        rows_of = [rows.any(dim=1).nonzero()[:, 0] for rows in by_expert]
+        inputs = [rows[some].contiguous() for rows, some in zip(by_expert, rows_of, strict=True)]
+        y = torch.zeros_like(by_expert)
+        outputs = self.ffn.each_expert(self.layer, self.width, inputs, self.biases)
+        for of, some, output in zip(y, rows_of, outputs, strict=True):
+            of[some] = output
+        return y.view_as(x)
 
     def _sum(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         tokens_of = [(chosen == expert).nonzero(as_tuple=True) for expert in range(self.experts)]
@@ -59,5 +76,5 @@ class StreamedExperts(HoldsAbsentWeights):
         for expert, ((tokens, choices), output) in enumerate(zip(tokens_of, outputs, strict=True)):
             if self.output_biases is not None:
                 output += self.output_biases[expert]
-            y[tokens] += output * weights[tokens, choices, None]
+            y.index_add_(0, tokens, output * weights[tokens, choices, None])  # a token can choose an expert twice
         return y

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,8 @@ VOCABULARY = 256
 LAYERS_MIN = 4
 SEED = 11
 REASON_CHARACTERS_MAX = 300
+LAYERS_REAL_MAX = 4096  # the deepest published models have about 130
+SIZE_REAL_MAX = 2**31  # products of two fit 64 bits
 GAIN = 1.5  # standard deviation of a projection's output for inputs of unit variance
 
 
@@ -118,6 +120,16 @@ _TOKEN = re.compile(r"\w*(token_id|token_index|_index|token_ids)|(unk|mask|pad|b
 _LAYER_NUMBERS = re.compile(r"\w*(layers|layer_ids|idxs|indices|indexes)")
 # Tables that are neither sizes nor configs of a part of the model.
 _KEPT = {"id2label", "label2id", "task_specific_params", "quantization_config"}
+
+
+def check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises ModelError for sizes that are far above any model's: making the model would take minutes or all memory."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            check_sizes(value)
+        most = LAYERS_REAL_MAX if re.fullmatch(_LAYERS, name) else SIZE_REAL_MAX
+        if type(value) is int and value > most and any(re.fullmatch(pattern, name) for pattern, _ in _SIZES):
+            raise ModelError(f"config.json has {name} = {value}, expected at most {most}")
 
 
 def model_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -239,20 +251,28 @@ def _sections(values: list[int], total: int) -> list[int]:
     return tiny
 
 
-def tiny_model(config: PreTrainedConfig, layers: int = LAYERS_MIN) -> PreTrainedModel:
-    """The tiny instance of the class of `config`: in fp32, in eval mode, with weights that depend on nothing but it.
+def tiny_model(found: type[PreTrainedModel], config: PreTrainedConfig, layers: int = LAYERS_MIN) -> PreTrainedModel:
+    """A tiny instance of the class `found`: in fp32, in eval mode, with weights that depend on nothing but `config`.
+
+    Args:
+        config: of the real model.
+        layers: so many of its first layers; more if the class needs several layers of a kind.
 
     Raises:
         ModelError: the class cannot be made that small.
     """
-    found, made_from = model_class(config)
-    for more in (layers, 2 * layers, 3 * layers):  # a class can need several layers of a kind
+    for more in (layers, 2 * layers, 3 * layers):
         try:
-            return _made(found, tiny_config(made_from, more))
+            return _made(found, tiny_config(config, more))
         except Exception as error:  # transformers' classes raise anything for a config that they cannot be made from
             reason = error
-    said = re.sub(r"\s+", " ", str(reason))[:REASON_CHARACTERS_MAX]
-    raise ModelError(f"no tiny {found.__name__} could be made: {said}") from reason
+    raise ModelError(f"no tiny {found.__name__} could be made: {one_line(reason)}") from reason
+
+
+def one_line(error: Exception) -> str:
+    """What an error of unknown origin says."""
+    said = re.sub(r"\s+", " ", str(error)).strip()[:REASON_CHARACTERS_MAX]
+    return said or type(error).__name__
 
 
 def _made(found: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -1,0 +1,130 @@
+"""Derives how a checkpoint is imported, from transformers' own model of it: the entry of this package.
+
+1. published.py says which class of transformers runs the checkpoint.
+2. A tiny instance of the class is run, and its FFNs are found by numbers: tiny.py, watching.py, mixtures.py.
+3. They are carried over to the full-size model, which has no weights: sites.py.
+4. The tiny instance is imported and streamed, and compared with transformers: proof.py.
+5. Every tensor of the full-size model is found in the checkpoint: names.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+
+from flashclient.errors import ModelError
+from flashclient.recipes.assembly import assemble
+from flashclient.recipes.names import find_tensors, places_of
+from flashclient.recipes.proof import prove, streamed_model
+from flashclient.recipes.published import published
+from flashclient.recipes.site import Site
+from flashclient.recipes.sites import Streamed, carried, layers_needed, streamed, weightless
+from flashclient.recipes.tiny import check_sizes, model_class, one_line, tiny_model
+from flashclient.recipes.watching import watch
+from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
+
+
+def derive(request: DeriveRequest) -> Recipe:
+    """The recipe of a checkpoint.
+
+    Raises:
+        ModelError: no class of transformers runs the checkpoint, nothing of it can be streamed, the proof fails, or a
+            tensor is missing or would be lost. One line, which names the module or tensor.
+    """
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
+    kind = published(_values(request.config_json))
+    whole = read_config(kind.config)
+    found, made_from = model_class(whole)
+    derivation = Derivation(found, made_from, _instead(kind.activation))
+    split = derivation.streamed()
+    derivation.prove()
+    sources, left_out = kind.tensors(shapes)
+    recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))
+    values = kind.config if made_from is whole else made_from.to_dict()
+    recipe.config_json = json.dumps(values).encode()
+    recipe.left_out.extend(left_out)
+    recipe.notes.extend([*kind.notes, *split.notes()])
+    return recipe
+
+
+def _instead(activation: Activation | None) -> Activation | None:
+    """`activation`, marked as what the class does not compute."""
+    if activation is None:
+        return None
+    marked = Activation(instead=True)
+    marked.MergeFrom(activation)
+    return marked
+
+
+def _values(config_json: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(config_json)
+    except ValueError as error:
+        raise ModelError(f"config.json is no JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ModelError("config.json is no JSON object")
+    check_sizes(values)
+    return values
+
+
+def read_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration. Raises ModelError where its class refuses the values."""
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    except Exception as error:  # transformers' classes raise anything for values of unknown origin
+        raise ModelError(f"config.json of model type {values['model_type']}: {one_line(error)}") from error
+    return config
+
+
+class Derivation:
+    """What is streamed of the model of a class and a config.
+
+    Args:
+        activation: what the FFNs compute instead of what the class says.
+
+    Attributes:
+        full: the full-size model, without weights.
+        tiny: a tiny instance. Its weights are large enough to show all of each formula.
+
+    Raises:
+        ModelError: the class cannot be made from the config.
+    """
+
+    def __init__(
+        self, found: type[PreTrainedModel], config: PreTrainedConfig, activation: Activation | None = None
+    ) -> None:
+        self.full = weightless(found, config)
+        self.tiny = tiny_model(found, config, layers_needed(self.full))
+        self._outline = weightless(found, self.tiny.config)
+        self._found = watch(self.tiny)
+        self._activation = activation
+
+    def streamed(self) -> Streamed:
+        """What is streamed of the full-size model. Raises ModelError where that is nothing."""
+        split = self._of_class()
+        return split if self._activation is None else split.computing(self._activation)
+
+    def prove(self) -> None:
+        """Raises ModelError where the tiny instance, imported and streamed, computes something else."""
+        prove(self.tiny, self._outline, self._tiny_sites(), self._activation)
+
+    def streamed_tiny(self) -> PreTrainedModel:
+        """The tiny instance, imported and streamed."""
+        return streamed_model(self.tiny, self._outline, self._tiny_sites(), self._activation)
+
+    def _of_class(self) -> Streamed:
+        split = streamed(self.full, carried(self._outline, self._found.sites, self._found.called, self.full))
+        if not split.sites:
+            name = type(self.full).__name__
+            raise ModelError(f"no FFN of {name} could be recognised, so nothing of it can be streamed")
+        return split
+
+    def _tiny_sites(self) -> list[Site]:
+        """Those whose layout and formula are streamed."""
+        first = self._of_class().sites[0]
+        return [
+            site for site in self._found.sites if (site.activation, site.names()) == (first.activation, first.names())
+        ]
