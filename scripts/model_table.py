@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("types", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), metavar="TYPE")
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     rows = []
     for model_type in flags.types:
         rows.append(row_of(model_type))

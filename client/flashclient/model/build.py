@@ -136,7 +136,7 @@ def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:
 
 
 def _config_of(model_class: type[PreTrainedModel], record: weightd_pb2.Model, folder: Path) -> PreTrainedConfig:
-    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
+    model_type = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
     config_class = model_class.config_class
     if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == record.model_class:
         config_class = CONFIG_MAPPING[model_type]  # several types can be run by one class

@@ -65,7 +65,7 @@ def _call(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tens
     for of in chosen.T:
         inputs[of, torch.arange(len(x))] = x
     outputs = module(inputs.flatten(0, 1)).view_as(inputs)
-    each = outputs[chosen, torch.arange(len(x))[:, None]]
+    each: Tensor = outputs[chosen, torch.arange(len(x))[:, None]]
     return (each * weights[..., None]).sum(dim=1)
 
 
