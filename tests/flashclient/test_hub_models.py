@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def test_model_of_the_hub_is_imported_once_and_replaced_by_a_newer_revision(hub:
     assert json.loads(updated.stdout)["done"] == "replaced", updated.stderr
     again = weightd("import", "org/tiny", "--store", str(store), "--update", "--json")
     assert json.loads(again.stdout)["done"] == "kept", again.stderr
+
+
+def test_model_that_is_current_is_not_downloaded_to_know_it(hub: HubServer, tmp_path: Path) -> None:
+    """Also where the cache was emptied after the import."""
+    store = ("--store", str(tmp_path / "store"), "--update", "--json")
+    assert json.loads(weightd("import", "org/tiny", *store).stdout)["done"] == "imported"
+    shutil.rmtree(tmp_path / "hf")
+    hub.requests.clear()
+    assert json.loads(weightd("import", "org/tiny", *store).stdout)["done"] == "kept"
+    assert not hub.requests
 
 
 def test_model_that_the_hub_lacks_is_one_line(hub: HubServer, tmp_path: Path) -> None:

@@ -178,9 +178,13 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint.opening import locate
     from weightd.importing.convert import import_checkpoint
     from weightd.importing.rehearsal import asking
-    from weightd.importing.update import IMPORTED, update
+    from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
 
     rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
+    if options.update:
+        known = current_on_hub(options.source, options.revision, options.store, options.name, options.dtype)
+        if known is not None:
+            return _say_imported(known, KEPT, options.json)
     source = locate(options.source, options.revision, options.store)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
@@ -189,7 +193,11 @@ def _import(options: argparse.Namespace) -> None:
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
             model, done = import_checkpoint(source, store, *more, rehearse=rehearse), IMPORTED
-    say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
+    return _say_imported(model, done, options.json)
+
+
+def _say_imported(model: weightd_pb2.Model, done: str, as_json: bool) -> None:
+    say(json.dumps(_summary(model) | {"done": done}) if as_json else f"{done} {_line(model)}")
 
 
 def _list(options: argparse.Namespace) -> None:

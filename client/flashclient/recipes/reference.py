@@ -20,16 +20,15 @@ from weightd_proto import weightd_pb2
 ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation")
 
 
-class FunctionModule(nn.Module):
-    """A function of the kernels as a module: what is applied to the gate's products, or to up's without a gate."""
+class ActivationModule(nn.Module):
+    """What is applied to the gate's products, or to up's without a gate."""
 
     def __init__(self, activation: weightd_pb2.Activation) -> None:
         super().__init__()
-        self.name = activation.function
-        self.parameter = activation.parameter
+        self.activation = activation
 
     def forward(self, values: Tensor) -> Tensor:
-        return FUNCTIONS[self.name](values, self.parameter)
+        return FUNCTIONS[self.activation.function](values, self.activation.parameter)
 
 
 def amend(model: nn.Module, activation: weightd_pb2.Activation) -> None:
@@ -39,7 +38,7 @@ def amend(model: nn.Module, activation: weightd_pb2.Activation) -> None:
         held = [key for key in ACTIVATION_NAMES if callable(getattr(module, key, None))]
         if not held:
             continue
-        setattr(module, held[0], FunctionModule(activation))
+        setattr(module, held[0], ActivationModule(activation))
         if activation.function == "gated_relu":
             _apply_to_up(module, name)
         amended += 1

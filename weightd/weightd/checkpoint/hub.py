@@ -16,6 +16,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from importlib import import_module
 from pathlib import Path
@@ -53,6 +54,11 @@ def fetch(name: str, revision: str | None, store: Path) -> Path:
         SpaceError: the disk has no room for the download and the import.
     """
     return _Fetch(name, revision or MAIN).run(store)
+
+
+def newest_commit(name: str, revision: str | None) -> str | None:
+    """The commit of the hub's model `name` that `fetch` would take, without its files; None where that is unknown."""
+    return _Fetch(name, revision or MAIN).commit()
 
 
 class _Fetch:
@@ -93,6 +99,13 @@ class _Fetch:
             return self._fall_back(error)
         except Exception as error:  # huggingface_hub and its HTTP libraries, which differ by version, raise many kinds
             return self._fall_back(error)
+
+    def commit(self) -> str | None:
+        if not self._constants.HF_HUB_OFFLINE:
+            with suppress(Exception):  # fetch() says what is wrong
+                return str(self._hub.HfApi().model_info(self._name, revision=self._revision).sha)
+        cached = self._cached()
+        return None if cached is None else cached.name
 
     def _fall_back(self, error: Exception) -> Path:
         """The cached snapshot, unless the hub has answered that there is no such revision."""

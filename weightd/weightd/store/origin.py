@@ -26,7 +26,9 @@ SAMPLE_BYTES = 4096
 
 def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
     """The origin of the checkpoint at `path` (a folder or a file), imported with --dtype `dtype`. OSError."""
-    return weightd_pb2.Origin(dtype=dtype, files=[_file(name, file) for name, file in sorted(_files(path).items())])
+    files = [_file(name, file) for name, file in sorted(_files(path).items())]
+    resolved = path.resolve()
+    return weightd_pb2.Origin(dtype=dtype, files=files, commit=resolved.name if hub_name_of(resolved) else "")
 
 
 def source_text(path: Path) -> str:
