@@ -25,9 +25,9 @@ from transformers.utils import logging
 
 from flashclient.errors import ModelError
 from flashclient.recipes.derive import Derivation, read_config
+from flashclient.recipes.ffns.site import Layer
+from flashclient.recipes.ffns.tiny import model_class, one_line
 from flashclient.recipes.published import published
-from flashclient.recipes.site import Layer
-from flashclient.recipes.tiny import model_class, one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "client" / "MODELS.md"

@@ -1,8 +1,8 @@
 """Derives how a checkpoint is imported, from transformers' own model of it: the entry of this package.
 
 1. published.py says which class of transformers runs the checkpoint.
-2. A tiny instance of the class is run, and its FFNs are found by numbers: tiny.py, watching.py, mixtures.py.
-3. They are carried over to the full-size model, which has no weights: sites.py.
+2. A tiny instance of the class is run, and its FFNs are found by numbers: ffns/tiny.py, watching.py, mixtures.py.
+3. They are carried over to the full-size model, which has no weights: ffns/sites.py.
 4. The tiny instance is imported and streamed, and compared with transformers: proof.py.
 5. Every tensor of the full-size model is found in the checkpoint: names.py.
 """
@@ -17,13 +17,13 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
 from flashclient.recipes.assembly import assemble
+from flashclient.recipes.ffns.site import Site
+from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
+from flashclient.recipes.ffns.tiny import check_sizes, model_class, one_line, tiny_model
+from flashclient.recipes.ffns.watching import watch
 from flashclient.recipes.names import find_tensors, places_of
 from flashclient.recipes.proof import prove, streamed_model
 from flashclient.recipes.published import published
-from flashclient.recipes.site import Site
-from flashclient.recipes.sites import Streamed, carried, layers_needed, streamed, weightless
-from flashclient.recipes.tiny import check_sizes, model_class, one_line, tiny_model
-from flashclient.recipes.watching import watch
 from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
 
 

@@ -24,12 +24,12 @@ from flashclient._native import LentMemory, Workers
 from flashclient.errors import AbsentWeightError, ModelError
 from flashclient.model.build import build_model
 from flashclient.recipes.assembly import assemble
+from flashclient.recipes.ffns.site import Site
+from flashclient.recipes.ffns.tiny import one_line
+from flashclient.recipes.ffns.watching import run
 from flashclient.recipes.names import find_tensors
 from flashclient.recipes.places import Piece, gather
 from flashclient.recipes.reference import amend
-from flashclient.recipes.site import Site
-from flashclient.recipes.tiny import one_line
-from flashclient.recipes.watching import run
 from flashclient.source.bundle_source import Chunk
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain

@@ -14,10 +14,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from flashclient.errors import ModelError
 from flashclient.recipes.derive import derive
+from flashclient.recipes.ffns.sites import weightless
+from flashclient.recipes.ffns.tiny import model_class, tiny_model
+from flashclient.recipes.ffns.watching import watch
 from flashclient.recipes.proof import prove
-from flashclient.recipes.sites import weightless
-from flashclient.recipes.tiny import model_class, tiny_model
-from flashclient.recipes.watching import watch
 from weightd_proto.weightd_pb2 import (
     Activation,
     Bias,

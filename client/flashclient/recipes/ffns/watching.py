@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flashclient.recipes.formulas import PRODUCTS_MIN, Samples, limits_among, recognised
-from flashclient.recipes.mixtures import experts_site, is_experts_call
-from flashclient.recipes.site import Layer, Part, Rows, Site, scalars_of
+from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, recognised
+from flashclient.recipes.ffns.mixtures import experts_site, is_experts_call
+from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
 
 BATCH = 2

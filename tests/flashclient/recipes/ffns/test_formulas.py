@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashclient.model.activations import FUNCTIONS
-from flashclient.recipes.formulas import Samples, made_by, recognised
+from flashclient.recipes.ffns.formulas import Samples, made_by, recognised
 from weightd_proto.weightd_pb2 import Activation
 
 GATED = [

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from flashclient.errors import ModelError
-from flashclient.recipes.site import NO_SIZE, Layer, Part, Site
-from flashclient.recipes.tiny import LAYERS_MIN, one_line
+from flashclient.recipes.ffns.site import NO_SIZE, Layer, Part, Site
+from flashclient.recipes.ffns.tiny import LAYERS_MIN, one_line
 from weightd_proto import weightd_pb2
 
 LAYERS_MAX = 12  # of a tiny model

@@ -10,9 +10,9 @@ from torch_threads import one_thread
 from transformers import AutoConfig, BartConfig, PreTrainedConfig, T5Config
 
 from flashclient.errors import ModelError
-from flashclient.recipes.sites import layers_needed, weightless
-from flashclient.recipes.tiny import VOCABULARY, model_class, tiny_config, tiny_model
-from flashclient.recipes.watching import run
+from flashclient.recipes.ffns.sites import layers_needed, weightless
+from flashclient.recipes.ffns.tiny import VOCABULARY, model_class, tiny_config, tiny_model
+from flashclient.recipes.ffns.watching import run
 
 PARAMETERS_MAX = 2_000_000
 

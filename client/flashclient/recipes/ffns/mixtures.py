@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashclient.recipes.formulas import PRODUCTS_MIN, Samples, limits_among, made_by, recognised
-from flashclient.recipes.site import Layer, Part, Rows, Site, scalars_of
+from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, made_by, recognised
+from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
 
 TOKENS_AN_EXPERT = 16

@@ -8,10 +8,10 @@ import pytest
 from torch_threads import one_thread
 from transformers import AutoConfig
 
-from flashclient.recipes.site import Layer
-from flashclient.recipes.sites import Streamed, carried, layers_needed, streamed, weightless
-from flashclient.recipes.tiny import model_class, tiny_model
-from flashclient.recipes.watching import watch
+from flashclient.recipes.ffns.site import Layer
+from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
+from flashclient.recipes.ffns.tiny import model_class, tiny_model
+from flashclient.recipes.ffns.watching import watch
 
 
 @one_thread()

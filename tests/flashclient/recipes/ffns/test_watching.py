@@ -11,10 +11,10 @@ from torch import nn
 from torch_threads import one_thread
 from transformers import AutoConfig
 
-from flashclient.recipes.mixtures import experts_site
-from flashclient.recipes.site import Layer, Part, Rows, Site
-from flashclient.recipes.tiny import model_class, tiny_model
-from flashclient.recipes.watching import watch
+from flashclient.recipes.ffns.mixtures import experts_site
+from flashclient.recipes.ffns.site import Layer, Part, Rows, Site
+from flashclient.recipes.ffns.tiny import model_class, tiny_model
+from flashclient.recipes.ffns.watching import watch
 from weightd_proto.weightd_pb2 import Activation
 
 MODULE, PARTS, EXPERTS = Layer.MODULE, Layer.PARTS, Layer.EXPERTS
