@@ -41,8 +41,9 @@ TABLE = {
         daemon: errors
         source: errors daemon
         model: errors torch_state turns daemon source
-        recipes: errors source model
-        generation: errors torch_state source model
+        tensors: errors
+        recipes: errors source model tensors
+        generation: errors torch_state source model recipes
         calibration: errors memory_limits daemon source model
         options: errors daemon model
         client: errors standard_streams torch_state turns daemon source model generation options
@@ -173,8 +174,8 @@ def test_the_architecture_is_one_page_that_names_every_folder() -> None:
 
 # Names that mean the same thing on both sides (a Session has two ends), or in a message and in the code that reads it.
 SHARED_NAMES = {
-    "Activation", "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model",
-    "ReadQueue", "Session",
+    "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model", "ReadQueue",
+    "Session",
 }  # fmt: skip
 CLASS = re.compile(r"^(?:class|struct|enum(?: class)?) (\w+)(?: final)?(?: : [^;{]*)?\s*\{", re.MULTILINE)
 

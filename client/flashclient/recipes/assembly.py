@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from flashclient.recipes.ffns.site import Rows, Site
-from flashclient.recipes.names import Found, kept_in_f32, part_source
-from flashclient.recipes.places import Place, message
+from flashclient.tensors.names import Found, kept_in_f32, part_source
+from flashclient.tensors.places import Place, message
 from weightd_proto.weightd_pb2 import (
     Bias,
     BundleLayout,

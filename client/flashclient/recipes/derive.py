@@ -4,12 +4,13 @@
 2. A tiny instance of the class is run, and its FFNs are found by numbers: ffns/tiny.py, watching.py, mixtures.py.
 3. They are carried over to the full-size model, which has no weights: ffns/sites.py.
 4. The tiny instance is imported and streamed, and compared with transformers: proof.py.
-5. Every tensor of the full-size model is found in the checkpoint: names.py.
+5. Every tensor of the full-size model is found in the checkpoint: flashclient.tensors.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,12 +20,16 @@ from flashclient.errors import ModelError
 from flashclient.recipes.assembly import assemble
 from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
-from flashclient.recipes.ffns.tiny import check_sizes, model_class, one_line, tiny_model
+from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
-from flashclient.recipes.names import find_tensors, places_of
 from flashclient.recipes.proof import prove, streamed_model
 from flashclient.recipes.published import published
+from flashclient.tensors.names import find_tensors, places_of
 from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
+
+SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
+LAYERS_MAX = 4096  # the deepest published models have about 130
+SIZE = re.compile(r"(size|dim|layers?|heads?|experts|n_\w+|length|embeddings)$")
 
 
 def derive(request: DeriveRequest) -> Recipe:
@@ -35,7 +40,7 @@ def derive(request: DeriveRequest) -> Recipe:
             tensor is missing or would be lost. One line, which names the module or tensor.
     """
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
-    kind = published(_values(request.config_json))
+    kind = published(_values(request.config_json), request.activation or None)
     whole = read_config(kind.config)
     found, made_from = model_class(whole)
     derivation = Derivation(found, made_from, _instead(kind.activation))
@@ -66,8 +71,20 @@ def _values(config_json: bytes) -> dict[str, Any]:
         raise ModelError(f"config.json is no JSON: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise ModelError("config.json is no JSON object")
-    check_sizes(values)
+    _check_sizes(values)
     return values
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """ModelError for a number that no model has, before memory is taken for the names of its layers."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_sizes(value)
+        elif type(value) is int and SIZE.search(name):
+            least = name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+            most = LAYERS_MAX if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") else SIZE_MAX
+            if not least <= value <= most:
+                raise ModelError(f"config.json has {name} = {value}, expected a number from {int(least)} to {most}")
 
 
 def read_config(values: Mapping[str, Any]) -> PreTrainedConfig:
@@ -75,7 +92,7 @@ def read_config(values: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
     except Exception as error:  # transformers' classes raise anything for values of unknown origin
-        raise ModelError(f"config.json of model type {values['model_type']}: {one_line(error)}") from error
+        raise ModelError(f"config.json: {one_line(error)}") from error
     return config
 
 

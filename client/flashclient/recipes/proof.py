@@ -27,10 +27,10 @@ from flashclient.recipes.assembly import assemble
 from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.tiny import one_line
 from flashclient.recipes.ffns.watching import run
-from flashclient.recipes.names import find_tensors
-from flashclient.recipes.places import Piece, gather
 from flashclient.recipes.reference import amend
 from flashclient.source.bundle_source import Chunk
+from flashclient.tensors.names import find_tensors
+from flashclient.tensors.places import Piece, gather
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
 

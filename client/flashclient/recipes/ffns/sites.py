@@ -64,7 +64,7 @@ def weightless(found: type[PreTrainedModel], config: PreTrainedConfig) -> PreTra
         with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = found._from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
     except Exception as error:  # transformers' classes raise anything for a config of unknown origin
-        raise ModelError(f"{found.__name__} cannot be made from config.json: {one_line(error)}") from error
+        raise ModelError(f"config.json: {found.__name__} cannot be made: {one_line(error)}") from error
     return model
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +28,6 @@ VOCABULARY = 256
 LAYERS_MIN = 4
 SEED = 11
 REASON_CHARACTERS_MAX = 300
-LAYERS_REAL_MAX = 4096  # the deepest published models have about 130
-SIZE_REAL_MAX = 2**31  # products of two fit 64 bits
 GAIN = 1.5  # standard deviation of a projection's output for inputs of unit variance
 
 
@@ -120,16 +118,6 @@ _TOKEN = re.compile(r"\w*(token_id|token_index|_index|token_ids)|(unk|mask|pad|b
 _LAYER_NUMBERS = re.compile(r"\w*(layers|layer_ids|idxs|indices|indexes)")
 # Tables that are neither sizes nor configs of a part of the model.
 _KEPT = {"id2label", "label2id", "task_specific_params", "quantization_config"}
-
-
-def check_sizes(values: Mapping[str, Any]) -> None:
-    """Raises ModelError for sizes that are far above any model's: making the model would take minutes or all memory."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            check_sizes(value)
-        most = LAYERS_REAL_MAX if re.fullmatch(_LAYERS, name) else SIZE_REAL_MAX
-        if type(value) is int and value > most and any(re.fullmatch(pattern, name) for pattern, _ in _SIZES):
-            raise ModelError(f"config.json has {name} = {value}, expected at most {most}")
 
 
 def model_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
@@ -266,7 +254,7 @@ def tiny_model(found: type[PreTrainedModel], config: PreTrainedConfig, layers: i
             return _made(found, tiny_config(config, more))
         except Exception as error:  # transformers' classes raise anything for a config that they cannot be made from
             reason = error
-    raise ModelError(f"no tiny {found.__name__} could be made: {one_line(reason)}") from reason
+    raise ModelError(f"config.json: no tiny {found.__name__} could be made: {one_line(reason)}") from reason
 
 
 def one_line(error: Exception) -> str:

@@ -93,7 +93,9 @@ def test_a_tiny_model_has_every_kind_of_layer(kind: str, changes: dict[str, Any]
 def test_a_class_that_cannot_be_made_is_refused_in_one_line() -> None:
     config = config_of("deepseek_v2", num_experts_per_tok=6)
     config.hidden_act = "no such function"
-    with pytest.raises(ModelError, match=r"^no tiny DeepseekV2ForCausalLM could be made: .*no such function.*$"):
+    with pytest.raises(
+        ModelError, match=r"^config\.json: no tiny DeepseekV2ForCausalLM could be made: .*no such function.*$"
+    ):
         tiny_model(*model_class(config))
 
 
