@@ -21,15 +21,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError
+from flashclient.kernels.decode_attention import use_decode_attention
+from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.model.absent_weights import AbsentWeight, guard
-from flashclient.model.decode_attention import use_decode_attention
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
-from flashclient.model.resident_linear import use_fast_linears
 from flashclient.model.step import Steps
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
@@ -120,6 +120,7 @@ def build_model(
     if not attention_chosen:
         use_decode_attention(model, workers)
     _keep_time(model, ffn.clock)
+    model.train(False)  # the modules that were added, too
     guard(model)
     return BuiltModel(model, ffn, steps, record)
 

@@ -156,7 +156,6 @@ class _Installing:
         for projection, held in firsts:
             projection.__dict__["forward"] = partial(site.begin, tuple(held), ffn=lambda _: y)
         last.__dict__["forward"] = site.finish
-        self._module.train(False)  # without dropout
         try:
             made = self._module(x)
         except OtherActivationError as error:
@@ -229,8 +228,9 @@ class _Installing:
             self._fix(owner)
 
     def _replace(self, path: str, kind: type[nn.Module]) -> None:
+        """Puts a copy in the place of a part that has no parameters: transformers shares some between models."""
         parent, _, name = path.rpartition(".")
-        part = copy.copy(self._module.get_submodule(path))  # transformers has activations that all models share
+        part = copy.copy(self._module.get_submodule(path))
         self._module.get_submodule(parent)._modules[name] = part
         part.__dict__["path"] = f"{self._layer.module}.{path}"
         become(part, kind)

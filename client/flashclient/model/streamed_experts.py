@@ -39,7 +39,8 @@ class StreamedExperts(HoldsAbsentWeights):
         """The weighted sum of the chosen experts' outputs.
 
         Args:
-            hidden_states: [tokens, hidden_size].
+            hidden_states: [tokens, hidden_size]; alone (Llama 4) [experts * tokens, hidden_size], the rows of expert e
+                from e * tokens on. The result is then each row's output, and rows of zeros stay zeros.
             top_k_index, top_k_weights: [tokens, k], the experts of each token. Others than there are count nothing.
 
         Returns:
