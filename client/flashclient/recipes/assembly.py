@@ -42,7 +42,7 @@ def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found) -> R
         bundle=layout,
         layers=[layer_of(site) for site in sites],
     )
-    matrices = {held.name(f"{site.module}.{part.rows.parameter}") for site in sites for part in site.parts}
+    matrices = {held.name(site.path(part.rows.parameter)) for site in sites for part in site.parts}
     kept = kept_in_f32(model)
     resident = [
         ResidentSource(
@@ -66,7 +66,7 @@ def layer_of(site: Site) -> Layer:
     for part in first:
         if part.bias is not None:
             begin, step = part.bias.first_and_step(site.neurons)
-            tensor = f"{site.module}.{part.bias.parameter}"
+            tensor = site.path(part.bias.parameter)
             biases.append(Bias(part=part.name, tensor=tensor, first=begin, step=step))
     return Layer(
         module=site.module,
@@ -75,7 +75,7 @@ def layer_of(site: Site) -> Layer:
         experts=site.experts,
         weights=[part.rows.parameter for part in site.parts],
         biases=biases,
-        output_bias=f"{site.module}.{down.bias.parameter}" if down.bias is not None else "",
+        output_bias=site.path(down.bias.parameter) if down.bias is not None else "",
     )
 
 
@@ -101,7 +101,7 @@ def _ffn_source(site: Site, held: _Held) -> FfnSource:
 def _parts(site: Site, expert: int | None, held: _Held) -> list[MatrixSource]:
     return [
         part_source(
-            held.place(f"{site.module}.{part.rows.parameter}"),
+            held.place(site.path(part.rows.parameter)),
             _index(part.rows, site.neurons, expert),
             int(part.rows.columns),
         )

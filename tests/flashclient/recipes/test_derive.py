@@ -209,11 +209,11 @@ def test_a_config_that_transformers_refuses() -> None:
     [
         (
             {"model_type": "llama", "num_hidden_layers": 10**9},
-            "num_hidden_layers = 1000000000, expected a number from 1 to 4096",
+            "num_hidden_layers = 1000000000, expected a number",
         ),
         (
             {"model_type": "llama", "intermediate_size": 2**40},
-            "intermediate_size = 1099511627776, expected a number from 0 to",
+            "intermediate_size = 1099511627776, expected a number",
         ),
         ({"model_type": "x", "text_config": {"n_layer": 5000}}, "n_layer = 5000, expected a number from 0 to 4096"),
     ],
