@@ -12,6 +12,8 @@ namespace weightd {
 
 using Clock = std::chrono::steady_clock;
 
+inline constexpr uint32_t NO_LAYER = UINT32_MAX;
+
 struct Scan {  // a session's way through all cells of its model, again and again; written by Scans
     bool active = false;
     uint32_t cell = 0;           // the last cell that was asked for
@@ -50,6 +52,7 @@ class Session {
     uint32_t held_cells = 0;     // distinct cells with a lease, granted or pending
     uint32_t unanswered = 0;     // pending leases
     Scan scan;
+    uint32_t step_layer = NO_LAYER;  // of its step under way; NO_LAYER once it has given everything back
     uint64_t hits = 0;  // of the cells that it asked for
     uint64_t misses = 0;
     uint64_t read_bytes = 0;  // read from flash for it
