@@ -105,7 +105,7 @@ void make_step(BoundStep* self, const Ffn& ffn, Window& window, const nb::sequen
 }
 
 std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer, uint32_t past_tokens, uint32_t columns,
-                                               uint16_t wanting, const std::optional<Array<const float, 1>>& bias,
+                                               uint16_t wanting, const std::optional<Array<const float, 2>>& biases,
                                                const Array<const float, 2>& x, const Array<float, 2>& y) {
     PredictStep& step = bound.step;
     const Predictor& predictor = step.predictor(layer);
@@ -113,11 +113,14 @@ std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer,
     require(x.shape(0) <= flashclient::TOKENS_MAX, "a step has at most 16 tokens");
     require(columns > 0 && x.shape(0) % columns == 0, "the rows of x must be whole sequences of `columns` tokens");
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
-    require(!bias || aligned(*bias, "bias").shape(0) == predictor.neurons(), "there must be a bias per neuron");
-    const float* biases = bias ? bias->data() : nullptr;
+    const size_t neurons = predictor.neurons(), rows = step.parts() - 1;
+    require(!biases || (aligned(*biases, "biases").shape(0) == rows && biases->shape(1) == neurons),
+            "biases must be [parts of a bundle but down, neurons]");
+    const float* bias = biases ? biases->data() : nullptr;
+    const float* up_bias = biases && rows > 1 ? biases->data() + neurons : nullptr;
     const nb::gil_scoped_release release;
     const auto use = step.window().use();
-    const auto times = step.run(layer, {past_tokens, columns, wanting, biases, x.data(), x.shape(0)}, y.data());
+    const auto times = step.run(layer, {past_tokens, columns, wanting, bias, up_bias, x.data(), x.shape(0)}, y.data());
     return {times.predict_s, times.acquire_s, times.compute_s, times.wait_s};
 }
 
@@ -127,12 +130,12 @@ void bind_step(nb::module_& m) {
              nb::keep_alive<1, 3>(),
              nb::sig("def __init__(self, ffn: Ffn, window: Window, predictors: Sequence[Predictor]) -> None"),
              "predictors: one for each layer.")
-        .def("run", &run, "layer"_a, "past_tokens"_a, "columns"_a, "wanting"_a, "bias"_a.noconvert().none(),
+        .def("run", &run, "layer"_a, "past_tokens"_a, "columns"_a, "wanting"_a, "biases"_a.noconvert().none(),
              "x"_a.noconvert(), "y"_a.noconvert(),
              "y [tokens, hidden] = the sum over the neurons that each row of x wants, for at most 16 rows. Row t is "
              "column t % columns, which is token past_tokens + column of its sequence. wanting: bit t, row t wants "
-             "anything. bias [neurons]: by position. Returns the seconds of predicting, acquiring, computing and "
-             "waiting.");
+             "anything. biases [1, or 2 with a gate; neurons]: of [gate and] up, by position. Returns the seconds of "
+             "predicting, acquiring, computing and waiting.");
 }
 
 }  // namespace

@@ -51,11 +51,15 @@ ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
 
 
 def check_sparse(loaded: LoadedModel) -> None:
-    """Raises CalibrationError where no neuron of the model's activation is ever exactly zero."""
-    activation = loaded.built.activation
+    """Raises CalibrationError for mixtures, and where no neuron of the model's activation is ever exactly zero."""
+    if any(layer.experts for layer in loaded.record.layers):
+        raise CalibrationError(
+            f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so there is nothing to predict"
+        )
+    activation = loaded.record.activation
     if not has_exact_zeros(activation):
         raise CalibrationError(
-            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation}, is never exactly zero,"
+            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation.function}, is never exactly zero,"
             " so predict mode would lose quality or read everything; run it in mode 'exact'"
         )
 

@@ -26,7 +26,6 @@ from flashclient.generation.drafts import Drafts, drafting
 from flashclient.generation.growing_cache import GrowingCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
 from flashclient.generation.stats import Meter, Stats
-from flashclient.model.architectures import architecture_of
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
@@ -93,8 +92,8 @@ class Generator:
         self.known = known_arguments(self._model)
         self._generate = self._model.generate  # transformers' own
         self._signature = inspect.signature(self._generate)
-        self._positions: int = self._model.config.max_position_embeddings
-        self._positions_end = architecture_of(self._model.config)[1].positions_end
+        self._positions = loaded.positions
+        self._positions_end = loaded.positions_end
         self._meters: list[Meter] = []  # of the generations under way, each inside the one before it
         self.stats = Stats()
         self._take_place()
@@ -288,13 +287,14 @@ class Generator:
             both = call.ids_tokens not in (0, call.prompt_tokens)  # then transformers counts ids and embeddings
             new_tokens = config.max_length - call.prompt_tokens - (call.ids_tokens if both else 0)
         if new_tokens is None:
-            room = self._positions - call.prompt_tokens
+            room = 0 if self._positions is None else self._positions - call.prompt_tokens
             new_tokens = min(NEW_TOKENS_DEFAULT, room if room > 0 else NEW_TOKENS_DEFAULT)
             call.set("max_new_tokens", new_tokens)
-        if self._positions_end and longest + max(1, new_tokens) - 1 > self._positions:  # the last token is not fed
+        positions = self._positions if self._positions_end and self._positions is not None else None
+        if positions is not None and longest + max(1, new_tokens) - 1 > positions:  # the last token is not fed
             raise OptionError(
                 f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's "
-                f"{self._positions} positions: shorten the prompt or lower {by}="
+                f"{positions} positions: shorten the prompt or lower {by}="
             )
 
     def _positions_taken(self, call: _Call) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient._native import Workers
@@ -24,6 +25,8 @@ from weightd_proto import weightd_pb2
 # Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
+POSITIONS_BESIDE_MAX = 2  # rows that an embedding of positions has besides: OPT's begins with two for padding
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -31,7 +34,7 @@ class LoadedModel:
 
     Attributes:
         connection: to the weightd.
-        record: what the weightd says of the model.
+        record: what the weightd says of the model, completed (old_records.py).
         source: of the FFNs' bundles.
         turns: whoever runs the model takes a turn.
         tokenizer: transformers' own; None where the model was stored without one.
@@ -47,6 +50,21 @@ class LoadedModel:
     @property
     def model(self) -> PreTrainedModel:
         return self.built.model
+
+    @property
+    def positions(self) -> int | None:
+        """The positions that the model was made for; None where its config does not say."""
+        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return positions
+
+    @property
+    def positions_end(self) -> bool:
+        """Whether positions are rows of an embedding, so that there are no more."""
+        model, positions = self.model, self.positions
+        tables = {module for module in model.modules() if isinstance(module, nn.Embedding)}
+        tables.discard(model.get_input_embeddings())  # type: ignore[arg-type]
+        besides = (table.num_embeddings - positions for table in tables) if positions is not None else ()
+        return any(0 <= rows <= POSITIONS_BESIDE_MAX for rows in besides)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -81,7 +99,7 @@ def load_model(
         tokenizer = load_tokenizer(folder)
         built = build_model(record, folder, source, placement, Workers(torch.get_num_threads()), window)
     turns.watch_passes(built.model)
-    return LoadedModel(connection, record, source, turns, built, tokenizer)
+    return LoadedModel(connection, built.record, source, turns, built, tokenizer)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -5,6 +5,16 @@
 #include <utility>
 
 namespace flashclient {
+namespace {
+
+// Leaves `gathered` as it is where there is no bias.
+void gather(const float* bias, std::span<const uint32_t> positions, std::vector<float>& gathered) {
+    if (bias == nullptr) return;
+    gathered.resize(positions.size());
+    for (size_t i = 0; i < positions.size(); i++) gathered[i] = bias[positions[i]];
+}
+
+}  // namespace
 
 PredictStep::PredictStep(const Ffn& ffn, Window& window, std::vector<const Predictor*> predictors)
     : ffn_(ffn), window_(window), predictors_(std::move(predictors)) {}
@@ -43,9 +53,8 @@ void PredictStep::predict(uint32_t layer, const StepRows& rows) {
     }
     positions.resize(count);
     masks.resize(count);
-    if (rows.bias == nullptr) return;
-    bias_.resize(count);
-    for (size_t i = 0; i < count; i++) bias_[i] = rows.bias[positions[i]];
+    gather(rows.bias, positions, bias_);
+    gather(rows.up_bias, positions, up_bias_);
 }
 
 // Adds entries [first, first + count) of the list to y. Returns false, with y unchanged, where a lease was refused.
@@ -54,7 +63,7 @@ bool PredictStep::add(const StepRows& rows, size_t first, size_t count, StepTime
     addresses_.assign(count, 0);
     h_.resize(std::max(h_.size(), count * rows.tokens));
     const Neurons list{addresses_, rows.bias == nullptr ? nullptr : bias_.data() + first,
-                       wanted_.row_masks.data() + first};
+                       rows.up_bias == nullptr ? nullptr : up_bias_.data() + first, wanted_.row_masks.data() + first};
     for (size_t missing = count; missing > 0;) {
         found_.clear();
         window_.locate(positions, addresses_, found_);

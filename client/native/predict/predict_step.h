@@ -22,10 +22,11 @@ namespace flashclient {
 struct StepRows {
     uint32_t past_tokens;
     uint32_t columns;
-    uint16_t wanting;   // bit t: row t wants anything
-    const float* bias;  // [neurons], by position; null: none
-    const float* x;     // [tokens, hidden]
-    size_t tokens;      // at most TOKENS_MAX
+    uint16_t wanting;      // bit t: row t wants anything
+    const float* bias;     // [neurons], by position; null: none
+    const float* up_bias;  // likewise (ffn.h)
+    const float* x;        // [tokens, hidden]
+    size_t tokens;         // at most TOKENS_MAX
 };
 
 class PredictStep {
@@ -39,6 +40,7 @@ class PredictStep {
 
     const Predictor& predictor(uint32_t layer) const { return *predictors_.at(layer); }
     Window& window() const { return window_; }
+    size_t parts() const { return ffn_.shape().parts.size(); }  // of a bundle
 
   private:
     void predict(uint32_t layer, const StepRows& rows);
@@ -50,6 +52,7 @@ class PredictStep {
     // The list of neurons of the step, kept from call to call because allocating takes long.
     Prediction wanted_;
     std::vector<float> bias_;
+    std::vector<float> up_bias_;
     std::vector<uint64_t> addresses_;
     std::vector<uint32_t> found_;
     std::vector<float> h_;

@@ -83,6 +83,7 @@ numbers = st.sampled_from([0, 1, 2, 8, 16, 17, *BORDERS, -1, 1.5, None, "8"])
 out, products = np.zeros((1, 3, 2, 8), np.float32), np.zeros((2, 9), np.float32)
 x, h, y = np.zeros((2, HIDDEN), np.float32), np.zeros((NEURONS, 2), np.float32), np.zeros((2, HIDDEN), np.float32)
 rows = np.zeros((1, 2, 3, 8), np.float32)
+biases = np.zeros((2, NEURONS), np.float32)
 ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
 ffn = Ffn(WORKERS, [plain("F32")] * 3, HIDDEN, "silu")
 low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
@@ -126,9 +127,9 @@ def new_step(cells: Cells | None = None) -> PredictStep:
 
 # Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "fire": (ffn.fire, (right_addresses, index, ones, None, x, h)),
+    "fire": (ffn.fire, (right_addresses, index, ones, biases, x, h)),
     "accumulate": (ffn.accumulate, (right_addresses, h, y)),
-    "add_rows": (ffn.add_rows, (right_addresses, None, ones[None], x, y)),
+    "add_rows": (ffn.add_rows, (right_addresses, biases, ones[None], x, y)),
     "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, products)),
     "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, HIDDEN), np.uint16), x, products)),
     "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, out)),
@@ -146,7 +147,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "copy_bundles": (copy_bundles, (right_addresses, np.zeros((NEURONS, 96), np.uint8))),
     "LentMemory": (LentMemory, (bundles,)),
     "checksum": (_native.checksum, (np.zeros(8, np.uint8),)),
-    "step": (lambda *given: new_step().run(*given), (0, 0, 2, 3, np.zeros(NEURONS, np.float32), x, y)),
+    "step": (lambda *given: new_step().run(*given), (0, 0, 2, 3, biases, x, y)),
     "step of a wrong source": (lambda *given: new_step(Cells(*given)).run(0, 0, 2, 3, None, x, y), (0, 0)),
     "Window": (lambda *given: Window(Cells(), *given), (4, 1, 96, [NEURONS])),
     "Ffn": (
