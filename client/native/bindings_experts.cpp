@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -30,6 +31,8 @@ using flashclient::require;
 
 namespace {
 
+constexpr uint32_t NEURONS_MAX = 1U << 26;  // of a layer: a step has tables of them
+
 template <auto method>
 void used(CellWalk& walk) {
     const auto use = walk.use();
@@ -53,7 +56,10 @@ void bind_walk(nb::module_& m) {
 void make_step(ExpertStep* self, const Ffn& ffn, CellWalk& walk,
                const std::vector<std::pair<uint32_t, uint32_t>>& layers) {
     std::vector<ExpertLayer> of_layers;
-    for (const auto& [experts, neurons] : layers) of_layers.push_back({experts, neurons});
+    for (const auto& [experts, neurons] : layers) {
+        require(neurons <= NEURONS_MAX, "a layer has at most 67108864 neurons");
+        of_layers.push_back({experts, neurons});
+    }
     new (self) ExpertStep(ffn, walk, std::move(of_layers));
 }
 
@@ -75,6 +81,10 @@ std::tuple<double, double, double, double> run(ExpertStep& step, uint32_t index,
     require(aligned(y, "y").shape(0) == tokens && y.shape(1) == hidden, "x and y must have the same shape");
     require(experts.has_value() == weights.has_value(), "experts and weights belong together");
     require(experts.has_value() || layer.experts == 1, "a layer with several experts needs picks");
+    if (experts && experts->size() == 0) {  // an empty array may have no address
+        std::fill_n(y.data(), y.size(), 0.0f);
+        return {0.0, 0.0, 0.0, 0.0};
+    }
     PickedRows rows{x.data(), tokens, nullptr, nullptr, 0, nullptr, nullptr, nullptr};
     if (experts) {
         require(aligned(*experts, "experts").shape(0) == tokens, "experts must be [tokens, picks]");

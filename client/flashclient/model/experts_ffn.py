@@ -8,26 +8,17 @@ and nothing reads ahead what no router has asked for.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
-from flashclient.model.absent_weights import without_gradient
 from flashclient.model.arrays import array_of
-from flashclient.model.ffn import Clock
-from flashclient.source.border import BundleSource, retry_on_loss
-from flashclient.torch_state import plain_torch
+from flashclient.model.ffn import Biases, Clock
+from flashclient.source.border import BundleSource
 from weightd_proto import weightd_pb2
-
-Biases = NDArray[np.float32] | None  # [parts of a bundle but down, neurons], by position
-
 
 def has_experts(record: weightd_pb2.Model) -> bool:
     return any(layer.experts for layer in record.layers)
@@ -104,39 +95,3 @@ class ExpertsFFN:
             times = self._step.run(layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y))
         self.clock.add(*times)
         return y
-
-
-@dataclass(frozen=True)
-class LayerExperts:
-    """The experts of one mixture, with the interface that transformers gives them (integrations/moe.py).
-
-    Attributes:
-        biases: of gate and up rows, before the activation (gpt-oss).
-        output_bias: [experts, hidden_size] fp32, added to an expert's output before it is weighted (gpt-oss).
-    """
-
-    ffn: ExpertsFFN
-    layer: int
-    biases: Biases = None
-    output_bias: Tensor | None = None
-
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's.
-
-        Args:
-            top_k_index: [..., picks], any integers. Some routers mask a pick by an index beyond the last expert.
-            top_k_weights: [..., picks], any floats.
-        """
-        started_s = time.perf_counter()
-        ffn = self.ffn
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-        with torch.no_grad(), plain_torch():
-            rows = hidden_states.detach().to(dtype).reshape(-1, ffn.hidden_size).to(torch.float32).contiguous()
-            picks = top_k_index.reshape(-1, top_k_index.shape[-1]).to(torch.int64).contiguous()
-            weights = top_k_weights.detach().reshape(picks.shape).to(torch.float32).contiguous()
-            y = retry_on_loss(
-                ffn.source, lambda: ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias)
-            )
-            y = y.to(dtype).view(hidden_states.shape)
-        ffn.clock.ffn_s += time.perf_counter() - started_s
-        return without_gradient(hidden_states, y)
