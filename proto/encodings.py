@@ -87,7 +87,8 @@ def fill_old_fields(layout: BundleLayout) -> None:
 def upgrade(model: Model) -> None:
     """Makes a record of store format 1 or 2, or from a daemon of that time, one of format 3. Leaves others as they are.
 
-    There one dtype was that of every part and of all computing. ValueError for a dtype in which no model is stored.
+    In those records one dtype was that of every part and of all computing. ValueError for a dtype in which no model is
+    stored.
     """
     layout = model.bundle
     if layout.parts or not layout.old_parts:

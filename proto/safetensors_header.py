@@ -20,11 +20,11 @@ METADATA = "__metadata__"
 
 
 class HeaderError(ValueError):
-    """What is wrong with a header. The reader knows the file, and says its name."""
+    """Says what is wrong with a header. It does not name the file, which the reader knows."""
 
 
 def text_bytes(begin: bytes) -> int:
-    """The length of the text, from the first 8 bytes of the file. HeaderError if this is no safetensors file."""
+    """The length of the text, from the first 8 bytes of the file. HeaderError if this is not a safetensors file."""
     length = int.from_bytes(begin[:LENGTH_BYTES], "little")
     if len(begin) < LENGTH_BYTES or length > TEXT_BYTES_MAX:
         raise HeaderError("it does not begin with the length of a header")
@@ -32,7 +32,7 @@ def text_bytes(begin: bytes) -> int:
 
 
 def parse(text: bytes) -> dict[str, Any]:
-    """The entries by name, METADATA among them; they are not checked. HeaderError if the text is no JSON object."""
+    """The entries by name, METADATA among them; they are not checked. HeaderError if the text is not a JSON object."""
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:

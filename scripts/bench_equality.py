@@ -111,8 +111,8 @@ def rows_of_dtype(options: argparse.Namespace, bench: Bench, name: str, folder: 
     if options.calibrate is None:
         return
     with FlashClient(name, mode="exact", **where) as client:
-        positions = dense.config.max_position_embeddings
-        text = read_sequences(options.calibrate, tokenizer, positions, options.calibration_tokens, 65536)
+        length_max = dense.config.max_position_embeddings
+        text = read_sequences(options.calibrate, tokenizer, length_max, options.calibration_tokens, 65536)
         publish_result(calibrate(client.loaded, text, CalibrationOptions()), client.loaded)
     with FlashClient(name, mode="predict", **where) as client:
         yield from own_rows(bench, client, {"dtype": name, "mode": "predict"}, options.draft)[0]

@@ -92,7 +92,7 @@ def run_weightd(*arguments: str) -> int:
 
 
 def copy(source: Path, target: Path) -> int:
-    """Returns no peak: the page cache is what it uses."""
+    """Copies the files. Gives no peak memory, because a copy uses only the page cache."""
     subprocess.run(["cp", "-r", source, target], check=True)
     for path in [*target.rglob("*"), target, target.parent]:
         descriptor = os.open(path, os.O_RDONLY)

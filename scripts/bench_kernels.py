@@ -50,7 +50,7 @@ MATRICES = (  # what, rows, columns
     ("head of OPT-1.3B", 50272, 2048),
     ("head of Gemma 3 270M", 262144, 640),
 )
-CONTEXTS = (512, 2048)  # tokens
+CONTEXTS = (512, 2048)  # cached tokens
 HEADS, HEAD_ELEMENTS = 32, 64  # OPT-1.3B
 
 
@@ -168,11 +168,12 @@ def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int 
     return facts | {"read_bytes": read_bytes} | compare(arena, work, read_bytes, rounds)
 
 
-def attention_row(arena: Arena, positions: int, rounds: int = ROUNDS) -> Row:
+def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row:
     """The native attention of one token, then transformers' own, over the caches of layer after layer."""
+    shape = (2, 1, HEADS, cached_tokens, HEAD_ELEMENTS)  # keys and values
     layers = [
-        torch.from_numpy(part.view(np.int16)).view(torch.bfloat16).view(2, 1, HEADS, positions, HEAD_ELEMENTS)
-        for part in arena.matrices(2 * HEADS * positions, HEAD_ELEMENTS)
+        torch.from_numpy(part.view(np.int16)).view(torch.bfloat16).view(shape)
+        for part in arena.matrices(2 * HEADS * cached_tokens, HEAD_ELEMENTS)
     ]
     query = torch.randn(1, HEADS, 1, HEAD_ELEMENTS).bfloat16()
     by_torch, native = torch.nn.Module(), torch.nn.Module()
@@ -185,7 +186,7 @@ def attention_row(arena: Arena, positions: int, rounds: int = ROUNDS) -> Row:
     read_bytes = sum(layer.nbytes for layer in layers)
     torch_row = compare(arena, partial(over_all, by_torch), read_bytes, 1)
     row = compare(arena, partial(over_all, native), read_bytes, rounds)
-    facts = {"kernel": "attention", "positions": positions, "tokens": 1, "read_bytes": read_bytes}
+    facts = {"kernel": "attention", "cached_tokens": cached_tokens, "tokens": 1, "read_bytes": read_bytes}
     return facts | row | {"torch_over_memory_ratio": torch_row["over_memory_ratio"]}
 
 
@@ -202,7 +203,7 @@ def main() -> int:
     batch = sparse_row(arena, BUNDLES[0][0], False, tokens=16, rounds=options.rounds)
     linear = [linear_row(arena, *matrix, tokens, options.rounds) for matrix in MATRICES for tokens in (1, 16)]
     predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
-    attention = [attention_row(arena, positions, options.rounds) for positions in CONTEXTS]
+    attention = [attention_row(arena, cached_tokens, options.rounds) for cached_tokens in CONTEXTS]
     one, sixteen = linear[0::2], linear[1::2]
     slowdown = max(
         many["read_bytes"] / many["GB_per_s"] / (few["read_bytes"] / few["GB_per_s"])

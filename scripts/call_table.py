@@ -24,15 +24,15 @@ NOTES = {
     "assistant_early_exit": "but not with OPT, which always runs all layers",
     "cache_config": "needs cache_implementation='quantized' and the packages of its backend",
     "cache_implementation": "except 'offloaded' and 'offloaded_static' (no GPU), and 'paged' (many requests)",
-    "compile_config": "transformers warns that it compiles nothing on a CPU",
+    "compile_config": "transformers warns that it does not compile on a CPU",
     "custom_generate": "only a function; the name of a repository is refused, because its code would run here",
     "guidance_scale": "but in predict mode not together with use_cache=False",
     "is_causal": "only for prompts, as in transformers",
     "max_new_tokens": "the default is 256 if no length is set",
     "negative_prompt_ids": "needs guidance_scale",
     "num_assistant_tokens": "1 to 15; transformers itself reads it only from the draft's config",
-    "pad_token_id": "an id outside the vocabulary is unset in a model's config, and refused in a call for several rows",
-    "tokenizer": "by default the model's own, where stop_strings, token_healing or a draft needs one",
+    "pad_token_id": "an id outside the vocabulary is refused in a call for several rows, ignored in a config",
+    "tokenizer": "by default the model's own, if stop_strings, token_healing or a draft needs one",
 }
 
 

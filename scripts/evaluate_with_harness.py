@@ -3,8 +3,8 @@
 
     scripts/evaluate_with_harness.py opt-1.3b --store ./store --mode predict --tasks hellaswag,arc_easy --limit 200
 
-Needs the extra `eval`. The harness's own tasks load their data sets from the network. With --include-path it runs task
-files (YAML) with local data.
+Needs `pip install -c constraints.txt '.[eval]'`. The harness's own tasks load their data sets from the network. With
+--include-path it runs task files (YAML) with local data.
 """
 
 from __future__ import annotations

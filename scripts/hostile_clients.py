@@ -4,8 +4,8 @@
     scripts/hostile_clients.py --socket PATH --model NAME [--port PORT] [--user 1600] [--attack NAME]...
 
 runs them against a weightd until the script is ended. --list explains them. The other user has the daemon's group, so
-it may attach. All run at the lowest priority, so that they harm others through the work that weightd does for them, and
-not through their own use of the processors.
+it may attach. All run at the lowest priority: they harm others through the work that weightd does for them, and not
+through their own use of the processors.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import ctypes
 import inspect
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from soaking import hostile_frames as frames
 from soaking import hostile_rings as rings
 from soaking.hostile_frames import AGAIN_S, Target
 from soaking.hostile_rings import Control
+from soaking.parent import ParentProcess
 
 from weightd_proto import weightd_pb2 as pb
 
@@ -135,31 +135,27 @@ class HostileClients:
 
     def __enter__(self) -> HostileClients:
         """RuntimeError when they cannot reach the daemon."""
-        self._mother = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        assert self._mother.stdout is not None
-        if not self._mother.stdout.readline():
-            raise RuntimeError(f"the hostile clients ended with status {self._mother.wait()}")
+        self._parent = ParentProcess(self._command)
+        if not self._parent.stdout.readline():
+            raise RuntimeError(f"the hostile clients ended with status {self._parent.wait()}")
         return self
 
     @property
     def pid(self) -> int:
-        """Of their parent."""
-        return self._mother.pid
+        """The process id of their parent."""
+        return self._parent.pid
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._mother.stdin is not None
-        assert self._mother.stdout is not None
-        self._mother.stdin.close()
-        self._mother.wait()
-        self._mother.stdout.close()
-        if kind is None and self._mother.returncode:
+        status = self._parent.end()
+        if kind is None and status:
             raise RuntimeError("a hostile client gave up: its standard error says why")
 
 
 def become_hostile(user: int) -> None:
-    """Another user with our group, if we may; at the lowest priority, and for as long as our parent lives."""
+    """Makes this process one of `user` with our group, if that is allowed. It gets the lowest priority and ends with
+    its parent."""
     os.nice(LOWEST)
     if os.geteuid() == 0:
         os.setgroups([os.getegid()])
@@ -195,7 +191,7 @@ def _until_killed(attack: Callable[[Target], None]) -> Callable[[Target], None]:
 
 
 def reach(target: Target) -> None:
-    """Else nothing would be shown."""
+    """Raises OSError if weightd cannot be reached: then no attack would show anything."""
     target.identity()
     target.connect().close()
 
@@ -217,14 +213,14 @@ def main() -> int:
         return 0
     target = Target(options.socket, options.port, options.model)
     names = options.attack or [name for name in ATTACKS if target.port or not name.endswith("_over_tcp")]
-    import encodings.idna  # noqa: F401  # now: another user may not be able to read Python's own files
+    import encodings.idna  # noqa: F401  # before the fork, because another user may not be able to read Python's files
 
     if os.waitpid(_fork(reach, target, options.user), 0)[1]:
         return 1
     pids = [_fork(_until_killed(ATTACKS[name]), target, options.user) for name in names]
     print(f"{len(pids)} hostile clients run", flush=True)
     with suppress(KeyboardInterrupt):
-        while os.read(0, 1):  # until whoever started us closes it
+        while os.read(0, 1):  # until the process that started this one closes it
             pass
     gave_up = [pid for pid in pids if os.waitpid(pid, os.WNOHANG)[0]]
     for pid in set(pids) - set(gave_up):

@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-need() { # Debian packages: installed where we may, else named
+need() { # Debian packages: root installs them, other users get their names
     command -v dpkg-query >/dev/null || return 0
     local package missing=()
     for package in "$@"; do

@@ -75,9 +75,9 @@ ATTACHING_ERRORS = {"NoDaemonError", "DaemonLostError", "SessionLostError", "Bus
 
 
 class Soak:
-    """One run; `wrong` are the lines that say what must not be."""
+    """One run. `wrong` has a line for each thing that was wrong."""
 
-    def __init__(self, folder: Path, clients: int, seed: int, mother: ClientProcesses) -> None:
+    def __init__(self, folder: Path, clients: int, seed: int, processes: ClientProcesses) -> None:
         self.chance = Random(seed)
         self.counts: Counter[str] = Counter()
         self.wrong: list[str] = []
@@ -85,7 +85,7 @@ class Soak:
         self.daemon = MortalWeightd(self._store, folder, free_port())
         self.comparison = Comparison()
         self._clients = clients
-        self._mother = mother
+        self._processes = processes
         self._kinds: dict[int, tuple[str, str, str]] = {}  # of running clients
         self._silences = Silences()  # of clients that are not frozen
         self._excused: set[int] = set()  # processes that may end with a status other than 0
@@ -254,23 +254,23 @@ class Soak:
         pool = {"pool_bytes": LOCAL_POOL_BYTES} if transport == "grpc" else {}
         self._kinds[index] = kind
         self._started_s[index] = time.monotonic()
-        self._mother.start(
+        self._processes.start(
             index, address=self.daemon.address, model=model, prompts=PROMPTS, tokens=TOKENS, mode=mode, window=WINDOW,
             transport=transport, timeout_s=TIMEOUT_S, **pool, **what,
         )  # fmt: skip
 
     def _next(self, timeout_s: float) -> Event:
-        event = self._mother.next_event(timeout_s)
+        event = self._processes.next_event(timeout_s)
         if event is None:
-            for pid in self._mother.pids():
+            for pid in self._processes.pids():
                 os.kill(pid, signal.SIGUSR1)
-            raise RuntimeError(f"nothing was heard for {timeout_s:g} s of {self._kinds}; they say where they stand")
+            raise RuntimeError(f"nothing was heard for {timeout_s:g} s of {self._kinds}; their stack traces follow")
         return event
 
     def _hear(self, timeout_s: float, *, replace: bool) -> Event | None:
-        """Handles the next event, if one arrives in time. If this process was frozen, that counts as a second."""
+        """Handles the next event, if one arrives in time. Time in which this process was frozen counts as a second."""
         began_s = time.monotonic()
-        event = self._mother.next_event(timeout_s)
+        event = self._processes.next_event(timeout_s)
         passed_s = min(time.monotonic() - began_s, 1.0)
         if event is not None:
             self._take(event, replace=replace)
@@ -278,7 +278,7 @@ class Soak:
             if index not in self._frozen and self._silences.passed(index, passed_s):
                 self._excused.add(self._silences.pid(index))
                 self.wrong.append(
-                    f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; it says where it stands"
+                    f"{self._kinds[index]}: nothing was heard for {SILENT_S:g} s; its stack trace follows"
                 )
         return event
 
@@ -381,8 +381,8 @@ def main() -> int:
     parser.add_argument("--no-hostile", action="store_true", help="run honest clients only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
-    with TemporaryDirectory(prefix="soak-", dir=options.folder) as name, ClientProcesses() as mother:
-        soak = Soak(Path(name), options.clients, options.seed, mother)
+    with TemporaryDirectory(prefix="soak-", dir=options.folder) as name, ClientProcesses() as processes:
+        soak = Soak(Path(name), options.clients, options.seed, processes)
         try:
             with nullcontext() if options.no_hostile else HostileClients(soak.daemon.target):
                 soak.run(options.minutes)

@@ -1,5 +1,5 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Train the demo's ReLU model, or its draft, on documentation that Debian packages ship."""
+"""Trains the demo's ReLU model, or its draft, on documentation that Debian packages ship."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from torch.multiprocessing.spawn import spawn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 4096
-POSITIONS = 512
+CONTEXT_TOKENS_MAX = 512
 PAD, END = "<pad>", "</s>"
 TEXT_CHARACTERS_MIN = 100_000
-# Every fourth page is enough to choose 4096 tokens, and takes seconds.
+# The tokenizer's 4096 tokens are chosen on every fourth page. That is enough, and takes seconds.
 TOKENIZER_PAGE_STRIDE = 4
 
 
@@ -96,7 +96,7 @@ def config(hidden_size: int, layers: int, heads: int) -> OPTConfig:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         ffn_dim=4 * hidden_size,
-        max_position_embeddings=POSITIONS,
+        max_position_embeddings=CONTEXT_TOKENS_MAX,
         activation_function="relu",
         do_layer_norm_before=True,
         dropout=0.0,
@@ -123,7 +123,7 @@ def _tokenizer(pages: list[Page], folder: Path) -> PreTrainedTokenizerFast:
     texts = [page.text for page in pages[::TOKENIZER_PAGE_STRIDE] if not page.held_out]
     byte_pairs.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=byte_pairs, pad_token=PAD, bos_token=END, eos_token=END, model_max_length=POSITIONS
+        tokenizer_object=byte_pairs, pad_token=PAD, bos_token=END, eos_token=END, model_max_length=CONTEXT_TOKENS_MAX
     )
     tokenizer.save_pretrained(folder)
     return tokenizer

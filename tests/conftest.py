@@ -18,7 +18,7 @@ from weightd_proto import weightd_pb2
 
 @pytest.fixture(autouse=True, scope="session")
 def signals_are_not_ignored() -> None:
-    """nohup and pytest-xdist ignore SIGHUP and SIGINT, and processes that a test starts would inherit that."""
+    """Restores SIGHUP and SIGINT. nohup and pytest-xdist ignore them, and processes that a test starts would too."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

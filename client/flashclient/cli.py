@@ -65,7 +65,7 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--address",
-        help="of a weightd: unix:/path, or host:port with TLS; default: your own weightd, else the system's",
+        help="address of a weightd: unix:/path, or host:port with TLS (default: your own weightd, else the system's)",
     )
     where.add_argument("--store", metavar="DIR", help="attach to the weightd of this store, or start a private one")
     command.add_argument("--dram", metavar="SIZE", help="memory cap of a private weightd, such as 6.5GiB or 50%%")
@@ -88,31 +88,32 @@ def add_tls_flags(parser: Any) -> None:
 def _add_generate(command: Any) -> None:
     command.add_argument("prompt", type=_text, help="text to continue")
     command.add_argument("--mode", default="auto", help="auto (default: as calibration decided), exact or predict")
+    window = "number of last tokens whose neurons stay in memory in predict mode (default: 4)"
+    command.add_argument("--window", type=_not_negative, default=4, metavar="K", help=window)
     command.add_argument(
-        "--window", type=_not_negative, default=4, metavar="K", help="tokens whose neurons stay leased; 0: none"
-    )
-    command.add_argument(
-        "--max-new-tokens", type=_positive, metavar="N", help="default: the model's own length, or 256"
+        "--max-new-tokens", type=_positive, metavar="N", help="number of new tokens (default: the model's own, or 256)"
     )
     command.add_argument("--stats", action="store_true", help="print statistics on standard error")
 
 
 def _add_calibrate(command: Any) -> None:
-    command.add_argument("--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, like future prompts")
-    command.add_argument("--tokens", type=_positive, metavar="N", help="default: all of FILE, at most 65536")
+    command.add_argument(
+        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text that resembles future prompts"
+    )
+    command.add_argument("--tokens", type=_positive, metavar="N", help="tokens to use (default: all, at most 65536)")
     command.add_argument("--target-recall", type=float, default=0.95, help="share of firing neurons to predict")
     command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="ranks to choose from")
     command.add_argument(
         "--kind", choices=("low_rank", "sign"), default="low_rank", help="kind of predictor to publish"
     )
-    command.add_argument("--seed", type=int, default=0, help="of the training's random order")
+    command.add_argument("--seed", type=int, default=0, help="seed of the random order of training")
 
 
 def _add_eval(command: Any) -> None:
     command.add_argument(
-        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, not that of the calibration"
+        "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text, other than that of the calibration"
     )
-    command.add_argument("--tokens", type=_positive, metavar="N", help="default: all of FILE, at most 16384")
+    command.add_argument("--tokens", type=_positive, metavar="N", help="tokens to use (default: all, at most 16384)")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -188,7 +189,7 @@ def _sequences(loaded: Any, options: argparse.Namespace, tokens_max: int) -> Any
 
     if loaded.tokenizer is None:
         raise OptionError(f"model '{loaded.record.name}' was stored without a tokenizer, so it cannot read a text")
-    return read_sequences(options.text, loaded.tokenizer, loaded.positions, options.tokens, tokens_max)
+    return read_sequences(options.text, loaded.tokenizer, loaded.context_tokens, options.tokens, tokens_max)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

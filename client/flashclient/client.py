@@ -27,7 +27,7 @@ from flashclient.generation.stats import Stats
 from flashclient.generation.texts import TextStream
 from flashclient.model.loaded import load_model
 from flashclient.options import Options
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from flashclient.source.ring import RingSource
 from flashclient.standard_streams import fill as fill_standard_streams
@@ -106,8 +106,8 @@ class FlashClient:
         _close_at_exit(self._turns, self._close)
 
     def _open(self, name: str, opened: ExitStack) -> None:
-        name, address = self._find_daemon(name, opened)
-        connection = Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address))
+        name, address, private = self._find_daemon(name, opened)
+        connection = Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address), private)
         record = connection.describe(name)
         self._options.check_dtype(record.compute_dtype)
         window = self._options.window if self._options.predicts(record) else None
@@ -123,16 +123,16 @@ class FlashClient:
         self.clock = self.loaded.built.ffn.clock
         self._generator = Generator(self.loaded)
 
-    def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str]:
-        """The model's name in the store, and the address of the weightd that serves it."""
+    def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str, bool]:
+        """The model's name in the store, the address of the weightd that serves it, and whether it is a private one."""
         if self._options.store is None:
-            return name, self._options.address or default_address(os.geteuid(), os.environ)
+            return name, self._options.address or default_address(os.geteuid(), os.environ), False
         store = Path(self._options.store).resolve()
         name = import_if_path(store, name, answering())
         address, daemon = attach_or_start(store, self._options.dram, self._options.timeout_s)
         if daemon is not None:
             opened.callback(daemon.stop)
-        return name, address
+        return name, address, daemon is not None
 
     def _open_source(self, connection: Connection, record: weightd_pb2.Model, address: str) -> BundleSource:
         if not self._options.uses_shared_memory(address):

@@ -3,14 +3,14 @@
 FlashClientError              one line for the user: lower case, the value, what to try
 ├── OptionError               an unknown option, or a value that is not allowed (exit status 2); also a TypeError and
 │                             a ValueError, the classes that transformers raises
-├── NoDaemonError             nothing answers at the address; also a ConnectionError
+├── NoDaemonError             no weightd answers at the address; also a ConnectionError
 │   └── DaemonLostError       the daemon answered before and has not come back within timeout_s
 ├── StartError                the private weightd or its import failed; repeats its message
 ├── ModelNotFoundError        the store has no such model; names the models that it has
 ├── ModelError                the client cannot run a model of this kind, or the model lacks a tensor
 │   └── AbsentWeightError     the request needs FFN weights in this process; names an alternative
 ├── CalibrationError          the model has no calibration that fits it, or cannot be calibrated; says why
-├── ShareError                the daemon's pool has no room for another session
+├── ShareError                the daemon's memory has no room for another session; gives the numbers
 ├── BusyError                 the daemon has too many calls at once; try again
 ├── CorruptionError           flash returns wrong bytes or an error; names model, layer and neuron
 ├── RefusedError              the daemon refused a request for another reason; says which
@@ -33,7 +33,7 @@ class OptionError(FlashClientError, TypeError, ValueError):
 
 
 class NoDaemonError(FlashClientError, ConnectionError):
-    """Nothing answers at the address."""
+    """No weightd answers at the address."""
 
 
 class DaemonLostError(NoDaemonError):
@@ -61,7 +61,7 @@ class CalibrationError(FlashClientError):
 
 
 class ShareError(FlashClientError):
-    """The daemon's pool has no room for another session."""
+    """The daemon's memory has no room for another session."""
 
 
 class BusyError(FlashClientError):

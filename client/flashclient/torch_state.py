@@ -1,7 +1,7 @@
 """Shields this library's tensors from torch's global state, which the user may change.
 
-The default dtype belongs to the whole process and may change at any moment, in any thread: so every tensor for a kernel
-is made with an explicit dtype and device. State of the calling thread is set aside here: grad and inference mode,
+The default dtype belongs to the whole process and may change at any moment, in any thread. So every tensor for a kernel
+is made with an explicit dtype and device. This module suspends state of the calling thread: grad and inference mode,
 autocast, default device and torch's function modes.
 """
 

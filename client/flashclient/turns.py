@@ -59,7 +59,7 @@ class Turns:
             yield
 
     def watch_passes(self, model: Any) -> None:
-        """Checks and notes each forward pass of the module `model`, whoever calls it."""
+        """Checks and notes each forward pass of the module `model`, also one that the user's code starts."""
         model.register_forward_pre_hook(self._begin_pass)
         model.register_forward_hook(lambda *_: self._in_pass.discard(threading.get_ident()), always_call=True)
 
@@ -80,7 +80,7 @@ class Turns:
         self._closed = True
 
     def exit(self) -> None:
-        """Tells that the interpreter exits, while daemon threads may still be generating."""
+        """Notes that the interpreter exits, while daemon threads may still be generating."""
         self._exiting = True
 
     def await_exit(self) -> None:

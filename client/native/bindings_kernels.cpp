@@ -235,7 +235,8 @@ void bind_ffn(nb::module_& module) {
         .def("add_rows", &add_rows, "bundles"_a.noconvert(), "biases"_a.noconvert().none(),
              "row_masks"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
              "Adds to y [tokens, hidden] the sum over the neurons at these addresses, for any number of tokens of x. "
-             "biases: as for fire(). row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
+             "biases: as for fire(). row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants "
+             "the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
         .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
 }

@@ -17,7 +17,7 @@ class MemoryCgroup:
 
     @property
     def prefix(self) -> tuple[str, ...]:
-        """What a command is started with to run inside."""
+        """Put it before a command to run the command inside the cgroup."""
         return ("sh", "-c", f'echo $$ > {self.folder}/cgroup.procs && exec "$@"', "sh")
 
     @property
@@ -34,7 +34,7 @@ class MemoryCgroup:
 
 @contextmanager
 def capped_memory(limit_bytes: int) -> Iterator[MemoryCgroup]:
-    """A cgroup of this limit, page cache included. Raises OSError where none may be made."""
+    """Makes a cgroup whose processes may use `limit_bytes`, page cache included. OSError if that is not allowed."""
     first, second = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
     version = 1 if first.is_dir() else 2
     folder = (first if version == 1 else second) / f"weightd-{secrets.token_hex(4)}"

@@ -1,7 +1,7 @@
-"""Decoding along a fixed sequence of random token ids, with the time of every token.
+"""Decodes a fixed sequence of random token ids, and measures the time of every token.
 
-A model of random weights, and many a real one, repeats itself when it decodes greedily; then the same neurons fire
-again and again, which flatters every cache. Here the model computes all it would, and the next id is given.
+A model of random weights, like many real ones, repeats itself when it decodes greedily. Then the same neurons fire
+again and again, which flatters every cache. Here the model computes as usual, but the next id is given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ IDS_SPECIAL = 16  # ids below may mean "the end"
 
 
 def random_ids(vocabulary: int, count: int, seed: int) -> list[int]:
-    """The same for every program that is compared."""
+    """Random ids, the same for every program that is compared."""
     drawn = np.random.default_rng(seed).integers(IDS_SPECIAL, vocabulary, count)
     return [int(one) for one in drawn]
 
@@ -28,10 +28,10 @@ class ForcedTokens(LogitsProcessor):
     """Makes generate() take `ids` one after the other.
 
     Args:
-        between: called after each token, the prompt's included, with the clock stopped; for measuring.
+        between: called after the prompt and after each token, while the clock stands still.
 
     Attributes:
-        seconds: of each forward pass and what generate() does around it; the first is the prompt's.
+        seconds: the time of each forward pass and of what generate() does around it; the first is that of the prompt.
     """
 
     def __init__(self, ids: list[int], between: Callable[[], None] | None = None) -> None:

@@ -26,7 +26,7 @@ from benchmarks.report import Row, abba
 from benchmarks.sharing_client import Task, decode
 from flashclient._native import Window
 from flashclient.daemon.channel import Connection, SessionLostError
-from flashclient.source.border import BundleSource, Chunk
+from flashclient.source.bundle_source import BundleSource, Chunk
 from flashclient.source.ring import RingSource
 from weightd.serving.served_models import demand_of, model_spec
 from weightd.store.store import Store
@@ -101,7 +101,7 @@ class InProcessClient(flashclient.FlashClient):
 
 
 def token_ms(client: flashclient.FlashClient, task: Task, digests: set[str]) -> float:
-    """The median of a generation's tokens, the prompt's apart."""
+    """The median time of a token, without the prompt."""
     told = decode(client, task)
     digests.add(told["digest"])
     return 1e3 * float(median(told["seconds"][1:]))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 
 def read_memory(array: NDArray[Any], threads: int) -> int:
-    """The exclusive or of the 64-bit words of a contiguous array, read by so many threads.
+    """Reads a contiguous array with several threads. Returns the exclusive or of its 64-bit words.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no C++ compiler, or it fails.

@@ -1,7 +1,7 @@
 """The C++ that benchmarks compare the daemon with (scripts/benchmarks/native): built on first use, then imported.
 
-Its core is built in build/tests, with the C++ tests. `weightd._native` and `flashclient._native` are imported
-first, whose types it uses.
+Its core is built in build/tests, with the C++ tests. `weightd._native` and `flashclient._native` are imported first,
+because the module uses their types.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def bench_native() -> Any:
 
 
 def _run(*command: str) -> None:
-    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # where ninja lies
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # where ninja is
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PATH": path})
     if done.returncode:
         raise BenchError(f"{command[0]}: {(done.stdout + done.stderr).strip()[-2000:]}")

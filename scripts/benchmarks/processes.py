@@ -24,7 +24,7 @@ WEIGHTD = (sys.executable, "-m", "weightd")
 
 
 class BenchError(Exception):
-    """A part of the benchmark failed. Names the part and the last line of its standard error."""
+    """A part of the benchmark failed. The text names the part and has the last line of its standard error."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _await(process: subprocess.Popen[bytes], address: str, log_path: Path) -> No
 
 
 def module_command(name: str, *options: str) -> list[str]:
-    """Runs a module of scripts/ as a process of its own, with options of python."""
+    """The command that runs a module of scripts/ as a process. `options`: of the interpreter."""
     return ["env", f"PYTHONPATH={SCRIPTS}", sys.executable, *options, "-m", name]
 
 

@@ -22,7 +22,7 @@ def read_uncached(path: Path) -> int:
         size_bytes = os.fstat(descriptor).st_size
 
         def read_every(first: int) -> int:
-            with mmap.mmap(-1, READ_BYTES) as buffer:  # page aligned, as O_DIRECT wants it
+            with mmap.mmap(-1, READ_BYTES) as buffer:  # page-aligned, as O_DIRECT requires
                 places = range(first * READ_BYTES, size_bytes, THREADS * READ_BYTES)
                 return sum(os.preadv(descriptor, [buffer], place) for place in places)
 

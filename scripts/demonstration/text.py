@@ -1,8 +1,8 @@
 """The text that the demo's models learn: documentation of installed Debian packages, as plain paragraphs.
 
-Read are the HTML pages and POD files under the given roots (`/usr/share`, or a folder that packages were unpacked to),
-in rising order of path. Kept are English paragraphs, each once. A page is held out of training by the hash of its path
-below `share/`, so every machine holds out the same pages.
+Sources are the HTML pages and POD files under the given roots (`/usr/share`, or a folder that packages were unpacked
+to), in the order of their paths. Each English paragraph is kept once. The hash of a page's path below `share/` decides
+whether it is held out of training, so every machine holds out the same pages.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 HELD_OUT_PERCENT = 2
 PAGE_BYTES_MIN = 400
 READERS = 2
-# A paragraph shorter than this is a heading or a table's cell: they repeat and belong where they stand.
+# A shorter paragraph is a heading or a table's cell. Those repeat, and mean nothing outside their page.
 REPEATS_BELOW_CHARACTERS = 60
 FOREIGN_LETTERS_SHARE_MAX = 0.02
-# Lists of symbols and other languages: no prose to learn.
+# Lists of symbols and texts in other languages are not worth learning.
 SKIPPED = re.compile(
     r"/(_sources|_static|_modules|translations|devhelp)/|genindex|py-modindex|search\.html|contents\.html"
 )

@@ -1,7 +1,8 @@
 """One training run of a small OPT: fixed seed, fixed order of the data, resumable, sparse on purpose.
 
 The learning rate warms up, stays, and falls to zero over the last part (warm-up, stable, decay: arXiv 2404.06395,
-section 4). So a run that is resumed with other `steps` before its decay began is the run with those steps.
+section 4). A run can be resumed with another number of `steps` before the decay has begun: the result is the same as
+if it had been started with that number.
 
 ReLU makes most layers sparse by itself, but not the first one. So each layer's mean activation is added to the loss
 (L1, arXiv 2402.13516, section 3.2), with a factor that grows while more neurons fire than the target and shrinks
@@ -27,7 +28,7 @@ WARM_UP_STEPS = 200
 DECAY_SHARE = 0.25
 WEIGHT_DECAY = 0.1
 GRADIENT_NORM_MAX = 1.0
-# Per step the factor changes by at most this much, so it moves slower than the network answers.
+# The factor changes by at most this much per step, so that it changes more slowly than the network reacts.
 PENALTY_RATE = 0.003
 PENALTY_MIN, PENALTY_MAX = 1e-3, 0.5
 FIRING_MEMORY = 0.95
@@ -36,7 +37,7 @@ SAID_EVERY_STEPS = 25
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run depends on, besides its data."""
+    """The settings of a run. The result depends on them and on the data."""
 
     steps: int
     batch_rows: int
@@ -74,7 +75,7 @@ class FiringPenalty:
         return torch.stack([self._shares[index] for index in range(len(self.factors))]).cpu()
 
     def adapt(self, shares: Tensor) -> None:
-        """Change the factors for the next step, after `shares` of the neurons fired in this one."""
+        """Changes the factors for the next step. `shares`: the shares of the neurons that fired in this step."""
         self.firing = FIRING_MEMORY * self.firing + (1 - FIRING_MEMORY) * shares
         excess = ((self.firing - self.target) / self.target).clamp(-1, 1)
         self.factors = (self.factors * torch.exp(PENALTY_RATE * excess)).clamp(PENALTY_MIN, PENALTY_MAX)
@@ -118,11 +119,11 @@ def train(
     teacher: OPTForCausalLM | None = None,
     worker: int = 0,
 ) -> None:
-    """Train `model` in place on `tokens` [n]; `folder` holds the latest state, and is where a killed run goes on.
+    """Trains `model` in place on `tokens` [n]. `folder` holds the latest state, from which a killed run continues.
 
     With several workers each calls this in a process of its own, with an initialised process group, and all hold the
-    same weights after each step. One thread in each of two processes meet once a step; two threads of one process
-    meet in every operation, which on a busy machine halves the speed.
+    same weights after each step. Two processes of one thread wait for each other once per step. Two threads of one
+    process would do so in every operation, which on a busy machine halves the speed.
     """
     penalty = FiringPenalty(model, plan.firing_target)
     optimizer = _optimizer(model, plan)
@@ -175,7 +176,7 @@ def _step(
 
 
 def _averaged(model: nn.Module, shares: Tensor, workers: int) -> Tensor:
-    """Make the gradients the mean over the workers; returns that of `shares`."""
+    """Replaces the gradients by their mean over the workers. Returns the mean of `shares`."""
     if workers == 1:
         return shares
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -188,7 +189,7 @@ def _averaged(model: nn.Module, shares: Tensor, workers: int) -> Tensor:
 
 
 def _imitation(logits: Tensor, rows: Tensor, teacher: OPTForCausalLM | None) -> Tensor:
-    """How far the draft's distribution is from its teacher's: what decides how many of its tokens are accepted."""
+    """The distance of the draft's distribution from its teacher's. It decides how many of its tokens are accepted."""
     if teacher is None:
         return logits.new_zeros(())
     with torch.no_grad(), torch.autocast(rows.device.type, torch.bfloat16):
@@ -209,7 +210,7 @@ def _save(
     told: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Replace `folder` in one step, so a kill leaves the old state or the new one."""
+    """Replaces `folder` in one step, so that a kill leaves the old state or the new one."""
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     shutil.rmtree(new, ignore_errors=True)
     model.save_pretrained(new)
@@ -226,7 +227,7 @@ def _save(
 
 
 def _resume(model: OPTForCausalLM, optimizer: torch.optim.AdamW, penalty: FiringPenalty, folder: Path) -> int:
-    """The step to go on from: 0, or that of the state in `folder`, which is loaded."""
+    """Loads the state in `folder`, if there is one. Returns the step to continue from."""
     if not (folder / "training.json").exists():
         return 0
     model.load_state_dict(OPTForCausalLM.from_pretrained(folder).state_dict())

@@ -74,7 +74,7 @@ def clock_seconds(client: flashclient.FlashClient) -> dict[str, float]:
 
 
 class AgainFromFlash:
-    """For "naive": reads the weights that the daemon keeps again before each token, as if they were not kept."""
+    """For "naive": reads the weights that the daemon keeps in memory again before each token, as if it did not."""
 
     def __init__(self, path: str | None) -> None:
         self._path = None if path is None else Path(path)
@@ -109,7 +109,7 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def memory_of(daemon_pid: int) -> dict[str, int]:
-    """Proportional shares, in which a page that both map counts half for each: the sum is what they take together."""
+    """The sum of the proportional shares of both processes: a page that both of them map counts half for each."""
     return {"client_bytes": pss_bytes("self"), "daemon_bytes": pss_bytes(str(daemon_pid))}
 
 

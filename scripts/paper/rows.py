@@ -31,11 +31,11 @@ class RowPlan:
     """One row: the techniques that it uses.
 
     Attributes:
-        memory: "half" of the model; else the least with which it can be served, for streaming ("sweep") or for one
-            layer's predicted neurons at a time ("layer").
-        resident: what lies outside the FFNs stays in memory; else it is read again for each token.
+        memory: "half" of the model, or the least memory for streaming ("sweep") or for one layer's predicted neurons at
+            a time ("layer").
+        resident: whether the weights outside the FFNs stay in memory; otherwise they are read again for each token.
         dense: every neuron is read for each token, so a few tokens are measured.
-        bundled: a neuron is read with one request, else with one for each part of its bundle.
+        bundled: whether a neuron is read with one request; otherwise with one for each part of its bundle.
     """
 
     name: str
@@ -54,8 +54,8 @@ ROWS = (
     RowPlan("+predictor", memory="layer", bundled=False, flags=COLD, options={"mode": "predict", "window": 0}),
     RowPlan("+windowing", bundled=False, flags=COLD, options={"mode": "predict", "window": 4}),
     RowPlan("+bundling", flags=COLD, options={"mode": "predict", "window": 4}),
-    # Where the pool keeps what is used often, a window takes memory from it: at half of OPT-1.3B windows of 0, 1 and
-    # 2 tokens read 59, 70 and 92 MB per token.
+    # No window, because it takes memory from the pool, which keeps what is used often: with half of OPT-1.3B in memory,
+    # windows of 0, 1 and 2 tokens read 59, 70 and 92 MB per token.
     RowPlan("all", options={"mode": "predict", "window": 0}),
 )
 
@@ -116,7 +116,7 @@ def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
             None if plan.dense else str(work.checkpoint),
         )
         told: dict[str, Any] = run_json([*module_command("paper.client"), json.dumps(asdict(task))], plan.name)
-    held_bytes = 0 if again is None else again.stat().st_size  # what is read anew counts as not held
+    held_bytes = 0 if again is None else again.stat().st_size  # weights that are read again count as not held
     return told | {"dram_bytes": dram_bytes - held_bytes}
 
 
@@ -157,8 +157,9 @@ def parts(each: Callable[..., Any]) -> Row:
     """The parts of a token's time in ms: waiting for flash, computation, and the rest, which is memory management.
 
     Args:
-        each: of names of seconds, [tokens] their sum; the client's clock has `forward_s` for all of the model, in which
-            are `ffn_s`, in which are `predict_s`, `acquire_s`, `compute_s` and `wait_s`, and `head_s`.
+        each: returns the sum of the times that it is given by name, [tokens]. In the client's clock `forward_s`, the
+            time of the whole model, includes `ffn_s` and `head_s`; `ffn_s` includes `predict_s`, `acquire_s`,
+            `compute_s` and `wait_s`.
     """
     seconds, wait_s = each("seconds"), each("wait_s", "again_s")
     computing = {

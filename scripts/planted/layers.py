@@ -30,19 +30,19 @@ from torch.nn import functional
 from planted.plan import LayerPlan, Shape, normal_quantile, plan_layer
 from planted.shares import Shares, shares_of
 
-ADDED = 0.05  # deviation of what one attention or FFN adds per coordinate; that of the embeddings is 1
-POSITION = 0.1  # deviation of the position embeddings per coordinate
-SEQUENCE_TOKENS = 256  # tokens of each sequence of the sample
-SEQUENCES = 5  # sequences of the sample: the last checks the thresholds, which are set on the others
-BANK_NUMBERS = (1 << 24) + 43  # numbers in the bank of noise; odd, so rows that reuse one have it in another column
-SLICE_ROWS = 1024  # rows made at a time, which bounds the fp32 copies
+ADDED = 0.05  # standard deviation, per coordinate, of the output of one attention or FFN; that of embeddings is 1
+OF_POSITION_IDS = 0.1  # standard deviation, per coordinate, of OPT's embeddings of position ids
+SEQUENCE_TOKENS = 256  # tokens in each sequence of the sample
+SEQUENCES = 5  # sequences in the sample: thresholds are set on all but the last, and checked on the last
+BANK_NUMBERS = (1 << 24) + 43  # odd, so rows that reuse the same numbers have them in other columns
+SLICE_ROWS = 1024  # rows made at a time: bounds the memory of fp32 copies
 ROPE_THETA = 10000.0
 NORM_EPSILON = {"opt": 1e-5, "llama": 1e-6}
 TOKENS_SPECIAL = 16  # token ids below this one are never drawn
 
 
 class Noise:
-    """Makes Gaussian matrices cheaply: from consecutive numbers of one bank, beginning at a random place for each."""
+    """Makes Gaussian matrices cheaply. Each takes consecutive numbers of one bank, from a random place on."""
 
     def __init__(self, seed: int, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ class Noise:
 
 @dataclass(frozen=True)
 class LowRankPredictor:
-    """A predictor of one layer: neurons are wanted where output . (input . x) + bias > 0."""
+    """The predictor of one layer. A neuron is predicted where output . (input . x) + bias > 0."""
 
     input: Tensor  # [rank, hidden_size]
     output: Tensor  # [neurons, rank]
@@ -72,7 +72,7 @@ class LowRankPredictor:
 
 @dataclass(frozen=True)
 class Measured:
-    """The plan of a layer, and the shares measured in the sequence that set no threshold."""
+    """The plan of a layer, and the shares measured on the sequence on which no threshold was set."""
 
     plan: LayerPlan
     shares: Shares
@@ -106,7 +106,7 @@ class PlantedModel:
         self._stream = torch.empty(0)  # [sequences, tokens, hidden_size] fp32: the residual stream of the sample
 
     def outside(self) -> dict[str, Tensor]:
-        """Everything that is not in a layer, and the first residual stream of the sample."""
+        """Makes all tensors outside the layers. Starts the residual stream of the sample with the embeddings."""
         shape = self.shape
         embedding = self._noise.matrix(shape.vocabulary, shape.hidden_size, 1.0)
         ones, zeros = torch.ones(shape.hidden_size), torch.zeros(shape.hidden_size)
@@ -118,11 +118,15 @@ class PlantedModel:
             return self._typed(
                 {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": ones}
             )
-        positions = self._noise.matrix(shape.positions + 2, shape.hidden_size, POSITION)  # OPT's begin at row 2
-        self._stream = embedding[torch.from_numpy(ids)].float() + positions[2 : 2 + SEQUENCE_TOKENS].float()
+        # OPT keeps the embedding of position id 0 in row 2.
+        of_position_ids = self._noise.matrix(shape.context_tokens + 2, shape.hidden_size, OF_POSITION_IDS)
+        self._stream = embedding[torch.from_numpy(ids)].float() + of_position_ids[2 : 2 + SEQUENCE_TOKENS].float()
         final = {"model.decoder.final_layer_norm.weight": ones, "model.decoder.final_layer_norm.bias": zeros}
-        names = {"model.decoder.embed_tokens.weight": embedding, "model.decoder.embed_positions.weight": positions}
-        return self._typed(names | final)
+        embeddings = {
+            "model.decoder.embed_tokens.weight": embedding,
+            "model.decoder.embed_positions.weight": of_position_ids,
+        }
+        return self._typed(embeddings | final)
 
     def layers(self) -> Iterator[PlantedLayer]:
         """Yields each layer. A layer is made when it is requested."""
@@ -147,7 +151,7 @@ class PlantedModel:
         output = "out" if opt else "o"
         tensors[f"self_attn.{output}_proj.weight"] = self._noise.matrix(size, size, ADDED * size**-0.5)
         if not opt:
-            tensors["self_attn.o_proj.weight"][0] = 0  # nothing is added to the constant coordinate
+            tensors["self_attn.o_proj.weight"][0] = 0  # coordinate 0 must stay constant
         norms = ("self_attn_layer_norm", "final_layer_norm") if opt else ("input_layernorm", "post_attention_layernorm")
         tensors |= {f"{norm}.weight": torch.ones(size) for norm in norms}
         if opt:
@@ -253,9 +257,9 @@ def rotated(x: Tensor) -> Tensor:
 def thresholds(values: Tensor, shares: NDArray[np.float64]) -> Tensor:
     """[neurons] fp32 such that values + threshold is above 0 for these shares of the tokens.
 
-    Each neuron's threshold comes from its own mean, the layer's deviation and the normal distribution. Its own
-    quantile would be inaccurate, because a neuron may fire for one token in a thousand, and there are only a few
-    thousand. Then all thresholds are shifted by one number, so that the layer's mean share is exact.
+    Each neuron's threshold comes from its own mean, the layer's deviation and the normal distribution. A quantile of
+    its own values would be inaccurate, because a neuron may fire for one token in a thousand and the sample has only a
+    few thousand. Then all thresholds are shifted by one number, so that the layer's mean share is exact.
 
     Args:
         values: [all tokens, neurons] fp32; the last sequence is left out.

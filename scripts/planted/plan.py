@@ -49,7 +49,7 @@ class Shape:
     layers: int
     heads: int
     vocabulary: int
-    positions: int = 2048
+    context_tokens: int = 2048
 
     @property
     def rank(self) -> int:
@@ -63,7 +63,7 @@ class Shape:
             "hidden_size": self.hidden_size,
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
-            "max_position_embeddings": self.positions,
+            "max_position_embeddings": self.context_tokens,
             "vocab_size": self.vocabulary,
             "dtype": dtype,
             "bos_token_id": None,

@@ -18,7 +18,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -31,6 +30,8 @@ from typing import Any
 
 from benchmarks.processes import module_command
 
+from soaking.parent import ParentProcess
+
 Event = dict[str, Any]
 REAP_S = 0.1  # how late the end of a client may be reported
 CORRUPT_PAUSE_S = 0.2  # before the next attempt
@@ -39,11 +40,10 @@ SPEAKS_WITHIN_S = 5.0  # for a silent client's stack trace, before the client is
 
 
 class ClientProcesses:
-    """The parent process and the clients that it forks. All end with the context."""
+    """Client processes and the process that forks them. All of them end with the `with` statement."""
 
     def __enter__(self) -> ClientProcesses:
-        command = module_command("soaking.clients", "-W", "ignore")
-        self._mother = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._parent = ParentProcess(module_command("soaking.clients", "-W", "ignore"))
         self._unread = b""
         self._events: deque[Event] = deque()
         return self
@@ -51,11 +51,7 @@ class ClientProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._mother.stdin is not None
-        assert self._mother.stdout is not None
-        self._mother.stdin.close()
-        self._mother.wait()
-        self._mother.stdout.close()
+        self._parent.end()
 
     def start(self, index: int, **what: Any) -> None:
         """Starts client `index`.
@@ -64,29 +60,27 @@ class ClientProcesses:
             what: address, model and prompts; generations to make (0: until it is killed or gets SIGTERM), tokens of
                 each, and options of FlashClient.
         """
-        assert self._mother.stdin is not None
-        self._mother.stdin.write(json.dumps({"index": index} | what).encode() + b"\n")
-        self._mother.stdin.flush()
+        self._parent.stdin.write(json.dumps({"index": index} | what).encode() + b"\n")
+        self._parent.stdin.flush()
 
     def pids(self) -> list[int]:
         """The process ids of the clients."""
-        children = Path(f"/proc/{self._mother.pid}/task/{self._mother.pid}/children").read_text()
+        children = Path(f"/proc/{self._parent.pid}/task/{self._parent.pid}/children").read_text()
         return [int(pid) for pid in children.split()]
 
     def next_event(self, timeout_s: float) -> Event | None:
-        """The next event, or None after the timeout. If this process was frozen itself, that counts as a second."""
-        assert self._mother.stdout is not None
+        """The next event, or None after the timeout. Time in which this process was frozen counts as one second."""
         left_s = timeout_s
         while not self._events:
-            ready, _, _ = select.select([self._mother.stdout], [], [], min(left_s, 1.0))
+            ready, _, _ = select.select([self._parent.stdout], [], [], min(left_s, 1.0))
             if not ready:
                 left_s -= 1.0
                 if left_s <= 0:
                     return None
                 continue
-            data = os.read(self._mother.stdout.fileno(), 1 << 16)
+            data = os.read(self._parent.stdout.fileno(), 1 << 16)
             if not data:
-                raise RuntimeError(f"the clients' mother process ended with status {self._mother.wait()}")
+                raise RuntimeError(f"the parent process of the clients ended with status {self._parent.wait()}")
             *lines, self._unread = (self._unread + data).split(b"\n")
             self._events += map(json.loads, lines)
         return self._events.popleft()
@@ -116,7 +110,7 @@ class Silences:
         return sorted(self._pids)
 
     def passed(self, index: int, seconds: float) -> bool:
-        """Adds time without an event. True once, when the silence must be reported."""
+        """Adds time without an event. Returns True once: when the silence must be reported."""
         before_s = self._silent_s[index]
         self._silent_s[index] = after_s = before_s + seconds
         if before_s <= SILENT_S < after_s:
@@ -137,7 +131,7 @@ def tell(event: Event) -> None:
     os.write(1, json.dumps(event).encode() + b"\n")
 
 
-def run_mother() -> int:
+def run_parent() -> int:
     """Forks a client for each line of standard input and reports its end. Kills all clients when the input ends."""
     import flashclient.client
 
@@ -185,7 +179,7 @@ def _fork(what: dict[str, Any]) -> int:
 class _Stop(BaseException):
     """SIGTERM raised as an exception, at any moment, like KeyboardInterrupt."""
 
-    told = False  # remains if the exception is lost, as in a finalizer
+    told = False  # stays True even if the exception is lost, as in a finalizer
 
 
 def _stop(*_: object) -> None:
@@ -270,4 +264,4 @@ def _is_memory(descriptor: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(run_mother())
+    sys.exit(run_parent())

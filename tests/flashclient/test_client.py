@@ -184,9 +184,9 @@ def test_stopping(client: FlashClient) -> None:
     ids = client.tokenizer(PROMPT)["input_ids"]
     criteria = StoppingCriteriaList([MaxLengthCriteria(len(ids) + 3)])
     assert len(client.generate(ids, stopping_criteria=criteria)) == len(ids) + 3
-    positions = client.model.config.max_position_embeddings  # shorter than prompt and default together
-    assert len(ids) + NEW_TOKENS_DEFAULT > positions
-    assert len(client.generate(ids)) == positions
+    length_max = client.model.config.max_position_embeddings
+    assert len(ids) + NEW_TOKENS_DEFAULT > length_max
+    assert len(client.generate(ids)) == length_max
     free = client.generate(PROMPT, max_new_tokens=30, suppress_tokens=not_printable())
     stopped = client.generate(PROMPT, max_new_tokens=30, suppress_tokens=not_printable(), stop_strings=[free[3:5]])
     assert free.startswith(stopped)

@@ -1,4 +1,4 @@
-"""From a checkpoint to text through a real weightd: the same numbers as transformers' own model."""
+"""From a checkpoint to text through a real weightd: the same results as transformers' own model."""
 
 from __future__ import annotations
 
@@ -232,13 +232,13 @@ def test_beams_and_sampling_equal_those_of_transformers(model: Imported) -> None
         assert torch.equal(client.generate(ids, **sampling), expected)
 
 
-def test_a_length_beyond_the_table_of_positions(tmp_path: Path) -> None:
+def test_a_length_beyond_the_context(tmp_path: Path) -> None:
     model = imported("opt", tmp_path)
     with daemon_of(model, 1.0, "io_uring") as address, FlashClient(model.names[0], address=address) as client:
         prompt = torch.tensor([list(range(3, 243))])
-        with pytest.raises(OptionError, match="256 positions"):
+        with pytest.raises(OptionError, match="context of 256 tokens"):
             client.generate(prompt, max_new_tokens=18)  # the last token is not fed
-        assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as many as there is room for
+        assert client.generate(prompt, eos_token_id=-1).shape == (1, 256)  # by default as many new tokens as fit
 
 
 def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:
@@ -249,7 +249,7 @@ def test_no_page_of_the_store_is_in_the_page_cache(model: Imported) -> None:
 
 
 def test_the_daemon_keeps_within_its_cap_in_a_cgroup_of_that_sum(tmp_path: Path) -> None:
-    """With a pool of half of 72 MiB of bundles, turned over several times, --dram and 150 MiB are enough."""
+    """The pool holds half of the 72 MiB of bundles, so its cells are replaced several times."""
     sizes: dict[str, Any] = {"layers": 6, "hidden": 512, "neurons": 4096, "dtype": "bfloat16"}
     model = Imported(tmp_path / "store", ["wide"], None)
     checkpoint = make_checkpoint("llama", tmp_path / "wide", **sizes)
@@ -265,7 +265,7 @@ def test_the_daemon_keeps_within_its_cap_in_a_cgroup_of_that_sum(tmp_path: Path)
             assert stats.models[0].evictions > 1000
             assert daemon.process.poll() is None
         assert cgroup.kills == 0
-        assert dram < cgroup.peak_bytes + (20 << 20)  # memory that counts as used is used
+        assert dram < cgroup.peak_bytes + (20 << 20)  # --dram is really used
 
 
 def assert_uncached(store: Path) -> None:

@@ -91,7 +91,7 @@ def test_too_many_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     model = make_model(make_config("opt", 1))
     with FetchServer([cut(model, make_tokenizer())], tmp_path / "socket") as server:
         assert run(server.address, "--max-new-tokens", "300") == 2
-    assert capsys.readouterr().err.endswith("positions: shorten the prompt or lower --max-new-tokens\n")
+    assert capsys.readouterr().err.endswith("context of 256 tokens: shorten the prompt or lower --max-new-tokens\n")
 
 
 def test_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
-WITHIN_S = 60.0  # for what takes a moment on an idle machine
+WITHIN_S = 60.0  # time for events that take a moment on an idle machine
 FORKED = """
 import os, sys
 from flashclient import FlashClient
@@ -67,7 +67,7 @@ def clients() -> Iterator[ClientProcesses]:
 
 @pytest.fixture
 def daemon(store: Path, request: pytest.FixtureRequest) -> Iterator[Daemon]:
-    """A daemon with a pool for a third of the FFNs, or for the share that the test gives."""
+    """A daemon whose pool holds a third of the FFNs, or the share that the test gives."""
     share = getattr(request, "param", 1 / 3)
     model = Store.open(store, readonly=True).model("tiny")
     dram_bytes = demand_of(model).minimum_bytes + int(model.bundles_file_bytes * share)
@@ -91,7 +91,7 @@ def wait_for(clients: ClientProcesses, wanted: Callable[[Event], bool]) -> list[
 
 
 def expected(clients: ClientProcesses, daemon: Daemon, mode: str) -> list[list[int]]:
-    """The tokens of each prompt by a client that has the daemon to itself."""
+    """The tokens of each prompt, made by a client that uses the daemon alone."""
     start(clients, daemon, 99, mode=mode, generations=len(PROMPTS))
     seen = wait_for(clients, lambda event: event["event"] == "ended")
     return [event["tokens"] for event in seen if event["event"] == "tokens"]
@@ -116,7 +116,7 @@ def seconds_until(condition: Callable[[], bool]) -> float:
 
 
 def test_leases_of_a_killed_client_are_back_within_a_second(clients: ClientProcesses, daemon: Daemon) -> None:
-    """At several moments of a generation; the other client's tokens stay the same."""
+    """A client is killed at several moments of a generation. The other client's tokens stay the same."""
     tokens = expected(clients, daemon, "predict")
     chance = random.Random(0)
     start(clients, daemon, 0, mode="predict")
@@ -144,7 +144,7 @@ def test_leases_of_a_killed_client_are_back_within_a_second(clients: ClientProce
 def test_a_frozen_client_keeps_nobody_and_goes_on_afterwards(
     clients: ClientProcesses, daemon: Daemon, mode: str
 ) -> None:
-    """weightd takes the leases of a frozen client back after a while; when the client runs again, it attaches again."""
+    """After a while weightd takes back the leases of a frozen client. When the client runs again, it attaches again."""
     tokens = expected(clients, daemon, mode)
     start(clients, daemon, 0, mode=mode, window=64)
     frozen = wait_for(clients, lambda event: event["event"] == "tokens")[-1]["pid"]

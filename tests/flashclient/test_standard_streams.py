@@ -16,6 +16,7 @@ from tiny_store import write_model
 
 from flashclient.cli import in_flags
 from flashclient.daemon import private
+from flashclient.daemon.channel import in_arguments
 from flashclient.options import Options
 from weightd import cli
 
@@ -115,6 +116,7 @@ def test_an_import_that_is_ended_takes_back_what_it_wrote(
     ("words", "expected"),
     [
         ("dram=2 is 2 bytes: pass store= too", "--dram 2 is 2 bytes: pass --store too"),
+        ("needs 9MiB of dram=8MiB: raise dram= to 9MiB", "needs 9MiB of --dram 8MiB: raise --dram to 9MiB"),
         ("mode='fast' is not known", "--mode 'fast' is not known"),
         ("raise timeout_s=", "raise --timeout-s"),
         ("tls_cert= and tls_key= belong together", "--tls-cert and --tls-key belong together"),
@@ -141,6 +143,10 @@ def test_a_store_that_is_no_path_is_refused() -> None:
         Options(store="/tmp/a\0b")
 
 
-def test_the_daemons_flag_is_our_argument_and_its_commands_stay() -> None:
+def test_a_private_daemons_flag_becomes_our_argument() -> None:
+    assert in_arguments("needs 9MiB of --dram 8MiB: raise --dram to 9MiB") == (
+        "needs 9MiB of dram=8MiB: raise dram= to 9MiB"
+    )
+    assert in_arguments("--dram-floor 9MiB is above --dram 8MiB") == "--dram-floor 9MiB is above dram=8MiB"
     words = ["weightd: serving", "weightd: --dram 1KiB is too small: raise --dram, or `weightd rm m --store s`"]
-    assert private._in_arguments(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"
+    assert private._last_words(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"

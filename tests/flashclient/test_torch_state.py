@@ -1,4 +1,4 @@
-"""torch's global state, which a program may set, does not change what a client computes."""
+"""A program may set torch's global state. That does not change what a client computes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from weightd import cli
 PROMPT = [[5, 17, 200, 31, 8]]
 NEW_TOKENS = 8
 CHANGED_AT = 3  # tokens made before another thread changes the state
-TOLERANCE = 1e-4  # of logits; a 16-bit rounding anywhere moves them by more
+TOLERANCE = 1e-4  # of logits; rounding to 16 bits anywhere changes them by more
 
 
 State = Callable[[], AbstractContextManager[object]]
 
 
 class Halving(TorchFunctionMode):
-    """Makes 16-bit floats wherever no dtype is given."""
+    """Makes torch use 16-bit floats where no dtype is given."""
 
     FACTORIES = (torch.empty, torch.zeros, torch.zeros_like, torch.ones, torch.full, torch.arange, torch.tensor)
 

@@ -31,9 +31,9 @@ def instrument() -> None:
 
 
 def rehearse(record: weightd_pb2.Model, files: Path) -> str:
-    """An import tries its files out in a child process: done here, it is under the fuzzer's limits.
+    """Runs the rehearsal of an import, usually a child process, in this process, where the fuzzer's limits apply.
 
-    Whatever it raises would end the child, and the import with it, in one line.
+    Any exception would end the child, and the import would fail with one line.
     """
     try:
         return rehearse_here(record, files)

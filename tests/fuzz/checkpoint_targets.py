@@ -1,6 +1,6 @@
 """Fuzz targets: checkpoints that somebody else made, through the whole of an import.
 
-An import is done, or it is refused with a CheckpointError or a SpaceError; everything else that escapes is a finding.
+An import succeeds, or is refused with a CheckpointError or a SpaceError. Any other exception is a finding.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONFIG_KEYS = [
 ]  # fmt: skip
 WEIGHTS_BYTES_MAX = 1 << 20  # of what is written to fit a configuration
 ELEMENT_BYTES = 2
-SECRET = b"\x3f\x3f"  # as BF16: what the weights outside of a checkpoint consist of
+SECRET = b"\x3f\x3f"  # the elements of weights outside of a checkpoint, in BF16
 
 
 rehearsal._rehearse = lambda record, folder: ""  # a child process for each input
@@ -49,7 +49,7 @@ rehearsal._rehearse = lambda record, folder: ""  # a child process for each inpu
 
 @cache
 def folder() -> Path:
-    """One for all inputs of this process; it stays, so that a finding can be looked at."""
+    """One folder for all inputs of this process. It is not removed, so that a finding can be examined."""
     return Path(tempfile.mkdtemp(prefix="weightd-fuzz-"))
 
 
@@ -72,7 +72,7 @@ def _file(data: bytes) -> Path:
 def model_config(data: bytes) -> None:
     """config.json, generation_config.json and tokenizer_config.json, with a zero byte between them.
 
-    The weights are made to fit config.json, where that says a model of a sensible size.
+    If config.json describes a model of a sensible size, the weights are made to fit it.
     """
     checkpoint = _empty("checkpoint")
     for name, text in zip(CONFIG_FILES, data.split(b"\0"), strict=False):
@@ -86,7 +86,7 @@ def model_config(data: bytes) -> None:
 
 
 def index_file(data: bytes) -> None:
-    """The index of sharded weights: the first byte says of which kind, the rest is the file.
+    """The index of sharded weights. The first byte selects the kind, the rest is the file.
 
     There are two shards, and another file of the same kind outside the checkpoint, which must never get into a store.
     """
@@ -104,13 +104,13 @@ def _empty(name: str) -> Path:
 
 
 def _write_weights(path: Path, shapes: Any, element: bytes = b"\0\0") -> None:
-    """A safetensors file of the same element everywhere."""
+    """A safetensors file whose elements are all the same."""
     header = header_of({name: ("BF16", shape) for name, shape in shapes.items()}, alignment_bytes=1)
     path.write_bytes(header + element * sum(map(prod, shapes.values())))
 
 
 def _import(checkpoint: Path) -> None:
-    """Imports it, and deletes what came of it. Nothing of a refused one stays."""
+    """Imports the checkpoint and deletes the model. Asserts that a refused import leaves nothing."""
     with Store.open(folder() / "store", create=True) as store:
         with suppress(CheckpointError, SpaceError):
             import_checkpoint(checkpoint, store, "m", allow_buffered=True)

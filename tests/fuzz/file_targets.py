@@ -1,8 +1,7 @@
-"""Fuzz targets: the other files that somebody else may have written or damaged.
+"""Fuzz targets: other files that somebody else may have written or damaged.
 
-Each takes any bytes and lets out only errors that are a fault.
-
-What is refused raises the one class that its reader promises; everything else that escapes is a finding.
+Each target takes any bytes. It suppresses the one error class with which the reader refuses a file. Any other exception
+is a finding.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from weightd_proto import weightd_pb2
 
 @cache
 def folder() -> Path:
-    """One for all inputs of this process; it stays, so that a finding can be looked at."""
+    """One folder for all inputs of this process. It is not removed, so that a finding can be examined."""
     return Path(tempfile.mkdtemp(prefix="weightd-fuzz-"))
 
 
@@ -69,14 +68,14 @@ def _served() -> tuple[Store, EngineThread]:
 
 
 def stop() -> None:
-    """Ends what the targets keep running."""
+    """Ends the processes and threads that the targets keep running."""
     if _served.cache_info().currsize:
         _served()[1].close()
         _served.cache_clear()
 
 
 def catalog_record(data: bytes) -> None:
-    """The record of a model as a store of format 1 may hold it: with nothing that vouches for it."""
+    """The record of a model as a store of format 1 may hold it: without a checksum."""
     store, engine = _served()
     with suppress(StoreError, DeviceError, SpaceError):
         record = _parsed(data)
@@ -98,7 +97,10 @@ def _catalog() -> bytes:
 
 
 def catalog_pages(data: bytes) -> None:
-    """Each eight bytes change the catalog: where, and to what; one left over cuts it. It is refused, or right."""
+    """Each eight bytes name a place in the catalog and a new value; bytes left over truncate it.
+
+    The catalog is refused, or its records are right.
+    """
     content = bytearray(_catalog())
     for first in range(0, len(data) - 7, 8):
         at = int.from_bytes(data[first : first + 4], "little") % len(content)

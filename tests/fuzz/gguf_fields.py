@@ -1,8 +1,8 @@
-"""A GGUF header as fields that can be changed, apart from the reader that is fuzzed.
+"""A GGUF header as fields that can be changed. Its code is separate from the reader that is fuzzed.
 
     b"GGUF", version, tensors, entries; each entry key, type, value; each tensor name, dimensions, type, offset
 
-(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) The magic is left to the caller.
+(https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) The caller adds the magic.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Reader:
 
 
 def parse(data: bytes) -> Header:
-    """ValueError for what is no whole header (without its magic)."""
+    """ValueError if the bytes are not a whole header (without its magic)."""
     reader = _Reader(data)
     version, tensors, entries = reader.number(4), reader.number(8), reader.number(8)
     made = tuple(reader.entry() for _ in range(entries))

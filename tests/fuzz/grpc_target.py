@@ -1,7 +1,7 @@
 """Fuzz target: the bytes of gRPC messages in sequences of calls, sent to a real server of this process.
 
-Every call ends in time, with an answer or a status that says what is wrong with the request, never with a fault of the
-daemon; and a client beside it keeps getting the right bytes.
+Every call ends in time, with an answer or with a status that says what is wrong with the request, but never with a
+fault of the daemon. Meanwhile another client keeps getting the right bytes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from weightd_proto import weightd_pb2 as pb
 from weightd_proto import weightd_pb2_grpc
 
 DRAM_BYTES = 64 << 20
-ANSWER_S = 60  # a hang; a busy machine takes seconds
+ANSWER_S = 60  # longer is a hang; a busy machine takes seconds
 HELLO = struct.Struct("<II16s")
 MAGIC, VERSION = 0x676E6972, 2
 CALLS_MAX = 12  # of one input
@@ -66,7 +66,7 @@ REFUSALS = {
     grpc.StatusCode.ABORTED,
     grpc.StatusCode.PERMISSION_DENIED,
 }
-UNPARSED = ("Exception deserializing request!", "Error parsing message")  # gRPC's own answers to what is no message
+UNPARSED = ("Exception deserializing request!", "Error parsing message")  # gRPC's answers to bytes of no message
 
 
 class Served:
@@ -134,7 +134,7 @@ def grpc_messages(data: bytes) -> None:
                 unparsed = any(words in details for words in UNPARSED)
                 if not unparsed and error.code() not in REFUSALS:
                     raise AssertionError(f"{error.code()}: {details}") from error
-        while here.tokens:  # else they would keep what they have for seconds
+        while here.tokens:  # otherwise the sessions would keep their slots for seconds
             _attach(here, b"", connections)
     _expect_right_bytes(here, len(data))
 
@@ -153,7 +153,7 @@ def joined(calls: list[tuple[int, bytes]]) -> bytes:
 
 
 def _call(here: Served, kind: str, message: bytes, connections: ExitStack) -> None:
-    raw: Any = here.channel  # whose types know no messages that are bytes
+    raw: Any = here.channel  # Any, because its type stubs do not allow messages of bytes
     if kind in UNARY:
         answer = raw.unary_unary(f"/{SERVICE_NAME}/{kind}")(message, timeout=ANSWER_S)
         if kind == "OpenSession":
@@ -169,7 +169,7 @@ def _call(here: Served, kind: str, message: bytes, connections: ExitStack) -> No
 
 
 def _attach(here: Served, hello: bytes, connections: ExitStack) -> None:
-    """With the token of the last OpenSession; `hello` in place of ours, where there is one."""
+    """Attaches with the token of the last OpenSession. `hello`, if given, replaces the valid Hello."""
     if not hello and here.tokens:
         hello = HELLO.pack(MAGIC, VERSION, here.tokens.pop())
     with suppress(OSError):
@@ -183,7 +183,7 @@ def _attach(here: Served, hello: bytes, connections: ExitStack) -> None:
 
 
 def _parted(message: bytes, model: TinyModel) -> Iterator[bytes]:
-    """Messages of two bytes' length each; the import that the header must name is put in where there is none."""
+    """Messages, each after its length in two bytes. If the header names no import, the right one is filled in."""
     while message:
         size_bytes = int.from_bytes(message[:2], "little") % PART_BYTES_MAX
         part, message = message[2 : 2 + size_bytes], message[2 + size_bytes :]
@@ -211,7 +211,7 @@ def _expect_right_bytes(here: Served, number: int) -> None:
 
 
 def _mutate(calls: list[tuple[int, bytes]], random: Random) -> bytes:
-    """One call more, one less, two in another order, or a field of one changed."""
+    """Adds a call, removes one, swaps two, or changes a field of one."""
     at = random.randrange(len(calls)) if calls else 0
     match random.randrange(6):
         case 0 if calls:
@@ -227,7 +227,7 @@ def _mutate(calls: list[tuple[int, bytes]], random: Random) -> bytes:
 
 
 def _changed(kind: int, message: bytes, random: Random) -> bytes:
-    """The message with some of its fields changed; at most 60 KiB, which two bytes of length can say."""
+    """The message with some of its fields changed. It has at most 60 KiB, so that its length fits into two bytes."""
     made = MESSAGES.get(KINDS[kind % len(KINDS)])
     if made is None:
         return random.choice((b"", random.randbytes(24), random.randbytes(300)))

@@ -1,7 +1,7 @@
-"""Structure-aware mutation: a JSON text, a protobuf message, a GGUF or safetensors header changed by field.
+"""Structure-aware mutation: changes fields of a JSON text, a protobuf message, or a GGUF or safetensors header.
 
-Plain bytes seldom get past the first check of such an input. What does not parse, and one input in RAW_SHARE, is left
-to libFuzzer's own mutation of bytes.
+Inputs whose bytes were changed at random seldom pass the first check of a reader. Inputs that cannot be parsed, and one
+in RAW_SHARE of the others, are mutated by libFuzzer as plain bytes.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ RAW_SHARE = 8  # one in so many is mutated as bytes
 
 @dataclass(frozen=True)
 class Mutator:
-    """`parse` raises ValueError or DecodeError for what it does not know; `change` makes new bytes of its result."""
+    """`parse` raises ValueError or DecodeError for other inputs. `change` makes new bytes from its result."""
 
     parse: Callable[[bytes], Any]
     change: Callable[[Any, Random], bytes]
 
     def by_field(self, data: bytes, seed: int) -> bytes | None:
-        """Some fields changed; None where `data` has none."""
+        """`data` with some fields changed; None if it has no fields."""
         try:
             return self.change(self.parse(data), Random(seed))
         except (ValueError, DecodeError, RecursionError):
             return None
 
     def __call__(self, data: bytes, max_size: int, seed: int) -> bytes:
-        """As atheris calls it."""
+        """The custom mutator, with the arguments that atheris passes."""
         import atheris  # only there while fuzzing
 
         changed = self.by_field(data, seed) if seed % RAW_SHARE else None
@@ -54,7 +54,7 @@ def json_text(value: Any) -> bytes:
 
 
 def change_json(value: Any, random: Random, keys: Sequence[str] = ()) -> Any:
-    """`value` with one to four of its parts changed; `keys` are names that a reader may look for."""
+    """`value` with one to four of its parts changed. `keys`: names that a reader may look for."""
     for _ in range(random.choice((1, 1, 2, 4))):
         value = _change_one(value, random, keys)
     return value
@@ -90,7 +90,7 @@ def _change_part(holder: Any, key: Any, other: tuple[Any, Any], random: Random, 
 
 
 def _places(value: Any) -> Any:
-    """Every part of the value, as what holds it and its key there."""
+    """Every part of the value: the object that contains it, and its key there."""
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in list(parts):
         yield value, key
@@ -112,7 +112,7 @@ def _nudged(value: Any, random: Random) -> Any:
 
 
 def safetensors(keys: Sequence[str]) -> Mutator:
-    """Of a file: the length of its header, the header, the data. `keys` are names that a reader may look for."""
+    """Mutates a file: the length of its header, the header, or the data. `keys`: names that a reader may look for."""
     known = [*keys, "dtype", "shape", "data_offsets"]
 
     def mutate(parsed: tuple[Any, bytes], random: Random) -> bytes:

@@ -67,7 +67,7 @@ def metric_names() -> set[str]:
 
 
 def labels_of(name: str) -> set[str]:
-    """That a series of this name has."""
+    """The labels of the series of this name."""
     if name in OF_OTHERS:
         return OF_SCRAPE
     metric = next(
@@ -77,7 +77,10 @@ def labels_of(name: str) -> set[str]:
 
 
 def assert_known(expression: str, *shown: str) -> None:
-    """Its metrics, and the labels that it groups by or selects; `shown`: labels that its result must have."""
+    """Checks the metrics of a query, and the labels that it groups by or selects.
+
+    `shown`: labels that its result must have.
+    """
     used = re.findall(r"\b(?:weightd|process)_\w+|\bup\b", expression)
     assert used, expression
     assert set(used) <= metric_names(), expression
@@ -181,7 +184,7 @@ def test_the_images_copy_what_there_is() -> None:
 
 
 def probes() -> dict[str, list[str]]:
-    """The commands with which others look after weightd."""
+    """The commands with which Docker and Kubernetes check weightd's health."""
     ((image,),) = [re.findall(r"HEALTHCHECK .*\\\n\s+CMD (\[.*\])", (DEPLOY / "Dockerfile").read_text())]
     documents = {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text())}
     (container,) = documents["DaemonSet"]["spec"]["template"]["spec"]["containers"]

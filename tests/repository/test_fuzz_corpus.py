@@ -1,4 +1,4 @@
-"""What fuzzing has found, and what it starts from, tried by every run of the tests."""
+"""Every run of the tests tries the inputs that fuzzing has found and those that it starts from."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_mutation_by_field_begins_with_the_file_itself() -> None:
 
 @pytest.mark.parametrize("name", sorted(MUTATORS))
 def test_inputs_that_were_mutated_by_field_are_answered_or_refused(name: str) -> None:
-    """Three steps from each whole input, the same in every run."""
+    """Tries three mutations of each input that can be parsed, the same ones in every run."""
     for path in sorted((FUZZ / "corpus" / name).iterdir()):
         data: bytes | None = path.read_bytes()
         for seed in range(3):

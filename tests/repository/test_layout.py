@@ -41,6 +41,7 @@ TABLE = {
         daemon: errors
         source: errors daemon
         model: errors torch_state turns daemon source
+        recipes: errors
         generation: errors torch_state source model
         calibration: errors memory_limits daemon source model
         options: errors daemon model
@@ -50,7 +51,7 @@ TABLE = {
         __init__: client
     """,
 }
-# What weightd uses of the client: what both need and no message carries, and for `weightd top` being a client.
+# The modules of the client that weightd may import: code that both need, and the client that `weightd top` is.
 CLIENT_IN_WEIGHTD = {
     "cli": {"standard_streams"},
     "machine": {"memory_limits", "standard_streams"},
@@ -112,7 +113,7 @@ def test_the_table_names_every_package_after_those_that_it_imports(top: str) -> 
 
 @pytest.mark.parametrize("top", TABLE)
 def test_modules_of_a_package_import_each_other_without_a_circle(top: str) -> None:
-    """Imports inside functions count, too: they would only hide the circle."""
+    """Imports inside functions count, too: they would only hide a circle."""
     edges: dict[str, set[str]] = {}
     for _, path in modules(top):
         name = ".".join((top, *path.relative_to(FOLDERS[top]).with_suffix("").parts))

@@ -1,4 +1,4 @@
-"""Every example of README.md, run as it stands: on a tiny checkpoint of the name used there, in a folder of its own."""
+"""Runs every example of README.md unchanged, on a tiny checkpoint of the name used there, in a new folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PYTHON = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the examples are run; the store in it is made by the README's own first command."""
+    """The folder in which the examples run. The README's first command makes the store in it."""
     folder = tmp_path_factory.mktemp("readme")
     make_checkpoint("opt", folder / MODEL, dtype="float16")
     run(example("weightd import"), folder)
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def example(start: str) -> list[str]:
-    """The README's one command that begins so, without the explanation behind it."""
+    """The README's only command that begins with `start`, without the explanation behind it."""
     found = [re.split(r"\s{3,}", line)[0] for line in COMMANDS if line.startswith(start)]
     assert len(found) == 1, found
     return shlex.split(found[0])

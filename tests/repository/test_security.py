@@ -1,4 +1,4 @@
-"""SECURITY.md promises nothing that no test shows."""
+"""Everything that SECURITY.md promises is shown by a test."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_what_is_not_held_cannot_be_given_back(engine: Any) -> None:
 
 
 def arrivals(engine: Any) -> dict[int, int]:
-    """Address by cell of all that is on its way."""
+    """Waits for all requested cells. Returns their addresses by cell."""
     addresses: dict[int, int] = {}
     while batch := engine.arrived():
         addresses |= batch

@@ -120,7 +120,7 @@ def work_of(store: Path) -> Work:
 def test_without_bundling_each_part_is_read_by_a_request_of_its_own(tmp_path: Path) -> None:
     wide = write_model(tmp_path / "store", layers=1, neurons=40, bundle_bytes=3 * 4096)
     program = unbundled_weightd(work_of(tmp_path / "store"))
-    positions = [0, 1, 2, 4, *range(10, 40)]  # 3 lies between, and weightd would read it with its neighbours
+    positions = [0, 1, 2, 4, *range(10, 40)]  # weightd would read 3 too, as a gap between 2 and 4
     with serving(tmp_path / "store", 64 << 20, COLD, program) as daemon:
         connection = Connection(daemon.address, 60.0)
         wanted = pb.NeuronSet(layer=0, positions=[pb.Range(begin=each, end=each + 1) for each in positions])

@@ -21,12 +21,12 @@ NEW_TOKENS = 48
 PROMPTS = ("The function returns a list of", "If the file does not exist,", "This option was added in version")
 
 
-CALIBRATION_TOKENS = 2048  # enough for predictors that generate; the demo takes more for the sake of quality
+CALIBRATION_TOKENS = 2048  # enough for this test; the demo takes more for better predictors
 
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the demo has put its store; the model in it is calibrated, on less text than a user's."""
+    """The folder of the demo's store. Its model is calibrated on less text than in a user's demo."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("demonstration.sparse.CALIBRATION_TOKENS", CALIBRATION_TOKENS)

@@ -1,4 +1,4 @@
-"""Training of the demo models: the plan's parts, and that a run that was stopped ends like one that was not."""
+"""Training of the demo models: the parts of the plan, and that a run that was interrupted has the same result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scripts/make_planted_model.py: the checkpoint is what transformers makes of it, and fires as planned."""
+"""scripts/make_planted_model.py: transformers can load the checkpoint, and its neurons fire as planned."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from weightd.checkpoint.opening import open_checkpoint
-from weightd.importing.families import recipe_of
-from weightd.importing.sources import sources_of
+from weightd.importing.families import derive, recipe_of
+from weightd.importing.sources import used_tensors
 
 SCRIPT = SCRIPTS / "make_planted_model.py"
 TINY = ("opt-tiny", "llama-tiny")
@@ -93,7 +93,7 @@ def test_every_layer_fires_as_planned(planted: tuple[str, Path]) -> None:
 
 
 def test_the_stream_is_the_one_of_transformers(planted: tuple[str, Path]) -> None:
-    """Thresholds were set on what really flows through the model."""
+    """The thresholds fit the residual stream that transformers computes."""
     name, folder = planted
     made = PlantedModel(SHAPES[name], torch.bfloat16, seed=0)
     made.outside()
@@ -131,8 +131,8 @@ def test_firing_in_transformers_is_the_planned_one(planted: tuple[str, Path]) ->
 def test_weightd_finds_every_tensor(planted: tuple[str, Path]) -> None:
     _, folder = planted
     checkpoint = open_checkpoint(folder)
-    recipe = recipe_of(checkpoint.config)
-    assert sources_of(recipe, checkpoint)[1].keys() == recipe.shapes().keys()
+    shapes = recipe_of(checkpoint.config).shapes()
+    assert used_tensors(derive(checkpoint), checkpoint.tensors).keys() == shapes.keys()
 
 
 def test_the_same_seed_gives_the_same_model(planted: tuple[str, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Command lines of the scripts: they start as README names them, explain themselves, and refuse a wrong flag alike."""
+"""Command lines of the scripts: they start as README names them, have --help, and refuse wrong flags alike."""
 
 from __future__ import annotations
 

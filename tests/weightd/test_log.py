@@ -123,7 +123,7 @@ def test_what_others_write_is_a_json_line_too() -> None:
 
 
 def test_bytes_of_a_client_never_get_into_the_log(tmp_path: Path) -> None:
-    """gRPC's core would tell of a connection error with the words that the client gave for it."""
+    """gRPC's core would log a connection error with the text that the client sent for it."""
     store = tmp_path / "store"
     write_model(store)
     with serving(store, "--dram", "64MiB", "--log-format", "json") as daemon:

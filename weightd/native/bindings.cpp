@@ -4,6 +4,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <cerrno>
@@ -297,23 +298,39 @@ void checksum_bundles(const weightd::BundleShape& shape, const ReadBytes& cells,
         checksums.data()[i] = weightd::checksum({data_of(cells) + shape.offset_bytes(i), shape.bundle_bytes()});
 }
 
-void cut(const weightd::BundleShape& shape, const std::vector<ReadBytes>& rows, const std::vector<std::string>& dtypes,
-         const ReadBytes& down, std::size_t first, const WriteBytes& cells, const WriteChecksums& checksums) {
-    require(rows.size() == shape.row_parts() && dtypes.size() == rows.size(), "row parts do not fit the shape");
-    const std::size_t column_bytes = shape.part_bytes(shape.row_parts());
-    const std::size_t neurons = down.size() / column_bytes;
-    require(neurons * column_bytes == down.size(), "down matrix does not fit hidden_size");
-    require(first + checksums.size() <= neurons, "neurons beyond the down matrix");
-    require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
-    std::vector<weightd::Rows> parts;
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-        parts.push_back({data_of(rows[i]), weightd::compute_dtype_named(dtypes[i])});
-        require(rows[i].size() == checksums.size() * shape.hidden_size * weightd::bytes_of(parts[i].dtype),
-                "rows do not fit the bundles");
+// A part's matrix: data, dtype, whether the values are columns, the first neuron's row or column, and the step.
+using CutPart = std::tuple<ReadBytes, std::string, bool, std::size_t, std::size_t>;
+
+weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, std::size_t part, const CutPart& given,
+                                std::size_t neurons) {
+    const auto& [data, dtype_name, columns, first, step] = given;
+    const weightd::Dtype dtype = weightd::compute_dtype_named(dtype_name);
+    const std::size_t elements = data.size() / weightd::bytes_of(dtype);
+    const std::size_t width = columns ? elements / shape.hidden_size : shape.hidden_size;
+    require(elements * weightd::bytes_of(dtype) == data.size() && step > 0, "a part is not a matrix");
+    // Divisions instead of products, which could overflow.
+    if (columns) {
+        require(width * shape.hidden_size == elements, "columns do not have hidden_size values");
+        require(shape.parts[part].plain() == dtype, "columns are not in the dtype of their part");
+        require(step <= weightd::COLUMN_STEP_MAX, "columns lie too far apart");
+        require(first / step <= width / step && neurons <= width / step - first / step, "neurons beyond the columns");
+    } else {
+        const std::size_t rows = elements / shape.hidden_size;
+        require(neurons == 0 || (first < rows && (neurons - 1) <= (rows - 1 - first) / step),
+                "neurons beyond the rows");
     }
+    return {data_of(data), dtype, columns, width, first, step};
+}
+
+void cut(const weightd::BundleShape& shape, const std::vector<CutPart>& given, const WriteBytes& cells,
+         const WriteChecksums& checksums) {
+    require(given.size() == shape.parts.size(), "parts do not fit the shape");
+    require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
+    std::vector<weightd::PartMatrix> parts;
+    for (std::size_t i = 0; i < given.size(); ++i) parts.push_back(part_matrix(shape, i, given[i], checksums.size()));
     const std::span<std::uint64_t> results(checksums.data(), checksums.size());
     const nb::gil_scoped_release released;
-    weightd::cut_bundles(shape, parts, {data_of(down), neurons}, first, data_of(cells), results);
+    weightd::cut_bundles(shape, parts, data_of(cells), results);
 }
 
 weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, std::size_t hidden_size, std::size_t stride_bytes,
@@ -345,9 +362,10 @@ void bind_bundle(nb::module_& module) {
     module.def("checksum", &checksum_bytes, nb::arg("bytes"), "XXH3-64 of a uint8 array.");
     module.def("convert", &convert_bytes, nb::arg("source"), nb::arg("source_dtype"), nb::arg("target"),
                nb::arg("target_dtype"), "Converts elements between F32, BF16 and F16; both arrays are uint8.");
-    module.def("cut_bundles", &cut, nb::arg("shape"), nb::arg("rows"), nb::arg("row_dtypes"), nb::arg("down"),
-               nb::arg("first"), nb::arg("cells"), nb::arg("checksums"),
-               "Cuts neurons [first, first + len(checksums)) into cells; arrays are uint8, checksums uint64.");
+    module.def(
+        "cut_bundles", &cut, nb::arg("shape"), nb::arg("parts"), nb::arg("cells"), nb::arg("checksums"),
+        "Cuts len(checksums) neurons into cells. A part is (bytes of a matrix, dtype, whether neurons are columns, "
+        "row or column of the first neuron, step to the next); arrays are uint8, checksums uint64.");
     module.def("checksum_bundles", &checksum_bundles, nb::arg("shape"), nb::arg("cells"), nb::arg("checksums"),
                "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
     module.def("block_size_bytes", &block_size_bytes, nb::arg("path"), nb::call_guard<nb::gil_scoped_release>(),

@@ -150,7 +150,7 @@ def _parser() -> FlagParser:
 
 def _path(text: str) -> Path:
     if not text:
-        raise argparse.ArgumentTypeError("an empty name is no path")
+        raise argparse.ArgumentTypeError("a path cannot be empty")
     return Path(text)
 
 
@@ -158,7 +158,7 @@ def _descriptor(text: str) -> int:
     try:
         os.fstat(int(text))
     except (ValueError, OverflowError, OSError):
-        raise argparse.ArgumentTypeError(f"'{text}' is no open descriptor") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not an open descriptor") from None
     return int(text)
 
 

@@ -4,7 +4,7 @@ WeightdError                  one line for the user: lower case, the value, what
 ├── UsageError                wrong flags or configuration (exit status 2)
 ├── CheckpointError           the checkpoint to import is missing, incomplete or of an unknown kind
 ├── RequestError              a remote call names a layer, neuron or range that is not there, or contradicts itself
-│   └── LimitError            it sends, or asks for, more than one call may
+│   └── LimitError            a remote call sends, or asks for, more than is allowed
 ├── BusyError                 too many calls run at once; try again later
 ├── SilenceError              a remote caller sent nothing, or read nothing, for too long
 ├── ForbiddenError            a remote caller may not do this

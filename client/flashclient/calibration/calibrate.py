@@ -54,13 +54,13 @@ def check_sparse(loaded: LoadedModel) -> None:
     """Raises CalibrationError for mixtures, and where no neuron of the model's activation is ever exactly zero."""
     if any(layer.experts for layer in loaded.record.layers):
         raise CalibrationError(
-            f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so there is nothing to predict"
+            f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so nothing is predicted"
         )
     activation = loaded.record.activation
     if not has_exact_zeros(activation):
         raise CalibrationError(
-            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation.function}, is never exactly zero,"
-            " so predict mode would lose quality or read everything; run it in mode 'exact'"
+            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation.function}, is never"
+            " exactly zero, so predict mode would lose quality or read everything; run it in mode 'exact'"
         )
 
 

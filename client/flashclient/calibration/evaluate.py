@@ -30,7 +30,7 @@ from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
 
 TOKENS_DEFAULT = 16384
-DENSE_HEADROOM = 1.2  # memory of a dense model and its forward pass, in sizes of its weights
+DENSE_HEADROOM = 1.2  # memory of a dense model and its forward pass, as a multiple of the size of its weights
 
 
 @dataclass
@@ -149,7 +149,7 @@ def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
 
 
 def _evaluate_dense(loaded: LoadedModel, result: Evaluation, progress: bool) -> Tensor | None:
-    """Returns the most likely next tokens, as `_run` does; None if the model does not fit into memory."""
+    """Returns the most likely next tokens, as _run() does; None if the model does not fit into memory."""
     record = loaded.record
     needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
     free = free_bytes(memory_limits())
@@ -166,7 +166,10 @@ def _evaluate_dense(loaded: LoadedModel, result: Evaluation, progress: bool) -> 
 
 
 def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor]) -> Tensor:
-    """Returns the most likely next tokens [sequences, length] of the reference model: this one if there is none yet."""
+    """Adds to `quality` how well `model` predicts.
+
+    Returns the most likely next tokens [sequences, length] of the reference model, which is this one if there is none.
+    """
     likeliest = torch.empty_like(result.sequences) if result.likeliest is None else result.likeliest
     for row, ids in enumerate(rows):
         logits = model(input_ids=ids[None], use_cache=False).logits[0].float()

@@ -21,7 +21,7 @@ from flashclient.model.build import resident_tensors
 from flashclient.model.dtypes import DTYPES
 from flashclient.model.install import biases_of, streamed_ffns
 from flashclient.model.loaded import LoadedModel
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import part_bytes
 
@@ -90,7 +90,7 @@ class LayerWalk:
         return self._feed_forward(rows).to(x.dtype).view(x.shape)
 
     def record_calls(self, example: Tensor) -> None:
-        """Keeps what decoder layers are called with besides the hidden states: masks and positions, equal for all."""
+        """Keeps the decoder layers' other arguments (masks, position ids), which are the same for all layers."""
 
         def keep(index: int, hidden: Tensor, **arguments: Any) -> Tensor:
             self._calls[index] = arguments
@@ -138,13 +138,13 @@ class LayerWalk:
         return module(input_ids=ids, use_cache=False)
 
     def _layers_call(self, call: Callable[..., Tensor]) -> AbstractContextManager[None]:
-        """Decoder layers call `call(index, hidden, **arguments)` instead of computing."""
+        """Inside the `with` statement decoder layers run `call(index, hidden, **arguments)` instead of computing."""
         return _forwards(self._layers, [partial(call, index) for index in range(len(self._layers))])
 
 
 @contextmanager
 def _forwards(modules: Sequence[nn.Module], functions: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
-    """Each of `modules` runs one of `functions` instead of its forward."""
+    """Inside the `with` statement each of `modules` runs one of `functions` instead of its forward()."""
     before = [vars(module).get("forward") for module in modules]
     for module, function in zip(modules, functions, strict=True):
         module.forward = function

@@ -9,7 +9,7 @@ import grpc
 import numpy as np
 
 from flashclient import _native
-from flashclient.daemon.channel import OPEN_TIMEOUT_S, Connection, rpc_errors
+from flashclient.daemon.channel import OPEN_TIMEOUT_S, Connection
 from weightd_proto import weightd_pb2
 
 PIECE_BYTES = 2**20  # file bytes in one message
@@ -31,7 +31,7 @@ def publish(
     calibration = weightd_pb2.Calibration(import_id=model.import_id, mode=mode)
     calibration.files.extend(_described(folder / name) for name in names)
     header = weightd_pb2.PublishCalibrationHeader(model=model.name, calibration=calibration)
-    with rpc_errors(connection.address):
+    with connection.rpc_errors():
         published: weightd_pb2.Calibration = connection.stub.PublishCalibration(
             _messages(header, [folder / name for name in names]), timeout=OPEN_TIMEOUT_S
         )
@@ -45,7 +45,7 @@ def check_may_publish(connection: Connection, model: weightd_pb2.Model) -> None:
     """
     offered = weightd_pb2.Calibration(import_id=model.import_id, mode="exact")
     header = weightd_pb2.PublishCalibrationHeader(model=model.name, calibration=offered)
-    with rpc_errors(connection.address):
+    with connection.rpc_errors():
         try:
             connection.stub.PublishCalibration(_messages(header, []), timeout=connection.timeout_s)
         except grpc.RpcError as error:

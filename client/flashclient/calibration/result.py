@@ -18,8 +18,9 @@ from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE, REPORT_FILE,
 
 LOSS_MAX = 0.005  # of perplexity; mode "auto" does not predict with more
 COMPUTED_SHARE_MAX = 0.5  # of the FFNs' bytes that a token needs, predictor included; with more, predicting is slower
-NEW_SHARE_MAX = 0.25  # of neurons new with each token: random reads cost twice as much as sequential ones, and exact
-# mode reads about half of the model
+# Of neurons that are new with each token. Random reads cost twice as much as sequential ones, and exact mode reads
+# about half of the model.
+NEW_SHARE_MAX = 0.25
 WINDOW_TOKENS = 4
 
 
@@ -104,7 +105,7 @@ class CalibrationResult:
             return "exact", f"{new:.0%} of the neurons are new with each token: prediction pays below 25%"
         return "predict", (
             f"prediction costs {self.loss:.2%} of perplexity (at most {LOSS_MAX:.1%}); a token needs {computed:.0%} of "
-            f"the FFNs (below 50%), {new:.1%} are new with it (below 25%)"
+            f"the FFNs (below 50%); {new:.1%} of the neurons are new with each token (below 25%)"
         )
 
     def report(self) -> dict[str, Any]:

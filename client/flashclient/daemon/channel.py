@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,22 +70,9 @@ _ERROR_OF_STATUS: dict[grpc.StatusCode, type[errors.FlashClientError]] = {
 }
 
 
-@contextmanager
-def rpc_errors(address: str) -> Iterator[None]:
-    """Turns gRPC's errors into those of flashclient.errors, by their status."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise _translated(error, address) from error
-    except ValueError as error:  # gRPC raises it after close()
-        raise errors.DaemonLostError(f"the connection to weightd at {address} was closed") from error
-
-
-def _translated(error: Any, address: str) -> errors.FlashClientError:
-    kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
-    if issubclass(kind, errors.DaemonLostError):
-        return kind(f"weightd at {address} does not answer: {error.details()}")
-    return kind(error.details() or f"weightd at {address} refused: {error.code().name.lower()}")
+def in_arguments(text: str) -> str:
+    """A text of a private weightd, with the argument `dram=` in place of the flag that the user did not type."""
+    return re.sub(r"--dram\b(?!-)(?: (?=\d))?", "dram=", text)
 
 
 def open_channel(address: Address, tls: TlsOptions, *more: tuple[str, int]) -> grpc.Channel:
@@ -131,6 +119,7 @@ class Connection:
         timeout_s: how long an answer may take, the first one included, and how long a lost weightd may stay away.
         tls: for TCP; needed for another machine.
         revive: called repeatedly while the client waits for a lost weightd.
+        private: whether FlashClient has started the weightd: then errors name `dram=` and not --dram.
 
     Raises:
         NoDaemonError: nothing answers at the address, or one of the two certificates is not accepted.
@@ -138,12 +127,18 @@ class Connection:
     """
 
     def __init__(
-        self, address: str, timeout_s: float, tls: TlsOptions = NO_TLS, revive: Callable[[], None] = lambda: None
+        self,
+        address: str,
+        timeout_s: float,
+        tls: TlsOptions = NO_TLS,
+        revive: Callable[[], None] = lambda: None,
+        private: bool = False,
     ) -> None:
         parsed = parse_address(address, tls)
         self.address = parsed.target
         self.timeout_s = timeout_s
         self._revive = revive
+        self._private = private
         self._channel = open_channel(parsed, tls)
         self.stub = stub_of(self._channel, parsed)
         try:
@@ -152,13 +147,33 @@ class Connection:
             self.close()
             raise errors.NoDaemonError(_nobody_there(parsed, tls, _details(error.__cause__))) from error
 
+    @contextmanager
+    def rpc_errors(self) -> Iterator[None]:
+        """Turns gRPC's errors into those of flashclient.errors, by their status."""
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        except ValueError as error:  # gRPC raises it after close()
+            raise errors.DaemonLostError(f"the connection to weightd at {self.address} was closed") from error
+
+    def _translated(self, error: Any) -> errors.FlashClientError:
+        kind = _ERROR_OF_STATUS.get(error.code(), errors.RefusedError)
+        if issubclass(kind, errors.DaemonLostError):
+            return kind(f"weightd at {self.address} does not answer: {error.details()}")
+        return kind(self._text_of(error) or f"weightd at {self.address} refused: {error.code().name.lower()}")
+
+    def _text_of(self, error: Any) -> str:
+        text = error.details() or ""
+        return in_arguments(text) if self._private else text
+
     def _call(self, method: Callable[..., Any], request: Any, timeout_s: float | None = None) -> Any:
         """Calls `method`, again and again while the daemon is busy."""
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         give_up_s = time.monotonic() + timeout_s
         while True:
             try:
-                with rpc_errors(self.address):
+                with self.rpc_errors():
                     return method(request, timeout=timeout_s)
             except errors.BusyError as error:
                 cause = error.__cause__
@@ -235,8 +250,8 @@ class Connection:
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
-                raise errors.ShareError(error.details()) from error
-            raise _translated(error, self.address) from error
+                raise errors.ShareError(self._text_of(error)) from error
+            raise self._translated(error) from error
         return opened
 
     def fetch(self, request: weightd_pb2.FetchRequest, timeout_s: float | None = None) -> Iterator[bytes]:
@@ -245,7 +260,7 @@ class Connection:
         return self._pieces(self._ask(request, timeout_s), request, timeout_s)
 
     def _ask(self, request: weightd_pb2.FetchRequest, timeout_s: float) -> Any:
-        with rpc_errors(self.address):
+        with self.rpc_errors():
             return self.stub.Fetch(request, timeout=timeout_s)
 
     def _pieces(self, responses: Any, request: weightd_pb2.FetchRequest, timeout_s: float) -> Iterator[bytes]:
@@ -254,7 +269,7 @@ class Connection:
         while True:
             try:
                 passed_bytes = 0  # a repeated request starts from the first byte
-                with rpc_errors(self.address):
+                with self.rpc_errors():
                     for response in responses:
                         fresh = response.data[max(0, given_bytes - passed_bytes) :]
                         passed_bytes += len(response.data)

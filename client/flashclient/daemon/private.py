@@ -2,10 +2,10 @@
 
 STORE/weightd.lock names the daemon that serves the store, {"pid": ..., "address": ...}; the daemon holds it locked. The
 client asks that address. It does not try the lock, which could disturb a daemon that is about to take it. If several
-processes start a daemon at the same time, the lock picks one; the others attach to it.
+processes start a daemon at the same time, the daemon that gets the lock serves, and all of them attach to it.
 
-A private daemon ends with the last of its users. Beside its socket lies a FIFO, and the daemon serves as long as some
-process has that open for writing. All of these are processes of one user, who alone may open the folder.
+A private daemon ends with the last process that uses it. In the folder of its socket is a FIFO, and the daemon serves
+as long as some process has the FIFO open for writing. Only one user may open the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import select
 import shutil
 import stat
@@ -32,7 +31,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flashclient.daemon.address import NO_TLS, parse_address
-from flashclient.daemon.channel import Connection, open_channel
+from flashclient.daemon.channel import Connection, in_arguments, open_channel
 from flashclient.errors import ModelNotFoundError, OptionError, StartError
 from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
 from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
@@ -40,7 +39,7 @@ from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 LOCK_BYTES_MAX = 4096
 USERS_FILE = "users"  # the FIFO
 POLL_S = 0.02
-LET_GO_MS = 200  # a child forked a moment ago closes its copy of the FIFO as soon as it runs
+LET_GO_MS = 200  # time for a child that was just forked to close its copy of the FIFO
 HEALTH_S = 2.0  # for one answer of a busy daemon
 STOP_S = 10.0  # a daemon finishes its reads and closes its sessions before it ends
 
@@ -89,7 +88,7 @@ def _await_serving(daemon: PrivateDaemon, store: Path, deadline: float) -> bool:
 
 
 def _warn_of_unused_dram(address: str, dram: str | int | None, timeout_s: float) -> None:
-    """Warns that `dram` has no effect: whoever started the daemon has chosen its --dram."""
+    """Warns that `dram` has no effect, because the daemon was started with another --dram."""
     if dram is None:
         return
     connection = Connection(address, timeout_s)
@@ -255,7 +254,7 @@ class PrivateDaemon:
         """The last line that the daemon wrote, with this library's names of arguments."""
         lines = self._log.read_text("utf-8", errors="backslashreplace").strip().splitlines()
         assert self._child is not None
-        return _in_arguments(lines) or f"it ended with status {self._child.returncode} and no message"
+        return _last_words(lines) or f"it ended with status {self._child.returncode} and no message"
 
     def let_go(self) -> None:
         """Stops holding the daemon. A forked child does so, because it would keep the daemon alive."""
@@ -396,11 +395,11 @@ def _output_of(command: list[str], failed: str, *descriptors: int) -> str:
             child.terminate()  # the import removes what it has written
             raise
     if child.returncode != 0:
-        said = _in_arguments(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
+        said = _last_words(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
         raise StartError(f"{failed}: {said}")
     return output
 
 
-def _in_arguments(lines: list[str]) -> str:
+def _last_words(lines: list[str]) -> str:
     """The last of the lines that a weightd wrote, with this library's argument in place of its flag."""
-    return re.sub(r"--dram\b(?!-) ?", "dram=", lines[-1].removeprefix("weightd: ")) if lines else ""
+    return in_arguments(lines[-1].removeprefix("weightd: ")) if lines else ""

@@ -20,7 +20,7 @@ _REPOSITORY = "transformers loads this method as code from a repository, and fla
 _ENCODER = "it is for models with an encoder"
 _TRAINING = "it is for training, and generate() ignores it"
 _PACKED = "it is for packed sequences of FlashAttention, and generate() ignores it"
-_METADATA = "it says who wrote a generation_config.json and changes nothing"
+_METADATA = "it says which program wrote a generation_config.json and has no effect"
 
 # For each parameter: why it is refused, and the values that request nothing. These parameters would change the result,
 # so they are refused wherever they come from: the call, a GenerationConfig or the model's generation_config.json.

@@ -90,7 +90,7 @@ class Drafts:
 
 @contextmanager
 def drafting(draft: Any, arguments: Mapping[str, Any], given: GenerationConfig | None) -> Iterator[None]:
-    """Puts the call's settings into the draft model's config meanwhile.
+    """Inside the `with` statement the draft model's config has the settings of the call.
 
     Raises:
         OptionError: more tokens than a pass can check.

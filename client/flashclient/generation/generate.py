@@ -92,8 +92,8 @@ class Generator:
         self.known = known_arguments(self._model)
         self._generate = self._model.generate  # transformers' own
         self._signature = inspect.signature(self._generate)
-        self._positions = loaded.positions
-        self._positions_end = loaded.positions_end
+        self._context_tokens = loaded.context_tokens
+        self._context_is_fixed = loaded.context_is_fixed
         self._meters: list[Meter] = []  # of the generations under way, each inside the one before it
         self.stats = Stats()
         self._take_place()
@@ -275,8 +275,8 @@ class Generator:
         call.set("pad_token_id", ends[0])
 
     def _prepare_length(self, call: _Call) -> None:
-        """Sets the default length. Refuses more tokens than the model has positions, if their number is fixed."""
-        config, longest = call.config, self._positions_taken(call)
+        """Sets the default length. Refuses more tokens than the model's context has, if its length is fixed."""
+        config, longest = call.config, self._longest_prompt(call)
         new_tokens = config.max_new_tokens
         by = "max_length" if new_tokens is None and config.max_length is not None else "max_new_tokens"
         for name in ("max_new_tokens", "max_length"):
@@ -287,20 +287,20 @@ class Generator:
             both = call.ids_tokens not in (0, call.prompt_tokens)  # then transformers counts ids and embeddings
             new_tokens = config.max_length - call.prompt_tokens - (call.ids_tokens if both else 0)
         if new_tokens is None:
-            room = 0 if self._positions is None else self._positions - call.prompt_tokens
+            room = 0 if self._context_tokens is None else self._context_tokens - call.prompt_tokens
             new_tokens = min(NEW_TOKENS_DEFAULT, room if room > 0 else NEW_TOKENS_DEFAULT)
             call.set("max_new_tokens", new_tokens)
-        positions = self._positions if self._positions_end and self._positions is not None else None
-        if positions is not None and longest + max(1, new_tokens) - 1 > positions:  # the last token is not fed
+        limit = self._context_tokens if self._context_is_fixed else None
+        if limit is not None and longest + max(1, new_tokens) - 1 > limit:  # the last new token is not fed to the model
             raise OptionError(
-                f"{longest} tokens of prompt and {new_tokens} new ones are more than the model's "
-                f"{positions} positions: shorten the prompt or lower {by}="
+                f"a prompt of {longest} tokens and {new_tokens} new ones do not fit the model's context of "
+                f"{limit} tokens: shorten the prompt or lower {by}="
             )
 
-    def _positions_taken(self, call: _Call) -> int:
-        """Positions of the longest prompt; padding takes none."""
-        if (positions := call.arguments.get("position_ids")) is not None:
-            return int(torch.as_tensor(positions).max()) + 1
+    def _longest_prompt(self, call: _Call) -> int:
+        """The number of tokens in the longest prompt, without padding."""
+        if (position_ids := call.arguments.get("position_ids")) is not None:
+            return int(torch.as_tensor(position_ids).max()) + 1
         if (mask := call.arguments.get("attention_mask")) is not None:
             return int(mask.long().sum(1).max())
         return call.cached_tokens

@@ -34,7 +34,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from flashclient._native import CellSource, CellWalk, LentMemory, Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
-from flashclient.source.border import Chunk
+from flashclient.source.bundle_source import Chunk
 from weightd_proto import weightd_pb2
 
 MAP_NORESERVE = 0x4000  # Linux's; Python names it since 3.13
@@ -136,7 +136,7 @@ def _blamed(file: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # libraries raise anything for a file of unknown origin
-        said = str(error).replace(f"{file.parent}/", "")  # the folder is gone by then
+        said = str(error).replace(f"{file.parent}/", "")  # the folder is deleted before a user reads this
         reason = re.sub(r"\s+", " ", said).strip()[:REASON_CHARACTERS_MAX]
         raise RefusedFileError(f"{file.name}: {reason or type(error).__name__}") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flashclient.model.ffn import Clock
-from flashclient.source.border import BundleSource, Counters
+from flashclient.source.bundle_source import BundleSource, Counters
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Stats:
     rows: int = 0  # sequences returned
     prompt_tokens: int = 0  # of one row, padding included
     new_tokens: int = 0  # of all rows, without the padding of finished ones
-    steps: int = 0  # forward passes, with those of guidance and token healing
+    steps: int = 0  # forward passes, including those of guidance and token healing
     drafted_tokens: int = 0  # proposed by an assistant model, prompt lookup or early exit
     accepted_tokens: int = 0  # of the drafted ones
     seconds: float = 0.0
@@ -99,7 +99,7 @@ class Meter:
     """Measures one generation, from the Meter's construction to finish().
 
     Attributes:
-        inner: number of generations under way inside this one. Their passes draft tokens and check none.
+        inner: number of generations that run inside this one. Their passes draft tokens and check none.
     """
 
     def __init__(self, source: BundleSource, clock: Clock) -> None:

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from flashclient.errors import AbsentWeightError
 
 CHANGE = "change the checkpoint and import it again, or load it with transformers where it fits into memory"
-CONVERT = "the model runs on the CPU in the dtype it was imported in: `weightd import --dtype` makes it another"
+CONVERT = "the model runs on the CPU in its stored dtype; `weightd import --dtype` stores it in another"
 SAVE = (
-    "use the checkpoint that was imported; what you changed of other weights is saved by those modules' own "
-    "state_dict(), and adapters by peft's save_pretrained()"
+    "use the checkpoint that was imported; other weights that you changed can be saved with state_dict() of their "
+    "modules, and adapters with peft's save_pretrained()"
 )
 COPY = "make another FlashClient: it shares the weights"
 TRAIN = "train with transformers, merge what you trained into the checkpoint, and import that"
-ADAPT = "adapt the attention alone, or merge the adapter into the checkpoint and import that"
+ADAPT = "adapt only the attention, or merge the adapter into the checkpoint and import that"
 
 # The attributes and methods of a Tensor that do not need its values.
 _FACTS = (
@@ -85,7 +85,7 @@ class AbsentWeight(nn.Parameter):
         raise refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", CHANGE)
 
     def _converted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> AbsentWeight:
-        """Itself, where dtype and device stay the same."""
+        """Returns the weight itself if dtype and device stay the same. Otherwise raises AbsentWeightError."""
         if func is Tensor.to and not any(isinstance(one, Tensor) for one in args):
             device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             if (device is None or device.type == "cpu") and dtype in (None, self.dtype):
@@ -145,7 +145,7 @@ class HoldsAbsentWeights(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
-            raise refused(f"{self.path}.{name} cannot be taken away", CHANGE)
+            raise refused(f"{self.path}.{name} cannot be removed", CHANGE)
         super().__delattr__(name)
 
     def refuse_change(self, fn: Callable[[Tensor], Tensor]) -> None:

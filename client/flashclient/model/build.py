@@ -31,7 +31,7 @@ from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.resident_linear import use_fast_linears
 from flashclient.model.step import Steps
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import formats_of
@@ -206,8 +206,8 @@ def _time(module: torch.nn.Module, clock: Clock, name: str) -> None:
 def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Copies the input of the head to contiguous memory.
 
-    transformers passes a slice of the last position. For its strides torch's matmul copies the whole head first, which
-    takes a second for the 262144 rows of Gemma 3.
+    transformers passes a slice for the last token. Because of its strides torch's matmul would first copy the whole
+    head, which takes a second for the 262144 rows of Gemma 3.
     """
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in hidden_states)
 

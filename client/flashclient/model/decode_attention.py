@@ -43,7 +43,7 @@ def use_decode_attention(model: PreTrainedModel, workers: Workers, instruction_s
     kernels = KernelOf({dtype: Attention(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
     if model.config._attn_implementation != "sdpa":
         return 0
-    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # as sdpa asks of its caller
+    attentions = [module for module in model.modules() if hasattr(module, "is_causal")]  # sdpa reads it, too
     for module in attentions:
         module.decode_kernels = kernels  # type: ignore[assignment]
     model.set_attn_implementation(IMPLEMENTATION)
@@ -67,8 +67,8 @@ def attend(
     tokens or the padding. It is summed in fp32 and rounded once.
 
     Args:
-        query: [sequences, heads, tokens, elements]; key, value: [sequences, key heads, positions, elements].
-        attention_mask: None, or boolean or additive [sequences or 1, heads or 1, tokens, positions].
+        query: [sequences, heads, tokens, elements]; key, value: [sequences, key heads, keys, elements].
+        attention_mask: None, or boolean or additive [sequences or 1, heads or 1, tokens, keys].
 
     Returns:
         [sequences, tokens, heads, elements of a value] in the dtype of query; None.
@@ -76,7 +76,7 @@ def attend(
     kernels: Kernels | None = getattr(module, "decode_kernels", None)
     tokens = query.shape[2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    causal = bool(causal) and attention_mask is None and tokens > 1  # as sdpa has it
+    causal = bool(causal) and attention_mask is None and tokens > 1  # as in sdpa
     plain = not dropout and all(kwargs.get(name) is None or kwargs[name] is False for name in UNSUPPORTED)
     if kernels is not None and plain and _fit(kernels, query, key, value, attention_mask):
         return _attend(kernels[query.dtype], query, key, value, attention_mask, causal, scaling), None
@@ -87,7 +87,7 @@ def attend(
 
 
 def _fit(kernels: Kernels, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether the kernel does this."""
+    """Whether the kernel can compute this call."""
     if torch.compiler.is_compiling() or query.numel() == 0 or query.dtype not in kernels:
         return False
     tensors = (query, key, value)

@@ -17,7 +17,7 @@ from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
 from flashclient.model.arrays import array_of
 from flashclient.model.ffn import Biases, Clock
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
 
 def has_experts(record: weightd_pb2.Model) -> bool:

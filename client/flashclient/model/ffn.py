@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashclient._native import Ffn
 from flashclient.model.absent_weights import without_gradient
-from flashclient.source.border import BundleSource, Chunk, retry_on_loss
+from flashclient.source.bundle_source import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
 # Added to the products before the activation, by position: [1, neurons] of up, or [2, neurons] of gate and up, fp32.
@@ -57,7 +57,7 @@ class ModelFFN(Protocol):
     def __call__(self, layer: int, x: Tensor, biases: Biases) -> Tensor:
         """The FFN's output for x [tokens, hidden_size], without its output bias.
 
-        Where it has raised SessionLostError, it may be called again with the same arguments.
+        After a SessionLostError it may be called again with the same arguments.
         """
 
     def idle(self) -> None:

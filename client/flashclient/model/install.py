@@ -155,6 +155,7 @@ class _Installing:
         for projection, held in firsts:
             projection.__dict__["forward"] = partial(site.begin, tuple(held), ffn=lambda _: y)
         last.__dict__["forward"] = site.finish
+        self._module.train(False)  # without dropout
         try:
             made = self._module(x)
         except OtherActivationError as error:

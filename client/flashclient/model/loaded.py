@@ -18,14 +18,14 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.model.build import BuiltModel, build_model
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
 
-# Files that hold the tokens of one of transformers' tokenizers; the others of its files go with one of these.
+# Files that hold the vocabulary of one of transformers' tokenizers. Its other files are useless without one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
-POSITIONS_BESIDE_MAX = 2  # rows that an embedding of positions has besides: OPT's begins with two for padding
+PLACES_BESIDE_MAX = 2  # rows that an embedding of places has besides: that of OPT begins with two for padding
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class LoadedModel:
         connection: to the weightd.
         record: what the weightd says of the model, completed (old_records.py).
         source: of the FFNs' bundles.
-        turns: whoever runs the model takes a turn.
+        turns: code that runs the model takes a turn first.
         tokenizer: transformers' own; None where the model was stored without one.
     """
 
@@ -52,19 +52,19 @@ class LoadedModel:
         return self.built.model
 
     @property
-    def positions(self) -> int | None:
-        """The positions that the model was made for; None where its config does not say."""
-        positions: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return positions
+    def context_tokens(self) -> int | None:
+        """The longest sequence that the model was made for; None if its config does not say."""
+        tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return tokens
 
     @property
-    def positions_end(self) -> bool:
-        """Whether positions are rows of an embedding, so that there are no more."""
-        model, positions = self.model, self.positions
+    def context_is_fixed(self) -> bool:
+        """Whether no sequence can be longer, because the model has a learned embedding for each place in a sequence."""
+        model, tokens = self.model, self.context_tokens
         tables = {module for module in model.modules() if isinstance(module, nn.Embedding)}
         tables.discard(model.get_input_embeddings())  # type: ignore[arg-type]
-        besides = (table.num_embeddings - positions for table in tables) if positions is not None else ()
-        return any(0 <= rows <= POSITIONS_BESIDE_MAX for rows in besides)
+        besides = (table.num_embeddings - tokens for table in tables) if tokens is not None else ()
+        return any(0 <= rows <= PLACES_BESIDE_MAX for rows in besides)
 
     @contextmanager
     def taken(self) -> Iterator[None]:

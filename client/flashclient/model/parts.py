@@ -313,5 +313,5 @@ class BetweenProjections(Unchangeable):
 
     def forward(self, x: Any) -> Any:
         if not isinstance(x, PendingProjection):
-            raise refused(f"{self.path} cannot be computed alone, nor what enters it be changed", CHANGE)
+            raise refused(f"{self.path} cannot be computed alone, and its input cannot be changed", CHANGE)
         return super().forward(x)

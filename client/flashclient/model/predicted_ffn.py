@@ -19,7 +19,7 @@ from flashclient.model.arrays import array_of
 from flashclient.model.ffn import Biases, Clock, ExactFFN
 from flashclient.model.predictor import ROWS_MAX, Predictors
 from flashclient.model.step import Step, Steps
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 
 
 class PredictedFFN:

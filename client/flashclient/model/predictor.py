@@ -1,4 +1,7 @@
-"""Which neurons of a layer are likely to fire for an input: the predictors of a calibration, as kernels."""
+"""The predictors of a calibration, as kernels: which neurons of a layer are likely to fire for an input.
+
+A row is said to want the neurons that are predicted for it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an FFN cannot see of a forward pass: which tokens its rows are, and which rows count.
+"""Tells the FFNs of a forward pass what their inputs do not show: which tokens the rows are, and which rows count.
 
 A pre-forward hook of the model publishes a Step. The prompt columns of a generation are exact. All other columns are
 predicted, also those that assisted generation checks together with the prompt. Padding and finished rows want nothing.
@@ -21,7 +21,7 @@ from flashclient.torch_state import eager
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass: row r, column c is token past_tokens + c of sequence r, and row r * columns + c of an FFN's x.
+    """One forward pass. Row r, column c is token past_tokens + c of sequence r, and row r * columns + c of an FFN's x.
 
     Attributes:
         past_tokens: the tokens in the cache. Fewer than after the last step mean that tokens were rejected.

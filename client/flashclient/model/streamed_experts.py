@@ -11,7 +11,7 @@ from torch import Tensor
 from flashclient.model.absent_weights import HoldsAbsentWeights, without_gradient
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Biases
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
 

@@ -1,1 +1,1 @@
-"""Where a model's bytes come from: shared memory on this machine, gRPC from elsewhere."""
+"""The sources of a model's bytes: shared memory on this machine, gRPC from another."""

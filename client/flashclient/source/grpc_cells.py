@@ -1,8 +1,8 @@
 """Cells fetched one by one over gRPC into a bounded pool: what is leased without shared memory.
 
 A cell is one bundle for predict mode, and a cell of the store for a model with experts. Cells that were given back stay
-in the pool until their slot is needed; the one given back first leaves first. After an interrupted call (Ctrl-C) nothing
-in the pool is believed: it is empty then.
+in the pool until their slot is needed, and are replaced in the order in which they were given back. An interrupted call
+(Ctrl-C) leaves the pool in an unknown state, so the next call empties it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flashclient._native import CellSource
 from flashclient.daemon.channel import Connection
 from flashclient.errors import RefusedError
-from flashclient.source.border import Counters
+from flashclient.source.bundle_source import Counters
 from weightd_proto import weightd_pb2
 
 Cell = tuple[int, int]  # layer, number in the layer
@@ -41,7 +41,7 @@ class RemoteCells(CellSource):
     """The CellSource of a GrpcSource (client/native/predict/cell_source.h), whose pool holds `slots` cells.
 
     Args:
-        pool: [bytes] uint8, in which the bundles come to lie.
+        pool: [bytes] uint8, the memory for the bundles.
         bundles_per_cell: the bundles of a cell lie back to back.
         claim: empties the pool of chunks; called before each exchange.
     """
@@ -70,7 +70,7 @@ class RemoteCells(CellSource):
 
     def _empty(self) -> None:
         self._slot_of: dict[Cell, int] = {}
-        self._unused: OrderedDict[Cell, None] = OrderedDict()  # in the pool and not leased, the first to leave first
+        self._unused: OrderedDict[Cell, None] = OrderedDict()  # in the pool and not leased; the first is replaced first
         self._free = list(range(self.slots))
         self._coming: deque[Coming] = deque()
         self._arrived: list[Cell] = []  # not yet returned by arrived()
@@ -119,7 +119,7 @@ class RemoteCells(CellSource):
             self._coming.append(Coming(deque(missing), self._fetch(missing)))
 
     def arrived(self) -> list[tuple[int, int]]:
-        """Waits for the next message where nothing has arrived."""
+        """The cells that have arrived since the last call. Waits for a message if there are none."""
         while self._coming and not self._arrived:
             coming = self._coming[0]
             try:
@@ -135,13 +135,14 @@ class RemoteCells(CellSource):
         return [(cell[1], self._pool[self._slot_of[cell]].ctypes.data) for cell in arrived]
 
     def forget(self) -> None:
-        """Nothing is leased any more, and the pool is free for other uses."""
+        """Drops all leases and all cells. The pool can be used for something else."""
         self._empty()
 
     def cancel(self) -> None:
-        """Called after a step that ended early; the window gives back next what it has noted.
+        """Ends all leases after a step that ended early.
 
-        It also gives back what arrived() has returned, because an interrupted window may not have noted that.
+        The window gives back only the cells that it knows of. An interrupted window may not know all cells that
+        arrived() has returned.
         """
         if not self._whole:
             self._empty()

@@ -2,11 +2,11 @@
 
 For exact mode the model is cut into chunks of neighbouring positions, numbered through all layers. A consumer walks
 through them again and again. Two threads fetch those of the next few chunks that are missing. The chunk that is evicted
-is the one needed last, which is the one used most recently: so all of the pool but the few chunks ahead keeps a fixed
-part of the model (Belady's choice; least-recently-used would miss every chunk of a walk longer than the pool).
+is the one needed last, which is the one used most recently (Belady's choice). So a fixed part of the model stays in the
+pool, beside the few chunks ahead. Least-recently-used would miss every chunk of a walk longer than the pool.
 
-Predict mode and models with experts use the same memory for cells (grpc_cells.py). The pool is emptied when the way of
-computing changes.
+Predict mode and models with experts use the same memory for cells (grpc_cells.py). The pool is emptied when the mode
+changes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from flashclient._native import CellWalk, LentMemory, Window
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
-from flashclient.source.border import Chunk, Counters
+from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.grpc_cells import RemoteCells
 from weightd_proto import weightd_pb2
 from weightd_proto.files import ALIGNMENT_BYTES, PREDICTORS_FILE
@@ -54,10 +54,13 @@ def ffn_bytes(model: weightd_pb2.Model) -> int:
 
 
 def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
-    """Bundles of a chunk: at most CHUNK_BYTES and half of the pool, in equal parts of a layer. Raises OptionError."""
+    """The number of bundles in a chunk. Chunks are equal parts of a layer, of at most CHUNK_BYTES and half of the pool.
+
+    Raises OptionError if the pool is too small.
+    """
     bundle_bytes = model.bundle.bundle_bytes
     if pool_bytes < 2 * bundle_bytes:
-        raise OptionError(f"pool_bytes={pool_bytes} is too small: two bundles of this model need {2 * bundle_bytes}")
+        raise OptionError(f"pool_bytes={pool_bytes} is too small: two bundles of this model take {2 * bundle_bytes}")
     most = max(1, min(CHUNK_BYTES, pool_bytes // 2) // bundle_bytes)
     neurons = max(layer.neurons for layer in model.layers)
     return math.ceil(neurons / math.ceil(neurons / most))
@@ -129,7 +132,7 @@ class GrpcSource:
 
     @property
     def errors(self) -> AbstractContextManager[None]:
-        return nullcontext()  # the native code calls Python here, which raises the right ones
+        return nullcontext()  # the native code calls this class, which raises errors of flashclient itself
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -155,7 +158,7 @@ class GrpcSource:
         return self.walk
 
     def _claim_for_cells(self) -> None:
-        """Empties the pool of chunks, once nothing fills it any more."""
+        """Waits for fetches under way, then removes the chunks from the pool."""
         if self._closed.is_set():
             raise DaemonLostError("the client was closed during a generation")
         if self._holds_cells:
@@ -200,7 +203,7 @@ class GrpcSource:
         self._connection.attach_again(self._quiet, lost)
 
     def _quiet(self) -> None:
-        """Waits for fetches under way; nothing writes to the pool then."""
+        """Waits for fetches under way. Afterwards nothing writes to the pool."""
         with self._changed:
             self._end_walk()
             self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
@@ -224,7 +227,7 @@ class GrpcSource:
             self._changed.notify_all()
         for loader in self._loaders:
             loader.join()
-        # They keep `cells` alive, which keep this alive: the garbage collector does not see the circle.
+        # They close a reference cycle, through native objects that the garbage collector cannot see.
         self.window = self.walk = None
 
     def _wait_for(self, index: int) -> int:
@@ -259,7 +262,7 @@ class GrpcSource:
         return (index - self._cursor) % len(self._spans)
 
     def _next_missing(self) -> int | None:
-        """The nearest span ahead that has no slot, where a slot can be found for it."""
+        """The nearest span ahead that has no slot; None if there is none, or if no slot can be found for it."""
         if self._cursor is None:
             return None
         for distance in range(self._ahead + 1):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from flashclient import _native
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
-from flashclient.source.border import Chunk, Counters
+from flashclient.source.bundle_source import Chunk, Counters
 from weightd_proto import weightd_pb2
 
 # Cells that are leased ahead take room in the pool from cells that stay; 8 MiB in flight give a device its full speed.
@@ -143,7 +143,7 @@ class RingSource:
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""
         sweep, self._sweep = self._sweep, None
-        self._session.close()  # before the sweep is dropped, which would wait for what is on its way to it
+        self._session.close()  # first, because dropping the sweep would wait for its cells
         del sweep
 
     def _open_sweep(self) -> _native.Sweep:

@@ -105,7 +105,7 @@ def test_a_locked_store_with_a_damaged_lock_refuses_a_daemon(store: Path) -> Non
 
 @pytest.fixture
 def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, which PYTHONPATH names too, with modules that write a file when they are imported."""
+    """Modules in the current folder, which is also in PYTHONPATH. They write a file when they are imported."""
     folder = tmp_path / "trap"
     folder.mkdir()
     for module in ("lmdb", "grpc", "numpy", "uvloop", "weightd", "gguf", "transformers"):

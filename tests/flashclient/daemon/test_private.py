@@ -15,13 +15,16 @@ import psutil
 import pytest
 from checkpoints import make_checkpoint
 from daemon import serving
+from tiny_store import write_model
 
 from flashclient import FlashClient
 from flashclient.daemon import private
 from flashclient.daemon.private import PrivateDaemon, attach_or_start, is_serving
-from flashclient.errors import ModelNotFoundError, StartError
+from flashclient.errors import ModelNotFoundError, ShareError, StartError
 from flashclient.generation.rehearsal import rehearse
 from weightd import cli
+from weightd.serving.served_models import demand_of
+from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 from weightd_proto.files import DAEMON_LOCK_FILE
 
@@ -65,8 +68,8 @@ def daemons_of(store: Path) -> list[psutil.Process]:
 
 @pytest.fixture
 def owner(store: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process with a private weightd, after its first tokens."""
-    environment = os.environ | {"TMPDIR": str(tmp_path)}  # it ends without cleaning up
+    """Another process that has a private weightd and has generated its first tokens."""
+    environment = os.environ | {"TMPDIR": str(tmp_path)}  # the process ends without removing its folder
     command = [sys.executable, "-W", "ignore", "-c", OWNER, str(store)]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -212,6 +215,21 @@ def test_what_the_daemon_says_is_the_error(store: Path) -> None:
         FlashClient("tiny", store=store / "missing")
 
 
+def test_a_refused_session_names_what_its_caller_can_raise(store: Path) -> None:
+    """The argument of a private weightd, and the flag of one that somebody else has started."""
+    write_model(store, "large")
+    with Store.open(store, readonly=True) as opened:
+        dram_bytes = demand_of(opened.model("tiny")).minimum_bytes
+        assert dram_bytes < demand_of(opened.model("large")).minimum_bytes
+    with pytest.raises(ShareError, match=r"^large: needs .* of dram=\d.*: raise dram= to \d"):
+        FlashClient("large", store=store, dram=dram_bytes)
+    with (
+        serving(store, "--dram", str(dram_bytes)) as daemon,
+        pytest.raises(ShareError, match=r"^large: needs .* of --dram \d.*: raise --dram to \d"),
+    ):
+        FlashClient("large", address=daemon.address)
+
+
 def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(StartError, match=r"cannot import .*/empty: "):
@@ -219,7 +237,7 @@ def test_what_the_import_says_is_the_error(tmp_path: Path) -> None:
 
 
 def test_this_process_rehearses_what_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has loaded torch already, which would take a child of the import seconds."""
+    """It has loaded torch already. A child process of the import would take seconds for that."""
     checkpoint = make_checkpoint("llama", tmp_path / "odd")
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"hidden_act": "relu6"}))
@@ -243,7 +261,7 @@ def test_a_descriptor_that_is_not_open_is_a_usage_error(
 ) -> None:
     command = ["import", str(checkpoint), "--store", str(tmp_path / "store"), f"--rehearse-fd={descriptor}"]
     assert cli.main(command) == 2
-    assert f"'{descriptor}' is no open descriptor" in capsys.readouterr().err
+    assert f"'{descriptor}' is not an open descriptor" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()
 
 

@@ -1,4 +1,4 @@
-"""Calls of generate() that would not do what they say: one clear error before anything is computed."""
+"""Calls of generate() that could not do what they ask for: one clear error before anything is computed."""
 
 from __future__ import annotations
 

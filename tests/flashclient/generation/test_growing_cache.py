@@ -36,7 +36,7 @@ calls = st.lists(
 
 
 def states(sequences: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """Keys or values as a projection gives them: not contiguous."""
+    """Keys or values as a projection makes them: not contiguous."""
     made = torch.randn(2, sequences, tokens, HEADS, ELEMENTS).transpose(2, 3)
     return made[0], made[1]
 

@@ -1,4 +1,4 @@
-"""Kinds of prompts, their padding and positions: the dense model's result, or one clear error."""
+"""Kinds of prompts, their padding and length: the dense model's result, or one clear error."""
 
 from __future__ import annotations
 
@@ -153,8 +153,10 @@ def test_padding_that_is_no_token(clients: dict[str, FlashClient], dense: dict[s
 
 @pytest.mark.parametrize("tokens", [244, 245, 246])
 @pytest.mark.parametrize("spelling", ["max_new_tokens", "max_length", "generation_config", "own config"])
-def test_positions_end(clients: dict[str, FlashClient], dense: dict[str, Any], tokens: int, spelling: str) -> None:
-    """OPT has 256 positions, and the last token needs none: after a prompt of 12 tokens 245 new ones fit."""
+def test_a_fixed_context_is_not_exceeded(
+    clients: dict[str, FlashClient], dense: dict[str, Any], tokens: int, spelling: str
+) -> None:
+    """OPT's context has 256 tokens. The last new token is not fed, so 245 of them fit after a prompt of 12."""
     client, ids = clients["opt"], torch.cat([EQUAL[:1]] * 2, dim=1)
     own = client.model.generation_config
     calls: dict[str, dict[str, Any]] = {
@@ -167,7 +169,7 @@ def test_positions_end(clients: dict[str, FlashClient], dense: dict[str, Any], t
     before = client.clock.forward_s
     try:
         if tokens == 246:
-            with pytest.raises(OptionError, match="12 tokens of prompt and 246 new ones are more than the model's 256"):
+            with pytest.raises(OptionError, match=r"prompt of 12 tokens and 246 new ones do not fit .* of 256 tokens"):
                 client.generate(ids, **calls[spelling])
             assert client.clock.forward_s == before
         elif spelling == "max_new_tokens":
@@ -177,20 +179,20 @@ def test_positions_end(clients: dict[str, FlashClient], dense: dict[str, Any], t
         own.max_length = None
 
 
-def test_padding_takes_no_position(clients: dict[str, FlashClient], dense: dict[str, Any]) -> None:
+def test_padding_does_not_count(clients: dict[str, FlashClient], dense: dict[str, Any]) -> None:
     ids, mask = torch.full((1, 300), 9), torch.zeros(1, 300, dtype=torch.long)
     mask[0, -4:] = 1
     expected = dense["opt"].generate(ids, attention_mask=mask, **NEW)
     assert torch.equal(clients["opt"].generate(ids, attention_mask=mask, **NEW), expected)
-    with pytest.raises(OptionError, match="300 tokens of prompt"):
+    with pytest.raises(OptionError, match="prompt of 300 tokens"):
         clients["opt"].generate(ids, **NEW)
-    with pytest.raises(OptionError, match="251 tokens of prompt and 7 new ones"):
+    with pytest.raises(OptionError, match="prompt of 251 tokens and 7 new ones"):
         clients["opt"].generate(ids[:, :6], position_ids=torch.arange(245, 251)[None], max_new_tokens=7)
 
 
-def test_turning_positions_go_on(client: FlashClient, dense: dict[str, Any]) -> None:
-    """Rotary embeddings work beyond the positions of training; transformers warns and goes on."""
-    ids = torch.cat([EQUAL[:1]] * 45, dim=1)  # 270, where the config says 256
+def test_rotary_embeddings_go_on(client: FlashClient, dense: dict[str, Any]) -> None:
+    """They work beyond the length of training; transformers warns and goes on."""
+    ids = torch.cat([EQUAL[:1]] * 45, dim=1)  # 270 tokens; the config says 256
     assert torch.equal(client.generate(ids, **NEW), dense["llama"].generate(ids, **NEW))
 
 

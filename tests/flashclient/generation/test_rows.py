@@ -107,7 +107,7 @@ def test_a_row_is_what_it_is_alone(served: Served, name: str, mode: str) -> None
 @pytest.mark.parametrize("mode", ["exact", "predict"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_draft_changes_no_token(served: Served, name: str, mode: str) -> None:
-    """Drafts from the prompt, and from the model itself, whose proposals are nearly all right."""
+    """Drafts come from the prompt, and from the model itself, whose proposals are nearly all accepted."""
     with client_of(served, name, mode) as client:
         for index in (1, 6):
             ids = torch.tensor([prompt_of(index) * 2])  # so that prompt lookup finds something
@@ -136,7 +136,7 @@ def test_a_pass_over_a_text_is_its_steps(served: Served, name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_torch_computes_of_a_row_is_its_own(served: Served, name: str) -> None:
-    """Norms, embeddings and rotary angles, computed by torch, have the same bits at every place of a tensor."""
+    """torch computes norms, embeddings and rotary angles. An element has the same bits wherever it is in a tensor."""
     with client_of(served, name, "exact", threads=2) as client, torch.no_grad():
         model: Any = client.model
         norms = [module for module in model.modules() if "Norm" in type(module).__name__]
@@ -152,9 +152,9 @@ def test_what_torch_computes_of_a_row_is_its_own(served: Served, name: str) -> N
             if rotary is not None:
                 kinds = getattr(rotary, "layer_types", None)
                 for arguments in [{}] if kinds is None else [{"layer_type": kind} for kind in sorted(set(kinds))]:
-                    positions = torch.stack([torch.arange(rows), torch.arange(rows) + 71])
-                    together = rotary(x, positions, **arguments)
+                    position_ids = torch.stack([torch.arange(rows), torch.arange(rows) + 71])
+                    together = rotary(x, position_ids, **arguments)
                     for sequence, row in ((0, rows - 1), (1, rows // 2)):
-                        alone = rotary(x, positions[sequence : sequence + 1, row : row + 1], **arguments)
+                        alone = rotary(x, position_ids[sequence : sequence + 1, row : row + 1], **arguments)
                         for one, all_of_them in zip(alone, together, strict=True):
                             assert torch.equal(one[0, 0], all_of_them[sequence, row])

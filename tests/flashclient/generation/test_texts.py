@@ -22,7 +22,10 @@ TOKENS = ["<unk>", "<s>", "</s>", *BYTES, *WORDS, "<tool>"]
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """A tokenizer like Llama's: words begin with a space, which the first one of a text loses; the rest is bytes."""
+    """A tokenizer like Llama's: tokens of words begin with a space, which is dropped at the beginning of a text.
+
+    All other tokens are bytes.
+    """
     merges = [("▁", "h"), ("▁", "w")]
     vocabulary = {token: index for index, token in enumerate(TOKENS)}
     made = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True))

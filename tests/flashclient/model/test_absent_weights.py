@@ -1,4 +1,4 @@
-"""FFN weights that are not here: what needs them works, or is refused by an error that names the way."""
+"""FFN weights are not in the process: an operation works without them, or its error names an alternative."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Model = Any
 
 
 class Pair:
-    """A dense model, and the same one streamed."""
+    """A dense model and the same model streamed."""
 
     def __init__(self, family: str, folder: Path) -> None:
         self.dense: Model = make_model(make_config(family))
@@ -49,7 +49,7 @@ class Pair:
         return model.get_submodule(f"{self.layers}.0.{'mlp.act_fn' if 'mlp' in self.first else 'activation_fn'}")
 
     def same(self, model: Model | None = None, dense: Model | None = None) -> bool:
-        """Whether the two, or the pair's own, make the same logits."""
+        """Whether both models make the same logits; by default those of the pair."""
         with torch.no_grad():
             made = (self.streamed if model is None else model)(IDS).logits
             expected = (self.dense if dense is None else dense)(IDS).logits
@@ -209,5 +209,5 @@ def test_peft(pair: Pair, tmp_path: Path) -> None:
                 assert pair.same(adapted, dense)
                 assert not pair.same(adapted)
                 continue
-            with pytest.raises(AbsentWeightError, match="adapt the attention alone"):
+            with pytest.raises(AbsentWeightError, match="adapt only the attention"):
                 load(streamed, str(folder))

@@ -1,4 +1,4 @@
-"""Native attention against the formula in float64, its bits whatever surrounds a row, and in transformers' models."""
+"""Native attention: against the formula in float64, with equal bits whatever surrounds a row, and in whole models."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def formula(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
 
 
 def strided(tensor: Tensor, how: str) -> Tensor:
-    """The same values otherwise laid out: behind one another, with room to spare, or with heads side by side."""
+    """The same values in another layout: contiguous, with spare room, or with heads side by side."""
     if how == "spare":
         room = torch.full((*tensor.shape[:2], tensor.shape[2] + 5, tensor.shape[3]), torch.nan, dtype=tensor.dtype)
         room[:, :, : tensor.shape[2]] = tensor
@@ -66,16 +66,16 @@ def strided(tensor: Tensor, how: str) -> Tensor:
     return tensor.transpose(1, 2).contiguous().transpose(1, 2) if how == "heads side by side" else tensor
 
 
-def make_mask(kind: str, sequences: int, heads: int, tokens: int, positions: int, dtype: torch.dtype) -> Tensor | None:
+def make_mask(kind: str, sequences: int, heads: int, tokens: int, key_count: int, dtype: torch.dtype) -> Tensor | None:
     if kind == "none":
         return None
-    causal = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)
+    causal = torch.ones(tokens, key_count, dtype=torch.bool).tril(key_count - tokens)
     if kind == "padded":
-        return causal & (torch.arange(positions) >= torch.arange(sequences)[:, None, None, None])
-    scattered = torch.rand(sequences, heads, tokens, positions) < 0.7
+        return causal & (torch.arange(key_count) >= torch.arange(sequences)[:, None, None, None])
+    scattered = torch.rand(sequences, heads, tokens, key_count) < 0.7
     if kind == "scattered":
         return scattered
-    bias = torch.randn(1, 1, tokens, positions).to(dtype)
+    bias = torch.randn(1, 1, tokens, key_count).to(dtype)
     return bias.masked_fill(~causal, torch.finfo(dtype).min)
 
 
@@ -107,11 +107,11 @@ def test_attention_is_the_formula(
     seed: int,
 ) -> None:
     torch.manual_seed(seed)
-    positions = past + tokens
+    key_count = past + tokens
     query = strided(torch.randn(sequences, heads[0], tokens, elements[0]).to(dtype), layout)
-    key = strided(torch.randn(sequences, heads[1], positions, elements[0]).to(dtype), layout)
-    value = strided(torch.randn(sequences, heads[1], positions, elements[1]).to(dtype), layout)
-    mask = make_mask(kind, sequences, heads[0], tokens, positions, dtype)
+    key = strided(torch.randn(sequences, heads[1], key_count, elements[0]).to(dtype), layout)
+    value = strided(torch.randn(sequences, heads[1], key_count, elements[1]).to(dtype), layout)
+    mask = make_mask(kind, sequences, heads[0], tokens, key_count, dtype)
     module = attention_module(dtype, instruction_set)
     out, weights = attend(module, query, key, value, mask, scaling=scaling, is_causal=False)
     assert weights is None
@@ -131,12 +131,12 @@ def instruction_set(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 def test_a_row_depends_on_what_it_attends_to_alone(dtype: torch.dtype, instruction_set: str) -> None:
-    """Not on batch-mates, other tokens, padding (whatever it holds), form of the mask, or threads."""
+    """It does not depend on other rows, the contents of padding, the form of the mask, or threads."""
     torch.manual_seed(0)
-    heads, positions, tokens, padding = 4, 133, 7, 9
+    heads, key_count, tokens, padding = 4, 133, 7, 9
     query = torch.randn(2, heads, tokens, 40).to(dtype)
-    key, value = (torch.randn(2, 2, positions, 40).to(dtype) for _ in range(2))
-    causal = torch.ones(tokens, positions, dtype=torch.bool).tril(positions - tokens)[None, None]
+    key, value = (torch.randn(2, 2, key_count, 40).to(dtype) for _ in range(2))
+    causal = torch.ones(tokens, key_count, dtype=torch.bool).tril(key_count - tokens)[None, None]
     module = attention_module(dtype, instruction_set)
     together, _ = attend(module, query, key, value, causal.expand(2, 1, -1, -1))
     additive = torch.zeros_like(causal, dtype=dtype).masked_fill(~causal, torch.finfo(dtype).min)
@@ -146,7 +146,7 @@ def test_a_row_depends_on_what_it_attends_to_alone(dtype: torch.dtype, instructi
         assert torch.equal(attend(other, query, key, value, causal)[0], together)
     for sequence in range(2):
         for token in range(tokens):
-            seen = positions - tokens + 1 + token
+            seen = key_count - tokens + 1 + token
             one = query[sequence, :, token][None, :, None]
             keys, values = (tensor[sequence : sequence + 1, :, :seen] for tensor in (key, value))
             assert torch.equal(attend(module, one, keys, values, None)[0][0, 0], together[sequence, token])
@@ -159,7 +159,7 @@ def test_a_row_depends_on_what_it_attends_to_alone(dtype: torch.dtype, instructi
 
 
 def test_masked_values_that_are_not_finite_add_nothing() -> None:
-    """Where one token of a call attends and another does not."""
+    """One token of a call attends to a key and another one does not."""
     module = attention_module(torch.float32)
     query, key, value = (torch.randn(1, 1, count, 8) for count in (2, 5, 5))
     mask = torch.tensor([[True] * 4 + [False], [True] * 5])[None, None]

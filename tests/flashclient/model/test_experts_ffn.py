@@ -33,7 +33,7 @@ from flashclient.errors import AbsentWeightError, OptionError
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock
 from flashclient.model.streamed_experts import LayerExperts
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from weightd.serving.served_models import demand_of
 from weightd_proto.weightd_pb2 import Activation
 

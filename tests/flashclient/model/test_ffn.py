@@ -30,7 +30,7 @@ UNGATED = sorted(set(FUNCTIONS) - {"gated_relu"})
 
 
 class Layer:
-    """Random bundles of one FFN, and what they make of x."""
+    """Random bundles of one FFN, and the expected output for x."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ def exact_ffn(source: ArraySource, layout: weightd_pb2.BundleLayout, activation:
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
-    """Within what fp32 sums of a few hundred terms of this size may differ."""
-    largest = max(1.0, expected.abs().max().item() / 16)  # terms cancel: a small sum may have large ones
+    """Compares with the tolerance that fp32 sums of a few hundred terms of this size need."""
+    largest = max(1.0, expected.abs().max().item() / 16)  # terms cancel: a small sum may have large terms
     return torch.allclose(actual.double(), expected, rtol=1e-5, atol=2e-5 * largest)
 
 

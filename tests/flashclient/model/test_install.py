@@ -41,7 +41,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpt": {"vocab_size": 96, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128},
     "opt": _SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "num_attention_heads": 4},
     "phi3": _GATED,
-    "rwkv": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 64},
+    "rwkv": {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 64, "rescale_every": 0},
     "starcoder2": _GATED,
 }
 

@@ -20,7 +20,7 @@ from flashclient.errors import ModelError
 from flashclient.model.absent_weights import AbsentWeight
 from flashclient.model.build import BuiltModel, build_model
 from flashclient.model.decode_attention import IMPLEMENTATION
-from flashclient.source.border import BundleSource
+from flashclient.source.bundle_source import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from weightd_proto import weightd_pb2
 
@@ -44,7 +44,7 @@ def dense_model(case: str, dtype: str = "float32", **changes: Any) -> Any:
 
 @contextmanager
 def open_source(kind: str, parts: CutModel, folder: Path) -> Iterator[BundleSource]:
-    """Every way of getting bundles; a test of the forward pass holds for all."""
+    """Every source of bundles. Each test of the forward pass runs with all of them."""
     if not kind.startswith("grpc"):
         yield ArraySource(parts, [1] if kind == "single bundles" else [61, 5])
         return
@@ -98,7 +98,7 @@ def test_greedy_tokens_are_those_of_the_dense_model(case: str, kind: str, tmp_pa
 
 
 def assert_greedy(dense: Any, sequences: torch.Tensor, prompt_tokens: int) -> None:
-    """Each new token is the dense model's first, wherever its first two are further apart than the tolerance."""
+    """Each new token is the dense model's likeliest, unless its two likeliest are closer than the tolerance."""
     with torch.no_grad():
         logits = dense(sequences).logits[:, prompt_tokens - 1 : -1]
     first, second = logits.topk(2).values.unbind(-1)

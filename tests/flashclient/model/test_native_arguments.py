@@ -1,4 +1,4 @@
-"""What Python passes to the native kernels: a right result or an exception, never a byte out of bounds.
+"""Arguments of the native kernels: any of them gives a right result or an exception, and no access out of bounds.
 
 Each argument is checked where it enters (client/native/array_arguments.h, readable_memory.h).
 """
@@ -48,14 +48,14 @@ right_addresses = bundles.ctypes.data + np.arange(NEURONS, dtype=np.uint64) * np
 
 
 def skewed(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    """At an address that no element may have."""
+    """An array at an address that is not aligned to its elements."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return np.zeros(size + 1, np.uint8)[1:].view(dtype).reshape(shape)
 
 
 @st.composite
 def arrays(draw: st.DrawFn) -> Any:
-    """An array of any shape, dtype and strides, that may be read-only, empty or at an odd address; or none at all."""
+    """An array of any shape, dtype and strides, perhaps read-only, empty or at an odd address; or None."""
     shape = tuple(draw(st.lists(st.sampled_from([0, 1, 2, 3, 4, 6, 8, 9, 16, 17, 24]), max_size=4)))
     dtype = draw(st.sampled_from(DTYPES))
     kind = draw(st.sampled_from(KINDS))
@@ -99,7 +99,7 @@ every = LowRankPredictor(WORKERS, "F32", *every_arrays)  # wants all
 
 
 class Cells(CellSource):
-    """Each cell at the address of its bundle, or where the fuzzer says."""
+    """Gives each cell the address of its bundle, or one that the fuzzer has chosen."""
 
     def __init__(self, address: Any = 0, cell: Any = 0) -> None:
         super().__init__()
@@ -190,13 +190,17 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         (np.zeros(NEURONS * 96, np.uint8), np.zeros(NEURONS, np.uint64)),
     ),
     "weightd cut_bundles": (
-        lambda first_rows, down, first, cells, sums: _weightd_native.cut_bundles(
-            shape, [first_rows, first_rows], ["F32", "F32"], down, first, cells, sums
+        lambda rows, columns, first, step, cells, sums: _weightd_native.cut_bundles(
+            shape,
+            [(rows, "F32", False, first, step), (rows, "F32", False, 0, 1), (columns, "F32", True, first, step)],
+            cells,
+            sums,
         ),
         (
             np.zeros(NEURONS * 32, np.uint8),
             np.zeros(NEURONS * 32, np.uint8),
             0,
+            1,
             np.zeros(NEURONS * 96, np.uint8),
             np.zeros(NEURONS, np.uint64),
         ),

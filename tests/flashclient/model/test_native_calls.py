@@ -1,4 +1,4 @@
-"""How often a decode step in predict mode goes from Python into C++ for the FFNs: each call costs a token time."""
+"""How often a decode step in predict mode calls from Python into C++ for the FFNs. Each call makes a token slower."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from weightd.store.store import Store
 
 LAYERS = 3
 CALLS_PER_LAYER_MAX = 2  # the step, and whether the session was lost meanwhile
-# Products and attention of resident weights are no part of the FFNs.
+# Products and attention with resident weights are not counted, because they are not part of the FFNs.
 COUNTED = [
     *(_native.CellSource, _native.Ffn, _native.Leases, _native.LowRankPredictor, _native.PredictStep),
     *(_native.Predictor, _native.Session, _native.SignPredictor, _native.Sweep, _native.Window),
@@ -54,7 +54,7 @@ def noting(name: str, calls: list[str], function: Any) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("share_of_ffn", [1.0, 0.3])
 def test_a_layer_of_a_decode_step_is_two_native_calls(tmp_path: Path, share_of_ffn: float) -> None:
-    """Also where the pool is smaller than the model, so that every step waits for flash."""
+    """Also if the pool is smaller than the model, so that every step waits for flash."""
     checkpoint = make_checkpoint("opt", tmp_path / "tensors", layers=LAYERS, hidden=128, neurons=1024)
     assert cli.main(["import", str(checkpoint), "--store", str(tmp_path / "store"), "--name", "tiny"]) == 0
     record = Store.open(tmp_path / "store", readonly=True).model("tiny")

@@ -1,4 +1,4 @@
-"""Predict mode from a published calibration to text, through a real weightd: what may change it, and what may not."""
+"""Predict mode from a published calibration to text, through a real weightd: what changes it, and what does not."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Calibrated:
     names: dict[str, str]  # kind of predictors -> model
 
     def dram(self, share_of_ffn: float, sessions: int = 1) -> int:
-        """The --dram whose pool holds this share of one model's FFN cells, at least the smallest possible."""
+        """The --dram with a pool for this share of one model's FFN cells, or the smallest possible."""
         model = Store.open(self.store).model(self.names["lossy"])
         cells = sum(layer.cells for layer in model.layers)
         neurons = sum(layer.neurons for layer in model.layers)
@@ -107,7 +107,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def run_all(client: FlashClient) -> list[Tensor]:
-    """Everything that is compared, bit for bit: tokens and scores."""
+    """The tokens and scores, which are compared bit for bit."""
     results = []
     for prompt in PROMPTS:
         out = client.generate(torch.tensor([prompt]), **GREEDY, return_dict_in_generate=True, output_logits=True)
@@ -117,7 +117,7 @@ def run_all(client: FlashClient) -> list[Tensor]:
     results.append(client.generate(torch.tensor([PROMPT]), **GREEDY | {"use_cache": False, "max_new_tokens": 3}))
     model: Any = client.model
     with torch.no_grad():
-        attended = batch()["attention_mask"].bool()  # padding is nobody's business
+        attended = batch()["attention_mask"].bool()  # padding is not compared
         results += [model(**batch()).logits[attended], model(torch.tensor([PROMPT])).logits]
     return results
 
@@ -166,7 +166,7 @@ def test_mutual_tls_over_tcp_changes_no_token(model: Calibrated, tmp_path: Path)
 
 
 def test_what_is_predicted_differs_from_exact_mode(model: Calibrated) -> None:
-    """So that the tests above do not compare one thing with itself."""
+    """Otherwise the tests above would compare equal things."""
     with serving(model.store) as daemon:
         tokens = []
         for mode in ("predict", "exact"):
@@ -229,7 +229,7 @@ def test_calls_of_every_kind_are_exact_where_predictors_are(model: Calibrated) -
 
 
 def test_what_a_prompt_comes_as_changes_nothing(model: Calibrated) -> None:
-    """Also where predictors are wrong: a prompt is exact, whole or in parts, as ids or as their embeddings."""
+    """A prompt is exact even if the predictors are wrong, whole or in parts, as ids or as embeddings."""
     ids = torch.tensor([PROMPT])
     with client_of(model, "lossy") as client:
         expected = client.generate(ids, **GREEDY)
@@ -309,7 +309,7 @@ def test_auto_is_what_calibration_found(model: Calibrated) -> None:
 
 
 def test_a_window_saves_messages(model: Calibrated) -> None:
-    """With a window less is asked for: the daemon counts every cell that it is asked for."""
+    """With a window fewer cells are requested. The daemon counts every requested cell."""
     asked = []
     with serving(model.store) as daemon:
         for window in (0, 1, 4):

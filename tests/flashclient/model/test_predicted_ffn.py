@@ -1,4 +1,4 @@
-"""The FFN of predict mode against exact mode and a plain reading of its definition, whatever the source does."""
+"""The FFN of predict mode against exact mode and a plain implementation, whatever the source does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from flashclient.model.ffn import Clock, ExactFFN
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Step, Steps
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from weightd_proto.encodings import plain
 
 NEURONS, HIDDEN = 176, 64
@@ -29,7 +29,7 @@ NEURONS, HIDDEN = 176, 64
 
 @dataclass
 class Fixed(Steps):
-    """The step that the test says."""
+    """A Steps that gives the step that the test has set."""
 
     step: Step
 
@@ -49,7 +49,7 @@ def gate_rows(parts: CutModel, layer: int) -> NDArray[np.float32]:
 
 
 class Sum:
-    """A PredictedFFN over an ArraySource, whose cells have these attributes."""
+    """A PredictedFFN on an ArraySource. The attributes are set on the source's cells."""
 
     def __init__(self, parts: CutModel, predictors: bytes, window: int = 4, per_cell: int = 3, **cells: int) -> None:
         self.source = ArraySource(parts, [50, 7], per_cell, predictors)

@@ -23,7 +23,7 @@ seeds = st.integers(0, 1000)
 
 
 def stored_bits(weight: Tensor) -> NDArray[np.uint16] | NDArray[np.float32]:
-    """As they lie in a mapped file."""
+    """Copies of the arrays at addresses as in a mapped file."""
     return weight.numpy() if weight.dtype == torch.float32 else weight.view(torch.uint16).numpy()
 
 
@@ -66,7 +66,7 @@ def check_low_rank(predictor: LowRankPredictor, into: Tensor, out: Tensor, bias:
     neurons, tokens = len(out), len(x)
     wanted = unpack(predictor.predict(x.numpy()), neurons, tokens)
     score = (out @ (into.double() @ x.double().T) + bias.double()[:, None]).numpy()
-    clear = np.abs(score) > 1e-4  # nearer to 0 rounding decides
+    clear = np.abs(score) > 1e-4  # closer to 0 rounding decides
     assert np.array_equal(wanted[clear], score[clear] > 0)
     for row in range(tokens):
         alone = unpack(predictor.predict(x[row : row + 1].numpy()), neurons, 1)

@@ -43,7 +43,7 @@ def available(instruction_set: str) -> bool:
 
 
 def near(actual: Tensor, expected: Tensor) -> bool:
-    """Rounded once to the dtype of `actual`, of sums of order 1."""
+    """Compares results that were rounded once to the dtype of `actual`. The sums are of order 1."""
     unit = torch.finfo(actual.dtype).eps
     return torch.allclose(actual.double(), expected, rtol=unit, atol=max(unit / 4, 1e-5))
 
@@ -113,7 +113,7 @@ def test_gradients_flow() -> None:
 def test_strides_and_shapes() -> None:
     linear = make(48, 20, torch.bfloat16)
     x = torch.randn(4, 6, 48).bfloat16()
-    last = x[:, -1:, :]  # as transformers hands it to the head
+    last = x[:, -1:, :]  # as transformers passes it to the head
     assert linear(last).shape == (4, 1, 20)
     assert torch.equal(linear(last), linear(last.contiguous()))
     assert linear(torch.randn(48).bfloat16()).shape == (20,)
@@ -134,7 +134,7 @@ def test_weight_stays_in_place_and_may_change() -> None:
 
 
 def test_what_a_model_holds() -> None:
-    """Every projection and a tied head, and nothing else."""
+    """Every projection and a tied head use the kernel, and nothing else does."""
     config = make_config("gemma3")
     model = make_model(config).requires_grad_(False)
     plain = copy.deepcopy(model)
@@ -148,7 +148,7 @@ def test_what_a_model_holds() -> None:
 
 
 def test_default_is_the_best_instruction_set() -> None:
-    """Never by a measurement."""
+    """The choice never depends on a measurement."""
     linear: Any = nn.Linear(4, 4)
     assert use_fast_linears(linear, WORKERS) == 1
     best = next(name for name in INSTRUCTION_SETS if available(name))

@@ -97,7 +97,7 @@ def near(actual: Tensor, expected: Tensor) -> bool:
 
 
 def by_row(case: Case, h: Tensor, row: int) -> Tensor:
-    """What `row` alone makes of its own neurons: a list that holds nothing else."""
+    """The result of `row` computed alone, with a list of only its own neurons."""
     own = np.flatnonzero(case.masks >> row & 1)
     y = torch.zeros(1, case.hidden)
     alone = torch.zeros(len(own), 1)
@@ -115,7 +115,7 @@ def by_row(case: Case, h: Tensor, row: int) -> Tensor:
 def test_masked_sum_is_the_formula(case: Case) -> None:
     h = case.fire(case.kernels(), case.masks)
     expected_h, expected_y = case.reference()
-    # Beside a threshold rounding decides: there, and only there, h may be the other branch.
+    # Close to a threshold rounding decides whether a neuron fires. Only there h may differ.
     argument = case.weights[:, 0].double() @ case.x.double().T + case.biases[0].double()[:, None]
     beside = (argument - THRESHOLD).abs() < 1e-5 if case.activation == "fatrelu" else torch.zeros_like(argument) > 0
     assert near(h[~beside], expected_h[~beside])
@@ -136,7 +136,7 @@ def test_all_masks_set_is_add_rows_bit_for_bit(case: Case) -> None:
 @settings(max_examples=40, deadline=None)
 @given(cases, st.integers(1, 60), st.integers(1, 4))
 def test_masks_of_several_groups_are_those_of_fire(case: Case, tokens: int, threads: int) -> None:
-    """Each row of add_rows() as fire() and accumulate() make it of that row alone."""
+    """Each row of add_rows() has the bits that fire() and accumulate() give for this row alone."""
     random = np.random.default_rng(case.seed)
     x = random.standard_normal((tokens, case.hidden)).astype(np.float32)
     masks = random.integers(0, 2**16, (-(-tokens // 16), case.neurons + 3)).astype(np.uint16)[:, 2:-1]
@@ -177,7 +177,7 @@ def test_instruction_sets(instruction_set: str, dtype: str, tokens: int) -> None
 
 
 def test_a_neuron_that_nobody_wants_is_not_read() -> None:
-    """Its address leads nowhere."""
+    """The address of an unwanted neuron is not valid."""
     case = Case("BF16", 64, 20, 3, True, "relu", 0)
     case.masks[:] = 7
     case.masks[5] = 0
@@ -188,7 +188,7 @@ def test_a_neuron_that_nobody_wants_is_not_read() -> None:
 
 
 def test_up_row_and_down_column_of_what_did_not_fire_are_not_counted() -> None:
-    """NaN stands where nothing may be read."""
+    """NaN is where nothing may be read."""
     case = Case("F32", 40, 30, 4, True, "relu", 1)
     closed = ~(case.weights[:, 0] @ case.x.T + case.biases[0][:, None] > 0).any(dim=1)
     assert closed.any()

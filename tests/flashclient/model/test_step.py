@@ -14,7 +14,7 @@ from flashclient.model.step import Step, Steps
 
 
 class Watched:
-    """A dense model whose forward passes leave their steps behind."""
+    """A dense model that records the steps of its forward passes."""
 
     def __init__(self, family: str) -> None:
         self.model: Any = make_model(make_config(family))

@@ -1,4 +1,4 @@
-"""GrpcSource: the bytes it gives, what its pool keeps, and what a failing daemon does to it."""
+"""GrpcSource: the bytes that it gives, what its pool keeps, and what happens when the daemon fails."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from flashclient.errors import (
     RefusedError,
 )
 from flashclient.source import grpc_cells
-from flashclient.source.border import retry_on_loss
+from flashclient.source.bundle_source import retry_on_loss
 from flashclient.source.grpc_chunks import GrpcSource, chunk_bundles_for, cut_spans
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
@@ -135,7 +135,7 @@ def test_chunks_fit_twice_into_the_pool(model: CutModel) -> None:
         assert [(s.layer, p) for s in spans for p in range(s.begin, s.end)] == [
             (layer, position) for layer in range(LAYERS) for position in range(NEURONS)
         ]
-    with pytest.raises(OptionError, match=r"pool_bytes=191 is too small: two bundles of this model need 192"):
+    with pytest.raises(OptionError, match=r"pool_bytes=191 is too small: two bundles of this model take 192"):
         chunk_bundles_for(model.record, 2 * BUNDLE_BYTES - 1)
 
 
@@ -145,7 +145,7 @@ def test_corruption_is_raised_and_does_not_stick(model: CutModel, tmp_path: Path
             (grpc.StatusCode.DATA_LOSS, "model 'm' layer 0 neuron 3: bytes differ from the checksum")
         )
         with pytest.raises(CorruptionError, match="layer 0 neuron 3"):
-            [read_layer(source, layer) for layer in range(LAYERS)]  # of those fetched ahead any may get it
+            [read_layer(source, layer) for layer in range(LAYERS)]  # any of the chunks fetched ahead may fail
         source.idle()
         assert np.array_equal(read_layer(source, 0), model.bundles[0])
 
@@ -167,7 +167,7 @@ def test_an_error_of_a_fetch_ahead_is_not_that_of_the_next_generation(
         monkeypatch.setattr(server, "_data", data)
         read_layer(source, 0)
         asked.wait()
-        source.idle()  # a generation has ended, and somebody repairs the bundle
+        source.idle()  # the generation ends, and the bundle is repaired
         fails.set()
         assert np.array_equal(read_layer(source, 1), model.bundles[1])
 
@@ -180,7 +180,7 @@ def test_a_daemon_that_comes_back_in_time_is_not_noticed(model: CutModel, tmp_pa
 
 
 class FrozenClock:
-    """Stands for the module `time`. `now_s` jumps where a process was frozen; sleeping takes no time."""
+    """Replaces the module `time`. The test moves `now_s` as if a process had been frozen; sleeping takes no time."""
 
     now_s = 0.0
 
@@ -290,11 +290,11 @@ def test_files_may_not_leave_their_folder(model: CutModel, tmp_path: Path) -> No
         connection.close()
 
 
-# ---- cells, as predict mode asks for them ----
+# ---- cells, as predict mode requests them ----
 
 
 def settle(source: GrpcSource) -> dict[int, bytes]:
-    """Waits for all cells asked for; the bytes of each."""
+    """Waits for all requested cells. Returns the bytes of each."""
     addresses: dict[int, int] = {}
     while arrived := source.cells.arrived():
         addresses |= dict(arrived)
@@ -366,7 +366,7 @@ class Interruption:
     def __init__(self, module: ModuleType, line: int) -> None:
         self._file = module.__file__
         self._lines_left = line
-        self.where = ""  # it was raised
+        self.where = ""  # the place at which it was raised
 
     def __enter__(self) -> Interruption:
         self._before = sys.gettrace()
@@ -407,7 +407,8 @@ def test_a_fetch_that_is_interrupted_anywhere_does_not_keep_close_waiting(model:
 
 
 def test_a_step_that_is_interrupted_anywhere_leaves_nothing_half_done(model: CutModel, tmp_path: Path) -> None:
-    """In Python code below a native step: the next one gives the right bits, and the pool has room for it."""
+    """The interrupt comes in Python code that a native step calls. The next step gives the right bits, and the pool has
+    room for it."""
     with opened(model, tmp_path, pool_bytes=8 * BUNDLE_BYTES) as (source, _):
         workers, layout = Workers(1), model.record.bundle
         kernels = Ffn(workers, [part.encoding for part in layout.parts], layout.hidden_size, "silu")

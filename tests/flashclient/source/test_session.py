@@ -1,4 +1,4 @@
-"""RingSource: cells leased one by one from a real daemon's pool, beside the sweep of exact mode."""
+"""RingSource: single cells leased from a real daemon's pool, and the sweep of exact mode."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def opened(folder: Path, dram: str = "64MiB") -> Iterator[tuple[RingSource, Daem
 
 
 def settle(source: RingSource) -> dict[int, int]:
-    """Waits for all cells asked for; the addresses of those that were granted."""
+    """Waits for all requested cells. Returns the addresses of those that were granted."""
     addresses: dict[int, int] = {}
     while arrived := source.leases.arrived():
         addresses |= dict(arrived)
@@ -55,7 +55,7 @@ def bundle_at(address: int) -> bytes:
 
 
 def leased(daemon: Daemon) -> int:
-    """Cells that weightd has leased. Its loop may still be taking back what was released."""
+    """The number of cells that weightd counts as leased. It may not have processed the last releases yet."""
     count: int = daemon.stub.Stats(weightd_pb2.StatsRequest()).models[0].leases
     return count
 
@@ -88,7 +88,7 @@ def test_more_cells_than_a_message_holds(model: TinyModel, tmp_path: Path) -> No
 
 
 def test_more_cells_than_the_grants_of_a_ring(tmp_path: Path) -> None:
-    """16384 grants: the rest is asked for as they are read."""
+    """The ring has room for 16384 grants. More cells are requested when grants have been read."""
     cells_count = 16384 + 2000
     model = write_model(tmp_path / "store", layers=1, neurons=cells_count, bundle_bytes=BUNDLE_BYTES)
     with opened(tmp_path, dram="128MiB") as (source, _):

@@ -34,8 +34,9 @@ TEST(CutBundles, PartsMayDifferInEncoding) {
     const std::vector<uint16_t> down = {0x3f80, 0x4000, 0x4040, 0x4080};  // [hidden, neurons]: 1, 2; 3, 4
     std::vector<std::byte> cells(128, std::byte{0xff});
     std::vector<uint64_t> checksums(2);
-    const Rows rows[] = {{reinterpret_cast<const std::byte*>(up.data()), Dtype::f32}};
-    cut_bundles(shape, rows, {reinterpret_cast<const std::byte*>(down.data()), 2}, 0, cells.data(), checksums);
+    const PartMatrix parts[] = {{reinterpret_cast<const std::byte*>(up.data()), Dtype::f32, false, 2, 0, 1},
+                                {reinterpret_cast<const std::byte*>(down.data()), Dtype::bf16, true, 2, 0, 1}};
+    cut_bundles(shape, parts, cells.data(), checksums);
     for (size_t neuron = 0; neuron < 2; neuron++) {
         const std::byte* bundle = cells.data() + neuron * 64;
         EXPECT_EQ(std::memcmp(bundle, up.data() + neuron * 2, 8), 0);
@@ -48,7 +49,7 @@ TEST(CutBundles, PartsMayDifferInEncoding) {
 
 TEST(CutBundles, RefusesWhatIsNotPlain) {
     const BundleShape shape{{plain_encoding(Dtype::f32), {"Q8_0", 32, 34, Scales::in_block}}, 32, 256, 1, 256};
-    EXPECT_THROW(cut_bundles(shape, {}, {nullptr, 0}, 0, nullptr, {}), std::invalid_argument);
+    EXPECT_THROW(cut_bundles(shape, {}, nullptr, {}), std::invalid_argument);
     float value = 1.0f;
     int8_t target = 0;
     EXPECT_THROW(convert(reinterpret_cast<const std::byte*>(&value), Dtype::f32, reinterpret_cast<std::byte*>(&target),

@@ -43,7 +43,7 @@ def scaling(kind: gguf.RopeScalingType | None, factor: float, **more: Any) -> Ad
 
 
 def change(name: str, value: Any) -> Add:
-    """Sets `ARCHITECTURE.name` or, with a dot at its end, `name` as it is."""
+    """Sets `ARCHITECTURE.name`; or, if `name` ends in a dot, `name` without the dot."""
 
     def add(writer: gguf.GGUFWriter) -> None:
         key = name[:-1] if name.endswith(".") else f"{writer.arch}.{name}"
@@ -188,7 +188,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("llama", "logit_scale", 0.5, r"logit_scale = 0\.5"),
     ("llama", "attention.scale", 0.5, r"attention\.scale = 0\.5"),
     ("llama", "attention.causal", False, "attention.causal = False"),
-    ("llama", "a.new.key", 1, r"llama\.a\.new\.key = 1, which is not known here"),
+    ("llama", "a.new.key", 1, r"llama\.a\.new\.key = 1, which weightd does not know"),
     ("llama", "attention.head_count_kv", [2, 1, 2, 2, 2, 2, 2], r"head_count_kv = \[2, 1,"),
     ("llama", "feed_forward_length", 0, "feed_forward_length = 0"),
     ("llama", "embedding_length", "64", "embedding_length = '64'"),
@@ -203,8 +203,8 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("llama", "tokenizer.ggml.pre.", "no-such", "tokenizer.ggml.pre = 'no-such'"),
     ("llama", "tokenizer.ggml.eos_token_id.", 999, "eos_token_id = 999, but 320 tokens"),
     ("llama", "tokenizer.ggml.eot_token_id.", 999, "eot_token_id = 999, but 320 tokens"),
-    ("llama", "tokenizer.ggml.add_sep_token.", True, "tokenizer.ggml.add_sep_token, which is not known"),
-    ("llama", "tokenizer.new.", 1, r"tokenizer\.new, which is not known"),
+    ("llama", "tokenizer.ggml.add_sep_token.", True, "tokenizer.ggml.add_sep_token, which weightd does not know"),
+    ("llama", "tokenizer.new.", 1, r"tokenizer\.new, which weightd does not know"),
     ("llama", "tokenizer.chat_template.tool.", 3, "tokenizer.chat_template.tool = 3"),
 ]
 

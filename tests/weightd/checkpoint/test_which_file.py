@@ -1,4 +1,4 @@
-"""Folders: which file wins, what a tied head means, and that nothing from outside of the folder is read."""
+"""Folders: which of several files is read, what a tied head means, and that nothing outside of the folder is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Change = Callable[[Path], Any]
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of seed 0 in safetensors; `change`d copies of it are imported."""
+    """A checkpoint of seed 0 in safetensors. Tests import copies of it that they have changed."""
     return make_checkpoint("llama", tmp_path_factory.mktemp("original") / "model", layers=1, hidden=32, neurons=48)
 
 
@@ -47,7 +47,7 @@ def other_state(seed: int = 1) -> dict[str, torch.Tensor]:
 
 
 def sharded(folder: Path, seed: int) -> None:
-    """Two shards and their index, of other values."""
+    """Writes two shards and their index, with other values."""
     state = other_state(seed)
     names = sorted(state)
     weight_map = {name: f"model-0000{index % 2 + 1}-of-00002.safetensors" for index, name in enumerate(names)}
@@ -163,7 +163,7 @@ def test_head_of_another_shape_than_its_embedding_is_refused(folder: Path, store
 
 
 def test_head_that_neither_ties_nor_is_there_is_refused(folder: Path, store: Store) -> None:
-    """transformers makes one of random values."""
+    """transformers would make one with random values."""
     tied(folder, lambda state: state.pop("lm_head.weight"))
     change_config(folder, tie_word_embeddings=False)
     with pytest.raises(CheckpointError, match=r"lacks the tensor lm_head\.weight"):
@@ -238,11 +238,11 @@ STRANGE: dict[str, tuple[Change, str]] = {
     ),
     "a shard by its whole path": (lambda f: index_of(f, str(f.parent / "private.safetensors")), "outside of it: '/"),
     "a torch shard beside the folder": (lambda f: bin_index_of(f, "../x.bin"), r"outside of it: '\.\./x\.bin'"),
-    "a shard that is no name": (lambda f: index_of(f, float("nan")), "promises model.norm.weight in nan, which is no"),
-    "a shard that is a list": (lambda f: index_of(f, ["a"]), r"promises model\.norm\.weight in \['a'\]"),
+    "a shard that is a number": (lambda f: index_of(f, float("nan")), "weight is in nan, which is not a file name"),
+    "a shard that is a list": (lambda f: index_of(f, ["a"]), r"model\.norm\.weight is in \['a'\]"),
     "a shard of no name": (lambda f: index_of(f, ""), "not a regular file: d"),
     "named weights outside": (lambda f: change_config(f, transformers_weights="../x.safetensors"), "outside of it"),
-    "named weights of a kind": (lambda f: change_config(f, transformers_weights="x.bin"), "which is no safetensors"),
+    "named weights of a kind": (lambda f: change_config(f, transformers_weights="x.bin"), "which is not a safetensors"),
     "a pipe for a tokenizer": (lambda f: pipe(f, "tokenizer.json"), r"tokenizer\.json is not a regular file: p"),
     "a pipe for a configuration": (lambda f: pipe(f, "config.json"), r"config\.json is not a regular file: p"),
     "a pipe for weights": (lambda f: pipe(f, "model.safetensors"), r"model\.safetensors is not a regular file: p"),
@@ -265,7 +265,7 @@ def test_what_is_not_of_the_folder_is_refused(folder: Path, store: Store, case: 
 
 
 def test_snapshots_of_the_cache_are_read_through_their_links(folder: Path, store: Store, tmp_path: Path) -> None:
-    """Also where the cache itself is reached through a link."""
+    """Also if the path of the cache itself has a link."""
     blobs = tmp_path / "disk" / "hub" / "models--a--b" / "blobs"
     snapshot = blobs.parent / "snapshots" / "0123"
     snapshot.mkdir(parents=True)
@@ -317,11 +317,11 @@ HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "bytes of no tensor": (lambda entries: entries.pop("model.norm.weight"), "leaves a gap|belong to no tensor"),
     "sizes that are no numbers": (
         lambda entries: entries["model.norm.weight"].update(shape=[32.0]),
-        "model.norm.weight: its sizes are no whole numbers",
+        "model.norm.weight: its sizes are not whole numbers",
     ),
     "a shape of booleans": (
         lambda entries: entries["model.norm.weight"].update(shape=[32, True]),
-        "model.norm.weight: its sizes are no whole numbers",
+        "model.norm.weight: its sizes are not whole numbers",
     ),
 }
 
@@ -337,7 +337,7 @@ def test_headers_that_safetensors_refuses_are_refused(folder: Path, case: str) -
 
 
 def test_compressed_torch_files_are_refused(folder: Path) -> None:
-    """Their bytes in the file are not those of the tensors."""
+    """Their bytes in the file are not in the order of the tensor."""
     import zipfile
 
     (folder / "model.safetensors").unlink()

@@ -117,7 +117,7 @@ def test_the_key_is_for_the_daemon_alone(tmp_path: Path) -> None:
 
 @pytest.fixture
 def store() -> Iterator[Path]:
-    """In a folder that other users can reach, unlike pytest's."""
+    """A store in a folder that other users can reach, unlike pytest's folders."""
     folder = Path(tempfile.mkdtemp(prefix="weightd-access-"))
     folder.chmod(0o755)
     write_model(folder / "store", "secret")
@@ -129,7 +129,7 @@ def store() -> Iterator[Path]:
 def as_user(
     number: int, groups: list[int], *arguments: str, group: int = 0, prefix: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """stranger.py as that user. Group 0 is the daemon's here: without it there is no connecting."""
+    """Runs stranger.py as that user. The daemon's group is 0 here; a user outside of it cannot connect."""
     who = [str(number), ",".join(map(str, [group, *groups]))]
     command = [*prefix, sys.executable, str(FIXTURES / "stranger.py"), *who, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -195,7 +195,7 @@ def test_a_session_token_is_of_no_use_to_another_user(store: Path) -> None:
 
 @AS_ROOT
 def test_a_client_of_another_container_attaches(store: Path) -> None:
-    """Its process number means nothing to the daemon."""
+    """The process number that it has there means nothing to the daemon."""
     with serving(store, "--dram", "64MiB") as daemon:
         connection = Connection(daemon.address, 10.0)
         opened = connection.open_session(pb.Model(name="shared"), 4)
@@ -233,7 +233,7 @@ def test_a_certificate_reads_what_rules_name_it_for(store: Path, tmp_path: Path)
 
 
 def listed(daemon: Daemon) -> list[str]:
-    """By a caller without an identity."""
+    """The caller has no identity."""
     return list(daemon.stub.ListModels(pb.ListModelsRequest()).names)
 
 

@@ -1,4 +1,4 @@
-"""How the front treats clients that misbehave, while others go on. Over real sockets, with and without TLS."""
+"""The front ends or slows down clients that misbehave, and others go on. Over real sockets, with and without TLS."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_what_no_client_sends_ends_its_connection_alone(
 ) -> None:
     with RawClient(daemon.address) as local:
         client = strange if transport == "tls" else local
-        with suppress(OSError):  # it was hung up on meanwhile
+        with suppress(OSError):  # weightd has closed the connection already
             client.send(ENDED_AT_ONCE[attack]())
         client.await_end()
     assert daemon.stub.ListModels(pb.ListModelsRequest(), timeout=20).names == ["tiny"]
@@ -144,7 +144,7 @@ def test_a_flood_is_read_slowly_and_others_go_on(daemon: Daemon, strange: RawCli
         except (BlockingIOError, ssl.SSLWantWriteError):
             pass
         except OSError:
-            break  # gRPC has had enough of it
+            break  # gRPC has closed the connection
         daemon.stub.Stats(pb.StatsRequest(), timeout=20)
     assert memory_bytes(daemon) - before < 20 * MIB
 
@@ -156,7 +156,7 @@ def test_calls_that_are_reset_at_once_are_no_burden(daemon: Daemon, strange: Raw
             streams = range(first, first + 200, 2)
             strange.send(b"".join(call("Stats", each) + frame(RST_STREAM, 0, each, bytes(4)) for each in streams))
     except OSError:
-        pass  # gRPC has had enough of it
+        pass  # gRPC has closed the connection
     daemon.stub.Stats(pb.StatsRequest(), timeout=20)
     assert memory_bytes(daemon) - before < 20 * MIB
 
@@ -165,7 +165,7 @@ def test_calls_that_are_reset_at_once_are_no_burden(daemon: Daemon, strange: Raw
 def test_messages_that_are_half_there_are_bounded_before_they_come(
     daemon: Daemon, strange: RawClient, transport: str
 ) -> None:
-    """Each says that a mebibyte comes; beyond those of a user's account gRPC refuses them with RESOURCE_EXHAUSTED."""
+    """Each announces a mebibyte. When they exceed the bound of a user, gRPC refuses them with RESOURCE_EXHAUSTED."""
     before = memory_bytes(daemon)
     with RawClient(daemon.address) as local:
         client = strange if transport == "tls" else local
@@ -181,7 +181,7 @@ def test_messages_that_are_half_there_are_bounded_before_they_come(
 
 
 def test_answers_that_are_not_read_do_not_pile_up(daemon: Daemon, strange: RawClient) -> None:
-    """The client's window is closed, so the daemon keeps each answer; a user's open calls are bounded."""
+    """The client's flow-control window is closed, so the daemon keeps each answer. A user's open calls are bounded."""
     before = memory_bytes(daemon)
     try:
         strange.send(frame(SETTINGS, 0, 0, struct.pack(">HI", 4, 0)))

@@ -1,4 +1,4 @@
-"""Each hostile client of scripts/hostile_clients.py, and honest ones that go on beside it."""
+"""Each hostile client of scripts/hostile_clients.py runs, and honest clients go on."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def attacked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attacked]:
 
 
 def honest_work(attacked: Attacked) -> None:
-    """A generation of a client that is there, and one of a client that comes."""
+    """Generates with a client that was attached before, and with one that attaches now."""
     assert attacked.client.generate(PROMPT, max_new_tokens=4, do_sample=False) == attacked.tokens
     with FlashClient("llama", address=attacked.daemon.address, timeout_s=TIMEOUT_S) as client:
         assert client.generate(PROMPT, max_new_tokens=4, do_sample=False) == attacked.tokens
@@ -81,8 +81,8 @@ def test_honest_clients_go_on_beside(attacked: Attacked, name: str) -> None:
 
 def test_they_are_another_users_where_they_can_be(attacked: Attacked) -> None:
     with HostileClients(attacked.target, ["idle_connections"]) as hostile:
-        mother = hostile.pid
-        (child,) = Path(f"/proc/{mother}/task/{mother}/children").read_text().split()
+        parent = hostile.pid
+        (child,) = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         while (user := Path(f"/proc/{child}").stat().st_uid) == os.geteuid() == 0:
             time.sleep(0.01)
         assert user == (1600 if os.geteuid() == 0 else os.geteuid())

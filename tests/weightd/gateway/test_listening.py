@@ -1,4 +1,4 @@
-"""Socket files: stale, live, foreign."""
+"""Files at the path of a socket: stale sockets, live sockets, other files."""
 
 from __future__ import annotations
 

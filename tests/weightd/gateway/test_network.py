@@ -41,7 +41,7 @@ def flags(server: Pair, *more: str) -> list[str]:
 
 @pytest.fixture
 def daemon(store: Path, authority: Authority, server: Pair) -> Iterator[Daemon]:
-    """With TLS; clients need no certificate."""
+    """A daemon with TLS. Clients need no certificate."""
     address = f"127.0.0.1:{free_port()}"
     with serving(store, *flags(server), address=address, credentials=authority.credentials()) as started:
         yield started
@@ -49,7 +49,7 @@ def daemon(store: Path, authority: Authority, server: Pair) -> Iterator[Daemon]:
 
 @pytest.fixture
 def mutual(store: Path, authority: Authority, server: Pair) -> Iterator[Daemon]:
-    """With mutual TLS."""
+    """A daemon with mutual TLS."""
     address, known = f"127.0.0.1:{free_port()}", authority.credentials(authority.sign("prober"))
     with serving(store, *flags(server, "--tls-client-ca", str(authority.ca)), address=address, credentials=known) as it:
         yield it
@@ -124,7 +124,7 @@ def test_a_replaced_certificate_is_taken_without_a_restart(
     daemon: Daemon, authority: Authority, tmp_path: Path
 ) -> None:
     other = Authority(tmp_path, "other")
-    other.sign("server")  # over the files that the daemon read
+    other.sign("server")  # replaces the files that the daemon has read
     assert names_at(daemon.address, TlsOptions(other.ca)) == ["tiny"]
     with pytest.raises(NoDaemonError):
         names_at(daemon.address, TlsOptions(authority.ca))

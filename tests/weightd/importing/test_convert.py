@@ -91,7 +91,7 @@ def test_opt_350m_shape(tmp_path: Path, store: Store) -> None:
 
 
 def transformers_state(path: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """What transformers' own loader makes of a GGUF file."""
+    """The model that transformers' own loader makes of a GGUF file."""
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
     return stored_tensors(model)
 
@@ -111,7 +111,7 @@ def quantise(name: str) -> gguf.GGMLQuantizationType:
 
 @pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_gguf_equals_transformers_loader(tmp_path: Path, store: Store, family: str) -> None:
-    """Quantised types decoded, Q and K put back in order, Gemma's one taken off; kept in F32."""
+    """Quantised types are decoded, rows of Q and K are put back in order, Gemma's one is subtracted; stored in F32."""
     model = make_model(make_config(family, neurons=192))
     path = write_gguf(model, tmp_path / "tiny.gguf", quantise)
     record = import_checkpoint(path, store)
@@ -253,7 +253,7 @@ def test_changed_file_and_missing_bundles_are_named(imported: Store) -> None:
 
 
 def reference_cells(layout: Any, rows: list[torch.Tensor], down: torch.Tensor) -> np.ndarray:
-    """Cells by the definition of the format."""
+    """Cells computed by the definition of the format."""
     parts = torch.cat([*rows, down.T], dim=1).contiguous().view(torch.uint8).numpy()
     count = len(parts)
     cells = np.zeros(-(-count // layout.bundles_per_cell) * layout.cell_bytes, np.uint8)
@@ -265,7 +265,7 @@ def reference_cells(layout: Any, rows: list[torch.Tensor], down: torch.Tensor) -
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 @settings(max_examples=60, deadline=None)
@@ -284,18 +284,23 @@ def test_cutting_equals_the_reference(
     begin = data.draw(st.integers(0, (neurons - 1) // layout.bundles_per_cell)) * layout.bundles_per_cell
     end = data.draw(st.integers(begin + 1, neurons))
     generator = torch.Generator().manual_seed(hidden * 1000 + neurons)
-    rows = [
-        torch.randn(neurons, hidden, generator=generator).to(TORCH_DTYPES[row_dtype])[begin:end] for _ in parts[:-1]
-    ]
-    down = torch.randn(hidden, neurons, generator=generator).to(TORCH_DTYPES[dtype])
-    converted = [part.to(TORCH_DTYPES[dtype]) for part in rows]
-    expected = reference_cells(layout, converted, down[:, begin:end])
+    given, expected_parts = [], []
+    for _ in parts:
+        columns, step = data.draw(st.booleans()), data.draw(st.integers(1, 3))
+        first = data.draw(st.integers(0, 5))
+        first = first if not columns else first % step
+        matrix = torch.randn(first + neurons * step, hidden, generator=generator)
+        matrix = matrix.to(TORCH_DTYPES[dtype if columns else row_dtype])
+        expected_parts.append(matrix[first::step][begin:end].to(TORCH_DTYPES[dtype]))
+        stored = matrix[: neurons * step + (0 if columns else first)]
+        stored = stored.T if columns else stored
+        given.append((as_bytes(stored), dtype if columns else row_dtype, columns, first + begin * step, step))
+    *rows, down = expected_parts
+    expected = reference_cells(layout, rows, down.T)
     cells = np.full(len(expected), 0xA5, np.uint8)
     checksums = np.zeros(end - begin, np.uint64)
     shape = native_shape(layout)
-    _native.cut_bundles(
-        shape, [as_bytes(part) for part in rows], [row_dtype] * len(rows), as_bytes(down), begin, cells, checksums
-    )
+    _native.cut_bundles(shape, given, cells, checksums)
     np.testing.assert_array_equal(cells, expected)
     again = np.zeros_like(checksums)
     _native.checksum_bundles(shape, expected, again)
@@ -317,7 +322,7 @@ def test_every_half_precision_value_converts_as_torch_does(source: str, target: 
 
 @pytest.mark.parametrize("target", ["BF16", "F16"])
 def test_floats_round_to_nearest_even(target: str) -> None:
-    """Every upper half of a float with the lower halves around ties, and random ones."""
+    """Floats with every upper half and the lower halves around ties, and random ones."""
     upper = torch.arange(1 << 16, dtype=torch.int64) << 16
     lower = torch.tensor([0, 1, 0xFFF, 0x1000, 0x1001, 0x2000, 0x3000, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
     bits = (upper[:, None] | lower[None, :]).reshape(-1)
@@ -339,8 +344,21 @@ def assert_converts(values: torch.Tensor, source: str, target: str) -> None:
 def test_native_functions_check_their_arrays() -> None:
     shape = native_shape(bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096))
     small, sums = np.zeros(32, np.uint8), np.zeros(1, np.uint64)
+    cells = np.zeros(4096, np.uint8)
+    rows, columns = (small, "F32", False, 0, 1), (small, "F32", True, 0, 1)
+    for parts, refused in (
+        ([rows], "parts do not fit"),
+        ([rows, (small, "F32", True, 1, 1)], "neurons beyond the columns"),
+        ([(small, "F32", False, 1, 1), columns], "neurons beyond the rows"),
+        ([rows, (small, "BF16", True, 0, 1)], "not in the dtype of their part"),
+        ([rows, (small[:28], "F32", True, 0, 1)], "do not have hidden_size values"),
+        ([rows, (small, "F32", True, 0, 99)], "lie too far apart"),
+        ([rows, (small, "F32", True, 0, 0)], "not a matrix"),
+    ):
+        with pytest.raises(ValueError, match=refused):
+            _native.cut_bundles(shape, parts, cells, sums)
     with pytest.raises(ValueError, match="cells do not fit"):
-        _native.cut_bundles(shape, [small], ["F32"], small, 0, np.zeros(64, np.uint8), sums)
+        _native.cut_bundles(shape, [rows, columns], np.zeros(64, np.uint8), sums)
     with pytest.raises(ValueError, match="unknown dtype"):
         _native.convert(small, "I8", small, "F32")
     with pytest.raises(ValueError, match="differ in elements"):
@@ -370,7 +388,7 @@ print(json.dumps({"added_bytes": peak_bytes() - before, "layer_bytes": model.bun
 
 
 def test_memory_of_an_import_is_bounded(tmp_path: Path) -> None:
-    """512 MiB of weights, an embedding of 125 MiB and layers of 128 MiB among them."""
+    """A checkpoint of 512 MiB, with an embedding of 125 MiB and layers of 128 MiB."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = make_config("llama", layers=3, hidden=2048, neurons=11264, vocab_size=32000, tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""Families: tensor names, shapes, and what transformers makes of the same files."""
+"""Families: tensor names and shapes, compared with what transformers makes of the same files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.errors import CheckpointError
-from weightd.importing.families import recipe_of
-from weightd.importing.sources import sources_of
+from weightd.importing.families import derive, recipe_of
+from weightd.importing.sources import used_tensors
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((family, {}) for family in FAMILIES),
@@ -41,7 +41,7 @@ def test_recipe_names_exactly_what_transformers_has(tmp_path: Path, family: str,
 
 
 def open_config(folder: Path) -> dict[str, Any]:
-    """As it is on disk: without what equals a default."""
+    """The configuration as it is on disk: without values that equal the default."""
     from weightd.checkpoint.checkpoint import read_json
 
     return read_json(folder / "config.json")
@@ -69,7 +69,7 @@ def test_configuration_without_a_size_is_refused(value: Any) -> None:
 
 
 def changed(tmp_path: Path, change: Any) -> Path:
-    """A Llama checkpoint whose state_dict went through `change`."""
+    """A Llama checkpoint whose state_dict was changed by `change`."""
     folder = make_checkpoint("llama", tmp_path / "model")
     state = load_file(folder / "model.safetensors")
     change(state)
@@ -79,7 +79,7 @@ def changed(tmp_path: Path, change: Any) -> Path:
 
 def resolve(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
-    sources_of(recipe_of(checkpoint.config), checkpoint)
+    used_tensors(derive(checkpoint), checkpoint.tensors)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:

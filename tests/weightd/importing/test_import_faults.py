@@ -45,7 +45,7 @@ def die(point: str, *arguments: str | Path) -> None:
 
 
 def assert_whole(path: Path, names: list[str]) -> None:
-    """These models, every byte of them right, and nothing else in the folder."""
+    """Asserts that the store has these models, with every byte right, and nothing else in its folder."""
     with Store.open(path) as store:
         assert store.names() == names
         for name in names:
@@ -176,7 +176,7 @@ def assert_whole_on_disk(path: Path, names: list[str]) -> None:
 def test_disk_that_fills_up_meanwhile_ends_the_import(
     disk: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check of free space passed, then others took it."""
+    """There was enough space when it was checked, then other files took it."""
     Store.open(disk, create=True).close()
     free_bytes = shutil.disk_usage(disk).free
     fill(disk, free_bytes - 200_000)
@@ -243,7 +243,7 @@ def test_bad_checkpoint(
 
 
 def assert_refused(source: Path, store: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit status 1, one clear line, the store as before."""
+    """Asserts exit status 1, one clear line, and an unchanged store."""
     import re
 
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""A checkpoint and its model in a store: imported once, again when it has changed, by one of many at a time."""
+"""A checkpoint is imported once, and again when it has changed. Of several processes one imports it."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ def test_a_changed_checkpoint_keeps_name_and_dtype(checkpoint: Path, store: Stor
 def test_what_would_be_lost_is_refused(checkpoint: Path, store: Store, tmp_path: Path) -> None:
     update(checkpoint, store)
     CHANGES["a byte of the weights"](checkpoint)
-    with serving(store.path, "--dram", "64MiB") as daemon, pytest.raises(StoreError, match="is not what it was") as why:
+    with serving(store.path, "--dram", "64MiB") as daemon, pytest.raises(StoreError, match="has changed since") as why:
         update(checkpoint, store)
     assert daemon.address in str(why.value)
     store.catalog.set_calibration("m", pb.Calibration(version=1))
-    with pytest.raises(StoreError, match="would undo its calibration"):
+    with pytest.raises(StoreError, match="would delete its calibration"):
         update(checkpoint, store)
     with pytest.raises(StoreError, match=r"has a model 'm' already, imported from .*/m, not from .*/elsewhere/m"):
         update(make_checkpoint("opt", tmp_path / "elsewhere" / "m", layers=1), store)
@@ -125,7 +125,7 @@ def test_of_many_at_once_one_imports_and_the_others_wait(
         monkeypatch.setattr(Store, "await_import", awaited)
         for thread in threads:
             thread.start()
-        waiting.wait()  # all three have been refused, and wait; this import comes to nothing
+        waiting.wait()  # all three were refused and wait; this import fails
         monkeypatch.setattr(Store, "await_import", await_import)
     for thread in threads:
         thread.join()

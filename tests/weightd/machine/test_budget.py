@@ -1,4 +1,4 @@
-"""What --dram means within made-up memory limits."""
+"""The value of --dram within made-up memory limits."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_exactly_the_cgroup_is_enough_and_a_byte_more_is_not() -> None:
 
 
 def told_instead(dram_bytes: int, percent: float | None, limit_bytes: int = 8 * GIB) -> str:
-    """What the refusal says to give."""
+    """The --dram that the refusal suggests."""
     with pytest.raises(SpaceError) as caught:
         check_dram(dram_bytes, [MemoryLimit("/cgroup", limit_bytes, limit_bytes)], [], percent)
     return str(caught.value).rpartition("; ")[2]

@@ -19,7 +19,7 @@ from weightd.store.store import Store
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Real measurements of the real device, shorter and on a smaller sample."""
+    """Makes measurements shorter and their sample smaller. They are still of the real device."""
     monkeypatch.setattr(profile, "SECONDS_EACH", 0.01)
     monkeypatch.setattr(profile, "SAMPLE_BYTES", 16 << 20)
 
@@ -96,7 +96,7 @@ def test_a_store_that_cannot_be_written_is_tried_on_its_own_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_model(tmp_path / "store")
-    monkeypatch.setattr(doctor, "NamedTemporaryFile", None)  # to call it is an error
+    monkeypatch.setattr(doctor, "NamedTemporaryFile", None)  # a call would be an error
     findings = doctor.check_direct_io(tmp_path / "store")
     assert [finding.level for finding in findings] == [doctor.OK, doctor.OK]
 

@@ -1,4 +1,4 @@
-"""Memory pressure: what is watched, and that the pool gives way and comes back when the kernel speaks."""
+"""Memory pressure: which files are watched, and that the pool shrinks after a signal and grows again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cgroup() -> Iterator[PressureCgroup]:
 
 
 class Kernel:
-    """An own trigger on the same file: what the daemon is told, we are told."""
+    """A trigger of the test on the same file: it gets the same signals as the daemon."""
 
     def __init__(self, file: Path) -> None:
         self._file = os.fdopen(pressure.set_trigger(file), "rb", buffering=0)
@@ -43,7 +43,7 @@ class Kernel:
         return bool(self._poll.poll(within_s * 1000))
 
     def until(self, done: Callable[[], bool], turns: int, what: str) -> None:
-        """Looks again at each word of the kernel, or every half second."""
+        """Waits for the condition. Checks it at each signal of the kernel, or every half second."""
         for _ in range(turns):
             if done():
                 return
@@ -85,7 +85,7 @@ def test_the_pool_gives_way_under_pressure_and_comes_back(cgroup: PressureCgroup
         with pressed(tmp_path / "file", cgroup):
             kernel.until(lambda: stats_of(daemon).memory_pressure.signals > 0, 120, "the daemon hears it")
             kernel.until(lambda: stats_of(daemon).dram_pool_bytes < before.dram_pool_bytes, 60, "the pool shrinks")
-            fill_pool(daemon)  # it serves on
+            fill_pool(daemon)  # it still serves
             under = stats_of(daemon)
             assert under.memory_pressure.pressed
             assert under.memory_pressure.dram_target_bytes >= FLOOR_BYTES
@@ -124,7 +124,7 @@ def test_the_whole_cap_as_floor_ignores_pressure(cgroup: PressureCgroup, tmp_pat
 
 
 def test_a_neighbour_at_its_own_limit_takes_nothing(tmp_path: Path) -> None:
-    """The machine's pressure rises, but the machine has memory."""
+    """There is pressure on the machine, but the machine has free memory."""
     machine = memory_limits()[0]
     if machine.free_bytes < machine.limit_bytes // 4:
         pytest.skip("this machine is short of memory itself")

@@ -43,19 +43,19 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 
 
 def port_of(daemon: Daemon) -> str:
-    """Where strangers connect: over TCP each host is a peer."""
+    """The daemon's TCP address. Over TCP each host is a peer of its own."""
     (flag,) = [i for i, word in enumerate(daemon.process.args) if word.startswith("127.0.0.1:")]  # type: ignore
     return str(daemon.process.args[flag])  # type: ignore[index]
 
 
 def memory_bytes(daemon: Daemon) -> int:
-    """Its own, without the pool."""
+    """The daemon's own memory, without the pool."""
     status = Path(f"/proc/{daemon.process.pid}/status").read_text()
     return sum(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith(("RssAnon", "RssFile")))
 
 
 def open_unread(daemon: Daemon, count: int, stub: Any = None) -> list[Any]:
-    """Fetches whose answers nobody takes, once all but those that may run have been refused."""
+    """Makes fetches whose answers nobody reads. Returns when all that exceed the bound have been refused."""
     streams = [(stub or daemon.stub).Fetch(pb.FetchRequest(model="tiny", file="config.json")) for _ in range(count)]
     while sum(stream.done() for stream in streams) < count - OF_PEER:
         daemon.stub.Stats(pb.StatsRequest(), timeout=20)
@@ -71,7 +71,7 @@ def test_unread_streams_hold_little_memory_and_control_calls_get_through(daemon:
     before = memory_bytes(daemon)
     streams = open_unread(daemon, STREAMS)
     try:
-        for _ in range(100):  # the streams that run come to their first answer meanwhile
+        for _ in range(100):  # takes long enough for the running streams to make their first answer
             daemon.stub.Stats(pb.StatsRequest(), timeout=20)
         assert memory_bytes(daemon) - before < OF_PEER * (8 << 20)
         assert memory_bytes(daemon) < 150 << 20
@@ -84,7 +84,7 @@ def test_unread_streams_hold_little_memory_and_control_calls_get_through(daemon:
 def test_a_client_is_told_that_the_daemon_is_busy_and_waits(daemon: Daemon) -> None:
     connection = Connection(daemon.address, timeout_s=20)
     request = pb.FetchRequest(model="tiny", placement_of=0)
-    with grpc.insecure_channel(daemon.address) as channel:  # whose streams end without being read
+    with grpc.insecure_channel(daemon.address) as channel:  # its streams are cancelled without being read
         streams = open_unread(daemon, 2 * OF_PEER, stub_of(channel, parse_address(daemon.address)))
         try:
             busy = f"busy: 6 of {FETCHES_MAX} calls of Fetch run, 6 of {OF_PEER} of user {os.geteuid()}"
@@ -121,7 +121,7 @@ HALF_SENT_CONNECTIONS = 5
 
 @pytest.mark.parametrize("method", ["DescribeModel", "Stats", "PublishCalibration", "Fetch"])
 def test_half_sent_calls_leave_places_to_others(daemon: Daemon, method: str) -> None:
-    """As many as there are places."""
+    """There are as many half-sent calls as places."""
     connection = Connection(daemon.address, timeout_s=20)
     with ExitStack() as stack:
         for _ in range(HALF_SENT_CONNECTIONS):
@@ -145,7 +145,7 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("method", TOO_MUCH)
 def test_too_much_is_refused_before_it_is_parsed(daemon: Daemon, method: str) -> None:
-    raw: Any = daemon.channel  # whose types know no messages that are bytes
+    raw: Any = daemon.channel  # Any, because its type stubs do not allow messages of bytes
     with pytest.raises(grpc.RpcError) as caught:
         list(raw.unary_stream(f"/{SERVICE_NAME}/{method}")(TOO_MUCH[method].SerializeToString(), timeout=20))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -176,7 +176,8 @@ def test_a_users_idle_connections_make_room_for_new_ones(daemon: Daemon) -> None
 
 
 class Streamer:
-    """An upload that says how many messages came, and a stream without end that says when it ended."""
+    """A service with an upload and a stream. The upload returns the number of its messages. The stream is endless and
+    sets `ended` when the server ends it."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -210,7 +211,7 @@ AGED = [("grpc.max_connection_age_ms", 1000), ("grpc.max_connection_age_grace_ms
 
 @dataclass
 class Impatient:
-    """A server with our bounds that waits only a moment for a caller."""
+    """A server with the bounds of weightd that waits only a moment for its callers."""
 
     streamer: Streamer
     stub: weightd_pb2_grpc.WeightdStub
@@ -249,7 +250,7 @@ def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
         yield pb.PublishCalibrationRequest()
         silent.wait(60)
 
-    with impatient(tmp_path, [], patience_s=5) as server:  # a busy machine takes its time for the second one
+    with impatient(tmp_path, [], patience_s=5) as server:  # long enough for the second upload on a busy machine
         with pytest.raises(grpc.RpcError) as caught:
             server.stub.PublishCalibration(requests(), timeout=60)
         silent.set()
@@ -259,7 +260,7 @@ def test_an_upload_that_stops_is_given_up(tmp_path: Path) -> None:
 
 
 def test_an_upload_that_trickles_is_given_up(tmp_path: Path) -> None:
-    """Each of its messages comes in time, but they would keep a place for ever."""
+    """Each of its messages comes in time, but all of them together would hold a place for ever."""
     refused = threading.Event()
 
     def requests() -> Iterator[pb.PublishCalibrationRequest]:
@@ -276,7 +277,7 @@ def test_an_upload_that_trickles_is_given_up(tmp_path: Path) -> None:
 def test_a_stream_that_nobody_reads_is_given_up_and_whoever_reads_on_is_told(tmp_path: Path) -> None:
     with impatient(tmp_path, []) as server:
         stream = server.stub.Fetch(pb.FetchRequest())
-        assert server.streamer.ended.wait(60)  # what it held is free, while nobody has read anything
+        assert server.streamer.ended.wait(60)  # its place is free although nobody has read anything
         with pytest.raises(grpc.RpcError) as caught:
             for _ in stream:
                 pass
@@ -285,7 +286,7 @@ def test_a_stream_that_nobody_reads_is_given_up_and_whoever_reads_on_is_told(tmp
 
 
 def answer_in_time(stub: weightd_pb2_grpc.WeightdStub, request: pb.FetchRequest) -> list[pb.FetchResponse]:
-    """Asked until the server has seen that the others have ended."""
+    """The answer. Asks again until the server has noticed that the other calls have ended."""
     while True:
         try:
             return list(stub.Fetch(request, timeout=60))

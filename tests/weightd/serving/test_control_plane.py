@@ -1,4 +1,4 @@
-"""The control plane, asked from outside of a real process."""
+"""The control plane of a real daemon process, called over gRPC."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(store: Path) -> TinyModel:
-    """Many bundles of a cell."""
+    """A model with many bundles per cell."""
     return write_model(store)
 
 
 @pytest.fixture(scope="module")
 def wide(store: Path) -> TinyModel:
-    """Bundles of many cells' bytes, larger than a response."""
+    """A model whose bundles have many blocks and are larger than a response."""
     return write_model(store, "wide", layers=1, neurons=3, bundle_bytes=3 * 349_696, seed=1)
 
 
@@ -74,7 +74,7 @@ def test_an_unknown_model_is_not_found_and_the_known_are_named(daemon: Daemon) -
 
 @pytest.mark.parametrize("name", ["x" * 4000, "\u20ac" * 1300, "a\nb"])
 def test_a_refusal_of_something_long_is_short(daemon: Daemon, name: str) -> None:
-    """It comes in a header, and clients drop calls whose headers are long."""
+    """The text is sent in a header, and clients drop calls whose headers are long."""
     with pytest.raises(grpc.RpcError) as caught:
         daemon.stub.DescribeModel(pb.DescribeModelRequest(name=name))
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -221,7 +221,7 @@ def test_shares_run_out_with_the_numbers(tmp_path: Path) -> None:
 
 
 def open_sessions(daemon: Daemon, model: str, count: int) -> tuple[grpc.StatusCode, str]:
-    """How the first refused one of `count` sessions was refused."""
+    """Opens up to `count` sessions. Returns the error of the first that is refused."""
     for opened in range(count):
         try:
             daemon.stub.OpenSession(pb.OpenSessionRequest(model=model))

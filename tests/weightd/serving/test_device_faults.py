@@ -1,7 +1,7 @@
 """A device that fails: one named test per fault, on a real daemon that reads a file system which fails on purpose.
 
-A read that fails, or whose bytes are wrong, is repeated once, each cell alone. If it fails again, those who asked for
-the cell get an error that names model, layer and neuron. The failure is not remembered: the next request reads again.
+A read that fails, or whose bytes are wrong, is repeated once, each cell alone. If it fails again, the callers that
+requested the cell get an error that names model, layer and neuron. The next request reads again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from weightd_proto.files import BUNDLES_FILE
 NEURONS, BUNDLE_BYTES, CELL_BYTES = 300, 4032, 4096
 ENGINES = ("io_uring", "threads")
 NONE = np.empty(0, np.uint32)
-ANSWER_S = 30  # far beyond what an answer takes here; a test that waits so long has failed
+ANSWER_S = 30  # much longer than any answer takes here; a test that waits so long has failed
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def model(store: Path) -> TinyModel:
 
 @pytest.fixture
 def disk(store: Path, model: TinyModel) -> Iterator[FailingDisk]:
-    """What `tiny` lies on."""
+    """The disk of `tiny`."""
     with failing_disk(store / "tiny") as mounted:
         yield mounted
 
@@ -55,7 +55,7 @@ def disk(store: Path, model: TinyModel) -> Iterator[FailingDisk]:
 def daemon(store: Path, disk: FailingDisk, request: pytest.FixtureRequest) -> Iterator[Daemon]:
     with serving(store, "--dram", "64MiB", "--cold-start", "--io-engine", request.param) as started:
         yield started
-        disk.heal()  # a read that is held would hold up the end
+        disk.heal()  # weightd cannot end while a read hangs
 
 
 def cell(layer: int, neuron: int, kind: str, times: int = 1 << 62) -> Rule:
@@ -163,7 +163,7 @@ def test_a_read_error_of_resident_weights_that_stays_is_one_line(
 def test_a_slow_device_holds_up_no_other_models_clients(
     store: Path, model: TinyModel, disk: FailingDisk, request: pytest.FixtureRequest
 ) -> None:
-    """Of `tiny`, more reads wait than the reader has under way at once; `quick` lies on a disk that is well."""
+    """More reads of `tiny` wait than the reader may have under way. `quick` is on a healthy disk."""
     quick = write_model(store, "quick", neurons=NEURONS, bundle_bytes=BUNDLE_BYTES, seed=5)
     scattered = tuple(range(0, NEURONS, 2))
     for engine in ENGINES:
@@ -201,7 +201,7 @@ def test_a_client_of_a_slow_device_gets_one_clear_error_in_time(
     with source_of(daemon) as source:
         assert lease(source, 1, 8, 9) == bundles(model, 1, 8, 9)
     while daemon.stub.Stats(pb.StatsRequest()).sessions > 0:
-        pass  # the daemon sees the end of a socket in its own time
+        pass  # the daemon may notice the end of a socket a moment later
 
 
 # A file that is cut short

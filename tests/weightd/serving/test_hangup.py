@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> Path:
 
 @contextmanager
 def in_a_terminal(store: Path, ignored: bool = False) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """weightd as the leader of a session with a terminal of its own, and the other end of that terminal."""
+    """weightd as the leader of a session with a terminal, and the other end of the terminal."""
     outside, inside = pty.openpty()
 
     def take_terminal() -> None:

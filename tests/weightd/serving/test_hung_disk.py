@@ -28,7 +28,7 @@ from weightd_proto.files import BUNDLES_FILE
 
 NEURONS, BUNDLE_BYTES = 300, 4032
 IMPATIENT = (sys.executable, str(FIXTURES / "impatient_weightd.py"))
-ANSWER_S = 30  # far beyond what an answer takes here; a test that waits so long has failed
+ANSWER_S = 30  # much longer than any answer takes here; a test that waits so long has failed
 CONFIG = "config.json"
 FETCHES_OF_MODEL = BOUNDS["/weightd.v1.Weightd/Fetch"].of_model
 
@@ -50,7 +50,7 @@ def well(store: Path, tiny: TinyModel) -> TinyModel:
 
 @pytest.fixture
 def disk(store: Path, well: TinyModel) -> Iterator[FailingDisk]:
-    """What `tiny` lies on."""
+    """The disk of `tiny`."""
     with failing_disk(store / "tiny") as mounted:
         yield mounted
 
@@ -61,7 +61,7 @@ def impatient(store: Path, disk: FailingDisk, *flags: str) -> Iterator[Daemon]:
         try:
             yield started
         finally:
-            disk.heal()  # a read that is held would hold up the end
+            disk.heal()  # weightd cannot end while a read hangs
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def refused(call: Any, *arguments: Any) -> tuple[grpc.StatusCode, str]:
 
 
 def assert_others_are_served(daemon: Daemon, well: TinyModel) -> None:
-    """By everything that has nothing to do with `tiny`."""
+    """Makes all kinds of calls that do not concern `tiny`."""
     assert len(daemon.stub.Stats(pb.StatsRequest(), timeout=ANSWER_S).models) == 2
     assert list(daemon.stub.ListModels(pb.ListModelsRequest(), timeout=ANSWER_S).names) == ["tiny", "well"]
     assert daemon.stub.DescribeModel(pb.DescribeModelRequest(name="well"), timeout=ANSWER_S) == well.record
@@ -96,7 +96,7 @@ def assert_others_are_served(daemon: Daemon, well: TinyModel) -> None:
 def test_a_fetch_of_a_hung_device_is_refused_in_time_and_the_next_is_served(
     daemon: Daemon, disk: FailingDisk, tiny: TinyModel, well: TinyModel
 ) -> None:
-    fetch(daemon.stub, request("tiny", 1))  # its resident weights are in memory
+    fetch(daemon.stub, request("tiny", 1))  # from now on its resident weights are in memory
     disk.add(Rule(BUNDLES_FILE, "hold"))
     status, details = refused(fetch, daemon.stub, request("tiny"))
     assert status is grpc.StatusCode.INTERNAL
@@ -109,11 +109,11 @@ def test_a_fetch_of_a_hung_device_is_refused_in_time_and_the_next_is_served(
 def test_fetches_of_a_hung_device_are_bounded_also_when_their_callers_have_gone(
     store: Path, disk: FailingDisk, well: TinyModel
 ) -> None:
-    """The threads that wait are counted, not the calls: those of a file are not given back before the file is read."""
+    """Waiting threads are counted, not calls: a cancelled call keeps its place until its file has been read."""
     port = free_port()
     with impatient(store, disk, "--listen", f"127.0.0.1:{port}") as daemon:
         disk.add(Rule(CONFIG, "hold"))
-        another = Connection(f"127.0.0.1:{port}", timeout_s=ANSWER_S)  # over TCP it is another peer
+        another = Connection(f"127.0.0.1:{port}", timeout_s=ANSWER_S)  # over TCP, so another peer
         wanted = pb.FetchRequest(model="tiny", file=CONFIG)
         assert FETCHES_OF_MODEL is not None
         for stub, places in ((daemon.stub, FETCHES_MAX // 2), (another.stub, FETCHES_OF_MODEL - FETCHES_MAX // 2)):
@@ -132,7 +132,7 @@ def test_fetches_of_a_hung_device_are_bounded_also_when_their_callers_have_gone(
 
 
 def test_the_watchdog_is_fed_while_a_device_hangs(daemon: Daemon, disk: FailingDisk, well: TinyModel) -> None:
-    """It asks what Stats asks: the engine's loop, which never waits for the device."""
+    """The watchdog does the same as Stats: it asks the engine's loop, which never waits for the device."""
     disk.add(Rule(RESIDENT_FILE, "hold"))
     with ThreadPoolExecutor() as threads:
         opening = threads.submit(daemon.stub.OpenSession, pb.OpenSessionRequest(model="tiny"), timeout=ANSWER_S)
@@ -165,7 +165,7 @@ def test_sessions_of_a_model_whose_opening_hangs_are_refused_in_time(
 
 
 def test_opening_a_model_on_a_hung_disk_keeps_no_other_from_being_opened(store: Path, tmp_path: Path) -> None:
-    """Both are imported while the daemon runs, so both are opened when they are asked for."""
+    """Both models are imported while the daemon runs, so they are opened when they are first requested."""
     first = write_model(store, "first", neurons=NEURONS, bundle_bytes=BUNDLE_BYTES)
     with serving(store, "--dram", "64MiB", "--cold-start", prefix=IMPATIENT) as daemon:
         tiny = write_model(store, "tiny", neurons=NEURONS, bundle_bytes=BUNDLE_BYTES, seed=3)

@@ -137,7 +137,7 @@ def test_buffers_stay_unregistered_under_the_memlock_limit_of_a_user(store: Path
 
 @pytest.fixture
 def store_without_direct_io(tmp_path: Path) -> Iterator[Path]:
-    """On ramfs, which has no direct I/O."""
+    """The store is on ramfs, which has no direct I/O."""
     folder = tmp_path / "ramfs"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "ramfs", "ramfs", str(folder)], capture_output=True, check=False)
@@ -147,7 +147,7 @@ def store_without_direct_io(tmp_path: Path) -> Iterator[Path]:
         write_model(folder / "store")
         yield folder / "store"
     finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # io_uring lets go of files a moment later
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)  # io_uring closes files a moment later
 
 
 def test_a_file_system_without_direct_io_is_refused(store_without_direct_io: Path, tmp_path: Path) -> None:

@@ -14,14 +14,13 @@ from daemon import Daemon, serving
 from tiny_store import write_model
 
 WATCHDOG_S = 0.6
-# Sent while a busy machine kept this test from listening; each pause is far shorter than the timeout.
-WORDS_ON_THEIR_WAY_MAX = 30
+UNREAD_MESSAGES_MAX = 30  # messages that may have arrived while a busy machine did not run this test
 PTRACE_SEIZE, PTRACE_INTERRUPT, PTRACE_DETACH = 0x4206, 0x4207, 17
 
 
 @pytest.fixture
 def manager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The socket of a service manager, named in the environment of what is started next."""
+    """The socket of a service manager, named in the environment of processes that are started next."""
     monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
     monkeypatch.setenv("WATCHDOG_USEC", str(int(WATCHDOG_S * 1e6)))
     monkeypatch.delenv("WATCHDOG_PID", raising=False)
@@ -39,7 +38,7 @@ def daemon_in(folder: Path) -> Iterator[Daemon]:
 
 
 def heard(manager: socket.socket, line: str) -> bool:
-    """Whether `line` is among the next words, before the timeout."""
+    """Whether `line` is among the next messages, before the timeout."""
     try:
         while line not in manager.recv(4096).decode().splitlines():
             pass
@@ -49,8 +48,8 @@ def heard(manager: socket.socket, line: str) -> bool:
 
 
 def falls_silent(manager: socket.socket, line: str) -> bool:
-    """Whether nobody says `line` any more once the words already on their way have been heard."""
-    return any(not heard(manager, line) for _ in range(WORDS_ON_THEIR_WAY_MAX))
+    """Whether `line` is not sent any more, once the messages that were already sent have been read."""
+    return any(not heard(manager, line) for _ in range(UNREAD_MESSAGES_MAX))
 
 
 def test_ready_reloading_and_stopping_are_said(manager: socket.socket, tmp_path: Path) -> None:
@@ -76,7 +75,7 @@ def test_the_watchdog_is_fed_only_while_the_engine_moves(manager: socket.socket,
 
 @contextmanager
 def stopped_thread(pid: int, name: str) -> Iterator[None]:
-    """Only this thread of the process stands still, as if it hung."""
+    """Stops only this thread of the process, as if it hung."""
     comms = Path(f"/proc/{pid}/task").glob("*/comm")
     (thread,) = [int(comm.parent.name) for comm in comms if comm.read_text().strip() == name]
     ptrace = ctypes.CDLL(None, use_errno=True).ptrace
@@ -92,5 +91,5 @@ def stopped_thread(pid: int, name: str) -> Iterator[None]:
 
 def _await_stop(thread: int) -> None:
     status = ctypes.c_int()
-    wall = 0x40000000  # __WALL: also of threads
+    wall = 0x40000000  # __WALL: waits for threads, too
     assert ctypes.CDLL(None).waitpid(thread, ctypes.byref(status), wall) == thread

@@ -1,4 +1,4 @@
-"""A catalog that is damaged, full or torn: refused in one line, or whole, and never a wrong record."""
+"""A catalog that is damaged, full or half written: it is refused in one line or still right, never a wrong record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def one_line(store: Path, *words: str) -> None:
-    """What a command and the daemon say of the store: one line, with these words."""
+    """Asserts that a command and the daemon refuse the store in one line that has these words."""
     listed = subprocess.run(
         [sys.executable, "-m", "weightd", "ls", "--store", str(store)], capture_output=True, text=True, check=False
     )
@@ -71,7 +71,7 @@ def test_garbage_in_the_place_of_a_catalog_is_one_line(store: Path) -> None:
 
 
 def test_zeros_in_the_place_of_pages_are_one_line(store: Path) -> None:
-    """What a file system may leave of blocks that were not synced when the power went."""
+    """The contents that a file system may leave in blocks that were not synced before a power loss."""
     path = store / CATALOG_FILE
     whole = path.read_bytes()
     for page in range(len(whole) // 4096):
@@ -103,7 +103,7 @@ def refused_or_right(path: Path) -> None:
 
 
 def flip_record(path: Path, key: bytes) -> None:
-    """One bit of the record's first byte, in the file itself."""
+    """Flips one bit of the record's first byte in the file."""
     with Store.open(path).catalog._begun() as transaction:
         stored = bytes(transaction.get(key) or b"no such record")
     flip_bit(path / CATALOG_FILE, (path / CATALOG_FILE).read_bytes().index(stored))
@@ -136,7 +136,7 @@ def test_encodings_that_do_not_fit_together_are_one_line(tmp_path: Path) -> None
 
 
 def test_a_store_of_format_1_is_read_and_added_to(tmp_path: Path) -> None:
-    """Its records end without checksums."""
+    """Its records have no checksums."""
     with Store.open(tmp_path / "store", create=True) as opened, opened.catalog._begun(write=True) as transaction:
         transaction.put(META_KEY, b'{"magic": "weightd-store", "format_version": 1}')
     model = write_model(tmp_path / "store")
@@ -167,7 +167,7 @@ def test_a_full_map_ends_the_import_with_one_line(
 
 
 def test_a_disk_that_is_full_at_the_catalogs_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of the model are there, and the last block is taken by somebody else before the catalog knows."""
+    """The files of the model are written, and another file takes the last block before the catalog is updated."""
     with small_disk(tmp_path, 60_000_000) as disk:
         write_model(disk / "store")
         add = "weightd.store.catalog.Catalog.add"
@@ -193,7 +193,7 @@ def test_a_disk_that_is_full_at_the_catalogs_commit(tmp_path: Path, monkeypatch:
 
 
 def test_temporary_folders_of_a_crash_are_gone_after_the_next_import(store: Path) -> None:
-    """An import killed while it writes, and a deletion killed half way."""
+    """An import is killed while it writes, and a deletion half way."""
     killed = subprocess.run([sys.executable, "-c", KILLED, str(store)], cwd=FIXTURES, capture_output=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     with Store.open(store, readonly=True) as opened:

@@ -1,4 +1,4 @@
-"""Files of a model that changed on flash: told with the model's and the file's name, and never used."""
+"""Files of a model that have changed on flash: the error names the model and the file, and they are never used."""
 
 from __future__ import annotations
 

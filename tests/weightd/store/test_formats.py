@@ -1,7 +1,7 @@
 """Stores of formats 1 and 2 are read as they are, and become format 3 with the next import.
 
-tests/fixtures/stores holds one of each, made by the weightd of that time (format 1 by one that still wrote it) from the
-same checkpoint of the family llama in bfloat16, with a calibration of made-up files and a hotness.
+tests/fixtures/stores holds one of each. Earlier versions of weightd made them from the same checkpoint of the family
+llama in bfloat16, with a calibration of made-up files and a hotness.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def format_of(folder: Path) -> int:
 
 
 def check_tiny(store: Store) -> None:
-    """Every byte of the model, and every record."""
+    """Compares every byte of the model, and every record."""
     record = store.model("tiny")
     assert list(record.bundle.parts) == parts_of(("gate", "up", "down"), plain("BF16"))
     assert record.compute_dtype == "BF16"

@@ -1,4 +1,4 @@
-"""The hot set: kept while windows move, remembered from one daemon to the next, foretold by calibration."""
+"""The hot set: kept while windows move, saved from one daemon to the next, predicted by calibration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from weightd_proto.files import PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
 LAYERS, NEURONS, BUNDLE_BYTES = 2, 1500, 4032  # a bundle fills its cell
 HOT = 300  # of each layer: one neuron in five
-POOL = 1000  # cells; the hot ones and what a step wants fit
+POOL = 1000  # cells: enough for the hot ones and those that a step wants
 WINDOW = 2  # tokens
 WITHIN_S = 60.0
 NONE = np.empty(0, np.uint32)
@@ -40,7 +40,7 @@ def model(tmp_path: Path) -> TinyModel:
 
 @pytest.fixture
 def shares() -> NDArray[np.float32]:
-    """How often each neuron is wanted, [layers, neurons]: some at most tokens, the others at one of 50."""
+    """The share of tokens that want each neuron, [layers, neurons]: most tokens for some, one in 50 for the others."""
     shares = np.full((LAYERS, NEURONS), 0.02, np.float32)
     random = np.random.default_rng(5)
     for layer in range(LAYERS):
@@ -60,7 +60,7 @@ class Client:
         self._tokens: list[list[NDArray[np.uint32]]] = [[NONE] * (WINDOW + 1) for _ in shares]
 
     def misses_per_token(self, tokens: int) -> float:
-        """Of that many more tokens."""
+        """Takes so many more tokens. Returns the mean number of cells that they missed."""
         before = self._misses()
         for _ in range(tokens):
             for layer, shares in enumerate(self._shares):
@@ -132,7 +132,7 @@ def calibrate(daemon: Daemon, folder: Path, shares: NDArray[np.float32]) -> None
 
 
 def wait_until_warm(daemon: Daemon) -> int:
-    """Until the pool is full; the cells in it."""
+    """Waits until the pool is full. Returns the cells in it."""
     give_up = time.monotonic() + WITHIN_S
     while time.monotonic() < give_up:
         stats = stats_of(daemon)
@@ -295,7 +295,7 @@ def test_a_cold_start_remembers_and_reads_nothing(
 
 
 def test_what_is_known_already_is_not_written_again(model: TinyModel, tmp_path: Path) -> None:
-    """An idle daemon leaves the catalog alone, byte for byte."""
+    """An idle daemon does not change a byte of the catalog."""
     store = tmp_path / "store"
     with Store.open(store) as opened:
         opened.catalog.set_hotness("tiny", bytes([200]) * LAYERS * NEURONS)

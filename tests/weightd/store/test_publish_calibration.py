@@ -1,4 +1,4 @@
-"""Publishing a calibration: all or nothing, served to those who come after, refused with the reason."""
+"""Publishing a calibration: all of it or nothing, served to sessions that open later, refused with the reason."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def fetch(daemon: Daemon, name: str, version: int = 0, byte_range: pb.ByteRange 
 
 
 def attach(daemon: Daemon) -> tuple[socket.socket, bytes]:
-    """A session by hand: its socket, which keeps it, and the predictors that it got."""
+    """A session made by hand: its socket, which keeps it alive, and the predictors that it got."""
     opened = daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny", slots_wanted=2))
     session = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     session.connect(opened.data_socket)
@@ -136,7 +136,7 @@ def test_a_session_keeps_its_version_and_the_next_gets_the_new_one(daemon: Daemo
     assert daemon.stub.Stats(pb.StatsRequest()).dram_resident_bytes == resident_bytes + predictors_bytes
     old.close()
     while daemon.stub.Stats(pb.StatsRequest()).sessions > 2:
-        pass  # the daemon sees the end of a socket in its own time
+        pass  # the daemon may notice the end of a socket a moment later
     assert daemon.stub.Stats(pb.StatsRequest()).dram_resident_bytes == resident_bytes
     for session in (before, new):
         session.close()

@@ -37,7 +37,7 @@ POINTS = {  # and the version that is there afterwards
 
 
 def assert_calibrated(store: Path, version: int) -> None:
-    """Whole, with exactly this calibration, and nothing half done beside it."""
+    """Asserts that the store is whole, has exactly this calibration, and no leftovers."""
     with Store.open(store) as opened:
         assert opened.model("tiny").calibration.version == version
         verify_model(opened, "tiny")
@@ -64,7 +64,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def sent(model: TinyModel, meanwhile: Path | None) -> Iterator[pb.PublishCalibrationRequest]:
-    """The parts of a calibration; before its data the disk `meanwhile` is filled."""
+    """The messages of a calibration. Before the data is sent, the disk `meanwhile` is filled."""
     files = contents(2)
     header = pb.PublishCalibrationHeader(model="tiny", calibration=record_of(model.record, files))
     yield pb.PublishCalibrationRequest(header=header)

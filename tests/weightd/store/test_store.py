@@ -1,4 +1,4 @@
-"""The store: what is written is read, and nothing else is let in."""
+"""The store: what was written can be read, and everything else is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def store(tmp_path: Path) -> Store:
 def add_model(store: Store, name: str = "tiny", neurons: int = 5, layers: int = 2) -> list[np.ndarray]:
     """A record with random checksums and no weights."""
     layout = bundle_layout(parts_of(("up", "down"), plain("F32")), 8, 4096)
-    records, _ = lay_out_layers(layout, [(f"layers.{index}", neurons) for index in range(layers)])
+    records = [weightd_pb2.Layer(module=f"layers.{index}", neurons=neurons) for index in range(layers)]
+    lay_out_layers(layout, records)
     checksums = [np.random.default_rng(index).integers(0, 1 << 63, neurons, np.uint64) for index in range(layers)]
     record = weightd_pb2.Model(name=name, compute_dtype="F32", bundle=layout, layers=records, import_id=b"1")
     with store.begin_import(name) as staging:
@@ -297,6 +298,6 @@ def test_a_daemon_that_claims_the_store_during_rm_keeps_its_model(
 
 
 def test_a_store_that_cannot_be_written_is_not_claimed(store: Store) -> None:
-    (store.path / "weightd.lock").mkdir()  # as good as read-only, for root too
+    (store.path / "weightd.lock").mkdir()  # has the effect of a read-only file system, for root too
     with pytest.raises(StoreError, match="make the store writable"):
         store.claim("unix:x")

@@ -1,4 +1,4 @@
-"""`--metrics`: what Prometheus reads, and how it is refused."""
+"""`--metrics`: the text that Prometheus reads, and the refusals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_each_metric_of_the_table_is_there_with_its_help_and_unit(daemon: Daemon
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
-# Fields that are no metric of their own: texts, parts of a metric that metric_table.py makes, and what others tell.
+# Fields without a metric of their own: texts, parts of a metric that metric_table.py makes, and what other fields say.
 NO_METRIC = {
     "name", "io_engine", "sessions", "uptime_s", "watched", "models", "attached", "read_queue", "memory_pressure",
     "dram_pool_bytes", "dram_resident_bytes", "dram_tables_bytes", "device_sequential_gb_per_s",
@@ -204,7 +204,7 @@ def test_a_word_of_warning_beyond_this_machine(store: Path, model: TinyModel, po
     with serving(store, "--dram", "64MiB", "--metrics", f"0.0.0.0:{port}") as daemon:
         assert "weightd_info" in scrape(port)
         _, log = daemon.stop()
-    assert re.search(r"warning: whoever reaches 0\.0\.0\.0:\d+ can read the metrics", log), log
+    assert re.search(r"warning: everybody who can connect to 0\.0\.0\.0:\d+ can read the metrics", log), log
 
 
 def test_the_loopback_of_ipv6(store: Path, model: TinyModel, port: int) -> None:

@@ -51,20 +51,20 @@ class Screen:
         self.shown = ""
 
     def until(self, pattern: str) -> str:
-        """What was written until `pattern` appears in it, and nothing of that again at the next call."""
+        """The text up to the end of the first match of `pattern`. The next call continues behind it."""
         deadline = time.monotonic() + WITHIN_S
         while (found := re.search(pattern, self.shown)) is None:
             ready, _, _ = select.select([self.descriptor], [], [], deadline - time.monotonic())
             assert ready, f"{pattern!r} was not shown, but {self.shown!r}"
             try:
                 self.shown += os.read(self.descriptor, 1 << 16).decode()
-            except OSError:  # EIO: the terminal has no process any more
+            except OSError:  # EIO: the process has closed the terminal
                 raise AssertionError(f"it ended after {self.shown!r}") from None
         before, self.shown = self.shown[: found.end()], self.shown[found.end() :]
         return before
 
     def end(self) -> tuple[int, str]:
-        """Exit status, and what was written at last."""
+        """Waits for the end of the process. Returns its exit status and the rest of the text."""
         while True:
             try:
                 more = os.read(self.descriptor, 1 << 16)
@@ -94,7 +94,7 @@ def terminal(*flags: str, rows: int = 24, columns: int = 150) -> Iterator[Screen
     process = subprocess.Popen(
         command(*flags), stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own_terminal
     )
-    os.close(theirs)  # so that its last user is the process: then our end tells of its end
+    os.close(theirs)  # now only the process has it open, so reading our end fails when the process ends
     try:
         yield Screen(ours, process)
     finally:
@@ -105,8 +105,8 @@ def terminal(*flags: str, rows: int = 24, columns: int = 150) -> Iterator[Screen
 
 
 def _own_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C and new sizes become signals
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell's background jobs ignore
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # makes it the controlling terminal: Ctrl-C and new sizes become signals
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell ignore it
 
 
 def fetch(daemon: Daemon) -> None:
@@ -272,7 +272,7 @@ def test_a_daemon_with_mutual_tls_is_shown_to_whom_it_knows(tmp_path: Path) -> N
         assert "--tls-ca if it wants TLS" in plain_text.stderr
         unknown = show("--address", address, "--tls-ca", str(authority.ca))
         assert (unknown.returncode, unknown.stderr.count("\n")) == (1, 1), unknown.stderr
-        assert "look at the certificates" in unknown.stderr
+        assert "check the certificates" in unknown.stderr
 
 
 @pytest.mark.parametrize(

@@ -130,56 +130,55 @@ struct Block {
     }
 };
 
-// A neuron group is this wide in the down matrix: whole cache lines are used once fetched, and the bundles of a
-// group stay in the second-level cache until they are checksummed.
+// A neuron group is this wide in a matrix whose columns are cut: whole cache lines are used once fetched, and the
+// bundles of a group stay in the second-level cache until they are checksummed.
 constexpr std::size_t GROUP_BYTES = 64;
+constexpr std::size_t GROUP_MAX = GROUP_BYTES / 2;  // neurons
 
 template <typename Element>
-void copy_columns_one_by_one(const std::byte* down, std::size_t row_bytes, std::size_t row_begin, std::size_t row_end,
+void copy_columns_one_by_one(const std::byte* matrix, std::size_t row_bytes, std::size_t row_begin, std::size_t row_end,
                              std::size_t columns, std::byte* const* targets) {
     for (std::size_t row = row_begin; row < row_end; ++row)
         for (std::size_t column = 0; column < columns; ++column)
-            std::memcpy(targets[column] + row * sizeof(Element), down + row * row_bytes + column * sizeof(Element),
+            std::memcpy(targets[column] + row * sizeof(Element), matrix + row * row_bytes + column * sizeof(Element),
                         sizeof(Element));
 }
 
-// The columns of a group, each to where targets[column] points; `down` points at the group's first column.
+// The columns of a group, each to where targets[column] points; `matrix` points at the group's first column.
 template <typename Element>
-void copy_columns(const std::byte* down, std::size_t row_bytes, std::size_t rows, std::size_t columns,
+void copy_columns(const std::byte* matrix, std::size_t row_bytes, std::size_t rows, std::size_t columns,
                   std::byte* const* targets) {
     constexpr std::size_t LANES = Block<Element>::LANES;
     std::size_t row = 0;
     for (; columns % LANES == 0 && row + LANES <= rows; row += LANES)
         for (std::size_t column = 0; column < columns; column += LANES)
-            Block<Element>::transpose(down + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
+            Block<Element>::transpose(matrix + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
                                       row * sizeof(Element));
-    copy_columns_one_by_one<Element>(down, row_bytes, row, rows, columns, targets);
+    copy_columns_one_by_one<Element>(matrix, row_bytes, row, rows, columns, targets);
 }
 
 class Cutter {
   public:
-    Cutter(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, std::size_t first, std::byte* cells)
-        : shape_(shape), rows_(rows), down_(down), first_(first), cells_(cells) {
+    Cutter(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells)
+        : shape_(shape), parts_(parts), cells_(cells), unwanted_(shape.hidden_size * sizeof(float)) {
         for (std::size_t part = 0; part < shape.parts.size(); ++part) {
             const std::optional<Dtype> dtype = shape.parts[part].plain();
             if (!dtype) throw std::invalid_argument("cannot cut parts of encoding " + shape.parts[part].format);
             dtypes_.push_back(*dtype);
+            offsets_bytes_.push_back(shape.part_offset_bytes(part));
         }
-        down_offset_bytes_ = shape.part_offset_bytes(shape.row_parts());
     }
 
     std::size_t group() const { return GROUP_BYTES / bytes_of(dtypes_.back()); }
 
-    // Bundles [begin, end) of this run, at most GROUP_BYTES / element wide.
-    void cut_group(std::size_t begin, std::size_t end) const {
-        std::byte* targets[GROUP_BYTES / 2];
-        for (std::size_t i = begin; i < end; ++i) targets[i - begin] = bundle(i) + down_offset_bytes_;
-        const std::size_t element_bytes = bytes_of(dtypes_.back());
-        const std::byte* column = down_.data + (first_ + begin) * element_bytes;
-        const std::size_t row_bytes = down_.neurons * element_bytes;
-        const auto copy = element_bytes == 2 ? copy_columns<std::uint16_t> : copy_columns<std::uint32_t>;
-        copy(column, row_bytes, shape_.hidden_size, end - begin, targets);
-        for (std::size_t i = begin; i < end; ++i) copy_rows(i);
+    // Bundles [begin, end) of this run, at most GROUP_MAX.
+    void cut_group(std::size_t begin, std::size_t end) {
+        for (std::size_t part = 0; part < parts_.size(); ++part) {
+            if (parts_[part].columns)
+                cut_columns(part, begin, end);
+            else
+                cut_rows(part, begin, end);
+        }
     }
 
     std::uint64_t finish(std::size_t index) const {
@@ -195,23 +194,35 @@ class Cutter {
   private:
     std::byte* bundle(std::size_t index) const { return cells_ + shape_.offset_bytes(index); }
 
-    void copy_rows(std::size_t index) const {
-        std::byte* target = bundle(index);
-        for (std::size_t part = 0; part < rows_.size(); ++part) {
-            const Rows& rows = rows_[part];
-            const std::size_t row_bytes = shape_.hidden_size * bytes_of(rows.dtype);
-            convert(rows.data + index * row_bytes, rows.dtype, target, dtypes_[part], shape_.hidden_size);
-            target += shape_.part_bytes(part);
-        }
+    void cut_rows(std::size_t part, std::size_t begin, std::size_t end) const {
+        const PartMatrix& rows = parts_[part];
+        const std::size_t row_bytes = rows.width * bytes_of(rows.dtype);
+        for (std::size_t i = begin; i < end; ++i)
+            convert(rows.data + (rows.first + i * rows.step) * row_bytes, rows.dtype, bundle(i) + offsets_bytes_[part],
+                    dtypes_[part], shape_.hidden_size);
+    }
+
+    // The columns between those of interleaved parts are copied, too: to memory that nobody reads.
+    void cut_columns(std::size_t part, std::size_t begin, std::size_t end) {
+        const PartMatrix& columns = parts_[part];
+        const std::size_t phase = columns.first % columns.step;
+        const std::size_t count = (end - begin) * columns.step;
+        std::byte* targets[GROUP_MAX * COLUMN_STEP_MAX];
+        for (std::size_t i = 0; i < count; ++i)
+            targets[i] =
+                i % columns.step == phase ? bundle(begin + i / columns.step) + offsets_bytes_[part] : unwanted_.data();
+        const std::size_t element_bytes = bytes_of(columns.dtype);
+        const std::size_t first = columns.first - phase + begin * columns.step;
+        const auto copy = element_bytes == 2 ? copy_columns<std::uint16_t> : copy_columns<std::uint32_t>;
+        copy(columns.data + first * element_bytes, columns.width * element_bytes, shape_.hidden_size, count, targets);
     }
 
     const BundleShape& shape_;
-    std::span<const Rows> rows_;
-    DownMatrix down_;
-    std::size_t first_;
+    std::span<const PartMatrix> parts_;
     std::byte* cells_;
+    std::vector<std::byte> unwanted_;
     std::vector<Dtype> dtypes_;  // of the parts
-    std::size_t down_offset_bytes_;
+    std::vector<std::size_t> offsets_bytes_;
 };
 
 }  // namespace
@@ -234,10 +245,10 @@ void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dty
     refuse_dtype(source_dtype);
 }
 
-void cut_bundles(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, std::size_t first,
-                 std::byte* cells, std::span<std::uint64_t> checksums) {
+void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
+                 std::span<std::uint64_t> checksums) {
     const std::size_t count = checksums.size();
-    const Cutter cutter(shape, rows, down, first, cells);
+    Cutter cutter(shape, parts, cells);
     const std::size_t group = cutter.group();
     // The last cell may hold fewer bundles than fit; what is left of it is zero.
     if (count % shape.bundles_per_cell != 0) {

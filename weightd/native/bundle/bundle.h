@@ -40,22 +40,23 @@ struct BundleShape {
     }
 };
 
-// A run of neurons of a row part: rows of hidden_size values.
-struct Rows {
+// No published model interleaves more than two matrices column by column.
+inline constexpr std::size_t COLUMN_STEP_MAX = 8;
+
+// A matrix that holds one part of a run of neurons: a row or a column of each.
+struct PartMatrix {
     const std::byte* data;
     Dtype dtype;
+    bool columns;       // the values are columns, already in the dtype of the part
+    std::size_t width;  // values of a row of the matrix
+    std::size_t first;  // row or column of the run's first neuron
+    std::size_t step;   // rows or columns from one neuron to the next; of columns at most COLUMN_STEP_MAX
 };
 
-// The whole down matrix, hidden_size x neurons, already in the dtype of its part.
-struct DownMatrix {
-    const std::byte* data;
-    std::size_t neurons;
-};
-
-// Cuts neurons [first, first + checksums.size()) of `down`, whose rows are `rows` (one entry per row part), into
-// `cells`, which starts with the first of them and holds cells(checksums.size()) cells. Zeroes the padding.
+// Cuts a run of checksums.size() neurons, whose parts lie in `parts`, into `cells`, which starts with the first of them
+// and holds cells(checksums.size()) cells. Zeroes the padding. Of columns, whole steps are read: the matrix has them.
 // std::invalid_argument for a part that is not plain F32, BF16 or F16.
-void cut_bundles(const BundleShape& shape, std::span<const Rows> rows, DownMatrix down, std::size_t first,
-                 std::byte* cells, std::span<std::uint64_t> checksums);
+void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
+                 std::span<std::uint64_t> checksums);
 
 }  // namespace weightd

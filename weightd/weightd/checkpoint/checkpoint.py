@@ -1,6 +1,6 @@
 """A checkpoint to import: its tensors, where their bytes lie, and the files that go with them.
 
-Safetensors, torch's zip files and GGUF differ only in how they say where a tensor begins. All of them are read alike:
+Safetensors, torch's zip files and GGUF differ only in how they record where a tensor begins. All are read the same way:
 ranges of a file, past the page cache (disk/uncached_file.py).
 """
 
@@ -21,13 +21,15 @@ JSON_BYTES_MAX = 128 << 20  # the size of an index of 10 million tensors
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors by their names in the checkpoint, the configuration, and a function that writes the other files."""
+    """Tensors, the configuration, and a function that writes the other files.
+
+    Tensors of GGUF files, too, have the names of the checkpoints that transformers reads, as far as they are known.
+    """
 
     path: Path
     config: Mapping[str, Any]  # config.json as transformers writes it
     tensors: Mapping[str, SourceTensor]
     write_files: Callable[[Path], None] = field(repr=False)  # config, generation config, tokenizer into a folder
-    gguf_architecture: str | None = None  # set for GGUF, whose tensors have llama.cpp's names
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     if config.get("configuration_files"):
         raise CheckpointError(
             f"{path} has a configuration for each version of transformers (configuration_files = "
-            f"{config['configuration_files']!r}): put the one of yours in the place of {CONFIG_FILE}"
+            f"{config['configuration_files']!r}): replace {CONFIG_FILE} with the one of your version"
         )
 
 
@@ -93,7 +93,9 @@ def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:
     """`named`: the weights file that config.json names, if it names one."""
     if named is not None:
         if not isinstance(named, str) or not named.endswith((".safetensors", f".safetensors{INDEX_SUFFIX}")):
-            raise CheckpointError(f"{folder.path} has transformers_weights = {named!r}, which is no safetensors file")
+            raise CheckpointError(
+                f"{folder.path} has transformers_weights = {named!r}, which is not a safetensors file"
+            )
         return _read_weights(folder, named)
     for name in (SAFETENSORS_FILE, TORCH_FILE):
         for candidate in (name, f"{name}{INDEX_SUFFIX}"):
@@ -127,7 +129,7 @@ def _read_shards(
         raise CheckpointError(f"{folder.path / index} has no weight_map")
     for name, shard in weight_map.items():
         if not isinstance(shard, str):
-            raise CheckpointError(f"{folder.path / index} promises {name} in {shard!r}, which is no file's name")
+            raise CheckpointError(f"{folder.path / index} says that {name} is in {shard!r}, which is not a file name")
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not folder.has(shard)]
     if missing:
@@ -140,5 +142,5 @@ def _read_shards(
         tensors.update(read(folder.file(shard)))
     lost = sorted(weight_map.keys() - tensors.keys())
     if lost:
-        raise CheckpointError(f"{index} promises {lost[0]} in {weight_map[lost[0]]}, but it is not there")
+        raise CheckpointError(f"{index} says that {lost[0]} is in {weight_map[lost[0]]}, but it is not there")
     return tensors

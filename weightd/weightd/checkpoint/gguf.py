@@ -11,7 +11,7 @@ from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.checkpoint.gguf_config import FREQUENCIES, GgufConfig
 from weightd.checkpoint.gguf_file import GgufFile, read_gguf
 from weightd.checkpoint.gguf_files import check_keys, check_packages, write_files
-from weightd.checkpoint.gguf_names import check_architecture
+from weightd.checkpoint.gguf_names import GgufNames, check_architecture
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import plain
 
@@ -26,7 +26,8 @@ def open_gguf(path: Path) -> Checkpoint:
     architecture = check_architecture(file.architecture)
     check_keys(file)
     config = GgufConfig(file, _small_vector(file, FREQUENCIES)).config()
-    return Checkpoint(path, config, file.tensors, lambda folder: write_files(file, config, folder), architecture)
+    tensors = GgufNames(architecture, config).renamed(file.tensors)
+    return Checkpoint(path, config, tensors, lambda folder: write_files(file, config, folder))
 
 
 def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
@@ -36,6 +37,6 @@ def _small_vector(file: GgufFile, name: str) -> npt.NDArray[np.float32] | None:
         return None
     if tensor.encoding != plain("F32") or len(tensor.shape) != 1 or tensor.elements > VECTOR_ELEMENTS_MAX:
         raise CheckpointError(
-            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, no small F32 vector"
+            f"{file.path} holds {name} as {list(tensor.shape)} of {tensor.dtype}, not a small F32 vector"
         )
     return np.fromfile(tensor.path, "<f4", tensor.elements, offset=tensor.offset_bytes)

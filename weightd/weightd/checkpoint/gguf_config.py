@@ -101,7 +101,7 @@ class GgufConfig:
                 continue
             value = self._value(name)
             if name not in NEUTRAL:
-                self._refuse(name, value, "which is not known here")
+                self._refuse(name, value, "which weightd does not know")
             if not _equal(value, NEUTRAL[name]):
                 self._refuse(name, value, f"and only {NEUTRAL[name]!r} can be run")
 

@@ -79,7 +79,7 @@ def _whole_number(path: Path, metadata: Mapping[str, Value], name: str, default:
     if value is None:
         return default
     if not isinstance(value.content, int) or value.content < 0:
-        raise CheckpointError(f"{path} has {name} {value.content!r}, which is no count")
+        raise CheckpointError(f"{path} has {name} {value.content!r}, which is not a count")
     return value.content
 
 
@@ -149,7 +149,7 @@ class _Header:
 
     def _scalar_dtype(self, kind: int) -> np.dtype[Any]:
         if kind not in SCALAR_DTYPES:
-            raise CheckpointError(f"{self._path} has metadata of type {kind}, which is not known here")
+            raise CheckpointError(f"{self._path} has metadata of type {kind}, which weightd does not know")
         return np.dtype(SCALAR_DTYPES[kind])
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], Encoding, int]:
@@ -162,7 +162,7 @@ class _Header:
         shape = tuple(reversed(dimensions))  # GGUF begins with the innermost dimension
         row_elements = shape[-1] if shape else 1
         if row_elements % encoding.block_values:
-            raise CheckpointError(f"{self._path} holds {name} in rows of {row_elements}, no whole quantised blocks")
+            raise CheckpointError(f"{self._path} holds {name} in rows of {row_elements}, not in whole quantised blocks")
         return name, shape, encoding, self._number("<Q")
 
     def _encoding(self, name: str, kind: int) -> Encoding:

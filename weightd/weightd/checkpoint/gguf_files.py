@@ -57,7 +57,7 @@ def check_keys(file: GgufFile) -> None:
         if name != key and name not in TOKENIZER_KEYS and not name.startswith("chat_template."):
             neutral = name == "ggml.add_sep_token" and value.content is False
             if not neutral:
-                raise CheckpointError(f"{file.path} has {key}, which is not known here")
+                raise CheckpointError(f"{file.path} has {key}, which weightd does not know")
 
 
 def write_files(file: GgufFile, config: Mapping[str, Any], folder: Path) -> None:

@@ -7,9 +7,10 @@ Gemma's norms. transformers undoes the same (modeling_gguf_pytorch_utils.py).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
+from weightd.disk.tensors import SourceTensor, Undo
 from weightd.errors import CheckpointError
 
 ARCHITECTURES = ("gemma3", "llama", "qwen2")
@@ -38,31 +39,40 @@ _NORMS = {
 }
 
 
-@dataclass(frozen=True)
-class Undo:
-    """A change of the converter to undo. With `heads`, the rows of each head were interleaved (rotary halves side by
-    side). With `heads` = 0, one was added to each value."""
-
-    heads: int = 0
-
-
 class GgufNames:
-    """Finds llama.cpp's name of a tensor and the change to undo, by transformers' name."""
+    """Finds transformers' name of a tensor and the change to undo, by llama.cpp's name."""
 
     def __init__(self, architecture: str, config: Mapping[str, Any]) -> None:
         self._architecture = check_architecture(architecture)
         self._heads = {"q_proj": config["num_attention_heads"], "k_proj": config.get("num_key_value_heads")}
-        self._layer_modules = _LAYER_MODULES | _NORMS[architecture]
+        self._modules = {theirs: ours for ours, theirs in _MODULES.items()}
+        layer_modules = _LAYER_MODULES | _NORMS[architecture]
+        self._layer_modules = {theirs: ours for ours, theirs in layer_modules.items()}
+
+    def renamed(self, tensors: Mapping[str, SourceTensor]) -> dict[str, SourceTensor]:
+        """The tensors by transformers' names. Those that the architecture does not have keep their names."""
+        renamed: dict[str, SourceTensor] = {}
+        for theirs, tensor in tensors.items():
+            name = self.name_of(theirs)
+            if name in renamed:
+                raise CheckpointError(f"{tensor.path} holds {name} twice, as {renamed[name].name} and {theirs}")
+            renamed[name] = replace(tensor, undo=self.undo_of(name))
+        return renamed
 
     def name_of(self, name: str) -> str:
-        """`model.layers.3.mlp.up_proj.weight` -> `blk.3.ffn_up.weight`"""
-        module, kind = name.rsplit(".", 1)
-        if module in _MODULES:
-            return f"{_MODULES[module]}.{kind}"
-        _, _, layer, within = module.split(".", 3)
-        return f"blk.{layer}.{self._layer_modules[within]}.{kind}"
+        """`blk.3.ffn_up.weight` -> `model.layers.3.mlp.up_proj.weight`"""
+        module, _, kind = name.rpartition(".")
+        if module in self._modules:
+            return f"{self._modules[module]}.{kind}"
+        block, _, rest = module.partition(".")
+        layer, _, within = rest.partition(".")
+        if block == "blk" and within in self._layer_modules:
+            return f"model.layers.{layer}.{self._layer_modules[within]}.{kind}"
+        return name
 
     def undo_of(self, name: str) -> Undo | None:
+        if not name.startswith(("model.", "lm_head.")):
+            return None
         module = name.rsplit(".", 2)[-2]
         if self._architecture == "llama" and module in self._heads:
             return Undo(self._heads[module] or self._heads["q_proj"])

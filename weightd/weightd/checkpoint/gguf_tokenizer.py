@@ -2,7 +2,7 @@
 
     python -m weightd.checkpoint.gguf_tokenizer GGUF FOLDER             the child process of gguf_files.py
 
-Added here: the tokens at the begin and end of a text, as the file and llama.cpp define them; every chat template; and
+It adds the tokens at the beginning and end of a text, as the file and llama.cpp define them, every chat template, and
 the splitting of digits. A key that cannot be honoured is refused by name.
 """
 
@@ -112,7 +112,7 @@ def _check_split(file: GgufFile, kind: str | None, pre: str) -> None:
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.model = {kind!r}: known are gpt2 and llama")
     if kind == "gpt2" and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
-        raise CheckpointError(f"{file.path} has tokenizer.ggml.pre = {pre!r}: how it splits text is not known here")
+        raise CheckpointError(f"{file.path} has tokenizer.ggml.pre = {pre!r}: weightd does not know how it splits text")
 
 
 def _split_digits(tokenizer: Any) -> None:
@@ -163,7 +163,7 @@ def _templates(file: GgufFile) -> dict[str, str]:
     for key, value in file.metadata.items():
         if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
             if not isinstance(value.content, str):
-                raise CheckpointError(f"{file.path} has {key} = {value.content!r}, which is no template")
+                raise CheckpointError(f"{file.path} has {key} = {value.content!r}, which is not a template")
             found[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value.content
     return found
 

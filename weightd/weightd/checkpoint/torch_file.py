@@ -47,7 +47,7 @@ def _check_archive(path: Path) -> None:
             entries = archive.infolist()
             orders = [archive.read(entry) for entry in entries if entry.filename.endswith("/byteorder")]
     except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, zlib.error) as error:
-        raise CheckpointError(f"{path} is no whole zip archive ({error}): download it again") from error
+        raise CheckpointError(f"{path} is not a complete zip archive ({error}): download it again") from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise CheckpointError(f"{path} is compressed: load and save it with a current torch")
     if any(order != b"little" for order in orders):
@@ -74,7 +74,7 @@ def _load_fake(path: Path) -> Mapping[str, Any]:
 def _tensor(path: Path, name: str, value: torch.Tensor) -> SourceTensor:
     dtype = _NAMES.get(str(getattr(value, "dtype", None)))
     if dtype is None:
-        raise CheckpointError(f"{path} holds {name}, which is no tensor of a known dtype")
+        raise CheckpointError(f"{path} holds {name}, which is not a tensor of a known dtype")
     if not value.is_contiguous():
         raise CheckpointError(f"{path} holds {name} as a strided view: save it again with .contiguous()")
     encoding = plain(dtype)

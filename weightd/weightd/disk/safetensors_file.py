@@ -67,9 +67,9 @@ def _tensor(path: Path, name: str, entry: Any, data_offset_bytes: int) -> Source
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} has a bad header entry for {name}") from error
     if not whole:
-        raise CheckpointError(f"{path} has a bad header entry for {name}: its sizes are no whole numbers")
+        raise CheckpointError(f"{path} has a bad header entry for {name}: its sizes are not whole numbers")
     if dtype not in DTYPES:
-        raise CheckpointError(f"{path} holds {name} in dtype {dtype}, which is not known here")
+        raise CheckpointError(f"{path} holds {name} in dtype {dtype}, which weightd does not know")
     tensor = SourceTensor(name, shape, plain(dtype), path, data_offset_bytes + begin)
     if begin < 0 or min(shape, default=0) < 0 or tensor.bytes_of(tensor.elements) != end - begin:
         raise CheckpointError(f"{path} has a bad header entry for {name}: its shape does not fit its size")

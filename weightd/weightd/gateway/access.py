@@ -55,7 +55,7 @@ class Caller:
             return f"user {self.user_id}"
         if self.tls_names:
             return f"tls:{', '.join(sorted(self.tls_names))}"
-        return "a caller that does not show who it is"
+        return "a caller without an identity"
 
 
 def parse_rules(texts: Sequence[str], flag: str) -> Rules:

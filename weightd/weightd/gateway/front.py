@@ -244,7 +244,7 @@ class FrontConnection:
         if self._closed:
             return
         self._closed = True
-        logger.debug("hung up on %s: %s", self.user.name if self.user else "a client", reason)
+        logger.debug("closed the connection of %s: %s", self.user.name if self.user else "a client", reason)
         if self._paused is not None:
             self._paused.cancel()
         for each in filter(None, (self._outer, self._inner)):
@@ -261,13 +261,13 @@ class FrontConnection:
         """Closes the connection if something has been half open for too long."""
         if self._frames is None:
             if now_s - self._began_s > HALF_OPEN_S:
-                self.close("it does not begin")
+                self.close("it has not sent the beginning of a connection in time")
             return
         frame_s, message_s = self._frames.half_sent_s(now_s)
         if frame_s > HALF_OPEN_S or message_s > MESSAGE_S:
-            self.close("it does not go on")
+            self.close("it has not completed a frame or message in time")
         elif self._to_outer and now_s - self.unread_since_s > UNREAD_S:
-            self.close("it takes no answers")
+            self.close("it does not read its answers")
 
     def _belong_to(self, name: str) -> bool:
         if not self._front.belong(self, name):
@@ -387,7 +387,7 @@ class FrontConnection:
         assert self.user is not None
         self._name = f"weightd-{secrets.token_hex(8)}"
         self._front.origins[self._name] = CallOrigin(
-            self.user.name, self._local, self._tls_names, lambda: self.close("it took no answer"), self._charge
+            self.user.name, self._local, self._tls_names, lambda: self.close("it has not read an answer"), self._charge
         )
         self._inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         self._inner.bind(f"\0{self._name}")

@@ -98,7 +98,7 @@ class IdentityProtocol(asyncio.Protocol):
     def __init__(self, identities: Identities) -> None:
         self._identities = identities
 
-    def connection_made(self, transport: Any) -> None:  # uvloop's classes are none of asyncio's
+    def connection_made(self, transport: Any) -> None:  # Any: uvloop's classes do not derive from asyncio's
         connection = transport.get_extra_info("socket")
         _, user_id, group_id = struct.unpack("iII", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
         groups = {group_id, *_groups(connection)}

@@ -35,13 +35,13 @@ def prepare(address: ListenAddress) -> None:
 
 
 def identity_socket(address: ListenAddress) -> Path | None:
-    """Where those who connect to a Unix socket learn who they are (weightd.gateway.identity)."""
+    """The identity socket that belongs to a gRPC socket (weightd.gateway.identity)."""
     path = address.socket_path
     return None if path is None else path.with_name(path.name + IDENTITY_SUFFIX)
 
 
 def remove_stale(path: Path, kind: socket.SocketKind) -> None:
-    """Deletes the socket file of a dead process; UsageError when a live one answers or it is no socket."""
+    """Deletes the socket file of a dead process. UsageError if a live one answers, or if it is not a socket."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -80,7 +80,10 @@ def data_socket(addresses: tuple[ListenAddress, ...]) -> Iterator[Path]:
 
 @contextmanager
 def private_sockets() -> Iterator[None]:
-    """Sockets that are bound inside have SOCKET_MODE from the start, so no other user can connect before a chmod."""
+    """Sockets that are bound inside the `with` statement have SOCKET_MODE from the start.
+
+    Before a chmod another user could connect.
+    """
     before = os.umask(0o777 & ~SOCKET_MODE)
     try:
         yield

@@ -39,7 +39,10 @@ class Certificates:
 
 
 class TlsCredentials:
-    """The credentials of every new connection. If changed files cannot be used, that is logged and the old stay."""
+    """The credentials of every new connection.
+
+    If changed files cannot be used, an error is logged and the old certificates stay in use.
+    """
 
     def __init__(self, files: TlsFiles) -> None:
         """Raises UsageError when the files cannot be used."""

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 Descriptor = Any  # protobuf has one class for type checkers and another at run time
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; groups (3, 4) are none of proto3
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types; proto3 has no groups (3, 4)
 FIXED_BYTES = {FIXED64: 8, FIXED32: 4}
 VARINT_BYTES_MAX = 10
 

@@ -10,13 +10,14 @@ once, as the embedding.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from weightd.checkpoint.gguf_names import Undo
-from weightd.disk.tensors import SourceTensor
+from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.errors import CheckpointError
+from weightd_proto import weightd_pb2
 
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
@@ -24,7 +25,7 @@ Shape = tuple[int, ...]
 HEAD = "lm_head.weight"
 GATED_PARTS = ("gate", "up", "down")
 PLAIN_PARTS = ("up", "down")
-SIZE_MAX = 1 << 31  # the largest dimension: far above any model, and products of two fit 64 bits
+SIZE_MAX = 1 << 31  # the largest dimension: far above that of any model, and products of two fit into 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
 
 
@@ -38,7 +39,7 @@ class FfnTensors:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class FamilyRecipe:
     """The tensors of a model. Row parts are [neurons, hidden_size], the down matrix is [hidden_size, neurons].
 
     `tied_to` is the embedding if the configuration ties the head to it. `resident` has no head then.
@@ -61,15 +62,7 @@ class Recipe:
         return shapes
 
 
-@dataclass(frozen=True)
-class TensorSource:
-    """The tensor of the checkpoint that a tensor of the model comes from, and what must be undone to its values."""
-
-    tensor: SourceTensor
-    undo: Undo | None = None
-
-
-def recipe_of(config: Config) -> Recipe:
+def recipe_of(config: Config) -> FamilyRecipe:
     """The recipe for a transformers configuration. CheckpointError for an unknown architecture."""
     model_type = config.get("model_type")
     make = _RECIPES.get(str(model_type))
@@ -131,7 +124,7 @@ def _gated_layers(sizes: _Sizes) -> tuple[FfnTensors, ...]:
     return tuple(FfnTensors(m, neurons, tuple(f"{m}.{part}_proj.weight" for part in GATED_PARTS)) for m in modules)
 
 
-def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]], tied: bool) -> Recipe:
+def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]], tied: bool) -> FamilyRecipe:
     """Gated FFNs between embedding, layers, norm and head, as Llama and Gemma name them."""
     resident: dict[str, Shape] = {"model.embed_tokens.weight": (sizes.vocabulary, sizes.hidden)}
     for index in range(sizes.layers):
@@ -140,10 +133,10 @@ def _gated(family: str, sizes: _Sizes, layer: Callable[[str], dict[str, Shape]],
     if not tied:
         resident[HEAD] = (sizes.vocabulary, sizes.hidden)
     tied_to = "model.embed_tokens.weight" if tied else None
-    return Recipe(family, sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident, tied_to)
+    return FamilyRecipe(family, sizes.hidden, GATED_PARTS, _gated_layers(sizes), resident, tied_to)
 
 
-def _llama(config: Config) -> Recipe:
+def _llama(config: Config) -> FamilyRecipe:
     """Llama, Mistral (no biases) and Qwen2 (biases on q, k and v, whatever its configuration says)."""
     sizes = _Sizes(config)
     head_size = sizes.number("head_dim", sizes.hidden // sizes.number("num_attention_heads"))
@@ -161,7 +154,7 @@ def _llama(config: Config) -> Recipe:
     return _gated("llama", sizes, layer, sizes.flag("tie_word_embeddings", False))
 
 
-def _gemma3(config: Config) -> Recipe:
+def _gemma3(config: Config) -> FamilyRecipe:
     sizes = _Sizes(config)
     head_size = sizes.number("head_dim", 256)
     bias = sizes.flag("attention_bias", False)
@@ -177,7 +170,7 @@ def _gemma3(config: Config) -> Recipe:
     return _gated("gemma3", sizes, layer, sizes.flag("tie_word_embeddings", True))
 
 
-def _opt(config: Config) -> Recipe:
+def _opt(config: Config) -> FamilyRecipe:
     """OPT's FFN has no module of its own: `module` is the decoder layer that holds fc1 and fc2."""
     sizes = _Sizes(config)
     hidden, neurons = sizes.hidden, sizes.number("ffn_dim")
@@ -210,14 +203,72 @@ def _opt(config: Config) -> Recipe:
     if not tied:
         resident[HEAD] = (sizes.vocabulary, embedding)
     layers = tuple(FfnTensors(module, neurons, (f"{module}.fc1.weight", f"{module}.fc2.weight")) for module in modules)
-    return Recipe("opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None)
+    return FamilyRecipe(
+        "opt", hidden, PLAIN_PARTS, layers, resident, "model.decoder.embed_tokens.weight" if tied else None
+    )
 
 
 # By config.json's model_type.
-_RECIPES: dict[str, Callable[[Config], Recipe]] = {
+_RECIPES: dict[str, Callable[[Config], FamilyRecipe]] = {
     "gemma3_text": _gemma3,
     "llama": _llama,
     "mistral": _llama,
     "opt": _opt,
     "qwen2": _llama,
 }
+
+
+# The recipe as a message
+
+
+# Tensors that follow from the configuration: rotary frequencies, a version. transformers skips them too.
+IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
+
+
+def derive(checkpoint: Checkpoint) -> weightd_pb2.Recipe:
+    """The recipe of a checkpoint. CheckpointError names the first tensor that is missing or has another shape than the
+    configuration says, and the first one that nothing uses."""
+    family = recipe_of(checkpoint.config)
+
+    def find(name: str) -> str | None:
+        return next((n for n in (name, name.removeprefix("model.")) if n in checkpoint.tensors), None)
+
+    shapes = family.shapes()
+    found = {name: find(name) for name in shapes}
+    tied = {}
+    head = find(HEAD)
+    if family.tied_to is not None and head is not None:
+        if found[family.tied_to] is None:
+            found[family.tied_to] = head
+        else:
+            tied[HEAD] = family.tied_to
+            found[HEAD], shapes[HEAD] = head, shapes[family.tied_to]
+    for name, shape in shapes.items():
+        source = found[name]
+        if source is None:
+            looked_for = " and ".join(dict.fromkeys((name, name.removeprefix("model."))))
+            raise CheckpointError(f"{checkpoint.path} lacks the tensor {name} (looked for {looked_for})")
+        tensor = checkpoint.tensors[source]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{name} has shape {list(tensor.shape)} in {tensor.path}, but the configuration says {list(shape)}"
+            )
+    unused = sorted(name for name in checkpoint.tensors.keys() - set(found.values()) if not IMPLIED.search(name))
+    if unused:
+        raise CheckpointError(
+            f"{checkpoint.path} holds {len(unused)} tensors that its configuration has no place for, first "
+            f"{checkpoint.tensors[unused[0]].name}: correct the configuration, or remove them"
+        )
+    recipe = weightd_pb2.Recipe()
+    recipe.model.family = family.family
+    recipe.model.bundle.hidden_size = family.hidden_size
+    recipe.model.bundle.parts.extend(weightd_pb2.BundlePart(name=part) for part in family.parts)
+    for ffn in family.layers:
+        recipe.model.layers.add(module=ffn.module, neurons=ffn.neurons)
+        expert = recipe.ffns.add().experts.add()
+        for part, name in zip(family.parts, ffn.matrices, strict=True):
+            expert.parts.add(tensor=found[name] or "", columns=part == "down", step=1)
+    for name in [*family.resident, *tied]:
+        whole = weightd_pb2.TensorSource(tensor=found[name] or "")
+        recipe.resident.add(name=name, shape=shapes[name], source=whole, tied_to=tied.get(name, ""))
+    return recipe

@@ -1,18 +1,18 @@
 """The order in which an import reads. Reading, cutting and writing overlap, and need little memory.
 
-A bundle has a column of the down matrix, and a column is spread over the whole matrix. So the down matrices of two
-layers are in memory: bundles are cut with one, while the other, of the next layer, is being read. Everything else
-passes through buffers of CHUNK_BYTES.
+Bundles are cut unit by unit (units.py). Where a unit's neurons are columns of a matrix, that matrix must be in memory.
+So there is memory for the matrices of two units: bundles are cut with those of one, while those of the next are being
+read. Everything else passes through buffers of CHUNK_BYTES.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from weightd.disk.read_ahead import CHUNK_BYTES, Extent
-from weightd.importing.dequantise import row_elements, rows, rows_together
-from weightd.importing.families import FfnTensors, Recipe, TensorSource
+from weightd.disk.tensors import SourceTensor
+from weightd.importing.units import TensorMatrix, Unit, UnitPart
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES, is_plain
 
@@ -21,106 +21,124 @@ DEQUANTISED_CHUNK_BYTES = 2 << 20
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Rows [begin, end) of a tensor."""
+class ElementRun:
+    """Elements [begin, end) of a tensor. They are whole rows where rows must be read whole (see dequantise())."""
 
-    source: TensorSource
+    tensor: SourceTensor
     begin: int
     end: int
 
     @property
-    def elements(self) -> tuple[int, int]:
-        size = row_elements(self.source)
-        return self.begin * size, self.end * size
-
-    @property
     def extent(self) -> Extent:
-        tensor = self.source.tensor
-        begin, end = (tensor.bytes_of(count) for count in self.elements)
-        return Extent(tensor.path, tensor.offset_bytes + begin, end - begin)
+        begin, end = (self.tensor.bytes_of(count) for count in (self.begin, self.end))
+        return Extent(self.tensor.path, self.tensor.offset_bytes + begin, end - begin)
 
 
 @dataclass(frozen=True)
-class DownStep:
-    """Reads rows of a layer's down matrix into memory."""
+class HoldStep:
+    """Reads elements of a unit's matrix, from its element `first` on, into memory. `held`: its index in Unit.held."""
 
-    layer: int
-    slices: tuple[Slice]
+    unit: int
+    held: int
+    first: int
+    runs: tuple[ElementRun]
+
+
+@dataclass(frozen=True)
+class CutPart:
+    """Where a part of a step's first bundle lies: in a column of a held matrix, or a row of one of the step's runs."""
+
+    columns: bool
+    index: int  # of the held matrix or of the run
+    first: int
+    step: int
 
 
 @dataclass(frozen=True)
 class BundleStep:
-    """Cuts and writes the bundles of neurons [begin, end) of a layer. There is a slice per row part."""
+    """Cuts and writes the bundles of neurons [begin, end) of a unit."""
 
-    layer: int
+    unit: int
     begin: int
     end: int
-    slices: tuple[Slice, ...]
+    parts: tuple[CutPart, ...]
+    runs: tuple[ElementRun, ...]
 
 
-@dataclass(frozen=True)
-class ResidentStep:
-    """Appends rows to the index-th resident tensor."""
-
-    index: int
-    slices: tuple[Slice]
-
-
-Step = DownStep | BundleStep | ResidentStep
-
-
-def plan_bundles(
-    recipe: Recipe, sources: Mapping[str, TensorSource], layout: weightd_pb2.BundleLayout
-) -> Iterator[DownStep | BundleStep]:
-    """The steps of all layers. A layer's down matrix is read between the bundles of the layer before."""
-    downs = [list(_down_steps(index, ffn, sources)) for index, ffn in enumerate(recipe.layers)]
-    downs.append([])
-    yield from downs[0]
-    for index, ffn in enumerate(recipe.layers):
-        runs = list(_bundle_steps(index, ffn, sources, layout))
-        upcoming = downs[index + 1]
+def plan_bundles(units: Sequence[Unit], layout: weightd_pb2.BundleLayout) -> Iterator[HoldStep | BundleStep]:
+    """The steps of all units. A unit's matrices are read between the bundles of the unit before."""
+    upcoming = list(_hold_steps(0, units[0]))
+    yield from upcoming
+    for index, unit in enumerate(units):
+        cuts = list(_bundle_steps(index, unit, layout))
+        upcoming = list(_hold_steps(index + 1, units[index + 1])) if index + 1 < len(units) else []
         sent = 0
-        for number, run in enumerate(runs, start=1):
-            yield run
-            due = len(upcoming) * number // len(runs)
+        for number, step in enumerate(cuts, start=1):
+            yield step
+            due = len(upcoming) * number // len(cuts)
             yield from upcoming[sent:due]
             sent = due
 
 
-def plan_resident(tensors: list[weightd_pb2.Tensor], sources: Mapping[str, TensorSource]) -> Iterator[ResidentStep]:
-    for index, tensor in enumerate(tensors):
-        for piece in _slices(sources[tensor.name]):
-            yield ResidentStep(index, (piece,))
+def runs_of(tensor: SourceTensor, begin: int = 0, end: int | None = None) -> Iterator[ElementRun]:
+    """Runs of at most a chunk, from one element of a tensor to another."""
+    end = tensor.elements if end is None else end
+    together = tensor.rows_together * tensor.row_elements
+    size = max(1, _rows_per_chunk(tensor) // tensor.rows_together) * together
+    for first in range(begin, end, size):
+        yield ElementRun(tensor, first, min(end, first + size))
 
 
-def _slices(source: TensorSource) -> Iterator[Slice]:
-    count, unit = rows(source), rows_together(source)
-    units = max(1, _rows_per_chunk(source) // unit)
-    for begin in range(0, count, units * unit):
-        yield Slice(source, begin, min(count, begin + units * unit))
+def _rows_per_chunk(tensor: SourceTensor) -> int:
+    if not is_plain(tensor.encoding):
+        return max(1, DEQUANTISED_CHUNK_BYTES // (tensor.row_elements * DTYPES["F32"].bytes))
+    return max(1, CHUNK_BYTES // max(1, tensor.bytes_of(tensor.row_elements)))
 
 
-def _rows_per_chunk(source: TensorSource) -> int:
-    elements = row_elements(source)
-    if not is_plain(source.tensor.encoding):
-        return max(1, DEQUANTISED_CHUNK_BYTES // (elements * DTYPES["F32"].bytes))
-    return max(1, CHUNK_BYTES // source.tensor.bytes_of(elements))
+def _hold_steps(index: int, unit: Unit) -> Iterator[HoldStep]:
+    for number, matrix in enumerate(unit.held):
+        width = matrix.tensor.row_elements
+        begin, end = matrix.first_row * width, (matrix.first_row + matrix.rows) * width
+        for run in runs_of(matrix.tensor, begin, end):
+            yield HoldStep(index, number, run.begin - begin, (run,))
 
 
-def _down_steps(index: int, ffn: FfnTensors, sources: Mapping[str, TensorSource]) -> Iterator[DownStep]:
-    for piece in _slices(sources[ffn.matrices[-1]]):
-        yield DownStep(index, (piece,))
-
-
-def _bundle_steps(
-    index: int, ffn: FfnTensors, sources: Mapping[str, TensorSource], layout: weightd_pb2.BundleLayout
-) -> Iterator[BundleStep]:
+def _bundle_steps(index: int, unit: Unit, layout: weightd_pb2.BundleLayout) -> Iterator[BundleStep]:
     """Each step has as many whole cells as fit into a chunk, both read and written."""
-    parts = [sources[name] for name in ffn.matrices[:-1]]
-    neurons = min(
-        CHUNK_BYTES // layout.cell_bytes * layout.bundles_per_cell, *(_rows_per_chunk(part) for part in parts)
-    )
+    rows = [part for part in unit.parts if not part.columns]
+    limits = [_rows_per_chunk(part.matrix.tensor) // part.step for part in rows]
+    neurons = min(CHUNK_BYTES // layout.cell_bytes * layout.bundles_per_cell, *limits)
     neurons = max(1, neurons // layout.bundles_per_cell) * layout.bundles_per_cell
-    for begin in range(0, ffn.neurons, neurons):
-        end = min(ffn.neurons, begin + neurons)
-        yield BundleStep(index, begin, end, tuple(Slice(part, begin, end) for part in parts))
+    for begin in range(0, unit.neurons, neurons):
+        end = min(unit.neurons, begin + neurons)
+        yield BundleStep(index, begin, end, *_cut_parts(unit, begin, end))
+
+
+def _cut_parts(unit: Unit, begin: int, end: int) -> tuple[tuple[CutPart, ...], tuple[ElementRun, ...]]:
+    """Where the parts of neurons [begin, end) lie, and what must be read. Interleaved parts are read together."""
+    held = unit.held
+    spans: dict[tuple[TensorMatrix, int, int], list[int]] = {}  # rows by matrix, step, and turn of the step
+    for part in unit.parts:
+        if not part.columns:
+            first, last = part.first + begin * part.step, part.first + (end - 1) * part.step
+            span = spans.setdefault(_together(part), [first, last])
+            span[:] = min(span[0], first), max(span[1], last)
+    order = list(spans)
+    parts = []
+    for part in unit.parts:
+        first = part.first + begin * part.step
+        if part.columns:
+            parts.append(CutPart(True, held.index(part.matrix), first, part.step))
+        else:
+            run = order.index(_together(part))
+            parts.append(CutPart(False, run, first - spans[order[run]][0], part.step))
+    return tuple(parts), tuple(_rows(matrix, *spans[matrix, step, turn]) for matrix, step, turn in order)
+
+
+def _together(part: UnitPart) -> tuple[TensorMatrix, int, int]:
+    return part.matrix, part.step, part.first // part.step
+
+
+def _rows(matrix: TensorMatrix, first: int, last: int) -> ElementRun:
+    width = matrix.tensor.row_elements
+    return ElementRun(matrix.tensor, (matrix.first_row + first) * width, (matrix.first_row + last + 1) * width)

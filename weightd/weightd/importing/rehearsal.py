@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers")
 TIMEOUT_S = 1800.0  # a model of 400 GB takes a few minutes
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
-Rehearse = Callable[[weightd_pb2.Model, Path], str]  # returns in one line why it failed; "" if it did not
+Rehearse = Callable[[weightd_pb2.Model, Path], str]  # returns why it failed, in one line; "" if it passed
 
 
 def check_runnable(record: weightd_pb2.Model, folder: Path, checkpoint: Path, rehearse: Rehearse | None = None) -> None:
@@ -47,13 +47,13 @@ def asking(descriptor: int) -> Rehearse:
             connection.send_bytes(record.SerializeToString())
             return connection.recv_bytes().decode()
         except (OSError, EOFError):
-            return "the client that should have tried it has ended"
+            return "the client that should make the check has ended"
 
     return ask
 
 
 def _rehearse(record: weightd_pb2.Model, folder: Path) -> str:
-    """Why it failed, in one line; empty if it did not."""
+    """Why the rehearsal failed, in one line; empty if it passed."""
     if any(find_spec(package) is None for package in PACKAGES):
         return ""
     command = [sys.executable, "-P", "-m", "flashclient.generation.rehearsal", str(folder)]

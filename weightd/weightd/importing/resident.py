@@ -11,20 +11,24 @@ from weightd_proto.weightd_pb2 import Tensor
 
 TENSOR_ALIGNMENT_BYTES = 64
 
+Shape = tuple[int, ...]
 
-def lay_out_resident(shapes: Mapping[str, tuple[int, ...]], dtype: str, block_bytes: int) -> tuple[bytes, list[Tensor]]:
+
+def lay_out_resident(kinds: Mapping[str, tuple[str, Shape]], block_bytes: int) -> tuple[bytes, list[Tensor]]:
     """The header, padded so that the data begin on a block boundary, and the tensors in order, without checksums.
+
+    `kinds`: dtypes and shapes.
 
     Tensors whose size is a multiple of 64 come first, so that they are all aligned. Padding between tensors is not
     possible, because safetensors allows no holes.
     """
-    sizes = {name: prod(shape) * DTYPES[dtype].bytes for name, shape in shapes.items()}
+    sizes = {name: prod(shape) * DTYPES[dtype].bytes for name, (dtype, shape) in kinds.items()}
     order = sorted(sizes, key=lambda name: (sizes[name] % TENSOR_ALIGNMENT_BYTES != 0, -sizes[name], name))
-    header = header_of({name: (dtype, shapes[name]) for name in order}, block_bytes, {"format": "pt"})
+    header = header_of({name: kinds[name] for name in order}, block_bytes, {"format": "pt"})
     tensors = []
     offset_bytes = len(header)
     for name in order:
-        shape, size_bytes = shapes[name], sizes[name]
+        (dtype, shape), size_bytes = kinds[name], sizes[name]
         tensors.append(Tensor(name=name, dtype=dtype, shape=shape, offset_bytes=offset_bytes, size_bytes=size_bytes))
         offset_bytes += size_bytes
     return header, tensors

@@ -1,124 +1,78 @@
-"""Finds the tensors of a recipe in a checkpoint, under any of their names, and checks every shape.
-
-A tensor that the recipe has no place for would be lost, so the import of such a checkpoint is refused.
-"""
+"""The tensors of a checkpoint that a recipe uses: their dtypes, and weights that are tied only if they are equal."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from weightd.checkpoint.checkpoint import Checkpoint
-from weightd.checkpoint.gguf_names import GgufNames
 from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
+from weightd.importing.assembly import tensor_names
 from weightd.importing.dequantise import dequantise
-from weightd.importing.families import HEAD, Recipe, Shape, TensorSource
-from weightd.importing.plan import Slice
-from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
+from weightd.importing.plan import ElementRun, runs_of
+from weightd_proto.encodings import COMPUTE_DTYPES
+from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
-# Tensors that follow from the configuration: rotary frequencies, a version. transformers skips them too.
-IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
-COMPARED_BYTES = 8 << 20  # of a head and an embedding at a time
+INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")
+
+Tensors = Mapping[str, SourceTensor]
 
 
-def sources_of(recipe: Recipe, checkpoint: Checkpoint) -> tuple[Recipe, dict[str, TensorSource]]:
-    """The source of every tensor of the recipe, and the recipe as the checkpoint has it.
+def used_tensors(recipe: Recipe, tensors: Tensors) -> dict[str, SourceTensor]:
+    """The tensors that the recipe uses, by name.
 
-    The recipe gets a head of its own if the configuration ties head and embedding, but the checkpoint holds both with
-    different values. CheckpointError names the first tensor that is missing, has another shape than the configuration
-    says, or is not F32, BF16 or F16 (quantised GGUF types become F32), and the first tensor that nothing uses.
+    CheckpointError for one that is not F32, BF16 or F16, unless it is resident and holds integers. (Quantised GGUF
+    types become F32.)
     """
-    names = GgufNames(checkpoint.gguf_architecture, checkpoint.config) if checkpoint.gguf_architecture else None
-
-    def spellings(name: str) -> list[str]:
-        return [names.name_of(name)] if names else _spellings(name)
-
-    def find(name: str) -> TensorSource | None:
-        for spelling in spellings(name):
-            if spelling in checkpoint.tensors:
-                return TensorSource(checkpoint.tensors[spelling], names.undo_of(name) if names else None)
-        return None
-
-    found = {name: find(name) for name in recipe.shapes()}
-    if recipe.tied_to is not None:
-        recipe = _with_head(recipe, found, find(HEAD), recipe.tied_to)
-    sources: dict[str, TensorSource] = {}
-    for name, shape in recipe.shapes().items():
-        source = found[name]
-        if source is None:
-            looked_for = " and ".join(spellings(name))
-            raise CheckpointError(f"{checkpoint.path} lacks the tensor {name} (looked for {looked_for})")
-        _check(name, shape, source.tensor)
-        sources[name] = source
-    _check_unused(checkpoint, {source.tensor.name for source in found.values() if source is not None})
-    return recipe, sources
+    used = {part.tensor: True for ffn in recipe.ffns for expert in ffn.experts for part in expert.parts}
+    for resident in recipe.resident:
+        names = tensor_names(resident.source)
+        has_integers = len(names) == 1 and tensors[names[0]].dtype in INTEGERS
+        used |= {name: not has_integers or used.get(name, False) for name in names}
+    for name, must_be_float in used.items():
+        tensor = tensors[name]
+        if must_be_float and tensor.dtype not in COMPUTE_DTYPES.values():
+            known = ", ".join(COMPUTE_DTYPES.values())
+            raise CheckpointError(f"{name} has dtype {tensor.dtype} in {tensor.path}, known are {known}")
+    return {name: tensors[name] for name in used}
 
 
-def _with_head(
-    recipe: Recipe, found: dict[str, TensorSource | None], head: TensorSource | None, embedding: str
-) -> Recipe:
-    """Handles checkpoints with lm_head although tie_word_embeddings is set. Returns the recipe to use.
+def without_equal_ties(recipe: Recipe, tensors: Tensors) -> list[ResidentSource]:
+    """The resident tensors, without those that equal the ones they are tied to.
 
-    As in transformers' tie_weights(), the head replaces a missing embedding. If the embedding is there and differs, the
-    head becomes a matrix of its own.
+    As in transformers' tie_weights(), a weight that differs from the one it is tied to is a weight of its own.
     """
-    shape = recipe.resident[embedding]
-    if head is None:
-        return recipe
-    source = found[embedding]
-    found[HEAD] = head
-    if source is None:
-        found[embedding] = head
-        return recipe
-    _check(HEAD, shape, head.tensor)
-    _check(embedding, shape, source.tensor)
-    return recipe if _equal(source, head) else replace(recipe, resident={**recipe.resident, HEAD: shape})
+    by_name = {resident.name: resident for resident in recipe.resident}
+    return [
+        resident
+        for resident in recipe.resident
+        if not resident.tied_to or not _are_equal(resident, by_name[resident.tied_to], tensors)
+    ]
 
 
-def _equal(one: TensorSource, other: TensorSource) -> bool:
-    """Whether two matrices of the same shape hold the same values. In torch's files one matrix may have two names."""
-    if one == replace(other, tensor=replace(other.tensor, name=one.tensor.name)):
+def _are_equal(one: ResidentSource, other: ResidentSource, tensors: Tensors) -> bool:
+    if one.source == other.source:
         return True
-    pieces = [piece for pair in zip(_rows(one), _rows(other), strict=True) for piece in pair]
-    with ReadAhead([piece.extent for piece in pieces]) as read_ahead:
-        for first, second in zip(pieces[::2], pieces[1::2], strict=True):
+    if one.source.WhichOneof("of") != "tensor" or other.source.WhichOneof("of") != "tensor":
+        return False
+    return _hold_the_same(tensors[one.source.tensor], tensors[other.source.tensor])
+
+
+def _hold_the_same(one: SourceTensor, other: SourceTensor) -> bool:
+    """Whether two tensors hold the same values. In torch's files one tensor may have two names."""
+    if one.shape != other.shape:
+        return False
+    if replace(one, name=other.name) == other:
+        return True
+    runs = max((list(runs_of(tensor)) for tensor in (one, other)), key=len)
+    pairs = [(ElementRun(one, run.begin, run.end), ElementRun(other, run.begin, run.end)) for run in runs]
+    with ReadAhead([run.extent for pair in pairs for run in pair]) as read_ahead:
+        for first, second in pairs:
             with read_ahead.take(first.extent) as a, read_ahead.take(second.extent) as b:
                 values, others = dequantise(one, a).as_dtype("F32"), dequantise(other, b).as_dtype("F32")
                 if not np.array_equal(values, others):
                     return False
     return True
-
-
-def _rows(source: TensorSource) -> list[Slice]:
-    rows, width = source.tensor.shape
-    step = max(1, COMPARED_BYTES // (width * DTYPES["F32"].bytes))
-    return [Slice(source, begin, min(rows, begin + step)) for begin in range(0, rows, step)]
-
-
-def _check(name: str, shape: Shape, tensor: SourceTensor) -> None:
-    if tensor.shape != shape:
-        raise CheckpointError(
-            f"{name} has shape {list(tensor.shape)} in {tensor.path}, but the configuration says {list(shape)}"
-        )
-    if tensor.dtype not in COMPUTE_DTYPES.values():
-        known = ", ".join(COMPUTE_DTYPES.values())
-        raise CheckpointError(f"{name} has dtype {tensor.dtype} in {tensor.path}, known are {known}")
-
-
-def _check_unused(checkpoint: Checkpoint, used: set[str]) -> None:
-    """CheckpointError for tensors that the model has no place for: biases, layers, experts, adapters."""
-    unused = sorted(name for name in checkpoint.tensors.keys() - used if not IMPLIED.search(name))
-    if unused:
-        raise CheckpointError(
-            f"{checkpoint.path} holds {len(unused)} tensors that its configuration has no place for, first "
-            f"{unused[0]}: correct the configuration, or remove them"
-        )
-
-
-def _spellings(name: str) -> list[str]:
-    """The names with and without the prefix `model.`: transformers saves a model with its head, or without."""
-    return [name, name.removeprefix("model.")]

@@ -1,4 +1,7 @@
-"""Chooses the dtype in which a model is stored and computed. It is the same for all tensors, as in transformers."""
+"""Chooses the dtype in which a model is stored and computed.
+
+It is the same for all tensors that hold floats, as in transformers, which keeps few tensors of some models in F32.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,16 @@ from collections.abc import Mapping
 import numpy as np
 
 from weightd.disk.read_ahead import Extent, ReadAhead
+from weightd.disk.tensors import SourceTensor
+from weightd.importing.assembly import tensor_names
 from weightd.importing.dequantise import dequantise
-from weightd.importing.families import TensorSource
 from weightd_proto.encodings import COMPUTE_DTYPES
+from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
 KEEP = "keep"
 
 
-def extent_of(source: TensorSource) -> Extent:
-    """The extent of the whole tensor."""
-    tensor = source.tensor
-    return Extent(tensor.path, tensor.offset_bytes, tensor.bytes_of(tensor.elements))
-
-
-def stored_dtype(sources: Mapping[str, TensorSource], request: str) -> str:
+def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: str) -> str:
     """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly.
 
     For matrices the dtype decides. Vectors (norms, biases) may have a wider dtype than the matrices: llama.cpp stores
@@ -28,22 +27,38 @@ def stored_dtype(sources: Mapping[str, TensorSource], request: str) -> str:
     """
     if request != KEEP:
         return COMPUTE_DTYPES[request]
-    matrices = {source.tensor.dtype for source in sources.values() if len(source.tensor.shape) > 1}
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in COMPUTE_DTYPES.values()}
+    apart = {name for source in recipe.resident if source.f32_in for name in tensor_names(source.source)}
+    matrices = {tensor.dtype for name, tensor in floats.items() if len(tensor.shape) > 1 and name not in apart}
     if len(matrices) != 1:
         return "F32"
     (dtype,) = matrices
-    vectors = [source for source in sources.values() if len(source.tensor.shape) == 1]
+    kept = {name for s in recipe.resident if dtype in s.f32_in for name in tensor_names(s.source)}
+    vectors = [tensor for name, tensor in floats.items() if len(tensor.shape) <= 1 and name not in kept]
     return dtype if dtype == "F32" or _hold_exactly(vectors, dtype) else "F32"
 
 
-def _hold_exactly(vectors: list[TensorSource], dtype: str) -> bool:
-    others = [source for source in vectors if source.tensor.dtype != dtype or source.undo is not None]
-    with ReadAhead([extent_of(source) for source in others]) as read_ahead:
-        for source in others:
-            with read_ahead.take(extent_of(source)) as stored:
-                elements = dequantise(source, stored)
+def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], dtype: str) -> str:
+    """The dtype of a resident tensor of a model that is stored in `dtype`. Integers stay what they are."""
+    found = {tensors[name].dtype for name in tensor_names(source.source)}
+    if found.isdisjoint(COMPUTE_DTYPES.values()):
+        return min(found)
+    return "F32" if dtype in source.f32_in else dtype
+
+
+def _hold_exactly(vectors: list[SourceTensor], dtype: str) -> bool:
+    others = [tensor for tensor in vectors if tensor.dtype != dtype or tensor.undo is not None]
+    with ReadAhead([_extent_of(tensor) for tensor in others]) as read_ahead:
+        for tensor in others:
+            with read_ahead.take(_extent_of(tensor)) as stored:
+                elements = dequantise(tensor, stored)
                 values = elements.as_dtype("F32").view(np.float32)
                 narrow = type(elements)(dtype, elements.as_dtype(dtype)).as_dtype("F32").view(np.float32)
                 if not np.array_equal(values, narrow, equal_nan=True):
                     return False
     return True
+
+
+def _extent_of(tensor: SourceTensor) -> Extent:
+    """The extent of the whole tensor."""
+    return Extent(tensor.path, tensor.offset_bytes, tensor.bytes_of(tensor.elements))

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
-from weightd.importing.convert import Progress, import_checkpoint
+from weightd.importing.convert import import_checkpoint
 from weightd.importing.rehearsal import Rehearse
+from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import Store, check_model_name, model_name_for
 from weightd_proto import weightd_pb2
@@ -68,7 +69,7 @@ def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None) -> boo
 
 
 def _default_name(path: Path) -> str:
-    """The name by the target of a symbolic link, unless that is a file without a suffix, as in hub caches."""
+    """The name of what a symbolic link points to, unless that is a file without a suffix, as in hub caches."""
     resolved = path.resolve()
     return model_name_for(resolved if path.is_dir() or resolved.suffix == ".gguf" else path)
 
@@ -79,21 +80,22 @@ def _require_free(store: Store, name: str, path: Path) -> None:
     if other is not None:
         raise StoreError(
             f"{store.path} has a model {name!r} already, imported from {other.source or 'an unknown place'}, not from "
-            f"{path.resolve()}: use {name!r} for that one, or import yours under a name of its own, with "
+            f"{path.resolve()}: to import the latter too, give it another name, with "
             f"`weightd import {path} --store {store.path} --name NAME`"
         )
 
 
 def _require_replaceable(model: weightd_pb2.Model, store: Store, path: Path) -> None:
-    changed = f"{path.resolve()} is not what it was when it was imported as {model.name!r}"
+    changed = f"{path.resolve()} has changed since it was imported as {model.name!r}"
     address = store.served_by()
     if address is not None:
         raise StoreError(
-            f"{changed}, and cannot be imported again while a weightd at {address} serves {store.path}: stop that, or "
-            f"use {model.name!r} as it was"
+            f"{changed}, and cannot be imported again while a weightd at {address} serves {store.path}: stop that "
+            f"weightd, or use the old import by its name, {model.name!r}"
         )
     if model.calibration.version:
         raise StoreError(
-            f"{changed}, and a new import would undo its calibration: use {model.name!r} as it was, remove it with "
-            f"`weightd rm {model.name} --store {store.path}`, or import yours under another name with `weightd import`"
+            f"{changed}, and a new import would delete its calibration: use the old import by its name, "
+            f"{model.name!r}, remove it with `weightd rm {model.name} --store {store.path}`, or import the new "
+            "checkpoint under another name with `weightd import --name`"
         )

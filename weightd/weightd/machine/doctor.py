@@ -190,7 +190,7 @@ def check_profile(profile: DeviceProfile) -> Finding:
         f"{reads_per_s:.0f} random 16 KiB reads/s at depth {row.depth} ({row.gb_per_s:.2f} GB/s), "
         f"{profile.speed(PROFILE_READ_BYTES, 1).latency_us:.0f} us each at depth 1, "
         f"sequential {profile.sequential_gb_per_s:.2f} GB/s; "
-        f"measured on {datetime.fromtimestamp(profile.measured_unix_s):%Y-%m-%d} (--measure: again)"
+        f"measured on {datetime.fromtimestamp(profile.measured_unix_s):%Y-%m-%d} (--measure measures again)"
     )
     if reads_per_s < RANDOM_READS_WANTED_PER_S:
         return Finding("device", WARN, value, "put the store on flash: this device is slow at random reads")

@@ -175,8 +175,8 @@ class ControlPlane:
                 return await asyncio.shield(self._opening[name])
         except TimeoutError as error:
             raise DeviceError(
-                f"model {name!r} cannot be opened: the device has not answered for {ANSWER_WITHIN_S:g} s: look after "
-                "it, and ask again when it does"
+                f"model {name!r} cannot be opened: the device has not answered for {ANSWER_WITHIN_S:g} s: check the "
+                "device, then try again"
             ) from error
 
     def _end_opening(self, name: str, opening: asyncio.Task[ServedModel]) -> None:

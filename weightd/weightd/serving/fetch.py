@@ -39,13 +39,13 @@ class Positions:
         """`ranges`: [ranges, 2], begin and end."""
         self._named = named
         self._begins = ranges[:, 0]
-        self._ends = len(named) + np.cumsum(ranges[:, 1] - ranges[:, 0])  # index in all of the last of each, plus one
+        self._ends = len(named) + np.cumsum(ranges[:, 1] - ranges[:, 0])  # for each range, the index behind it
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else len(self._named)
 
     def part(self, first: int, last: int) -> Indices:
-        """Those at [first, last) of all."""
+        """The positions with index [first, last)."""
         index = np.arange(max(first, len(self._named)), min(last, len(self)))
         which = np.searchsorted(self._ends, index, side="right")
         starts = np.concatenate([[len(self._named)], self._ends])[which]

@@ -99,7 +99,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         loop = asyncio.get_running_loop()
         reloader = Reloader(config, arguments, control, tls)
         loop.add_signal_handler(signal.SIGHUP, _on_hangup(had_terminal, told, reloader))
-        stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # it would keep the engine's memory
+        stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # the handler would keep the engine's memory alive
         for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
             stack.callback(asyncio.create_task(task).cancel)
         await endpoints.start(identities)
@@ -128,7 +128,7 @@ def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContext
     from weightd.watching import metrics  # imported on demand, because prometheus_client takes memory
 
     if not address.loopback:
-        logger.warning("whoever reaches %s:%d can read the metrics", address.host, address.port)
+        logger.warning("everybody who can connect to %s:%d can read the metrics", address.host, address.port)
     return metrics.serving(address, statistics.now)
 
 

@@ -81,7 +81,7 @@ class ServedModels:
     def open_all(self, within_s: float) -> None:
         """Opens all models of the store. Logs those that are damaged, or whose device gives no answer for `within_s`.
 
-        Raises what open() raises if no model can be opened for another reason than corruption. Corruption does not end
+        Raises what open() raises if no model can be opened and corruption is not the reason. Corruption does not end
         the daemon: calls for the model fail until it is repaired.
         """
         failed: list[WeightdError] = []
@@ -92,7 +92,8 @@ class ServedModels:
         threads.shutdown(wait=False)
         for name, opening in zip(names, openings, strict=True):
             if opening in silent:
-                why = f"its device has not answered for {within_s:g} s" if opening.running() else "others come first"
+                unanswered = f"its device has not answered for {within_s:g} s"
+                why = unanswered if opening.running() else "other models are opened first"
                 logger.error("model %s is not served yet: %s", name, why)
                 continue
             try:
@@ -179,7 +180,7 @@ class ServedModels:
             except _native.Stopping:
                 return
             except (SpaceError, StoreError) as error:
-                logger.warning("cannot remember what is hot of %s: %s", name, error)
+                logger.warning("cannot save the hotness of %s: %s", name, error)
 
     def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
         """The neuron at each position of the layer."""
@@ -241,7 +242,7 @@ def _open(store: Store, engine: EngineThread, record: weightd_pb2.Model) -> Serv
     except OSError as error:
         raise DeviceError(f"cannot open model {record.name!r} for direct reading: {error}{_advice(error)}") from error
     except ValueError as error:
-        raise StoreError(f"{error}; `weightd verify` tells more, importing again helps") from error
+        raise StoreError(f"{error}; `weightd verify` shows more; import the model again") from error
     except MemoryError as error:
         raise SpaceError(str(error)) from error
     _offer_predictors(store, engine, record, number)

@@ -16,7 +16,7 @@ from weightd.serving.config import ServiceManager
 
 logger = logging.getLogger(__name__)
 
-FEEDS_PER_DEADLINE = 3  # so that one late sign of life does not matter
+FEEDS_PER_DEADLINE = 3  # more than one, so that one late sign of life does not matter
 MONOTONIC_CLOCK = 1  # systemd compares microseconds of CLOCK_MONOTONIC
 
 

@@ -260,7 +260,7 @@ def _parsed(record: bytes) -> weightd_pb2.Model:
 
 
 def _read(message: weightd_pb2.Model | weightd_pb2.Calibration, record: bytes) -> None:
-    """Merges the record into `message`. CorruptionError if it is no such message, as may be where checksums lack."""
+    """Merges the record into `message`. CorruptionError if it is not one: records of format 1 have no checksums."""
     try:
         message.MergeFromString(record)
     except DecodeError as error:

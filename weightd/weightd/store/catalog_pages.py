@@ -79,7 +79,7 @@ class _Pages:
         self._of_free_pages = True
         for node in self._leaves(self._meta.free):
             count = len(node.value) // 8 - 1
-            self._require(count >= 0 and len(node.value) % 8 == 0, "a list of free pages that is no list")
+            self._require(count >= 0 and len(node.value) % 8 == 0, "a malformed list of free pages")
             pages = struct.unpack(f"<{count + 1}Q", node.value)
             self._require(pages[0] == count, "a list of free pages of another length")
             for page in pages[1:]:
@@ -95,7 +95,7 @@ class _Pages:
         free = DATABASE.unpack_from(data, place)
         main = DATABASE.unpack_from(data, place + DATABASE.size)
         last_page, transaction = META_TAIL.unpack_from(data, place + 2 * DATABASE.size)
-        self._require(flags == META and (magic, version & 0xFFFF) == (MAGIC, DATA_VERSION), "no meta page of LMDB")
+        self._require(flags == META and (magic, version & 0xFFFF) == (MAGIC, DATA_VERSION), "an unknown meta page")
         self._require(free[0] in (4096, 8192, 16384, 32768, 65536), f"pages of {free[0]} bytes")
         self._require((free[1] & ORDER_FLAGS, main[1] & ORDER_FLAGS) == (INTEGER_KEYS, 0), "trees of another order")
         # LMDB writes transaction n to meta page n % 2. (In a new file both have number 0.)

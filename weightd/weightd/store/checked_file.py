@@ -52,6 +52,6 @@ def pieces(
                 yield data
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
-        raise CorruptionError(f"{what}: it cannot be read: {reason}; look after the device, or {advice}") from error
+        raise CorruptionError(f"{what}: it cannot be read: {reason}; check the device, or {advice}") from error
     if checksum.value != file.checksum:
         raise CorruptionError(f"{what}: it differs from its checksum; {advice}")

@@ -67,7 +67,7 @@ class DaemonLock(Closing):
 
 
 def _record(descriptor: int) -> tuple[str, str]:
-    """Pid and address of the daemon, or words that say that the file is damaged."""
+    """Pid and address of the daemon, as texts for an error. If the file is damaged, the texts say so."""
     try:
         record = json.loads(os.pread(descriptor, 4096, 0))
     except (ValueError, RecursionError):

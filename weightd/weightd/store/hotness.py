@@ -62,7 +62,7 @@ def calibrated_hotness(store: Store, model: weightd_pb2.Model) -> Hotness | None
 
 
 def coded(uses: npt.NDArray[np.floating]) -> Hotness:
-    """The code of each cell's uses. Any unit will do: only ratios count."""
+    """The code of each cell's uses. They can have any unit, because only ratios count."""
     hotness = np.zeros(len(uses), np.uint8)
     used = uses > 0
     if used.any():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from weightd._native import BundleShape
 from weightd.sizes import round_up
@@ -60,15 +60,14 @@ def _divisors(number: int) -> list[int]:
     return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
-def lay_out_layers(layout: BundleLayout, modules: Sequence[tuple[str, int]]) -> tuple[list[Layer], int]:
-    """Layers back to back for (module, neurons) pairs, and the bytes of bundles.bin."""
-    layers: list[Layer] = []
+def lay_out_layers(layout: BundleLayout, layers: Iterable[Layer]) -> int:
+    """Lays the layers out back to back: sets their cells and offsets. Returns the bytes of bundles.bin."""
     offset_bytes = 0
-    for module, neurons in modules:
-        cells = -(-neurons // layout.bundles_per_cell)
-        layers.append(Layer(module=module, neurons=neurons, cells=cells, offset_bytes=offset_bytes))
-        offset_bytes += cells * layout.cell_bytes
-    return layers, offset_bytes
+    for layer in layers:
+        layer.cells = -(-layer.neurons // layout.bundles_per_cell)
+        layer.offset_bytes = offset_bytes
+        offset_bytes += layer.cells * layout.cell_bytes
+    return offset_bytes
 
 
 def native_shape(layout: BundleLayout) -> BundleShape:

@@ -58,7 +58,7 @@ class StagedFolder(Closing):
         sync(target.parent)
 
     def finish(self) -> None:
-        """The catalog has it now."""
+        """Called when the catalog names the folder: from now on it is published."""
         self._published = True
         (self.folder / MARKER_FILE).unlink(missing_ok=True)
 

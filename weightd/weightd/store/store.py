@@ -166,11 +166,11 @@ class Store(Closing):
         return self.path / name / FILES_FOLDER
 
     def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
-        """The error for a bundle that differs from its checksum, or whose read ended with the errno `error`."""
+        """The error for a bundle that cannot be read (`error`: its errno) or that differs from its checksum (0)."""
         neuron = self.placement(name, layer)[position]
         what = "differs from its checksum; import it again"
         if error:
-            what = f"cannot be read: {os.strerror(error)}; look after the device, or import it again"
+            what = f"cannot be read: {os.strerror(error)}; check the device, or import it again"
         return CorruptionError(f"model {name}, layer {layer}, neuron {neuron}: the bundle {what}")
 
     def _array(self, kind: str, name: str, layer: int) -> bytes:

@@ -104,9 +104,7 @@ def _sequential(stats: StatsResponse) -> Iterator[Sample]:
 
 
 METRICS: tuple[Metric, ...] = (
-    Metric(
-        "weightd_info", GAUGE, "Always 1; io_engine is the level at which the device is read.", ("io_engine",), _info
-    ),
+    Metric("weightd_info", GAUGE, "Always 1; io_engine says how the device is read.", ("io_engine",), _info),
     *(_of_daemon(field, lambda stats: stats) for field in _fields(StatsResponse)),
     *(_of_daemon(field, lambda stats: stats.memory_pressure) for field in _fields(MemoryPressure)),
     *(_of_daemon(field, lambda stats: stats.read_queue) for field in _fields(ReadQueue)),
@@ -115,21 +113,21 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "weightd_read_latency_seconds",
         HISTOGRAM,
-        "Time of a read request, from the device's being asked to its answer; waiting for a free place is not in it.",
+        "Time of a read request at the device, without the time in which it waited to be submitted.",
         ("model",),
         _latency,
     ),
     Metric(
         "weightd_region_reads_total",
         COUNTER,
-        "Read requests by region: equal parts of bundles.bin, in order, for wear.",
+        "Read requests by region (equal parts of bundles.bin, in order). They show where the device wears.",
         ("model", "region"),
         _regions,
     ),
     Metric(
         "weightd_device_sequential_bytes_per_second",
         GAUGE,
-        "The device's sequential speed, as measured by doctor; 0 when it was not.",
+        "The device's sequential speed, as measured by `weightd doctor`; 0 if it was not measured.",
         (),
         _sequential,
     ),

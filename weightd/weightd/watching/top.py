@@ -34,7 +34,7 @@ from weightd_proto import weightd_pb2
 
 INTERVAL_S = 1.0
 INTERVAL_S_RANGE = (0.1, 3600.0)
-ANSWER_WITHIN_S = 5.0  # a busy machine answers in milliseconds; a frozen daemon never
+ANSWER_WITHIN_S = 5.0  # a daemon on a busy machine answers in milliseconds; a frozen one never does
 PLAIN_REASONS = {  # for texts of gRPC's core
     "No such file or directory": "nothing listens there",
     "Connection refused": "nothing listens there",
@@ -57,7 +57,7 @@ class Daemon:
         except grpc.RpcError as error:
             reason = one_line(error.details() or error.code().name.lower())
             reason = next((plain for said, plain in PLAIN_REASONS.items() if said in reason), reason)
-            what_to_try = "look at the certificates" if self.tls else "give --address, and --tls-ca if it wants TLS"
+            what_to_try = "check the certificates" if self.tls else "give --address, and --tls-ca if it wants TLS"
             raise DaemonError(f"no weightd answers at {self.address}: {reason}; start it, or {what_to_try}") from error
         return answer
 

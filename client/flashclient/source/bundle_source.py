@@ -1,4 +1,4 @@
-"""Where a model's bytes come from: the border between the transports and the forward pass.
+"""The interface between the forward pass and the transports that bring a model's bytes.
 
 Two sources exist. `ring.RingSource` computes on the daemon's own pool over shared memory. `grpc_chunks.GrpcSource`
 computes on a pool of its own, which it fills over gRPC. Both give the same bytes, so they give the same results.

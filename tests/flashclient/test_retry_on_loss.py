@@ -1,4 +1,4 @@
-"""A generation during which weightd dies and comes back: the same tokens, or one clear error."""
+"""weightd is lost during or between generations and comes back: the same tokens, or one clear error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"shm": {"transport": "shm"}, "grpc": {"tra
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one calibrated model."""
-    folder = tmp_path_factory.mktemp("survival")
+    folder = tmp_path_factory.mktemp("loss")
     import_model(folder / "store", folder / "tensors", seed=0)
     with mortal(folder / "store") as daemon:
         publish_predictors(daemon.address, "tiny", lossy)
@@ -52,7 +52,7 @@ def store(stored: Path, tmp_path: Path) -> Path:
 
 
 def dram(store: Path, share_of_ffn: float = 0.3) -> str:
-    """The --dram of a pool for a part of the FFNs, so that bundles are read all the time."""
+    """The --dram for a pool that holds only a part of the FFNs, so that bundles are read all the time."""
     model = Store.open(store, readonly=True).model("tiny")
     return str(demand_of(model).minimum_bytes + int(share_of_ffn * model.bundles_file_bytes))
 
@@ -84,8 +84,8 @@ def said(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize("mode", ["exact", "predict"])
-def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: str) -> None:
-    """So it works when other clients use up weightd's calls. Its counters come from its ring."""
+def test_a_generation_over_the_ring_makes_no_grpc_call(store: Path, mode: str) -> None:
+    """So it also works when other clients use up weightd's calls. Its counters come from its ring."""
     with (
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, transport="shm") as client,
@@ -94,7 +94,7 @@ def test_a_generation_over_the_ring_asks_nothing_over_grpc(store: Path, mode: st
         client.generate(PROMPT, **GREEDY)
         stats = client.stats()
         counted = daemon.daemon.stub.Stats(weightd_pb2.StatsRequest()).attached[0]
-        # cells requested ahead may arrive after the end
+        # The daemon may count more: cells that were requested ahead may arrive after the end of the generation.
         assert 0 < stats.misses <= counted.misses
         assert stats.misses <= stats.read_bytes // 4096 <= counted.read_bytes // 4096
         assert stats.hits <= counted.hits
@@ -106,10 +106,10 @@ TRANSPORTS = pytest.mark.parametrize("transport", ["shm", "grpc"])
 
 @MODES
 @TRANSPORTS
-def test_weightd_killed_during_a_generation_changes_no_token(
+def test_killing_weightd_during_a_generation_changes_no_token(
     store: Path, mode: str, transport: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At several moments: in the prompt, after it, in the middle and near the end."""
+    """It is killed at several moments: in the prompt, after it, in the middle and near the end."""
     with (
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, **OPTIONS[transport]) as client,
@@ -120,13 +120,13 @@ def test_weightd_killed_during_a_generation_changes_no_token(
             caplog.clear()
             with at_ffn(client, number, daemon.restart):
                 assert client.generate(PROMPT, **GREEDY) == expected
-            assert len(said(caplog)) == 1, "told once"
+            assert len(said(caplog)) == 1, "logged once"
             assert "waiting up to 30 s to attach again at unix:" in said(caplog)[0]
         assert client.stats().hits + client.stats().misses > 0
 
 
 @MODES
-def test_weightd_stopped_during_a_generation_changes_no_token(store: Path, mode: str) -> None:
+def test_stopping_weightd_during_a_generation_changes_no_token(store: Path, mode: str) -> None:
     with (
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode) as client,
@@ -143,7 +143,7 @@ def test_weightd_stopped_during_a_generation_changes_no_token(store: Path, mode:
 
 @MODES
 @TRANSPORTS
-def test_weightd_killed_between_generations_is_waited_for(store: Path, mode: str, transport: str) -> None:
+def test_a_generation_waits_for_a_killed_weightd(store: Path, mode: str, transport: str) -> None:
     with (
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, **OPTIONS[transport]) as client,
@@ -158,7 +158,7 @@ def test_weightd_killed_between_generations_is_waited_for(store: Path, mode: str
 
 @MODES
 @TRANSPORTS
-def test_weightd_that_does_not_come_back_is_one_error(store: Path, mode: str, transport: str) -> None:
+def test_a_weightd_that_does_not_come_back_is_one_error(store: Path, mode: str, transport: str) -> None:
     with (
         mortal(store, "--dram", dram(store)) as daemon,
         FlashClient("tiny", address=daemon.address, mode=mode, timeout_s=1.0, **OPTIONS[transport]) as client,
@@ -168,7 +168,7 @@ def test_weightd_that_does_not_come_back_is_one_error(store: Path, mode: str, tr
         with at_ffn(client, 20, daemon.kill), pytest.raises(DaemonLostError, match=re.escape(lost)):
             client.generate(PROMPT, **GREEDY)
         daemon.start()
-        assert client.generate(PROMPT, **GREEDY) == expected, "the client is as good as before"
+        assert client.generate(PROMPT, **GREEDY) == expected, "the client works again"
 
 
 @TRANSPORTS
@@ -206,13 +206,12 @@ def test_another_calibration_after_the_restart_changes_no_token(store: Path) -> 
                 assert client.generate(PROMPT, **GREEDY) == expected
             assert client.generate(PROMPT, **GREEDY) == expected
         with FlashClient("tiny", address=daemon.address, mode="predict") as newcomer:
-            assert newcomer.generate(PROMPT, **GREEDY) != expected, "it really was another one"
+            assert newcomer.generate(PROMPT, **GREEDY) != expected, "the calibrations differ"
 
 
-def test_a_client_that_was_closed_for_keeping_others_waiting_goes_on(
-    store: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It pauses in the middle of a generation and holds more than its share once there are other clients."""
+def test_a_generation_goes_on_after_weightd_closed_its_session(store: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """weightd closes it for keeping others waiting: the client pauses in the middle of a generation, and when other
+    clients come it holds more than its share."""
     with (
         mortal(store, "--dram", dram(store, 0.24)) as daemon,
         FlashClient("tiny", address=daemon.address, mode="predict", window=64) as client,
@@ -252,14 +251,14 @@ def lease_a_share(client: FlashClient) -> None:
 
 
 def mapped(name: str) -> set[str]:
-    """The inodes behind this process's mappings of weightd's memory of that name."""
+    """The inodes of the memory called `name` that weightd shares and this process has mapped."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     return {line.split()[4] for line in lines if f"/memfd:{name}" in line}
 
 
-def test_the_old_pool_is_gone_from_an_idle_client(store: Path) -> None:
-    """An idle client lets go of the old pool, before there is a new one."""
-    others = mapped("weightd-resident")  # of clients of other tests, not yet collected
+def test_an_idle_client_unmaps_the_old_pool(store: Path) -> None:
+    """It does so before there is a new pool."""
+    others = mapped("weightd-resident")  # by clients of other tests, which are not garbage-collected yet
     with mortal(store, "--dram", "64MiB") as daemon, FlashClient("tiny", address=daemon.address) as client:
         expected = client.generate(PROMPT, **GREEDY)
         assert mapped("weightd-pool")
@@ -270,11 +269,11 @@ def test_the_old_pool_is_gone_from_an_idle_client(store: Path) -> None:
         assert client.generate(PROMPT, **GREEDY) == expected
         assert mapped("weightd-pool")
         again = mapped("weightd-resident") - others
-        assert len(again) == 1, "in memory once"
+        assert len(again) == 1, "the resident weights are in memory once"
         assert again != resident
 
 
-def test_what_the_user_changed_in_resident_weights_stays(store: Path) -> None:
+def test_changes_to_resident_weights_stay(store: Path) -> None:
     with mortal(store, "--dram", dram(store)) as daemon, FlashClient("tiny", address=daemon.address) as client:
         before = client.generate(PROMPT, **GREEDY)
         model: Any = client.model

@@ -1,0 +1,63 @@
+"""Formulas of neurons, recognised from numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashclient.recipes.formulas import FUNCTIONS, Samples, computed, recognised
+from weightd_proto.weightd_pb2 import Activation
+
+GATED = [
+    *(Activation(function=name) for name in FUNCTIONS if name not in ("swish", "fatrelu")),
+    Activation(function="swish", parameter=1.702, up_offset=1, gate_max=7, up_limit=7),
+    Activation(function="swish", parameter=1.3),
+    Activation(function="fatrelu", parameter=0.01),
+    Activation(function="silu", gate_max=10, up_limit=10),
+    Activation(function="silu", activation_max=7, up_limit=7),
+]
+UNGATED = [Activation(function=name) for name in FUNCTIONS if name not in ("swish", "fatrelu", "gated_relu")]
+SCALARS = [1e-6, 0.01, 1.3, 7.0, 10.0]
+
+
+def products(seed: int, scale: float = 6) -> Tensor:
+    return torch.randn(64, 96, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("activation", GATED, ids=str)
+def test_a_formula_with_gate_is_recognised(activation: Activation) -> None:
+    gate, up = products(1), products(2)
+    made = computed(activation, gate, up)
+    assert recognised(Samples(gate, up, made), lambda: SCALARS) == activation
+
+
+@pytest.mark.parametrize("activation", UNGATED, ids=str)
+def test_a_formula_without_gate_is_recognised(activation: Activation) -> None:
+    up = products(1)
+    assert recognised(Samples(None, up, computed(activation, None, up)), lambda: SCALARS) == activation
+
+
+def test_gate_and_up_are_told_apart() -> None:
+    gate, up = products(1), products(2)
+    made = computed(Activation(function="silu"), gate, up)
+    assert recognised(Samples(up, gate, made), lambda: SCALARS) is None
+
+
+def test_a_limit_that_is_not_among_the_numbers_is_not_recognised() -> None:
+    gate, up = products(1), products(2)
+    made = computed(Activation(function="silu", gate_max=7), gate, up)
+    assert recognised(Samples(gate, up, made), lambda: [10.0]) is None
+
+
+def test_one_neuron_that_differs_is_enough() -> None:
+    gate, up = products(1), products(2)
+    made = computed(Activation(function="gelu"), gate, up)
+    made[5, 7] += 0.01
+    assert recognised(Samples(gate, up, made), lambda: SCALARS) is None
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_products_that_show_nothing_are_no_proof(value: float) -> None:
+    of = torch.full((64, 96), value)
+    assert recognised(Samples(of, of, of), lambda: SCALARS) is None

@@ -1,0 +1,235 @@
+"""Writes the files of a model that is laid out: bundles.bin and resident.safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd import _native
+from weightd.disk.read_ahead import CHUNK_BYTES, ReadAhead
+from weightd.disk.uncached_file import UncachedWriter
+from weightd.disk.write_behind import WriteBehind
+from weightd.importing.assembly import AssemblyStep, ResidentStep, assemble
+from weightd.importing.dequantise import Bytes, Elements, dequantise
+from weightd.importing.plan import BundleStep, HoldStep
+from weightd.importing.units import TensorMatrix, Unit
+from weightd.sizes import round_up
+from weightd.store.layout import native_shape
+from weightd.store.store import RESIDENT_FILE
+from weightd_proto import weightd_pb2
+from weightd_proto.encodings import DTYPES
+from weightd_proto.files import BUNDLES_FILE
+from weightd_proto.weightd_pb2 import ResidentSource
+
+Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
+Step = HoldStep | BundleStep | ResidentStep | AssemblyStep
+
+
+class ModelWriter:
+    """Runs the steps of an import, and fills in the checksums of the resident tensors.
+
+    `resident`: the sources of record.resident, in the same order.
+    """
+
+    def __init__(
+        self,
+        record: weightd_pb2.Model,
+        header: bytes,
+        units: Sequence[Unit],
+        resident: Sequence[ResidentSource],
+        folder: Path,
+        allow_buffered: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._record = record
+        self._header = header
+        self._units = units
+        self._resident = resident
+        self._folder = folder
+        self._allow_buffered = allow_buffered
+        self._progress = progress or (lambda _read_bytes, _total_bytes: None)
+        self._layout = record.bundle
+        self._shape = native_shape(self._layout)
+        self._held = _HeldMatrices(units, self._layout.parts[-1].encoding.format)
+        self._checksums = [np.zeros(layer.neurons, np.uint64) for layer in record.layers]
+
+    def run(self, steps: Sequence[Step]) -> list[npt.NDArray[np.uint64]]:
+        """Returns the checksums of each layer's bundles."""
+        read_ahead = ReadAhead([run.extent for step in steps for run in step.runs])
+        # One cell may be larger than a chunk.
+        write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
+        with self._create(BUNDLES_FILE, self._record.bundles_file_bytes) as bundles:
+            with self._create(RESIDENT_FILE, self._record.resident_file_bytes) as resident:
+                with read_ahead, write_behind:
+                    stream = ResidentStream(resident, write_behind, self._header, list(self._record.resident))
+                    self._run_steps(steps, read_ahead, write_behind, bundles, _Assembly(self._resident, stream))
+                    stream.finish()
+                    write_behind.drain()
+                resident.finish()
+            bundles.finish()
+        return self._checksums
+
+    def _create(self, name: str, size_bytes: int) -> UncachedWriter:
+        return UncachedWriter(self._folder / name, size_bytes, self._allow_buffered)
+
+    def _run_steps(
+        self,
+        steps: Sequence[Step],
+        read_ahead: ReadAhead,
+        write_behind: WriteBehind,
+        bundles: UncachedWriter,
+        resident: _Assembly,
+    ) -> None:
+        total_bytes = sum(run.extent.size_bytes for step in steps for run in step.runs)
+        for step in steps:
+            with ExitStack() as taken:
+                stored = [taken.enter_context(read_ahead.take(run.extent)) for run in step.runs]
+                elements = [dequantise(run.tensor, data) for run, data in zip(step.runs, stored, strict=True)]
+                match step:
+                    case HoldStep():
+                        self._held.fill(step, elements[0])
+                    case BundleStep():
+                        self._cut(step, elements, bundles, write_behind)
+                    case ResidentStep():
+                        resident.stream.append(step.index, elements[0])
+                    case AssemblyStep():
+                        resident.add(step, elements[0])
+                self._progress(sum(len(data) for data in stored), total_bytes)
+
+    def _cut(self, step: BundleStep, runs: list[Elements], bundles: UncachedWriter, write_behind: WriteBehind) -> None:
+        unit = self._units[step.unit]
+        position, count = unit.position + step.begin, step.end - step.begin
+        size_bytes = -(-count // self._layout.bundles_per_cell) * self._layout.cell_bytes
+        buffer = write_behind.buffer()
+        parts = []
+        for part in step.parts:
+            matrix = self._held.matrix(step.unit, part.index) if part.columns else runs[part.index]
+            parts.append((matrix.data, matrix.dtype, part.columns, part.first, part.step))
+        _native.cut_bundles(
+            shape=self._shape,
+            parts=parts,
+            cells=np.frombuffer(buffer[:size_bytes], np.uint8),
+            checksums=self._checksums[unit.layer][position : position + count],
+        )
+        cell = position // self._layout.bundles_per_cell
+        offset_bytes = self._record.layers[unit.layer].offset_bytes + cell * self._layout.cell_bytes
+        write_behind.put(bundles, buffer, size_bytes, offset_bytes)
+
+
+class _HeldMatrices:
+    """The matrices of two neighbouring units whose columns are cut, in the dtype of the bundles."""
+
+    def __init__(self, units: Sequence[Unit], dtype: str) -> None:
+        self._dtype = dtype
+        self._units = units
+        self._memory = [np.empty(max(map(self._unit_bytes, units)), np.uint8) for _ in range(min(2, len(units)))]
+
+    def matrix(self, unit: int, number: int) -> Elements:
+        matrices = self._units[unit].held
+        begin = sum(self._bytes_of(matrix) for matrix in matrices[:number])
+        memory = self._memory[unit % len(self._memory)]
+        return Elements(self._dtype, memory[begin : begin + self._bytes_of(matrices[number])])
+
+    def fill(self, step: HoldStep, elements: Elements) -> None:
+        begin = step.first * DTYPES[self._dtype].bytes
+        (run,) = step.runs
+        end = begin + (run.end - run.begin) * DTYPES[self._dtype].bytes
+        elements.into(self.matrix(step.unit, step.held).data[begin:end], self._dtype)
+
+    def _unit_bytes(self, unit: Unit) -> int:
+        return sum(self._bytes_of(matrix) for matrix in unit.held)
+
+    def _bytes_of(self, matrix: TensorMatrix) -> int:
+        return matrix.rows * matrix.tensor.row_elements * DTYPES[self._dtype].bytes
+
+
+class _Assembly:
+    """Puts resident tensors together that do not lie in the checkpoint in one piece, one at a time."""
+
+    def __init__(self, sources: Sequence[ResidentSource], stream: ResidentStream) -> None:
+        self.stream = stream
+        self._sources = sources
+        self._arrays: dict[str, npt.NDArray[np.generic]] = {}
+
+    def add(self, step: AssemblyStep, elements: Elements) -> None:
+        (run,) = step.runs
+        dtype = self.stream.dtype(step.index)
+        size_bytes = DTYPES[dtype].bytes
+        array = self._arrays.get(step.name)
+        if array is None:
+            array = self._arrays[step.name] = np.empty(run.tensor.shape, f"u{size_bytes}")
+        flat = array.reshape(-1)[run.begin : run.end].view(np.uint8)
+        elements.into(flat, dtype)
+        if step.last:
+            whole = np.ascontiguousarray(assemble(self._sources[step.index].source, self._arrays))
+            self._arrays.clear()
+            self.stream.append(step.index, Elements(dtype, whole.reshape(-1).view(np.uint8)))
+
+
+class ResidentStream:
+    """Appends tensors to resident.safetensors in the order of `tensors`, and sets their checksums."""
+
+    def __init__(
+        self, file: UncachedWriter, write_behind: WriteBehind, header: bytes, tensors: list[weightd_pb2.Tensor]
+    ) -> None:
+        self._file = file
+        self._write_behind = write_behind
+        self._tensors = tensors
+        self._checksums = [_native.Checksum() for _ in tensors]
+        self._buffer: memoryview | None = None
+        self._filled_bytes = 0  # of the buffer
+        self._offset_bytes = 0  # of the buffer in the file
+        self._header = header
+
+    def dtype(self, index: int) -> str:
+        return self._tensors[index].dtype
+
+    def append(self, index: int, elements: Elements) -> None:
+        """Appends elements to the index-th tensor."""
+        self._write_header()
+        dtype = self._tensors[index].dtype
+        source_bytes, target_bytes = DTYPES[elements.dtype].bytes, DTYPES[dtype].bytes
+        left = elements.data
+        while len(left):
+            target = self._room(len(left) // source_bytes * target_bytes)
+            count = len(target) // target_bytes
+            Elements(elements.dtype, left[: count * source_bytes]).into(target, dtype)
+            self._checksums[index].update(target)
+            left = left[count * source_bytes :]
+
+    def _write_header(self) -> None:
+        header = np.frombuffer(self._header, np.uint8)
+        while len(header):
+            target = self._room(len(header))
+            target[:] = header[: len(target)]
+            header = header[len(target) :]
+        self._header = b""
+
+    def finish(self) -> None:
+        """Pads the last block."""
+        for tensor, checksum in zip(self._tensors, self._checksums, strict=True):
+            tensor.checksum = checksum.value
+        if self._buffer is not None:
+            padded_bytes = round_up(self._filled_bytes, self._file.block_bytes)
+            self._buffer[self._filled_bytes : padded_bytes] = bytes(padded_bytes - self._filled_bytes)
+            self._flush(padded_bytes)
+
+    def _room(self, wanted_bytes: int) -> Bytes:
+        """Memory for the next `wanted_bytes` of the file, or for fewer, but always for whole elements."""
+        if self._filled_bytes == self._write_behind.buffer_bytes:
+            self._flush(self._filled_bytes)
+        if self._buffer is None:
+            self._buffer = self._write_behind.buffer()
+        begin, self._filled_bytes = self._filled_bytes, min(self._filled_bytes + wanted_bytes, len(self._buffer))
+        return np.frombuffer(self._buffer[begin : self._filled_bytes], np.uint8)
+
+    def _flush(self, size_bytes: int) -> None:
+        assert self._buffer is not None
+        self._write_behind.put(self._file, self._buffer, size_bytes, self._offset_bytes)
+        self._buffer = None
+        self._filled_bytes = 0
+        self._offset_bytes += size_bytes
