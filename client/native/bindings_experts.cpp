@@ -102,14 +102,14 @@ std::tuple<double, double, double, double> run(ExpertStep& step, uint32_t index,
 }
 
 void bind_step(nb::module_& m) {
-    nb::class_<ExpertStep>(m, "ExpertStep",
-                           "Layers of a model with experts; see client/native/experts/expert_step.h.")
+    nb::class_<ExpertStep>(m, "ExpertStep", "Layers of a model with experts; see client/native/experts/expert_step.h.")
         .def("__init__", &make_step, "ffn"_a, "walk"_a, "layers"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
              "layers: (experts, neurons of all of them) of each layer, 1 expert for an FFN that is not a mixture.")
         .def("run", &run, "layer"_a, "experts"_a.noconvert().none(), "weights"_a.noconvert().none(),
              "biases"_a.noconvert().none(), "output_bias"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
              "y [tokens, hidden] = the weighted sum over each row's experts. experts [tokens, picks] int64. "
-             "weights [tokens, picks]. A pick with weight 0, or outside of the layer's experts, is not computed. None for both: every row "
+             "weights [tokens, picks]. A pick with weight 0, or outside of the layer's experts, is not computed. None "
+             "for both: every row "
              "picks the only expert. biases [1, or 2 with a gate; neurons]: of [gate and] up, by position. output_bias "
              "[experts, hidden]. Returns the seconds of predicting, acquiring, computing and waiting.");
 }

@@ -44,8 +44,7 @@ void bind_model(nb::module_& m) {
                uint32_t stride_bytes, uint32_t bundle_bytes, uint32_t bundles_per_cell,
                const std::vector<uint64_t>& layer_offsets, const std::vector<uint32_t>& layer_neurons,
                const std::vector<uint32_t>& layer_cells, const std::vector<uint32_t>& layer_experts,
-               const std::vector<U64Array>& checksums,
-               const std::vector<TensorTuple>& tensors) {
+               const std::vector<U64Array>& checksums, const std::vector<TensorTuple>& tensors) {
                 ModelSpec& spec = *new (self) ModelSpec{std::move(name),
                                                         bundles_path,
                                                         resident_path,
@@ -64,5 +63,6 @@ void bind_model(nb::module_& m) {
             "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a, "cell_bytes"_a, "stride_bytes"_a,
             "bundle_bytes"_a, "bundles_per_cell"_a, "layer_offsets"_a, "layer_neurons"_a, "layer_cells"_a,
             "layer_experts"_a, "checksums"_a, "tensors"_a,
-            "layer_experts: 0 for a layer without. checksums: uint64[neurons] of each layer; tensors: (name, offset, size, checksum) each.");
+            "layer_experts: 0 for a layer without. checksums: uint64[neurons] of each layer; tensors: (name, offset, "
+            "size, checksum) each.");
 }

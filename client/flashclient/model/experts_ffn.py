@@ -20,6 +20,7 @@ from flashclient.model.ffn import Biases, Clock
 from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
 
+
 def has_experts(record: weightd_pb2.Model) -> bool:
     return any(layer.experts for layer in record.layers)
 

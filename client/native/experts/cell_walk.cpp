@@ -71,8 +71,7 @@ void CellWalk::wait() {
 void CellWalk::take(const std::vector<Arrival>& arrivals) {
     if (arrivals.empty()) throw std::logic_error("a source lost cells that it was asked for");
     for (const auto& [cell, address] : arrivals) {
-        const auto index =
-            static_cast<size_t>(std::lower_bound(cells_.begin(), cells_.end(), cell) - cells_.begin());
+        const auto index = static_cast<size_t>(std::lower_bound(cells_.begin(), cells_.end(), cell) - cells_.begin());
         if (index == cells_.size() || cells_[index] != cell || states_[index] != State::asked) {
             throw std::logic_error("a source returned a cell that it was not asked for");
         }

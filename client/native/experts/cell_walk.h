@@ -1,9 +1,9 @@
-// The cells of one layer that a step wants, leased in a given order: as many at a time as may be, the next ones on their
-// way while one is computed.
+// The cells of one layer that a step wants, leased in a given order: as many at a time as may be, the next ones on
+// their way while one is computed.
 //
-// The user computes on cells that are here, and says so with done(): they are given back, and further ones are asked for
-// in the same message. It must have computed everything that it can before it waits, because wait() gives cells back
-// that are here, where the session may hold fewer than before. They come again later.
+// The user computes on cells that are here, and says so with done(): they are given back, and further ones are asked
+// for in the same message. It must have computed everything that it can before it waits, because wait() gives cells
+// back that are here, where the session may hold fewer than before. They come again later.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// One layer of a model with experts: each row of x computes the experts that its router has picked, and no others. An FFN
-// that is not a mixture is computed as one expert that every row picks.
+// One layer of a model with experts: each row of x computes the experts that its router has picked, and no others. An
+// FFN that is not a mixture is computed as one expert that every row picks.
 //
 // The cells of all picked experts are asked for at once if there are few tokens, else in the order in which they are
 // computed. An expert is computed as soon as its cells are here, with all its rows at once. The weighted outputs of a
@@ -56,8 +56,8 @@ class ExpertStep {
         uint32_t number;
         size_t first_pick;
         size_t picks;
-        size_t first_cell;  // index in the walk's list; the next expert's cells follow
-        size_t computed;    // cells
+        size_t first_cell;     // index in the walk's list; the next expert's cells follow
+        size_t computed;       // cells
         std::vector<float> y;  // [picks, hidden], from its first cell on until it is added
     };
 

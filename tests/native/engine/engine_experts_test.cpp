@@ -15,7 +15,7 @@ namespace {
 constexpr uint32_t EXPERTS = 4, CELLS = 4;  // of an expert
 
 struct EngineExpertsTest : testing::Test {
-    FlashModel flash{2, EXPERTS * CELLS * 4};
+    FlashModel flash{2, EXPERTS* CELLS * 4};
     std::string note;
     std::unique_ptr<Reader> reader = make_reader("threads", 4, 16, note);
     Verifier verifier{1};

@@ -31,7 +31,7 @@ struct ExpertStepTest : testing::Test {
     std::vector<float> output_bias = random_floats(EXPERTS * HIDDEN, 5);
     TestCells cells;
     CellWalk walk{cells, {PER_CELL, ROW_BYTES}};
-    ExpertStep step{ffn, walk, {{EXPERTS, EXPERTS * WIDTH}, {1, DENSE_NEURONS}}};
+    ExpertStep step{ffn, walk, {{EXPERTS, EXPERTS* WIDTH}, {1, DENSE_NEURONS}}};
 
     ExpertStepTest() {
         cells.one_by_one = true;  // the last that was asked for arrives first
@@ -64,8 +64,9 @@ struct ExpertStepTest : testing::Test {
 
     std::vector<float> run(const Rows& rows) {
         std::vector<float> y(rows.tokens * HIDDEN, NAN);
-        step.run(0, {rows.x.data(), rows.tokens, rows.experts.data(), rows.weights.data(), PICKS, bias.data(),
-                     up_bias.data(), output_bias.data()},
+        step.run(0,
+                 {rows.x.data(), rows.tokens, rows.experts.data(), rows.weights.data(), PICKS, bias.data(),
+                  up_bias.data(), output_bias.data()},
                  y.data());
         return y;
     }

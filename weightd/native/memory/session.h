@@ -53,7 +53,7 @@ class Session {
     uint32_t unanswered = 0;     // pending leases
     Scan scan;
     uint32_t step_layer = NO_LAYER;  // of its step under way; NO_LAYER once it has given everything back
-    uint64_t hits = 0;  // of the cells that it asked for
+    uint64_t hits = 0;               // of the cells that it asked for
     uint64_t misses = 0;
     uint64_t read_bytes = 0;  // read from flash for it
 

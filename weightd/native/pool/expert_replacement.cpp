@@ -10,10 +10,10 @@ namespace {
 
 constexpr std::array<float, 5> GAINS = {0.5f, 0.2f, 0.05f, 0.01f, 0.002f};  // of a step, once many were counted
 constexpr float LEARNING_RATE = 0.02f;
-constexpr float EXPECTED_MIN = 1e-4f;    // of use in a step: less is never waited for
-constexpr float SEEDED_MEAN = 0.0625f;   // mean rate of use of a seeded pool; only ratios count
-constexpr uint32_t SEEDED_STEPS = 50;    // what a seed weighs against steps that are counted later
-constexpr uint32_t WIDE_DIVISOR = 2;     // a step that uses more than this part of a layer's ranges is not counted
+constexpr float EXPECTED_MIN = 1e-4f;   // of use in a step: less is never waited for
+constexpr float SEEDED_MEAN = 0.0625f;  // mean rate of use of a seeded pool; only ratios count
+constexpr uint32_t SEEDED_STEPS = 50;   // what a seed weighs against steps that are counted later
+constexpr uint32_t WIDE_DIVISOR = 2;    // a step that uses more than this part of a layer's ranges is not counted
 constexpr uint32_t NO_RANGE = UINT32_MAX;
 
 }  // namespace

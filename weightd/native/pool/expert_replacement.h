@@ -13,8 +13,8 @@
 // wait until its next use is the way to its layer plus 1 / expected use, in tokens.
 //
 // A step ends when the next one begins, in whatever layer. One that used more than half of its layer's experts, as that
-// of a prompt does, says nothing about which are hot, and is not counted. So the experts that only a prompt has used are
-// evicted first.
+// of a prompt does, says nothing about which are hot, and is not counted. So the experts that only a prompt has used
+// are evicted first.
 //
 // Invariants: a pinned cell is never evicted. The cells of one range are evicted before those of another.
 #pragma once

@@ -29,7 +29,8 @@ from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
-from weightd.store.layout import bundle_layout, lay_out_layers
+from weightd.store.device_profile import full_speed_read_bytes
+from weightd.store.layout import lay_out_layers, model_layout
 from weightd.store.origin import origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
@@ -74,7 +75,7 @@ def import_checkpoint(
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
         origin = origin_of(path, dtype)  # first, so that a change during the import counts as a later change
         checkpoint = open_checkpoint(path)
-        model = _lay_out(checkpoint, name, dtype, _block_bytes(staging))
+        model = _lay_out(checkpoint, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
         model.record.source = source_text(path)
         model.record.origin.CopyFrom(origin)
         _check_space(model.record, store.path)
@@ -98,7 +99,7 @@ def _block_bytes(staging: Staging) -> int:
         probe.unlink()
 
 
-def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes: int) -> _Model:
+def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes: int, read_bytes: int) -> _Model:
     recipe = derive(checkpoint)
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
@@ -108,7 +109,8 @@ def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes:
     record.name = name
     record.compute_dtype = dtype
     parts = parts_of([part.name for part in recipe.model.bundle.parts], plain(dtype))
-    record.bundle.CopyFrom(bundle_layout(parts, recipe.model.bundle.hidden_size, block_bytes))
+    layout = model_layout(parts, recipe.model.bundle.hidden_size, record.layers, block_bytes, read_bytes)
+    record.bundle.CopyFrom(layout)
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
     kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
     header, stored = lay_out_resident(kinds, block_bytes)

@@ -31,19 +31,22 @@ def bundle_layout(parts: Sequence[BundlePart], hidden_size: int, block_bytes: in
     return layout
 
 
-def mixture_layout(
-    parts: Sequence[BundlePart], hidden_size: int, block_bytes: int, expert_neurons: Sequence[int], read_bytes: int
+def model_layout(
+    parts: Sequence[BundlePart], hidden_size: int, layers: Iterable[Layer], block_bytes: int, read_bytes: int
 ) -> BundleLayout:
-    """The layout of a model with experts, of which all bundles are read together.
+    """The layout of a model with these layers.
 
-    A cell holds the fewest bundles that have `read_bytes`, and as many of them as divide each expert, so that each
-    expert begins with a cell. No cell is larger than EXPERT_CELL_BYTES_MAX, unless one bundle is.
+    The bundles of an expert are read together. So a cell of a model with experts holds the fewest bundles that have
+    `read_bytes`, but always a divisor of an expert's, so that each expert begins with a cell. No cell is larger than
+    EXPERT_CELL_BYTES_MAX, unless one bundle is.
 
     Args:
-        expert_neurons: the neurons of an expert, for each mixture of the model.
         read_bytes: the size of reads from which on the device has its full speed (device_profile.py).
     """
     layout = bundle_layout(parts, hidden_size, block_bytes)
+    expert_neurons = [layer.neurons // layer.experts for layer in layers if layer.experts]
+    if not expert_neurons:
+        return layout
     layout.bundles_per_cell = 1
     for bundles in _divisors(math.gcd(*expert_neurons)):
         if bundles > 1 and round_up(bundles * layout.stride_bytes, block_bytes) > EXPERT_CELL_BYTES_MAX:

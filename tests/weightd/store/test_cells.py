@@ -12,17 +12,18 @@ from weightd.store.device_profile import (
     ReadSpeed,
     full_speed_read_bytes,
 )
-from weightd.store.layout import EXPERT_CELL_BYTES_MAX, mixture_layout
+from weightd.store.layout import EXPERT_CELL_BYTES_MAX, bundle_layout, model_layout
 from weightd.store.store import Store
 from weightd_proto.encodings import parts_of, plain
-from weightd_proto.weightd_pb2 import BundleLayout
+from weightd_proto.weightd_pb2 import BundleLayout, Layer
 
 KIB = 1 << 10
 
 
 def layout_of(hidden_size: int, widths: list[int], read_bytes: int, parts: int = 3) -> BundleLayout:
     named = parts_of(("gate", "up", "down")[-parts:], plain("BF16"))
-    return mixture_layout(named, hidden_size, 4096, widths, read_bytes)
+    layers = [Layer(neurons=8 * width, experts=8) for width in widths]
+    return model_layout(named, hidden_size, [*layers, Layer(neurons=77)], 4096, read_bytes)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,11 @@ def test_cells_of_experts(hidden_size: int, widths: list[int], read_bytes: int, 
 
 def test_a_bundle_without_a_gate() -> None:
     assert layout_of(2048, [1024], 512 * KIB, parts=2).bundles_per_cell == 64
+
+
+def test_a_model_without_experts_has_cells_of_single_bundles() -> None:
+    parts = parts_of(("gate", "up", "down"), plain("BF16"))
+    assert model_layout(parts, 2048, [Layer(neurons=77)], 4096, 512 * KIB) == bundle_layout(parts, 2048, 4096)
 
 
 def profile(*gb_per_s: float) -> DeviceProfile:
