@@ -24,8 +24,9 @@ inline constexpr DtypeRecord DTYPES[] = {{"F32", 4}, {"BF16", 2}, {"F16", 2}, {"
 constexpr size_t bytes_of(Dtype dtype) { return DTYPES[static_cast<size_t>(dtype)].bytes; }
 
 constexpr std::optional<Dtype> dtype_named(std::string_view name) {
-    for (size_t i = 0; i < std::size(DTYPES); ++i)
+    for (size_t i = 0; i < std::size(DTYPES); i++) {
         if (DTYPES[i].name == name) return static_cast<Dtype>(i);
+    }
     return std::nullopt;
 }
 

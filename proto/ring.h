@@ -33,7 +33,7 @@ inline constexpr uint32_t TOKEN_BYTES = 16;
 enum Op : uint32_t {
     ACQUIRE = 1,   // lease the cells; each gets one Grant
     RELEASE = 2,   // give back one lease of each cell; only granted leases may be given back
-    PREFETCH = 3,  // read the cells if there is room; they get no lease and no Grant
+    PREFETCH = 3,  // a hint: the cells may be wanted soon. Reads them if there is room; they get no lease and no Grant
 };
 
 enum Form : uint32_t {

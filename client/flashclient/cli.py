@@ -61,7 +61,9 @@ def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int],
     """A subcommand with the arguments that all of them take."""
     command = commands.add_parser(name, help=purpose)
     command.set_defaults(run=run)
-    command.add_argument("model", help="name in the store; with --store also the path of a checkpoint")
+    command.add_argument(
+        "model", help="name in the store; with --store also the path of a checkpoint, or a model of the hub"
+    )
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--address",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
-from flashclient.daemon.private import attach_or_start, import_if_path, revive
+from flashclient.daemon.private import attach_or_start, import_if_new, revive
 from flashclient.errors import OptionError
 from flashclient.generation.chat import conversation
 from flashclient.generation.generate import NEW_TOKENS_DEFAULT, Generator
@@ -46,7 +46,9 @@ class FlashClient:
 
     Args:
         model: a name in the store. With store= also the path of a checkpoint: it is imported on first use, and again
-            when it has changed. Its name in the store is that of its folder, or of its file without the extension.
+            when it has changed. Its name in the store is that of its folder, or of its file without the extension. Or
+            ORGANISATION/NAME of a model on the Hugging Face hub: it is taken from the hub's cache, or downloaded, and
+            imported on first use; `weightd import --update` takes a newer revision.
         address: of a weightd: `unix:/path`, or for TCP `host:port` or `dns:///host:port`. Default: the socket of the
             user's own weightd, or else of the system's service. TCP to another machine needs TLS.
         store: folder of a store. The client attaches to the weightd that serves it, or starts a private one, which ends
@@ -128,7 +130,7 @@ class FlashClient:
         if self._options.store is None:
             return name, self._options.address or default_address(os.geteuid(), os.environ), False
         store = Path(self._options.store).resolve()
-        name = import_if_path(store, name, answering())
+        name = import_if_new(store, name, answering())
         address, daemon = attach_or_start(store, self._options.dram, self._options.timeout_s)
         if daemon is not None:
             opened.callback(daemon.stop)

@@ -14,11 +14,11 @@ from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.model.dtypes import DTYPES
 from weightd_proto import weightd_pb2
+from weightd_proto.dram import DRAM_BYTES_MIN
 
 MODES = ("auto", "exact", "predict")
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
-DRAM_BYTES_MIN = 1 << 20  # every model needs more: a smaller number was meant in another unit
 _DRAM = re.compile(r"\d+(\.\d+)?\s*([kmgt]?b|[kmgt]ib|%)?", re.IGNORECASE)
 
 

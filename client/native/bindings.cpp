@@ -127,12 +127,12 @@ void attach(Session& session, const std::string& data_socket, const nb::bytes& t
     session.attach(data_socket, bytes);
 }
 
-void bind_session(nb::module_& m) {
-    nb::exception<flashclient::SessionLost>(m, "SessionLost", PyExc_ConnectionError);
-    nb::exception<flashclient::NoAnswer>(m, "NoAnswer", PyExc_TimeoutError);
-    nb::exception<flashclient::WrongProcess>(m, "WrongProcess", PyExc_RuntimeError);
-    nb::exception<flashclient::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
-    nb::class_<Session>(m, "Session", "One attachment to weightd's data socket.")
+void bind_session(nb::module_& module) {
+    nb::exception<flashclient::SessionLost>(module, "SessionLost", PyExc_ConnectionError);
+    nb::exception<flashclient::NoAnswer>(module, "NoAnswer", PyExc_TimeoutError);
+    nb::exception<flashclient::WrongProcess>(module, "WrongProcess", PyExc_RuntimeError);
+    nb::exception<flashclient::CorruptBundle>(module, "CorruptBundle", PyExc_RuntimeError);
+    nb::class_<Session>(module, "Session", "One attachment to weightd's data socket.")
         .def(
             "__init__",
             [](Session* self, const std::string& data_socket, const nb::bytes& token, double timeout_s) {
@@ -165,8 +165,8 @@ void bind_session(nb::module_& m) {
              "Ends the session for good, from any thread; only the resident weights stay mapped.");
 }
 
-void bind_sweep(nb::module_& m) {
-    nb::class_<Sweep>(m, "Sweep", "A walk through all bundles, layer after layer, round and round.")
+void bind_sweep(nb::module_& module) {
+    nb::class_<Sweep>(module, "Sweep", "A walk through all bundles, layer after layer, round and round.")
         .def(
             "__init__",
             [](Sweep* self, Session& session, uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes,
@@ -185,8 +185,8 @@ void bind_sweep(nb::module_& m) {
              "The session was replaced: nothing is leased or on its way.");
 }
 
-void bind_leases(nb::module_& m) {
-    nb::class_<Leases, CellSource>(m, "Leases", "The cells that a session leases one by one.")
+void bind_leases(nb::module_& module) {
+    nb::class_<Leases, CellSource>(module, "Leases", "The cells that a session leases one by one.")
         .def(
             "__init__",
             [](Leases* self, Session& session, Sweep& sweep, uint32_t bundles_per_cell, uint32_t cell_bytes) {
@@ -202,15 +202,15 @@ void bind_leases(nb::module_& m) {
 
 }  // namespace
 
-NB_MODULE(_native, m) {
+NB_MODULE(_native, module) {
     // Tensors view resident weights, and a client that a script never closes outlives this module.
     nb::set_leak_warnings(false);
     nb::register_exception_translator(&translate);
-    bind_session(m);
-    bind_sweep(m);
-    bind_checksum(m);
-    bind_kernels(m);
-    bind_predict(m);
-    bind_experts(m);
-    bind_leases(m);
+    bind_session(module);
+    bind_sweep(module);
+    bind_checksum(module);
+    bind_kernels(module);
+    bind_predict(module);
+    bind_experts(module);
+    bind_leases(module);
 }

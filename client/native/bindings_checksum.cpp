@@ -15,7 +15,7 @@ void bind_checksum(nb::module_& module) {
     module.def(
         "checksum",
         [](const Bytes& bytes) {
-            nb::gil_scoped_release release;
+            const nb::gil_scoped_release released;
             return static_cast<uint64_t>(XXH3_64bits(bytes.data(), bytes.size()));
         },
         "bytes"_a.noconvert(), "XXH3-64, the checksum of everything in a store.");

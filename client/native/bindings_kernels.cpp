@@ -154,7 +154,7 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Biase
         list.row_masks = row_masks->data();
         list.mask_stride = row_masks->shape(0) <= 1 ? 0 : static_cast<size_t>(row_masks->stride(0));
     }
-    const nb::gil_scoped_release release;
+    const nb::gil_scoped_release released;
     ffn.add_rows(list, x.data(), x.shape(0), y.data());
 }
 
@@ -169,9 +169,9 @@ void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, cons
     set_biases(list, ffn, biases);
     require(aligned(h, "h").shape(0) == count && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
     const uint32_t* first = aligned(index, "index").data();
-    const nb::gil_scoped_release release;
-    const std::vector<uint32_t> entries(first,
-                                        first + index.shape(0));  // a copy, which Python cannot change during the call
+    const nb::gil_scoped_release released;
+    // A copy, which Python cannot change during the call.
+    const std::vector<uint32_t> entries(first, first + index.shape(0));
     require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < count,
             "an index is beyond the list of addresses");
     ffn.fire(list, entries, x.data(), x.shape(0), h.data());
@@ -183,14 +183,14 @@ void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const
     require_tokens(tokens);
     require(y.shape(1) == ffn.shape().hidden, "y must be [tokens, hidden_size]");
     require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == tokens, "h must be [addresses, tokens]");
-    const nb::gil_scoped_release release;
+    const nb::gil_scoped_release released;
     ffn.accumulate(list, h.data(), tokens, y.data());
 }
 
 void copy_bundles(const U64Array& bundles, const Array<uint8_t, 2>& out) {
     const auto addresses = addresses_of(bundles);
     require(out.shape(0) == addresses.size(), "out must have a row per bundle");
-    const nb::gil_scoped_release release;
+    const nb::gil_scoped_release released;
     Reading reading(out.shape(1), 1);
     const auto checked = reading.checked(addresses);
     for (size_t i = 0; i < checked.size(); i++) {
@@ -247,7 +247,7 @@ void multiply(const Linear& linear, const Weight& weight, const Input& x, const 
     const Matrix matrix = matrix_of(weight, linear.dtype());
     require(aligned(x, "x").shape(0) == aligned(y, "y").shape(0), "x and y must have the same tokens");
     require(x.shape(1) == matrix.columns && y.shape(1) == matrix.rows, "weight must be [columns of y, columns of x]");
-    const nb::gil_scoped_release release;
+    const nb::gil_scoped_release released;
     linear.multiply(matrix, x.data(), x.shape(0), y.data());
 }
 
@@ -314,7 +314,7 @@ void attend(const Attention& attention, const Rows& query, const Rows& key, cons
     const AttentionRows keys = rows_of(key, attention.dtype(), "key");
     const AttentionRows values = rows_of(value, attention.dtype(), "value");
     const AttentionMask masked = mask_of(mask, causal, shape);
-    const nb::gil_scoped_release release;
+    const nb::gil_scoped_release released;
     attention.attend(shape, queries, keys, values, masked, out.data());
 }
 
@@ -363,7 +363,7 @@ nb::object predict(const Predictor& predictor, const Input& x) {
     require_tokens(x.shape(0));
     Prediction prediction;
     {
-        const nb::gil_scoped_release release;
+        const nb::gil_scoped_release released;
         prediction = predictor.predict(x.data(), x.shape(0));
     }
     return nb::make_tuple(owned_array(std::move(prediction.positions)), owned_array(std::move(prediction.row_masks)));

@@ -45,9 +45,9 @@ struct PythonCells : CellSource {
     void cancel() override { NB_OVERRIDE_PURE(cancel); }
 };
 
-void bind_cell_source(nb::module_& m) {
+void bind_cell_source(nb::module_& module) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
-    nb::class_<CellSource, PythonCells>(m, "CellSource",
+    nb::class_<CellSource, PythonCells>(module, "CellSource",
                                         "Where cells are leased one by one; subclasses define all methods.")
         .def(nb::init<>())
         .def("share_slots", &CellSource::share_slots, Release(), "Cells that may always be leased at once; at least 1.")
@@ -70,9 +70,9 @@ auto used(Window& window) {
     return (window.*method)();
 }
 
-void bind_window(nb::module_& m) {
+void bind_window(nb::module_& module) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
-    nb::class_<Window>(m, "Window", "The cells that are leased: those that the last k tokens wanted.")
+    nb::class_<Window>(module, "Window", "The cells that are leased: those that the last k tokens wanted.")
         .def(
             "__init__",
             [](Window* self, CellSource& source, uint32_t tokens, uint32_t bundles_per_cell, uint32_t stride_bytes,
@@ -118,14 +118,14 @@ std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer,
             "biases must be [parts of a bundle but down, neurons]");
     const float* bias = biases ? biases->data() : nullptr;
     const float* up_bias = biases && rows > 1 ? biases->data() + neurons : nullptr;
-    const nb::gil_scoped_release release;
+    const nb::gil_scoped_release released;
     const auto use = step.window().use();
     const auto times = step.run(layer, {past_tokens, columns, wanting, bias, up_bias, x.data(), x.shape(0)}, y.data());
     return {times.predict_s, times.acquire_s, times.compute_s, times.wait_s};
 }
 
-void bind_step(nb::module_& m) {
-    nb::class_<BoundStep>(m, "PredictStep", "A layer of predict mode; see client/native/predict/predict_step.h.")
+void bind_step(nb::module_& module) {
+    nb::class_<BoundStep>(module, "PredictStep", "A layer of predict mode; see client/native/predict/predict_step.h.")
         .def("__init__", &make_step, "ffn"_a, "window"_a, "predictors"_a, nb::keep_alive<1, 2>(),
              nb::keep_alive<1, 3>(),
              nb::sig("def __init__(self, ffn: Ffn, window: Window, predictors: Sequence[Predictor]) -> None"),

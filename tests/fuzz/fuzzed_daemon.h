@@ -53,13 +53,13 @@ class FuzzedDaemon {
         good_.release(layer, ring::CELLS, std::array{cell});
     }
 
-    // Nothing of strangers is left once they have gone.
+    // After strangers have disconnected, nothing of them is left.
     void expect_nothing_left() {
         const auto deadline = Clock::now() + std::chrono::seconds(60);
         while (true) {
             const Report report = engine_.report();
             if (report.sessions == 1 && report.models[0].slots_leased == 0) return;
-            require(Clock::now() < deadline, "the leases of who has gone are back");
+            require(Clock::now() < deadline, "the leases of ended sessions are back");
             std::this_thread::yield();
         }
     }
@@ -78,7 +78,7 @@ class FuzzedDaemon {
     flashclient::Session good_{socket_, engine_.open_session(model_number_, 8).token, 60.0};
 };
 
-// A socket of one who sends what it likes.
+// A client's socket that sends any bytes.
 class StrangeSocket {
   public:
     explicit StrangeSocket(const std::string& path) : fd_(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0)) {

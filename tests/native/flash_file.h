@@ -12,8 +12,8 @@
 #include <string>
 #include <vector>
 
-#include "bundle/checksum.h"
-#include "bundle/model.h"
+#include "bundle/model_spec.h"
+#include "device/checksum.h"
 
 namespace weightd {
 

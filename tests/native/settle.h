@@ -7,7 +7,7 @@ namespace weightd {
 
 inline void settle(Engine& engine) {
     for (Clock::time_point now; engine.step() || engine.reading() || engine.defers_reads();) {
-        engine.tell_time(now += std::chrono::milliseconds(100));
+        engine.set_time(now += std::chrono::milliseconds(100));
     }
 }
 

@@ -14,6 +14,7 @@ FUNCTION_LINES_MAX = 70
 FILE_LINES_MAX = 500
 PRIVATE_METHODS_MAX = 20  # of a class
 CLASS_SOURCES_MAX = 2  # .cpp files that define member functions of a class
+FOLDER_NOUNS_MAX = 14  # modules of a package, or headers of a native folder
 TOP_LEVEL = {".ci", "client", "deploy", "proto", "scripts", "tests", "weightd"}
 CODE = {".py", ".h", ".cpp", ".proto", ".sh"}
 VAGUE_NAMES = re.compile(r"(^|_)(utils?|common|helpers?|manager|base|misc)(_|$)")
@@ -39,6 +40,15 @@ MODULES = [path for path in PYTHON if not path.name.startswith("test_")]
 PRODUCT = [path for path in MODULES if path.is_relative_to(ROOT / "weightd") or path.is_relative_to(ROOT / "client")]
 NATIVE = [path for path in SOURCES if path.suffix == ".cpp"]
 HEADERS = [path for path in SOURCES if path.suffix == ".h"]
+CPP = [*HEADERS, *NATIVE]
+CPP_DIALECT = {
+    "size_t and uint32_t, not std::size_t and std::uint32_t": re.compile(r"\bstd::(?:size_t|u?int\d+_t)\b"),
+    "i++, not ++i, where the value is not used": re.compile(r"(?:^\s*|; )(?:\+\+|--)\w"),
+    "1U, not 1u": re.compile(r"\b(?:0x[\da-f']+|\d[\d']*)u\b"),
+    "constexpr variables in capitals": re.compile(r"\bconstexpr (?!static )[\w:<>]+ (?:const )?[a-z]\w*(?: =|\{|\[)"),
+}
+CPP_CONDITION = re.compile(r"^\s*(?:\} )?(?:else )?(?:if|for|while)(?: constexpr)? \(")
+CPP_LITERAL = re.compile(r""" "(?:\\.|[^"\\])*" | '(?:\\.|[^'\\])' """, re.VERBOSE)
 
 
 def names(paths: list[Path]) -> list[str]:
@@ -94,6 +104,46 @@ def test_native_classes_have_few_private_methods(path: Path) -> None:
         private = re.findall(r"^  private:\n(.*?)(?=^  \w+:$|\Z)", body, re.MULTILINE | re.DOTALL)
         methods = re.findall(r"^    [\w~][^(={\n]*\b\w+\(", "".join(private), re.MULTILINE)
         assert len(methods) <= PRIVATE_METHODS_MAX, f"{name} has {len(methods)} private methods"
+
+
+@pytest.mark.parametrize("path", CPP, ids=names(CPP))
+def test_cpp_has_one_dialect(path: Path) -> None:
+    lines = [line.split("//")[0] for line in path.read_text().splitlines()]
+    for rule, other in CPP_DIALECT.items():
+        wrong = [line.strip() for line in lines if other.search(line)]
+        assert not wrong, rule
+
+
+@pytest.mark.parametrize("path", CPP, ids=names(CPP))
+def test_cpp_bodies_on_lines_of_their_own_have_braces(path: Path) -> None:
+    lines = [CPP_LITERAL.sub("", line).split("//")[0].rstrip() for line in path.read_text().splitlines()]
+    for first, line in enumerate(lines):
+        assert not re.fullmatch(r"\s*(?:\} )?else", line)
+        if CPP_CONDITION.match(line):
+            assert after_condition("\n".join(lines[first:])).lstrip(" ")[:1] != "\n", line.strip()
+
+
+def after_condition(code: str) -> str:
+    """What follows the parentheses that open first."""
+    depth = 0
+    for index, letter in enumerate(code):
+        depth += (letter == "(") - (letter == ")")
+        if letter == ")" and depth == 0:
+            return code[index + 1 :]
+    return ""
+
+
+NOUNS = [path for path in (*PRODUCT, *HEADERS) if path.parts[len(ROOT.parts)] in ("weightd", "client")]
+NOUN_FOLDERS = sorted({path.parent for path in NOUNS})
+
+
+@pytest.mark.parametrize("folder", NOUN_FOLDERS, ids=names(NOUN_FOLDERS))
+def test_folders_have_few_nouns(folder: Path) -> None:
+    """A noun is a module, or a header with its sources: reader.h has reader.cpp and reader_threads.cpp."""
+    nouns = {path.stem for path in NOUNS if path.parent == folder}
+    assert len(nouns - {"__init__", "__main__"}) <= FOLDER_NOUNS_MAX
+    sources = {path.stem for path in NATIVE if path.parent == folder and not path.stem.startswith("bindings")}
+    assert not {stem for stem in sources if not any(f"{stem}_".startswith(f"{noun}_") for noun in nouns)}
 
 
 @pytest.mark.parametrize("top", ["weightd", "client"])

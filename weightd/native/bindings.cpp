@@ -15,8 +15,8 @@
 #include <utility>
 
 #include "bundle/bundle.h"
-#include "bundle/checksum.h"
 #include "device/block_size.h"
+#include "device/checksum.h"
 #include "device/measure.h"
 #include "device/reader.h"
 #include "encoding_argument.h"
@@ -33,9 +33,9 @@ namespace {
 
 using U32Array = nb::ndarray<const uint32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 // Flat, contiguous bytes in host memory: what np.frombuffer(buffer, np.uint8) gives.
-using ReadBytes = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using WriteBytes = nb::ndarray<std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using WriteChecksums = nb::ndarray<std::uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using ReadBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WriteBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using WriteChecksums = nb::ndarray<uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 const std::byte* data_of(const ReadBytes& bytes) { return reinterpret_cast<const std::byte*>(bytes.data()); }
 std::byte* data_of(const WriteBytes& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
@@ -179,14 +179,14 @@ nb::tuple probe_io_uring() {
     }
 }
 
-void bind_errors(nb::module_& m) {
-    nb::object bundle = nb::exception<weightd::CorruptBundle>(m, "CorruptBundle", PyExc_RuntimeError);
+void bind_errors(nb::module_& module) {
+    nb::object bundle = nb::exception<weightd::CorruptBundle>(module, "CorruptBundle", PyExc_RuntimeError);
     bundle.attr("layer") = 0;
     bundle.attr("position") = 0;
     bundle.attr("error") = 0;
     corrupt_bundle = bundle.ptr();
-    nb::exception<weightd::CorruptResident>(m, "CorruptResident", PyExc_RuntimeError);
-    nb::exception<weightd::Stopping>(m, "Stopping", PyExc_RuntimeError);
+    nb::exception<weightd::CorruptResident>(module, "CorruptResident", PyExc_RuntimeError);
+    nb::exception<weightd::Stopping>(module, "Stopping", PyExc_RuntimeError);
     nb::register_exception_translator(&translate);  // the last is asked first: it gives CorruptBundle its numbers
 }
 
@@ -210,26 +210,33 @@ nb::bytes hotness(EngineThread& engine, uint32_t model) {
     return nb::bytes(result.data(), result.size());
 }
 
-weightd::EngineOptions engine_options(uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads,
-                                      uint32_t io_depth, bool allow_buffered, const std::filesystem::path& data_socket,
-                                      bool warms, uint64_t dram_floor_bytes, int machine_pressure_fd,
-                                      int cgroup_pressure_fd, double answer_within_s) {
-    const auto within =
+void make_options(weightd::EngineOptions* self, uint64_t dram_bytes, const std::string& io_engine, uint32_t io_threads,
+                  uint32_t io_depth, bool allow_buffered, const std::filesystem::path& data_socket, bool warms,
+                  uint64_t dram_floor_bytes, int machine_pressure_fd, int cgroup_pressure_fd, double answer_within_s) {
+    weightd::EngineOptions options;
+    options.dram_bytes = dram_bytes;
+    options.reader.kind = io_engine;
+    options.reader.threads = io_threads;
+    options.reader.depth = io_depth;
+    options.reader.allow_buffered = allow_buffered;
+    options.reader.answer_within =
         std::chrono::duration_cast<std::chrono::milliseconds>(std::chrono::duration<double>(answer_within_s));
-    return {dram_bytes,
-            {io_engine, io_threads, io_depth, allow_buffered, within},
-            data_socket,
-            warms,
-            {dram_floor_bytes, weightd::Descriptor(machine_pressure_fd), weightd::Descriptor(cgroup_pressure_fd)}};
+    options.data_socket = data_socket;
+    options.warms = warms;
+    options.pressure.floor_bytes = dram_floor_bytes;
+    options.pressure.machine = weightd::Descriptor(machine_pressure_fd);
+    options.pressure.cgroup = weightd::Descriptor(cgroup_pressure_fd);
+    new (self) weightd::EngineOptions(std::move(options));
 }
 
-void bind_engine(nb::module_& m) {
-    nb::class_<weightd::EngineOptions>(m, "EngineOptions", "What an EngineThread is made of.")
-        .def_static("make", &engine_options, "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a,
-                    "allow_buffered"_a, "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a,
-                    "cgroup_pressure_fd"_a, "answer_within_s"_a,
-                    "Owns the triggers of pressure stall information (-1: none). They report pressure by POLLPRI.");
-    nb::class_<EngineThread>(m, "EngineThread", "An engine with its reader, pool and data socket, on its own thread.")
+void bind_engine(nb::module_& module) {
+    nb::class_<weightd::EngineOptions>(module, "EngineOptions", "What an EngineThread is made of.")
+        .def("__init__", &make_options, nb::kw_only(), "dram_bytes"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a,
+             "allow_buffered"_a, "data_socket"_a, "warms"_a, "dram_floor_bytes"_a, "machine_pressure_fd"_a,
+             "cgroup_pressure_fd"_a, "answer_within_s"_a,
+             "Owns the triggers of pressure stall information (-1: none). They report pressure by POLLPRI.");
+    nb::class_<EngineThread>(module, "EngineThread",
+                             "An engine with its reader, pool and data socket, on its own thread.")
         .def(
             "__init__",
             [](EngineThread* self, weightd::EngineOptions& options) {
@@ -245,18 +252,17 @@ void bind_engine(nb::module_& m) {
         .def("raise_dram", &EngineThread::raise_dram, "dram_bytes"_a, "floor_bytes"_a,
              nb::call_guard<nb::gil_scoped_release>(), "--dram and its floor from now on, unless it is more already.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
-             "Returns (token, share_slots); only that user can attach, anyone if it is -1. Loads resident weights and "
-             "predictors that are not in memory yet. Raises "
-             "MemoryError, OSError (TimeoutError: the device is silent), CorruptResident, Stopping.")
+             "Returns (token, share_slots). Only processes of the user can attach; -1: processes of any user. Loads "
+             "resident weights and predictors that are not in memory yet. Raises MemoryError, OSError "
+             "(TimeoutError: the device does not answer), CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors for sessions that open from now on.")
         .def("seed", &seed, "model"_a, "hotness"_a,
              "How often each cell will be used: uint8 in the code of replacement.h. ValueError unless one for each.")
         .def("hotness", &hotness, "model"_a, "The hotness of each cell now: the seed, and what was seen since.")
         .def("fetch", &fetch, "model"_a, "layer"_a, "cells"_a, "cell_bytes"_a,
-             "Whole cells, back to back. Raises OSError (TimeoutError: the device is silent), CorruptBundle, "
-             "IndexError, "
-             "MemoryError, Stopping.")
+             "Whole cells, back to back. Raises OSError (TimeoutError: the device does not answer), CorruptBundle, "
+             "IndexError, MemoryError, Stopping.")
         .def("fetch_resident", &fetch_resident, "model"_a, "offset"_a, "size"_a, "Bytes of the resident file.")
         .def("stats", &stats,
              "The fields of proto/weightd.proto's StatsResponse that the engine knows, as dicts and lists.")
@@ -279,14 +285,14 @@ void convert_bytes(const ReadBytes& source, const std::string& source_dtype, con
                    const std::string& target_dtype) {
     const weightd::Dtype from = weightd::compute_dtype_named(source_dtype);
     const weightd::Dtype to = weightd::compute_dtype_named(target_dtype);
-    const std::size_t count = source.size() / weightd::bytes_of(from);
+    const size_t count = source.size() / weightd::bytes_of(from);
     require(count * weightd::bytes_of(from) == source.size(), "source is not a whole number of elements");
     require(count * weightd::bytes_of(to) == target.size(), "source and target differ in elements");
     const nb::gil_scoped_release released;
     weightd::convert(data_of(source), from, data_of(target), to, count);
 }
 
-std::uint64_t checksum_bytes(const ReadBytes& bytes) {
+uint64_t checksum_bytes(const ReadBytes& bytes) {
     const nb::gil_scoped_release released;
     return weightd::checksum(span_of(bytes));
 }
@@ -294,19 +300,19 @@ std::uint64_t checksum_bytes(const ReadBytes& bytes) {
 void checksum_bundles(const weightd::BundleShape& shape, const ReadBytes& cells, const WriteChecksums& checksums) {
     require(shape.cells(checksums.size()) * shape.cell_bytes <= cells.size(), "cells are too few for the checksums");
     const nb::gil_scoped_release released;
-    for (std::size_t i = 0; i < checksums.size(); ++i)
+    for (size_t i = 0; i < checksums.size(); i++) {
         checksums.data()[i] = weightd::checksum({data_of(cells) + shape.offset_bytes(i), shape.bundle_bytes()});
+    }
 }
 
 // A part's matrix: data, dtype, whether the values are columns, the first neuron's row or column, and the step.
-using CutPart = std::tuple<ReadBytes, std::string, bool, std::size_t, std::size_t>;
+using CutPart = std::tuple<ReadBytes, std::string, bool, size_t, size_t>;
 
-weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, std::size_t part, const CutPart& given,
-                                std::size_t neurons) {
+weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, size_t part, const CutPart& given, size_t neurons) {
     const auto& [data, dtype_name, columns, first, step] = given;
     const weightd::Dtype dtype = weightd::compute_dtype_named(dtype_name);
-    const std::size_t elements = data.size() / weightd::bytes_of(dtype);
-    const std::size_t width = columns ? elements / shape.hidden_size : shape.hidden_size;
+    const size_t elements = data.size() / weightd::bytes_of(dtype);
+    const size_t width = columns ? elements / shape.hidden_size : shape.hidden_size;
     require(elements * weightd::bytes_of(dtype) == data.size() && step > 0, "a part is not a matrix");
     // Divisions instead of products, which could overflow.
     if (columns) {
@@ -315,7 +321,7 @@ weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, std::size_t p
         require(step <= weightd::COLUMN_STEP_MAX, "columns lie too far apart");
         require(first / step <= width / step && neurons <= width / step - first / step, "neurons beyond the columns");
     } else {
-        const std::size_t rows = elements / shape.hidden_size;
+        const size_t rows = elements / shape.hidden_size;
         require(neurons == 0 || (first < rows && (neurons - 1) <= (rows - 1 - first) / step),
                 "neurons beyond the rows");
     }
@@ -327,19 +333,20 @@ void cut(const weightd::BundleShape& shape, const std::vector<CutPart>& given, c
     require(given.size() == shape.parts.size(), "parts do not fit the shape");
     require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
     std::vector<weightd::PartMatrix> parts;
-    for (std::size_t i = 0; i < given.size(); ++i) parts.push_back(part_matrix(shape, i, given[i], checksums.size()));
-    const std::span<std::uint64_t> results(checksums.data(), checksums.size());
+    for (size_t i = 0; i < given.size(); i++) parts.push_back(part_matrix(shape, i, given[i], checksums.size()));
+    const std::span<uint64_t> results(checksums.data(), checksums.size());
     const nb::gil_scoped_release released;
     weightd::cut_bundles(shape, parts, data_of(cells), results);
 }
 
-weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, std::size_t hidden_size, std::size_t stride_bytes,
-                                std::size_t bundles_per_cell, std::size_t cell_bytes) {
+weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, size_t hidden_size, size_t stride_bytes,
+                                size_t bundles_per_cell, size_t cell_bytes) {
     require(parts.size() == 2 || parts.size() == 3, "parts are gate, up and down, or up and down");
     const weightd::BundleShape shape{std::move(parts), hidden_size, stride_bytes, bundles_per_cell, cell_bytes};
     require(bundles_per_cell > 0 && shape.bundle_bytes() > 0, "an empty bundle or cell");
-    for (const weightd::Encoding& part : shape.parts)
+    for (const weightd::Encoding& part : shape.parts) {
         require(hidden_size % part.block_values == 0, "hidden_size is not a whole number of blocks");
+    }
     require(stride_bytes >= shape.bundle_bytes(), "stride is smaller than a bundle");
     require(cell_bytes >= shape.bundle_bytes() + (bundles_per_cell - 1) * stride_bytes, "cell is too small");
     return shape;
@@ -347,8 +354,8 @@ weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, std::size_
 
 void bind_bundle(nb::module_& module) {
     nb::class_<weightd::BundleShape>(module, "BundleShape", "The layout of bundles in cells; sizes in bytes.")
-        .def_static("make", &make_shape, nb::arg("parts"), nb::arg("hidden_size"), nb::arg("stride_bytes"),
-                    nb::arg("bundles_per_cell"), nb::arg("cell_bytes"));
+        .def_static("make", &make_shape, "parts"_a, "hidden_size"_a, "stride_bytes"_a, "bundles_per_cell"_a,
+                    "cell_bytes"_a);
     nb::class_<weightd::Checksum>(module, "Checksum", "XXH3-64 of bytes that come in pieces.")
         .def(nb::init<>())
         .def(
@@ -357,33 +364,33 @@ void bind_bundle(nb::module_& module) {
                 const nb::gil_scoped_release released;
                 self.update(span_of(bytes));
             },
-            nb::arg("bytes"))
+            "bytes"_a)
         .def_prop_ro("value", &weightd::Checksum::value);
-    module.def("checksum", &checksum_bytes, nb::arg("bytes"), "XXH3-64 of a uint8 array.");
-    module.def("convert", &convert_bytes, nb::arg("source"), nb::arg("source_dtype"), nb::arg("target"),
-               nb::arg("target_dtype"), "Converts elements between F32, BF16 and F16; both arrays are uint8.");
+    module.def("checksum", &checksum_bytes, "bytes"_a, "XXH3-64 of a uint8 array.");
+    module.def("convert", &convert_bytes, "source"_a, "source_dtype"_a, "target"_a, "target_dtype"_a,
+               "Converts elements between F32, BF16 and F16; both arrays are uint8.");
     module.def(
-        "cut_bundles", &cut, nb::arg("shape"), nb::arg("parts"), nb::arg("cells"), nb::arg("checksums"),
+        "cut_bundles", &cut, "shape"_a, "parts"_a, "cells"_a, "checksums"_a,
         "Cuts len(checksums) neurons into cells. A part is (bytes of a matrix, dtype, whether neurons are columns, "
         "row or column of the first neuron, step to the next); arrays are uint8, checksums uint64.");
-    module.def("checksum_bundles", &checksum_bundles, nb::arg("shape"), nb::arg("cells"), nb::arg("checksums"),
+    module.def("checksum_bundles", &checksum_bundles, "shape"_a, "cells"_a, "checksums"_a,
                "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
-    module.def("block_size_bytes", &block_size_bytes, nb::arg("path"), nb::call_guard<nb::gil_scoped_release>(),
+    module.def("block_size_bytes", &block_size_bytes, "path"_a, nb::call_guard<nb::gil_scoped_release>(),
                "Granularity of direct I/O where the file lies: max(4096, statx's alignment).");
 }
 
 }  // namespace
 
-NB_MODULE(_native, m) {
-    bind_errors(m);
-    bind_bundle(m);
-    bind_model(m);
-    bind_engine(m);
-    m.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
-    m.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
-    m.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
-    m.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a, "io_engine"_a,
-          "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");
-    m.def("probe_io_uring", &probe_io_uring,
-          "(level, note): what io_uring gives this process; level is empty if nothing.");
+NB_MODULE(_native, module) {
+    bind_errors(module);
+    bind_bundle(module);
+    bind_model(module);
+    bind_engine(module);
+    module.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
+    module.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
+    module.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
+    module.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a,
+               "io_engine"_a, "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");
+    module.def("probe_io_uring", &probe_io_uring,
+               "(level, note): what io_uring gives this process; level is empty if nothing.");
 }

@@ -1,7 +1,7 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd --store DIR ...                  serves the store (weightd.serving.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
@@ -120,8 +120,14 @@ def _parser() -> FlagParser:
         added.set_defaults(run=run)
         return added
 
-    adding = command("import", _import, "Imports a model from a Hugging Face folder or a .gguf file.")
-    adding.add_argument("source", type=_path, metavar="SRC", help="the folder or .gguf file")
+    adding = command("import", _import, "Imports a model from a Hugging Face folder, a .gguf file or the hub.")
+    adding.add_argument(
+        "source",
+        type=_source,
+        metavar="SRC",
+        help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub",
+    )
+    adding.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub (default: main)")
     adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
     adding.add_argument(
         "--dtype",
@@ -154,6 +160,12 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _source(text: str) -> str:
+    """As it was given, because `./a/b` is a path and `a/b` may be on the hub."""
+    _path(text)
+    return text
+
+
 def _descriptor(text: str) -> int:
     try:
         os.fstat(int(text))
@@ -163,21 +175,29 @@ def _descriptor(text: str) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
-    from weightd.checkpoint.opening import check_exists
+    from weightd.checkpoint.opening import locate
     from weightd.importing.convert import import_checkpoint
     from weightd.importing.rehearsal import asking
-    from weightd.importing.update import IMPORTED, update
+    from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
 
     rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
-    check_exists(options.source)  # before the store is made
+    if options.update:
+        known = current_on_hub(options.source, options.revision, options.store, options.name, options.dtype)
+        if known is not None:
+            return _say_imported(known, KEPT, options.json)
+    source = locate(options.source, options.revision, options.store)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(options.source, store, *more, rehearse=rehearse)
+            model, done = update(source, store, *more, rehearse=rehearse)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
-            model, done = import_checkpoint(options.source, store, *more, rehearse=rehearse), IMPORTED
-    say(json.dumps(_summary(model) | {"done": done}) if options.json else f"{done} {_line(model)}")
+            model, done = import_checkpoint(source, store, *more, rehearse=rehearse), IMPORTED
+    return _say_imported(model, done, options.json)
+
+
+def _say_imported(model: weightd_pb2.Model, done: str, as_json: bool) -> None:
+    say(json.dumps(_summary(model) | {"done": done}) if as_json else f"{done} {_line(model)}")
 
 
 def _list(options: argparse.Namespace) -> None:

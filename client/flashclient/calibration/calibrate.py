@@ -175,7 +175,7 @@ class _Run:
             return constant_predictor(neurons, hidden_size, share > FIRING_DENSE, self._dtype)
         return train_low_rank(
             weights.rows[0],
-            weights.bias,
+            None if weights.biases is None else weights.biases[0],
             training,
             choosing,
             ranks=self._options.ranks,

@@ -35,6 +35,7 @@ from flashclient.daemon.channel import Connection, in_arguments, open_channel
 from flashclient.errors import ModelNotFoundError, OptionError, StartError
 from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
 from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
+from weightd_proto.hub_names import is_hub_name
 
 LOCK_BYTES_MAX = 4096
 USERS_FILE = "users"  # the FIFO
@@ -321,26 +322,34 @@ def _socket_folder() -> Path:
     )
 
 
-def import_if_path(store: Path, model: str, rehearsal: AbstractContextManager[int]) -> str:
+def import_if_new(store: Path, model: str, rehearsal: AbstractContextManager[int]) -> str:
     """The name of `model` in `store`. A path of a checkpoint is imported first, unless the store has it unchanged.
 
-    If `model` is both a name in the store and a path, the name counts, unless that model was imported from this path.
+    If `model` is both a name in the store and a path, the name counts, unless that model was imported from this path. A
+    model of the hub that the store has is not looked for there again.
 
     Args:
         rehearsal: gives the descriptor for --rehearse-fd.
 
     Raises:
-        ModelNotFoundError: there is no such path.
+        ModelNotFoundError: there is no such path, and no model of the hub is named like this.
         StartError: the import failed; repeats its message. For example, the store has another checkpoint of that name.
     """
-    if "/" in model and not os.path.exists(model):  # noqa: PTH110
+    exists = os.path.exists(model)  # noqa: PTH110
+    if not exists and is_hub_name(model):
+        return _stored_from(store, model) or _import(store, model, model, rehearsal)
+    if not exists and "/" in model:
         raise ModelNotFoundError(
-            f"no file or folder '{model}', and a model's name has no slash: models are not downloaded from a hub; "
-            "download it, then pass its folder"
+            f"no file or folder '{model}', and a model's name has no slash: pass the folder of a checkpoint, or "
+            "ORGANISATION/NAME of a model on the hub"
         )
-    if not os.path.exists(model) or (_is_stored(store, model) and not _is_source_of(store, model)):  # noqa: PTH110
+    if not exists or (_is_stored(store, model) and _stored_from(store, model) != model):
         return model
-    command = [*CHILD, "import", os.path.abspath(model), "--store", str(store), "--update", "--json"]  # noqa: PTH100
+    return _import(store, model, os.path.abspath(model), rehearsal)  # noqa: PTH100
+
+
+def _import(store: Path, model: str, source: str, rehearsal: AbstractContextManager[int]) -> str:
+    command = [*CHILD, "import", source, "--store", str(store), "--update", "--json"]
     with rehearsal as descriptor:
         command += ["--rehearse-fd", str(descriptor)]
         result = json.loads(_output_of(command, f"cannot import {model}", descriptor))
@@ -353,10 +362,17 @@ def _is_stored(store: Path, name: str) -> bool:
     return os.path.basename(name) == name not in (".", "..") and (store / name / BUNDLES_FILE).exists()  # noqa: PTH119
 
 
-def _is_source_of(store: Path, name: str) -> bool:
-    """Whether the model was imported from what lies at the path `name`."""
+def _stored_from(store: Path, source: str) -> str | None:
+    """The name in `store` of a model that was imported from `source`, a path or a model of the hub; None: it has none.
+
+    If several were, the one that is called `source` comes first.
+    """
+    if not any(store.glob(f"*/{BUNDLES_FILE}")):
+        return None
     models = json.loads(_output_of([*CHILD, "ls", "--store", str(store), "--json"], f"cannot list {store}"))["models"]
-    return any(model["name"] == name and Path(model["source"]).resolve() == Path(name).resolve() for model in models)
+    path = Path(source).resolve()
+    names = [model["name"] for model in models if model["source"] == source or Path(model["source"]).resolve() == path]
+    return source if source in names else names[0] if names else None
 
 
 # -P: Python imports nothing from the current folder.

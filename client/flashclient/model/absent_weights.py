@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,7 @@ def become(module: nn.Module, more: type[nn.Module]) -> None:
 
     Its class keeps its name and base, so code that asks for the class goes on working.
     """
-    module.__class__ = _joined(more, type(module))
+    module.__class__ = _joined(cast(Any, more), cast(Any, type(module)))
 
 
 @cache

@@ -44,7 +44,7 @@ def neurons_of(activation: Activation, gate: Tensor, up: Tensor | None = None) -
 
 
 def _at_most(activation: Activation, limit: str, v: Tensor) -> Tensor:
-    return v.clamp(max=getattr(activation, limit)) if activation.HasField(limit) else v  # type: ignore[arg-type]
+    return v.clamp(max=getattr(activation, limit)) if activation.HasField(limit) else v
 
 
 def has_exact_zeros(activation: Activation) -> bool:

@@ -59,7 +59,7 @@ class _UnmadeParameters(TorchFunctionMode):
 def _is_large(size: tuple[Any, ...]) -> bool:
     """Whether a tensor of this size is larger than what models compute at construction."""
     dimensions = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
-    return prod(dimensions) > COMPUTED_ELEMENTS_MAX
+    return bool(prod(dimensions) > COMPUTED_ELEMENTS_MAX)
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def build_model(
     attention_chosen = config._attn_implementation is not None
     dtype = DTYPES[record.compute_dtype]
     with _UnmadeParameters():
-        model = model_class._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     tensors = resident_tensors(record, source.resident, dtype)
     kernels = _kernels(record, workers)

@@ -133,7 +133,7 @@ class _Installing:
             raise ModelError(f"no way to install {self._layer.module} of '{self._record.name}'; upgrade flashclient")
 
     def _install_module(self, streamed: LayerFFN) -> None:
-        projections = {owner: AbsentProjection for owner, _ in self._holders()}
+        projections: dict[str, type[HoldsAbsentWeights]] = {owner: AbsentProjection for owner, _ in self._holders()}
         self._make_absent(projections)
         self._check_forward()
         for path, part in list(self._module.named_modules()):

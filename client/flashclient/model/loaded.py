@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -62,7 +64,7 @@ class LoadedModel:
         """Whether no sequence can be longer, because the model has a learned embedding for each place in a sequence."""
         model, tokens = self.model, self.context_tokens
         tables = {module for module in model.modules() if isinstance(module, nn.Embedding)}
-        tables.discard(model.get_input_embeddings())  # type: ignore[arg-type]
+        tables.discard(model.get_input_embeddings())
         besides = (table.num_embeddings - tokens for table in tables) if tokens is not None else ()
         return any(0 <= rows <= PLACES_BESIDE_MAX for rows in besides)
 
@@ -103,11 +105,21 @@ def load_model(
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer, padding on the left; None where its files hold none."""
-    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)):
+    """The model's tokenizer, padding on the left; None where its files hold none, or need code from their publisher."""
+    if not any(path for pattern in VOCABULARY_PATTERNS for path in folder.glob(pattern)) or _needs_code(folder):
         return None
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:  # padding is masked: any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     return tokenizer
+
+
+def _needs_code(folder: Path) -> bool:
+    """Whether transformers has no class for the tokenizer. Another one would read its files and differ in silence."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) if file.exists() else None
+    if not isinstance(config, dict) or "AutoTokenizer" not in (config.get("auto_map") or ()):
+        return False
+    name = str(config.get("tokenizer_class")).removesuffix("Fast")
+    return not any(hasattr(transformers, known) for known in (name, f"{name}Fast"))

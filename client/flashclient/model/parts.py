@@ -57,12 +57,12 @@ class _Cut(NamedTuple):
 
 
 class _Done(NamedTuple):
-    """What was done: the result of `function`, or one of its results. Arguments are these tuples, or numbers."""
+    """What was done: the result of `function`, or the one of its results that `taken` says."""
 
     function: Any
     arguments: tuple[Any, ...]
     named: tuple[tuple[str, Any], ...] = ()
-    index: int | None = None
+    taken: int | None = None
 
 
 class OtherActivationError(AbsentWeightError):
@@ -70,7 +70,7 @@ class OtherActivationError(AbsentWeightError):
 
 
 @dataclass
-class _Call:
+class _FfnCall:
     """One call of the FFN.
 
     Attributes:
@@ -101,11 +101,11 @@ class PendingProjection(Tensor):
 
     plain: Tensor
     site: PartsOfFFN
-    call: _Call
+    call: _FfnCall
     done: Any
 
     @classmethod
-    def of(cls, plain: Tensor, site: PartsOfFFN, call: _Call, done: Any) -> PendingProjection:
+    def of(cls, plain: Tensor, site: PartsOfFFN, call: _FfnCall, done: Any) -> PendingProjection:
         made: PendingProjection = Tensor._make_subclass(cls, plain)
         made.plain, made.site, made.call, made.done = plain, site, call, done
         return made
@@ -167,7 +167,7 @@ class PendingProjection(Tensor):
         done = _Done(func, tuple(arguments), tuple(named.items()))
         if isinstance(made, Tensor):
             return self._like(made, done)
-        return tuple(self._like(one, done._replace(index=index)) for index, one in enumerate(made))
+        return tuple(self._like(one, done._replace(taken=number)) for number, one in enumerate(made))
 
     def _argument(self, one: Any) -> Any:
         if isinstance(one, PendingProjection):
@@ -213,13 +213,13 @@ class PartsOfFFN:
         self.gated = gated
         self._activation = activation
         self._key = (activation.SerializeToString(), neurons, gated)
-        self._call: _Call | None = None
+        self._call: _FfnCall | None = None
 
     def begin(self, parts: tuple[str, ...], x: Tensor, ffn: Callable[[Tensor], Tensor]) -> PendingProjection:
         """What the projection that holds `parts` returns for x [..., hidden_size]."""
         call = self._call
         if call is None or not call.continues(parts, x):
-            call = self._call = _Call(x, ffn(x))
+            call = self._call = _FfnCall(x, ffn(x))
         call.begun.update(parts)
         shape = (*x.shape[:-1], self.neurons * len(parts))
         plain = torch.empty(shape, dtype=call.y.dtype, device="meta")
@@ -279,7 +279,7 @@ def _repeated(done: Any, products: dict[tuple[str, ...], Tensor]) -> Any:
     if isinstance(done, _Done):
         arguments = [_repeated(one, products) for one in done.arguments]
         made = done.function(*arguments, **{name: _repeated(one, products) for name, one in done.named})
-        return made if done.index is None else made[done.index]
+        return made if done.taken is None else made[done.taken]
     return tuple(_repeated(one, products) for one in done) if isinstance(done, tuple) else done
 
 

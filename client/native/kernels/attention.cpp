@@ -73,7 +73,7 @@ struct Attention::Item {
         key_head = index / of_head % call.shape.key_heads;
         sequence = index / of_head / call.shape.key_heads;
         count = std::min(ROWS_MAX, call.rows() - first);
-        all = static_cast<RowSet>((1u << count) - 1);
+        all = static_cast<RowSet>((1U << count) - 1);
     }
     size_t token(const Call& call, size_t row) const { return (first + row) / call.group(); }
     size_t head(const Call& call, size_t row) const { return key_head * call.group() + (first + row) % call.group(); }

@@ -9,12 +9,11 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t GROUP_MAX = 96;  // neurons that a thread fires at once: tens of microseconds of work
-constexpr size_t GROUP_MIN = 8;   // a tile for one token
-constexpr size_t ELEMENTS_PER_ITEM =
-    256;                               // columns that a thread accumulates, at least: eight cache lines of a bf16 row
-constexpr size_t ELEMENTS_MAX = 8192;  // columns at a time, at most: y of a token stays in the L1 cache
-constexpr size_t TOKENS_MIN = 8;       // of a group: converting a row of weights does not pay for fewer
+constexpr size_t GROUP_MAX = 96;           // neurons that a thread fires at once: tens of microseconds of work
+constexpr size_t GROUP_MIN = 8;            // a tile for one token
+constexpr size_t ELEMENTS_PER_ITEM = 256;  // the fewest columns of a thread: eight cache lines of a bf16 row
+constexpr size_t ELEMENTS_MAX = 8192;      // the most columns at a time: y of a token stays in the L1 cache
+constexpr size_t TOKENS_MIN = 8;           // of a group: converting a row of weights does not pay for fewer
 static_assert(TOKENS_MAX % TOKENS_MIN == 0);
 
 bool all_zero(const float* values, size_t count) {
@@ -94,7 +93,7 @@ void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t coun
         Group group;
         for (size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); i++) {
             const size_t entry = entries != nullptr ? entries[i] : i;
-            if (list.row_masks && list.row_masks[entry] == 0) {
+            if (list.row_masks != nullptr && list.row_masks[entry] == 0) {
                 std::fill_n(h + entry * tokens, tokens, 0.0f);
             } else {
                 group.entry[group.count++] = static_cast<uint32_t>(entry);
@@ -110,14 +109,15 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
     float dots[GROUP_MAX * TOKENS_MAX];
     for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
     gate_or_up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    const Activation activation = shape_.activation;  // a copy, which writing h cannot change
     Group open;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
-        const float bias = list.bias ? list.bias[entry] : 0.0f;
+        const float bias = list.bias != nullptr ? list.bias[entry] : 0.0f;
         float* of_entry = h + entry * tokens;
         for (size_t t = 0; t < tokens; t++) {
             const bool wanted = list.row_masks == nullptr || (list.row_masks[entry] >> t & 1) != 0;
-            of_entry[t] = wanted ? activate(shape_.activation, dots[i * tokens + t] + bias) : 0.0f;
+            of_entry[t] = wanted ? activate(activation, dots[i * tokens + t] + bias) : 0.0f;
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
@@ -130,12 +130,13 @@ void Ffn::open_gate(const Group& group, const Neurons& list, const float* x, siz
     float dots[GROUP_MAX * TOKENS_MAX];
     for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(list.bundles[group.entry[i]]);
     up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    const Activation activation = shape_.activation;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
-        const float bias = list.up_bias ? list.up_bias[entry] : 0.0f;
+        const float bias = list.up_bias != nullptr ? list.up_bias[entry] : 0.0f;
         for (size_t t = 0; t < tokens; t++) {
             float& value = h[entry * tokens + t];
-            if (value != 0.0f) value *= up_factor(shape_.activation, dots[i * tokens + t] + bias);
+            if (value != 0.0f) value *= up_factor(activation, dots[i * tokens + t] + bias);
         }
     }
 }
@@ -182,11 +183,11 @@ void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y)
         Scratch& scratch = scratch_of_thread();
         if (scratch.h.size() < count * some) scratch.h.resize(count * some);
         Neurons of_group{checked, list.bias, list.up_bias};
-        if (list.row_masks) {
+        if (list.row_masks != nullptr) {
             const uint16_t* masks = list.row_masks + first / TOKENS_MAX * list.mask_stride;
             scratch.masks.assign(masks, masks + count);
             for (uint16_t& mask : scratch.masks) {
-                mask = static_cast<uint16_t>((mask >> first % TOKENS_MAX) & ((1u << some) - 1));
+                mask = static_cast<uint16_t>((mask >> first % TOKENS_MAX) & ((1U << some) - 1));
             }
             of_group.row_masks = scratch.masks.data();
         }

@@ -37,7 +37,7 @@ struct Lane {
     }
     template <Dtype dtype, typename Weight>
     LANE static Lane load_some(const Weight* row, size_t some) {
-        const auto mask = static_cast<__mmask16>((1u << some) - 1);
+        const auto mask = static_cast<__mmask16>((1U << some) - 1);
         if constexpr (dtype == Dtype::f32) {
             return {_mm512_maskz_loadu_ps(mask, row)};
         } else if constexpr (dtype == Dtype::i8) {
@@ -54,7 +54,7 @@ struct Lane {
     LANE static Lane from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
     LANE void store(float* out) const { _mm512_storeu_ps(out, value); }
     LANE void store_some(float* out, size_t some) const {
-        _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1u << some) - 1), value);
+        _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1U << some) - 1), value);
     }
 };
 

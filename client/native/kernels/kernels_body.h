@@ -2,7 +2,7 @@
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
 //   LANE    the same, and always inline
 //   Lane    a vector of fp32: WIDTH, TILE_ROWS, TILE_TOKENS, load<dtype>(row), load_some<dtype>(row, n), store,
-//   store_some, fma (a * b + c), max, sum, and power_of_two (2^n of the low bits of fp32, bias included)
+//           store_some, fma (a * b + c), max, sum, and power_of_two (2^n of the low bits of fp32, bias included)
 // Everything has internal linkage, because the same names exist once per instruction set.
 #pragma once
 
@@ -41,19 +41,18 @@ static_assert(BLOCK_ELEMENTS / TOKENS_MAX % LINE_BYTES == 0);
 template <Dtype dtype, size_t rows, size_t tokens>
 LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead, const float* const* x,
                        size_t begin, size_t end, Lane (&sums)[rows][tokens]) {
-    constexpr size_t width = Lane::WIDTH;
-    constexpr size_t line = LINE_BYTES / bytes_of(dtype);
-    constexpr int cache = tokens == 1 ? 3 : 2;  // prefetch into L1, unless x needs it
+    constexpr size_t LINE = LINE_BYTES / bytes_of(dtype);
+    constexpr int CACHE = tokens == 1 ? 3 : 2;  // prefetch into L1, unless x needs it
     Lane chain[rows][tokens];
     for (size_t r = 0; r < rows; r++) {
         for (size_t t = 0; t < tokens; t++) chain[r][t] = begin == 0 ? Lane::zero() : sums[r][t];
     }
     size_t j = begin;
-    for (; j + line <= end; j += line) {
+    for (; j + LINE <= end; j += LINE) {
         for (size_t r = 0; r < rows; r++) {
-            __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, cache);
+            __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, CACHE);
         }
-        for (size_t k = j; k < j + line; k += width) {
+        for (size_t k = j; k < j + LINE; k += Lane::WIDTH) {
             Lane weights[rows];
             for (size_t r = 0; r < rows; r++) weights[r] = Lane::template load<dtype>(row[r] + k);
             for (size_t t = 0; t < tokens; t++) {
@@ -62,8 +61,8 @@ LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const vo
             }
         }
     }
-    for (; j < end; j += width) {
-        const size_t some = std::min(width, end - j);
+    for (; j < end; j += Lane::WIDTH) {
+        const size_t some = std::min(Lane::WIDTH, end - j);
         for (size_t r = 0; r < rows; r++) {
             const Lane weight = Lane::template load_some<dtype>(row[r] + j, some);
             for (size_t t = 0; t < tokens; t++) {
@@ -93,14 +92,14 @@ struct Tile {
 
 template <Dtype dtype>
 KERNEL void dots_of_one(const void* const* rows, size_t row_count, const float* x, size_t hidden, float* dots) {
-    constexpr size_t tile_rows = 8;
-    Lane sums[tile_rows][1];
-    for (size_t i = 0; i < row_count; i += tile_rows) {
-        const Tile<dtype, tile_rows> tile(rows, row_count, i);
-        dots_of_tile<dtype, tile_rows, 1>(tile.row, tile.ahead, &x, 0, hidden, sums);
-        float of_row[tile_rows];
-        for (size_t r = 0; r < tile_rows; r++) of_row[r] = sum(sums[r][0]);
-        std::copy_n(of_row, std::min(tile_rows, row_count - i), dots + i);
+    constexpr size_t ROWS = 8;
+    Lane sums[ROWS][1];
+    for (size_t i = 0; i < row_count; i += ROWS) {
+        const Tile<dtype, ROWS> tile(rows, row_count, i);
+        dots_of_tile<dtype, ROWS, 1>(tile.row, tile.ahead, &x, 0, hidden, sums);
+        float of_row[ROWS];
+        for (size_t r = 0; r < ROWS; r++) of_row[r] = sum(sums[r][0]);
+        std::copy_n(of_row, std::min(ROWS, row_count - i), dots + i);
     }
 }
 
@@ -109,15 +108,16 @@ KERNEL void dots_of_one(const void* const* rows, size_t row_count, const float* 
 template <Dtype dtype, size_t tile_rows, size_t tile_tokens>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const float* x, size_t hidden, size_t tokens,
                           float* dots) {
-    constexpr size_t block_tiles = BLOCK_ROWS / tile_rows, block_rows = block_tiles * tile_rows;
-    constexpr size_t elements = BLOCK_ELEMENTS / tile_tokens;
-    Lane sums[(TOKENS_MAX + tile_tokens - 1) / tile_tokens][block_tiles][tile_rows][tile_tokens];
+    constexpr size_t BLOCK_TILES = BLOCK_ROWS / tile_rows;
+    constexpr size_t ROWS = BLOCK_TILES * tile_rows;
+    constexpr size_t ELEMENTS = BLOCK_ELEMENTS / tile_tokens;
+    Lane sums[(TOKENS_MAX + tile_tokens - 1) / tile_tokens][BLOCK_TILES][tile_rows][tile_tokens];
     const float* of_token[tile_tokens];
-    for (size_t first = 0; first < row_count; first += block_rows) {
-        const size_t last = std::min(first + block_rows, row_count);
+    for (size_t first = 0; first < row_count; first += ROWS) {
+        const size_t last = std::min(first + ROWS, row_count);
         size_t begin = 0;
         do {
-            const size_t end = std::min(begin + elements, hidden);
+            const size_t end = std::min(begin + ELEMENTS, hidden);
             for (size_t t = 0; t < tokens; t += tile_tokens) {
                 for (size_t c = 0; c < tile_tokens; c++) of_token[c] = x + std::min(t + c, tokens - 1) * hidden;
                 auto* of_tile = sums[t / tile_tokens];
@@ -178,10 +178,10 @@ KERNEL void accumulate_rows(const void* const* row_of, const float* h, size_t be
 template <Dtype dtype>
 KERNEL void accumulate_one(const void* const* rows, const float* h, size_t row_count, size_t begin, size_t end,
                            float* y) {
-    constexpr size_t step = 8;
+    constexpr size_t STEP = 8;
     size_t k = 0;
-    for (; k + step <= row_count; k += step) {
-        accumulate_rows<dtype, step>(rows + k, h + k, begin, end, y, rows + (k + 2 * step <= row_count ? k + step : k));
+    for (; k + STEP <= row_count; k += STEP) {
+        accumulate_rows<dtype, STEP>(rows + k, h + k, begin, end, y, rows + (k + 2 * STEP <= row_count ? k + STEP : k));
     }
     for (; k < row_count; k++) accumulate_rows<dtype, 1>(rows + k, h + k, begin, end, y, rows + k);
 }
@@ -231,16 +231,16 @@ KERNEL void accumulate_tile(const void* const* rows, const float* const* h, size
 template <Dtype dtype, size_t lanes>
 KERNEL void accumulate_strip(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                              size_t j, size_t some, float* y) {
-    constexpr size_t tile_tokens = Lane::TILE_TOKENS;
-    const float* of_token[tile_tokens];
-    float* out[tile_tokens];
-    for (size_t t = 0; t < tokens; t += tile_tokens) {
-        for (size_t c = 0; c < tile_tokens; c++) {
+    constexpr size_t TOKENS = Lane::TILE_TOKENS;
+    const float* of_token[TOKENS];
+    float* out[TOKENS];
+    for (size_t t = 0; t < tokens; t += TOKENS) {
+        for (size_t c = 0; c < TOKENS; c++) {
             const size_t token = std::min(t + c, tokens - 1);
             of_token[c] = h + token;
             out[c] = y + token * hidden;
         }
-        accumulate_tile<dtype, lanes, tile_tokens>(rows, of_token, row_count, tokens, j, some, out, t == 0);
+        accumulate_tile<dtype, lanes, TOKENS>(rows, of_token, row_count, tokens, j, some, out, t == 0);
     }
 }
 
@@ -248,10 +248,10 @@ KERNEL void accumulate_strip(const void* const* rows, const float* h, size_t row
 template <Dtype dtype, size_t lanes>
 KERNEL void accumulate_rest(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                             size_t j, size_t end, float* y) {
-    constexpr size_t strip = lanes * Lane::WIDTH;
-    if (j + strip <= end) {
-        accumulate_strip<dtype, lanes>(rows, h, row_count, tokens, hidden, j, strip, y);
-        j += strip;
+    constexpr size_t STRIP = lanes * Lane::WIDTH;
+    if (j + STRIP <= end) {
+        accumulate_strip<dtype, lanes>(rows, h, row_count, tokens, hidden, j, STRIP, y);
+        j += STRIP;
     }
     if constexpr (lanes > 1) {
         accumulate_rest<dtype, lanes - 1>(rows, h, row_count, tokens, hidden, j, end, y);
@@ -264,13 +264,13 @@ KERNEL void accumulate_rest(const void* const* rows, const float* h, size_t row_
 template <Dtype dtype>
 KERNEL void accumulate(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                        size_t begin, size_t end, float* y) {
-    constexpr size_t strip = Lane::TILE_ROWS * Lane::WIDTH;
+    constexpr size_t STRIP = Lane::TILE_ROWS * Lane::WIDTH;
     if (tokens == 1) return accumulate_one<dtype>(rows, h, row_count, begin, end, y);
     for (size_t k = 0; k < row_count; k += STRIP_ROWS) {
         const size_t count = std::min(STRIP_ROWS, row_count - k);
         size_t j = begin;
-        for (; j + strip <= end; j += strip) {
-            accumulate_strip<dtype, Lane::TILE_ROWS>(rows + k, h + k * tokens, count, tokens, hidden, j, strip, y);
+        for (; j + STRIP <= end; j += STRIP) {
+            accumulate_strip<dtype, Lane::TILE_ROWS>(rows + k, h + k * tokens, count, tokens, hidden, j, STRIP, y);
         }
         accumulate_rest<dtype, Lane::TILE_ROWS - 1>(rows + k, h + k * tokens, count, tokens, hidden, j, end, y);
     }
@@ -288,7 +288,8 @@ KERNEL void upcast(const void* row, size_t hidden, float* out) {
 // polynomial is that of Cephes' expf.
 KERNEL Lane exponential(Lane x) {
     constexpr float ROUND = 0x1.8p23f + 127.0f;  // with the bias of an exponent
-    const Lane one = Lane::all(1.0f), zero = Lane::zero();
+    const Lane one = Lane::all(1.0f);
+    const Lane zero = Lane::zero();
     x = max(Lane::all(-88.0f), x);  // n is -127 at least, which makes 0; a NaN stays one
     const Lane rounded = fma(x, Lane::all(1.44269504f), Lane::all(ROUND));
     const Lane n = fma(rounded, one, Lane::all(-ROUND));
@@ -312,7 +313,8 @@ KERNEL float greatest_of(const float* values, size_t count) {
 }
 
 KERNEL float exponentials(float* values, size_t count) {
-    const Lane shift = Lane::all(-greatest_of(values, count)), one = Lane::all(1.0f);
+    const Lane shift = Lane::all(-greatest_of(values, count));
+    const Lane one = Lane::all(1.0f);
     Lane sums = Lane::zero();
     for (size_t i = 0; i < count; i += Lane::WIDTH) {
         const size_t some = std::min(Lane::WIDTH, count - i);
@@ -335,7 +337,8 @@ KERNEL size_t differing_bits(const uint8_t* a, const uint8_t* b, size_t bytes) {
     size_t differing = 0;
     for (size_t j = 0; j < bytes; j += sizeof(uint64_t)) {
         const size_t some = std::min(sizeof(uint64_t), bytes - j);
-        uint64_t left = 0, right = 0;
+        uint64_t left = 0;
+        uint64_t right = 0;
         std::memcpy(&left, a + j, some);
         std::memcpy(&right, b + j, some);
         differing += static_cast<size_t>(__builtin_popcountll(left ^ right));

@@ -14,11 +14,11 @@ namespace {
 
 // Half precision in integers: the exponent moves from bias 15 to 127; subnormals are scaled by a power of two, exactly.
 float widen_f16(uint16_t half) {
-    const uint32_t sign = (half & 0x8000u) << 16;
-    const uint32_t exponent = (half >> 10) & 0x1fu;
-    const uint32_t fraction = half & 0x3ffu;
-    if (exponent == 0) return std::copysign(static_cast<float>(fraction) * 0x1p-24f, std::bit_cast<float>(sign | 1u));
-    const uint32_t widened = exponent == 0x1f ? 0xffu : exponent + 112;
+    const uint32_t sign = (half & 0x8000U) << 16;
+    const uint32_t exponent = (half >> 10) & 0x1fU;
+    const uint32_t fraction = half & 0x3ffU;
+    if (exponent == 0) return std::copysign(static_cast<float>(fraction) * 0x1p-24f, std::bit_cast<float>(sign | 1U));
+    const uint32_t widened = exponent == 0x1f ? 0xffU : exponent + 112;
     return std::bit_cast<float>(sign | widened << 23 | fraction << 13);
 }
 

@@ -27,7 +27,7 @@ std::vector<uint8_t> sign_bits(const float* x, size_t hidden, size_t tokens, siz
     std::vector<uint8_t> bits(tokens * row_bytes, 0);
     for (size_t t = 0; t < tokens; t++) {
         for (size_t j = 0; j < hidden; j++) {
-            if (std::signbit(x[t * hidden + j])) bits[t * row_bytes + j / 8] |= static_cast<uint8_t>(1u << j % 8);
+            if (std::signbit(x[t * hidden + j])) bits[t * row_bytes + j / 8] |= static_cast<uint8_t>(1U << j % 8);
         }
     }
     return bits;
@@ -38,7 +38,7 @@ std::vector<uint8_t> sign_bits(const float* x, size_t hidden, size_t tokens, siz
 LowRankPredictor::LowRankPredictor(Workers& workers, Dtype dtype, Matrix input, Matrix output, const float* bias,
                                    const float* scale, const char* instruction_set)
     : encode_(workers, dtype, instruction_set),
-      decode_(workers, scale ? Dtype::i8 : dtype, instruction_set),
+      decode_(workers, scale != nullptr ? Dtype::i8 : dtype, instruction_set),
       input_(input),
       output_(output),
       bias_(bias),
@@ -53,7 +53,7 @@ Prediction LowRankPredictor::predict(const float* x, size_t tokens) const {
         for (size_t i = 0; i < dots.count; i++) {
             unsigned mask = 0;
             const size_t neuron = dots.first + i;
-            const float scale = scale_ ? scale_[neuron] : 1.0f;
+            const float scale = scale_ != nullptr ? scale_[neuron] : 1.0f;
             for (size_t t = 0; t < tokens; t++) {
                 mask |= (scale * dots.values[i * tokens + t] + bias_[neuron] > 0.0f) << t;
             }

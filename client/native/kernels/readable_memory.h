@@ -56,7 +56,8 @@ class Reading {
 
     size_t bundle_bytes_;
     size_t alignment_;                       // a power of two
-    uint64_t begin_ = 0, beyond_ = 0;        // of the last memory: a bundle fits at begin_ + i for i < beyond_
+    uint64_t begin_ = 0;                     // of the memory of the last bundle
+    uint64_t beyond_ = 0;                    // a bundle fits there at begin_ + i for i < beyond_
     std::vector<ReadableMemory*> memories_;  // in which checked bundles lie
 };
 

@@ -29,7 +29,7 @@ void wait_for_change(std::atomic<uint32_t>& value, uint32_t old, uint64_t spin_n
 
 }  // namespace
 
-Workers::Workers(size_t threads) : owner_(getpid()) {
+Workers::Workers(size_t threads) : owner_(::getpid()) {
     try {
         for (size_t worker = 1; worker < threads; worker++) workers_.emplace_back([this] { serve(); });
     } catch (...) {  // the system gives no more threads
@@ -41,7 +41,7 @@ Workers::Workers(size_t threads) : owner_(getpid()) {
 Workers::~Workers() { stop(); }
 
 void Workers::stop() {
-    if (getpid() != owner_) {  // the threads stayed in the parent: nothing to join
+    if (::getpid() != owner_) {  // the threads stayed in the parent: nothing to join
         for (std::thread& worker : workers_) worker.detach();
         return;
     }
@@ -81,7 +81,7 @@ void Workers::take_items() {
 
 bool Workers::enter() {
     uint32_t gate = gate_.load(std::memory_order_acquire);
-    while (gate & OPEN) {
+    while ((gate & OPEN) != 0) {
         if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
     }
     return false;

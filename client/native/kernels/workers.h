@@ -33,7 +33,7 @@ class Workers {
     // A worker spins for this long before it sleeps: the next phase of a layer often begins within it, and waking costs
     // more.
     static constexpr uint64_t SPIN_NANOSECONDS = 20'000;
-    static constexpr uint32_t OPEN = 1u << 31;
+    static constexpr uint32_t OPEN = 1U << 31;
 
     void stop();
     void serve();

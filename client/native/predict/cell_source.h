@@ -11,9 +11,9 @@ namespace flashclient {
 using Arrival = std::pair<uint32_t, uint64_t>;  // a cell and its address; address 0: the lease was refused
 
 // The caller, a Window (window.h) or a CellWalk (experts/cell_walk.h), keeps the account of what is leased; a source
-// does not. After an exchange() or extend() that threw, the caller counts the cells of `release` as given back and
-// those of `acquire` as not leased. The source makes it true in the next cancel(), or everything was lost and the
-// caller forgets it.
+// does not. After an exchange() or extend() that threw, the caller counts the cells of `release` as given back, and
+// those of `acquire` as not leased. The next cancel() makes that true, unless everything was lost: then the caller
+// forgets all.
 class CellSource {
   public:
     virtual ~CellSource() = default;

@@ -66,7 +66,8 @@ bool Window::fits(const Layer& layer, const Wanted& wanted, uint32_t limit) cons
     if (wanted.columns == 0 || wanted.columns > TOKENS_MAX || wanted.positions.size() != wanted.row_masks.size()) {
         throw std::invalid_argument("a step has 1 to 16 columns, and a row mask for each position");
     }
-    uint32_t cells = 0, last = NO_CELL;
+    uint32_t cells = 0;
+    uint32_t last = NO_CELL;
     for (const uint32_t position : wanted.positions) {
         const uint32_t cell = position / layout_.bundles_per_cell;
         if (cell >= layer.addresses.size()) throw std::out_of_range("a position is beyond the layer's cells");

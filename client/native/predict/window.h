@@ -69,7 +69,7 @@ class Window {
   private:
     struct Token {
         uint32_t index;
-        uint64_t slid;  // number of the slide that took it in: the least is the oldest of all layers
+        uint64_t slid;  // number of the slide that added it: the token with the lowest is the oldest of all layers
         std::vector<uint32_t> cells;
     };
     struct Layer {
@@ -78,7 +78,7 @@ class Window {
         std::vector<uint16_t> users;      // by cell: tokens that want it
         uint32_t held = 0;
     };
-    struct Slide {  // what the source has not been told yet
+    struct Slide {  // requests that the source has not got yet
         std::vector<uint32_t> acquire;
         std::vector<uint32_t> release;                                      // cells of the same layer
         std::vector<std::pair<uint32_t, std::vector<uint32_t>>> elsewhere;  // cells of other layers to release
@@ -101,7 +101,7 @@ class Window {
     std::vector<Layer> layers_;
     uint32_t held_ = 0;
     uint64_t slides_ = 0;
-    bool unfinished_ = false;  // a step or clear() has not ended: the source may lease other cells than are noted here
+    bool unfinished_ = false;  // a step has begun, or clear() has thrown: the source may hold other leases than layers_
     uint32_t layer_ = 0;       // layer of the step under way
     Slide slide_;
     std::vector<uint32_t> dropped_;  // cells of tokens that left, perhaps still wanted by others

@@ -20,7 +20,7 @@ class Leases : public CellSource {
 
     uint32_t share_slots() override;
     uint32_t lease_limit() override;
-    // One message, where its words suffice. Throws SessionLost and NoAnswer.
+    // Sends one message if the cells fit into one. Throws SessionLost and NoAnswer.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
     void extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
     // Throws SessionLost, NoAnswer and CorruptBundle.

@@ -7,8 +7,9 @@
 
 #include <array>
 #include <cerrno>
-#include <system_error>
 #include <utility>
+
+#include "ring/system_error.h"
 
 namespace flashclient {
 namespace {
@@ -19,7 +20,7 @@ constexpr size_t RANGES_MAX = 8192;
 struct AddressRange {
     std::atomic<uintptr_t> begin = 0;  // 0: the entry is free
     std::atomic<uintptr_t> end = 0;
-    std::atomic<std::atomic<bool>*> taken_away = nullptr;
+    std::atomic<std::atomic<bool>*> revoked = nullptr;
 };
 
 // The signal handler reads it, so entries are read without a lock and never move.
@@ -40,7 +41,7 @@ bool patch(uintptr_t address) {
     for (AddressRange& range : ranges) {
         const uintptr_t begin = range.begin.load();
         if (begin == 0 || address < begin || address >= range.end.load()) continue;
-        range.taken_away.load()->store(true);
+        range.revoked.load()->store(true);
         return zeros_at(address / page_bytes * page_bytes, page_bytes);
     }
     return false;
@@ -65,11 +66,11 @@ void install_handler() {
     ::sigaction(SIGBUS, &action, &handler_before);
 }
 
-bool enter_range(const PoolMemory::Segment& segment, std::atomic<bool>& taken_away) {
+bool enter_range(const PoolMemory::Segment& segment, std::atomic<bool>& revoked) {
     const std::lock_guard guard(ranges_lock);
     for (AddressRange& range : ranges) {
         if (range.begin.load() != 0) continue;
-        range.taken_away.store(&taken_away);
+        range.revoked.store(&revoked);
         range.end.store(reinterpret_cast<uintptr_t>(segment.data) + segment.bytes);
         range.begin.store(reinterpret_cast<uintptr_t>(segment.data));
         return true;
@@ -93,16 +94,16 @@ PoolMemory::PoolMemory() : owner_(::getpid()) {
 bool PoolMemory::map(uint32_t number, int fd, size_t bytes) {
     const std::lock_guard guard(lock_);
     void* mapped = MAP_FAILED;
-    if (!taken_away()) mapped = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
+    if (!revoked()) mapped = ::mmap(nullptr, bytes, PROT_READ, MAP_SHARED, fd, 0);
     const int error = errno;
     ::close(fd);
-    if (taken_away()) return false;
-    if (mapped == MAP_FAILED) throw std::system_error(error, std::generic_category(), "mapping a segment");
+    if (revoked()) return false;
+    if (mapped == MAP_FAILED) fail("mapping a segment", error);
     ::madvise(mapped, bytes, MADV_DONTFORK);  // a child may not use it, and would keep its memory alive
     Segment segment{static_cast<std::byte*>(mapped), bytes};
-    if (!enter_range(segment, taken_away_)) {
+    if (!enter_range(segment, revoked_)) {
         ::munmap(mapped, bytes);
-        throw std::system_error(ENOMEM, std::generic_category(), "too many segments of the pool are mapped");
+        fail("too many segments of the pool are mapped", ENOMEM);
     }
     segment.readable = std::make_unique<ReadableMemory>(mapped, bytes);
     segments_[number] = std::move(segment);
@@ -132,7 +133,7 @@ void PoolMemory::clear() {
     for (auto& [number, segment] : segments_) drop(segment);
     found_ = nullptr;
     segments_.clear();
-    taken_away_.store(false);
+    revoked_.store(false);
 }
 
 void PoolMemory::drop(Segment& segment) const {
@@ -141,8 +142,8 @@ void PoolMemory::drop(Segment& segment) const {
     ::munmap(segment.data, segment.bytes);
 }
 
-void PoolMemory::take_away() {
-    taken_away_.store(true);  // first: whoever reads zeros must find it set
+void PoolMemory::revoke() {
+    revoked_.store(true);  // first: whoever reads zeros must find it set
     const std::lock_guard guard(lock_);
     for (const auto& [number, segment] : segments_) zeros_at(reinterpret_cast<uintptr_t>(segment.data), segment.bytes);
 }

@@ -18,9 +18,10 @@
 #include <cstring>
 #include <mutex>
 #include <sstream>
-#include <system_error>
 #include <utility>
 #include <vector>
+
+#include "ring/system_error.h"
 
 namespace flashclient {
 namespace {
@@ -34,8 +35,6 @@ double now_s() {
     ::clock_gettime(CLOCK_MONOTONIC, &time);
     return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_nsec) * 1e-9;
 }
-
-[[noreturn]] void fail(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
 
 void pause_briefly() {
 #if defined(__x86_64__)
@@ -83,7 +82,7 @@ void renew(std::byte* mapped, size_t mapped_bytes, int fd, size_t bytes, int pro
         return;
     }
     const int kept = ::dup(fd);
-    std::byte* fresh = map(fd, bytes, PROT_READ, MAP_SHARED, "mapping what weightd has anew");
+    std::byte* fresh = map(fd, bytes, PROT_READ, MAP_SHARED, "mapping the weights of weightd again");
     bool done = true;
     for (size_t at = 0; at < bytes; at += RENEWED_BYTES) {
         const size_t size = std::min(RENEWED_BYTES, bytes - at);
@@ -93,7 +92,7 @@ void renew(std::byte* mapped, size_t mapped_bytes, int fd, size_t bytes, int pro
     }
     ::munmap(fresh, bytes);
     ::close(kept);
-    if (!done) fail("mapping what weightd has anew");
+    if (!done) fail("mapping the weights of weightd again");
 }
 
 std::string seconds(double value_s) {
@@ -109,7 +108,7 @@ std::string seconds(double value_s) {
 class ForkableSessions {
   public:
     static void enter(Session* session) {
-        static const int once = ::pthread_atfork([] { lock.lock(); }, [] { lock.unlock(); }, leave_behind);
+        static const int once = ::pthread_atfork([] { lock.lock(); }, [] { lock.unlock(); }, abandon_in_child);
         static_cast<void>(once);
         const std::lock_guard guard(lock);
         all.push_back(session);
@@ -120,8 +119,8 @@ class ForkableSessions {
     }
 
   private:
-    static void leave_behind() {
-        for (Session* session : all) session->leave_behind();
+    static void abandon_in_child() {
+        for (Session* session : all) session->abandon_in_child();
         all.clear();
         lock.unlock();
     }
@@ -200,20 +199,21 @@ void Session::end() {
 }
 
 // Called in a child process. A thread that does not exist there may hold any lock. The memory is not inherited.
-void Session::leave_behind() {
+void Session::abandon_in_child() {
     ring_ = nullptr;
-    for (int* descriptor : {&doorbell_, &socket_, &stop_watching_}) {
+    for (int* descriptor : {&doorbell_, &socket_, &stop_event_}) {
         if (*descriptor >= 0) ::close(std::exchange(*descriptor, -1));
     }
     static_cast<void>(watcher_.release());  // the thread is the parent's
 }
 
-// ---- the thread that notices when weightd is gone ----
+// ---- the thread that notices that weightd has ended ----
 
 void Session::start_watching() {
-    stop_watching_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (stop_watching_ < 0) fail("eventfd");
-    sigset_t all, before;
+    stop_event_ = ::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (stop_event_ < 0) fail("eventfd");
+    sigset_t all;
+    sigset_t before;
     ::sigfillset(&all);
     for (const int fault : {SIGBUS, SIGSEGV, SIGFPE, SIGILL}) ::sigdelset(&all, fault);
     ::pthread_sigmask(SIG_SETMASK, &all, &before);  // the user's threads handle signals
@@ -228,21 +228,21 @@ void Session::start_watching() {
 
 void Session::watch() {
     ::pthread_setname_np(::pthread_self(), "weightd-watch");
-    pollfd watched[2] = {{socket_, POLLRDHUP, 0}, {stop_watching_, POLLIN, 0}};
+    pollfd watched[2] = {{socket_, POLLRDHUP, 0}, {stop_event_, POLLIN, 0}};
     while (::poll(watched, 2, -1) < 0 && errno == EINTR) continue;
     if (watched[0].revents == 0) return;
-    pool_.take_away();
+    pool_.revoke();
     ring_->header.bell.fetch_add(1);
     ::syscall(SYS_futex, &ring_->header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);  // the one thread that waits
 }
 
 void Session::stop_watching() {
     if (watcher_ != nullptr) {
-        ::eventfd_write(stop_watching_, 1);
+        ::eventfd_write(stop_event_, 1);
         watcher_->join();
         watcher_.reset();
     }
-    if (stop_watching_ >= 0) ::close(std::exchange(stop_watching_, -1));
+    if (stop_event_ >= 0) ::close(std::exchange(stop_event_, -1));
 }
 
 void Session::greet(std::span<const uint8_t> token) {
@@ -296,7 +296,7 @@ void Session::require_alive() const {
     if (::getpid() != owner_) throw WrongProcess("a session cannot be used after fork: open another one in the child");
     if (ring_ == nullptr) throw SessionLost("the session was closed");
     std::atomic_thread_fence(std::memory_order_acquire);  // after all reads of the pool
-    if (pool_.taken_away()) throw SessionLost(gone());
+    if (pool_.revoked()) throw SessionLost(gone());
     const uint32_t state = ring_->header.state.load(std::memory_order_acquire);
     if (state != ring::OPEN) throw SessionLost(gone());
 }
@@ -356,13 +356,8 @@ void Session::exchange(uint32_t layer, std::span<const uint32_t> acquire, std::s
     wait_for_room();
     uint32_t* words = ring_->words[request_tail_ % ring::REQUESTS];
     std::copy(release.begin(), release.end(), std::copy(acquire.begin(), acquire.end(), words));
-    put({ring::ACQUIRE,
-         ring::CELLS,
-         layer,
-         static_cast<uint32_t>(count),
-         tag,
-         static_cast<uint32_t>(release.size()),
-         {}});
+    const auto released = static_cast<uint32_t>(release.size());
+    put({ring::ACQUIRE, ring::CELLS, layer, static_cast<uint32_t>(count), tag, released, {}});
     ring_doorbell();
 }
 
@@ -421,8 +416,8 @@ void Session::take_grants(std::vector<ring::Grant>& grants, bool block) {
     }
 }
 
-// Returns how much of `left_s` has passed, at most one slice: a process that was frozen for long must not conclude that
-// weightd has not answered in time.
+// Returns how much of `left_s` has passed, at most one slice: a process that was stopped for long must not conclude
+// that weightd has not answered in time.
 double Session::wait_for_bell(uint32_t seen, double left_s) const {
     if (left_s <= 0) throw NoAnswer("weightd did not answer within " + seconds(timeout_s_));
     const double began_s = now_s();

@@ -1,8 +1,8 @@
 // The client's end of a session (proto/ring.h): leases cells of the daemon's pool and finds them in shared memory.
 //
 // One thread at a time uses it, and holds use() meanwhile. It belongs to the process that opened it: a child after
-// fork() keeps nothing of it. A thread of the session notices when weightd is gone or has closed the session, also
-// while no other thread uses it, and takes the memory of the pool away at once (pool_memory.h).
+// fork() keeps nothing of it. A thread of the session notices when weightd has ended or has closed the session, even if
+// no other thread uses the session, and revokes the memory of the pool at once (pool_memory.h).
 #pragma once
 
 #include <sys/types.h>
@@ -96,7 +96,7 @@ class Session {
   private:
     friend class ForkableSessions;
     void end();
-    void leave_behind();
+    void abandon_in_child();
     void greet(std::span<const uint8_t> token);
     void take_resident(int fd, size_t bytes);
     void take_calibration(int fd, size_t bytes);
@@ -129,8 +129,8 @@ class Session {
     uint32_t request_tail_ = 0;
     uint32_t grant_head_ = 0;
     PoolMemory pool_;
-    int stop_watching_ = -1;                // eventfd
-    std::unique_ptr<std::thread> watcher_;  // touches socket_, stop_watching_, ring_ and pool_, which outlive it
+    int stop_event_ = -1;                   // eventfd: the watcher should end
+    std::unique_ptr<std::thread> watcher_;  // touches socket_, stop_event_, ring_ and pool_, which outlive it
 };
 
 // Throws the error for a cell that weightd did not grant: CorruptBundle.

@@ -145,7 +145,7 @@ void Sweep::give_back_used() {
         const auto end =
             std::find_if(used_.begin(), used_.end(), [&](const Chunk& chunk) { return chunk.layer != layer; });
         std::vector<uint32_t> borders;
-        for (auto chunk = used_.begin(); chunk != end; ++chunk) {
+        for (auto chunk = used_.begin(); chunk != end; chunk++) {
             std::sort(chunk->failed.begin(), chunk->failed.end(),
                       [](const auto& a, const auto& b) { return a.cell < b.cell; });
             borders.push_back(chunk->first_cell);

@@ -64,8 +64,9 @@ class UnbundledEngineThread : public EngineThread {
     const PartReader& reader_;
 };
 
-void bind_unbundled(nb::module_& m) {
-    nb::class_<UnbundledEngineThread, EngineThread>(m, "UnbundledEngineThread", "Reads each part of a bundle alone.")
+void bind_unbundled(nb::module_& module) {
+    nb::class_<UnbundledEngineThread, EngineThread>(module, "UnbundledEngineThread",
+                                                    "Reads each part of a bundle alone.")
         .def(
             "__init__",
             [](UnbundledEngineThread* self, weightd::EngineOptions& options, size_t part_bytes) {
@@ -82,9 +83,9 @@ void bind_unbundled(nb::module_& m) {
         .def_prop_ro("read_bytes", &UnbundledEngineThread::read_bytes, "what they read");
 }
 
-void bind_in_process(nb::module_& m) {
+void bind_in_process(nb::module_& module) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
-    nb::class_<InProcessEngine, CellSource>(m, "InProcessEngine",
+    nb::class_<InProcessEngine, CellSource>(module, "InProcessEngine",
                                             "The engine in the caller's thread, with one model and session.")
         .def("__init__", &make_in_process, "dram_bytes"_a, "spec"_a, "io_engine"_a, "io_threads"_a, "io_depth"_a,
              "slots_wanted"_a, "Raises OSError where O_DIRECT is refused, MemoryError where dram_bytes do not do.")
@@ -107,7 +108,7 @@ void bind_in_process(nb::module_& m) {
 
 }  // namespace
 
-NB_MODULE(bench_native, m) {
-    bind_in_process(m);
-    bind_unbundled(m);
+NB_MODULE(bench_native, module) {
+    bind_in_process(module);
+    bind_unbundled(module);
 }

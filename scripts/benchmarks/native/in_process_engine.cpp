@@ -5,8 +5,9 @@
 #include <cerrno>
 #include <numeric>
 #include <stdexcept>
-#include <system_error>
 #include <utility>
+
+#include "device/system_error.h"
 
 namespace weightd {
 
@@ -41,8 +42,7 @@ InProcessEngine::InProcessEngine(uint64_t dram_bytes, const ModelSpec& spec, con
     engine_ = std::make_unique<Engine>(dram_bytes, *reader_, verifier_, false);
     for (const int fd : {reader_->event_fd(), verifier_.event_fd()}) {
         epoll_event event{EPOLLIN | EPOLLET, {}};
-        if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0)
-            throw std::system_error(errno, std::generic_category(), "epoll_ctl");
+        if (::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, fd, &event) < 0) fail("epoll_ctl");
     }
     engine_->models().add(spec, choice.allow_buffered);
     while (!engine_->models().activate(0)) engine_->step();
@@ -64,8 +64,9 @@ void InProcessEngine::exchange(uint32_t layer, const std::vector<uint32_t>& acqu
 }
 
 void InProcessEngine::extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
-    if (!engine_->release(*session_, layer_, release) || !engine_->acquire(*session_, layer_, acquire, layer_))
+    if (!engine_->release(*session_, layer_, release) || !engine_->acquire(*session_, layer_, acquire, layer_)) {
         throw std::invalid_argument("a cell is not held, or does not exist");
+    }
     engine_->step();
 }
 
@@ -117,8 +118,7 @@ void InProcessEngine::take() {
 
 void InProcessEngine::wait() const {
     epoll_event event;
-    if (::epoll_wait(epoll_.get(), &event, 1, -1) < 0 && errno != EINTR)
-        throw std::system_error(errno, std::generic_category(), "epoll_wait");
+    if (::epoll_wait(epoll_.get(), &event, 1, -1) < 0 && errno != EINTR) fail("epoll_wait");
 }
 
 }  // namespace weightd

@@ -134,7 +134,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"model_type": None}, "unknown architecture None"),
     ("llama", {"model_type": "sparsellama", "auto_map": {"AutoConfig": "c.C"}}, "unknown architecture 'sparsellama'"),
     ("llama", {"model_type": ["llama"]}, "unknown architecture"),
-    ("llama", {"configuration_files": ["config.4.0.0.json"]}, "configuration_files = "),
+    ("llama", {"configuration_files": ["config.4.0.0.json"]}, r"config\.4\.0\.0\.json cannot be read: no such file"),
+    ("llama", {"configuration_files": ["config.new.json"]}, r"names config\.new\.json, which is of no version"),
     *(
         ("llama", {"quantization_config": {"quant_method": method}}, rf"is quantised \({method}\)")
         for method in ("gptq", "awq", "bitsandbytes", "fp8", "compressed-tensors")
@@ -176,11 +177,6 @@ FILES: dict[str, tuple[str, str, str]] = {
     "no temperature": ("generation_config.json", '{"do_sample": true, "temperature": 0.0}', "generation_config.json: "),
     "an end that is text": ("generation_config.json", '{"eos_token_id": "</s>"}', "generation_config.json: "),
     "half a tokenizer": ("tokenizer.json", '{"version": "1.0", "mod', "tokenizer files: "),
-    "a tokenizer of its own code": (
-        "tokenizer_config.json",
-        '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": ["x.X", null]}}',
-        "tokenizer files: ",
-    ),
 }
 
 
@@ -223,6 +219,23 @@ def test_every_chat_template_arrives(originals: dict[str, Path], tmp_path: Path,
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     import_checkpoint(folder, store, "listed")
     assert AutoTokenizer.from_pretrained(store.files_path("listed")).chat_template == {"default": "d", "tool_use": "t"}
+
+
+@pytest.mark.parametrize(
+    ("name", "loads"), [("X", False), ("PreTrainedTokenizerFast", True), ("GPT2TokenizerFast", True)]
+)
+def test_tokenizer_that_needs_code_of_its_own_is_left_alone(
+    originals: dict[str, Path], tmp_path: Path, store: Store, name: str, loads: bool
+) -> None:
+    """With the class of another tokenizer its files would give other ids."""
+    from flashclient.model.loaded import load_tokenizer
+
+    folder = changed(originals["llama"], tmp_path / "m")
+    config = {"tokenizer_class": name, "auto_map": {"AutoTokenizer": ["x.X", None]}}
+    make_tokenizer().save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    import_checkpoint(folder, store)
+    assert (load_tokenizer(store.files_path("m")) is not None) == loads
 
 
 def test_tokenizer_of_vocabulary_and_merges_is_a_tokenizer(tmp_path: Path) -> None:

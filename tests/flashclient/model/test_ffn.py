@@ -56,7 +56,8 @@ class Layer:
         products = [x @ weights[:, part].T for part in range(len(self.parts) - 1)]
         if self.biases is not None:
             products = [rows + bias.double() for rows, bias in zip(products, self.biases, strict=True)]
-        return neurons_of(self.activation, *products) @ weights[:, -1]
+        total: Tensor = neurons_of(self.activation, *products) @ weights[:, -1]
+        return total
 
     def source(self, chunk_sizes: Sequence[int]) -> ArraySource:
         data = self.weights.view(len(self.weights), -1).view(torch.uint8).numpy()

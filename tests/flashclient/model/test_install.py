@@ -90,7 +90,8 @@ def test_weights_are_absent_under_their_names(case: str, tmp_path: Path) -> None
 
 def _ffn_module(model: Any) -> str:
     """The path of the first module with absent weights."""
-    return next(name for name, one in model.named_parameters() if isinstance(one, AbsentWeight)).rpartition(".")[0]
+    path: str = next(name for name, one in model.named_parameters() if isinstance(one, AbsentWeight))
+    return path.rpartition(".")[0]
 
 
 @pytest.mark.parametrize("case", ["gpt2", "phi3", "bloom", "mixtral", "gpt_oss"])

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bundle/bundle.h"
-#include "bundle/checksum.h"
+#include "device/checksum.h"
 
 namespace weightd {
 namespace {
@@ -22,14 +22,14 @@ TEST(Encoding, IsPlainOnlyWhereNumbersStandAlone) {
 }
 
 TEST(Encoding, SizesAreThoseOfWholeBlocks) {
-    EXPECT_EQ(plain_encoding(Dtype::f32).bytes_of(7), 28u);
-    EXPECT_EQ((Encoding{"Q4_K", 256, 144, Scales::in_block}).bytes_of(512), 288u);
+    EXPECT_EQ(plain_encoding(Dtype::f32).bytes_of(7), 28U);
+    EXPECT_EQ((Encoding{"Q4_K", 256, 144, Scales::in_block}).bytes_of(512), 288U);
 }
 
 // up in F32, down in BF16: the values are those of the matrices, each in its own width.
 TEST(CutBundles, PartsMayDifferInEncoding) {
     const BundleShape shape{{plain_encoding(Dtype::f32), plain_encoding(Dtype::bf16)}, 2, 64, 1, 64};
-    EXPECT_EQ(shape.bundle_bytes(), 12u);
+    EXPECT_EQ(shape.bundle_bytes(), 12U);
     const std::vector<float> up = {1.5f, -2.0f, 3.0f, 4.0f};              // [neurons, hidden]
     const std::vector<uint16_t> down = {0x3f80, 0x4000, 0x4040, 0x4080};  // [hidden, neurons]: 1, 2; 3, 4
     std::vector<std::byte> cells(128, std::byte{0xff});

@@ -47,7 +47,7 @@ TEST_P(ReaderTest, KnowsItsQueueAndHowLongReadsTook) {
     const DirectFile file(folder.file("f"), false);
     SharedMemory memory("test", bytes.size());
     const auto reader = make(16);
-    const uint32_t depth = weightd::places_for(GetParam() == "threads" ? 8 : 16);
+    const uint32_t depth = weightd::reads_in_all(GetParam() == "threads" ? 8 : 16);
     EXPECT_EQ(reader->queue().depth_limit, depth);
     EXPECT_EQ(reader->queue().in_flight_max, 0U);
     std::vector<Read> reads;
@@ -222,7 +222,7 @@ TEST(ReadTurnsTest, FilesTakeTurnsAndNoneTakesEveryPlace) {
     EXPECT_EQ(queue.next()->tag, 1U) << "what has begun goes on first";
     queue.ended(&quick);
     EXPECT_FALSE(queue.next());
-    static_assert(places_for(8) == 9 && places_for(1) == 2);
+    static_assert(reads_in_all(8) == 9 && reads_in_all(1) == 2);
 }
 
 TEST(ReadTest, GoesOnBehindTheLastWholeBlock) {

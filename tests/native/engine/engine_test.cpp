@@ -124,10 +124,10 @@ TEST_P(EngineTest, KnowsHowLongItHasBeenReading) {
     Engine engine(dram_for(flash, 50), *reader, verifier);
     Recorder& session = open(engine, engine.models().add(flash.spec, false), 20);
     EXPECT_EQ(engine.device_use(0).reading.seconds(), 0.0);
-    const auto start = std::chrono::steady_clock::now();
+    const auto start = Clock::now();
     ASSERT_TRUE(engine.acquire(session, 0, numbers(0, 20), 1));
     settle(engine);
-    const double longest_s = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const double longest_s = seconds(Clock::now() - start);
     const double reading_s = engine.device_use(0).reading.seconds();
     EXPECT_GT(reading_s, 0.0);
     EXPECT_LT(reading_s, longest_s);
@@ -340,7 +340,7 @@ struct Clients {
         }
     }
 
-    void hear(Recorder& session, Client& client) {
+    void take_answers(Recorder& session, Client& client) {
         bool refused = false;
         for (const auto& [cell, answer] : session.answers) {
             client.asked.erase(cell);
@@ -376,7 +376,7 @@ TEST_P(EngineTest, BorrowersThatObeyTheirLimitsBlockNobody) {
         waited += engine.waiting() ? 1 : 0;
         uint64_t limits = 0;
         for (auto& [session, client] : clients.all) {
-            clients.hear(*session, client);
+            clients.take_answers(*session, client);
             limits += session->lease_limit;
         }
         ASSERT_LE(limits, 64U);
@@ -386,7 +386,7 @@ TEST_P(EngineTest, BorrowersThatObeyTheirLimitsBlockNobody) {
         for (auto& [session, client] : clients.all) {
             clients.let_go(*session, client);
             settle(engine);
-            clients.hear(*session, client);
+            clients.take_answers(*session, client);
         }
     }
     EXPECT_FALSE(engine.waiting());

@@ -55,8 +55,8 @@ struct LoaderTest : testing::TestWithParam<std::string> {
 
 TEST_P(LoaderTest, ReadsThroughASmallGapAndDropsItsBytes) {
     load({15, 24, 25});
-    flip_byte(flash.spec.bundles_path,
-              15 * 4096 + 8);  // the cell is in the pool, so bytes of it that are read now must not matter
+    // The cell is in the pool, so bytes of it that are read now must not matter.
+    flip_byte(flash.spec.bundles_path, 15 * 4096 + 8);
     const LoadCounts counts = load(numbers(6, 40));
     EXPECT_EQ(counts.reads, 1U);
     EXPECT_EQ(counts.read_bytes, 34U * 4096) << "gaps included";

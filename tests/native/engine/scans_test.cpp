@@ -112,7 +112,7 @@ struct ScansTest : testing::Test {
     }
     void step(std::chrono::microseconds passed = {}) {
         now += passed;
-        engine.tell_time(now);
+        engine.set_time(now);
         engine.step();
     }
     void read(uint32_t cells) {  // cells, and verifies them

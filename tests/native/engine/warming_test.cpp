@@ -88,8 +88,9 @@ TEST_F(WarmingTest, ItStartsNoReadWhileASessionReadsAndReadsLittleAtATime) {
     wide.spec.bundles_per_cell = 1;
     wide.spec.layers[0].cells = wide.spec.layers[0].neurons = CELLS / 16;
     wide.spec.checksums.clear();
-    for (uint32_t cell = 0; cell < CELLS / 16; cell++)
+    for (uint32_t cell = 0; cell < CELLS / 16; cell++) {
         wide.spec.checksums.push_back(checksum({wide.cell(0, cell), 1000}));
+    }
     Engine engine(dram_for(4 * CELLS), *reader, verifier);
     engine.models().add(wide.spec, false);
     engine.models().seed(0, std::vector<Hotness>(CELLS / 16, 200));

@@ -12,16 +12,10 @@
 #include <thread>
 #include <vector>
 
+#include "random_floats.h"
+
 namespace flashclient {
 namespace {
-
-std::vector<float> random_floats(size_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(random);
-    return values;
-}
 
 class AttentionBits : public testing::TestWithParam<const char*> {
   protected:

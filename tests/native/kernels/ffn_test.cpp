@@ -6,22 +6,14 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "kernels/workers.h"
+#include "random_floats.h"
 
 namespace flashclient {
 namespace {
-
-std::vector<float> random_floats(size_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal(0.0f, 0.1f);
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(random);
-    return values;
-}
 
 TEST(Workers, EveryItemIsDoneOnceInEveryRun) {
     Workers workers(4);
@@ -37,7 +29,7 @@ TEST(Workers, OneThreadIsTheCaller) {
     Workers workers(1);
     const auto caller = std::this_thread::get_id();
     workers.run(5, [&](size_t) { EXPECT_EQ(std::this_thread::get_id(), caller); });
-    EXPECT_EQ(workers.threads(), 1u);
+    EXPECT_EQ(workers.threads(), 1U);
 }
 
 TEST(Workers, CallersAtTheSameTimeDoNotMixTheirItems) {
@@ -64,10 +56,11 @@ class FfnBits : public testing::TestWithParam<const char*> {
   protected:
     static constexpr size_t HIDDEN = 77;
     static constexpr size_t NEURONS = 150;
+    static constexpr float DEVIATION = 0.1f;
 
     void SetUp() override {
         for (size_t neuron = 0; neuron < NEURONS; neuron++) {
-            bundles_.push_back(random_floats(3 * HIDDEN, static_cast<unsigned>(neuron)));
+            bundles_.push_back(random_floats(3 * HIDDEN, static_cast<unsigned>(neuron), DEVIATION));
             addresses_.push_back(reinterpret_cast<uint64_t>(bundles_.back().data()));
             readable_.emplace_back(bundles_.back().data(), 3 * HIDDEN * sizeof(float));
         }
@@ -76,7 +69,7 @@ class FfnBits : public testing::TestWithParam<const char*> {
     std::vector<float> sum(size_t threads, size_t chunk, size_t tokens) {
         Workers workers(threads);
         Ffn ffn(workers, {std::vector(3, weightd::plain_encoding(Dtype::f32)), HIDDEN, {Function::relu}}, GetParam());
-        const std::vector<float> x = random_floats(tokens * HIDDEN, 1000);
+        const std::vector<float> x = random_floats(tokens * HIDDEN, 1000, DEVIATION);
         std::vector<float> y(tokens * HIDDEN, 0.0f);
         for (size_t i = 0; i < NEURONS; i += chunk) {
             const auto part = std::span(addresses_).subspan(i, std::min(chunk, NEURONS - i));

@@ -4,22 +4,14 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "kernels/predictor.h"
+#include "random_floats.h"
 
 namespace flashclient {
 namespace {
-
-std::vector<float> random_floats(size_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(random);
-    return values;
-}
 
 class LinearBits : public testing::TestWithParam<const char*> {
   protected:
@@ -71,7 +63,7 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
                 const Prediction again = predictor.predict(x_.data(), 16);
                 EXPECT_EQ(again.positions, expected.positions);
                 EXPECT_EQ(again.row_masks, expected.row_masks);
-                EXPECT_EQ(by_sign.predict(x_.data(), 3).positions.size() % 500, 0u);
+                EXPECT_EQ(by_sign.predict(x_.data(), 3).positions.size() % 500, 0U);
             }
         });
     }

@@ -79,7 +79,7 @@ TEST_F(SegmentsTest, SharesAreNeverSurplus) {
     EXPECT_TRUE(segments.can_spare(one)) << "nobody uses it";
 }
 
-TEST_F(SegmentsTest, ATransferredSegmentIsPromisedToTheOtherModel) {
+TEST_F(SegmentsTest, ATransferredSegmentIsReservedForTheOtherModel) {
     grow_all(one);
     CountingSession& session = add_share(one, 10);
     segments.transfer(one, other);
@@ -89,7 +89,7 @@ TEST_F(SegmentsTest, ATransferredSegmentIsPromisedToTheOtherModel) {
     EXPECT_TRUE(segments.grow(other));
     EXPECT_EQ(other.pool->slots(), SEGMENT_SLOTS);
     segments.transfer(one, other);
-    segments.end_promise();
+    segments.end_reservation();
     EXPECT_TRUE(segments.grow(one));
 }
 

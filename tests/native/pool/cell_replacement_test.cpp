@@ -324,9 +324,8 @@ TEST(CellReplacement, BringsTogetherScansThatDriftApart) {
 TEST(CellReplacement, HitsWhatFitsOfACyclicScanWhateverThePoolHeldBefore) {
     Player player(1000, 850);
     std::mt19937 random(2);
-    for (int i = 0; i < 20'000; i++) player.use(random() % 100);  // a few cells are used often,
-    for (uint32_t cell = 300; cell < 1000; cell++)
-        player.use(cell);  // and the pool is filled from the middle of the cycle
+    for (int i = 0; i < 20'000; i++) player.use(random() % 100);      // a few cells are used often,
+    for (uint32_t cell = 300; cell < 1000; cell++) player.use(cell);  // then the pool is filled from mid-cycle
     uint32_t hits = 0;
     for (int turn = 0; turn < 20; turn++) {
         for (uint32_t cell = 0; cell < 1000; cell++) hits += player.use(cell) && turn >= 10;

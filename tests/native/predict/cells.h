@@ -55,7 +55,8 @@ class TestCells : public CellSource {
     }
 
     std::function<uint64_t(uint32_t, uint32_t)> address = address_of;
-    uint32_t share = 1'000'000, limit = 1'000'000;
+    uint32_t share = 1'000'000;
+    uint32_t limit = 1'000'000;
     uint32_t refusals = 0;  // of the next cells
     bool one_by_one = false;
     bool lost = false;
@@ -65,7 +66,8 @@ class TestCells : public CellSource {
     Cells asked_for;                         // by all calls
     size_t held_most = 0;
     std::set<std::pair<uint32_t, uint32_t>> held;  // layer, cell
-    Cells acquired, released;                      // by the last exchange
+    Cells acquired;                                // by the last exchange
+    Cells released;
     uint32_t exchanges = 0;
 
   private:

@@ -1,22 +1,13 @@
 // The predict step against the sum over the same list of neurons at once, whatever the window and its source do.
 #include "predict/predict_step.h"
 
-#include <random>
-
 #include "predict/cells.h"
+#include "random_floats.h"
 
 namespace flashclient {
 namespace {
 
 constexpr size_t HIDDEN = 40, NEURONS = 96, LAYERS = 2, ROWS = 3;
-
-std::vector<float> random_floats(size_t count, unsigned seed) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal(0.0f, 1.0f);
-    std::vector<float> values(count);
-    for (float& value : values) value = normal(random);
-    return values;
-}
 
 // Row t wants the neurons whose number is a multiple of t + 2.
 class Multiples : public Predictor {

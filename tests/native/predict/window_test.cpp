@@ -17,7 +17,8 @@ using Positions = std::set<uint32_t>;
 
 // What a step wants, [columns][rows], in the form of a predictor.
 struct Step {
-    uint32_t layer = 0, past_tokens = 0;
+    uint32_t layer = 0;
+    uint32_t past_tokens = 0;
     std::vector<std::vector<Positions>> columns;
     std::vector<uint32_t> positions;
     std::vector<uint16_t> masks;

@@ -1,5 +1,5 @@
-// Windows of several clients on one small pool, through real rings: whoever lets go when refused gets on, and what is
-// held is always the bytes asked for.
+// Windows of several clients on one small pool, through real rings. A client that gives back after a refusal goes on,
+// and leased memory always has the right bytes.
 #include "ring/leases.h"
 
 #include <gtest/gtest.h>
@@ -158,7 +158,7 @@ class AbandonedLeasesTest : public testing::Test {
         }
     }
 
-    // What was given back since the last call.
+    // The cells that were given back since the last call.
     Given given_back() {
         Given given;
         for (const auto& [request, words] : weightd_.take()) {

@@ -1,4 +1,4 @@
-// Memory that is taken away from under a reader: it reads zeros, is told so, and goes on.
+// Memory that is revoked while it is read: the reader reads zeros, can tell, and goes on.
 #include "ring/pool_memory.h"
 
 #include <gtest/gtest.h>
@@ -34,10 +34,10 @@ TEST(PoolMemory, ASegmentThatIsCutToNothingReadsAsZerosAndIsTold) {
     PoolMemory pool;
     ASSERT_TRUE(pool.map(7, ::dup(fd), BYTES));
     EXPECT_EQ(count(pool.find(7), 'x'), BYTES);
-    EXPECT_FALSE(pool.taken_away());
+    EXPECT_FALSE(pool.revoked());
     ASSERT_EQ(::ftruncate(fd, 0), 0);
     EXPECT_EQ(count(pool.find(7), '\0'), BYTES);
-    EXPECT_TRUE(pool.taken_away());
+    EXPECT_TRUE(pool.revoked());
     ::close(fd);
 }
 
@@ -45,7 +45,7 @@ TEST(PoolMemory, CutToNothingWhileSeveralThreadsRead) {
     const int fd = filled_memory('x');
     PoolMemory pool;
     ASSERT_TRUE(pool.map(1, ::dup(fd), BYTES));
-    const PoolMemory::Segment* segment = pool.find(1);  // one thread finds, as many as there are read
+    const PoolMemory::Segment* segment = pool.find(1);  // one thread calls find(), any number of threads read
     std::vector<std::thread> readers;
     for (int i = 0; i < 4; i++) {
         readers.emplace_back([&] {
@@ -54,22 +54,22 @@ TEST(PoolMemory, CutToNothingWhileSeveralThreadsRead) {
     }
     ASSERT_EQ(::ftruncate(fd, 0), 0);
     for (auto& reader : readers) reader.join();
-    EXPECT_TRUE(pool.taken_away());
+    EXPECT_TRUE(pool.revoked());
     ::close(fd);
 }
 
-TEST(PoolMemory, TakingAwayFreesTheMemoryUntilItIsFilledAnew) {
+TEST(PoolMemory, RevokingFreesTheMemoryUntilNewSegmentsAreMapped) {
     PoolMemory pool;
     ASSERT_TRUE(pool.map(1, filled_memory('x'), BYTES));
-    std::thread([&] { pool.take_away(); }).join();
-    EXPECT_TRUE(pool.taken_away());
+    std::thread([&] { pool.revoke(); }).join();
+    EXPECT_TRUE(pool.revoked());
     EXPECT_EQ(count(pool.find(1), '\0'), BYTES);
-    EXPECT_FALSE(pool.map(2, filled_memory('y'), BYTES)) << "what comes late is not mapped";
+    EXPECT_FALSE(pool.map(2, filled_memory('y'), BYTES)) << "nothing is mapped after revoke()";
     pool.clear();
     EXPECT_EQ(pool.find(1), nullptr);
     ASSERT_TRUE(pool.map(2, filled_memory('y'), BYTES));
     EXPECT_EQ(count(pool.find(2), 'y'), BYTES);
-    EXPECT_FALSE(pool.taken_away());
+    EXPECT_FALSE(pool.revoked());
 }
 
 TEST(PoolMemory, AForkedChildHoldsNothingOfIt) {

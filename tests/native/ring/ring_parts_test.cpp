@@ -1,4 +1,4 @@
-// What a session gets of a engine that others use too: its own counters, and answers in parts beside who floods it.
+// A session beside others of the same engine: it has counters of its own, and a flood of requests delays it little.
 #include <gtest/gtest.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -55,7 +55,7 @@ TEST_F(RingPartsTest, CountsWhatItDidForTheSession) {
     EXPECT_EQ(counted.read_bytes, 4U * 4096);
     EXPECT_EQ(other->counters().hits, 1U);
     session->attach(folder.file("data"), engine.open_session(0, 8).token);
-    EXPECT_EQ(session->counters().misses, 4U) << "it goes on in another session";
+    EXPECT_EQ(session->counters().misses, 4U) << "the counters continue in another session";
     use(*session, {2, 120});
     EXPECT_EQ(session->counters().hits, 3U);
     EXPECT_EQ(session->counters().misses, 5U);

@@ -153,7 +153,7 @@ TEST_F(RingTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
     const auto silent = attach(*engine, 64), session = attach(*engine, 64);
     silent->acquire(0, ring::RANGES, std::array{100U, 132U}, 0);
     Sweep sweep(*session, layout(model));
-    expect_sweep(model, sweep, 2);  // where it is put off nothing else wakes the loop
+    expect_sweep(model, sweep, 2);  // nothing else wakes the loop while a read is deferred
 }
 
 TEST_F(RingTest, GivesTheSameBytesInBand) {
@@ -451,7 +451,7 @@ TEST_F(RingTest, ResidentWeightsOfAClosedSessionStayUntilItsClientLetsGo) {
     wait_until([&] {
         try {
             return engine->open_session(1, 2).share_slots > 0;
-        } catch (const weightd::NoRoom&) {  // it has not heard yet
+        } catch (const weightd::NoRoom&) {  // the daemon has not noticed yet
             return false;
         }
     });

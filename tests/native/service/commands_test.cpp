@@ -1,4 +1,4 @@
-// Functions that other threads have run on one thread.
+// Functions that other threads pass to one thread.
 #include "service/commands.h"
 
 #include <gtest/gtest.h>

@@ -139,7 +139,7 @@ TEST_F(EngineThreadTest, ClosedRingsThatAreKeptCountAsSessionsOfTheirUser) {
     };
     EXPECT_THROW(while (true) open_and_keep(), NoRoom);
     EXPECT_LE(kept.size(), SESSIONS_MAX / 8 * 7);
-    while (engine->report().sessions > 0) std::this_thread::yield();  // hung up on, all of them
+    while (engine->report().sessions > 0) std::this_thread::yield();  // all of them are closed
     EXPECT_THROW(engine->open_session(0, 2), NoRoom);
     uint64_t bytes = 0;
     for (const Descriptor& ring : kept) {
@@ -165,7 +165,7 @@ TEST_F(EngineThreadTest, SilentConnectionsShutNobodyOut) {
     pollfd oldest{silent.front().get(), POLLIN, 0};
     EXPECT_EQ(::poll(&oldest, 1, 10'000), 1);
     char byte = 0;
-    EXPECT_EQ(::recv(oldest.fd, &byte, 1, MSG_DONTWAIT), 0) << "it is hung up on";
+    EXPECT_EQ(::recv(oldest.fd, &byte, 1, MSG_DONTWAIT), 0) << "the daemon has closed it";
 }
 
 // Threads of a client that wait for one bell, each parked before the constructor is done.
@@ -297,7 +297,7 @@ TEST_F(EngineThreadTest, AConnectionWaitsForADescriptorAndNothingSpins) {
 TEST_F(EngineThreadTest, LoadingOneModelKeepsNoOtherWaiting) {
     FlashModel model(1, 40);
     FlashModel slow(1, 40, "slow");
-    slow.spec.resident_path = folder.file("pipe");  // whose opening waits for somebody who writes
+    slow.spec.resident_path = folder.file("pipe");  // opening it waits for a writer
     ASSERT_EQ(::mkfifo(slow.spec.resident_path.c_str(), 0600), 0);
     const auto engine = serve(model);
     ASSERT_EQ(engine->add_model(slow.spec), 1U);

@@ -49,7 +49,7 @@ TEST(SilentOpenerTurnsTest, WaitingEndsWhenTheDeviceIsSilent) {
     } catch (const Unanswered& error) {
         EXPECT_NE(std::string(error.what()).find("model model"), std::string::npos) << error.what();
     }
-    first.moved();
+    first.note_progress();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What clients keep of closed rings: their memory is back at once, and who holds one is known.
+// Rings of closed sessions that clients keep: their memory is freed at once, and they count for their users.
 #include "session/closed_rings.h"
 
 #include <gtest/gtest.h>

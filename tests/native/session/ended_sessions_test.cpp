@@ -1,4 +1,4 @@
-// What clients keep of sessions that have ended counts as their users' sessions until they let go.
+// An ended session counts as a session of its user as long as a process holds memory of it.
 #include "session/ended_sessions.h"
 
 #include <gtest/gtest.h>
@@ -15,7 +15,7 @@ struct EndedSessionsTest : testing::Test {
     EndedSessions ended{epoll};
     Descriptor client;  // of the socket of a kept session
 
-    Remains remains() {
+    EndedSession ended_session() {
         int sockets[2];
         EXPECT_EQ(::socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets), 0);
         client = Descriptor(sockets[0]);
@@ -32,7 +32,7 @@ struct EndedSessionsTest : testing::Test {
 };
 
 TEST_F(EndedSessionsTest, IsKeptUntilTheClientHangsUp) {
-    ended.keep(SESSION, remains());
+    ended.keep(SESSION, ended_session());
     EXPECT_EQ(ended.size(), 1U);
     EXPECT_EQ(ended.of(ONE), 1U);
     EXPECT_EQ(ended.of(OTHER), 0U);
@@ -40,8 +40,8 @@ TEST_F(EndedSessionsTest, IsKeptUntilTheClientHangsUp) {
     const auto events = epoll.wait(0);
     ASSERT_EQ(events.size(), 1U);
     EXPECT_EQ(events[0].id, SESSION);
-    EXPECT_EQ(ended.hung_up(SESSION), MODEL);
-    EXPECT_EQ(ended.hung_up(SESSION), std::nullopt) << "a second event of the same end";
+    EXPECT_EQ(ended.forget_client(SESSION), MODEL);
+    EXPECT_EQ(ended.forget_client(SESSION), std::nullopt) << "a second event of the same end";
     ended.forget_released();
     EXPECT_EQ(ended.size(), 0U);
 }

@@ -1,4 +1,4 @@
-// What is begun and not finished: who has most of it loses it first.
+// Entries that users have begun and not finished: the user with the most entries loses its oldest first.
 #include "session/half_open.h"
 
 #include <gtest/gtest.h>
@@ -9,22 +9,23 @@ namespace weightd {
 namespace {
 
 using Seconds = std::chrono::seconds;
-constexpr User GREEDY = 1, MODEST = 2, UNKNOWN = std::nullopt;
-const HalfOpen::Time BEGAN{};
+constexpr User HEAVY = 1, LIGHT = 2, UNKNOWN = std::nullopt;
+const Clock::time_point BEGAN{};
 
 TEST(HalfOpenTest, WhoHasMostLosesTheOldest) {
     HalfOpen half_open(4, Seconds(10));
-    EXPECT_EQ(half_open.begin(50, MODEST, BEGAN), std::nullopt);
-    for (const uint32_t id : {9U, 8U, 7U}) EXPECT_EQ(half_open.begin(id, GREEDY, BEGAN), std::nullopt);
-    EXPECT_EQ(half_open.begin(6, GREEDY, BEGAN), 9U);
-    EXPECT_EQ(half_open.begin(51, MODEST, BEGAN), 8U);
-    EXPECT_EQ(half_open.begin(52, UNKNOWN, BEGAN), 50U) << "of two who have as many, the one whose oldest came first";
+    EXPECT_EQ(half_open.begin(50, LIGHT, BEGAN), std::nullopt);
+    for (const uint32_t id : {9U, 8U, 7U}) EXPECT_EQ(half_open.begin(id, HEAVY, BEGAN), std::nullopt);
+    EXPECT_EQ(half_open.begin(6, HEAVY, BEGAN), 9U);
+    EXPECT_EQ(half_open.begin(51, LIGHT, BEGAN), 8U);
+    EXPECT_EQ(half_open.begin(52, UNKNOWN, BEGAN), 50U)
+        << "of two users with as many entries, the one with the oldest entry";
 }
 
 TEST(HalfOpenTest, ANewcomerTakesNothingFromOneWhoHasAsLittle) {
     HalfOpen half_open(2, Seconds(10));
-    half_open.begin(1, GREEDY, BEGAN);
-    half_open.begin(2, MODEST, BEGAN);
+    half_open.begin(1, HEAVY, BEGAN);
+    half_open.begin(2, LIGHT, BEGAN);
     EXPECT_EQ(half_open.begin(3, UNKNOWN, BEGAN), 3U) << "it must come again";
 }
 
@@ -43,10 +44,10 @@ TEST(HalfOpenTest, EachOfManyUsersKeepsAsMuchAsTheOthers) {
 
 TEST(HalfOpenTest, IsGivenUpInTime) {
     HalfOpen half_open(4, Seconds(10));
-    half_open.begin(1, GREEDY, BEGAN);
-    half_open.begin(2, MODEST, BEGAN + Seconds(5));
-    EXPECT_TRUE(half_open.take_expired(BEGAN + Seconds(10)).empty());
-    EXPECT_EQ(half_open.take_expired(BEGAN + Seconds(11)), std::vector<uint32_t>{1});
+    half_open.begin(1, HEAVY, BEGAN);
+    half_open.begin(2, LIGHT, BEGAN + Seconds(5));
+    EXPECT_TRUE(half_open.remove_expired(BEGAN + Seconds(10)).empty());
+    EXPECT_EQ(half_open.remove_expired(BEGAN + Seconds(11)), std::vector<uint32_t>{1});
     half_open.end(2);
     half_open.end(2);
     EXPECT_TRUE(half_open.empty());
@@ -54,14 +55,14 @@ TEST(HalfOpenTest, IsGivenUpInTime) {
 
 TEST(HalfOpenTest, WhoLacksSomethingTakesItFromWhoHasMore) {
     HalfOpen half_open(9, Seconds(10));
-    half_open.begin(1, GREEDY, BEGAN);
-    EXPECT_EQ(half_open.take_from_greedier(MODEST), std::nullopt) << "the only one of a user is his";
-    half_open.begin(2, GREEDY, BEGAN);
-    half_open.begin(3, GREEDY, BEGAN);
-    EXPECT_EQ(half_open.take_from_greedier(GREEDY), std::nullopt);
-    EXPECT_EQ(half_open.take_from_greedier(MODEST), 1U);
-    half_open.begin(10, MODEST, BEGAN);
-    EXPECT_EQ(half_open.take_from_greedier(MODEST), std::nullopt) << "with one more he would have as many";
+    half_open.begin(1, HEAVY, BEGAN);
+    EXPECT_EQ(half_open.remove_from_user_with_most(LIGHT), std::nullopt) << "a user keeps its only entry";
+    half_open.begin(2, HEAVY, BEGAN);
+    half_open.begin(3, HEAVY, BEGAN);
+    EXPECT_EQ(half_open.remove_from_user_with_most(HEAVY), std::nullopt);
+    EXPECT_EQ(half_open.remove_from_user_with_most(LIGHT), 1U);
+    half_open.begin(10, LIGHT, BEGAN);
+    EXPECT_EQ(half_open.remove_from_user_with_most(LIGHT), std::nullopt) << "with one more entry it would have as many";
 }
 
 }  // namespace

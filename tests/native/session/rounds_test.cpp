@@ -1,4 +1,4 @@
-// Who is served next, and how much, when some ask for more than others.
+// Which sessions are served next, and how much, if some ask for more than others.
 #include "session/rounds.h"
 
 #include <gtest/gtest.h>

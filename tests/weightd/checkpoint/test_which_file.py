@@ -14,6 +14,7 @@ import torch
 from checkpoints import make_checkpoint, make_config, make_model, make_tokenizer, stored_tensors, write_torch
 from safetensors.torch import load_file, save_file
 from stored_model import read_state
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from weightd.checkpoint.opening import open_checkpoint
@@ -78,6 +79,37 @@ def named_weights(folder: Path) -> None:
     change_config(folder, transformers_weights="chosen.safetensors")
 
 
+def index_of_tensors_that_are_gone(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    sharded(folder, 0)
+    index = json.loads((folder / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    index["weight_map"] |= {"model.layers.7.mlp.up_proj.weight": shards[0], "model.norm.weight": shards[0]}
+    del index["weight_map"]["lm_head.weight"]
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def no_architectures(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def saved_without_its_head(folder: Path) -> None:
+    change_config(folder, tie_word_embeddings=True)
+    state = other_state()
+    kept = {name.removeprefix("model."): value for name, value in state.items() if name != "lm_head.weight"}
+    save_file(kept, folder / "model.safetensors", {"format": "pt"})
+
+
+def versions_of_the_configuration(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("config.4.0.0.json", "config.99.0.0.json"):
+        shutil.copy(folder / "config.json", folder / name)
+    config |= {"configuration_files": ["config.99.0.0.json", "config.4.0.0.json"], "vocab_size": 7}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def change_config(folder: Path, **changes: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -94,6 +126,10 @@ WINNERS: dict[str, Change] = {
     ],
     "a tensor in two shards": a_tensor_in_two_shards,
     "a file that the configuration names": named_weights,
+    "an index of tensors that are gone": index_of_tensors_that_are_gone,
+    "no architectures": no_architectures,
+    "a model saved without its head": saved_without_its_head,
+    "a configuration for each version": versions_of_the_configuration,
 }
 
 
@@ -112,6 +148,13 @@ def assert_as_transformers(folder: Path, store: Store) -> None:
     }
     untied = not torch.equal(expected["lm_head.weight"], expected["model.embed_tokens.weight"])
     assert ("lm_head.weight" in found) == untied
+
+
+def test_stored_configuration_is_that_of_the_installed_transformers(folder: Path, store: Store) -> None:
+    versions_of_the_configuration(folder)
+    record = import_checkpoint(folder, store)
+    stored = json.loads((store.path / record.name / "hf" / "config.json").read_text())
+    assert stored["vocab_size"] == AutoConfig.from_pretrained(folder).vocab_size != 7
 
 
 # Heads

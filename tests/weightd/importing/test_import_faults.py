@@ -301,4 +301,31 @@ def test_strided_and_legacy_torch_files(tmp_path: Path, store: Path, capsys: pyt
     torch.save(state, file, _use_new_zipfile_serialization=False)
     assert_refused(folder, store, r"is incomplete or of torch's format before 1\.6", capsys)
     torch.save({"model.norm.weight": Path}, file)
-    assert_refused(folder, store, "cannot be read as weights alone", capsys)
+    assert_refused(folder, store, r"holds code \(pathlib\.Path\) beside its weights, which is never run", capsys)
+
+
+def test_code_in_a_torch_file_is_not_run(tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    import torch
+
+    class Trap:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    folder = make_checkpoint("llama", tmp_path / "model", format="bin")
+    torch.save({"model.norm.weight": Trap()}, folder / "pytorch_model.bin")
+    assert_refused(folder, store, r"holds code \(posix\.mkdir\) beside its weights", capsys)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_download_that_is_not_finished_is_called_so(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `hf download --local-dir` leaves it."""
+    folder = make_checkpoint("llama", tmp_path / "model")
+    downloads = folder / ".cache" / "huggingface" / "download"
+    downloads.mkdir(parents=True)
+    (folder / "model.safetensors").rename(downloads / "x.0123.incomplete")
+    message = r"no weights in .*; 1 unfinished files \(\*\.incomplete\) lie there: run the download again"
+    assert_refused(folder, store, message, capsys)

@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "bundle/checksum.h"
+#include "device/checksum.h"
 
 namespace weightd {
 
@@ -13,40 +13,40 @@ static_assert(std::endian::native == std::endian::little, "the store is little e
 
 namespace {
 
-float widen_bf16(std::uint16_t half) { return std::bit_cast<float>(static_cast<std::uint32_t>(half) << 16); }
+float widen_bf16(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
 
-std::uint16_t narrow_bf16(float value) {
-    const auto bits = std::bit_cast<std::uint32_t>(value);
-    const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
-    const std::uint32_t quiet_nan = (bits >> 16) | 0x40U;  // rounding could carry a NaN into infinity
-    return static_cast<std::uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? quiet_nan : rounded);
+uint16_t narrow_bf16(float value) {
+    const auto bits = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+    const uint32_t quiet_nan = (bits >> 16) | 0x40U;  // rounding could carry a NaN into infinity
+    return static_cast<uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? quiet_nan : rounded);
 }
 
-// Both ways of fp16 are branch-free, so that they vectorise; the method is Fabian Giesen's (half_to_float_fast5,
-// float_to_half_fast3_rtne, public domain): subnormals are aligned by a floating-point addition or subtraction.
-float widen_f16(std::uint16_t half) {
-    constexpr std::uint32_t EXPONENT_MASK = 0x7c00U << 13;
-    const std::uint32_t magnitude = (half & 0x7fffU) << 13;
-    const std::uint32_t exponent = magnitude & EXPONENT_MASK;
-    const std::uint32_t rebased = magnitude + ((127U - 15U) << 23);
-    const std::uint32_t special = rebased + ((128U - 16U) << 23);
+// Both conversions of fp16 are free of branches, so that they vectorise. The method is Fabian Giesen's
+// (half_to_float_fast5, float_to_half_fast3_rtne, public domain): subnormals are aligned by a floating-point addition
+// or subtraction.
+float widen_f16(uint16_t half) {
+    constexpr uint32_t EXPONENT_MASK = 0x7c00U << 13;
+    const uint32_t magnitude = (half & 0x7fffU) << 13;
+    const uint32_t exponent = magnitude & EXPONENT_MASK;
+    const uint32_t rebased = magnitude + ((127U - 15U) << 23);
+    const uint32_t special = rebased + ((128U - 16U) << 23);
     const float smallest_normal = std::bit_cast<float>(113U << 23);
-    const auto subnormal = std::bit_cast<std::uint32_t>(std::bit_cast<float>(rebased + (1U << 23)) - smallest_normal);
-    const std::uint32_t bits = exponent == EXPONENT_MASK ? special : exponent == 0 ? subnormal : rebased;
+    const auto subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(rebased + (1U << 23)) - smallest_normal);
+    const uint32_t bits = exponent == EXPONENT_MASK ? special : exponent == 0 ? subnormal : rebased;
     return std::bit_cast<float>(bits | (half & 0x8000U) << 16);
 }
 
-std::uint16_t narrow_f16(float value) {
-    const auto bits = std::bit_cast<std::uint32_t>(value);
-    const std::uint32_t sign = bits & 0x80000000U;
-    const std::uint32_t magnitude = bits ^ sign;
+uint16_t narrow_f16(float value) {
+    const auto bits = std::bit_cast<uint32_t>(value);
+    const uint32_t sign = bits & 0x80000000U;
+    const uint32_t magnitude = bits ^ sign;
     const float aligner = std::bit_cast<float>(126U << 23);  // 0.5: its last bit is worth 2^-24, fp16's smallest step
-    const std::uint32_t subnormal =
-        std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + aligner) - (126U << 23);
-    const std::uint32_t normal = (magnitude - ((127U - 15U) << 23) + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
-    const std::uint32_t special = magnitude > 0x7f800000U ? 0x7e00U | ((magnitude >> 13) & 0x1ffU) : 0x7c00U;
-    const std::uint32_t finite = magnitude < (113U << 23) ? subnormal : normal;
-    return static_cast<std::uint16_t>((magnitude >= (143U << 23) ? special : finite) | sign >> 16);
+    const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + aligner) - (126U << 23);
+    const uint32_t normal = (magnitude - ((127U - 15U) << 23) + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
+    const uint32_t special = magnitude > 0x7f800000U ? 0x7e00U | ((magnitude >> 13) & 0x1ffU) : 0x7c00U;
+    const uint32_t finite = magnitude < (113U << 23) ? subnormal : normal;
+    return static_cast<uint16_t>((magnitude >= (143U << 23) ? special : finite) | sign >> 16);
 }
 
 struct F32 {
@@ -55,19 +55,19 @@ struct F32 {
     static Bits narrow(float value) { return value; }
 };
 struct Bf16 {
-    using Bits = std::uint16_t;
+    using Bits = uint16_t;
     static float widen(Bits bits) { return widen_bf16(bits); }
     static Bits narrow(float value) { return narrow_bf16(value); }
 };
 struct F16 {
-    using Bits = std::uint16_t;
+    using Bits = uint16_t;
     static float widen(Bits bits) { return widen_f16(bits); }
     static Bits narrow(float value) { return narrow_f16(value); }
 };
 
 template <typename Source, typename Target>
-void convert_elements(const std::byte* source_bytes, std::byte* target_bytes, std::size_t count) {
-    for (std::size_t i = 0; i < count; ++i) {  // memcpy: tensors of a file need not be aligned
+void convert_elements(const std::byte* source_bytes, std::byte* target_bytes, size_t count) {
+    for (size_t i = 0; i < count; i++) {  // memcpy: tensors of a file need not be aligned
         typename Source::Bits bits;
         std::memcpy(&bits, source_bytes + i * sizeof(bits), sizeof(bits));
         const typename Target::Bits narrowed = Target::narrow(Source::widen(bits));
@@ -80,7 +80,7 @@ void convert_elements(const std::byte* source_bytes, std::byte* target_bytes, st
 }
 
 template <typename Source>
-void convert_from(const std::byte* source, std::byte* target, Dtype target_dtype, std::size_t count) {
+void convert_from(const std::byte* source, std::byte* target, Dtype target_dtype, size_t count) {
     switch (target_dtype) {
         case Dtype::f32:
             return convert_elements<Source, F32>(source, target, count);
@@ -97,63 +97,62 @@ void convert_from(const std::byte* source, std::byte* target, Dtype target_dtype
 // Square blocks of 16-byte vectors, transposed by log2(LANES) rounds that interleave row i with row i + LANES / 2.
 template <typename Element>
 struct Block {
-    static constexpr std::size_t LANES = 16 / sizeof(Element);
+    static constexpr size_t LANES = 16 / sizeof(Element);
     typedef Element Vector __attribute__((vector_size(16)));
 
     static Vector low(Vector a, Vector b) {
-        if constexpr (LANES == 4)
-            return __builtin_shufflevector(a, b, 0, 4, 1, 5);
-        else
-            return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+        if constexpr (LANES == 4) return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+        if constexpr (LANES == 8) return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
     }
     static Vector high(Vector a, Vector b) {
-        if constexpr (LANES == 4)
-            return __builtin_shufflevector(a, b, 2, 6, 3, 7);
-        else
-            return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+        if constexpr (LANES == 4) return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+        if constexpr (LANES == 8) return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
     }
 
     // Column i of the block goes to targets[i] + offset_bytes; source_stride is in bytes.
-    static void transpose(const std::byte* source, std::size_t source_stride, std::byte* const* targets,
-                          std::size_t offset_bytes) {
+    static void transpose(const std::byte* source, size_t source_stride, std::byte* const* targets,
+                          size_t offset_bytes) {
         Vector rows[LANES];
-        for (std::size_t i = 0; i < LANES; ++i) std::memcpy(&rows[i], source + i * source_stride, 16);
-        for (std::size_t round = 1; round < LANES; round *= 2) {
+        for (size_t i = 0; i < LANES; i++) std::memcpy(&rows[i], source + i * source_stride, 16);
+        for (size_t round = 1; round < LANES; round *= 2) {
             Vector mixed[LANES];
-            for (std::size_t i = 0; i < LANES / 2; ++i) {
+            for (size_t i = 0; i < LANES / 2; i++) {
                 mixed[2 * i] = low(rows[i], rows[i + LANES / 2]);
                 mixed[2 * i + 1] = high(rows[i], rows[i + LANES / 2]);
             }
             std::memcpy(rows, mixed, sizeof(rows));
         }
-        for (std::size_t i = 0; i < LANES; ++i) std::memcpy(targets[i] + offset_bytes, &rows[i], 16);
+        for (size_t i = 0; i < LANES; i++) std::memcpy(targets[i] + offset_bytes, &rows[i], 16);
     }
 };
 
 // A neuron group is this wide in a matrix whose columns are cut: whole cache lines are used once fetched, and the
 // bundles of a group stay in the second-level cache until they are checksummed.
-constexpr std::size_t GROUP_BYTES = 64;
-constexpr std::size_t GROUP_MAX = GROUP_BYTES / 2;  // neurons
+constexpr size_t GROUP_BYTES = 64;
+constexpr size_t GROUP_MAX = GROUP_BYTES / 2;  // neurons
 
 template <typename Element>
-void copy_columns_one_by_one(const std::byte* matrix, std::size_t row_bytes, std::size_t row_begin, std::size_t row_end,
-                             std::size_t columns, std::byte* const* targets) {
-    for (std::size_t row = row_begin; row < row_end; ++row)
-        for (std::size_t column = 0; column < columns; ++column)
+void copy_columns_one_by_one(const std::byte* matrix, size_t row_bytes, size_t row_begin, size_t row_end,
+                             size_t columns, std::byte* const* targets) {
+    for (size_t row = row_begin; row < row_end; row++) {
+        for (size_t column = 0; column < columns; column++) {
             std::memcpy(targets[column] + row * sizeof(Element), matrix + row * row_bytes + column * sizeof(Element),
                         sizeof(Element));
+        }
+    }
 }
 
 // The columns of a group, each to where targets[column] points; `matrix` points at the group's first column.
 template <typename Element>
-void copy_columns(const std::byte* matrix, std::size_t row_bytes, std::size_t rows, std::size_t columns,
-                  std::byte* const* targets) {
-    constexpr std::size_t LANES = Block<Element>::LANES;
-    std::size_t row = 0;
-    for (; columns % LANES == 0 && row + LANES <= rows; row += LANES)
-        for (std::size_t column = 0; column < columns; column += LANES)
+void copy_columns(const std::byte* matrix, size_t row_bytes, size_t rows, size_t columns, std::byte* const* targets) {
+    constexpr size_t LANES = Block<Element>::LANES;
+    size_t row = 0;
+    for (; columns % LANES == 0 && row + LANES <= rows; row += LANES) {
+        for (size_t column = 0; column < columns; column += LANES) {
             Block<Element>::transpose(matrix + row * row_bytes + column * sizeof(Element), row_bytes, targets + column,
                                       row * sizeof(Element));
+        }
+    }
     copy_columns_one_by_one<Element>(matrix, row_bytes, row, rows, columns, targets);
 }
 
@@ -161,7 +160,7 @@ class Cutter {
   public:
     Cutter(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells)
         : shape_(shape), parts_(parts), cells_(cells), unwanted_(shape.hidden_size * sizeof(float)) {
-        for (std::size_t part = 0; part < shape.parts.size(); ++part) {
+        for (size_t part = 0; part < shape.parts.size(); part++) {
             const std::optional<Dtype> dtype = shape.parts[part].plain();
             if (!dtype) throw std::invalid_argument("cannot cut parts of encoding " + shape.parts[part].format);
             dtypes_.push_back(*dtype);
@@ -169,51 +168,53 @@ class Cutter {
         }
     }
 
-    std::size_t group() const { return GROUP_BYTES / bytes_of(dtypes_.back()); }
+    size_t group() const { return GROUP_BYTES / bytes_of(dtypes_.back()); }
 
     // Bundles [begin, end) of this run, at most GROUP_MAX.
-    void cut_group(std::size_t begin, std::size_t end) {
-        for (std::size_t part = 0; part < parts_.size(); ++part) {
-            if (parts_[part].columns)
+    void cut_group(size_t begin, size_t end) {
+        for (size_t part = 0; part < parts_.size(); part++) {
+            if (parts_[part].columns) {
                 cut_columns(part, begin, end);
-            else
+            } else {
                 cut_rows(part, begin, end);
+            }
         }
     }
 
-    std::uint64_t finish(std::size_t index) const {
+    uint64_t finish(size_t index) const {
         std::byte* start = bundle(index);
         const bool last_of_cell = (index + 1) % shape_.bundles_per_cell == 0;
-        const std::size_t room = last_of_cell
-                                     ? shape_.cell_bytes - (index % shape_.bundles_per_cell) * shape_.stride_bytes
-                                     : shape_.stride_bytes;
+        const size_t room = last_of_cell ? shape_.cell_bytes - (index % shape_.bundles_per_cell) * shape_.stride_bytes
+                                         : shape_.stride_bytes;
         std::memset(start + shape_.bundle_bytes(), 0, room - shape_.bundle_bytes());
         return checksum({start, shape_.bundle_bytes()});
     }
 
   private:
-    std::byte* bundle(std::size_t index) const { return cells_ + shape_.offset_bytes(index); }
+    std::byte* bundle(size_t index) const { return cells_ + shape_.offset_bytes(index); }
 
-    void cut_rows(std::size_t part, std::size_t begin, std::size_t end) const {
+    void cut_rows(size_t part, size_t begin, size_t end) const {
         const PartMatrix& rows = parts_[part];
-        const std::size_t row_bytes = rows.width * bytes_of(rows.dtype);
-        for (std::size_t i = begin; i < end; ++i)
+        const size_t row_bytes = rows.width * bytes_of(rows.dtype);
+        for (size_t i = begin; i < end; i++) {
             convert(rows.data + (rows.first + i * rows.step) * row_bytes, rows.dtype, bundle(i) + offsets_bytes_[part],
                     dtypes_[part], shape_.hidden_size);
+        }
     }
 
     // The columns between those of interleaved parts are copied, too: to memory that nobody reads.
-    void cut_columns(std::size_t part, std::size_t begin, std::size_t end) {
+    void cut_columns(size_t part, size_t begin, size_t end) {
         const PartMatrix& columns = parts_[part];
-        const std::size_t phase = columns.first % columns.step;
-        const std::size_t count = (end - begin) * columns.step;
+        const size_t phase = columns.first % columns.step;
+        const size_t count = (end - begin) * columns.step;
         std::byte* targets[GROUP_MAX * COLUMN_STEP_MAX];
-        for (std::size_t i = 0; i < count; ++i)
+        for (size_t i = 0; i < count; i++) {
             targets[i] =
                 i % columns.step == phase ? bundle(begin + i / columns.step) + offsets_bytes_[part] : unwanted_.data();
-        const std::size_t element_bytes = bytes_of(columns.dtype);
-        const std::size_t first = columns.first - phase + begin * columns.step;
-        const auto copy = element_bytes == 2 ? copy_columns<std::uint16_t> : copy_columns<std::uint32_t>;
+        }
+        const size_t element_bytes = bytes_of(columns.dtype);
+        const size_t first = columns.first - phase + begin * columns.step;
+        const auto copy = element_bytes == 2 ? copy_columns<uint16_t> : copy_columns<uint32_t>;
         copy(columns.data + first * element_bytes, columns.width * element_bytes, shape_.hidden_size, count, targets);
     }
 
@@ -222,12 +223,12 @@ class Cutter {
     std::byte* cells_;
     std::vector<std::byte> unwanted_;
     std::vector<Dtype> dtypes_;  // of the parts
-    std::vector<std::size_t> offsets_bytes_;
+    std::vector<size_t> offsets_bytes_;
 };
 
 }  // namespace
 
-void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dtype target_dtype, std::size_t count) {
+void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dtype target_dtype, size_t count) {
     if (source_dtype == target_dtype) {
         std::memcpy(target, source, count * bytes_of(source_dtype));
         return;
@@ -246,19 +247,19 @@ void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dty
 }
 
 void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
-                 std::span<std::uint64_t> checksums) {
-    const std::size_t count = checksums.size();
+                 std::span<uint64_t> checksums) {
+    const size_t count = checksums.size();
     Cutter cutter(shape, parts, cells);
-    const std::size_t group = cutter.group();
+    const size_t group = cutter.group();
     // The last cell may hold fewer bundles than fit; what is left of it is zero.
     if (count % shape.bundles_per_cell != 0) {
-        const std::size_t used = shape.offset_bytes(count);
+        const size_t used = shape.offset_bytes(count);
         std::memset(cells + used, 0, shape.cells(count) * shape.cell_bytes - used);
     }
-    for (std::size_t begin = 0; begin < count; begin += group) {
-        const std::size_t end = begin + group < count ? begin + group : count;
+    for (size_t begin = 0; begin < count; begin += group) {
+        const size_t end = begin + group < count ? begin + group : count;
         cutter.cut_group(begin, end);
-        for (std::size_t i = begin; i < end; ++i) checksums[i] = cutter.finish(i);
+        for (size_t i = begin; i < end; i++) checksums[i] = cutter.finish(i);
     }
 }
 

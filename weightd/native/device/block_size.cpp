@@ -10,26 +10,25 @@
 #include "device/system_error.h"
 
 namespace weightd {
-
 namespace {
 
 constexpr unsigned STATX_DIOALIGN_BIT = 0x2000;  // STATX_DIOALIGN of Linux 6.1, which older headers lack
 
 // struct statx as of Linux 6.1; the C library's may lack the last two fields.
 struct StatxWithAlignment {
-    std::uint32_t mask;
-    std::uint8_t unused[148];
-    std::uint32_t dio_memory_align;  // at byte 152
-    std::uint32_t dio_offset_align;
-    std::uint64_t reserved[12];
+    uint32_t mask;
+    uint8_t unused[148];
+    uint32_t dio_memory_align;  // at byte 152
+    uint32_t dio_offset_align;
+    uint64_t reserved[12];
 };
 
 }  // namespace
 
-std::uint32_t block_size_bytes(const std::string& path) {
+uint32_t block_size_bytes(const std::string& path) {
     StatxWithAlignment status{};
     static_assert(offsetof(StatxWithAlignment, dio_memory_align) == 152 && sizeof(status) == 256);
-    if (syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN_BIT, &status) != 0) fail(path);
+    if (::syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN_BIT, &status) != 0) fail(path);
     if ((status.mask & STATX_DIOALIGN_BIT) == 0) return BLOCK_BYTES_MIN;
     return std::max({BLOCK_BYTES_MIN, status.dio_memory_align, status.dio_offset_align});
 }

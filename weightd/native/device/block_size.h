@@ -6,14 +6,14 @@
 
 namespace weightd {
 
-inline constexpr std::uint32_t PAGE_BYTES = 4096;
-inline constexpr std::uint32_t BLOCK_BYTES_MIN = 4096;  // files are read in blocks of at least this size
+inline constexpr uint32_t PAGE_BYTES = 4096;
+inline constexpr uint32_t BLOCK_BYTES_MIN = 4096;  // files are read in blocks of at least this size
 
-constexpr std::uint64_t whole_pages(std::uint64_t bytes) { return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES; }
+constexpr uint64_t whole_pages(uint64_t bytes) { return (bytes + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES; }
 
-// max(BLOCK_BYTES_MIN, the offset and memory alignment that statx reports for the file): what every cell, extent and
-// buffer is a multiple of. STATX_DIOALIGN may say 512 where the physical block is 4096, so it is never less than that.
-// std::system_error when `path`, a regular file, cannot be asked.
-std::uint32_t block_size_bytes(const std::string& path);
+// The block size of the file system that holds `path`, a regular file: max(BLOCK_BYTES_MIN, the offset and memory
+// alignment that statx reports). Cells, extents and buffers are multiples of it. It is never below 4096, because
+// STATX_DIOALIGN may report 512 for a device whose physical blocks are 4096. Throws std::system_error.
+uint32_t block_size_bytes(const std::string& path);
 
 }  // namespace weightd

@@ -5,8 +5,9 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <system_error>
 #include <utility>
+
+#include "device/system_error.h"
 
 namespace weightd {
 
@@ -33,12 +34,9 @@ DirectFile::DirectFile(const std::string& path, bool allow_buffered) : path_(pat
     }
     struct stat status {};
     if (file_.get() < 0 || ::fstat(file_.get(), &status) < 0) {
-        const bool refused = errno == EINVAL;
-        throw std::system_error(
-            errno, std::generic_category(),
-            path + (refused ? ": the file system refuses O_DIRECT (move the store to one that takes "
-                              "it, or pass --allow-buffered)"
-                            : ""));
+        const char* advice =
+            ": the file system refuses O_DIRECT (move the store to one that takes it, or pass --allow-buffered)";
+        fail(errno == EINVAL ? path + advice : path);
     }
     size_bytes_ = static_cast<uint64_t>(status.st_size);
 }

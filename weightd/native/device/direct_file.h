@@ -23,8 +23,8 @@ class Descriptor {  // owns a file descriptor
 
 class DirectFile {
   public:
-    // Opens `path` read-only with O_DIRECT. Where the file system refuses that it throws std::system_error (EINVAL),
-    // unless `allow_buffered`: then reads go through the page cache and each is dropped from it after use.
+    // Opens `path` read-only with O_DIRECT. If the file system refuses O_DIRECT, throws std::system_error (EINVAL).
+    // With `allow_buffered`, the file is then read through the page cache, and what was read is dropped from the cache.
     DirectFile(const std::string& path, bool allow_buffered);
 
     int fd() const { return file_.get(); }

@@ -8,10 +8,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "device/clock.h"
+
 namespace weightd {
 
-inline constexpr uint64_t LATENCY_FIRST_NS = 8'000;  // the upper bound of the first bucket; flash takes ten times that
-inline constexpr size_t LATENCY_BUCKETS = 22;        // the last but one ends at 8.4 s, the last is open
+inline constexpr uint64_t LATENCY_FIRST_NS = 8'000;  // upper bound of the first bucket; flash takes ten times longer
+inline constexpr size_t LATENCY_BUCKETS = 22;        // the last has no upper bound; it begins at 8.4 s
 
 class Latencies {
   public:
@@ -22,8 +24,8 @@ class Latencies {
         sum_ += took;
     }
     const std::array<uint64_t, LATENCY_BUCKETS>& counts() const { return counts_; }
-    double sum_s() const { return std::chrono::duration<double>(sum_).count(); }
-    // The upper bound of a bucket, included; not of the last.
+    double sum_s() const { return seconds(sum_); }
+    // The upper bound of a bucket, which belongs to it. Not for the last bucket.
     static constexpr double bound_s(size_t bucket) { return static_cast<double>(LATENCY_FIRST_NS << bucket) / 1e9; }
 
   private:

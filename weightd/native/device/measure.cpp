@@ -2,12 +2,13 @@
 
 #include <sys/resource.h>
 
-#include <chrono>
 #include <random>
 #include <stdexcept>
 
+#include "device/clock.h"
 #include "device/reader.h"
 #include "device/shared_memory.h"
+#include "device/system_error.h"
 #include "device/verify.h"
 
 namespace weightd {
@@ -16,14 +17,14 @@ namespace {
 double cpu_seconds() {
     rusage usage{};
     ::getrusage(RUSAGE_SELF, &usage);
-    const auto seconds = [](const timeval& time) {
+    const auto of = [](const timeval& time) {
         return static_cast<double>(time.tv_sec) + static_cast<double>(time.tv_usec) * 1e-6;
     };
-    return seconds(usage.ru_utime) + seconds(usage.ru_stime);
+    return of(usage.ru_utime) + of(usage.ru_stime);
 }
 
-// Keeps the device at `depth` reads, each into a buffer of its own. As many again wait inside the reader, as they do
-// when it serves: so a completion is followed by the next read at once, not when this thread has woken up.
+// Keeps `depth` reads in flight, each into a buffer of its own. As many again wait in the reader, as they do when it
+// serves sessions: so the next read starts as soon as one completes, and not only when this thread has woken up.
 class Load {
   public:
     Load(const std::string& path, const MeasureOptions& options)
@@ -32,20 +33,20 @@ class Load {
           memory_("weightd-measure", options.read_bytes * 2 * options.depth),
           reader_(make_reader(options.io_engine, options.depth, options.depth, note_)),
           verifier_(options.verify ? std::make_unique<Verifier>(1) : nullptr),
-          places_(file_.size_bytes() / options.read_bytes) {
-        if (places_ == 0) throw std::invalid_argument(path + " is shorter than one read");
+          offsets_(file_.size_bytes() / options.read_bytes) {
+        if (offsets_ == 0) throw std::invalid_argument(path + " is shorter than one read");
         file_index_ = reader_->register_file(file_);
         buffer_index_ = reader_->register_memory(memory_.bytes());
     }
 
     Measurement run() {
         for (uint32_t i = 0; i < 2 * options_.depth; i++) start_read(i);
-        const auto start = std::chrono::steady_clock::now();
+        const auto start = Clock::now();
         const double cpu_start = cpu_seconds();
         double elapsed = 0;
         while (in_flight_ > 0) {
             turn(elapsed < options_.seconds);
-            elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            elapsed = seconds(Clock::now() - start);
         }
         result_.seconds = elapsed;
         result_.cpu_seconds = cpu_seconds() - cpu_start;
@@ -61,7 +62,7 @@ class Load {
         reader_->reap(completions_);
         std::vector<Job> jobs;
         for (const Completion& completion : completions_) {
-            if (completion.error != 0) throw std::system_error(completion.error, std::generic_category(), file_.path());
+            if (completion.error != 0) fail(file_.path(), completion.error);
             result_.reads++;
             result_.bytes += options_.read_bytes;
             outstanding_--;
@@ -89,8 +90,8 @@ class Load {
         read.file = &file_;
         read.file_index = file_index_;
         read.buffer_index = buffer_index_;
-        const uint64_t place = options_.random ? random_() % places_ : next_place_++ % places_;
-        read.offset_bytes = place * options_.read_bytes;
+        const uint64_t offset = options_.random ? random_() % offsets_ : next_offset_++ % offsets_;
+        read.offset_bytes = offset * options_.read_bytes;
         read.pieces = {{buffer(index), options_.read_bytes}};
         reads_.push_back(std::move(read));
         in_flight_++;
@@ -105,13 +106,13 @@ class Load {
     SharedMemory memory_;
     std::unique_ptr<Reader> reader_;
     std::unique_ptr<Verifier> verifier_;
-    uint64_t places_;
-    uint64_t next_place_ = 0;
+    uint64_t offsets_;  // reads that the file has room for
+    uint64_t next_offset_ = 0;
     std::mt19937_64 random_{1};
     int file_index_ = -1;
     int buffer_index_ = -1;
-    uint32_t in_flight_ = 0;    // reads and checks
-    uint32_t outstanding_ = 0;  // reads alone
+    uint32_t in_flight_ = 0;    // buffers that are being read or verified
+    uint32_t outstanding_ = 0;  // buffers that are being read
     Measurement result_;
     std::vector<Read> reads_;
     std::vector<Completion> completions_;
@@ -121,8 +122,9 @@ class Load {
 }  // namespace
 
 Measurement measure_reads(const std::string& path, const MeasureOptions& options) {
-    if (options.read_bytes == 0 || options.depth == 0)
+    if (options.read_bytes == 0 || options.depth == 0) {
         throw std::invalid_argument("read_bytes and depth must be above 0");
+    }
     return Load(path, options).run();
 }
 

@@ -1,4 +1,4 @@
-// How fast a device answers, through the same readers that serve.
+// Measures how fast a device reads, with the readers that serve sessions.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,15 @@ struct Measurement {
 };
 
 struct MeasureOptions {
-    std::string io_engine;  // of make_reader
+    std::string io_engine;  // `kind` of make_reader()
     uint64_t read_bytes = 0;
     uint32_t depth = 1;
     double seconds = 1;
-    bool random = true;   // else one offset after the other
-    bool verify = false;  // also computes each read's XXH3-64, in workers
+    bool random = true;   // at random offsets; false: one offset after the other
+    bool verify = false;  // also compute the XXH3-64 of each read, as verifiers do
 };
 
-// Throws std::system_error, std::invalid_argument (a file shorter than one read).
+// Throws std::system_error, and std::invalid_argument for a file that is shorter than one read.
 Measurement measure_reads(const std::string& path, const MeasureOptions& options);
 
 }  // namespace weightd

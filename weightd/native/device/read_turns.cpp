@@ -35,8 +35,9 @@ std::optional<Read> ReadTurns::next() {
 
 size_t ReadTurns::startable() const {
     size_t count = 0;
-    for (const auto& [file, line] : lines_)
+    for (const auto& [file, line] : lines_) {
         count += std::min<size_t>(line.waiting.size(), of_file_max_ - line.under_way);
+    }
     return count;
 }
 

@@ -1,4 +1,4 @@
-// Reads that wait for others to complete: the files take turns, and no file takes every place.
+// Reads that wait until others complete. The files take turns, and each may have only a part of the reads in flight.
 //
 // So a slow device, or a file on a network that hangs, delays only the reads of its own model.
 #pragma once
@@ -11,16 +11,16 @@
 
 namespace weightd {
 
-// The number of concurrent reads, if one file may have `of_file` of them and other files must still get some.
-inline constexpr uint32_t places_for(uint32_t of_file) { return of_file + (of_file + 7) / 8; }
+// How many reads may be in flight in all, if one file may have `of_file` of them and other files must still get some.
+inline constexpr uint32_t reads_in_all(uint32_t of_file) { return of_file + (of_file + 7) / 8; }
 
 class ReadTurns {
   public:
     explicit ReadTurns(uint32_t of_file_max) : of_file_max_(of_file_max) {}
 
     void push(Read read);
-    void push_first(Read read);  // one that got a part of its bytes goes on before others of its file
-    // The next one, from now on under way until ended(). None: nothing waits, or only reads of files that have enough.
+    void push_first(Read read);  // a read that was short continues before the others of its file
+    // The next read, which is under way until ended(). None: nothing waits, or only reads of files at their limit.
     std::optional<Read> next();
     void ended(const DirectFile* file);
     size_t waiting() const { return waiting_; }
@@ -35,7 +35,7 @@ class ReadTurns {
     uint32_t of_file_max_;
     size_t waiting_ = 0;
     std::map<const DirectFile*, Line> lines_;  // of files with reads that wait or are under way
-    const DirectFile* last_ = nullptr;         // whose turn it was; never followed, so it may have gone
+    const DirectFile* last_ = nullptr;         // whose turn was the last; it may be closed, and is not dereferenced
 };
 
 }  // namespace weightd

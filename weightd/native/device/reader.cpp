@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <system_error>
 
+#include "device/system_error.h"
+
 namespace weightd {
 
 size_t Read::length_bytes() const {
@@ -32,9 +34,7 @@ Read::Left Read::advance(size_t done_bytes) {
 }
 
 #ifndef WEIGHTD_HAVE_URING
-std::unique_ptr<Reader> make_uring_reader(uint32_t, std::string&) {
-    throw std::system_error(ENOSYS, std::generic_category(), "io_uring: built without liburing");
-}
+std::unique_ptr<Reader> make_uring_reader(uint32_t, std::string&) { fail("io_uring: built without liburing", ENOSYS); }
 #endif
 
 std::unique_ptr<Reader> make_reader(const std::string& kind, uint32_t threads, uint32_t depth, std::string& note) {

@@ -1,7 +1,7 @@
-// Uncached reads, many in flight, straight into their place in memory.
+// Uncached reads into memory, many in flight at once. One interface, two engines: io_uring and threads.
 //
-// One interface, two engines. A reader belongs to one thread: submit, reap and wait are called from it alone. Memory
-// and files that are registered stay valid until they are unregistered; a read's memory until its completion.
+// A reader belongs to one thread, which alone calls submit(), reap() and wait(). Registered memory and files must stay
+// valid until they are unregistered, and the memory of a read until its completion.
 #pragma once
 
 #include <sys/uio.h>
@@ -15,15 +15,16 @@
 #include <vector>
 
 #include "device/block_size.h"
+#include "device/clock.h"
 #include "device/direct_file.h"
 
 namespace weightd {
 
-inline constexpr uint32_t PIECES_MAX = 256;  // pieces of one read; the kernel takes 1024, devices split far earlier
+inline constexpr uint32_t PIECES_MAX = 256;  // of one read; the kernel takes 1024, devices split reads far earlier
 inline constexpr uint32_t READ_BYTES_MAX = 1U << 20;  // larger requests gain nothing and delay their neighbours
 inline constexpr uint32_t DEPTH_DEFAULT = 64;
-inline constexpr size_t READ_STEP_BYTES =
-    BLOCK_BYTES_MIN;  // O_DIRECT: a short read is repeated from the last multiple of it
+// With O_DIRECT, a short read is continued at the last multiple of it.
+inline constexpr size_t READ_STEP_BYTES = BLOCK_BYTES_MIN;
 
 struct Read {
     uint64_t tag = 0;
@@ -31,11 +32,11 @@ struct Read {
     int file_index = -1;    // of register_file, or -1
     int buffer_index = -1;  // of register_memory, if there is one piece and it lies inside; else -1
     uint64_t offset_bytes = 0;
-    std::vector<iovec> pieces;                         // in order of the file; 1 to PIECES_MAX
-    std::chrono::steady_clock::time_point asked_at{};  // time of the first submission to the device; set by the reader
+    std::vector<iovec> pieces;     // in order of the file; 1 to PIECES_MAX
+    Clock::time_point asked_at{};  // time of the first submission to the device; set by the reader
 
     size_t length_bytes() const;
-    size_t expected_bytes() const;  // less than length at the end of the file
+    size_t expected_bytes() const;  // less than length_bytes() at the end of the file
     // Drops the first `done_bytes`, rounded down to the block from which reading can resume. Returns what is left.
     enum class Left { nothing, more, stuck };  // stuck: not even one block was read
     Left advance(size_t done_bytes);
@@ -43,7 +44,7 @@ struct Read {
 
 struct Completion {
     uint64_t tag;
-    int error;                         // 0 or an errno; EIO too for a file that ends early
+    int error;                         // 0, or an errno; EIO also if the file ends early
     std::chrono::nanoseconds took{0};  // from the first submission to the device to completion
 };
 
@@ -79,9 +80,9 @@ class Reader {
     virtual int event_fd() const = 0;  // signalled when reap has something new: to be watched edge-triggered
 };
 
-// `threads` and `depth` are reads of one file at once: those of others find places beside them (read_turns.h).
 // kind: "auto", "io_uring" or "threads". "auto" takes the best that the system allows; `note` says why a better level
-// was refused. Throws std::system_error when io_uring was asked for and is refused.
+// was refused. `threads` and `depth`: the most reads of one file in flight, for each engine; other files may have some
+// more beside them (read_turns.h). Throws std::system_error if `kind` is io_uring and the system refuses it.
 std::unique_ptr<Reader> make_reader(const std::string& kind, uint32_t threads, uint32_t depth, std::string& note);
 
 // Each engine. The io_uring one throws std::system_error where the kernel refuses it.

@@ -1,10 +1,9 @@
-// The portable engine: each of N threads takes the next read, does it with preadv, and reports.
+// The portable engine: threads that take one read after the other and call preadv().
 #include <fcntl.h>
 #include <poll.h>
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
@@ -21,7 +20,7 @@ int read_whole(Read& read) {
                                      static_cast<off_t>(read.offset_bytes));
         if (got < 0 && (errno == EINTR || errno == EAGAIN)) continue;
         if (got < 0) return errno;
-        if (got == 0) return EIO;  // the file ends before what is expected
+        if (got == 0) return EIO;  // the file ends early
         if (read.file->buffered()) {
             ::posix_fadvise(read.file->fd(), static_cast<off_t>(read.offset_bytes), got, POSIX_FADV_DONTNEED);
         }
@@ -33,7 +32,7 @@ int read_whole(Read& read) {
 class ThreadReader final : public Reader {
   public:
     explicit ThreadReader(uint32_t threads) : threads_(threads), turns_(threads) {
-        for (uint32_t i = 0; i < places_for(threads); i++) workers_.emplace_back([this] { work(); });
+        for (uint32_t i = 0; i < reads_in_all(threads); i++) workers_.emplace_back([this] { work(); });
     }
 
     ~ThreadReader() override {
@@ -53,7 +52,7 @@ class ThreadReader final : public Reader {
     int event_fd() const override { return done_.event_fd(); }
 
     void submit(std::vector<Read> reads) override {
-        size_t wanted = 0;  // wakes one idle thread per startable read; busy threads recheck the queue
+        size_t wanted = 0;  // one idle thread for each read that can start; busy threads look for more by themselves
         {
             const std::lock_guard guard(queue_lock_);
             for (Read& read : reads) turns_.push(std::move(read));
@@ -86,12 +85,12 @@ class ThreadReader final : public Reader {
             if (stopping_) return;
             busy_max_ = std::max(busy_max_, ++busy_);
             guard.unlock();
-            read->asked_at = std::chrono::steady_clock::now();
+            read->asked_at = Clock::now();
             const int error = read_whole(*read);
-            done_.put({read->tag, error, std::chrono::steady_clock::now() - read->asked_at});
+            done_.put({read->tag, error, Clock::now() - read->asked_at});
             guard.lock();
             busy_--;
-            turns_.ended(read->file);  // wakes no thread: at most one more read may start now, and this worker takes it
+            turns_.ended(read->file);  // wakes no thread: only one more read may start now, and this thread takes it
         }
     }
 

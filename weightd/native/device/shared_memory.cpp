@@ -42,8 +42,8 @@ SharedMemory::SharedMemory(const char* name, size_t bytes) : bytes_(bytes) {
     void* mapped = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, owned_.get(), 0);
     if (mapped == MAP_FAILED) fail("mmap of a memfd");
     data_ = static_cast<std::byte*>(mapped);
-    // Acts where shmem_enabled says so. Whole ones only: older kernels (6.1) give the last part a huge page that goes
-    // beyond the end, more memory than the account has granted.
+    // Has an effect where shmem_enabled says "advise". Only for whole huge pages: older kernels (6.1) give a last part
+    // a huge page that goes beyond the end, which is more memory than the account has granted.
     const size_t whole_bytes = bytes / HUGE_PAGE_BYTES * HUGE_PAGE_BYTES;
     if (whole_bytes > 0) ::madvise(data_, whole_bytes, MADV_HUGEPAGE);
     if (whole_bytes < bytes) ::madvise(data_ + whole_bytes, bytes - whole_bytes, MADV_NOHUGEPAGE);
@@ -85,8 +85,8 @@ void SharedMemory::abandon(size_t kept_bytes) {
     check(::fallocate(owned_.get(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, kept, rest), "emptying a memfd");
 }
 
-// A write lease is given only on a file that nobody else has open for writing; a mapping keeps it open. Whoever opened
-// it meanwhile (root can) would send us SIGIO, which ends a process; SIGURG does not.
+// The kernel gives a write lease only on a file that nobody else has open for writing or mapped. If a process opens it
+// during the lease (root can), the kernel sends us a signal: SIGURG, because the default, SIGIO, would end us.
 bool SharedMemory::held_by_others() const {
     ::fcntl(owned_.get(), F_SETSIG, SIGURG);
     if (::fcntl(owned_.get(), F_SETLEASE, F_WRLCK) < 0) return errno == EAGAIN;

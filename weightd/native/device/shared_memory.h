@@ -11,7 +11,7 @@ namespace weightd {
 // A memfd, mapped here.
 //
 // After seal() nobody can map it writable, write to it or grow it, whatever descriptor they hold; the mapping here
-// stays writable. It can still be cut to nothing, so that drain() gives the memory back while clients map it.
+// stays writable. It can still be truncated, so that drain() gives the memory back while clients map it.
 class SharedMemory {
   public:
     SharedMemory() = default;

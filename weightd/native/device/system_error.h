@@ -7,8 +7,8 @@
 
 namespace weightd {
 
-[[noreturn]] inline void fail(const std::string& what) {
-    throw std::system_error(errno, std::generic_category(), what);
+[[noreturn]] inline void fail(const std::string& what, int error = errno) {
+    throw std::system_error(error, std::generic_category(), what);
 }
 
 inline bool out_of_descriptors(int error) { return error == EMFILE || error == ENFILE; }

@@ -2,7 +2,7 @@
 
 #include <utility>
 
-#include "bundle/checksum.h"
+#include "device/checksum.h"
 
 namespace weightd {
 

@@ -105,7 +105,7 @@ bool Engine::serve(Queues& queues, Session& session, uint32_t cell, uint32_t tag
     if (place) {
         model.counts.hits++;
         session.hits++;
-        if (!session.scan.active) place.slot().deferred = false;
+        if (place.slot().deferred && !queues.scans.scanning(session)) place.slot().deferred = false;
     } else {
         const std::optional<Missing> missing = place_missing(model, session, cell);
         if (!missing) return false;
@@ -249,7 +249,7 @@ void Engine::take_in(const Loaded& loaded) {
 
 void Engine::grant(const Model& model, Session& session, uint32_t cell, uint32_t tag, Place place) {
     session.grant(cell);
-    session.scan.awake_at = now_;
+    session.active_at = now_;
     session.granted(tag, cell - model.spec.layers[model.spec.layer_of(cell)].first_cell, place, *model.pool);
 }
 

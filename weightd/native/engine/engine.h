@@ -45,7 +45,7 @@ class Engine {
     // Takes in what was read, starts to read what is missing, and flushes the sessions that were answered.
     // True when anything happened.
     bool step();
-    void tell_time(Clock::time_point now) { now_ = now; }
+    void set_time(Clock::time_point now) { now_ = now; }
     bool reading() const { return loader_.busy(); }
     bool defers_reads() const;  // step() must then be called again soon, even if nothing happens
     const DeviceUse& device_use(uint32_t model) const { return loader_.device_use(model); }

@@ -21,7 +21,7 @@ void ReadingTime::ended() {
 
 double ReadingTime::seconds() const {
     const Clock::duration now = under_way_ > 0 ? Clock::now() - since_ : Clock::duration{0};
-    return std::chrono::duration<double>(before_ + now).count();
+    return weightd::seconds(before_ + now);
 }
 
 const DeviceUse& Loader::device_use(uint32_t model) const {
@@ -160,8 +160,8 @@ void Loader::finish_read(const Completion& completion, std::vector<Loaded>& load
         jobs.push_back(job_of(flight, completion.tag));
         return;
     }
-    for (const Missing& missing :
-         flight.cells) {  // one bad block must not fail its neighbours: each cell is read alone, once more
+    // Each cell is read once more, alone, because one bad block must not fail its neighbours.
+    for (const Missing& missing : flight.cells) {
         if (flight.second_try) {
             loaded.push_back({flight.source.model, missing.cell, missing.place, completion.error, -1});
         } else {

@@ -1,17 +1,17 @@
-// Turns missing cells into verified cells: merges neighbours into one request, reads, checks, reports.
+// Turns missing cells into verified cells: merges neighbours into one request, reads, verifies and reports.
 //
 // Invariants: each cell is reported once. A cell that cannot be read, or whose checksum differs, is read once more
 // before it is reported as failed.
 #pragma once
 
 #include <array>
-#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <unordered_map>
 #include <vector>
 
-#include "bundle/model.h"
+#include "bundle/model_spec.h"
+#include "device/clock.h"
 #include "device/latencies.h"
 #include "device/reader.h"
 #include "device/verify.h"
@@ -54,7 +54,6 @@ class ReadingTime {
     double seconds() const;
 
   private:
-    using Clock = std::chrono::steady_clock;
     uint64_t under_way_ = 0;
     Clock::time_point since_;
     Clock::duration before_{0};

@@ -7,9 +7,9 @@ namespace weightd {
 namespace {
 
 constexpr size_t RUN_MIN = 16;  // cells, unless fewer fill a request; cells that predictors choose are scattered
-constexpr std::chrono::milliseconds RESTS_AFTER{500};  // with all that it asked for
-constexpr uint32_t PATIENCE_DIVISOR = 8;               // the part of the time for which reads may be deferred later
-constexpr uint32_t NEAR_DIVISOR = 2;                   // of the retained cells: a scan so near is not far ahead
+constexpr std::chrono::milliseconds RESTS_AFTER{500};  // of silence, if it has got all that it asked for
+constexpr uint32_t PATIENCE_DIVISOR = 8;  // after SCANS_WAIT_MAX, reads may be deferred for this part of the time
+constexpr uint32_t NEAR_DIVISOR = 2;      // a scan within this part of the retained cells is not far ahead
 
 bool is_run(std::span<const uint32_t> cells) {
     const auto jumps = [](uint32_t cell, uint32_t next) { return next != cell + 1; };
@@ -26,23 +26,26 @@ void Scans::note(Session& session, uint32_t layer, std::span<const uint32_t> cel
     } else if (cells.size() >= std::min(RUN_MIN, request_cells)) {
         start(session);
     }
-    if (!session.scan.active || cells.empty()) return;
-    session.scan.cell = model_.spec.layers[layer].first_cell + cells.back();
-    session.scan.awake_at = now;
+    if (cells.empty()) return;
+    session.active_at = now;
+    for (Scan& scan : scans_) {
+        if (scan.session == &session) scan.cell = model_.spec.layers[layer].first_cell + cells.back();
+    }
+}
+
+bool Scans::scanning(const Session& session) const {
+    return std::any_of(scans_.begin(), scans_.end(), [&](const Scan& scan) { return scan.session == &session; });
 }
 
 void Scans::start(Session& session) {
-    if (session.scan.active) return;
-    session.scan.active = true;
-    scanning_.push_back(&session);
-    model_.pool->retain_probationary(scanning_.size() > 1);
+    if (scanning(session)) return;
+    scans_.push_back({&session});
+    model_.pool->retain_probationary(scans_.size() > 1);
 }
 
-void Scans::end(Session& session) {
-    if (!session.scan.active) return;
-    session.scan.active = false;
-    std::erase(scanning_, &session);
-    model_.pool->retain_probationary(scanning_.size() > 1);
+void Scans::end(const Session& session) {
+    if (std::erase_if(scans_, [&](const Scan& scan) { return scan.session == &session; }) == 0) return;
+    model_.pool->retain_probationary(scans_.size() > 1);
     for (const Missing& wanted : deferred_) {
         if (wanted.session == session.id) wanted.place.slot().deferred = false;
     }
@@ -56,9 +59,9 @@ void Scans::defer(const Missing& missing) {
 // The scan with the longest way behind it on which there is no other scan.
 Scans::Laggard Scans::laggard(Clock::time_point now) const {
     std::vector<std::pair<uint32_t, uint32_t>> scans;  // cell, session
-    for (const Session* session : scanning_) {
-        const bool rests = session->unanswered == 0 && now - session->scan.awake_at >= RESTS_AFTER;
-        if (!rests) scans.emplace_back(session->scan.cell, session->id);
+    for (const Scan& scan : scans_) {
+        const bool rests = scan.session->unanswered == 0 && now - scan.session->active_at >= RESTS_AFTER;
+        if (!rests) scans.emplace_back(scan.cell, scan.session->id);
     }
     if (scans.empty()) return {};
     std::sort(scans.begin(), scans.end());

@@ -1,12 +1,12 @@
 // The scans of one model: sessions that read all its cells in order, again and again, as in exact mode.
 //
-// Several scans read everything once only if they go together. A scan finds little of what earlier scans have read,
+// Several scans share their reads only if they go together. A scan finds little of what earlier scans have read,
 // because most of it is evicted before the scan gets there (replacement.h). So a read that only scans far ahead want is
 // deferred until the slowest scan gets there. In the end no scan is slower: once aligned, all scans share each read.
 //
 // Reads are deferred for at most a second, for all scans of the model together, and afterwards for an eighth of the
-// time, because some scans are permanently slower. No scan waits for one that has got what it asked for and
-// has been silent for half a second.
+// time, because some scans are permanently slower. A scan that has got what it asked for and has been silent for half a
+// second rests: no other scan waits for it.
 //
 // Invariants: a deferred read has a slot, and is either deferred here or handed over exactly once. With fewer than two
 // scans nothing is deferred for longer than one step.
@@ -30,18 +30,23 @@ class Scans {
   public:
     explicit Scans(const Model& model) : model_(model) {}
 
-    // The session has asked for these cells of a layer: tells a scan by their order, and notes how far it has come.
+    // The session has asked for these cells of a layer. Their order tells whether it scans, and how far it is.
     void note(Session& session, uint32_t layer, std::span<const uint32_t> cells, Clock::time_point now);
-    void end(Session& session);  // the session scans no more, or closes
-    size_t count() const { return scanning_.size(); }
+    void end(const Session& session);  // the session no longer scans, or closes
+    size_t count() const { return scans_.size(); }
+    bool scanning(const Session& session) const;
 
-    bool defers(const Session& session) const { return session.scan.active && scanning_.size() > 1; }
+    bool defers(const Session& session) const { return scans_.size() > 1 && scanning(session); }
     void defer(const Missing& missing);
-    // Moves the reads that need not wait any longer to `missing`.
+    // Moves the reads that are deferred no longer to `missing`.
     void take_due(std::vector<Missing>& missing, Clock::time_point now);
     size_t deferred() const { return deferred_.size(); }
 
   private:
+    struct Scan {  // a session's way through all cells of the model
+        Session* session;
+        uint32_t cell = 0;  // the last one that it asked for
+    };
     struct Laggard {  // the last of the scans that do not rest
         uint32_t session = 0;
         uint32_t cell = 0;
@@ -59,7 +64,7 @@ class Scans {
     bool is_ahead(const Laggard& laggard, const Missing& wanted) const;
 
     const Model& model_;
-    std::vector<Session*> scanning_;
+    std::vector<Scan> scans_;
     std::vector<Missing> deferred_;
     Patience patience_;
 };

@@ -1,4 +1,4 @@
-// The cells of one model that sessions may have, but for which no slot was free, in the order in which they were asked.
+// The cells of one model that sessions may have, but for which no slot was free, in the order of the requests.
 //
 // Invariants: a session stalls only within its share, and everything in the queue belongs to an open session.
 #pragma once

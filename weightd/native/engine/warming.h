@@ -1,5 +1,5 @@
-// Reads the hot cells of one model in the background after its activation, so that a restart costs the first tokens
-// little.
+// Reads the hot cells of one model in the background after its activation, so that the first tokens after a restart are
+// not much slower than later ones.
 //
 // Invariants: warming takes only free slots and free memory, and evicts nothing. A cell that it has read is evicted
 // like any other. (The engine adds: it reads nothing while somebody waits, or while another read is in flight.)

@@ -6,7 +6,7 @@
 #include <optional>
 #include <vector>
 
-#include "bundle/model.h"
+#include "bundle/model_spec.h"
 #include "device/direct_file.h"
 #include "device/shared_memory.h"
 #include "memory/resident.h"

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "bundle/model.h"
+#include "bundle/model_spec.h"
 
 namespace weightd {
 

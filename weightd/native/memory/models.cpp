@@ -166,7 +166,7 @@ void Models::rebalance() {
         model->idle_rebalances = model->users > 0 ? 0 : model->idle_rebalances + 1;
         if (model->pool != nullptr) demand_.note(*model);
     }
-    segments_.end_promise();
+    segments_.end_reservation();
     if (room_.keeps()) return;
     const auto found = demand_.transfer(models_, [this](const Model& model) { return segments_.can_spare(model); });
     if (found) segments_.transfer(*found->from, *found->to);

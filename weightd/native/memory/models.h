@@ -24,7 +24,7 @@ namespace weightd {
 
 inline constexpr uint32_t IDLE_REBALANCES_MIN = 10;  // a remote client may come back between two tokens
 
-// What a model is activated for. Each purpose needs what the one before needs, and more.
+// What a model is activated for. Each use needs what the one before it needs, and more.
 enum class Use {
     resident,  // its resident weights are read
     cells,     // cells are fetched: a share of the pool
@@ -49,16 +49,16 @@ class Models {
     void seed(uint32_t model, std::span<const Hotness> hotness);
     std::vector<Hotness> hotness(uint32_t model) const;
 
-    // Sets aside memory for the model's resident weights and tables and for one more user, taking it from idle models
+    // Sets memory aside for the model's resident weights and tables and for one more user. Takes it from idle models
     // and from surplus segments. False: those are being drained, and what becomes free is kept for this model: ask
-    // again soon, or call stop_waiting(). Throws NoRoom, without any change, when this and the rest of what the user
-    // needs cannot be had even if all is taken back that can be. leave() ends the use.
+    // again soon, or call stop_waiting(). Throws NoRoom, without any change, if this and the rest of what the user
+    // needs do not fit even after all memory that can be taken back has been taken back. leave() ends the use.
     // `has_bytes`: the part of --dram that the user has by other sessions (user.h).
     bool activate(uint32_t model, Use use = Use::session, uint64_t has_bytes = 0);
     void stop_waiting(const Model& model) { room_.stop_keeping(model); }
     void leave(uint32_t model);
-    // Sets memory aside for predictors, until their last user lets go of them. None: draining, ask again. Throws
-    // NoRoom.
+    // Sets memory aside for predictors, until their last user drops them. None: segments are being drained, ask again.
+    // Throws NoRoom.
     std::shared_ptr<LoadedPredictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);
     // The share that a session that wants this many slots (0: no preference) would get. Throws NoRoom.
     uint32_t share_for(uint32_t model, uint32_t slots_wanted, uint64_t has_bytes = 0) const {

@@ -3,15 +3,16 @@
 #include <sstream>
 #include <system_error>
 
-#include "bundle/checksum.h"
 #include "device/block_size.h"
+#include "device/checksum.h"
+#include "device/clock.h"
 #include "device/reader.h"
 
 namespace weightd {
 namespace {
 
 void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderChoice& choice,
-              const std::function<void()>& moved) {
+              const std::function<void()>& on_progress) {
     std::string note;
     const auto reader = make_reader(choice.kind, choice.threads, choice.depth, note);
     std::vector<Read> reads;
@@ -30,7 +31,7 @@ void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderCh
     while (completions.size() < count) {
         reader->wait();
         reader->reap(completions);
-        moved();
+        on_progress();
     }
     for (const Completion& completion : completions) {
         if (completion.error == 0) continue;
@@ -39,9 +40,10 @@ void read_all(const DirectFile& file, const SharedMemory& memory, const ReaderCh
     }
 }
 
-// `check` throws CorruptResident. As with bundles, a second reading tells a failed transfer from bad flash.
+// `check` throws CorruptResident. As with bundles, the file is read once more in case only the transfer failed.
 SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes, const ReaderChoice& choice,
-                       const std::function<void()>& moved, const std::function<void(const SharedMemory&)>& check) {
+                       const std::function<void()>& on_progress,
+                       const std::function<void(const SharedMemory&)>& check) {
     const DirectFile file(path, choice.allow_buffered);
     if (file.size_bytes() != bytes) {
         throw CorruptResident(path + " has " + std::to_string(file.size_bytes()) + " bytes where the catalog says " +
@@ -49,7 +51,7 @@ SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes
     }
     SharedMemory memory(name, whole_pages(bytes));
     const auto read = [&] {
-        read_all(file, memory, choice, moved);
+        read_all(file, memory, choice, on_progress);
         check(memory);
     };
     try {
@@ -61,37 +63,38 @@ SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes
     return memory;
 }
 
-std::string seconds(std::chrono::milliseconds time) {
+std::string in_seconds(std::chrono::milliseconds time) {
     std::ostringstream text;
-    text << std::chrono::duration<double>(time).count() << " s";
+    text << seconds(time) << " s";
     return text.str();
 }
 
 }  // namespace
 
 Unanswered::Unanswered(const std::string& model, std::chrono::milliseconds silent)
-    : std::runtime_error("model " + model + ": the device has not answered for " + seconds(silent) +
+    : std::runtime_error("model " + model + ": the device has not answered for " + in_seconds(silent) +
                          ": check the device, then try again") {}
 
-SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice, const std::function<void()>& moved) {
+SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice,
+                           const std::function<void()>& on_progress) {
     const auto check = [&](const SharedMemory& memory) {
         for (const TensorSpec& tensor : spec.tensors) {
-            moved();
+            on_progress();
             if (checksum({memory.data() + tensor.offset_bytes, tensor.size_bytes}) == tensor.checksum) continue;
             throw CorruptResident(spec.name + ": resident tensor " + tensor.name +
                                   " differs from its checksum: import the model again");
         }
     };
-    return load_file("weightd-resident", spec.resident_path, spec.resident_bytes, choice, moved, check);
+    return load_file("weightd-resident", spec.resident_path, spec.resident_bytes, choice, on_progress, check);
 }
 
 SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice,
-                             const std::function<void()>& moved) {
+                             const std::function<void()>& on_progress) {
     const auto check = [&](const SharedMemory& memory) {
         if (checksum({memory.data(), wanted.bytes}) == wanted.checksum) return;
         throw CorruptResident(model + ": " + wanted.path + " differs from its checksum: calibrate the model again");
     };
-    return load_file("weightd-predictors", wanted.path, wanted.bytes, choice, moved, check);
+    return load_file("weightd-predictors", wanted.path, wanted.bytes, choice, on_progress, check);
 }
 
 }  // namespace weightd

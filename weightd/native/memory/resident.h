@@ -8,13 +8,13 @@
 #include <stdexcept>
 #include <string>
 
-#include "bundle/model.h"
+#include "bundle/model_spec.h"
 #include "device/shared_memory.h"
 
 namespace weightd {
 
 struct ReaderChoice {
-    std::string kind;  // of make_reader
+    std::string kind;  // of make_reader()
     uint32_t threads;
     uint32_t depth;
     bool allow_buffered;
@@ -43,11 +43,11 @@ struct CorruptResident : std::runtime_error {  // a checksum differs, or a file 
     using std::runtime_error::runtime_error;
 };
 
-// Reads the file uncached, checks every tensor and seals the memory. Blocks. Calls `moved` after each piece that was
-// read or checked. Throws std::system_error (the file cannot be opened), CorruptResident.
-SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice, const std::function<void()>& moved);
+// Reads the file uncached, checks every tensor and seals the memory. Blocks. Calls `on_progress` after each piece that
+// was read or checked. Throws std::system_error (the file cannot be opened), CorruptResident.
+SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice, const std::function<void()>& on_progress);
 // The same for predictors, whose file has one checksum.
 SharedMemory load_predictors(const std::string& model, const PredictorsFile& wanted, const ReaderChoice& choice,
-                             const std::function<void()>& moved);
+                             const std::function<void()>& on_progress);
 
 }  // namespace weightd

@@ -44,14 +44,14 @@ uint64_t Room::fixed_bytes(const Model& asking) const {
 
 // What the model can have once all that can be taken back has been taken back.
 uint64_t Room::obtainable_bytes(const Model& asking) const {
-    uint64_t spoken_for = fixed_bytes(asking);
+    uint64_t committed_bytes = fixed_bytes(asking);
     for (const auto& model : models_) {
         if (model->pool == nullptr) continue;
-        spoken_for += sessions_.share_slots(*model) * model->spec.cell_bytes;
+        committed_bytes += sessions_.share_slots(*model) * model->spec.cell_bytes;
         // A model in use may leave part of its last segment unused.
-        if (model.get() != &asking && model->users > 0) spoken_for += memory_.segment_bytes();
+        if (model.get() != &asking && model->users > 0) committed_bytes += memory_.segment_bytes();
     }
-    return difference(memory_.limit_bytes(), spoken_for);
+    return difference(memory_.limit_bytes(), committed_bytes);
 }
 
 void Room::require(const Model& asking, uint64_t model_bytes, uint64_t user_bytes, uint64_t has_bytes) const {
@@ -78,7 +78,7 @@ uint64_t Room::in_use_bytes(const Model& model) const {
            sessions_.share_slots(model) * model.spec.cell_bytes;
 }
 
-// Says what is true at this moment, and what to do about it.
+// Its text has the numbers as of now, and says what to do.
 NoRoom Room::refusal(const Model& asking, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const {
     std::string text = asking.spec.name + ": needs " + mebibytes(bytes) + " of --dram " +
                        mebibytes(memory_.limit_bytes()) + ", of which " + mebibytes(left_bytes) + " is available";

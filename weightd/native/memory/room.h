@@ -1,6 +1,6 @@
-// What of --dram a model can have, and the refusal when it cannot have enough.
+// How much of --dram a model can get, and the error if that is not enough.
 //
-// Invariant: memory that was freed for an opener that waits is not given to another model.
+// Invariant: memory that was freed for a waiting opener is not given to another model.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace weightd {
 
-struct NoRoom : std::runtime_error {  // --dram cannot give what was asked; the text says the numbers
+struct NoRoom : std::runtime_error {  // what was asked exceeds --dram or another limit; the text has the numbers
     using std::runtime_error::runtime_error;
 };
 
@@ -24,14 +24,14 @@ class Room {
 
     uint64_t free_bytes(const Model& asking) const;  // free now, and not kept for another model's opener
 
-    // Throws NoRoom unless both fit, once all that can be taken back has been taken back: what the model needs for all
-    // its users, and what this user needs, who already has `has_bytes`.
+    // Throws NoRoom unless both fit after all memory that can be taken back has been taken back: what the model needs
+    // for all its users, and what this user needs, who already has `has_bytes`.
     void require(const Model& asking, uint64_t model_bytes, uint64_t user_bytes, uint64_t has_bytes) const;
     // The share of a session that wants so many slots (0: no preference). Throws NoRoom.
     uint32_t share_for(const Model& asking, uint32_t slots_wanted, uint64_t has_bytes) const;
     NoRoom refusal(const Model& asking, uint64_t bytes, uint64_t left_bytes, uint64_t has_bytes) const;
 
-    // From now on, what becomes free is kept for the model's opener, which waits, up to `bytes`.
+    // From now on, memory that becomes free is kept for the model's waiting opener, up to `bytes`.
     void keep(const Model& asking, uint64_t bytes) { kept_bytes_[&asking] = bytes; }
     void stop_keeping(const Model& asking) { kept_bytes_.erase(&asking); }
     bool keeps() const { return !kept_bytes_.empty(); }

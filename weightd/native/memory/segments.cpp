@@ -20,14 +20,14 @@ std::optional<SharedMemory> new_segment(uint64_t bytes) {
 
 }  // namespace
 
-// What is free below the target; above it, only what the shares of the model's sessions still need. What was promised
-// to another model is left to it.
+// What is free below the target; above it, only what the shares of the model's sessions still need. What is reserved
+// for another model is left to that model.
 uint64_t Segments::growth_bytes(const Model& model) const {
     const uint64_t share_slots = sessions_.share_slots(model);
     const uint64_t owed_slots = share_slots - std::min(share_slots, model.pool->slots());
     const uint64_t most_bytes = std::max(pressure_.left_bytes(), owed_slots * model.spec.cell_bytes);
     const uint64_t growth_bytes = std::min(room_.free_bytes(model), most_bytes);
-    return promise_.model == model.index ? growth_bytes : growth_bytes - std::min(growth_bytes, promise_.bytes);
+    return reservation_.model == model.index ? growth_bytes : growth_bytes - std::min(growth_bytes, reservation_.bytes);
 }
 
 bool Segments::grow(Model& model) {
@@ -41,7 +41,7 @@ bool Segments::grow(Model& model) {
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
     memory_.take(Account::pool, slots * cell_bytes);
-    if (promise_.model == model.index) promise_ = {};
+    if (reservation_.model == model.index) reservation_ = {};
     Segment& segment = model.pool->add_segment(next_number_++, std::move(*memory));
     segment.buffer_index = reader_.register_memory(segment.memory.bytes());
     return true;
@@ -95,7 +95,7 @@ void Segments::transfer(Model& from, const Model& to) {
     const uint64_t before_bytes = memory_.used_bytes(Account::pool);
     if (!from.pool->start_draining(true)) return;
     retire(from);
-    promise_ = {to.index, before_bytes - memory_.used_bytes(Account::pool)};
+    reservation_ = {to.index, before_bytes - memory_.used_bytes(Account::pool)};
 }
 
 }  // namespace weightd

@@ -30,16 +30,16 @@ class Segments {
     void drain_all(Model& model);  // nothing of it is leased or being read
     void retire(Model& model);     // drops its segments that have drained
 
-    // Takes a segment without leases from one model, if it has one. What becomes free is promised to the other model
-    // until it has grown, or until end_promise().
+    // Takes a segment without leases from one model, if it has one. What becomes free is reserved for the other model
+    // until it has grown, or until end_reservation().
     void transfer(Model& from, const Model& to);
-    void end_promise() { promise_ = {}; }
+    void end_reservation() { reservation_ = {}; }
 
   private:
     uint64_t growth_bytes(const Model& model) const;
     void drop(const Model& model, std::unique_ptr<Segment> segment);
 
-    struct Promise {
+    struct Reservation {
         uint32_t model = 0;
         uint64_t bytes = 0;
     };
@@ -51,7 +51,7 @@ class Segments {
     Sessions& sessions_;
     const Room& room_;
     uint32_t next_number_ = 0;
-    Promise promise_;
+    Reservation reservation_;
 };
 
 }  // namespace weightd

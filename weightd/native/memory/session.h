@@ -1,24 +1,16 @@
 // One attached process as the engine sees it: its share, the cells that it holds, and where its grants go.
 #pragma once
 
-#include <chrono>
 #include <cstdint>
 #include <vector>
 
+#include "device/clock.h"
 #include "pool/pool.h"
 #include "ring.h"
 
 namespace weightd {
 
-using Clock = std::chrono::steady_clock;
-
 inline constexpr uint32_t NO_LAYER = UINT32_MAX;
-
-struct Scan {  // a session's way through all cells of its model, again and again; written by Scans
-    bool active = false;
-    uint32_t cell = 0;           // the last cell that was asked for
-    Clock::time_point awake_at;  // when the session last asked for a cell or was granted one
-};
 
 class Session {
   public:
@@ -29,7 +21,7 @@ class Session {
     virtual void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) = 0;
     virtual void flush() = 0;  // after each batch of granted() and failed()
     virtual void segment_gone(uint32_t /*segment*/) {}
-    virtual void limit_changed(uint32_t /*limit*/) {}  // what it should keep to from now on, at most lease_limit
+    virtual void limit_changed(uint32_t /*limit*/) {}  // the limit to obey from now on, at most lease_limit
 
     // The ledger of what it holds. Cells are counted in the model's numbering.
     bool holds(uint32_t cell) const { return holds_[cell].granted + holds_[cell].pending > 0; }
@@ -46,12 +38,12 @@ class Session {
 
     uint32_t id = 0;  // given by Sessions
     const uint32_t model;
-    const uint32_t share_slots;  // guaranteed to it
-    const bool borrows;          // may hold more than its share while nobody waits for a slot
-    uint32_t lease_limit;        // share and what may be borrowed; held_cells exceeds it only after it fell
-    uint32_t held_cells = 0;     // distinct cells with a lease, granted or pending
-    uint32_t unanswered = 0;     // pending leases
-    Scan scan;
+    const uint32_t share_slots;      // guaranteed to it
+    const bool borrows;              // may hold more than its share while nobody waits for a slot
+    uint32_t lease_limit;            // share and what may be borrowed; held_cells exceeds it only after it fell
+    uint32_t held_cells = 0;         // distinct cells with a lease, granted or pending
+    uint32_t unanswered = 0;         // pending leases
+    Clock::time_point active_at;     // when it last asked for a cell or was granted one
     uint32_t step_layer = NO_LAYER;  // of its step under way; NO_LAYER once it has given everything back
     uint64_t hits = 0;               // of the cells that it asked for
     uint64_t misses = 0;

@@ -19,7 +19,7 @@ inline bool may_take(uint64_t has, uint64_t more, uint64_t free) {
     return more <= free && (has == 0 || has + more <= LEFT_MULTIPLE_MAX * (free - more));
 }
 
-// The most that such a user may take.
+// The most that a user that has `has` may take of the `free`.
 inline uint64_t most_for(uint64_t has, uint64_t free) {
     if (has == 0) return free;
     const uint64_t parts = LEFT_MULTIPLE_MAX * free;

@@ -130,14 +130,14 @@ void CellReplacement::write_hotness(std::span<Hotness> hotness) const {
 void CellReplacement::advance() {
     if (++touches_ < touches_per_step_) return;
     touches_ = 0;
-    if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring moves up by one level: the lowest joins the next
+    if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring of levels moves up: the lowest level joins the next one
         append(list_of(level_min()), list_of(level_min() - 1));
         lowest_ = std::max(lowest_, level_min());
     }
-    if (now_ == NOW_LAST) forget_zero();
+    if (now_ == NOW_LAST) move_zero();
 }
 
-void CellReplacement::forget_zero() {
+void CellReplacement::move_zero() {
     for (Score& score : scores_) score -= std::min<Score>(score, NOW_LAST - NOW_FIRST);
     now_ = NOW_FIRST;
     lowest_ -= (NOW_LAST - NOW_FIRST) / STEPS_PER_LEVEL;
@@ -192,7 +192,7 @@ void CellReplacement::take(uint32_t cell) {
 
 void CellReplacement::append(uint32_t target, uint32_t source) {
     if (links_[source].next == source) return;
-    const auto [last, first] = links_[source];  // they are put in front, so that they are evicted first
+    const auto [last, first] = links_[source];  // they go to the front, and are evicted first
     const uint32_t next = links_[target].next;
     links_[target].next = first;
     links_[first].previous = target;

@@ -7,16 +7,16 @@
 // scores fall at the same rate, so their order changes only when a cell is used. A half-life is the time in which every
 // cell is used twice on average. Cells are numbered through all layers of one model.
 //
-// Admission: a cell that comes into a full pool is kept only if its earlier uses, without the one that it is read for,
-// outweigh all uses of the cell that would be evicted for it. Otherwise it is probationary. So a cyclic scan finds in
-// each turn what it found in the last, and a single scan evicts nothing of value. A use of a probationary cell does not
-// admit it: it only says that another session follows the first. A cell that is used often is admitted when it is read
-// the next time.
+// Admission: a cell that enters a full pool is admitted only if its score, without the use that it is read for, is
+// above the score of the cell that would be evicted for it. Otherwise it is probationary. So a cyclic scan finds in
+// each turn what it found in the last one, and a single scan evicts nothing of value. A use of a probationary cell does
+// not admit it, because it only shows that another session follows the first. A cell that is used often is admitted
+// when it is read the next time.
 //
 // Invariants: a pinned cell (leased, or being read) is never evicted. Probationary cells are evicted before admitted
-// ones, except while several scans are under way: then a twentieth as many as the cells outside the pool are retained,
-// and at most half of the pool. A scan that falls behind a little finds those, catches up, and from then on all scans
-// wait for the same reads. engine/scans.h says what happens to a scan that falls behind by more.
+// ones. While several scans are under way, some probationary cells are retained: a twentieth of the number of cells
+// outside the pool, and at most half of the pool. A scan that is a little behind finds those and catches up; from then
+// on, all scans wait for the same reads. engine/scans.h says what happens to a scan that is further behind.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ class CellReplacement final : public Replacement {
     };
 
     void advance();
-    void forget_zero();
+    void move_zero();
     uint32_t list_of(uint32_t level) const;
     uint32_t probationary_list() const;
     uint32_t level_of(Score score) const;

@@ -82,7 +82,7 @@ void Pool::empty(Place place) {
     if (!place.segment->draining) free_++;
 }
 
-void Pool::now_busy(Place place, bool was_busy) {
+void Pool::update_busy(Place place, bool was_busy) {
     const bool busy = is_busy(place.slot());
     if (busy == was_busy) return;
     if (busy) {
@@ -97,7 +97,7 @@ void Pool::now_busy(Place place, bool was_busy) {
 
 void Pool::loaded(Place place) {
     place.slot().reading = false;
-    now_busy(place, true);
+    update_busy(place, true);
 }
 
 void Pool::drop(Place place) {
@@ -113,14 +113,14 @@ void Pool::lease(Place place) {
     const bool was_busy = is_busy(place.slot());
     place.slot().leases++;
     leases_++;
-    now_busy(place, was_busy);
+    update_busy(place, was_busy);
 }
 
 void Pool::unlease(Place place) {
     assert(place.slot().leases > 0);
     place.slot().leases--;
     leases_--;
-    now_busy(place, true);
+    update_busy(place, true);
 }
 
 uint32_t Pool::free_index() const {

@@ -86,7 +86,7 @@ class Pool {
 
   private:
     Place take_free();
-    void now_busy(Place place, bool was_busy);
+    void update_busy(Place place, bool was_busy);
     void empty(Place place);
     uint32_t free_index() const;
 

@@ -1,4 +1,4 @@
-// Functions that other threads have the engine's thread run.
+// Functions that other threads pass to the engine's thread, which runs them.
 #pragma once
 
 #include <functional>

@@ -19,10 +19,7 @@ constexpr uint32_t ACCEPTS_MAX = 16;  // in one turn of the loop
 Descriptor listen_at(const std::string& path) {
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
-    if (path.size() >= sizeof address.sun_path) {
-        errno = ENAMETOOLONG;
-        fail(path);
-    }
+    if (path.size() >= sizeof address.sun_path) fail(path, ENAMETOOLONG);
     std::memcpy(address.sun_path, path.c_str(), path.size() + 1);
     Descriptor listener(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
     ::unlink(path.c_str());
@@ -48,7 +45,7 @@ Connections::Connections(const std::string& path, Epoll& epoll, RingSessions& se
 void Connections::remove_socket() { ::unlink(path_.c_str()); }
 
 void Connections::accept() {
-    for (uint32_t i = 0; i < ACCEPTS_MAX; i++) {  // then the others have their turn
+    for (uint32_t i = 0; i < ACCEPTS_MAX; i++) {  // then other events are handled
         Descriptor socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
         if (socket.get() < 0 && out_of_descriptors(errno)) listen(false);  // else it would be ready for ever
         if (socket.get() < 0) return;
@@ -63,7 +60,7 @@ void Connections::add(Descriptor socket) {
     try {
         epoll_.watch(fd, Watched::connection, static_cast<uint32_t>(fd), EPOLLIN | EPOLLRDHUP);
     } catch (const std::system_error&) {
-        return;  // the system's limit of watches: this client sees that it is hung up on
+        return;  // the system's limit of watches is reached: this client sees that its connection ends
     }
     connections_[fd] = std::move(socket);
     const auto given_up = silent_.begin(static_cast<uint32_t>(fd), peer->uid, Clock::now());
@@ -99,7 +96,7 @@ void Connections::greet(int fd) {
 }
 
 void Connections::close_late() {
-    for (const uint32_t fd : silent_.take_expired(Clock::now())) connections_.erase(static_cast<int>(fd));
+    for (const uint32_t fd : silent_.remove_expired(Clock::now())) connections_.erase(static_cast<int>(fd));
 }
 
 }  // namespace weightd

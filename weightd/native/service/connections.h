@@ -18,10 +18,10 @@ class Connections {
     Connections(const std::string& path, Epoll& epoll, RingSessions& sessions);
 
     void accept();        // the listener is ready
-    void greet(int fd);   // a connection has said something, or has hung up
-    void accept_again();  // after a while without descriptors
+    void greet(int fd);   // a connection has a message, or has ended
+    void accept_again();  // after a time without free descriptors
     void close_late();    // connections that have not said Hello in time
-    bool waits_for_time() const { return !silent_.empty() || !accepts_; }
+    bool has_deadlines() const { return !silent_.empty() || !accepts_; }
     void close_all() { connections_.clear(); }
     void remove_socket();
 

@@ -70,9 +70,9 @@ void EngineThread::loop() {
     while (true) {
         commands_.run();
         if (commands_.stopping()) return;
-        engine_.tell_time(Clock::now());
+        engine_.set_time(Clock::now());
         bool any = sessions_.serve();
-        check_now_and_then();
+        check_periodically();
         any = engine_.step() || any;  // last: grants slots that the steps above released
         if (!any) sleep_until_event();
     }
@@ -89,7 +89,7 @@ void EngineThread::sleep_until_event() {
 int EngineThread::sleep_limit_ms(bool asked) const {
     if (asked) return 0;
     if (engine_.defers_reads()) return DEFERRED_CHECK_MS;
-    const bool late = sessions_.waits_for_time() || connections_.waits_for_time();
+    const bool late = sessions_.has_deadlines() || connections_.has_deadlines();
     return late || engine_.waiting() || engine_.models().pressure().pressed() ? CHECK_MS : -1;
 }
 
@@ -108,12 +108,12 @@ void EngineThread::handle(const Epoll::Event& event) {
             sessions_.close(event.id, ring::CLOSED_BY_DAEMON);
             break;
         case Watched::pressure:
-            pressure_.hear(static_cast<int>(event.id), event.events);
+            pressure_.handle(static_cast<int>(event.id), event.events);
             break;
     }
 }
 
-void EngineThread::check_now_and_then() {
+void EngineThread::check_periodically() {
     const auto now = Clock::now();
     if (now < next_check_) return;
     next_check_ = now + std::chrono::milliseconds(CHECK_MS);

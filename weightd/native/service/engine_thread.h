@@ -77,7 +77,7 @@ class EngineThread {
     void sleep_until_event();
     int sleep_limit_ms(bool asked) const;
     void handle(const Epoll::Event& event);
-    void check_now_and_then();
+    void check_periodically();
 
     const ReaderChoice choice_;
     std::string io_note_;

@@ -29,7 +29,7 @@ OpenerTurns::Turn::~Turn() {
     turns_.ended_.notify_all();
 }
 
-void OpenerTurns::Turn::moved() {
+void OpenerTurns::Turn::note_progress() {
     const std::lock_guard guard(turns_.lock_);
     turns_.answered_.at(model_) = Clock::now();
 }

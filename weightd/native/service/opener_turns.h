@@ -1,4 +1,4 @@
-// Who may open a model: its openers take turns, because what one of them reads into memory serves the next ones.
+// Turns at opening a model. Its openers take turns, because what the first one reads into memory serves the others.
 #pragma once
 
 #include <chrono>
@@ -9,13 +9,13 @@
 #include <mutex>
 #include <string>
 
+#include "device/clock.h"
+
 namespace weightd {
 
 class OpenerTurns {
   public:
-    using Clock = std::chrono::steady_clock;
-
-    // `stopping` tells whether the daemon stops; waiting for a turn ends then.
+    // `stopping`: whether the daemon is stopping, which ends all waiting for a turn.
     OpenerTurns(std::chrono::milliseconds answer_within, std::function<bool()> stopping)
         : answer_within_(answer_within), stopping_(std::move(stopping)) {}
 
@@ -27,7 +27,7 @@ class OpenerTurns {
         ~Turn();
         Turn(const Turn&) = delete;
         Turn& operator=(const Turn&) = delete;
-        void moved();  // the device has answered
+        void note_progress();  // the device has answered
 
       private:
         OpenerTurns& turns_;

@@ -46,14 +46,14 @@ uint32_t Openings::add_model(ModelSpec spec) {
     const Model& model = *opened;
     std::optional<uint32_t> index;
     wait_for_room(model, [&] {
-        index = sessions_.making_way(std::nullopt, [&] { return engine_.models().add(opened); });
+        index = sessions_.reserve_for(std::nullopt, [&] { return engine_.models().add(opened); });
         return index.has_value();
     });
     return *index;
 }
 
 Opened Openings::open_session(uint32_t model, uint32_t slots_wanted, const User& user) {
-    commands_.on_loop([&] { sessions_.making_way(user, [&] { sessions_.take_place(user); }); });
+    commands_.on_loop([&] { sessions_.reserve_for(user, [&] { sessions_.reserve_session(user); }); });
     try {
         activate(model, Use::session, user);
         try {
@@ -64,7 +64,7 @@ Opened Openings::open_session(uint32_t model, uint32_t slots_wanted, const User&
         }
         return commands_.on_loop([&] { return open_active(model, slots_wanted, user); });
     } catch (...) {
-        commands_.on_loop([&] { sessions_.give_up_place(user); });
+        commands_.on_loop([&] { sessions_.cancel_reservation(user); });
         throw;
     }
 }
@@ -73,12 +73,12 @@ Model& Openings::activate(uint32_t index, Use use, const User& user) {
     Model& model = this->model(index);
     OpenerTurns::Turn turn(turns_, index, model.spec.name);
     wait_for_room(model, [&] {
-        return sessions_.making_way(user,
-                                    [&] { return engine_.models().activate(index, use, sessions_.bytes_of(user)); });
+        return sessions_.reserve_for(user,
+                                     [&] { return engine_.models().activate(index, use, sessions_.bytes_of(user)); });
     });
     if (model.resident_ready) return model;
     try {
-        SharedMemory resident = load_resident(model.spec, choice_, [&] { turn.moved(); });
+        SharedMemory resident = load_resident(model.spec, choice_, [&] { turn.note_progress(); });
         commands_.on_loop([&] {
             model.resident = std::move(resident);
             model.resident_ready = true;
@@ -95,13 +95,13 @@ void Openings::load_newest_predictors(uint32_t index, const User& user) {
     OpenerTurns::Turn turn(turns_, index, model.spec.name);
     while (const auto wanted = commands_.on_loop([&] { return missing_predictors(model); })) {
         wait_for_room(model, [&] {
-            return sessions_.making_way(user, [&] {
+            return sessions_.reserve_for(user, [&] {
                 model.next_predictors = engine_.models().reserve_predictors(index, *wanted);
                 return model.next_predictors != nullptr;
             });
         });
         try {
-            SharedMemory memory = load_predictors(model.spec.name, *wanted, choice_, [&] { turn.moved(); });
+            SharedMemory memory = load_predictors(model.spec.name, *wanted, choice_, [&] { turn.note_progress(); });
             commands_.on_loop([&] {
                 model.next_predictors->memory = std::move(memory);
                 model.predictors = std::move(model.next_predictors);
@@ -116,7 +116,7 @@ void Openings::load_newest_predictors(uint32_t index, const User& user) {
     }
 }
 
-// Until `reserve`, a command, has found memory.
+// Repeats `reserve` on the engine's thread until it returns true.
 void Openings::wait_for_room(const Model& model, const std::function<bool()>& reserve) {
     const auto give_up = Clock::now() + ROOM_WITHIN;
     while (!commands_.on_loop(reserve)) {
@@ -133,7 +133,7 @@ void Openings::wait_for_room(const Model& model, const std::function<bool()>& re
 Opened Openings::open_active(uint32_t index, uint32_t slots_wanted, const User& user) {
     try {
         const Token token = random_token();
-        const uint32_t share = sessions_.making_way(
+        const uint32_t share = sessions_.reserve_for(
             user, [&] { return engine_.models().share_for(index, slots_wanted, sessions_.bytes_of(user)); });
         const Model& model = engine_.model(index);
         sessions_.open(

@@ -1,7 +1,7 @@
-// What must be in memory before a session or a fetch begins, and how a session begins.
+// How a session or a fetch begins: what it needs is loaded into memory, and a session is opened.
 //
-// Runs in the callers' threads, because reading resident weights may take minutes; what touches the engine is a
-// command. What openers use of a model never changes, or is written only in their turns.
+// Runs in the callers' threads, because reading resident weights may take minutes. Whatever touches the engine is a
+// command. Openers use only fields of a model that never change, or that are written only by an opener in its turn.
 #pragma once
 
 #include <functional>
@@ -23,12 +23,12 @@ class Openings {
   public:
     Openings(Commands& commands, Engine& engine, RingSessions& sessions, const ReaderChoice& choice);
 
-    // Takes in a model. Throws std::system_error, std::invalid_argument, NoRoom, Stopping.
+    // Adds a model. Throws std::system_error, std::invalid_argument, NoRoom, Stopping.
     uint32_t add_model(ModelSpec spec);
     // Only a process of `user` can attach to the session; of any user, if there is none. Throws NoRoom,
     // std::system_error, CorruptResident, Unanswered, Stopping.
     Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user);
-    // Has in memory what the use needs, until leave(). Throws what open_session() throws.
+    // Loads what the use needs, and keeps it in memory until leave(). Throws what open_session() throws.
     Model& activate(uint32_t model, Use use, const User& user);
     void leave(uint32_t model);
 

@@ -29,7 +29,7 @@ PressureSignals::PressureSignals(PressureChoice choice, Epoll& epoll, Engine& en
     }
 }
 
-void PressureSignals::hear(int fd, uint32_t events) {
+void PressureSignals::handle(int fd, uint32_t events) {
     if ((events & EPOLLERR) != 0) return epoll_.unwatch(fd);  // its cgroup has gone: it would be ready for ever
     if (fd == choice_.machine.get() && !machine_is_short()) return;
     count_++;

@@ -1,4 +1,4 @@
-// Memory pressure: what the kernel's triggers say becomes presses and reliefs of the pool.
+// Memory pressure: turns signals of the kernel's triggers into presses and reliefs of the pool.
 //
 // Belongs to the engine's thread.
 #pragma once
@@ -10,7 +10,7 @@
 
 namespace weightd {
 
-struct PressureChoice {                 // what becomes of the pool when the system lacks memory
+struct PressureChoice {
     uint64_t floor_bytes = UINT64_MAX;  // pressure takes no memory below it; at most --dram
     // Triggers of pressure stall information (PSI), set already: EPOLLPRI reports pressure.
     Descriptor machine{};  // counts only while the machine is short of memory: it reports any container at its limit
@@ -21,8 +21,8 @@ class PressureSignals {
   public:
     PressureSignals(PressureChoice choice, Epoll& epoll, Engine& engine);
 
-    void hear(int fd, uint32_t events);  // of a trigger
-    void relieve_when_quiet();           // gives memory back to the pool once there has been no signal for a while
+    void handle(int fd, uint32_t events);  // a trigger is ready
+    void relieve_when_quiet();             // gives memory back to the pool once there has been no signal for a while
     uint64_t count() const { return count_; }
 
   private:

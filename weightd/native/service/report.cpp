@@ -3,8 +3,6 @@
 namespace weightd {
 namespace {
 
-double seconds(Clock::duration time) { return std::chrono::duration<double>(time).count(); }
-
 SessionReport report_of(const RingSession& session, const ModelSpec& spec) {
     return {session.id,          spec.name,           session.peer().pid, session.peer().uid,
             session.share_slots, session.lease_limit, session.held_cells, seconds(Clock::now() - session.opened_at()),

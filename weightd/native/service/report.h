@@ -1,5 +1,6 @@
-// The daemon's statistics, before Python makes proto/weightd.proto's StatsResponse of them. Counters count from the
-// start. each_field names every value as proto does; nothing on the way from here to there names it again.
+// The daemon's statistics, from which Python builds proto/weightd.proto's StatsResponse. Counters count from the
+// daemon's start. each_field() gives every value the name of its field in the message; no code in between names it
+// again.
 #pragma once
 
 #include <sys/types.h>

@@ -1,4 +1,4 @@
-// The rings of ended sessions. A client can keep a ring mapped for as long as it likes.
+// The rings of ended sessions, which clients may keep mapped for as long as they like.
 //
 // All pages but the header's are freed when the session ends. A process that touches them again pays for them: memory
 // cgroups charge a page of shared memory to the process that allocates it. The ring counts as a session of its user
@@ -15,7 +15,7 @@ namespace weightd {
 class ClosedRings {
   public:
     void add(SharedMemory ring, const User& user);
-    void forget_released();  // those that no process holds any more
+    void forget_released();  // the rings that no process holds any longer
     size_t size() const { return held_.size(); }
     size_t of(const User& user) const;
 

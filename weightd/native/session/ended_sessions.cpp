@@ -4,18 +4,18 @@
 
 namespace weightd {
 
-void EndedSessions::keep(uint32_t session, Remains remains) { kept_.emplace(session, std::move(remains)); }
+void EndedSessions::keep(uint32_t session, EndedSession ended) { kept_.emplace(session, std::move(ended)); }
 
 void EndedSessions::keep_ring(SharedMemory ring, const User& user) { closed_rings_.add(std::move(ring), user); }
 
-std::optional<uint32_t> EndedSessions::hung_up(uint32_t session) {
+std::optional<uint32_t> EndedSessions::forget_client(uint32_t session) {
     const auto found = kept_.find(session);
-    if (found == kept_.end()) return std::nullopt;  // another event of this batch has told it
-    Remains& remains = found->second;
-    const uint32_t model = remains.model;
-    epoll_.unwatch(remains.socket.get());
-    epoll_.unwatch(remains.process.get());
-    keep_ring(std::move(remains.ring), remains.user);
+    if (found == kept_.end()) return std::nullopt;  // an earlier event of the same batch has done it
+    EndedSession& ended = found->second;
+    const uint32_t model = ended.model;
+    epoll_.unwatch(ended.socket.get());
+    epoll_.unwatch(ended.process.get());
+    keep_ring(std::move(ended.ring), ended.user);
     kept_.erase(found);
     return model;
 }

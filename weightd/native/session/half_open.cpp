@@ -9,8 +9,8 @@ size_t HalfOpen::count(const User& user) const {
         std::count_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; }));
 }
 
-// `first` if no other user has more entries.
-User HalfOpen::greediest(const User& first) const {
+// The user with the most entries; `first` if no other user has more.
+User HalfOpen::user_with_most(const User& first) const {
     User found = first;
     size_t most = count(first);
     for (const Begun& begun : begun_) {
@@ -23,7 +23,7 @@ User HalfOpen::greediest(const User& first) const {
     return found;
 }
 
-std::optional<uint32_t> HalfOpen::take_oldest(const User& user) {
+std::optional<uint32_t> HalfOpen::remove_oldest(const User& user) {
     const auto oldest =
         std::find_if(begun_.begin(), begun_.end(), [&](const Begun& begun) { return begun.user == user; });
     if (oldest == begun_.end()) return std::nullopt;
@@ -32,23 +32,23 @@ std::optional<uint32_t> HalfOpen::take_oldest(const User& user) {
     return id;
 }
 
-std::optional<uint32_t> HalfOpen::begin(uint32_t id, const User& user, Time now) {
+std::optional<uint32_t> HalfOpen::begin(uint32_t id, const User& user, Clock::time_point now) {
     begun_.push_back({id, user, now});
     if (begun_.size() <= room_) return std::nullopt;
-    return take_oldest(greediest(user));
+    return remove_oldest(user_with_most(user));
 }
 
 void HalfOpen::end(uint32_t id) {
     std::erase_if(begun_, [&](const Begun& begun) { return begun.id == id; });
 }
 
-std::optional<uint32_t> HalfOpen::take_from_greedier(const User& user) {
-    const User most = greediest(user);
-    const bool is_greedier = most != user && count(most) > std::max<size_t>(1, count(user) + 1);
-    return is_greedier ? take_oldest(most) : std::nullopt;
+std::optional<uint32_t> HalfOpen::remove_from_user_with_most(const User& user) {
+    const User most = user_with_most(user);
+    const bool has_more = most != user && count(most) > std::max<size_t>(1, count(user) + 1);
+    return has_more ? remove_oldest(most) : std::nullopt;
 }
 
-std::vector<uint32_t> HalfOpen::take_expired(Time now) {
+std::vector<uint32_t> HalfOpen::remove_expired(Clock::time_point now) {
     std::vector<uint32_t> expired;
     for (const Begun& begun : begun_) {
         if (now - begun.at > within_) expired.push_back(begun.id);

@@ -17,8 +17,12 @@
 
 namespace weightd {
 
-inline constexpr int PEER_PIDFD = 77;                     // SO_PEERPIDFD, which older headers lack
-inline constexpr std::chrono::seconds BLOCKS_AT_MOST{5};  // a running client gives back at its next layer
+namespace {
+
+constexpr int PEER_PIDFD = 77;                     // SO_PEERPIDFD, which older headers lack
+constexpr std::chrono::seconds BLOCKS_AT_MOST{5};  // a running client gives back at its next layer
+
+}  // namespace
 
 bool send_with_descriptors(int socket, const void* data, size_t bytes, std::span<const int> descriptors) {
     iovec part{const_cast<void*>(data), bytes};
@@ -63,7 +67,7 @@ RingSession::RingSession(uint32_t model, uint32_t cells, uint32_t share_slots, c
       memory_("weightd-ring", whole_pages(sizeof(ring::Ring))),
       doorbell_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
     if (doorbell_.get() < 0) fail("eventfd");
-    new (memory_.data()) ring::Ring;  // but for the header it is as it comes: zeros, without memory until it is used
+    new (memory_.data()) ring::Ring;  // writes only the header: the other pages are zeros, and take no memory yet
     memory_.fix();
     ring().header.magic = ring::MAGIC;
     ring().header.version = ring::VERSION;
@@ -86,8 +90,9 @@ bool RingSession::attach(Descriptor socket, Descriptor process, const ucred& pee
 }
 
 bool RingSession::has_requests() const {
-    return !broken_ && (!left_.empty() ||
-                        ring().header.request_tail.load() != request_head_);  // not before announce_sleep()'s store
+    if (broken_) return false;
+    // Sequentially consistent: must not be read before announce_sleep() has stored its flag.
+    return !left_.empty() || ring().header.request_tail.load() != request_head_;
 }
 
 std::optional<RingSession::Taken> RingSession::take(uint32_t cells_max) {
@@ -155,7 +160,8 @@ void RingSession::granted(uint32_t tag, uint32_t cell, Place place, const Pool&)
     if (number != last_segment_ && segments_known_.insert(number).second) {
         const ring::SegmentNews news{number, static_cast<uint32_t>(place.segment->slots.size())};
         const std::array descriptors{place.segment->memory.shared_fd()};
-        broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, descriptors);  // it does not read them
+        // Fails if the socket is full: the client does not read it.
+        broken_ = !send_with_descriptors(socket_.get(), &news, sizeof news, descriptors);
     }
     last_segment_ = number;
     answer({tag, cell, place.index, number});
@@ -193,21 +199,21 @@ void RingSession::wake() {
     ring::Header& header = ring().header;
     header.bell.fetch_add(1);
     if (header.client_sleeps.load() == 0) return;
-    // Wakes one thread. A client waits in one thread at a time, and waking many would keep other clients waiting.
+    // Wakes one thread. A client waits in one thread at a time; waking many threads would delay other clients.
     ::syscall(SYS_futex, &header.bell, FUTEX_WAKE, 1, nullptr, nullptr, 0);
 }
 
 void RingSession::announce_sleep(bool sleeps) { ring().header.daemon_sleeps.store(sleeps ? 1 : 0); }
 
-Remains RingSession::remains() {
+EndedSession RingSession::end() {
     if (attached()) ::shutdown(socket_.get(), SHUT_WR);
-    memory_.abandon(sizeof(ring::Header));  // the header stays: its state says that the session is closed
+    memory_.abandon(sizeof(ring::Header));  // the header stays: it has the state, which is read after the end
     return {model, user_, std::move(memory_), std::move(socket_), std::move(process_), std::move(predictors_)};
 }
 
 void RingSession::close(ring::State state) {
     ring().header.state.store(state);
-    ring().header.client_sleeps.store(1);  // forces the futex wake regardless of the client's flag
+    ring().header.client_sleeps.store(1);  // wakes the futex whatever the client has stored there
     wake();
 }
 

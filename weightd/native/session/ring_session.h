@@ -23,9 +23,9 @@ namespace weightd {
 
 using Token = std::array<uint8_t, ring::TOKEN_BYTES>;
 
-// What is left of a session that we closed while its client lives. The client maps resident weights and predictors,
-// which stay until it lets go of them.
-struct Remains {
+// What the daemon keeps of a session that it has closed, as long as the client lives: the client still maps resident
+// weights and predictors.
+struct EndedSession {
     uint32_t model;
     User user;
     SharedMemory ring;
@@ -40,7 +40,7 @@ class RingSession final : public Session {
                 std::shared_ptr<const LoadedPredictors> predictors);
 
     // The client has connected: passes it the ring, the doorbell, the resident weights and the predictors, if any.
-    // False: it does not listen.
+    // False: they cannot be sent.
     bool attach(Descriptor socket, Descriptor process, const ucred& peer, uint64_t resident_bytes, int resident_fd);
     bool attached() const { return socket_.get() >= 0; }
 
@@ -51,15 +51,16 @@ class RingSession final : public Session {
         std::span<const uint32_t> cells;     // valid until the next call
         std::span<const uint32_t> released;  // cells that an ACQUIRE gives back first
     };
-    // The next request, or as much of it as `cells_max`, or none. `broken` is set when the client broke a rule.
+    // The next request, at most `cells_max` cells of it at a time; none if there is none, or if broken() is true now
+    // because the client broke a rule.
     std::optional<Taken> take(uint32_t cells_max);
     bool has_requests() const;
     void announce_sleep(bool sleeps);
     void break_rule() { broken_ = true; }
     bool broken() const { return broken_; }
     void close(ring::State state);  // tells the client and wakes it
-    // After close(): closes our end of the socket, and returns what is needed to watch for the client's hang-up.
-    Remains remains();
+    // After close(): closes our end of the socket, and returns what is needed to notice that the client hangs up.
+    EndedSession end();
 
     void granted(uint32_t tag, uint32_t cell, Place place, const Pool& pool) override;
     void failed(uint32_t tag, uint32_t cell, ring::Status status, uint32_t detail) override;

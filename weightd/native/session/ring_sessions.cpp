@@ -11,8 +11,8 @@ namespace {
 constexpr uint32_t UNATTACHED_MAX = 64;  // sessions
 constexpr std::chrono::seconds ATTACH_WITHIN{10};
 
-constexpr uint32_t SESSION_WORK = 1024;  // in a turn: as many cells as a request names; a longer run comes in parts
-constexpr uint32_t REQUEST_WORK = 16;    // to take a request costs as much as so many cells
+constexpr uint32_t SESSION_WORK = 1024;  // cells in a turn, as many as a request names; longer ranges come in parts
+constexpr uint32_t REQUEST_WORK = 16;    // taking a request costs as much as so many cells
 
 bool has_work(const RingSession& session) { return session.attached() && (session.has_requests() || session.broken()); }
 
@@ -23,10 +23,10 @@ RingSessions::RingSessions(Engine& engine, Epoll& epoll)
 
 // ---- opening ----
 
-void RingSessions::take_place(const User& user) {
+void RingSessions::reserve_session(const User& user) {
     ended_.forget_released();
     uint64_t taken = open_.size() + ended_.size();
-    for (const auto& [whose, count] : places_) taken += count;
+    for (const auto& [whose, count] : reserved_) taken += count;
     const uint64_t theirs = count_of(user);
     if (!may_take(theirs, 1, SESSIONS_MAX - std::min<uint64_t>(taken, SESSIONS_MAX))) {
         const std::string kept = taken < SESSIONS_MAX ? "; the others are kept for other users" : "";
@@ -34,28 +34,28 @@ void RingSessions::take_place(const User& user) {
                      " are open, being opened, or closed while a client keeps their memory, " + std::to_string(theirs) +
                      " of them yours" + kept + ": end a session");
     }
-    places_[user]++;
+    reserved_[user]++;
 }
 
-void RingSessions::give_up_place(const User& user) {
-    const auto place = places_.find(user);
-    if (--place->second == 0) places_.erase(place);
+void RingSessions::cancel_reservation(const User& user) {
+    const auto reserved = reserved_.find(user);
+    if (--reserved->second == 0) reserved_.erase(reserved);
 }
 
 void RingSessions::open(std::unique_ptr<RingSession> session) {
     RingSession& opened = *session;
     engine_.open(std::move(session));
     open_[opened.id] = &opened;
-    give_up_place(opened.user());
+    cancel_reservation(opened.user());
     const auto given_up = unattached_.begin(opened.id, opened.user(), Clock::now());
     if (given_up) close(*given_up, ring::CLOSED_BY_DAEMON);
 }
 
 uint64_t RingSessions::count_of(const User& user) const {
     const auto is_theirs = [&](const auto& entry) { return entry.second->user() == user; };
-    const auto place = places_.find(user);
+    const auto reserved = reserved_.find(user);
     return static_cast<uint64_t>(std::count_if(open_.begin(), open_.end(), is_theirs)) + ended_.of(user) +
-           (place == places_.end() ? 0 : place->second);
+           (reserved == reserved_.end() ? 0 : reserved->second);
 }
 
 uint32_t RingSessions::count_of(uint32_t model) const {
@@ -79,14 +79,14 @@ uint64_t RingSessions::bytes_of(const User& user) const {
         bytes += uint64_t{session->share_slots} * spec.cell_bytes;
         add_tables(spec);
     }
-    for (const auto& [id, remains] : ended_.kept()) {
-        if (remains.user == user) add_tables(engine_.model(remains.model).spec);
+    for (const auto& [id, ended] : ended_.kept()) {
+        if (ended.user == user) add_tables(engine_.model(ended.model).spec);
     }
     return bytes;
 }
 
-bool RingSessions::make_way(const User& user) {
-    const auto session = unattached_.take_from_greedier(user);
+bool RingSessions::close_unattached_for(const User& user) {
+    const auto session = unattached_.remove_from_user_with_most(user);
     if (session) close(*session, ring::CLOSED_BY_DAEMON);
     return session.has_value();
 }
@@ -119,10 +119,10 @@ int RingSessions::attach(Descriptor& socket, RingSession& session) {
 }
 
 void RingSessions::watch(const RingSession& session, int socket, int process) {
-    // Nothing is to come after Hello. A message that lay there unread could hold this very connection open, as one of
-    // the descriptors that came with it.
+    // The client sends nothing after Hello. An unread message could hold this very connection open, as one of the
+    // descriptors that it carries.
     epoll_.watch(socket, Watched::session, session.id, EPOLLIN | EPOLLRDHUP | EPOLLHUP);
-    // A forked child of the client keeps the socket open, so its end alone would not tell that the client is gone.
+    // A forked child of the client keeps the socket open, so the socket alone does not show that the client has ended.
     if (process >= 0) epoll_.watch(process, Watched::session, session.id, EPOLLIN);
     // Edge-triggered and never read: a client that fills it or clears O_NONBLOCK hurts only itself.
     epoll_.watch(session.doorbell_fd(), Watched::wake_only, 0, EPOLLIN | EPOLLET);
@@ -188,7 +188,7 @@ void RingSessions::announce_waking() {
 void RingSessions::close(uint32_t id, ring::State state) {
     const auto found = open_.find(id);
     if (found == open_.end()) {
-        if (const auto model = ended_.hung_up(id)) engine_.models().leave(*model);
+        if (const auto model = ended_.forget_client(id)) engine_.models().leave(*model);
         return;
     }
     RingSession& session = *found->second;
@@ -200,11 +200,11 @@ void RingSessions::close(uint32_t id, ring::State state) {
     unattached_.end(id);
     const uint32_t model = session.model;
     const bool was_attached = session.attached();
-    Remains remains = session.remains();
+    EndedSession ended = session.end();
     if (client_stays) {
-        ended_.keep(id, std::move(remains));
+        ended_.keep(id, std::move(ended));
     } else if (was_attached) {
-        ended_.keep_ring(std::move(remains.ring), remains.user);
+        ended_.keep_ring(std::move(ended.ring), ended.user);
     }
     open_.erase(found);
     engine_.close(id);
@@ -212,12 +212,12 @@ void RingSessions::close(uint32_t id, ring::State state) {
 }
 
 void RingSessions::close_late() {
-    // A client that is stopped, or paused by its user, must not keep others waiting for good. It can attach again.
+    // A client that is stopped, or paused by its user, must not make others wait for ever. It can attach again.
     for (auto next = open_.begin(); next != open_.end();) {
         const auto [id, session] = *next++;
         if (session->blocks_for_long(engine_.blocks_others(*session))) close(id, ring::CLOSED_FOR_A_BROKEN_RULE);
     }
-    for (const uint32_t id : unattached_.take_expired(Clock::now())) close(id, ring::CLOSED_BY_DAEMON);
+    for (const uint32_t id : unattached_.remove_expired(Clock::now())) close(id, ring::CLOSED_BY_DAEMON);
     ended_.forget_released();
 }
 

@@ -1,7 +1,8 @@
-// The sessions of other processes: whose they are, which requests are served next, and how sessions end.
+// The sessions of other processes: how many a user may have, which requests are served next, and how sessions end.
 //
-// Belongs to the engine's thread. A session takes a place when its opening begins, is open until its client or we close
-// it, and may leave something behind (ended_sessions.h). No user takes the places that others need (user.h).
+// Belongs to the engine's thread. A session is reserved when its opening begins, and is open until its client or the
+// daemon closes it. After that, its client may still hold memory of it (ended_sessions.h). How many sessions a user may
+// have is in user.h.
 #pragma once
 
 #include <map>
@@ -16,42 +17,44 @@
 
 namespace weightd {
 
-// Each takes three descriptors, four once it is attached, two more for each segment of the pool beside them.
+// A session takes three file descriptors, and a fourth when its client has attached. A segment of the pool takes two.
 inline constexpr uint32_t SESSIONS_MAX = 256;
 
 class RingSessions {
   public:
     RingSessions(Engine& engine, Epoll& epoll);
 
-    // A place for a session that `user` opens. Throws NoRoom.
-    void take_place(const User& user);
-    void give_up_place(const User& user);
-    // Opens a session in a place that its user has taken. Closes another one where too many wait for their clients,
-    // perhaps this one: its client tries again.
+    // Reserves a session for `user`. Throws NoRoom.
+    void reserve_session(const User& user);
+    void cancel_reservation(const User& user);
+    // Opens a session, which uses up a reservation of its user. If too many sessions wait for their clients, closes one
+    // of those, perhaps this one: its client tries again.
     void open(std::unique_ptr<RingSession> session);
-    // What `reserve` returns. While it throws NoRoom, sessions without a client end, of users who have more of them.
+    // Returns what `reserve` returns. As long as that throws NoRoom, closes a session that has no client, of a user
+    // with more of those than `user` has, and tries again.
     template <typename F>
-    auto making_way(const User& user, F reserve) -> decltype(reserve()) {
+    auto reserve_for(const User& user, F reserve) -> decltype(reserve()) {
         while (true) {
             try {
                 return reserve();
             } catch (const NoRoom&) {
-                if (!make_way(user)) throw;
+                if (!close_unattached_for(user)) throw;
             }
         }
     }
-    // What the user's sessions have of --dram: their shares, and the tables of those for which none are set aside.
+    // The part of --dram that the user's sessions have: their shares, and the tables that are not paid for already
+    // (SESSIONS_RESERVED).
     uint64_t bytes_of(const User& user) const;
 
     RingSession* find(const Token& token);  // the session with this token; null if there is none or it has a client
-    // Connects a session with its client, and takes the socket. Returns 0, or the errno of a refusal, for which the
-    // socket is left to the caller.
+    // Connects a session with its client, and takes the socket. Returns 0, or the errno of a refusal: the socket is
+    // still the caller's then.
     int attach(Descriptor& socket, RingSession& session);
 
-    bool serve();            // serves one round of the sessions that have requests; false: none has
-    bool announce_sleep();   // tells clients to ring the doorbell for a request; true: one has made a request meanwhile
-    void announce_waking();  // tells clients that ringing is not needed
-    bool waits_for_time() const {  // whether close_late() may find something
+    bool serve();            // one round of the sessions that have requests; false: none has
+    bool announce_sleep();   // tells clients to ring the doorbell after a request; true: there is a request already
+    void announce_waking();  // tells clients not to ring it
+    bool has_deadlines() const {  // whether close_late() may find something later
         return !unattached_.empty() || ended_.holds_rings();
     }
 
@@ -63,14 +66,14 @@ class RingSessions {
     uint32_t count_of(uint32_t model) const;
 
   private:
-    bool make_way(const User& user);
+    bool close_unattached_for(const User& user);
     uint64_t count_of(const User& user) const;
     uint32_t serve(RingSession& session);
     void watch(const RingSession& session, int socket, int process);
 
     Engine& engine_;
     Epoll& epoll_;
-    std::map<User, uint32_t> places_;        // number of places taken by sessions that are not open yet
+    std::map<User, uint32_t> reserved_;      // number of sessions that are not open yet
     std::map<uint32_t, RingSession*> open_;  // by number, attached or not
     HalfOpen unattached_;                    // sessions of open_ without a client
     Rounds rounds_;                          // the order in which those of open_ are served

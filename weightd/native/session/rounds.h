@@ -1,7 +1,7 @@
 // The order of requests: in each round every user gets the same work done, and the sessions of a user share it.
 //
-// So a user that asks for much, in any number of sessions, makes another user wait for one part of that work at most.
-// The rest of a user's requests follows in the next rounds; its sessions take turns.
+// So a user that asks for much, in any number of sessions, delays another user by the work of one round at most. The
+// rest of its requests follows in the next rounds, in which its sessions take turns.
 #pragma once
 
 #include <algorithm>
@@ -15,14 +15,14 @@ namespace weightd {
 
 class Rounds {
   public:
-    static constexpr uint32_t USER_WORK = 2048;  // in a round: a tenth of a millisecond or two
+    static constexpr uint32_t USER_WORK = 2048;  // in a round: one or two tenths of a millisecond
 
     struct Waiting {
         User user;
         uint32_t session;
     };
 
-    // One round. `serve` does a part of a session's work and returns how much it did.
+    // One round. `serve` does a part of a session's work and returns how much that was.
     template <typename Serve>
     void round(std::vector<Waiting> waiting, Serve serve) {
         std::map<User, uint32_t> next;
@@ -32,7 +32,7 @@ class Rounds {
         for (auto first = waiting.begin(); first != waiting.end();) {
             const User user = first->user;
             uint32_t left = USER_WORK;
-            for (; first != waiting.end() && first->user == user; ++first) {
+            for (; first != waiting.end() && first->user == user; first++) {
                 if (left == 0) continue;
                 left -= std::min(left, serve(first->session));
                 next[user] = first->session + 1;

@@ -2,13 +2,15 @@
 
 If there are several weight files, transformers' rule decides (_get_resolved_checkpoint_files of modeling_utils.py):
 safetensors before torch, and of each kind a single file before an index. Files of a variant (model.fp16.safetensors)
-and of other formats (consolidated.safetensors) are never taken.
+and of other formats (consolidated.safetensors) are never taken. Of an index only the names of the shards count: all
+tensors in them are taken, and those that the model needs must be there.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +59,56 @@ def open_folder(path: Path) -> Checkpoint:
         )
     if not folder.has(CONFIG_FILE):
         instead = "one of the folders in its snapshots/" if (path / "snapshots").is_dir() else "a Hugging Face folder"
-        raise CheckpointError(f"no {CONFIG_FILE} in {path}: give {instead} or a .gguf file")
+        raise CheckpointError(f"no {CONFIG_FILE} in {path}: give {instead} or a .gguf file{_unfinished(folder)}")
     config = read_json(folder.file(CONFIG_FILE))
+    configuration = configuration_name(config)
+    if configuration != CONFIG_FILE:
+        config = read_json(folder.file(configuration))
     _check_config(path, config)
     tensors = _read_tensors(folder, config.get("transformers_weights"))
-    return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target))
+    return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target, configuration))
 
 
-def copy_files(folder: ModelFolder, target: Path) -> None:
-    """Copies config, generation config, tokenizer files and chat templates, unchanged."""
+def configuration_name(config: Mapping[str, Any]) -> str:
+    """The file that holds the configuration for the installed transformers, which config.json may name.
+
+    As transformers' get_configuration_file(): the last, in the order of their names, before the first that is too new.
+    """
+    named = config.get("configuration_files")
+    names = named if isinstance(named, list) else []
+    versions = {
+        name.removeprefix("config.").removesuffix(".json"): name
+        for name in names
+        if isinstance(name, str) and name.startswith("config.") and name.endswith(".json") and name != CONFIG_FILE
+    }
+    try:
+        installed = version("transformers")
+    except PackageNotFoundError:
+        return CONFIG_FILE
+    from packaging.version import InvalidVersion, Version  # transformers needs it, too
+
+    chosen = CONFIG_FILE
+    for written in sorted(versions):
+        try:
+            if Version(written) > Version(installed):
+                break
+        except InvalidVersion as error:
+            raise CheckpointError(f"{CONFIG_FILE} names {versions[written]}, which is of no version") from error
+        chosen = versions[written]
+    return chosen
+
+
+def copy_files(folder: ModelFolder, target: Path, configuration: str = CONFIG_FILE) -> None:
+    """Copies config, generation config, tokenizer files and chat templates, unchanged.
+
+    Args:
+        configuration: the file that becomes config.json.
+    """
     names = folder.matching(FILE_PATTERNS) + folder.matching(TEMPLATE_PATTERNS, TEMPLATES_FOLDER)
     for name in names:
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder.file(name), copy)
+        shutil.copyfile(folder.file(configuration if name == CONFIG_FILE else name), copy)
 
 
 def _check_config(path: Path, config: dict[str, Any]) -> None:
@@ -82,11 +120,6 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
                 f"{path} is quantised ({method or f'{key} = {value!r}'}): import the unquantised checkpoint or a "
                 ".gguf file"
             )
-    if config.get("configuration_files"):
-        raise CheckpointError(
-            f"{path} has a configuration for each version of transformers (configuration_files = "
-            f"{config['configuration_files']!r}): replace {CONFIG_FILE} with the one of your version"
-        )
 
 
 def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:
@@ -105,6 +138,7 @@ def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:
     raise CheckpointError(
         f"no weights in {folder.path}: expected {SAFETENSORS_FILE}, {TORCH_FILE} or their index files"
         + (f", and transformers does not look at {', '.join(others[:5])}" if others else "")
+        + _unfinished(folder)
     )
 
 
@@ -135,12 +169,21 @@ def _read_shards(
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(shards)} shards are missing in {folder.path}, first {missing[0]!r}: "
-            "the download is incomplete"
+            f"the download is incomplete{_unfinished(folder)}"
         )
     tensors: dict[str, SourceTensor] = {}
     for shard in shards:  # if several shards hold a name, the last one counts, as in transformers
         tensors.update(read(folder.file(shard)))
-    lost = sorted(weight_map.keys() - tensors.keys())
-    if lost:
-        raise CheckpointError(f"{index} says that {lost[0]} is in {weight_map[lost[0]]}, but it is not there")
     return tensors
+
+
+def has_weights(folder: ModelFolder) -> bool:
+    """Whether the folder holds weights under a name that transformers looks for."""
+    names = (SAFETENSORS_FILE, TORCH_FILE)
+    return any(folder.has(f"{name}{suffix}") for name in names for suffix in ("", INDEX_SUFFIX))
+
+
+def _unfinished(folder: ModelFolder) -> str:
+    """What an interrupted download has left behind, as the end of an error."""
+    left = folder.unfinished()
+    return f"; {left} unfinished files (*.incomplete) lie there: run the download again" if left else ""

@@ -2,18 +2,23 @@
 
 A folder may come from a stranger, and what is copied from it is served to every client. So a name that leads out of the
 folder is refused, whether by `..` or by a link, of the file or of a folder on its path. The links of Hugging Face's
-cache, from snapshots/REVISION/NAME to ../../blobs/SUM, are the exception. Pipes and devices, which could block a
-reader, are refused too.
+cache are the exception: from models--ORG--NAME/snapshots/REVISION/NAME to ../../blobs/SUM, and from there, since
+huggingface_hub 2, to blobs/XX/SUM of the cache, which its models share. Pipes and devices, which could block a reader,
+are refused too.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import stat
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from weightd.errors import CheckpointError
+
+UNFINISHED = "*.incomplete"  # of huggingface_hub
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 
 class ModelFolder:
@@ -23,8 +28,14 @@ class ModelFolder:
         self.path = path
         root = path.resolve()
         self._roots = [root]
+        self._shared_blobs: Path | None = None
+        self._downloads = root / ".cache" / "huggingface" / "download"  # of `hf download --local-dir`
         if root.parent.name == "snapshots":
-            self._roots.append(root.parent.parent / "blobs")  # not resolved: if it is a link, its target is outside
+            repository = root.parent.parent
+            self._downloads = repository / "blobs"
+            self._roots.append(self._downloads)  # not resolved: if it is a link, its target is outside
+            if repository.name.startswith("models--"):
+                self._shared_blobs = repository.parent / "blobs"
 
     def has(self, name: str) -> bool:
         """Whether anything has that name, even if it is a broken link."""
@@ -39,11 +50,21 @@ class ModelFolder:
         except OSError as error:
             reason = f"a link to nothing ({path.readlink()})" if path.is_symlink() else (error.strerror or "").lower()
             raise CheckpointError(f"{path} cannot be read: {reason}; the download may be incomplete") from error
-        if not any(resolved.is_relative_to(root) for root in self._roots):
+        if not any(resolved.is_relative_to(root) for root in self._roots) and not self._is_shared_blob(resolved):
             raise CheckpointError(f"{path} is a link out of its folder, to {resolved}: put a copy in its place")
         if not stat.S_ISREG(mode):
             raise CheckpointError(f"{path} is not a regular file: {stat.filemode(mode)}")
         return resolved
+
+    def _is_shared_blob(self, path: Path) -> bool:
+        shared = self._shared_blobs
+        if shared is None or not path.is_relative_to(shared):
+            return False
+        return _SHARED_BLOB.fullmatch(str(path.relative_to(shared))) is not None
+
+    def unfinished(self) -> int:
+        """How many files of an interrupted download lie here."""
+        return sum(1 for _ in self._downloads.rglob(UNFINISHED))
 
     def _inside(self, name: str) -> Path:
         if "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:

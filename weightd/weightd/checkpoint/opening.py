@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from weightd.checkpoint.checkpoint import Checkpoint
-from weightd.checkpoint.folder import CONFIG_FILE, open_folder
+from weightd.checkpoint.folder import has_weights, open_folder
 from weightd.checkpoint.gguf import open_gguf
 from weightd.checkpoint.model_folder import ModelFolder
 from weightd.errors import CheckpointError
+from weightd_proto.hub_names import is_hub_name
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -23,7 +24,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is neither a file nor a folder: give a Hugging Face folder or a .gguf file")
     folder = ModelFolder(path)
     gguf_files = folder.matching(("*.gguf",))
-    if not folder.has(CONFIG_FILE) and len(gguf_files) == 1:
+    if len(gguf_files) == 1 and not has_weights(folder):  # a config.json may lie beside it
         return open_gguf(folder.file(gguf_files[0]))
     return open_folder(path)
 
@@ -31,3 +32,36 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def check_exists(path: Path) -> None:
     if not path.exists():
         raise CheckpointError(f"no checkpoint at {path}: give a Hugging Face folder or a .gguf file")
+
+
+def locate(source: str, revision: str | None, store: Path) -> Path:
+    """Where the checkpoint `source` lies: a path that exists, or else a model of the hub, which is downloaded.
+
+    Args:
+        revision: of a model of the hub: a branch, tag or commit; by default main.
+        store: where it will be imported to.
+
+    Raises:
+        CheckpointError: it is not there, or cannot be downloaded; says what to do.
+        SpaceError: a disk has no room for the download and the import.
+    """
+    path = Path(source)
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"{source} is a path, and a revision is of a model on the hub: leave --revision out")
+        return _snapshot_of(path)
+    if is_hub_name(source):
+        from weightd.checkpoint.hub import fetch
+
+        return fetch(source, revision, store)
+    check_exists(path)
+    return path
+
+
+def _snapshot_of(path: Path) -> Path:
+    """The branch main of a model's folder in the hub's cache; any other path as it is."""
+    reference = path / "refs" / "main"
+    if not (path / "snapshots").is_dir() or not reference.is_file():
+        return path
+    snapshot = path / "snapshots" / reference.read_text(errors="replace").strip()
+    return snapshot if snapshot.is_dir() else path

@@ -7,6 +7,7 @@ its storage in the file, but no data. (torch.load documents this use of FakeTens
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -64,11 +65,21 @@ def _load_fake(path: Path) -> Mapping[str, Any]:
         with FakeTensorMode():
             state = torch.load(path, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{path} cannot be read as weights alone: {reason}") from error
+        raise CheckpointError(_refusal(path, str(error))) from error
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path} holds {type(state).__name__}, not a state_dict")
     return state
+
+
+def _refusal(path: Path, said: str) -> str:
+    """Why torch did not read the file. Its own text goes on with how to run the code that the file holds."""
+    code = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", said)
+    if code is not None:
+        return (
+            f"{path} holds code ({code[1]}) beside its weights, which is never run: take the model's safetensors "
+            "files, or save its state_dict alone"
+        )
+    return f"{path} cannot be read as weights alone: {(said.splitlines() or ['unknown'])[0]}"
 
 
 def _tensor(path: Path, name: str, value: torch.Tensor) -> SourceTensor:

@@ -85,9 +85,7 @@ class UncachedReader(_UncachedFile):
                 if count == 0 or begin + done_bytes >= self.size_bytes:
                     reason = f"file ended at {begin + done_bytes}, {offset_bytes + size_bytes} bytes expected"
                     raise OSError(errno.EIO, reason, str(self.path))
-                done_bytes -= (
-                    done_bytes % self.block_bytes
-                )  # after a short read, the next request must be aligned again
+                done_bytes -= done_bytes % self.block_bytes  # after a short read: the next request must be aligned
         if self.buffered:
             os.posix_fadvise(self.descriptor, begin, len(target), os.POSIX_FADV_DONTNEED)
         return target[lead_bytes:wanted_bytes]

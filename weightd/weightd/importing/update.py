@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from weightd.checkpoint.hub import newest_commit
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
 from weightd.importing.convert import import_checkpoint
 from weightd.importing.rehearsal import Rehearse
 from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
-from weightd.store.store import Store, check_model_name, model_name_for
+from weightd.store.store import CATALOG_FILE, Store, check_model_name, model_name_for
 from weightd_proto import weightd_pb2
+from weightd_proto.hub_names import is_hub_name
 
 KEPT, IMPORTED, REPLACED = "kept", "imported", "replaced"
 
@@ -52,6 +54,23 @@ def update(
             return model, REPLACED if known is not None else IMPORTED
 
 
+def current_on_hub(
+    source: str, revision: str | None, store: Path, name: str | None = None, dtype: str | None = None
+) -> weightd_pb2.Model | None:
+    """The model that was imported from the hub's `source`, if it is of the commit that the hub has now.
+
+    Then nothing is downloaded to know that it is current, even if the hub's cache was emptied after the import.
+    """
+    if Path(source).exists() or not is_hub_name(source) or not (store / CATALOG_FILE).exists():
+        return None
+    with Store.open(store, readonly=True) as opened:
+        for model in opened.models():
+            origin = model.origin
+            if model.source == source and name in (None, model.name) and dtype in (None, origin.dtype):
+                return model if origin.commit and origin.commit == newest_commit(source, revision) else None
+    return None
+
+
 def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Model | None:
     """The model that was imported from `path`, with the given name or, without one, with any name."""
     source = source_text(path)
@@ -65,7 +84,9 @@ def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None) -> boo
     """Whether an import would give another model. Unknown, and so False, for an import by an older weightd."""
     if not model.HasField("origin"):
         return False
-    return model.origin != origin_of(path, model.origin.dtype if dtype is None else dtype)
+    now = origin_of(path, model.origin.dtype if dtype is None else dtype)
+    now.commit = model.origin.commit  # of a commit with the same files nothing is new
+    return bool(model.origin != now)
 
 
 def _default_name(path: Path) -> str:

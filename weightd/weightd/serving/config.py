@@ -28,6 +28,7 @@ from weightd.gateway.tls import TlsFiles
 from weightd.machine.budget import DRAM_FLOOR
 from weightd.sizes import NOTHING_GIVEN, Amount, parse_size
 from weightd_proto.addresses import is_loopback
+from weightd_proto.dram import DRAM_BYTES_MIN
 
 IO_ENGINES = ("auto", "io_uring", "threads")
 IO_THREADS_DEFAULT = 32  # the paper's number of reading threads
@@ -36,7 +37,6 @@ IO_DEPTH_MAX = 4096
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 METRICS_HOST = "127.0.0.1"
-DRAM_BYTES_MIN = 1 << 20  # every model needs more, so a smaller number without a unit is a mistake
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _metrics(address: MetricsAddress, statistics: Statistics) -> AbstractContext
 def _engine(config: ServeConfig, dram_bytes: int, data_socket: str, triggers: pressure.Triggers) -> EngineThread:
     try:
         with listening.private_sockets():
-            options = EngineOptions.make(
+            options = EngineOptions(
                 dram_bytes=dram_bytes,
                 io_engine=config.io_engine,
                 io_threads=config.io_threads,

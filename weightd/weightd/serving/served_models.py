@@ -227,10 +227,7 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
         stride_bytes=bundle.stride_bytes,
         bundle_bytes=bundle.bundle_bytes,
         bundles_per_cell=bundle.bundles_per_cell,
-        layer_offsets=[layer.offset_bytes for layer in record.layers],
-        layer_neurons=[layer.neurons for layer in record.layers],
-        layer_cells=[layer.cells for layer in record.layers],
-        layer_experts=[layer.experts for layer in record.layers],
+        layers=[(layer.offset_bytes, layer.neurons, layer.cells, layer.experts) for layer in record.layers],
         checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
         tensors=[(tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident],
     )

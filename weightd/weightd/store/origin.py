@@ -9,6 +9,7 @@ changed: one import too many does no harm, but serving old weights would.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,24 @@ SAMPLE_BYTES = 4096
 
 def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
     """The origin of the checkpoint at `path` (a folder or a file), imported with --dtype `dtype`. OSError."""
-    return weightd_pb2.Origin(dtype=dtype, files=[_file(name, file) for name, file in sorted(_files(path).items())])
+    files = [_file(name, file) for name, file in sorted(_files(path).items())]
+    resolved = path.resolve()
+    return weightd_pb2.Origin(dtype=dtype, files=files, commit=resolved.name if hub_name_of(resolved) else "")
 
 
 def source_text(path: Path) -> str:
-    """`path` without symbolic links, as the catalog stores it: UTF-8, with escapes for other bytes."""
-    return os.fsencode(path.resolve()).decode(errors="backslashreplace")
+    """What was imported, as the catalog stores it: `path` without symbolic links, UTF-8 with escapes for other bytes.
+
+    A snapshot in the hub's cache is named as on the hub, because its path differs with every revision.
+    """
+    resolved = path.resolve()
+    return hub_name_of(resolved) or os.fsencode(resolved).decode(errors="backslashreplace")
+
+
+def hub_name_of(path: Path) -> str | None:
+    """ORGANISATION/NAME if `path` is a snapshot in the hub's cache: models--ORGANISATION--NAME/snapshots/COMMIT."""
+    found = re.fullmatch(r".*/models--([\w.-]+?)--([\w.-]+)/snapshots/[0-9a-f]+", str(path))
+    return None if found is None else f"{found[1]}/{found[2]}"
 
 
 def _files(path: Path) -> dict[str, Path]:

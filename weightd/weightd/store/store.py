@@ -52,6 +52,7 @@ from weightd.closing import Closing
 from weightd.errors import CorruptionError, ImportingError, StoreError
 from weightd.store.catalog import Catalog
 from weightd.store.daemon_lock import DaemonLock
+from weightd.store.origin import hub_name_of
 from weightd.store.staged_folder import (
     MARKER_FILE,
     REMOVED_PREFIX,
@@ -89,9 +90,11 @@ def check_model_name(name: str) -> str:
 def model_name_for(path: Path) -> str:
     """The name of the checkpoint at `path` in a store, unless --name gives another one.
 
-    It is the name of the folder or of the .gguf file, with a dash for every character that no model name may have.
+    It is the name of the folder or of the .gguf file, with a dash for every character that no model name may have. A
+    snapshot in the hub's cache has its name on the hub, without the organisation.
     """
-    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", path.name.removesuffix(".gguf")).lstrip("-+.")[:NAME_BYTES_MAX]
+    last = (hub_name_of(path) or path.name).rpartition("/")[2]
+    name = re.sub(r"[^A-Za-z0-9_.+-]", "-", last.removesuffix(".gguf")).lstrip("-+.")[:NAME_BYTES_MAX]
     return name if name and name not in _RESERVED else f"model-{name}".rstrip("-")
 
 

@@ -1,4 +1,4 @@
-#include "bundle/checksum.h"
+#include "device/checksum.h"
 
 #include <new>
 
@@ -12,7 +12,7 @@
 
 namespace weightd {
 
-std::uint64_t checksum(std::span<const std::byte> bytes) { return XXH3_64bits_dispatch(bytes.data(), bytes.size()); }
+uint64_t checksum(std::span<const std::byte> bytes) { return XXH3_64bits_dispatch(bytes.data(), bytes.size()); }
 
 void Checksum::Free::operator()(XXH3_state_s* state) const { XXH3_freeState(state); }
 
@@ -25,6 +25,6 @@ void Checksum::update(std::span<const std::byte> bytes) {
     XXH3_64bits_update_dispatch(state_.get(), bytes.data(), bytes.size());
 }
 
-std::uint64_t Checksum::value() const { return XXH3_64bits_digest(state_.get()); }
+uint64_t Checksum::value() const { return XXH3_64bits_digest(state_.get()); }
 
 }  // namespace weightd

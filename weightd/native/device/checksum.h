@@ -11,14 +11,14 @@ struct XXH3_state_s;  // of xxhash
 namespace weightd {
 
 // XXH3-64 with the widest vectors this processor has.
-std::uint64_t checksum(std::span<const std::byte> bytes);
+uint64_t checksum(std::span<const std::byte> bytes);
 
 // The same of bytes that come in pieces.
 class Checksum {
   public:
     Checksum();
     void update(std::span<const std::byte> bytes);
-    std::uint64_t value() const;
+    uint64_t value() const;
 
   private:
     struct Free {

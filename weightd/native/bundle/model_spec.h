@@ -1,4 +1,4 @@
-// One model as the engine sees it: cells on flash, their checksums, and the resident file.
+// The description of one model for the engine: its cells on flash, their checksums, and the resident file.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-#include "bundle/model.h"
+#include "bundle/model_spec.h"
 
 #include <algorithm>
 #include <stdexcept>
