@@ -1,7 +1,7 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd --store DIR ...                  serves the store (weightd.serving.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
@@ -128,6 +128,7 @@ def _parser() -> FlagParser:
         help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub",
     )
     adding.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub (default: main)")
+    adding.add_argument("--file", metavar="F", help="the .gguf file of a model on the hub that has several")
     adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
     adding.add_argument(
         "--dtype",
@@ -181,11 +182,11 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
 
     rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
-    if options.update:
+    if options.update and options.file is None:
         known = current_on_hub(options.source, options.revision, options.store, options.name, options.dtype)
         if known is not None:
             return _say_imported(known, KEPT, options.json)
-    source = locate(options.source, options.revision, options.store)  # before the store is made
+    source = locate(options.source, options.revision, options.store, options.file)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)

@@ -180,8 +180,20 @@ def test_weights_that_no_import_reads_are_not_downloaded(hub: HubServer, publish
         fetch(NAME, None, store)
     for name in ("a-q4.gguf", "a-q8.gguf"):
         (published / name).write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"has 2 \.gguf files \(a-q4\.gguf, a-q8\.gguf, \.\.\.\): download one"):
+    with pytest.raises(CheckpointError, match=r"has 2 \.gguf files: pick one with --file, of a-q4\.gguf, a-q8\.gguf$"):
         fetch(NAME, None, store)
+
+
+def test_one_of_several_gguf_files_is_picked(hub: HubServer, published: Path, store: Path) -> None:
+    for name in ("a-q4.gguf", "a-q8.gguf", "mmproj-a.gguf"):
+        (published / name).write_bytes(name.encode())
+    path = fetch(NAME, None, store, "a-q8.gguf")
+    assert path.read_bytes() == b"a-q8.gguf"
+    assert [path.name for path in path.parent.glob("*.gguf")] == ["a-q8.gguf"]
+    assert source_text(path) == "org/tiny/a-q8.gguf"
+    assert model_name_for(path) == "a-q8"
+    with pytest.raises(CheckpointError, match=r"has no file b\.gguf: its \.gguf files are a-q4\.gguf, a-q8\.gguf$"):
+        fetch(NAME, None, store, "b.gguf")
 
 
 def test_one_gguf_file_is_the_model(hub: HubServer, published: Path, store: Path) -> None:

@@ -37,11 +37,12 @@ from weightd.errors import CheckpointError, SpaceError
 from weightd.sizes import format_size
 
 MAIN = "main"
+FILES_LISTED_MAX = 24
 SPARE_BYTES = 64 << 20  # left free on the cache's disk: links, locks and small files
 
 
-def fetch(name: str, revision: str | None, store: Path) -> Path:
-    """The folder of the hub's model `name` (ORGANISATION/NAME), complete.
+def fetch(name: str, revision: str | None, store: Path, file: str | None = None) -> Path:
+    """The folder of the hub's model `name` (ORGANISATION/NAME), complete, or its .gguf file `file`.
 
     If the hub cannot be reached, what the cache has is taken, and said on standard error unless offline was asked for.
 
@@ -53,7 +54,8 @@ def fetch(name: str, revision: str | None, store: Path) -> Path:
         CheckpointError: there is no such model, it may not be read, or it is neither reachable nor cached.
         SpaceError: the disk has no room for the download and the import.
     """
-    return _Fetch(name, revision or MAIN).run(store)
+    folder = _Fetch(name, revision or MAIN, file).run(store)
+    return folder if file is None else folder / file
 
 
 def newest_commit(name: str, revision: str | None) -> str | None:
@@ -64,7 +66,7 @@ def newest_commit(name: str, revision: str | None) -> str | None:
 class _Fetch:
     """One model's way into the cache."""
 
-    def __init__(self, name: str, revision: str) -> None:
+    def __init__(self, name: str, revision: str, file: str | None = None) -> None:
         try:
             self._hub: Any = import_module("huggingface_hub")
         except ImportError as error:
@@ -75,6 +77,7 @@ class _Fetch:
         self._errors: Any = import_module("huggingface_hub.errors")
         self._name = name
         self._revision = revision
+        self._file = file
         utils: Any = import_module("huggingface_hub.utils")
         utils.logging.set_verbosity_error()
         if not sys.stderr.isatty():
@@ -143,6 +146,11 @@ class _Fetch:
 
     def _wanted(self, files: Mapping[str, int], commit: str) -> list[str]:
         """The files that an import reads. Configuration and index are downloaded for this."""
+        ggufs = sorted(file for file in files if file.endswith(".gguf") and not _name(file).startswith("mmproj"))
+        if self._file is not None:
+            if self._file not in ggufs:
+                raise CheckpointError(f"{self._place} has no file {self._file}: its .gguf files are {_listed(ggufs)}")
+            return [self._file]
         weights: list[str] = []
         kept = [file for file in files if _matches(file)]
         if CONFIG_FILE in files:
@@ -151,11 +159,9 @@ class _Fetch:
             kept = [*dict.fromkeys((*kept, configuration))]
         if weights:
             return [*kept, *weights]
-        ggufs = sorted(file for file in files if file.endswith(".gguf"))
         if len(ggufs) > 1:
             raise CheckpointError(
-                f"{self._place} has {len(ggufs)} .gguf files ({', '.join(ggufs[:3])}, ...): download one with "
-                f"`hf download {self._name} FILE --local-dir DIR`, and import that"
+                f"{self._place} has {len(ggufs)} .gguf files: pick one with --file, of {_listed(ggufs)}"
             )
         if not ggufs:
             raise CheckpointError(f"{self._place} has nothing that can be imported: no safetensors, .bin or .gguf file")
@@ -235,6 +241,15 @@ class _Fetch:
             f"no file or folder {self._name}, and it cannot be downloaded from {endpoint} ({reason}): check the "
             "network and run the command again; what has been downloaded is kept"
         )
+
+
+def _name(file: str) -> str:
+    return file.rpartition("/")[2]
+
+
+def _listed(files: list[str]) -> str:
+    more = len(files) - FILES_LISTED_MAX
+    return ", ".join(files[:FILES_LISTED_MAX]) + (f" and {more} more" if more > 0 else "") if files else "none"
 
 
 def _matches(file: str) -> bool:

@@ -34,12 +34,13 @@ def check_exists(path: Path) -> None:
         raise CheckpointError(f"no checkpoint at {path}: give a Hugging Face folder or a .gguf file")
 
 
-def locate(source: str, revision: str | None, store: Path) -> Path:
+def locate(source: str, revision: str | None, store: Path, file: str | None = None) -> Path:
     """Where the checkpoint `source` lies: a path that exists, or else a model of the hub, which is downloaded.
 
     Args:
         revision: of a model of the hub: a branch, tag or commit; by default main.
         store: where it will be imported to.
+        file: the .gguf file to take of a model of the hub that has several.
 
     Raises:
         CheckpointError: it is not there, or cannot be downloaded; says what to do.
@@ -49,11 +50,15 @@ def locate(source: str, revision: str | None, store: Path) -> Path:
     if path.exists():
         if revision is not None:
             raise CheckpointError(f"{source} is a path, and a revision is of a model on the hub: leave --revision out")
+        if file is not None:
+            raise CheckpointError(
+                f"{source} is a path, and --file is for a model on the hub: give the path of the file"
+            )
         return _snapshot_of(path)
     if is_hub_name(source):
         from weightd.checkpoint.hub import fetch
 
-        return fetch(source, revision, store)
+        return fetch(source, revision, store, file)
     check_exists(path)
     return path
 

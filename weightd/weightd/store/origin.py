@@ -34,10 +34,14 @@ def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
 def source_text(path: Path) -> str:
     """What was imported, as the catalog stores it: `path` without symbolic links, UTF-8 with escapes for other bytes.
 
-    A snapshot in the hub's cache is named as on the hub, because its path differs with every revision.
+    A snapshot in the hub's cache, or a file of it, is named as on the hub: its path differs with every revision.
     """
     resolved = path.resolve()
-    return hub_name_of(resolved) or os.fsencode(resolved).decode(errors="backslashreplace")
+    if (name := hub_name_of(resolved)) is not None:
+        return name
+    if (name := hub_name_of(path.absolute().parent)) is not None:  # a file there is a link to a blob
+        return f"{name}/{path.name}"
+    return os.fsencode(resolved).decode(errors="backslashreplace")
 
 
 def hub_name_of(path: Path) -> str | None:
