@@ -58,9 +58,10 @@ void make_model(ModelSpec* self, std::string name, const std::filesystem::path& 
 
 void bind_model(nb::module_& module) {
     nb::class_<ModelSpec>(module, "ModelSpec", "A model as the engine sees it; sizes and offsets in bytes.")
-        .def("__init__", &make_model, nb::kw_only(), "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a,
-             "cell_bytes"_a, "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layers"_a, "checksums"_a,
-             "tensors"_a,
-             "layers: (offset, neurons, cells, experts) each; checksums: uint64[neurons] of each layer; tensors: (name, "
-             "offset, size, checksum) each.");
+        .def(
+            "__init__", &make_model, nb::kw_only(), "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a,
+            "cell_bytes"_a, "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layers"_a, "checksums"_a,
+            "tensors"_a,
+            "layers: (offset, neurons, cells, experts) each; checksums: uint64[neurons] of each layer; tensors: (name, "
+            "offset, size, checksum) each.");
 }

@@ -214,7 +214,7 @@ def test_shapes_and_dtypes_of_all_callers(mixture: Mixture) -> None:
         assert experts(x, index, weights).dtype == torch.bfloat16
     assert experts(x[:0], index[:0], weights[:0]).shape == (0, HIDDEN)
     with pytest.raises(AbsentWeightError, match="no gradient"):
-        experts(x.requires_grad_(), index, weights).sum().backward()
+        experts(x.requires_grad_(), index, weights).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_a_lost_weightd_changes_no_bit(mixture: Mixture) -> None:
