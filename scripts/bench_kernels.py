@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
-from flashclient.model.arrays import array_of
-from flashclient.model.decode_attention import attend
+from flashclient.kernels.arrays import array_of
+from flashclient.kernels.decode_attention import attend
 from weightd_proto.encodings import plain
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer

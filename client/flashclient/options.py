@@ -12,7 +12,7 @@ import torch
 from flashclient._native import WINDOW_TOKENS_MAX
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model.dtypes import DTYPES
+from flashclient.kernels.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
 

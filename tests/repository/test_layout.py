@@ -40,11 +40,13 @@ TABLE = {
         turns: errors
         daemon: errors
         source: errors daemon
-        model: errors torch_state turns daemon source
-        recipes: errors model
-        generation: errors torch_state source model
-        calibration: errors memory_limits daemon source model
-        options: errors daemon model
+        kernels: errors
+        model: errors torch_state turns daemon source kernels
+        tensors: errors
+        recipes: errors model tensors
+        generation: errors torch_state source model recipes
+        calibration: errors memory_limits daemon source kernels model
+        options: errors daemon kernels model
         client: errors standard_streams torch_state turns daemon source model generation options
         cli: errors standard_streams client calibration
         __main__: cli

@@ -35,8 +35,8 @@ from flashclient.calibration.predictor_training import (
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.errors import CalibrationError, OptionError
+from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import has_exact_zeros
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from flashclient.calibration.layer_walk import LayerWeights, layer_walk, read_parts
 from flashclient.calibration.predictor_training import PairCounts, Rates, ReferencePredictor
+from flashclient.kernels.dtypes import DTYPES
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.build import resident_tensors
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2

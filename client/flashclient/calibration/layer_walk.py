@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import copy_bundles
+from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import neurons_of
 from flashclient.model.build import resident_tensors
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.install import biases_of, streamed_ffns
 from flashclient.model.loaded import LoadedModel
 from flashclient.source.bundle_source import retry_on_loss

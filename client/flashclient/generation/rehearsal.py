@@ -1,27 +1,15 @@
 """The rehearsal of an import: tries what a client does with a model's files before any weights are written.
 
-    python -m flashclient.generation.rehearsal FOLDER < record
-
-It fails with status 1 and one line on standard output.
-
-weightd runs it in a child process (weightd.importing.rehearsal), because transformers takes hundreds of megabytes. A
-client that has started the import runs it itself (answering()), because it has loaded transformers already. The
-rehearsal builds the model as a client does, with weights that are all zero and take no memory, and runs it. So an
-import is refused if its files cannot be read, or the model's class, attention or kernels refuse the model.
+It builds the model as a client does, with weights that are all zero and take no memory, and runs it. So an import is
+refused if its files cannot be read, or the model's class, attention or kernels refuse the model.
 """
 
 from __future__ import annotations
 
 import mmap
-import multiprocessing
-import os
 import re
-import sys
-import threading
-import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from multiprocessing.connection import Connection
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -139,43 +127,3 @@ def _blamed(file: Path) -> Iterator[None]:
         said = str(error).replace(f"{file.parent}/", "")  # the folder is deleted before a user reads this
         reason = re.sub(r"\s+", " ", said).strip()[:REASON_CHARACTERS_MAX]
         raise RefusedFileError(f"{file.name}: {reason or type(error).__name__}") from error
-
-
-@contextmanager
-def answering() -> Iterator[int]:
-    """The descriptor for `weightd import --rehearse-fd`. A thread of this process answers its requests meanwhile."""
-    ours, theirs = multiprocessing.Pipe()
-    answerer = threading.Thread(target=_answer, args=(ours,), name="flashclient-rehearsal")
-    answerer.start()
-    with ours:
-        try:
-            with theirs:
-                yield theirs.fileno()
-        finally:
-            answerer.join()  # it ends: the import has ended, and both copies of the other end are closed
-
-
-def _answer(connection: Connection) -> None:
-    with suppress(EOFError, OSError):
-        while True:
-            folder, record = os.fsdecode(connection.recv_bytes()), connection.recv_bytes()
-            try:
-                rehearse(weightd_pb2.Model.FromString(record), Path(folder))
-            except RefusedFileError as error:
-                connection.send_bytes(str(error).encode(errors="backslashreplace"))
-            else:
-                connection.send_bytes(b"")
-
-
-def main() -> None:
-    warnings.simplefilter("ignore")
-    record = weightd_pb2.Model.FromString(sys.stdin.buffer.read())
-    try:
-        rehearse(record, Path(sys.argv[1]))
-    except RefusedFileError as error:
-        print(error)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

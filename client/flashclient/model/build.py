@@ -16,20 +16,21 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError
+from flashclient.kernels.decode_attention import use_decode_attention
+from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.model.absent_weights import AbsentWeight, guard
-from flashclient.model.decode_attention import use_decode_attention
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.experts_ffn import ExpertsFFN, has_experts
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
-from flashclient.model.resident_linear import use_fast_linears
 from flashclient.model.step import Steps
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
@@ -107,6 +108,7 @@ def build_model(
     with _UnmadeParameters():
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
+    model.train(False)  # dropout would change what the checks of installed FFNs see
     tensors = resident_tensors(record, source.resident, dtype)
     kernels = _kernels(record, workers)
     ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
@@ -118,7 +120,7 @@ def build_model(
     if not attention_chosen:
         use_decode_attention(model, workers)
     _keep_time(model, ffn.clock)
-    model.train(False)
+    model.train(False)  # the modules that were added, too
     guard(model)
     return BuiltModel(model, ffn, steps, record)
 
@@ -135,9 +137,11 @@ def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:
 
 
 def _config_of(model_class: type[PreTrainedModel], record: weightd_pb2.Model, folder: Path) -> PreTrainedConfig:
+    model_type = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
     config_class = model_class.config_class
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == record.model_class:
+        config_class = CONFIG_MAPPING[model_type]  # several types can be run by one class
     assert config_class is not None
-    model_type = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
     if model_type != config_class.model_type:
         raise ModelError(
             f"config.json of model '{record.name}' has model_type {model_type!r}, {record.model_class} needs "

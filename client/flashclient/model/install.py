@@ -7,6 +7,7 @@ the bundles hold are replaced, by absent ones, and so are the biases, which the 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -67,7 +68,7 @@ def install_ffns(
         output_bias = tensors[layer.output_bias].float() if layer.output_bias else None
         if layer.place == weightd_pb2.Layer.EXPERTS:
             assert isinstance(ffn, ExpertsFFN)
-            installing.install_experts(LayerExperts(ffn, index, biases, output_bias))
+            installing.install_experts(LayerExperts(ffn, index, layer.experts, biases, output_bias))
         else:
             installing.install(LayerFFN(ffn, index, biases, output_bias))
         used |= {bias.tensor for bias in layer.biases} | {layer.output_bias}
@@ -155,7 +156,6 @@ class _Installing:
         for projection, held in firsts:
             projection.__dict__["forward"] = partial(site.begin, tuple(held), ffn=lambda _: y)
         last.__dict__["forward"] = site.finish
-        self._module.train(False)  # without dropout
         try:
             made = self._module(x)
         except OtherActivationError as error:
@@ -226,7 +226,10 @@ class _Installing:
             self._fix(owner)
 
     def _replace(self, path: str, kind: type[nn.Module]) -> None:
-        part = self._module.get_submodule(path)
+        """Puts a copy in the place of a part that has no parameters: transformers shares some between models."""
+        parent, _, name = path.rpartition(".")
+        part = copy.copy(self._module.get_submodule(path))
+        self._module.get_submodule(parent)._modules[name] = part
         part.__dict__["path"] = f"{self._layer.module}.{path}"
         become(part, kind)
         self._fix(path)

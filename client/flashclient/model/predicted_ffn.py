@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import Ffn, PredictStep, Window
-from flashclient.model.arrays import array_of
+from flashclient.kernels.arrays import array_of
 from flashclient.model.ffn import Biases, Clock, ExactFFN
 from flashclient.model.predictor import ROWS_MAX, Predictors
 from flashclient.model.step import Step, Steps

@@ -26,13 +26,18 @@ class LayerExperts:
 
     ffn: ExpertsFFN
     layer: int
+    experts: int
     biases: Biases = None
     output_bias: Tensor | None = None
 
-    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def __call__(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's.
 
         Args:
+            hidden_states: alone (Llama 4) [experts * tokens, hidden_size], the rows of expert e from e * tokens on. The
+                result is then each row's output; rows of zeros stay zeros, and are not computed.
             top_k_index: [..., picks], any integers. Some routers mask a pick by an index beyond the last expert.
             top_k_weights: [..., picks], any floats.
         """
@@ -41,8 +46,12 @@ class LayerExperts:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
         with torch.no_grad(), plain_torch():
             rows = hidden_states.detach().to(dtype).reshape(-1, ffn.hidden_size).to(torch.float32).contiguous()
-            picks = top_k_index.reshape(-1, top_k_index.shape[-1]).to(torch.int64).contiguous()
-            weights = top_k_weights.detach().reshape(picks.shape).to(torch.float32).contiguous()
+            if top_k_index is None or top_k_weights is None:
+                picks = (torch.arange(len(rows), device="cpu") * self.experts // len(rows)).unsqueeze(1)
+                weights = rows.any(dim=1, keepdim=True).to(torch.float32)
+            else:
+                picks = top_k_index.reshape(-1, top_k_index.shape[-1]).to(torch.int64).contiguous()
+                weights = top_k_weights.detach().reshape(picks.shape).to(torch.float32).contiguous()
             y = retry_on_loss(
                 ffn.source, lambda: ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias)
             )
@@ -57,7 +66,9 @@ class StreamedExperts(HoldsAbsentWeights):
     streamed: LayerExperts
 
     @eager
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
         """See LayerExperts."""
         return self.streamed(hidden_states, top_k_index, top_k_weights)
 

@@ -23,7 +23,8 @@ StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y) {
     cells_ = (neurons_ + walk_.cell().bundles - 1) / walk_.cell().bundles;
     rows.experts == nullptr ? pick_all(layer, rows) : sort_picks(layer, rows);
     if (experts_.empty()) return timer.times;
-    walk_.begin(index, cells_of_experts(), rows.tokens <= TOKENS_MAX);
+    const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
+    walk_.begin(index, cells_of_experts(), few);
     timer.lap(timer.times.acquire_s);
     while (true) {
         while (compute_some(rows, y)) continue;

@@ -13,6 +13,7 @@
 #include "in_process_engine.h"
 #include "owned_array.h"
 #include "part_reader.h"
+#include "pool_replay.h"
 #include "service/engine_thread.h"
 
 namespace nb = nanobind;
@@ -106,9 +107,27 @@ void bind_in_process(nb::module_& module) {
         .def_prop_ro("misses", &InProcessEngine::misses, "cells that had to be read, since the start");
 }
 
+void bind_replay(nb::module_& module) {
+    using Steps = nb::ndarray<nb::numpy, const uint32_t, nb::ndim<2>, nb::c_contig>;
+    module.def(
+        "replay",
+        [](const Steps& steps, uint32_t cells, uint32_t slots) {
+            std::vector<uint8_t> hits;
+            {
+                const nb::gil_scoped_release released;
+                hits =
+                    weightd::replay({steps.data(), steps.size()}, static_cast<uint32_t>(steps.shape(1)), cells, slots);
+            }
+            return owned_array(std::move(hits));
+        },
+        "steps"_a, "cells"_a, "slots"_a,
+        "Plays steps [rows, cells of a row] in an empty pool. By use: 1 a hit, 0 a miss, 2 a repetition in its row.");
+}
+
 }  // namespace
 
 NB_MODULE(bench_native, module) {
     bind_in_process(module);
     bind_unbundled(module);
+    bind_replay(module);
 }

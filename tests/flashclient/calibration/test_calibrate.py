@@ -29,8 +29,8 @@ from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
+from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import FUNCTIONS, has_exact_zeros
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.predictor_file import LowRank, read_predictors
 from weightd_proto.weightd_pb2 import Activation
 

@@ -132,11 +132,11 @@ class Mixture:
 
     def experts(self, ffn: ExpertsFFN, layer: int, module: Any) -> LayerExperts:
         if not module.has_bias:
-            return LayerExperts(ffn, layer)
+            return LayerExperts(ffn, layer, module.num_experts)
         bias = module.gate_up_proj_bias.float()
         by_part = torch.stack([bias[:, ::2].flatten(), bias[:, 1::2].flatten()]).numpy()
         biases = np.ascontiguousarray(by_part[:, self.cut.placements[layer]])
-        return LayerExperts(ffn, layer, biases, module.down_proj_bias)
+        return LayerExperts(ffn, layer, module.num_experts, biases, module.down_proj_bias)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_logits_and_tokens_are_those_of_transformers(make: Any) -> None:
 def test_a_row_depends_on_itself_alone(mixture: Mixture) -> None:
     x, index, weights = picks_of(40, 16, 4)
     source = mixture.array_source()
-    experts = LayerExperts(mixture.ffn(source), 1)
+    experts = LayerExperts(mixture.ffn(source), 1, 16)
     together = experts(x, index, weights)
     for rows in (slice(0, 1), slice(3, 7), slice(5, 40)):
         assert torch.equal(experts(x[rows], index[rows], weights[rows]), together[rows])
@@ -176,13 +176,13 @@ def test_a_row_depends_on_itself_alone(mixture: Mixture) -> None:
     assert torch.equal(experts(x, index, weights), together)
     source.cells.refusals, source.cells.limit = 3, 100
     assert torch.equal(experts(x[:2], index[:2], weights[:2]), together[:2])
-    one_thread = LayerExperts(mixture.ffn(mixture.array_source(), threads=1), 1)
+    one_thread = LayerExperts(mixture.ffn(mixture.array_source(), threads=1), 1, 16)
     assert torch.equal(one_thread(x, index, weights), together)
 
 
 def test_only_picked_experts_are_leased(mixture: Mixture) -> None:
     source = mixture.array_source()
-    experts = LayerExperts(mixture.ffn(source), 0)
+    experts = LayerExperts(mixture.ffn(source), 0, 16)
     x, _, weights = picks_of(2, 16, 4)
     weights[0, 2] = 0
     experts(x, torch.tensor([[3, 11, 7, -1], [11, 3, 3, 16]]), weights)
@@ -194,15 +194,29 @@ def test_only_picked_experts_are_leased(mixture: Mixture) -> None:
 
 
 def test_picks_that_name_no_expert_count_for_nothing(mixture: Mixture) -> None:
-    experts = LayerExperts(mixture.ffn(mixture.array_source()), 0)
+    experts = LayerExperts(mixture.ffn(mixture.array_source()), 0, 16)
     x, index, weights = picks_of(3, 16, 3)
     more = torch.cat([index, torch.tensor([[16], [-1], [1000]])], 1), torch.cat([weights, torch.ones(3, 1)], 1)
     assert torch.equal(experts(x, *more), experts(x, index, weights))
     assert not experts(x, torch.full_like(index, 16), weights).any()
 
 
+def test_rows_that_lie_by_expert(mixture: Mixture) -> None:
+    """As Llama 4 calls its experts."""
+    source = mixture.array_source()
+    experts = LayerExperts(mixture.ffn(source), 0, 16)
+    x, _, _ = picks_of(16 * 3, 16, 1)
+    x[3:6] = x[7] = 0
+    index = torch.arange(16).repeat_interleave(3).unsqueeze(1)
+    assert torch.equal(experts(x), experts(x, index, torch.ones(48, 1)))
+    assert not experts(x)[3:6].any()
+    source.cells.acquired.clear()
+    experts(x)
+    assert {cell // 4 for _, cell in source.cells.acquired} == set(range(16)) - {1}
+
+
 def test_shapes_and_dtypes_of_all_callers(mixture: Mixture) -> None:
-    experts = LayerExperts(mixture.ffn(mixture.array_source()), 0)
+    experts = LayerExperts(mixture.ffn(mixture.array_source()), 0, 16)
     x, index, weights = picks_of(6, 16, 4)
     expected = experts(x, index, weights)
     shaped = experts(x.view(2, 3, -1), top_k_index=index.to(torch.int32).view(2, 3, 4), top_k_weights=weights)
@@ -219,7 +233,7 @@ def test_shapes_and_dtypes_of_all_callers(mixture: Mixture) -> None:
 
 def test_a_lost_weightd_changes_no_bit(mixture: Mixture) -> None:
     source = mixture.array_source()
-    experts = LayerExperts(mixture.ffn(source), 0)
+    experts = LayerExperts(mixture.ffn(source), 0, 16)
     arguments = picks_of(5, 16, 4)
     expected = experts(*arguments)
     source.losses = 2
@@ -252,7 +266,7 @@ def test_experts_in_the_pool_are_not_read_again(tmp_path: Path) -> None:
     with serving(tmp_path / "store", "--dram", "16MiB") as daemon:
         for transport in ("ring", "grpc"):
             with opened(daemon.address, transport) as source:
-                experts = LayerExperts(mixture.ffn(source), 0)
+                experts = LayerExperts(mixture.ffn(source), 0, 16)
                 x, index, weights = picks_of(1, 16, 4)
                 before = source.counters()
                 first = experts(x, index, weights)
@@ -267,11 +281,11 @@ def test_a_weightd_that_dies_and_comes_back(tmp_path: Path) -> None:
     mixture = Mixture(olmoe)
     store_experts(mixture.cut, tmp_path / "store")
     arguments = picks_of(5, 16, 4)
-    expected = LayerExperts(mixture.ffn(mixture.array_source()), 0)(*arguments)
+    expected = LayerExperts(mixture.ffn(mixture.array_source()), 0, 16)(*arguments)
     with mortal(tmp_path / "store") as daemon:
         for transport in ("ring", "grpc"):
             with opened(daemon.address, transport) as source:
-                experts = LayerExperts(mixture.ffn(source), 0)
+                experts = LayerExperts(mixture.ffn(source), 0, 16)
                 assert torch.equal(experts(*arguments), expected)
                 daemon.restart()
                 assert torch.equal(experts(*arguments), expected)

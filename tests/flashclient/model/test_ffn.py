@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashclient._native import Ffn, LentMemory, Linear, Workers
+from flashclient.kernels.arrays import array_of
 from flashclient.model.activations import FUNCTIONS, neurons_of
-from flashclient.model.arrays import array_of
 from flashclient.model.ffn import Clock, ExactFFN, LayerFFN
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain

@@ -17,9 +17,9 @@ from cut_model import ArraySource, CutModel, FetchServer, cut
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.errors import ModelError
+from flashclient.kernels.decode_attention import IMPLEMENTATION
 from flashclient.model.absent_weights import AbsentWeight
 from flashclient.model.build import BuiltModel, build_model
-from flashclient.model.decode_attention import IMPLEMENTATION
 from flashclient.source.bundle_source import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from weightd_proto import weightd_pb2

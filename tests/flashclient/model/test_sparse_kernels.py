@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import Ffn, LentMemory, Workers
+from flashclient.kernels.arrays import array_of
 from flashclient.model.activations import FUNCTIONS, neurons_of
-from flashclient.model.arrays import array_of
 from weightd_proto.encodings import plain
 from weightd_proto.weightd_pb2 import Activation
 

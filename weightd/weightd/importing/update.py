@@ -7,8 +7,8 @@ from pathlib import Path
 from weightd.checkpoint.hub import newest_commit
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
+from weightd.importing.client_process import Ask
 from weightd.importing.convert import import_checkpoint
-from weightd.importing.rehearsal import Rehearse
 from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import CATALOG_FILE, Store, check_model_name, model_name_for
@@ -25,7 +25,8 @@ def update(
     dtype: str | None = None,
     allow_buffered: bool = False,
     progress: Progress | None = None,
-    rehearse: Rehearse | None = None,
+    ask: Ask | None = None,
+    activation: str = "",
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
@@ -47,7 +48,7 @@ def update(
         wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
         replaces = b"" if known is None else known.import_id
         try:
-            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, rehearse)
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, ask, activation)
         except ImportingError:
             store.await_import(check_model_name(target))
         else:

@@ -1,0 +1,1 @@
+"""Replacement policies of the pool, tried on traces (simulate_pool.py)."""
