@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
-from flashclient.model.arrays import array_of
+from flashclient.kernels.arrays import array_of
 from flashclient.model.ffn import Biases, Clock
 from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
