@@ -27,7 +27,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "vocab_size": 96,
+    "vocab_size": 320,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -68,7 +68,7 @@ LINEAR = {
     },
 }
 GEMMA3N = {
-    "vocab_size_per_layer_input": 96,
+    "vocab_size_per_layer_input": 320,
     "hidden_size_per_layer_input": 8,
     "intermediate_size": [48, 48],
     "activation_sparsity_pattern": [0.0, 0.0],
@@ -76,8 +76,14 @@ GEMMA3N = {
     "laurel_rank": 4,
     "altup_num_inputs": 2,
 }
+AUDIO = {
+    "hidden_size": 32,
+    "conf_num_hidden_layers": 1,
+    "conf_num_attention_heads": 2,
+    "sscp_conv_channel_size": [8, 8],
+}
 GEMMA4 = {
-    "vocab_size_per_layer_input": 96,
+    "vocab_size_per_layer_input": 320,
     "hidden_size_per_layer_input": 8,
     "global_head_dim": 8,
     "num_kv_shared_layers": 0,
@@ -100,7 +106,7 @@ DEEPSEEK = {
 # Configurations of the whole, by model type: of the text part, of the vision tower, and the rest.
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (TEXT | WINDOW, VISION, {"mm_tokens_per_image": 4, "image_token_index": 90}),
-    "gemma3n": (TEXT | WINDOW | GEMMA3N, {"architecture": "mobilenetv5_300m_enc"}, {}),
+    "gemma3n": (TEXT | WINDOW | GEMMA3N, {"architecture": "mobilenetv5_300m_enc"}, {"audio_config": AUDIO}),
     "gemma4": (TEXT | WINDOW | GEMMA4, VISION, {}),
     "gemma4_unified": (TEXT | WINDOW | GEMMA4, {"mm_embed_dim": 32, "output_proj_dims": 32}, {}),
     "kimi_k25": (
@@ -211,7 +217,7 @@ def test_names_before_transformers_4_52() -> None:
     whole = CONFIGS["gemma3"](text_config=TEXT).to_dict()
     shapes = {
         "language_model.model.layers.0.mlp.up_proj.weight": (48, 32),
-        "language_model.lm_head.weight": (96, 32),
+        "language_model.lm_head.weight": (320, 32),
         "vision_tower.vision_model.post_layernorm.weight": (32,),
         "multi_modal_projector.mm_soft_emb_norm.weight": (32,),
     }

@@ -79,7 +79,9 @@ def import_checkpoint(
     """
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
-        origin = origin_of(path, dtype)  # first, so that a change during the import counts as a later change
+        origin = origin_of(
+            path, dtype, activation
+        )  # first, so that a change during the import counts as a later change
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
