@@ -25,6 +25,7 @@ from flashclient.kernels.decode_attention import use_decode_attention
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.model.absent_weights import AbsentWeight, guard
+from flashclient.model.experts_ffn import ExpertsFFN, has_experts
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
@@ -110,9 +111,8 @@ def build_model(
     model.train(False)  # dropout would change what the checks of installed FFNs see
     tensors = resident_tensors(record, source.resident)
     kernels = _kernels(record, workers)
-    exact = ExactFFN(source, kernels, record.bundle.hidden_size, Clock())
-    ffn, steps = (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
-    install_ffns(model, record, placement, tensors, ffn, exact)
+    ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
+    install_ffns(model, record, placement, tensors, ffn)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -160,6 +160,16 @@ def _kernels(record: weightd_pb2.Model, workers: Workers) -> Ffn:
         raise ModelError(
             f"no kernel for the FFNs of model '{record.name}', stored as {formats}: {error}; upgrade flashclient"
         ) from error
+
+
+def _ffn_of(
+    model: Any, record: weightd_pb2.Model, source: BundleSource, kernels: Ffn, workers: Workers, window: int | None
+) -> tuple[ModelFFN, Steps | None]:
+    hidden_size = record.bundle.hidden_size
+    if has_experts(record):
+        return ExpertsFFN(source, kernels, record.layers, hidden_size, Clock()), None
+    exact = ExactFFN(source, kernels, hidden_size, Clock())
+    return (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
 
 
 def _predicted(

@@ -32,7 +32,8 @@ from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
-from weightd.store.layout import bundle_layout, lay_out_layers
+from weightd.store.device_profile import full_speed_read_bytes
+from weightd.store.layout import lay_out_layers, model_layout
 from weightd.store.origin import origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
@@ -91,7 +92,7 @@ def import_checkpoint(
             if tell is not None:
                 for note in _notes(recipe):
                     tell(note)
-            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging))
+            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             _check_space(model.record, store.path)
@@ -123,7 +124,12 @@ def _block_bytes(staging: Staging) -> int:
 
 
 def _lay_out(
-    checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, name: str, dtype_request: str, block_bytes: int
+    checkpoint: Checkpoint,
+    recipe: weightd_pb2.Recipe,
+    name: str,
+    dtype_request: str,
+    block_bytes: int,
+    read_bytes: int,
 ) -> _Model:
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
@@ -133,7 +139,8 @@ def _lay_out(
     record.name = name
     record.compute_dtype = dtype
     parts = parts_of([part.name for part in recipe.model.bundle.parts], plain(dtype))
-    record.bundle.CopyFrom(bundle_layout(parts, recipe.model.bundle.hidden_size, block_bytes))
+    layout = model_layout(parts, recipe.model.bundle.hidden_size, record.layers, block_bytes, read_bytes)
+    record.bundle.CopyFrom(layout)
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
     kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
     header, stored = lay_out_resident(kinds, block_bytes)
