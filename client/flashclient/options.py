@@ -78,6 +78,11 @@ class Options:
         calibration = model.calibration
         if self.mode == "exact" or (self.mode == "auto" and calibration.mode != "predict"):
             return False
+        if any(layer.experts for layer in model.layers):
+            raise CalibrationError(
+                f"mode='predict' is not for models with experts, such as '{model.name}', whose router picks what is "
+                "read: use mode='exact'"
+            )
         if calibration.version == 0:
             raise CalibrationError(
                 f"mode='predict' needs predictors, and model '{model.name}' was never calibrated: run `flashclient "

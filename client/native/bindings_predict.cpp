@@ -33,13 +33,14 @@ namespace {
 
 // A CellSource that is a subclass in Python. Its methods are called with the GIL.
 struct PythonCells : CellSource {
-    NB_TRAMPOLINE(CellSource, 5);
+    NB_TRAMPOLINE(CellSource, 6);
     using Cells = std::vector<uint32_t>;
     uint32_t share_slots() override { NB_OVERRIDE_PURE(share_slots); }
     uint32_t lease_limit() override { NB_OVERRIDE_PURE(lease_limit); }
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
         NB_OVERRIDE_PURE(exchange, layer, acquire, release);
     }
+    void extend(const Cells& acquire, const Cells& release) override { NB_OVERRIDE_PURE(extend, acquire, release); }
     std::vector<Arrival> arrived() override { NB_OVERRIDE_PURE(arrived); }
     void cancel() override { NB_OVERRIDE_PURE(cancel); }
 };
@@ -47,13 +48,15 @@ struct PythonCells : CellSource {
 void bind_cell_source(nb::module_& module) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
     nb::class_<CellSource, PythonCells>(module, "CellSource",
-                                        "Where predict mode leases cells one by one; subclasses define all methods.")
+                                        "Where cells are leased one by one; subclasses define all methods.")
         .def(nb::init<>())
         .def("share_slots", &CellSource::share_slots, Release(), "Cells that may always be leased at once; at least 1.")
         .def("lease_limit", &CellSource::lease_limit, Release(),
              "Cells that may be leased at once now: the share, and what may be borrowed above it.")
         .def("exchange", &CellSource::exchange, "layer"_a, "acquire"_a, "release"_a, Release(),
              "Gives back cells of a layer that have arrived, then asks for others. Does not wait.")
+        .def("extend", &CellSource::extend, "acquire"_a, "release"_a, Release(),
+             "The same for the layer of the last exchange(), while cells that it asked for may be on their way.")
         .def("arrived", &CellSource::arrived, Release(),
              "Waits for more of the cells asked for and returns each with its address, 0 where the lease was refused; "
              "an empty list where none is on its way.")

@@ -138,7 +138,6 @@ def _parser() -> FlagParser:
     adding.add_argument(
         "--activation",
         metavar="NAME",
-        default="",
         help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
     )
     update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
@@ -189,18 +188,24 @@ def _import(options: argparse.Namespace) -> None:
 
     ask = None if options.client_fd is None else starter(options.client_fd)
     if options.update and options.file is None:
-        known = current_on_hub(options.source, options.revision, options.store, options.name, options.dtype)
+        wanted = (options.name, options.dtype, options.activation)
+        known = current_on_hub(options.source, options.revision, options.store, *wanted)
         if known is not None:
             return _say_imported(known, KEPT, options.json)
     source = locate(options.source, options.revision, options.store, options.file)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(source, store, *more, ask=ask, activation=options.activation)
+            model, done = update(source, store, *more, ask=ask, activation=options.activation, tell=_tell)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
-            model, done = import_checkpoint(source, store, *more, ask=ask, activation=options.activation), IMPORTED
+            function = options.activation or ""
+            model, done = import_checkpoint(source, store, *more, ask=ask, activation=function, tell=_tell), IMPORTED
     return _say_imported(model, done, options.json)
+
+
+def _tell(note: str) -> None:
+    complain("weightd", f"note: {one_line(note)}")
 
 
 def _say_imported(model: weightd_pb2.Model, done: str, as_json: bool) -> None:

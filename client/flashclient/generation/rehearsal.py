@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from flashclient._native import LentMemory, Workers
+from flashclient._native import CellSource, CellWalk, LentMemory, Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
 from flashclient.source.bundle_source import Chunk
@@ -34,20 +34,59 @@ class RefusedFileError(Exception):
     """Names a file of the model and says why a client cannot use it, in one line."""
 
 
+class ZeroCells(CellSource):
+    """Cells that all lie at the same address."""
+
+    CELLS_MAX = 2**16  # at once
+
+    def __init__(self, address: int) -> None:
+        super().__init__()
+        self._address = address
+        self._coming: list[int] = []
+
+    def share_slots(self) -> int:
+        return self.CELLS_MAX
+
+    def lease_limit(self) -> int:
+        return self.CELLS_MAX
+
+    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming = list(acquire)
+
+    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming += acquire
+
+    def arrived(self) -> list[tuple[int, int]]:
+        arrived = [(cell, self._address) for cell in self._coming]
+        self._coming = []
+        return arrived
+
+    def cancel(self) -> None:
+        self._coming = []
+
+
 class ZeroSource:
     """A BundleSource of zeros. All bundles share the same memory."""
+
+    errors = nullcontext()
 
     def __init__(self, record: weightd_pb2.Model) -> None:
         size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are never written take no memory
         self.resident: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
         self._layers = record.layers
+        self._bundles_per_cell = max(1, record.bundle.bundles_per_cell)
         self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
         self._lent = LentMemory(self._bundle)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         address = -(-self._bundle.ctypes.data // 64) * 64
         yield Chunk(0, np.full(self._layers[layer].neurons, address, np.uint64))
+
+    def open_walk(self) -> CellWalk:
+        """All bundles of a cell share the same memory, too."""
+        self._cells = ZeroCells(-(-self._bundle.ctypes.data // 64) * 64)
+        return CellWalk(self._cells, self._bundles_per_cell, 0)
 
     def require_open(self) -> None:
         """No-op: there is no session."""

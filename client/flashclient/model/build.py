@@ -25,6 +25,7 @@ from flashclient.kernels.decode_attention import use_decode_attention
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.model.absent_weights import AbsentWeight, guard
+from flashclient.model.experts_ffn import ExpertsFFN, has_experts
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
@@ -108,11 +109,10 @@ def build_model(
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     model.train(False)  # dropout would change what the checks of installed FFNs see
-    tensors = resident_tensors(record, source.resident, dtype)
+    tensors = resident_tensors(record, source.resident)
     kernels = _kernels(record, workers)
-    exact = ExactFFN(source, kernels, record.bundle.hidden_size, Clock())
-    ffn, steps = (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
-    install_ffns(model, record, placement, tensors, ffn, exact)
+    ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
+    install_ffns(model, record, placement, tensors, ffn)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -162,6 +162,16 @@ def _kernels(record: weightd_pb2.Model, workers: Workers) -> Ffn:
         ) from error
 
 
+def _ffn_of(
+    model: Any, record: weightd_pb2.Model, source: BundleSource, kernels: Ffn, workers: Workers, window: int | None
+) -> tuple[ModelFFN, Steps | None]:
+    hidden_size = record.bundle.hidden_size
+    if has_experts(record):
+        return ExpertsFFN(source, kernels, record.layers, hidden_size, Clock()), None
+    exact = ExactFFN(source, kernels, hidden_size, Clock())
+    return (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
+
+
 def _predicted(
     exact: ExactFFN, kernels: Ffn, record: weightd_pb2.Model, model: Any, workers: Workers, tokens: int
 ) -> tuple[PredictedFFN, Steps]:
@@ -206,15 +216,22 @@ def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in hidden_states)
 
 
-def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Views of the resident bytes, by name. Floats of another dtype than the model's are converted, into copies."""
+def resident_tensors(
+    record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Views of the resident bytes, by name.
+
+    Args:
+        dtype: floats of another one are converted, into copies. None: all are as the import has stored them, because
+            transformers keeps few tensors of some models in fp32.
+    """
     tensors = {}
     for tensor in record.resident:
         if tensor.dtype not in DTYPES:
             raise ModelError(f"tensor {tensor.name} of model '{record.name}' has unknown dtype {tensor.dtype}")
         end = tensor.offset_bytes + tensor.size_bytes
         view = _view(resident[tensor.offset_bytes : end], DTYPES[tensor.dtype]).view(tuple(tensor.shape))
-        tensors[tensor.name] = view.to(dtype) if view.is_floating_point() else view
+        tensors[tensor.name] = view if dtype is None or not view.is_floating_point() else view.to(dtype)
     return tensors
 
 

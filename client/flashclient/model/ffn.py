@@ -101,21 +101,6 @@ class ExactFFN:
                     self._kernels.add_rows(chunk.addresses, biases_part, masks_part, x_rows, y_rows)
             return y
 
-    def each_expert(self, layer: int, width: int, inputs: list[Tensor], biases: Biases) -> list[Tensor]:
-        """The sums over the `width` neurons of each expert of `layer`, for its own inputs [tokens, hidden_size]."""
-        outputs = [torch.zeros_like(x) for x in inputs]
-        with self._lock, closing(self._chunks(layer)) as chunks:
-            for chunk in chunks:
-                end = chunk.first + len(chunk.addresses)
-                for expert in range(chunk.first // width, -(-end // width)):
-                    part = slice(max(chunk.first, expert * width), min(end, (expert + 1) * width))
-                    if len(inputs[expert]) > 0:
-                        addresses = chunk.addresses[part.start - chunk.first : part.stop - chunk.first]
-                        biases_part = None if biases is None else biases[:, part]
-                        x, y = inputs[expert].numpy(), outputs[expert].numpy()
-                        self._kernels.add_rows(addresses, biases_part, None, x, y)
-        return outputs
-
     def idle(self) -> None:
         self.source.idle()
 

@@ -29,7 +29,8 @@ from flashclient.model.absent_weights import (
     fix,
     make_absent,
 )
-from flashclient.model.ffn import Biases, ExactFFN, LayerFFN, ModelFFN, StreamedFFN, streamed_ffn
+from flashclient.model.experts_ffn import ExpertsFFN
+from flashclient.model.ffn import Biases, LayerFFN, ModelFFN, StreamedFFN, streamed_ffn
 from flashclient.model.parts import (
     BetweenProjections,
     FirstProjection,
@@ -37,7 +38,7 @@ from flashclient.model.parts import (
     OtherActivationError,
     PartsOfFFN,
 )
-from flashclient.model.streamed_experts import StreamedExperts
+from flashclient.model.streamed_experts import LayerExperts, StreamedExperts
 from flashclient.torch_state import eager
 from weightd_proto import weightd_pb2
 
@@ -51,12 +52,11 @@ def install_ffns(
     placement: Placement,
     tensors: dict[str, Tensor],
     ffn: ModelFFN,
-    exact: ExactFFN,
 ) -> None:
     """Installs every layer of `record`, and removes the biases from `tensors`.
 
     Args:
-        exact: computes experts; `ffn` the other FFNs.
+        ffn: an ExpertsFFN for a model with experts.
 
     Raises:
         ModelError: the model has no such modules or parameters, or they have other shapes.
@@ -67,7 +67,8 @@ def install_ffns(
         biases = biases_of(record, layer, tensors, lambda index=index: placement(index))  # type: ignore[misc]
         output_bias = tensors[layer.output_bias].float() if layer.output_bias else None
         if layer.place == weightd_pb2.Layer.EXPERTS:
-            installing.install_experts(exact, index, biases, output_bias)
+            assert isinstance(ffn, ExpertsFFN)
+            installing.install_experts(LayerExperts(ffn, index, layer.experts, biases, output_bias))
         else:
             installing.install(LayerFFN(ffn, index, biases, output_bias))
         used |= {bias.tensor for bias in layer.biases} | {layer.output_bias}
@@ -135,7 +136,8 @@ class _Installing:
     def _install_module(self, streamed: LayerFFN) -> None:
         projections: dict[str, type[HoldsAbsentWeights]] = {owner: AbsentProjection for owner, _ in self._holders()}
         self._make_absent(projections)
-        self._check_forward()
+        if not self._record.activation.instead:
+            self._check_forward()
         for path, part in list(self._module.named_modules()):
             if path and path not in projections and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)
@@ -186,14 +188,12 @@ class _Installing:
         # torch.compile() would trace what becomes of pending projections.
         self._module.forward = eager(self._module.forward)
 
-    def install_experts(self, exact: ExactFFN, index: int, biases: Biases, output_biases: Tensor | None) -> None:
-        layer = self._layer
+    def install_experts(self, streamed: LayerExperts) -> None:
         self._make_absent({"": StreamedExperts})
         for path, part in list(self._module.named_modules()):
             if path and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)
-        self._module.__dict__.update(ffn=exact, layer=index, experts=layer.experts, biases=biases)
-        self._module.__dict__.update(width=layer.neurons // layer.experts, output_biases=output_biases)
+        self._module.__dict__["streamed"] = streamed
 
     def _parts_of_ffn(self) -> PartsOfFFN:
         gated = len(self._record.bundle.parts) == 3

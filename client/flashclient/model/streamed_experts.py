@@ -3,79 +3,74 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flashclient.model.absent_weights import HoldsAbsentWeights, without_gradient
-from flashclient.model.ffn import Biases, ExactFFN
+from flashclient.model.experts_ffn import ExpertsFFN
+from flashclient.model.ffn import Biases
 from flashclient.source.bundle_source import retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
 
-class StreamedExperts(HoldsAbsentWeights):
-    """A module of transformers' experts interface, whose own forward is not called.
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one mixture, with the interface that transformers gives them (integrations/moe.py).
 
     Attributes:
-        ffn: streams the bundles of all layers.
-        layer: of the record.
-        experts: their number.
-        width: the neurons of each.
-        biases: by position, all experts'.
-        output_biases: [experts, hidden_size] fp32, or None.
+        biases: of gate and up rows, before the activation (gpt-oss).
+        output_bias: [experts, hidden_size] fp32, added to an expert's output before it is weighted (gpt-oss).
     """
 
-    ffn: ExactFFN
+    ffn: ExpertsFFN
     layer: int
     experts: int
-    width: int
-    biases: Biases
-    output_biases: Tensor | None
+    biases: Biases = None
+    output_bias: Tensor | None = None
+
+    def __call__(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's.
+
+        Args:
+            hidden_states: alone (Llama 4) [experts * tokens, hidden_size], the rows of expert e from e * tokens on. The
+                result is then each row's output; rows of zeros stay zeros, and are not computed.
+            top_k_index: [..., picks], any integers. Some routers mask a pick by an index beyond the last expert.
+            top_k_weights: [..., picks], any floats.
+        """
+        started_s = time.perf_counter()
+        ffn = self.ffn
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
+        with torch.no_grad(), plain_torch():
+            rows = hidden_states.detach().to(dtype).reshape(-1, ffn.hidden_size).to(torch.float32).contiguous()
+            if top_k_index is None or top_k_weights is None:
+                picks = (torch.arange(len(rows), device="cpu") * self.experts // len(rows)).unsqueeze(1)
+                weights = rows.any(dim=1, keepdim=True).to(torch.float32)
+            else:
+                picks = top_k_index.reshape(-1, top_k_index.shape[-1]).to(torch.int64).contiguous()
+                weights = top_k_weights.detach().reshape(picks.shape).to(torch.float32).contiguous()
+            y = retry_on_loss(
+                ffn.source, lambda: ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias)
+            )
+            y = y.to(dtype).view(hidden_states.shape)
+        ffn.clock.ffn_s += time.perf_counter() - started_s
+        return without_gradient(hidden_states, y)
+
+
+class StreamedExperts(HoldsAbsentWeights):
+    """A module with transformers' interface of experts, whose own forward is not called."""
+
+    streamed: LayerExperts
 
     @eager
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """The weighted sum of the chosen experts' outputs.
+        """See LayerExperts."""
+        return self.streamed(hidden_states, top_k_index, top_k_weights)
 
-        Args:
-            hidden_states: [tokens, hidden_size]; alone (Llama 4) [experts * tokens, hidden_size], the rows of expert e
-                from e * tokens on. The result is then each row's output, and rows of zeros stay zeros.
-            top_k_index, top_k_weights: [tokens, k], the experts of each token. Others than there are count nothing.
-
-        Returns:
-            A new tensor [tokens, hidden_size]. A row is summed over its experts in rising order, in fp32.
-        """
-        started_s = time.perf_counter()
-        with torch.no_grad(), plain_torch():
-            rows = hidden_states.detach().to(torch.float32).contiguous()
-            if top_k_index is None or top_k_weights is None:
-                y = retry_on_loss(self.ffn.source, lambda: self._each(rows))
-            else:
-                weights = top_k_weights.to(torch.float32)
-                y = retry_on_loss(self.ffn.source, lambda: self._sum(rows, top_k_index, weights))
-            y = y.to(hidden_states.dtype)
-        self.ffn.clock.ffn_s += time.perf_counter() - started_s
-        return without_gradient(hidden_states, y)
-
-    def _each(self, x: Tensor) -> Tensor:
-        """The outputs for rows of x that belong to one expert after the other. Rows of zeros are not computed."""
-        by_expert = x.view(self.experts, -1, x.shape[-1])
-        rows_of = [rows.any(dim=1).nonzero()[:, 0] for rows in by_expert]
-        inputs = [rows[some].contiguous() for rows, some in zip(by_expert, rows_of, strict=True)]
-        y = torch.zeros_like(by_expert)
-        outputs = self.ffn.each_expert(self.layer, self.width, inputs, self.biases)
-        for of, some, output in zip(y, rows_of, outputs, strict=True):
-            of[some] = output
-        return y.view_as(x)
-
-    def _sum(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        tokens_of = [(chosen == expert).nonzero(as_tuple=True) for expert in range(self.experts)]
-        inputs = [x[tokens] for tokens, _ in tokens_of]
-        outputs = self.ffn.each_expert(self.layer, self.width, inputs, self.biases)
-        y = torch.zeros_like(x)
-        for expert, ((tokens, choices), output) in enumerate(zip(tokens_of, outputs, strict=True)):
-            if self.output_biases is not None:
-                output += self.output_biases[expert]
-            y.index_add_(0, tokens, output * weights[tokens, choices, None])  # a token can choose an expert twice
-        return y
+    def extra_repr(self) -> str:
+        return f"layer={self.streamed.layer}, hidden_size={self.streamed.ffn.hidden_size}"

@@ -1,7 +1,6 @@
 #include "predict/predict_step.h"
 
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 #include <utility>
 
@@ -17,24 +16,11 @@ void gather(const float* bias, std::span<const uint32_t> positions, std::vector<
 
 }  // namespace
 
-// Adds the time since the last call to a part.
-class PredictStep::Timer {
-  public:
-    void lap(double& part_s) {
-        const auto now = std::chrono::steady_clock::now();
-        part_s += std::chrono::duration<double>(now - std::exchange(last_, now)).count();
-    }
-    StepTimes times;
-
-  private:
-    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
-
 PredictStep::PredictStep(const Ffn& ffn, Window& window, std::vector<const Predictor*> predictors)
     : ffn_(ffn), window_(window), predictors_(std::move(predictors)) {}
 
 StepTimes PredictStep::run(uint32_t layer, const StepRows& rows, float* y) {
-    Timer timer;
+    StepTimer timer;
     std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
     predict(layer, rows);
     timer.lap(timer.times.predict_s);
@@ -72,7 +58,7 @@ void PredictStep::predict(uint32_t layer, const StepRows& rows) {
 }
 
 // Adds entries [first, first + count) of the list to y. Returns false, with y unchanged, where a lease was refused.
-bool PredictStep::add(const StepRows& rows, size_t first, size_t count, Timer& timer, float* y) {
+bool PredictStep::add(const StepRows& rows, size_t first, size_t count, StepTimer& timer, float* y) {
     const auto positions = std::span<const uint32_t>(wanted_.positions).subspan(first, count);
     addresses_.assign(count, 0);
     h_.resize(std::max(h_.size(), count * rows.tokens));

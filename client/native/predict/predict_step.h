@@ -13,16 +13,10 @@
 
 #include "kernels/ffn.h"
 #include "kernels/predictor.h"
+#include "predict/step_times.h"
 #include "predict/window.h"
 
 namespace flashclient {
-
-struct StepTimes {
-    double predict_s = 0;
-    double acquire_s = 0;  // moving the window, and asking for cells
-    double compute_s = 0;  // kernels on bundles
-    double wait_s = 0;     // for bundles
-};
 
 // The rows of one step; for past_tokens and columns see Wanted.
 struct StepRows {
@@ -49,9 +43,8 @@ class PredictStep {
     size_t parts() const { return ffn_.shape().parts.size(); }  // of a bundle
 
   private:
-    class Timer;
     void predict(uint32_t layer, const StepRows& rows);
-    bool add(const StepRows& rows, size_t first, size_t count, Timer& timer, float* y);
+    bool add(const StepRows& rows, size_t first, size_t count, StepTimer& timer, float* y);
 
     const Ffn& ffn_;
     Window& window_;

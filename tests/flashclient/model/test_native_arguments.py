@@ -19,6 +19,8 @@ from flashclient import _native
 from flashclient._native import (
     Attention,
     CellSource,
+    CellWalk,
+    ExpertStep,
     Ffn,
     LentMemory,
     Linear,
@@ -113,6 +115,9 @@ class Cells(CellSource):
     def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
         self._coming = [(cell, int(right_addresses[cell])) for cell in acquire]
 
+    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming += [(cell, int(right_addresses[cell])) for cell in acquire]
+
     def arrived(self) -> list[tuple[int, int]]:
         arrived = self._coming if self._wrong == (0, 0) else [self._wrong]
         self._coming = []
@@ -123,6 +128,14 @@ class Cells(CellSource):
 
 def new_step(cells: Cells | None = None) -> PredictStep:
     return PredictStep(ffn, Window(cells or Cells(), 4, 1, 96, [NEURONS]), [every])
+
+
+def new_experts(cells: Cells | None = None, experts: Any = 3, neurons: Any = NEURONS) -> ExpertStep:
+    return ExpertStep(ffn, CellWalk(cells or Cells(), 1, 96), [(experts, neurons)])
+
+
+picks, weights = np.array([[0, 2], [1, 2]]), np.ones((2, 2), np.float32)
+no_picks = (None, None, None, None, x, y)
 
 
 # Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
@@ -149,6 +162,19 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "checksum": (_native.checksum, (np.zeros(8, np.uint8),)),
     "step": (lambda *given: new_step().run(*given), (0, 0, 2, 3, biases, x, y)),
     "step of a wrong source": (lambda *given: new_step(Cells(*given)).run(0, 0, 2, 3, None, x, y), (0, 0)),
+    "experts": (
+        lambda *given: new_experts().run(*given),
+        (0, picks, weights, biases, np.zeros((3, HIDDEN), np.float32), x, y),
+    ),
+    "experts of a wrong source": (
+        lambda *given: new_experts(Cells(*given)).run(0, picks, weights, None, None, x, y),
+        (0, 0),
+    ),
+    "ExpertStep": (lambda *given: new_experts(Cells(), *given).run(0, *no_picks), (1, NEURONS)),
+    "CellWalk": (
+        lambda *given: ExpertStep(ffn, CellWalk(Cells(), *given), [(1, NEURONS)]).run(0, *no_picks),
+        (1, 96),
+    ),
     "Window": (lambda *given: Window(Cells(), *given), (4, 1, 96, [NEURONS])),
     "Ffn": (
         lambda hidden: Ffn(WORKERS, [plain("F32")] * 3, hidden, "silu").accumulate(right_addresses, h, y),

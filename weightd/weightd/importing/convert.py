@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +32,16 @@ from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
-from weightd.store.layout import bundle_layout, lay_out_layers
+from weightd.store.device_profile import full_speed_read_bytes
+from weightd.store.layout import lay_out_layers, model_layout
 from weightd.store.origin import origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
 from weightd_proto.weightd_pb2 import ResidentSource
+
+Tell = Callable[[str], None]
 
 # Twice the 12 bytes of a neuron: LMDB copies every page that it changes, and frees the old page later.
 CATALOG_BYTES_PER_NEURON = 2 * 12
@@ -66,23 +70,29 @@ def import_checkpoint(
     replaces: bytes = b"",
     ask: Ask | None = None,
     activation: str = "",
+    tell: Tell | None = None,
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
     `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
+    `tell`: is told what a user should know, for example which tensors the model does not use.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
     """
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
-        origin = origin_of(path, dtype)  # first, so that a change during the import counts as a later change
+        # First, so that a change during the import counts as a later change.
+        origin = origin_of(path, dtype, activation)
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
-            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging))
+            if tell is not None:
+                for note in _notes(recipe):
+                    tell(note)
+            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             _check_space(model.record, store.path)
@@ -97,6 +107,13 @@ def import_checkpoint(
     return model.record
 
 
+def _notes(recipe: weightd_pb2.Recipe) -> Iterator[str]:
+    yield from recipe.notes
+    for left_out in recipe.left_out:
+        count, first = len(left_out.tensors), left_out.tensors[0]
+        yield f"{count} tensors of the checkpoint are left out, first {first}: {left_out.reason}"
+
+
 def _block_bytes(staging: Staging) -> int:
     probe = staging.folder / "block_size"
     probe.touch()
@@ -107,7 +124,12 @@ def _block_bytes(staging: Staging) -> int:
 
 
 def _lay_out(
-    checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, name: str, dtype_request: str, block_bytes: int
+    checkpoint: Checkpoint,
+    recipe: weightd_pb2.Recipe,
+    name: str,
+    dtype_request: str,
+    block_bytes: int,
+    read_bytes: int,
 ) -> _Model:
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
@@ -117,7 +139,8 @@ def _lay_out(
     record.name = name
     record.compute_dtype = dtype
     parts = parts_of([part.name for part in recipe.model.bundle.parts], plain(dtype))
-    record.bundle.CopyFrom(bundle_layout(parts, recipe.model.bundle.hidden_size, block_bytes))
+    layout = model_layout(parts, recipe.model.bundle.hidden_size, record.layers, block_bytes, read_bytes)
+    record.bundle.CopyFrom(layout)
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
     kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
     header, stored = lay_out_resident(kinds, block_bytes)

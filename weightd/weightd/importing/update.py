@@ -8,7 +8,7 @@ from weightd.checkpoint.hub import newest_commit
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
 from weightd.importing.client_process import Ask
-from weightd.importing.convert import import_checkpoint
+from weightd.importing.convert import Tell, import_checkpoint
 from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import CATALOG_FILE, Store, check_model_name, model_name_for
@@ -26,14 +26,15 @@ def update(
     allow_buffered: bool = False,
     progress: Progress | None = None,
     ask: Ask | None = None,
-    activation: str = "",
+    activation: str | None = None,
+    tell: Tell | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
     Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
-    its checkpoint if it is new. `dtype`: as of import_checkpoint; by default that of the last import. Raises the errors
-    of import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but
-    its model is calibrated or served.
+    its checkpoint if it is new. `dtype`, `activation`: as of import_checkpoint; by default those of the last import.
+    `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and StoreError if the name belongs to
+    another checkpoint, or if the checkpoint has changed but its model is calibrated or served.
     """
     check_exists(path)
     while True:
@@ -41,14 +42,16 @@ def update(
         target = name if name is not None else known.name if known is not None else _default_name(path)
         if known is None:
             _require_free(store, target, path)
-        elif not _has_changed(known, path, dtype):
+        elif not _has_changed(known, path, dtype, activation):
             return known, KEPT
         else:
             _require_replaceable(known, store, path)
         wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
+        function = activation if activation is not None else "" if known is None else known.origin.activation
         replaces = b"" if known is None else known.import_id
         try:
-            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, ask, activation)
+            more = (progress, replaces, ask, function, tell)
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, *more)
         except ImportingError:
             store.await_import(check_model_name(target))
         else:
@@ -56,7 +59,7 @@ def update(
 
 
 def current_on_hub(
-    source: str, revision: str | None, store: Path, name: str | None = None, dtype: str | None = None
+    source: str, revision: str | None, store: Path, name: str | None, dtype: str | None, activation: str | None
 ) -> weightd_pb2.Model | None:
     """The model that was imported from the hub's `source`, if it is of the commit that the hub has now.
 
@@ -67,7 +70,8 @@ def current_on_hub(
     with Store.open(store, readonly=True) as opened:
         for model in opened.models():
             origin = model.origin
-            if model.source == source and name in (None, model.name) and dtype in (None, origin.dtype):
+            same = dtype in (None, origin.dtype) and activation in (None, origin.activation)
+            if model.source == source and name in (None, model.name) and same:
                 return model if origin.commit and origin.commit == newest_commit(source, revision) else None
     return None
 
@@ -81,11 +85,12 @@ def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Mo
     return None
 
 
-def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None) -> bool:
+def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None, activation: str | None) -> bool:
     """Whether an import would give another model. Unknown, and so False, for an import by an older weightd."""
     if not model.HasField("origin"):
         return False
-    now = origin_of(path, model.origin.dtype if dtype is None else dtype)
+    last = model.origin
+    now = origin_of(path, last.dtype if dtype is None else dtype, last.activation if activation is None else activation)
     now.commit = model.origin.commit  # of a commit with the same files nothing is new
     return bool(model.origin != now)
 
