@@ -43,7 +43,7 @@ TABLE = {
         kernels: errors
         model: errors torch_state turns daemon source kernels
         tensors: errors
-        recipes: errors model tensors
+        recipes: errors source model tensors
         generation: errors torch_state source model recipes
         calibration: errors memory_limits daemon source kernels model
         options: errors daemon kernels model

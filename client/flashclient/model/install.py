@@ -136,7 +136,8 @@ class _Installing:
     def _install_module(self, streamed: LayerFFN) -> None:
         projections: dict[str, type[HoldsAbsentWeights]] = {owner: AbsentProjection for owner, _ in self._holders()}
         self._make_absent(projections)
-        self._check_forward()
+        if not self._record.activation.instead:
+            self._check_forward()
         for path, part in list(self._module.named_modules()):
             if path and path not in projections and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)

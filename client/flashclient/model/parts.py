@@ -237,7 +237,7 @@ class PartsOfFFN:
             raise refused(what, CHANGE)
         key, shape = (*self._key, h.done), h.plain.shape
         if key not in self._known:
-            if shape[-1] != self.neurons or not self._is_activation(h.done):
+            if shape[-1] != self.neurons or not (self._activation.instead or self._is_activation(h.done)):
                 what = f"{self.path} does not compute {self._activation.function} between its projections"
                 raise OtherActivationError(f"{what}; {CHANGE}")
             self._known.add(key)

@@ -1,33 +1,34 @@
-"""Derives the recipe of a checkpoint from transformers' own model of its type.
+"""Derives how a checkpoint is imported, from transformers' own model of it: the entry of this package.
 
-The FFNs are found by running a tiny instance of the model (watching.py) and carried over to the full size (sites.py).
-Every parameter is looked for in the checkpoint by transformers' own rules (names.py).
+1. published.py says which class of transformers runs the checkpoint.
+2. A tiny instance of the class is run, and its FFNs are found by numbers: ffns/tiny.py, watching.py, mixtures.py.
+3. They are carried over to the full-size model, which has no weights: ffns/sites.py.
+4. The tiny instance is imported and streamed, and compared with transformers: proof.py.
+5. Every tensor of the full-size model is found in the checkpoint: flashclient.tensors.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
-from flashclient.recipes.published import Published, published
-from flashclient.recipes.reference import amend
-from flashclient.recipes.site import Part, Site
-from flashclient.recipes.sites import Streamed, carried, layers_needed, streamed, weightless
-from flashclient.recipes.tiny import tiny_model
-from flashclient.recipes.watching import watch
-from flashclient.tensors.names import Found, find_tensors, kept_in_f32, part_source, places_of
-from flashclient.tensors.places import Place, message
-from weightd_proto.weightd_pb2 import DeriveRequest, ExpertSource, FfnSource, Layer, MatrixSource, Recipe
+from flashclient.recipes.assembly import assemble
+from flashclient.recipes.ffns.site import Site
+from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
+from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
+from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.proof import prove, streamed_model
+from flashclient.recipes.published import published
+from flashclient.tensors.names import find_tensors, places_of
+from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
-REASON_CHARACTERS_MAX = 400
 SIZE = re.compile(r"(size|dim|layers?|heads?|experts|n_\w+|length|embeddings)$")
 
 
@@ -35,41 +36,48 @@ def derive(request: DeriveRequest) -> Recipe:
     """The recipe of a checkpoint.
 
     Raises:
-        ModelError: no class of transformers runs it, a value of its configuration cannot be honoured, it does not have
-            the tensors that its configuration says, or no FFN of it is known to the kernels. In one line.
+        ModelError: no class of transformers runs the checkpoint, nothing of it can be streamed, the proof fails, or a
+            tensor is missing or would be lost. One line, which names the module or tensor.
     """
-    found = published(json.loads(request.config_json), request.activation or None)
-    _check_sizes(found.config)
-    with _blamed("config.json"):
-        config = CONFIG_MAPPING[found.config["model_type"]].from_dict(dict(found.config))
-        model = weightless(config)
-        ffns = _ffns(config, model, found)
-    if not ffns.sites:
-        raise ModelError(f"no FFN of {type(model).__name__} computes what the kernels compute")
-    sources, left_out = found.tensors({tensor.name: tuple(tensor.shape) for tensor in request.tensors})
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
-    tensors = find_tensors(model, places_of(sources, shapes))
-    recipe = Recipe(config_json=json.dumps(found.config).encode())
-    recipe.left_out.extend([*left_out, *tensors.left_out_messages()])
-    _describe(recipe, found.config["model_type"], model, ffns)
-    for site in ffns.sites:
-        recipe.model.layers.append(_layer(site))
-        recipe.ffns.append(_ffn_source(site, tensors.places))
-    _add_resident(recipe, model, tensors)
+    kind = published(_values(request.config_json), request.activation or None)
+    whole = read_config(kind.config)
+    found, made_from = model_class(whole)
+    derivation = Derivation(found, made_from, _instead(kind.activation))
+    split = derivation.streamed()
+    derivation.prove()
+    sources, left_out = kind.tensors(shapes)
+    recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))
+    values = kind.config if made_from is whole else made_from.to_dict()
+    recipe.config_json = json.dumps(values).encode()
+    recipe.left_out.extend(left_out)
+    recipe.notes.extend([*kind.notes, *split.notes()])
     return recipe
 
 
-def _ffns(config: PreTrainedConfig, model: PreTrainedModel, found: Published) -> Streamed:
-    tiny = tiny_model(config, layers_needed(model))
-    if found.activation is not None:
-        amend(tiny, found.activation)
-    watched = watch(tiny)
-    return streamed(model, carried(weightless(tiny.config), watched.sites, watched.called, model))
+def _instead(activation: Activation | None) -> Activation | None:
+    """`activation`, marked as what the class does not compute."""
+    if activation is None:
+        return None
+    marked = Activation(instead=True)
+    marked.MergeFrom(activation)
+    return marked
 
 
-def _check_sizes(config: Mapping[str, Any]) -> None:
+def _values(config_json: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(config_json)
+    except ValueError as error:
+        raise ModelError(f"config.json is no JSON: {one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ModelError("config.json is no JSON object")
+    _check_sizes(values)
+    return values
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
     """ModelError for a number that no model has, before memory is taken for the names of its layers."""
-    for name, value in config.items():
+    for name, value in values.items():
         if isinstance(value, dict):
             _check_sizes(value)
         elif type(value) is int and SIZE.search(name):
@@ -79,76 +87,61 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
                 raise ModelError(f"config.json has {name} = {value}, expected a number from {int(least)} to {most}")
 
 
-@contextmanager
-def _blamed(file: str) -> Iterator[None]:
+def read_config(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """transformers' configuration. Raises ModelError where its class refuses the values."""
     try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # transformers raises anything for a configuration of unknown origin
-        reason = re.sub(r"\s+", " ", str(error)).strip()[:REASON_CHARACTERS_MAX]
-        raise ModelError(f"{file}: {reason or type(error).__name__}") from error
+        config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+    except Exception as error:  # transformers' classes raise anything for values of unknown origin
+        raise ModelError(f"config.json: {one_line(error)}") from error
+    return config
 
 
-# The recipe
+class Derivation:
+    """What is streamed of the model of a class and a config.
 
+    Args:
+        activation: what the FFNs compute instead of what the class says.
 
-def _describe(recipe: Recipe, model_type: str, model: PreTrainedModel, ffns: Streamed) -> None:
-    first = ffns.sites[0]
-    recipe.model.family = model_type
-    recipe.model.model_class = type(model).__name__
-    recipe.model.activation.CopyFrom(first.activation)
-    recipe.model.bundle.hidden_size = first.hidden_size
-    for name in first.names():
-        recipe.model.bundle.parts.add(name=name)
+    Attributes:
+        full: the full-size model, without weights.
+        tiny: a tiny instance. Its weights are large enough to show all of each formula.
 
+    Raises:
+        ModelError: the class cannot be made from the config.
+    """
 
-def _layer(site: Site) -> Layer:
-    layer = Layer(
-        module=site.module,
-        neurons=site.neurons * max(1, site.experts),
-        place=site.place,
-        experts=site.experts,
-        weights=[part.rows.parameter for part in site.parts],
-    )
-    for part in site.parts:
-        if part.bias is None:
-            continue
-        if part.name == "down":
-            layer.output_bias = _path(site, part.bias.parameter)
-        else:
-            first, step = part.bias.first_and_step(site.neurons)
-            layer.biases.add(part=part.name, tensor=_path(site, part.bias.parameter), first=first, step=step)
-    return layer
+    def __init__(
+        self, found: type[PreTrainedModel], config: PreTrainedConfig, activation: Activation | None = None
+    ) -> None:
+        self.full = weightless(found, config)
+        self.tiny = tiny_model(found, config, layers_needed(self.full))
+        self._outline = weightless(found, self.tiny.config)
+        self._found = watch(self.tiny)
+        self._activation = activation
 
+    def streamed(self) -> Streamed:
+        """What is streamed of the full-size model. Raises ModelError where that is nothing."""
+        split = self._of_class()
+        return split if self._activation is None else split.computing(self._activation)
 
-def _ffn_source(site: Site, places: Mapping[str, Place]) -> FfnSource:
-    experts: list[int | None] = [None] if site.experts == 0 else list(range(site.experts))
-    parts = [[_part_source(site, part, expert, places) for part in site.parts] for expert in experts]
-    return FfnSource(experts=[ExpertSource(parts=of_expert) for of_expert in parts])
+    def prove(self) -> None:
+        """Raises ModelError where the tiny instance, imported and streamed, computes something else."""
+        prove(self.tiny, self._outline, self._tiny_sites(), self._activation)
 
+    def streamed_tiny(self) -> PreTrainedModel:
+        """The tiny instance, imported and streamed."""
+        return streamed_model(self.tiny, self._outline, self._tiny_sites(), self._activation)
 
-def _part_source(site: Site, part: Part, expert: int | None, places: Mapping[str, Place]) -> MatrixSource:
-    first, step = part.rows.first_and_step(site.neurons)
-    neurons, values = slice(first, first + (site.neurons - 1) * step + 1, step), slice(None)
-    index = (values, neurons) if part.rows.columns else (neurons, values)
-    place = places[_path(site, part.rows.parameter)]
-    return part_source(place, index if expert is None else (expert, *index), 1 if part.rows.columns else 0)
+    def _of_class(self) -> Streamed:
+        split = streamed(self.full, carried(self._outline, self._found.sites, self._found.called, self.full))
+        if not split.sites:
+            name = type(self.full).__name__
+            raise ModelError(f"no FFN of {name} could be recognised, so nothing of it can be streamed")
+        return split
 
-
-def _path(site: Site, parameter: str) -> str:
-    return f"{site.module}.{parameter}" if site.module else parameter
-
-
-def _add_resident(recipe: Recipe, model: PreTrainedModel, tensors: Found) -> None:
-    streamed = {f"{layer.module}.{weight}".lstrip(".") for layer in recipe.model.layers for weight in layer.weights}
-    state, kept = model.state_dict(), kept_in_f32(model)
-    for name, place in tensors.places.items():
-        if name not in streamed:
-            recipe.resident.add(
-                name=name,
-                shape=state[name].shape,
-                source=message(place),
-                tied_to=tensors.tied.get(name, ""),
-                f32_in=kept.get(name, []),
-            )
+    def _tiny_sites(self) -> list[Site]:
+        """Those whose layout and formula are streamed."""
+        first = self._of_class().sites[0]
+        return [
+            site for site in self._found.sites if (site.activation, site.names()) == (first.activation, first.names())
+        ]

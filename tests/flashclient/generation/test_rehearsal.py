@@ -121,7 +121,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool, got int"),
     *(
         ("llama", {"hidden_act": name}, "config.json: |no FFN of LlamaForCausalLM")
-        for name in ("relu6", "quick_gelu", "gelu_10", "laplace", "?", None, 3)
+        for name in ("mish", "gelu_10", "laplace", "?", None, 3)
     ),
     ("llama", {"rms_norm_eps": "1e-6"}, "config.json: "),
     ("llama", {"rms_norm_eps": None}, "config.json: "),
@@ -145,7 +145,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"compression_config": {"format": "x"}}, r"is quantised \(compression_config = "),
     ("qwen2", {"layer_types": ["spiral_attention"]}, "config.json: "),
     ("qwen2", {"layer_types": ["full_attention"] * 3}, "config.json: "),
-    ("gemma3", {"hidden_activation": "relu6"}, "config.json: "),
+    ("gemma3", {"hidden_activation": "mish"}, "config.json: |no FFN of Gemma3ForCausalLM"),
     ("opt", {"activation_function": "gelu_10"}, "config.json: |no FFN of OPTForCausalLM"),
     ("opt", {"max_position_embeddings": 100}, r"has shape \[258, 32\]"),
     ("opt", {"word_embed_proj_dim": 16}, r"has shape .* says \[320, 16\]|lacks the tensor"),

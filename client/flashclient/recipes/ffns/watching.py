@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from flashclient.recipes.formulas import PRODUCTS_MIN, Samples, limits_among, recognised
-from flashclient.recipes.mixtures import experts_site, is_experts_call
-from flashclient.recipes.site import Layer, Part, Rows, Site, scalars_of
+from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, recognised
+from flashclient.recipes.ffns.mixtures import experts_site, is_experts_call
+from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
 
 BATCH = 2
@@ -30,7 +30,7 @@ BACK = 12  # calls of projections between the first and the last projection of a
 
 
 @dataclass
-class _Call:
+class _ProjectionCall:
     """One call of a projection."""
 
     name: str
@@ -78,14 +78,14 @@ def run(model: PreTrainedModel) -> Any:
 
 
 @dataclass(frozen=True)
-class Watched:
+class SitesFound:
     """The FFNs of a model, in the order in which a forward pass calls them, and all modules that it calls."""
 
     sites: list[Site]
     called: set[str]
 
 
-def watch(model: PreTrainedModel) -> Watched:
+def watch(model: PreTrainedModel) -> SitesFound:
     """Finds the FFNs of `model`. Changes the scale of their weights."""
     calls = _record(model)
     found = _matches(model, calls)
@@ -95,13 +95,13 @@ def watch(model: PreTrainedModel) -> Watched:
     return _placed(model, found)
 
 
-def _record(model: PreTrainedModel) -> list[_Call]:
-    calls: list[_Call] = []
+def _record(model: PreTrainedModel) -> list[_ProjectionCall]:
+    calls: list[_ProjectionCall] = []
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: nn.Module, args: tuple[Any, ...], y: Any) -> None:
             if len(args) == 1 and isinstance(args[0], Tensor) and isinstance(y, Tensor):
-                calls.append(_Call(name, module, _rows(args[0]).clone(), _rows(y).clone()))
+                calls.append(_ProjectionCall(name, module, _rows(args[0]).clone(), _rows(y).clone()))
 
         return keep
 
@@ -122,7 +122,7 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1, tensor.shape[-1])
 
 
-def _matches(model: nn.Module, calls: list[_Call]) -> list[_Found]:
+def _matches(model: nn.Module, calls: list[_ProjectionCall]) -> list[_Found]:
     """The FFNs whose last projections are called for the first time after their first ones."""
     found: list[_Found] = []
     tried: set[str] = set()
@@ -135,7 +135,7 @@ def _matches(model: nn.Module, calls: list[_Call]) -> list[_Found]:
     return found
 
 
-def _match(model: nn.Module, down: _Call, before: list[_Call]) -> _Found | None:
+def _match(model: nn.Module, down: _ProjectionCall, before: list[_ProjectionCall]) -> _Found | None:
     neurons = down.x.shape[1]
     alike = [call for call in reversed(before) if call.x.shape == down.y.shape]
     for up in alike:
@@ -156,7 +156,7 @@ def _match(model: nn.Module, down: _Call, before: list[_Call]) -> _Found | None:
     return None
 
 
-def _again(model: nn.Module, of: _Found, calls: list[_Call]) -> _Found | None:
+def _again(model: nn.Module, of: _Found, calls: list[_ProjectionCall]) -> _Found | None:
     """`of` with the formula that all of its calls show, or None."""
     downs, ups, gates = ([call for call in calls if call.name == name] for name in (of.down, of.up, of.gate))
     if len(downs) != len(ups) or len(gates) not in (0, len(ups)):
@@ -170,7 +170,7 @@ def _again(model: nn.Module, of: _Found, calls: list[_Call]) -> _Found | None:
 
 
 def _activation(
-    model: nn.Module, of: _Found, down: _Call, up: _Call, gate: _Call | None
+    model: nn.Module, of: _Found, down: _ProjectionCall, up: _ProjectionCall, gate: _ProjectionCall | None
 ) -> weightd_pb2.Activation | None:
     if len(down.x) != len(up.y) or (gate is not None and not torch.equal(gate.x, up.x)):
         return None
@@ -190,7 +190,7 @@ def _common(names: tuple[str, ...]) -> str:
     return ".".join(common)
 
 
-def _enlarge(model: nn.Module, found: list[_Found], calls: list[_Call]) -> None:
+def _enlarge(model: nn.Module, found: list[_Found], calls: list[_ProjectionCall]) -> None:
     """Scales the first projections of FFNs so that their products pass every limit, and the last ones the other way."""
     by_name = {call.name: call for call in calls}
     for of in found:
@@ -203,7 +203,7 @@ def _enlarge(model: nn.Module, found: list[_Found], calls: list[_Call]) -> None:
         by_name[of.down].module.weight.mul_(target**-2 if gated else 1 / target)
 
 
-def _placed(model: PreTrainedModel, found: list[_Found]) -> Watched:
+def _placed(model: PreTrainedModel, found: list[_Found]) -> SitesFound:
     """The sites, with the modules that they are put in, by one more run."""
     seen = _see(model)
     sites = {seen[of.up].order: _site(model, of, seen) for of in found}
@@ -213,7 +213,7 @@ def _placed(model: PreTrainedModel, found: list[_Found]) -> Watched:
             site = experts_site(name, module, calls.calls[0].output.shape[-1])
             if site is not None:
                 sites[calls.order] = site
-    return Watched([sites[order] for order in sorted(sites)], set(seen))
+    return SitesFound([sites[order] for order in sorted(sites)], set(seen))
 
 
 def _names(of: _Found) -> tuple[str, ...]:

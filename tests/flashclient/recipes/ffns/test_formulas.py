@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashclient.recipes.formulas import FUNCTIONS, Samples, computed, recognised
+from flashclient.model.activations import FUNCTIONS
+from flashclient.recipes.ffns.formulas import Samples, made_by, recognised
 from weightd_proto.weightd_pb2 import Activation
 
 GATED = [
@@ -16,6 +17,7 @@ GATED = [
     Activation(function="fatrelu", parameter=0.01),
     Activation(function="silu", gate_max=10, up_limit=10),
     Activation(function="silu", activation_max=7, up_limit=7),
+    Activation(function="silu", gate_factor=1.3),
 ]
 UNGATED = [Activation(function=name) for name in FUNCTIONS if name not in ("swish", "fatrelu", "gated_relu")]
 SCALARS = [1e-6, 0.01, 1.3, 7.0, 10.0]
@@ -28,31 +30,31 @@ def products(seed: int, scale: float = 6) -> Tensor:
 @pytest.mark.parametrize("activation", GATED, ids=str)
 def test_a_formula_with_gate_is_recognised(activation: Activation) -> None:
     gate, up = products(1), products(2)
-    made = computed(activation, gate, up)
+    made = made_by(activation, gate, up)
     assert recognised(Samples(gate, up, made), lambda: SCALARS) == activation
 
 
 @pytest.mark.parametrize("activation", UNGATED, ids=str)
 def test_a_formula_without_gate_is_recognised(activation: Activation) -> None:
     up = products(1)
-    assert recognised(Samples(None, up, computed(activation, None, up)), lambda: SCALARS) == activation
+    assert recognised(Samples(None, up, made_by(activation, None, up)), lambda: SCALARS) == activation
 
 
 def test_gate_and_up_are_told_apart() -> None:
     gate, up = products(1), products(2)
-    made = computed(Activation(function="silu"), gate, up)
+    made = made_by(Activation(function="silu"), gate, up)
     assert recognised(Samples(up, gate, made), lambda: SCALARS) is None
 
 
 def test_a_limit_that_is_not_among_the_numbers_is_not_recognised() -> None:
     gate, up = products(1), products(2)
-    made = computed(Activation(function="silu", gate_max=7), gate, up)
+    made = made_by(Activation(function="silu", gate_max=7), gate, up)
     assert recognised(Samples(gate, up, made), lambda: [10.0]) is None
 
 
 def test_one_neuron_that_differs_is_enough() -> None:
     gate, up = products(1), products(2)
-    made = computed(Activation(function="gelu"), gate, up)
+    made = made_by(Activation(function="gelu"), gate, up)
     made[5, 7] += 0.01
     assert recognised(Samples(gate, up, made), lambda: SCALARS) is None
 

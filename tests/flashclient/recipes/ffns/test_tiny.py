@@ -10,9 +10,9 @@ from torch_threads import one_thread
 from transformers import AutoConfig, BartConfig, PreTrainedConfig, T5Config
 
 from flashclient.errors import ModelError
-from flashclient.recipes.sites import layers_needed, weightless
-from flashclient.recipes.tiny import VOCABULARY, tiny_config, tiny_model
-from flashclient.recipes.watching import run
+from flashclient.recipes.ffns.sites import layers_needed, weightless
+from flashclient.recipes.ffns.tiny import VOCABULARY, model_class, tiny_config, tiny_model
+from flashclient.recipes.ffns.watching import run
 
 PARAMETERS_MAX = 2_000_000
 
@@ -25,7 +25,7 @@ def config_of(kind: str, **changes: Any) -> PreTrainedConfig:
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "falcon", "opt", "deepseek_v3", "gpt_oss", "jamba", "gemma3n_text"])
 @one_thread()
 def test_a_tiny_model_runs(kind: str) -> None:
-    model = tiny_model(config_of(kind))
+    model = tiny_model(*model_class(config_of(kind)))
     assert sum(parameter.numel() for parameter in model.parameters()) < PARAMETERS_MAX
     assert bool(torch.isfinite(run(model).logits).all())
 
@@ -33,10 +33,10 @@ def test_a_tiny_model_runs(kind: str) -> None:
 @one_thread()
 def test_a_tiny_model_depends_on_its_config_alone() -> None:
     torch.manual_seed(1)
-    one = tiny_model(config_of("llama")).state_dict()
+    one = tiny_model(*model_class(config_of("llama"))).state_dict()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    other = tiny_model(config_of("llama")).state_dict()
+    other = tiny_model(*model_class(config_of("llama"))).state_dict()
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 
@@ -87,17 +87,19 @@ def test_token_ids_are_in_the_vocabulary() -> None:
     ],
 )
 def test_a_tiny_model_has_every_kind_of_layer(kind: str, changes: dict[str, Any], layers: int) -> None:
-    assert layers_needed(weightless(config_of(kind, **changes))) == layers
+    assert layers_needed(weightless(*model_class(config_of(kind, **changes)))) == layers
 
 
 def test_a_class_that_cannot_be_made_is_refused_in_one_line() -> None:
     config = config_of("deepseek_v2", num_experts_per_tok=6)
     config.hidden_act = "no such function"
-    with pytest.raises(ModelError, match=r"^no tiny DeepseekV2ForCausalLM could be made: .*no such function.*$"):
-        tiny_model(config)
+    with pytest.raises(
+        ModelError, match=r"^config\.json: no tiny DeepseekV2ForCausalLM could be made: .*no such function.*$"
+    ):
+        tiny_model(*model_class(config))
 
 
 def test_a_type_without_causal_language_model_is_refused() -> None:
     with pytest.raises(ModelError, match="no causal language model for model_type 't5'"):
-        tiny_model(T5Config())
-    tiny_model(BartConfig())  # its decoder alone
+        model_class(T5Config())
+    tiny_model(*model_class(BartConfig()))  # its decoder alone

@@ -5,9 +5,10 @@ The full model is on the meta device: its modules and shapes are there, and its 
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from flashclient.recipes.site import NO_SIZE, Layer, Part, Site
-from flashclient.recipes.tiny import LAYERS_MIN, model_class
+from flashclient.errors import ModelError
+from flashclient.recipes.ffns.site import NO_SIZE, Layer, Part, Site
+from flashclient.recipes.ffns.tiny import LAYERS_MIN, one_line
+from weightd_proto import weightd_pb2
 
 LAYERS_MAX = 12  # of a tiny model
 
@@ -31,19 +34,37 @@ class Streamed:
     Attributes:
         sites: all of one layout and activation, in the order in which a forward pass calls them.
         others: sites that differ in layout or activation; they stay resident.
+        unrecognised: modules of a site's class that compute something else; they stay resident too.
         resident_share: of the weights, tied ones counted once.
     """
 
     sites: tuple[Site, ...]
     others: tuple[Site, ...]
+    unrecognised: tuple[str, ...]
     resident_share: float
 
+    def notes(self) -> Iterator[str]:
+        """What stays resident though it is an FFN, one line each."""
+        if self.others:
+            others = _some([site.module for site in self.others])
+            yield f"FFNs of another layout or activation than most stay in memory: {others}"
+        if self.unrecognised:
+            yield f"FFNs that compute something else than the others stay in memory: {_some(self.unrecognised)}"
+        if self.others or self.unrecognised:
+            yield f"{self.resident_share:.0%} of the weights stay in memory"
 
-def weightless(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of `config` on the meta device."""
-    found, made_from = model_class(config)
-    with torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = found._from_config(made_from)  # type: ignore[no-untyped-call]
+    def computing(self, activation: weightd_pb2.Activation) -> Streamed:
+        """The same, with another activation."""
+        return replace(self, sites=tuple(replace(site, activation=activation) for site in self.sites))
+
+
+def weightless(found: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of `config` on the meta device. Raises ModelError where its class cannot be made from it."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            model: PreTrainedModel = found._from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
+    except Exception as error:  # transformers' classes raise anything for a config of unknown origin
+        raise ModelError(f"config.json: {found.__name__} cannot be made: {one_line(error)}") from error
     return model
 
 
@@ -95,8 +116,9 @@ def of_place(module: nn.Module, place: Layer.Place, weights: Sequence[str]) -> S
     if place != Layer.PARTS:
         return signature(module)
     parts = tuple(signature(module.get_submodule(name.rpartition(".")[0])) for name in weights)
+    others = tuple((name, type(of).__qualname__) for name, of in module.named_children())
     functions = [(name, of) for name, of in module.named_children() if next(of.parameters(), None) is None]
-    return (*_own(module), parts, tuple((name, signature(of)) for name, of in functions))
+    return (*_own(module), parts, others, tuple((name, signature(of)) for name, of in functions))
 
 
 def carried(tiny: nn.Module, found: Sequence[Site], called: Iterable[str], full: nn.Module) -> list[Site]:
@@ -181,8 +203,19 @@ def streamed(full: nn.Module, sites: Sequence[Site]) -> Streamed:
     return Streamed(
         tuple(taken),
         tuple(site for site in sites if _layout(site) != chosen),
+        _unrecognised(full, sites),
         1 - sum(map(values_of, taken)) / total,
     )
+
+
+def _unrecognised(full: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
+    paths = {site.module for site in sites}
+    classes = {type(full.get_submodule(site.module)) for site in sites if site.place != Layer.PARTS}
+    return tuple(name for name, module in full.named_modules() if type(module) in classes and name not in paths)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _layout(site: Site) -> tuple[Any, ...]:

@@ -11,22 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from flashclient.model.activations import FUNCTIONS, neurons_of
 from weightd_proto import weightd_pb2
 
-# By the kernels' names. Of a value and the parameter.
-FUNCTIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu": lambda v, _: functional.relu(v),
-    "relu_squared": lambda v, _: functional.relu(v).square(),
-    "silu": lambda v, _: functional.silu(v),
-    "gelu": lambda v, _: functional.gelu(v),
-    "gelu_tanh": lambda v, _: functional.gelu(v, approximate="tanh"),
-    "gated_relu": lambda v, _: functional.relu(v),
-    "swish": lambda v, parameter: v * torch.sigmoid(parameter * v),
-    "fatrelu": lambda v, parameter: torch.where(v > parameter, v, 0),
-}
-WITH_PARAMETER = ("swish", "fatrelu")
+FACTOR_MIN = 0.05
 QUICK_GELU = 1.702  # transformers' QuickGELUActivation has it in its code
 
 SMALL = 1.5  # below every limit: products this small show the function alone
@@ -54,6 +43,16 @@ class Samples:
         gate = None if self.gate is None else self.gate.flatten()[where]
         return Samples(gate, self.up.flatten()[where], self.made.flatten()[where])
 
+    def scaled(self, factor: float) -> Samples:
+        """The same with `factor` times the products with the gate rows, or with the up rows if there is no gate."""
+        if self.gate is None:
+            return Samples(None, self.up * factor, self.made)
+        return Samples(self.gate * factor, self.up, self.made)
+
+    def offsets(self) -> list[float]:
+        """What can be added to the products with the up row."""
+        return [0.0] if self.gate is None else [0.0, 1.0]
+
     def keep_signs(self, up_offset: float) -> bool:
         """Whether no neuron's output has the sign that no function gives it: a quick test, which few others pass."""
         signs = self.made * self.up if self.gate is None else self.made * self.gate * (self.up + up_offset)
@@ -65,22 +64,9 @@ class Samples:
         return all(bool((of > VARIES).any()) and bool((of < -VARIES).any()) for of in products)
 
 
-def computed(activation: weightd_pb2.Activation, gate: Tensor | None, up: Tensor) -> Tensor:
-    """The formula of Activation in weightd.proto, in fp32."""
-    function = FUNCTIONS[activation.function]
-    first = up if gate is None else gate
-    if activation.HasField("gate_max"):
-        first = first.clamp(max=activation.gate_max)
-    made = function(first, activation.parameter)
-    if activation.HasField("activation_max"):
-        made = made.clamp(max=activation.activation_max)
-    if gate is None:
-        return made
-    if activation.function == "gated_relu":
-        up = functional.relu(up)
-    if activation.HasField("up_limit"):
-        up = up.clamp(-activation.up_limit, activation.up_limit)
-    return made * (up + activation.up_offset)
+def made_by(activation: weightd_pb2.Activation, gate: Tensor | None, up: Tensor) -> Tensor:
+    """What the formula makes of products."""
+    return neurons_of(activation, up) if gate is None else neurons_of(activation, gate, up)
 
 
 def recognised(samples: Samples, scalars_of: Callable[[], Iterable[float]]) -> weightd_pb2.Activation | None:
@@ -89,13 +75,27 @@ def recognised(samples: Samples, scalars_of: Callable[[], Iterable[float]]) -> w
     Args:
         scalars_of: gives numbers that the module or its config holds: parameters and limits are looked for among them.
     """
-    gated = samples.gate is not None
-    near = samples.near()
-    offsets = [offset for offset in ((0.0, 1.0) if gated else (0.0,)) if near.keep_signs(offset)]
-    if not offsets or len(near.made) < SMALL_SAMPLES_MIN or not samples.vary():
+    if not samples.vary() or not any(samples.near().keep_signs(offset) for offset in samples.offsets()):
         return None
     scalars = sorted(set(scalars_of()))
+    plain = _closest(samples, scalars)
+    if plain is not None:
+        return plain
+    for factor in scalars:
+        if FACTOR_MIN < factor < 1 / FACTOR_MIN:
+            found = _closest(samples.scaled(factor), scalars)
+            if found is not None:
+                found.gate_factor = factor
+                return found
+    return None
+
+
+def _closest(samples: Samples, scalars: list[float]) -> weightd_pb2.Activation | None:
+    near, gated = samples.near(), samples.gate is not None
+    if len(near.made) < SMALL_SAMPLES_MIN:
+        return None
     errors: list[tuple[float, int, weightd_pb2.Activation]] = []
+    offsets = [offset for offset in samples.offsets() if near.keep_signs(offset)]
     for activation in _functions(scalars, gated, offsets):
         if _error(activation, near) > 1:
             continue
@@ -145,6 +145,6 @@ def limits_among(scalars: Iterable[float]) -> list[float]:
 
 def _error(activation: weightd_pb2.Activation, samples: Samples) -> float:
     """The largest difference between the formula and what was made, over what rounding explains."""
-    expected = computed(activation, samples.gate, samples.up)
+    expected = made_by(activation, samples.gate, samples.up)
     bound = TOLERANCE * (1 + expected.abs() + (0 if samples.gate is None else samples.up.abs()))
     return float(((expected - samples.made).abs() / bound).nan_to_num(torch.inf).max())

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flashclient.recipes.formulas import PRODUCTS_MIN, Samples, computed, limits_among, recognised
-from flashclient.recipes.site import Layer, Part, Rows, Site, scalars_of
+from flashclient.recipes.ffns.formulas import PRODUCTS_MIN, Samples, limits_among, made_by, recognised
+from flashclient.recipes.ffns.site import Layer, Part, Rows, Site, scalars_of
 from weightd_proto import weightd_pb2
 
 TOKENS_AN_EXPERT = 16
@@ -25,16 +25,20 @@ OUTPUT_TOLERANCE = 1e-4  # of the largest output
 
 
 def is_experts_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether these are an input [tokens, hidden size], the experts of each token [tokens, k], and their weights."""
+    """Whether these are an input [tokens, hidden size], the experts of each token [tokens, k], and their weights.
+
+    Or one tensor that holds an input for each expert, one after the other (Llama 4).
+    """
     try:
         values = list(inspect.signature(module.forward).bind(*args, **kwargs).arguments.values())
     except TypeError:
         return False
-    if len(values) != 3 or not all(isinstance(value, Tensor) and value.dim() == 2 for value in values):
+    if not all(isinstance(value, Tensor) and value.dim() == 2 for value in values):
         return False
-    x, chosen, weights = values
+    if len(values) == 1:
+        return len(_matrices(module)) > 1
     floats = [value.is_floating_point() for value in values]
-    return floats == [True, False, True] and chosen.shape == weights.shape and len(x) == len(chosen)
+    return floats == [True, False, True] and values[1].shape == values[2].shape and len(values[0]) == len(values[1])
 
 
 def experts_site(path: str, module: nn.Module, hidden_size: int) -> Site | None:
@@ -47,9 +51,27 @@ def experts_site(path: str, module: nn.Module, hidden_size: int) -> Site | None:
     return None
 
 
+def _matrices(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False) if value.dim() == 3}
+
+
+def _call(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The module's output for tokens with these experts. If it takes one tensor, the weights are not its concern."""
+    if len(inspect.signature(module.forward).parameters) > 1:
+        output: Tensor = module(x, chosen, weights)
+        return output
+    experts = next(iter(_matrices(module).values()))[0]
+    inputs = x.new_zeros(experts, *x.shape)
+    for of in chosen.T:
+        inputs[of, torch.arange(len(x))] = x
+    outputs = module(inputs.flatten(0, 1)).view_as(inputs)
+    each: Tensor = outputs[chosen, torch.arange(len(x))[:, None]]
+    return (each * weights[..., None]).sum(dim=1)
+
+
 def _arrangements(module: nn.Module, hidden_size: int) -> Iterator[tuple[Part, ...]]:
     """The ways in which the module's parameters can be the parts of its experts, by their shapes."""
-    shapes = {name: tuple(value.shape) for name, value in module.named_parameters() if value.dim() == 3}
+    shapes = _matrices(module)
     if len(shapes) not in (2, 3) or len({shape[0] for shape in shapes.values()}) > 1:
         return
     if any(hidden_size not in shape[1:] for shape in shapes.values()):
@@ -96,7 +118,7 @@ def _activation(module: nn.Module, parts: tuple[Part, ...]) -> weightd_pb2.Activ
     made = []
     for begin in range(0, neurons, hidden_size):
         with _showing(module, down, begin):
-            made.append(module(x, expert[:, None], torch.ones(len(x), 1))[:, : neurons - begin])
+            made.append(_call(module, x, expert[:, None], torch.ones(len(x), 1))[:, : neurons - begin])
     gate, up = _gate_and_up(module, first, x, expert)
     return recognised(Samples(gate, up, torch.cat(made, dim=1)), lambda: scalars)
 
@@ -142,9 +164,9 @@ def _is_proven(module: nn.Module, parts: tuple[Part, ...], activation: weightd_p
     for of in range(chosen.shape[1]):
         expert = chosen[:, of]
         gate, up = _gate_and_up(module, first, x, expert)
-        output = torch.einsum("tn,tnh->th", computed(activation, gate, up), _rows(module, down.rows)[expert])
+        output = torch.einsum("tn,tnh->th", made_by(activation, gate, up), _rows(module, down.rows)[expert])
         if down.bias is not None:
             output += module.get_parameter(down.bias.parameter)[expert]
         expected += weights[:, of, None] * output
-    difference = (module(x, chosen, weights) - expected).abs().max()
+    difference = (_call(module, x, chosen, weights) - expected).abs().max()
     return bool(difference <= OUTPUT_TOLERANCE * expected.abs().max())

@@ -239,20 +239,28 @@ def _sections(values: list[int], total: int) -> list[int]:
     return tiny
 
 
-def tiny_model(config: PreTrainedConfig, layers: int = LAYERS_MIN) -> PreTrainedModel:
-    """The tiny instance of the class of `config`: in fp32, in eval mode, with weights that depend on nothing but it.
+def tiny_model(found: type[PreTrainedModel], config: PreTrainedConfig, layers: int = LAYERS_MIN) -> PreTrainedModel:
+    """A tiny instance of the class `found`: in fp32, in eval mode, with weights that depend on nothing but `config`.
+
+    Args:
+        config: of the real model.
+        layers: so many of its first layers; more if the class needs several layers of a kind.
 
     Raises:
         ModelError: the class cannot be made that small.
     """
-    found, made_from = model_class(config)
-    for more in (layers, 2 * layers, 3 * layers):  # a class can need several layers of a kind
+    for more in (layers, 2 * layers, 3 * layers):
         try:
-            return _made(found, tiny_config(made_from, more))
+            return _made(found, tiny_config(config, more))
         except Exception as error:  # transformers' classes raise anything for a config that they cannot be made from
             reason = error
-    said = re.sub(r"\s+", " ", str(reason))[:REASON_CHARACTERS_MAX]
-    raise ModelError(f"no tiny {found.__name__} could be made: {said}") from reason
+    raise ModelError(f"config.json: no tiny {found.__name__} could be made: {one_line(reason)}") from reason
+
+
+def one_line(error: Exception) -> str:
+    """What an error of unknown origin says."""
+    said = re.sub(r"\s+", " ", str(error)).strip()[:REASON_CHARACTERS_MAX]
+    return said or type(error).__name__
 
 
 def _made(found: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -11,10 +11,10 @@ from torch import nn
 from torch_threads import one_thread
 from transformers import AutoConfig
 
-from flashclient.recipes.mixtures import experts_site
-from flashclient.recipes.site import Layer, Part, Rows, Site
-from flashclient.recipes.tiny import tiny_model
-from flashclient.recipes.watching import watch
+from flashclient.recipes.ffns.mixtures import experts_site
+from flashclient.recipes.ffns.site import Layer, Part, Rows, Site
+from flashclient.recipes.ffns.tiny import model_class, tiny_model
+from flashclient.recipes.ffns.watching import watch
 from weightd_proto.weightd_pb2 import Activation
 
 MODULE, PARTS, EXPERTS = Layer.MODULE, Layer.PARTS, Layer.EXPERTS
@@ -22,7 +22,7 @@ MODULE, PARTS, EXPERTS = Layer.MODULE, Layer.PARTS, Layer.EXPERTS
 
 @one_thread()
 def sites(kind: str, layers: int = 4, **changes: Any) -> list[Site]:
-    return watch(tiny_model(AutoConfig.for_model(kind, **changes), layers)).sites
+    return watch(tiny_model(*model_class(AutoConfig.for_model(kind, **changes)), layers)).sites
 
 
 def parts(*named: tuple[str, Rows] | tuple[str, Rows, str]) -> tuple[Part, ...]:

@@ -75,6 +75,10 @@ class Site:
     hidden_size: int
     experts: int = 0
 
+    def path(self, parameter: str) -> str:
+        """The name in the model of a parameter below the site's module."""
+        return f"{self.module}.{parameter}" if self.module else parameter
+
     def names(self) -> list[str]:
         """The parts' names."""
         return [part.name for part in self.parts]

@@ -1,0 +1,116 @@
+"""Puts a recipe together: layers by their sites, and the places of all tensors in the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel
+
+from flashclient.recipes.ffns.site import Rows, Site
+from flashclient.tensors.names import Found, kept_in_f32, part_source
+from flashclient.tensors.places import Place, message
+from weightd_proto.weightd_pb2 import (
+    Bias,
+    BundleLayout,
+    BundlePart,
+    ExpertSource,
+    FfnSource,
+    Layer,
+    MatrixSource,
+    Model,
+    Recipe,
+    ResidentSource,
+)
+
+
+def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found) -> Recipe:
+    """The recipe of `model`, without config_json.
+
+    Args:
+        sites: all of one layout and activation, at least one.
+
+    Raises:
+        ModelError: the rows of a part lie in the checkpoint in a way that an import cannot follow.
+    """
+    first = sites[0]
+    held = _Held(model, tensors)
+    layout = BundleLayout(hidden_size=first.hidden_size, parts=[BundlePart(name=name) for name in first.names()])
+    record = Model(
+        family=model.config.model_type,
+        model_class=type(model).__name__,
+        activation=first.activation,
+        bundle=layout,
+        layers=[layer_of(site) for site in sites],
+    )
+    matrices = {held.name(site.path(part.rows.parameter)) for site in sites for part in site.parts}
+    kept = kept_in_f32(model)
+    resident = [
+        ResidentSource(
+            name=name,
+            shape=place.shape,
+            source=message(place),
+            tied_to=tensors.tied.get(name, ""),
+            f32_in=kept.get(name, []),
+        )
+        for name, place in tensors.places.items()
+        if name not in matrices
+    ]
+    ffns = [_ffn_source(site, held) for site in sites]
+    return Recipe(model=record, ffns=ffns, resident=resident, left_out=tensors.left_out_messages())
+
+
+def layer_of(site: Site) -> Layer:
+    """The layer of the record, without cells and offset."""
+    *first, down = site.parts
+    biases = []
+    for part in first:
+        if part.bias is not None:
+            begin, step = part.bias.first_and_step(site.neurons)
+            tensor = site.path(part.bias.parameter)
+            biases.append(Bias(part=part.name, tensor=tensor, first=begin, step=step))
+    return Layer(
+        module=site.module,
+        neurons=site.neurons * max(1, site.experts),
+        place=site.place,
+        experts=site.experts,
+        weights=[part.rows.parameter for part in site.parts],
+        biases=biases,
+        output_bias=site.path(down.bias.parameter) if down.bias is not None else "",
+    )
+
+
+class _Held:
+    """The places of all parameters: one that is tied to another has the other's."""
+
+    def __init__(self, model: PreTrainedModel, tensors: Found) -> None:
+        self._places = tensors.places
+        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+    def name(self, parameter: str) -> str:
+        return parameter if parameter in self._places else self._tied.get(parameter, parameter)
+
+    def place(self, parameter: str) -> Place:
+        return self._places[self.name(parameter)]
+
+
+def _ffn_source(site: Site, held: _Held) -> FfnSource:
+    experts = range(site.experts) if site.experts else [None]
+    return FfnSource(experts=[ExpertSource(parts=_parts(site, expert, held)) for expert in experts])
+
+
+def _parts(site: Site, expert: int | None, held: _Held) -> list[MatrixSource]:
+    return [
+        part_source(
+            held.place(site.path(part.rows.parameter)),
+            _index(part.rows, site.neurons, expert),
+            int(part.rows.columns),
+        )
+        for part in site.parts
+    ]
+
+
+def _index(rows: Rows, neurons: int, expert: int | None) -> tuple[int | slice, ...]:
+    begin, step = rows.first_and_step(neurons)
+    taken = slice(begin, begin + step * (neurons - 1) + 1, step)
+    matrix = (slice(None), taken) if rows.columns else (taken, slice(None))
+    return matrix if expert is None else (expert, *matrix)

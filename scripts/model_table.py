@@ -1,0 +1,174 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
+"""Writes client/MODELS.md: what is streamed of each type of causal language model that transformers has.
+
+    scripts/model_table.py [--out FILE] [TYPE ...]
+
+Each type's default configuration is derived as an import derives it. A tiny instance is imported and streamed; its
+logits and 32 greedy tokens must be those of transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from flags import FlagParser
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from flashclient.errors import ModelError
+from flashclient.recipes.derive import Derivation, read_config
+from flashclient.recipes.ffns.site import Layer
+from flashclient.recipes.ffns.tiny import model_class, one_line
+from flashclient.recipes.published import published
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "client" / "MODELS.md"
+GREEDY_TOKENS = 32
+PLACES = {Layer.MODULE: "module", Layer.PARTS: "parts", Layer.EXPERTS: "experts"}
+
+# What published checkpoints of a type have, and transformers' default configuration lacks.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"kv_n_heads": 8, "rope_theta": 5e5, "clip_qkv": 8.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
+    "dots1": {
+        "n_routed_experts": 128,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+    },
+    "falcon_h1": {"mlp_multipliers": [0.88388, 0.5859375]},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 256,
+        "indexer_budget": 2048,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX"},
+}
+PUBLISHED["qwen4_exp"] = {"text_config": PUBLISHED["qwen4_exp_text"] | {"model_type": "qwen4_exp_text"}}
+
+HEADER = """# Models
+
+What is streamed of each type of causal language model in transformers {version}, by `scripts/model_table.py`. Each was
+derived from its class's default configuration and proven: a tiny instance was imported and streamed, and its logits and
+{tokens} greedy tokens were those of transformers. {proven} of {types} types are proven, {mixtures} of them mixtures of
+experts.
+
+- *FFNs*: how many are streamed, and whether the streamed one takes the place of the whole module, of the projections
+  that a larger module calls, or of a mixture's experts.
+- *Resident*: the share of the weights that stays in memory with these sizes.
+
+| Type | Class | FFNs | Activation | Resident |
+|---|---|---|---|---|
+"""
+REFUSED = """
+## Not streamed
+
+| Type | Why |
+|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A type: `refusal` says why it is not streamed."""
+
+    model_type: str
+    cells: tuple[str, ...] = ()
+    experts: int = 0
+    refusal: str = ""
+
+
+def config_of(model_type: str) -> PreTrainedConfig:
+    values = CONFIG_MAPPING[model_type](**PUBLISHED.get(model_type, {})).to_dict()
+    return read_config(published(values).config)
+
+
+def row_of(model_type: str) -> Row:
+    try:
+        found, config = model_class(config_of(model_type))
+        derivation = Derivation(found, config)
+        split = derivation.streamed()
+        derivation.prove()
+    except ModelError as error:
+        return Row(model_type, refusal=str(error))
+    except Exception as error:  # a default configuration that its own class refuses
+        return Row(model_type, refusal=one_line(error))
+    if not _same_tokens(derivation.tiny, derivation.streamed_tiny()):
+        return Row(model_type, refusal=f"its {GREEDY_TOKENS} greedy tokens differ")
+    kinds = Counter(PLACES[site.place] for site in split.sites)
+    ffns = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    experts = max(site.experts for site in split.sites)
+    share = f"{split.resident_share:.1%}"
+    return Row(model_type, (found.__name__, ffns, _formula(split.sites[0].activation), share), experts)
+
+
+def _formula(activation: Any) -> str:
+    fields = [f"{field.name} {value:.6g}" for field, value in activation.ListFields() if field.name != "function"]
+    return ", ".join([activation.function, *fields])
+
+
+def _same_tokens(tiny: PreTrainedModel, streamed: PreTrainedModel) -> bool:
+    """Without a cache, so that models whose caches are unusual are compared too."""
+    import torch  # not before flashclient, which sets how its threads wait
+
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        for _ in range(GREEDY_TOKENS):
+            one, other = (model(input_ids=ids).logits[:, -1].argmax(-1) for model in (tiny, streamed))
+            if not torch.equal(one, other):
+                return False
+            ids = torch.cat([ids, one[:, None]], dim=1)
+    return True
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    proven = [row for row in rows if not row.refusal]
+    yield HEADER.format(
+        version=transformers.__version__,
+        tokens=GREEDY_TOKENS,
+        proven=len(proven),
+        types=len(rows),
+        mixtures=sum(row.experts > 0 for row in proven),
+    )
+    for row in proven:
+        yield f"| {row.model_type} | {' | '.join(row.cells)} |\n"
+    if len(proven) < len(rows):
+        yield REFUSED
+    for row in rows:
+        if row.refusal:
+            yield f"| {row.model_type} | {row.refusal} |\n"
+
+
+def main() -> None:
+    parser = FlagParser(__doc__)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("types", nargs="*", default=sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), metavar="TYPE")
+    flags = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    rows = []
+    for model_type in flags.types:
+        rows.append(row_of(model_type))
+        print(model_type, rows[-1].refusal or "proven", file=sys.stderr, flush=True)
+    flags.out.write_text("".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
