@@ -40,7 +40,8 @@ def reference() -> PreTrainedModel:
         num_experts_per_tok=3,
         mlp_only_layers=[0],
     )
-    model: PreTrainedModel = Qwen2MoeForCausalLM(config).eval()
+    model: PreTrainedModel = Qwen2MoeForCausalLM(config)
+    model.train(False)
     return model
 
 
