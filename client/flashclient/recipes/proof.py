@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from flashclient._native import LentMemory, Workers
+from flashclient._native import CellWalk, LentMemory, Workers
 from flashclient.errors import AbsentWeightError, ModelError
 from flashclient.model.build import build_model
 from flashclient.recipes.assembly import assemble
@@ -29,6 +29,7 @@ from flashclient.recipes.ffns.tiny import one_line
 from flashclient.recipes.ffns.watching import run
 from flashclient.recipes.reference import amend
 from flashclient.source.bundle_source import Chunk
+from flashclient.source.memory_cells import MemoryCells
 from flashclient.tensors.names import find_tensors
 from flashclient.tensors.places import Piece, gather
 from weightd_proto import weightd_pb2
@@ -141,6 +142,11 @@ class ArraySource:
             bundles.shape[1]
         )
         yield Chunk(0, addresses)
+
+    def open_walk(self) -> CellWalk:
+        stride_bytes = self.record.bundle.stride_bytes
+        begins = [int(bundles.ctypes.data) for bundles in self._bundles]
+        return CellWalk(MemoryCells(lambda layer, cell: begins[layer] + cell * stride_bytes), 1, stride_bytes)
 
     def require_open(self) -> None:
         """No-op: there is no session."""
