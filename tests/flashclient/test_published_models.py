@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 import torch
 from multimodal_checkpoints import make_whole
-from published_checkpoints import CHATGLM, QWEN, chatglm_state, qwen_state, reference_of, write_published
+from published_checkpoints import (
+    BAMBOO,
+    CHATGLM,
+    LLAMA,
+    MINICPM,
+    QWEN,
+    SPARSE_LLAMA,
+    State,
+    chatglm_state,
+    llama,
+    qwen_state,
+    reference_of,
+    state_of,
+    write_published,
+)
 
 from flashclient import FlashClient
 from weightd.importing.convert import import_checkpoint
@@ -18,9 +32,16 @@ NEW_TOKENS = 12
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 
 
+def untied() -> State:
+    return state_of(llama(tied=False))
+
+
 CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "chatglm": (CHATGLM, chatglm_state, "GlmForCausalLM"),
     "qwen": (QWEN, qwen_state, "Qwen2ForCausalLM"),
+    "minicpm": (MINICPM, lambda: state_of(llama(tied=True)), "GraniteForCausalLM"),
+    "sparsellama": (SPARSE_LLAMA, untied, "LlamaForCausalLM"),
+    "bamboo": (BAMBOO, untied, "MistralForCausalLM"),
 }
 
 
@@ -35,13 +56,28 @@ def test_published_format_streams_the_tokens_of_its_reference(case: str, tmp_pat
     assert_same(store, case, reference_of(config, state, tmp_path / "reference"))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "gemma3n", "mistral3", "llama4", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma3n", "mistral3", "qwen2_vl", "qwen3_vl"])
 def test_text_part_streams_the_tokens_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
     whole = make_whole(model_type, tmp_path / model_type)
     store = tmp_path / "store"
     with Store.open(store, create=True) as opened:
         import_checkpoint(tmp_path / model_type, opened)
     assert_same(store, model_type, whole)
+
+
+def test_activation_that_is_named_at_the_import_counts(tmp_path: Path) -> None:
+    """SparseQwen2: its configuration says silu, and it computes relu of gate and up."""
+    config = LLAMA | {"model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False}
+    state = untied()
+    state |= {
+        f"model.layers.{n}.self_attn.{p}_proj.bias": torch.zeros(32 if p == "q" else 16) for n in (0, 1) for p in "qkv"
+    }
+    folder = write_published(config, state, tmp_path / "qwen2")
+    store = tmp_path / "store"
+    with Store.open(store, create=True) as opened:
+        record = import_checkpoint(folder, opened, activation="gated_relu")
+    assert record.activation.function == "gated_relu"
+    assert_same(store, "qwen2", reference_of(config, state, tmp_path / "reference", "gated_relu"))
 
 
 def assert_same(store: Path, name: str, reference: Any) -> None:

@@ -196,12 +196,16 @@ def _import(options: argparse.Namespace) -> None:
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(source, store, *more, ask=ask, activation=options.activation)
+            model, done = update(source, store, *more, ask=ask, activation=options.activation, tell=_tell)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
             function = options.activation or ""
-            model, done = import_checkpoint(source, store, *more, ask=ask, activation=function), IMPORTED
+            model, done = import_checkpoint(source, store, *more, ask=ask, activation=function, tell=_tell), IMPORTED
     return _say_imported(model, done, options.json)
+
+
+def _tell(note: str) -> None:
+    complain("weightd", f"note: {one_line(note)}")
 
 
 def _say_imported(model: weightd_pb2.Model, done: str, as_json: bool) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from flashclient._native import CellSource, CellWalk, LentMemory, Workers
+from flashclient._native import CellWalk, LentMemory, Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
 from flashclient.source.bundle_source import Chunk
+from flashclient.source.memory_cells import MemoryCells
 from weightd_proto import weightd_pb2
 
 MAP_NORESERVE = 0x4000  # Linux's; Python names it since 3.13
@@ -32,37 +33,6 @@ REASON_CHARACTERS_MAX = 400
 
 class RefusedFileError(Exception):
     """Names a file of the model and says why a client cannot use it, in one line."""
-
-
-class ZeroCells(CellSource):
-    """Cells that all lie at the same address."""
-
-    CELLS_MAX = 2**16  # at once
-
-    def __init__(self, address: int) -> None:
-        super().__init__()
-        self._address = address
-        self._coming: list[int] = []
-
-    def share_slots(self) -> int:
-        return self.CELLS_MAX
-
-    def lease_limit(self) -> int:
-        return self.CELLS_MAX
-
-    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
-        self._coming = list(acquire)
-
-    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
-        self._coming += acquire
-
-    def arrived(self) -> list[tuple[int, int]]:
-        arrived = [(cell, self._address) for cell in self._coming]
-        self._coming = []
-        return arrived
-
-    def cancel(self) -> None:
-        self._coming = []
 
 
 class ZeroSource:
@@ -85,8 +55,8 @@ class ZeroSource:
 
     def open_walk(self) -> CellWalk:
         """All bundles of a cell share the same memory, too."""
-        self._cells = ZeroCells(-(-self._bundle.ctypes.data // 64) * 64)
-        return CellWalk(self._cells, self._bundles_per_cell, 0)
+        address = -(-self._bundle.ctypes.data // 64) * 64
+        return CellWalk(MemoryCells(lambda _layer, _cell: address), self._bundles_per_cell, 0)
 
     def require_open(self) -> None:
         """No-op: there is no session."""

@@ -109,7 +109,7 @@ def build_model(
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
     model.train(False)  # dropout would change what the checks of installed FFNs see
-    tensors = resident_tensors(record, source.resident, dtype)
+    tensors = resident_tensors(record, source.resident)
     kernels = _kernels(record, workers)
     ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
     install_ffns(model, record, placement, tensors, ffn)
@@ -216,15 +216,22 @@ def _with_plain_strides(_: torch.nn.Module, hidden_states: tuple[Tensor, ...]) -
     return tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in hidden_states)
 
 
-def resident_tensors(record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Views of the resident bytes, by name. Floats of another dtype than the model's are converted, into copies."""
+def resident_tensors(
+    record: weightd_pb2.Model, resident: NDArray[np.uint8], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Views of the resident bytes, by name.
+
+    Args:
+        dtype: floats of another one are converted, into copies. None: all are as the import has stored them, because
+            transformers keeps few tensors of some models in fp32.
+    """
     tensors = {}
     for tensor in record.resident:
         if tensor.dtype not in DTYPES:
             raise ModelError(f"tensor {tensor.name} of model '{record.name}' has unknown dtype {tensor.dtype}")
         end = tensor.offset_bytes + tensor.size_bytes
         view = _view(resident[tensor.offset_bytes : end], DTYPES[tensor.dtype]).view(tuple(tensor.shape))
-        tensors[tensor.name] = view.to(dtype) if view.is_floating_point() else view
+        tensors[tensor.name] = view if dtype is None or not view.is_floating_point() else view.to(dtype)
     return tensors
 
 

@@ -214,6 +214,8 @@ class PartsOfFFN:
         self._activation = activation
         self._key = (activation.SerializeToString(), neurons, gated)
         self._call: _FfnCall | None = None
+        self._known_here: Any = None  # what the module has done the last time
+        self._plain: dict[tuple[str, ...], Tensor] = {}  # by parts, of the last shape
 
     def begin(self, parts: tuple[str, ...], x: Tensor, ffn: Callable[[Tensor], Tensor]) -> PendingProjection:
         """What the projection that holds `parts` returns for x [..., hidden_size]."""
@@ -222,7 +224,9 @@ class PartsOfFFN:
             call = self._call = _FfnCall(x, ffn(x))
         call.begun.update(parts)
         shape = (*x.shape[:-1], self.neurons * len(parts))
-        plain = torch.empty(shape, dtype=call.y.dtype, device="meta")
+        plain = self._plain.get(parts)
+        if plain is None or plain.shape != shape or plain.dtype != call.y.dtype:
+            plain = self._plain[parts] = torch.empty(shape, dtype=call.y.dtype, device="meta")
         return PendingProjection.of(plain, self, call, _Rows(parts))
 
     def finish(self, h: Any) -> Tensor:
@@ -235,12 +239,13 @@ class PartsOfFFN:
         if not isinstance(h, PendingProjection) or h.site is not self or h.call is not call or call is None:
             what = f"{self.path} computes its FFN as a whole, so what enters its last projection is fixed"
             raise refused(what, CHANGE)
-        key, shape = (*self._key, h.done), h.plain.shape
-        if key not in self._known:
+        shape = h.plain.shape
+        if h.done is not self._known_here and (key := (*self._key, h.done)) not in self._known:
             if shape[-1] != self.neurons or not (self._activation.instead or self._is_activation(h.done)):
                 what = f"{self.path} does not compute {self._activation.function} between its projections"
                 raise OtherActivationError(f"{what}; {CHANGE}")
             self._known.add(key)
+        self._known_here = h.done
         return call.y if shape[:-1] == call.y.shape[:-1] else call.y.view(*shape[:-1], -1)
 
     def _is_activation(self, done: Any) -> bool:
@@ -309,9 +314,21 @@ class LastProjection(AbsentProjection):
 
 
 class BetweenProjections(Unchangeable):
-    """An activation that the module calls between them."""
+    """An activation that the module calls between them.
+
+    Attributes:
+        before, after: what was done before its last call, and after it.
+    """
+
+    before: Any = None
+    after: Any = None
 
     def forward(self, x: Any) -> Any:
         if not isinstance(x, PendingProjection):
             raise refused(f"{self.path} cannot be computed alone, and its input cannot be changed", CHANGE)
-        return super().forward(x)
+        if x.done == self.before:  # nearly always
+            return PendingProjection.of(x.plain, x.site, x.call, self.after)
+        made = super().forward(x)
+        if isinstance(made, PendingProjection) and made.plain is x.plain:
+            self.__dict__.update(before=x.done, after=made.done)
+        return made

@@ -31,7 +31,7 @@ from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
-SIZE = re.compile(r"(size|dim|layers?|heads?|experts|n_\w+|length|embeddings)$")
+SIZE = re.compile(r"(size|dim|layers|heads?|experts|^n_\w+|length|embeddings)$")
 
 
 def derive(request: DeriveRequest) -> Recipe:

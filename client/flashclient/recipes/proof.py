@@ -6,7 +6,6 @@ it, cut into bundles, in an order of neurons that is not that of the checkpoint.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Generator, Sequence
 from contextlib import nullcontext, suppress
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from flashclient._native import CellSource, CellWalk, LentMemory, Workers
+from flashclient._native import CellWalk, LentMemory, Workers
 from flashclient.errors import AbsentWeightError, ModelError
 from flashclient.model.build import build_model
 from flashclient.recipes.assembly import assemble
@@ -30,6 +29,7 @@ from flashclient.recipes.ffns.tiny import one_line
 from flashclient.recipes.ffns.watching import run
 from flashclient.recipes.reference import amend
 from flashclient.source.bundle_source import Chunk
+from flashclient.source.memory_cells import MemoryCells
 from flashclient.tensors.names import find_tensors
 from flashclient.tensors.places import Piece, gather
 from weightd_proto import weightd_pb2
@@ -105,38 +105,6 @@ def _imported(
     return assemble(outline, sites, find_tensors(outline, places)), tensors
 
 
-class _Cells(CellSource):
-    """The cells of an ArraySource."""
-
-    def __init__(self, bundles: list[NDArray[np.uint8]], bundles_per_cell: int) -> None:
-        super().__init__()
-        self._addresses = [(of.ctypes.data, of.shape[1] * bundles_per_cell) for of in bundles]
-        self._count = sum(map(len, bundles))
-        self._layer = 0
-        self._coming: list[int] = []
-
-    def share_slots(self) -> int:
-        return self._count
-
-    def lease_limit(self) -> int:
-        return self._count
-
-    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
-        self._layer, self._coming = layer, list(acquire)
-
-    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
-        self._coming += acquire
-
-    def arrived(self) -> list[tuple[int, int]]:
-        first, cell_bytes = self._addresses[self._layer]
-        arrived = [(cell, first + cell * cell_bytes) for cell in self._coming]
-        self._coming = []
-        return arrived
-
-    def cancel(self) -> None:
-        self._coming = []
-
-
 class ArraySource:
     """A BundleSource of a model in this process's memory, in exact mode.
 
@@ -157,14 +125,13 @@ class ArraySource:
         layout.parts.extend(parts_of(names, plain("F32")))
         layout.bundle_bytes = 4 * len(names) * layout.hidden_size
         layout.stride_bytes = -(-layout.bundle_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        layout.bundles_per_cell = math.gcd(*(layer.neurons // max(1, layer.experts) for layer in self.record.layers))
+        layout.bundles_per_cell = 1
         self.placements = [_placement(layer) for layer in self.record.layers]
         self._bundles = [
             _bundles(ffn, tensors, placement, layout.stride_bytes)
             for ffn, placement in zip(recipe.ffns, self.placements, strict=True)
         ]
         self._lent = [LentMemory(bundles) for bundles in self._bundles]
-        self._cells = _Cells(self._bundles, layout.bundles_per_cell)
         self.resident = self._place_resident(
             {source.name: gather(source.source, tensors) for source in recipe.resident}
         )
@@ -177,8 +144,9 @@ class ArraySource:
         yield Chunk(0, addresses)
 
     def open_walk(self) -> CellWalk:
-        layout = self.record.bundle
-        return CellWalk(self._cells, layout.bundles_per_cell, layout.stride_bytes)
+        stride_bytes = self.record.bundle.stride_bytes
+        begins = [int(bundles.ctypes.data) for bundles in self._bundles]
+        return CellWalk(MemoryCells(lambda layer, cell: begins[layer] + cell * stride_bytes), 1, stride_bytes)
 
     def require_open(self) -> None:
         """No-op: there is no session."""

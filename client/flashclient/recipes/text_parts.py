@@ -69,7 +69,7 @@ def text_renames(part: TextPart, config: Config) -> tuple[Rename, ...]:
     """The names of the tensors of `part`, whose own configuration is `config`."""
     if not part.swaps_experts:
         return part.renames
-    experts = r"(?:model\.)?language_model\.(layers\.\d+\.mlp\.experts\."
+    experts = r"(?:(?:model|language_model)\.)*(layers\.\d+\.mlp\.experts\."
     gate_up = rename(rf"{experts}gate_up_proj)", Target(r"model.\1", columns=config["hidden_size"]))
     down = rename(rf"{experts}down_proj)", Target(r"model.\1", columns=config["moe_intermediate_size"]))
     return (gate_up, down, *part.renames)

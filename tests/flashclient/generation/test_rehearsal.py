@@ -59,6 +59,8 @@ HONOURED: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"hidden_act": "gelu_fast"}),
     ("llama", {"hidden_act": "gelu_python"}),
     ("llama", {"hidden_act": "relu2"}),
+    ("llama", {"hidden_act": "relu6"}),
+    ("llama", {"hidden_act": "quick_gelu"}),
     ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 4.0}}),
     ("llama", {"rope_parameters": ROPE}),
     ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic"}}),

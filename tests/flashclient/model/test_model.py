@@ -148,6 +148,16 @@ def test_resident_tensors_are_views(tmp_path: Path) -> None:
     assert not streamed.training
 
 
+def test_resident_tensors_keep_the_dtype_of_the_import(tmp_path: Path) -> None:
+    """Of some models, transformers keeps tensors in fp32 where the others have 16 bits."""
+    dense = dense_model("llama", "bfloat16")
+    dense.model.norm.to(torch.float32)
+    parts = cut(dense)
+    streamed = streamed_model(parts, ArraySource(parts, [61]), tmp_path)
+    assert streamed.model.norm.weight.dtype == torch.float32
+    assert streamed.model.layers[0].input_layernorm.weight.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("chosen", [None, "eager", "sdpa"])
 def test_attention_is_the_kernel_unless_the_config_names_another(chosen: str | None, tmp_path: Path) -> None:
     parts = cut(dense_model("llama"))

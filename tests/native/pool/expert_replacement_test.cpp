@@ -13,8 +13,8 @@ namespace {
 
 constexpr uint32_t LAYERS = 6, PICKS = 8;
 
-std::vector<Range> experts(uint32_t layers, uint32_t each, uint32_t cells = 1) {
-    std::vector<Range> ranges;
+std::vector<ExpertRange> experts(uint32_t layers, uint32_t each, uint32_t cells = 1) {
+    std::vector<ExpertRange> ranges;
     for (uint32_t layer = 0; layer < layers; layer++) ranges.insert(ranges.end(), each, {layer, cells});
     return ranges;
 }
@@ -59,7 +59,7 @@ class Trace {
 // Uses the policy as the pool does. use() returns whether the cell was there.
 class PolicyPool {
   public:
-    PolicyPool(const std::vector<Range>& ranges, size_t slots) : policy(ranges), slots_(slots) {}
+    PolicyPool(const std::vector<ExpertRange>& ranges, size_t slots) : policy(ranges), slots_(slots) {}
     bool use(uint32_t cell) {
         const bool hit = present_.contains(cell);
         if (hit) {
@@ -195,7 +195,7 @@ TEST(ExpertReplacement, NeverEvictsAPinnedCell) {
 }
 
 TEST(ExpertReplacement, HotnessSurvivesItsPool) {
-    const std::vector<Range> ranges = experts(2, 16, 2);
+    const std::vector<ExpertRange> ranges = experts(2, 16, 2);
     ExpertReplacement teacher(ranges);
     for (int token = 0; token < 50; token++) {
         for (uint32_t layer = 0; layer < 2; layer++) {

@@ -69,7 +69,7 @@ struct PredictStepTest : testing::Test {
             biases.push_back(bias[wanted.positions[i]]);
             masks.push_back(wanted.row_masks[i] & wanting);
         }
-        ffn.add_rows({addresses, biases.data(), masks.data()}, x.data(), ROWS, y.data());
+        ffn.add_rows({addresses, biases.data(), nullptr, masks.data()}, x.data(), ROWS, y.data());
         return y;
     }
 };

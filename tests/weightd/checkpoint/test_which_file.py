@@ -213,6 +213,16 @@ def test_head_that_neither_ties_nor_is_there_is_refused(folder: Path, store: Sto
         import_checkpoint(folder, store)
 
 
+def test_tensors_that_are_left_out_are_named(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = load_file(folder / "model.safetensors")
+    state |= {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.zeros(4) for layer in range(2)}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    assert main(["import", str(folder), "--store", str(tmp_path / "store")]) == 0
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    said = f"2 tensors of the checkpoint are left out, first {name}: they follow from the configuration\n"
+    assert capsys.readouterr().err == f"weightd: note: {said}"
+
+
 # Links
 
 

@@ -12,7 +12,7 @@ namespace {
 
 std::unique_ptr<Pool> new_pool(const ModelSpec& spec) {
     if (!spec.has_experts()) return std::make_unique<Pool>(spec.cell_count(), spec.cell_bytes);
-    std::vector<Range> ranges;
+    std::vector<ExpertRange> ranges;
     for (uint32_t layer = 0; layer < spec.layers.size(); layer++) {
         const uint32_t count = std::max(1U, spec.layers[layer].experts);
         ranges.insert(ranges.end(), count, {layer, spec.layers[layer].cells / count});

@@ -18,10 +18,10 @@ constexpr uint32_t NO_RANGE = UINT32_MAX;
 
 }  // namespace
 
-ExpertReplacement::ExpertReplacement(std::span<const Range> ranges) : chosen_(NO_RANGE) {
+ExpertReplacement::ExpertReplacement(std::span<const ExpertRange> ranges) : chosen_(NO_RANGE) {
     weights_.fill(1.0f / RATES);
     uint32_t cell = 0;
-    for (const Range& range : ranges) {
+    for (const ExpertRange& range : ranges) {
         const auto index = static_cast<uint32_t>(ranges_.size());
         if (layers_.size() <= range.layer) layers_.resize(range.layer + 1, {index, index});
         layers_[range.layer].end_range = index + 1;

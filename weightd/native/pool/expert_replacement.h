@@ -28,14 +28,14 @@
 
 namespace weightd {
 
-struct Range {
+struct ExpertRange {
     uint32_t layer;
     uint32_t cells;
 };
 
 class ExpertReplacement final : public Replacement {
   public:
-    explicit ExpertReplacement(std::span<const Range> ranges);  // in the order of their cells; layers ascend
+    explicit ExpertReplacement(std::span<const ExpertRange> ranges);  // in the order of their cells; layers ascend
     void seed(std::span<const Hotness> hotness) override;
     void inserted(uint32_t cell, bool contested) override;
     void touched(uint32_t cell) override;

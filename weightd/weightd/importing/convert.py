@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
 from weightd_proto.weightd_pb2 import ResidentSource
 
+Tell = Callable[[str], None]
+
 # Twice the 12 bytes of a neuron: LMDB copies every page that it changes, and frees the old page later.
 CATALOG_BYTES_PER_NEURON = 2 * 12
 # Config and tokenizer (33 MB for Gemma's vocabulary of 262144), and pages of LMDB.
@@ -67,24 +70,28 @@ def import_checkpoint(
     replaces: bytes = b"",
     ask: Ask | None = None,
     activation: str = "",
+    tell: Tell | None = None,
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
     `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
+    `tell`: is told what a user should know, for example which tensors the model does not use.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
     """
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
-        origin = origin_of(
-            path, dtype, activation
-        )  # first, so that a change during the import counts as a later change
+        # First, so that a change during the import counts as a later change.
+        origin = origin_of(path, dtype, activation)
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
+            if tell is not None:
+                for note in _notes(recipe):
+                    tell(note)
             model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
@@ -98,6 +105,13 @@ def import_checkpoint(
         checksums = writer.run(model.steps)
         staging.publish(model.record, checksums)
     return model.record
+
+
+def _notes(recipe: weightd_pb2.Recipe) -> Iterator[str]:
+    yield from recipe.notes
+    for left_out in recipe.left_out:
+        count, first = len(left_out.tensors), left_out.tensors[0]
+        yield f"{count} tensors of the checkpoint are left out, first {first}: {left_out.reason}"
 
 
 def _block_bytes(staging: Staging) -> int:

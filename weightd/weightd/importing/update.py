@@ -8,7 +8,7 @@ from weightd.checkpoint.hub import newest_commit
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
 from weightd.importing.client_process import Ask
-from weightd.importing.convert import import_checkpoint
+from weightd.importing.convert import Tell, import_checkpoint
 from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import CATALOG_FILE, Store, check_model_name, model_name_for
@@ -27,13 +27,14 @@ def update(
     progress: Progress | None = None,
     ask: Ask | None = None,
     activation: str | None = None,
+    tell: Tell | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
     Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
     its checkpoint if it is new. `dtype`, `activation`: as of import_checkpoint; by default those of the last import.
-    Raises the errors of import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the
-    checkpoint has changed but its model is calibrated or served.
+    `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and StoreError if the name belongs to
+    another checkpoint, or if the checkpoint has changed but its model is calibrated or served.
     """
     check_exists(path)
     while True:
@@ -49,7 +50,8 @@ def update(
         function = activation if activation is not None else "" if known is None else known.origin.activation
         replaces = b"" if known is None else known.import_id
         try:
-            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, ask, function)
+            more = (progress, replaces, ask, function, tell)
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, *more)
         except ImportingError:
             store.await_import(check_model_name(target))
         else:
