@@ -2,7 +2,7 @@
 
 Every key `ARCHITECTURE.*` is in one of these tables: it is honoured, it has no meaning for the model, or it must have
 the value that changes nothing. Any other key is refused by name. Meanings and defaults are llama.cpp's
-(llama-model.cpp: load_hparams, and the graphs of llama, qwen2 and gemma3); transformers' own conversion drops most of
+(llama-model.cpp: load_hparams, and the graphs of the architectures); transformers' own conversion drops most of
 the keys. sources.py refuses tensors that no recipe knows.
 """
 
@@ -22,6 +22,7 @@ MODEL_TYPES = {
     "gemma3": ("gemma3_text", "Gemma3ForCausalLM"),
     "llama": ("llama", "LlamaForCausalLM"),
     "qwen2": ("qwen2", "Qwen2ForCausalLM"),
+    "qwen3": ("qwen3", "Qwen3ForCausalLM"),
 }
 ACTIVATIONS = {"gemma3": ("hidden_activation", "gelu_pytorch_tanh")}
 HONOURED = {

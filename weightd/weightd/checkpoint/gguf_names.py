@@ -13,7 +13,7 @@ from typing import Any
 from weightd.disk.tensors import SourceTensor, Undo
 from weightd.errors import CheckpointError
 
-ARCHITECTURES = ("gemma3", "llama", "qwen2")
+ARCHITECTURES = ("gemma3", "llama", "qwen2", "qwen3")
 
 _MODULES = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _LAYER_MODULES = {
@@ -29,6 +29,11 @@ _LAYER_MODULES = {
 _NORMS = {
     "llama": {"post_attention_layernorm": "ffn_norm"},
     "qwen2": {"post_attention_layernorm": "ffn_norm"},
+    "qwen3": {
+        "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm",
+        "post_attention_layernorm": "ffn_norm",
+    },
     "gemma3": {
         "self_attn.q_norm": "attn_q_norm",
         "self_attn.k_norm": "attn_k_norm",
