@@ -15,16 +15,19 @@ from published_checkpoints import (
     MINICPM,
     QWEN,
     SPARSE_LLAMA,
+    TURBOSPARSE_MIXTRAL,
     State,
     chatglm_state,
     llama,
     qwen_state,
     reference_of,
     state_of,
+    turbosparse_mixtral_state,
     write_published,
 )
 
 from flashclient import FlashClient
+from weightd.errors import CheckpointError
 from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
 
@@ -42,6 +45,7 @@ CASES: dict[str, tuple[dict[str, Any], Any, str]] = {
     "minicpm": (MINICPM, lambda: state_of(llama(tied=True)), "GraniteForCausalLM"),
     "sparsellama": (SPARSE_LLAMA, untied, "LlamaForCausalLM"),
     "bamboo": (BAMBOO, untied, "MistralForCausalLM"),
+    "turbosparsemixtral": (TURBOSPARSE_MIXTRAL, turbosparse_mixtral_state, "MixtralForCausalLM"),
 }
 
 
@@ -56,7 +60,7 @@ def test_published_format_streams_the_tokens_of_its_reference(case: str, tmp_pat
     assert_same(store, case, reference_of(config, state, tmp_path / "reference"))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3", "gemma3n", "mistral3", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("model_type", ["gemma3", "gemma3n", "mistral3", "llama4", "qwen2_vl", "qwen3_vl_moe"])
 def test_text_part_streams_the_tokens_of_the_whole_model(model_type: str, tmp_path: Path) -> None:
     whole = make_whole(model_type, tmp_path / model_type)
     store = tmp_path / "store"
@@ -78,6 +82,32 @@ def test_activation_that_is_named_at_the_import_counts(tmp_path: Path) -> None:
         record = import_checkpoint(folder, opened, activation="gated_relu")
     assert record.activation.function == "gated_relu"
     assert_same(store, "qwen2", reference_of(config, state, tmp_path / "reference", "gated_relu"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "mine", "auto_map": {"AutoModelForCausalLM": "m.M"}},
+            "needs code from its publisher, which is ne",
+        ),
+        (
+            CHATGLM | {"rmsnorm": False},
+            "rmsnorm = False: model type chatglm runs as GlmForCausalLM, which is right for",
+        ),
+        (
+            CHATGLM | {"multi_query_group_num": 4},
+            r"query_key_value\.bias has shape \[64\], but by config\.json it has 96",
+        ),
+    ],
+)
+def test_what_no_class_computes_is_refused_in_one_line(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_published(config, chatglm_state(), tmp_path / "m")
+    with Store.open(tmp_path / "store", create=True) as store:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            import_checkpoint(folder, store)
+        assert store.names() == []
+    assert "\n" not in str(caught.value)
 
 
 def assert_same(store: Path, name: str, reference: Any) -> None:
