@@ -163,6 +163,9 @@ def main() -> None:
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    import torch  # not before flashclient, which sets how its threads wait
+
+    torch.set_num_threads(1)
     rows = []
     for model_type in flags.types:
         rows.append(row_of(model_type))

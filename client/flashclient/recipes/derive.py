@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
@@ -39,13 +41,18 @@ def derive(request: DeriveRequest) -> Recipe:
         ModelError: no class of transformers runs the checkpoint, nothing of it can be streamed, the proof fails, or a
             tensor is missing or would be lost. One line, which names the module or tensor.
     """
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
+    with _one_thread():
+        return _derived(request)
+
+
+def _derived(request: DeriveRequest) -> Recipe:
     kind = published(_values(request.config_json), request.activation or None)
     whole = read_config(kind.config)
     found, made_from = model_class(whole)
     derivation = Derivation(found, made_from, _instead(kind.activation))
     split = derivation.streamed()
     derivation.prove()
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
     sources, left_out = kind.tensors(shapes)
     recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))
     values = kind.config if made_from is whole else made_from.to_dict()
@@ -53,6 +60,17 @@ def derive(request: DeriveRequest) -> Recipe:
     recipe.left_out.extend(left_out)
     recipe.notes.extend([*kind.notes, *split.notes()])
     return recipe
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Models as small as a tiny instance take longer to be shared out to threads than to be computed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _instead(activation: Activation | None) -> Activation | None:
