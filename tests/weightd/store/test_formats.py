@@ -16,7 +16,9 @@ from checkpoints import make_checkpoint, make_config, make_model, stored_tensors
 from repository import ROOT
 from stored_model import read_state
 from tiny_store import write_model
+from transformers import AutoConfig
 
+from flashclient.model.old_records import completed
 from weightd.cli import main
 from weightd.errors import CorruptionError, StoreError
 from weightd.importing.convert import import_checkpoint
@@ -95,12 +97,14 @@ def test_an_old_import_has_the_bytes_of_a_new_one(old_store: Path, tmp_path: Pat
     with Store.open(tmp_path / "new", create=True) as store:
         record = import_checkpoint(source, store, "tiny")
         with Store.open(old_store) as other:
-            old = other.model("tiny")
+            config = AutoConfig.from_pretrained(other.files_path("tiny"))
+            old = completed(other.model("tiny"), config)  # what a client makes of it
         for name in (BUNDLES_FILE, RESIDENT_FILE):
             assert (tmp_path / "new" / "tiny" / name).read_bytes() == (old_store / "tiny" / name).read_bytes()
     assert record.bundle == old.bundle  # what clients and daemons of that time read is in it, too
     assert list(record.resident) == list(old.resident)
     assert list(record.layers) == list(old.layers)
+    assert (record.model_class, record.activation) == (old.model_class, old.activation)
 
 
 def test_a_damaged_record_stays_damaged_when_the_store_becomes_newer(old_store: Path) -> None:
