@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -81,6 +86,23 @@ def test_download_shows_its_progress_on_a_terminal_only(hub: HubServer, tmp_path
     done = weightd("import", "org/tiny", "--store", str(tmp_path / "store"))
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+def test_terminal_shows_how_far_a_download_is(hub: HubServer, tmp_path: Path) -> None:
+    terminal, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    command = [sys.executable, "-P", "-m", "weightd", "import", "org/tiny", "--store", str(tmp_path / "store")]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=theirs) as child:
+        os.close(theirs)
+        shown = b""
+        with suppress(OSError):  # EIO: the child has ended
+            while piece := os.read(terminal, 4096):
+                shown += piece
+    os.close(terminal)
+    assert child.returncode == 0, shown.decode()
+    assert b"model.safetensors: 100%" in shown
+    assert b"importing: 100%" in shown
+    assert b"Reconstruct" not in shown
 
 
 def test_torch_files_come_where_a_model_has_no_others(hub: HubServer, tmp_path: Path) -> None:

@@ -78,10 +78,10 @@ class _Fetch:
         self._name = name
         self._revision = revision
         self._file = file
-        utils: Any = import_module("huggingface_hub.utils")
-        utils.logging.set_verbosity_error()
+        self._utils: Any = import_module("huggingface_hub.utils")
+        self._utils.logging.set_verbosity_error()
         if not sys.stderr.isatty():
-            utils.disable_progress_bars()
+            self._utils.disable_progress_bars()
 
     def run(self, store: Path) -> Path:
         if self._constants.HF_HUB_OFFLINE:
@@ -141,6 +141,7 @@ class _Fetch:
         # One after the other in this thread: an interrupt ends it at once, and leaves whole files.
         for file in wanted:
             self._hub.hf_hub_download(self._name, file, revision=info.sha)
+        self._utils.disable_progress_bars()  # nothing is left to download
         patterns = [re.sub(r"([*?[])", r"[\1]", file) for file in wanted]
         return Path(self._hub.snapshot_download(self._name, revision=self._revision, allow_patterns=patterns))
 
