@@ -17,8 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from flags import FlagParser
+
+import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
+import torch
+import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
@@ -126,8 +129,6 @@ def _formula(activation: Any) -> str:
 
 def _same_tokens(tiny: PreTrainedModel, streamed: PreTrainedModel) -> bool:
     """Without a cache, so that models whose caches are unusual are compared too."""
-    import torch  # not before flashclient, which sets how its threads wait
-
     ids = torch.arange(3, 9)[None]
     with torch.no_grad():
         for _ in range(GREEDY_TOKENS):
@@ -163,8 +164,6 @@ def main() -> None:
     flags = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    import torch  # not before flashclient, which sets how its threads wait
-
     torch.set_num_threads(1)
     rows = []
     for model_type in flags.types:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 TABLE = model_table.OUT.read_text()
 PROVEN_MIN = 165  # of the types of transformers 5.23
 MIXTURES_MIN = 50
+SAMPLE_EVERY = 6  # types of the table
 
 
 def run(out: Path, *types: str) -> str:
@@ -45,10 +46,16 @@ def test_the_table_counts_its_rows() -> None:
     )
 
 
+def test_the_table_has_every_type() -> None:
+    assert sorted(rows(TABLE)) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_the_table_is_what_is_derived_here(tmp_path: Path) -> None:
+    """Some of its rows: all of them take a quarter of an hour."""
     if f"transformers {transformers.__version__}," not in TABLE:
         pytest.skip("the table is of another transformers")
-    assert rows(run(tmp_path / "table.md")) == rows(TABLE)
-    assert len(rows(TABLE)) == len(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    types = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)[::SAMPLE_EVERY]
+    table = rows(TABLE)
+    assert rows(run(tmp_path / "table.md", *types)) == {name: table[name] for name in types}

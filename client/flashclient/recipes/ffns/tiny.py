@@ -80,7 +80,7 @@ _SIZES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
     (_LAYERS, _layers),
     (r"num_kv_shared_layers", _share_of_layers),
     (r"first_k_dense_replace|num_dense_layers|num_dense_layer", lambda real, scale: min(real, scale.layers - 1)),
-    (r"\w*vocab_size\w*|\w*group_vocab", _at_most(VOCABULARY)),
+    (r"\w*vocab_size\w*|\w*group_vocab", _constant(VOCABULARY)),
     (r"hidden_size_global", _constant(HIDDEN)),
     (r"attention_head_dim", _double_hidden_by_heads),
     (_HIDDEN + r"|\w*embedding_size|\w*embed_dim|word_embed_proj_dim|lru_width|attention_hidden_size|laurel_rank"
