@@ -6,10 +6,11 @@ one part of a bundle stores its numbers (weightd.v1.Encoding): as they are, or i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Model
+from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Layer, Model
 
 
 class Dtype(NamedTuple):
@@ -99,7 +100,7 @@ def upgrade(model: Model) -> None:
 
 
 def check(model: Model) -> None:
-    """ValueError unless the sizes and names of the record's encodings fit together, as all other code assumes.
+    """ValueError unless the sizes and names of the record fit together, as all other code assumes.
 
     For records from outside: of a store, or of a daemon. A format that is not in DTYPES may be one of a newer version.
     """
@@ -118,3 +119,28 @@ def check(model: Model) -> None:
             )
     if layout.bundle_bytes != sum(part_bytes(layout)):
         raise ValueError(f"bundles of {layout.bundle_bytes} bytes, their parts have {sum(part_bytes(layout))}")
+    for layer in model.layers:
+        _check_layer(layout, layer)
+    if model.model_class and not model.activation.function:
+        raise ValueError("FFNs without an activation")
+    numbers = [value for _, value in model.activation.ListFields() if isinstance(value, float)]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"an activation with the numbers {', '.join(map(str, numbers))}")
+
+
+def _check_layer(layout: BundleLayout, layer: Layer) -> None:
+    """Unless it was imported before a record said how FFNs are installed: then these fields are empty."""
+    if layer.place not in Layer.Place.values():
+        raise ValueError(f"{layer.module} in the unknown place {layer.place}")
+    if (layer.place == Layer.EXPERTS) != (layer.experts > 0):
+        raise ValueError(f"{layer.module} with {layer.experts} experts in place {Layer.Place.Name(layer.place)}")
+    if layer.neurons % (max(1, layer.experts) * (max(1, layout.bundles_per_cell) if layer.experts else 1)) != 0:
+        raise ValueError(
+            f"{layer.module} with {layer.neurons} neurons of {layer.experts} experts in cells of "
+            f"{layout.bundles_per_cell}, not whole cells"
+        )
+    if len(layer.weights) not in (0, len(layout.parts)):
+        raise ValueError(f"{layer.module} with {len(layer.weights)} weights for {len(layout.parts)} parts")
+    wrong = {bias.part for bias in layer.biases} - {part.name for part in layout.parts[:-1]}
+    if wrong:
+        raise ValueError(f"{layer.module} with biases of {', '.join(sorted(wrong))}")

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from benchmarks.report import Row, Target, abba, machine_facts, middle, report
 from flags import FlagParser
+from planted.shapes import checkpoint_shapes
 
-from weightd.importing.families import recipe_of
 from weightd_proto.safetensors_header import header_of
 
 CONFIG = {
@@ -64,7 +64,7 @@ class Run:
 def write_checkpoint(folder: Path) -> int:
     """Writes config.json and model.safetensors; returns the bytes of the latter."""
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    shapes = sorted(recipe_of(CONFIG).shapes().items())
+    shapes = sorted(checkpoint_shapes(CONFIG).items())
     header = header_of({name: ("BF16", shape) for name, shape in shapes}, alignment_bytes=8)
     data_bytes = sum(2 * prod(shape) for _, shape in shapes)
     noise = memoryview(np.random.default_rng(0).bytes(RANDOM_BYTES))

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
-from flashclient.model.arrays import array_of
-from flashclient.model.decode_attention import attend
+from flashclient.kernels.arrays import array_of
+from flashclient.kernels.decode_attention import attend
 from weightd_proto.encodings import plain
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
@@ -108,13 +108,14 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
     lists = list(np.uint64(arena.address) + layers * np.uint64(parts * row_bytes))
     kernels = Ffn(arena.workers, [plain("BF16")] * (3 if gated else 2), hidden_size, "relu")
     x = random.standard_normal((tokens, hidden_size)).astype(np.float32)
-    bias = np.where(random.permutation(predicted) < fired, 1e3, -1e3).astype(np.float32)  # decides which fire
+    biases = np.zeros((parts - 1, predicted), np.float32)
+    biases[0] = np.where(random.permutation(predicted) < fired, 1e3, -1e3)  # decides which fire
     index, masks = np.arange(predicted, dtype=np.uint32), np.full(predicted, 2**tokens - 1, np.uint16)
     h, y = np.empty((predicted, tokens), np.float32), np.zeros((tokens, hidden_size), np.float32)
 
     def work() -> None:
         for addresses in lists:
-            kernels.fire(addresses, index, masks, bias, x, h)
+            kernels.fire(addresses, index, masks, biases, x, h)
             kernels.accumulate(addresses, h, y)
 
     read_bytes = len(lists) * row_bytes * (predicted + (parts - 1) * fired)

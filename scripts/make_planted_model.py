@@ -23,11 +23,10 @@ import torch
 from flags import FlagParser
 from planted.layers import Measured, PlantedLayer, PlantedModel
 from planted.plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
+from planted.shapes import checkpoint_shapes
 from planted.shares import WINDOW
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-from weightd.importing.families import recipe_of
 
 PLANTED_FOLDER = "planted"
 PLAN_FILE = "plan.json"
@@ -59,7 +58,7 @@ def make_planted_model(shape: Shape, target: Path, dtype: str = "bf16", seed: in
     """
     if target.exists():
         raise OSError(f"{target} exists: remove it, or give another --out")
-    tensors = recipe_of(shape.config("bfloat16")).shapes().values()
+    tensors = checkpoint_shapes(shape.config("bfloat16")).values()
     _check_space(target, 2 * sum(torch.Size(one).numel() for one in tensors))
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -7,13 +7,15 @@ take the cores from each other, and tests that compute take six times as much CP
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import flashclient  # noqa: F401 (see above)
-from weightd_proto import weightd_pb2
+from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -26,19 +28,28 @@ def signals_are_not_ignored() -> None:
 @pytest.fixture(autouse=True, scope="session")
 def import_in_this_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("weightd.importing.rehearsal._rehearse", rehearse_here)
+        patch.setattr("weightd.importing.convert.child", client_here)
         patch.setattr("weightd.checkpoint.gguf_files._write_tokenizer", write_tokenizer_here)
         yield
 
 
-def rehearse_here(record: weightd_pb2.Model, folder: Path) -> str:
-    from flashclient.generation.rehearsal import RefusedFileError, rehearse
+@contextmanager
+def client_here() -> Iterator[Callable[[ImportRequest], ImportResponse]]:
+    yield answer_here
 
-    try:
-        rehearse(record, folder)
-    except RefusedFileError as error:
-        return str(error)
-    return ""
+
+def answer_here(request: ImportRequest) -> ImportResponse:
+    """Recipes are derived once for each checkpoint, because tests import the same ones again and again."""
+    from flashclient.generation.import_requests import answer
+
+    return _derived(request.SerializeToString()) if request.HasField("derive") else answer(request)
+
+
+@cache
+def _derived(request: bytes) -> ImportResponse:
+    from flashclient.generation.import_requests import answer
+
+    return answer(ImportRequest.FromString(request))
 
 
 def write_tokenizer_here(path: Path, folder: Path) -> None:

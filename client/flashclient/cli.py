@@ -191,8 +191,7 @@ def _sequences(loaded: Any, options: argparse.Namespace, tokens_max: int) -> Any
 
     if loaded.tokenizer is None:
         raise OptionError(f"model '{loaded.record.name}' was stored without a tokenizer, so it cannot read a text")
-    length_max = loaded.model.config.max_position_embeddings
-    return read_sequences(options.text, loaded.tokenizer, length_max, options.tokens, tokens_max)
+    return read_sequences(options.text, loaded.tokenizer, loaded.context_tokens, options.tokens, tokens_max)
 
 
 def _calibrate(options: argparse.Namespace) -> int:

@@ -21,8 +21,8 @@ from flashclient.daemon.private import attach_or_start, import_if_new, revive
 from flashclient.errors import OptionError
 from flashclient.generation.chat import conversation
 from flashclient.generation.generate import NEW_TOKENS_DEFAULT, Generator
+from flashclient.generation.import_requests import answering
 from flashclient.generation.prompts import encode, require_tokenizer
-from flashclient.generation.rehearsal import answering
 from flashclient.generation.stats import Stats
 from flashclient.generation.texts import TextStream
 from flashclient.model.loaded import load_model

@@ -12,7 +12,7 @@ import torch
 from flashclient._native import WINDOW_TOKENS_MAX
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.model.dtypes import DTYPES
+from flashclient.kernels.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
 
@@ -78,6 +78,11 @@ class Options:
         calibration = model.calibration
         if self.mode == "exact" or (self.mode == "auto" and calibration.mode != "predict"):
             return False
+        if any(layer.experts for layer in model.layers):
+            raise CalibrationError(
+                f"mode='predict' is not for models with experts, such as '{model.name}', whose router picks what is "
+                "read: use mode='exact'"
+            )
         if calibration.version == 0:
             raise CalibrationError(
                 f"mode='predict' needs predictors, and model '{model.name}' was never calibrated: run `flashclient "

@@ -29,6 +29,7 @@ using flashclient::Sweep;
 using flashclient::U32Array;
 
 void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
+void bind_experts(nb::module_& module);   // bindings_experts.cpp
 void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
 void bind_predict(nb::module_& module);   // bindings_predict.cpp
 
@@ -210,5 +211,6 @@ NB_MODULE(_native, module) {
     bind_checksum(module);
     bind_kernels(module);
     bind_predict(module);
+    bind_experts(module);
     bind_leases(module);
 }

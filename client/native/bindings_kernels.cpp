@@ -30,6 +30,7 @@ using namespace nb::literals;
 
 namespace {
 
+using flashclient::Activation;
 using flashclient::aligned;
 using flashclient::Array;
 using flashclient::Attention;
@@ -57,6 +58,7 @@ using flashclient::U64Array;
 using flashclient::Workers;
 
 using Bias = Array<const float, 1>;
+using Biases = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;  // with strides
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
 using GroupMasks = nb::ndarray<const uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
@@ -116,6 +118,18 @@ const float* data_of(const std::optional<Bias>& bias, size_t count, const char* 
     return bias->data();
 }
 
+// Sets the biases of a list: one for each part of a bundle but down.
+void set_biases(Neurons& list, const Ffn& ffn, const std::optional<Biases>& biases) {
+    if (!biases) return;
+    const size_t rows = ffn.shape().parts.size() - 1;
+    require(aligned(*biases, "biases").shape(0) == rows && biases->shape(1) == list.bundles.size(),
+            "biases must be [parts of a bundle but down, bundles]");
+    require(biases->shape(1) <= 1 || biases->stride(1) == 1, "the biases of a part must be contiguous");
+    require(rows <= 1 || biases->stride(0) >= 0, "strides must not be negative");
+    list.bias = biases->data();
+    if (rows > 1) list.up_bias = biases->data() + biases->stride(0);
+}
+
 std::span<const uint64_t> addresses_of(const U64Array& bundles) {
     return {aligned(bundles, "the list of addresses").data(), bundles.shape(0)};
 }
@@ -128,12 +142,13 @@ void require_masks(const GroupMasks& masks, size_t tokens, size_t bundles) {
     require(masks.shape(0) <= 1 || masks.stride(0) >= 0, "strides must not be negative");
 }
 
-void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Bias>& bias,
+void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Biases>& biases,
               const std::optional<GroupMasks>& row_masks, const Input& x, const Output& y) {
     require_input(ffn, x);
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
     const auto addresses = addresses_of(bundles);
-    Neurons list{addresses, data_of(bias, addresses.size(), "there must be a bias per bundle")};
+    Neurons list{addresses};
+    set_biases(list, ffn, biases);
     if (row_masks) {
         require_masks(*row_masks, x.shape(0), addresses.size());
         list.row_masks = row_masks->data();
@@ -144,20 +159,22 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Bias>
 }
 
 void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, const U16Array& row_masks,
-          const std::optional<Bias>& bias, const Input& x, const Output& h) {
-    const auto list = addresses_of(addresses);
+          const std::optional<Biases>& biases, const Input& x, const Output& h) {
+    Neurons list{addresses_of(addresses)};
     require_input(ffn, x);
     require_tokens(x.shape(0));
-    require(aligned(row_masks, "row_masks").shape(0) == list.size(), "there must be a row mask per address");
-    const float* biases = data_of(bias, list.size(), "there must be a bias per address");
-    require(aligned(h, "h").shape(0) == list.size() && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
+    const size_t count = list.bundles.size();
+    require(aligned(row_masks, "row_masks").shape(0) == count, "there must be a row mask per address");
+    list.row_masks = row_masks.data();
+    set_biases(list, ffn, biases);
+    require(aligned(h, "h").shape(0) == count && h.shape(1) == x.shape(0), "h must be [addresses, tokens]");
     const uint32_t* first = aligned(index, "index").data();
     const nb::gil_scoped_release released;
     // A copy, which Python cannot change during the call.
     const std::vector<uint32_t> entries(first, first + index.shape(0));
-    require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < list.size(),
+    require(entries.empty() || *std::max_element(entries.begin(), entries.end()) < count,
             "an index is beyond the list of addresses");
-    ffn.fire({list, biases, row_masks.data()}, entries, x.data(), x.shape(0), h.data());
+    ffn.fire(list, entries, x.data(), x.shape(0), h.data());
 }
 
 void accumulate(const Ffn& ffn, const U64Array& addresses, const Input& h, const Output& y) {
@@ -181,29 +198,45 @@ void copy_bundles(const U64Array& bundles, const Array<uint8_t, 2>& out) {
     }
 }
 
+// A message Activation of weightd.proto, whose fields are as there, or the name of a function.
+Activation activation_of(const nb::object& given) {
+    if (nb::isinstance<nb::str>(given)) return {flashclient::function_named(nb::cast<std::string>(given))};
+    Activation activation{flashclient::function_named(nb::cast<std::string>(given.attr("function")))};
+    const auto set = [&](const char* field, float& value) {
+        if (nb::cast<bool>(given.attr("HasField")(field))) value = nb::cast<float>(given.attr(field));
+    };
+    activation.parameter = nb::cast<float>(given.attr("parameter"));
+    activation.up_offset = nb::cast<float>(given.attr("up_offset"));
+    set("gate_factor", activation.gate_factor);
+    set("gate_max", activation.gate_max);
+    set("activation_max", activation.activation_max);
+    set("up_limit", activation.up_limit);
+    return activation;
+}
+
 void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, size_t hidden_size,
-              const std::string& activation, float activation_parameter, const InstructionSet& instruction_set) {
+              const nb::object& activation, const InstructionSet& instruction_set) {
     require(hidden_size > 0 && hidden_size <= HIDDEN_MAX, "hidden_size must be positive and at most 16777216");
-    new (self)
-        Ffn(workers, {std::move(parts), hidden_size, flashclient::activation_named(activation), activation_parameter},
-            name_of(instruction_set));
+    new (self) Ffn(workers, {std::move(parts), hidden_size, activation_of(activation)}, name_of(instruction_set));
 }
 
 void bind_ffn(nb::module_& module) {
     nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/kernels/ffn.h.")
         .def("__init__", &make_ffn, "workers"_a, "parts"_a, "hidden_size"_a, "activation"_a,
-             "activation_parameter"_a = 0.0f, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(),
-             "parts: the encodings of [gate,] up and down. activation: relu, relu_squared, fatrelu "
-             "(activation_parameter: its threshold), silu, gelu, gelu_tanh or gated_relu.")
+             "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(),
+             "parts: the encodings of [gate,] up and down. activation: the name of a function, or a message Activation "
+             "of weightd.proto; client/native/kernels/activation.h has the functions.")
         .def("fire", &fire, "addresses"_a.noconvert(), "index"_a.noconvert(), "row_masks"_a.noconvert(),
-             "bias"_a.noconvert().none(), "x"_a.noconvert(), "h"_a.noconvert(),
-             "Computes the rows of h [addresses, tokens] that index names; bit t of row_masks: row t wants the neuron.")
+             "biases"_a.noconvert().none(), "x"_a.noconvert(), "h"_a.noconvert(),
+             "Computes the rows of h [addresses, tokens] that index names; bit t of row_masks: row t wants the neuron. "
+             "biases [1, or 2 with a gate; addresses]: of [gate and] up.")
         .def("accumulate", &accumulate, "addresses"_a.noconvert(), "h"_a.noconvert(), "y"_a.noconvert(),
              "Adds to y [tokens, hidden] the down columns of the neurons that fired, in the order of the list.")
-        .def("add_rows", &add_rows, "bundles"_a.noconvert(), "bias"_a.noconvert().none(),
+        .def("add_rows", &add_rows, "bundles"_a.noconvert(), "biases"_a.noconvert().none(),
              "row_masks"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
              "Adds to y [tokens, hidden] the sum over the neurons at these addresses, for any number of tokens of x. "
-             "row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants the neuron.")
+             "biases: as for fire(). row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants "
+             "the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
         .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
 }

@@ -33,13 +33,14 @@ namespace {
 
 // A CellSource that is a subclass in Python. Its methods are called with the GIL.
 struct PythonCells : CellSource {
-    NB_TRAMPOLINE(CellSource, 5);
+    NB_TRAMPOLINE(CellSource, 6);
     using Cells = std::vector<uint32_t>;
     uint32_t share_slots() override { NB_OVERRIDE_PURE(share_slots); }
     uint32_t lease_limit() override { NB_OVERRIDE_PURE(lease_limit); }
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
         NB_OVERRIDE_PURE(exchange, layer, acquire, release);
     }
+    void extend(const Cells& acquire, const Cells& release) override { NB_OVERRIDE_PURE(extend, acquire, release); }
     std::vector<Arrival> arrived() override { NB_OVERRIDE_PURE(arrived); }
     void cancel() override { NB_OVERRIDE_PURE(cancel); }
 };
@@ -47,13 +48,15 @@ struct PythonCells : CellSource {
 void bind_cell_source(nb::module_& module) {
     using Release = nb::call_guard<nb::gil_scoped_release>;
     nb::class_<CellSource, PythonCells>(module, "CellSource",
-                                        "Where predict mode leases cells one by one; subclasses define all methods.")
+                                        "Where cells are leased one by one; subclasses define all methods.")
         .def(nb::init<>())
         .def("share_slots", &CellSource::share_slots, Release(), "Cells that may always be leased at once; at least 1.")
         .def("lease_limit", &CellSource::lease_limit, Release(),
              "Cells that may be leased at once now: the share, and what may be borrowed above it.")
         .def("exchange", &CellSource::exchange, "layer"_a, "acquire"_a, "release"_a, Release(),
              "Gives back cells of a layer that have arrived, then asks for others. Does not wait.")
+        .def("extend", &CellSource::extend, "acquire"_a, "release"_a, Release(),
+             "The same for the layer of the last exchange(), while cells that it asked for may be on their way.")
         .def("arrived", &CellSource::arrived, Release(),
              "Waits for more of the cells asked for and returns each with its address, 0 where the lease was refused; "
              "an empty list where none is on its way.")
@@ -102,7 +105,7 @@ void make_step(BoundStep* self, const Ffn& ffn, Window& window, const nb::sequen
 }
 
 std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer, uint32_t past_tokens, uint32_t columns,
-                                               uint16_t wanting, const std::optional<Array<const float, 1>>& bias,
+                                               uint16_t wanting, const std::optional<Array<const float, 2>>& biases,
                                                const Array<const float, 2>& x, const Array<float, 2>& y) {
     PredictStep& step = bound.step;
     const Predictor& predictor = step.predictor(layer);
@@ -110,11 +113,14 @@ std::tuple<double, double, double, double> run(BoundStep& bound, uint32_t layer,
     require(x.shape(0) <= flashclient::TOKENS_MAX, "a step has at most 16 tokens");
     require(columns > 0 && x.shape(0) % columns == 0, "the rows of x must be whole sequences of `columns` tokens");
     require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
-    require(!bias || aligned(*bias, "bias").shape(0) == predictor.neurons(), "there must be a bias per neuron");
-    const float* biases = bias ? bias->data() : nullptr;
+    const size_t neurons = predictor.neurons(), rows = step.parts() - 1;
+    require(!biases || (aligned(*biases, "biases").shape(0) == rows && biases->shape(1) == neurons),
+            "biases must be [parts of a bundle but down, neurons]");
+    const float* bias = biases ? biases->data() : nullptr;
+    const float* up_bias = biases && rows > 1 ? biases->data() + neurons : nullptr;
     const nb::gil_scoped_release released;
     const auto use = step.window().use();
-    const auto times = step.run(layer, {past_tokens, columns, wanting, biases, x.data(), x.shape(0)}, y.data());
+    const auto times = step.run(layer, {past_tokens, columns, wanting, bias, up_bias, x.data(), x.shape(0)}, y.data());
     return {times.predict_s, times.acquire_s, times.compute_s, times.wait_s};
 }
 
@@ -124,12 +130,12 @@ void bind_step(nb::module_& module) {
              nb::keep_alive<1, 3>(),
              nb::sig("def __init__(self, ffn: Ffn, window: Window, predictors: Sequence[Predictor]) -> None"),
              "predictors: one for each layer.")
-        .def("run", &run, "layer"_a, "past_tokens"_a, "columns"_a, "wanting"_a, "bias"_a.noconvert().none(),
+        .def("run", &run, "layer"_a, "past_tokens"_a, "columns"_a, "wanting"_a, "biases"_a.noconvert().none(),
              "x"_a.noconvert(), "y"_a.noconvert(),
              "y [tokens, hidden] = the sum over the neurons that each row of x wants, for at most 16 rows. Row t is "
              "column t % columns, which is token past_tokens + column of its sequence. wanting: bit t, row t wants "
-             "anything. bias [neurons]: by position. Returns the seconds of predicting, acquiring, computing and "
-             "waiting.");
+             "anything. biases [1, or 2 with a gate; neurons]: of [gate and] up, by position. Returns the seconds of "
+             "predicting, acquiring, computing and waiting.");
 }
 
 }  // namespace

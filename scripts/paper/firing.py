@@ -23,7 +23,7 @@ from torch import Tensor
 
 import flashclient
 from flashclient.calibration.predictor_training import ReferencePredictor
-from flashclient.model.architectures import architecture_of
+from flashclient.model.install import streamed_ffns
 from flashclient.model.predictor_file import UNION_TOKENS_MAX
 
 TOLERANCE = 0.1  # of the plan
@@ -33,11 +33,8 @@ class InputTap:
     """Keeps the input of every FFN for each decoded token: [hidden_size] in the model's dtype."""
 
     def __init__(self, client: flashclient.FlashClient) -> None:
-        _, architecture = architecture_of(client.model.config)
-        inside = "" if architecture.has_module else f".{architecture.weights[0].removesuffix('.weight')}.ffn"
         self._rows: list[list[Tensor]] = [[] for _ in client.record.layers]
-        for rows, layer in zip(self._rows, client.record.layers, strict=True):
-            ffn = client.model.get_submodule(layer.module + inside)
+        for rows, ffn in zip(self._rows, streamed_ffns(client.model), strict=True):
             ffn.register_forward_pre_hook(lambda _, given, rows=rows: self._keep(rows, given[0]))
 
     @staticmethod

@@ -23,7 +23,7 @@ from weightd_proto.encodings import (
     stored_bytes,
     upgrade,
 )
-from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Model
+from weightd_proto.weightd_pb2 import Activation, BundleLayout, BundlePart, Encoding, Layer, Model
 
 Q4_K = Encoding(format="Q4_K", block_values=256, block_bytes=144, scales=Encoding.IN_BLOCK)
 HEADER = (ROOT / "proto" / "encoding.h").read_text()
@@ -122,6 +122,46 @@ def test_a_record_whose_encodings_fit_is_accepted() -> None:
 )
 def test_a_record_whose_encodings_do_not_fit_is_refused(damage: Callable[[Model], object], text: str) -> None:
     model = quantised_model()
+    damage(model)
+    with pytest.raises(ValueError, match=text):
+        check(model)
+
+
+def mixture() -> Model:
+    """A dense FFN, then four experts of 32 neurons."""
+    model = quantised_model()
+    model.bundle.bundles_per_cell = 16
+    model.model_class = "MixtralForCausalLM"
+    model.activation.MergeFrom(Activation(function="swish", parameter=1.702, gate_max=7.0))
+    model.layers.add(module="mlp", neurons=40, place=Layer.PARTS, weights=["gate_up", "gate_up", "down"])
+    experts = model.layers.add(module="experts", neurons=128, place=Layer.EXPERTS, experts=4)
+    experts.weights[:] = ["gate_up", "gate_up", "down"]
+    experts.biases.add(part="up", tensor="experts.bias", first=1, step=2)
+    return model
+
+
+def test_a_record_of_a_mixture_is_accepted() -> None:
+    check(mixture())
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda model: setattr(model.layers[0], "place", 7), "mlp in the unknown place 7"),
+        (lambda model: setattr(model.layers[0], "experts", 2), "mlp with 2 experts in place PARTS"),
+        (lambda model: setattr(model.layers[1], "experts", 0), "experts with 0 experts in place EXPERTS"),
+        (lambda model: setattr(model.layers[1], "neurons", 120), "120 neurons of 4 experts in cells of 16, not whole"),
+        (lambda model: model.layers[0].weights.pop(), "mlp with 2 weights for 3 parts"),
+        (lambda model: setattr(model.layers[1].biases[0], "part", "down"), "experts with biases of down"),
+        (lambda model: model.ClearField("activation"), "FFNs without an activation"),
+        (
+            lambda model: setattr(model.activation, "up_limit", float("nan")),
+            "an activation with the numbers 1.7.*, nan",
+        ),
+    ],
+)
+def test_a_record_whose_layers_do_not_fit_is_refused(damage: Callable[[Model], object], text: str) -> None:
+    model = mixture()
     damage(model)
     with pytest.raises(ValueError, match=text):
         check(model)

@@ -40,11 +40,13 @@ TABLE = {
         turns: errors
         daemon: errors
         source: errors daemon
-        model: errors torch_state turns daemon source
-        recipes: errors
-        generation: errors torch_state source model
-        calibration: errors memory_limits daemon source model
-        options: errors daemon model
+        kernels: errors
+        model: errors torch_state turns daemon source kernels
+        tensors: errors
+        recipes: errors model tensors
+        generation: errors torch_state source model recipes
+        calibration: errors memory_limits daemon source kernels model
+        options: errors daemon kernels model
         client: errors standard_streams torch_state turns daemon source model generation options
         cli: errors standard_streams client calibration
         __main__: cli
@@ -61,7 +63,7 @@ ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device", "bundle", "pool", "memory", "engine", "session", "service"],
-    "client": ["kernels", "predict", "ring"],
+    "client": ["kernels", "predict", "experts", "ring"],
 }
 
 
@@ -173,8 +175,8 @@ def test_the_architecture_is_one_page_that_names_every_folder() -> None:
 
 # Names that mean the same thing on both sides (a Session has two ends), or in a message and in the code that reads it.
 SHARED_NAMES = {
-    "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model", "ReadQueue",
-    "Session",
+    "Activation", "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model",
+    "ReadQueue", "Session",
 }  # fmt: skip
 CLASS = re.compile(r"^(?:class|struct|enum(?: class)?) (\w+)(?: final)?(?: : [^;{]*)?\s*\{", re.MULTILINE)
 

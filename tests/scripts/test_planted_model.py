@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import answer_here
 from make_planted_model import make_planted_model
 from planted.layers import SEQUENCE_TOKENS, PlantedModel, thresholds
 from planted.plan import (
@@ -23,13 +24,14 @@ from planted.plan import (
     plan_layer,
     union_share,
 )
+from planted.shapes import checkpoint_shapes
 from planted.shares import shares_of
 from repository import SCRIPTS
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from weightd.checkpoint.opening import open_checkpoint
-from weightd.importing.families import derive, recipe_of
+from weightd.importing.client_process import derive
 from weightd.importing.sources import used_tensors
 
 SCRIPT = SCRIPTS / "make_planted_model.py"
@@ -131,8 +133,8 @@ def test_firing_in_transformers_is_the_planned_one(planted: tuple[str, Path]) ->
 def test_weightd_finds_every_tensor(planted: tuple[str, Path]) -> None:
     _, folder = planted
     checkpoint = open_checkpoint(folder)
-    shapes = recipe_of(checkpoint.config).shapes()
-    assert used_tensors(derive(checkpoint), checkpoint.tensors).keys() == shapes.keys()
+    used = used_tensors(derive(checkpoint, answer_here), checkpoint.tensors)
+    assert used.keys() == checkpoint_shapes(checkpoint.config).keys() == checkpoint.tensors.keys()
 
 
 def test_the_same_seed_gives_the_same_model(planted: tuple[str, Path], tmp_path: Path) -> None:

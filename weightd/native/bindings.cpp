@@ -142,11 +142,12 @@ nb::dict stats(EngineThread& engine) {
     return object_of(report);
 }
 
-uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32_t cells, uint32_t neurons) {
+uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32_t cells, uint32_t neurons,
+                            uint32_t experts) {
     weightd::ModelSpec spec;
     spec.resident_bytes = resident_bytes;
     spec.cell_bytes = cell_bytes;
-    spec.layers.push_back({0, neurons, cells, 0, 0});
+    spec.layers.push_back({0, neurons, cells, 0, 0, experts});
     return weightd::minimum_dram_bytes(spec);
 }
 
@@ -270,7 +271,8 @@ void bind_engine(nb::module_& module) {
         .def("close", &EngineThread::stop, nb::call_guard<nb::gil_scoped_release>(),
              "Ends every session; can be repeated.")
         .def_static("minimum_dram_bytes", &minimum_dram_bytes, "resident_bytes"_a, "cell_bytes"_a, "cells"_a,
-                    "neurons"_a, "The smallest --dram with which such a model can be served.");
+                    "neurons"_a, "experts"_a = 0,
+                    "The smallest --dram with which such a model can be served; all its layers together.");
 }
 
 // ---- import: cutting bundles ----

@@ -17,14 +17,14 @@ using weightd::ModelSpec;
 namespace {
 
 using U64Array = nb::ndarray<const uint64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using LayerTuple = std::tuple<uint64_t, uint32_t, uint32_t>;
+using LayerTuple = std::tuple<uint64_t, uint32_t, uint32_t, uint32_t>;
 using TensorTuple = std::tuple<std::string, uint64_t, uint64_t, uint64_t>;
 
 void add_layers(ModelSpec& spec, const std::vector<LayerTuple>& layers, const std::vector<U64Array>& checksums) {
     uint32_t first_cell = 0;
     uint32_t first_checksum = 0;
-    for (const auto& [offset_bytes, neurons, cells] : layers) {
-        spec.layers.push_back({offset_bytes, neurons, cells, first_cell, first_checksum});
+    for (const auto& [offset_bytes, neurons, cells, experts] : layers) {
+        spec.layers.push_back({offset_bytes, neurons, cells, first_cell, first_checksum, experts});
         first_cell += cells;
         first_checksum += neurons;
     }
@@ -58,9 +58,10 @@ void make_model(ModelSpec* self, std::string name, const std::filesystem::path& 
 
 void bind_model(nb::module_& module) {
     nb::class_<ModelSpec>(module, "ModelSpec", "A model as the engine sees it; sizes and offsets in bytes.")
-        .def("__init__", &make_model, nb::kw_only(), "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a,
-             "cell_bytes"_a, "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layers"_a, "checksums"_a,
-             "tensors"_a,
-             "layers: (offset, neurons, cells) each; checksums: uint64[neurons] of each layer; tensors: (name, offset, "
-             "size, checksum) each.");
+        .def(
+            "__init__", &make_model, nb::kw_only(), "name"_a, "bundles_path"_a, "resident_path"_a, "resident_bytes"_a,
+            "cell_bytes"_a, "stride_bytes"_a, "bundle_bytes"_a, "bundles_per_cell"_a, "layers"_a, "checksums"_a,
+            "tensors"_a,
+            "layers: (offset, neurons, cells, experts) each; checksums: uint64[neurons] of each layer; tensors: (name, "
+            "offset, size, checksum) each.");
 }

@@ -135,10 +135,15 @@ def _parser() -> FlagParser:
         choices=("keep", *COMPUTE_DTYPES),
         help="dtype of the stored weights (default: keep, as they are)",
     )
+    adding.add_argument(
+        "--activation",
+        metavar="NAME",
+        help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
+    )
     update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
     adding.add_argument("--update", action="store_true", help=update)
     # A connection to a process that has loaded torch already and tries the imported model out.
-    adding.add_argument("--rehearse-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
+    adding.add_argument("--client-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -177,23 +182,25 @@ def _descriptor(text: str) -> int:
 
 def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint.opening import locate
+    from weightd.importing.client_process import starter
     from weightd.importing.convert import import_checkpoint
-    from weightd.importing.rehearsal import asking
     from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
 
-    rehearse = None if options.rehearse_fd is None else asking(options.rehearse_fd)
+    ask = None if options.client_fd is None else starter(options.client_fd)
     if options.update and options.file is None:
-        known = current_on_hub(options.source, options.revision, options.store, options.name, options.dtype)
+        wanted = (options.name, options.dtype, options.activation)
+        known = current_on_hub(options.source, options.revision, options.store, *wanted)
         if known is not None:
             return _say_imported(known, KEPT, options.json)
     source = locate(options.source, options.revision, options.store, options.file)  # before the store is made
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(source, store, *more, rehearse=rehearse)
+            model, done = update(source, store, *more, ask=ask, activation=options.activation)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
-            model, done = import_checkpoint(source, store, *more, rehearse=rehearse), IMPORTED
+            function = options.activation or ""
+            model, done = import_checkpoint(source, store, *more, ask=ask, activation=function), IMPORTED
     return _say_imported(model, done, options.json)
 
 

@@ -35,8 +35,8 @@ from flashclient.calibration.predictor_training import (
 from flashclient.calibration.publishing import publish
 from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
 from flashclient.errors import CalibrationError, OptionError
+from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import has_exact_zeros
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
@@ -51,12 +51,16 @@ ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
 
 
 def check_sparse(loaded: LoadedModel) -> None:
-    """Raises CalibrationError where no neuron of the model's activation is ever exactly zero."""
-    activation = loaded.built.activation
+    """Raises CalibrationError for mixtures, and where no neuron of the model's activation is ever exactly zero."""
+    if any(layer.experts for layer in loaded.record.layers):
+        raise CalibrationError(
+            f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so nothing is predicted"
+        )
+    activation = loaded.record.activation
     if not has_exact_zeros(activation):
         raise CalibrationError(
-            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation}, is never exactly zero,"
-            " so predict mode would lose quality or read everything; run it in mode 'exact'"
+            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation.function}, is never"
+            " exactly zero, so predict mode would lose quality or read everything; run it in mode 'exact'"
         )
 
 
@@ -171,7 +175,7 @@ class _Run:
             return constant_predictor(neurons, hidden_size, share > FIRING_DENSE, self._dtype)
         return train_low_rank(
             weights.rows[0],
-            weights.bias,
+            None if weights.biases is None else weights.biases[0],
             training,
             choosing,
             ranks=self._options.ranks,

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from flashclient.calibration.layer_walk import LayerWeights, layer_walk, read_parts
 from flashclient.calibration.predictor_training import PairCounts, Rates, ReferencePredictor
+from flashclient.kernels.dtypes import DTYPES
 from flashclient.memory_limits import free_bytes, memory_limits
-from flashclient.model.architectures import architecture_of
 from flashclient.model.build import resident_tensors
-from flashclient.model.dtypes import DTYPES
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
@@ -158,6 +158,9 @@ def _evaluate_dense(loaded: LoadedModel, result: Evaluation, progress: bool) -> 
             f"dense: not run, as it needs {needed_bytes / 1e9:.1f} GB of memory and {free / 1e9:.1f} are free"
         )
         return None
+    if not _is_in_matrices(record):
+        result.notes.append("dense: not run, as its FFNs are mixtures or have fused matrices")
+        return None
     result.dense = Quality()
     return _run(dense_model(loaded), result, result.dense, _bar("dense", result.sequences, progress))
 
@@ -176,17 +179,27 @@ def _run(model: Any, result: Evaluation, quality: Quality, rows: Iterator[Tensor
     return likeliest
 
 
+def _is_in_matrices(record: weightd_pb2.Model) -> bool:
+    """Whether each part of the bundles is a matrix of the model."""
+    return all(layer.experts == 0 and len(set(layer.weights)) == len(layer.weights) for layer in record.layers)
+
+
 def dense_model(loaded: LoadedModel) -> Any:
-    """transformers' own model with all its weights in memory, from the resident tensors and bundles."""
+    """transformers' own model with all its weights in memory, from the resident tensors and bundles.
+
+    Args:
+        loaded: a model whose FFNs are no mixtures and have no fused matrices.
+    """
     record, config = loaded.record, loaded.model.config
     dtype = DTYPES[record.compute_dtype]
-    architecture = architecture_of(config)[1]
     state = resident_tensors(record, loaded.source.resident, dtype)
     for index, layer in enumerate(record.layers):
         order = torch.from_numpy(np.argsort(loaded.placement(index)))
         *rows, down = (part[order] for part in read_parts(loaded, index))
-        parts = [*rows, down.T.contiguous()]
-        state |= {f"{layer.module}.{name}": part for name, part in zip(architecture.weights, parts, strict=True)}
+        for name, part in zip(layer.weights, [*rows, down.T], strict=True):
+            path = f"{layer.module}.{name}"
+            transposed = isinstance(loaded.model.get_submodule(path.rpartition(".")[0]), Conv1D)
+            state[path] = (part.T if transposed else part).contiguous()
     model = type(loaded.model).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     model.train(False)
     return model

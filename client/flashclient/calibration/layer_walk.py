@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import copy_bundles
-from flashclient.model.activations import torch_activation
-from flashclient.model.architectures import architecture_of
+from flashclient.kernels.dtypes import DTYPES
+from flashclient.model.activations import neurons_of
 from flashclient.model.build import resident_tensors
-from flashclient.model.dtypes import DTYPES
-from flashclient.model.ffn import StreamedFFN
+from flashclient.model.install import biases_of, streamed_ffns
 from flashclient.model.loaded import LoadedModel
 from flashclient.source.bundle_source import retry_on_loss
+from weightd_proto import weightd_pb2
 from weightd_proto.encodings import part_bytes
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
@@ -36,7 +36,7 @@ def layer_walk(loaded: LoadedModel, example: Tensor) -> Iterator[LayerWalk]:
         loaded: a model in exact mode.
         example: [1, length] ids; every sequence of the walk has this length.
     """
-    ffns = [module for module in loaded.model.modules() if isinstance(module, StreamedFFN)]
+    ffns = streamed_ffns(loaded.model)
     with loaded.taken():
         walk = LayerWalk(loaded)
         with _forwards(ffns, [walk.run_ffn] * len(ffns)):
@@ -51,22 +51,21 @@ class LayerWeights:
     Attributes:
         rows: [gate,] up, each [neurons, hidden_size].
         down: [neurons, hidden_size].
-        bias: [neurons] or None; output_bias: [hidden_size] or None.
+        biases: by part but down, each [neurons], or None; output_bias: [hidden_size] or None.
     """
 
     rows: list[Tensor]
     down: Tensor
-    bias: Tensor | None
+    biases: Tensor | None
     output_bias: Tensor | None
-    activation: Callable[[Tensor], Tensor]
+    activation: weightd_pb2.Activation
 
     def neurons(self, x: Tensor) -> Tensor:
         """The neurons' outputs [tokens, neurons] for x [tokens, hidden_size]. A neuron fires where that is not 0."""
-        first = x @ self.rows[0].T
-        if self.bias is not None:
-            first += self.bias
-        fired = self.activation(first)
-        return fired if len(self.rows) == 1 else fired * (x @ self.rows[1].T)
+        products = [x @ rows.T for rows in self.rows]
+        if self.biases is not None:
+            products = [part + bias for part, bias in zip(products, self.biases, strict=True)]
+        return neurons_of(self.activation, *products)
 
     def sum(self, fired: Tensor) -> Tensor:
         """The FFN's output for the neurons' outputs `fired`: [tokens, hidden_size]."""
@@ -80,8 +79,6 @@ class LayerWalk:
     def __init__(self, loaded: LoadedModel) -> None:
         self._model: Any = loaded.model
         self._loaded = loaded
-        self._architecture = architecture_of(self._model.config)[1]
-        self._activation = torch_activation(loaded.built.activation)
         self._tensors = resident_tensors(loaded.record, loaded.source.resident, DTYPES[loaded.record.compute_dtype])
         self._layers = [_decoder_layer(self._model, layer.module) for layer in loaded.record.layers]
         self._calls: list[dict[str, Any]] = [{} for _ in self._layers]
@@ -129,17 +126,13 @@ class LayerWalk:
 
     def weights(self, layer: int) -> LayerWeights:
         """Reads layer `layer` from flash; ascending order is faster. Raises DaemonLostError or CorruptionError."""
-        module = self._loaded.record.layers[layer].module
-        *rows, down = read_parts(self._loaded, layer)
-        bias = self._tensors.get(f"{module}.{self._architecture.bias}")
-        output_bias = self._tensors.get(f"{module}.{self._architecture.output_bias}")
-        if bias is not None:
-            placement = self._loaded.placement(layer)
-            bias = bias.float()[torch.from_numpy(placement.astype(np.int64))]
-        parts = [part.float() for part in rows]
-        return LayerWeights(
-            parts, down.float(), bias, None if output_bias is None else output_bias.float(), self._activation
-        )
+        record = self._loaded.record
+        described = record.layers[layer]
+        *rows, down = (part.float() for part in read_parts(self._loaded, layer))
+        biases = biases_of(record, described, self._tensors, lambda: self._loaded.placement(layer))
+        output_bias = self._tensors[described.output_bias].float() if described.output_bias else None
+        by_part = None if biases is None else torch.from_numpy(biases)
+        return LayerWeights(rows, down, by_part, output_bias, record.activation)
 
     def _forward(self, module: Any, ids: Tensor) -> Any:
         return module(input_ids=ids, use_cache=False)

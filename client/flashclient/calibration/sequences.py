@@ -17,13 +17,13 @@ SEQUENCES_MIN = 16  # a short text gives shorter sequences instead of fewer
 PIECE_CHARACTERS = 2**20
 
 
-def read_sequences(path: Path, tokenizer: Any, length_max: int, tokens: int | None, tokens_max: int) -> Tensor:
+def read_sequences(path: Path, tokenizer: Any, length_max: int | None, tokens: int | None, tokens_max: int) -> Tensor:
     """The beginning of the text at `path`, cut into sequences of equal length.
 
     If the tokenizer puts a token before each text, every sequence begins with it.
 
     Args:
-        length_max: the number of tokens in the longest sequence that the model takes.
+        length_max: the number of tokens in the longest sequence that the model takes; None if it does not say.
         tokens: the number in all sequences together; None for all of the text, up to `tokens_max`.
 
     Returns:
@@ -41,7 +41,7 @@ def read_sequences(path: Path, tokenizer: Any, length_max: int, tokens: int | No
     if len(ids) < max(TOKENS_MIN, tokens or 0):
         what = f"--tokens asks for {tokens}" if tokens else f"at least {TOKENS_MIN} are needed"
         raise OptionError(f"{path} has {len(ids)} tokens and {what}: pass a longer text")
-    length = min(SEQUENCE_TOKENS_MAX, length_max, len(ids) // SEQUENCES_MIN)
+    length = min(SEQUENCE_TOKENS_MAX, length_max or SEQUENCE_TOKENS_MAX, len(ids) // SEQUENCES_MIN)
     new_tokens = length - len(prefix)
     rows = torch.tensor(ids[: len(ids) // new_tokens * new_tokens]).view(-1, new_tokens)
     return torch.cat([torch.tensor(prefix, dtype=torch.int64).expand(len(rows), -1), rows], dim=1)

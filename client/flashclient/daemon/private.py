@@ -322,14 +322,14 @@ def _socket_folder() -> Path:
     )
 
 
-def import_if_new(store: Path, model: str, rehearsal: AbstractContextManager[int]) -> str:
+def import_if_new(store: Path, model: str, answering: AbstractContextManager[int]) -> str:
     """The name of `model` in `store`. A path of a checkpoint is imported first, unless the store has it unchanged.
 
     If `model` is both a name in the store and a path, the name counts, unless that model was imported from this path. A
     model of the hub that the store has is not looked for there again.
 
     Args:
-        rehearsal: gives the descriptor for --rehearse-fd.
+        answering: gives the descriptor for --client-fd.
 
     Raises:
         ModelNotFoundError: there is no such path, and no model of the hub is named like this.
@@ -337,7 +337,7 @@ def import_if_new(store: Path, model: str, rehearsal: AbstractContextManager[int
     """
     exists = os.path.exists(model)  # noqa: PTH110
     if not exists and is_hub_name(model):
-        return _stored_from(store, model) or _import(store, model, model, rehearsal)
+        return _stored_from(store, model) or _import(store, model, model, answering)
     if not exists and "/" in model:
         raise ModelNotFoundError(
             f"no file or folder '{model}', and a model's name has no slash: pass the folder of a checkpoint, or "
@@ -345,13 +345,13 @@ def import_if_new(store: Path, model: str, rehearsal: AbstractContextManager[int
         )
     if not exists or (_is_stored(store, model) and _stored_from(store, model) != model):
         return model
-    return _import(store, model, os.path.abspath(model), rehearsal)  # noqa: PTH100
+    return _import(store, model, os.path.abspath(model), answering)  # noqa: PTH100
 
 
-def _import(store: Path, model: str, source: str, rehearsal: AbstractContextManager[int]) -> str:
+def _import(store: Path, model: str, source: str, answering: AbstractContextManager[int]) -> str:
     command = [*CHILD, "import", source, "--store", str(store), "--update", "--json"]
-    with rehearsal as descriptor:
-        command += ["--rehearse-fd", str(descriptor)]
+    with answering as descriptor:
+        command += ["--client-fd", str(descriptor)]
         result = json.loads(_output_of(command, f"cannot import {model}", descriptor))
     if result["done"] == "replaced":
         logger.warning("%s has changed since it was imported as '%s': imported it again", model, result["name"])

@@ -26,7 +26,6 @@ from flashclient.generation.drafts import Drafts, drafting
 from flashclient.generation.growing_cache import GrowingCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
 from flashclient.generation.stats import Meter, Stats
-from flashclient.model.architectures import architecture_of
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
@@ -93,8 +92,8 @@ class Generator:
         self.known = known_arguments(self._model)
         self._generate = self._model.generate  # transformers' own
         self._signature = inspect.signature(self._generate)
-        self._context_tokens: int = self._model.config.max_position_embeddings
-        self._context_is_fixed = architecture_of(self._model.config)[1].context_is_fixed
+        self._context_tokens = loaded.context_tokens
+        self._context_is_fixed = loaded.context_is_fixed
         self._meters: list[Meter] = []  # of the generations under way, each inside the one before it
         self.stats = Stats()
         self._take_place()
@@ -288,14 +287,14 @@ class Generator:
             both = call.ids_tokens not in (0, call.prompt_tokens)  # then transformers counts ids and embeddings
             new_tokens = config.max_length - call.prompt_tokens - (call.ids_tokens if both else 0)
         if new_tokens is None:
-            room = self._context_tokens - call.prompt_tokens
+            room = 0 if self._context_tokens is None else self._context_tokens - call.prompt_tokens
             new_tokens = min(NEW_TOKENS_DEFAULT, room if room > 0 else NEW_TOKENS_DEFAULT)
             call.set("max_new_tokens", new_tokens)
-        # The last new token is not fed to the model.
-        if self._context_is_fixed and longest + max(1, new_tokens) - 1 > self._context_tokens:
+        limit = self._context_tokens if self._context_is_fixed else None
+        if limit is not None and longest + max(1, new_tokens) - 1 > limit:  # the last new token is not fed to the model
             raise OptionError(
                 f"a prompt of {longest} tokens and {new_tokens} new ones do not fit the model's context of "
-                f"{self._context_tokens} tokens: shorten the prompt or lower {by}="
+                f"{limit} tokens: shorten the prompt or lower {by}="
             )
 
     def _longest_prompt(self, call: _Call) -> int:

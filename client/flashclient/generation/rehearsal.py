@@ -1,27 +1,15 @@
 """The rehearsal of an import: tries what a client does with a model's files before any weights are written.
 
-    python -m flashclient.generation.rehearsal FOLDER < record
-
-It fails with status 1 and one line on standard output.
-
-weightd runs it in a child process (weightd.importing.rehearsal), because transformers takes hundreds of megabytes. A
-client that has started the import runs it itself (answering()), because it has loaded transformers already. The
-rehearsal builds the model as a client does, with weights that are all zero and take no memory, and runs it. So an
-import is refused if its files cannot be read, or the model's class, attention or kernels refuse the model.
+It builds the model as a client does, with weights that are all zero and take no memory, and runs it. So an import is
+refused if its files cannot be read, or the model's class, attention or kernels refuse the model.
 """
 
 from __future__ import annotations
 
 import mmap
-import multiprocessing
-import os
 import re
-import sys
-import threading
-import warnings
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
-from multiprocessing.connection import Connection
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +19,7 @@ from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from flashclient._native import LentMemory, Workers
+from flashclient._native import CellSource, CellWalk, LentMemory, Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
 from flashclient.source.bundle_source import Chunk
@@ -46,20 +34,59 @@ class RefusedFileError(Exception):
     """Names a file of the model and says why a client cannot use it, in one line."""
 
 
+class ZeroCells(CellSource):
+    """Cells that all lie at the same address."""
+
+    CELLS_MAX = 2**16  # at once
+
+    def __init__(self, address: int) -> None:
+        super().__init__()
+        self._address = address
+        self._coming: list[int] = []
+
+    def share_slots(self) -> int:
+        return self.CELLS_MAX
+
+    def lease_limit(self) -> int:
+        return self.CELLS_MAX
+
+    def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming = list(acquire)
+
+    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming += acquire
+
+    def arrived(self) -> list[tuple[int, int]]:
+        arrived = [(cell, self._address) for cell in self._coming]
+        self._coming = []
+        return arrived
+
+    def cancel(self) -> None:
+        self._coming = []
+
+
 class ZeroSource:
     """A BundleSource of zeros. All bundles share the same memory."""
+
+    errors = nullcontext()
 
     def __init__(self, record: weightd_pb2.Model) -> None:
         size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are never written take no memory
         self.resident: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
         self._layers = record.layers
+        self._bundles_per_cell = max(1, record.bundle.bundles_per_cell)
         self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
         self._lent = LentMemory(self._bundle)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         address = -(-self._bundle.ctypes.data // 64) * 64
         yield Chunk(0, np.full(self._layers[layer].neurons, address, np.uint64))
+
+    def open_walk(self) -> CellWalk:
+        """All bundles of a cell share the same memory, too."""
+        self._cells = ZeroCells(-(-self._bundle.ctypes.data // 64) * 64)
+        return CellWalk(self._cells, self._bundles_per_cell, 0)
 
     def require_open(self) -> None:
         """No-op: there is no session."""
@@ -100,43 +127,3 @@ def _blamed(file: Path) -> Iterator[None]:
         said = str(error).replace(f"{file.parent}/", "")  # the folder is deleted before a user reads this
         reason = re.sub(r"\s+", " ", said).strip()[:REASON_CHARACTERS_MAX]
         raise RefusedFileError(f"{file.name}: {reason or type(error).__name__}") from error
-
-
-@contextmanager
-def answering() -> Iterator[int]:
-    """The descriptor for `weightd import --rehearse-fd`. A thread of this process answers its requests meanwhile."""
-    ours, theirs = multiprocessing.Pipe()
-    answerer = threading.Thread(target=_answer, args=(ours,), name="flashclient-rehearsal")
-    answerer.start()
-    with ours:
-        try:
-            with theirs:
-                yield theirs.fileno()
-        finally:
-            answerer.join()  # it ends: the import has ended, and both copies of the other end are closed
-
-
-def _answer(connection: Connection) -> None:
-    with suppress(EOFError, OSError):
-        while True:
-            folder, record = os.fsdecode(connection.recv_bytes()), connection.recv_bytes()
-            try:
-                rehearse(weightd_pb2.Model.FromString(record), Path(folder))
-            except RefusedFileError as error:
-                connection.send_bytes(str(error).encode(errors="backslashreplace"))
-            else:
-                connection.send_bytes(b"")
-
-
-def main() -> None:
-    warnings.simplefilter("ignore")
-    record = weightd_pb2.Model.FromString(sys.stdin.buffer.read())
-    try:
-        rehearse(record, Path(sys.argv[1]))
-    except RefusedFileError as error:
-        print(error)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,1 @@
-"""transformers' model around streamed FFNs: predictors, windows, kernels as torch modules."""
+"""transformers' model around streamed FFNs: their installation, predictors, windows."""

@@ -7,15 +7,16 @@ or gradient silently leaves the FFN out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flashclient.errors import AbsentWeightError
-from flashclient.torch_state import eager
 
 CHANGE = "change the checkpoint and import it again, or load it with transformers where it fits into memory"
 CONVERT = "the model runs on the CPU in its stored dtype; `weightd import --dtype` stores it in another"
@@ -37,9 +38,9 @@ _METHODS = (
     *("size", "dim", "ndimension", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex"),
     *("is_contiguous", "get_device", "is_inference", "storage_offset", "is_signed", "is_conj", "is_neg"),
 )
-_TELLING = {getattr(Tensor, name).__get__ for name in _FACTS if hasattr(Tensor, name)}
-_TELLING |= {getattr(Tensor, name) for name in _METHODS}
-_TELLING |= {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size}
+TELLING = {getattr(Tensor, name).__get__ for name in _FACTS if hasattr(Tensor, name)}
+TELLING |= {getattr(Tensor, name) for name in _METHODS}
+TELLING |= {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_same_size}
 _SELF = {Tensor.detach, torch.detach, Tensor.data.__get__, Tensor.contiguous, Tensor.cpu}  # type: ignore[attr-defined]
 _SET_GRAD: Any = Tensor.grad.__set__  # type: ignore[union-attr]
 _DTYPES = {
@@ -65,11 +66,11 @@ class AbsentWeight(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         weight = next((one for one in _flat(args) if isinstance(one, cls)), None)
-        if func in _TELLING:
+        if func in TELLING:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if weight is None:
-            raise _refused("a weight of an FFN", CHANGE)
+            raise refused("a weight of an FFN", CHANGE)
         if func in _SELF or (func in _DTYPES and _DTYPES[func] == weight.dtype):
             return weight
         if func is Tensor.to or func in _DTYPES or func in (Tensor.cuda, Tensor.type):
@@ -77,11 +78,11 @@ class AbsentWeight(nn.Parameter):
         if func in (Tensor.requires_grad_, Tensor.requires_grad.__set__):  # type: ignore[attr-defined]
             wanted = args[1] if len(args) > 1 else (kwargs or {}).get("requires_grad", True)
             if wanted:
-                raise _refused(f"{weight.path} cannot be trained", TRAIN)
+                raise refused(f"{weight.path} cannot be trained", TRAIN)
             return weight
         if func is _SET_GRAD and args[1] is None:
             return None
-        raise _refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", CHANGE)
+        raise refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", CHANGE)
 
     def _converted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> AbsentWeight:
         """Returns the weight itself if dtype and device stay the same. Otherwise raises AbsentWeightError."""
@@ -89,150 +90,145 @@ class AbsentWeight(nn.Parameter):
             device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
             if (device is None or device.type == "cpu") and dtype in (None, self.dtype):
                 return self
-        raise _refused(f"{self.path} cannot be converted or moved", CONVERT)
+        raise refused(f"{self.path} cannot be converted or moved", CONVERT)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"AbsentWeight({self.path!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
-        raise _refused(f"{self.path} cannot be copied", COPY)
+        raise refused(f"{self.path} cannot be copied", COPY)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        raise _refused(f"{self.path} cannot be saved", SAVE)
+        raise refused(f"{self.path} cannot be saved", SAVE)
 
 
-class _NeverCalled(nn.Module):
-    """A part of an FFN. The FFN is computed as a whole, so changing the part or calling it is refused."""
+class Unchangeable(nn.Module):
+    """A part of an FFN that a streamed FFN stands for. The FFN is computed as a whole, so changes of it are refused."""
 
     path: str
     hookable = "the module of the FFN"
 
-    def forward(self, x: Tensor) -> Tensor:
-        raise _refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
-
     def _no_hook(self, *_: Any, **__: Any) -> NoReturn:
         way = f"hook {self.hookable}, which computes all of it, or the decoder layer"
-        raise _refused(f"{self.path} takes no hooks", way)
+        raise refused(f"{self.path} takes no hooks", way)
 
     register_forward_hook = register_forward_pre_hook = _no_hook
     register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _no_hook
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "forward":
-            raise _refused(f"{self.path}.forward cannot be set", CHANGE)
+            raise refused(f"{self.path}.forward cannot be set", CHANGE)
         if name == "qconfig":  # of torch.ao.quantization
-            raise _refused(f"{self.path} cannot be quantised", CONVERT)
+            raise refused(f"{self.path} cannot be quantised", CONVERT)
         super().__setattr__(name, value)
 
 
-class AbsentProjection(_NeverCalled, nn.Linear):
-    """Stands for a projection whose matrix is absent. It is never called, because the FFN is computed as a whole."""
+class NeverCalled(Unchangeable):
+    """An activation or dropout of an FFN that is computed in its module's place."""
 
-    def __init__(self, path: str, unmade: nn.Module) -> None:
-        nn.Module.__init__(self)
-        weight: Tensor = unmade.weight  # type: ignore[assignment]
-        self.path = path
-        self.out_features, self.in_features = weight.shape
-        self.weight = AbsentWeight.of(f"{path}.weight", weight)
-        bias = getattr(unmade, "bias", None)
-        self.register_parameter("bias", None if bias is None else AbsentWeight.of(f"{path}.bias", bias))
-        self._is_made = True
+    def forward(self, *_: Any, **__: Any) -> NoReturn:
+        raise refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
+
+
+class HoldsAbsentWeights(nn.Module):
+    """A module with absent parameters, which cannot be set, loaded, converted or taken away."""
+
+    path: str
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if "_is_made" in self.__dict__:
-            raise _refused(f"{self.path} takes no other weights", CHANGE)
-        super().register_parameter(name, param)
+        raise refused(f"{self.path} takes no other weights", CHANGE)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("weight", "bias") and "_is_made" in self.__dict__:
-            raise _refused(f"{self.path}.{name} cannot be set", CHANGE)
+        if name in self._parameters:
+            raise refused(f"{self.path}.{name} cannot be set", CHANGE)
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in self._parameters:
-            raise _refused(f"{self.path}.{name} cannot be removed", CHANGE)
+            raise refused(f"{self.path}.{name} cannot be removed", CHANGE)
         super().__delattr__(name)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AbsentProjection:
+    def refuse_change(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Raises AbsentWeightError where `fn` would change an absent weight."""
         for weight in self._parameters.values():
-            if weight is not None and fn(weight) is not weight:
-                raise _refused(f"{self.path} cannot be converted or moved", CONVERT)
-        return self
+            if isinstance(weight, AbsentWeight) and fn(weight) is not weight:
+                raise refused(f"{self.path} cannot be converted or moved", CONVERT)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        for name in self._parameters:
-            if not isinstance(state_dict.get(prefix + name, self.weight), AbsentWeight):
-                raise _refused(f"{self.path}.{name} cannot be loaded", CHANGE)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.refuse_change(fn)
+        with self._without_absent():
+            applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return applied
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name, weight in self._parameters.items():
+            if isinstance(weight, AbsentWeight) and not isinstance(state_dict.get(prefix + name, weight), AbsentWeight):
+                raise refused(f"{self.path}.{name} cannot be loaded", CHANGE)
+        others = {name: one for name, one in state_dict.items() if not isinstance(one, AbsentWeight)}
+        with self._without_absent():
+            super()._load_from_state_dict(others, prefix, *rest)
+
+    @contextmanager
+    def _without_absent(self) -> Iterator[None]:
+        all_of_them = dict(self._parameters)
+        for name, weight in all_of_them.items():
+            if isinstance(weight, AbsentWeight):
+                del self._parameters[name]
+        try:
+            yield
+        finally:
+            all_of_them.update(self._parameters)
+            self._parameters.clear()
+            self._parameters.update(all_of_them)
 
 
-class FirstOfTwo(AbsentProjection):
-    """The first projection of a layer that calls both projections itself (OPT). It computes the whole FFN."""
+class AbsentProjection(HoldsAbsentWeights, Unchangeable):
+    """A projection whose matrix is absent."""
 
-    def __init__(self, path: str, unmade: nn.Module, ffn: nn.Module) -> None:
-        super().__init__(path, unmade)
-        self.ffn = ffn
-        self.hookable = f"{path}.ffn"
-
-    @eager
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.ffn(x)
-        y.passes_to = self  # type: ignore[attr-defined]
-        return y
+        raise refused(f"{self.path} cannot be computed alone", f"call the module of the FFN; or {CHANGE}")
 
 
-def absent_activation(path: str, activation: nn.Module) -> nn.Module:
-    """Makes `activation` refuse calls, because the streamed FFN computes it; its class keeps its name and base."""
-    base = type(activation)
-    activation.__class__ = type(base.__name__, (_NeverCalled, base), {"__module__": base.__module__})
-    activation.path = path  # type: ignore[assignment]
-    return activation
+class _FixedParts(nn.Module):
+    """A module that refuses to set some of its parts, because a module that is put there would not be called."""
+
+    fixed_parts: frozenset[str]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("fixed_parts", ()):
+            raise refused(f"{name} of {type(self).__name__} cannot be replaced or adapted", ADAPT)
+        super().__setattr__(name, value)
 
 
-class Between(_NeverCalled):
-    """What the layer calls between the projections. It passes the output of `first` on, and refuses anything else."""
-
-    def __init__(self, path: str, first: FirstOfTwo) -> None:
-        super().__init__()
-        self.path = path
-        self.hookable = first.hookable
-        self._first = [first]  # in a list, so that it is no submodule
-
-    @eager
-    def forward(self, x: Tensor) -> Tensor:
-        if getattr(x, "passes_to", None) is not self._first[0]:
-            raise _refused(f"{self.path} cannot be computed alone, and its input cannot be changed", CHANGE)
-        return x
+def fix(module: nn.Module, names: Iterable[str]) -> None:
+    """Makes `module` refuse to set these attributes."""
+    fixed = getattr(module, "fixed_parts", frozenset()).union(names)
+    if not isinstance(module, _FixedParts):
+        become(module, _FixedParts)
+    module.__dict__["fixed_parts"] = fixed
 
 
-class LastOfTwo(AbsentProjection):
-    """The second projection of such a layer."""
+def become(module: nn.Module, more: type[nn.Module]) -> None:
+    """Makes `module` one of class `more` too, whose attributes come first. It stays the same object, with its parts.
 
-    def __init__(self, path: str, unmade: nn.Module, first: FirstOfTwo) -> None:
-        super().__init__(path, unmade)
-        self.hookable = first.hookable
-        self._between = [Between(path, first)]
-
-    @eager
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._between[0](x)
-        del x.passes_to  # type: ignore[attr-defined]
-        return x
-
-
-def fix(module: nn.Module, names: tuple[str, ...]) -> None:
-    """Makes `module` refuse to set these attributes, because a module that is put there would not be called.
-
-    The class of `module` becomes a subclass of the same name: there is no other way to guard an instance's attributes.
+    Its class keeps its name and base, so code that asks for the class goes on working.
     """
+    module.__class__ = _joined(cast(Any, more), cast(Any, type(module)))
 
-    def set_attribute(self: nn.Module, name: str, value: Any) -> None:
-        if name in names:
-            raise _refused(f"{name} of {type(self).__name__} cannot be replaced or adapted", ADAPT)
-        base.__setattr__(self, name, value)
 
-    base = type(module)
-    fixed = type(base.__name__, (base,), {"__setattr__": set_attribute, "__module__": base.__module__})
-    module.__class__ = fixed
+@cache
+def _joined(more: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    return type(base.__name__, (more, base), {"__module__": base.__module__})
+
+
+def make_absent(module: nn.Module, path: str, names: Iterable[str], more: type[HoldsAbsentWeights]) -> None:
+    """Makes the parameters `names` of `module`, at `path` of the model, absent, and `module` one of class `more`."""
+    for name in names:
+        weight = module._parameters[name]
+        assert weight is not None
+        module._parameters[name] = AbsentWeight.of(f"{path}.{name}", weight)
+    module.__dict__["path"] = path
+    become(module, more)
 
 
 class _NoGradient(torch.autograd.Function):
@@ -244,7 +240,7 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> NoReturn:
-        raise _refused("no gradient flows through a streamed FFN", TRAIN)
+        raise refused("no gradient flows through a streamed FFN", TRAIN)
 
 
 def without_gradient(x: Tensor, y: Tensor) -> Tensor:
@@ -261,10 +257,10 @@ def guard(model: PreTrainedModel) -> None:
     """
 
     def refuse(what: str, way: str) -> Callable[..., NoReturn]:
-        def refused(*_: Any, **__: Any) -> NoReturn:
-            raise _refused(what, way)
+        def raises(*_: Any, **__: Any) -> NoReturn:
+            raise refused(what, way)
 
-        return refused
+        return raises
 
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -284,13 +280,14 @@ class _Applied:
 
     def __call__(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         for module in self._module.modules():
-            if isinstance(module, AbsentProjection):
-                module._apply(fn)
+            if isinstance(module, HoldsAbsentWeights):
+                module.refuse_change(fn)
         applied: nn.Module = type(self._module)._apply(self._module, fn, recurse)  # type: ignore[no-untyped-call]
         return applied
 
 
-def _refused(what: str, way: str) -> AbsentWeightError:
+def refused(what: str, way: str) -> AbsentWeightError:
+    """What is refused, and what to do instead."""
     return AbsentWeightError(f"{what}: the FFN weights stay with weightd; {way}")
 
 

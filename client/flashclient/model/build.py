@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +16,51 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError
+from flashclient.kernels.decode_attention import use_decode_attention
+from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.model.absent_weights import AbsentWeight, guard
-from flashclient.model.activations import activation_name
-from flashclient.model.architectures import Architecture, architecture_of, install_streamed
-from flashclient.model.decode_attention import use_decode_attention
-from flashclient.model.dtypes import DTYPES
-from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
+from flashclient.model.experts_ffn import ExpertsFFN, has_experts
+from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
+from flashclient.model.install import Placement, install_ffns
+from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
-from flashclient.model.resident_linear import use_fast_linears
 from flashclient.model.step import Steps
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import formats_of
 
-Placement = Callable[[int], NDArray[np.uint32]]  # layer -> the neuron at each position
+COMPUTED_ELEMENTS_MAX = 1 << 24
 
 
 class _UnmadeParameters(TorchFunctionMode):
     """Puts parameters on the meta device while a model is constructed, and computes its buffers.
 
     torch's layers allocate their weights with torch.empty. Constructing the whole model on the meta device would lose
-    what models compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale.
+    what models compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale. Some
+    classes make large parameters, of experts, with torch.zeros.
     """
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func is torch.empty and kwargs.get("device") is None:
+        if kwargs.get("device") is None and (func is torch.empty or (func is torch.zeros and _is_large(args))):
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
+
+
+def _is_large(size: tuple[Any, ...]) -> bool:
+    """Whether a tensor of this size is larger than what models compute at construction."""
+    dimensions = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+    return bool(prod(dimensions) > COMPUTED_ELEMENTS_MAX)
 
 
 @dataclass(frozen=True)
@@ -61,13 +71,13 @@ class BuiltModel:
         model: transformers' own, in eval mode and without gradients.
         ffn: the object that computes all of its FFNs.
         steps: describes its forward passes; None in exact mode, which does not need it.
-        activation: the kernels' name of the activation of its FFNs.
+        record: what the weightd says of it, completed (old_records.py).
     """
 
     model: PreTrainedModel
     ffn: ModelFFN
     steps: Steps | None
-    activation: str
+    record: weightd_pb2.Model
 
 
 @for_good()
@@ -86,22 +96,23 @@ def build_model(
         window: None for exact mode; in predict mode the number of tokens whose neurons stay leased.
 
     Raises:
-        ModelError: the architecture or a dtype is unknown, or the resident tensors do not fit the model.
+        ModelError: the class, the activation or a dtype is unknown, or the record does not fit the class.
         CalibrationError: the predictors do not fit the model.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not record.model_class:
+        record = completed(record, AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    model_class = _class_of(record)
+    config = _config_of(model_class, record, folder)
     attention_chosen = config._attn_implementation is not None
-    class_name, architecture = architecture_of(config)
     dtype = DTYPES[record.compute_dtype]
     with _UnmadeParameters():
-        model: PreTrainedModel = getattr(transformers, class_name)._from_config(config, dtype=dtype)
+        model: PreTrainedModel = model_class._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
     model.requires_grad_(False)
+    model.train(False)  # dropout would change what the checks of installed FFNs see
     tensors = resident_tensors(record, source.resident, dtype)
-    activation = activation_name(getattr(model.get_submodule(record.layers[0].module), architecture.activation))
-    kernels = _kernels(record, workers, activation)
-    exact = ExactFFN(source, kernels, record.bundle.hidden_size, Clock())
-    ffn, steps = (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
-    _install_ffns(model, record, architecture, placement, tensors, ffn)
+    kernels = _kernels(record, workers)
+    ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
+    install_ffns(model, record, placement, tensors, ffn)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -109,20 +120,56 @@ def build_model(
     if not attention_chosen:
         use_decode_attention(model, workers)
     _keep_time(model, ffn.clock)
-    model.train(False)
+    model.train(False)  # the modules that were added, too
     guard(model)
-    return BuiltModel(model, ffn, steps, activation)
+    return BuiltModel(model, ffn, steps, record)
 
 
-def _kernels(record: weightd_pb2.Model, workers: Workers, activation: str) -> Ffn:
+def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:
+    """transformers' class that runs the model. Raises ModelError where there is none."""
+    found = getattr(transformers, record.model_class, None)
+    if not isinstance(found, type) or not issubclass(found, PreTrainedModel):
+        raise ModelError(
+            f"model '{record.name}' needs {record.model_class}, which transformers {transformers.__version__} does not "
+            "have; upgrade transformers"
+        )
+    return found
+
+
+def _config_of(model_class: type[PreTrainedModel], record: weightd_pb2.Model, folder: Path) -> PreTrainedConfig:
+    model_type = str(PreTrainedConfig.get_config_dict(folder)[0].get("model_type"))
+    config_class = model_class.config_class
+    if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == record.model_class:
+        config_class = CONFIG_MAPPING[model_type]  # several types can be run by one class
+    assert config_class is not None
+    if model_type != config_class.model_type:
+        raise ModelError(
+            f"config.json of model '{record.name}' has model_type {model_type!r}, {record.model_class} needs "
+            f"{config_class.model_type!r}"
+        )
+    config: PreTrainedConfig = config_class.from_pretrained(folder)
+    return config
+
+
+def _kernels(record: weightd_pb2.Model, workers: Workers) -> Ffn:
     parts = [part.encoding for part in record.bundle.parts]
     try:
-        return Ffn(workers, parts, record.bundle.hidden_size, activation)
+        return Ffn(workers, parts, record.bundle.hidden_size, record.activation)
     except ValueError as error:
         formats = formats_of(record.bundle)
         raise ModelError(
-            f"no kernel for the bundles of model '{record.name}', stored as {formats}: {error}; upgrade flashclient"
+            f"no kernel for the FFNs of model '{record.name}', stored as {formats}: {error}; upgrade flashclient"
         ) from error
+
+
+def _ffn_of(
+    model: Any, record: weightd_pb2.Model, source: BundleSource, kernels: Ffn, workers: Workers, window: int | None
+) -> tuple[ModelFFN, Steps | None]:
+    hidden_size = record.bundle.hidden_size
+    if has_experts(record):
+        return ExpertsFFN(source, kernels, record.layers, hidden_size, Clock()), None
+    exact = ExactFFN(source, kernels, hidden_size, Clock())
+    return (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
 
 
 def _predicted(
@@ -185,24 +232,6 @@ def _view(data: NDArray[np.uint8], dtype: torch.dtype) -> Tensor:
     """A tensor that is not aligned to its elements is copied, because torch needs that."""
     aligned = data if data.ctypes.data % dtype.itemsize == 0 else data.copy()
     return torch.from_numpy(aligned).view(dtype)
-
-
-def _install_ffns(
-    model: PreTrainedModel,
-    record: weightd_pb2.Model,
-    architecture: Architecture,
-    placement: Placement,
-    tensors: dict[str, Tensor],
-    ffn: ModelFFN,
-) -> None:
-    """Replaces every FFN, and removes its biases from `tensors`."""
-    for index, layer in enumerate(record.layers):
-        bias = tensors.pop(f"{layer.module}.{architecture.bias}", None)
-        output_bias = tensors.pop(f"{layer.module}.{architecture.output_bias}", None)
-        by_position = None
-        if bias is not None:
-            by_position = bias.float().numpy()[placement(index)]
-        install_streamed(model, layer.module, architecture, StreamedFFN(ffn, index, by_position, output_bias))
 
 
 def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_pb2.Model) -> None:

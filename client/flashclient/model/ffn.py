@@ -23,6 +23,9 @@ from flashclient.model.absent_weights import without_gradient
 from flashclient.source.bundle_source import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
+# Added to the products before the activation, by position: [1, neurons] of up, or [2, neurons] of gate and up, fp32.
+Biases = NDArray[np.float32] | None
+
 
 @dataclass
 class Clock:
@@ -51,7 +54,7 @@ class ModelFFN(Protocol):
     hidden_size: int
     clock: Clock
 
-    def __call__(self, layer: int, x: Tensor, bias: NDArray[np.float32] | None) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, biases: Biases) -> Tensor:
         """The FFN's output for x [tokens, hidden_size], without its output bias.
 
         After a SessionLostError it may be called again with the same arguments.
@@ -75,14 +78,13 @@ class ExactFFN:
         self,
         layer: int,
         x: Tensor,
-        bias: NDArray[np.float32] | None,
+        biases: Biases,
         row_masks: NDArray[np.uint16] | None = None,
     ) -> Tensor:
         """The sum over all neurons of `layer`, or over those that each row wants.
 
         Args:
             x: [tokens, hidden_size] fp32, contiguous.
-            bias: [neurons] fp32, by position, added before the activation.
             row_masks: [ceil(tokens / 16), neurons], by position: bit t of group g, row 16 * g + t wants the neuron.
 
         Returns:
@@ -94,9 +96,9 @@ class ExactFFN:
             with closing(self._chunks(layer)) as chunks:
                 for chunk in chunks:
                     part = slice(chunk.first, chunk.first + len(chunk.addresses))
-                    bias_part = None if bias is None else bias[part]
+                    biases_part = None if biases is None else biases[:, part]
                     masks_part = None if row_masks is None else row_masks[:, part]
-                    self._kernels.add_rows(chunk.addresses, bias_part, masks_part, x_rows, y_rows)
+                    self._kernels.add_rows(chunk.addresses, biases_part, masks_part, x_rows, y_rows)
             return y
 
     def idle(self) -> None:
@@ -114,36 +116,48 @@ class ExactFFN:
                 self.clock.add(compute_s=asked_s - given_s)
 
 
-class StreamedFFN(torch.nn.Module):
-    """The FFN of one layer, in the place of transformers' module. Its weights are absent (absent_weights.py).
+@dataclass(frozen=True)
+class LayerFFN:
+    """The FFN of one layer, of `output_bias` [hidden_size] fp32 or None."""
 
-    Args:
-        bias: [neurons] fp32 by position, before the activation (OPT).
-        output_bias: [hidden_size], added to the sum (OPT).
-    """
+    ffn: ModelFFN
+    layer: int
+    biases: Biases = None
+    output_bias: Tensor | None = None
 
-    def __init__(
-        self, ffn: ModelFFN, layer: int, bias: NDArray[np.float32] | None = None, output_bias: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self._ffn = ffn
-        self._layer = layer
-        self._bias = bias
-        self._output_bias = None if output_bias is None else output_bias.to(torch.float32)
-
-    @eager
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's."""
         started_s = time.perf_counter()
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         with torch.no_grad(), plain_torch():
-            rows = x.detach().to(dtype).reshape(-1, self._ffn.hidden_size).to(torch.float32).contiguous()
-            y = retry_on_loss(self._ffn.source, lambda: self._ffn(self._layer, rows, self._bias))
-            if self._output_bias is not None:
-                y += self._output_bias
+            rows = x.detach().to(dtype).reshape(-1, self.ffn.hidden_size).to(torch.float32).contiguous()
+            y = retry_on_loss(self.ffn.source, lambda: self.ffn(self.layer, rows, self.biases))
+            if self.output_bias is not None:
+                y += self.output_bias
             y = y.to(dtype).view(x.shape)
-        self._ffn.clock.ffn_s += time.perf_counter() - started_s
+        self.ffn.clock.ffn_s += time.perf_counter() - started_s
         return without_gradient(x, y)
 
+
+class StreamedFFN(torch.nn.Module):
+    """A module that is called with an FFN's input and returns its output, without the weights.
+
+    Transformers' modules become one (absent_weights.become()). Their own forward is not called.
+    """
+
+    streamed: LayerFFN
+
+    @eager
+    def forward(self, x: Tensor) -> Tensor:
+        """See LayerFFN."""
+        return self.streamed(x)
+
     def extra_repr(self) -> str:
-        return f"layer={self._layer}, hidden_size={self._ffn.hidden_size}"
+        return f"layer={self.streamed.layer}, hidden_size={self.streamed.ffn.hidden_size}"
+
+
+def streamed_ffn(streamed: LayerFFN) -> StreamedFFN:
+    """A module that is nothing but `streamed`."""
+    module = StreamedFFN()
+    module.streamed = streamed
+    return module

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient._native import Workers
@@ -26,6 +27,8 @@ from weightd_proto import weightd_pb2
 # Files that hold the vocabulary of one of transformers' tokenizers. Its other files are useless without one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")
 
+PLACES_BESIDE_MAX = 2  # rows that an embedding of places has besides: that of OPT begins with two for padding
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -33,7 +36,7 @@ class LoadedModel:
 
     Attributes:
         connection: to the weightd.
-        record: what the weightd says of the model.
+        record: what the weightd says of the model, completed (old_records.py).
         source: of the FFNs' bundles.
         turns: code that runs the model takes a turn first.
         tokenizer: transformers' own; None where the model was stored without one.
@@ -49,6 +52,21 @@ class LoadedModel:
     @property
     def model(self) -> PreTrainedModel:
         return self.built.model
+
+    @property
+    def context_tokens(self) -> int | None:
+        """The longest sequence that the model was made for; None if its config does not say."""
+        tokens: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return tokens
+
+    @property
+    def context_is_fixed(self) -> bool:
+        """Whether no sequence can be longer, because the model has a learned embedding for each place in a sequence."""
+        model, tokens = self.model, self.context_tokens
+        tables = {module for module in model.modules() if isinstance(module, nn.Embedding)}
+        tables.discard(model.get_input_embeddings())
+        besides = (table.num_embeddings - tokens for table in tables) if tokens is not None else ()
+        return any(0 <= rows <= PLACES_BESIDE_MAX for rows in besides)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
@@ -83,7 +101,7 @@ def load_model(
         tokenizer = load_tokenizer(folder)
         built = build_model(record, folder, source, placement, Workers(torch.get_num_threads()), window)
     turns.watch_passes(built.model)
-    return LoadedModel(connection, record, source, turns, built, tokenizer)
+    return LoadedModel(connection, built.record, source, turns, built, tokenizer)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:

@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient._native import Ffn, PredictStep, Window
-from flashclient.model.arrays import array_of
-from flashclient.model.ffn import Clock, ExactFFN
+from flashclient.kernels.arrays import array_of
+from flashclient.model.ffn import Biases, Clock, ExactFFN
 from flashclient.model.predictor import ROWS_MAX, Predictors
 from flashclient.model.step import Step, Steps
 from flashclient.source.bundle_source import BundleSource
-
-Bias = NDArray[np.float32] | None  # by position
 
 
 class PredictedFFN:
@@ -51,12 +49,11 @@ class PredictedFFN:
         self._steps = steps
         self._lock = threading.Lock()
 
-    def __call__(self, layer: int, x: Tensor, bias: Bias) -> Tensor:
+    def __call__(self, layer: int, x: Tensor, biases: Biases) -> Tensor:
         """The sum over each row's neurons of `layer`; over all of them in the columns of a generation's prompt.
 
         Args:
             x: [tokens, hidden_size] fp32, contiguous.
-            bias: [neurons] fp32, by position, added before the activation.
 
         Returns:
             A new tensor [tokens, hidden_size] fp32.
@@ -64,29 +61,29 @@ class PredictedFFN:
         step = self._steps.current(len(x))
         with self._lock:
             if step.exact_columns == 0:
-                return self._predicted(layer, step, x, bias)
+                return self._predicted(layer, step, x, biases)
             if step.exact_columns == step.columns:
-                return self._exact(layer, x, bias)
+                return self._exact(layer, x, biases)
             of_columns = x.view(step.rows, step.columns, -1)
             y = torch.empty_like(of_columns)
             prompt, rest = slice(None, step.exact_columns), slice(step.exact_columns, None)
             rows = of_columns[:, prompt].reshape(-1, self.hidden_size)
-            y[:, prompt] = self._exact(layer, rows, bias).view(step.rows, -1, self.hidden_size)
+            y[:, prompt] = self._exact(layer, rows, biases).view(step.rows, -1, self.hidden_size)
             rows = of_columns[:, rest].reshape(-1, self.hidden_size)
-            y[:, rest] = self._predicted(layer, step.predicted(), rows, bias).view(step.rows, -1, self.hidden_size)
+            y[:, rest] = self._predicted(layer, step.predicted(), rows, biases).view(step.rows, -1, self.hidden_size)
             return y.view(x.shape)
 
     def idle(self) -> None:
         """Gives back everything that is leased or being fetched ahead."""
         self.source.idle()
 
-    def _predicted(self, layer: int, step: Step, x: Tensor, bias: Bias) -> Tensor:
+    def _predicted(self, layer: int, step: Step, x: Tensor, biases: Biases) -> Tensor:
         if len(x) > ROWS_MAX:
-            return self._exact(layer, x, bias, self._row_masks(layer, step, x))
+            return self._exact(layer, x, biases, self._row_masks(layer, step, x))
         y = torch.empty_like(x)
         rows = array_of(x), array_of(y)
         with self.source.errors:
-            times = self._step.run(layer, step.past_tokens, step.columns, step.row_mask(), bias, *rows)
+            times = self._step.run(layer, step.past_tokens, step.columns, step.row_mask(), biases, *rows)
         self.clock.add(*times)
         return y
 

@@ -13,29 +13,22 @@ import torch
 from torch import Tensor, nn
 
 from flashclient.errors import ModelError
-from flashclient.model.activations import torch_activation
+from flashclient.model.activations import FUNCTIONS
 from weightd_proto import weightd_pb2
 
 # Attributes of transformers' FFNs that hold their activation.
 ACTIVATION_NAMES = ("act_fn", "act", "activation_fn", "activation")
 
 
-class FatRelu(nn.Module):
-    """Values above a threshold, and zeros."""
+class ActivationModule(nn.Module):
+    """What is applied to the gate's products, or to up's without a gate."""
 
-    def __init__(self, threshold: float) -> None:
+    def __init__(self, activation: weightd_pb2.Activation) -> None:
         super().__init__()
-        self.threshold = threshold
+        self.activation = activation
 
     def forward(self, values: Tensor) -> Tensor:
-        return torch.where(values > self.threshold, values, torch.zeros_like(values))
-
-
-def activation_module(activation: weightd_pb2.Activation) -> nn.Module:
-    """What is applied to the gate's products, or to up's without a gate."""
-    if activation.function == "fatrelu":
-        return FatRelu(activation.parameter)
-    return torch_activation("relu" if activation.function == "gated_relu" else activation.function)
+        return FUNCTIONS[self.activation.function](values, self.activation.parameter)
 
 
 def amend(model: nn.Module, activation: weightd_pb2.Activation) -> None:
@@ -45,7 +38,7 @@ def amend(model: nn.Module, activation: weightd_pb2.Activation) -> None:
         held = [key for key in ACTIVATION_NAMES if callable(getattr(module, key, None))]
         if not held:
             continue
-        setattr(module, held[0], activation_module(activation))
+        setattr(module, held[0], ActivationModule(activation))
         if activation.function == "gated_relu":
             _apply_to_up(module, name)
         amended += 1

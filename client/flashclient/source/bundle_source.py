@@ -3,9 +3,10 @@
 Two sources exist. `ring.RingSource` computes on the daemon's own pool over shared memory. `grpc_chunks.GrpcSource`
 computes on a pool of its own, which it fills over gRPC. Both give the same bytes, so they give the same results.
 
-A source serves two ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode leases
-cells one by one and keeps them as long as it likes: open_window(). A cell is the unit of leasing: one bundle, or
-several neighbours in placement order.
+A source serves three ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode leases
+cells one by one and keeps them as long as it likes: open_window(). Models with experts lease the cells of those experts
+that the router has picked: open_walk(). A cell is the unit of leasing: one bundle, or several neighbours in placement
+order.
 
 When weightd is gone, or has closed the session, everything that was leased may have changed. retry_on_loss() is the one
 place that handles it: it waits, attaches again, and computes the layer again.
@@ -21,7 +22,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import Window
+from flashclient._native import CellWalk, Window
 from flashclient.daemon.channel import SessionLostError
 from flashclient.errors import DaemonLostError
 
@@ -56,7 +57,7 @@ class Counters:
 
 
 class BundleSource(Protocol):
-    """One consumer at a time; it may change between the two ways of computing at any time."""
+    """One consumer at a time; it may change between the ways of computing at any time."""
 
     @property
     def errors(self) -> AbstractContextManager[None]:
@@ -82,6 +83,9 @@ class BundleSource(Protocol):
         Args:
             tokens: the last tokens whose cells stay leased, the token of the step included; 0 keeps nothing.
         """
+
+    def open_walk(self) -> CellWalk:
+        """The one walk of this source, which leases its cells. The source empties it in idle()."""
 
     def idle(self) -> None:
         """Gives back everything that is leased or being fetched ahead, as at the end of a generation; never raises

@@ -1,14 +1,15 @@
-"""Bundles fetched one by one over gRPC into a bounded pool: what predict mode leases without shared memory.
+"""Cells fetched one by one over gRPC into a bounded pool: what is leased without shared memory.
 
-A cell is one bundle here. Cells that were given back stay in the pool until their slot is needed, and are replaced in
-the order in which they were given back. An interrupted call (Ctrl-C) leaves the pool in an unknown state, so the next
-call empties it.
+A cell is one bundle for predict mode, and a cell of the store for a model with experts. Cells that were given back stay
+in the pool until their slot is needed, and are replaced in the order in which they were given back. An interrupted call
+(Ctrl-C) leaves the pool in an unknown state, so the next call empties it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,21 @@ from flashclient.errors import RefusedError
 from flashclient.source.bundle_source import Counters
 from weightd_proto import weightd_pb2
 
-Cell = tuple[int, int]  # layer, position
+Cell = tuple[int, int]  # layer, number in the layer
+
+
+@dataclass
+class Coming:
+    """Cells that one call fetches.
+
+    Attributes:
+        cells: those that have not arrived, in the order in which their bytes come.
+        bytes_come: of the first of them.
+    """
+
+    cells: deque[Cell]
+    pieces: Iterator[bytes]
+    bytes_come: int = 0
 
 
 class RemoteCells(CellSource):
@@ -27,6 +42,7 @@ class RemoteCells(CellSource):
 
     Args:
         pool: [bytes] uint8, the memory for the bundles.
+        bundles_per_cell: the bundles of a cell lie back to back.
         claim: empties the pool of chunks; called before each exchange.
     """
 
@@ -35,6 +51,7 @@ class RemoteCells(CellSource):
         connection: Connection,
         model: weightd_pb2.Model,
         pool: NDArray[np.uint8],
+        bundles_per_cell: int,
         claim: Callable[[], None],
     ) -> None:
         super().__init__()
@@ -42,18 +59,20 @@ class RemoteCells(CellSource):
         self._model = model
         self._claim = claim
         self._bundle_bytes = model.bundle.bundle_bytes
-        self._pool = pool[: len(pool) // self._bundle_bytes * self._bundle_bytes].reshape(-1, self._bundle_bytes)
+        self._bundles_per_cell = bundles_per_cell
+        cell_bytes = bundles_per_cell * self._bundle_bytes
+        self._pool = pool[: len(pool) // cell_bytes * cell_bytes].reshape(-1, cell_bytes)
         self.slots = len(self._pool)
-        self._hits = self._misses = 0
+        self._neurons = [layer.neurons for layer in model.layers]
+        self._hits = self._misses = self._read_bytes = 0
+        self._layer = 0  # of the last exchange
         self._empty()
 
     def _empty(self) -> None:
         self._slot_of: dict[Cell, int] = {}
         self._unused: OrderedDict[Cell, None] = OrderedDict()  # in the pool and not leased; the first is replaced first
         self._free = list(range(self.slots))
-        self._coming: list[Cell] = []  # in the order in which their bytes come
-        self._bytes_come = 0  # bytes that have come, of the first of these cells
-        self._pieces: Iterator[bytes] = iter(())
+        self._coming: deque[Coming] = deque()
         self._arrived: list[Cell] = []  # not yet returned by arrived()
         self._whole = True  # the attributes above are consistent
 
@@ -64,7 +83,7 @@ class RemoteCells(CellSource):
         return self.slots
 
     def counters(self) -> Counters:
-        return Counters(self._hits, self._misses, self._misses * self._bundle_bytes)
+        return Counters(self._hits, self._misses, self._read_bytes)
 
     def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
         self._claim()
@@ -72,12 +91,22 @@ class RemoteCells(CellSource):
             self._empty()
         self._whole = False
         self._drop_coming()
-        for position in release:
-            if (layer, position) in self._slot_of:
-                self._unused[layer, position] = None
+        self._layer = layer
+        self._send(acquire, release)
+        self._whole = True
+
+    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._whole = False
+        self._send(acquire, release)
+        self._whole = True
+
+    def _send(self, acquire: Sequence[int], release: Sequence[int]) -> None:
+        for number in release:
+            if (self._layer, number) in self._slot_of:
+                self._unused[self._layer, number] = None
         missing = []
-        for position in acquire:
-            cell = (layer, position)
+        for number in acquire:
+            cell = (self._layer, number)
             if cell in self._slot_of:
                 self._unused.pop(cell, None)
                 self._arrived.append(cell)
@@ -87,19 +116,20 @@ class RemoteCells(CellSource):
         self._take_slots(missing)
         self._misses += len(missing)
         if missing:
-            self._coming = missing
-            self._ask()
-        self._whole = True
+            self._coming.append(Coming(deque(missing), self._fetch(missing)))
 
     def arrived(self) -> list[tuple[int, int]]:
         """The cells that have arrived since the last call. Waits for a message if there are none."""
         while self._coming and not self._arrived:
+            coming = self._coming[0]
             try:
-                piece = next(self._pieces)
+                piece = next(coming.pieces)
             except StopIteration:
-                raise RefusedError(f"weightd sent too little: {len(self._coming)} bundles are missing") from None
+                raise RefusedError(f"weightd sent too little: {len(coming.cells)} cells are missing") from None
             self._whole = False
-            self._place(piece)
+            self._place(piece, coming)
+            if not coming.cells:
+                self._coming.popleft()
             self._whole = True
         arrived, self._arrived = self._arrived, []
         return [(cell[1], self._pool[self._slot_of[cell]].ctypes.data) for cell in arrived]
@@ -124,11 +154,9 @@ class RemoteCells(CellSource):
         self._whole = True
 
     def _drop_coming(self) -> None:
-        for cell in self._coming:
-            self._free.append(self._slot_of.pop(cell))
-        self._coming = []
-        self._bytes_come = 0
-        self._pieces = iter(())
+        for coming in self._coming:
+            self._free += [self._slot_of.pop(cell) for cell in coming.cells]
+        self._coming.clear()
 
     def _take_slots(self, cells: list[Cell]) -> None:
         assert len(cells) <= len(self._free) + len(self._unused), "more cells than lease_limit"
@@ -138,25 +166,30 @@ class RemoteCells(CellSource):
                 self._free.append(self._slot_of.pop(oldest))
             self._slot_of[cell] = self._free.pop()
 
-    def _ask(self) -> None:
-        layer = self._coming[0][0]
-        positions = [weightd_pb2.Range(begin=position, end=position + 1) for _, position in self._coming]
-        bundles = weightd_pb2.NeuronSet(layer=layer, positions=positions)
-        request = weightd_pb2.FetchRequest(model=self._model.name, import_id=self._model.import_id, bundles=bundles)
-        self._bytes_come = 0
-        self._pieces = self._connection.fetch(request)
+    def _positions(self, cell: Cell) -> tuple[int, int]:
+        """The first position of the cell, and the one after its last."""
+        begin = cell[1] * self._bundles_per_cell
+        return begin, min(begin + self._bundles_per_cell, self._neurons[cell[0]])
 
-    def _place(self, data: bytes) -> None:
+    def _fetch(self, cells: list[Cell]) -> Iterator[bytes]:
+        bounds = [self._positions(cell) for cell in cells]
+        positions = [weightd_pb2.Range(begin=begin, end=end) for begin, end in bounds]
+        bundles = weightd_pb2.NeuronSet(layer=self._layer, positions=positions)
+        self._read_bytes += sum(end - begin for begin, end in bounds) * self._bundle_bytes
+        request = weightd_pb2.FetchRequest(model=self._model.name, import_id=self._model.import_id, bundles=bundles)
+        return self._connection.fetch(request)
+
+    def _place(self, data: bytes, coming: Coming) -> None:
         piece = np.frombuffer(data, np.uint8)
-        done = 0
         while len(piece):
-            if done == len(self._coming):
+            if not coming.cells:
                 raise RefusedError("weightd sent more than the bundles asked for")
-            slot = self._pool[self._slot_of[self._coming[done]]]
-            taken = min(len(piece), self._bundle_bytes - self._bytes_come)
-            slot[self._bytes_come : self._bytes_come + taken] = piece[:taken]
-            piece, self._bytes_come = piece[taken:], self._bytes_come + taken
-            if self._bytes_come == self._bundle_bytes:
-                self._arrived.append(self._coming[done])
-                done, self._bytes_come = done + 1, 0
-        self._coming = self._coming[done:]
+            cell = coming.cells[0]
+            begin, end = self._positions(cell)
+            slot = self._pool[self._slot_of[cell], : (end - begin) * self._bundle_bytes]
+            taken = min(len(piece), len(slot) - coming.bytes_come)
+            slot[coming.bytes_come : coming.bytes_come + taken] = piece[:taken]
+            piece, coming.bytes_come = piece[taken:], coming.bytes_come + taken
+            if coming.bytes_come == len(slot):
+                self._arrived.append(coming.cells.popleft())
+                coming.bytes_come = 0

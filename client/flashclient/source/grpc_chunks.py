@@ -5,7 +5,8 @@ through them again and again. Two threads fetch those of the next few chunks tha
 is the one needed last, which is the one used most recently (Belady's choice). So a fixed part of the model stays in the
 pool, beside the few chunks ahead. Least-recently-used would miss every chunk of a walk longer than the pool.
 
-Predict mode uses the same memory for single bundles (grpc_cells.py). The pool is emptied when the mode changes.
+Predict mode and models with experts use the same memory for cells (grpc_cells.py). The pool is emptied when the mode
+changes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import LentMemory, Window
+from flashclient._native import CellWalk, LentMemory, Window
 from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.source.bundle_source import Chunk, Counters
@@ -65,6 +66,17 @@ def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
     return math.ceil(neurons / math.ceil(neurons / most))
 
 
+def bundles_per_cell_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
+    """Bundles that are fetched and leased together. Raises OptionError where the pool does not hold two cells."""
+    if not any(layer.experts for layer in model.layers):
+        return 1
+    bundles = model.bundle.bundles_per_cell
+    cells_bytes = 2 * bundles * model.bundle.bundle_bytes
+    if pool_bytes < cells_bytes:
+        raise OptionError(f"pool_bytes={pool_bytes} is too small: two cells of this model need {cells_bytes}")
+    return bundles
+
+
 def cut_spans(model: weightd_pb2.Model, chunk_bundles: int) -> list[Span]:
     return [
         Span(index, begin, min(begin + chunk_bundles, layer.neurons))
@@ -94,9 +106,13 @@ class GrpcSource:
         self._pool = np.empty((slots, chunk_bytes), np.uint8)
         self._lent = LentMemory(self._pool)  # kernels may read bundles there
         self._ahead = min(CHUNKS_AHEAD, slots - 1)
-        self.cells = RemoteCells(connection, model, self._pool.reshape(-1), self._claim_for_cells)
+        self._bundles_per_cell = bundles_per_cell_for(model, self._pool.size)
+        self.cells = RemoteCells(
+            connection, model, self._pool.reshape(-1), self._bundles_per_cell, self._claim_for_cells
+        )
         self._holds_cells = False  # the pool has cells in it, not chunks
         self.window: Window | None = None
+        self.walk: CellWalk | None = None
         self._resident = self._fetch_resident()
         self._closed = threading.Event()
         self._changed = threading.Condition()  # guards everything below
@@ -137,6 +153,10 @@ class GrpcSource:
         self.window = Window(self.cells, tokens, 1, self._model.bundle.bundle_bytes, neurons)
         return self.window
 
+    def open_walk(self) -> CellWalk:
+        self.walk = CellWalk(self.cells, self._bundles_per_cell, self._model.bundle.bundle_bytes)
+        return self.walk
+
     def _claim_for_cells(self) -> None:
         """Waits for fetches under way, then removes the chunks from the pool."""
         if self._closed.is_set():
@@ -152,8 +172,9 @@ class GrpcSource:
 
     def _claim_for_chunks(self) -> None:
         if self._holds_cells:
-            if self.window is not None:
-                self.window.forget()
+            for held in (self.window, self.walk):
+                if held is not None:
+                    held.forget()
             self.cells.forget()
             self._holds_cells = False
 
@@ -169,8 +190,9 @@ class GrpcSource:
     def idle(self) -> None:
         with self._changed:
             self._end_walk()
-        if self.window is not None:
-            self.window.clear()
+        for held in (self.window, self.walk):
+            if held is not None:
+                held.clear()
 
     def require_open(self) -> None:
         """The pool belongs to this process: nothing in it changes."""
@@ -205,7 +227,8 @@ class GrpcSource:
             self._changed.notify_all()
         for loader in self._loaders:
             loader.join()
-        self.window = None  # breaks a reference cycle, through a native object that the garbage collector cannot see
+        # They close a reference cycle, through native objects that the garbage collector cannot see.
+        self.window = self.walk = None
 
     def _wait_for(self, index: int) -> int:
         """Makes `index` the cursor and returns its slot once its bytes have arrived."""

@@ -66,6 +66,7 @@ class RingSource:
         self._sweep: _native.Sweep | None = _native.Sweep(self._session, *sizes, neurons)
         self.leases = _native.Leases(self._session, self._sweep, bundle.bundles_per_cell, bundle.cell_bytes)
         self.window: _native.Window | None = None
+        self.walk: _native.CellWalk | None = None
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -94,14 +95,20 @@ class RingSource:
         self.window = _native.Window(self.leases, tokens, bundle.bundles_per_cell, bundle.stride_bytes, cells)
         return self.window
 
+    def open_walk(self) -> _native.CellWalk:
+        bundle = self._model.bundle
+        self.walk = _native.CellWalk(self.leases, bundle.bundles_per_cell, bundle.stride_bytes)
+        return self.walk
+
     def idle(self) -> None:
         if self._sweep is None:
             return
         try:
             with self.errors:
                 self._sweep.idle()
-                if self.window is not None:
-                    self.window.clear()
+                for held in (self.window, self.walk):
+                    if held is not None:
+                        held.clear()
         except SessionLostError:  # its leases are lost, too; the next request raises the error
             self._forget()
 
@@ -125,8 +132,9 @@ class RingSource:
     def _forget(self) -> None:
         self._open_sweep().forget()
         self.leases.forget()
-        if self.window is not None:
-            self.window.forget()
+        for held in (self.window, self.walk):
+            if held is not None:
+                held.forget()
 
     def counters(self) -> Counters:
         """The counters of this client's ring: a generation needs no call to weightd."""

@@ -1,38 +1,72 @@
 // The activations of FFNs: their names and formulas.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 #include <string_view>
 #include <vector>
 
 namespace flashclient {
 
-// relu_squared: relu(v)^2 (Persimmon). fatrelu: v above a threshold, else 0 (ProSparse, arXiv 2402.13516). gated_relu:
-// relu of gate and of up (dReLU: TurboSparse, arXiv 2406.05955; Bamboo).
-enum class Activation { relu, relu_squared, fatrelu, silu, gelu, gelu_tanh, gated_relu };
+// Of v, a neuron's product with its gate row:
+//   relu          max(v, 0)
+//   relu_squared  relu(v)^2 (Persimmon, Nemotron)
+//   fatrelu       v above the parameter, else 0 (ProSparse, arXiv 2402.13516)
+//   silu          v * sigmoid(v)
+//   swish         v * sigmoid(parameter * v) (arXiv 1710.05941; gpt-oss; quick_gelu with 1.702)
+//   gelu          v * Phi(v), by erf
+//   gelu_tanh     its approximation by tanh
+//   gated_relu    relu of gate and of up (dReLU: TurboSparse, arXiv 2406.05955; Bamboo)
+enum class Function { relu, relu_squared, fatrelu, silu, swish, gelu, gelu_tanh, gated_relu };
 
 // Throws std::invalid_argument, which lists the known names.
-Activation activation_named(std::string_view name);
-std::vector<std::string_view> activation_names();
+Function function_named(std::string_view name);
+std::vector<std::string_view> function_names();
 
-// In fp32; gelu and gelu_tanh as torch.nn.functional.gelu has them. `threshold`: of fatrelu.
-inline float activate(Activation activation, float threshold, float v) {
-    switch (activation) {
-        case Activation::relu:
-        case Activation::gated_relu:
+// What a neuron makes of its products with its gate row and its up row; the message Activation of weightd.proto.
+struct Activation {
+    Function function;
+    float parameter = 0.0f;  // of fatrelu and swish
+    float gate_factor = 1.0f;
+    float gate_max = std::numeric_limits<float>::infinity();
+    float activation_max = std::numeric_limits<float>::infinity();
+    float up_limit = std::numeric_limits<float>::infinity();
+    float up_offset = 0.0f;
+};
+
+// function(v) in fp32; gelu and gelu_tanh as torch.nn.functional.gelu has them.
+inline float apply(Function function, float parameter, float v) {
+    switch (function) {
+        case Function::relu:
+        case Function::gated_relu:
             return v < 0.0f ? 0.0f : v;
-        case Activation::relu_squared:
+        case Function::relu_squared:
             return v < 0.0f ? 0.0f : v * v;
-        case Activation::fatrelu:
-            return v <= threshold ? 0.0f : v;
-        case Activation::silu:
+        case Function::fatrelu:
+            return v <= parameter ? 0.0f : v;
+        case Function::silu:
             return v / (1.0f + std::exp(-v));
-        case Activation::gelu:
+        case Function::swish:
+            return v / (1.0f + std::exp(-parameter * v));
+        case Function::gelu:
             return 0.5f * v * (1.0f + std::erf(v * 0.70710678118654752f));
-        case Activation::gelu_tanh:
+        case Function::gelu_tanh:
             return 0.5f * v * (1.0f + std::tanh(0.79788456080286536f * (v + 0.044715f * v * v * v)));
     }
     return v;
+}
+
+// Of the product with the gate row; of that with the up row, if there is no gate. A NaN stays one.
+inline float activate(const Activation& activation, float v) {
+    const float gate = std::min(activation.gate_factor * v, activation.gate_max);
+    return std::min(apply(activation.function, activation.parameter, gate), activation.activation_max);
+}
+
+// The factor of the activated gate, of the product with the up row. A NaN stays one.
+inline float up_factor(const Activation& activation, float v) {
+    if (activation.function == Function::gated_relu && v < 0.0f) v = 0.0f;
+    return std::max(std::min(v, activation.up_limit), -activation.up_limit) + activation.up_offset;
 }
 
 }  // namespace flashclient

@@ -46,7 +46,7 @@ Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : worker
     if (shape_.parts.size() != 2 && shape_.parts.size() != 3) {
         throw std::invalid_argument("a bundle's parts are gate, up and down, or up and down");
     }
-    if (shape_.activation == Activation::gated_relu && !shape_.gated()) {
+    if (shape_.activation.function == Function::gated_relu && !shape_.gated()) {
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
     }
     gate_or_up_ = next_part(0, instruction_set);
@@ -81,7 +81,7 @@ void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const flo
         for (const uint32_t entry : entries) std::fill_n(h + entry * tokens, tokens, 0.0f);
         return;
     }
-    fire_entries({checked, list.bias, list.row_masks}, entries.data(), entries.size(), x, tokens, h);
+    fire_entries({checked, list.bias, list.up_bias, list.row_masks}, entries.data(), entries.size(), x, tokens, h);
 }
 
 // `entries`: of the list; null for its first `count`.
@@ -109,6 +109,7 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
     float dots[GROUP_MAX * TOKENS_MAX];
     for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
     gate_or_up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    const Activation activation = shape_.activation;  // a copy, which writing h cannot change
     Group open;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
@@ -116,26 +117,26 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
         float* of_entry = h + entry * tokens;
         for (size_t t = 0; t < tokens; t++) {
             const bool wanted = list.row_masks == nullptr || (list.row_masks[entry] >> t & 1) != 0;
-            of_entry[t] = wanted ? activate(shape_.activation, shape_.threshold, dots[i * tokens + t] + bias) : 0.0f;
+            of_entry[t] = wanted ? activate(activation, dots[i * tokens + t] + bias) : 0.0f;
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
-    if (shape_.gated()) open_gate(open, list.bundles, x, tokens, h);
+    if (shape_.gated()) open_gate(open, list, x, tokens, h);
 }
 
-// h *= up . x where the gate is open. A closed gate stays 0, whatever the up row holds.
-void Ffn::open_gate(const Group& group, std::span<const uint64_t> bundles, const float* x, size_t tokens,
-                    float* h) const {
+// Multiplies h by the factors of the up rows where the gate is open. A closed gate stays 0, whatever the up row holds.
+void Ffn::open_gate(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
-    for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(bundles[group.entry[i]]);
+    for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(list.bundles[group.entry[i]]);
     up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    const Activation activation = shape_.activation;
     for (size_t i = 0; i < group.count; i++) {
+        const uint32_t entry = group.entry[i];
+        const float bias = list.up_bias != nullptr ? list.up_bias[entry] : 0.0f;
         for (size_t t = 0; t < tokens; t++) {
-            float up = dots[i * tokens + t];
-            if (shape_.activation == Activation::gated_relu && up < 0.0f) up = 0.0f;
-            float& value = h[group.entry[i] * tokens + t];
-            if (value != 0.0f) value *= up;
+            float& value = h[entry * tokens + t];
+            if (value != 0.0f) value *= up_factor(activation, dots[i * tokens + t] + bias);
         }
     }
 }
@@ -181,7 +182,7 @@ void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y)
         const size_t some = std::min(together, tokens - first);
         Scratch& scratch = scratch_of_thread();
         if (scratch.h.size() < count * some) scratch.h.resize(count * some);
-        Neurons of_group{checked, list.bias};
+        Neurons of_group{checked, list.bias, list.up_bias};
         if (list.row_masks != nullptr) {
             const uint16_t* masks = list.row_masks + first / TOKENS_MAX * list.mask_stride;
             scratch.masks.assign(masks, masks + count);

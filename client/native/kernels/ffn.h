@@ -1,7 +1,8 @@
 // An FFN layer's output as a sum over neurons, from bundles that may lie anywhere and arrive a few at a time.
 //
 // A bundle is [gate row][up row][down column], or [up row][down column], of hidden_size values each. Neuron n adds
-// h_n * down_n to the output, h_n = act(gate_n . x + b_n) * (up_n . x), or act(up_n . x + b_n) without a gate.
+// h_n * down_n to the output, h_n = activate(gate_n . x + b_n) * up_factor(up_n . x + c_n), or activate(up_n . x + b_n)
+// without a gate (activation.h).
 #pragma once
 
 #include <cstddef>
@@ -21,7 +22,6 @@ struct FfnShape {
     std::vector<Encoding> parts;  // parts of a bundle, back to back: [gate,] up, down
     size_t hidden;                // number of values in a part
     Activation activation;
-    float threshold = 0.0f;  // fatrelu's threshold
 
     bool gated() const { return parts.size() == 3; }
 };
@@ -29,7 +29,8 @@ struct FfnShape {
 // A list of neurons, in the order of their sum, and which rows of x want each.
 struct Neurons {
     std::span<const uint64_t> bundles;    // addresses, read in place
-    const float* bias = nullptr;          // by entry of the list; null: none
+    const float* bias = nullptr;          // b, by entry of the list; null: none
+    const float* up_bias = nullptr;       // c, likewise; not used without a gate
     const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
     size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
 };
@@ -78,8 +79,7 @@ class Ffn {
                       float* h) const;
     void accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const;
     void fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
-    void open_gate(const Group& group, std::span<const uint64_t> bundles, const float* x, size_t tokens,
-                   float* h) const;
+    void open_gate(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
 
     Workers& workers_;
     FfnShape shape_;

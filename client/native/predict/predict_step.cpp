@@ -1,30 +1,26 @@
 #include "predict/predict_step.h"
 
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 #include <utility>
 
 namespace flashclient {
+namespace {
 
-// Adds the time since the last call to a part.
-class PredictStep::Timer {
-  public:
-    void lap(double& part_s) {
-        const auto now = std::chrono::steady_clock::now();
-        part_s += std::chrono::duration<double>(now - std::exchange(last_, now)).count();
-    }
-    StepTimes times;
+// Leaves `gathered` as it is where there is no bias.
+void gather(const float* bias, std::span<const uint32_t> positions, std::vector<float>& gathered) {
+    if (bias == nullptr) return;
+    gathered.resize(positions.size());
+    for (size_t i = 0; i < positions.size(); i++) gathered[i] = bias[positions[i]];
+}
 
-  private:
-    std::chrono::steady_clock::time_point last_ = std::chrono::steady_clock::now();
-};
+}  // namespace
 
 PredictStep::PredictStep(const Ffn& ffn, Window& window, std::vector<const Predictor*> predictors)
     : ffn_(ffn), window_(window), predictors_(std::move(predictors)) {}
 
 StepTimes PredictStep::run(uint32_t layer, const StepRows& rows, float* y) {
-    Timer timer;
+    StepTimer timer;
     std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
     predict(layer, rows);
     timer.lap(timer.times.predict_s);
@@ -57,18 +53,17 @@ void PredictStep::predict(uint32_t layer, const StepRows& rows) {
     }
     positions.resize(count);
     masks.resize(count);
-    if (rows.bias == nullptr) return;
-    bias_.resize(count);
-    for (size_t i = 0; i < count; i++) bias_[i] = rows.bias[positions[i]];
+    gather(rows.bias, positions, bias_);
+    gather(rows.up_bias, positions, up_bias_);
 }
 
 // Adds entries [first, first + count) of the list to y. Returns false, with y unchanged, where a lease was refused.
-bool PredictStep::add(const StepRows& rows, size_t first, size_t count, Timer& timer, float* y) {
+bool PredictStep::add(const StepRows& rows, size_t first, size_t count, StepTimer& timer, float* y) {
     const auto positions = std::span<const uint32_t>(wanted_.positions).subspan(first, count);
     addresses_.assign(count, 0);
     h_.resize(std::max(h_.size(), count * rows.tokens));
     const Neurons list{addresses_, rows.bias == nullptr ? nullptr : bias_.data() + first,
-                       wanted_.row_masks.data() + first};
+                       rows.up_bias == nullptr ? nullptr : up_bias_.data() + first, wanted_.row_masks.data() + first};
     for (size_t missing = count; missing > 0;) {
         found_.clear();
         window_.locate(positions, addresses_, found_);

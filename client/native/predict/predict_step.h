@@ -13,25 +13,20 @@
 
 #include "kernels/ffn.h"
 #include "kernels/predictor.h"
+#include "predict/step_times.h"
 #include "predict/window.h"
 
 namespace flashclient {
-
-struct StepTimes {
-    double predict_s = 0;
-    double acquire_s = 0;  // moving the window, and asking for cells
-    double compute_s = 0;  // kernels on bundles
-    double wait_s = 0;     // for bundles
-};
 
 // The rows of one step; for past_tokens and columns see Wanted.
 struct StepRows {
     uint32_t past_tokens;
     uint32_t columns;
-    uint16_t wanting;   // bit t: row t wants anything
-    const float* bias;  // [neurons], by position; null: none
-    const float* x;     // [tokens, hidden]
-    size_t tokens;      // at most TOKENS_MAX
+    uint16_t wanting;      // bit t: row t wants anything
+    const float* bias;     // [neurons], by position; null: none
+    const float* up_bias;  // likewise (ffn.h)
+    const float* x;        // [tokens, hidden]
+    size_t tokens;         // at most TOKENS_MAX
 };
 
 class PredictStep {
@@ -45,11 +40,11 @@ class PredictStep {
 
     const Predictor& predictor(uint32_t layer) const { return *predictors_.at(layer); }
     Window& window() const { return window_; }
+    size_t parts() const { return ffn_.shape().parts.size(); }  // of a bundle
 
   private:
-    class Timer;
     void predict(uint32_t layer, const StepRows& rows);
-    bool add(const StepRows& rows, size_t first, size_t count, Timer& timer, float* y);
+    bool add(const StepRows& rows, size_t first, size_t count, StepTimer& timer, float* y);
 
     const Ffn& ffn_;
     Window& window_;
@@ -57,6 +52,7 @@ class PredictStep {
     // The list of neurons of the step, kept from call to call because allocating takes long.
     Prediction wanted_;
     std::vector<float> bias_;
+    std::vector<float> up_bias_;
     std::vector<uint64_t> addresses_;
     std::vector<uint32_t> found_;
     std::vector<float> h_;

@@ -20,23 +20,37 @@ uint32_t Leases::lease_limit() {
 
 void Leases::exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
     const auto use = session_.use();
-    const bool one_message = !acquire.empty() && acquire.size() + release.size() <= ring::WORDS;
     try {
         sweep_.idle();
         settle();
-        layer_ = layer;
-        if (one_message) session_.exchange(layer, acquire, release, 0);
     } catch (const NoAnswer&) {
         owed_.emplace_back(layer, release);
         throw;
     }
-    if (one_message) {
-        unanswered_ += static_cast<uint32_t>(acquire.size());
+    layer_ = layer;
+    send(acquire, release);
+}
+
+void Leases::extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
+    const auto use = session_.use();
+    send(acquire, release);
+}
+
+void Leases::send(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
+    const size_t words = acquire.size() + release.size();
+    if (acquire.empty() || words > ring::WORDS || !waiting_.empty() || unanswered_ + acquire.size() > ring::GRANTS) {
+        give_back(layer_, release);
+        waiting_.insert(waiting_.begin(), acquire.rbegin(), acquire.rend());
+        ask_more();
         return;
     }
-    give_back(layer, release);
-    waiting_.assign(acquire.rbegin(), acquire.rend());
-    ask_more();
+    try {
+        session_.exchange(layer_, acquire, release, 0);
+    } catch (const NoAnswer&) {
+        owed_.emplace_back(layer_, release);
+        throw;
+    }
+    unanswered_ += static_cast<uint32_t>(acquire.size());
 }
 
 // In requests of one message each: after NoAnswer it is known which were posted. The other cells stay owed.

@@ -1,4 +1,4 @@
-// The cells that a session leases one by one, over its ring: the CellSource of predict mode.
+// The cells that a session leases one by one, over its ring: the CellSource of predict mode and of experts.
 #pragma once
 
 #include <cstdint>
@@ -22,12 +22,14 @@ class Leases : public CellSource {
     uint32_t lease_limit() override;
     // Sends one message if the cells fit into one. Throws SessionLost and NoAnswer.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
+    void extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
     // Throws SessionLost, NoAnswer and CorruptBundle.
     std::vector<Arrival> arrived() override;
     void cancel() override;
     void forget();  // the session was replaced: nothing is leased or on its way
 
   private:
+    void send(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release);
     void settle();
     void give_back(uint32_t layer, std::span<const uint32_t> cells);
     void ask_more();

@@ -60,7 +60,11 @@ void InProcessEngine::exchange(uint32_t layer, const std::vector<uint32_t>& acqu
                                const std::vector<uint32_t>& release) {
     cancel();
     layer_ = layer;
-    if (!engine_->release(*session_, layer, release) || !engine_->acquire(*session_, layer, acquire, layer)) {
+    extend(acquire, release);
+}
+
+void InProcessEngine::extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
+    if (!engine_->release(*session_, layer_, release) || !engine_->acquire(*session_, layer_, acquire, layer_)) {
         throw std::invalid_argument("a cell is not held, or does not exist");
     }
     engine_->step();

@@ -32,6 +32,7 @@ class InProcessEngine final : public flashclient::CellSource {
     uint32_t lease_limit() override { return session_->lease_limit; }
     // Throws std::invalid_argument where cells to release are not held, or cells to acquire do not exist.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
+    void extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
     // Throws std::runtime_error where a cell cannot be read.
     std::vector<flashclient::Arrival> arrived() override;
     void cancel() override;

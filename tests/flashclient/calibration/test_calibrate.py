@@ -29,9 +29,10 @@ from flashclient.calibration.result import CalibrationResult, write_files
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, OptionError, RefusedError
-from flashclient.model.activations import TRANSFORMERS_NAMES, has_exact_zeros
-from flashclient.model.dtypes import DTYPES
+from flashclient.kernels.dtypes import DTYPES
+from flashclient.model.activations import FUNCTIONS, has_exact_zeros
 from flashclient.model.predictor_file import LowRank, read_predictors
+from weightd_proto.weightd_pb2 import Activation
 
 CHARACTERS = 6000
 OPTIONS = CalibrationOptions(ranks=(4, 16))
@@ -194,8 +195,8 @@ def test_an_activation_without_zeros_is_refused_at_once(activation: str, tmp_pat
 
 
 def test_which_activations_have_exact_zeros() -> None:
-    assert {name for name in TRANSFORMERS_NAMES if has_exact_zeros(name)} >= {"relu", "relu_squared"}
-    assert not any(has_exact_zeros(name) for name in ("silu", "gelu", "gelu_tanh"))
+    zeros = {name for name in FUNCTIONS if has_exact_zeros(Activation(function=name, parameter=0.5))}
+    assert zeros == {"relu", "relu_squared", "fatrelu", "gated_relu"}
 
 
 def test_a_model_whose_neurons_all_fire_is_refused(tmp_path: Path) -> None:

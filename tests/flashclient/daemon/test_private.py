@@ -249,19 +249,19 @@ def test_this_process_rehearses_what_it_imports(tmp_path: Path, monkeypatch: pyt
         rehearsed.append(record.name)
         rehearse(record, folder)
 
-    monkeypatch.setattr("flashclient.generation.rehearsal.rehearse", recorded)
+    monkeypatch.setattr("flashclient.generation.import_requests.rehearse", recorded)
     for _ in range(2):
         with pytest.raises(StartError, match=r"no client could run .*odd: config.json: no kernel for .*ReLU6"):
             FlashClient(checkpoint, store=tmp_path / "store")
     assert rehearsed == ["odd", "odd"]
-    assert "flashclient-rehearsal" not in [thread.name for thread in threading.enumerate()]
+    assert "flashclient-import" not in [thread.name for thread in threading.enumerate()]
 
 
 @pytest.mark.parametrize("descriptor", ["99999", "-1", "x", str(2**70)])
 def test_a_descriptor_that_is_not_open_is_a_usage_error(
     descriptor: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["import", str(checkpoint), "--store", str(tmp_path / "store"), f"--rehearse-fd={descriptor}"]
+    command = ["import", str(checkpoint), "--store", str(tmp_path / "store"), f"--client-fd={descriptor}"]
     assert cli.main(command) == 2
     assert f"'{descriptor}' is not an open descriptor" in capsys.readouterr().err
     assert not (tmp_path / "store").exists()

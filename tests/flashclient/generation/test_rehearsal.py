@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import make_checkpoint, make_tokenizer
-from conftest import rehearse_here
 from cut_model import ArraySource, cut
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,10 +21,9 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 from flashclient._native import Workers
 from flashclient.model.build import build_model
 from weightd.errors import CheckpointError
-from weightd.importing import rehearsal
+from weightd.importing import client_process
 from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
-from weightd_proto import weightd_pb2
 
 FAMILIES = ("gemma3", "llama", "opt", "qwen2")
 SHAPE = {"layers": 1, "hidden": 32, "neurons": 48}
@@ -103,23 +101,26 @@ def _drop(folder: Path, prefix: str) -> None:
 
 NAN = float("nan")
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    *(("llama", {"hidden_size": size}, "hidden_size = ") for size in ("64", None, -1, 0, NAN, 1e999, [32], True, 2e9)),
+    *(
+        ("llama", {"hidden_size": size}, r"hidden_size(' expected| = )")
+        for size in ("64", None, -1, 0, NAN, 1e999, [32], True, 2e9)
+    ),
     ("llama", {"hidden_size": 64}, r"has shape \[\d+, 32\] in"),
     ("llama", {"num_attention_heads": 3}, "."),
     ("llama", {"num_attention_heads": 0}, "num_attention_heads = 0"),
     ("llama", {"num_key_value_heads": 3}, "."),
-    ("llama", {"head_dim": "8"}, "head_dim = '8'"),
-    ("llama", {"vocab_size": None}, "vocab_size = None"),
-    ("llama", {"mlp_bias": True}, "mlp_bias = true: gated FFNs with biases"),
-    ("llama", {"tie_word_embeddings": None}, "tie_word_embeddings = None, expected true"),
-    ("llama", {"mlp_bias": "false"}, "mlp_bias = 'false', expected true or false"),
-    ("llama", {"attention_bias": True}, r"lacks the tensor .*q_proj\.bias"),
+    ("llama", {"head_dim": "8"}, "'head_dim' with value '8'"),
+    ("llama", {"vocab_size": None}, "'vocab_size' expected int"),
+    ("llama", {"mlp_bias": True}, r"lacks the tensor model\.layers\.0\.mlp\.down_proj\.bias"),
+    ("llama", {"tie_word_embeddings": None}, "'tie_word_embeddings' expected bool, got NoneType"),
+    ("llama", {"mlp_bias": "false"}, "'mlp_bias' expected bool, got str"),
+    ("llama", {"attention_bias": True}, r"lacks the tensor .*k_proj\.bias"),
     ("qwen2", {"model_type": "llama"}, r"no place for, first .*\.bias"),
     ("gemma3", {"model_type": "llama"}, r"no place for, first .*norm"),
     ("llama", {"num_hidden_layers": 2}, r"lacks the tensor model\.layers\.1"),
-    ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1, expected true"),
+    ("llama", {"tie_word_embeddings": 1}, "'tie_word_embeddings' expected bool, got int"),
     *(
-        ("llama", {"hidden_act": name}, "config.json: ")
+        ("llama", {"hidden_act": name}, "config.json: |no FFN of LlamaForCausalLM")
         for name in ("relu6", "quick_gelu", "gelu_10", "laplace", "?", None, 3)
     ),
     ("llama", {"rms_norm_eps": "1e-6"}, "config.json: "),
@@ -130,10 +131,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"torch_dtype": "float33", "dtype": None}, "config.json: "),
     ("llama", {"attn_implementation": "flash_attention_2"}, "config.json: "),
     ("llama", {"max_position_embeddings": None}, "config.json: "),
-    ("llama", {"model_type": "gemma3", "text_config": {}}, "unknown architecture 'gemma3'"),
-    ("llama", {"model_type": None}, "unknown architecture None"),
-    ("llama", {"model_type": "sparsellama", "auto_map": {"AutoConfig": "c.C"}}, "unknown architecture 'sparsellama'"),
-    ("llama", {"model_type": ["llama"]}, "unknown architecture"),
+    ("llama", {"model_type": "gemma3", "text_config": {}}, r"has shape \[320, 32\] in"),
+    ("llama", {"model_type": None}, "config.json has no model_type"),
+    ("llama", {"model_type": "mine", "auto_map": {"AutoConfig": "c.C"}}, "'mine' needs code from its publisher"),
+    ("llama", {"model_type": ["llama"]}, "config.json has no model_type"),
     ("llama", {"configuration_files": ["config.4.0.0.json"]}, r"config\.4\.0\.0\.json cannot be read: no such file"),
     ("llama", {"configuration_files": ["config.new.json"]}, r"names config\.new\.json, which is of no version"),
     *(
@@ -145,7 +146,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"layer_types": ["spiral_attention"]}, "config.json: "),
     ("qwen2", {"layer_types": ["full_attention"] * 3}, "config.json: "),
     ("gemma3", {"hidden_activation": "relu6"}, "config.json: "),
-    ("opt", {"activation_function": "gelu_10"}, "config.json: "),
+    ("opt", {"activation_function": "gelu_10"}, "config.json: |no FFN of OPTForCausalLM"),
     ("opt", {"max_position_embeddings": 100}, r"has shape \[258, 32\]"),
     ("opt", {"word_embed_proj_dim": 16}, r"has shape .* says \[320, 16\]|lacks the tensor"),
     ("opt", {"_remove_final_layer_norm": True}, r"no place for, first model\.decoder\.final_layer_norm"),
@@ -253,45 +254,54 @@ def test_tokenizer_of_vocabulary_and_merges_is_a_tokenizer(tmp_path: Path) -> No
 # The child process
 
 
-def test_rehearsal_runs_in_a_child_and_says_why_it_failed(
-    originals: dict[str, Path], tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def in_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what conftest.py replaces."""
+    monkeypatch.setattr("weightd.importing.convert.child", client_process.child)
+
+
+@pytest.mark.usefixtures("in_child")
+def test_child_process_derives_and_rehearses(originals: dict[str, Path], tmp_path: Path, store: Store) -> None:
+    assert import_checkpoint(originals["llama"], store).model_class == "LlamaForCausalLM"
+    folder = changed(originals["llama"], tmp_path / "m")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"no client could run .*/m: generation_config\.json: "):
+        import_checkpoint(folder, store)
+    folder = changed(originals["llama"], tmp_path / "n", num_hidden_layers=2)
+    with pytest.raises(CheckpointError, match=r"/n: the checkpoint lacks the tensor model\.layers\.1"):
+        import_checkpoint(folder, store)
+
+
+@pytest.mark.usefixtures("in_child")
+def test_without_transformers_an_import_says_what_to_install(
+    originals: dict[str, Path], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = changed(originals["llama"], tmp_path / "m", hidden_act="relu6")
-    in_child = _unpatched()
-    asked: list[str] = []
-
-    def both(record: Any, files: Path) -> str:
-        asked.extend([in_child(record, files), rehearse_here(record, files)])
-        return asked[-1]
-
-    monkeypatch.setattr(rehearsal, "_rehearse", both)
-    assert_refused(folder, store, "no client could run .*/m: config.json: no kernel for activation ReLU6")
-    assert asked[0] == asked[1]
+    monkeypatch.setattr(client_process, "find_spec", lambda package: None if package == "transformers" else object())
+    with pytest.raises(CheckpointError, match=r"an import needs transformers: pip install 'weightd\[import\]'"):
+        import_checkpoint(originals["llama"], store)
 
 
-def _unpatched() -> Any:
-    """The function that conftest.py replaces."""
-    from importlib.util import find_spec, module_from_spec
-
-    spec = find_spec("weightd.importing.rehearsal")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module._rehearse
-
-
-def test_without_torch_nothing_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rehearse = _unpatched()
-    monkeypatch.setitem(rehearse.__globals__, "find_spec", lambda _package: None)
-    assert rehearse(None, tmp_path) == ""
-
-
-def test_where_python_may_not_be_started_nothing_is_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("in_child")
+def test_where_python_may_not_be_started_an_import_says_so(
+    originals: dict[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     closed = tmp_path / "python"
     closed.touch(mode=0o600)
     monkeypatch.setattr("sys.executable", str(closed))
-    assert _unpatched()(weightd_pb2.Model(), tmp_path) == ""
+    with pytest.raises(CheckpointError, match=r"an import starts .*/python, which this user may not run"):
+        import_checkpoint(originals["llama"], store)
+
+
+@pytest.mark.usefixtures("in_child")
+def test_child_that_dies_is_named_with_its_last_line(
+    originals: dict[str, Path], store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dying = tmp_path / "python"
+    dying.write_text("#!/bin/sh\necho something before >&2\necho killed by a test >&2\nexit 3\n")
+    dying.chmod(0o700)
+    monkeypatch.setattr("sys.executable", str(dying))
+    with pytest.raises(CheckpointError, match=r": killed by a test$"):
+        import_checkpoint(originals["llama"], store)
 
 
 # Unforeseen values

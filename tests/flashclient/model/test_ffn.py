@@ -15,36 +15,48 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flashclient._native import Ffn, LentMemory, Linear, Workers
-from flashclient.model.activations import TRANSFORMERS_NAMES, torch_activation
-from flashclient.model.arrays import array_of
-from flashclient.model.ffn import Clock, ExactFFN, StreamedFFN
+from flashclient.kernels.arrays import array_of
+from flashclient.model.activations import FUNCTIONS, neurons_of
+from flashclient.model.ffn import Clock, ExactFFN, LayerFFN
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
+from weightd_proto.weightd_pb2 import Activation
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")
+# Every function with a gate; gated_relu has none without.
+ACTIVATIONS = {name: Activation(function=name, parameter=0.4) for name in FUNCTIONS}
+UNGATED = sorted(set(FUNCTIONS) - {"gated_relu"})
 
 
 class Layer:
     """Random bundles of one FFN, and the expected output for x."""
 
-    def __init__(self, dtype: str, hidden: int, neurons: int, gated: bool, activation: str, seed: int = 0) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        hidden: int,
+        neurons: int,
+        gated: bool,
+        activation: str | Activation,
+        seed: int = 0,
+        biased: bool = False,
+    ) -> None:
         torch.manual_seed(seed)
         self.parts = ["gate", "up", "down"] if gated else ["up", "down"]
         self.weights = (torch.randn(neurons, len(self.parts), hidden) / hidden**0.5).to(DTYPES[dtype])
-        self.bias = None if gated else torch.randn(neurons)
-        self.activation = activation
+        self.biases = torch.randn(len(self.parts) - 1, neurons) if biased or not gated else None
+        self.activation = ACTIVATIONS[activation] if isinstance(activation, str) else activation
         self.layout = weightd_pb2.BundleLayout(
             parts=parts_of(self.parts, plain(dtype)), hidden_size=hidden, bundle_bytes=self.weights[0].nbytes
         )
 
     def reference(self, x: Tensor) -> Tensor:
         weights, x = self.weights.double(), x.double()
-        fired = x @ weights[:, 0].T
-        fired = torch_activation(self.activation)(fired if self.bias is None else fired + self.bias.double())
-        if len(self.parts) == 3:
-            fired = fired * (x @ weights[:, 1].T)
-        total: Tensor = fired @ weights[:, -1]
+        products = [x @ weights[:, part].T for part in range(len(self.parts) - 1)]
+        if self.biases is not None:
+            products = [rows + bias.double() for rows, bias in zip(products, self.biases, strict=True)]
+        total: Tensor = neurons_of(self.activation, *products) @ weights[:, -1]
         return total
 
     def source(self, chunk_sizes: Sequence[int]) -> ArraySource:
@@ -54,13 +66,12 @@ class Layer:
     def run(self, x: Tensor, chunk_sizes: Sequence[int] = (37, 1, 64), threads: int = 2) -> Tensor:
         source = self.source(chunk_sizes)
         ffn = exact_ffn(source, self.layout, self.activation, threads)
-        module = StreamedFFN(ffn, 0, None if self.bias is None else self.bias.numpy())
-        y: Tensor = module(x)
+        y = LayerFFN(ffn, 0, None if self.biases is None else self.biases.numpy())(x)
         assert source.opened == 0, "an iterator was left open"
         return y
 
 
-def exact_ffn(source: ArraySource, layout: weightd_pb2.BundleLayout, activation: str, threads: int) -> ExactFFN:
+def exact_ffn(source: ArraySource, layout: weightd_pb2.BundleLayout, activation: Any, threads: int) -> ExactFFN:
     kernels = Ffn(Workers(threads), [part.encoding for part in layout.parts], layout.hidden_size, activation)
     return ExactFFN(source, kernels, layout.hidden_size, Clock())
 
@@ -82,26 +93,90 @@ def test_sum_is_the_formula(dtype: str, hidden: int, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
-@pytest.mark.parametrize("activation", TRANSFORMERS_NAMES)
+@pytest.mark.parametrize("activation", FUNCTIONS)
 def test_activations(activation: str, tokens: int) -> None:
-    for gated in (True, False):
+    for gated in (True, False) if activation in UNGATED else (True,):
         layer = Layer("F32", 96, 200, gated, activation)
         x = torch.randn(tokens, 96) * 3
         assert close(layer.run(x), layer.reference(x))
 
 
-@pytest.mark.parametrize("activation", TRANSFORMERS_NAMES)
+@pytest.mark.parametrize("activation", UNGATED)
 def test_kernel_activations_are_those_of_torch(activation: str) -> None:
     values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -0.0, -100.0, 100.0])])
     weights = torch.stack([values, torch.ones_like(values)], dim=1).contiguous()  # up, down: hidden_size 1
-    kernels, lent = Ffn(Workers(1), [plain("F32")] * 2, 1, activation), LentMemory(array_of(weights))
+    kernels, lent = Ffn(Workers(1), [plain("F32")] * 2, 1, ACTIVATIONS[activation]), LentMemory(array_of(weights))
     one = np.ones((1, 1), np.float32)
     for value, address in zip(values, weights.data_ptr() + np.arange(len(values), dtype=np.uint64) * 8, strict=True):
         y = np.zeros((1, 1), np.float32)
         kernels.add_rows(np.array([address], np.uint64), None, None, one, y)
-        expected = torch_activation(activation)(value.double()).item()
+        expected = neurons_of(ACTIVATIONS[activation], value.double()).item()
         assert abs(y[0, 0] - expected) <= 1e-6 * max(1.0, abs(expected))
     del lent
+
+
+def limits() -> st.SearchStrategy[float | None]:
+    return st.one_of(st.none(), st.floats(0.25, 2, width=32))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from(INSTRUCTION_SETS),
+    st.booleans(),
+    st.builds(
+        Activation,
+        function=st.sampled_from(UNGATED),
+        parameter=st.floats(0.25, 2, width=32),
+        gate_factor=limits(),
+        gate_max=limits(),
+        activation_max=limits(),
+        up_limit=limits(),
+        up_offset=st.sampled_from([0.0, 1.0, -0.5]),
+    ),
+    st.integers(1, 20),
+    st.integers(0, 1000),
+)
+def test_limits_offsets_and_biases(
+    dtype: str, instruction_set: str, gated: bool, activation: Activation, tokens: int, seed: int
+) -> None:
+    layer = Layer(dtype, 48, 90, gated, activation, seed, biased=True)
+    assert layer.biases is not None
+    try:
+        kernels = Ffn(Workers(2), [plain(dtype)] * len(layer.parts), 48, activation, instruction_set)
+    except ValueError as error:
+        pytest.skip(str(error))
+    x = torch.randn(tokens, 48)
+    addresses = layer.weights.data_ptr() + np.arange(90, dtype=np.uint64) * layer.weights[0].nbytes
+    lent = LentMemory(array_of(layer.weights))
+    y = torch.zeros_like(x)
+    for part in (slice(0, 40), slice(40, 90)):
+        kernels.add_rows(addresses[part], layer.biases.numpy()[:, part], None, x.numpy(), y.numpy())
+    if activation.function == "fatrelu" and beside_threshold(layer, x):
+        return
+    assert close(y, layer.reference(x))
+    del lent
+
+
+def beside_threshold(layer: Layer, x: Tensor) -> bool:
+    """Whether rounding decides for some neuron whether it fires."""
+    assert layer.biases is not None
+    gate = x.double() @ layer.weights[:, 0].double().T + layer.biases[0].double()
+    factor = layer.activation.gate_factor if layer.activation.HasField("gate_factor") else 1.0
+    return bool(((gate * factor - layer.activation.parameter).abs() < 1e-5).any())
+
+
+def test_what_is_zero_is_not_read_whatever_is_added_to_up() -> None:
+    """NaN stands in the up rows and down columns of neurons whose gate is closed."""
+    activation = Activation(function="relu", up_limit=7.0, up_offset=1.0)
+    layer = Layer("F32", 40, 60, True, activation, biased=True)
+    assert layer.biases is not None
+    x = torch.randn(3, 40)
+    closed = ~(x @ layer.weights[:, 0].T + layer.biases[0] > 0).any(dim=0)
+    assert closed.any()
+    expected = layer.reference(x)
+    layer.weights[closed, 1:] = torch.nan
+    assert close(layer.run(x), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40])
@@ -224,8 +299,9 @@ def test_kernels_refuse_shapes_that_do_not_fit() -> None:
     rows, none = np.zeros((1, 8), np.float32), np.zeros(0, np.uint64)
     with pytest.raises(ValueError, match="too many tokens"):
         kernels.accumulate(none, np.zeros((0, 17), np.float32), np.zeros((17, 8), np.float32))
-    with pytest.raises(ValueError, match="a bias per bundle"):
-        kernels.add_rows(none, np.zeros(1, np.float32), None, rows, rows.copy())
+    for biases in (np.zeros((2, 1), np.float32), np.zeros((1, 0), np.float32)):
+        with pytest.raises(ValueError, match=r"biases must be \[parts of a bundle but down, bundles\]"):
+            kernels.add_rows(none, biases, None, rows, rows.copy())
     for masks in (np.zeros((2, 0), np.uint16), np.zeros((1, 1), np.uint16)):
         with pytest.raises(ValueError, match=r"row_masks must be \[groups of 16 tokens, bundles\]"):
             kernels.add_rows(none, None, masks, rows, rows.copy())
@@ -242,4 +318,4 @@ def test_ffn_of_a_model_is_transformers_own() -> None:
         x = torch.randn(1, tokens, 64)
         with torch.no_grad():
             expected = model.get_submodule("model.layers.1.mlp")(x)
-        assert torch.allclose(StreamedFFN(ffn, 1)(x), expected, atol=1e-5)
+        assert torch.allclose(LayerFFN(ffn, 1)(x), expected, atol=1e-5)

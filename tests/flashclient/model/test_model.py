@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from cut_model import ArraySource, CutModel, FetchServer, cut
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.errors import ModelError
+from flashclient.kernels.decode_attention import IMPLEMENTATION
 from flashclient.model.absent_weights import AbsentWeight
-from flashclient.model.build import build_model
-from flashclient.model.decode_attention import IMPLEMENTATION
+from flashclient.model.build import BuiltModel, build_model
 from flashclient.source.bundle_source import BundleSource
 from flashclient.source.grpc_chunks import GrpcSource
 from weightd_proto import weightd_pb2
@@ -60,9 +60,13 @@ def open_source(kind: str, parts: CutModel, folder: Path) -> Iterator[BundleSour
             source.close()
 
 
-def streamed_model(parts: CutModel, source: BundleSource, folder: Path) -> Any:
+def build(parts: CutModel, source: BundleSource, folder: Path) -> BuiltModel:
     folder = parts.save_files(folder)
-    return build_model(parts.record, folder, source, lambda layer: parts.placements[layer], Workers(2)).model
+    return build_model(parts.record, folder, source, lambda layer: parts.placements[layer], Workers(2))
+
+
+def streamed_model(parts: CutModel, source: BundleSource, folder: Path) -> Any:
+    return build(parts, source, folder).model
 
 
 @pytest.mark.parametrize("case", FAMILIES)
@@ -191,8 +195,27 @@ def test_refuses_a_tensor_of_another_shape(tmp_path: Path) -> None:
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
 
 
-def test_refuses_an_unknown_architecture(tmp_path: Path) -> None:
-    parts = cut(dense_model("llama"))
+def old(parts: CutModel) -> CutModel:
+    """With a record as it was before a record said how its FFNs are installed."""
+    record = weightd_pb2.Model()
+    record.CopyFrom(parts.record)
+    for field in ("model_class", "activation"):
+        record.ClearField(field)
+    layers = [weightd_pb2.Layer(module=layer.module, neurons=layer.neurons) for layer in record.layers]
+    del record.layers[:]
+    record.layers.extend(layers)
+    return CutModel(record, parts.bundles, parts.placements, parts.resident, parts.files)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_a_record_of_before_is_completed(case: str, tmp_path: Path) -> None:
+    parts = cut(dense_model(case))
+    built = build(old(parts), ArraySource(parts, [61]), tmp_path)
+    assert built.record == parts.record
+
+
+def test_refuses_an_unknown_architecture_of_before(tmp_path: Path) -> None:
+    parts = old(cut(dense_model("llama")))
     parts.files["config.json"] = parts.files["config.json"].replace(b'"llama"', b'"gpt2"')
     with pytest.raises(ModelError, match=r"unknown architecture \(model_type 'gpt2'\): Gemma3ForCausalLM, Llama"):
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
@@ -200,7 +223,59 @@ def test_refuses_an_unknown_architecture(tmp_path: Path) -> None:
 
 def test_refuses_an_activation_without_kernel(tmp_path: Path) -> None:
     parts = cut(dense_model("llama", hidden_act="tanh"))
+    with pytest.raises(ModelError, match=r"no kernel for the FFNs of .*: no kernel for activation 'tanh': .*; upgrade"):
+        streamed_model(parts, ArraySource(parts, [9]), tmp_path)
     with pytest.raises(ModelError, match="no kernel for activation Tanh"):
+        streamed_model(old(parts), ArraySource(parts, [9]), tmp_path)
+
+
+def _renamed(record: weightd_pb2.Model) -> None:
+    record.layers[1].module = "model.layers.1.feed_forward"
+
+
+def _reshaped(record: weightd_pb2.Model) -> None:
+    record.layers[1].neurons += 1
+
+
+def _without_up(record: weightd_pb2.Model) -> None:
+    record.layers[0].weights[1] = "up.weight"
+
+
+MISFITS: dict[str, tuple[Callable[[weightd_pb2.Model], object], str]] = {
+    "no such class": (
+        lambda record: setattr(record, "model_class", "Llama9ForCausalLM"),
+        "needs Llama9ForCausalLM, which",
+    ),
+    "no class of a model": (
+        lambda record: setattr(record, "model_class", "AutoConfig"),
+        "needs AutoConfig, which trans",
+    ),
+    "another class": (
+        lambda record: setattr(record, "model_class", "OPTForCausalLM"),
+        "model_type 'llama', OPTForCausalLM needs 'opt'",
+    ),
+    "no such module": (
+        _renamed,
+        r"does not fit LlamaForCausalLM of .*: there is no module model\.layers\.1\.feed_forward",
+    ),
+    "no such weight": (_without_up, r"there is no module model\.layers\.0\.mlp\.up; use the transformers"),
+    "another shape": (
+        _reshaped,
+        r"gate_proj\.weight has shape \(176, 64\), the store \(177, 64\); use the transformers",
+    ),
+    "an unknown place": (
+        lambda record: setattr(record.layers[0], "place", 9),
+        "no way to install .*; upgrade flashclient",
+    ),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_refuses_a_record_that_does_not_fit_the_class(misfit: str, tmp_path: Path) -> None:
+    parts = cut(dense_model("llama"))
+    change, said = MISFITS[misfit]
+    change(parts.record)
+    with pytest.raises(ModelError, match=said):
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
 
 
@@ -208,7 +283,7 @@ def test_refuses_bundles_without_kernel(tmp_path: Path) -> None:
     parts = cut(dense_model("llama"))
     for part in parts.record.bundle.parts:
         part.encoding.format = "Q8_0"
-    with pytest.raises(ModelError, match=r"no kernel for the bundles of model '.*', stored as Q8_0: .*; upgrade flash"):
+    with pytest.raises(ModelError, match=r"no kernel for the FFNs of model '.*', stored as Q8_0: .*; upgrade flash"):
         streamed_model(parts, ArraySource(parts, [9]), tmp_path)
 
 

@@ -19,6 +19,8 @@ from flashclient import _native
 from flashclient._native import (
     Attention,
     CellSource,
+    CellWalk,
+    ExpertStep,
     Ffn,
     LentMemory,
     Linear,
@@ -83,6 +85,7 @@ numbers = st.sampled_from([0, 1, 2, 8, 16, 17, *BORDERS, -1, 1.5, None, "8"])
 out, products = np.zeros((1, 3, 2, 8), np.float32), np.zeros((2, 9), np.float32)
 x, h, y = np.zeros((2, HIDDEN), np.float32), np.zeros((NEURONS, 2), np.float32), np.zeros((2, HIDDEN), np.float32)
 rows = np.zeros((1, 2, 3, 8), np.float32)
+biases = np.zeros((2, NEURONS), np.float32)
 ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
 ffn = Ffn(WORKERS, [plain("F32")] * 3, HIDDEN, "silu")
 low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
@@ -112,6 +115,9 @@ class Cells(CellSource):
     def exchange(self, layer: int, acquire: Sequence[int], release: Sequence[int]) -> None:
         self._coming = [(cell, int(right_addresses[cell])) for cell in acquire]
 
+    def extend(self, acquire: Sequence[int], release: Sequence[int]) -> None:
+        self._coming += [(cell, int(right_addresses[cell])) for cell in acquire]
+
     def arrived(self) -> list[tuple[int, int]]:
         arrived = self._coming if self._wrong == (0, 0) else [self._wrong]
         self._coming = []
@@ -124,11 +130,19 @@ def new_step(cells: Cells | None = None) -> PredictStep:
     return PredictStep(ffn, Window(cells or Cells(), 4, 1, 96, [NEURONS]), [every])
 
 
+def new_experts(cells: Cells | None = None, experts: Any = 3, neurons: Any = NEURONS) -> ExpertStep:
+    return ExpertStep(ffn, CellWalk(cells or Cells(), 1, 96), [(experts, neurons)])
+
+
+picks, weights = np.array([[0, 2], [1, 2]]), np.ones((2, 2), np.float32)
+no_picks = (None, None, None, None, x, y)
+
+
 # Every native function that takes arrays, with arguments that are right; the fuzzer changes any of them.
 CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "fire": (ffn.fire, (right_addresses, index, ones, None, x, h)),
+    "fire": (ffn.fire, (right_addresses, index, ones, biases, x, h)),
     "accumulate": (ffn.accumulate, (right_addresses, h, y)),
-    "add_rows": (ffn.add_rows, (right_addresses, None, ones[None], x, y)),
+    "add_rows": (ffn.add_rows, (right_addresses, biases, ones[None], x, y)),
     "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, products)),
     "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, HIDDEN), np.uint16), x, products)),
     "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, out)),
@@ -146,8 +160,21 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "copy_bundles": (copy_bundles, (right_addresses, np.zeros((NEURONS, 96), np.uint8))),
     "LentMemory": (LentMemory, (bundles,)),
     "checksum": (_native.checksum, (np.zeros(8, np.uint8),)),
-    "step": (lambda *given: new_step().run(*given), (0, 0, 2, 3, np.zeros(NEURONS, np.float32), x, y)),
+    "step": (lambda *given: new_step().run(*given), (0, 0, 2, 3, biases, x, y)),
     "step of a wrong source": (lambda *given: new_step(Cells(*given)).run(0, 0, 2, 3, None, x, y), (0, 0)),
+    "experts": (
+        lambda *given: new_experts().run(*given),
+        (0, picks, weights, biases, np.zeros((3, HIDDEN), np.float32), x, y),
+    ),
+    "experts of a wrong source": (
+        lambda *given: new_experts(Cells(*given)).run(0, picks, weights, None, None, x, y),
+        (0, 0),
+    ),
+    "ExpertStep": (lambda *given: new_experts(Cells(), *given).run(0, *no_picks), (1, NEURONS)),
+    "CellWalk": (
+        lambda *given: ExpertStep(ffn, CellWalk(Cells(), *given), [(1, NEURONS)]).run(0, *no_picks),
+        (1, 96),
+    ),
     "Window": (lambda *given: Window(Cells(), *given), (4, 1, 96, [NEURONS])),
     "Ffn": (
         lambda hidden: Ffn(WORKERS, [plain("F32")] * 3, hidden, "silu").accumulate(right_addresses, h, y),

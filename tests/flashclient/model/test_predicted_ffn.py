@@ -17,7 +17,6 @@ from torch import Tensor
 
 from flashclient._native import Ffn, Workers
 from flashclient.errors import DaemonLostError
-from flashclient.model.activations import torch_activation
 from flashclient.model.ffn import Clock, ExactFFN
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
@@ -77,7 +76,7 @@ def rows(count: int, seed: int = 0) -> Tensor:
 
 def reference(parts: CutModel, layer: int, x: Tensor, wanted: NDArray[np.bool_]) -> Tensor:
     weights = torch.from_numpy(parts.bundles[layer].view(np.float32).reshape(NEURONS, 3, HIDDEN).copy()).double()
-    fired = torch_activation("relu")(x.double() @ weights[:, 0].T) * (x.double() @ weights[:, 1].T)
+    fired = torch.relu(x.double() @ weights[:, 0].T) * (x.double() @ weights[:, 1].T)
     total: Tensor = (fired * torch.from_numpy(wanted)) @ weights[:, 2]
     return total
 
@@ -86,10 +85,11 @@ def reference(parts: CutModel, layer: int, x: Tensor, wanted: NDArray[np.bool_])
 def test_an_oracle_gives_the_bits_of_exact_mode(parts: CutModel, tokens: int) -> None:
     x = rows(tokens)
     bias = np.random.default_rng(1).normal(0, 0.125, NEURONS).astype(np.float32)
+    biases = np.stack([bias, np.zeros_like(bias)])
     opened = oracle(parts.record, lambda layer: gate_rows(parts, layer), [bias] * 3)
     for predictors in (everything(parts.record), opened):
         made = Sum(parts, predictors)
-        assert torch.equal(made(1, Step(tokens, 1), x, bias), made.exact(1, x, bias))
+        assert torch.equal(made(1, Step(tokens, 1), x, biases), made.exact(1, x, biases))
     assert (made.predictors.row_masks(1, x.numpy()) == 0).any() or tokens > 3, "an oracle that wants all is none"
 
 

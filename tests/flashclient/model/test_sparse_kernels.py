@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,24 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 
 from flashclient._native import Ffn, LentMemory, Workers
-from flashclient.model.arrays import array_of
+from flashclient.kernels.arrays import array_of
+from flashclient.model.activations import FUNCTIONS, neurons_of
 from weightd_proto.encodings import plain
+from weightd_proto.weightd_pb2 import Activation
 
 WORKERS = Workers(2)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 THRESHOLD = 0.4
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": functional.relu,
-    "relu_squared": lambda v: functional.relu(v) ** 2,
-    "fatrelu": lambda v: functional.threshold(v, THRESHOLD, 0.0),
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda v: functional.gelu(v, approximate="tanh"),
-    "gated_relu": functional.relu,
-}
+ACTIVATIONS = {name: Activation(function=name, parameter=THRESHOLD) for name in FUNCTIONS}
 
 
 @dataclass
@@ -51,7 +43,7 @@ class Case:
         weights = torch.randn(self.neurons, self.parts, self.hidden) / self.hidden**0.5
         self.weights = weights.to(DTYPES[self.dtype])
         self.x = torch.randn(self.tokens, self.hidden)
-        self.bias = torch.randn(self.neurons)
+        self.biases = torch.randn(self.parts - 1, self.neurons)
         self.masks = torch.randint(0, 2**self.tokens, (self.neurons,)).numpy().astype(np.uint16)
         self.masks[torch.rand(self.neurons).numpy() < 0.3] = 0
         self.lent = LentMemory(array_of(self.weights))
@@ -59,8 +51,9 @@ class Case:
         self.addresses = self.weights.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
 
     def kernels(self, instruction_set: str | None = None, workers: Workers = WORKERS) -> Ffn:
-        threshold = THRESHOLD if self.activation == "fatrelu" else 0.0
-        return Ffn(workers, [plain(self.dtype)] * self.parts, self.hidden, self.activation, threshold, instruction_set)
+        return Ffn(
+            workers, [plain(self.dtype)] * self.parts, self.hidden, ACTIVATIONS[self.activation], instruction_set
+        )
 
     def wanted(self) -> Tensor:
         bits = self.masks[:, None] >> np.arange(self.tokens, dtype=np.uint16) & 1
@@ -69,11 +62,8 @@ class Case:
     def reference(self) -> tuple[Tensor, Tensor]:
         """h [neurons, tokens] and y [tokens, hidden] in float64."""
         weights, x = self.weights.double(), self.x.double()
-        h = ACTIVATIONS[self.activation](weights[:, 0] @ x.T + self.bias.double()[:, None])
-        if self.gated:
-            up = weights[:, 1] @ x.T
-            h = h * (functional.relu(up) if self.activation == "gated_relu" else up)
-        h = torch.where(self.wanted(), h, 0.0)
+        products = [weights[:, part] @ x.T + bias[:, None] for part, bias in enumerate(self.biases.double())]
+        h = torch.where(self.wanted(), neurons_of(ACTIVATIONS[self.activation], *products), 0.0)
         return h, h.T @ weights[:, -1]
 
     def fire(self, kernels: Ffn, masks: NDArray[np.uint16], pieces: int = 3) -> Tensor:
@@ -81,7 +71,7 @@ class Case:
         h = torch.full((self.neurons, self.tokens), torch.nan)
         order = np.random.default_rng(self.seed).permutation(self.neurons).astype(np.uint32)
         for index in np.array_split(order, pieces):
-            kernels.fire(self.addresses, index, masks, self.bias.numpy(), self.x.numpy(), h.numpy())
+            kernels.fire(self.addresses, index, masks, self.biases.numpy(), self.x.numpy(), h.numpy())
         return h
 
     def accumulate(self, kernels: Ffn, h: Tensor) -> Tensor:
@@ -112,9 +102,9 @@ def by_row(case: Case, h: Tensor, row: int) -> Tensor:
     y = torch.zeros(1, case.hidden)
     alone = torch.zeros(len(own), 1)
     x, masks = case.x[row : row + 1].contiguous().numpy(), np.ones(len(own), np.uint16)
-    addresses, bias = case.addresses[own], case.bias.numpy()[own]
+    addresses, biases = case.addresses[own], np.ascontiguousarray(case.biases.numpy()[:, own])
     kernels = case.kernels()
-    kernels.fire(addresses, np.arange(len(own), dtype=np.uint32), masks, bias, x, alone.numpy())
+    kernels.fire(addresses, np.arange(len(own), dtype=np.uint32), masks, biases, x, alone.numpy())
     assert torch.equal(alone[:, 0], h[own, row])
     kernels.accumulate(addresses, alone.numpy(), y.numpy())
     return y[0]
@@ -126,7 +116,7 @@ def test_masked_sum_is_the_formula(case: Case) -> None:
     h = case.fire(case.kernels(), case.masks)
     expected_h, expected_y = case.reference()
     # Close to a threshold rounding decides whether a neuron fires. Only there h may differ.
-    argument = case.weights[:, 0].double() @ case.x.double().T + case.bias.double()[:, None]
+    argument = case.weights[:, 0].double() @ case.x.double().T + case.biases[0].double()[:, None]
     beside = (argument - THRESHOLD).abs() < 1e-5 if case.activation == "fatrelu" else torch.zeros_like(argument) > 0
     assert near(h[~beside], expected_h[~beside])
     assert not h[~case.wanted()].any(), "a neuron counts for a row that did not want it"
@@ -138,7 +128,7 @@ def test_masked_sum_is_the_formula(case: Case) -> None:
 @given(cases)
 def test_all_masks_set_is_add_rows_bit_for_bit(case: Case) -> None:
     kernels, y = case.kernels(), torch.zeros(case.tokens, case.hidden)
-    kernels.add_rows(case.addresses, case.bias.numpy(), None, case.x.numpy(), y.numpy())
+    kernels.add_rows(case.addresses, case.biases.numpy(), None, case.x.numpy(), y.numpy())
     h = case.fire(kernels, np.full(case.neurons, 0xFFFF, np.uint16))
     assert torch.equal(case.accumulate(kernels, h), y)
 
@@ -151,12 +141,12 @@ def test_masks_of_several_groups_are_those_of_fire(case: Case, tokens: int, thre
     x = random.standard_normal((tokens, case.hidden)).astype(np.float32)
     masks = random.integers(0, 2**16, (-(-tokens // 16), case.neurons + 3)).astype(np.uint16)[:, 2:-1]
     y = np.zeros((tokens, case.hidden), np.float32)
-    case.kernels(workers=Workers(threads)).add_rows(case.addresses, case.bias.numpy(), masks, x, y)
+    case.kernels(workers=Workers(threads)).add_rows(case.addresses, case.biases.numpy(), masks, x, y)
     index, kernels = np.arange(case.neurons, dtype=np.uint32), case.kernels()
     for row in range(tokens):
         one, own = x[row : row + 1], masks[row // 16] >> np.uint16(row % 16) & np.uint16(1)
         h, alone = np.empty((case.neurons, 1), np.float32), np.zeros((1, case.hidden), np.float32)
-        kernels.fire(case.addresses, index, own, case.bias.numpy(), one, h)
+        kernels.fire(case.addresses, index, own, case.biases.numpy(), one, h)
         kernels.accumulate(case.addresses, h, alone)
         assert np.array_equal(alone[0], y[row])
 
@@ -200,7 +190,7 @@ def test_a_neuron_that_nobody_wants_is_not_read() -> None:
 def test_up_row_and_down_column_of_what_did_not_fire_are_not_counted() -> None:
     """NaN is where nothing may be read."""
     case = Case("F32", 40, 30, 4, True, "relu", 1)
-    closed = ~(case.weights[:, 0] @ case.x.T + case.bias[:, None] > 0).any(dim=1)
+    closed = ~(case.weights[:, 0] @ case.x.T + case.biases[0][:, None] > 0).any(dim=1)
     assert closed.any()
     case.weights[closed, 1:] = torch.nan
     h = case.fire(case.kernels(), np.full(30, 0xF, np.uint16))
@@ -215,8 +205,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         kernels.fire(case.addresses, index + np.uint32(1), case.masks, None, x, h)
     with pytest.raises(ValueError, match="a row mask per address"):
         kernels.fire(case.addresses, index, case.masks[:3], None, x, h)
-    with pytest.raises(ValueError, match="a bias per address"):
-        kernels.fire(case.addresses, index, case.masks, case.bias.numpy()[:3], x, h)
+    with pytest.raises(ValueError, match="biases must be"):
+        kernels.fire(case.addresses, index, case.masks, case.biases.numpy()[:, :3], x, h)
     with pytest.raises(ValueError, match=r"h must be \[addresses, tokens\]"):
         kernels.fire(case.addresses, index, case.masks, None, x, h[:, :1].copy())
     with pytest.raises(ValueError, match="too many tokens: 17"):

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
-from tensor_sources import computed
+from published_checkpoints import (
+    BAMBOO,
+    CAUSAL,
+    CHATGLM,
+    LLAMA,
+    MINICPM,
+    QWEN,
+    SPARSE_LLAMA,
+    TURBOSPARSE_MIXTRAL,
+    State,
+    Tensor,
+    chatglm_state,
+    llama,
+    qwen_state,
+    reference_of,
+    state_of,
+    turbosparse_mixtral_state,
+)
 from torch.nn.functional import scaled_dot_product_attention, silu
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 from flashclient.errors import ModelError
 from flashclient.recipes.published import parse_activation, published
@@ -22,46 +36,13 @@ from flashclient.recipes.reference import amend
 from flashclient.recipes.remote_formats import PREDICTORS
 from weightd_proto import weightd_pb2
 
-Tensor = Any  # torch's stubs do not type unflatten() and split()
-State = dict[str, Tensor]
-CAUSAL: Any = transformers.AutoModelForCausalLM
-LLAMA_CLASS: Any = transformers.LlamaForCausalLM
 MISTRAL_CLASS: Any = transformers.MistralForCausalLM
 IDS = torch.arange(3, 27).reshape(2, 12)
-LLAMA: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 96,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
-def random_state(shapes: Mapping[str, tuple[int, ...]]) -> State:
-    torch.manual_seed(0)
-    return {name: torch.randn(shape, dtype=torch.float32) * 0.3 for name, shape in shapes.items()}
 
 
 def logits_of(config: dict[str, Any], state: State, folder: Path) -> Tensor:
-    """Of transformers' class for the published config and tensors, amended where it needs to be."""
-    found = published(config)
-    sources, _ = found.tensors({name: tuple(tensor.shape) for name, tensor in state.items()})
-    tensors = {name: computed(source, state).clone().contiguous() for name, source in sources.items()}
-    (folder / "config.json").write_text(json.dumps(found.config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    model, info = CAUSAL.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"], info
-    assert not info["unexpected_keys"], info
-    if found.activation is not None:
-        amend(model, found.activation)
     with torch.no_grad():
-        logits: Tensor = model.eval()(input_ids=IDS).logits
+        logits: Tensor = reference_of(config, state, folder)(input_ids=IDS).logits
     assert logits.std() > 1e-3
     return logits
 
@@ -102,54 +83,6 @@ def heads_of(values: Tensor, size: int) -> Tensor:
 
 
 # ChatGLM
-
-CHATGLM = {
-    "model_type": "chatglm",
-    "architectures": ["ChatGLMModel"],
-    "auto_map": {"AutoModelForCausalLM": "modeling_chatglm.ChatGLMForConditionalGeneration"},
-    "add_bias_linear": False,
-    "add_qkv_bias": True,
-    "apply_query_key_layer_scaling": True,
-    "apply_residual_connection_post_layernorm": False,
-    "ffn_hidden_size": 48,
-    "fp32_residual_connection": False,
-    "hidden_size": 32,
-    "kv_channels": 8,
-    "layernorm_epsilon": 1e-5,
-    "multi_query_attention": True,
-    "multi_query_group_num": 2,
-    "num_attention_heads": 4,
-    "num_layers": 2,
-    "original_rope": True,
-    "pad_token_id": 0,
-    "padded_vocab_size": 96,
-    "post_layer_norm": True,
-    "quantization_bit": 0,
-    "rmsnorm": True,
-    "seq_length": 64,
-    "tie_word_embeddings": False,
-    "torch_dtype": "float16",
-}
-
-
-def chatglm_state() -> State:
-    layer = {
-        "input_layernorm.weight": (32,),
-        "post_attention_layernorm.weight": (32,),
-        "self_attention.query_key_value.weight": (64, 32),
-        "self_attention.query_key_value.bias": (64,),
-        "self_attention.dense.weight": (32, 32),
-        "mlp.dense_h_to_4h.weight": (96, 32),
-        "mlp.dense_4h_to_h.weight": (32, 48),
-    }
-    shapes = {f"transformer.encoder.layers.{n}.{name}": shape for n in range(2) for name, shape in layer.items()}
-    shapes |= {
-        "transformer.embedding.word_embeddings.weight": (96, 32),
-        "transformer.encoder.final_layernorm.weight": (32,),
-        "transformer.output_layer.weight": (96, 32),
-        "transformer.rotary_pos_emb.inv_freq": (2,),
-    }
-    return random_state(shapes)
 
 
 def chatglm_logits(state: State) -> Tensor:
@@ -192,42 +125,16 @@ def test_qkv_of_other_rows_than_its_heads_is_refused() -> None:
 
 # MiniCPM, ProSparse
 
-MINICPM = LLAMA | {
-    "architectures": ["MiniCPMForCausalLM"],
-    "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"},
-    "hidden_act": "fatrelu",
-    "hidden_act_param": 0.01,
-    "scale_emb": 12,
-    "scale_depth": 1.4,
-    "dim_model_base": 8,
-    "rope_scaling": None,
-}
-
 
 class FatReluOfOneHundredth(torch.nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         return values * (values > 0.01)
 
 
-def llama(tied: bool, **more: Any) -> Any:
-    torch.manual_seed(0)
-    model = LLAMA_CLASS(LlamaConfig(**LLAMA | more, tie_word_embeddings=tied)).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
 def with_fatrelu(model: Any) -> Any:
     for layer in model.model.layers:
         layer.mlp.act_fn = FatReluOfOneHundredth()
     return model
-
-
-def state_of(model: Any) -> State:
-    state: State = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
 
 
 @torch.no_grad()
@@ -261,14 +168,11 @@ def test_minicpm_whose_values_granite_lacks_is_refused(change: dict[str, Any], m
 @torch.no_grad()
 def test_prosparse_runs_as_llama_with_fatrelu(tmp_path: Path) -> None:
     reference = with_fatrelu(llama(tied=False))
-    config = LLAMA | {"model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.01}
-    found = logits_of(config | {"tie_word_embeddings": False}, state_of(reference), tmp_path)
+    found = logits_of(SPARSE_LLAMA, state_of(reference), tmp_path)
     torch.testing.assert_close(found, reference(input_ids=IDS).logits)
 
 
 # Relu on gate and up
-
-BAMBOO = LLAMA | {"model_type": "bamboo", "hidden_act": "relu", "sliding_window": 4096, "tie_word_embeddings": False}
 
 
 @torch.no_grad()
@@ -290,21 +194,7 @@ def test_bamboo_runs_as_mistral_with_relu_on_both(tmp_path: Path) -> None:
 
 @torch.no_grad()
 def test_turbosparse_mixtral_runs_as_mixtral_with_relu_on_both(tmp_path: Path) -> None:
-    config = LLAMA | {
-        "model_type": "turbosparsemixtral",
-        "hidden_act": "relu",
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "tie_word_embeddings": False,
-    }
-    attention = state_of(llama(tied=False))
-    state = {name: value for name, value in attention.items() if ".mlp." not in name}
-    experts = {"w1": (48, 32), "w2": (32, 48), "w3": (48, 32)}
-    for index in range(2):
-        moe = f"model.layers.{index}.block_sparse_moe"
-        shapes = {f"{moe}.experts.{e}.{name}.weight": shape for e in range(4) for name, shape in experts.items()}
-        state |= random_state({f"{moe}.gate.weight": (4, 32)} | shapes)
-        state |= {f"{moe}.experts.0.predictor.fc1.weight": torch.ones(4, 4)}
+    state = turbosparse_mixtral_state()
 
     def mixture(index: int, x: Tensor) -> Tensor:
         moe = f"model.layers.{index}.block_sparse_moe"
@@ -313,7 +203,7 @@ def test_turbosparse_mixtral_runs_as_mixtral_with_relu_on_both(tmp_path: Path) -
         for place in torch.cartesian_prod(torch.arange(x.shape[0]), torch.arange(x.shape[1])).tolist():
             b, t = place
             for chance, expert in zip(chances[b, t] / chances[b, t].sum(), picks[b, t].tolist(), strict=True):
-                w1, w2, w3 = (state[f"{moe}.experts.{expert}.{name}.weight"] for name in experts)
+                w1, w2, w3 = (state[f"{moe}.experts.{expert}.{name}.weight"] for name in ("w1", "w2", "w3"))
                 result[b, t] += chance * (w2 @ (torch.relu(w1 @ x[b, t]) * torch.relu(w3 @ x[b, t])))
         return result
 
@@ -321,47 +211,10 @@ def test_turbosparse_mixtral_runs_as_mixtral_with_relu_on_both(tmp_path: Path) -
     for index, layer in enumerate(reference.model.layers):
         layer.mlp.forward = lambda x, index=index: mixture(index, x)
     expected = reference(input_ids=IDS).logits
-    torch.testing.assert_close(logits_of(config, state, tmp_path), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(TURBOSPARSE_MIXTRAL, state, tmp_path), expected, rtol=1e-4, atol=1e-4)
 
 
 # QWen
-
-QWEN = {
-    "model_type": "qwen",
-    "auto_map": {"AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
-    "hidden_size": 32,
-    "intermediate_size": 96,
-    "kv_channels": 8,
-    "layer_norm_epsilon": 1e-6,
-    "max_position_embeddings": 256,
-    "no_bias": True,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": 64,
-    "tie_word_embeddings": False,
-    "use_dynamic_ntk": True,
-    "use_logn_attn": True,
-    "vocab_size": 96,
-}
-
-
-def qwen_state() -> State:
-    layer = {
-        "ln_1.weight": (32,),
-        "ln_2.weight": (32,),
-        "attn.c_attn.weight": (96, 32),
-        "attn.c_attn.bias": (96,),
-        "attn.c_proj.weight": (32, 32),
-        "mlp.w1.weight": (48, 32),
-        "mlp.w2.weight": (48, 32),
-        "mlp.c_proj.weight": (32, 48),
-    }
-    shapes = {f"transformer.h.{n}.{name}": shape for n in range(2) for name, shape in layer.items()}
-    shapes |= {"transformer.wte.weight": (96, 32), "transformer.ln_f.weight": (32,), "lm_head.weight": (96, 32)}
-    return random_state(shapes)
 
 
 def test_qwen_runs_as_qwen2(tmp_path: Path) -> None:

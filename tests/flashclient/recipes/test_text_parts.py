@@ -9,170 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from multimodal_checkpoints import CASES, CONFIGS, TEXT, make_whole
 from safetensors.torch import load_file, save_file
 from tensor_sources import computed
-from transformers import AutoModel
 
 from flashclient.errors import ModelError
 from flashclient.recipes.published import published
 from flashclient.recipes.text_parts import TEXT_PARTS
 
-CONFIGS: Any = transformers.CONFIG_MAPPING
-WHOLE: Any = transformers.AutoModelForImageTextToText
 CAUSAL: Any = transformers.AutoModelForCausalLM
-TEXT: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": 96,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
-QWEN_VISION = {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 14}
-QWEN3_VISION = {
-    "depth": 1,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "deepstack_visual_indexes": [],
-    "num_position_embeddings": 16,
-}
-MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-WINDOW = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4}
-LINEAR = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "rope_parameters": {
-        "rope_type": "default",
-        "rope_theta": 10000.0,
-        "partial_rotary_factor": 0.5,
-        "mrope_section": [1, 1, 0],
-        "mrope_interleaved": True,
-    },
-}
-GEMMA3N = {
-    "vocab_size_per_layer_input": 96,
-    "hidden_size_per_layer_input": 8,
-    "intermediate_size": [48, 48],
-    "activation_sparsity_pattern": [0.0, 0.0],
-    "num_kv_shared_layers": 0,
-    "laurel_rank": 4,
-    "altup_num_inputs": 2,
-}
-GEMMA4 = {
-    "vocab_size_per_layer_input": 96,
-    "hidden_size_per_layer_input": 8,
-    "global_head_dim": 8,
-    "num_kv_shared_layers": 0,
-}
-DEEPSEEK = {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "moe_intermediate_size": 24,
-    "first_k_dense_replace": 1,
-}
-
-# Configurations of the whole, by model type: of the text part, of the vision tower, and the rest.
-CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "gemma3": (TEXT | WINDOW, VISION, {"mm_tokens_per_image": 4, "image_token_index": 90}),
-    "gemma3n": (TEXT | WINDOW | GEMMA3N, {"architecture": "mobilenetv5_300m_enc"}, {}),
-    "gemma4": (TEXT | WINDOW | GEMMA4, VISION, {}),
-    "gemma4_unified": (TEXT | WINDOW | GEMMA4, {"mm_embed_dim": 32, "output_proj_dims": 32}, {}),
-    "kimi_k25": (
-        TEXT | DEEPSEEK,
-        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
-        {"projection_hidden_size": 32, "tie_word_embeddings": False},
-    ),
-    "lfm2_vl": (
-        TEXT | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
-        {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2},
-        {"projector_hidden_size": 32},
-    ),
-    "exaone4_5": (
-        TEXT | WINDOW,
-        {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "num_key_value_heads": 2}
-        | {"out_hidden_size": 32},
-        {},
-    ),
-    "mistral3": (TEXT, VISION, {"image_token_index": 90, "tie_word_embeddings": False}),
-    "llama4": (
-        TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 4, "interleave_moe_layer_step": 2},
-        VISION | {"projector_input_dim": 32, "projector_output_dim": 32, "vision_output_dim": 32},
-        {"image_token_index": 90},
-    ),
-    "llava": (TEXT, VISION, {"image_token_index": 90}),
-    "llava_next": (TEXT, VISION, {"image_token_index": 90, "image_grid_pinpoints": [[28, 28]]}),
-    "llava_onevision": (TEXT, VISION, {"image_token_index": 90, "video_token_index": 91}),
-    "vipllava": (TEXT, VISION, {"image_token_index": 90, "vision_feature_layers": [-1, -1]}),
-    "internvl": (
-        TEXT,
-        VISION | {"image_size": [28, 28], "patch_size": [14, 14]},
-        {"image_token_id": 90, "tie_word_embeddings": False},
-    ),
-    "idefics3": (TEXT, VISION, {"image_token_id": 90}),
-    "smolvlm": (TEXT, VISION, {"image_token_id": 90}),
-    "qwen2_vl": (TEXT | MROPE, QWEN_VISION | {"hidden_size": 32}, {"image_token_id": 90}),
-    "qwen2_5_vl": (
-        TEXT | MROPE,
-        {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 32},
-        {"image_token_id": 90},
-    ),
-    "qwen3_vl": (TEXT | MROPE, QWEN3_VISION, {"image_token_id": 90}),
-    "qwen3_vl_moe": (TEXT | MROPE | EXPERTS, QWEN3_VISION, {"image_token_id": 90}),
-    "qwen3_5": (TEXT | LINEAR, QWEN3_VISION, {"image_token_id": 90}),
-    "qwen3_5_moe": (TEXT | LINEAR | EXPERTS | {"shared_expert_intermediate_size": 24}, QWEN3_VISION, {}),
-}
-
-
-@pytest.fixture(autouse=True)
-def no_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 3n's vision tower needs a package that is not installed here. Nothing here uses it."""
-    real: Any = AutoModel.from_config
-
-    def from_config(config: Any, **options: Any) -> Any:
-        return torch.nn.Linear(1, 1) if config.model_type == "gemma3n_vision" else real(config, **options)
-
-    monkeypatch.setattr(AutoModel, "from_config", from_config)
-
-
-def make_whole(model_type: str, folder: Path) -> Any:
-    """Saves a tiny model with random weights as its type is published, and returns it."""
-    text, vision, rest = CASES[model_type]
-    defaults = CONFIGS[model_type]()
-    kind = {"text_config": {"model_type": defaults.text_config.model_type} | text}
-    config = CONFIGS[model_type](**kind, vision_config=vision, **rest)
-    torch.manual_seed(0)
-    model = WHOLE.from_config(config, dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    # transformers 5.23 calls layers blocks when it saves Kimi's text part.
-    model.save_pretrained(folder, save_original_format=model_type != "kimi_k25")
-    return model
 
 
 def text_of(folder: Path) -> tuple[Any, Any]:
@@ -211,7 +56,7 @@ def test_names_before_transformers_4_52() -> None:
     whole = CONFIGS["gemma3"](text_config=TEXT).to_dict()
     shapes = {
         "language_model.model.layers.0.mlp.up_proj.weight": (48, 32),
-        "language_model.lm_head.weight": (96, 32),
+        "language_model.lm_head.weight": (320, 32),
         "vision_tower.vision_model.post_layernorm.weight": (32,),
         "multi_modal_projector.mm_soft_emb_norm.weight": (32,),
     }

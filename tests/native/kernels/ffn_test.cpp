@@ -68,7 +68,7 @@ class FfnBits : public testing::TestWithParam<const char*> {
 
     std::vector<float> sum(size_t threads, size_t chunk, size_t tokens) {
         Workers workers(threads);
-        Ffn ffn(workers, {std::vector(3, weightd::plain_encoding(Dtype::f32)), HIDDEN, Activation::relu}, GetParam());
+        Ffn ffn(workers, {std::vector(3, weightd::plain_encoding(Dtype::f32)), HIDDEN, {Function::relu}}, GetParam());
         const std::vector<float> x = random_floats(tokens * HIDDEN, 1000, DEVIATION);
         std::vector<float> y(tokens * HIDDEN, 0.0f);
         for (size_t i = 0; i < NEURONS; i += chunk) {

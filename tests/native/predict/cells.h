@@ -25,27 +25,17 @@ class TestCells : public CellSource {
     uint32_t lease_limit() override { return limit; }
 
     void exchange(uint32_t layer, const Cells& acquire, const Cells& release) override {
-        if (unreachable) {
-            for (const uint32_t cell : release) owed_.emplace_back(layer, cell);
-            throw std::runtime_error("unreachable");
-        }
-        EXPECT_TRUE(coming_.empty()) << "what was asked for has not been waited for";
-        for (const uint32_t cell : release) {
-            EXPECT_EQ(held.erase({layer, cell}), 1U) << "what is not leased cannot be given back";
-        }
-        EXPECT_LE(held.size() + acquire.size(), std::max(limit, share));
-        for (const uint32_t cell : acquire) {
-            EXPECT_EQ(held.count({layer, cell}), 0U) << "asked for twice";
-            coming_.push_back(cell);
+        if (!unreachable) {
+            EXPECT_TRUE(coming_.empty()) << "what was asked for has not been waited for";
         }
         layer_ = layer;
-        acquired = acquire;
-        released = release;
-        exchanges++;
+        give_and_ask(acquire, release);
     }
 
+    void extend(const Cells& acquire, const Cells& release) override { give_and_ask(acquire, release); }
+
     std::vector<Arrival> arrived() override {
-        if (lost) throw std::runtime_error("lost");
+        if (lost || lost_after-- == 0) throw std::runtime_error("lost");
         std::vector<Arrival> arrivals;
         while (!coming_.empty() && (arrivals.empty() || !one_by_one)) {
             const uint32_t cell = coming_.back();
@@ -54,6 +44,7 @@ class TestCells : public CellSource {
             arrivals.emplace_back(cell, refused ? 0 : address(layer_, cell));
             if (!refused) held.insert({layer_, cell});
         }
+        held_most = std::max(held_most, held.size());
         return arrivals;
     }
 
@@ -69,13 +60,36 @@ class TestCells : public CellSource {
     uint32_t refusals = 0;  // of the next cells
     bool one_by_one = false;
     bool lost = false;
-    bool unreachable = false;                      // exchange() throws
+    uint32_t lost_after = 1'000'000;         // so many calls of arrived()
+    bool unreachable = false;                // exchange() and extend() throw
+    uint32_t unreachable_after = 1'000'000;  // so many of their calls
+    Cells asked_for;                         // by all calls
+    size_t held_most = 0;
     std::set<std::pair<uint32_t, uint32_t>> held;  // layer, cell
     Cells acquired;                                // by the last exchange
     Cells released;
     uint32_t exchanges = 0;
 
   private:
+    void give_and_ask(const Cells& acquire, const Cells& release) {
+        if (unreachable || unreachable_after-- == 0) {
+            for (const uint32_t cell : release) owed_.emplace_back(layer_, cell);
+            throw std::runtime_error("unreachable");
+        }
+        for (const uint32_t cell : release) {
+            EXPECT_EQ(held.erase({layer_, cell}), 1U) << "what is not leased cannot be given back";
+        }
+        EXPECT_LE(held.size() + acquire.size(), std::max(limit, share));
+        for (const uint32_t cell : acquire) {
+            EXPECT_EQ(held.count({layer_, cell}), 0U) << "asked for twice";
+            coming_.push_back(cell);
+            asked_for.push_back(cell);
+        }
+        acquired = acquire;
+        released = release;
+        exchanges++;
+    }
+
     uint32_t layer_ = 0;
     Cells coming_;
     std::vector<std::pair<uint32_t, uint32_t>> owed_;  // layer, cell

@@ -30,7 +30,7 @@ class Multiples : public Predictor {
 struct PredictStepTest : testing::Test {
     static constexpr uint32_t PER_CELL = 2;
     Workers workers{2};
-    Ffn ffn{workers, {{3, weightd::plain_encoding(Dtype::f32)}, HIDDEN, Activation::relu}};
+    Ffn ffn{workers, {{3, weightd::plain_encoding(Dtype::f32)}, HIDDEN, {Function::relu}}};
     std::vector<float> bundles = random_floats(LAYERS * NEURONS * 3 * HIDDEN, 1);
     ReadableMemory readable{bundles.data(), bundles.size() * sizeof(float)};
     std::vector<float> x = random_floats(ROWS * HIDDEN, 2), bias = random_floats(NEURONS, 3);
@@ -54,7 +54,7 @@ struct PredictStepTest : testing::Test {
     std::vector<float> run(Window& window, uint32_t layer, uint32_t token, uint16_t wanting = 0b111) {
         PredictStep step(ffn, window, {&predictor, &predictor});
         std::vector<float> y(ROWS * HIDDEN, NAN);
-        const StepTimes times = step.run(layer, {token, 1, wanting, bias.data(), x.data(), ROWS}, y.data());
+        const StepTimes times = step.run(layer, {token, 1, wanting, bias.data(), nullptr, x.data(), ROWS}, y.data());
         EXPECT_GE(std::min({times.predict_s, times.acquire_s, times.compute_s, times.wait_s}), 0.0);
         return y;
     }

@@ -87,6 +87,13 @@ def test_a_changed_checkpoint_keeps_name_and_dtype(checkpoint: Path, store: Stor
     assert update(checkpoint, store, dtype="fp32")[1] == REPLACED
 
 
+def test_the_activation_that_an_import_was_told_is_kept(checkpoint: Path, store: Store) -> None:
+    assert update(checkpoint, store)[1] == IMPORTED
+    assert update(checkpoint, store, activation="relu")[1] == REPLACED
+    assert update(checkpoint, store)[1] == KEPT
+    assert update(checkpoint, store, activation="relu")[1] == KEPT
+
+
 def test_what_would_be_lost_is_refused(checkpoint: Path, store: Store, tmp_path: Path) -> None:
     update(checkpoint, store)
     CHANGES["a byte of the weights"](checkpoint)

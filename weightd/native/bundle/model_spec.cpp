@@ -7,6 +7,16 @@
 
 namespace weightd {
 
+bool ModelSpec::has_experts() const {
+    return std::any_of(layers.begin(), layers.end(), [](const LayerSpec& layer) { return layer.experts > 0; });
+}
+
+uint64_t ModelSpec::ranges() const {
+    uint64_t count = 0;
+    for (const LayerSpec& layer : layers) count += std::max(1U, layer.experts);
+    return count;
+}
+
 uint32_t ModelSpec::layer_of(uint32_t cell) const {
     const auto after = std::upper_bound(layers.begin(), layers.end(), cell,
                                         [](uint32_t c, const LayerSpec& layer) { return c < layer.first_cell; });
@@ -40,6 +50,8 @@ void ModelSpec::require_sound() const {
     for (const LayerSpec& layer : layers) {
         require(layer.neurons > 0, "a layer without neurons");
         require(layer.cells == (uint64_t{layer.neurons} + bundles_per_cell - 1) / bundles_per_cell, "wrong cell count");
+        require(layer.experts == 0 || layer.neurons % (uint64_t{layer.experts} * bundles_per_cell) == 0,
+                "an expert begins within a cell");
         require(layer.first_cell == cells && layer.first_checksum == bundles, "layers out of order");
         require(layer.offset_bytes % BLOCK_BYTES_MIN == 0, "a layer is not block aligned");
         require(layer.offset_bytes <= INT64_MAX - uint64_t{layer.cells} * cell_bytes, "a layer ends beyond all files");

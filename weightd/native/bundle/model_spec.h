@@ -13,6 +13,7 @@ struct LayerSpec {
     uint32_t cells;
     uint32_t first_cell;      // number of cell 0, counted through all layers of the model
     uint32_t first_checksum;  // index in ModelSpec::checksums of the first bundle's checksum
+    uint32_t experts = 0;     // of a mixture, all of the same size; 0: the layer is one FFN
 };
 
 struct TensorSpec {
@@ -35,6 +36,8 @@ struct ModelSpec {
     std::vector<uint64_t> checksums;  // of bundles, by layer and position
     std::vector<TensorSpec> tensors;
 
+    bool has_experts() const;
+    uint64_t ranges() const;  // its experts, and its layers without experts
     uint32_t cell_count() const { return layers.back().first_cell + layers.back().cells; }
     // `cell` counts through all layers, except in bundles_in(), where it counts within the layer.
     uint32_t layer_of(uint32_t cell) const;

@@ -47,7 +47,33 @@ bool Engine::names_cells(const Session& session, uint32_t layer, std::span<const
 bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     if (!names_cells(session, layer, cells)) return false;
     Queues& queues = *queues_[session.model];
-    queues.scans.note(session, layer, cells, now_);
+    if (queues.picks_experts) {
+        begin_step(queues, session, layer);
+        lease(queues, session, layer, present_first(queues.model, layer, cells), tag);
+    } else {
+        queues.scans.note(session, layer, cells, now_);
+        lease(queues, session, layer, cells, tag);
+    }
+    answered_.push_back(session.id);
+    return true;
+}
+
+void Engine::begin_step(const Queues& queues, Session& session, uint32_t layer) {
+    if (session.step_layer == layer) return;
+    session.step_layer = layer;
+    queues.model.pool->step_begins(layer);
+}
+
+// A missing expert must not be read in the place of one that the same request names.
+std::vector<uint32_t> Engine::present_first(const Model& model, uint32_t layer, std::span<const uint32_t> cells) {
+    const uint32_t first_cell = model.spec.layers[layer].first_cell;
+    std::vector<uint32_t> ordered(cells.begin(), cells.end());
+    std::stable_partition(ordered.begin(), ordered.end(),
+                          [&](uint32_t cell) { return static_cast<bool>(model.pool->find(first_cell + cell)); });
+    return ordered;
+}
+
+void Engine::lease(Queues& queues, Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag) {
     const uint32_t first_cell = queues.model.spec.layers[layer].first_cell;
     for (const uint32_t cell : cells) {
         const uint32_t number = first_cell + cell;
@@ -57,8 +83,6 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
             session.failed(tag, cell, ring::REFUSED, 0);
         }
     }
-    answered_.push_back(session.id);
-    return true;
 }
 
 void Engine::want(Queues& queues, Session& session, uint32_t cell, uint32_t tag) {
@@ -122,7 +146,10 @@ bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t>
         session.give_back(number);
         pool.unlease(pool.find(number));
     }
-    if (session.held_cells == 0) queues.scans.end(session);  // it may be idle from now on
+    if (session.held_cells == 0) {  // it may be idle from now on
+        queues.scans.end(session);
+        session.step_layer = NO_LAYER;
+    }
     serve_stalled(queues);
     return true;
 }

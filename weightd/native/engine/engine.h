@@ -58,8 +58,10 @@ class Engine {
 
   private:
     struct Queues {  // what the sessions of one model have asked for, and what of it is not read yet
-        Queues(Model& model, bool warms) : model(model), scans(model), warming(model, warms) {}
+        Queues(Model& model, bool warms)
+            : model(model), picks_experts(model.spec.has_experts()), scans(model), warming(model, warms) {}
         Model& model;
+        const bool picks_experts;  // no session scans, and the pool learns from steps (pool/expert_replacement.h)
         StalledWants stalled;
         std::vector<Missing> missing;  // have a place, and are read at the next submit()
         Scans scans;
@@ -67,6 +69,9 @@ class Engine {
     };
 
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
+    static void begin_step(const Queues& queues, Session& session, uint32_t layer);
+    static std::vector<uint32_t> present_first(const Model& model, uint32_t layer, std::span<const uint32_t> cells);
+    void lease(Queues& queues, Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag);
     void want(Queues& queues, Session& session, uint32_t cell, uint32_t tag);
     bool borrow(Queues& queues, Session& session, uint32_t cell, uint32_t tag);
     bool serve(Queues& queues, Session& session, uint32_t cell, uint32_t tag);

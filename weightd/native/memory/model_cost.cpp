@@ -2,10 +2,20 @@
 
 #include "device/block_size.h"
 #include "memory/session.h"
+#include "pool/cell_replacement.h"
+#include "pool/expert_replacement.h"
 #include "pool/pool.h"
 #include "ring.h"
 
 namespace weightd {
+namespace {
+
+uint64_t replacement_bytes(const ModelSpec& spec) {
+    return spec.has_experts() ? ExpertReplacement::table_bytes(spec.cell_count(), spec.ranges())
+                              : CellReplacement::table_bytes(spec.cell_count());
+}
+
+}  // namespace
 
 uint64_t catalog_bytes(const ModelSpec& spec) {
     const uint64_t bundles = uint64_t{spec.layers.back().first_checksum} + spec.layers.back().neurons;
@@ -14,7 +24,7 @@ uint64_t catalog_bytes(const ModelSpec& spec) {
 
 uint64_t activation_bytes(const ModelSpec& spec) {
     return whole_pages(spec.resident_bytes) + Pool::table_bytes(spec.cell_count(), spec.cell_count()) +
-           SESSIONS_RESERVED * session_bytes(spec);
+           replacement_bytes(spec) + SESSIONS_RESERVED * session_bytes(spec);
 }
 
 uint64_t session_bytes(const ModelSpec& spec) {

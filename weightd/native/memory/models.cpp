@@ -5,7 +5,22 @@
 #include <stdexcept>
 #include <string>
 
+#include "pool/expert_replacement.h"
+
 namespace weightd {
+namespace {
+
+std::unique_ptr<Pool> new_pool(const ModelSpec& spec) {
+    if (!spec.has_experts()) return std::make_unique<Pool>(spec.cell_count(), spec.cell_bytes);
+    std::vector<Range> ranges;
+    for (uint32_t layer = 0; layer < spec.layers.size(); layer++) {
+        const uint32_t count = std::max(1U, spec.layers[layer].experts);
+        ranges.insert(ranges.end(), count, {layer, spec.layers[layer].cells / count});
+    }
+    return std::make_unique<Pool>(spec.cell_count(), spec.cell_bytes, std::make_unique<ExpertReplacement>(ranges));
+}
+
+}  // namespace
 
 Models::Models(uint64_t dram_bytes, Reader& reader)
     : memory_(dram_bytes),
@@ -69,7 +84,7 @@ bool Models::activate(uint32_t index, Use use, uint64_t has_bytes) {
     memory_.take(Account::resident, resident_bytes);
     memory_.take(Account::tables, activation_bytes(model.spec) - resident_bytes);
     sessions_.update_limits();
-    model.pool = std::make_unique<Pool>(model.spec.cell_count(), model.spec.cell_bytes);
+    model.pool = new_pool(model.spec);
     model.pool->seed(model.hotness);
     model.activations++;
     return true;

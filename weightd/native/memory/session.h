@@ -10,6 +10,8 @@
 
 namespace weightd {
 
+inline constexpr uint32_t NO_LAYER = UINT32_MAX;
+
 class Session {
   public:
     Session(uint32_t model, uint32_t cells, uint32_t share_slots, bool borrows = false)
@@ -36,13 +38,14 @@ class Session {
 
     uint32_t id = 0;  // given by Sessions
     const uint32_t model;
-    const uint32_t share_slots;   // guaranteed to it
-    const bool borrows;           // may hold more than its share while nobody waits for a slot
-    uint32_t lease_limit;         // share and what may be borrowed; held_cells exceeds it only after it fell
-    uint32_t held_cells = 0;      // distinct cells with a lease, granted or pending
-    uint32_t unanswered = 0;      // pending leases
-    Clock::time_point active_at;  // when it last asked for a cell or was granted one
-    uint64_t hits = 0;            // of the cells that it asked for
+    const uint32_t share_slots;      // guaranteed to it
+    const bool borrows;              // may hold more than its share while nobody waits for a slot
+    uint32_t lease_limit;            // share and what may be borrowed; held_cells exceeds it only after it fell
+    uint32_t held_cells = 0;         // distinct cells with a lease, granted or pending
+    uint32_t unanswered = 0;         // pending leases
+    Clock::time_point active_at;     // when it last asked for a cell or was granted one
+    uint32_t step_layer = NO_LAYER;  // of its step under way; NO_LAYER once it has given everything back
+    uint64_t hits = 0;               // of the cells that it asked for
     uint64_t misses = 0;
     uint64_t read_bytes = 0;  // read from flash for it
 

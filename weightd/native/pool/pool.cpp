@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cassert>
+#include <utility>
+
+#include "pool/cell_replacement.h"
 
 namespace weightd {
 namespace {
@@ -10,16 +13,17 @@ bool is_busy(const Slot& slot) { return slot.reading || slot.leases > 0; }
 
 }  // namespace
 
-Pool::Pool(uint32_t cells, uint32_t cell_bytes)
-    : cell_bytes_(cell_bytes), slot_of_(cells, NO_SLOT), replacement_(cells) {}
+Pool::Pool(uint32_t cells, uint32_t cell_bytes) : Pool(cells, cell_bytes, std::make_unique<CellReplacement>(cells)) {}
+
+Pool::Pool(uint32_t cells, uint32_t cell_bytes, std::unique_ptr<Replacement> replacement)
+    : cell_bytes_(cell_bytes), slot_of_(cells, NO_SLOT), replacement_(std::move(replacement)) {}
 
 uint64_t Pool::table_bytes(uint32_t cells, uint64_t slots_max) {
-    return Replacement::table_bytes(cells) + uint64_t{cells} * sizeof(uint32_t) +
-           slots_max * (sizeof(Slot) + sizeof(uint32_t));
+    return uint64_t{cells} * sizeof(uint32_t) + slots_max * (sizeof(Slot) + sizeof(uint32_t));
 }
 
 void Pool::write_hotness(std::span<Hotness> hotness) const {
-    replacement_.write_hotness(hotness);
+    replacement_->write_hotness(hotness);
     for (uint32_t cell = 0; cell < slot_of_.size(); cell++) {
         if (slot_of_[cell] != NO_SLOT) hotness[cell] |= HOTNESS_IN_POOL;
     }
@@ -39,7 +43,7 @@ Place Pool::insert(uint32_t cell) {
     assert(slot_of_[cell] == NO_SLOT);
     const bool contested = free_ == 0;
     while (free_ == 0) {
-        const uint32_t victim = replacement_.victim();
+        const uint32_t victim = replacement_->victim();
         if (victim == NO_CELL) return {};
         evictions_++;
         empty(find(victim));  // in a draining segment this frees no usable slot, and another must be evicted
@@ -49,7 +53,7 @@ Place Pool::insert(uint32_t cell) {
     place.segment->busy++;
     filled_++;
     slot_of_[cell] = place.segment->index << 16 | place.index;
-    replacement_.inserted(cell, contested);
+    replacement_->inserted(cell, contested);
     return place;
 }
 
@@ -83,10 +87,10 @@ void Pool::update_busy(Place place, bool was_busy) {
     if (busy == was_busy) return;
     if (busy) {
         place.segment->busy++;
-        replacement_.pinned(place.slot().cell);
+        replacement_->pinned(place.slot().cell);
     } else {
         place.segment->busy--;
-        replacement_.unpinned(place.slot().cell);
+        replacement_->unpinned(place.slot().cell);
         if (place.segment->draining) drop(place);
     }
 }
@@ -101,7 +105,7 @@ void Pool::drop(Place place) {
     assert(slot.leases == 0);
     if (slot.reading) place.segment->busy--;
     slot.reading = false;
-    replacement_.removed(slot.cell);
+    replacement_->removed(slot.cell);
     empty(place);
 }
 

@@ -47,7 +47,8 @@ struct Place {  // where a slot is; or none
 
 class Pool {
   public:
-    Pool(uint32_t cells, uint32_t cell_bytes);
+    Pool(uint32_t cells, uint32_t cell_bytes);  // with the policy of cell_replacement.h
+    Pool(uint32_t cells, uint32_t cell_bytes, std::unique_ptr<Replacement> replacement);
 
     Place find(uint32_t cell) const;
     // Gives `cell` a free slot, or evicts a cell for it. The slot is `reading` and has no leases. None when all are
@@ -58,10 +59,11 @@ class Pool {
     void drop(Place place);    // the cell, which is not leased, leaves the pool
     void lease(Place place);
     void unlease(Place place);
-    void touched(uint32_t cell) { replacement_.touched(cell); }
-    void retain_probationary(bool retain) { replacement_.retain_probationary(retain); }
-    uint32_t retained_max() const { return replacement_.retained_max(); }
-    void seed(std::span<const Hotness> hotness) { replacement_.seed(hotness); }
+    void touched(uint32_t cell) { replacement_->touched(cell); }
+    void step_begins(uint32_t layer) { replacement_->step_begins(layer); }
+    void retain_probationary(bool retain) { replacement_->retain_probationary(retain); }
+    uint32_t retained_max() const { return replacement_->retained_max(); }
+    void seed(std::span<const Hotness> hotness) { replacement_->seed(hotness); }
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
@@ -80,7 +82,7 @@ class Pool {
     uint64_t evictions() const { return evictions_; }
     uint64_t leases() const { return leases_; }
 
-    static uint64_t table_bytes(uint32_t cells, uint64_t slots_max);
+    static uint64_t table_bytes(uint32_t cells, uint64_t slots_max);  // without those of the policy
 
   private:
     Place take_free();
@@ -91,7 +93,7 @@ class Pool {
     uint32_t cell_bytes_;
     std::vector<uint32_t> slot_of_;                   // by cell: index of the segment << 16 | index in it, or NO_SLOT
     std::vector<std::unique_ptr<Segment>> segments_;  // by index; null where one has retired
-    Replacement replacement_;
+    std::unique_ptr<Replacement> replacement_;
     uint64_t slots_ = 0;   // in segments that do not drain
     uint64_t free_ = 0;    // free ones of those
     uint64_t filled_ = 0;  // in all segments

@@ -1,25 +1,10 @@
-// Which cell is evicted when the pool is full: the least used one, where recent uses count for more.
+// Which cell is evicted when the pool is full. Cells are numbered through all layers of one model.
 //
-// LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001): a use counts for 1 at first, and for half as much
-// after each half-life. A cell's score is the sum over all its uses, including those while it was not in the pool. All
-// scores fall at the same rate, so their order changes only when a cell is used. A half-life is the time in which every
-// cell is used twice on average. Cells are numbered through all layers of one model.
-//
-// Admission: a cell that enters a full pool is admitted only if its score, without the use that it is read for, is
-// above the score of the cell that would be evicted for it. Otherwise it is probationary. So a cyclic scan finds in
-// each turn what it found in the last one, and a single scan evicts nothing of value. A use of a probationary cell does
-// not admit it, because it only shows that another session follows the first. A cell that is used often is admitted
-// when it is read the next time.
-//
-// Invariants: a pinned cell (leased, or being read) is never evicted. Probationary cells are evicted before admitted
-// ones. While several scans are under way, some probationary cells are retained: a twentieth of the number of cells
-// outside the pool, and at most half of the pool. A scan that is a little behind finds those and catches up; from then
-// on, all scans wait for the same reads. engine/scans.h says what happens to a scan that is further behind.
+// There are two policies: cell_replacement.h, and expert_replacement.h for models with experts.
 #pragma once
 
 #include <cstdint>
 #include <span>
-#include <vector>
 
 namespace weightd {
 
@@ -32,57 +17,25 @@ using Hotness = uint8_t;
 inline constexpr Hotness HOTNESS_MEAN = 64;
 inline constexpr Hotness HOTNESS_MAX = 127;
 inline constexpr Hotness HOTNESS_IN_POOL = 128;
+inline constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 
 class Replacement {
   public:
-    explicit Replacement(uint32_t cells);
-    void seed(std::span<const Hotness> hotness);   // replaces all scores; `hotness` is by cell
-    void inserted(uint32_t cell, bool contested);  // it enters the pool, pinned; contested: there was no free slot
-    void touched(uint32_t cell);                   // it is used; it is in the pool
-    void pinned(uint32_t cell);
-    void unpinned(uint32_t cell);
-    void removed(uint32_t cell);  // it leaves the pool for another reason than victim()
-    uint32_t victim();            // takes a cell out; NO_CELL when all are pinned
-    void retain_probationary(bool retain) { retains_ = retain; }
-    uint32_t retained_max() const;  // probationary cells that are retained now
-    bool probationary(uint32_t cell) const { return probationary_[cell] != 0; }  // `cell` is in the pool
+    virtual ~Replacement() = default;
+    virtual void seed(std::span<const Hotness> hotness) = 0;   // replaces what was learned; `hotness` is by cell
+    virtual void inserted(uint32_t cell, bool contested) = 0;  // enters the pool, pinned; contested: no slot was free
+    virtual void touched(uint32_t cell) = 0;                   // it is used; it is in the pool
+    virtual void pinned(uint32_t cell) = 0;
+    virtual void unpinned(uint32_t cell) = 0;
+    virtual void removed(uint32_t cell) = 0;  // it leaves the pool for another reason than victim()
+    virtual uint32_t victim() = 0;            // takes a cell out; NO_CELL when all are pinned
+    virtual void write_hotness(std::span<Hotness> hotness) const = 0;  // by cell; without HOTNESS_IN_POOL
 
-    void write_hotness(std::span<Hotness> hotness) const;  // writes the learned one by cell; without HOTNESS_IN_POOL
-
-    static uint64_t table_bytes(uint32_t cells);  // bytes of all its allocations
-
-  private:
-    using Score = uint16_t;  // log2 of the sum of uses, above a moving zero, in STEPS_PER_OCTAVE
-    struct Link {            // in a circular list; a cell that is in no list is linked to itself
-        uint32_t previous;
-        uint32_t next;
-    };
-
-    void advance();
-    void move_zero();
-    uint32_t list_of(uint32_t level) const;
-    uint32_t probationary_list() const;
-    uint32_t level_of(Score score) const;
-    uint32_t level_min() const;
-    uint32_t level_max() const;
-    void put(uint32_t cell);
-    void take(uint32_t cell);
-    uint32_t next_victim();
-    bool admits(uint32_t cell);
-    void find_lowest();
-    void append(uint32_t target, uint32_t source);
-
-    uint32_t cells_;
-    uint32_t touches_per_step_;  // touches that move time by one step
-    uint32_t touches_ = 0;       // touches since the last step
-    uint32_t now_;               // the score of one use now
-    uint32_t lowest_;            // level below which the pool has no unpinned admitted cell
-    bool retains_ = false;
-    uint32_t probationary_count_ = 0;  // unpinned cells on probation in the pool
-    uint32_t admitted_count_ = 0;      // unpinned admitted cells in the pool
-    std::vector<Score> scores_;
-    std::vector<uint8_t> probationary_;  // by cell: 1 or 0; only cells in the pool count
-    std::vector<Link> links_;            // cells, then heads of the lists: one per level, and the probationary list
+    // Of scans (engine/scans.h): whether probationary cells are retained, and how many are now.
+    virtual void retain_probationary(bool /*retain*/) {}
+    virtual uint32_t retained_max() const { return 0; }
+    // Of mixtures: a session begins to use a layer. What it uses of the layer until the next step belongs together.
+    virtual void step_begins(uint32_t /*layer*/) {}
 };
 
 }  // namespace weightd

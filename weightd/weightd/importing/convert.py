@@ -7,9 +7,11 @@ nor do those of the checkpoint if their file system supports O_DIRECT.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,19 +19,20 @@ import numpy as np
 
 from weightd import _native
 from weightd.checkpoint.checkpoint import Checkpoint
+from weightd.checkpoint.folder import CONFIG_FILE
 from weightd.checkpoint.opening import open_checkpoint
 from weightd.errors import SpaceError
 from weightd.importing.assembly import plan_resident
-from weightd.importing.families import derive
+from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
-from weightd.importing.rehearsal import Rehearse, check_runnable
 from weightd.importing.resident import lay_out_resident
 from weightd.importing.sources import used_tensors, without_equal_ties
 from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
-from weightd.store.layout import bundle_layout, lay_out_layers
+from weightd.store.device_profile import full_speed_read_bytes
+from weightd.store.layout import lay_out_layers, model_layout
 from weightd.store.origin import origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
@@ -62,25 +65,33 @@ def import_checkpoint(
     allow_buffered: bool = False,
     progress: Progress | None = None,
     replaces: bytes = b"",
-    rehearse: Rehearse | None = None,
+    ask: Ask | None = None,
+    activation: str = "",
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
     `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
-    `rehearse`: see check_runnable. Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError
-    (O_DIRECT is refused and `allow_buffered` is not set) or OSError. After an error the store is as before.
+    `ask`: the client that started the import; by default a child process is asked.
+    `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
+
+    Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
+    `allow_buffered` is not set) or OSError. After an error the store is as before.
     """
     name = name if name is not None else model_name_for(Path(os.path.normpath(path.absolute())))
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
-        origin = origin_of(path, dtype)  # first, so that a change during the import counts as a later change
-        checkpoint = open_checkpoint(path)
-        model = _lay_out(checkpoint, name, dtype, _block_bytes(staging))
-        model.record.source = source_text(path)
-        model.record.origin.CopyFrom(origin)
-        _check_space(model.record, store.path)
-        files_folder = staging.folder / FILES_FOLDER
-        model.record.files.extend(_write_files(checkpoint, files_folder))
-        check_runnable(model.record, files_folder, path, rehearse)
+        origin = origin_of(
+            path, dtype, activation
+        )  # first, so that a change during the import counts as a later change
+        with nullcontext(ask) if ask is not None else child() as asked:
+            checkpoint = open_checkpoint(path)
+            recipe = derive(checkpoint, asked, activation)
+            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
+            model.record.source = source_text(path)
+            model.record.origin.CopyFrom(origin)
+            _check_space(model.record, store.path)
+            files_folder = staging.folder / FILES_FOLDER
+            model.record.files.extend(_write_files(checkpoint, recipe, files_folder))
+            check_runnable(model.record, files_folder, path, asked)
         writer = ModelWriter(
             model.record, model.header, model.units, model.resident, staging.folder, allow_buffered, progress
         )
@@ -98,8 +109,14 @@ def _block_bytes(staging: Staging) -> int:
         probe.unlink()
 
 
-def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes: int) -> _Model:
-    recipe = derive(checkpoint)
+def _lay_out(
+    checkpoint: Checkpoint,
+    recipe: weightd_pb2.Recipe,
+    name: str,
+    dtype_request: str,
+    block_bytes: int,
+    read_bytes: int,
+) -> _Model:
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
     dtype = stored_dtype(recipe, tensors, dtype_request)
@@ -108,7 +125,8 @@ def _lay_out(checkpoint: Checkpoint, name: str, dtype_request: str, block_bytes:
     record.name = name
     record.compute_dtype = dtype
     parts = parts_of([part.name for part in recipe.model.bundle.parts], plain(dtype))
-    record.bundle.CopyFrom(bundle_layout(parts, recipe.model.bundle.hidden_size, block_bytes))
+    layout = model_layout(parts, recipe.model.bundle.hidden_size, record.layers, block_bytes, read_bytes)
+    record.bundle.CopyFrom(layout)
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
     kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
     header, stored = lay_out_resident(kinds, block_bytes)
@@ -134,9 +152,11 @@ def _check_space(record: weightd_pb2.Model, path: Path) -> None:
         )
 
 
-def _write_files(checkpoint: Checkpoint, folder: Path) -> list[weightd_pb2.File]:
+def _write_files(checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, folder: Path) -> list[weightd_pb2.File]:
     folder.mkdir()
     checkpoint.write_files(folder)
+    if json.loads(recipe.config_json) != checkpoint.config:  # that of another class, which runs the checkpoint
+        (folder / CONFIG_FILE).write_bytes(recipe.config_json)
     files = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)

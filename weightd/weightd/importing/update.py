@@ -7,8 +7,8 @@ from pathlib import Path
 from weightd.checkpoint.hub import newest_commit
 from weightd.checkpoint.opening import check_exists
 from weightd.errors import ImportingError, StoreError
+from weightd.importing.client_process import Ask
 from weightd.importing.convert import import_checkpoint
-from weightd.importing.rehearsal import Rehearse
 from weightd.importing.writing import Progress
 from weightd.store.origin import origin_of, source_text
 from weightd.store.store import CATALOG_FILE, Store, check_model_name, model_name_for
@@ -25,14 +25,15 @@ def update(
     dtype: str | None = None,
     allow_buffered: bool = False,
     progress: Progress | None = None,
-    rehearse: Rehearse | None = None,
+    ask: Ask | None = None,
+    activation: str | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
     Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
-    its checkpoint if it is new. `dtype`: as of import_checkpoint; by default that of the last import. Raises the errors
-    of import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but
-    its model is calibrated or served.
+    its checkpoint if it is new. `dtype`, `activation`: as of import_checkpoint; by default those of the last import.
+    Raises the errors of import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the
+    checkpoint has changed but its model is calibrated or served.
     """
     check_exists(path)
     while True:
@@ -40,14 +41,15 @@ def update(
         target = name if name is not None else known.name if known is not None else _default_name(path)
         if known is None:
             _require_free(store, target, path)
-        elif not _has_changed(known, path, dtype):
+        elif not _has_changed(known, path, dtype, activation):
             return known, KEPT
         else:
             _require_replaceable(known, store, path)
         wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
+        function = activation if activation is not None else "" if known is None else known.origin.activation
         replaces = b"" if known is None else known.import_id
         try:
-            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, rehearse)
+            model = import_checkpoint(path, store, target, wanted, allow_buffered, progress, replaces, ask, function)
         except ImportingError:
             store.await_import(check_model_name(target))
         else:
@@ -55,7 +57,7 @@ def update(
 
 
 def current_on_hub(
-    source: str, revision: str | None, store: Path, name: str | None = None, dtype: str | None = None
+    source: str, revision: str | None, store: Path, name: str | None, dtype: str | None, activation: str | None
 ) -> weightd_pb2.Model | None:
     """The model that was imported from the hub's `source`, if it is of the commit that the hub has now.
 
@@ -66,7 +68,8 @@ def current_on_hub(
     with Store.open(store, readonly=True) as opened:
         for model in opened.models():
             origin = model.origin
-            if model.source == source and name in (None, model.name) and dtype in (None, origin.dtype):
+            same = dtype in (None, origin.dtype) and activation in (None, origin.activation)
+            if model.source == source and name in (None, model.name) and same:
                 return model if origin.commit and origin.commit == newest_commit(source, revision) else None
     return None
 
@@ -80,11 +83,12 @@ def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Mo
     return None
 
 
-def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None) -> bool:
+def _has_changed(model: weightd_pb2.Model, path: Path, dtype: str | None, activation: str | None) -> bool:
     """Whether an import would give another model. Unknown, and so False, for an import by an older weightd."""
     if not model.HasField("origin"):
         return False
-    now = origin_of(path, model.origin.dtype if dtype is None else dtype)
+    last = model.origin
+    now = origin_of(path, last.dtype if dtype is None else dtype, last.activation if activation is None else activation)
     now.commit = model.origin.commit  # of a commit with the same files nothing is new
     return bool(model.origin != now)
 

@@ -24,7 +24,7 @@ RESPONSE_BYTES_MAX = 1 << 20
 # One block less leaves room for the message's own bytes and keeps ranges aligned to blocks.
 DATA_BYTES_MAX = RESPONSE_BYTES_MAX - 4096
 REQUEST_BYTES_MAX = RESPONSE_BYTES_MAX + (64 << 10)  # a piece of a calibration, or FETCH_NAMED_MAX numbers
-FETCH_BYTES_MAX = 2 << 20  # of cells; small bundles may be scattered over many cells
+FETCH_BYTES_MAX = 2 << 20  # of cells, or one cell; small bundles may be scattered over many cells
 FETCH_BUNDLES_MAX = 1 << 20  # of one call, ranges included
 FETCH_NAMED_MAX = 1 << 17  # neurons named in one call: 1 MiB while the stream is open, in the request and as positions
 FETCH_RANGES_MAX = 1 << 14  # of one call
@@ -103,9 +103,14 @@ class Fetcher:
 
     def _bundles(self, served: ServedModel, layer: int, positions: Positions) -> Iterator[bytes]:
         layout = served.record.bundle
-        step = max(1, min(DATA_BYTES_MAX // layout.bundle_bytes, FETCH_BYTES_MAX // layout.cell_bytes))
-        for first in range(0, len(positions), step):
-            yield from _cut(self._read(served, layer, positions.part(first, first + step)))
+        bundles_max = max(1, DATA_BYTES_MAX // layout.bundle_bytes)
+        cells_max = max(1, FETCH_BYTES_MAX // layout.cell_bytes)
+        first = 0
+        while first < len(positions):
+            part = positions.part(first, first + bundles_max)
+            part = part[: _first_in_cells(part // np.uint32(layout.bundles_per_cell), cells_max)]
+            first += len(part)
+            yield from _cut(self._read(served, layer, part))
 
     def _read(self, served: ServedModel, layer: int, positions: Indices) -> bytes:
         """The bundles at `positions`, concatenated."""
@@ -194,6 +199,12 @@ def _layer(served: ServedModel, layer: int) -> weightd_pb2.Layer:
     if layer >= len(layers):
         raise RequestError(f"no layer {layer} in model {served.record.name!r} of {len(layers)} layers")
     return layers[layer]
+
+
+def _first_in_cells(cells: Indices, cells_max: int) -> int:
+    """How many of the first entries lie in `cells_max` different cells."""
+    _, first_uses = np.unique(cells, return_index=True)
+    return int(np.sort(first_uses)[cells_max]) if len(first_uses) > cells_max else len(cells)
 
 
 def _cut(data: bytes) -> Iterator[bytes]:

@@ -202,10 +202,17 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     predictors = predictors_of(model.calibration)
     predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
     resident_bytes = model.resident_file_bytes + predictors_bytes
-    minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons)
+    experts = ranges_of(model)
+    minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons, experts)
     bundles_bytes = cells * cell_bytes
     calibration_bytes = bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
+
+
+def ranges_of(model: weightd_pb2.Model) -> int:
+    """For a model with experts, its experts and its layers without experts; 0 for other models."""
+    experts = [layer.experts for layer in model.layers]
+    return sum(max(1, count) for count in experts) if any(experts) else 0
 
 
 def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
@@ -220,7 +227,7 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
         stride_bytes=bundle.stride_bytes,
         bundle_bytes=bundle.bundle_bytes,
         bundles_per_cell=bundle.bundles_per_cell,
-        layers=[(layer.offset_bytes, layer.neurons, layer.cells) for layer in record.layers],
+        layers=[(layer.offset_bytes, layer.neurons, layer.cells, layer.experts) for layer in record.layers],
         checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
         tensors=[(tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident],
     )

@@ -28,6 +28,8 @@ SEQUENTIAL_DEPTH = 8
 SECONDS_EACH = 0.2  # 19 measurements: about four seconds
 SAMPLE_BYTES = 256 << 20
 WRITE_BYTES = 16 << 20
+FULL_SPEED = 0.9  # of the sequential speed
+FULL_SPEED_READ_BYTES_DEFAULT = 512 << 10  # where nothing was measured: enough for most NVMe drives and virtual disks
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,16 @@ def sequential_gb_per_s(store: Store) -> float:
     """The device's sequential speed, 0 if it was not measured."""
     profile = kept_profile(store)
     return 0.0 if profile is None else profile.sequential_gb_per_s
+
+
+def full_speed_read_bytes(store: Store) -> int:
+    """The smallest size of random reads, many at once, that reaches FULL_SPEED. The largest measured if none does."""
+    profile = kept_profile(store)
+    if profile is None:
+        return FULL_SPEED_READ_BYTES_DEFAULT
+    many = sorted((row for row in profile.random if row.depth == max(DEPTHS)), key=lambda row: row.read_bytes)
+    fast = [row.read_bytes for row in many if row.gb_per_s >= FULL_SPEED * profile.sequential_gb_per_s]
+    return min(fast, default=max((row.read_bytes for row in many), default=FULL_SPEED_READ_BYTES_DEFAULT))
 
 
 def measure(folder: Path, io_engine: str = "auto") -> DeviceProfile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from weightd._native import BundleShape
@@ -11,12 +12,15 @@ from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Layer
 
 # Bundles of a cell start on cache lines, so that the kernels read whole ones.
 STRIDE_ALIGNMENT_BYTES = 64
+# Of a mixture of experts. A session has the guarantee of a few cells, and a Fetch holds one at a time.
+EXPERT_CELL_BYTES_MAX = 2 << 20
 
 
 def bundle_layout(parts: Sequence[BundlePart], hidden_size: int, block_bytes: int) -> BundleLayout:
     """The layout of bundles of `parts` (`hidden_size` values each) on blocks of `block_bytes`.
 
-    Small bundles share a block; a larger one is a cell of its own, padded to the block size.
+    For FFNs whose neurons are read one by one. Small bundles share a block; a larger one is a cell of its own, padded
+    to the block size.
     """
     layout = BundleLayout(parts=parts, hidden_size=hidden_size, block_bytes=block_bytes)
     layout.bundle_bytes = sum(part_bytes(layout))
@@ -25,6 +29,38 @@ def bundle_layout(parts: Sequence[BundlePart], hidden_size: int, block_bytes: in
     layout.cell_bytes = block_bytes if layout.bundles_per_cell > 1 else round_up(layout.bundle_bytes, block_bytes)
     fill_old_fields(layout)
     return layout
+
+
+def model_layout(
+    parts: Sequence[BundlePart], hidden_size: int, layers: Iterable[Layer], block_bytes: int, read_bytes: int
+) -> BundleLayout:
+    """The layout of a model with these layers.
+
+    The bundles of an expert are read together. So a cell of a model with experts holds the fewest bundles that have
+    `read_bytes`, but always a divisor of an expert's, so that each expert begins with a cell. No cell is larger than
+    EXPERT_CELL_BYTES_MAX, unless one bundle is.
+
+    Args:
+        read_bytes: the size of reads from which on the device has its full speed (device_profile.py).
+    """
+    layout = bundle_layout(parts, hidden_size, block_bytes)
+    expert_neurons = [layer.neurons // layer.experts for layer in layers if layer.experts]
+    if not expert_neurons:
+        return layout
+    layout.bundles_per_cell = 1
+    for bundles in _divisors(math.gcd(*expert_neurons)):
+        if bundles > 1 and round_up(bundles * layout.stride_bytes, block_bytes) > EXPERT_CELL_BYTES_MAX:
+            break
+        layout.bundles_per_cell = bundles
+        if bundles * layout.stride_bytes >= read_bytes:
+            break
+    layout.cell_bytes = round_up(layout.bundles_per_cell * layout.stride_bytes, block_bytes)
+    return layout
+
+
+def _divisors(number: int) -> list[int]:
+    """In ascending order."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
 
 
 def lay_out_layers(layout: BundleLayout, layers: Iterable[Layer]) -> int:

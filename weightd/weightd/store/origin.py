@@ -24,11 +24,12 @@ SAMPLES = 32
 SAMPLE_BYTES = 4096
 
 
-def origin_of(path: Path, dtype: str) -> weightd_pb2.Origin:
-    """The origin of the checkpoint at `path` (a folder or a file), imported with --dtype `dtype`. OSError."""
+def origin_of(path: Path, dtype: str, activation: str = "") -> weightd_pb2.Origin:
+    """The origin of the checkpoint at `path` (a folder or a file), imported with these flags. OSError."""
     files = [_file(name, file) for name, file in sorted(_files(path).items())]
     resolved = path.resolve()
-    return weightd_pb2.Origin(dtype=dtype, files=files, commit=resolved.name if hub_name_of(resolved) else "")
+    commit = resolved.name if hub_name_of(resolved) else ""
+    return weightd_pb2.Origin(dtype=dtype, files=files, commit=commit, activation=activation)
 
 
 def source_text(path: Path) -> str:

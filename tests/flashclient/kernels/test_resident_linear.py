@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
-from flashclient.model.arrays import array_of
-from flashclient.model.dtypes import KERNEL_DTYPES
-from flashclient.model.resident_linear import ResidentLinear, use_fast_linears
+from flashclient.kernels.arrays import array_of
+from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.resident_linear import ResidentLinear, use_fast_linears
 
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from flashclient.errors import ModelError
-from flashclient.recipes.names import find_tensors, kept_in_f32, part_source, places_of
-from flashclient.recipes.places import Joined, Piece, Place, UntraceableError, gather, matrix, message, stack
-from flashclient.recipes.tracing import TracedTensor
+from flashclient.tensors.names import find_tensors, kept_in_f32, part_source, places_of
+from flashclient.tensors.places import Joined, Piece, Place, UntraceableError, gather, matrix, message, stack
+from flashclient.tensors.tracing import TracedTensor
 from weightd_proto.weightd_pb2 import MatrixSource, Slice, TensorSource
 
 SIZES = {

@@ -1,4 +1,4 @@
-#include "pool/replacement.h"
+#include "pool/cell_replacement.h"
 
 #include <algorithm>
 #include <array>
@@ -17,7 +17,6 @@ constexpr uint32_t STEPS_PER_LEVEL = 8;     // cells of one level are evicted in
 constexpr uint32_t LEVELS = 1024;           // 32 octaves around now; scores beyond count as the outermost level
 constexpr uint32_t NOW_FIRST = 128 * STEPS_PER_OCTAVE;
 constexpr uint32_t NOW_LAST = 192 * STEPS_PER_OCTAVE;  // at this time the zero of all scores moves
-constexpr uint32_t HOTNESS_PER_OCTAVE = 8;
 constexpr uint32_t STEPS_PER_HOTNESS = STEPS_PER_OCTAVE / HOTNESS_PER_OCTAVE;
 // While several scans are under way, 1/20 as many probationary cells are retained as there are cells outside the pool.
 // That costs a scan up to 1/20 more reads.
@@ -52,7 +51,7 @@ const int MEAN_ABOVE_NOW =
 
 }  // namespace
 
-Replacement::Replacement(uint32_t cells)
+CellReplacement::CellReplacement(uint32_t cells)
     : cells_(cells),
       touches_per_step_(std::max(1U, cells / (STEPS_PER_OCTAVE / USES_PER_HALF_LIFE))),
       now_(NOW_FIRST),
@@ -63,7 +62,7 @@ Replacement::Replacement(uint32_t cells)
     for (uint32_t i = 0; i < links_.size(); i++) links_[i] = {i, i};
 }
 
-void Replacement::seed(std::span<const Hotness> hotness) {
+void CellReplacement::seed(std::span<const Hotness> hotness) {
     assert(hotness.size() == cells_);
     for (uint32_t cell = 0; cell < cells_; cell++) {
         const int code = hotness[cell] & HOTNESS_MAX;
@@ -75,16 +74,16 @@ void Replacement::seed(std::span<const Hotness> hotness) {
     }
 }
 
-uint64_t Replacement::table_bytes(uint32_t cells) {
+uint64_t CellReplacement::table_bytes(uint32_t cells) {
     return uint64_t{cells} * (sizeof(Score) + sizeof(uint8_t) + sizeof(Link)) + (LEVELS + 1) * sizeof(Link);
 }
 
-void Replacement::inserted(uint32_t cell, bool contested) {
+void CellReplacement::inserted(uint32_t cell, bool contested) {
     probationary_[cell] = contested && !admits(cell) ? 1 : 0;
     pinned(cell);
 }
 
-void Replacement::touched(uint32_t cell) {
+void CellReplacement::touched(uint32_t cell) {
     advance();
     scores_[cell] = static_cast<Score>(sum(scores_[cell], now_));
     if (links_[cell].next == cell) return;  // pinned
@@ -92,32 +91,32 @@ void Replacement::touched(uint32_t cell) {
     put(cell);
 }
 
-void Replacement::pinned(uint32_t cell) { take(cell); }
+void CellReplacement::pinned(uint32_t cell) { take(cell); }
 
-void Replacement::unpinned(uint32_t cell) { put(cell); }
+void CellReplacement::unpinned(uint32_t cell) { put(cell); }
 
-void Replacement::removed(uint32_t cell) { take(cell); }
+void CellReplacement::removed(uint32_t cell) { take(cell); }
 
-uint32_t Replacement::victim() {
+uint32_t CellReplacement::victim() {
     const uint32_t cell = next_victim();
     if (cell != NO_CELL) take(cell);
     return cell;
 }
 
-uint32_t Replacement::next_victim() {
+uint32_t CellReplacement::next_victim() {
     if (probationary_count_ > retained_max()) return links_[probationary_list()].next;
     find_lowest();
     if (lowest_ <= level_max()) return links_[list_of(lowest_)].next;
     return probationary_count_ > 0 ? links_[probationary_list()].next : NO_CELL;
 }
 
-uint32_t Replacement::retained_max() const {
+uint32_t CellReplacement::retained_max() const {
     if (!retains_) return 0;
     const uint32_t there = admitted_count_ + probationary_count_;
     return std::min((cells_ - there) / RETAINED_DIVISOR, there / 2);
 }
 
-void Replacement::write_hotness(std::span<Hotness> hotness) const {
+void CellReplacement::write_hotness(std::span<Hotness> hotness) const {
     assert(hotness.size() == cells_);
     for (uint32_t cell = 0; cell < cells_; cell++) {
         const int above = int{scores_[cell]} - static_cast<int>(now_) - MEAN_ABOVE_NOW;
@@ -128,7 +127,7 @@ void Replacement::write_hotness(std::span<Hotness> hotness) const {
 
 // ---- time ----
 
-void Replacement::advance() {
+void CellReplacement::advance() {
     if (++touches_ < touches_per_step_) return;
     touches_ = 0;
     if (++now_ % STEPS_PER_LEVEL == 0) {  // the ring of levels moves up: the lowest level joins the next one
@@ -138,7 +137,7 @@ void Replacement::advance() {
     if (now_ == NOW_LAST) move_zero();
 }
 
-void Replacement::move_zero() {
+void CellReplacement::move_zero() {
     for (Score& score : scores_) score -= std::min<Score>(score, NOW_LAST - NOW_FIRST);
     now_ = NOW_FIRST;
     lowest_ -= (NOW_LAST - NOW_FIRST) / STEPS_PER_LEVEL;
@@ -146,28 +145,28 @@ void Replacement::move_zero() {
 
 // ---- the ring of levels ----
 
-uint32_t Replacement::level_max() const { return now_ / STEPS_PER_LEVEL + LEVELS / 2; }
+uint32_t CellReplacement::level_max() const { return now_ / STEPS_PER_LEVEL + LEVELS / 2; }
 
-uint32_t Replacement::level_min() const { return level_max() + 1 - LEVELS; }
+uint32_t CellReplacement::level_min() const { return level_max() + 1 - LEVELS; }
 
-uint32_t Replacement::level_of(Score score) const {
+uint32_t CellReplacement::level_of(Score score) const {
     return std::clamp<uint32_t>(score / STEPS_PER_LEVEL, level_min(), level_max());
 }
 
-uint32_t Replacement::probationary_list() const { return cells_ + LEVELS; }
+uint32_t CellReplacement::probationary_list() const { return cells_ + LEVELS; }
 
-uint32_t Replacement::list_of(uint32_t level) const { return cells_ + level % LEVELS; }
+uint32_t CellReplacement::list_of(uint32_t level) const { return cells_ + level % LEVELS; }
 
-void Replacement::find_lowest() {
+void CellReplacement::find_lowest() {
     while (lowest_ <= level_max() && links_[list_of(lowest_)].next == list_of(lowest_)) lowest_++;
 }
 
-bool Replacement::admits(uint32_t cell) {
+bool CellReplacement::admits(uint32_t cell) {
     find_lowest();
     return level_of(scores_[cell]) > lowest_;
 }
 
-void Replacement::put(uint32_t cell) {
+void CellReplacement::put(uint32_t cell) {
     uint32_t list = probationary_list();
     if (probationary_[cell] != 0) {
         probationary_count_++;
@@ -183,7 +182,7 @@ void Replacement::put(uint32_t cell) {
     links_[list].previous = cell;
 }
 
-void Replacement::take(uint32_t cell) {
+void CellReplacement::take(uint32_t cell) {
     const auto [previous, next] = links_[cell];
     if (next != cell) (probationary_[cell] != 0 ? probationary_count_ : admitted_count_)--;
     links_[previous].next = next;
@@ -191,7 +190,7 @@ void Replacement::take(uint32_t cell) {
     links_[cell] = {cell, cell};
 }
 
-void Replacement::append(uint32_t target, uint32_t source) {
+void CellReplacement::append(uint32_t target, uint32_t source) {
     if (links_[source].next == source) return;
     const auto [last, first] = links_[source];  // they go to the front, and are evicted first
     const uint32_t next = links_[target].next;

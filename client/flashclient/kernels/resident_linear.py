@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
-from flashclient.model.arrays import KernelOf, array_of
-from flashclient.model.dtypes import KERNEL_DTYPES
+from flashclient.kernels.arrays import KernelOf, array_of
+from flashclient.kernels.dtypes import KERNEL_DTYPES
 
 PANEL_ELEMENTS = 2**24  # of fp32 results at a time: those of the head for a whole prompt would take gigabytes
 

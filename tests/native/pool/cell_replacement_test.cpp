@@ -1,4 +1,4 @@
-#include "pool/replacement.h"
+#include "pool/cell_replacement.h"
 
 #include <gtest/gtest.h>
 
@@ -36,7 +36,7 @@ class Player {
     }
 
   private:
-    Replacement policy_;
+    CellReplacement policy_;
     uint32_t slots_;
     std::set<uint32_t> present_;
 };
@@ -83,9 +83,9 @@ void expect_right_victim(const PlainSums& plain, uint32_t gone, const std::set<u
     }
 }
 
-TEST(Replacement, EvictsProbationaryCellsThenTheOneWithTheLeastRecentUses) {
+TEST(CellReplacement, EvictsProbationaryCellsThenTheOneWithTheLeastRecentUses) {
     const uint32_t cells = 256;
-    Replacement policy(cells);
+    CellReplacement policy(cells);
     PlainSums plain(cells);
     std::mt19937 random(11);
     std::geometric_distribution<uint32_t> skewed(0.03);
@@ -122,8 +122,8 @@ TEST(Replacement, EvictsProbationaryCellsThenTheOneWithTheLeastRecentUses) {
     EXPECT_GT(probationary_victims, 1000U);
 }
 
-TEST(Replacement, HasNoVictimWhenAllArePinned) {
-    Replacement policy(3);
+TEST(CellReplacement, HasNoVictimWhenAllArePinned) {
+    CellReplacement policy(3);
     policy.inserted(1, false);
     policy.inserted(2, false);
     EXPECT_EQ(policy.victim(), NO_CELL);
@@ -132,7 +132,7 @@ TEST(Replacement, HasNoVictimWhenAllArePinned) {
     EXPECT_EQ(policy.victim(), NO_CELL);
 }
 
-TEST(Replacement, KeepsSeededCellsFromTheirFirstUse) {
+TEST(CellReplacement, KeepsSeededCellsFromTheirFirstUse) {
     const uint32_t cells = 2560;
     std::vector<Hotness> expected(cells, HOTNESS_MEAN - 20);
     for (uint32_t cell = 0; cell < cells; cell += 10) expected[cell] = HOTNESS_MEAN + 20;
@@ -146,8 +146,8 @@ TEST(Replacement, KeepsSeededCellsFromTheirFirstUse) {
     EXPECT_EQ(hits, 256U);
 }
 
-TEST(Replacement, ANewSeedReordersTheCellsInThePool) {
-    Replacement policy(4);
+TEST(CellReplacement, ANewSeedReordersTheCellsInThePool) {
+    CellReplacement policy(4);
     for (uint32_t cell = 0; cell < 4; cell++) {
         policy.inserted(cell, false);
         for (uint32_t i = 0; i < 2 + cell; i++) policy.touched(cell);
@@ -161,7 +161,7 @@ TEST(Replacement, ANewSeedReordersTheCellsInThePool) {
     EXPECT_EQ(policy.victim(), 1U);
 }
 
-TEST(Replacement, ForgetsAWrongSeed) {
+TEST(CellReplacement, ForgetsAWrongSeed) {
     std::vector<Hotness> expected(2560, HOTNESS_MEAN - 20);
     for (uint32_t cell = 0; cell < 256; cell++) expected[cell] = HOTNESS_MEAN + 20;
     Player player(2560, 300);
@@ -173,9 +173,9 @@ TEST(Replacement, ForgetsAWrongSeed) {
     EXPECT_GT(hits, 245U);
 }
 
-TEST(Replacement, WritesWhatItHasLearnedAsASeed) {
+TEST(CellReplacement, WritesWhatItHasLearnedAsASeed) {
     const uint32_t cells = 1024;
-    Replacement teacher(cells);
+    CellReplacement teacher(cells);
     std::mt19937 random(9);
     for (uint32_t cell = 0; cell < cells; cell++) teacher.inserted(cell, false);
     for (uint32_t i = 0; i < 200'000; i++) teacher.touched(i % 8 == 0 ? random() % 990 : 100 + random() % 90);
@@ -188,13 +188,13 @@ TEST(Replacement, WritesWhatItHasLearnedAsASeed) {
         EXPECT_NEAR(learned[cell], HOTNESS_MEAN + 8 * std::log2(10.1), 6.0);
     }
     std::vector<Hotness> again(cells);
-    Replacement pupil(cells);
+    CellReplacement pupil(cells);
     pupil.seed(learned);
     pupil.write_hotness(again);
     EXPECT_EQ(again, learned);
 }
 
-TEST(Replacement, HitsHalfOfACyclicScanOverTwiceThePool) {
+TEST(CellReplacement, HitsHalfOfACyclicScanOverTwiceThePool) {
     Player player(1000, 500);
     uint32_t hits = 0;
     for (int turn = 0; turn < 10; turn++) {
@@ -203,10 +203,10 @@ TEST(Replacement, HitsHalfOfACyclicScanOverTwiceThePool) {
     EXPECT_GT(hits / 8000.0, 0.48);  // Belady's optimum: 0.4995
 }
 
-TEST(Replacement, HitsAsOftenInScansThatFollowEachOtherAsInOne) {
+TEST(CellReplacement, HitsAsOftenInScansThatFollowEachOtherAsInOne) {
     const uint32_t cells = 1000;
     const uint32_t behind = 20;  // the last scan is so far behind; a cell is leased until it has passed
-    Replacement policy(cells);
+    CellReplacement policy(cells);
     std::set<uint32_t> present;
     uint32_t hits = 0;
     for (uint32_t step = 0; step < 10 * cells; step++) {
@@ -299,7 +299,7 @@ class StopAndGo {
 
     uint32_t cells_;
     uint32_t slots_;
-    Replacement policy_;
+    CellReplacement policy_;
     std::vector<State> states_;
     std::vector<uint32_t> pins_;
     std::vector<Scan> scans_;
@@ -310,7 +310,7 @@ class StopAndGo {
     uint32_t now_ = 0;
 };
 
-TEST(Replacement, BringsTogetherScansThatDriftApart) {
+TEST(CellReplacement, BringsTogetherScansThatDriftApart) {
     for (const uint32_t slots : {3'000U, 10'000U}) {
         const double alone = StopAndGo(20'000, slots, 1).reads_per_turn(8);
         EXPECT_LT(alone, 1.08 - slots / 20'000.0);  // of the cells, the first turn included
@@ -321,7 +321,7 @@ TEST(Replacement, BringsTogetherScansThatDriftApart) {
     }
 }
 
-TEST(Replacement, HitsWhatFitsOfACyclicScanWhateverThePoolHeldBefore) {
+TEST(CellReplacement, HitsWhatFitsOfACyclicScanWhateverThePoolHeldBefore) {
     Player player(1000, 850);
     std::mt19937 random(2);
     for (int i = 0; i < 20'000; i++) player.use(random() % 100);      // a few cells are used often,
@@ -333,7 +333,7 @@ TEST(Replacement, HitsWhatFitsOfACyclicScanWhateverThePoolHeldBefore) {
     EXPECT_GT(hits / 10'000.0, 0.83);  // 0.849
 }
 
-TEST(Replacement, KeepsTheHotSetThroughAScan) {
+TEST(CellReplacement, KeepsTheHotSetThroughAScan) {
     Player player(10'000, 300);
     std::mt19937 random(1);
     for (int i = 0; i < 20'000; i++) player.use(random() % 250);
@@ -343,7 +343,7 @@ TEST(Replacement, KeepsTheHotSetThroughAScan) {
     EXPECT_GT(hits, 950U);
 }
 
-TEST(Replacement, ComesCloseToTheBestOnASkewedTrace) {
+TEST(CellReplacement, ComesCloseToTheBestOnASkewedTrace) {
     // Uses are independent, with p ~ 1/rank. The best policy holds the most frequent cells.
     std::mt19937 random(5);
     std::vector<double> weights;
@@ -362,12 +362,12 @@ TEST(Replacement, ComesCloseToTheBestOnASkewedTrace) {
     EXPECT_GT(hits / 150'000.0, best / 150'000.0 - 0.05);
 }
 
-TEST(Replacement, AdaptsToManyLeasedCells) {
+TEST(CellReplacement, AdaptsToManyLeasedCells) {
     // A scan keeps a fifth of the pool leased ahead. Its probationary cells must not evict the rest.
     const uint32_t cells = 1000;
     const uint32_t slots = 500;
     const uint32_t ahead = 100;
-    Replacement policy(cells);
+    CellReplacement policy(cells);
     std::set<uint32_t> present;
     std::list<uint32_t> leased;
     uint32_t hits = 0;

@@ -16,8 +16,8 @@ from torch_threads import one_thread
 
 from flashclient._native import Attention, Workers
 from flashclient.generation.growing_cache import GrowingCache
-from flashclient.model.decode_attention import IMPLEMENTATION, attend, use_decode_attention
-from flashclient.model.dtypes import KERNEL_DTYPES
+from flashclient.kernels.decode_attention import IMPLEMENTATION, attend, use_decode_attention
+from flashclient.kernels.dtypes import KERNEL_DTYPES
 
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")

@@ -27,8 +27,8 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from flashclient.errors import ModelError
-from flashclient.recipes.places import Place, Shape, gather, matrix, tensors_of
-from flashclient.recipes.tracing import TracedTensor
+from flashclient.tensors.places import Place, Shape, gather, matrix, tensors_of
+from flashclient.tensors.tracing import TracedTensor
 from weightd_proto.weightd_pb2 import LeftOut, MatrixSource, TensorSource
 
 # Tensors that follow from the configuration: rotary frequencies, a version.

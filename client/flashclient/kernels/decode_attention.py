@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from flashclient._native import Attention, Workers
-from flashclient.model.arrays import KernelOf, array_of
-from flashclient.model.dtypes import KERNEL_DTYPES
+from flashclient.kernels.arrays import KernelOf, array_of
+from flashclient.kernels.dtypes import KERNEL_DTYPES
 
 IMPLEMENTATION = "native_decode"  # in transformers' registries, which take a name with "flash" in it for FlashAttention
 # Arguments that sdpa takes and the kernel does not.

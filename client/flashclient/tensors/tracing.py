@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flashclient.recipes.places import Joined, Piece, Place, Shape, UntraceableError, join, stack
+from flashclient.tensors.places import Joined, Piece, Place, Shape, UntraceableError, join, stack
 
 aten = torch.ops.aten
 

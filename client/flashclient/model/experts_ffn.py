@@ -1,0 +1,98 @@
+"""The FFNs of models with experts: routed experts, shared experts, and FFNs of layers without experts.
+
+A layer is one native call (client/native/experts/expert_step.h). Only the experts that the router has picked are read.
+All FFNs of such a model are computed in this way, also those that are not mixtures: there is one kind of leasing then,
+and nothing reads ahead what no router has asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flashclient._native import ExpertStep, Ffn
+from flashclient.errors import ModelError
+from flashclient.kernels.arrays import array_of
+from flashclient.model.ffn import Biases, Clock
+from flashclient.source.bundle_source import BundleSource
+from weightd_proto import weightd_pb2
+
+
+def has_experts(record: weightd_pb2.Model) -> bool:
+    return any(layer.experts for layer in record.layers)
+
+
+class ExpertsFFN:
+    """See ModelFFN: computes all FFNs of a model with experts, exactly. One call at a time.
+
+    Args:
+        layers: of the model's record.
+
+    Raises:
+        ModelError: experts do not have whole cells.
+    """
+
+    def __init__(
+        self, source: BundleSource, kernels: Ffn, layers: Sequence[weightd_pb2.Layer], hidden_size: int, clock: Clock
+    ) -> None:
+        self.source = source
+        self.hidden_size = hidden_size
+        self.clock = clock
+        self._lock = threading.Lock()
+        sizes = [(max(1, layer.experts), layer.neurons) for layer in layers]
+        try:
+            self._step = ExpertStep(kernels, source.open_walk(), sizes)
+        except ValueError as error:
+            raise ModelError(f"the record of the model is damaged: {error}; import it again") from error
+
+    def __call__(self, layer: int, x: Tensor, biases: Biases) -> Tensor:
+        """The output of a layer that is not a mixture, without its output bias.
+
+        Args:
+            x: [tokens, hidden_size] fp32, contiguous.
+
+        Returns:
+            A new tensor [tokens, hidden_size] fp32.
+        """
+        return self._run(layer, x, None, None, biases, None)
+
+    def picked(
+        self, layer: int, x: Tensor, experts: Tensor, weights: Tensor, biases: Biases, output_bias: Tensor | None
+    ) -> Tensor:
+        """The weighted sum over the experts that each row picks, in ascending order of the experts.
+
+        Args:
+            x: [tokens, hidden_size] fp32, contiguous.
+            experts: [tokens, picks] int64, contiguous.
+            weights: [tokens, picks] fp32, contiguous. A pick with weight 0, or outside of the layer's experts, is
+                neither read nor computed.
+            output_bias: [experts, hidden_size] fp32, contiguous, added to each expert's output.
+
+        Returns:
+            A new tensor [tokens, hidden_size] fp32.
+        """
+        return self._run(layer, x, experts, weights, biases, output_bias)
+
+    def idle(self) -> None:
+        self.source.idle()
+
+    def _run(
+        self,
+        layer: int,
+        x: Tensor,
+        experts: Tensor | None,
+        weights: Tensor | None,
+        biases: Biases,
+        output_bias: Tensor | None,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        picks, picked_weights, bias_of_output = (
+            None if tensor is None else array_of(tensor) for tensor in (experts, weights, output_bias)
+        )
+        with self._lock, self.source.errors:
+            times = self._step.run(layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y))
+        self.clock.add(*times)
+        return y

@@ -1,0 +1,1 @@
+"""Where the tensors of a model of transformers lie in a checkpoint."""

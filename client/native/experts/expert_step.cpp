@@ -1,0 +1,167 @@
+#include "experts/expert_step.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace flashclient {
+
+ExpertStep::ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers)
+    : ffn_(ffn), walk_(walk), layers_(std::move(layers)) {
+    const uint64_t bundles = walk_.cell().bundles;
+    for (const auto& [experts, neurons] : layers_) {
+        const bool whole_cells = experts == 1 || (experts > 0 && neurons % (experts * bundles) == 0);
+        if (neurons == 0 || !whole_cells) throw std::invalid_argument("an expert has whole cells");
+    }
+}
+
+StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y) {
+    const ExpertLayer& layer = layers_.at(index);
+    StepTimer timer;
+    std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
+    neurons_ = layer.neurons / layer.experts;
+    cells_ = (neurons_ + walk_.cell().bundles - 1) / walk_.cell().bundles;
+    rows.experts == nullptr ? pick_all(layer, rows) : sort_picks(layer, rows);
+    if (experts_.empty()) return timer.times;
+    const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
+    walk_.begin(index, cells_of_experts(), few);
+    timer.lap(timer.times.acquire_s);
+    while (true) {
+        while (compute_some(rows, y)) continue;
+        timer.lap(timer.times.compute_s);
+        if (added_ == experts_.size()) break;
+        walk_.wait();
+        timer.lap(timer.times.wait_s);
+    }
+    walk_.end();
+    timer.lap(timer.times.acquire_s);
+    return timer.times;
+}
+
+// ---- who picks what ----
+
+void ExpertStep::pick_all(const ExpertLayer& layer, const PickedRows& rows) {
+    if (layer.experts != 1) throw std::invalid_argument("the layer has several experts, and no row picks any");
+    picks_.resize(rows.tokens);
+    for (size_t t = 0; t < rows.tokens; t++) picks_[t] = {static_cast<uint32_t>(t), 1.0f};
+    experts_.clear();
+    if (rows.tokens > 0) experts_.push_back({0, 0, rows.tokens, 0, 0, {}});
+    added_ = 0;
+}
+
+// A counting sort.
+void ExpertStep::sort_picks(const ExpertLayer& layer, const PickedRows& rows) {
+    const auto counts = [&](size_t i) {
+        return rows.experts[i] >= 0 && rows.experts[i] < int64_t{layer.experts} && rows.weights[i] != 0.0f;
+    };
+    const size_t count = rows.tokens * rows.picks;
+    ends_.assign(layer.experts + 1, 0);
+    for (size_t i = 0; i < count; i++) {
+        if (counts(i)) ends_[static_cast<size_t>(rows.experts[i]) + 1]++;
+    }
+    experts_.clear();
+    added_ = 0;
+    for (uint32_t expert = 0; expert < layer.experts; expert++) {
+        const size_t picks = ends_[expert + 1];
+        ends_[expert + 1] += ends_[expert];
+        if (picks > 0) experts_.push_back({expert, ends_[expert], picks, 0, 0, {}});
+    }
+    picks_.resize(ends_.back());  // from here on ends_[expert] is where the expert's next pick goes
+    for (size_t i = 0; i < count; i++) {
+        if (!counts(i)) continue;
+        picks_[ends_[static_cast<size_t>(rows.experts[i])]++] = {static_cast<uint32_t>(i / rows.picks),
+                                                                 rows.weights[i]};
+    }
+}
+
+std::vector<uint32_t> ExpertStep::cells_of_experts() {
+    std::vector<uint32_t> cells;
+    cells.reserve(experts_.size() * cells_);
+    for (Expert& expert : experts_) {
+        expert.first_cell = cells.size();
+        for (size_t i = 0; i < cells_; i++) cells.push_back(static_cast<uint32_t>(expert.number * cells_ + i));
+    }
+    return cells;
+}
+
+// ---- computing ----
+
+// Computes the cells of one expert that are here and come next in it. Returns false where there are none.
+bool ExpertStep::compute_some(const PickedRows& rows, float* y) {
+    for (size_t i = added_; i < experts_.size(); i++) {
+        Expert& expert = experts_[i];
+        const size_t left = std::min(cells_ - expert.computed, walk_.part());
+        size_t cells = 0;
+        while (cells < left && walk_.address(expert.first_cell + expert.computed + cells) != 0) cells++;
+        if (cells == 0) continue;
+        compute(expert, cells, rows, y);
+        add_finished(rows, y);
+        return true;
+    }
+    return false;
+}
+
+void ExpertStep::compute(Expert& expert, size_t cells, const PickedRows& rows, float* y) {
+    const BundlesOfCell cell = walk_.cell();
+    const size_t first = expert.computed * cell.bundles;  // neuron of the expert
+    const size_t count = std::min(cells * cell.bundles, neurons_ - first);
+    addresses_.resize(count);
+    for (size_t i = 0; i < count; i++) {
+        const uint64_t address = walk_.address(expert.first_cell + expert.computed + i / cell.bundles);
+        addresses_[i] = address + i % cell.bundles * cell.stride_bytes;
+    }
+    Neurons list{addresses_};
+    const size_t first_neuron = expert.number * neurons_ + first;
+    if (rows.bias != nullptr) list.bias = rows.bias + first_neuron;
+    if (rows.up_bias != nullptr) list.up_bias = rows.up_bias + first_neuron;
+    if (!is_direct(rows) && expert.y.empty()) expert.y = zeros(expert.picks * ffn_.shape().hidden);
+    ffn_.add_rows(list, rows_of(expert, rows), expert.picks, is_direct(rows) ? y : expert.y.data());
+    walk_.done(expert.first_cell + expert.computed, cells);
+    expert.computed += cells;
+}
+
+const float* ExpertStep::rows_of(const Expert& expert, const PickedRows& rows) {
+    if (rows.experts == nullptr || (rows.tokens == 1 && expert.picks == 1)) return rows.x;
+    const size_t hidden = ffn_.shape().hidden;
+    x_.resize(expert.picks * hidden);
+    for (size_t i = 0; i < expert.picks; i++) {
+        std::copy_n(rows.x + picks_[expert.first_pick + i].token * hidden, hidden, x_.data() + i * hidden);
+    }
+    return x_.data();
+}
+
+void ExpertStep::add_finished(const PickedRows& rows, float* y) {
+    for (; added_ < experts_.size() && experts_[added_].computed == cells_; added_++) {
+        if (is_direct(rows)) continue;
+        Expert& expert = experts_[added_];
+        add(expert, rows, y);
+        free_.push_back(std::move(expert.y));
+    }
+}
+
+void ExpertStep::add(const Expert& expert, const PickedRows& rows, float* y) const {
+    const size_t hidden = ffn_.shape().hidden;
+    const float* bias = rows.output_bias == nullptr ? nullptr : rows.output_bias + expert.number * hidden;
+    for (size_t i = 0; i < expert.picks; i++) {
+        const auto [token, weight] = picks_[expert.first_pick + i];
+        const float* from = expert.y.data() + i * hidden;
+        float* to = y + token * hidden;
+        if (bias == nullptr) {
+            for (size_t j = 0; j < hidden; j++) to[j] += weight * from[j];
+        } else {
+            for (size_t j = 0; j < hidden; j++) to[j] += weight * (from[j] + bias[j]);
+        }
+    }
+}
+
+std::vector<float> ExpertStep::zeros(size_t count) {
+    std::vector<float> values;
+    if (!free_.empty()) {
+        values = std::move(free_.back());
+        free_.pop_back();
+    }
+    values.assign(count, 0.0f);
+    return values;
+}
+
+}  // namespace flashclient

@@ -1,0 +1,90 @@
+// One layer of a model with experts: each row of x computes the experts that its router has picked, and no others. An
+// FFN that is not a mixture is computed as one expert that every row picks.
+//
+// The cells of all picked experts are asked for at once if there are few tokens, else in the order in which they are
+// computed. An expert is computed as soon as its cells are here, with all its rows at once. The weighted outputs of a
+// row's experts are added in ascending order of the experts, in fp32. So the result of a row depends on that row alone:
+// not on the other rows, on what is in the pool, nor on what arrives first.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "experts/cell_walk.h"
+#include "kernels/ffn.h"
+#include "predict/step_times.h"
+
+namespace flashclient {
+
+struct ExpertLayer {
+    uint32_t experts;  // 1 for an FFN that is not a mixture
+    uint32_t neurons;  // of all of them; the same of each, in whole cells
+};
+
+// The rows of a step. Null pointers: there are no picks (every row picks the one expert, with weight 1), or no biases.
+struct PickedRows {
+    const float* x;  // [tokens, hidden]
+    size_t tokens;
+    const int64_t* experts;    // [tokens, picks]; outside of the layer's experts, or with weight 0: not computed
+    const float* weights;      // [tokens, picks]
+    size_t picks;              // of each row
+    const float* bias;         // [neurons], as in Neurons
+    const float* up_bias;      // [neurons]
+    const float* output_bias;  // [experts, hidden], of each expert's output
+};
+
+class ExpertStep {
+  public:
+    // Both must outlive this.
+    ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers);
+
+    // y [tokens, hidden] = the weighted sum over each row's experts. One thread at a time, which holds walk().use().
+    // Throws what the walk's source throws; y holds no result then.
+    StepTimes run(uint32_t layer, const PickedRows& rows, float* y);
+
+    const ExpertLayer& layer(uint32_t index) const { return layers_.at(index); }
+    const Ffn& ffn() const { return ffn_; }
+    CellWalk& walk() const { return walk_; }
+
+  private:
+    struct Pick {
+        uint32_t token;
+        float weight;
+    };
+    struct Expert {  // one that some row picked
+        uint32_t number;
+        size_t first_pick;
+        size_t picks;
+        size_t first_cell;     // index in the walk's list; the next expert's cells follow
+        size_t computed;       // cells
+        std::vector<float> y;  // [picks, hidden], from its first cell on until it is added
+    };
+
+    void pick_all(const ExpertLayer& layer, const PickedRows& rows);
+    void sort_picks(const ExpertLayer& layer, const PickedRows& rows);
+    std::vector<uint32_t> cells_of_experts();
+    bool compute_some(const PickedRows& rows, float* y);
+    void compute(Expert& expert, size_t cells, const PickedRows& rows, float* y);
+    const float* rows_of(const Expert& expert, const PickedRows& rows);
+    void add_finished(const PickedRows& rows, float* y);
+    void add(const Expert& expert, const PickedRows& rows, float* y) const;
+    bool is_direct(const PickedRows& rows) const { return rows.experts == nullptr && rows.output_bias == nullptr; }
+    std::vector<float> zeros(size_t count);
+
+    const Ffn& ffn_;
+    CellWalk& walk_;
+    std::vector<ExpertLayer> layers_;
+    // Of the step, kept from call to call because allocating takes long.
+    size_t neurons_ = 0;           // of an expert
+    size_t cells_ = 0;             // of an expert
+    std::vector<Expert> experts_;  // ascending
+    size_t added_ = 0;             // how many of them y has
+    std::vector<Pick> picks_;      // by expert, tokens ascending
+    std::vector<size_t> ends_;     // by number of an expert: where its picks end
+    std::vector<uint64_t> addresses_;
+    std::vector<float> x_;                  // the rows of an expert
+    std::vector<std::vector<float>> free_;  // memory for Expert::y
+};
+
+}  // namespace flashclient

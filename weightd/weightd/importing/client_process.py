@@ -1,0 +1,136 @@
+"""Asks a process with a client's code what transformers knows.
+
+That is the recipe of a checkpoint, and whether a client can run what the import makes of it. The process is the one
+that started the import, if that is a client, and otherwise a child. So the import itself loads neither torch nor
+transformers. The answers come from flashclient/generation/import_requests.py.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO
+
+from weightd.checkpoint.checkpoint import Checkpoint
+from weightd.errors import CheckpointError
+from weightd_proto.weightd_pb2 import (
+    DeriveRequest,
+    ImportRequest,
+    ImportResponse,
+    Model,
+    Recipe,
+    RehearseRequest,
+)
+
+PACKAGES = ("torch", "transformers")
+TIMEOUT_S = 1800.0  # a model of 400 GB takes a few minutes
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+
+Ask = Callable[[ImportRequest], ImportResponse]
+
+
+def derive(checkpoint: Checkpoint, ask: Ask, activation: str = "") -> Recipe:
+    """The recipe of a checkpoint. `activation`: see DeriveRequest.
+
+    CheckpointError if there is none, or if the checkpoint's tensors are not those of its configuration.
+    """
+    request = DeriveRequest(config_json=json.dumps(dict(checkpoint.config)).encode(), activation=activation)
+    for name, tensor in checkpoint.tensors.items():
+        request.tensors.add(name=name, dtype=tensor.dtype, shape=tensor.shape)
+    response = ask(ImportRequest(derive=request))
+    if response.refusal:
+        raise CheckpointError(f"{checkpoint.path}: {_with_names_of_file(response.refusal, checkpoint)}")
+    return response.recipe
+
+
+def _with_names_of_file(refusal: str, checkpoint: Checkpoint) -> str:
+    """In a GGUF file, tensors have other names than those that they were looked for by."""
+    renamed = {name: tensor.name for name, tensor in checkpoint.tensors.items() if name != tensor.name}
+    return re.sub(r"[\w.]+\w", lambda found: renamed.get(found[0], found[0]), refusal)
+
+
+def check_runnable(record: Model, folder: Path, checkpoint: Path, ask: Ask) -> None:
+    """CheckpointError if a client could not use the files of `record` in `folder`, which came from `checkpoint`."""
+    response = ask(ImportRequest(rehearse=RehearseRequest(record=record, folder=os.fspath(folder))))
+    if response.refusal:
+        raise CheckpointError(f"no client could run {checkpoint}: {response.refusal}")
+
+
+def starter(descriptor: int) -> Ask:
+    """Asks the client that started this import. It has loaded torch already, which takes seconds.
+
+    `descriptor`: of a multiprocessing connection, whose other end import_requests.answering() has.
+    """
+    connection = Connection(descriptor)
+
+    def ask(request: ImportRequest) -> ImportResponse:
+        try:
+            return _exchange(connection, request)
+        except (OSError, EOFError):
+            return ImportResponse(refusal="the client that started the import has ended")
+
+    return ask
+
+
+@contextmanager
+def child() -> Iterator[Ask]:
+    """Asks a child process, which ends with the block."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise CheckpointError(f"an import needs {' and '.join(missing)}: pip install 'weightd[import]'")
+    ours, theirs = multiprocessing.Pipe()
+    with ours, tempfile.TemporaryFile() as said:
+        process = _start(theirs, said)
+
+        def ask(request: ImportRequest) -> ImportResponse:
+            try:
+                return _exchange(ours, request)
+            except (OSError, EOFError):
+                return ImportResponse(refusal=_last_line(said) or f"its process ended with status {process.wait()}")
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _start(connection: Connection, said: IO[bytes]) -> subprocess.Popen[bytes]:
+    with connection:
+        descriptor = connection.fileno()
+        # -P: Python imports nothing from the current folder.
+        command = [sys.executable, "-P", "-m", "flashclient.generation.import_requests", str(descriptor)]
+        try:
+            return subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                pass_fds=[descriptor],
+                env={**os.environ, **ENVIRONMENT},
+            )
+        except PermissionError as error:  # the process changed its user
+            raise CheckpointError(f"an import starts {sys.executable}, which this user may not run") from error
+
+
+def _exchange(connection: Connection, request: ImportRequest) -> ImportResponse:
+    connection.send_bytes(request.SerializeToString())
+    if not connection.poll(TIMEOUT_S):
+        return ImportResponse(refusal=f"there was no answer within {TIMEOUT_S:g} s")
+    return ImportResponse.FromString(connection.recv_bytes())
+
+
+def _last_line(said: IO[bytes]) -> str:
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    return lines[-1] if lines else ""
