@@ -28,19 +28,19 @@ LAYERS, EXPERTS, CHOSEN = 16, 64, 8  # OLMoE-1B-7B
 POPULARITY = 0.6
 
 Make = Callable[[int], Trace]  # by the number of tokens
-TRACES: dict[str, Make] = {
-    "mixture": lambda tokens: mixture(LAYERS, EXPERTS, CHOSEN, tokens),
-    "mixture, popular experts": lambda tokens: mixture(LAYERS, EXPERTS, CHOSEN, tokens, POPULARITY),
-    "dense": lambda tokens: dense(16, 128, tokens // 4),
-    "neurons": lambda tokens: neurons(4, 512, tokens),
+TRACES: dict[str, tuple[Make, int]] = {  # and the experts of a layer
+    "mixture": (lambda tokens: mixture(LAYERS, EXPERTS, CHOSEN, tokens), EXPERTS),
+    "mixture, popular experts": (lambda tokens: mixture(LAYERS, EXPERTS, CHOSEN, tokens, POPULARITY), EXPERTS),
+    "dense": (lambda tokens: dense(16, 128, tokens // 4), 0),
+    "neurons": (lambda tokens: neurons(4, 512, tokens), 0),
 }
 
 
-def measure(name: str, trace: Trace, share: float) -> Row:
-    """The hits of each policy on `trace`."""
+def measure(name: str, trace: Trace, experts: int, share: float) -> Row:
+    """The hits of each policy on `trace`. `experts`: of a layer; 0 where cells are no experts."""
     cells = int(trace.max()) + 1
     slots = max(1, round(cells * share))
-    ours = bench_native().replay(trace, cells, slots).reshape(-1)
+    ours = bench_native().replay(trace, cells, slots, experts).reshape(-1)
     counted = ours != 2  # a row repeats its last cell where it has fewer than others
     counted[: round(len(counted) * WARM_UP)] = False
     uses = trace.reshape(-1)
@@ -53,10 +53,10 @@ def measure(name: str, trace: Trace, share: float) -> Row:
 def main() -> int:
     options = _options()
     try:
-        traces = {path.stem: recorded(path) for path in options.trace} or {
-            name: make(options.tokens) for name, make in TRACES.items()
-        }
-        rows = [measure(name, trace, share) for name, trace in traces.items() for share in SHARES]
+        traces = [(path.stem, recorded(path), options.experts) for path in options.trace] or [
+            (name, make(options.tokens), experts) for name, (make, experts) in TRACES.items()
+        ]
+        rows = [measure(*trace, share) for trace in traces for share in SHARES]
     except (BenchError, OSError, ValueError) as error:
         print(f"simulate_pool: {error}", file=sys.stderr)
         return 1
@@ -70,6 +70,7 @@ def _options() -> argparse.Namespace:
     parser = FlagParser(__doc__)
     parser.add_argument("--tokens", type=int, default=600, help="of each trace that is made (default: 600)")
     parser.add_argument("--trace", type=Path, nargs="+", default=[], help="recorded traces, instead of those")
+    parser.add_argument("--experts", type=int, default=0, help="of a layer, in the recorded traces (default: none)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

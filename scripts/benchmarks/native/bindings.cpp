@@ -111,16 +111,16 @@ void bind_replay(nb::module_& module) {
     using Steps = nb::ndarray<nb::numpy, const uint32_t, nb::ndim<2>, nb::c_contig>;
     module.def(
         "replay",
-        [](const Steps& steps, uint32_t cells, uint32_t slots) {
+        [](const Steps& steps, uint32_t cells, uint32_t slots, uint32_t experts) {
             std::vector<uint8_t> hits;
             {
                 const nb::gil_scoped_release released;
-                hits =
-                    weightd::replay({steps.data(), steps.size()}, static_cast<uint32_t>(steps.shape(1)), cells, slots);
+                hits = weightd::replay({steps.data(), steps.size()}, static_cast<uint32_t>(steps.shape(1)), cells,
+                                       slots, experts);
             }
             return owned_array(std::move(hits));
         },
-        "steps"_a, "cells"_a, "slots"_a,
+        "steps"_a, "cells"_a, "slots"_a, "experts"_a = 0,
         "Plays steps [rows, cells of a row] in an empty pool. By use: 1 a hit, 0 a miss, 2 a repetition in its row.");
 }
 

@@ -1,7 +1,10 @@
 #include "pool_replay.h"
 
 #include <algorithm>
+#include <memory>
 
+#include "pool/cell_replacement.h"
+#include "pool/expert_replacement.h"
 #include "pool/pool.h"
 
 namespace weightd {
@@ -21,10 +24,18 @@ bool use(Pool& pool, uint32_t cell, std::vector<Place>& leased) {
     return hit;
 }
 
+std::unique_ptr<Replacement> policy(uint32_t cells, uint32_t experts) {
+    if (experts == 0) return std::make_unique<CellReplacement>(cells);
+    std::vector<ExpertRange> ranges;
+    for (uint32_t cell = 0; cell < cells; cell++) ranges.push_back({cell / experts, 1});
+    return std::make_unique<ExpertReplacement>(ranges);
+}
+
 }  // namespace
 
-std::vector<uint8_t> replay(std::span<const uint32_t> steps, uint32_t width, uint32_t cells, uint32_t slots) {
-    Pool pool(cells, CELL_BYTES);
+std::vector<uint8_t> replay(std::span<const uint32_t> steps, uint32_t width, uint32_t cells, uint32_t slots,
+                            uint32_t experts) {
+    Pool pool(cells, CELL_BYTES, policy(cells, experts));
     for (uint32_t made = 0, number = 0; made < slots; number++) {
         const uint32_t count = std::min(slots - made, SEGMENT_SLOTS_MAX);
         pool.add_segment(number, SharedMemory("weightd-replay", uint64_t{count} * CELL_BYTES));
@@ -34,6 +45,7 @@ std::vector<uint8_t> replay(std::span<const uint32_t> steps, uint32_t width, uin
     hits.reserve(steps.size());
     std::vector<Place> leased;
     for (size_t row = 0; row < steps.size(); row += width) {
+        if (experts > 0) pool.step_begins(steps[row] / experts);
         for (size_t i = row; i < row + width; i++) {
             const bool repeated = i > row && steps[i] == steps[i - 1];
             hits.push_back(repeated ? REPEATED : static_cast<uint8_t>(use(pool, steps[i], leased)));
