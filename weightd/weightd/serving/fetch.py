@@ -103,8 +103,8 @@ class Fetcher:
 
     def _bundles(self, served: ServedModel, layer: int, positions: Positions) -> Iterator[bytes]:
         layout = served.record.bundle
-        bundles_max = max(1, DATA_BYTES_MAX // layout.bundle_bytes)
         cells_max = max(1, FETCH_BYTES_MAX // layout.cell_bytes)
+        bundles_max = max(1, min(DATA_BYTES_MAX // layout.bundle_bytes, max(cells_max, layout.bundles_per_cell)))
         first = 0
         while first < len(positions):
             part = positions.part(first, first + bundles_max)
