@@ -108,12 +108,12 @@ def row_of(model_type: str) -> Row:
         found, config = model_class(config_of(model_type))
         derivation = Derivation(found, config)
         split = derivation.streamed()
-        derivation.prove()
+        streamed = derivation.prove()
     except ModelError as error:
         return Row(model_type, refusal=str(error))
     except Exception as error:  # a default configuration that its own class refuses
         return Row(model_type, refusal=one_line(error))
-    if not _same_tokens(derivation.tiny, derivation.streamed_tiny()):
+    if not _same_tokens(derivation.tiny, streamed):
         return Row(model_type, refusal=f"its {GREEDY_TOKENS} greedy tokens differ")
     kinds = Counter(PLACES[site.place] for site in split.sites)
     ffns = ", ".join(f"{count} {kind}" for kind, count in kinds.items())

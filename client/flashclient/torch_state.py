@@ -43,6 +43,17 @@ def on_cpu() -> Iterator[None]:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """For models so small that dividing the work takes longer than computing it. Also a decorator."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def for_good() -> Iterator[None]:
     """For tensors that outlive the call: they are made usable in every mode."""
     with on_cpu(), torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):

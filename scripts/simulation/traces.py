@@ -80,7 +80,7 @@ def neurons(layers: int, cells: int, tokens: int, seed: int = 7) -> Trace:
 
 
 def recorded(path: Path) -> Trace:
-    """A trace that record_experts() wrote (numpy's .npy)."""
+    """The trace in a .npy file of numpy's. Raises ValueError for an array of another kind."""
     trace: Trace = np.load(path, allow_pickle=False)
     if trace.ndim != 2 or trace.dtype != np.uint32:
         raise ValueError(f"{path} holds {trace.dtype} {list(trace.shape)}, not uint32 [steps, cells of a step]")

@@ -20,13 +20,15 @@ from pathlib import Path
 from flashclient.errors import ModelError
 from flashclient.generation.rehearsal import RefusedFileError, rehearse
 from flashclient.recipes.derive import derive
+from flashclient.torch_state import one_thread
 from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 
 
 def answer(request: ImportRequest) -> ImportResponse:
     try:
         if request.WhichOneof("what") == "derive":
-            return ImportResponse(recipe=derive(request.derive))
+            with one_thread():  # tiny instances
+                return ImportResponse(recipe=derive(request.derive))
         rehearse(request.rehearse.record, Path(request.rehearse.folder))
         return ImportResponse()
     except (ModelError, RefusedFileError) as error:

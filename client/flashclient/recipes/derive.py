@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
@@ -24,7 +23,7 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
-from flashclient.recipes.proof import prove, streamed_model
+from flashclient.recipes.proof import prove
 from flashclient.recipes.published import published
 from flashclient.tensors.names import find_tensors, places_of
 from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
@@ -41,11 +40,6 @@ def derive(request: DeriveRequest) -> Recipe:
         ModelError: no class of transformers runs the checkpoint, nothing of it can be streamed, the proof fails, or a
             tensor is missing or would be lost. One line, which names the module or tensor.
     """
-    with _one_thread():
-        return _derived(request)
-
-
-def _derived(request: DeriveRequest) -> Recipe:
     kind = published(_values(request.config_json), request.activation or None)
     whole = read_config(kind.config)
     found, made_from = model_class(whole)
@@ -60,17 +54,6 @@ def _derived(request: DeriveRequest) -> Recipe:
     recipe.left_out.extend(left_out)
     recipe.notes.extend([*kind.notes, *split.notes()])
     return recipe
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Models as small as a tiny instance take longer to be shared out to threads than to be computed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _instead(activation: Activation | None) -> Activation | None:
@@ -139,17 +122,13 @@ class Derivation:
 
     def streamed(self) -> Streamed:
         """What is streamed of the full-size model. Raises ModelError where that is nothing."""
-        split = self._of_class()
-        return split if self._activation is None else split.computing(self._activation)
+        return self._of_class if self._activation is None else self._of_class.computing(self._activation)
 
-    def prove(self) -> None:
-        """Raises ModelError where the tiny instance, imported and streamed, computes something else."""
-        prove(self.tiny, self._outline, self._tiny_sites(), self._activation)
+    def prove(self) -> PreTrainedModel:
+        """The tiny instance, imported and streamed. Raises ModelError where it computes something else."""
+        return prove(self.tiny, self._outline, self._tiny_sites(), self._activation)
 
-    def streamed_tiny(self) -> PreTrainedModel:
-        """The tiny instance, imported and streamed."""
-        return streamed_model(self.tiny, self._outline, self._tiny_sites(), self._activation)
-
+    @cached_property
     def _of_class(self) -> Streamed:
         split = streamed(self.full, carried(self._outline, self._found.sites, self._found.called, self.full))
         if not split.sites:
@@ -159,7 +138,7 @@ class Derivation:
 
     def _tiny_sites(self) -> list[Site]:
         """Those whose layout and formula are streamed."""
-        first = self._of_class().sites[0]
+        first = self._of_class.sites[0]
         return [
             site for site in self._found.sites if (site.activation, site.names()) == (first.activation, first.names())
         ]

@@ -45,8 +45,8 @@ def prove(
     outline: PreTrainedModel,
     sites: Sequence[Site],
     activation: weightd_pb2.Activation | None = None,
-) -> None:
-    """Compares `tiny`, streamed by its own recipe, with transformers.
+) -> PreTrainedModel:
+    """Compares `tiny`, imported and streamed by its own recipe, with transformers, and returns the streamed model.
 
     Args:
         tiny: is changed where `activation` is not what it computes.
@@ -55,20 +55,17 @@ def prove(
     Raises:
         ModelError: it computes something else, or cannot be imported or built.
     """
-    made = streamed_model(tiny, outline, sites, activation)
+    made = _streamed(tiny, outline, sites, activation)
     expected, logits = run(tiny).logits, _run_streamed(made)
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):
         raise ModelError(_refusal(tiny, made))
+    return made
 
 
-def streamed_model(
-    tiny: PreTrainedModel,
-    outline: PreTrainedModel,
-    sites: Sequence[Site],
-    activation: weightd_pb2.Activation | None = None,
+def _streamed(
+    tiny: PreTrainedModel, outline: PreTrainedModel, sites: Sequence[Site], activation: weightd_pb2.Activation | None
 ) -> PreTrainedModel:
-    """`tiny`, imported and streamed. Arguments and errors: see prove()."""
     recipe, tensors = _imported(tiny, outline, sites)
     if activation is not None:
         amend(tiny, activation)

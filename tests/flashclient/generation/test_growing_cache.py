@@ -12,11 +12,11 @@ from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch_threads import one_thread
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flashclient.generation.growing_cache import SPARE_SHARE, SPARE_TOKENS_MIN, GrowingCache, GrowingLayer
+from flashclient.torch_state import one_thread
 
 HEADS, ELEMENTS = 2, 8
 GREEDY: dict[str, Any] = {"max_new_tokens": 70, "do_sample": False, "eos_token_id": None}

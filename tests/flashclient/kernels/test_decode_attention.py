@@ -12,12 +12,12 @@ from checkpoints import FAMILIES, make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch_threads import one_thread
 
 from flashclient._native import Attention, Workers
 from flashclient.generation.growing_cache import GrowingCache
 from flashclient.kernels.decode_attention import IMPLEMENTATION, attend, use_decode_attention
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.torch_state import one_thread
 
 WORKERS = Workers(2)
 INSTRUCTION_SETS = ("avx512", "avx2", "portable")

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from torch_threads import one_thread
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -18,6 +17,7 @@ from flashclient.recipes.ffns.sites import weightless
 from flashclient.recipes.ffns.tiny import model_class, tiny_model
 from flashclient.recipes.ffns.watching import watch
 from flashclient.recipes.proof import prove
+from flashclient.torch_state import one_thread
 from weightd_proto.weightd_pb2 import (
     Activation,
     Bias,

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch_threads import one_thread
 from transformers import AutoConfig
 
 from flashclient.recipes.ffns.site import Layer
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.torch_state import one_thread
 
 
 @one_thread()

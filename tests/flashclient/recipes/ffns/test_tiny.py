@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch_threads import one_thread
 from transformers import AutoConfig, BartConfig, PreTrainedConfig, T5Config
 
 from flashclient.errors import ModelError
 from flashclient.recipes.ffns.sites import layers_needed, weightless
 from flashclient.recipes.ffns.tiny import VOCABULARY, model_class, tiny_config, tiny_model
 from flashclient.recipes.ffns.watching import run
+from flashclient.torch_state import one_thread
 
 PARAMETERS_MAX = 2_000_000
 

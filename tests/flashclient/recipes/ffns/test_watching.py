@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch_threads import one_thread
 from transformers import AutoConfig
 
 from flashclient.recipes.ffns.mixtures import experts_site
 from flashclient.recipes.ffns.site import Layer, Part, Rows, Site
 from flashclient.recipes.ffns.tiny import model_class, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.torch_state import one_thread
 from weightd_proto.weightd_pb2 import Activation
 
 MODULE, PARTS, EXPERTS = Layer.MODULE, Layer.PARTS, Layer.EXPERTS
