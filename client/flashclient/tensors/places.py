@@ -16,6 +16,7 @@ from typing import Self
 import torch
 
 from flashclient.errors import ModelError
+from weightd_proto import tensor_sources
 from weightd_proto.weightd_pb2 import Concatenated, MatrixSource, Slice, TensorSource, Transposed
 
 Shape = tuple[int, ...]
@@ -241,18 +242,8 @@ def tensors_of(place: Place) -> list[str]:
 
 def gather(source: TensorSource, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """The elements of a source, from the tensors of the checkpoint."""
-    match source.WhichOneof("of"):
-        case "concatenated":
-            joined = source.concatenated
-            parts = [gather(part, tensors) for part in joined.parts]
-            return torch.stack(parts, joined.dim) if joined.stacked else torch.cat(parts, joined.dim)
-        case "slice":
-            cut = source.slice
-            whole = gather(cut.of, tensors)
-            return whole[(slice(None),) * cut.dim + (slice(cut.begin, cut.end, cut.step),)]
-        case "transposed":
-            return gather(source.transposed.of, tensors).transpose(source.transposed.dim0, source.transposed.dim1)
-    return tensors[source.tensor]
+    gathered: torch.Tensor = tensor_sources.gather(source, tensors, torch.stack, torch.cat)
+    return gathered
 
 
 # Shapes

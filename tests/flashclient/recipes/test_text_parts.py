@@ -11,11 +11,11 @@ import torch
 import transformers
 from multimodal_checkpoints import CASES, CONFIGS, TEXT, make_whole
 from safetensors.torch import load_file, save_file
-from tensor_sources import computed
 
 from flashclient.errors import ModelError
 from flashclient.recipes.published import published
 from flashclient.recipes.text_parts import TEXT_PARTS
+from flashclient.tensors.places import gather
 
 CAUSAL: Any = transformers.AutoModelForCausalLM
 
@@ -27,7 +27,7 @@ def text_of(folder: Path) -> tuple[Any, Any]:
     sources, left_out = found.tensors({name: tuple(tensor.shape) for name, tensor in state.items()})
     (folder / "text").mkdir()
     (folder / "text" / "config.json").write_text(json.dumps(found.config))
-    tensors = {name: computed(source, state).clone().contiguous() for name, source in sources.items()}
+    tensors = {name: gather(source, state).clone().contiguous() for name, source in sources.items()}
     save_file(tensors, folder / "text" / "model.safetensors", {"format": "pt"})
     model, info = CAUSAL.from_pretrained(folder / "text", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"], info
@@ -93,4 +93,4 @@ def test_experts_of_qwen3_vl_moe_are_taken_in_either_order(shape: tuple[int, ...
     sources, _ = config.tensors({"model.language_model.layers.0.mlp.experts.gate_up_proj": shape})
     (source,) = sources.values()
     tensor = torch.zeros(shape)
-    assert computed(source, {"model.language_model.layers.0.mlp.experts.gate_up_proj": tensor}).shape == (4, 48, 32)
+    assert gather(source, {"model.language_model.layers.0.mlp.experts.gate_up_proj": tensor}).shape == (4, 48, 32)

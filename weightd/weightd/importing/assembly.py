@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.plan import ElementRun, runs_of
 from weightd_proto.encodings import is_plain
+from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Concatenated, ResidentSource, Slice, TensorSource
 
 # Ranges that are shorter on average are not read one by one: a device reads them no faster than this many bytes.
@@ -25,7 +22,6 @@ RANGE_BYTES_MIN = 64 << 10
 
 Shape = tuple[int, ...]
 Tensors = Mapping[str, SourceTensor]
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -58,34 +54,6 @@ def plan_resident(sources: Sequence[ResidentSource], tensors: Tensors) -> Iterat
         runs = [(name, run) for name in tensor_names(resident.source) for run in runs_of(tensors[name])]
         for number, (name, run) in enumerate(runs, start=1):
             yield AssemblyStep(index, name, (run,), number == len(runs))
-
-
-def tensor_names(source: TensorSource) -> list[str]:
-    """The names of the tensors that a source needs, each once."""
-    match source.WhichOneof("of"):
-        case "concatenated":
-            return list(dict.fromkeys(name for part in source.concatenated.parts for name in tensor_names(part)))
-        case "slice":
-            return tensor_names(source.slice.of)
-        case "transposed":
-            return tensor_names(source.transposed.of)
-    return [source.tensor]
-
-
-def assemble(source: TensorSource, arrays: Mapping[str, Array]) -> Array:
-    """The elements of a source, from the whole tensors that it needs."""
-    match source.WhichOneof("of"):
-        case "concatenated":
-            parts = [assemble(part, arrays) for part in source.concatenated.parts]
-            dim = source.concatenated.dim
-            return np.stack(parts, dim) if source.concatenated.stacked else np.concatenate(parts, dim)
-        case "slice":
-            cut = source.slice
-            whole = assemble(cut.of, arrays)
-            return whole[(slice(None),) * cut.dim + (slice(cut.begin, cut.end, cut.step),)]
-        case "transposed":
-            return assemble(source.transposed.of, arrays).swapaxes(source.transposed.dim0, source.transposed.dim1)
-    return arrays[source.tensor]
 
 
 def _check_shape(resident: ResidentSource, tensors: Tensors) -> None:

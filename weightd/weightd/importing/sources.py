@@ -10,10 +10,10 @@ import numpy as np
 from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
-from weightd.importing.assembly import tensor_names
 from weightd.importing.dequantise import dequantise
 from weightd.importing.plan import ElementRun, runs_of
 from weightd_proto.encodings import COMPUTE_DTYPES
+from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
 INTEGERS = ("I64", "I32", "I16", "I8", "U8", "BOOL")

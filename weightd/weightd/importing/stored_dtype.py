@@ -11,9 +11,9 @@ import numpy as np
 
 from weightd.disk.read_ahead import Extent, ReadAhead
 from weightd.disk.tensors import SourceTensor
-from weightd.importing.assembly import tensor_names
 from weightd.importing.dequantise import dequantise
 from weightd_proto.encodings import COMPUTE_DTYPES
+from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
 KEEP = "keep"

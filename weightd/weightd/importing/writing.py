@@ -13,7 +13,7 @@ from weightd import _native
 from weightd.disk.read_ahead import CHUNK_BYTES, ReadAhead
 from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
-from weightd.importing.assembly import AssemblyStep, ResidentStep, assemble
+from weightd.importing.assembly import AssemblyStep, ResidentStep
 from weightd.importing.dequantise import Bytes, Elements, dequantise
 from weightd.importing.plan import BundleStep, HoldStep
 from weightd.importing.units import TensorMatrix, Unit
@@ -23,6 +23,7 @@ from weightd.store.store import RESIDENT_FILE
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import DTYPES
 from weightd_proto.files import BUNDLES_FILE
+from weightd_proto.tensor_sources import gather
 from weightd_proto.weightd_pb2 import ResidentSource
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
@@ -165,7 +166,8 @@ class _Assembly:
         flat = array.reshape(-1)[run.begin : run.end].view(np.uint8)
         elements.into(flat, dtype)
         if step.last:
-            whole = np.ascontiguousarray(assemble(self._sources[step.index].source, self._arrays))
+            source = self._sources[step.index].source
+            whole = np.ascontiguousarray(gather(source, self._arrays, np.stack, np.concatenate))
             self._arrays.clear()
             self.stream.append(step.index, Elements(dtype, whole.reshape(-1).view(np.uint8)))
 
