@@ -99,6 +99,11 @@ def upgrade(model: Model) -> None:
     model.compute_dtype = layout.old_dtype
 
 
+def has_experts(model: Model) -> bool:
+    """Whether the model is a mixture of experts, in any of its layers."""
+    return any(layer.experts for layer in model.layers)
+
+
 def check(model: Model) -> None:
     """ValueError unless the sizes and names of the record fit together, as all other code assumes.
 

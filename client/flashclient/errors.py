@@ -19,6 +19,8 @@ FlashClientError              one line for the user: lower case, the value, what
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class FlashClientError(Exception):
     """The root of the tree above. A command prints its `str()`."""
@@ -78,3 +80,8 @@ class RefusedError(FlashClientError):
 
 class ForkedError(FlashClientError):
     """A client made before fork() was used in the child."""
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of `names`, and how many more there are: for a text."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

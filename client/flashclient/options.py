@@ -15,6 +15,7 @@ from flashclient.errors import CalibrationError, OptionError
 from flashclient.kernels.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
+from weightd_proto.encodings import has_experts
 
 MODES = ("auto", "exact", "predict")
 TRANSPORTS = ("auto", "shm", "grpc")
@@ -78,7 +79,7 @@ class Options:
         calibration = model.calibration
         if self.mode == "exact" or (self.mode == "auto" and calibration.mode != "predict"):
             return False
-        if any(layer.experts for layer in model.layers):
+        if has_experts(model):
             raise CalibrationError(
                 f"mode='predict' is not for models with experts, such as '{model.name}', whose router picks what is "
                 "read: use mode='exact'"

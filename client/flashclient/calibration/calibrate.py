@@ -40,6 +40,7 @@ from flashclient.model.activations import has_exact_zeros
 from flashclient.model.loaded import LoadedModel
 from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import has_experts
 
 TOKENS_DEFAULT = 65536
 RANKS_DEFAULT = (16, 32, 64, 128)
@@ -52,7 +53,7 @@ ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
 
 def check_sparse(loaded: LoadedModel) -> None:
     """Raises CalibrationError for mixtures, and where no neuron of the model's activation is ever exactly zero."""
-    if any(layer.experts for layer in loaded.record.layers):
+    if has_experts(loaded.record):
         raise CalibrationError(
             f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so nothing is predicted"
         )

@@ -20,12 +20,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient._native import Ffn, Workers
-from flashclient.errors import ModelError
+from flashclient.errors import ModelError, some
 from flashclient.kernels.decode_attention import use_decode_attention
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.model.absent_weights import AbsentWeight, guard
-from flashclient.model.experts_ffn import ExpertsFFN, has_experts
+from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
@@ -35,7 +35,7 @@ from flashclient.model.step import Steps
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import formats_of
+from weightd_proto.encodings import formats_of, has_experts
 
 COMPUTED_ELEMENTS_MAX = 1 << 24
 
@@ -250,7 +250,7 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_
     # A head in the checkpoint that differs from the embedding stays untied, whatever the config says.
     model.tie_weights(missing_keys=set(unfit.missing_keys), recompute_mapping=False)
     if unfit.unexpected_keys:
-        raise ModelError(f"model '{record.name}' has tensors that its config does not: {_some(unfit.unexpected_keys)}")
+        raise ModelError(f"model '{record.name}' has tensors that its config does not: {some(unfit.unexpected_keys)}")
     state = [*model.named_parameters(), *model.named_buffers()]
     absent = {name for name, tensor in state if isinstance(tensor, AbsentWeight)}
     unmade = {name for name, tensor in state if tensor.is_meta} - absent
@@ -258,8 +258,4 @@ def _assign(model: PreTrainedModel, tensors: dict[str, Tensor], record: weightd_
     tied = set(model.all_tied_weights_keys)
     missing = sorted(unmade | (set(unfit.missing_keys) - tied - absent))
     if missing:
-        raise ModelError(f"model '{record.name}' lacks tensors: {_some(missing)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ModelError(f"model '{record.name}' lacks tensors: {some(missing)}")

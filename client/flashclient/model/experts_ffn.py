@@ -21,10 +21,6 @@ from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
 
 
-def has_experts(record: weightd_pb2.Model) -> bool:
-    return any(layer.experts for layer in record.layers)
-
-
 class ExpertsFFN:
     """See ModelFFN: computes all FFNs of a model with experts, exactly. One call at a time.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -116,6 +116,24 @@ class ExactFFN:
                 self.clock.add(compute_s=asked_s - given_s)
 
 
+def by_rows(ffn: ModelFFN, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """What a module that streams returns for x [..., hidden_size], in any float dtype.
+
+    Args:
+        compute: is called with x as the kernels take it, [rows, hidden_size] fp32, and returns as much.
+
+    Returns:
+        A new tensor of the shape of x, in its dtype or in autocast's.
+    """
+    started_s = time.perf_counter()
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    with torch.no_grad(), plain_torch():
+        rows = x.detach().to(dtype).reshape(-1, ffn.hidden_size).to(torch.float32).contiguous()
+        y = compute(rows).to(dtype).view(x.shape)
+    ffn.clock.ffn_s += time.perf_counter() - started_s
+    return without_gradient(x, y)
+
+
 @dataclass(frozen=True)
 class LayerFFN:
     """The FFN of one layer, of `output_bias` [hidden_size] fp32 or None."""
@@ -126,17 +144,14 @@ class LayerFFN:
     output_bias: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's."""
-        started_s = time.perf_counter()
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        with torch.no_grad(), plain_torch():
-            rows = x.detach().to(dtype).reshape(-1, self.ffn.hidden_size).to(torch.float32).contiguous()
-            y = retry_on_loss(self.ffn.source, lambda: self.ffn(self.layer, rows, self.biases))
-            if self.output_bias is not None:
-                y += self.output_bias
-            y = y.to(dtype).view(x.shape)
-        self.ffn.clock.ffn_s += time.perf_counter() - started_s
-        return without_gradient(x, y)
+        """See by_rows()."""
+        return by_rows(self.ffn, x, self._of_rows)
+
+    def _of_rows(self, rows: Tensor) -> Tensor:
+        y = retry_on_loss(self.ffn.source, lambda: self.ffn(self.layer, rows, self.biases))
+        if self.output_bias is not None:
+            y += self.output_bias
+        return y
 
 
 class StreamedFFN(torch.nn.Module):

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from flashclient.model.absent_weights import HoldsAbsentWeights, without_gradient
+from flashclient.model.absent_weights import HoldsAbsentWeights
 from flashclient.model.experts_ffn import ExpertsFFN
-from flashclient.model.ffn import Biases
+from flashclient.model.ffn import Biases, by_rows
 from flashclient.source.bundle_source import retry_on_loss
-from flashclient.torch_state import eager, plain_torch
+from flashclient.torch_state import eager
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class LayerExperts:
     def __call__(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
     ) -> Tensor:
-        """[..., hidden_size] in any float dtype -> a new tensor of the same shape, in that dtype or in autocast's.
+        """See by_rows(), of x = hidden_states.
 
         Args:
             hidden_states: alone (Llama 4) [experts * tokens, hidden_size], the rows of expert e from e * tokens on. The
@@ -41,23 +40,20 @@ class LayerExperts:
             top_k_index: [..., picks], any integers. Some routers mask a pick by an index beyond the last expert.
             top_k_weights: [..., picks], any floats.
         """
-        started_s = time.perf_counter()
-        ffn = self.ffn
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden_states.dtype
-        with torch.no_grad(), plain_torch():
-            rows = hidden_states.detach().to(dtype).reshape(-1, ffn.hidden_size).to(torch.float32).contiguous()
+
+        def of_rows(rows: Tensor) -> Tensor:
             if top_k_index is None or top_k_weights is None:
                 picks = (torch.arange(len(rows), device="cpu") * self.experts // len(rows)).unsqueeze(1)
                 weights = rows.any(dim=1, keepdim=True).to(torch.float32)
             else:
                 picks = top_k_index.reshape(-1, top_k_index.shape[-1]).to(torch.int64).contiguous()
                 weights = top_k_weights.detach().reshape(picks.shape).to(torch.float32).contiguous()
-            y = retry_on_loss(
-                ffn.source, lambda: ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias)
+            return retry_on_loss(
+                self.ffn.source,
+                lambda: self.ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias),
             )
-            y = y.to(dtype).view(hidden_states.shape)
-        ffn.clock.ffn_s += time.perf_counter() - started_s
-        return without_gradient(hidden_states, y)
+
+        return by_rows(self.ffn, hidden_states, of_rows)
 
 
 class StreamedExperts(HoldsAbsentWeights):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from flashclient.recipes.ffns.site import Rows, Site
-from flashclient.tensors.names import Found, kept_in_f32, part_source
+from flashclient.tensors.names import Found, kept_in_f32, part_source, tied_pairs
 from flashclient.tensors.places import Place, message
 from weightd_proto.weightd_pb2 import (
     Bias,
@@ -84,7 +84,7 @@ class _Held:
 
     def __init__(self, model: PreTrainedModel, tensors: Found) -> None:
         self._places = tensors.places
-        self._tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+        self._tied = tied_pairs(model)
 
     def name(self, parameter: str) -> str:
         return parameter if parameter in self._places else self._tied.get(parameter, parameter)

@@ -30,7 +30,7 @@ from flashclient.recipes.ffns.watching import run
 from flashclient.recipes.reference import amend
 from flashclient.source.bundle_source import Chunk
 from flashclient.source.memory_cells import MemoryCells
-from flashclient.tensors.names import find_tensors
+from flashclient.tensors.names import find_tensors, tied_pairs
 from flashclient.tensors.places import Piece, gather
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
@@ -95,7 +95,7 @@ def _imported(
     tiny: PreTrainedModel, outline: PreTrainedModel, sites: Sequence[Site]
 ) -> tuple[weightd_pb2.Recipe, dict[str, Tensor]]:
     """The recipe of the tiny model, and its tensors as transformers saves them."""
-    tied = set(getattr(tiny, "all_tied_weights_keys", None) or {})
+    tied = tied_pairs(tiny)
     state = {name: tensor.detach() for name, tensor in tiny.state_dict().items() if name not in tied}
     tensors: dict[str, Tensor] = revert_weight_conversion(tiny, state)
     places = {name: Piece.whole(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
@@ -219,13 +219,9 @@ def _outputs(model: PreTrainedModel) -> dict[str, Tensor]:
             outputs.pop(name, None)
             outputs[name] = first.detach().clone()
 
-    handles = []
+    hooks = []
     for name, module in model.named_modules():
         with suppress(AbsentWeightError):  # a part of a streamed FFN
-            handles.append(module.register_forward_hook(partial(keep, name)))
-    try:
-        run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+            hooks.append(module.register_forward_hook(partial(keep, name)))
+    run(model, hooks)
     return outputs

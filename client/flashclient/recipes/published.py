@@ -16,6 +16,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient.errors import ModelError
+from flashclient.model.activations import FUNCTIONS
 from flashclient.recipes.remote_formats import ARCHITECTURES, REMOTE_FORMATS, RemoteFormat
 from flashclient.recipes.renaming import Omission, Rename, Shapes, renamed
 from flashclient.recipes.text_parts import TEXT_PARTS, omissions, text_config, text_renames
@@ -23,7 +24,7 @@ from weightd_proto import weightd_pb2
 
 Config = Mapping[str, Any]
 
-ACTIVATIONS = ("relu", "relu_squared", "fatrelu", "silu", "gelu", "gelu_tanh", "gated_relu")
+ACTIVATIONS = tuple(name for name in FUNCTIONS if name != "swish")  # which no published format needs
 
 
 @dataclass(frozen=True)

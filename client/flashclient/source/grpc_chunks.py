@@ -27,6 +27,7 @@ from flashclient.errors import DaemonLostError, FlashClientError, OptionError, R
 from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.grpc_cells import RemoteCells
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import has_experts
 from weightd_proto.files import ALIGNMENT_BYTES, PREDICTORS_FILE
 
 CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a millisecond is small beside it
@@ -68,7 +69,7 @@ def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
 
 def bundles_per_cell_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
     """Bundles that are fetched and leased together. Raises OptionError where the pool does not hold two cells."""
-    if not any(layer.experts for layer in model.layers):
+    if not has_experts(model):
         return 1
     bundles = model.bundle.bundles_per_cell
     cells_bytes = 2 * bundles * model.bundle.bundle_bytes

@@ -76,7 +76,7 @@ def find_tensors(model: PreTrainedModel, tensors: Mapping[str, Place]) -> Found:
     """
     load = _Load(model, tensors)
     places, tied = _tie(model, load.places)
-    missing = sorted(load.missing - places.keys() - _tied_pairs(model).keys())
+    missing = sorted(load.missing - places.keys() - tied_pairs(model).keys())
     if load.errors:
         name = next(iter(load.errors))
         raise ModelError(f"{name} cannot be made from the tensors of the checkpoint: {load.errors[name]}")
@@ -187,14 +187,15 @@ def _without_progress() -> Iterator[None]:
 # Tied weights
 
 
-def _tied_pairs(model: PreTrainedModel) -> dict[str, str]:
+def tied_pairs(model: PreTrainedModel) -> dict[str, str]:
+    """Weights that the configuration ties, and what it ties them to."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _tie(model: PreTrainedModel, found: Mapping[str, Place]) -> tuple[dict[str, Place], dict[str, str]]:
     """As in tie_weights(): a tied weight replaces a missing one. If both are there, the import compares them."""
     places, tied = dict(found), {}
-    for target, source in _tied_pairs(model).items():
+    for target, source in tied_pairs(model).items():
         if target not in places:
             continue
         if source not in places:

@@ -24,6 +24,8 @@ ADAPTER_FILE = "adapter_config.json"
 SAFETENSORS_FILE = "model.safetensors"
 TORCH_FILE = "pytorch_model.bin"
 INDEX_SUFFIX = ".index.json"
+# Where transformers looks for weights; the first that is there counts.
+WEIGHTS_FILES = tuple(f"{name}{suffix}" for name in (SAFETENSORS_FILE, TORCH_FILE) for suffix in ("", INDEX_SUFFIX))
 # Files that transformers reads besides the weights. Others (other formats, code, images) are not copied.
 FILE_PATTERNS = (
     CONFIG_FILE,
@@ -130,10 +132,9 @@ def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:
                 f"{folder.path} has transformers_weights = {named!r}, which is not a safetensors file"
             )
         return _read_weights(folder, named)
-    for name in (SAFETENSORS_FILE, TORCH_FILE):
-        for candidate in (name, f"{name}{INDEX_SUFFIX}"):
-            if folder.has(candidate):
-                return _read_weights(folder, candidate)
+    found = next(filter(folder.has, WEIGHTS_FILES), None)
+    if found is not None:
+        return _read_weights(folder, found)
     others = folder.matching(("*.safetensors", "*.bin", "*.pth", "*.pt", "*.msgpack", "*.h5"))
     raise CheckpointError(
         f"no weights in {folder.path}: expected {SAFETENSORS_FILE}, {TORCH_FILE} or their index files"
@@ -179,8 +180,7 @@ def _read_shards(
 
 def has_weights(folder: ModelFolder) -> bool:
     """Whether the folder holds weights under a name that transformers looks for."""
-    names = (SAFETENSORS_FILE, TORCH_FILE)
-    return any(folder.has(f"{name}{suffix}") for name in names for suffix in ("", INDEX_SUFFIX))
+    return any(map(folder.has, WEIGHTS_FILES))
 
 
 def _unfinished(folder: ModelFolder) -> str:

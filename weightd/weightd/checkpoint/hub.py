@@ -27,10 +27,9 @@ from weightd.checkpoint.folder import (
     CONFIG_FILE,
     FILE_PATTERNS,
     INDEX_SUFFIX,
-    SAFETENSORS_FILE,
     TEMPLATE_PATTERNS,
     TEMPLATES_FOLDER,
-    TORCH_FILE,
+    WEIGHTS_FILES,
     configuration_name,
 )
 from weightd.errors import CheckpointError, SpaceError
@@ -175,8 +174,7 @@ class _Fetch:
 
     def _weights(self, named: Any, files: Mapping[str, int], commit: str) -> list[str]:
         """The weights by transformers' rule, as in folder.py. `named`: the file that config.json names, if any."""
-        candidates = [named] if isinstance(named, str) else []
-        candidates += [f"{name}{suffix}" for name in (SAFETENSORS_FILE, TORCH_FILE) for suffix in ("", INDEX_SUFFIX)]
+        candidates = [*([named] if isinstance(named, str) else []), *WEIGHTS_FILES]
         found = next((candidate for candidate in candidates if candidate in files), None)
         return [] if found is None else [found, *self._shards(found, files, commit)]
 

@@ -27,6 +27,7 @@ from weightd.store.checked_file import check_files
 from weightd.store.hotness import Hotness, calibrated_hotness, known_hotness
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import has_experts
 
 logger = logging.getLogger(__name__)
 
@@ -211,8 +212,7 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
 
 def ranges_of(model: weightd_pb2.Model) -> int:
     """For a model with experts, its experts and its layers without experts; 0 for other models."""
-    experts = [layer.experts for layer in model.layers]
-    return sum(max(1, count) for count in experts) if any(experts) else 0
+    return sum(max(1, layer.experts) for layer in model.layers) if has_experts(model) else 0
 
 
 def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:

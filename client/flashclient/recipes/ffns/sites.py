@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from flashclient.errors import ModelError
+from flashclient.errors import ModelError, some
 from flashclient.recipes.ffns.site import NO_SIZE, Layer, Part, Site
 from flashclient.recipes.ffns.tiny import LAYERS_MIN, one_line
 from weightd_proto import weightd_pb2
@@ -46,10 +46,10 @@ class Streamed:
     def notes(self) -> Iterator[str]:
         """What stays resident though it is an FFN, one line each."""
         if self.others:
-            others = _some([site.module for site in self.others])
+            others = some([site.module for site in self.others], 3)
             yield f"FFNs of another layout or activation than most stay in memory: {others}"
         if self.unrecognised:
-            yield f"FFNs that compute something else than the others stay in memory: {_some(self.unrecognised)}"
+            yield f"FFNs that compute something else than the others stay in memory: {some(self.unrecognised, 3)}"
         if self.others or self.unrecognised:
             yield f"{self.resident_share:.0%} of the weights stay in memory"
 
@@ -212,10 +212,6 @@ def _unrecognised(full: nn.Module, sites: Sequence[Site]) -> tuple[str, ...]:
     paths = {site.module for site in sites}
     classes = {type(full.get_submodule(site.module)) for site in sites if site.place != Layer.PARTS}
     return tuple(name for name, module in full.named_modules() if type(module) in classes and name not in paths)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _layout(site: Site) -> tuple[Any, ...]:

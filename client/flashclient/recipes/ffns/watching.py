@@ -8,13 +8,15 @@ that every limit of the formula acts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -68,12 +70,14 @@ class _Layout:
 _LAYOUTS = [_Layout(gate_first, interleaved) for interleaved in (False, True) for gate_first in (True, False)]
 
 
-def run(model: PreTrainedModel) -> Any:
-    """The model's output for random ids."""
+def run(model: PreTrainedModel, hooks: Sequence[RemovableHandle] = ()) -> Any:
+    """The model's output for random ids. Removes `hooks` afterwards."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(IDS.start, IDS.stop, (BATCH, TOKENS), generator=generator)
     model.config.use_cache = False
-    with torch.no_grad():
+    with torch.no_grad(), ExitStack() as removed:
+        for hook in hooks:
+            removed.enter_context(hook)
         return model(input_ids=ids)
 
 
@@ -105,16 +109,12 @@ def _record(model: PreTrainedModel) -> list[_ProjectionCall]:
 
         return keep
 
-    handles = [
+    hooks = [
         module.register_forward_hook(hook(name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | Conv1D)
     ]
-    try:
-        run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run(model, hooks)
     return calls
 
 
@@ -245,15 +245,11 @@ def _see(model: PreTrainedModel) -> dict[str, _Seen]:
     def after(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen[name].calls[-1].output = _kept(output)
 
-    handles = []
+    hooks = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
-        handles.append(module.register_forward_hook(partial(after, name)))
-    try:
-        run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+        hooks.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+        hooks.append(module.register_forward_hook(partial(after, name)))
+    run(model, hooks)
     still = {name for name, _ in model.named_modules()}  # some models exchange modules when they are called
     return {name: calls for name, calls in seen.items() if name in still}
 
