@@ -11,6 +11,7 @@ import torch
 from checkpoints import FAMILIES, make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import AVAILABLE
 from torch import Tensor, nn
 
 from flashclient._native import Attention, Workers
@@ -20,20 +21,10 @@ from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.torch_state import one_thread
 
 WORKERS = Workers(2)
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 PROMPT = [5, 17, 200, 31, 8]
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
 
 
-def available(instruction_set: str) -> bool:
-    try:
-        Attention(WORKERS, "F32", instruction_set)
-    except ValueError:
-        return False
-    return True
-
-
-AVAILABLE = [name for name in INSTRUCTION_SETS if available(name)]
 sets = st.sampled_from(AVAILABLE)
 dtypes = st.sampled_from(sorted(KERNEL_DTYPES, key=str))
 

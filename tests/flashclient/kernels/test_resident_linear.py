@@ -11,6 +11,7 @@ import torch
 from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import AVAILABLE
 from torch import Tensor, nn
 
 from flashclient._native import Linear, Workers
@@ -19,7 +20,6 @@ from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.resident_linear import ResidentLinear, use_fast_linears
 
 WORKERS = Workers(2)
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 dtypes = st.sampled_from(sorted(KERNEL_DTYPES, key=str))
 
 
@@ -32,14 +32,6 @@ def make(
     inputs: int, outputs: int, dtype: torch.dtype, bias: bool = True, instruction_set: str = "portable"
 ) -> nn.Linear:
     return fast(nn.Linear(inputs, outputs, bias=bias, dtype=dtype), instruction_set)
-
-
-def available(instruction_set: str) -> bool:
-    try:
-        Linear(WORKERS, "F32", instruction_set)
-    except ValueError:
-        return False
-    return True
 
 
 def near(actual: Tensor, expected: Tensor) -> bool:
@@ -55,7 +47,7 @@ def near(actual: Tensor, expected: Tensor) -> bool:
     st.integers(1, 200),
     st.integers(1, 50),
     st.booleans(),
-    st.sampled_from([name for name in INSTRUCTION_SETS if available(name)]),
+    st.sampled_from(AVAILABLE),
     st.integers(0, 1000),
 )
 def test_product_is_the_formula(
@@ -79,7 +71,7 @@ def test_several_blocks_of_rows(dtype: torch.dtype) -> None:
     assert near(linear(x), x.double() @ linear.weight.double().T + linear.bias.double())
 
 
-@pytest.mark.parametrize("instruction_set", [name for name in INSTRUCTION_SETS if available(name)])
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
 def test_bits_do_not_depend_on_threads(instruction_set: str) -> None:
     weight = torch.randn(1000, 333).bfloat16()
     x, results = np.random.default_rng(0).standard_normal((7, 333)).astype(np.float32), []
@@ -151,7 +143,7 @@ def test_default_is_the_best_instruction_set() -> None:
     """The choice never depends on a measurement."""
     linear: Any = nn.Linear(4, 4)
     assert use_fast_linears(linear, WORKERS) == 1
-    best = next(name for name in INSTRUCTION_SETS if available(name))
+    best = AVAILABLE[0]
     assert linear.kernels[torch.float32].instruction_set == best
     with pytest.raises(ValueError, match="instruction set 'mmx' is unknown"):
         use_fast_linears(nn.Linear(4, 4), WORKERS, "mmx")

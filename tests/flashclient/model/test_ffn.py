@@ -12,6 +12,7 @@ from checkpoints import make_config, make_model
 from cut_model import ArraySource, CutModel, cut
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import AVAILABLE, INSTRUCTION_SETS
 from torch import Tensor
 
 from flashclient._native import Ffn, LentMemory, Linear, Workers
@@ -23,7 +24,6 @@ from weightd_proto.encodings import parts_of, plain
 from weightd_proto.weightd_pb2 import Activation
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-INSTRUCTION_SETS = ("avx512", "avx2", "portable")
 # Every function with a gate; gated_relu has none without.
 ACTIVATIONS = {name: Activation(function=name, parameter=0.4) for name in FUNCTIONS}
 UNGATED = sorted(set(FUNCTIONS) - {"gated_relu"})
@@ -122,7 +122,7 @@ def limits() -> st.SearchStrategy[float | None]:
 @settings(max_examples=80, deadline=None)
 @given(
     st.sampled_from(sorted(DTYPES)),
-    st.sampled_from(INSTRUCTION_SETS),
+    st.sampled_from(AVAILABLE),
     st.booleans(),
     st.builds(
         Activation,
@@ -142,10 +142,7 @@ def test_limits_offsets_and_biases(
 ) -> None:
     layer = Layer(dtype, 48, 90, gated, activation, seed, biased=True)
     assert layer.biases is not None
-    try:
-        kernels = Ffn(Workers(2), [plain(dtype)] * len(layer.parts), 48, activation, instruction_set)
-    except ValueError as error:
-        pytest.skip(str(error))
+    kernels = Ffn(Workers(2), [plain(dtype)] * len(layer.parts), 48, activation, instruction_set)
     x = torch.randn(tokens, 48)
     addresses = layer.weights.data_ptr() + np.arange(90, dtype=np.uint64) * layer.weights[0].nbytes
     lent = LentMemory(array_of(layer.weights))
@@ -241,11 +238,8 @@ def test_half_precision_is_widened_exactly() -> None:
     for dtype in ("F16", "BF16"):
         values = every.view(DTYPES[dtype])
         weight = torch.where(values.isfinite(), values, 0).view(-1, 64).contiguous()
-        for instruction_set in INSTRUCTION_SETS:
-            try:
-                kernels = Linear(Workers(1), dtype, instruction_set)
-            except ValueError:
-                continue
+        for instruction_set in AVAILABLE:
+            kernels = Linear(Workers(1), dtype, instruction_set)
             for columns in (64, 1):  # whole vectors, and the ends of rows
                 rows = weight.view(-1, columns)
                 out = np.empty((columns, len(rows)), np.float32)
