@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.processes import BenchError, serving
@@ -43,18 +43,23 @@ class PlantedStore:
         return demand_of(self.record).minimum_bytes + POOL_BYTES
 
 
-def planted_store(shape: str, folder: Path) -> PlantedStore:
+def planted_store(shape: str, folder: Path, layers: int | None = None) -> PlantedStore:
     """The checkpoint, store and calibration of a planted model in `folder`. Makes those that are missing.
+
+    Args:
+        layers: of the model, if not those of the shape.
 
     Raises:
         BenchError: the import or weightd failed; gives the error.
         OSError: the folder holds something else than a planted model, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    made = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
+    shape = shape if layers is None else f"{shape}-{layers}"
     name = f"planted-{shape}"
     planted = PlantedStore(folder / name, folder / f"store-{shape}", name)
     if not planted.checkpoint.exists():
-        make_planted_model(SHAPES[shape], planted.checkpoint)
+        make_planted_model(made, planted.checkpoint)
     read_plan(planted.checkpoint)
     if not (planted.store / name).exists():
         command = [sys.executable, "-m", "weightd", "import", str(planted.checkpoint), "--store", str(planted.store)]

@@ -29,7 +29,8 @@ TABLE = {
         gateway: errors
         watching: errors sizes flags log gateway
         serving: errors sizes flags log disk store machine gateway watching
-        cli: errors sizes flags log store checkpoint importing machine watching serving
+        planning: errors sizes flags store checkpoint importing machine serving
+        cli: errors sizes flags log store checkpoint importing machine watching serving planning
         __main__: cli
     """,
     "flashclient": """
@@ -57,6 +58,7 @@ TABLE = {
 CLIENT_IN_WEIGHTD = {
     "cli": {"standard_streams"},
     "machine": {"memory_limits", "standard_streams"},
+    "planning": {"memory_limits", "standard_streams"},
     "watching": {"cli", "daemon", "errors", "standard_streams"},
 }
 ARCHITECTURE_LINES_MAX = 150

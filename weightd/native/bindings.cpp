@@ -272,7 +272,10 @@ void bind_engine(nb::module_& module) {
              "Ends every session; can be repeated.")
         .def_static("minimum_dram_bytes", &minimum_dram_bytes, "resident_bytes"_a, "cell_bytes"_a, "cells"_a,
                     "neurons"_a, "experts"_a = 0,
-                    "The smallest --dram with which such a model can be served; all its layers together.");
+                    "The smallest --dram with which such a model can be served; all its layers together. Its pool has "
+                    "POOL_SLOTS_MIN slots.")
+        .def_static("share_slots", &weightd::share_slots, "left"_a, "wanted"_a, "cells"_a,
+                    "The share of a session that wants so many slots (0: no preference) of those that are left.");
 }
 
 // ---- import: cutting bundles ----
@@ -388,6 +391,7 @@ NB_MODULE(_native, module) {
     bind_engine(module);
     module.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
     module.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
+    module.attr("POOL_SLOTS_MIN") = weightd::POOL_SLOTS_MIN;
     module.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     module.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a,
                "io_engine"_a, "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");

@@ -3,6 +3,8 @@
     weightd --store DIR ...                  serves the store (weightd.serving.serve)
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
+    weightd probe SRC                        (weightd.planning.probe)
+    weightd plan MODEL [--dram SIZE]         (weightd.planning.plan)
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
 
@@ -60,6 +62,14 @@ def _run(arguments: list[str]) -> int:
         from weightd.machine import doctor
 
         return doctor.main(arguments[1:])
+    if arguments[:1] == ["probe"]:
+        from weightd.planning import probe
+
+        return probe.main(arguments[1:])
+    if arguments[:1] == ["plan"]:
+        from weightd.planning import plan
+
+        return plan.main(arguments[1:])
     # Set before gRPC is imported: otherwise its core writes its own lines to standard error, with unescaped bytes.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if arguments[:1] == ["top"]:
@@ -111,7 +121,7 @@ def _parser() -> FlagParser:
         "       weightd COMMAND ...          see weightd COMMAND --help",
         description="Serves models from flash.",
     )
-    commands = parser.add_subparsers(required=True, metavar="import | ls | rm | verify | doctor | top")
+    commands = parser.add_subparsers(required=True, metavar="probe | plan | import | ls | rm | verify | doctor | top")
     common = FlagParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=_path, required=True, metavar="DIR", help="the folder that holds the models")
 
@@ -155,8 +165,11 @@ def _parser() -> FlagParser:
         touching.add_argument(
             "--allow-buffered", action="store_true", help="use buffered I/O where the file system refuses O_DIRECT"
         )
-    commands.add_parser("doctor", help="Checks this machine and says what to change.")  # _run handles these two before
-    commands.add_parser("top", help="Watches a running weightd.")  # this parser is used
+    # _run handles these before this parser is used.
+    commands.add_parser("probe", help="Says what an import would make of a model, without writing anything.")
+    commands.add_parser("plan", help="Says what a model would cost to run, before it is downloaded.")
+    commands.add_parser("doctor", help="Checks this machine and says what to change.")
+    commands.add_parser("top", help="Watches a running weightd.")
     return parser
 
 

@@ -1,5 +1,7 @@
 """Answers what an import asks: derives the recipe of a checkpoint, and rehearses what the import has made with it.
 
+`weightd plan` also asks what a token costs.
+
     python -m flashclient.generation.import_requests DESCRIPTOR
 
 weightd runs it in a child process (weightd.importing.client_process), because transformers takes hundreds of megabytes.
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from flashclient.errors import ModelError
 from flashclient.generation.rehearsal import RefusedFileError, rehearse
+from flashclient.generation.token_cost import token_cost
 from flashclient.recipes.derive import derive
 from flashclient.torch_state import one_thread
 from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
@@ -26,9 +29,12 @@ from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 
 def answer(request: ImportRequest) -> ImportResponse:
     try:
-        if request.WhichOneof("what") == "derive":
-            with one_thread():  # tiny instances
-                return ImportResponse(recipe=derive(request.derive))
+        match request.WhichOneof("what"):
+            case "derive":
+                with one_thread():  # tiny instances
+                    return ImportResponse(recipe=derive(request.derive))
+            case "token_cost":
+                return ImportResponse(token_cost=token_cost(request.token_cost))
         rehearse(request.rehearse.record, Path(request.rehearse.folder))
         return ImportResponse()
     except (ModelError, RefusedFileError) as error:

@@ -24,9 +24,9 @@ from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, str
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
 from flashclient.recipes.proof import prove
-from flashclient.recipes.published import published
-from flashclient.tensors.names import find_tensors, places_of
-from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
+from flashclient.recipes.published import Published, published
+from flashclient.tensors.names import Found, find_tensors, own_tensors, places_of
+from weightd_proto.weightd_pb2 import Activation, DeriveRequest, LeftOut, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
@@ -40,20 +40,35 @@ def derive(request: DeriveRequest) -> Recipe:
         ModelError: no class of transformers runs the checkpoint, nothing of it can be streamed, the proof fails, or a
             tensor is missing or would be lost. One line, which names the module or tensor.
     """
-    kind = published(_values(request.config_json), request.activation or None)
-    whole = read_config(kind.config)
-    found, made_from = model_class(whole)
-    derivation = Derivation(found, made_from, _instead(kind.activation))
+    kind = published(config_values(request.config_json), request.activation or None)
+    derivation, values = derivation_of(kind)
     split = derivation.streamed()
     derivation.prove()
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
-    sources, left_out = kind.tensors(shapes)
-    recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))
-    values = kind.config if made_from is whole else made_from.to_dict()
+    tensors, left_out = _tensors(request, kind, derivation.full)
+    recipe = assemble(derivation.full, split.sites, tensors)
     recipe.config_json = json.dumps(values).encode()
     recipe.left_out.extend(left_out)
     recipe.notes.extend([*kind.notes, *split.notes()])
     return recipe
+
+
+def derivation_of(kind: Published) -> tuple[Derivation, dict[str, Any]]:
+    """The derivation of a published model, and the config.json of its class.
+
+    Raises ModelError: transformers has no class for it, or cannot make it from the configuration.
+    """
+    whole = read_config(kind.config)
+    found, made_from = model_class(whole)
+    values = kind.config if made_from is whole else made_from.to_dict()
+    return Derivation(found, made_from, _instead(kind.activation)), values
+
+
+def _tensors(request: DeriveRequest, kind: Published, full: PreTrainedModel) -> tuple[Found, list[LeftOut]]:
+    if request.config_only:
+        return own_tensors(full), []
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
+    sources, left_out = kind.tensors(shapes)
+    return find_tensors(full, places_of(sources, shapes)), left_out
 
 
 def _instead(activation: Activation | None) -> Activation | None:
@@ -65,7 +80,8 @@ def _instead(activation: Activation | None) -> Activation | None:
     return marked
 
 
-def _values(config_json: bytes) -> dict[str, Any]:
+def config_values(config_json: bytes) -> dict[str, Any]:
+    """The values of a config.json. Raises ModelError where it holds none, or sizes that no model has."""
     try:
         values = json.loads(config_json)
     except ValueError as error:

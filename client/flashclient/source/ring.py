@@ -12,9 +12,7 @@ from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
 from flashclient.source.bundle_source import Chunk, Counters
 from weightd_proto import weightd_pb2
-
-# Cells that are leased ahead take room in the pool from cells that stay; 8 MiB in flight give a device its full speed.
-LOOK_AHEAD_BYTES = 8 * 2**20
+from weightd_proto.dram import slots_wanted
 
 
 class _RingErrors:
@@ -127,7 +125,7 @@ class RingSource:
         self._forget()
 
     def _open_session(self) -> weightd_pb2.OpenSessionResponse:
-        return self._connection.open_session(self._model, max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes))
+        return self._connection.open_session(self._model, slots_wanted(self._model.bundle.cell_bytes))
 
     def _forget(self) -> None:
         self._open_sweep().forget()

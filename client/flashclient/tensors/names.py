@@ -27,7 +27,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from flashclient.errors import ModelError
-from flashclient.tensors.places import Place, Shape, gather, matrix, tensors_of
+from flashclient.tensors.places import Piece, Place, Shape, gather, matrix, tensors_of
 from flashclient.tensors.tracing import TracedTensor
 from weightd_proto.weightd_pb2 import LeftOut, MatrixSource, TensorSource
 
@@ -90,6 +90,13 @@ def find_tensors(model: PreTrainedModel, tensors: Mapping[str, Place]) -> Found:
     used = {name for place in places.values() for name in tensors_of(place)}
     unused = [name for name, place in tensors.items() if used.isdisjoint(tensors_of(place))]
     return Found(places, tied, _left_out(model, load, unused))
+
+
+def own_tensors(model: PreTrainedModel) -> Found:
+    """As find_tensors(), of a checkpoint that holds the tensors of `model` itself: where there is no other one."""
+    tied = tied_pairs(model)
+    state = model.state_dict()
+    return Found({name: Piece.whole(name, tuple(state[name].shape)) for name in state if name not in tied})
 
 
 def kept_in_f32(model: PreTrainedModel) -> dict[str, list[str]]:

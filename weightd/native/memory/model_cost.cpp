@@ -1,5 +1,7 @@
 #include "memory/model_cost.h"
 
+#include <algorithm>
+
 #include "device/block_size.h"
 #include "memory/session.h"
 #include "pool/cell_replacement.h"
@@ -32,8 +34,13 @@ uint64_t session_bytes(const ModelSpec& spec) {
 }
 
 uint64_t minimum_dram_bytes(const ModelSpec& spec) {
-    const uint64_t slots = 2 * SHARE_SLOTS_MIN + SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
-    return whole_pages(activation_bytes(spec) + catalog_bytes(spec)) + slots * spec.cell_bytes;
+    return whole_pages(activation_bytes(spec) + catalog_bytes(spec)) + POOL_SLOTS_MIN * uint64_t{spec.cell_bytes};
+}
+
+uint32_t share_slots(uint64_t left, uint32_t wanted, uint32_t cells) {
+    const uint64_t most = std::min<uint64_t>(std::max<uint64_t>(SHARE_SLOTS_MIN, left / 2), cells);
+    const uint64_t share = wanted == 0 ? most : std::min<uint64_t>(wanted, most);
+    return static_cast<uint32_t>(std::max<uint64_t>(share, SHARE_SLOTS_MIN));
 }
 
 }  // namespace weightd

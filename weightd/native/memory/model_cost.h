@@ -8,6 +8,7 @@
 namespace weightd {
 
 inline constexpr uint32_t SHARE_SLOTS_MIN = 2;    // one slot in use, one being read
+inline constexpr uint32_t POOL_SLOTS_MIN = 3 * SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
 inline constexpr uint32_t SESSIONS_RESERVED = 4;  // the tables of so many sessions are paid when a model is activated
 
 // From the time when the model is added: checksums, and a record of how hot each cell is.
@@ -16,7 +17,10 @@ uint64_t catalog_bytes(const ModelSpec& spec);
 uint64_t activation_bytes(const ModelSpec& spec);
 // Tables and ring of one session.
 uint64_t session_bytes(const ModelSpec& spec);
-// The least --dram that serves the model to one session and to fetches.
+// The least --dram that serves the model to one session and to fetches, whose pool has POOL_SLOTS_MIN.
 uint64_t minimum_dram_bytes(const ModelSpec& spec);
+// The share of a session that wants so many slots (0: no preference) where `left` are not guaranteed to others. At most
+// half of them, so that the next session finds something too.
+uint32_t share_slots(uint64_t left, uint32_t wanted, uint32_t cells);
 
 }  // namespace weightd

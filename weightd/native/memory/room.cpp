@@ -60,15 +60,12 @@ void Room::require(const Model& asking, uint64_t model_bytes, uint64_t user_byte
     throw refusal(asking, model_bytes + user_bytes, left_bytes, has_bytes);
 }
 
-// At most half of what the user may still take, so that the next session finds something too.
 uint32_t Room::share_for(const Model& asking, uint32_t slots_wanted, uint64_t has_bytes) const {
     const uint64_t cell_bytes = asking.spec.cell_bytes;
     const uint64_t free_bytes = obtainable_bytes(asking);
     const uint64_t left = most_for(has_bytes, free_bytes) / cell_bytes;
     if (left < SHARE_SLOTS_MIN) throw refusal(asking, SHARE_SLOTS_MIN * cell_bytes, free_bytes, has_bytes);
-    const uint64_t most = std::min<uint64_t>(std::max<uint64_t>(SHARE_SLOTS_MIN, left / 2), asking.spec.cell_count());
-    const uint64_t share = slots_wanted == 0 ? most : std::min<uint64_t>(slots_wanted, most);
-    return static_cast<uint32_t>(std::max<uint64_t>(share, SHARE_SLOTS_MIN));
+    return share_slots(left, slots_wanted, asking.spec.cell_count());
 }
 
 // Everything that cannot be taken from a model while it has its users.

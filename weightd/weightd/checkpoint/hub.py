@@ -57,6 +57,12 @@ def fetch(name: str, revision: str | None, store: Path, file: str | None = None)
     return folder if file is None else folder / file
 
 
+def cached(name: str, revision: str | None, file: str | None = None) -> Path:
+    """What fetch() has once downloaded, which may lack files. CheckpointError if that is nothing."""
+    folder = _Fetch(name, revision or MAIN, file).cached()
+    return folder if file is None else folder / file
+
+
 def newest_commit(name: str, revision: str | None) -> str | None:
     """The commit of the hub's model `name` that `fetch` would take, without its files; None where that is unknown."""
     return _Fetch(name, revision or MAIN).commit()
@@ -84,13 +90,7 @@ class _Fetch:
 
     def run(self, store: Path) -> Path:
         if self._constants.HF_HUB_OFFLINE:
-            cached = self._cached()
-            if cached is None:
-                raise CheckpointError(
-                    f"{self._place} is not in the cache {self._constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: "
-                    "unset it to download the model"
-                )
-            return cached
+            return self.cached("HF_HUB_OFFLINE is set: unset it to download the model")
         try:
             return self._download(store)
         except (CheckpointError, SpaceError):
@@ -101,6 +101,12 @@ class _Fetch:
             return self._fall_back(error)
         except Exception as error:  # huggingface_hub and its HTTP libraries, which differ by version, raise many kinds
             return self._fall_back(error)
+
+    def cached(self, reason: str = "nothing is downloaded here") -> Path:
+        found = self._cached()
+        if found is None:
+            raise CheckpointError(f"{self._place} is not in the cache {self._constants.HF_HUB_CACHE}, and {reason}")
+        return found
 
     def commit(self) -> str | None:
         if not self._constants.HF_HUB_OFFLINE:

@@ -46,21 +46,30 @@ def locate(source: str, revision: str | None, store: Path, file: str | None = No
         CheckpointError: it is not there, or cannot be downloaded; says what to do.
         SpaceError: a disk has no room for the download and the import.
     """
-    path = Path(source)
-    if path.exists():
-        if revision is not None:
-            raise CheckpointError(f"{source} is a path, and a revision is of a model on the hub: leave --revision out")
-        if file is not None:
-            raise CheckpointError(
-                f"{source} is a path, and --file is for a model on the hub: give the path of the file"
-            )
-        return _snapshot_of(path)
-    if is_hub_name(source):
-        from weightd.checkpoint.hub import fetch
+    if Path(source).exists() or not is_hub_name(source):
+        return _local(source, revision, file)
+    from weightd.checkpoint.hub import fetch
 
-        return fetch(source, revision, store, file)
+    return fetch(source, revision, store, file)
+
+
+def locate_here(source: str, revision: str | None, file: str | None = None) -> Path:
+    """As locate(), but a model of the hub is not downloaded: it is taken from the hub's cache, and may lack files."""
+    if Path(source).exists() or not is_hub_name(source):
+        return _local(source, revision, file)
+    from weightd.checkpoint.hub import cached
+
+    return cached(source, revision, file)
+
+
+def _local(source: str, revision: str | None, file: str | None) -> Path:
+    path = Path(source)
     check_exists(path)
-    return path
+    if revision is not None:
+        raise CheckpointError(f"{source} is a path, and a revision is of a model on the hub: leave --revision out")
+    if file is not None:
+        raise CheckpointError(f"{source} is a path, and --file is for a model on the hub: give the path of the file")
+    return _snapshot_of(path)
 
 
 def _snapshot_of(path: Path) -> Path:

@@ -14,12 +14,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.errors import CheckpointError
@@ -30,6 +30,8 @@ from weightd_proto.weightd_pb2 import (
     Model,
     Recipe,
     RehearseRequest,
+    TokenCost,
+    TokenCostRequest,
 )
 
 PACKAGES = ("torch", "transformers")
@@ -44,13 +46,34 @@ def derive(checkpoint: Checkpoint, ask: Ask, activation: str = "") -> Recipe:
 
     CheckpointError if there is none, or if the checkpoint's tensors are not those of its configuration.
     """
-    request = DeriveRequest(config_json=json.dumps(dict(checkpoint.config)).encode(), activation=activation)
+    request = DeriveRequest(config_json=_as_bytes(checkpoint.config), activation=activation)
     for name, tensor in checkpoint.tensors.items():
         request.tensors.add(name=name, dtype=tensor.dtype, shape=tensor.shape)
     response = ask(ImportRequest(derive=request))
     if response.refusal:
         raise CheckpointError(f"{checkpoint.path}: {_with_names_of_file(response.refusal, checkpoint)}")
     return response.recipe
+
+
+def derive_from_config(config: Mapping[str, Any], path: Path, ask: Ask) -> Recipe:
+    """The recipe of a model of which there is only a configuration, from `path`. It names the tensors of transformers'
+    model. CheckpointError if there is none."""
+    response = ask(ImportRequest(derive=DeriveRequest(config_json=_as_bytes(config), config_only=True)))
+    if response.refusal:
+        raise CheckpointError(f"{path}: {response.refusal}")
+    return response.recipe
+
+
+def token_cost(config: Mapping[str, Any], dtype: str, name: str | Path, ask: Ask) -> TokenCost:
+    """What a token of the model `name` costs on this machine, apart from reading. Takes seconds. CheckpointError."""
+    response = ask(ImportRequest(token_cost=TokenCostRequest(config_json=_as_bytes(config), dtype=dtype)))
+    if response.refusal:
+        raise CheckpointError(f"{name}: {response.refusal}")
+    return response.token_cost
+
+
+def _as_bytes(config: Mapping[str, Any]) -> bytes:
+    return json.dumps(dict(config)).encode()
 
 
 def _with_names_of_file(refusal: str, checkpoint: Checkpoint) -> str:

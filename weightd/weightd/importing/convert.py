@@ -26,19 +26,17 @@ from weightd.errors import SpaceError
 from weightd.importing.assembly import plan_resident
 from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
-from weightd.importing.resident import lay_out_resident
+from weightd.importing.record import lay_out_record
 from weightd.importing.sources import used_tensors, without_equal_ties
 from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
 from weightd.store.device_profile import full_speed_read_bytes
-from weightd.store.layout import lay_out_layers, model_layout
 from weightd.store.origin import origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import parts_of, plain
 from weightd_proto.weightd_pb2 import ResidentSource
 
 Tell = Callable[[str], None]
@@ -50,7 +48,7 @@ FILES_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class _Model:
+class LaidOut:
     """A model that is laid out but not written yet. `resident` has the sources of record.resident, in its order."""
 
     record: weightd_pb2.Model
@@ -92,12 +90,12 @@ def import_checkpoint(
             if tell is not None:
                 for note in _notes(recipe):
                     tell(note)
-            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
+            model = lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             _check_space(model.record, store.path)
             files_folder = staging.folder / FILES_FOLDER
-            model.record.files.extend(_write_files(checkpoint, recipe, files_folder))
+            model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
         writer = ModelWriter(
             model.record, model.header, model.units, model.resident, staging.folder, allow_buffered, progress
@@ -123,35 +121,31 @@ def _block_bytes(staging: Staging) -> int:
         probe.unlink()
 
 
-def _lay_out(
+def lay_out(
     checkpoint: Checkpoint,
     recipe: weightd_pb2.Recipe,
     name: str,
     dtype_request: str,
     block_bytes: int,
     read_bytes: int,
-) -> _Model:
+) -> LaidOut:
+    """What an import of the checkpoint would write. Reads vectors of the checkpoint, and tied weights.
+
+    Args:
+        dtype_request: as import_checkpoint()'s `dtype`.
+        block_bytes, read_bytes: of the store's device; see model_layout().
+    """
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
     dtype = stored_dtype(recipe, tensors, dtype_request)
-    record = weightd_pb2.Model()
-    record.CopyFrom(recipe.model)
-    record.name = name
-    record.compute_dtype = dtype
-    parts = parts_of([part.name for part in recipe.model.bundle.parts], plain(dtype))
-    layout = model_layout(parts, recipe.model.bundle.hidden_size, record.layers, block_bytes, read_bytes)
-    record.bundle.CopyFrom(layout)
-    record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
     kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
-    header, stored = lay_out_resident(kinds, block_bytes)
-    record.resident.extend(stored)
-    record.resident_file_bytes = stored[-1].offset_bytes + stored[-1].size_bytes
+    record, header = lay_out_record(recipe.model, kinds, name, dtype, block_bytes, read_bytes)
     record.imported_unix_s = int(time.time())
     record.import_id = os.urandom(16)
     by_name = {source.name: source for source in resident}
-    in_order = [by_name[tensor.name] for tensor in stored]
+    in_order = [by_name[tensor.name] for tensor in record.resident]
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors)]
-    return _Model(record, header, units, in_order, steps)
+    return LaidOut(record, header, units, in_order, steps)
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> None:
@@ -166,7 +160,8 @@ def _check_space(record: weightd_pb2.Model, path: Path) -> None:
         )
 
 
-def _write_files(checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, folder: Path) -> list[weightd_pb2.File]:
+def write_files(checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, folder: Path) -> list[weightd_pb2.File]:
+    """Writes config and tokenizer into `folder`, which must not exist."""
     folder.mkdir()
     checkpoint.write_files(folder)
     if json.loads(recipe.config_json) != checkpoint.config:  # that of another class, which runs the checkpoint

@@ -105,6 +105,11 @@ def check_dram(
             f"--dram {given} and {format_size(INTERPRETER_BYTES)} for the interpreter are more than the "
             f"{format_size(bound.limit_bytes)} of {bound.source}; {_most(bound.limit_bytes, percent is not None)}"
         )
+    check_serves_one(dram_bytes, demands)
+
+
+def check_serves_one(dram_bytes: int, demands: Sequence[ModelDemand]) -> None:
+    """Raises SpaceError if there are models, and none can be served with `dram_bytes`."""
     if demands and all(demand.minimum_bytes > dram_bytes for demand in demands):
         raise SpaceError(f"--dram {format_size(dram_bytes)} is too small: {_minimums(demands)}")
 

@@ -20,7 +20,7 @@ from weightd.errors import StoreError, WeightdError
 from weightd.flags import FlagParser
 from weightd.machine import pressure
 from weightd.sizes import format_size
-from weightd.store.device_profile import DEPTHS, DeviceProfile, kept_profile, measure
+from weightd.store.device_profile import DEPTHS, DeviceProfile, known_profile
 from weightd.store.store import CATALOG_FILE, Store
 from weightd_proto.files import BUNDLES_FILE
 
@@ -67,7 +67,7 @@ def examine(folder: Path, measure_anew: bool = False) -> tuple[list[Finding], De
         check_pressure(),
     ]
     try:
-        profile = _profile(folder, measure_anew)
+        profile = known_profile(folder, measure_anew)
     except WeightdError as error:
         return [*findings, Finding("device", FAIL, str(error), "free space, or repair what the lines above name")], None
     return [*findings, check_profile(profile)], profile
@@ -195,19 +195,6 @@ def check_profile(profile: DeviceProfile) -> Finding:
     if reads_per_s < RANDOM_READS_WANTED_PER_S:
         return Finding("device", WARN, value, "put the store on flash: this device is slow at random reads")
     return Finding("device", OK, value)
-
-
-def _profile(folder: Path, measure_anew: bool) -> DeviceProfile:
-    """The profile in the catalog. It is measured if there is none or if the user asks for a new one, and then kept."""
-    if not (folder / CATALOG_FILE).exists():
-        return measure(folder)
-    store = Store.open(folder, readonly=True)
-    kept = None if measure_anew else kept_profile(store)
-    if kept is not None:
-        return kept
-    profile = measure(folder)
-    store.catalog.set_device_profile(profile.to_json())
-    return profile
 
 
 def _parser() -> FlagParser:

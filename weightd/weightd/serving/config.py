@@ -161,8 +161,8 @@ def _build(settings: Mapping[str, Any], environment: Mapping[str, str]) -> Serve
     return ServeConfig(
         store=_parse_store(settings.get("store")),
         listen=listen,
-        dram=_parse_dram("--dram", settings.get("dram"), NOTHING_GIVEN),
-        dram_floor=_parse_dram("--dram-floor", settings.get("dram_floor"), DRAM_FLOOR),
+        dram=parse_dram("--dram", settings.get("dram"), NOTHING_GIVEN),
+        dram_floor=parse_dram("--dram-floor", settings.get("dram_floor"), DRAM_FLOOR),
         io_engine=_parse_engine(settings.get("io_engine", "auto")),
         io_threads=_parse_count(settings, "io_threads", 1, IO_THREADS_MAX) or IO_THREADS_DEFAULT,
         io_depth=_parse_count(settings, "io_depth", 1, IO_DEPTH_MAX) or 0,
@@ -185,7 +185,8 @@ def _parse_store(value: object) -> Path:
     return Path(value)
 
 
-def _parse_dram(flag: str, value: object, default: Amount) -> Amount:
+def parse_dram(flag: str, value: object, default: Amount) -> Amount:
+    """The value of --dram or --dram-floor: `default` if it is None. Raises UsageError."""
     if value is None:
         return default
     if isinstance(value, int) and not isinstance(value, bool):

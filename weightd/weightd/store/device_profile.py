@@ -18,7 +18,7 @@ from tempfile import NamedTemporaryFile
 from weightd._native import measure_reads
 from weightd.errors import DeviceError, SpaceError
 from weightd.sizes import format_size
-from weightd.store.store import Store
+from weightd.store.store import CATALOG_FILE, Store
 from weightd_proto.files import BUNDLES_FILE
 
 READ_SIZES_BYTES = tuple(4096 << step for step in range(9))  # 4 KiB to 1 MiB
@@ -28,6 +28,7 @@ SEQUENTIAL_DEPTH = 8
 SECONDS_EACH = 0.2  # 19 measurements: about four seconds
 SAMPLE_BYTES = 256 << 20
 WRITE_BYTES = 16 << 20
+ASSUMED_LATENCY_US = 90.0  # of a small read of an NVMe drive
 FULL_SPEED = 0.9  # of the sequential speed
 FULL_SPEED_READ_BYTES_DEFAULT = 512 << 10  # where nothing was measured: enough for most NVMe drives and virtual disks
 
@@ -57,6 +58,13 @@ class DeviceProfile:
                 return row
         raise KeyError((read_bytes, depth))
 
+    @property
+    def full_speed_bytes(self) -> int:
+        """The smallest size of random reads, many at once, that reaches FULL_SPEED; the largest measured if none does."""
+        many = sorted((row for row in self.random if row.depth == max(DEPTHS)), key=lambda row: row.read_bytes)
+        fast = [row.read_bytes for row in many if row.gb_per_s >= FULL_SPEED * self.sequential_gb_per_s]
+        return min(fast, default=max((row.read_bytes for row in many), default=FULL_SPEED_READ_BYTES_DEFAULT))
+
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
@@ -80,13 +88,34 @@ def sequential_gb_per_s(store: Store) -> float:
 
 
 def full_speed_read_bytes(store: Store) -> int:
-    """The smallest size of random reads, many at once, that reaches FULL_SPEED. The largest measured if none does."""
+    """DeviceProfile.full_speed_bytes of the store's device."""
     profile = kept_profile(store)
-    if profile is None:
-        return FULL_SPEED_READ_BYTES_DEFAULT
-    many = sorted((row for row in profile.random if row.depth == max(DEPTHS)), key=lambda row: row.read_bytes)
-    fast = [row.read_bytes for row in many if row.gb_per_s >= FULL_SPEED * profile.sequential_gb_per_s]
-    return min(fast, default=max((row.read_bytes for row in many), default=FULL_SPEED_READ_BYTES_DEFAULT))
+    return FULL_SPEED_READ_BYTES_DEFAULT if profile is None else profile.full_speed_bytes
+
+
+def known_profile(folder: Path, measure_anew: bool = False) -> DeviceProfile:
+    """The profile in the catalog of the store `folder`. It is measured if there is none or if `measure_anew`, and then
+    kept; that of a folder that is no store is measured and not kept. Raises as measure() does."""
+    if not (folder / CATALOG_FILE).exists():
+        return measure(folder)
+    store = Store.open(folder, readonly=True)
+    kept = None if measure_anew else kept_profile(store)
+    if kept is not None:
+        return kept
+    profile = measure(folder)
+    store.catalog.set_device_profile(profile.to_json())
+    return profile
+
+
+def assumed_profile(sequential_gb_per_s: float) -> DeviceProfile:
+    """The profile of a flash drive of which only the sequential speed is known."""
+    rows = []
+    for depth in DEPTHS:
+        for size in READ_SIZES_BYTES:
+            latency_us = ASSUMED_LATENCY_US + size / sequential_gb_per_s / 1e3
+            gb_per_s = min(sequential_gb_per_s, depth * size / latency_us / 1e3)
+            rows.append(ReadSpeed(size, depth, depth * size / gb_per_s / 1e3, gb_per_s))
+    return DeviceProfile(0, sequential_gb_per_s, tuple(rows))
 
 
 def measure(folder: Path, io_engine: str = "auto") -> DeviceProfile:

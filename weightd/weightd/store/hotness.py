@@ -49,7 +49,7 @@ def calibrated_hotness(store: Store, model: weightd_pb2.Model) -> Hotness | None
     if not model.HasField("calibration"):
         return None
     try:
-        layers = _predicted_shares(store, model)
+        layers = calibrated_shares(store, model, "predicted")
     except (CheckpointError, OSError) as error:
         logger.warning(
             "the statistics of the calibration of %s cannot be used, the pool starts without them: %s",
@@ -58,7 +58,7 @@ def calibrated_hotness(store: Store, model: weightd_pb2.Model) -> Hotness | None
         )
         return None
     per_cell = model.bundle.bundles_per_cell
-    return coded(np.concatenate([_used_cells(shares, per_cell) for shares in layers]))
+    return coded(np.concatenate([used_cells(shares, per_cell) for shares in layers]))
 
 
 def coded(uses: npt.NDArray[np.floating]) -> Hotness:
@@ -71,24 +71,28 @@ def coded(uses: npt.NDArray[np.floating]) -> Hotness:
     return hotness
 
 
-def _used_cells(shares: Shares, bundles_per_cell: int) -> Shares:
+def used_cells(shares: npt.NDArray[np.floating], bundles_per_cell: int) -> npt.NDArray[np.floating]:
     """The share of tokens that use each cell if its neurons are independent: 1 - product(1 - share)."""
-    unused = np.ones(round_up(len(shares), bundles_per_cell), np.float32)
+    unused = np.ones(round_up(len(shares), bundles_per_cell), shares.dtype)
     unused[: len(shares)] -= np.clip(np.nan_to_num(shares), 0, 1)
-    wanted: Shares = 1 - unused.reshape(-1, bundles_per_cell).prod(axis=1)
+    wanted: npt.NDArray[np.floating] = 1 - unused.reshape(-1, bundles_per_cell).prod(axis=1)
     return wanted
 
 
-def _predicted_shares(store: Store, model: weightd_pb2.Model) -> list[Shares]:
-    """`layers.{i}.predicted` of statistics.safetensors, [neurons] by position. CheckpointError, OSError."""
+def calibrated_shares(store: Store, model: weightd_pb2.Model, name: str) -> list[Shares]:
+    """`layers.{i}.NAME` of statistics.safetensors, [neurons] by position. Raises CheckpointError, OSError.
+
+    Args:
+        name: `predicted` or `frequency`: the shares of tokens at which neurons were predicted, or fired.
+    """
     path = calibration_path(store, model.name, model.calibration.version) / STATISTICS_FILE
     tensors = read_safetensors(path)
     layers = []
     with UncachedReader(path) as reader:
         for index, layer in enumerate(model.layers):
-            tensor = tensors.get(f"layers.{index}.predicted")
+            tensor = tensors.get(f"layers.{index}.{name}")
             if tensor is None or tensor.dtype != "F32" or tensor.shape != (layer.neurons,):
-                raise CheckpointError(f"{path} has no layers.{index}.predicted of {layer.neurons} F32")
+                raise CheckpointError(f"{path} has no layers.{index}.{name} of {layer.neurons} F32")
             buffer = aligned_buffer(reader.buffer_bytes(DTYPES["F32"].bytes * layer.neurons))
             data = reader.read(tensor.offset_bytes, DTYPES["F32"].bytes * layer.neurons, buffer)
             layers.append(np.frombuffer(data, "<f4").copy())

@@ -74,6 +74,7 @@ def _share_of_layers(real: int, scale: _Scale) -> int:
 _LAYERS = r"(num_|n_)?(hidden_|decoder_|encoder_)?(layers|layer|blocks)|num_layers_per_stack|depth"
 _HIDDEN = r"hidden_size|n_embd|d_model|emb_dim|embedding_dim"
 _HEADS = r"num_attention_heads|n_heads?|num_heads|(num_)?(decoder_|encoder_)?attention_heads"
+PICKS = r"num_experts_per_tok(en)?|moe_(top_?)?k|top_k_experts|num_selected_experts"  # experts for each token
 
 # The first pattern that matches the whole name of a field counts. Integers whose names match none stay as they are.
 _SIZES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
@@ -103,7 +104,7 @@ _SIZES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
     (r"q_lora_rank|o_lora_rank|moe_latent_size", _at_most(24)),
     (r"kv_lora_rank", _at_most(32)),
     (r"\w*(num|n)_(\w+_)?experts", _at_most(8)),
-    (r"num_experts_per_tok(en)?|moe_(top_?)?k|top_k_experts|num_selected_experts", _at_most(2)),
+    (PICKS, _at_most(2)),
     (r"n_group|num_expert_group", _at_most(2)),
     (r"topk_group|n_shared_experts|\w*num_shared_experts", _at_most(1)),
     (r"zero_expert_num", _at_most(4)),

@@ -1,0 +1,107 @@
+"""The model that is planned for: of a store, or one of which there is only a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from weightd.checkpoint.checkpoint import read_json
+from weightd.checkpoint.folder import CONFIG_FILE, configuration_name
+from weightd.checkpoint.gguf import open_gguf
+from weightd.checkpoint.opening import locate_here
+from weightd.errors import CheckpointError
+from weightd.importing.client_process import Ask, derive_from_config, token_cost
+from weightd.importing.record import lay_out_record
+from weightd.planning.published import SLIDES, shipped_config
+from weightd.store.device_profile import DeviceProfile, full_speed_read_bytes
+from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
+from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
+from weightd_proto.hub_names import is_hub_name
+from weightd_proto.weightd_pb2 import Model, Recipe, TokenCost
+
+BLOCK_BYTES = 4096  # of most devices
+DTYPE_DEFAULT = "bf16"  # of most published models
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, as an import lays it out.
+
+    Attributes:
+        name: what the user has called it.
+        store: that holds it; None: there is only a configuration.
+        assumptions: what was taken because nothing says it, one line each.
+    """
+
+    name: str
+    record: Model
+    cost: TokenCost
+    store: Path | None = None
+    assumptions: tuple[str, ...] = ()
+
+
+def subject_of(
+    model: str, revision: str | None, dtype: str | None, device: DeviceProfile, store: Path | None, ask: Ask
+) -> Subject:
+    """Raises CheckpointError where `model` names nothing, or what it names cannot be imported; StoreError."""
+    if not Path(model).exists() and store is not None and (store / CATALOG_FILE).exists():
+        with Store.open(store, readonly=True) as opened:
+            if model in opened.names():
+                return _stored(opened, model, dtype, ask)
+    path, config = _configuration(model, revision)
+    return _from_config(model, config, path, dtype, device, ask)
+
+
+def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
+    if dtype is not None:
+        raise CheckpointError(f"{model} is in {store.path} with a dtype of its own: leave --dtype out")
+    record = store.model(model)
+    config = read_json(store.path / model / FILES_FOLDER / CONFIG_FILE)
+    return Subject(model, record, token_cost(config, record.compute_dtype, model, ask), store.path)
+
+
+def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str, Any]]:
+    """The configuration, and the file or folder that has it."""
+    shipped = None if Path(model).exists() else shipped_config(model)
+    if shipped is not None:
+        return shipped, read_json(shipped)
+    if not Path(model).exists() and not is_hub_name(model):
+        raise CheckpointError(
+            f"no file or folder {model}, and no configuration of that name is shipped: those are {', '.join(SLIDES)}"
+        )
+    path = locate_here(model, revision)
+    if path.suffix == ".gguf":
+        return path, open_gguf(path).config
+    if path.is_file():
+        return path, read_json(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise CheckpointError(f"{path} has no {CONFIG_FILE}: give its path, or one of {', '.join(SLIDES)}")
+    config = read_json(path / CONFIG_FILE)
+    named = configuration_name(config)
+    return path, config if named == CONFIG_FILE else read_json(path / named)
+
+
+def _from_config(
+    name: str, config: Mapping[str, Any], path: Path, dtype: str | None, device: DeviceProfile, ask: Ask
+) -> Subject:
+    recipe = derive_from_config(config, path, ask)
+    used, assumptions = _dtype(recipe, dtype)
+    stored = COMPUTE_DTYPES[used]
+    kinds = {s.name: ("F32" if stored in s.f32_in else stored, tuple(s.shape)) for s in recipe.resident}
+    record, _ = lay_out_record(recipe.model, kinds, model_name_for(path), stored, BLOCK_BYTES, device.full_speed_bytes)
+    return Subject(name, record, token_cost(config, stored, path, ask), None, (*assumptions, *recipe.notes))
+
+
+def _dtype(recipe: Recipe, asked: str | None) -> tuple[str, tuple[str, ...]]:
+    """The dtype as `weightd import` calls it, and what had to be assumed."""
+    if asked is not None:
+        return asked, ()
+    config = json.loads(recipe.config_json)
+    said = config.get("dtype") or config.get("torch_dtype")
+    known = {DTYPES[dtype].torch: name for name, dtype in COMPUTE_DTYPES.items()}
+    if said in known:
+        return known[said], ()
+    return DTYPE_DEFAULT, (f"weights in {DTYPE_DEFAULT}, as the configuration says no dtype",)
