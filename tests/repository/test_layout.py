@@ -45,7 +45,7 @@ TABLE = {
         model: errors torch_state turns daemon source kernels
         tensors: errors
         recipes: errors source model tensors
-        generation: errors torch_state source model recipes
+        generation: errors torch_state source kernels model tensors recipes
         calibration: errors memory_limits daemon source kernels model
         options: errors daemon kernels model
         client: errors standard_streams torch_state turns daemon source model generation options

@@ -60,9 +60,25 @@ ELSEWHERE = ("top", "--store ./store --metrics")  # test_top, test_metrics
 
 
 def test_no_command_is_left_out() -> None:
-    known = ("import", "doctor", "--store ./store --dram", "ls", "verify", "rm NAME", "--store DIR --help", *ELSEWHERE)
+    known = (
+        "plan",
+        "probe",
+        "import",
+        "doctor",
+        "--store ./store --dram",
+        "ls",
+        "verify",
+        "rm NAME",
+        "--store DIR --help",
+        *ELSEWHERE,
+    )
     left = [line for line in COMMANDS if not line.startswith(tuple(f"weightd {start}" for start in known))]
     assert [line.split()[1] for line in left] == ["generate", "calibrate", "eval"]
+
+
+def test_plan_and_probe(folder: Path) -> None:
+    assert run(example("weightd plan"), folder).startswith("llama-3-8b: LlamaForCausalLM, ")
+    assert run(example("weightd probe"), folder).startswith("opt-1.3b: OPTForCausalLM; ")
 
 
 def test_doctor(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """Answers what an import asks: derives the recipe of a checkpoint, and rehearses what the import has made with it.
-
-`weightd plan` also asks what a token costs.
+And what `weightd plan` asks: what a token costs.
 
     python -m flashclient.generation.import_requests DESCRIPTOR
 

@@ -37,7 +37,7 @@ Shares = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Pool:
+class PoolSize:
     """What --dram leaves for cells.
 
     Attributes:
@@ -70,7 +70,7 @@ class Reads:
 class Expectation:
     """What a token is expected to cost."""
 
-    pool: Pool
+    pool: PoolSize
     reads: Reads
     touched_bytes: float  # of weights in memory
     read_s: float
@@ -78,14 +78,14 @@ class Expectation:
     token_s: float
 
 
-def pool_of(record: Model, dram_bytes: int) -> Pool:
+def pool_of(record: Model, dram_bytes: int) -> PoolSize:
     """The pool of a weightd that serves this model alone. `dram_bytes`: at least the model's minimum."""
     cells, cell_bytes = sum(layer.cells for layer in record.layers), record.bundle.cell_bytes
     spare_bytes = dram_bytes - demand_of(record).minimum_bytes
     assert spare_bytes >= 0
     slots = POOL_SLOTS_MIN + spare_bytes // cell_bytes
     share = EngineThread.share_slots(slots, slots_wanted(cell_bytes), cells)
-    return Pool(min(slots, cells), share, cells, cell_bytes)
+    return PoolSize(min(slots, cells), share, cells, cell_bytes)
 
 
 def expect(
@@ -122,14 +122,14 @@ def _bundles_bytes(record: Model) -> int:
     return record.bundle.bundle_bytes * sum(layer.neurons for layer in record.layers)
 
 
-def _dense(record: Model, pool: Pool) -> tuple[Reads, float]:
+def _dense(record: Model, pool: PoolSize) -> tuple[Reads, float]:
     """Cells that are on their way take the place of cells that stay."""
     missing = 0 if pool.slots == pool.cells else min(pool.cells, pool.cells - pool.slots + pool.share_slots)
     depth = pool.share_slots * pool.cell_bytes / READ_BYTES_MAX
     return Reads(missing * pool.cell_bytes, READ_BYTES_MAX, depth), _bundles_bytes(record)
 
 
-def _mixture(record: Model, pool: Pool, picks: int) -> tuple[Reads, float]:
+def _mixture(record: Model, pool: PoolSize, picks: int) -> tuple[Reads, float]:
     """FFNs that are not mixtures are used by every token, so that the pool keeps them first."""
     always = sum(layer.cells for layer in record.layers if not layer.experts)
     mixtures = [layer for layer in record.layers if layer.experts]
@@ -149,7 +149,7 @@ def expert_hits(held: float) -> float:
     return float(np.interp(held, shares, hits))
 
 
-def _predicted(record: Model, pool: Pool, firing: Firing) -> tuple[Reads, float]:
+def _predicted(record: Model, pool: PoolSize, firing: Firing) -> tuple[Reads, float]:
     """As if neurons fired independently of each other, and the pool had the hottest ones beside the window."""
     ends = np.cumsum([layer.neurons for layer in record.layers])[:-1]
     by_layer = np.split(firing.predicted, ends)

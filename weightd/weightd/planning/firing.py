@@ -38,8 +38,8 @@ def calibrated_firing(store: Store, record: Model, window: int) -> Firing:
     """Raises StoreError where the model has no calibration, CheckpointError, OSError."""
     if not record.HasField("calibration"):
         raise StoreError(
-            f"{record.name} is not calibrated, so that nothing is known of its neurons: run `flashclient calibrate`, or "
-            "assume a share with --firing"
+            f"{record.name} is not calibrated, so that nothing is known of its neurons: run `flashclient calibrate`, "
+            "or assume a share with --firing"
         )
     predicted, fires = (
         np.concatenate(calibrated_shares(store, record, name)).astype(np.float64) for name in ("predicted", "frequency")

@@ -6,9 +6,10 @@ device's in the folder of --store.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
     device, device_text = _device(flags.device, flags.store)
     with child() as ask:
         subject = subject_of(flags.model, flags.revision, flags.dtype, device, flags.store, ask)
-    subject, mode, firing = _mode(subject, flags.mode, flags.firing, flags.window)
+    subject, mode, firing = _mode(subject, flags.mode, flags.firing, int(flags.window))
     plan = make_plan(subject, mode, firing, device, device_text, dram_bytes)
     say(json.dumps(_as_json(plan)) if flags.json else "\n".join(_as_text(plan)))
     return 0
@@ -111,9 +112,7 @@ def _device(gb_per_s: float | None, store: Path | None) -> tuple[DeviceProfile, 
     )
 
 
-def _mode(
-    subject: Subject, asked: str | None, share: float | None, window: int
-) -> tuple[Subject, str, Firing | None]:
+def _mode(subject: Subject, asked: str | None, share: float | None, window: int) -> tuple[Subject, str, Firing | None]:
     """The mode that is planned, and how neurons fire in predict mode. Raises UsageError, StoreError."""
     calibrated = subject.record.calibration
     mode = asked or (PREDICT if share is not None or calibrated.mode == PREDICT else EXACT)
@@ -127,8 +126,8 @@ def _mode(
         return replace(subject, record=record, assumptions=(*subject.assumptions, assumed)), mode, firing
     if subject.store is None:
         raise UsageError(
-            f"predict mode needs a calibration, and {subject.name} is only a configuration: assume a share of predicted "
-            "neurons with --firing 0.1, or plan a calibrated model of a --store"
+            f"predict mode needs a calibration, and {subject.name} is only a configuration: assume a share of "
+            "predicted neurons with --firing 0.1, or plan a calibrated model of a --store"
         )
     with Store.open(subject.store, readonly=True) as store:
         return subject, mode, calibrated_firing(store, subject.record, window)
@@ -188,9 +187,12 @@ def _as_text(plan: Plan) -> Iterator[str]:
         yield _row("assumed", each)
     if subject.name in SLIDES:
         slides = SLIDES[subject.name]
-        yield _row("slides", f"{slides.conventional_gb:g} GB of DRAM, {slides.assisted_gb:g} GB with loading from flash")
+        yield _row(
+            "slides", f"{slides.conventional_gb:g} GB of DRAM, {slides.assisted_gb:g} GB with loading from flash"
+        )
     yield ""
-    yield f"{'--dram':>9}{'pool':>9}{'of FFNs':>9}{'share':>9}{'read':>10}{'reading':>11}{'computing':>11}{'a token':>11}"
+    sizes, times = ("--dram", "pool", "of FFNs", "share"), ("reading", "computing", "a token")
+    yield "".join([*(f"{name:>9}" for name in sizes), f"{'read':>10}", *(f"{name:>11}" for name in times)])
     for size, expected in plan.expectations.items():
         yield _table_row(_figures(size, expected))
 
@@ -224,33 +226,37 @@ def _parser() -> FlagParser:
     parser.add_argument("--dram", metavar="SIZE|PCT%", help="as of weightd (default: several sizes)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="the store, or a folder on its device: measures that")
     device = f"the device's sequential speed (default: that of --store, or else {DEVICE_GB_PER_S_DEFAULT:g})"
-    parser.add_argument("--device", type=_positive, metavar="GB/s", help=device)
+    parser.add_argument(
+        "--device", type=_number("a speed above 0", lambda value: 0 < value < math.inf), metavar="GB/s", help=device
+    )
     parser.add_argument("--mode", choices=(EXACT, PREDICT), help="default: what the calibration decided, or exact")
     parser.add_argument("--dtype", choices=tuple(COMPUTE_DTYPES), help="of the stored weights (default: the model's)")
     firing = "assume that predict mode predicts this share of the neurons for a token"
-    parser.add_argument("--firing", type=_share, metavar="SHARE", help=firing)
-    parser.add_argument("--window", type=_tokens, default=WINDOW_DEFAULT, metavar="N", help="as of flashclient")
+    parser.add_argument(
+        "--firing", type=_number("a share between 0 and 1", lambda value: 0 < value < 1), metavar="SHARE", help=firing
+    )
+    parser.add_argument(
+        "--window",
+        type=_number("a number of tokens", lambda value: 0 <= value < math.inf),
+        default=WINDOW_DEFAULT,
+        metavar="N",
+        help="as of flashclient",
+    )
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
+def _number(wanted: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type of argparse's."""
 
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
 
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 1:
-        raise ValueError(text)
-    return value
-
-
-def _tokens(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+    return parse

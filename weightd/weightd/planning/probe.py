@@ -1,5 +1,8 @@
-"""`weightd probe SRC`: what an import would make of a checkpoint. All is derived, proven and rehearsed as for an import,
-but no weights are read, except vectors and tied weights, and nothing is kept."""
+"""`weightd probe SRC`: what an import would make of a checkpoint.
+
+All is derived, proven and rehearsed as for an import, but no weights are read, except vectors and tied weights, and
+nothing is kept.
+"""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from weightd.errors import CheckpointError
 from weightd.importing.client_process import Ask, derive_from_config, token_cost
 from weightd.importing.record import lay_out_record
 from weightd.planning.published import SLIDES, shipped_config
-from weightd.store.device_profile import DeviceProfile, full_speed_read_bytes
+from weightd.store.device_profile import DeviceProfile
 from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
 from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
 from weightd_proto.hub_names import is_hub_name
@@ -31,7 +31,7 @@ class Subject:
     """A model, as an import lays it out.
 
     Attributes:
-        name: what the user has called it.
+        name: in a store, or of the shipped configuration.
         store: that holds it; None: there is only a configuration.
         assumptions: what was taken because nothing says it, one line each.
     """
@@ -52,7 +52,8 @@ def subject_of(
             if model in opened.names():
                 return _stored(opened, model, dtype, ask)
     path, config = _configuration(model, revision)
-    return _from_config(model, config, path, dtype, device, ask)
+    name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
+    return _from_config(name, config, path, dtype, device, ask)
 
 
 def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
@@ -91,7 +92,7 @@ def _from_config(
     used, assumptions = _dtype(recipe, dtype)
     stored = COMPUTE_DTYPES[used]
     kinds = {s.name: ("F32" if stored in s.f32_in else stored, tuple(s.shape)) for s in recipe.resident}
-    record, _ = lay_out_record(recipe.model, kinds, model_name_for(path), stored, BLOCK_BYTES, device.full_speed_bytes)
+    record, _ = lay_out_record(recipe.model, kinds, name, stored, BLOCK_BYTES, device.full_speed_bytes)
     return Subject(name, record, token_cost(config, stored, path, ask), None, (*assumptions, *recipe.notes))
 
 

@@ -60,7 +60,7 @@ class DeviceProfile:
 
     @property
     def full_speed_bytes(self) -> int:
-        """The smallest size of random reads, many at once, that reaches FULL_SPEED; the largest measured if none does."""
+        """The smallest size of random reads, many at once, that reaches FULL_SPEED; the largest one if none does."""
         many = sorted((row for row in self.random if row.depth == max(DEPTHS)), key=lambda row: row.read_bytes)
         fast = [row.read_bytes for row in many if row.gb_per_s >= FULL_SPEED * self.sequential_gb_per_s]
         return min(fast, default=max((row.read_bytes for row in many), default=FULL_SPEED_READ_BYTES_DEFAULT))

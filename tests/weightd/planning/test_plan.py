@@ -1,0 +1,130 @@
+"""`weightd plan`: from a configuration, from a store, and its refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import make_checkpoint, make_config
+from conftest import client_here
+
+from weightd.cli import main
+from weightd.planning.published import SLIDES
+from weightd.store.store import Store
+
+
+@pytest.fixture(autouse=True)
+def ask_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightd.planning.plan.child", client_here)
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["plan", "--json", "--device", "2", *map(str, arguments)]) == 0
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return said
+
+
+def refused(capsys: pytest.CaptureFixture[str], status: int, *arguments: str | Path) -> str:
+    capsys.readouterr()
+    assert main(["plan", *map(str, arguments)]) == status
+    error = capsys.readouterr().err
+    assert error.startswith("weightd: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A folder that holds a configuration and nothing else."""
+    make_config("llama", hidden=64, neurons=4096, torch_dtype="bfloat16").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_configuration_gives_the_sizes_of_the_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_checkpoint("llama", tmp_path / "model", dtype="bfloat16")
+    store = tmp_path / "store"
+    assert main(["import", str(source), "--store", str(store)]) == 0
+    for file in source.iterdir():
+        if file.name != "config.json":
+            file.unlink()
+    said = planned(capsys, source, "--dtype", "bf16")
+    with Store.open(store, readonly=True) as opened:
+        record = opened.model("model")
+    assert said["resident_bytes"] == record.resident_file_bytes
+    assert said["ffn_bytes"] == record.bundles_file_bytes
+    assert said["model_class"] == "LlamaForCausalLM"
+    from_store = planned(capsys, "model", "--store", store)
+    assert from_store["smallest_dram_bytes"] == said["smallest_dram_bytes"]
+    assert from_store["plans"][-1]["read_bytes_per_token"] == 0
+
+
+def test_the_file_and_its_folder_are_the_same_model(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, other = planned(capsys, config), planned(capsys, config / "config.json")
+    assert one["smallest_dram_bytes"] == other["smallest_dram_bytes"]
+    assert [each["dram_bytes"] for each in one["plans"]] == [each["dram_bytes"] for each in other["plans"]]
+
+
+def test_one_size_gives_one_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = planned(capsys, config)
+    half = (sizes["smallest_dram_bytes"] + sizes["plans"][-1]["dram_bytes"]) // 2
+    (plan,) = planned(capsys, config, "--dram", str(half))["plans"]
+    assert plan["dram_bytes"] == half
+    assert plan["pool_share"] == pytest.approx(0.5, abs=0.05)
+    assert plan["read_bytes_per_token"] > 0
+    assert plan["token_ms"] == pytest.approx(1e3 / plan["tokens_per_s"])
+
+
+def test_the_text_has_a_row_for_each_size(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert main(["plan", str(config), "--device", "2"]) == 0
+    above, table = capsys.readouterr().out.split("\n\n")
+    assert "smallest   --dram " in above
+    assert "2 GB/s, as given with --device" in above
+    assert table.splitlines()[0].split()[:2] == ["--dram", "pool"]
+    assert all(line.endswith(" tokens/s") for line in table.splitlines()[1:])
+
+
+@pytest.mark.parametrize("name", SLIDES)
+def test_shipped_configurations_are_derived(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = planned(capsys, name)
+    whole = (said["resident_bytes"] + said["ffn_bytes"]) / 1e9
+    assert whole == pytest.approx(SLIDES[name].conventional_gb, rel=0.12)
+    assert said["slides"] == vars(SLIDES[name])
+    assert said["plans"][0]["dram_bytes"] == said["smallest_dram_bytes"]
+    if name == "mixtral-8x7b":
+        assert "a published mixture" in said["assumptions"][-1]
+        assert said["smallest_dram_bytes"] < SLIDES[name].assisted_gb * 1e9
+
+
+def test_predict_mode_needs_a_calibration_or_an_assumption(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "predict mode needs a calibration, and " in refused(capsys, 2, config, "--mode", "predict")
+    exact, said = planned(capsys, config), planned(capsys, config, "--firing", "0.1")
+    assert (exact["mode"], said["mode"]) == ("exact", "predict")
+    # Ten neurons share a cell, so most cells are wanted.
+    assert said["plans"][0]["read_bytes_per_token"] < exact["plans"][0]["read_bytes_per_token"] * 0.8
+    assert said["assumptions"][-1].startswith("10% of the neurons are predicted")
+
+
+def test_too_little_memory_says_the_smallest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--dram 1MiB is too small: model needs at least " in refused(capsys, 1, config, "--dram", "1MiB")
+
+
+def test_unknown_names_list_the_shipped_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    error = refused(capsys, 1, "llama-3-9b")
+    assert all(name in error for name in SLIDES)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
+    assert "unknown model type 'nothing'" in refused(capsys, 1, tmp_path)
+    (tmp_path / "config.json").write_text("[")
+    assert "is not JSON" in refused(capsys, 1, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "has no config.json" in refused(capsys, 1, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("flags", [("--firing", "3"), ("--device", "-1"), ("--window", "x"), ("--dram", "12 parsecs")])
+def test_wrong_flags_exit_2(config: Path, flags: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert flags[1].split()[0] in refused(capsys, 2, config, *flags)
