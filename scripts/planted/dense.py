@@ -65,4 +65,5 @@ def _random(noise: Noise, size: tuple[int, ...]) -> Tensor:
     """Norms are ones; other matrices keep the variance of what they are multiplied with."""
     if len(size) == 1:
         return torch.ones(size, dtype=DTYPE)
-    return noise.matrix(*size, deviation=size[1] ** -0.5)
+    rows, columns = size
+    return noise.matrix(rows, columns, columns**-0.5)
