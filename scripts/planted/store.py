@@ -12,7 +12,7 @@ from make_planted_model import make_planted_model
 
 from planted.calibration import publish_planted, read_plan
 from planted.dense import make_dense_model
-from planted.plan import SHAPES
+from planted.plan import SHAPES, Shape
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
@@ -55,8 +55,7 @@ def planted_store(shape: str, folder: Path, layers: int | None = None) -> Plante
         OSError: the folder holds something else than a planted model, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = SHAPES[shape] if layers is None else replace(SHAPES[shape], layers=layers)
-    shape = shape if layers is None else f"{shape}-{layers}"
+    made, shape = _cut(shape, layers)
     name = f"planted-{shape}"
     planted = PlantedStore(folder / name, folder / f"store-{shape}", name)
     if not planted.checkpoint.exists():
@@ -69,19 +68,28 @@ def planted_store(shape: str, folder: Path, layers: int | None = None) -> Plante
     return planted
 
 
-def dense_store(shape: str, folder: Path) -> PlantedStore:
+def dense_store(shape: str, folder: Path, layers: int | None = None) -> PlantedStore:
     """The checkpoint and store of a dense model of the shape (planted/dense.py) in `folder`. Makes those missing.
+
+    Args:
+        layers: of the model, if not those of the shape.
 
     Raises:
         BenchError, OSError: as planted_store() does.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    made, shape = _cut(shape, layers)
     name = f"dense-{shape}"
     dense = PlantedStore(folder / name, folder / f"store-{name}", name)
     if not dense.checkpoint.exists():
-        make_dense_model(SHAPES[shape], dense.checkpoint)
+        make_dense_model(made, dense.checkpoint)
     import_once(dense)
     return dense
+
+
+def _cut(shape: str, layers: int | None) -> tuple[Shape, str]:
+    """The shape with so many layers, and its name in names of files."""
+    return (SHAPES[shape], shape) if layers is None else (replace(SHAPES[shape], layers=layers), f"{shape}-{layers}")
 
 
 def import_once(planted: PlantedStore) -> None:

@@ -7,7 +7,7 @@
 
 namespace weightd {
 
-inline constexpr uint32_t SHARE_SLOTS_MIN = 2;    // one slot in use, one being read
+inline constexpr uint32_t SHARE_SLOTS_MIN = 2;                   // one slot in use, one being read
 inline constexpr uint32_t POOL_SLOTS_MIN = 3 * SHARE_SLOTS_MIN;  // a session gets half of what is left; and a fetch
 inline constexpr uint32_t SESSIONS_RESERVED = 4;  // the tables of so many sessions are paid when a model is activated
 
