@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 from benchmarks.processes import BenchError, Daemon, module_command, run_json, serving
 from benchmarks.report import Row, Target, machine_facts, report
@@ -127,7 +127,7 @@ def compared(expected: Sequence[Expectation], tokens: Sequence[dict[str, float]]
     """Expected and measured figures. Those that are expected are means of the two with each profile of the device."""
 
     def mean(name: str) -> float:
-        return sum(getattr(each, name) for each in expected) / len(expected)
+        return fmean(getattr(each, name) for each in expected)
 
     def measured(name: str) -> float:
         return median(token[name] for token in tokens)
