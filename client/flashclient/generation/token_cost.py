@@ -13,7 +13,6 @@ import time
 from statistics import median
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from flashclient._native import Linear, Workers
@@ -21,9 +20,10 @@ from flashclient.kernels.arrays import array_of
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.recipes.derive import config_values, derivation_of
 from flashclient.recipes.ffns.tiny import PICKS
+from flashclient.recipes.lookups import embeddings_like
 from flashclient.recipes.published import published
-from flashclient.tensors.names import tied_pairs
 from flashclient.torch_state import one_thread
+from weightd_proto.tables import WEIGHT
 from weightd_proto.weightd_pb2 import TokenCost, TokenCostRequest
 
 COLUMNS = 4096
@@ -45,7 +45,7 @@ def token_cost(request: TokenCostRequest) -> TokenCost:
         kernel_gb_per_s=kernel_gb_per_s(request.dtype),
         overhead_s=token_s + layers * layer_s,
         picks=_picks(full),
-        looked_up=looked_up(full),
+        looked_up=[f"{name}.{WEIGHT}" for name in embeddings_like(derivation.looked_up, full)],
     )
 
 
@@ -105,11 +105,3 @@ def _picks(model: PreTrainedModel) -> int:
     """Experts for each token, by the names that the configs of transformers have for that."""
     values = model.config.get_text_config().to_dict()
     return max((value for name, value in values.items() if re.fullmatch(PICKS, name) and type(value) is int), default=0)
-
-
-def looked_up(model: PreTrainedModel) -> list[str]:
-    """The embeddings that no head is tied to: a token reads one row of each."""
-    tied = tied_pairs(model)
-    used_whole = {*tied, *tied.values()}
-    names = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
-    return [name for name in names if name not in used_whole]

@@ -23,6 +23,7 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.lookups import embeddings_like, looked_up
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import Published, published
 from flashclient.tensors.names import Found, find_tensors, own_tensors, places_of
@@ -45,7 +46,7 @@ def derive(request: DeriveRequest) -> Recipe:
     split = derivation.streamed()
     derivation.prove()
     tensors, left_out = _tensors(request, kind, derivation.full)
-    recipe = assemble(derivation.full, split.sites, tensors)
+    recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
     recipe.config_json = json.dumps(values).encode()
     recipe.left_out.extend(left_out)
     recipe.notes.extend([*kind.notes, *split.notes()])
@@ -122,6 +123,7 @@ class Derivation:
     Attributes:
         full: the full-size model, without weights.
         tiny: a tiny instance. Its weights are large enough to show all of each formula.
+        looked_up: its embeddings that only look rows up.
 
     Raises:
         ModelError: the class cannot be made from the config.
@@ -134,6 +136,7 @@ class Derivation:
         self.tiny = tiny_model(found, config, layers_needed(self.full))
         self._outline = weightless(found, self.tiny.config)
         self._found = watch(self.tiny)
+        self.looked_up = looked_up(self.tiny)
         self._activation = activation
 
     def streamed(self) -> Streamed:
@@ -142,7 +145,8 @@ class Derivation:
 
     def prove(self) -> PreTrainedModel:
         """The tiny instance, imported and streamed. Raises ModelError where it computes something else."""
-        return prove(self.tiny, self._outline, self._tiny_sites(), self._activation)
+        embeddings = embeddings_like(self.looked_up, self._outline)
+        return prove(self.tiny, self._outline, self._tiny_sites(), embeddings, self._activation)
 
     @cached_property
     def _of_class(self) -> Streamed:

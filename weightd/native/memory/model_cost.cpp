@@ -33,6 +33,10 @@ uint64_t session_bytes(const ModelSpec& spec) {
     return Session::table_bytes(spec.cell_count()) + whole_pages(sizeof(ring::Ring));
 }
 
+uint64_t unused_bytes_max(const ModelSpec& spec, const Memory& memory) {
+    return std::min(memory.segment_bytes(), uint64_t{spec.cell_count()} * spec.cell_bytes);
+}
+
 uint64_t minimum_dram_bytes(const ModelSpec& spec) {
     return whole_pages(activation_bytes(spec) + catalog_bytes(spec)) + POOL_SLOTS_MIN * uint64_t{spec.cell_bytes};
 }

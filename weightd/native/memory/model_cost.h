@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bundle/model_spec.h"
+#include "memory/memory.h"
 
 namespace weightd {
 
@@ -17,6 +18,8 @@ uint64_t catalog_bytes(const ModelSpec& spec);
 uint64_t activation_bytes(const ModelSpec& spec);
 // Tables and ring of one session.
 uint64_t session_bytes(const ModelSpec& spec);
+// A model in use may leave part of its last segment unused, at most this much.
+uint64_t unused_bytes_max(const ModelSpec& spec, const Memory& memory);
 // The least --dram that serves the model to one session and to fetches, whose pool has POOL_SLOTS_MIN.
 uint64_t minimum_dram_bytes(const ModelSpec& spec);
 // The share of a session that wants so many slots (0: no preference) where `left` are not guaranteed to others. At most

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from weightd import _native
 from weightd.checkpoint.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from weightd.importing.plan import plan_bundles
 from weightd.importing.record import lay_out_record
 from weightd.importing.sources import used_tensors, without_equal_ties
 from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
+from weightd.importing.tables import TABLES_ABOVE_BYTES, Table, choose_tables, lay_out_table
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
@@ -37,9 +39,11 @@ from weightd.store.origin import origin_of, source_text
 from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
+from weightd_proto.tables import with_tables
 from weightd_proto.weightd_pb2 import ResidentSource
 
 Tell = Callable[[str], None]
+Checksums = list[npt.NDArray[np.uint64]]
 
 # Twice the 12 bytes of a neuron: LMDB copies every page that it changes, and frees the old page later.
 CATALOG_BYTES_PER_NEURON = 2 * 12
@@ -56,6 +60,7 @@ class LaidOut:
     units: list[Unit]
     resident: list[ResidentSource]
     steps: list[Step]
+    tables: list[Table]
 
 
 def import_checkpoint(
@@ -69,6 +74,7 @@ def import_checkpoint(
     ask: Ask | None = None,
     activation: str = "",
     tell: Tell | None = None,
+    tables_above_bytes: int = TABLES_ABOVE_BYTES,
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
@@ -76,6 +82,7 @@ def import_checkpoint(
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
     `tell`: is told what a user should know, for example which tensors the model does not use.
+    `tables_above_bytes`: embeddings that are larger, and only looked up, become tables.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
@@ -84,25 +91,44 @@ def import_checkpoint(
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
         # First, so that a change during the import counts as a later change.
         origin = origin_of(path, dtype, activation)
+        origin.tables_above_bytes = tables_above_bytes
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
             if tell is not None:
                 for note in _notes(recipe):
                     tell(note)
-            model = lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
+            sizes = (_block_bytes(staging), full_speed_read_bytes(store), tables_above_bytes)
+            model = lay_out(checkpoint, recipe, name, dtype, *sizes)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             _check_space(model.record, store.path)
             files_folder = staging.folder / FILES_FOLDER
             model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
-        writer = ModelWriter(
-            model.record, model.header, model.units, model.resident, staging.folder, allow_buffered, progress
-        )
-        checksums = writer.run(model.steps)
-        staging.publish(model.record, checksums)
+        staging.publish(model.record, *_write(model, staging.folder, allow_buffered, progress))
     return model.record
+
+
+def _write(
+    model: LaidOut, folder: Path, allow_buffered: bool, progress: Progress | None
+) -> tuple[Checksums, Checksums]:
+    """Returns the checksums of each layer's bundles, and of each table's rows."""
+    steps = [*model.steps, *(step for table in model.tables for step in table.steps)]
+    total_bytes = sum(run.extent.size_bytes for step in steps for run in step.runs)
+
+    def advance(read_bytes: int, _: int) -> None:
+        if progress is not None:
+            progress(read_bytes, total_bytes)
+
+    writer = ModelWriter(model.record, model.header, model.units, model.resident, folder, allow_buffered, advance)
+    checksums, of_tables = writer.run(model.steps), []
+    for table in model.tables:
+        own_folder = folder / table.record.layers[0].module
+        own_folder.mkdir()
+        writer = ModelWriter(table.record, b"", [table.unit], [], own_folder, allow_buffered, advance)
+        of_tables += writer.run(table.steps)
+    return checksums, of_tables
 
 
 def _notes(recipe: weightd_pb2.Recipe) -> Iterator[str]:
@@ -128,29 +154,36 @@ def lay_out(
     dtype_request: str,
     block_bytes: int,
     read_bytes: int,
+    tables_above_bytes: int,
 ) -> LaidOut:
     """What an import of the checkpoint would write. Reads vectors of the checkpoint, and tied weights.
 
     Args:
-        dtype_request: as import_checkpoint()'s `dtype`.
+        dtype_request, tables_above_bytes: as import_checkpoint()'s `dtype` and `tables_above_bytes`.
         block_bytes, read_bytes: of the store's device; see model_layout().
     """
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
     dtype = stored_dtype(recipe, tensors, dtype_request)
-    kinds = {source.name: (resident_dtype(source, tensors, dtype), tuple(source.shape)) for source in resident}
+    dtypes = {source.name: resident_dtype(source, tensors, dtype) for source in resident}
+    looked_up, resident = choose_tables(recipe, resident, dtypes, dtype, tables_above_bytes)
+    kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
     record, header = lay_out_record(recipe.model, kinds, name, dtype, block_bytes, read_bytes)
     record.imported_unix_s = int(time.time())
     record.import_id = os.urandom(16)
     by_name = {source.name: source for source in resident}
     in_order = [by_name[tensor.name] for tensor in record.resident]
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors)]
-    return LaidOut(record, header, units, in_order, steps)
+    tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
+    record.tables.extend(table.record for table in tables)
+    return LaidOut(record, header, units, in_order, steps, tables)
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> None:
-    catalog_bytes = sum(layer.neurons for layer in record.layers) * CATALOG_BYTES_PER_NEURON
-    needed_bytes = record.bundles_file_bytes + record.resident_file_bytes + catalog_bytes + FILES_BYTES
+    stored = with_tables(record)
+    neurons = sum(layer.neurons for one in stored for layer in one.layers)
+    bundles_bytes = sum(one.bundles_file_bytes for one in stored)
+    needed_bytes = bundles_bytes + record.resident_file_bytes + neurons * CATALOG_BYTES_PER_NEURON + FILES_BYTES
     free_bytes = shutil.disk_usage(path).free
     if needed_bytes > free_bytes:
         narrower = ", or import with --dtype bf16" if record.compute_dtype == "F32" else ""

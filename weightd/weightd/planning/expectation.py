@@ -106,7 +106,7 @@ def expect(
     else:
         reads, ffn_bytes = _dense(record, pool)
     touched_bytes = resident + ffn_bytes
-    read_s = reads.read_bytes / (gb_per_s(device, reads) * 1e9)
+    read_s = reads.read_bytes / (gb_per_s(device, reads) * 1e9) + _lookup_s(record, device)
     compute_s = touched_bytes / (cost.kernel_gb_per_s * 1e9) + cost.overhead_s
     overlaps = firing is None and not has_experts(record)
     token_s = max(read_s, compute_s) if overlaps else read_s + compute_s
@@ -116,6 +116,12 @@ def expect(
 def predictors_bytes(record: Model) -> int:
     file = predictors_of(record.calibration)
     return 0 if file is None else file.size_bytes
+
+
+def _lookup_s(record: Model, device: DeviceProfile) -> float:
+    """A token reads a row of each table before its first layer, one after the other."""
+    rows = [table.bundle.cell_bytes for table in record.tables]
+    return sum(size / (gb_per_s(device, Reads(size, size, 1)) * 1e9) for size in rows)
 
 
 def _bundles_bytes(record: Model) -> int:

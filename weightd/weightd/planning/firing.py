@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd.errors import StoreError
+from weightd.planning.outline import stored_bytes
 from weightd.store.hotness import calibrated_shares
 from weightd.store.store import Store
 from weightd_proto.files import PREDICTORS_FILE
@@ -55,6 +56,6 @@ def assumed_firing(record: Model, share: float, window: int) -> tuple[Firing, Mo
     predicted = np.random.default_rng(0).permutation(predicted)  # neurons that share a cell are not alike
     with_predictors = Model()
     with_predictors.CopyFrom(record)
-    model_bytes = record.bundles_file_bytes + record.resident_file_bytes
+    model_bytes = stored_bytes(record)
     with_predictors.calibration.files.add(name=PREDICTORS_FILE, size_bytes=int(model_bytes * PREDICTORS_SHARE))
     return Firing(predicted, predicted * FIRES_OF_PREDICTED, window), with_predictors

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from weightd.sizes import format_size
+from weightd_proto.tables import with_tables
 from weightd_proto.weightd_pb2 import Activation, Layer, LeftOut, Model
 
 LISTED_MAX = 6
@@ -71,6 +72,16 @@ def resident_of(record: Model) -> list[Tensors]:
         counts[generic(tensor.name)] += 1
         sizes[generic(tensor.name)] += tensor.size_bytes
     return [Tensors(name, counts[name], sizes[name]) for name in sorted(sizes, key=lambda name: -sizes[name])]
+
+
+def tables_of(record: Model) -> list[Tensors]:
+    """Tables on flash, whose rows are looked up."""
+    return [Tensors(table.layers[0].module, 1, table.bundles_file_bytes) for table in record.tables]
+
+
+def stored_bytes(record: Model) -> int:
+    """What the model takes in a store: FFNs, tables and resident tensors."""
+    return record.resident_file_bytes + sum(one.bundles_file_bytes for one in with_tables(record))
 
 
 def tensors_line(tensors: Sequence[Tensors]) -> str:

@@ -22,7 +22,7 @@ from weightd.importing.client_process import child
 from weightd.machine.budget import check_serves_one, percent_of_memory
 from weightd.planning.expectation import EXPERT_HITS, Expectation, expect
 from weightd.planning.firing import Firing, assumed_firing, calibrated_firing
-from weightd.planning.outline import ffns_of, resident_of, tensors_line
+from weightd.planning.outline import ffns_of, resident_of, stored_bytes, tables_of, tensors_line
 from weightd.planning.published import SLIDES
 from weightd.planning.subject import Subject, subject_of
 from weightd.serving.config import parse_dram
@@ -93,7 +93,7 @@ def make_plan(
 def _usual_sizes(subject: Subject) -> list[int]:
     """The smallest, half of the model, all of it, and that of the slides."""
     record, demand = subject.record, demand_of(subject.record)
-    sizes = {demand.minimum_bytes, (record.bundles_file_bytes + record.resident_file_bytes) // 2}
+    sizes = {demand.minimum_bytes, stored_bytes(record) // 2}
     sizes.add(demand.minimum_bytes + record.bundles_file_bytes)
     if subject.name in SLIDES:
         sizes.add(int(SLIDES[subject.name].assisted_gb * 1e9))
@@ -142,7 +142,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "dtype": formats_of(record.bundle),
         "mode": plan.mode,
         "resident_bytes": record.resident_file_bytes,
-        "looked_up_bytes": _looked_up_bytes(subject),
+        "tables": [vars(each) for each in tables_of(record)],
         "ffn_bytes": record.bundles_file_bytes,
         "smallest_dram_bytes": plan.minimum_bytes,
         "device": {"source": plan.device_text, "sequential_gb_per_s": plan.device.sequential_gb_per_s},
@@ -171,12 +171,11 @@ def _figures(dram_bytes: int, expected: Expectation) -> dict[str, Any]:
 
 def _as_text(plan: Plan) -> Iterator[str]:
     subject, record = plan.subject, plan.subject.record
-    whole = format_size(record.resident_file_bytes + record.bundles_file_bytes)
+    whole = format_size(stored_bytes(record))
     yield f"{subject.name}: {record.model_class}, {formats_of(record.bundle)}, {whole}; {plan.mode} mode"
     yield _row("resident", f"{format_size(record.resident_file_bytes)}: {tensors_line(resident_of(record))}")
-    looked_up = _looked_up_bytes(subject)
-    if looked_up:
-        yield _row("looked up", f"{format_size(looked_up)} of it, of which a token reads a few rows")
+    if record.tables:
+        yield _row("tables", f"of which a token reads a row: {tensors_line(tables_of(record))}")
     ffns = "; ".join(each.line() for each in ffns_of(record))
     yield _row("streamed", f"{format_size(record.bundles_file_bytes)}: {ffns}")
     yield _row("device", plan.device_text)
@@ -211,10 +210,6 @@ def _milliseconds(value: float) -> str:
 
 def _row(name: str, value: str) -> str:
     return f"{name:10} {value}"
-
-
-def _looked_up_bytes(subject: Subject) -> int:
-    return sum(each.size_bytes for each in subject.record.resident if each.name in subject.cost.looked_up)
 
 
 def _parser() -> FlagParser:

@@ -19,7 +19,16 @@ from weightd.flags import FlagParser
 from weightd.importing.client_process import check_runnable, child, derive
 from weightd.importing.convert import lay_out, write_files
 from weightd.importing.stored_dtype import KEEP
-from weightd.planning.outline import activation_text, ffns_of, left_out_of, resident_of, tensors_line
+from weightd.importing.tables import TABLES_ABOVE_BYTES
+from weightd.planning.outline import (
+    activation_text,
+    ffns_of,
+    left_out_of,
+    resident_of,
+    stored_bytes,
+    tables_of,
+    tensors_line,
+)
 from weightd.sizes import format_size
 from weightd.store.device_profile import FULL_SPEED_READ_BYTES_DEFAULT
 from weightd.store.store import FILES_FOLDER, model_name_for
@@ -47,7 +56,8 @@ def probe(path: Path, dtype: str = KEEP, activation: str = "") -> tuple[Recipe, 
         checkpoint = open_checkpoint(path)
         recipe = derive(checkpoint, ask, activation)
         name = model_name_for(path.resolve())
-        record = lay_out(checkpoint, recipe, name, dtype, BLOCK_BYTES, FULL_SPEED_READ_BYTES_DEFAULT).record
+        sizes = (BLOCK_BYTES, FULL_SPEED_READ_BYTES_DEFAULT, TABLES_ABOVE_BYTES)
+        record = lay_out(checkpoint, recipe, name, dtype, *sizes).record
         files = Path(scratch, FILES_FOLDER)
         write_files(checkpoint, recipe, files)
         check_runnable(record, files, path, ask)
@@ -63,6 +73,7 @@ def _as_json(record: Model, recipe: Recipe) -> dict[str, Any]:
         "bundle_bytes": record.bundle.bundle_bytes,
         "ffns": [asdict(each) for each in ffns_of(record)],
         "ffn_bytes": record.bundles_file_bytes,
+        "tables": [asdict(each) for each in tables_of(record)],
         "resident_bytes": record.resident_file_bytes,
         "resident_share": _resident_share(record),
         "resident": [asdict(each) for each in resident_of(record)],
@@ -77,8 +88,11 @@ def _as_text(record: Model, recipe: Recipe) -> Iterator[str]:
         yield _row("FFNs", each.line())
     bundle = format_size(record.bundle.bundle_bytes)
     yield _row("activation", f"{activation_text(record.activation)}; {formats_of(record.bundle)}, {bundle} a neuron")
-    share = _resident_share(record)
-    yield _row("streamed", f"{format_size(record.bundles_file_bytes)}, {1 - share:.0%} of the model")
+    whole_bytes, share = stored_bytes(record), _resident_share(record)
+    streamed = f"{format_size(record.bundles_file_bytes)}, {record.bundles_file_bytes / whole_bytes:.0%} of the model"
+    yield _row("streamed", streamed)
+    if record.tables:
+        yield _row("tables", f"of which a token reads a row: {tensors_line(tables_of(record))}")
     resident = tensors_line(resident_of(record))
     yield _row("resident", f"{format_size(record.resident_file_bytes)}, {share:.0%}: {resident}")
     for reason, counts in left_out_of(recipe.left_out):
@@ -93,7 +107,7 @@ def _row(name: str, value: str) -> str:
 
 
 def _resident_share(record: Model) -> float:
-    return record.resident_file_bytes / (record.resident_file_bytes + record.bundles_file_bytes)
+    return record.resident_file_bytes / stored_bytes(record)
 
 
 def _parser() -> FlagParser:

@@ -15,6 +15,7 @@ from weightd.checkpoint.opening import locate_here
 from weightd.errors import CheckpointError
 from weightd.importing.client_process import Ask, derive_from_config, token_cost
 from weightd.importing.record import lay_out_record
+from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
 from weightd.store.device_profile import DeviceProfile
 from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
@@ -91,8 +92,11 @@ def _from_config(
     recipe = derive_from_config(config, path, ask)
     used, assumptions = _dtype(recipe, dtype)
     stored = COMPUTE_DTYPES[used]
-    kinds = {s.name: ("F32" if stored in s.f32_in else stored, tuple(s.shape)) for s in recipe.resident}
+    dtypes = {source.name: "F32" if stored in source.f32_in else stored for source in recipe.resident}
+    looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
+    kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
     record, _ = lay_out_record(recipe.model, kinds, name, stored, BLOCK_BYTES, device.full_speed_bytes)
+    record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
     return Subject(name, record, token_cost(config, stored, path, ask), None, (*assumptions, *recipe.notes))
 
 
