@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient.calibration.firing import PackedBits
-from flashclient.model.predictor_file import LowRank, Predictor, Signs, quantized
+from flashclient.model.activations import neurons_of
+from flashclient.model.predictor_file import GateRows, LowRank, Predictor, Signs, quantized
+from weightd_proto import weightd_pb2
 
 EPOCHS = 3
 BATCH_TOKENS = 256
@@ -98,7 +100,7 @@ class ReferencePredictor:
         dtype: of the predictor's matrices; numpy has no bfloat16, so they are uint16 there.
     """
 
-    def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
+    def __init__(self, predictor: LowRank | Signs, dtype: torch.dtype) -> None:
         if isinstance(predictor, LowRank):
             self._input, self._output = _values(predictor.input, dtype), _output(predictor, dtype)
             self._bias = torch.from_numpy(predictor.bias.copy())
@@ -116,6 +118,33 @@ class ReferencePredictor:
     def wanted(self, x: Tensor) -> Tensor:
         """[tokens, neurons] bool."""
         return self.scores(x) > 0
+
+
+class ReferenceGate:
+    """The same for the gate rows of mode threshold."""
+
+    def __init__(self, predictor: GateRows, activation: weightd_pb2.Activation) -> None:
+        self._rows = torch.from_numpy(predictor.gate * predictor.scale[:, None])
+        self._bias, self._threshold = (torch.from_numpy(one.copy()) for one in (predictor.bias, predictor.threshold))
+        self._activation = activation
+
+    def opened(self, x: Tensor) -> Tensor:
+        """act(gate . x) of x [tokens, hidden_size] fp32: [tokens, neurons]."""
+        return neurons_of(self._activation, torch.addmm(self._bias, x, self._rows.T))
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """[tokens, neurons] bool."""
+        return ~(self.opened(x).abs() < self._threshold)
+
+
+Reference = ReferencePredictor | ReferenceGate
+
+
+def reference_of(predictor: Predictor, model: weightd_pb2.Model, dtype: torch.dtype) -> Reference:
+    """The reference for the predictor's kernel."""
+    if isinstance(predictor, GateRows):
+        return ReferenceGate(predictor, model.activation)
+    return ReferencePredictor(predictor, dtype)
 
 
 def _signs_of(x: Tensor) -> Tensor:

@@ -47,15 +47,19 @@ class _RingErrors:
 class RingSource:
     """See BundleSource. One session with the daemon; its share of the pool lasts until close() or a loss of weightd.
 
+    Args:
+        predicts: whether predictors() will be asked for. Otherwise their memory is left to the pool.
+
     Raises:
         ShareError: the pool has no room for another session.
         DaemonLostError: the daemon went away meanwhile.
     """
 
-    def __init__(self, connection: Connection, model: weightd_pb2.Model) -> None:
+    def __init__(self, connection: Connection, model: weightd_pb2.Model, predicts: bool = True) -> None:
         self._connection = connection
         self._model = model
         self._name = model.name
+        self._predicts = predicts
         self.errors = _RingErrors(model.name)
         bundle = model.bundle
         opened = self._open_session()
@@ -127,7 +131,8 @@ class RingSource:
         self._forget()
 
     def _open_session(self) -> weightd_pb2.OpenSessionResponse:
-        return self._connection.open_session(self._model, max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes))
+        slots_wanted = max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes)
+        return self._connection.open_session(self._model, slots_wanted, self._predicts)
 
     def _forget(self) -> None:
         self._open_sweep().forget()
