@@ -27,6 +27,7 @@ from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, layer_wa
 from flashclient.calibration.predictor_training import (
     Examples,
     ReferencePredictor,
+    Trained,
     constant_predictor,
     measure,
     sign_predictor,
@@ -38,7 +39,6 @@ from flashclient.errors import CalibrationError, OptionError
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import has_exact_zeros
 from flashclient.model.loaded import LoadedModel
-from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import has_experts
 
@@ -169,7 +169,7 @@ class _Run:
 
         self._predicted = [self._walk.step(index, hidden, feed_forward) for hidden in self._predicted]
 
-    def _train(self, weights: LayerWeights, examples: Examples, choosing: Examples) -> Predictor:
+    def _train(self, weights: LayerWeights, examples: Examples, choosing: Examples) -> Trained:
         training = examples.select(self._training)
         share = float(training.fired.frequency().mean())
         if share > FIRING_DENSE or not share or not choosing.fired.frequency().any():

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashclient.calibration.evaluate import Quality
-from flashclient.calibration.predictor_training import Rates
-from flashclient.model.predictor_file import LowRank, Predictor, Signs, arrays_of, write_predictors, write_tensors
+from flashclient.calibration.predictor_training import Rates, Trained
+from flashclient.model.predictor_file import LowRank, Predictor, arrays_of, write_predictors, write_tensors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
 
@@ -55,7 +55,7 @@ class Publishable(Protocol):
 class CalibratedLayer:
     """Results for one layer; arrays are by position."""
 
-    predictor: LowRank | Signs
+    predictor: Trained
     rates: Rates
     sign_rates: Rates
     frequency: NDArray[np.float32]

@@ -326,12 +326,13 @@ def _score_layer(weights: LayerWeights, inputs: Tensor) -> _Scored:
     gates = GateRows(rounded, scale, bias, np.zeros(len(rows), np.float32))
     gate, lengths = ReferenceGate(gates, weights.activation), weights.down.norm(dim=1)
     opened, added = torch.zeros(2, len(rows), dtype=torch.float64)  # sums of squares
-    for x in inputs.split(BLOCK_TOKENS):
+    blocks = torch.split(inputs, BLOCK_TOKENS)
+    for x in blocks:
         opened += gate.opened(x.float()).square().sum(0)
         added += (weights.neurons(x.float()) * lengths).square().sum(0)
     weight = (added / opened.clamp(min=1e-30)).sqrt().float()
     histogram = ScoreHistogram()
-    for x in inputs.split(BLOCK_TOKENS):
+    for x in blocks:
         energies = (weights.neurons(x.float()) * lengths).square()
         histogram.add(gate.opened(x.float()).abs() * weight, energies)
     return _Scored(gates, weight.numpy(), histogram)

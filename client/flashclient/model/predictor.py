@@ -52,6 +52,7 @@ def _kernel(predictor: Predictor, model: weightd_pb2.Model, workers: Workers) ->
     if isinstance(predictor, Signs):
         return _native.SignPredictor(workers, predictor.signs, model.bundle.hidden_size, predictor.margin)
     if isinstance(predictor, GateRows):
-        return _native.GatePredictor(workers, *vars(predictor).values(), model.activation)
+        gate, scale, bias, threshold = predictor.gate, predictor.scale, predictor.bias, predictor.threshold
+        return _native.GatePredictor(workers, gate, scale, bias, threshold, model.activation)
     arrays = predictor.input, predictor.output, predictor.bias, predictor.scale
     return _native.LowRankPredictor(workers, model.compute_dtype, *arrays)

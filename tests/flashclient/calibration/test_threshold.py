@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_the_bound_holds_and_the_mode_loses_what_was_measured(family: str, tmp_p
     model = make_model(make_config(family))
     sequences = sequences_for(tmp_path)
     with FetchServer([cut(model, make_tokenizer())], tmp_path / "socket") as server:
-        where = {"address": server.address, "transport": "grpc"}
+        where: dict[str, Any] = {"address": server.address, "transport": "grpc"}
         with FlashClient("tiny", mode="exact", **where) as client:
             result = calibrate_thresholds(client.loaded, sequences, ThresholdOptions(max_loss=0.01))
             published = publish_result(result, client.loaded)
