@@ -47,9 +47,9 @@ class LowRankPredictor : public Predictor {
     const float* scale_;
 };
 
-// A neuron is wanted unless |activate(scale * (gate . x) + bias)| < threshold[neuron]: the gate rows themselves predict,
-// rounded to int8 (CATS, arXiv 2404.08763, and TEAL, arXiv 2408.14690, which compare the exact gate). A threshold of 0
-// wants every neuron, and a NaN is wanted.
+// A neuron is wanted unless |activate(scale * (gate . x) + bias)| < threshold[neuron]: the gate rows themselves
+// predict, rounded to int8 (CATS, arXiv 2404.08763, and TEAL, arXiv 2408.14690, which compare the exact gate). A
+// threshold of 0 wants every neuron, and a NaN is wanted.
 class GatePredictor : public Predictor {
   public:
     // gate: [neurons, hidden] of int8, the up rows where there is no gate; scale, bias and threshold: [neurons].
