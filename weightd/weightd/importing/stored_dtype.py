@@ -9,9 +9,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from weightd.disk.read_ahead import Extent, ReadAhead
+from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
 from weightd.importing.dequantise import dequantise
+from weightd.importing.plan import ElementRun
 from weightd_proto.encodings import COMPUTE_DTYPES
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Recipe, ResidentSource
@@ -47,18 +48,13 @@ def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], 
 
 
 def _hold_exactly(vectors: list[SourceTensor], dtype: str) -> bool:
-    others = [tensor for tensor in vectors if tensor.dtype != dtype or tensor.undo is not None]
-    with ReadAhead([_extent_of(tensor) for tensor in others]) as read_ahead:
-        for tensor in others:
-            with read_ahead.take(_extent_of(tensor)) as stored:
-                elements = dequantise(tensor, stored)
+    others = [ElementRun(t, 0, t.elements) for t in vectors if t.dtype != dtype or t.undo is not None]
+    with ReadAhead([extent for run in others for extent in run.extents]) as read_ahead:
+        for run in others:
+            with read_ahead.take_all(run.extents) as stored:
+                elements = dequantise(run, stored)
                 values = elements.as_dtype("F32").view(np.float32)
                 narrow = type(elements)(dtype, elements.as_dtype(dtype)).as_dtype("F32").view(np.float32)
                 if not np.array_equal(values, narrow, equal_nan=True):
                     return False
     return True
-
-
-def _extent_of(tensor: SourceTensor) -> Extent:
-    """The extent of the whole tensor."""
-    return Extent(tensor.path, tensor.offset_bytes, tensor.bytes_of(tensor.elements))
