@@ -107,8 +107,10 @@ def _flag(file: GgufFile, name: str, default: bool) -> bool:
 
 
 def _check_split(file: GgufFile, kind: str | None, pre: str) -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # older transformers knows none
+        GGUF_PRE_TOKENIZER_SPLITS = {}
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.model = {kind!r}: known are gpt2 and llama")
     if kind == "gpt2" and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
