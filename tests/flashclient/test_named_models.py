@@ -89,7 +89,7 @@ class Row:
     model_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     write: Callable[[Path], Any] | None = None
-    place: Layer.Place.ValueType = Layer.MODULE
+    place: int = Layer.MODULE
     predict: bool = False
 
 

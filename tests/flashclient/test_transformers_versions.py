@@ -1,5 +1,7 @@
-"""Both ends of the range of transformers in pyproject.toml: models are derived, proven, imported and generate under each,
-and a store that was made under one runs under the other."""
+"""Both ends of the range of transformers in pyproject.toml.
+
+Models are derived, proven, imported and generate under each, and a store that was made under one runs under the other.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,10 @@ from version_worker import FAMILIES
 
 OLDEST, NEWEST = "5.2.0", "5.24.0"
 # What these versions need in another version than the newest, or beside it. Everything else is what is installed.
-NEEDS = {OLDEST: ["tokenizers==0.22.2", "huggingface_hub==1.33.0", "httpx", "httpcore", "sniffio", "h11", "anyio"], NEWEST: []}
+NEEDS = {
+    OLDEST: ["tokenizers==0.22.2", "huggingface_hub==1.33.0", "httpx", "httpcore", "sniffio", "h11", "anyio"],
+    NEWEST: [],
+}
 WORKER = ROOT / "tests" / "fixtures" / "version_worker.py"
 TIMEOUT_S = 420
 

@@ -27,7 +27,7 @@ from flashclient.recipes.gguf_names import gguf_tensors
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import published
 from flashclient.tensors.names import find_tensors, places_of
-from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
+from weightd_proto.weightd_pb2 import Activation, DeriveRequest, LeftOut, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
@@ -48,8 +48,9 @@ def derive(request: DeriveRequest) -> Recipe:
     split = derivation.streamed()
     derivation.prove()
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
+    left_out: list[LeftOut] = []
     if request.gguf:
-        sources, left_out = gguf_tensors(derivation.full, request.gguf, shapes), []
+        sources = gguf_tensors(derivation.full, request.gguf, shapes)
     else:
         sources, left_out = kind.tensors(shapes)
     recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))

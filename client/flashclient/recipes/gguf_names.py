@@ -127,4 +127,3 @@ def _by_group(source: TensorSource, groups: int, rows: Sequence[int]) -> TensorS
         for begin, count in ((begins[part] + group * rows[part], rows[part]) for part in range(len(rows)))
     ]
     return _joined(pieces, dim=0)
-

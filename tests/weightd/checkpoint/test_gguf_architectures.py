@@ -21,7 +21,10 @@ TOLERANCE = 1e-3  # of the largest logit
 
 
 def test_there_is_a_case_for_each_architecture() -> None:
-    written = {MIXTURES.get(case.architecture) if case.model_type in MIXTURES.values() else case.architecture for case in CASES.values()}
+    written = {
+        MIXTURES.get(case.architecture) if case.model_type in MIXTURES.values() else case.architecture
+        for case in CASES.values()
+    }
     assert written | {"gemma3"} == ARCHITECTURES.keys()  # gemma3: test_gguf_config.py and test_convert.py
 
 

@@ -93,7 +93,11 @@ def with_wrong_scales(tensors: dict[str, torch.Tensor]) -> None:
     ("spoil", "quantisation", "message"),
     [
         (without_scales, {}, r"model\.layers\.1\.mlp\.down_proj\.weight is F8_E4M3 in .*, which has no scales for it"),
-        (with_wrong_scales, {}, r"shape \[3, 7\] of F32 in .*, which are no scales of model\.layers\.1\.mlp\.down_proj"),
+        (
+            with_wrong_scales,
+            {},
+            r"shape \[3, 7\] of F32 in .*, which are no scales of model\.layers\.1\.mlp\.down_proj",
+        ),
         (None, {"quant_method": "compressed-tensors"}, r"is quantised \(compressed-tensors\): import the unquantised"),
         (None, {"quant_method": "mxfp4"}, r"holds 28 tensors that its configuration has no place for"),
     ],

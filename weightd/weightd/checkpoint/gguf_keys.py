@@ -7,7 +7,6 @@ refused by its name. Meanings are llama.cpp's (llama-model.cpp: load_hparams).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import numpy as np
@@ -22,7 +21,7 @@ WITHOUT_MEANING = {
     "rope.scaling.yarn_beta_slow",
 }  # fmt: skip
 # Where nothing has read them, these must have this value: transformers' class supports no other.
-NEUTRAL: Mapping[str, Any] = {
+NEUTRAL: dict[str, Any] = {
     "attention.causal": True, "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0,
     "attention.output_scale": 1.0, "attn_logit_softcapping": 0.0, "embedding_scale": 1.0, "expert_count": 0,
     "expert_group_count": 0, "attention.sliding_window": 0, "final_logit_softcapping": 0.0,
@@ -32,7 +31,7 @@ NEUTRAL: Mapping[str, Any] = {
     "swin_norm": False, "use_parallel_residual": False,
 }  # fmt: skip
 # The same for models with experts. Others may have any value.
-NEUTRAL_EXPERTS: Mapping[str, Any] = {
+NEUTRAL_EXPERTS: dict[str, Any] = {
     "expert_weights_norm": True, "expert_weights_scale": 1.0, "expert_gating_func": 1, "leading_dense_block_count": 0,
     "interleave_moe_layer_step": 1, "expert_used_count": None, "expert_feed_forward_length": None,
     "expert_shared_feed_forward_length": 0,

@@ -3,7 +3,8 @@
 Both become one tensor (SourceTensor.scales), which the import dequantises while it reads, bit for bit as transformers
 does (integrations/mxfp4.py, integrations/finegrained_fp8.py):
 
-    mxfp4   NAME_blocks [..., blocks, bytes], two E2M1 numbers in a byte; NAME_scales [..., blocks], exponents. (gpt-oss)
+    mxfp4   NAME_blocks [..., blocks, bytes] with two E2M1 numbers in a byte, NAME_scales [..., blocks] with exponents.
+            (gpt-oss)
     fp8     NAME of F8_E4M3, or of I8 with two E2M1 numbers in a byte; one scale for each block of rows and columns, for
             each row, or for all. Scales are floats or exponents. (DeepSeek-V3)
 
@@ -119,7 +120,7 @@ FORMATS: dict[str, Callable[[Tensors, str, Any], Iterator[tuple[str, SourceTenso
 
 
 def _scaled(tensor: SourceTensor, scales: SourceTensor, dtype: str, block: Any) -> SourceTensor:
-    """`block`: its rows and columns by the configuration, or None. The numbers of values and scales decide otherwise."""
+    """`block`: its rows and columns by the configuration, or None: then the numbers of values and scales decide."""
     *matrices, rows, width = tensor.shape
     shape = scales.shape
     if prod(shape) == 1:
