@@ -20,7 +20,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from weightd.disk.tensors import Scales, SourceTensor
+from weightd.disk.tensors import BlockScales, SourceTensor
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import PACKED_E2M1, plain
 
@@ -135,7 +135,7 @@ def _scaled(tensor: SourceTensor, scales: SourceTensor, dtype: str, block: Any) 
             f"{scales.name} has shape {list(scales.shape)} of {scales.dtype} in {scales.path}, which are no scales of "
             f"{tensor.name} {list(tensor.shape)}"
         )
-    return replace(tensor, scales=Scales(replace(scales, shape=shape), found[0] or 1, found[1] or 1, rows, dtype))
+    return replace(tensor, scales=BlockScales(replace(scales, shape=shape), found[0] or 1, found[1] or 1, rows, dtype))
 
 
 def _block_size(values: int, scales: int, configured: Any) -> int | None:

@@ -24,7 +24,7 @@ class Undo:
 
 
 @dataclass(frozen=True)
-class Scales:
+class BlockScales:
     """The factors of a tensor's values, which lie in a tensor of their own: one for each block of rows x columns.
 
     Factors of U8 and F8_E8M0 are exponents.
@@ -57,7 +57,7 @@ class SourceTensor:
     path: Path
     offset_bytes: int
     undo: Undo | None = None
-    scales: Scales | None = None
+    scales: BlockScales | None = None
 
     @property
     def is_plain(self) -> bool:

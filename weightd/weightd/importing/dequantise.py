@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd.disk.tensors import Scales, SourceTensor
+from weightd.disk.tensors import BlockScales, SourceTensor
 from weightd.importing.plan import ElementRun
 from weightd_proto.encodings import DTYPES, PACKED_E2M1
 
@@ -72,7 +72,7 @@ def _from_blocks(tensor: SourceTensor, data: Bytes) -> Elements:
 # Values with scales apart from them
 
 
-def _scaled(run: ElementRun, scales: Scales, data: Bytes, scale_data: Bytes) -> Elements:
+def _scaled(run: ElementRun, scales: BlockScales, data: Bytes, scale_data: Bytes) -> Elements:
     """The product of each value with the factor of its block, in F32."""
     format, width = run.tensor.encoding.format, run.tensor.row_elements
     values = np.take(_VALUES[format], data, axis=0).reshape(-1, width)
@@ -85,7 +85,7 @@ def _scaled(run: ElementRun, scales: Scales, data: Bytes, scale_data: Bytes) -> 
     return Elements("F32", values.reshape(-1).view(np.uint8))
 
 
-def _factors(scales: Scales, data: Bytes) -> npt.NDArray[np.float32]:
+def _factors(scales: BlockScales, data: Bytes) -> npt.NDArray[np.float32]:
     dtype = scales.tensor.dtype
     if dtype in _EXPONENTS:
         return _EXPONENTS[dtype][data]
