@@ -1,0 +1,48 @@
+"""The files of a checkpoint that is written piece by piece: model-*.safetensors, their index, and JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+SPARE_BYTES = 64 << 20  # of the disk, beside the tensors
+
+
+class Shards:
+    """model-*.safetensors and their index."""
+
+    def __init__(self, folder: Path, count: int) -> None:
+        self._folder, self._count = folder, count
+        self._written = 0
+        self._file_of: dict[str, str] = {}
+        self._total_bytes = 0
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._written += 1
+        name = f"model-{self._written:05}-of-{self._count:05}.safetensors"
+        save_file(tensors, self._folder / name, metadata={"format": "pt"})
+        self._file_of |= dict.fromkeys(tensors, name)
+        self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+
+    def write_index(self) -> None:
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
+        write_json(self._folder / "model.safetensors.index.json", index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def check_space(target: Path, size_bytes: int) -> None:
+    """Raises OSError if the disk lacks the room for a model of `size_bytes` at `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    free_bytes = shutil.disk_usage(target.parent).free
+    if free_bytes < size_bytes + SPARE_BYTES:
+        needed, free = ((size_bytes + SPARE_BYTES) / 1e9, free_bytes / 1e9)
+        raise OSError(f"{target.parent} has {free:.1f} GB free, the model needs {needed:.1f}: choose another folder")
