@@ -23,7 +23,7 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
-from flashclient.recipes.gguf_names import gguf_tensors
+from flashclient.recipes.gguf_names import gguf_places
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import published
 from flashclient.tensors.names import find_tensors, places_of
@@ -50,10 +50,11 @@ def derive(request: DeriveRequest) -> Recipe:
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
     left_out: list[LeftOut] = []
     if request.gguf:
-        sources = gguf_tensors(derivation.full, request.gguf, shapes)
+        places = gguf_places(derivation.full, request.gguf, shapes)
     else:
         sources, left_out = kind.tensors(shapes)
-    recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))
+        places = places_of(sources, shapes)
+    recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places))
     values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
     recipe.left_out.extend(left_out)

@@ -11,20 +11,19 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from flashclient.errors import ModelError
-from flashclient.tensors.places import Shape
-from weightd_proto.tensor_sources import tensor_names
-from weightd_proto.weightd_pb2 import Concatenated, Slice, TensorSource, Transposed
+from flashclient.tensors.places import Interleaved, Piece, Place, Shape, join, tensors_of
 
-EXPERTS = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.+\.)?experts\.(gate_up_proj|down_proj)")
+EXPERTS = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.+\.)?experts\.(gate_up_proj|down_proj)(_bias)?")
 SCORE_BIAS = re.compile(r"(?:.*\.)?layers\.(\d+)\.(?:.+\.)?e_score_correction_bias")
 
 
-def gguf_tensors(model: PreTrainedModel, architecture: str, shapes: Mapping[str, Shape]) -> dict[str, TensorSource]:
-    """The source of each tensor of `model`, by its name there. Tensors of the file that have no place keep their names.
+def gguf_places(model: PreTrainedModel, architecture: str, shapes: Mapping[str, Shape]) -> dict[str, Place]:
+    """The place of each tensor of `model`, by its name there. Tensors of the file that it lacks keep their names.
 
     Args:
         model: on the meta device.
@@ -36,19 +35,35 @@ def gguf_tensors(model: PreTrainedModel, architecture: str, shapes: Mapping[str,
     """
     name_of = _names(architecture, model.config.num_hidden_layers)
     modules = dict(model.named_modules())
-    sources: dict[str, TensorSource] = {}
+    places: dict[str, Place] = {}
     for name in model.state_dict():
         names = _names_in_file(name, name_of, shapes)
         if not names:
             continue  # tied, or missing: find_tensors() decides
-        source = _joined([TensorSource(tensor=found) for found in names], dim=1)
-        if isinstance(modules.get(name.rpartition(".")[0]), Conv1D) and name.endswith(".weight"):
-            source = TensorSource(transposed=Transposed(of=source, dim0=0, dim1=1))
-        elif name.rpartition(".")[0].endswith("query_key_value") and architecture in FUSED:
-            source = _by_group(source, *FUSED[architecture](model.config))
-        sources[name] = source
-    used = {found for source in sources.values() for found in tensor_names(source)}
-    return sources | {name: TensorSource(tensor=name) for name in shapes if name not in used}
+        parts = [Piece.whole(found, shapes[found]) for found in names]
+        module = name.rpartition(".")[0]
+        if EXPERTS.fullmatch(name):
+            places[name] = _experts(parts, modules[module])
+        elif isinstance(modules[module], Conv1D) and name.endswith(".weight"):
+            places[name] = parts[0].permuted((1, 0))
+        elif module.endswith("query_key_value") and architecture in FUSED:
+            places[name] = _by_group(parts[0], *FUSED[architecture](model.config))
+        else:
+            places[name] = parts[0]
+    used = {found for place in places.values() for found in tensors_of(place)}
+    return places | {name: Piece.whole(name, shape) for name, shape in shapes.items() if name not in used}
+
+
+def _experts(parts: Sequence[Piece], module: nn.Module) -> Place:
+    """As the class has them: rows of gate and up after each other or in turn, matrices as they are or transposed."""
+    rows = 1
+    transposed = getattr(module, "is_transposed", False) and len(parts[0].shape) == 3
+    placed: list[Place] = [part.permuted((0, 2, 1)) if transposed else part for part in parts]
+    if transposed:
+        rows = 2
+    if len(placed) == 1:
+        return placed[0]
+    return join(placed, rows) if getattr(module, "is_concatenated", True) else Interleaved(rows, tuple(placed))
 
 
 def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
@@ -69,12 +84,13 @@ def _names(architecture: str, layers: int) -> Callable[[str], str | None]:
 
 
 def _names_in_file(name: str, name_of: Callable[[str], str | None], shapes: Mapping[str, Shape]) -> list[str]:
-    """The tensors of the file that make up a tensor of the model, along its dimension 1."""
+    """The tensors of the file that make up a tensor of the model."""
     candidates = [[found] for found in _candidates(name, name_of)]
     experts = EXPERTS.fullmatch(name)
     if experts is not None:
         parts = ("gate", "up") if experts[2] == "gate_up_proj" else ("down",)
-        candidates.append([f"blk.{experts[1]}.ffn_{part}_exps.weight" for part in parts])
+        kind = "bias" if experts[3] else "weight"
+        candidates.append([f"blk.{experts[1]}.ffn_{part}_exps.{kind}" for part in parts])
     return next((found for found in candidates if all(one in shapes for one in found)), [])
 
 
@@ -91,12 +107,6 @@ def _candidates(name: str, name_of: Callable[[str], str | None]) -> Iterator[str
         found = name_of(name)
         if found is not None:
             yield from (f"{found}.weight", found)
-
-
-def _joined(sources: Sequence[TensorSource], dim: int) -> TensorSource:
-    if len(sources) == 1:
-        return sources[0]
-    return TensorSource(concatenated=Concatenated(dim=dim, parts=sources))
 
 
 # Fused projections whose rows llama.cpp orders by query, key and value, and transformers by groups of heads
@@ -117,13 +127,11 @@ def _falcon(config: Any) -> tuple[int, tuple[int, ...]]:
 FUSED: dict[str, Callable[[Any], tuple[int, tuple[int, ...]]]] = {"bloom": _bloom, "falcon": _falcon}
 
 
-def _by_group(source: TensorSource, groups: int, rows: Sequence[int]) -> TensorSource:
-    if groups == 1:
-        return source
+def _by_group(place: Piece, groups: int, rows: Sequence[int]) -> Place:
     begins = [groups * sum(rows[:part]) for part in range(len(rows))]
     pieces = [
-        TensorSource(slice=Slice(of=source, dim=0, begin=begin, end=begin + count, step=1))
+        place.sliced(0, begin, begin + count)
         for group in range(groups)
         for begin, count in ((begins[part] + group * rows[part], rows[part]) for part in range(len(rows)))
     ]
-    return _joined(pieces, dim=0)
+    return join(pieces, 0)

@@ -94,6 +94,12 @@ ARCHITECTURES: dict[str, Architecture] = {
         caps=_FINAL_CAP,
     ),
     "gpt2": Architecture("gpt2", "GPT2LMHeadModel", names=_GPT2, norm=(LAYER_NORM, "layer_norm_epsilon"), rope=False),
+    "gpt-oss": Architecture(
+        "gpt_oss", "GptOssForCausalLM", head_dim=True, windows="layers",
+        names={"intermediate_size": None},
+        sizes={"intermediate_size": "expert_feed_forward_length", "num_local_experts": "expert_count",
+               "num_experts_per_tok": "expert_used_count"},
+    ),
     "lfm2": Architecture(
         "lfm2", "Lfm2ForCausalLM", norm=(RMS_NORM, "norm_eps"), sizes={"conv_L_cache": "shortconv.l_cache"},
         constants={"block_auto_adjust_ff_dim": False},

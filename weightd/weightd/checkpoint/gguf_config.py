@@ -22,8 +22,8 @@ from weightd.errors import CheckpointError
 Vector = npt.NDArray[np.float32]
 
 LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # by which llama.cpp knows the models of 27 B
-GEMMA3_PATTERN = 6  # every sixth layer has full attention, the others a sliding window
-GEMMA2_PATTERN = 2
+# Every so many layers, one has full attention, the others a sliding window.
+PERIODS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
 # Divisors of the rotary frequencies: for all lengths, or for long and short contexts.
 FREQUENCIES = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -88,8 +88,10 @@ class GgufConfig:
             sizes["max_position_embeddings"] = keys.size("context_length")
         else:
             keys.value("context_length")
-        for name, expected in (("intermediate_size", 4 * sizes["hidden_size"]), ("num_key_value_heads", heads)):
-            if self._architecture.names.get(name, "") is None:  # the class has no other
+        experts = "intermediate_size" in self._architecture.sizes
+        required = {"intermediate_size": 4 * sizes["hidden_size"], "num_key_value_heads": heads}
+        for name, expected in required.items():
+            if self._architecture.names.get(name, "") is None and not (experts and name == "intermediate_size"):
                 keys.require(SIZES[name], expected)
         return sizes
 
@@ -175,18 +177,24 @@ class GgufConfig:
         if self._architecture.windows == "all":
             config["sliding_window"] = keys.value("attention.sliding_window") or None
         if self._architecture.windows != "layers":
-            if scale is not None and not math.isclose(scale, head_size**-0.5, rel_tol=1e-5):
-                keys.refuse("attention.scale", scale, f"and only {head_size**-0.5:.6g} can be run")
+            self._require_scale(scale, head_size)
             return
         layers, window = sizes["num_hidden_layers"], keys.value("attention.sliding_window") or 0
         keys.value("attention.sliding_window_pattern")  # of no meaning without a window
         # transformers needs a window even if no layer uses it.
         config["sliding_window"] = keys.size("attention.sliding_window" if window else "context_length")
         config["layer_types"] = self._layer_types(layers) if window else ["full_attention"] * layers
+        if self._architecture.model_type not in LAYERS_27B:
+            self._require_scale(scale, head_size)
+            return
         # As f_attention_scale in llama.cpp. Otherwise the head's width counts.
         is_27b = layers == LAYERS_27B[self._architecture.model_type]
         scalar = sizes["hidden_size"] // sizes["num_attention_heads"] if is_27b else head_size
         config["query_pre_attn_scalar"] = scalar if scale is None else round(scale**-2)
+
+    def _require_scale(self, scale: float | None, head_size: int) -> None:
+        if scale is not None and not math.isclose(scale, head_size**-0.5, rel_tol=1e-5):
+            self._keys.refuse("attention.scale", scale, f"and only {head_size**-0.5:.6g} can be run")
 
     def _layer_types(self, layers: int) -> list[str]:
         name = "attention.sliding_window_pattern"
@@ -196,8 +204,7 @@ class GgufConfig:
                 self._keys.refuse(name, pattern, f"but there are {layers} layers")
             slides = [bool(one) for one in pattern]
         else:
-            gemma2 = self._architecture.model_type == "gemma2"
-            period = self._keys.size(name, GEMMA2_PATTERN if gemma2 else GEMMA3_PATTERN)
+            period = self._keys.size(name, PERIODS[self._architecture.model_type])
             slides = [(index + 1) % period != 0 for index in range(layers)]
         return ["sliding_attention" if slide else "full_attention" for slide in slides]
 
@@ -253,6 +260,8 @@ class GgufConfig:
             "beta_fast": keys.positive("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": keys.positive("rope.scaling.yarn_beta_slow", 1.0),
         }
+        if self._architecture.model_type == "gpt_oss":
+            found["truncate"] = False
         if attention != 1.0:
             found["attention_factor"] = attention * (1.0 + 0.1 * math.log(factor))
         return found
