@@ -47,11 +47,14 @@ class _Parts(Sequence[Any]):
 
 
 class LeanReader:
-    """The part of gguf.GGUFReader that transformers uses. It neither maps the file nor makes an object per element."""
+    """The part of gguf.GGUFReader that transformers uses. It neither maps the file nor makes an object per element.
+
+    Keys of the rotary embedding are left out. A tokenizer needs none of them, and transformers fails on gpt-oss's.
+    """
 
     def __init__(self, path: str) -> None:
         file = read_gguf(Path(path))
-        self.fields = {name: _field(value) for name, value in file.metadata.items()}
+        self.fields = {name: _field(value) for name, value in file.metadata.items() if ".rope.scaling." not in name}
         self.tensors = [SimpleNamespace(name=name) for name in file.tensors]
 
 
