@@ -62,7 +62,7 @@ class ModelWriter:
     def run(self, steps: Sequence[Step]) -> list[npt.NDArray[np.uint64]]:
         """Returns the checksums of each layer's bundles."""
         extents = [[extent for run in step.runs for extent in run.extents] for step in steps]
-        read_ahead = ReadAhead(list(chain.from_iterable(extents)), together=max(map(len, extents)))
+        read_ahead = ReadAhead(list(chain.from_iterable(extents)), together=max(map(len, extents), default=1))
         # One cell may be larger than a chunk.
         write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
         with ExitStack() as opened:
