@@ -23,6 +23,7 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.gguf_names import gguf_places
 from flashclient.recipes.lookups import embeddings_like, looked_up
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import Published, published
@@ -68,6 +69,8 @@ def _tensors(request: DeriveRequest, kind: Published, full: PreTrainedModel) -> 
     if request.config_only:
         return own_tensors(full), []
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
+    if request.gguf:
+        return find_tensors(full, gguf_places(full, request.gguf, shapes)), []
     sources, left_out = kind.tensors(shapes)
     return find_tensors(full, places_of(sources, shapes)), left_out
 
