@@ -15,10 +15,11 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
 from flashclient.recipes.assembly import assemble
+from flashclient.recipes.configs import read_config
 from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
@@ -86,15 +87,6 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
             most = LAYERS_MAX if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") else SIZE_MAX
             if not least <= value <= most:
                 raise ModelError(f"config.json has {name} = {value}, expected a number from {int(least)} to {most}")
-
-
-def read_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """transformers' configuration. Raises ModelError where its class refuses the values."""
-    try:
-        config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-    except Exception as error:  # transformers' classes raise anything for values of unknown origin
-        raise ModelError(f"config.json: {one_line(error)}") from error
-    return config
 
 
 class Derivation:
