@@ -49,6 +49,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "client" / "MODELS.md"
 GREEDY_TOKENS = 32
 NAME = "tiny"
+CHECKPOINT = "checkpoint"
 TOLERANCE = 1e-3  # of the largest logit
 TIMEOUT_S = 60.0
 PLACES = {Layer.MODULE: "module", Layer.PARTS: "parts", Layer.EXPERTS: "experts"}
@@ -86,8 +87,8 @@ HEADER = """# Models
 
 What is streamed of each type of causal language model in transformers {version}, by `scripts/model_table.py`. Each was
 derived from its class's default configuration and proven: a tiny instance was imported and run with at most half of
-its cells in weightd's pool, and its logits and {tokens} greedy tokens were those of transformers. {proven} of {types}
-types are proven, {mixtures} of them mixtures of experts.
+its cells in weightd's pool, and its logits and {tokens} greedy tokens were those of transformers. {proven} of {types} types
+are proven, {mixtures} of them mixtures of experts.
 
 - *FFNs*: how many are streamed, and whether the streamed one takes the place of the whole module, of the projections
   that a larger module calls, or of a mixture's experts.
@@ -127,7 +128,7 @@ def row_of(model_type: str) -> Row:
         split = derivation.streamed()
         refusal = _difference(derivation.tiny, whole)
     except (ModelError, FlashClientError, WeightdError, BenchError) as error:
-        refusal = str(error)
+        refusal = str(error).rpartition(f"/{CHECKPOINT}: ")[2]
     except Exception as error:  # a default configuration that its own class refuses
         refusal = one_line(error)
     if refusal:
@@ -146,12 +147,12 @@ def _difference(tiny: PreTrainedModel, whole: PreTrainedConfig) -> str:
         whole: the config of the type, of which that of `tiny` may be the part for text.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tiny.save_pretrained(Path(folder, "checkpoint"))
+        tiny.save_pretrained(Path(folder, CHECKPOINT))
         if type(tiny.config) is not type(whole):
             whole.text_config = tiny.config
-            whole.save_pretrained(Path(folder, "checkpoint"))
+            whole.save_pretrained(Path(folder, CHECKPOINT))
         store = Store.open(Path(folder, "store"), create=True)
-        record = import_checkpoint(Path(folder, "checkpoint"), store, NAME, ask=answer)
+        record = import_checkpoint(Path(folder, CHECKPOINT), store, NAME, ask=answer)
         with _serving_half(store, record) as daemon, FlashClient(NAME, address=daemon.address, mode="exact") as client:
             streamed = client.model
             ids = torch.arange(3, 9)[None]
