@@ -87,8 +87,9 @@ HEADER = """# Models
 
 What is streamed of each type of causal language model in transformers {version}, by `scripts/model_table.py`. Each was
 derived from its class's default configuration and proven: a tiny instance was imported and run with at most half of
-its cells in weightd's pool, and its logits and {tokens} greedy tokens were those of transformers. {proven} of {types} types
-are proven, {mixtures} of them mixtures of experts.
+its cells in weightd's pool, and its logits and {tokens} greedy tokens were those of transformers.
+
+{proven} of {types} types are proven, {mixtures} of them mixtures of experts.
 
 - *FFNs*: how many are streamed, and whether the streamed one takes the place of the whole module, of the projections
   that a larger module calls, or of a mixture's experts.
