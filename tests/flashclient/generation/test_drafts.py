@@ -18,10 +18,14 @@ SIZES: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden
 def test_the_vocabulary_is_that_of_the_text_part(tmp_path: Path) -> None:
     with torch.device("meta"):
         text_config = SIZES | {"vocab_size": 32, "model_type": "persimmon"}
-        model = AutoModelForCausalLM.from_config(FuyuConfig(text_config=text_config))
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            FuyuConfig(text_config=text_config)
+        )
     drafts = Drafts(model, None)
     for vocabulary in (32, 48):
-        draft = AutoModelForCausalLM.from_config(LlamaConfig(**SIZES, vocab_size=vocabulary))
+        draft = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            LlamaConfig(**SIZES, vocab_size=vocabulary)
+        )
         draft.save_pretrained(tmp_path / str(vocabulary))
     assert drafts.arguments(tmp_path / "32")["assistant_model"].config.vocab_size == 32
     with pytest.raises(ModelError, match="has a vocabulary of 48 tokens, the model of 32"):
