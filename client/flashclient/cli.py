@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +16,8 @@ from flashclient import standard_streams
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import complain, say
 
-# torch and transformers take seconds to import: a usage error or --help should not wait for them.
+# They take seconds to import: a usage error or --help should not wait for them.
+PACKAGES = ("torch", "transformers")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -161,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments)
+        _check_packages()
         status: int = options.run(options)
     except FlashClientError as error:
         complain("flashclient", in_flags(str(error)))
@@ -168,6 +171,12 @@ def _main(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _check_packages() -> None:
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise FlashClientError(f"this needs {' and '.join(missing)}: pip install 'weightd[client]'")
 
 
 _KEYWORD = re.compile(
