@@ -28,12 +28,11 @@ from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 
 def answer(request: ImportRequest) -> ImportResponse:
     try:
-        match request.WhichOneof("what"):
-            case "derive":
-                with one_thread():  # tiny instances
-                    return ImportResponse(recipe=derive(request.derive))
-            case "token_cost":
-                return ImportResponse(token_cost=token_cost(request.token_cost))
+        if request.WhichOneof("what") == "derive":
+            response = token_cost(request.derive) if request.derive.cost_dtype else ImportResponse()
+            with one_thread():  # tiny instances
+                response.recipe.CopyFrom(derive(request.derive))
+            return response
         rehearse(request.rehearse.record, Path(request.rehearse.folder))
         return ImportResponse()
     except (ModelError, RefusedFileError) as error:

@@ -20,11 +20,9 @@ from flashclient.kernels.arrays import array_of
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.recipes.derive import config_values, derivation_of
 from flashclient.recipes.ffns.tiny import PICKS
-from flashclient.recipes.lookups import embeddings_like
 from flashclient.recipes.published import published
 from flashclient.torch_state import one_thread
-from weightd_proto.tables import WEIGHT
-from weightd_proto.weightd_pb2 import TokenCost, TokenCostRequest
+from weightd_proto.weightd_pb2 import DeriveRequest, ImportResponse
 
 COLUMNS = 4096
 MATRIX_BYTES = 256 << 20
@@ -32,8 +30,8 @@ PRODUCTS = 7
 TOKENS = 24
 
 
-def token_cost(request: TokenCostRequest) -> TokenCost:
-    """Raises ModelError where no model can be made from the configuration."""
+def token_cost(request: DeriveRequest) -> ImportResponse:
+    """The response but for the recipe. Raises ModelError where no model can be made from the configuration."""
     kind = published(config_values(request.config_json), request.activation or None)
     derivation, _ = derivation_of(kind)
     full = derivation.full
@@ -41,11 +39,9 @@ def token_cost(request: TokenCostRequest) -> TokenCost:
         streamed = derivation.prove()
         token_s, layer_s = _seconds(streamed)
     layers = _layers(full)
-    return TokenCost(
-        kernel_gb_per_s=kernel_gb_per_s(request.dtype),
-        overhead_s=token_s + layers * layer_s,
-        picks=_picks(full),
-        looked_up=[f"{name}.{WEIGHT}" for name in embeddings_like(derivation.looked_up, full)],
+    overhead_s = token_s + layers * layer_s
+    return ImportResponse(
+        kernel_gb_per_s=kernel_gb_per_s(request.cost_dtype), overhead_s=overhead_s, picks=_picks(full)
     )
 
 

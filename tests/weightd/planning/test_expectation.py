@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from weightd.importing.client_process import TokenCost
 from weightd.planning.expectation import (
     EXPERT_HITS,
     PoolSize,
@@ -20,7 +21,7 @@ from weightd.serving.served_models import demand_of
 from weightd.store.device_profile import DEPTHS, DeviceProfile, ReadSpeed, assumed_profile
 from weightd.store.layout import lay_out_layers, model_layout
 from weightd_proto.encodings import parts_of, plain
-from weightd_proto.weightd_pb2 import Layer, Model, TokenCost
+from weightd_proto.weightd_pb2 import Layer, Model
 
 GB = 10**9
 DEVICE = assumed_profile(2.0)
@@ -68,7 +69,7 @@ def test_rows_that_are_looked_up_are_not_touched() -> None:
     model = record()
     model.resident.add(name="embed.weight", size_bytes=1 << 20)
     whole = expect(model, COST, DEVICE, dram_bytes(model, 1)).touched_bytes
-    cost = TokenCost(kernel_gb_per_s=20.0, looked_up=["embed.weight"])
+    cost = TokenCost(kernel_gb_per_s=20.0, overhead_s=0.0, looked_up=("embed.weight",))
     assert expect(model, cost, DEVICE, dram_bytes(model, 1)).touched_bytes == whole - (1 << 20)
 
 

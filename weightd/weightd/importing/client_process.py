@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import IO, Any
 
 from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.errors import CheckpointError
+from weightd_proto.tables import WEIGHT
 from weightd_proto.weightd_pb2 import (
     DeriveRequest,
     ImportRequest,
@@ -29,8 +31,6 @@ from weightd_proto.weightd_pb2 import (
     Model,
     Recipe,
     RehearseRequest,
-    TokenCost,
-    TokenCostRequest,
 )
 
 PACKAGES = ("torch", "transformers")
@@ -54,21 +54,32 @@ def derive(checkpoint: Checkpoint, ask: Ask, activation: str = "") -> Recipe:
     return response.recipe
 
 
-def derive_from_config(config: Mapping[str, Any], path: Path, ask: Ask) -> Recipe:
-    """The recipe of a model of which there is only a configuration, from `path`. It names the tensors of transformers'
-    model. CheckpointError if there is none."""
-    response = ask(ImportRequest(derive=DeriveRequest(config_json=_as_bytes(config), config_only=True)))
-    if response.refusal:
-        raise CheckpointError(f"{path}: {response.refusal}")
-    return response.recipe
+@dataclass(frozen=True)
+class TokenCost:
+    """What a token costs a client on this machine, apart from reading weights. See ImportResponse in weightd.proto.
+
+    Attributes:
+        looked_up: resident tensors of which a token reads one row.
+    """
+
+    kernel_gb_per_s: float
+    overhead_s: float
+    picks: int = 0
+    looked_up: tuple[str, ...] = ()
 
 
-def token_cost(config: Mapping[str, Any], dtype: str, name: str | Path, ask: Ask) -> TokenCost:
-    """What a token of the model `name` costs on this machine, apart from reading. Takes seconds. CheckpointError."""
-    response = ask(ImportRequest(token_cost=TokenCostRequest(config_json=_as_bytes(config), dtype=dtype)))
+def derive_from_config(config: Mapping[str, Any], dtype: str, name: str | Path, ask: Ask) -> tuple[Recipe, TokenCost]:
+    """The recipe of the model `name`, of which there is only a configuration, and what a token of it costs in `dtype`.
+
+    The recipe names the tensors of transformers' model. Measuring takes seconds. CheckpointError if there is none.
+    """
+    request = DeriveRequest(config_json=_as_bytes(config), config_only=True, cost_dtype=dtype)
+    response = ask(ImportRequest(derive=request))
     if response.refusal:
         raise CheckpointError(f"{name}: {response.refusal}")
-    return response.token_cost
+    looked_up = tuple(f"{module}.{WEIGHT}" for module in response.recipe.tables)
+    cost = TokenCost(response.kernel_gb_per_s, response.overhead_s, response.picks, looked_up)
+    return response.recipe, cost
 
 
 def _as_bytes(config: Mapping[str, Any]) -> bytes:

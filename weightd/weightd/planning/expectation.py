@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd._native import POOL_SLOTS_MIN, EngineThread
+from weightd.importing.client_process import TokenCost
 from weightd.planning.firing import Firing
 from weightd.serving.served_models import demand_of
 from weightd.store.calibration import predictors_of
@@ -25,7 +26,7 @@ from weightd.store.device_profile import DeviceProfile
 from weightd.store.hotness import used_cells
 from weightd_proto.dram import slots_wanted
 from weightd_proto.encodings import has_experts, part_bytes
-from weightd_proto.weightd_pb2 import Model, TokenCost
+from weightd_proto.weightd_pb2 import Model
 
 READ_BYTES_MAX = 1 << 20  # of one request: neighbours are read together
 LENT_NEVER = 1 / 16  # of the pool: no window can have it

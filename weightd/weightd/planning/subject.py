@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from weightd.checkpoint.folder import CONFIG_FILE, configuration_name
 from weightd.checkpoint.gguf import open_gguf
 from weightd.checkpoint.opening import locate_here
 from weightd.errors import CheckpointError
-from weightd.importing.client_process import Ask, derive_from_config, token_cost
+from weightd.importing.client_process import Ask, TokenCost, derive_from_config
 from weightd.importing.record import lay_out_record
 from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
@@ -21,7 +20,7 @@ from weightd.store.device_profile import DeviceProfile
 from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
 from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
 from weightd_proto.hub_names import is_hub_name
-from weightd_proto.weightd_pb2 import Model, Recipe, TokenCost
+from weightd_proto.weightd_pb2 import Model
 
 BLOCK_BYTES = 4096  # of most devices
 DTYPE_DEFAULT = "bf16"  # of most published models
@@ -62,7 +61,8 @@ def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
         raise CheckpointError(f"{model} is in {store.path} with a dtype of its own: leave --dtype out")
     record = store.model(model)
     config = read_json(store.path / model / FILES_FOLDER / CONFIG_FILE)
-    return Subject(model, record, token_cost(config, record.compute_dtype, model, ask), store.path)
+    _, cost = derive_from_config(config, record.compute_dtype, model, ask)
+    return Subject(model, record, cost, store.path)
 
 
 def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str, Any]]:
@@ -89,23 +89,24 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
 def _from_config(
     name: str, config: Mapping[str, Any], path: Path, dtype: str | None, device: DeviceProfile, ask: Ask
 ) -> Subject:
-    recipe = derive_from_config(config, path, ask)
-    used, assumptions = _dtype(recipe, dtype)
+    used, assumptions = _dtype(config, dtype)
     stored = COMPUTE_DTYPES[used]
+    recipe, cost = derive_from_config(config, stored, path, ask)
     dtypes = {source.name: "F32" if stored in source.f32_in else stored for source in recipe.resident}
     looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
     record, _ = lay_out_record(recipe.model, kinds, name, stored, BLOCK_BYTES, device.full_speed_bytes)
     record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
-    return Subject(name, record, token_cost(config, stored, path, ask), None, (*assumptions, *recipe.notes))
+    return Subject(name, record, cost, None, (*assumptions, *recipe.notes))
 
 
-def _dtype(recipe: Recipe, asked: str | None) -> tuple[str, tuple[str, ...]]:
+def _dtype(config: Mapping[str, Any], asked: str | None) -> tuple[str, tuple[str, ...]]:
     """The dtype as `weightd import` calls it, and what had to be assumed."""
     if asked is not None:
         return asked, ()
-    config = json.loads(recipe.config_json)
-    said = config.get("dtype") or config.get("torch_dtype")
+    text = config.get("text_config")
+    parts = [config, *([text] if isinstance(text, dict) else [])]  # of a multimodal model
+    said = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     known = {DTYPES[dtype].torch: name for name, dtype in COMPUTE_DTYPES.items()}
     if said in known:
         return known[said], ()
