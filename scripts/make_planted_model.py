@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from flags import FlagParser
+from planted.checkpoint import Shards, new_folder, write_json
 from planted.layers import Measured, PlantedLayer, PlantedModel
 from planted.plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
 from planted.shapes import checkpoint_shapes
@@ -32,7 +32,6 @@ PLANTED_FOLDER = "planted"
 PLAN_FILE = "plan.json"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 LAYER_NAME = {"opt": "model.decoder.layers", "llama": "model.layers"}
-SPARE_BYTES = 64 << 20  # of the disk, beside the tensors
 
 
 def main() -> int:
@@ -56,32 +55,15 @@ def make_planted_model(shape: Shape, target: Path, dtype: str = "bf16", seed: in
     Raises:
         OSError: `target` exists, or the disk is too small.
     """
-    if target.exists():
-        raise OSError(f"{target} exists: remove it, or give another --out")
     tensors = checkpoint_shapes(shape.config("bfloat16")).values()
-    _check_space(target, 2 * sum(torch.Size(one).numel() for one in tensors))
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / PLANTED_FOLDER).mkdir(parents=True)
-    try:
-        plan = _write(shape, partial, DTYPES[dtype], seed)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return plan
-
-
-def _check_space(target: Path, size_bytes: int) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    free_bytes = shutil.disk_usage(target.parent).free
-    if free_bytes < size_bytes + SPARE_BYTES:
-        needed, free = ((size_bytes + SPARE_BYTES) / 1e9, free_bytes / 1e9)
-        raise OSError(f"{target.parent} has {free:.1f} GB free, the model needs {needed:.1f}: give another --out")
+    with new_folder(target, 2 * sum(torch.Size(one).numel() for one in tensors)) as folder:
+        (folder / PLANTED_FOLDER).mkdir()
+        return _write(shape, folder, DTYPES[dtype], seed)
 
 
 def _write(shape: Shape, folder: Path, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     model = PlantedModel(shape, dtype, seed)
-    shards = _Shards(folder, 1 + shape.layers)
+    shards = Shards(folder, 1 + shape.layers)
     shards.write(model.outside())
     layers = []
     progress = tqdm(model.layers(), total=shape.layers, unit="layer", disable=None)
@@ -91,36 +73,11 @@ def _write(shape: Shape, folder: Path, dtype: torch.dtype, seed: int) -> dict[st
         _write_predictor(folder / PLANTED_FOLDER / f"layer-{index:03}.safetensors", layer)
         layers.append(_told(layer.measured))
     shards.write_index()
-    _write_json(folder / "config.json", shape.config(str(dtype).removeprefix("torch.")))
-    _write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
+    write_json(folder / "config.json", shape.config(str(dtype).removeprefix("torch.")))
+    write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
     plan = {"shape": asdict(shape), "rank": shape.rank, "published": PUBLISHED, "layers": layers}
-    _write_json(folder / PLANTED_FOLDER / PLAN_FILE, plan)
+    write_json(folder / PLANTED_FOLDER / PLAN_FILE, plan)
     return plan
-
-
-class _Shards:
-    """model-*.safetensors and their index."""
-
-    def __init__(self, folder: Path, count: int) -> None:
-        self._folder, self._count = folder, count
-        self._written = 0
-        self._file_of: dict[str, str] = {}
-        self._total_bytes = 0
-
-    def write(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._written += 1
-        name = f"model-{self._written:05}-of-{self._count:05}.safetensors"
-        save_file(tensors, self._folder / name, metadata={"format": "pt"})
-        self._file_of |= dict.fromkeys(tensors, name)
-        self._total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-
-    def write_index(self) -> None:
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": self._file_of}
-        _write_json(self._folder / "model.safetensors.index.json", index)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _write_predictor(path: Path, layer: PlantedLayer) -> None:
