@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from flags import FlagParser
-from planted.checkpoint import Shards, new_folder, write_json
 from planted.layers import Measured, PlantedLayer, PlantedModel
 from planted.plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
 from planted.shapes import checkpoint_shapes
+from planted.shards import Shards, new_folder, write_json
 from planted.shares import WINDOW
 from safetensors.torch import save_file
 from tqdm import tqdm

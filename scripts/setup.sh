@@ -14,8 +14,10 @@ need() { # Debian packages: root installs them, other users get their names
         echo "missing Debian packages, install them with: sudo apt-get install ${missing[*]}" >&2
         exit 1
     fi
+    local lock && exec {lock}<scripts/setup.sh && flock "$lock" # scripts may run at the same time, apt-get may not
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends "${missing[@]}" >/dev/null
+    exec {lock}<&-
 }
 
 need g++ cmake libxxhash-dev liburing-dev libgtest-dev
@@ -29,6 +31,11 @@ PATH=$PWD/.venv/bin:$PATH
 if [[ $(inputs | sha256sum) != "$(cat .venv/inputs 2>/dev/null)" ]]; then
     echo "setting up .venv" >&2
     pip install -q -c constraints.txt "scikit-build-core>=1.0" "nanobind>=2.9" "grpcio-tools>=1.80" ninja
+    if [[ ! -f .venv/inputs ]]; then # the first time: what takes one processor, beside compiling
+        pip install -q --no-deps -r constraints.txt &
+        pip install -q --no-deps --no-build-isolation -e .
+        wait $!
+    fi
     pip install -q -c constraints.txt --no-build-isolation -e ".[dev,demo]"
     inputs | sha256sum >.venv/inputs
 fi

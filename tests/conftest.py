@@ -1,4 +1,4 @@
-"""What all tests share: child processes of an import run in this process, as loading torch takes seconds.
+"""What all tests share: their order, and child processes of an import run in this process, as torch loads for seconds.
 
 flashclient is imported before torch: it makes torch's idle threads sleep. If they spin, the processes of pytest-xdist
 take the cores from each other, and tests that compute take six times as much CPU.
@@ -16,6 +16,32 @@ import pytest
 
 import flashclient  # noqa: F401 (see above)
 from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
+
+ROOT = Path(__file__).parent
+# Files that take longest, the longest first. They begin, so that no processor waits for one of them at the end.
+LONGEST = (
+    "flashclient/test_end_to_end.py",
+    "scripts/test_soak.py",
+    "repository/test_readme.py",
+    "scripts/test_demo_sparse.py",
+    "scripts/test_bench_sharing.py",
+    "scripts/test_scripts.py",
+    "scripts/test_bench_paper.py",
+    "weightd/importing/test_convert.py",
+    "flashclient/generation/test_rehearsal.py",
+    "flashclient/model/test_predict_mode.py",
+    "scripts/test_model_table.py",
+    "scripts/test_evaluate_with_harness.py",
+    "scripts/test_demo_training.py",
+    "weightd/machine/test_pressure.py",
+    "scripts/test_demo_models.py",
+    "flashclient/test_leaving.py",
+)
+BEGINS = {ROOT / name: place for place, name in enumerate(LONGEST)}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: BEGINS.get(item.path, len(BEGINS)))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from benchmarks.processes import BenchError
 from gguf import GGUFWriter
-from planted.checkpoint import Shards, new_folder, write_json
 from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, MixtureShape, PlantedMixture
 from planted.shapes import checkpoint_shapes
+from planted.shards import Shards, new_folder, write_json
 from safetensors import safe_open
 from tqdm import tqdm
 

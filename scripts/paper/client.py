@@ -65,6 +65,11 @@ class Probe:
         counted |= {"again_s": self._again.seconds, "again_bytes": self._again.read_bytes}
         return counted | clock_seconds(self._client)
 
+    def dram(self) -> dict[str, int]:
+        """What weightd uses of --dram, in bytes."""
+        stats = self._connection.stats()
+        return {name: getattr(stats, f"dram_{name}_bytes") for name in ("pool", "resident", "tables")}
+
     def close(self) -> None:
         self._connection.close()
 
@@ -102,6 +107,7 @@ def run(task: Task) -> dict[str, Any]:
         forced.start()
         client.generate(prompt, max_new_tokens=task.new_tokens, do_sample=False, logits_processor=[forced])
         told: dict[str, Any] = {"stats": client.stats().as_dict(), "memory": memory_of(task.daemon_pid)}
+        told["dram"] = probe.dram()
         probe.close()
     if tap is not None and task.checkpoint is not None:
         told["firing"] = compare(Path(task.checkpoint), tap.inputs())

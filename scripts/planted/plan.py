@@ -81,6 +81,7 @@ SHAPES = {
     "opt-1.3b": Shape("opt", 2048, 8192, 24, 32, 50272),
     "opt-6.7b": Shape("opt", 4096, 16384, 32, 32, 50272),
     "llama-7b": Shape("llama", 4096, 11008, 32, 32, 32000),
+    "llama-1.3b": Shape("llama", 2048, 5504, 24, 16, 32000),
     "opt-tiny": Shape("opt", 256, 1024, 4, 4, 2048, 512),
     "opt-wide": Shape("opt", 2048, 2048, 2, 16, 2048, 512),  # few layers with bundles of two blocks
     "llama-tiny": Shape("llama", 256, 1024, 4, 4, 2048, 512),

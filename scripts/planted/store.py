@@ -11,6 +11,7 @@ from benchmarks.processes import BenchError, serving
 from make_planted_model import make_planted_model
 
 from planted.calibration import publish_planted, read_plan
+from planted.dense import make_dense_model
 from planted.plan import SHAPES
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
@@ -56,12 +57,33 @@ def planted_store(shape: str, folder: Path) -> PlantedStore:
     if not planted.checkpoint.exists():
         make_planted_model(SHAPES[shape], planted.checkpoint)
     read_plan(planted.checkpoint)
-    if not (planted.store / name).exists():
-        command = [sys.executable, "-m", "weightd", "import", str(planted.checkpoint), "--store", str(planted.store)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
+    import_once(planted)
     if not planted.record.HasField("calibration"):
         with serving(planted.store, max(planted.model_bytes // 2, planted.least_bytes)) as daemon:  # predictors, too
             publish_planted(planted.checkpoint, name, daemon.address)
     return planted
+
+
+def dense_store(shape: str, folder: Path) -> PlantedStore:
+    """The checkpoint and store of a dense model of the shape (planted/dense.py) in `folder`. Makes those missing.
+
+    Raises:
+        BenchError, OSError: as planted_store() does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"dense-{shape}"
+    dense = PlantedStore(folder / name, folder / f"store-{name}", name)
+    if not dense.checkpoint.exists():
+        make_dense_model(SHAPES[shape], dense.checkpoint)
+    import_once(dense)
+    return dense
+
+
+def import_once(planted: PlantedStore) -> None:
+    """Imports the checkpoint unless it was. Raises BenchError with the last line of the import's standard error."""
+    if (planted.store / planted.name).exists():
+        return
+    command = [sys.executable, "-m", "weightd", "import", str(planted.checkpoint), "--store", str(planted.store)]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")

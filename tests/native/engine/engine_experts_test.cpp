@@ -12,9 +12,8 @@
 namespace weightd {
 namespace {
 
-constexpr uint32_t EXPERTS = 4, CELLS = 4;  // of an expert
-
 struct EngineExpertsTest : testing::Test {
+    static constexpr uint32_t EXPERTS = 4, CELLS = 4;  // of an expert
     FlashModel flash{2, EXPERTS* CELLS * 4};
     std::string note;
     std::unique_ptr<Reader> reader = make_reader("threads", 4, 16, note);

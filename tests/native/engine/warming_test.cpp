@@ -12,9 +12,8 @@
 namespace weightd {
 namespace {
 
-constexpr uint32_t CELLS = 400;
-
 struct WarmingTest : testing::Test {
+    static constexpr uint32_t CELLS = 400;
     std::string note;
     std::unique_ptr<Reader> reader = make_reader("threads", 2, 32, note);
     Verifier verifier{1};

@@ -7,10 +7,9 @@
 namespace weightd {
 namespace {
 
-constexpr uint64_t SEGMENT_SLOTS = 10;
-constexpr uint64_t DRAM_SLOTS = 16 * SEGMENT_SLOTS;
-
 struct SegmentsTest : testing::Test {
+    static constexpr uint64_t SEGMENT_SLOTS = 10;
+    static constexpr uint64_t DRAM_SLOTS = 16 * SEGMENT_SLOTS;
     ModelList models;
     Memory memory{DRAM_SLOTS * BARE_CELL_BYTES};
     Pressure pressure{memory};

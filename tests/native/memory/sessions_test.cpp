@@ -8,9 +8,8 @@
 namespace weightd {
 namespace {
 
-constexpr uint64_t DRAM_SLOTS = 1600;
-
 struct SessionsTest : testing::Test {
+    static constexpr uint64_t DRAM_SLOTS = 1600;
     ModelList models;
     Memory memory{DRAM_SLOTS * BARE_CELL_BYTES};
     Pressure pressure{memory};

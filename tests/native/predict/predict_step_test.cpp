@@ -7,7 +7,7 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t HIDDEN = 40, NEURONS = 96, LAYERS = 2, ROWS = 3;
+constexpr size_t HIDDEN = 40, NEURONS = 96;
 
 // Row t wants the neurons whose number is a multiple of t + 2.
 class Multiples : public Predictor {
@@ -29,6 +29,7 @@ class Multiples : public Predictor {
 
 struct PredictStepTest : testing::Test {
     static constexpr uint32_t PER_CELL = 2;
+    static constexpr size_t LAYERS = 2, ROWS = 3;
     Workers workers{2};
     Ffn ffn{workers, {{3, weightd::plain_encoding(Dtype::f32)}, HIDDEN, {Function::relu}}};
     std::vector<float> bundles = random_floats(LAYERS * NEURONS * 3 * HIDDEN, 1);

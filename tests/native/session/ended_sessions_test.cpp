@@ -7,10 +7,9 @@
 namespace weightd {
 namespace {
 
-constexpr User ONE = 1, OTHER = 2;
-constexpr uint32_t SESSION = 7, MODEL = 3;
-
 struct EndedSessionsTest : testing::Test {
+    static constexpr User ONE = 1, OTHER = 2;
+    static constexpr uint32_t SESSION = 7, MODEL = 3;
     Epoll epoll;
     EndedSessions ended{epoll};
     Descriptor client;  // of the socket of a kept session

@@ -1,4 +1,4 @@
-"""Writes a checkpoint in shards, as transformers publishes large models."""
+"""The files of a checkpoint that is written piece by piece: model-*.safetensors, their index, and JSON."""
 
 from __future__ import annotations
 

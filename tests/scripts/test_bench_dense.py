@@ -1,0 +1,57 @@
+"""scripts/bench_dense.py: exact mode of a tiny dense model, and the bound it is compared with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bench_dense import row_of, targets_of
+from planted.dense import EMBEDDING, bytes_of, dense_config, make_dense_model
+from planted.plan import SHAPES
+from planted.shapes import checkpoint_shapes
+from repository import SCRIPTS
+from safetensors.torch import load_file
+
+
+@pytest.mark.slow
+def test_a_run_accounts_for_all_of_the_memory(tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPTS / "bench_dense.py"), "--shape", "llama-tiny", "--folder", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--json", "--runs", "1", "--tokens", "4"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (row,) = result["rows"]
+    assert row["tokens"] == 3
+    assert row["pool_gb"] + row["resident_gb"] + row["tables_gb"] <= row["dram_gb"] * 1.001
+    assert row["device_gb_per_s"] > 0
+    assert row["missing_gb"] == 0
+    assert result["targets"] == [], "all of it fits into the least --dram"
+
+
+def test_the_bound_is_what_the_device_needs_for_what_is_missing() -> None:
+    token = {"reads": 10.0, "read_bytes": 1.2e9, "reading_s": 1.0, "seconds": 1.5}
+    told = {"tokens": [token] * 3, "dram_bytes": 10**9, "dram": {"pool": 10**8, "resident": 8 * 10**8, "tables": 10**7}}
+    row = row_of(told, needed_bytes=2 * 10**9, device_gb_per_s=0.8)
+    assert (row["missing_gb"], row["resident_gb"]) == (1.0, 0.8)
+    targets = {target.name: target for target in targets_of([row])}
+    assert targets["exact_half_over_bound_ratio"].value == pytest.approx(1.2)
+    assert targets["exact_half_read_over_missing_ratio"].value == pytest.approx(1.2)
+    assert not any(target.met for target in targets.values())
+
+
+def test_a_dense_model_is_whole(tmp_path: Path) -> None:
+    make_dense_model(SHAPES["llama-tiny"], tmp_path / "model")
+    found = {
+        name: tuple(t.shape)
+        for path in (tmp_path / "model").glob("*.safetensors")
+        for name, t in load_file(path).items()
+    }
+    config = dense_config(SHAPES["llama-tiny"])
+    assert found == checkpoint_shapes(config)
+    assert config["hidden_act"] == "silu"
+    assert EMBEDDING in found
+    assert bytes_of([(2, 3), (4,)]) == 20
