@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from weightd_proto.tables import table_name
 from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Layer, Model
 
 
@@ -131,6 +132,20 @@ def check(model: Model) -> None:
     numbers = [value for _, value in model.activation.ListFields() if isinstance(value, float)]
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"an activation with the numbers {', '.join(map(str, numbers))}")
+    for table in model.tables:
+        check(table)
+        _check_table(model, table)
+
+
+def _check_table(model: Model, table: Model) -> None:
+    if len(table.layers) != 1 or len(table.bundle.parts) != 1 or table.layers[0].place != Layer.TABLE:
+        raise ValueError(f"the table {table.name!r} is not one layer of rows")
+    if (
+        table.name != table_name(model.name, table.layers[0].module)
+        or table.tables
+        or table.import_id != model.import_id
+    ):
+        raise ValueError(f"the table {table.name!r} is not one of {model.name!r}")
 
 
 def _check_layer(layout: BundleLayout, layer: Layer) -> None:

@@ -2,13 +2,12 @@
 """Compares the import of a Llama-shaped checkpoint of 2.2 GB with a copy of its files.
 
 Both start with a cold page cache and end with everything synced, and take turns in ABBA order. The checkpoint has
-TinyLlama's shape in bf16 and random bits. Peak memory is what the import takes above an interpreter with the same
+TinyLlama's shape in bf16 and random numbers. Peak memory is what the import takes above an interpreter with the same
 modules.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,16 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from operator import attrgetter
 from pathlib import Path
 
-import numpy as np
 from benchmarks.report import Row, Target, abba, machine_facts, middle, report
 from flags import FlagParser
-from planted.shapes import checkpoint_shapes
-
-from weightd_proto.safetensors_header import header_of
+from planted.noise import write_noise
 
 CONFIG = {
     "model_type": "llama",
@@ -41,7 +36,6 @@ CONFIG = {
 }
 RATIO_TARGET = 0.8
 RAM_BYTES_MAX = 256 << 20  # two layers of this model are less
-RANDOM_BYTES = 64 << 20
 # Runs the command, if one is given, and prints its own peak memory: ru_maxrss would start with this process's peak.
 CHILD = """
 import re, sys
@@ -59,20 +53,6 @@ class Run:
 
     seconds: float
     peak_bytes: int  # of an import; 0 of a copy, which uses the page cache
-
-
-def write_checkpoint(folder: Path) -> int:
-    """Writes config.json and model.safetensors; returns the bytes of the latter."""
-    (folder / "config.json").write_text(json.dumps(CONFIG))
-    shapes = sorted(checkpoint_shapes(CONFIG).items())
-    header = header_of({name: ("BF16", shape) for name, shape in shapes}, alignment_bytes=8)
-    data_bytes = sum(2 * prod(shape) for _, shape in shapes)
-    noise = memoryview(np.random.default_rng(0).bytes(RANDOM_BYTES))
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(header)
-        for begin in range(0, data_bytes, RANDOM_BYTES):
-            file.write(noise[: min(RANDOM_BYTES, data_bytes - begin)])
-    return len(header) + data_bytes
 
 
 def make_cold(folder: Path) -> None:
@@ -126,7 +106,7 @@ def main() -> int:
         machine = machine_facts(folder)
         source = folder / "model"
         source.mkdir()
-        size_bytes = write_checkpoint(source)
+        size_bytes = write_noise(CONFIG, source)
         target = folder / "target"
         copies, imports = abba(
             partial(measure, copy, source, target), partial(measure, import_model, source, target), options.rounds

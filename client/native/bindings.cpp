@@ -32,6 +32,7 @@ void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
 void bind_experts(nb::module_& module);   // bindings_experts.cpp
 void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
 void bind_predict(nb::module_& module);   // bindings_predict.cpp
+void bind_tables(nb::module_& module);    // bindings_tables.cpp
 
 namespace {
 
@@ -45,12 +46,19 @@ void require_layout(uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t c
     require(uint64_t{bundles_per_cell - 1} * stride_bytes < cell_bytes, "a cell must hold its bundles");
 }
 
+PyObject* corrupt_bundle = nullptr;  // the exception's type, which lives as long as the module
+
 void translate(const std::exception_ptr& pointer, void*) {
     try {
         std::rethrow_exception(pointer);
     } catch (const std::system_error& error) {
         const nb::object arguments = nb::make_tuple(error.code().value(), error.what());
         PyErr_SetObject(PyExc_OSError, arguments.ptr());
+    } catch (const flashclient::CorruptBundle& error) {
+        nb::object raised = nb::borrow(corrupt_bundle)(error.what());
+        raised.attr("position") = error.position;
+        raised.attr("why") = error.why;
+        PyErr_SetObject(corrupt_bundle, raised.ptr());
     }
 }
 
@@ -131,7 +139,10 @@ void bind_session(nb::module_& module) {
     nb::exception<flashclient::SessionLost>(module, "SessionLost", PyExc_ConnectionError);
     nb::exception<flashclient::NoAnswer>(module, "NoAnswer", PyExc_TimeoutError);
     nb::exception<flashclient::WrongProcess>(module, "WrongProcess", PyExc_RuntimeError);
-    nb::exception<flashclient::CorruptBundle>(module, "CorruptBundle", PyExc_RuntimeError);
+    nb::object bundle = nb::exception<flashclient::CorruptBundle>(module, "CorruptBundle", PyExc_RuntimeError);
+    bundle.attr("position") = 0;
+    bundle.attr("why") = "";
+    corrupt_bundle = bundle.ptr();
     nb::class_<Session>(module, "Session", "One attachment to weightd's data socket.")
         .def(
             "__init__",
@@ -207,12 +218,13 @@ void bind_leases(nb::module_& module) {
 NB_MODULE(_native, module) {
     // Tensors view resident weights, and a client that a script never closes outlives this module.
     nb::set_leak_warnings(false);
-    nb::register_exception_translator(&translate);
     bind_session(module);
+    nb::register_exception_translator(&translate);  // the last is asked first: it gives CorruptBundle its parts
     bind_sweep(module);
     bind_checksum(module);
     bind_kernels(module);
     bind_predict(module);
     bind_experts(module);
+    bind_tables(module);
     bind_leases(module);
 }

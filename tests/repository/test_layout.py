@@ -63,7 +63,7 @@ ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device", "bundle", "pool", "memory", "engine", "session", "service"],
-    "client": ["kernels", "predict", "experts", "ring"],
+    "client": ["kernels", "predict", "experts", "tables", "ring"],
 }
 
 

@@ -341,7 +341,7 @@ void cut(const weightd::BundleShape& shape, const std::vector<CutPart>& given, c
 
 weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, size_t hidden_size, size_t stride_bytes,
                                 size_t bundles_per_cell, size_t cell_bytes) {
-    require(parts.size() == 2 || parts.size() == 3, "parts are gate, up and down, or up and down");
+    require(!parts.empty() && parts.size() <= 3, "parts are gate, up and down, up and down, or a row");
     const weightd::BundleShape shape{std::move(parts), hidden_size, stride_bytes, bundles_per_cell, cell_bytes};
     require(bundles_per_cell > 0 && shape.bundle_bytes() > 0, "an empty bundle or cell");
     for (const weightd::Encoding& part : shape.parts) {
@@ -388,6 +388,7 @@ NB_MODULE(_native, module) {
     bind_engine(module);
     module.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
     module.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
+    module.attr("SEGMENT_BYTES_MAX") = weightd::SEGMENT_BYTES_MAX;
     module.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     module.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a,
                "io_engine"_a, "verify"_a, "Reads a file with O_DIRECT for a while; counts, seconds and CPU seconds.");

@@ -1,7 +1,8 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd --store DIR ...                  serves the store (weightd.serving.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--update] [--revision R] [--file F]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--tables-above SIZE] [--update]
+            [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
@@ -24,10 +25,10 @@ from typing import Any
 
 from flashclient import standard_streams
 from flashclient.standard_streams import complain, say
-from weightd.errors import WeightdError
+from weightd.errors import UsageError, WeightdError
 from weightd.flags import FlagParser
 from weightd.log import one_line
-from weightd.sizes import format_size
+from weightd.sizes import format_size, parse_size
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import COMPUTE_DTYPES, formats_of
@@ -140,6 +141,12 @@ def _parser() -> FlagParser:
         metavar="NAME",
         help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
     )
+    adding.add_argument(
+        "--tables-above",
+        type=_size,
+        metavar="SIZE",
+        help="embeddings that are larger, and only looked up, are read from flash row by row (default: 64MiB)",
+    )
     update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
     adding.add_argument("--update", action="store_true", help=update)
     # A connection to a process that has loaded torch already and tries the imported model out.
@@ -166,6 +173,13 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _source(text: str) -> str:
     """As it was given, because `./a/b` is a path and `a/b` may be on the hub."""
     _path(text)
@@ -184,11 +198,12 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.checkpoint.opening import locate
     from weightd.importing.client_process import starter
     from weightd.importing.convert import import_checkpoint
+    from weightd.importing.tables import TABLES_ABOVE_BYTES
     from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
 
     ask = None if options.client_fd is None else starter(options.client_fd)
     if options.update and options.file is None:
-        wanted = (options.name, options.dtype, options.activation)
+        wanted = (options.name, options.dtype, options.activation, options.tables_above)
         known = current_on_hub(options.source, options.revision, options.store, *wanted)
         if known is not None:
             return _say_imported(known, KEPT, options.json)
@@ -196,11 +211,14 @@ def _import(options: argparse.Namespace) -> None:
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
             more = (options.name, options.dtype, options.allow_buffered, progress)
-            model, done = update(source, store, *more, ask=ask, activation=options.activation, tell=_tell)
+            above_bytes = options.tables_above
+            model, done = update(source, store, *more, ask, options.activation, _tell, above_bytes)
         else:
             more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
             function = options.activation or ""
-            model, done = import_checkpoint(source, store, *more, ask=ask, activation=function, tell=_tell), IMPORTED
+            above_bytes = TABLES_ABOVE_BYTES if options.tables_above is None else options.tables_above
+            model = import_checkpoint(source, store, *more, b"", ask, function, _tell, above_bytes)
+            done = IMPORTED
     return _say_imported(model, done, options.json)
 
 
@@ -239,7 +257,8 @@ def _verify(options: argparse.Namespace) -> None:
         say(json.dumps({"verified": [vars(result) for result in results]}))
     else:
         for result in results:
-            say(f"{result.model}: {result.bundles} bundles, {result.tensors} tensors, {result.files} files whole")
+            rows = f" {result.rows} rows," if result.rows else ""
+            say(f"{result.model}: {result.bundles} bundles,{rows} {result.tensors} tensors, {result.files} files whole")
 
 
 def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
@@ -252,9 +271,20 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
         "bundle_bytes": model.bundle.bundle_bytes,
         "ffn_bytes": model.bundles_file_bytes,
         "resident_bytes": model.resident_file_bytes,
+        "tables": [_table(table) for table in model.tables],
         "source": model.source,
         "imported_unix_s": model.imported_unix_s,
         "calibration": _calibration(model.calibration),
+    }
+
+
+def _table(table: weightd_pb2.Model) -> dict[str, Any]:
+    (layer,) = table.layers
+    return {
+        "module": layer.module,
+        "rows": layer.neurons,
+        "row_bytes": table.bundle.bundle_bytes,
+        "bytes": table.bundles_file_bytes,
     }
 
 
@@ -271,6 +301,7 @@ def _calibration(calibration: weightd_pb2.Calibration) -> dict[str, Any] | None:
 
 def _line(model: weightd_pb2.Model) -> str:
     neurons = sum(layer.neurons for layer in model.layers)
+    tables = f"tables {format_size(sum(table.bundles_file_bytes for table in model.tables))}, " if model.tables else ""
     calibration = model.calibration
     calibrated = (
         f"calibrated {calibration.version}, mode {calibration.mode}" if calibration.version else "not calibrated"
@@ -278,7 +309,7 @@ def _line(model: weightd_pb2.Model) -> str:
     return (
         f"{model.name}: {model.family} {formats_of(model.bundle)}, {len(model.layers)} layers, {neurons} neurons of "
         f"{format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
-        f"resident {format_size(model.resident_file_bytes)}, {calibrated}"
+        f"{tables}resident {format_size(model.resident_file_bytes)}, {calibrated}"
     )
 
 

@@ -23,7 +23,7 @@ from flashclient._native import CellWalk, LentMemory, Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
 from flashclient.source.bundle_source import Chunk, Counters
-from flashclient.source.memory_cells import MemoryCells
+from flashclient.source.memory_cells import MemoryCells, MemoryTable
 from weightd_proto import weightd_pb2
 
 MAP_NORESERVE = 0x4000  # Linux's; Python names it since 3.13
@@ -48,6 +48,9 @@ class ZeroSource:
         self._bundles_per_cell = max(1, record.bundle.bundles_per_cell)
         self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
         self._lent = LentMemory(self._bundle)
+        self.tables = [
+            MemoryTable(np.zeros((1, table.bundle.bundle_bytes), np.uint8), alike=True) for table in record.tables
+        ]
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         address = -(-self._bundle.ctypes.data // 64) * 64

@@ -1,4 +1,4 @@
-"""The FFN weights of a model, whose values are not in this process: they stay with weightd, on flash.
+"""The weights of FFNs and tables, whose values are not in this process: they stay with weightd, on flash.
 
 Each keeps its name, shape and dtype in the model, so code that counts, lists or compares parameters works. Code that
 needs the values gets an AbsentWeightError, which says what to do instead. So no adapter, state_dict, conversion, copy
@@ -221,12 +221,18 @@ def _joined(more: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     return type(base.__name__, (more, base), {"__module__": base.__module__})
 
 
-def make_absent(module: nn.Module, path: str, names: Iterable[str], more: type[HoldsAbsentWeights]) -> None:
+def make_absent(
+    module: nn.Module,
+    path: str,
+    names: Iterable[str],
+    more: type[HoldsAbsentWeights],
+    of: Callable[[str, Tensor], AbsentWeight] = AbsentWeight.of,
+) -> None:
     """Makes the parameters `names` of `module`, at `path` of the model, absent, and `module` one of class `more`."""
     for name in names:
         weight = module._parameters[name]
         assert weight is not None
-        module._parameters[name] = AbsentWeight.of(f"{path}.{name}", weight)
+        module._parameters[name] = of(f"{path}.{name}", weight)
     module.__dict__["path"] = path
     become(module, more)
 
@@ -288,7 +294,7 @@ class _Applied:
 
 def refused(what: str, way: str) -> AbsentWeightError:
     """What is refused, and what to do instead."""
-    return AbsentWeightError(f"{what}: the FFN weights stay with weightd; {way}")
+    return AbsentWeightError(f"{what}: the weights stay with weightd; {way}")
 
 
 def _flat(values: Any) -> list[Any]:

@@ -32,6 +32,7 @@ from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Steps
+from flashclient.model.tables.embedding import install_tables
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
@@ -113,6 +114,7 @@ def build_model(
     kernels = _kernels(record, workers)
     ffn, steps = _ffn_of(model, record, source, kernels, workers, window)
     install_ffns(model, record, placement, tensors, ffn)
+    install_tables(model, record, source.tables)
     _assign(model, tensors, record)
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)

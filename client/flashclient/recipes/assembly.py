@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from flashclient.recipes.ffns.site import Rows, Site
 from flashclient.tensors.names import Found, kept_in_f32, part_source, tied_pairs
 from flashclient.tensors.places import Place, message
+from weightd_proto.tables import WEIGHT
 from weightd_proto.weightd_pb2 import (
     Bias,
     BundleLayout,
@@ -23,11 +24,12 @@ from weightd_proto.weightd_pb2 import (
 )
 
 
-def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found) -> Recipe:
+def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found, embeddings: Sequence[str] = ()) -> Recipe:
     """The recipe of `model`, without config_json.
 
     Args:
         sites: all of one layout and activation, at least one.
+        embeddings: modules that only look up rows of their weight.
 
     Raises:
         ModelError: the rows of a part lie in the checkpoint in a way that an import cannot follow.
@@ -56,7 +58,10 @@ def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found) -> R
         if name not in matrices
     ]
     ffns = [_ffn_source(site, held) for site in sites]
-    return Recipe(model=record, ffns=ffns, resident=resident, left_out=tensors.left_out_messages())
+    left_out = tensors.left_out_messages()
+    names = {source.name for source in resident}
+    tables = [module for module in embeddings if f"{module}.{WEIGHT}" in names]
+    return Recipe(model=record, ffns=ffns, resident=resident, left_out=left_out, tables=tables)
 
 
 def layer_of(site: Site) -> Layer:

@@ -23,6 +23,7 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.lookups import embeddings_like, looked_up
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import published
 from flashclient.tensors.names import find_tensors, places_of
@@ -48,7 +49,8 @@ def derive(request: DeriveRequest) -> Recipe:
     derivation.prove()
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
     sources, left_out = kind.tensors(shapes)
-    recipe = assemble(derivation.full, split.sites, find_tensors(derivation.full, places_of(sources, shapes)))
+    tensors = find_tensors(derivation.full, places_of(sources, shapes))
+    recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
     values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
     recipe.left_out.extend(left_out)
@@ -106,6 +108,7 @@ class Derivation:
     Attributes:
         full: the full-size model, without weights.
         tiny: a tiny instance. Its weights are large enough to show all of each formula.
+        looked_up: its embeddings that only look rows up.
 
     Raises:
         ModelError: the class cannot be made from the config.
@@ -118,6 +121,7 @@ class Derivation:
         self.tiny = tiny_model(found, config, layers_needed(self.full))
         self._outline = weightless(found, self.tiny.config)
         self._found = watch(self.tiny)
+        self.looked_up = looked_up(self.tiny)
         self._activation = activation
 
     def streamed(self) -> Streamed:
@@ -126,7 +130,8 @@ class Derivation:
 
     def prove(self) -> PreTrainedModel:
         """The tiny instance, imported and streamed. Raises ModelError where it computes something else."""
-        return prove(self.tiny, self._outline, self._tiny_sites(), self._activation)
+        embeddings = embeddings_like(self.looked_up, self._outline)
+        return prove(self.tiny, self._outline, self._tiny_sites(), embeddings, self._activation)
 
     @cached_property
     def _of_class(self) -> Streamed:

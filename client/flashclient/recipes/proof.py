@@ -29,11 +29,12 @@ from flashclient.recipes.ffns.tiny import one_line
 from flashclient.recipes.ffns.watching import run
 from flashclient.recipes.reference import amend
 from flashclient.source.bundle_source import Chunk, Counters
-from flashclient.source.memory_cells import MemoryCells
+from flashclient.source.memory_cells import MemoryCells, MemoryTable
 from flashclient.tensors.names import find_tensors, tied_pairs
 from flashclient.tensors.places import Piece, gather
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
+from weightd_proto.tables import ROW, WEIGHT, table_name
 
 TOLERANCE = 1e-3  # of the largest logit, in fp32: limits and gates of small models amplify rounding
 ALIGNMENT_BYTES = 64
@@ -44,6 +45,7 @@ def prove(
     tiny: PreTrainedModel,
     outline: PreTrainedModel,
     sites: Sequence[Site],
+    embeddings: Sequence[str] = (),
     activation: weightd_pb2.Activation | None = None,
 ) -> PreTrainedModel:
     """Compares `tiny`, imported and streamed by its own recipe, with transformers, and returns the streamed model.
@@ -51,11 +53,12 @@ def prove(
     Args:
         tiny: is changed where `activation` is not what it computes.
         outline: the same model on the meta device.
+        embeddings: modules that become tables.
 
     Raises:
         ModelError: it computes something else, or cannot be imported or built.
     """
-    made = _streamed(tiny, outline, sites, activation)
+    made = _streamed(tiny, outline, sites, embeddings, activation)
     expected, logits = run(tiny).logits, _run_streamed(made)
     difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE * float(expected.abs().max()):
@@ -64,9 +67,13 @@ def prove(
 
 
 def _streamed(
-    tiny: PreTrainedModel, outline: PreTrainedModel, sites: Sequence[Site], activation: weightd_pb2.Activation | None
+    tiny: PreTrainedModel,
+    outline: PreTrainedModel,
+    sites: Sequence[Site],
+    embeddings: Sequence[str],
+    activation: weightd_pb2.Activation | None,
 ) -> PreTrainedModel:
-    recipe, tensors = _imported(tiny, outline, sites)
+    recipe, tensors = _imported(tiny, outline, sites, embeddings)
     if activation is not None:
         amend(tiny, activation)
         recipe.model.activation.CopyFrom(activation)
@@ -92,14 +99,14 @@ def _cannot_be_streamed(model: PreTrainedModel, error: Exception) -> ModelError:
 
 
 def _imported(
-    tiny: PreTrainedModel, outline: PreTrainedModel, sites: Sequence[Site]
+    tiny: PreTrainedModel, outline: PreTrainedModel, sites: Sequence[Site], embeddings: Sequence[str]
 ) -> tuple[weightd_pb2.Recipe, dict[str, Tensor]]:
     """The recipe of the tiny model, and its tensors as transformers saves them."""
     tied = tied_pairs(tiny)
     state = {name: tensor.detach() for name, tensor in tiny.state_dict().items() if name not in tied}
     tensors: dict[str, Tensor] = revert_weight_conversion(tiny, state)
     places = {name: Piece.whole(name, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    return assemble(outline, sites, find_tensors(outline, places)), tensors
+    return assemble(outline, sites, find_tensors(outline, places), embeddings), tensors
 
 
 class ArraySource:
@@ -129,9 +136,17 @@ class ArraySource:
             for ffn, placement in zip(recipe.ffns, self.placements, strict=True)
         ]
         self._lent = [LentMemory(bundles) for bundles in self._bundles]
-        self.resident = self._place_resident(
-            {source.name: gather(source.source, tensors) for source in recipe.resident}
-        )
+        others = {source.name: gather(source.source, tensors) for source in recipe.resident}
+        rows = {module: others.pop(f"{module}.{WEIGHT}") for module in recipe.tables}
+        self.tables = [self._add_table(module, weight) for module, weight in rows.items()]
+        self.resident = self._place_resident(others)
+
+    def _add_table(self, module: str, weight: Tensor) -> MemoryTable:
+        count, width = weight.shape
+        layout = weightd_pb2.BundleLayout(hidden_size=width, parts=parts_of((ROW,), plain("F32")))
+        layer = weightd_pb2.Layer(module=module, neurons=count, place=weightd_pb2.Layer.TABLE, weights=[WEIGHT])
+        self.record.tables.add(name=table_name(NAME, module), bundle=layout, layers=[layer])
+        return MemoryTable(np.ascontiguousarray(weight.float().numpy()).view(np.uint8))
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         bundles = self._bundles[layer]

@@ -5,8 +5,8 @@ computes on a pool of its own, which it fills over gRPC. Both give the same byte
 
 A source serves three ways of computing. Exact mode walks through all bundles of a layer: chunks(). Predict mode leases
 cells one by one and keeps them as long as it likes: open_window(). Models with experts lease the cells of those experts
-that the router has picked: open_walk(). A cell is the unit of leasing: one bundle, or several neighbours in placement
-order.
+that the router has picked: open_walk(). Lookups in a table do the same with the cells of their rows, which have a
+source of their own. A cell is the unit of leasing: one bundle, or several neighbours in placement order.
 
 When weightd is gone, or has closed the session, everything that was leased may have changed. retry_on_loss() is the one
 place that handles it: it waits, attaches again, and computes the layer again.
@@ -14,7 +14,7 @@ place that handles it: it waits, attaches again, and computes the layer again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass
 from operator import add, sub
@@ -59,12 +59,38 @@ class Counters:
         return Counters(*map(sub, astuple(self), astuple(earlier)))
 
 
-class BundleSource(Protocol):
-    """One consumer at a time; it may change between the ways of computing at any time."""
+class CellsSource(Protocol):
+    """What bundle and table sources have in common. One consumer at a time."""
 
     @property
     def errors(self) -> AbstractContextManager[None]:
         """Wraps native code that uses this source: turns its exceptions into those of flashclient.errors."""
+
+    def open_walk(self) -> CellWalk:
+        """The one walk of this source, which leases its cells. The source empties it in idle()."""
+
+    def idle(self) -> None:
+        """Gives back everything that is leased or being fetched ahead, as at the end of a generation; never raises
+        SessionLostError."""
+
+    def require_open(self) -> None:
+        """Raises SessionLostError where leased bundles may have changed, so that results from them are invalid."""
+
+    def reattach(self, lost: SessionLostError) -> None:
+        """Waits until weightd is back, at most timeout_s, and attaches again; nothing is leased then.
+
+        Raises:
+            DaemonLostError: weightd has not come back.
+            RefusedError: weightd has another import of the model now.
+        """
+
+
+class BundleSource(CellsSource, Protocol):
+    """The bundles of a model. The consumer may change between the ways of computing at any time."""
+
+    @property
+    def tables(self) -> Sequence[CellsSource]:
+        """The sources of the model's tables, in the order of its record."""
 
     @property
     def resident(self) -> NDArray[np.uint8]:
@@ -87,31 +113,13 @@ class BundleSource(Protocol):
             tokens: the last tokens whose cells stay leased, the token of the step included; 0 keeps nothing.
         """
 
-    def open_walk(self) -> CellWalk:
-        """The one walk of this source, which leases its cells. The source empties it in idle()."""
-
-    def idle(self) -> None:
-        """Gives back everything that is leased or being fetched ahead, as at the end of a generation; never raises
-        SessionLostError."""
-
-    def require_open(self) -> None:
-        """Raises SessionLostError where leased bundles may have changed, so that results from them are invalid."""
-
-    def reattach(self, lost: SessionLostError) -> None:
-        """Waits until weightd is back, at most timeout_s, and attaches again; nothing is leased then.
-
-        Raises:
-            DaemonLostError: weightd has not come back.
-            RefusedError: weightd has another import of the model now.
-        """
-
     def counters(self) -> Counters:
         """The counts continue after a loss of weightd."""
 
     def close(self) -> None: ...
 
 
-def retry_on_loss(source: BundleSource, compute: Callable[[], Result]) -> Result:
+def retry_on_loss(source: CellsSource, compute: Callable[[], Result]) -> Result:
     """Calls `compute`, which reads bundles of `source`, and calls it again after each loss of weightd.
 
     `compute` keeps nothing of a failed attempt, so the result has the same bits as without a loss.

@@ -26,6 +26,7 @@ from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import DaemonLostError, FlashClientError, OptionError, RefusedError
 from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.grpc_cells import RemoteCells
+from flashclient.source.grpc_tables import GrpcTable
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import has_experts
 from weightd_proto.files import ALIGNMENT_BYTES, PREDICTORS_FILE
@@ -114,6 +115,7 @@ class GrpcSource:
         self._holds_cells = False  # the pool has cells in it, not chunks
         self.window: Window | None = None
         self.walk: CellWalk | None = None
+        self.tables = [GrpcTable(connection, table) for table in model.tables]
         self._resident = self._fetch_resident()
         self._closed = threading.Event()
         self._changed = threading.Condition()  # guards everything below
@@ -194,6 +196,8 @@ class GrpcSource:
         for held in (self.window, self.walk):
             if held is not None:
                 held.clear()
+        for table in self.tables:
+            table.idle()
 
     def require_open(self) -> None:
         """The pool belongs to this process: nothing in it changes."""
@@ -219,11 +223,16 @@ class GrpcSource:
         with self._changed:
             hits = max(0, self._served_bundles - self._fetched_bundles)
             read_bytes = self._fetched_bundles * self._model.bundle.bundle_bytes
-            return Counters(hits, self._fetched_bundles, read_bytes).plus(self.cells.counters())
+            counters = Counters(hits, self._fetched_bundles, read_bytes).plus(self.cells.counters())
+        for table in self.tables:
+            counters = counters.plus(table.counters())
+        return counters
 
     def close(self) -> None:
         """Ends the fetching threads. Waits for a fetch on the wire unless the connection was closed before."""
         self._closed.set()
+        for table in self.tables:
+            table.close()
         with self._changed:
             self._changed.notify_all()
         for loader in self._loaders:

@@ -12,7 +12,10 @@ from flashclient.daemon.channel import Connection, SessionLostError
 from flashclient.errors import CalibrationError, CorruptionError, DaemonLostError, FlashClientError, ForkedError
 from flashclient.source.bundle_source import Chunk, Counters
 from weightd_proto import weightd_pb2
+from weightd_proto.tables import model_of, module_of
 
+# A lookup borrows what it needs, for as long as it copies rows: a larger share would be kept from the FFNs.
+TABLE_SLOTS = 2
 # Cells that are leased ahead take room in the pool from cells that stay; 8 MiB in flight give a device its full speed.
 LOOK_AHEAD_BYTES = 8 * 2**20
 
@@ -31,6 +34,9 @@ class _RingErrors:
 
     def _translated(self, error: BaseException) -> Exception | None:
         match error:
+            case _native.CorruptBundle() if module_of(self._model):
+                where = f"model {model_of(self._model)}, table {module_of(self._model)}, row {error.position}"
+                return CorruptionError(f"{where}: it {error.why}")
             case _native.CorruptBundle():
                 return CorruptionError(f"{self._model}: {error}")
             case _native.WrongProcess():
@@ -47,6 +53,12 @@ class _RingErrors:
 class RingSource:
     """See BundleSource. One session with the daemon; its share of the pool lasts until close() or a loss of weightd.
 
+    Each table has a session more. Those open first: their shares are small, and that of the model takes up to half of
+    what is left.
+
+    Args:
+        model: the record of a model or of a table.
+
     Raises:
         ShareError: the pool has no room for another session.
         DaemonLostError: the daemon went away meanwhile.
@@ -58,6 +70,7 @@ class RingSource:
         self._name = model.name
         self.errors = _RingErrors(model.name)
         bundle = model.bundle
+        self.tables = [RingSource(connection, table) for table in model.tables]
         opened = self._open_session()
         with self.errors:
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
@@ -103,6 +116,8 @@ class RingSource:
     def idle(self) -> None:
         if self._sweep is None:
             return
+        for table in self.tables:
+            table.idle()
         try:
             with self.errors:
                 self._sweep.idle()
@@ -121,13 +136,16 @@ class RingSource:
         self._connection.attach_again(self._attach, lost)
 
     def _attach(self) -> None:
+        for table in self.tables:
+            table._attach()
         opened = self._open_session()
         with self.errors:
             self._session.attach(opened.data_socket, opened.token)
         self._forget()
 
     def _open_session(self) -> weightd_pb2.OpenSessionResponse:
-        return self._connection.open_session(self._model, max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes))
+        ahead = max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes)
+        return self._connection.open_session(self._model, TABLE_SLOTS if module_of(self._name) else ahead)
 
     def _forget(self) -> None:
         self._open_sweep().forget()
@@ -137,11 +155,16 @@ class RingSource:
                 held.forget()
 
     def counters(self) -> Counters:
-        """The counters of this client's ring: a generation needs no call to weightd."""
-        return Counters(*self._session.counters)
+        """The counters of this client's rings: a generation needs no call to weightd."""
+        counters = Counters(*self._session.counters)
+        for table in self.tables:
+            counters = counters.plus(table.counters())
+        return counters
 
     def close(self) -> None:
         """Gives everything back. The resident weights stay mapped as long as a tensor views them."""
+        for table in self.tables:
+            table.close()
         sweep, self._sweep = self._sweep, None
         self._session.close()  # first, because dropping the sweep would wait for its cells
         del sweep

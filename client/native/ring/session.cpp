@@ -275,7 +275,9 @@ void Session::greet(std::span<const uint8_t> token) {
 // Private and writable: torch warns about read-only memory, and an in-place operation on it would crash.
 void Session::take_resident(int fd, size_t bytes) {
     constexpr int PROTECTION = PROT_READ | PROT_WRITE;
-    if (resident_ == nullptr) {
+    if (bytes == 0) {  // of a table
+        ::close(fd);
+    } else if (resident_ == nullptr) {
         resident_ = map(fd, bytes, PROTECTION, MAP_PRIVATE, "mapping resident weights");
         resident_bytes_ = bytes;
     } else {
@@ -460,19 +462,23 @@ bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
     return true;
 }
 
+CorruptBundle::CorruptBundle(uint32_t layer, uint32_t position, const std::string& why)
+    : std::runtime_error("layer " + std::to_string(layer) + ", neuron at position " + std::to_string(position) + " " +
+                         why),
+      position(position),
+      why(why) {}
+
 void raise_corrupt(uint32_t layer, const ring::Grant& grant, uint32_t bundles_per_cell) {
-    const std::string where = "layer " + std::to_string(layer);
     const uint32_t first = grant.cell * bundles_per_cell;
     switch (Session::status(grant)) {
         case ring::UNREADABLE:
-            throw CorruptBundle(where + ", neuron at position " + std::to_string(first) +
-                                " cannot be read: " + std::generic_category().message(static_cast<int>(grant.slot)) +
-                                "; look after the device, or import the model again");
+            throw CorruptBundle(layer, first,
+                                "cannot be read: " + std::generic_category().message(static_cast<int>(grant.slot)) +
+                                    "; look after the device, or import the model again");
         case ring::CORRUPT:
-            throw CorruptBundle(where + ", neuron at position " + std::to_string(first + grant.slot) +
-                                " differs from its checksum: import the model again");
+            throw CorruptBundle(layer, first + grant.slot, "differs from its checksum: import the model again");
         default:
-            throw std::logic_error(where + ", cell " + std::to_string(grant.cell) +
+            throw std::logic_error("layer " + std::to_string(layer) + ", cell " + std::to_string(grant.cell) +
                                    " is within the session's share and was refused");
     }
 }

@@ -37,8 +37,10 @@ struct WrongProcess : std::logic_error {  // used after fork
     using std::logic_error::logic_error;
 };
 
-struct CorruptBundle : std::runtime_error {  // or one that the device cannot read; names layer and position
-    using std::runtime_error::runtime_error;
+struct CorruptBundle : std::runtime_error {  // or one that the device cannot read
+    CorruptBundle(uint32_t layer, uint32_t position, const std::string& why);
+    uint32_t position;
+    std::string why;
 };
 
 struct SessionCounters {  // of cells that were requested

@@ -128,7 +128,7 @@ def _put(pair: Pair, model: Model, module: nn.Module) -> None:
 
 @pytest.mark.parametrize("use", USES)
 def test_what_needs_them_is_refused(pair: Pair, use: str) -> None:
-    with pytest.raises(AbsentWeightError, match="the FFN weights stay with weightd; "):
+    with pytest.raises(AbsentWeightError, match="the weights stay with weightd; "):
         USES[use](pair, pair.streamed, pair.projection(pair.streamed, pair.last))
 
 

@@ -127,6 +127,6 @@ def test_a_record_whose_dtype_is_unknown_is_damaged(tmp_path: Path) -> None:
     model.record.bundle.ClearField("parts")
     model.record.bundle.old_dtype = "F24"
     with Store.open(tmp_path / "store") as store:
-        store.catalog.add(model.record, {"placement": [np.zeros(1, "<u4")]})
+        store.catalog.add(model.record, {"tiny": {"placement": [np.zeros(1, "<u4")]}})
         with pytest.raises(StoreError, match=r"'tiny'.*bundles of dtype 'F24', known are F32, BF16, F16"):
             store.model("tiny")

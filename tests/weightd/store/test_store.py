@@ -105,9 +105,9 @@ def test_catalog_of_another_program_is_refused(store: Store) -> None:
 
 def test_newer_format_is_refused_and_untouched(store: Store) -> None:
     add_model(store)
-    _put(store, b"meta", json.dumps({"magic": "weightd-store", "format_version": 4}).encode())
+    _put(store, b"meta", json.dumps({"magic": "weightd-store", "format_version": 5}).encode())
     before = store.catalog.path.read_bytes()
-    with pytest.raises(StoreError, match=r"store of format 4, this weightd knows up to 3: upgrade"):
+    with pytest.raises(StoreError, match=r"store of format 5, this weightd knows up to 4: upgrade"):
         Store.open(store.path, create=True)
     assert store.catalog.path.read_bytes() == before
 

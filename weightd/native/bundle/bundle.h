@@ -20,13 +20,12 @@ void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dty
 
 // The layout of weightd.v1.BundleLayout, as far as cutting and checking need it.
 struct BundleShape {
-    std::vector<Encoding> parts;  // gate and up, or up; then down
+    std::vector<Encoding> parts;  // gate and up, or up; then down. Or a row of a table
     size_t hidden_size;           // values of a part
     size_t stride_bytes;
     size_t bundles_per_cell;
     size_t cell_bytes;
 
-    size_t row_parts() const { return parts.size() - 1; }
     size_t part_bytes(size_t part) const { return parts[part].bytes_of(hidden_size); }
     size_t part_offset_bytes(size_t part) const {
         size_t offset = 0;

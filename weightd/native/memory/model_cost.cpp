@@ -1,5 +1,7 @@
 #include "memory/model_cost.h"
 
+#include <algorithm>
+
 #include "device/block_size.h"
 #include "memory/session.h"
 #include "pool/cell_replacement.h"
@@ -29,6 +31,10 @@ uint64_t activation_bytes(const ModelSpec& spec) {
 
 uint64_t session_bytes(const ModelSpec& spec) {
     return Session::table_bytes(spec.cell_count()) + whole_pages(sizeof(ring::Ring));
+}
+
+uint64_t unused_bytes_max(const ModelSpec& spec, const Memory& memory) {
+    return std::min(memory.segment_bytes(), uint64_t{spec.cell_count()} * spec.cell_bytes);
 }
 
 uint64_t minimum_dram_bytes(const ModelSpec& spec) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "bundle/model_spec.h"
+#include "memory/memory.h"
 
 namespace weightd {
 
@@ -16,6 +17,8 @@ uint64_t catalog_bytes(const ModelSpec& spec);
 uint64_t activation_bytes(const ModelSpec& spec);
 // Tables and ring of one session.
 uint64_t session_bytes(const ModelSpec& spec);
+// A model in use may leave part of its last segment unused, at most this much.
+uint64_t unused_bytes_max(const ModelSpec& spec, const Memory& memory);
 // The least --dram that serves the model to one session and to fetches.
 uint64_t minimum_dram_bytes(const ModelSpec& spec);
 

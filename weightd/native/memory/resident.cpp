@@ -77,6 +77,11 @@ Unanswered::Unanswered(const std::string& model, std::chrono::milliseconds silen
 
 SharedMemory load_resident(const ModelSpec& spec, const ReaderChoice& choice,
                            const std::function<void()>& on_progress) {
+    if (spec.resident_bytes == 0) {  // a table: sessions get a page that nobody touches, so it takes no memory
+        SharedMemory none("weightd-resident", PAGE_BYTES);
+        none.seal();
+        return none;
+    }
     const auto check = [&](const SharedMemory& memory) {
         for (const TensorSpec& tensor : spec.tensors) {
             on_progress();

@@ -48,8 +48,7 @@ uint64_t Room::obtainable_bytes(const Model& asking) const {
     for (const auto& model : models_) {
         if (model->pool == nullptr) continue;
         committed_bytes += sessions_.share_slots(*model) * model->spec.cell_bytes;
-        // A model in use may leave part of its last segment unused.
-        if (model.get() != &asking && model->users > 0) committed_bytes += memory_.segment_bytes();
+        if (model.get() != &asking && model->users > 0) committed_bytes += unused_bytes_max(model->spec, memory_);
     }
     return difference(memory_.limit_bytes(), committed_bytes);
 }

@@ -59,7 +59,7 @@ uint64_t Sessions::lendable_bytes() const {
         const Shares shares = shares_of(*model);
         const uint64_t borrowers_slots = shares.slots - shares.fetching_slots;
         kept_bytes += (borrowers_slots + std::max(shares.fetching_slots, never_slots)) * cell_bytes;
-        if (models_in_use++ > 0) kept_bytes += memory_.segment_bytes();  // a model may leave part of its last unused
+        if (models_in_use++ > 0) kept_bytes += unused_bytes_max(model->spec, memory_);
     }
     return pool_bytes - std::min(pool_bytes, kept_bytes);
 }

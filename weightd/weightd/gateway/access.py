@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from weightd.errors import ForbiddenError, UsageError
+from weightd_proto.tables import model_of
 
 ANY_MODEL = "*"
 ID_MAX = (1 << 32) - 2  # -1 means "no one" to the kernel
@@ -64,8 +65,8 @@ def parse_rules(texts: Sequence[str], flag: str) -> Rules:
 
 
 def may_read(caller: Caller, model: str, allow: Rules) -> bool:
-    """Whether `caller` may see and read `model`."""
-    rules = _rules_of(model, allow)
+    """Whether `caller` may see and read `model`, which is also the name of a table: the rules are its model's."""
+    rules = _rules_of(model_of(model), allow)
     return caller.trusted or not rules or any(_fits(caller, rule) for rule in rules)
 
 
@@ -73,7 +74,7 @@ def require_read(caller: Caller, model: str, allow: Rules) -> None:
     """Raises ForbiddenError unless `caller` may read `model`."""
     if not may_read(caller, model, allow):
         raise ForbiddenError(
-            f"{caller} may not read model {model!r}: ask for a rule, --allow {model}={_wanted(caller)}"
+            f"{caller} may not read model {model!r}: ask for a rule, --allow {model_of(model)}={_wanted(caller)}"
         )
 
 

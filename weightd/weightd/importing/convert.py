@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from weightd import _native
 from weightd.checkpoint.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from weightd.importing.plan import plan_bundles
 from weightd.importing.resident import lay_out_resident
 from weightd.importing.sources import used_tensors, without_equal_ties
 from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
+from weightd.importing.tables import TABLES_ABOVE_BYTES, Table, choose_tables, lay_out_table
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
 from weightd.sizes import format_size
@@ -39,9 +41,11 @@ from weightd.store.staged_folder import space_errors, sync
 from weightd.store.store import FILES_FOLDER, Staging, Store, model_name_for
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import parts_of, plain
+from weightd_proto.tables import with_tables
 from weightd_proto.weightd_pb2 import ResidentSource
 
 Tell = Callable[[str], None]
+Checksums = list[npt.NDArray[np.uint64]]
 
 # Twice the 12 bytes of a neuron: LMDB copies every page that it changes, and frees the old page later.
 CATALOG_BYTES_PER_NEURON = 2 * 12
@@ -58,6 +62,7 @@ class _Model:
     units: list[Unit]
     resident: list[ResidentSource]
     steps: list[Step]
+    tables: list[Table]
 
 
 def import_checkpoint(
@@ -71,6 +76,7 @@ def import_checkpoint(
     ask: Ask | None = None,
     activation: str = "",
     tell: Tell | None = None,
+    tables_above_bytes: int = TABLES_ABOVE_BYTES,
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
@@ -78,6 +84,7 @@ def import_checkpoint(
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
     `tell`: is told what a user should know, for example which tensors the model does not use.
+    `tables_above_bytes`: embeddings that are larger, and only looked up, become tables.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
@@ -86,25 +93,42 @@ def import_checkpoint(
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
         # First, so that a change during the import counts as a later change.
         origin = origin_of(path, dtype, activation)
+        origin.tables_above_bytes = tables_above_bytes
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
             if tell is not None:
                 for note in _notes(recipe):
                     tell(note)
-            model = _lay_out(checkpoint, recipe, name, dtype, _block_bytes(staging), full_speed_read_bytes(store))
+            sizes = (_block_bytes(staging), full_speed_read_bytes(store), tables_above_bytes)
+            model = _lay_out(checkpoint, recipe, name, dtype, *sizes)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             _check_space(model.record, store.path)
             files_folder = staging.folder / FILES_FOLDER
             model.record.files.extend(_write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
-        writer = ModelWriter(
-            model.record, model.header, model.units, model.resident, staging.folder, allow_buffered, progress
-        )
-        checksums = writer.run(model.steps)
-        staging.publish(model.record, checksums)
+        staging.publish(model.record, *_write(model, staging.folder, allow_buffered, progress))
     return model.record
+
+
+def _write(model: _Model, folder: Path, allow_buffered: bool, progress: Progress | None) -> tuple[Checksums, Checksums]:
+    """Returns the checksums of each layer's bundles, and of each table's rows."""
+    steps = [*model.steps, *(step for table in model.tables for step in table.steps)]
+    total_bytes = sum(run.extent.size_bytes for step in steps for run in step.runs)
+
+    def advance(read_bytes: int, _: int) -> None:
+        if progress is not None:
+            progress(read_bytes, total_bytes)
+
+    writer = ModelWriter(model.record, model.header, model.units, model.resident, folder, allow_buffered, advance)
+    checksums, of_tables = writer.run(model.steps), []
+    for table in model.tables:
+        own_folder = folder / table.record.layers[0].module
+        own_folder.mkdir()
+        writer = ModelWriter(table.record, b"", [table.unit], [], own_folder, allow_buffered, advance)
+        of_tables += writer.run(table.steps)
+    return checksums, of_tables
 
 
 def _notes(recipe: weightd_pb2.Recipe) -> Iterator[str]:
@@ -130,10 +154,12 @@ def _lay_out(
     dtype_request: str,
     block_bytes: int,
     read_bytes: int,
+    tables_above_bytes: int,
 ) -> _Model:
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
     dtype = stored_dtype(recipe, tensors, dtype_request)
+    looked_up, resident = choose_tables(recipe, resident, tensors, dtype, tables_above_bytes)
     record = weightd_pb2.Model()
     record.CopyFrom(recipe.model)
     record.name = name
@@ -151,12 +177,16 @@ def _lay_out(
     by_name = {source.name: source for source in resident}
     in_order = [by_name[tensor.name] for tensor in stored]
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors)]
-    return _Model(record, header, units, in_order, steps)
+    tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
+    record.tables.extend(table.record for table in tables)
+    return _Model(record, header, units, in_order, steps, tables)
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> None:
-    catalog_bytes = sum(layer.neurons for layer in record.layers) * CATALOG_BYTES_PER_NEURON
-    needed_bytes = record.bundles_file_bytes + record.resident_file_bytes + catalog_bytes + FILES_BYTES
+    stored = with_tables(record)
+    neurons = sum(layer.neurons for one in stored for layer in one.layers)
+    bundles_bytes = sum(one.bundles_file_bytes for one in stored)
+    needed_bytes = bundles_bytes + record.resident_file_bytes + neurons * CATALOG_BYTES_PER_NEURON + FILES_BYTES
     free_bytes = shutil.disk_usage(path).free
     if needed_bytes > free_bytes:
         narrower = ", or import with --dtype bf16" if record.compute_dtype == "F32" else ""

@@ -1,4 +1,4 @@
-"""Writes the files of a model that is laid out: bundles.bin and resident.safetensors."""
+"""Writes the files of a model or table that is laid out: bundles.bin and, for a model, resident.safetensors."""
 
 from __future__ import annotations
 
@@ -63,15 +63,19 @@ class ModelWriter:
         read_ahead = ReadAhead([run.extent for step in steps for run in step.runs])
         # One cell may be larger than a chunk.
         write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
-        with self._create(BUNDLES_FILE, self._record.bundles_file_bytes) as bundles:
-            with self._create(RESIDENT_FILE, self._record.resident_file_bytes) as resident:
-                with read_ahead, write_behind:
-                    stream = ResidentStream(resident, write_behind, self._header, list(self._record.resident))
-                    self._run_steps(steps, read_ahead, write_behind, bundles, _Assembly(self._resident, stream))
-                    stream.finish()
-                    write_behind.drain()
-                resident.finish()
-            bundles.finish()
+        with ExitStack() as opened:
+            bundles = opened.enter_context(self._create(BUNDLES_FILE, self._record.bundles_file_bytes))
+            files = [bundles]
+            if self._record.resident_file_bytes > 0:
+                files.append(opened.enter_context(self._create(RESIDENT_FILE, self._record.resident_file_bytes)))
+            with read_ahead, write_behind:
+                # Of a table, nothing is written to it.
+                stream = ResidentStream(files[-1], write_behind, self._header, list(self._record.resident))
+                self._run_steps(steps, read_ahead, write_behind, bundles, _Assembly(self._resident, stream))
+                stream.finish()
+                write_behind.drain()
+            for file in files:
+                file.finish()
         return self._checksums
 
     def _create(self, name: str, size_bytes: int) -> UncachedWriter:

@@ -29,6 +29,7 @@ from weightd.sizes import format_enough, format_size
 from weightd.store.calibration import CalibrationStaging, check_calibration
 from weightd.watching.statistics import Statistics
 from weightd_proto import weightd_pb2
+from weightd_proto.tables import model_of
 
 WORKERS_MAX = 4  # threads for calls that do not read from the device
 ANYBODY = -1  # a user id for the engine: any process that has the token may attach
@@ -144,7 +145,7 @@ class ControlPlane:
         return stats
 
     async def _readable(self, name: str, context: Context, import_id: bytes = b"") -> ServedModel:
-        """The opened model. `import_id` is the import that the caller wants, empty for any.
+        """The opened model or table. `import_id` is the import that the caller wants, empty for any.
 
         Raises ForbiddenError, UnknownModelError (lists the models that the caller may read), StoreError (the stored
         import is another one), DeviceError (the device does not answer), and what ServedModels.open() raises.
@@ -154,8 +155,11 @@ class ControlPlane:
         served = self._models.opened(name)
         if served is None:
             listed = functools.partial(self._may_list, caller)
-            await self._run(lambda: self._models.require_known(name, listed), self._askers)
-            served = await self._opened(name)
+            model = model_of(name)
+            await self._run(lambda: self._models.require_known(model, listed), self._askers)
+            served = await self._opened(model)
+            if model != name:
+                served = self._models.opened_table(name)
         if import_id and import_id != served.record.import_id:
             raise StoreError(f"{name!r} is another import than the one asked for: make a new client")
         return served

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import PAGE_BYTES, EngineThread, ModelSpec
+from weightd._native import PAGE_BYTES, SEGMENT_BYTES_MAX, EngineThread, ModelSpec
 from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.machine.budget import GrowingDram, ModelDemand
 from weightd.sizes import round_up
@@ -28,6 +28,7 @@ from weightd.store.hotness import Hotness, calibrated_hotness, known_hotness
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import has_experts
+from weightd_proto.tables import model_of, module_of, with_tables
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ CALIBRATION_BYTES = 2 << 20
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model's record and its number in the engine."""
+    """A record of a model or table, and its number in the engine."""
 
     record: weightd_pb2.Model
     number: int
@@ -108,8 +109,15 @@ class ServedModels:
             logger.error("%s", refusal)
 
     def opened(self, name: str) -> ServedModel | None:
-        """The model if it is open, without waiting."""
+        """The model or table if it is open, without waiting."""
         return self._opened.get(name)
+
+    def opened_table(self, name: str) -> ServedModel:
+        """A table of an open model. Raises UnknownModelError if the model has no such table."""
+        served = self._opened.get(name)
+        if served is None:
+            raise UnknownModelError(f"model {model_of(name)!r} has no table {module_of(name)!r}")
+        return served
 
     def require_known(self, name: str, listed: Callable[[str], bool]) -> None:
         """Raises UnknownModelError, which lists the models for which `listed` is true."""
@@ -119,7 +127,7 @@ class ServedModels:
             raise UnknownModelError(f"no model {name!r}: there is {known or 'none yet'}")
 
     def open(self, name: str) -> ServedModel:
-        """Opens a model that was imported since the start. Waits if another thread is opening it.
+        """Opens a model that was imported since the start, with its tables. Waits if another thread is opening it.
 
         Raises StoreError, DeviceError (no O_DIRECT), SpaceError.
         """
@@ -135,12 +143,19 @@ class ServedModels:
             record = self._store.model(name)
             check_files(self._store, record)
             self._engine.raise_dram(*self._dram.with_model(demand_of(record)))
-            served = _open(self._store, self._engine, record)
-            self._seed(served.number, known_hotness(self._store, record))
-            self._remembered[name] = _checksum(self._engine.hotness(served.number))
-            with self._lock:
-                self._opened[name] = served
+            for stored in (*record.tables, record):  # whoever finds the model finds its tables
+                if stored.name not in self._opened:
+                    served = self._open_record(stored)
+            assert served is not None
             return served
+
+    def _open_record(self, record: weightd_pb2.Model) -> ServedModel:
+        served = _open(self._store, self._engine, record)
+        self._seed(served.number, known_hotness(self._store, record))
+        self._remembered[record.name] = _checksum(self._engine.hotness(served.number))
+        with self._lock:
+            self._opened[record.name] = served
+        return served
 
     def _changes(self, name: str) -> threading.Lock:
         with self._lock:
@@ -196,7 +211,15 @@ class ServedModels:
 
 
 def demand_of(model: weightd_pb2.Model) -> ModelDemand:
-    """How much of --dram the model needs."""
+    """How much of --dram the model needs, with its tables."""
+    demands = [_demand_of_record(record) for record in with_tables(model)]
+    # The pool of each table may leave a part of a segment unused.
+    unused_bytes = sum(min(SEGMENT_BYTES_MAX, table.bundles_file_bytes) for table in model.tables)
+    minimum_bytes = sum(demand.minimum_bytes for demand in demands) + unused_bytes
+    return ModelDemand(model.name, minimum_bytes, sum(demand.full_bytes for demand in demands) + unused_bytes)
+
+
+def _demand_of_record(model: weightd_pb2.Model) -> ModelDemand:
     cells = sum(layer.cells for layer in model.layers)
     neurons = sum(layer.neurons for layer in model.layers)
     cell_bytes = model.bundle.cell_bytes
@@ -206,7 +229,7 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
     experts = ranges_of(model)
     minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons, experts)
     bundles_bytes = cells * cell_bytes
-    calibration_bytes = bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
+    calibration_bytes = 0 if module_of(model.name) else bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
 
 

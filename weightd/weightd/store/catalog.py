@@ -23,9 +23,10 @@ from weightd import _native
 from weightd.errors import CorruptionError, SpaceError, StoreError
 from weightd.store.catalog_pages import check_pages
 from weightd_proto import encodings, weightd_pb2
+from weightd_proto.tables import with_tables
 
 MAGIC = "weightd-store"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CHECKSUMS_SINCE = 2  # in a store of an older format, values have no checksums
 CHECKSUM_BYTES = 8
 NEURONS_MAX = (1 << 32) - 1  # of a model: 32 bits number them
@@ -36,6 +37,8 @@ MODEL_PREFIX = b"model/"
 # Address space, not memory or disk: the file grows as it is filled. A neuron takes 12 bytes (checksum, placement), so a
 # 70B model (80 layers of 28672) takes 27 MB, and this is room for more than two thousand such models.
 MAP_BYTES = 64 << 30
+
+Arrays = Mapping[str, list[npt.NDArray[np.generic]]]  # by kind, one for each layer
 
 _turn = threading.Lock()
 
@@ -92,7 +95,7 @@ class Records:
         self._transaction.put(key, record + (_checksum(key, record) if self._checked else b""))
 
     def upgrade(self) -> None:
-        """Makes a store of format 1 or 2 one of format 3: models get encodings, and values get checksums.
+        """Makes a store of an older format one of format 4: models get encodings, and values get checksums.
 
         A damaged record stays as it is, and is refused when it is read.
         """
@@ -194,13 +197,17 @@ class Catalog:
         with self._transaction() as records:
             return records.get(array_key(kind, model, layer))
 
-    def add(self, model: weightd_pb2.Model, arrays: Mapping[str, list[npt.NDArray[np.generic]]]) -> None:
-        """Adds the model and its arrays (kind -> one array per layer). An older store becomes one of format 3."""
+    def add(self, model: weightd_pb2.Model, arrays: Mapping[str, Arrays]) -> None:
+        """Adds the model. An older store becomes one of format 4.
+
+        `arrays`: those of the model and of each table, by its name.
+        """
         with self._transaction(write=True) as records:
             records.upgrade()
-            for kind, layers in arrays.items():
-                for index, values in enumerate(layers):
-                    records.put(array_key(kind, model.name, index), values.tobytes())
+            for name, kinds in arrays.items():
+                for kind, layers in kinds.items():
+                    for index, values in enumerate(layers):
+                        records.put(array_key(kind, name, index), values.tobytes())
             records.put(MODEL_PREFIX + model.name.encode(), model.SerializeToString())
 
     def remove(self, name: str, kinds: tuple[str, ...]) -> None:
@@ -209,10 +216,11 @@ class Catalog:
             assert record is not None, "looked up under the store's lock"
             records.delete(MODEL_PREFIX + name.encode())
             records.delete(calibration_key(name))
-            records.delete(hotness_key(name))
-            for kind in kinds:
-                for index in range(len(_parsed(record).layers)):
-                    records.delete(array_key(kind, name, index))
+            for stored in with_tables(_parsed(record)):
+                records.delete(hotness_key(stored.name))
+                for kind in kinds:
+                    for index in range(len(stored.layers)):
+                        records.delete(array_key(kind, stored.name, index))
 
     def device_profile(self) -> str | None:
         """The device profile as JSON, or None if nothing was measured."""
@@ -269,6 +277,8 @@ def _read(message: weightd_pb2.Model | weightd_pb2.Calibration, record: bytes) -
 
 def _check_sizes(model: weightd_pb2.Model) -> None:
     """CorruptionError for sizes that no model has."""
+    for table in model.tables:
+        _check_sizes(table)
     neurons, cells = sum(layer.neurons for layer in model.layers), sum(layer.cells for layer in model.layers)
     if max(neurons, cells) > NEURONS_MAX:
         raise CorruptionError(f"the catalog is damaged: {model.name!r} of {neurons} neurons in {cells} cells")

@@ -1,9 +1,10 @@
-"""The store: a folder of models in bundled row-column layout. Format version 3.
+"""The store: a folder of models in bundled row-column layout. Format version 4.
 
     STORE/catalog.mdb                    LMDB environment in one file (catalog.mdb-lock beside it is LMDB's own)
     STORE/weightd.lock                   flock of the daemon that serves the store (daemon_lock.py)
     STORE/<model>/bundles.bin            layers back to back
-    STORE/<model>/resident.safetensors   every weight outside the FFN matrices
+    STORE/<model>/resident.safetensors   every weight outside the FFN matrices and the tables
+    STORE/<model>/<table>/bundles.bin    rows of an embedding that is not resident; the folder is named after its module
     STORE/<model>/hf/                    config.json, generation_config.json, tokenizer files
     STORE/<model>/calibration/<version>/ what was measured on the model (calibration.py)
     STORE/.import-*, STORE/.removed-*    an import or calibration under way, a folder being deleted
@@ -17,17 +18,21 @@
   blocks.
 - A layer is ceil(neurons / bundles_per_cell) cells in order of placement: position p holds neuron placement[p]. Layers
   begin on block boundaries. All padding is zero.
+- A table is stored like a model with one layer (Model.tables in proto/weightd.proto): its bundles are rows, in their
+  own order and in a layout of their own. So rows that are smaller than half a block share a cell.
 - resident.safetensors is a valid safetensors file whose data begin on a block boundary (spaces pad the header). Names
-  and shapes are those of transformers' state_dict without the FFN matrices; a tied head is stored once. All tensors
-  have the compute dtype. Their order aligns each to 64 bytes as far as sizes allow.
-- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 3}; `model/<name>` -> weightd.v1.Model;
+  and shapes are those of transformers' state_dict without the FFN matrices and tables; a tied head is stored once. All
+  tensors have the compute dtype. Their order aligns each to 64 bytes as far as sizes allow.
+- Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 4}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
   `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
   newest; `hotness/<name>` -> a byte for each cell (hotness.py); `device_profile` -> JSON, what doctor measured.
+  For a table, <name> is that of its record in the last four, <model>/<table>.
   Every value but that of `meta` ends in 8 more bytes, the XXH3-64 of key and value. Opening a store also checks the
   pages of the catalog (catalog_pages.py).
-- Older formats are read, and stay as they are until the next import, which makes the store one of format 3. Format 2
-  has one dtype for all parts and for computing, instead of encodings. Format 1 has no checksums of values either.
+- Older formats are read, and stay as they are until the next import, which makes the store one of format 4. Format 3
+  has no tables. Format 2 has one dtype for all parts and for computing, instead of encodings. Format 1 has no checksums
+  of values either.
 - Publishing: the import writes into .import-<random>, syncs, renames it to <model>, then adds it to the catalog in one
   transaction. A folder with a file `.unpublished` is a model only if the catalog says so. Leftovers of a dead import or
   rm have that file or such a folder name, and nobody holds the flock of the file. The next import deletes them.
@@ -50,7 +55,7 @@ import numpy.typing as npt
 
 from weightd.closing import Closing
 from weightd.errors import CorruptionError, ImportingError, StoreError
-from weightd.store.catalog import Catalog
+from weightd.store.catalog import Arrays, Catalog
 from weightd.store.daemon_lock import DaemonLock
 from weightd.store.origin import hub_name_of
 from weightd.store.staged_folder import (
@@ -66,6 +71,7 @@ from weightd.store.staged_folder import (
 )
 from weightd_proto import weightd_pb2
 from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
+from weightd_proto.tables import model_of, module_of
 
 CATALOG_FILE = "catalog.mdb"
 RESIDENT_FILE = "resident.safetensors"
@@ -171,15 +177,18 @@ class Store(Closing):
     def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
         """The error for a bundle that cannot be read (`error`: its errno) or that differs from its checksum (0)."""
         neuron = self.placement(name, layer)[position]
+        where = f"model {name}, layer {layer}, neuron {neuron}: the bundle"
+        if module_of(name):
+            where = f"model {model_of(name)}, table {module_of(name)}, row {neuron}: it"
         what = "differs from its checksum; import it again"
         if error:
             what = f"cannot be read: {os.strerror(error)}; check the device, or import it again"
-        return CorruptionError(f"model {name}, layer {layer}, neuron {neuron}: the bundle {what}")
+        return CorruptionError(f"{where} {what}")
 
     def _array(self, kind: str, name: str, layer: int) -> bytes:
         record = self.catalog.array(kind, name, layer)
         if record is None:
-            self.model(name)
+            self.model(model_of(name))
             raise StoreError(f"model {name!r} in {self.path} has no {kind} of layer {layer}")
         return record
 
@@ -317,15 +326,20 @@ class Staging(StagedFolder):
                 self.finish()
         super().close()
 
-    def publish(self, model: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> None:
+    def publish(
+        self,
+        model: weightd_pb2.Model,
+        checksums: Sequence[npt.NDArray[np.uint64]],
+        of_tables: Sequence[npt.NDArray[np.uint64]] = (),
+    ) -> None:
         """Makes the model part of the store, with neurons placed in their own order. The files must be synced already.
 
-        `checksums`: per layer, one XXH3-64 per position. StoreError if the name was taken meanwhile, or if a daemon has
-        begun to serve the model that is to be replaced.
+        `checksums`: per layer, one XXH3-64 per position; `of_tables`: per table, one per row. StoreError if the name
+        was taken meanwhile, or if a daemon has begun to serve the model that is to be replaced.
         """
-        placement = [np.arange(layer.neurons, dtype="<u4") for layer in model.layers]
-        assert [len(sums) for sums in checksums] == [len(order) for order in placement]
-        sums = [values.astype("<u8", copy=False) for values in checksums]
+        arrays = {model.name: _arrays(model, checksums)}
+        for table, sums in zip(model.tables, of_tables, strict=True):
+            arrays[table.name] = _arrays(table, [sums])
         replaced = []
         self._import_id = model.import_id
         with self.store.locked():
@@ -333,7 +347,13 @@ class Staging(StagedFolder):
             if self._replaces:
                 replaced.append(self.store.take_out(self.name))
             self.move(self.store.path / self.name)
-            self.store.catalog.add(model, {CHECKSUMS: sums, PLACEMENT: placement})
+            self.store.catalog.add(model, arrays)
             self.finish()
         for folder in replaced:
             delete(folder)
+
+
+def _arrays(record: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> Arrays:
+    placement = [np.arange(layer.neurons, dtype="<u4") for layer in record.layers]
+    assert [len(sums) for sums in checksums] == [len(order) for order in placement]
+    return {CHECKSUMS: [sums.astype("<u8", copy=False) for sums in checksums], PLACEMENT: placement}

@@ -16,6 +16,7 @@ from weightd.store.checked_file import check_files
 from weightd.store.layout import native_shape
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
+from weightd_proto.tables import with_tables
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 
@@ -26,6 +27,7 @@ class Verified:
 
     model: str
     bundles: int
+    rows: int  # of tables
     tensors: int
     files: int
     read_bytes: int
@@ -33,8 +35,9 @@ class Verified:
 
 @dataclass(frozen=True)
 class _Cells:
-    """A run of cells: positions [begin, end) of a layer."""
+    """A run of cells: positions [begin, end) of a layer of a model or table."""
 
+    record: weightd_pb2.Model
     layer: int
     begin: int
     end: int
@@ -52,27 +55,32 @@ class _Piece:
 
 
 def verify_model(store: Store, name: str, allow_buffered: bool = False, progress: Progress | None = None) -> Verified:
-    """CorruptionError names the model and the neuron (with its layer), tensor or file of the first difference."""
+    """CorruptionError names the model, and the neuron (with its layer), row (with its table), tensor or file of the
+    first difference."""
     model = store.model(name)
-    bundles, resident = store.bundles_path(name), store.resident_path(name)
-    for path, size_bytes in ((bundles, model.bundles_file_bytes), (resident, model.resident_file_bytes)):
-        _check_size(model, path, size_bytes)
-    cells = list(_cells(model, bundles))
+    stored = with_tables(model)
+    resident = store.resident_path(name)
+    for record in stored:
+        _check_size(model, store.bundles_path(record.name), record.bundles_file_bytes)
+    _check_size(model, resident, model.resident_file_bytes)
+    cells = [run for record in stored for run in _cells(record, store.bundles_path(record.name))]
     pieces = [*_tensors(model, resident), *_calibration(store, model)]
     extents = [run.extent for run in cells] + [extent for piece in pieces for extent in piece.extents]
     total_bytes = sum(extent.size_bytes for extent in extents)
     with ReadAhead(extents, direct_only=not allow_buffered) as read_ahead:
         taker = _Taker(read_ahead, total_bytes, progress)
         for run in cells:
-            _check_bundles(store, model, run, taker)
+            _check_bundles(store, run, taker)
         for piece in pieces:
             _check_piece(model, piece, taker)
-    _check_placement(store, model)
+    for record in stored:
+        _check_placement(store, record)
     check_files(store, model)
     files_bytes = sum(file.size_bytes for file in model.files)
     neurons = sum(layer.neurons for layer in model.layers)
+    rows = sum(table.layers[0].neurons for table in model.tables)
     files = len(model.files) + len(model.calibration.files)
-    return Verified(name, neurons, len(model.resident), files, total_bytes + files_bytes)
+    return Verified(name, neurons, rows, len(model.resident), files, total_bytes + files_bytes)
 
 
 class _Taker:
@@ -104,7 +112,7 @@ def _cells(model: weightd_pb2.Model, path: Path) -> Iterator[_Cells]:
             begin = cell * layout.bundles_per_cell
             end = min(layer.neurons, begin + cells * layout.bundles_per_cell)
             offset_bytes = layer.offset_bytes + cell * layout.cell_bytes
-            yield _Cells(index, begin, end, Extent(path, offset_bytes, cells * layout.cell_bytes))
+            yield _Cells(model, index, begin, end, Extent(path, offset_bytes, cells * layout.cell_bytes))
 
 
 def _tensors(model: weightd_pb2.Model, path: Path) -> Iterator[_Piece]:
@@ -126,7 +134,8 @@ def _extents(path: Path, offset_bytes: int, size_bytes: int) -> list[Extent]:
     return [Extent(path, offset_bytes + begin, min(CHUNK_BYTES, size_bytes - begin)) for begin in begins]
 
 
-def _check_bundles(store: Store, model: weightd_pb2.Model, run: _Cells, taker: _Taker) -> None:
+def _check_bundles(store: Store, run: _Cells, taker: _Taker) -> None:
+    model = run.record
     found = np.empty(run.end - run.begin, np.uint64)
     taker.take(run.extent, lambda cells: _native.checksum_bundles(native_shape(model.bundle), cells, found))
     expected = store.checksums(model.name, run.layer)[run.begin : run.end]

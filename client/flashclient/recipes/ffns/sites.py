@@ -176,19 +176,20 @@ def _order(found: Sequence[Site]) -> Callable[[str], tuple[int, ...]]:
     """Sorts paths like the calls of `found`: by layer, then as the names below were first called."""
     ranks: dict[tuple[str, ...], int] = {}
     for rank, site in enumerate(found):
-        generic = _generic(site.module)
-        for end in range(1, len(generic) + 1):
-            ranks.setdefault(generic[:end], rank)
+        path = generic(site.module)
+        for end in range(1, len(path) + 1):
+            ranks.setdefault(path[:end], rank)
 
     def key(path: str) -> tuple[int, ...]:
-        names, generic = path.split("."), _generic(path)
-        ranked = [ranks.get(generic[:end], len(found)) for end in range(1, len(names) + 1)]
+        names, starred = path.split("."), generic(path)
+        ranked = [ranks.get(starred[:end], len(found)) for end in range(1, len(names) + 1)]
         return tuple(int(name) if name.isdigit() else rank for name, rank in zip(names, ranked, strict=True))
 
     return key
 
 
-def _generic(path: str) -> tuple[str, ...]:
+def generic(path: str) -> tuple[str, ...]:
+    """The path with a star for each number."""
     return tuple("*" if name.isdigit() else name for name in path.split("."))
 
 

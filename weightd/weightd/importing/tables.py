@@ -1,0 +1,70 @@
+"""The tables of an import: embeddings whose rows are not resident, but read when they are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from weightd.disk.tensors import SourceTensor
+from weightd.importing.plan import BundleStep, HoldStep, plan_bundles
+from weightd.importing.stored_dtype import resident_dtype
+from weightd.importing.units import TensorMatrix, Unit, UnitPart
+from weightd.store.layout import bundle_layout, lay_out_layers
+from weightd.store.store import check_model_name
+from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES, parts_of, plain
+from weightd_proto.tables import ROW, WEIGHT, table_name
+from weightd_proto.weightd_pb2 import Layer, Model, Recipe, ResidentSource
+
+# Unless --tables-above says otherwise. The pool of a table takes a segment of up to 64 MiB, so a smaller table would
+# save no memory.
+TABLES_ABOVE_BYTES = 64 << 20
+
+Tensors = Mapping[str, SourceTensor]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that is laid out but not written yet."""
+
+    record: Model
+    unit: Unit
+    steps: list[HoldStep | BundleStep]
+
+
+def choose_tables(
+    recipe: Recipe, resident: Sequence[ResidentSource], tensors: Tensors, dtype: str, above_bytes: int
+) -> tuple[list[ResidentSource], list[ResidentSource]]:
+    """Those of `resident` that become tables, and the others.
+
+    A table is a tensor of the checkpoint as it is, larger than `above_bytes` in `dtype`. No other tensor is tied to it,
+    because a head is needed as a whole.
+    """
+    names = {f"{module}.{WEIGHT}" for module in recipe.tables} - {source.tied_to for source in recipe.resident}
+
+    def is_table(source: ResidentSource) -> bool:
+        if source.name not in names or source.tied_to or source.source.WhichOneof("of") != "tensor":
+            return False
+        same = resident_dtype(source, tensors, dtype) == dtype and dtype in COMPUTE_DTYPES.values()
+        return same and len(source.shape) == 2 and prod(source.shape) * DTYPES[dtype].bytes > above_bytes
+
+    chosen = [source for source in resident if is_table(source)]
+    return chosen, [source for source in resident if source not in chosen]
+
+
+def lay_out_table(model: Model, source: ResidentSource, tensors: Tensors, block_bytes: int) -> Table:
+    """`model`: the record that the table becomes a part of."""
+    rows, width = source.shape
+    module = check_model_name(source.name.removesuffix(f".{WEIGHT}"))  # of a folder, too
+    record = Model(
+        name=table_name(model.name, module),
+        family=model.family,
+        compute_dtype=model.compute_dtype,
+        bundle=bundle_layout(parts_of((ROW,), plain(model.compute_dtype)), width, block_bytes),
+        layers=[Layer(module=module, neurons=rows, place=Layer.TABLE, weights=[WEIGHT])],
+        import_id=model.import_id,
+    )
+    record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
+    part = UnitPart(TensorMatrix(tensors[source.source.tensor], 0, rows), columns=False, first=0, step=1)
+    unit = Unit(layer=0, position=0, neurons=rows, parts=(part,))
+    return Table(record, unit, list(plan_bundles([unit], record.bundle)))
