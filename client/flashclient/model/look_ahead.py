@@ -24,8 +24,8 @@ from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager
 
 ROWS_MAX = 4  # of a step: those of prompts pick nearly every expert
-USED_MIN = 0.5  # of the cells that were read ahead: with fewer, look-ahead pauses
-JUDGED_CELLS = 256  # read ahead between two judgements
+USED_MIN = 0.4  # of the cells that were read ahead: with fewer, look-ahead pauses
+JUDGED_CELLS = 1024  # read ahead between two judgements: 64 experts of OLMoE; after 16 chance decided
 PAUSE_STEPS = 64  # of a layer; doubles each time that look-ahead does not pay
 PAUSE_STEPS_MAX = 4096
 
