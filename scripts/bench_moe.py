@@ -9,7 +9,8 @@ size, from a cold page cache and with the device's readahead at 128 KiB.
 
 A token cannot take less than its bound: the bytes of experts that it needs and that are not in the pool, at the speed
 of the device, or the bytes of all weights that it needs, at the speed of memory, whichever takes longer. Both speeds
-are measured in the same run; the device's is that of fio or of weightd while it reads, whichever is higher. The files of OLMoE-1B-7B's shape take 42 GB; 28 GB without llama.cpp.
+are measured in the same run; the device's is that of fio or of weightd while it reads, whichever is higher. The files
+of OLMoE-1B-7B's shape take 42 GB; 28 GB without llama.cpp.
 """
 
 from __future__ import annotations
