@@ -13,7 +13,7 @@ from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
 from flashclient.errors import FlashClientError
-from flashclient.model.look_ahead import LookAhead
+from flashclient.model.experts.look_ahead import LookAhead
 from flashclient.model.streamed_experts import StreamedExperts
 
 # isort: split

@@ -16,8 +16,8 @@ from torch import Tensor
 from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
 from flashclient.kernels.arrays import array_of
+from flashclient.model.experts.look_ahead import Guess, LookAhead
 from flashclient.model.ffn import Biases, Clock
-from flashclient.model.look_ahead import Guess, LookAhead
 from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
 
 import flashclient
-from flashclient.model.look_ahead import JUDGED_CELLS, PAUSE_STEPS, ROWS_MAX, LookAhead, Trust
+from flashclient.model.experts.look_ahead import JUDGED_CELLS, PAUSE_STEPS, ROWS_MAX, LookAhead, Trust
 from flashclient.model.streamed_experts import StreamedExperts
 from flashclient.source.bundle_source import Counters
 from weightd.importing.convert import import_checkpoint
