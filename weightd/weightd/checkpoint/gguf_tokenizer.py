@@ -131,7 +131,10 @@ def _check_split(file: GgufFile, kind: str | None, pre: str) -> None:
         GGUF_PRE_TOKENIZER_SPLITS = {}
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.model = {kind!r}: known are gpt2 and llama")
-    if kind == "gpt2" and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | SPLITS.keys() | GGUF_PRE_TOKENIZER_SPLITS.keys():
+    if (
+        kind == "gpt2"
+        and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | SPLITS.keys() | GGUF_PRE_TOKENIZER_SPLITS.keys()
+    ):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.pre = {pre!r}: weightd does not know how it splits text")
 
 
