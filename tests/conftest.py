@@ -18,24 +18,28 @@ import flashclient  # noqa: F401 (see above)
 from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 
 ROOT = Path(__file__).parent
-# Files that take longest, the longest first. They begin, so that no processor waits for one of them at the end.
+# Files that take longest by --durations, the longest first. They begin, so that no processor waits for one of them at the end.
 LONGEST = (
     "flashclient/test_end_to_end.py",
     "scripts/test_soak.py",
-    "repository/test_readme.py",
     "scripts/test_demo_sparse.py",
     "scripts/test_bench_sharing.py",
-    "scripts/test_scripts.py",
-    "scripts/test_bench_paper.py",
-    "weightd/importing/test_convert.py",
-    "flashclient/generation/test_rehearsal.py",
     "flashclient/model/test_predict_mode.py",
+    "scripts/test_bench_paper.py",
+    "scripts/test_scripts.py",
+    "flashclient/test_retry_on_loss.py",
     "scripts/test_model_table.py",
     "scripts/test_evaluate_with_harness.py",
+    "repository/test_readme.py",
     "scripts/test_demo_training.py",
     "weightd/machine/test_pressure.py",
+    "flashclient/generation/test_rehearsal.py",
+    "flashclient/test_process_faults.py",
+    "flashclient/test_hub_models.py",
+    "flashclient/daemon/test_private.py",
     "scripts/test_demo_models.py",
     "flashclient/test_leaving.py",
+    "weightd/importing/test_convert.py",
 )
 BEGINS = {ROOT / name: place for place, name in enumerate(LONGEST)}
 
