@@ -23,11 +23,12 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.gguf_names import gguf_places
 from flashclient.recipes.lookups import embeddings_like, looked_up
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import published
 from flashclient.tensors.names import find_tensors, places_of
-from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
+from weightd_proto.weightd_pb2 import Activation, DeriveRequest, LeftOut, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
@@ -48,8 +49,13 @@ def derive(request: DeriveRequest) -> Recipe:
     split = derivation.streamed()
     derivation.prove()
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
-    sources, left_out = kind.tensors(shapes)
-    tensors = find_tensors(derivation.full, places_of(sources, shapes))
+    left_out: list[LeftOut] = []
+    if request.gguf:
+        places = gguf_places(derivation.full, request.gguf, shapes)
+    else:
+        sources, left_out = kind.tensors(shapes)
+        places = places_of(sources, shapes)
+    tensors = find_tensors(derivation.full, places)
     recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
     values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
