@@ -18,7 +18,7 @@ from flashclient.calibration.calibrate import publish_result
 from flashclient.calibration.evaluate import Evaluation, evaluate_lossy
 from flashclient.calibration.sequences import read_sequences
 from flashclient.calibration.threshold import (
-    ScoreHistogram,
+    GateHistogram,
     ThresholdOptions,
     calibrate_thresholds,
 )
@@ -66,24 +66,22 @@ def test_more_loss_skips_more(tmp_path: Path) -> None:
     assert skipped[0] < skipped[1]
 
 
-def test_a_histogram_finds_the_score_below_which_a_share_lies() -> None:
-    scores = torch.logspace(-3, 3, 4000, dtype=torch.float32)
-    energies = torch.ones_like(scores)
-    histogram = ScoreHistogram()
-    histogram.add(scores[:1000], energies[:1000])
-    histogram.add(scores[1000:], energies[1000:])
+def test_a_histogram_finds_the_value_below_which_a_share_lies() -> None:
+    opened = torch.logspace(-3, 3, 4000, dtype=torch.float32)
+    histogram = GateHistogram()
+    histogram.add(-opened[:1000])
+    histogram.add(opened[1000:])
     assert histogram.threshold(0) == 0
-    for share in (0.1, 0.5, 0.9):
-        threshold = histogram.threshold(share)
-        below = float((scores < threshold).float().mean())
-        assert share - 0.03 < below <= share
-    histogram.add(torch.zeros(10), torch.zeros(10))
+    for sparsity in (0.1, 0.5, 0.9):
+        below = float((opened < histogram.threshold(sparsity)).float().mean())
+        assert sparsity - 0.03 < below <= sparsity
+    histogram.add(torch.zeros(10))
     assert np.isfinite(histogram.threshold(0.5))
 
 
 def test_a_model_that_bears_no_loss_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flashclient.calibration.threshold.SHARE_MIN", 0.9)
-    monkeypatch.setattr("flashclient.calibration.threshold.SHARE_MAX", 0.95)
+    monkeypatch.setattr("flashclient.calibration.threshold.SPARSITY_MIN", 0.9)
+    monkeypatch.setattr("flashclient.calibration.threshold.SPARSITY_MAX", 0.95)
     with (
         FetchServer([cut(make_model(make_config("llama")), make_tokenizer())], tmp_path / "socket") as server,
         FlashClient("tiny", mode="exact", address=server.address, transport="grpc") as client,
