@@ -18,7 +18,7 @@ import flashclient  # noqa: F401 (see above)
 from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 
 ROOT = Path(__file__).parent
-# Files that take longest by --durations, the longest first. They begin, so that no processor waits for one of them at the end.
+# Files that take longest, the longest first. They begin, so that no processor waits for one of them at the end.
 LONGEST = (
     "flashclient/test_end_to_end.py",
     "scripts/test_soak.py",
