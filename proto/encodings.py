@@ -32,6 +32,7 @@ DTYPES = {
         Dtype("F16", 2, "<u2", "float16"),
         Dtype("F8_E4M3", 1, "|u1", "float8_e4m3fn"),
         Dtype("F8_E5M2", 1, "|u1", "float8_e5m2"),
+        Dtype("F8_E8M0", 1, "|u1", "float8_e8m0fnu"),
         Dtype("I64", 8, "<i8", "int64"),
         Dtype("I32", 4, "<i4", "int32"),
         Dtype("I16", 2, "<i2", "int16"),
@@ -45,6 +46,8 @@ DTYPES = {
 }
 # In which models are computed, and bundles are stored today. By what `weightd import --dtype` calls them.
 COMPUTE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+# Two numbers of 4 bits in a byte, the lower half first, as in published checkpoints. Their scales lie elsewhere.
+PACKED_E2M1 = Encoding(format="E2M1", block_values=2, block_bytes=1)
 
 
 def plain(dtype: str) -> Encoding:

@@ -32,7 +32,7 @@ if [[ $(inputs | sha256sum) != "$(cat .venv/inputs 2>/dev/null)" ]]; then
     echo "setting up .venv" >&2
     pip install -q -c constraints.txt "scikit-build-core>=1.0" "nanobind>=2.9" "grpcio-tools>=1.80" ninja
     if [[ ! -f .venv/inputs ]]; then # the first time: what takes one processor, beside compiling
-        pip install -q --no-deps -r constraints.txt &
+        pip install -q --no-deps --no-compile -r constraints.txt & # Python compiles what is imported
         pip install -q --no-deps --no-build-isolation -e .
         wait $!
     fi

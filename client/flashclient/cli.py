@@ -7,7 +7,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,7 +16,8 @@ from flashclient import standard_streams
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import complain, say
 
-# torch and transformers take seconds to import: a usage error or --help should not wait for them.
+# They take seconds to import: a usage error or --help should not wait for them.
+PACKAGES = ("torch", "transformers")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -42,6 +44,14 @@ def _text(text: str) -> str:
         return os.fsencode(text).decode()
     except UnicodeDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _percentage(text: str) -> float:
+    """A share such as 2% or 0.02."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a share such as 2% or 0.02") from None
 
 
 def _ranks(text: str) -> tuple[int, ...]:
@@ -89,8 +99,10 @@ def add_tls_flags(parser: Any) -> None:
 
 def _add_generate(command: Any) -> None:
     command.add_argument("prompt", type=_text, help="text to continue")
-    command.add_argument("--mode", default="auto", help="auto (default: as calibration decided), exact or predict")
-    window = "number of last tokens whose neurons stay in memory in predict mode (default: 4)"
+    command.add_argument(
+        "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
+    )
+    window = "number of last tokens whose neurons stay in memory in modes predict and threshold (default: 4)"
     command.add_argument("--window", type=_not_negative, default=4, metavar="K", help=window)
     command.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="number of new tokens (default: the model's own, or 256)"
@@ -102,13 +114,37 @@ def _add_calibrate(command: Any) -> None:
     command.add_argument(
         "--text", required=True, type=Path, metavar="FILE", help="UTF-8 text that resembles future prompts"
     )
-    command.add_argument("--tokens", type=_positive, metavar="N", help="tokens to use (default: all, at most 65536)")
-    command.add_argument("--target-recall", type=float, default=0.95, help="share of firing neurons to predict")
-    command.add_argument("--ranks", type=_ranks, default=(16, 32, 64, 128), metavar="R,R", help="ranks to choose from")
     command.add_argument(
-        "--kind", choices=("low_rank", "sign"), default="low_rank", help="kind of predictor to publish"
+        "--mode",
+        choices=("predict", "threshold"),
+        default="predict",
+        help="predict (default): predictors of the neurons that fire. threshold: skip neurons whose gate is small, for "
+        "models whose neurons are never zero",
     )
-    command.add_argument("--seed", type=int, default=0, help="seed of the random order of training")
+    command.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="N",
+        help="tokens to use (default: all, at most 65536, in mode threshold 32768)",
+    )
+    command.add_argument(
+        "--max-perplexity-loss",
+        type=_percentage,
+        metavar="SHARE",
+        help="in mode threshold: the loss of perplexity to accept, such as 2%% (the default)",
+    )
+    command.add_argument(
+        "--target-recall", type=float, help="in mode predict: share of firing neurons to predict (default: 0.95)"
+    )
+    command.add_argument(
+        "--ranks", type=_ranks, metavar="R,R", help="in mode predict: ranks to choose from (default: 16,32,64,128)"
+    )
+    command.add_argument(
+        "--kind",
+        choices=("low_rank", "sign"),
+        help="in mode predict: kind of predictor to publish (default: low_rank)",
+    )
+    command.add_argument("--seed", type=int, help="in mode predict: seed of the random order of training (default: 0)")
 
 
 def _add_eval(command: Any) -> None:
@@ -127,6 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _main(arguments: list[str] | None) -> int:
     try:
         options = _parser().parse_args(arguments)
+        _check_packages()
         status: int = options.run(options)
     except FlashClientError as error:
         complain("flashclient", in_flags(str(error)))
@@ -134,6 +171,12 @@ def _main(arguments: list[str] | None) -> int:
     except KeyboardInterrupt:
         return 130
     return status
+
+
+def _check_packages() -> None:
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise FlashClientError(f"this needs {' and '.join(missing)}: pip install 'weightd[client]'")
 
 
 _KEYWORD = re.compile(
@@ -195,29 +238,17 @@ def _sequences(loaded: Any, options: argparse.Namespace, tokens_max: int) -> Any
 
 
 def _calibrate(options: argparse.Namespace) -> int:
-    from flashclient.calibration.calibrate import (
-        TOKENS_DEFAULT,
-        CalibrationOptions,
-        calibrate,
-        check_sparse,
-        publish_result,
-    )
+    from flashclient.calibration.calibrate import publish_result
     from flashclient.calibration.publishing import check_may_publish
     from flashclient.calibration.sequences import check_text
 
-    wanted = CalibrationOptions(
-        target_recall=options.target_recall,
-        ranks=options.ranks,
-        kind=options.kind,
-        seed=options.seed,
-        progress=sys.stderr.isatty(),
-    )
+    check, tokens_max, run = _calibration_of(options)
     check_text(options.text)  # before the model is imported or opened
     with _client(options, mode="exact") as client:
         loaded = client.loaded
-        check_sparse(loaded)  # before anything is read
+        check(loaded)  # before anything is read
         check_may_publish(loaded.connection, loaded.record)
-        result = calibrate(loaded, _sequences(loaded, options, TOKENS_DEFAULT), wanted)
+        result = run(loaded, _sequences(loaded, options, tokens_max))
         version, name = publish_result(result, loaded).version, loaded.record.name
     if options.json:
         say(json.dumps(result.report() | {"version": version}))
@@ -226,18 +257,51 @@ def _calibrate(options: argparse.Namespace) -> int:
     return 0
 
 
+def _calibration_of(options: argparse.Namespace) -> tuple[Callable[[Any], None], int, Callable[[Any, Any], Any]]:
+    """For the mode: what refuses a model, the most tokens, and what calibrates. Raises OptionError."""
+    progress = sys.stderr.isatty()
+    if options.mode == "threshold":
+        from flashclient.calibration import threshold
+
+        given = _given(options, ("max_perplexity_loss",), ("target_recall", "ranks", "kind", "seed"))
+        loss = given.get("max_perplexity_loss", threshold.LOSS_DEFAULT)
+        thresholds = threshold.ThresholdOptions(loss, progress)
+        return (
+            threshold.check_no_experts,
+            threshold.TOKENS_DEFAULT,
+            lambda loaded, sequences: threshold.calibrate_thresholds(loaded, sequences, thresholds),
+        )
+    from flashclient.calibration import calibrate
+
+    given = _given(options, ("target_recall", "ranks", "kind", "seed"), ("max_perplexity_loss",))
+    wanted = calibrate.CalibrationOptions(**given, progress=progress)
+    return (
+        calibrate.check_sparse,
+        calibrate.TOKENS_DEFAULT,
+        lambda loaded, sequences: calibrate.calibrate(loaded, sequences, wanted),
+    )
+
+
+def _given(options: argparse.Namespace, own: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """The flags of `own` that were given. Raises OptionError for one of `others`, which are another mode's."""
+    for name in others:
+        if getattr(options, name) is not None:
+            raise OptionError(f"--{name.replace('_', '-')} is not a flag of --mode {options.mode}: leave it out")
+    return {name: getattr(options, name) for name in own if getattr(options, name) is not None}
+
+
 def _eval(options: argparse.Namespace) -> int:
-    from flashclient.calibration.evaluate import TOKENS_DEFAULT, evaluate_exact, evaluate_predict
+    from flashclient.calibration.evaluate import TOKENS_DEFAULT, calibrated_mode, evaluate_exact, evaluate_lossy
     from flashclient.calibration.sequences import check_text
 
     check_text(options.text)
     progress = sys.stderr.isatty()
     with _client(options, mode="exact") as client:
         result = evaluate_exact(client.loaded, _sequences(client.loaded, options, TOKENS_DEFAULT), progress)
-        calibrated = client.record.calibration.version > 0
-    if calibrated:
-        with _client(options, mode="predict") as client:
-            evaluate_predict(client.loaded, result, progress)
+        mode = calibrated_mode(client.loaded)
+    if mode is not None:
+        with _client(options, mode=mode) as client:
+            evaluate_lossy(client.loaded, result, progress)
     say(json.dumps(result.as_dict()) if options.json else result.table())
     return 0
 

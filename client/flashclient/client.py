@@ -55,10 +55,11 @@ class FlashClient:
             with the last of this user's clients that attached by store=.
         dram: memory cap of a private weightd, in bytes or as `6.5GiB` or `50%`.
         mode: "exact" computes every neuron. "predict" computes those that the model's predictors expect to fire; the
-            loss of quality is small, and calibration has measured it. "auto" takes what calibration found best, and
-            "exact" without a calibration.
-        window: in mode "predict", the number of last tokens whose neurons stay leased. With 0 none do: the result is
-            the same, and slower.
+            loss of quality is small, and calibration has measured it. "threshold" skips those whose gate is small; the
+            loss is at most what calibration was told. "auto" takes "predict" or "exact", what calibration found best,
+            and "exact" without a calibration.
+        window: in modes "predict" and "threshold", the number of last tokens whose neurons stay leased. With 0 none do:
+            the result is the same, and slower.
         device: "cpu".
         dtype: only the stored dtype is accepted; another would need private copies of shared weights.
         transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a Unix socket.
@@ -112,12 +113,13 @@ class FlashClient:
         connection = Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address), private)
         record = connection.describe(name)
         self._options.check_dtype(record.compute_dtype)
-        window = self._options.window if self._options.predicts(record) else None
-        source = self._open_source(connection, record, address)
+        predicts = self._options.mode_of(record) != "exact"
+        source = self._open_source(connection, record, address, predicts)
         self._turns = Turns()
         opened.callback(self._turns.await_exit)
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
+        window = self._options.window if predicts else None
         self.loaded = load_model(connection, record, source, self._turns, window)
         opened.callback(self._turns.close)
         self.model: PreTrainedModel = self.loaded.model
@@ -136,12 +138,14 @@ class FlashClient:
             opened.callback(daemon.stop)
         return name, address, daemon is not None
 
-    def _open_source(self, connection: Connection, record: weightd_pb2.Model, address: str) -> BundleSource:
+    def _open_source(
+        self, connection: Connection, record: weightd_pb2.Model, address: str, predicts: bool
+    ) -> BundleSource:
         if not self._options.uses_shared_memory(address):
             return GrpcSource(connection, record, pool_bytes=self._options.pool_bytes)
         if self._options.pool_bytes is not None:
             raise OptionError("pool_bytes= is for transport='grpc': over shared memory the pool is the daemon's")
-        return RingSource(connection, record)
+        return RingSource(connection, record, predicts)
 
     @on_cpu()
     def generate(self, prompt: Any = None, **arguments: Any) -> Any:
@@ -206,8 +210,8 @@ class FlashClient:
 
     @property
     def mode(self) -> str:
-        """The mode that the client runs in: "exact" or "predict"."""
-        return "exact" if self.loaded.built.steps is None else "predict"
+        """The mode that the client runs in: "exact", "predict" or "threshold"."""
+        return self.loaded.mode
 
     @property
     def record(self) -> weightd_pb2.Model:

@@ -13,11 +13,13 @@ from flashclient._native import WINDOW_TOKENS_MAX
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.kernels.dtypes import DTYPES
+from flashclient.model.predictor_file import lossy_mode
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
 from weightd_proto.encodings import has_experts
 
-MODES = ("auto", "exact", "predict")
+MODES = ("auto", "exact", "predict", "threshold")
+NEEDS = {"predict": "predictors", "threshold": "thresholds"}
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
 _DRAM = re.compile(r"\d+(\.\d+)?\s*([kmgt]?b|[kmgt]ib|%)?", re.IGNORECASE)
@@ -74,27 +76,37 @@ class Options:
         """Raises OptionError for an incomplete set."""
         return TlsOptions(self.tls_ca, self.tls_cert, self.tls_key)
 
-    def predicts(self, model: weightd_pb2.Model) -> bool:
-        """Whether this model runs in predict mode. Raises CalibrationError if it should and cannot."""
+    def mode_of(self, model: weightd_pb2.Model) -> str:
+        """The mode in which this model runs: exact, predict or threshold.
+
+        Raises:
+            CalibrationError: a lossy mode is asked for, and the model has no calibration for it.
+        """
         calibration = model.calibration
         if self.mode == "exact" or (self.mode == "auto" and calibration.mode != "predict"):
-            return False
+            return "exact"
+        mode = "predict" if self.mode == "auto" else self.mode
         if has_experts(model):
             raise CalibrationError(
-                f"mode='predict' is not for models with experts, such as '{model.name}', whose router picks what is "
+                f"mode='{mode}' is not for models with experts, such as '{model.name}', whose router picks what is "
                 "read: use mode='exact'"
             )
+        command = f"run `flashclient calibrate {model.name} --text FILE{' --mode threshold' * (mode == 'threshold')}`"
         if calibration.version == 0:
             raise CalibrationError(
-                f"mode='predict' needs predictors, and model '{model.name}' was never calibrated: run `flashclient "
-                f"calibrate {model.name} --text FILE`, or use mode='exact'"
+                f"mode='{mode}' needs {NEEDS[mode]}, and model '{model.name}' was never calibrated: {command}, or use "
+                "mode='exact'"
             )
         if calibration.import_id != model.import_id:
             raise CalibrationError(
-                f"model '{model.name}' was calibrated for another import of it: run `flashclient calibrate "
-                f"{model.name} --text FILE` again, or use mode='exact'"
+                f"model '{model.name}' was calibrated for another import of it: {command} again, or use mode='exact'"
             )
-        return True
+        if lossy_mode(calibration) != mode:
+            raise CalibrationError(
+                f"mode='{mode}' needs {NEEDS[mode]}, and model '{model.name}' was calibrated for mode "
+                f"'{lossy_mode(calibration)}': use that mode, or {command}, which replaces that calibration"
+            )
+        return mode
 
     def check_dtype(self, stored: str) -> None:
         """Refuses a dtype other than the stored one: it would make a private copy of every shared weight."""

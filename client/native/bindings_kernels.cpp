@@ -40,6 +40,7 @@ using flashclient::AttentionShape;
 using flashclient::Dtype;
 using flashclient::Encoding;
 using flashclient::Ffn;
+using flashclient::GatePredictor;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
 using flashclient::Matrix;
@@ -349,6 +350,15 @@ struct LowRankArrays : LowRankPredictor {
     std::tuple<Weight, Weight, Bias, std::optional<Bias>> held;
 };
 
+struct GateArrays : GatePredictor {
+    GateArrays(Workers& workers, const Weight& gate, const Bias& scale, const Bias& bias, const Bias& threshold,
+               const Activation& activation, const char* instruction_set)
+        : GatePredictor(workers, matrix_of(gate, Dtype::i8), scale.data(), bias.data(), threshold.data(), activation,
+                        instruction_set),
+          held(gate, scale, bias, threshold) {}
+    std::tuple<Weight, Bias, Bias, Bias> held;
+};
+
 struct Sign : SignPredictor {
     using Signs = Array<const uint8_t, 2>;
     using Margin = Array<const int32_t, 1>;
@@ -379,6 +389,15 @@ void make_low_rank(LowRankArrays* self, Workers& workers, const std::string& dty
                              name_of(instruction_set));
 }
 
+void make_gate(GateArrays* self, Workers& workers, const Weight& gate, const Bias& scale, const Bias& bias,
+               const Bias& threshold, const nb::object& activation, const InstructionSet& instruction_set) {
+    for (const Bias* one : {&scale, &bias, &threshold}) {
+        require(aligned(*one, "an array").shape(0) == gate.shape(0),
+                "there must be a scale, a bias and a threshold per neuron");
+    }
+    new (self) GateArrays(workers, gate, scale, bias, threshold, activation_of(activation), name_of(instruction_set));
+}
+
 void make_sign(Sign* self, Workers& workers, const Sign::Signs& signs, size_t hidden_size, const Sign::Margin& margin,
                const InstructionSet& instruction_set) {
     require(hidden_size > 0 && hidden_size <= HIDDEN_MAX, "hidden_size must be positive and at most 16777216");
@@ -397,6 +416,9 @@ void bind_predictors(nb::module_& module) {
         .def("__init__", &make_low_rank, "workers"_a, "dtype"_a, "input"_a.noconvert(), "output"_a.noconvert(),
              "bias"_a.noconvert(), "scale"_a.noconvert() = nb::none(), "instruction_set"_a = nb::none(),
              nb::keep_alive<1, 2>());
+    nb::class_<GateArrays, Predictor>(module, "GatePredictor")
+        .def("__init__", &make_gate, "workers"_a, "gate"_a.noconvert(), "scale"_a.noconvert(), "bias"_a.noconvert(),
+             "threshold"_a.noconvert(), "activation"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>());
     nb::class_<Sign, Predictor>(module, "SignPredictor")
         .def("__init__", &make_sign, "workers"_a, "signs"_a.noconvert(), "hidden_size"_a, "margin"_a.noconvert(),
              "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>());

@@ -95,7 +95,9 @@ class InProcessClient(flashclient.FlashClient):
         self._dram_bytes = dram_bytes
         super().__init__(planted.name, address=address, mode=mode)
 
-    def _open_source(self, connection: Connection, record: weightd_pb2.Model, address: str) -> BundleSource:
+    def _open_source(
+        self, connection: Connection, record: weightd_pb2.Model, address: str, predicts: bool
+    ) -> BundleSource:
         store = Store.open(self._planted.store, readonly=True)
         return EngineSource(connection, record, store, self._dram_bytes)
 

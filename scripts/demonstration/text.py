@@ -7,6 +7,7 @@ whether it is held out of training, so every machine holds out the same pages.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import html
 import re
@@ -56,7 +57,7 @@ def read_pages(roots: list[Path]) -> list[Page]:
     """Every page under `roots`, each paragraph only where it comes first. The order depends on names alone."""
     found = {_name(path): (path, root) for root in roots for path in _documents(root)}
     names = sorted(found)
-    with ProcessPoolExecutor(READERS) as pool:
+    with ProcessPoolExecutor(READERS, initializer=gc.freeze) as pool:  # what this process left is not theirs to collect
         texts = pool.map(_read, [found[name][0] for name in names], chunksize=64)
         pages = [Page(name, text, found[name][1]) for name, text in zip(names, texts, strict=True)]
     return list(_without_repeats(pages))

@@ -301,7 +301,7 @@ def test_forked(client: FlashClient) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "fast"}, "mode='fast' is not known: use 'auto' or 'exact' or 'predict'"),
+        ({"mode": "fast"}, "mode='fast' is not known: use 'auto' or 'exact' or 'predict' or 'threshold'"),
         ({"device": "cuda"}, "device='cuda' is not known: use 'cpu'"),
         ({"transport": "tcp"}, "transport='tcp' is not known"),
         ({"window": -1}, "window=-1 must be a whole number of tokens from 0"),

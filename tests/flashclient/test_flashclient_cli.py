@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,19 @@ def test_bad_input_is_one_line(
     assert printed.err.startswith("flashclient: ")
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["generate m p", "calibrate m --text f", "eval m --text f"])
+def test_without_torch_and_transformers_it_says_what_to_install(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("torch", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: sys.modules[name])
+    assert cli.main(command.split()) == 1
+    printed = capsys.readouterr()
+    assert printed.err == "flashclient: this needs torch and transformers: pip install 'weightd[client]'\n"
+    assert printed.out == ""
 
 
 def test_unknown_model(address: str, capsys: pytest.CaptureFixture[str]) -> None:

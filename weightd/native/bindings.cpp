@@ -79,12 +79,12 @@ nb::bytes filled_bytes(size_t size, F fill) {
     return nb::cast<nb::bytes>(result);
 }
 
-nb::tuple open_session(EngineThread& engine, uint32_t model, uint32_t slots_wanted, int64_t user_id) {
+nb::tuple open_session(EngineThread& engine, uint32_t model, uint32_t slots_wanted, int64_t user_id, bool predicts) {
     weightd::Opened opened;
     const auto user = user_id < 0 ? std::nullopt : std::optional(static_cast<uid_t>(user_id));
     {
         const nb::gil_scoped_release released;
-        opened = engine.open_session(model, slots_wanted, user);
+        opened = engine.open_session(model, slots_wanted, user, predicts);
     }
     return nb::make_tuple(nb::bytes(opened.token.data(), opened.token.size()), opened.share_slots);
 }
@@ -251,9 +251,10 @@ void bind_engine(nb::module_& module) {
              "Opens a model's files; returns its number.")
         .def("raise_dram", &EngineThread::raise_dram, "dram_bytes"_a, "floor_bytes"_a,
              nb::call_guard<nb::gil_scoped_release>(), "--dram and its floor from now on, unless it is more already.")
-        .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a,
+        .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a, "predicts"_a = true,
              "Returns (token, share_slots). Only processes of the user can attach; -1: processes of any user. Loads "
-             "resident weights and predictors that are not in memory yet. Raises MemoryError, OSError "
+             "resident weights and, for a session that predicts, predictors that are not in memory yet. Raises "
+             "MemoryError, OSError "
              "(TimeoutError: the device does not answer), CorruptResident, Stopping.")
         .def("set_predictors", &set_predictors, "model"_a, "path"_a, "bytes"_a, "checksum"_a, "version"_a,
              "The predictors.safetensors for sessions that open from now on.")

@@ -294,6 +294,8 @@ def _calibration(calibration: weightd_pb2.Calibration) -> dict[str, Any] | None:
     return {
         "version": calibration.version,
         "mode": calibration.mode,
+        "lossy_mode": calibration.lossy_mode or "predict",
+        "perplexity_loss": calibration.perplexity_loss,
         "published_unix_s": calibration.published_unix_s,
         "bytes": sum(file.size_bytes for file in calibration.files),
     }

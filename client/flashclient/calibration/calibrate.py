@@ -27,18 +27,18 @@ from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, layer_wa
 from flashclient.calibration.predictor_training import (
     Examples,
     ReferencePredictor,
+    Trained,
     constant_predictor,
     measure,
     sign_predictor,
     train_low_rank,
 )
 from flashclient.calibration.publishing import publish
-from flashclient.calibration.result import CalibratedLayer, CalibrationResult, write_files
+from flashclient.calibration.result import CalibratedLayer, CalibrationResult, Publishable, write_files
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import has_exact_zeros
 from flashclient.model.loaded import LoadedModel
-from flashclient.model.predictor_file import Predictor
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import has_experts
 
@@ -60,8 +60,9 @@ def check_sparse(loaded: LoadedModel) -> None:
     activation = loaded.record.activation
     if not has_exact_zeros(activation):
         raise CalibrationError(
-            f"model '{loaded.record.name}' cannot be calibrated: its activation, {activation.function}, is never"
-            " exactly zero, so predict mode would lose quality or read everything; run it in mode 'exact'"
+            f"model '{loaded.record.name}' cannot be calibrated for mode 'predict': its activation, "
+            f"{activation.function}, is never exactly zero, so predict mode would lose quality or read everything; run "
+            "it in mode 'exact', or calibrate with --mode threshold"
         )
 
 
@@ -168,7 +169,7 @@ class _Run:
 
         self._predicted = [self._walk.step(index, hidden, feed_forward) for hidden in self._predicted]
 
-    def _train(self, weights: LayerWeights, examples: Examples, choosing: Examples) -> Predictor:
+    def _train(self, weights: LayerWeights, examples: Examples, choosing: Examples) -> Trained:
         training = examples.select(self._training)
         share = float(training.fired.frequency().mean())
         if share > FIRING_DENSE or not share or not choosing.fired.frequency().any():
@@ -231,8 +232,16 @@ def _wanted(prediction: ReferencePredictor, examples: Examples) -> PackedBits:
     return bits
 
 
-def publish_result(result: CalibrationResult, loaded: LoadedModel) -> weightd_pb2.Calibration:
+def publish_result(result: Publishable, loaded: LoadedModel) -> weightd_pb2.Calibration:
     """Publishes `result` as the model's newest calibration. Raises what publish() does."""
     with TemporaryDirectory(prefix="flashclient-") as name:
         names = write_files(result, loaded.record, Path(name))
-        return publish(loaded.connection, loaded.record, result.mode()[0], Path(name), names)
+        return publish(
+            loaded.connection,
+            loaded.record,
+            result.mode()[0],
+            Path(name),
+            names,
+            lossy_mode=result.lossy_mode,
+            perplexity_loss=result.loss,
+        )

@@ -20,12 +20,12 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from flashclient.calibration.layer_walk import LayerWeights, layer_walk, read_parts
-from flashclient.calibration.predictor_training import PairCounts, Rates, ReferencePredictor
+from flashclient.calibration.predictor_training import PairCounts, Rates, Reference, reference_of
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.build import resident_tensors
 from flashclient.model.loaded import LoadedModel
-from flashclient.model.predictor_file import Predictor, read_predictors
+from flashclient.model.predictor_file import Predictor, lossy_mode, read_predictors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
 
@@ -80,6 +80,8 @@ class Evaluation:
     dense: Quality | None = None
     exact: Quality = field(default_factory=Quality)
     predict: Quality | None = None
+    threshold: Quality | None = None
+    calibrated_loss: float | None = None
     layers: list[Rates] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -90,6 +92,8 @@ class Evaluation:
             "dense": dense,
             "exact": self.exact.as_dict(),
             "predict": None if self.predict is None else self.predict.as_dict(),
+            "threshold": None if self.threshold is None else self.threshold.as_dict(),
+            "calibrated_loss": self.calibrated_loss,
             "layers": [asdict(rates) for rates in self.layers],
             "text_tokens": self.sequences.numel(),
             "agreement_with": "exact" if self.dense is None else "dense",
@@ -99,9 +103,12 @@ class Evaluation:
     def table(self) -> str:
         """A row per mode, a row per layer, and the notes."""
         lines = [f"{'':<8}{'perplexity':>12} {'same first token':>18}"]
-        for name, quality in (("dense", self.dense), ("exact", self.exact), ("predict", self.predict)):
+        for name in ("dense", "exact", "predict", "threshold"):
+            quality: Quality | None = getattr(self, name)
             if quality is not None:
-                lines.append(f"{name:<8}{quality.perplexity:>12.3f} {quality.top1_agreement:>18.2%}")
+                lines.append(f"{name:<10}{quality.perplexity:>10.3f} {quality.top1_agreement:>18.2%}")
+        if self.calibrated_loss is not None:
+            lines.append(f"calibration measured a loss of perplexity of {self.calibrated_loss:+.2%}")
         if self.layers:
             lines.append(f"{'layer':<8}{'firing':>12} {'predicted':>12} {'missed':>12} {'false':>12}")
         for index, rates in enumerate(self.layers):
@@ -124,7 +131,7 @@ def evaluate_exact(loaded: LoadedModel, sequences: Tensor, progress: bool = Fals
     with torch.no_grad(), loaded.taken():
         result.likeliest = _evaluate_dense(loaded, result, progress)
         result.likeliest = _run(loaded.model, result, result.exact, _bar("exact", sequences, progress))
-        if loaded.record.calibration.version > 0:
+        if calibrated_mode(loaded) is not None:
             result.layers = layer_rates(loaded, fetch_predictors(loaded), sequences)
         else:
             result.notes.append(
@@ -133,15 +140,26 @@ def evaluate_exact(loaded: LoadedModel, sequences: Tensor, progress: bool = Fals
     return result
 
 
-def evaluate_predict(loaded: LoadedModel, result: Evaluation, progress: bool = False) -> None:
-    """Adds predict mode to `result`.
+def calibrated_mode(loaded: LoadedModel) -> str | None:
+    """The mode that the model was calibrated for; None if it never was."""
+    calibration = loaded.record.calibration
+    return lossy_mode(calibration) if calibration.version > 0 else None
+
+
+def evaluate_lossy(loaded: LoadedModel, result: Evaluation, progress: bool = False) -> None:
+    """Adds the mode that the model was calibrated for to `result`.
 
     Args:
-        loaded: the same model in predict mode. It is loaded after the one in exact mode, so that one session is enough.
+        loaded: the same model in that mode. It is loaded after the one in exact mode, so that one session is enough.
     """
-    result.predict = Quality()
+    quality = Quality()
     with torch.no_grad(), loaded.taken():
-        _run(loaded.model, result, result.predict, _bar("predict", result.sequences, progress))
+        _run(loaded.model, result, quality, _bar(loaded.mode, result.sequences, progress))
+    if loaded.mode == "threshold":
+        result.threshold = quality
+    else:
+        result.predict = quality
+    result.calibrated_loss = loaded.perplexity_loss or None
 
 
 def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
@@ -219,7 +237,8 @@ def layer_rates(loaded: LoadedModel, predictors: list[Predictor], sequences: Ten
     with layer_walk(loaded, sequences[:1]) as walk:
         hidden = [walk.embed(ids) for ids in sequences[:, None]]
         for index, predictor in enumerate(predictors):
-            counted = _Counted(walk.weights(index), ReferencePredictor(predictor, dtype), PairCounts())
+            reference = reference_of(predictor, loaded.record, dtype)
+            counted = _Counted(walk.weights(index), reference, PairCounts())
             hidden = [walk.step(index, one, counted) for one in hidden]
             rates.append(counted.counts.rates())
     return rates
@@ -230,7 +249,7 @@ class _Counted:
     """A dense FFN that compares the neurons that fire with those predicted."""
 
     weights: LayerWeights
-    prediction: ReferencePredictor
+    prediction: Reference
     counts: PairCounts
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from flashclient.calibration.firing import PackedBits
-from flashclient.model.predictor_file import LowRank, Predictor, Signs, quantized
+from flashclient.model.activations import neurons_of
+from flashclient.model.predictor_file import GateRows, LowRank, Predictor, Signs, quantized
+from weightd_proto import weightd_pb2
 
 EPOCHS = 3
 BATCH_TOKENS = 256
@@ -91,6 +93,9 @@ class PairCounts:
         )
 
 
+Trained = LowRank | Signs
+
+
 class ReferencePredictor:
     """A predictor computed by torch: the reference for the kernels.
 
@@ -98,7 +103,7 @@ class ReferencePredictor:
         dtype: of the predictor's matrices; numpy has no bfloat16, so they are uint16 there.
     """
 
-    def __init__(self, predictor: Predictor, dtype: torch.dtype) -> None:
+    def __init__(self, predictor: Trained, dtype: torch.dtype) -> None:
         if isinstance(predictor, LowRank):
             self._input, self._output = _values(predictor.input, dtype), _output(predictor, dtype)
             self._bias = torch.from_numpy(predictor.bias.copy())
@@ -116,6 +121,33 @@ class ReferencePredictor:
     def wanted(self, x: Tensor) -> Tensor:
         """[tokens, neurons] bool."""
         return self.scores(x) > 0
+
+
+class ReferenceGate:
+    """The same for the gate rows of mode threshold."""
+
+    def __init__(self, predictor: GateRows, activation: weightd_pb2.Activation) -> None:
+        self._rows = torch.from_numpy(predictor.gate * predictor.scale[:, None])
+        self._bias, self._threshold = (torch.from_numpy(one.copy()) for one in (predictor.bias, predictor.threshold))
+        self._activation = activation
+
+    def opened(self, x: Tensor) -> Tensor:
+        """act(gate . x) of x [tokens, hidden_size] fp32: [tokens, neurons]."""
+        return neurons_of(self._activation, torch.addmm(self._bias, x, self._rows.T))
+
+    def wanted(self, x: Tensor) -> Tensor:
+        """[tokens, neurons] bool."""
+        return ~(self.opened(x).abs() < self._threshold)
+
+
+Reference = ReferencePredictor | ReferenceGate
+
+
+def reference_of(predictor: Predictor, model: weightd_pb2.Model, dtype: torch.dtype) -> Reference:
+    """The reference for the predictor's kernel."""
+    if isinstance(predictor, GateRows):
+        return ReferenceGate(predictor, model.activation)
+    return ReferencePredictor(predictor, dtype)
 
 
 def _signs_of(x: Tensor) -> Tensor:
@@ -139,7 +171,7 @@ def _stored(matrix: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     return rounded.numpy() if dtype == torch.float32 else rounded.view(torch.int16).numpy().view(np.uint16)
 
 
-def measure(predictor: Predictor, dtype: torch.dtype, examples: Examples) -> Rates:
+def measure(predictor: Trained, dtype: torch.dtype, examples: Examples) -> Rates:
     """The rates of `predictor` on `examples`."""
     prediction = ReferencePredictor(predictor, dtype)
     counts = PairCounts()
@@ -158,7 +190,7 @@ def train_low_rank(
     recall: float,
     dtype: torch.dtype,
     seed: int,
-) -> Predictor:
+) -> Trained:
     """The low-rank predictor of the smallest rank whose false positives are close to those of the largest rank.
 
     Starts from the best approximation of `rows` under the covariance of the inputs, then minimises balanced binary
@@ -174,7 +206,7 @@ def train_low_rank(
     candidates = sorted({min(rank, *rows.shape) for rank in ranks})
     start = _Start(rows, bias, training.x)
 
-    def train(rank: int) -> tuple[Predictor, float]:
+    def train(rank: int) -> tuple[Trained, float]:
         first, second, shift = _descend(*start.of(rank), training, seed)
         unshifted = quantized(_stored(first, dtype), second.numpy(), shift.numpy())
         predictor = with_thresholds(unshifted, dtype, held_out, recall)
@@ -267,7 +299,7 @@ def _set_gradients(parameters: list[Tensor], x: Tensor, fired: Tensor, weight: f
     first.grad = back.T @ x
 
 
-def sign_predictor(rows: Tensor, held_out: Examples, recall: float) -> Predictor:
+def sign_predictor(rows: Tensor, held_out: Examples, recall: float) -> Trained:
     """SparseInfer's predictor (arXiv 2411.12692), but with margins chosen by recall instead of one parameter."""
     signs = np.packbits(torch.signbit(rows).numpy(), axis=1, bitorder="little")
     if not held_out.fired.frequency().any():  # no input exceeds this margin
@@ -282,7 +314,7 @@ def constant_predictor(neurons: int, hidden_size: int, wants: bool, dtype: torch
     return quantized(_stored(first, dtype), second.numpy(), bias)
 
 
-def with_thresholds(predictor: Predictor, dtype: torch.dtype, held_out: Examples, recall: float) -> Predictor:
+def with_thresholds(predictor: Trained, dtype: torch.dtype, held_out: Examples, recall: float) -> Trained:
     """`predictor` with thresholds in its bias or margin. In `held_out`, at least one neuron must have fired."""
     prediction = ReferencePredictor(predictor, dtype)
     neurons, found = [], []
@@ -321,7 +353,7 @@ def _lowest(scores: NDArray[np.float32], recall: float) -> float:
     return float(np.partition(scores, place)[place]) if len(scores) else 0.0
 
 
-def _shift(predictor: Predictor, lowest: NDArray[np.float32]) -> Predictor:
+def _shift(predictor: Trained, lowest: NDArray[np.float32]) -> Trained:
     """`predictor` changed so that it wants scores of `lowest` and above."""
     if isinstance(predictor, Signs):
         return replace(predictor, margin=predictor.margin + lowest.astype(np.int32) - 1)

@@ -16,19 +16,30 @@ PIECE_BYTES = 2**20  # file bytes in one message
 
 
 def publish(
-    connection: Connection, model: weightd_pb2.Model, mode: str, folder: Path, names: tuple[str, ...]
+    connection: Connection,
+    model: weightd_pb2.Model,
+    mode: str,
+    folder: Path,
+    names: tuple[str, ...],
+    *,
+    lossy_mode: str = "predict",
+    perplexity_loss: float = 0.0,
 ) -> weightd_pb2.Calibration:
     """Publishes the files `names` in `folder` as the model's newest calibration.
 
     Args:
         mode: "exact" or "predict", which mode "auto" then takes for the model.
+        lossy_mode: "predict" or "threshold", which mode the calibration is for.
+        perplexity_loss: of that mode, relative, as measured.
 
     Raises:
         RefusedError: the daemon does not allow it, or the model has been imported again.
         CorruptionError: the daemon received other bytes than were sent.
         DaemonLostError.
     """
-    calibration = weightd_pb2.Calibration(import_id=model.import_id, mode=mode)
+    calibration = weightd_pb2.Calibration(
+        import_id=model.import_id, mode=mode, lossy_mode=lossy_mode, perplexity_loss=perplexity_loss
+    )
     calibration.files.extend(_described(folder / name) for name in names)
     header = weightd_pb2.PublishCalibrationHeader(model=model.name, calibration=calibration)
     with connection.rpc_errors():

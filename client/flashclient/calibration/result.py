@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from flashclient.calibration.evaluate import Quality
-from flashclient.calibration.predictor_training import Rates
+from flashclient.calibration.predictor_training import Rates, Trained
 from flashclient.model.predictor_file import LowRank, Predictor, arrays_of, write_predictors, write_tensors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE, REPORT_FILE, STATISTICS_FILE
@@ -24,11 +25,37 @@ NEW_SHARE_MAX = 0.25
 WINDOW_TOKENS = 4
 
 
+class PublishableLayer(Protocol):
+    """What is published of a layer: its predictor, and statistics by position (predictor_file.py)."""
+
+    @property
+    def predictor(self) -> Predictor: ...
+    @property
+    def frequency(self) -> NDArray[np.float32]: ...
+    @property
+    def predicted(self) -> NDArray[np.float32]: ...
+    @property
+    def union(self) -> NDArray[np.float32]: ...
+
+
+class Publishable(Protocol):
+    """What is published of a calibration."""
+
+    lossy_mode: ClassVar[str]
+
+    @property
+    def layers(self) -> Sequence[PublishableLayer]: ...
+    @property
+    def loss(self) -> float: ...
+    def mode(self) -> tuple[str, str]: ...
+    def report(self) -> dict[str, Any]: ...
+
+
 @dataclass
 class CalibratedLayer:
     """Results for one layer; arrays are by position."""
 
-    predictor: Predictor
+    predictor: Trained
     rates: Rates
     sign_rates: Rates
     frequency: NDArray[np.float32]
@@ -88,6 +115,8 @@ class CalibrationResult:
     settings: dict[str, Any]
     seconds: float
 
+    lossy_mode: ClassVar[str] = "predict"
+
     @property
     def loss(self) -> float:
         """The relative loss of perplexity by prediction; negative for a gain."""
@@ -132,7 +161,7 @@ class CalibrationResult:
         return "\n".join([*lines, f"mode '{mode}': {reason}"])
 
 
-def write_files(result: CalibrationResult, model: weightd_pb2.Model, folder: Path) -> tuple[str, ...]:
+def write_files(result: Publishable, model: weightd_pb2.Model, folder: Path) -> tuple[str, ...]:
     """Writes the three files of the format (flashclient.model.predictor_file); returns their names."""
     write_predictors(folder / PREDICTORS_FILE, [layer.predictor for layer in result.layers], model)
     statistics = {

@@ -237,15 +237,22 @@ class Connection:
             raise errors.ModelError(f"cannot read model '{name}': {error}; upgrade flashclient") from error
         return model
 
-    def open_session(self, model: weightd_pb2.Model, slots_wanted: int) -> weightd_pb2.OpenSessionResponse:
+    def open_session(
+        self, model: weightd_pb2.Model, slots_wanted: int, predicts: bool = True
+    ) -> weightd_pb2.OpenSessionResponse:
         """Opens a session with a share of the pool.
+
+        Args:
+            predicts: whether it gets the predictors of the newest calibration, if there is one.
 
         Raises:
             ShareError: the pool has no room; the text gives the numbers.
             BusyError: the daemon has too many calls.
             RefusedError: the store has another import of the model now.
         """
-        request = weightd_pb2.OpenSessionRequest(model=model.name, slots_wanted=slots_wanted, import_id=model.import_id)
+        request = weightd_pb2.OpenSessionRequest(
+            model=model.name, slots_wanted=slots_wanted, import_id=model.import_id, without_predictors=not predicts
+        )
         try:  # the first session waits until the resident weights have been read
             opened: weightd_pb2.OpenSessionResponse = self.stub.OpenSession(request, timeout=OPEN_TIMEOUT_S)
         except grpc.RpcError as error:

@@ -42,7 +42,7 @@ class Drafts:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._vocabulary: int = model.config.vocab_size
+        self._vocabulary: int = model.config.get_text_config().vocab_size
         self._dtype: torch.dtype = model.dtype
         self._tokenizer = tokenizer
         self._loaded: dict[Path, tuple[Any, PreTrainedTokenizerBase | None]] = {}
@@ -77,12 +77,13 @@ class Drafts:
         draft.eval()
         draft.generation_config.num_assistant_tokens = DRAFT_TOKENS_DEFAULT
         draft.generation_config.num_assistant_tokens_schedule = "constant"
-        if draft.config.vocab_size == self._vocabulary:
+        vocabulary = draft.config.get_text_config().vocab_size
+        if vocabulary == self._vocabulary:
             return draft, None
         tokenizer = None if self._tokenizer is None else load_tokenizer(folder)
         if tokenizer is None:
             raise ModelError(
-                f"the draft model at {folder} has a vocabulary of {draft.config.vocab_size} tokens, the model of "
+                f"the draft model at {folder} has a vocabulary of {vocabulary} tokens, the model of "
                 f"{self._vocabulary}: both need a tokenizer, or use a draft with the model's own"
             )
         return draft, tokenizer

@@ -86,6 +86,7 @@ class Generator:
         self._ffn = loaded.built.ffn
         self._steps = loaded.built.steps
         self._source = loaded.source
+        self._mode, self._perplexity_loss = loaded.mode, loaded.perplexity_loss
         self._drafts = Drafts(loaded.model, loaded.tokenizer)
         self._tokenizer = loaded.tokenizer
         self._turns = loaded.turns
@@ -163,7 +164,8 @@ class Generator:
         sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
         made = torch.empty(0, 0) if sequences is None else sequences[:, call.ids_tokens :]
         return meter.finish(
-            mode="exact" if self._steps is None else "predict",
+            mode=self._mode,
+            perplexity_loss=self._perplexity_loss,
             rows=len(made),
             prompt_tokens=call.prompt_tokens,
             fed_tokens=call.fed_tokens,
@@ -190,8 +192,8 @@ class Generator:
         call = _Call(arguments, merged_config(self._model, arguments))
         if self._steps is not None and (call.config.guidance_scale or 1) != 1 and call.config.use_cache is False:
             raise OptionError(
-                "guidance_scale= with use_cache=False is refused in mode 'predict': without caches the steps of the two"
-                " prompts cannot be distinguished; leave use_cache out"
+                f"guidance_scale= with use_cache=False is refused in mode '{self._mode}': without caches the steps of "
+                "the two prompts cannot be distinguished; leave use_cache out"
             )
         self._prepare_prompt(call)
         self._prepare_padding(call)

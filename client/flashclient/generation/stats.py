@@ -19,6 +19,7 @@ class Stats:
     """Statistics of a client's last generation. A ratio with a denominator of 0 is 0."""
 
     mode: str = "exact"
+    perplexity_loss: float = 0.0  # of the mode, relative, as calibration has measured it; 0 if it was not stored
     rows: int = 0  # sequences returned
     prompt_tokens: int = 0  # of one row, padding included
     new_tokens: int = 0  # of all rows, without the padding of finished ones
@@ -79,7 +80,7 @@ class Stats:
         if self.drafted_tokens:
             tokens += f"; {100 * self.acceptance:.0f} % of {self.drafted_tokens} drafted accepted"
         rows = [
-            ("mode", self.mode),
+            ("mode", self.mode + (f", {self.perplexity_loss:+.2%} perplexity" if self.perplexity_loss else "")),
             ("tokens", tokens),
             ("speed", f"{self.tokens_per_s:.2f} tokens/s, first after {self.first_step_s:.2f} s"),
             ("read", f"{self.read_bytes_per_token / 1e6:.2f} MB/token, {self.read_gb_per_s:.2f} GB/s"),
@@ -152,7 +153,15 @@ class Meter:
         self._columns += 0 if inputs is None else inputs.shape[1]
 
     def finish(
-        self, *, mode: str, rows: int, prompt_tokens: int, fed_tokens: int, new_tokens: int, drafted: bool
+        self,
+        *,
+        mode: str,
+        perplexity_loss: float,
+        rows: int,
+        prompt_tokens: int,
+        fed_tokens: int,
+        new_tokens: int,
+        drafted: bool,
     ) -> Stats:
         """
         Args:
@@ -164,6 +173,7 @@ class Meter:
         spent = {name: now[name] - before[name] for name in now}
         return Stats(
             mode=mode,
+            perplexity_loss=perplexity_loss,
             rows=rows,
             prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,

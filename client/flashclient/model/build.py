@@ -105,6 +105,8 @@ def build_model(
     model_class = _class_of(record)
     config = _config_of(model_class, record, folder)
     attention_chosen = config._attn_implementation is not None
+    if not attention_chosen and getattr(config, "attn_logit_softcapping", None):
+        config._attn_implementation = "eager"  # older transformers take sdpa, which drops the cap in silence
     dtype = DTYPES[record.compute_dtype]
     with _UnmadeParameters():
         model: PreTrainedModel = model_class._from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]

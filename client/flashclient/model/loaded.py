@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.model.build import BuiltModel, build_model
+from flashclient.model.predictor_file import lossy_mode
 from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
@@ -52,6 +53,16 @@ class LoadedModel:
     @property
     def model(self) -> PreTrainedModel:
         return self.built.model
+
+    @property
+    def mode(self) -> str:
+        """exact, predict or threshold."""
+        return "exact" if self.built.steps is None else lossy_mode(self.record.calibration)
+
+    @property
+    def perplexity_loss(self) -> float:
+        """Of the mode, relative, as calibration has measured it; 0 in exact mode, or if it was not stored."""
+        return 0.0 if self.built.steps is None else self.record.calibration.perplexity_loss
 
     @property
     def context_tokens(self) -> int | None:

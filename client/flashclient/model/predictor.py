@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from flashclient import _native
 from flashclient._native import Ffn, Workers
-from flashclient.model.predictor_file import Predictor, Signs, read_predictors
+from flashclient.model.predictor_file import GateRows, Predictor, Signs, read_predictors
 from weightd_proto import weightd_pb2
 
 ROWS_MAX = Ffn.TOKENS_MAX  # of one prediction: the bits of a row mask
@@ -51,5 +51,8 @@ class Predictors:
 def _kernel(predictor: Predictor, model: weightd_pb2.Model, workers: Workers) -> _native.Predictor:
     if isinstance(predictor, Signs):
         return _native.SignPredictor(workers, predictor.signs, model.bundle.hidden_size, predictor.margin)
+    if isinstance(predictor, GateRows):
+        gate, scale, bias, threshold = predictor.gate, predictor.scale, predictor.bias, predictor.threshold
+        return _native.GatePredictor(workers, gate, scale, bias, threshold, model.activation)
     arrays = predictor.input, predictor.output, predictor.bias, predictor.scale
     return _native.LowRankPredictor(workers, model.compute_dtype, *arrays)

@@ -3,8 +3,8 @@
 predictors.safetensors is a safetensors file, little-endian, with a predictor for each of the L layers of a model, all
 of one kind.
 
-- Metadata: `format` "flashclient-calibration", `format_version` "1", `kind` "low_rank" or "sign", `import_id` in
-  hexadecimal: the import of the model that it was made for.
+- Metadata: `format` "flashclient-calibration", `format_version` "1", `kind` "low_rank", "sign" or "gate", `import_id`
+  in hexadecimal: the import of the model that it was made for.
 - Rows are by position, not by neuron: row p belongs to the bundle at position p of the layer.
 - Kind low_rank, layer i: `layers.{i}.input` [rank, hidden_size] in the model's compute dtype,
   `layers.{i}.output` [neurons, rank] in the same, or I8 with `layers.{i}.scale` [neurons] F32, and `layers.{i}.bias`
@@ -14,6 +14,9 @@ of one kind.
   U8, where bit j % 8 of byte j // 8 is the sign bit (1: negative) of coordinate j of the neuron's gate row, or up row
   where there is no gate; bits past the last are 0. `layers.{i}.margin` [neurons] I32. A neuron is wanted where
   (coordinates whose sign is that of x's) - (those whose sign differs) > margin.
+- Kind gate, of mode threshold, layer i: `layers.{i}.gate` [neurons, hidden_size] I8, the gate rows, or the up rows
+  where there is no gate, with `layers.{i}.scale`, `layers.{i}.bias` and `layers.{i}.threshold`, each [neurons] F32. A
+  neuron is wanted where |act(scale * (gate . x) + bias)| >= threshold, act being the model's activation.
 - Every tensor begins at a multiple of 64 bytes of the file, so it can be used in place where the file is mapped.
   safetensors allows no gaps, so the bytes between are in tensors `padding.{n}` U8, which have no meaning.
 - Refused with CalibrationError: a file that is not a whole safetensors file, another format, a newer version, an
@@ -83,15 +86,41 @@ class Signs:
     margin: NDArray[np.int32]
 
 
-Predictor = LowRank | Signs
+@dataclass(frozen=True)
+class GateRows:
+    """Wanted where |act(scale * (gate . x) + bias)| >= threshold.
+
+    Attributes:
+        gate: [neurons, hidden_size] int8, by position.
+        scale, bias, threshold: [neurons] float32, by position.
+    """
+
+    gate: NDArray[np.int8]
+    scale: NDArray[np.float32]
+    bias: NDArray[np.float32]
+    threshold: NDArray[np.float32]
+
+
+Predictor = LowRank | Signs | GateRows
+KINDS: dict[str, type[Predictor]] = {"low_rank": LowRank, "sign": Signs, "gate": GateRows}
 
 
 def quantized(input: NDArray[Any], output: NDArray[np.float32], bias: NDArray[np.float32]) -> LowRank:
-    """Rounds `output` [neurons, rank] to int8 with a scale for each neuron: half the memory of 16 bits, which leaves
-    more for the pool. Thresholds must be chosen afterwards."""
-    scale = np.abs(output).max(axis=1) / INT8_MAX
+    """A predictor whose `output` [neurons, rank] is rounded to int8. Thresholds must be chosen afterwards."""
+    rounded, scale = in_bytes(output)
+    return LowRank(input, rounded, bias, scale)
+
+
+def in_bytes(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """`rows` rounded to int8 with a scale for each: half the memory of 16 bits, which leaves more for the pool."""
+    scale = np.abs(rows).max(axis=1) / INT8_MAX
     scale[scale == 0] = 1
-    return LowRank(input, np.rint(output / scale[:, None]).astype(np.int8), bias, scale.astype(np.float32))
+    return np.rint(rows / scale[:, None]).astype(np.int8), scale.astype(np.float32)
+
+
+def lossy_mode(calibration: weightd_pb2.Calibration) -> str:
+    """The mode that a calibration is for: predict or threshold."""
+    return calibration.lossy_mode or "predict"
 
 
 def read_predictors(data: NDArray[np.uint8], model: weightd_pb2.Model) -> list[Predictor]:
@@ -126,7 +155,7 @@ def arrays_of(predictor: Predictor) -> dict[str, NDArray[Any]]:
 
 
 def _kind(predictor: Predictor) -> str:
-    return "low_rank" if isinstance(predictor, LowRank) else "sign"
+    return next(kind for kind, made in KINDS.items() if isinstance(predictor, made))
 
 
 def write_tensors(
@@ -174,7 +203,7 @@ class _Tensors:
             raise self._refusal(f"it has format version {version}, this flashclient reads {FORMAT_VERSION}")
         if found.get("import_id") != self._model.import_id.hex():
             raise self._refusal("it was made for another import of the model")
-        if found.get("kind") not in ("low_rank", "sign"):
+        if found.get("kind") not in KINDS:
             raise self._refusal(f"its kind {found.get('kind')!r} is not known")
         return str(found["kind"])
 
@@ -183,6 +212,10 @@ class _Tensors:
         if self._kind == "sign":
             signs = self._take(f"layers.{index}.signs", "U8", (neurons, -(-hidden_size // 8)))
             return Signs(signs, self._take(f"layers.{index}.margin", "I32", (neurons,)))
+        if self._kind == "gate":
+            gate = self._take(f"layers.{index}.gate", "I8", (neurons, hidden_size))
+            per_neuron = ("scale", "bias", "threshold")
+            return GateRows(gate, *(self._take(f"layers.{index}.{name}", "F32", (neurons,)) for name in per_neuron))
         dtype = self._model.compute_dtype
         rows = self._take(f"layers.{index}.input", dtype, (None, hidden_size))
         scaled = f"layers.{index}.scale" in self._header

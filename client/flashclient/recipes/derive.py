@@ -15,22 +15,25 @@ from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from flashclient.errors import ModelError
 from flashclient.recipes.assembly import assemble
+from flashclient.recipes.configs import read_config
 from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.sites import Streamed, carried, layers_needed, streamed, weightless
 from flashclient.recipes.ffns.tiny import model_class, one_line, tiny_model
 from flashclient.recipes.ffns.watching import watch
+from flashclient.recipes.gguf_names import gguf_places
 from flashclient.recipes.lookups import embeddings_like, looked_up
 from flashclient.recipes.proof import prove
 from flashclient.recipes.published import published
 from flashclient.tensors.names import find_tensors, places_of
-from weightd_proto.weightd_pb2 import Activation, DeriveRequest, Recipe
+from weightd_proto.weightd_pb2 import Activation, DeriveRequest, LeftOut, Recipe
 
 SIZE_MAX = 1 << 31  # the largest number of a configuration: far above any model, and products of two fit 64 bits
 LAYERS_MAX = 4096  # the deepest published models have about 130
+POSITIVE = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 SIZE = re.compile(r"(size|dim|layers|heads?|experts|^n_\w+|length|embeddings)$")
 
 
@@ -48,8 +51,13 @@ def derive(request: DeriveRequest) -> Recipe:
     split = derivation.streamed()
     derivation.prove()
     shapes = {tensor.name: tuple(tensor.shape) for tensor in request.tensors}
-    sources, left_out = kind.tensors(shapes)
-    tensors = find_tensors(derivation.full, places_of(sources, shapes))
+    left_out: list[LeftOut] = []
+    if request.gguf:
+        places = gguf_places(derivation.full, request.gguf, shapes)
+    else:
+        sources, left_out = kind.tensors(shapes)
+        places = places_of(sources, shapes)
+    tensors = find_tensors(derivation.full, places)
     recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
     values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
@@ -84,19 +92,11 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
         if isinstance(value, dict):
             _check_sizes(value)
         elif type(value) is int and SIZE.search(name):
-            least = name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-            most = LAYERS_MAX if name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") else SIZE_MAX
+            layers = name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+            least = 1 if name in POSITIVE else 0 if layers else -1  # which often stands for no limit
+            most = LAYERS_MAX if layers else SIZE_MAX
             if not least <= value <= most:
-                raise ModelError(f"config.json has {name} = {value}, expected a number from {int(least)} to {most}")
-
-
-def read_config(values: Mapping[str, Any]) -> PreTrainedConfig:
-    """transformers' configuration. Raises ModelError where its class refuses the values."""
-    try:
-        config: PreTrainedConfig = CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-    except Exception as error:  # transformers' classes raise anything for values of unknown origin
-        raise ModelError(f"config.json: {one_line(error)}") from error
-    return config
+                raise ModelError(f"config.json has {name} = {value}, expected a number from {least} to {most}")
 
 
 class Derivation:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -18,12 +18,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from flashclient.errors import ModelError
 from flashclient.model.activations import FUNCTIONS
 from flashclient.recipes.remote_formats import ARCHITECTURES, REMOTE_FORMATS, RemoteFormat
-from flashclient.recipes.renaming import Omission, Rename, Shapes, renamed
+from flashclient.recipes.renaming import Omission, Rename, Shapes, Target, rename, renamed
 from flashclient.recipes.text_parts import TEXT_PARTS, omissions, text_config, text_renames
 from weightd_proto import weightd_pb2
 
 Config = Mapping[str, Any]
 
+QUANTISATION = "quantization_config"  # the import dequantises
 ACTIVATIONS = tuple(name for name in FUNCTIONS if name != "swish")  # which no published format needs
 
 
@@ -67,10 +68,16 @@ def published(config: Config, activation: str | None = None) -> Published:
             there.
     """
     chosen = None if activation is None else parse_activation(activation)
-    found = _published(config, chosen is not None)
-    if chosen is None:
-        return found
-    return Published(found.config, chosen, found.notes, found.renames, found.omissions)
+    found = _published({key: value for key, value in config.items() if key != QUANTISATION}, chosen is not None)
+    renames = (*_quantised_renames(config.get(QUANTISATION)), *found.renames)
+    return replace(found, activation=chosen or found.activation, renames=renames)
+
+
+def _quantised_renames(quantisation: Any) -> tuple[Rename, ...]:
+    """transformers dequantises experts of MXFP4 to the transpose of what the checkpoint holds."""
+    if not isinstance(quantisation, dict) or quantisation.get("quant_method") != "mxfp4":
+        return ()
+    return (rename(r"(.+\.(?:gate_up_proj|down_proj))", Target(r"\1", swapped=True)),)
 
 
 def parse_activation(text: str) -> weightd_pb2.Activation:

@@ -26,11 +26,13 @@ class Target:
         rows: ranges of the published tensor's rows, which are put together in this order; empty: all rows.
         columns: size of the last dimension in transformers' order. A tensor of three dimensions that has another size
             there has its last two dimensions swapped. 0: they are in order.
+        swapped: the last two of three dimensions are swapped in transformers' order.
     """
 
     name: str
     rows: tuple[Rows, ...] = ()
     columns: int = 0
+    swapped: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ def _source(name: str, target: Target, shape: Sequence[int]) -> weightd_pb2.Tens
     ] or [whole]
     if len(pieces) > 1:
         pieces = [weightd_pb2.TensorSource(concatenated=weightd_pb2.Concatenated(dim=0, parts=pieces))]
-    if not target.columns or len(shape) != 3 or shape[2] == target.columns:
+    swapped = target.swapped or (target.columns and len(shape) == 3 and shape[2] != target.columns)
+    if not swapped:
         return pieces[0]
     return weightd_pb2.TensorSource(transposed=weightd_pb2.Transposed(of=pieces[0], dim0=1, dim1=2))

@@ -15,10 +15,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from flashclient.errors import ModelError
+from flashclient.recipes.configs import read_config
 from flashclient.recipes.renaming import Omission, Rename, Target, rename
 
 Config = Mapping[str, Any]
@@ -81,7 +81,7 @@ def omissions(model_type: str) -> tuple[Omission, ...]:
 
 def text_config(config: Config, part: TextPart) -> dict[str, Any]:
     """The configuration of the text part, as config.json of its own class. Raises ModelError where it has none."""
-    whole: PreTrainedConfig = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
+    whole = read_config(config)
     text = whole.get_text_config(decoder=True)
     if text is whole:
         raise ModelError(f"config.json of model type {config['model_type']} has no text_config")

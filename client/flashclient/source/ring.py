@@ -58,19 +58,21 @@ class RingSource:
 
     Args:
         model: the record of a model or of a table.
+        predicts: whether predictors() will be asked for. Otherwise their memory is left to the pool.
 
     Raises:
         ShareError: the pool has no room for another session.
         DaemonLostError: the daemon went away meanwhile.
     """
 
-    def __init__(self, connection: Connection, model: weightd_pb2.Model) -> None:
+    def __init__(self, connection: Connection, model: weightd_pb2.Model, predicts: bool = True) -> None:
         self._connection = connection
         self._model = model
         self._name = model.name
+        self._predicts = predicts
         self.errors = _RingErrors(model.name)
         bundle = model.bundle
-        self.tables = [RingSource(connection, table) for table in model.tables]
+        self.tables = [RingSource(connection, table, False) for table in model.tables]
         opened = self._open_session()
         with self.errors:
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
@@ -145,7 +147,8 @@ class RingSource:
 
     def _open_session(self) -> weightd_pb2.OpenSessionResponse:
         ahead = max(4, LOOK_AHEAD_BYTES // self._model.bundle.cell_bytes)
-        return self._connection.open_session(self._model, TABLE_SLOTS if module_of(self._name) else ahead)
+        slots_wanted = TABLE_SLOTS if module_of(self._name) else ahead
+        return self._connection.open_session(self._model, slots_wanted, self._predicts)
 
     def _forget(self) -> None:
         self._open_sweep().forget()

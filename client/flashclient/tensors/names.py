@@ -8,6 +8,7 @@ tied weights and ignored names with them.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,9 @@ from weightd_proto.weightd_pb2 import LeftOut, MatrixSource, TensorSource
 # Tensors that follow from the configuration: rotary frequencies, a version.
 IMPLIED = re.compile(r"(\.|^)(rotary_emb\.inv_freq|decoder\.version|rope_freqs\.weight)$")
 FURTHER_TOKENS = re.compile(r"(\.|^)(mtp|nextn|eagle|medusa)\w*\.")
+# The loader of older versions needs to be told that no tensor is distributed.
+_PARAMETERS = inspect.signature(convert_and_load_state_dict_in_model).parameters
+_ARGUMENTS: dict[str, Any] = {"tp_plan": None} if "tp_plan" in _PARAMETERS else {}
 LAYER = re.compile(r"(?:\.|^)layers\.(\d+)\.")
 
 
@@ -132,7 +136,9 @@ class _Load:
         mapping: Any = self._mapping
         config = LoadStateDictConfig(device_map={"": "meta"}, dtype=model.dtype, weight_mapping=mapping)
         with _restored(model), _without_progress():
-            info, _ = convert_and_load_state_dict_in_model(model=model, state_dict=traced, load_config=config)
+            info, _ = convert_and_load_state_dict_in_model(
+                model=model, state_dict=traced, load_config=config, **_ARGUMENTS
+            )
             state = model.state_dict(keep_vars=True)
             self.places = {name: value.place for name, value in state.items() if isinstance(value, TracedTensor)}
         unexpected = set(info.unexpected_keys)

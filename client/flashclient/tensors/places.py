@@ -140,7 +140,43 @@ class Joined:
             offset += part.shape[self.dim]
 
 
-Place = Piece | Joined
+@dataclass(frozen=True)
+class Interleaved:
+    """Places whose slices along a dimension alternate: the first of each place, the second of each, and so on."""
+
+    dim: int
+    parts: tuple[Place, ...]
+
+    @property
+    def shape(self) -> Shape:
+        first = self.parts[0].shape
+        return _with(first, self.dim, first[self.dim] * len(self.parts))
+
+    def sliced(self, dim: int, begin: int, end: int, step: int = 1) -> Place:
+        if dim != self.dim:
+            return Interleaved(self.dim, tuple(part.sliced(dim, begin, end, step) for part in self.parts))
+        count = len(self.parts)
+        if step % count:
+            raise UntraceableError(f"a slice of interleaved tensors of shape {list(self.shape)} with a step of {step}")
+        first, inner = begin // count, step // count
+        end = first + (len(range(begin, end, step)) - 1) * inner + 1
+        return self.parts[begin % count].sliced(dim, first, end, inner)
+
+    def selected(self, dim: int, index: int) -> Place:
+        if dim == self.dim:
+            return self.parts[index % len(self.parts)].selected(dim, index // len(self.parts))
+        return Interleaved(self.dim - (dim < self.dim), tuple(part.selected(dim, index) for part in self.parts))
+
+    def permuted(self, dims: Sequence[int]) -> Place:
+        return Interleaved(list(dims).index(self.dim), tuple(part.permuted(dims) for part in self.parts))
+
+    def reshaped(self, shape: Shape) -> Place:
+        if shape == self.shape:
+            return self
+        raise UntraceableError(f"interleaved tensors of shape {list(self.shape)} cannot be told as {list(shape)}")
+
+
+Place = Piece | Joined | Interleaved
 
 
 def join(parts: Sequence[Place], dim: int) -> Place:
@@ -163,7 +199,10 @@ def stack(parts: Sequence[Place], dim: int) -> Joined:
 
 
 def message(place: Place) -> TensorSource:
-    """The same place for an import."""
+    """The same place for an import, with its elements in the same order."""
+    if isinstance(place, Interleaved):
+        parts = [message(part) for part in place.parts]
+        return TensorSource(concatenated=Concatenated(dim=place.dim + 1, stacked=True, parts=parts))
     if isinstance(place, Joined):
         parts = [message(part) for part in place.parts]
         return TensorSource(concatenated=Concatenated(dim=place.dim, stacked=place.stacked, parts=parts))
@@ -216,7 +255,7 @@ def _dims_of(piece: Piece) -> list[int]:
 
 def matrix(place: Place) -> MatrixSource:
     """The rows of a part of an FFN: `place` has [neurons, hidden_size]."""
-    if isinstance(place, Joined):
+    if not isinstance(place, Piece):
         raise UntraceableError(f"a matrix of {list(place.shape)} lies in several tensors: {tensors_of(place)[:3]}")
     *_, rows, columns = place.tensor_shape if len(place.tensor_shape) in (2, 3) else (0, 0)
     (neurons, hidden), (step, along) = place.shape, place.strides

@@ -63,6 +63,33 @@ Prediction LowRankPredictor::predict(const float* x, size_t tokens) const {
     return wanted_by_some(row_masks);
 }
 
+GatePredictor::GatePredictor(Workers& workers, Matrix gate, const float* scale, const float* bias,
+                             const float* threshold, Activation activation, const char* instruction_set)
+    : product_(workers, Dtype::i8, instruction_set),
+      gate_(gate),
+      scale_(scale),
+      bias_(bias),
+      threshold_(threshold),
+      activation_(activation) {}
+
+Prediction GatePredictor::predict(const float* x, size_t tokens) const {
+    assert(tokens <= TOKENS_MAX);
+    std::vector<uint16_t> row_masks(gate_.rows);
+    product_.for_blocks(gate_, x, tokens, [&](const Linear::Dots& dots) {
+        for (size_t i = 0; i < dots.count; i++) {
+            unsigned mask = 0;
+            const size_t neuron = dots.first + i;
+            for (size_t t = 0; t < tokens; t++) {
+                const float gate = scale_[neuron] * dots.values[i * tokens + t] + bias_[neuron];
+                const bool small = std::abs(activate(activation_, gate)) < threshold_[neuron];
+                mask |= static_cast<unsigned>(!small) << t;
+            }
+            row_masks[neuron] = static_cast<uint16_t>(mask);
+        }
+    });
+    return wanted_by_some(row_masks);
+}
+
 SignPredictor::SignPredictor(Workers& workers, const uint8_t* signs, size_t neurons, size_t hidden,
                              const int32_t* margin, const char* instruction_set)
     : workers_(workers),

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "kernels/activation.h"
 #include "kernels/linear.h"
 
 namespace flashclient {
@@ -44,6 +45,27 @@ class LowRankPredictor : public Predictor {
     Matrix output_;
     const float* bias_;
     const float* scale_;
+};
+
+// A neuron is wanted unless |activate(scale * (gate . x) + bias)| < threshold[neuron]: the gate rows themselves
+// predict, rounded to int8 (CATS, arXiv 2404.08763, and TEAL, arXiv 2408.14690, which compare the exact gate). A
+// threshold of 0 wants every neuron, and a NaN is wanted.
+class GatePredictor : public Predictor {
+  public:
+    // gate: [neurons, hidden] of int8, the up rows where there is no gate; scale, bias and threshold: [neurons].
+    GatePredictor(Workers& workers, Matrix gate, const float* scale, const float* bias, const float* threshold,
+                  Activation activation, const char* instruction_set = nullptr);
+    Prediction predict(const float* x, size_t tokens) const override;
+    size_t hidden() const override { return gate_.columns; }
+    size_t neurons() const override { return gate_.rows; }
+
+  private:
+    Linear product_;
+    Matrix gate_;
+    const float* scale_;
+    const float* bias_;
+    const float* threshold_;
+    Activation activation_;
 };
 
 // A neuron is wanted iff (coordinates whose sign is the same in the weight row and in x) - (the others) >

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from flashclient.calibration import calibrate as calibration
 from flashclient.calibration import evaluate as evaluation
 from flashclient.calibration.calibrate import CalibrationOptions, calibrate, publish_result
-from flashclient.calibration.evaluate import Quality, dense_model, evaluate_exact, evaluate_predict
+from flashclient.calibration.evaluate import Quality, dense_model, evaluate_exact, evaluate_lossy
 from flashclient.calibration.sequences import read_sequences
 from flashclient.client import FlashClient
 from flashclient.errors import CalibrationError, FlashClientError
@@ -91,7 +91,7 @@ def test_the_client_generates_the_same_after_calibration_and_evaluation(family: 
         assert client.generate(prompt, max_new_tokens=12) == expected
         with FlashClient("tiny", address=client.loaded.connection.address, transport="grpc", mode="predict") as predict:
             told = predict.generate(prompt, max_new_tokens=12)
-            evaluate_predict(predict.loaded, first)
+            evaluate_lossy(predict.loaded, first)
             source = predict.loaded.source
             assert isinstance(source, GrpcSource)
             assert source.window is not None
@@ -162,7 +162,7 @@ def test_predict_mode_is_the_reference_of_calibration(tmp_path: Path) -> None:
         exact.record.CopyFrom(exact.loaded.connection.describe("tiny"))
         with FlashClient("tiny", address=client.loaded.connection.address, transport="grpc", mode="predict") as predict:
             found = evaluate_exact(exact.loaded, tested)
-            evaluate_predict(predict.loaded, found)
+            evaluate_lossy(predict.loaded, found)
     assert found.predict is not None
     assert found.predict.perplexity == pytest.approx(result.quality["predict"].perplexity, rel=1e-3)
     for rates, layer in zip(found.layers, result.layers, strict=True):

@@ -29,6 +29,7 @@ def address(folder: Path) -> Iterator[str]:
     models = [
         cut(make_sparse_model(), make_tokenizer(), "sparse"),
         cut(make_model(make_config("qwen2")), make_tokenizer(), "silu"),
+        cut(make_model(make_config("llama")), make_tokenizer(), "gated"),
         cut(make_sparse_model(), None, "wordless"),
     ]
     with FetchServer(models, folder / "socket") as server:
@@ -73,6 +74,23 @@ def test_eval_of_a_model_that_was_not_calibrated(
     assert "run `flashclient calibrate`" in capsys.readouterr().out
 
 
+def test_thresholds_are_calibrated_and_evaluated(
+    address: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = str(folder / "text")
+    flags = ["--mode", "threshold", "--max-perplexity-loss", "3%"]
+    assert run("calibrate", "gated", address, "--text", text, *flags, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["mode"], report["lossy_mode"]) == ("exact", "threshold")
+    assert report["quality"]["loss"] <= report["max_perplexity_loss"] == 0.03
+    assert run("calibrate", "gated", address, "--text", text, *flags) == 0
+    assert "mode 'threshold' skips" in capsys.readouterr().out
+    assert run("eval", "gated", address, "--text", text) == 0
+    printed = capsys.readouterr().out
+    assert "\nthreshold " in printed
+    assert "calibration measured a loss of perplexity of" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -96,6 +114,18 @@ def test_eval_of_a_model_that_was_not_calibrated(
         (["calibrate", "sparse", "--text", "short"], 2, "at least 1024 are needed"),
         (["calibrate", "sparse", "--text", "bytes"], 2, "is not text in UTF-8"),
         (["calibrate", "silu", "--text", "short"], 1, "its activation, silu, is never exactly zero"),
+        (["calibrate", "silu", "--text", "text", "--ranks", "4", "--mode", "threshold"], 2, "--ranks is not a flag"),
+        (
+            ["calibrate", "sparse", "--text", "text", "--max-perplexity-loss", "2%"],
+            2,
+            "is not a flag of --mode predict",
+        ),
+        (
+            ["calibrate", "silu", "--text", "text", "--mode", "threshold", "--max-perplexity-loss", "0%"],
+            2,
+            "must be above 0 and below 1",
+        ),
+        (["calibrate", "silu", "--text", "text", "--max-perplexity-loss", "some"], 2, "'some' is not a share"),
         (["calibrate", "wordless", "--text", "text"], 2, "stored without a tokenizer"),
         (["eval", "sparse", "--text", "empty"], 2, "is empty"),
         (["eval", "sparse", "--text", "nowhere"], 2, "nowhere: no such file or directory"),

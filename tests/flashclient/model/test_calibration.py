@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from flashclient.errors import CalibrationError
 from flashclient.model.predictor_file import (
+    GateRows,
     LowRank,
     Predictor,
     Signs,
@@ -72,12 +73,23 @@ def signs(record: weightd_pb2.Model) -> list[Predictor]:
     ]
 
 
+def gates(record: weightd_pb2.Model) -> list[Predictor]:
+    random = np.random.default_rng(0)
+    return [
+        GateRows(
+            random.integers(-127, 128, (layer.neurons, record.bundle.hidden_size), dtype=np.int8),
+            *(random.normal(size=layer.neurons).astype(np.float32) for _ in range(3)),
+        )
+        for layer in record.layers
+    ]
+
+
 def mapped(path: Path) -> NDArray[np.uint8]:
     return np.memmap(path, np.uint8, "r")
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16", "F16"])
-@pytest.mark.parametrize("make", [low_rank, low_rank_in_bytes, signs])
+@pytest.mark.parametrize("make", [low_rank, low_rank_in_bytes, signs, gates])
 def test_round_trip(make: Callable[[weightd_pb2.Model], list[Predictor]], dtype: str, tmp_path: Path) -> None:
     record = make_record(dtype)
     predictors = make(record)

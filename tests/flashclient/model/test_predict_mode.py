@@ -327,5 +327,5 @@ def test_a_calibration_of_another_import_is_refused(model: Calibrated, tmp_path:
     from flashclient.options import Options
 
     with pytest.raises(CalibrationError, match="another import of it: run `flashclient calibrate"):
-        Options(mode="predict").predicts(record)
-    assert not Options(mode="exact").predicts(record)
+        Options(mode="predict").mode_of(record)
+    assert Options(mode="exact").mode_of(record) == "exact"

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient._native import LowRankPredictor, SignPredictor, Workers
+from flashclient._native import GatePredictor, LowRankPredictor, SignPredictor, Workers
+from flashclient.model.activations import FUNCTIONS
 from flashclient.model.predictor_file import quantized
 
 WORKERS = Workers(2)
@@ -86,6 +87,35 @@ def test_sign(hidden: int, neurons: int, tokens: int, seed: int) -> None:
     assert np.array_equal(wanted, agree > margin[:, None])
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(["silu", "gelu_tanh", "relu"]), sizes, sizes, tokens_of, seeds)
+def test_gate(activation: str, hidden: int, neurons: int, tokens: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    gate = random.integers(-127, 128, (neurons, hidden), dtype=np.int8)
+    scale, bias, threshold = (random.random((3, neurons)) * [[0.02], [1], [0.5]]).astype(np.float32)
+    x = random.standard_normal((tokens, hidden)).astype(np.float32)
+    predictor = GatePredictor(WORKERS, gate, scale, bias, threshold, activation)
+    wanted = unpack(predictor.predict(x), neurons, tokens)
+    v = torch.from_numpy(gate.astype(np.float64) @ x.T.astype(np.float64) * scale[:, None] + bias[:, None])
+    opened = FUNCTIONS[activation](v, 0.0).abs().numpy()
+    clear = np.abs(opened - threshold[:, None]) > 1e-4  # closer to the threshold rounding decides
+    assert np.array_equal(wanted[clear], (opened >= threshold[:, None])[clear])
+    for row in range(tokens):
+        alone = unpack(predictor.predict(x[row : row + 1]), neurons, 1)
+        assert np.array_equal(alone[:, 0], wanted[:, row]), "a row depends on its batch-mates"
+
+
+def test_a_threshold_of_zero_wants_everything() -> None:
+    gate, ones, zeros = np.zeros((40, 8), np.int8), np.ones(40, np.float32), np.zeros(40, np.float32)
+    x = np.array([[0.0] * 8, [np.nan] * 8], np.float32)
+    for threshold in (zeros, -ones):
+        positions, row_masks = GatePredictor(WORKERS, gate, ones, zeros, threshold, "silu").predict(x)
+        assert positions.tolist() == list(range(40))
+        assert set(row_masks.tolist()) == {3}
+    positions, row_masks = GatePredictor(WORKERS, gate, ones, zeros, ones, "silu").predict(x)
+    assert set(row_masks.tolist()) == {2}, "what is not a number is computed"
+
+
 @pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "portable"])
 def test_instruction_sets(instruction_set: str) -> None:
     signs = np.full((3, 9), 0x00, np.uint8)
@@ -127,6 +157,10 @@ def test_nobody_wants_anything() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     floats, bias = np.zeros((4, 4), np.float32), np.zeros(4, np.float32)
+    with pytest.raises(ValueError, match="int8 with a scale"):
+        GatePredictor(WORKERS, floats, bias, bias, bias, "silu")
+    with pytest.raises(ValueError, match="a scale, a bias and a threshold per neuron"):
+        GatePredictor(WORKERS, floats.astype(np.int8), bias, bias, bias[:3], "silu")
     with pytest.raises(ValueError, match="uint16, their bits"):
         LowRankPredictor(WORKERS, "BF16", floats, floats, bias)
     with pytest.raises(ValueError, match=r"output \[neurons, rank\]"):

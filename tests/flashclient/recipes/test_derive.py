@@ -217,6 +217,8 @@ def test_a_config_that_transformers_refuses() -> None:
             "intermediate_size = 1099511627776, expected a number",
         ),
         ({"model_type": "x", "text_config": {"n_layer": 5000}}, "n_layer = 5000, expected a number from 0 to 4096"),
+        ({"model_type": "x", "vocab_size": -1}, "vocab_size = -1, expected a number from 1"),
+        ({"model_type": "x", "chunk_size": -2}, "chunk_size = -2, expected a number from -1"),
     ],
 )
 def test_sizes_beyond_any_model_are_refused_before_it_is_made(values: dict[str, Any], refusal: str) -> None:

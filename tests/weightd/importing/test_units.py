@@ -159,7 +159,7 @@ def test_interleaved_rows_are_read_once(tmp_path: Path) -> None:
     gate, up, down = (torch.randn(EXPERTS, NEURONS, HIDDEN) for _ in PARTS)
     tensors, experts = interleaved_rows(gate, up, down)
     written = Written(mixture(experts), tensors | {"norm": torch.randn(HIDDEN)}, tmp_path)
-    read_bytes = sum(run.extent.size_bytes for step in written.steps for run in step.runs)
+    read_bytes = sum(extent.size_bytes for step in written.steps for run in step.runs for extent in run.extents)
     assert read_bytes == sum(tensor.nbytes for tensor in tensors.values()) + HIDDEN * 4
 
 

@@ -54,9 +54,10 @@ def fetch(daemon: Daemon, name: str, version: int = 0, byte_range: pb.ByteRange 
     return b"".join(part.data for part in daemon.stub.Fetch(pb.FetchRequest(model="tiny", calibration=wanted)))
 
 
-def attach(daemon: Daemon) -> tuple[socket.socket, bytes]:
+def attach(daemon: Daemon, without_predictors: bool = False) -> tuple[socket.socket, bytes]:
     """A session made by hand: its socket, which keeps it alive, and the predictors that it got."""
-    opened = daemon.stub.OpenSession(pb.OpenSessionRequest(model="tiny", slots_wanted=2))
+    request = pb.OpenSessionRequest(model="tiny", slots_wanted=2, without_predictors=without_predictors)
+    opened = daemon.stub.OpenSession(request)
     session = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     session.connect(opened.data_socket)
     session.send(struct.pack("<II", RING_MAGIC, RING_VERSION) + opened.token)
@@ -142,6 +143,18 @@ def test_a_session_keeps_its_version_and_the_next_gets_the_new_one(daemon: Daemo
         session.close()
 
 
+def test_a_session_without_predictors_leaves_their_memory_to_the_pool(daemon: Daemon, model: TinyModel) -> None:
+    publish(daemon, model, 1)
+    session, predictors = attach(daemon, without_predictors=True)
+    resident_bytes = daemon.stub.Stats(pb.StatsRequest()).dram_resident_bytes
+    predicting, first = attach(daemon)
+    assert (predictors, first) == (b"", contents(1)["predictors.safetensors"])
+    predictors_bytes = -(-len(first) // 4096) * 4096
+    assert daemon.stub.Stats(pb.StatsRequest()).dram_resident_bytes == resident_bytes + predictors_bytes
+    session.close()
+    predicting.close()
+
+
 def test_only_the_newest_stays_on_flash(daemon: Daemon, model: TinyModel, store: Path) -> None:
     for seed in range(3):
         publish(daemon, model, seed)
@@ -179,6 +192,8 @@ WITHOUT_REPORT = {name: data for name, data in GOOD.items() if name != "report.j
     [
         ({"import_id": b"x" * 16}, GOOD_DATA, grpc.StatusCode.FAILED_PRECONDITION, "another import"),
         ({"mode": "fast"}, GOOD_DATA, grpc.StatusCode.INVALID_ARGUMENT, "'fast'"),
+        ({"lossy_mode": "fast"}, GOOD_DATA, grpc.StatusCode.INVALID_ARGUMENT, "mode 'fast'"),
+        ({"lossy_mode": "threshold"}, GOOD_DATA, grpc.StatusCode.INVALID_ARGUMENT, "as the default"),
         ({"files": []}, b"", grpc.StatusCode.INVALID_ARGUMENT, "want predictors"),
         (
             {"files": [pb.File(name="../../catalog.mdb", size_bytes=1)] * 3},

@@ -27,7 +27,7 @@ inline constexpr uint32_t IDLE_REBALANCES_MIN = 10;  // a remote client may come
 // What a model is activated for. Each use needs what the one before it needs, and more.
 enum class Use {
     resident,  // its resident weights are read
-    cells,     // cells are fetched: a share of the pool
+    cells,     // cells are fetched, or a session computes all of them: a share of the pool
     session,   // a share, and predictors if there are any
 };
 

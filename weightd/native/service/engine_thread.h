@@ -55,8 +55,8 @@ class EngineThread {
         return commands_.on_loop([&] { return engine_.models().hotness(model); });
     }
     // Only a process of `user` can attach to the session; of any user, if there is none.
-    Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user = std::nullopt) {
-        return openings_.open_session(model, slots_wanted, user);
+    Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user = std::nullopt, bool predicts = true) {
+        return openings_.open_session(model, slots_wanted, user, predicts);
     }
     // Whole cells of `layer`, back to back in the order asked.
     void fetch(uint32_t model, uint32_t layer, std::span<const uint32_t> cells, std::span<std::byte> out) {

@@ -52,17 +52,17 @@ uint32_t Openings::add_model(ModelSpec spec) {
     return *index;
 }
 
-Opened Openings::open_session(uint32_t model, uint32_t slots_wanted, const User& user) {
+Opened Openings::open_session(uint32_t model, uint32_t slots_wanted, const User& user, bool predicts) {
     commands_.on_loop([&] { sessions_.reserve_for(user, [&] { sessions_.reserve_session(user); }); });
     try {
-        activate(model, Use::session, user);
+        activate(model, predicts ? Use::session : Use::cells, user);
         try {
-            load_newest_predictors(model, user);
+            if (predicts) load_newest_predictors(model, user);
         } catch (...) {
             leave(model);
             throw;
         }
-        return commands_.on_loop([&] { return open_active(model, slots_wanted, user); });
+        return commands_.on_loop([&] { return open_active(model, slots_wanted, user, predicts); });
     } catch (...) {
         commands_.on_loop([&] { sessions_.cancel_reservation(user); });
         throw;
@@ -130,14 +130,14 @@ void Openings::wait_for_room(const Model& model, const std::function<bool()>& re
 }
 
 // On the engine's thread.
-Opened Openings::open_active(uint32_t index, uint32_t slots_wanted, const User& user) {
+Opened Openings::open_active(uint32_t index, uint32_t slots_wanted, const User& user, bool predicts) {
     try {
         const Token token = random_token();
         const uint32_t share = sessions_.reserve_for(
             user, [&] { return engine_.models().share_for(index, slots_wanted, sessions_.bytes_of(user)); });
         const Model& model = engine_.model(index);
-        sessions_.open(
-            std::make_unique<RingSession>(index, model.spec.cell_count(), share, token, user, model.predictors));
+        auto predictors = predicts ? model.predictors : nullptr;
+        sessions_.open(std::make_unique<RingSession>(index, model.spec.cell_count(), share, token, user, predictors));
         return {token, share};
     } catch (const std::system_error& error) {
         engine_.models().leave(index);

@@ -27,7 +27,8 @@ class Openings {
     uint32_t add_model(ModelSpec spec);
     // Only a process of `user` can attach to the session; of any user, if there is none. Throws NoRoom,
     // std::system_error, CorruptResident, Unanswered, Stopping.
-    Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user);
+    // `predicts`: it gets the newest predictors, if there are any.
+    Opened open_session(uint32_t model, uint32_t slots_wanted, const User& user, bool predicts);
     // Loads what the use needs, and keeps it in memory until leave(). Throws what open_session() throws.
     Model& activate(uint32_t model, Use use, const User& user);
     void leave(uint32_t model);
@@ -36,7 +37,7 @@ class Openings {
     Model& model(uint32_t index);
     void load_newest_predictors(uint32_t model, const User& user);
     void wait_for_room(const Model& model, const std::function<bool()>& reserve);
-    Opened open_active(uint32_t model, uint32_t slots_wanted, const User& user);
+    Opened open_active(uint32_t model, uint32_t slots_wanted, const User& user, bool predicts);
 
     Commands& commands_;
     Engine& engine_;

@@ -23,13 +23,14 @@ JSON_BYTES_MAX = 128 << 20  # the size of an index of 10 million tensors
 class Checkpoint:
     """Tensors, the configuration, and a function that writes the other files.
 
-    Tensors of GGUF files, too, have the names of the checkpoints that transformers reads, as far as they are known.
+    Tensors have the names of the checkpoint. `gguf`: the architecture of a GGUF file, whose names are llama.cpp's.
     """
 
     path: Path
     config: Mapping[str, Any]  # config.json as transformers writes it
     tensors: Mapping[str, SourceTensor]
     write_files: Callable[[Path], None] = field(repr=False)  # config, generation config, tokenizer into a folder
+    gguf: str = ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

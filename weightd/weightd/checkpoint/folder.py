@@ -16,6 +16,7 @@ from typing import Any
 
 from weightd.checkpoint.checkpoint import Checkpoint, read_json
 from weightd.checkpoint.model_folder import ModelFolder
+from weightd.checkpoint.quantised import quantisation, with_scales
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 
@@ -51,7 +52,7 @@ TEMPLATE_PATTERNS = ("*.jinja",)
 def open_folder(path: Path) -> Checkpoint:
     """The checkpoint in the folder at `path`.
 
-    CheckpointError if the folder holds none, or one that is quantised, incomplete or an adapter.
+    CheckpointError if the folder holds none, or one that is incomplete, an adapter, or quantised in an unknown format.
     """
     folder = ModelFolder(path)
     if folder.has(ADAPTER_FILE):
@@ -66,8 +67,8 @@ def open_folder(path: Path) -> Checkpoint:
     configuration = configuration_name(config)
     if configuration != CONFIG_FILE:
         config = read_json(folder.file(configuration))
-    _check_config(path, config)
-    tensors = _read_tensors(folder, config.get("transformers_weights"))
+    quantisation(path, config)  # refuses before the weights are looked for
+    tensors = with_scales(path, config, _read_tensors(folder, config.get("transformers_weights")))
     return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target, configuration))
 
 
@@ -111,17 +112,6 @@ def copy_files(folder: ModelFolder, target: Path, configuration: str = CONFIG_FI
         copy = target / name
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(folder.file(configuration if name == CONFIG_FILE else name), copy)
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    for key in ("quantization_config", "compression_config"):
-        value = config.get(key)
-        if value is not None:
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            raise CheckpointError(
-                f"{path} is quantised ({method or f'{key} = {value!r}'}): import the unquantised checkpoint or a "
-                ".gguf file"
-            )
 
 
 def _read_tensors(folder: ModelFolder, named: Any) -> dict[str, SourceTensor]:

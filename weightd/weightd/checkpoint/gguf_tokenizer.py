@@ -47,11 +47,14 @@ class _Parts(Sequence[Any]):
 
 
 class LeanReader:
-    """The part of gguf.GGUFReader that transformers uses. It neither maps the file nor makes an object per element."""
+    """The part of gguf.GGUFReader that transformers uses. It neither maps the file nor makes an object per element.
+
+    Keys of the rotary embedding are left out. A tokenizer needs none of them, and transformers fails on gpt-oss's.
+    """
 
     def __init__(self, path: str) -> None:
         file = read_gguf(Path(path))
-        self.fields = {name: _field(value) for name, value in file.metadata.items()}
+        self.fields = {name: _field(value) for name, value in file.metadata.items() if ".rope.scaling." not in name}
         self.tensors = [SimpleNamespace(name=name) for name in file.tensors]
 
 
@@ -107,8 +110,10 @@ def _flag(file: GgufFile, name: str, default: bool) -> bool:
 
 
 def _check_split(file: GgufFile, kind: str | None, pre: str) -> None:
-    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:  # older transformers knows none
+        GGUF_PRE_TOKENIZER_SPLITS = {}
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.model = {kind!r}: known are gpt2 and llama")
     if kind == "gpt2" and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,12 +29,15 @@ class Extent:
 class ReadAhead:
     """Reads `extents`, which must be taken in the same order. Entering it starts the thread, leaving it stops it.
 
-    It holds BUFFERS buffers of the largest extent's size. If a read fails, `take` raises the OSError.
+    It holds buffers of the largest extent's size. If a read fails, `take` raises the OSError.
+
+    `together`: how many extents are taken at once.
     """
 
-    def __init__(self, extents: Sequence[Extent], direct_only: bool = False) -> None:
+    def __init__(self, extents: Sequence[Extent], direct_only: bool = False, together: int = 1) -> None:
         self._extents = extents
         self._direct_only = direct_only
+        self._buffers = max(BUFFERS, together)
         self._files: dict[Path, UncachedReader] = {}
         self._free: SimpleQueue[memoryview | None] = SimpleQueue()  # None: stop
         self._filled: SimpleQueue[tuple[memoryview, memoryview] | BaseException] = SimpleQueue()
@@ -47,7 +50,7 @@ class ReadAhead:
                 self._files[path] = undo.enter_context(UncachedReader(path, self._direct_only))
             undo.pop_all()
         largest = max((self._files[e.path].buffer_bytes(e.size_bytes) for e in self._extents), default=0)
-        for _ in range(BUFFERS):
+        for _ in range(self._buffers):
             self._free.put(aligned_buffer(largest))
         self._thread.start()
         return self
@@ -73,6 +76,12 @@ class ReadAhead:
             yield data
         finally:
             self._free.put(buffer)
+
+    @contextmanager
+    def take_all(self, extents: Iterable[Extent]) -> Iterator[list[memoryview]]:
+        """The bytes of the next extents. They are valid inside the `with` statement."""
+        with ExitStack() as taken:
+            yield [taken.enter_context(self.take(extent)) for extent in extents]
 
     def _run(self) -> None:
         try:

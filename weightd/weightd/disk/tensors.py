@@ -24,6 +24,30 @@ class Undo:
 
 
 @dataclass(frozen=True)
+class BlockScales:
+    """The factors of a tensor's values, which lie in a tensor of their own: one for each block of rows x columns.
+
+    Factors of U8 and F8_E8M0 are exponents.
+
+    Attributes:
+        tensor: [..., rows of blocks, columns of blocks].
+        matrix_rows: of the tensor's last two dimensions. Blocks do not reach from one matrix into the next.
+        dtype: that of the values once they are dequantised, by the checkpoint's publisher.
+    """
+
+    tensor: SourceTensor
+    rows: int
+    columns: int
+    matrix_rows: int
+    dtype: str
+
+    def row_of(self, row: int) -> int:
+        """The row of `tensor` that has the factors of a row of values."""
+        matrix, within = divmod(row, self.matrix_rows)
+        return matrix * self.tensor.shape[-2] + within // self.rows
+
+
+@dataclass(frozen=True)
 class SourceTensor:
     """A tensor of a checkpoint: contiguous, row-major. `name` is the file's, `shape` as transformers publishes it."""
 
@@ -33,11 +57,19 @@ class SourceTensor:
     path: Path
     offset_bytes: int
     undo: Undo | None = None
+    scales: BlockScales | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the stored numbers are the elements, one by one."""
+        return self.scales is None and is_plain(self.encoding)
 
     @property
     def dtype(self) -> str:
-        """The dtype of the elements once they are dequantised: F32 for quantised blocks."""
-        return self.encoding.format if is_plain(self.encoding) else "F32"
+        """The dtype of the elements once they are dequantised: F32 for blocks with their own scales."""
+        if self.scales is not None:
+            return self.scales.dtype
+        return self.encoding.format if self.is_plain else "F32"
 
     @property
     def elements(self) -> int:

@@ -13,7 +13,6 @@ from math import prod
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.plan import ElementRun, runs_of
-from weightd_proto.encodings import is_plain
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Concatenated, ResidentSource, Slice, TensorSource
 
@@ -115,7 +114,7 @@ def _read_in_order(source: TensorSource, tensors: Tensors) -> list[_Range] | Non
 def _is_readable(item: _Range, tensor: SourceTensor) -> bool:
     if tensor.undo is not None and tensor.undo.heads:
         return (item.begin, item.end) == (0, tensor.elements)
-    return is_plain(tensor.encoding) or item.begin % tensor.row_elements == item.end % tensor.row_elements == 0
+    return tensor.is_plain or item.begin % tensor.row_elements == item.end % tensor.row_elements == 0
 
 
 def _ranges(source: TensorSource, tensors: Tensors, most: int) -> list[_Range]:

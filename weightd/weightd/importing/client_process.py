@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -44,19 +43,14 @@ def derive(checkpoint: Checkpoint, ask: Ask, activation: str = "") -> Recipe:
 
     CheckpointError if there is none, or if the checkpoint's tensors are not those of its configuration.
     """
-    request = DeriveRequest(config_json=json.dumps(dict(checkpoint.config)).encode(), activation=activation)
+    config_json = json.dumps(dict(checkpoint.config)).encode()
+    request = DeriveRequest(config_json=config_json, activation=activation, gguf=checkpoint.gguf)
     for name, tensor in checkpoint.tensors.items():
         request.tensors.add(name=name, dtype=tensor.dtype, shape=tensor.shape)
     response = ask(ImportRequest(derive=request))
     if response.refusal:
-        raise CheckpointError(f"{checkpoint.path}: {_with_names_of_file(response.refusal, checkpoint)}")
+        raise CheckpointError(f"{checkpoint.path}: {response.refusal}")
     return response.recipe
-
-
-def _with_names_of_file(refusal: str, checkpoint: Checkpoint) -> str:
-    """In a GGUF file, tensors have other names than those that they were looked for by."""
-    renamed = {name: tensor.name for name, tensor in checkpoint.tensors.items() if name != tensor.name}
-    return re.sub(r"[\w.]+\w", lambda found: renamed.get(found[0], found[0]), refusal)
 
 
 def check_runnable(record: Model, folder: Path, checkpoint: Path, ask: Ask) -> None:

@@ -115,7 +115,7 @@ def import_checkpoint(
 def _write(model: _Model, folder: Path, allow_buffered: bool, progress: Progress | None) -> tuple[Checksums, Checksums]:
     """Returns the checksums of each layer's bundles, and of each table's rows."""
     steps = [*model.steps, *(step for table in model.tables for step in table.steps)]
-    total_bytes = sum(run.extent.size_bytes for step in steps for run in step.runs)
+    total_bytes = sum(extent.size_bytes for step in steps for run in step.runs for extent in run.extents)
 
     def advance(read_bytes: int, _: int) -> None:
         if progress is not None:

@@ -14,9 +14,9 @@ from weightd.disk.read_ahead import CHUNK_BYTES, Extent
 from weightd.disk.tensors import SourceTensor
 from weightd.importing.units import TensorMatrix, Unit, UnitPart
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import DTYPES, is_plain
+from weightd_proto.encodings import DTYPES
 
-# gguf's dequantize() makes about a dozen temporary arrays of the result's size.
+# Dequantising makes up to a dozen temporary arrays of the result's size.
 DEQUANTISED_CHUNK_BYTES = 2 << 20
 
 
@@ -29,9 +29,28 @@ class ElementRun:
     end: int
 
     @property
-    def extent(self) -> Extent:
-        begin, end = (self.tensor.bytes_of(count) for count in (self.begin, self.end))
-        return Extent(self.tensor.path, self.tensor.offset_bytes + begin, end - begin)
+    def first_row(self) -> int:
+        return self.begin // self.tensor.row_elements
+
+    @property
+    def end_row(self) -> int:
+        return -(-self.end // self.tensor.row_elements)
+
+    @property
+    def extents(self) -> tuple[Extent, ...]:
+        """Of the values, and of the scales if they lie elsewhere."""
+        values = _extent(self.tensor, self.begin, self.end)
+        scales = self.tensor.scales
+        if scales is None or self.begin == self.end:
+            return (values,)
+        first, end = scales.row_of(self.first_row), scales.row_of(self.end_row - 1) + 1
+        width = scales.tensor.row_elements
+        return (values, _extent(scales.tensor, first * width, end * width))
+
+
+def _extent(tensor: SourceTensor, begin: int, end: int) -> Extent:
+    first_byte, end_byte = tensor.bytes_of(begin), tensor.bytes_of(end)
+    return Extent(tensor.path, tensor.offset_bytes + first_byte, end_byte - first_byte)
 
 
 @dataclass(frozen=True)
@@ -90,7 +109,7 @@ def runs_of(tensor: SourceTensor, begin: int = 0, end: int | None = None) -> Ite
 
 
 def _rows_per_chunk(tensor: SourceTensor) -> int:
-    if not is_plain(tensor.encoding):
+    if not tensor.is_plain:
         return max(1, DEQUANTISED_CHUNK_BYTES // (tensor.row_elements * DTYPES["F32"].bytes))
     return max(1, CHUNK_BYTES // max(1, tensor.bytes_of(tensor.row_elements)))
 

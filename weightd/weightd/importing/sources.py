@@ -24,8 +24,8 @@ Tensors = Mapping[str, SourceTensor]
 def used_tensors(recipe: Recipe, tensors: Tensors) -> dict[str, SourceTensor]:
     """The tensors that the recipe uses, by name.
 
-    CheckpointError for one that is not F32, BF16 or F16, unless it is resident and holds integers. (Quantised GGUF
-    types become F32.)
+    CheckpointError for one that is not F32, BF16 or F16, unless it is resident and holds integers. (Quantised
+    ones become floats.)
     """
     used = {part.tensor: True for ffn in recipe.ffns for expert in ffn.experts for part in expert.parts}
     for resident in recipe.resident:
@@ -69,10 +69,10 @@ def _hold_the_same(one: SourceTensor, other: SourceTensor) -> bool:
         return True
     runs = max((list(runs_of(tensor)) for tensor in (one, other)), key=len)
     pairs = [(ElementRun(one, run.begin, run.end), ElementRun(other, run.begin, run.end)) for run in runs]
-    with ReadAhead([run.extent for pair in pairs for run in pair]) as read_ahead:
+    with ReadAhead([extent for pair in pairs for run in pair for extent in run.extents]) as read_ahead:
         for first, second in pairs:
-            with read_ahead.take(first.extent) as a, read_ahead.take(second.extent) as b:
-                values, others = dequantise(one, a).as_dtype("F32"), dequantise(other, b).as_dtype("F32")
+            with read_ahead.take_all(first.extents) as a, read_ahead.take_all(second.extents) as b:
+                values, others = dequantise(first, a).as_dtype("F32"), dequantise(second, b).as_dtype("F32")
                 if not np.array_equal(values, others):
                     return False
     return True

@@ -9,33 +9,38 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from weightd.disk.read_ahead import Extent, ReadAhead
+from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
 from weightd.importing.dequantise import dequantise
+from weightd.importing.plan import runs_of
 from weightd_proto.encodings import COMPUTE_DTYPES
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Recipe, ResidentSource
 
 KEEP = "keep"
+SMALL_ELEMENTS_MAX = 4 << 20  # routers have at most 3 million
 
 
 def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: str) -> str:
     """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly.
 
-    For matrices the dtype decides. Vectors (norms, biases) may have a wider dtype than the matrices: llama.cpp stores
-    norms in F32 beside F16 matrices. For them the values decide, so that they do not double the size of the model.
+    For matrices the dtype decides. Vectors (norms, biases) and small matrices outside the FFNs may have a wider dtype:
+    llama.cpp stores norms and routers in F32 beside F16 matrices. For them the values decide, so that they do not
+    double the size of the model.
     """
     if request != KEEP:
         return COMPUTE_DTYPES[request]
     floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in COMPUTE_DTYPES.values()}
     apart = {name for source in recipe.resident if source.f32_in for name in tensor_names(source.source)}
-    matrices = {tensor.dtype for name, tensor in floats.items() if len(tensor.shape) > 1 and name not in apart}
+    parts = {part.tensor for ffn in recipe.ffns for expert in ffn.experts for part in expert.parts}
+    small = {name for name, tensor in floats.items() if _is_small(tensor) and name not in parts}
+    matrices = {tensor.dtype for name, tensor in floats.items() if name not in small | apart}
     if len(matrices) != 1:
         return "F32"
     (dtype,) = matrices
     kept = {name for s in recipe.resident if dtype in s.f32_in for name in tensor_names(s.source)}
-    vectors = [tensor for name, tensor in floats.items() if len(tensor.shape) <= 1 and name not in kept]
-    return dtype if dtype == "F32" or _hold_exactly(vectors, dtype) else "F32"
+    others = [tensor for name, tensor in floats.items() if name in small and name not in kept]
+    return dtype if dtype == "F32" or _hold_exactly(others, dtype) else "F32"
 
 
 def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], dtype: str) -> str:
@@ -46,19 +51,18 @@ def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], 
     return "F32" if dtype in source.f32_in else dtype
 
 
-def _hold_exactly(vectors: list[SourceTensor], dtype: str) -> bool:
-    others = [tensor for tensor in vectors if tensor.dtype != dtype or tensor.undo is not None]
-    with ReadAhead([_extent_of(tensor) for tensor in others]) as read_ahead:
-        for tensor in others:
-            with read_ahead.take(_extent_of(tensor)) as stored:
-                elements = dequantise(tensor, stored)
+def _is_small(tensor: SourceTensor) -> bool:
+    return len(tensor.shape) <= 1 or tensor.elements <= SMALL_ELEMENTS_MAX
+
+
+def _hold_exactly(tensors: list[SourceTensor], dtype: str) -> bool:
+    others = [run for t in tensors if t.dtype != dtype or t.undo is not None for run in runs_of(t)]
+    with ReadAhead([extent for run in others for extent in run.extents]) as read_ahead:
+        for run in others:
+            with read_ahead.take_all(run.extents) as stored:
+                elements = dequantise(run, stored)
                 values = elements.as_dtype("F32").view(np.float32)
                 narrow = type(elements)(dtype, elements.as_dtype(dtype)).as_dtype("F32").view(np.float32)
                 if not np.array_equal(values, narrow, equal_nan=True):
                     return False
     return True
-
-
-def _extent_of(tensor: SourceTensor) -> Extent:
-    """The extent of the whole tensor."""
-    return Extent(tensor.path, tensor.offset_bytes, tensor.bytes_of(tensor.elements))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +61,8 @@ class ModelWriter:
 
     def run(self, steps: Sequence[Step]) -> list[npt.NDArray[np.uint64]]:
         """Returns the checksums of each layer's bundles."""
-        read_ahead = ReadAhead([run.extent for step in steps for run in step.runs])
+        extents = [[extent for run in step.runs for extent in run.extents] for step in steps]
+        read_ahead = ReadAhead(list(chain.from_iterable(extents)), together=max(map(len, extents), default=1))
         # One cell may be larger than a chunk.
         write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
         with ExitStack() as opened:
@@ -89,11 +91,11 @@ class ModelWriter:
         bundles: UncachedWriter,
         resident: _Assembly,
     ) -> None:
-        total_bytes = sum(run.extent.size_bytes for step in steps for run in step.runs)
+        total_bytes = sum(extent.size_bytes for step in steps for run in step.runs for extent in run.extents)
         for step in steps:
             with ExitStack() as taken:
-                stored = [taken.enter_context(read_ahead.take(run.extent)) for run in step.runs]
-                elements = [dequantise(run.tensor, data) for run, data in zip(step.runs, stored, strict=True)]
+                stored = [taken.enter_context(read_ahead.take_all(run.extents)) for run in step.runs]
+                elements = [dequantise(run, data) for run, data in zip(step.runs, stored, strict=True)]
                 match step:
                     case HoldStep():
                         self._held.fill(step, elements[0])
@@ -103,7 +105,7 @@ class ModelWriter:
                         resident.stream.append(step.index, elements[0])
                     case AssemblyStep():
                         resident.add(step, elements[0])
-                self._progress(sum(len(data) for data in stored), total_bytes)
+                self._progress(sum(len(data) for each in stored for data in each), total_bytes)
 
     def _cut(self, step: BundleStep, runs: list[Elements], bundles: UncachedWriter, write_behind: WriteBehind) -> None:
         unit = self._units[step.unit]

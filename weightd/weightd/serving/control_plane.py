@@ -104,7 +104,7 @@ class ControlPlane:
         if (origin := self._identities.origin(context)) is not None:
             origin.charge(SESSION_COST)
         served = await self._readable(request.model, context, request.import_id)
-        token, share = await self._run(lambda: self._open_session(served, request.slots_wanted, caller), self._askers)
+        token, share = await self._run(lambda: self._open_session(served, request, caller), self._askers)
         return weightd_pb2.OpenSessionResponse(token=token, data_socket=self._data_socket, share_slots=share)
 
     async def Fetch(
@@ -201,10 +201,14 @@ class ControlPlane:
             )
         return self._models.stage(served, offered)
 
-    def _open_session(self, served: ServedModel, slots_wanted: int, caller: Caller) -> tuple[bytes, int]:
+    def _open_session(
+        self, served: ServedModel, request: weightd_pb2.OpenSessionRequest, caller: Caller
+    ) -> tuple[bytes, int]:
         user_id = ANYBODY if caller.user_id is None else caller.user_id
         try:
-            token, share = self._engine.open_session(served.number, slots_wanted, user_id)
+            token, share = self._engine.open_session(
+                served.number, request.slots_wanted, user_id, predicts=not request.without_predictors
+            )
         except _native.CorruptResident as error:
             raise CorruptionError(str(error)) from error
         return token, share

@@ -34,6 +34,7 @@ from weightd_proto.files import CALIBRATION_FILES, PREDICTORS_FILE
 
 CALIBRATION_FOLDER = "calibration"
 MODES = ("exact", "predict")
+LOSSY_MODES = ("", "predict", "threshold")  # "": predict, of clients that do not say it
 # The paper's predictors take less than 5 % of a model, and a calibration as large as its model would be of no use. The
 # constant part is for toy models, whose files consist mostly of headers.
 MODEL_SHARE_MAX = 1
@@ -58,6 +59,11 @@ def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration
         )
     if offered.mode not in MODES:
         raise RequestError(f"mode {offered.mode!r} of a calibration: want {' or '.join(MODES)}")
+    if offered.lossy_mode not in LOSSY_MODES or (offered.lossy_mode == "threshold" and offered.mode != "exact"):
+        raise RequestError(
+            f"a calibration for mode {offered.lossy_mode!r} with mode {offered.mode!r} as the default: want predict, "
+            "or threshold with exact as the default"
+        )
     names = [file.name for file in offered.files]
     if sorted(names) != sorted(CALIBRATION_FILES):
         raise RequestError(f"a calibration of the files {names}: want {', '.join(CALIBRATION_FILES)}")

@@ -84,7 +84,8 @@ _SIZES: tuple[tuple[str, Callable[[int, _Scale], int]], ...] = (
     (r"hidden_size_global", _constant(HIDDEN)),
     (r"attention_head_dim", _double_hidden_by_heads),
     (_HIDDEN + r"|\w*embedding_size|\w*embed_dim|word_embed_proj_dim|lru_width|attention_hidden_size|laurel_rank"
-     r"|hidden_size_per_layer_input|axial_pos_embds_dim|backbone_hidden_size|out_hidden_size", _like_hidden),
+     r"|hidden_size_per_layer_input|axial_pos_embds_dim|backbone_hidden_size|out_hidden_size|router_hidden_size",
+     _like_hidden),
     (r"(moe|expert)_(intermediate|ffn_hidden)_size", _constant(24)),
     (r"(moe_)?shared_(experts?_)?intermediate_size", _at_most(40)),
     (r"\w*(intermediate_size|ffn_dim|ffn_hidden_size)(_mlp)?|n_inner|dff|d_ff|dim_ff|d_inner|feed_forward_size|mlp_dim",
