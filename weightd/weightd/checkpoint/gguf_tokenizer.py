@@ -26,6 +26,19 @@ from weightd.errors import CheckpointError
 # was split off. transformers itself knows others (GGUF_PRE_TOKENIZER_SPLITS).
 SPLIT_AS_GPT2 = {"default", "gpt-2", "gpt2", "phi-2", "mpt", "olmo", "jina-v1-en", "jina-v2-es", "jina-v2-de"}
 SPLIT_WITH_DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone"}
+# Others of llama.cpp (llama-vocab.cpp): expressions, each of which splits what those before it have left whole.
+_CONTRACTIONS = r"'s|'t|'re|'ve|'m|'ll|'d"
+SPLITS = {
+    "bloom": [r" ?[^(\s|.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c)]+"],
+    "falcon": [
+        r"[\p{P}\$\+<=>\^~\|`]+",
+        _CONTRACTIONS + r"| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
+        r"[0-9][0-9][0-9]",
+    ],
+    "stablelm2": [
+        f"(?i:{_CONTRACTIONS})" + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ],
+}
 # For these, llama.cpp begins every text with the BOS token unless the file says otherwise.
 PRE_WITH_BOS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "tekken"}
 PREFIX_SPACE = "\u2581"
@@ -83,6 +96,8 @@ def write_tokenizer(path: Path, folder: Path) -> None:
                 raise CheckpointError(f"transformers cannot convert the tokenizer of {path}: {error}") from error
     if kind == "gpt2" and pre in SPLIT_WITH_DIGITS:
         _split_digits(tokenizer)
+    elif kind == "gpt2" and pre in SPLITS:
+        _split_by(tokenizer, SPLITS[pre])
     _check_prefix_space(file, kind, tokenizer)
     _add_ends(file, tokenizer, first=_flag(file, "ggml.add_bos_token", kind == "llama" or pre in PRE_WITH_BOS))
     templates = _templates(file)
@@ -116,7 +131,10 @@ def _check_split(file: GgufFile, kind: str | None, pre: str) -> None:
         GGUF_PRE_TOKENIZER_SPLITS = {}
     if kind not in ("gpt2", "llama"):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.model = {kind!r}: known are gpt2 and llama")
-    if kind == "gpt2" and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | GGUF_PRE_TOKENIZER_SPLITS.keys():
+    if (
+        kind == "gpt2"
+        and pre not in SPLIT_AS_GPT2 | SPLIT_WITH_DIGITS | SPLITS.keys() | GGUF_PRE_TOKENIZER_SPLITS.keys()
+    ):
         raise CheckpointError(f"{file.path} has tokenizer.ggml.pre = {pre!r}: weightd does not know how it splits text")
 
 
@@ -126,6 +144,14 @@ def _split_digits(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
+
+
+def _split_by(tokenizer: Any, expressions: Sequence[str]) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
 
 
 def _check_prefix_space(file: GgufFile, kind: str | None, tokenizer: Any) -> None:
