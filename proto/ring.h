@@ -31,9 +31,11 @@ inline constexpr uint32_t GRANTS = 16384;
 inline constexpr uint32_t TOKEN_BYTES = 16;
 
 enum Op : uint32_t {
-    ACQUIRE = 1,   // lease the cells; each gets one Grant
-    RELEASE = 2,   // give back one lease of each cell; only granted leases may be given back
-    PREFETCH = 3,  // a hint: the cells may be wanted soon. Reads them if there is room; they get no lease and no Grant
+    ACQUIRE = 1,  // lease the cells; each gets one Grant
+    RELEASE = 2,  // give back one lease of each cell; only granted leases may be given back
+    // A hint: the cells may be wanted in the session's next step. They are read while the device has little else to do,
+    // if there is room; they get no lease and no Grant. The hint ends when the step begins.
+    PREFETCH = 3,
 };
 
 enum Form : uint32_t {
@@ -98,9 +100,11 @@ struct alignas(4096) Header {
     // grants the cells of its share. A session that makes others wait for seconds and gives nothing back is closed.
     std::atomic<uint32_t> lease_limit;
     // Counters of this session. Each is written before the grants that it counts.
-    std::atomic<uint64_t> hits;        // acquired cells that were in the pool, or were being read already
-    std::atomic<uint64_t> misses;      // acquired cells that were not
-    std::atomic<uint64_t> read_bytes;  // bytes read from flash for this session, gaps between cells included
+    std::atomic<uint64_t> hits;             // acquired cells that were in the pool, or were being read already
+    std::atomic<uint64_t> misses;           // acquired cells that were not
+    std::atomic<uint64_t> read_bytes;       // bytes read from flash for this session, gaps between cells included
+    std::atomic<uint64_t> prefetched;       // cells that were read because of PREFETCH
+    std::atomic<uint64_t> prefetched_used;  // prefetched cells that were acquired: hits
 };
 static_assert(std::atomic<uint64_t>::is_always_lock_free);
 static_assert(std::atomic<uint32_t>::is_always_lock_free);

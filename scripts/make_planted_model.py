@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,7 +23,7 @@ from flags import FlagParser
 from planted.layers import Measured, PlantedLayer, PlantedModel
 from planted.plan import PUBLISHED, SHAPES, Shape, new_share, skew_share, union_share
 from planted.shapes import checkpoint_shapes
-from planted.shards import Shards, check_space, write_json
+from planted.shards import Shards, new_folder, write_json
 from planted.shares import WINDOW
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -56,19 +55,10 @@ def make_planted_model(shape: Shape, target: Path, dtype: str = "bf16", seed: in
     Raises:
         OSError: `target` exists, or the disk is too small.
     """
-    if target.exists():
-        raise OSError(f"{target} exists: remove it, or give another --out")
     tensors = checkpoint_shapes(shape.config("bfloat16")).values()
-    check_space(target, 2 * sum(torch.Size(one).numel() for one in tensors))
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / PLANTED_FOLDER).mkdir(parents=True)
-    try:
-        plan = _write(shape, partial, DTYPES[dtype], seed)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return plan
+    with new_folder(target, 2 * sum(torch.Size(one).numel() for one in tensors)) as folder:
+        (folder / PLANTED_FOLDER).mkdir()
+        return _write(shape, folder, DTYPES[dtype], seed)
 
 
 def _write(shape: Shape, folder: Path, dtype: torch.dtype, seed: int) -> dict[str, Any]:

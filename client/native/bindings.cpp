@@ -165,9 +165,11 @@ void bind_session(nb::module_& module) {
             [](Session& session) {
                 const nb::gil_scoped_release released;
                 const flashclient::SessionCounters counted = used<&Session::counters>(session);
-                return std::make_tuple(counted.hits, counted.misses, counted.read_bytes);
+                return std::make_tuple(counted.hits, counted.misses, counted.read_bytes, counted.prefetched,
+                                       counted.prefetched_used);
             },
-            "hits, misses and bytes read from flash, of this session and of those that it replaced")
+            "hits, misses, bytes read from flash, and cells prefetched and of those used, of this session and of those "
+            "that it replaced")
         .def("acquire", &acquire_cells, "layer"_a, "cells"_a.noconvert(),
              "Leases cells and waits; returns how many were granted.")
         .def("release", &release_cells, "layer"_a, "cells"_a.noconvert())

@@ -25,6 +25,7 @@ from benchmarks.uncached_pass import read_uncached
 from paper.firing import InputTap, compare
 
 TIMEOUT_S = 600.0
+COUNTED = ("reads", "read_bytes", "reading_s", "hits", "misses", "prefetched", "prefetched_used")
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Probe:
     def _counters(self) -> dict[str, float]:
         stats = self._connection.stats()
         (model,) = [one for one in stats.models if one.name == self._task.model]
-        counted = {name: float(getattr(model, name)) for name in ("reads", "read_bytes", "reading_s", "hits", "misses")}
+        counted = {name: float(getattr(model, name)) for name in COUNTED}
         counted |= {"again_s": self._again.seconds, "again_bytes": self._again.read_bytes}
         return counted | clock_seconds(self._client)
 

@@ -5,7 +5,6 @@ It serves to measure speed. Its text is noise.
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 from planted.layers import Noise
 from planted.plan import Shape
 from planted.shapes import checkpoint_shapes
-from planted.shards import Shards, check_space, write_json
+from planted.shards import Shards, new_folder, write_json
 
 DTYPE = torch.bfloat16
 EMBEDDING = "model.embed_tokens.weight"
@@ -35,25 +34,18 @@ def make_dense_model(shape: Shape, target: Path, seed: int = 0) -> None:
         OSError: the disk is too small.
     """
     sizes_of = checkpoint_shapes(dense_config(shape))
-    check_space(target, bytes_of(sizes_of.values()))
     shards: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for name, size in sizes_of.items():
         layer = name.partition("layers.")[2].partition(".")[0]
         shards[layer or name][name] = size
     noise = Noise(seed, DTYPE)
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        written = Shards(partial, len(shards))
+    with new_folder(target, bytes_of(sizes_of.values())) as folder:
+        written = Shards(folder, len(shards))
         for sizes in shards.values():
             written.write({name: _random(noise, size) for name, size in sizes.items()})
         written.write_index()
-        write_json(partial / "config.json", dense_config(shape))
-        write_json(partial / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(folder / "config.json", dense_config(shape))
+        write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
 
 
 def bytes_of(sizes: Iterable[tuple[int, ...]]) -> int:

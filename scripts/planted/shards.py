@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,25 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def check_space(target: Path, size_bytes: int) -> None:
-    """Raises OSError if the disk lacks the room for a model of `size_bytes` at `target`."""
+@contextmanager
+def new_folder(target: Path, size_bytes: int) -> Iterator[Path]:
+    """A folder to write `size_bytes` into, which becomes `target` at the end, or is deleted after an error.
+
+    Raises:
+        OSError: `target` exists, or the disk is too small.
+    """
+    if target.exists():
+        raise OSError(f"{target} exists: remove it, or give another folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     free_bytes = shutil.disk_usage(target.parent).free
     if free_bytes < size_bytes + SPARE_BYTES:
         needed, free = ((size_bytes + SPARE_BYTES) / 1e9, free_bytes / 1e9)
-        raise OSError(f"{target.parent} has {free:.1f} GB free, the model needs {needed:.1f}: choose another folder")
+        raise OSError(f"{target.parent} has {free:.1f} GB free, {target.name} needs {needed:.1f}: give another folder")
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

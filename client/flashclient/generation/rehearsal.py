@@ -22,7 +22,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from flashclient._native import CellWalk, LentMemory, Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
-from flashclient.source.bundle_source import Chunk
+from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.memory_cells import MemoryCells, MemoryTable
 from weightd_proto import weightd_pb2
 
@@ -66,6 +66,9 @@ class ZeroSource:
 
     def idle(self) -> None:
         """No-op: no cells are leased."""
+
+    def counters(self) -> Counters:
+        return Counters()
 
 
 def rehearse(record: weightd_pb2.Model, folder: Path) -> None:

@@ -38,6 +38,8 @@ class Stats:
     hits: int = 0
     misses: int = 0
     read_bytes: int = 0  # from flash, or over the wire
+    prefetched: int = 0  # cells read before a router had picked them, by look-ahead
+    prefetched_used: int = 0  # those that were picked: hits
 
     @property
     def overhead_s(self) -> float:
@@ -193,4 +195,6 @@ class Meter:
             hits=counted.hits,
             misses=counted.misses,
             read_bytes=counted.read_bytes,
+            prefetched=counted.prefetched,
+            prefetched_used=counted.prefetched_used,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
 from flashclient.kernels.arrays import array_of
+from flashclient.model.experts.look_ahead import Guess, LookAhead
 from flashclient.model.ffn import Biases, Clock
 from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
@@ -38,6 +39,7 @@ class ExpertsFFN:
         self.hidden_size = hidden_size
         self.clock = clock
         self._lock = threading.Lock()
+        self.look_ahead = LookAhead(source, [index for index, layer in enumerate(layers) if layer.experts])
         sizes = [(max(1, layer.experts), layer.neurons) for layer in layers]
         try:
             self._step = ExpertStep(kernels, source.open_walk(), sizes)
@@ -56,7 +58,14 @@ class ExpertsFFN:
         return self._run(layer, x, None, None, biases, None)
 
     def picked(
-        self, layer: int, x: Tensor, experts: Tensor, weights: Tensor, biases: Biases, output_bias: Tensor | None
+        self,
+        layer: int,
+        x: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        biases: Biases,
+        output_bias: Tensor | None,
+        guess: Guess | None = None,
     ) -> Tensor:
         """The weighted sum over the experts that each row picks, in ascending order of the experts.
 
@@ -66,11 +75,12 @@ class ExpertsFFN:
             weights: [tokens, picks] fp32, contiguous. A pick with weight 0, or outside of the layer's experts, is
                 neither read nor computed.
             output_bias: [experts, hidden_size] fp32, contiguous, added to each expert's output.
+            guess: what may be read early.
 
         Returns:
             A new tensor [tokens, hidden_size] fp32.
         """
-        return self._run(layer, x, experts, weights, biases, output_bias)
+        return self._run(layer, x, experts, weights, biases, output_bias, guess)
 
     def idle(self) -> None:
         self.source.idle()
@@ -83,12 +93,15 @@ class ExpertsFFN:
         weights: Tensor | None,
         biases: Biases,
         output_bias: Tensor | None,
+        guess: Guess | None = None,
     ) -> Tensor:
         y = torch.empty_like(x)
         picks, picked_weights, bias_of_output = (
             None if tensor is None else array_of(tensor) for tensor in (experts, weights, output_bias)
         )
         with self._lock, self.source.errors:
-            times = self._step.run(layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y))
+            times = self._step.run(
+                layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y), *(guess or ())
+            )
         self.clock.add(*times)
         return y

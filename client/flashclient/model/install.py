@@ -194,6 +194,9 @@ class _Installing:
             if path and next(part.children(), None) is None:
                 self._replace(path, NeverCalled)
         self._module.__dict__["streamed"] = streamed
+        parent = self._found(self._layer.module.rpartition(".")[0])
+        beside = [module for module in parent.children() if module is not self._module]
+        streamed.ffn.look_ahead.watch(streamed.layer, self._module, beside)
 
     def _parts_of_ffn(self) -> PartsOfFFN:
         gated = len(self._record.bundle.parts) == 3

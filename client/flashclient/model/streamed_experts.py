@@ -41,6 +41,8 @@ class LayerExperts:
             top_k_weights: [..., picks], any floats.
         """
 
+        guess = self.ffn.look_ahead.guess(self.layer, hidden_states) if top_k_index is not None else None
+
         def of_rows(rows: Tensor) -> Tensor:
             if top_k_index is None or top_k_weights is None:
                 picks = (torch.arange(len(rows), device="cpu") * self.experts // len(rows)).unsqueeze(1)
@@ -50,7 +52,7 @@ class LayerExperts:
                 weights = top_k_weights.detach().reshape(picks.shape).to(torch.float32).contiguous()
             return retry_on_loss(
                 self.ffn.source,
-                lambda: self.ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias),
+                lambda: self.ffn.picked(self.layer, rows, picks, weights, self.biases, self.output_bias, guess),
             )
 
         return by_rows(self.ffn, hidden_states, of_rows)

@@ -28,7 +28,7 @@ from flashclient.recipes.ffns.site import Site
 from flashclient.recipes.ffns.tiny import one_line
 from flashclient.recipes.ffns.watching import run
 from flashclient.recipes.reference import amend
-from flashclient.source.bundle_source import Chunk
+from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.memory_cells import MemoryCells, MemoryTable
 from flashclient.tensors.names import find_tensors, tied_pairs
 from flashclient.tensors.places import Piece, gather
@@ -162,6 +162,9 @@ class ArraySource:
 
     def require_open(self) -> None:
         """No-op: there is no session."""
+
+    def counters(self) -> Counters:
+        return Counters()
 
     def idle(self) -> None:
         """No-op: no cells are leased."""

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from operator import add, sub
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -48,12 +49,14 @@ class Counters:
     hits: int = 0
     misses: int = 0
     read_bytes: int = 0  # from flash, or over the wire
+    prefetched: int = 0  # cells read before a step asked for them
+    prefetched_used: int = 0  # those that a step has asked for: hits
 
     def plus(self, other: Counters) -> Counters:
-        return Counters(self.hits + other.hits, self.misses + other.misses, self.read_bytes + other.read_bytes)
+        return Counters(*map(add, astuple(self), astuple(other)))
 
     def since(self, earlier: Counters) -> Counters:
-        return Counters(self.hits - earlier.hits, self.misses - earlier.misses, self.read_bytes - earlier.read_bytes)
+        return Counters(*map(sub, astuple(self), astuple(earlier)))
 
 
 class CellsSource(Protocol):

@@ -33,6 +33,8 @@ class CellWalk {
     // index in the list. All methods throw what the source throws; after that, the next begin() or clear() gives
     // everything back.
     void begin(uint32_t layer, std::vector<uint32_t> cells, bool far);
+    // The ranges of cells that the next step of `layer` may want; see CellSource.
+    void prefetch(uint32_t layer, const std::vector<CellRange>& ranges) { source_.prefetch(layer, ranges); }
     // The address of a cell that is here; 0 for the others.
     uint64_t address(size_t index) const { return addresses_[index]; }
     // The cells from `first` on are computed.

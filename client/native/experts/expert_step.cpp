@@ -15,16 +15,17 @@ ExpertStep::ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> 
     }
 }
 
-StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y) {
+StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, const Guess& guess) {
     const ExpertLayer& layer = layers_.at(index);
     StepTimer timer;
     std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
     neurons_ = layer.neurons / layer.experts;
-    cells_ = (neurons_ + walk_.cell().bundles - 1) / walk_.cell().bundles;
+    cells_ = cells_of(layer);
     rows.experts == nullptr ? pick_all(layer, rows) : sort_picks(layer, rows);
     if (experts_.empty()) return timer.times;
     const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
     walk_.begin(index, cells_of_experts(), few);
+    look_ahead(guess);
     timer.lap(timer.times.acquire_s);
     while (true) {
         while (compute_some(rows, y)) continue;
@@ -82,6 +83,23 @@ std::vector<uint32_t> ExpertStep::cells_of_experts() {
         for (size_t i = 0; i < cells_; i++) cells.push_back(static_cast<uint32_t>(expert.number * cells_ + i));
     }
     return cells;
+}
+
+size_t ExpertStep::cells_of(const ExpertLayer& layer) const {
+    return (layer.neurons / layer.experts + walk_.cell().bundles - 1) / walk_.cell().bundles;
+}
+
+void ExpertStep::look_ahead(const Guess& guess) {
+    if (guess.experts.empty()) return;
+    const ExpertLayer& layer = layers_.at(guess.layer);
+    const auto cells = static_cast<uint32_t>(cells_of(layer));
+    std::vector<CellRange> ranges;
+    for (const int64_t expert : guess.experts) {
+        if (expert < 0 || expert >= int64_t{layer.experts}) continue;
+        const uint32_t first = static_cast<uint32_t>(expert) * cells;
+        ranges.emplace_back(first, first + cells);
+    }
+    walk_.prefetch(guess.layer, ranges);
 }
 
 // ---- computing ----

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "experts/cell_walk.h"
@@ -34,6 +35,12 @@ struct PickedRows {
     const float* output_bias;  // [experts, hidden], of each expert's output
 };
 
+// What the next step may pick. It is read while this step computes, if the device has nothing else to do.
+struct Guess {
+    uint32_t layer;
+    std::span<const int64_t> experts;  // the likeliest first; what is outside of the layer's experts is left out
+};
+
 class ExpertStep {
   public:
     // Both must outlive this.
@@ -41,7 +48,7 @@ class ExpertStep {
 
     // y [tokens, hidden] = the weighted sum over each row's experts. One thread at a time, which holds walk().use().
     // Throws what the walk's source throws; y holds no result then.
-    StepTimes run(uint32_t layer, const PickedRows& rows, float* y);
+    StepTimes run(uint32_t layer, const PickedRows& rows, float* y, const Guess& guess = {});
 
     const ExpertLayer& layer(uint32_t index) const { return layers_.at(index); }
     const Ffn& ffn() const { return ffn_; }
@@ -64,6 +71,8 @@ class ExpertStep {
     void pick_all(const ExpertLayer& layer, const PickedRows& rows);
     void sort_picks(const ExpertLayer& layer, const PickedRows& rows);
     std::vector<uint32_t> cells_of_experts();
+    void look_ahead(const Guess& guess);
+    size_t cells_of(const ExpertLayer& layer) const;  // of one expert
     bool compute_some(const PickedRows& rows, float* y);
     void compute(Expert& expert, size_t cells, const PickedRows& rows, float* y);
     const float* rows_of(const Expert& expert, const PickedRows& rows);

@@ -8,6 +8,7 @@
 
 namespace flashclient {
 
+using CellRange = std::pair<uint32_t, uint32_t>;
 using Arrival = std::pair<uint32_t, uint64_t>;  // a cell and its address; address 0: the lease was refused
 
 // The caller, a Window (window.h) or a CellWalk (experts/cell_walk.h), keeps the account of what is leased; a source
@@ -26,6 +27,8 @@ class CellSource {
                           const std::vector<uint32_t>& release) = 0;
     // The same for the layer of the last exchange(), while cells that it asked for may be on their way.
     virtual void extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) = 0;
+    // Cells [begin, end) of `layer` that its next step may want. A hint: nothing is leased, and there is no answer.
+    virtual void prefetch(uint32_t /*layer*/, const std::vector<CellRange>& /*ranges*/) {}
     // Waits until more of the cells asked for have arrived, and returns them; none where none is on its way. Refusals
     // mean that the limit has fallen. Throws where a cell cannot be read.
     virtual std::vector<Arrival> arrived() = 0;

@@ -36,6 +36,14 @@ void Leases::extend(const std::vector<uint32_t>& acquire, const std::vector<uint
     send(acquire, release);
 }
 
+void Leases::prefetch(uint32_t layer, const std::vector<CellRange>& ranges) {
+    const auto use = session_.use();
+    std::vector<uint32_t> words;
+    words.reserve(2 * ranges.size());
+    for (const auto& [begin, end] : ranges) words.insert(words.end(), {begin, end});
+    session_.prefetch(layer, words);
+}
+
 void Leases::send(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
     const size_t words = acquire.size() + release.size();
     if (acquire.empty() || words > ring::WORDS || !waiting_.empty() || unanswered_ + acquire.size() > ring::GRANTS) {

@@ -23,6 +23,7 @@ class Leases : public CellSource {
     // Sends one message if the cells fit into one. Throws SessionLost and NoAnswer.
     void exchange(uint32_t layer, const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
     void extend(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) override;
+    void prefetch(uint32_t layer, const std::vector<CellRange>& ranges) override;
     // Throws SessionLost, NoAnswer and CorruptBundle.
     std::vector<Arrival> arrived() override;
     void cancel() override;

@@ -322,6 +322,8 @@ SessionCounters Session::counters() const {
     sum.hits += header.hits.load(std::memory_order_relaxed);
     sum.misses += header.misses.load(std::memory_order_relaxed);
     sum.read_bytes += header.read_bytes.load(std::memory_order_relaxed);
+    sum.prefetched += header.prefetched.load(std::memory_order_relaxed);
+    sum.prefetched_used += header.prefetched_used.load(std::memory_order_relaxed);
     return sum;
 }
 
@@ -336,6 +338,10 @@ void Session::acquire(uint32_t layer, ring::Form form, std::span<const uint32_t>
 
 void Session::release(uint32_t layer, ring::Form form, std::span<const uint32_t> words) {
     post(ring::RELEASE, layer, form, words, 0);
+}
+
+void Session::prefetch(uint32_t layer, std::span<const uint32_t> ranges) {
+    post(ring::PREFETCH, layer, ring::RANGES, ranges, 0);
 }
 
 void Session::post(ring::Op op, uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag) {

@@ -47,6 +47,8 @@ struct SessionCounters {  // of cells that were requested
     uint64_t hits = 0;
     uint64_t misses = 0;
     uint64_t read_bytes = 0;
+    uint64_t prefetched = 0;
+    uint64_t prefetched_used = 0;
 };
 
 class Session {
@@ -79,6 +81,7 @@ class Session {
     // Each posts one or more requests. For `words` see ring::Form.
     void acquire(uint32_t layer, ring::Form form, std::span<const uint32_t> words, uint32_t tag);
     void release(uint32_t layer, ring::Form form, std::span<const uint32_t> words);
+    void prefetch(uint32_t layer, std::span<const uint32_t> ranges);
     // Gives back the cells `release` and acquires the cells `acquire`, in one request of at most WORDS cells.
     void exchange(uint32_t layer, std::span<const uint32_t> acquire, std::span<const uint32_t> release, uint32_t tag);
 

@@ -85,6 +85,62 @@ TEST_F(EngineExpertsTest, TheExpertThatIsUsedMostStays) {
     EXPECT_EQ(engine->model(0).counts.reads, 31U);  // an expert is one read
 }
 
+TEST_F(EngineExpertsTest, WhatWasPrefetchedIsThere) {
+    start(4);
+    CountingSession& session = open(4 * CELLS);
+    use(session, 0, {0});
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2, 3})));
+    settle(*engine);
+    EXPECT_EQ(session.held_cells, 0U);
+    EXPECT_EQ(session.prefetched, 2U * CELLS);
+    for (int again = 0; again < 2; again++) use(session, 1, {2});
+    EXPECT_EQ(session.misses, 1U * CELLS);
+    EXPECT_EQ(session.hits, 2U * CELLS);
+    EXPECT_EQ(session.prefetched_used, 1U * CELLS) << "the second use is a hit like any other";
+    EXPECT_EQ(engine->model(0).counts.prefetched, 2U * CELLS);
+    EXPECT_EQ(engine->model(0).counts.prefetched_used, 1U * CELLS);
+}
+
+TEST_F(EngineExpertsTest, AGuessEndsWhenItsStepBegins) {
+    start(4);
+    CountingSession& session = open(4 * CELLS);
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2})));
+    use(session, 1, {3});
+    EXPECT_EQ(session.prefetched, 0U);
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0})));
+    ASSERT_TRUE(engine->prefetch(session, 0, cells_of({1}))) << "takes the place of the other";
+    settle(*engine);
+    EXPECT_EQ(session.prefetched, 1U * CELLS);
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({1})));
+    engine->close(session.id);
+    settle(*engine);
+    EXPECT_EQ(engine->model(0).counts.prefetched, 1U * CELLS);
+}
+
+TEST_F(EngineExpertsTest, WhatIsAskedForIsReadBeforeWhatIsGuessed) {
+    start(8);
+    CountingSession& session = open(8 * CELLS);
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({0, 1, 2, 3})));
+    ASSERT_TRUE(engine->acquire(session, 0, cells_of({0, 1, 2, 3}), 0));
+    engine->step();
+    EXPECT_LE(session.prefetched, (PREFETCH_READS_MAX - 1) * READ_BYTES_MAX / flash.spec.cell_bytes);
+    settle(*engine);
+    EXPECT_EQ(session.grants, 4U * CELLS);
+    EXPECT_EQ(session.prefetched, 4U * CELLS);
+}
+
+TEST_F(EngineExpertsTest, NothingEvictsAGuessBeforeItsStep) {
+    start(3);
+    CountingSession& session = open(3 * CELLS);
+    for (int token = 0; token < 20; token++) use(session, 0, {0, 1});
+    ASSERT_TRUE(engine->prefetch(session, 1, cells_of({2})));
+    settle(*engine);
+    use(session, 0, {3});
+    const uint64_t misses = session.misses;
+    use(session, 1, {2});
+    EXPECT_EQ(session.misses, misses);
+}
+
 TEST_F(EngineExpertsTest, ExpertsThatBeginWithinACellAreRefused) {
     flash.spec.layers[0].experts = 3;
     EXPECT_THROW(flash.spec.require_sound(), std::invalid_argument);

@@ -127,6 +127,19 @@ TEST_F(ExpertStepTest, OnlyPickedExpertsAreAskedFor) {
     EXPECT_EQ(cells.asked_for, wanted);
 }
 
+TEST_F(ExpertStepTest, WhatIsGuessedIsOnlyAHint) {
+    const Rows rows = rows_of(1, 4);
+    const std::array<int64_t, 4> guessed = {5, -1, EXPERTS, 2};
+    std::vector<float> y(HIDDEN, NAN);
+    step.run(0,
+             {rows.x.data(), 1, rows.experts.data(), rows.weights.data(), PICKS, bias.data(), up_bias.data(),
+              output_bias.data()},
+             y.data(), {0, guessed});
+    EXPECT_EQ(y, expected_rows(rows));
+    const std::vector<std::array<uint32_t, 3>> wanted = {{0, 30, 36}, {0, 12, 18}};
+    EXPECT_EQ(cells.prefetched, wanted);
+}
+
 TEST_F(ExpertStepTest, RowsThatPickNothingAreZero) {
     Rows rows = rows_of(1, 1);
     rows.experts.assign(PICKS, -3);

@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <set>
@@ -33,6 +34,10 @@ class TestCells : public CellSource {
     }
 
     void extend(const Cells& acquire, const Cells& release) override { give_and_ask(acquire, release); }
+
+    void prefetch(uint32_t layer, const std::vector<CellRange>& ranges) override {
+        for (const auto& [begin, end] : ranges) prefetched.push_back({layer, begin, end});
+    }
 
     std::vector<Arrival> arrived() override {
         if (lost || lost_after-- == 0) throw std::runtime_error("lost");
@@ -69,6 +74,7 @@ class TestCells : public CellSource {
     Cells acquired;                                // by the last exchange
     Cells released;
     uint32_t exchanges = 0;
+    std::vector<std::array<uint32_t, 3>> prefetched;  // layer, first cell, end
 
   private:
     void give_and_ask(const Cells& acquire, const Cells& release) {

@@ -28,6 +28,7 @@ void Engine::close(uint32_t id) {
     Pool& pool = *queues.model.pool;
     queues.scans.end(*session);
     queues.stalled.withdraw(*session);
+    queues.prefetches.forget(*session);
     for (uint32_t cell = 0; cell < session->cell_count(); cell++) {
         for (uint32_t leases = session->leases(cell); leases > 0; leases--) pool.unlease(pool.find(cell));
     }
@@ -58,8 +59,9 @@ bool Engine::acquire(Session& session, uint32_t layer, std::span<const uint32_t>
     return true;
 }
 
-void Engine::begin_step(const Queues& queues, Session& session, uint32_t layer) {
+void Engine::begin_step(Queues& queues, Session& session, uint32_t layer) {
     if (session.step_layer == layer) return;
+    if (session.prefetch_layer == layer) queues.prefetches.forget(session);
     session.step_layer = layer;
     queues.model.pool->step_begins(layer);
 }
@@ -106,6 +108,10 @@ bool Engine::serve(Queues& queues, Session& session, uint32_t cell, uint32_t tag
         model.counts.hits++;
         session.hits++;
         if (place.slot().deferred && !queues.scans.scanning(session)) place.slot().deferred = false;
+        if (std::exchange(place.slot().prefetched, false)) {
+            model.counts.prefetched_used++;
+            session.prefetched_used++;
+        }
     } else {
         const std::optional<Missing> missing = place_missing(model, session, cell);
         if (!missing) return false;
@@ -157,16 +163,16 @@ bool Engine::release(Session& session, uint32_t layer, std::span<const uint32_t>
 bool Engine::prefetch(Session& session, uint32_t layer, std::span<const uint32_t> cells) {
     if (!names_cells(session, layer, cells)) return false;
     Queues& queues = *queues_[session.model];
-    Model& model = queues.model;
-    const uint32_t first_cell = model.spec.layers[layer].first_cell;
+    Pool& pool = *queues.model.pool;
+    const uint32_t first_cell = queues.model.spec.layers[layer].first_cell;
     for (const uint32_t cell : cells) {
         const uint32_t number = first_cell + cell;
-        const Place place = model.pool->find(number);
-        if (place) place.slot().deferred = false;
-        if (place || !queues.stalled.empty()) continue;
-        const std::optional<Missing> missing = place_missing(model, session, number);
-        if (!missing) return true;  // there is no room, and this was only a hint
-        queues.missing.push_back(*missing);
+        pool.awaited(number);
+        if (const Place place = pool.find(number)) {
+            place.slot().deferred = false;
+        } else {
+            queues.prefetches.add(session, layer, number);
+        }
     }
     return true;
 }
@@ -196,6 +202,7 @@ bool Engine::step() {
         if (!queues->stalled.empty()) models_.claim_slots(queues->model);
         any = submit(*queues) || any;
     }
+    for (const auto& queues : queues_) any = read_ahead(*queues) || any;
     for (const auto& queues : queues_) any = warm(*queues) || any;
     any = models_.shrink_to_target() || any;
     flush_answered();
@@ -215,6 +222,30 @@ bool Engine::submit(Queues& queues) {
     // Gaps between cells count for one session, which asked for most of the cells as a rule.
     if (first != nullptr) first->read_bytes += counts.read_bytes - cells_bytes;
     return true;
+}
+
+// Reads what sessions may want soon. True when anything was read.
+bool Engine::read_ahead(Queues& queues) {
+    Model& model = queues.model;
+    const uint64_t read_cells = std::max<uint64_t>(1, READ_BYTES_MAX / model.spec.cell_bytes);
+    while (!queues.prefetches.empty() && queues.stalled.empty() &&
+           loader_.reads() + queues.missing.size() / read_cells < PREFETCH_READS_MAX) {
+        const uint32_t cell = queues.prefetches.front().cell;
+        Session& session = *models_.sessions().find(queues.prefetches.front().session);
+        queues.prefetches.pop(session);
+        if (model.pool->find(cell)) continue;
+        const Place place = models_.place_for(model, cell);
+        if (!place) {  // there is no room, and this was only a hint
+            queues.prefetches.forget(session);
+            continue;
+        }
+        place.slot().prefetched = true;
+        model.counts.prefetched++;
+        session.prefetched++;
+        session.read_bytes += model.spec.cell_bytes;
+        queues.missing.push_back({cell, place, model.pool->address(place), session.id});
+    }
+    return submit(queues);
 }
 
 // True when there is more to do right now.

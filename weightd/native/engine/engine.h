@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "engine/loader.h"
+#include "engine/prefetches.h"
 #include "engine/scans.h"
 #include "engine/stalled_wants.h"
 #include "engine/waiters.h"
@@ -63,13 +64,14 @@ class Engine {
         Model& model;
         const bool picks_experts;  // no session scans, and the pool learns from steps (pool/expert_replacement.h)
         StalledWants stalled;
+        Prefetches prefetches;
         std::vector<Missing> missing;  // have a place, and are read at the next submit()
         Scans scans;
         Warming warming;
     };
 
     bool names_cells(const Session& session, uint32_t layer, std::span<const uint32_t> cells) const;
-    static void begin_step(const Queues& queues, Session& session, uint32_t layer);
+    static void begin_step(Queues& queues, Session& session, uint32_t layer);
     static std::vector<uint32_t> present_first(const Model& model, uint32_t layer, std::span<const uint32_t> cells);
     void lease(Queues& queues, Session& session, uint32_t layer, std::span<const uint32_t> cells, uint32_t tag);
     void want(Queues& queues, Session& session, uint32_t cell, uint32_t tag);
@@ -78,6 +80,7 @@ class Engine {
     std::optional<Missing> place_missing(Model& model, Session& session, uint32_t cell);
     void serve_stalled(Queues& queues);
     bool submit(Queues& queues);
+    bool read_ahead(Queues& queues);
     bool warm(Queues& queues);
     void take_in(const Loaded& loaded);
     void grant(const Model& model, Session& session, uint32_t cell, uint32_t tag, Place place);

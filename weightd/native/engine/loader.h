@@ -81,6 +81,7 @@ class Loader {
     // Adds what has been read and checked, or has failed twice, since the last call. Never blocks.
     void reap(std::vector<Loaded>& loaded);
     bool busy() const { return !flights_.empty(); }
+    uint32_t reads() const { return static_cast<uint32_t>(flights_.size()); }  // that are not done
     const DeviceUse& device_use(uint32_t model) const;
 
   private:

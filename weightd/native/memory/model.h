@@ -18,6 +18,8 @@ namespace weightd {
 struct ModelCounts {
     uint64_t hits = 0;
     uint64_t misses = 0;
+    uint64_t prefetched = 0;
+    uint64_t prefetched_used = 0;
     uint64_t reads = 0;
     uint64_t read_bytes = 0;
     uint64_t verify_errors = 0;
@@ -28,6 +30,8 @@ struct ModelCounts {
     void each_field(Visit visit) const {
         visit("hits", hits);
         visit("misses", misses);
+        visit("prefetched", prefetched);
+        visit("prefetched_used", prefetched_used);
         visit("reads", reads);
         visit("read_bytes", read_bytes);
         visit("verify_errors", verify_errors);

@@ -48,6 +48,10 @@ class Session {
     uint64_t hits = 0;               // of the cells that it asked for
     uint64_t misses = 0;
     uint64_t read_bytes = 0;  // read from flash for it
+    uint32_t prefetches = 0;  // cells of prefetch_layer that it may want soon, and that are not read yet
+    uint32_t prefetch_layer = NO_LAYER;
+    uint64_t prefetched = 0;       // cells that were read because it said so
+    uint64_t prefetched_used = 0;  // such cells that it asked for, when nobody had before
 
   private:
     struct Hold {  // leases on one cell

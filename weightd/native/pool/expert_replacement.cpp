@@ -10,10 +10,11 @@ namespace {
 
 constexpr std::array<float, 5> GAINS = {0.5f, 0.2f, 0.05f, 0.01f, 0.002f};  // of a step, once many were counted
 constexpr float LEARNING_RATE = 0.02f;
-constexpr float EXPECTED_MIN = 1e-4f;   // of use in a step: less is never waited for
-constexpr float SEEDED_MEAN = 0.0625f;  // mean rate of use of a seeded pool; only ratios count
-constexpr uint32_t SEEDED_STEPS = 50;   // what a seed weighs against steps that are counted later
-constexpr uint32_t WIDE_DIVISOR = 2;    // a step that uses more than this part of a layer's ranges is not counted
+constexpr float EXPECTED_MIN = 1e-4f;    // of use in a step: less is never waited for
+constexpr float SEEDED_MEAN = 0.0625f;   // mean rate of use of a seeded pool; only ratios count
+constexpr uint32_t SEEDED_STEPS = 50;    // what a seed weighs against steps that are counted later
+constexpr uint32_t WIDE_DIVISOR = 2;     // a step that uses more than this part of a layer's ranges is not counted
+constexpr float AWAITED_TOKENS = -1.0f;  // the wait until an awaited range is used: less than any other's
 constexpr uint32_t NO_RANGE = UINT32_MAX;
 
 }  // namespace
@@ -96,11 +97,11 @@ uint32_t ExpertReplacement::victim() {
 uint32_t ExpertReplacement::longest_wait() const {
     const auto count = static_cast<uint32_t>(layers_.size());
     uint32_t found = NO_RANGE;
-    float longest = -1.0f;
+    float longest = 2 * AWAITED_TOKENS;
     for (uint32_t layer = 0; layer < count; layer++) {
         const float turn_tokens = static_cast<float>((layer + count - layer_ - 1) % count) / static_cast<float>(count);
         for (uint32_t i = layers_[layer].first_range; i < layers_[layer].end_range; i++) {
-            const float wait_tokens = turn_tokens + ranges_[i].wait_tokens;
+            const float wait_tokens = ranges_[i].awaited ? AWAITED_TOKENS : turn_tokens + ranges_[i].wait_tokens;
             if (ranges_[i].evictable == 0 || wait_tokens <= longest) continue;
             longest = wait_tokens;
             found = i;
@@ -117,6 +118,11 @@ void ExpertReplacement::touched(uint32_t cell) {
     range.used = true;
 }
 
+void ExpertReplacement::awaited(uint32_t cell) {
+    ranges_[range_of_[cell]].awaited = true;
+    if (chosen_ == range_of_[cell]) chosen_ = NO_RANGE;
+}
+
 void ExpertReplacement::step_begins(uint32_t layer) {
     end_step(layers_[layer_]);
     layer_ = layer;
@@ -130,7 +136,7 @@ void ExpertReplacement::end_step(Layer& layer) {
         count(layer);
     }
     layer.used = 0;
-    for (uint32_t r = layer.first_range; r < layer.end_range; r++) ranges_[r].used = false;
+    for (uint32_t r = layer.first_range; r < layer.end_range; r++) ranges_[r].used = ranges_[r].awaited = false;
 }
 
 void ExpertReplacement::learn(const Layer& layer) {

@@ -16,6 +16,9 @@
 // of a prompt does, says nothing about which are hot, and is not counted. So the experts that only a prompt has used
 // are evicted first.
 //
+// A range that a session has said it may want soon (awaited()) is evicted only where there is no other, until its layer
+// has been used.
+//
 // Invariants: a pinned cell is never evicted. The cells of one range are evicted before those of another.
 #pragma once
 
@@ -45,6 +48,7 @@ class ExpertReplacement final : public Replacement {
     uint32_t victim() override;
     void write_hotness(std::span<Hotness> hotness) const override;
     void step_begins(uint32_t layer) override;
+    void awaited(uint32_t cell) override;
 
     static uint64_t table_bytes(uint64_t cells, uint64_t ranges);  // bytes of its allocations, at most
 
@@ -57,6 +61,7 @@ class ExpertReplacement final : public Replacement {
         uint32_t end_cell = 0;
         uint32_t evictable = 0;    // its cells that are in the pool and not pinned
         bool used = false;         // in the step under way
+        bool awaited = false;      // in the layer's next step
         Rates rates{};             // of use, until the step under way
         float wait_tokens = 0.0f;  // until its next use, once its layer's turn has come
     };

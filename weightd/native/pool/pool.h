@@ -24,7 +24,8 @@ struct Slot {
     uint32_t leases = 0;
     uint32_t first_waiter = NO_WAITER;  // of the engine's Waiters for the read
     bool reading = false;
-    bool deferred = false;  // its read has not begun, and may wait (engine/scans.h)
+    bool deferred = false;    // its read has not begun, and may wait (engine/scans.h)
+    bool prefetched = false;  // read before anybody asked for it, and nobody has yet (engine/prefetches.h)
 };
 
 struct Segment {
@@ -60,6 +61,7 @@ class Pool {
     void lease(Place place);
     void unlease(Place place);
     void touched(uint32_t cell) { replacement_->touched(cell); }
+    void awaited(uint32_t cell) { replacement_->awaited(cell); }
     void step_begins(uint32_t layer) { replacement_->step_begins(layer); }
     void retain_probationary(bool retain) { replacement_->retain_probationary(retain); }
     uint32_t retained_max() const { return replacement_->retained_max(); }

@@ -36,6 +36,8 @@ class Replacement {
     virtual uint32_t retained_max() const { return 0; }
     // Of mixtures: a session begins to use a layer. What it uses of the layer until the next step belongs together.
     virtual void step_begins(uint32_t /*layer*/) {}
+    // The layer's next step may use the cell, which may or may not be in the pool.
+    virtual void awaited(uint32_t /*cell*/) {}
 };
 
 }  // namespace weightd

@@ -191,6 +191,8 @@ void RingSession::flush() {
     header.hits.store(hits, std::memory_order_relaxed);
     header.misses.store(misses, std::memory_order_relaxed);
     header.read_bytes.store(read_bytes, std::memory_order_relaxed);
+    header.prefetched.store(prefetched, std::memory_order_relaxed);
+    header.prefetched_used.store(prefetched_used, std::memory_order_relaxed);
     header.grant_tail.store(grant_tail_, std::memory_order_release);
     wake();
 }

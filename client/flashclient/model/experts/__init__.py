@@ -1,0 +1,1 @@
+"""Models with experts: what their routers will pick is guessed."""

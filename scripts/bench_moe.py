@@ -1,0 +1,164 @@
+#!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
+"""Decodes with a mixture of experts in all, half and a quarter of its memory, beside llama.cpp and the device's bound.
+
+Makes a planted mixture (planted/mixture.py: for speed, not quality), imports it, and decodes one sequence of forced
+tokens. The routers choose experts so that an LRU list which holds 50, 25 and 12.5 % of them hits 89, 67 and 45 %. Each
+row runs in a memory cgroup: that share of the model's bytes, and 700 MiB for everything that is no weight. llama.cpp
+(llama-cpp-python, built for this processor) maps the same weights as a GGUF file into memory, in a cgroup of the same
+size, from a cold page cache and with the device's readahead at 128 KiB.
+
+A token cannot take less than its bound: the bytes of experts that it needs and that are not in the pool, at the speed
+of the device, or the bytes of all weights that it needs, at the speed of memory, whichever takes longer. Both speeds
+are measured in the same run; the device's is that of fio or of weightd while it reads, whichever is higher. The files
+of OLMoE-1B-7B's shape take 42 GB; 28 GB without llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+from flags import FlagParser
+
+import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
+import torch
+from bench_kernels import Arena
+from bench_paper import SEQUENTIAL
+from bench_reader import Case, read_fio
+from benchmarks.processes import BenchError
+from benchmarks.report import Row, Target, machine_facts, report
+from moe.files import mixture_files
+from moe.llama_environment import DEFAULT, llama_python
+from moe.rows import MEMORY, OURS, Work, llama_row, run_llama, run_weightd, weightd_row
+from planted.mixture import MIXTURES
+
+from weightd.store.store import Store
+
+FIO_SECONDS = 3.0
+MEMORY_READS = 5
+READS_IN_FLIGHT = 32  # of cells at random; the device is read sequentially, too, and the faster counts
+OVER_BOUND_TARGET = 1.3
+OVER_LLAMA_TARGET = 2.0
+TARGETED = ("half", "quarter")
+
+
+@dataclass
+class Speeds:
+    """The speeds of device and memory in GB/s, measured several times."""
+
+    work: Work
+    device: list[float] = field(default_factory=list)
+    memory: list[float] = field(default_factory=list)
+
+    def measure(self) -> None:
+        files = self.work.files
+        bundles = Store.open(files.store, readonly=True).bundles_path(files.name)
+        experts = Case("experts", self.work.files.record.bundle.cell_bytes, READS_IN_FLIGHT, True)
+        self.device.append(max(read_fio(bundles, case, FIO_SECONDS).gb_per_s for case in (SEQUENTIAL, experts)))
+        arena = Arena(self.work.threads)
+        self.memory += [arena.bytes / arena.read_s() / 1e9 for _ in range(MEMORY_READS)]
+
+    def bound_ms(self, row: Row) -> float:
+        # weightd may read faster than fio: what was read lately may lie in a cache of the host.
+        missing_ms: float = row["missing_gb_per_token"] / max(fmean(self.device), row["gb_per_s"]) * 1e3
+        return max(missing_ms, self.work.touched_bytes / 1e6 / fmean(self.memory))
+
+
+def main() -> int:
+    options = _options()
+    try:
+        machine, rows, targets = measure(options)
+    except (BenchError, OSError) as error:
+        print(f"bench_moe: {error}", file=sys.stderr)
+        return 1
+    report(machine, rows, targets, options.json)
+    return 0
+
+
+def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
+    """Machine, rows and targets."""
+    files = mixture_files(options.shape, options.layers, options.folder)
+    numbers = options.prompt_tokens, options.first_tokens, options.tokens
+    if sum(numbers) > files.shape.tokens_max:
+        raise BenchError(f"{options.shape} knows {files.shape.tokens_max} tokens: give fewer --tokens")
+    files.planted()
+    files.imported()
+    python = None
+    if not options.no_peers:
+        python = llama_python(options.llama_cpp)
+        files.converted()
+    work = Work(files, *numbers, torch.get_num_threads())
+    speeds = Speeds(work)
+    rows: list[Row] = []
+    for memory in options.memory:
+        speeds.measure()
+        rows += rows_of(work, memory, python)
+    speeds.measure()
+    for row in rows:
+        if row["row"] in OURS.values():
+            row["bound_ms"] = speeds.bound_ms(row)
+            row["over_bound_ratio"] = row["total_ms"] / row["bound_ms"]
+    machine = machine_facts(options.folder) | {"shape": options.shape, "layers": files.shape.layers}
+    machine |= {"threads": work.threads, "model_gb": files.model_bytes / 1e9}
+    machine |= {"guess_precision": fmean(files.plan["guess_precision"])}
+    facts: Row = {"device_gb_per_s": fmean(speeds.device), "memory_gb_per_s": fmean(speeds.memory)}
+    return machine, [facts, *rows], targets_of(rows)
+
+
+def rows_of(work: Work, memory: str, python: Path | None) -> list[Row]:
+    """With look-ahead and without in the order A, B, B, A; llama.cpp between them."""
+    looks = (True,) if memory == "all" else (True, False)
+    ours = [(look, run_weightd(work, memory, look)) for look in looks]
+    rows: list[Row] = []
+    if python is not None:
+        peer = run_llama(work, memory, python)
+        same = [our == its for our, its in zip(ours[0][1]["greedy"], peer["greedy"], strict=True)]
+        rows.append(llama_row(work, memory, peer) | {"same_greedy_share": fmean(same)})
+    ours += [(look, run_weightd(work, memory, look)) for look in reversed(looks)]
+    return rows + [weightd_row(work, memory, look, told) for look, told in ours]
+
+
+def targets_of(rows: Sequence[Row]) -> list[Target]:
+    """The targets for which values were measured. Several rows of weightd count by their mean."""
+    targets = []
+    for memory in TARGETED:
+        ours = [row for row in rows if (row["row"], row["memory"]) == (OURS[True], memory)]
+        peer = [row["tokens_per_s"] for row in rows if (row["row"], row["memory"]) == ("llama.cpp", memory)]
+        if ours:
+            over_bound = fmean(row["over_bound_ratio"] for row in ours)
+            targets.append(Target(f"token_over_bound_ratio_{memory}", over_bound, "x", OVER_BOUND_TARGET, "lower"))
+        if ours and peer:
+            faster = fmean(row["tokens_per_s"] for row in ours) / fmean(peer)
+            targets.append(Target(f"over_llama_cpp_ratio_{memory}", faster, "x", OVER_LLAMA_TARGET, "higher"))
+    return targets
+
+
+def _options() -> argparse.Namespace:
+    parser = FlagParser(__doc__)
+    parser.add_argument("--shape", choices=MIXTURES, default="olmoe-1b-7b")
+    parser.add_argument("--layers", type=int, help="of the model, fewer than the shape has")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("build/bench"), help="on the device to measure; its contents are kept"
+    )
+    parser.add_argument("--memory", nargs="+", choices=MEMORY, default=list(MEMORY), help="shares of the model")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--first-tokens", type=int, default=48, help="tokens after the prompt that are not measured")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens that are measured")
+    parser.add_argument("--no-peers", action="store_true", help="do not run llama.cpp")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=DEFAULT,
+        metavar="DIR",
+        help=f"a virtual environment with llama-cpp-python, made there if missing (default: {DEFAULT})",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

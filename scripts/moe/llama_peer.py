@@ -1,0 +1,59 @@
+"""llama.cpp on a planted mixture, with its file mapped into memory: the same forced tokens.
+
+bench_moe runs it as a process, in a memory cgroup and with an interpreter that has llama-cpp-python:
+`moe/llama_peer.py GGUF PLAN PROMPT_TOKENS NEW_TOKENS THREADS` prints one JSON object. It imports nothing of this
+project.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import llama_cpp  # type: ignore[import-not-found]
+
+
+def run(gguf: str, ids: list[int], prompt_tokens: int, new_tokens: int, threads: int) -> dict[str, Any]:
+    """Seconds and bytes read of each token, the prompt first, and the tokens of the highest logits."""
+    started_s = time.perf_counter()
+    model = llama_cpp.Llama(
+        gguf,
+        n_ctx=prompt_tokens + new_tokens + 8,
+        n_batch=max(512, prompt_tokens),
+        n_threads=threads,
+        n_threads_batch=threads,
+        use_mmap=True,
+        n_gpu_layers=0,
+        verbose=False,
+    )
+    told: dict[str, Any] = {"load_s": time.perf_counter() - started_s, "seconds": [], "read_bytes": [], "greedy": []}
+    steps = [ids[:prompt_tokens], *([one] for one in ids[prompt_tokens : prompt_tokens + new_tokens - 1])]
+    for step in steps:
+        before_bytes, started_s = read_bytes(), time.perf_counter()
+        model.eval(step)
+        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        told["seconds"].append(time.perf_counter() - started_s)
+        told["read_bytes"].append(read_bytes() - before_bytes)
+        told["greedy"].append(max(range(model.n_vocab()), key=logits.__getitem__))
+    return told
+
+
+def read_bytes() -> int:
+    """Bytes that this process has read from storage, page faults included."""
+    found = re.search(r"^read_bytes: (\d+)", Path("/proc/self/io").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1])
+
+
+def main() -> None:
+    gguf, plan, *numbers = sys.argv[1:]
+    prompt_tokens, new_tokens, threads = map(int, numbers)
+    print(json.dumps(run(gguf, json.loads(Path(plan).read_text())["ids"], prompt_tokens, new_tokens, threads)))
+
+
+if __name__ == "__main__":
+    main()

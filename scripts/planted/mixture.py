@@ -1,0 +1,223 @@
+"""A planted mixture of experts: random weights, and routers that choose experts with published locality.
+
+The model knows one sequence of tokens, which it is given (forced tokens). Each token of the sequence has an embedding
+of its own, a random direction. Attention and experts add little to it, so each router can tell all tokens apart: its
+weights W solve W x = S for the inputs x of all tokens at once, where S is high for the experts that the token should
+choose. The choices of a layer are drawn so that an LRU list of experts has the hits that were measured on a real
+mixture (simulation/traces.py).
+
+There are fewer tokens than dimensions, so W has room for a random part that says nothing about the inputs which the
+router sees, but much about what is added between two layers. Its size is set so that the input of the layer before
+tells as much about a router's choices as in real mixtures: with it, the router guesses GUESS_PRECISION of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from simulation.traces import expert_choices
+from torch import Tensor
+from torch.nn import functional
+
+from planted.layers import Noise, rotated
+
+ADDED = 0.2  # standard deviation, per coordinate, of the output of one attention or mixture; that of embeddings is 1
+# A router's logit of a chosen expert; that of the others is -MARGIN. It is small because the weights of experts are as
+# inexact as logits: with 2, the rounding to 16 bit grew from layer to layer, and a third of the last layer's choices
+# were others.
+MARGIN = 0.25
+GUESS_PRECISION = 0.85  # published for neighbouring layers: 80 to 90 %
+SILU_SQUARED = 0.3556  # the mean of silu(g)^2 for a standard normal g
+ROWS_MAX = 20.0  # norm of a router's rows in units of the margin, at most
+NORM_EPSILON = 1e-5  # of OLMoE
+TOKENS_SPECIAL = 16  # token ids below this one are not in the sequence
+DTYPE = torch.float16
+
+
+@dataclass(frozen=True)
+class MixtureShape:
+    """Sizes of a planted mixture, which has OLMoE's architecture."""
+
+    hidden_size: int
+    expert_size: int
+    layers: int
+    experts: int
+    chosen: int
+    heads: int
+    vocabulary: int
+    context_tokens: int = 2048
+
+    @property
+    def tokens_max(self) -> int:
+        """The length of the sequence that the routers know."""
+        return self.hidden_size // 4
+
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {
+            "model_type": "olmoe",
+            "architectures": ["OlmoeForCausalLM"],
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.expert_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads,
+            "num_experts": self.experts,
+            "num_experts_per_tok": self.chosen,
+            "norm_topk_prob": False,
+            "max_position_embeddings": self.context_tokens,
+            "vocab_size": self.vocabulary,
+            "rms_norm_eps": NORM_EPSILON,
+            "tie_word_embeddings": False,
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": 1,
+        }
+
+    @property
+    def expert_bytes(self) -> int:
+        return 3 * self.hidden_size * self.expert_size * DTYPE.itemsize
+
+
+MIXTURES = {
+    "olmoe-1b-7b": MixtureShape(2048, 1024, 16, 64, 8, 16, 50304),
+    "olmoe-tiny": MixtureShape(512, 128, 4, 16, 4, 4, 1024),
+}
+
+
+class PlantedMixture:
+    """Makes the model's tensors: call outside() first, then iterate over layers() once.
+
+    Attributes:
+        ids: the sequence, [tokens_max] token ids, all different.
+        choices: by layer, [tokens_max, chosen]: the experts that each token chooses.
+        precisions: of the layers made so far, but the first: the share of a router's choices that it guesses from the
+            input of the layer before.
+    """
+
+    def __init__(self, shape: MixtureShape, seed: int) -> None:
+        self.shape = shape
+        random = np.random.default_rng(seed)
+        drawn = random.permutation(shape.vocabulary - TOKENS_SPECIAL)[: shape.tokens_max] + TOKENS_SPECIAL
+        self.ids: list[int] = drawn.tolist()
+        self.choices: list[NDArray[np.uint32]] = []
+        self.precisions: list[float] = []
+        self._seed = seed
+        self._noise = Noise(seed, DTYPE)
+        self._stream = torch.empty(0)  # [tokens, hidden_size] fp32: the residual stream of the sequence
+        self._before = torch.empty(0)  # the input of the last router
+
+    def outside(self) -> dict[str, Tensor]:
+        """All tensors outside the layers."""
+        shape = self.shape
+        embedding = self._noise.matrix(shape.vocabulary, shape.hidden_size, 1.0)
+        self._stream = embedding[self.ids].float()
+        head = self._noise.matrix(shape.vocabulary, shape.hidden_size, shape.hidden_size**-0.5)
+        norm = torch.ones(shape.hidden_size, dtype=DTYPE)
+        return {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": norm}
+
+    def layers(self) -> Iterator[dict[str, Tensor]]:
+        """The tensors of each layer by their names within it."""
+        shape = self.shape
+        for layer in range(shape.layers):
+            tensors = self._attention()
+            self._attend(tensors)
+            x = self._normalised()
+            choices = expert_choices(shape.experts, shape.chosen, shape.tokens_max, 0.0, self._seed + layer)
+            self.choices.append(choices)
+            tensors["mlp.gate.weight"] = router = self._router(x, choices)
+            yield tensors | self._experts(x, router)
+            self._before = x
+
+    def _attention(self) -> dict[str, Tensor]:
+        size = self.shape.hidden_size
+        tensors = {f"self_attn.{name}_proj.weight": self._noise.matrix(size, size, size**-0.5) for name in "qkv"}
+        tensors["self_attn.o_proj.weight"] = self._noise.matrix(size, size, ADDED * size**-0.5)
+        norms = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
+        return tensors | {f"{norm}.weight": torch.ones(size, dtype=DTYPE) for norm in norms}
+
+    def _normalised(self) -> Tensor:
+        return normalised(self._stream)
+
+    def _attend(self, tensors: dict[str, Tensor]) -> None:
+        """Adds causal self-attention to the stream."""
+        x = self._normalised()
+        q, k, v = (x @ tensors[f"self_attn.{name}_proj.weight"].float().T for name in "qkv")
+        q, k, v = (self._heads(one) for one in (normalised(q), normalised(k), v))
+        mixed = functional.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
+        mixed = mixed.transpose(1, 2).reshape(x.shape)
+        self._stream = self._stream + mixed @ tensors["self_attn.o_proj.weight"].float().T
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(1, len(x), self.shape.heads, -1).transpose(1, 2)
+
+    def _router(self, x: Tensor, choices: NDArray[np.uint32]) -> Tensor:
+        """The router's weights [experts, hidden_size]. x: its inputs for the sequence, [tokens, hidden_size]."""
+        wanted = torch.full((len(x), self.shape.experts), -MARGIN)
+        wanted.scatter_(1, torch.from_numpy(choices.astype(np.int64)), MARGIN)
+        solve = torch.linalg.pinv(x.double()).float()  # [hidden_size, tokens]
+        solved = (solve @ wanted).T
+        random = self._noise.matrix(self.shape.experts, self.shape.hidden_size, self.shape.hidden_size**-0.5).float()
+        random -= (solve @ (x @ random.T)).T  # it says nothing about x
+        if len(self._before) == 0:
+            first: Tensor = solved.to(DTYPE).contiguous()
+            return first
+        size, precision = self._size_of_random(solved, random, choices)
+        self.precisions.append(precision)
+        router: Tensor = (solved + size * random).to(DTYPE).contiguous()
+        return router
+
+    def _size_of_random(self, solved: Tensor, random: Tensor, choices: NDArray[np.uint32]) -> tuple[float, float]:
+        """The factor of the random part with which GUESS_PRECISION is met, and the precision. By bisection."""
+        known, unknown = self._before @ solved.T, self._before @ random.T  # [tokens, experts]
+        low, high = 0.0, ROWS_MAX * MARGIN
+        for _ in range(20):
+            middle = (low + high) / 2
+            precise = precision(known + middle * unknown, choices) > GUESS_PRECISION
+            low, high = (middle, high) if precise else (low, middle)
+        return high, precision(known + high * unknown, choices)
+
+    def _experts(self, x: Tensor, router: Tensor) -> dict[str, Tensor]:
+        """The tensors of the experts, by their names within the layer. Adds their output to the stream."""
+        size, width = self.shape.hidden_size, self.shape.expert_size
+        weights, picks = torch.softmax(x @ router.float().T, dim=-1).topk(self.shape.chosen, dim=-1)
+        strength = sqrt(width * SILU_SQUARED * float(weights.square().sum(dim=1).mean()))
+        tensors: dict[str, Tensor] = {}
+        added = torch.zeros_like(x)
+        for expert in range(self.shape.experts):
+            gate, up = (self._noise.matrix(width, size, size**-0.5) for _ in range(2))
+            down = self._noise.matrix(size, width, ADDED / strength)
+            names = (f"mlp.experts.{expert}.{part}_proj.weight" for part in ("gate", "up", "down"))
+            tensors |= dict(zip(names, (gate, up, down), strict=True))
+            tokens, pick = torch.where(picks == expert)
+            rows = x[tokens]
+            hidden = functional.silu(rows @ gate.float().T) * (rows @ up.float().T)
+            added[tokens] += weights[tokens, pick, None] * (hidden @ down.float().T)
+        self._stream = self._stream + added
+        return tensors
+
+    def plan(self) -> dict[str, Any]:
+        """What the benchmark must know about the model, once all layers are made."""
+        return {
+            "shape": asdict(self.shape),
+            "ids": self.ids,
+            "choices": [choices.tolist() for choices in self.choices],
+            "guess_precision": self.precisions,
+        }
+
+
+def normalised(x: Tensor) -> Tensor:
+    return functional.rms_norm(x, x.shape[-1:], eps=NORM_EPSILON)
+
+
+def precision(logits: Tensor, choices: NDArray[np.uint32]) -> float:
+    """The share of the experts with the highest logits that are in `choices`, [tokens, chosen]."""
+    guessed = logits.topk(choices.shape[1], dim=-1).indices.numpy()
+    return float((guessed[:, :, None] == choices[:, None, :]).any(axis=2).mean())

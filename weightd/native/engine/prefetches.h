@@ -1,0 +1,47 @@
+// The cells of one model that sessions may want soon (ring::PREFETCH), and that are not read yet.
+//
+// They are read while the device has little else to do, so a wrong guess keeps the device from what somebody waits for
+// no longer than PREFETCH_READS_MAX reads take. A session's are of one layer, and forgotten when its step there begins.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+
+#include "memory/session.h"
+
+namespace weightd {
+
+inline constexpr uint32_t PREFETCHES_MAX = 1024;   // of one session: more are forgotten
+inline constexpr uint32_t PREFETCH_READS_MAX = 4;  // at the device at once, other reads included
+
+struct Prefetch {
+    uint32_t session;
+    uint32_t cell;  // of the model's numbering
+};
+
+class Prefetches {
+  public:
+    bool empty() const { return cells_.empty(); }
+    void add(Session& session, uint32_t layer, uint32_t cell) {
+        if (session.prefetch_layer != layer) forget(session);
+        if (session.prefetches == PREFETCHES_MAX) return;
+        session.prefetch_layer = layer;
+        session.prefetches++;
+        cells_.push_back({session.id, cell});
+    }
+    const Prefetch& front() const { return cells_.front(); }
+    void pop(Session& session) {
+        session.prefetches--;
+        cells_.pop_front();
+    }
+    void forget(Session& session) {
+        if (session.prefetches == 0) return;
+        std::erase_if(cells_, [&](const Prefetch& prefetch) { return prefetch.session == session.id; });
+        session.prefetches = 0;
+    }
+
+  private:
+    std::deque<Prefetch> cells_;
+};
+
+}  // namespace weightd
