@@ -18,13 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from flashclient import FlashClient  # isort: skip  # before torch: it tells torch's idle threads to sleep
 import torch
 from benchmarks.report import Row, Target, machine_facts, report
 from flags import FlagParser
 from planted.noise import write_noise
 from torch import Tensor
 
-from flashclient import FlashClient
 from weightd_proto import weightd_pb2
 
 ROWS, WIDTH, PER_LAYER = 128256, 4096, 256

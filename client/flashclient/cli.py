@@ -102,8 +102,8 @@ def _add_generate(command: Any) -> None:
     command.add_argument(
         "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
     )
-    window = "number of last tokens whose neurons stay in memory in modes predict and threshold (default: 4)"
-    command.add_argument("--window", type=_not_negative, default=4, metavar="K", help=window)
+    window = "number of last tokens whose neurons stay leased (default: 4 in mode predict, 0 in mode threshold)"
+    command.add_argument("--window", type=_not_negative, metavar="K", help=window)
     command.add_argument(
         "--max-new-tokens", type=_positive, metavar="N", help="number of new tokens (default: the model's own, or 256)"
     )

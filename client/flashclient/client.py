@@ -58,8 +58,9 @@ class FlashClient:
             loss of quality is small, and calibration has measured it. "threshold" skips those whose gate is small; the
             loss is at most what calibration was told. "auto" takes "predict" or "exact", what calibration found best,
             and "exact" without a calibration.
-        window: in modes "predict" and "threshold", the number of last tokens whose neurons stay leased. With 0 none do:
-            the result is the same, and slower.
+        window: in modes "predict" and "threshold", the number of last tokens whose neurons stay leased. It does not
+            change the result. Default: 4 in mode "predict"; 0 in mode "threshold", where the neurons of a few tokens
+            are nearly all.
         device: "cpu".
         dtype: only the stored dtype is accepted; another would need private copies of shared weights.
         transport: "shm" computes on the daemon's pool, "grpc" on a local one; "auto" takes "shm" on a Unix socket.
@@ -88,7 +89,7 @@ class FlashClient:
         store: str | os.PathLike[str] | None = None,
         dram: str | int | None = None,
         mode: str = "auto",
-        window: int = 4,
+        window: int | None = None,
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype | None = None,
         transport: str = "auto",
@@ -113,13 +114,13 @@ class FlashClient:
         connection = Connection(address, self._options.timeout_s, self._options.tls, partial(revive, address), private)
         record = connection.describe(name)
         self._options.check_dtype(record.compute_dtype)
-        predicts = self._options.mode_of(record) != "exact"
+        window = self._options.window_of(self._options.mode_of(record))
+        predicts = window is not None
         source = self._open_source(connection, record, address, predicts)
         self._turns = Turns()
         opened.callback(self._turns.await_exit)
         opened.callback(source.close)
         opened.callback(connection.close)  # before the source: it ends the calls that the source would wait for
-        window = self._options.window if predicts else None
         self.loaded = load_model(connection, record, source, self._turns, window)
         opened.callback(self._turns.close)
         self.model: PreTrainedModel = self.loaded.model

@@ -19,6 +19,7 @@ from weightd_proto.dram import DRAM_BYTES_MIN
 from weightd_proto.encodings import has_experts
 
 MODES = ("auto", "exact", "predict", "threshold")
+WINDOWS = {"predict": 4, "threshold": 0}
 NEEDS = {"predict": "predictors", "threshold": "thresholds"}
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
@@ -33,7 +34,7 @@ class Options:
     store: str | os.PathLike[str] | None = None
     dram: str | int | None = None
     mode: str = "auto"
-    window: int = 4
+    window: int | None = None
     device: str = "cpu"
     dtype: str | torch.dtype | None = None
     transport: str = "auto"
@@ -60,7 +61,7 @@ class Options:
         _one_of("mode", self.mode, MODES)
         _one_of("transport", self.transport, TRANSPORTS)
         _one_of("device", str(self.device), ("cpu",))
-        if (
+        if self.window is not None and (
             isinstance(self.window, bool)
             or not isinstance(self.window, int)
             or not 0 <= self.window <= WINDOW_TOKENS_MAX
@@ -107,6 +108,10 @@ class Options:
                 f"'{lossy_mode(calibration)}': use that mode, or {command}, which replaces that calibration"
             )
         return mode
+
+    def window_of(self, mode: str) -> int | None:
+        """The tokens whose neurons stay leased; None in mode exact."""
+        return None if mode == "exact" else WINDOWS[mode] if self.window is None else self.window
 
     def check_dtype(self, stored: str) -> None:
         """Refuses a dtype other than the stored one: it would make a private copy of every shared weight."""

@@ -74,9 +74,9 @@ class Work:
 
     @property
     def model_bytes(self) -> int:
-        """All weights: FFNs and resident part."""
+        """All weights: FFNs, resident part and tables."""
         record = Store.open(self.store, readonly=True).model(self.model)
-        return record.bundles_file_bytes + record.resident_file_bytes
+        return sum(one.bundles_file_bytes + one.resident_file_bytes for one in (record, *record.tables))
 
     def dram_bytes(self, memory: str) -> int:
         """Half of the model, or the minimum for a small model, which half is not enough to serve."""

@@ -34,9 +34,9 @@ class PlantedStore:
 
     @property
     def model_bytes(self) -> int:
-        """Bytes of all weights: FFNs and resident part."""
+        """Bytes of all weights: FFNs, resident part and tables."""
         record = self.record
-        return record.bundles_file_bytes + record.resident_file_bytes
+        return sum(one.bundles_file_bytes + one.resident_file_bytes for one in (record, *record.tables))
 
     @property
     def least_bytes(self) -> int:

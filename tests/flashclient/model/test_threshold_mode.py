@@ -65,7 +65,7 @@ def test_a_threshold_of_zero_gives_the_tokens_of_exact_mode(daemon: Daemon) -> N
 
 def test_a_row_is_the_same_alone_and_over_any_transport(daemon: Daemon) -> None:
     made = []
-    for options in ({}, {"window": 0}, {"transport": "grpc"}):
+    for options in ({}, {"window": 4}, {"transport": "grpc"}):
         with FlashClient("some", address=daemon.address, mode="threshold", **options) as client:
             *alone, together = tokens_of(client)
             made.append(together)
@@ -103,3 +103,5 @@ def test_predictors_are_no_thresholds() -> None:
     with pytest.raises(CalibrationError, match="needs thresholds, and model 'm' was calibrated for mode 'predict'"):
         Options(mode="threshold").mode_of(record)
     assert Options(mode="auto").mode_of(record) == "predict"
+    assert [Options().window_of(mode) for mode in ("exact", "predict", "threshold")] == [None, 4, 0]
+    assert [Options(window=2).window_of(mode) for mode in ("exact", "predict", "threshold")] == [None, 2, 2]
