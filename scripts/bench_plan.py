@@ -37,6 +37,7 @@ from weightd.store.store import Store
 RATIO_MOST, RATIO_LEAST = 1.2, 0.8
 PROMPT_TOKENS = 16
 SEED = 7
+FLAGS = ("--cold-start", "--dram-floor", "100%")  # of weightd: no hotness of another run, and all of its --dram
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def row_of(case: Case, files: PlantedStore) -> Row:
     subject, firing = planned(case, files, before)
     record = subject.record
     dram_bytes = demand_of(record).minimum_bytes + int(case.pool_share * record.bundles_file_bytes)
-    with serving(files.store, dram_bytes, ["--cold-start"]) as daemon:
+    with serving(files.store, dram_bytes, FLAGS) as daemon:
         told = run_json(client_command(case, files, daemon), case.name)
     tokens = told["tokens"][1 + case.first_tokens :]
     expected = [expect(record, subject.cost, device, dram_bytes, firing) for device in (before, measure(files.store))]
