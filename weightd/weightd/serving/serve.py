@@ -21,6 +21,7 @@ from weightd.gateway.identity import Identities
 from weightd.gateway.tls import TlsCredentials
 from weightd.machine import pressure
 from weightd.machine.budget import GrowingDram, chosen_dram_bytes, chosen_floor_bytes
+from weightd.machine.heap import bound_heap
 from weightd.serving.config import ServeConfig, load_config
 from weightd.serving.control_plane import ControlPlane
 from weightd.serving.endpoints import Endpoints, prepare_addresses, remove_sockets
@@ -68,6 +69,7 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
     """Claims the store, starts the engine, listens, and waits for the end. SIGHUP reads the configuration again."""
     had_terminal = _has_terminal() and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN  # as nohup sets it
     _raise_descriptor_limit()
+    bound_heap()
     with ExitStack() as stack:
         store = stack.enter_context(Store.open(config.store, readonly=True))
         demands = [demand_of(model) for model in store.models()]
