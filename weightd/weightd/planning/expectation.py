@@ -4,9 +4,9 @@ Reads. Exact mode of a dense model reads what the pool does not hold: it goes th
 keeps what it has. A mixture of experts reads the cells of the experts that the router picks and the pool does not hold.
 Predict mode reads the neurons that are predicted, were not in the window, and are not among the hottest.
 
-Time. Exact mode knows what comes next, so that it reads while it computes: the slower of the two counts. A mixture and
-predict mode learn in each layer what to read, and wait for most of it: both count. scripts/bench_plan.py measures how
-near this comes.
+Time. Reading and computing add up. A mixture and predict mode learn in each layer what to read, and wait for most.
+Exact mode reads ahead, but what it gains by that is about what verifying and receiving the bytes take from the kernels.
+scripts/bench_plan.py measures how near this comes.
 """
 
 from __future__ import annotations
@@ -109,9 +109,7 @@ def expect(
     touched_bytes = resident + ffn_bytes
     read_s = reads.read_bytes / (gb_per_s(device, reads) * 1e9) + _lookup_s(record, device)
     compute_s = touched_bytes / (cost.kernel_gb_per_s * 1e9) + cost.overhead_s
-    overlaps = firing is None and not has_experts(record)
-    token_s = max(read_s, compute_s) if overlaps else read_s + compute_s
-    return Expectation(pool, reads, touched_bytes, read_s, compute_s, token_s)
+    return Expectation(pool, reads, touched_bytes, read_s, compute_s, read_s + compute_s)
 
 
 def predictors_bytes(record: Model) -> int:
