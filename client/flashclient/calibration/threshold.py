@@ -164,7 +164,7 @@ def calibrate_thresholds(loaded: LoadedModel, sequences: Tensor, options: Thresh
     check_no_experts(loaded)
     begun_s = time.monotonic()
     with torch.no_grad(), layer_walk(loaded, sequences[:1]) as walk, _bar(loaded, options.progress) as bar:
-        run = _Run(walk, loaded.record, sequences, options, bar)
+        run = _Search(walk, loaded.record, sequences, options, bar)
         sparsity, quality = run.choose()
         layers = run.layers(sparsity)
     settings = {"text_tokens": sequences.numel(), "max_perplexity_loss": options.max_loss}
@@ -209,7 +209,7 @@ class _Gates:
         return replace(self.rows, threshold=np.full_like(self.rows.threshold, threshold))
 
 
-class _Run:
+class _Search:
     """The layers' gates, measured once, and walks through the model with the thresholds of some sparsities."""
 
     def __init__(
