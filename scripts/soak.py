@@ -67,6 +67,7 @@ FROZEN_S = (0.3, 8.0)  # weightd closes a session that has kept others waiting f
 AWAY_S = (0.0, 1.5)
 CORRUPT_S = (1.0, 5.0)
 QUIET_WITHIN_S = 120.0
+CLOSED_WITHIN_S = 30.0  # connections of hostile clients that were killed; those on which nothing is read end by time
 WITNESS = 0  # the client that is never killed
 GROWTH_MAX = 1.1  # of memory, from the second quarter of the time to the last
 GROWTH_SPARE_BYTES = 16 << 20
@@ -339,7 +340,10 @@ class Soak:
     # ---- checks at the end ----
 
     def look_for_leaks(self) -> dict[str, Any]:
-        left = self._quiet_holdings()
+        left, give_up_s = self._quiet_holdings(), time.monotonic() + CLOSED_WITHIN_S
+        while left["descriptors"] > self.baseline["descriptors"] + SPARE_DESCRIPTORS and time.monotonic() < give_up_s:
+            time.sleep(1.0)
+            left = holdings(self.daemon.pid)
         clients = [{name: event[name] for name in left} for event in self.witness]
         calls = WORKERS_MAX + FETCHES_MAX + self._clients  # weightd keeps a thread for each concurrent call
         for name, spare, of_calls in (("descriptors", SPARE_DESCRIPTORS, 0), ("threads", SPARE_THREADS, calls)):
