@@ -56,7 +56,7 @@ COMPARED = [
     ("llama", "predict", "shm"),
 ]  # few enough to leave a processor to the hostile clients
 TURN_SHARE = 0.05  # of the time, for each of two times four turns
-TURN_S_MIN = 6.0  # four such turns have several times the tokens that a 99th percentile needs
+TURN_S_MIN = 12.0  # four such turns have several times the tokens that a 99th percentile needs
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
 TOKENS = 8
 WINDOW = 16

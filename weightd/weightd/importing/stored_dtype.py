@@ -35,6 +35,7 @@ def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: s
     parts = {part.tensor for ffn in recipe.ffns for expert in ffn.experts for part in expert.parts}
     small = {name for name, tensor in floats.items() if _is_small(tensor) and name not in parts}
     matrices = {tensor.dtype for name, tensor in floats.items() if name not in small | apart}
+    matrices = matrices or {tensor.dtype for name, tensor in floats.items() if len(tensor.shape) > 1}
     if len(matrices) != 1:
         return "F32"
     (dtype,) = matrices
