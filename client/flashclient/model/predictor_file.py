@@ -203,7 +203,7 @@ class _Tensors:
             raise self._refusal(f"it has format version {version}, this flashclient reads {FORMAT_VERSION}")
         if found.get("import_id") != self._model.import_id.hex():
             raise self._refusal("it was made for another import of the model")
-        if found.get("kind") not in KINDS:
+        if str(found.get("kind")) not in KINDS:
             raise self._refusal(f"its kind {found.get('kind')!r} is not known")
         return str(found["kind"])
 
