@@ -29,9 +29,11 @@ from weightd_proto.weightd_pb2 import ImportRequest, ImportResponse
 def answer(request: ImportRequest) -> ImportResponse:
     try:
         if request.WhichOneof("what") == "derive":
-            response = token_cost(request.derive) if request.derive.cost_dtype else ImportResponse()
             with one_thread():  # tiny instances
-                response.recipe.CopyFrom(derive(request.derive))
+                derived = derive(request.derive)
+            response = ImportResponse(recipe=derived.recipe)
+            if request.derive.cost_dtype:
+                response.MergeFrom(token_cost(derived, request.derive.cost_dtype))
             return response
         rehearse(request.rehearse.record, Path(request.rehearse.folder))
         return ImportResponse()

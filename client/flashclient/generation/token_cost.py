@@ -18,11 +18,10 @@ from transformers import PreTrainedModel
 from flashclient._native import Linear, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.kernels.dtypes import DTYPES
-from flashclient.recipes.derive import config_values, derivation_of
+from flashclient.recipes.derive import Derived
 from flashclient.recipes.ffns.tiny import PICKS
-from flashclient.recipes.published import published
 from flashclient.torch_state import one_thread
-from weightd_proto.weightd_pb2 import DeriveRequest, ImportResponse
+from weightd_proto.weightd_pb2 import ImportResponse
 
 COLUMNS = 4096
 MATRIX_BYTES = 256 << 20
@@ -30,19 +29,12 @@ PRODUCTS = 7
 TOKENS = 24
 
 
-def token_cost(request: DeriveRequest) -> ImportResponse:
-    """The response but for the recipe. Raises ModelError where no model can be made from the configuration."""
-    kind = published(config_values(request.config_json), request.activation or None)
-    derivation, _ = derivation_of(kind)
-    full = derivation.full
+def token_cost(derived: Derived, dtype: str) -> ImportResponse:
+    """The fields of the response that say what a token costs in `dtype`."""
     with one_thread():
-        streamed = derivation.prove()
-        token_s, layer_s = _seconds(streamed)
-    layers = _layers(full)
-    overhead_s = token_s + layers * layer_s
-    return ImportResponse(
-        kernel_gb_per_s=kernel_gb_per_s(request.cost_dtype), overhead_s=overhead_s, picks=_picks(full)
-    )
+        token_s, layer_s = _seconds(derived.streamed)
+    overhead_s = token_s + _layers(derived.full) * layer_s
+    return ImportResponse(kernel_gb_per_s=kernel_gb_per_s(dtype), overhead_s=overhead_s, picks=_picks(derived.full))
 
 
 def kernel_gb_per_s(dtype: str) -> float:

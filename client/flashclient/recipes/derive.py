@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -37,34 +38,40 @@ POSITIVE = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_si
 SIZE = re.compile(r"(size|dim|layers|heads?|experts|^n_\w+|length|embeddings)$")
 
 
-def derive(request: DeriveRequest) -> Recipe:
-    """The recipe of a checkpoint.
+@dataclass(frozen=True)
+class Derived:
+    """A recipe, and what it was derived from.
+
+    Attributes:
+        full: the full-size model, without weights.
+        streamed: a tiny instance, imported and streamed.
+    """
+
+    recipe: Recipe
+    full: PreTrainedModel
+    streamed: PreTrainedModel
+
+
+def derive(request: DeriveRequest) -> Derived:
+    """Derives the recipe of a checkpoint.
 
     Raises:
         ModelError: no class of transformers runs the checkpoint, nothing of it can be streamed, the proof fails, or a
             tensor is missing or would be lost. One line, which names the module or tensor.
     """
-    kind = published(config_values(request.config_json), request.activation or None)
-    derivation, values = derivation_of(kind)
+    kind = published(_values(request.config_json), request.activation or None)
+    whole = read_config(kind.config)
+    found, made_from = model_class(whole)
+    derivation = Derivation(found, made_from, _instead(kind.activation))
     split = derivation.streamed()
-    derivation.prove()
+    proven = derivation.prove()
     tensors, left_out = _tensors(request, kind, derivation.full)
     recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
+    values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
     recipe.left_out.extend(left_out)
     recipe.notes.extend([*kind.notes, *split.notes()])
-    return recipe
-
-
-def derivation_of(kind: Published) -> tuple[Derivation, dict[str, Any]]:
-    """The derivation of a published model, and the config.json of its class.
-
-    Raises ModelError: transformers has no class for it, or cannot make it from the configuration.
-    """
-    whole = read_config(kind.config)
-    found, made_from = model_class(whole)
-    values = kind.config if made_from is whole else made_from.to_dict()
-    return Derivation(found, made_from, _instead(kind.activation)), values
+    return Derived(recipe, derivation.full, proven)
 
 
 def _tensors(request: DeriveRequest, kind: Published, full: PreTrainedModel) -> tuple[Found, list[LeftOut]]:
@@ -86,8 +93,7 @@ def _instead(activation: Activation | None) -> Activation | None:
     return marked
 
 
-def config_values(config_json: bytes) -> dict[str, Any]:
-    """The values of a config.json. Raises ModelError where it holds none, or sizes that no model has."""
+def _values(config_json: bytes) -> dict[str, Any]:
     try:
         values = json.loads(config_json)
     except ValueError as error:
