@@ -9,13 +9,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from flashclient.daemon.private import is_serving
+from flashclient.errors import FlashClientError
 
 START_WITHIN_S = 120.0
 POLL_S = 0.02
@@ -82,6 +83,16 @@ def run_json(command: Sequence[str], what: str) -> Any:
         said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
         raise BenchError(f"{what}: {said[-1]}")
     return json.loads(done.stdout)
+
+
+def print_json(run: Callable[[], Any], name: str) -> int:
+    """The other side of run_json(): prints what `run` returns, or its error, and returns the exit status."""
+    try:
+        print(json.dumps(run()))
+    except (FlashClientError, OSError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def pss_bytes(pid: str) -> int:

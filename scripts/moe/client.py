@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
-from flashclient.errors import FlashClientError
 from flashclient.model.experts.look_ahead import LookAhead
 from flashclient.model.streamed_experts import StreamedExperts
 
@@ -20,6 +19,7 @@ from flashclient.model.streamed_experts import StreamedExperts
 import paper.client
 import torch
 from benchmarks.forced_tokens import ForcedTokens
+from benchmarks.processes import print_json
 from paper.client import AgainFromFlash, Probe, memory_of
 from torch import Tensor, nn
 
@@ -97,13 +97,7 @@ class Greedy(ForcedTokens):
 
 
 def main() -> int:
-    task = Task(**json.loads(sys.argv[1]))
-    try:
-        print(json.dumps(run(task)))
-    except (FlashClientError, OSError) as error:
-        print(f"moe_client: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return print_json(lambda: run(Task(**json.loads(sys.argv[1]))), "moe_client")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,16 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.processes import BenchError
 from gguf import GGUFWriter
 from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, MixtureShape, PlantedMixture
 from planted.shapes import checkpoint_shapes
 from planted.shards import Shards, new_folder, write_json
+from planted.store import PlantedStore, import_once
 from safetensors import safe_open
 from tqdm import tqdm
-
-from weightd.store.store import Store
-from weightd_proto import weightd_pb2
 
 PLAN_FILE = "plan.json"
 SEED = 0
@@ -47,39 +42,20 @@ GGUF_OF_LAYER = {
 
 
 @dataclass(frozen=True)
-class MixtureFiles:
-    """A planted mixture in `folder`. Methods that end in `d` make what is missing."""
+class MixtureFiles(PlantedStore):
+    """A planted mixture. Methods that end in `d` make what is missing."""
 
-    folder: Path
-    name: str
     shape: MixtureShape
 
     @property
-    def checkpoint(self) -> Path:
-        return self.folder / self.name
-
-    @property
-    def store(self) -> Path:
-        return self.folder / f"store-{self.name}"
-
-    @property
     def gguf(self) -> Path:
-        return self.folder / f"gguf-{self.name}" / f"{self.name}.gguf"
+        return self.checkpoint.parent / f"gguf-{self.name}" / f"{self.name}.gguf"
 
     @cached_property
     def plan(self) -> dict[str, Any]:
         """See PlantedMixture.plan()."""
         content: dict[str, Any] = json.loads((self.checkpoint / PLAN_FILE).read_text())
         return content
-
-    @property
-    def record(self) -> weightd_pb2.Model:
-        return Store.open(self.store, readonly=True).model(self.name)
-
-    @property
-    def model_bytes(self) -> int:
-        record = self.record
-        return record.bundles_file_bytes + record.resident_file_bytes
 
     def planted(self) -> None:
         """Raises OSError if the disk is too small."""
@@ -101,12 +77,7 @@ class MixtureFiles:
 
     def imported(self) -> None:
         """Raises BenchError with the error of the import."""
-        if (self.store / self.name).exists():
-            return
-        command = [sys.executable, "-m", "weightd", "import", str(self.checkpoint), "--store", str(self.store)]
-        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
+        import_once(self)
 
     def converted(self) -> None:
         """Writes the same weights as llama.cpp reads them: the experts of a layer are one tensor for each part."""
@@ -119,10 +90,10 @@ class MixtureFiles:
 
 def mixture_files(shape: str, layers: int | None, folder: Path) -> MixtureFiles:
     """The files of a shape, with fewer layers if `layers` is given."""
-    chosen = MIXTURES[shape]
-    if layers is None:
-        return MixtureFiles(folder, f"planted-{shape}", chosen)
-    return MixtureFiles(folder, f"planted-{shape}-{layers}", replace(chosen, layers=layers))
+    chosen, name = MIXTURES[shape], f"planted-{shape}"
+    if layers is not None:
+        chosen, name = replace(chosen, layers=layers), f"{name}-{layers}"
+    return MixtureFiles(folder / name, folder / f"store-{name}", name, chosen)
 
 
 def _write_gguf(path: Path, checkpoint: Path, shape: MixtureShape) -> None:

@@ -14,12 +14,11 @@ from typing import Any
 
 import flashclient  # before torch, so that torch's idle threads do not spin
 from flashclient.daemon.channel import Connection
-from flashclient.errors import FlashClientError
 
 # isort: split
 import torch
 from benchmarks.forced_tokens import ForcedTokens, random_ids
-from benchmarks.processes import pss_bytes
+from benchmarks.processes import print_json, pss_bytes
 from benchmarks.uncached_pass import read_uncached
 
 from paper.firing import InputTap, compare
@@ -121,13 +120,7 @@ def memory_of(daemon_pid: int) -> dict[str, int]:
 
 
 def main() -> int:
-    task = Task(**json.loads(sys.argv[1]))
-    try:
-        print(json.dumps(run(task)))
-    except (FlashClientError, OSError) as error:
-        print(f"paper_client: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return print_json(lambda: run(Task(**json.loads(sys.argv[1]))), "paper_client")
 
 
 if __name__ == "__main__":
