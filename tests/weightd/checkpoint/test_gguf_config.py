@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import make_config, make_model, stored_tensors, write_gguf
+from gguf_models import add_value
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
@@ -49,16 +50,7 @@ def change(name: str, value: Any) -> Add:
         key = name[:-1] if name.endswith(".") else f"{writer.arch}.{name}"
         for fields in writer.kv_data:
             fields.pop(key, None)
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, int):
-            (writer.add_uint32 if value >= 0 else writer.add_int32)(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif value is not None:
-            writer.add_string(key, value)
+        add_value(writer, key, value)
 
     return add
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_configs
 import torch
 from cut_model import ArraySource, CutModel
 from stored_model import read_bundles
@@ -18,17 +19,8 @@ from weightd.store.store import Store
 from weightd.store.verify import verify_model
 
 TOLERANCE = 1e-3  # of the largest logit
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-DENSE = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+SIZES = tiny_configs.SIZES | {"num_hidden_layers": 3}
+DENSE = tiny_configs.DENSE | SIZES
 MIXTURE = DENSE | {
     "num_experts": 4,
     "num_local_experts": 4,
