@@ -221,16 +221,34 @@ def _import(options: argparse.Namespace) -> None:
         if known is not None:
             return _say_imported(known, KEPT, options.json)
     source = locate(options.source, options.revision, options.store, options.file)  # before the store is made
+    above_bytes = options.tables_above
     with Store.open(options.store, create=True) as store, _progress("importing") as progress:
         if options.update:
-            more = (options.name, options.dtype, options.allow_buffered, progress)
-            above_bytes = options.tables_above
-            model, done = update(source, store, *more, ask, options.activation, _tell, above_bytes)
+            model, done = update(
+                source,
+                store,
+                options.name,
+                options.dtype,
+                options.allow_buffered,
+                progress,
+                ask=ask,
+                activation=options.activation,
+                tell=_tell,
+                tables_above_bytes=above_bytes,
+            )
         else:
-            more = (options.name, options.dtype or "keep", options.allow_buffered, progress)
-            function = options.activation or ""
-            above_bytes = TABLES_ABOVE_BYTES if options.tables_above is None else options.tables_above
-            model = import_checkpoint(source, store, *more, b"", ask, function, _tell, above_bytes)
+            model = import_checkpoint(
+                source,
+                store,
+                options.name,
+                options.dtype or "keep",
+                options.allow_buffered,
+                progress,
+                ask=ask,
+                activation=options.activation or "",
+                tell=_tell,
+                tables_above_bytes=TABLES_ABOVE_BYTES if above_bytes is None else above_bytes,
+            )
             done = IMPORTED
     return _say_imported(model, done, options.json)
 
