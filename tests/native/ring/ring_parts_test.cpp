@@ -3,6 +3,7 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <set>
 #include <thread>
@@ -115,15 +116,16 @@ TEST_F(RingPartsTest, AFloodKeepsNobodyWaiting) {
         }
     });
     while (answers < 8 * CELLS) std::this_thread::yield();
-    uint64_t between = 0;
-    for (uint32_t i = 0; i < 50; i++) {
+    std::vector<uint64_t> between; // the median of them: a turn also counts what came while this thread did not run
+    for (uint32_t i = 0; i < 51; i++) {
         const uint64_t before = answers;
         use(*honest, {7});
-        between += answers - before;
+        between.push_back(answers - before);
     }
     enough = true;
     flood.join();
-    EXPECT_LT(between / 50, 8 * CELLS) << "never a whole round of all that others ask for";
+    std::sort(between.begin(), between.end());
+    EXPECT_LT(between[25], CELLS) << "less than one session of the flood asks for; in turn it would be four of them";
 }
 
 }  // namespace
