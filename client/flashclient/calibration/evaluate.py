@@ -25,9 +25,10 @@ from flashclient.kernels.dtypes import DTYPES
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.build import resident_tensors
 from flashclient.model.loaded import LoadedModel
-from flashclient.model.predictor_file import Predictor, lossy_mode, read_predictors
+from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
+from weightd_proto.modes import lossy_mode
 
 TOKENS_DEFAULT = 16384
 DENSE_HEADROOM = 1.2  # memory of a dense model and its forward pass, as a multiple of the size of its weights
