@@ -25,9 +25,10 @@ from flashclient.kernels.dtypes import DTYPES
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.build import resident_tensors
 from flashclient.model.loaded import LoadedModel
-from flashclient.model.predictor_file import Predictor, lossy_mode, read_predictors
+from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
+from weightd_proto.modes import lossy_mode
 from weightd_proto.tables import WEIGHT, with_tables
 
 TOKENS_DEFAULT = 16384
