@@ -155,7 +155,7 @@ class _HeldMatrices:
 
 
 class _Assembly:
-    """Appends resident tensors to their stream. Puts those together that lie in the checkpoint in pieces, one by one."""
+    """Appends resident tensors to their stream, after putting those together that lie in the checkpoint in pieces."""
 
     def __init__(self, sources: Sequence[ResidentSource], stream: ResidentStream) -> None:
         self.stream = stream
