@@ -129,9 +129,8 @@ TEST_F(ExpertStepTest, OnlyPickedExpertsAreAskedFor) {
 
 TEST_F(ExpertStepTest, WhatIsGuessedIsOnlyAHint) {
     const Rows rows = rows_of(1, 4);
-    const PickedRows given = {
-        rows.x.data(), 1, rows.experts.data(), rows.weights.data(), PICKS, bias.data(), up_bias.data(),
-        output_bias.data()};
+    const PickedRows given = {rows.x.data(), 1,           rows.experts.data(), rows.weights.data(),
+                              PICKS,         bias.data(), up_bias.data(),      output_bias.data()};
     std::vector<float> y(HIDDEN, NAN);
     step.run(0, given, y.data(), [&]() -> Guess {
         EXPECT_EQ(cells.exchanges, 1U) << "what is picked is asked for first";
