@@ -7,9 +7,9 @@ device before and after each run of weightd and a client; if the run itself read
 report says where every byte of --dram is.
 
 llama.cpp (llama-cpp-python, built for this processor) maps the same weights as a GGUF file into memory, from a cold
-page cache and with the device's readahead at 128 KiB. It and weightd with its client have the same memory, in a cgroup:
---dram, and 700 MiB for everything that is no weight. The files of Llama 1.3B's shape take 8.1 GB; 5.4 GB without
-llama.cpp.
+page cache, once for each readahead of the device that is given; the fastest counts. It has the same memory as weightd
+and its client together, in a cgroup: --dram, and 700 MiB for everything that is no weight. The files of Llama 1.3B's
+shape take 8.1 GB; 5.4 GB without llama.cpp.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from flags import FlagParser
@@ -48,6 +48,7 @@ OVER_BOUND_TARGET = 1.15
 READ_TARGET = 1.05
 LLAMA = "llama.cpp"
 OVER_LLAMA_TARGET = 1.0
+LLAMA_TOKENS = 5  # at most: each reads nearly all of the model
 READAHEAD_KIB = 128  # Linux's default
 DENSE_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.family == "llama")
 
@@ -86,7 +87,8 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
             peak = {} if cgroup is None else {"memory_gb": memory_bytes / 1e9, "peak_gb": cgroup.peak_bytes / 1e9}
         rows.append(told(row_of(costs_of_run, needed_bytes, (before + fio()) / 2) | peak))
         if peer is not None:
-            rows.append(told(llama_row(decode_llama(peer, memory_bytes, READAHEAD_KIB))))
+            for kib in options.readahead_kib:
+                rows.append(told(llama_row(decode_llama(peer, memory_bytes, kib), kib)))
     return machine, rows, targets_of(rows)
 
 
@@ -97,20 +99,22 @@ def llama_task(shape: Shape, work: Work, environment: Path) -> LlamaTask:
     if not gguf.exists():
         write_dense_gguf(shape, work.checkpoint, gguf)
     plan = gguf.with_name("ids.json")
-    parts = (work.prompt_tokens, work.seed), (work.dense_tokens, work.seed + 1)
+    new_tokens = min(work.dense_tokens, LLAMA_TOKENS)
+    parts = (work.prompt_tokens, work.seed), (new_tokens, work.seed + 1)
     write_json(plan, {"ids": [one for count, seed in parts for one in random_ids(shape.vocabulary, count, seed)]})
-    return LlamaTask(python, gguf, plan, work.prompt_tokens, work.dense_tokens, torch.get_num_threads())
+    return LlamaTask(python, gguf, plan, work.prompt_tokens, new_tokens, torch.get_num_threads())
 
 
-def llama_row(told: dict[str, Any]) -> Row:
+def llama_row(told: dict[str, Any], readahead_kib: int) -> Row:
     """Medians over the tokens after the prompt."""
     seconds, read_bytes = told["seconds"][1:], told["read_bytes"][1:]
     return {
         "row": LLAMA,
         "tokens": len(seconds),
         "memory_gb": told["memory_bytes"] / 1e9,
-        "readahead_kib": READAHEAD_KIB,
+        "readahead_kib": readahead_kib,
         "read_gb_per_token": median(read_bytes) / 1e9,
+        "total_ms": fmean(seconds) * 1e3,
         "total_ms_p50": median(seconds) * 1e3,
         "prompt_s": told["seconds"][0],
     }
@@ -145,7 +149,11 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
         if name in ours[0]
     ]
     if theirs and targets:
-        faster = median(row["total_ms_p50"] for row in theirs) / median(row["total_ms_p50"] for row in ours)
+        readaheads = {row["readahead_kib"] for row in theirs}
+        best_ms = min(
+            median(row["total_ms_p50"] for row in theirs if row["readahead_kib"] == kib) for kib in readaheads
+        )
+        faster = best_ms / median(row["total_ms_p50"] for row in ours)
         targets.append(Target("exact_half_over_llama_cpp_ratio", faster, "x", OVER_LLAMA_TARGET, "higher"))
     return targets
 
@@ -160,6 +168,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12, help="tokens to decode after the prompt")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--runs", type=int, default=4, help="runs of weightd and a client, with fio between them")
+    parser.add_argument(
+        "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
+    )
     parser.add_argument("--no-peers", action="store_true", help="do not run llama.cpp")
     parser.add_argument(
         "--llama-cpp",
