@@ -13,12 +13,12 @@ import bench_moe
 import numpy as np
 import pytest
 from benchmarks import readahead as readahead_module
+from benchmarks.llama import DEFAULT
 from benchmarks.processes import BenchError
 from benchmarks.readahead import readahead
 from gguf import GGUFReader
 from moe import rows as rows_module
 from moe.files import MixtureFiles, mixture_files
-from moe.llama_environment import DEFAULT
 from moe.rows import ACCELERATE, LLAMA, OURS, ROWS, Work, llama_row, run_llama, run_weightd, weightd_row
 from planted.mixture import DTYPE, GUESS_PRECISION
 from safetensors.numpy import load_file
@@ -113,7 +113,7 @@ def test_the_peer_is_given_the_prompt_and_then_single_tokens(monkeypatch: pytest
     monkeypatch.setattr(package, "Llama", FakeLlama, raising=False)
     monkeypatch.setattr(package, "llama_get_logits_ith", lambda model, _: model.logits(), raising=False)
     monkeypatch.setitem(sys.modules, "llama_cpp", package)
-    peer = importlib.import_module("moe.llama_peer")
+    peer = importlib.import_module("benchmarks.llama_decode")
     monkeypatch.setattr(peer, "read_bytes", iter(range(0, 600, 100)).__next__)
     told = peer.run("model.gguf", [10, 20, 30, 40, 50, 60], prompt_tokens=3, new_tokens=3, threads=2)
     assert FakeLlama.evaluated == [[10, 20, 30], [40], [50]]
@@ -123,7 +123,7 @@ def test_the_peer_is_given_the_prompt_and_then_single_tokens(monkeypatch: pytest
 
 
 def test_bytes_read_by_a_process_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    peer = importlib.import_module("moe.llama_peer")
+    peer = importlib.import_module("benchmarks.llama_decode")
     io = "rchar: 7\nwchar: 8\nread_bytes: 4096\nwrite_bytes: 12\ncancelled_write_bytes: 0\n"
     monkeypatch.setattr(peer.Path, "read_text", lambda _: io)
     assert peer.read_bytes() == 4096
