@@ -275,6 +275,8 @@ void bind_engine(nb::module_& module) {
                     "neurons"_a, "experts"_a = 0,
                     "The smallest --dram with which such a model can be served; all its layers together. Its pool has "
                     "POOL_SLOTS_MIN slots.")
+        .def_static("segment_bytes", &weightd::segment_bytes, "limit_bytes"_a,
+                    "The size of a pool's segments with this --dram.")
         .def_static("share_slots", &weightd::share_slots, "left"_a, "wanted"_a, "cells"_a,
                     "The share of a session that wants so many slots (0: no preference) of those that are left.");
 }
