@@ -275,8 +275,6 @@ void bind_engine(nb::module_& module) {
                     "neurons"_a, "experts"_a = 0,
                     "The smallest --dram with which such a model can be served; all its layers together. Its pool has "
                     "POOL_SLOTS_MIN slots.")
-        .def_static("segment_bytes", &weightd::segment_bytes, "limit_bytes"_a,
-                    "The size of a pool's segments with this --dram.")
         .def_static("share_slots", &weightd::share_slots, "left"_a, "wanted"_a, "cells"_a,
                     "The share of a session that wants so many slots (0: no preference) of those that are left.");
 }
@@ -395,6 +393,7 @@ NB_MODULE(_native, module) {
     module.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
     module.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
     module.attr("POOL_SLOTS_MIN") = weightd::POOL_SLOTS_MIN;
+    module.attr("SEGMENT_BYTES_MIN") = weightd::SEGMENT_BYTES_MIN;
     module.attr("SEGMENT_BYTES_MAX") = weightd::SEGMENT_BYTES_MAX;
     module.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     module.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from weightd._native import POOL_SLOTS_MIN, SEGMENT_BYTES_MAX, EngineThread
+from weightd._native import POOL_SLOTS_MIN, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, EngineThread
 from weightd.importing.client_process import TokenCost
 from weightd.planning.firing import Firing
 from weightd.serving.served_models import demand_of
@@ -87,9 +87,8 @@ def pool_of(record: Model, dram_bytes: int) -> PoolSize:
     cells, cell_bytes = sum(layer.cells for layer in record.layers), record.bundle.cell_bytes
     spare_bytes = dram_bytes - demand_of(record).minimum_bytes
     assert spare_bytes >= 0
-    for table in record.tables:  # demand_of() counts the largest segments, and these may be smaller
-        segment_bytes = min(EngineThread.segment_bytes(dram_bytes), table.bundles_file_bytes)
-        spare_bytes += min(SEGMENT_BYTES_MAX, table.bundles_file_bytes) - segment_bytes
+    # demand_of() has room for a large segment of each table. One client's rows take the smallest.
+    spare_bytes += sum(max(0, min(SEGMENT_BYTES_MAX, t.bundles_file_bytes) - SEGMENT_BYTES_MIN) for t in record.tables)
     slots = POOL_SLOTS_MIN + spare_bytes // cell_bytes
     share = EngineThread.share_slots(slots, slots_wanted(cell_bytes), cells)
     return PoolSize(min(slots, cells), share, cells, cell_bytes)
