@@ -28,7 +28,7 @@ from paper.rows import COLD, RowPlan, Work, costs, run_row
 from planted.dense import EMBEDDING, bytes_of, dense_config
 from planted.plan import SHAPES
 from planted.shapes import checkpoint_shapes
-from planted.store import dense_store
+from planted.store import cut, dense_store
 
 from weightd.store.store import Store
 
@@ -51,11 +51,11 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     """Machine, rows and targets."""
-    dense = dense_store(options.shape, options.folder)
+    dense = dense_store(options.shape, options.folder, options.layers)
     work = Work(dense.checkpoint, dense.store, dense.name, options.prompt_tokens, 1, options.tokens, SEED)
     machine = machine_facts(options.folder) | {"shape": options.shape, "threads": torch.get_num_threads()}
     bundles = Store.open(work.store, readonly=True).bundles_path(work.model)
-    sizes = checkpoint_shapes(dense_config(SHAPES[options.shape]))
+    sizes = checkpoint_shapes(dense_config(cut(options.shape, options.layers)[0]))
     needed_bytes = bytes_of(size for name, size in sizes.items() if name != EMBEDDING)
 
     def fio() -> float:
@@ -103,6 +103,7 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
 def _options() -> argparse.Namespace:
     parser = FlagParser(__doc__)
     parser.add_argument("--shape", choices=DENSE_SHAPES, default="llama-1.3b")
+    parser.add_argument("--layers", type=int, help="of the model, fewer than the shape has")
     parser.add_argument(
         "--folder", type=Path, default=Path("build/bench"), help="on the device to measure; its contents are kept"
     )

@@ -41,6 +41,7 @@ from flashclient.recipes.ffns.tiny import model_class, one_line
 from flashclient.recipes.published import published
 from weightd.errors import WeightdError
 from weightd.importing.convert import import_checkpoint
+from weightd.planning.outline import activation_text
 from weightd.serving.served_models import demand_of
 from weightd.store.store import Store
 from weightd_proto.weightd_pb2 import Model
@@ -138,7 +139,7 @@ def row_of(model_type: str) -> Row:
     ffns = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     experts = max(site.experts for site in split.sites)
     share = f"{split.resident_share:.1%}"
-    return Row(model_type, (found.__name__, ffns, _formula(split.sites[0].activation), share), experts)
+    return Row(model_type, (found.__name__, ffns, activation_text(split.sites[0].activation), share), experts)
 
 
 def _difference(tiny: PreTrainedModel, whole: PreTrainedConfig) -> str:
@@ -188,11 +189,6 @@ def _slots(daemon: Daemon) -> int:
             return int(connection.stats().models[0].slots)
         finally:
             connection.close()
-
-
-def _formula(activation: Any) -> str:
-    fields = [f"{field.name} {value:.6g}" for field, value in activation.ListFields() if field.name != "function"]
-    return ", ".join([activation.function, *fields])
 
 
 def _same_tokens(tiny: PreTrainedModel, streamed: PreTrainedModel, ids: torch.Tensor) -> bool:

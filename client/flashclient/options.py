@@ -13,14 +13,13 @@ from flashclient._native import WINDOW_TOKENS_MAX
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.kernels.dtypes import DTYPES
-from flashclient.model.predictor_file import lossy_mode
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
 from weightd_proto.encodings import has_experts
+from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
-MODES = ("auto", "exact", "predict", "threshold")
-WINDOWS = {"predict": 4, "threshold": 0}
-NEEDS = {"predict": "predictors", "threshold": "thresholds"}
+MODES = ("auto", EXACT, PREDICT, THRESHOLD)
+NEEDS = {PREDICT: "predictors", THRESHOLD: "thresholds"}
 TRANSPORTS = ("auto", "shm", "grpc")
 TIMEOUT_S_MAX = 86400.0  # a day
 _DRAM = re.compile(r"\d+(\.\d+)?\s*([kmgt]?b|[kmgt]ib|%)?", re.IGNORECASE)
@@ -111,7 +110,7 @@ class Options:
 
     def window_of(self, mode: str) -> int | None:
         """The tokens whose neurons stay leased; None in mode exact."""
-        return None if mode == "exact" else WINDOWS[mode] if self.window is None else self.window
+        return None if mode == "exact" else WINDOW_TOKENS[mode] if self.window is None else self.window
 
     def check_dtype(self, stored: str) -> None:
         """Refuses a dtype other than the stored one: it would make a private copy of every shared weight."""

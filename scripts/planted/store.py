@@ -55,7 +55,7 @@ def planted_store(shape: str, folder: Path, layers: int | None = None) -> Plante
         OSError: the folder holds something else than a planted model, or the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made, shape = _cut(shape, layers)
+    made, shape = cut(shape, layers)
     name = f"planted-{shape}"
     planted = PlantedStore(folder / name, folder / f"store-{shape}", name)
     if not planted.checkpoint.exists():
@@ -78,7 +78,7 @@ def dense_store(shape: str, folder: Path, layers: int | None = None) -> PlantedS
         BenchError, OSError: as planted_store() does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made, shape = _cut(shape, layers)
+    made, shape = cut(shape, layers)
     name = f"dense-{shape}"
     dense = PlantedStore(folder / name, folder / f"store-{name}", name)
     if not dense.checkpoint.exists():
@@ -87,7 +87,7 @@ def dense_store(shape: str, folder: Path, layers: int | None = None) -> PlantedS
     return dense
 
 
-def _cut(shape: str, layers: int | None) -> tuple[Shape, str]:
+def cut(shape: str, layers: int | None) -> tuple[Shape, str]:
     """The shape with so many layers, and its name in names of files."""
     return (SHAPES[shape], shape) if layers is None else (replace(SHAPES[shape], layers=layers), f"{shape}-{layers}")
 

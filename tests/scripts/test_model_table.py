@@ -31,7 +31,7 @@ def test_rows_of_a_module_of_parts_of_experts_and_of_nothing(tmp_path: Path) -> 
     made = rows(run(tmp_path / "table.md", "llama", "opt", "gpt_oss", "mamba"))
     assert made["llama"] == "LlamaForCausalLM | 32 module | silu | 35.8%"
     assert made["opt"] == "OPTForCausalLM | 12 parts | relu | 65.4%"
-    experts = "swish, parameter 1.702, gate_max 7, up_limit 7, up_offset 1"
+    experts = "swish:1.702, gate_max 7, up_limit 7, up_offset 1"
     assert made["gpt_oss"] == f"GptOssForCausalLM | 36 experts | {experts} | 1.9%"
     assert made["mamba"] == "no FFN of MambaForCausalLM could be recognised, so nothing of it can be streamed"
 

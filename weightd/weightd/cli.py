@@ -34,6 +34,7 @@ from weightd.sizes import format_size, parse_size
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
 from weightd_proto.encodings import COMPUTE_DTYPES, formats_of
+from weightd_proto.modes import lossy_mode
 
 Progress = Callable[[int, int], None]
 
@@ -325,7 +326,7 @@ def _calibration(calibration: weightd_pb2.Calibration) -> dict[str, Any] | None:
     return {
         "version": calibration.version,
         "mode": calibration.mode,
-        "lossy_mode": calibration.lossy_mode or "predict",
+        "lossy_mode": lossy_mode(calibration),
         "perplexity_loss": calibration.perplexity_loss,
         "published_unix_s": calibration.published_unix_s,
         "bytes": sum(file.size_bytes for file in calibration.files),

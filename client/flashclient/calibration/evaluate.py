@@ -25,9 +25,11 @@ from flashclient.kernels.dtypes import DTYPES
 from flashclient.memory_limits import free_bytes, memory_limits
 from flashclient.model.build import resident_tensors
 from flashclient.model.loaded import LoadedModel
-from flashclient.model.predictor_file import Predictor, lossy_mode, read_predictors
+from flashclient.model.predictor_file import Predictor, read_predictors
 from weightd_proto import weightd_pb2
 from weightd_proto.files import PREDICTORS_FILE
+from weightd_proto.modes import lossy_mode
+from weightd_proto.tables import WEIGHT, with_tables
 
 TOKENS_DEFAULT = 16384
 DENSE_HEADROOM = 1.2  # memory of a dense model and its forward pass, as a multiple of the size of its weights
@@ -169,7 +171,8 @@ def _bar(mode: str, sequences: Tensor, shown: bool) -> Iterator[Tensor]:
 def _evaluate_dense(loaded: LoadedModel, result: Evaluation, progress: bool) -> Tensor | None:
     """Returns the most likely next tokens, as _run() does; None if the model does not fit into memory."""
     record = loaded.record
-    needed_bytes = int((record.bundles_file_bytes + record.resident_file_bytes) * DENSE_HEADROOM)
+    weights_bytes = sum(one.bundles_file_bytes + one.resident_file_bytes for one in with_tables(record))
+    needed_bytes = int(weights_bytes * DENSE_HEADROOM)
     free = free_bytes(memory_limits())
     if needed_bytes > free:
         result.notes.append(
@@ -203,7 +206,7 @@ def _is_in_matrices(record: weightd_pb2.Model) -> bool:
 
 
 def dense_model(loaded: LoadedModel) -> Any:
-    """transformers' own model with all its weights in memory, from the resident tensors and bundles.
+    """transformers' own model with all its weights in memory, from the resident tensors, tables and bundles.
 
     Args:
         loaded: a model whose FFNs are no mixtures and have no fused matrices.
@@ -211,6 +214,9 @@ def dense_model(loaded: LoadedModel) -> Any:
     record, config = loaded.record, loaded.model.config
     dtype = DTYPES[record.compute_dtype]
     state = resident_tensors(record, loaded.source.resident, dtype)
+    for (layer,) in (table.layers for table in record.tables):
+        path = f"{layer.module}.{WEIGHT}"
+        state[path] = functional.embedding(torch.arange(layer.neurons), loaded.model.get_parameter(path))
     for index, layer in enumerate(record.layers):
         order = torch.from_numpy(np.argsort(loaded.placement(index)))
         *rows, down = (part[order] for part in read_parts(loaded, index))

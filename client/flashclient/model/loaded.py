@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
 from flashclient.model.build import BuiltModel, build_model
-from flashclient.model.predictor_file import lossy_mode
 from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns
 from weightd_proto import weightd_pb2
+from weightd_proto.modes import lossy_mode
 
 # Files that hold the vocabulary of one of transformers' tokenizers. Its other files are useless without one of these.
 VOCABULARY_PATTERNS = ("tokenizer.json", "*.model", "tokenizer.model.*", "vocab*", "*.tiktoken", "tekken.json")

@@ -118,11 +118,6 @@ def in_bytes(rows: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
     return np.rint(rows / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
 
-def lossy_mode(calibration: weightd_pb2.Calibration) -> str:
-    """The mode that a calibration is for: predict or threshold."""
-    return calibration.lossy_mode or "predict"
-
-
 def read_predictors(data: NDArray[np.uint8], model: weightd_pb2.Model) -> list[Predictor]:
     """One predictor for each layer of `model`, as read-only views of `data` (no byte is copied).
 

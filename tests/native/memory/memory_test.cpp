@@ -31,5 +31,14 @@ TEST(Memory, ASegmentIsASixteenthWithinBounds) {
     EXPECT_EQ(Memory(uint64_t{64} << 30).segment_bytes(), SEGMENT_BYTES_MAX);
 }
 
+TEST(Memory, APoolsSegmentsDoubleUpToTheUsualSize) {
+    const Memory memory(uint64_t{64} << 30);
+    EXPECT_EQ(memory.next_segment_bytes(0), SEGMENT_BYTES_MIN);
+    EXPECT_EQ(memory.next_segment_bytes(SEGMENT_BYTES_MIN), SEGMENT_BYTES_MIN);
+    EXPECT_EQ(memory.next_segment_bytes(6U << 20), 6U << 20);
+    EXPECT_EQ(memory.next_segment_bytes(uint64_t{1} << 30), SEGMENT_BYTES_MAX);
+    EXPECT_EQ(Memory(16U << 20).next_segment_bytes(0), 1U << 20) << "no larger than a sixteenth";
+}
+
 }  // namespace
 }  // namespace weightd

@@ -39,6 +39,49 @@ TEST_F(SegmentsTest, APoolGrowsUntilDramOrItsCellsEnd) {
     EXPECT_EQ(reader.registered, 3 + 14);
 }
 
+TEST_F(SegmentsTest, AReservationLastsUntilTheModelHasGrownByAsMuch) {
+    add_slots(one, DRAM_SLOTS / 2);
+    memory.take(Account::pool, DRAM_SLOTS * BARE_CELL_BYTES);
+    segments.transfer(one, other);
+    ASSERT_EQ(memory.free_bytes(), DRAM_SLOTS / 2 * BARE_CELL_BYTES);
+    EXPECT_TRUE(segments.grow(other));
+    EXPECT_FALSE(segments.grow(one)) << "the rest is still reserved";
+    EXPECT_EQ(grow_all(other), DRAM_SLOTS / 2);
+}
+
+// With a --dram of which a sixteenth is more than the smallest segment.
+struct GrowingSegmentsTest : testing::Test {
+    static constexpr uint64_t SLOTS_MIN = SEGMENT_BYTES_MIN / BARE_CELL_BYTES;
+    static constexpr uint64_t SLOTS_MAX = SEGMENT_BYTES_MAX / BARE_CELL_BYTES;
+    ModelList models;
+    Memory memory{16 * SEGMENT_BYTES_MAX};
+    Pressure pressure{memory};
+    Sessions sessions{models, memory, pressure};
+    Room room{models, memory, sessions};
+    IdleReader reader;
+    Segments segments{models, memory, pressure, reader, sessions, room};
+    Model& model = add_active(models, 1'000'000);
+};
+
+TEST_F(GrowingSegmentsTest, APoolThatIsLittleUsedTakesLittle) {
+    uint64_t last = 0;
+    for (const uint64_t slots : {1, 2, 4, 8, 16, 32, 64, 96}) {
+        ASSERT_TRUE(segments.grow(model));
+        EXPECT_EQ(model.pool->slots(), slots * SLOTS_MIN);
+        EXPECT_LE(model.pool->slots() - last, SLOTS_MAX);
+        last = model.pool->slots();
+    }
+}
+
+TEST_F(GrowingSegmentsTest, APoolGivesUpNearlyAllThatIsNoShare) {
+    while (segments.grow(model)) {
+    }
+    EXPECT_EQ(memory.free_bytes(), 0U);
+    sessions.add(std::make_unique<CountingSession>(model.index, model.spec.cell_count(), 2, true));
+    while (segments.drain_surplus(nullptr, true)) segments.retire(model);
+    EXPECT_EQ(model.pool->slots(), SLOTS_MIN);
+}
+
 TEST_F(SegmentsTest, AboveTheTargetItGrowsOnlyForShares) {
     pressure.set_floor(0);
     for (uint32_t i = 0; i < 20; i++) pressure.press();

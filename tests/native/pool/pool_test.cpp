@@ -85,6 +85,28 @@ TEST(Pool, RetiresADrainedSegmentWhenItsLastLeaseEnds) {
     EXPECT_FALSE(pool.find(3));
 }
 
+TEST(Pool, DrainsTheLargestSegmentThatMayGo) {
+    Pool pool(20, CELL_BYTES);
+    const uint32_t sizes[] = {2, 4, 4, 8};
+    for (uint32_t number = 0; number < 4; number++) pool.add_segment(number, segment(sizes[number]));
+    for (uint32_t cell = 0; cell < 3; cell++) pool.loaded(pool.insert(cell));
+    pool.lease(pool.find(2));  // in the first segment of 4
+    const auto drained = [&pool](uint64_t slots_max, bool idle_only) -> int64_t {
+        if (!pool.start_draining(slots_max, idle_only)) return -1;
+        const auto gone = pool.retire_drained();
+        return gone.empty() ? -2 : int64_t{gone.front()->number};
+    };
+    EXPECT_FALSE(pool.can_drain(1));
+    EXPECT_EQ(drained(1, false), -1);
+    EXPECT_EQ(drained(7, false), 2) << "as large as the other, and not busy";
+    EXPECT_EQ(drained(7, true), 0) << "the busy one stays";
+    EXPECT_EQ(drained(20, false), 3);
+    EXPECT_TRUE(pool.can_drain(4));
+    EXPECT_EQ(drained(4, true), -1);
+    EXPECT_EQ(drained(4, false), -2) << "its lease keeps it";
+    EXPECT_FALSE(pool.can_drain(20)) << "it drains already";
+}
+
 TEST(Pool, NeverEvictsALeasedCell) {
     Pool pool(10, CELL_BYTES);
     pool.add_segment(0, segment(2));

@@ -116,7 +116,7 @@ TEST_F(RingPartsTest, AFloodKeepsNobodyWaiting) {
         }
     });
     while (answers < 8 * CELLS) std::this_thread::yield();
-    std::vector<uint64_t> between; // the median of them: a turn also counts what came while this thread did not run
+    std::vector<uint64_t> between;  // the median of them: a turn also counts what came while this thread did not run
     for (uint32_t i = 0; i < 51; i++) {
         const uint64_t before = answers;
         use(*honest, {7});

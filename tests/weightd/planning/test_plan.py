@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import make_checkpoint, make_config
 from conftest import client_here
+from safetensors.numpy import save
+from stored_calibration import offline
 
 from weightd.cli import main
 from weightd.planning.published import SLIDES
@@ -103,11 +106,33 @@ def test_shipped_configurations_are_derived(
 
 def test_predict_mode_needs_a_calibration_or_an_assumption(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "predict mode needs a calibration, and " in refused(capsys, 2, config, "--mode", "predict")
+    assert "--firing is for mode predict" in refused(capsys, 2, config, "--mode", "exact", "--firing", "0.1")
     exact, said = planned(capsys, config), planned(capsys, config, "--firing", "0.1")
     assert (exact["mode"], said["mode"]) == ("exact", "predict")
     # Ten neurons share a cell, so most cells are wanted.
     assert said["plans"][0]["read_bytes_per_token"] < exact["plans"][0]["read_bytes_per_token"] * 0.8
     assert said["assumptions"][-1].startswith("10% of the neurons are predicted")
+
+
+def test_a_calibration_is_planned_for_the_mode_that_it_is_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, store = make_checkpoint("llama", tmp_path / "model", dtype="bfloat16"), tmp_path / "store"
+    assert main(["import", str(source), "--store", str(store)]) == 0
+    with Store.open(store, readonly=True) as opened:
+        record = opened.model("model")
+    shares = {
+        f"layers.{index}.{name}": (np.arange(layer.neurons) < layer.neurons // 2).astype(np.float32)
+        for index, layer in enumerate(record.layers)
+        for name in ("predicted", "frequency")
+    }
+    offline(store, record, statistics=save(shares), mode="exact", lossy_mode="threshold")
+    error = refused(capsys, 2, "model", "--store", store, "--mode", "predict")
+    assert "model was calibrated for mode threshold: plan that, or run `flashclient calibrate --mode predict`" in error
+    exact, said = (planned(capsys, "model", "--store", store, "--mode", mode) for mode in ("exact", "threshold"))
+    assert said["mode"] == "threshold"
+    read, of_exact = (each["plans"][0]["read_bytes_per_token"] for each in (said, exact))
+    assert 0 < read < exact["ffn_bytes"] / 2 < of_exact
 
 
 def test_too_little_memory_says_the_smallest(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,25 +33,27 @@ uint64_t Segments::growth_bytes(const Model& model) const {
 bool Segments::grow(Model& model) {
     if (!model.wants_more_slots()) return false;
     const uint64_t cell_bytes = model.spec.cell_bytes;
-    const uint64_t useful_bytes = (model.spec.cell_count() - model.pool->slots()) * cell_bytes;
-    const uint64_t wanted_bytes = std::min(std::max(memory_.segment_bytes(), cell_bytes), useful_bytes);
+    const uint64_t pool_bytes = model.pool->slots() * cell_bytes;
+    const uint64_t useful_bytes = model.spec.cell_count() * cell_bytes - pool_bytes;
+    const uint64_t wanted_bytes = std::min(std::max(memory_.next_segment_bytes(pool_bytes), cell_bytes), useful_bytes);
     const uint64_t bytes = std::min(wanted_bytes, growth_bytes(model));
     const uint64_t slots = std::min<uint64_t>(bytes / cell_bytes, SEGMENT_SLOTS_MAX);
     if (slots == 0) return false;
     std::optional<SharedMemory> memory = new_segment(slots * cell_bytes);
     if (!memory) return false;
     memory_.take(Account::pool, slots * cell_bytes);
-    if (reservation_.model == model.index) reservation_ = {};
+    if (reservation_.model == model.index) reservation_.bytes -= std::min(reservation_.bytes, slots * cell_bytes);
     Segment& segment = model.pool->add_segment(next_number_++, std::move(*memory));
     segment.buffer_index = reader_.register_memory(segment.memory.bytes());
     return true;
 }
 
-bool Segments::can_spare(const Model& model) const {
+uint64_t Segments::spare_slots(const Model& model) const {
     const uint64_t slots = model.pool->slots();
-    const uint64_t segment_slots = memory_.segment_bytes() / model.spec.cell_bytes;
-    return slots > 0 && (model.users == 0 || slots >= sessions_.share_slots(model) + segment_slots);
+    return model.users == 0 ? slots : slots - std::min(slots, sessions_.share_slots(model));
 }
+
+bool Segments::can_spare(const Model& model) const { return model.pool->can_drain(spare_slots(model)); }
 
 bool Segments::drain_surplus(const Model* asking, bool own) {
     Model* chosen = nullptr;
@@ -61,14 +63,13 @@ bool Segments::drain_surplus(const Model* asking, bool own) {
         if (model->pool == nullptr || (is_asking && !own)) continue;
         if (model->pool->draining() > 0) return true;
         if (!can_spare(*model)) continue;
-        const uint64_t surplus_slots = model->pool->slots() - sessions_.share_slots(*model);
-        const uint64_t surplus_bytes = surplus_slots * model->spec.cell_bytes / (is_asking ? 2 : 1);
+        const uint64_t surplus_bytes = spare_slots(*model) * model->spec.cell_bytes / (is_asking ? 2 : 1);
         if (surplus_bytes > most_bytes) {
             most_bytes = surplus_bytes;
             chosen = model.get();
         }
     }
-    if (chosen == nullptr || !chosen->pool->start_draining()) return false;
+    if (chosen == nullptr || !chosen->pool->start_draining(spare_slots(*chosen))) return false;
     sessions_.update_limits();
     return true;
 }
@@ -93,7 +94,7 @@ void Segments::drop(const Model& model, std::unique_ptr<Segment> segment) {
 
 void Segments::transfer(Model& from, const Model& to) {
     const uint64_t before_bytes = memory_.used_bytes(Account::pool);
-    if (!from.pool->start_draining(true)) return;
+    if (!from.pool->start_draining(spare_slots(from), true)) return;
     retire(from);
     reservation_ = {to.index, before_bytes - memory_.used_bytes(Account::pool)};
 }

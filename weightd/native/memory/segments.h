@@ -31,12 +31,13 @@ class Segments {
     void retire(Model& model);     // drops its segments that have drained
 
     // Takes a segment without leases from one model, if it has one. What becomes free is reserved for the other model
-    // until it has grown, or until end_reservation().
+    // until it has grown by as much, or until end_reservation().
     void transfer(Model& from, const Model& to);
     void end_reservation() { reservation_ = {}; }
 
   private:
     uint64_t growth_bytes(const Model& model) const;
+    uint64_t spare_slots(const Model& model) const;
     void drop(const Model& model, std::unique_ptr<Segment> segment);
 
     struct Reservation {

@@ -145,12 +145,19 @@ Segment& Pool::add_segment(uint32_t number, SharedMemory memory) {
     return *(segments_[segment->index] = std::move(segment));
 }
 
-bool Pool::start_draining(bool idle_only) {
+Segment* Pool::to_drain(uint64_t slots_max, bool idle_only) const {
     Segment* chosen = nullptr;
     for (const auto& segment : segments_) {
         if (segment == nullptr || segment->draining || (idle_only && segment->busy > 0)) continue;
-        if (chosen == nullptr || segment->busy < chosen->busy) chosen = segment.get();
+        const size_t slots = segment->slots.size();
+        if (slots > slots_max || (chosen != nullptr && slots < chosen->slots.size())) continue;
+        if (chosen == nullptr || slots > chosen->slots.size() || segment->busy < chosen->busy) chosen = segment.get();
     }
+    return chosen;
+}
+
+bool Pool::start_draining(uint64_t slots_max, bool idle_only) {
+    Segment* const chosen = to_drain(slots_max, idle_only);
     if (chosen == nullptr) return false;
     chosen->draining = true;
     draining_++;

@@ -69,9 +69,11 @@ class Pool {
     void write_hotness(std::span<Hotness> hotness) const;  // of each cell
 
     Segment& add_segment(uint32_t number, SharedMemory memory);
-    // Takes the segment with the fewest busy slots out of use, if there is one. retire_drained() returns it once it is
-    // empty. `idle_only`: only a segment without busy slots.
-    bool start_draining(bool idle_only = false);
+    // Takes the largest segment of at most `slots_max` out of use, if there is one; of equal ones, that with the fewest
+    // busy slots. So the small segments last, and a pool can give up nearly all that it can spare. retire_drained()
+    // returns the segment once it is empty. `idle_only`: only a segment without busy slots.
+    bool start_draining(uint64_t slots_max = UINT64_MAX, bool idle_only = false);
+    bool can_drain(uint64_t slots_max) const { return to_drain(slots_max, false) != nullptr; }
     std::vector<std::unique_ptr<Segment>> retire_drained();
     uint32_t draining() const { return draining_; }
     std::vector<uint32_t> leased_in_draining() const;  // cells that keep segments from retiring
@@ -91,6 +93,7 @@ class Pool {
     void update_busy(Place place, bool was_busy);
     void empty(Place place);
     uint32_t free_index() const;
+    Segment* to_drain(uint64_t slots_max, bool idle_only) const;
 
     uint32_t cell_bytes_;
     std::vector<uint32_t> slot_of_;                   // by cell: index of the segment << 16 | index in it, or NO_SLOT

@@ -32,7 +32,8 @@ void RingSessions::reserve_session(const User& user) {
         const std::string kept = taken < SESSIONS_MAX ? "; the others are kept for other users" : "";
         throw NoRoom("no session is left: " + std::to_string(taken) + " of " + std::to_string(SESSIONS_MAX) +
                      " are open, being opened, or closed while a client keeps their memory, " + std::to_string(theirs) +
-                     " of them yours" + kept + ": end a session");
+                     " of them yours" + kept +
+                     "; a client has one, and one more for each table of its model: end a client");
     }
     reserved_[user]++;
 }

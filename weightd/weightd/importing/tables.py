@@ -15,8 +15,8 @@ from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES, parts_of, plain
 from weightd_proto.tables import ROW, WEIGHT, table_name
 from weightd_proto.weightd_pb2 import Layer, Model, Recipe, ResidentSource
 
-# Unless --tables-above says otherwise. The pool of a table takes a segment of up to 64 MiB, so a smaller table would
-# save no memory.
+# Unless --tables-above says otherwise. The pool of a table may take a segment of up to 64 MiB, for which --dram must
+# have room, so a smaller table might save no memory.
 TABLES_ABOVE_BYTES = 64 << 20
 
 Tensors = Mapping[str, SourceTensor]

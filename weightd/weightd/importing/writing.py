@@ -34,7 +34,7 @@ Step = HoldStep | BundleStep | ResidentStep | AssemblyStep
 class ModelWriter:
     """Runs the steps of an import, and fills in the checksums of the resident tensors.
 
-    `resident`: the sources of record.resident, in the same order.
+    `resident`: the sources of record.resident, in the same order. A table has none.
     """
 
     def __init__(
@@ -67,14 +67,15 @@ class ModelWriter:
         write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
         with ExitStack() as opened:
             bundles = opened.enter_context(self._create(BUNDLES_FILE, self._record.bundles_file_bytes))
-            files = [bundles]
+            files, resident = [bundles], None
             if self._record.resident_file_bytes > 0:
                 files.append(opened.enter_context(self._create(RESIDENT_FILE, self._record.resident_file_bytes)))
-            with read_ahead, write_behind:
-                # Of a table, nothing is written to it.
                 stream = ResidentStream(files[-1], write_behind, self._header, list(self._record.resident))
-                self._run_steps(steps, read_ahead, write_behind, bundles, _Assembly(self._resident, stream))
-                stream.finish()
+                resident = _Assembly(self._resident, stream)
+            with read_ahead, write_behind:
+                self._run_steps(steps, read_ahead, write_behind, bundles, resident)
+                if resident is not None:
+                    resident.stream.finish()
                 write_behind.drain()
             for file in files:
                 file.finish()
@@ -89,7 +90,7 @@ class ModelWriter:
         read_ahead: ReadAhead,
         write_behind: WriteBehind,
         bundles: UncachedWriter,
-        resident: _Assembly,
+        resident: _Assembly | None,
     ) -> None:
         total_bytes = sum(extent.size_bytes for step in steps for run in step.runs for extent in run.extents)
         for step in steps:
@@ -101,9 +102,8 @@ class ModelWriter:
                         self._held.fill(step, elements[0])
                     case BundleStep():
                         self._cut(step, elements, bundles, write_behind)
-                    case ResidentStep():
-                        resident.stream.append(step.index, elements[0])
-                    case AssemblyStep():
+                    case ResidentStep() | AssemblyStep():
+                        assert resident is not None, "a table has no resident weights"
                         resident.add(step, elements[0])
                 self._progress(sum(len(data) for each in stored for data in each), total_bytes)
 
@@ -155,14 +155,17 @@ class _HeldMatrices:
 
 
 class _Assembly:
-    """Puts resident tensors together that do not lie in the checkpoint in one piece, one at a time."""
+    """Appends resident tensors to their stream, after putting those together that lie in the checkpoint in pieces."""
 
     def __init__(self, sources: Sequence[ResidentSource], stream: ResidentStream) -> None:
         self.stream = stream
         self._sources = sources
         self._arrays: dict[str, npt.NDArray[np.generic]] = {}
 
-    def add(self, step: AssemblyStep, elements: Elements) -> None:
+    def add(self, step: ResidentStep | AssemblyStep, elements: Elements) -> None:
+        if isinstance(step, ResidentStep):
+            self.stream.append(step.index, elements)
+            return
         (run,) = step.runs
         dtype = self.stream.dtype(step.index)
         size_bytes = DTYPES[dtype].bytes

@@ -1,4 +1,4 @@
-"""How often neurons fire in predict mode: as a calibration measured, or as assumed where there is none."""
+"""How often neurons are predicted and fire, in modes predict and threshold: as calibrated, or as assumed."""
 
 from __future__ import annotations
 

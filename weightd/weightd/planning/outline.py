@@ -12,6 +12,7 @@ from weightd_proto.tables import with_tables
 from weightd_proto.weightd_pb2 import Activation, Layer, LeftOut, Model
 
 LISTED_MAX = 6
+_NOT_LISTED = ("function", "parameter", "instead")  # of an activation: they stand elsewhere
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 
 
@@ -105,12 +106,8 @@ def activation_text(activation: Activation) -> str:
     function = activation.function
     if activation.parameter:
         function += f":{activation.parameter:g}"
-    limits = {
-        name: getattr(activation, name)
-        for name in ("gate_max", "activation_max", "up_limit", "up_offset", "gate_factor")
-        if (activation.up_offset if name == "up_offset" else activation.HasField(name))
-    }
-    return ", ".join([function, *(f"{name} {value:g}" for name, value in limits.items())])
+    fields = [f"{field.name} {value:g}" for field, value in activation.ListFields() if field.name not in _NOT_LISTED]
+    return ", ".join([function, *fields])
 
 
 def generic(name: str) -> str:

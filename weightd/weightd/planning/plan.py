@@ -31,9 +31,8 @@ from weightd.sizes import NOTHING_GIVEN, format_enough, format_size
 from weightd.store.device_profile import DeviceProfile, assumed_profile, known_profile
 from weightd.store.store import Store
 from weightd_proto.encodings import COMPUTE_DTYPES, formats_of, has_experts
+from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
-EXACT, PREDICT = "exact", "predict"
-WINDOW_DEFAULT = 4  # FlashClient's
 DEVICE_GB_PER_S_DEFAULT = 3.0  # of a common NVMe drive
 
 
@@ -64,7 +63,9 @@ def main(arguments: Sequence[str]) -> int:
     device, device_text = _device(flags.device, flags.store)
     with child() as ask:
         subject = subject_of(flags.model, flags.revision, flags.dtype, device, flags.store, ask)
-    subject, mode, firing = _mode(subject, flags.mode, flags.firing, int(flags.window))
+    subject, mode, firing = _mode(
+        subject, flags.mode, flags.firing, None if flags.window is None else int(flags.window)
+    )
     plan = make_plan(subject, mode, firing, device, device_text, dram_bytes)
     say(json.dumps(_as_json(plan)) if flags.json else "\n".join(_as_text(plan)))
     return 0
@@ -112,12 +113,17 @@ def _device(gb_per_s: float | None, store: Path | None) -> tuple[DeviceProfile, 
     )
 
 
-def _mode(subject: Subject, asked: str | None, share: float | None, window: int) -> tuple[Subject, str, Firing | None]:
-    """The mode that is planned, and how neurons fire in predict mode. Raises UsageError, StoreError."""
+def _mode(
+    subject: Subject, asked: str | None, share: float | None, window: int | None
+) -> tuple[Subject, str, Firing | None]:
+    """The mode that is planned, and how neurons fire unless that is exact. Raises UsageError, StoreError."""
     calibrated = subject.record.calibration
     mode = asked or (PREDICT if share is not None or calibrated.mode == PREDICT else EXACT)
+    if share is not None and mode != PREDICT:
+        raise UsageError(f"--firing is for mode predict, not for {mode}: leave one of them out")
     if mode == EXACT:
         return subject, mode, None
+    window = WINDOW_TOKENS[mode] if window is None else window
     if has_experts(subject.record):
         raise UsageError(f"{subject.name} is a mixture of experts: only exact mode runs it")
     if share is not None:
@@ -126,8 +132,13 @@ def _mode(subject: Subject, asked: str | None, share: float | None, window: int)
         return replace(subject, record=record, assumptions=(*subject.assumptions, assumed)), mode, firing
     if subject.store is None:
         raise UsageError(
-            f"predict mode needs a calibration, and {subject.name} is only a configuration: assume a share of "
-            "predicted neurons with --firing 0.1, or plan a calibrated model of a --store"
+            f"{mode} mode needs a calibration, and {subject.name} is only a configuration: plan a calibrated model of "
+            "a --store, or assume with --firing 0.1 that predict mode predicts a tenth of the neurons"
+        )
+    if calibrated.version > 0 and lossy_mode(calibrated) != mode:
+        raise UsageError(
+            f"{subject.name} was calibrated for mode {lossy_mode(calibrated)}: plan that, or run `flashclient "
+            f"calibrate --mode {mode}`, which replaces that calibration"
         )
     with Store.open(subject.store, readonly=True) as store:
         return subject, mode, calibrated_firing(store, subject.record, window)
@@ -224,7 +235,9 @@ def _parser() -> FlagParser:
     parser.add_argument(
         "--device", type=_number("a speed above 0", lambda value: 0 < value < math.inf), metavar="GB/s", help=device
     )
-    parser.add_argument("--mode", choices=(EXACT, PREDICT), help="default: what the calibration decided, or exact")
+    parser.add_argument(
+        "--mode", choices=(EXACT, PREDICT, THRESHOLD), help="default: what the calibration decided, or exact"
+    )
     parser.add_argument("--dtype", choices=tuple(COMPUTE_DTYPES), help="of the stored weights (default: the model's)")
     firing = "assume that predict mode predicts this share of the neurons for a token"
     parser.add_argument(
@@ -233,7 +246,6 @@ def _parser() -> FlagParser:
     parser.add_argument(
         "--window",
         type=_number("a number of tokens", lambda value: 0 <= value < math.inf),
-        default=WINDOW_DEFAULT,
         metavar="N",
         help="as of flashclient",
     )
