@@ -101,10 +101,10 @@ class Sweep {
     std::deque<Chunk> chunks_;  // the first ones are in use
     uint32_t first_tag_ = 0;    // of chunks_[0]; the others count up
     Bundles given_;
-    uint32_t in_use_ = 0;        // of chunks_
-    Cursor next_;                // of what is given out next
-    bool layer_ended_ = false;   // the last chunk given out was its layer's last
-    Cursor ahead_;               // where look_ahead goes on
+    uint32_t in_use_ = 0;       // of chunks_
+    Cursor next_;               // of what is given out next
+    bool layer_ended_ = false;  // the last chunk given out was its layer's last
+    Cursor ahead_;              // where look_ahead goes on
     std::vector<ring::Grant> grants_;
 };
 
