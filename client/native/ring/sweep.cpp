@@ -8,7 +8,7 @@
 namespace flashclient {
 
 Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) {
-    for (uint32_t layer = 0; layer < layout_.neurons.size(); layer++) cells_ += cells_in(layer);
+    for (uint32_t layer = 0; layer < layout_.neurons.size(); layer++) cells_ += layout_.cells_in(layer);
     forget();
 }
 
@@ -36,15 +36,13 @@ Sweep::~Sweep() {
     }
 }
 
-uint32_t Sweep::cells_in(uint32_t layer) const {
-    return (layout_.neurons[layer] + layout_.bundles_per_cell - 1) / layout_.bundles_per_cell;
+uint32_t Sweep::cells_at(const Cursor& at) const {
+    return std::min(chunk_cells_, layout_.cells_in(at.layer) - at.cell);
 }
-
-uint32_t Sweep::cells_at(const Cursor& at) const { return std::min(chunk_cells_, cells_in(at.layer) - at.cell); }
 
 Sweep::Cursor Sweep::after(const Cursor& at) const {
     const uint32_t cell = at.cell + cells_at(at);
-    if (cell < cells_in(at.layer)) return {at.layer, cell};
+    if (cell < layout_.cells_in(at.layer)) return {at.layer, cell};
     return {(at.layer + 1) % static_cast<uint32_t>(layout_.neurons.size()), 0};
 }
 

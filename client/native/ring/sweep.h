@@ -29,6 +29,8 @@ struct Layout {
     uint32_t stride_bytes;
     uint32_t cell_bytes;
     std::vector<uint32_t> neurons;  // by layer
+
+    uint32_t cells_in(uint32_t layer) const { return (neurons[layer] + bundles_per_cell - 1) / bundles_per_cell; }
 };
 
 class Sweep {
@@ -66,7 +68,6 @@ class Sweep {
     };
     using Kept = std::map<std::pair<uint32_t, uint32_t>, Chunk>;  // by layer and first cell
 
-    uint32_t cells_in(uint32_t layer) const;
     uint32_t cells_at(const Cursor& at) const;
     Cursor after(const Cursor& at) const;
     uint32_t streamed_cells() const;
