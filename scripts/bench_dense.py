@@ -5,6 +5,11 @@ A token of a dense model needs all weights but the input embedding, of which it 
 into --dram must be read for each token, at best at the device's sequential speed: that is the bound. fio measures the
 device before and after each run of weightd and a client; if the run itself read faster, the bound takes that. The
 report says where every byte of --dram is.
+
+llama.cpp (llama-cpp-python, built for this processor) maps the same weights as a GGUF file into memory, from a cold
+page cache, once for each readahead of the device that is given; the fastest counts. It has the same memory as weightd
+and its client together, in a cgroup: --dram, and 700 MiB for everything that is no weight. The files of Llama 1.3B's
+shape take 8.1 GB; 5.4 GB without llama.cpp.
 """
 
 from __future__ import annotations
@@ -12,8 +17,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from flags import FlagParser
@@ -22,12 +28,17 @@ import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's 
 import torch
 from bench_paper import FIO_SECONDS, SEED, SEQUENTIAL, told
 from bench_reader import read_fio
+from benchmarks.cgroup import capped_memory
+from benchmarks.forced_tokens import random_ids
+from benchmarks.llama import DEFAULT, LlamaTask, decode_llama, llama_python
 from benchmarks.processes import BenchError
 from benchmarks.report import Row, Target, machine_facts, report
+from paper.peers import BESIDE_WEIGHTS_BYTES
 from paper.rows import COLD, RowPlan, Work, costs, run_row
-from planted.dense import EMBEDDING, bytes_of, dense_config
-from planted.plan import SHAPES
+from planted.dense import EMBEDDING, bytes_of, dense_config, write_dense_gguf
+from planted.plan import SHAPES, Shape
 from planted.shapes import checkpoint_shapes
+from planted.shards import write_json
 from planted.store import cut, dense_store
 
 from weightd.store.store import Store
@@ -35,6 +46,10 @@ from weightd.store.store import Store
 EXACT = RowPlan("exact, half in memory", dense=True, flags=COLD, options={"mode": "exact"})
 OVER_BOUND_TARGET = 1.15
 READ_TARGET = 1.05
+LLAMA = "llama.cpp"
+OVER_LLAMA_TARGET = 1.0
+LLAMA_TOKENS = 5  # at most: each reads nearly all of the model
+READAHEAD_KIB = 128  # Linux's default
 DENSE_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.family == "llama")
 
 
@@ -55,20 +70,54 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     work = Work(dense.checkpoint, dense.store, dense.name, options.prompt_tokens, 1, options.tokens, SEED)
     machine = machine_facts(options.folder) | {"shape": options.shape, "threads": torch.get_num_threads()}
     bundles = Store.open(work.store, readonly=True).bundles_path(work.model)
-    sizes = checkpoint_shapes(dense_config(cut(options.shape, options.layers)[0]))
+    shape, _ = cut(options.shape, options.layers)
+    sizes = checkpoint_shapes(dense_config(shape))
     needed_bytes = bytes_of(size for name, size in sizes.items() if name != EMBEDDING)
+    memory_bytes = work.dram_bytes(EXACT.memory) + BESIDE_WEIGHTS_BYTES
+    peer = None if options.no_peers else llama_task(shape, work, options.llama_cpp)
 
     def fio() -> float:
         return read_fio(bundles, SEQUENTIAL, FIO_SECONDS).gb_per_s
 
     rows = []
-    before = fio()
     for _ in range(options.runs):
-        costs_of_run = run_row(EXACT, work)
-        after = fio()
-        rows.append(told(row_of(costs_of_run, needed_bytes, (before + after) / 2)))
-        before = after
+        before = fio()
+        with capped_memory(memory_bytes) if peer is not None else nullcontext() as cgroup:
+            costs_of_run = run_row(EXACT, work, () if cgroup is None else cgroup.prefix)
+            peak = {} if cgroup is None else {"memory_gb": memory_bytes / 1e9, "peak_gb": cgroup.peak_bytes / 1e9}
+        rows.append(told(row_of(costs_of_run, needed_bytes, (before + fio()) / 2) | peak))
+        if peer is not None:
+            for kib in options.readahead_kib:
+                rows.append(told(llama_row(decode_llama(peer, memory_bytes, kib), kib)))
     return machine, rows, targets_of(rows)
+
+
+def llama_task(shape: Shape, work: Work, environment: Path) -> LlamaTask:
+    """The same tokens for llama.cpp. Makes its file and environment if they are missing."""
+    gguf = work.checkpoint.with_name(f"gguf-{work.model}") / f"{work.model}.gguf"
+    python = llama_python(environment)
+    if not gguf.exists():
+        write_dense_gguf(shape, work.checkpoint, gguf)
+    plan = gguf.with_name("ids.json")
+    new_tokens = min(work.dense_tokens, LLAMA_TOKENS)
+    parts = (work.prompt_tokens, work.seed), (new_tokens, work.seed + 1)
+    write_json(plan, {"ids": [one for count, seed in parts for one in random_ids(shape.vocabulary, count, seed)]})
+    return LlamaTask(python, gguf, plan, work.prompt_tokens, new_tokens, torch.get_num_threads())
+
+
+def llama_row(told: dict[str, Any], readahead_kib: int) -> Row:
+    """Medians over the tokens after the prompt."""
+    seconds, read_bytes = told["seconds"][1:], told["read_bytes"][1:]
+    return {
+        "row": LLAMA,
+        "tokens": len(seconds),
+        "memory_gb": told["memory_bytes"] / 1e9,
+        "readahead_kib": readahead_kib,
+        "read_gb_per_token": median(read_bytes) / 1e9,
+        "total_ms": fmean(seconds) * 1e3,
+        "total_ms_p50": median(seconds) * 1e3,
+        "prompt_s": told["seconds"][0],
+    }
 
 
 def row_of(told: dict[str, Any], needed_bytes: int, device_gb_per_s: float) -> Row:
@@ -92,12 +141,21 @@ def row_of(told: dict[str, Any], needed_bytes: int, device_gb_per_s: float) -> R
 
 
 def targets_of(rows: Sequence[Row]) -> list[Target]:
-    """A token's time and bytes against the bound: medians of all runs."""
-    return [
-        Target(f"exact_half_{name}", median(row[name] for row in rows), "x", aim, "lower")
+    """A token's time and bytes against the bound, and its speed against llama.cpp's: medians of all runs."""
+    ours, theirs = ([row for row in rows if row["row"] == name] for name in (EXACT.name, LLAMA))
+    targets = [
+        Target(f"exact_half_{name}", median(row[name] for row in ours), "x", aim, "lower")
         for name, aim in (("over_bound_ratio", OVER_BOUND_TARGET), ("read_over_missing_ratio", READ_TARGET))
-        if name in rows[0]
+        if name in ours[0]
     ]
+    if theirs and targets:
+        readaheads = {row["readahead_kib"] for row in theirs}
+        best_ms = min(
+            median(row["total_ms_p50"] for row in theirs if row["readahead_kib"] == kib) for kib in readaheads
+        )
+        faster = best_ms / median(row["total_ms_p50"] for row in ours)
+        targets.append(Target("exact_half_over_llama_cpp_ratio", faster, "x", OVER_LLAMA_TARGET, "higher"))
+    return targets
 
 
 def _options() -> argparse.Namespace:
@@ -110,6 +168,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12, help="tokens to decode after the prompt")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--runs", type=int, default=4, help="runs of weightd and a client, with fio between them")
+    parser.add_argument(
+        "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="do not run llama.cpp")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=DEFAULT,
+        metavar="DIR",
+        help=f"a virtual environment with llama-cpp-python, made there if missing (default: {DEFAULT})",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

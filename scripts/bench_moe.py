@@ -29,10 +29,10 @@ import torch
 from bench_kernels import Arena
 from bench_paper import SEQUENTIAL
 from bench_reader import Case, read_fio
+from benchmarks.llama import DEFAULT, llama_python
 from benchmarks.processes import BenchError
 from benchmarks.report import Row, Target, machine_facts, report
 from moe.files import mixture_files
-from moe.llama_environment import DEFAULT, llama_python
 from moe.rows import MEMORY, OURS, Work, llama_row, run_llama, run_weightd, weightd_row
 from planted.mixture import MIXTURES
 

@@ -9,34 +9,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGUFWriter
+from planted.gguf_file import ATTENTION, OUTSIDE, write_gguf
 from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, MixtureShape, PlantedMixture
 from planted.shapes import checkpoint_shapes
 from planted.shards import Shards, new_folder, write_json
 from planted.store import PlantedStore, import_once
-from safetensors import safe_open
 from tqdm import tqdm
 
 PLAN_FILE = "plan.json"
 SEED = 0
 ROPE_THETA = 10000.0
 PARTS = ("gate", "up", "down")
-GGUF_OUTSIDE = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-GGUF_OF_LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
+GGUF_OF_LAYER = ATTENTION | {
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn_gate_inp.weight": "mlp.gate.weight",
 }
 
@@ -85,7 +72,8 @@ class MixtureFiles(PlantedStore):
             return
         size_bytes = sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
         with new_folder(self.gguf.parent, size_bytes) as folder:
-            _write_gguf(folder / self.gguf.name, self.checkpoint, self.shape)
+            path, tensors = folder / self.gguf.name, dict(_gguf_tensors(self.shape))
+            write_gguf(path, "olmoe", _keys(self.shape), tensors, self.checkpoint)
 
 
 def mixture_files(shape: str, layers: int | None, folder: Path) -> MixtureFiles:
@@ -94,32 +82,6 @@ def mixture_files(shape: str, layers: int | None, folder: Path) -> MixtureFiles:
     if layers is not None:
         chosen, name = replace(chosen, layers=layers), f"{name}-{layers}"
     return MixtureFiles(folder / name, folder / f"store-{name}", name, chosen)
-
-
-def _write_gguf(path: Path, checkpoint: Path, shape: MixtureShape) -> None:
-    """Tensors are written one by one, so no more than one is in memory."""
-    writer = GGUFWriter(path, "olmoe")
-    for key, value in _keys(shape).items():
-        if isinstance(value, float):
-            writer.add_float32(f"olmoe.{key}", value)
-        else:
-            writer.add_uint32(f"olmoe.{key}", value)
-    writer.add_file_type(1)  # mostly F16
-    writer.add_tokenizer_model("none")
-    read = _Tensors(checkpoint)
-    names = dict(_gguf_tensors(shape))
-    for name, sources in names.items():
-        kind = np.float32 if _is_f32(name) else np.float16
-        of_one = read.shape(sources[0])
-        full = of_one if len(sources) == 1 else (len(sources), *of_one)
-        writer.add_tensor_info(name, full, np.dtype(kind), int(np.prod(full)) * np.dtype(kind).itemsize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, sources in tqdm(names.items(), unit="tensor", disable=None):
-        tensor = np.concatenate([read(source)[None] for source in sources]) if len(sources) > 1 else read(sources[0])
-        writer.write_tensor_data(tensor.astype(np.float32) if _is_f32(name) else tensor)
-    writer.close()
 
 
 def _keys(shape: MixtureShape) -> Mapping[str, int | float]:
@@ -140,7 +102,7 @@ def _keys(shape: MixtureShape) -> Mapping[str, int | float]:
 
 def _gguf_tensors(shape: MixtureShape) -> Iterator[tuple[str, list[str]]]:
     """Each tensor of the file, and the tensors of the checkpoint that it holds, one after the other."""
-    for name, source in GGUF_OUTSIDE.items():
+    for name, source in OUTSIDE.items():
         yield name, [source]
     for layer in range(shape.layers):
         of_layer = f"model.layers.{layer}"
@@ -149,31 +111,3 @@ def _gguf_tensors(shape: MixtureShape) -> Iterator[tuple[str, list[str]]]:
         for part in PARTS:
             of_experts = [f"{of_layer}.mlp.experts.{expert}.{part}_proj.weight" for expert in range(shape.experts)]
             yield f"blk.{layer}.ffn_{part}_exps.weight", of_experts
-
-
-def _is_f32(name: str) -> bool:
-    """llama.cpp computes norms and routers in F32."""
-    return "norm" in name or "gate_inp" in name
-
-
-class _Tensors:
-    """The tensors of a checkpoint in shards."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
-        self._folder: Path = checkpoint
-        self._file_of: dict[str, str] = index["weight_map"]
-        self._open: dict[str, Any] = {}
-
-    def __call__(self, name: str) -> np.ndarray[Any, Any]:
-        tensor: np.ndarray[Any, Any] = self._file(name).get_tensor(name)
-        return tensor
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file(name).get_slice(name).get_shape())
-
-    def _file(self, name: str) -> Any:
-        file = self._file_of[name]
-        if file not in self._open:
-            self._open[file] = safe_open(self._folder / file, "numpy")
-        return self._open[file]

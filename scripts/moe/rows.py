@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_import import make_cold
 from benchmarks.cgroup import capped_memory
-from benchmarks.processes import SCRIPTS, WEIGHTD, module_command, run_json, serving
-from benchmarks.readahead import readahead
+from benchmarks.llama import LlamaTask, decode_llama
+from benchmarks.processes import WEIGHTD, module_command, run_json, serving
 from benchmarks.report import Row
 from paper.peers import BESIDE_WEIGHTS_BYTES
 from paper.rows import COLD, costs
@@ -120,16 +118,9 @@ def prompt_row(work: Work, prompt: dict[str, float]) -> Row:
 
 
 def run_llama(work: Work, memory: str, python: Path) -> dict[str, Any]:
-    """The output of moe/llama_peer.py, from a cold page cache."""
-    gguf = work.files.gguf
-    numbers = map(str, (work.prompt_tokens, work.new_tokens, work.threads))
-    command = [str(python), str(SCRIPTS / "moe" / "llama_peer.py"), str(gguf), str(work.plan), *numbers]
-    make_cold(gguf.parent)
-    with ExitStack() as opened:
-        opened.enter_context(readahead(gguf, READAHEAD_KIB))
-        cgroup = opened.enter_context(capped_memory(work.memory_bytes(memory)))
-        told: dict[str, Any] = run_json([*cgroup.prefix, *command], f"llama.cpp, {memory}")
-        return told | {"memory_bytes": work.memory_bytes(memory)}
+    """The output of benchmarks/llama_decode.py."""
+    task = LlamaTask(python, work.files.gguf, work.plan, work.prompt_tokens, work.new_tokens, work.threads)
+    return decode_llama(task, work.memory_bytes(memory), READAHEAD_KIB)
 
 
 def llama_row(work: Work, memory: str, told: dict[str, Any]) -> Row:

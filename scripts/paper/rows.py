@@ -99,11 +99,16 @@ def unbundled_weightd(work: Work) -> list[str]:
     return [*module_command("paper.unbundled"), str(part_bytes)]
 
 
-def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
-    """The output of the row's client (paper/client.py), with `dram_bytes`."""
+def run_row(plan: RowPlan, work: Work, prefix: Sequence[str] = ()) -> dict[str, Any]:
+    """The output of the row's client (paper/client.py), with `dram_bytes`.
+
+    Args:
+        prefix: comes before the commands of weightd and the client.
+    """
     dram_bytes = work.dram_bytes(plan.memory)
     again = None if plan.resident else Store.open(work.store, readonly=True).resident_path(work.model)
-    with serving(work.store, dram_bytes, plan.flags, WEIGHTD if plan.bundled else unbundled_weightd(work)) as daemon:
+    program = [*prefix, *(WEIGHTD if plan.bundled else unbundled_weightd(work))]
+    with serving(work.store, dram_bytes, plan.flags, program) as daemon:
         task = Task(
             daemon.address,
             work.model,
@@ -115,7 +120,8 @@ def run_row(plan: RowPlan, work: Work) -> dict[str, Any]:
             None if again is None else str(again),
             None if plan.dense else str(work.checkpoint),
         )
-        told: dict[str, Any] = run_json([*module_command("paper.client"), json.dumps(asdict(task))], plan.name)
+        command = [*prefix, *module_command("paper.client"), json.dumps(asdict(task))]
+        told: dict[str, Any] = run_json(command, plan.name)
     held_bytes = 0 if again is None else again.stat().st_size  # weights that are read again count as not held
     return told | {"dram_bytes": dram_bytes - held_bytes}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planted.gguf_file import ATTENTION, OUTSIDE, write_gguf
 from planted.layers import Noise
 from planted.plan import Shape
 from planted.shapes import checkpoint_shapes
@@ -20,6 +21,7 @@ from planted.shards import Shards, new_folder, write_json
 
 DTYPE = torch.bfloat16
 EMBEDDING = "model.embed_tokens.weight"
+NORM_EPSILON, ROPE_THETA = 1e-6, 10000.0  # of transformers' LlamaConfig
 
 
 def dense_config(shape: Shape) -> dict[str, Any]:
@@ -46,6 +48,34 @@ def make_dense_model(shape: Shape, target: Path, seed: int = 0) -> None:
         written.write_index()
         write_json(folder / "config.json", dense_config(shape))
         write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
+
+
+def write_dense_gguf(shape: Shape, checkpoint: Path, target: Path) -> None:
+    """Writes the checkpoint as a GGUF file to `target`, whose folder appears when it is complete.
+
+    Raises:
+        OSError: the folder exists, or the disk is too small.
+    """
+    config = dense_config(shape)
+    keys: dict[str, int | float] = {
+        "context_length": shape.context_tokens,
+        "embedding_length": shape.hidden_size,
+        "block_count": shape.layers,
+        "feed_forward_length": shape.ffn_size,
+        "attention.head_count": shape.heads,
+        "attention.head_count_kv": shape.heads,
+        "attention.layer_norm_rms_epsilon": NORM_EPSILON,
+        "rope.freq_base": ROPE_THETA,
+        "rope.dimension_count": shape.hidden_size // shape.heads,
+        "vocab_size": shape.vocabulary,
+    }
+    parts = {f"ffn_{part}.weight": f"mlp.{part}_proj.weight" for part in ("gate", "up", "down")}
+    tensors = {name: [source] for name, source in OUTSIDE.items()}
+    for layer in range(shape.layers):
+        for name, source in (ATTENTION | parts).items():
+            tensors[f"blk.{layer}.{name}"] = [f"model.layers.{layer}.{source}"]
+    with new_folder(target.parent, bytes_of(checkpoint_shapes(config).values())) as folder:
+        write_gguf(folder / target.name, config["model_type"], keys, tensors, checkpoint, shape.heads)
 
 
 def bytes_of(sizes: Iterable[tuple[int, ...]]) -> int:

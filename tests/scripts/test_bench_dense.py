@@ -8,19 +8,21 @@ import sys
 from pathlib import Path
 
 import pytest
-from bench_dense import row_of, targets_of
-from planted.dense import EMBEDDING, bytes_of, dense_config, make_dense_model
+import torch
+from bench_dense import EXACT, llama_row, row_of, targets_of
+from planted.dense import EMBEDDING, bytes_of, dense_config, make_dense_model, write_dense_gguf
 from planted.plan import SHAPES
 from planted.shapes import checkpoint_shapes
 from repository import SCRIPTS
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 
 @pytest.mark.slow
 def test_a_run_accounts_for_all_of_the_memory(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPTS / "bench_dense.py"), "--shape", "llama-tiny", "--folder", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--json", "--runs", "1", "--tokens", "4"], capture_output=True, text=True, check=False
+        [*command, "--json", "--runs", "1", "--tokens", "4", "--no-peers"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -41,6 +43,27 @@ def test_the_bound_is_what_the_device_needs_for_what_is_missing() -> None:
     assert targets["exact_half_over_bound_ratio"].value == pytest.approx(1.5 * 1.2)
     assert targets["exact_half_read_over_missing_ratio"].value == pytest.approx(1.2)
     assert not any(target.met for target in targets.values())
+
+
+def test_a_tokens_speed_is_compared_with_that_of_llama_cpp() -> None:
+    told = {"seconds": [9.0, 2.0, 4.0, 3.0], "read_bytes": [8, 1e9, 2e9, 2e9], "memory_bytes": 2e9}
+    peer = llama_row(told, 128)
+    slower = peer | {"readahead_kib": 4096, "total_ms_p50": 5000.0}
+    assert (peer["tokens"], peer["total_ms_p50"], peer["read_gb_per_token"]) == (3, 3000.0, 2.0)
+    ours = {"row": EXACT.name, "total_ms_p50": 1500.0, "over_bound_ratio": 1.1, "read_over_missing_ratio": 1.0}
+    *_, target = targets_of([ours, peer, slower, ours, peer, slower])
+    assert (target.name, target.value, target.met) == ("exact_half_over_llama_cpp_ratio", 2.0, True)
+
+
+def test_llama_cpp_gets_the_same_weights(tmp_path: Path) -> None:
+    shape = SHAPES["llama-tiny"]
+    make_dense_model(shape, tmp_path / "model")
+    write_dense_gguf(shape, tmp_path / "model", tmp_path / "gguf" / "model.gguf")
+    ids = torch.arange(40)[None]
+    expected = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    read = LlamaForCausalLM.from_pretrained(tmp_path / "gguf", gguf_file="model.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(read(ids).logits, expected(ids).logits, atol=1e-2)
 
 
 def test_a_dense_model_is_whole(tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""llama.cpp on a planted mixture, with its file mapped into memory: the same forced tokens.
+"""llama.cpp with its file mapped into memory: forced tokens, the `ids` of a JSON file.
 
-bench_moe runs it as a process, in a memory cgroup and with an interpreter that has llama-cpp-python:
-`moe/llama_peer.py GGUF PLAN PROMPT_TOKENS NEW_TOKENS THREADS` prints one JSON object. It imports nothing of this
-project.
+llama.py runs it as a process, in a memory cgroup and with an interpreter that has llama-cpp-python:
+`benchmarks/llama_decode.py GGUF PLAN PROMPT_TOKENS NEW_TOKENS THREADS` prints one JSON object. It imports nothing of
+this project.
 """
 
 from __future__ import annotations

@@ -1,0 +1,102 @@
+"""A checkpoint in shards as a GGUF file, for llama.cpp: the same weights, matrices in F16."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+from safetensors import safe_open
+from tqdm import tqdm
+
+OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+ATTENTION = {  # and its norms, of one layer
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn_q.weight": "self_attn.q_proj.weight",
+    "attn_k.weight": "self_attn.k_proj.weight",
+    "attn_v.weight": "self_attn.v_proj.weight",
+    "attn_output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
+
+
+def write_gguf(
+    path: Path,
+    architecture: str,
+    keys: Mapping[str, int | float],
+    tensors: Mapping[str, Sequence[str]],
+    checkpoint: Path,
+    paired_heads: int = 0,
+) -> None:
+    """Writes the tensors one by one, so no more than one is in memory.
+
+    Args:
+        keys: of the header, without the architecture.
+        tensors: for each tensor of the file those of the checkpoint that it holds, one after the other.
+        paired_heads: the heads of queries and keys, if llama.cpp rotates neighbouring rows of this architecture, where
+            transformers rotates a row of the first half with one of the second. Else 0.
+    """
+    writer = GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{key}", value)  # type: ignore[arg-type]
+    writer.add_file_type(1)  # mostly F16
+    writer.add_tokenizer_model("none")
+    read = _Tensors(checkpoint)
+    for name, sources in tensors.items():
+        kind = _kind(name)
+        of_one = read.shape(sources[0])
+        full = of_one if len(sources) == 1 else (len(sources), *of_one)
+        writer.add_tensor_info(name, full, kind, int(np.prod(full)) * kind.itemsize)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, sources in tqdm(tensors.items(), unit="tensor", disable=None):
+        parts = [read(source, _kind(name)) for source in sources]
+        tensor = parts[0] if len(parts) == 1 else np.stack(parts)
+        if paired_heads and name.endswith(("attn_q.weight", "attn_k.weight")):
+            tensor = _in_pairs(tensor, paired_heads)
+        writer.write_tensor_data(tensor)
+    writer.close()
+
+
+def _kind(name: str) -> np.dtype[Any]:
+    """llama.cpp computes norms and routers in F32."""
+    return np.dtype(np.float32 if "norm" in name or "gate_inp" in name else np.float16)
+
+
+def _in_pairs(rows: NDArray[Any], heads: int) -> NDArray[Any]:
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
+
+
+class _Tensors:
+    """The tensors of a checkpoint in shards."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        index = json.loads((checkpoint / "model.safetensors.index.json").read_text())
+        self._folder: Path = checkpoint
+        self._file_of: dict[str, str] = index["weight_map"]
+        self._open: dict[str, Any] = {}
+
+    def __call__(self, name: str, kind: np.dtype[Any]) -> NDArray[Any]:
+        """The tensor as numbers of `kind`."""
+        tensor: NDArray[Any] = self._file(name).get_tensor(name).float().numpy()  # numpy has no bfloat16
+        return tensor.astype(kind)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Any:
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self._folder / file, "pt")
+        return self._open[file]
