@@ -5,12 +5,13 @@ Makes a planted mixture (planted/mixture.py: for speed, not quality), imports it
 tokens. The routers choose experts so that an LRU list which holds 50, 25 and 12.5 % of them hits 89, 67 and 45 %. Each
 row runs in a memory cgroup: that share of the model's bytes, and 700 MiB for everything that is no weight. llama.cpp
 (llama-cpp-python, built for this processor) maps the same weights as a GGUF file into memory, in a cgroup of the same
-size, from a cold page cache and with the device's readahead at 128 KiB.
+size and from a cold page cache, once for each readahead of the device that is given. accelerate offloads the same
+checkpoint to disk, within the same memory; it decodes 4 tokens.
 
 A token cannot take less than its bound: the bytes of experts that it needs and that are not in the pool, at the speed
-of the device, or the bytes of all weights that it needs, at the speed of memory, whichever takes longer. Both speeds
-are measured in the same run; the device's is that of fio or of weightd while it reads, whichever is higher. The files
-of OLMoE-1B-7B's shape take 42 GB; 28 GB without llama.cpp.
+of the device, or the bytes of all weights that it needs, at the speed of memory, whichever takes longer. A run has one
+speed of the device: that of fio, or of the row in which weightd read fastest, whichever is higher. The files of
+OLMoE-1B-7B's shape take 42 GB; 28 GB without llama.cpp.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from benchmarks.llama import DEFAULT, llama_python
 from benchmarks.processes import BenchError
 from benchmarks.report import Row, Target, machine_facts, report
 from moe.files import mixture_files
-from moe.rows import MEMORY, OURS, Work, llama_row, run_llama, run_weightd, weightd_row
+from moe.rows import LLAMA, MEMORY, OURS, READAHEAD_KIB, ROWS, Work, rows_of
 from planted.mixture import MIXTURES
 
 from weightd.store.store import Store
@@ -62,10 +63,22 @@ class Speeds:
         arena = Arena(self.work.threads)
         self.memory += [arena.bytes / arena.read_s() / 1e9 for _ in range(MEMORY_READS)]
 
-    def bound_ms(self, row: Row) -> float:
+    def facts(self, ours: Sequence[Row]) -> Row:
+        """The speeds of the run."""
         # weightd may read faster than fio: what was read lately may lie in a cache of the host.
-        missing_ms: float = row["missing_gb_per_token"] / max(fmean(self.device), row["gb_per_s"]) * 1e3
-        return max(missing_ms, self.work.touched_bytes / 1e6 / fmean(self.memory))
+        device = max(fmean(self.device), *(row["gb_per_s"] for row in ours)) if ours else fmean(self.device)
+        return {
+            "device_gb_per_s": device,
+            "fio_gb_per_s": fmean(self.device),
+            "memory_gb_per_s": fmean(self.memory),
+        }
+
+
+def set_bound(row: Row, speeds: Row, touched_bytes: int) -> None:
+    """Adds the least time of a token to a row of weightd, and how many times as long its tokens took."""
+    missing_ms = row["missing_gb_per_token"] / speeds["device_gb_per_s"] * 1e3
+    row["bound_ms"] = max(missing_ms, touched_bytes / 1e6 / speeds["memory_gb_per_s"])
+    row["over_bound_ratio"] = row["total_ms"] / row["bound_ms"]
 
 
 def main() -> int:
@@ -88,7 +101,7 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     files.planted()
     files.imported()
     python = None
-    if not options.no_peers:
+    if LLAMA in options.rows:
         python = llama_python(options.llama_cpp)
         files.converted()
     work = Work(files, *numbers, torch.get_num_threads())
@@ -96,43 +109,32 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     rows: list[Row] = []
     for memory in options.memory:
         speeds.measure()
-        rows += rows_of(work, memory, python)
+        rows += rows_of(work, memory, options.rows, python, options.readahead_kib)
     speeds.measure()
-    for row in rows:
-        if row["row"] in OURS.values():
-            row["bound_ms"] = speeds.bound_ms(row)
-            row["over_bound_ratio"] = row["total_ms"] / row["bound_ms"]
+    ours = [row for row in rows if row["row"] in OURS.values()]
+    facts = speeds.facts(ours)
+    for row in ours:
+        set_bound(row, facts, work.touched_bytes)
     machine = machine_facts(options.folder) | {"shape": options.shape, "layers": files.shape.layers}
     machine |= {"threads": work.threads, "model_gb": files.model_bytes / 1e9}
     machine |= {"guess_precision": fmean(files.plan["guess_precision"])}
-    facts: Row = {"device_gb_per_s": fmean(speeds.device), "memory_gb_per_s": fmean(speeds.memory)}
     return machine, [facts, *rows], targets_of(rows)
 
 
-def rows_of(work: Work, memory: str, python: Path | None) -> list[Row]:
-    """With look-ahead and without in the order A, B, B, A; llama.cpp between them."""
-    looks = (True,) if memory == "all" else (True, False)
-    ours = [(look, run_weightd(work, memory, look)) for look in looks]
-    rows: list[Row] = []
-    if python is not None:
-        peer = run_llama(work, memory, python)
-        same = [our == its for our, its in zip(ours[0][1]["greedy"], peer["greedy"], strict=True)]
-        rows.append(llama_row(work, memory, peer) | {"same_greedy_share": fmean(same)})
-    ours += [(look, run_weightd(work, memory, look)) for look in reversed(looks)]
-    return rows + [weightd_row(work, memory, look, told) for look, told in ours]
-
-
 def targets_of(rows: Sequence[Row]) -> list[Target]:
-    """The targets for which values were measured. Several rows of weightd count by their mean."""
+    """The targets for which values were measured.
+
+    Several rows of weightd count by their mean, those of llama.cpp by the fastest.
+    """
     targets = []
     for memory in TARGETED:
         ours = [row for row in rows if (row["row"], row["memory"]) == (OURS[True], memory)]
-        peer = [row["tokens_per_s"] for row in rows if (row["row"], row["memory"]) == ("llama.cpp", memory)]
+        peer = [row["tokens_per_s"] for row in rows if (row["row"], row["memory"]) == (LLAMA, memory)]
         if ours:
             over_bound = fmean(row["over_bound_ratio"] for row in ours)
             targets.append(Target(f"token_over_bound_ratio_{memory}", over_bound, "x", OVER_BOUND_TARGET, "lower"))
         if ours and peer:
-            faster = fmean(row["tokens_per_s"] for row in ours) / fmean(peer)
+            faster = fmean(row["tokens_per_s"] for row in ours) / max(peer)
             targets.append(Target(f"over_llama_cpp_ratio_{memory}", faster, "x", OVER_LLAMA_TARGET, "higher"))
     return targets
 
@@ -148,7 +150,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--first-tokens", type=int, default=48, help="tokens after the prompt that are not measured")
     parser.add_argument("--tokens", type=int, default=96, help="tokens that are measured")
-    parser.add_argument("--no-peers", action="store_true", help="do not run llama.cpp")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what is measured")
+    parser.add_argument(
+        "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
+    )
     parser.add_argument(
         "--llama-cpp",
         type=Path,

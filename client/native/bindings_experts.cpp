@@ -27,6 +27,7 @@ using flashclient::ExpertLayer;
 using flashclient::ExpertStep;
 using flashclient::Ffn;
 using flashclient::Guess;
+using flashclient::GuessNext;
 using flashclient::PickedRows;
 using flashclient::require;
 
@@ -65,7 +66,7 @@ void make_step(ExpertStep* self, const Ffn& ffn, CellWalk& walk,
 }
 
 using Picks = std::optional<Array<const int64_t, 2>>;
-using Guessed = std::optional<Array<const int64_t, 1>>;
+using Guessed = std::optional<std::pair<uint32_t, Array<const int64_t, 1>>>;
 using Floats = std::optional<Array<const float, 2>>;
 
 const float* data_of(const Floats& floats, size_t rows, size_t columns, const char* wanted) {
@@ -74,10 +75,22 @@ const float* data_of(const Floats& floats, size_t rows, size_t columns, const ch
     return floats->data();
 }
 
+GuessNext guess_of(const ExpertStep& step, const nb::callable& guess) {
+    return [&]() -> Guess {
+        const nb::gil_scoped_acquire acquire;
+        const auto guessed = nb::cast<Guessed>(guess());
+        if (!guessed) return {};
+        const auto& [layer, experts] = *guessed;
+        step.layer(layer);  // throws where there is none
+        const int64_t* first = aligned(experts, "a guess").data();
+        return {layer, std::vector<int64_t>(first, first + experts.size())};
+    };
+}
+
 std::tuple<double, double, double, double> run(ExpertStep& step, uint32_t index, const Picks& experts,
                                                const Floats& weights, const Floats& biases, const Floats& output_bias,
                                                const Array<const float, 2>& x, const Array<float, 2>& y,
-                                               uint32_t next_layer, const Guessed& guessed) {
+                                               const std::optional<nb::callable>& guess) {
     const ExpertLayer& layer = step.layer(index);
     const size_t tokens = x.shape(0), hidden = step.ffn().shape().hidden, parts = step.ffn().shape().parts.size() - 1;
     require(aligned(x, "x").shape(1) == hidden, "x must be [tokens, hidden_size]");
@@ -98,14 +111,9 @@ std::tuple<double, double, double, double> run(ExpertStep& step, uint32_t index,
     rows.bias = data_of(biases, parts, layer.neurons, "biases must be [parts of a bundle but down, neurons]");
     if (biases) rows.up_bias = rows.bias + (parts - 1) * layer.neurons;
     rows.output_bias = data_of(output_bias, layer.experts, hidden, "output_bias must be [experts, hidden_size]");
-    Guess guess;
-    if (guessed && guessed->size() > 0) {
-        step.layer(next_layer);  // throws where there is none
-        guess = {next_layer, {aligned(*guessed, "guessed").data(), guessed->size()}};
-    }
     const nb::gil_scoped_release release;
     const auto use = step.walk().use();
-    const auto times = step.run(index, rows, y.data(), guess);
+    const auto times = step.run(index, rows, y.data(), guess ? guess_of(step, *guess) : GuessNext{});
     return {times.predict_s, times.acquire_s, times.compute_s, times.wait_s};
 }
 
@@ -115,14 +123,14 @@ void bind_step(nb::module_& m) {
              "layers: (experts, neurons of all of them) of each layer, 1 expert for an FFN that is not a mixture.")
         .def("run", &run, "layer"_a, "experts"_a.noconvert().none(), "weights"_a.noconvert().none(),
              "biases"_a.noconvert().none(), "output_bias"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
-             "next_layer"_a = 0, "guessed"_a.noconvert().none() = nb::none(),
+             "guess"_a = nb::none(),
              "y [tokens, hidden] = the weighted sum over each row's experts. experts [tokens, picks] int64. "
              "weights [tokens, picks]. A pick with weight 0, or outside of the layer's experts, is not computed. None "
              "for both: every row "
              "picks the only expert. biases [1, or 2 with a gate; neurons]: of [gate and] up, by position. output_bias "
-             "[experts, hidden]. guessed [any]: experts that layer next_layer may pick, the likeliest first; weightd "
-             "may read "
-             "them early. Returns the seconds of predicting, acquiring, computing and waiting.");
+             "[experts, hidden]. guess: called once the experts were asked for; returns a later layer and the experts "
+             "[any] int64 that it may pick, the likeliest first, which weightd may read early, or None. Returns the "
+             "seconds of predicting, acquiring, computing and waiting.");
 }
 
 }  // namespace

@@ -6,15 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
+from bench_import import make_cold
 from benchmarks.cgroup import capped_memory
 from benchmarks.llama import LlamaTask, decode_llama
 from benchmarks.processes import WEIGHTD, module_command, run_json, serving
 from benchmarks.report import Row
 from paper.peers import BESIDE_WEIGHTS_BYTES
 from paper.rows import COLD, costs
+from planted.mixture import DTYPE
 
 from moe.client import Task
 from moe.files import PLAN_FILE, MixtureFiles
@@ -22,7 +25,10 @@ from weightd.serving.served_models import demand_of
 
 MEMORY = {"all": 1.0, "half": 0.5, "quarter": 0.25}  # of the model's bytes
 OURS = {True: "weightd", False: "no look-ahead"}
-READAHEAD_KIB = 128  # Linux's default. More is ruinous where experts are read in parts by page faults
+LLAMA, ACCELERATE = "llama.cpp", "accelerate"
+ROWS = (*OURS.values(), LLAMA, ACCELERATE)
+READAHEAD_KIB = 128  # Linux's default
+ACCELERATE_TOKENS = 4  # each reads most of what is offloaded
 POOL_BYTES_MIN = 32 << 20  # for a small model, which half is not enough to serve
 
 
@@ -65,7 +71,8 @@ class Work:
     def touched_bytes(self) -> int:
         """Of the weights that a token needs: the chosen experts, and all others but the embeddings of other tokens."""
         shape, record = self.files.shape, self.files.record
-        return self.routed_bytes + record.resident_file_bytes - 2 * shape.vocabulary * shape.hidden_size
+        embeddings_bytes = 0 if record.tables else shape.vocabulary * shape.hidden_size * DTYPE.itemsize
+        return self.routed_bytes + record.resident_file_bytes - embeddings_bytes
 
 
 def run_weightd(work: Work, memory: str, looks_ahead: bool) -> dict[str, Any]:
@@ -117,24 +124,77 @@ def prompt_row(work: Work, prompt: dict[str, float]) -> Row:
     }
 
 
-def run_llama(work: Work, memory: str, python: Path) -> dict[str, Any]:
+def rows_of(work: Work, memory: str, names: Sequence[str], python: Path | None, readaheads: Sequence[int]) -> list[Row]:
+    """With look-ahead and without in the order A, B, B, A; the peers between them.
+
+    Args:
+        names: which of ROWS.
+        python: an interpreter that has llama-cpp-python. None: names do not have LLAMA.
+        readaheads: KiB; llama.cpp runs once with each.
+    """
+    looks = [looks_ahead for looks_ahead, name in OURS.items() if name in names]
+    if memory == "all" and len(looks) > 1:  # nothing is read, so there is nothing to compare
+        looks = looks[:1]
+    ours = [(look, run_weightd(work, memory, look)) for look in looks]
+    rows: list[Row] = []
+    if python is not None:
+        for readahead_kib in readaheads:
+            told = run_llama(work, memory, python, readahead_kib)
+            row = llama_row(work, memory, told, readahead_kib)
+            if ours:
+                same = [our == its for our, its in zip(ours[0][1]["greedy"], told["greedy"], strict=True)]
+                row["same_greedy_share"] = fmean(same)
+            rows.append(row)
+    if ACCELERATE in names:
+        rows.append(accelerate_row(work, memory, run_accelerate(work, memory)))
+    ours += [(look, run_weightd(work, memory, look)) for look in reversed(looks)]
+    return rows + [weightd_row(work, memory, look, told) for look, told in ours]
+
+
+def run_llama(work: Work, memory: str, python: Path, readahead_kib: int) -> dict[str, Any]:
     """The output of benchmarks/llama_decode.py."""
     task = LlamaTask(python, work.files.gguf, work.plan, work.prompt_tokens, work.new_tokens, work.threads)
-    return decode_llama(task, work.memory_bytes(memory), READAHEAD_KIB)
+    return decode_llama(task, work.memory_bytes(memory), readahead_kib)
 
 
-def llama_row(work: Work, memory: str, told: dict[str, Any]) -> Row:
+def llama_row(work: Work, memory: str, told: dict[str, Any], readahead_kib: int) -> Row:
+    """Means over the measured tokens, the same as those of weightd."""
     seconds, read_bytes = (np.array(told[name][work.first_tokens :]) for name in ("seconds", "read_bytes"))
     return {
-        "row": "llama.cpp",
+        "row": LLAMA,
         "memory": memory,
         "memory_gb": told["memory_bytes"] / 1e9,
-        "readahead_kib": READAHEAD_KIB,
+        "readahead_kib": readahead_kib,
         "tokens": len(seconds),
         "tokens_per_s": float(1 / seconds.mean()),
         "total_ms": float(seconds.mean()) * 1e3,
         "read_gb_per_token": float(read_bytes.mean()) / 1e9,
         "prompt": {"tokens": work.prompt_tokens, "seconds": told["seconds"][0]},
+    }
+
+
+def run_accelerate(work: Work, memory: str) -> list[float]:
+    """Seconds of each token, the prompt first."""
+    memory_bytes = work.memory_bytes(memory)
+    numbers = work.prompt_tokens, 1 + ACCELERATE_TOKENS, 0, memory_bytes
+    make_cold(work.files.checkpoint)
+    with capped_memory(memory_bytes) as cgroup:
+        command = [*cgroup.prefix, *module_command("paper.peers"), ACCELERATE, str(work.files.checkpoint)]
+        seconds: list[float] = run_json([*command, *map(str, numbers)], f"accelerate, {memory}")
+    return seconds
+
+
+def accelerate_row(work: Work, memory: str, seconds: Sequence[float]) -> Row:
+    """The mean of the tokens after the prompt. Which experts are picked does not matter: all of a layer are loaded."""
+    prompt_s, *tokens = seconds
+    return {
+        "row": ACCELERATE,
+        "memory": memory,
+        "memory_gb": work.memory_bytes(memory) / 1e9,
+        "tokens": len(tokens),
+        "tokens_per_s": 1 / fmean(tokens),
+        "total_ms": fmean(tokens) * 1e3,
+        "prompt": {"tokens": work.prompt_tokens, "seconds": prompt_s},
     }
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import bench_moe
 import numpy as np
 import pytest
 from benchmarks import readahead as readahead_module
+from benchmarks.llama import DEFAULT
 from benchmarks.processes import BenchError
 from benchmarks.readahead import readahead
 from gguf import GGUFReader
+from moe import rows as rows_module
 from moe.files import MixtureFiles, mixture_files
-from moe.rows import OURS, Work, run_weightd, weightd_row
+from moe.rows import ACCELERATE, LLAMA, OURS, ROWS, Work, llama_row, run_llama, run_weightd, weightd_row
 from planted.mixture import DTYPE, GUESS_PRECISION
 from safetensors.numpy import load_file
 from simulation.policies import POLICIES
@@ -68,12 +74,124 @@ def test_a_row_of_weightd(files: MixtureFiles) -> None:
     assert work.routed_bytes == LAYERS * 4 * 3 * 512 * 128 * DTYPE.itemsize
 
 
-def test_targets_are_means_of_both_runs() -> None:
+def test_llama_cpp_computes_the_same_model(files: MixtureFiles) -> None:
+    python = DEFAULT / "bin" / "python"
+    if not python.exists() or subprocess.run([python, "-c", "import llama_cpp"], check=False).returncode:
+        pytest.skip(f"no llama-cpp-python in {DEFAULT}; scripts/bench_moe.py makes it")
+    files.imported()
+    files.converted()
+    work = Work(files, prompt_tokens=12, first_tokens=4, tokens=16, threads=2)
+    told = run_llama(work, "half", python, 128)
+    assert told["greedy"] == run_weightd(work, "half", looks_ahead=True)["greedy"]
+    row = llama_row(work, "half", told, 128)
+    assert row["tokens"] == 16
+    assert row["prompt"]["seconds"] > 0
+
+
+class FakeLlama:
+    """A model whose favourite token is the one after the last that it was given."""
+
+    evaluated: list[list[int]]
+
+    def __init__(self, *_: Any, **options: Any) -> None:
+        self.options = options
+        self.ctx = self
+        FakeLlama.evaluated = []
+
+    def eval(self, tokens: list[int]) -> None:
+        FakeLlama.evaluated.append(tokens)
+
+    def n_vocab(self) -> int:
+        return 100
+
+    def logits(self) -> list[float]:
+        return [float(token == FakeLlama.evaluated[-1][-1] + 1) for token in range(self.n_vocab())]
+
+
+def test_the_peer_is_given_the_prompt_and_then_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("llama_cpp")
+    monkeypatch.setattr(package, "Llama", FakeLlama, raising=False)
+    monkeypatch.setattr(package, "llama_get_logits_ith", lambda model, _: model.logits(), raising=False)
+    monkeypatch.setitem(sys.modules, "llama_cpp", package)
+    peer = importlib.import_module("benchmarks.llama_decode")
+    monkeypatch.setattr(peer, "read_bytes", iter(range(0, 600, 100)).__next__)
+    told = peer.run("model.gguf", [10, 20, 30, 40, 50, 60], prompt_tokens=3, new_tokens=3, threads=2)
+    assert FakeLlama.evaluated == [[10, 20, 30], [40], [50]]
+    assert told["greedy"] == [31, 41, 51]
+    assert told["read_bytes"] == [100, 100, 100]
+    assert len(told["seconds"]) == 3
+
+
+def test_bytes_read_by_a_process_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer = importlib.import_module("benchmarks.llama_decode")
+    io = "rchar: 7\nwchar: 8\nread_bytes: 4096\nwrite_bytes: 12\ncancelled_write_bytes: 0\n"
+    monkeypatch.setattr(peer.Path, "read_text", lambda _: io)
+    assert peer.read_bytes() == 4096
+
+
+def test_a_row_of_llama_cpp_leaves_out_the_first_tokens(files: MixtureFiles) -> None:
+    files.imported()
+    work = Work(files, prompt_tokens=4, first_tokens=2, tokens=2, threads=2)
+    seconds, read_bytes = [9.0, 5.0, 0.5, 0.3], [9 << 30, 5 << 30, 100, 300]
+    told = {"seconds": seconds, "read_bytes": read_bytes, "memory_bytes": 2 << 30}
+    row = llama_row(work, "half", told, 512)
+    assert (row["row"], row["readahead_kib"], row["tokens"]) == (LLAMA, 512, 2)
+    assert (row["tokens_per_s"], row["read_gb_per_token"]) == pytest.approx((2.5, 200e-9))
+    assert row["prompt"]["seconds"] == 9.0
+
+
+def test_rows_of_weightd_lie_around_those_of_the_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[Any] = []
+
+    def ours(_: Any, memory: str, look: bool) -> dict[str, Any]:
+        ran.append(OURS[look])
+        return {"greedy": [1, 2, 3, 4]}
+
+    def peer(_: Any, memory: str, python: Path, readahead_kib: int) -> dict[str, Any]:
+        ran.append(readahead_kib)
+        return {"greedy": [1, 2, 3, 5]}
+
+    def accelerate(*_: Any) -> list[float]:
+        ran.append(ACCELERATE)
+        return [9.0, 1.0]
+
+    monkeypatch.setattr(rows_module, "run_weightd", ours)
+    monkeypatch.setattr(rows_module, "run_llama", peer)
+    monkeypatch.setattr(rows_module, "run_accelerate", accelerate)
+    for name in ("weightd_row", "llama_row", "accelerate_row"):
+        monkeypatch.setattr(rows_module, name, lambda *_: {})
+    work: Any = None
+    rows = rows_module.rows_of(work, "half", ROWS, Path("python"), [128, 512])
+    look, plain = OURS[True], OURS[False]
+    assert ran == [look, plain, 128, 512, ACCELERATE, plain, look]
+    assert [row.get("same_greedy_share") for row in rows] == [0.75, 0.75, None, None, None, None, None]
+    ran.clear()
+    rows_module.rows_of(work, "all", [look, plain], None, [128])
+    assert ran == [look, look]
+
+
+def test_all_rows_have_the_same_speed_of_the_device() -> None:
+    work: Any = None
+    speeds = bench_moe.Speeds(work, device=[1.0, 3.0], memory=[20.0])
+    ours: list[dict[str, Any]] = [
+        {"gb_per_s": 2.5, "missing_gb_per_token": 0.5, "total_ms": 300.0},
+        {"gb_per_s": 1.5, "missing_gb_per_token": 0.1, "total_ms": 300.0},
+    ]
+    facts = speeds.facts(ours)
+    assert (facts["device_gb_per_s"], facts["fio_gb_per_s"]) == (2.5, 2.0)
+    for row in ours:
+        bench_moe.set_bound(row, facts, touched_bytes=2_000_000_000)
+    assert [row["bound_ms"] for row in ours] == pytest.approx([200, 100])  # the device; memory
+    assert [row["over_bound_ratio"] for row in ours] == pytest.approx([1.5, 3.0])
+
+
+def test_targets_are_means_of_both_runs_and_the_fastest_of_the_peer() -> None:
     ours: list[dict[str, Any]] = [
         {"row": OURS[True], "memory": "half", "over_bound_ratio": 1.2, "tokens_per_s": 4.0},
         {"row": OURS[True], "memory": "half", "over_bound_ratio": 1.6, "tokens_per_s": 6.0},
         {"row": OURS[False], "memory": "half", "over_bound_ratio": 9.0, "tokens_per_s": 1.0},
-        {"row": "llama.cpp", "memory": "half", "tokens_per_s": 2.0},
+        {"row": LLAMA, "memory": "half", "tokens_per_s": 1.0},
+        {"row": LLAMA, "memory": "half", "tokens_per_s": 2.0},
     ]
     bound, faster = bench_moe.targets_of(ours)
     assert (bound.name, bound.met) == ("token_over_bound_ratio_half", False)

@@ -8,7 +8,7 @@ and nothing reads ahead what no router has asked for.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -65,7 +65,7 @@ class ExpertsFFN:
         weights: Tensor,
         biases: Biases,
         output_bias: Tensor | None,
-        guess: Guess | None = None,
+        guess: Callable[[], Guess | None] | None = None,
     ) -> Tensor:
         """The weighted sum over the experts that each row picks, in ascending order of the experts.
 
@@ -75,7 +75,7 @@ class ExpertsFFN:
             weights: [tokens, picks] fp32, contiguous. A pick with weight 0, or outside of the layer's experts, is
                 neither read nor computed.
             output_bias: [experts, hidden_size] fp32, contiguous, added to each expert's output.
-            guess: what may be read early.
+            guess: returns what may be read early. It is called once these experts were asked for.
 
         Returns:
             A new tensor [tokens, hidden_size] fp32.
@@ -93,7 +93,7 @@ class ExpertsFFN:
         weights: Tensor | None,
         biases: Biases,
         output_bias: Tensor | None,
-        guess: Guess | None = None,
+        guess: Callable[[], Guess | None] | None = None,
     ) -> Tensor:
         y = torch.empty_like(x)
         picks, picked_weights, bias_of_output = (
@@ -101,7 +101,7 @@ class ExpertsFFN:
         )
         with self._lock, self.source.errors:
             times = self._step.run(
-                layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y), *(guess or ())
+                layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y), guess
             )
         self.clock.add(*times)
         return y

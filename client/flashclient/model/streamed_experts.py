@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,8 +41,7 @@ class LayerExperts:
             top_k_index: [..., picks], any integers. Some routers mask a pick by an index beyond the last expert.
             top_k_weights: [..., picks], any floats.
         """
-
-        guess = self.ffn.look_ahead.guess(self.layer, hidden_states) if top_k_index is not None else None
+        guess = partial(self.ffn.look_ahead.guess, self.layer, hidden_states) if top_k_index is not None else None
 
         def of_rows(rows: Tensor) -> Tensor:
             if top_k_index is None or top_k_weights is None:

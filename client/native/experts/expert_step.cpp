@@ -15,7 +15,7 @@ ExpertStep::ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> 
     }
 }
 
-StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, const Guess& guess) {
+StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, const GuessNext& guess) {
     const ExpertLayer& layer = layers_.at(index);
     StepTimer timer;
     std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
@@ -25,7 +25,7 @@ StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, cons
     if (experts_.empty()) return timer.times;
     const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
     walk_.begin(index, cells_of_experts(), few);
-    look_ahead(guess);
+    if (guess) look_ahead(guess());
     timer.lap(timer.times.acquire_s);
     while (true) {
         while (compute_some(rows, y)) continue;

@@ -9,7 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <span>
+#include <functional>
 #include <vector>
 
 #include "experts/cell_walk.h"
@@ -37,9 +37,10 @@ struct PickedRows {
 
 // What the next step may pick. It is read while this step computes, if the device has nothing else to do.
 struct Guess {
-    uint32_t layer;
-    std::span<const int64_t> experts;  // the likeliest first; what is outside of the layer's experts is left out
+    uint32_t layer = 0;
+    std::vector<int64_t> experts;  // the likeliest first; what is outside of the layer's experts is left out
 };
+using GuessNext = std::function<Guess()>;  // empty: nothing is guessed
 
 class ExpertStep {
   public:
@@ -47,8 +48,9 @@ class ExpertStep {
     ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers);
 
     // y [tokens, hidden] = the weighted sum over each row's experts. One thread at a time, which holds walk().use().
-    // Throws what the walk's source throws; y holds no result then.
-    StepTimes run(uint32_t layer, const PickedRows& rows, float* y, const Guess& guess = {});
+    // Calls `guess` after it has asked for the experts, because a guess takes time in which they can be read. Throws
+    // what `guess` and the walk's source throw; y holds no result then.
+    StepTimes run(uint32_t layer, const PickedRows& rows, float* y, const GuessNext& guess = {});
 
     const ExpertLayer& layer(uint32_t index) const { return layers_.at(index); }
     const Ffn& ffn() const { return ffn_; }

@@ -129,15 +129,19 @@ TEST_F(ExpertStepTest, OnlyPickedExpertsAreAskedFor) {
 
 TEST_F(ExpertStepTest, WhatIsGuessedIsOnlyAHint) {
     const Rows rows = rows_of(1, 4);
-    const std::array<int64_t, 4> guessed = {5, -1, EXPERTS, 2};
+    const PickedRows given = {rows.x.data(), 1,           rows.experts.data(), rows.weights.data(),
+                              PICKS,         bias.data(), up_bias.data(),      output_bias.data()};
     std::vector<float> y(HIDDEN, NAN);
-    step.run(0,
-             {rows.x.data(), 1, rows.experts.data(), rows.weights.data(), PICKS, bias.data(), up_bias.data(),
-              output_bias.data()},
-             y.data(), {0, guessed});
+    step.run(0, given, y.data(), [&]() -> Guess {
+        EXPECT_EQ(cells.exchanges, 1U) << "what is picked is asked for first";
+        return {0, {5, -1, EXPERTS, 2}};
+    });
     EXPECT_EQ(y, expected_rows(rows));
     const std::vector<std::array<uint32_t, 3>> wanted = {{0, 30, 36}, {0, 12, 18}};
     EXPECT_EQ(cells.prefetched, wanted);
+    EXPECT_THROW(step.run(0, given, y.data(), []() -> Guess { throw std::runtime_error("no guess"); }),
+                 std::runtime_error);
+    EXPECT_EQ(run(rows), expected_rows(rows)) << "the next step gives back what that one was granted";
 }
 
 TEST_F(ExpertStepTest, RowsThatPickNothingAreZero) {
