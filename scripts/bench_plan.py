@@ -211,9 +211,12 @@ def targets_of(rows: Sequence[Row]) -> list[Target]:
     for row in rows:
         ratios[row["row"]].append(row["plan_over_measured_ratio"])
     return [
-        Target(f"plan_over_measured_ratio_{name}", median(values), "x", bound, better)
+        target
         for name, values in ratios.items()
-        for bound, better in ((RATIO_MOST, "lower"), (RATIO_LEAST, "higher"))
+        for target in (
+            Target(f"plan_over_measured_ratio_{name}", median(values), "x", RATIO_MOST, "lower"),
+            Target(f"plan_over_measured_ratio_{name}", median(values), "x", RATIO_LEAST, "higher"),
+        )
     ]
 
 
