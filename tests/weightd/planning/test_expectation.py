@@ -64,13 +64,11 @@ def test_dense_model_reads_what_the_pool_lacks() -> None:
     assert expected.compute_s == pytest.approx(0.03)
 
 
-def test_exact_mode_computes_what_the_pool_holds_while_the_device_is_idle() -> None:
-    model, cost = record(), TokenCost(ffn_s=0.02, besides_s=0.01)
-    slow, fast = (expect(model, cost, assumed_profile(speed), dram_bytes(model, 0.5)) for speed in (1.0, 100.0))
-    held = 1 - slow.reads.read_bytes / model.bundles_file_bytes
-    assert slow.token_s == pytest.approx(slow.read_s + held * 0.03)
-    assert fast.token_s == pytest.approx(0.03)
-    assert expect(model, cost, DEVICE, dram_bytes(model, 1)).token_s == pytest.approx(0.03)
+def test_exact_mode_takes_as_long_as_reading_and_computing() -> None:
+    model = record()
+    half, whole = (expect(model, COST, DEVICE, dram_bytes(model, share)) for share in (0.5, 1))
+    assert half.token_s == pytest.approx(half.read_s + 0.03)
+    assert whole.token_s == pytest.approx(0.03)
 
 
 def test_predict_mode_computes_what_is_predicted_and_the_predictors() -> None:

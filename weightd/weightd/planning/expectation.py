@@ -7,9 +7,9 @@ Predict mode reads the neurons that are predicted, were not in the window, and a
 Time. A mixture and predict mode learn in each layer what to read. They compute what is in the pool and what arrives
 while the rest is read, so the FFNs take as long as reading or their kernels, whichever is slower, and all else adds to
 that.
-Exact mode reads ahead, but only a few chunks. The pool holds whole layers: while those are computed the device is idle,
-and the others take as long as reading or computing, whichever is slower. scripts/bench_plan.py measures how near this
-comes.
+Exact mode reads ahead while it computes what the pool lacks, but its kernels are slower then, because weightd's threads
+take and verify chunks meanwhile: about as much as reading ahead gains. So reading and computing add up there.
+scripts/bench_plan.py measures how near this comes.
 """
 
 from __future__ import annotations
@@ -111,11 +111,10 @@ def expect(
         reads, computed = _dense(record, pool), 1.0
     read_s = reads.read_bytes / (gb_per_s(device, reads) * 1e9)
     compute_s = cost.besides_s + computed * cost.ffn_s
+    waited_s = max(read_s, computed * cost.ffn_s)
     if firing is None and not has_experts(record):
-        held = 1 - reads.read_bytes / (pool.cells * pool.cell_bytes)
-        token_s = held * compute_s + max(read_s, (1 - held) * compute_s)
-    else:
-        token_s = cost.besides_s + max(read_s, computed * cost.ffn_s)
+        waited_s = read_s + cost.ffn_s
+    token_s = cost.besides_s + waited_s
     lookup_s = _lookup_s(record, device)
     return Expectation(pool, reads, read_s + lookup_s, compute_s, token_s + lookup_s)
 
