@@ -30,7 +30,7 @@ from bench_paper import FIO_SECONDS, SEED, SEQUENTIAL, told
 from bench_reader import read_fio
 from benchmarks.cgroup import capped_memory
 from benchmarks.forced_tokens import random_ids
-from benchmarks.llama import DEFAULT, LlamaTask, decode_llama, llama_python
+from benchmarks.llama import LlamaTask, add_flags, decode_llama, llama_python
 from benchmarks.processes import BenchError
 from benchmarks.report import Row, Target, machine_facts, report
 from paper.peers import BESIDE_WEIGHTS_BYTES
@@ -49,7 +49,6 @@ READ_TARGET = 1.05
 LLAMA = "llama.cpp"
 OVER_LLAMA_TARGET = 1.0
 LLAMA_TOKENS = 5  # at most: each reads nearly all of the model
-READAHEAD_KIB = 128  # Linux's default
 DENSE_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.family == "llama")
 
 
@@ -168,17 +167,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=12, help="tokens to decode after the prompt")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--runs", type=int, default=4, help="runs of weightd and a client, with fio between them")
-    parser.add_argument(
-        "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
-    )
     parser.add_argument("--no-peers", action="store_true", help="do not run llama.cpp")
-    parser.add_argument(
-        "--llama-cpp",
-        type=Path,
-        default=DEFAULT,
-        metavar="DIR",
-        help=f"a virtual environment with llama-cpp-python, made there if missing (default: {DEFAULT})",
-    )
+    add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

@@ -30,11 +30,11 @@ import torch
 from bench_kernels import Arena
 from bench_paper import SEQUENTIAL
 from bench_reader import Case, read_fio
-from benchmarks.llama import DEFAULT, llama_python
+from benchmarks.llama import add_flags, llama_python
 from benchmarks.processes import BenchError
 from benchmarks.report import Row, Target, machine_facts, report
 from moe.files import mixture_files
-from moe.rows import LLAMA, MEMORY, OURS, READAHEAD_KIB, ROWS, Work, rows_of
+from moe.rows import LLAMA, MEMORY, OURS, ROWS, Work, rows_of
 from planted.mixture import MIXTURES
 
 from weightd.store.store import Store
@@ -151,16 +151,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--first-tokens", type=int, default=48, help="tokens after the prompt that are not measured")
     parser.add_argument("--tokens", type=int, default=96, help="tokens that are measured")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what is measured")
-    parser.add_argument(
-        "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
-    )
-    parser.add_argument(
-        "--llama-cpp",
-        type=Path,
-        default=DEFAULT,
-        metavar="DIR",
-        help=f"a virtual environment with llama-cpp-python, made there if missing (default: {DEFAULT})",
-    )
+    add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

@@ -5,7 +5,7 @@ All processes decode the same tokens after the same prompt at the same time, in 
 weightd that has half of the model's bytes. For comparison, each process gets its own weightd. Memory is the sum of
 Pss_Anon and Pss_File of all processes, plus the blocks of memfds counted once. The memory of processes that have loaded
 the libraries but no model is measured and listed separately. Numbers of clients are measured upwards, then downwards
-(1, 2, 4, 4, 2, 1), and averaged.
+(1, 2, 4, 4, 2, 1), and averaged; with --once only upwards.
 """
 
 from __future__ import annotations
@@ -199,7 +199,8 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     rows: list[Row] = []
     for mode, tokens in MODES.items():
         task = Task("", planted.name, mode, options.prompt_tokens, options.tokens or tokens, SEED)
-        again = [measured(planted, task, count, private=False) for count in (*counts, *reversed(counts))]
+        order = counts if options.once else (*counts, *reversed(counts))
+        again = [measured(planted, task, count, private=False) for count in order]
         for count in counts:
             same = averaged([row for row in again if row["clients"] == count])
             rows.append(told(same | {"runtime_gb": runtime_gb[count]}))
@@ -253,6 +254,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, help="tokens to decode (default: 8 in exact mode, 64 in predict mode)")
     parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--once", action="store_true", help="measure each number of clients once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     try:

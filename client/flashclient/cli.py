@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from flashclient import standard_streams
 from flashclient.errors import FlashClientError, OptionError
+from flashclient.options import Options
 from flashclient.standard_streams import complain, say
 
 # They take seconds to import: a usage error or --help should not wait for them.
@@ -197,6 +198,11 @@ def in_flags(text: str) -> str:
 
 def _client(options: argparse.Namespace, **more: Any) -> Any:
     """The FlashClient that `options` ask for."""
+    names = ("address", "store", "dram", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key")
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None} | more
+    _check_served(options.model, Options(**given))
+
     from transformers import logging as transformers_logging
 
     from flashclient.client import FlashClient
@@ -204,9 +210,22 @@ def _client(options: argparse.Namespace, **more: Any) -> Any:
     logging: Any = transformers_logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = ("address", "store", "dram", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key")
-    given = {name: getattr(options, name) for name in names}
-    return FlashClient(options.model, **{name: value for name, value in given.items() if value is not None}, **more)
+    return FlashClient(options.model, **given)
+
+
+def _check_served(model: str, options: Options) -> None:
+    """Raises the errors of a weightd or a model that is not there before torch is imported."""
+    from flashclient.daemon.address import default_address
+    from flashclient.daemon.channel import Connection
+
+    if options.store is not None:  # the model may have to be imported first
+        return
+    address = options.address or default_address(os.geteuid(), os.environ)
+    connection = Connection(address, options.timeout_s, options.tls)
+    try:
+        options.mode_of(connection.describe(model))
+    finally:
+        connection.close()
 
 
 def _generate(options: argparse.Namespace) -> int:

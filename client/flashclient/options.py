@@ -6,17 +6,18 @@ import math
 import os
 import re
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from flashclient._native import WINDOW_TOKENS_MAX
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
-from flashclient.kernels.dtypes import DTYPES
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
-from weightd_proto.encodings import has_experts
+from weightd_proto.encodings import DTYPES, has_experts
 from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
+
+if TYPE_CHECKING:
+    import torch
 
 MODES = ("auto", EXACT, PREDICT, THRESHOLD)
 NEEDS = {PREDICT: "predictors", THRESHOLD: "thresholds"}
@@ -116,9 +117,11 @@ class Options:
         """Refuses a dtype other than the stored one: it would make a private copy of every shared weight."""
         if self.dtype is None:
             return
+        import torch  # it takes seconds, and a model is there by now
+
+        name = DTYPES[stored].torch
         wanted = getattr(torch, self.dtype, None) if isinstance(self.dtype, str) else self.dtype
-        if wanted != DTYPES[stored]:
-            name = str(DTYPES[stored]).removeprefix("torch.")
+        if wanted != getattr(torch, name):
             raise OptionError(
                 f"dtype={self.dtype} is not the stored dtype, {name}: leave dtype= out, or import the model again"
                 " with `weightd import --dtype`"

@@ -193,6 +193,8 @@ void bind_sweep(nb::module_& module) {
             "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
         .def("next", &next_chunk, "layer"_a,
              nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
+        .def("leave", &used_sweep<&Sweep::leave>, nb::call_guard<nb::gil_scoped_release>(),
+             "The next layer begins at its start, also if this one is not at its end.")
         .def("idle", &used_sweep<&Sweep::idle>, nb::call_guard<nb::gil_scoped_release>(), "Gives everything back.")
         .def("forget", &used_sweep<&Sweep::forget>, nb::call_guard<nb::gil_scoped_release>(),
              "The session was replaced: nothing is leased or on its way.");

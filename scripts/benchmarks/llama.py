@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -20,6 +21,21 @@ PACKAGE = "llama-cpp-python"
 # Whole instruction set of this processor; the wheels of the index have the least common one.
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}
 DEFAULT = Path.home() / ".cache" / "weightd-bench" / "llama-cpp"
+READAHEAD_KIB = 128  # Linux's default
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """--readahead-kib and --llama-cpp."""
+    parser.add_argument(
+        "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
+    )
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=DEFAULT,
+        metavar="DIR",
+        help=f"a virtual environment with llama-cpp-python, made there if missing (default: {DEFAULT})",
+    )
 
 
 def llama_python(folder: Path) -> Path:

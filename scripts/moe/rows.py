@@ -27,7 +27,6 @@ MEMORY = {"all": 1.0, "half": 0.5, "quarter": 0.25}  # of the model's bytes
 OURS = {True: "weightd", False: "no look-ahead"}
 LLAMA, ACCELERATE = "llama.cpp", "accelerate"
 ROWS = (*OURS.values(), LLAMA, ACCELERATE)
-READAHEAD_KIB = 128  # Linux's default
 ACCELERATE_TOKENS = 4  # each reads most of what is offloaded
 POOL_BYTES_MIN = 32 << 20  # for a small model, which half is not enough to serve
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from weightd_proto import weightd_pb2
 
 TOLERANCE = 1e-3
 NEW_TOKENS = 64
+FEW_TOKENS = 16  # where there are many combinations, or a large model
 LAYERS, HIDDEN, NEURONS = 2, 64, 176
 PROMPTS = ([5, 17, 200, 31, 8], [290, 3, 3, 77, 150, 9, 21, 60, 2, 118, 4, 44, 45, 46, 47, 48, 49, 50, 51], [99])
 POOLS = (0.1, 0.5, 1.0)
@@ -43,12 +44,13 @@ class Imported:
     store: Path
     names: list[str]
     reference: Any
+    new_tokens: int = NEW_TOKENS
     texts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def expected(self, prompt: list[int]) -> tuple[Tensor, Tensor]:
-        """64 greedy tokens after the prompt, and the logits [tokens, vocabulary] of the whole sequence."""
+        """The prompt with `new_tokens` greedy tokens, and the logits [tokens, vocabulary] of the whole sequence."""
         if tuple(prompt) not in self.texts:
-            self.texts[tuple(prompt)] = reference_text(self.reference, prompt)
+            self.texts[tuple(prompt)] = reference_text(self.reference, prompt, self.new_tokens)
         return self.texts[tuple(prompt)]
 
     def dram(self, share_of_ffn: float) -> int:
@@ -91,11 +93,11 @@ def daemon_of(model: Imported, pool: float, reader: str) -> Iterator[str]:
     assert ("not registered" in daemon.log) == (reader == "io_uring unregistered"), daemon.log
 
 
-def reference_text(reference: Any, prompt: list[int]) -> tuple[Tensor, Tensor]:
+def reference_text(reference: Any, prompt: list[int], new_tokens: int) -> tuple[Tensor, Tensor]:
     ids = torch.tensor([prompt])
     with torch.no_grad():
         out = reference(ids, use_cache=True)
-        for _ in range(NEW_TOKENS):
+        for _ in range(new_tokens):
             following = out.logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, following], dim=1)
             out = reference(following, past_key_values=out.past_key_values, use_cache=True)
@@ -135,7 +137,8 @@ def run_one(client: FlashClient, model: Imported, prompt: list[int]) -> list[Ten
     ids, expected = model.expected(prompt)
     logits = streamed_logits(client, ids, len(prompt))
     assert (logits - expected).abs().max() < TOLERANCE
-    tokens = client.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    greedy: dict[str, Any] = {"max_new_tokens": model.new_tokens, "do_sample": False, "eos_token_id": -1}
+    tokens = client.generate(torch.tensor([prompt]), **greedy)
     assert_same_greedy(tokens, ids, expected, len(prompt))
     return [logits, tokens]
 
@@ -193,7 +196,7 @@ def test_pairs_of_pool_reader_transport_and_format(model: Imported) -> None:
 
 @pytest.mark.slow
 def test_every_combination(tmp_path: Path) -> None:
-    model = imported("llama", tmp_path)
+    model = replace(imported("llama", tmp_path), new_tokens=FEW_TOKENS)
     check(model, [(p, r, t, n) for p in POOLS for r in READERS for t in TRANSPORTS for n in model.names])
 
 
@@ -222,7 +225,7 @@ def test_the_real_gemma_is_stored_as_transformers_loads_it(gemma: tuple[Path, An
 def test_the_real_gemma(gemma: tuple[Path, Any], tmp_path: Path) -> None:
     """The quantised file's exact values in fp32: real text, margins and widths."""
     checkpoint, reference = gemma
-    model = Imported(tmp_path / "store", ["gemma"], reference)
+    model = Imported(tmp_path / "store", ["gemma"], reference, FEW_TOKENS)
     assert cli.main(["import", str(checkpoint), "--store", str(model.store)]) == 0
     prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
     with daemon_of(model, 0.5, "io_uring") as address:

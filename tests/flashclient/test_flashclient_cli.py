@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -113,3 +114,25 @@ def test_help(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         cli.main(["generate", "--help"])
     assert ended.value.code == 0
     assert "--max-new-tokens" in capsys.readouterr().out
+
+
+QUICK = """
+import sys
+from flashclient import cli
+status = cli.main(sys.argv[1:])
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+
+
+@pytest.mark.parametrize("wrong", ["mode", "model", "address"])
+def test_errors_do_not_wait_for_torch(address: str, wrong: str, tmp_path: Path) -> None:
+    given = {"mode": "exact", "model": "tiny", "address": address}
+    given |= {"mode": "fast"} if wrong == "mode" else {"model": "none"} if wrong == "model" else {}
+    given |= {"address": f"unix:{tmp_path}/none"} if wrong == "address" else {}
+    command = ["generate", given["model"], "hello", "--mode", given["mode"], "--address", given["address"]]
+    done = subprocess.run([sys.executable, "-c", QUICK, *command], capture_output=True, text=True, check=False)
+    named = {"mode": "mode 'fast' is not known", "model": "'none'", "address": "no weightd at"}
+    assert done.returncode in (1, 2)
+    assert named[wrong] in done.stderr
+    assert len(done.stderr.splitlines()) == 1

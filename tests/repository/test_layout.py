@@ -47,9 +47,9 @@ TABLE = {
         recipes: errors source model tensors
         generation: errors torch_state source kernels model tensors recipes
         calibration: errors memory_limits daemon source kernels model
-        options: errors daemon kernels model
+        options: errors daemon
         client: errors standard_streams torch_state turns daemon source model generation options
-        cli: errors standard_streams client calibration
+        cli: errors standard_streams daemon options client calibration
         __main__: cli
         __init__: client
     """,

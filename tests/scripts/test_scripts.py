@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,17 @@ COMMANDS = sorted(
     for path in SCRIPTS.glob("*.py")
     if '__name__ == "__main__"' in path.read_text() and path.name not in STARTED_BY_ANOTHER
 )
-QUICK_TO_IMPORT = {"bench_import.py", "bench_reader.py", "hostile_clients.py"}  # the others load torch
+QUICK_TO_IMPORT = ("bench_import.py", "bench_reader.py", "hostile_clients.py")  # the others load torch
+HELP_OF_EACH = """
+import runpy, sys
+sys.path[0], *paths = sys.argv[1:]
+for path in paths:
+    sys.argv = [path, "--help"]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, path
+"""
 WITH_FLAGS = sorted(path for path in SCRIPTS.glob("*.py") if "FlagParser(__doc__)" in path.read_text())
 
 
@@ -53,21 +64,29 @@ def test_no_script_has_a_parser_of_its_own() -> None:
         assert path.name == "flags.py" or "ArgumentParser(" not in path.read_text(), path.name
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.name in QUICK_TO_IMPORT else pytest.mark.slow)
-        for path in COMMANDS
-    ],
-)
-def test_it_runs_without_an_activated_environment(path: Path, tmp_path: Path) -> None:
-    system = os.pathsep.join(folder for folder in os.environ["PATH"].split(os.pathsep) if ".venv" not in folder)
+def outside(command: Sequence[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """What a command did that was started in `folder` from a shell with no environment activated."""
+    system = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if ".venv" not in part)
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"} | {"PATH": system}
-    done = subprocess.run(
-        [path, "--help"], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=120
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=folder, timeout=120
     )
+
+
+@pytest.mark.parametrize("name", QUICK_TO_IMPORT)
+def test_it_runs_without_an_activated_environment(name: str, tmp_path: Path) -> None:
+    """All scripts start alike, so that those that load torch need not be tried one by one."""
+    done = outside([SCRIPTS / name, "--help"], tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"usage: {path.stem} ")
+    assert done.stdout.startswith(f"usage: {Path(name).stem} ")
+
+
+@pytest.mark.slow
+def test_each_has_help_and_finds_what_it_imports(tmp_path: Path) -> None:
+    """In one process, so that torch is loaded once; the folder of the scripts is the only one that is added."""
+    done = outside([sys.executable, "-c", HELP_OF_EACH, SCRIPTS, *COMMANDS], tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.findall(r"^usage: (\w+)", done.stdout, re.MULTILINE) == [path.stem for path in COMMANDS]
 
 
 @pytest.mark.parametrize("path", WITH_FLAGS, ids=lambda path: path.stem)

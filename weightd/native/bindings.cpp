@@ -393,6 +393,7 @@ NB_MODULE(_native, module) {
     module.attr("READ_LATENCY_BOUNDS_S") = latency_bounds_s();
     module.attr("PAGE_BYTES") = weightd::PAGE_BYTES;
     module.attr("POOL_SLOTS_MIN") = weightd::POOL_SLOTS_MIN;
+    module.attr("SEGMENT_BYTES_MIN") = weightd::SEGMENT_BYTES_MIN;
     module.attr("SEGMENT_BYTES_MAX") = weightd::SEGMENT_BYTES_MAX;
     module.attr("SESSIONS_MAX") = weightd::SESSIONS_MAX;
     module.def("measure_reads", &measure_reads, "path"_a, "read_bytes"_a, "depth"_a, "seconds"_a, "random"_a,

@@ -30,11 +30,9 @@ def answer(request: ImportRequest) -> ImportResponse:
     try:
         if request.WhichOneof("what") == "derive":
             with one_thread():  # tiny instances
-                derived = derive(request.derive)
-            response = ImportResponse(recipe=derived.recipe)
-            if request.derive.cost_dtype:
-                response.MergeFrom(token_cost(derived, request.derive.cost_dtype))
-            return response
+                return ImportResponse(recipe=derive(request.derive))
+        if request.WhichOneof("what") == "cost":
+            return token_cost(request.cost.record, Path(request.cost.folder))
         rehearse(request.rehearse.record, Path(request.rehearse.folder))
         return ImportResponse()
     except (ModelError, RefusedFileError) as error:

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import mmap
 import re
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationConfig
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from flashclient._native import CellWalk, LentMemory, Workers
+from flashclient._native import Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
-from flashclient.source.bundle_source import Chunk, Counters
-from flashclient.source.memory_cells import MemoryCells, MemoryTable
+from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource
 from weightd_proto import weightd_pb2
 
 MAP_NORESERVE = 0x4000  # Linux's; Python names it since 3.13
@@ -35,40 +33,13 @@ class RefusedFileError(Exception):
     """Names a file of the model and says why a client cannot use it, in one line."""
 
 
-class ZeroSource:
-    """A BundleSource of zeros. All bundles share the same memory."""
-
-    errors = nullcontext()
-
-    def __init__(self, record: weightd_pb2.Model) -> None:
-        size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are never written take no memory
-        self.resident: NDArray[np.uint8] = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
-        self._layers = record.layers
-        self._bundles_per_cell = max(1, record.bundle.bundles_per_cell)
-        self._bundle = np.zeros(record.bundle.stride_bytes + 64, np.uint8)
-        self._lent = LentMemory(self._bundle)
-        self.tables = [
-            MemoryTable(np.zeros((1, table.bundle.bundle_bytes), np.uint8), alike=True) for table in record.tables
-        ]
-
-    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        address = -(-self._bundle.ctypes.data // 64) * 64
-        yield Chunk(0, np.full(self._layers[layer].neurons, address, np.uint64))
-
-    def open_walk(self) -> CellWalk:
-        """All bundles of a cell share the same memory, too."""
-        address = -(-self._bundle.ctypes.data // 64) * 64
-        return CellWalk(MemoryCells(lambda _layer, _cell: address), self._bundles_per_cell, 0)
-
-    def require_open(self) -> None:
-        """No-op: there is no session."""
-
-    def idle(self) -> None:
-        """No-op: no cells are leased."""
-
-    def counters(self) -> Counters:
-        return Counters()
+def _zeros(record: weightd_pb2.Model) -> RepeatedSource:
+    """All bundles share the same memory."""
+    size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are never written take no memory
+    resident = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
+    cell_bytes = record.bundle.stride_bytes * max(1, record.bundle.bundles_per_cell)
+    return RepeatedSource(record, resident, np.zeros(cell_bytes + ALIGNMENT_BYTES, np.uint8))
 
 
 def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
@@ -77,7 +48,7 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
     Raises:
         RefusedFileError: a client could not do so.
     """
-    source: Any = ZeroSource(record)
+    source: Any = _zeros(record)
     placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
     with _blamed(folder / GENERATION_CONFIG_NAME):
         if (folder / GENERATION_CONFIG_NAME).exists():

@@ -1,7 +1,8 @@
 """What a token of a model costs on this machine, apart from reading weights: for `weightd plan`.
 
-The kernels' speed is measured with a matrix that is too large for caches, in memory of the kind that the daemon serves.
-What a token costs besides is what it costs a tiny instance of the model's class, whose weights take no time.
+The model is built by its record, as a client builds it, and makes tokens in exact mode. Its weights share memory that
+is too large for caches, of the kind that the daemon serves. So attention, head and FFNs have their real sizes, and a
+model of any size can be tried before it is downloaded.
 """
 
 from __future__ import annotations
@@ -10,83 +11,109 @@ import mmap
 import os
 import re
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, StoppingCriteria
 
-from flashclient._native import Linear, Workers
-from flashclient.kernels.arrays import array_of
+from flashclient._native import Workers
 from flashclient.kernels.dtypes import DTYPES
-from flashclient.recipes.derive import Derived
+from flashclient.model.build import BuiltModel, build_model
+from flashclient.model.ffn import Clock
 from flashclient.recipes.ffns.tiny import PICKS
-from flashclient.torch_state import one_thread
-from weightd_proto.weightd_pb2 import ImportResponse
+from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource
+from weightd_proto.weightd_pb2 import ImportResponse, Model
 
-COLUMNS = 4096
-MATRIX_BYTES = 256 << 20
-PRODUCTS = 7
-TOKENS = 24
-
-
-def token_cost(derived: Derived, dtype: str) -> ImportResponse:
-    """The fields of the response that say what a token costs in `dtype`."""
-    with one_thread():
-        token_s, layer_s = _seconds(derived.streamed)
-    overhead_s = token_s + _layers(derived.full) * layer_s
-    return ImportResponse(kernel_gb_per_s=kernel_gb_per_s(dtype), overhead_s=overhead_s, picks=_picks(derived.full))
+MEMORY_BYTES = 256 << 20
+WEIGHT = 1 / 64  # of every weight: sums are neither infinite nor too small for the dtype
+PROMPT_TOKENS = 2
+FIRST_TOKENS = 2  # not measured: caches fill
+TOKENS_MIN, TOKENS_MAX = 3, 24
+SECONDS = 2.0  # then TOKENS_MIN are enough
 
 
-def kernel_gb_per_s(dtype: str) -> float:
-    """The speed of a product with one row, in bytes of the matrix, with as many threads as a client has."""
-    kernel = Linear(Workers(torch.get_num_threads()), dtype)
-    descriptor = os.memfd_create("flashclient-speed")
+def token_cost(record: Model, folder: Path) -> ImportResponse:
+    """The fields of the response that say what a token costs. Takes seconds.
+
+    Args:
+        folder: with config.json. The memory that is needed is MEMORY_BYTES, or the largest resident tensor.
+    """
+    record, resident_bytes = _overlapping(record)
+    cell_bytes = record.bundle.stride_bytes * max(1, record.bundle.bundles_per_cell)
+    memory = _memory(max(MEMORY_BYTES, resident_bytes, cell_bytes + ALIGNMENT_BYTES), record.compute_dtype)
+    source: Any = RepeatedSource(record, memory, memory)
+    placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
+    built = build_model(record, folder, source, placements.__getitem__, Workers(torch.get_num_threads()))
+    token_s, ffn_s = _seconds(built)
+    return ImportResponse(ffn_s=ffn_s, besides_s=max(0.0, token_s - ffn_s), picks=_picks(built.model))
+
+
+def _overlapping(record: Model) -> tuple[Model, int]:
+    """The record with resident tensors that begin anywhere in MEMORY_BYTES, and how far they go."""
+    moved = Model()
+    moved.CopyFrom(record)
+    next_bytes = end_bytes = 0
+    for tensor in moved.resident:
+        if next_bytes + tensor.size_bytes > MEMORY_BYTES:
+            next_bytes = 0
+        tensor.offset_bytes = next_bytes
+        next_bytes += -(-tensor.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        end_bytes = max(end_bytes, next_bytes)
+    return moved, end_bytes
+
+
+def _memory(size_bytes: int, dtype: str) -> NDArray[np.uint8]:
+    descriptor = os.memfd_create("flashclient-cost")
     try:
-        os.ftruncate(descriptor, MATRIX_BYTES)
-        memory = mmap.mmap(descriptor, MATRIX_BYTES)
+        os.ftruncate(descriptor, -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        memory = mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
-    weight = torch.frombuffer(memory, dtype=DTYPES[dtype]).view(-1, COLUMNS).fill_(1 / COLUMNS)
-    x = torch.ones(1, COLUMNS, dtype=torch.float32)
-    y = torch.empty(1, len(weight), dtype=torch.float32)
-    seconds = []
-    for _ in range(PRODUCTS):
-        began_s = time.perf_counter()
-        kernel.multiply(array_of(weight), array_of(x), array_of(y))
-        seconds.append(time.perf_counter() - began_s)
-    return MATRIX_BYTES / median(seconds) / 1e9
+    torch.frombuffer(memory, dtype=DTYPES[dtype]).fill_(WEIGHT)
+    return np.frombuffer(memory, np.uint8)
 
 
-def _seconds(model: PreTrainedModel) -> tuple[float, float]:
-    """The time that generate() takes for a token beside the model, and the model for a layer."""
-    begun_s = 0.0
-    passes: list[float] = []
+class _Marks(StoppingCriteria):
+    """When each token was made, and the time of FFN kernels until then. Stops when enough are known."""
 
-    def begin(*_: object) -> None:
-        nonlocal begun_s
-        begun_s = time.perf_counter()
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.tokens_s: list[float] = []
+        self.ffns_s: list[float] = []
 
-    ids = torch.full((1, 2), 5, dtype=torch.int64)
-    options = {"do_sample": False, "use_cache": True, "eos_token_id": None, "pad_token_id": 0}
-    with (
-        torch.no_grad(),
-        model.register_forward_pre_hook(begin),
-        model.register_forward_hook(lambda *_: passes.append(time.perf_counter() - begun_s)),
-    ):
-        marks: list[float] = []
-        for tokens in (2, TOKENS):
-            began_s = time.perf_counter()
-            model.generate(  # type: ignore[operator]
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, **options
-            )
-            marks.append(time.perf_counter() - began_s)
-    forward_s = median(passes)
-    token_s = (marks[1] - marks[0]) / (TOKENS - 2)
-    return max(0.0, token_s - forward_s), forward_s / _layers(model)
+    def __call__(self, ids: Any, scores: Any, **_: Any) -> Any:
+        self.tokens_s.append(time.perf_counter())
+        self.ffns_s.append(self._clock.compute_s)
+        enough = len(self.tokens_s) >= FIRST_TOKENS + TOKENS_MIN and self.tokens_s[-1] - self.tokens_s[0] > SECONDS
+        return torch.full((len(ids),), enough, dtype=torch.bool)
 
 
-def _layers(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config().num_hidden_layers)
+def _seconds(built: BuiltModel) -> tuple[float, float]:
+    """The time of a token, and of its FFN kernels."""
+    marks = _Marks(built.ffn.clock)
+    ids = torch.full((1, PROMPT_TOKENS), 5, dtype=torch.int64)
+    tokens = FIRST_TOKENS + TOKENS_MAX
+    with torch.no_grad():
+        built.model.generate(  # type: ignore[operator]
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=[marks],
+        )
+    return _typical(marks.tokens_s), _typical(marks.ffns_s)
+
+
+def _typical(marks: Iterable[float]) -> float:
+    return float(median(np.diff(list(marks))[FIRST_TOKENS - 1 :]))
 
 
 def _picks(model: PreTrainedModel) -> int:

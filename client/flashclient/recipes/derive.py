@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -38,21 +37,7 @@ POSITIVE = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_si
 SIZE = re.compile(r"(size|dim|layers|heads?|experts|^n_\w+|length|embeddings)$")
 
 
-@dataclass(frozen=True)
-class Derived:
-    """A recipe, and what it was derived from.
-
-    Attributes:
-        full: the full-size model, without weights.
-        streamed: a tiny instance, imported and streamed.
-    """
-
-    recipe: Recipe
-    full: PreTrainedModel
-    streamed: PreTrainedModel
-
-
-def derive(request: DeriveRequest) -> Derived:
+def derive(request: DeriveRequest) -> Recipe:
     """Derives the recipe of a checkpoint.
 
     Raises:
@@ -64,14 +49,14 @@ def derive(request: DeriveRequest) -> Derived:
     found, made_from = model_class(whole)
     derivation = Derivation(found, made_from, _instead(kind.activation))
     split = derivation.streamed()
-    proven = derivation.prove()
+    derivation.prove()
     tensors, left_out = _tensors(request, kind, derivation.full)
     recipe = assemble(derivation.full, split.sites, tensors, embeddings_like(derivation.looked_up, derivation.full))
     values = kind.config if made_from is whole else made_from.to_dict()
     recipe.config_json = json.dumps(values).encode()
     recipe.left_out.extend(left_out)
     recipe.notes.extend([*kind.notes, *split.notes()])
-    return Derived(recipe, derivation.full, proven)
+    return recipe
 
 
 def _tensors(request: DeriveRequest, kind: Published, full: PreTrainedModel) -> tuple[Found, list[LeftOut]]:
@@ -146,10 +131,10 @@ class Derivation:
         """What is streamed of the full-size model. Raises ModelError where that is nothing."""
         return self._of_class if self._activation is None else self._of_class.computing(self._activation)
 
-    def prove(self) -> PreTrainedModel:
-        """The tiny instance, imported and streamed. Raises ModelError where it computes something else."""
+    def prove(self) -> None:
+        """Raises ModelError where the tiny instance, imported and streamed, computes something else."""
         embeddings = embeddings_like(self.looked_up, self._outline)
-        return prove(self.tiny, self._outline, self._tiny_sites(), embeddings, self._activation)
+        prove(self.tiny, self._outline, self._tiny_sites(), embeddings, self._activation)
 
     @cached_property
     def _of_class(self) -> Streamed:

@@ -97,12 +97,16 @@ class RingSource:
         if self.window is not None:
             with self.errors:
                 self.window.clear()
-        while True:
-            with self.errors:
-                chunk = sweep.next(layer)
-            if chunk is None:
-                return
-            yield Chunk(*chunk)
+        try:
+            while True:
+                with self.errors:
+                    chunk = sweep.next(layer)
+                if chunk is None:
+                    return
+                yield Chunk(*chunk)
+        except GeneratorExit:
+            sweep.leave()
+            raise
 
     def open_window(self, tokens: int) -> _native.Window:
         bundle, cells = self._model.bundle, [layer.cells for layer in self._model.layers]

@@ -1,16 +1,25 @@
 #include "ring/sweep.h"
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 #include <stdexcept>
 
 namespace flashclient {
 
-Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) { forget(); }
+Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) {
+    for (uint32_t layer = 0; layer < layout_.neurons.size(); layer++) cells_ += layout_.cells_in(layer);
+    forget();
+}
 
 void Sweep::forget() {
+    kept_.clear();
+    kept_cells_ = 0;
+    keep_max_ = cells_;
     used_.clear();
     chunks_.clear();
     in_use_ = 0;
+    next_ = ahead_ = {};
     layer_ended_ = false;
     // At least two chunks, one in use and one on its way; as large as one read where the share allows it.
     const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
@@ -27,28 +36,74 @@ Sweep::~Sweep() {
     }
 }
 
-uint32_t Sweep::cells_in(uint32_t layer) const {
-    return (layout_.neurons[layer] + layout_.bundles_per_cell - 1) / layout_.bundles_per_cell;
+uint32_t Sweep::cells_at(const Cursor& at) const {
+    return std::min(chunk_cells_, layout_.cells_in(at.layer) - at.cell);
+}
+
+Sweep::Cursor Sweep::after(const Cursor& at) const {
+    const uint32_t cell = at.cell + cells_at(at);
+    if (cell < layout_.cells_in(at.layer)) return {at.layer, cell};
+    return {(at.layer + 1) % static_cast<uint32_t>(layout_.neurons.size()), 0};
+}
+
+uint32_t Sweep::streamed_cells() const {
+    const auto add = [](uint32_t sum, const Chunk& chunk) { return sum + chunk.cell_count; };
+    return std::accumulate(chunks_.begin(), chunks_.end(), std::accumulate(used_.begin(), used_.end(), 0U, add), add);
 }
 
 const Sweep::Bundles* Sweep::next(uint32_t layer) {
     if (layer >= layout_.neurons.size()) throw std::out_of_range("there is no such layer");
+    limit_ = session_.lease_limit();
     finish_chunks_in_use();
     if (layer_ended_) {
         layer_ended_ = false;
         refill();
         return nullptr;
     }
-    if (chunks_.empty() || chunks_.front().layer != layer) {
-        idle();
-        next_layer_ = layer;
-        next_cell_ = 0;
+    if (next_.layer != layer) {
+        give_back_streamed();
+        next_ = ahead_ = {layer, 0};
     }
+    obey_limit();
+    given_.first_position = next_.cell * layout_.bundles_per_cell;
+    given_.addresses.clear();
     if (chunks_.empty() || 2 * used_.size() >= chunks_max_) refill();
+    if (kept_at(next_) != kept_.end()) {
+        give_out_kept();
+        return &given_;
+    }
     take_answers(false);
     if (chunks_.front().unanswered > 0) wait_for_first();
-    give_out();
+    if (chunks_.front().refused) {  // its own share is guaranteed: what is kept above it took the place
+        keep_max_ = kept_cells_ / 2;
+        keep_at_most(0);
+        wait_for_first();
+    }
+    give_out_streamed();
     return &given_;
+}
+
+// What is streamed after this chunk must have its place, too.
+bool Sweep::may_keep(const Chunk& chunk) const {
+    const uint32_t kept = kept_cells_ + chunk.cell_count;
+    const uint32_t streamed = std::min(cells_ - kept, chunks_max_ * chunk_cells_);
+    return chunk.failed.empty() && kept <= keep_max_ && kept + streamed <= limit_;
+}
+
+void Sweep::obey_limit() {
+    const uint32_t streamed = streamed_cells();
+    if (kept_.empty() || kept_cells_ + streamed <= limit_) return;
+    keep_at_most(limit_ - std::min(limit_, chunks_max_ * chunk_cells_));
+}
+
+void Sweep::keep_at_most(uint32_t cells) {
+    give_back_streamed();
+    while (kept_cells_ > cells) {
+        auto last = kept_.extract(std::prev(kept_.end()));
+        kept_cells_ -= last.mapped().cell_count;
+        used_.push_back(std::move(last.mapped()));
+    }
+    give_back_used();
 }
 
 void Sweep::wait_for_first() {
@@ -56,19 +111,30 @@ void Sweep::wait_for_first() {
     while (chunks_.front().unanswered > 0) take_answers(true);
 }
 
-void Sweep::give_out() {
-    given_.first_position = chunks_.front().first_position;
-    given_.addresses.clear();
-    const uint32_t layer = chunks_.front().layer;
+void Sweep::give_out(const Chunk& chunk) {
+    given_.addresses.insert(given_.addresses.end(), chunk.addresses.begin(), chunk.addresses.end());
+    next_ = after(chunk.at);
+    layer_ended_ = next_.cell == 0;
+}
+
+void Sweep::give_out_kept() {
+    for (auto chunk = kept_at(next_); chunk != kept_.end() && !layer_ended_; chunk = kept_at(next_)) {
+        give_out(chunk->second);
+    }
+}
+
+void Sweep::give_out_streamed() {
     const uint32_t most = std::max(1U, chunks_max_ / 2);
-    while (in_use_ < std::min<size_t>(most, chunks_.size())) {
+    while (in_use_ < std::min<size_t>(most, chunks_.size()) && !layer_ended_) {
         const Chunk& chunk = chunks_[in_use_];
-        if (chunk.layer != layer || layer_ended_ || chunk.unanswered > 0) break;
+        if (chunk.at.layer != next_.layer || chunk.at.cell != next_.cell || chunk.unanswered > 0) break;
         if (!chunk.failed.empty() && in_use_ > 0) break;
         in_use_++;
-        if (!chunk.failed.empty()) raise_corrupt(layer, chunk.failed.front(), layout_.bundles_per_cell);
-        given_.addresses.insert(given_.addresses.end(), chunk.addresses.begin(), chunk.addresses.end());
-        layer_ended_ = chunk.first_cell + chunk.cell_count == cells_in(layer);
+        if (!chunk.failed.empty()) {
+            leave();
+            raise_corrupt(chunk.at.layer, chunk.failed.front(), layout_.bundles_per_cell);
+        }
+        give_out(chunk);
     }
 }
 
@@ -78,26 +144,25 @@ void Sweep::refill() {
 }
 
 void Sweep::look_ahead() {
-    while (used_.size() + chunks_.size() < chunks_max_) {
-        Chunk chunk;
-        chunk.layer = next_layer_;
-        chunk.first_cell = next_cell_;
-        chunk.cell_count = std::min(chunk_cells_, cells_in(next_layer_) - next_cell_);
-        chunk.unanswered = chunk.cell_count;
-        chunk.first_position = chunk.first_cell * layout_.bundles_per_cell;
-        const uint32_t end = chunk.first_cell + chunk.cell_count;
-        const uint32_t position_end = std::min(end * layout_.bundles_per_cell, layout_.neurons[chunk.layer]);
-        chunk.addresses.resize(position_end - chunk.first_position);
-        const uint32_t range[2] = {chunk.first_cell, end};
-        const auto tag = first_tag_ + static_cast<uint32_t>(chunks_.size());
-        session_.acquire(next_layer_, ring::RANGES, range, tag);
-        chunks_.push_back(std::move(chunk));  // after it was asked for: idle() waits for the grants of every chunk
-        next_cell_ = end;
-        if (end == cells_in(next_layer_)) {
-            next_cell_ = 0;
-            next_layer_ = (next_layer_ + 1) % static_cast<uint32_t>(layout_.neurons.size());
-        }
+    uint32_t leased = kept_cells_ + streamed_cells();
+    while (used_.size() + chunks_.size() < chunks_max_ && leased < cells_) {
+        while (kept_at(ahead_) != kept_.end()) ahead_ = after(ahead_);
+        ask(ahead_);
+        leased += chunks_.back().cell_count;
+        ahead_ = after(ahead_);
     }
+}
+
+void Sweep::ask(const Cursor& at) {
+    Chunk chunk;
+    chunk.at = at;
+    chunk.cell_count = chunk.unanswered = cells_at(at);
+    const uint32_t end = at.cell + chunk.cell_count;
+    const uint32_t position_end = std::min(end * layout_.bundles_per_cell, layout_.neurons[at.layer]);
+    chunk.addresses.resize(position_end - at.cell * layout_.bundles_per_cell);
+    const uint32_t range[2] = {at.cell, end};
+    session_.acquire(at.layer, ring::RANGES, range, first_tag_ + static_cast<uint32_t>(chunks_.size()));
+    chunks_.push_back(std::move(chunk));  // after it was asked for: the grants of every chunk are waited for
 }
 
 void Sweep::take_answers(bool block) {
@@ -115,13 +180,14 @@ void Sweep::take_answers(bool block) {
             place(*chunk, grant);
         } else {
             chunk->failed.push_back(grant);
+            chunk->refused = chunk->refused || Session::status(grant) == ring::REFUSED;
         }
     }
 }
 
 void Sweep::place(Chunk& chunk, const ring::Grant& grant) {
     const auto address = reinterpret_cast<uint64_t>(session_.address(grant, layout_.cell_bytes));
-    const uint32_t first = (grant.cell - chunk.first_cell) * layout_.bundles_per_cell;
+    const uint32_t first = (grant.cell - chunk.at.cell) * layout_.bundles_per_cell;
     for (uint32_t i = 0; i < layout_.bundles_per_cell && first + i < chunk.addresses.size(); i++) {
         chunk.addresses[first + i] = address + uint64_t{i} * layout_.stride_bytes;
     }
@@ -132,41 +198,60 @@ void Sweep::finish_chunks_in_use() {
 }
 
 void Sweep::finish_first() {
-    used_.push_back(std::move(chunks_.front()));
+    Chunk chunk = std::move(chunks_.front());
     chunks_.pop_front();
     first_tag_++;
+    if (may_keep(chunk)) {
+        kept_cells_ += chunk.cell_count;
+        kept_.emplace(std::pair{chunk.at.layer, chunk.at.cell}, std::move(chunk));
+    } else {
+        used_.push_back(std::move(chunk));
+    }
 }
 
-// One message for neighbouring chunks of a layer: the ranges of cells between those that failed. Chunks leave used_
-// only after the message was posted.
+// One message for successive chunks of a layer: the ranges of cells between those that failed. Chunks leave used_ only
+// after the message was posted.
 void Sweep::give_back_used() {
     while (!used_.empty()) {
-        const uint32_t layer = used_.front().layer;
+        const uint32_t layer = used_.front().at.layer;
         const auto end =
-            std::find_if(used_.begin(), used_.end(), [&](const Chunk& chunk) { return chunk.layer != layer; });
+            std::find_if(used_.begin(), used_.end(), [&](const Chunk& chunk) { return chunk.at.layer != layer; });
         std::vector<uint32_t> borders;
         for (auto chunk = used_.begin(); chunk != end; chunk++) {
             std::sort(chunk->failed.begin(), chunk->failed.end(),
                       [](const auto& a, const auto& b) { return a.cell < b.cell; });
-            borders.push_back(chunk->first_cell);
+            borders.push_back(chunk->at.cell);
             for (const ring::Grant& failed : chunk->failed) {
                 borders.push_back(failed.cell);
                 borders.push_back(failed.cell + 1);
             }
-            borders.push_back(chunk->first_cell + chunk->cell_count);
+            borders.push_back(chunk->at.cell + chunk->cell_count);
         }
         session_.release(layer, ring::RANGES, borders);
         used_.erase(used_.begin(), end);
     }
 }
 
-void Sweep::idle() {
+void Sweep::give_back_streamed() {
     finish_chunks_in_use();
     while (!chunks_.empty()) {
         while (chunks_.front().unanswered > 0) take_answers(true);  // only what was granted may be given back
         finish_first();
     }
     give_back_used();
+    ahead_ = next_;
+}
+
+void Sweep::leave() {
+    next_.layer = NO_LAYER;
+    layer_ended_ = false;
+}
+
+void Sweep::idle() {
+    keep_max_ = 0;
+    keep_at_most(0);
+    keep_max_ = cells_;
+    next_ = ahead_ = {};
     layer_ended_ = false;
 }
 

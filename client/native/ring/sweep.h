@@ -4,10 +4,18 @@
 // chunks leased or on their way ahead of the one in use, across layers and tokens, as far as the session's share goes.
 // While chunks arrive before they are needed, it gives out, gives back and asks for half of them at a time, because
 // waking weightd, or the threads of a kernel, takes longer than computing a chunk that lies in the pool.
+//
+// Chunks stay leased after their use as far as the session may borrow above its share: they cost no message in the next
+// turn. They are given back when the limit falls, when weightd refuses to lend more, and in idle(). A model that lies
+// whole in the pool of one client then costs none at all.
+//
+// Invariants: chunks_ are, in order, the chunks after those given out that are not kept. No chunk is leased twice.
 #pragma once
 
 #include <cstdint>
 #include <deque>
+#include <map>
+#include <utility>
 #include <vector>
 
 #include "ring/session.h"
@@ -21,6 +29,8 @@ struct Layout {
     uint32_t stride_bytes;
     uint32_t cell_bytes;
     std::vector<uint32_t> neurons;  // by layer
+
+    uint32_t cells_in(uint32_t layer) const { return (neurons[layer] + bundles_per_cell - 1) / bundles_per_cell; }
 };
 
 class Sweep {
@@ -36,44 +46,66 @@ class Sweep {
     // Takes back the bundles it gave out, and gives out the next ones of `layer`; null at the end of the layer. A layer
     // that is not the expected one begins at its start. Blocks; throws SessionLost, CorruptBundle, std::system_error.
     const Bundles* next(uint32_t layer);
+    void leave();   // the caller goes on no further in this layer
     void idle();    // gives everything back
     void forget();  // the session was replaced: nothing is leased or on its way
     Session& session() const { return session_; }
 
   private:
-    struct Chunk {
+    static constexpr uint32_t NO_LAYER = UINT32_MAX;
+
+    struct Cursor {
         uint32_t layer = 0;
-        uint32_t first_cell = 0;
+        uint32_t cell = 0;
+    };
+    struct Chunk {
+        Cursor at;
         uint32_t cell_count = 0;
         uint32_t unanswered = 0;
-        uint32_t first_position = 0;
         std::vector<uint64_t> addresses;  // of its bundles, in order of position
-        std::vector<ring::Grant> failed;  // cells that could not be read: nothing to give back
+        std::vector<ring::Grant> failed;  // cells that were not granted: nothing to give back
+        bool refused = false;             // some of them, because they would have been borrowed
     };
+    using Kept = std::map<std::pair<uint32_t, uint32_t>, Chunk>;  // by layer and first cell
 
-    uint32_t cells_in(uint32_t layer) const;
+    uint32_t cells_at(const Cursor& at) const;
+    Cursor after(const Cursor& at) const;
+    uint32_t streamed_cells() const;
+    Kept::const_iterator kept_at(const Cursor& at) const { return kept_.find({at.layer, at.cell}); }
+    bool may_keep(const Chunk& chunk) const;
+    void obey_limit();
+    void keep_at_most(uint32_t cells);
     void look_ahead();
+    void ask(const Cursor& at);
     void finish_chunks_in_use();
     void finish_first();
     void refill();  // gives back used chunks, and asks for as many
     void wait_for_first();
-    void give_out();
+    void give_out(const Chunk& chunk);
+    void give_out_kept();
+    void give_out_streamed();
     void take_answers(bool block);
     void place(Chunk& chunk, const ring::Grant& grant);
     void give_back_used();
+    void give_back_streamed();
 
     Session& session_;
     Layout layout_;
+    uint32_t cells_ = 0;  // of the model
     uint32_t chunk_cells_;
-    uint32_t chunks_max_;
+    uint32_t chunks_max_;    // that are streamed: used, in use or on their way
+    uint32_t limit_ = 0;     // of leases, as last read
+    uint32_t keep_max_ = 0;  // cells; less after a refusal
+    Kept kept_;
+    uint32_t kept_cells_ = 0;
     std::vector<Chunk> used_;   // still leased
-    std::deque<Chunk> chunks_;  // the first is the one in use or the next
+    std::deque<Chunk> chunks_;  // the first ones are in use
     uint32_t first_tag_ = 0;    // of chunks_[0]; the others count up
-    Bundles given_;             // the bundles of the first in_use_ chunks
-    uint32_t in_use_ = 0;
+    Bundles given_;
+    uint32_t in_use_ = 0;       // of chunks_
+    Cursor next_;               // of what is given out next
     bool layer_ended_ = false;  // the last chunk given out was its layer's last
-    uint32_t next_layer_ = 0;   // where look_ahead goes on
-    uint32_t next_cell_ = 0;
+    Cursor ahead_;              // where look_ahead goes on
     std::vector<ring::Grant> grants_;
 };
 

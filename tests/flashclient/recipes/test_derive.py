@@ -44,7 +44,7 @@ def published_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 @one_thread()
 def recipe_of(kind: str, **changes: Any) -> Recipe:
     config = AutoConfig.for_model(kind, **changes)
-    return derive(request_of(config.to_dict(), published_shapes(config))).recipe
+    return derive(request_of(config.to_dict(), published_shapes(config)))
 
 
 def request_of(config: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> DeriveRequest:
@@ -156,7 +156,7 @@ def test_an_activation_that_the_class_does_not_have(
     kind = "mistral" if model_type == "bamboo" else "llama"
     config = AutoConfig.for_model(kind, num_hidden_layers=2)
     values = config.to_dict() | {"model_type": model_type} | changes
-    recipe = derive(request_of(values, published_shapes(config))).recipe
+    recipe = derive(request_of(values, published_shapes(config)))
     assert recipe.model.activation == activation
 
 

@@ -10,103 +10,11 @@
 #include <numeric>
 #include <thread>
 
-#include "flash_file.h"
-#include "ring/session.h"
-#include "ring/sweep.h"
-#include "service/engine_thread.h"
+#include "ring_fixture.h"
 
 namespace {
 
-using flashclient::Sweep;
-using weightd::EngineThread;
-using weightd::FlashModel;
-namespace ring = weightd::ring;
-using ClientSession = flashclient::Session;
-
-struct RingTest : testing::Test {
-    weightd::TestFolder folder;
-
-    std::string socket_path() const { return folder.file("data"); }
-
-    static uint64_t dram_for(const FlashModel& model, uint32_t slots) {
-        return weightd::minimum_dram_bytes(model.spec) + slots * uint64_t{model.spec.cell_bytes};
-    }
-
-    std::unique_ptr<EngineThread> serve(const FlashModel& model, uint32_t slots, const std::string& reader = "auto") {
-        auto engine = std::make_unique<EngineThread>(
-            weightd::EngineOptions{dram_for(model, slots), {reader, 8, 32, false}, socket_path()});
-        EXPECT_EQ(engine->add_model(model.spec), 0U);
-        return engine;
-    }
-
-    std::unique_ptr<ClientSession> attach(EngineThread& engine, uint32_t slots = 8) {
-        return std::make_unique<ClientSession>(socket_path(), engine.open_session(0, slots).token, 20.0);
-    }
-
-    static flashclient::Layout layout(const FlashModel& model) {
-        flashclient::Layout layout{model.spec.bundles_per_cell, model.spec.stride_bytes, model.spec.cell_bytes, {}};
-        for (const auto& layer : model.spec.layers) layout.neurons.push_back(layer.neurons);
-        return layout;
-    }
-
-    static std::vector<ring::Grant> grants(ClientSession& session, size_t count) {
-        std::vector<ring::Grant> got;
-        while (got.size() < count) session.take_grants(got, true);
-        return got;
-    }
-
-    static void wait_until(const std::function<bool()>& condition) {
-        const auto deadline = weightd::Clock::now() + std::chrono::seconds(10);
-        while (!condition()) {
-            ASSERT_LT(weightd::Clock::now(), deadline);
-            std::this_thread::yield();
-        }
-    }
-
-    static void expect_sweep(const FlashModel& model, Sweep& sweep, uint32_t turns) {
-        for (uint32_t turn = 0; turn < turns; turn++) {
-            for (uint32_t layer = 0; layer < model.spec.layers.size(); layer++) {
-                uint32_t position = 0;
-                while (const Sweep::Bundles* chunk = sweep.next(layer)) {
-                    ASSERT_EQ(chunk->first_position, position);
-                    for (const uint64_t address : chunk->addresses) {
-                        ASSERT_EQ(std::memcmp(reinterpret_cast<const void*>(address),
-                                              model.bytes.data() + model.offset(layer, position++), 1000),
-                                  0);
-                    }
-                }
-                ASSERT_EQ(position, model.spec.layers[layer].neurons);
-            }
-        }
-    }
-};
-
-TEST_F(RingTest, SweepsThroughAPoolOfAnySize) {
-    FlashModel model(3, 301);
-    for (const uint32_t slots : {0U, 7U, 100U, 300U}) {
-        const auto engine = serve(model, slots);
-        const auto session = attach(*engine, 64);
-        Sweep sweep(*session, layout(model));
-        expect_sweep(model, sweep, 4);
-        sweep.idle();
-    }
-}
-
-TEST_F(RingTest, GivesOutHalfOfItsLookAheadAtOnceWhenItIsThere) {
-    FlashModel model(1, 2000);
-    const auto engine = serve(model, 600);
-    const auto session = attach(*engine, 64);
-    Sweep sweep(*session, layout(model));
-    expect_sweep(model, sweep, 1);
-    wait_until([&] { return engine->report().models[0].slots_leased == 64; });
-    engine->report();  // the loop has answered by then
-    const Sweep::Bundles* given = sweep.next(0);
-    ASSERT_NE(given, nullptr);
-    EXPECT_EQ(given->addresses.size(), 32U * model.spec.bundles_per_cell);
-    EXPECT_EQ(engine->report().models[0].slots_leased, 64U) << "nothing was given back yet";
-    sweep.idle();
-    wait_until([&] { return engine->report().models[0].slots_leased == 0; });
-}
+struct RingTest : RingFixture {};
 
 TEST_F(RingTest, FindsTheResidentWeights) {
     FlashModel model(1, 8);
@@ -129,31 +37,6 @@ TEST_F(RingTest, RefusesCorruptResidentWeights) {
     } catch (const weightd::CorruptResident& error) {
         EXPECT_NE(std::string(error.what()).find("tensor b"), std::string::npos);
     }
-}
-
-TEST_F(RingTest, SharesThePoolBetweenFourClients) {
-    FlashModel model(3, 301);
-    const auto engine = serve(model, 120);
-    std::vector<std::thread> clients;
-    for (int i = 0; i < 4; i++) {
-        clients.emplace_back([&] {
-            const auto session = attach(*engine, 16);
-            Sweep sweep(*session, layout(model));
-            expect_sweep(model, sweep, 20);
-        });
-    }
-    for (std::thread& client : clients) client.join();
-    wait_until([&] { return engine->report().sessions == 0; });
-    EXPECT_EQ(engine->report().models[0].slots_leased, 0U);
-}
-
-TEST_F(RingTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
-    FlashModel model(1, 2000);
-    const auto engine = serve(model, 300);
-    const auto silent = attach(*engine, 64), session = attach(*engine, 64);
-    silent->acquire(0, ring::RANGES, std::array{100U, 132U}, 0);
-    Sweep sweep(*session, layout(model));
-    expect_sweep(model, sweep, 2);  // nothing else wakes the loop while a read is deferred
 }
 
 TEST_F(RingTest, GivesTheSameBytesInBand) {

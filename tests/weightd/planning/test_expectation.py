@@ -25,7 +25,7 @@ from weightd_proto.weightd_pb2 import Layer, Model
 
 GB = 10**9
 DEVICE = assumed_profile(2.0)
-COST = TokenCost(kernel_gb_per_s=20.0, overhead_s=0.001, picks=2)
+COST = TokenCost(ffn_s=0.02, besides_s=0.01, picks=2)
 
 
 def record(experts: int = 0, layers: int = 4, neurons: int = 4096, hidden: int = 2048) -> Model:
@@ -61,16 +61,26 @@ def test_dense_model_reads_what_the_pool_lacks() -> None:
     half = model.bundles_file_bytes / 2
     assert half <= expected.reads.read_bytes <= half + expected.pool.share_slots * expected.pool.cell_bytes
     assert expected.read_s == pytest.approx(expected.reads.read_bytes / GB / gb_per_s(DEVICE, expected.reads))
-    assert expected.compute_s == pytest.approx(expected.touched_bytes / (20.0 * GB) + 0.001)
-    assert expected.touched_bytes == model.resident_file_bytes + model.bundles_file_bytes
+    assert expected.compute_s == pytest.approx(0.03)
 
 
-def test_rows_that_are_looked_up_are_not_touched() -> None:
+def test_exact_mode_takes_as_long_as_reading_and_computing() -> None:
     model = record()
-    model.resident.add(name="embed.weight", size_bytes=1 << 20)
-    whole = expect(model, COST, DEVICE, dram_bytes(model, 1)).touched_bytes
-    cost = TokenCost(kernel_gb_per_s=20.0, overhead_s=0.0, looked_up=("embed.weight",))
-    assert expect(model, cost, DEVICE, dram_bytes(model, 1)).touched_bytes == whole - (1 << 20)
+    half, whole = (expect(model, COST, DEVICE, dram_bytes(model, share)) for share in (0.5, 1))
+    assert half.token_s == pytest.approx(half.read_s + 0.03)
+    assert whole.token_s == pytest.approx(0.03)
+
+
+def test_predict_mode_computes_what_is_predicted_and_the_predictors() -> None:
+    firing, model = assumed_firing(record(), 0.1, window=4)
+    whole = model.bundle.bundle_bytes * len(firing.predicted)
+    neurons = firing.predicted.sum() * 2 / 3 + firing.fires.sum() / 3  # gate and up, and down
+    share = (neurons * model.bundle.bundle_bytes + model.calibration.files[0].size_bytes) / whole
+    expected = expect(model, COST, DEVICE, dram_bytes(model, 0.5), firing)
+    assert expected.compute_s == pytest.approx(0.01 + 0.02 * share)
+    slow, fast = (expect(model, COST, assumed_profile(gbps), dram_bytes(model, 0.5), firing) for gbps in (0.1, 100.0))
+    assert slow.token_s == pytest.approx(0.01 + slow.read_s)
+    assert fast.token_s == pytest.approx(fast.compute_s)
 
 
 def test_mixture_reads_the_picks_that_miss() -> None:
@@ -79,7 +89,7 @@ def test_mixture_reads_the_picks_that_miss() -> None:
     picked = model.bundles_file_bytes * COST.picks / 8
     held = expected.pool.slots / expected.pool.cells
     assert expected.reads.read_bytes == pytest.approx(picked * (1 - expert_hits(held)))
-    assert expected.touched_bytes == pytest.approx(model.resident_file_bytes + picked)
+    assert expected.token_s == pytest.approx(0.01 + max(expected.read_s, 0.02))
     assert [expert_hits(share) for share, _ in EXPERT_HITS] == [hits for _, hits in EXPERT_HITS]
 
 
@@ -107,6 +117,14 @@ def test_the_pool_is_what_the_engine_gives() -> None:
     least = pool_of(model, demand_of(model).minimum_bytes)
     assert least == PoolSize(6, 3, 16384, 12288)
     assert pool_of(model, demand_of(model).minimum_bytes + (64 << 20)).share_slots == (8 << 20) // 12288
+
+
+def test_room_for_segments_that_a_table_does_not_fill_is_the_pools() -> None:
+    model = record()
+    without = pool_of(model, demand_of(model).minimum_bytes).slots
+    model.tables.add().CopyFrom(record(layers=1, neurons=16384))
+    model.tables[0].name = "m/embed"
+    assert pool_of(model, demand_of(model).minimum_bytes).slots == without + (62 << 20) // 12288
 
 
 def test_speed_lies_between_the_sizes_and_depths_that_were_measured() -> None:

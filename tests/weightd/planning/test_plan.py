@@ -59,6 +59,7 @@ def test_a_configuration_gives_the_sizes_of_the_import(tmp_path: Path, capsys: p
     assert said["resident_bytes"] == record.resident_file_bytes
     assert said["ffn_bytes"] == record.bundles_file_bytes
     assert said["model_class"] == "LlamaForCausalLM"
+    assert min(said["ffn_ms"], said["besides_ms"]) > 0
     from_store = planned(capsys, "model", "--store", store)
     assert from_store["smallest_dram_bytes"] == said["smallest_dram_bytes"]
     assert from_store["plans"][-1]["read_bytes_per_token"] == 0

@@ -23,7 +23,6 @@ from typing import IO, Any
 
 from weightd.checkpoint.checkpoint import Checkpoint
 from weightd.errors import CheckpointError
-from weightd_proto.tables import WEIGHT
 from weightd_proto.weightd_pb2 import (
     DeriveRequest,
     ImportRequest,
@@ -54,32 +53,32 @@ def derive(checkpoint: Checkpoint, ask: Ask, activation: str = "") -> Recipe:
     return response.recipe
 
 
-@dataclass(frozen=True)
-class TokenCost:
-    """What a token costs a client on this machine, apart from reading weights. See ImportResponse in weightd.proto.
+def derive_from_config(config: Mapping[str, Any], name: str | Path, ask: Ask) -> Recipe:
+    """The recipe of the model `name`, of which there is only a configuration. It names transformers' own tensors.
 
-    Attributes:
-        looked_up: resident tensors of which a token reads one row.
+    CheckpointError if there is none.
     """
-
-    kernel_gb_per_s: float
-    overhead_s: float
-    picks: int = 0
-    looked_up: tuple[str, ...] = ()
-
-
-def derive_from_config(config: Mapping[str, Any], dtype: str, name: str | Path, ask: Ask) -> tuple[Recipe, TokenCost]:
-    """The recipe of the model `name`, of which there is only a configuration, and what a token of it costs in `dtype`.
-
-    The recipe names the tensors of transformers' model. Measuring takes seconds. CheckpointError if there is none.
-    """
-    request = DeriveRequest(config_json=_as_bytes(config), config_only=True, cost_dtype=dtype)
-    response = ask(ImportRequest(derive=request))
+    response = ask(ImportRequest(derive=DeriveRequest(config_json=_as_bytes(config), config_only=True)))
     if response.refusal:
         raise CheckpointError(f"{name}: {response.refusal}")
-    looked_up = tuple(f"{module}.{WEIGHT}" for module in response.recipe.tables)
-    cost = TokenCost(response.kernel_gb_per_s, response.overhead_s, response.picks, looked_up)
-    return response.recipe, cost
+    return response.recipe
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """What a token costs a client on this machine, apart from reading weights. See ImportResponse in weightd.proto."""
+
+    ffn_s: float
+    besides_s: float
+    picks: int = 0
+
+
+def token_cost(record: Model, folder: Path, ask: Ask) -> TokenCost:
+    """What a token of `record` costs, whose config.json is in `folder`. CheckpointError if no client could run it."""
+    response = ask(ImportRequest(cost=RehearseRequest(record=record, folder=os.fspath(folder))))
+    if response.refusal:
+        raise CheckpointError(f"no client could run {record.name}: {response.refusal}")
+    return TokenCost(response.ffn_s, response.besides_s, response.picks)
 
 
 def _as_bytes(config: Mapping[str, Any]) -> bytes:

@@ -4,8 +4,11 @@ Reads. Exact mode of a dense model reads what the pool does not hold: it goes th
 keeps what it has. A mixture of experts reads the cells of the experts that the router picks and the pool does not hold.
 Predict mode reads the neurons that are predicted, were not in the window, and are not among the hottest.
 
-Time. Reading and computing add up. A mixture and predict mode learn in each layer what to read, and wait for most.
-Exact mode reads ahead, but what it gains by that is about what verifying and receiving the bytes take from the kernels.
+Time. A mixture and predict mode learn in each layer what to read. They compute what is in the pool and what arrives
+while the rest is read, so the FFNs take as long as reading or their kernels, whichever is slower, and all else adds to
+that.
+Exact mode reads ahead while it computes what the pool lacks, but its kernels are slower then, because weightd's threads
+take and verify chunks meanwhile: about as much as reading ahead gains. So reading and computing add up there.
 scripts/bench_plan.py measures how near this comes.
 """
 
@@ -17,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from weightd._native import POOL_SLOTS_MIN, EngineThread
+from weightd._native import POOL_SLOTS_MIN, SEGMENT_BYTES_MAX, SEGMENT_BYTES_MIN, EngineThread
 from weightd.importing.client_process import TokenCost
 from weightd.planning.firing import Firing
 from weightd.serving.served_models import demand_of
@@ -30,9 +33,10 @@ from weightd_proto.weightd_pb2 import Model
 
 READ_BYTES_MAX = 1 << 20  # of one request: neighbours are read together
 LENT_NEVER = 1 / 16  # of the pool: no window can have it
-# The share of picks that the pool finds when it holds this share of a layer's experts: its own policy on a trace of the
-# locality that was published for Gemma 4 26B-A4B, 128 experts (weightd/README.md).
-EXPERT_HITS = ((0.0, 0.0), (0.125, 0.546), (0.25, 0.748), (0.5, 0.925), (1.0, 1.0))
+# The share of picks that the pool finds when it holds this share of a layer's experts: its own policy on a trace with
+# the locality that was published for Gemma 4 26B-A4B (scripts/simulate_pool.py: "mixture"). Between 32 and 512 experts
+# it differs by 2 points at most. Where some experts are popular for good, the pool finds more.
+EXPERT_HITS = ((0.0, 0.0), (0.125, 0.40), (0.25, 0.64), (0.5, 0.85), (1.0, 1.0))
 
 Shares = npt.NDArray[np.float64]
 
@@ -73,7 +77,6 @@ class Expectation:
 
     pool: PoolSize
     reads: Reads
-    touched_bytes: float  # of weights in memory
     read_s: float
     compute_s: float  # kernels, and what a token costs besides
     token_s: float
@@ -84,6 +87,8 @@ def pool_of(record: Model, dram_bytes: int) -> PoolSize:
     cells, cell_bytes = sum(layer.cells for layer in record.layers), record.bundle.cell_bytes
     spare_bytes = dram_bytes - demand_of(record).minimum_bytes
     assert spare_bytes >= 0
+    # demand_of() has room for a large segment of each table. One client's rows take the smallest.
+    spare_bytes += sum(max(0, min(SEGMENT_BYTES_MAX, t.bundles_file_bytes) - SEGMENT_BYTES_MIN) for t in record.tables)
     slots = POOL_SLOTS_MIN + spare_bytes // cell_bytes
     share = EngineThread.share_slots(slots, slots_wanted(cell_bytes), cells)
     return PoolSize(min(slots, cells), share, cells, cell_bytes)
@@ -98,18 +103,20 @@ def expect(
         firing: of predict mode; None: exact mode.
     """
     pool = pool_of(record, dram_bytes)
-    resident = record.resident_file_bytes - sum(t.size_bytes for t in record.resident if t.name in cost.looked_up)
     if firing is not None:
-        reads, ffn_bytes = _predicted(record, pool, firing)
-        resident += predictors_bytes(record)
+        reads, computed = _predicted(record, pool, firing)
     elif has_experts(record):
-        reads, ffn_bytes = _mixture(record, pool, cost.picks)
+        reads, computed = _mixture(record, pool, cost.picks), 1.0
     else:
-        reads, ffn_bytes = _dense(record, pool)
-    touched_bytes = resident + ffn_bytes
-    read_s = reads.read_bytes / (gb_per_s(device, reads) * 1e9) + _lookup_s(record, device)
-    compute_s = touched_bytes / (cost.kernel_gb_per_s * 1e9) + cost.overhead_s
-    return Expectation(pool, reads, touched_bytes, read_s, compute_s, read_s + compute_s)
+        reads, computed = _dense(record, pool), 1.0
+    read_s = reads.read_bytes / (gb_per_s(device, reads) * 1e9)
+    compute_s = cost.besides_s + computed * cost.ffn_s
+    waited_s = max(read_s, computed * cost.ffn_s)
+    if firing is None and not has_experts(record):
+        waited_s = read_s + cost.ffn_s
+    token_s = cost.besides_s + waited_s
+    lookup_s = _lookup_s(record, device)
+    return Expectation(pool, reads, read_s + lookup_s, compute_s, token_s + lookup_s)
 
 
 def predictors_bytes(record: Model) -> int:
@@ -123,18 +130,14 @@ def _lookup_s(record: Model, device: DeviceProfile) -> float:
     return sum(size / (gb_per_s(device, Reads(size, size, 1)) * 1e9) for size in rows)
 
 
-def _bundles_bytes(record: Model) -> int:
-    return record.bundle.bundle_bytes * sum(layer.neurons for layer in record.layers)
-
-
-def _dense(record: Model, pool: PoolSize) -> tuple[Reads, float]:
+def _dense(record: Model, pool: PoolSize) -> Reads:
     """Cells that are on their way take the place of cells that stay."""
     missing = 0 if pool.slots == pool.cells else min(pool.cells, pool.cells - pool.slots + pool.share_slots)
     depth = pool.share_slots * pool.cell_bytes / READ_BYTES_MAX
-    return Reads(missing * pool.cell_bytes, READ_BYTES_MAX, depth), _bundles_bytes(record)
+    return Reads(missing * pool.cell_bytes, READ_BYTES_MAX, depth)
 
 
-def _mixture(record: Model, pool: PoolSize, picks: int) -> tuple[Reads, float]:
+def _mixture(record: Model, pool: PoolSize, picks: int) -> Reads:
     """FFNs that are not mixtures are used by every token, so that the pool keeps them first."""
     always = sum(layer.cells for layer in record.layers if not layer.experts)
     mixtures = [layer for layer in record.layers if layer.experts]
@@ -144,8 +147,7 @@ def _mixture(record: Model, pool: PoolSize, picks: int) -> tuple[Reads, float]:
     missing = picked * (1 - expert_hits(held)) + max(0, always - pool.slots)
     request_bytes = min(READ_BYTES_MAX, pool.cell_bytes * max(layer.cells // layer.experts for layer in mixtures))
     depth = missing * pool.cell_bytes / request_bytes / len(record.layers)
-    touched = record.bundle.bundles_per_cell * record.bundle.bundle_bytes * (picked + always)
-    return Reads(missing * pool.cell_bytes, request_bytes, depth), touched
+    return Reads(missing * pool.cell_bytes, request_bytes, depth)
 
 
 def expert_hits(held: float) -> float:
@@ -155,14 +157,19 @@ def expert_hits(held: float) -> float:
 
 
 def _predicted(record: Model, pool: PoolSize, firing: Firing) -> tuple[Reads, float]:
-    """As if neurons fired independently of each other, and the pool had the hottest ones beside the window."""
+    """The reads, and the bytes that are computed as a share of all FFN weights.
+
+    As if neurons fired independently of each other, and the pool had the hottest ones beside the window.
+    """
     ends = np.cumsum([layer.neurons for layer in record.layers])[:-1]
     by_layer = np.split(firing.predicted, ends)
     used = np.concatenate([used_cells(shares, record.bundle.bundles_per_cell) for shares in by_layer])
     missing = missed_cells(used, pool.slots, firing.window)
     *first_parts, down = part_bytes(record.bundle)
     touched = float(firing.predicted.sum()) * sum(first_parts) + float(firing.fires.sum()) * down
-    return Reads(missing * pool.cell_bytes, pool.cell_bytes, missing / len(record.layers)), touched
+    touched += predictors_bytes(record)
+    whole = record.bundle.bundle_bytes * len(firing.predicted)
+    return Reads(missing * pool.cell_bytes, pool.cell_bytes, missing / len(record.layers)), touched / whole
 
 
 def missed_cells(used: Shares, slots: int, window: int) -> float:

@@ -157,8 +157,8 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "ffn_bytes": record.bundles_file_bytes,
         "smallest_dram_bytes": plan.minimum_bytes,
         "device": {"source": plan.device_text, "sequential_gb_per_s": plan.device.sequential_gb_per_s},
-        "kernel_gb_per_s": subject.cost.kernel_gb_per_s,
-        "overhead_ms": subject.cost.overhead_s * 1e3,
+        "ffn_ms": subject.cost.ffn_s * 1e3,
+        "besides_ms": subject.cost.besides_s * 1e3,
         "plans": [_figures(size, each) for size, each in plan.expectations.items()],
         "assumptions": list(plan.assumptions),
         "slides": None if slides is None else vars(slides),
@@ -190,8 +190,9 @@ def _as_text(plan: Plan) -> Iterator[str]:
     ffns = "; ".join(each.line() for each in ffns_of(record))
     yield _row("streamed", f"{format_size(record.bundles_file_bytes)}: {ffns}")
     yield _row("device", plan.device_text)
-    besides = f"{subject.cost.overhead_s * 1e3:.1f} ms a token besides"
-    yield _row("computing", f"{subject.cost.kernel_gb_per_s:.1f} GB/s of weights, {besides}, as measured here")
+    computed = f"{subject.cost.picks} experts of each layer" if has_experts(record) else "all FFNs"
+    ffn, besides = (_milliseconds(each * 1e3) for each in (subject.cost.ffn_s, subject.cost.besides_s))
+    yield _row("computing", f"{ffn} a token for {computed} in memory, {besides} for all else, as measured here")
     yield _row("smallest", f"--dram {format_enough(plan.minimum_bytes)}")
     for each in plan.assumptions:
         yield _row("assumed", each)

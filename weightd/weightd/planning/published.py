@@ -1,8 +1,8 @@
 """Configurations that are shipped, under short names: the models of the slides "Dynamic data loading from Flash to DRAM
 for LLM inference" (2024), whose figures stand beside those of `weightd plan`.
 
-Each file of configs/ is config.json as published. That of ChatGLM is ChatGLM3-6B's, because the first ChatGLM-6B has
-other mathematics.
+Each file of configs/ has the values of config.json as published, compared with copies in public repositories. That of
+ChatGLM is ChatGLM3-6B's, because the first ChatGLM-6B has other mathematics.
 """
 
 from __future__ import annotations

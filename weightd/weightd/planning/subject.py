@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from weightd.checkpoint.checkpoint import read_json
@@ -12,7 +13,7 @@ from weightd.checkpoint.folder import CONFIG_FILE, configuration_name
 from weightd.checkpoint.gguf import open_gguf
 from weightd.checkpoint.opening import locate_here
 from weightd.errors import CheckpointError
-from weightd.importing.client_process import Ask, TokenCost, derive_from_config
+from weightd.importing.client_process import Ask, TokenCost, derive_from_config, token_cost
 from weightd.importing.record import lay_out_record
 from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
@@ -60,8 +61,7 @@ def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
     if dtype is not None:
         raise CheckpointError(f"{model} is in {store.path} with a dtype of its own: leave --dtype out")
     record = store.model(model)
-    config = read_json(store.path / model / FILES_FOLDER / CONFIG_FILE)
-    _, cost = derive_from_config(config, record.compute_dtype, model, ask)
+    cost = token_cost(record, store.path / model / FILES_FOLDER, ask)
     return Subject(model, record, cost, store.path)
 
 
@@ -91,12 +91,15 @@ def _from_config(
 ) -> Subject:
     used, assumptions = _dtype(config, dtype)
     stored = COMPUTE_DTYPES[used]
-    recipe, cost = derive_from_config(config, stored, path, ask)
+    recipe = derive_from_config(config, path, ask)
     dtypes = {source.name: "F32" if stored in source.f32_in else stored for source in recipe.resident}
     looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
     record, _ = lay_out_record(recipe.model, kinds, name, stored, BLOCK_BYTES, device.full_speed_bytes)
     record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
+    with TemporaryDirectory(prefix="weightd-plan-") as folder:
+        Path(folder, CONFIG_FILE).write_bytes(recipe.config_json)
+        cost = token_cost(record, Path(folder), ask)
     return Subject(name, record, cost, None, (*assumptions, *recipe.notes))
 
 
