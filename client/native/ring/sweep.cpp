@@ -14,8 +14,9 @@ Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::
 
 void Sweep::forget() {
     kept_.clear();
+    kept_in_.assign(layout_.neurons.size(), 0);
     kept_cells_ = 0;
-    keep_max_ = cells_;
+    refused_at_ = UINT32_MAX;
     used_.clear();
     chunks_.clear();
     in_use_ = 0;
@@ -53,7 +54,9 @@ uint32_t Sweep::streamed_cells() const {
 
 const Sweep::Bundles* Sweep::next(uint32_t layer) {
     if (layer >= layout_.neurons.size()) throw std::out_of_range("there is no such layer");
-    limit_ = session_.lease_limit();
+    const uint32_t limit = session_.lease_limit();
+    const uint32_t streamed = cells_ <= limit ? 0 : chunks_max_ * chunk_cells_;  // what is not kept must have its place
+    keep_max_ = std::min({cells_, limit - std::min(limit, streamed), refused_at_ - 1});
     finish_chunks_in_use();
     if (layer_ended_) {
         layer_ended_ = false;
@@ -64,7 +67,7 @@ const Sweep::Bundles* Sweep::next(uint32_t layer) {
         give_back_streamed();
         next_ = ahead_ = {layer, 0};
     }
-    obey_limit();
+    if (kept_cells_ > keep_max_) keep_at_most(keep_max_);
     given_.first_position = next_.cell * layout_.bundles_per_cell;
     given_.addresses.clear();
     if (chunks_.empty() || 2 * used_.size() >= chunks_max_) refill();
@@ -75,7 +78,7 @@ const Sweep::Bundles* Sweep::next(uint32_t layer) {
     take_answers(false);
     if (chunks_.front().unanswered > 0) wait_for_first();
     if (chunks_.front().refused) {  // its own share is guaranteed: what is kept above it took the place
-        keep_max_ = kept_cells_ / 2;
+        refused_at_ = std::max(1U, kept_cells_ / 2);
         keep_at_most(0);
         wait_for_first();
     }
@@ -83,25 +86,20 @@ const Sweep::Bundles* Sweep::next(uint32_t layer) {
     return &given_;
 }
 
-// What is streamed after this chunk must have its place, too.
-bool Sweep::may_keep(const Chunk& chunk) const {
-    const uint32_t kept = kept_cells_ + chunk.cell_count;
-    const uint32_t streamed = std::min(cells_ - kept, chunks_max_ * chunk_cells_);
-    return chunk.failed.empty() && kept <= keep_max_ && kept + streamed <= limit_;
-}
-
-void Sweep::obey_limit() {
-    const uint32_t streamed = streamed_cells();
-    if (kept_.empty() || kept_cells_ + streamed <= limit_) return;
-    keep_at_most(limit_ - std::min(limit_, chunks_max_ * chunk_cells_));
+uint32_t Sweep::keep_max(uint32_t layer) const {
+    return static_cast<uint32_t>(uint64_t{keep_max_} * layout_.cells_in(layer) / cells_);
 }
 
 void Sweep::keep_at_most(uint32_t cells) {
+    keep_max_ = cells;
     give_back_streamed();
-    while (kept_cells_ > cells) {
-        auto last = kept_.extract(std::prev(kept_.end()));
-        kept_cells_ -= last.mapped().cell_count;
-        used_.push_back(std::move(last.mapped()));
+    for (auto chunk = kept_.end(); chunk != kept_.begin();) {
+        const uint32_t layer = (--chunk)->second.at.layer;
+        if (kept_in_[layer] <= keep_max(layer)) continue;
+        kept_in_[layer] -= chunk->second.cell_count;
+        kept_cells_ -= chunk->second.cell_count;
+        used_.push_back(std::move(chunk->second));
+        chunk = kept_.erase(chunk);
     }
     give_back_used();
 }
@@ -201,7 +199,9 @@ void Sweep::finish_first() {
     Chunk chunk = std::move(chunks_.front());
     chunks_.pop_front();
     first_tag_++;
-    if (may_keep(chunk)) {
+    const uint32_t layer = chunk.at.layer;
+    if (chunk.failed.empty() && kept_in_[layer] + chunk.cell_count <= keep_max(layer)) {
+        kept_in_[layer] += chunk.cell_count;
         kept_cells_ += chunk.cell_count;
         kept_.emplace(std::pair{chunk.at.layer, chunk.at.cell}, std::move(chunk));
     } else {
@@ -248,9 +248,8 @@ void Sweep::leave() {
 }
 
 void Sweep::idle() {
-    keep_max_ = 0;
     keep_at_most(0);
-    keep_max_ = cells_;
+    refused_at_ = UINT32_MAX;
     next_ = ahead_ = {};
     layer_ended_ = false;
 }

@@ -7,7 +7,8 @@
 //
 // Chunks stay leased after their use as far as the session may borrow above its share: they cost no message in the next
 // turn. They are given back when the limit falls, when weightd refuses to lend more, and in idle(). A model that lies
-// whole in the pool of one client then costs none at all.
+// whole in the pool of one client then costs none at all. Each layer keeps its first chunks, and all layers the same
+// part, so that others are read while those are computed.
 //
 // Invariants: chunks_ are, in order, the chunks after those given out that are not kept. No chunk is leased twice.
 #pragma once
@@ -72,8 +73,7 @@ class Sweep {
     Cursor after(const Cursor& at) const;
     uint32_t streamed_cells() const;
     Kept::const_iterator kept_at(const Cursor& at) const { return kept_.find({at.layer, at.cell}); }
-    bool may_keep(const Chunk& chunk) const;
-    void obey_limit();
+    uint32_t keep_max(uint32_t layer) const;
     void keep_at_most(uint32_t cells);
     void look_ahead();
     void ask(const Cursor& at);
@@ -93,10 +93,11 @@ class Sweep {
     Layout layout_;
     uint32_t cells_ = 0;  // of the model
     uint32_t chunk_cells_;
-    uint32_t chunks_max_;    // that are streamed: used, in use or on their way
-    uint32_t limit_ = 0;     // of leases, as last read
-    uint32_t keep_max_ = 0;  // cells; less after a refusal
+    uint32_t chunks_max_;      // that are streamed: used, in use or on their way
+    uint32_t keep_max_ = 0;    // cells of all layers, by the limit
+    uint32_t refused_at_ = 0;  // this many or more were too much
     Kept kept_;
+    std::vector<uint32_t> kept_in_;  // cells of each layer
     uint32_t kept_cells_ = 0;
     std::vector<Chunk> used_;   // still leased
     std::deque<Chunk> chunks_;  // the first ones are in use
