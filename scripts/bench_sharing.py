@@ -95,10 +95,11 @@ def clients(tasks: Sequence[Task]) -> Iterator[list[Client]]:
         yield started
 
 
-def process_bytes(pid: int) -> int:
+def process_bytes(pid: int, kinds: str = "Anon|File") -> int:
     """Pss_Anon and Pss_File: a process's own memory and its part of mapped files."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return sum(int(kilobytes) for kilobytes in re.findall(r"^Pss_(?:Anon|File):\s+(\d+) kB", text, re.MULTILINE)) * 1024
+    found = re.findall(rf"^Pss_(?:{kinds}):\s+(\d+) kB", text, re.MULTILINE)
+    return sum(map(int, found)) * 1024
 
 
 def shared_bytes(pid: int) -> int:
@@ -112,10 +113,11 @@ def shared_bytes(pid: int) -> int:
     return sum(files.values())
 
 
-def runtime_bytes(count: int) -> int:
-    """The memory of `count` processes that have loaded the libraries but no model."""
-    with clients([Task(None, "", "", 0, 0, 0)] * count) as started:
-        return sum(process_bytes(client.pid) for client in started)
+def runtime_bytes(counts: Sequence[int]) -> dict[int, float]:
+    """The memory of that many processes that have loaded the libraries but no model. They share what they map."""
+    with clients([Task(None, "", "", 0, 0, 0)] * counts[-1]) as started:
+        own, mapped = (sum(process_bytes(client.pid, kind) for client in started) for kind in ("Anon", "File"))
+    return {count: own * count / counts[-1] + mapped for count in counts}
 
 
 def read_by(daemons: Sequence[Daemon], model: str) -> Read:
@@ -195,9 +197,10 @@ def measure(options: argparse.Namespace) -> tuple[Row, list[Row], list[Target]]:
     planted = planted_store(options.shape, options.folder)
     machine = machine_facts(options.folder) | {"shape": options.shape, "model_gb": planted.model_bytes / 1e9}
     counts = options.clients
-    runtime_gb = {count: runtime_bytes(count) / 1e9 for count in counts}
+    runtime_gb = {count: held / 1e9 for count, held in runtime_bytes(counts).items()}
     rows: list[Row] = []
-    for mode, tokens in MODES.items():
+    for mode in options.modes:
+        tokens = MODES[mode]
         task = Task("", planted.name, mode, options.prompt_tokens, options.tokens or tokens, SEED)
         order = counts if options.once else (*counts, *reversed(counts))
         again = [measured(planted, task, count, private=False) for count in order]
@@ -221,7 +224,7 @@ def told(row: Row) -> Row:
 def targets_of(rows: Sequence[Row]) -> list[Target]:
     """Compares the most clients with one client, in the worse of both modes."""
     first, last = min(row["clients"] for row in rows), max(row["clients"] for row in rows)
-    if (first, last) != (1, 4):
+    if (first, last) != (1, 4) or {row["mode"] for row in rows} != set(MODES):
         return []
     pairs = [
         tuple(next(row for row in rows if row["mode"] == mode and row["clients"] == count) for count in (first, last))
@@ -254,6 +257,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, help="tokens to decode (default: 8 in exact mode, 64 in predict mode)")
     parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="default: both")
     parser.add_argument("--once", action="store_true", help="measure each number of clients once")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()

@@ -37,9 +37,13 @@ def main() -> int:
         tokenizer = _tokenizer(pages, options.tokenizer or options.work / "tokenizer")
         torch.save(encode(tokenizer, [page for page in pages if not page.held_out]), options.work / "tokens.pt")
         del pages
-    with TemporaryDirectory() as meeting:
-        run: Any = spawn
-        run(_work, (options, Path(meeting) / "workers"), options.workers)
+    with TemporaryDirectory() as folder:
+        meeting = Path(folder) / "workers"
+        if options.workers == 1:
+            _work(0, options, meeting)
+        else:
+            run: Any = spawn
+            run(_work, (options, meeting), options.workers)
     return 0
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+import train_demo_model
 from checkpoints import make_tokenizer
 from demonstration import training as demo_training
 from demonstration.training import SEED, FiringPenalty, Plan, batch, learning_rate, train
 from repository import SCRIPTS
-from train_demo_model import config
 from transformers import OPTForCausalLM, PreTrainedTokenizerFast
 
 PLAN = Plan(steps=8, batch_rows=4, context_tokens=16, learning_rate=1e-3, firing_target=0.1, workers=1)
@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def model() -> Any:
     torch.manual_seed(SEED)
-    return OPTForCausalLM(config(hidden_size=32, layers=2, heads=2))
+    return OPTForCausalLM(train_demo_model.config(hidden_size=32, layers=2, heads=2))
 
 
 def test_an_epoch_shows_every_window_once(tokens: torch.Tensor) -> None:
@@ -102,12 +102,12 @@ def test_a_stopped_run_ends_like_one_that_was_not(
         assert torch.equal(wanted, got), name
 
 
-def test_a_folder_without_text_is_refused(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), "--text-root", str(tmp_path), "--work", str(tmp_path / "work")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr == (
-        f"too little HTML or POD under {tmp_path}: install python3-doc and linux-doc, or pass --text-root\n"
+def test_a_folder_without_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--text-root", str(tmp_path), "--work", str(tmp_path / "work")])
+    with pytest.raises(SystemExit) as ended:
+        train_demo_model.main()
+    assert ended.value.code == (
+        f"too little HTML or POD under {tmp_path}: install python3-doc and linux-doc, or pass --text-root"
     )
 
 
