@@ -80,7 +80,7 @@ def _w_tiny_lfu(slots: int) -> Use:
     probation: OrderedDict[int, None] = OrderedDict()
     protected: OrderedDict[int, None] = OrderedDict()
     window_max = max(1, round(slots * WINDOW_SHARE))
-    main_max = max(1, slots - window_max)
+    main_max = slots - window_max
     protected_max = round(main_max * PROTECTED_SHARE)
     counts: Counter[int] = Counter()
     seen = 0
@@ -88,6 +88,8 @@ def _w_tiny_lfu(slots: int) -> Use:
     def admit(candidate: int) -> None:
         if len(probation) + len(protected) < main_max:
             probation[candidate] = None
+            return
+        if main_max == 0:
             return
         victim = next(iter(probation or protected))
         if counts[candidate] > counts[victim]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from benchmarks.native_module import bench_native
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from repository import SCRIPTS
@@ -48,6 +48,7 @@ def test_a_pool_for_everything_misses_each_cell_once(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "Belady"])
 @given(cells=st.lists(st.integers(0, 9), min_size=1, max_size=80), slots=st.integers(1, 9))
+@example(cells=[0, 1, 0, 1], slots=1)
 @settings(max_examples=30, deadline=None)
 def test_no_policy_beats_the_one_that_knows_the_future(name: str, cells: list[int], slots: int) -> None:
     trace = np.array(cells, np.uint32)
