@@ -140,19 +140,8 @@ def test_killed_rm_removes_all_or_nothing(store: Path, point: str, names: list[s
 
 def test_file_size_limit_ends_the_import_with_one_line(store: Path, checkpoint: Path) -> None:
     limited = ["sh", "-c", 'trap "" XFSZ; ulimit -f 390; exec "$@"', "sh"]  # blocks of 512 bytes
-    command = [
-        *limited,
-        sys.executable,
-        "-m",
-        "weightd.cli",
-        "import",
-        str(checkpoint),
-        "--store",
-        str(store),
-        "--name",
-        "new",
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [*limited, sys.executable, "-m", "weightd.cli", "import", str(checkpoint), "--store", str(store)]
+    result = subprocess.run([*command, "--name", "new"], capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert result.stderr.startswith(f"weightd: no space in {store}: ")
     assert result.stderr.count("\n") == 1
