@@ -21,7 +21,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from flashclient._native import Workers
 from flashclient.model.build import build_model
 from flashclient.model.loaded import load_tokenizer
-from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource
+from flashclient.source.repeated import RepeatedSource, memory_bytes_min
 from weightd_proto import weightd_pb2
 
 MAP_NORESERVE = 0x4000  # Linux's; Python names it since 3.13
@@ -38,8 +38,7 @@ def _zeros(record: weightd_pb2.Model) -> RepeatedSource:
     size_bytes = max(record.resident_file_bytes, mmap.PAGESIZE)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE  # pages that are never written take no memory
     resident = np.frombuffer(mmap.mmap(-1, size_bytes, flags), np.uint8)
-    cell_bytes = record.bundle.stride_bytes * max(1, record.bundle.bundles_per_cell)
-    return RepeatedSource(record, resident, np.zeros(cell_bytes + ALIGNMENT_BYTES, np.uint8))
+    return RepeatedSource(record, resident, np.zeros(memory_bytes_min(record), np.uint8))
 
 
 def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
@@ -49,12 +48,11 @@ def rehearse(record: weightd_pb2.Model, folder: Path) -> None:
         RefusedFileError: a client could not do so.
     """
     source: Any = _zeros(record)
-    placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
     with _blamed(folder / GENERATION_CONFIG_NAME):
         if (folder / GENERATION_CONFIG_NAME).exists():
             GenerationConfig.from_pretrained(folder)
     with _blamed(folder / CONFIG_NAME):
-        model: Any = build_model(record, folder, source, placements.__getitem__, Workers(1)).model
+        model: Any = build_model(record, folder, source, source.placement, Workers(1)).model
         ids = torch.zeros(1, PROMPT_TOKENS, dtype=torch.int64)
         with torch.no_grad():
             model(ids)

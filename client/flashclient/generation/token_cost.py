@@ -26,7 +26,7 @@ from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.build import BuiltModel, build_model
 from flashclient.model.ffn import Clock
 from flashclient.recipes.ffns.tiny import PICKS
-from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource
+from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource, memory_bytes_min
 from weightd_proto.weightd_pb2 import ImportResponse, Model
 
 MEMORY_BYTES = 256 << 20
@@ -44,11 +44,9 @@ def token_cost(record: Model, folder: Path) -> ImportResponse:
         folder: with config.json. The memory that is needed is MEMORY_BYTES, or the largest resident tensor.
     """
     record, resident_bytes = _overlapping(record)
-    cell_bytes = record.bundle.stride_bytes * max(1, record.bundle.bundles_per_cell)
-    memory = _memory(max(MEMORY_BYTES, resident_bytes, cell_bytes + ALIGNMENT_BYTES), record.compute_dtype)
+    memory = _memory(max(MEMORY_BYTES, resident_bytes, memory_bytes_min(record)), record.compute_dtype)
     source: Any = RepeatedSource(record, memory, memory)
-    placements = [np.arange(layer.neurons, dtype=np.uint32) for layer in record.layers]
-    built = build_model(record, folder, source, placements.__getitem__, Workers(torch.get_num_threads()))
+    built = build_model(record, folder, source, source.placement, Workers(torch.get_num_threads()))
     token_s, ffn_s = _seconds(built)
     return ImportResponse(ffn_s=ffn_s, besides_s=max(0.0, token_s - ffn_s), picks=_picks(built.model))
 

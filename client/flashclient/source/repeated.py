@@ -18,12 +18,17 @@ CHUNK_BYTES = LOOK_AHEAD_BYTES // 2  # what a client over shared memory computes
 ALIGNMENT_BYTES = 64  # of kernels
 
 
+def memory_bytes_min(record: weightd_pb2.Model) -> int:
+    """Of the memory that a RepeatedSource takes: one cell, and the room to align it."""
+    return record.bundle.stride_bytes * max(1, record.bundle.bundles_per_cell) + ALIGNMENT_BYTES
+
+
 class RepeatedSource:
     """A BundleSource in exact mode. Its bundles lie one after the other in `memory`, and again from its beginning.
 
     Args:
         resident: the bytes of resident.safetensors.
-        memory: of at least one cell and ALIGNMENT_BYTES.
+        memory: of at least memory_bytes_min().
     """
 
     errors = nullcontext()
@@ -42,6 +47,10 @@ class RepeatedSource:
         self.tables = [
             MemoryTable(np.zeros((1, table.bundle.bundle_bytes), np.uint8), alike=True) for table in record.tables
         ]
+
+    def placement(self, layer: int) -> NDArray[np.uint32]:
+        """Bundles lie in the order of their neurons."""
+        return np.arange(self._layers[layer].neurons, dtype=np.uint32)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         neurons, step = self._layers[layer].neurons, max(1, CHUNK_BYTES // self._stride_bytes)

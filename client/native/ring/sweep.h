@@ -95,7 +95,7 @@ class Sweep {
     uint32_t chunk_cells_;
     uint32_t chunks_max_;      // that are streamed: used, in use or on their way
     uint32_t keep_max_ = 0;    // cells of all layers, by the limit
-    uint32_t refused_at_ = 0;  // this many or more were too much
+    uint32_t refused_at_ = 0;  // cells: when so many were kept, weightd refused to lend more
     Kept kept_;
     std::vector<uint32_t> kept_in_;  // cells of each layer
     uint32_t kept_cells_ = 0;
