@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import count
 from pathlib import Path
 from random import Random
 
@@ -59,12 +60,17 @@ def calibration_file(data: bytes) -> None:
 
 
 @cache
+def _store() -> Store:
+    write_model(folder() / "store")
+    return Store.open(folder() / "store", readonly=True)
+
+
+@cache
 def _served() -> tuple[Store, EngineThread]:
     """A store with one model, and an engine that opens models of it."""
-    write_model(folder() / "store")
-    config = load_config(["--store", str(folder() / "store"), "--io-engine", "threads", "--allow-buffered"])
+    config = load_config(["--store", str(_store().path), "--io-engine", "threads", "--allow-buffered"])
     engine = _engine(config, 1 << 30, str(folder() / "data"), Triggers())
-    return Store.open(folder() / "store", readonly=True), engine
+    return _store(), engine
 
 
 def stop() -> None:
@@ -74,8 +80,13 @@ def stop() -> None:
         _served.cache_clear()
 
 
+_records = count()
+
+
 def catalog_record(data: bytes) -> None:
     """The record of a model as a store of format 1 may hold it: without a checksum."""
+    if next(_records) % 1000 == 999:  # an engine keeps the models that it has opened
+        stop()
     store, engine = _served()
     with suppress(StoreError, DeviceError, SpaceError):
         record = _parsed(data)
