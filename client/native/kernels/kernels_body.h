@@ -35,6 +35,9 @@ constexpr size_t BLOCK_ELEMENTS = 4096;  // of x, for all tokens of a tile: half
 constexpr size_t STRIP_ROWS = 128;       // of down columns, three cache lines of each: less than an L1 cache
 static_assert(BLOCK_ELEMENTS / TOKENS_MAX % LINE_BYTES == 0);
 
+// Into the L2 cache, which has more misses under way than L1: that reads memory up to 1.5 times as fast.
+LANE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
+
 // Adds elements [begin, end) to rows x tokens dots at once. A dot is one chain of vector sums, kept in `sums` between
 // calls, so neither the shape of a tile nor the borders between calls change a bit of it. The many chains of a tile
 // hide the latency of the multiply-add. `ahead` are the rows of the next tile. `begin` is a multiple of a cache line.
@@ -42,7 +45,6 @@ template <Dtype dtype, size_t rows, size_t tokens>
 LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead, const float* const* x,
                        size_t begin, size_t end, Lane (&sums)[rows][tokens]) {
     constexpr size_t LINE = LINE_BYTES / bytes_of(dtype);
-    constexpr int CACHE = tokens == 1 ? 3 : 2;  // prefetch into L1, unless x needs it
     Lane chain[rows][tokens];
     for (size_t r = 0; r < rows; r++) {
         for (size_t t = 0; t < tokens; t++) chain[r][t] = begin == 0 ? Lane::zero() : sums[r][t];
@@ -50,7 +52,7 @@ LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const vo
     size_t j = begin;
     for (; j + LINE <= end; j += LINE) {
         for (size_t r = 0; r < rows; r++) {
-            __builtin_prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype), 0, CACHE);
+            prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype));
         }
         for (size_t k = j; k < j + LINE; k += Lane::WIDTH) {
             Lane weights[rows];
@@ -156,22 +158,30 @@ template <Dtype dtype, size_t rows>
 KERNEL void accumulate_rows(const void* const* row_of, const float* h, size_t begin, size_t end, float* y,
                             const void* const* ahead) {
     using Weight = typename Element<dtype>::type;
-    for (size_t j = begin; j < end; j += Lane::WIDTH) {
-        const size_t some = std::min(Lane::WIDTH, end - j);
-        const bool whole = some == Lane::WIDTH;
-        Lane sum = whole ? Lane::template load<Dtype::f32>(y + j) : Lane::template load_some<Dtype::f32>(y + j, some);
+    constexpr size_t LINE = LINE_BYTES / bytes_of(dtype);
+    constexpr size_t LANES = LINE / Lane::WIDTH;
+    size_t j = begin;
+    for (; j + LINE <= end; j += LINE) {
+        Lane sums[LANES];
+        for (size_t l = 0; l < LANES; l++) sums[l] = Lane::template load<Dtype::f32>(y + j + l * Lane::WIDTH);
         for (size_t k = 0; k < rows; k++) {
-            const auto* row = static_cast<const Weight*>(row_of[k]);
-            __builtin_prefetch(static_cast<const Weight*>(ahead[k]) + j);
-            const Lane weight =
-                whole ? Lane::template load<dtype>(row + j) : Lane::template load_some<dtype>(row + j, some);
-            sum = fma(weight, Lane::all(h[k]), sum);
+            const auto* row = static_cast<const Weight*>(row_of[k]) + j;
+            prefetch(static_cast<const Weight*>(ahead[k]) + j);
+            const Lane factor = Lane::all(h[k]);
+            for (size_t l = 0; l < LANES; l++) {
+                sums[l] = fma(Lane::template load<dtype>(row + l * Lane::WIDTH), factor, sums[l]);
+            }
         }
-        if (whole) {
-            sum.store(y + j);
-        } else {
-            sum.store_some(y + j, some);
+        for (size_t l = 0; l < LANES; l++) sums[l].store(y + j + l * Lane::WIDTH);
+    }
+    for (; j < end; j += Lane::WIDTH) {
+        const size_t some = std::min(Lane::WIDTH, end - j);
+        Lane sum = Lane::template load_some<Dtype::f32>(y + j, some);
+        for (size_t k = 0; k < rows; k++) {
+            const auto* row = static_cast<const Weight*>(row_of[k]) + j;
+            sum = fma(Lane::template load_some<dtype>(row, some), Lane::all(h[k]), sum);
         }
+        sum.store_some(y + j, some);
     }
 }
 
