@@ -23,7 +23,9 @@ from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError, some
 from flashclient.kernels.decode_attention import use_decode_attention
 from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
+from flashclient.kernels.resident_norm import use_native_norms
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
@@ -121,8 +123,10 @@ def build_model(
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
+    use_native_norms(model, workers)
     if not attention_chosen:
         use_decode_attention(model, workers)
+        use_fused_attention(model, workers)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)

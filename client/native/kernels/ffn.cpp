@@ -20,8 +20,6 @@ bool all_zero(const float* values, size_t count) {
     return std::all_of(values, values + count, [](float value) { return value == 0.0f; });
 }
 
-size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
-
 // The tokens of a group: as many as a call takes, or half of that where some threads would have no group.
 size_t group_tokens(size_t tokens, size_t threads) {
     const bool few = tokens > TOKENS_MAX && divide_up(tokens, TOKENS_MAX) < 2 * threads;

@@ -2,7 +2,8 @@
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
 //   LANE    the same, and always inline
 //   Lane    a vector of fp32: WIDTH, TILE_ROWS, TILE_TOKENS, load<dtype>(row), load_some<dtype>(row, n), store,
-//           store_some, fma (a * b + c), max, sum, and power_of_two (2^n of the low bits of fp32, bias included)
+//           store_some, store_as<dtype>(row) for bf16 and f16, fma (a * b + c), max, sum, and power_of_two (2^n of the
+//           low bits of fp32, bias included)
 // Everything has internal linkage, because the same names exist once per instruction set.
 #pragma once
 
@@ -294,6 +295,23 @@ KERNEL void upcast(const void* row, size_t hidden, float* out) {
     if (j < hidden) Lane::template load_some<dtype>(weights + j, hidden - j).store_some(out + j, hidden - j);
 }
 
+template <Dtype dtype>
+KERNEL void downcast(const float* values, size_t count, void* row) {
+    if constexpr (dtype == Dtype::f32) {
+        std::memcpy(row, values, count * sizeof(float));
+    } else {
+        auto* out = static_cast<uint16_t*>(row);
+        size_t j = 0;
+        for (; j + Lane::WIDTH <= count; j += Lane::WIDTH) {
+            Lane::template load<Dtype::f32>(values + j).template store_as<dtype>(out + j);
+        }
+        if (j == count) return;
+        uint16_t last[Lane::WIDTH];
+        Lane::template load_some<Dtype::f32>(values + j, count - j).template store_as<dtype>(last);
+        std::copy_n(last, count - j, out + j);
+    }
+}
+
 // e^x for x <= 0 or NaN: 2^n * e^r, n the integer nearest to x / ln 2, which adding ROUND leaves in the low bits; the
 // polynomial is that of Cephes' expf.
 KERNEL Lane exponential(Lane x) {
@@ -357,9 +375,18 @@ KERNEL size_t differing_bits(const uint8_t* a, const uint8_t* b, size_t bytes) {
 }
 
 template <Dtype dtype>
+constexpr auto downcast_of() {
+    if constexpr (dtype == Dtype::i8) {
+        return nullptr;
+    } else {
+        return downcast<dtype>;
+    }
+}
+
+template <Dtype dtype>
 const Kernels* table(const char* instruction_set) {
-    static const Kernels kernels{instruction_set, dots<dtype>,  accumulate<dtype>,
-                                 upcast<dtype>,   exponentials, differing_bits};
+    static const Kernels kernels{instruction_set,      dots<dtype>,  accumulate<dtype>, upcast<dtype>,
+                                 downcast_of<dtype>(), exponentials, differing_bits};
     return &kernels;
 }
 
