@@ -10,6 +10,7 @@
 
 #include "kernel_arguments.h"
 #include "kernels/attention.h"
+#include "kernels/attention_block.h"
 #include "kernels/attention_inputs.h"
 #include "kernels/norm.h"
 #include "kernels/workers.h"
@@ -21,6 +22,8 @@ namespace {
 
 using flashclient::aligned;
 using flashclient::Attention;
+using flashclient::AttentionBlock;
+using flashclient::AttentionBlocks;
 using flashclient::AttentionInputs;
 using flashclient::AttentionLayer;
 using flashclient::AttentionMask;
@@ -28,8 +31,10 @@ using flashclient::AttentionProjection;
 using flashclient::AttentionRows;
 using flashclient::AttentionShape;
 using flashclient::Dtype;
+using flashclient::HeadRows;
 using flashclient::InstructionSet;
 using flashclient::is_of;
+using flashclient::KeyValueRoom;
 using flashclient::Matrix;
 using flashclient::matrix_of;
 using flashclient::name_of;
@@ -48,6 +53,7 @@ using flashclient::Workers;
 using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
 using AttendedRows = nb::ndarray<nb::ndim<4>, nb::c_contig, nb::device::cpu>;
 using Tokens = nb::ndarray<nb::ro, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
+using TokensOut = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Angles = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;  // with strides
 
 template <typename Kernel>
@@ -145,7 +151,12 @@ Pairs pairs_named(const std::string& name) {
 }
 
 // cos or sin: the elements of a position are contiguous.
-Rotation rotation_of(const Angles& cos, const Angles& sin, Dtype dtype, const Tokens& x, size_t elements) {
+Rotation rotation_of(Pairs pairs, const std::optional<Angles>& given_cos, const std::optional<Angles>& given_sin,
+                     Dtype dtype, const Tokens& x, size_t elements) {
+    if (pairs == Pairs::none) return {};
+    require(given_cos && given_sin, "rotating needs cos and sin");
+    const Angles& cos = *given_cos;
+    const Angles& sin = *given_sin;
     for (const Angles* one : {&cos, &sin}) {
         require(is_of(one->dtype(), dtype), "cos and sin must be of the kernel's dtype");
         require(one->shape(0) == x.shape(0) || one->shape(0) == 1,
@@ -160,6 +171,11 @@ Rotation rotation_of(const Angles& cos, const Angles& sin, Dtype dtype, const To
     }
     const size_t sequence_stride = cos.shape(0) == 1 ? 0 : static_cast<size_t>(cos.stride(0));
     return {cos.data(), sin.data(), cos.shape(2), sequence_stride, static_cast<size_t>(cos.stride(1))};
+}
+
+HeadRows heads_of(const AttendedRows& rows) {
+    const size_t head = rows.shape(2) * rows.shape(3);
+    return {rows.data(), rows.shape(1) * head, head};
 }
 
 void compute(const AttentionInputs& inputs, const LentProjection& query, const LentProjection& key,
@@ -181,11 +197,10 @@ void compute(const AttentionInputs& inputs, const LentProjection& query, const L
                     out.shape(3) == elements,
                 "outputs must be [sequences, heads, tokens, elements] of the kernel's dtype");
     }
-    require(layer.pairs == Pairs::none || (cos && sin), "rotating needs cos and sin");
-    const Rotation rotation = layer.pairs == Pairs::none ? Rotation{} : rotation_of(*cos, *sin, dtype, x, elements);
+    const Rotation rotation = rotation_of(layer.pairs, cos, sin, dtype, x, elements);
     const nb::gil_scoped_release released;
     inputs.compute(layer, x.data(), x.shape(0), x.shape(1), rotation,
-                   {query_out.data(), key_out.data(), value_out.data()});
+                   {heads_of(query_out), heads_of(key_out), heads_of(value_out)});
 }
 
 void bind_attention_inputs(nb::module_& module) {
@@ -279,10 +294,107 @@ void bind_kernel(nb::module_& module) {
         .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 
+// ---- AttentionBlocks ----
+
+// A block whose parts Python has lent.
+struct LentBlock {
+    const LentProjection *query, *key, *value, *output;
+    const LentNorm *before, *after, *before_ffn;
+    Pairs pairs;
+    size_t elements;
+    float scale;
+
+    AttentionBlock checked(Dtype dtype, size_t hidden) const {
+        const AttentionLayer attention{query->checked(dtype, elements), key->checked(dtype, elements),
+                                       value->checked(dtype, elements), elements, pairs};
+        AttentionBlock block{attention, output->checked(dtype, 1), std::nullopt, std::nullopt, std::nullopt, scale};
+        for (const AttentionProjection* one : {&block.attention.query, &block.attention.key, &block.attention.value}) {
+            require(one->weight.columns == hidden, "weights must have as many columns as x");
+        }
+        const size_t heads = block.attention.query.weight.rows / elements;
+        const size_t key_heads = block.attention.key.weight.rows / elements;
+        require(key_heads > 0 && heads % key_heads == 0, "heads must be a multiple of key heads");
+        require(block.attention.value.weight.rows == key_heads * elements, "keys and values must have the same heads");
+        require(block.output.weight.rows == hidden && block.output.weight.columns == heads * elements,
+                "the output's weight must be [columns of x, heads * elements]");
+        const auto set = [&](std::optional<Norm>& norm, const LentNorm* lent) {
+            if (lent != nullptr) norm = lent->checked(dtype, hidden);
+        };
+        set(block.before, before);
+        set(block.after, after);
+        set(block.before_ffn, before_ffn);
+        return block;
+    }
+};
+
+void make_block(LentBlock* self, const LentProjection* query, const LentProjection* key, const LentProjection* value,
+                const LentProjection* output, const LentNorm* before, const LentNorm* after, const LentNorm* before_ffn,
+                const std::string& pairs, size_t elements, float scale) {
+    require(elements > 0, "a head has at least one element");
+    new (self) LentBlock{query, key, value, output, before, after, before_ffn, pairs_named(pairs), elements, scale};
+}
+
+HeadRows room_of(const AttendedRows& room, Dtype dtype, const AttentionBlock& block, size_t sequences, size_t begin,
+                 size_t tokens) {
+    const size_t elements = block.attention.elements;
+    require(is_of(aligned(room, "a room").dtype(), dtype) && room.shape(0) == sequences &&
+                room.shape(1) * elements == block.attention.key.weight.rows && room.shape(2) >= begin &&
+                room.shape(2) - begin >= tokens && room.shape(3) == elements,
+            "rooms must be [sequences, key heads, tokens and more, elements] of the kernel's dtype");
+    HeadRows rows = heads_of(room);
+    rows.data = static_cast<char*>(rows.data) + begin * elements * flashclient::bytes_of(dtype);
+    return rows;
+}
+
+void compute_block(const AttentionBlocks& blocks, const LentBlock& lent, const Tokens& x,
+                   const std::optional<Angles>& cos, const std::optional<Angles>& sin, const AttendedRows& keys,
+                   const AttendedRows& values, size_t begin, size_t held, const std::optional<Rows>& mask, bool causal,
+                   const TokensOut& sum, const TokensOut& ffn_input) {
+    const Dtype dtype = blocks.dtype();
+    require(is_of(aligned(x, "x").dtype(), dtype), "x must be of the kernel's dtype");
+    for (const TokensOut* one : {&sum, &ffn_input}) {
+        require(is_of(aligned(*one, "an output").dtype(), dtype) && one->shape(0) == x.shape(0) &&
+                    one->shape(1) == x.shape(1) && one->shape(2) == x.shape(2),
+                "outputs must be of the shape and dtype of x");
+    }
+    require(held <= keys.shape(2), "there is no room for so many tokens");
+    const AttentionBlock block = lent.checked(dtype, x.shape(2));
+    const size_t tokens = held + x.shape(1);
+    const KeyValueRoom room{room_of(keys, dtype, block, x.shape(0), begin, tokens),
+                            room_of(values, dtype, block, x.shape(0), begin, tokens), held};
+    const AttentionShape shape{x.shape(0),    block.attention.query.weight.rows / lent.elements,
+                               keys.shape(1), x.shape(1),
+                               tokens,        lent.elements,
+                               lent.elements, lent.scale};
+    const AttentionMask masked = mask_of(mask, causal, shape);
+    const Rotation rotation = rotation_of(lent.pairs, cos, sin, dtype, x, lent.elements);
+    const nb::gil_scoped_release released;
+    blocks.compute(block, x.data(), x.shape(0), x.shape(1), rotation, room, masked, sum.data(), ffn_input.data());
+}
+
+void bind_attention_blocks(nb::module_& module) {
+    nb::class_<LentBlock>(module, "AttentionBlock", "See client/native/kernels/attention_block.h.")
+        .def("__init__", &make_block, "query"_a, "key"_a, "value"_a, "output"_a, "before"_a.none(), "after"_a.none(),
+             "before_ffn"_a.none(), "pairs"_a, "elements"_a, "scale"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+             nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 6>(), nb::keep_alive<1, 7>(),
+             nb::keep_alive<1, 8>());
+    nb::class_<AttentionBlocks>(module, "AttentionBlocks")
+        .def("__init__", &make_kernel<AttentionBlocks>, "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(),
+             nb::keep_alive<1, 2>())
+        .def(
+            "compute", &compute_block, "block"_a, "x"_a.noconvert(), "cos"_a.noconvert().none(),
+            "sin"_a.noconvert().none(), "keys"_a.noconvert(), "values"_a.noconvert(), "begin"_a, "held"_a,
+            "mask"_a.noconvert().none(), "causal"_a, "sum"_a.noconvert(), "ffn_input"_a.noconvert(),
+            "sum = x [sequences, tokens, hidden] + attention; ffn_input: its norm. keys, values [sequences, key heads, "
+            "capacity, elements]: at `begin` `held` tokens, and room behind them for these. mask, causal: as for "
+            "Attention.attend(), over all keys.");
+}
+
 }  // namespace
 
 void bind_attention(nb::module_& module) {
     bind_kernel(module);
     bind_norm(module);
     bind_attention_inputs(module);
+    bind_attention_blocks(module);
 }

@@ -38,7 +38,7 @@ from flashclient.errors import (
     NoDaemonError,
     OptionError,
 )
-from flashclient.generation.growing_cache import GrowingCache
+from flashclient.kernels.growing_cache import GrowingCache
 
 PROMPT = "The capital of France is"
 

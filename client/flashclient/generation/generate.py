@@ -23,9 +23,9 @@ from transformers import EosTokenCriteria, GenerationConfig
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.arguments import check_arguments, known_arguments, merged_config
 from flashclient.generation.drafts import Drafts, drafting
-from flashclient.generation.growing_cache import GrowingCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
 from flashclient.generation.stats import Meter, Stats
+from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 

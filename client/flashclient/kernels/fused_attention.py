@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from typing import Any, NamedTuple
@@ -104,7 +104,7 @@ class Recipe:
         elements: of a head.
         factor: of queries.
         pairs: which elements rotate together (client/native/kernels/attention_inputs.h).
-        width: of cos and sin; 0 where nothing rotates.
+        widths: that cos and sin may have; none where nothing rotates.
         names: of the arguments of the module's forward.
         cache: the name of the argument that is the cache.
         cached: names of what the cache is given beside keys and values.
@@ -115,7 +115,7 @@ class Recipe:
     elements: int
     factor: float
     pairs: str
-    width: int
+    widths: tuple[int, ...]
     names: tuple[str, ...]
     cache: str
     cached: tuple[str, ...]
@@ -134,7 +134,7 @@ class FusedAttention(nn.Module):
         recipe = self.recipe
         call = dict(zip(recipe.names, args, strict=False)) | kwargs
         x, embeddings = call.pop("hidden_states", None), call.pop("position_embeddings", None)
-        if len(args) > len(recipe.names) or not self._is_for_kernel(x, embeddings):
+        if len(args) > len(recipe.names) or not self.is_for_kernel(x, embeddings):
             return super().forward(*args, **kwargs)
         assert x is not None
         query, key, value = self._inputs(x, embeddings)
@@ -154,18 +154,18 @@ class FusedAttention(nn.Module):
         recipe = self.recipe
         x = x.detach().contiguous()
         sequences, tokens, _ = x.shape
-        projections = self._projections()
+        projections = self.projections()
         outputs = [
             torch.empty(sequences, rows // recipe.elements, tokens, recipe.elements, dtype=x.dtype, device="cpu")
             for _, rows in projections
         ]
-        cos, sin = (array_of(one) for one in embeddings) if recipe.width else (None, None)
+        cos, sin = (array_of(one) for one in embeddings) if recipe.widths else (None, None)
         query, key, value = (one for one, _ in projections)
         arrays = (array_of(x), cos, sin, *map(array_of, outputs))
         self.input_kernels[x.dtype].compute(query, key, value, recipe.pairs, *arrays)
         return outputs[0], outputs[1], outputs[2]
 
-    def _projections(self) -> list[tuple[AttentionProjection, int]]:
+    def projections(self) -> list[tuple[AttentionProjection, int]]:
         """Those of queries, keys and values, with the weights that the module has now, and their rows."""
         recipe = self.recipe
         parts = recipe.parts
@@ -185,7 +185,7 @@ class FusedAttention(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_held"}
 
-    def _is_for_kernel(self, x: Tensor | None, embeddings: Any) -> bool:
+    def is_for_kernel(self, x: Tensor | None, embeddings: Any) -> bool:
         if torch.compiler.is_compiling() or x is None or x.dim() != 3 or x.numel() == 0 or self.training:
             return False
         if x.dtype not in self.input_kernels or not x.is_cpu or torch.is_autocast_enabled("cpu"):
@@ -193,15 +193,15 @@ class FusedAttention(nn.Module):
         if self.config._attn_implementation != IMPLEMENTATION or "forward" in self.__dict__:
             return False
         parts = self.recipe.parts
-        if not all(_is_plain(self._modules[one], ResidentLinear, x) for one in (parts.query, parts.key, parts.value)):
+        if not all(is_plain(self._modules[one], ResidentLinear, x) for one in (parts.query, parts.key, parts.value)):
             return False
         norms = [one for one in (parts.query_norm, parts.key_norm) if one is not None]
-        if not all(_is_plain(self._modules[one], NativeNorm, x) for one in norms):
+        if not all(is_plain(self._modules[one], NativeNorm, x) for one in norms):
             return False
-        return self.recipe.width == 0 or _are_angles(embeddings, x, self.recipe.width)
+        return not self.recipe.widths or _are_angles(embeddings, x, self.recipe.widths)
 
 
-def _is_plain(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> bool:
+def is_plain(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> bool:
     """Whether the kernel may compute what calling the module would."""
     if not isinstance(module, kind) or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
         return False
@@ -221,7 +221,7 @@ def _is_plain(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> boo
     return True
 
 
-def _are_angles(embeddings: Any, x: Tensor, width: int) -> bool:
+def _are_angles(embeddings: Any, x: Tensor, widths: tuple[int, ...]) -> bool:
     if not isinstance(embeddings, tuple) or len(embeddings) != 2:
         return False
     cos, sin = embeddings
@@ -233,7 +233,8 @@ def _are_angles(embeddings: Any, x: Tensor, width: int) -> bool:
         and one.stride(-1) == 1
         and one.stride() == cos.stride()
         and one.shape[0] in (1, x.shape[0])
-        and one.shape[1:] == (x.shape[1], width)
+        and one.shape[1] == x.shape[1]
+        and one.shape[2] in widths
         for one in (cos, sin)
     )
 
@@ -329,6 +330,7 @@ def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
 
+    found: Recipe | None = None
     for width in _widths(module, names):
         inputs = [(some(2, TRIED_TOKENS, linear.in_features) * scale).to(linear.weight.dtype) for scale in TRIED_SCALES]
         angles = _angles(width, some, linear.weight.dtype) if width else None
@@ -336,10 +338,12 @@ def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs
         trials = [one for one in tried if one is not None]
         if len(trials) < len(inputs):
             continue
-        for recipe in _recipes(module, parts, width, names, caches[0], trials[0]):
+        recipes = iter([found]) if found else _recipes(module, parts, width, names, caches[0], trials[0])
+        for recipe in recipes:
             if all(_repeats(module, recipe, trial, kernels) for trial in trials):
-                return recipe
-    return None
+                found = replace(recipe, widths=(*(found.widths if found else ()), width)) if recipe.widths else recipe
+                break
+    return found
 
 
 def _widths(module: Any, names: tuple[str, ...]) -> list[int]:
@@ -417,8 +421,8 @@ def _recipes(
     factors = {1.0, float(getattr(module, "scaling", None) or 1.0)}
     pairs = ("halves", "neighbours", "none") if width else ("none",)
     for factor, rotating in product(sorted(factors, reverse=True), pairs):
-        turning = width if rotating != "none" else 0
-        yield Recipe(parts, elements, factor, rotating, turning, names, cache_name, trial.cached, call.arguments)
+        widths = (width,) if rotating != "none" else ()
+        yield Recipe(parts, elements, factor, rotating, widths, names, cache_name, trial.cached, call.arguments)
 
 
 def _repeats(module: Any, recipe: Recipe, trial: Trial, kernels: dict[torch.dtype, AttentionInputs]) -> bool:

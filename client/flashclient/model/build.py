@@ -27,6 +27,7 @@ from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
 from flashclient.model.absent_weights import AbsentWeight, guard
+from flashclient.model.decoder_layer import use_native_layers
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
 from flashclient.model.install import Placement, install_ffns
@@ -127,6 +128,7 @@ def build_model(
     if not attention_chosen:
         use_decode_attention(model, workers)
         use_fused_attention(model, workers)
+        use_native_layers(model, workers)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)

@@ -8,7 +8,7 @@ namespace flashclient {
 struct AttentionInputs::Heads {
     const AttentionProjection& projection;
     char* products;  // [sequences, tokens, heads, elements]
-    char* out;       // [sequences, heads, tokens, elements]
+    HeadRows out;
     size_t elements;
     size_t tokens;
     bool rotates;
@@ -21,19 +21,15 @@ void AttentionInputs::compute(const AttentionLayer& layer, const void* x, size_t
                               const Rotation& rotation, const AttentionInput& out) const {
     const size_t rows = sequences * tokens;
     const AttentionProjection* projections[3] = {&layer.query, &layer.key, &layer.value};
-    void* outs[3] = {out.query, out.key, out.value};
+    const HeadRows outs[3] = {out.query, out.key, out.value};
     std::vector<char> products[3];
     std::vector<Linear::Projection> multiplied;
     std::vector<Heads> all;
     for (size_t i = 0; i < 3; i++) {
         const AttentionProjection& projection = *projections[i];
-        void* y = outs[i];  // for one token the order is that of the output
-        if (tokens > 1) {
-            products[i].resize(rows * projection.weight.rows * bytes_of(dtype_));
-            y = products[i].data();
-        }
-        multiplied.push_back({projection.weight, projection.bias, projection.bias_is_fp32, y});
-        all.push_back({projection, static_cast<char*>(y), static_cast<char*>(outs[i]), layer.elements, tokens, i < 2});
+        products[i].resize(rows * projection.weight.rows * bytes_of(dtype_));
+        multiplied.push_back({projection.weight, projection.bias, projection.bias_is_fp32, products[i].data()});
+        all.push_back({projection, products[i].data(), outs[i], layer.elements, tokens, i < 2});
     }
     linear_.project(multiplied, x, rows);
     const auto finish_row = [&](size_t row) {
@@ -73,10 +69,11 @@ void AttentionInputs::finish(const Heads& heads, size_t sequence, size_t token, 
                rotation.width, pairs);
         kernels_.downcast(values.data(), row, products);
     }
-    if (heads.products == heads.out) return;
+    const HeadRows& out = heads.out;
     for (size_t head = 0; head < heads.heads(); head++) {
-        const size_t to = ((sequence * heads.heads() + head) * heads.tokens + token) * heads.elements * bytes;
-        std::copy_n(products + head * heads.elements * bytes, heads.elements * bytes, heads.out + to);
+        const size_t to = sequence * out.sequence_stride + head * out.head_stride + token * heads.elements;
+        std::copy_n(products + head * heads.elements * bytes, heads.elements * bytes,
+                    static_cast<char*>(out.data) + to * bytes);
     }
 }
 

@@ -37,11 +37,16 @@ struct Rotation {
     size_t token_stride;
 };
 
-// [sequences, heads, tokens, elements] each, of the kernels' dtype, contiguous.
+// Rows of heads to write, [sequences, heads, tokens, elements] of the kernels' dtype; the rows of a head lie side by
+// side. Strides are in elements.
+struct HeadRows {
+    void* data;
+    size_t sequence_stride;
+    size_t head_stride;
+};
+
 struct AttentionInput {
-    void* query;
-    void* key;
-    void* value;
+    HeadRows query, key, value;
 };
 
 // The bits of a token depend on its row of x and on its rotation alone. Safe to call from several threads.

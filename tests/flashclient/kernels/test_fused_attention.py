@@ -7,45 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from native_models import FUSED, PROMPTS, make
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
-from flashclient._native import Workers
-from flashclient.generation.growing_cache import GrowingCache
-from flashclient.kernels.decode_attention import use_decode_attention
-from flashclient.kernels.fused_attention import FusedAttention, use_fused_attention
-from flashclient.kernels.resident_linear import use_fast_linears
-from flashclient.kernels.resident_norm import use_native_norms
-
-WORKERS = Workers(2)
-SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 128, "max_position_embeddings": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-FUSED: dict[str, dict[str, Any]] = {
-    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 16}, "gemma": {"head_dim": 16},
-    "gemma3_text": {"head_dim": 16, "sliding_window": 8}, "olmo": {}, "olmo2": {}, "olmoe": {}, "smollm3": {},
-    "phi": {}, "stablelm": {}, "glm": {"head_dim": 16}, "granite": {"attention_multiplier": 0.3}, "mixtral": {},
-    "opt": {"word_embed_proj_dim": 64, "ffn_dim": 96},
-}  # fmt: skip
-PROMPTS = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16], [0, 0, 0, 17, 18, 19, 20, 21, 22, 23, 24, 25]])
-
-
-def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[PreTrainedModel, PreTrainedModel, int]:
-    """A model with native attention, the same of transformers, and how many modules became native."""
-    config = AutoConfig.for_model(kind, **(SIZES | FUSED.get(kind, {}) | changes))
-    torch.manual_seed(0)
-    plain = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    plain.eval().requires_grad_(False)
-    for name, parameter in plain.named_parameters():
-        if "norm" in name or name.endswith("bias"):
-            nn.init.normal_(parameter, std=0.3)
-    native = copy.deepcopy(plain)
-    use_fast_linears(native, WORKERS)
-    use_native_norms(native, WORKERS)
-    use_decode_attention(native, WORKERS)
-    return native, plain, use_fused_attention(native, WORKERS)
+from flashclient.kernels.fused_attention import FusedAttention
+from flashclient.kernels.growing_cache import GrowingCache
 
 
 @pytest.mark.parametrize("kind", FUSED)

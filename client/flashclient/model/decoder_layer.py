@@ -1,0 +1,303 @@
+"""A decoder layer whose attention, norms and residual sums are one native call, and whose FFN is called as before.
+
+A layer becomes native if it is one of these, with norms where it has them, and its attention is a FusedAttention:
+
+    sum = x + after(attention(before(x))); y = sum + after_ffn(ffn(before_ffn(sum)))
+
+This is shown by running the layer's own forward, with another function in the place of the FFN: it must return the same
+bits. So a layer may leave the native way for one call, where a hook or another kind of cache needs its own forward, and
+no bit changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from transformers import PreTrainedModel
+
+from flashclient._native import AttentionBlock, AttentionBlocks, AttentionProjection, Workers
+from flashclient.kernels.arrays import KernelOf, array_of
+from flashclient.kernels.decode_attention import UNSUPPORTED
+from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.fused_attention import FusedAttention, is_plain
+from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.resident_linear import ResidentLinear
+from flashclient.kernels.resident_norm import NativeNorm
+from flashclient.model.ffn import StreamedFFN
+
+Room = GrowingLayer | GrowingWindowLayer
+
+TRIED_TOKENS = 3
+KNOWN_ARGUMENTS = {"dropout", "scaling", "sliding_window"}  # of attention; a window is in the mask or the cache
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The children of a layer by what they are for; None where it has no such norm. `ffn` is a path."""
+
+    attention: str
+    ffn: str
+    before: str | None
+    after: str | None
+    before_ffn: str | None
+    after_ffn: str | None
+
+
+class NativeDecoderLayer(nn.Module):
+    """The forward pass of a layer that became native. Other cases are left to the class that it had."""
+
+    wiring: Wiring
+    names: tuple[str, ...]  # of the arguments of the forward that it had
+    block_kernels: dict[torch.dtype, AttentionBlocks]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        room = self._room(call) if len(args) <= len(self.names) else None
+        if room is None:
+            return super().forward(*args, **kwargs)
+        total, ffn_input = self._attend(call["hidden_states"], call, room)
+        wiring = self.wiring
+        y = self.get_submodule(wiring.ffn)(ffn_input)
+        if wiring.after_ffn is not None:
+            norm = self._modules[wiring.after_ffn]
+            assert norm is not None
+            y = norm(y)
+        return total + y
+
+    def _attend(self, x: Tensor, call: dict[str, Any], room: Room) -> tuple[Tensor, Tensor]:
+        """The sum of x and the attention, and what the FFN takes, both [sequences, tokens, hidden]."""
+        attention: Any = self._modules[self.wiring.attention]
+        x = x.detach().contiguous()
+        sequences, tokens, _ = x.shape
+        elements = attention.recipe.elements
+        key_heads = attention.projections()[1][1] // elements
+        new = x.new_empty((sequences, key_heads, 0, elements))
+        rooms = room.room_for(tokens, new, new)
+        begin, held = room.held_at
+        total, ffn_input = torch.empty_like(x), torch.empty_like(x)
+        angles = call.get("position_embeddings") if attention.recipe.widths else None
+        cos, sin = (None, None) if angles is None else map(array_of, angles)
+        mask = call.get("attention_mask")
+        causal = mask is None and tokens > 1 and attention.is_causal
+        keys, values, *outputs = map(array_of, (*rooms, total, ffn_input))
+        masked = None if mask is None else array_of(mask)
+        kernels, block = self.block_kernels[x.dtype], self._block(attention)
+        kernels.compute(block, array_of(x), cos, sin, keys, values, begin, held, masked, causal, outputs[0], outputs[1])
+        room.add_written(tokens)
+        return total, ffn_input
+
+    def _block(self, attention: Any) -> AttentionBlock:
+        """The native block with the weights that the layer has now."""
+        wiring = self.wiring
+        output: Any = attention._modules[attention.recipe.parts.output]
+        norms: list[Any] = [
+            None if name is None else self._modules[name] for name in (wiring.before, wiring.after, wiring.before_ffn)
+        ]
+        query, key, value = (one for one, _ in attention.projections())
+        lent = [None if norm is None else norm.native_norm() for norm in norms]
+        made = (query, key, value, output.weight.data_ptr(), *lent)
+        held = self.__dict__.get("_held")
+        if held is None or any(one is not other and one != other for one, other in zip(held[0], made, strict=True)):
+            bias = None if output.bias is None else array_of(output.bias)
+            projection = AttentionProjection(array_of(output.weight), bias, None)
+            recipe = attention.recipe
+            before, after, before_ffn = lent
+            shape = (recipe.pairs, recipe.elements, float(recipe.arguments["scaling"]))
+            block = AttentionBlock(query, key, value, projection, before, after, before_ffn, *shape)
+            held = self.__dict__["_held"] = (made, block)
+        block_held: AttentionBlock = held[1]
+        return block_held
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+    def _room(self, call: dict[str, Any]) -> Room | None:
+        """The layer of the cache to write to. None where the native way is not for this call."""
+        wiring = self.wiring
+        attention: Any = self._modules[wiring.attention]
+        x, mask = call.get("hidden_states"), call.get("attention_mask")
+        if not isinstance(attention, FusedAttention) or x is None or torch_modules._global_forward_hooks:
+            return None
+        if not is_plain_itself(attention) or not attention.is_for_kernel(x, call.get("position_embeddings")):
+            return None
+        if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
+            return None
+        if any(call.get(name) not in (None, False) for name in (*UNSUPPORTED, "is_causal")) or self.training:
+            return None
+        output = attention._modules[attention.recipe.parts.output]
+        norms = [self._modules[one] for one in (wiring.before, wiring.after, wiring.before_ffn) if one is not None]
+        if not is_plain(output, ResidentLinear, x) or not all(is_plain(one, NativeNorm, x) for one in norms):
+            return None
+        given = call.get(attention.recipe.cache)
+        if given is None:
+            return GrowingLayer()  # type: ignore[no-untyped-call]
+        layers = getattr(given, "layers", None)
+        index = attention.layer_idx
+        if not isinstance(layers, list) or index >= len(layers):
+            return None
+        layer = layers[index]
+        if type(layer) not in (GrowingLayer, GrowingWindowLayer) or getattr(layer, "record_past", False):
+            return None
+        keys = layer.held_at[1] + x.shape[1]
+        if mask is not None and (mask.shape[2:] != (x.shape[1], keys) or mask.shape[0] not in (1, x.shape[0])):
+            return None
+        found: Room = layer
+        return found
+
+
+def is_plain_itself(module: nn.Module) -> bool:
+    """Whether calling the module is calling its forward."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+
+
+def use_native_layers(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
+    """Makes every decoder layer of `model` native that is one of those above. After use_fused_attention().
+
+    Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
+    same names, with their hooks and weights.
+
+    Args:
+        workers: shared with the other kernels.
+        instruction_set: avx512, avx2 or portable; None takes the best.
+
+    Returns:
+        The number of modules changed.
+
+    Raises:
+        ValueError: the processor does not have `instruction_set`.
+    """
+    kernels = KernelOf({one: AttentionBlocks(workers, name, instruction_set) for one, name in KERNEL_DTYPES.items()})
+    known: dict[Any, Wiring | None] = {}
+    changed = 0
+    for module in list(model.modules()):
+        attentions = [name for name, child in module.named_children() if isinstance(child, FusedAttention)]
+        if len(attentions) != 1 or isinstance(module, NativeDecoderLayer):
+            continue
+        key = str((type(module), _facts(module), getattr(module._modules[attentions[0]], "recipe", None)))
+        if key not in known:
+            known[key] = _found(module, attentions[0], kernels)
+        wiring = known[key]
+        if wiring is not None:
+            _make_native(module, wiring, kernels)
+            changed += 1
+    return changed
+
+
+def _make_native(module: nn.Module, wiring: Wiring, kernels: Any) -> None:
+    kind: Any = type(module)
+    names = tuple(name for name in inspect.signature(kind.forward).parameters if name != "self")
+    module.__class__ = _native(kind)
+    module.__dict__.update(wiring=wiring, names=names, block_kernels=kernels)
+
+
+@cache
+def _native(kind: Any) -> Any:
+    return type(kind.__name__, (NativeDecoderLayer, kind), {"__module__": kind.__module__})
+
+
+def _facts(module: nn.Module) -> Any:
+    """What may make two layers of a class compute different things, but for the values of their weights."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str | bool | None) and name != "layer_idx"
+    }
+    children = [
+        (name, type(child).__name__, getattr(child, "formula", None)) for name, child in module.named_children()
+    ]
+    return (sorted(plain.items()), children)
+
+
+def _found(module: Any, name: str, kernels: Any) -> Wiring | None:
+    attention = module._modules[name]
+    recipe = attention.recipe
+    ffn = _ffn_of(module, name)
+    norms = [norm for norm, child in module.named_children() if isinstance(child, NativeNorm)]
+    if ffn is None or len(norms) > 4 or not set(recipe.arguments) <= KNOWN_ARGUMENTS:
+        return None
+    weight: Tensor = attention._modules[recipe.parts.query].weight
+    random = torch.Generator("cpu").manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight.dtype)
+
+    call: dict[str, Any] = {"hidden_states": some(2, TRIED_TOKENS, weight.shape[1]), "attention_mask": None}
+    if recipe.widths:
+        half = some(2, TRIED_TOKENS, max(recipe.widths) // 2) * 3
+        both = torch.cat([half, half], dim=-1)
+        call["position_embeddings"] = (both.cos(), both.sin())
+    with _replaced(module, ffn):
+        try:
+            expected = module(**call)
+        except Exception:  # whatever a module raises that was not made for this
+            return None
+        for wiring in _wirings(name, ffn, norms):
+            if isinstance(expected, Tensor) and _computes(module, wiring, call, expected, kernels):
+                return wiring
+    return None
+
+
+def _computes(module: nn.Module, wiring: Wiring, call: dict[str, Any], expected: Tensor, kernels: Any) -> bool:
+    before = module.__class__
+    _make_native(module, wiring, kernels)
+    try:
+        native: Any = module
+        room = native._room(call)
+        return room is not None and torch.equal(module(**call), expected)
+    except (ValueError, RuntimeError):  # shapes that do not fit
+        return False
+    finally:
+        module.__class__ = before
+        for name in ("wiring", "names", "block_kernels", "_held"):
+            module.__dict__.pop(name, None)
+
+
+def _ffn_of(module: nn.Module, attention: str) -> str | None:
+    """The path of the module that is the FFN: the only other child with weights, or the only streamed FFN."""
+    others = [
+        name
+        for name, child in module.named_children()
+        if name != attention
+        and not isinstance(child, NativeNorm)
+        and (next(child.parameters(), None) is not None or any(isinstance(one, StreamedFFN) for one in child.modules()))
+    ]
+    if len(others) == 1:
+        return others[0]
+    streamed = [path for path, one in module.named_modules() if isinstance(one, StreamedFFN)]
+    return streamed[0] if len(streamed) == 1 else None
+
+
+@contextmanager
+def _replaced(module: nn.Module, ffn: str) -> Iterator[None]:
+    """While another function is in the place of the FFN."""
+
+    def instead(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x.flip(-1) * 0.5
+
+    part = module.get_submodule(ffn)
+    function: Callable[..., Tensor] = instead
+    part.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        del part.__dict__["forward"]
+
+
+def _wirings(attention: str, ffn: str, norms: list[str]) -> Iterator[Wiring]:
+    """Every way to use all of the norms, those of pre-norm layers first."""
+    places = len(norms)
+    for used in ((True, False, True, False), (True, True, True, True), (False, True, False, True)):
+        if sum(used) != places:
+            continue
+        for order in permutations(norms):
+            names = iter(order)
+            yield Wiring(attention, ffn, *(next(names) if one else None for one in used))
