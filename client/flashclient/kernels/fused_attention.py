@@ -97,7 +97,7 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class AttentionFormula:
     """What a module computes before it attends.
 
     Attributes:
@@ -127,55 +127,55 @@ class FusedAttention(nn.Module):
 
     config: Any
     layer_idx: int
-    recipe: Recipe
+    formula: AttentionFormula
     input_kernels: dict[torch.dtype, AttentionInputs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        recipe = self.recipe
-        call = dict(zip(recipe.names, args, strict=False)) | kwargs
+        formula = self.formula
+        call = dict(zip(formula.names, args, strict=False)) | kwargs
         x, embeddings = call.pop("hidden_states", None), call.pop("position_embeddings", None)
-        if len(args) > len(recipe.names) or not self.is_for_kernel(x, embeddings):
+        if len(args) > len(formula.names) or not self.is_for_kernel(x, embeddings):
             return super().forward(*args, **kwargs)
         assert x is not None
         query, key, value = self._inputs(x, embeddings)
-        cache = call.pop(recipe.cache, None)
+        cache = call.pop(formula.cache, None)
         if cache is not None:
             known = {"cos": embeddings and embeddings[0], "sin": embeddings and embeddings[1]} | call
-            more = ({name: known.get(name) for name in recipe.cached},) if recipe.cached else ()
+            more = ({name: known.get(name) for name in formula.cached},) if formula.cached else ()
             key, value = cache.update(key, value, self.layer_idx, *more)
         mask = call.pop("attention_mask", None)
-        attended, weights = attend(self, query, key, value, mask, **(call | recipe.arguments))
-        output = self._modules[recipe.parts.output]
+        attended, weights = attend(self, query, key, value, mask, **(call | formula.arguments))
+        output = self._modules[formula.parts.output]
         assert output is not None
         return output(attended.reshape(*x.shape[:-1], -1)), weights
 
     def _inputs(self, x: Tensor, embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [sequences, heads, tokens, elements] each."""
-        recipe = self.recipe
+        formula = self.formula
         x = x.detach().contiguous()
         sequences, tokens, _ = x.shape
         projections = self.projections()
         outputs = [
-            torch.empty(sequences, rows // recipe.elements, tokens, recipe.elements, dtype=x.dtype, device="cpu")
+            torch.empty(sequences, rows // formula.elements, tokens, formula.elements, dtype=x.dtype, device="cpu")
             for _, rows in projections
         ]
-        cos, sin = (array_of(one) for one in embeddings) if recipe.widths else (None, None)
+        cos, sin = (array_of(one) for one in embeddings) if formula.widths else (None, None)
         query, key, value = (one for one, _ in projections)
         arrays = (array_of(x), cos, sin, *map(array_of, outputs))
-        self.input_kernels[x.dtype].compute(query, key, value, recipe.pairs, *arrays)
+        self.input_kernels[x.dtype].compute(query, key, value, formula.pairs, *arrays)
         return outputs[0], outputs[1], outputs[2]
 
     def projections(self) -> list[tuple[AttentionProjection, int]]:
         """Those of queries, keys and values, with the weights that the module has now, and their rows."""
-        recipe = self.recipe
-        parts = recipe.parts
+        formula = self.formula
+        parts = formula.parts
         names = ((parts.query, parts.query_norm), (parts.key, parts.key_norm), (parts.value, None))
         modules = [(self._modules[name], None if norm is None else self._modules[norm]) for name, norm in names]
         pointers = tuple(_pointers(one) for pair in modules for one in pair if one is not None)
         held = self.__dict__.get("_held")
         if held is None or held[0] != pointers:
             made = [
-                _projection(linear, norm, recipe.factor if index == 0 else 1.0)
+                _projection(linear, norm, formula.factor if index == 0 else 1.0)
                 for index, (linear, norm) in enumerate(modules)
             ]
             held = self.__dict__["_held"] = (pointers, made)
@@ -192,13 +192,13 @@ class FusedAttention(nn.Module):
             return False
         if self.config._attn_implementation != IMPLEMENTATION or "forward" in self.__dict__:
             return False
-        parts = self.recipe.parts
+        parts = self.formula.parts
         if not all(is_plain(self._modules[one], ResidentLinear, x) for one in (parts.query, parts.key, parts.value)):
             return False
         norms = [one for one in (parts.query_norm, parts.key_norm) if one is not None]
         if not all(is_plain(self._modules[one], NativeNorm, x) for one in norms):
             return False
-        return not self.recipe.widths or _are_angles(embeddings, x, self.recipe.widths)
+        return not self.formula.widths or _are_angles(embeddings, x, self.formula.widths)
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> bool:
@@ -266,7 +266,7 @@ def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_se
         ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({one: AttentionInputs(workers, name, instruction_set) for one, name in KERNEL_DTYPES.items()})
-    known: dict[Any, Recipe | None] = {}
+    known: dict[Any, AttentionFormula | None] = {}
     changed = 0
     for module in list(model.modules()):
         if isinstance(module, FusedAttention) or not hasattr(module, "decode_kernels"):
@@ -277,11 +277,11 @@ def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_se
         key = (type(module), parts, _facts(module))
         if key not in known:
             known[key] = _found(module, parts, kernels)
-        recipe = known[key]
-        if recipe is not None:
+        formula = known[key]
+        if formula is not None:
             kind: Any = type(module)
             module.__class__ = _fused(kind)
-            module.__dict__.update(recipe=recipe, input_kernels=kernels)
+            module.__dict__.update(formula=formula, input_kernels=kernels)
             changed += 1
     return changed
 
@@ -319,7 +319,7 @@ def _parts(module: nn.Module) -> Parts | None:
     return Parts(query, key, value, output, *norms)
 
 
-def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs]) -> Recipe | None:
+def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs]) -> AttentionFormula | None:
     names = tuple(name for name in inspect.signature(type(module).forward).parameters if name != "self")
     caches = [name for name in CACHE_NAMES if name in names]
     if "hidden_states" not in names or not caches or not hasattr(module, "layer_idx"):
@@ -330,7 +330,7 @@ def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
 
-    found: Recipe | None = None
+    found: AttentionFormula | None = None
     for width in _widths(module, names):
         inputs = [(some(2, TRIED_TOKENS, linear.in_features) * scale).to(linear.weight.dtype) for scale in TRIED_SCALES]
         angles = _angles(width, some, linear.weight.dtype) if width else None
@@ -338,10 +338,12 @@ def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs
         trials = [one for one in tried if one is not None]
         if len(trials) < len(inputs):
             continue
-        recipes = iter([found]) if found else _recipes(module, parts, width, names, caches[0], trials[0])
-        for recipe in recipes:
-            if all(_repeats(module, recipe, trial, kernels) for trial in trials):
-                found = replace(recipe, widths=(*(found.widths if found else ()), width)) if recipe.widths else recipe
+        formulas = iter([found]) if found else _formulas(module, parts, width, names, caches[0], trials[0])
+        for formula in formulas:
+            if all(_repeats(module, formula, trial, kernels) for trial in trials):
+                found = (
+                    replace(formula, widths=(*(found.widths if found else ()), width)) if formula.widths else formula
+                )
                 break
     return found
 
@@ -413,30 +415,32 @@ def _probing(config: Any) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def _recipes(
+def _formulas(
     module: Any, parts: Parts, width: int, names: tuple[str, ...], cache_name: str, trial: Trial
-) -> Iterator[Recipe]:
+) -> Iterator[AttentionFormula]:
     call = trial.call
     elements = call.query.shape[3]
     factors = {1.0, float(getattr(module, "scaling", None) or 1.0)}
     pairs = ("halves", "neighbours", "none") if width else ("none",)
     for factor, rotating in product(sorted(factors, reverse=True), pairs):
         widths = (width,) if rotating != "none" else ()
-        yield Recipe(parts, elements, factor, rotating, widths, names, cache_name, trial.cached, call.arguments)
+        yield AttentionFormula(
+            parts, elements, factor, rotating, widths, names, cache_name, trial.cached, call.arguments
+        )
 
 
-def _repeats(module: Any, recipe: Recipe, trial: Trial, kernels: dict[torch.dtype, AttentionInputs]) -> bool:
+def _repeats(module: Any, formula: AttentionFormula, trial: Trial, kernels: dict[torch.dtype, AttentionInputs]) -> bool:
     """Whether the kernel computes what the module passed on, and the module returns what FusedAttention would."""
     output, call, x = trial.output, trial.call, trial.x
     if not isinstance(output, tuple) or len(output) != 2 or output[1] is not None:
         return False
-    parts, elements = recipe.parts, recipe.elements
+    parts, elements = formula.parts, formula.elements
     rows = [len(module._modules[name].weight) for name in (parts.query, parts.key, parts.value)]
     if call.value.shape[3] != elements or any(one % elements for one in rows):
         return False
     fused = FusedAttention()
     fused._modules = module._modules
-    fused.__dict__.update(recipe=recipe, input_kernels=kernels)
+    fused.__dict__.update(formula=formula, input_kernels=kernels)
     try:
         made = fused._inputs(x, trial.angles)
     except ValueError:  # the shapes of a norm

@@ -25,7 +25,7 @@ DIFFERENT_SHARE_MAX = 0.02  # of the elements: sums in another order may round d
 
 
 @dataclass(frozen=True)
-class Formula:
+class NormFormula:
     """What a norm computes; client/native/kernels/norm.h has the kinds."""
 
     kind: str
@@ -43,7 +43,7 @@ class Formula:
 class NativeNorm(nn.Module):
     """The forward pass of a norm that became native. Other cases are left to the class that it had."""
 
-    formula: Formula
+    formula: NormFormula
     norm_kernels: dict[torch.dtype, Norms]
     _held: tuple[tuple[int | None, int | None], Norm] | None = None
 
@@ -99,7 +99,7 @@ def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | 
         ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({dtype: Norms(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
-    known: dict[Any, Formula | None] = {}
+    known: dict[Any, NormFormula | None] = {}
     changed = 0
     for module in list(model.modules()):
         key = _key(module)
@@ -148,15 +148,15 @@ def _arguments(kind: Any) -> list[str]:
     return list(inspect.signature(kind.forward).parameters)[1:]
 
 
-def _formulas(module: nn.Module) -> Iterator[Formula]:
+def _formulas(module: nn.Module) -> Iterator[NormFormula]:
     for eps in {float(value) for name, value in vars(module).items() if name in EPS_NAMES and value is not None}:
-        yield Formula("rms", eps)
-        yield Formula("scaled_rms", eps, 1.0)
-        yield Formula("scaled_rms", eps, 0.0)
-        yield Formula("layer", eps)
+        yield NormFormula("rms", eps)
+        yield NormFormula("scaled_rms", eps, 1.0)
+        yield NormFormula("scaled_rms", eps, 0.0)
+        yield NormFormula("layer", eps)
 
 
-def _computes(module: nn.Module, formula: Formula, kernels: dict[torch.dtype, Norms]) -> bool:
+def _computes(module: nn.Module, formula: NormFormula, kernels: dict[torch.dtype, Norms]) -> bool:
     """Whether the module computes the formula for random weights and rows of several sizes."""
     weight = module._parameters["weight"]
     assert weight is not None

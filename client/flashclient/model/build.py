@@ -22,14 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError, some
 from flashclient.kernels.decode_attention import use_decode_attention
+from flashclient.kernels.decoder_layer import use_native_layers
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
 from flashclient.model.absent_weights import AbsentWeight, guard
-from flashclient.model.decoder_layer import use_native_layers
 from flashclient.model.experts_ffn import ExpertsFFN
-from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
+from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
@@ -128,7 +128,7 @@ def build_model(
     if not attention_chosen:
         use_decode_attention(model, workers)
         use_fused_attention(model, workers)
-        use_native_layers(model, workers)
+        use_native_layers(model, workers, StreamedFFN)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)

@@ -11,8 +11,9 @@ from native_models import FUSED, PROMPTS, WORKERS, make
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from flashclient.kernels.decoder_layer import NativeDecoderLayer, use_native_layers
 from flashclient.kernels.growing_cache import GrowingCache
-from flashclient.model.decoder_layer import NativeDecoderLayer, use_native_layers
+from flashclient.model.ffn import StreamedFFN
 
 LAYERS = [kind for kind in FUSED if kind not in ("olmo", "opt", "phi", "stablelm")]  # others have another wiring
 MASK = (PROMPTS != 0).long()
@@ -36,7 +37,7 @@ def models(kind: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedMod
     """A model with native layers, and one whose layers have native parts."""
     native, _, _ = make(kind, dtype)
     parts = copy.deepcopy(native)
-    assert use_native_layers(native, WORKERS) == 2
+    assert use_native_layers(native, WORKERS, StreamedFFN) == 2
     return native, parts
 
 
@@ -129,5 +130,5 @@ def test_another_wiring_is_left_alone() -> None:
     native, _, _ = make("llama")
     model: Any = native
     model.model.layers[0] = Halved(model.model.layers[0])
-    assert use_native_layers(native, WORKERS) == 1
+    assert use_native_layers(native, WORKERS, StreamedFFN) == 1
     assert type(model.model.layers[0]) is Halved

@@ -32,7 +32,6 @@ from flashclient.kernels.fused_attention import FusedAttention, is_plain
 from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
 from flashclient.kernels.resident_linear import ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
-from flashclient.model.ffn import StreamedFFN
 
 Room = GrowingLayer | GrowingWindowLayer
 
@@ -78,13 +77,13 @@ class NativeDecoderLayer(nn.Module):
         attention: Any = self._modules[self.wiring.attention]
         x = x.detach().contiguous()
         sequences, tokens, _ = x.shape
-        elements = attention.recipe.elements
+        elements = attention.formula.elements
         key_heads = attention.projections()[1][1] // elements
         new = x.new_empty((sequences, key_heads, 0, elements))
         rooms = room.room_for(tokens, new, new)
         begin, held = room.held_at
         total, ffn_input = torch.empty_like(x), torch.empty_like(x)
-        angles = call.get("position_embeddings") if attention.recipe.widths else None
+        angles = call.get("position_embeddings") if attention.formula.widths else None
         cos, sin = (None, None) if angles is None else map(array_of, angles)
         mask = call.get("attention_mask")
         causal = mask is None and tokens > 1 and attention.is_causal
@@ -98,7 +97,7 @@ class NativeDecoderLayer(nn.Module):
     def _block(self, attention: Any) -> AttentionBlock:
         """The native block with the weights that the layer has now."""
         wiring = self.wiring
-        output: Any = attention._modules[attention.recipe.parts.output]
+        output: Any = attention._modules[attention.formula.parts.output]
         norms: list[Any] = [
             None if name is None else self._modules[name] for name in (wiring.before, wiring.after, wiring.before_ffn)
         ]
@@ -109,9 +108,9 @@ class NativeDecoderLayer(nn.Module):
         if held is None or any(one is not other and one != other for one, other in zip(held[0], made, strict=True)):
             bias = None if output.bias is None else array_of(output.bias)
             projection = AttentionProjection(array_of(output.weight), bias, None)
-            recipe = attention.recipe
+            formula = attention.formula
             before, after, before_ffn = lent
-            shape = (recipe.pairs, recipe.elements, float(recipe.arguments["scaling"]))
+            shape = (formula.pairs, formula.elements, float(formula.arguments["scaling"]))
             block = AttentionBlock(query, key, value, projection, before, after, before_ffn, *shape)
             held = self.__dict__["_held"] = (made, block)
         block_held: AttentionBlock = held[1]
@@ -133,11 +132,11 @@ class NativeDecoderLayer(nn.Module):
             return None
         if any(call.get(name) not in (None, False) for name in (*UNSUPPORTED, "is_causal")) or self.training:
             return None
-        output = attention._modules[attention.recipe.parts.output]
+        output = attention._modules[attention.formula.parts.output]
         norms = [self._modules[one] for one in (wiring.before, wiring.after, wiring.before_ffn) if one is not None]
         if not is_plain(output, ResidentLinear, x) or not all(is_plain(one, NativeNorm, x) for one in norms):
             return None
-        given = call.get(attention.recipe.cache)
+        given = call.get(attention.formula.cache)
         if given is None:
             return GrowingLayer()  # type: ignore[no-untyped-call]
         layers = getattr(given, "layers", None)
@@ -159,7 +158,9 @@ def is_plain_itself(module: nn.Module) -> bool:
     return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
 
 
-def use_native_layers(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
+def use_native_layers(
+    model: PreTrainedModel, workers: Workers, ffn_kind: type[nn.Module], instruction_set: str | None = None
+) -> int:
     """Makes every decoder layer of `model` native that is one of those above. After use_fused_attention().
 
     Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
@@ -167,6 +168,7 @@ def use_native_layers(model: PreTrainedModel, workers: Workers, instruction_set:
 
     Args:
         workers: shared with the other kernels.
+        ffn_kind: the class of modules that compute a whole FFN, though other modules hold its parts.
         instruction_set: avx512, avx2 or portable; None takes the best.
 
     Returns:
@@ -182,9 +184,9 @@ def use_native_layers(model: PreTrainedModel, workers: Workers, instruction_set:
         attentions = [name for name, child in module.named_children() if isinstance(child, FusedAttention)]
         if len(attentions) != 1 or isinstance(module, NativeDecoderLayer):
             continue
-        key = str((type(module), _facts(module), getattr(module._modules[attentions[0]], "recipe", None)))
+        key = str((type(module), _facts(module), getattr(module._modules[attentions[0]], "formula", None)))
         if key not in known:
-            known[key] = _found(module, attentions[0], kernels)
+            known[key] = _found(module, attentions[0], ffn_kind, kernels)
         wiring = known[key]
         if wiring is not None:
             _make_native(module, wiring, kernels)
@@ -217,22 +219,22 @@ def _facts(module: nn.Module) -> Any:
     return (sorted(plain.items()), children)
 
 
-def _found(module: Any, name: str, kernels: Any) -> Wiring | None:
+def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> Wiring | None:
     attention = module._modules[name]
-    recipe = attention.recipe
-    ffn = _ffn_of(module, name)
+    formula = attention.formula
+    ffn = _ffn_of(module, name, ffn_kind)
     norms = [norm for norm, child in module.named_children() if isinstance(child, NativeNorm)]
-    if ffn is None or len(norms) > 4 or not set(recipe.arguments) <= KNOWN_ARGUMENTS:
+    if ffn is None or len(norms) > 4 or not set(formula.arguments) <= KNOWN_ARGUMENTS:
         return None
-    weight: Tensor = attention._modules[recipe.parts.query].weight
+    weight: Tensor = attention._modules[formula.parts.query].weight
     random = torch.Generator("cpu").manual_seed(0)
 
     def some(*shape: int) -> Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight.dtype)
 
     call: dict[str, Any] = {"hidden_states": some(2, TRIED_TOKENS, weight.shape[1]), "attention_mask": None}
-    if recipe.widths:
-        half = some(2, TRIED_TOKENS, max(recipe.widths) // 2) * 3
+    if formula.widths:
+        half = some(2, TRIED_TOKENS, max(formula.widths) // 2) * 3
         both = torch.cat([half, half], dim=-1)
         call["position_embeddings"] = (both.cos(), both.sin())
     with _replaced(module, ffn):
@@ -261,18 +263,18 @@ def _computes(module: nn.Module, wiring: Wiring, call: dict[str, Any], expected:
             module.__dict__.pop(name, None)
 
 
-def _ffn_of(module: nn.Module, attention: str) -> str | None:
-    """The path of the module that is the FFN: the only other child with weights, or the only streamed FFN."""
+def _ffn_of(module: nn.Module, attention: str, ffn_kind: type[nn.Module]) -> str | None:
+    """The path of the module that is the FFN: the only other child with weights, or the only one of its kind."""
     others = [
         name
         for name, child in module.named_children()
         if name != attention
         and not isinstance(child, NativeNorm)
-        and (next(child.parameters(), None) is not None or any(isinstance(one, StreamedFFN) for one in child.modules()))
+        and (next(child.parameters(), None) is not None or any(isinstance(one, ffn_kind) for one in child.modules()))
     ]
     if len(others) == 1:
         return others[0]
-    streamed = [path for path, one in module.named_modules() if isinstance(one, StreamedFFN)]
+    streamed = [path for path, one in module.named_modules() if isinstance(one, ffn_kind)]
     return streamed[0] if len(streamed) == 1 else None
 
 
