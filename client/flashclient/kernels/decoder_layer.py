@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from itertools import permutations
 from typing import Any
 
@@ -36,6 +36,7 @@ from flashclient.kernels.resident_norm import NativeNorm
 Room = GrowingLayer | GrowingWindowLayer
 
 TRIED_TOKENS = 3
+OTHER_ARGUMENTS = (*UNSUPPORTED, "is_causal")
 KNOWN_ARGUMENTS = {"dropout", "scaling", "sliding_window"}  # of attention; a window is in the mask or the cache
 
 
@@ -50,6 +51,30 @@ class Wiring:
     before_ffn: str | None
     after_ffn: str | None
 
+    @cached_property
+    def norms_before_ffn(self) -> list[str]:
+        return [one for one in (self.before, self.after, self.before_ffn) if one is not None]
+
+
+@dataclass(frozen=True)
+class HeldBlock:
+    """A native block, and what it was made of.
+
+    Attributes:
+        modules: that it stands for.
+        pointers: of their weights.
+        elements: of a head.
+    """
+
+    block: AttentionBlock
+    modules: list[nn.Module]
+    pointers: list[int]
+    dtype: torch.dtype
+    key_heads: int
+    elements: int
+    rotates: bool
+    causal: bool
+
 
 class NativeDecoderLayer(nn.Module):
     """The forward pass of a layer that became native. Other cases are left to the class that it had."""
@@ -60,10 +85,11 @@ class NativeDecoderLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        room = self._room(call) if len(args) <= len(self.names) else None
-        if room is None:
+        held = self._held_block(call) if len(args) <= len(self.names) else None
+        room = None if held is None else self._room(call)
+        if held is None or room is None:
             return super().forward(*args, **kwargs)
-        total, ffn_input = self._attend(call["hidden_states"], call, room)
+        total, ffn_input = self._attend(held, call, room)
         wiring = self.wiring
         y = self.get_submodule(wiring.ffn)(ffn_input)
         if wiring.after_ffn is not None:
@@ -72,69 +98,89 @@ class NativeDecoderLayer(nn.Module):
             y = norm(y)
         return total + y
 
-    def _attend(self, x: Tensor, call: dict[str, Any], room: Room) -> tuple[Tensor, Tensor]:
+    def _attend(self, held: HeldBlock, call: dict[str, Any], room: Room) -> tuple[Tensor, Tensor]:
         """The sum of x and the attention, and what the FFN takes, both [sequences, tokens, hidden]."""
-        attention: Any = self._modules[self.wiring.attention]
-        x = x.detach().contiguous()
-        sequences, tokens, _ = x.shape
-        elements = attention.formula.elements
-        key_heads = attention.projections()[1][1] // elements
-        new = x.new_empty((sequences, key_heads, 0, elements))
+        x: Tensor = call["hidden_states"].detach().contiguous()
+        tokens = x.shape[1]
+        new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
         rooms = room.room_for(tokens, new, new)
-        begin, held = room.held_at
+        begin, before = room.held_at
         total, ffn_input = torch.empty_like(x), torch.empty_like(x)
-        angles = call.get("position_embeddings") if attention.formula.widths else None
-        cos, sin = (None, None) if angles is None else map(array_of, angles)
+        cos, sin = map(array_of, call["position_embeddings"]) if held.rotates else (None, None)
         mask = call.get("attention_mask")
-        causal = mask is None and tokens > 1 and attention.is_causal
+        causal = mask is None and tokens > 1 and held.causal
         keys, values, *outputs = map(array_of, (*rooms, total, ffn_input))
         masked = None if mask is None else array_of(mask)
-        kernels, block = self.block_kernels[x.dtype], self._block(attention)
-        kernels.compute(block, array_of(x), cos, sin, keys, values, begin, held, masked, causal, outputs[0], outputs[1])
+        kernels = self.block_kernels[x.dtype]
+        kernels.compute(held.block, array_of(x), cos, sin, keys, values, begin, before, masked, causal, *outputs)
         room.add_written(tokens)
         return total, ffn_input
 
-    def _block(self, attention: Any) -> AttentionBlock:
-        """The native block with the weights that the layer has now."""
-        wiring = self.wiring
-        output: Any = attention._modules[attention.formula.parts.output]
-        norms: list[Any] = [
-            None if name is None else self._modules[name] for name in (wiring.before, wiring.after, wiring.before_ffn)
-        ]
-        query, key, value = (one for one, _ in attention.projections())
-        lent = [None if norm is None else norm.native_norm() for norm in norms]
-        made = (query, key, value, output.weight.data_ptr(), *lent)
-        held = self.__dict__.get("_held")
-        if held is None or any(one is not other and one != other for one, other in zip(held[0], made, strict=True)):
-            bias = None if output.bias is None else array_of(output.bias)
-            projection = AttentionProjection(array_of(output.weight), bias, None)
-            formula = attention.formula
-            before, after, before_ffn = lent
-            shape = (formula.pairs, formula.elements, float(formula.arguments["scaling"]))
-            block = AttentionBlock(query, key, value, projection, before, after, before_ffn, *shape)
-            held = self.__dict__["_held"] = (made, block)
-        block_held: AttentionBlock = held[1]
-        return block_held
+    def _held_block(self, call: dict[str, Any]) -> HeldBlock | None:
+        """The native block with the weights that the layer has now. None where it does not compute this call."""
+        wiring, x = self.wiring, call.get("hidden_states")
+        attention: Any = self._modules[wiring.attention]
+        if x is None or self.training or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+            return None
+        modules = [attention, *(self._modules[one] for one in wiring.norms_before_ffn)]
+        if isinstance(attention, FusedAttention):
+            parts = attention.formula.parts
+            modules += (attention._modules[one] for one in parts.names)
+        pointers: list[int] = []
+        for module in modules:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return None
+            pointers += (one.data_ptr() for one in module._parameters.values() if one is not None)
+        held: HeldBlock | None = self.__dict__.get("_held")
+        if held is None or held.pointers != pointers or held.modules != modules or torch.is_grad_enabled():
+            if not self._is_plain(attention, x):
+                return None
+            held = self.__dict__["_held"] = self._made(attention, modules, pointers, x.dtype)
+        return held if held.dtype == x.dtype and attention.takes(x, call.get("position_embeddings")) else None
+
+    def _is_plain(self, attention: Any, x: Tensor) -> bool:
+        """Whether the weights are as the kernels take them, and need no gradient."""
+        if not isinstance(attention, FusedAttention) or not attention.is_plain(x):
+            return False
+        output = attention._modules[attention.formula.parts.output]
+        norms = [self._modules[one] for one in self.wiring.norms_before_ffn]
+        return is_plain(output, ResidentLinear, x) and all(is_plain(one, NativeNorm, x) for one in norms)
+
+    def _made(self, attention: Any, modules: list[Any], pointers: list[int], dtype: torch.dtype) -> HeldBlock:
+        wiring, formula = self.wiring, attention.formula
+        output: Any = attention._modules[formula.parts.output]
+        bias = None if output.bias is None else array_of(output.bias)
+        (query, _), (key, key_rows), (value, _) = attention.projections()
+
+        def norm(name: str | None) -> Any:
+            module: Any = None if name is None else self._modules[name]
+            return None if module is None else module.native_norm()
+
+        block = AttentionBlock(
+            query,
+            key,
+            value,
+            AttentionProjection(array_of(output.weight), bias, None),
+            norm(wiring.before),
+            norm(wiring.after),
+            norm(wiring.before_ffn),
+            formula.pairs,
+            formula.elements,
+            float(formula.arguments["scaling"]),
+        )
+        shape = (key_rows // formula.elements, formula.elements, bool(formula.widths), attention.is_causal)
+        return HeldBlock(block, modules, pointers, dtype, *shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_held"}
 
     def _room(self, call: dict[str, Any]) -> Room | None:
         """The layer of the cache to write to. None where the native way is not for this call."""
-        wiring = self.wiring
-        attention: Any = self._modules[wiring.attention]
-        x, mask = call.get("hidden_states"), call.get("attention_mask")
-        if not isinstance(attention, FusedAttention) or x is None or torch_modules._global_forward_hooks:
-            return None
-        if not is_plain_itself(attention) or not attention.is_for_kernel(x, call.get("position_embeddings")):
-            return None
+        attention: Any = self._modules[self.wiring.attention]
+        x, mask = call["hidden_states"], call.get("attention_mask")
         if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
             return None
-        if any(call.get(name) not in (None, False) for name in (*UNSUPPORTED, "is_causal")) or self.training:
-            return None
-        output = attention._modules[attention.formula.parts.output]
-        norms = [self._modules[one] for one in (wiring.before, wiring.after, wiring.before_ffn) if one is not None]
-        if not is_plain(output, ResidentLinear, x) or not all(is_plain(one, NativeNorm, x) for one in norms):
+        if any(call.get(name) not in (None, False) for name in OTHER_ARGUMENTS):
             return None
         given = call.get(attention.formula.cache)
         if given is None:
@@ -151,11 +197,6 @@ class NativeDecoderLayer(nn.Module):
             return None
         found: Room = layer
         return found
-
-
-def is_plain_itself(module: nn.Module) -> bool:
-    """Whether calling the module is calling its forward."""
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
 
 
 def use_native_layers(
@@ -253,8 +294,7 @@ def _computes(module: nn.Module, wiring: Wiring, call: dict[str, Any], expected:
     _make_native(module, wiring, kernels)
     try:
         native: Any = module
-        room = native._room(call)
-        return room is not None and torch.equal(module(**call), expected)
+        return native._held_block(call) is not None and torch.equal(module(**call), expected)
     except (ValueError, RuntimeError):  # shapes that do not fit
         return False
     finally:

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -94,6 +94,12 @@ class Parts:
     output: str
     query_norm: str | None
     key_norm: str | None
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All of them."""
+        every = (self.query, self.key, self.value, self.output, self.query_norm, self.key_norm)
+        return [one for one in every if one is not None]
 
 
 @dataclass(frozen=True)
@@ -186,19 +192,32 @@ class FusedAttention(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_held"}
 
     def is_for_kernel(self, x: Tensor | None, embeddings: Any) -> bool:
-        if torch.compiler.is_compiling() or x is None or x.dim() != 3 or x.numel() == 0 or self.training:
-            return False
-        if x.dtype not in self.input_kernels or not x.is_cpu or torch.is_autocast_enabled("cpu"):
-            return False
-        if self.config._attn_implementation != IMPLEMENTATION or "forward" in self.__dict__:
-            return False
+        """Whether the kernels compute this call."""
+        return x is not None and not self.training and self.is_plain(x) and self.takes(x, embeddings)
+
+    def is_plain(self, x: Tensor) -> bool:
+        """Whether the weights are as the kernels take them, need no gradient, and have no hooks."""
         parts = self.formula.parts
-        if not all(is_plain(self._modules[one], ResidentLinear, x) for one in (parts.query, parts.key, parts.value)):
-            return False
+        linears = (parts.query, parts.key, parts.value)
         norms = [one for one in (parts.query_norm, parts.key_norm) if one is not None]
-        if not all(is_plain(self._modules[one], NativeNorm, x) for one in norms):
+        return all(is_plain(self._modules[one], ResidentLinear, x) for one in linears) and all(
+            is_plain(self._modules[one], NativeNorm, x) for one in norms
+        )
+
+    def takes(self, x: Tensor, embeddings: Any) -> bool:
+        """Whether the kernels take this input, and attention is ours."""
+        if torch.compiler.is_compiling() or x.dim() != 3 or x.numel() == 0 or not x.is_cpu:
+            return False
+        if x.dtype not in self.input_kernels or torch.is_autocast_enabled("cpu"):
+            return False
+        if "forward" in self.__dict__ or _implementation(self.config) != IMPLEMENTATION:
             return False
         return not self.formula.widths or _are_angles(embeddings, x, self.formula.widths)
+
+
+def _implementation(config: Any) -> Any:
+    """config._attn_implementation, whose property takes some microseconds."""
+    return vars(config).get("_attn_implementation_internal") or config._attn_implementation
 
 
 def is_plain(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> bool:
