@@ -85,6 +85,7 @@ class Generator:
         self._model = cast(Any, loaded.model)  # mypy takes attributes of a module for tensors
         self._ffn = loaded.built.ffn
         self._steps = loaded.built.steps
+        self._native_layers_share = loaded.built.native_layers_share
         self._source = loaded.source
         self._mode, self._perplexity_loss = loaded.mode, loaded.perplexity_loss
         self._drafts = Drafts(loaded.model, loaded.tokenizer)
@@ -166,6 +167,7 @@ class Generator:
         return meter.finish(
             mode=self._mode,
             perplexity_loss=self._perplexity_loss,
+            native_layers_share=self._native_layers_share,
             rows=len(made),
             prompt_tokens=call.prompt_tokens,
             fed_tokens=call.fed_tokens,

@@ -76,12 +76,14 @@ class BuiltModel:
         ffn: the object that computes all of its FFNs.
         steps: describes its forward passes; None in exact mode, which does not need it.
         record: what the weightd says of it, completed (old_records.py).
+        native_layers_share: the share of its decoder layers that are native (kernels/decoder_layer.py).
     """
 
     model: PreTrainedModel
     ffn: ModelFFN
     steps: Steps | None
     record: weightd_pb2.Model
+    native_layers_share: float
 
 
 @for_good()
@@ -125,14 +127,16 @@ def build_model(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
     use_native_norms(model, workers)
+    native_layers = 0
     if not attention_chosen:
         use_decode_attention(model, workers)
         use_fused_attention(model, workers)
-        use_native_layers(model, workers, StreamedFFN)
+        native_layers = use_native_layers(model, workers, StreamedFFN)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)
-    return BuiltModel(model, ffn, steps, record)
+    layers = max(native_layers, getattr(config.get_text_config(), "num_hidden_layers", 0), 1)
+    return BuiltModel(model, ffn, steps, record, native_layers / layers)
 
 
 def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:
