@@ -43,7 +43,17 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for version, needs in NEEDS.items():
         folder = folders[version] = tmp_path_factory.mktemp(f"transformers-{version}")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile", "--target", os.fspath(folder)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--no-compile",
+            "--target",
+            os.fspath(folder),
+        ]
         subprocess.run([*pip, f"transformers=={version}", *needs], check=True, capture_output=True, timeout=TIMEOUT_S)
     return folders
 
