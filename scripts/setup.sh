@@ -28,6 +28,7 @@ python3 -c 'import ensurepip' 2>/dev/null || need python3-venv
 inputs() { cat pyproject.toml constraints.txt CMakeLists.txt proto/* $(find weightd/native client/native -type f | sort); }
 if [[ ! -x .venv/bin/python ]]; then python3 -m venv .venv; fi
 PATH=$PWD/.venv/bin:$PATH
+unset PYTHONDONTWRITEBYTECODE # without bytecode, each process that imports torch and transformers compiles for 8 s
 if [[ $(inputs | sha256sum) != "$(cat .venv/inputs 2>/dev/null)" ]]; then
     echo "setting up .venv" >&2
     pip install -q -c constraints.txt "scikit-build-core>=1.0" "nanobind>=2.9" "grpcio-tools>=1.80" ninja

@@ -1,7 +1,7 @@
 """The C++ that benchmarks compare the daemon with (scripts/benchmarks/native): built on first use, then imported.
 
-Its core is built in build/tests, with the C++ tests. `weightd._native` and `flashclient._native` are imported first,
-because the module uses their types.
+Its core is that of the Python modules, in build/modules. `weightd._native` and `flashclient._native` are imported
+first, because the module uses their types.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import weightd._native  # noqa: F401
 from benchmarks.processes import SCRIPTS, BenchError
 
 ROOT = SCRIPTS.parent
-BUILD = ROOT / "build" / "tests"
+BUILD = ROOT / "build" / "modules"
 TARGET = "bench_native"
 
 

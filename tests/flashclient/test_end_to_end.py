@@ -225,7 +225,7 @@ def test_the_real_gemma_is_stored_as_transformers_loads_it(gemma: tuple[Path, An
 def test_the_real_gemma(gemma: tuple[Path, Any], tmp_path: Path) -> None:
     """The quantised file's exact values in fp32: real text, margins and widths."""
     checkpoint, reference = gemma
-    model = Imported(tmp_path / "store", ["gemma"], reference, FEW_TOKENS)
+    model = Imported(tmp_path / "store", ["gemma"], reference, FEW_TOKENS // 2)
     assert cli.main(["import", str(checkpoint), "--store", str(model.store)]) == 0
     prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
     with daemon_of(model, 0.5, "io_uring") as address:

@@ -22,6 +22,7 @@ NEEDS = {
     OLDEST: ["tokenizers==0.22.2", "huggingface_hub==1.33.0", "httpx", "httpcore", "sniffio", "h11", "anyio"],
     NEWEST: [],
 }
+PIP_INSTALL = ("-m", "pip", "install", "--quiet", "--no-deps", "--no-compile")  # Python compiles what is imported
 WORKER = ROOT / "tests" / "fixtures" / "version_worker.py"
 TIMEOUT_S = 420
 
@@ -43,7 +44,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
     for version, needs in NEEDS.items():
         folder = folders[version] = tmp_path_factory.mktemp(f"transformers-{version}")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", os.fspath(folder)]
+        pip = [sys.executable, *PIP_INSTALL, "--target", os.fspath(folder)]
         subprocess.run([*pip, f"transformers=={version}", *needs], check=True, capture_output=True, timeout=TIMEOUT_S)
     return folders
 

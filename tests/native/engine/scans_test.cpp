@@ -15,9 +15,9 @@ namespace weightd {
 namespace {
 
 constexpr uint32_t CELL_BYTES = 4096;
-constexpr uint32_t CELLS = 16384;
-constexpr uint32_t CHUNK = 64;                        // cells of one request
-constexpr std::chrono::microseconds CHUNK_TIME{170};  // the device reads a chunk in this time
+constexpr uint32_t CELLS = 8192;
+constexpr uint32_t CHUNK = 32;                        // cells of one request
+constexpr std::chrono::microseconds CHUNK_TIME{680};  // the device reads a chunk in this time
 constexpr uint32_t AHEAD = 32;                        // chunks that a scan asks for before it needs them
 
 // Reads only when the test says so, in the order of the requests.
