@@ -352,10 +352,13 @@ void compute_block(const AttentionBlocks& blocks, const LentBlock& lent, const T
                    const TokensOut& sum, const TokensOut& ffn_input) {
     const Dtype dtype = blocks.dtype();
     require(is_of(aligned(x, "x").dtype(), dtype), "x must be of the kernel's dtype");
+    const bool ffn_in_fp32 = dtype != Dtype::f32 && is_of(ffn_input.dtype(), Dtype::f32);
+    require(is_of(sum.dtype(), dtype) && (ffn_in_fp32 || is_of(ffn_input.dtype(), dtype)),
+            "outputs must be of the dtype of x, or the input of the FFN float32");
     for (const TokensOut* one : {&sum, &ffn_input}) {
-        require(is_of(aligned(*one, "an output").dtype(), dtype) && one->shape(0) == x.shape(0) &&
-                    one->shape(1) == x.shape(1) && one->shape(2) == x.shape(2),
-                "outputs must be of the shape and dtype of x");
+        require(aligned(*one, "an output").shape(0) == x.shape(0) && one->shape(1) == x.shape(1) &&
+                    one->shape(2) == x.shape(2),
+                "outputs must be of the shape of x");
     }
     require(held <= keys.shape(2), "there is no room for so many tokens");
     const AttentionBlock block = lent.checked(dtype, x.shape(2));
@@ -369,7 +372,22 @@ void compute_block(const AttentionBlocks& blocks, const LentBlock& lent, const T
     const AttentionMask masked = mask_of(mask, causal, shape);
     const Rotation rotation = rotation_of(lent.pairs, cos, sin, dtype, x, lent.elements);
     const nb::gil_scoped_release released;
-    blocks.compute(block, x.data(), x.shape(0), x.shape(1), rotation, room, masked, sum.data(), ffn_input.data());
+    blocks.compute(block, x.data(), x.shape(0), x.shape(1), rotation, room, masked, sum.data(), ffn_input.data(),
+                   ffn_in_fp32);
+}
+
+void finish_block(const AttentionBlocks& blocks, const flashclient::Array<const float, 2>& y, const LentNorm* norm,
+                  const Tokens& sum, const TokensOut& out) {
+    const size_t hidden = sum.shape(2);
+    const size_t rows = sum.shape(0) * sum.shape(1);
+    require(aligned(y, "y").shape(0) == rows && y.shape(1) == hidden, "y must be [rows, hidden]");
+    require(is_of(aligned(sum, "sum").dtype(), blocks.dtype()) && is_of(aligned(out, "out").dtype(), blocks.dtype()) &&
+                out.shape(0) == sum.shape(0) && out.shape(1) == sum.shape(1) && out.shape(2) == hidden,
+            "sum and out must be of the same shape and the kernel's dtype");
+    std::optional<Norm> checked;
+    if (norm != nullptr) checked = norm->checked(blocks.dtype(), hidden);
+    const nb::gil_scoped_release released;
+    blocks.finish(y.data(), checked, sum.data(), rows, hidden, out.data());
 }
 
 void bind_attention_blocks(nb::module_& module) {
@@ -387,7 +405,9 @@ void bind_attention_blocks(nb::module_& module) {
             "mask"_a.noconvert().none(), "causal"_a, "sum"_a.noconvert(), "ffn_input"_a.noconvert(),
             "sum = x [sequences, tokens, hidden] + attention; ffn_input: its norm. keys, values [sequences, key heads, "
             "capacity, elements]: at `begin` `held` tokens, and room behind them for these. mask, causal: as for "
-            "Attention.attend(), over all keys.");
+            "Attention.attend(), over all keys. ffn_input may be float32.")
+        .def("finish", &finish_block, "y"_a.noconvert(), "norm"_a.none(), "sum"_a.noconvert(), "out"_a.noconvert(),
+             "out = sum + y [rows, hidden] float32, rounded and normed.");
 }
 
 }  // namespace

@@ -82,6 +82,7 @@ class NativeDecoderLayer(nn.Module):
     wiring: Wiring
     names: tuple[str, ...]  # of the arguments of the forward that it had
     block_kernels: dict[torch.dtype, AttentionBlocks]
+    ffn_kind: type[nn.Module]  # of modules that stream an FFN
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
@@ -89,23 +90,31 @@ class NativeDecoderLayer(nn.Module):
         room = None if held is None else self._room(call)
         if held is None or room is None:
             return super().forward(*args, **kwargs)
-        total, ffn_input = self._attend(held, call, room)
         wiring = self.wiring
-        y = self.get_submodule(wiring.ffn)(ffn_input)
-        if wiring.after_ffn is not None:
-            norm = self._modules[wiring.after_ffn]
-            assert norm is not None
-            y = norm(y)
-        return total + y
+        ffn: Any = self.get_submodule(wiring.ffn)
+        norm: Any = None if wiring.after_ffn is None else self._modules[wiring.after_ffn]
+        streams = isinstance(ffn, self.ffn_kind) and _is_called_alone(ffn) and (norm is None or _is_called_alone(norm))
+        if not streams or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
+            total, ffn_input = self._attend(held, call, room, held.dtype)
+            y = ffn(ffn_input)
+            return total + (y if norm is None else norm(y))
+        total, ffn_input = self._attend(held, call, room, torch.float32)
+        y = ffn.streamed.of_rows(ffn_input.view(-1, ffn_input.shape[-1]))
+        out = torch.empty_like(total)
+        after = None if norm is None else norm.native_norm()
+        self.block_kernels[held.dtype].finish(array_of(y), after, array_of(total), array_of(out))
+        return out
 
-    def _attend(self, held: HeldBlock, call: dict[str, Any], room: Room) -> tuple[Tensor, Tensor]:
+    def _attend(
+        self, held: HeldBlock, call: dict[str, Any], room: Room, ffn_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
         """The sum of x and the attention, and what the FFN takes, both [sequences, tokens, hidden]."""
         x: Tensor = call["hidden_states"].detach().contiguous()
         tokens = x.shape[1]
         new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
         rooms = room.room_for(tokens, new, new)
         begin, before = room.held_at
-        total, ffn_input = torch.empty_like(x), torch.empty_like(x)
+        total, ffn_input = torch.empty_like(x), torch.empty_like(x, dtype=ffn_dtype)
         cos, sin = map(array_of, call["position_embeddings"]) if held.rotates else (None, None)
         mask = call.get("attention_mask")
         causal = mask is None and tokens > 1 and held.causal
@@ -128,7 +137,7 @@ class NativeDecoderLayer(nn.Module):
             modules += (attention._modules[one] for one in parts.names)
         pointers: list[int] = []
         for module in modules:
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            if not _is_called_alone(module):
                 return None
             pointers += (one.data_ptr() for one in module._parameters.values() if one is not None)
         held: HeldBlock | None = self.__dict__.get("_held")
@@ -199,6 +208,11 @@ class NativeDecoderLayer(nn.Module):
         return found
 
 
+def _is_called_alone(module: nn.Module) -> bool:
+    """Whether calling the module is calling its forward."""
+    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+
+
 def use_native_layers(
     model: PreTrainedModel, workers: Workers, ffn_kind: type[nn.Module], instruction_set: str | None = None
 ) -> int:
@@ -230,16 +244,16 @@ def use_native_layers(
             known[key] = _found(module, attentions[0], ffn_kind, kernels)
         wiring = known[key]
         if wiring is not None:
-            _make_native(module, wiring, kernels)
+            _make_native(module, wiring, ffn_kind, kernels)
             changed += 1
     return changed
 
 
-def _make_native(module: nn.Module, wiring: Wiring, kernels: Any) -> None:
+def _make_native(module: nn.Module, wiring: Wiring, ffn_kind: type[nn.Module], kernels: Any) -> None:
     kind: Any = type(module)
     names = tuple(name for name in inspect.signature(kind.forward).parameters if name != "self")
     module.__class__ = _native(kind)
-    module.__dict__.update(wiring=wiring, names=names, block_kernels=kernels)
+    module.__dict__.update(wiring=wiring, names=names, block_kernels=kernels, ffn_kind=ffn_kind)
 
 
 @cache
@@ -284,14 +298,16 @@ def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> W
         except Exception:  # whatever a module raises that was not made for this
             return None
         for wiring in _wirings(name, ffn, norms):
-            if isinstance(expected, Tensor) and _computes(module, wiring, call, expected, kernels):
+            if isinstance(expected, Tensor) and _computes(module, wiring, ffn_kind, call, expected, kernels):
                 return wiring
     return None
 
 
-def _computes(module: nn.Module, wiring: Wiring, call: dict[str, Any], expected: Tensor, kernels: Any) -> bool:
+def _computes(
+    module: nn.Module, wiring: Wiring, ffn_kind: type[nn.Module], call: dict[str, Any], expected: Tensor, kernels: Any
+) -> bool:
     before = module.__class__
-    _make_native(module, wiring, kernels)
+    _make_native(module, wiring, ffn_kind, kernels)
     try:
         native: Any = module
         return native._held_block(call) is not None and torch.equal(module(**call), expected)
@@ -299,7 +315,7 @@ def _computes(module: nn.Module, wiring: Wiring, call: dict[str, Any], expected:
         return False
     finally:
         module.__class__ = before
-        for name in ("wiring", "names", "block_kernels", "_held"):
+        for name in ("wiring", "names", "block_kernels", "ffn_kind", "_held"):
             module.__dict__.pop(name, None)
 
 

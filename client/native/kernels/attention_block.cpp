@@ -16,7 +16,7 @@ struct BlockScratch {
 
 void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens,
                               const Rotation& rotation, const KeyValueRoom& room, const AttentionMask& mask, void* sum,
-                              void* ffn_input) const {
+                              void* ffn_input, bool ffn_in_fp32) const {
     static thread_local BlockScratch scratch;
     const size_t bytes = bytes_of(dtype_);
     const size_t rows = sequences * tokens;
@@ -52,11 +52,26 @@ void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t
     linear_.project({&output, 1}, scratch.attended.data(), rows);
     if (block.after) norms_.apply(*block.after, scratch.output.data(), rows, scratch.output.data());
     add(x, scratch.output.data(), rows * hidden, sum);
+    const void* ffn = sum;
     if (block.before_ffn) {
-        norms_.apply(*block.before_ffn, sum, rows, ffn_input);
-    } else {
-        std::copy_n(static_cast<const char*>(sum), rows * hidden * bytes, static_cast<char*>(ffn_input));
+        void* normed = ffn_in_fp32 ? scratch.output.data() : ffn_input;
+        norms_.apply(*block.before_ffn, sum, rows, normed);
+        ffn = normed;
     }
+    if (ffn_in_fp32) {
+        kernels_.upcast(ffn, rows * hidden, static_cast<float*>(ffn_input));
+    } else if (ffn != ffn_input) {
+        std::copy_n(static_cast<const char*>(ffn), rows * hidden * bytes, static_cast<char*>(ffn_input));
+    }
+}
+
+void AttentionBlocks::finish(const float* y, const std::optional<Norm>& norm, const void* sum, size_t rows,
+                             size_t hidden, void* out) const {
+    static thread_local std::vector<char> rounded;
+    rounded.resize(rows * hidden * bytes_of(dtype_));
+    kernels_.downcast(y, rows * hidden, rounded.data());
+    if (norm) norms_.apply(*norm, rounded.data(), rows, rounded.data());
+    add(sum, rounded.data(), rows * hidden, out);
 }
 
 void AttentionBlocks::add(const void* x, const void* y, size_t count, void* sum) const {

@@ -39,10 +39,16 @@ class AttentionBlocks {
           linear_(workers, dtype, instruction_set),
           norms_(workers, dtype, instruction_set) {}
 
-    // x: [sequences, tokens, hidden]; sum = x + attention, and what the FFN takes, likewise; all of dtype(). Writes
-    // keys and values of the new tokens behind the others. `mask` is over all keys.
+    // x: [sequences, tokens, hidden]; sum = x + attention, and what the FFN takes, likewise; all of dtype(), or the
+    // FFN's input in fp32, rounded to it. Writes keys and values of the new tokens behind the others. `mask` is over
+    // all keys.
     void compute(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens, const Rotation& rotation,
-                 const KeyValueRoom& room, const AttentionMask& mask, void* sum, void* ffn_input) const;
+                 const KeyValueRoom& room, const AttentionMask& mask, void* sum, void* ffn_input,
+                 bool ffn_in_fp32) const;
+
+    // out = sum + the norm of y, if there is one. y: [rows, hidden] fp32, which is rounded to dtype() first.
+    void finish(const float* y, const std::optional<Norm>& norm, const void* sum, size_t rows, size_t hidden,
+                void* out) const;
 
     Dtype dtype() const { return dtype_; }
 

@@ -111,6 +111,41 @@ def test_changed_weights_are_used_and_copies_work() -> None:
     assert torch.equal(generated(copy.deepcopy(native), GrowingCache(native.config)), expected)
 
 
+class Scaling:
+    """Stands for a LayerFFN."""
+
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors
+        self.rows = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x.float() * self.factors).to(x.dtype)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        assert rows.dtype == torch.float32
+        self.rows += len(rows)
+        return rows * self.factors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_streamed_ffn_takes_and_gives_fp32(kind: str, dtype: torch.dtype) -> None:
+    parts: Any = make(kind, dtype)[0]
+    scaling = Scaling(torch.linspace(-2, 2, 64))
+    for layer in parts.model.layers:
+        layer.mlp = StreamedFFN()
+        layer.mlp.streamed = scaling
+    native = copy.deepcopy(parts)
+    assert use_native_layers(native, WORKERS, StreamedFFN) == 2
+    with torch.no_grad():
+        expected = generated(parts, DynamicCache(config=parts.config))
+        assert torch.equal(generated(native, GrowingCache(native.config)), expected)
+        streamed = native.model.layers[0].mlp.streamed
+        assert streamed.rows == 2 * len(expected.flatten(0, 1)), "all rows, in both layers"
+        native.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+        assert torch.equal(generated(native, GrowingCache(native.config)), expected)
+
+
 class Halved(nn.Module):
     """A layer with the parts of a native one, which adds half of its attention."""
 

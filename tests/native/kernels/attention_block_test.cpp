@@ -67,7 +67,7 @@ class BlockBits : public testing::TestWithParam<const char*> {
             const Rotation rotation{cos_.data() + held * ELEMENTS, sin_.data() + held * ELEMENTS, ELEMENTS, 0,
                                     ELEMENTS};
             const AttentionMask mask{some == TOKENS ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
-            blocks.compute(block(), x.data(), SEQUENCES, some, rotation, room, mask, sum.data(), ffn.data());
+            blocks.compute(block(), x.data(), SEQUENCES, some, rotation, room, mask, sum.data(), ffn.data(), false);
             for (size_t s = 0; s < SEQUENCES; s++) {
                 for (size_t i = 0; i < some * HIDDEN; i++) {
                     const size_t to = (s * TOKENS + held) * HIDDEN + i;
