@@ -86,7 +86,8 @@ class NativeDecoderLayer(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
-        held = self._held_block(call) if len(args) <= len(self.names) else None
+        traced = torch.compiler.is_compiling() or len(args) > len(self.names)
+        held = None if traced else self._held_block(call)
         room = None if held is None else self._room(call)
         if held is None or room is None:
             return super().forward(*args, **kwargs)
