@@ -28,11 +28,12 @@ using flashclient::Session;
 using flashclient::Sweep;
 using flashclient::U32Array;
 
-void bind_checksum(nb::module_& module);  // bindings_checksum.cpp
-void bind_experts(nb::module_& module);   // bindings_experts.cpp
-void bind_kernels(nb::module_& module);   // bindings_kernels.cpp
-void bind_predict(nb::module_& module);   // bindings_predict.cpp
-void bind_tables(nb::module_& module);    // bindings_tables.cpp
+void bind_checksum(nb::module_& module);   // bindings_checksum.cpp
+void bind_experts(nb::module_& module);    // bindings_experts.cpp
+void bind_attention(nb::module_& module);  // bindings_attention.cpp
+void bind_kernels(nb::module_& module);    // bindings_kernels.cpp
+void bind_predict(nb::module_& module);    // bindings_predict.cpp
+void bind_tables(nb::module_& module);     // bindings_tables.cpp
 
 namespace {
 
@@ -225,6 +226,7 @@ NB_MODULE(_native, module) {
     bind_sweep(module);
     bind_checksum(module);
     bind_kernels(module);
+    bind_attention(module);
     bind_predict(module);
     bind_experts(module);
     bind_tables(module);

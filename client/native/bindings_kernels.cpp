@@ -17,7 +17,7 @@
 
 #include "array_arguments.h"
 #include "encoding_argument.h"
-#include "kernels/attention.h"
+#include "kernel_arguments.h"
 #include "kernels/ffn.h"
 #include "kernels/linear.h"
 #include "kernels/predictor.h"
@@ -33,17 +33,17 @@ namespace {
 using flashclient::Activation;
 using flashclient::aligned;
 using flashclient::Array;
-using flashclient::Attention;
-using flashclient::AttentionMask;
-using flashclient::AttentionRows;
-using flashclient::AttentionShape;
 using flashclient::Dtype;
 using flashclient::Encoding;
 using flashclient::Ffn;
 using flashclient::GatePredictor;
+using flashclient::InstructionSet;
+using flashclient::is_of;
 using flashclient::Linear;
 using flashclient::LowRankPredictor;
 using flashclient::Matrix;
+using flashclient::matrix_of;
+using flashclient::name_of;
 using flashclient::Neurons;
 using flashclient::owned_array;
 using flashclient::Prediction;
@@ -51,11 +51,15 @@ using flashclient::Predictor;
 using flashclient::ReadableMemory;
 using flashclient::Reading;
 using flashclient::require;
+using flashclient::RowsIn;
+using flashclient::RowsOut;
+using flashclient::RowValues;
 using flashclient::SignPredictor;
 using flashclient::TOKENS_MAX;
 using flashclient::U16Array;
 using flashclient::U32Array;
 using flashclient::U64Array;
+using flashclient::Weight;
 using flashclient::Workers;
 
 using Bias = Array<const float, 1>;
@@ -63,42 +67,10 @@ using Biases = nb::ndarray<const float, nb::ndim<2>, nb::device::cpu>;  // with 
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
 using GroupMasks = nb::ndarray<const uint16_t, nb::ndim<2>, nb::device::cpu>;  // with strides
-using Weight = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
 using Bytes = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
-using InstructionSet = std::optional<std::string>;
 
 constexpr size_t HIDDEN_MAX = size_t{1} << 24;  // elements; the bytes of a bundle fit into 32 bits
 constexpr size_t THREADS_MAX = 1024;
-constexpr nb::dlpack::dtype BFLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat), 16, 1};
-constexpr nb::dlpack::dtype FLOAT16{static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
-constexpr nb::dlpack::dtype BITS16 = nb::dtype<uint16_t>();  // the bits of either: numpy has no bfloat16
-
-const char* name_of(const InstructionSet& instruction_set) {
-    return instruction_set ? instruction_set->c_str() : nullptr;
-}
-
-// Whether elements of `given` are of `dtype`.
-bool is_of(const nb::dlpack::dtype& given, Dtype dtype) {
-    switch (dtype) {
-        case Dtype::f32:
-            return given == nb::dtype<float>();
-        case Dtype::bf16:
-            return given == BFLOAT16 || given == BITS16;
-        case Dtype::f16:
-            return given == FLOAT16 || given == BITS16;
-        case Dtype::i8:
-            return given == nb::dtype<int8_t>();
-    }
-    return false;
-}
-
-Matrix matrix_of(const Weight& weight, Dtype dtype) {
-    require(is_of(weight.dtype(), dtype),
-            "weights must be float32 for dtype F32, bfloat16 or float16, or uint16, their bits, for BF16 and F16, and "
-            "int8 with a scale");
-    return {aligned(weight, "a matrix").data(), weight.shape(0), weight.shape(1)};
-}
 
 void require_tokens(size_t tokens) {
     if (tokens > TOKENS_MAX) {
@@ -252,6 +224,27 @@ void multiply(const Linear& linear, const Weight& weight, const Input& x, const 
     linear.multiply(matrix, x.data(), x.shape(0), y.data());
 }
 
+Linear::Projection projection_of(const Linear& linear, const Weight& weight, const std::optional<RowValues>& bias,
+                                 const RowsIn& x, const RowsOut& y) {
+    const Dtype dtype = linear.dtype();
+    const Matrix matrix = matrix_of(weight, dtype);
+    require(is_of(x.dtype(), dtype) && is_of(y.dtype(), dtype), "x and y must be of the kernel's dtype");
+    require(aligned(x, "x").shape(0) == aligned(y, "y").shape(0), "x and y must have the same tokens");
+    require(x.shape(1) == matrix.columns && y.shape(1) == matrix.rows, "weight must be [columns of y, columns of x]");
+    if (!bias) return {matrix, nullptr, false, y.data()};
+    const bool is_fp32 = is_of(bias->dtype(), Dtype::f32);
+    require(is_fp32 || is_of(bias->dtype(), dtype), "bias must be of the kernel's dtype or float32");
+    require(aligned(*bias, "bias").shape(0) == matrix.rows, "bias must be [columns of y]");
+    return {matrix, bias->data(), is_fp32, y.data()};
+}
+
+void project(const Linear& linear, const Weight& weight, const std::optional<RowValues>& bias, const RowsIn& x,
+             const RowsOut& y) {
+    const Linear::Projection projection = projection_of(linear, weight, bias, x, y);
+    const nb::gil_scoped_release released;
+    linear.project({&projection, 1}, x.data(), x.shape(0));
+}
+
 void bind_linear(nb::module_& module) {
     nb::class_<Linear>(module, "Linear", "Products of a matrix with rows of x; see client/native/kernels/linear.h.")
         .def(
@@ -261,81 +254,11 @@ void bind_linear(nb::module_& module) {
             },
             "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
         .def("multiply", &multiply, "weight"_a.noconvert(), "x"_a.noconvert(), "y"_a.noconvert(),
-             "y [tokens, out] = x [tokens, hidden] times weight [out, hidden], transposed.")
+             "y [tokens, out] = x [tokens, hidden] times weight [out, hidden], transposed; x and y in fp32.")
+        .def("project", &project, "weight"_a.noconvert(), "bias"_a.noconvert().none(), "x"_a.noconvert(),
+             "y"_a.noconvert(),
+             "The same plus bias [out], all in the kernel's dtype, bias also in fp32; summed in fp32 and rounded once.")
         .def_prop_ro("instruction_set", &Linear::instruction_set);
-}
-
-// ---- Attention ----
-
-// `rows` is [sequences, heads, tokens or keys, elements]. The stride of a dimension of size 1 is not used.
-size_t stride_of(const Rows& rows, size_t dimension) {
-    if (rows.shape(dimension) <= 1) return 0;
-    require(rows.stride(dimension) >= 0, "strides must not be negative");
-    return static_cast<size_t>(rows.stride(dimension));
-}
-
-AttentionRows rows_of(const Rows& rows, Dtype dtype, const char* name) {
-    require(is_of(rows.dtype(), dtype), std::string(name) + " is not of the kernel's dtype");
-    require(rows.shape(3) <= 1 || rows.stride(3) == 1, "the elements of a row must be contiguous");
-    return {aligned(rows, name).data(), stride_of(rows, 0), stride_of(rows, 1), stride_of(rows, 2)};
-}
-
-AttentionMask mask_of(const std::optional<Rows>& mask, bool causal, const AttentionShape& shape) {
-    require(!mask || !causal, "causal is for attention without a mask");
-    if (!mask) return {causal ? AttentionMask::Kind::causal : AttentionMask::Kind::none};
-    const bool boolean = mask->dtype() == nb::dtype<bool>();
-    require(boolean || mask->dtype() == nb::dtype<float>(), "a mask must be of bool or float32");
-    const size_t sizes[4] = {shape.sequences, shape.heads, shape.tokens, shape.keys};
-    for (size_t i = 0; i < 4; i++) {
-        require(mask->shape(i) == sizes[i] || mask->shape(i) == 1,
-                "a mask must be [sequences, heads, tokens, keys], or 1 where it is the same for all");
-    }
-    const auto kind = boolean ? AttentionMask::Kind::boolean : AttentionMask::Kind::additive;
-    return {kind,
-            aligned(*mask, "the mask").data(),
-            stride_of(*mask, 0),
-            stride_of(*mask, 1),
-            stride_of(*mask, 2),
-            stride_of(*mask, 3)};
-}
-
-void attend(const Attention& attention, const Rows& query, const Rows& key, const Rows& value,
-            const std::optional<Rows>& mask, bool causal, float scale, const Array<float, 4>& out) {
-    const AttentionShape shape{query.shape(0), query.shape(1), key.shape(1),   query.shape(2),
-                               key.shape(2),   key.shape(3),   value.shape(3), scale};
-    require(shape.key_heads > 0 && shape.heads % shape.key_heads == 0, "heads must be a multiple of key heads");
-    require(query.shape(3) == key.shape(3), "query and key must have the same elements");
-    require(key.shape(0) == shape.sequences && value.shape(0) == shape.sequences && value.shape(1) == shape.key_heads &&
-                value.shape(2) == shape.keys,
-            "query, key and value must have the same sequences, key and value the same heads and rows");
-    require(aligned(out, "out").shape(0) == shape.sequences && out.shape(1) == shape.tokens &&
-                out.shape(2) == shape.heads && out.shape(3) == shape.value_elements,
-            "out must be [sequences, tokens, heads, elements of a value]");
-    const AttentionRows queries = rows_of(query, attention.dtype(), "query");
-    const AttentionRows keys = rows_of(key, attention.dtype(), "key");
-    const AttentionRows values = rows_of(value, attention.dtype(), "value");
-    const AttentionMask masked = mask_of(mask, causal, shape);
-    const nb::gil_scoped_release released;
-    attention.attend(shape, queries, keys, values, masked, out.data());
-}
-
-void bind_attention(nb::module_& module) {
-    nb::class_<Attention>(module, "Attention",
-                          "Attention over keys and values in place; see client/native/kernels/attention.h.")
-        .def(
-            "__init__",
-            [](Attention* self, Workers& workers, const std::string& dtype, const InstructionSet& instruction_set) {
-                new (self) Attention(workers, weightd::compute_dtype_named(dtype), name_of(instruction_set));
-            },
-            "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>())
-        .def("attend", &attend, "query"_a.noconvert(), "key"_a.noconvert(), "value"_a.noconvert(),
-             "mask"_a.noconvert().none(), "causal"_a, "scale"_a, "out"_a.noconvert(),
-             "query [sequences, heads, tokens, elements]; key, value [sequences, key heads, keys, elements], with "
-             "any strides between rows. mask [sequences, heads, tokens, keys], 1 where it is the same for all: "
-             "bool (False: masked) or float32 (added; -inf: masked). causal, without a mask: token t attends to the "
-             "keys up to t. out [sequences, tokens, heads, elements of a "
-             "value] float32.")
-        .def_prop_ro("instruction_set", &Attention::instruction_set);
 }
 
 // ---- predictors ----
@@ -457,7 +380,6 @@ void bind_kernels(nb::module_& module) {
         .def_prop_ro("threads", &Workers::threads);
     bind_ffn(module);
     bind_linear(module);
-    bind_attention(module);
     bind_predictors(module);
     bind_memory(module);
 }

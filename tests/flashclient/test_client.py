@@ -38,7 +38,7 @@ from flashclient.errors import (
     NoDaemonError,
     OptionError,
 )
-from flashclient.generation.growing_cache import GrowingCache
+from flashclient.kernels.growing_cache import GrowingCache
 
 PROMPT = "The capital of France is"
 
@@ -246,6 +246,8 @@ def test_stats(client: FlashClient, parts: CutModel) -> None:
     assert (stats.mode, stats.predict_s, stats.drafted_tokens) == ("exact", 0, 0)
     assert stats.as_dict()["tokens_per_s"] == stats.tokens_per_s > 0
     assert "tokens/s" in stats.table()
+    assert stats.native_layers_share == 1
+    assert "100 % native" in stats.table()
 
 
 def test_threads_take_turns(client: FlashClient) -> None:

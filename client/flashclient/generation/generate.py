@@ -23,9 +23,9 @@ from transformers import EosTokenCriteria, GenerationConfig
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.arguments import check_arguments, known_arguments, merged_config
 from flashclient.generation.drafts import Drafts, drafting
-from flashclient.generation.growing_cache import GrowingCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
 from flashclient.generation.stats import Meter, Stats
+from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
@@ -85,6 +85,7 @@ class Generator:
         self._model = cast(Any, loaded.model)  # mypy takes attributes of a module for tensors
         self._ffn = loaded.built.ffn
         self._steps = loaded.built.steps
+        self._native_layers_share = loaded.built.native_layers_share
         self._source = loaded.source
         self._mode, self._perplexity_loss = loaded.mode, loaded.perplexity_loss
         self._drafts = Drafts(loaded.model, loaded.tokenizer)
@@ -166,6 +167,7 @@ class Generator:
         return meter.finish(
             mode=self._mode,
             perplexity_loss=self._perplexity_loss,
+            native_layers_share=self._native_layers_share,
             rows=len(made),
             prompt_tokens=call.prompt_tokens,
             fed_tokens=call.fed_tokens,

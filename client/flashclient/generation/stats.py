@@ -40,6 +40,7 @@ class Stats:
     read_bytes: int = 0  # from flash, or over the wire
     prefetched: int = 0  # cells read before a router had picked them, by look-ahead
     prefetched_used: int = 0  # those that were picked: hits
+    native_layers_share: float = 0.0  # of the decoder layers: attention, norms and sums are one native call
 
     @property
     def overhead_s(self) -> float:
@@ -87,6 +88,7 @@ class Stats:
             ("speed", f"{self.tokens_per_s:.2f} tokens/s, first after {self.first_step_s:.2f} s"),
             ("read", f"{self.read_bytes_per_token / 1e6:.2f} MB/token, {self.read_gb_per_s:.2f} GB/s"),
             ("hit rate", f"{100 * self.hit_rate:.1f} %"),
+            ("layers", f"{100 * self.native_layers_share:.0f} % native"),
             ("time", ", ".join(f"{seconds:.2f} s {name}" for name, seconds in self._times())),
         ]
         return "\n".join(f"{name:<10}{value}" for name, value in rows)
@@ -164,6 +166,7 @@ class Meter:
         fed_tokens: int,
         new_tokens: int,
         drafted: bool,
+        native_layers_share: float,
     ) -> Stats:
         """
         Args:
@@ -197,4 +200,5 @@ class Meter:
             read_bytes=counted.read_bytes,
             prefetched=counted.prefetched,
             prefetched_used=counted.prefetched_used,
+            native_layers_share=native_layers_share,
         )

@@ -121,7 +121,7 @@ def _attend(
     scaling: float | None,
 ) -> Tensor:
     sequences, heads, tokens, elements = query.shape
-    out = torch.empty(sequences, tokens, heads, value.shape[3], dtype=torch.float32, device="cpu")
+    out = torch.empty(sequences, tokens, heads, value.shape[3], dtype=query.dtype, device="cpu")
     kernel.attend(
         array_of(query),
         array_of(key),
@@ -131,7 +131,7 @@ def _attend(
         elements**-0.5 if scaling is None else scaling,
         array_of(out),
     )
-    return out.to(query.dtype)
+    return out
 
 
 def _in_kernel_form(mask: Tensor) -> Tensor:

@@ -14,8 +14,6 @@ from flashclient._native import Linear, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
 
-PANEL_ELEMENTS = 2**24  # of fp32 results at a time: those of the head for a whole prompt would take gigabytes
-
 
 class ResidentLinear(nn.Linear):
     """nn.Linear whose forward pass is the native kernel. Weight and bias are not copied.
@@ -30,27 +28,18 @@ class ResidentLinear(nn.Linear):
         """[..., in_features] -> [..., out_features], in the dtype of x."""
         if torch.compiler.is_compiling() or not self._is_for_kernel(x):
             return super().forward(x)
-        rows = x.detach().reshape(-1, self.in_features)
-        panel = max(1, PANEL_ELEMENTS // self.out_features)
-        y = (
-            self._multiply(rows)
-            if len(rows) <= panel
-            else torch.cat([self._multiply(some) for some in torch.split(rows, panel)])
-        )
+        rows = x.detach().reshape(-1, self.in_features).contiguous()
+        y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device="cpu")
+        bias = None if self.bias is None else array_of(self.bias)
+        self.kernels[x.dtype].project(array_of(self.weight), bias, array_of(rows), array_of(y))
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _multiply(self, rows: Tensor) -> Tensor:
-        flat = rows.to(torch.float32).contiguous()
-        y = torch.empty(len(rows), self.out_features, dtype=torch.float32, device="cpu")
-        self.kernels[rows.dtype].multiply(array_of(self.weight), array_of(flat), array_of(y))
-        if self.bias is not None:
-            y += self.bias
-        return y.to(rows.dtype)
 
     def _is_for_kernel(self, x: Tensor) -> bool:
         weight = self.weight
         fits = x.dtype == weight.dtype and x.dtype in self.kernels and x.shape[-1] == self.in_features and x.numel() > 0
         plain = weight.is_cpu and x.is_cpu and weight.is_contiguous()
+        bias = self.bias
+        plain = plain and (bias is None or (bias.dtype in (x.dtype, torch.float32) and bias.is_contiguous()))
         with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         untouched = type(weight) is nn.Parameter and not torch.is_autocast_enabled("cpu")
         return fits and plain and untouched and not with_gradient

@@ -22,11 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from flashclient._native import Ffn, Workers
 from flashclient.errors import ModelError, some
 from flashclient.kernels.decode_attention import use_decode_attention
+from flashclient.kernels.decoder_layer import use_native_layers
 from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
+from flashclient.kernels.resident_norm import use_native_norms
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.experts_ffn import ExpertsFFN
-from flashclient.model.ffn import Clock, ExactFFN, ModelFFN
+from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
 from flashclient.model.install import Placement, install_ffns
 from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
@@ -73,12 +76,14 @@ class BuiltModel:
         ffn: the object that computes all of its FFNs.
         steps: describes its forward passes; None in exact mode, which does not need it.
         record: what the weightd says of it, completed (old_records.py).
+        native_layers_share: the share of its decoder layers that are native (kernels/decoder_layer.py).
     """
 
     model: PreTrainedModel
     ffn: ModelFFN
     steps: Steps | None
     record: weightd_pb2.Model
+    native_layers_share: float
 
 
 @for_good()
@@ -121,12 +126,17 @@ def build_model(
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
+    use_native_norms(model, workers)
+    native_layers = 0
     if not attention_chosen:
         use_decode_attention(model, workers)
+        use_fused_attention(model, workers)
+        native_layers = use_native_layers(model, workers, StreamedFFN)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)
-    return BuiltModel(model, ffn, steps, record)
+    layers = max(native_layers, getattr(config.get_text_config(), "num_hidden_layers", 0), 1)
+    return BuiltModel(model, ffn, steps, record, native_layers / layers)
 
 
 def _class_of(record: weightd_pb2.Model) -> type[PreTrainedModel]:

@@ -52,7 +52,7 @@ struct Attention::Call {
     const AttentionRows& key;
     const AttentionRows& value;
     const AttentionMask& mask;
-    float* out;
+    void* out;
 
     float bias(const Item& item, size_t row, size_t index) const;
     size_t group() const { return shape.heads / shape.key_heads; }
@@ -147,7 +147,7 @@ const char* Attention::row(const AttentionRows& rows, size_t sequence, size_t he
 }
 
 void Attention::attend(const AttentionShape& shape, const AttentionRows& query, const AttentionRows& key,
-                       const AttentionRows& value, const AttentionMask& mask, float* out) const {
+                       const AttentionRows& value, const AttentionMask& mask, void* out) const {
     assert(shape.key_heads > 0 && shape.heads % shape.key_heads == 0);
     const Call call{shape, query, key, value, mask, out};
     workers_.run(shape.sequences * shape.key_heads * call.items_of_head(),
@@ -162,9 +162,11 @@ void Attention::attend_item(const Call& call, const Item& item) const {
     const size_t elements = call.shape.value_elements;
     for (size_t r = 0; r < item.count; r++) {
         const size_t token = item.sequence * call.shape.tokens + item.token(call, r);
-        float* out = call.out + (token * call.shape.heads + item.head(call, r)) * elements;
+        const size_t offset = (token * call.shape.heads + item.head(call, r)) * elements;
         const float total = scratch.total[r] == 0.0f ? 1.0f : scratch.total[r];
-        for (size_t j = 0; j < elements; j++) out[j] = scratch.sums[r * elements + j] / total;
+        float* sums = scratch.sums.data() + r * elements;
+        for (size_t j = 0; j < elements; j++) sums[j] /= total;
+        kernels_.downcast(sums, elements, static_cast<char*>(call.out) + offset * bytes_of(dtype_));
     }
 }
 

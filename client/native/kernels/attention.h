@@ -52,9 +52,10 @@ class Attention {
     // lacks; null picks the best.
     Attention(Workers& workers, Dtype dtype, const char* instruction_set = nullptr);
 
-    // out: [sequences, tokens, heads, value_elements] fp32, contiguous; 0 where a row attends to nothing.
+    // out: [sequences, tokens, heads, value_elements] of dtype(), contiguous, rounded once; 0 where a row attends to
+    // nothing.
     void attend(const AttentionShape& shape, const AttentionRows& query, const AttentionRows& key,
-                const AttentionRows& value, const AttentionMask& mask, float* out) const;
+                const AttentionRows& value, const AttentionMask& mask, void* out) const;
 
     Dtype dtype() const { return dtype_; }
     std::string instruction_set() const { return kernels_.instruction_set; }

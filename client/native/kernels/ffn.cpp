@@ -20,8 +20,6 @@ bool all_zero(const float* values, size_t count) {
     return std::all_of(values, values + count, [](float value) { return value == 0.0f; });
 }
 
-size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
-
 // The tokens of a group: as many as a call takes, or half of that where some threads would have no group.
 size_t group_tokens(size_t tokens, size_t threads) {
     const bool few = tokens > TOKENS_MAX && divide_up(tokens, TOKENS_MAX) < 2 * threads;
@@ -155,19 +153,21 @@ void Ffn::accumulate(std::span<const uint64_t> bundles, const float* h, size_t t
 // Skips neurons whose h is 0: adding 0 changes no finite sum, and their columns need not be read.
 void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     Scratch& scratch = scratch_of_thread();
-    scratch.down_rows.clear();
-    scratch.fired_h.clear();
+    scratch.fired_h.resize(bundles.size() * tokens);
+    scratch.down_rows.resize(bundles.size());
+    size_t fired = 0;
     for (size_t i = 0; i < bundles.size(); i++) {
-        if (all_zero(h + i * tokens, tokens)) continue;
-        scratch.fired_h.insert(scratch.fired_h.end(), h + i * tokens, h + (i + 1) * tokens);
-        scratch.down_rows.push_back(down_.in(bundles[i]));
+        const float* of_entry = h + i * tokens;
+        if (all_zero(of_entry, tokens)) continue;
+        std::copy_n(of_entry, tokens, scratch.fired_h.data() + fired * tokens);
+        scratch.down_rows[fired++] = down_.in(bundles[i]);
     }
     // One thread computes an element of y and adds the neurons in order. Each thread gets one slice, if y is not large.
     const size_t share = divide_up(shape_.hidden, workers_.threads());
     const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
     workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
-        down_.kernels->accumulate(scratch.down_rows.data(), scratch.fired_h.data(), scratch.down_rows.size(), tokens,
-                                  shape_.hidden, item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
+        down_.kernels->accumulate(scratch.down_rows.data(), scratch.fired_h.data(), fired, tokens, shape_.hidden,
+                                  item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
     });
 }
 

@@ -18,6 +18,8 @@ using weightd::Encoding;
 // Tokens of one call: the bits of a row mask. More tokens are computed in groups, while the weights are in a cache.
 inline constexpr size_t TOKENS_MAX = 16;
 
+inline size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
+
 struct Kernels {
     const char* instruction_set;
     // dots[i][t] = rows[i] . x[t], for x of [tokens, hidden] fp32 and dots [row_count, tokens].
@@ -27,6 +29,8 @@ struct Kernels {
                        size_t begin, size_t end, float* y);
     // out[j] = row[j] in fp32, exactly.
     void (*upcast)(const void* row, size_t hidden, float* out);
+    // row[j] = values[j], rounded to the nearest, ties to even. Null for i8.
+    void (*downcast)(const float* values, size_t count, void* row);
     // values[i] = exp(values[i] - the greatest value), in place. The relative error is at most 2e-7; results below
     // e^-87.7 are 0. Returns the sum in fp32. `count` is at least 1.
     float (*exponentials)(float* values, size_t count);

@@ -45,6 +45,22 @@ struct Lane {
         return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
     }
     LANE static Lane from_bytes(__m128i bytes) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))}; }
+    template <Dtype dtype>
+    LANE void store_as(uint16_t* row) const {
+        __m128i half;
+        if constexpr (dtype == Dtype::f16) {
+            half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+        } else {
+            const __m256i bits = _mm256_castps_si256(value);
+            const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+            const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+            const __m256i not_a_number = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
+            const __m256i rounded = _mm256_srli_epi32(up, 16);
+            const __m256i whole = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), not_a_number);
+            half = _mm_packus_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+        }
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(row), half);
+    }
     LANE void store(float* out) const { _mm256_storeu_ps(out, value); }
     LANE void store_some(float* out, size_t some) const {
         alignas(32) float padded[WIDTH];

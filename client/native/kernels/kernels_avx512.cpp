@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false in GCC 12's own header (its bug 105593)
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 
@@ -52,6 +53,21 @@ struct Lane {
         return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
     }
     LANE static Lane from_bytes(__m128i bytes) { return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))}; }
+    template <Dtype dtype>
+    LANE void store_as(uint16_t* row) const {
+        __m256i half;
+        if constexpr (dtype == Dtype::f16) {
+            half = _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
+        } else {
+            const __m512i bits = _mm512_castps_si512(value);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+            const __mmask16 not_a_number = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+            half = _mm512_cvtepi32_epi16(
+                _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), not_a_number, _mm512_set1_epi32(0x7fc0)));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), half);
+    }
     LANE void store(float* out) const { _mm512_storeu_ps(out, value); }
     LANE void store_some(float* out, size_t some) const {
         _mm512_mask_storeu_ps(out, static_cast<__mmask16>((1U << some) - 1), value);

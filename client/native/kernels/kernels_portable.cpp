@@ -22,6 +22,25 @@ float widen_f16(uint16_t half) {
     return std::bit_cast<float>(sign | widened << 23 | fraction << 13);
 }
 
+// Adding a number whose last bit is that of the result rounds the fraction; results beyond 65504 are infinite.
+uint16_t narrow_f16(float value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const auto sign = static_cast<uint16_t>(bits >> 16 & 0x8000U);
+    const float size = std::fabs(value);
+    if (std::isnan(value)) return sign | 0x7e00U;
+    if (size >= 65520.0f) return sign | 0x7c00U;
+    if (size < 0x1p-14f) return sign | static_cast<uint16_t>(std::bit_cast<uint32_t>(size + 0.5f) - 0x3f000000U);
+    const uint32_t magnitude = bits & 0x7fffffffU;
+    const uint32_t rounded = magnitude + 0xfffU + (magnitude >> 13 & 1U);
+    return sign | static_cast<uint16_t>((rounded >> 13) - (112U << 10));
+}
+
+uint16_t narrow_bf16(float value) {
+    if (std::isnan(value)) return 0x7fc0U;
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    return static_cast<uint16_t>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
+}
+
 float widen_bf16(uint16_t half) { return std::bit_cast<float>(static_cast<uint32_t>(half) << 16); }
 
 // Four fp32 in an array, which compilers turn into what vectors there are. A product is rounded before it is added.
@@ -49,6 +68,10 @@ struct Lane {
             }
         }
         return lane;
+    }
+    template <Dtype dtype>
+    void store_as(uint16_t* row) const {
+        for (size_t i = 0; i < WIDTH; i++) row[i] = dtype == Dtype::f16 ? narrow_f16(value[i]) : narrow_bf16(value[i]);
     }
     void store(float* out) const { std::memcpy(out, value, sizeof(value)); }
     void store_some(float* out, size_t some) const { std::memcpy(out, value, some * sizeof(float)); }

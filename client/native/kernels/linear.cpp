@@ -1,6 +1,7 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
+#include <vector>
 
 namespace flashclient {
 namespace {
@@ -8,10 +9,12 @@ namespace {
 constexpr size_t BLOCK_BYTES = 512 * 1024;  // tens of microseconds of reading; fits into an L2 cache
 constexpr size_t BLOCK_ROWS_MIN = 24;       // whole tiles of the kernels
 constexpr size_t BLOCK_ROWS_MAX = 480;
+constexpr size_t WIDE_KEPT_MAX = size_t{1} << 22;  // elements: 16 MiB
 
 // A small matrix is cut into more blocks, so that every thread gets some.
-size_t block_rows(size_t rows, size_t row_bytes, size_t threads) {
-    const size_t block = std::min(BLOCK_BYTES / std::max<size_t>(row_bytes, 1), rows / (2 * threads));
+size_t block_rows(const Matrix& weight, size_t element_bytes, size_t threads) {
+    const size_t row_bytes = std::max<size_t>(weight.columns * element_bytes, 1);
+    const size_t block = std::min(BLOCK_BYTES / row_bytes, weight.rows / (2 * threads));
     return std::clamp(block / BLOCK_ROWS_MIN * BLOCK_ROWS_MIN, BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
 }
 
@@ -21,20 +24,82 @@ Linear::Linear(Workers& workers, Dtype dtype, const char* instruction_set)
     : workers_(workers), dtype_(dtype), kernels_(kernels_for(dtype, instruction_set)) {}
 
 void Linear::for_blocks(const Matrix& weight, const float* x, size_t tokens, const Block& block) const {
-    const size_t row_bytes = weight.columns * bytes_of(dtype_);
-    const size_t rows_max = block_rows(weight.rows, row_bytes, workers_.threads());
-    workers_.run((weight.rows + rows_max - 1) / rows_max, [&](size_t item) {
-        const void* rows[BLOCK_ROWS_MAX];
-        float values[BLOCK_ROWS_MAX * TOKENS_MAX];
-        const size_t first = item * rows_max;
-        const size_t count = std::min(rows_max, weight.rows - first);
-        for (size_t i = 0; i < count; i++) rows[i] = static_cast<const char*>(weight.data) + (first + i) * row_bytes;
-        for (size_t token = 0; token < tokens; token += TOKENS_MAX) {
-            const size_t some = std::min(TOKENS_MAX, tokens - token);
-            kernels_.dots(rows, count, x + token * weight.columns, weight.columns, some, values);
-            block({first, count, token, some, values});
-        }
+    const size_t rows = block_rows(weight, bytes_of(dtype_), workers_.threads());
+    workers_.run(divide_up(weight.rows, rows), [&](size_t item) {
+        const size_t first = item * rows;
+        of_block(weight, first, std::min(rows, weight.rows - first), x, tokens, block);
     });
+}
+
+void Linear::of_block(const Matrix& weight, size_t first, size_t count, const float* x, size_t tokens,
+                      const Block& block) const {
+    const void* rows[BLOCK_ROWS_MAX];
+    float values[BLOCK_ROWS_MAX * TOKENS_MAX];
+    const size_t row_bytes = weight.columns * bytes_of(dtype_);
+    for (size_t i = 0; i < count; i++) rows[i] = static_cast<const char*>(weight.data) + (first + i) * row_bytes;
+    for (size_t token = 0; token < tokens; token += TOKENS_MAX) {
+        const size_t some = std::min(TOKENS_MAX, tokens - token);
+        kernels_.dots(rows, count, x + token * weight.columns, weight.columns, some, values);
+        block({first, count, token, some, values});
+    }
+}
+
+// The blocks of all matrices are items of one run, so that the threads meet once.
+void Linear::project(std::span<const Projection> projections, const void* x, size_t tokens) const {
+    struct Part {
+        const Projection* projection;
+        size_t first;
+        size_t count;
+    };
+    std::vector<Part> parts;
+    for (const Projection& projection : projections) {
+        const size_t rows = block_rows(projection.weight, bytes_of(dtype_), workers_.threads());
+        for (size_t first = 0; first < projection.weight.rows; first += rows) {
+            parts.push_back({&projection, first, std::min(rows, projection.weight.rows - first)});
+        }
+    }
+    const float* wide = widened(x, tokens, projections.front().weight.columns);
+    workers_.run(parts.size(), [&](size_t item) {
+        const Part& part = parts[item];
+        of_block(part.projection->weight, part.first, part.count, wide, tokens,
+                 [&](const Dots& dots) { round(*part.projection, dots); });
+    });
+}
+
+void Linear::round(const Projection& projection, const Dots& dots) const {
+    const size_t bytes = bytes_of(dtype_);
+    float bias[BLOCK_ROWS_MAX];
+    float sums[BLOCK_ROWS_MAX];
+    if (projection.bias != nullptr && projection.bias_is_fp32) {
+        std::copy_n(static_cast<const float*>(projection.bias) + dots.first, dots.count, bias);
+    } else if (projection.bias != nullptr) {
+        kernels_.upcast(static_cast<const char*>(projection.bias) + dots.first * bytes, dots.count, bias);
+    }
+    for (size_t t = 0; t < dots.tokens; t++) {
+        for (size_t i = 0; i < dots.count; i++) {
+            const float sum = dots.values[i * dots.tokens + t];
+            sums[i] = projection.bias != nullptr ? sum + bias[i] : sum;
+        }
+        const size_t offset = (dots.first_token + t) * projection.weight.rows + dots.first;
+        kernels_.downcast(sums, dots.count, static_cast<char*>(projection.y) + offset * bytes);
+    }
+}
+
+const float* Linear::widened(const void* x, size_t tokens, size_t columns) const {
+    if (dtype_ == Dtype::f32) return static_cast<const float*>(x);
+    static thread_local std::vector<float> wide;  // kept, because allocating takes longer than a small product
+    if (wide.size() < tokens * columns || wide.size() > WIDE_KEPT_MAX) wide = std::vector<float>(tokens * columns);
+    const auto widen = [this, x, columns, out = wide.data()](size_t first, size_t rows) {
+        kernels_.upcast(static_cast<const char*>(x) + first * columns * bytes_of(dtype_), rows * columns,
+                        out + first * columns);
+    };
+    if (tokens <= TOKENS_MAX) {
+        widen(0, tokens);
+    } else {
+        workers_.run(divide_up(tokens, TOKENS_MAX),
+                     [&](size_t item) { widen(item * TOKENS_MAX, std::min(TOKENS_MAX, tokens - item * TOKENS_MAX)); });
+    }
+    return wide.data();
 }
 
 void Linear::multiply(const Matrix& weight, const float* x, size_t tokens, float* y) const {

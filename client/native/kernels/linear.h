@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <functional>
+#include <span>
 #include <string>
 
 #include "kernels/kernels.h"
@@ -34,16 +35,34 @@ class Linear {
     // lacks; null picks the best.
     Linear(Workers& workers, Dtype dtype, const char* instruction_set = nullptr);
 
+    // Products of the same x with several matrices, in one pass: y = x weight^T + bias, summed in fp32 and rounded
+    // once.
+    struct Projection {
+        Matrix weight;
+        const void* bias;   // [weight.rows], or null
+        bool bias_is_fp32;  // not of dtype()
+        void* y;            // [tokens, weight.rows]
+    };
+    // All but such biases are of dtype(). x: [tokens, columns]; each weight has as many columns.
+    void project(std::span<const Projection> projections, const void* x, size_t tokens) const;
+
     // y: [tokens, weight.rows] fp32; x: [tokens, weight.columns] fp32.
     void multiply(const Matrix& weight, const float* x, size_t tokens, float* y) const;
 
     // Passes the same dots to `block`, which several threads call at once.
     void for_blocks(const Matrix& weight, const float* x, size_t tokens, const Block& block) const;
 
+    // [tokens, columns] of dtype() in fp32, valid until the next call by this thread.
+    const float* widened(const void* x, size_t tokens, size_t columns) const;
+
     Dtype dtype() const { return dtype_; }
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:
+    void of_block(const Matrix& weight, size_t first, size_t count, const float* x, size_t tokens,
+                  const Block& block) const;
+    void round(const Projection& projection, const Dots& dots) const;
+
     Workers& workers_;
     Dtype dtype_;
     const Kernels& kernels_;

@@ -15,9 +15,9 @@ from instruction_sets import AVAILABLE
 from torch import Tensor, nn
 
 from flashclient._native import Attention, Workers
-from flashclient.generation.growing_cache import GrowingCache
 from flashclient.kernels.decode_attention import IMPLEMENTATION, attend, use_decode_attention
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.torch_state import one_thread
 
 WORKERS = Workers(2)

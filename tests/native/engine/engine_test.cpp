@@ -296,6 +296,19 @@ TEST_P(EngineTest, ANewcomerGetsItsShareAsABorrowerGivesBack) {
     EXPECT_EQ(borrower.lease_limit, 47U);
 }
 
+TEST_P(EngineTest, WhatASessionCannotUseIsLentToTheOthers) {
+    FlashModel large(1, 16000), small(1, 24);  // 4000 and 6 cells
+    Engine engine(dram_for(large, 1600), *reader, verifier);
+    const Recorder& first = open(engine, engine.models().add(large.spec, false), 10, true);
+    const Recorder& second = open(engine, engine.models().add(small.spec, false), 2, true);
+    EXPECT_EQ(second.lease_limit, 6U) << "all of its model";
+    const uint32_t limit = first.lease_limit;
+    EXPECT_GT(limit, 800U) << "of 1600 slots, some of which belong to the second model";
+    open(engine, first.model, 10, true);
+    EXPECT_EQ(second.lease_limit, 6U);
+    EXPECT_NEAR(first.lease_limit, limit / 2, 10) << "sessions of one model have equal parts";
+}
+
 TEST_P(EngineTest, NothingIsLentWhileASessionWaits) {
     FlashModel flash(1, 400);
     Engine engine(dram_for(flash, 50), *reader, verifier);

@@ -64,20 +64,33 @@ uint64_t Sessions::lendable_bytes() const {
     return pool_bytes - std::min(pool_bytes, kept_bytes);
 }
 
-// The parts are equal, so that no session can hold all that is lent. An idle session loses nothing by what others
-// lease: a cell that nobody leases stays in the pool as long as a leased one.
+// The parts are equal, so that no session can hold all that is lent; what a session cannot use is left to the others.
+// An idle session loses nothing by what others lease: a cell that nobody leases stays in the pool as long as a leased
+// one.
 void Sessions::update_limits() {
-    const auto borrowers =
-        std::count_if(sessions_.begin(), sessions_.end(), [](const auto& entry) { return entry.second->borrows; });
-    const uint64_t part_bytes = borrowers > 0 ? lendable_bytes() / static_cast<uint64_t>(borrowers) : 0;
+    struct Borrower {
+        Session* session;
+        uint64_t cell_bytes;
+        uint64_t usable_bytes;  // above its share
+    };
+    std::vector<Borrower> borrowers;
     for (const auto& [id, session] : sessions_) {
         if (!session->borrows) continue;
-        const Model& model = *models_[session->model];
-        const uint64_t limit = session->share_slots + part_bytes / model.spec.cell_bytes;
-        const uint64_t most = std::max(session->share_slots, model.spec.cell_count());
-        session->lease_limit = static_cast<uint32_t>(std::min<uint64_t>(limit, most));
+        const ModelSpec& spec = models_[session->model]->spec;
+        const uint64_t cells = std::max<uint64_t>(session->share_slots, spec.cell_count());
+        borrowers.push_back({session.get(), spec.cell_bytes, (cells - session->share_slots) * spec.cell_bytes});
+    }
+    std::stable_sort(borrowers.begin(), borrowers.end(),
+                     [](const Borrower& a, const Borrower& b) { return a.usable_bytes < b.usable_bytes; });
+    uint64_t left_bytes = lendable_bytes();
+    for (size_t i = 0; i < borrowers.size(); i++) {
+        const auto& [session, cell_bytes, usable_bytes] = borrowers[i];
+        const uint64_t part_bytes = std::min(usable_bytes, left_bytes / (borrowers.size() - i));
+        left_bytes -= part_bytes;
+        session->lease_limit = session->share_slots + static_cast<uint32_t>(part_bytes / cell_bytes);
         // A draining segment, whose cells may be leased by any session, is empty sooner when all windows shrink.
-        session->limit_changed(model.pool->draining() > 0 ? SHARE_SLOTS_MIN : session->lease_limit);
+        const bool draining = models_[session->model]->pool->draining() > 0;
+        session->limit_changed(draining ? SHARE_SLOTS_MIN : session->lease_limit);
     }
 }
 

@@ -15,7 +15,13 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flashclient.generation.growing_cache import SPARE_SHARE, SPARE_TOKENS_MIN, GrowingCache, GrowingLayer
+from flashclient.kernels.growing_cache import (
+    SPARE_SHARE,
+    SPARE_TOKENS_MIN,
+    GrowingCache,
+    GrowingLayer,
+    GrowingWindowLayer,
+)
 from flashclient.torch_state import one_thread
 
 HEADS, ELEMENTS = 2, 8
@@ -51,7 +57,7 @@ def within_bound(layer: GrowingLayer, longest: int) -> bool:
 
 
 def apply(layer: Any, call: str, argument: int, sequences: int) -> None:
-    if call == "crop":
+    if call == "crop" and layer.get_seq_length():
         layer.crop(-min(argument, layer.get_seq_length()))
     elif call == "reorder":
         order = torch.Generator().manual_seed(argument)
@@ -64,11 +70,16 @@ def apply(layer: Any, call: str, argument: int, sequences: int) -> None:
         layer.reset()
 
 
-@settings(max_examples=200, deadline=None)
-@given(calls, st.integers(1, 3))
-def test_calls_in_any_order_are_those_of_transformers_layer(steps: list[tuple[str, int]], sequences: int) -> None:
-    ours: Any = GrowingLayer()  # type: ignore[no-untyped-call]
-    theirs: Any = DynamicLayer()  # type: ignore[no-untyped-call]
+@settings(max_examples=400, deadline=None)
+@given(calls, st.integers(1, 3), st.sampled_from([None, 2, 5, 40]), st.booleans())
+def test_calls_in_any_order_are_those_of_transformers_layer(
+    steps: list[tuple[str, int]], sequences: int, window: int | None, record: bool
+) -> None:
+    ours: Any = GrowingLayer() if window is None else GrowingWindowLayer(window)  # type: ignore[no-untyped-call]
+    theirs: Any = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)  # type: ignore[no-untyped-call]
+    if window is not None and record:
+        for layer in (ours, theirs):
+            layer.activate_past_recording()
     longest, torch_sequences = 0, sequences
     for call, argument in [("update", 3), *steps]:
         if call == "update":
@@ -76,12 +87,17 @@ def test_calls_in_any_order_are_those_of_transformers_layer(steps: list[tuple[st
             got, expected = ours.update(*added), theirs.update(*added)
             assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
             longest = max(longest, ours.get_seq_length())
-            assert within_bound(ours, longest)
+            assert window is not None or within_bound(ours, longest)
         elif call == "copy":
             ours = copy.deepcopy(ours)
         else:
+            refused = []
             for layer in (ours, theirs):
-                apply(layer, call, argument, torch_sequences)
+                try:
+                    apply(layer, call, argument, torch_sequences)
+                except RuntimeError as error:  # of crop() beyond the window
+                    refused.append(str(error))
+            assert len(refused) in (0, 2)
             if theirs.get_seq_length():
                 torch_sequences = theirs.keys.shape[0]
         assert ours.get_seq_length() == theirs.get_seq_length()
@@ -151,12 +167,23 @@ def test_another_number_of_sequences_is_refused() -> None:
             layer.update(*states(sequences, 1))
 
 
-def test_sliding_layers_stay_transformers_own() -> None:
+def test_each_layer_grows_as_its_kind_does() -> None:
     config = make_config("gemma3", layers=6)
     kinds = [type(layer) for layer in GrowingCache(config).layers]
-    expected = [type(layer) for layer in DynamicCache(config=config).layers]
-    assert kinds == [GrowingLayer if kind is DynamicLayer else kind for kind in expected]
-    assert set(kinds) == {GrowingLayer, DynamicSlidingWindowLayer}
+    growing: dict[Any, Any] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: GrowingWindowLayer}
+    assert kinds == [growing[type(layer)] for layer in DynamicCache(config=config).layers]
+    assert set(kinds) == {GrowingLayer, GrowingWindowLayer}
+
+
+def test_a_window_moves_through_bounded_memory() -> None:
+    layer: Any = GrowingWindowLayer(100)
+    moves, before = 0, 0
+    for _ in range(1000):
+        keys, _ = layer.update(*states(1, 1))
+        address = keys.untyped_storage().data_ptr()
+        moves, before = moves + (address != before), address
+        assert room_tokens(layer) <= 100 + SPARE_TOKENS_MIN
+    assert moves <= 20
 
 
 @one_thread()

@@ -1,0 +1,345 @@
+"""A decoder layer whose attention, norms and residual sums are one native call, and whose FFN is called as before.
+
+A layer becomes native if it is one of these, with norms where it has them, and its attention is a FusedAttention:
+
+    sum = x + after(attention(before(x))); y = sum + after_ffn(ffn(before_ffn(sum)))
+
+This is shown by running the layer's own forward, with another function in the place of the FFN: it must return the same
+bits. So a layer may leave the native way for one call, where a hook or another kind of cache needs its own forward, and
+no bit changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from transformers import PreTrainedModel
+
+from flashclient._native import AttentionBlock, AttentionBlocks, AttentionProjection, Workers
+from flashclient.kernels.arrays import KernelOf, array_of
+from flashclient.kernels.decode_attention import UNSUPPORTED
+from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.fused_attention import FusedAttention, is_plain
+from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.resident_linear import ResidentLinear
+from flashclient.kernels.resident_norm import NativeNorm
+
+Room = GrowingLayer | GrowingWindowLayer
+
+TRIED_TOKENS = 3
+OTHER_ARGUMENTS = (*UNSUPPORTED, "is_causal")
+KNOWN_ARGUMENTS = {"dropout", "scaling", "sliding_window"}  # of attention; a window is in the mask or the cache
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """The children of a layer by what they are for; None where it has no such norm. `ffn` is a path."""
+
+    attention: str
+    ffn: str
+    before: str | None
+    after: str | None
+    before_ffn: str | None
+    after_ffn: str | None
+
+    @cached_property
+    def norms_before_ffn(self) -> list[str]:
+        return [one for one in (self.before, self.after, self.before_ffn) if one is not None]
+
+
+@dataclass(frozen=True)
+class HeldBlock:
+    """A native block, and what it was made of.
+
+    Attributes:
+        modules: that it stands for.
+        pointers: of their weights.
+        elements: of a head.
+    """
+
+    block: AttentionBlock
+    modules: list[nn.Module]
+    pointers: list[int]
+    dtype: torch.dtype
+    key_heads: int
+    elements: int
+    rotates: bool
+    causal: bool
+
+
+class NativeDecoderLayer(nn.Module):
+    """The forward pass of a layer that became native. Other cases are left to the class that it had."""
+
+    wiring: Wiring
+    names: tuple[str, ...]  # of the arguments of the forward that it had
+    block_kernels: dict[torch.dtype, AttentionBlocks]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self.names, args, strict=False)) | kwargs
+        held = self._held_block(call) if len(args) <= len(self.names) else None
+        room = None if held is None else self._room(call)
+        if held is None or room is None:
+            return super().forward(*args, **kwargs)
+        total, ffn_input = self._attend(held, call, room)
+        wiring = self.wiring
+        y = self.get_submodule(wiring.ffn)(ffn_input)
+        if wiring.after_ffn is not None:
+            norm = self._modules[wiring.after_ffn]
+            assert norm is not None
+            y = norm(y)
+        return total + y
+
+    def _attend(self, held: HeldBlock, call: dict[str, Any], room: Room) -> tuple[Tensor, Tensor]:
+        """The sum of x and the attention, and what the FFN takes, both [sequences, tokens, hidden]."""
+        x: Tensor = call["hidden_states"].detach().contiguous()
+        tokens = x.shape[1]
+        new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
+        rooms = room.room_for(tokens, new, new)
+        begin, before = room.held_at
+        total, ffn_input = torch.empty_like(x), torch.empty_like(x)
+        cos, sin = map(array_of, call["position_embeddings"]) if held.rotates else (None, None)
+        mask = call.get("attention_mask")
+        causal = mask is None and tokens > 1 and held.causal
+        keys, values, *outputs = map(array_of, (*rooms, total, ffn_input))
+        masked = None if mask is None else array_of(mask)
+        kernels = self.block_kernels[x.dtype]
+        kernels.compute(held.block, array_of(x), cos, sin, keys, values, begin, before, masked, causal, *outputs)
+        room.add_written(tokens)
+        return total, ffn_input
+
+    def _held_block(self, call: dict[str, Any]) -> HeldBlock | None:
+        """The native block with the weights that the layer has now. None where it does not compute this call."""
+        wiring, x = self.wiring, call.get("hidden_states")
+        attention: Any = self._modules[wiring.attention]
+        if x is None or self.training or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+            return None
+        modules = [attention, *(self._modules[one] for one in wiring.norms_before_ffn)]
+        if isinstance(attention, FusedAttention):
+            parts = attention.formula.parts
+            modules += (attention._modules[one] for one in parts.names)
+        pointers: list[int] = []
+        for module in modules:
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return None
+            pointers += (one.data_ptr() for one in module._parameters.values() if one is not None)
+        held: HeldBlock | None = self.__dict__.get("_held")
+        if held is None or held.pointers != pointers or held.modules != modules or torch.is_grad_enabled():
+            if not self._is_plain(attention, x):
+                return None
+            held = self.__dict__["_held"] = self._made(attention, modules, pointers, x.dtype)
+        return held if held.dtype == x.dtype and attention.takes(x, call.get("position_embeddings")) else None
+
+    def _is_plain(self, attention: Any, x: Tensor) -> bool:
+        """Whether the weights are as the kernels take them, and need no gradient."""
+        if not isinstance(attention, FusedAttention) or not attention.is_plain(x):
+            return False
+        output = attention._modules[attention.formula.parts.output]
+        norms = [self._modules[one] for one in self.wiring.norms_before_ffn]
+        return is_plain(output, ResidentLinear, x) and all(is_plain(one, NativeNorm, x) for one in norms)
+
+    def _made(self, attention: Any, modules: list[Any], pointers: list[int], dtype: torch.dtype) -> HeldBlock:
+        wiring, formula = self.wiring, attention.formula
+        output: Any = attention._modules[formula.parts.output]
+        bias = None if output.bias is None else array_of(output.bias)
+        (query, _), (key, key_rows), (value, _) = attention.projections()
+
+        def norm(name: str | None) -> Any:
+            module: Any = None if name is None else self._modules[name]
+            return None if module is None else module.native_norm()
+
+        block = AttentionBlock(
+            query,
+            key,
+            value,
+            AttentionProjection(array_of(output.weight), bias, None),
+            norm(wiring.before),
+            norm(wiring.after),
+            norm(wiring.before_ffn),
+            formula.pairs,
+            formula.elements,
+            float(formula.arguments["scaling"]),
+        )
+        shape = (key_rows // formula.elements, formula.elements, bool(formula.widths), attention.is_causal)
+        return HeldBlock(block, modules, pointers, dtype, *shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+    def _room(self, call: dict[str, Any]) -> Room | None:
+        """The layer of the cache to write to. None where the native way is not for this call."""
+        attention: Any = self._modules[self.wiring.attention]
+        x, mask = call["hidden_states"], call.get("attention_mask")
+        if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
+            return None
+        if any(call.get(name) not in (None, False) for name in OTHER_ARGUMENTS):
+            return None
+        given = call.get(attention.formula.cache)
+        if given is None:
+            return GrowingLayer()  # type: ignore[no-untyped-call]
+        layers = getattr(given, "layers", None)
+        index = attention.layer_idx
+        if not isinstance(layers, list) or index >= len(layers):
+            return None
+        layer = layers[index]
+        if type(layer) not in (GrowingLayer, GrowingWindowLayer) or getattr(layer, "record_past", False):
+            return None
+        keys = layer.held_at[1] + x.shape[1]
+        if mask is not None and (mask.shape[2:] != (x.shape[1], keys) or mask.shape[0] not in (1, x.shape[0])):
+            return None
+        found: Room = layer
+        return found
+
+
+def use_native_layers(
+    model: PreTrainedModel, workers: Workers, ffn_kind: type[nn.Module], instruction_set: str | None = None
+) -> int:
+    """Makes every decoder layer of `model` native that is one of those above. After use_fused_attention().
+
+    Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
+    same names, with their hooks and weights.
+
+    Args:
+        workers: shared with the other kernels.
+        ffn_kind: the class of modules that compute a whole FFN, though other modules hold its parts.
+        instruction_set: avx512, avx2 or portable; None takes the best.
+
+    Returns:
+        The number of modules changed.
+
+    Raises:
+        ValueError: the processor does not have `instruction_set`.
+    """
+    kernels = KernelOf({one: AttentionBlocks(workers, name, instruction_set) for one, name in KERNEL_DTYPES.items()})
+    known: dict[Any, Wiring | None] = {}
+    changed = 0
+    for module in list(model.modules()):
+        attentions = [name for name, child in module.named_children() if isinstance(child, FusedAttention)]
+        if len(attentions) != 1 or isinstance(module, NativeDecoderLayer):
+            continue
+        key = str((type(module), _facts(module), getattr(module._modules[attentions[0]], "formula", None)))
+        if key not in known:
+            known[key] = _found(module, attentions[0], ffn_kind, kernels)
+        wiring = known[key]
+        if wiring is not None:
+            _make_native(module, wiring, kernels)
+            changed += 1
+    return changed
+
+
+def _make_native(module: nn.Module, wiring: Wiring, kernels: Any) -> None:
+    kind: Any = type(module)
+    names = tuple(name for name in inspect.signature(kind.forward).parameters if name != "self")
+    module.__class__ = _native(kind)
+    module.__dict__.update(wiring=wiring, names=names, block_kernels=kernels)
+
+
+@cache
+def _native(kind: Any) -> Any:
+    return type(kind.__name__, (NativeDecoderLayer, kind), {"__module__": kind.__module__})
+
+
+def _facts(module: nn.Module) -> Any:
+    """What may make two layers of a class compute different things, but for the values of their weights."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str | bool | None) and name != "layer_idx"
+    }
+    children = [
+        (name, type(child).__name__, getattr(child, "formula", None)) for name, child in module.named_children()
+    ]
+    return (sorted(plain.items()), children)
+
+
+def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> Wiring | None:
+    attention = module._modules[name]
+    formula = attention.formula
+    ffn = _ffn_of(module, name, ffn_kind)
+    norms = [norm for norm, child in module.named_children() if isinstance(child, NativeNorm)]
+    if ffn is None or len(norms) > 4 or not set(formula.arguments) <= KNOWN_ARGUMENTS:
+        return None
+    weight: Tensor = attention._modules[formula.parts.query].weight
+    random = torch.Generator("cpu").manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight.dtype)
+
+    call: dict[str, Any] = {"hidden_states": some(2, TRIED_TOKENS, weight.shape[1]), "attention_mask": None}
+    if formula.widths:
+        half = some(2, TRIED_TOKENS, max(formula.widths) // 2) * 3
+        both = torch.cat([half, half], dim=-1)
+        call["position_embeddings"] = (both.cos(), both.sin())
+    with _replaced(module, ffn):
+        try:
+            expected = module(**call)
+        except Exception:  # whatever a module raises that was not made for this
+            return None
+        for wiring in _wirings(name, ffn, norms):
+            if isinstance(expected, Tensor) and _computes(module, wiring, call, expected, kernels):
+                return wiring
+    return None
+
+
+def _computes(module: nn.Module, wiring: Wiring, call: dict[str, Any], expected: Tensor, kernels: Any) -> bool:
+    before = module.__class__
+    _make_native(module, wiring, kernels)
+    try:
+        native: Any = module
+        return native._held_block(call) is not None and torch.equal(module(**call), expected)
+    except (ValueError, RuntimeError):  # shapes that do not fit
+        return False
+    finally:
+        module.__class__ = before
+        for name in ("wiring", "names", "block_kernels", "_held"):
+            module.__dict__.pop(name, None)
+
+
+def _ffn_of(module: nn.Module, attention: str, ffn_kind: type[nn.Module]) -> str | None:
+    """The path of the module that is the FFN: the only other child with weights, or the only one of its kind."""
+    others = [
+        name
+        for name, child in module.named_children()
+        if name != attention
+        and not isinstance(child, NativeNorm)
+        and (next(child.parameters(), None) is not None or any(isinstance(one, ffn_kind) for one in child.modules()))
+    ]
+    if len(others) == 1:
+        return others[0]
+    streamed = [path for path, one in module.named_modules() if isinstance(one, ffn_kind)]
+    return streamed[0] if len(streamed) == 1 else None
+
+
+@contextmanager
+def _replaced(module: nn.Module, ffn: str) -> Iterator[None]:
+    """While another function is in the place of the FFN."""
+
+    def instead(x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x.flip(-1) * 0.5
+
+    part = module.get_submodule(ffn)
+    function: Callable[..., Tensor] = instead
+    part.__dict__["forward"] = function
+    try:
+        yield
+    finally:
+        del part.__dict__["forward"]
+
+
+def _wirings(attention: str, ffn: str, norms: list[str]) -> Iterator[Wiring]:
+    """Every way to use all of the norms, those of pre-norm layers first."""
+    places = len(norms)
+    for used in ((True, False, True, False), (True, True, True, True), (False, True, False, True)):
+        if sum(used) != places:
+            continue
+        for order in permutations(norms):
+            names = iter(order)
+            yield Wiring(attention, ffn, *(next(names) if one else None for one in used))

@@ -1,0 +1,210 @@
+"""A cache of keys and values that appends in place.
+
+transformers' DynamicCache copies all keys and values for every token, which for a long context costs more than
+attention itself. Here each tensor is allocated with spare room. A new token is written behind the others, and the
+tensor is copied only when the room is used up, once in many tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+SPARE_TOKENS_MIN = 64
+SPARE_SHARE = 8  # spare room is an eighth of what is held
+
+
+class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A layer whose keys and values lie in larger tensors, the rooms.
+
+    Views of them keep their values until crop() removes tokens and others are written in their place.
+    """
+
+    _rooms: tuple[Tensor, Tensor] | None = None  # [sequences, heads, capacity, elements], of keys and of values
+    _begin = 0  # where the held tokens begin in the rooms
+    _length = 0  # tokens held
+    _shown: tuple[Tensor | None, Tensor | None] | None = (None, None)  # what was asked for, or set by somebody
+
+    @property
+    def keys(self) -> Tensor:
+        """[sequences, heads, tokens, elements]; None before the first update."""
+        return self._views()[0]  # type: ignore[return-value]
+
+    @keys.setter
+    def keys(self, keys: Tensor | None) -> None:
+        self._length = 0 if keys is None or keys.numel() == 0 else keys.shape[-2]
+        self._shown = (keys, self._views()[1])
+
+    @property
+    def values(self) -> Tensor:
+        """Like keys."""
+        return self._views()[1]  # type: ignore[return-value]
+
+    @values.setter
+    def values(self, values: Tensor | None) -> None:
+        self._shown = (self._views()[0], values)
+
+    @property
+    def held_at(self) -> tuple[int, int]:
+        """Where the held tokens begin in the rooms, and their number."""
+        return self._begin, self._length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends [sequences, heads, tokens, elements] each; returns all keys and values, as views.
+
+        Raises:
+            ValueError: there are not as many sequences or heads as before.
+        """
+        tokens = key_states.shape[-2]
+        rooms = self.room_for(tokens, key_states, value_states)
+        begin = self._begin
+        end = begin + self._length + tokens
+        for room, states in zip(rooms, (key_states, value_states), strict=True):
+            room[..., end - tokens : end, :] = states
+        self.add_written(tokens)
+        if type(self) is GrowingLayer:
+            return self.keys, self.values
+        key_room, value_room = rooms
+        begin = max(begin, end - self.visible_max(tokens))
+        return key_room[..., begin:end, :], value_room[..., begin:end, :]
+
+    def room_for(self, tokens: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Tensors [sequences, heads, capacity, elements] with what is held, and room for `tokens` behind it.
+
+        Args:
+            key_states, value_states: of the shape, but for the tokens, and the dtype of those to be written.
+
+        Raises:
+            ValueError: there are not as many sequences or heads as before.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        rooms = self._rooms
+        held = rooms[0] if rooms is not None and self._shown is None else self.keys
+        if self._length and key_states.shape[:2] != held.shape[:2]:
+            raise ValueError(
+                f"keys of [sequences, heads] {list(key_states.shape[:2])} do not continue {list(held.shape[:2])}"
+            )
+        end = self._length + tokens
+        if rooms is None or self._begin + end > rooms[0].shape[-2] or not self._hold(rooms):
+            keys, values = (self.keys, self.values) if self._length else (key_states, value_states)
+            self._rooms = rooms = (
+                _with_room(keys, key_states, self._length, end),
+                _with_room(values, value_states, self._length, end),
+            )
+            self._begin = 0
+            self._shown = None
+        return rooms
+
+    def add_written(self, tokens: int) -> None:
+        """Says that so many tokens were written behind those held."""
+        self._length += tokens
+        self._shown = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Sequence i becomes sequence beam_idx[i], with its spare room."""
+        if self._rooms is None or not self._hold(self._rooms):
+            super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any tensor of integers
+        elif self._length > 0:
+            key_room, value_room = (room.index_select(0, beam_idx.to(room.device)) for room in self._rooms)
+            self._rooms = key_room, value_room
+            self._shown = None
+
+    def reset(self) -> None:
+        """Removes all tokens and frees the memory."""
+        self._rooms, self._shown, self._begin = None, (None, None), 0
+        super().reset()
+
+    def visible_max(self, tokens: int) -> int:
+        """How many keys a pass of `tokens` tokens may attend to, at most."""
+        raise NotImplementedError
+
+    def _views(self) -> tuple[Tensor | None, Tensor | None]:
+        if self._shown is None:
+            assert self._rooms is not None
+            held = slice(self._begin, self._begin + self._length)
+            key_room, value_room = self._rooms
+            self._shown = (key_room[..., held, :], value_room[..., held, :])
+        return self._shown
+
+    def _hold(self, rooms: tuple[Tensor, Tensor]) -> bool:
+        """Whether what is held lies in `rooms`, and may be written there.
+
+        If somebody has replaced the layer's tensors, it does not. A tensor made in inference mode cannot be written
+        outside of it.
+        """
+        writable = torch.is_inference_mode_enabled() or not rooms[0].is_inference()
+        if self._shown is None:
+            return writable
+        return writable and all(
+            held is not None and _lies_at(held, room[..., self._begin :, :])
+            for held, room in zip(self._shown, rooms, strict=True)
+        )
+
+
+class GrowingLayer(_Growing):  # type: ignore[no-untyped-call]
+    """transformers' DynamicLayer, which appends in place."""
+
+    def get_seq_length(self) -> int:
+        """The tokens held."""
+        return self._length
+
+    def visible_max(self, tokens: int) -> int:
+        """All keys."""
+        return self._length + tokens
+
+
+class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
+    """transformers' DynamicSlidingWindowLayer, which appends in place. The held tokens move through the rooms."""
+
+    def add_written(self, tokens: int) -> None:
+        """Says that so many tokens were written behind those held. Those that left the window are held no more."""
+        super().add_written(tokens)
+        self.cumulative_length += tokens
+        if not getattr(self, "record_past", False):  # older transformers have no record
+            left = max(0, self._length - (self.sliding_window - 1))
+            self._begin += left
+            self._length -= left
+
+    def visible_max(self, tokens: int) -> int:
+        """Those of the window of the first token, and the others."""
+        return int(self.sliding_window) - 1 + tokens
+
+
+class GrowingCache(DynamicCache):
+    """DynamicCache(config=config) whose layers append in place."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config=config)
+        self.layers = [_growing(layer) for layer in self.layers]
+
+
+def _growing(layer: Any) -> Any:
+    if type(layer) is DynamicLayer:
+        return GrowingLayer()  # type: ignore[no-untyped-call]
+    if type(layer) is DynamicSlidingWindowLayer:
+        return GrowingWindowLayer(layer.sliding_window)
+    return layer
+
+
+def capacity_for(tokens: int) -> int:
+    """The capacity of a tensor that is allocated for `tokens` tokens."""
+    return tokens + max(SPARE_TOKENS_MIN, tokens // SPARE_SHARE)
+
+
+def _with_room(held: Tensor, new: Tensor, length: int, end: int) -> Tensor:
+    """A tensor with capacity for `end` tokens and more, which begins with the `length` tokens of `held`."""
+    sequences, heads, _, elements = new.shape
+    room = new.new_empty(sequences, heads, capacity_for(end), elements)
+    if length:
+        room[..., :length, :] = held
+    return room
+
+
+def _lies_at(held: Tensor, room: Tensor) -> bool:
+    """Whether `held` is the beginning of `room`."""
+    return held.data_ptr() == room.data_ptr() and held.stride() == room.stride() and held.shape[:2] == room.shape[:2]

@@ -1,0 +1,190 @@
+"""Norms of rows by the native kernel: one call instead of some six of torch, between which the caches are cold.
+
+A module becomes native if it is a norm: it has no children, a vector as weight and perhaps one as bias, takes one
+tensor, and computes one of the kernel's formulas for random weights and rows. What it is called does not matter.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flashclient._native import Norm, Norms, Workers
+from flashclient.kernels.arrays import KernelOf, array_of
+from flashclient.kernels.dtypes import KERNEL_DTYPES
+
+TRIED_SCALES = (1.0, 0.01, 100.0)  # of rows
+EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
+DIFFERENT_SHARE_MAX = 0.02  # of the elements: sums in another order may round differently
+
+
+@dataclass(frozen=True)
+class NormFormula:
+    """What a norm computes; client/native/kernels/norm.h has the kinds."""
+
+    kind: str
+    eps: float
+    offset: float = 0.0
+
+    def of(self, module: nn.Module) -> Norm:
+        """The native norm with the module's weights."""
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        assert weight is not None
+        arrays = (array_of(weight), None if bias is None else array_of(bias))
+        return Norm(self.kind, len(weight), *arrays, self.eps, self.offset)
+
+
+class NativeNorm(nn.Module):
+    """The forward pass of a norm that became native. Other cases are left to the class that it had."""
+
+    formula: NormFormula
+    norm_kernels: dict[torch.dtype, Norms]
+    _held: tuple[tuple[int | None, int | None], Norm] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> the same shape and dtype."""
+        if not self._is_for_kernel(x):
+            result: Tensor = super().forward(x)
+            return result
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
+        y = torch.empty_like(rows)
+        self.norm_kernels[x.dtype].apply(self.native_norm(), array_of(rows), array_of(y))
+        return y.view(x.shape)
+
+    def native_norm(self) -> Norm:
+        """The norm with the weights that the module has now."""
+        weight, bias = self._parameters["weight"], self._parameters.get("bias")
+        assert weight is not None
+        pointers = (weight.data_ptr(), None if bias is None else bias.data_ptr())
+        held = self.__dict__.get("_held")
+        if held is None or held[0] != pointers:
+            held = self.__dict__["_held"] = (pointers, self.formula.of(self))
+        return held[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+    def _is_for_kernel(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or x.numel() == 0 or x.dtype not in self.norm_kernels or not x.is_cpu:
+            return False
+        weights = [one for one in (self._parameters["weight"], self._parameters.get("bias")) if one is not None]
+        plain = all(
+            type(one) is nn.Parameter and one.dtype == x.dtype and one.is_cpu and one.is_contiguous() for one in weights
+        )
+        with_gradient = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in weights))
+        fits = x.shape[-1] == len(weights[0])
+        return plain and fits and not with_gradient and not torch.is_autocast_enabled("cpu")
+
+
+def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
+    """Makes every norm of `model` native whose formula the kernel has.
+
+    Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
+    same names, with their hooks and weights.
+
+    Args:
+        workers: shared with the other kernels.
+        instruction_set: avx512, avx2 or portable; None takes the best.
+
+    Returns:
+        The number of modules changed.
+
+    Raises:
+        ValueError: the processor does not have `instruction_set`.
+    """
+    kernels = KernelOf({dtype: Norms(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
+    known: dict[Any, NormFormula | None] = {}
+    changed = 0
+    for module in list(model.modules()):
+        key = _key(module)
+        if key is None or isinstance(module, NativeNorm):
+            continue
+        if key not in known:
+            known[key] = next((one for one in _formulas(module) if _computes(module, one, kernels)), None)
+        formula = known[key]
+        if formula is not None:
+            kind: Any = type(module)
+            module.__class__ = _native(kind)
+            module.__dict__.update(formula=formula, norm_kernels=kernels)
+            changed += 1
+    return changed
+
+
+@cache
+def _native(kind: Any) -> Any:
+    return type(kind.__name__, (NativeNorm, kind), {"__module__": kind.__module__})
+
+
+def _key(module: nn.Module) -> Any:
+    """What decides whether a module is a norm, but for the values of its weights; None: it cannot be one."""
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+    vectors = [one for one in module._parameters.values() if one is not None]
+    plain = (
+        weight is not None
+        and set(module._parameters) <= {"weight", "bias"}
+        and not module._buffers
+        and next(module.children(), None) is None
+        and all(
+            type(one) is nn.Parameter and one.dim() == 1 and one.shape == weight.shape and one.dtype == weight.dtype
+            for one in vectors
+        )
+        and all(one.is_cpu for one in vectors)
+    )
+    kind: Any = type(module)
+    if not plain or weight is None or weight.dtype not in KERNEL_DTYPES or len(_arguments(kind)) != 1:
+        return None
+    facts = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
+    return (type(module), len(weight), weight.dtype, bias is None, tuple(sorted(facts.items(), key=str)))
+
+
+@cache
+def _arguments(kind: Any) -> list[str]:
+    return list(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _formulas(module: nn.Module) -> Iterator[NormFormula]:
+    for eps in {float(value) for name, value in vars(module).items() if name in EPS_NAMES and value is not None}:
+        yield NormFormula("rms", eps)
+        yield NormFormula("scaled_rms", eps, 1.0)
+        yield NormFormula("scaled_rms", eps, 0.0)
+        yield NormFormula("layer", eps)
+
+
+def _computes(module: nn.Module, formula: NormFormula, kernels: dict[torch.dtype, Norms]) -> bool:
+    """Whether the module computes the formula for random weights and rows of several sizes."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    random = torch.Generator("cpu").manual_seed(0)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight.dtype)
+
+    weights = {name: some(len(weight)) for name, one in module._parameters.items() if one is not None}
+    x = torch.cat([some(1, len(weight)) * scale for scale in TRIED_SCALES])
+    try:
+        expected = torch.func.functional_call(module, weights, (x,))
+    except Exception:  # whatever a module raises that was not made for this
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
+        return False
+    arrays = (array_of(weights["weight"]), array_of(weights["bias"]) if "bias" in weights else None)
+    y = torch.empty_like(x)
+    norm = Norm(formula.kind, len(weight), *arrays, formula.eps, formula.offset)
+    kernels[x.dtype].apply(norm, array_of(x), array_of(y))
+    return same_but_for_rounding(y, expected)
+
+
+def same_but_for_rounding(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two results of one formula differ by no more than sums in another order do."""
+    unit = torch.finfo(expected.dtype).eps
+    if expected.dtype == torch.float32:
+        return torch.allclose(actual, expected, rtol=16 * unit, atol=16 * unit * float(expected.abs().max()))
+    different = (actual != expected).float().mean().item()
+    close = torch.allclose(actual.float(), expected.float(), rtol=2 * unit, atol=unit * float(expected.abs().max()))
+    return close and different <= DIFFERENT_SHARE_MAX

@@ -1,0 +1,79 @@
+#include "kernels/attention_block.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace flashclient {
+namespace {
+
+constexpr size_t ADDED_TOGETHER = 32768;  // elements that one thread adds: some microseconds
+
+struct BlockScratch {
+    std::vector<char> normed, query, attended, output;
+};
+
+}  // namespace
+
+void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens,
+                              const Rotation& rotation, const KeyValueRoom& room, const AttentionMask& mask, void* sum,
+                              void* ffn_input) const {
+    static thread_local BlockScratch scratch;
+    const size_t bytes = bytes_of(dtype_);
+    const size_t rows = sequences * tokens;
+    const size_t hidden = block.output.weight.rows;
+    const size_t elements = block.attention.elements;
+    const size_t query_row = block.attention.query.weight.rows;
+    const size_t heads = query_row / elements;
+    scratch.query.resize(rows * query_row * bytes);
+    scratch.attended.resize(rows * query_row * bytes);
+    scratch.output.resize(rows * hidden * bytes);
+    const void* input = x;
+    if (block.before) {
+        scratch.normed.resize(rows * hidden * bytes);
+        norms_.apply(*block.before, x, rows, scratch.normed.data());
+        input = scratch.normed.data();
+    }
+    const auto behind = [&](const HeadRows& held) {
+        return HeadRows{static_cast<char*>(held.data) + room.tokens * elements * bytes, held.sequence_stride,
+                        held.head_stride};
+    };
+    const HeadRows query{scratch.query.data(), heads * tokens * elements, tokens * elements};
+    inputs_.compute(block.attention, input, sequences, tokens, rotation,
+                    {query, behind(room.keys), behind(room.values)});
+    const auto all = [&](const HeadRows& held) {
+        return AttentionRows{held.data, held.sequence_stride, held.head_stride, elements};
+    };
+    const AttentionShape shape{
+        sequences, heads,      block.attention.key.weight.rows / elements, tokens, room.tokens + tokens, elements,
+        elements,  block.scale};
+    attention_.attend(shape, all(query), all(room.keys), all(room.values), mask, scratch.attended.data());
+    const Linear::Projection output{block.output.weight, block.output.bias, block.output.bias_is_fp32,
+                                    scratch.output.data()};
+    linear_.project({&output, 1}, scratch.attended.data(), rows);
+    if (block.after) norms_.apply(*block.after, scratch.output.data(), rows, scratch.output.data());
+    add(x, scratch.output.data(), rows * hidden, sum);
+    if (block.before_ffn) {
+        norms_.apply(*block.before_ffn, sum, rows, ffn_input);
+    } else {
+        std::copy_n(static_cast<const char*>(sum), rows * hidden * bytes, static_cast<char*>(ffn_input));
+    }
+}
+
+void AttentionBlocks::add(const void* x, const void* y, size_t count, void* sum) const {
+    const size_t bytes = bytes_of(dtype_);
+    const auto some = [&](size_t item) {
+        static thread_local std::vector<float> left, right;
+        const size_t first = item * ADDED_TOGETHER;
+        const size_t added = std::min(ADDED_TOGETHER, count - first);
+        left.resize(ADDED_TOGETHER);
+        right.resize(ADDED_TOGETHER);
+        kernels_.upcast(static_cast<const char*>(x) + first * bytes, added, left.data());
+        kernels_.upcast(static_cast<const char*>(y) + first * bytes, added, right.data());
+        for (size_t i = 0; i < added; i++) left[i] += right[i];
+        kernels_.downcast(left.data(), added, static_cast<char*>(sum) + first * bytes);
+    };
+    if (count <= ADDED_TOGETHER) return some(0);
+    workers_.run(divide_up(count, ADDED_TOGETHER), some);
+}
+
+}  // namespace flashclient

@@ -1,0 +1,61 @@
+// The attention of a decoder layer with what surrounds it: norm, attention over a cache that grows in place, output
+// projection, norm, residual sum, and the norm before the FFN. The roundings are those of transformers' modules.
+#pragma once
+
+#include <cstddef>
+#include <optional>
+
+#include "kernels/attention.h"
+#include "kernels/attention_inputs.h"
+
+namespace flashclient {
+
+struct AttentionBlock {
+    AttentionLayer attention;
+    AttentionProjection output;      // without norm
+    std::optional<Norm> before;      // of the layer's input
+    std::optional<Norm> after;       // of the attention's output
+    std::optional<Norm> before_ffn;  // of the sum
+    float scale;                     // of scores
+};
+
+// Keys and values of all tokens so far, with room for more behind them.
+struct KeyValueRoom {
+    HeadRows keys, values;
+    size_t tokens;  // held
+};
+
+// Safe to call from several threads.
+class AttentionBlocks {
+  public:
+    // `workers` is shared and must outlive this. Throws std::invalid_argument for an instruction set that the processor
+    // lacks; null picks the best.
+    AttentionBlocks(Workers& workers, Dtype dtype, const char* instruction_set = nullptr)
+        : workers_(workers),
+          dtype_(dtype),
+          kernels_(kernels_for(dtype, instruction_set)),
+          inputs_(workers, dtype, instruction_set),
+          attention_(workers, dtype, instruction_set),
+          linear_(workers, dtype, instruction_set),
+          norms_(workers, dtype, instruction_set) {}
+
+    // x: [sequences, tokens, hidden]; sum = x + attention, and what the FFN takes, likewise; all of dtype(). Writes
+    // keys and values of the new tokens behind the others. `mask` is over all keys.
+    void compute(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens, const Rotation& rotation,
+                 const KeyValueRoom& room, const AttentionMask& mask, void* sum, void* ffn_input) const;
+
+    Dtype dtype() const { return dtype_; }
+
+  private:
+    void add(const void* x, const void* y, size_t count, void* sum) const;
+
+    Workers& workers_;
+    Dtype dtype_;
+    const Kernels& kernels_;
+    AttentionInputs inputs_;
+    Attention attention_;
+    Linear linear_;
+    Norms norms_;
+};
+
+}  // namespace flashclient

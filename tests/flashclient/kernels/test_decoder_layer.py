@@ -1,0 +1,134 @@
+"""Native decoder layers give the bits of the layers' own forward, with native parts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from native_models import FUSED, PROMPTS, WORKERS, make
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from flashclient.kernels.decoder_layer import NativeDecoderLayer, use_native_layers
+from flashclient.kernels.growing_cache import GrowingCache
+from flashclient.model.ffn import StreamedFFN
+
+LAYERS = [kind for kind in FUSED if kind not in ("olmo", "opt", "phi", "stablelm")]  # others have another wiring
+MASK = (PROMPTS != 0).long()
+
+
+@pytest.fixture
+def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers that went the native way, one entry a call."""
+    made: list[Any] = []
+    attend = NativeDecoderLayer._attend
+
+    def counted(self: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        made.append(self)
+        return attend(self, *arguments)
+
+    monkeypatch.setattr(NativeDecoderLayer, "_attend", counted)
+    return made
+
+
+def models(kind: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model with native layers, and one whose layers have native parts."""
+    native, _, _ = make(kind, dtype)
+    parts = copy.deepcopy(native)
+    assert use_native_layers(native, WORKERS, StreamedFFN) == 2
+    return native, parts
+
+
+def generated(model: Any, cache: Any, steps: int = 14) -> Tensor:
+    """The logits of a prompt with padding, then of a few tokens in passes of one and of three."""
+    logits = [model(PROMPTS, attention_mask=MASK, past_key_values=cache, use_cache=True).logits]
+    mask = MASK
+    for step in range(steps):
+        tokens = torch.full((2, 3 if step % 4 == 3 else 1), 30 + step)
+        mask = torch.cat([mask, torch.ones_like(tokens)], 1)
+        logits.append(model(tokens, attention_mask=mask, past_key_values=cache, use_cache=True).logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bits_are_those_of_the_layers_own_forward(kind: str, dtype: torch.dtype, native_calls: list[Any]) -> None:
+    native, parts = models(kind, dtype)
+    native_calls.clear()  # of the proof
+    made = generated(native, GrowingCache(native.config))
+    as_bfloat16 = kind != "olmo2" or dtype == torch.float32  # OLMo 2 rotates in fp32
+    assert bool(native_calls) == as_bfloat16
+    assert torch.equal(made, generated(parts, DynamicCache(config=parts.config)))
+    assert torch.equal(native(PROMPTS[:1], use_cache=False).logits, parts(PROMPTS[:1], use_cache=False).logits)
+
+
+def test_other_caches_hooks_and_gradients_go_the_layers_own_way(native_calls: list[Any]) -> None:
+    native, parts = models("llama")
+    native_calls.clear()
+    expected = generated(parts, DynamicCache(config=parts.config))
+    assert torch.equal(generated(native, DynamicCache(config=native.config)), expected)
+    assert not native_calls
+    seen: list[Tensor] = []
+    layer: Any = native.model.layers[0]
+    for module in (layer.self_attn, layer.input_layernorm, layer.self_attn.k_proj, layer.self_attn.o_proj):
+        seen.clear()
+        handle = module.register_forward_hook(lambda *arguments: seen.append(arguments[2]))
+        assert torch.equal(generated(native, GrowingCache(native.config)), expected)
+        assert len(seen) == 15
+        handle.remove()
+    assert layer not in native_calls
+    embedded = native.get_input_embeddings()(PROMPTS).requires_grad_()
+    native(inputs_embeds=embedded, use_cache=False).logits.sum().backward()
+    assert embedded.grad is not None
+
+
+def test_hooks_of_a_layer_and_of_its_ffn_are_called(native_calls: list[Any]) -> None:
+    native, parts = models("llama")
+    native_calls.clear()
+    outputs: list[Tensor] = []
+    for model in (native, parts):
+        layer: Any = model.model.layers[1]
+        layer.mlp.register_forward_hook(lambda module, given, output: output * 2)
+        layer.register_forward_hook(lambda module, given, output: output + 1)
+        cache = GrowingCache(model.config)
+        outputs.append(model(PROMPTS, attention_mask=MASK, past_key_values=cache).logits)
+    assert len(native_calls) == 2
+    assert torch.equal(outputs[0], outputs[1])
+    hidden = [model(PROMPTS, output_hidden_states=True, use_cache=False).hidden_states for model in (native, parts)]
+    assert all(torch.equal(one, other) for one, other in zip(*hidden, strict=True))
+
+
+def test_changed_weights_are_used_and_copies_work() -> None:
+    native, parts = models("gemma3_text")
+    for model in (native, parts):
+        layer: Any = model.model.layers[0]
+        layer.self_attn.o_proj.weight = nn.Parameter(layer.self_attn.o_proj.weight * 1.5, requires_grad=False)
+        layer.pre_feedforward_layernorm.weight.add_(0.25)
+    expected = generated(parts, GrowingCache(parts.config))
+    assert torch.equal(generated(native, GrowingCache(native.config)), expected)
+    assert torch.equal(generated(copy.deepcopy(native), GrowingCache(native.config)), expected)
+
+
+class Halved(nn.Module):
+    """A layer with the parts of a native one, which adds half of its attention."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.input_layernorm, self.post_attention_layernorm = layer.input_layernorm, layer.post_attention_layernorm
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **arguments)
+        hidden_states = hidden_states + attended / 2
+        made: Tensor = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        return made
+
+
+def test_another_wiring_is_left_alone() -> None:
+    native, _, _ = make("llama")
+    model: Any = native
+    model.model.layers[0] = Halved(model.model.layers[0])
+    assert use_native_layers(native, WORKERS, StreamedFFN) == 1
+    assert type(model.model.layers[0]) is Halved
