@@ -27,7 +27,12 @@ TEST_F(SweepTest, GivesOutHalfOfItsLookAheadAtOnceWhenItIsThere) {
     const auto kept = static_cast<uint32_t>(sweep.next(0)->addresses.size() / model.spec.bundles_per_cell);
     ASSERT_LE(kept + 64U, session->lease_limit());
     ASSERT_GT(kept + 64U + 16U, session->lease_limit()) << "as many chunks of 16 cells as can be borrowed";
-    const auto leased = [&] { return engine->report().models[0].slots_leased; };
+    const auto leased = [&] { return engine->report().models[0].leases; };  // without cells that are being read
+    const auto asked = [&] {
+        const weightd::ModelCounts counts = engine->report().models[0].counts;
+        return counts.hits + counts.misses;
+    };
+    wait_until([&] { return asked() == model.spec.cell_count() + 64U; });  // before, last turn's leases may be there
     wait_until([&] { return leased() == kept + 64U; });
     engine->report();  // the loop has answered by then
     EXPECT_EQ(sweep.next(0)->addresses.size(), 32U * model.spec.bundles_per_cell);
