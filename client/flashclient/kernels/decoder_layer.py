@@ -36,7 +36,6 @@ from flashclient.kernels.resident_norm import NativeNorm
 Room = GrowingLayer | GrowingWindowLayer
 
 TRIED_TOKENS = 3
-OTHER_ARGUMENTS = (*UNSUPPORTED, "is_causal")
 KNOWN_ARGUMENTS = {"dropout", "scaling", "sliding_window"}  # of attention; a window is in the mask or the cache
 
 
@@ -61,7 +60,7 @@ class HeldBlock:
     """A native block, and what it was made of.
 
     Attributes:
-        modules: that it stands for.
+        modules: that it stands for; the first is the attention.
         pointers: of their weights.
         elements: of a head.
     """
@@ -73,7 +72,6 @@ class HeldBlock:
     key_heads: int
     elements: int
     rotates: bool
-    causal: bool
 
 
 class NativeDecoderLayer(nn.Module):
@@ -118,7 +116,8 @@ class NativeDecoderLayer(nn.Module):
         total, ffn_input = torch.empty_like(x), torch.empty_like(x, dtype=ffn_dtype)
         cos, sin = map(array_of, call["position_embeddings"]) if held.rotates else (None, None)
         mask = call.get("attention_mask")
-        causal = mask is None and tokens > 1 and held.causal
+        attention: Any = held.modules[0]
+        causal = mask is None and tokens > 1 and attention.is_causal
         keys, values, *outputs = map(array_of, (*rooms, total, ffn_input))
         masked = None if mask is None else array_of(mask)
         kernels = self.block_kernels[x.dtype]
@@ -142,9 +141,10 @@ class NativeDecoderLayer(nn.Module):
                 return None
             pointers += (one.data_ptr() for one in module._parameters.values() if one is not None)
         held: HeldBlock | None = self.__dict__.get("_held")
-        if held is None or held.pointers != pointers or held.modules != modules or torch.is_grad_enabled():
-            if not self._is_plain(attention, x):
-                return None
+        changed = held is None or held.pointers != pointers or held.modules != modules
+        if (changed or torch.is_grad_enabled()) and not self._is_plain(attention, x):
+            return None
+        if held is None or changed:
             held = self.__dict__["_held"] = self._made(attention, modules, pointers, x.dtype)
         return held if held.dtype == x.dtype and attention.takes(x, call.get("position_embeddings")) else None
 
@@ -178,7 +178,7 @@ class NativeDecoderLayer(nn.Module):
             formula.elements,
             float(formula.arguments["scaling"]),
         )
-        shape = (key_rows // formula.elements, formula.elements, bool(formula.widths), attention.is_causal)
+        shape = (key_rows // formula.elements, formula.elements, bool(formula.widths))
         return HeldBlock(block, modules, pointers, dtype, *shape)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -190,7 +190,7 @@ class NativeDecoderLayer(nn.Module):
         x, mask = call["hidden_states"], call.get("attention_mask")
         if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
             return None
-        if any(call.get(name) not in (None, False) for name in OTHER_ARGUMENTS):
+        if call.get("is_causal") is not None or any(call.get(name) not in (None, False) for name in UNSUPPORTED):
             return None
         given = call.get(attention.formula.cache)
         if given is None:
@@ -280,7 +280,8 @@ def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> W
     formula = attention.formula
     ffn = _ffn_of(module, name, ffn_kind)
     norms = [norm for norm, child in module.named_children() if isinstance(child, NativeNorm)]
-    if ffn is None or len(norms) > 4 or not set(formula.arguments) <= KNOWN_ARGUMENTS:
+    own = [*module._parameters, *module._buffers, *(one for one in vars(module).values() if isinstance(one, Tensor))]
+    if own or ffn is None or len(norms) > 4 or not set(formula.arguments) <= KNOWN_ARGUMENTS:
         return None
     weight: Tensor = attention._modules[formula.parts.query].weight
     random = torch.Generator("cpu").manual_seed(0)
@@ -331,6 +332,8 @@ def _ffn_of(module: nn.Module, attention: str, ffn_kind: type[nn.Module]) -> str
     ]
     if len(others) == 1:
         return others[0]
+    if not all(one.is_meta for name in others for one in module.get_submodule(name).parameters()):
+        return None
     streamed = [path for path, one in module.named_modules() if isinstance(one, ffn_kind)]
     return streamed[0] if len(streamed) == 1 else None
 

@@ -10,11 +10,12 @@ does anything else keeps its forward.
 from __future__ import annotations
 
 import inspect
+import itertools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ from flashclient.kernels.resident_norm import NativeNorm, same_but_for_rounding
 PROBE = "native_probe"  # in transformers' registry: an attention that records what it is called with
 TRIED_SCALES = (1.0, 100.0)  # of inputs; large ones reach limits and softcaps
 TRIED_TOKENS = 3
+TRIED_POSITIONS = (0, 1_000_003)  # tokens in the cache; some modules scale queries by their position
 QUERY, KEY, VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
 OUTPUT = ("o_proj", "out_proj", "dense")
 QUERY_NORM, KEY_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
@@ -52,7 +54,8 @@ class Call(NamedTuple):
 class ProbeCache:
     """A cache that keeps what it is given, and returns copies."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: int) -> None:
+        self._held = held  # tokens that it says it has
         self.given: tuple[Tensor, Tensor, int, Any] | None = None
         self.returned: tuple[Tensor, Tensor] | None = None
 
@@ -62,10 +65,17 @@ class ProbeCache:
         return self.returned
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return 0
+        return self._held
 
 
-_calls: list[Call] = []
+class _Calls(threading.local):
+    """The calls that a thread has recorded."""
+
+    def __init__(self) -> None:
+        self.made: list[Call] = []
+
+
+_recorded = _Calls()
 
 
 def _record(
@@ -77,7 +87,7 @@ def _record(
         (sequences, tokens, heads, value.shape[3]), generator=torch.Generator("cpu").manual_seed(0), device="cpu",
         dtype=torch.float32,
     ).to(query.dtype)  # fmt: skip
-    _calls.append(Call(query, key, value, attention_mask, arguments, attended))
+    _recorded.made.append(Call(query, key, value, attention_mask, arguments, attended))
     return attended, None
 
 
@@ -333,6 +343,8 @@ def _parts(module: nn.Module) -> Parts | None:
     norms = (named(QUERY_NORM, NativeNorm), named(KEY_NORM, NativeNorm))
     known = {query, key, value, output, *norms}
     others = [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
+    others += [name for name, _ in module.named_buffers()]
+    others += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
     if others or (norms[0] is None) != (norms[1] is None):
         return None
     return Parts(query, key, value, output, *norms)
@@ -353,9 +365,11 @@ def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs
     for width in _widths(module, names):
         inputs = [(some(2, TRIED_TOKENS, linear.in_features) * scale).to(linear.weight.dtype) for scale in TRIED_SCALES]
         angles = _angles(width, some, linear.weight.dtype) if width else None
-        tried = [_tried(module, x, angles, names, caches[0]) for x in inputs]
+        tried = [
+            _tried(module, x, angles, names, caches[0], held) for x, held in itertools.product(inputs, TRIED_POSITIONS)
+        ]
         trials = [one for one in tried if one is not None]
-        if len(trials) < len(inputs):
+        if len(trials) < len(tried) or any(one.call.arguments != trials[0].call.arguments for one in trials):
             continue
         formulas = iter([found]) if found else _formulas(module, parts, width, names, caches[0], trials[0])
         for formula in formulas:
@@ -395,25 +409,31 @@ class Trial(NamedTuple):
     output: Any
 
 
-def _tried(module: Any, x: Tensor, angles: Any, names: tuple[str, ...], cache_name: str) -> Trial | None:
+def _tried(module: Any, x: Tensor, angles: Any, names: tuple[str, ...], cache_name: str, held: int) -> Trial | None:
     """Calls the module's own forward. None where it does anything else with mask or cache than FusedAttention."""
     sequences, tokens, _ = x.shape
     mask = torch.ones(sequences, 1, tokens, tokens, dtype=torch.bool, device="cpu").tril()
-    cache = ProbeCache()
+    cache = ProbeCache(held)
     arguments = {"hidden_states": x, "attention_mask": mask, cache_name: cache}
     if angles is not None:
         arguments["position_embeddings"] = angles
+    positions = torch.arange(held, held + tokens, device="cpu")
     if "cache_position" in names:
-        arguments["cache_position"] = torch.arange(tokens, device="cpu")
-    _calls.clear()
+        arguments["cache_position"] = positions
+    if "position_ids" in names or "kwargs" in names:
+        arguments["position_ids"] = positions.expand(sequences, tokens)
+    _recorded.made = []
     try:
         with _probing(module.config):
             output = module(**arguments)
-        (call,) = _calls
+        (call,) = _recorded.made
     except Exception:  # whatever a module raises that was not made for this
         return None
     finally:
-        _calls.clear()
+        _recorded.made = []
+    own = {name: value for name, value in call.arguments.items() if name not in arguments}
+    if any(not isinstance(value, int | float | str | None) for value in own.values()):
+        return None  # a tensor may differ from layer to layer
     if cache.given is None or cache.returned is None or call.mask is not mask:
         return None
     key, value, layer, more = cache.given
@@ -421,7 +441,7 @@ def _tried(module: Any, x: Tensor, angles: Any, names: tuple[str, ...], cache_na
     cached = tuple(more or ())
     if not passed_on or not set(cached) <= {"cos", "sin", *names}:
         return None
-    return Trial(x, angles, cached, call._replace(key=key, value=value), output)
+    return Trial(x, angles, cached, call._replace(key=key, value=value, arguments=own), output)
 
 
 @contextmanager
@@ -441,7 +461,7 @@ def _formulas(
     elements = call.query.shape[3]
     factors = {1.0, float(getattr(module, "scaling", None) or 1.0)}
     pairs = ("halves", "neighbours", "none") if width else ("none",)
-    for factor, rotating in product(sorted(factors, reverse=True), pairs):
+    for factor, rotating in itertools.product(sorted(factors, reverse=True), pairs):
         widths = (width,) if rotating != "none" else ()
         yield AttentionFormula(
             parts, elements, factor, rotating, widths, names, cache_name, trial.cached, call.arguments

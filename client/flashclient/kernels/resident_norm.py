@@ -47,8 +47,9 @@ class NativeNorm(nn.Module):
     norm_kernels: dict[torch.dtype, Norms]
     _held: tuple[tuple[int | None, int | None], Norm] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> the same shape and dtype."""
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """[..., width] -> the same shape and dtype. The class that it had names the argument."""
+        (x,) = (*args, *kwargs.values())
         if not self._is_for_kernel(x):
             result: Tensor = super().forward(x)
             return result
@@ -129,6 +130,7 @@ def _key(module: nn.Module) -> Any:
         weight is not None
         and set(module._parameters) <= {"weight", "bias"}
         and not module._buffers
+        and not any(isinstance(value, Tensor) for value in vars(module).values())
         and next(module.children(), None) is None
         and all(
             type(one) is nn.Parameter and one.dim() == 1 and one.shape == weight.shape and one.dtype == weight.dtype

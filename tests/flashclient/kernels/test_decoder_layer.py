@@ -10,6 +10,7 @@ import torch
 from native_models import FUSED, PROMPTS, WORKERS, make
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flashclient.kernels.decoder_layer import NativeDecoderLayer, use_native_layers
 from flashclient.kernels.growing_cache import GrowingCache
@@ -161,9 +162,27 @@ class Halved(nn.Module):
         return made
 
 
+class Gated(LlamaDecoderLayer):
+    """Has a weight of its own, which is 1 in this layer."""
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        made: Tensor = super().forward(hidden_states, **arguments) * self.gate
+        return made
+
+
 def test_another_wiring_is_left_alone() -> None:
-    native, _, _ = make("llama")
-    model: Any = native
+    model: Any = make("llama")[0]
     model.model.layers[0] = Halved(model.model.layers[0])
-    assert use_native_layers(native, WORKERS, StreamedFFN) == 1
-    assert type(model.model.layers[0]) is Halved
+    model.model.layers[1].gate = nn.Parameter(torch.ones(()), requires_grad=False)
+    model.model.layers[1].__class__ = Gated
+    assert use_native_layers(model, WORKERS, StreamedFFN) == 0
+    assert [type(layer) for layer in model.model.layers] == [Halved, Gated]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_is_causal_of_a_call_is_obeyed(causal: bool) -> None:
+    native, parts = models("llama")
+    arguments: dict[str, Any] = {"is_causal": causal, "use_cache": False}
+    made = native(PROMPTS[:1], **arguments).logits
+    assert torch.equal(made, parts(PROMPTS[:1], **arguments).logits)
+    assert torch.equal(made, native(PROMPTS[:1], use_cache=False).logits) == causal

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from native_models import FUSED, PROMPTS, make
+from native_models import FUSED, PROMPTS, WORKERS, make
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from flashclient.kernels.fused_attention import FusedAttention
+from flashclient.kernels.decode_attention import use_decode_attention
+from flashclient.kernels.fused_attention import FusedAttention, use_fused_attention
 from flashclient.kernels.growing_cache import GrowingCache
+from flashclient.kernels.resident_linear import use_fast_linears
 
 
 @pytest.mark.parametrize("kind", FUSED)
@@ -95,3 +98,39 @@ def test_gradients_and_attentions_are_torchs() -> None:
         model.set_attn_implementation("eager")
         maps.append(model(PROMPTS, output_attentions=True).attentions)
     assert torch.allclose(maps[0][1], maps[1][1], atol=1e-5)
+
+
+class ScaledByPosition(LlamaAttention):
+    """Scales queries where the context is long, as Llama 4 does."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        held = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") is not None else 0
+        return super().forward(hidden_states * (1 + held // 8192), position_embeddings, **kwargs)
+
+
+class WithTensor(LlamaAttention):
+    """Passes a tensor to the attention interface, which may differ from layer to layer."""
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states, position_embeddings, s_aux=torch.zeros(4), **kwargs)
+
+
+class WithBuffer(LlamaAttention):
+    """Has a number of its own, which is 1 in this layer."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
+        return super().forward(hidden_states * self.temperature, position_embeddings, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [ScaledByPosition, WithTensor, WithBuffer])
+def test_what_one_trial_would_not_show_is_found(kind: Any) -> None:
+    plain: Any = make("llama")[1]
+    for index, layer in enumerate(plain.model.layers):
+        layer.self_attn = kind(plain.config, index).requires_grad_(False).eval()
+    use_fast_linears(plain, WORKERS)
+    use_decode_attention(plain, WORKERS)
+    assert use_fused_attention(plain, WORKERS) == 0

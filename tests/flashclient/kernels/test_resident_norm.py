@@ -68,6 +68,13 @@ def test_module_stays_what_it_was() -> None:
     assert with_gradient.grad is not None
 
 
+def test_argument_may_be_named() -> None:
+    native, plain = make(LlamaRMSNorm, 64, torch.float32)
+    x = torch.randn(3, 64)
+    assert torch.equal(native(hidden_states=x), native(x))
+    assert torch.allclose(native(hidden_states=x), plain(hidden_states=x))
+
+
 class Scaled(LlamaRMSNorm):
     """Looks like a norm, and computes something else."""
 
