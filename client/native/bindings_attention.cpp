@@ -161,7 +161,8 @@ Rotation rotation_of(Pairs pairs, const std::optional<Angles>& given_cos, const 
         require(is_of(one->dtype(), dtype), "cos and sin must be of the kernel's dtype");
         require(one->shape(0) == x.shape(0) || one->shape(0) == 1,
                 "cos and sin must be [sequences or 1, tokens, width]");
-        require(one->shape(1) == x.shape(1) && one->shape(2) == cos.shape(2), "cos and sin must have a row per token");
+        require(one->shape(0) == cos.shape(0) && one->shape(1) == x.shape(1) && one->shape(2) == cos.shape(2),
+                "cos and sin must have the same shape, with a row per token");
         require(one->shape(2) <= elements && one->shape(2) % 2 == 0, "cos and sin have at most the elements of a head");
         require(one->stride(2) == 1 || one->shape(2) <= 1, "the elements of cos and sin must be contiguous");
         require(one->stride(0) >= 0 && one->stride(1) >= 0, "strides must not be negative");

@@ -26,8 +26,9 @@ from flashclient.kernels.growing_cache import GrowingCache
 
 TIMEOUT_S = 600.0
 KERNELS = (  # native calls that compute, on all threads
-    ("AttentionBlocks", "compute"), ("AttentionInputs", "compute"), ("Attention", "attend"), ("Linear", "project"),
-    ("Norms", "apply"), ("Ffn", "add_rows"), ("Ffn", "fire"), ("Ffn", "accumulate"),
+    ("AttentionBlocks", "compute"), ("AttentionBlocks", "finish"), ("AttentionInputs", "compute"),
+    ("Attention", "attend"), ("Linear", "project"), ("Norms", "apply"),
+    ("Ffn", "add_rows"), ("Ffn", "fire"), ("Ffn", "accumulate"),
 )  # fmt: skip
 
 

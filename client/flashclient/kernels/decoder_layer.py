@@ -15,27 +15,36 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import permutations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 from transformers import PreTrainedModel
 
 from flashclient._native import AttentionBlock, AttentionBlocks, AttentionProjection, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import UNSUPPORTED
 from flashclient.kernels.dtypes import KERNEL_DTYPES
-from flashclient.kernels.fused_attention import FusedAttention, is_plain
+from flashclient.kernels.fused_attention import BIAS_DTYPES, TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
 from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
 from flashclient.kernels.resident_linear import ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
+from flashclient.kernels.trials import (
+    Native,
+    has_tensors,
+    hooked_everywhere,
+    is_called_alone,
+    is_plain,
+    native_class,
+    random_angles,
+    random_tensors,
+    scalars,
+)
 
 Room = GrowingLayer | GrowingWindowLayer
 
-TRIED_TOKENS = 3
 KNOWN_ARGUMENTS = {"dropout", "scaling", "sliding_window"}  # of attention; a window is in the mask or the cache
 
 
@@ -51,8 +60,9 @@ class Wiring:
     after_ffn: str | None
 
     @cached_property
-    def norms_before_ffn(self) -> list[str]:
-        return [one for one in (self.before, self.after, self.before_ffn) if one is not None]
+    def norms(self) -> list[str]:
+        """All of them."""
+        return [one for one in (self.before, self.after, self.before_ffn, self.after_ffn) if one is not None]
 
 
 @dataclass(frozen=True)
@@ -69,30 +79,32 @@ class HeldBlock:
     modules: list[nn.Module]
     pointers: list[int]
     dtype: torch.dtype
+    heads: int
     key_heads: int
     elements: int
     rotates: bool
 
 
-class NativeDecoderLayer(nn.Module):
+class NativeDecoderLayer(Native):
     """The forward pass of a layer that became native. Other cases are left to the class that it had."""
 
     wiring: Wiring
     names: tuple[str, ...]  # of the arguments of the forward that it had
+    untried: tuple[str, ...]  # those that no trial has given it
     block_kernels: dict[torch.dtype, AttentionBlocks]
     ffn_kind: type[nn.Module]  # of modules that stream an FFN
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
         traced = torch.compiler.is_compiling() or len(args) > len(self.names)
-        held = None if traced else self._held_block(call)
-        room = None if held is None else self._room(call)
-        if held is None or room is None:
+        way = None if traced else self.way_of(call)
+        if way is None:
             return super().forward(*args, **kwargs)
+        held, room = way
         wiring = self.wiring
         ffn: Any = self.get_submodule(wiring.ffn)
         norm: Any = None if wiring.after_ffn is None else self._modules[wiring.after_ffn]
-        streams = isinstance(ffn, self.ffn_kind) and _is_called_alone(ffn) and (norm is None or _is_called_alone(norm))
+        streams = isinstance(ffn, self.ffn_kind) and is_called_alone(ffn)
         if not streams or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
             total, ffn_input = self._attend(held, call, room, held.dtype)
             y = ffn(ffn_input)
@@ -103,6 +115,12 @@ class NativeDecoderLayer(nn.Module):
         after = None if norm is None else norm.native_norm()
         self.block_kernels[held.dtype].finish(array_of(y), after, array_of(total), array_of(out))
         return out
+
+    def way_of(self, call: dict[str, Any]) -> tuple[HeldBlock, Room] | None:
+        """The native block, and the layer of the cache to write to. None where the native way is not for this call."""
+        held = self._held_block(call)
+        room = None if held is None else self._room(held, call)
+        return None if held is None or room is None else (held, room)
 
     def _attend(
         self, held: HeldBlock, call: dict[str, Any], room: Room, ffn_dtype: torch.dtype
@@ -129,15 +147,16 @@ class NativeDecoderLayer(nn.Module):
         """The native block with the weights that the layer has now. None where it does not compute this call."""
         wiring, x = self.wiring, call.get("hidden_states")
         attention: Any = self._modules[wiring.attention]
-        if x is None or self.training or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
+        if x is None or self.training or not isinstance(attention, FusedAttention) or attention.training:
             return None
-        modules = [attention, *(self._modules[one] for one in wiring.norms_before_ffn)]
-        if isinstance(attention, FusedAttention):
-            parts = attention.formula.parts
-            modules += (attention._modules[one] for one in parts.names)
+        if hooked_everywhere() or any(call.get(name) not in (None, False) for name in self.untried):
+            return None
+        parts = attention.formula.parts
+        modules: list[Any] = [attention, *(self._modules[one] for one in wiring.norms)]
+        modules += (attention._modules[one] for one in parts.names)
         pointers: list[int] = []
         for module in modules:
-            if not _is_called_alone(module):
+            if not is_called_alone(module):
                 return None
             pointers += (one.data_ptr() for one in module._parameters.values() if one is not None)
         held: HeldBlock | None = self.__dict__.get("_held")
@@ -148,19 +167,21 @@ class NativeDecoderLayer(nn.Module):
             held = self.__dict__["_held"] = self._made(attention, modules, pointers, x.dtype)
         return held if held.dtype == x.dtype and attention.takes(x, call.get("position_embeddings")) else None
 
-    def _is_plain(self, attention: Any, x: Tensor) -> bool:
+    def _is_plain(self, attention: FusedAttention, x: Tensor) -> bool:
         """Whether the weights are as the kernels take them, and need no gradient."""
-        if not isinstance(attention, FusedAttention) or not attention.is_plain(x):
-            return False
         output = attention._modules[attention.formula.parts.output]
-        norms = [self._modules[one] for one in self.wiring.norms_before_ffn]
-        return is_plain(output, ResidentLinear, x) and all(is_plain(one, NativeNorm, x) for one in norms)
+        norms = [self._modules[one] for one in self.wiring.norms]
+        return (
+            attention.is_plain(x)
+            and is_plain(output, ResidentLinear, x, BIAS_DTYPES)
+            and all(is_plain(one, NativeNorm, x) for one in norms)
+        )
 
     def _made(self, attention: Any, modules: list[Any], pointers: list[int], dtype: torch.dtype) -> HeldBlock:
         wiring, formula = self.wiring, attention.formula
         output: Any = attention._modules[formula.parts.output]
         bias = None if output.bias is None else array_of(output.bias)
-        (query, _), (key, key_rows), (value, _) = attention.projections()
+        (query, rows), (key, key_rows), (value, _) = attention.projections()
 
         def norm(name: str | None) -> Any:
             module: Any = None if name is None else self._modules[name]
@@ -178,40 +199,35 @@ class NativeDecoderLayer(nn.Module):
             formula.elements,
             float(formula.arguments["scaling"]),
         )
-        shape = (key_rows // formula.elements, formula.elements, bool(formula.widths))
+        elements = formula.elements
+        shape = (rows // elements, key_rows // elements, elements, bool(formula.widths))
         return HeldBlock(block, modules, pointers, dtype, *shape)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
-
-    def _room(self, call: dict[str, Any]) -> Room | None:
-        """The layer of the cache to write to. None where the native way is not for this call."""
-        attention: Any = self._modules[self.wiring.attention]
+    def _room(self, held: HeldBlock, call: dict[str, Any]) -> Room | None:
+        attention: Any = held.modules[0]
         x, mask = call["hidden_states"], call.get("attention_mask")
-        if mask is not None and (mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu):
-            return None
         if call.get("is_causal") is not None or any(call.get(name) not in (None, False) for name in UNSUPPORTED):
             return None
-        given = call.get(attention.formula.cache)
-        if given is None:
-            return GrowingLayer()  # type: ignore[no-untyped-call]
-        layers = getattr(given, "layers", None)
-        index = attention.layer_idx
-        if not isinstance(layers, list) or index >= len(layers):
+        room: Any = self._layer_of_cache(call.get(attention.formula.cache), attention.layer_idx)
+        if room is None or (torch.is_grad_enabled() and room.is_initialized and room.keys.requires_grad):
             return None
-        layer = layers[index]
-        if type(layer) not in (GrowingLayer, GrowingWindowLayer) or getattr(layer, "record_past", False):
-            return None
-        keys = layer.held_at[1] + x.shape[1]
-        if mask is not None and (mask.shape[2:] != (x.shape[1], keys) or mask.shape[0] not in (1, x.shape[0])):
-            return None
-        found: Room = layer
+        if mask is not None:
+            if mask.dtype != torch.bool or mask.dim() != 4 or not mask.is_cpu:
+                return None
+            fits = mask.shape[0] in (1, x.shape[0]) and mask.shape[1] in (1, held.heads)
+            if not fits or mask.shape[2:] != (x.shape[1], room.held_at[1] + x.shape[1]):
+                return None
+        found: Room = room
         return found
 
-
-def _is_called_alone(module: nn.Module) -> bool:
-    """Whether calling the module is calling its forward."""
-    return not module._forward_hooks and not module._forward_pre_hooks and "forward" not in module.__dict__
+    def _layer_of_cache(self, cache: Any, index: int) -> Any:
+        if cache is None:
+            return GrowingLayer()  # type: ignore[no-untyped-call]
+        layers = getattr(cache, "layers", None)
+        if not isinstance(layers, list) or index >= len(layers):
+            return None
+        grows = type(layers[index]) in (GrowingLayer, GrowingWindowLayer)
+        return layers[index] if grows and not getattr(layers[index], "record_past", False) else None
 
 
 def use_native_layers(
@@ -240,7 +256,7 @@ def use_native_layers(
         attentions = [name for name, child in module.named_children() if isinstance(child, FusedAttention)]
         if len(attentions) != 1 or isinstance(module, NativeDecoderLayer):
             continue
-        key = str((type(module), _facts(module), getattr(module._modules[attentions[0]], "formula", None)))
+        key = _key(module, attentions[0])
         if key not in known:
             known[key] = _found(module, attentions[0], ffn_kind, kernels)
         wiring = known[key]
@@ -252,73 +268,86 @@ def use_native_layers(
 
 def _make_native(module: nn.Module, wiring: Wiring, ffn_kind: type[nn.Module], kernels: Any) -> None:
     kind: Any = type(module)
+    attention: Any = module._modules[wiring.attention]
     names = tuple(name for name in inspect.signature(kind.forward).parameters if name != "self")
-    module.__class__ = _native(kind)
-    module.__dict__.update(wiring=wiring, names=names, block_kernels=kernels, ffn_kind=ffn_kind)
+    untried = tuple(name for name in names if name not in TRIED_ARGUMENTS and name != attention.formula.cache)
+    module.__class__ = native_class(NativeDecoderLayer, kind)
+    module.__dict__.update(wiring=wiring, names=names, untried=untried, block_kernels=kernels, ffn_kind=ffn_kind)
 
 
-@cache
-def _native(kind: Any) -> Any:
-    return type(kind.__name__, (NativeDecoderLayer, kind), {"__module__": kind.__module__})
+def _key(module: Any, attention: str) -> str:
+    """What may make two layers compute different things, but for the values of their weights."""
+    kinds = [(name, type(child).__name__, getattr(child, "formula", None)) for name, child in module.named_children()]
+    return str((type(module), scalars(module), kinds, module._modules[attention].formula))
 
 
-def _facts(module: nn.Module) -> Any:
-    """What may make two layers of a class compute different things, but for the values of their weights."""
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, int | float | str | bool | None) and name != "layer_idx"
-    }
-    children = [
-        (name, type(child).__name__, getattr(child, "formula", None)) for name, child in module.named_children()
-    ]
-    return (sorted(plain.items()), children)
+class TrialCache:
+    """A cache of one layer."""
+
+    def __init__(self, index: int) -> None:
+        self.layers = [GrowingLayer() for _ in range(index + 1)]  # type: ignore[no-untyped-call]
+
+    def update(self, key: Tensor, value: Tensor, index: int, *_: Any) -> tuple[Tensor, Tensor]:
+        return self.layers[index].update(key, value)
+
+    def get_seq_length(self, index: int = 0) -> int:
+        return self.layers[index].get_seq_length()
 
 
 def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> Wiring | None:
+    """The wiring of the layer, shown with other weights in its norms, so that no two of them are alike."""
     attention = module._modules[name]
-    formula = attention.formula
+    arguments = attention.formula.arguments
     ffn = _ffn_of(module, name, ffn_kind)
     norms = [norm for norm, child in module.named_children() if isinstance(child, NativeNorm)]
-    own = [*module._parameters, *module._buffers, *(one for one in vars(module).values() if isinstance(one, Tensor))]
-    if own or ffn is None or len(norms) > 4 or not set(formula.arguments) <= KNOWN_ARGUMENTS:
+    known = set(arguments) <= KNOWN_ARGUMENTS and isinstance(arguments.get("scaling"), float)
+    if ffn is None or len(norms) > 4 or not known or module._parameters or has_tensors(module):
         return None
-    weight: Tensor = attention._modules[formula.parts.query].weight
-    random = torch.Generator("cpu").manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight.dtype)
-
-    call: dict[str, Any] = {"hidden_states": some(2, TRIED_TOKENS, weight.shape[1]), "attention_mask": None}
-    if formula.widths:
-        half = some(2, TRIED_TOKENS, max(formula.widths) // 2) * 3
-        both = torch.cat([half, half], dim=-1)
-        call["position_embeddings"] = (both.cos(), both.sin())
-    with _replaced(module, ffn):
+    with _trial(module, ffn, norms):
         try:
-            expected = module(**call)
+            expected = _passes(module, attention)
         except Exception:  # whatever a module raises that was not made for this
             return None
+        before = type(module)
         for wiring in _wirings(name, ffn, norms):
-            if isinstance(expected, Tensor) and _computes(module, wiring, ffn_kind, call, expected, kernels):
-                return wiring
+            _make_native(module, wiring, ffn_kind, kernels)
+            try:
+                if _same(_passes(module, attention), expected):
+                    return wiring
+            except (ValueError, RuntimeError):  # shapes that do not fit
+                continue
+            finally:
+                module.__class__ = before
+                for attribute in (*NativeDecoderLayer.__annotations__, "_held"):
+                    module.__dict__.pop(attribute, None)
     return None
 
 
-def _computes(
-    module: nn.Module, wiring: Wiring, ffn_kind: type[nn.Module], call: dict[str, Any], expected: Tensor, kernels: Any
-) -> bool:
-    before = module.__class__
-    _make_native(module, wiring, ffn_kind, kernels)
-    try:
-        native: Any = module
-        return native._held_block(call) is not None and torch.equal(module(**call), expected)
-    except (ValueError, RuntimeError):  # shapes that do not fit
-        return False
-    finally:
-        module.__class__ = before
-        for name in ("wiring", "names", "block_kernels", "ffn_kind", "_held"):
-            module.__dict__.pop(name, None)
+def _passes(module: Any, attention: Any) -> list[Any]:
+    """What a layer returns for a prompt, and for tokens after it with a mask; small inputs, then large ones.
+
+    Raises:
+        ValueError: the layer is native, and goes its own way.
+    """
+    weight: Tensor = attention._modules[attention.formula.parts.query].weight
+    some = random_tensors(weight.dtype)
+    made = []
+    for scale in TRIED_SCALES:
+        cache = TrialCache(attention.layer_idx)
+        allowed = torch.ones(2, 1, 2, TRIED_TOKENS + 2, dtype=torch.bool, device="cpu")
+        for tokens, mask in ((TRIED_TOKENS, None), (2, allowed)):
+            call: dict[str, Any] = {"hidden_states": some(2, tokens, weight.shape[1]) * scale}
+            call |= {"attention_mask": None if mask is None else mask.tril(1), attention.formula.cache: cache}
+            if attention.formula.widths:
+                call["position_embeddings"] = random_angles(max(attention.formula.widths), 2, tokens, some)
+            if isinstance(module, NativeDecoderLayer) and module.way_of(call) is None:
+                raise ValueError("not native")
+            made.append(module(**call))
+    return made
+
+
+def _same(made: list[Any], expected: list[Any]) -> bool:
+    return all(isinstance(one, Tensor) and torch.equal(one, other) for one, other in zip(made, expected, strict=True))
 
 
 def _ffn_of(module: nn.Module, attention: str, ffn_kind: type[nn.Module]) -> str | None:
@@ -339,19 +368,30 @@ def _ffn_of(module: nn.Module, attention: str, ffn_kind: type[nn.Module]) -> str
 
 
 @contextmanager
-def _replaced(module: nn.Module, ffn: str) -> Iterator[None]:
-    """While another function is in the place of the FFN."""
+def _trial(module: nn.Module, ffn: str, norms: list[str]) -> Iterator[None]:
+    """While another function is in the place of the FFN, and the norms have random weights."""
 
-    def instead(x: Tensor, *_: Any, **__: Any) -> Tensor:
+    def instead(x: Tensor) -> Tensor:
         return x.flip(-1) * 0.5
 
     part = module.get_submodule(ffn)
-    function: Callable[..., Tensor] = instead
+    function: Callable[[Tensor], Tensor] = instead
     part.__dict__["forward"] = function
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    for number, name in enumerate(norms):
+        norm = module.get_submodule(name)
+        for attribute, weight in norm._parameters.items():
+            if weight is not None:
+                kept.append((norm, attribute, weight))
+                random = random_tensors(weight.dtype, seed=number + 1)(*weight.shape)
+                norm._parameters[attribute] = nn.Parameter(random, requires_grad=False)
     try:
         yield
     finally:
         del part.__dict__["forward"]
+        for norm, attribute, weight in kept:
+            norm._parameters[attribute] = weight
+            norm.__dict__.pop("_held", None)
 
 
 def _wirings(attention: str, ffn: str, norms: list[str]) -> Iterator[Wiring]:

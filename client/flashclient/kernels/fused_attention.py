@@ -15,12 +15,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_modules
 from transformers import AttentionInterface, PreTrainedModel
 
 from flashclient._native import AttentionInputs, AttentionProjection, Workers
@@ -28,8 +27,20 @@ from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import IMPLEMENTATION, attend
 from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.resident_linear import ResidentLinear
-from flashclient.kernels.resident_norm import NativeNorm, same_but_for_rounding
+from flashclient.kernels.resident_norm import NativeNorm
+from flashclient.kernels.trials import (
+    Native,
+    has_tensors,
+    is_plain,
+    native_class,
+    random_angles,
+    random_tensors,
+    same_but_for_rounding,
+    scalars,
+)
 
+TRIED_ARGUMENTS = {"hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position"}
+TRIED_ARGUMENTS |= {"use_cache", "kwargs"}
 PROBE = "native_probe"  # in transformers' registry: an attention that records what it is called with
 TRIED_SCALES = (1.0, 100.0)  # of inputs; large ones reach limits and softcaps
 TRIED_TOKENS = 3
@@ -37,6 +48,7 @@ TRIED_POSITIONS = (0, 1_000_003)  # tokens in the cache; some modules scale quer
 QUERY, KEY, VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
 OUTPUT = ("o_proj", "out_proj", "dense")
 QUERY_NORM, KEY_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
+BIAS_DTYPES = (torch.float32,)  # of projections, beside that of the weight
 CACHE_NAMES = ("past_key_values", "past_key_value")
 
 
@@ -137,8 +149,13 @@ class AttentionFormula:
     cached: tuple[str, ...]
     arguments: dict[str, Any]
 
+    @cached_property
+    def untried(self) -> list[str]:
+        """Arguments of the module that no trial has given it: with one of them it may compute something else."""
+        return [name for name in self.names if name not in (*TRIED_ARGUMENTS, self.cache)]
 
-class FusedAttention(nn.Module):
+
+class FusedAttention(Native):
     """The forward pass of an attention module that became native. Other cases are left to the class that it had."""
 
     config: Any
@@ -150,7 +167,8 @@ class FusedAttention(nn.Module):
         formula = self.formula
         call = dict(zip(formula.names, args, strict=False)) | kwargs
         x, embeddings = call.pop("hidden_states", None), call.pop("position_embeddings", None)
-        if len(args) > len(formula.names) or not self.is_for_kernel(x, embeddings):
+        untried = any(call.get(name) not in (None, False) for name in formula.untried)
+        if untried or len(args) > len(formula.names) or not self.is_for_kernel(x, embeddings):
             return super().forward(*args, **kwargs)
         assert x is not None
         query, key, value = self._inputs(x, embeddings)
@@ -198,9 +216,6 @@ class FusedAttention(nn.Module):
         projections: list[tuple[AttentionProjection, int]] = held[1]
         return projections
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
-
     def is_for_kernel(self, x: Tensor | None, embeddings: Any) -> bool:
         """Whether the kernels compute this call."""
         return x is not None and not self.training and self.is_plain(x) and self.takes(x, embeddings)
@@ -210,7 +225,7 @@ class FusedAttention(nn.Module):
         parts = self.formula.parts
         linears = (parts.query, parts.key, parts.value)
         norms = [one for one in (parts.query_norm, parts.key_norm) if one is not None]
-        return all(is_plain(self._modules[one], ResidentLinear, x) for one in linears) and all(
+        return all(is_plain(self._modules[one], ResidentLinear, x, BIAS_DTYPES) for one in linears) and all(
             is_plain(self._modules[one], NativeNorm, x) for one in norms
         )
 
@@ -230,26 +245,6 @@ def _implementation(config: Any) -> Any:
     return vars(config).get("_attn_implementation_internal") or config._attn_implementation
 
 
-def is_plain(module: nn.Module | None, kind: type[nn.Module], x: Tensor) -> bool:
-    """Whether the kernel may compute what calling the module would."""
-    if not isinstance(module, kind) or torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks:
-        return False
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-        return False
-    with_gradient = torch.is_grad_enabled()
-    if with_gradient and x.requires_grad:
-        return False
-    for name, one in module._parameters.items():
-        if one is None:
-            continue
-        dtypes = (x.dtype, torch.float32) if name == "bias" else (x.dtype,)
-        if type(one) is not nn.Parameter or one.dtype not in dtypes or not one.is_cpu or not one.is_contiguous():
-            return False
-        if with_gradient and one.requires_grad:
-            return False
-    return True
-
-
 def _are_angles(embeddings: Any, x: Tensor, widths: tuple[int, ...]) -> bool:
     if not isinstance(embeddings, tuple) or len(embeddings) != 2:
         return False
@@ -262,6 +257,7 @@ def _are_angles(embeddings: Any, x: Tensor, widths: tuple[int, ...]) -> bool:
         and one.stride(-1) == 1
         and one.stride() == cos.stride()
         and one.shape[0] in (1, x.shape[0])
+        and one.shape == cos.shape
         and one.shape[1] == x.shape[1]
         and one.shape[2] in widths
         for one in (cos, sin)
@@ -309,26 +305,16 @@ def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_se
         formula = known[key]
         if formula is not None:
             kind: Any = type(module)
-            module.__class__ = _fused(kind)
+            module.__class__ = native_class(FusedAttention, kind)
             module.__dict__.update(formula=formula, input_kernels=kernels)
             changed += 1
     return changed
 
 
-@cache
-def _fused(kind: Any) -> Any:
-    return type(kind.__name__, (FusedAttention, kind), {"__module__": kind.__module__})
-
-
 def _facts(module: nn.Module) -> tuple[Any, ...]:
     """What may make two modules of a class compute different things, but for the values of their weights."""
-    plain = {
-        name: value
-        for name, value in vars(module).items()
-        if isinstance(value, int | float | str | bool | None) and name != "layer_idx"
-    }
     shapes = tuple((name, tuple(one.shape), one.dtype) for name, one in module.named_parameters())
-    return (tuple(sorted(plain.items())), shapes)
+    return (scalars(module), shapes)
 
 
 def _parts(module: nn.Module) -> Parts | None:
@@ -344,8 +330,7 @@ def _parts(module: nn.Module) -> Parts | None:
     known = {query, key, value, output, *norms}
     others = [name for name, _ in module.named_parameters() if name.partition(".")[0] not in known]
     others += [name for name, _ in module.named_buffers()]
-    others += [name for name, value in vars(module).items() if isinstance(value, Tensor)]
-    if others or (norms[0] is None) != (norms[1] is None):
+    if others or has_tensors(module) or (norms[0] is None) != (norms[1] is None):
         return None
     return Parts(query, key, value, output, *norms)
 
@@ -356,15 +341,11 @@ def _found(module: Any, parts: Parts, kernels: dict[torch.dtype, AttentionInputs
     if "hidden_states" not in names or not caches or not hasattr(module, "layer_idx"):
         return None
     linear = module._modules[parts.query]
-    random = torch.Generator("cpu").manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu")
-
+    some = random_tensors(linear.weight.dtype)
     found: AttentionFormula | None = None
     for width in _widths(module, names):
-        inputs = [(some(2, TRIED_TOKENS, linear.in_features) * scale).to(linear.weight.dtype) for scale in TRIED_SCALES]
-        angles = _angles(width, some, linear.weight.dtype) if width else None
+        inputs = [some(2, TRIED_TOKENS, linear.in_features) * scale for scale in TRIED_SCALES]
+        angles = random_angles(width, 2, TRIED_TOKENS, some) if width else None
         tried = [
             _tried(module, x, angles, names, caches[0], held) for x, held in itertools.product(inputs, TRIED_POSITIONS)
         ]
@@ -390,13 +371,6 @@ def _widths(module: Any, names: tuple[str, ...]) -> list[int]:
         return []
     shares = (1.0, 0.75, 0.5, 0.4, 0.25)  # of a head, in partial rotary embeddings
     return [width for share in shares if (width := int(elements * share)) % 2 == 0 and width > 0]
-
-
-def _angles(width: int, some: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random cos and sin. Both halves are alike, as those of transformers are."""
-    half = some(2, TRIED_TOKENS, width // 2) * 3
-    both = torch.cat([half, half], dim=-1)
-    return both.cos().to(dtype), both.sin().to(dtype)
 
 
 class Trial(NamedTuple):

@@ -36,8 +36,9 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
 
     @keys.setter
     def keys(self, keys: Tensor | None) -> None:
+        values = self._views()[1]  # of the length before
         self._length = 0 if keys is None or keys.numel() == 0 else keys.shape[-2]
-        self._shown = (keys, self._views()[1])
+        self._shown = (keys, values)
 
     @property
     def values(self) -> Tensor:
@@ -116,7 +117,8 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Removes all tokens and frees the memory."""
-        self._rooms, self._shown, self._begin = None, (None, None), 0
+        self._rooms, self._shown, self._begin, self._length = None, (None, None), 0, 0
+        self.is_initialized = False  # older transformers set all keys to 0 otherwise
         super().reset()
 
     def visible_max(self, tokens: int) -> int:

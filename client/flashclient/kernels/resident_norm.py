@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from flashclient._native import Norm, Norms, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.trials import Native, has_tensors, native_class, random_tensors, same_but_for_rounding, scalars
 
 TRIED_SCALES = (1.0, 0.01, 100.0)  # of rows
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
-DIFFERENT_SHARE_MAX = 0.02  # of the elements: sums in another order may round differently
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class NormFormula:
         return Norm(self.kind, len(weight), *arrays, self.eps, self.offset)
 
 
-class NativeNorm(nn.Module):
+class NativeNorm(Native):
     """The forward pass of a norm that became native. Other cases are left to the class that it had."""
 
     formula: NormFormula
@@ -61,26 +61,25 @@ class NativeNorm(nn.Module):
     def native_norm(self) -> Norm:
         """The norm with the weights that the module has now."""
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
-        assert weight is not None
+        assert weight is not None  # is_plain() has seen it
         pointers = (weight.data_ptr(), None if bias is None else bias.data_ptr())
         held = self.__dict__.get("_held")
         if held is None or held[0] != pointers:
             held = self.__dict__["_held"] = (pointers, self.formula.of(self))
         return held[1]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
-
     def _is_for_kernel(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or x.numel() == 0 or x.dtype not in self.norm_kernels or not x.is_cpu:
             return False
-        weights = [one for one in (self._parameters["weight"], self._parameters.get("bias")) if one is not None]
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if weight is None or torch.is_autocast_enabled("cpu") or x.shape[-1] != len(weight):
+            return False
+        weights = [weight] if bias is None else [weight, bias]
         plain = all(
             type(one) is nn.Parameter and one.dtype == x.dtype and one.is_cpu and one.is_contiguous() for one in weights
         )
         with_gradient = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in weights))
-        fits = x.shape[-1] == len(weights[0])
-        return plain and fits and not with_gradient and not torch.is_autocast_enabled("cpu")
+        return plain and not with_gradient
 
 
 def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
@@ -111,15 +110,10 @@ def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | 
         formula = known[key]
         if formula is not None:
             kind: Any = type(module)
-            module.__class__ = _native(kind)
+            module.__class__ = native_class(NativeNorm, kind)
             module.__dict__.update(formula=formula, norm_kernels=kernels)
             changed += 1
     return changed
-
-
-@cache
-def _native(kind: Any) -> Any:
-    return type(kind.__name__, (NativeNorm, kind), {"__module__": kind.__module__})
 
 
 def _key(module: nn.Module) -> Any:
@@ -129,8 +123,7 @@ def _key(module: nn.Module) -> Any:
     plain = (
         weight is not None
         and set(module._parameters) <= {"weight", "bias"}
-        and not module._buffers
-        and not any(isinstance(value, Tensor) for value in vars(module).values())
+        and not has_tensors(module)
         and next(module.children(), None) is None
         and all(
             type(one) is nn.Parameter and one.dim() == 1 and one.shape == weight.shape and one.dtype == weight.dtype
@@ -141,8 +134,7 @@ def _key(module: nn.Module) -> Any:
     kind: Any = type(module)
     if not plain or weight is None or weight.dtype not in KERNEL_DTYPES or len(_arguments(kind)) != 1:
         return None
-    facts = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str | tuple)}
-    return (type(module), len(weight), weight.dtype, bias is None, tuple(sorted(facts.items(), key=str)))
+    return (type(module), len(weight), weight.dtype, bias is None, scalars(module))
 
 
 @cache
@@ -162,11 +154,7 @@ def _computes(module: nn.Module, formula: NormFormula, kernels: dict[torch.dtype
     """Whether the module computes the formula for random weights and rows of several sizes."""
     weight = module._parameters["weight"]
     assert weight is not None
-    random = torch.Generator("cpu").manual_seed(0)
-
-    def some(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(weight.dtype)
-
+    some = random_tensors(weight.dtype)
     weights = {name: some(len(weight)) for name, one in module._parameters.items() if one is not None}
     x = torch.cat([some(1, len(weight)) * scale for scale in TRIED_SCALES])
     try:
@@ -180,13 +168,3 @@ def _computes(module: nn.Module, formula: NormFormula, kernels: dict[torch.dtype
     norm = Norm(formula.kind, len(weight), *arrays, formula.eps, formula.offset)
     kernels[x.dtype].apply(norm, array_of(x), array_of(y))
     return same_but_for_rounding(y, expected)
-
-
-def same_but_for_rounding(actual: Tensor, expected: Tensor) -> bool:
-    """Whether two results of one formula differ by no more than sums in another order do."""
-    unit = torch.finfo(expected.dtype).eps
-    if expected.dtype == torch.float32:
-        return torch.allclose(actual, expected, rtol=16 * unit, atol=16 * unit * float(expected.abs().max()))
-    different = (actual != expected).float().mean().item()
-    close = torch.allclose(actual.float(), expected.float(), rtol=2 * unit, atol=unit * float(expected.abs().max()))
-    return close and different <= DIFFERENT_SHARE_MAX

@@ -6,18 +6,31 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t ADDED_TOGETHER = 32768;  // elements that one thread adds: some microseconds
+constexpr size_t ADDED_TOGETHER = 32768;      // elements that one thread adds: some microseconds
+constexpr size_t KEPT_MAX = size_t{1} << 24;  // bytes of an array that a thread keeps from call to call
 
 struct BlockScratch {
-    std::vector<char> normed, query, attended, output;
+    std::vector<char> normed, query, attended, output, rounded;
+
+    void shrink() {
+        for (std::vector<char>* bytes : {&normed, &query, &attended, &output, &rounded}) {
+            if (bytes->capacity() > KEPT_MAX) *bytes = {};
+        }
+    }
 };
+
+// Kept from call to call, because allocating takes longer than a small call.
+BlockScratch& scratch_of_thread() {
+    static thread_local BlockScratch scratch;
+    return scratch;
+}
 
 }  // namespace
 
 void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens,
                               const Rotation& rotation, const KeyValueRoom& room, const AttentionMask& mask, void* sum,
                               void* ffn_input, bool ffn_in_fp32) const {
-    static thread_local BlockScratch scratch;
+    BlockScratch& scratch = scratch_of_thread();
     const size_t bytes = bytes_of(dtype_);
     const size_t rows = sequences * tokens;
     const size_t hidden = block.output.weight.rows;
@@ -63,15 +76,17 @@ void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t
     } else if (ffn != ffn_input) {
         std::copy_n(static_cast<const char*>(ffn), rows * hidden * bytes, static_cast<char*>(ffn_input));
     }
+    scratch.shrink();
 }
 
 void AttentionBlocks::finish(const float* y, const std::optional<Norm>& norm, const void* sum, size_t rows,
                              size_t hidden, void* out) const {
-    static thread_local std::vector<char> rounded;
-    rounded.resize(rows * hidden * bytes_of(dtype_));
-    kernels_.downcast(y, rows * hidden, rounded.data());
-    if (norm) norms_.apply(*norm, rounded.data(), rows, rounded.data());
-    add(sum, rounded.data(), rows * hidden, out);
+    BlockScratch& scratch = scratch_of_thread();
+    scratch.rounded.resize(rows * hidden * bytes_of(dtype_));
+    kernels_.downcast(y, rows * hidden, scratch.rounded.data());
+    if (norm) norms_.apply(*norm, scratch.rounded.data(), rows, scratch.rounded.data());
+    add(sum, scratch.rounded.data(), rows * hidden, out);
+    scratch.shrink();
 }
 
 void AttentionBlocks::add(const void* x, const void* y, size_t count, void* sum) const {

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from flashclient.kernels.decoder_layer import NativeDecoderLayer, use_native_layers
 from flashclient.kernels.growing_cache import GrowingCache
+from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.model.ffn import StreamedFFN
 
 LAYERS = [kind for kind in FUSED if kind not in ("olmo", "opt", "phi", "stablelm")]  # others have another wiring
@@ -112,6 +113,63 @@ def test_changed_weights_are_used_and_copies_work() -> None:
     assert torch.equal(generated(copy.deepcopy(native), GrowingCache(native.config)), expected)
 
 
+def test_norms_that_were_alike_in_the_trial_are_told_apart() -> None:
+    """GLM 4 names two of them in another order than it uses them."""
+    parts: Any = make("glm4", head_dim=16)[0]
+    norms = [one for one in parts.modules() if isinstance(one, NativeNorm)]
+    for norm in norms:
+        norm._parameters["weight"].fill_(1)  # type: ignore[union-attr]
+    native = copy.deepcopy(parts)
+    assert use_native_layers(native, WORKERS, StreamedFFN) == 2
+    for model in (native, parts):
+        torch.manual_seed(1)
+        for norm in (one for one in model.modules() if isinstance(one, NativeNorm)):
+            norm._parameters["weight"].normal_()  # type: ignore[union-attr]
+    expected = generated(parts, DynamicCache(config=parts.config))
+    assert torch.equal(generated(native, GrowingCache(native.config)), expected)
+
+
+def test_collected_hidden_states_do_not_end_the_native_way(native_calls: list[Any]) -> None:
+    native, parts = models("llama")
+    native(PROMPTS, output_hidden_states=True, use_cache=False)
+    native_calls.clear()
+    made = generated(native, GrowingCache(native.config), steps=2)
+    assert len(native_calls) == 6
+    assert torch.equal(made, generated(parts, DynamicCache(config=parts.config), steps=2))
+
+
+class Doubling(nn.Module):
+    """Stands in the place of a weight."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def test_replaced_norms_and_computed_weights_are_used() -> None:
+    native, parts = models("gemma3_text")
+    for model in (native, parts):
+        layers: Any = model.model.layers
+        first, second = layers
+        first.post_feedforward_layernorm = nn.Identity()
+        nn.utils.parametrize.register_parametrization(second.self_attn.o_proj, "weight", Doubling())
+        nn.utils.parametrize.register_parametrization(second.input_layernorm, "weight", Doubling())
+    expected = generated(parts, DynamicCache(config=parts.config), steps=2)
+    assert torch.equal(generated(native, GrowingCache(native.config), steps=2), expected)
+
+
+def test_gradients_reach_what_a_cache_holds(native_calls: list[Any]) -> None:
+    native, _ = models("llama")
+    native_calls.clear()
+    cache = GrowingCache(native.config)
+    prompt = torch.randn(2, 2, 3, 16, requires_grad=True)
+    layers: Any = cache.layers
+    for layer in layers:
+        layer.update(prompt, prompt)
+    native(PROMPTS, past_key_values=cache).logits.sum().backward()
+    assert prompt.grad is not None
+    assert not native_calls
+
+
 class Scaling:
     """Stands for a LayerFFN."""
 
@@ -162,17 +220,18 @@ class Halved(nn.Module):
         return made
 
 
-class Gated(LlamaDecoderLayer):
+class Gated(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     """Has a weight of its own, which is 1 in this layer."""
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        made: Tensor = super().forward(hidden_states, **arguments) * self.gate
-        return made
+    gate: Tensor
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(hidden_states, *args, **kwargs) * self.gate
 
 
 def test_another_wiring_is_left_alone() -> None:
     model: Any = make("llama")[0]
-    model.model.layers[0] = Halved(model.model.layers[0])
+    model.model.layers[0] = Halved(model.model.layers[0]).eval()
     model.model.layers[1].gate = nn.Parameter(torch.ones(()), requires_grad=False)
     model.model.layers[1].__class__ = Gated
     assert use_native_layers(model, WORKERS, StreamedFFN) == 0

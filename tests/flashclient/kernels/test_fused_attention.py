@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from flashclient._native import AttentionInputs, AttentionProjection
 from flashclient.kernels.decode_attention import use_decode_attention
 from flashclient.kernels.fused_attention import FusedAttention, use_fused_attention
 from flashclient.kernels.growing_cache import GrowingCache
@@ -100,37 +101,99 @@ def test_gradients_and_attentions_are_torchs() -> None:
     assert torch.allclose(maps[0][1], maps[1][1], atol=1e-5)
 
 
-class ScaledByPosition(LlamaAttention):
-    """Scales queries where the context is long, as Llama 4 does."""
+def test_angles_of_other_shapes_are_refused() -> None:
+    """The kernel reads both with the strides of one."""
+    kernel = AttentionInputs(WORKERS, "F32")
+    projection = AttentionProjection(torch.zeros(16, 8).numpy(), None, None)
+    x, out = torch.zeros(2, 3, 8).numpy(), [torch.zeros(2, 1, 3, 16).numpy() for _ in range(3)]
+    cos, sin = torch.zeros(2, 3, 16).numpy(), torch.zeros(1, 3, 16).numpy()
+    kernel.compute(projection, projection, projection, "halves", x, cos, cos, *out)
+    for angles in ((cos, sin), (sin, cos)):
+        with pytest.raises(ValueError, match="must have the same shape"):
+            kernel.compute(projection, projection, projection, "halves", x, *angles, *out)
 
-    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
-        held = kwargs["past_key_values"].get_seq_length() if kwargs.get("past_key_values") is not None else 0
-        return super().forward(hidden_states * (1 + held // 8192), position_embeddings, **kwargs)
+
+class AttendsElsewhere(LlamaAttention):
+    """Adds another argument, if it is given."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        elsewhere: Any = None,
+        **rest: Any,
+    ) -> Any:
+        made, weights = super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **rest)
+        return (made if elsewhere is None else made + elsewhere), weights
 
 
-class WithTensor(LlamaAttention):
+def test_an_argument_that_was_not_tried_is_not_lost() -> None:
+    plain: Any = make("llama")[1]
+    attention = AttendsElsewhere(plain.config, 0).requires_grad_(False).eval()
+    plain.model.layers[0].self_attn = attention
+    use_fast_linears(plain, WORKERS)
+    use_decode_attention(plain, WORKERS)
+    assert use_fused_attention(plain, WORKERS) == 2
+    x, angles = torch.randn(1, 3, 64), (torch.ones(1, 3, 16), torch.zeros(1, 3, 16))
+    made = [attention(hidden_states=x, position_embeddings=angles, elsewhere=one)[0] for one in (None, 1.0)]
+    assert torch.allclose(made[1], made[0] + 1)
+
+
+class Changed(LlamaAttention):
+    """Passes its arguments on."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **rest: Any,
+    ) -> Any:
+        x = self.changed(hidden_states, past_key_values)
+        return super().forward(x, position_embeddings, attention_mask, past_key_values, **(rest | self.added()))
+
+    def changed(self, x: Tensor, cache: Any) -> Tensor:
+        return x
+
+    def added(self) -> dict[str, Any]:
+        return {}
+
+
+class ScaledByPosition(Changed):
+    """Scales its input where the context is long, as Llama 4 does."""
+
+    def changed(self, x: Tensor, cache: Any) -> Tensor:
+        return x * (1 + (cache.get_seq_length() if cache is not None else 0) // 8192)
+
+
+class WithTensor(Changed):
     """Passes a tensor to the attention interface, which may differ from layer to layer."""
 
-    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
-        return super().forward(hidden_states, position_embeddings, s_aux=torch.zeros(4), **kwargs)
+    def added(self) -> dict[str, Any]:
+        return {"s_aux": torch.zeros(4)}
 
 
-class WithBuffer(LlamaAttention):
+class WithBuffer(Changed):
     """Has a number of its own, which is 1 in this layer."""
+
+    temperature: Tensor
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.register_buffer("temperature", torch.ones(()))
 
-    def forward(self, hidden_states: Tensor, position_embeddings: Any = None, **kwargs: Any) -> Any:
-        return super().forward(hidden_states * self.temperature, position_embeddings, **kwargs)
+    def changed(self, x: Tensor, cache: Any) -> Tensor:
+        return x * self.temperature
 
 
-@pytest.mark.parametrize("kind", [ScaledByPosition, WithTensor, WithBuffer])
-def test_what_one_trial_would_not_show_is_found(kind: Any) -> None:
+@pytest.mark.parametrize(("kind", "fused"), [(Changed, 2), (ScaledByPosition, 0), (WithTensor, 0), (WithBuffer, 0)])
+def test_what_one_trial_would_not_show_is_found(kind: Any, fused: int) -> None:
     plain: Any = make("llama")[1]
     for index, layer in enumerate(plain.model.layers):
         layer.self_attn = kind(plain.config, index).requires_grad_(False).eval()
     use_fast_linears(plain, WORKERS)
     use_decode_attention(plain, WORKERS)
-    assert use_fused_attention(plain, WORKERS) == 0
+    assert use_fused_attention(plain, WORKERS) == fused

@@ -1,0 +1,117 @@
+"""How modules of transformers become native: their class changes to a subclass, after a trial has shown the formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from transformers.utils import output_capturing
+
+DIFFERENT_SHARE_MAX = 0.02  # of the elements: sums in another order may round differently
+# What a pass may collect from modules that no native one stands for.
+COLLECTED_ELSEWHERE = {"hidden_states", "_hidden_states_layers", "router_logits"}
+
+
+class Native(nn.Module):
+    """A module that became native. What it holds for the kernels stays out of copies."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+
+
+@cache
+def native_class(native: Any, kind: Any) -> Any:
+    """A subclass of `kind` with the forward of `native`. It has the name of `kind`."""
+    return type(kind.__name__, (native, kind), {"__module__": kind.__module__})
+
+
+def scalars(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The attributes that may make two modules of a class compute different things."""
+    plain = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str | bool | tuple | None) and name != "layer_idx"
+    }
+    return tuple(sorted(plain.items(), key=str))
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether the module has buffers or other tensors, whose values may differ from module to module."""
+    return bool(module._buffers) or any(isinstance(value, Tensor) for value in vars(module).values())
+
+
+def is_called_alone(module: nn.Module) -> bool:
+    """Whether calling the module is calling its forward, in this pass."""
+    if "forward" in module.__dict__ or module._forward_pre_hooks:
+        return False
+    return not module._forward_hooks or all(map(_is_idle, module._forward_hooks.values()))
+
+
+def _is_idle(hook: Any) -> bool:
+    """Whether a hook is one of transformers' that collect outputs, which stay for ever, and collects nothing now."""
+    if getattr(hook, "__module__", None) != output_capturing.__name__:
+        return False
+    collected = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
+    return collected is None or set(collected) <= COLLECTED_ELSEWHERE
+
+
+def hooked_everywhere() -> bool:
+    """Whether there are hooks for the modules of all models."""
+    return bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+
+
+def is_plain(
+    module: nn.Module | None, kind: type[nn.Module], x: Tensor, bias_dtypes: tuple[torch.dtype, ...] = ()
+) -> bool:
+    """Whether the kernels may compute what calling the module with `x` would.
+
+    Args:
+        kind: the class that it must be of.
+        bias_dtypes: that a bias may have beside the dtype of x.
+    """
+    if not isinstance(module, kind) or hooked_everywhere() or not is_called_alone(module):
+        return False
+    with_gradient = torch.is_grad_enabled()
+    if module._parameters.get("weight") is None or (with_gradient and x.requires_grad):
+        return False
+    for name, one in module._parameters.items():
+        if one is None:
+            continue
+        dtypes = (x.dtype, *bias_dtypes) if name == "bias" else (x.dtype,)
+        if type(one) is not nn.Parameter or one.dtype not in dtypes or not one.is_cpu or not one.is_contiguous():
+            return False
+        if with_gradient and one.requires_grad:
+            return False
+    return True
+
+
+def random_tensors(dtype: torch.dtype, seed: int = 0) -> Callable[..., Tensor]:
+    """A function that makes random tensors of a shape, the same ones for each trial."""
+    random = torch.Generator("cpu").manual_seed(seed)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float32, device="cpu").to(dtype)
+
+    return some
+
+
+def random_angles(width: int, sequences: int, tokens: int, some: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Cos and sin, [sequences, tokens, width]. Both halves are alike, as those of transformers are."""
+    half = some(sequences, tokens, width // 2) * 3
+    both = torch.cat([half, half], dim=-1)
+    return both.cos(), both.sin()
+
+
+def same_but_for_rounding(actual: Tensor, expected: Tensor) -> bool:
+    """Whether two results of one formula differ by no more than sums in another order do."""
+    unit = torch.finfo(expected.dtype).eps
+    greatest = float(expected.abs().max())
+    if expected.dtype == torch.float32:
+        return torch.allclose(actual, expected, rtol=16 * unit, atol=16 * unit * greatest)
+    different = (actual != expected).float().mean().item()
+    close = torch.allclose(actual.float(), expected.float(), rtol=2 * unit, atol=unit * greatest)
+    return close and different <= DIFFERENT_SHARE_MAX
