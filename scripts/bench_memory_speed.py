@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from benchmarks.decode_worker import Model
 from benchmarks.forced_tokens import random_ids
-from benchmarks.llama import DEFAULT, llama_python
+from benchmarks.llama import add_environment_flag, llama_python
 from benchmarks.memory_read import read_memory
 from benchmarks.processes import SCRIPTS, BenchError, module_command, serving
 from benchmarks.report import Row, Target, machine_facts, report
@@ -218,13 +218,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--no-peers", action="store_true", help="do not run llama.cpp and transformers")
-    parser.add_argument(
-        "--llama-cpp",
-        type=Path,
-        default=DEFAULT,
-        metavar="DIR",
-        help=f"a virtual environment with llama-cpp-python, made there if missing (default: {DEFAULT})",
-    )
+    add_environment_flag(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()
 

@@ -29,6 +29,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--readahead-kib", nargs="+", type=int, default=[READAHEAD_KIB], help="of the device, for rows of llama.cpp"
     )
+    add_environment_flag(parser)
+
+
+def add_environment_flag(parser: argparse.ArgumentParser) -> None:
+    """--llama-cpp."""
     parser.add_argument(
         "--llama-cpp",
         type=Path,
