@@ -1,8 +1,8 @@
 // The open sessions: how many slots each is guaranteed, and how many it may lease.
 //
-// Invariants: a session's lease limit is its share plus an equal part of what is lent, or what its model can use, if that
-// is less. The limits of all sessions that borrow fit into --dram together, beside what is kept for fetches. A limit
-// never falls below the share.
+// Invariants: a session's lease limit is its share plus an equal part of what is lent, or what its model can use, if
+// that is less. The limits of all sessions that borrow fit into --dram together, beside what is kept for fetches. A
+// limit never falls below the share.
 #pragma once
 
 #include <cstdint>
