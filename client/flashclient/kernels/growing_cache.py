@@ -67,10 +67,7 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
         for room, states in zip(rooms, (key_states, value_states), strict=True):
             room[..., end - tokens : end, :] = states
         self.add_written(tokens)
-        if type(self) is GrowingLayer:
-            return self.keys, self.values
         key_room, value_room = rooms
-        begin = max(begin, end - self.visible_max(tokens))
         return key_room[..., begin:end, :], value_room[..., begin:end, :]
 
     def room_for(self, tokens: int, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,10 +118,6 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
         self.is_initialized = False  # older transformers set all keys to 0 otherwise
         super().reset()
 
-    def visible_max(self, tokens: int) -> int:
-        """How many keys a pass of `tokens` tokens may attend to, at most."""
-        raise NotImplementedError
-
     def _views(self) -> tuple[Tensor | None, Tensor | None]:
         if self._shown is None:
             assert self._rooms is not None
@@ -155,13 +148,15 @@ class GrowingLayer(_Growing):  # type: ignore[no-untyped-call]
         """The tokens held."""
         return self._length
 
-    def visible_max(self, tokens: int) -> int:
-        """All keys."""
-        return self._length + tokens
-
 
 class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """transformers' DynamicSlidingWindowLayer, which appends in place. The held tokens move through the rooms."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """See GrowingLayer. Returns the window of the first new token, and the tokens after it."""
+        keys, values = super().update(key_states, value_states)
+        visible = self.sliding_window - 1 + key_states.shape[-2]
+        return keys[..., -visible:, :], values[..., -visible:, :]
 
     def add_written(self, tokens: int) -> None:
         """Says that so many tokens were written behind those held. Those that left the window are held no more."""
@@ -171,10 +166,6 @@ class GrowingWindowLayer(_Growing, DynamicSlidingWindowLayer):  # type: ignore[n
             left = max(0, self._length - (self.sliding_window - 1))
             self._begin += left
             self._length -= left
-
-    def visible_max(self, tokens: int) -> int:
-        """Those of the window of the first token, and the others."""
-        return int(self.sliding_window) - 1 + tokens
 
 
 class GrowingCache(DynamicCache):
