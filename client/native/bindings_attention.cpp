@@ -30,6 +30,7 @@ using flashclient::AttentionMask;
 using flashclient::AttentionProjection;
 using flashclient::AttentionRows;
 using flashclient::AttentionShape;
+using flashclient::bias_of;
 using flashclient::Dtype;
 using flashclient::HeadRows;
 using flashclient::InstructionSet;
@@ -127,13 +128,7 @@ struct LentProjection {
     AttentionProjection checked(Dtype dtype, size_t elements) const {
         const Matrix matrix = matrix_of(weight, dtype);
         require(matrix.rows % elements == 0, "the rows of a projection must be whole heads");
-        AttentionProjection made{matrix, nullptr, false, std::nullopt, factor};
-        if (bias) {
-            made.bias_is_fp32 = is_of(bias->dtype(), Dtype::f32);
-            require(made.bias_is_fp32 || is_of(bias->dtype(), dtype), "bias must be of the kernel's dtype or float32");
-            require(aligned(*bias, "bias").shape(0) == matrix.rows, "bias must be [rows of the weight]");
-            made.bias = bias->data();
-        }
+        AttentionProjection made{matrix, bias_of(bias, matrix.rows, dtype), std::nullopt, factor};
         if (norm != nullptr) {
             const size_t width = norm->norm.width;
             require(width == elements || width == matrix.rows, "a norm is of a head or of all heads");

@@ -33,6 +33,7 @@ namespace {
 using flashclient::Activation;
 using flashclient::aligned;
 using flashclient::Array;
+using flashclient::bias_of;
 using flashclient::Dtype;
 using flashclient::Encoding;
 using flashclient::Ffn;
@@ -231,11 +232,7 @@ Linear::Projection projection_of(const Linear& linear, const Weight& weight, con
     require(is_of(x.dtype(), dtype) && is_of(y.dtype(), dtype), "x and y must be of the kernel's dtype");
     require(aligned(x, "x").shape(0) == aligned(y, "y").shape(0), "x and y must have the same tokens");
     require(x.shape(1) == matrix.columns && y.shape(1) == matrix.rows, "weight must be [columns of y, columns of x]");
-    if (!bias) return {matrix, nullptr, false, y.data()};
-    const bool is_fp32 = is_of(bias->dtype(), Dtype::f32);
-    require(is_fp32 || is_of(bias->dtype(), dtype), "bias must be of the kernel's dtype or float32");
-    require(aligned(*bias, "bias").shape(0) == matrix.rows, "bias must be [columns of y]");
-    return {matrix, bias->data(), is_fp32, y.data()};
+    return {matrix, bias_of(bias, matrix.rows, dtype), y.data()};
 }
 
 void project(const Linear& linear, const Weight& weight, const std::optional<RowValues>& bias, const RowsIn& x,

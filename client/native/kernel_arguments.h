@@ -49,4 +49,13 @@ inline Matrix matrix_of(const Weight& weight, Dtype dtype) {
     return {aligned(weight, "a matrix").data(), weight.shape(0), weight.shape(1)};
 }
 
+// The bias of a matrix with so many rows.
+inline MatrixBias bias_of(const std::optional<RowValues>& bias, size_t rows, Dtype dtype) {
+    if (!bias) return {};
+    const bool is_fp32 = is_of(bias->dtype(), Dtype::f32);
+    require(is_fp32 || is_of(bias->dtype(), dtype), "bias must be of the kernel's dtype or float32");
+    require(aligned(*bias, "bias").shape(0) == rows, "bias must be [rows of the weight]");
+    return {bias->data(), is_fp32};
+}
+
 }  // namespace flashclient

@@ -60,8 +60,7 @@ void AttentionBlocks::compute(const AttentionBlock& block, const void* x, size_t
         sequences, heads,      block.attention.key.weight.rows / elements, tokens, room.tokens + tokens, elements,
         elements,  block.scale};
     attention_.attend(shape, all(query), all(room.keys), all(room.values), mask, scratch.attended.data());
-    const Linear::Projection output{block.output.weight, block.output.bias, block.output.bias_is_fp32,
-                                    scratch.output.data()};
+    const Linear::Projection output{block.output.weight, block.output.bias, scratch.output.data()};
     linear_.project({&output, 1}, scratch.attended.data(), rows);
     if (block.after) norms_.apply(*block.after, scratch.output.data(), rows, scratch.output.data());
     add(x, scratch.output.data(), rows * hidden, sum);

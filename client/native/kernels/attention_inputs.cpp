@@ -28,7 +28,7 @@ void AttentionInputs::compute(const AttentionLayer& layer, const void* x, size_t
     for (size_t i = 0; i < 3; i++) {
         const AttentionProjection& projection = *projections[i];
         products[i].resize(rows * projection.weight.rows * bytes_of(dtype_));
-        multiplied.push_back({projection.weight, projection.bias, projection.bias_is_fp32, products[i].data()});
+        multiplied.push_back({projection.weight, projection.bias, products[i].data()});
         all.push_back({projection, products[i].data(), outs[i], layer.elements, tokens, i < 2});
     }
     linear_.project(multiplied, x, rows);

@@ -15,8 +15,7 @@ enum class Pairs { none, halves, neighbours };
 
 struct AttentionProjection {
     Matrix weight;
-    const void* bias;  // [weight.rows], or null
-    bool bias_is_fp32;
+    MatrixBias bias;
     std::optional<Norm> norm;  // of each head, or of all of them as one row
     float factor;              // of the product, before the norm
 };

@@ -70,15 +70,15 @@ void Linear::round(const Projection& projection, const Dots& dots) const {
     const size_t bytes = bytes_of(dtype_);
     float bias[BLOCK_ROWS_MAX];
     float sums[BLOCK_ROWS_MAX];
-    if (projection.bias != nullptr && projection.bias_is_fp32) {
-        std::copy_n(static_cast<const float*>(projection.bias) + dots.first, dots.count, bias);
-    } else if (projection.bias != nullptr) {
-        kernels_.upcast(static_cast<const char*>(projection.bias) + dots.first * bytes, dots.count, bias);
+    if (projection.bias.data != nullptr && projection.bias.is_fp32) {
+        std::copy_n(static_cast<const float*>(projection.bias.data) + dots.first, dots.count, bias);
+    } else if (projection.bias.data != nullptr) {
+        kernels_.upcast(static_cast<const char*>(projection.bias.data) + dots.first * bytes, dots.count, bias);
     }
     for (size_t t = 0; t < dots.tokens; t++) {
         for (size_t i = 0; i < dots.count; i++) {
             const float sum = dots.values[i * dots.tokens + t];
-            sums[i] = projection.bias != nullptr ? sum + bias[i] : sum;
+            sums[i] = projection.bias.data != nullptr ? sum + bias[i] : sum;
         }
         const size_t offset = (dots.first_token + t) * projection.weight.rows + dots.first;
         kernels_.downcast(sums, dots.count, static_cast<char*>(projection.y) + offset * bytes);

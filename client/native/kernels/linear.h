@@ -17,6 +17,11 @@ struct Matrix {
     size_t columns;
 };
 
+struct MatrixBias {
+    const void* data = nullptr;  // [rows of the matrix]; null: none
+    bool is_fp32 = false;        // not of the kernels' dtype
+};
+
 // The bits of a row of y depend on that row of x alone. Safe to call from several threads.
 class Linear {
   public:
@@ -39,9 +44,8 @@ class Linear {
     // once.
     struct Projection {
         Matrix weight;
-        const void* bias;   // [weight.rows], or null
-        bool bias_is_fp32;  // not of dtype()
-        void* y;            // [tokens, weight.rows]
+        MatrixBias bias;
+        void* y;  // [tokens, weight.rows]
     };
     // All but such biases are of dtype(). x: [tokens, columns]; each weight has as many columns.
     void project(std::span<const Projection> projections, const void* x, size_t tokens) const;

@@ -38,10 +38,11 @@ class BlockBits : public testing::TestWithParam<const char*> {
 
     AttentionBlock block() const {
         const Norm of_head{NormKind::rms, ELEMENTS, norm_.data(), nullptr, 1e-6f, 0.0f};
-        const AttentionProjection query{{query_.data(), HEADS * ELEMENTS, HIDDEN}, bias_.data(), false, of_head, 0.7f};
-        const AttentionProjection key{{key_.data(), KEY_HEADS * ELEMENTS, HIDDEN}, nullptr, false, of_head, 1.0f};
-        const AttentionProjection value{{value_.data(), KEY_HEADS * ELEMENTS, HIDDEN}, nullptr, false, {}, 1.0f};
-        const AttentionProjection output{{output_.data(), HIDDEN, HEADS * ELEMENTS}, bias_.data(), true, {}, 1.0f};
+        const AttentionProjection query{
+            {query_.data(), HEADS * ELEMENTS, HIDDEN}, {bias_.data(), false}, of_head, 0.7f};
+        const AttentionProjection key{{key_.data(), KEY_HEADS * ELEMENTS, HIDDEN}, {}, of_head, 1.0f};
+        const AttentionProjection value{{value_.data(), KEY_HEADS * ELEMENTS, HIDDEN}, {}, {}, 1.0f};
+        const AttentionProjection output{{output_.data(), HIDDEN, HEADS * ELEMENTS}, {bias_.data(), true}, {}, 1.0f};
         return {{query, key, value, ELEMENTS, Pairs::halves},
                 output,
                 norm(NormKind::rms),
