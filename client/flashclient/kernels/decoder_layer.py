@@ -27,9 +27,9 @@ from flashclient._native import AttentionBlock, AttentionBlocks, AttentionProjec
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import UNSUPPORTED
 from flashclient.kernels.dtypes import KERNEL_DTYPES
-from flashclient.kernels.fused_attention import BIAS_DTYPES, TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
+from flashclient.kernels.fused_attention import TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
 from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
-from flashclient.kernels.resident_linear import ResidentLinear
+from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.kernels.trials import (
     Native,
@@ -37,6 +37,7 @@ from flashclient.kernels.trials import (
     hooked_everywhere,
     is_called_alone,
     is_plain,
+    make_native,
     native_class,
     random_angles,
     random_tensors,
@@ -235,9 +236,6 @@ def use_native_layers(
 ) -> int:
     """Makes every decoder layer of `model` native that is one of those above. After use_fused_attention().
 
-    Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
-    same names, with their hooks and weights.
-
     Args:
         workers: shared with the other kernels.
         ffn_kind: the class of modules that compute a whole FFN, though other modules hold its parts.
@@ -250,35 +248,19 @@ def use_native_layers(
         ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({one: AttentionBlocks(workers, name, instruction_set) for one, name in KERNEL_DTYPES.items()})
-    known: dict[Any, Wiring | None] = {}
-    changed = 0
-    for module in list(model.modules()):
-        attentions = [name for name, child in module.named_children() if isinstance(child, FusedAttention)]
-        if len(attentions) != 1 or isinstance(module, NativeDecoderLayer):
-            continue
-        key = _key(module, attentions[0])
-        if key not in known:
-            known[key] = _found(module, attentions[0], ffn_kind, kernels)
-        wiring = known[key]
-        if wiring is not None:
-            _make_native(module, wiring, ffn_kind, kernels)
-            changed += 1
-    return changed
+    return make_native(model, NativeDecoderLayer, _key, lambda module: _found(module, ffn_kind, kernels))
 
 
-def _make_native(module: nn.Module, wiring: Wiring, ffn_kind: type[nn.Module], kernels: Any) -> None:
-    kind: Any = type(module)
-    attention: Any = module._modules[wiring.attention]
-    names = tuple(name for name in inspect.signature(kind.forward).parameters if name != "self")
-    untried = tuple(name for name in names if name not in TRIED_ARGUMENTS and name != attention.formula.cache)
-    module.__class__ = native_class(NativeDecoderLayer, kind)
-    module.__dict__.update(wiring=wiring, names=names, untried=untried, block_kernels=kernels, ffn_kind=ffn_kind)
+def _attention_of(module: nn.Module) -> str | None:
+    """The name of the only native attention among the children."""
+    names = [name for name, child in module.named_children() if isinstance(child, FusedAttention)]
+    return names[0] if len(names) == 1 else None
 
 
-def _key(module: Any, attention: str) -> str:
-    """What may make two layers compute different things, but for the values of their weights."""
+def _key(module: nn.Module) -> str | None:
+    """What may make two layers compute different things, but for the values of their weights; None: it is no layer."""
     kinds = [(name, type(child).__name__, getattr(child, "formula", None)) for name, child in module.named_children()]
-    return str((type(module), scalars(module), kinds, module._modules[attention].formula))
+    return None if _attention_of(module) is None else str((type(module), scalars(module), kinds))
 
 
 class TrialCache:
@@ -294,8 +276,10 @@ class TrialCache:
         return self.layers[index].get_seq_length()
 
 
-def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> Wiring | None:
-    """The wiring of the layer, shown with other weights in its norms, so that no two of them are alike."""
+def _found(module: Any, ffn_kind: type[nn.Module], kernels: Any) -> dict[str, Any] | None:
+    """The attributes of the native layer. Its wiring is shown with other weights in its norms: no two are alike."""
+    name = _attention_of(module)
+    assert name is not None  # _key() has seen it
     attention = module._modules[name]
     arguments = attention.formula.arguments
     ffn = _ffn_of(module, name, ffn_kind)
@@ -308,17 +292,21 @@ def _found(module: Any, name: str, ffn_kind: type[nn.Module], kernels: Any) -> W
             expected = _passes(module, attention)
         except Exception:  # whatever a module raises that was not made for this
             return None
-        before = type(module)
+        before: Any = type(module)
+        names = tuple(one for one in inspect.signature(before.forward).parameters if one != "self")
+        untried = tuple(one for one in names if one not in TRIED_ARGUMENTS and one != attention.formula.cache)
+        held = {"names": names, "untried": untried, "block_kernels": kernels, "ffn_kind": ffn_kind}
         for wiring in _wirings(name, ffn, norms):
-            _make_native(module, wiring, ffn_kind, kernels)
+            module.__class__ = native_class(NativeDecoderLayer, before)
+            module.__dict__.update(held, wiring=wiring)
             try:
                 if _same(_passes(module, attention), expected):
-                    return wiring
+                    return held | {"wiring": wiring}
             except (ValueError, RuntimeError):  # shapes that do not fit
                 continue
             finally:
                 module.__class__ = before
-                for attribute in (*NativeDecoderLayer.__annotations__, "_held"):
+                for attribute in (*held, "wiring", "_held"):
                     module.__dict__.pop(attribute, None)
     return None
 
@@ -334,10 +322,10 @@ def _passes(module: Any, attention: Any) -> list[Any]:
     made = []
     for scale in TRIED_SCALES:
         cache = TrialCache(attention.layer_idx)
-        allowed = torch.ones(2, 1, 2, TRIED_TOKENS + 2, dtype=torch.bool, device="cpu")
+        allowed = torch.ones(2, 1, 2, TRIED_TOKENS + 2, dtype=torch.bool, device="cpu").tril(1)
         for tokens, mask in ((TRIED_TOKENS, None), (2, allowed)):
             call: dict[str, Any] = {"hidden_states": some(2, tokens, weight.shape[1]) * scale}
-            call |= {"attention_mask": None if mask is None else mask.tril(1), attention.formula.cache: cache}
+            call |= {"attention_mask": mask, attention.formula.cache: cache}
             if attention.formula.widths:
                 call["position_embeddings"] = random_angles(max(attention.formula.widths), 2, tokens, some)
             if isinstance(module, NativeDecoderLayer) and module.way_of(call) is None:

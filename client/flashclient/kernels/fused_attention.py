@@ -26,21 +26,22 @@ from flashclient._native import AttentionInputs, AttentionProjection, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import IMPLEMENTATION, attend
 from flashclient.kernels.dtypes import KERNEL_DTYPES
-from flashclient.kernels.resident_linear import ResidentLinear
+from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.kernels.trials import (
     Native,
     has_tensors,
     is_plain,
-    native_class,
+    make_native,
     random_angles,
     random_tensors,
     same_but_for_rounding,
     scalars,
 )
 
-TRIED_ARGUMENTS = {"hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position"}
-TRIED_ARGUMENTS |= {"use_cache", "kwargs"}
+TRIED_ARGUMENTS = {
+    *("hidden_states", "position_embeddings", "attention_mask", "position_ids", "cache_position", "use_cache", "kwargs")
+}
 PROBE = "native_probe"  # in transformers' registry: an attention that records what it is called with
 TRIED_SCALES = (1.0, 100.0)  # of inputs; large ones reach limits and softcaps
 TRIED_TOKENS = 3
@@ -48,7 +49,6 @@ TRIED_POSITIONS = (0, 1_000_003)  # tokens in the cache; some modules scale quer
 QUERY, KEY, VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
 OUTPUT = ("o_proj", "out_proj", "dense")
 QUERY_NORM, KEY_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
-BIAS_DTYPES = (torch.float32,)  # of projections, beside that of the weight
 CACHE_NAMES = ("past_key_values", "past_key_value")
 
 
@@ -95,10 +95,7 @@ def _record(
 ) -> tuple[Tensor, None]:
     """Records a call, and returns random values as attended ones."""
     sequences, heads, tokens, _ = query.shape
-    attended = torch.randn(
-        (sequences, tokens, heads, value.shape[3]), generator=torch.Generator("cpu").manual_seed(0), device="cpu",
-        dtype=torch.float32,
-    ).to(query.dtype)  # fmt: skip
+    attended = random_tensors(query.dtype)(sequences, tokens, heads, value.shape[3])
     _recorded.made.append(Call(query, key, value, attention_mask, arguments, attended))
     return attended, None
 
@@ -277,9 +274,6 @@ def _projection(linear: Any, norm: Any, factor: float) -> tuple[AttentionProject
 def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
     """Makes every attention module of `model` native that is the plain one. After use_decode_attention().
 
-    Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
-    same names, with their hooks and weights.
-
     Args:
         workers: shared with the other kernels.
         instruction_set: avx512, avx2 or portable; None takes the best.
@@ -291,30 +285,20 @@ def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_se
         ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({one: AttentionInputs(workers, name, instruction_set) for one, name in KERNEL_DTYPES.items()})
-    known: dict[Any, AttentionFormula | None] = {}
-    changed = 0
-    for module in list(model.modules()):
-        if isinstance(module, FusedAttention) or not hasattr(module, "decode_kernels"):
-            continue
+
+    def find(module: nn.Module) -> dict[str, Any] | None:
         parts = _parts(module)
-        if parts is None:
-            continue
-        key = (type(module), parts, _facts(module))
-        if key not in known:
-            known[key] = _found(module, parts, kernels)
-        formula = known[key]
-        if formula is not None:
-            kind: Any = type(module)
-            module.__class__ = native_class(FusedAttention, kind)
-            module.__dict__.update(formula=formula, input_kernels=kernels)
-            changed += 1
-    return changed
+        formula = None if parts is None else _found(module, parts, kernels)
+        return None if formula is None else {"formula": formula, "input_kernels": kernels}
+
+    return make_native(model, FusedAttention, _key, find)
 
 
-def _facts(module: nn.Module) -> tuple[Any, ...]:
-    """What may make two modules of a class compute different things, but for the values of their weights."""
+def _key(module: nn.Module) -> Any:
+    """What decides for a module, but for the values of its weights; None: it is no attention, or has other parts."""
+    parts = _parts(module) if hasattr(module, "decode_kernels") else None
     shapes = tuple((name, tuple(one.shape), one.dtype) for name, one in module.named_parameters())
-    return (scalars(module), shapes)
+    return None if parts is None else (type(module), parts, scalars(module), shapes)
 
 
 def _parts(module: nn.Module) -> Parts | None:

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from flashclient._native import Linear, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.trials import has_plain_weights
+
+BIAS_DTYPES = (torch.float32,)  # beside that of the weight
 
 
 class ResidentLinear(nn.Linear):
@@ -35,14 +38,8 @@ class ResidentLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _is_for_kernel(self, x: Tensor) -> bool:
-        weight = self.weight
-        fits = x.dtype == weight.dtype and x.dtype in self.kernels and x.shape[-1] == self.in_features and x.numel() > 0
-        plain = weight.is_cpu and x.is_cpu and weight.is_contiguous()
-        bias = self.bias
-        plain = plain and (bias is None or (bias.dtype in (x.dtype, torch.float32) and bias.is_contiguous()))
-        with_gradient = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        untouched = type(weight) is nn.Parameter and not torch.is_autocast_enabled("cpu")
-        return fits and plain and untouched and not with_gradient
+        fits = x.dtype in self.kernels and x.shape[-1] == self.in_features and x.numel() > 0 and x.is_cpu
+        return fits and not torch.is_autocast_enabled("cpu") and has_plain_weights(self, x, BIAS_DTYPES)
 
 
 def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:

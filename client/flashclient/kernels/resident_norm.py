@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from flashclient._native import Norm, Norms, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
-from flashclient.kernels.trials import Native, has_tensors, native_class, random_tensors, same_but_for_rounding, scalars
+from flashclient.kernels.trials import (
+    Native,
+    has_plain_weights,
+    has_tensors,
+    make_native,
+    random_tensors,
+    same_but_for_rounding,
+    scalars,
+)
 
 TRIED_SCALES = (1.0, 0.01, 100.0)  # of rows
 EPS_NAMES = ("variance_epsilon", "eps", "epsilon")
@@ -32,10 +40,8 @@ class NormFormula:
     eps: float
     offset: float = 0.0
 
-    def of(self, module: nn.Module) -> Norm:
-        """The native norm with the module's weights."""
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        assert weight is not None
+    def of(self, weight: Tensor, bias: Tensor | None) -> Norm:
+        """The native norm with these weights, [width] each."""
         arrays = (array_of(weight), None if bias is None else array_of(bias))
         return Norm(self.kind, len(weight), *arrays, self.eps, self.offset)
 
@@ -65,28 +71,20 @@ class NativeNorm(Native):
         pointers = (weight.data_ptr(), None if bias is None else bias.data_ptr())
         held = self.__dict__.get("_held")
         if held is None or held[0] != pointers:
-            held = self.__dict__["_held"] = (pointers, self.formula.of(self))
+            held = self.__dict__["_held"] = (pointers, self.formula.of(weight, bias))
         return held[1]
 
     def _is_for_kernel(self, x: Tensor) -> bool:
         if torch.compiler.is_compiling() or x.numel() == 0 or x.dtype not in self.norm_kernels or not x.is_cpu:
             return False
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        weight = self._parameters.get("weight")
         if weight is None or torch.is_autocast_enabled("cpu") or x.shape[-1] != len(weight):
             return False
-        weights = [weight] if bias is None else [weight, bias]
-        plain = all(
-            type(one) is nn.Parameter and one.dtype == x.dtype and one.is_cpu and one.is_contiguous() for one in weights
-        )
-        with_gradient = torch.is_grad_enabled() and (x.requires_grad or any(one.requires_grad for one in weights))
-        return plain and not with_gradient
+        return has_plain_weights(self, x)
 
 
 def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:
     """Makes every norm of `model` native whose formula the kernel has.
-
-    Only the class of the modules changes, to a subclass of the one that they had. They stay the same objects under the
-    same names, with their hooks and weights.
 
     Args:
         workers: shared with the other kernels.
@@ -99,21 +97,12 @@ def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | 
         ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({dtype: Norms(workers, name, instruction_set) for dtype, name in KERNEL_DTYPES.items()})
-    known: dict[Any, NormFormula | None] = {}
-    changed = 0
-    for module in list(model.modules()):
-        key = _key(module)
-        if key is None or isinstance(module, NativeNorm):
-            continue
-        if key not in known:
-            known[key] = next((one for one in _formulas(module) if _computes(module, one, kernels)), None)
-        formula = known[key]
-        if formula is not None:
-            kind: Any = type(module)
-            module.__class__ = native_class(NativeNorm, kind)
-            module.__dict__.update(formula=formula, norm_kernels=kernels)
-            changed += 1
-    return changed
+
+    def find(module: nn.Module) -> dict[str, Any] | None:
+        formula = next((one for one in _formulas(module) if _computes(module, one, kernels)), None)
+        return None if formula is None else {"formula": formula, "norm_kernels": kernels}
+
+    return make_native(model, NativeNorm, _key, find)
 
 
 def _key(module: nn.Module) -> Any:
@@ -163,8 +152,7 @@ def _computes(module: nn.Module, formula: NormFormula, kernels: dict[torch.dtype
         return False
     if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
         return False
-    arrays = (array_of(weights["weight"]), array_of(weights["bias"]) if "bias" in weights else None)
     y = torch.empty_like(x)
-    norm = Norm(formula.kind, len(weight), *arrays, formula.eps, formula.offset)
+    norm = formula.of(weights["weight"], weights.get("bias"))
     kernels[x.dtype].apply(norm, array_of(x), array_of(y))
     return same_but_for_rounding(y, expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any
 
@@ -27,6 +27,39 @@ class Native(nn.Module):
 def native_class(native: Any, kind: Any) -> Any:
     """A subclass of `kind` with the forward of `native`. It has the name of `kind`."""
     return type(kind.__name__, (native, kind), {"__module__": kind.__module__})
+
+
+def make_native(
+    model: nn.Module,
+    native: Any,
+    key_of: Callable[[Any], Hashable | None],
+    find: Callable[[Any], dict[str, Any] | None],
+) -> int:
+    """Makes the modules of `model` native for which `find` finds something. Returns their number.
+
+    Only their class changes, to a subclass of the one that they had. They stay the same objects under the same names,
+    with their hooks and weights.
+
+    Args:
+        native: the subclass of Native whose forward they get.
+        key_of: what decides for a module, but for the values of its weights: one trial serves all with the same. None:
+            it cannot become native.
+        find: tries a module; returns the attributes of `native`, or None.
+    """
+    known: dict[Hashable, dict[str, Any] | None] = {}
+    changed = 0
+    for module in list(model.modules()):
+        key = None if isinstance(module, native) else key_of(module)
+        if key is None:
+            continue
+        if key not in known:
+            known[key] = find(module)
+        if (found := known[key]) is not None:
+            kind: Any = type(module)  # hashable, which mypy does not see
+            module.__class__ = native_class(native, kind)
+            module.__dict__.update(found)
+            changed += 1
+    return changed
 
 
 def scalars(module: nn.Module) -> tuple[tuple[str, Any], ...]:
@@ -75,6 +108,11 @@ def is_plain(
     """
     if not isinstance(module, kind) or hooked_everywhere() or not is_called_alone(module):
         return False
+    return has_plain_weights(module, x, bias_dtypes)
+
+
+def has_plain_weights(module: nn.Module, x: Tensor, bias_dtypes: tuple[torch.dtype, ...] = ()) -> bool:
+    """Whether the weights are as the kernels take them, and neither they nor x need a gradient. See is_plain()."""
     with_gradient = torch.is_grad_enabled()
     if module._parameters.get("weight") is None or (with_gradient and x.requires_grad):
         return False
