@@ -19,15 +19,16 @@ TEST_F(SweepTest, SweepsThroughAPoolOfAnySize) {
 }
 
 TEST_F(SweepTest, GivesOutHalfOfItsLookAheadAtOnceWhenItIsThere) {
-    FlashModel model(1, 2000);
-    const auto engine = serve(model, 200);
+    FlashModel model(1, 1984);  // whole chunks of 16 cells
+    const auto engine = serve(model, 600);
+    const auto other = attach(*engine, 400);  // its share is lent to nobody, so the session cannot borrow all cells
     const auto session = attach(*engine, 64);
     Sweep sweep(*session, layout(model));
-    expect_sweep(model, sweep, 1);
+    expect_sweep(model, sweep, 1);  // from now on all cells are in the pool, and a lease is a grant
     const auto kept = static_cast<uint32_t>(sweep.next(0)->addresses.size() / model.spec.bundles_per_cell);
     ASSERT_LE(kept + 64U, session->lease_limit());
     ASSERT_GT(kept + 64U + 16U, session->lease_limit()) << "as many chunks of 16 cells as can be borrowed";
-    const auto leased = [&] { return engine->report().models[0].leases; };  // without cells that are being read
+    const auto leased = [&] { return engine->report().models[0].leases; };
     const auto asked = [&] {
         const weightd::ModelCounts counts = engine->report().models[0].counts;
         return counts.hits + counts.misses;
@@ -113,7 +114,7 @@ TEST_F(SweepTest, SharesThePoolBetweenFourClients) {
 }
 
 TEST_F(SweepTest, AScanDoesNotWaitForOneThatSaysNothingMore) {
-    FlashModel model(1, 2000);
+    FlashModel model(1, 1984);  // whole chunks of 16 cells
     const auto engine = serve(model, 300);
     const auto silent = attach(*engine, 64), session = attach(*engine, 64);
     silent->acquire(0, ring::RANGES, std::array{100U, 132U}, 0);
