@@ -1,8 +1,9 @@
 """A model in memory that decodes on request, so that several can take turns in one run.
 
 `benchmarks/decode_worker.py '{"kind": "weightd", ...}'` loads a model (the fields of Model), says that it is ready, and
-then answers each line of its standard input, a JSON list of token ids or of lists of them, with one JSON object: the
-seconds of each step. A step is what a forward pass takes: a prompt of some tokens begins anew, a single id continues.
+then answers each line of its standard input, a JSON object, with another: the seconds of each of the `steps`. A step
+is the token ids that a forward pass takes: a prompt of some tokens begins anew, a single id continues. With
+`times_kernels` weightd's client tells the seconds in kernels, too.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ import flashclient  # before torch, so that torch's idle threads do not spin
 # isort: split
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from flashclient import _native
 from flashclient.daemon.channel import Connection
@@ -30,6 +34,10 @@ KERNELS = (  # native calls that compute, on all threads
     ("Attention", "attend"), ("Linear", "project"), ("Norms", "apply"),
     ("Ffn", "add_rows"), ("Ffn", "fire"), ("Ffn", "accumulate"),
 )  # fmt: skip
+STEPS = (
+    "PredictStep",
+    "ExpertStep",
+)  # native calls that tell the seconds that they predicted, acquired, computed, waited
 
 
 @dataclass(frozen=True)
@@ -40,7 +48,7 @@ class Model:
         kind: weightd or transformers.
         source: the address of a weightd, or a checkpoint.
         name: of the model in weightd.
-        options: of FlashClient.
+        options: of FlashClient, or of from_pretrained().
     """
 
     kind: str
@@ -66,6 +74,7 @@ class Decoder(ABC):
             for ids in steps:
                 if len(ids) > 1:
                     self._cache = self.new_cache()
+                    self.begin(len(ids))
                 started_s = time.perf_counter()
                 logits = self.model(torch.tensor([ids]), past_key_values=self._cache, use_cache=True, logits_to_keep=1)
                 logits.logits.argmax()
@@ -73,8 +82,16 @@ class Decoder(ABC):
         after = self.counters()
         return {"seconds": seconds} | {name: after[name] - before[name] for name in after}
 
+    def begin(self, prompt_tokens: int) -> None:
+        """Called before a prompt of so many tokens."""
+        return
+
     def counters(self) -> dict[str, float]:
         return {}
+
+    def timing_kernels(self) -> AbstractContextManager[object]:
+        """While counters() counts the seconds in kernels."""
+        return nullcontext()
 
 
 class Weightd(Decoder):
@@ -82,10 +99,9 @@ class Weightd(Decoder):
 
     def __init__(self, given: Model) -> None:
         self._kernel_s = 0.0
-        for kind, method in KERNELS:
-            self._time(getattr(_native, kind), method)
         self._client = flashclient.FlashClient(given.name, address=given.source, timeout_s=TIMEOUT_S, **given.options)
         self._connection = Connection(given.source, TIMEOUT_S)
+        self._generating = False
         self.model = self._client.model
 
     def new_cache(self) -> Any:
@@ -95,24 +111,55 @@ class Weightd(Decoder):
         messages = sum(session.requests for session in self._connection.stats().attached)
         return {"kernel_s": self._kernel_s, "messages": float(messages)}
 
-    def _time(self, kind: Any, method: str) -> None:
-        plain = getattr(kind, method)
+    def begin(self, prompt_tokens: int) -> None:
+        """As a generation does: predict mode computes its prompt exactly."""
+        steps = self._client.loaded.built.steps
+        if steps is None:
+            return
+        if self._generating:
+            steps.end()
+        steps.begin(prompt_tokens, None)
+        self._generating = True
 
+    @contextmanager
+    def timing_kernels(self) -> Iterator[None]:
+        timed = [(getattr(_native, kind), method, self._timed) for kind, method in KERNELS]
+        timed += [(getattr(_native, kind), "run", self._timed_step) for kind in STEPS]
+        plain = [getattr(kind, method) for kind, method, _ in timed]
+        for (kind, method, wrapped), call in zip(timed, plain, strict=True):
+            setattr(kind, method, wrapped(call))
+        try:
+            yield
+        finally:
+            for (kind, method, _), call in zip(timed, plain, strict=True):
+                setattr(kind, method, call)
+
+    def _timed(self, call: Any) -> Any:
         def timed(*arguments: Any) -> Any:
             started_s = time.perf_counter()
             try:
-                return plain(*arguments)
+                return call(*arguments)
             finally:
                 self._kernel_s += time.perf_counter() - started_s
 
-        setattr(kind, method, timed)
+        return timed
+
+    def _timed_step(self, call: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
+            predict_s, acquire_s, compute_s, wait_s = call(*arguments)
+            self._kernel_s += predict_s + compute_s
+            return predict_s, acquire_s, compute_s, wait_s
+
+        return timed
 
 
 class Transformers(Decoder):
     """transformers' own model, in the dtype of the checkpoint."""
 
     def __init__(self, given: Model) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(given.source, dtype="auto").eval()  # type: ignore[no-untyped-call]
+        disable_progress_bar()  # type: ignore[no-untyped-call]
+        options = {"dtype": "auto"} | given.options
+        self.model = AutoModelForCausalLM.from_pretrained(given.source, **options).eval()  # type: ignore[no-untyped-call]
 
     def new_cache(self) -> Any:
         return DynamicCache(config=self.model.config)
@@ -124,7 +171,10 @@ def main() -> None:
     decoder: Decoder = Weightd(given) if given.kind == "weightd" else Transformers(given)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(decoder.run(json.loads(line))), flush=True)
+        asked = json.loads(line)
+        with decoder.timing_kernels() if asked["times_kernels"] else nullcontext():
+            told = decoder.run(asked["steps"])
+        print(json.dumps(told), flush=True)
 
 
 if __name__ == "__main__":

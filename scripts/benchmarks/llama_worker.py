@@ -26,7 +26,7 @@ def main() -> None:
     )
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
-        print(json.dumps({"seconds": [_step(model, ids) for ids in json.loads(line)]}), flush=True)
+        print(json.dumps({"seconds": [_step(model, ids) for ids in json.loads(line)["steps"]]}), flush=True)
 
 
 def _step(model: Any, ids: list[int]) -> float:

@@ -40,7 +40,8 @@ def write_gguf(
 
     Args:
         keys: of the header, without the architecture.
-        tensors: for each tensor of the file those of the checkpoint that it holds, one after the other.
+        tensors: for each tensor of the file those of the checkpoint that it holds, one after the other. Experts have a
+            dimension of their own.
         paired_heads: the heads of queries and keys, if llama.cpp rotates neighbouring rows of this architecture, where
             transformers rotates a row of the first half with one of the second. Else 0.
     """
@@ -53,15 +54,14 @@ def write_gguf(
     read = _Tensors(checkpoint)
     for name, sources in tensors.items():
         kind = _kind(name)
-        of_one = read.shape(sources[0])
-        full = of_one if len(sources) == 1 else (len(sources), *of_one)
+        full = _full_shape(name, read.shape(sources[0]), len(sources))
         writer.add_tensor_info(name, full, kind, int(np.prod(full)) * kind.itemsize)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, sources in tqdm(tensors.items(), unit="tensor", disable=None):
         parts = [read(source, _kind(name)) for source in sources]
-        tensor = parts[0] if len(parts) == 1 else np.stack(parts)
+        tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)  # the shape is in the header
         if paired_heads and name.endswith(("attn_q.weight", "attn_k.weight")):
             tensor = _in_pairs(tensor, paired_heads)
         writer.write_tensor_data(tensor)
@@ -69,8 +69,14 @@ def write_gguf(
 
 
 def _kind(name: str) -> np.dtype[Any]:
-    """llama.cpp computes norms and routers in F32."""
-    return np.dtype(np.float32 if "norm" in name or "gate_inp" in name else np.float16)
+    """llama.cpp computes norms, routers and biases in F32."""
+    is_fp32 = "norm" in name or "gate_inp" in name or name.endswith(".bias")
+    return np.dtype(np.float32 if is_fp32 else np.float16)
+
+
+def _full_shape(name: str, of_one: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The shape of `count` tensors, one after the other."""
+    return (count, *of_one) if "_exps" in name else (count * of_one[0], *of_one[1:])
 
 
 def _in_pairs(rows: NDArray[Any], heads: int) -> NDArray[Any]:

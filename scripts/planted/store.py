@@ -44,11 +44,12 @@ class PlantedStore:
         return demand_of(self.record).minimum_bytes + POOL_BYTES
 
 
-def planted_store(shape: str, folder: Path, layers: int | None = None) -> PlantedStore:
+def planted_store(shape: str, folder: Path, layers: int | None = None, dtype: str = "bf16") -> PlantedStore:
     """The checkpoint, store and calibration of a planted model in `folder`. Makes those that are missing.
 
     Args:
         layers: of the model, if not those of the shape.
+        dtype: bf16 or fp16.
 
     Raises:
         BenchError: the import or weightd failed; gives the error.
@@ -56,10 +57,12 @@ def planted_store(shape: str, folder: Path, layers: int | None = None) -> Plante
     """
     folder.mkdir(parents=True, exist_ok=True)
     made, shape = cut(shape, layers)
+    if dtype != "bf16":
+        shape = f"{shape}-{dtype}"
     name = f"planted-{shape}"
     planted = PlantedStore(folder / name, folder / f"store-{shape}", name)
     if not planted.checkpoint.exists():
-        make_planted_model(made, planted.checkpoint)
+        make_planted_model(made, planted.checkpoint, dtype)
     read_plan(planted.checkpoint)
     import_once(planted)
     if not planted.record.HasField("calibration"):
@@ -92,11 +95,24 @@ def cut(shape: str, layers: int | None) -> tuple[Shape, str]:
     return (SHAPES[shape], shape) if layers is None else (replace(SHAPES[shape], layers=layers), f"{shape}-{layers}")
 
 
-def import_once(planted: PlantedStore) -> None:
-    """Imports the checkpoint unless it was. Raises BenchError with the last line of the import's standard error."""
+def import_once(planted: PlantedStore, *flags: str) -> None:
+    """Imports the checkpoint unless it was. Raises BenchError with the last line of the import's standard error.
+
+    Args:
+        flags: of the import.
+    """
     if (planted.store / planted.name).exists():
         return
-    command = [sys.executable, "-m", "weightd", "import", str(planted.checkpoint), "--store", str(planted.store)]
+    command = [
+        sys.executable,
+        "-m",
+        "weightd",
+        "import",
+        str(planted.checkpoint),
+        "--store",
+        str(planted.store),
+        *flags,
+    ]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
