@@ -16,7 +16,7 @@ from typing import Any
 from flags import FlagParser
 
 from flashclient import FlashClient
-from flashclient.cli import add_tls_flags
+from flashclient.commands.arguments import add_tls_flags
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

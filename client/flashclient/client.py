@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
-from flashclient.daemon.private import attach_or_start, import_if_new, revive
+from flashclient.daemon.first_import import import_if_new
+from flashclient.daemon.private import attach_or_start, revive
 from flashclient.errors import OptionError
 from flashclient.generation.chat import conversation
 from flashclient.generation.generate import NEW_TOKENS_DEFAULT, Generator
 from flashclient.generation.import_requests import answering
+from flashclient.generation.kept_cache import KeptCache
 from flashclient.generation.prompts import encode, require_tokenizer
 from flashclient.generation.stats import Stats
 from flashclient.generation.texts import TextStream
@@ -127,6 +129,7 @@ class FlashClient:
         self.tokenizer: Any = self.loaded.tokenizer
         self.clock = self.loaded.built.ffn.clock
         self._generator = Generator(self.loaded)
+        self._conversation = KeptCache()
 
     def _find_daemon(self, name: str, opened: ExitStack) -> tuple[str, str, bool]:
         """The model's name in the store, the address of the weightd that serves it, and whether it is a private one."""
@@ -185,25 +188,34 @@ class FlashClient:
         return TextStream(tokenizer).pieces(self.generate, prompt, arguments)
 
     @on_cpu()
-    def chat(self, messages: Any, **arguments: Any) -> Any:
+    def chat(self, messages: Any, *, stream: bool = False, **arguments: Any) -> Any:
         """The model's answer to a conversation, formatted by the model's chat template.
+
+        The client keeps the keys and values of the last conversation. So a turn that continues it computes only what is
+        new, and gives the same text as it would alone.
 
         Args:
             messages: a user's text, or [{"role": ..., "content": ...}, ...]; or a list of such lists.
+            stream: give the answer piece by piece, as stream() does.
             arguments: those of generate(); tools, documents, chat_template, add_generation_prompt and
                 continue_final_message of a tokenizer's apply_chat_template(); and names that the template uses, such
                 as enable_thinking.
 
         Returns:
-            The new text; a list of texts for several conversations or with num_return_sequences.
+            The new text; a list of texts for several conversations or with num_return_sequences. With stream=True, an
+            iterator of pieces of the text.
 
         Raises:
             OptionError: as generate(); or the model has no chat template, or the template refuses the messages.
         """
+        if stream:
+            self._turns.check()
+            tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
+            return TextStream(tokenizer).pieces(self.chat, messages, arguments)
         with self._turns.taken():
             tokenizer = require_tokenizer(self.tokenizer, "its ids to generate()")
             prompt, rest = conversation(tokenizer, messages, arguments, self._generator.known)
-            return self._generator.answer(prompt, rest)
+            return self._generator.answer(prompt, rest, self._conversation)
 
     def stats(self) -> Stats:
         """Statistics of the last generation."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -34,6 +35,34 @@ def test_text_and_nothing_else(address: str, capsys: pytest.CaptureFixture[str])
     assert printed.err == ""
 
 
+def test_a_prompt_from_standard_input(
+    address: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(address, "--max-new-tokens", "6") == 0
+    expected = capsys.readouterr().out
+    command = ["generate", "tiny", "--address", address, "--transport", "grpc", "--max-new-tokens", "6"]
+    for more in ([], ["-"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\n")))
+        assert cli.main([*command, *more]) == 0
+        assert capsys.readouterr().out == expected
+    for given, message in ((b"\xff", "standard input is not UTF-8"), (b"\n", "the prompt on standard input is empty")):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        assert cli.main(command) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_sampling_flags(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert run(address, "--max-new-tokens", "12", "--temperature", "1.5", "--top-k", "50", "--seed", seed) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+    assert run(address, "--max-new-tokens", "12", "--temperature", "0") == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    assert run(address, "--max-new-tokens", "12", "--temperature", "0", "--stop", text[3:5]) == 0
+    assert capsys.readouterr().out == text[: text.index(text[3:5])] + "\n"
+
+
 def test_stats_on_standard_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(address, "--max-new-tokens", "6", "--stats") == 0
     told = capsys.readouterr().err
@@ -55,7 +84,7 @@ def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["generate"], 2, "the following arguments are required: model, prompt"),
+        (["generate"], 2, "the following arguments are required: model"),
         (["generate", "m", "p", "--max-new-tokens", "0"], 2, "'0' must be a whole number of at least 1"),
         (["generate", "m", "p", "--max-new-tokens", "many"], 2, "'many' must be a whole number"),
         (["generate", "m", "p", "--address", "a", "--store", "s"], 2, "not allowed with argument"),
@@ -136,3 +165,27 @@ def test_errors_do_not_wait_for_torch(address: str, wrong: str, tmp_path: Path) 
     assert done.returncode in (1, 2)
     assert named[wrong] in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "prompt"),
+    [
+        (["m", "hello", "--seed", "1"], "hello"),
+        (["m", "--seed", "1", "hello"], "hello"),
+        (["--seed", "1", "m", "hello"], "hello"),
+        (["m", "--seed", "1", "-"], "-"),
+        (["m", "--seed", "1", "--", "-5 degrees"], "-5 degrees"),
+        (["m", "--seed", "1"], None),
+    ],
+)
+def test_a_prompt_may_stand_behind_flags(given: list[str], prompt: str | None) -> None:
+    options = cli._parsed(["generate", *given])
+    assert (options.model, options.prompt, options.seed) == ("m", prompt, 1)
+
+
+@pytest.mark.parametrize(
+    "given", [["m", "a", "b"], ["m", "--sead", "1"], ["m", "a", "--", "b"], ["m", "--seed", "1", "a", "b"]]
+)
+def test_what_is_too_much_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", *given]) == 2
+    assert "unrecognized arguments" in capsys.readouterr().err

@@ -14,8 +14,8 @@ from checkpoints import make_checkpoint
 from daemon import serving
 from tiny_store import write_model
 
-from flashclient.cli import in_flags
-from flashclient.daemon import private
+from flashclient.commands.keywords import in_flags
+from flashclient.daemon import weightd_command
 from flashclient.daemon.channel import in_arguments
 from flashclient.options import Options
 from weightd import cli
@@ -149,4 +149,4 @@ def test_a_private_daemons_flag_becomes_our_argument() -> None:
     )
     assert in_arguments("--dram-floor 9MiB is above --dram 8MiB") == "--dram-floor 9MiB is above dram=8MiB"
     words = ["weightd: serving", "weightd: --dram 1KiB is too small: raise --dram, or `weightd rm m --store s`"]
-    assert private._last_words(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"
+    assert weightd_command.last_words(words) == "dram=1KiB is too small: raise dram=, or `weightd rm m --store s`"

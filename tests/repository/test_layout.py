@@ -49,7 +49,8 @@ TABLE = {
         calibration: errors memory_limits daemon source kernels model
         options: errors daemon
         client: errors standard_streams torch_state turns daemon source model generation options
-        cli: errors standard_streams daemon options client calibration
+        commands: errors standard_streams daemon generation calibration options client
+        cli: errors standard_streams commands
         __main__: cli
         __init__: client
     """,
@@ -59,7 +60,7 @@ CLIENT_IN_WEIGHTD = {
     "cli": {"standard_streams"},
     "machine": {"memory_limits", "standard_streams"},
     "planning": {"memory_limits", "standard_streams"},
-    "watching": {"cli", "daemon", "errors", "standard_streams"},
+    "watching": {"commands", "daemon", "errors", "standard_streams"},
 }
 ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -73,12 +74,31 @@ def test_no_command_is_left_out() -> None:
         *ELSEWHERE,
     )
     left = [line for line in COMMANDS if not line.startswith(tuple(f"weightd {start}" for start in known))]
-    assert [line.split()[1] for line in left] == ["generate", "calibrate", "eval"]
+    assert [line.split()[1] for line in left] == ["run", "generate", "calibrate", "eval"]
 
 
 def test_plan_and_probe(folder: Path) -> None:
     assert run(example("weightd plan"), folder).startswith("llama-3-8b: LlamaForCausalLM, ")
     assert run(example("weightd probe"), folder).startswith("opt-1.3b: OPTForCausalLM; ")
+
+
+def test_run(folder: Path) -> None:
+    command = [sys.executable, "-m", *example("flashclient run")]
+    checkpoint = make_checkpoint("qwen3", folder / Path(command[-1]).name)
+    (checkpoint / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    environment = os.environ | {"XDG_DATA_HOME": str(folder / "data")}
+    done = subprocess.run(
+        [*command, "--max-new-tokens", "4"],
+        cwd=folder,
+        env=environment,
+        input="Hi\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 1
 
 
 def test_doctor(folder: Path) -> None:

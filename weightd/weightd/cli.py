@@ -22,8 +22,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from flashclient import standard_streams
 from flashclient.standard_streams import complain, say
@@ -162,6 +163,8 @@ def _parser() -> FlagParser:
     adding.add_argument("--update", action="store_true", help=update)
     # A connection to a process that has loaded torch already and tries the imported model out.
     adding.add_argument("--client-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
+    # The terminal of the process that started the import, for notes and the progress bar.
+    adding.add_argument("--progress-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -223,7 +226,9 @@ def _import(options: argparse.Namespace) -> None:
             return _say_imported(known, KEPT, options.json)
     source = locate(options.source, options.revision, options.store, options.file)  # before the store is made
     above_bytes = options.tables_above
-    with Store.open(options.store, create=True) as store, _progress("importing") as progress:
+    terminal = None if options.progress_fd is None else os.fdopen(options.progress_fd, "w")
+    tell = partial(_tell, terminal)
+    with Store.open(options.store, create=True) as store, _progress("importing", terminal) as progress:
         if options.update:
             model, done = update(
                 source,
@@ -234,7 +239,7 @@ def _import(options: argparse.Namespace) -> None:
                 progress,
                 ask=ask,
                 activation=options.activation,
-                tell=_tell,
+                tell=tell,
                 tables_above_bytes=above_bytes,
             )
         else:
@@ -247,15 +252,18 @@ def _import(options: argparse.Namespace) -> None:
                 progress,
                 ask=ask,
                 activation=options.activation or "",
-                tell=_tell,
+                tell=tell,
                 tables_above_bytes=TABLES_ABOVE_BYTES if above_bytes is None else above_bytes,
             )
             done = IMPORTED
     return _say_imported(model, done, options.json)
 
 
-def _tell(note: str) -> None:
-    complain("weightd", f"note: {one_line(note)}")
+def _tell(terminal: TextIO | None, note: str) -> None:
+    if terminal is None:
+        complain("weightd", f"note: {one_line(note)}")
+    else:
+        print(one_line(note), file=terminal, flush=True)
 
 
 def _say_imported(model: weightd_pb2.Model, done: str, as_json: bool) -> None:
@@ -348,14 +356,15 @@ def _line(model: weightd_pb2.Model) -> str:
 
 
 @contextmanager
-def _progress(what: str) -> Iterator[Progress | None]:
-    """A progress bar, if standard error is a terminal."""
-    if not sys.stderr.isatty():
+def _progress(what: str, terminal: TextIO | None = None) -> Iterator[Progress | None]:
+    """A progress bar on `terminal`, or on standard error if that is a terminal."""
+    terminal = terminal if terminal is not None or not sys.stderr.isatty() else sys.stderr
+    if terminal is None:
         yield None
         return
     from tqdm import tqdm
 
-    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+    with tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1024, file=terminal) as bar:
 
         def advance(read_bytes: int, total_bytes: int) -> None:
             bar.total = total_bytes

@@ -11,19 +11,17 @@ as long as some process has the FIFO open for writing. Only one user may open th
 from __future__ import annotations
 
 import json
-import logging
 import os
 import select
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 import warnings
 import weakref
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +29,11 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from flashclient.daemon.address import NO_TLS, parse_address
-from flashclient.daemon.channel import Connection, in_arguments, open_channel
-from flashclient.errors import ModelNotFoundError, OptionError, StartError
+from flashclient.daemon.channel import Connection, open_channel
+from flashclient.daemon.weightd_command import WEIGHTD, environment, last_words
+from flashclient.errors import OptionError, StartError
 from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
-from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
-from weightd_proto.hub_names import is_hub_name
+from weightd_proto.files import DAEMON_LOCK_FILE
 
 LOCK_BYTES_MAX = 4096
 USERS_FILE = "users"  # the FIFO
@@ -43,8 +41,6 @@ POLL_S = 0.02
 LET_GO_MS = 200  # time for a child that was just forked to close its copy of the FIFO
 HEALTH_S = 2.0  # for one answer of a busy daemon
 STOP_S = 10.0  # a daemon finishes its reads and closes its sessions before it ends
-
-logger = logging.getLogger("flashclient")
 
 
 def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tuple[str, PrivateDaemon | None]:
@@ -185,7 +181,7 @@ class PrivateDaemon:
         """Starts a child process. Raises StartError where no folder can hold its socket."""
         daemon = cls(_socket_folder())
         os.mkfifo(daemon._folder / USERS_FILE, 0o600)
-        daemon._command = [*CHILD, "--store", str(store), "--listen", daemon.address]
+        daemon._command = [*WEIGHTD, "--store", str(store), "--listen", daemon.address]
         daemon._command += [] if dram is None else ["--dram", str(dram)]
         daemon._start()
         _daemons.add(daemon)
@@ -225,7 +221,7 @@ class PrivateDaemon:
                 stdout=log,
                 stderr=log,
                 pass_fds=[reading_end],
-                env=_environment(),
+                env=environment(),
                 start_new_session=True,  # an interrupt (Ctrl-C) is for its users; the daemon ends after them
             )
         os.close(reading_end)
@@ -255,7 +251,7 @@ class PrivateDaemon:
         """The last line that the daemon wrote, with this library's names of arguments."""
         lines = self._log.read_text("utf-8", errors="backslashreplace").strip().splitlines()
         assert self._child is not None
-        return _last_words(lines) or f"it ended with status {self._child.returncode} and no message"
+        return last_words(lines) or f"it ended with status {self._child.returncode} and no message"
 
     def let_go(self) -> None:
         """Stops holding the daemon. A forked child does so, because it would keep the daemon alive."""
@@ -320,102 +316,3 @@ def _socket_folder() -> Path:
         f"no folder for the socket of a private weightd: {tried[0]}, /tmp and /dev/shm cannot be written, or have too "
         "long a path; set TMPDIR to a folder with a short path"
     )
-
-
-def import_if_new(store: Path, model: str, answering: AbstractContextManager[int]) -> str:
-    """The name of `model` in `store`. A path of a checkpoint is imported first, unless the store has it unchanged.
-
-    If `model` is both a name in the store and a path, the name counts, unless that model was imported from this path. A
-    model of the hub that the store has is not looked for there again.
-
-    Args:
-        answering: gives the descriptor for --client-fd.
-
-    Raises:
-        ModelNotFoundError: there is no such path, and no model of the hub is named like this.
-        StartError: the import failed; repeats its message. For example, the store has another checkpoint of that name.
-    """
-    exists = os.path.exists(model)  # noqa: PTH110
-    if not exists and is_hub_name(model):
-        return _stored_from(store, model) or _import(store, model, model, answering)
-    if not exists and "/" in model:
-        raise ModelNotFoundError(
-            f"no file or folder '{model}', and a model's name has no slash: pass the folder of a checkpoint, or "
-            "ORGANISATION/NAME of a model on the hub"
-        )
-    if not exists or (_is_stored(store, model) and _stored_from(store, model) != model):
-        return model
-    return _import(store, model, os.path.abspath(model), answering)  # noqa: PTH100
-
-
-def _import(store: Path, model: str, source: str, answering: AbstractContextManager[int]) -> str:
-    command = [*CHILD, "import", source, "--store", str(store), "--update", "--json"]
-    with answering as descriptor:
-        command += ["--client-fd", str(descriptor)]
-        result = json.loads(_output_of(command, f"cannot import {model}", descriptor))
-    if result["done"] == "replaced":
-        logger.warning("%s has changed since it was imported as '%s': imported it again", model, result["name"])
-    return str(result["name"])
-
-
-def _is_stored(store: Path, name: str) -> bool:
-    return os.path.basename(name) == name not in (".", "..") and (store / name / BUNDLES_FILE).exists()  # noqa: PTH119
-
-
-def _stored_from(store: Path, source: str) -> str | None:
-    """The name in `store` of a model that was imported from `source`, a path or a model of the hub; None: it has none.
-
-    If several were, the one that is called `source` comes first.
-    """
-    if not any(store.glob(f"*/{BUNDLES_FILE}")):
-        return None
-    models = json.loads(_output_of([*CHILD, "ls", "--store", str(store), "--json"], f"cannot list {store}"))["models"]
-    path = Path(source).resolve()
-    names = [model["name"] for model in models if model["source"] == source or Path(model["source"]).resolve() == path]
-    return source if source in names else names[0] if names else None
-
-
-# -P: Python imports nothing from the current folder.
-CHILD = [sys.executable, "-P", "-m", "weightd"]
-
-
-def _environment() -> dict[str, str]:
-    """This process's environment, without those entries of PYTHONPATH that stand for the current folder."""
-    environment = dict(os.environ)
-    if path := environment.pop("PYTHONPATH", ""):
-        kept = [entry for entry in path.split(os.pathsep) if entry.strip("./") or entry.startswith(("/", ".."))]
-        environment |= {"PYTHONPATH": os.pathsep.join(kept)} if kept else {}
-    return environment
-
-
-def _output_of(command: list[str], failed: str, *descriptors: int) -> str:
-    """The standard output of `command`, which is stopped if this process is interrupted.
-
-    Raises StartError, which begins with `failed` and ends with the last line of the command's errors.
-
-    `descriptors`: what the command inherits beside the standard streams.
-    """
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="backslashreplace",
-        env=_environment(),
-        pass_fds=descriptors,
-    ) as child:
-        try:
-            output, errors = child.communicate()
-        except BaseException:
-            child.terminate()  # the import removes what it has written
-            raise
-    if child.returncode != 0:
-        said = _last_words(errors.strip().splitlines()) or f"it ended with status {child.returncode}"
-        raise StartError(f"{failed}: {said}")
-    return output
-
-
-def _last_words(lines: list[str]) -> str:
-    """The last of the lines that a weightd wrote, with this library's argument in place of its flag."""
-    return in_arguments(lines[-1].removeprefix("weightd: ")) if lines else ""

@@ -23,11 +23,13 @@ from transformers import EosTokenCriteria, GenerationConfig
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.arguments import check_arguments, known_arguments, merged_config
 from flashclient.generation.drafts import Drafts, drafting
+from flashclient.generation.kept_cache import KeptCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
 from flashclient.generation.stats import Meter, Stats
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
+from weightd_proto.modes import EXACT
 
 NEW_TOKENS_DEFAULT = 256  # if neither the caller nor the model's generation_config sets a length
 
@@ -43,6 +45,7 @@ class _Call:
         prompt_tokens: tokens of one row, padding included.
         past_tokens: tokens in the cache that was passed.
         whole: whether the prompt repeats the tokens of that cache.
+        continues: whether the cache is that of a conversation, which its next turn may use.
     """
 
     arguments: dict[str, Any]
@@ -51,6 +54,7 @@ class _Call:
     prompt_tokens: int = 1
     past_tokens: int = 0
     whole: bool = True
+    continues: bool = False
 
     @property
     def cached_tokens(self) -> int:
@@ -112,15 +116,19 @@ class Generator:
             if hasattr(self._model, name):
                 setattr(self._model, name, functools.partial(_refuse_batching, name))
 
-    def answer(self, prompt: Prompt, arguments: dict[str, Any]) -> Any:
-        """The output of transformers, in the prompt's kind unless a dict was requested."""
-        output, call = self.run(arguments | prompt.inputs)
+    def answer(self, prompt: Prompt, arguments: dict[str, Any], kept: KeptCache | None = None) -> Any:
+        """The output of transformers, in the prompt's kind unless a dict was requested.
+
+        Args:
+            kept: of a conversation that the prompt may continue; keeps it for the next turn.
+        """
+        output, call = self.run(arguments | prompt.inputs, kept)
         return prompt.answer(output, _fill(call.config)) if isinstance(output, Tensor) else output
 
-    def run(self, arguments: dict[str, Any]) -> tuple[Any, _Call]:
+    def run(self, arguments: dict[str, Any], kept: KeptCache | None = None) -> tuple[Any, _Call]:
         """The output of transformers' generate(), and the call that was made."""
         with self._turns.taken(), on_cpu(), ExitStack() as ending:
-            call = self._prepared(arguments)
+            call = self._prepared(arguments, kept)
             assistant = call.arguments.get("assistant_model")
             if assistant is not None:
                 given = arguments.get("generation_config")
@@ -139,7 +147,16 @@ class Generator:
                     raise
                 raise OptionError(str(error).strip()) from error  # before any pass, so the arguments are the cause
             self.stats = self._measured(meter, call, output)
+            if call.continues and kept is not None:
+                self._keep(kept, call, output)
         return output, call
+
+    def _keep(self, kept: KeptCache, call: _Call, output: Any) -> None:
+        """Keeps what a new prompt would compute alike: in a lossy mode, the tokens of the prompt alone."""
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        cache = call.arguments["past_key_values"]
+        computed = cache.get_seq_length() if self._mode == EXACT else call.prompt_tokens
+        kept.keep(sequences[0, :computed].tolist(), cache)
 
     @contextmanager
     def _under_way(self, meter: Meter, call: _Call) -> Iterator[None]:
@@ -170,6 +187,7 @@ class Generator:
             native_layers_share=self._native_layers_share,
             rows=len(made),
             prompt_tokens=call.prompt_tokens,
+            kept_tokens=call.past_tokens if call.continues else 0,
             fed_tokens=call.fed_tokens,
             new_tokens=_made_tokens(made, call.config),
             drafted=call.drafted,
@@ -183,7 +201,7 @@ class Generator:
             return None
         return _ids(config.eos_token_id)
 
-    def _prepared(self, arguments: dict[str, Any]) -> _Call:
+    def _prepared(self, arguments: dict[str, Any], kept: KeptCache | None) -> _Call:
         """The call with length, tensors, cache, draft and tokenizer. Refuses what cannot work before any work.
 
         Raises:
@@ -197,6 +215,8 @@ class Generator:
                 f"guidance_scale= with use_cache=False is refused in mode '{self._mode}': without caches the steps of "
                 "the two prompts cannot be distinguished; leave use_cache out"
             )
+        if kept is not None:
+            self._prepare_conversation(call, kept)
         self._prepare_prompt(call)
         self._prepare_padding(call)
         self._prepare_length(call)
@@ -204,6 +224,16 @@ class Generator:
         if self._uses_default_cache(call):
             arguments["past_key_values"] = GrowingCache(self._model.config)
         return call
+
+    def _prepare_conversation(self, call: _Call, kept: KeptCache) -> None:
+        """Sets the cache of the turn before, or an empty one, where one sequence is made, token by token."""
+        config, arguments = call.config, call.arguments
+        one = (config.num_beams or 1) == 1 and (config.num_return_sequences or 1) == 1 and not call.drafted
+        plain = one and (config.guidance_scale or 1) == 1 and len(arguments["input_ids"]) == 1
+        if plain and self._uses_default_cache(call):
+            cache = kept.take(arguments["input_ids"][0].tolist())
+            arguments["past_key_values"] = GrowingCache(self._model.config) if cache is None else cache
+            call.continues = True
 
     def _prepare_prompt(self, call: _Call) -> None:
         """Turns the prompt and its mask into tensors, and checks them."""

@@ -22,6 +22,7 @@ class Stats:
     perplexity_loss: float = 0.0  # of the mode, relative, as calibration has measured it; 0 if it was not stored
     rows: int = 0  # sequences returned
     prompt_tokens: int = 0  # of one row, padding included
+    kept_tokens: int = 0  # of the prompt: their keys and values were kept from the last turn of a conversation
     new_tokens: int = 0  # of all rows, without the padding of finished ones
     steps: int = 0  # forward passes, including those of guidance and token healing
     drafted_tokens: int = 0  # proposed by an assistant model, prompt lookup or early exit
@@ -80,6 +81,8 @@ class Stats:
     def table(self) -> str:
         """A few lines for a terminal."""
         tokens = f"{self.new_tokens} new, {self.prompt_tokens} of prompt"
+        if self.kept_tokens:
+            tokens += f" ({self.kept_tokens} kept from the last turn)"
         if self.drafted_tokens:
             tokens += f"; {100 * self.acceptance:.0f} % of {self.drafted_tokens} drafted accepted"
         rows = [
@@ -163,6 +166,7 @@ class Meter:
         perplexity_loss: float,
         rows: int,
         prompt_tokens: int,
+        kept_tokens: int,
         fed_tokens: int,
         new_tokens: int,
         drafted: bool,
@@ -181,6 +185,7 @@ class Meter:
             perplexity_loss=perplexity_loss,
             rows=rows,
             prompt_tokens=prompt_tokens,
+            kept_tokens=kept_tokens,
             new_tokens=new_tokens,
             steps=self._steps,
             # each check makes one token itself; it was fed the last token and the drafted ones

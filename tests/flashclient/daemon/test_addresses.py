@@ -13,7 +13,7 @@ import pytest
 from daemon import free_port, refused, serving
 from tiny_store import write_model
 
-from flashclient.daemon import private
+from flashclient.daemon import private, weightd_command
 from flashclient.daemon.address import default_address
 from flashclient.daemon.channel import Connection
 from flashclient.daemon.private import PrivateDaemon, is_serving
@@ -116,7 +116,7 @@ def trap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_children_import_nothing_from_the_current_folder(store: Path, trap: Path) -> None:
-    assert private._output_of([*private.CHILD, "ls", "--store", str(store)], "no").startswith("tiny: ")
+    assert weightd_command.output_of([*weightd_command.WEIGHTD, "ls", "--store", str(store)], "no").startswith("tiny: ")
     daemon = PrivateDaemon.start(store, "64MiB")
     try:
         while not is_serving(daemon.address):
@@ -139,6 +139,6 @@ def test_commands_import_nothing_from_the_current_folder(
 
 def test_relative_folders_of_modules_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "src", ".", "/opt/lib", "..", "./", "./lib"]))
-    assert private._environment()["PYTHONPATH"].split(os.pathsep) == ["src", "/opt/lib", "..", "./lib"]
+    assert weightd_command.environment()["PYTHONPATH"].split(os.pathsep) == ["src", "/opt/lib", "..", "./lib"]
     monkeypatch.setenv("PYTHONPATH", os.pathsep)
-    assert "PYTHONPATH" not in private._environment()
+    assert "PYTHONPATH" not in weightd_command.environment()

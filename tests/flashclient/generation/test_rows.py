@@ -117,6 +117,30 @@ def test_a_draft_changes_no_token(served: Served, name: str, mode: str) -> None:
                 assert torch.equal(made, alone), f"{draft} of prompt {index}"
 
 
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }};{% endfor %}a:"
+
+
+@pytest.mark.parametrize("mode", ["exact", "predict"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_turn_of_a_conversation_is_what_it_is_alone(served: Served, name: str, mode: str) -> None:
+    """Its keys and values are those of the turns before, as far as the two begin alike."""
+    logits: dict[str, Any] = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+    with client_of(served, name, mode) as client:
+        client.tokenizer.chat_template = TEMPLATE
+        messages = [{"role": "user", "content": "Tell me a tale"}]
+        kept = []
+        for answer in ("Yo", "Once upon a time", ""):
+            made = client.chat(messages, **logits)
+            kept.append(client.stats().kept_tokens)
+            alone = client.generate("".join(f"{m['role'][0]}{m['content']};" for m in messages) + "a:", **logits)
+            assert torch.equal(made.sequences, alone.sequences)
+            assert torch.equal(torch.stack(made.logits), torch.stack(alone.logits))
+            text = client.tokenizer.decode(made.sequences[0, -NEW_TOKENS:])
+            messages += [{"role": "assistant", "content": answer or text}, {"role": "user", "content": "Go on"}]
+        assert kept[0] == 0
+        assert all(kept[1:]) or "sliding_window" in MODELS[name][2] or name.startswith("gemma3")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_over_a_text_is_its_steps(served: Served, name: str) -> None:
     """The logits of each token: all at once, beside other rows, in pieces with a cache, and token after token."""

@@ -23,7 +23,7 @@ from certificates import Authority
 from daemon import Daemon, free_port, serving
 from tiny_store import write_model
 
-from flashclient.cli import in_flags
+from flashclient.commands.keywords import in_flags
 from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import OptionError
 from weightd.errors import DaemonError, UsageError

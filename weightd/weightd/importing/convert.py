@@ -102,7 +102,7 @@ def import_checkpoint(
             model = lay_out(checkpoint, recipe, name, dtype, *sizes)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
-            _check_space(model.record, store.path)
+            _check_space(model.record, store.path, tell)
             files_folder = staging.folder / FILES_FOLDER
             model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
@@ -179,7 +179,8 @@ def lay_out(
     return LaidOut(record, header, units, in_order, steps, tables)
 
 
-def _check_space(record: weightd_pb2.Model, path: Path) -> None:
+def _check_space(record: weightd_pb2.Model, path: Path, tell: Tell | None) -> None:
+    """Tells what the model needs. SpaceError if that is more than there is."""
     stored = with_tables(record)
     neurons = sum(layer.neurons for one in stored for layer in one.layers)
     bundles_bytes = sum(one.bundles_file_bytes for one in stored)
@@ -191,6 +192,8 @@ def _check_space(record: weightd_pb2.Model, path: Path) -> None:
             f"{record.name} needs {format_size(needed_bytes)} in {path}, but {format_size(free_bytes)} are free: "
             f"make room{narrower}"
         )
+    if tell is not None:
+        tell(f"{record.name} takes {format_size(needed_bytes)} in {path}, of {format_size(free_bytes)} that are free")
 
 
 def write_files(checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, folder: Path) -> list[weightd_pb2.File]:

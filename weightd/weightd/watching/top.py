@@ -20,7 +20,8 @@ from typing import Any
 
 import grpc
 
-from flashclient.cli import add_tls_flags, in_flags
+from flashclient.commands.arguments import add_tls_flags
+from flashclient.commands.keywords import in_flags
 from flashclient.daemon.address import TlsOptions, default_address, parse_address
 from flashclient.daemon.channel import open_channel, stub_of
 from flashclient.errors import OptionError

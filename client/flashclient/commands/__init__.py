@@ -1,0 +1,1 @@
+"""The commands of `flashclient`, one module each. They import torch and transformers only when they run."""

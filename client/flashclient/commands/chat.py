@@ -1,0 +1,161 @@
+"""`flashclient chat`: a conversation in a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from flashclient.commands.arguments import add_command, utf8
+from flashclient.commands.generate import add_mode_flags
+from flashclient.commands.keywords import in_flags
+from flashclient.commands.opening import open_client
+from flashclient.commands.sampling import add_sampling_flags, sampling_arguments, seed_sampling
+from flashclient.errors import FlashClientError
+from flashclient.generation.conversation import Conversation
+from flashclient.generation.stop_texts import until_stop
+from flashclient.standard_streams import complain, say
+
+PROMPT, PROMPT_MORE = "> ", "… "
+CONTINUES = "\\"  # at the end of a line: the message goes on
+HELP = """\
+/help           this list
+/system TEXT    begin anew with this system prompt; without TEXT, with none
+/reset          begin anew
+/undo           remove the last message and its answer
+/again          another answer to the last message
+/stats          speed, bytes read and hit rate of the last answer
+/exit           end; so does Ctrl-D
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    command = add_command(commands, "chat", run, "talk with a model; each line of standard input is a message")
+    add_chat_flags(command)
+
+
+def add_chat_flags(command: Any) -> None:
+    """The flags of a chat."""
+    command.add_argument("--system", type=utf8, default="", metavar="TEXT", help="system prompt")
+    add_mode_flags(command)
+    add_sampling_flags(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command, also after `flashclient run` has prepared the model."""
+    arguments = sampling_arguments(options)
+    with open_client(options, mode=options.mode, window=options.window) as client:
+        seed_sampling(options)
+        return _Chat(client, arguments, options).run()
+
+
+class _Chat:
+    def __init__(self, client: Any, arguments: dict[str, Any], options: argparse.Namespace) -> None:
+        self._client = client
+        self._options = options
+        self._terminal = sys.stdin.isatty()
+        self._conversation = Conversation(
+            lambda messages: until_stop(client.chat(messages, stream=True, **arguments), options.stop), options.system
+        )
+        self._commands: dict[str, Callable[[str], None]] = {
+            "help": lambda _: say(HELP),
+            "system": self._begin,
+            "reset": lambda _: self._begin(self._conversation.system),
+            "undo": self._undo,
+            "again": self._again,
+            "stats": lambda _: say(client.stats().table()),
+        }
+
+    def run(self) -> int:
+        """Until the end of the input, /exit, or Ctrl-C at an empty line."""
+        if self._terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401 - gives input() its line editing and history
+            say(_banner(self._client))
+        status = 0
+        while (text := self._read()) is not None:
+            command, _, rest = text.removeprefix("/").partition(" ")
+            if text in ("/exit", "/quit"):
+                break
+            try:
+                if not text.startswith("/"):
+                    self._say(text)
+                elif command in self._commands:
+                    self._commands[command](rest.strip())
+                else:
+                    say(f"there is no command /{command}: /help shows the commands")
+            except FlashClientError as error:
+                complain("flashclient", in_flags(str(error)))
+                if not self._terminal:
+                    return error.exit_status
+                status = error.exit_status
+                continue
+            status = 0
+        return status
+
+    def _read(self) -> str | None:
+        """The next message or command; None at the end."""
+        lines: list[str] = []
+        while True:
+            try:
+                line = input((PROMPT_MORE if lines else PROMPT) if self._terminal else "")
+            except EOFError:
+                if self._terminal:
+                    say("")
+                return "\n".join(lines) if lines else None
+            except KeyboardInterrupt:
+                say("")
+                if not lines:
+                    return None
+                lines = []
+                continue
+            lines.append(line.removesuffix(CONTINUES))
+            if not line.endswith(CONTINUES) and (text := "\n".join(lines)).strip():
+                return text
+            if not line.endswith(CONTINUES):
+                lines = []
+
+    def _say(self, text: str) -> None:
+        pieces = self._conversation.say(text)
+        try:
+            if self._options.json:
+                answer = "".join(pieces)
+                say(json.dumps({"text": answer, "stats": self._client.stats().as_dict()}))
+                return
+            for piece in pieces:
+                say(piece, end="")
+        except KeyboardInterrupt:  # stops the answer, not the program
+            pass
+        finally:
+            pieces.close()  # type: ignore[attr-defined]  # a generator; waits until nothing is computed any more
+        say("")
+        if self._options.stats:
+            print(self._client.stats().table(), file=sys.stderr)
+
+    def _begin(self, system: str) -> None:
+        self._conversation.system = system
+        self._conversation.turns.clear()
+        say("a new conversation" + (f" with the system prompt: {system}" if system else ""))
+
+    def _undo(self, _: str) -> None:
+        asked = self._conversation.undo()
+        say("there is nothing to undo" if asked is None else f"removed: {asked}")
+
+    def _again(self, _: str) -> None:
+        asked = self._conversation.undo()
+        if asked is None:
+            say("there is no message yet")
+        else:
+            self._say(asked)
+
+
+def _banner(client: Any) -> str:
+    record = client.record
+    model_bytes = record.resident_file_bytes + sum(one.bundles_file_bytes for one in (record, *record.tables))
+    limit_bytes = client.loaded.connection.stats().dram_limit_bytes
+    memory = f"{model_bytes / 2**30:.2f}GiB, of which weightd keeps at most {limit_bytes / 2**30:.2f}GiB in memory"
+    return f"{record.name}: {memory}; mode {client.mode}. /help shows the commands, Ctrl-D ends."

@@ -1,0 +1,55 @@
+"""Opens the client that a command asks for."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from flashclient.errors import OptionError
+from flashclient.options import Options
+from flashclient.standard_streams import complain
+
+
+def open_client(options: argparse.Namespace, **more: Any) -> Any:
+    """The FlashClient that `options` ask for."""
+    names = ("address", "store", "dram", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key")
+    given = {name: getattr(options, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None} | more
+    _check_served(options.model, Options(**given))
+    if sys.stderr.isatty():
+        complain("flashclient", f"loading {options.model}")  # the next lines take seconds
+
+    from transformers import logging as transformers_logging
+
+    from flashclient.client import FlashClient
+
+    logging: Any = transformers_logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return FlashClient(options.model, **given)
+
+
+def _check_served(model: str, options: Options) -> None:
+    """Raises the errors of a weightd or a model that is not there before torch is imported."""
+    from flashclient.daemon.address import default_address
+    from flashclient.daemon.channel import Connection
+
+    if options.store is not None:  # the model may have to be imported first
+        return
+    address = options.address or default_address(os.geteuid(), os.environ)
+    connection = Connection(address, options.timeout_s, options.tls)
+    try:
+        options.mode_of(connection.describe(model))
+    finally:
+        connection.close()
+
+
+def sequences_of(loaded: Any, options: argparse.Namespace, tokens_max: int) -> Any:
+    """The text as token sequences for a LoadedModel."""
+    from flashclient.calibration.sequences import read_sequences
+
+    if loaded.tokenizer is None:
+        raise OptionError(f"model '{loaded.record.name}' was stored without a tokenizer, so it cannot read a text")
+    return read_sequences(options.text, loaded.tokenizer, loaded.context_tokens, options.tokens, tokens_max)
