@@ -81,7 +81,8 @@ def import_checkpoint(
     `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
-    `tell`: is told what a user should know, for example which tensors the model does not use.
+    `tell`: is told what a user should know, for example which tensors the model does not use; and what the model takes
+    on the disk, if somebody watches the `progress`.
     `tables_above_bytes`: embeddings that are larger, and only looked up, become tables.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
@@ -102,7 +103,9 @@ def import_checkpoint(
             model = lay_out(checkpoint, recipe, name, dtype, *sizes)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
-            _check_space(model.record, store.path, tell)
+            needed_bytes = _check_space(model.record, store.path)
+            if tell is not None and progress is not None:
+                tell(f"{name} takes {format_size(needed_bytes)} in {store.path}")
             files_folder = staging.folder / FILES_FOLDER
             model.record.files.extend(write_files(checkpoint, recipe, files_folder))
             check_runnable(model.record, files_folder, path, asked)
@@ -179,8 +182,8 @@ def lay_out(
     return LaidOut(record, header, units, in_order, steps, tables)
 
 
-def _check_space(record: weightd_pb2.Model, path: Path, tell: Tell | None) -> None:
-    """Tells what the model needs. SpaceError if that is more than there is."""
+def _check_space(record: weightd_pb2.Model, path: Path) -> int:
+    """The bytes that the model takes. SpaceError if there is no room for them."""
     stored = with_tables(record)
     neurons = sum(layer.neurons for one in stored for layer in one.layers)
     bundles_bytes = sum(one.bundles_file_bytes for one in stored)
@@ -192,8 +195,7 @@ def _check_space(record: weightd_pb2.Model, path: Path, tell: Tell | None) -> No
             f"{record.name} needs {format_size(needed_bytes)} in {path}, but {format_size(free_bytes)} are free: "
             f"make room{narrower}"
         )
-    if tell is not None:
-        tell(f"{record.name} takes {format_size(needed_bytes)} in {path}, of {format_size(free_bytes)} that are free")
+    return needed_bytes
 
 
 def write_files(checkpoint: Checkpoint, recipe: weightd_pb2.Recipe, folder: Path) -> list[weightd_pb2.File]:
