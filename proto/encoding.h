@@ -1,5 +1,5 @@
-// Dtypes and encodings for C++: those of encodings.py that C++ computes with (a test compares the two), and
-// weightd.v1.Encoding.
+// Dtypes and encodings for C++: those of encodings.py that C++ computes with, block formats (a test compares both
+// tables with it), and weightd.v1.Encoding.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +37,18 @@ inline Dtype compute_dtype_named(std::string_view name) {
     throw std::invalid_argument("unknown dtype '" + std::string(name) + "': want F32, BF16 or F16");
 }
 
+// Formats of GGML, whose blocks hold their own scales.
+enum class BlockFormat : uint8_t { q8_0, q4_0, q4_1, iq4_nl };
+
+struct BlockRecord {
+    std::string_view name;
+    uint32_t values;
+    uint32_t bytes;
+};
+
+inline constexpr BlockRecord BLOCK_FORMATS[] = {
+    {"Q8_0", 32, 34}, {"Q4_0", 32, 18}, {"Q4_1", 32, 20}, {"IQ4_NL", 32, 18}};  // in the order of BlockFormat
+
 enum class Scales : uint8_t { none, in_block, after_values };
 
 struct Encoding {
@@ -50,6 +62,16 @@ struct Encoding {
         const std::optional<Dtype> dtype = dtype_named(format);
         const bool alone = block_values == 1 && scales == Scales::none;
         return dtype && alone && block_bytes == weightd::bytes_of(*dtype) ? dtype : std::nullopt;
+    }
+    // Of numbers in blocks that C++ knows; none for all others.
+    std::optional<BlockFormat> block_format() const {
+        for (size_t i = 0; i < std::size(BLOCK_FORMATS); i++) {
+            const auto& [name, values, bytes] = BLOCK_FORMATS[i];
+            if (format == name && block_values == values && block_bytes == bytes && scales == Scales::in_block) {
+                return static_cast<BlockFormat>(i);
+            }
+        }
+        return std::nullopt;
     }
     // Of `values` numbers, which must be whole blocks.
     size_t bytes_of(size_t values) const { return values / block_values * block_bytes; }

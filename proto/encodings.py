@@ -44,8 +44,12 @@ DTYPES = {
         Dtype("BOOL", 1, "|b1", "bool"),
     )
 }
-# In which models are computed, and bundles are stored today. By what `weightd import --dtype` calls them.
+# In which models are computed. By what `weightd import --dtype` calls them.
 COMPUTE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+# GGML's quantised formats that kernels compute with: values and bytes of a block, which holds its own scales.
+BLOCK_FORMATS = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "IQ4_NL": (32, 18)}
+# What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.
+QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}
 # Two numbers of 4 bits in a byte, the lower half first, as in published checkpoints. Their scales lie elsewhere.
 PACKED_E2M1 = Encoding(format="E2M1", block_values=2, block_bytes=1)
 
@@ -53,6 +57,12 @@ PACKED_E2M1 = Encoding(format="E2M1", block_values=2, block_bytes=1)
 def plain(dtype: str) -> Encoding:
     """The encoding of numbers that are stored one by one. KeyError for an unknown dtype."""
     return Encoding(format=dtype, block_values=1, block_bytes=DTYPES[dtype].bytes)
+
+
+def in_blocks(format: str) -> Encoding:
+    """The encoding of one of BLOCK_FORMATS. KeyError for an unknown one."""
+    values, size_bytes = BLOCK_FORMATS[format]
+    return Encoding(format=format, block_values=values, block_bytes=size_bytes, scales=Encoding.IN_BLOCK)
 
 
 def is_plain(encoding: Encoding) -> bool:

@@ -172,6 +172,19 @@ void copy_bundles(const U64Array& bundles, const Array<uint8_t, 2>& out) {
     }
 }
 
+void decode_rows(const Encoding& encoding, const Array<const uint8_t, 2>& rows, const Output& out,
+                 const InstructionSet& instruction_set) {
+    require(encoding.block_format().has_value(), "only rows in blocks are decoded");
+    require(rows.shape(1) % encoding.block_bytes == 0, "rows are not whole blocks");
+    const size_t values = rows.shape(1) / encoding.block_bytes * encoding.block_values;
+    require(aligned(out, "out").shape(0) == rows.shape(0) && out.shape(1) == values, "out must be [rows, values]");
+    const flashclient::Kernels& kernels = flashclient::kernels_for(encoding, name_of(instruction_set));
+    const nb::gil_scoped_release released;
+    for (size_t i = 0; i < rows.shape(0); i++) {
+        kernels.upcast(rows.data() + i * rows.shape(1), values, out.data() + i * values);
+    }
+}
+
 // A message Activation of weightd.proto, whose fields are as there, or the name of a function.
 Activation activation_of(const nb::object& given) {
     if (nb::isinstance<nb::str>(given)) return {flashclient::function_named(nb::cast<std::string>(given))};
@@ -361,6 +374,9 @@ void bind_memory(nb::module_& module) {
         .def("__init__", &make_lent, "array"_a.noconvert());
     module.def("copy_bundles", &copy_bundles, "bundles"_a.noconvert(), "out"_a.noconvert(),
                "Copies the bundles at these addresses to the rows of out [bundles, bytes].");
+    module.def("decode_rows", &decode_rows, "encoding"_a, "rows"_a.noconvert(), "out"_a.noconvert(),
+               "instruction_set"_a = nb::none(),
+               "out [rows, values] = the values in fp32 of rows [rows, bytes] in blocks (formats/block_formats.h).");
 }
 
 }  // namespace

@@ -66,7 +66,7 @@ ARCHITECTURE_LINES_MAX = 150
 FOLDERS = {"weightd": ROOT / "weightd" / "weightd", "flashclient": ROOT / "client" / "flashclient"}
 NATIVE = {
     "weightd": ["device", "bundle", "pool", "memory", "engine", "session", "service"],
-    "client": ["kernels", "predict", "experts", "tables", "ring"],
+    "client": ["formats", "kernels", "predict", "experts", "tables", "ring"],
 }
 
 
@@ -179,7 +179,7 @@ def test_the_architecture_is_one_page_that_names_every_folder() -> None:
 # Names that mean the same thing on both sides (a Session has two ends), or in a message and in the code that reads it.
 SHARED_NAMES = {
     "Activation", "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model",
-    "ReadQueue", "Session",
+    "ReadQueue", "Session", "Sixteen", "SixteenAbove",
 }  # fmt: skip
 CLASS = re.compile(r"^(?:class|struct|enum(?: class)?) (\w+)(?: final)?(?: : [^;{]*)?\s*\{", re.MULTILINE)
 

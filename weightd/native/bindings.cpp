@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -41,7 +42,9 @@ const std::byte* data_of(const ReadBytes& bytes) { return reinterpret_cast<const
 std::byte* data_of(const WriteBytes& bytes) { return reinterpret_cast<std::byte*>(bytes.data()); }
 std::span<const std::byte> span_of(const ReadBytes& bytes) { return {data_of(bytes), bytes.size()}; }
 
-PyObject* corrupt_bundle = nullptr;  // the exception's type, which lives as long as the module
+// Types of exceptions, which live as long as the module.
+PyObject* corrupt_bundle = nullptr;
+PyObject* unquantisable_value = nullptr;
 
 // A failed system call becomes OSError with errno and path; what() of our errors is "path: reason".
 void translate(const std::exception_ptr& pointer, void*) {
@@ -57,6 +60,8 @@ void translate(const std::exception_ptr& pointer, void*) {
         PyErr_SetString(PyExc_MemoryError, error.what());
     } catch (const weightd::Unanswered& error) {
         PyErr_SetString(PyExc_TimeoutError, error.what());
+    } catch (const weightd::UnquantisableValue& error) {
+        PyErr_SetObject(unquantisable_value, nb::make_tuple(error.neuron, error.what()).ptr());
     } catch (const weightd::CorruptBundle& error) {
         nb::object raised = nb::borrow(corrupt_bundle)(error.what());
         raised.attr("layer") = error.layer;
@@ -187,6 +192,8 @@ void bind_errors(nb::module_& module) {
     corrupt_bundle = bundle.ptr();
     nb::exception<weightd::CorruptResident>(module, "CorruptResident", PyExc_RuntimeError);
     nb::exception<weightd::Stopping>(module, "Stopping", PyExc_RuntimeError);
+    unquantisable_value =
+        nb::exception<weightd::UnquantisableValue>(module, "UnquantisableValue", PyExc_ValueError).ptr();
     nb::register_exception_translator(&translate);  // the last is asked first: it gives CorruptBundle its numbers
 }
 
@@ -321,7 +328,8 @@ weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, size_t part, 
     // Divisions instead of products, which could overflow.
     if (columns) {
         require(width * shape.hidden_size == elements, "columns do not have hidden_size values");
-        require(shape.parts[part].plain() == dtype, "columns are not in the dtype of their part");
+        const auto plain = shape.parts[part].plain();
+        require(!plain || *plain == dtype, "columns are not in the dtype of their part");
         require(step <= weightd::COLUMN_STEP_MAX, "columns lie too far apart");
         require(first / step <= width / step && neurons <= width / step - first / step, "neurons beyond the columns");
     } else {
@@ -332,15 +340,16 @@ weightd::PartMatrix part_matrix(const weightd::BundleShape& shape, size_t part, 
     return {data_of(data), dtype, columns, width, first, step};
 }
 
-void cut(const weightd::BundleShape& shape, const std::vector<CutPart>& given, const WriteBytes& cells,
-         const WriteChecksums& checksums) {
+std::pair<double, double> cut(const weightd::BundleShape& shape, const std::vector<CutPart>& given,
+                              const WriteBytes& cells, const WriteChecksums& checksums) {
     require(given.size() == shape.parts.size(), "parts do not fit the shape");
     require(shape.cells(checksums.size()) * shape.cell_bytes == cells.size(), "cells do not fit the bundles");
     std::vector<weightd::PartMatrix> parts;
     for (size_t i = 0; i < given.size(); i++) parts.push_back(part_matrix(shape, i, given[i], checksums.size()));
     const std::span<uint64_t> results(checksums.data(), checksums.size());
     const nb::gil_scoped_release released;
-    weightd::cut_bundles(shape, parts, data_of(cells), results);
+    const weightd::QuantisationError error = weightd::cut_bundles(shape, parts, data_of(cells), results);
+    return {error.squared_differences, error.squares};
 }
 
 weightd::BundleShape make_shape(std::vector<weightd::Encoding> parts, size_t hidden_size, size_t stride_bytes,
@@ -376,7 +385,9 @@ void bind_bundle(nb::module_& module) {
     module.def(
         "cut_bundles", &cut, "shape"_a, "parts"_a, "cells"_a, "checksums"_a,
         "Cuts len(checksums) neurons into cells. A part is (bytes of a matrix, dtype, whether neurons are columns, "
-        "row or column of the first neuron, step to the next); arrays are uint8, checksums uint64.");
+        "row or column of the first neuron, step to the next); arrays are uint8, checksums uint64. Returns the sums of "
+        "squared differences and of squares of what is quantised. UnquantisableValue: (index of a neuron, what is "
+        "wrong).");
     module.def("checksum_bundles", &checksum_bundles, "shape"_a, "cells"_a, "checksums"_a,
                "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
     module.def("block_size_bytes", &block_size_bytes, "path"_a, nb::call_guard<nb::gil_scoped_release>(),

@@ -1,7 +1,7 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd --store DIR ...                  serves the store (weightd.serving.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16] [--tables-above SIZE] [--update]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16|int8|int4] [--tables-above SIZE] [--update]
             [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd probe SRC                        (weightd.planning.probe)
@@ -34,7 +34,7 @@ from weightd.log import one_line
 from weightd.sizes import format_size, parse_size
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import COMPUTE_DTYPES, formats_of
+from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of
 from weightd_proto.modes import lossy_mode
 
 Progress = Callable[[int, int], None]
@@ -145,8 +145,8 @@ def _parser() -> FlagParser:
     adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
     adding.add_argument(
         "--dtype",
-        choices=("keep", *COMPUTE_DTYPES),
-        help="dtype of the stored weights (default: keep, as they are)",
+        choices=("keep", *COMPUTE_DTYPES, *QUANTISED_DTYPES),
+        help="dtype of the stored weights (default: keep, as they are); int8 and int4 quantise the FFNs",
     )
     adding.add_argument(
         "--activation",
@@ -306,6 +306,7 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
         "name": model.name,
         "family": model.family,
         "dtype": formats_of(model.bundle),
+        "quantisation_errors": _quantisation_errors(model),
         "layers": len(model.layers),
         "neurons": sum(layer.neurons for layer in model.layers),
         "bundle_bytes": model.bundle.bundle_bytes,
@@ -316,6 +317,12 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
         "imported_unix_s": model.imported_unix_s,
         "calibration": _calibration(model.calibration),
     }
+
+
+def _quantisation_errors(model: weightd_pb2.Model) -> list[float]:
+    """Of each layer, or none if the import did not quantise."""
+    errors = [layer.quantisation_error for layer in model.layers]
+    return errors if any(errors) else []
 
 
 def _table(table: weightd_pb2.Model) -> dict[str, Any]:
@@ -344,13 +351,15 @@ def _calibration(calibration: weightd_pb2.Calibration) -> dict[str, Any] | None:
 def _line(model: weightd_pb2.Model) -> str:
     neurons = sum(layer.neurons for layer in model.layers)
     tables = f"tables {format_size(sum(table.bundles_file_bytes for table in model.tables))}, " if model.tables else ""
+    errors = _quantisation_errors(model)
+    error = f" (error {max(errors):.2%} in the worst layer)" if errors else ""
     calibration = model.calibration
     calibrated = (
         f"calibrated {calibration.version}, mode {calibration.mode}" if calibration.version else "not calibrated"
     )
     return (
-        f"{model.name}: {model.family} {formats_of(model.bundle)}, {len(model.layers)} layers, {neurons} neurons of "
-        f"{format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
+        f"{model.name}: {model.family} {formats_of(model.bundle)}{error}, {len(model.layers)} layers, "
+        f"{neurons} neurons of {format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
         f"{tables}resident {format_size(model.resident_file_bytes)}, {calibrated}"
     )
 

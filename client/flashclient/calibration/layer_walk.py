@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flashclient._native import copy_bundles
+from flashclient._native import copy_bundles, decode_rows
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import neurons_of
 from flashclient.model.build import resident_tensors
@@ -23,7 +23,7 @@ from flashclient.model.install import biases_of, streamed_ffns
 from flashclient.model.loaded import LoadedModel
 from flashclient.source.bundle_source import retry_on_loss
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import part_bytes
+from weightd_proto.encodings import is_plain, part_bytes
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
 
@@ -167,7 +167,8 @@ def _decoder_layer(model: nn.Module, ffn: str) -> Any:
 
 
 def read_parts(loaded: LoadedModel, layer: int) -> list[Tensor]:
-    """The matrices of a layer by position: [gate,] up, down, each [neurons, hidden_size] in the stored dtype."""
+    """The matrices of a layer by position: [gate,] up, down, each [neurons, hidden_size] in the stored dtype; in fp32
+    where they are quantised."""
     bundle, neurons = loaded.record.bundle, loaded.record.layers[layer].neurons
     rows = np.empty((neurons, bundle.bundle_bytes), np.uint8)
 
@@ -177,4 +178,14 @@ def read_parts(loaded: LoadedModel, layer: int) -> list[Tensor]:
 
     retry_on_loss(loaded.source, copy)
     parts = torch.split(torch.from_numpy(rows), part_bytes(bundle), dim=1)
-    return [stored.view(DTYPES[part.encoding.format]) for part, stored in zip(bundle.parts, parts, strict=True)]
+    return [values_of(part.encoding, stored) for part, stored in zip(bundle.parts, parts, strict=True)]
+
+
+def values_of(encoding: weightd_pb2.Encoding, stored: Tensor) -> Tensor:
+    """The numbers of rows that are stored as bytes [rows, bytes]."""
+    if is_plain(encoding):
+        return stored.view(DTYPES[encoding.format])
+    values = stored.shape[1] // encoding.block_bytes * encoding.block_values
+    decoded = torch.empty(len(stored), values, dtype=torch.float32, device="cpu")
+    decode_rows(encoding, stored.contiguous().numpy(), decoded.numpy())
+    return decoded

@@ -27,10 +27,12 @@ from flashclient.model.build import BuiltModel, build_model
 from flashclient.model.ffn import Clock
 from flashclient.recipes.ffns.tiny import PICKS
 from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource, memory_bytes_min
+from weightd_proto.encodings import is_plain
 from weightd_proto.weightd_pb2 import ImportResponse, Model
 
 MEMORY_BYTES = 256 << 20
 WEIGHT = 1 / 64  # of every weight: sums are neither infinite nor too small for the dtype
+QUANTISED_BYTE = 0x24  # of every quantised block: scales of 1 / 62 in half precision
 PROMPT_TOKENS = 2
 FIRST_TOKENS = 2  # not measured: caches fill
 TOKENS_MIN, TOKENS_MAX = 1, 24
@@ -44,8 +46,13 @@ def token_cost(record: Model, folder: Path) -> ImportResponse:
         folder: with config.json. The memory that is needed is MEMORY_BYTES, or the largest resident tensor.
     """
     record, resident_bytes = _overlapping(record)
-    memory = _memory(max(MEMORY_BYTES, resident_bytes, memory_bytes_min(record)), record.compute_dtype)
-    source: Any = RepeatedSource(record, memory, memory)
+    memory = _memory(max(MEMORY_BYTES, resident_bytes, memory_bytes_min(record)))
+    torch.from_numpy(memory).view(DTYPES[record.compute_dtype]).fill_(WEIGHT)
+    bundles = memory
+    if not all(is_plain(part.encoding) for part in record.bundle.parts):
+        bundles = _memory(max(MEMORY_BYTES, memory_bytes_min(record)))
+        bundles[:] = QUANTISED_BYTE
+    source: Any = RepeatedSource(record, memory, bundles)
     built = build_model(record, folder, source, source.placement, Workers(torch.get_num_threads()))
     token_s, ffn_s = _seconds(built)
     return ImportResponse(ffn_s=ffn_s, besides_s=max(0.0, token_s - ffn_s), picks=_picks(built.model))
@@ -65,14 +72,13 @@ def _overlapping(record: Model) -> tuple[Model, int]:
     return moved, end_bytes
 
 
-def _memory(size_bytes: int, dtype: str) -> NDArray[np.uint8]:
+def _memory(size_bytes: int) -> NDArray[np.uint8]:
     descriptor = os.memfd_create("flashclient-cost")
     try:
         os.ftruncate(descriptor, -(-size_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         memory = mmap.mmap(descriptor, 0)
     finally:
         os.close(descriptor)
-    torch.frombuffer(memory, dtype=DTYPES[dtype]).fill_(WEIGHT)
     return np.frombuffer(memory, np.uint8)
 
 

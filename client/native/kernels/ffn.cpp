@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cassert>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -56,8 +57,12 @@ Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : worker
 Ffn::Part Ffn::next_part(size_t part, const char* instruction_set) {
     const Encoding& encoding = shape_.parts[part];
     const Part taken{&kernels_for(encoding, instruction_set), bundle_bytes_};
+    if (shape_.hidden % encoding.block_values != 0) {
+        throw std::invalid_argument("hidden_size " + std::to_string(shape_.hidden) + " is not whole blocks of " +
+                                    encoding.format);
+    }
     bundle_bytes_ += encoding.bytes_of(shape_.hidden);
-    alignment_bytes_ = std::max(alignment_bytes_, bytes_of(*encoding.plain()));
+    if (const auto dtype = encoding.plain()) alignment_bytes_ = std::max(alignment_bytes_, bytes_of(*dtype));
     return taken;
 }
 

@@ -21,33 +21,45 @@ bool processor_has(std::string_view instruction_set) {
     return false;
 }
 
-const Kernels& table_of(Dtype dtype, std::string_view instruction_set) {
-    if (instruction_set == "avx512") return *kernels_avx512(dtype);
-    if (instruction_set == "avx2") return *kernels_avx2(dtype);
-    return *kernels_portable(dtype);
+std::string block_format_names() {
+    std::string names;
+    for (const auto& record : weightd::BLOCK_FORMATS) names += (names.empty() ? "" : ", ") + std::string(record.name);
+    return names;
 }
 
-}  // namespace
+template <typename Stored>
+const Kernels& table_of(Stored stored, std::string_view instruction_set) {
+    if (instruction_set == "avx512") return *kernels_avx512(stored);
+    if (instruction_set == "avx2") return *kernels_avx2(stored);
+    return *kernels_portable(stored);
+}
 
-const Kernels& kernels_for(Dtype dtype, const char* instruction_set) {
+// `stored`: a Dtype or a BlockFormat.
+template <typename Stored>
+const Kernels& best_or_named(Stored stored, const char* instruction_set) {
     if (instruction_set != nullptr) {
         if (!processor_has(instruction_set)) {
             throw std::invalid_argument("instruction set '" + std::string(instruction_set) +
                                         "' is unknown or not in this processor: pick avx512, avx2 or portable");
         }
-        return table_of(dtype, instruction_set);
+        return table_of(stored, instruction_set);
     }
     for (const char* name : {"avx512", "avx2"}) {
-        if (processor_has(name)) return table_of(dtype, name);
+        if (processor_has(name)) return table_of(stored, name);
     }
-    return table_of(dtype, "portable");
+    return table_of(stored, "portable");
 }
 
+}  // namespace
+
+const Kernels& kernels_for(Dtype dtype, const char* instruction_set) { return best_or_named(dtype, instruction_set); }
+
 const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set) {
+    if (const auto format = encoding.block_format()) return best_or_named(*format, instruction_set);
     const std::optional<Dtype> dtype = encoding.plain();
     if (!dtype || *dtype == Dtype::i8) {
         throw std::invalid_argument("no kernel for weights of encoding '" + encoding.format +
-                                    "': F32, BF16 and F16 have one");
+                                    "': F32, BF16, F16 and GGML's " + block_format_names() + " have one");
     }
     return kernels_for(*dtype, instruction_set);
 }

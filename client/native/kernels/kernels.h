@@ -1,7 +1,8 @@
 // The inner loops over rows of weights, which are read in place. There is one set of loops for each instruction set.
 //
 // The order of every sum follows from the length of the row alone, so the number of tokens, rows or elements of a call
-// changes no bit of a result. Rows need only the alignment of their elements.
+// changes no bit of a result. Rows need only the alignment of their elements; rows in blocks (formats/) need none.
+// Their hidden, begin and end are whole blocks.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,7 @@
 
 namespace flashclient {
 
+using weightd::BlockFormat;
 using weightd::bytes_of;
 using weightd::Dtype;
 using weightd::Encoding;
@@ -29,7 +31,7 @@ struct Kernels {
                        size_t begin, size_t end, float* y);
     // out[j] = row[j] in fp32, exactly.
     void (*upcast)(const void* row, size_t hidden, float* out);
-    // row[j] = values[j], rounded to the nearest, ties to even. Null for i8.
+    // row[j] = values[j], rounded to the nearest, ties to even. Null for i8 and for blocks.
     void (*downcast)(const float* values, size_t count, void* row);
     // values[i] = exp(values[i] - the greatest value), in place. The relative error is at most 2e-7; results below
     // e^-87.7 are 0. Returns the sum in fp32. `count` is at least 1.
@@ -42,12 +44,15 @@ struct Kernels {
 // std::invalid_argument for an unknown name and for one that this processor lacks.
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 
-// The same for rows of an encoding. std::invalid_argument for one that has no kernel: only plain F32, BF16 and F16 do.
+// The same for rows of an encoding: plain F32, BF16 and F16, and BLOCK_FORMATS. std::invalid_argument for all others.
 const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set = nullptr);
 
-// One table per instruction set and dtype; null where the compiler's target has no such instructions.
+// One table per instruction set and dtype or format; null where the compiler's target has no such instructions.
 const Kernels* kernels_avx512(Dtype dtype);
+const Kernels* kernels_avx512(BlockFormat format);
 const Kernels* kernels_avx2(Dtype dtype);
+const Kernels* kernels_avx2(BlockFormat format);
 const Kernels* kernels_portable(Dtype dtype);
+const Kernels* kernels_portable(BlockFormat format);
 
 }  // namespace flashclient

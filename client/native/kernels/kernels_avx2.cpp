@@ -81,9 +81,12 @@ LANE float sum(Lane a) {
 }  // namespace
 }  // namespace flashclient
 
+#include "formats/codes_avx2.h"
 #include "kernels/kernels_body.h"
 
 const flashclient::Kernels* flashclient::kernels_avx2(Dtype dtype) { return table_for(dtype, "avx2"); }
+const flashclient::Kernels* flashclient::kernels_avx2(BlockFormat format) { return table_for(format, "avx2"); }
 #else
 const flashclient::Kernels* flashclient::kernels_avx2(Dtype) { return nullptr; }
+const flashclient::Kernels* flashclient::kernels_avx2(BlockFormat) { return nullptr; }
 #endif

@@ -82,9 +82,12 @@ LANE float sum(Lane a) { return _mm512_reduce_add_ps(a.value); }
 }  // namespace
 }  // namespace flashclient
 
+#include "formats/codes_avx512.h"
 #include "kernels/kernels_body.h"
 
 const flashclient::Kernels* flashclient::kernels_avx512(Dtype dtype) { return table_for(dtype, "avx512"); }
+const flashclient::Kernels* flashclient::kernels_avx512(BlockFormat format) { return table_for(format, "avx512"); }
 #else
 const flashclient::Kernels* flashclient::kernels_avx512(Dtype) { return nullptr; }
+const flashclient::Kernels* flashclient::kernels_avx512(BlockFormat) { return nullptr; }
 #endif

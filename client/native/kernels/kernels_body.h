@@ -4,6 +4,7 @@
 //   Lane    a vector of fp32: WIDTH, TILE_ROWS, TILE_TOKENS, load<dtype>(row), load_some<dtype>(row, n), store,
 //           store_some, store_as<dtype>(row) for bf16 and f16, fma (a * b + c), max, sum, and power_of_two (2^n of the
 //           low bits of fp32, bias included)
+// and includes formats/codes_*.h, with what decoding blocks needs of its vectors.
 // Everything has internal linkage, because the same names exist once per instruction set.
 #pragma once
 
@@ -406,3 +407,6 @@ const Kernels* table_for(Dtype dtype, const char* instruction_set) {
 
 }  // namespace
 }  // namespace flashclient
+
+// Loops over rows in blocks, which use those above.
+#include "formats/block_loops.h"

@@ -96,6 +96,8 @@ float sum(Lane a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3])
 }  // namespace
 }  // namespace flashclient
 
+#include "formats/codes_portable.h"
 #include "kernels/kernels_body.h"
 
 const flashclient::Kernels* flashclient::kernels_portable(Dtype dtype) { return table_for(dtype, "portable"); }
+const flashclient::Kernels* flashclient::kernels_portable(BlockFormat format) { return table_for(format, "portable"); }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from blocks import decoded, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -15,11 +16,12 @@ from torch import Tensor
 from flashclient._native import Ffn, LentMemory, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.model.activations import FUNCTIONS, neurons_of
-from weightd_proto.encodings import plain
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, plain
 from weightd_proto.weightd_pb2 import Activation
 
 WORKERS = Workers(2)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED = (*DTYPES, *BLOCK_FORMATS)
 THRESHOLD = 0.4
 ACTIVATIONS = {name: Activation(function=name, parameter=THRESHOLD) for name in FUNCTIONS}
 
@@ -40,20 +42,26 @@ class Case:
         torch.manual_seed(self.seed)
         self.gated = self.gated or self.activation == "gated_relu"
         self.parts = 3 if self.gated else 2
-        weights = torch.randn(self.neurons, self.parts, self.hidden) / self.hidden**0.5
-        self.weights = weights.to(DTYPES[self.dtype])
+        if self.dtype in BLOCK_FORMATS:
+            self.hidden = -(-self.hidden // 32) * 32
+            rows = random_rows(self.dtype, self.neurons * self.parts, self.hidden, 2 / self.hidden**0.5, self.seed)
+            self.weights = torch.from_numpy(decoded(self.dtype, rows)).view(self.neurons, self.parts, -1)
+            self.stored = torch.from_numpy(rows).view(self.neurons, -1)
+            self.encoding = in_blocks(self.dtype)
+        else:
+            weights = torch.randn(self.neurons, self.parts, self.hidden) / self.hidden**0.5
+            self.weights = self.stored = weights.to(DTYPES[self.dtype])
+            self.encoding = plain(self.dtype)
         self.x = torch.randn(self.tokens, self.hidden)
         self.biases = torch.randn(self.parts - 1, self.neurons)
         self.masks = torch.randint(0, 2**self.tokens, (self.neurons,)).numpy().astype(np.uint16)
         self.masks[torch.rand(self.neurons).numpy() < 0.3] = 0
-        self.lent = LentMemory(array_of(self.weights))
-        step = self.weights[0].nbytes
-        self.addresses = self.weights.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
+        self.lent = LentMemory(array_of(self.stored))
+        step = self.stored[0].nbytes
+        self.addresses = self.stored.data_ptr() + np.arange(self.neurons, dtype=np.uint64) * np.uint64(step)
 
     def kernels(self, instruction_set: str | None = None, workers: Workers = WORKERS) -> Ffn:
-        return Ffn(
-            workers, [plain(self.dtype)] * self.parts, self.hidden, ACTIVATIONS[self.activation], instruction_set
-        )
+        return Ffn(workers, [self.encoding] * self.parts, self.hidden, ACTIVATIONS[self.activation], instruction_set)
 
     def wanted(self) -> Tensor:
         bits = self.masks[:, None] >> np.arange(self.tokens, dtype=np.uint16) & 1
@@ -82,7 +90,7 @@ class Case:
 
 cases = st.builds(
     Case,
-    dtype=st.sampled_from(sorted(DTYPES)),
+    dtype=st.sampled_from(sorted(STORED)),
     hidden=st.one_of(st.integers(1, 100), st.sampled_from([128, 640, 1000])),
     neurons=st.integers(1, 120),
     tokens=st.integers(1, 16),
@@ -162,7 +170,7 @@ def test_row_depends_on_its_own_neurons_only(case: Case) -> None:
 
 
 @pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "portable"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("tokens", [1, 5, 16])
 def test_instruction_sets(instruction_set: str, dtype: str, tokens: int) -> None:
     case = Case(dtype, 131, 70, tokens, True, "relu_squared", 3)

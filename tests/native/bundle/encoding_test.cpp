@@ -47,9 +47,11 @@ TEST(CutBundles, PartsMayDifferInEncoding) {
     }
 }
 
-TEST(CutBundles, RefusesWhatIsNotPlain) {
-    const BundleShape shape{{plain_encoding(Dtype::f32), {"Q8_0", 32, 34, Scales::in_block}}, 32, 256, 1, 256};
+TEST(CutBundles, RefusesWhatHasNoQuantiser) {
+    const BundleShape shape{{plain_encoding(Dtype::f32), {"Q4_K", 256, 144, Scales::in_block}}, 256, 1216, 1, 1216};
     EXPECT_THROW(cut_bundles(shape, {}, nullptr, {}), std::invalid_argument);
+    const BundleShape no_blocks{{{"Q8_0", 32, 34, Scales::in_block}}, 40, 64, 1, 64};
+    EXPECT_THROW(cut_bundles(no_blocks, {}, nullptr, {}), std::invalid_argument);
     float value = 1.0f;
     int8_t target = 0;
     EXPECT_THROW(convert(reinterpret_cast<const std::byte*>(&value), Dtype::f32, reinterpret_cast<std::byte*>(&target),

@@ -1,10 +1,13 @@
 #include "bundle/bundle.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
+#include "bundle/half_precision.h"
 #include "device/checksum.h"
 
 namespace weightd {
@@ -20,33 +23,6 @@ uint16_t narrow_bf16(float value) {
     const uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
     const uint32_t quiet_nan = (bits >> 16) | 0x40U;  // rounding could carry a NaN into infinity
     return static_cast<uint16_t>((bits & 0x7fffffffU) > 0x7f800000U ? quiet_nan : rounded);
-}
-
-// Both conversions of fp16 are free of branches, so that they vectorise. The method is Fabian Giesen's
-// (half_to_float_fast5, float_to_half_fast3_rtne, public domain): subnormals are aligned by a floating-point addition
-// or subtraction.
-float widen_f16(uint16_t half) {
-    constexpr uint32_t EXPONENT_MASK = 0x7c00U << 13;
-    const uint32_t magnitude = (half & 0x7fffU) << 13;
-    const uint32_t exponent = magnitude & EXPONENT_MASK;
-    const uint32_t rebased = magnitude + ((127U - 15U) << 23);
-    const uint32_t special = rebased + ((128U - 16U) << 23);
-    const float smallest_normal = std::bit_cast<float>(113U << 23);
-    const auto subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(rebased + (1U << 23)) - smallest_normal);
-    const uint32_t bits = exponent == EXPONENT_MASK ? special : exponent == 0 ? subnormal : rebased;
-    return std::bit_cast<float>(bits | (half & 0x8000U) << 16);
-}
-
-uint16_t narrow_f16(float value) {
-    const auto bits = std::bit_cast<uint32_t>(value);
-    const uint32_t sign = bits & 0x80000000U;
-    const uint32_t magnitude = bits ^ sign;
-    const float aligner = std::bit_cast<float>(126U << 23);  // 0.5: its last bit is worth 2^-24, fp16's smallest step
-    const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + aligner) - (126U << 23);
-    const uint32_t normal = (magnitude - ((127U - 15U) << 23) + 0xfffU + ((magnitude >> 13) & 1U)) >> 13;
-    const uint32_t special = magnitude > 0x7f800000U ? 0x7e00U | ((magnitude >> 13) & 0x1ffU) : 0x7c00U;
-    const uint32_t finite = magnitude < (113U << 23) ? subnormal : normal;
-    return static_cast<uint16_t>((magnitude >= (143U << 23) ? special : finite) | sign >> 16);
 }
 
 struct F32 {
@@ -156,19 +132,32 @@ void copy_columns(const std::byte* matrix, size_t row_bytes, size_t rows, size_t
     copy_columns_one_by_one<Element>(matrix, row_bytes, row, rows, columns, targets);
 }
 
+BlockFormat quantised_format(const Encoding& encoding, size_t values) {
+    const auto format = encoding.block_format();
+    if (!format || !has_quantiser(*format) || values % encoding.block_values != 0) {
+        throw std::invalid_argument("cannot cut parts of encoding " + encoding.format);
+    }
+    return *format;
+}
+
 class Cutter {
   public:
     Cutter(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells)
         : shape_(shape), parts_(parts), cells_(cells), unwanted_(shape.hidden_size * sizeof(float)) {
         for (size_t part = 0; part < shape.parts.size(); part++) {
-            const std::optional<Dtype> dtype = shape.parts[part].plain();
-            if (!dtype) throw std::invalid_argument("cannot cut parts of encoding " + shape.parts[part].format);
-            dtypes_.push_back(*dtype);
-            offsets_bytes_.push_back(shape.part_offset_bytes(part));
+            targets_.push_back({shape.part_offset_bytes(part), shape.parts[part].plain(), {}});
+            if (!targets_[part].dtype) targets_[part].format = quantised_format(shape.parts[part], shape.hidden_size);
+        }
+        for (const PartMatrix& part : parts) {
+            if (part.columns) column_bytes_ = std::max(column_bytes_, bytes_of(part.dtype));
+        }
+        if (std::any_of(targets_.begin(), targets_.end(), [](const Target& target) { return !target.dtype; })) {
+            gathered_.resize(GROUP_MAX * shape.hidden_size * sizeof(float));
+            wide_.resize(shape.hidden_size);
         }
     }
 
-    size_t group() const { return GROUP_BYTES / bytes_of(dtypes_.back()); }
+    size_t group() const { return GROUP_BYTES / column_bytes_; }
 
     // Bundles [begin, end) of this run, at most GROUP_MAX.
     void cut_group(size_t begin, size_t end) {
@@ -190,40 +179,69 @@ class Cutter {
         return checksum({start, shape_.bundle_bytes()});
     }
 
+    const QuantisationError& error() const { return error_; }
+
   private:
+    struct Target {  // of a part
+        size_t offset_bytes;
+        std::optional<Dtype> dtype;  // none: it is quantised
+        BlockFormat format;
+    };
+
     std::byte* bundle(size_t index) const { return cells_ + shape_.offset_bytes(index); }
 
-    void cut_rows(size_t part, size_t begin, size_t end) const {
+    void cut_rows(size_t part, size_t begin, size_t end) {
         const PartMatrix& rows = parts_[part];
         const size_t row_bytes = rows.width * bytes_of(rows.dtype);
         for (size_t i = begin; i < end; i++) {
-            convert(rows.data + (rows.first + i * rows.step) * row_bytes, rows.dtype, bundle(i) + offsets_bytes_[part],
-                    dtypes_[part], shape_.hidden_size);
+            put(rows.data + (rows.first + i * rows.step) * row_bytes, rows.dtype, part, i);
         }
     }
 
-    // The columns between those of interleaved parts are copied, too: to memory that nobody reads.
+    // Writes hidden_size values as a part of bundle i.
+    void put(const std::byte* values, Dtype dtype, size_t part, size_t i) {
+        const Target& target = targets_[part];
+        std::byte* out = bundle(i) + target.offset_bytes;
+        if (target.dtype) return convert(values, dtype, out, *target.dtype, shape_.hidden_size);
+        convert(values, dtype, reinterpret_cast<std::byte*>(wide_.data()), Dtype::f32, shape_.hidden_size);
+        try {
+            quantise(target.format, wide_.data(), shape_.hidden_size, out, error_);
+        } catch (const UnquantisableValue& error) {
+            throw UnquantisableValue(error.what(), i);
+        }
+    }
+
+    // The columns between those of interleaved parts are copied, too: to memory that nobody reads. Those of a quantised
+    // part become rows first.
     void cut_columns(size_t part, size_t begin, size_t end) {
         const PartMatrix& columns = parts_[part];
+        const size_t element_bytes = bytes_of(columns.dtype), column_bytes = shape_.hidden_size * element_bytes;
         const size_t phase = columns.first % columns.step;
         const size_t count = (end - begin) * columns.step;
+        const Target& target = targets_[part];
         std::byte* targets[GROUP_MAX * COLUMN_STEP_MAX];
         for (size_t i = 0; i < count; i++) {
-            targets[i] =
-                i % columns.step == phase ? bundle(begin + i / columns.step) + offsets_bytes_[part] : unwanted_.data();
+            const size_t neuron = i / columns.step;
+            std::byte* wanted =
+                target.dtype ? bundle(begin + neuron) + target.offset_bytes : gathered_.data() + neuron * column_bytes;
+            targets[i] = i % columns.step == phase ? wanted : unwanted_.data();
         }
-        const size_t element_bytes = bytes_of(columns.dtype);
         const size_t first = columns.first - phase + begin * columns.step;
         const auto copy = element_bytes == 2 ? copy_columns<uint16_t> : copy_columns<uint32_t>;
         copy(columns.data + first * element_bytes, columns.width * element_bytes, shape_.hidden_size, count, targets);
+        if (target.dtype) return;
+        for (size_t i = begin; i < end; i++) put(gathered_.data() + (i - begin) * column_bytes, columns.dtype, part, i);
     }
 
     const BundleShape& shape_;
     std::span<const PartMatrix> parts_;
     std::byte* cells_;
+    std::vector<Target> targets_;  // by part
+    size_t column_bytes_ = 2;      // of the widest element in a column
     std::vector<std::byte> unwanted_;
-    std::vector<Dtype> dtypes_;  // of the parts
-    std::vector<size_t> offsets_bytes_;
+    std::vector<std::byte> gathered_;  // columns of a group
+    std::vector<float> wide_;          // values that are quantised next
+    QuantisationError error_;
 };
 
 }  // namespace
@@ -246,8 +264,8 @@ void convert(const std::byte* source, Dtype source_dtype, std::byte* target, Dty
     refuse_dtype(source_dtype);
 }
 
-void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
-                 std::span<uint64_t> checksums) {
+QuantisationError cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
+                              std::span<uint64_t> checksums) {
     const size_t count = checksums.size();
     Cutter cutter(shape, parts, cells);
     const size_t group = cutter.group();
@@ -261,6 +279,7 @@ void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, st
         cutter.cut_group(begin, end);
         for (size_t i = begin; i < end; i++) checksums[i] = cutter.finish(i);
     }
+    return cutter.error();
 }
 
 }  // namespace weightd

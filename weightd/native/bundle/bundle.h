@@ -1,4 +1,4 @@
-// Bundles: cut from the matrices of an FFN, converted, checksummed.
+// Bundles: cut from the matrices of an FFN, converted or quantised, checksummed.
 //
 // A bundle is [row of each row part][column of the down matrix], hidden_size values each, little endian, each part in
 // its own encoding. Bundles lie in cells: at every stride_bytes while a cell has room, the next cell cell_bytes on.
@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "bundle/quantise.h"
 #include "encoding.h"
 
 namespace weightd {
@@ -46,7 +47,7 @@ inline constexpr size_t COLUMN_STEP_MAX = 8;
 struct PartMatrix {
     const std::byte* data;
     Dtype dtype;
-    bool columns;  // the values are columns, already in the dtype of the part
+    bool columns;  // the values are columns, already in the dtype of a part that is plain
     size_t width;  // values of a row of the matrix
     size_t first;  // row or column of the run's first neuron
     size_t step;   // rows or columns from one neuron to the next; of columns at most COLUMN_STEP_MAX
@@ -54,8 +55,9 @@ struct PartMatrix {
 
 // Cuts a run of checksums.size() neurons, whose parts lie in `parts`, into `cells`, which starts with the first of them
 // and holds cells(checksums.size()) cells. Zeroes the padding. Of columns, whole steps are read: the matrix has them.
-// std::invalid_argument for a part that is not plain F32, BF16 or F16.
-void cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
-                 std::span<uint64_t> checksums);
+// Returns what quantising has changed. std::invalid_argument for a part that is neither plain F32, BF16 or F16 nor in
+// whole blocks of a format with a quantiser; UnquantisableValue.
+QuantisationError cut_bundles(const BundleShape& shape, std::span<const PartMatrix> parts, std::byte* cells,
+                              std::span<uint64_t> checksums);
 
 }  // namespace weightd

@@ -29,7 +29,7 @@ from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
 from weightd.importing.record import lay_out_record
 from weightd.importing.sources import used_tensors, without_equal_ties
-from weightd.importing.stored_dtype import KEEP, resident_dtype, stored_dtype
+from weightd.importing.stored_dtype import KEEP, bundle_encoding, resident_dtype, stored_dtype
 from weightd.importing.tables import TABLES_ABOVE_BYTES, Table, choose_tables, lay_out_table
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
@@ -78,7 +78,8 @@ def import_checkpoint(
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
-    `dtype`: keep, fp32, bf16 or fp16. `replaces`: the import_id of the model of that name that is to be replaced.
+    `dtype`: keep, fp32, bf16, fp16, int8 or int4.
+    `replaces`: the import_id of the model of that name that is to be replaced.
     `ask`: the client that started the import; by default a child process is asked.
     `activation`: what the FFNs compute, whatever the configuration says; see flashclient.recipes.published.
     `tell`: is told what a user should know, for example which tensors the model does not use; and what the model takes
@@ -171,7 +172,8 @@ def lay_out(
     dtypes = {source.name: resident_dtype(source, tensors, dtype) for source in resident}
     looked_up, resident = choose_tables(recipe, resident, dtypes, dtype, tables_above_bytes)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
-    record, header = lay_out_record(recipe.model, kinds, name, dtype, block_bytes, read_bytes)
+    encoding = bundle_encoding(recipe, dtype_request, dtype)
+    record, header = lay_out_record(recipe.model, kinds, name, dtype, encoding, block_bytes, read_bytes)
     record.imported_unix_s = int(time.time())
     record.import_id = os.urandom(16)
     by_name = {source.name: source for source in resident}

@@ -6,25 +6,33 @@ from collections.abc import Mapping
 
 from weightd.importing.resident import Shape, lay_out_resident
 from weightd.store.layout import lay_out_layers, model_layout
-from weightd_proto.encodings import parts_of, plain
-from weightd_proto.weightd_pb2 import Model
+from weightd_proto.encodings import parts_of
+from weightd_proto.weightd_pb2 import Encoding, Model
 
 
 def lay_out_record(
-    recipe: Model, kinds: Mapping[str, tuple[str, Shape]], name: str, dtype: str, block_bytes: int, read_bytes: int
+    recipe: Model,
+    kinds: Mapping[str, tuple[str, Shape]],
+    name: str,
+    dtype: str,
+    encoding: Encoding,
+    block_bytes: int,
+    read_bytes: int,
 ) -> tuple[Model, bytes]:
     """The record, without checksums, and the header of resident.safetensors.
 
     Args:
         recipe: the `model` of a recipe.
         kinds: dtypes and shapes of the resident tensors.
+        dtype: in which the model is computed.
+        encoding: of the bundles.
         block_bytes, read_bytes: of the store's device; see model_layout().
     """
     record = Model()
     record.CopyFrom(recipe)
     record.name = name
     record.compute_dtype = dtype
-    parts = parts_of([part.name for part in recipe.bundle.parts], plain(dtype))
+    parts = parts_of([part.name for part in recipe.bundle.parts], encoding)
     layout = model_layout(parts, recipe.bundle.hidden_size, record.layers, block_bytes, read_bytes)
     record.bundle.CopyFrom(layout)
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)

@@ -1,6 +1,7 @@
-"""Chooses the dtype in which a model is stored and computed.
+"""Chooses the dtype in which a model is computed, and the encoding of its bundles.
 
-It is the same for all tensors that hold floats, as in transformers, which keeps few tensors of some models in F32.
+The dtype is the same for all tensors that hold floats, as in transformers, which keeps few tensors of some models in
+F32. Bundles are stored in it, too, unless they are quantised.
 """
 
 from __future__ import annotations
@@ -11,24 +12,26 @@ import numpy as np
 
 from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
+from weightd.errors import CheckpointError
 from weightd.importing.dequantise import dequantise
 from weightd.importing.plan import runs_of
-from weightd_proto.encodings import COMPUTE_DTYPES
+from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, in_blocks, plain
 from weightd_proto.tensor_sources import tensor_names
-from weightd_proto.weightd_pb2 import Recipe, ResidentSource
+from weightd_proto.weightd_pb2 import Encoding, Recipe, ResidentSource
 
 KEEP = "keep"
 SMALL_ELEMENTS_MAX = 4 << 20  # routers have at most 3 million
 
 
 def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: str) -> str:
-    """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly.
+    """F32, BF16 or F16. `keep` means the narrowest dtype that holds every value of the checkpoint exactly. So do int8
+    and int4, which are encodings of the bundles alone.
 
     For matrices the dtype decides. Vectors (norms, biases) and small matrices outside the FFNs may have a wider dtype:
     llama.cpp stores norms and routers in F32 beside F16 matrices. For them the values decide, so that they do not
     double the size of the model.
     """
-    if request != KEEP:
+    if request in COMPUTE_DTYPES:
         return COMPUTE_DTYPES[request]
     floats = {name: tensor for name, tensor in tensors.items() if tensor.dtype in COMPUTE_DTYPES.values()}
     apart = {name for source in recipe.resident if source.f32_in for name in tensor_names(source.source)}
@@ -42,6 +45,21 @@ def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: s
     kept = {name for s in recipe.resident if dtype in s.f32_in for name in tensor_names(s.source)}
     others = [tensor for name, tensor in floats.items() if name in small and name not in kept]
     return dtype if dtype == "F32" or _hold_exactly(others, dtype) else "F32"
+
+
+def bundle_encoding(recipe: Recipe, request: str, dtype: str) -> Encoding:
+    """How the bundles of a model that is computed in `dtype` are stored. CheckpointError if its rows are no whole
+    blocks."""
+    format = QUANTISED_DTYPES.get(request)
+    if format is None:
+        return plain(dtype)
+    encoding, hidden_size = in_blocks(format), recipe.model.bundle.hidden_size
+    if hidden_size % encoding.block_values != 0:
+        raise CheckpointError(
+            f"the FFNs have {hidden_size} inputs, which are not whole blocks of {encoding.block_values} values, as "
+            f"--dtype {request} needs: import with --dtype bf16"
+        )
+    return encoding
 
 
 def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], dtype: str) -> str:

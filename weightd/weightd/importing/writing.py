@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -14,6 +15,7 @@ from weightd import _native
 from weightd.disk.read_ahead import CHUNK_BYTES, ReadAhead
 from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
+from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
 from weightd.importing.dequantise import Bytes, Elements, dequantise
 from weightd.importing.plan import BundleStep, HoldStep
@@ -22,7 +24,7 @@ from weightd.sizes import round_up
 from weightd.store.layout import native_shape
 from weightd.store.store import RESIDENT_FILE
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import DTYPES
+from weightd_proto.encodings import DTYPES, is_plain
 from weightd_proto.files import BUNDLES_FILE
 from weightd_proto.tensor_sources import gather
 from weightd_proto.weightd_pb2 import ResidentSource
@@ -56,11 +58,12 @@ class ModelWriter:
         self._progress = progress or (lambda _read_bytes, _total_bytes: None)
         self._layout = record.bundle
         self._shape = native_shape(self._layout)
-        self._held = _HeldMatrices(units, self._layout.parts[-1].encoding.format)
+        self._held = _HeldMatrices(units, self._layout)
+        self._errors = np.zeros((len(record.layers), 2))  # sums of squared differences and of squares
         self._checksums = [np.zeros(layer.neurons, np.uint64) for layer in record.layers]
 
     def run(self, steps: Sequence[Step]) -> list[npt.NDArray[np.uint64]]:
-        """Returns the checksums of each layer's bundles."""
+        """Returns the checksums of each layer's bundles. CheckpointError for a value that cannot be quantised."""
         extents = [[extent for run in step.runs for extent in run.extents] for step in steps]
         read_ahead = ReadAhead(list(chain.from_iterable(extents)), together=max(map(len, extents), default=1))
         # One cell may be larger than a chunk.
@@ -79,6 +82,9 @@ class ModelWriter:
                 write_behind.drain()
             for file in files:
                 file.finish()
+        for layer, (differences, squares) in zip(self._record.layers, self._errors, strict=True):
+            if squares:
+                layer.quantisation_error = math.sqrt(differences / squares)
         return self._checksums
 
     def _create(self, name: str, size_bytes: int) -> UncachedWriter:
@@ -116,22 +122,31 @@ class ModelWriter:
         for part in step.parts:
             matrix = self._held.matrix(step.unit, part.index) if part.columns else runs[part.index]
             parts.append((matrix.data, matrix.dtype, part.columns, part.first, part.step))
-        _native.cut_bundles(
-            shape=self._shape,
-            parts=parts,
-            cells=np.frombuffer(buffer[:size_bytes], np.uint8),
-            checksums=self._checksums[unit.layer][position : position + count],
-        )
+        try:
+            self._errors[unit.layer] += _native.cut_bundles(
+                shape=self._shape,
+                parts=parts,
+                cells=np.frombuffer(buffer[:size_bytes], np.uint8),
+                checksums=self._checksums[unit.layer][position : position + count],
+            )
+        except _native.UnquantisableValue as error:
+            index, why = error.args
+            where = f"neuron {position + index} of {self._record.layers[unit.layer].module}"
+            raise CheckpointError(f"{where} has a weight that is {why}: import with --dtype keep") from error
         cell = position // self._layout.bundles_per_cell
         offset_bytes = self._record.layers[unit.layer].offset_bytes + cell * self._layout.cell_bytes
         write_behind.put(bundles, buffer, size_bytes, offset_bytes)
 
 
 class _HeldMatrices:
-    """The matrices of two neighbouring units whose columns are cut, in the dtype of the bundles."""
+    """The matrices of two neighbouring units whose columns are cut, in the dtype of the bundles.
 
-    def __init__(self, units: Sequence[Unit], dtype: str) -> None:
-        self._dtype = dtype
+    If they are quantised: in the dtype of the checkpoint, so that they are rounded once.
+    """
+
+    def __init__(self, units: Sequence[Unit], layout: weightd_pb2.BundleLayout) -> None:
+        encoding = layout.parts[-1].encoding
+        self._dtype = encoding.format if is_plain(encoding) else None
         self._units = units
         self._memory = [np.empty(max(map(self._unit_bytes, units)), np.uint8) for _ in range(min(2, len(units)))]
 
@@ -139,19 +154,24 @@ class _HeldMatrices:
         matrices = self._units[unit].held
         begin = sum(self._bytes_of(matrix) for matrix in matrices[:number])
         memory = self._memory[unit % len(self._memory)]
-        return Elements(self._dtype, memory[begin : begin + self._bytes_of(matrices[number])])
+        matrix = matrices[number]
+        return Elements(self._dtype_of(matrix), memory[begin : begin + self._bytes_of(matrix)])
 
     def fill(self, step: HoldStep, elements: Elements) -> None:
-        begin = step.first * DTYPES[self._dtype].bytes
+        matrix = self.matrix(step.unit, step.held)
+        size_bytes = DTYPES[matrix.dtype].bytes
         (run,) = step.runs
-        end = begin + (run.end - run.begin) * DTYPES[self._dtype].bytes
-        elements.into(self.matrix(step.unit, step.held).data[begin:end], self._dtype)
+        begin, end = step.first * size_bytes, (step.first + run.end - run.begin) * size_bytes
+        elements.into(matrix.data[begin:end], matrix.dtype)
 
     def _unit_bytes(self, unit: Unit) -> int:
         return sum(self._bytes_of(matrix) for matrix in unit.held)
 
     def _bytes_of(self, matrix: TensorMatrix) -> int:
-        return matrix.rows * matrix.tensor.row_elements * DTYPES[self._dtype].bytes
+        return matrix.rows * matrix.tensor.row_elements * DTYPES[self._dtype_of(matrix)].bytes
+
+    def _dtype_of(self, matrix: TensorMatrix) -> str:
+        return matrix.tensor.dtype if self._dtype is None else self._dtype
 
 
 class _Assembly:

@@ -30,7 +30,7 @@ from weightd.serving.served_models import demand_of
 from weightd.sizes import NOTHING_GIVEN, format_enough, format_size
 from weightd.store.device_profile import DeviceProfile, assumed_profile, known_profile
 from weightd.store.store import Store
-from weightd_proto.encodings import COMPUTE_DTYPES, formats_of, has_experts
+from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of, has_experts
 from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
 DEVICE_GB_PER_S_DEFAULT = 3.0  # of a common NVMe drive
@@ -239,7 +239,9 @@ def _parser() -> FlagParser:
     parser.add_argument(
         "--mode", choices=(EXACT, PREDICT, THRESHOLD), help="default: what the calibration decided, or exact"
     )
-    parser.add_argument("--dtype", choices=tuple(COMPUTE_DTYPES), help="of the stored weights (default: the model's)")
+    parser.add_argument(
+        "--dtype", choices=(*COMPUTE_DTYPES, *QUANTISED_DTYPES), help="of the stored weights (default: the model's)"
+    )
     firing = "assume that predict mode predicts this share of the neurons for a token"
     parser.add_argument(
         "--firing", type=_number("a share between 0 and 1", lambda value: 0 < value < 1), metavar="SHARE", help=firing

@@ -32,7 +32,7 @@ from weightd.planning.outline import (
 from weightd.sizes import format_size
 from weightd.store.device_profile import FULL_SPEED_READ_BYTES_DEFAULT
 from weightd.store.store import FILES_FOLDER, model_name_for
-from weightd_proto.encodings import COMPUTE_DTYPES, formats_of
+from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of
 from weightd_proto.weightd_pb2 import Model, Recipe
 
 BLOCK_BYTES = 4096  # of most devices; a store's own may be larger
@@ -118,7 +118,7 @@ def _parser() -> FlagParser:
     parser.add_argument("source", metavar="SRC", help=source)
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     parser.add_argument("--file", metavar="F", help="the .gguf file of a model of the hub that has several")
-    parser.add_argument("--dtype", choices=(KEEP, *COMPUTE_DTYPES), help="as of `weightd import`")
+    parser.add_argument("--dtype", choices=(KEEP, *COMPUTE_DTYPES, *QUANTISED_DTYPES), help="as of `weightd import`")
     parser.add_argument("--activation", metavar="NAME", help="as of `weightd import`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

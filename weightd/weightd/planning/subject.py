@@ -15,11 +15,12 @@ from weightd.checkpoint.opening import locate_here
 from weightd.errors import CheckpointError
 from weightd.importing.client_process import Ask, TokenCost, derive_from_config, token_cost
 from weightd.importing.record import lay_out_record
+from weightd.importing.stored_dtype import bundle_encoding
 from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
 from weightd.store.device_profile import DeviceProfile
 from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
-from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES
+from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES, QUANTISED_DTYPES
 from weightd_proto.hub_names import is_hub_name
 from weightd_proto.weightd_pb2 import Model
 
@@ -89,13 +90,14 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
 def _from_config(
     name: str, config: Mapping[str, Any], path: Path, dtype: str | None, device: DeviceProfile, ask: Ask
 ) -> Subject:
-    used, assumptions = _dtype(config, dtype)
+    used, assumptions = _dtype(config, None if dtype in QUANTISED_DTYPES else dtype)
     stored = COMPUTE_DTYPES[used]
     recipe = derive_from_config(config, path, ask)
     dtypes = {source.name: "F32" if stored in source.f32_in else stored for source in recipe.resident}
     looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
-    record, _ = lay_out_record(recipe.model, kinds, name, stored, BLOCK_BYTES, device.full_speed_bytes)
+    encoding = bundle_encoding(recipe, dtype or used, stored)
+    record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, BLOCK_BYTES, device.full_speed_bytes)
     record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
     with TemporaryDirectory(prefix="weightd-plan-") as folder:
         Path(folder, CONFIG_FILE).write_bytes(recipe.config_json)

@@ -11,8 +11,8 @@
 
 - All numbers are little endian. block_bytes = max(4096, what statx reports for direct I/O); the catalog has it.
 - A bundle holds one neuron: [gate row][up row][down column], or [up row][down column] in OPT, back to back, with
-  hidden_size values each. Each part has an encoding (proto/weightd.proto; today plain F32, BF16 or F16). FFN biases are
-  resident.
+  hidden_size values each. Each part has an encoding (encodings.py): plain F32, BF16 or F16, or blocks with scales. FFN
+  biases are resident.
 - Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block with
   bundles_per_cell = block_bytes // stride_bytes bundles. If not even one fits, a cell is one bundle padded to whole
   blocks.

@@ -1,0 +1,63 @@
+// GGML's quantised formats: blocks of values that share scales. Each is decoded a vector at a time, to the bits that
+// gguf-py's dequantize() gives. To add one, see "Encodings" in proto/README.md.
+//
+// Compiled once per instruction set, after codes_*.h, which says what vectors can do. A format is a struct with
+//   VALUES, BYTES   of a block
+//   GROUP           the values that one object decodes: a part of a block that has scales of its own, or all of it
+//   (block, group)  its constructor, which reads the scales
+//   lane(first)     values [first, first + Lane::WIDTH) of the group
+// The conditions on `first` are constants where loops are unrolled.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashclient {
+namespace {
+
+// value = scale * code
+struct BlockQ8_0 {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 34;
+    const uint8_t* codes;
+    Lane scale;
+
+    LANE BlockQ8_0(const uint8_t* block, size_t) : codes(block + 2), scale(half_before_codes(block)) {}
+    LANE Lane lane(size_t first) const { return multiply(signed_bytes(codes + first), scale); }
+};
+
+// Codes of four bits: those of the first sixteen values in the lower halves of bytes, the others in the upper halves.
+// value = scale * (code - 8)
+struct BlockQ4_0 {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 18;
+    static constexpr int8_t NUMBERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+    const uint8_t* codes;
+    Sixteen values;
+
+    LANE BlockQ4_0(const uint8_t* block, size_t) : codes(block + 2), values(NUMBERS, half_before_codes(block)) {}
+    LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
+};
+
+// value = scale * code + least
+struct BlockQ4_1 {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 20;
+    const uint8_t* codes;
+    SixteenAbove values;
+
+    LANE BlockQ4_1(const uint8_t* block, size_t)
+        : codes(block + 4), values(half_before_codes(block), half_before_codes(block + 2)) {}
+    LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
+};
+
+// value = scale * NUMBERS[code]
+struct BlockIq4Nl {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 18;
+    static constexpr int8_t NUMBERS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+    const uint8_t* codes;
+    Sixteen values;
+
+    LANE BlockIq4Nl(const uint8_t* block, size_t) : codes(block + 2), values(NUMBERS, half_before_codes(block)) {}
+    LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
+};
+
+}  // namespace
+}  // namespace flashclient

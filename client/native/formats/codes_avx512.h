@@ -1,0 +1,53 @@
+// What block_formats.h does with vectors of sixteen numbers.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace flashclient {
+namespace {
+
+LANE Lane multiply(Lane a, Lane b) { return {_mm512_mul_ps(a.value, b.value)}; }
+
+// A half-precision number in all lanes. Six bytes after it are read, too: that is the fastest load.
+LANE Lane half_before_codes(const uint8_t* number) {
+    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(number));
+    return {_mm512_broadcastss_ps(_mm_cvtph_ps(eight))};
+}
+
+LANE __m512i widened_bytes(const uint8_t* bytes) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
+LANE Lane signed_bytes(const uint8_t* bytes) {
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))))};
+}
+
+// The values of codes of four bits: a table, in which a permutation looks up the lowest four bits of each lane.
+struct LookUp {
+    __m512 values;
+
+    LANE Lane of_halves(const uint8_t* bytes, size_t upper) const {
+        const __m512i codes = widened_bytes(bytes);
+        return {_mm512_permutexvar_ps(upper != 0 ? _mm512_srli_epi32(codes, 4) : codes, values)};
+    }
+};
+
+// scale * numbers[code]
+struct Sixteen : LookUp {
+    LANE Sixteen(const int8_t (&numbers)[16], Lane scale)
+        : LookUp{multiply(signed_bytes(reinterpret_cast<const uint8_t*>(numbers)), scale).value} {}
+};
+
+// scale * code + least
+struct SixteenAbove : LookUp {
+    LANE SixteenAbove(Lane scale, Lane least)
+        : LookUp{_mm512_add_ps(
+              _mm512_mul_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), scale.value),
+              least.value)} {}
+};
+
+}  // namespace
+}  // namespace flashclient
