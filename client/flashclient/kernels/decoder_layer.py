@@ -239,7 +239,7 @@ def use_native_layers(
     Args:
         workers: shared with the other kernels.
         ffn_kind: the class of modules that compute a whole FFN, though other modules hold its parts.
-        instruction_set: avx512, avx2 or portable; None takes the best.
+        instruction_set: amx, avx512, avx2 or portable; None takes the best.
 
     Returns:
         The number of modules changed.

@@ -276,7 +276,7 @@ def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_se
 
     Args:
         workers: shared with the other kernels.
-        instruction_set: avx512, avx2 or portable; None takes the best.
+        instruction_set: amx, avx512, avx2 or portable; None takes the best.
 
     Returns:
         The number of modules changed.

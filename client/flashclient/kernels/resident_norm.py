@@ -88,7 +88,7 @@ def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | 
 
     Args:
         workers: shared with the other kernels.
-        instruction_set: avx512, avx2 or portable; None takes the best.
+        instruction_set: amx, avx512, avx2 or portable; None takes the best.
 
     Returns:
         The number of modules changed.

@@ -150,8 +150,9 @@ KERNEL void dots_of_many_in_blocks(const void* const* rows, size_t row_count, co
 }
 
 template <typename Format>
-KERNEL void dots_in_blocks(const void* const* rows, size_t row_count, const float* x, size_t hidden, size_t tokens,
+KERNEL void dots_in_blocks(const void* const* rows, size_t row_count, const void* of_x, size_t hidden, size_t tokens,
                            float* dots) {
+    const auto* x = static_cast<const float*>(of_x);
     if (tokens == 1) {
         dots_of_one_in_blocks<Format>(rows, row_count, x, hidden, dots);
     } else {
@@ -214,8 +215,8 @@ KERNEL void accumulate_in_blocks(const void* const* rows, const float* h, size_t
 template <typename Format>
 const Kernels* table_of_blocks(const char* instruction_set) {
     static const Kernels kernels{
-        instruction_set, dots_in_blocks<Format>, accumulate_in_blocks<Format>, upcast_blocks<Format>, nullptr,
-        exponentials,    differing_bits};
+        instruction_set,       nullptr, nullptr,      dots_in_blocks<Format>, accumulate_in_blocks<Format>,
+        upcast_blocks<Format>, nullptr, exponentials, differing_bits};
     return &kernels;
 }
 

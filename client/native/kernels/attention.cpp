@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "kernels/packed_rows.h"
+
 namespace flashclient {
 namespace {
 
@@ -14,7 +16,7 @@ constexpr size_t RUN_MAX = 256;  // keys of a run, few enough for its dots to st
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
-static_assert(ROWS_MAX <= 8 * sizeof(RowSet));
+static_assert(ROWS_MAX <= 8 * sizeof(RowSet) && ROWS_MAX <= TOKENS_MAX);
 
 // Neighbouring keys. for_all: all rows attend to every key. Otherwise some, but not all, rows attend to each key.
 struct Run {
@@ -177,12 +179,13 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
         kernels_.upcast(row(call.query, item.sequence, item.head(call, r), item.token(call, r)), shape.key_elements,
                         scratch.query.data() + r * shape.key_elements);
     }
+    const PackedRows packed(workers_, kernels_, scratch.query.data(), item.count, shape.key_elements);
     size_t filled[ROWS_MAX] = {};
     for_runs(scratch.attending, item.all, [&](const Run& run) {
         const void* keys[RUN_MAX];
         float dots[RUN_MAX * ROWS_MAX];
         for (size_t k = 0; k < run.count; k++) keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
-        kernels_.dots(keys, run.count, scratch.query.data(), shape.key_elements, item.count, dots);
+        kernels_.dots(keys, run.count, packed.group(0), shape.key_elements, item.count, dots);
         for (size_t r = 0; r < item.count; r++) {
             float* weights = scratch.weights.data() + r * shape.keys + filled[r];
             if (run.for_all && call.mask.kind != AttentionMask::Kind::additive) {

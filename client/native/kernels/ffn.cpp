@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <cassert>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "kernels/packed_rows.h"
 
 namespace flashclient {
 namespace {
@@ -14,31 +17,50 @@ constexpr size_t GROUP_MAX = 96;           // neurons that a thread fires at onc
 constexpr size_t GROUP_MIN = 8;            // a tile for one token
 constexpr size_t ELEMENTS_PER_ITEM = 256;  // the fewest columns of a thread: eight cache lines of a bf16 row
 constexpr size_t ELEMENTS_MAX = 8192;      // the most columns at a time: y of a token stays in the L1 cache
-constexpr size_t TOKENS_MIN = 8;           // of a group: converting a row of weights does not pay for fewer
-static_assert(TOKENS_MAX % TOKENS_MIN == 0);
+constexpr size_t H_ELEMENTS = 1 << 16;     // of many tokens at a time, at least: 256 KiB
+constexpr size_t BLOCKS_MIN = 2;           // groups of neurons that each thread fires at a time, at least
 
 bool all_zero(const float* values, size_t count) {
     return std::all_of(values, values + count, [](float value) { return value == 0.0f; });
-}
-
-// The tokens of a group: as many as a call takes, or half of that where some threads would have no group.
-size_t group_tokens(size_t tokens, size_t threads) {
-    const bool few = tokens > TOKENS_MAX && divide_up(tokens, TOKENS_MAX) < 2 * threads;
-    return few ? TOKENS_MIN : TOKENS_MAX;
 }
 
 }  // namespace
 
 struct Ffn::Group {
     uint32_t entry[GROUP_MAX];  // of the list
-    size_t count = 0;
+    size_t count;
+    size_t tokens;  // number of the group of tokens
+};
+
+// Some rows of x, for each part that is multiplied with them.
+struct Ffn::Rows {
+    Rows(const Ffn& ffn, const float* x, size_t rows)
+        : tokens(rows), first(ffn.workers_, *ffn.gate_or_up_.kernels, x, rows, ffn.shape_.hidden) {
+        if (ffn.up_.kernels->pack != ffn.gate_or_up_.kernels->pack) {
+            second.emplace(ffn.workers_, *ffn.up_.kernels, x, rows, ffn.shape_.hidden);
+        }
+    }
+    const PackedRows& of_gate_or_up() const { return first; }
+    const PackedRows& of_up() const { return second ? *second : first; }
+    size_t groups() const { return divide_up(tokens, TOKENS_MAX); }
+    size_t in_group(size_t group) const { return std::min(TOKENS_MAX, tokens - group * TOKENS_MAX); }
+
+    size_t tokens;
+    PackedRows first;
+    std::optional<PackedRows> second;
+};
+
+// Neurons with output, of one group of tokens.
+struct Ffn::Fired {
+    const void** rows;  // their down columns
+    float* h;           // [count, tokens]
+    size_t count;
 };
 
 struct Ffn::Scratch {
-    std::vector<float> h;                // [entries, tokens]
-    std::vector<float> fired_h;          // [fired, tokens]
-    std::vector<const void*> down_rows;  // of those that fired
-    std::vector<uint16_t> masks;         // of a group that does not begin with bit 0
+    std::vector<float> h;           // [group of tokens][entry, token]
+    std::vector<const void*> rows;  // [group of tokens][entry]
+    std::vector<Fired> fired;       // by group of tokens
 };
 
 Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : workers_(workers), shape_(std::move(shape)) {
@@ -84,36 +106,43 @@ void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const flo
         for (const uint32_t entry : entries) std::fill_n(h + entry * tokens, tokens, 0.0f);
         return;
     }
-    fire_entries({checked, list.bias, list.up_bias, list.row_masks}, entries.data(), entries.size(), x, tokens, h);
+    const Neurons readable{checked, list.bias, list.up_bias, list.row_masks, list.mask_stride};
+    fire_entries(readable, entries.data(), entries.size(), Rows(*this, x, tokens), h);
 }
 
-// `entries`: of the list; null for its first `count`.
-void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const float* x, size_t tokens,
-                       float* h) const {
+// `entries`: of the list; null for its first `count`. h: [group of tokens][list, tokens of the group].
+void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const Rows& x, float* h) const {
     const size_t share = divide_up(count, 2 * workers_.threads());
     const size_t group_size = std::clamp(divide_up(share, GROUP_MIN) * GROUP_MIN, GROUP_MIN, GROUP_MAX);
     workers_.run(divide_up(count, group_size), [&](size_t item) {
-        Group group;
-        for (size_t i = item * group_size; i < std::min(count, (item + 1) * group_size); i++) {
-            const size_t entry = entries != nullptr ? entries[i] : i;
-            if (list.row_masks != nullptr && list.row_masks[entry] == 0) {
-                std::fill_n(h + entry * tokens, tokens, 0.0f);
-            } else {
-                group.entry[group.count++] = static_cast<uint32_t>(entry);
+        const size_t end = std::min(count, (item + 1) * group_size);
+        for (size_t t = 0; t < x.groups(); t++) {
+            const Neurons of_tokens = list.of_tokens(t);
+            float* h_of_tokens = h + t * TOKENS_MAX * list.bundles.size();
+            Group group{{}, 0, t};
+            for (size_t i = item * group_size; i < end; i++) {
+                const size_t entry = entries != nullptr ? entries[i] : i;
+                if (of_tokens.row_masks != nullptr && of_tokens.row_masks[entry] == 0) {
+                    std::fill_n(h_of_tokens + entry * x.in_group(t), x.in_group(t), 0.0f);
+                } else {
+                    group.entry[group.count++] = static_cast<uint32_t>(entry);
+                }
             }
+            fire_group(group, of_tokens, x, h_of_tokens);
         }
-        fire_group(group, list, x, tokens, h);
     });
 }
 
 // Computes the dots of a neuron for all tokens, which reads no more bytes, and sets those that are not wanted to 0.
-void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
+void Ffn::fire_group(const Group& group, const Neurons& list, const Rows& x, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
+    const size_t tokens = x.in_group(group.tokens);
     for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
-    gate_or_up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    gate_or_up_.kernels->dots(rows, group.count, x.of_gate_or_up().group(group.tokens * TOKENS_MAX), shape_.hidden,
+                              tokens, dots);
     const Activation activation = shape_.activation;  // a copy, which writing h cannot change
-    Group open;
+    Group open{{}, 0, group.tokens};
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
         const float bias = list.bias != nullptr ? list.bias[entry] : 0.0f;
@@ -124,15 +153,16 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const float* x, si
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
-    if (shape_.gated()) open_gate(open, list, x, tokens, h);
+    if (shape_.gated() && open.count > 0) open_gate(open, list, x, h);
 }
 
 // Multiplies h by the factors of the up rows where the gate is open. A closed gate stays 0, whatever the up row holds.
-void Ffn::open_gate(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const {
+void Ffn::open_gate(const Group& group, const Neurons& list, const Rows& x, float* h) const {
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
+    const size_t tokens = x.in_group(group.tokens);
     for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(list.bundles[group.entry[i]]);
-    up_.kernels->dots(rows, group.count, x, shape_.hidden, tokens, dots);
+    up_.kernels->dots(rows, group.count, x.of_up().group(group.tokens * TOKENS_MAX), shape_.hidden, tokens, dots);
     const Activation activation = shape_.activation;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];
@@ -152,53 +182,58 @@ void Ffn::accumulate(std::span<const uint64_t> bundles, const float* h, size_t t
             if (!all_zero(h + entry * tokens, tokens)) check(entry);
         }
     });
-    accumulate_list(checked, h, tokens, y);
+    Scratch& scratch = scratch_of_thread();
+    scratch.h.assign(h, h + bundles.size() * tokens);
+    accumulate_list(checked, tokens, scratch, y);
 }
 
-// Skips neurons whose h is 0: adding 0 changes no finite sum, and their columns need not be read.
-void Ffn::accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
-    Scratch& scratch = scratch_of_thread();
-    scratch.fired_h.resize(bundles.size() * tokens);
-    scratch.down_rows.resize(bundles.size());
-    size_t fired = 0;
-    for (size_t i = 0; i < bundles.size(); i++) {
-        const float* of_entry = h + i * tokens;
-        if (all_zero(of_entry, tokens)) continue;
-        std::copy_n(of_entry, tokens, scratch.fired_h.data() + fired * tokens);
-        scratch.down_rows[fired++] = down_.in(bundles[i]);
-    }
+// scratch.h is [group of tokens][bundles, tokens of the group]; it is overwritten. Skips neurons whose h is 0: adding 0
+// changes no finite sum, and their columns need not be read.
+void Ffn::accumulate_list(std::span<const uint64_t> bundles, size_t tokens, Scratch& scratch, float* y) const {
+    const size_t groups = divide_up(tokens, TOKENS_MAX);
+    scratch.rows.resize(groups * bundles.size());
+    scratch.fired.resize(groups);
+    const auto in_group = [&](size_t group) { return std::min(TOKENS_MAX, tokens - group * TOKENS_MAX); };
+    workers_.run(groups, [&](size_t group) {
+        Fired fired{scratch.rows.data() + group * bundles.size(),
+                    scratch.h.data() + group * TOKENS_MAX * bundles.size(), 0};
+        const size_t some = in_group(group);
+        for (size_t i = 0; i < bundles.size(); i++) {
+            const float* of_entry = fired.h + i * some;
+            if (all_zero(of_entry, some)) continue;
+            std::copy_n(of_entry, some, fired.h + fired.count * some);
+            fired.rows[fired.count++] = down_.in(bundles[i]);
+        }
+        scratch.fired[group] = fired;
+    });
     // One thread computes an element of y and adds the neurons in order. Each thread gets one slice, if y is not large.
     const size_t share = divide_up(shape_.hidden, workers_.threads());
     const size_t slice = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
     workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
-        down_.kernels->accumulate(scratch.down_rows.data(), scratch.fired_h.data(), fired, tokens, shape_.hidden,
-                                  item * slice, std::min(shape_.hidden, (item + 1) * slice), y);
+        for (size_t group = 0; group < groups; group++) {
+            const Fired& fired = scratch.fired[group];
+            down_.kernels->accumulate(fired.rows, fired.h, fired.count, in_group(group), shape_.hidden, item * slice,
+                                      std::min(shape_.hidden, (item + 1) * slice),
+                                      y + group * TOKENS_MAX * shape_.hidden);
+        }
     });
 }
 
-// The threads share the groups of tokens. Within a group, run() is done by the calling thread alone.
+// Many tokens are computed for some neurons at a time, whose weights then stay in a cache.
 void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const {
     Reading reading = new_reading();
     const auto checked = reading.checked(list.bundles);
-    const size_t count = checked.size();
-    const size_t together = group_tokens(tokens, workers_.threads());
-    workers_.run(divide_up(tokens, together), [&](size_t item) {
-        const size_t first = item * together;
-        const size_t some = std::min(together, tokens - first);
-        Scratch& scratch = scratch_of_thread();
-        if (scratch.h.size() < count * some) scratch.h.resize(count * some);
-        Neurons of_group{checked, list.bias, list.up_bias};
-        if (list.row_masks != nullptr) {
-            const uint16_t* masks = list.row_masks + first / TOKENS_MAX * list.mask_stride;
-            scratch.masks.assign(masks, masks + count);
-            for (uint16_t& mask : scratch.masks) {
-                mask = static_cast<uint16_t>((mask >> first % TOKENS_MAX) & ((1U << some) - 1));
-            }
-            of_group.row_masks = scratch.masks.data();
-        }
-        fire_entries(of_group, nullptr, count, x + first * shape_.hidden, some, scratch.h.data());
-        accumulate_list(checked, scratch.h.data(), some, y + first * shape_.hidden);
-    });
+    const Rows rows(*this, x, tokens);
+    Scratch& scratch = scratch_of_thread();
+    const size_t least = BLOCKS_MIN * GROUP_MAX * workers_.threads();
+    const size_t block = tokens <= TOKENS_MAX ? checked.size() : std::max(least, H_ELEMENTS / tokens);
+    for (size_t first = 0; first < checked.size(); first += block) {
+        const Neurons part = Neurons{checked, list.bias, list.up_bias, list.row_masks, list.mask_stride}.part(
+            first, std::min(block, checked.size() - first));
+        if (scratch.h.size() < part.bundles.size() * tokens) scratch.h.resize(part.bundles.size() * tokens);
+        fire_entries(part, nullptr, part.bundles.size(), rows, scratch.h.data());
+        accumulate_list(part.bundles, tokens, scratch, y);
+    }
 }
 
 }  // namespace flashclient

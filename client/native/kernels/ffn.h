@@ -33,6 +33,16 @@ struct Neurons {
     const float* up_bias = nullptr;       // c, likewise; not used without a gate
     const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
     size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
+
+    Neurons part(size_t first, size_t count) const {
+        const auto from = [first](auto* each) { return each != nullptr ? each + first : nullptr; };
+        return {bundles.subspan(first, count), from(bias), from(up_bias), from(row_masks), mask_stride};
+    }
+    Neurons of_tokens(size_t group) const {
+        Neurons some = *this;
+        if (row_masks != nullptr) some.row_masks += group * mask_stride;
+        return some;
+    }
 };
 
 // The bits of the output depend on the order of the list only. They depend neither on how the list is cut into chunks,
@@ -64,7 +74,9 @@ class Ffn {
     std::string instruction_set() const { return gate_or_up_.kernels->instruction_set; }
 
   private:
-    struct Group;    // neurons that one thread fires together
+    struct Group;    // neurons that one thread fires together for a group of tokens
+    struct Rows;     // x in the forms that the parts' kernels take
+    struct Fired;    // what a group of tokens adds to y
     struct Scratch;  // memory of a thread that adds rows
     static Scratch& scratch_of_thread();
     struct Part {  // a part of a bundle
@@ -75,11 +87,10 @@ class Ffn {
     };
     Part next_part(size_t part, const char* instruction_set);
     Reading new_reading() const { return {bundle_bytes_, alignment_bytes_}; }
-    void fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const float* x, size_t tokens,
-                      float* h) const;
-    void accumulate_list(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const;
-    void fire_group(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
-    void open_gate(const Group& group, const Neurons& list, const float* x, size_t tokens, float* h) const;
+    void fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const Rows& x, float* h) const;
+    void fire_group(const Group& group, const Neurons& list, const Rows& x, float* h) const;
+    void open_gate(const Group& group, const Neurons& list, const Rows& x, float* h) const;
+    void accumulate_list(std::span<const uint64_t> bundles, size_t tokens, Scratch& scratch, float* y) const;
 
     Workers& workers_;
     FfnShape shape_;

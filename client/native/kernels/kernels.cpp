@@ -1,5 +1,12 @@
 #include "kernels/kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <asm/prctl.h>
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -7,15 +14,33 @@
 namespace flashclient {
 namespace {
 
+// Tiles of bf16, which Linux allows a process on request. It refuses if a thread's stack for signals is too small.
+bool amx_is_granted() {
+#if defined(__x86_64__) && defined(SYS_arch_prctl) && defined(ARCH_REQ_XCOMP_PERM)
+    constexpr unsigned FEATURES_LEAF = 7;
+    constexpr unsigned AMX_BF16 = 1U << 22, AMX_TILE = 1U << 24;  // of edx
+    constexpr long TILE_DATA = 18;                                // component of the processor's state
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    if (__get_cpuid_count(FEATURES_LEAF, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+    if ((edx & AMX_BF16) == 0 || (edx & AMX_TILE) == 0) return false;
+    return ::syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
+#else
+    return false;
+#endif
+}
+
 bool processor_has(std::string_view instruction_set) {
     if (instruction_set == "portable") return true;
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c") && __builtin_cpu_supports("popcnt");
     if (instruction_set == "avx2") return avx2;
-    if (instruction_set == "avx512") {
-        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    if (instruction_set == "avx512") return avx512;
+    if (instruction_set == "amx") {
+        static const bool granted = amx_is_granted();
+        return avx512 && granted;
     }
 #endif
     return false;
@@ -29,6 +54,7 @@ std::string block_format_names() {
 
 template <typename Stored>
 const Kernels& table_of(Stored stored, std::string_view instruction_set) {
+    if (instruction_set == "amx") return *kernels_amx(stored);
     if (instruction_set == "avx512") return *kernels_avx512(stored);
     if (instruction_set == "avx2") return *kernels_avx2(stored);
     return *kernels_portable(stored);
@@ -40,11 +66,11 @@ const Kernels& best_or_named(Stored stored, const char* instruction_set) {
     if (instruction_set != nullptr) {
         if (!processor_has(instruction_set)) {
             throw std::invalid_argument("instruction set '" + std::string(instruction_set) +
-                                        "' is unknown or not in this processor: pick avx512, avx2 or portable");
+                                        "' is unknown or not in this processor: pick amx, avx512, avx2 or portable");
         }
         return table_of(stored, instruction_set);
     }
-    for (const char* name : {"avx512", "avx2"}) {
+    for (const char* name : {"amx", "avx512", "avx2"}) {
         if (processor_has(name)) return table_of(stored, name);
     }
     return table_of(stored, "portable");

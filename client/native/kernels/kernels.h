@@ -24,8 +24,12 @@ inline size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by;
 
 struct Kernels {
     const char* instruction_set;
-    // dots[i][t] = rows[i] . x[t], for x of [tokens, hidden] fp32 and dots [row_count, tokens].
-    void (*dots)(const void* const* rows, size_t row_count, const float* x, size_t hidden, size_t tokens, float* dots);
+    // The form of x, [tokens, hidden] fp32, that dots() takes, at most TOKENS_MAX tokens of it; `packed` is aligned to
+    // a cache line. Null: x itself.
+    size_t (*packed_bytes)(size_t hidden, size_t tokens);
+    void (*pack)(const float* x, size_t hidden, size_t tokens, void* packed);
+    // dots[i][t] = rows[i] . x[t], for dots [row_count, tokens] and what pack() made of x, or x where that is null.
+    void (*dots)(const void* const* rows, size_t row_count, const void* x, size_t hidden, size_t tokens, float* dots);
     // y[t][j] += h[k][t] * rows[k][j], k rising, for j in [begin, end); y is [tokens, hidden] fp32, h [rows, tokens].
     void (*accumulate)(const void* const* rows, const float* h, size_t row_count, size_t tokens, size_t hidden,
                        size_t begin, size_t end, float* y);
@@ -40,7 +44,7 @@ struct Kernels {
     size_t (*differing_bits)(const uint8_t* a, const uint8_t* b, size_t bytes);
 };
 
-// The best instruction set of the processor, or the one named: "avx512", "avx2" or "portable". Throws
+// The best instruction set of the processor, or the one named: "amx", "avx512", "avx2" or "portable". Throws
 // std::invalid_argument for an unknown name and for one that this processor lacks.
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 
@@ -48,8 +52,10 @@ const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set = nullptr);
 
 // One table per instruction set and dtype or format; null where the compiler's target has no such instructions.
+const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
 const Kernels* kernels_avx512(Dtype dtype);
 const Kernels* kernels_avx512(BlockFormat format);
+inline const Kernels* kernels_amx(BlockFormat format) { return kernels_avx512(format); }
 const Kernels* kernels_avx2(Dtype dtype);
 const Kernels* kernels_avx2(BlockFormat format);
 const Kernels* kernels_portable(Dtype dtype);

@@ -32,6 +32,7 @@ struct Element<Dtype::i8> {
 };
 
 constexpr size_t LINE_BYTES = 64;
+constexpr size_t AHEAD_BYTES = 8192;  // of one token's rows, fetched before they are computed: latency times speed
 constexpr size_t BLOCK_ROWS = 96;
 constexpr size_t BLOCK_ELEMENTS = 4096;  // of x, for all tokens of a tile: half of an L1 cache
 constexpr size_t STRIP_ROWS = 128;       // of down columns, three cache lines of each: less than an L1 cache
@@ -42,10 +43,11 @@ LANE void prefetch(const void* line) { __builtin_prefetch(line, 0, 2); }
 
 // Adds elements [begin, end) to rows x tokens dots at once. A dot is one chain of vector sums, kept in `sums` between
 // calls, so neither the shape of a tile nor the borders between calls change a bit of it. The many chains of a tile
-// hide the latency of the multiply-add. `ahead` are the rows of the next tile. `begin` is a multiple of a cache line.
+// hide the latency of the multiply-add. What is read next lies `shift` bytes behind the same place in the rows `ahead`.
+// `begin` is a multiple of a cache line.
 template <Dtype dtype, size_t rows, size_t tokens>
-LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead, const float* const* x,
-                       size_t begin, size_t end, Lane (&sums)[rows][tokens]) {
+LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const void* const* ahead, ptrdiff_t shift,
+                       const float* const* x, size_t begin, size_t end, Lane (&sums)[rows][tokens]) {
     constexpr size_t LINE = LINE_BYTES / bytes_of(dtype);
     Lane chain[rows][tokens];
     for (size_t r = 0; r < rows; r++) {
@@ -54,7 +56,7 @@ LANE void dots_of_tile(const typename Element<dtype>::type* const* row, const vo
     size_t j = begin;
     for (; j + LINE <= end; j += LINE) {
         for (size_t r = 0; r < rows; r++) {
-            prefetch(static_cast<const char*>(ahead[r]) + j * bytes_of(dtype));
+            prefetch(static_cast<const char*>(ahead[r]) + static_cast<ptrdiff_t>(j * bytes_of(dtype)) + shift);
         }
         for (size_t k = j; k < j + LINE; k += Lane::WIDTH) {
             Lane weights[rows];
@@ -86,10 +88,10 @@ struct Tile {
     const typename Element<dtype>::type* row[tile_rows];
     const void* ahead[tile_rows];
 
-    KERNEL Tile(const void* const* rows, size_t row_count, size_t first) {
+    KERNEL Tile(const void* const* rows, size_t row_count, size_t first, size_t tiles_ahead = 1) {
         for (size_t r = 0; r < tile_rows; r++) {
             row[r] = static_cast<const typename Element<dtype>::type*>(rows[std::min(first + r, row_count - 1)]);
-            ahead[r] = rows[std::min(first + tile_rows + r, row_count - 1)];
+            ahead[r] = rows[std::min(first + tiles_ahead * tile_rows + r, row_count - 1)];
         }
     }
 };
@@ -97,10 +99,19 @@ struct Tile {
 template <Dtype dtype>
 KERNEL void dots_of_one(const void* const* rows, size_t row_count, const float* x, size_t hidden, float* dots) {
     constexpr size_t ROWS = 8;
+    constexpr size_t AHEAD = AHEAD_BYTES / ROWS / bytes_of(dtype);  // elements of a row
+    const size_t tiles_ahead = std::max<size_t>(1, AHEAD / std::max<size_t>(hidden, 1));
+    const size_t here = hidden - std::min(hidden, AHEAD);  // elements that are computed while others of the row come
+    const size_t split = here / (LINE_BYTES / bytes_of(dtype)) * (LINE_BYTES / bytes_of(dtype));
+    const auto shift = static_cast<ptrdiff_t>(AHEAD * bytes_of(dtype));
+    const ptrdiff_t back = split > 0 ? -static_cast<ptrdiff_t>(split * bytes_of(dtype)) : 0;
     Lane sums[ROWS][1];
     for (size_t i = 0; i < row_count; i += ROWS) {
-        const Tile<dtype, ROWS> tile(rows, row_count, i);
-        dots_of_tile<dtype, ROWS, 1>(tile.row, tile.ahead, &x, 0, hidden, sums);
+        const Tile<dtype, ROWS> tile(rows, row_count, i, tiles_ahead);
+        const void* of_tile[ROWS];
+        std::copy_n(tile.row, ROWS, of_tile);
+        if (split > 0) dots_of_tile<dtype, ROWS, 1>(tile.row, of_tile, shift, &x, 0, split, sums);
+        dots_of_tile<dtype, ROWS, 1>(tile.row, tile.ahead, back, &x, split, hidden, sums);
         float of_row[ROWS];
         for (size_t r = 0; r < ROWS; r++) of_row[r] = sum(sums[r][0]);
         std::copy_n(of_row, std::min(ROWS, row_count - i), dots + i);
@@ -127,7 +138,8 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const float
                 auto* of_tile = sums[t / tile_tokens];
                 for (size_t i = first; i < last; i += tile_rows) {
                     const Tile<dtype, tile_rows> tile(rows, row_count, i);
-                    dots_of_tile<dtype, tile_rows, tile_tokens>(tile.row, tile.ahead, of_token, begin, end, *of_tile++);
+                    dots_of_tile<dtype, tile_rows, tile_tokens>(tile.row, tile.ahead, 0, of_token, begin, end,
+                                                                *of_tile++);
                 }
             }
             begin = end;
@@ -144,7 +156,9 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const float
 }
 
 template <Dtype dtype>
-KERNEL void dots(const void* const* rows, size_t row_count, const float* x, size_t hidden, size_t tokens, float* dots) {
+KERNEL void dots(const void* const* rows, size_t row_count, const void* of_x, size_t hidden, size_t tokens,
+                 float* dots) {
+    const auto* x = static_cast<const float*>(of_x);
     if (tokens == 1) {
         dots_of_one<dtype>(rows, row_count, x, hidden, dots);
     } else if (tokens == 2) {
@@ -386,8 +400,9 @@ constexpr auto downcast_of() {
 
 template <Dtype dtype>
 const Kernels* table(const char* instruction_set) {
-    static const Kernels kernels{instruction_set,      dots<dtype>,  accumulate<dtype>, upcast<dtype>,
-                                 downcast_of<dtype>(), exponentials, differing_bits};
+    static const Kernels kernels{instruction_set,      nullptr,           nullptr,
+                                 dots<dtype>,          accumulate<dtype>, upcast<dtype>,
+                                 downcast_of<dtype>(), exponentials,      differing_bits};
     return &kernels;
 }
 

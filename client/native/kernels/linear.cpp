@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "kernels/packed_rows.h"
+
 namespace flashclient {
 namespace {
 
@@ -25,13 +27,14 @@ Linear::Linear(Workers& workers, Dtype dtype, const char* instruction_set)
 
 void Linear::for_blocks(const Matrix& weight, const float* x, size_t tokens, const Block& block) const {
     const size_t rows = block_rows(weight, bytes_of(dtype_), workers_.threads());
+    const PackedRows packed(workers_, kernels_, x, tokens, weight.columns);
     workers_.run(divide_up(weight.rows, rows), [&](size_t item) {
         const size_t first = item * rows;
-        of_block(weight, first, std::min(rows, weight.rows - first), x, tokens, block);
+        of_block(weight, first, std::min(rows, weight.rows - first), packed, tokens, block);
     });
 }
 
-void Linear::of_block(const Matrix& weight, size_t first, size_t count, const float* x, size_t tokens,
+void Linear::of_block(const Matrix& weight, size_t first, size_t count, const PackedRows& x, size_t tokens,
                       const Block& block) const {
     const void* rows[BLOCK_ROWS_MAX];
     float values[BLOCK_ROWS_MAX * TOKENS_MAX];
@@ -39,7 +42,7 @@ void Linear::of_block(const Matrix& weight, size_t first, size_t count, const fl
     for (size_t i = 0; i < count; i++) rows[i] = static_cast<const char*>(weight.data) + (first + i) * row_bytes;
     for (size_t token = 0; token < tokens; token += TOKENS_MAX) {
         const size_t some = std::min(TOKENS_MAX, tokens - token);
-        kernels_.dots(rows, count, x + token * weight.columns, weight.columns, some, values);
+        kernels_.dots(rows, count, x.group(token), weight.columns, some, values);
         block({first, count, token, some, values});
     }
 }
@@ -58,10 +61,11 @@ void Linear::project(std::span<const Projection> projections, const void* x, siz
             parts.push_back({&projection, first, std::min(rows, projection.weight.rows - first)});
         }
     }
-    const float* wide = widened(x, tokens, projections.front().weight.columns);
+    const size_t columns = projections.front().weight.columns;
+    const PackedRows packed(workers_, kernels_, widened(x, tokens, columns), tokens, columns);
     workers_.run(parts.size(), [&](size_t item) {
         const Part& part = parts[item];
-        of_block(part.projection->weight, part.first, part.count, wide, tokens,
+        of_block(part.projection->weight, part.first, part.count, packed, tokens,
                  [&](const Dots& dots) { round(*part.projection, dots); });
     });
 }

@@ -11,6 +11,8 @@
 
 namespace flashclient {
 
+class PackedRows;
+
 struct Matrix {
     const void* data;  // [rows, columns], contiguous
     size_t rows;
@@ -63,7 +65,7 @@ class Linear {
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:
-    void of_block(const Matrix& weight, size_t first, size_t count, const float* x, size_t tokens,
+    void of_block(const Matrix& weight, size_t first, size_t count, const PackedRows& x, size_t tokens,
                   const Block& block) const;
     void round(const Projection& projection, const Dots& dots) const;
 

@@ -144,7 +144,7 @@ def test_default_is_the_best_instruction_set() -> None:
     linear: Any = nn.Linear(4, 4)
     assert use_fast_linears(linear, WORKERS) == 1
     best = AVAILABLE[0]
-    assert linear.kernels[torch.float32].instruction_set == best
+    assert linear.kernels[torch.bfloat16].instruction_set == best
     with pytest.raises(ValueError, match="instruction set 'mmx' is unknown"):
         use_fast_linears(nn.Linear(4, 4), WORKERS, "mmx")
 

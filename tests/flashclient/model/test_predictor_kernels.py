@@ -116,7 +116,7 @@ def test_a_threshold_of_zero_wants_everything() -> None:
     assert set(row_masks.tolist()) == {2}, "what is not a number is computed"
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512", "avx2", "portable"])
 def test_instruction_sets(instruction_set: str) -> None:
     signs = np.full((3, 9), 0x00, np.uint8)
     x = -np.ones((1, 71), np.float32)

@@ -169,7 +169,7 @@ def test_row_depends_on_its_own_neurons_only(case: Case) -> None:
         assert torch.equal(y[row], by_row(case, h, row)), "batch-mates or the list changed a row"
 
 
-@pytest.mark.parametrize("instruction_set", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("instruction_set", ["amx", "avx512", "avx2", "portable"])
 @pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("tokens", [1, 5, 16])
 def test_instruction_sets(instruction_set: str, dtype: str, tokens: int) -> None:

@@ -141,7 +141,7 @@ TEST_P(BlockBits, NumbersOf16BitsAreRoundedToTheNearest) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, BlockBits, testing::Values("avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, BlockBits, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient

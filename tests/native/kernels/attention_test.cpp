@@ -86,7 +86,7 @@ TEST_P(AttentionBits, ExponentialsAreThoseOfTheFormula) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, AttentionBits, testing::Values("avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, AttentionBits, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient

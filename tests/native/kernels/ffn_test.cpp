@@ -96,7 +96,7 @@ TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient

@@ -3,8 +3,12 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "kernels/predictor.h"
@@ -46,6 +50,51 @@ TEST_P(LinearBits, DoNotDependOnThreadsOrTokens) {
     }
 }
 
+// Rows of x whose numbers need all bits of fp32, and others that bf16 holds, side by side.
+TEST_P(LinearBits, RowsOf16BitsDoNotDependOnTheOthersAndAreSummedInFp32) {
+    std::vector<float> x = x_;
+    for (size_t i = 0; i < x.size(); i++) {
+        if (i / COLUMNS % 3 == 1) x[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x[i]) & 0xffff0000U);
+    }
+    for (const Dtype dtype : {Dtype::bf16, Dtype::f16}) {
+        std::vector<uint16_t> weight(weight_.size());
+        std::vector<float> wide(weight_.size());
+        kernels_for(dtype, GetParam()).downcast(weight_.data(), weight_.size(), weight.data());
+        kernels_for(dtype, GetParam()).upcast(weight.data(), weight.size(), wide.data());
+        const auto multiply = [&](size_t threads, size_t first, size_t tokens) {
+            Workers workers(threads);
+            std::vector<float> y(tokens * ROWS);
+            const Linear linear(workers, dtype, GetParam());
+            linear.multiply({weight.data(), ROWS, COLUMNS}, x.data() + first * COLUMNS, tokens, y.data());
+            return y;
+        };
+        const std::vector<float> all = multiply(4, 0, 40);
+        for (const auto& [first, tokens] : std::vector<std::pair<size_t, size_t>>{{0, 1}, {1, 1}, {3, 6}, {7, 33}}) {
+            const std::vector<float> some = multiply(1, first, tokens);
+            EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first * ROWS)));
+        }
+        for (size_t i = 0; i < all.size(); i++) {
+            double dot = 0.0, size = 0.0;
+            for (size_t j = 0; j < COLUMNS; j++) {
+                const double product =
+                    static_cast<double>(x[i / ROWS * COLUMNS + j]) * static_cast<double>(wide[i % ROWS * COLUMNS + j]);
+                dot += product;
+                size += std::abs(product);
+            }
+            ASSERT_NEAR(all[i], dot, 4e-7 * size);
+        }
+    }
+}
+
+TEST_P(LinearBits, AnInfiniteInputStaysInfinite) {
+    Workers workers(1);
+    std::vector<float> x(COLUMNS, 0.3f), y(ROWS);
+    x[5] = std::numeric_limits<float>::infinity();
+    const std::vector<uint16_t> ones(ROWS * COLUMNS, 0x3f80);
+    Linear(workers, Dtype::bf16, GetParam()).multiply({ones.data(), ROWS, COLUMNS}, x.data(), 1, y.data());
+    for (const float value : y) ASSERT_EQ(value, x[5]);
+}
+
 TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
     Workers workers(2);
     const std::vector<float> output = random_floats(500 * 33, 3), bias = random_floats(500, 4);
@@ -70,7 +119,7 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
     for (std::thread& caller : callers) caller.join();
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits, testing::Values("avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient
