@@ -158,6 +158,7 @@ uint64_t minimum_dram_bytes(uint64_t resident_bytes, uint32_t cell_bytes, uint32
 
 // Paths come as std::filesystem::path: its caster gives the bytes that the system knows, whatever the locale.
 uint32_t block_size_bytes(const std::filesystem::path& path) { return weightd::block_size_bytes(path); }
+uint32_t sector_size_bytes(const std::filesystem::path& path) { return weightd::sector_size_bytes(path); }
 
 nb::dict measure_reads(const std::filesystem::path& path, uint64_t read_bytes, uint32_t depth, double seconds,
                        bool random, const std::string& io_engine, bool verify) {
@@ -392,6 +393,8 @@ void bind_bundle(nb::module_& module) {
                "XXH3-64 of each bundle in cells (uint8) into checksums (uint64).");
     module.def("block_size_bytes", &block_size_bytes, "path"_a, nb::call_guard<nb::gil_scoped_release>(),
                "Granularity of direct I/O where the file lies: max(4096, statx's alignment).");
+    module.def("sector_size_bytes", &sector_size_bytes, "path"_a, nb::call_guard<nb::gil_scoped_release>(),
+               "The alignment that direct I/O demands there: max(512, statx's); 4096 where statx does not say.");
 }
 
 }  // namespace

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from flashclient import FlashClient
 from weightd import _native, cli
 from weightd.errors import CheckpointError
+from weightd.importing import plan
 from weightd.importing.convert import import_checkpoint
 from weightd.importing.update import KEPT, REPLACED, update
 from weightd.store.layout import bundle_layout, native_shape
@@ -145,6 +146,23 @@ def test_tokens_are_those_of_transformers_with_the_numbers(
         wide = torch.arange(3, 63).view(1, 60)  # several groups of rows
         expected, actual = reference(wide).logits, model(wide).logits
         assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", QUANTISED_DTYPES)
+def test_cells_of_sectors_are_written_and_read(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several steps, which end on blocks, and layers that do not end on one."""
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 30000)
+    source = make_checkpoint("llama", tmp_path / "m", hidden=640, neurons=107)
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(source, store, "m", dtype)
+        assert record.bundle.cell_bytes == {"int8": 2048, "int4": 3584}[dtype]
+        assert record.layers[0].cells * record.bundle.cell_bytes % 4096 != 0
+        verify_model(store, "m")
+    reference = with_state(make_model(make_config("llama", hidden=640, neurons=107)), tmp_path / "store", "m")
+    for transport in ("shm", "grpc"):
+        with FlashClient("m", store=tmp_path / "store", transport=transport) as client, torch.no_grad():
+            expected, actual = reference(IDS).logits, client.model(IDS).logits
+            assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("dtype", QUANTISED_DTYPES)

@@ -1,4 +1,4 @@
-"""The cells of models with experts, and the reads of a device that decide their size."""
+"""The cells of models with experts and of quantised models, and the reads of a device that decide their size."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from weightd.store.device_profile import (
     ReadSpeed,
     full_speed_read_bytes,
 )
-from weightd.store.layout import EXPERT_CELL_BYTES_MAX, bundle_layout, model_layout
+from weightd.store.layout import EXPERT_CELL_BYTES_MAX, bundle_layout, lay_out_layers, model_layout
 from weightd.store.store import Store
-from weightd_proto.encodings import parts_of, plain
+from weightd_proto.encodings import in_blocks, parts_of, plain
 from weightd_proto.weightd_pb2 import BundleLayout, Layer
 
 KIB = 1 << 10
@@ -79,3 +79,30 @@ def test_reads_at_full_speed(tmp_path: Path, measured: DeviceProfile | None, rea
     if measured is not None:
         store.catalog.set_device_profile(measured.to_json())
     assert full_speed_read_bytes(store) == read_bytes
+
+
+@pytest.mark.parametrize(
+    ("format", "hidden_size", "parts", "bundles_per_cell", "cell_bytes"),
+    [
+        ("Q8_0", 2048, 2, 1, 4608),  # OPT-1.3B: 4352 bytes, of which blocks would make 8192
+        ("IQ4_NL", 2048, 2, 1, 2560),
+        ("IQ4_NL", 4096, 3, 1, 7168),
+        ("IQ4_NL", 640, 3, 3, 3584),  # Gemma 3 270M: three bundles of 1088
+        ("Q8_0", 64, 2, 8, 1536),  # whole sectors without any padding
+    ],
+)
+def test_cells_of_quantised_bundles_are_whole_sectors(
+    format: str, hidden_size: int, parts: int, bundles_per_cell: int, cell_bytes: int
+) -> None:
+    named = parts_of(("gate", "up", "down")[-parts:], in_blocks(format))
+    layout = bundle_layout(named, hidden_size, 4096, 512)
+    assert (layout.bundles_per_cell, layout.cell_bytes) == (bundles_per_cell, cell_bytes)
+    layers = [Layer(neurons=5), Layer(neurons=5)]
+    assert lay_out_layers(layout, layers) % 4096 == 0
+    assert layers[1].offset_bytes % 4096 == 0
+    assert bundle_layout(named, hidden_size, 4096, 4096) == bundle_layout(named, hidden_size, 4096)
+
+
+def test_cells_of_plain_bundles_are_whole_blocks() -> None:
+    parts = parts_of(("up", "down"), plain("BF16"))
+    assert bundle_layout(parts, 2100, 4096, 512) == bundle_layout(parts, 2100, 4096)

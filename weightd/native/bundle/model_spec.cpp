@@ -42,7 +42,7 @@ void ModelSpec::require_sound() const {
         if (!sound) throw std::invalid_argument(name + ": " + what);
     };
     require(!layers.empty(), "no layers");
-    require(cell_bytes > 0 && cell_bytes % BLOCK_BYTES_MIN == 0, "cell_bytes is not a multiple of 4096");
+    require(cell_bytes > 0 && cell_bytes % SECTOR_BYTES_MIN == 0, "cell_bytes is not a multiple of 512");
     require(bundles_per_cell > 0 && bundle_bytes <= stride_bytes, "a bundle is larger than its stride");
     require(uint64_t{bundles_per_cell - 1} * stride_bytes + bundle_bytes <= cell_bytes, "bundles exceed their cell");
     uint64_t cells = 0;

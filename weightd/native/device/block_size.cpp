@@ -23,14 +23,23 @@ struct StatxWithAlignment {
     uint64_t reserved[12];
 };
 
-}  // namespace
-
-uint32_t block_size_bytes(const std::string& path) {
+// What statx reports, or `unknown` where it reports nothing.
+uint32_t alignment_bytes(const std::string& path, uint32_t unknown) {
     StatxWithAlignment status{};
     static_assert(offsetof(StatxWithAlignment, dio_memory_align) == 152 && sizeof(status) == 256);
     if (::syscall(SYS_statx, AT_FDCWD, path.c_str(), 0, STATX_DIOALIGN_BIT, &status) != 0) fail(path);
-    if ((status.mask & STATX_DIOALIGN_BIT) == 0) return BLOCK_BYTES_MIN;
-    return std::max({BLOCK_BYTES_MIN, status.dio_memory_align, status.dio_offset_align});
+    const uint32_t reported = std::max(status.dio_memory_align, status.dio_offset_align);
+    return (status.mask & STATX_DIOALIGN_BIT) == 0 || reported == 0 ? unknown : reported;
+}
+
+}  // namespace
+
+uint32_t block_size_bytes(const std::string& path) {
+    return std::max(BLOCK_BYTES_MIN, alignment_bytes(path, BLOCK_BYTES_MIN));
+}
+
+uint32_t sector_size_bytes(const std::string& path) {
+    return std::max(SECTOR_BYTES_MIN, alignment_bytes(path, BLOCK_BYTES_MIN));
 }
 
 }  // namespace weightd

@@ -31,19 +31,21 @@ const DeviceUse& Loader::device_use(uint32_t model) const {
 }
 
 bool Loader::joins(const Flight& flight, const Missing& missing) const {
-    static_assert(READ_BYTES_MAX / READ_STEP_BYTES <= PIECES_MAX, "a piece is a block at least");
     const ModelSpec& spec = *flight.source.spec;
     const uint64_t gap = gap_bytes(spec, flight.cells.back(), missing);
     if (gap > GAP_BYTES_MAX) return false;
+    const uint64_t pieces = flight.cells.size() + 1 + flight.gaps + (gap > 0 ? 1 : 0);
     const uint64_t cells_bytes = uint64_t{flight.cells.size() + 1} * spec.cell_bytes;
     const uint64_t gaps_bytes = flight.gaps_bytes + gap;
     const bool has_place = flight.gap != nullptr || !gaps_free_.empty() || gaps_made_ < GAPS_MAX;
     const bool worthwhile = gap == 0 || (has_place && gaps_bytes <= cells_bytes / GAPS_DIVISOR);
-    return worthwhile && cells_bytes + gaps_bytes <= READ_BYTES_MAX;
+    return worthwhile && cells_bytes + gaps_bytes <= READ_BYTES_MAX && pieces <= PIECES_MAX;
 }
 
 void Loader::join(Flight& flight, const Missing& missing) {
-    flight.gaps_bytes += gap_bytes(*flight.source.spec, flight.cells.back(), missing);
+    const uint64_t gap = gap_bytes(*flight.source.spec, flight.cells.back(), missing);
+    flight.gaps_bytes += gap;
+    flight.gaps += gap > 0;
     if (flight.gaps_bytes > 0 && flight.gap == nullptr) {
         if (gaps_free_.empty()) {
             gaps_free_.push_back(std::make_unique<Gap>());

@@ -93,6 +93,7 @@ class Loader {
         std::vector<Missing> cells;  // neighbours on flash, apart from gaps
         bool second_try = false;
         uint64_t gaps_bytes = 0;
+        uint32_t gaps = 0;
         std::unique_ptr<Gap> gap{};  // where gaps are read to; its content is never used
     };
     bool joins(const Flight& flight, const Missing& missing) const;

@@ -100,8 +100,9 @@ def import_checkpoint(
             if tell is not None:
                 for note in _notes(recipe):
                     tell(note)
-            sizes = (_block_bytes(staging), full_speed_read_bytes(store), tables_above_bytes)
-            model = lay_out(checkpoint, recipe, name, dtype, *sizes)
+            block_bytes, sector_bytes = _device_sizes(staging)
+            sizes = (block_bytes, full_speed_read_bytes(store), sector_bytes)
+            model = lay_out(checkpoint, recipe, name, dtype, *sizes, tables_above_bytes)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             needed_bytes = _check_space(model.record, store.path)
@@ -142,11 +143,12 @@ def _notes(recipe: weightd_pb2.Recipe) -> Iterator[str]:
         yield f"{count} tensors of the checkpoint are left out, first {first}: {left_out.reason}"
 
 
-def _block_bytes(staging: Staging) -> int:
+def _device_sizes(staging: Staging) -> tuple[int, int]:
+    """The bytes of a block and of a sector."""
     probe = staging.folder / "block_size"
     probe.touch()
     try:
-        return _native.block_size_bytes(str(probe))
+        return _native.block_size_bytes(str(probe)), _native.sector_size_bytes(str(probe))
     finally:
         probe.unlink()
 
@@ -158,13 +160,14 @@ def lay_out(
     dtype_request: str,
     block_bytes: int,
     read_bytes: int,
+    sector_bytes: int,
     tables_above_bytes: int,
 ) -> LaidOut:
     """What an import of the checkpoint would write. Reads vectors of the checkpoint, and tied weights.
 
     Args:
         dtype_request, tables_above_bytes: as import_checkpoint()'s `dtype` and `tables_above_bytes`.
-        block_bytes, read_bytes: of the store's device; see model_layout().
+        block_bytes, read_bytes, sector_bytes: of the store's device; see model_layout().
     """
     tensors = used_tensors(recipe, checkpoint.tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
@@ -173,7 +176,8 @@ def lay_out(
     looked_up, resident = choose_tables(recipe, resident, dtypes, dtype, tables_above_bytes)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
     encoding = bundle_encoding(recipe, dtype_request, dtype)
-    record, header = lay_out_record(recipe.model, kinds, name, dtype, encoding, block_bytes, read_bytes)
+    sizes = (block_bytes, read_bytes, sector_bytes)
+    record, header = lay_out_record(recipe.model, kinds, name, dtype, encoding, *sizes)
     record.imported_unix_s = int(time.time())
     record.import_id = os.urandom(16)
     by_name = {source.name: source for source in resident}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import lcm
 
 from weightd.disk.read_ahead import CHUNK_BYTES, Extent
 from weightd.disk.tensors import SourceTensor
@@ -123,11 +124,12 @@ def _hold_steps(index: int, unit: Unit) -> Iterator[HoldStep]:
 
 
 def _bundle_steps(index: int, unit: Unit, layout: weightd_pb2.BundleLayout) -> Iterator[BundleStep]:
-    """Each step has as many whole cells as fit into a chunk, both read and written."""
+    """Each step has as many whole cells as fit into a chunk, both read and written; all but the last, whole blocks."""
     rows = [part for part in unit.parts if not part.columns]
     limits = [_rows_per_chunk(part.matrix.tensor) // part.step for part in rows]
     neurons = min(CHUNK_BYTES // layout.cell_bytes * layout.bundles_per_cell, *limits)
-    neurons = max(1, neurons // layout.bundles_per_cell) * layout.bundles_per_cell
+    together = lcm(layout.cell_bytes, layout.block_bytes) // layout.cell_bytes * layout.bundles_per_cell
+    neurons = max(1, neurons // together) * together
     for begin in range(0, unit.neurons, neurons):
         end = min(unit.neurons, begin + neurons)
         yield BundleStep(index, begin, end, *_cut_parts(unit, begin, end))

@@ -18,6 +18,7 @@ def lay_out_record(
     encoding: Encoding,
     block_bytes: int,
     read_bytes: int,
+    sector_bytes: int,
 ) -> tuple[Model, bytes]:
     """The record, without checksums, and the header of resident.safetensors.
 
@@ -26,14 +27,15 @@ def lay_out_record(
         kinds: dtypes and shapes of the resident tensors.
         dtype: in which the model is computed.
         encoding: of the bundles.
-        block_bytes, read_bytes: of the store's device; see model_layout().
+        block_bytes, read_bytes, sector_bytes: of the store's device; see model_layout().
     """
     record = Model()
     record.CopyFrom(recipe)
     record.name = name
     record.compute_dtype = dtype
     parts = parts_of([part.name for part in recipe.bundle.parts], encoding)
-    layout = model_layout(parts, recipe.bundle.hidden_size, record.layers, block_bytes, read_bytes)
+    sizes = (block_bytes, read_bytes, sector_bytes)
+    layout = model_layout(parts, recipe.bundle.hidden_size, record.layers, *sizes)
     record.bundle.CopyFrom(layout)
     record.bundles_file_bytes = lay_out_layers(record.bundle, record.layers)
     header, stored = lay_out_resident(kinds, block_bytes)

@@ -67,7 +67,7 @@ class ModelWriter:
         extents = [[extent for run in step.runs for extent in run.extents] for step in steps]
         read_ahead = ReadAhead(list(chain.from_iterable(extents)), together=max(map(len, extents), default=1))
         # One cell may be larger than a chunk.
-        write_behind = WriteBehind(max(CHUNK_BYTES, self._layout.cell_bytes))
+        write_behind = WriteBehind(max(CHUNK_BYTES, math.lcm(self._layout.cell_bytes, self._layout.block_bytes)))
         with ExitStack() as opened:
             bundles = opened.enter_context(self._create(BUNDLES_FILE, self._record.bundles_file_bytes))
             files, resident = [bundles], None
@@ -135,7 +135,9 @@ class ModelWriter:
             raise CheckpointError(f"{where} has a weight that is {why}: import with --dtype keep") from error
         cell = position // self._layout.bundles_per_cell
         offset_bytes = self._record.layers[unit.layer].offset_bytes + cell * self._layout.cell_bytes
-        write_behind.put(bundles, buffer, size_bytes, offset_bytes)
+        padded_bytes = round_up(size_bytes, self._layout.block_bytes)  # at the end of a layer
+        buffer[size_bytes:padded_bytes] = bytes(padded_bytes - size_bytes)
+        write_behind.put(bundles, buffer, padded_bytes, offset_bytes)
 
 
 class _HeldMatrices:

@@ -35,7 +35,7 @@ from weightd.store.store import FILES_FOLDER, model_name_for
 from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of
 from weightd_proto.weightd_pb2 import Model, Recipe
 
-BLOCK_BYTES = 4096  # of most devices; a store's own may be larger
+BLOCK_BYTES, SECTOR_BYTES = 4096, 512  # of most devices; a store's own may be larger
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -56,7 +56,7 @@ def probe(path: Path, dtype: str = KEEP, activation: str = "") -> tuple[Recipe, 
         checkpoint = open_checkpoint(path)
         recipe = derive(checkpoint, ask, activation)
         name = model_name_for(path.resolve())
-        sizes = (BLOCK_BYTES, FULL_SPEED_READ_BYTES_DEFAULT, TABLES_ABOVE_BYTES)
+        sizes = (BLOCK_BYTES, FULL_SPEED_READ_BYTES_DEFAULT, SECTOR_BYTES, TABLES_ABOVE_BYTES)
         record = lay_out(checkpoint, recipe, name, dtype, *sizes).record
         files = Path(scratch, FILES_FOLDER)
         write_files(checkpoint, recipe, files)

@@ -24,7 +24,7 @@ from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES, QUANTISED_DTYPES
 from weightd_proto.hub_names import is_hub_name
 from weightd_proto.weightd_pb2 import Model
 
-BLOCK_BYTES = 4096  # of most devices
+BLOCK_BYTES, SECTOR_BYTES = 4096, 512  # of most devices
 DTYPE_DEFAULT = "bf16"  # of most published models
 
 
@@ -97,7 +97,8 @@ def _from_config(
     looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
     encoding = bundle_encoding(recipe, dtype or used, stored)
-    record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, BLOCK_BYTES, device.full_speed_bytes)
+    sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES)
+    record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, *sizes)
     record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
     with TemporaryDirectory(prefix="weightd-plan-") as folder:
         Path(folder, CONFIG_FILE).write_bytes(recipe.config_json)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd import _native
-from weightd._native import PAGE_BYTES, SEGMENT_BYTES_MAX, EngineThread, ModelSpec
+from weightd._native import PAGE_BYTES, SEGMENT_BYTES_MAX, EngineThread, ModelSpec, sector_size_bytes
 from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
 from weightd.machine.budget import GrowingDram, ModelDemand
 from weightd.sizes import round_up
@@ -258,6 +258,12 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
 
 def _open(store: Store, engine: EngineThread, record: weightd_pb2.Model) -> ServedModel:
     try:
+        sector_bytes = sector_size_bytes(store.bundles_path(record.name))
+        if record.bundle.cell_bytes % sector_bytes:
+            raise StoreError(
+                f"{record.name} has cells of {record.bundle.cell_bytes} bytes, but the device of {store.path} reads "
+                f"{sector_bytes} bytes at a time: import the model again on this device"
+            )
         number = engine.add_model(model_spec(store, record))
     except OSError as error:
         raise DeviceError(f"cannot open model {record.name!r} for direct reading: {error}{_advice(error)}") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from weightd._native import BundleShape
 from weightd.sizes import round_up
-from weightd_proto.encodings import fill_old_fields, part_bytes
+from weightd_proto.encodings import fill_old_fields, is_plain, part_bytes
 from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Layer
 
 # Bundles of a cell start on cache lines, so that the kernels read whole ones.
@@ -16,23 +16,36 @@ STRIDE_ALIGNMENT_BYTES = 64
 EXPERT_CELL_BYTES_MAX = 2 << 20
 
 
-def bundle_layout(parts: Sequence[BundlePart], hidden_size: int, block_bytes: int) -> BundleLayout:
+def bundle_layout(
+    parts: Sequence[BundlePart], hidden_size: int, block_bytes: int, sector_bytes: int = 0
+) -> BundleLayout:
     """The layout of bundles of `parts` (`hidden_size` values each) on blocks of `block_bytes`.
 
     For FFNs whose neurons are read one by one. Small bundles share a block; a larger one is a cell of its own, padded
-    to the block size.
+    to the block size. Quantised bundles, which often are a little larger than a block or half of one, are padded to
+    sectors of `sector_bytes` instead, unless that is 0.
     """
     layout = BundleLayout(parts=parts, hidden_size=hidden_size, block_bytes=block_bytes)
     layout.bundle_bytes = sum(part_bytes(layout))
     layout.stride_bytes = round_up(layout.bundle_bytes, STRIDE_ALIGNMENT_BYTES)
     layout.bundles_per_cell = max(1, block_bytes // layout.stride_bytes)
     layout.cell_bytes = block_bytes if layout.bundles_per_cell > 1 else round_up(layout.bundle_bytes, block_bytes)
+    if sector_bytes and not all(is_plain(part.encoding) for part in parts):
+        bundles = range(1, layout.bundles_per_cell + 1)
+        cells = {count: round_up(count * layout.stride_bytes, sector_bytes) for count in bundles}
+        layout.bundles_per_cell = min(bundles, key=lambda count: cells[count] / count)
+        layout.cell_bytes = cells[layout.bundles_per_cell]
     fill_old_fields(layout)
     return layout
 
 
 def model_layout(
-    parts: Sequence[BundlePart], hidden_size: int, layers: Iterable[Layer], block_bytes: int, read_bytes: int
+    parts: Sequence[BundlePart],
+    hidden_size: int,
+    layers: Iterable[Layer],
+    block_bytes: int,
+    read_bytes: int,
+    sector_bytes: int = 0,
 ) -> BundleLayout:
     """The layout of a model with these layers.
 
@@ -42,8 +55,9 @@ def model_layout(
 
     Args:
         read_bytes: the size of reads from which on the device has its full speed (device_profile.py).
+        sector_bytes: of the device; see bundle_layout().
     """
-    layout = bundle_layout(parts, hidden_size, block_bytes)
+    layout = bundle_layout(parts, hidden_size, block_bytes, sector_bytes)
     expert_neurons = [layer.neurons // layer.experts for layer in layers if layer.experts]
     if not expert_neurons:
         return layout
@@ -64,12 +78,12 @@ def _divisors(number: int) -> list[int]:
 
 
 def lay_out_layers(layout: BundleLayout, layers: Iterable[Layer]) -> int:
-    """Lays the layers out back to back: sets their cells and offsets. Returns the bytes of bundles.bin."""
+    """Lays the layers out, each from a block on: sets their cells and offsets. Returns the bytes of bundles.bin."""
     offset_bytes = 0
     for layer in layers:
         layer.cells = -(-layer.neurons // layout.bundles_per_cell)
         layer.offset_bytes = offset_bytes
-        offset_bytes += layer.cells * layout.cell_bytes
+        offset_bytes += round_up(layer.cells * layout.cell_bytes, layout.block_bytes)
     return offset_bytes
 
 

@@ -15,7 +15,8 @@
   biases are resident.
 - Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block with
   bundles_per_cell = block_bytes // stride_bytes bundles. If not even one fits, a cell is one bundle padded to whole
-  blocks.
+  blocks. Cells of quantised bundles are padded to sectors instead: max(512, what statx reports for direct I/O), or
+  block_bytes where it reports nothing. They hold as many bundles, up to block_bytes // stride_bytes, as waste least.
 - A layer is ceil(neurons / bundles_per_cell) cells in order of placement: position p holds neuron placement[p]. Layers
   begin on block boundaries. All padding is zero.
 - A table is stored like a model with one layer (Model.tables in proto/weightd.proto): its bundles are rows, in their
