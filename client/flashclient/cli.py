@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from typing import NoReturn
 
 from flashclient import standard_streams
-from flashclient.commands import calibrate, chat, evaluate, generate, run
+from flashclient.commands import calibrate, chat, evaluate, generate, run, serve
 from flashclient.commands.arguments import utf8
 from flashclient.commands.keywords import in_flags
 from flashclient.errors import FlashClientError, OptionError
@@ -16,7 +16,7 @@ from flashclient.standard_streams import complain
 
 # They take seconds to import: a usage error or --help should not wait for them.
 PACKAGES = ("torch", "transformers")
-COMMANDS = (run, chat, generate, calibrate, evaluate)
+COMMANDS = (run, chat, generate, serve, calibrate, evaluate)
 
 
 class _Parser(argparse.ArgumentParser):

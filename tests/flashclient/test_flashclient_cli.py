@@ -91,7 +91,7 @@ def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) ->
         (["generate", "m", "p", "--dram", "1GiB"], 2, "--dram 1GiB is for a private weightd: pass --store too"),
         (["generate", "m", "p", "--window", "-1"], 2, "'-1' must be a whole number of at least 0"),
         (["generate", "m", "p", "--mode", "fast"], 2, "--mode 'fast' is not known: use 'auto' or 'exact' or 'predict'"),
-        (["serve"], 2, "invalid choice: 'serve'"),
+        (["server"], 2, "invalid choice: 'server'"),
         (["generate", "m", "p", "--address", "unix:/nowhere/socket"], 1, "no weightd at unix:/nowhere/socket"),
     ],
 )

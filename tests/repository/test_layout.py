@@ -46,10 +46,12 @@ TABLE = {
         tensors: errors
         recipes: errors source model tensors
         generation: errors torch_state source kernels model tensors recipes
+        batching: errors torch_state kernels model generation
         calibration: errors memory_limits daemon source kernels model
         options: errors daemon
         client: errors standard_streams torch_state turns daemon source model generation options
-        commands: errors standard_streams daemon generation calibration options client
+        server: errors generation batching client
+        commands: errors standard_streams daemon generation batching calibration options client server
         cli: errors standard_streams commands
         __main__: cli
         __init__: client

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from checkpoints import make_checkpoint
@@ -74,7 +75,7 @@ def test_no_command_is_left_out() -> None:
         *ELSEWHERE,
     )
     left = [line for line in COMMANDS if not line.startswith(tuple(f"weightd {start}" for start in known))]
-    assert [line.split()[1] for line in left] == ["run", "generate", "calibrate", "eval"]
+    assert [line.split()[1] for line in left] == ["run", "generate", "serve", "calibrate", "eval"]
 
 
 def test_plan_and_probe(folder: Path) -> None:
@@ -120,9 +121,24 @@ def test_serving_and_generating(folder: Path) -> None:
     with serving(folder / "store", *serve[3 : serve.index("--listen")]) as daemon:
         generate = [daemon.address if word == ADDRESS else word for word in example("flashclient generate")]
         assert run([*generate, "--max-new-tokens", "4"], folder)
+        server = [daemon.address if word == ADDRESS else word for word in example("flashclient serve")]
+        assert "opt-1.3b" in answered_by([*server, "--port", "0"], folder)
         (script,) = PYTHON
         (folder / "example.py").write_text(script.replace(ADDRESS, daemon.address))
         assert run(["example"], folder)
+
+
+def answered_by(command: list[str], folder: Path) -> str:
+    """What the server answers on GET /v1/models."""
+    started = [sys.executable, "-m", *command]
+    with subprocess.Popen(started, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().rpartition(" ")[2].strip()
+        try:
+            with urlopen(f"{address}/models", timeout=60) as answer:
+                return str(answer.read().decode())
+        finally:
+            process.terminate()
 
 
 def test_calibrating_and_evaluating(folder: Path) -> None:

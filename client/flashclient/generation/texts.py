@@ -53,7 +53,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> str:
     return str(text)
 
 
-class _GrowingText:
+class GrowingText:
     """Decodes a growing sequence. Gives out only text that later tokens cannot change."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: list[int]) -> None:
@@ -116,7 +116,7 @@ class TextStream(BaseStreamer):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._text: _GrowingText | None = None
+        self._text: GrowingText | None = None
         self._pieces: queue.SimpleQueue[str | BaseException | None] = queue.SimpleQueue()
         self._abandoned = threading.Event()
 
@@ -126,7 +126,7 @@ class TextStream(BaseStreamer):
             raise OptionError(f"stream() gives the text of one sequence, not of {value.shape[0]}: use generate()")
         tokens = value.reshape(-1).tolist()
         if self._text is None:
-            self._text = _GrowingText(self._tokenizer, tokens)
+            self._text = GrowingText(self._tokenizer, tokens)
         elif piece := self._text.add(tokens):
             self._pieces.put(piece)
 

@@ -1,0 +1,84 @@
+"""A text that somebody waits for, while it is made."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashclient.batching.sampling import Picked, Sampler, Sampling
+from flashclient.generation.stop_texts import StopTexts
+from flashclient.generation.texts import GrowingText
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step added to a text.
+
+    Attributes:
+        text: that can be shown from now on.
+        picked: the step's token; None where only text was held back until now.
+        finished: why the text ended: "stop" or "length"; None while it goes on.
+        error: why it could not be finished.
+    """
+
+    text: str = ""
+    picked: Picked | None = None
+    finished: str | None = None
+    error: Exception | None = None
+
+
+@dataclass
+class Request:
+    """One sequence to make. `tell` is called from the scheduler's thread, and must not block.
+
+    Attributes:
+        prompt: token ids, at least one.
+        tokens_max: new tokens at most.
+        ends: tokens that end the text.
+        stops: texts that end it, and are not part of it.
+    """
+
+    prompt: Sequence[int]
+    tokenizer: Any
+    sampling: Sampling
+    tokens_max: int
+    ends: frozenset[int]
+    stops: Sequence[str]
+    tell: Callable[[Progress], None]
+    made: int = 0
+    _cancelled: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self._sampler = Sampler(self.sampling, self.prompt)
+        self._text = GrowingText(self.tokenizer, list(self.prompt))
+        self._stops = StopTexts(self.stops)
+
+    def cancel(self) -> None:
+        """Nobody waits any more: nothing more is computed. May be called from any thread."""
+        self._cancelled.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
+    def take(self, logits: Any) -> int | None:
+        """Picks the next token from logits [vocabulary], and tells what it adds. None where the text has ended."""
+        picked = self._sampler.pick(logits)
+        self.made += 1
+        ended = picked.token in self.ends
+        text = "" if ended else self._stops.add(self._text.add([picked.token]))
+        finished = "stop" if ended or self._stops.found is not None else None
+        if finished is None and self.made == self.tokens_max:
+            finished = "length"
+        if finished is not None and self._stops.found is None:
+            text += self._stops.add(self._text.rest())
+            finished = "stop" if self._stops.found is not None else finished
+            text += self._stops.rest()
+        self.tell(Progress(text, picked, finished))
+        return picked.token if finished is None else None
+
+    def fail(self, error: Exception) -> None:
+        """Tells that the text cannot be finished."""
+        self.tell(Progress(error=error))

@@ -1,0 +1,132 @@
+"""Picks the tokens of one sequence from its logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+TOP_LOGPROBS_MAX = 20
+OF_A_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what a generation config may set
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. The values are those of transformers' generate() and of the OpenAI interface.
+
+    Attributes:
+        temperature: 0 takes the likeliest token.
+        presence_penalty, frequency_penalty: subtracted from the logits of tokens that were made already: once, and as
+            often as they were made.
+        logit_bias: added to the logits of these tokens.
+        seed: None is a random one.
+        top_logprobs: alternatives of each token to report; None: not even the token's own logarithm.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+    @classmethod
+    def of(cls, config: GenerationConfig, **given: Any) -> Sampling:
+        """Values that are given, else those of a model's generation config."""
+        own = {name: getattr(config, name, None) for name in OF_A_MODEL}
+        set_values = [{name: value for name, value in one.items() if value is not None} for one in (own, given)]
+        return cls(**(set_values[0] | set_values[1]))
+
+
+@dataclass(frozen=True)
+class Picked:
+    """A token, the logarithm of its probability, and the likeliest tokens with theirs, as far as they are wanted."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Picks the tokens of one sequence. What it picks depends on the sequence and the seed alone."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self._sampling = sampling
+        self._tokens = list(prompt)
+        self._made: Counter[int] = Counter()
+        self._warpers = _warpers(sampling)
+        self._random = torch.Generator()
+        if sampling.seed is None:
+            self._random.seed()
+        else:
+            self._random.manual_seed(sampling.seed)
+
+    def pick(self, logits: Tensor) -> Picked:
+        """The next token. logits: [vocabulary]."""
+        logits = logits.float()
+        scores = self._adjusted(logits)
+        if self._sampling.repetition_penalty != 1.0 or self._warpers:
+            scores = self._warpers(torch.tensor([self._tokens]), scores[None])[0]  # type: ignore[arg-type]
+        if self._sampling.temperature == 0.0:
+            token = int(scores.argmax())
+        else:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
+        self._tokens.append(token)
+        self._made[token] += 1
+        return self._with_logprobs(token, logits)
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """With the OpenAI interface's penalties and biases."""
+        sampling = self._sampling
+        penalises = self._made and (sampling.presence_penalty or sampling.frequency_penalty)
+        if not penalises and not sampling.logit_bias:
+            return logits
+        scores = logits.clone()
+        if penalises:
+            for token, count in self._made.items():
+                scores[token] -= sampling.presence_penalty + sampling.frequency_penalty * count
+        for token, bias in sampling.logit_bias.items():
+            scores[token] += bias
+        return scores
+
+    def _with_logprobs(self, token: int, logits: Tensor) -> Picked:
+        wanted = self._sampling.top_logprobs
+        if wanted is None:
+            return Picked(token)
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(min(wanted, len(logprobs))) if wanted else None
+        likeliest = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return Picked(token, float(logprobs[token]), likeliest)
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    warpers: list[Any] = []
+    if sampling.repetition_penalty != 1.0:
+        warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature != 0.0:
+        if sampling.temperature != 1.0:
+            warpers.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p:
+            warpers.append(MinPLogitsWarper(sampling.min_p))
+    return LogitsProcessorList(warpers)

@@ -1,0 +1,121 @@
+"""`flashclient serve`: the OpenAI interface over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flashclient.commands.arguments import add_command, positive
+from flashclient.commands.opening import open_client
+from flashclient.errors import FlashClientError, OptionError
+from flashclient.standard_streams import say
+
+PORT_DEFAULT = 8080
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PACKAGES = ("fastapi", "uvicorn")
+STOPPING_S = 5  # for answers under way
+BACKLOG = 128
+
+
+def add(commands: Any) -> None:
+    """Adds the command."""
+    command = add_command(commands, "serve", _run, "serve the OpenAI interface over HTTP")
+    command.add_argument(
+        "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
+    )
+    command.add_argument("--host", default=LOOPBACK[0], help="address to listen at (default: this machine only)")
+    command.add_argument("--port", type=_port, default=PORT_DEFAULT, help=f"default: {PORT_DEFAULT}")
+    command.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="keys that may ask, one a line; needed for other hosts"
+    )
+    command.add_argument("--sequences", type=positive, default=16, metavar="N", help="that advance at once, at most 16")
+    command.add_argument("--waiting", type=positive, default=64, metavar="N", help="further ones that may wait")
+
+
+def _port(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < 65536:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port from 0 to 65535")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    keys = _checked(options)
+    with ExitStack() as opened:
+        client = opened.enter_context(open_client(options, mode=options.mode))
+        _serve(client, options, keys, opened)
+    return 0
+
+
+def _checked(options: argparse.Namespace) -> list[str]:
+    """The API keys. Raises OptionError and FlashClientError for what cannot be served."""
+    missing = [package for package in PACKAGES if find_spec(package) is None]
+    if missing:
+        raise FlashClientError(f"this needs {' and '.join(missing)}: pip install 'weightd[serve]'")
+    if options.sequences > 16:
+        raise OptionError(f"--sequences {options.sequences} is more than 16, which is what a kernel computes at once")
+    if options.json:
+        raise OptionError("--json is not for serve: leave it out")
+    if options.api_key_file is None:
+        if options.host not in LOOPBACK:
+            raise OptionError(f"--host {options.host} may be reached by others: pass --api-key-file, too")
+        return []
+    try:
+        lines = options.api_key_file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise OptionError(f"--api-key-file {options.api_key_file}: {reason.lower()}") from error
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise OptionError(f"--api-key-file {options.api_key_file} has no key: write one a line")
+    return keys
+
+
+def _serve(client: Any, options: argparse.Namespace, keys: list[str], opened: ExitStack) -> None:
+    import uvicorn
+
+    from flashclient.batching.scheduler import Scheduler
+    from flashclient.server.access import Access
+    from flashclient.server.api import make_api
+    from flashclient.server.served_model import ServedModel
+
+    scheduler = Scheduler(client.loaded, options.sequences, options.waiting)
+    opened.callback(scheduler.close)
+    name = client.record.name
+    api = make_api({name: ServedModel(name, client, scheduler)}, Access(keys))
+    listening = _bound(options)
+    host, port = listening.getsockname()[:2]
+    say(f"serving {name} (mode {client.mode}) at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    config = uvicorn.Config(api, log_level="warning", lifespan="off", timeout_graceful_shutdown=STOPPING_S)
+
+    class Server(uvicorn.Server):
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            """Without raising the signal again, so that the client is closed in order."""
+            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    Server(config).run(sockets=[listening])
+
+
+def _bound(options: argparse.Namespace) -> socket.socket:
+    """A listening socket. Raises FlashClientError where the address cannot be had."""
+    try:
+        listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((options.host, options.port))
+        listening.listen(BACKLOG)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise FlashClientError(f"cannot listen at {options.host}:{options.port}: {reason}") from error
+    return listening

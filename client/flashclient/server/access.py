@@ -1,0 +1,46 @@
+"""Who may ask, and how much one request may hold."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping, Sequence
+
+from fastapi import Request
+
+from flashclient.server.problems import Problem
+
+BODY_BYTES_MAX = 8 << 20  # a prompt of a million tokens has about 4 MB
+
+
+class Access:
+    """API keys, and the bound of bodies.
+
+    Args:
+        keys: that may ask; none means that everybody may.
+    """
+
+    def __init__(self, keys: Sequence[str] = ()) -> None:
+        self._keys = [key.encode() for key in keys]
+
+    def check_key(self, headers: Mapping[str, str]) -> None:
+        """Raises Problem unless the request has one of the keys, as `Authorization: Bearer KEY`."""
+        if not self._keys:
+            return
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        found = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]  # all, in constant time
+        if scheme.lower() != "bearer" or not any(found):
+            text = "this server wants an API key: send it as `Authorization: Bearer KEY`"
+            raise Problem(401, text if not given else "the API key is wrong", code="invalid_api_key")
+
+    async def read_body(self, request: Request) -> bytes:
+        """The body. Raises Problem for a larger one, without reading the rest of it."""
+        declared = request.headers.get("content-length", "")
+        held = bytearray()
+        if not declared.isdecimal() or int(declared) <= BODY_BYTES_MAX:
+            async for piece in request.stream():
+                held += piece
+                if len(held) > BODY_BYTES_MAX:
+                    break
+            else:
+                return bytes(held)
+        raise Problem(413, f"the body is larger than {BODY_BYTES_MAX >> 20} MiB: shorten the prompt")

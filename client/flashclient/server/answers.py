@@ -1,0 +1,160 @@
+"""Answers and chunks of streams, in the form of the OpenAI interface."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from flashclient.batching.request import Progress
+from flashclient.batching.sampling import Picked
+from flashclient.server.problems import Problem
+from flashclient.server.served_model import Answer
+
+DONE = "data: [DONE]\n\n"
+
+
+class Form(ABC):
+    """One endpoint's form of answers.
+
+    Args:
+        with_logprobs: whether logarithms of probabilities are reported.
+    """
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, model: str, tokenizer: Any, with_logprobs: bool) -> None:
+        self._tokenizer = tokenizer
+        self._with_logprobs = with_logprobs
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """The answer, when all its sequences have finished."""
+        choices = []
+        for answer in answers:
+            text, picked, finished = "", [], None
+            async for step in answer.steps():
+                text += step.text
+                picked += [step.picked] if step.picked is not None else []
+                finished = step.finished
+            choices.append({"index": answer.index, **self._choice(text, picked), "finish_reason": finished})
+        return {**self._head, "object": self.kind, "choices": choices, "usage": usage_of(answers)}
+
+    async def stream(
+        self, answers: Sequence[Answer], merged: AsyncIterator[tuple[Answer, Progress]], usage: bool
+    ) -> AsyncIterator[str]:
+        """Server-sent events: chunks as they come, and at the end [DONE]. An error ends the stream as an event."""
+        more = {"usage": None} if usage else {}
+        try:
+            for answer in answers:
+                for delta in self._first():
+                    yield self._event(answer.index, delta, None, more)
+            async for answer, step in merged:
+                if step.text or step.finished is None:
+                    picked = [step.picked] if step.picked is not None else []
+                    if step.text or self._with_logprobs:
+                        yield self._event(answer.index, self._delta(step.text, picked), None, more)
+                if step.finished is not None:
+                    yield self._event(answer.index, self._last(), step.finished, more)
+            if usage:
+                yield _data({**self._head, "object": self.chunk_kind, "choices": [], "usage": usage_of(answers)})
+        except Exception as error:
+            yield _data(Problem.of(error).as_dict())
+        yield DONE
+
+    def _event(self, index: int, delta: dict[str, Any], finished: str | None, more: dict[str, Any]) -> str:
+        choice = {"index": index, **delta, "finish_reason": finished}
+        return _data({**self._head, "object": self.chunk_kind, "choices": [choice], **more})
+
+    def _token_text(self, token: int) -> str:
+        return str(self._tokenizer.decode([token])) if self._tokenizer is not None else str(token)
+
+    @abstractmethod
+    def _choice(self, text: str, picked: list[Picked]) -> dict[str, Any]:
+        """A whole choice."""
+
+    @abstractmethod
+    def _delta(self, text: str, picked: list[Picked]) -> dict[str, Any]:
+        """What a step adds."""
+
+    def _first(self) -> list[dict[str, Any]]:
+        return []
+
+    @abstractmethod
+    def _last(self) -> dict[str, Any]:
+        """What the last chunk of a choice adds: nothing."""
+
+
+class CompletionForm(Form):
+    """/v1/completions."""
+
+    prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
+
+    def _choice(self, text: str, picked: list[Picked]) -> dict[str, Any]:
+        return {"text": text, "logprobs": self._logprobs(picked)}
+
+    def _delta(self, text: str, picked: list[Picked]) -> dict[str, Any]:
+        return self._choice(text, picked)
+
+    def _last(self) -> dict[str, Any]:
+        return {"text": "", "logprobs": None}
+
+    def _logprobs(self, picked: list[Picked]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        texts = [self._token_text(one.token) for one in picked]
+        ends = [sum(map(len, texts[:count])) for count in range(len(texts))]
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in picked],
+            "top_logprobs": [{self._token_text(token): value for token, value in one.top} for one in picked],
+            "text_offset": ends,
+        }
+
+
+class ChatForm(Form):
+    """/v1/chat/completions."""
+
+    prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def _choice(self, text: str, picked: list[Picked]) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"message": message, "logprobs": self._logprobs(picked)}
+
+    def _first(self) -> list[dict[str, Any]]:
+        return [{"delta": {"role": "assistant", "content": ""}, "logprobs": None}]
+
+    def _delta(self, text: str, picked: list[Picked]) -> dict[str, Any]:
+        return {"delta": {"content": text}, "logprobs": self._logprobs(picked)}
+
+    def _last(self) -> dict[str, Any]:
+        return {"delta": {}, "logprobs": None}
+
+    def _logprobs(self, picked: list[Picked]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        return {"content": [self._token(one) for one in picked], "refusal": None}
+
+    def _token(self, picked: Picked) -> dict[str, Any]:
+        top = [self._entry(token, value) for token, value in picked.top]
+        return {**self._entry(picked.token, picked.logprob), "top_logprobs": top}
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._token_text(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+def usage_of(answers: Sequence[Answer]) -> dict[str, int]:
+    """Tokens of all prompts, each counted once, and of all answers."""
+    prompts = {id(answer.request.prompt): answer.prompt_tokens for answer in answers}
+    prompt_tokens, made = sum(prompts.values()), sum(answer.request.made for answer in answers)
+    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"

@@ -1,0 +1,183 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from flashclient.batching.request import Progress
+from flashclient.errors import FlashClientError
+from flashclient.server.access import Access
+from flashclient.server.answers import ChatForm, CompletionForm, Form
+from flashclient.server.metrics import Metrics
+from flashclient.server.problems import Problem
+from flashclient.server.schema import ChatBody, Choosing, CompletionBody
+from flashclient.server.served_model import Answer, Asked, ServedModel
+
+POLL_S = 0.25  # how often a request that is not a stream looks whether its client has gone
+Body = TypeVar("Body", bound=Choosing)
+
+logger = logging.getLogger("flashclient.server")
+
+
+def make_api(models: Mapping[str, ServedModel], access: Access) -> FastAPI:
+    """The application for uvicorn."""
+    api = FastAPI(title="flashclient", docs_url=None, redoc_url=None, openapi_url=None)
+    routes = _Routes(models, access, Metrics(models))
+    api.add_api_route("/health", routes.health, methods=["GET"])
+    api.add_api_route("/metrics", routes.metrics, methods=["GET"])
+    api.add_api_route("/v1/models", routes.list_models, methods=["GET"])
+    api.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
+    api.add_api_route("/v1/completions", routes.completions, methods=["POST"])
+    api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    for kind in (Problem, FlashClientError):
+        api.add_exception_handler(kind, _answer_problem)
+    api.add_exception_handler(HTTPException, _answer_unknown)
+    api.add_exception_handler(Exception, _answer_unexpected)
+    return api
+
+
+async def _answer_problem(_: Request, error: Exception) -> Response:
+    problem = Problem.of(error)
+    return JSONResponse(problem.as_dict(), problem.status, problem.headers)
+
+
+async def _answer_unknown(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    there = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health and GET /metrics"
+    message = f"no {request.method} {request.url.path}: this server has {there}"
+    return JSONResponse(Problem(error.status_code, message).as_dict(), error.status_code)
+
+
+async def _answer_unexpected(_: Request, error: Exception) -> Response:
+    logger.error("a request failed", exc_info=error)
+    problem = Problem.of(error)
+    return JSONResponse(problem.as_dict(), problem.status)
+
+
+class _Routes:
+    def __init__(self, models: Mapping[str, ServedModel], access: Access, metrics: Metrics) -> None:
+        self._models = models
+        self._access = access
+        self._metrics = metrics
+
+    async def health(self) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self) -> Response:
+        text, kind = self._metrics.text()
+        return PlainTextResponse(text, media_type=kind)
+
+    async def list_models(self, request: Request) -> Response:
+        self._access.check_key(request.headers)
+        return JSONResponse({"object": "list", "data": [_described(model) for model in self._models.values()]})
+
+    async def model(self, name: str, request: Request) -> Response:
+        self._access.check_key(request.headers)
+        return JSONResponse(_described(self._named(name)))
+
+    async def completions(self, request: Request) -> Response:
+        body = await self._body(request, CompletionBody)
+        model = self._named(body.model)
+        prompts = [await run_in_threadpool(model.text_ids, prompt) for prompt in body.prompts]
+        asked = Asked(body.chosen(), body.max_tokens, body.stops, body.n or 1, body.logprobs)
+        form = CompletionForm(model.name, model.client.tokenizer, body.logprobs is not None)
+        return await self._answer(request, body, form, model.ask(prompts, asked))
+
+    async def chat(self, request: Request) -> Response:
+        body = await self._body(request, ChatBody)
+        model = self._named(body.model)
+        layout = dict(body.chat_template_kwargs or {})
+        ids = await run_in_threadpool(model.chat_ids, body.conversation(), layout)
+        asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives)
+        form = ChatForm(model.name, model.client.tokenizer, bool(body.logprobs))
+        return await self._answer(request, body, form, model.ask([ids], asked))
+
+    def _named(self, name: str) -> ServedModel:
+        model = self._models.get(name)
+        if model is None:
+            there = ", ".join(self._models)
+            raise Problem(404, f"no model '{name}': this server has {there}", "model", "model_not_found")
+        return model
+
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        self._access.check_key(request.headers)
+        data = await self._access.read_body(request)
+        try:
+            return kind.model_validate_json(data)
+        except ValidationError as error:
+            raise _refused(error) from None
+
+    async def _answer(self, request: Request, body: Choosing, form: Form, answers: list[Answer]) -> Response:
+        if body.stream:
+            events = self._until_gone(form.stream(answers, _merged(answers), body.reports_usage), answers)
+            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        whole = asyncio.ensure_future(form.whole(answers))
+        try:
+            while not whole.done():
+                await asyncio.wait([whole], timeout=POLL_S)
+                if not whole.done() and await request.is_disconnected():
+                    return Response(status_code=499)  # nobody reads it
+            return JSONResponse(whole.result())
+        except Exception as error:
+            raise Problem.of(error) from error
+        finally:
+            whole.cancel()
+            self._end(answers)
+
+    async def _until_gone(self, events: AsyncIterator[str], answers: Sequence[Answer]) -> AsyncIterator[str]:
+        try:
+            async for event in events:
+                yield event
+        finally:  # also when the client has gone
+            self._end(answers)
+
+    def _end(self, answers: Sequence[Answer]) -> None:
+        for answer in answers:
+            answer.request.cancel()
+            self._metrics.count(answer)
+
+
+async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Progress]]:
+    """The steps of all answers as they come."""
+    steps = {answer.index: answer.steps() for answer in answers}
+    next_of = {asyncio.ensure_future(anext(of)): index for index, of in steps.items()}
+    by_index = {answer.index: answer for answer in answers}
+    try:
+        while next_of:
+            done, _ = await asyncio.wait(next_of, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                index = next_of.pop(future)
+                with suppress(StopAsyncIteration):
+                    step = future.result()
+                    yield by_index[index], step
+                    next_of[asyncio.ensure_future(anext(steps[index]))] = index
+    finally:
+        for future in next_of:
+            future.cancel()
+
+
+def _described(model: ServedModel) -> dict[str, Any]:
+    return {"id": model.name, "object": "model", "created": model.created_unix_s, "owned_by": "weightd"}
+
+
+def _refused(error: ValidationError) -> Problem:
+    """The first thing that is wrong with a body, in one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = [str(part) for part in first["loc"]]
+    param = where[0] if where else None
+    if first["type"] == "extra_forbidden":
+        return Problem(400, f"this server does not know {'.'.join(where)}: leave it out", param, "unknown_parameter")
+    if first["type"] == "json_invalid":
+        return Problem(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
+    name = ".".join(where) or "the body"
+    return Problem(400, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param)

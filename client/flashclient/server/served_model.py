@@ -1,0 +1,143 @@
+"""A model that the server answers with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flashclient.batching.request import Progress, Request
+from flashclient.batching.sampling import Sampling
+from flashclient.batching.scheduler import Scheduler
+from flashclient.client import FlashClient
+from flashclient.errors import OptionError
+from flashclient.generation.chat import conversation
+from flashclient.generation.prompts import encode
+from flashclient.server.problems import Problem
+
+NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request wants of each of its prompts."""
+
+    sampling: dict[str, Any]
+    tokens_max: int | None
+    stops: Sequence[str]
+    count: int
+    top_logprobs: int | None
+
+
+@dataclass
+class Answer:
+    """One sequence of a request, and its progress."""
+
+    index: int
+    prompt_tokens: int
+    request: Request
+    progress: asyncio.Queue[Progress]
+
+    async def steps(self) -> AsyncIterator[Progress]:
+        """Until it has finished. Raises the error that ended it."""
+        while True:
+            step = await self.progress.get()
+            if step.error is not None:
+                raise step.error
+            yield step
+            if step.finished is not None:
+                return
+
+
+@dataclass
+class ServedModel:
+    """A client, and the scheduler of its requests."""
+
+    name: str
+    client: FlashClient
+    scheduler: Scheduler
+    created_unix_s: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        model: Any = self.client.model
+        self._config = config = model.generation_config
+        self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
+        ends = getattr(config, "eos_token_id", None)
+        self._ends = frozenset() if ends is None else frozenset(int(end) for end in np.atleast_1d(ends))
+
+    def chat_ids(self, messages: list[dict[str, Any]], layout: dict[str, Any]) -> list[int]:
+        """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
+        if self.client.tokenizer is None:
+            raise Problem(400, f"model '{self.name}' has no tokenizer: use completions with token ids", "messages")
+        known: set[str] = set()
+        with self.client.loaded.turns.taken():
+            prompt, rest = conversation(self.client.tokenizer, messages, layout, known)
+        if rest:
+            raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")
+        return [int(token) for token in prompt.inputs["input_ids"][0]]
+
+    def text_ids(self, prompt: str | list[int]) -> list[int]:
+        """The token ids of a prompt. Raises OptionError for ids that are not the model's."""
+        if isinstance(prompt, str):
+            if self.client.tokenizer is None:
+                raise Problem(400, f"model '{self.name}' has no tokenizer: give token ids", "prompt")
+            with self.client.loaded.turns.taken():
+                return [int(token) for token in encode(prompt, {}, self.client.tokenizer).inputs["input_ids"][0]]
+        strange = [token for token in prompt if not 0 <= token < self._vocabulary]
+        if strange:
+            last = self._vocabulary - 1
+            raise OptionError(f"the prompt has token {strange[0]}, and the model's tokens are 0 to {last}")
+        return prompt
+
+    def ask(self, prompts: Sequence[Sequence[int]], asked: Asked) -> list[Answer]:
+        """Queues `count` sequences for each prompt. Raises BusyError, OptionError; then none is queued."""
+        answers = []
+        for place, prompt in enumerate(prompts):
+            tokens_max = self._tokens_max(len(prompt), asked.tokens_max)
+            for number in range(asked.count):
+                index = place * asked.count + number
+                answers.append(self._answer(index, prompt, asked, tokens_max, number))
+        self.scheduler.submit(*(answer.request for answer in answers))
+        return answers
+
+    def _answer(self, index: int, prompt: Sequence[int], asked: Asked, tokens_max: int, number: int) -> Answer:
+        progress: asyncio.Queue[Progress] = asyncio.Queue()
+        given = asked.sampling
+        if given.get("seed") is not None:
+            given = given | {"seed": int(given["seed"]) + number}  # alternatives differ
+        request = Request(
+            prompt,
+            self.client.tokenizer,
+            Sampling.of(self._config, **given, top_logprobs=asked.top_logprobs),
+            tokens_max,
+            self._ends,
+            asked.stops,
+            _teller(asyncio.get_running_loop(), progress),
+        )
+        return Answer(index, len(prompt), request, progress)
+
+    def _tokens_max(self, prompt_tokens: int, asked: int | None) -> int:
+        """Raises OptionError if the prompt and what is asked for are longer than the model's context."""
+        context = self.client.loaded.context_tokens
+        if context is None:
+            return NEW_TOKENS_DEFAULT if asked is None else asked
+        room = context - prompt_tokens
+        if room < 1 or (asked is not None and asked > room):
+            raise OptionError(
+                f"the model's context is {context} tokens, and the prompt has {prompt_tokens}: "
+                + ("shorten the prompt" if room < 1 else f"at most {room} new ones fit, not {asked}")
+            )
+        return min(room, NEW_TOKENS_DEFAULT) if asked is None else asked
+
+
+def _teller(loop: asyncio.AbstractEventLoop, progress: asyncio.Queue[Progress]) -> Callable[[Progress], None]:
+    def tell(step: Progress) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and nobody listens
+            loop.call_soon_threadsafe(progress.put_nowait, step)
+
+    return tell

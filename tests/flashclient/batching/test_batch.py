@@ -1,0 +1,93 @@
+"""Sequences that join and leave a batch compute, bit for bit, what they compute alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import VOCABULARY, make_config, make_model
+from cut_model import clients_of, cut
+from torch import Tensor
+
+from flashclient import FlashClient
+from flashclient.batching.batch import Batch, can_join, feed
+from flashclient.kernels.growing_cache import GrowingCache
+
+KINDS = {  # family, dtype
+    "llama": ("llama", "float32"),
+    "llama-bf16": ("llama", "bfloat16"),
+    "gemma3": ("gemma3", "float32"),  # with windows of 16 tokens
+    "mistral": ("mistral", "bfloat16"),
+    "opt": ("opt", "float32"),  # with learned positions
+    "qwen2": ("qwen2", "float16"),
+}
+LENGTHS = (1, 3, 15, 16, 17, 40)
+STEPS = 24
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, FlashClient]]:
+    changes: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 16}}
+    cuts = [
+        cut(make_model(make_config(family, **changes.get(kind, {})), dtype), name=kind)
+        for kind, (family, dtype) in KINDS.items()
+    ]
+    with clients_of(cuts, tmp_path_factory.mktemp("batch")) as made:
+        yield made
+
+
+def tokens_of(index: int) -> list[int]:
+    """A prompt, and the tokens after it."""
+    length = LENGTHS[index % len(LENGTHS)] + STEPS
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(index)).tolist()
+
+
+def prefilled(model: Any, tokens: list[int]) -> GrowingCache:
+    cache = GrowingCache(model.config)
+    feed(model, [tokens], cache)
+    return cache
+
+
+def alone(model: Any, index: int) -> list[Tensor]:
+    """The logits after each token behind the prompt."""
+    tokens = tokens_of(index)
+    cache = prefilled(model, tokens[:-STEPS])
+    return [feed(model, [[token]], cache)[0] for token in tokens[-STEPS:]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_come_and_go(clients: dict[str, FlashClient], kind: str) -> None:
+    client = clients[kind]
+    model, chance = client.model, random.Random(kind)
+    expected = {index: alone(model, index) for index in range(2 * len(LENGTHS))}
+    waiting = list(expected)
+    chance.shuffle(waiting)
+    batch = Batch(client.loaded)
+    running: list[tuple[int, int]] = []  # index, and steps done
+    seen = 0
+    while waiting or running:
+        while waiting and (not running or (len(running) < 5 and chance.random() < 0.4)):
+            index = waiting.pop()
+            batch.join(prefilled(model, tokens_of(index)[:-STEPS]))
+            running.append((index, 0))
+        logits = batch.step([tokens_of(index)[done - STEPS] for index, done in running])
+        for row, (index, done) in enumerate(running):
+            assert torch.equal(logits[row], expected[index][done]), f"step {done} of sequence {index}"
+            seen += 1
+        running = [(index, done + 1) for index, done in running]
+        for row in reversed(range(len(running))):
+            if running[row][1] == STEPS or chance.random() < 0.03:  # finished, or its reader has gone
+                del running[row]
+                batch.leave(row)
+        assert batch.rows == len(running)
+    assert seen > 100
+
+
+def test_states_of_another_kind_cannot_join() -> None:
+    assert can_join(GrowingCache(make_config("gemma3")))
+    cache: Any = GrowingCache(make_config("llama"))
+    cache.layers[0] = object()
+    assert not can_join(cache)

@@ -1,0 +1,166 @@
+"""Requests that run at once: each gets what it gets alone, in every mode; they come, go, fail and wait."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import VOCABULARY, make_checkpoint, make_tokenizer
+from daemon import Daemon, serving
+from predictors import lossy, publish_predictors
+
+from flashclient import FlashClient
+from flashclient.batching.request import Progress, Request
+from flashclient.batching.sampling import Sampling
+from flashclient.batching.scheduler import CHUNK_TOKENS, Scheduler
+from flashclient.errors import BusyError, DaemonLostError, FlashClientError
+from weightd import cli
+
+ANSWER_S = 60.0
+TOKENIZER = make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("scheduler")
+    for name, family in (("opt", "opt"), ("llama", "llama")):
+        checkpoint = make_checkpoint(family, folder / name, neurons=600, max_position_embeddings=1024)
+        assert cli.main(["import", str(checkpoint), "--store", str(folder / "store")]) == 0
+    with serving(folder / "store", "--dram", "64MiB") as started:
+        publish_predictors(started.address, "opt", lossy)
+        yield started
+
+
+@dataclass
+class Listener:
+    """A request, and what its scheduler tells of it."""
+
+    request: Request
+    told: queue.SimpleQueue[Progress] = field(default_factory=queue.SimpleQueue)
+
+    def next(self) -> Progress:
+        return self.told.get(timeout=ANSWER_S)
+
+    def end(self) -> tuple[list[int], Progress]:
+        tokens = []
+        while True:
+            step = self.next()
+            tokens += [step.picked.token] if step.picked is not None else []
+            if step.finished is not None or step.error is not None:
+                return tokens, step
+
+
+def asked(prompt: list[int], tokens_max: int = 8, **more: Any) -> Listener:
+    told: queue.SimpleQueue[Progress] = queue.SimpleQueue()
+    fields: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "ends": frozenset(), "stops": ()} | more
+    return Listener(Request(prompt, TOKENIZER, tokens_max=tokens_max, tell=told.put, **fields), told)
+
+
+def prompt_of(index: int, length: int) -> list[int]:
+    return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(index)).tolist()
+
+
+@contextmanager
+def scheduler_of(client: FlashClient, *sizes: int) -> Iterator[Scheduler]:
+    scheduler = Scheduler(client.loaded, *sizes)
+    try:
+        yield scheduler
+    finally:
+        scheduler.close()
+
+
+@pytest.mark.parametrize(("name", "mode"), [("opt", "exact"), ("opt", "predict"), ("llama", "exact")])
+def test_a_request_gets_what_it_gets_alone(daemon: Daemon, name: str, mode: str) -> None:
+    with FlashClient(name, address=daemon.address, mode=mode) as client:
+        prompts = [prompt_of(index, length) for index, length in enumerate((1, 7, 20, 33, CHUNK_TOKENS + 5, 3, 64))]
+        greedy: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+        expected = [client.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :].tolist() for prompt in prompts]
+        with scheduler_of(client, 4) as scheduler:
+            for _ in range(2):
+                listeners = [asked(prompt) for prompt in prompts]
+                for listener in listeners:
+                    scheduler.submit(listener.request)
+                for listener, tokens in zip(listeners, expected, strict=True):
+                    got, last = listener.end()
+                    assert (got, last.finished) == (tokens, "length")
+            assert scheduler.steps < 2 * 8 * len(prompts), "steps are shared"
+        assert torch.equal(client.generate(torch.tensor([prompts[1]]), **greedy)[0, 7:], torch.tensor(expected[1]))
+
+
+def test_ends_and_stop_texts(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client) as scheduler:
+        plain = asked(prompt_of(1, 7))
+        scheduler.submit(plain.request)
+        tokens, _ = plain.end()
+        ended = asked(prompt_of(1, 7), ends=frozenset([tokens[3]]))
+        scheduler.submit(ended.request)
+        got, last = ended.end()
+        assert (got, last.finished, last.text) == (tokens[: tokens.index(tokens[3]) + 1], "stop", "")
+        text = str(TOKENIZER.decode(tokens))
+        stop = text[3:5]
+        stopped = asked(prompt_of(1, 7), stops=[stop])
+        scheduler.submit(stopped.request)
+        said = ""
+        while (step := stopped.next()).finished is None:
+            said += step.text
+        assert step.finished == "stop"
+        assert said + step.text == text[: text.index(stop)]
+
+
+def test_a_cancelled_request_ends(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 1) as scheduler:
+        endless, after = asked(prompt_of(1, 7), 100_000), asked(prompt_of(2, 7), 2)
+        scheduler.submit(endless.request)
+        endless.next()
+        scheduler.submit(after.request)
+        endless.request.cancel()
+        assert after.end()[1].finished == "length"  # with one sequence at a time, it had to wait
+
+
+def test_a_bounded_number_waits(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 1, 2) as scheduler:
+        running = asked(prompt_of(1, 7), 100_000)
+        scheduler.submit(running.request)
+        running.next()
+        waiting = [asked(prompt_of(index, 5), 1) for index in range(2)]
+        scheduler.submit(*(listener.request for listener in waiting))
+        with pytest.raises(BusyError, match="2 requests wait already"):
+            scheduler.submit(asked([5]).request)
+        running.request.cancel()
+        assert all(listener.end()[1].finished == "length" for listener in waiting)
+
+
+def test_closing_fails_what_runs_and_waits(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 1) as scheduler:
+        running, waiting = asked(prompt_of(1, 7), 100_000), asked(prompt_of(2, 7))
+        scheduler.submit(running.request, waiting.request)
+        running.next()
+        scheduler.close()
+        assert isinstance(running.end()[1].error, FlashClientError)
+        assert isinstance(waiting.end()[1].error, FlashClientError)
+        with pytest.raises(FlashClientError, match="the server is stopping"):
+            scheduler.submit(asked([5]).request)
+
+
+def test_without_its_daemon_a_request_fails_and_the_next_one_too(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint("llama", tmp_path / "tiny")
+    assert cli.main(["import", str(checkpoint), "--store", str(tmp_path / "store")]) == 0
+    with (
+        serving(tmp_path / "store", "--dram", "64MiB") as daemon,
+        FlashClient("tiny", address=daemon.address, timeout_s=1.0) as client,
+        scheduler_of(client) as scheduler,
+    ):
+        running = asked(prompt_of(1, 7), 100_000)
+        scheduler.submit(running.request)
+        running.next()
+        daemon.process.kill()
+        assert isinstance(running.end()[1].error, DaemonLostError)
+        after = asked(prompt_of(2, 7))
+        scheduler.submit(after.request)
+        assert isinstance(after.end()[1].error, FlashClientError)

@@ -1,0 +1,301 @@
+"""The real server, asked by the official client of the interface: answers, streams, options, refusals, keys."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from checkpoints import make_checkpoint
+from daemon import Daemon, serving
+
+from flashclient import FlashClient
+from weightd import cli
+
+TEMPLATE = (
+    "{% if messages[-1]['content'] == 'Bah' %}{{ raise_exception('no such word') }}{% endif %}"
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
+)
+KEY = "sk-secret"
+STOP_S = 60.0
+NAME = "tiny-chat"
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    folder = tmp_path_factory.mktemp("server")
+    checkpoint = make_checkpoint("llama", folder / NAME, max_position_embeddings=512)
+    (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
+    generation = checkpoint / "generation_config.json"
+    generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": None}))
+    assert cli.main(["import", str(checkpoint), "--store", str(folder / "store")]) == 0
+    with serving(folder / "store", "--dram", "64MiB") as started:
+        yield started
+
+
+@contextmanager
+def server_of(daemon: Daemon, *flags: str) -> Iterator[str]:
+    """The address of a `flashclient serve`, which must end with status 0."""
+    command = [sys.executable, "-P", "-m", "flashclient", "serve", NAME, "--address", daemon.address, "--port", "0"]
+    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line.startswith(f"serving {NAME} (mode exact) at http://127.0.0.1:"), process.communicate()
+            yield line.rpartition(" ")[2].strip()
+        finally:
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=STOP_S)
+        assert (process.returncode, errors) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def address(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    keys = tmp_path_factory.mktemp("keys") / "keys"
+    keys.write_text(f"sk-other\n\n{KEY}\n")
+    with server_of(daemon, "--api-key-file", str(keys)) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def asking(address: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=address, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def alone(daemon: Daemon) -> Iterator[FlashClient]:
+    with FlashClient(NAME, address=daemon.address) as client:
+        yield client
+
+
+HI: Any = [{"role": "user", "content": "Hi"}]
+GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
+
+
+def test_models(asking: openai.OpenAI) -> None:
+    assert [model.id for model in asking.models.list()] == [NAME]
+    assert asking.models.retrieve(NAME).id == NAME
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4': this server has tiny-chat"):
+        asking.models.retrieve("gpt-4")
+
+
+def test_a_completion(asking: openai.OpenAI, alone: FlashClient) -> None:
+    made = asking.completions.create(prompt="Once upon", max_tokens=6, **GREEDY)
+    assert made.choices[0].text == alone.generate("Once upon", max_new_tokens=6, do_sample=False)
+    assert made.choices[0].finish_reason == "length"
+    assert made.usage is not None
+    assert (made.usage.completion_tokens, made.usage.total_tokens) == (6, made.usage.prompt_tokens + 6)
+    several = asking.completions.create(prompt=["Once upon", "Twice"], max_tokens=6, **GREEDY)
+    assert several.choices[0].text == made.choices[0].text
+    assert several.choices[1].index == 1
+
+
+def test_ids_and_defaults(asking: openai.OpenAI) -> None:
+    made = asking.completions.create(model=NAME, prompt=[5, 6, 7], seed=1)
+    assert made.usage is not None
+    assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (3, 16)
+    with pytest.raises(openai.BadRequestError, match="the prompt has token 100000, and the model's tokens are 0 to"):
+        asking.completions.create(model=NAME, prompt=[100_000])
+
+
+def test_a_chat(asking: openai.OpenAI, alone: FlashClient) -> None:
+    made = asking.chat.completions.create(messages=HI, max_tokens=6, **GREEDY)
+    assert made.choices[0].message.role == "assistant"
+    assert made.choices[0].message.content == alone.chat(HI, max_new_tokens=6, do_sample=False)
+    parts: Any = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    again = asking.chat.completions.create(messages=parts, max_completion_tokens=6, **GREEDY)
+    assert again.choices[0].message.content == made.choices[0].message.content
+
+
+def test_streams(asking: openai.OpenAI, alone: FlashClient) -> None:
+    expected = alone.chat(HI, max_new_tokens=12, do_sample=False)
+    more: Any = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(asking.chat.completions.create(messages=HI, max_tokens=12, **GREEDY, **more))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == expected
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].choices == []
+    assert chunks[-1].usage.completion_tokens == 12
+    texts = asking.completions.create(prompt="Once", max_tokens=12, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in texts) == alone.generate(
+        "Once", max_new_tokens=12, do_sample=False
+    )
+
+
+def test_stop_n_and_seed(asking: openai.OpenAI, alone: FlashClient) -> None:
+    text = alone.generate("Once", max_new_tokens=12, do_sample=False)
+    stop = text[4:6]
+    made = asking.completions.create(prompt="Once", max_tokens=12, stop=stop, **GREEDY)
+    assert (made.choices[0].text, made.choices[0].finish_reason) == (text[: text.index(stop)], "stop")
+    sampled = [
+        asking.chat.completions.create(model=NAME, messages=HI, n=3, seed=seed, temperature=2, max_tokens=8)
+        for seed in (1, 1, 2)
+    ]
+    texts = [[choice.message.content for choice in one.choices] for one in sampled]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) > 1
+    assert sampled[0].usage is not None
+    assert sampled[0].usage.completion_tokens == 24
+
+
+def test_logprobs(asking: openai.OpenAI) -> None:
+    made = asking.chat.completions.create(messages=HI, max_tokens=4, logprobs=True, top_logprobs=3, **GREEDY)
+    assert made.choices[0].logprobs is not None
+    content = made.choices[0].logprobs.content or []
+    assert len(content) == 4
+    for entry in content:
+        assert len(entry.top_logprobs) == 3
+        assert entry.logprob == entry.top_logprobs[0].logprob <= 0
+    old = asking.completions.create(prompt="Once", max_tokens=4, logprobs=2, **GREEDY)
+    assert old.choices[0].logprobs is not None
+    assert len(old.choices[0].logprobs.token_logprobs or []) == 4
+    chunks = list(asking.chat.completions.create(messages=HI, max_tokens=4, logprobs=True, stream=True, **GREEDY))
+    given = [chunk.choices[0].logprobs.content for chunk in chunks if chunk.choices[0].logprobs is not None]
+    assert sum(len(one or []) for one in given) == 4
+
+
+def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone: FlashClient) -> None:
+    prompts = [f"Tale {number} of {'many ' * number}" for number in range(10)]
+    expected = [alone.generate(prompt, max_new_tokens=20, do_sample=False) for prompt in prompts]
+    got: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        made = asking.completions.create(prompt=prompts[number], max_tokens=20, **GREEDY)
+        got[number] = made.choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [got[number] for number in range(len(prompts))] == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"messages": []}, "messages: "),
+        ({"temperature": -1}, "temperature: input should be greater than or equal to 0"),
+        ({"n": 100}, "n: input should be less than or equal to 16"),
+        ({"max_tokens": 0}, "max_tokens: "),
+        ({"max_tokens": 5000}, "the model's context is 512 tokens"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "this server does not know tools: leave it out"),
+        ({"response_format": {"type": "json_object"}}, "response_format is not supported, but for type text"),
+        ({"extra_body": {"best": 1}}, "this server does not know best: leave it out"),
+        ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "the chat template uses no 'thinking'"),
+        ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this server reads text only"),
+        ({"stop": ""}, "stop"),
+    ],
+)
+def test_refusals_name_the_field(asking: openai.OpenAI, more: dict[str, Any], message: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        asking.chat.completions.create(**{"messages": HI, "max_tokens": 4, **GREEDY, **more})
+    assert message in refused.value.body["message"]  # type: ignore[index]
+
+
+def test_keys(address: str) -> None:
+    for key, message in (("wrong", "the API key is wrong"), ("", "this server wants an API key")):
+        with openai.OpenAI(base_url=address, api_key=key or "x", max_retries=0) as client:
+            headers = {} if key else {"Authorization": ""}
+            with pytest.raises(openai.AuthenticationError, match=message):
+                client.chat.completions.create(messages=HI, **GREEDY, extra_headers=headers)
+    with openai.OpenAI(base_url=address, api_key="sk-other", max_retries=0) as client:
+        assert [model.id for model in client.models.list()] == [NAME]
+
+
+def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
+    host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=STOP_S)
+    try:
+        connection.request(method, path, body, {"Authorization": f"Bearer {KEY}", **headers})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "message"),
+    [
+        ("POST", "/v1/chat/completions", b"{", 400, "the body is not JSON"),
+        ("POST", "/v1/chat/completions", b"[]", 400, "the body"),
+        ("POST", "/v1/chat/completions", b"\xff", 400, "the body is not JSON"),
+        ("POST", "/v1/embeddings", b"{}", 404, "no POST /v1/embeddings: this server has GET /v1/models"),
+        ("GET", "/v1/completions", b"", 405, "no GET /v1/completions"),
+        ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": []}', 400, "the prompt is empty"),
+        ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": "a", "echo": true}', 400, "echo"),
+        ("POST", "/v1/completions", b" " * (9 << 20), 413, "the body is larger than 8 MiB"),
+    ],
+)
+def test_raw_errors_have_one_shape(
+    address: str, method: str, path: str, body: bytes, status: int, message: str
+) -> None:
+    got, answer = raw(address, method, path, body)
+    assert got == status
+    assert message in answer["error"]["message"]
+    assert set(answer["error"]) == {"message", "type", "param", "code"}
+
+
+def test_a_client_that_goes_frees_its_place(daemon: Daemon) -> None:
+    with (
+        server_of(daemon, "--sequences", "1", "--waiting", "1") as url,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
+    ):
+        endless: dict[str, Any] = {"max_tokens": 400, **GREEDY}
+        stream = client.completions.create(prompt="Once", stream=True, **endless)
+        next(iter(stream))
+        waiting = client.completions.create(prompt="Then", stream=True, **endless)
+        with pytest.raises(openai.RateLimitError, match="requests wait already") as busy:
+            client.completions.create(prompt=["Now", "Here"], stream=True, **endless)
+        assert busy.value.response.headers["retry-after"] == "1"
+        stream.close()
+        next(iter(waiting))
+        waiting.close()
+        assert client.completions.create(prompt="Once", max_tokens=2, **GREEDY).usage is not None
+
+
+def test_health_and_metrics(address: str) -> None:
+    assert raw(address, "GET", "/health") == (200, {"status": "ok"})
+    host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=STOP_S)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    assert f'flashclient_running{{model="{NAME}"}}' in text
+    assert "flashclient_made_tokens_total" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 may be reached by others: pass --api-key-file, too"),
+        (["--api-key-file", "/nowhere/keys"], 2, "--api-key-file /nowhere/keys: no such file or directory"),
+        (["--api-key-file", os.devnull], 2, "has no key: write one a line"),
+        (["--port", "70000"], 2, "'70000' is not a port from 0 to 65535"),
+        (["--sequences", "17"], 2, "--sequences 17 is more than 16"),
+        (["--port", "1", "--host", "192.0.2.1", "--api-key-file", "KEYS"], 1, "cannot listen at 192.0.2.1:1"),
+    ],
+)
+def test_bad_flags(daemon: Daemon, tmp_path: Path, flags: list[str], status: int, message: str) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(KEY)
+    flags = [str(keys) if flag == "KEYS" else flag for flag in flags]
+    command = [sys.executable, "-P", "-m", "flashclient", "serve", NAME, "--address", daemon.address, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=STOP_S, check=False)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith("flashclient: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
