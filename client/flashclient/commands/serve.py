@@ -83,12 +83,12 @@ def _serve(client: Any, options: argparse.Namespace, keys: list[str], opened: Ex
     from flashclient.batching.scheduler import Scheduler
     from flashclient.server.access import Access
     from flashclient.server.api import make_api
-    from flashclient.server.served_model import ServedModel
+    from flashclient.server.hosted_model import HostedModel
 
     scheduler = Scheduler(client.loaded, options.sequences, options.waiting)
     opened.callback(scheduler.close)
     name = client.record.name
-    api = make_api({name: ServedModel(name, client, scheduler)}, Access(keys))
+    api = make_api({name: HostedModel(name, client, scheduler)}, Access(keys))
     listening = _bound(options)
     host, port = listening.getsockname()[:2]
     say(f"serving {name} (mode {client.mode}) at http://{f'[{host}]' if ':' in host else host}:{port}/v1")

@@ -11,8 +11,8 @@ from typing import Any
 
 from flashclient.batching.request import Progress
 from flashclient.batching.sampling import Picked
+from flashclient.server.hosted_model import Answer
 from flashclient.server.problems import Problem
-from flashclient.server.served_model import Answer
 
 DONE = "data: [DONE]\n\n"
 

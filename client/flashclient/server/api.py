@@ -18,10 +18,10 @@ from flashclient.batching.request import Progress
 from flashclient.errors import FlashClientError
 from flashclient.server.access import Access
 from flashclient.server.answers import ChatForm, CompletionForm, Form
+from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
 from flashclient.server.problems import Problem
 from flashclient.server.schema import ChatBody, Choosing, CompletionBody
-from flashclient.server.served_model import Answer, Asked, ServedModel
 
 POLL_S = 0.25  # how often a request that is not a stream looks whether its client has gone
 Body = TypeVar("Body", bound=Choosing)
@@ -29,7 +29,7 @@ Body = TypeVar("Body", bound=Choosing)
 logger = logging.getLogger("flashclient.server")
 
 
-def make_api(models: Mapping[str, ServedModel], access: Access) -> FastAPI:
+def make_api(models: Mapping[str, HostedModel], access: Access) -> FastAPI:
     """The application for uvicorn."""
     api = FastAPI(title="flashclient", docs_url=None, redoc_url=None, openapi_url=None)
     routes = _Routes(models, access, Metrics(models))
@@ -65,7 +65,7 @@ async def _answer_unexpected(_: Request, error: Exception) -> Response:
 
 
 class _Routes:
-    def __init__(self, models: Mapping[str, ServedModel], access: Access, metrics: Metrics) -> None:
+    def __init__(self, models: Mapping[str, HostedModel], access: Access, metrics: Metrics) -> None:
         self._models = models
         self._access = access
         self._metrics = metrics
@@ -102,7 +102,7 @@ class _Routes:
         form = ChatForm(model.name, model.client.tokenizer, bool(body.logprobs))
         return await self._answer(request, body, form, model.ask([ids], asked))
 
-    def _named(self, name: str) -> ServedModel:
+    def _named(self, name: str) -> HostedModel:
         model = self._models.get(name)
         if model is None:
             there = ", ".join(self._models)
@@ -166,7 +166,7 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Prog
             future.cancel()
 
 
-def _described(model: ServedModel) -> dict[str, Any]:
+def _described(model: HostedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created_unix_s, "owned_by": "weightd"}
 
 

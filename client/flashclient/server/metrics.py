@@ -7,13 +7,13 @@ from functools import partial
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 
-from flashclient.server.served_model import Answer, ServedModel
+from flashclient.server.hosted_model import Answer, HostedModel
 
 
 class Metrics:
     """Counts sequences and tokens, and shows what runs and waits."""
 
-    def __init__(self, models: Mapping[str, ServedModel]) -> None:
+    def __init__(self, models: Mapping[str, HostedModel]) -> None:
         self._registry = CollectorRegistry()
         self._sequences = self._counter("sequences", "Sequences that were made, whole or until their client left.")
         self._prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
@@ -38,5 +38,5 @@ class Metrics:
         return Counter(f"flashclient_{name}", about, registry=self._registry)
 
 
-def _load(model: ServedModel, which: int) -> float:
+def _load(model: HostedModel, which: int) -> float:
     return float(model.scheduler.load[which])

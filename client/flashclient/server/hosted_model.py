@@ -55,7 +55,7 @@ class Answer:
 
 
 @dataclass
-class ServedModel:
+class HostedModel:
     """A client, and the scheduler of its requests."""
 
     name: str
