@@ -30,7 +30,7 @@ class Progress:
 
 
 @dataclass
-class Request:
+class TextRequest:
     """One sequence to make. `tell` is called from the scheduler's thread, and must not block.
 
     Attributes:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from flashclient.batching.batch import Batch, can_join, feed
-from flashclient.batching.request import Request
+from flashclient.batching.request import TextRequest
 from flashclient.errors import BusyError, FlashClientError
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
@@ -27,7 +27,7 @@ CHUNK_TOKENS = 256  # of a prompt
 class _Prompt:
     """A request whose prompt is being computed."""
 
-    def __init__(self, loaded: LoadedModel, request: Request) -> None:
+    def __init__(self, loaded: LoadedModel, request: TextRequest) -> None:
         self.request = request
         self.cache = GrowingCache(loaded.model.config)
         self._loaded = loaded
@@ -63,16 +63,16 @@ class Scheduler:
         self._sequences_max = sequences_max
         self._waiting_max = waiting_max
         self._changed = threading.Condition()
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[TextRequest] = deque()
         self._closing = False
         self._batch = Batch(loaded)
-        self._running: list[tuple[Request, int]] = []  # by row: the request, and its last token
+        self._running: list[tuple[TextRequest, int]] = []  # by row: the request, and its last token
         self._prompt: _Prompt | None = None
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="flashclient-scheduler", daemon=True)
         self._thread.start()
 
-    def submit(self, *requests: Request) -> None:
+    def submit(self, *requests: TextRequest) -> None:
         """Queues requests that belong together: all of them or none.
 
         Raises:

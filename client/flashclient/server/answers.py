@@ -17,7 +17,7 @@ from flashclient.server.problems import Problem
 DONE = "data: [DONE]\n\n"
 
 
-class Form(ABC):
+class AnswerForm(ABC):
     """One endpoint's form of answers.
 
     Args:
@@ -90,7 +90,7 @@ class Form(ABC):
         """What the last chunk of a choice adds: nothing."""
 
 
-class CompletionForm(Form):
+class CompletionForm(AnswerForm):
     """/v1/completions."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
@@ -117,7 +117,7 @@ class CompletionForm(Form):
         }
 
 
-class ChatForm(Form):
+class ChatForm(AnswerForm):
     """/v1/chat/completions."""
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"

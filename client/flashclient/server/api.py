@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from flashclient.batching.request import Progress
 from flashclient.errors import FlashClientError
 from flashclient.server.access import Access
-from flashclient.server.answers import ChatForm, CompletionForm, Form
+from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
 from flashclient.server.problems import Problem
@@ -117,7 +117,7 @@ class _Routes:
         except ValidationError as error:
             raise _refused(error) from None
 
-    async def _answer(self, request: Request, body: Choosing, form: Form, answers: list[Answer]) -> Response:
+    async def _answer(self, request: Request, body: Choosing, form: AnswerForm, answers: list[Answer]) -> Response:
         if body.stream:
             events = self._until_gone(form.stream(answers, _merged(answers), body.reports_usage), answers)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

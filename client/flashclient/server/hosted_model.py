@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flashclient.batching.request import Progress, Request
+from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import Scheduler
 from flashclient.client import FlashClient
@@ -40,7 +40,7 @@ class Answer:
 
     index: int
     prompt_tokens: int
-    request: Request
+    request: TextRequest
     progress: asyncio.Queue[Progress]
 
     async def steps(self) -> AsyncIterator[Progress]:
@@ -110,7 +110,7 @@ class HostedModel:
         given = asked.sampling
         if given.get("seed") is not None:
             given = given | {"seed": int(given["seed"]) + number}  # alternatives differ
-        request = Request(
+        request = TextRequest(
             prompt,
             self.client.tokenizer,
             Sampling.of(self._config, **given, top_logprobs=asked.top_logprobs),

@@ -16,7 +16,7 @@ from daemon import Daemon, serving
 from predictors import lossy, publish_predictors
 
 from flashclient import FlashClient
-from flashclient.batching.request import Progress, Request
+from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import CHUNK_TOKENS, Scheduler
 from flashclient.errors import BusyError, DaemonLostError, FlashClientError
@@ -41,7 +41,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
 class Listener:
     """A request, and what its scheduler tells of it."""
 
-    request: Request
+    request: TextRequest
     told: queue.SimpleQueue[Progress] = field(default_factory=queue.SimpleQueue)
 
     def next(self) -> Progress:
@@ -59,7 +59,7 @@ class Listener:
 def asked(prompt: list[int], tokens_max: int = 8, **more: Any) -> Listener:
     told: queue.SimpleQueue[Progress] = queue.SimpleQueue()
     fields: dict[str, Any] = {"sampling": Sampling(temperature=0.0), "ends": frozenset(), "stops": ()} | more
-    return Listener(Request(prompt, TOKENIZER, tokens_max=tokens_max, tell=told.put, **fields), told)
+    return Listener(TextRequest(prompt, TOKENIZER, tokens_max=tokens_max, tell=told.put, **fields), told)
 
 
 def prompt_of(index: int, length: int) -> list[int]:
