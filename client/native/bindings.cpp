@@ -29,6 +29,7 @@ using flashclient::Sweep;
 using flashclient::U32Array;
 
 void bind_checksum(nb::module_& module);   // bindings_checksum.cpp
+void bind_exact(nb::module_& module);      // bindings_exact.cpp
 void bind_experts(nb::module_& module);    // bindings_experts.cpp
 void bind_attention(nb::module_& module);  // bindings_attention.cpp
 void bind_kernels(nb::module_& module);    // bindings_kernels.cpp
@@ -226,6 +227,7 @@ NB_MODULE(_native, module) {
     bind_sweep(module);
     bind_checksum(module);
     bind_kernels(module);
+    bind_exact(module);
     bind_attention(module);
     bind_predict(module);
     bind_experts(module);

@@ -4,9 +4,11 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "kernel_arguments.h"
 #include "kernels/attention.h"
@@ -14,6 +16,7 @@
 #include "kernels/attention_inputs.h"
 #include "kernels/norm.h"
 #include "kernels/workers.h"
+#include "layer_ffn.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -36,6 +39,7 @@ using flashclient::HeadRows;
 using flashclient::InstructionSet;
 using flashclient::is_of;
 using flashclient::KeyValueRoom;
+using flashclient::LayerFfn;
 using flashclient::Matrix;
 using flashclient::matrix_of;
 using flashclient::name_of;
@@ -48,6 +52,7 @@ using flashclient::Rotation;
 using flashclient::RowsIn;
 using flashclient::RowsOut;
 using flashclient::RowValues;
+using flashclient::StepTimes;
 using flashclient::Weight;
 using flashclient::Workers;
 
@@ -342,20 +347,20 @@ HeadRows room_of(const AttendedRows& room, Dtype dtype, const AttentionBlock& bl
     return rows;
 }
 
-void compute_block(const AttentionBlocks& blocks, const LentBlock& lent, const Tokens& x,
-                   const std::optional<Angles>& cos, const std::optional<Angles>& sin, const AttendedRows& keys,
-                   const AttendedRows& values, size_t begin, size_t held, const std::optional<Rows>& mask, bool causal,
-                   const TokensOut& sum, const TokensOut& ffn_input) {
+// What a call of a block computes on, checked.
+struct BlockCall {
+    AttentionBlock block;
+    KeyValueRoom room;
+    AttentionMask mask;
+    Rotation rotation;
+};
+
+BlockCall checked_call(const AttentionBlocks& blocks, const LentBlock& lent, const Tokens& x,
+                       const std::optional<Angles>& cos, const std::optional<Angles>& sin, const AttendedRows& keys,
+                       const AttendedRows& values, size_t begin, size_t held, const std::optional<Rows>& mask,
+                       bool causal) {
     const Dtype dtype = blocks.dtype();
     require(is_of(aligned(x, "x").dtype(), dtype), "x must be of the kernel's dtype");
-    const bool ffn_in_fp32 = dtype != Dtype::f32 && is_of(ffn_input.dtype(), Dtype::f32);
-    require(is_of(sum.dtype(), dtype) && (ffn_in_fp32 || is_of(ffn_input.dtype(), dtype)),
-            "outputs must be of the dtype of x, or the input of the FFN float32");
-    for (const TokensOut* one : {&sum, &ffn_input}) {
-        require(aligned(*one, "an output").shape(0) == x.shape(0) && one->shape(1) == x.shape(1) &&
-                    one->shape(2) == x.shape(2),
-                "outputs must be of the shape of x");
-    }
     require(held <= keys.shape(2), "there is no room for so many tokens");
     const AttentionBlock block = lent.checked(dtype, x.shape(2));
     const size_t tokens = held + x.shape(1);
@@ -365,11 +370,48 @@ void compute_block(const AttentionBlocks& blocks, const LentBlock& lent, const T
                                keys.shape(1), x.shape(1),
                                tokens,        lent.elements,
                                lent.elements, lent.scale};
-    const AttentionMask masked = mask_of(mask, causal, shape);
-    const Rotation rotation = rotation_of(lent.pairs, cos, sin, dtype, x, lent.elements);
+    return {block, room, mask_of(mask, causal, shape), rotation_of(lent.pairs, cos, sin, dtype, x, lent.elements)};
+}
+
+void require_like(const TokensOut& out, const Tokens& x) {
+    require(
+        aligned(out, "an output").shape(0) == x.shape(0) && out.shape(1) == x.shape(1) && out.shape(2) == x.shape(2),
+        "outputs must be of the shape of x");
+}
+
+void compute_block(const AttentionBlocks& blocks, const LentBlock& lent, const Tokens& x,
+                   const std::optional<Angles>& cos, const std::optional<Angles>& sin, const AttendedRows& keys,
+                   const AttendedRows& values, size_t begin, size_t held, const std::optional<Rows>& mask, bool causal,
+                   const TokensOut& sum, const TokensOut& ffn_input) {
+    const Dtype dtype = blocks.dtype();
+    const bool ffn_in_fp32 = dtype != Dtype::f32 && is_of(ffn_input.dtype(), Dtype::f32);
+    require(is_of(sum.dtype(), dtype) && (ffn_in_fp32 || is_of(ffn_input.dtype(), dtype)),
+            "outputs must be of the dtype of x, or the input of the FFN float32");
+    for (const TokensOut* one : {&sum, &ffn_input}) require_like(*one, x);
+    const BlockCall call = checked_call(blocks, lent, x, cos, sin, keys, values, begin, held, mask, causal);
     const nb::gil_scoped_release released;
-    blocks.compute(block, x.data(), x.shape(0), x.shape(1), rotation, room, masked, sum.data(), ffn_input.data(),
-                   ffn_in_fp32);
+    blocks.compute(call.block, x.data(), x.shape(0), x.shape(1), call.rotation, call.room, call.mask, sum.data(),
+                   ffn_input.data(), ffn_in_fp32);
+}
+
+// Returns the times of the FFN.
+std::tuple<double, double, double, double> layer(const AttentionBlocks& blocks, const LentBlock& lent, const Tokens& x,
+                                                 const std::optional<Angles>& cos, const std::optional<Angles>& sin,
+                                                 const AttendedRows& keys, const AttendedRows& values, size_t begin,
+                                                 size_t held, const std::optional<Rows>& mask, bool causal,
+                                                 LayerFfn& ffn, const LentNorm* after_ffn, const TokensOut& out) {
+    const Dtype dtype = blocks.dtype();
+    require_like(out, x);
+    require(is_of(out.dtype(), dtype) && ffn.hidden() == x.shape(2), "out and the FFN must be like x");
+    const BlockCall call = checked_call(blocks, lent, x, cos, sin, keys, values, begin, held, mask, causal);
+    std::optional<Norm> norm;
+    if (after_ffn != nullptr) norm = after_ffn->checked(dtype, x.shape(2));
+    const nb::gil_scoped_release released;
+    StepTimes times;
+    const auto of_rows = [&](const float* input, size_t rows, float* y) { times = ffn.run(input, rows, y); };
+    blocks.layer(call.block, x.data(), x.shape(0), x.shape(1), call.rotation, call.room, call.mask, of_rows, norm,
+                 out.data());
+    return {times.predict_s, times.acquire_s, times.compute_s, times.wait_s};
 }
 
 void finish_block(const AttentionBlocks& blocks, const flashclient::Array<const float, 2>& y, const LentNorm* norm,
@@ -402,6 +444,11 @@ void bind_attention_blocks(nb::module_& module) {
             "sum = x [sequences, tokens, hidden] + attention; ffn_input: its norm. keys, values [sequences, key heads, "
             "capacity, elements]: at `begin` `held` tokens, and room behind them for these. mask, causal: as for "
             "Attention.attend(), over all keys. ffn_input may be float32.")
+        .def("layer", &layer, "block"_a, "x"_a.noconvert(), "cos"_a.noconvert().none(), "sin"_a.noconvert().none(),
+             "keys"_a.noconvert(), "values"_a.noconvert(), "begin"_a, "held"_a, "mask"_a.noconvert().none(), "causal"_a,
+             "ffn"_a, "after_ffn"_a.none(), "out"_a.noconvert(),
+             "out = compute(), the FFN, and finish(), with the same bits. Returns the seconds that the FFN took for "
+             "predicting, acquiring, computing and waiting.")
         .def("finish", &finish_block, "y"_a.noconvert(), "norm"_a.none(), "sum"_a.noconvert(), "out"_a.noconvert(),
              "out = sum + y [rows, hidden] float32, rounded and normed.");
 }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "array_arguments.h"
+#include "layer_ffn.h"
 #include "predict/predict_step.h"
 #include "predict/window.h"
 
@@ -23,10 +24,12 @@ using flashclient::Array;
 using flashclient::Arrival;
 using flashclient::CellSource;
 using flashclient::Ffn;
+using flashclient::LayerFfn;
 using flashclient::Predictor;
 using flashclient::PredictStep;
 using flashclient::require;
 using flashclient::require_cells;
+using flashclient::StepTimes;
 using flashclient::Window;
 
 namespace {
@@ -138,6 +141,43 @@ void bind_step(nb::module_& module) {
              "predicting, acquiring, computing and waiting.");
 }
 
+class PredictLayer : public LayerFfn {
+  public:
+    PredictLayer(BoundStep& bound, uint32_t layer, const Biases& biases, const OutputBias& output_bias)
+        : LayerFfn(bound.step.shape(), layer, bound.step.predictor(layer).neurons(), biases, output_bias),
+          step_(bound.step) {}
+
+    void at(uint32_t past_tokens, uint32_t columns, uint16_t wanting) {
+        require(columns > 0, "a step has at least one column");
+        past_tokens_ = past_tokens;
+        columns_ = columns;
+        wanting_ = wanting;
+    }
+
+  protected:
+    StepTimes sum(const float* x, size_t tokens, float* y) override {
+        require(tokens <= flashclient::TOKENS_MAX, "a step has at most 16 tokens");
+        require(tokens % columns_ == 0, "the rows of x must be whole sequences of `columns` tokens");
+        const auto use = step_.window().use();
+        return step_.run(layer(), {past_tokens_, columns_, wanting_, bias(), up_bias(), x, tokens}, y);
+    }
+
+  private:
+    PredictStep& step_;
+    uint32_t past_tokens_ = 0;
+    uint32_t columns_ = 1;
+    uint16_t wanting_ = 0;
+};
+
+void bind_layer(nb::module_& module) {
+    nb::class_<PredictLayer, LayerFfn>(module, "PredictLayer", "A layer of a PredictStep.")
+        .def(nb::init<BoundStep&, uint32_t, const LayerFfn::Biases&, const LayerFfn::OutputBias&>(), "step"_a,
+             "layer"_a, "biases"_a.noconvert().none(), "output_bias"_a.noconvert().none(), nb::keep_alive<1, 2>(),
+             "biases, output_bias: as for ExactLayer.")
+        .def("at", &PredictLayer::at, "past_tokens"_a, "columns"_a, "wanting"_a,
+             "Says what the rows of the next run() are; see PredictStep.run().");
+}
+
 }  // namespace
 
 void bind_predict(nb::module_& module) {
@@ -145,4 +185,5 @@ void bind_predict(nb::module_& module) {
     bind_cell_source(module);
     bind_window(module);
     bind_step(module);
+    bind_layer(module);
 }

@@ -125,6 +125,7 @@ class Weightd(Decoder):
     def timing_kernels(self) -> Iterator[None]:
         timed = [(getattr(_native, kind), method, self._timed) for kind, method in KERNELS]
         timed += [(getattr(_native, kind), "run", self._timed_step) for kind in STEPS]
+        timed += [(_native.AttentionBlocks, "layer", self._timed_layer)]
         plain = [getattr(kind, method) for kind, method, _ in timed]
         for (kind, method, wrapped), call in zip(timed, plain, strict=True):
             setattr(kind, method, wrapped(call))
@@ -141,6 +142,15 @@ class Weightd(Decoder):
                 return call(*arguments)
             finally:
                 self._kernel_s += time.perf_counter() - started_s
+
+        return timed
+
+    def _timed_layer(self, call: Any) -> Any:
+        def timed(*arguments: Any) -> Any:
+            started_s = time.perf_counter()
+            predict_s, acquire_s, compute_s, wait_s = call(*arguments)
+            self._kernel_s += time.perf_counter() - started_s - acquire_s - wait_s
+            return predict_s, acquire_s, compute_s, wait_s
 
         return timed
 

@@ -72,6 +72,9 @@ class EngineSource(RingSource):
             finally:
                 self._engine.release_range(layer, first, cells)
 
+    def sweep(self) -> None:
+        """None: the chunks are made in Python."""
+
     def open_window(self, tokens: int) -> Window:
         bundle, cells = self._record.bundle, [layer.cells for layer in self._record.layers]
         self.window = Window(self._engine, tokens, bundle.bundles_per_cell, bundle.stride_bytes, cells)

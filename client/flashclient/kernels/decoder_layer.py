@@ -1,4 +1,6 @@
-"""A decoder layer whose attention, norms and residual sums are one native call, and whose FFN is called as before.
+"""A decoder layer that is one native call: attention, norms, residual sums, and the FFN where it is streamed.
+
+Any other FFN is called as before, between two native calls.
 
 A layer becomes native if it is one of these, with norms where it has them, and its attention is a FusedAttention:
 
@@ -110,6 +112,8 @@ class NativeDecoderLayer(Native):
             total, ffn_input = self._attend(held, call, room, held.dtype)
             y = ffn(ffn_input)
             return total + (y if norm is None else norm(y))
+        if (out := self._whole(held, call, room, ffn.streamed, norm)) is not None:
+            return out
         total, ffn_input = self._attend(held, call, room, torch.float32)
         y = ffn.streamed.of_rows(ffn_input.view(-1, ffn_input.shape[-1]))
         out = torch.empty_like(total)
@@ -123,26 +127,46 @@ class NativeDecoderLayer(Native):
         room = None if held is None else self._room(held, call)
         return None if held is None or room is None else (held, room)
 
+    def _whole(self, held: HeldBlock, call: dict[str, Any], room: Room, streamed: Any, norm: Any) -> Tensor | None:
+        """The output of the layer by one native call; None where the FFN must be called, and nothing was done."""
+        x: Tensor = call["hidden_states"]
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        after = None if norm is None else norm.native_norm()
+        kernels = self.block_kernels[held.dtype]
+
+        def compute(ffn: Any) -> Any:
+            return kernels.layer(*self._arguments(held, call, room, ffn, after, array_of(out)))
+
+        if not streamed.within(x.shape[0] * x.shape[1], compute):
+            return None
+        room.add_written(x.shape[1])
+        return out
+
     def _attend(
         self, held: HeldBlock, call: dict[str, Any], room: Room, ffn_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """The sum of x and the attention, and what the FFN takes, both [sequences, tokens, hidden]."""
+        x: Tensor = call["hidden_states"]
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
+        ffn_input = torch.empty_like(total, dtype=ffn_dtype)
+        outputs = array_of(total), array_of(ffn_input)
+        self.block_kernels[x.dtype].compute(*self._arguments(held, call, room, *outputs))
+        room.add_written(x.shape[1])
+        return total, ffn_input
+
+    def _arguments(self, held: HeldBlock, call: dict[str, Any], room: Room, *more: Any) -> tuple[Any, ...]:
+        """What a call of the native block computes on, and more arguments after that."""
         x: Tensor = call["hidden_states"].detach().contiguous()
         tokens = x.shape[1]
         new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
-        rooms = room.room_for(tokens, new, new)
+        keys, values = map(array_of, room.room_for(tokens, new, new))
         begin, before = room.held_at
-        total, ffn_input = torch.empty_like(x), torch.empty_like(x, dtype=ffn_dtype)
         cos, sin = map(array_of, call["position_embeddings"]) if held.rotates else (None, None)
         mask = call.get("attention_mask")
         attention: Any = held.modules[0]
         causal = mask is None and tokens > 1 and attention.is_causal
-        keys, values, *outputs = map(array_of, (*rooms, total, ffn_input))
         masked = None if mask is None else array_of(mask)
-        kernels = self.block_kernels[x.dtype]
-        kernels.compute(held.block, array_of(x), cos, sin, keys, values, begin, before, masked, causal, *outputs)
-        room.add_written(tokens)
-        return total, ffn_input
+        return held.block, array_of(x), cos, sin, keys, values, begin, before, masked, causal, *more
 
     def _held_block(self, call: dict[str, Any]) -> HeldBlock | None:
         """The native block with the weights that the layer has now. None where it does not compute this call."""

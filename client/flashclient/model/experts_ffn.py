@@ -17,7 +17,7 @@ from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
 from flashclient.kernels.arrays import array_of
 from flashclient.model.experts.look_ahead import Guess, LookAhead
-from flashclient.model.ffn import Biases, Clock
+from flashclient.model.ffn import Biases, Clock, LayerFFN
 from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
 
@@ -38,7 +38,7 @@ class ExpertsFFN:
         self.source = source
         self.hidden_size = hidden_size
         self.clock = clock
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
         self.look_ahead = LookAhead(source, [index for index, layer in enumerate(layers) if layer.experts])
         sizes = [(max(1, layer.experts), layer.neurons) for layer in layers]
         try:
@@ -82,6 +82,9 @@ class ExpertsFFN:
         """
         return self._run(layer, x, experts, weights, biases, output_bias, guess)
 
+    def native(self, streamed: LayerFFN, rows: int) -> None:
+        """None: a layer that is not a mixture is called as mixtures are."""
+
     def idle(self) -> None:
         self.source.idle()
 
@@ -99,7 +102,7 @@ class ExpertsFFN:
         picks, picked_weights, bias_of_output = (
             None if tensor is None else array_of(tensor) for tensor in (experts, weights, output_bias)
         )
-        with self._lock, self.source.errors:
+        with self.lock, self.source.errors:
             times = self._step.run(
                 layer, picks, picked_weights, biases, bias_of_output, array_of(x), array_of(y), guess
             )

@@ -11,20 +11,22 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient._native import Ffn
+from flashclient._native import ExactLayer, Ffn, LayerFfn
+from flashclient.kernels.arrays import array_of
 from flashclient.model.absent_weights import without_gradient
 from flashclient.source.bundle_source import BundleSource, Chunk, retry_on_loss
 from flashclient.torch_state import eager, plain_torch
 
 # Added to the products before the activation, by position: [1, neurons] of up, or [2, neurons] of gate and up, fp32.
 Biases = NDArray[np.float32] | None
+Times = tuple[float, float, float, float]  # seconds: predict, acquire, compute, wait
 
 
 @dataclass
@@ -53,11 +55,18 @@ class ModelFFN(Protocol):
     source: BundleSource
     hidden_size: int
     clock: Clock
+    lock: threading.Lock  # held while it computes
 
     def __call__(self, layer: int, x: Tensor, biases: Biases) -> Tensor:
         """The FFN's output for x [tokens, hidden_size], without its output bias.
 
         After a SessionLostError it may be called again with the same arguments.
+        """
+
+    def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
+        """What computes the FFN of a layer, with its output bias, within a native decoder layer.
+
+        Called with the lock. None: nothing does for so many rows; the FFN must be called.
         """
 
     def idle(self) -> None:
@@ -71,8 +80,9 @@ class ExactFFN:
         self.source = source
         self.hidden_size = hidden_size
         self.clock = clock
+        self.lock = threading.Lock()
         self._kernels = kernels
-        self._lock = threading.Lock()
+        self._natives: dict[int, ExactLayer] = {}  # by layer
 
     def __call__(
         self,
@@ -90,7 +100,7 @@ class ExactFFN:
         Returns:
             A new tensor [tokens, hidden_size] fp32.
         """
-        with self._lock:
+        with self.lock:
             y = torch.zeros_like(x)
             x_rows, y_rows = x.numpy(), y.numpy()
             with closing(self._chunks(layer)) as chunks:
@@ -100,6 +110,15 @@ class ExactFFN:
                     masks_part = None if row_masks is None else row_masks[:, part]
                     self._kernels.add_rows(chunk.addresses, biases_part, masks_part, x_rows, y_rows)
             return y
+
+    def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
+        sweep = self.source.sweep()
+        if sweep is None:
+            return None
+        made = self._natives.get(streamed.layer)
+        if made is None:
+            made = self._natives[streamed.layer] = ExactLayer(self._kernels, sweep, *streamed.arrays())
+        return made
 
     def idle(self) -> None:
         self.source.idle()
@@ -154,6 +173,34 @@ class LayerFFN:
             y = self._of_rows(rows)
         self.ffn.clock.ffn_s += time.perf_counter() - started_s
         return y
+
+    def within(self, rows: int, compute: Callable[[LayerFfn], Times]) -> bool:
+        """Calls `compute`, a native decoder layer, with the native FFN; again after each loss of weightd.
+
+        Args:
+            compute: returns the seconds that the FFN took for predicting, acquiring, computing and waiting.
+
+        Returns:
+            False where there is no native FFN for so many rows. Nothing was called then.
+        """
+        ffn = self.ffn
+
+        def attempt() -> bool:
+            with ffn.lock:
+                native = ffn.native(self, rows)
+                if native is None:
+                    return False
+                with ffn.source.errors:
+                    times = compute(native)
+            ffn.clock.add(*times)
+            ffn.clock.ffn_s += sum(times)
+            return True
+
+        return retry_on_loss(ffn.source, attempt)
+
+    def arrays(self) -> tuple[int, Biases, Any]:
+        """What a LayerFfn is made of, beside the FFN."""
+        return self.layer, self.biases, None if self.output_bias is None else array_of(self.output_bias)
 
     def _of_rows(self, rows: Tensor) -> Tensor:
         y = retry_on_loss(self.ffn.source, lambda: self.ffn(self.layer, rows, self.biases))

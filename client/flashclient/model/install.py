@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,6 +108,12 @@ def streamed_ffns(model: nn.Module) -> list[StreamedFFN]:
     return sorted(found, key=lambda module: module.streamed.layer)
 
 
+@cache
+def _untraced(kind: Any) -> Any:
+    """A subclass whose forward torch.compile() does not trace. It has the name of `kind`."""
+    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "forward": eager(kind.forward)})
+
+
 class _Installing:
     """The installation of one layer."""
 
@@ -186,7 +193,8 @@ class _Installing:
             if isinstance(part, FirstProjection | LastProjection | BetweenProjections):
                 part.__dict__["hookable"] = f"{layer.module}.{firsts[0][0]}.ffn"
         # torch.compile() would trace what becomes of pending projections.
-        self._module.forward = eager(self._module.forward)
+        kind: Any = type(self._module)  # hashable, which mypy does not see
+        self._module.__class__ = _untraced(kind)
 
     def install_experts(self, streamed: LayerExperts) -> None:
         self._make_absent({"": StreamedExperts})

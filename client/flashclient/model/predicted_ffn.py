@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient._native import Ffn, PredictStep, Window
+from flashclient._native import Ffn, LayerFfn, PredictLayer, PredictStep, Window
 from flashclient.kernels.arrays import array_of
-from flashclient.model.ffn import Biases, Clock, ExactFFN
+from flashclient.model.ffn import Biases, Clock, ExactFFN, LayerFFN
 from flashclient.model.predictor import ROWS_MAX, Predictors
 from flashclient.model.step import Step, Steps
 from flashclient.source.bundle_source import BundleSource
@@ -47,7 +47,8 @@ class PredictedFFN:
         self._step = PredictStep(kernels, window, predictors.layers)
         self._predictors = predictors
         self._steps = steps
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        self._natives: dict[int, PredictLayer] = {}  # by layer
 
     def __call__(self, layer: int, x: Tensor, biases: Biases) -> Tensor:
         """The sum over each row's neurons of `layer`; over all of them in the columns of a generation's prompt.
@@ -59,7 +60,7 @@ class PredictedFFN:
             A new tensor [tokens, hidden_size] fp32.
         """
         step = self._steps.current(len(x))
-        with self._lock:
+        with self.lock:
             if step.exact_columns == 0:
                 return self._predicted(layer, step, x, biases)
             if step.exact_columns == step.columns:
@@ -72,6 +73,18 @@ class PredictedFFN:
             rows = of_columns[:, rest].reshape(-1, self.hidden_size)
             y[:, rest] = self._predicted(layer, step.predicted(), rows, biases).view(step.rows, -1, self.hidden_size)
             return y.view(x.shape)
+
+    def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
+        step = self._steps.current(rows)
+        if step.exact_columns == step.columns:
+            return self._exact.native(streamed, rows)
+        if step.exact_columns > 0 or rows > ROWS_MAX:
+            return None
+        made = self._natives.get(streamed.layer)
+        if made is None:
+            made = self._natives[streamed.layer] = PredictLayer(self._step, *streamed.arrays())
+        made.at(step.past_tokens, step.columns, step.row_mask())
+        return made
 
     def idle(self) -> None:
         """Gives back everything that is leased or being fetched ahead."""

@@ -154,6 +154,9 @@ class ArraySource:
         )
         yield Chunk(0, addresses)
 
+    def sweep(self) -> None:
+        """None: the chunks are made in Python."""
+
     def open_walk(self) -> CellWalk:
         stride_bytes = self.record.bundle.stride_bytes
         begins = [int(bundles.ctypes.data) for bundles in self._bundles]

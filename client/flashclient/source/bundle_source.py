@@ -23,7 +23,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from flashclient._native import CellWalk, Window
+from flashclient._native import CellWalk, Sweep, Window
 from flashclient.daemon.channel import SessionLostError
 from flashclient.errors import DaemonLostError
 
@@ -104,6 +104,12 @@ class BundleSource(CellsSource, Protocol):
 
         The source expects the layers in order, and the first again after the last. It fetches chunks ahead, across
         layers and tokens, until idle() or a step of the window. The window is empty afterwards.
+        """
+
+    def sweep(self) -> Sweep | None:
+        """What native code takes the chunks of chunks() from, without Python; None: there is nothing but chunks().
+
+        The window is empty afterwards. Raises what chunks() raises.
         """
 
     def open_window(self, tokens: int) -> Window:

@@ -181,6 +181,9 @@ class GrpcSource:
             self.cells.forget()
             self._holds_cells = False
 
+    def sweep(self) -> None:
+        """None: the chunks are made in Python."""
+
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
         self._claim_for_chunks()
         for index in self._spans_of_layer[layer]:

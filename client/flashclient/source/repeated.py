@@ -59,6 +59,9 @@ class RepeatedSource:
             self._next_bundle = int(bundles[-1]) + 1
             yield Chunk(first, self._begin + bundles % (self._cells * self._bundles_per_cell) * self._stride_bytes)
 
+    def sweep(self) -> None:
+        """None: the chunks are made in Python."""
+
     def open_walk(self) -> CellWalk:
         def address_of(layer: int, cell: int) -> int:
             number = sum(before.cells for before in self._layers[:layer]) + cell

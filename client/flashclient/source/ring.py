@@ -92,11 +92,16 @@ class RingSource:
             raise CalibrationError(f"weightd gave no predictors of model '{self._name}': attach again")
         return data
 
-    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+    def sweep(self) -> _native.Sweep | None:
         sweep = self._open_sweep()
         if self.window is not None:
             with self.errors:
                 self.window.clear()
+        return sweep
+
+    def chunks(self, layer: int) -> Generator[Chunk, None, None]:
+        sweep = self.sweep()
+        assert sweep is not None
         try:
             while True:
                 with self.errors:

@@ -88,6 +88,22 @@ void AttentionBlocks::finish(const float* y, const std::optional<Norm>& norm, co
     scratch.shrink();
 }
 
+void AttentionBlocks::layer(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens,
+                            const Rotation& rotation, const KeyValueRoom& room, const AttentionMask& mask,
+                            const FfnOfRows& ffn, const std::optional<Norm>& after_ffn, void* out) const {
+    static thread_local std::vector<float> input, y;
+    const size_t rows = sequences * tokens;
+    const size_t hidden = block.output.weight.rows;
+    const size_t count = rows * hidden;
+    for (std::vector<float>* one : {&input, &y}) {
+        const bool is_large = one->size() * sizeof(float) > KEPT_MAX;
+        if (one->size() < count || is_large) *one = std::vector<float>(count);
+    }
+    compute(block, x, sequences, tokens, rotation, room, mask, out, input.data(), dtype_ != Dtype::f32);
+    ffn(input.data(), rows, y.data());
+    finish(y.data(), after_ffn, out, rows, hidden, out);
+}
+
 void AttentionBlocks::add(const void* x, const void* y, size_t count, void* sum) const {
     const size_t bytes = bytes_of(dtype_);
     const auto some = [&](size_t item) {

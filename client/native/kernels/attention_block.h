@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <functional>
 #include <optional>
 
 #include "kernels/attention.h"
@@ -49,6 +50,15 @@ class AttentionBlocks {
     // out = sum + the norm of y, if there is one. y: [rows, hidden] fp32, which is rounded to dtype() first.
     void finish(const float* y, const std::optional<Norm>& norm, const void* sum, size_t rows, size_t hidden,
                 void* out) const;
+
+    // y = the FFN of x, both [rows, hidden] fp32.
+    using FfnOfRows = std::function<void(const float* x, size_t rows, float* y)>;
+
+    // out = the whole layer: compute(), `ffn`, and finish() with `after_ffn`. out: [sequences, tokens, hidden]. What
+    // `ffn` throws comes out; the cache's room then holds the new tokens already, as it does after another attempt.
+    void layer(const AttentionBlock& block, const void* x, size_t sequences, size_t tokens, const Rotation& rotation,
+               const KeyValueRoom& room, const AttentionMask& mask, const FfnOfRows& ffn,
+               const std::optional<Norm>& after_ffn, void* out) const;
 
     Dtype dtype() const { return dtype_; }
 

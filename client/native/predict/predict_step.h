@@ -40,7 +40,8 @@ class PredictStep {
 
     const Predictor& predictor(uint32_t layer) const { return *predictors_.at(layer); }
     Window& window() const { return window_; }
-    size_t parts() const { return ffn_.shape().parts.size(); }  // of a bundle
+    const FfnShape& shape() const { return ffn_.shape(); }
+    size_t parts() const { return shape().parts.size(); }  // of a bundle
 
   private:
     void predict(uint32_t layer, const StepRows& rows);

@@ -51,6 +51,7 @@ class Sweep {
     void idle();    // gives everything back
     void forget();  // the session was replaced: nothing is leased or on its way
     Session& session() const { return session_; }
+    const Layout& layout() const { return layout_; }
 
   private:
     static constexpr uint32_t NO_LAYER = UINT32_MAX;

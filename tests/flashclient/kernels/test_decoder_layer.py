@@ -180,6 +180,9 @@ class Scaling:
     def __call__(self, x: Tensor) -> Tensor:
         return (x.float() * self.factors).to(x.dtype)
 
+    def within(self, *_: object) -> bool:
+        return False
+
     def of_rows(self, rows: Tensor) -> Tensor:
         assert rows.dtype == torch.float32
         self.rows += len(rows)

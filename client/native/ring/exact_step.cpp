@@ -1,0 +1,33 @@
+#include "ring/exact_step.h"
+
+#include <algorithm>
+
+namespace flashclient {
+
+StepTimes ExactStep::run(uint32_t layer, const ExactRows& rows, float* y) {
+    StepTimer timer;
+    std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
+    try {
+        while (const Sweep::Bundles* chunk = next(layer)) {
+            timer.lap(timer.times.wait_s);
+            Neurons list{chunk->addresses};
+            if (rows.bias != nullptr) list.bias = rows.bias + chunk->first_position;
+            if (rows.up_bias != nullptr) list.up_bias = rows.up_bias + chunk->first_position;
+            ffn_.add_rows(list, rows.x, rows.tokens, y);
+            timer.lap(timer.times.compute_s);
+        }
+    } catch (...) {
+        const auto use = sweep_.session().use();
+        sweep_.leave();
+        throw;
+    }
+    timer.lap(timer.times.wait_s);
+    return timer.times;
+}
+
+const Sweep::Bundles* ExactStep::next(uint32_t layer) {
+    const auto use = sweep_.session().use();
+    return sweep_.next(layer);
+}
+
+}  // namespace flashclient

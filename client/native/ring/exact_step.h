@@ -1,0 +1,40 @@
+// The FFN of exact mode: the sum over all neurons of a layer, chunk after chunk, as a sweep gives them out.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/ffn.h"
+#include "predict/step_times.h"
+#include "ring/sweep.h"
+
+namespace flashclient {
+
+// The rows of one step.
+struct ExactRows {
+    const float* bias;     // [neurons], by position; null: none
+    const float* up_bias;  // likewise (ffn.h)
+    const float* x;        // [tokens, hidden]
+    size_t tokens;
+};
+
+class ExactStep {
+  public:
+    // Both must outlive this.
+    ExactStep(const Ffn& ffn, Sweep& sweep) : ffn_(ffn), sweep_(sweep) {}
+
+    // y [tokens, hidden] = the sum. One thread at a time; it uses the session only while it takes a chunk. Throws what
+    // Sweep::next() and Ffn::add_rows() throw; y holds no result then.
+    StepTimes run(uint32_t layer, const ExactRows& rows, float* y);
+
+    const FfnShape& shape() const { return ffn_.shape(); }
+    uint32_t neurons(uint32_t layer) const { return sweep_.layout().neurons.at(layer); }
+
+  private:
+    const Sweep::Bundles* next(uint32_t layer);
+
+    const Ffn& ffn_;
+    Sweep& sweep_;
+};
+
+}  // namespace flashclient
