@@ -29,13 +29,16 @@ from torch.nn import functional
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.kernels.decode_attention import attend
-from weightd_proto.encodings import plain
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, plain, stored_bytes
+from weightd_proto.weightd_pb2 import Encoding
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
 BUFFER_BYTES_MIN = 352 * 2**20  # room for the largest matrix
 PREDICTED_SHARE = 0.10
 FIRING_SHARE = 0.033
 LAYER_NEURONS = 8192
+ENCODED_HIDDEN_SIZE = 2048
+LINE_BYTES = 64
 RANK = 128
 ELEMENT_BYTES = 2
 ROUNDS = 5
@@ -124,6 +127,29 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
     return {"kernel": "sparse FFN", "bundle_bytes": parts * row_bytes, "tokens": tokens, "read_bytes": read_bytes} | row
 
 
+def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
+    """All neurons of layer after layer, stored in `encoding`. The numbers are small: their bytes are those of halves of
+    1 / 64 to 1 / 32."""
+    data = arena.bits.view(np.uint8)
+    data[:] = np.resize(np.random.default_rng(0).integers(0x24, 0x28, 2**20 + 1, np.uint8), len(data))
+    bundle_bytes = 3 * stored_bytes(encoding, ENCODED_HIDDEN_SIZE)
+    stride_bytes = -(-bundle_bytes // LINE_BYTES) * LINE_BYTES
+    layers = len(data) // stride_bytes // LAYER_NEURONS
+    bundles = np.arange(layers * LAYER_NEURONS, dtype=np.uint64).reshape(layers, -1)
+    lists = list(np.uint64(arena.address) + bundles * np.uint64(stride_bytes))
+    kernels = Ffn(arena.workers, [encoding] * 3, ENCODED_HIDDEN_SIZE, "silu")
+    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
+    y = np.zeros_like(x)
+
+    def work() -> None:
+        for addresses in lists:
+            kernels.add_rows(addresses, None, None, x, y)
+
+    read_bytes = bundles.size * bundle_bytes
+    row = compare(arena, work, read_bytes, rounds)
+    return {"kernel": "FFN", "encoding": encoding.format, "tokens": tokens, "read_bytes": read_bytes} | row
+
+
 def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, rounds: int = ROUNDS) -> Row:
     """The native matrix product, then torch's, over as many matrices as the buffer holds."""
     matrices = arena.matrices(rows, columns)
@@ -204,6 +230,8 @@ def main() -> int:
     linear = [linear_row(arena, *matrix, tokens, options.rounds) for matrix in MATRICES for tokens in (1, 16)]
     predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
     attention = [attention_row(arena, cached_tokens, options.rounds) for cached_tokens in CONTEXTS]
+    encodings = [plain("BF16"), *map(in_blocks, BLOCK_FORMATS)]  # last: they write into the buffer
+    encoded = [encoded_row(arena, encoding, tokens, options.rounds) for encoding in encodings for tokens in (1, 16)]
     one, sixteen = linear[0::2], linear[1::2]
     slowdown = max(
         many["read_bytes"] / many["GB_per_s"] / (few["read_bytes"] / few["GB_per_s"])
@@ -215,8 +243,15 @@ def main() -> int:
         ),
         Target("linear_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in one), "x", 0.85, "higher"),
         Target("linear_16_rows_over_1_time_ratio", slowdown, "x", 2.0, "lower"),
+        Target(
+            "encodings_over_memory_bandwidth_ratio",
+            min(row["over_memory_ratio"] for row in encoded[2::2]),
+            "x",
+            0.9,
+            "higher",
+        ),
     ]
-    report(machine, [*sparse, batch, *linear, predictor, *attention], targets, options.json)
+    report(machine, [*sparse, batch, *linear, predictor, *attention, *encoded], targets, options.json)
     return 0
 
 

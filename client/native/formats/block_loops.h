@@ -26,6 +26,16 @@ struct BlockRow {
     static const uint8_t* block(const void* row, size_t first) {
         return static_cast<const uint8_t*>(row) + first / Format::VALUES * Format::BYTES;
     }
+
+    // The lines of the blocks from element `first` on, each once: small blocks share them.
+    template <size_t rows>
+    LANE static void prefetch_lines(const void* const* row, size_t first) {
+        constexpr size_t TOGETHER = std::max<size_t>(1, LINE_BYTES / Format::BYTES);
+        if (first / Format::VALUES % TOGETHER != 0) return;
+        for (size_t r = 0; r < rows; r++) {
+            for (size_t line = 0; line < Format::BYTES; line += LINE_BYTES) prefetch(block(row[r], first) + line);
+        }
+    }
 };
 
 // Elements [begin, end), which are whole blocks.
@@ -53,11 +63,11 @@ LANE void dots_of_blocks(const void* const* row, const void* const* ahead, const
     Lane chain[rows];
     for (size_t r = 0; r < rows; r++) chain[r] = Lane::zero();
     for (size_t j = 0; j < hidden; j += Format::VALUES) {
+        Row::template prefetch_lines<rows>(ahead, j);
         for (size_t g = 0; g < Row::GROUPS; g++) {
             const float* of_group = x + j + g * Format::GROUP;
 #pragma GCC unroll 8
             for (size_t r = 0; r < rows; r++) {
-                prefetch(Row::block(ahead[r], j) + g * (Format::BYTES / Row::GROUPS));
                 const Format group(Row::block(row[r], j), g);
 #pragma GCC unroll 32
                 for (size_t l = 0; l < Row::LANES; l++) {
@@ -168,6 +178,7 @@ KERNEL void accumulate_block_rows(const void* const* row, const void* const* ahe
     Lane factor[rows];
     for (size_t r = 0; r < rows; r++) factor[r] = Lane::all(h[r]);
     for (size_t j = begin; j < end; j += Format::VALUES) {
+        Row::template prefetch_lines<rows>(ahead, j);
         for (size_t g = 0; g < Row::GROUPS; g++) {
             float* of_group = y + j + g * Format::GROUP;
             Lane sums[Row::LANES];
@@ -176,7 +187,6 @@ KERNEL void accumulate_block_rows(const void* const* row, const void* const* ahe
             }
 #pragma GCC unroll 8
             for (size_t r = 0; r < rows; r++) {
-                prefetch(Row::block(ahead[r], j) + g * (Format::BYTES / Row::GROUPS));
                 const Format group(Row::block(row[r], j), g);
 #pragma GCC unroll 32
                 for (size_t l = 0; l < Row::LANES; l++) sums[l] = fma(group.lane(l * Lane::WIDTH), factor[r], sums[l]);

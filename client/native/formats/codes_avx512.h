@@ -5,16 +5,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+
+#include "formats/half_values.h"
 
 namespace flashclient {
 namespace {
 
 LANE Lane multiply(Lane a, Lane b) { return {_mm512_mul_ps(a.value, b.value)}; }
 
-// A half-precision number in all lanes. Six bytes after it are read, too: that is the fastest load.
+// A half-precision number in all lanes.
 LANE Lane half_before_codes(const uint8_t* number) {
-    const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(number));
-    return {_mm512_broadcastss_ps(_mm_cvtph_ps(eight))};
+    uint16_t half;
+    std::memcpy(&half, number, sizeof(half));
+    return {_mm512_set1_ps(half_values[half])};
 }
 
 LANE __m512i widened_bytes(const uint8_t* bytes) {
