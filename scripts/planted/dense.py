@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 
 from planted.gguf_file import ATTENTION, OUTSIDE, write_gguf
@@ -48,6 +51,15 @@ def make_dense_model(shape: Shape, target: Path, seed: int = 0) -> None:
         written.write_index()
         write_json(folder / "config.json", dense_config(shape))
         write_json(folder / "generation_config.json", {"do_sample": False, "pad_token_id": 1})
+        write_tokenizer(shape.vocabulary, folder)
+
+
+def write_tokenizer(vocabulary: int, folder: Path) -> None:
+    """A tokenizer whose tokens are words of digits: the text of token 17 is "17"."""
+    tokenizer = Tokenizer(WordLevel({str(token): token for token in range(vocabulary)}, unk_token="0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def write_dense_gguf(shape: Shape, checkpoint: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ what a row computes. A sequence joins with a cache of its own, which its prompt 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ class Batch:
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._model: Any = loaded.model
-        self._takes_positions = "position_ids" in inspect.signature(self._model.forward).parameters
         self._cache: GrowingCache | None = None
         self._lengths: list[int] = []  # tokens in the cache, by row
 
@@ -34,27 +33,30 @@ class Batch:
     def rows(self) -> int:
         return len(self._lengths)
 
-    def join(self, cache: GrowingCache) -> None:
-        """Adds a sequence as the last row. `cache` holds its tokens, and is not used any more.
+    def join(self, cache: GrowingCache, lengths: Sequence[int]) -> None:
+        """Adds sequences as the last rows. `cache` holds their tokens, and is not used any more.
 
         Only the first row may have a cache for which can_join() is False.
+
+        Args:
+            lengths: tokens of each sequence; shorter ones are padded on the left.
         """
         if self._cache is None:
-            self._cache, self._lengths = cache, [cache.get_seq_length()]
+            self._cache, self._lengths = cache, list(lengths)
             return
         columns = max(self._columns, cache.get_seq_length())
         self._cache = _joined(self._model.config, self._cache, cache, columns)
-        self._lengths.append(cache.get_seq_length())
+        self._lengths += lengths
 
-    def leave(self, row: int) -> None:
-        """Removes a row."""
-        del self._lengths[row]
-        if not self._lengths:
-            self._cache = None
-            return
-        assert self._cache is not None
-        kept = [index for index in range(self.rows + 1) if index != row]
-        self._cache = _selected(self._model.config, self._cache, kept, max(self._lengths))
+    def leave(self, rows: Collection[int]) -> None:
+        """Removes rows."""
+        kept = [row for row in range(self.rows) if row not in rows]
+        if not kept:
+            self.clear()
+        elif len(kept) < self.rows:
+            assert self._cache is not None
+            self._lengths = [self._lengths[row] for row in kept]
+            self._cache = _selected(self._model.config, self._cache, kept, self._columns)
 
     def clear(self) -> None:
         """Removes all rows."""
@@ -62,15 +64,7 @@ class Batch:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Feeds each row its next token. Returns the logits [rows, vocabulary] of the tokens after them."""
-        more: dict[str, Any] = {}
-        columns = self._columns
-        if min(self._lengths) < columns:
-            more["attention_mask"] = torch.tensor(
-                [[0] * (columns - length) + [1] * (length + 1) for length in self._lengths]
-            )
-            if self._takes_positions:
-                more["position_ids"] = torch.tensor([[length] for length in self._lengths])
-        logits = feed(self._model, [[token] for token in tokens], self._cache, **more)
+        logits = feed(self._model, [[token] for token in tokens], self._cache, self._lengths)
         self._lengths = [length + 1 for length in self._lengths]
         return logits
 
@@ -79,10 +73,25 @@ class Batch:
         return max(self._lengths)
 
 
-def feed(model: Any, rows: list[list[int]], cache: Any, **more: Any) -> Tensor:
-    """The logits [rows, vocabulary] after the last token of each row."""
+def feed(model: Any, rows: Sequence[Sequence[int]], cache: GrowingCache | None, held: Sequence[int]) -> Tensor:
+    """The logits [rows, vocabulary] after the last token of each row.
+
+    Args:
+        rows: the next tokens of each. If there are none in the cache yet, rows may be of different lengths.
+        held: the tokens of each row in the cache.
+    """
+    columns, width = max(held), max(map(len, rows))
+    padding = [columns + width - length - len(row) for length, row in zip(held, rows, strict=True)]
+    more: dict[str, Any] = {}
+    if any(padding):
+        more["attention_mask"] = mask = torch.ones(len(rows), columns + width, dtype=torch.long)
+        for row, count in enumerate(padding):
+            mask[row, :count] = 0
+        if "position_ids" in inspect.signature(model.forward).parameters:
+            more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, columns:]
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     with torch.no_grad():
-        output = model(torch.tensor(rows), past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
+        output = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **more)
     logits: Tensor = output.logits[:, -1]
     return logits
 

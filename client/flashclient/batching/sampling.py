@@ -20,6 +20,7 @@ from transformers import (
 )
 
 TOP_LOGPROBS_MAX = 20
+TEMPERATURE_MIN = 1e-4  # below it, the likeliest token is certain
 OF_A_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what a generation config may set
 
 
@@ -84,7 +85,7 @@ class Sampler:
         scores = self._adjusted(logits)
         if self._sampling.repetition_penalty != 1.0 or self._warpers:
             scores = self._warpers(torch.tensor([self._tokens]), scores[None])[0]  # type: ignore[arg-type]
-        if self._sampling.temperature == 0.0:
+        if self._sampling.temperature < TEMPERATURE_MIN:
             token = int(scores.argmax())
         else:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
@@ -120,7 +121,7 @@ def _warpers(sampling: Sampling) -> LogitsProcessorList:
     warpers: list[Any] = []
     if sampling.repetition_penalty != 1.0:
         warpers.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-    if sampling.temperature != 0.0:
+    if sampling.temperature >= TEMPERATURE_MIN:
         if sampling.temperature != 1.0:
             warpers.append(TemperatureLogitsWarper(sampling.temperature))
         if sampling.top_k:

@@ -1,8 +1,8 @@
 """Which sequences advance in a step. One thread runs the model; requests come from any thread.
 
 Sequences join and leave between steps. The prompt of a new one is computed in chunks, one between two steps of the
-others, so that nobody waits for a long prompt. What a request gets does not depend on the others: a row of a pass is
-the same, bit for bit, whatever is beside it.
+others, so that nobody waits for a long prompt; short prompts share a chunk. What a request gets does not depend on the
+others: a row of a pass is the same, bit for bit, whatever is beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from torch import Tensor
 
 from flashclient.batching.batch import Batch, can_join, feed
 from flashclient.batching.request import TextRequest
@@ -24,29 +26,29 @@ WAITING_MAX = 64
 CHUNK_TOKENS = 256  # of a prompt
 
 
-class _Prompt:
-    """A request whose prompt is being computed."""
+class _Prompts:
+    """Requests whose prompts are being computed: some short ones in one pass, or a long one in chunks."""
 
-    def __init__(self, loaded: LoadedModel, request: TextRequest) -> None:
-        self.request = request
+    def __init__(self, loaded: LoadedModel, requests: list[TextRequest]) -> None:
+        self.requests = requests
         self.cache = GrowingCache(loaded.model.config)
+        self.lengths = [len(request.prompt) for request in requests]
         self._loaded = loaded
         self._done = 0
 
-    def advance(self, tokens: int) -> bool:
-        """Computes the next chunk. At the end picks the first token, and returns True."""
-        prompt = self.request.prompt
-        chunk = list(prompt[self._done : self._done + tokens])
+    def advance(self) -> Tensor | None:
+        """Computes the next chunk. At the end returns the logits [requests, vocabulary]."""
+        chunks = [request.prompt[self._done : self._done + CHUNK_TOKENS] for request in self.requests]
         steps = self._loaded.built.steps
         if steps is not None:
-            steps.begin(len(prompt), None)
+            steps.begin(max(self.lengths), None)
         try:
-            self.logits = feed(self._loaded.model, [chunk], self.cache)[0]
+            logits = feed(self._loaded.model, chunks, self.cache, [self._done] * len(chunks))
         finally:
             if steps is not None:
                 steps.end()
-        self._done += len(chunk)
-        return self._done == len(prompt)
+        self._done += max(map(len, chunks))
+        return logits if self._done == max(self.lengths) else None
 
 
 class Scheduler:
@@ -67,7 +69,7 @@ class Scheduler:
         self._closing = False
         self._batch = Batch(loaded)
         self._running: list[tuple[TextRequest, int]] = []  # by row: the request, and its last token
-        self._prompt: _Prompt | None = None
+        self._prompts: _Prompts | None = None
         self.steps = 0
         self._thread = threading.Thread(target=self._run, name="flashclient-scheduler", daemon=True)
         self._thread.start()
@@ -90,7 +92,8 @@ class Scheduler:
     @property
     def load(self) -> tuple[int, int]:
         """The sequences that advance, and those that wait."""
-        return len(self._running) + (self._prompt is not None), len(self._waiting)
+        prompts = self._prompts
+        return len(self._running) + (0 if prompts is None else len(prompts.requests)), len(self._waiting)
 
     def close(self) -> None:
         """Fails all requests, and waits for the thread."""
@@ -113,7 +116,7 @@ class Scheduler:
     def _await_work(self) -> bool:
         """Waits until there is something to compute. False when it is closed."""
         with self._changed:
-            if not (self._waiting or self._running or self._prompt or self._closing):
+            if not (self._waiting or self._running or self._prompts or self._closing):
                 with self._idle():
                     self._changed.wait_for(lambda: self._waiting or self._closing)
             return not self._closing
@@ -129,57 +132,80 @@ class Scheduler:
         yield
 
     def _step(self) -> None:
-        """A chunk of a prompt, and a token of each sequence."""
+        """A chunk of prompts, and a token of each sequence."""
         self._drop_cancelled()
-        self._next_prompt()
-        if self._prompt is not None and self._prompt.advance(CHUNK_TOKENS):
-            prompt, self._prompt = self._prompt, None
-            self._join(prompt)
+        self._next_prompts()
+        if self._prompts is not None:
+            logits = self._prompts.advance()
+            if logits is not None:
+                self._join(self._prompts, logits)
+                self._prompts = None
         if not self._running:
             return
         logits = self._batch.step([token for _, token in self._running])
         self.steps += 1
-        for row in reversed(range(len(self._running))):  # from the end, so that rows keep their numbers
-            request, _ = self._running[row]
-            token = request.take(logits[row])
+        self._take(logits)
+
+    def _join(self, prompts: _Prompts, logits: Tensor) -> None:
+        rows = len(self._running)
+        tokens = [_taken(request, logits[row]) for row, request in enumerate(prompts.requests)]
+        self._batch.join(prompts.cache, prompts.lengths)
+        self._running += [(request, token or 0) for request, token in zip(prompts.requests, tokens, strict=True)]
+        self._leave({rows + row for row, token in enumerate(tokens) if token is None})
+
+    def _take(self, logits: Tensor) -> None:
+        """Picks the next token of each row, and lets those go whose text has ended."""
+        ended = set()
+        for row, (request, _) in enumerate(self._running):
+            token = _taken(request, logits[row])
             if token is None:
-                self._leave(row)
+                ended.add(row)
             else:
                 self._running[row] = (request, token)
+        self._leave(ended)
 
-    def _join(self, prompt: _Prompt) -> None:
-        token = prompt.request.take(prompt.logits)
-        if token is not None:
-            self._batch.join(prompt.cache)
-            self._running.append((prompt.request, token))
+    def _leave(self, rows: set[int]) -> None:
+        self._batch.leave(rows)
+        self._running = [one for row, one in enumerate(self._running) if row not in rows]
 
-    def _leave(self, row: int) -> None:
-        del self._running[row]
-        self._batch.leave(row)
-
-    def _next_prompt(self) -> None:
+    def _next_prompts(self) -> None:
+        """The next request, and those after it that fit into the same chunk."""
         with self._changed:
-            while self._waiting and self._waiting[0].cancelled:
-                self._waiting.popleft()
-            if self._prompt is None and self._waiting and self._has_room():
-                self._prompt = _Prompt(self._loaded, self._waiting.popleft())
+            chosen: list[TextRequest] = []
+            while self._prompts is None and self._waiting and self._fits(chosen):
+                request = self._waiting.popleft()
+                chosen += [] if request.cancelled else [request]
+            if chosen:
+                self._prompts = _Prompts(self._loaded, chosen)
 
-    def _has_room(self) -> bool:
-        """Whether one more may run. A model with states of another kind runs one sequence at a time."""
+    def _fits(self, chosen: list[TextRequest]) -> bool:
+        """Whether the first of those that wait may begin beside those that were chosen.
+
+        A model with states of another kind than keys and values runs one sequence at a time.
+        """
         joins = can_join(GrowingCache(self._loaded.model.config))
-        return len(self._running) < (self._sequences_max if joins else 1)
+        room = (self._sequences_max if joins else 1) - len(self._running) - len(chosen)
+        longest = max(len(request.prompt) for request in (*chosen, self._waiting[0]))
+        return room > 0 and (not chosen or (len(chosen) + 1) * longest <= CHUNK_TOKENS)
 
     def _drop_cancelled(self) -> None:
-        if self._prompt is not None and self._prompt.request.cancelled:
-            self._prompt = None
-        for row in reversed(range(len(self._running))):
-            if self._running[row][0].cancelled:
-                self._leave(row)
+        if self._prompts is not None and all(request.cancelled for request in self._prompts.requests):
+            self._prompts = None
+        self._leave({row for row, (request, _) in enumerate(self._running) if request.cancelled})
 
     def _fail_running(self, error: Exception) -> None:
         failed = [request for request, _ in self._running]
-        failed += [self._prompt.request] if self._prompt is not None else []
-        self._running, self._prompt = [], None
+        failed += self._prompts.requests if self._prompts is not None else []
+        self._running, self._prompts = [], None
         self._batch.clear()
         for request in failed:
             request.fail(error)
+
+
+def _taken(request: TextRequest, logits: Tensor) -> int | None:
+    """The next token. None where the text has ended, or cannot go on; others do."""
+    try:
+        return request.take(logits)
+    except Exception as error:
+        request.fail(error)
+        return None

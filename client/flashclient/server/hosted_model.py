@@ -96,6 +96,10 @@ class HostedModel:
 
     def ask(self, prompts: Sequence[Sequence[int]], asked: Asked) -> list[Answer]:
         """Queues `count` sequences for each prompt. Raises BusyError, OptionError; then none is queued."""
+        strange = [token for token in asked.sampling.get("logit_bias", ()) if not 0 <= token < self._vocabulary]
+        if strange:
+            last = self._vocabulary - 1
+            raise OptionError(f"logit_bias has token {strange[0]}, and the model's tokens are 0 to {last}")
         answers = []
         for place, prompt in enumerate(prompts):
             tokens_max = self._tokens_max(len(prompt), asked.tokens_max)

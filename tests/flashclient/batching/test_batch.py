@@ -45,9 +45,9 @@ def tokens_of(index: int) -> list[int]:
     return torch.randint(3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(index)).tolist()
 
 
-def prefilled(model: Any, tokens: list[int]) -> GrowingCache:
+def prefilled(model: Any, *rows: list[int]) -> GrowingCache:
     cache = GrowingCache(model.config)
-    feed(model, [tokens], cache)
+    feed(model, rows, cache, [0] * len(rows))
     return cache
 
 
@@ -55,7 +55,8 @@ def alone(model: Any, index: int) -> list[Tensor]:
     """The logits after each token behind the prompt."""
     tokens = tokens_of(index)
     cache = prefilled(model, tokens[:-STEPS])
-    return [feed(model, [[token]], cache)[0] for token in tokens[-STEPS:]]
+    length = len(tokens) - STEPS
+    return [feed(model, [[token]], cache, [length + step])[0] for step, token in enumerate(tokens[-STEPS:])]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,18 +71,18 @@ def test_rows_that_come_and_go(clients: dict[str, FlashClient], kind: str) -> No
     seen = 0
     while waiting or running:
         while waiting and (not running or (len(running) < 5 and chance.random() < 0.4)):
-            index = waiting.pop()
-            batch.join(prefilled(model, tokens_of(index)[:-STEPS]))
-            running.append((index, 0))
+            indices = [waiting.pop() for _ in range(min(len(waiting), chance.choice((1, 1, 2, 3))))]
+            prompts = [tokens_of(index)[:-STEPS] for index in indices]
+            batch.join(prefilled(model, *prompts), list(map(len, prompts)))
+            running += [(index, 0) for index in indices]
         logits = batch.step([tokens_of(index)[done - STEPS] for index, done in running])
         for row, (index, done) in enumerate(running):
             assert torch.equal(logits[row], expected[index][done]), f"step {done} of sequence {index}"
             seen += 1
         running = [(index, done + 1) for index, done in running]
-        for row in reversed(range(len(running))):
-            if running[row][1] == STEPS or chance.random() < 0.03:  # finished, or its reader has gone
-                del running[row]
-                batch.leave(row)
+        gone = {row for row, (_, done) in enumerate(running) if done == STEPS or chance.random() < 0.03}
+        batch.leave(gone)  # finished, or the reader has gone
+        running = [one for row, one in enumerate(running) if row not in gone]
         assert batch.rows == len(running)
     assert seen > 100
 

@@ -113,6 +113,14 @@ def test_ends_and_stop_texts(daemon: Daemon) -> None:
         assert said + step.text == text[: text.index(stop)]
 
 
+def test_a_text_that_cannot_go_on_fails_alone(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client) as scheduler:
+        wrong, right = asked(prompt_of(1, 7), sampling=Sampling(logit_bias={10**6: 1.0})), asked(prompt_of(1, 7))
+        scheduler.submit(wrong.request, right.request)
+        assert isinstance(wrong.end()[1].error, IndexError)
+        assert right.end()[1].finished == "length"
+
+
 def test_a_cancelled_request_ends(daemon: Daemon) -> None:
     with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 1) as scheduler:
         endless, after = asked(prompt_of(1, 7), 100_000), asked(prompt_of(2, 7), 2)

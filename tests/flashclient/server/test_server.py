@@ -198,6 +198,7 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this server reads text only"),
         ({"stop": ""}, "stop"),
+        ({"logit_bias": {"100000": 5}}, "logit_bias has token 100000, and the model's tokens are 0 to"),
     ],
 )
 def test_refusals_name_the_field(asking: openai.OpenAI, more: dict[str, Any], message: str) -> None:

@@ -1,0 +1,32 @@
+"""bench_serve.py on a small model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from bench_serve import Turn, row_of, targets_of
+from repository import ROOT
+
+
+def test_rows_of_a_small_model(tmp_path: Path) -> None:
+    command = [str(ROOT / "scripts" / "bench_serve.py"), "--json", "--layers", "1", "--folder", str(tmp_path)]
+    command += ["--memory", "1.5", "--at-once", "1", "3", "--tokens", "5", "--rounds", "1", "--prompt-tokens", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert [row["at_once"] for row in told["rows"]] == [1, 3]
+    for row in told["rows"]:
+        assert row["tokens_per_s"] > 0
+        assert 0 < row["between_tokens_ms_p50"] <= row["between_tokens_ms_p99"]
+
+
+def test_speed_counts_only_what_all_streams_have_in_common() -> None:
+    turn = Turn(0.0, [[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]])
+    assert turn.tokens_per_s == pytest.approx(4 / 2)
+    assert turn.first_s == [1.0, 2.0]
+    rows = [row_of(count, [turn]) | {"tokens_per_s": speed} for count, speed in ((1, 2.0), (8, 9.0))]
+    (target,) = targets_of(rows)
+    assert (target.value, target.met) == (4.5, True)
