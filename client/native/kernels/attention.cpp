@@ -11,8 +11,10 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t ROWS_MAX = 16;  // rows of queries in an item: bits of RowSet
-constexpr size_t RUN_MAX = 256;  // keys of a run, few enough for its dots to stay in the L1 cache
+constexpr size_t ROWS_MAX = 16;    // rows of queries in an item: bits of RowSet
+constexpr size_t RUN_DOTS = 4096;  // of a run, which stay in the L1 cache
+constexpr size_t LINE_BYTES = 64;
+constexpr size_t FETCHED_BYTES = 8192;  // of the values, while the weights of a row are computed
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
@@ -27,12 +29,12 @@ struct Run {
 
 // Calls of_run for each run of keys to which some row attends, in rising order.
 template <typename OfRun>
-void for_runs(const std::vector<RowSet>& attending, RowSet all, OfRun&& of_run) {
+void for_runs(const std::vector<RowSet>& attending, RowSet all, size_t run_max, OfRun&& of_run) {
     const size_t keys = attending.size();
     size_t begin = 0;
     while (begin < keys) {
         const RowSet rows = attending[begin];
-        const size_t limit = rows == 0 ? keys : std::min(keys, begin + RUN_MAX);
+        const size_t limit = rows == 0 ? keys : std::min(keys, begin + run_max);
         size_t end = begin + 1;
         if (rows == 0 || rows == all) {
             while (end < limit && attending[end] == rows) end++;
@@ -99,6 +101,8 @@ struct Attention::Scratch {
     std::vector<float> query;       // [rows, key_elements]
     std::vector<float> sums;        // [rows, value_elements]
     float total[ROWS_MAX];          // the sum of the weights of a row
+    const void* rows[RUN_DOTS];     // keys or values of a run
+    float dots[RUN_DOTS];           // [keys, rows] of a run
 
     void prepare(const Call& call, const Item& item) {
         attending.assign(call.shape.keys, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
@@ -181,9 +185,9 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
     }
     const PackedRows packed(workers_, kernels_, scratch.query.data(), item.count, shape.key_elements);
     size_t filled[ROWS_MAX] = {};
-    for_runs(scratch.attending, item.all, [&](const Run& run) {
-        const void* keys[RUN_MAX];
-        float dots[RUN_MAX * ROWS_MAX];
+    for_runs(scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
+        const void** keys = scratch.rows;
+        float* dots = scratch.dots;
         for (size_t k = 0; k < run.count; k++) keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
         kernels_.dots(keys, run.count, packed.group(0), shape.key_elements, item.count, dots);
         for (size_t r = 0; r < item.count; r++) {
@@ -200,9 +204,22 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
             }
         }
     });
+    fetch_values(call, item, scratch);
     for (size_t r = 0; r < item.count; r++) {
         scratch.total[r] =
             filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.keys, filled[r]);
+    }
+}
+
+// Asks for the first values, so that memory is read while weights are computed.
+void Attention::fetch_values(const Call& call, const Item& item, const Scratch& scratch) const {
+    const size_t row_bytes = call.shape.value_elements * bytes_of(dtype_);
+    size_t fetched = 0;
+    for (size_t i = 0; i < call.shape.keys && fetched < FETCHED_BYTES; i++) {
+        if (scratch.attending[i] == 0) continue;
+        const char* value = row(call.value, item.sequence, item.key_head, i);
+        for (size_t j = 0; j < row_bytes; j += LINE_BYTES) __builtin_prefetch(value + j, 0, 2);
+        fetched += row_bytes;
     }
 }
 
@@ -213,13 +230,13 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
     const size_t elements = shape.value_elements;
     const float* next[ROWS_MAX];
     for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.keys;
-    for_runs(scratch.attending, item.all, [&](const Run& run) {
-        const void* values[RUN_MAX];
+    for_runs(scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
+        const void** values = scratch.rows;
         if (run.for_all && item.count > 1) {
             for (size_t k = 0; k < run.count; k++) {
                 values[k] = row(call.value, item.sequence, item.key_head, run.begin + k);
             }
-            float weights[RUN_MAX * ROWS_MAX];
+            float* weights = scratch.dots;
             for (size_t r = 0; r < item.count; r++) {
                 for (size_t k = 0; k < run.count; k++) weights[k * item.count + r] = next[r][k];
             }

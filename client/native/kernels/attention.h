@@ -66,6 +66,7 @@ class Attention {
     struct Scratch;  // the intermediate results of an item
     void attend_item(const Call& call, const Item& item) const;
     void weigh(const Call& call, const Item& item, Scratch& scratch) const;
+    void fetch_values(const Call& call, const Item& item, const Scratch& scratch) const;
     void blend(const Call& call, const Item& item, Scratch& scratch) const;
     const char* row(const AttentionRows& rows, size_t sequence, size_t head, size_t index) const;
 

@@ -14,7 +14,7 @@ namespace flashclient {
 namespace {
 
 constexpr size_t GROUP_MAX = 96;           // neurons that a thread fires at once: tens of microseconds of work
-constexpr size_t GROUP_MIN = 8;            // a tile for one token
+constexpr size_t GROUP_MIN = 16;           // a tile for one token
 constexpr size_t ELEMENTS_PER_ITEM = 256;  // the fewest columns of a thread: eight cache lines of a bf16 row
 constexpr size_t ELEMENTS_MAX = 8192;      // the most columns at a time: y of a token stays in the L1 cache
 constexpr size_t H_ELEMENTS = 1 << 16;     // of many tokens at a time, at least: 256 KiB
@@ -112,7 +112,9 @@ void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const flo
 
 // `entries`: of the list; null for its first `count`. h: [group of tokens][list, tokens of the group].
 void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const Rows& x, float* h) const {
-    const size_t share = divide_up(count, 2 * workers_.threads());
+    const size_t rounds =
+        std::max<size_t>(2, divide_up(count, GROUP_MAX * workers_.threads()));  // the same of each thread
+    const size_t share = divide_up(count, rounds * workers_.threads());
     const size_t group_size = std::clamp(divide_up(share, GROUP_MIN) * GROUP_MIN, GROUP_MIN, GROUP_MAX);
     workers_.run(divide_up(count, group_size), [&](size_t item) {
         const size_t end = std::min(count, (item + 1) * group_size);

@@ -138,27 +138,34 @@ KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
 template <size_t tiles>
 struct WeightRows {
     static constexpr size_t COUNT = tiles * TILE_ROWS;
-    const char* row[COUNT];
-    size_t stride = 0;  // 0: they are scattered
+    const void* const* row;
+    size_t stride;  // 0: they are scattered
+    const void* edge[COUNT];
 
-    KERNEL WeightRows(const void* const* rows, size_t row_count, size_t first) {
-        for (size_t r = 0; r < COUNT; r++) row[r] = static_cast<const char*>(rows[std::min(first + r, row_count - 1)]);
-        const auto apart = static_cast<size_t>(row[1] - row[0]);
-        for (size_t r = 2; r < COUNT; r++) {
-            if (static_cast<size_t>(row[r] - row[r - 1]) != apart) return;
+    KERNEL WeightRows(const void* const* rows, size_t row_count, size_t first) : row(rows + first) {
+        if (first + COUNT > row_count) {
+            for (size_t r = 0; r < COUNT; r++) edge[r] = rows[std::min(first + r, row_count - 1)];
+            row = edge;
         }
-        stride = apart;
+        const auto apart = [this](size_t r) {
+            return reinterpret_cast<uintptr_t>(row[r]) - reinterpret_cast<uintptr_t>(row[r - 1]);
+        };
+        stride = apart(1);
+        uintptr_t differ = 0;
+        for (size_t r = 2; r < COUNT; r++) differ |= apart(r) ^ stride;
+        if (differ != 0) stride = 0;
     }
 
     LANE void prefetch(ptrdiff_t offset_bytes) const {
-        for (const char* each : row) __builtin_prefetch(each + offset_bytes, 0, 2);
+        for (size_t r = 0; r < COUNT; r++) __builtin_prefetch(static_cast<const char*>(row[r]) + offset_bytes, 0, 2);
     }
     KERNEL void copy(size_t begin, size_t end, size_t hidden, char* out) const {
         for (size_t block = begin; block < end; block++) {
             const size_t some = std::min(BLOCK, hidden - block * BLOCK);
             const __mmask32 mask = some == BLOCK ? ~__mmask32{0} : (__mmask32{1} << some) - 1;
             for (size_t r = 0; r < COUNT; r++) {
-                const __m512i line = _mm512_maskz_loadu_epi16(mask, row[r] + block * ROW_BYTES);
+                const __m512i line =
+                    _mm512_maskz_loadu_epi16(mask, static_cast<const char*>(row[r]) + block * ROW_BYTES);
                 _mm512_store_si512(out + (block - begin) * tiles * TILE_BYTES + r * ROW_BYTES, line);
             }
         }
@@ -232,7 +239,8 @@ KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>
     for (size_t begin = 0; begin < blocks;) {
         const bool here = begin + AHEAD < blocks;  // what is fetched lies in these rows
         size_t end = here ? blocks - AHEAD : blocks;
-        WeightTiles source{rows.row[0] + begin * ROW_BYTES, ROW_BYTES, TILE_ROWS * rows.stride, rows.stride};
+        WeightTiles source{static_cast<const char*>(rows.row[0]) + begin * ROW_BYTES, ROW_BYTES,
+                           TILE_ROWS * rows.stride, rows.stride};
         if (begin < whole) {
             end = std::min(end, whole);
         } else {
@@ -256,7 +264,7 @@ template <size_t tiles, size_t column_tiles>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const Columns& columns, const char* x,
                           size_t hidden, size_t tokens, float* dots) {
     alignas(64) float sums[tiles][column_tiles][TILE_ROWS][TILE_COLUMNS];
-    const size_t tiles_ahead = std::max<size_t>(1, AHEAD / divide_up(hidden, BLOCK));
+    const size_t tiles_ahead = std::max<size_t>(1, AHEAD / tiles / divide_up(hidden, BLOCK));
     for (size_t i = 0; i < row_count; i += tiles * TILE_ROWS) {
         const WeightRows<tiles> rows_here(rows, row_count, i);
         const WeightRows<tiles> ahead(rows, row_count, i + tiles_ahead * tiles * TILE_ROWS);

@@ -205,9 +205,12 @@ template <Dtype dtype>
 KERNEL void accumulate_one(const void* const* rows, const float* h, size_t row_count, size_t begin, size_t end,
                            float* y) {
     constexpr size_t STEP = 8;
+    const size_t step_bytes = STEP * std::max<size_t>(end - begin, 1) * bytes_of(dtype);
+    const size_t ahead = STEP * divide_up(AHEAD_BYTES, step_bytes);
     size_t k = 0;
     for (; k + STEP <= row_count; k += STEP) {
-        accumulate_rows<dtype, STEP>(rows + k, h + k, begin, end, y, rows + (k + 2 * STEP <= row_count ? k + STEP : k));
+        const size_t next = k + ahead + STEP <= row_count ? k + ahead : k;
+        accumulate_rows<dtype, STEP>(rows + k, h + k, begin, end, y, rows + next);
     }
     for (; k < row_count; k++) accumulate_rows<dtype, 1>(rows + k, h + k, begin, end, y, rows + k);
 }

@@ -9,7 +9,8 @@ namespace flashclient {
 namespace {
 
 constexpr size_t BLOCK_BYTES = 512 * 1024;  // tens of microseconds of reading; fits into an L2 cache
-constexpr size_t BLOCK_ROWS_MIN = 24;       // whole tiles of the kernels
+constexpr size_t BLOCK_ROWS_MIN = 16;       // the largest tile of the kernels
+constexpr size_t BLOCK_ROWS_STEP = 48;      // whole tiles of all kernels
 constexpr size_t BLOCK_ROWS_MAX = 480;
 constexpr size_t WIDE_KEPT_MAX = size_t{1} << 22;  // elements: 16 MiB
 
@@ -17,7 +18,8 @@ constexpr size_t WIDE_KEPT_MAX = size_t{1} << 22;  // elements: 16 MiB
 size_t block_rows(const Matrix& weight, size_t element_bytes, size_t threads) {
     const size_t row_bytes = std::max<size_t>(weight.columns * element_bytes, 1);
     const size_t block = std::min(BLOCK_BYTES / row_bytes, weight.rows / (2 * threads));
-    return std::clamp(block / BLOCK_ROWS_MIN * BLOCK_ROWS_MIN, BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
+    const size_t step = block < BLOCK_ROWS_STEP ? BLOCK_ROWS_MIN : BLOCK_ROWS_STEP;
+    return std::clamp(block / step * step, BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
 }
 
 }  // namespace
