@@ -216,6 +216,14 @@ def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row
     return facts | row | {"torch_over_memory_ratio": torch_row["over_memory_ratio"]}
 
 
+def slowdown(rows: list[Row]) -> float:
+    """The most by which 16 tokens take longer than one. `rows`: of one token and of 16, in turn."""
+    return max(
+        float(many["read_bytes"] / many["GB_per_s"] / (few["read_bytes"] / few["GB_per_s"]))
+        for few, many in zip(rows[0::2], rows[1::2], strict=True)
+    )
+
+
 def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--json", action="store_true")
@@ -223,35 +231,42 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    machine = machine_facts(Path()) | {"threads": options.threads, "cache_bytes": last_level_cache_bytes()}
     arena = Arena(options.threads)
-    sparse = [sparse_row(arena, hidden, gated, rounds=options.rounds) for hidden, gated in BUNDLES]
-    batch = sparse_row(arena, BUNDLES[0][0], False, tokens=16, rounds=options.rounds)
+    machine = machine_facts(Path()) | {
+        "threads": options.threads,
+        "cache_bytes": last_level_cache_bytes(),
+        "instruction_set": Linear(arena.workers, "BF16").instruction_set,
+    }
+    sparse = [
+        sparse_row(arena, hidden, gated, tokens, options.rounds) for hidden, gated in BUNDLES for tokens in (1, 16)
+    ]
     linear = [linear_row(arena, *matrix, tokens, options.rounds) for matrix in MATRICES for tokens in (1, 16)]
     predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
     attention = [attention_row(arena, cached_tokens, options.rounds) for cached_tokens in CONTEXTS]
     encodings = [plain("BF16"), *map(in_blocks, BLOCK_FORMATS)]  # last: they write into the buffer
     encoded = [encoded_row(arena, encoding, tokens, options.rounds) for encoding in encodings for tokens in (1, 16)]
-    one, sixteen = linear[0::2], linear[1::2]
-    slowdown = max(
-        many["read_bytes"] / many["GB_per_s"] / (few["read_bytes"] / few["GB_per_s"])
-        for few, many in zip(one, sixteen, strict=True)
-    )
+    of_one = {
+        "sparse_ffn_8_kib": sparse[0:1],
+        "sparse_ffn": sparse[2::2],
+        "linear": linear[0::2],
+        "predictor": [predictor],
+        "attention": attention,
+        "encodings": encoded[2::2],
+    }
     targets = [
         Target(
-            "kernel_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in sparse), "x", 0.8, "higher"
-        ),
-        Target("linear_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in one), "x", 0.85, "higher"),
-        Target("linear_16_rows_over_1_time_ratio", slowdown, "x", 2.0, "lower"),
-        Target(
-            "encodings_over_memory_bandwidth_ratio",
-            min(row["over_memory_ratio"] for row in encoded[2::2]),
+            f"{kernel}_over_memory_bandwidth_ratio",
+            min(row["over_memory_ratio"] for row in rows),
             "x",
-            0.9,
+            0.8 if kernel == "sparse_ffn_8_kib" else 0.9,
             "higher",
-        ),
+        )
+        for kernel, rows in of_one.items()
+    ] + [
+        Target(f"{kernel}_16_rows_over_1_time_ratio", slowdown(rows), "x", 2.0, "lower")
+        for kernel, rows in (("sparse_ffn", sparse), ("linear", linear))
     ]
-    report(machine, [*sparse, batch, *linear, predictor, *attention, *encoded], targets, options.json)
+    report(machine, [*sparse, *linear, predictor, *attention, *encoded], targets, options.json)
     return 0
 
 

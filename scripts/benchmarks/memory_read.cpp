@@ -12,10 +12,12 @@ namespace {
 
 constexpr size_t LINE_BYTES = 64;
 constexpr size_t BLOCK_BYTES = 256 * 1024;  // as large as the kernels' blocks
+constexpr size_t AHEAD_BYTES = 8 * 1024;    // as far ahead as the kernels fetch
 
 uint64_t read_lines(const char* data, size_t bytes) {
     uint64_t folded[LINE_BYTES / sizeof(uint64_t)] = {};
     for (size_t j = 0; j + LINE_BYTES <= bytes; j += LINE_BYTES) {
+        __builtin_prefetch(data + j + AHEAD_BYTES, 0, 2);
         uint64_t line[LINE_BYTES / sizeof(uint64_t)];
         std::memcpy(line, data + j, LINE_BYTES);
         for (size_t i = 0; i < std::size(line); i++) folded[i] ^= line[i];

@@ -28,7 +28,7 @@ def _library() -> ctypes.CDLL:
     compiler = os.environ.get("CXX", "c++")
     with TemporaryDirectory() as folder:
         built = Path(folder) / "memory_read.so"
-        flags = ["-O3", "-std=c++20", "-shared", "-fPIC", "-pthread"]
+        flags = ["-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread"]
         subprocess.run([compiler, *flags, str(source), "-o", str(built)], check=True)
         library = ctypes.CDLL(str(built))
     library.read_memory.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
