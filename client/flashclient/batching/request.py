@@ -18,7 +18,7 @@ class Progress:
 
     Attributes:
         text: that can be shown from now on.
-        picked: the step's token; None where only text was held back until now.
+        picked: the step's token, unless it is the end of the text.
         finished: why the text ended: "stop" or "length"; None while it goes on.
         error: why it could not be finished.
     """
@@ -76,7 +76,7 @@ class TextRequest:
             text += self._stops.add(self._text.rest())
             finished = "stop" if self._stops.found is not None else finished
             text += self._stops.rest()
-        self.tell(Progress(text, picked, finished))
+        self.tell(Progress(text, None if ended else picked, finished))
         return picked.token if finished is None else None
 
     def fail(self, error: Exception) -> None:

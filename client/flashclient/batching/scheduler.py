@@ -7,23 +7,23 @@ others: a row of a pass is the same, bit for bit, whatever is beside it.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from torch import Tensor
 
 from flashclient.batching.batch import Batch, can_join, feed
+from flashclient.batching.bounds import CACHE_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
 from flashclient.batching.request import TextRequest
-from flashclient.errors import BusyError, FlashClientError
+from flashclient.errors import BusyError, FlashClientError, OptionError
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
 
-SEQUENCES_MAX = 16  # rows that a kernel computes at once
-WAITING_MAX = 64
 CHUNK_TOKENS = 256  # of a prompt
+
+logger = logging.getLogger("flashclient.server")
 
 
 class _Prompts:
@@ -57,13 +57,23 @@ class Scheduler:
     Args:
         sequences_max: that advance together, from 1 to 16.
         waiting_max: further requests that may wait.
+        cache_tokens_max: of all sequences that advance together, each counted as long as the longest may become. A
+            longer sequence advances alone.
     """
 
-    def __init__(self, loaded: LoadedModel, sequences_max: int = SEQUENCES_MAX, waiting_max: int = WAITING_MAX) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        sequences_max: int = SEQUENCES_MAX,
+        waiting_max: int = WAITING_MAX,
+        cache_tokens_max: int = CACHE_TOKENS_MAX,
+    ) -> None:
         assert 1 <= sequences_max <= SEQUENCES_MAX
         self._loaded = loaded
-        self._sequences_max = sequences_max
+        # A model with states of another kind than keys and values runs one sequence at a time.
+        self._sequences_max = sequences_max if can_join(GrowingCache(loaded.model.config)) else 1
         self._waiting_max = waiting_max
+        self._cache_tokens_max = cache_tokens_max
         self._changed = threading.Condition()
         self._waiting: deque[TextRequest] = deque()
         self._closing = False
@@ -78,9 +88,12 @@ class Scheduler:
         """Queues requests that belong together: all of them or none.
 
         Raises:
+            OptionError: there are more than may ever wait.
             BusyError: too many wait already.
             FlashClientError: it is closed.
         """
+        if len(requests) > self._waiting_max:
+            raise OptionError(f"{len(requests)} sequences at once, and {self._waiting_max} may wait: ask for fewer")
         with self._changed:
             if self._closing:
                 raise FlashClientError("the server is stopping: try again later")
@@ -103,33 +116,38 @@ class Scheduler:
         self._thread.join()
 
     def _run(self) -> None:
-        while self._await_work():
-            try:
-                with self._loaded.turns.taken(), on_cpu():
-                    self._step()
-            except Exception as error:  # of the daemon or the device: what runs is lost, what waits is not
-                self._fail_running(error)
-        self._fail_running(FlashClientError("the server is stopping"))
-        while self._waiting:
-            self._waiting.popleft().fail(FlashClientError("the server is stopping"))
+        try:
+            while self._await_work():
+                try:
+                    with self._loaded.turns.taken(), on_cpu():
+                        self._step()
+                except Exception as error:  # of the daemon or the device: what runs is lost, what waits is not
+                    _log(error)
+                    self._fail_running(error)
+        finally:
+            with self._changed:
+                self._closing = True
+                waiting = [*self._waiting]
+                self._waiting.clear()
+            self._fail_running(FlashClientError("the server is stopping"))
+            for request in waiting:
+                request.fail(FlashClientError("the server is stopping"))
 
     def _await_work(self) -> bool:
         """Waits until there is something to compute. False when it is closed."""
-        with self._changed:
-            if not (self._waiting or self._running or self._prompts or self._closing):
-                with self._idle():
-                    self._changed.wait_for(lambda: self._waiting or self._closing)
-            return not self._closing
+        if not (self._waiting or self._running or self._prompts or self._closing):
+            self._idle()
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+        return not self._closing
 
-    @contextmanager
-    def _idle(self) -> Iterator[None]:
+    def _idle(self) -> None:
         """Gives back what the model has leased, while there is nothing to do."""
         try:
             with self._loaded.turns.taken():
                 self._loaded.built.ffn.idle()
-        except FlashClientError:  # weightd is gone, and its leases are, too
-            pass
-        yield
+        except Exception as error:  # weightd is gone, and its leases are, too
+            _log(error)
 
     def _step(self) -> None:
         """A chunk of prompts, and a token of each sequence."""
@@ -179,14 +197,14 @@ class Scheduler:
                 self._prompts = _Prompts(self._loaded, chosen)
 
     def _fits(self, chosen: list[TextRequest]) -> bool:
-        """Whether the first of those that wait may begin beside those that were chosen.
-
-        A model with states of another kind than keys and values runs one sequence at a time.
-        """
-        joins = can_join(GrowingCache(self._loaded.model.config))
-        room = (self._sequences_max if joins else 1) - len(self._running) - len(chosen)
-        longest = max(len(request.prompt) for request in (*chosen, self._waiting[0]))
-        return room > 0 and (not chosen or (len(chosen) + 1) * longest <= CHUNK_TOKENS)
+        """Whether the first of those that wait may begin beside those that run and were chosen."""
+        beside = [request for request, _ in self._running] + chosen
+        together = (*chosen, self._waiting[0])
+        in_a_chunk = len(together) * max(len(request.prompt) for request in together) <= CHUNK_TOKENS
+        rows = len(beside) + 1
+        columns = max(len(request.prompt) + request.tokens_max for request in (*beside, self._waiting[0]))
+        in_memory = not beside or rows * columns <= self._cache_tokens_max
+        return rows <= self._sequences_max and in_memory and (not chosen or in_a_chunk)
 
     def _drop_cancelled(self) -> None:
         if self._prompts is not None and all(request.cancelled for request in self._prompts.requests):
@@ -207,5 +225,12 @@ def _taken(request: TextRequest, logits: Tensor) -> int | None:
     try:
         return request.take(logits)
     except Exception as error:
+        _log(error)
         request.fail(error)
         return None
+
+
+def _log(error: Exception) -> None:
+    """What the library raises for faults of the daemon goes to the client; the rest nobody expects."""
+    if not isinstance(error, FlashClientError):
+        logger.error("a request failed", exc_info=error)

@@ -14,7 +14,7 @@ from flashclient.commands.generate import add_mode_flags
 from flashclient.commands.keywords import in_flags
 from flashclient.commands.opening import open_client
 from flashclient.commands.sampling import add_sampling_flags, sampling_arguments, seed_sampling
-from flashclient.errors import FlashClientError
+from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.conversation import Conversation
 from flashclient.generation.stop_texts import until_stop
 from flashclient.standard_streams import complain, say
@@ -29,7 +29,7 @@ HELP = """\
 /again          another answer to the last message
 /stats          speed, bytes read and hit rate of the last answer
 /exit           end; so does Ctrl-D
-A line that ends with \\ goes on in the next one. Ctrl-C stops an answer."""
+A line that ends with \\ goes on in the next one. Ctrl-C stops an answer, once its first word is there."""
 
 
 def add(commands: Any) -> None:
@@ -79,7 +79,7 @@ class _Chat:
         status = 0
         while (text := self._read()) is not None:
             command, _, rest = text.removeprefix("/").partition(" ")
-            if text in ("/exit", "/quit"):
+            if text.strip() in ("/exit", "/quit"):
                 break
             try:
                 if not text.startswith("/"):
@@ -103,6 +103,8 @@ class _Chat:
         while True:
             try:
                 line = input((PROMPT_MORE if lines else PROMPT) if self._terminal else "")
+            except UnicodeDecodeError as error:
+                raise OptionError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from error
             except EOFError:
                 if self._terminal:
                     say("")
@@ -146,11 +148,16 @@ class _Chat:
         say("there is nothing to undo" if asked is None else f"removed: {asked}")
 
     def _again(self, _: str) -> None:
+        before = self._conversation.turns
         asked = self._conversation.undo()
         if asked is None:
             say("there is no message yet")
-        else:
+            return
+        try:
             self._say(asked)
+        finally:
+            if len(self._conversation.turns) < len(before):
+                self._conversation.turns = before  # there is no other answer
 
 
 def _banner(client: Any) -> str:

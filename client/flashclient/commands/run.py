@@ -1,4 +1,4 @@
-"""`flashclient run`: from nothing to a chat."""
+"""`flashclient run`: imports a model if it is new, starts a weightd, and chats."""
 
 from __future__ import annotations
 

@@ -22,6 +22,13 @@ def _number(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = not_negative(text)
+    if value >= 2**63:
+        raise argparse.ArgumentTypeError(f"'{text}' must be below 2^63")
+    return value
+
+
 def _stop_text(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("an empty text would end every answer at once")
@@ -42,7 +49,7 @@ def add_sampling_flags(command: Any) -> None:
     command.add_argument(
         "--repetition-penalty", type=_number, metavar="R", help="above 1 makes tokens of the text so far less likely"
     )
-    command.add_argument("--seed", type=not_negative, metavar="N", help="the same seed gives the same text")
+    command.add_argument("--seed", type=_seed, metavar="N", help="the same seed gives the same text")
     command.add_argument(
         "--stop",
         action="append",

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flashclient.batching.bounds import CACHE_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
 from flashclient.commands.arguments import add_command, positive
 from flashclient.commands.opening import open_client
 from flashclient.errors import FlashClientError, OptionError
@@ -21,6 +22,7 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("fastapi", "uvicorn")
 STOPPING_S = 5  # for answers under way
 BACKLOG = 128
+CONNECTIONS_MAX = 512  # further ones get status 503
 
 
 def add(commands: Any) -> None:
@@ -34,8 +36,23 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys that may ask, one a line; needed for other hosts"
     )
-    command.add_argument("--sequences", type=positive, default=16, metavar="N", help="that advance at once, at most 16")
-    command.add_argument("--waiting", type=positive, default=64, metavar="N", help="further ones that may wait")
+    command.add_argument(
+        "--sequences",
+        type=positive,
+        default=SEQUENCES_MAX,
+        metavar="N",
+        help="requests that advance at once (at most 16)",
+    )
+    command.add_argument(
+        "--waiting", type=positive, default=WAITING_MAX, metavar="N", help=f"further ones that may wait ({WAITING_MAX})"
+    )
+    command.add_argument(
+        "--cache-tokens",
+        type=positive,
+        default=CACHE_TOKENS_MAX,
+        metavar="N",
+        help=f"tokens of keys and values of all of them together ({CACHE_TOKENS_MAX})",
+    )
 
 
 def _port(text: str) -> int:
@@ -58,8 +75,9 @@ def _checked(options: argparse.Namespace) -> list[str]:
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise FlashClientError(f"this needs {' and '.join(missing)}: pip install 'weightd[serve]'")
-    if options.sequences > 16:
-        raise OptionError(f"--sequences {options.sequences} is more than 16, which is what a kernel computes at once")
+    if options.sequences > SEQUENCES_MAX:
+        most = f"more than {SEQUENCES_MAX}, which is what a kernel computes at once"
+        raise OptionError(f"--sequences {options.sequences} is {most}")
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
     if options.api_key_file is None:
@@ -85,14 +103,22 @@ def _serve(client: Any, options: argparse.Namespace, keys: list[str], opened: Ex
     from flashclient.server.api import make_api
     from flashclient.server.hosted_model import HostedModel
 
-    scheduler = Scheduler(client.loaded, options.sequences, options.waiting)
-    opened.callback(scheduler.close)
     name = client.record.name
+    if client.tokenizer is None:
+        raise FlashClientError(f"model '{name}' was stored without a tokenizer, and the server answers with text")
+    scheduler = Scheduler(client.loaded, options.sequences, options.waiting, options.cache_tokens)
+    opened.callback(scheduler.close)
     api = make_api({name: HostedModel(name, client, scheduler)}, Access(keys))
     listening = _bound(options)
     host, port = listening.getsockname()[:2]
     say(f"serving {name} (mode {client.mode}) at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
-    config = uvicorn.Config(api, log_level="warning", lifespan="off", timeout_graceful_shutdown=STOPPING_S)
+    config = uvicorn.Config(
+        api,
+        log_level="warning",
+        lifespan="off",
+        timeout_graceful_shutdown=STOPPING_S,
+        limit_concurrency=CONNECTIONS_MAX,
+    )
 
     class Server(uvicorn.Server):
         @contextmanager

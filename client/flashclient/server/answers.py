@@ -7,10 +7,12 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from flashclient.batching.request import Progress
 from flashclient.batching.sampling import Picked
+from flashclient.generation.texts import HALF
 from flashclient.server.hosted_model import Answer
 from flashclient.server.problems import Problem
 
@@ -55,10 +57,9 @@ class AnswerForm(ABC):
                 for delta in self._first():
                     yield self._event(answer.index, delta, None, more)
             async for answer, step in merged:
-                if step.text or step.finished is None:
-                    picked = [step.picked] if step.picked is not None else []
-                    if step.text or self._with_logprobs:
-                        yield self._event(answer.index, self._delta(step.text, picked), None, more)
+                picked = [step.picked] if step.picked is not None else []
+                if step.text or (picked and self._with_logprobs):
+                    yield self._event(answer.index, self._delta(step.text, picked), None, more)
                 if step.finished is not None:
                     yield self._event(answer.index, self._last(), step.finished, more)
             if usage:
@@ -72,7 +73,7 @@ class AnswerForm(ABC):
         return _data({**self._head, "object": self.chunk_kind, "choices": [choice], **more})
 
     def _token_text(self, token: int) -> str:
-        return str(self._tokenizer.decode([token])) if self._tokenizer is not None else str(token)
+        return str(self._tokenizer.decode([token]))
 
     @abstractmethod
     def _choice(self, text: str, picked: list[Picked]) -> dict[str, Any]:
@@ -87,7 +88,7 @@ class AnswerForm(ABC):
 
     @abstractmethod
     def _last(self) -> dict[str, Any]:
-        """What the last chunk of a choice adds: nothing."""
+        """The empty content of a choice's last chunk."""
 
 
 class CompletionForm(AnswerForm):
@@ -108,12 +109,13 @@ class CompletionForm(AnswerForm):
         if not self._with_logprobs:
             return None
         texts = [self._token_text(one.token) for one in picked]
-        ends = [sum(map(len, texts[:count])) for count in range(len(texts))]
+        # Of tokens with the same text, the likeliest counts.
+        top = [{self._token_text(token): value for token, value in reversed(one.top)} for one in picked]
         return {
             "tokens": texts,
             "token_logprobs": [one.logprob for one in picked],
-            "top_logprobs": [{self._token_text(token): value for token, value in one.top} for one in picked],
-            "text_offset": ends,
+            "top_logprobs": top,
+            "text_offset": list(accumulate(map(len, texts), initial=0))[:-1],
         }
 
 
@@ -146,7 +148,7 @@ class ChatForm(AnswerForm):
 
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._token_text(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": None if HALF in text else list(text.encode())}
 
 
 def usage_of(answers: Sequence[Answer]) -> dict[str, int]:

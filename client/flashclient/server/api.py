@@ -13,6 +13,7 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from flashclient.batching.request import Progress
 from flashclient.errors import FlashClientError
@@ -21,10 +22,10 @@ from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
 from flashclient.server.problems import Problem
-from flashclient.server.schema import ChatBody, Choosing, CompletionBody
+from flashclient.server.schema import ChatBody, CompletionBody, SamplingBody
 
 POLL_S = 0.25  # how often a request that is not a stream looks whether its client has gone
-Body = TypeVar("Body", bound=Choosing)
+Body = TypeVar("Body", bound=SamplingBody)
 
 logger = logging.getLogger("flashclient.server")
 
@@ -41,6 +42,7 @@ def make_api(models: Mapping[str, HostedModel], access: Access) -> FastAPI:
     api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
     for kind in (Problem, FlashClientError):
         api.add_exception_handler(kind, _answer_problem)
+    api.add_exception_handler(ClientDisconnect, _answer_nobody)
     api.add_exception_handler(HTTPException, _answer_unknown)
     api.add_exception_handler(Exception, _answer_unexpected)
     return api
@@ -49,6 +51,10 @@ def make_api(models: Mapping[str, HostedModel], access: Access) -> FastAPI:
 async def _answer_problem(_: Request, error: Exception) -> Response:
     problem = Problem.of(error)
     return JSONResponse(problem.as_dict(), problem.status, problem.headers)
+
+
+async def _answer_nobody(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)
 
 
 async def _answer_unknown(request: Request, error: Exception) -> Response:
@@ -88,9 +94,9 @@ class _Routes:
     async def completions(self, request: Request) -> Response:
         body = await self._body(request, CompletionBody)
         model = self._named(body.model)
-        prompts = [await run_in_threadpool(model.text_ids, prompt) for prompt in body.prompts]
+        prompts = await run_in_threadpool(model.text_ids, body.prompts)
         asked = Asked(body.chosen(), body.max_tokens, body.stops, body.n or 1, body.logprobs)
-        form = CompletionForm(model.name, model.client.tokenizer, body.logprobs is not None)
+        form = CompletionForm(model.name, model.tokenizer, body.logprobs is not None)
         return await self._answer(request, body, form, model.ask(prompts, asked))
 
     async def chat(self, request: Request) -> Response:
@@ -99,7 +105,7 @@ class _Routes:
         layout = dict(body.chat_template_kwargs or {})
         ids = await run_in_threadpool(model.chat_ids, body.conversation(), layout)
         asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives)
-        form = ChatForm(model.name, model.client.tokenizer, bool(body.logprobs))
+        form = ChatForm(model.name, model.tokenizer, bool(body.logprobs))
         return await self._answer(request, body, form, model.ask([ids], asked))
 
     def _named(self, name: str) -> HostedModel:
@@ -117,7 +123,7 @@ class _Routes:
         except ValidationError as error:
             raise _refused(error) from None
 
-    async def _answer(self, request: Request, body: Choosing, form: AnswerForm, answers: list[Answer]) -> Response:
+    async def _answer(self, request: Request, body: SamplingBody, form: AnswerForm, answers: list[Answer]) -> Response:
         if body.stream:
             events = self._until_gone(form.stream(answers, _merged(answers), body.reports_usage), answers)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -164,6 +170,7 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Prog
     finally:
         for future in next_of:
             future.cancel()
+            future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody awaits it
 
 
 def _described(model: HostedModel) -> dict[str, Any]:
@@ -179,5 +186,5 @@ def _refused(error: ValidationError) -> Problem:
         return Problem(400, f"this server does not know {'.'.join(where)}: leave it out", param, "unknown_parameter")
     if first["type"] == "json_invalid":
         return Problem(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
-    name = ".".join(where) or "the body"
+    name = where[0] if where else "the body"
     return Problem(400, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
@@ -16,10 +18,11 @@ from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import Scheduler
 from flashclient.client import FlashClient
 from flashclient.errors import OptionError
-from flashclient.generation.chat import conversation
+from flashclient.generation.chat import LAYOUT, conversation
 from flashclient.generation.prompts import encode
 from flashclient.server.problems import Problem
 
+SEQUENCES_OF_REQUEST_MAX = 64
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
 
 
@@ -68,26 +71,29 @@ class HostedModel:
         self._config = config = model.generation_config
         self._vocabulary = int(model.get_input_embeddings().weight.shape[0])
         ends = getattr(config, "eos_token_id", None)
+        self.tokenizer: Any = copy.deepcopy(self.client.tokenizer)  # encodes while the model's own decodes
+        self._encoding = threading.Lock()
         self._ends = frozenset() if ends is None else frozenset(int(end) for end in np.atleast_1d(ends))
 
     def chat_ids(self, messages: list[dict[str, Any]], layout: dict[str, Any]) -> list[int]:
         """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
-        if self.client.tokenizer is None:
-            raise Problem(400, f"model '{self.name}' has no tokenizer: use completions with token ids", "messages")
-        known: set[str] = set()
-        with self.client.loaded.turns.taken():
-            prompt, rest = conversation(self.client.tokenizer, messages, layout, known)
+        refused = [name for name in layout if name in LAYOUT]
+        if refused:
+            raise Problem(400, f"chat_template_kwargs cannot set {refused[0]}: leave it out", "chat_template_kwargs")
+        with self._encoding:
+            prompt, rest = conversation(self.tokenizer, messages, layout, set())
         if rest:
             raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")
         return [int(token) for token in prompt.inputs["input_ids"][0]]
 
-    def text_ids(self, prompt: str | list[int]) -> list[int]:
-        """The token ids of a prompt. Raises OptionError for ids that are not the model's."""
+    def text_ids(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
+        """The token ids of prompts. Raises OptionError for ids that are not the model's."""
+        with self._encoding:
+            return [self._ids(prompt) for prompt in prompts]
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            if self.client.tokenizer is None:
-                raise Problem(400, f"model '{self.name}' has no tokenizer: give token ids", "prompt")
-            with self.client.loaded.turns.taken():
-                return [int(token) for token in encode(prompt, {}, self.client.tokenizer).inputs["input_ids"][0]]
+            return [int(token) for token in encode(prompt, {}, self.tokenizer).inputs["input_ids"][0]]
         strange = [token for token in prompt if not 0 <= token < self._vocabulary]
         if strange:
             last = self._vocabulary - 1
@@ -95,7 +101,10 @@ class HostedModel:
         return prompt
 
     def ask(self, prompts: Sequence[Sequence[int]], asked: Asked) -> list[Answer]:
-        """Queues `count` sequences for each prompt. Raises BusyError, OptionError; then none is queued."""
+        """Queues the sequences of a request. Raises BusyError, OptionError; then none is queued."""
+        sequences = len(prompts) * asked.count
+        if sequences > SEQUENCES_OF_REQUEST_MAX:
+            raise OptionError(f"a request may ask for {SEQUENCES_OF_REQUEST_MAX} sequences, not {sequences}")
         strange = [token for token in asked.sampling.get("logit_bias", ()) if not 0 <= token < self._vocabulary]
         if strange:
             last = self._vocabulary - 1

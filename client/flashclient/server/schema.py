@@ -12,10 +12,13 @@ from flashclient.server.problems import Problem
 N_MAX = 16
 STOPS_MAX = 16
 BIASES_MAX = 1024
+PROMPTS_MAX = 64
+PROMPT_TOKENS_MAX = 1 << 20
 COMPLETION_TOKENS_DEFAULT = 16  # of the interface
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+Ids = Annotated[list[int], Field(max_length=PROMPT_TOKENS_MAX)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=STOPS_MAX)]
 
 
@@ -28,15 +31,21 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-class Choosing(_Body):
+SAMPLING_FIELDS = (
+    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty", "logit_bias", "seed"),
+)
+
+
+class SamplingBody(_Body):
     """What both endpoints take: how tokens are chosen. top_k, min_p and repetition_penalty are additions."""
 
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Probability | None = None
     top_k: Annotated[int, Field(ge=0)] | None = None
     min_p: Probability | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=BIASES_MAX)] | None = (
@@ -65,13 +74,11 @@ class Choosing(_Body):
 
     def chosen(self) -> dict[str, Any]:
         """The fields of Sampling that the request sets."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty")
-        names += ("frequency_penalty", "logit_bias", "seed")  # type: ignore[assignment]
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name) is not None}
 
 
-class CompletionBody(Choosing):
-    prompt: str | list[int] | list[str] | list[list[int]]
+class CompletionBody(SamplingBody):
+    prompt: str | Ids | Annotated[list[str] | list[Ids], Field(max_length=PROMPTS_MAX)]
     max_tokens: Annotated[int, Field(ge=1)] | None = COMPLETION_TOKENS_DEFAULT
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     echo: Literal[False] | None = None
@@ -91,7 +98,7 @@ class CompletionBody(Choosing):
         return list(prompts)
 
 
-class ChatBody(Choosing):
+class ChatBody(SamplingBody):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -119,10 +126,14 @@ class ChatBody(Choosing):
         return [message | {"content": _text(message)} for message in self.messages]
 
 
-def _text(message: dict[str, Any]) -> Any:
+def _text(message: dict[str, Any]) -> str:
     content = message.get("content")
-    if not isinstance(content, list):
+    if message.get("tool_calls") or message.get("role") == "tool":
+        raise Problem(400, "a message calls a tool or is of one, and this server has no tools", "messages")
+    if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise Problem(400, "a message has no text: give its content as a string", "messages")
     if not all(isinstance(part, dict) and part.get("type") == "text" for part in content):
         raise Problem(400, "a message has a part that is not text, and this server reads text only", "messages")
     return "".join(str(part.get("text", "")) for part in content)

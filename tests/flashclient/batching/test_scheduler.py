@@ -101,7 +101,7 @@ def test_ends_and_stop_texts(daemon: Daemon) -> None:
         ended = asked(prompt_of(1, 7), ends=frozenset([tokens[3]]))
         scheduler.submit(ended.request)
         got, last = ended.end()
-        assert (got, last.finished, last.text) == (tokens[: tokens.index(tokens[3]) + 1], "stop", "")
+        assert (got, last.finished, last.text) == (tokens[: tokens.index(tokens[3])], "stop", "")
         text = str(TOKENIZER.decode(tokens))
         stop = text[3:5]
         stopped = asked(prompt_of(1, 7), stops=[stop])
@@ -142,6 +142,19 @@ def test_a_bounded_number_waits(daemon: Daemon) -> None:
             scheduler.submit(asked([5]).request)
         running.request.cancel()
         assert all(listener.end()[1].finished == "length" for listener in waiting)
+
+
+def test_keys_and_values_are_bounded(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 4, 8, 50) as scheduler:
+        long, short = asked(prompt_of(1, 7), 100), asked(prompt_of(2, 7), 3)  # the first is longer than the bound
+        scheduler.submit(long.request)
+        long.next()
+        scheduler.submit(short.request)
+        assert long.end()[1].finished == "length"
+        assert short.request.made <= 1, "it waited"
+        assert short.end()[1].finished == "length"
+        with pytest.raises(FlashClientError, match="9 sequences at once, and 8 may wait"):
+            scheduler.submit(*(asked([5]).request for _ in range(9)))
 
 
 def test_closing_fails_what_runs_and_waits(daemon: Daemon) -> None:

@@ -197,7 +197,12 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "the chat template uses no 'thinking'"),
         ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this server reads text only"),
-        ({"stop": ""}, "stop"),
+        ({"stop": ""}, "stop: "),
+        ({"messages": [{"role": "user"}]}, "a message has no text: give its content as a string"),
+        ({"messages": [{"role": "user", "content": 5}]}, "a message has no text"),
+        ({"messages": [{"role": "tool", "content": "5"}]}, "this server has no tools"),
+        ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "cannot set chat_template"),
+        ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty: "),
         ({"logit_bias": {"100000": 5}}, "logit_bias has token 100000, and the model's tokens are 0 to"),
     ],
 )
@@ -215,6 +220,10 @@ def test_keys(address: str) -> None:
                 client.chat.completions.create(messages=HI, **GREEDY, extra_headers=headers)
     with openai.OpenAI(base_url=address, api_key="sk-other", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == [NAME]
+
+
+def many(prompts: int, count: int) -> bytes:
+    return json.dumps({"model": NAME, "prompt": ["a"] * prompts, "n": count}).encode()
 
 
 def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, dict[str, Any]]:
@@ -238,6 +247,8 @@ def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str)
         ("GET", "/v1/completions", b"", 405, "no GET /v1/completions"),
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": []}', 400, "the prompt is empty"),
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": "a", "echo": true}', 400, "echo"),
+        ("POST", "/v1/completions", many(65, 1), 400, "prompt: "),
+        ("POST", "/v1/completions", many(20, 16), 400, "a request may ask for 64 sequences, not 320"),
         ("POST", "/v1/completions", b" " * (9 << 20), 413, "the body is larger than 8 MiB"),
     ],
 )
@@ -252,7 +263,7 @@ def test_raw_errors_have_one_shape(
 
 def test_a_client_that_goes_frees_its_place(daemon: Daemon) -> None:
     with (
-        server_of(daemon, "--sequences", "1", "--waiting", "1") as url,
+        server_of(daemon, "--sequences", "1", "--waiting", "2") as url,
         openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
     ):
         endless: dict[str, Any] = {"max_tokens": 400, **GREEDY}
