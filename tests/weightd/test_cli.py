@@ -60,7 +60,7 @@ def test_corruption_exits_1_with_the_neuron(store: Path, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["import", "x", "--store", "s", "--dtype", "int8"],
+        ["import", "x", "--store", "s", "--dtype", "int5"],
         ["import", "x"],
         ["import", "x", "--store", "s", "--nam", "y"],
         ["rm", "--store", "s"],
@@ -79,7 +79,7 @@ def test_wrong_usage_exits_2(arguments: list[str], capsys: pytest.CaptureFixture
 
 
 def test_dtype_error_lists_the_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["import", "x", "--store", "s", "--dtype", "int4"]) == 2
+    assert main(["import", "x", "--store", "s", "--dtype", "int5"]) == 2
     error = capsys.readouterr().err
     assert all(dtype in error for dtype in ("keep", "fp32", "bf16", "fp16"))
 

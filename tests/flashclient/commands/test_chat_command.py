@@ -113,6 +113,7 @@ class Terminal:
             return self.process.wait(ANSWER_S)
         finally:
             self.process.kill()
+            self.process.wait()
             os.close(self._own)
 
 
@@ -130,7 +131,8 @@ def test_at_a_terminal_an_interrupt_stops_the_answer_only(daemon: Daemon) -> Non
     terminal.await_text("> ", 2)
     terminal.type("/undo\n")
     terminal.await_text("removed: Hi")
-    terminal.type("\x04")
+    terminal.await_text("> ", 3)
+    terminal.type("/exit\n")
     assert terminal.end() == 0
 
 

@@ -218,7 +218,8 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
         kernels = Ffn(Workers(2), [plain(dtype)] * 3, 77, "gelu_tanh", instruction_set=instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
-    assert kernels.instruction_set == instruction_set
+    tiles_of_another = instruction_set == "amx" and dtype != "BF16"
+    assert kernels.instruction_set == ("avx512" if tiles_of_another else instruction_set)
     x = torch.randn(16, 77)
     (chunk,) = layer.source([90]).chunks(0)
     addresses = layer.weights.data_ptr() + np.arange(90, dtype=np.uint64) * layer.weights[0].nbytes
@@ -244,7 +245,10 @@ def test_half_precision_is_widened_exactly() -> None:
                 rows = weight.view(-1, columns)
                 out = np.empty((columns, len(rows)), np.float32)
                 kernels.multiply(array_of(rows), np.eye(columns, dtype=np.float32), out)
-                assert np.array_equal(out.T, rows.float().numpy())
+                expected = rows.float()
+                if (instruction_set, dtype) == ("amx", "BF16"):  # its products take subnormal numbers for 0
+                    expected = torch.where(expected.abs() < 2.0**-126, 0.0, expected)
+                assert np.array_equal(out.T, expected.numpy())
 
 
 def test_output_is_fresh_and_of_the_dtype_of_x() -> None:
