@@ -49,8 +49,17 @@ def run(options: argparse.Namespace) -> int:
     """The command, also after `flashclient run` has prepared the model."""
     arguments = sampling_arguments(options)
     with open_client(options, mode=options.mode, window=options.window) as client:
+        _check_template(client)
         seed_sampling(options)
         return _Chat(client, arguments, options).run()
+
+
+def _check_template(client: Any) -> None:
+    if client.tokenizer is None or client.tokenizer.chat_template is None:
+        raise OptionError(
+            f"model '{client.record.name}' has no chat template, as base models have none: continue a text with "
+            "`flashclient generate`"
+        )
 
 
 class _Chat:

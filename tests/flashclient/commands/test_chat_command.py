@@ -41,6 +41,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def daemon(checkpoint: Path) -> Iterator[Daemon]:
     store = checkpoint.parent / "store"
     assert cli.main(["import", str(checkpoint), "--store", str(store)]) == 0
+    base = make_checkpoint("llama", checkpoint.parent / "tiny-base")
+    assert cli.main(["import", str(base), "--store", str(store)]) == 0
     with serving(store, "--dram", "64MiB") as started:
         yield started
 
@@ -81,6 +83,14 @@ def test_an_error_in_a_script_ends_it(daemon: Daemon) -> None:
     assert done.returncode == 2
     assert done.stderr == "flashclient: the model's chat template refuses the messages: no such word\n"
     assert len(done.stdout) > 1
+
+
+def test_a_model_without_a_chat_template(daemon: Daemon) -> None:
+    command = [*COMMAND, "chat", "tiny-base", "--address", daemon.address]
+    done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("flashclient: model 'tiny-base' has no chat template")
+    assert "`flashclient generate`" in done.stderr
 
 
 class Terminal:
