@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashclient.kernels.growing_cache import GrowingCache, GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
 from flashclient.model.loaded import LoadedModel
 
 
@@ -36,7 +37,7 @@ class Batch:
     def join(self, cache: GrowingCache, lengths: Sequence[int]) -> None:
         """Adds sequences as the last rows. `cache` holds their tokens, and is not used any more.
 
-        Only the first row may have a cache for which can_join() is False.
+        Only the first row may have a cache that does not hold tokens (GrowingCache.holds_tokens).
 
         Args:
             lengths: tokens of each sequence; shorter ones are padded on the left.
@@ -87,7 +88,8 @@ def feed(model: Any, rows: Sequence[Sequence[int]], cache: GrowingCache | None, 
         more["attention_mask"] = mask = torch.ones(len(rows), columns + width, dtype=torch.long)
         for row, count in enumerate(padding):
             mask[row, :count] = 0
-        if "position_ids" in inspect.signature(model.forward).parameters:
+        kind: Any = type(model)
+        if _takes_positions(kind):
             more["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, columns:]
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
     with torch.no_grad():
@@ -96,9 +98,9 @@ def feed(model: Any, rows: Sequence[Sequence[int]], cache: GrowingCache | None, 
     return logits
 
 
-def can_join(cache: GrowingCache) -> bool:
-    """Whether each layer holds keys and values by token, and no state of another kind."""
-    return all(isinstance(layer, GrowingLayer | GrowingWindowLayer) for layer in cache.layers)
+@cache
+def _takes_positions(kind: Any) -> bool:
+    return "position_ids" in inspect.signature(kind.forward).parameters
 
 
 def _joined(config: Any, first: GrowingCache, second: GrowingCache, columns: int) -> GrowingCache:

@@ -83,7 +83,7 @@ class Sampler:
         """The next token. logits: [vocabulary]."""
         logits = logits.float()
         scores = self._adjusted(logits)
-        if self._sampling.repetition_penalty != 1.0 or self._warpers:
+        if self._warpers:
             scores = self._warpers(torch.tensor([self._tokens]), scores[None])[0]  # type: ignore[arg-type]
         if self._sampling.temperature < TEMPERATURE_MIN:
             token = int(scores.argmax())

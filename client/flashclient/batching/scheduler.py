@@ -13,7 +13,7 @@ from collections import deque
 
 from torch import Tensor
 
-from flashclient.batching.batch import Batch, can_join, feed
+from flashclient.batching.batch import Batch, feed
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
 from flashclient.batching.request import TextRequest
 from flashclient.errors import BusyError, FlashClientError, OptionError
@@ -71,7 +71,7 @@ class Scheduler:
         assert 1 <= sequences_max <= SEQUENCES_MAX
         self._loaded = loaded
         # A model with states of another kind than keys and values runs one sequence at a time.
-        self._sequences_max = sequences_max if can_join(GrowingCache(loaded.model.config)) else 1
+        self._sequences_max = sequences_max if GrowingCache(loaded.model.config).holds_tokens else 1
         self._waiting_max = waiting_max
         self._cache_tokens_max = cache_tokens_max
         self._changed = threading.Condition()

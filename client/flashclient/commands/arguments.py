@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from flashclient.errors import OptionError
 
 
 def positive(text: str) -> int:
@@ -62,6 +65,22 @@ def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], in
     command.add_argument("--timeout-s", type=float, default=30.0, help="how long to wait for a weightd")
     command.add_argument("--json", action="store_true", help="print one JSON object instead")
     return command
+
+
+def add_mode_flag(command: Any) -> None:
+    """--mode."""
+    command.add_argument(
+        "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
+    )
+
+
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Raises OptionError for bytes that are not UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise OptionError(f"{what} is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def add_tls_flags(parser: Any) -> None:

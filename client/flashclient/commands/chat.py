@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from flashclient.commands.arguments import add_command, utf8
+from flashclient.commands.arguments import add_command, decoding, utf8
 from flashclient.commands.generate import add_mode_flags
 from flashclient.commands.keywords import in_flags
 from flashclient.commands.opening import open_client
@@ -111,9 +111,8 @@ class _Chat:
         lines: list[str] = []
         while True:
             try:
-                line = input((PROMPT_MORE if lines else PROMPT) if self._terminal else "")
-            except UnicodeDecodeError as error:
-                raise OptionError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from error
+                with decoding("standard input"):
+                    line = input((PROMPT_MORE if lines else PROMPT) if self._terminal else "")
             except EOFError:
                 if self._terminal:
                     say("")

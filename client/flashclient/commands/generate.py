@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from flashclient.commands.arguments import add_command, not_negative, utf8
+from flashclient.commands.arguments import add_command, add_mode_flag, decoding, not_negative, utf8
 from flashclient.commands.opening import open_client
 from flashclient.commands.sampling import add_sampling_flags, sampling_arguments, seed_sampling
 from flashclient.errors import OptionError
@@ -25,9 +25,7 @@ def add(commands: Any) -> None:
 
 def add_mode_flags(command: Any) -> None:
     """--mode, --window and --stats."""
-    command.add_argument(
-        "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
-    )
+    add_mode_flag(command)
     window = "number of last tokens whose neurons stay leased (default: 4 in mode predict, 0 in mode threshold)"
     command.add_argument("--window", type=not_negative, metavar="K", help=window)
     command.add_argument("--stats", action="store_true", help="print statistics on standard error")
@@ -55,10 +53,8 @@ def _standard_input() -> str:
     """All of it, without the last line's end. Raises OptionError for a terminal, and for what is not UTF-8."""
     if sys.stdin.isatty():
         raise OptionError("there is no prompt: pass one, or pipe a text into standard input")
-    try:
+    with decoding("standard input"):
         text = sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise OptionError(f"standard input is not UTF-8 ({error.reason} at byte {error.start})") from error
     text = text.removesuffix("\n").removesuffix("\r")
     if not text:
         raise OptionError("the prompt on standard input is empty: pass a text")

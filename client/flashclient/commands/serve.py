@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
-from flashclient.commands.arguments import add_command, positive
+from flashclient.commands.arguments import add_command, add_mode_flag, positive
 from flashclient.commands.opening import open_client
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import say
@@ -28,9 +28,7 @@ CONNECTIONS_MAX = 512  # further ones get status 503
 def add(commands: Any) -> None:
     """Adds the command."""
     command = add_command(commands, "serve", _run, "serve the OpenAI interface over HTTP")
-    command.add_argument(
-        "--mode", default="auto", help="auto (default: as calibration decided), exact, predict or threshold"
-    )
+    add_mode_flag(command)
     command.add_argument("--host", default=LOOPBACK[0], help="address to listen at (default: this machine only)")
     command.add_argument("--port", type=_port, default=PORT_DEFAULT, help=f"default: {PORT_DEFAULT}")
     command.add_argument(

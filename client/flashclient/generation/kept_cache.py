@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any
 
-from flashclient.kernels.growing_cache import GrowingCache, GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
 
 
 class KeptCache:
@@ -42,11 +42,9 @@ def _cut(cache: GrowingCache, tokens: int) -> bool:
     """Removes all but the first `tokens` tokens. False where a layer cannot do so: it holds a state, or no longer
     holds the tokens of its window."""
     removed = cache.get_seq_length() - tokens
-    if removed < 0:
+    if removed < 0 or not cache.holds_tokens:
         return False
     for layer in cache.layers:
-        if not isinstance(layer, GrowingLayer | GrowingWindowLayer):
-            return False
         if removed and isinstance(layer, GrowingWindowLayer) and layer.held_at[1] < layer.get_seq_length():
             return False
     if removed:

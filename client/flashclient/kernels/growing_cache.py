@@ -175,6 +175,11 @@ class GrowingCache(DynamicCache):
         super().__init__(config=config)
         self.layers = [_growing(layer) for layer in self.layers]
 
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether each layer holds keys and values by token, and no state of another kind."""
+        return all(isinstance(layer, _Growing) for layer in self.layers)
+
 
 def _growing(layer: Any) -> Any:
     if type(layer) is DynamicLayer:

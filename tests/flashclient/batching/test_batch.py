@@ -13,7 +13,7 @@ from cut_model import clients_of, cut
 from torch import Tensor
 
 from flashclient import FlashClient
-from flashclient.batching.batch import Batch, can_join, feed
+from flashclient.batching.batch import Batch, feed
 from flashclient.kernels.growing_cache import GrowingCache
 
 KINDS = {  # family, dtype
@@ -88,7 +88,7 @@ def test_rows_that_come_and_go(clients: dict[str, FlashClient], kind: str) -> No
 
 
 def test_states_of_another_kind_cannot_join() -> None:
-    assert can_join(GrowingCache(make_config("gemma3")))
+    assert GrowingCache(make_config("gemma3")).holds_tokens
     cache: Any = GrowingCache(make_config("llama"))
     cache.layers[0] = object()
-    assert not can_join(cache)
+    assert not cache.holds_tokens
