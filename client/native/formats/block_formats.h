@@ -11,9 +11,19 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
+
+#include "formats/half_values.h"
 
 namespace flashclient {
 namespace {
+
+// A half-precision number in all lanes.
+LANE Lane half_before_codes(const uint8_t* number) {
+    uint16_t half;
+    std::memcpy(&half, number, sizeof(half));
+    return Lane::all(half_values[half]);
+}
 
 // value = scale * code
 struct BlockQ8_0 {
@@ -26,16 +36,21 @@ struct BlockQ8_0 {
 };
 
 // Codes of four bits: those of the first sixteen values in the lower halves of bytes, the others in the upper halves.
-// value = scale * (code - 8)
-struct BlockQ4_0 {
+// value = scale * numbers[code]
+template <const int8_t (&numbers)[16]>
+struct BlockOfNumbers {
     static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 18;
-    static constexpr int8_t NUMBERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
     const uint8_t* codes;
     Sixteen values;
 
-    LANE BlockQ4_0(const uint8_t* block, size_t) : codes(block + 2), values(NUMBERS, half_before_codes(block)) {}
+    LANE BlockOfNumbers(const uint8_t* block, size_t) : codes(block + 2), values(numbers, half_before_codes(block)) {}
     LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
 };
+
+constexpr int8_t Q4_0_NUMBERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr int8_t IQ4_NL_NUMBERS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+using BlockQ4_0 = BlockOfNumbers<Q4_0_NUMBERS>;
+using BlockIq4Nl = BlockOfNumbers<IQ4_NL_NUMBERS>;
 
 // value = scale * code + least
 struct BlockQ4_1 {
@@ -45,17 +60,6 @@ struct BlockQ4_1 {
 
     LANE BlockQ4_1(const uint8_t* block, size_t)
         : codes(block + 4), values(half_before_codes(block), half_before_codes(block + 2)) {}
-    LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
-};
-
-// value = scale * NUMBERS[code]
-struct BlockIq4Nl {
-    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 18;
-    static constexpr int8_t NUMBERS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
-    const uint8_t* codes;
-    Sixteen values;
-
-    LANE BlockIq4Nl(const uint8_t* block, size_t) : codes(block + 2), values(NUMBERS, half_before_codes(block)) {}
     LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
 };
 

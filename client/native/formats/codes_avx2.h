@@ -5,21 +5,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
-
-#include "formats/half_values.h"
 
 namespace flashclient {
 namespace {
 
 LANE Lane multiply(Lane a, Lane b) { return {_mm256_mul_ps(a.value, b.value)}; }
-
-// A half-precision number in all lanes.
-LANE Lane half_before_codes(const uint8_t* number) {
-    uint16_t half;
-    std::memcpy(&half, number, sizeof(half));
-    return {_mm256_set1_ps(half_values[half])};
-}
 
 LANE __m128i eight_bytes(const uint8_t* bytes) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)); }
 

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 namespace flashclient {
 namespace {
@@ -11,12 +10,6 @@ namespace {
 Lane multiply(Lane a, Lane b) {
     for (size_t i = 0; i < Lane::WIDTH; i++) a.value[i] *= b.value[i];
     return a;
-}
-
-Lane half_before_codes(const uint8_t* number) {  // in all lanes
-    uint16_t half;
-    std::memcpy(&half, number, sizeof(half));
-    return Lane::all(widen_f16(half));
 }
 
 Lane signed_bytes(const uint8_t* bytes) {
