@@ -47,7 +47,21 @@ DTYPES = {
 # In which models are computed. By what `weightd import --dtype` calls them.
 COMPUTE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 # GGML's quantised formats that kernels compute with: values and bytes of a block, which holds its own scales.
-BLOCK_FORMATS = {"Q8_0": (32, 34), "Q4_0": (32, 18), "Q4_1": (32, 20), "IQ4_NL": (32, 18)}
+BLOCK_FORMATS = {
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "IQ4_NL": (32, 18),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "MXFP4": (32, 17),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ4_XS": (256, 136),
+}
 # What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.
 QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}
 # Two numbers of 4 bits in a byte, the lower half first, as in published checkpoints. Their scales lie elsewhere.

@@ -4,7 +4,8 @@
 // Compiled once per instruction set, after codes_*.h, which says what vectors can do. A format is a struct with
 //   VALUES, BYTES   of a block
 //   GROUP           the values that one object decodes: a part of a block that has scales of its own, or all of it
-//   (block, group)  its constructor, which reads the scales
+//   Scales          with of(block): what the groups need that is computed once of a block; NoScales for one group
+//   (block, scales, group)  its constructor; `scales` outlive it
 //   lane(first)     values [first, first + Lane::WIDTH) of the group
 // The conditions on `first` are constants where loops are unrolled.
 #pragma once
@@ -18,20 +19,27 @@
 namespace flashclient {
 namespace {
 
-// A half-precision number in all lanes.
-LANE Lane half_before_codes(const uint8_t* number) {
+LANE float half_at(const uint8_t* number) {
     uint16_t half;
     std::memcpy(&half, number, sizeof(half));
-    return Lane::all(half_values[half]);
+    return half_values[half];
 }
+
+// A half-precision number in all lanes.
+LANE Lane half_before_codes(const uint8_t* number) { return Lane::all(half_at(number)); }
+
+struct NoScales {
+    LANE static NoScales of(const uint8_t*) { return {}; }
+};
 
 // value = scale * code
 struct BlockQ8_0 {
     static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 34;
+    using Scales = NoScales;
     const uint8_t* codes;
     Lane scale;
 
-    LANE BlockQ8_0(const uint8_t* block, size_t) : codes(block + 2), scale(half_before_codes(block)) {}
+    LANE BlockQ8_0(const uint8_t* block, NoScales, size_t) : codes(block + 2), scale(half_before_codes(block)) {}
     LANE Lane lane(size_t first) const { return multiply(signed_bytes(codes + first), scale); }
 };
 
@@ -40,10 +48,12 @@ struct BlockQ8_0 {
 template <const int8_t (&numbers)[16]>
 struct BlockOfNumbers {
     static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 18;
+    using Scales = NoScales;
     const uint8_t* codes;
     Sixteen values;
 
-    LANE BlockOfNumbers(const uint8_t* block, size_t) : codes(block + 2), values(numbers, half_before_codes(block)) {}
+    LANE BlockOfNumbers(const uint8_t* block, NoScales, size_t)
+        : codes(block + 2), values(numbers, half_before_codes(block)) {}
     LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
 };
 
@@ -55,11 +65,67 @@ using BlockIq4Nl = BlockOfNumbers<IQ4_NL_NUMBERS>;
 // value = scale * code + least
 struct BlockQ4_1 {
     static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 20;
+    using Scales = NoScales;
     const uint8_t* codes;
     SixteenAbove values;
 
-    LANE BlockQ4_1(const uint8_t* block, size_t)
+    LANE BlockQ4_1(const uint8_t* block, NoScales, size_t)
         : codes(block + 4), values(half_before_codes(block), half_before_codes(block + 2)) {}
+    LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
+};
+
+// The fifth bit of each code lies in a string of bits.
+LANE Codes codes_of_five_bits(const uint8_t* bits, const uint8_t* codes, size_t first) {
+    const Codes four = bits_of(codes_of(codes + first % 16), first / 16 * 4, 15);
+    return joined(four, bits_in_order(bits, first), 4);
+}
+
+// value = scale * (code - 16)
+struct BlockQ5_0 {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 22;
+    using Scales = NoScales;
+    const uint8_t* block;
+    Lane scale;
+
+    LANE BlockQ5_0(const uint8_t* block, NoScales, size_t) : block(block), scale(half_before_codes(block)) {}
+    LANE Lane lane(size_t first) const {
+        return multiply(numbers_of(codes_of_five_bits(block + 2, block + 6, first), 16), scale);
+    }
+};
+
+// value = scale * code + least
+struct BlockQ5_1 {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 24;
+    using Scales = NoScales;
+    const uint8_t* block;
+    Lane scale;
+    Lane least;
+
+    LANE BlockQ5_1(const uint8_t* block, NoScales, size_t)
+        : block(block), scale(half_before_codes(block)), least(half_before_codes(block + 2)) {}
+    LANE Lane lane(size_t first) const {
+        return add(multiply(numbers_of(codes_of_five_bits(block + 4, block + 8, first), 0), scale), least);
+    }
+};
+
+// Half of the power of two that an exponent of eight bits stands for: the numbers below are doubled.
+LANE float half_of_power(uint8_t exponent) {
+    const uint32_t bits = exponent < 2 ? uint32_t{0x00200000} << exponent : (exponent - uint32_t{1}) << 23;
+    float power;
+    std::memcpy(&power, &bits, sizeof(power));
+    return power;
+}
+
+constexpr int8_t E2M1_NUMBERS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+struct BlockMxfp4 {
+    static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 17;
+    using Scales = NoScales;
+    const uint8_t* codes;
+    Sixteen values;
+
+    LANE BlockMxfp4(const uint8_t* block, NoScales, size_t)
+        : codes(block + 1), values(E2M1_NUMBERS, Lane::all(half_of_power(block[0]))) {}
     LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
 };
 

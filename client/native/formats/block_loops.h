@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "formats/block_formats.h"
+#include "formats/super_blocks.h"
 
 namespace flashclient {
 namespace {
@@ -43,8 +44,9 @@ template <typename Format>
 KERNEL void decode(const void* row, size_t begin, size_t end, float* out) {
     using Row = BlockRow<Format>;
     for (size_t j = begin; j < end; j += Format::VALUES) {
+        const auto scales = Format::Scales::of(Row::block(row, j));
         for (size_t g = 0; g < Row::GROUPS; g++) {
-            const Format group(Row::block(row, j), g);
+            const Format group(Row::block(row, j), scales, g);
 #pragma GCC unroll 32
             for (size_t l = 0; l < Row::LANES; l++, out += Lane::WIDTH) group.lane(l * Lane::WIDTH).store(out);
         }
@@ -64,11 +66,13 @@ LANE void dots_of_blocks(const void* const* row, const void* const* ahead, const
     for (size_t r = 0; r < rows; r++) chain[r] = Lane::zero();
     for (size_t j = 0; j < hidden; j += Format::VALUES) {
         Row::template prefetch_lines<rows>(ahead, j);
+        typename Format::Scales scales[rows];
+        for (size_t r = 0; r < rows; r++) scales[r] = Format::Scales::of(Row::block(row[r], j));
         for (size_t g = 0; g < Row::GROUPS; g++) {
             const float* of_group = x + j + g * Format::GROUP;
 #pragma GCC unroll 8
             for (size_t r = 0; r < rows; r++) {
-                const Format group(Row::block(row[r], j), g);
+                const Format group(Row::block(row[r], j), scales[r], g);
 #pragma GCC unroll 32
                 for (size_t l = 0; l < Row::LANES; l++) {
                     const Lane value = Lane::template load<Dtype::f32>(of_group + l * Lane::WIDTH);
@@ -179,6 +183,8 @@ KERNEL void accumulate_block_rows(const void* const* row, const void* const* ahe
     for (size_t r = 0; r < rows; r++) factor[r] = Lane::all(h[r]);
     for (size_t j = begin; j < end; j += Format::VALUES) {
         Row::template prefetch_lines<rows>(ahead, j);
+        typename Format::Scales scales[rows];
+        for (size_t r = 0; r < rows; r++) scales[r] = Format::Scales::of(Row::block(row[r], j));
         for (size_t g = 0; g < Row::GROUPS; g++) {
             float* of_group = y + j + g * Format::GROUP;
             Lane sums[Row::LANES];
@@ -187,7 +193,7 @@ KERNEL void accumulate_block_rows(const void* const* row, const void* const* ahe
             }
 #pragma GCC unroll 8
             for (size_t r = 0; r < rows; r++) {
-                const Format group(Row::block(row[r], j), g);
+                const Format group(Row::block(row[r], j), scales[r], g);
 #pragma GCC unroll 32
                 for (size_t l = 0; l < Row::LANES; l++) sums[l] = fma(group.lane(l * Lane::WIDTH), factor[r], sums[l]);
             }
@@ -240,6 +246,24 @@ const Kernels* table_for(BlockFormat format, const char* instruction_set) {
             return table_of_blocks<BlockQ4_1>(instruction_set);
         case BlockFormat::iq4_nl:
             return table_of_blocks<BlockIq4Nl>(instruction_set);
+        case BlockFormat::q5_0:
+            return table_of_blocks<BlockQ5_0>(instruction_set);
+        case BlockFormat::q5_1:
+            return table_of_blocks<BlockQ5_1>(instruction_set);
+        case BlockFormat::mxfp4:
+            return table_of_blocks<BlockMxfp4>(instruction_set);
+        case BlockFormat::q2_k:
+            return table_of_blocks<BlockQ2K>(instruction_set);
+        case BlockFormat::q3_k:
+            return table_of_blocks<BlockQ3K>(instruction_set);
+        case BlockFormat::q4_k:
+            return table_of_blocks<BlockQ4K>(instruction_set);
+        case BlockFormat::q5_k:
+            return table_of_blocks<BlockQ5K>(instruction_set);
+        case BlockFormat::q6_k:
+            return table_of_blocks<BlockQ6K>(instruction_set);
+        case BlockFormat::iq4_xs:
+            return table_of_blocks<BlockIq4Xs>(instruction_set);
     }
     return nullptr;
 }

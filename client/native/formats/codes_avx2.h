@@ -45,5 +45,37 @@ struct SixteenAbove {
     }
 };
 
+LANE Lane add(Lane a, Lane b) { return {_mm256_add_ps(a.value, b.value)}; }
+
+// Integers, one in each lane.
+struct Codes {
+    __m256i value;
+};
+
+LANE Codes codes_of(const uint8_t* bytes) { return {_mm256_cvtepu8_epi32(eight_bytes(bytes))}; }
+
+// code >> shift & mask
+LANE Codes bits_of(Codes codes, size_t shift, int mask) {
+    const __m256i shifted = _mm256_srlv_epi32(codes.value, _mm256_set1_epi32(static_cast<int>(shift)));
+    return {_mm256_and_si256(shifted, _mm256_set1_epi32(mask))};
+}
+
+// The bits of a string, from bit `first` on.
+LANE Codes bits_in_order(const uint8_t* bits, size_t first) {
+    const __m256i byte = _mm256_set1_epi32(bits[first / 8]);
+    const __m256i shifted = _mm256_srlv_epi32(byte, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+    return {_mm256_and_si256(shifted, _mm256_set1_epi32(1))};
+}
+
+// low | high << shift
+LANE Codes joined(Codes low, Codes high, int shift) {
+    return {_mm256_or_si256(low.value, _mm256_slli_epi32(high.value, shift))};
+}
+
+// code - zero, in fp32
+LANE Lane numbers_of(Codes codes, int zero) {
+    return {_mm256_cvtepi32_ps(_mm256_sub_epi32(codes.value, _mm256_set1_epi32(zero)))};
+}
+
 }  // namespace
 }  // namespace flashclient

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace flashclient {
 namespace {
@@ -42,6 +43,38 @@ struct SixteenAbove : LookUp {
               _mm512_mul_ps(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), scale.value),
               least.value)} {}
 };
+
+LANE Lane add(Lane a, Lane b) { return {_mm512_add_ps(a.value, b.value)}; }
+
+// Integers, one in each lane.
+struct Codes {
+    __m512i value;
+};
+
+LANE Codes codes_of(const uint8_t* bytes) { return {widened_bytes(bytes)}; }
+
+// code >> shift & mask
+LANE Codes bits_of(Codes codes, size_t shift, int mask) {
+    const __m512i shifted = _mm512_srlv_epi32(codes.value, _mm512_set1_epi32(static_cast<int>(shift)));
+    return {_mm512_and_si512(shifted, _mm512_set1_epi32(mask))};
+}
+
+// The bits of a string, from bit `first` on.
+LANE Codes bits_in_order(const uint8_t* bits, size_t first) {
+    uint16_t some;
+    std::memcpy(&some, bits + first / 8, sizeof(some));
+    return {_mm512_maskz_set1_epi32(some, 1)};
+}
+
+// low | high << shift
+LANE Codes joined(Codes low, Codes high, unsigned shift) {
+    return {_mm512_or_si512(low.value, _mm512_slli_epi32(high.value, shift))};
+}
+
+// code - zero, in fp32
+LANE Lane numbers_of(Codes codes, int zero) {
+    return {_mm512_cvtepi32_ps(_mm512_sub_epi32(codes.value, _mm512_set1_epi32(zero)))};
+}
 
 }  // namespace
 }  // namespace flashclient

@@ -50,5 +50,47 @@ struct SixteenAbove {
     }
 };
 
+Lane add(Lane a, Lane b) {
+    for (size_t i = 0; i < Lane::WIDTH; i++) a.value[i] += b.value[i];
+    return a;
+}
+
+// Integers, one in each lane.
+struct Codes {
+    int value[Lane::WIDTH];
+};
+
+Codes codes_of(const uint8_t* bytes) {
+    Codes codes;
+    for (size_t i = 0; i < Lane::WIDTH; i++) codes.value[i] = bytes[i];
+    return codes;
+}
+
+// code >> shift & mask
+Codes bits_of(Codes codes, size_t shift, int mask) {
+    for (int& code : codes.value) code = code >> shift & mask;
+    return codes;
+}
+
+// The bits of a string, from bit `first` on.
+Codes bits_in_order(const uint8_t* bits, size_t first) {
+    Codes codes;
+    for (size_t i = 0; i < Lane::WIDTH; i++) codes.value[i] = bits[first / 8] >> (first % 8 + i) & 1;
+    return codes;
+}
+
+// low | high << shift
+Codes joined(Codes low, Codes high, unsigned shift) {
+    for (size_t i = 0; i < Lane::WIDTH; i++) low.value[i] |= high.value[i] << shift;
+    return low;
+}
+
+// code - zero, in fp32
+Lane numbers_of(Codes codes, int zero) {
+    Lane lane;
+    for (size_t i = 0; i < Lane::WIDTH; i++) lane.value[i] = static_cast<float>(codes.value[i] - zero);
+    return lane;
+}
+
 }  // namespace
 }  // namespace flashclient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from blocks import decoded, random_rows
+from blocks import decoded, random_rows, spoil
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from instruction_sets import AVAILABLE
@@ -51,7 +51,7 @@ def test_damaged_scales_spoil_their_own_neurons_only(format: str, tokens: int, i
     stored = random_rows(format, neurons * parts, VALUES, 0.05, 1).reshape(neurons, -1)
     block_bytes = BLOCK_FORMATS[format][1]
     for neuron, scale in ((7, np.nan), (40, np.inf)):
-        stored[neuron, 2 * block_bytes : 2 * block_bytes + 2] = np.array([scale], np.float16).view(np.uint8)
+        spoil(format, stored[neuron, block_bytes : 2 * block_bytes], scale)
     gate, up, down = decoded(format, stored.reshape(neurons * parts, -1)).reshape(neurons, parts, -1).swapaxes(0, 1)
     x = np.random.default_rng(2).standard_normal((tokens, VALUES)).astype(np.float32)
     lent = LentMemory(stored)
