@@ -129,9 +129,10 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
 
 def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
     """All neurons of layer after layer, stored in `encoding`. The numbers are small: their bytes are those of halves of
-    1 / 64 to 1 / 32."""
+    1 / 64 to 1 / 32, and of exponents of 2^-11 to 2^-8. Zeros would not be read."""
     data = arena.bits.view(np.uint8)
-    data[:] = np.resize(np.random.default_rng(0).integers(0x24, 0x28, 2**20 + 1, np.uint8), len(data))
+    least = 0x74 if encoding.format == "MXFP4" else 0x24
+    data[:] = np.resize(np.random.default_rng(0).integers(least, least + 4, 2**20 + 1, np.uint8), len(data))
     bundle_bytes = 3 * stored_bytes(encoding, ENCODED_HIDDEN_SIZE)
     stride_bytes = -(-bundle_bytes // LINE_BYTES) * LINE_BYTES
     layers = len(data) // stride_bytes // LAYER_NEURONS
