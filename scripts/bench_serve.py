@@ -1,9 +1,10 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Measures `flashclient serve` with several requests at once, by the official client of the interface.
+"""Measures `flashclient serve` by the official client of the interface: requests at once, and a conversation's turns.
 
 A dense model (SwiGLU, random weights) is served in exact mode with a share of its weights in memory. Each row has so
 many streams at once, each with a prompt of its own. Speed is that of decoding: tokens of all streams while all of them
-decode. Rows take turns, so that a slow drift of the device affects all alike.
+decode. Rows take turns, so that a slow drift of the device affects all alike. The last row is the second turn of a long
+conversation, whose prompt is kept, and the same prompt with another beginning, of which nothing is kept.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from planted.store import PlantedStore, cut, dense_store
 
 DENSE_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.family == "llama")
 SEED = 17
+TURN_TOKENS = 16  # of the second turn
+TURN_TARGET = 10.0
 AT_ONCE_TARGET = 8
 GAIN_TARGET = 3.0
 
@@ -75,7 +78,8 @@ def measure(options: argparse.Namespace) -> list[Row]:
     vocabulary = cut(options.shape, options.layers)[0].vocabulary
     with serving(dense.store, round(dense.model_bytes * options.memory)) as daemon, _server(dense, daemon) as address:
         turns = asyncio.run(_turns(options, address, dense.name, vocabulary))
-    return [row_of(count, of_count) for count, of_count in turns.items()]
+        second = asyncio.run(_second_turns(options, address, dense.name, vocabulary)) if options.conversation else []
+    return [row_of(count, of_count) for count, of_count in turns.items()] + second
 
 
 @contextmanager
@@ -107,6 +111,28 @@ async def _turns(options: argparse.Namespace, address: str, name: str, vocabular
     return turns
 
 
+async def _second_turns(options: argparse.Namespace, address: str, name: str, vocabulary: int) -> list[Row]:
+    """When the first token of a conversation's second turn comes, and when with nothing kept."""
+    first_s: dict[str, list[float]] = {"kept": [], "new": []}
+    async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600) as client:
+        for number in range(options.rounds):
+            seed = SEED + 100 + 3 * number
+            said = random_ids(vocabulary, options.conversation, seed)
+            new = random_ids(vocabulary, TURN_TOKENS, seed + 1)
+            await _stream(client, name, said, 2)
+            other = random_ids(vocabulary, options.conversation, seed + 2)
+            for kind, prompt in (("kept", [*said, *new]), ("new", [*other, *new])):
+                begin = time.perf_counter()
+                first_s[kind].append((await _stream(client, name, prompt, 1))[0] - begin)
+    return [
+        {
+            "conversation_tokens": options.conversation,
+            "second_turn_first_token_s": median(first_s["kept"]),
+            "nothing_kept_first_token_s": median(first_s["new"]),
+        }
+    ]
+
+
 async def _stream(client: AsyncOpenAI, name: str, prompt: list[int], tokens: int) -> list[float]:
     """When each token came."""
     stream = await client.completions.create(
@@ -129,11 +155,23 @@ def row_of(at_once: int, turns: list[Turn]) -> Row:
 
 
 def targets_of(rows: list[Row]) -> list[Target]:
-    """The gain of several requests over one."""
-    speeds = {row["at_once"]: row["tokens_per_s"] for row in rows}
-    if not {1, AT_ONCE_TARGET} <= speeds.keys():
-        return []
-    return [Target("gain_of_8_requests", speeds[AT_ONCE_TARGET] / speeds[1], "x", GAIN_TARGET, "higher")]
+    """The gain of several requests over one, and of a prompt that is kept over one that is not."""
+    speeds = {row["at_once"]: row["tokens_per_s"] for row in rows if "at_once" in row}
+    targets = [
+        Target(
+            "second_turn_sooner",
+            row["nothing_kept_first_token_s"] / row["second_turn_first_token_s"],
+            "x",
+            TURN_TARGET,
+            "higher",
+        )
+        for row in rows
+        if "conversation_tokens" in row
+    ]
+    if {1, AT_ONCE_TARGET} <= speeds.keys():
+        gain = speeds[AT_ONCE_TARGET] / speeds[1]
+        targets.append(Target("gain_of_8_requests", gain, "x", GAIN_TARGET, "higher"))
+    return targets
 
 
 def _options() -> argparse.Namespace:
@@ -145,6 +183,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--at-once", nargs="+", type=int, default=[1, 4, 8, 16], help="streams of each row")
     parser.add_argument("--prompt-tokens", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=14, help="of a stream")
+    parser.add_argument("--conversation", type=int, default=2000, help="tokens of its first turn; 0: without this row")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser.parse_args()

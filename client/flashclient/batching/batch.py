@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
 from flashclient.model.loaded import LoadedModel
 
@@ -33,6 +34,20 @@ class Batch:
     @property
     def rows(self) -> int:
         return len(self._lengths)
+
+    @property
+    def tokens(self) -> int:
+        """That its cache has room for: all rows are as long as the longest."""
+        return self.rows * max(self._lengths, default=0)
+
+    def keep(self, row: int, tokens: Sequence[int], kept: KeptPrefixes) -> None:
+        """Keeps the keys and values of a row.
+
+        Args:
+            tokens: of the row; perhaps more than are in the cache.
+        """
+        assert self._cache is not None
+        kept.keep(tokens[: self._lengths[row]], self._cache, row)
 
     def join(self, cache: GrowingCache, lengths: Sequence[int]) -> None:
         """Adds sequences as the last rows. `cache` holds their tokens, and is not used any more.

@@ -48,12 +48,18 @@ class TextRequest:
     stops: Sequence[str]
     tell: Callable[[Progress], None]
     made: int = 0
+    kept_tokens: int = 0  # of the prompt, which were not computed again
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self._sampler = Sampler(self.sampling, self.prompt)
         self._text = GrowingText(self.tokenizer, list(self.prompt))
         self._stops = StopTexts(self.stops)
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The prompt, and what was made so far."""
+        return self._sampler.tokens
 
     def cancel(self) -> None:
         """Nobody waits any more: nothing more is computed. May be called from any thread."""

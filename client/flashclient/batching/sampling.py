@@ -22,6 +22,7 @@ from transformers import (
 TOP_LOGPROBS_MAX = 20
 TEMPERATURE_MIN = 1e-4  # below it, the likeliest token is certain
 OF_A_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what a generation config may set
+NO_TOKENS = torch.zeros(1, 0, dtype=torch.long)
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,15 @@ class Picked:
 
 
 class Sampler:
-    """Picks the tokens of one sequence. What it picks depends on the sequence and the seed alone."""
+    """Picks the tokens of one sequence. What it picks depends on the sequence and the seed alone.
+
+    Attributes:
+        tokens: the prompt, and those that were picked.
+    """
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self._sampling = sampling
-        self._tokens = list(prompt)
+        self.tokens = list(prompt)
         self._made: Counter[int] = Counter()
         self._warpers = _warpers(sampling)
         self._random = torch.Generator()
@@ -84,12 +89,14 @@ class Sampler:
         logits = logits.float()
         scores = self._adjusted(logits)
         if self._warpers:
-            scores = self._warpers(torch.tensor([self._tokens]), scores[None])[0]  # type: ignore[arg-type]
+            # Only a penalty for repetition reads the tokens, and making a tensor of them takes long.
+            tokens = torch.tensor([self.tokens]) if self._sampling.repetition_penalty != 1.0 else NO_TOKENS
+            scores = self._warpers(tokens, scores[None])[0]  # type: ignore[arg-type]
         if self._sampling.temperature < TEMPERATURE_MIN:
             token = int(scores.argmax())
         else:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
-        self._tokens.append(token)
+        self.tokens.append(token)
         self._made[token] += 1
         return self._with_logprobs(token, logits)
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from flashclient.batching.batch import Batch, feed
-from flashclient.batching.bounds import CACHE_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
+from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
+from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import TextRequest
 from flashclient.errors import BusyError, FlashClientError, OptionError
 from flashclient.kernels.growing_cache import GrowingCache
@@ -29,26 +31,53 @@ logger = logging.getLogger("flashclient.server")
 class _Prompts:
     """Requests whose prompts are being computed: some short ones in one pass, or a long one in chunks."""
 
-    def __init__(self, loaded: LoadedModel, requests: list[TextRequest]) -> None:
+    def __init__(self, loaded: LoadedModel, requests: list[TextRequest], kept: KeptPrefixes) -> None:
         self.requests = requests
-        self.cache = GrowingCache(loaded.model.config)
         self.lengths = [len(request.prompt) for request in requests]
         self._loaded = loaded
-        self._done = 0
+        self._kept = kept
+        self._done = starts_of(requests, kept)
+        self.cache = kept.begin([request.prompt for request in requests], self._done)
+        for request, start in zip(requests, self._done, strict=True):
+            request.kept_tokens = start
+
+    @property
+    def tokens(self) -> int:
+        """That its cache has room for."""
+        return len(self.requests) * max(self.lengths)
 
     def advance(self) -> Tensor | None:
         """Computes the next chunk. At the end returns the logits [requests, vocabulary]."""
-        chunks = [request.prompt[self._done : self._done + CHUNK_TOKENS] for request in self.requests]
+        pairs = zip(self.requests, self._done, strict=True)
+        chunks = [request.prompt[done : done + CHUNK_TOKENS] for request, done in pairs]
         steps = self._loaded.built.steps
         if steps is not None:
             steps.begin(max(self.lengths), None)
         try:
-            logits = feed(self._loaded.model, chunks, self.cache, [self._done] * len(chunks))
+            logits = feed(self._loaded.model, chunks, self.cache, self._done)
         finally:
             if steps is not None:
                 steps.end()
-        self._done += max(map(len, chunks))
-        return logits if self._done == max(self.lengths) else None
+        self._done = [done + len(chunk) for done, chunk in zip(self._done, chunks, strict=True)]
+        for row, request in enumerate(self.requests):
+            self._kept.keep(request.prompt[: self._done[row]], self.cache, row)
+        return logits if self._done == self.lengths else None
+
+
+def starts_of(requests: Sequence[TextRequest], kept: KeptPrefixes) -> list[int]:
+    """How many tokens of each prompt are not computed, where all are computed in one pass.
+
+    Rows of a pass that continue what is in a cache are of one length. If they cannot be, all begin at 0.
+    """
+    lengths = [len(request.prompt) for request in requests]
+    known = [kept.usable(request.prompt, length - 1) for request, length in zip(requests, lengths, strict=True)]
+    computed = max(length - one for length, one in zip(lengths, known, strict=True))
+    starts = [length - computed for length in lengths]
+    usable = all(
+        start >= 0 and kept.usable(request.prompt, start) == start
+        for request, start in zip(requests, starts, strict=True)
+    )
+    return starts if usable else [0] * len(requests)
 
 
 class Scheduler:
@@ -59,6 +88,8 @@ class Scheduler:
         waiting_max: further requests that may wait.
         cache_tokens_max: of all sequences that advance together, each counted as long as the longest may become. A
             longer sequence advances alone.
+        kept_tokens_max: of sequences that have ended, kept for prompts that begin alike; fewer where those that advance
+            need the room.
     """
 
     def __init__(
@@ -67,6 +98,7 @@ class Scheduler:
         sequences_max: int = SEQUENCES_MAX,
         waiting_max: int = WAITING_MAX,
         cache_tokens_max: int = CACHE_TOKENS_MAX,
+        kept_tokens_max: int = KEPT_TOKENS_MAX,
     ) -> None:
         assert 1 <= sequences_max <= SEQUENCES_MAX
         self._loaded = loaded
@@ -74,6 +106,7 @@ class Scheduler:
         self._sequences_max = sequences_max if GrowingCache(loaded.model.config).holds_tokens else 1
         self._waiting_max = waiting_max
         self._cache_tokens_max = cache_tokens_max
+        self._kept = KeptPrefixes(loaded.model.config, min(kept_tokens_max, cache_tokens_max))
         self._changed = threading.Condition()
         self._waiting: deque[TextRequest] = deque()
         self._closing = False
@@ -107,6 +140,11 @@ class Scheduler:
         """The sequences that advance, and those that wait."""
         prompts = self._prompts
         return len(self._running) + (0 if prompts is None else len(prompts.requests)), len(self._waiting)
+
+    @property
+    def kept_tokens(self) -> int:
+        """The tokens whose keys and values are kept for later prompts."""
+        return self._kept.tokens
 
     def close(self) -> None:
         """Fails all requests, and waits for the thread."""
@@ -153,6 +191,8 @@ class Scheduler:
         """A chunk of prompts, and a token of each sequence."""
         self._drop_cancelled()
         self._next_prompts()
+        under_way = self._batch.tokens + (self._prompts.tokens if self._prompts is not None else 0)
+        self._kept.shrink(self._cache_tokens_max - under_way)
         if self._prompts is not None:
             logits = self._prompts.advance()
             if logits is not None:
@@ -183,6 +223,9 @@ class Scheduler:
         self._leave(ended)
 
     def _leave(self, rows: set[int]) -> None:
+        if self._loaded.mode == "exact":  # else a prompt is computed with more neurons than what was made
+            for row in rows:
+                self._batch.keep(row, self._running[row][0].tokens, self._kept)
         self._batch.leave(rows)
         self._running = [one for row, one in enumerate(self._running) if row not in rows]
 
@@ -193,18 +236,22 @@ class Scheduler:
             while self._prompts is None and self._waiting and self._fits(chosen):
                 request = self._waiting.popleft()
                 chosen += [] if request.cancelled else [request]
-            if chosen:
-                self._prompts = _Prompts(self._loaded, chosen)
+        if chosen:
+            self._prompts = _Prompts(self._loaded, chosen, self._kept)
 
     def _fits(self, chosen: list[TextRequest]) -> bool:
         """Whether the first of those that wait may begin beside those that run and were chosen."""
         beside = [request for request, _ in self._running] + chosen
         together = (*chosen, self._waiting[0])
-        in_a_chunk = len(together) * max(len(request.prompt) for request in together) <= CHUNK_TOKENS
         rows = len(beside) + 1
         columns = max(len(request.prompt) + request.tokens_max for request in (*beside, self._waiting[0]))
         in_memory = not beside or rows * columns <= self._cache_tokens_max
-        return rows <= self._sequences_max and in_memory and (not chosen or in_a_chunk)
+        return rows <= self._sequences_max and in_memory and (not chosen or self._in_a_chunk(together))
+
+    def _in_a_chunk(self, requests: Sequence[TextRequest]) -> bool:
+        starts = starts_of(requests, self._kept)
+        computed = max(len(request.prompt) - start for request, start in zip(requests, starts, strict=True))
+        return len(requests) * computed <= CHUNK_TOKENS
 
     def _drop_cancelled(self) -> None:
         if self._prompts is not None and all(request.cancelled for request in self._prompts.requests):

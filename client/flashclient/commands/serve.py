@@ -11,8 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from flashclient.batching.bounds import CACHE_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
-from flashclient.commands.arguments import add_command, add_mode_flag, positive
+from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
+from flashclient.commands.arguments import add_command, add_mode_flag, not_negative, positive
 from flashclient.commands.opening import open_client
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import say
@@ -50,6 +50,13 @@ def add(commands: Any) -> None:
         default=CACHE_TOKENS_MAX,
         metavar="N",
         help=f"tokens of keys and values of all of them together ({CACHE_TOKENS_MAX})",
+    )
+    command.add_argument(
+        "--kept-tokens",
+        type=not_negative,
+        default=KEPT_TOKENS_MAX,
+        metavar="N",
+        help=f"of these, at most so many of requests that have ended, for prompts that begin alike ({KEPT_TOKENS_MAX})",
     )
 
 
@@ -104,7 +111,8 @@ def _serve(client: Any, options: argparse.Namespace, keys: list[str], opened: Ex
     name = client.record.name
     if client.tokenizer is None:
         raise FlashClientError(f"model '{name}' was stored without a tokenizer, and the server answers with text")
-    scheduler = Scheduler(client.loaded, options.sequences, options.waiting, options.cache_tokens)
+    bounds = (options.sequences, options.waiting, options.cache_tokens, options.kept_tokens)
+    scheduler = Scheduler(client.loaded, *bounds)
     opened.callback(scheduler.close)
     api = make_api({name: HostedModel(name, client, scheduler)}, Access(keys))
     listening = _bound(options)

@@ -151,11 +151,16 @@ class ChatForm(AnswerForm):
         return {"token": text, "logprob": logprob, "bytes": None if HALF in text else list(text.encode())}
 
 
-def usage_of(answers: Sequence[Answer]) -> dict[str, int]:
+def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:
     """Tokens of all prompts, each counted once, and of all answers."""
-    prompts = {id(answer.request.prompt): answer.prompt_tokens for answer in answers}
-    prompt_tokens, made = sum(prompts.values()), sum(answer.request.made for answer in answers)
-    return {"prompt_tokens": prompt_tokens, "completion_tokens": made, "total_tokens": prompt_tokens + made}
+    prompts = {id(answer.request.prompt): answer for answer in reversed(answers)}.values()
+    prompt_tokens, made = sum(one.prompt_tokens for one in prompts), sum(answer.request.made for answer in answers)
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": made,
+        "total_tokens": prompt_tokens + made,
+        "prompt_tokens_details": {"cached_tokens": sum(one.request.kept_tokens for one in prompts)},
+    }
 
 
 def _data(value: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from flashclient.batching.sampling import TOP_LOGPROBS_MAX
+from flashclient.batching.sampling import TOP_LOGPROBS_MAX, Sampling
 from flashclient.server.problems import Problem
 
 N_MAX = 16
@@ -31,10 +32,7 @@ class StreamOptions(_Body):
     include_obfuscation: bool = False
 
 
-SAMPLING_FIELDS = (
-    *("temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
-    *("presence_penalty", "frequency_penalty", "logit_bias", "seed"),
-)
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling) if field.name != "top_logprobs")
 
 
 class SamplingBody(_Body):

@@ -185,3 +185,35 @@ def test_without_its_daemon_a_request_fails_and_the_next_one_too(tmp_path: Path)
         after = asked(prompt_of(2, 7))
         scheduler.submit(after.request)
         assert isinstance(after.end()[1].error, FlashClientError)
+
+
+@pytest.mark.parametrize(("name", "mode"), [("opt", "exact"), ("opt", "predict"), ("llama", "exact")])
+def test_the_next_turn_computes_only_what_is_new(daemon: Daemon, name: str, mode: str) -> None:
+    with FlashClient(name, address=daemon.address, mode=mode) as client, scheduler_of(client, 4) as scheduler:
+        first = asked(prompt_of(1, CHUNK_TOKENS + 40))
+        scheduler.submit(first.request)
+        made, _ = first.end()
+        turn = [*first.request.prompt, *made, *prompt_of(2, 9)]
+        turns = [asked([*turn, *prompt_of(3 + index, 5)]) for index in range(3)] + [asked(prompt_of(9, 5))]
+        scheduler.submit(*(listener.request for listener in turns))
+        for listener in turns:
+            prompt = torch.tensor([listener.request.prompt])
+            with_cache = listener.end()[0]
+            alone = client.generate(prompt, max_new_tokens=8, do_sample=False, eos_token_id=-1)
+            assert with_cache == alone[0, prompt.shape[1] :].tolist()
+        known = len(first.request.prompt) + (len(made) - 1 if mode == "exact" else 0)
+        assert [listener.request.kept_tokens for listener in turns] == [known, known, known, 0]
+
+
+def test_what_is_kept_makes_room_for_what_runs(daemon: Daemon) -> None:
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 4, 8, 100, 80) as scheduler:
+        for index in range(3):
+            listener = asked(prompt_of(index, 40), 4)
+            scheduler.submit(listener.request)
+            assert listener.end()[1].finished == "length"
+        assert 40 <= scheduler.kept_tokens <= 80
+        long = asked(prompt_of(5, 90), 4)
+        scheduler.submit(long.request)
+        long.next()
+        long.next()
+        assert scheduler.kept_tokens <= 10

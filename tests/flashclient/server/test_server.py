@@ -118,6 +118,17 @@ def test_a_chat(asking: openai.OpenAI, alone: FlashClient) -> None:
     assert again.choices[0].message.content == made.choices[0].message.content
 
 
+def test_a_turn_after_another(asking: openai.OpenAI) -> None:
+    said: Any = [{"role": "user", "content": "A beginning " * 9}]
+    first = asking.chat.completions.create(messages=said, max_tokens=4, **GREEDY)
+    said += [{"role": "assistant", "content": first.choices[0].message.content}, *HI]
+    second = asking.chat.completions.create(messages=said, max_tokens=4, n=2, **GREEDY)
+    assert first.usage is not None
+    assert second.usage is not None
+    assert second.usage.prompt_tokens_details is not None
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 1
+
+
 def test_streams(asking: openai.OpenAI, alone: FlashClient) -> None:
     expected = alone.chat(HI, max_new_tokens=12, do_sample=False)
     more: Any = {"stream": True, "stream_options": {"include_usage": True}}
