@@ -13,12 +13,29 @@ from repository import ROOT
 
 def test_rows_of_a_small_model(tmp_path: Path) -> None:
     command = [str(ROOT / "scripts" / "bench_serve.py"), "--json", "--layers", "1", "--folder", str(tmp_path)]
-    command += ["--memory", "1.5", "--at-once", "1", "3", "--tokens", "5", "--rounds", "1", "--prompt-tokens", "3"]
+    command += [
+        "--conversation",
+        "64",
+        "--memory",
+        "1.5",
+        "--at-once",
+        "1",
+        "3",
+        "--tokens",
+        "5",
+        "--rounds",
+        "1",
+        "--prompt-tokens",
+        "3",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
-    assert [row["at_once"] for row in told["rows"]] == [1, 3]
-    for row in told["rows"]:
+    *rows, turn = told["rows"]
+    assert [row["at_once"] for row in rows] == [1, 3]
+    assert turn["second_turn_first_token_s"] > 0
+    assert told["targets"][0]["name"] == "second_turn_sooner"
+    for row in rows:
         assert row["tokens_per_s"] > 0
         assert 0 < row["between_tokens_ms_p50"] <= row["between_tokens_ms_p99"]
 
