@@ -46,11 +46,14 @@ void bind_walk(nb::module_& m) {
     nb::class_<CellWalk>(m, "CellWalk", "The cells that a step of a layer wants, leased in order.")
         .def(
             "__init__",
-            [](CellWalk* self, CellSource& source, uint32_t bundles_per_cell, uint32_t stride_bytes) {
+            [](CellWalk* self, CellSource& source, uint32_t bundles_per_cell, uint32_t stride_bytes,
+               std::optional<uint32_t> cells_of_model) {
                 require(bundles_per_cell > 0, "bundles_per_cell must be positive");
-                new (self) CellWalk(source, {bundles_per_cell, stride_bytes});
+                new (self)
+                    CellWalk(source, {bundles_per_cell, stride_bytes}, cells_of_model.value_or(CellWalk::NEVER_KEPT));
             },
-            "source"_a, "bundles_per_cell"_a, "stride_bytes"_a, nb::keep_alive<1, 2>())
+            "source"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cells_of_model"_a = nb::none(), nb::keep_alive<1, 2>(),
+            "cells_of_model: used cells stay leased where the session may lease so many. None: they never do.")
         .def("clear", &used<&CellWalk::clear>, Release(), "Gives everything back.")
         .def("forget", &used<&CellWalk::forget>, Release(), "The source has lost all that was leased.");
 }

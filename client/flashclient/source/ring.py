@@ -120,7 +120,9 @@ class RingSource:
 
     def open_walk(self) -> _native.CellWalk:
         bundle = self._model.bundle
-        self.walk = _native.CellWalk(self.leases, bundle.bundles_per_cell, bundle.stride_bytes)
+        # A table has a row for each token of the vocabulary, and keeps none of them from the FFNs.
+        cells = None if module_of(self._name) else sum(layer.cells for layer in self._model.layers)
+        self.walk = _native.CellWalk(self.leases, bundle.bundles_per_cell, bundle.stride_bytes, cells)
         return self.walk
 
     def idle(self) -> None:

@@ -12,31 +12,40 @@ constexpr size_t PARTS = 4;  // of what may be leased: one part is computed whil
 }  // namespace
 
 void CellWalk::begin(uint32_t layer, std::vector<uint32_t> cells, bool far) {
-    clear();
+    if (unfinished_) clear();
+    forget_walk();
+    unfinished_ = true;
+    const uint32_t limit = source_.lease_limit();  // less than the share while weightd empties a segment
+    keeps_ = lent_enough_ && limit >= cells_of_model_;
+    if (!keeps_) give_kept_back();
     layer_ = layer;
     cells_ = std::move(cells);
     states_.assign(cells_.size(), State::wanted);
     addresses_.assign(cells_.size(), 0);
     next_ = 0;
     wanted_ = cells_.size();
-    const uint32_t limit = source_.lease_limit();  // less than the share while weightd empties a segment
     limit_ = std::max(1U, far ? limit : std::min(limit, source_.share_slots()));
-    unfinished_ = true;
-    ask(true);
+    exchanged_ = false;
+    if (keeps_) find_kept();
+    if (wanted_ > 0) ask();
 }
 
 void CellWalk::done(size_t first, size_t count) {
     for (size_t i = first; i < first + count; i++) {
         states_[i] = State::done;
-        done_.push_back(cells_[i]);
+        if (keeps_) {
+            keep(i);
+        } else {
+            done_.push_back(cells_[i]);
+        }
     }
-    if (wanted_ > 0 && limit_ + done_.size() >= asked_ + held_ + part()) ask(false);
+    if (wanted_ > 0 && limit_ + done_.size() >= asked_ + held_ + part()) ask();
 }
 
 size_t CellWalk::part() const { return wanted_ == 0 ? cells_.size() : std::max<size_t>(1, limit_ / PARTS); }
 
 // Asks for as many of the next wanted cells as may be leased, and gives back those that are done.
-void CellWalk::ask(bool begins) {
+void CellWalk::ask() {
     const std::vector<uint32_t> release = take_done();
     const size_t room = limit_ - std::min(limit_, asked_ + held_);
     std::vector<uint32_t> acquire;
@@ -46,14 +55,19 @@ void CellWalk::ask(bool begins) {
         acquire.push_back(cells_[next_]);
         indices.push_back(next_);
     }
-    if (begins) {
-        source_.exchange(layer_, acquire, release);
-    } else if (!acquire.empty() || !release.empty()) {
-        source_.extend(acquire, release);
-    }
+    exchange(acquire, release);
     for (const size_t index : indices) states_[index] = State::asked;
     wanted_ -= indices.size();
     asked_ += indices.size();
+}
+
+void CellWalk::exchange(const std::vector<uint32_t>& acquire, const std::vector<uint32_t>& release) {
+    if (acquire.empty() && release.empty()) return;
+    if (std::exchange(exchanged_, true)) {
+        source_.extend(acquire, release);
+    } else {
+        source_.exchange(layer_, acquire, release);
+    }
 }
 
 std::vector<uint32_t> CellWalk::take_done() {
@@ -63,10 +77,71 @@ std::vector<uint32_t> CellWalk::take_done() {
 
 void CellWalk::wait() {
     if (refused_) hold_less();
-    if (asked_ == 0) ask(false);
+    if (asked_ == 0) ask();
     if (asked_ == 0) throw std::logic_error("no cell of the walk is on its way");
     take(source_.arrived());
 }
+
+// ---- cells that are kept ----
+
+void CellWalk::find_kept() {
+    const auto found = kept_.find(layer_);
+    if (found == kept_.end()) return;
+    const std::vector<uint64_t>& addresses = found->second;
+    for (size_t i = 0; i < cells_.size(); i++) {
+        if (cells_[i] >= addresses.size() || addresses[cells_[i]] == 0) continue;
+        addresses_[i] = addresses[cells_[i]];
+        states_[i] = State::here;
+        wanted_--;
+    }
+}
+
+void CellWalk::keep(size_t index) {
+    std::vector<uint64_t>& addresses = kept_[layer_];
+    const uint32_t cell = cells_[index];
+    if (cell >= addresses.size()) addresses.resize(cell + size_t{1});
+    if (addresses[cell] == 0) held_--;
+    addresses[cell] = addresses_[index];
+}
+
+// Cells of the walk that are kept and not done are held like others from now on; all others are given back.
+void CellWalk::count_kept() {
+    const auto found = kept_.find(layer_);
+    for (size_t i = 0; found != kept_.end() && i < cells_.size(); i++) {
+        if (states_[i] != State::here || cells_[i] >= found->second.size()) continue;
+        if (std::exchange(found->second[cells_[i]], 0) != 0) held_++;
+    }
+    keeps_ = false;
+    give_kept_back();
+}
+
+// Cells leave kept_ before the source gets them, because the source answers for them even if it throws.
+void CellWalk::give_kept_back() {
+    while (!kept_.empty()) {
+        const auto [layer, addresses] = std::move(*kept_.begin());
+        kept_.erase(kept_.begin());
+        std::vector<uint32_t> release;
+        for (uint32_t cell = 0; cell < addresses.size(); cell++) {
+            if (addresses[cell] != 0) release.push_back(cell);
+        }
+        exchanged_ = false;
+        if (!release.empty()) source_.exchange(layer, {}, release);
+    }
+}
+
+void CellWalk::prefetch(uint32_t layer, std::vector<CellRange> ranges) {
+    if (const auto found = kept_.find(layer); found != kept_.end()) {
+        const std::vector<uint64_t>& addresses = found->second;
+        std::erase_if(ranges, [&](const CellRange& range) {
+            const auto is_kept = [&](uint64_t address) { return address != 0; };
+            return range.second <= addresses.size() &&
+                   std::all_of(addresses.begin() + range.first, addresses.begin() + range.second, is_kept);
+        });
+    }
+    if (!ranges.empty()) source_.prefetch(layer, ranges);
+}
+
+// ---- what arrives ----
 
 void CellWalk::take(const std::vector<Arrival>& arrivals) {
     if (arrivals.empty()) throw std::logic_error("a source lost cells that it was asked for");
@@ -95,7 +170,8 @@ void CellWalk::hold_less() {
     const size_t share = source_.share_slots();
     limit_ = std::max<size_t>(1, std::min<size_t>(limit_, share));
     while (asked_ > 0) take(source_.arrived());
-    refused_ = false;
+    refused_ = lent_enough_ = false;
+    count_kept();
     std::vector<uint32_t> release = take_done();
     for (size_t i = cells_.size(); i > 0 && held_ >= limit_; i--) {
         if (states_[i - 1] != State::here) continue;
@@ -106,36 +182,43 @@ void CellWalk::hold_less() {
         wanted_++;
         next_ = std::min(next_, i - 1);
     }
-    if (!release.empty()) source_.extend({}, release);
+    exchange({}, release);
 }
 
 void CellWalk::end() {
-    const std::vector<uint32_t> release = take_done();
-    if (!release.empty()) source_.extend({}, release);
+    exchange({}, take_done());
     unfinished_ = false;
 }
 
 void CellWalk::clear() {
-    if (!unfinished_) return;
+    lent_enough_ = true;
+    if (!unfinished_ && kept_.empty()) return;
+    unfinished_ = true;
     source_.cancel();
+    count_kept();
     std::vector<uint32_t> release = take_done();
     for (size_t i = 0; i < cells_.size(); i++) {
         if (states_[i] == State::here) release.push_back(cells_[i]);
     }
-    const uint32_t layer = layer_;
-    forget();
+    forget_walk();
     unfinished_ = true;
-    if (!release.empty()) source_.exchange(layer, {}, release);
+    if (!release.empty()) source_.exchange(layer_, {}, release);
     unfinished_ = false;
 }
 
 void CellWalk::forget() {
+    kept_.clear();
+    lent_enough_ = true;
+    forget_walk();
+}
+
+void CellWalk::forget_walk() {
     cells_.clear();
     states_.clear();
     addresses_.clear();
     done_.clear();
     next_ = wanted_ = asked_ = held_ = 0;
-    refused_ = unfinished_ = false;
+    refused_ = exchanged_ = unfinished_ = false;
 }
 
 }  // namespace flashclient

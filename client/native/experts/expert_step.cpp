@@ -25,7 +25,7 @@ StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, cons
     if (experts_.empty()) return timer.times;
     const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
     walk_.begin(index, cells_of_experts(), few);
-    if (guess) look_ahead(guess());
+    if (guess && walk_.is_asked()) look_ahead(guess());
     timer.lap(timer.times.acquire_s);
     while (true) {
         while (compute_some(rows, y)) continue;

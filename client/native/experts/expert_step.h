@@ -48,8 +48,9 @@ class ExpertStep {
     ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers);
 
     // y [tokens, hidden] = the weighted sum over each row's experts. One thread at a time, which holds walk().use().
-    // Calls `guess` after it has asked for the experts, because a guess takes time in which they can be read. Throws
-    // what `guess` and the walk's source throw; y holds no result then.
+    // Calls `guess` after it has asked for the experts, because a guess takes time in which they can be read; not if
+    // they are held already, because then the next ones mostly are, too. Throws what `guess` and the walk's source
+    // throw; y holds no result then.
     StepTimes run(uint32_t layer, const PickedRows& rows, float* y, const GuessNext& guess = {});
 
     const ExpertLayer& layer(uint32_t index) const { return layers_.at(index); }

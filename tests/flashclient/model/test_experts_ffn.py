@@ -274,7 +274,8 @@ def test_experts_in_the_pool_are_not_read_again(tmp_path: Path) -> None:
                 assert torch.equal(experts(x, index, weights), first)
                 again = source.counters().since(before).since(read)
                 assert (read.hits, read.misses) == (0, 16)
-                assert (again.hits, again.misses) == (16, 0)
+                kept = transport == "ring"  # which needs no message then
+                assert (again.hits, again.misses) == (0 if kept else 16, 0)
 
 
 def test_a_weightd_that_dies_and_comes_back(tmp_path: Path) -> None:

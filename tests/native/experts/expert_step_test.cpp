@@ -209,6 +209,115 @@ TEST_F(ExpertStepTest, CellsThatCouldNotBeGivenBackAreGivenBackLater) {
     EXPECT_TRUE(cells.held.empty());
 }
 
+constexpr uint32_t CELLS = EXPERTS * WIDTH / PER_CELL + (DENSE_NEURONS + PER_CELL - 1) / PER_CELL;
+
+// The session may lease all cells of the model at once.
+struct KeepingStepTest : ExpertStepTest {
+    CellWalk keeping{cells, {PER_CELL, ROW_BYTES}, CELLS};
+    ExpertStep kept_step{ffn, keeping, {{EXPERTS, EXPERTS* WIDTH}, {1, DENSE_NEURONS}}};
+
+    KeepingStepTest() { cells.limit = CELLS; }
+
+    void check(const Rows& rows, const GuessNext& guess = {}) {
+        std::vector<float> y(rows.tokens * HIDDEN, NAN);
+        kept_step.run(0,
+                      {rows.x.data(), rows.tokens, rows.experts.data(), rows.weights.data(), PICKS, bias.data(),
+                       up_bias.data(), output_bias.data()},
+                      y.data(), guess);
+        ASSERT_EQ(y, expected_rows(rows));
+    }
+
+    void run_dense_kept() {
+        const std::vector<float> x = random_floats(HIDDEN, 6);
+        std::vector<float> y(HIDDEN, NAN);
+        kept_step.run(DENSE, {x.data(), 1, nullptr, nullptr, 0, nullptr, nullptr, nullptr}, y.data());
+        EXPECT_FALSE(std::isnan(y.front()));
+    }
+};
+
+TEST_F(KeepingStepTest, WhatIsHeldNeedsNoMessage) {
+    cells.share = 5;
+    check(rows_of(40, 1));  // every expert, a few cells at a time
+    EXPECT_EQ(cells.held.size(), EXPERTS * WIDTH / PER_CELL);
+    run_dense_kept();
+    EXPECT_EQ(cells.held.size(), CELLS);
+    const uint32_t exchanges = cells.exchanges;
+    for (const size_t tokens : {1, 3, 40}) {
+        check(rows_of(tokens, 2), [] { return Guess{0, {1, 4}}; });
+    }
+    EXPECT_EQ(cells.exchanges, exchanges);
+    EXPECT_TRUE(cells.prefetched.empty());
+    keeping.clear();
+    EXPECT_TRUE(cells.held.empty());
+}
+
+TEST_F(KeepingStepTest, OnlyWhatIsMissingIsAskedForAndGuessed) {
+    Rows rows = rows_of(1, 1);
+    rows.experts = {5, 2, -1};
+    check(rows);
+    cells.asked_for.clear();
+    rows.experts = {6, 2, 5};
+    check(rows, [] { return Guess{0, {2, 0}}; });
+    EXPECT_EQ(cells.asked_for, (TestCells::Cells{36, 37, 38, 39, 40, 41}));
+    const std::vector<std::array<uint32_t, 3>> wanted = {{0, 0, 6}};
+    EXPECT_EQ(cells.prefetched, wanted);
+}
+
+TEST_F(KeepingStepTest, EverythingIsGivenBackOnceTheLimitHasFallen) {
+    check(rows_of(40, 1));
+    for (const uint32_t limit : {CELLS - 1, 1U}) {
+        cells.limit = limit;
+        cells.share = 1;
+        run_dense_kept();
+        EXPECT_TRUE(cells.held.empty());
+        cells.limit = CELLS;
+        check(rows_of(3, 2));
+        EXPECT_FALSE(cells.held.empty()) << "it may keep cells again";
+    }
+}
+
+TEST_F(KeepingStepTest, ARefusalGivesEverythingBackUntilTheNextClear) {
+    for (const uint32_t share : {1U, 2U, 100U}) {
+        Rows rows = rows_of(1, 1);
+        rows.experts = {5, 2, -1};
+        check(rows);
+        cells.share = share;
+        cells.refusals = 2;
+        rows.experts = {6, 2, 5};
+        check(rows);
+        EXPECT_TRUE(cells.held.empty());
+        check(rows);
+        EXPECT_TRUE(cells.held.empty());
+        keeping.clear();
+        check(rows);
+        EXPECT_FALSE(cells.held.empty());
+        keeping.clear();
+    }
+}
+
+TEST_F(KeepingStepTest, ALossMidwayLeavesNothingBehind) {
+    const Rows rows = rows_of(4, 3);
+    Rows few = rows_of(1, 1);
+    few.experts = {5, 2, -1};
+    check(few);
+    cells.lost_after = 3;
+    EXPECT_THROW(check(rows), std::runtime_error);
+    cells.lost_after = 1'000'000;
+    check(rows);
+    keeping.clear();
+    EXPECT_TRUE(cells.held.empty());
+    cells.unreachable_after = 1;  // the last cells cannot be given back
+    check(few);
+    EXPECT_THROW(keeping.clear(), std::runtime_error);
+    cells.unreachable_after = 1'000'000;
+    keeping.clear();
+    EXPECT_TRUE(cells.held.empty());
+    check(few);
+    cells.held.clear();
+    keeping.forget();
+    check(few);
+}
+
 TEST_F(ExpertStepTest, RefusesExpertsWithoutWholeCells) {
     EXPECT_THROW(ExpertStep(ffn, walk, {{3, 3 * 22}}), std::invalid_argument);
     EXPECT_THROW(ExpertStep(ffn, walk, {{0, 24}}), std::invalid_argument);
