@@ -21,7 +21,8 @@ import threading
 import time
 import warnings
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from flashclient.daemon.channel import Connection, open_channel
 from flashclient.daemon.weightd_command import WEIGHTD, environment, last_words
 from flashclient.errors import OptionError, StartError
 from weightd_proto.addresses import SOCKET_FILE, unfit_for_a_socket
-from weightd_proto.files import DAEMON_LOCK_FILE
+from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 
 LOCK_BYTES_MAX = 4096
 USERS_FILE = "users"  # the FIFO
@@ -43,6 +44,23 @@ HEALTH_S = 2.0  # for one answer of a busy daemon
 STOP_S = 10.0  # a daemon finishes its reads and closes its sessions before it ends
 
 
+@contextmanager
+def started_ahead(store: Path, dram: str | int | None) -> Iterator[None]:
+    """Starts a private weightd without waiting for it; within the context, attach_or_start() takes it.
+
+    A process can do other work while the daemon starts, such as importing torch. Nothing is started for a store that
+    holds no model or that a live process claims. Raises StartError as PrivateDaemon.start() does.
+    """
+    store = store.resolve()
+    if any(store.glob(f"*/{BUNDLES_FILE}")) and not _rival(store):
+        _ahead[store] = PrivateDaemon.start(store, dram)
+    try:
+        yield
+    finally:
+        if (unused := _ahead.pop(store, None)) is not None:
+            unused.stop()
+
+
 def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tuple[str, PrivateDaemon | None]:
     """The address of the weightd that serves `store`, and the daemon to stop later if it is a private one.
 
@@ -50,8 +68,9 @@ def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tu
         StartError: it could not be started; repeats its message.
     """
     deadline = time.monotonic() + timeout_s
-    while (found := _attach(store)) is None:
-        daemon = PrivateDaemon.start(store, dram)
+    found = None if store in _ahead else _attach(store)
+    while found is None:
+        daemon = _ahead.pop(store, None) or PrivateDaemon.start(store, dram)
         was_rival = _await_serving(daemon, store, deadline)
         if not daemon.has_ended():
             return daemon.address, daemon
@@ -61,9 +80,7 @@ def attach_or_start(store: Path, dram: str | int | None, timeout_s: float) -> tu
             raise StartError(f"cannot start weightd for {store}: {said}")
         while (found := _attach(store)) is None and _rival(store) and time.monotonic() < deadline:
             time.sleep(POLL_S)
-        if found is not None:
-            break
-        if time.monotonic() > deadline:
+        if found is None and time.monotonic() > deadline:
             raise StartError(f"cannot start weightd for {store}: {said}")
     _warn_of_unused_dram(found[0], dram, timeout_s)
     return found
@@ -288,6 +305,7 @@ class PrivateDaemon:
 
 
 _daemons: weakref.WeakSet[PrivateDaemon] = weakref.WeakSet()
+_ahead: dict[Path, PrivateDaemon] = {}  # by store: started, not yet taken
 
 
 def revive(address: str) -> None:

@@ -8,6 +8,7 @@ the splitting of digits. A key that cannot be honoured is refused by name.
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     if templates:
         tokenizer.chat_template = templates["default"] if list(templates) == ["default"] else templates
     tokenizer.save_pretrained(folder)
+    _list_added_tokens(tokenizer, folder / "tokenizer_config.json")
 
 
 @contextmanager
@@ -186,6 +188,14 @@ def _add_ends(file: GgufFile, tokenizer: Any, first: bool) -> None:
     for name, token in (("_add_bos_token", begin), ("_add_eos_token", end)):
         if hasattr(tokenizer, name):
             setattr(tokenizer, name, bool(token))
+
+
+def _list_added_tokens(tokenizer: Any, path: Path) -> None:
+    """Lists them in the tokenizer's configuration. Otherwise transformers parses all of tokenizer.json to find them."""
+    config = json.loads(path.read_bytes())
+    tokens = tokenizer.added_tokens_decoder.items()
+    config["added_tokens_decoder"] = {str(number): token.__getstate__() for number, token in tokens}
+    path.write_text(json.dumps(config, ensure_ascii=False, indent=2, sort_keys=True), "utf-8")
 
 
 def _templates(file: GgufFile) -> dict[str, str]:
