@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import NoReturn
 
@@ -11,6 +13,7 @@ from flashclient import standard_streams
 from flashclient.commands import calibrate, chat, evaluate, generate, run, serve
 from flashclient.commands.arguments import utf8
 from flashclient.commands.keywords import in_flags
+from flashclient.commands.slips import UNRECOGNIZED, no_command, told
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import complain
 
@@ -21,21 +24,36 @@ COMMANDS = (run, chat, generate, serve, calibrate, evaluate)
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message}; see {self.prog} --help")
+        raise OptionError(told(self, message))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flashclient", description="Run large language models from flash, through a weightd.")
+    parser.add_argument("--version", action="version", version=f"flashclient {version('weightd')}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add(commands)
     return parser
 
 
+def _check_command(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+    """Raises OptionError if the first word is no command."""
+    known = next(action.choices for action in parser._actions if action.dest == "command")
+    assert known is not None
+    if not arguments:
+        raise OptionError(f"a command is needed: {', '.join(known)}; see flashclient --help")
+    if not arguments[0].startswith("-") and arguments[0] not in known:
+        raise OptionError(no_command("flashclient", arguments[0], list(known)))
+
+
 def _parsed(arguments: list[str] | None) -> argparse.Namespace:
     """argparse takes an optional argument only directly behind the others, and a prompt may follow flags, too."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["help"]:
+        given = [*given[1:], "--help"]
+    _check_command(parser, given)
+    options, rest = parser.parse_known_args(given)
     takes_one = getattr(options, "prompt", "") is None
     match rest:
         case []:
@@ -46,7 +64,7 @@ def _parsed(arguments: list[str] | None) -> argparse.Namespace:
             except argparse.ArgumentTypeError as error:
                 parser.error(str(error))
         case _:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+            parser.error(f"{UNRECOGNIZED}{' '.join(rest)}")
     return options
 
 

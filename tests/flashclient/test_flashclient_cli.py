@@ -91,7 +91,7 @@ def test_json_is_one_object(address: str, capsys: pytest.CaptureFixture[str]) ->
         (["generate", "m", "p", "--dram", "1GiB"], 2, "--dram 1GiB is for a private weightd: pass --store too"),
         (["generate", "m", "p", "--window", "-1"], 2, "'-1' must be a whole number of at least 0"),
         (["generate", "m", "p", "--mode", "fast"], 2, "--mode 'fast' is not known: use 'auto' or 'exact' or 'predict'"),
-        (["server"], 2, "invalid choice: 'server'"),
+        (["server"], 2, "did you mean 'flashclient serve'?"),
         (["generate", "m", "p", "--address", "unix:/nowhere/socket"], 1, "no weightd at unix:/nowhere/socket"),
     ],
 )
@@ -183,9 +183,7 @@ def test_a_prompt_may_stand_behind_flags(given: list[str], prompt: str | None) -
     assert (options.model, options.prompt, options.seed) == ("m", prompt, 1)
 
 
-@pytest.mark.parametrize(
-    "given", [["m", "a", "b"], ["m", "--sead", "1"], ["m", "a", "--", "b"], ["m", "--seed", "1", "a", "b"]]
-)
+@pytest.mark.parametrize("given", [["m", "a", "b"], ["m", "a", "--", "b"], ["m", "--seed", "1", "a", "b"]])
 def test_what_is_too_much_is_refused(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["generate", *given]) == 2
     assert "unrecognized arguments" in capsys.readouterr().err

@@ -59,7 +59,8 @@ TABLE = {
 }
 # The modules of the client that weightd may import: code that both need, and the client that `weightd top` is.
 CLIENT_IN_WEIGHTD = {
-    "cli": {"standard_streams"},
+    "cli": {"commands", "standard_streams"},
+    "flags": {"commands"},
     "machine": {"memory_limits", "standard_streams"},
     "planning": {"memory_limits", "standard_streams"},
     "watching": {"commands", "daemon", "errors", "standard_streams"},
@@ -180,8 +181,8 @@ def test_the_architecture_is_one_page_that_names_every_folder() -> None:
 
 # Names that mean the same thing on both sides (a Session has two ends), or in a message and in the code that reads it.
 SHARED_NAMES = {
-    "Activation", "BusyError", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric", "Model",
-    "ReadQueue", "Session", "Sixteen", "SixteenAbove",
+    "Activation", "BusyError", "Codes", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Lane", "Metric",
+    "Model", "ReadQueue", "Session", "Sixteen", "SixteenAbove",
 }  # fmt: skip
 CLASS = re.compile(r"^(?:class|struct|enum(?: class)?) (\w+)(?: final)?(?: : [^;{]*)?\s*\{", re.MULTILINE)
 

@@ -62,9 +62,8 @@ def test_corruption_exits_1_with_the_neuron(store: Path, capsys: pytest.CaptureF
     [
         ["import", "x", "--store", "s", "--dtype", "int5"],
         ["import", "x"],
-        ["import", "x", "--store", "s", "--nam", "y"],
+        ["import", "x", "--store", "s", "--zzz", "y"],
         ["rm", "--store", "s"],
-        ["frobnicate"],
         ["top", "--fast"],
         ["doctor"],
         ["--io-engine", "magic", "--store", "s"],

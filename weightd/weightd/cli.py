@@ -1,6 +1,6 @@
 """The command `weightd`: serves a store, or works on one.
 
-    weightd --store DIR ...                  serves the store (weightd.serving.serve)
+    weightd [serve] --store DIR ...          serves the store (weightd.serving.serve)
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16|int8|int4] [--tables-above SIZE] [--update]
             [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
@@ -23,10 +23,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
 from flashclient import standard_streams
+from flashclient.commands.slips import no_command
 from flashclient.standard_streams import complain, say
 from weightd.errors import UsageError, WeightdError
 from weightd.flags import FlagParser
@@ -38,6 +41,16 @@ from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of
 from weightd_proto.modes import lossy_mode
 
 Progress = Callable[[int, int], None]
+
+# Commands with a parser of their own, imported when they are named.
+MAINS = {
+    "serve": "weightd.serving.serve",
+    "probe": "weightd.planning.probe",
+    "plan": "weightd.planning.plan",
+    "doctor": "weightd.machine.doctor",
+    "top": "weightd.watching.top",
+}
+COMMANDS = ("import", "ls", "rm", "verify", *MAINS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,28 +74,22 @@ def _main(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["doctor"]:
-        from weightd.machine import doctor
-
-        return doctor.main(arguments[1:])
-    if arguments[:1] == ["probe"]:
-        from weightd.planning import probe
-
-        return probe.main(arguments[1:])
-    if arguments[:1] == ["plan"]:
-        from weightd.planning import plan
-
-        return plan.main(arguments[1:])
     # Set before gRPC is imported: otherwise its core writes its own lines to standard error, with unescaped bytes.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    if arguments[:1] == ["top"]:
-        from weightd.watching import top
-
-        return top.main(arguments[1:])
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        from weightd.serving import serve
-
-        return serve.main(arguments)
+    match arguments:
+        case ["--version", *_]:
+            say(f"weightd {version('weightd')}")
+            return 0
+        case ["help", *command]:
+            return _run([*command, "--help"])
+        case [command, *rest] if command in MAINS:
+            return int(import_module(MAINS[command]).main(rest))
+        case []:
+            return _run(["serve"])
+        case [flag, *_] if flag.startswith("-") and flag not in ("-h", "--help"):
+            return _run(["serve", *arguments])
+    if not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+        raise UsageError(no_command("weightd", arguments[0], COMMANDS))
     options = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     with _ended_as_interrupted():
@@ -124,7 +131,8 @@ def _parser() -> FlagParser:
         "       weightd COMMAND ...          see weightd COMMAND --help",
         description="Serves models from flash.",
     )
-    commands = parser.add_subparsers(required=True, metavar="probe | plan | import | ls | rm | verify | doctor | top")
+    metavar = "probe | plan | import | ls | rm | verify | serve | doctor | top"
+    commands = parser.add_subparsers(required=True, prog="weightd", metavar=metavar)
     common = FlagParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=_path, required=True, metavar="DIR", help="the folder that holds the models")
 
@@ -177,6 +185,7 @@ def _parser() -> FlagParser:
             "--allow-buffered", action="store_true", help="use buffered I/O where the file system refuses O_DIRECT"
         )
     # _run handles these before this parser is used.
+    commands.add_parser("serve", help="Serves a store; without a command, weightd does the same.")
     commands.add_parser("probe", help="Says what an import would make of a model, without writing anything.")
     commands.add_parser("plan", help="Says what a model would cost to run, before it is downloaded.")
     commands.add_parser("doctor", help="Checks this machine and says what to change.")

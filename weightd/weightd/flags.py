@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import NoReturn
 
+from flashclient.commands.slips import told
 from weightd.errors import UsageError
 
 
@@ -12,4 +13,4 @@ class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser that raises UsageError with one line instead of printing its usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}; see {self.prog} --help")
+        raise UsageError(told(self, message))

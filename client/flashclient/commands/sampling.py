@@ -38,7 +38,12 @@ def _stop_text(text: str) -> str:
 def add_sampling_flags(command: Any) -> None:
     """The usual names of sampling options. Without them the model's own generation config decides."""
     command.add_argument(
-        "--max-new-tokens", type=positive, metavar="N", help="number of new tokens (default: the model's own, or 256)"
+        "--max-new-tokens",
+        "--max-tokens",
+        "-n",
+        type=positive,
+        metavar="N",
+        help="number of new tokens (default: the model's own, or 256)",
     )
     command.add_argument("--temperature", type=_number, metavar="T", help="of sampling; 0 takes the likeliest token")
     command.add_argument("--top-p", type=_number, metavar="P", help="sample from the likeliest tokens that sum up to P")
