@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from flashclient.batching.constraint import Constraint
 from flashclient.batching.sampling import Picked, Sampler, Sampling
 from flashclient.generation.stop_texts import StopTexts
 from flashclient.generation.texts import GrowingText
@@ -38,6 +39,7 @@ class TextRequest:
         tokens_max: new tokens at most.
         ends: tokens that end the text.
         stops: texts that end it, and are not part of it.
+        constraint: what it must be; it ends where nothing may follow.
     """
 
     prompt: Sequence[int]
@@ -47,12 +49,13 @@ class TextRequest:
     ends: frozenset[int]
     stops: Sequence[str]
     tell: Callable[[Progress], None]
+    constraint: Constraint | None = None
     made: int = 0
     kept_tokens: int = 0  # of the prompt, which were not computed again
     _cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self._sampler = Sampler(self.sampling, self.prompt)
+        self._sampler = Sampler(self.sampling, self.prompt, self.constraint)
         self._text = GrowingText(self.tokenizer, list(self.prompt))
         self._stops = StopTexts(self.stops)
 
@@ -75,7 +78,8 @@ class TextRequest:
         self.made += 1
         ended = picked.token in self.ends
         text = "" if ended else self._stops.add(self._text.add([picked.token]))
-        finished = "stop" if ended or self._stops.found is not None else None
+        complete = self.constraint is not None and self.constraint.complete
+        finished = "stop" if ended or complete or self._stops.found is not None else None
         if finished is None and self.made == self.tokens_max:
             finished = "length"
         if finished is not None and self._stops.found is None:

@@ -19,6 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from flashclient.batching.constraint import Constraint
+
 TOP_LOGPROBS_MAX = 20
 TEMPERATURE_MIN = 1e-4  # below it, the likeliest token is certain
 OF_A_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # what a generation config may set
@@ -73,8 +75,9 @@ class Sampler:
         tokens: the prompt, and those that were picked.
     """
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+    def __init__(self, sampling: Sampling, prompt: Sequence[int], constraint: Constraint | None = None) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self.tokens = list(prompt)
         self._made: Counter[int] = Counter()
         self._warpers = _warpers(sampling)
@@ -88,6 +91,8 @@ class Sampler:
         """The next token. logits: [vocabulary]."""
         logits = logits.float()
         scores = self._adjusted(logits)
+        if self._constraint is not None:
+            scores = scores.masked_fill(~self._constraint.allowed(), -torch.inf)
         if self._warpers:
             # Only a penalty for repetition reads the tokens, and making a tensor of them takes long.
             tokens = torch.tensor([self.tokens]) if self._sampling.repetition_penalty != 1.0 else NO_TOKENS
@@ -98,6 +103,8 @@ class Sampler:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._random))
         self.tokens.append(token)
         self._made[token] += 1
+        if self._constraint is not None:
+            self._constraint.take(token)
         return self._with_logprobs(token, logits)
 
     def _adjusted(self, logits: Tensor) -> Tensor:

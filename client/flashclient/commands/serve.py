@@ -19,7 +19,7 @@ from flashclient.standard_streams import say
 
 PORT_DEFAULT = 8080
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-PACKAGES = ("fastapi", "uvicorn")
+PACKAGES = ("fastapi", "uvicorn", "llguidance")
 STOPPING_S = 5  # for answers under way
 BACKLOG = 128
 CONNECTIONS_MAX = 512  # further ones get status 503

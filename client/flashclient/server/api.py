@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from flashclient.batching.constraint import Constraint
 from flashclient.batching.request import Progress
-from flashclient.errors import FlashClientError
+from flashclient.errors import FlashClientError, OptionError
 from flashclient.server.access import Access
 from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
@@ -104,7 +105,8 @@ class _Routes:
         model = self._named(body.model)
         layout = dict(body.chat_template_kwargs or {})
         ids = await run_in_threadpool(model.chat_ids, body.conversation(), layout)
-        asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives)
+        constraint = await run_in_threadpool(_constraint, model, body)
+        asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives, constraint)
         form = ChatForm(model.name, model.tokenizer, bool(body.logprobs))
         return await self._answer(request, body, form, model.ask([ids], asked))
 
@@ -171,6 +173,17 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Prog
         for future in next_of:
             future.cancel()
             future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody awaits it
+
+
+def _constraint(model: HostedModel, body: ChatBody) -> Constraint | None:
+    """What the answer must be. Raises Problem for a schema that is refused."""
+    schema = None if body.response_format is None else body.response_format.json_of
+    if schema is None:
+        return None
+    try:
+        return model.grammars.json(schema)
+    except OptionError as error:
+        raise Problem(400, f"response_format: {error}", "response_format") from error
 
 
 def _described(model: HostedModel) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from flashclient.batching.constraint import Constraint, Grammars
 from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import Scheduler
@@ -35,6 +36,7 @@ class Asked:
     stops: Sequence[str]
     count: int
     top_logprobs: int | None
+    constraint: Constraint | None = None
 
 
 @dataclass
@@ -74,6 +76,7 @@ class HostedModel:
         self.tokenizer: Any = copy.deepcopy(self.client.tokenizer)  # encodes while the model's own decodes
         self._encoding = threading.Lock()
         self._ends = frozenset() if ends is None else frozenset(int(end) for end in np.atleast_1d(ends))
+        self._grammars: Grammars | None = None  # made on first use: a large vocabulary takes a second
 
     def chat_ids(self, messages: list[dict[str, Any]], layout: dict[str, Any]) -> list[int]:
         """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
@@ -85,6 +88,14 @@ class HostedModel:
         if rest:
             raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")
         return [int(token) for token in prompt.inputs["input_ids"][0]]
+
+    @property
+    def grammars(self) -> Grammars:
+        """Raises OptionError where the tokenizer does not allow any."""
+        with self._encoding:
+            if self._grammars is None:
+                self._grammars = Grammars(self.tokenizer, self._vocabulary, sorted(self._ends))
+            return self._grammars
 
     def text_ids(self, prompts: list[str] | list[list[int]]) -> list[list[int]]:
         """The token ids of prompts. Raises OptionError for ids that are not the model's."""
@@ -131,6 +142,7 @@ class HostedModel:
             self._ends,
             asked.stops,
             _teller(asyncio.get_running_loop(), progress),
+            None if asked.constraint is None else asked.constraint.copy(),
         )
         return Answer(index, len(prompt), request, progress)
 

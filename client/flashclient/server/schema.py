@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from flashclient.batching.sampling import TOP_LOGPROBS_MAX, Sampling
+from flashclient.server.answer_formats import AnswerFormat
 from flashclient.server.problems import Problem
 
 N_MAX = 16
@@ -103,7 +104,7 @@ class ChatBody(SamplingBody):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: AnswerFormat | None = None
     store: Literal[False] | None = None
 
     @property
@@ -119,8 +120,6 @@ class ChatBody(SamplingBody):
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages, with contents as text. Raises Problem for what this server does not do."""
-        if self.response_format is not None and self.response_format.get("type") != "text":
-            raise Problem(400, "response_format is not supported, but for type text: leave it out", "response_format")
         return [message | {"content": _text(message)} for message in self.messages]
 
 

@@ -79,6 +79,14 @@ def alone(daemon: Daemon) -> Iterator[FlashClient]:
         yield client
 
 
+def with_schema(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "form", "schema": schema}}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(depth - 1)} if depth else {"type": "string"}
+
+
 HI: Any = [{"role": "user", "content": "Hi"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
 
@@ -127,6 +135,31 @@ def test_a_turn_after_another(asking: openai.OpenAI) -> None:
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 1
+
+
+def test_an_answer_that_follows_a_schema(asking: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Bern", "Rome"]}, "tall": {"type": "boolean"}},
+        "required": ["city", "tall"],
+        "additionalProperties": False,
+    }
+    for seed in range(3):
+        more: dict[str, Any] = {"n": 2, "seed": seed, "temperature": 2, "max_tokens": 400, "model": NAME}
+        made = asking.chat.completions.create(messages=HI, **with_schema(schema), **more)
+        for choice in made.choices:
+            said = json.loads(choice.message.content or "")
+            assert choice.finish_reason == "stop"
+            assert said["city"] in ("Bern", "Rome")
+            assert isinstance(said["tall"], bool)
+    chunks = asking.chat.completions.create(messages=HI, max_tokens=400, stream=True, **with_schema(schema), **GREEDY)
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert set(json.loads(streamed)) == {"city", "tall"}
+    cut = asking.chat.completions.create(
+        messages=HI, max_tokens=3, response_format={"type": "json_object"}, model=NAME, temperature=0
+    )
+    assert (cut.choices[0].message.content or "")[0] == "{"
+    assert cut.choices[0].finish_reason == "length"
 
 
 def test_streams(asking: openai.OpenAI, alone: FlashClient) -> None:
@@ -203,7 +236,12 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"max_tokens": 5000}, "the model's context is 512 tokens"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "this server does not know tools: leave it out"),
-        ({"response_format": {"type": "json_object"}}, "response_format is not supported, but for type text"),
+        ({"response_format": {"type": "xml"}}, "response_format: "),
+        ({"response_format": {"type": "json_schema"}}, "response_format: field required"),
+        (with_schema({"type": "nope"}), "response_format: the schema is refused: Invalid type: nope"),
+        (with_schema({"enum": [f"v{one}" for one in range(9000)]}), "response_format: the schema has"),
+        (with_schema(nested(150)), "response_format: the schema is refused: recursion limit exceeded"),
+        (with_schema({"allOf": [{"anyOf": [{"pattern": f".{{{i}}}a"}] * 6} for i in range(8)]}), "schema too large"),
         ({"extra_body": {"best": 1}}, "this server does not know best: leave it out"),
         ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "the chat template uses no 'thinking'"),
         ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
