@@ -14,6 +14,7 @@ from typing import Any
 from flashclient.errors import OptionError
 from flashclient.options import Options
 from flashclient.standard_streams import complain
+from weightd_proto.hub_names import is_hub_name
 
 
 def open_client(options: argparse.Namespace, **more: Any) -> Any:
@@ -48,8 +49,8 @@ def _garbage_kept() -> Iterator[None]:
 
 
 def _weightd_starting(options: argparse.Namespace) -> AbstractContextManager[None]:
-    """A private weightd starts while torch is imported."""
-    if options.store is None:
+    """A private weightd starts while torch is imported. Not before an import: a model that is served stays as it is."""
+    if options.store is None or os.path.exists(options.model) or is_hub_name(options.model):  # noqa: PTH110
         return nullcontext()
     from flashclient.daemon.private import started_ahead
 

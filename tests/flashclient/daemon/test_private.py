@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tiny_store import write_model
 
 from flashclient import FlashClient
 from flashclient.daemon import private
-from flashclient.daemon.private import PrivateDaemon, attach_or_start, is_serving
+from flashclient.daemon.private import PrivateDaemon, attach_or_start, is_serving, started_ahead
 from flashclient.errors import ModelNotFoundError, ShareError, StartError
 from flashclient.generation.rehearsal import rehearse
 from weightd import cli
@@ -172,6 +173,25 @@ def test_of_two_that_start_one_attaches_to_the_other(store: Path) -> None:
     assert is_serving(address), "it goes on for the other one"
     daemon.stop()
     assert daemons_of(store) == []
+
+
+def test_a_daemon_that_is_started_ahead_is_taken_or_stopped(store: Path) -> None:
+    with started_ahead(store, None):
+        (early,) = private._ahead.values()
+        with FlashClient("tiny", store=store) as client:
+            assert [process.pid for process in daemons_of(store)] == [early.pid]
+            os.kill(early.pid, signal.SIGKILL)
+            assert client.generate(IDS, max_new_tokens=2), "it is started again, because this client owns it"
+    with started_ahead(store, "1GiB"):
+        pass
+    assert daemons_of(store) == []
+    with serving(store), started_ahead(store, None):
+        assert not private._ahead
+
+
+def test_nothing_is_started_ahead_for_a_store_without_models(tmp_path: Path) -> None:
+    with started_ahead(tmp_path, None):
+        assert not private._ahead
 
 
 @pytest.mark.parametrize("kill", [True, False])
