@@ -11,7 +11,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from transformers import EosTokenCriteria, GenerationConfig
 
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.generation.arguments import check_arguments, known_arguments, merged_config
+from flashclient.generation.draft_watch import DraftWatch, watched
 from flashclient.generation.drafts import Drafts, drafting
 from flashclient.generation.kept_cache import KeptCache
 from flashclient.generation.prompts import Prompt, as_mask, as_tensors
@@ -136,6 +137,9 @@ class Generator:
             meter = Meter(self._source, self._ffn.clock)
             ending.enter_context(self._under_way(meter, call))
             ending.enter_context(meter.watching(self._model, assistant))
+            watch = DraftWatch(timed=not call.config.do_sample)
+            if call.drafted:
+                ending.enter_context(watched(self._model, watch))
             try:
                 output = self._generate(**call.arguments)
             except IndexError as error:  # of models like OPT, which run all layers whatever their config says
@@ -146,7 +150,7 @@ class Generator:
                 if meter.steps > 0 or isinstance(error, FlashClientError):
                     raise
                 raise OptionError(str(error).strip()) from error  # before any pass, so the arguments are the cause
-            self.stats = self._measured(meter, call, output)
+            self.stats = replace(self._measured(meter, call, output), passes_without_draft=watch.passes_without)
             if call.continues and kept is not None:
                 self._keep(kept, call, output)
         return output, call

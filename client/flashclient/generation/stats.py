@@ -27,6 +27,7 @@ class Stats:
     steps: int = 0  # forward passes, including those of guidance and token healing
     drafted_tokens: int = 0  # proposed by an assistant model, prompt lookup or early exit
     accepted_tokens: int = 0  # of the drafted ones
+    passes_without_draft: int = 0  # of a generation with drafts: where they cost more than they brought
     seconds: float = 0.0
     first_step_s: float = 0.0  # prefill
     predict_s: float = 0.0
@@ -85,6 +86,8 @@ class Stats:
             tokens += f" ({self.kept_tokens} kept from the last turn)"
         if self.drafted_tokens:
             tokens += f"; {100 * self.acceptance:.0f} % of {self.drafted_tokens} drafted accepted"
+        if self.passes_without_draft:
+            tokens += f", {self.passes_without_draft} passes without drafts"
         rows = [
             ("mode", self.mode + (f", {self.perplexity_loss:+.2%} perplexity" if self.perplexity_loss else "")),
             ("tokens", tokens),
