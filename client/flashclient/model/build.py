@@ -27,6 +27,7 @@ from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
+from flashclient.kernels.resident_router import use_native_routers
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
@@ -35,6 +36,7 @@ from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Steps
+from flashclient.model.streamed_experts import StreamedExperts
 from flashclient.model.tables.embedding import install_tables
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
@@ -127,11 +129,12 @@ def build_model(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
     use_native_norms(model, workers)
+    use_native_routers(model, workers)
     native_layers = 0
     if not attention_chosen:
         use_decode_attention(model, workers)
         use_fused_attention(model, workers)
-        native_layers = use_native_layers(model, workers, StreamedFFN)
+        native_layers = use_native_layers(model, workers, StreamedFFN, StreamedExperts)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)
