@@ -64,6 +64,8 @@ BLOCK_FORMATS = {
 }
 # What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.
 QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}
+# What `weightd import --layout` makes of bundles: one neuron each, or a slab of neurons (BundleLayout.slab_neurons).
+LAYOUTS = ("neuron", "slab")
 # Two numbers of 4 bits in a byte, the lower half first, as in published checkpoints. Their scales lie elsewhere.
 PACKED_E2M1 = Encoding(format="E2M1", block_values=2, block_bytes=1)
 
@@ -94,21 +96,40 @@ def parts_of(names: Sequence[str], encoding: Encoding) -> list[BundlePart]:
     return [BundlePart(name=name, encoding=encoding) for name in names]
 
 
-def part_bytes(layout: BundleLayout) -> list[int]:
-    """The size of each part. Parts lie back to back."""
-    return [stored_bytes(part.encoding, layout.hidden_size) for part in layout.parts]
+def bundle_neurons(layout: BundleLayout) -> int:
+    """The neurons of a bundle: 1, or those of a slab."""
+    return max(1, layout.slab_neurons)
 
 
-def formats_of(layout: BundleLayout) -> str:
-    """The formats of the parts, for people: BF16, or Q4_K/Q6_K where parts differ."""
-    return "/".join(dict.fromkeys(part.encoding.format for part in layout.parts))
+def bundles_in(layout: BundleLayout, layer: Layer) -> int:
+    """The bundles of a layer. They are what placement, checksums and positions count."""
+    return layer.neurons // bundle_neurons(layout)
+
+
+def encodings_of(layout: BundleLayout, layer: Layer) -> list[Encoding]:
+    """The encodings of a layer's parts, in their order."""
+    return list(layer.encodings) or [part.encoding for part in layout.parts]
+
+
+def part_bytes(layout: BundleLayout, layer: Layer | None = None) -> list[int]:
+    """The size of each part in a bundle, of `layer` if layers differ. Parts lie back to back."""
+    encodings = encodings_of(layout, Layer() if layer is None else layer)
+    values = layout.hidden_size * bundle_neurons(layout)
+    return [stored_bytes(encoding, values) for encoding in encodings]
+
+
+def formats_of(model: Model) -> str:
+    """The formats of the bundles' parts, for people: BF16, or Q4_K/Q6_K where parts or layers differ."""
+    layers = model.layers or [Layer()]
+    encodings = [encoding for layer in layers for encoding in encodings_of(model.bundle, layer)]
+    return "/".join(dict.fromkeys(encoding.format for encoding in encodings))
 
 
 def fill_old_fields(layout: BundleLayout) -> None:
     """Sets what readers before store format 3 know instead of `parts`. The dtype stays empty, and they refuse the
     model, where a part is not plain or two parts differ."""
     formats = {part.encoding.format if is_plain(part.encoding) else "" for part in layout.parts}
-    layout.old_dtype = formats.pop() if len(formats) == 1 else ""
+    layout.old_dtype = formats.pop() if len(formats) == 1 and bundle_neurons(layout) == 1 else ""
     layout.old_parts[:] = [part.name for part in layout.parts]
 
 
@@ -142,16 +163,11 @@ def check(model: Model) -> None:
         raise ValueError(f"compute dtype {model.compute_dtype!r}, known are {', '.join(COMPUTE_DTYPES.values())}")
     if not layout.parts:
         raise ValueError("bundles without parts")
-    for part in layout.parts:
-        block_values = part.encoding.block_values
-        if part.encoding.scales not in Encoding.Scales.values():
-            raise ValueError(f"part {part.name!r} with scales of the unknown kind {part.encoding.scales}")
-        if block_values == 0 or layout.hidden_size % block_values != 0:
-            raise ValueError(
-                f"part {part.name!r} of {layout.hidden_size} values in blocks of {block_values}, not whole blocks"
-            )
-    if layout.bundle_bytes != sum(part_bytes(layout)):
-        raise ValueError(f"bundles of {layout.bundle_bytes} bytes, their parts have {sum(part_bytes(layout))}")
+    for encodings in ([part.encoding for part in layout.parts], *(layer.encodings for layer in model.layers)):
+        _check_encodings(layout, encodings)
+    sizes = [sum(part_bytes(layout, layer)) for layer in model.layers] or [sum(part_bytes(layout))]
+    if layout.bundle_bytes != max(sizes):
+        raise ValueError(f"bundles of {layout.bundle_bytes} bytes, their parts have {max(sizes)}")
     for layer in model.layers:
         _check_layer(layout, layer)
     if model.model_class and not model.activation.function:
@@ -162,6 +178,20 @@ def check(model: Model) -> None:
     for table in model.tables:
         check(table)
         _check_table(model, table)
+
+
+def _check_encodings(layout: BundleLayout, encodings: Sequence[Encoding]) -> None:
+    if len(encodings) not in (0, len(layout.parts)):
+        raise ValueError(f"{len(encodings)} encodings for {len(layout.parts)} parts")
+    for part, encoding in zip(layout.parts, encodings, strict=False):
+        if encoding.scales not in Encoding.Scales.values():
+            raise ValueError(f"part {part.name!r} with scales of the unknown kind {encoding.scales}")
+        of_down = bundle_neurons(layout) > 1 and part.name == layout.parts[-1].name
+        values = layout.slab_neurons if of_down else layout.hidden_size
+        if encoding.block_values == 0 or values % encoding.block_values != 0:
+            raise ValueError(
+                f"part {part.name!r} of {values} values in blocks of {encoding.block_values}, not whole blocks"
+            )
 
 
 def _check_table(model: Model, table: Model) -> None:
@@ -181,7 +211,14 @@ def _check_layer(layout: BundleLayout, layer: Layer) -> None:
         raise ValueError(f"{layer.module} in the unknown place {layer.place}")
     if (layer.place == Layer.EXPERTS) != (layer.experts > 0):
         raise ValueError(f"{layer.module} with {layer.experts} experts in place {Layer.Place.Name(layer.place)}")
-    if layer.neurons % (max(1, layer.experts) * (max(1, layout.bundles_per_cell) if layer.experts else 1)) != 0:
+    if layer.encodings and bundle_neurons(layout) == 1:
+        raise ValueError(f"{layer.module} with encodings of its own, which only slabs have")
+    if layer.neurons % bundle_neurons(layout) != 0:
+        raise ValueError(
+            f"{layer.module} with {layer.neurons} neurons in slabs of {layout.slab_neurons}, not whole slabs"
+        )
+    neurons_of_cell = max(1, layout.bundles_per_cell) * bundle_neurons(layout)
+    if layer.neurons % (max(1, layer.experts) * (neurons_of_cell if layer.experts else 1)) != 0:
         raise ValueError(
             f"{layer.module} with {layer.neurons} neurons of {layer.experts} experts in cells of "
             f"{layout.bundles_per_cell}, not whole cells"

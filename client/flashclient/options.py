@@ -13,7 +13,7 @@ from flashclient.daemon.address import TlsOptions, parse_address
 from flashclient.errors import CalibrationError, OptionError
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import DRAM_BYTES_MIN
-from weightd_proto.encodings import DTYPES, has_experts
+from weightd_proto.encodings import DTYPES, bundle_neurons, has_experts
 from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
 if TYPE_CHECKING:
@@ -91,6 +91,11 @@ class Options:
             raise CalibrationError(
                 f"mode='{mode}' is not for models with experts, such as '{model.name}', whose router picks what is "
                 "read: use mode='exact'"
+            )
+        if bundle_neurons(model.bundle) > 1:
+            raise CalibrationError(
+                f"mode='{mode}' reads neurons one by one, and model '{model.name}' is stored as published, in slabs: "
+                "use mode='exact', or import it with --dtype bf16, int8 or int4"
             )
         command = f"run `flashclient calibrate {model.name} --text FILE{' --mode threshold' * (mode == 'threshold')}`"
         if calibration.version == 0:

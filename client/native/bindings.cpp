@@ -31,7 +31,6 @@ using flashclient::U32Array;
 void bind_checksum(nb::module_& module);   // bindings_checksum.cpp
 void bind_exact(nb::module_& module);      // bindings_exact.cpp
 void bind_experts(nb::module_& module);    // bindings_experts.cpp
-void bind_routers(nb::module_& module);    // bindings_routers.cpp
 void bind_attention(nb::module_& module);  // bindings_attention.cpp
 void bind_kernels(nb::module_& module);    // bindings_kernels.cpp
 void bind_predict(nb::module_& module);    // bindings_predict.cpp
@@ -59,6 +58,7 @@ void translate(const std::exception_ptr& pointer, void*) {
         PyErr_SetObject(PyExc_OSError, arguments.ptr());
     } catch (const flashclient::CorruptBundle& error) {
         nb::object raised = nb::borrow(corrupt_bundle)(error.what());
+        raised.attr("layer") = error.layer;
         raised.attr("position") = error.position;
         raised.attr("why") = error.why;
         PyErr_SetObject(corrupt_bundle, raised.ptr());
@@ -143,6 +143,7 @@ void bind_session(nb::module_& module) {
     nb::exception<flashclient::NoAnswer>(module, "NoAnswer", PyExc_TimeoutError);
     nb::exception<flashclient::WrongProcess>(module, "WrongProcess", PyExc_RuntimeError);
     nb::object bundle = nb::exception<flashclient::CorruptBundle>(module, "CorruptBundle", PyExc_RuntimeError);
+    bundle.attr("layer") = 0;
     bundle.attr("position") = 0;
     bundle.attr("why") = "";
     corrupt_bundle = bundle.ptr();
@@ -186,14 +187,14 @@ void bind_sweep(nb::module_& module) {
         .def(
             "__init__",
             [](Sweep* self, Session& session, uint32_t bundles_per_cell, uint32_t stride_bytes, uint32_t cell_bytes,
-               std::vector<uint32_t> neurons) {
+               std::vector<uint32_t> bundles) {
                 require_layout(bundles_per_cell, stride_bytes, cell_bytes);
-                require_cells(neurons);
-                require(!neurons.empty() && std::find(neurons.begin(), neurons.end(), 0U) == neurons.end(),
+                require_cells(bundles);
+                require(!bundles.empty() && std::find(bundles.begin(), bundles.end(), 0U) == bundles.end(),
                         "a model has at least one layer, and each layer at least one neuron");
-                new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(neurons)});
+                new (self) Sweep(session, {bundles_per_cell, stride_bytes, cell_bytes, std::move(bundles)});
             },
-            "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "neurons"_a, nb::keep_alive<1, 2>())
+            "session"_a, "bundles_per_cell"_a, "stride_bytes"_a, "cell_bytes"_a, "bundles"_a, nb::keep_alive<1, 2>())
         .def("next", &next_chunk, "layer"_a,
              nb::sig("def next(self, layer: int) -> tuple[int, NDArray[numpy.uint64]] | None"))
         .def("leave", &used_sweep<&Sweep::leave>, nb::call_guard<nb::gil_scoped_release>(),
@@ -232,7 +233,6 @@ NB_MODULE(_native, module) {
     bind_attention(module);
     bind_predict(module);
     bind_experts(module);
-    bind_routers(module);
     bind_tables(module);
     bind_leases(module);
 }

@@ -27,7 +27,7 @@ namespace {
 class ExactLayer : public LayerFfn {
   public:
     ExactLayer(const Ffn& ffn, Sweep& sweep, uint32_t layer, const Biases& biases, const OutputBias& output_bias)
-        : LayerFfn(ffn.shape(), layer, neurons_of(sweep, layer), biases, output_bias), step_(ffn, sweep) {}
+        : LayerFfn(ffn.shape(), layer, neurons_of(ffn, sweep, layer), biases, output_bias), step_(ffn, sweep) {}
 
   protected:
     StepTimes sum(const float* x, size_t tokens, float* y) override {
@@ -35,9 +35,9 @@ class ExactLayer : public LayerFfn {
     }
 
   private:
-    static size_t neurons_of(const Sweep& sweep, uint32_t layer) {
-        require(layer < sweep.layout().neurons.size(), "there is no such layer");
-        return sweep.layout().neurons[layer];
+    static size_t neurons_of(const Ffn& ffn, const Sweep& sweep, uint32_t layer) {
+        require(layer < sweep.layout().bundles.size(), "there is no such layer");
+        return sweep.layout().bundles[layer] * ffn.shape().neurons;
     }
 
     ExactStep step_;

@@ -58,14 +58,17 @@ void bind_walk(nb::module_& m) {
         .def("forget", &used<&CellWalk::forget>, Release(), "The source has lost all that was leased.");
 }
 
-void make_step(ExpertStep* self, const Ffn& ffn, CellWalk& walk,
+// `ffns`: a tuple, which keeps them alive and cannot change.
+void make_step(ExpertStep* self, const nb::tuple& ffns, CellWalk& walk,
                const std::vector<std::pair<uint32_t, uint32_t>>& layers) {
+    require(!layers.empty() && ffns.size() == layers.size(), "there must be an FFN for each layer");
     std::vector<ExpertLayer> of_layers;
     for (const auto& [experts, neurons] : layers) {
         require(neurons <= NEURONS_MAX, "a layer has at most 67108864 neurons");
-        of_layers.push_back({experts, neurons});
+        of_layers.push_back({experts, neurons, &nb::cast<const Ffn&>(ffns[of_layers.size()])});
     }
-    new (self) ExpertStep(ffn, walk, std::move(of_layers));
+    const Ffn& first = *of_layers.front().ffn;
+    new (self) ExpertStep(first, walk, std::move(of_layers));
 }
 
 using Picks = std::optional<Array<const int64_t, 2>>;
@@ -122,8 +125,12 @@ std::tuple<double, double, double, double> run(ExpertStep& step, uint32_t index,
 
 void bind_step(nb::module_& m) {
     nb::class_<ExpertStep>(m, "ExpertStep", "Layers of a model with experts; see client/native/experts/expert_step.h.")
-        .def("__init__", &make_step, "ffn"_a, "walk"_a, "layers"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
-             "layers: (experts, neurons of all of them) of each layer, 1 expert for an FFN that is not a mixture.")
+        .def(
+            "__init__", &make_step, "ffns"_a, "walk"_a, "layers"_a, nb::keep_alive<1, 2>(), nb::keep_alive<1, 3>(),
+            nb::sig(
+                "def __init__(self, ffns: tuple[Ffn, ...], walk: CellWalk, layers: Sequence[tuple[int, int]]) -> None"),
+            "ffns: by layer. layers: (experts, neurons of all of them) of each layer, 1 expert for an FFN that is not "
+            "a mixture.")
         .def("run", &run, "layer"_a, "experts"_a.noconvert().none(), "weights"_a.noconvert().none(),
              "biases"_a.noconvert().none(), "output_bias"_a.noconvert().none(), "x"_a.noconvert(), "y"_a.noconvert(),
              "guess"_a = nb::none(),

@@ -96,8 +96,9 @@ const float* data_of(const std::optional<Bias>& bias, size_t count, const char* 
 void set_biases(Neurons& list, const Ffn& ffn, const std::optional<Biases>& biases) {
     if (!biases) return;
     const size_t rows = ffn.shape().parts.size() - 1;
-    require(aligned(*biases, "biases").shape(0) == rows && biases->shape(1) == list.bundles.size(),
-            "biases must be [parts of a bundle but down, bundles]");
+    const size_t neurons = list.bundles.size() * ffn.shape().neurons;
+    require(aligned(*biases, "biases").shape(0) == rows && biases->shape(1) == neurons,
+            "biases must be [parts of a bundle but down, neurons]");
     require(biases->shape(1) <= 1 || biases->stride(1) == 1, "the biases of a part must be contiguous");
     require(rows <= 1 || biases->stride(0) >= 0, "strides must not be negative");
     list.bias = biases->data();
@@ -202,16 +203,19 @@ Activation activation_of(const nb::object& given) {
 }
 
 void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, size_t hidden_size,
-              const nb::object& activation, const InstructionSet& instruction_set) {
+              const nb::object& activation, const InstructionSet& instruction_set, size_t neurons) {
     require(hidden_size > 0 && hidden_size <= HIDDEN_MAX, "hidden_size must be positive and at most 16777216");
-    new (self) Ffn(workers, {std::move(parts), hidden_size, activation_of(activation)}, name_of(instruction_set));
+    require(neurons > 0, "a bundle has at least one neuron");
+    flashclient::FfnShape shape{std::move(parts), hidden_size, activation_of(activation), neurons};
+    new (self) Ffn(workers, std::move(shape), name_of(instruction_set));
 }
 
 void bind_ffn(nb::module_& module) {
     nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/kernels/ffn.h.")
         .def("__init__", &make_ffn, "workers"_a, "parts"_a, "hidden_size"_a, "activation"_a,
-             "instruction_set"_a = nb::none(), nb::keep_alive<1, 2>(),
-             "parts: the encodings of [gate,] up and down. activation: the name of a function, or a message Activation "
+             "instruction_set"_a = nb::none(), "neurons"_a = 1, nb::keep_alive<1, 2>(),
+             "neurons: of a bundle, more than one in a slab. parts: the encodings of [gate,] up and down. activation: "
+             "the name of a function, or a message Activation "
              "of weightd.proto; client/native/kernels/activation.h has the functions.")
         .def("fire", &fire, "addresses"_a.noconvert(), "index"_a.noconvert(), "row_masks"_a.noconvert(),
              "biases"_a.noconvert().none(), "x"_a.noconvert(), "h"_a.noconvert(),
@@ -225,6 +229,8 @@ void bind_ffn(nb::module_& module) {
              "biases: as for fire(). row_masks [groups of 16 tokens, bundles]: bit t of group g, row 16 * g + t wants "
              "the neuron.")
         .def_prop_ro("instruction_set", &Ffn::instruction_set)
+        .def_prop_ro(
+            "neurons", [](const Ffn& ffn) { return ffn.shape().neurons; }, "of a bundle")
         .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
 }
 

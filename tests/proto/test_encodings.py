@@ -67,7 +67,7 @@ def test_parts_may_differ() -> None:
     layout = BundleLayout(hidden_size=256, parts=parts_of(("gate", "up"), Q4_K))
     layout.parts.append(BundlePart(name="down", encoding=plain("F16")))
     assert part_bytes(layout) == [144, 144, 512]
-    assert formats_of(layout) == "Q4_K/F16"
+    assert formats_of(Model(bundle=layout)) == "Q4_K/F16"
 
 
 def test_old_clients_find_the_dtype_of_plain_parts_and_none_of_others() -> None:

@@ -1,8 +1,8 @@
 """The command `weightd`: serves a store, or works on one.
 
     weightd [serve] --store DIR ...          serves the store (weightd.serving.serve)
-    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16|int8|int4] [--tables-above SIZE] [--update]
-            [--revision R] [--file F]
+    weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16|int8|int4] [--layout neuron|slab]
+            [--tables-above SIZE] [--update] [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd probe SRC                        (weightd.planning.probe)
     weightd plan MODEL [--dram SIZE]         (weightd.planning.plan)
@@ -37,7 +37,7 @@ from weightd.log import one_line
 from weightd.sizes import format_size, parse_size
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of
+from weightd_proto.encodings import COMPUTE_DTYPES, LAYOUTS, QUANTISED_DTYPES, bundle_neurons, formats_of
 from weightd_proto.modes import lossy_mode
 
 Progress = Callable[[int, int], None]
@@ -142,37 +142,7 @@ def _parser() -> FlagParser:
         return added
 
     adding = command("import", _import, "Imports a model from a Hugging Face folder, a .gguf file or the hub.")
-    adding.add_argument(
-        "source",
-        type=_source,
-        metavar="SRC",
-        help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub",
-    )
-    adding.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub (default: main)")
-    adding.add_argument("--file", metavar="F", help="the .gguf file of a model on the hub that has several")
-    adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
-    adding.add_argument(
-        "--dtype",
-        choices=("keep", *COMPUTE_DTYPES, *QUANTISED_DTYPES),
-        help="dtype of the stored weights (default: keep, as they are); int8 and int4 quantise the FFNs",
-    )
-    adding.add_argument(
-        "--activation",
-        metavar="NAME",
-        help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
-    )
-    adding.add_argument(
-        "--tables-above",
-        type=_size,
-        metavar="SIZE",
-        help="embeddings that are larger, and only looked up, are read from flash row by row (default: 64MiB)",
-    )
-    update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
-    adding.add_argument("--update", action="store_true", help=update)
-    # A connection to a process that has loaded torch already and tries the imported model out.
-    adding.add_argument("--client-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
-    # The terminal of the process that started the import, for notes and the progress bar.
-    adding.add_argument("--progress-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
+    _add_import_flags(adding)
     listing = command("ls", _list, "Lists the models of a store.")
     removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
     removing.add_argument("name", metavar="NAME")
@@ -191,6 +161,46 @@ def _parser() -> FlagParser:
     commands.add_parser("doctor", help="Checks this machine and says what to change.")
     commands.add_parser("top", help="Watches a running weightd.")
     return parser
+
+
+def _add_import_flags(adding: FlagParser) -> None:
+    adding.add_argument(
+        "source",
+        type=_source,
+        metavar="SRC",
+        help="the folder or .gguf file, or ORGANISATION/NAME of a model on the hub",
+    )
+    adding.add_argument("--revision", metavar="R", help="branch, tag or commit of a model on the hub (default: main)")
+    adding.add_argument("--file", metavar="F", help="the .gguf file of a model on the hub that has several")
+    adding.add_argument("--name", help="the model's name in the store (default: the name of the folder or file)")
+    adding.add_argument(
+        "--dtype",
+        choices=("keep", *COMPUTE_DTYPES, *QUANTISED_DTYPES),
+        help="dtype of the stored weights (default: keep, as they are); int8 and int4 quantise the FFNs",
+    )
+    adding.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="slab keeps published quantised blocks, for exact mode; neuron is for predict mode, too (default: slab "
+        "where --dtype keep has such blocks to keep)",
+    )
+    adding.add_argument(
+        "--activation",
+        metavar="NAME",
+        help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
+    )
+    adding.add_argument(
+        "--tables-above",
+        type=_size,
+        metavar="SIZE",
+        help="embeddings that are larger, and only looked up, are read from flash row by row (default: 64MiB)",
+    )
+    update = "import only if the store lacks the model or its source has changed; waits for a running import of it"
+    adding.add_argument("--update", action="store_true", help=update)
+    # A connection to a process that has loaded torch already and tries the imported model out.
+    adding.add_argument("--client-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
+    # The terminal of the process that started the import, for notes and the progress bar.
+    adding.add_argument("--progress-fd", type=_descriptor, metavar="FD", help=argparse.SUPPRESS)
 
 
 def _path(text: str) -> Path:
@@ -229,7 +239,7 @@ def _import(options: argparse.Namespace) -> None:
 
     ask = None if options.client_fd is None else starter(options.client_fd)
     if options.update and options.file is None:
-        wanted = (options.name, options.dtype, options.activation, options.tables_above)
+        wanted = (options.name, options.dtype, options.activation, options.tables_above, options.layout)
         known = current_on_hub(options.source, options.revision, options.store, *wanted)
         if known is not None:
             return _say_imported(known, KEPT, options.json)
@@ -250,6 +260,7 @@ def _import(options: argparse.Namespace) -> None:
                 activation=options.activation,
                 tell=tell,
                 tables_above_bytes=above_bytes,
+                layout=options.layout,
             )
         else:
             model = import_checkpoint(
@@ -263,6 +274,7 @@ def _import(options: argparse.Namespace) -> None:
                 activation=options.activation or "",
                 tell=tell,
                 tables_above_bytes=TABLES_ABOVE_BYTES if above_bytes is None else above_bytes,
+                layout=options.layout or "",
             )
             done = IMPORTED
     return _say_imported(model, done, options.json)
@@ -314,10 +326,12 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
     return {
         "name": model.name,
         "family": model.family,
-        "dtype": formats_of(model.bundle),
+        "dtype": formats_of(model),
         "quantisation_errors": _quantisation_errors(model),
         "layers": len(model.layers),
         "neurons": sum(layer.neurons for layer in model.layers),
+        "layout": "slab" if bundle_neurons(model.bundle) > 1 else "neuron",
+        "bundle_neurons": bundle_neurons(model.bundle),
         "bundle_bytes": model.bundle.bundle_bytes,
         "ffn_bytes": model.bundles_file_bytes,
         "resident_bytes": model.resident_file_bytes,
@@ -360,6 +374,7 @@ def _calibration(calibration: weightd_pb2.Calibration) -> dict[str, Any] | None:
 def _line(model: weightd_pb2.Model) -> str:
     neurons = sum(layer.neurons for layer in model.layers)
     tables = f"tables {format_size(sum(table.bundles_file_bytes for table in model.tables))}, " if model.tables else ""
+    slabs = f" in slabs of {model.bundle.slab_neurons}" if bundle_neurons(model.bundle) > 1 else ""
     errors = _quantisation_errors(model)
     error = f" (error {max(errors):.2%} in the worst layer)" if errors else ""
     calibration = model.calibration
@@ -367,9 +382,10 @@ def _line(model: weightd_pb2.Model) -> str:
         f"calibrated {calibration.version}, mode {calibration.mode}" if calibration.version else "not calibrated"
     )
     return (
-        f"{model.name}: {model.family} {formats_of(model.bundle)}{error}, {len(model.layers)} layers, "
-        f"{neurons} neurons of {format_size(model.bundle.bundle_bytes)}, FFN {format_size(model.bundles_file_bytes)}, "
-        f"{tables}resident {format_size(model.resident_file_bytes)}, {calibrated}"
+        f"{model.name}: {model.family} {formats_of(model)}{error}, {len(model.layers)} layers, "
+        f"{neurons} neurons{slabs} of {format_size(model.bundle.bundle_bytes)}, "
+        f"FFN {format_size(model.bundles_file_bytes)}, {tables}resident {format_size(model.resident_file_bytes)}, "
+        f"{calibrated}"
     )
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from flashclient.calibration.evaluate import Quality
 from flashclient.calibration.firing import PackedBits, unions
-from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, layer_walk
+from flashclient.calibration.layer_walk import LayerWalk, LayerWeights, check_by_neuron, layer_walk
 from flashclient.calibration.predictor_training import (
     Examples,
     ReferencePredictor,
@@ -52,11 +52,12 @@ ROLES = 8  # sequences: 0 to 5 train, 6 chooses, 7 tests
 
 
 def check_sparse(loaded: LoadedModel) -> None:
-    """Raises CalibrationError for mixtures, and where no neuron of the model's activation is ever exactly zero."""
+    """Raises CalibrationError for mixtures, for slabs, and where no neuron of the activation is ever exactly zero."""
     if has_experts(loaded.record):
         raise CalibrationError(
             f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, so nothing is predicted"
         )
+    check_by_neuron(loaded.record)
     activation = loaded.record.activation
     if not has_exact_zeros(activation):
         raise CalibrationError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from flashclient._native import copy_bundles, decode_rows
+from flashclient.errors import CalibrationError
 from flashclient.kernels.dtypes import DTYPES
 from flashclient.model.activations import neurons_of
 from flashclient.model.build import resident_tensors
@@ -23,7 +24,7 @@ from flashclient.model.install import biases_of, streamed_ffns
 from flashclient.model.loaded import LoadedModel
 from flashclient.source.bundle_source import retry_on_loss
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import is_plain, part_bytes
+from weightd_proto.encodings import bundle_neurons, bundles_in, encodings_of, is_plain, part_bytes
 
 FeedForward = Callable[[Tensor], Tensor]  # [tokens, hidden_size] fp32 -> the same
 
@@ -166,19 +167,37 @@ def _decoder_layer(model: nn.Module, ffn: str) -> Any:
     return model.get_submodule(path)
 
 
+def check_by_neuron(record: weightd_pb2.Model) -> None:
+    """Raises CalibrationError for a model in slabs, whose neurons are not read one by one."""
+    if bundle_neurons(record.bundle) > 1:
+        raise CalibrationError(
+            f"model '{record.name}' runs in mode 'exact' only: its FFNs are stored as published, in slabs of "
+            f"{record.bundle.slab_neurons} neurons; import it with --dtype bf16, int8 or int4 for another mode"
+        )
+
+
 def read_parts(loaded: LoadedModel, layer: int) -> list[Tensor]:
     """The matrices of a layer by position: [gate,] up, down, each [neurons, hidden_size] in the stored dtype; in fp32
     where they are quantised."""
-    bundle, neurons = loaded.record.bundle, loaded.record.layers[layer].neurons
-    rows = np.empty((neurons, bundle.bundle_bytes), np.uint8)
+    bundle, of_layer = loaded.record.bundle, loaded.record.layers[layer]
+    rows = np.empty((bundles_in(bundle, of_layer), bundle.bundle_bytes), np.uint8)
 
     def copy() -> None:
         for chunk in loaded.source.chunks(layer):
             copy_bundles(chunk.addresses, rows[chunk.first : chunk.first + len(chunk.addresses)])
 
     retry_on_loss(loaded.source, copy)
-    parts = torch.split(torch.from_numpy(rows), part_bytes(bundle), dim=1)
-    return [values_of(part.encoding, stored) for part, stored in zip(bundle.parts, parts, strict=True)]
+    sizes = part_bytes(bundle, of_layer)
+    parts = torch.split(torch.from_numpy(rows[:, : sum(sizes)]), sizes, dim=1)
+    encodings, neurons = encodings_of(bundle, of_layer), bundle_neurons(bundle)
+    if neurons == 1:
+        return [values_of(encoding, stored) for encoding, stored in zip(encodings, parts, strict=True)]
+    *firsts, down = (part.contiguous() for part in parts)
+    rows_of = [part.view(of_layer.neurons, -1) for part in firsts]
+    matrices = [values_of(encoding, stored) for encoding, stored in zip(encodings[:-1], rows_of, strict=True)]
+    of_outputs = values_of(encodings[-1], down.view(len(down) * bundle.hidden_size, -1))
+    by_slab = of_outputs.view(len(down), bundle.hidden_size, neurons)
+    return [*matrices, by_slab.transpose(1, 2).reshape(of_layer.neurons, bundle.hidden_size)]
 
 
 def values_of(encoding: weightd_pb2.Encoding, stored: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from flashclient.calibration.evaluate import Quality
 from flashclient.calibration.firing import PackedBits, unions
-from flashclient.calibration.layer_walk import FeedForward, LayerWalk, LayerWeights, layer_walk
+from flashclient.calibration.layer_walk import FeedForward, LayerWalk, LayerWeights, check_by_neuron, layer_walk
 from flashclient.calibration.predictor_training import ReferenceGate
 from flashclient.errors import CalibrationError, OptionError
 from flashclient.model.loaded import LoadedModel
@@ -146,7 +146,8 @@ class ThresholdResult:
 
 
 def check_no_experts(loaded: LoadedModel) -> None:
-    """Raises CalibrationError for mixtures."""
+    """Raises CalibrationError for mixtures and slabs."""
+    check_by_neuron(loaded.record)
     if has_experts(loaded.record):
         raise CalibrationError(
             f"model '{loaded.record.name}' cannot be calibrated: its router picks experts, and there are no thresholds "

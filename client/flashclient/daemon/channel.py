@@ -311,7 +311,10 @@ class Connection:
     def placement(self, model: weightd_pb2.Model, layer: int) -> NDArray[np.uint32]:
         """The neuron at each position of `layer`: [neurons] uint32."""
         data = b"".join(self.fetch(weightd_pb2.FetchRequest(model=model.name, placement_of=layer)))
-        return np.frombuffer(data, "<u4")
+        order, neurons = np.frombuffer(data, "<u4"), encodings.bundle_neurons(model.bundle)
+        if neurons > 1:  # the order is that of slabs
+            order = np.add.outer(order * np.uint32(neurons), np.arange(neurons, dtype=np.uint32)).reshape(-1)
+        return order
 
     def close(self) -> None:
         """Closes the channel and ends every call on it."""

@@ -27,7 +27,7 @@ from flashclient.model.build import BuiltModel, build_model
 from flashclient.model.ffn import Clock
 from flashclient.recipes.ffns.tiny import PICKS
 from flashclient.source.repeated import ALIGNMENT_BYTES, RepeatedSource, memory_bytes_min
-from weightd_proto.encodings import is_plain
+from weightd_proto.encodings import encodings_of, is_plain
 from weightd_proto.weightd_pb2 import ImportResponse, Model
 
 MEMORY_BYTES = 256 << 20
@@ -49,7 +49,7 @@ def token_cost(record: Model, folder: Path) -> ImportResponse:
     memory = _memory(max(MEMORY_BYTES, resident_bytes, memory_bytes_min(record)))
     torch.from_numpy(memory).view(DTYPES[record.compute_dtype]).fill_(WEIGHT)
     bundles = memory
-    if not all(is_plain(part.encoding) for part in record.bundle.parts):
+    if not all(is_plain(each) for layer in record.layers for each in encodings_of(record.bundle, layer)):
         bundles = _memory(max(MEMORY_BYTES, memory_bytes_min(record)))
         bundles[:] = QUANTISED_BYTE
     source: Any = RepeatedSource(record, memory, bundles)

@@ -27,7 +27,6 @@ from flashclient.kernels.dtypes import DTYPES
 from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
-from flashclient.kernels.resident_router import use_native_routers
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
@@ -36,12 +35,11 @@ from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Steps
-from flashclient.model.streamed_experts import StreamedExperts
 from flashclient.model.tables.embedding import install_tables
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import formats_of, has_experts
+from weightd_proto.encodings import bundle_neurons, encodings_of, formats_of, has_experts
 
 COMPUTED_ELEMENTS_MAX = 1 << 24
 
@@ -129,12 +127,11 @@ def build_model(
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
     use_native_norms(model, workers)
-    use_native_routers(model, workers)
     native_layers = 0
     if not attention_chosen:
         use_decode_attention(model, workers)
         use_fused_attention(model, workers)
-        native_layers = use_native_layers(model, workers, StreamedFFN, StreamedExperts)
+        native_layers = use_native_layers(model, workers, StreamedFFN)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)
@@ -168,25 +165,38 @@ def _config_of(model_class: type[PreTrainedModel], record: weightd_pb2.Model, fo
     return config
 
 
-def _kernels(record: weightd_pb2.Model, workers: Workers) -> Ffn:
-    parts = [part.encoding for part in record.bundle.parts]
+def _kernels(record: weightd_pb2.Model, workers: Workers) -> list[Ffn]:
+    """By layer. Layers with the same encodings share one."""
+    made: dict[tuple[bytes, ...], Ffn] = {}
+    kernels, neurons = [], bundle_neurons(record.bundle)
     try:
-        return Ffn(workers, parts, record.bundle.hidden_size, record.activation)
+        for layer in record.layers:
+            parts = encodings_of(record.bundle, layer)
+            key = tuple(part.SerializeToString(deterministic=True) for part in parts)
+            if key not in made:
+                made[key] = Ffn(workers, parts, record.bundle.hidden_size, record.activation, neurons=neurons)
+            kernels.append(made[key])
+        return kernels
     except ValueError as error:
-        formats = formats_of(record.bundle)
+        formats = formats_of(record)
         raise ModelError(
             f"no kernel for the FFNs of model '{record.name}', stored as {formats}: {error}; upgrade flashclient"
         ) from error
 
 
 def _ffn_of(
-    model: Any, record: weightd_pb2.Model, source: BundleSource, kernels: Ffn, workers: Workers, window: int | None
+    model: Any,
+    record: weightd_pb2.Model,
+    source: BundleSource,
+    kernels: list[Ffn],
+    workers: Workers,
+    window: int | None,
 ) -> tuple[ModelFFN, Steps | None]:
     hidden_size = record.bundle.hidden_size
     if has_experts(record):
         return ExpertsFFN(source, kernels, record.layers, hidden_size, Clock()), None
     exact = ExactFFN(source, kernels, hidden_size, Clock())
-    return (exact, None) if window is None else _predicted(exact, kernels, record, model, workers, window)
+    return (exact, None) if window is None else _predicted(exact, kernels[0], record, model, workers, window)
 
 
 def _predicted(

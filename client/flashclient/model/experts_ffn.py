@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashclient._native import ExpertStep, Ffn, LayerFfn, MixtureLayer, Router, Routers
+from flashclient._native import ExpertStep, Ffn
 from flashclient.errors import ModelError
 from flashclient.kernels.arrays import array_of
 from flashclient.model.experts.look_ahead import Guess, LookAhead
@@ -24,17 +22,11 @@ from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
 
 
-@dataclass
-class _HeldMixture:
-    router: Router
-    native: MixtureLayer
-    guessed: tuple[int, Router] | None = None  # what it guesses next
-
-
 class ExpertsFFN:
     """See ModelFFN: computes all FFNs of a model with experts, exactly. One call at a time.
 
     Args:
+        kernels: by layer.
         layers: of the model's record.
 
     Raises:
@@ -42,18 +34,21 @@ class ExpertsFFN:
     """
 
     def __init__(
-        self, source: BundleSource, kernels: Ffn, layers: Sequence[weightd_pb2.Layer], hidden_size: int, clock: Clock
+        self,
+        source: BundleSource,
+        kernels: Sequence[Ffn],
+        layers: Sequence[weightd_pb2.Layer],
+        hidden_size: int,
+        clock: Clock,
     ) -> None:
         self.source = source
         self.hidden_size = hidden_size
         self.clock = clock
         self.lock = threading.Lock()
         self.look_ahead = LookAhead(source, [index for index, layer in enumerate(layers) if layer.experts])
-        self._natives: dict[int, LayerFfn] = {}  # by layer
-        self._mixtures: dict[int, _HeldMixture] = {}
         sizes = [(max(1, layer.experts), layer.neurons) for layer in layers]
         try:
-            self._step = ExpertStep(kernels, source.open_walk(), sizes)
+            self._step = ExpertStep(tuple(kernels), source.open_walk(), sizes)
         except ValueError as error:
             raise ModelError(f"the record of the model is damaged: {error}; import it again") from error
 
@@ -93,30 +88,8 @@ class ExpertsFFN:
         """
         return self._run(layer, x, experts, weights, biases, output_bias, guess)
 
-    def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
-        made = self._natives.get(streamed.layer)
-        if made is None:
-            layer, biases, output_bias = streamed.arrays()
-            made = self._natives[layer] = MixtureLayer(self._step, layer, biases, output_bias, None, None, None)
-        return made
-
-    def mixture(
-        self, layer: int, biases: Biases, expert_biases: Any, routers: Routers, router: Router, rows: int
-    ) -> LayerFfn:
-        """What computes a mixture within a native decoder layer. Called with the lock.
-
-        Args:
-            expert_biases: an array of [experts, hidden_size] fp32, added to each expert's output.
-        """
-        held = self._mixtures.get(layer)
-        if held is None or held.router is not router:
-            native = MixtureLayer(self._step, layer, biases, None, expert_biases, routers, router)
-            held = self._mixtures[layer] = _HeldMixture(router, native)
-        guessed = self.look_ahead.router_after(layer, rows)
-        if guessed != held.guessed:
-            held.native.guess(*(guessed or (0, None)))
-            held.guessed = guessed
-        return held.native
+    def native(self, streamed: LayerFFN, rows: int) -> None:
+        """None: a layer that is not a mixture is called as mixtures are."""
 
     def idle(self) -> None:
         self.source.idle()

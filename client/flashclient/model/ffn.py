@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -74,9 +74,13 @@ class ModelFFN(Protocol):
 
 
 class ExactFFN:
-    """See ModelFFN: sums over all neurons, which are streamed. One call at a time."""
+    """See ModelFFN: sums over all neurons, which are streamed. One call at a time.
 
-    def __init__(self, source: BundleSource, kernels: Ffn, hidden_size: int, clock: Clock) -> None:
+    Args:
+        kernels: by layer.
+    """
+
+    def __init__(self, source: BundleSource, kernels: Sequence[Ffn], hidden_size: int, clock: Clock) -> None:
         self.source = source
         self.hidden_size = hidden_size
         self.clock = clock
@@ -103,12 +107,13 @@ class ExactFFN:
         with self.lock:
             y = torch.zeros_like(x)
             x_rows, y_rows = x.numpy(), y.numpy()
+            kernels = self._kernels[layer]
             with closing(self._chunks(layer)) as chunks:
                 for chunk in chunks:
-                    part = slice(chunk.first, chunk.first + len(chunk.addresses))
+                    part = slice(chunk.first * kernels.neurons, (chunk.first + len(chunk.addresses)) * kernels.neurons)
                     biases_part = None if biases is None else biases[:, part]
                     masks_part = None if row_masks is None else row_masks[:, part]
-                    self._kernels.add_rows(chunk.addresses, biases_part, masks_part, x_rows, y_rows)
+                    kernels.add_rows(chunk.addresses, biases_part, masks_part, x_rows, y_rows)
             return y
 
     def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
@@ -117,7 +122,7 @@ class ExactFFN:
             return None
         made = self._natives.get(streamed.layer)
         if made is None:
-            made = self._natives[streamed.layer] = ExactLayer(self._kernels, sweep, *streamed.arrays())
+            made = self._natives[streamed.layer] = ExactLayer(self._kernels[streamed.layer], sweep, *streamed.arrays())
         return made
 
     def idle(self) -> None:
@@ -153,31 +158,6 @@ def by_rows(ffn: ModelFFN, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Te
     return without_gradient(x, y)
 
 
-def within(ffn: ModelFFN, native: Callable[[], LayerFfn | None], compute: Callable[[LayerFfn], Times]) -> bool:
-    """Calls `compute`, a native decoder layer, with a native FFN; again after each loss of weightd.
-
-    Args:
-        native: returns the native FFN. It is called with the lock.
-        compute: returns the seconds that the FFN took for predicting, acquiring, computing and waiting.
-
-    Returns:
-        False where there is no native FFN. Nothing was computed then.
-    """
-
-    def attempt() -> bool:
-        with ffn.lock:
-            made = native()
-            if made is None:
-                return False
-            with ffn.source.errors:
-                times = compute(made)
-        ffn.clock.add(*times)
-        ffn.clock.ffn_s += sum(times)
-        return True
-
-    return retry_on_loss(ffn.source, attempt)
-
-
 @dataclass(frozen=True)
 class LayerFFN:
     """The FFN of one layer, of `output_bias` [hidden_size] fp32 or None."""
@@ -200,8 +180,28 @@ class LayerFFN:
         return y
 
     def within(self, rows: int, compute: Callable[[LayerFfn], Times]) -> bool:
-        """See within(). False where there is no native FFN for so many rows."""
-        return within(self.ffn, lambda: self.ffn.native(self, rows), compute)
+        """Calls `compute`, a native decoder layer, with the native FFN; again after each loss of weightd.
+
+        Args:
+            compute: returns the seconds that the FFN took for predicting, acquiring, computing and waiting.
+
+        Returns:
+            False where there is no native FFN for so many rows. Nothing was called then.
+        """
+        ffn = self.ffn
+
+        def attempt() -> bool:
+            with ffn.lock:
+                native = ffn.native(self, rows)
+                if native is None:
+                    return False
+                with ffn.source.errors:
+                    times = compute(native)
+            ffn.clock.add(*times)
+            ffn.clock.ffn_s += sum(times)
+            return True
+
+        return retry_on_loss(ffn.source, attempt)
 
     def arrays(self) -> tuple[int, Biases, Any]:
         """What a LayerFfn is made of, beside the FFN."""

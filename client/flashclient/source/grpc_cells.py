@@ -19,6 +19,7 @@ from flashclient.daemon.channel import Connection
 from flashclient.errors import RefusedError
 from flashclient.source.bundle_source import Counters
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import bundles_in
 
 Cell = tuple[int, int]  # layer, number in the layer
 
@@ -63,7 +64,7 @@ class RemoteCells(CellSource):
         cell_bytes = bundles_per_cell * self._bundle_bytes
         self._pool = pool[: len(pool) // cell_bytes * cell_bytes].reshape(-1, cell_bytes)
         self.slots = len(self._pool)
-        self._neurons = [layer.neurons for layer in model.layers]
+        self._bundles = [bundles_in(model.bundle, layer) for layer in model.layers]
         self._hits = self._misses = self._read_bytes = 0
         self._layer = 0  # of the last exchange
         self._empty()
@@ -169,7 +170,7 @@ class RemoteCells(CellSource):
     def _positions(self, cell: Cell) -> tuple[int, int]:
         """The first position of the cell, and the one after its last."""
         begin = cell[1] * self._bundles_per_cell
-        return begin, min(begin + self._bundles_per_cell, self._neurons[cell[0]])
+        return begin, min(begin + self._bundles_per_cell, self._bundles[cell[0]])
 
     def _fetch(self, cells: list[Cell]) -> Iterator[bytes]:
         bounds = [self._positions(cell) for cell in cells]

@@ -28,7 +28,7 @@ from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.grpc_cells import RemoteCells
 from flashclient.source.grpc_tables import GrpcTable
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import has_experts
+from weightd_proto.encodings import bundles_in, has_experts
 from weightd_proto.files import ALIGNMENT_BYTES, PREDICTORS_FILE
 
 CHUNK_BYTES = 2**20  # one response; large enough that a round trip of half a millisecond is small beside it
@@ -52,7 +52,7 @@ class Span:
 
 def ffn_bytes(model: weightd_pb2.Model) -> int:
     """The bytes of all bundles without padding."""
-    return model.bundle.bundle_bytes * sum(layer.neurons for layer in model.layers)
+    return model.bundle.bundle_bytes * sum(bundles_in(model.bundle, layer) for layer in model.layers)
 
 
 def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
@@ -64,8 +64,8 @@ def chunk_bundles_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
     if pool_bytes < 2 * bundle_bytes:
         raise OptionError(f"pool_bytes={pool_bytes} is too small: two bundles of this model take {2 * bundle_bytes}")
     most = max(1, min(CHUNK_BYTES, pool_bytes // 2) // bundle_bytes)
-    neurons = max(layer.neurons for layer in model.layers)
-    return math.ceil(neurons / math.ceil(neurons / most))
+    bundles = max(bundles_in(model.bundle, layer) for layer in model.layers)
+    return math.ceil(bundles / math.ceil(bundles / most))
 
 
 def bundles_per_cell_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
@@ -81,9 +81,9 @@ def bundles_per_cell_for(model: weightd_pb2.Model, pool_bytes: int) -> int:
 
 def cut_spans(model: weightd_pb2.Model, chunk_bundles: int) -> list[Span]:
     return [
-        Span(index, begin, min(begin + chunk_bundles, layer.neurons))
+        Span(index, begin, min(begin + chunk_bundles, bundles_in(model.bundle, layer)))
         for index, layer in enumerate(model.layers)
-        for begin in range(0, layer.neurons, chunk_bundles)
+        for begin in range(0, bundles_in(model.bundle, layer), chunk_bundles)
     ]
 
 

@@ -13,6 +13,7 @@ from flashclient.source.bundle_source import Chunk, Counters
 from flashclient.source.memory_cells import MemoryCells, MemoryTable
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import LOOK_AHEAD_BYTES
+from weightd_proto.encodings import bundles_in
 
 CHUNK_BYTES = LOOK_AHEAD_BYTES // 2  # what a client over shared memory computes at once where nothing is missing
 ALIGNMENT_BYTES = 64  # of kernels
@@ -36,6 +37,7 @@ class RepeatedSource:
     def __init__(self, record: weightd_pb2.Model, resident: NDArray[np.uint8], memory: NDArray[np.uint8]) -> None:
         self.resident = resident
         self._layers = record.layers
+        self._bundles = [bundles_in(record.bundle, layer) for layer in record.layers]
         self._stride_bytes = record.bundle.stride_bytes
         self._bundles_per_cell = max(1, record.bundle.bundles_per_cell)
         self._lent = LentMemory(memory)
@@ -53,9 +55,9 @@ class RepeatedSource:
         return np.arange(self._layers[layer].neurons, dtype=np.uint32)
 
     def chunks(self, layer: int) -> Generator[Chunk, None, None]:
-        neurons, step = self._layers[layer].neurons, max(1, CHUNK_BYTES // self._stride_bytes)
-        for first in range(0, neurons, step):
-            bundles = self._next_bundle + np.arange(min(step, neurons - first), dtype=np.uint64)
+        count, step = self._bundles[layer], max(1, CHUNK_BYTES // self._stride_bytes)
+        for first in range(0, count, step):
+            bundles = self._next_bundle + np.arange(min(step, count - first), dtype=np.uint64)
             self._next_bundle = int(bundles[-1]) + 1
             yield Chunk(first, self._begin + bundles % (self._cells * self._bundles_per_cell) * self._stride_bytes)
 

@@ -13,6 +13,7 @@ from flashclient.errors import CalibrationError, CorruptionError, DaemonLostErro
 from flashclient.source.bundle_source import Chunk, Counters
 from weightd_proto import weightd_pb2
 from weightd_proto.dram import slots_wanted
+from weightd_proto.encodings import bundle_neurons, bundles_in
 from weightd_proto.tables import model_of, module_of
 
 # A lookup borrows what it needs, for as long as it copies rows: a larger share would be kept from the FFNs.
@@ -22,8 +23,9 @@ TABLE_SLOTS = 2
 class _RingErrors:
     """Turns exceptions of the native session into errors of flashclient.errors. Cheap: each layer enters it."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, neurons: int) -> None:
         self._model = model
+        self._neurons = neurons  # of a bundle
 
     def __enter__(self) -> None: ...
 
@@ -36,6 +38,10 @@ class _RingErrors:
             case _native.CorruptBundle() if module_of(self._model):
                 where = f"model {model_of(self._model)}, table {module_of(self._model)}, row {error.position}"
                 return CorruptionError(f"{where}: it {error.why}")
+            case _native.CorruptBundle() if self._neurons > 1:
+                first = error.position * self._neurons
+                where = f"layer {error.layer}, slab {error.position} (neurons {first} to {first + self._neurons - 1})"
+                return CorruptionError(f"{self._model}: {where} {error.why}")
             case _native.CorruptBundle():
                 return CorruptionError(f"{self._model}: {error}")
             case _native.WrongProcess():
@@ -69,15 +75,15 @@ class RingSource:
         self._model = model
         self._name = model.name
         self._predicts = predicts
-        self.errors = _RingErrors(model.name)
+        self.errors = _RingErrors(model.name, bundle_neurons(model.bundle))
         bundle = model.bundle
         self.tables = [RingSource(connection, table, False) for table in model.tables]
         opened = self._open_session()
         with self.errors:
             self._session = _native.Session(opened.data_socket, opened.token, connection.timeout_s)
-        neurons = [layer.neurons for layer in model.layers]
+        bundles = [bundles_in(bundle, layer) for layer in model.layers]
         sizes = (bundle.bundles_per_cell, bundle.stride_bytes, bundle.cell_bytes)
-        self._sweep: _native.Sweep | None = _native.Sweep(self._session, *sizes, neurons)
+        self._sweep: _native.Sweep | None = _native.Sweep(self._session, *sizes, bundles)
         self.leases = _native.Leases(self._session, self._sweep, bundle.bundles_per_cell, bundle.cell_bytes)
         self.window: _native.Window | None = None
         self.walk: _native.CellWalk | None = None

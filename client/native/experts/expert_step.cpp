@@ -8,10 +8,16 @@ namespace flashclient {
 
 ExpertStep::ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers)
     : ffn_(ffn), walk_(walk), layers_(std::move(layers)) {
-    const uint64_t bundles = walk_.cell().bundles;
-    for (const auto& [experts, neurons] : layers_) {
-        const bool whole_cells = experts == 1 || (experts > 0 && neurons % (experts * bundles) == 0);
-        if (neurons == 0 || !whole_cells) throw std::invalid_argument("an expert has whole cells");
+    const uint64_t of_cell = walk_.cell().bundles * ffn_.shape().neurons;
+    for (auto& [experts, neurons, of_layer] : layers_) {
+        const bool whole_cells = experts == 1 || (experts > 0 && neurons % (experts * of_cell) == 0);
+        const bool whole_bundles = neurons % ffn_.shape().neurons == 0;
+        if (neurons == 0 || !whole_cells || !whole_bundles) throw std::invalid_argument("an expert has whole cells");
+        if (of_layer == nullptr) of_layer = &ffn_;
+        if (of_layer->shape().hidden != ffn_.shape().hidden || of_layer->shape().neurons != ffn_.shape().neurons ||
+            of_layer->shape().gated() != ffn_.shape().gated()) {
+            throw std::invalid_argument("the FFNs of layers differ in more than their encodings");
+        }
     }
 }
 
@@ -19,6 +25,7 @@ StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, cons
     const ExpertLayer& layer = layers_.at(index);
     StepTimer timer;
     std::fill_n(y, rows.tokens * ffn_.shape().hidden, 0.0f);
+    of_layer_ = layer.ffn;
     neurons_ = layer.neurons / layer.experts;
     cells_ = cells_of(layer);
     rows.experts == nullptr ? pick_all(layer, rows) : sort_picks(layer, rows);
@@ -86,7 +93,7 @@ std::vector<uint32_t> ExpertStep::cells_of_experts() {
 }
 
 size_t ExpertStep::cells_of(const ExpertLayer& layer) const {
-    return (layer.neurons / layer.experts + walk_.cell().bundles - 1) / walk_.cell().bundles;
+    return divide_up(layer.neurons / layer.experts, walk_.cell().bundles * ffn_.shape().neurons);
 }
 
 void ExpertStep::look_ahead(const Guess& guess) {
@@ -121,19 +128,19 @@ bool ExpertStep::compute_some(const PickedRows& rows, float* y) {
 
 void ExpertStep::compute(Expert& expert, size_t cells, const PickedRows& rows, float* y) {
     const BundlesOfCell cell = walk_.cell();
-    const size_t first = expert.computed * cell.bundles;  // neuron of the expert
-    const size_t count = std::min(cells * cell.bundles, neurons_ - first);
+    const size_t first = expert.computed * cell.bundles;  // bundle of the expert
+    const size_t count = std::min(cells * cell.bundles, neurons_ / ffn_.shape().neurons - first);
     addresses_.resize(count);
     for (size_t i = 0; i < count; i++) {
         const uint64_t address = walk_.address(expert.first_cell + expert.computed + i / cell.bundles);
         addresses_[i] = address + i % cell.bundles * cell.stride_bytes;
     }
     Neurons list{addresses_};
-    const size_t first_neuron = expert.number * neurons_ + first;
+    const size_t first_neuron = expert.number * neurons_ + first * ffn_.shape().neurons;
     if (rows.bias != nullptr) list.bias = rows.bias + first_neuron;
     if (rows.up_bias != nullptr) list.up_bias = rows.up_bias + first_neuron;
     if (!is_direct(rows) && expert.y.empty()) expert.y = zeros(expert.picks * ffn_.shape().hidden);
-    ffn_.add_rows(list, rows_of(expert, rows), expert.picks, is_direct(rows) ? y : expert.y.data());
+    of_layer_->add_rows(list, rows_of(expert, rows), expert.picks, is_direct(rows) ? y : expert.y.data());
     walk_.done(expert.first_cell + expert.computed, cells);
     expert.computed += cells;
 }

@@ -19,8 +19,9 @@
 namespace flashclient {
 
 struct ExpertLayer {
-    uint32_t experts;  // 1 for an FFN that is not a mixture
-    uint32_t neurons;  // of all of them; the same of each, in whole cells
+    uint32_t experts;          // 1 for an FFN that is not a mixture
+    uint32_t neurons;          // of all of them; the same of each, in whole cells
+    const Ffn* ffn = nullptr;  // of this layer; null: that of the step
 };
 
 // The rows of a step. Null pointers: there are no picks (every row picks the one expert, with weight 1), or no biases.
@@ -44,7 +45,7 @@ using GuessNext = std::function<Guess()>;  // empty: nothing is guessed
 
 class ExpertStep {
   public:
-    // Both must outlive this.
+    // All must outlive this. The layers' FFNs are like `ffn`, but for their encodings.
     ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers);
 
     // y [tokens, hidden] = the weighted sum over each row's experts. One thread at a time, which holds walk().use().
@@ -54,7 +55,7 @@ class ExpertStep {
     StepTimes run(uint32_t layer, const PickedRows& rows, float* y, const GuessNext& guess = {});
 
     const ExpertLayer& layer(uint32_t index) const { return layers_.at(index); }
-    const Ffn& ffn() const { return ffn_; }
+    const Ffn& ffn() const { return ffn_; }  // whose hidden size and number of parts are those of all layers
     CellWalk& walk() const { return walk_; }
 
   private:
@@ -88,6 +89,7 @@ class ExpertStep {
     CellWalk& walk_;
     std::vector<ExpertLayer> layers_;
     // Of the step, kept from call to call because allocating takes long.
+    const Ffn* of_layer_ = nullptr;
     size_t neurons_ = 0;           // of an expert
     size_t cells_ = 0;             // of an expert
     std::vector<Expert> experts_;  // ascending

@@ -232,7 +232,7 @@ template <typename Format>
 const Kernels* table_of_blocks(const char* instruction_set) {
     static const Kernels kernels{
         instruction_set,       nullptr, nullptr,      dots_in_blocks<Format>, accumulate_in_blocks<Format>,
-        upcast_blocks<Format>, nullptr, exponentials, differing_bits};
+        upcast_blocks<Format>, nullptr, exponentials, differing_bits,         add_products<Format>};
     return &kernels;
 }
 

@@ -1,6 +1,7 @@
 #include "kernels/ffn.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <optional>
 #include <stdexcept>
@@ -18,6 +19,9 @@ constexpr size_t GROUP_MIN = 16;           // a tile for one token
 constexpr size_t ELEMENTS_PER_ITEM = 256;  // the fewest columns of a thread: eight cache lines of a bf16 row
 constexpr size_t ELEMENTS_MAX = 8192;      // the most columns at a time: y of a token stays in the L1 cache
 constexpr size_t H_ELEMENTS = 1 << 16;     // of many tokens at a time, at least: 256 KiB
+constexpr size_t SLAB_NEURONS_MIN = 32;    // fewer would make rows of down too short for vectors
+constexpr size_t SLAB_NEURONS_MAX = 256;   // the largest block of a published format
+constexpr size_t ROWS_PER_ITEM = 64;       // of down in a slab
 constexpr size_t BLOCKS_MIN = 2;           // groups of neurons that each thread fires at a time, at least
 
 bool all_zero(const float* values, size_t count) {
@@ -59,6 +63,7 @@ struct Ffn::Fired {
 
 struct Ffn::Scratch {
     std::vector<float> h;           // [group of tokens][entry, token]
+    std::vector<float> by_token;    // [token, entry]
     std::vector<const void*> rows;  // [group of tokens][entry]
     std::vector<Fired> fired;       // by group of tokens
 };
@@ -70,6 +75,11 @@ Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : worker
     if (shape_.activation.function == Function::gated_relu && !shape_.gated()) {
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
     }
+    if (in_slabs() && (!std::has_single_bit(shape_.neurons) || shape_.neurons < SLAB_NEURONS_MIN ||
+                       shape_.neurons > SLAB_NEURONS_MAX)) {
+        throw std::invalid_argument("a slab has 32 to 256 neurons, a power of two");
+    }
+    neurons_shift_ = static_cast<unsigned>(std::bit_width(shape_.neurons) - 1);
     gate_or_up_ = next_part(0, instruction_set);
     up_ = shape_.gated() ? next_part(1, instruction_set) : gate_or_up_;
     down_ = next_part(shape_.parts.size() - 1, instruction_set);
@@ -78,12 +88,14 @@ Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : worker
 // Parts are taken in their order: each begins where the one before ends.
 Ffn::Part Ffn::next_part(size_t part, const char* instruction_set) {
     const Encoding& encoding = shape_.parts[part];
-    const Part taken{&kernels_for(encoding, instruction_set), bundle_bytes_};
-    if (shape_.hidden % encoding.block_values != 0) {
-        throw std::invalid_argument("hidden_size " + std::to_string(shape_.hidden) + " is not whole blocks of " +
-                                    encoding.format);
+    const Part taken{&kernels_for(encoding, instruction_set), bundle_bytes_, encoding.bytes_of(shape_.hidden)};
+    const bool along_neurons = in_slabs() && part == shape_.parts.size() - 1;
+    const size_t values = along_neurons ? shape_.neurons : shape_.hidden;
+    if (values % encoding.block_values != 0) {
+        throw std::invalid_argument((along_neurons ? "a slab of " : "hidden_size ") + std::to_string(values) +
+                                    " is not whole blocks of " + encoding.format);
     }
-    bundle_bytes_ += encoding.bytes_of(shape_.hidden);
+    bundle_bytes_ += encoding.bytes_of(shape_.hidden * shape_.neurons);
     if (const auto dtype = encoding.plain()) alignment_bytes_ = std::max(alignment_bytes_, bytes_of(*dtype));
     return taken;
 }
@@ -96,6 +108,7 @@ Ffn::Scratch& Ffn::scratch_of_thread() {
 
 void Ffn::fire(const Neurons& list, std::span<const uint32_t> entries, const float* x, size_t tokens, float* h) const {
     assert(tokens <= TOKENS_MAX);
+    require_no_slabs();
     Reading reading = new_reading();
     const auto checked = reading.checked(list.bundles, [&](auto&& check) {
         for (const uint32_t entry : entries) {
@@ -120,7 +133,7 @@ void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t coun
         const size_t end = std::min(count, (item + 1) * group_size);
         for (size_t t = 0; t < x.groups(); t++) {
             const Neurons of_tokens = list.of_tokens(t);
-            float* h_of_tokens = h + t * TOKENS_MAX * list.bundles.size();
+            float* h_of_tokens = h + t * TOKENS_MAX * entries_of(list);
             Group group{{}, 0, t};
             for (size_t i = item * group_size; i < end; i++) {
                 const size_t entry = entries != nullptr ? entries[i] : i;
@@ -140,7 +153,7 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const Rows& x, flo
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
     const size_t tokens = x.in_group(group.tokens);
-    for (size_t i = 0; i < group.count; i++) rows[i] = gate_or_up_.in(list.bundles[group.entry[i]]);
+    for (size_t i = 0; i < group.count; i++) rows[i] = row_of(gate_or_up_, list, group.entry[i]);
     gate_or_up_.kernels->dots(rows, group.count, x.of_gate_or_up().group(group.tokens * TOKENS_MAX), shape_.hidden,
                               tokens, dots);
     const Activation activation = shape_.activation;  // a copy, which writing h cannot change
@@ -163,7 +176,7 @@ void Ffn::open_gate(const Group& group, const Neurons& list, const Rows& x, floa
     const void* rows[GROUP_MAX];
     float dots[GROUP_MAX * TOKENS_MAX];
     const size_t tokens = x.in_group(group.tokens);
-    for (size_t i = 0; i < group.count; i++) rows[i] = up_.in(list.bundles[group.entry[i]]);
+    for (size_t i = 0; i < group.count; i++) rows[i] = row_of(up_, list, group.entry[i]);
     up_.kernels->dots(rows, group.count, x.of_up().group(group.tokens * TOKENS_MAX), shape_.hidden, tokens, dots);
     const Activation activation = shape_.activation;
     for (size_t i = 0; i < group.count; i++) {
@@ -178,6 +191,7 @@ void Ffn::open_gate(const Group& group, const Neurons& list, const Rows& x, floa
 
 void Ffn::accumulate(std::span<const uint64_t> bundles, const float* h, size_t tokens, float* y) const {
     assert(tokens <= TOKENS_MAX);
+    require_no_slabs();
     Reading reading = new_reading();
     const auto checked = reading.checked(bundles, [&](auto&& check) {
         for (size_t entry = 0; entry < bundles.size(); entry++) {
@@ -221,17 +235,72 @@ void Ffn::accumulate_list(std::span<const uint64_t> bundles, size_t tokens, Scra
     });
 }
 
+void Ffn::require_no_slabs() const {
+    if (in_slabs()) throw std::invalid_argument("slabs are summed as a whole, with all of their neurons");
+}
+
+// Many tokens are computed for some slabs at a time, as in add_rows().
+void Ffn::add_slabs(const Neurons& list, const Rows& x, float* y) const {
+    Scratch& scratch = scratch_of_thread();
+    const size_t least = BLOCKS_MIN * GROUP_MAX * workers_.threads();
+    const size_t neurons = x.tokens <= TOKENS_MAX ? entries_of(list) : std::max(least, H_ELEMENTS / x.tokens);
+    const size_t block = std::max<size_t>(1, divide_up(neurons, shape_.neurons));
+    for (size_t first = 0; first < list.bundles.size(); first += block) {
+        const auto of_first = [&](const float* bias) {
+            return bias == nullptr ? nullptr : bias + first * shape_.neurons;
+        };
+        const Neurons part{list.bundles.subspan(first, std::min(block, list.bundles.size() - first)),
+                           of_first(list.bias), of_first(list.up_bias)};
+        const size_t entries = entries_of(part);
+        if (scratch.h.size() < entries * x.tokens) scratch.h.resize(entries * x.tokens);
+        fire_entries(part, nullptr, entries, x, scratch.h.data());
+        if (x.tokens == 1) {
+            accumulate_slabs(part.bundles, scratch.h.data(), 1, y);
+            continue;
+        }
+        if (scratch.by_token.size() < entries * x.tokens) scratch.by_token.resize(entries * x.tokens);
+        workers_.run(x.groups(), [&](size_t group) {
+            const size_t begin = group * TOKENS_MAX;
+            const float* of_group = scratch.h.data() + begin * entries;
+            for (size_t t = 0; t < x.in_group(group); t++) {
+                float* of_token = scratch.by_token.data() + (begin + t) * entries;
+                for (size_t i = 0; i < entries; i++) of_token[i] = of_group[i * x.in_group(group) + t];
+            }
+        });
+        accumulate_slabs(part.bundles, scratch.by_token.data(), x.tokens, y);
+    }
+}
+
+// h: [tokens, neurons of all slabs]. One thread computes an element of y and adds the slabs in order.
+void Ffn::accumulate_slabs(std::span<const uint64_t> slabs, const float* h, size_t tokens, float* y) const {
+    const size_t share = divide_up(shape_.hidden, workers_.threads());
+    const size_t slice = std::min(divide_up(share, ROWS_PER_ITEM) * ROWS_PER_ITEM, ELEMENTS_MAX);
+    const size_t stride = slabs.size() * shape_.neurons;
+    workers_.run(divide_up(shape_.hidden, slice), [&](size_t item) {
+        const size_t begin = item * slice;
+        const size_t end = std::min(shape_.hidden, begin + slice);
+        for (size_t s = 0; s < slabs.size(); s++) {
+            down_.kernels->add_products(down_.in(slabs[s]), shape_.neurons, h + s * shape_.neurons, stride, tokens,
+                                        shape_.hidden, begin, end, y);
+        }
+    });
+}
+
 // Many tokens are computed for some neurons at a time, whose weights then stay in a cache.
 void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const {
     Reading reading = new_reading();
     const auto checked = reading.checked(list.bundles);
     const Rows rows(*this, x, tokens);
+    const Neurons readable{checked, list.bias, list.up_bias, list.row_masks, list.mask_stride};
+    if (in_slabs()) {
+        if (list.row_masks != nullptr) require_no_slabs();
+        return add_slabs(readable, rows, y);
+    }
     Scratch& scratch = scratch_of_thread();
     const size_t least = BLOCKS_MIN * GROUP_MAX * workers_.threads();
     const size_t block = tokens <= TOKENS_MAX ? checked.size() : std::max(least, H_ELEMENTS / tokens);
     for (size_t first = 0; first < checked.size(); first += block) {
-        const Neurons part = Neurons{checked, list.bias, list.up_bias, list.row_masks, list.mask_stride}.part(
-            first, std::min(block, checked.size() - first));
+        const Neurons part = readable.part(first, std::min(block, checked.size() - first));
         if (scratch.h.size() < part.bundles.size() * tokens) scratch.h.resize(part.bundles.size() * tokens);
         fire_entries(part, nullptr, part.bundles.size(), rows, scratch.h.data());
         accumulate_list(part.bundles, tokens, scratch, y);

@@ -3,6 +3,9 @@
 // A bundle is [gate row][up row][down column], or [up row][down column], of hidden_size values each. Neuron n adds
 // h_n * down_n to the output, h_n = activate(gate_n . x + b_n) * up_factor(up_n . x + c_n), or activate(up_n . x + b_n)
 // without a gate (activation.h).
+//
+// Or a bundle is a slab of several neurons: [gate rows][up rows][down values], of which each output has one row, with a
+// value for each neuron. Output j then gets the product of its row with the neurons' h, slab by slab.
 #pragma once
 
 #include <cstddef>
@@ -20,13 +23,15 @@ namespace flashclient {
 
 struct FfnShape {
     std::vector<Encoding> parts;  // parts of a bundle, back to back: [gate,] up, down
-    size_t hidden;                // number of values in a part
+    size_t hidden;                // number of values of a neuron in a part
     Activation activation;
+    size_t neurons = 1;  // of a bundle; more in a slab: a power of two, 32 to 256
 
     bool gated() const { return parts.size() == 3; }
 };
 
-// A list of neurons, in the order of their sum, and which rows of x want each.
+// A list of neurons, in the order of their sum, and which rows of x want each. Of slabs, an entry of `bias` and
+// `up_bias` is still one neuron, and all rows want all.
 struct Neurons {
     std::span<const uint64_t> bundles;    // addresses, read in place
     const float* bias = nullptr;          // b, by entry of the list; null: none
@@ -51,10 +56,13 @@ struct Neurons {
 class Ffn {
   public:
     // `workers` is shared and must outlive this. Throws std::invalid_argument for an encoding without a kernel, for an
-    // instruction set that the processor lacks (null picks the best) and for gated_relu without a gate.
+    // instruction set that the processor lacks (null picks the best), for gated_relu without a gate, and for slabs of
+    // another number of neurons.
     Ffn(Workers& workers, FfnShape shape, const char* instruction_set = nullptr);
 
     // Each throws std::invalid_argument for a bundle that it would read outside of readable memory (readable_memory.h).
+
+    // Of slabs there is add_rows() only.
 
     // h[entry][t] for the entries of the list that `entries` names. x: [tokens, hidden] fp32, at most TOKENS_MAX
     // tokens; h: [list, tokens]. h is 0 where row t does not want the entry. Not read are entries that no row wants,
@@ -82,22 +90,34 @@ class Ffn {
     struct Part {  // a part of a bundle
         const Kernels* kernels;
         size_t offset_bytes;
+        size_t row_bytes;  // of a neuron
 
-        const void* in(uint64_t bundle) const { return reinterpret_cast<const char*>(bundle) + offset_bytes; }
+        const void* in(uint64_t bundle, size_t neuron = 0) const {
+            return reinterpret_cast<const char*>(bundle) + offset_bytes + neuron * row_bytes;
+        }
     };
     Part next_part(size_t part, const char* instruction_set);
     Reading new_reading() const { return {bundle_bytes_, alignment_bytes_}; }
     void fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const Rows& x, float* h) const;
     void fire_group(const Group& group, const Neurons& list, const Rows& x, float* h) const;
     void open_gate(const Group& group, const Neurons& list, const Rows& x, float* h) const;
+    bool in_slabs() const { return shape_.neurons > 1; }
+    size_t entries_of(const Neurons& list) const { return list.bundles.size() << neurons_shift_; }
+    const void* row_of(const Part& part, const Neurons& list, size_t entry) const {
+        return part.in(list.bundles[entry >> neurons_shift_], entry & (shape_.neurons - 1));
+    }
+    void require_no_slabs() const;
+    void add_slabs(const Neurons& list, const Rows& rows, float* y) const;
+    void accumulate_slabs(std::span<const uint64_t> slabs, const float* h, size_t tokens, float* y) const;
     void accumulate_list(std::span<const uint64_t> bundles, size_t tokens, Scratch& scratch, float* y) const;
 
     Workers& workers_;
     FfnShape shape_;
     size_t bundle_bytes_ = 0;
     size_t alignment_bytes_ = 1;
-    Part gate_or_up_;  // the part whose dot goes through the activation
-    Part up_;          // the same as gate_or_up_ if there is no gate
+    unsigned neurons_shift_ = 0;  // two to this power are in a bundle
+    Part gate_or_up_;             // the part whose dot goes through the activation
+    Part up_;                     // the same as gate_or_up_ if there is no gate
     Part down_;
 };
 

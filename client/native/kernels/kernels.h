@@ -42,6 +42,10 @@ struct Kernels {
     float (*exponentials)(float* values, size_t count);
     // The number of bits in which a and b differ.
     size_t (*differing_bits)(const uint8_t* a, const uint8_t* b, size_t bytes);
+    // y[t][j] += row j . h[t] for j in [begin, end). `matrix`: rows of `length` values back to back, at most 256 and
+    // whole blocks and 32s. h: h_stride values from token to token; y: [tokens, hidden]. Null for i8.
+    void (*add_products)(const void* matrix, size_t length, const float* h, size_t h_stride, size_t tokens,
+                         size_t hidden, size_t begin, size_t end, float* y);
 };
 
 // The best instruction set of the processor, or the one named: "amx", "avx512", "avx2" or "portable". Throws

@@ -78,6 +78,18 @@ LANE float sum(Lane a) {
     return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
 
+// Each half has the partial sums of four vectors.
+LANE __m256 sums_of_four(const Lane* lanes) {
+    return _mm256_hadd_ps(_mm256_hadd_ps(lanes[0].value, lanes[1].value),
+                          _mm256_hadd_ps(lanes[2].value, lanes[3].value));
+}
+// Lane i of the result is the sum of the lanes of vector i.
+LANE Lane sums_of(const Lane (&lanes)[Lane::WIDTH]) {
+    const __m256 first = sums_of_four(lanes);
+    const __m256 second = sums_of_four(lanes + 4);
+    return {_mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31))};
+}
+
 }  // namespace
 }  // namespace flashclient
 

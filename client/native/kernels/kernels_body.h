@@ -3,7 +3,7 @@
 //   LANE    the same, and always inline
 //   Lane    a vector of fp32: WIDTH, TILE_ROWS, TILE_TOKENS, load<dtype>(row), load_some<dtype>(row, n), store,
 //           store_some, store_as<dtype>(row) for bf16 and f16, fma (a * b + c), max, sum, and power_of_two (2^n of the
-//           low bits of fp32, bias included)
+//           low bits of fp32, bias included), and sums_of (the sum of the lanes of each of WIDTH vectors)
 // and includes formats/codes_*.h, with what decoding blocks needs of its vectors.
 // Everything has internal linkage, because the same names exist once per instruction set.
 #pragma once
@@ -392,6 +392,22 @@ KERNEL size_t differing_bits(const uint8_t* a, const uint8_t* b, size_t bytes) {
     return differing;
 }
 
+// See formats/slab_loops.h.
+template <typename Format>
+KERNEL void add_products(const void* matrix, size_t length, const float* h, size_t h_stride, size_t tokens,
+                         size_t hidden, size_t begin, size_t end, float* y);
+template <Dtype dtype>
+struct PlainGroup;
+
+template <Dtype dtype>
+constexpr decltype(Kernels::add_products) add_products_of() {
+    if constexpr (dtype == Dtype::i8) {
+        return nullptr;
+    } else {
+        return add_products<PlainGroup<dtype>>;
+    }
+}
+
 template <Dtype dtype>
 constexpr auto downcast_of() {
     if constexpr (dtype == Dtype::i8) {
@@ -403,9 +419,16 @@ constexpr auto downcast_of() {
 
 template <Dtype dtype>
 const Kernels* table(const char* instruction_set) {
-    static const Kernels kernels{instruction_set,      nullptr,           nullptr,
-                                 dots<dtype>,          accumulate<dtype>, upcast<dtype>,
-                                 downcast_of<dtype>(), exponentials,      differing_bits};
+    static const Kernels kernels{instruction_set,
+                                 nullptr,
+                                 nullptr,
+                                 dots<dtype>,
+                                 accumulate<dtype>,
+                                 upcast<dtype>,
+                                 downcast_of<dtype>(),
+                                 exponentials,
+                                 differing_bits,
+                                 add_products_of<dtype>()};
     return &kernels;
 }
 
@@ -428,3 +451,4 @@ const Kernels* table_for(Dtype dtype, const char* instruction_set) {
 
 // Loops over rows in blocks, which use those above.
 #include "formats/block_loops.h"
+#include "formats/slab_loops.h"

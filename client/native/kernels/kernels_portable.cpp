@@ -92,6 +92,12 @@ Lane power_of_two(Lane a) {
     return a;
 }
 float sum(Lane a) { return (a.value[0] + a.value[1]) + (a.value[2] + a.value[3]); }
+// Lane i of the result is the sum of the lanes of vector i.
+Lane sums_of(const Lane (&lanes)[Lane::WIDTH]) {
+    Lane sums;
+    for (size_t i = 0; i < Lane::WIDTH; i++) sums.value[i] = sum(lanes[i]);
+    return sums;
+}
 
 }  // namespace
 }  // namespace flashclient

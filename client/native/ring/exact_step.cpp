@@ -11,8 +11,8 @@ StepTimes ExactStep::run(uint32_t layer, const ExactRows& rows, float* y) {
         while (const Sweep::Bundles* chunk = next(layer)) {
             timer.lap(timer.times.wait_s);
             Neurons list{chunk->addresses};
-            if (rows.bias != nullptr) list.bias = rows.bias + chunk->first_position;
-            if (rows.up_bias != nullptr) list.up_bias = rows.up_bias + chunk->first_position;
+            if (rows.bias != nullptr) list.bias = rows.bias + chunk->first_position * ffn_.shape().neurons;
+            if (rows.up_bias != nullptr) list.up_bias = rows.up_bias + chunk->first_position * ffn_.shape().neurons;
             ffn_.add_rows(list, rows.x, rows.tokens, y);
             timer.lap(timer.times.compute_s);
         }

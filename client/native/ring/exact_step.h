@@ -28,7 +28,6 @@ class ExactStep {
     StepTimes run(uint32_t layer, const ExactRows& rows, float* y);
 
     const FfnShape& shape() const { return ffn_.shape(); }
-    uint32_t neurons(uint32_t layer) const { return sweep_.layout().neurons.at(layer); }
 
   private:
     const Sweep::Bundles* next(uint32_t layer);

@@ -465,6 +465,7 @@ bool Session::read_news(uint32_t cell_bytes, int timeout_ms) {
 CorruptBundle::CorruptBundle(uint32_t layer, uint32_t position, const std::string& why)
     : std::runtime_error("layer " + std::to_string(layer) + ", neuron at position " + std::to_string(position) + " " +
                          why),
+      layer(layer),
       position(position),
       why(why) {}
 

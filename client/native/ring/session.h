@@ -39,6 +39,7 @@ struct WrongProcess : std::logic_error {  // used after fork
 
 struct CorruptBundle : std::runtime_error {  // or one that the device cannot read
     CorruptBundle(uint32_t layer, uint32_t position, const std::string& why);
+    uint32_t layer;
     uint32_t position;
     std::string why;
 };

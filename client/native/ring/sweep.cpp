@@ -8,13 +8,13 @@
 namespace flashclient {
 
 Sweep::Sweep(Session& session, Layout layout) : session_(session), layout_(std::move(layout)) {
-    for (uint32_t layer = 0; layer < layout_.neurons.size(); layer++) cells_ += layout_.cells_in(layer);
+    for (uint32_t layer = 0; layer < layout_.bundles.size(); layer++) cells_ += layout_.cells_in(layer);
     forget();
 }
 
 void Sweep::forget() {
     kept_.clear();
-    kept_in_.assign(layout_.neurons.size(), 0);
+    kept_in_.assign(layout_.bundles.size(), 0);
     kept_cells_ = 0;
     refused_at_ = UINT32_MAX;
     used_.clear();
@@ -44,7 +44,7 @@ uint32_t Sweep::cells_at(const Cursor& at) const {
 Sweep::Cursor Sweep::after(const Cursor& at) const {
     const uint32_t cell = at.cell + cells_at(at);
     if (cell < layout_.cells_in(at.layer)) return {at.layer, cell};
-    return {(at.layer + 1) % static_cast<uint32_t>(layout_.neurons.size()), 0};
+    return {(at.layer + 1) % static_cast<uint32_t>(layout_.bundles.size()), 0};
 }
 
 uint32_t Sweep::streamed_cells() const {
@@ -53,7 +53,7 @@ uint32_t Sweep::streamed_cells() const {
 }
 
 const Sweep::Bundles* Sweep::next(uint32_t layer) {
-    if (layer >= layout_.neurons.size()) throw std::out_of_range("there is no such layer");
+    if (layer >= layout_.bundles.size()) throw std::out_of_range("there is no such layer");
     const uint32_t limit = session_.lease_limit();
     const uint32_t streamed = cells_ <= limit ? 0 : chunks_max_ * chunk_cells_;  // what is not kept must have its place
     keep_max_ = std::min({cells_, limit - std::min(limit, streamed), refused_at_ - 1});
@@ -156,7 +156,7 @@ void Sweep::ask(const Cursor& at) {
     chunk.at = at;
     chunk.cell_count = chunk.unanswered = cells_at(at);
     const uint32_t end = at.cell + chunk.cell_count;
-    const uint32_t position_end = std::min(end * layout_.bundles_per_cell, layout_.neurons[at.layer]);
+    const uint32_t position_end = std::min(end * layout_.bundles_per_cell, layout_.bundles[at.layer]);
     chunk.addresses.resize(position_end - at.cell * layout_.bundles_per_cell);
     const uint32_t range[2] = {at.cell, end};
     session_.acquire(at.layer, ring::RANGES, range, first_tag_ + static_cast<uint32_t>(chunks_.size()));

@@ -29,9 +29,9 @@ struct Layout {
     uint32_t bundles_per_cell;
     uint32_t stride_bytes;
     uint32_t cell_bytes;
-    std::vector<uint32_t> neurons;  // by layer
+    std::vector<uint32_t> bundles;  // by layer: neurons or slabs
 
-    uint32_t cells_in(uint32_t layer) const { return (neurons[layer] + bundles_per_cell - 1) / bundles_per_cell; }
+    uint32_t cells_in(uint32_t layer) const { return (bundles[layer] + bundles_per_cell - 1) / bundles_per_cell; }
 };
 
 class Sweep {

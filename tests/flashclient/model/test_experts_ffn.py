@@ -111,7 +111,7 @@ class Mixture:
     def ffn(self, source: BundleSource, threads: int = 2) -> ExpertsFFN:
         parts = [part.encoding for part in self.cut.record.bundle.parts]
         kernels = Ffn(Workers(threads), parts, HIDDEN, self.activation)
-        return ExpertsFFN(source, kernels, self.cut.record.layers, HIDDEN, Clock())
+        return ExpertsFFN(source, [kernels] * len(self.cut.record.layers), self.cut.record.layers, HIDDEN, Clock())
 
     def array_source(self) -> ArraySource:
         return ArraySource(self.cut, [7], self.cut.record.bundle.bundles_per_cell)

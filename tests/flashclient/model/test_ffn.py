@@ -73,7 +73,7 @@ class Layer:
 
 def exact_ffn(source: ArraySource, layout: weightd_pb2.BundleLayout, activation: Any, threads: int) -> ExactFFN:
     kernels = Ffn(Workers(threads), [part.encoding for part in layout.parts], layout.hidden_size, activation)
-    return ExactFFN(source, kernels, layout.hidden_size, Clock())
+    return ExactFFN(source, [kernels] * 2, layout.hidden_size, Clock())  # no test has more layers
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -298,7 +298,7 @@ def test_kernels_refuse_shapes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="too many tokens"):
         kernels.accumulate(none, np.zeros((0, 17), np.float32), np.zeros((17, 8), np.float32))
     for biases in (np.zeros((2, 1), np.float32), np.zeros((1, 0), np.float32)):
-        with pytest.raises(ValueError, match=r"biases must be \[parts of a bundle but down, bundles\]"):
+        with pytest.raises(ValueError, match=r"biases must be \[parts of a bundle but down, neurons\]"):
             kernels.add_rows(none, biases, None, rows, rows.copy())
     for masks in (np.zeros((2, 0), np.uint16), np.zeros((1, 1), np.uint16)):
         with pytest.raises(ValueError, match=r"row_masks must be \[groups of 16 tokens, bundles\]"):

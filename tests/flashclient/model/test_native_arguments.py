@@ -131,7 +131,7 @@ def new_step(cells: Cells | None = None) -> PredictStep:
 
 
 def new_experts(cells: Cells | None = None, experts: Any = 3, neurons: Any = NEURONS) -> ExpertStep:
-    return ExpertStep(ffn, CellWalk(cells or Cells(), 1, 96), [(experts, neurons)])
+    return ExpertStep((ffn,), CellWalk(cells or Cells(), 1, 96), [(experts, neurons)])
 
 
 picks, weights = np.array([[0, 2], [1, 2]]), np.ones((2, 2), np.float32)
@@ -172,7 +172,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     ),
     "ExpertStep": (lambda *given: new_experts(Cells(), *given).run(0, *no_picks), (1, NEURONS)),
     "CellWalk": (
-        lambda *given: ExpertStep(ffn, CellWalk(Cells(), *given), [(1, NEURONS)]).run(0, *no_picks),
+        lambda *given: ExpertStep((ffn,), CellWalk(Cells(), *given), [(1, NEURONS)]).run(0, *no_picks),
         (1, 96),
     ),
     "Window": (lambda *given: Window(Cells(), *given), (4, 1, 96, [NEURONS])),

@@ -57,7 +57,7 @@ class Sum:
             setattr(self.source.cells, name, value)
         workers = Workers(2)
         kernels = Ffn(workers, [plain("F32")] * 3, HIDDEN, "relu")
-        self.exact = ExactFFN(self.source, kernels, HIDDEN, Clock())
+        self.exact = ExactFFN(self.source, [kernels] * len(parts.record.layers), HIDDEN, Clock())
         self.predictors = Predictors(self.source.predictors(), parts.record, workers)
         self.steps = Fixed(Step(1, 1))
         self.window = self.source.open_window(window)

@@ -43,7 +43,7 @@ struct RingFixture : testing::Test {
 
     static flashclient::Layout layout(const FlashModel& model) {
         flashclient::Layout layout{model.spec.bundles_per_cell, model.spec.stride_bytes, model.spec.cell_bytes, {}};
-        for (const auto& layer : model.spec.layers) layout.neurons.push_back(layer.neurons);
+        for (const auto& layer : model.spec.layers) layout.bundles.push_back(layer.neurons);
         return layout;
     }
 

@@ -29,7 +29,7 @@ from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
 from weightd.importing.record import lay_out_record
 from weightd.importing.sources import used_tensors, without_equal_ties
-from weightd.importing.stored_dtype import KEEP, bundle_encoding, resident_dtype, stored_dtype
+from weightd.importing.stored_dtype import KEEP, bundle_encoding, kept_slabs, resident_dtype, stored_dtype
 from weightd.importing.tables import TABLES_ABOVE_BYTES, Table, choose_tables, lay_out_table
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
@@ -61,6 +61,7 @@ class LaidOut:
     resident: list[ResidentSource]
     steps: list[Step]
     tables: list[Table]
+    notes: tuple[str, ...]  # what a user should know
 
 
 def import_checkpoint(
@@ -75,6 +76,7 @@ def import_checkpoint(
     activation: str = "",
     tell: Tell | None = None,
     tables_above_bytes: int = TABLES_ABOVE_BYTES,
+    layout: str = "",
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
@@ -85,6 +87,7 @@ def import_checkpoint(
     `tell`: is told what a user should know, for example which tensors the model does not use; and what the model takes
     on the disk, if somebody watches the `progress`.
     `tables_above_bytes`: embeddings that are larger, and only looked up, become tables.
+    `layout`: neuron, slab, or empty: slabs where they keep what is quantised.
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
@@ -93,16 +96,16 @@ def import_checkpoint(
     with store.begin_import(name, replaces) as staging, space_errors(store.path):
         # First, so that a change during the import counts as a later change.
         origin = origin_of(path, dtype, activation)
-        origin.tables_above_bytes = tables_above_bytes
+        origin.tables_above_bytes, origin.layout = tables_above_bytes, layout
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
-            if tell is not None:
-                for note in _notes(recipe):
-                    tell(note)
             block_bytes, sector_bytes = _device_sizes(staging)
             sizes = (block_bytes, full_speed_read_bytes(store), sector_bytes)
-            model = lay_out(checkpoint, recipe, name, dtype, *sizes, tables_above_bytes)
+            model = lay_out(checkpoint, recipe, name, dtype, *sizes, tables_above_bytes, layout)
+            if tell is not None:
+                for note in (*_notes(recipe), *model.notes):
+                    tell(note)
             model.record.source = source_text(path)
             model.record.origin.CopyFrom(origin)
             needed_bytes = _check_space(model.record, store.path)
@@ -162,11 +165,12 @@ def lay_out(
     read_bytes: int,
     sector_bytes: int,
     tables_above_bytes: int,
+    layout: str = "",
 ) -> LaidOut:
     """What an import of the checkpoint would write. Reads vectors of the checkpoint, and tied weights.
 
     Args:
-        dtype_request, tables_above_bytes: as import_checkpoint()'s `dtype` and `tables_above_bytes`.
+        dtype_request, tables_above_bytes, layout: as import_checkpoint()'s `dtype`, `tables_above_bytes` and `layout`.
         block_bytes, read_bytes, sector_bytes: of the store's device; see model_layout().
     """
     tensors = used_tensors(recipe, checkpoint.tensors)
@@ -175,7 +179,8 @@ def lay_out(
     dtypes = {source.name: resident_dtype(source, tensors, dtype) for source in resident}
     looked_up, resident = choose_tables(recipe, resident, dtypes, dtype, tables_above_bytes)
     kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
-    encoding = bundle_encoding(recipe, dtype_request, dtype)
+    slabs = kept_slabs(units, dtype_request, layout)
+    encoding = slabs or bundle_encoding(recipe, dtype_request, dtype)
     sizes = (block_bytes, read_bytes, sector_bytes)
     record, header = lay_out_record(recipe.model, kinds, name, dtype, encoding, *sizes)
     record.imported_unix_s = int(time.time())
@@ -185,7 +190,7 @@ def lay_out(
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors)]
     tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
     record.tables.extend(table.record for table in tables)
-    return LaidOut(record, header, units, in_order, steps, tables)
+    return LaidOut(record, header, units, in_order, steps, tables, slabs.notes if slabs is not None else ())
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> int:

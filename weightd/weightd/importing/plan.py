@@ -15,7 +15,7 @@ from weightd.disk.read_ahead import CHUNK_BYTES, Extent
 from weightd.disk.tensors import SourceTensor
 from weightd.importing.units import TensorMatrix, Unit, UnitPart
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import DTYPES
+from weightd_proto.encodings import DTYPES, bundle_neurons
 
 # Dequantising makes up to a dozen temporary arrays of the result's size.
 DEQUANTISED_CHUNK_BYTES = 2 << 20
@@ -127,8 +127,9 @@ def _bundle_steps(index: int, unit: Unit, layout: weightd_pb2.BundleLayout) -> I
     """Each step has as many whole cells as fit into a chunk, both read and written; all but the last, whole blocks."""
     rows = [part for part in unit.parts if not part.columns]
     limits = [_rows_per_chunk(part.matrix.tensor) // part.step for part in rows]
-    neurons = min(CHUNK_BYTES // layout.cell_bytes * layout.bundles_per_cell, *limits)
-    together = lcm(layout.cell_bytes, layout.block_bytes) // layout.cell_bytes * layout.bundles_per_cell
+    of_cell = layout.bundles_per_cell * bundle_neurons(layout)
+    neurons = min(CHUNK_BYTES // layout.cell_bytes * of_cell, *limits)
+    together = lcm(layout.cell_bytes, layout.block_bytes) // layout.cell_bytes * of_cell
     neurons = max(1, neurons // together) * together
     for begin in range(0, unit.neurons, neurons):
         end = min(unit.neurons, begin + neurons)

@@ -6,7 +6,7 @@ F32. Bundles are stored in it, too, unless they are quantised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -15,11 +15,14 @@ from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.dequantise import dequantise
 from weightd.importing.plan import runs_of
-from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, in_blocks, plain
+from weightd.importing.slabs import Slabs, slabs_of
+from weightd.importing.units import Unit
+from weightd_proto.encodings import BLOCK_FORMATS, COMPUTE_DTYPES, LAYOUTS, QUANTISED_DTYPES, in_blocks, plain
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Encoding, Recipe, ResidentSource
 
 KEEP = "keep"
+NEURON, SLAB = LAYOUTS
 SMALL_ELEMENTS_MAX = 4 << 20  # routers have at most 3 million
 
 
@@ -47,9 +50,28 @@ def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: s
     return dtype if dtype == "F32" or _hold_exactly(others, dtype) else "F32"
 
 
+def kept_slabs(units: Sequence[Unit], request: str, layout: str) -> Slabs | None:
+    """Slabs for a checkpoint whose FFNs are quantised, where --dtype and --layout (empty: what is best) keep them.
+
+    CheckpointError where slabs are asked for and cannot be had.
+    """
+    if request != KEEP and layout == SLAB:
+        raise CheckpointError(f"--layout {SLAB} keeps what is quantised as published: leave --dtype {request} out")
+    if request != KEEP or layout == NEURON:
+        return None
+    slabs = slabs_of(units)
+    if slabs is None and layout == SLAB:
+        known = ", ".join(BLOCK_FORMATS)
+        raise CheckpointError(
+            f"no FFN of the checkpoint is quantised in a format that kernels compute with ({known}), so slabs would "
+            f"keep nothing: leave --layout {SLAB} out"
+        )
+    return slabs
+
+
 def bundle_encoding(recipe: Recipe, request: str, dtype: str) -> Encoding:
-    """How the bundles of a model that is computed in `dtype` are stored. CheckpointError if its rows are no whole
-    blocks."""
+    """How the bundles of a model that is computed in `dtype` are stored by neuron. CheckpointError if its rows are no
+    whole blocks."""
     format = QUANTISED_DTYPES.get(request)
     if format is None:
         return plain(dtype)

@@ -30,13 +30,15 @@ def update(
     activation: str | None = None,
     tell: Tell | None = None,
     tables_above_bytes: int | None = None,
+    layout: str | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
     Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
-    its checkpoint if it is new. `dtype`, `activation`, `tables_above_bytes`: as of import_checkpoint; by default those
-    of the last import. `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and StoreError if the
-    name belongs to another checkpoint, or if the checkpoint has changed but its model is calibrated or served.
+    its checkpoint if it is new. `dtype`, `activation`, `tables_above_bytes`, `layout`: as of import_checkpoint; by
+    default those of the last import. `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and
+    StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but its model is calibrated
+    or served.
     """
     check_exists(path)
     while True:
@@ -44,16 +46,17 @@ def update(
         target = name if name is not None else known.name if known is not None else _default_name(path)
         if known is None:
             _require_free(store, target, path)
-        elif not _has_changed(known, path, dtype, activation, tables_above_bytes):
+        elif not _has_changed(known, path, dtype, activation, tables_above_bytes, layout):
             return known, KEPT
         else:
             _require_replaceable(known, store, path)
         wanted = dtype if dtype is not None else "keep" if known is None else known.origin.dtype
         function = activation if activation is not None else "" if known is None else known.origin.activation
         above_bytes = _tables_above(known) if tables_above_bytes is None else tables_above_bytes
+        wanted_layout = layout if layout is not None else "" if known is None else known.origin.layout
         replaces = b"" if known is None else known.import_id
         try:
-            more = (progress, replaces, ask, function, tell, above_bytes)
+            more = (progress, replaces, ask, function, tell, above_bytes, wanted_layout)
             model = import_checkpoint(path, store, target, wanted, allow_buffered, *more)
         except ImportingError:
             store.await_import(check_model_name(target))
@@ -74,6 +77,7 @@ def current_on_hub(
     dtype: str | None,
     activation: str | None,
     tables_above_bytes: int | None = None,
+    layout: str | None = None,
 ) -> weightd_pb2.Model | None:
     """The model that was imported from the hub's `source`, if it is of the commit that the hub has now.
 
@@ -85,7 +89,7 @@ def current_on_hub(
         for model in opened.models():
             origin = model.origin
             same = dtype in (None, origin.dtype) and activation in (None, origin.activation)
-            same = same and tables_above_bytes in (None, _tables_above(model))
+            same = same and tables_above_bytes in (None, _tables_above(model)) and layout in (None, origin.layout)
             if model.source == source and name in (None, model.name) and same:
                 return model if origin.commit and origin.commit == newest_commit(source, revision) else None
     return None
@@ -101,13 +105,19 @@ def _imported_from(path: Path, store: Store, name: str | None) -> weightd_pb2.Mo
 
 
 def _has_changed(
-    model: weightd_pb2.Model, path: Path, dtype: str | None, activation: str | None, tables_above_bytes: int | None
+    model: weightd_pb2.Model,
+    path: Path,
+    dtype: str | None,
+    activation: str | None,
+    tables_above_bytes: int | None,
+    layout: str | None,
 ) -> bool:
     """Whether an import would give another model. Unknown, and so False, for an import by an older weightd."""
     if not model.HasField("origin"):
         return False
     last = model.origin
     now = origin_of(path, last.dtype if dtype is None else dtype, last.activation if activation is None else activation)
+    now.layout = last.layout if layout is None else layout
     now.commit = model.origin.commit  # of a commit with the same files nothing is new
     if last.HasField("tables_above_bytes"):
         now.tables_above_bytes = last.tables_above_bytes

@@ -18,16 +18,17 @@ from weightd.disk.write_behind import WriteBehind
 from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
 from weightd.importing.dequantise import Bytes, Elements, dequantise
-from weightd.importing.plan import BundleStep, HoldStep
-from weightd.importing.units import TensorMatrix, Unit
+from weightd.importing.plan import BundleStep, ElementRun, HoldStep
+from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs
+from weightd.importing.units import Unit
 from weightd.sizes import round_up
 from weightd.store.layout import native_shape
 from weightd.store.store import RESIDENT_FILE
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import DTYPES, is_plain
+from weightd_proto.encodings import DTYPES, bundle_neurons, bundles_in, encodings_of, is_plain, plain, stored_bytes
 from weightd_proto.files import BUNDLES_FILE
 from weightd_proto.tensor_sources import gather
-from weightd_proto.weightd_pb2 import ResidentSource
+from weightd_proto.weightd_pb2 import Encoding, ResidentSource
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 Step = HoldStep | BundleStep | ResidentStep | AssemblyStep
@@ -58,9 +59,9 @@ class ModelWriter:
         self._progress = progress or (lambda _read_bytes, _total_bytes: None)
         self._layout = record.bundle
         self._shape = native_shape(self._layout)
-        self._held = _HeldMatrices(units, self._layout)
+        self._held = _HeldMatrices(units, record)
         self._errors = np.zeros((len(record.layers), 2))  # sums of squared differences and of squares
-        self._checksums = [np.zeros(layer.neurons, np.uint64) for layer in record.layers]
+        self._checksums = [np.zeros(bundles_in(self._layout, layer), np.uint64) for layer in record.layers]
 
     def run(self, steps: Sequence[Step]) -> list[npt.NDArray[np.uint64]]:
         """Returns the checksums of each layer's bundles. CheckpointError for a value that cannot be quantised."""
@@ -102,22 +103,76 @@ class ModelWriter:
         for step in steps:
             with ExitStack() as taken:
                 stored = [taken.enter_context(read_ahead.take_all(run.extents)) for run in step.runs]
-                elements = [dequantise(run, data) for run, data in zip(step.runs, stored, strict=True)]
+                kept = self._kept(step)
+                elements = [_elements(*each) for each in zip(step.runs, stored, kept, strict=True)]
                 match step:
                     case HoldStep():
                         self._held.fill(step, elements[0])
                     case BundleStep():
-                        self._cut(step, elements, bundles, write_behind)
+                        self._write(step, elements, bundles, write_behind)
                     case ResidentStep() | AssemblyStep():
                         assert resident is not None, "a table has no resident weights"
                         resident.add(step, elements[0])
                 self._progress(sum(len(data) for each in stored for data in each), total_bytes)
 
-    def _cut(self, step: BundleStep, runs: list[Elements], bundles: UncachedWriter, write_behind: WriteBehind) -> None:
-        unit = self._units[step.unit]
-        position, count = unit.position + step.begin, step.end - step.begin
+    def _kept(self, step: Step) -> list[bool]:
+        """Which runs of a step stay as they are in the checkpoint, because slabs hold their blocks."""
+        kept = [False] * len(step.runs)
+        if isinstance(step, HoldStep):
+            return [not is_plain(self._held.encoding(step.unit, step.held))]
+        if isinstance(step, BundleStep):
+            for part, encoding in zip(step.parts, self._encodings(step.unit), strict=True):
+                if not part.columns and self._layout.slab_neurons:
+                    kept[part.index] = not is_plain(encoding)
+        return kept
+
+    def _encodings(self, unit: int) -> list[Encoding]:
+        return encodings_of(self._layout, self._record.layers[self._units[unit].layer])
+
+    def _write(
+        self, step: BundleStep, runs: list[Elements], bundles: UncachedWriter, write_behind: WriteBehind
+    ) -> None:
+        """Cuts the bundles of a step, and writes them."""
+        unit, neurons = self._units[step.unit], bundle_neurons(self._layout)
+        position, count = (unit.position + step.begin) // neurons, (step.end - step.begin) // neurons
         size_bytes = -(-count // self._layout.bundles_per_cell) * self._layout.cell_bytes
         buffer = write_behind.buffer()
+        cells = np.frombuffer(buffer[:size_bytes], np.uint8)
+        checksums = self._checksums[unit.layer][position : position + count]
+        if self._layout.slab_neurons:
+            self._cut_slabs(step, runs, cells, checksums)
+        else:
+            self._cut(step, runs, cells, checksums)
+        cell = position // self._layout.bundles_per_cell
+        offset_bytes = self._record.layers[unit.layer].offset_bytes + cell * self._layout.cell_bytes
+        padded_bytes = round_up(size_bytes, self._layout.block_bytes)  # at the end of a layer
+        buffer[size_bytes:padded_bytes] = bytes(padded_bytes - size_bytes)
+        write_behind.put(bundles, buffer, padded_bytes, offset_bytes)
+
+    def _cut_slabs(
+        self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]
+    ) -> None:
+        unit = self._units[step.unit]
+        parts = []
+        for part, encoding in zip(step.parts, self._encodings(step.unit), strict=True):
+            matrix = self._held.matrix(step.unit, part.index) if part.columns else runs[part.index]
+            data = matrix.data if matrix.dtype == encoding.format else matrix.as_dtype(encoding.format)
+            parts.append(SlabPart(data, encoding, part.columns, part.first, part.step))
+        try:
+            cut_slabs(self._layout, parts, cells, len(checksums))
+        except UnusableScale as error:
+            tensor = unit.parts[error.part].matrix.tensor
+            slab = (unit.position + step.begin) // self._layout.slab_neurons + error.slab
+            first = slab * self._layout.slab_neurons
+            raise CheckpointError(
+                f"{tensor.name} in {tensor.path} has a block of {tensor.encoding.format} whose scale is NaN or "
+                f"infinite, in neurons {first} to {first + self._layout.slab_neurons - 1} of "
+                f"{self._record.layers[unit.layer].module}: download the file again"
+            ) from error
+        _native.checksum_bundles(self._shape, cells, checksums)
+
+    def _cut(self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]) -> None:
+        unit = self._units[step.unit]
         parts = []
         for part in step.parts:
             matrix = self._held.matrix(step.unit, part.index) if part.columns else runs[part.index]
@@ -126,54 +181,60 @@ class ModelWriter:
             self._errors[unit.layer] += _native.cut_bundles(
                 shape=self._shape,
                 parts=parts,
-                cells=np.frombuffer(buffer[:size_bytes], np.uint8),
-                checksums=self._checksums[unit.layer][position : position + count],
+                cells=cells,
+                checksums=checksums,
             )
         except _native.UnquantisableValue as error:
             index, why = error.args
-            where = f"neuron {position + index} of {self._record.layers[unit.layer].module}"
+            where = f"neuron {unit.position + step.begin + index} of {self._record.layers[unit.layer].module}"
             raise CheckpointError(f"{where} has a weight that is {why}: import with --dtype keep") from error
-        cell = position // self._layout.bundles_per_cell
-        offset_bytes = self._record.layers[unit.layer].offset_bytes + cell * self._layout.cell_bytes
-        padded_bytes = round_up(size_bytes, self._layout.block_bytes)  # at the end of a layer
-        buffer[size_bytes:padded_bytes] = bytes(padded_bytes - size_bytes)
-        write_behind.put(bundles, buffer, padded_bytes, offset_bytes)
+
+
+def _elements(run: ElementRun, stored: Sequence[memoryview], kept: bool) -> Elements:
+    """The elements of a run; if it is kept, its blocks, with the name of their format."""
+    if kept:
+        return Elements(run.tensor.encoding.format, np.frombuffer(stored[0], np.uint8))
+    return dequantise(run, stored)
 
 
 class _HeldMatrices:
-    """The matrices of two neighbouring units whose columns are cut, in the dtype of the bundles.
+    """The matrices of two neighbouring units whose columns are cut, in the encoding of the bundles.
 
-    If they are quantised: in the dtype of the checkpoint, so that they are rounded once.
+    If these are quantised by the import: in the dtype of the checkpoint, so that they are rounded once.
     """
 
-    def __init__(self, units: Sequence[Unit], layout: weightd_pb2.BundleLayout) -> None:
-        encoding = layout.parts[-1].encoding
-        self._dtype = encoding.format if is_plain(encoding) else None
+    def __init__(self, units: Sequence[Unit], record: weightd_pb2.Model) -> None:
+        self._record = record
         self._units = units
-        self._memory = [np.empty(max(map(self._unit_bytes, units)), np.uint8) for _ in range(min(2, len(units)))]
+        largest_bytes = max(sum(self._sizes_bytes(unit)) for unit in range(len(units)))
+        self._memory = [np.empty(largest_bytes, np.uint8) for _ in range(min(2, len(units)))]
 
     def matrix(self, unit: int, number: int) -> Elements:
-        matrices = self._units[unit].held
-        begin = sum(self._bytes_of(matrix) for matrix in matrices[:number])
+        """Plain elements, or blocks with the name of their format."""
+        sizes_bytes = self._sizes_bytes(unit)
+        begin = sum(sizes_bytes[:number])
         memory = self._memory[unit % len(self._memory)]
-        matrix = matrices[number]
-        return Elements(self._dtype_of(matrix), memory[begin : begin + self._bytes_of(matrix)])
+        return Elements(self.encoding(unit, number).format, memory[begin : begin + sizes_bytes[number]])
 
     def fill(self, step: HoldStep, elements: Elements) -> None:
         matrix = self.matrix(step.unit, step.held)
-        size_bytes = DTYPES[matrix.dtype].bytes
+        encoding = self.encoding(step.unit, step.held)
         (run,) = step.runs
-        begin, end = step.first * size_bytes, (step.first + run.end - run.begin) * size_bytes
-        elements.into(matrix.data[begin:end], matrix.dtype)
+        begin = stored_bytes(encoding, step.first)
+        elements.into(matrix.data[begin : begin + stored_bytes(encoding, run.end - run.begin)], matrix.dtype)
 
-    def _unit_bytes(self, unit: Unit) -> int:
-        return sum(self._bytes_of(matrix) for matrix in unit.held)
+    def encoding(self, unit: int, number: int) -> Encoding:
+        """Of a held matrix."""
+        layout, matrix = self._record.bundle, self._units[unit].held[number]
+        encodings = encodings_of(layout, self._record.layers[self._units[unit].layer])
+        of_parts = zip(self._units[unit].parts, encodings, strict=True)
+        encoding = next(each for part, each in of_parts if part.columns and part.matrix == matrix)
+        return encoding if layout.slab_neurons or is_plain(encoding) else plain(matrix.tensor.dtype)
 
-    def _bytes_of(self, matrix: TensorMatrix) -> int:
-        return matrix.rows * matrix.tensor.row_elements * DTYPES[self._dtype_of(matrix)].bytes
-
-    def _dtype_of(self, matrix: TensorMatrix) -> str:
-        return matrix.tensor.dtype if self._dtype is None else self._dtype
+    def _sizes_bytes(self, unit: int) -> list[int]:
+        encodings = [self.encoding(unit, number) for number in range(len(self._units[unit].held))]
+        matrices = zip(self._units[unit].held, encodings, strict=True)
+        return [stored_bytes(encoding, each.rows * each.tensor.row_elements) for each, encoding in matrices]
 
 
 class _Assembly:

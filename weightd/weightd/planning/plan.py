@@ -30,7 +30,7 @@ from weightd.serving.served_models import demand_of
 from weightd.sizes import NOTHING_GIVEN, format_enough, format_size
 from weightd.store.device_profile import DeviceProfile, assumed_profile, known_profile
 from weightd.store.store import Store
-from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of, has_experts
+from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, bundle_neurons, formats_of, has_experts
 from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
 DEVICE_GB_PER_S_DEFAULT = 3.0  # of a common NVMe drive
@@ -126,6 +126,8 @@ def _mode(
     window = WINDOW_TOKENS[mode] if window is None else window
     if has_experts(subject.record):
         raise UsageError(f"{subject.name} is a mixture of experts: only exact mode runs it")
+    if bundle_neurons(subject.record.bundle) > 1:
+        raise UsageError(f"{subject.name} is stored in slabs: only exact mode runs it; import it with --dtype bf16")
     if share is not None:
         firing, record = assumed_firing(subject.record, share, window)
         assumed = f"{share:.0%} of the neurons are predicted for a token, as unevenly as those of OPT-6.7B"
@@ -150,7 +152,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": subject.name,
         "model_class": record.model_class,
-        "dtype": formats_of(record.bundle),
+        "dtype": formats_of(record),
         "mode": plan.mode,
         "resident_bytes": record.resident_file_bytes,
         "tables": [vars(each) for each in tables_of(record)],
@@ -183,7 +185,7 @@ def _figures(dram_bytes: int, expected: Expectation) -> dict[str, Any]:
 def _as_text(plan: Plan) -> Iterator[str]:
     subject, record = plan.subject, plan.subject.record
     whole = format_size(stored_bytes(record))
-    yield f"{subject.name}: {record.model_class}, {formats_of(record.bundle)}, {whole}; {plan.mode} mode"
+    yield f"{subject.name}: {record.model_class}, {formats_of(record)}, {whole}; {plan.mode} mode"
     yield _row("resident", f"{format_size(record.resident_file_bytes)}: {tensors_line(resident_of(record))}")
     if record.tables:
         yield _row("tables", f"of which a token reads a row: {tensors_line(tables_of(record))}")

@@ -68,7 +68,7 @@ def _as_json(record: Model, recipe: Recipe) -> dict[str, Any]:
     return {
         "model": record.name,
         "model_class": record.model_class,
-        "dtype": formats_of(record.bundle),
+        "dtype": formats_of(record),
         "activation": activation_text(record.activation),
         "bundle_bytes": record.bundle.bundle_bytes,
         "ffns": [asdict(each) for each in ffns_of(record)],
@@ -87,7 +87,7 @@ def _as_text(record: Model, recipe: Recipe) -> Iterator[str]:
     for each in ffns_of(record):
         yield _row("FFNs", each.line())
     bundle = format_size(record.bundle.bundle_bytes)
-    yield _row("activation", f"{activation_text(record.activation)}; {formats_of(record.bundle)}, {bundle} a neuron")
+    yield _row("activation", f"{activation_text(record.activation)}; {formats_of(record)}, {bundle} a neuron")
     whole_bytes, share = stored_bytes(record), _resident_share(record)
     streamed = f"{format_size(record.bundles_file_bytes)}, {record.bundles_file_bytes / whole_bytes:.0%} of the model"
     yield _row("streamed", streamed)

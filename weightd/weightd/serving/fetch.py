@@ -19,6 +19,7 @@ from weightd.store.calibration import calibration_path
 from weightd.store.checked_file import model_file, pieces
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import bundles_in
 
 RESPONSE_BYTES_MAX = 1 << 20
 # One block less leaves room for the message's own bytes and keeps ranges aligned to blocks.
@@ -82,7 +83,7 @@ class Fetcher:
 
     def _positions(self, served: ServedModel, wanted: weightd_pb2.NeuronSet) -> Positions:
         """All requested positions, in order. Raises RequestError, LimitError."""
-        layer = _layer(served, wanted.layer)
+        bundles = bundles_in(served.record.bundle, _layer(served, wanted.layer))
         if len(wanted.neurons) > FETCH_NAMED_MAX or len(wanted.positions) > FETCH_RANGES_MAX:
             raise LimitError(
                 f"{len(wanted.neurons)} neurons and {len(wanted.positions)} ranges in one call, at most "
@@ -92,11 +93,11 @@ class Fetcher:
         if count > FETCH_BUNDLES_MAX:
             raise LimitError(f"{count} bundles in one call, at most {FETCH_BUNDLES_MAX}: ask in several calls")
         for part in wanted.positions:
-            if not part.begin <= part.end <= layer.neurons:
-                raise RequestError(f"no positions {part.begin} to {part.end} in a layer of {layer.neurons} neurons")
+            if not part.begin <= part.end <= bundles:
+                raise RequestError(f"no positions {part.begin} to {part.end} in a layer of {bundles} bundles")
         neurons = np.array(wanted.neurons, dtype=np.uint32)
-        if len(neurons) and neurons.max() >= layer.neurons:
-            raise RequestError(f"no neuron {neurons.max()} in a layer of {layer.neurons} neurons")
+        if len(neurons) and neurons.max() >= bundles:
+            raise RequestError(f"no neuron {neurons.max()} in a layer of {bundles} bundles")
         named = self._models.positions(served.record.name, wanted.layer)[neurons] if len(neurons) else neurons
         ranges = np.array([(part.begin, part.end) for part in wanted.positions], dtype=np.int64)
         return Positions(named, ranges.reshape(-1, 2))
@@ -184,12 +185,11 @@ class Fetcher:
                 yield part
 
     def _placement(self, served: ServedModel, layer: int) -> Iterator[bytes]:
-        _layer(served, layer)
-        return self._placement_parts(served, layer)
+        bundles = bundles_in(served.record.bundle, _layer(served, layer))
+        return self._placement_parts(served, layer, bundles)
 
-    def _placement_parts(self, served: ServedModel, layer: int) -> Iterator[bytes]:
-        neurons = served.record.layers[layer].neurons
-        for first in range(0, neurons, DATA_BYTES_MAX // 4):
+    def _placement_parts(self, served: ServedModel, layer: int, bundles: int) -> Iterator[bytes]:
+        for first in range(0, bundles, DATA_BYTES_MAX // 4):
             placement = self._store.placement(served.record.name, layer)
             yield placement[first : first + DATA_BYTES_MAX // 4].astype("<u4", copy=False).tobytes()
 

@@ -27,7 +27,7 @@ from weightd.store.checked_file import check_files
 from weightd.store.hotness import Hotness, calibrated_hotness, known_hotness
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import has_experts
+from weightd_proto.encodings import bundles_in, has_experts
 from weightd_proto.tables import model_of, module_of, with_tables
 
 logger = logging.getLogger(__name__)
@@ -221,13 +221,13 @@ def demand_of(model: weightd_pb2.Model) -> ModelDemand:
 
 def _demand_of_record(model: weightd_pb2.Model) -> ModelDemand:
     cells = sum(layer.cells for layer in model.layers)
-    neurons = sum(layer.neurons for layer in model.layers)
+    bundles = sum(bundles_in(model.bundle, layer) for layer in model.layers)
     cell_bytes = model.bundle.cell_bytes
     predictors = predictors_of(model.calibration)
     predictors_bytes = 0 if predictors is None else round_up(predictors.size_bytes, PAGE_BYTES)
     resident_bytes = model.resident_file_bytes + predictors_bytes
     experts = ranges_of(model)
-    minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, neurons, experts)
+    minimum_bytes = EngineThread.minimum_dram_bytes(resident_bytes, cell_bytes, cells, bundles, experts)
     bundles_bytes = cells * cell_bytes
     calibration_bytes = 0 if module_of(model.name) else bundles_bytes // CALIBRATION_SHARE + CALIBRATION_BYTES
     return ModelDemand(model.name, minimum_bytes, minimum_bytes + bundles_bytes + calibration_bytes)
@@ -250,7 +250,7 @@ def model_spec(store: Store, record: weightd_pb2.Model) -> ModelSpec:
         stride_bytes=bundle.stride_bytes,
         bundle_bytes=bundle.bundle_bytes,
         bundles_per_cell=bundle.bundles_per_cell,
-        layers=[(layer.offset_bytes, layer.neurons, layer.cells, layer.experts) for layer in record.layers],
+        layers=[(each.offset_bytes, bundles_in(bundle, each), each.cells, each.experts) for each in record.layers],
         checksums=[store.checksums(name, layer) for layer in range(len(record.layers))],
         tensors=[(tensor.name, tensor.offset_bytes, tensor.size_bytes, tensor.checksum) for tensor in record.resident],
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from weightd._native import BundleShape
 from weightd.sizes import round_up
-from weightd_proto.encodings import fill_old_fields, is_plain, part_bytes
+from weightd_proto.encodings import bundle_neurons, bundles_in, fill_old_fields, is_plain, part_bytes, plain
 from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Layer
 
 # Bundles of a cell start on cache lines, so that the kernels read whole ones.
@@ -17,16 +17,22 @@ EXPERT_CELL_BYTES_MAX = 2 << 20
 
 
 def bundle_layout(
-    parts: Sequence[BundlePart], hidden_size: int, block_bytes: int, sector_bytes: int = 0
+    parts: Sequence[BundlePart],
+    hidden_size: int,
+    block_bytes: int,
+    sector_bytes: int = 0,
+    slab_neurons: int = 0,
+    layers: Iterable[Layer] = (),
 ) -> BundleLayout:
     """The layout of bundles of `parts` (`hidden_size` values each) on blocks of `block_bytes`.
 
     For FFNs whose neurons are read one by one. Small bundles share a block; a larger one is a cell of its own, padded
     to the block size. Quantised bundles, which often are a little larger than a block or half of one, are padded to
-    sectors of `sector_bytes` instead, unless that is 0.
+    sectors of `sector_bytes` instead, unless that is 0. Slabs of `layers` may have encodings of their own; the largest
+    decides.
     """
-    layout = BundleLayout(parts=parts, hidden_size=hidden_size, block_bytes=block_bytes)
-    layout.bundle_bytes = sum(part_bytes(layout))
+    layout = BundleLayout(parts=parts, hidden_size=hidden_size, block_bytes=block_bytes, slab_neurons=slab_neurons)
+    layout.bundle_bytes = max((sum(part_bytes(layout, layer)) for layer in layers), default=sum(part_bytes(layout)))
     layout.stride_bytes = round_up(layout.bundle_bytes, STRIDE_ALIGNMENT_BYTES)
     layout.bundles_per_cell = max(1, block_bytes // layout.stride_bytes)
     layout.cell_bytes = block_bytes if layout.bundles_per_cell > 1 else round_up(layout.bundle_bytes, block_bytes)
@@ -46,6 +52,7 @@ def model_layout(
     block_bytes: int,
     read_bytes: int,
     sector_bytes: int = 0,
+    slab_neurons: int = 0,
 ) -> BundleLayout:
     """The layout of a model with these layers.
 
@@ -57,12 +64,13 @@ def model_layout(
         read_bytes: the size of reads from which on the device has its full speed (device_profile.py).
         sector_bytes: of the device; see bundle_layout().
     """
-    layout = bundle_layout(parts, hidden_size, block_bytes, sector_bytes)
-    expert_neurons = [layer.neurons // layer.experts for layer in layers if layer.experts]
-    if not expert_neurons:
+    layers = list(layers)
+    layout = bundle_layout(parts, hidden_size, block_bytes, sector_bytes, slab_neurons, layers)
+    of_experts = [bundles_in(layout, layer) // layer.experts for layer in layers if layer.experts]
+    if not of_experts:
         return layout
     layout.bundles_per_cell = 1
-    for bundles in _divisors(math.gcd(*expert_neurons)):
+    for bundles in _divisors(math.gcd(*of_experts)):
         if bundles > 1 and round_up(bundles * layout.stride_bytes, block_bytes) > EXPERT_CELL_BYTES_MAX:
             break
         layout.bundles_per_cell = bundles
@@ -81,7 +89,7 @@ def lay_out_layers(layout: BundleLayout, layers: Iterable[Layer]) -> int:
     """Lays the layers out, each from a block on: sets their cells and offsets. Returns the bytes of bundles.bin."""
     offset_bytes = 0
     for layer in layers:
-        layer.cells = -(-layer.neurons // layout.bundles_per_cell)
+        layer.cells = -(-bundles_in(layout, layer) // layout.bundles_per_cell)
         layer.offset_bytes = offset_bytes
         offset_bytes += round_up(layer.cells * layout.cell_bytes, layout.block_bytes)
     return offset_bytes
@@ -89,9 +97,13 @@ def lay_out_layers(layout: BundleLayout, layers: Iterable[Layer]) -> int:
 
 def native_shape(layout: BundleLayout) -> BundleShape:
     """The same layout, for the functions in C++."""
+    if bundle_neurons(layout) > 1:  # to C++ a slab is so many bytes
+        parts, hidden_size = [plain("I8")], layout.bundle_bytes
+    else:
+        parts, hidden_size = [part.encoding for part in layout.parts], layout.hidden_size
     return BundleShape.make(
-        parts=[part.encoding for part in layout.parts],
-        hidden_size=layout.hidden_size,
+        parts=parts,
+        hidden_size=hidden_size,
         stride_bytes=layout.stride_bytes,
         bundles_per_cell=layout.bundles_per_cell,
         cell_bytes=layout.cell_bytes,

@@ -13,6 +13,9 @@
 - A bundle holds one neuron: [gate row][up row][down column], or [up row][down column] in OPT, back to back, with
   hidden_size values each. Each part has an encoding (encodings.py): plain F32, BF16 or F16, or blocks with scales. FFN
   biases are resident.
+- Or a bundle is a slab, of slab_neurons: [gate rows][up rows][down values], where down is [hidden_size, slab_neurons].
+  What is said of neurons below is then said of slabs. Slabs of a layer may have encodings of their own; bundle_bytes is
+  the size of the largest. A layer has whole slabs.
 - Bundles lie at multiples of stride_bytes (bundle_bytes rounded up to 64) in a cell. A cell is one block with
   bundles_per_cell = block_bytes // stride_bytes bundles. If not even one fits, a cell is one bundle padded to whole
   blocks. Cells of quantised bundles are padded to sectors instead: max(512, what statx reports for direct I/O), or
@@ -71,6 +74,7 @@ from weightd.store.staged_folder import (
     sync,
 )
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import bundle_neurons, bundles_in
 from weightd_proto.files import BUNDLES_FILE, DAEMON_LOCK_FILE
 from weightd_proto.tables import model_of, module_of
 
@@ -177,10 +181,13 @@ class Store(Closing):
 
     def corrupt_bundle(self, name: str, layer: int, position: int, error: int = 0) -> CorruptionError:
         """The error for a bundle that cannot be read (`error`: its errno) or that differs from its checksum (0)."""
-        neuron = self.placement(name, layer)[position]
-        where = f"model {name}, layer {layer}, neuron {neuron}: the bundle"
+        number = int(self.placement(name, layer)[position])
+        where = f"model {name}, layer {layer}, neuron {number}: the bundle"
+        if not module_of(name) and (neurons := bundle_neurons(self.model(name).bundle)) > 1:
+            first = number * neurons
+            where = f"model {name}, layer {layer}, slab {number} (neurons {first} to {first + neurons - 1}): it"
         if module_of(name):
-            where = f"model {model_of(name)}, table {module_of(name)}, row {neuron}: it"
+            where = f"model {model_of(name)}, table {module_of(name)}, row {number}: it"
         what = "differs from its checksum; import it again"
         if error:
             what = f"cannot be read: {os.strerror(error)}; check the device, or import it again"
@@ -355,6 +362,6 @@ class Staging(StagedFolder):
 
 
 def _arrays(record: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> Arrays:
-    placement = [np.arange(layer.neurons, dtype="<u4") for layer in record.layers]
+    placement = [np.arange(bundles_in(record.bundle, layer), dtype="<u4") for layer in record.layers]
     assert [len(sums) for sums in checksums] == [len(order) for order in placement]
     return {CHECKSUMS: [sums.astype("<u8", copy=False) for sums in checksums], PLACEMENT: placement}

@@ -16,6 +16,7 @@ from weightd.store.checked_file import check_files
 from weightd.store.layout import native_shape
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import bundles_in
 from weightd_proto.tables import with_tables
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
@@ -77,10 +78,10 @@ def verify_model(store: Store, name: str, allow_buffered: bool = False, progress
         _check_placement(store, record)
     check_files(store, model)
     files_bytes = sum(file.size_bytes for file in model.files)
-    neurons = sum(layer.neurons for layer in model.layers)
+    bundles = sum(bundles_in(model.bundle, layer) for layer in model.layers)
     rows = sum(table.layers[0].neurons for table in model.tables)
     files = len(model.files) + len(model.calibration.files)
-    return Verified(name, neurons, rows, len(model.resident), files, total_bytes + files_bytes)
+    return Verified(name, bundles, rows, len(model.resident), files, total_bytes + files_bytes)
 
 
 class _Taker:
@@ -110,7 +111,7 @@ def _cells(model: weightd_pb2.Model, path: Path) -> Iterator[_Cells]:
         for cell in range(0, layer.cells, cells_at_once):
             cells = min(cells_at_once, layer.cells - cell)
             begin = cell * layout.bundles_per_cell
-            end = min(layer.neurons, begin + cells * layout.bundles_per_cell)
+            end = min(bundles_in(layout, layer), begin + cells * layout.bundles_per_cell)
             offset_bytes = layer.offset_bytes + cell * layout.cell_bytes
             yield _Cells(model, index, begin, end, Extent(path, offset_bytes, cells * layout.cell_bytes))
 
@@ -146,7 +147,7 @@ def _check_bundles(store: Store, run: _Cells, taker: _Taker) -> None:
 
 def _check_placement(store: Store, model: weightd_pb2.Model) -> None:
     for index, layer in enumerate(model.layers):
-        if not np.array_equal(np.sort(store.placement(model.name, index)), np.arange(layer.neurons)):
+        if not np.array_equal(np.sort(store.placement(model.name, index)), np.arange(bundles_in(model.bundle, layer))):
             raise CorruptionError(f"model {model.name}, layer {index}: its placement is damaged; import it again")
 
 

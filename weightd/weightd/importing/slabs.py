@@ -1,0 +1,200 @@
+"""Slabs: bundles of many neurons, in which the quantised blocks of a checkpoint stay as they were published.
+
+Blocks of a gate or up matrix lie along the inputs, so each neuron has whole ones. Those of a down matrix lie along the
+neurons. A slab has as many neurons as such a block, or several, and from each row of the down matrix the blocks of
+these neurons. Nothing is quantised again. A part that cannot be kept is stored in its own dtype, in F32 if it was
+quantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from weightd.errors import CheckpointError
+from weightd.importing.units import Unit, UnitPart
+from weightd_proto.encodings import BLOCK_FORMATS, COMPUTE_DTYPES, DTYPES, in_blocks, is_plain, plain, stored_bytes
+from weightd_proto.weightd_pb2 import BundleLayout, Encoding
+
+Bytes = npt.NDArray[np.uint8]
+NEURONS_MIN = 32  # of a slab: fewer would make rows of down too short for vectors
+# Where the scales of a block lie that are numbers of half precision.
+HALF_SCALES = {
+    "Q8_0": (0,),
+    "Q4_0": (0,),
+    "Q4_1": (0, 2),
+    "Q5_0": (0,),
+    "Q5_1": (0, 2),
+    "IQ4_NL": (0,),
+    "IQ4_XS": (0,),
+    "Q2_K": (80, 82),
+    "Q3_K": (108,),
+    "Q4_K": (0, 2),
+    "Q5_K": (0, 2),
+    "Q6_K": (208,),
+}
+EXPONENT_SCALES = {"MXFP4": (0,)}  # E8M0, in which 255 is not a number
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """`layers`: the encodings of each layer's parts."""
+
+    neurons: int
+    layers: tuple[tuple[Encoding, ...], ...]
+    notes: tuple[str, ...] = ()
+
+
+def slabs_of(units: Sequence[Unit]) -> Slabs | None:
+    """How the FFNs are stored in slabs; None where no part is quantised in a format that kernels compute with.
+
+    CheckpointError where parts are, but the neurons of an FFN are not whole slabs.
+    """
+    by_layer: dict[int, list[Unit]] = {}
+    for unit in units:
+        by_layer.setdefault(unit.layer, []).append(unit)
+    layers = tuple(tuple(_encodings(of_layer)) for of_layer in by_layer.values())
+    if all(is_plain(encoding) for encodings in layers for encoding in encodings):
+        return None
+    neurons = max(NEURONS_MIN, *(encodings[-1].block_values for encodings in layers))
+    for unit in units:
+        if unit.neurons % neurons:
+            raise CheckpointError(
+                f"layer {unit.layer} has {unit.neurons} neurons, which are not whole slabs of {neurons}: import with "
+                "--layout neuron"
+            )
+    return Slabs(neurons, layers, tuple(_notes(units, layers)))
+
+
+def _encodings(units: Sequence[Unit]) -> Iterator[Encoding]:
+    """Of one layer's parts. Experts whose matrices are stored differently have none in common but a plain one."""
+    for parts in zip(*(unit.parts for unit in units), strict=True):
+        down = parts[0] is units[0].parts[-1]
+        kept = {_kept(part, down).SerializeToString(deterministic=True) for part in parts}
+        yield Encoding.FromString(kept.pop()) if len(kept) == 1 else plain("F32")
+
+
+def _kept(part: UnitPart, down: bool) -> Encoding:
+    tensor = part.matrix.tensor
+    encoding = tensor.encoding
+    if tensor.is_plain:
+        return encoding if tensor.dtype in COMPUTE_DTYPES.values() and tensor.undo is None else plain("F32")
+    whole = part.columns and part.step == 1 and part.first % encoding.block_values == 0 if down else not part.columns
+    known = encoding.format in BLOCK_FORMATS and encoding == in_blocks(encoding.format)
+    return encoding if known and whole and tensor.undo is None and tensor.scales is None else plain("F32")
+
+
+def _notes(units: Sequence[Unit], layers: Sequence[Sequence[Encoding]]) -> Iterator[str]:
+    kept = dict.fromkeys(each.format for encodings in layers for each in encodings if not is_plain(each))
+    yield (
+        f"the FFNs stay quantised as published ({', '.join(kept)}), for exact mode; for predict mode import with "
+        "--dtype bf16, int8 or int4"
+    )
+    widened = dict.fromkeys(
+        part.matrix.tensor.name
+        for unit in units
+        for part, encoding in zip(unit.parts, layers[unit.layer], strict=True)
+        if is_plain(encoding) and not part.matrix.tensor.is_plain
+    )
+    if widened:
+        names = list(widened)
+        tensor = next(p.matrix.tensor for unit in units for p in unit.parts if p.matrix.tensor.name == names[0])
+        yield f"{len(names)} tensors become F32, first {names[0]}, of {tensor.encoding.format}: they cannot be kept"
+
+
+# Cutting
+
+
+@dataclass(frozen=True)
+class SlabPart:
+    """Where a part of a run of slabs lies, as in CutPart. `data`: rows of a matrix, in the encoding of the slabs."""
+
+    data: Bytes
+    encoding: Encoding
+    columns: bool
+    first: int
+    step: int
+
+
+def cut_slabs(layout: BundleLayout, parts: Sequence[SlabPart], cells: Bytes, count: int) -> None:
+    """Fills `cells` with `count` slabs, and with zeros.
+
+    Raises:
+        UnusableScale: the first one in a slab.
+    """
+    cells[:] = 0
+    per_cell = layout.bundles_per_cell
+    by_cell = cells.reshape(-1, layout.cell_bytes)[:, : per_cell * layout.stride_bytes]
+    by_slab = by_cell.reshape(-1, per_cell, layout.stride_bytes)
+    begin_bytes = 0
+    for number, part in enumerate(parts):
+        values = _down(layout, part, count) if number == len(parts) - 1 else _rows(layout, part, count)
+        _check_scales(part.encoding, values, number)
+        end_bytes = begin_bytes + values.shape[1]
+        whole = count // per_cell
+        by_slab[:whole, :, begin_bytes:end_bytes] = values[: whole * per_cell].reshape(whole, per_cell, -1)
+        if count % per_cell:
+            by_slab[whole, : count % per_cell, begin_bytes:end_bytes] = values[whole * per_cell :]
+        begin_bytes = end_bytes
+
+
+def _rows(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
+    """Of a gate or up matrix: [slabs, bytes]."""
+    neurons = count * layout.slab_neurons
+    if part.columns:
+        return _numbers(layout, part, neurons).T.reshape(count, -1).view(np.uint8)
+    row_bytes = stored_bytes(part.encoding, layout.hidden_size)
+    rows = part.data.reshape(-1, row_bytes)[part.first :: part.step][:neurons]
+    return np.ascontiguousarray(rows).reshape(count, -1)
+
+
+def _down(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
+    """Of a down matrix: [slabs, bytes]."""
+    hidden, neurons = layout.hidden_size, layout.slab_neurons
+    if not part.columns:  # a row for each neuron
+        size_bytes = part.encoding.block_bytes
+        rows = part.data.view(f"u{size_bytes}").reshape(-1, hidden)[part.first :: part.step][: count * neurons]
+        by_slab = rows.reshape(count, neurons, hidden).swapaxes(1, 2)
+        return np.ascontiguousarray(by_slab).reshape(count, -1).view(np.uint8)
+    if is_plain(part.encoding):
+        values = _numbers(layout, part, count * neurons).reshape(hidden, count, neurons)
+        return np.ascontiguousarray(values.swapaxes(0, 1)).reshape(count, -1).view(np.uint8)
+    # Items that numpy copies as a whole.
+    of_slab = np.dtype((np.void, stored_bytes(part.encoding, neurons)))
+    blocks = part.data.reshape(hidden, -1)
+    begin = part.first // part.encoding.block_values * part.encoding.block_bytes
+    taken = blocks[:, begin : begin + count * of_slab.itemsize]
+    items = np.ascontiguousarray(taken).view(of_slab)  # [hidden, slabs]
+    return np.ascontiguousarray(items.T).view(np.uint8)
+
+
+def _numbers(layout: BundleLayout, part: SlabPart, neurons: int) -> npt.NDArray[np.generic]:
+    """Columns of a plain matrix [hidden_size, ...], as unsigned integers of their bits: [hidden_size, neurons]."""
+    matrix = part.data.view(f"u{DTYPES[part.encoding.format].bytes}").reshape(layout.hidden_size, -1)
+    columns: npt.NDArray[np.generic] = matrix[:, part.first :: part.step][:, :neurons]
+    return columns
+
+
+class UnusableScale(ValueError):
+    """A block whose scale is NaN or infinite. `part` and `slab` say where."""
+
+    def __init__(self, part: int, slab: int) -> None:
+        super().__init__(part, slab)
+        self.part = part
+        self.slab = slab
+
+
+def _check_scales(encoding: Encoding, slabs: Bytes, part: int) -> None:
+    if is_plain(encoding):
+        return
+    blocks = slabs.reshape(-1, encoding.block_bytes)
+    wrong = np.zeros(len(blocks), bool)
+    for offset in HALF_SCALES.get(encoding.format, ()):
+        wrong |= blocks[:, offset + 1] & 0x7C == 0x7C  # all bits of the exponent
+    for offset in EXPONENT_SCALES.get(encoding.format, ()):
+        wrong |= blocks[:, offset] == 0xFF
+    if wrong.any():
+        raise UnusableScale(part, int(np.flatnonzero(wrong)[0]) // (len(blocks) // len(slabs)))
