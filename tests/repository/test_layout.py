@@ -26,7 +26,7 @@ TABLE = {
         checkpoint: errors sizes disk
         importing: errors sizes disk store checkpoint
         machine: errors sizes flags store
-        gateway: errors
+        gateway: errors flags
         watching: errors sizes flags log gateway
         serving: errors sizes flags log disk store machine gateway watching
         planning: errors sizes flags store checkpoint importing machine serving
@@ -61,6 +61,7 @@ TABLE = {
 CLIENT_IN_WEIGHTD = {
     "cli": {"commands", "standard_streams"},
     "flags": {"commands"},
+    "gateway": {"standard_streams"},
     "machine": {"memory_limits", "standard_streams"},
     "planning": {"memory_limits", "standard_streams"},
     "watching": {"commands", "daemon", "errors", "standard_streams"},

@@ -7,6 +7,7 @@
     weightd probe SRC                        (weightd.planning.probe)
     weightd plan MODEL [--dram SIZE]         (weightd.planning.plan)
     weightd doctor --store DIR               (weightd.machine.doctor)
+    weightd cert --out DIR --host NAME       (weightd.gateway.certificates)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
 
 The exit status is 0, 1 (failed) or 2 (wrong usage). With --json, standard output is one JSON object and nothing else.
@@ -48,6 +49,7 @@ MAINS = {
     "probe": "weightd.planning.probe",
     "plan": "weightd.planning.plan",
     "doctor": "weightd.machine.doctor",
+    "cert": "weightd.gateway.certificates",
     "top": "weightd.watching.top",
 }
 COMMANDS = ("import", "ls", "rm", "verify", *MAINS)
@@ -131,7 +133,7 @@ def _parser() -> FlagParser:
         "       weightd COMMAND ...          see weightd COMMAND --help",
         description="Serves models from flash.",
     )
-    metavar = "probe | plan | import | ls | rm | verify | serve | doctor | top"
+    metavar = "probe | plan | import | ls | rm | verify | serve | doctor | cert | top"
     commands = parser.add_subparsers(required=True, prog="weightd", metavar=metavar)
     common = FlagParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=_path, required=True, metavar="DIR", help="the folder that holds the models")
@@ -159,6 +161,7 @@ def _parser() -> FlagParser:
     commands.add_parser("probe", help="Says what an import would make of a model, without writing anything.")
     commands.add_parser("plan", help="Says what a model would cost to run, before it is downloaded.")
     commands.add_parser("doctor", help="Checks this machine and says what to change.")
+    commands.add_parser("cert", help="Makes TLS certificates for clients on other machines.")
     commands.add_parser("top", help="Watches a running weightd.")
     return parser
 
