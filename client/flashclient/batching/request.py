@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ class TextRequest:
         ends: tokens that end the text.
         stops: texts that end it, and are not part of it.
         constraint: what it must be; it ends where nothing may follow.
+        markers: special tokens that are shown, with their texts; others are not.
     """
 
     prompt: Sequence[int]
@@ -50,6 +51,7 @@ class TextRequest:
     stops: Sequence[str]
     tell: Callable[[Progress], None]
     constraint: Constraint | None = None
+    markers: Mapping[int, str] = field(default_factory=dict)
     made: int = 0
     kept_tokens: int = 0  # of the prompt, which were not computed again
     _cancelled: threading.Event = field(default_factory=threading.Event)
@@ -77,7 +79,7 @@ class TextRequest:
         picked = self._sampler.pick(logits)
         self.made += 1
         ended = picked.token in self.ends
-        text = "" if ended else self._stops.add(self._text.add([picked.token]))
+        text = "" if ended else self._stops.add(self._added(picked.token))
         complete = self.constraint is not None and self.constraint.complete
         finished = "stop" if ended or complete or self._stops.found is not None else None
         if finished is None and self.made == self.tokens_max:
@@ -88,6 +90,12 @@ class TextRequest:
             text += self._stops.rest()
         self.tell(Progress(text, None if ended else picked, finished))
         return picked.token if finished is None else None
+
+    def _added(self, token: int) -> str:
+        if token not in self.markers:
+            return self._text.add([token])
+        before = self._text.rest()
+        return before + self._text.add([token]) + self.markers[token]
 
     def fail(self, error: Exception) -> None:
         """Tells that the text cannot be finished."""

@@ -15,6 +15,7 @@ from flashclient.batching.sampling import Picked
 from flashclient.generation.texts import HALF
 from flashclient.server.hosted_model import Answer
 from flashclient.server.problems import Problem
+from flashclient.server.tools import ToolCall, ToolReader, ToolSet
 
 DONE = "data: [DONE]\n\n"
 
@@ -44,7 +45,7 @@ class AnswerForm(ABC):
                 text += step.text
                 picked += [step.picked] if step.picked is not None else []
                 finished = step.finished
-            choices.append({"index": answer.index, **self._choice(text, picked), "finish_reason": finished})
+            choices.append({"index": answer.index, "finish_reason": finished, **self._choice(text, picked)})
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage_of(answers)}
 
     async def stream(
@@ -57,11 +58,10 @@ class AnswerForm(ABC):
                 for delta in self._first():
                     yield self._event(answer.index, delta, None, more)
             async for answer, step in merged:
-                picked = [step.picked] if step.picked is not None else []
-                if step.text or (picked and self._with_logprobs):
-                    yield self._event(answer.index, self._delta(step.text, picked), None, more)
+                for delta in self._deltas(answer.index, step):
+                    yield self._event(answer.index, delta, None, more)
                 if step.finished is not None:
-                    yield self._event(answer.index, self._last(), step.finished, more)
+                    yield self._event(answer.index, self._last(), self._reason(answer.index, step.finished), more)
             if usage:
                 yield _data({**self._head, "object": self.chunk_kind, "choices": [], "usage": usage_of(answers)})
         except Exception as error:
@@ -75,13 +75,22 @@ class AnswerForm(ABC):
     def _token_text(self, token: int) -> str:
         return str(self._tokenizer.decode([token]))
 
+    def _deltas(self, index: int, step: Progress) -> list[dict[str, Any]]:
+        """What a step adds to a sequence."""
+        picked = [step.picked] if step.picked is not None else []
+        return [self._delta(step.text, picked)] if step.text or (picked and self._with_logprobs) else []
+
+    def _reason(self, index: int, finished: str) -> str:
+        """Why a sequence ended."""
+        return finished
+
     @abstractmethod
     def _choice(self, text: str, picked: list[Picked]) -> dict[str, Any]:
-        """A whole choice."""
+        """A whole choice. It may have another finish_reason than the sequence."""
 
     @abstractmethod
     def _delta(self, text: str, picked: list[Picked]) -> dict[str, Any]:
-        """What a step adds."""
+        """Text that a step adds."""
 
     def _first(self) -> list[dict[str, Any]]:
         return []
@@ -120,13 +129,52 @@ class CompletionForm(AnswerForm):
 
 
 class ChatForm(AnswerForm):
-    """/v1/chat/completions."""
+    """/v1/chat/completions.
+
+    Args:
+        tools: the functions that the model may call.
+    """
 
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, model: str, tokenizer: Any, with_logprobs: bool, tools: ToolSet | None = None) -> None:
+        super().__init__(model, tokenizer, with_logprobs)
+        self._tools = tools
+        self._readers: dict[int, ToolReader] = {}  # of streams, by index
+
     def _choice(self, text: str, picked: list[Picked]) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return {"message": message, "logprobs": self._logprobs(picked)}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        choice: dict[str, Any] = {"message": message, "logprobs": self._logprobs(picked)}
+        if self._tools is not None:
+            reader = ToolReader(self._tools)
+            read = reader.add(text) + reader.rest()
+            calls = [one.described() for one in read if isinstance(one, ToolCall)]
+            if calls:
+                content = "".join(one for one in read if isinstance(one, str))
+                message |= {"content": content or None, "tool_calls": calls}
+                choice["finish_reason"] = "tool_calls"
+        return choice
+
+    def _deltas(self, index: int, step: Progress) -> list[dict[str, Any]]:
+        if self._tools is None:
+            return super()._deltas(index, step)
+        reader = self._readers.setdefault(index, ToolReader(self._tools))
+        number = reader.calls
+        read = reader.add(step.text) + (reader.rest() if step.finished is not None else [])
+        deltas = []
+        for one in read:
+            if isinstance(one, str):
+                deltas.append(self._delta(one, []))
+            else:
+                deltas.append({"delta": {"tool_calls": [{"index": number, **one.described()}]}, "logprobs": None})
+                number += 1
+        if step.picked is not None and self._with_logprobs:
+            deltas.append(self._delta("", [step.picked]))
+        return deltas
+
+    def _reason(self, index: int, finished: str) -> str:
+        reader = self._readers.get(index)
+        return "tool_calls" if reader is not None and reader.calls else finished
 
     def _first(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": ""}, "logprobs": None}]

@@ -19,11 +19,13 @@ from flashclient.batching.constraint import Constraint
 from flashclient.batching.request import Progress
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.server.access import Access
+from flashclient.server.answer_formats import ANY_OBJECT
 from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
 from flashclient.server.problems import Problem
 from flashclient.server.schema import ChatBody, CompletionBody, SamplingBody
+from flashclient.server.tools import ToolSet
 
 POLL_S = 0.25  # how often a request that is not a stream looks whether its client has gone
 Body = TypeVar("Body", bound=SamplingBody)
@@ -103,11 +105,10 @@ class _Routes:
     async def chat(self, request: Request) -> Response:
         body = await self._body(request, ChatBody)
         model = self._named(body.model)
-        layout = dict(body.chat_template_kwargs or {})
-        ids = await run_in_threadpool(model.chat_ids, body.conversation(), layout)
-        constraint = await run_in_threadpool(_constraint, model, body)
-        asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives, constraint)
-        form = ChatForm(model.name, model.tokenizer, bool(body.logprobs))
+        ids, tools, constraint = await run_in_threadpool(_prepared, model, body)
+        markers = {} if tools is None else tools.markers(model.tokenizer)
+        asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives, constraint, markers)
+        form = ChatForm(model.name, model.tokenizer, bool(body.logprobs), tools)
         return await self._answer(request, body, form, model.ask([ids], asked))
 
     def _named(self, name: str) -> HostedModel:
@@ -175,15 +176,24 @@ async def _merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[Answer, Prog
             future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody awaits it
 
 
-def _constraint(model: HostedModel, body: ChatBody) -> Constraint | None:
-    """What the answer must be. Raises Problem for a schema that is refused."""
+def _prepared(model: HostedModel, body: ChatBody) -> tuple[list[int], ToolSet | None, Constraint | None]:
+    """The prompt, the functions that the answer may call, and what the answer must be. Raises Problem, OptionError."""
+    functions = body.functions
+    described = [one.model_dump(exclude_none=True) for one in body.tools or ()] if functions else None
+    ids = model.chat_ids(body.conversation(), dict(body.chat_template_kwargs or {}), described)
+    tools = None
+    if functions:
+        parameters = {name: function.parameters or ANY_OBJECT for name, function in functions.items()}
+        tools = ToolSet(model.tool_format(described), parameters, body.must_call, body.parallel_tool_calls is False)
     schema = None if body.response_format is None else body.response_format.json_of
-    if schema is None:
-        return None
+    param = "tools" if body.must_call else "response_format"
     try:
-        return model.grammars.json(schema)
+        if tools is not None and (tools.required or schema is not None):
+            answer = None if tools.required else schema
+            return ids, tools, model.grammars.lark(tools.grammar(model.tokenizer, answer))
+        return ids, tools, None if schema is None else model.grammars.json(schema)
     except OptionError as error:
-        raise Problem(400, f"response_format: {error}", "response_format") from error
+        raise Problem(400, f"{param}: {error}", param) from error
 
 
 def _described(model: HostedModel) -> dict[str, Any]:

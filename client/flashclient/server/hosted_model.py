@@ -6,7 +6,7 @@ import asyncio
 import copy
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from flashclient.errors import OptionError
 from flashclient.generation.chat import LAYOUT, conversation
 from flashclient.generation.prompts import encode
 from flashclient.server.problems import Problem
+from flashclient.server.tools import ToolFormat, format_of
 
 SEQUENCES_OF_REQUEST_MAX = 64
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
@@ -37,6 +38,7 @@ class Asked:
     count: int
     top_logprobs: int | None
     constraint: Constraint | None = None
+    markers: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -78,13 +80,28 @@ class HostedModel:
         self._ends = frozenset() if ends is None else frozenset(int(end) for end in np.atleast_1d(ends))
         self._grammars: Grammars | None = None  # made on first use: a large vocabulary takes a second
 
-    def chat_ids(self, messages: list[dict[str, Any]], layout: dict[str, Any]) -> list[int]:
+    def tool_format(self, tools: list[dict[str, Any]] | None) -> ToolFormat:
+        """How the model writes calls. Raises Problem if its chat template takes no tools, or none that are known."""
+        template = None
+        with suppress(ValueError):
+            template = self.tokenizer.get_chat_template(None, tools)
+        form = None if template is None else format_of(template)
+        if form is None:
+            why = f"the chat template of '{self.name}' takes no tools, or its calls have a form that is not known here"
+            raise Problem(400, f"{why}: leave out tools, tool_calls and messages of tools", "tools")
+        return form
+
+    def chat_ids(
+        self, messages: list[dict[str, Any]], layout: dict[str, Any], tools: list[dict[str, Any]] | None = None
+    ) -> list[int]:
         """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
+        if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
+            self.tool_format(tools)
         refused = [name for name in layout if name in LAYOUT]
         if refused:
             raise Problem(400, f"chat_template_kwargs cannot set {refused[0]}: leave it out", "chat_template_kwargs")
         with self._encoding:
-            prompt, rest = conversation(self.tokenizer, messages, layout, set())
+            prompt, rest = conversation(self.tokenizer, messages, layout | ({"tools": tools} if tools else {}), set())
         if rest:
             raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")
         return [int(token) for token in prompt.inputs["input_ids"][0]]
@@ -143,6 +160,7 @@ class HostedModel:
             asked.stops,
             _teller(asyncio.get_running_loop(), progress),
             None if asked.constraint is None else asked.constraint.copy(),
+            asked.markers,
         )
         return Answer(index, len(prompt), request, progress)
 

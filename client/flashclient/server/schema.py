@@ -10,11 +10,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from flashclient.batching.sampling import TOP_LOGPROBS_MAX, Sampling
 from flashclient.server.answer_formats import AnswerFormat
 from flashclient.server.problems import Problem
+from flashclient.server.tools import with_parsed_arguments
 
 N_MAX = 16
 STOPS_MAX = 16
 BIASES_MAX = 1024
 PROMPTS_MAX = 64
+TOOLS_MAX = 128
 PROMPT_TOKENS_MAX = 1 << 20
 COMPLETION_TOKENS_DEFAULT = 16  # of the interface
 
@@ -97,6 +99,29 @@ class CompletionBody(SamplingBody):
         return list(prompts)
 
 
+class ToolFunction(_Body):
+    """`strict` changes nothing: arguments follow their schema where a call is required."""
+
+    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,64}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: ToolFunction
+
+
+class _Named(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: _Named
+
+
 class ChatBody(SamplingBody):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -106,6 +131,9 @@ class ChatBody(SamplingBody):
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: AnswerFormat | None = None
     store: Literal[False] | None = None
+    tools: Annotated[list[Tool], Field(max_length=TOOLS_MAX)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
     @property
     def tokens_max(self) -> int | None:
@@ -119,14 +147,33 @@ class ChatBody(SamplingBody):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The messages, with contents as text. Raises Problem for what this server does not do."""
-        return [message | {"content": _text(message)} for message in self.messages]
+        """The messages, as chat templates take them. Raises Problem for what this server does not do."""
+        return [with_parsed_arguments(message | {"content": _text(message)}) for message in self.messages]
+
+    @property
+    def functions(self) -> dict[str, ToolFunction]:
+        """Those that may be called, by name. Raises Problem if there are not those that the choice needs."""
+        given = {tool.function.name: tool.function for tool in self.tools or ()}
+        if len(given) < len(self.tools or ()):
+            raise Problem(400, "two tools have one name: give each its own", "tools")
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in given:
+                raise Problem(400, f"tool_choice names '{name}', and there is no such tool", "tool_choice")
+            return {name: given[name]}
+        if self.tool_choice in ("required", "auto") and not given:
+            raise Problem(400, f"tool_choice {self.tool_choice} needs tools", "tool_choice")
+        return {} if self.tool_choice == "none" else given
+
+    @property
+    def must_call(self) -> bool:
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
 
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content")
-    if message.get("tool_calls") or message.get("role") == "tool":
-        raise Problem(400, "a message calls a tool or is of one, and this server has no tools", "messages")
+    if content is None and message.get("tool_calls"):
+        return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):

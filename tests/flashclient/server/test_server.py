@@ -23,6 +23,7 @@ from flashclient import FlashClient
 from weightd import cli
 
 TEMPLATE = (
+    "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
     "{% if messages[-1]['content'] == 'Bah' %}{{ raise_exception('no such word') }}{% endif %}"
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
 )
@@ -87,6 +88,18 @@ def nested(depth: int) -> dict[str, Any]:
     return {"type": "array", "items": nested(depth - 1)} if depth else {"type": "string"}
 
 
+def with_parameters(parameters: Any) -> list[Any]:
+    return [{"type": "function", "function": {"name": "rain", "parameters": parameters}}]
+
+
+TOOLS = with_parameters(
+    {
+        "type": "object",
+        "properties": {"place": {"enum": ["Bern", "Rome"]}},
+        "required": ["place"],
+        "additionalProperties": False,
+    }
+)
 HI: Any = [{"role": "user", "content": "Hi"}]
 GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
 
@@ -162,6 +175,32 @@ def test_an_answer_that_follows_a_schema(asking: openai.OpenAI) -> None:
     assert cut.choices[0].finish_reason == "length"
 
 
+def test_calls_of_tools(asking: openai.OpenAI, alone: FlashClient) -> None:
+    more: dict[str, Any] = {"max_tokens": 250, "tools": TOOLS, "temperature": 2, "seed": 1, "model": NAME}
+    choices: list[Any] = ["required", {"type": "function", "function": {"name": "rain"}}]
+    for choice in choices:
+        made: Any = asking.chat.completions.create(messages=HI, tool_choice=choice, parallel_tool_calls=False, **more)
+        (call,) = made.choices[0].message.tool_calls
+        assert made.choices[0].finish_reason == "tool_calls"
+        assert made.choices[0].message.content is None
+        assert call.function.name == "rain"
+        assert json.loads(call.function.arguments)["place"] in ("Bern", "Rome")
+    stream: Any = asking.chat.completions.create(
+        messages=HI, tool_choice="required", parallel_tool_calls=False, stream=True, **more
+    )
+    chunks = list(stream)
+    deltas = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or ()]
+    assert [(one.index, one.function.name, one.function.arguments) for one in deltas] == [
+        (0, "rain", call.function.arguments)
+    ]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    history: Any = [*HI, made.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "dry"}]
+    after = asking.chat.completions.create(messages=history, max_tokens=4, tools=TOOLS, tool_choice="none", **GREEDY)
+    assert after.choices[0].message.tool_calls is None
+    auto = asking.chat.completions.create(messages=HI, max_tokens=6, tools=TOOLS, **GREEDY)
+    assert auto.choices[0].message.content == alone.chat(HI, tools=TOOLS, max_new_tokens=6, do_sample=False)
+
+
 def test_streams(asking: openai.OpenAI, alone: FlashClient) -> None:
     expected = alone.chat(HI, max_new_tokens=12, do_sample=False)
     more: Any = {"stream": True, "stream_options": {"include_usage": True}}
@@ -235,7 +274,12 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"max_tokens": 0}, "max_tokens: "),
         ({"max_tokens": 5000}, "the model's context is 512 tokens"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "this server does not know tools: leave it out"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools: "),
+        ({"tools": TOOLS * 2}, "two tools have one name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice names 'g'"),
+        ({"tool_choice": "required"}, "tool_choice required needs tools"),
+        ({"tools": with_parameters({"type": "no"}), "tool_choice": "required"}, "tools: the grammar is refused: "),
+        ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "arguments that are JSON of an object"),
         ({"response_format": {"type": "xml"}}, "response_format: "),
         ({"response_format": {"type": "json_schema"}}, "response_format: field required"),
         (with_schema({"type": "nope"}), "response_format: the schema is refused: Invalid type: nope"),
@@ -249,7 +293,6 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"stop": ""}, "stop: "),
         ({"messages": [{"role": "user"}]}, "a message has no text: give its content as a string"),
         ({"messages": [{"role": "user", "content": 5}]}, "a message has no text"),
-        ({"messages": [{"role": "tool", "content": "5"}]}, "this server has no tools"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "cannot set chat_template"),
         ({"extra_body": {"repetition_penalty": 1e-40}}, "repetition_penalty: "),
         ({"logit_bias": {"100000": 5}}, "logit_bias has token 100000, and the model's tokens are 0 to"),

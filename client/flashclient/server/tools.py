@@ -1,0 +1,246 @@
+"""Functions that a model may call: how families of models write calls, as data, and a reader of their texts."""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flashclient.batching.constraint import JSON_SPACE
+from flashclient.server.problems import Problem
+
+CALLS_MAX = 16  # of an answer that must call
+ID_CHARACTERS = 9  # templates of Mistral take no other number
+BETWEEN = re.compile(r"[\s;,]*")  # calls that follow each other without an end
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How calls are written: as JSON objects, with a name and arguments.
+
+    Attributes:
+        signs: texts that are all in the chat templates of such models.
+        other_signs: texts of templates of other formats, which have the same signs.
+        begin, end: around calls. No end: that of the answer.
+        arguments: the key of a call's arguments.
+        listed: whether all calls are one JSON list.
+        bare: whether an answer that begins with a brace is a call, too.
+    """
+
+    signs: Sequence[str]
+    other_signs: Sequence[str]
+    begin: str
+    end: str
+    arguments: str = "arguments"
+    listed: bool = False
+    bare: bool = False
+
+    def fits(self, template: str) -> bool:
+        return all(sign in template for sign in self.signs) and not any(sign in template for sign in self.other_signs)
+
+
+FORMATS = (
+    ToolFormat(("<tool_call>", "tools"), ("<function=", "<arg_key>"), "<tool_call>", "</tool_call>"),  # Hermes, Qwen
+    ToolFormat(("[TOOL_CALLS]", "tools"), ("[ARGS]",), "[TOOL_CALLS]", "", listed=True),  # Mistral
+    ToolFormat(('"parameters"', "tools"), (), "<|python_tag|>", "", arguments="parameters", bare=True),  # Llama 3
+)
+
+
+def format_of(template: str) -> ToolFormat | None:
+    """The format of a chat template; None where it takes no tools, or its calls cannot be read."""
+    return next((one for one in FORMATS if one.fits(template)), None)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call. `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+    def described(self) -> dict[str, Any]:
+        """As the OpenAI interface tells it, with a new id."""
+        called = {"name": self.name, "arguments": self.arguments}
+        return {"id": uuid.uuid4().hex[:ID_CHARACTERS], "type": "function", "function": called}
+
+
+@dataclass(frozen=True)
+class ToolSet:
+    """The functions of a request.
+
+    Attributes:
+        parameters: the JSON schema of each function's arguments, by its name.
+        required: whether the answer must call one.
+        one: whether it may call no more than one.
+    """
+
+    format: ToolFormat
+    parameters: Mapping[str, Any]
+    required: bool
+    one: bool
+
+    def markers(self, tokenizer: Any) -> dict[int, str]:
+        """Special tokens that are around calls; decoding would leave them out."""
+        marks = {self.format.begin, self.format.end} & set(tokenizer.all_special_tokens)
+        return {int(tokenizer.convert_tokens_to_ids(mark)): mark for mark in marks}
+
+    def grammar(self, tokenizer: Any, answer: Any = None) -> str:
+        """A grammar of answers that call. With `answer`, a JSON schema, also of those that are JSON of it."""
+        form, special = self.format, {mark: token for token, mark in self.markers(tokenizer).items()}
+        calls: dict[str, Any] = {"anyOf": [self._call(name) for name in self.parameters]}
+        most = 1 if self.one else CALLS_MAX
+        if form.listed:
+            calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": most}
+        begin = f"<[{special[form.begin]}]>" if form.begin in special else _quoted(form.begin)
+        end = f"<[{special[form.end]}]>" if form.end in special else _quoted(form.end)
+        written = 'begin "\\n" calls "\\n" end' if form.end else "calls" if form.bare else "begin calls"
+        lines = [
+            f"start: one ({_quoted(chr(10))} one){{0,{most - 1}}}" if form.end and most > 1 else "start: one",
+            f"one: {written}",
+            *((f"begin: {begin}",) if "begin" in written else ()),
+            *((f"end: {end}",) if form.end else ()),
+            f"calls: %json {json.dumps(calls | {'x-guidance': JSON_SPACE})}",
+        ]
+        if answer is not None:
+            lines[0] += " | answer"
+            lines.append(f"answer: %json {json.dumps(answer | {'x-guidance': JSON_SPACE})}")
+        return "\n".join(lines)
+
+    def _call(self, name: str) -> dict[str, Any]:
+        arguments = self.parameters[name]
+        if "$defs" in arguments or "definitions" in arguments:
+            arguments = {"$id": f"tool:/{name}"} | arguments  # its references are to itself
+        return {
+            "type": "object",
+            "properties": {"name": {"const": name}, self.format.arguments: arguments},
+            "required": ["name", self.format.arguments],
+            "additionalProperties": False,
+        }
+
+
+class ToolReader:
+    """Separates calls from the text around them. What only looks like a call stays text."""
+
+    def __init__(self, tools: ToolSet) -> None:
+        self._tools = tools
+        self._held = ""  # text that may become a call, or the space before one
+        self._inside = False
+        self._begun = False  # whether text was given out
+        self._after = False  # whether all since a call is space
+        self.calls = 0
+
+    def add(self, text: str) -> list[str | ToolCall]:
+        """What is known after more of the answer."""
+        self._held += text
+        found: list[str | ToolCall] = []
+        while (more := self._next()) is not None:
+            found += more
+        return found
+
+    def rest(self) -> list[str | ToolCall]:
+        """What was held back, at the end of the answer."""
+        held, self._held = self._held, ""
+        if self._inside:
+            begin = self._tools.format.begin
+            calls = None if self._tools.format.end else self._read(held.removeprefix(begin))
+            return self._given(calls) if calls is not None else [held]
+        return [held] if held and not (held.isspace() and self._after) else []
+
+    def _next(self) -> list[str | ToolCall] | None:
+        """The next text or calls; None where more of the answer is needed."""
+        form = self._tools.format
+        if self._inside:
+            return self._next_calls()
+        if self._after:
+            self._held = self._held.lstrip()
+            self._after = not self._held
+        if form.bare and not self._begun and self._held.lstrip().startswith("{"):
+            self._inside = True
+            return []
+        before, mark, _ = self._held.partition(form.begin)
+        if not mark:
+            before = self._held[: len(self._held) - _possible(self._held, form.begin)]
+        before = before.rstrip()  # the space before a call is not part of the text
+        if mark:
+            self._inside = True
+            self._held = self._held[self._held.index(form.begin) :]
+            return [before] if before else []
+        if not before:
+            return None
+        self._held = self._held[len(before) :]
+        self._begun = True
+        return [before]
+
+    def _next_calls(self) -> list[str | ToolCall] | None:
+        form = self._tools.format
+        at = self._held.find(form.end) if form.end else -1
+        while at >= 0:  # an end inside of an argument is none
+            calls = self._read(self._held[len(form.begin) : at])
+            if calls is not None:
+                self._held, self._inside, self._after = self._held[at + len(form.end) :], False, True
+                return self._given(calls)
+            at = self._held.find(form.end, at + 1)
+        return None
+
+    def _given(self, calls: list[ToolCall]) -> list[str | ToolCall]:
+        if self._tools.one:
+            calls = calls[: 1 - self.calls]
+        self.calls += len(calls)
+        return [*calls]
+
+    def _read(self, text: str) -> list[ToolCall] | None:
+        """The calls of a text that is JSON; None where it is something else."""
+        decoder, at, values = json.JSONDecoder(), BETWEEN.match(text).end(), []  # type: ignore[union-attr]
+        try:
+            while at < len(text):
+                value, at = decoder.raw_decode(text, at)
+                values += value if isinstance(value, list) else [value]
+                at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+            calls = [self._call(value) for value in values]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return calls or None
+
+    def _call(self, value: Any) -> ToolCall:
+        name, arguments = value["name"], value.get("arguments", value.get("parameters", {}))
+        if name not in self._tools.parameters:
+            raise ValueError(name)
+        if isinstance(arguments, str):
+            arguments = json.loads(arguments)
+        return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message of the history as chat templates take it: the arguments of its calls are objects, not JSON."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return {name: value for name, value in message.items() if name != "tool_calls"}
+    try:
+        parsed = [_parsed(call) for call in calls]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        text = "a message's tool_calls need a function with a name, and arguments that are JSON of an object"
+        raise Problem(400, text, "messages") from None
+    return {**message, "tool_calls": parsed}
+
+
+def _parsed(call: Mapping[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict) or not isinstance(function["name"], str):
+        raise ValueError(arguments)
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def _possible(text: str, mark: str) -> int:
+    """The length of the longest end of `text` that is the beginning of `mark`."""
+    ends = range(min(len(mark) - 1, len(text)), 0, -1)
+    return next((length for length in ends if mark.startswith(text[-length:])), 0)

@@ -1,0 +1,136 @@
+"""Calls of functions in texts: each format, whole and in pieces; what only looks like a call; texts that must call."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import VOCABULARY, make_tokenizer
+
+from flashclient.batching.constraint import Grammars
+from flashclient.batching.sampling import Sampler, Sampling
+from flashclient.server.problems import Problem
+from flashclient.server.tools import FORMATS, ToolCall, ToolReader, ToolSet, format_of, with_parsed_arguments
+
+HERMES, MISTRAL, LLAMA = FORMATS
+PARAMETERS: dict[str, Any] = {
+    "rain": {
+        "type": "object",
+        "properties": {"place": {"$ref": "#/$defs/place"}},
+        "required": ["place"],
+        "additionalProperties": False,
+        "$defs": {"place": {"enum": ["Bern", "</tool_call>"]}},
+    },
+    "now": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+RAIN = ToolCall("rain", '{"place": "Bern"}')
+NOW = ToolCall("now", "{}")
+
+
+def tools_of(form: Any, **more: Any) -> ToolSet:
+    return ToolSet(form, PARAMETERS, **({"required": False, "one": False} | more))
+
+
+def read(tools: ToolSet, text: str, chance: random.Random | None = None) -> list[Any]:
+    """What is read of a text, given whole or in random pieces; neighbouring texts are one."""
+    reader, found, at = ToolReader(tools), [], 0
+    while at < len(text):
+        size = len(text) if chance is None else chance.randint(1, 9)
+        found += reader.add(text[at : at + size])
+        at += size
+    joined: list[Any] = []
+    for one in found + reader.rest():
+        if joined and isinstance(one, str) and isinstance(joined[-1], str):
+            joined[-1] += one
+        else:
+            joined.append(one)
+    return joined
+
+
+ONE = '{"name": "rain", "arguments": {"place": "Bern"}}'
+TWO = '{"name": "now", "arguments": {}}'
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "expected"),
+    [
+        (HERMES, f"<tool_call>\n{ONE}\n</tool_call>", [RAIN]),
+        (
+            HERMES,
+            f"Let me see.\n\n<tool_call>{ONE}</tool_call>\n<tool_call>{TWO}</tool_call>\n",
+            ["Let me see.", RAIN, NOW],
+        ),
+        (HERMES, f"<tool_call>{ONE}</tool_call> Done. ", [RAIN, "Done. "]),
+        (HERMES, " Just <b> text <tool", [" Just <b> text <tool"]),
+        (HERMES, f"<tool_call>{ONE[:-9]}", [f"<tool_call>{ONE[:-9]}"]),  # cut by max_tokens
+        (HERMES, "<tool_call>{}</tool_call>", ["<tool_call>{}</tool_call>"]),
+        (HERMES, '<tool_call>{"name": "rm"}</tool_call>', ['<tool_call>{"name": "rm"}</tool_call>']),
+        (HERMES, f"<tool_call>{'[' * 5000}</tool_call>", [f"<tool_call>{'[' * 5000}</tool_call>"]),
+        (
+            HERMES,
+            '<tool_call>{"name": "rain", "arguments": {"place": "</tool_call>"}}</tool_call>',
+            [ToolCall("rain", '{"place": "</tool_call>"}')],
+        ),
+        (HERMES, '<tool_call>{"name": "now", "arguments": "{}"}</tool_call>', [NOW]),
+        (MISTRAL, f"[TOOL_CALLS][{ONE}, {TWO}]", [RAIN, NOW]),
+        (MISTRAL, f"[TOOL_CALLS] [{ONE}]\n", [RAIN]),
+        (MISTRAL, "No [TOOL", ["No [TOOL"]),
+        (LLAMA, ONE.replace("arguments", "parameters"), [RAIN]),
+        (LLAMA, f"<|python_tag|>{TWO}; {ONE}", [NOW, RAIN]),
+        (LLAMA, '{"a": 1}', ['{"a": 1}']),
+        (LLAMA, 'It is {"a": 1}', ['It is {"a": 1}']),
+    ],
+)
+def test_calls_are_read(form: Any, text: str, expected: list[Any]) -> None:
+    assert read(tools_of(form), text) == expected
+    for seed in range(20):
+        assert read(tools_of(form), text, random.Random(seed)) == expected
+
+
+def test_one_call_where_one_is_wanted() -> None:
+    assert read(tools_of(HERMES, one=True), f"<tool_call>{ONE}</tool_call><tool_call>{TWO}</tool_call>") == [RAIN]
+    assert read(tools_of(MISTRAL, one=True), f"[TOOL_CALLS][{ONE}, {TWO}]") == [RAIN]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("one", [False, True])
+def test_random_texts_that_must_call(form: Any, one: bool) -> None:
+    tokenizer = make_tokenizer()
+    special = form is MISTRAL
+    if special:
+        tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+    tools = tools_of(form, required=True, one=one)
+    markers = tools.markers(tokenizer)
+    assert len(markers) == special
+    constraint = Grammars(tokenizer, VOCABULARY, [2]).lark(tools.grammar(tokenizer))
+    for seed in range(4):
+        random_of, mine = torch.Generator().manual_seed(seed), constraint.copy()
+        sampler, tokens = Sampler(Sampling(seed=seed), [5], mine), []
+        while not mine.complete:
+            tokens.append(sampler.pick(torch.randn(VOCABULARY, generator=random_of)).token)
+        text = "".join(markers.get(one) or str(tokenizer.decode([one], skip_special_tokens=True)) for one in tokens)
+        calls = read(tools, text)
+        assert calls
+        assert all(isinstance(call, ToolCall) and call.name in PARAMETERS for call in calls)
+        assert {json.loads(call.arguments).get("place") for call in calls} <= {None, "Bern", "</tool_call>"}
+        assert len(calls) == 1 or not one
+
+
+def test_formats_are_known_by_their_templates() -> None:
+    assert format_of("{% if tools %}<tool_call>{% endif %}") is HERMES
+    assert format_of("{% if tools %}<tool_call><function=x>{% endif %}") is None
+    assert format_of('{% if tools %}{"name": x, "parameters": y}{% endif %}') is LLAMA
+    assert format_of("{{ messages }}") is None
+
+
+def test_arguments_of_the_history_are_parsed() -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "rain", "arguments": '{"place": "Bern"}'}}
+    parsed = with_parsed_arguments({"role": "assistant", "content": "", "tool_calls": [call]})
+    assert parsed["tool_calls"][0]["function"]["arguments"] == {"place": "Bern"}
+    wrongs: list[Any] = [[5], ["x"], {"a": 1}, [{}], [{"function": {"name": "f", "arguments": "{"}}]]
+    for wrong in wrongs:
+        with pytest.raises(Problem, match="arguments that are JSON of an object"):
+            with_parsed_arguments({"role": "assistant", "tool_calls": wrong})
