@@ -16,6 +16,12 @@ python3 -m venv /env
 PATH=/env/bin:$PATH
 weightd import /relu-6m --store /store
 weightd verify --store /store
+echo "--- a service of the system"
+weightd install-service
+id weightd
+grep ExecStart= /etc/systemd/system/weightd.service
+weightd cert --out /tls --host localhost --client me
+echo "--- text"
 flashclient generate relu-6m "def add(a, b):" --store /store --temperature 0 -n 16
 flashclient serve relu-6m --store /store --port 8001 >/served 2>&1 &
 trap 'kill $!' EXIT

@@ -8,6 +8,7 @@
     weightd plan MODEL [--dram SIZE]         (weightd.planning.plan)
     weightd doctor --store DIR               (weightd.machine.doctor)
     weightd cert --out DIR --host NAME       (weightd.gateway.certificates)
+    weightd install-service [--user]         (weightd.machine.service)
     weightd top [--address ADDR] [--tls-ca FILE [--tls-cert FILE --tls-key FILE]]     (weightd.watching.top)
 
 The exit status is 0, 1 (failed) or 2 (wrong usage). With --json, standard output is one JSON object and nothing else.
@@ -50,6 +51,7 @@ MAINS = {
     "plan": "weightd.planning.plan",
     "doctor": "weightd.machine.doctor",
     "cert": "weightd.gateway.certificates",
+    "install-service": "weightd.machine.service",
     "top": "weightd.watching.top",
 }
 COMMANDS = ("import", "ls", "rm", "verify", *MAINS)
@@ -133,8 +135,7 @@ def _parser() -> FlagParser:
         "       weightd COMMAND ...          see weightd COMMAND --help",
         description="Serves models from flash.",
     )
-    metavar = "probe | plan | import | ls | rm | verify | serve | doctor | cert | top"
-    commands = parser.add_subparsers(required=True, prog="weightd", metavar=metavar)
+    commands = parser.add_subparsers(required=True, prog="weightd", metavar="COMMAND")
     common = FlagParser(add_help=False, allow_abbrev=False)
     common.add_argument("--store", type=_path, required=True, metavar="DIR", help="the folder that holds the models")
 
@@ -162,6 +163,7 @@ def _parser() -> FlagParser:
     commands.add_parser("plan", help="Says what a model would cost to run, before it is downloaded.")
     commands.add_parser("doctor", help="Checks this machine and says what to change.")
     commands.add_parser("cert", help="Makes TLS certificates for clients on other machines.")
+    commands.add_parser("install-service", help="Installs weightd as a systemd service, of the system or your own.")
     commands.add_parser("top", help="Watches a running weightd.")
     return parser
 

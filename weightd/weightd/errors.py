@@ -12,6 +12,7 @@ WeightdError                  one line for the user: lower case, the value, what
 │   ├── UnknownModelError     no model has that name; lists the names that exist
 │   ├── ImportingError        another process is importing a model of that name
 │   └── CorruptionError       bytes on flash are wrong or cannot be read; names model, layer and neuron
+├── ServiceError              `weightd install-service` cannot do a step; names it
 ├── CertificateError          a certificate or key of `weightd cert` cannot be made or read
 ├── StoppingError             the daemon is stopping; try again when it runs again
 ├── SpaceError                not enough room on the device or in --dram; gives the numbers
@@ -72,6 +73,10 @@ class ImportingError(StoreError):
 
 class CorruptionError(StoreError):
     """Bytes on flash differ from their checksum, or cannot be read."""
+
+
+class ServiceError(WeightdError):
+    """`weightd install-service` cannot do a step."""
 
 
 class CertificateError(WeightdError):
