@@ -11,11 +11,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -23,12 +20,13 @@ from statistics import median, quantiles
 
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 from benchmarks.forced_tokens import random_ids
-from benchmarks.processes import BenchError, Daemon, serving
+from benchmarks.openai_server import served
+from benchmarks.processes import BenchError, serving
 from benchmarks.report import Row, Target, machine_facts, report
 from flags import FlagParser
 from openai import AsyncOpenAI
 from planted.plan import SHAPES
-from planted.store import PlantedStore, cut, dense_store
+from planted.store import cut, dense_store
 
 DENSE_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.family == "llama")
 SEED = 17
@@ -76,24 +74,13 @@ def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each number of streams."""
     dense = dense_store(options.shape, options.folder, options.layers)
     vocabulary = cut(options.shape, options.layers)[0].vocabulary
-    with serving(dense.store, round(dense.model_bytes * options.memory)) as daemon, _server(dense, daemon) as address:
+    with (
+        serving(dense.store, round(dense.model_bytes * options.memory)) as daemon,
+        served(dense.name, daemon) as (address, _),
+    ):
         turns = asyncio.run(_turns(options, address, dense.name, vocabulary))
         second = asyncio.run(_second_turns(options, address, dense.name, vocabulary)) if options.conversation else []
     return [row_of(count, of_count) for count, of_count in turns.items()] + second
-
-
-@contextmanager
-def _server(dense: PlantedStore, daemon: Daemon) -> Iterator[str]:
-    command = [sys.executable, "-m", "flashclient", "serve", dense.name, "--address", daemon.address, "--port", "0"]
-    with subprocess.Popen([*command, "--timeout-s", "600"], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise BenchError(f"the server ended with status {process.wait()}")
-        try:
-            yield line.rpartition(" ")[2].strip()
-        finally:
-            process.terminate()
 
 
 async def _turns(options: argparse.Namespace, address: str, name: str, vocabulary: int) -> dict[int, list[Turn]]:

@@ -18,6 +18,7 @@ from flashclient.batching.batch import Batch, feed
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import TextRequest
+from flashclient.batching.step_order import StepOrder
 from flashclient.errors import BusyError, FlashClientError, OptionError
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
@@ -90,6 +91,7 @@ class Scheduler:
             longer sequence advances alone.
         kept_tokens_max: of sequences that have ended, kept for prompts that begin alike; fewer where those that advance
             need the room.
+        order: of steps, shared with the schedulers of other models.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Scheduler:
         waiting_max: int = WAITING_MAX,
         cache_tokens_max: int = CACHE_TOKENS_MAX,
         kept_tokens_max: int = KEPT_TOKENS_MAX,
+        order: StepOrder | None = None,
     ) -> None:
         assert 1 <= sequences_max <= SEQUENCES_MAX
         self._loaded = loaded
@@ -107,6 +110,7 @@ class Scheduler:
         self._waiting_max = waiting_max
         self._cache_tokens_max = cache_tokens_max
         self._kept = KeptPrefixes(loaded.model.config, min(kept_tokens_max, cache_tokens_max))
+        self._order = StepOrder() if order is None else order
         self._changed = threading.Condition()
         self._waiting: deque[TextRequest] = deque()
         self._closing = False
@@ -157,7 +161,7 @@ class Scheduler:
         try:
             while self._await_work():
                 try:
-                    with self._loaded.turns.taken(), on_cpu():
+                    with self._order.turn(), self._loaded.turns.taken(), on_cpu():
                         self._step()
                 except Exception as error:  # of the daemon or the device: what runs is lost, what waits is not
                     _log(error)

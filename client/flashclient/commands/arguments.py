@@ -44,12 +44,21 @@ def ranks(text: str) -> tuple[int, ...]:
     return tuple(positive(one) for one in text.split(","))
 
 
-def add_command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str) -> Any:
-    """A subcommand with the arguments that all of them take."""
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], purpose: str, several: bool = False
+) -> Any:
+    """A subcommand with the arguments that all of them take.
+
+    Args:
+        several: whether it takes several models, as `models`.
+    """
     command = commands.add_parser(name, help=purpose)
     command.set_defaults(run=run)
     command.add_argument(
-        "model", help="name in the store; with --store also the path of a checkpoint, or a model of the hub"
+        "models" if several else "model",
+        nargs="+" if several else None,
+        metavar="model",
+        help="name in the store; with --store also the path of a checkpoint, or a model of the hub",
     )
     where = command.add_mutually_exclusive_group()
     where.add_argument(

@@ -17,14 +17,19 @@ from flashclient.standard_streams import complain
 from weightd_proto.hub_names import is_hub_name
 
 
-def open_client(options: argparse.Namespace, **more: Any) -> Any:
-    """The FlashClient that `options` ask for."""
+def open_client(options: argparse.Namespace, model: str | None = None, **more: Any) -> Any:
+    """The FlashClient that `options` ask for.
+
+    Args:
+        model: of `options` by default.
+    """
+    model = options.model if model is None else model
     names = ("address", "store", "dram", "transport", "timeout_s", "tls_ca", "tls_cert", "tls_key")
     given = {name: getattr(options, name) for name in names}
     given = {name: value for name, value in given.items() if value is not None} | more
-    _check_served(options.model, Options(**given))
+    _check_served(model, Options(**given))
     if sys.stderr.isatty():
-        complain("flashclient", f"loading {options.model}")  # the next lines take seconds
+        complain("flashclient", f"loading {model}")  # the next lines take seconds
     with _garbage_kept(), _weightd_starting(options):
         from transformers import logging as transformers_logging
 
@@ -33,7 +38,7 @@ def open_client(options: argparse.Namespace, **more: Any) -> Any:
         logging: Any = transformers_logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        return FlashClient(options.model, **given)
+        return FlashClient(model, **given)
 
 
 @contextmanager

@@ -22,12 +22,13 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("fastapi", "uvicorn", "llguidance")
 STOPPING_S = 5  # for answers under way
 BACKLOG = 128
+MODELS_MAX = 16
 CONNECTIONS_MAX = 512  # further ones get status 503
 
 
 def add(commands: Any) -> None:
     """Adds the command."""
-    command = add_command(commands, "serve", _run, "serve the OpenAI interface over HTTP")
+    command = add_command(commands, "serve", _run, "serve the OpenAI interface over HTTP", several=True)
     add_mode_flag(command)
     command.add_argument("--host", default=LOOPBACK[0], help="address to listen at (default: this machine only)")
     command.add_argument("--port", type=_port, default=PORT_DEFAULT, help=f"default: {PORT_DEFAULT}")
@@ -70,8 +71,7 @@ def _port(text: str) -> int:
 def _run(options: argparse.Namespace) -> int:
     keys = _checked(options)
     with ExitStack() as opened:
-        client = opened.enter_context(open_client(options, mode=options.mode))
-        _serve(client, options, keys, opened)
+        _serve(_hosted(options, opened), options, keys)
     return 0
 
 
@@ -83,6 +83,8 @@ def _checked(options: argparse.Namespace) -> list[str]:
     if options.sequences > SEQUENCES_MAX:
         most = f"more than {SEQUENCES_MAX}, which is what a kernel computes at once"
         raise OptionError(f"--sequences {options.sequences} is {most}")
+    if len(options.models) > MODELS_MAX:
+        raise OptionError(f"{len(options.models)} models are more than {MODELS_MAX}: start another server for the rest")
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
     if options.api_key_file is None:
@@ -100,24 +102,40 @@ def _checked(options: argparse.Namespace) -> list[str]:
     return keys
 
 
-def _serve(client: Any, options: argparse.Namespace, keys: list[str], opened: ExitStack) -> None:
-    import uvicorn
-
+def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
+    """The models by name, each with a scheduler. They share a weightd and its pool, and take turns."""
     from flashclient.batching.scheduler import Scheduler
-    from flashclient.server.access import Access
-    from flashclient.server.api import make_api
+    from flashclient.batching.step_order import StepOrder
     from flashclient.server.hosted_model import HostedModel
 
-    name = client.record.name
-    if client.tokenizer is None:
-        raise FlashClientError(f"model '{name}' was stored without a tokenizer, and the server answers with text")
+    models: dict[str, Any] = {}
+    order = StepOrder()
     bounds = (options.sequences, options.waiting, options.cache_tokens, options.kept_tokens)
-    scheduler = Scheduler(client.loaded, *bounds)
-    opened.callback(scheduler.close)
-    api = make_api({name: HostedModel(name, client, scheduler)}, Access(keys))
+    for asked in options.models:
+        more = {"dram": None} if models else {}  # the first has started the weightd
+        client = opened.enter_context(open_client(options, asked, mode=options.mode, **more))
+        name = client.record.name
+        if name in models:
+            raise OptionError(f"model '{name}' is given twice: give each once")
+        if client.tokenizer is None:
+            raise FlashClientError(f"model '{name}' was stored without a tokenizer, and the server answers with text")
+        scheduler = Scheduler(client.loaded, *bounds, order)
+        opened.callback(scheduler.close)
+        models[name] = HostedModel(name, client, scheduler)
+    return models
+
+
+def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str]) -> None:
+    import uvicorn
+
+    from flashclient.server.access import Access
+    from flashclient.server.api import make_api
+
+    api = make_api(models, Access(keys))
     listening = _bound(options)
     host, port = listening.getsockname()[:2]
-    say(f"serving {name} (mode {client.mode}) at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    served = ", ".join(f"{name} (mode {model.client.mode})" for name, model in models.items())
+    say(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
     config = uvicorn.Config(
         api,
         log_level="warning",

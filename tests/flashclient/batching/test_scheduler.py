@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from flashclient import FlashClient
 from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import CHUNK_TOKENS, Scheduler
+from flashclient.batching.step_order import StepOrder
 from flashclient.errors import BusyError, DaemonLostError, FlashClientError
 from weightd import cli
 
@@ -68,7 +70,9 @@ def prompt_of(index: int, length: int) -> list[int]:
 
 @contextmanager
 def scheduler_of(client: FlashClient, *sizes: int) -> Iterator[Scheduler]:
-    scheduler = Scheduler(client.loaded, *sizes)
+    names = ("sequences_max", "waiting_max", "cache_tokens_max", "kept_tokens_max")
+    bounds: dict[str, Any] = dict(zip(names, sizes, strict=False))
+    scheduler = Scheduler(client.loaded, **bounds)
     try:
         yield scheduler
     finally:
@@ -203,6 +207,27 @@ def test_the_next_turn_computes_only_what_is_new(daemon: Daemon, name: str, mode
             assert with_cache == alone[0, prompt.shape[1] :].tolist()
         known = len(first.request.prompt) + (len(made) - 1 if mode == "exact" else 0)
         assert [listener.request.kept_tokens for listener in turns] == [known, known, known, 0]
+
+
+def test_a_turn_comes_in_the_order_of_asking() -> None:
+    order, took, asked_for = StepOrder(), queue.SimpleQueue[int](), threading.Semaphore(0)
+
+    def take(number: int) -> None:
+        asked_for.release()
+        with order.turn():
+            took.put(number)
+
+    with order.turn():
+        threads = []
+        for number in range(3):
+            threads.append(threading.Thread(target=take, args=(number,)))
+            threads[-1].start()
+            asked_for.acquire()
+            while order.waiting < number + 1:
+                pass
+    for thread in threads:
+        thread.join()
+    assert [took.get() for _ in range(3)] == [0, 1, 2]
 
 
 def test_what_is_kept_makes_room_for_what_runs(daemon: Daemon) -> None:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ TEMPLATE = (
 KEY = "sk-secret"
 STOP_S = 60.0
 NAME = "tiny-chat"
+OTHER = "tiny-other"
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +40,23 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
     (checkpoint / "chat_template.jinja").write_text(TEMPLATE)
     generation = checkpoint / "generation_config.json"
     generation.write_text(json.dumps(json.loads(generation.read_text()) | {"eos_token_id": None}))
-    assert cli.main(["import", str(checkpoint), "--store", str(folder / "store")]) == 0
+    other = make_checkpoint("opt", folder / OTHER, max_position_embeddings=512)
+    for one in (checkpoint, other):
+        assert cli.main(["import", str(one), "--store", str(folder / "store")]) == 0
     with serving(folder / "store", "--dram", "64MiB") as started:
         yield started
 
 
 @contextmanager
-def server_of(daemon: Daemon, *flags: str) -> Iterator[str]:
+def server_of(daemon: Daemon, *flags: str, names: Sequence[str] = (NAME,)) -> Iterator[str]:
     """The address of a `flashclient serve`, which must end with status 0."""
-    command = [sys.executable, "-P", "-m", "flashclient", "serve", NAME, "--address", daemon.address, "--port", "0"]
+    command = [sys.executable, "-P", "-m", "flashclient", "serve", *names, "--address", daemon.address, "--port", "0"]
     with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.startswith(f"serving {NAME} (mode exact) at http://127.0.0.1:"), process.communicate()
+            assert line.startswith(f"serving {NAME} (mode exact)"), process.communicate()
+            assert " at http://127.0.0.1:" in line
             yield line.rpartition(" ")[2].strip()
         finally:
             process.send_signal(signal.SIGTERM)
@@ -64,7 +68,7 @@ def server_of(daemon: Daemon, *flags: str) -> Iterator[str]:
 def address(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"sk-other\n\n{KEY}\n")
-    with server_of(daemon, "--api-key-file", str(keys)) as url:
+    with server_of(daemon, "--api-key-file", str(keys), names=(NAME, OTHER)) as url:
         yield url
 
 
@@ -105,9 +109,9 @@ GREEDY: dict[str, Any] = {"model": NAME, "temperature": 0}
 
 
 def test_models(asking: openai.OpenAI) -> None:
-    assert [model.id for model in asking.models.list()] == [NAME]
+    assert [model.id for model in asking.models.list()] == [NAME, OTHER]
     assert asking.models.retrieve(NAME).id == NAME
-    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4': this server has tiny-chat"):
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt-4': this server has tiny-chat, tiny-other"):
         asking.models.retrieve("gpt-4")
 
 
@@ -120,6 +124,25 @@ def test_a_completion(asking: openai.OpenAI, alone: FlashClient) -> None:
     several = asking.completions.create(prompt=["Once upon", "Twice"], max_tokens=6, **GREEDY)
     assert several.choices[0].text == made.choices[0].text
     assert several.choices[1].index == 1
+
+
+def test_models_at_once(daemon: Daemon, asking: openai.OpenAI, alone: FlashClient) -> None:
+    got: dict[str, list[str]] = {NAME: [], OTHER: []}
+
+    def ask(name: str) -> None:
+        for number in range(3):
+            made = asking.completions.create(model=name, prompt=f"Tale {number}", max_tokens=12, temperature=0)
+            got[name].append(made.choices[0].text)
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in got]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with FlashClient(OTHER, address=daemon.address) as other:
+        for name, client in ((NAME, alone), (OTHER, other)):
+            prompts = [f"Tale {number}" for number in range(3)]
+            assert got[name] == [client.generate(prompt, max_new_tokens=12, do_sample=False) for prompt in prompts]
 
 
 def test_ids_and_defaults(asking: openai.OpenAI) -> None:
@@ -311,7 +334,7 @@ def test_keys(address: str) -> None:
             with pytest.raises(openai.AuthenticationError, match=message):
                 client.chat.completions.create(messages=HI, **GREEDY, extra_headers=headers)
     with openai.OpenAI(base_url=address, api_key="sk-other", max_retries=0) as client:
-        assert [model.id for model in client.models.list()] == [NAME]
+        assert [model.id for model in client.models.list()] == [NAME, OTHER]
 
 
 def many(prompts: int, count: int) -> bytes:
@@ -389,6 +412,7 @@ def test_health_and_metrics(address: str) -> None:
         (["--api-key-file", "/nowhere/keys"], 2, "--api-key-file /nowhere/keys: no such file or directory"),
         (["--api-key-file", os.devnull], 2, "has no key: write one a line"),
         (["--port", "70000"], 2, "'70000' is not a port from 0 to 65535"),
+        (["--address", "ADDRESS", NAME, NAME], 2, f"model '{NAME}' is given twice: give each once"),
         (["--sequences", "17"], 2, "--sequences 17 is more than 16"),
         (["--port", "1", "--host", "192.0.2.1", "--api-key-file", "KEYS"], 1, "cannot listen at 192.0.2.1:1"),
     ],
@@ -396,8 +420,9 @@ def test_health_and_metrics(address: str) -> None:
 def test_bad_flags(daemon: Daemon, tmp_path: Path, flags: list[str], status: int, message: str) -> None:
     keys = tmp_path / "keys"
     keys.write_text(KEY)
-    flags = [str(keys) if flag == "KEYS" else flag for flag in flags]
-    command = [sys.executable, "-P", "-m", "flashclient", "serve", NAME, "--address", daemon.address, *flags]
+    flags = [{"KEYS": str(keys), "ADDRESS": daemon.address}.get(flag, flag) for flag in flags]
+    command = [sys.executable, "-P", "-m", "flashclient", "serve", *flags]
+    command += [] if "--address" in flags else [NAME, "--address", daemon.address]
     done = subprocess.run(command, capture_output=True, text=True, timeout=STOP_S, check=False)
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith("flashclient: ")
