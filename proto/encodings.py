@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import prod
 from typing import NamedTuple
 
 from weightd_proto.tables import table_name
-from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Layer, Model
+from weightd_proto.weightd_pb2 import BundleLayout, BundlePart, Encoding, Layer, Model, Tensor
 
 
 class Dtype(NamedTuple):
@@ -66,6 +67,9 @@ BLOCK_FORMATS = {
 QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}
 # What `weightd import --layout` makes of bundles: one neuron each, or a slab of neurons (BundleLayout.slab_neurons).
 LAYOUTS = ("neuron", "slab")
+# How `weightd import --resident-dtype` stores matrices outside the FFNs: in the model's dtype, in the blocks of the
+# checkpoint, or quantised as bundles are.
+RESIDENT_DTYPES = ("plain", "keep", *QUANTISED_DTYPES)
 # Two numbers of 4 bits in a byte, the lower half first, as in published checkpoints. Their scales lie elsewhere.
 PACKED_E2M1 = Encoding(format="E2M1", block_values=2, block_bytes=1)
 
@@ -79,6 +83,11 @@ def in_blocks(format: str) -> Encoding:
     """The encoding of one of BLOCK_FORMATS. KeyError for an unknown one."""
     values, size_bytes = BLOCK_FORMATS[format]
     return Encoding(format=format, block_values=values, block_bytes=size_bytes, scales=Encoding.IN_BLOCK)
+
+
+def encoding_named(name: str) -> Encoding:
+    """The encoding of a resident tensor, by its dtype or format. KeyError for an unknown one."""
+    return in_blocks(name) if name in BLOCK_FORMATS else plain(name)
 
 
 def is_plain(encoding: Encoding) -> bool:
@@ -123,6 +132,12 @@ def formats_of(model: Model) -> str:
     layers = model.layers or [Layer()]
     encodings = [encoding for layer in layers for encoding in encodings_of(model.bundle, layer)]
     return "/".join(dict.fromkeys(encoding.format for encoding in encodings))
+
+
+def resident_formats_of(model: Model) -> str:
+    """The formats of the resident matrices that are stored in blocks, for people; the model's dtype: there are none."""
+    formats = sorted({tensor.dtype for tensor in model.resident if tensor.dtype in BLOCK_FORMATS})
+    return "/".join(formats) or model.compute_dtype
 
 
 def fill_old_fields(layout: BundleLayout) -> None:
@@ -170,6 +185,8 @@ def check(model: Model) -> None:
         raise ValueError(f"bundles of {layout.bundle_bytes} bytes, their parts have {max(sizes)}")
     for layer in model.layers:
         _check_layer(layout, layer)
+    for tensor in model.resident:
+        _check_rows(tensor)
     if model.model_class and not model.activation.function:
         raise ValueError("FFNs without an activation")
     numbers = [value for _, value in model.activation.ListFields() if isinstance(value, float)]
@@ -192,6 +209,18 @@ def _check_encodings(layout: BundleLayout, encodings: Sequence[Encoding]) -> Non
             raise ValueError(
                 f"part {part.name!r} of {values} values in blocks of {encoding.block_values}, not whole blocks"
             )
+
+
+def _check_rows(tensor: Tensor) -> None:
+    """Of a resident tensor in blocks: it is a matrix of whole blocks."""
+    if tensor.dtype not in BLOCK_FORMATS:
+        return
+    encoding, shape = in_blocks(tensor.dtype), list(tensor.shape)
+    if len(shape) != 2 or shape[1] % encoding.block_values or tensor.size_bytes != stored_bytes(encoding, prod(shape)):
+        raise ValueError(
+            f"tensor {tensor.name} of shape {shape} in {tensor.size_bytes} bytes, not rows of whole blocks of "
+            f"{tensor.dtype}"
+        )
 
 
 def _check_table(model: Model, table: Model) -> None:

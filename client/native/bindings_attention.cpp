@@ -24,6 +24,7 @@ using namespace nb::literals;
 namespace {
 
 using flashclient::aligned;
+using flashclient::AnyWeight;
 using flashclient::Attention;
 using flashclient::AttentionBlock;
 using flashclient::AttentionBlocks;
@@ -53,7 +54,6 @@ using flashclient::RowsIn;
 using flashclient::RowsOut;
 using flashclient::RowValues;
 using flashclient::StepTimes;
-using flashclient::Weight;
 using flashclient::Workers;
 
 using Rows = nb::ndarray<nb::ro, nb::ndim<4>, nb::device::cpu>;  // with strides
@@ -125,7 +125,7 @@ void bind_norm(nb::module_& module) {
 
 // One projection, whose arrays Python has lent.
 struct LentProjection {
-    Weight weight;
+    AnyWeight weight;
     std::optional<RowValues> bias;
     const LentNorm* norm;
     float factor;
@@ -208,12 +208,12 @@ void bind_attention_inputs(nb::module_& module) {
     nb::class_<LentProjection>(module, "AttentionProjection", "A projection of attention, with arrays read in place.")
         .def(
             "__init__",
-            [](LentProjection* self, const Weight& weight, const std::optional<RowValues>& bias, const LentNorm* norm,
-               float factor) {
+            [](LentProjection* self, const AnyWeight& weight, const std::optional<RowValues>& bias,
+               const LentNorm* norm, float factor) {
                 new (self) LentProjection{weight, bias, norm, factor};
             },
             "weight"_a.noconvert(), "bias"_a.noconvert().none(), "norm"_a.none(), "factor"_a = 1.0f,
-            nb::keep_alive<1, 4>(),
+            nb::keep_alive<1, 2>(), nb::keep_alive<1, 4>(),
             "weight [heads * elements, columns]; norm: of a head or of all heads, after factor.");
     nb::class_<AttentionInputs>(module, "AttentionInputs", "See client/native/kernels/attention_inputs.h.")
         .def("__init__", &make_kernel<AttentionInputs>, "workers"_a, "dtype"_a, "instruction_set"_a = nb::none(),

@@ -32,9 +32,11 @@ namespace {
 
 using flashclient::Activation;
 using flashclient::aligned;
+using flashclient::AnyWeight;
 using flashclient::Array;
 using flashclient::bias_of;
 using flashclient::Dtype;
+using flashclient::EncodedMatrix;
 using flashclient::Encoding;
 using flashclient::Ffn;
 using flashclient::GatePredictor;
@@ -236,7 +238,7 @@ void bind_ffn(nb::module_& module) {
 
 // ---- Linear ----
 
-void multiply(const Linear& linear, const Weight& weight, const Input& x, const Output& y) {
+void multiply(const Linear& linear, const AnyWeight& weight, const Input& x, const Output& y) {
     const Matrix matrix = matrix_of(weight, linear.dtype());
     require(aligned(x, "x").shape(0) == aligned(y, "y").shape(0), "x and y must have the same tokens");
     require(x.shape(1) == matrix.columns && y.shape(1) == matrix.rows, "weight must be [columns of y, columns of x]");
@@ -244,7 +246,7 @@ void multiply(const Linear& linear, const Weight& weight, const Input& x, const 
     linear.multiply(matrix, x.data(), x.shape(0), y.data());
 }
 
-Linear::Projection projection_of(const Linear& linear, const Weight& weight, const std::optional<RowValues>& bias,
+Linear::Projection projection_of(const Linear& linear, const AnyWeight& weight, const std::optional<RowValues>& bias,
                                  const RowsIn& x, const RowsOut& y) {
     const Dtype dtype = linear.dtype();
     const Matrix matrix = matrix_of(weight, dtype);
@@ -254,7 +256,7 @@ Linear::Projection projection_of(const Linear& linear, const Weight& weight, con
     return {matrix, bias_of(bias, matrix.rows, dtype), y.data()};
 }
 
-void project(const Linear& linear, const Weight& weight, const std::optional<RowValues>& bias, const RowsIn& x,
+void project(const Linear& linear, const AnyWeight& weight, const std::optional<RowValues>& bias, const RowsIn& x,
              const RowsOut& y) {
     const Linear::Projection projection = projection_of(linear, weight, bias, x, y);
     const nb::gil_scoped_release released;
@@ -262,6 +264,12 @@ void project(const Linear& linear, const Weight& weight, const std::optional<Row
 }
 
 void bind_linear(nb::module_& module) {
+    nb::class_<EncodedMatrix>(module, "EncodedMatrix",
+                              "A matrix in one of BLOCK_FORMATS, which kernels take in the place of an array.")
+        .def(nb::init<const Encoding&, const Array<const uint8_t, 2>&, size_t>(), "encoding"_a, "rows"_a.noconvert(),
+             "columns"_a, "rows: [rows, bytes], read in place.")
+        .def_prop_ro("address",
+                     [](const EncodedMatrix& matrix) { return reinterpret_cast<uintptr_t>(matrix.rows.data()); });
     nb::class_<Linear>(module, "Linear", "Products of a matrix with rows of x; see client/native/kernels/linear.h.")
         .def(
             "__init__",

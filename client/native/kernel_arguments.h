@@ -3,9 +3,11 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/variant.h>
 
 #include <optional>
 #include <string>
+#include <variant>
 
 #include "array_arguments.h"
 #include "kernels/kernels.h"
@@ -42,11 +44,41 @@ inline bool is_of(const nanobind::dlpack::dtype& given, Dtype dtype) {
     return false;
 }
 
+// A matrix whose rows are in blocks, in the place of a Weight. The bytes are read in place.
+struct EncodedMatrix {
+    Array<const uint8_t, 2> rows;  // [rows, bytes]
+    BlockFormat format;
+    size_t columns;
+
+    EncodedMatrix(const Encoding& encoding, const Array<const uint8_t, 2>& rows, size_t columns)
+        : rows(rows), format(), columns(columns) {
+        const auto known = encoding.block_format();
+        require(known.has_value(), "no kernel for a matrix of encoding '" + encoding.format + "'");
+        require(columns % encoding.block_values == 0 && rows.shape(1) == encoding.bytes_of(columns),
+                "the rows of a matrix must be whole blocks of " + encoding.format);
+        format = *known;
+    }
+};
+
+using AnyWeight = std::variant<const EncodedMatrix*, Weight>;
+
+inline Matrix matrix_of(const EncodedMatrix& weight) {
+    return {weight.rows.data(), weight.rows.shape(0), weight.columns, weight.format};
+}
+
 inline Matrix matrix_of(const Weight& weight, Dtype dtype) {
     require(is_of(weight.dtype(), dtype),
             "weights must be float32 for dtype F32, bfloat16 or float16, or uint16, their bits, for BF16 and F16, and "
             "int8 with a scale");
     return {aligned(weight, "a matrix").data(), weight.shape(0), weight.shape(1)};
+}
+
+inline Matrix matrix_of(const AnyWeight& weight, Dtype dtype) {
+    if (const auto* encoded = std::get_if<const EncodedMatrix*>(&weight)) {
+        require(*encoded != nullptr, "a weight is missing");
+        return matrix_of(**encoded);
+    }
+    return matrix_of(std::get<Weight>(weight), dtype);
 }
 
 // The bias of a matrix with so many rows.

@@ -289,6 +289,8 @@ void bind_engine(nb::module_& module) {
 
 // ---- import: cutting bundles ----
 
+constexpr size_t QUANTISED_TOGETHER = 1 << 14;  // values that are converted before: whole blocks, half of an L2 cache
+
 void require(bool condition, const char* what) {
     if (!condition) throw std::invalid_argument(what);
 }
@@ -302,6 +304,26 @@ void convert_bytes(const ReadBytes& source, const std::string& source_dtype, con
     require(count * weightd::bytes_of(to) == target.size(), "source and target differ in elements");
     const nb::gil_scoped_release released;
     weightd::convert(data_of(source), from, data_of(target), to, count);
+}
+
+std::pair<double, double> quantise_bytes(const ReadBytes& source, const std::string& source_dtype,
+                                         const WriteBytes& target, const weightd::Encoding& encoding) {
+    const weightd::Dtype from = weightd::compute_dtype_named(source_dtype);
+    const std::optional<weightd::BlockFormat> format = encoding.block_format();
+    require(format && weightd::has_quantiser(*format), "nothing is quantised to that encoding");
+    const size_t count = target.size() / encoding.block_bytes * encoding.block_values;
+    require(count * weightd::bytes_of(from) == source.size() && encoding.bytes_of(count) == target.size(),
+            "source and target differ in blocks");
+    const nb::gil_scoped_release released;
+    weightd::QuantisationError error;
+    std::vector<float> values(std::min(count, QUANTISED_TOGETHER));
+    for (size_t first = 0; first < count; first += values.size()) {
+        const size_t some = std::min(values.size(), count - first);
+        weightd::convert(data_of(source) + first * weightd::bytes_of(from), from,
+                         reinterpret_cast<std::byte*>(values.data()), weightd::Dtype::f32, some);
+        weightd::quantise(*format, values.data(), some, data_of(target) + encoding.bytes_of(first), error);
+    }
+    return {error.squared_differences, error.squares};
 }
 
 uint64_t checksum_bytes(const ReadBytes& bytes) {
@@ -383,6 +405,8 @@ void bind_bundle(nb::module_& module) {
     module.def("checksum", &checksum_bytes, "bytes"_a, "XXH3-64 of a uint8 array.");
     module.def("convert", &convert_bytes, "source"_a, "source_dtype"_a, "target"_a, "target_dtype"_a,
                "Converts elements between F32, BF16 and F16; both arrays are uint8.");
+    module.def("quantise", &quantise_bytes, "source"_a, "source_dtype"_a, "target"_a, "encoding"_a,
+               "Quantises elements to blocks; both arrays are uint8. Returns and raises what cut_bundles() does.");
     module.def(
         "cut_bundles", &cut, "shape"_a, "parts"_a, "cells"_a, "checksums"_a,
         "Cuts len(checksums) neurons into cells. A part is (bytes of a matrix, dtype, whether neurons are columns, "

@@ -2,7 +2,7 @@
 
     weightd [serve] --store DIR ...          serves the store (weightd.serving.serve)
     weightd import SRC --store DIR [--name N] [--dtype keep|fp32|bf16|fp16|int8|int4] [--layout neuron|slab]
-            [--tables-above SIZE] [--update] [--revision R] [--file F]
+            [--resident-dtype plain|keep|int8|int4] [--tables-above SIZE] [--update] [--revision R] [--file F]
     weightd ls | rm NAME | verify [NAME...] --store DIR
     weightd probe SRC                        (weightd.planning.probe)
     weightd plan MODEL [--dram SIZE]         (weightd.planning.plan)
@@ -39,7 +39,15 @@ from weightd.log import one_line
 from weightd.sizes import format_size, parse_size
 from weightd.store.store import Store
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import COMPUTE_DTYPES, LAYOUTS, QUANTISED_DTYPES, bundle_neurons, formats_of
+from weightd_proto.encodings import (
+    COMPUTE_DTYPES,
+    LAYOUTS,
+    QUANTISED_DTYPES,
+    RESIDENT_DTYPES,
+    bundle_neurons,
+    formats_of,
+    resident_formats_of,
+)
 from weightd_proto.modes import lossy_mode
 
 Progress = Callable[[int, int], None]
@@ -190,6 +198,12 @@ def _add_import_flags(adding: FlagParser) -> None:
         "where --dtype keep has such blocks to keep)",
     )
     adding.add_argument(
+        "--resident-dtype",
+        choices=RESIDENT_DTYPES,
+        help="how other matrices are stored: plain is the model's dtype, keep leaves the blocks of a .gguf file "
+        "(default: keep with --dtype keep, else plain)",
+    )
+    adding.add_argument(
         "--activation",
         metavar="NAME",
         help="what the FFNs compute, where the configuration misleads: for example relu, or fatrelu:0.01",
@@ -244,7 +258,8 @@ def _import(options: argparse.Namespace) -> None:
 
     ask = None if options.client_fd is None else starter(options.client_fd)
     if options.update and options.file is None:
-        wanted = (options.name, options.dtype, options.activation, options.tables_above, options.layout)
+        others = (options.tables_above, options.layout, options.resident_dtype)
+        wanted = (options.name, options.dtype, options.activation, *others)
         known = current_on_hub(options.source, options.revision, options.store, *wanted)
         if known is not None:
             return _say_imported(known, KEPT, options.json)
@@ -266,6 +281,7 @@ def _import(options: argparse.Namespace) -> None:
                 tell=tell,
                 tables_above_bytes=above_bytes,
                 layout=options.layout,
+                resident_request=options.resident_dtype,
             )
         else:
             model = import_checkpoint(
@@ -280,6 +296,7 @@ def _import(options: argparse.Namespace) -> None:
                 tell=tell,
                 tables_above_bytes=TABLES_ABOVE_BYTES if above_bytes is None else above_bytes,
                 layout=options.layout or "",
+                resident_request=options.resident_dtype or "",
             )
             done = IMPORTED
     return _say_imported(model, done, options.json)
@@ -332,7 +349,9 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
         "name": model.name,
         "family": model.family,
         "dtype": formats_of(model),
+        "resident_dtype": resident_formats_of(model),
         "quantisation_errors": _quantisation_errors(model),
+        "resident_quantisation_error": max((tensor.quantisation_error for tensor in model.resident), default=0.0),
         "layers": len(model.layers),
         "neurons": sum(layer.neurons for layer in model.layers),
         "layout": "slab" if bundle_neurons(model.bundle) > 1 else "neuron",
@@ -382,6 +401,8 @@ def _line(model: weightd_pb2.Model) -> str:
     slabs = f" in slabs of {model.bundle.slab_neurons}" if bundle_neurons(model.bundle) > 1 else ""
     errors = _quantisation_errors(model)
     error = f" (error {max(errors):.2%} in the worst layer)" if errors else ""
+    of_matrices = resident_formats_of(model)
+    matrices = f" ({of_matrices})" if of_matrices != model.compute_dtype else ""
     calibration = model.calibration
     calibrated = (
         f"calibrated {calibration.version}, mode {calibration.mode}" if calibration.version else "not calibrated"
@@ -389,8 +410,8 @@ def _line(model: weightd_pb2.Model) -> str:
     return (
         f"{model.name}: {model.family} {formats_of(model)}{error}, {len(model.layers)} layers, "
         f"{neurons} neurons{slabs} of {format_size(model.bundle.bundle_bytes)}, "
-        f"FFN {format_size(model.bundles_file_bytes)}, {tables}resident {format_size(model.resident_file_bytes)}, "
-        f"{calibrated}"
+        f"FFN {format_size(model.bundles_file_bytes)}, {tables}resident {format_size(model.resident_file_bytes)}"
+        f"{matrices}, {calibrated}"
     )
 
 

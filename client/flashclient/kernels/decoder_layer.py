@@ -29,6 +29,7 @@ from flashclient._native import AttentionBlock, AttentionBlocks, AttentionProjec
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import UNSUPPORTED
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.fused_attention import TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
 from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
 from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
@@ -216,7 +217,7 @@ class NativeDecoderLayer(Native):
             query,
             key,
             value,
-            AttentionProjection(array_of(output.weight), bias, None),
+            AttentionProjection(matrix_of(output.weight), bias, None),
             norm(wiring.before),
             norm(wiring.after),
             norm(wiring.before_ffn),

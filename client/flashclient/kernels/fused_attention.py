@@ -26,6 +26,7 @@ from flashclient._native import AttentionInputs, AttentionProjection, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.decode_attention import IMPLEMENTATION, attend
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.kernels.trials import (
@@ -268,7 +269,7 @@ def _pointers(module: nn.Module) -> tuple[int, ...]:
 def _projection(linear: Any, norm: Any, factor: float) -> tuple[AttentionProjection, int]:
     bias = None if linear.bias is None else array_of(linear.bias)
     native = norm.native_norm() if norm is not None else None
-    return AttentionProjection(array_of(linear.weight), bias, native, factor), len(linear.weight)
+    return AttentionProjection(matrix_of(linear.weight), bias, native, factor), len(linear.weight)
 
 
 def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:

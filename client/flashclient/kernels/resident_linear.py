@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from flashclient._native import Linear, Workers
 from flashclient.kernels.arrays import KernelOf, array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.trials import has_plain_weights
 
 BIAS_DTYPES = (torch.float32,)  # beside that of the weight
@@ -34,7 +35,7 @@ class ResidentLinear(nn.Linear):
         rows = x.detach().reshape(-1, self.in_features).contiguous()
         y = torch.empty(len(rows), self.out_features, dtype=x.dtype, device="cpu")
         bias = None if self.bias is None else array_of(self.bias)
-        self.kernels[x.dtype].project(array_of(self.weight), bias, array_of(rows), array_of(y))
+        self.kernels[x.dtype].project(matrix_of(self.weight), bias, array_of(rows), array_of(y))
         return y.view(*x.shape[:-1], self.out_features)
 
     def _is_for_kernel(self, x: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers.utils import output_capturing
 
+from flashclient.kernels.encoded_matrix import WeightInBlocks
+
 DIFFERENT_SHARE_MAX = 0.02  # of the elements: sums in another order may round differently
 # What a pass may collect from modules that no native one stands for.
 COLLECTED_ELSEWHERE = {"hidden_states", "_hidden_states_layers", "router_logits"}
@@ -120,7 +122,8 @@ def has_plain_weights(module: nn.Module, x: Tensor, bias_dtypes: tuple[torch.dty
         if one is None:
             continue
         dtypes = (x.dtype, *bias_dtypes) if name == "bias" else (x.dtype,)
-        if type(one) is not nn.Parameter or one.dtype not in dtypes or not one.is_cpu or not one.is_contiguous():
+        plain = type(one) is nn.Parameter and one.is_cpu and one.is_contiguous()
+        if one.dtype not in dtypes or not (plain or isinstance(one, WeightInBlocks)):
             return False
         if with_gradient and one.requires_grad:
             return False

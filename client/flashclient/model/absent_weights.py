@@ -55,6 +55,7 @@ class AbsentWeight(nn.Parameter):
     """A parameter without values. Every torch function that needs them raises AbsentWeightError."""
 
     path: str
+    instead = CHANGE
 
     @classmethod
     def of(cls, path: str, unmade: Tensor) -> AbsentWeight:
@@ -82,7 +83,7 @@ class AbsentWeight(nn.Parameter):
             return weight
         if func is _SET_GRAD and args[1] is None:
             return None
-        raise refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", CHANGE)
+        raise refused(f"{weight.path} has no values here ({getattr(func, '__name__', func)})", weight.instead)
 
     def _converted(self, func: Any, args: Any, kwargs: dict[str, Any]) -> AbsentWeight:
         """Returns the weight itself if dtype and device stay the same. Otherwise raises AbsentWeightError."""

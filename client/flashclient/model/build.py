@@ -24,6 +24,7 @@ from flashclient.errors import ModelError, some
 from flashclient.kernels.decode_attention import use_decode_attention
 from flashclient.kernels.decoder_layer import use_native_layers
 from flashclient.kernels.dtypes import DTYPES
+from flashclient.kernels.encoded_matrix import BlockRows
 from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
@@ -36,10 +37,11 @@ from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Steps
 from flashclient.model.tables.embedding import install_tables
+from flashclient.model.tables.encoded_weights import EncodedWeight, settle_encoded_weights
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager, for_good
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import bundle_neurons, encodings_of, formats_of, has_experts
+from weightd_proto.encodings import BLOCK_FORMATS, bundle_neurons, encodings_of, formats_of, has_experts
 
 COMPUTED_ELEMENTS_MAX = 1 << 24
 
@@ -126,6 +128,7 @@ def build_model(
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     use_fast_linears(model, workers)
+    settle_encoded_weights(model)
     use_native_norms(model, workers)
     native_layers = 0
     if not attention_chosen:
@@ -250,14 +253,19 @@ def resident_tensors(
 
     Args:
         dtype: floats of another one are converted, into copies. None: all are as the import has stored them, because
-            transformers keeps few tensors of some models in fp32.
+            transformers keeps few tensors of some models in fp32; those in blocks are EncodedWeights.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for tensor in record.resident:
+        data = resident[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
+        if tensor.dtype in BLOCK_FORMATS:
+            of_model = DTYPES[record.compute_dtype] if dtype is None else dtype
+            rows = BlockRows(torch.from_numpy(data).view(tensor.shape[0], -1), tensor.dtype, tensor.shape[1], of_model)
+            tensors[tensor.name] = rows.values() if dtype else EncodedWeight.of_blocks(rows, tensor.name, of_model)
+            continue
         if tensor.dtype not in DTYPES:
             raise ModelError(f"tensor {tensor.name} of model '{record.name}' has unknown dtype {tensor.dtype}")
-        end = tensor.offset_bytes + tensor.size_bytes
-        view = _view(resident[tensor.offset_bytes : end], DTYPES[tensor.dtype]).view(tuple(tensor.shape))
+        view = _view(data, DTYPES[tensor.dtype]).view(tuple(tensor.shape))
         tensors[tensor.name] = view if dtype is None or not view.is_floating_point() else view.to(dtype)
     return tensors
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from flashclient.recipes.ffns.site import Rows, Site
@@ -45,7 +46,7 @@ def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found, embe
         layers=[layer_of(site) for site in sites],
     )
     matrices = {held.name(site.path(part.rows.parameter)) for site in sites for part in site.parts}
-    kept = kept_in_f32(model)
+    kept, in_rows = kept_in_f32(model), _used_by_row(model)
     resident = [
         ResidentSource(
             name=name,
@@ -53,6 +54,7 @@ def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found, embe
             source=message(place),
             tied_to=tensors.tied.get(name, ""),
             f32_in=kept.get(name, []),
+            rows=name in in_rows,
         )
         for name, place in tensors.places.items()
         if name not in matrices
@@ -62,6 +64,18 @@ def assemble(model: PreTrainedModel, sites: Sequence[Site], tensors: Found, embe
     names = {source.name for source in resident}
     tables = [module for module in embeddings if f"{module}.{WEIGHT}" in names]
     return Recipe(model=record, ffns=ffns, resident=resident, left_out=left_out, tables=tables)
+
+
+def _used_by_row(model: PreTrainedModel) -> set[str]:
+    """The matrices that belong to nothing but linear layers, which native kernels compute, and embeddings."""
+    tied = tied_pairs(model)
+    found: set[str] = set()
+    others: set[str] = set()
+    for path, module in model.named_modules():
+        by_row = type(module) is nn.Linear or isinstance(module, nn.Embedding)
+        for name, _ in module.named_parameters(path, recurse=False, remove_duplicate=False):
+            (found if by_row and name.endswith(f".{WEIGHT}") else others).update((name, tied.get(name, name)))
+    return found - others
 
 
 def layer_of(site: Site) -> Layer:

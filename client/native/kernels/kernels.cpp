@@ -80,8 +80,12 @@ const Kernels& best_or_named(Stored stored, const char* instruction_set) {
 
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set) { return best_or_named(dtype, instruction_set); }
 
+const Kernels& kernels_for(BlockFormat format, const char* instruction_set) {
+    return best_or_named(format, instruction_set);
+}
+
 const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set) {
-    if (const auto format = encoding.block_format()) return best_or_named(*format, instruction_set);
+    if (const auto format = encoding.block_format()) return kernels_for(*format, instruction_set);
     const std::optional<Dtype> dtype = encoding.plain();
     if (!dtype || *dtype == Dtype::i8) {
         throw std::invalid_argument("no kernel for weights of encoding '" + encoding.format +

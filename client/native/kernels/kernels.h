@@ -55,6 +55,9 @@ const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 // The same for rows of an encoding: plain F32, BF16 and F16, and BLOCK_FORMATS. std::invalid_argument for all others.
 const Kernels& kernels_for(const Encoding& encoding, const char* instruction_set = nullptr);
 
+// The same for rows in blocks.
+const Kernels& kernels_for(BlockFormat format, const char* instruction_set = nullptr);
+
 // One table per instruction set and dtype or format; null where the compiler's target has no such instructions.
 const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
 const Kernels* kernels_avx512(Dtype dtype);

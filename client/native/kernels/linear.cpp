@@ -1,6 +1,7 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "kernels/packed_rows.h"
@@ -15,36 +16,52 @@ constexpr size_t BLOCK_ROWS_MAX = 480;
 constexpr size_t WIDE_KEPT_MAX = size_t{1} << 22;  // elements: 16 MiB
 
 // A small matrix is cut into more blocks, so that every thread gets some.
-size_t block_rows(const Matrix& weight, size_t element_bytes, size_t threads) {
-    const size_t row_bytes = std::max<size_t>(weight.columns * element_bytes, 1);
-    const size_t block = std::min(BLOCK_BYTES / row_bytes, weight.rows / (2 * threads));
+size_t block_rows(size_t rows, size_t row_bytes, size_t threads) {
+    const size_t block = std::min(BLOCK_BYTES / std::max<size_t>(row_bytes, 1), rows / (2 * threads));
     const size_t step = block < BLOCK_ROWS_STEP ? BLOCK_ROWS_MIN : BLOCK_ROWS_STEP;
     return std::clamp(block / step * step, BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
 }
 
 }  // namespace
 
+struct Linear::Rows {
+    const Matrix& matrix;
+    const Kernels& kernels;
+    size_t bytes;  // of a row
+};
+
 Linear::Linear(Workers& workers, Dtype dtype, const char* instruction_set)
-    : workers_(workers), dtype_(dtype), kernels_(kernels_for(dtype, instruction_set)) {}
+    : workers_(workers), dtype_(dtype), kernels_(kernels_for(dtype, instruction_set)) {
+    for (size_t i = 0; i < of_blocks_.size(); i++) {
+        of_blocks_[i] = &kernels_for(static_cast<BlockFormat>(i), instruction_set);
+    }
+}
+
+Linear::Rows Linear::rows_of(const Matrix& weight) const {
+    if (!weight.blocks) return {weight, kernels_, weight.columns * bytes_of(dtype_)};
+    const auto format = static_cast<size_t>(*weight.blocks);
+    const auto& [name, values, bytes] = weightd::BLOCK_FORMATS[format];
+    return {weight, *of_blocks_[format], weight.columns / values * bytes};
+}
 
 void Linear::for_blocks(const Matrix& weight, const float* x, size_t tokens, const Block& block) const {
-    const size_t rows = block_rows(weight, bytes_of(dtype_), workers_.threads());
-    const PackedRows packed(workers_, kernels_, x, tokens, weight.columns);
+    const Rows of = rows_of(weight);
+    const size_t rows = block_rows(weight.rows, of.bytes, workers_.threads());
+    const PackedRows packed(workers_, of.kernels, x, tokens, weight.columns);
     workers_.run(divide_up(weight.rows, rows), [&](size_t item) {
         const size_t first = item * rows;
-        of_block(weight, first, std::min(rows, weight.rows - first), packed, tokens, block);
+        of_block(of, first, std::min(rows, weight.rows - first), packed, tokens, block);
     });
 }
 
-void Linear::of_block(const Matrix& weight, size_t first, size_t count, const PackedRows& x, size_t tokens,
-                      const Block& block) const {
+void Linear::of_block(const Rows& of, size_t first, size_t count, const PackedRows& x, size_t tokens,
+                      const Block& block) {
     const void* rows[BLOCK_ROWS_MAX];
     float values[BLOCK_ROWS_MAX * TOKENS_MAX];
-    const size_t row_bytes = weight.columns * bytes_of(dtype_);
-    for (size_t i = 0; i < count; i++) rows[i] = static_cast<const char*>(weight.data) + (first + i) * row_bytes;
+    for (size_t i = 0; i < count; i++) rows[i] = static_cast<const char*>(of.matrix.data) + (first + i) * of.bytes;
     for (size_t token = 0; token < tokens; token += TOKENS_MAX) {
         const size_t some = std::min(TOKENS_MAX, tokens - token);
-        kernels_.dots(rows, count, x.group(token), weight.columns, some, values);
+        of.kernels.dots(rows, count, x.group(token), of.matrix.columns, some, values);
         block({first, count, token, some, values});
     }
 }
@@ -53,21 +70,26 @@ void Linear::of_block(const Matrix& weight, size_t first, size_t count, const Pa
 void Linear::project(std::span<const Projection> projections, const void* x, size_t tokens) const {
     struct Part {
         const Projection* projection;
+        Rows rows;
         size_t first;
         size_t count;
     };
+    const size_t columns = projections.front().weight.columns;
+    const float* wide = widened(x, tokens, columns);
+    std::optional<PackedRows> packed, as_it_is;  // x in the forms that the matrices' kernels take
     std::vector<Part> parts;
     for (const Projection& projection : projections) {
-        const size_t rows = block_rows(projection.weight, bytes_of(dtype_), workers_.threads());
+        const Rows of = rows_of(projection.weight);
+        const size_t rows = block_rows(projection.weight.rows, of.bytes, workers_.threads());
         for (size_t first = 0; first < projection.weight.rows; first += rows) {
-            parts.push_back({&projection, first, std::min(rows, projection.weight.rows - first)});
+            parts.push_back({&projection, of, first, std::min(rows, projection.weight.rows - first)});
         }
+        auto& form = of.kernels.pack != nullptr ? packed : as_it_is;
+        if (!form) form.emplace(workers_, of.kernels, wide, tokens, columns);
     }
-    const size_t columns = projections.front().weight.columns;
-    const PackedRows packed(workers_, kernels_, widened(x, tokens, columns), tokens, columns);
     workers_.run(parts.size(), [&](size_t item) {
         const Part& part = parts[item];
-        of_block(part.projection->weight, part.first, part.count, packed, tokens,
+        of_block(part.rows, part.first, part.count, part.rows.kernels.pack != nullptr ? *packed : *as_it_is, tokens,
                  [&](const Dots& dots) { round(*part.projection, dots); });
     });
 }

@@ -1,8 +1,11 @@
 // Products of a matrix, which is read in place, with rows of x: y[t][o] = weight[o] . x[t].
 #pragma once
 
+#include <array>
 #include <cstddef>
 #include <functional>
+#include <iterator>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -17,6 +20,7 @@ struct Matrix {
     const void* data;  // [rows, columns], contiguous
     size_t rows;
     size_t columns;
+    std::optional<BlockFormat> blocks = std::nullopt;  // of its rows; none: they are of the product's dtype
 };
 
 struct MatrixBias {
@@ -49,7 +53,7 @@ class Linear {
         MatrixBias bias;
         void* y;  // [tokens, weight.rows]
     };
-    // All but such biases are of dtype(). x: [tokens, columns]; each weight has as many columns.
+    // All but such biases and matrices in blocks are of dtype(). x: [tokens, columns]; each weight has as many columns.
     void project(std::span<const Projection> projections, const void* x, size_t tokens) const;
 
     // y: [tokens, weight.rows] fp32; x: [tokens, weight.columns] fp32.
@@ -65,13 +69,16 @@ class Linear {
     std::string instruction_set() const { return kernels_.instruction_set; }
 
   private:
-    void of_block(const Matrix& weight, size_t first, size_t count, const PackedRows& x, size_t tokens,
-                  const Block& block) const;
+    struct Rows;  // of a matrix, and the kernels that take them
+    Rows rows_of(const Matrix& weight) const;
+    static void of_block(const Rows& rows, size_t first, size_t count, const PackedRows& x, size_t tokens,
+                         const Block& block);
     void round(const Projection& projection, const Dots& dots) const;
 
     Workers& workers_;
     Dtype dtype_;
     const Kernels& kernels_;
+    std::array<const Kernels*, std::size(weightd::BLOCK_FORMATS)> of_blocks_;
 };
 
 }  // namespace flashclient

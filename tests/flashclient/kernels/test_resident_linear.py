@@ -8,16 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blocks import decoded, random_rows
 from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import AVAILABLE
 from torch import Tensor, nn
 
-from flashclient._native import Linear, Workers
+from flashclient._native import EncodedMatrix, Linear, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.kernels.dtypes import KERNEL_DTYPES
+from flashclient.kernels.encoded_matrix import BlockRows
 from flashclient.kernels.resident_linear import ResidentLinear, use_fast_linears
+from flashclient.model.tables.encoded_weights import EncodedWeight, settle_encoded_weights
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, plain
 
 WORKERS = Workers(2)
 dtypes = st.sampled_from(sorted(KERNEL_DTYPES, key=str))
@@ -153,3 +157,56 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     kernel, square = Linear(WORKERS, "F32"), np.zeros((4, 4), np.float32)
     with pytest.raises(ValueError, match="same tokens"):
         kernel.multiply(square, np.zeros((1, 4), np.float32), np.zeros((2, 4), np.float32))
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_a_matrix_in_blocks_is_computed_on_as_it_lies(format: str, instruction_set: str) -> None:
+    """For one row and for many, which have the same bits."""
+    outputs, columns = 333, 512
+    stored = random_rows(format, outputs, columns, 0.1, 0)
+    values = torch.from_numpy(decoded(format, stored)).double()
+    encoded = EncodedMatrix(in_blocks(format), stored, columns)
+    x = torch.randn(35, columns).bfloat16()
+    bias = torch.randn(outputs)
+    for name, dtype in (("F32", torch.float32), ("BF16", torch.bfloat16)):
+        kernel, given = Linear(WORKERS, name, instruction_set), x.to(dtype)
+        y, alone = torch.empty(35, outputs, dtype=dtype), torch.empty(1, outputs, dtype=dtype)
+        kernel.project(encoded, array_of(bias), array_of(given), array_of(y))
+        assert near(y, x.double() @ values.T + bias.double())
+        for row in (0, 17, 34):
+            kernel.project(encoded, array_of(bias), array_of(given[row : row + 1]), array_of(alone))
+            assert torch.equal(alone[0], y[row]), "a row depends on its batch-mates"
+
+
+def test_matrices_in_blocks_that_are_none_are_refused() -> None:
+    rows = random_rows("Q8_0", 4, 64, 1.0, 0)
+    for encoding, columns in ((in_blocks("Q8_0"), 96), (in_blocks("Q8_0"), 63), (in_blocks("Q4_0"), 64)):
+        with pytest.raises(ValueError, match=r"the rows of a matrix must be whole blocks of Q[48]_0"):
+            EncodedMatrix(encoding, rows, columns)
+    with pytest.raises(ValueError, match="no kernel for a matrix of encoding 'F32'"):
+        EncodedMatrix(plain("F32"), rows, 17)
+    matrix = EncodedMatrix(in_blocks("Q8_0"), rows, 64)
+    with pytest.raises(ValueError, match="weight must be"):
+        Linear(WORKERS, "F32").multiply(matrix, np.zeros((1, 32), np.float32), np.zeros((1, 4), np.float32))
+
+
+def test_weights_in_blocks_of_other_modules_are_decoded() -> None:
+    """A linear layer of a class of its own, and a parameter of another module, compute with the values."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model: Any = nn.ModuleDict({"head": nn.Linear(64, 8), "scaled": Scaled(64, 8), "looked_up": nn.Embedding(8, 64)})
+    rows = BlockRows(torch.from_numpy(random_rows("Q4_0", 8, 64, 0.1, 0)), "Q4_0", 64, torch.float32)
+    for module in model.values():
+        module._parameters["weight"] = EncodedWeight.of_blocks(rows, "w", torch.float32)
+    use_fast_linears(model, WORKERS)
+    assert settle_encoded_weights(model) == ["scaled"]
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        for module in (model["head"], model["scaled"]):
+            expected = nn.functional.linear(x, rows.values(), module.bias)
+            assert near(module(x), expected.double() * (2 if module is model["scaled"] else 1))
+    assert torch.equal(model["looked_up"](torch.tensor([[3, 0]])), rows.values()[[3, 0]][None])

@@ -60,7 +60,7 @@ class Written:
         sources = {source.name: source for source in recipe.resident}
         in_order = [sources[tensor.name] for tensor in laid_out]
         units = units_of(recipe, stored)
-        self.steps = [*plan_bundles(units, self.record.bundle), *plan_resident(in_order, stored)]
+        self.steps = [*plan_bundles(units, self.record.bundle), *plan_resident(in_order, stored, {})]
         ModelWriter(self.record, header, units, in_order, folder, True, None).run(self.steps)
         self._folder = folder
 
@@ -239,7 +239,7 @@ def test_resident_tensor_of_another_size_is_refused(tmp_path: Path) -> None:
     stored = read_safetensors(tmp_path / "in.safetensors")
     wrong = ResidentSource(name="x", shape=[7, 10], source=joined(1, source("b"), source("b")))
     with pytest.raises(CheckpointError, match=r"x has shape \[8, 20\] in .*, but the configuration says \[7, 10\]"):
-        list(plan_resident([wrong], stored))
+        list(plan_resident([wrong], stored, {}))
 
 
 def test_dtypes_of_resident_tensors(tmp_path: Path) -> None:

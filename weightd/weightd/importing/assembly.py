@@ -13,6 +13,7 @@ from math import prod
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.plan import ElementRun, runs_of
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Concatenated, ResidentSource, Slice, TensorSource
 
@@ -25,10 +26,11 @@ Tensors = Mapping[str, SourceTensor]
 
 @dataclass(frozen=True)
 class ResidentStep:
-    """Appends elements to the index-th resident tensor."""
+    """Appends elements to the index-th resident tensor. `kept`: as they are stored, in blocks."""
 
     index: int
     runs: tuple[ElementRun]
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,38 @@ class AssemblyStep:
     last: bool
 
 
-def plan_resident(sources: Sequence[ResidentSource], tensors: Tensors) -> Iterator[ResidentStep | AssemblyStep]:
-    """The steps for all resident tensors, in the order of `sources`."""
+def kept_format(resident: ResidentSource, tensors: Tensors) -> str | None:
+    """The format of blocks in which the checkpoint holds all rows of a tensor, one after the other; None: it does not,
+    or no kernel knows the format."""
+    known = {name for name in tensor_names(resident.source) if tensors[name].encoding.format in BLOCK_FORMATS}
+    formats = {tensors[name].encoding.format for name in known}
+    if len(formats) != 1 or known != set(tensor_names(resident.source)):
+        return None
+    (format,), ranges = formats, _read_in_order(resident.source, tensors)
+    row_elements = {tensors[name].row_elements for name in known}
+    values_change = any(undo is not None and not undo.heads for undo in (tensors[name].undo for name in known))
+    alike = all(tensors[name].encoding == in_blocks(format) for name in known)
+    in_rows = ranges is not None and row_elements == {resident.shape[-1]} and not values_change
+    return format if alike and in_rows else None
+
+
+def plan_resident(
+    sources: Sequence[ResidentSource], tensors: Tensors, kinds: Mapping[str, tuple[str, Shape]]
+) -> Iterator[ResidentStep | AssemblyStep]:
+    """The steps for all resident tensors, in the order of `sources`. `kinds`: in which dtype or format they are stored.
+    What is stored in its kept_format() is copied."""
     for index, resident in enumerate(sources):
         _check_shape(resident, tensors)
+        kept = resident.name in kinds and kept_format(resident, tensors) == kinds[resident.name][0]
         ranges = _read_in_order(resident.source, tensors)
         if ranges is not None:
             for item in ranges:
-                yield from (ResidentStep(index, (run,)) for run in runs_of(tensors[item.name], item.begin, item.end))
+                runs = runs_of(tensors[item.name], item.begin, item.end)
+                yield from (ResidentStep(index, (run,), kept) for run in runs)
             continue
-        runs = [(name, run) for name in tensor_names(resident.source) for run in runs_of(tensors[name])]
-        for number, (name, run) in enumerate(runs, start=1):
-            yield AssemblyStep(index, name, (run,), number == len(runs))
+        pieces = [(name, run) for name in tensor_names(resident.source) for run in runs_of(tensors[name])]
+        for number, (name, run) in enumerate(pieces, start=1):
+            yield AssemblyStep(index, name, (run,), number == len(pieces))
 
 
 def _check_shape(resident: ResidentSource, tensors: Tensors) -> None:

@@ -29,7 +29,14 @@ from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
 from weightd.importing.record import lay_out_record
 from weightd.importing.sources import used_tensors, without_equal_ties
-from weightd.importing.stored_dtype import KEEP, bundle_encoding, kept_slabs, resident_dtype, stored_dtype
+from weightd.importing.stored_dtype import (
+    KEEP,
+    bundle_encoding,
+    kept_slabs,
+    resident_dtype,
+    resident_format,
+    stored_dtype,
+)
 from weightd.importing.tables import TABLES_ABOVE_BYTES, Table, choose_tables, lay_out_table
 from weightd.importing.units import Unit, units_of
 from weightd.importing.writing import ModelWriter, Progress, Step
@@ -77,6 +84,7 @@ def import_checkpoint(
     tell: Tell | None = None,
     tables_above_bytes: int = TABLES_ABOVE_BYTES,
     layout: str = "",
+    resident_request: str = "",
 ) -> weightd_pb2.Model:
     """Imports the checkpoint at `path` as model `name` (default: the folder's name or the file's stem).
 
@@ -88,6 +96,7 @@ def import_checkpoint(
     on the disk, if somebody watches the `progress`.
     `tables_above_bytes`: embeddings that are larger, and only looked up, become tables.
     `layout`: neuron, slab, or empty: slabs where they keep what is quantised.
+    `resident_request`: how matrices outside the FFNs are stored; see resident_format().
 
     Raises CheckpointError, SpaceError, StoreError (the name is taken), DeviceError (O_DIRECT is refused and
     `allow_buffered` is not set) or OSError. After an error the store is as before.
@@ -97,12 +106,13 @@ def import_checkpoint(
         # First, so that a change during the import counts as a later change.
         origin = origin_of(path, dtype, activation)
         origin.tables_above_bytes, origin.layout = tables_above_bytes, layout
+        origin.resident_dtype = resident_request
         with nullcontext(ask) if ask is not None else child() as asked:
             checkpoint = open_checkpoint(path)
             recipe = derive(checkpoint, asked, activation)
             block_bytes, sector_bytes = _device_sizes(staging)
             sizes = (block_bytes, full_speed_read_bytes(store), sector_bytes)
-            model = lay_out(checkpoint, recipe, name, dtype, *sizes, tables_above_bytes, layout)
+            model = lay_out(checkpoint, recipe, name, dtype, *sizes, tables_above_bytes, layout, resident_request)
             if tell is not None:
                 for note in (*_notes(recipe), *model.notes):
                     tell(note)
@@ -166,11 +176,12 @@ def lay_out(
     sector_bytes: int,
     tables_above_bytes: int,
     layout: str = "",
+    resident_request: str = "",
 ) -> LaidOut:
     """What an import of the checkpoint would write. Reads vectors of the checkpoint, and tied weights.
 
     Args:
-        dtype_request, tables_above_bytes, layout: as import_checkpoint()'s `dtype`, `tables_above_bytes` and `layout`.
+        dtype_request, tables_above_bytes, layout, resident_request: as import_checkpoint()'s.
         block_bytes, read_bytes, sector_bytes: of the store's device; see model_layout().
     """
     tensors = used_tensors(recipe, checkpoint.tensors)
@@ -178,7 +189,11 @@ def lay_out(
     dtype = stored_dtype(recipe, tensors, dtype_request)
     dtypes = {source.name: resident_dtype(source, tensors, dtype) for source in resident}
     looked_up, resident = choose_tables(recipe, resident, dtypes, dtype, tables_above_bytes)
-    kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
+    formats = {
+        source.name: resident_format(recipe, source, tensors, dtypes[source.name], dtype_request, resident_request)
+        for source in resident
+    }
+    kinds = {source.name: (formats[source.name], tuple(source.shape)) for source in resident}
     slabs = kept_slabs(units, dtype_request, layout)
     encoding = slabs or bundle_encoding(recipe, dtype_request, dtype)
     sizes = (block_bytes, read_bytes, sector_bytes)
@@ -187,7 +202,7 @@ def lay_out(
     record.import_id = os.urandom(16)
     by_name = {source.name: source for source in resident}
     in_order = [by_name[tensor.name] for tensor in record.resident]
-    steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors)]
+    steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors, kinds)]
     tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
     record.tables.extend(table.record for table in tables)
     return LaidOut(record, header, units, in_order, steps, tables, slabs.notes if slabs is not None else ())

@@ -19,7 +19,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Elements:
-    """Little-endian elements of one dtype, as a flat array of bytes."""
+    """Little-endian elements of one dtype, as a flat array of bytes. Those of kept_rows() are blocks."""
 
     dtype: str
     data: Bytes
@@ -52,6 +52,14 @@ def dequantise(run: ElementRun, stored: Sequence[memoryview]) -> Elements:
         return Elements(elements.dtype, _without_interleaving(elements.data, tensor.rows_together, row_bytes))
     values = elements.as_dtype("F32").view(np.float32) - np.float32(1)
     return Elements("F32", values.view(np.uint8))
+
+
+def kept_rows(run: ElementRun, stored: Sequence[memoryview]) -> Elements:
+    """The rows of a run in blocks, as they are stored, in the order of transformers: `dtype` is their format."""
+    tensor, data = run.tensor, np.frombuffer(stored[0], np.uint8)
+    if tensor.undo is not None:
+        data = _without_interleaving(data, tensor.rows_together, tensor.bytes_of(tensor.row_elements))
+    return Elements(tensor.encoding.format, data)
 
 
 def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:

@@ -13,6 +13,7 @@ import numpy as np
 from weightd.disk.read_ahead import ReadAhead
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
+from weightd.importing.assembly import kept_format
 from weightd.importing.dequantise import dequantise
 from weightd.importing.plan import runs_of
 from weightd.importing.slabs import Slabs, slabs_of
@@ -23,6 +24,7 @@ from weightd_proto.weightd_pb2 import Encoding, Recipe, ResidentSource
 
 KEEP = "keep"
 NEURON, SLAB = LAYOUTS
+PLAIN = "plain"
 SMALL_ELEMENTS_MAX = 4 << 20  # routers have at most 3 million
 
 
@@ -90,6 +92,30 @@ def resident_dtype(source: ResidentSource, tensors: Mapping[str, SourceTensor], 
     if found.isdisjoint(COMPUTE_DTYPES.values()):
         return min(found)
     return "F32" if dtype in source.f32_in else dtype
+
+
+def resident_format(
+    recipe: Recipe,
+    source: ResidentSource,
+    tensors: Mapping[str, SourceTensor],
+    dtype: str,
+    of_model: str,
+    request: str,
+) -> str:
+    """The format of blocks in which a resident tensor's rows are stored, or `dtype`, which is its own.
+
+    `of_model`: the import's --dtype. `request`: plain, keep, int8, int4, or empty: keep with --dtype keep, else plain.
+    Kept are rows that lie in the checkpoint in a format that kernels know. What is no matrix of whole blocks stays
+    plain. Quantised are no routers, which are small and whose rounding picks experts.
+    """
+    request = request or (KEEP if of_model == KEEP else PLAIN)
+    if request == PLAIN or not source.rows or len(source.shape) != 2 or dtype not in COMPUTE_DTYPES.values():
+        return dtype
+    if request == KEEP:
+        return kept_format(source, tensors) or dtype
+    format = QUANTISED_DTYPES[request]
+    is_router = any(layer.experts == source.shape[0] for layer in recipe.model.layers)
+    return dtype if is_router or source.shape[1] % in_blocks(format).block_values else format
 
 
 def _is_small(tensor: SourceTensor) -> bool:

@@ -31,14 +31,15 @@ def update(
     tell: Tell | None = None,
     tables_above_bytes: int | None = None,
     layout: str | None = None,
+    resident_request: str | None = None,
 ) -> tuple[weightd_pb2.Model, str]:
     """The model of the checkpoint at `path`, and what was done for it: kept, imported or replaced.
 
     Waits while another process imports it. `name`: of the model; by default the name it has in the store, or that of
-    its checkpoint if it is new. `dtype`, `activation`, `tables_above_bytes`, `layout`: as of import_checkpoint; by
-    default those of the last import. `tell`: as of import_checkpoint. Raises the errors of import_checkpoint, and
-    StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but its model is calibrated
-    or served.
+    its checkpoint if it is new. `dtype`, `activation`, `tables_above_bytes`, `layout`, `resident_request`: as of
+    import_checkpoint; by default those of the last import. `tell`: as of import_checkpoint. Raises the errors of
+    import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but
+    its model is calibrated or served.
     """
     check_exists(path)
     while True:
@@ -46,7 +47,7 @@ def update(
         target = name if name is not None else known.name if known is not None else _default_name(path)
         if known is None:
             _require_free(store, target, path)
-        elif not _has_changed(known, path, dtype, activation, tables_above_bytes, layout):
+        elif not _has_changed(known, path, dtype, activation, tables_above_bytes, layout, resident_request):
             return known, KEPT
         else:
             _require_replaceable(known, store, path)
@@ -54,9 +55,11 @@ def update(
         function = activation if activation is not None else "" if known is None else known.origin.activation
         above_bytes = _tables_above(known) if tables_above_bytes is None else tables_above_bytes
         wanted_layout = layout if layout is not None else "" if known is None else known.origin.layout
+        resident = "" if known is None else known.origin.resident_dtype
+        resident = resident if resident_request is None else resident_request
         replaces = b"" if known is None else known.import_id
         try:
-            more = (progress, replaces, ask, function, tell, above_bytes, wanted_layout)
+            more = (progress, replaces, ask, function, tell, above_bytes, wanted_layout, resident)
             model = import_checkpoint(path, store, target, wanted, allow_buffered, *more)
         except ImportingError:
             store.await_import(check_model_name(target))
@@ -78,6 +81,7 @@ def current_on_hub(
     activation: str | None,
     tables_above_bytes: int | None = None,
     layout: str | None = None,
+    resident_request: str | None = None,
 ) -> weightd_pb2.Model | None:
     """The model that was imported from the hub's `source`, if it is of the commit that the hub has now.
 
@@ -90,6 +94,7 @@ def current_on_hub(
             origin = model.origin
             same = dtype in (None, origin.dtype) and activation in (None, origin.activation)
             same = same and tables_above_bytes in (None, _tables_above(model)) and layout in (None, origin.layout)
+            same = same and resident_request in (None, origin.resident_dtype)
             if model.source == source and name in (None, model.name) and same:
                 return model if origin.commit and origin.commit == newest_commit(source, revision) else None
     return None
@@ -111,6 +116,7 @@ def _has_changed(
     activation: str | None,
     tables_above_bytes: int | None,
     layout: str | None,
+    resident_request: str | None,
 ) -> bool:
     """Whether an import would give another model. Unknown, and so False, for an import by an older weightd."""
     if not model.HasField("origin"):
@@ -121,6 +127,7 @@ def _has_changed(
     now.commit = model.origin.commit  # of a commit with the same files nothing is new
     if last.HasField("tables_above_bytes"):
         now.tables_above_bytes = last.tables_above_bytes
+    now.resident_dtype = last.resident_dtype if resident_request is None else resident_request
     return bool(last != now) or tables_above_bytes not in (None, _tables_above(model))
 
 

@@ -17,7 +17,7 @@ from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
 from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
-from weightd.importing.dequantise import Bytes, Elements, dequantise
+from weightd.importing.dequantise import Bytes, Elements, dequantise, kept_rows
 from weightd.importing.plan import BundleStep, ElementRun, HoldStep
 from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs
 from weightd.importing.units import Unit
@@ -25,7 +25,17 @@ from weightd.sizes import round_up
 from weightd.store.layout import native_shape
 from weightd.store.store import RESIDENT_FILE
 from weightd_proto import weightd_pb2
-from weightd_proto.encodings import DTYPES, bundle_neurons, bundles_in, encodings_of, is_plain, plain, stored_bytes
+from weightd_proto.encodings import (
+    BLOCK_FORMATS,
+    DTYPES,
+    bundle_neurons,
+    bundles_in,
+    encodings_of,
+    in_blocks,
+    is_plain,
+    plain,
+    stored_bytes,
+)
 from weightd_proto.files import BUNDLES_FILE
 from weightd_proto.tensor_sources import gather
 from weightd_proto.weightd_pb2 import Encoding, ResidentSource
@@ -116,8 +126,10 @@ class ModelWriter:
                 self._progress(sum(len(data) for each in stored for data in each), total_bytes)
 
     def _kept(self, step: Step) -> list[bool]:
-        """Which runs of a step stay as they are in the checkpoint, because slabs hold their blocks."""
+        """Which runs of a step stay as they are in the checkpoint, because slabs or matrices hold their blocks."""
         kept = [False] * len(step.runs)
+        if isinstance(step, ResidentStep):
+            return [step.kept]
         if isinstance(step, HoldStep):
             return [not is_plain(self._held.encoding(step.unit, step.held))]
         if isinstance(step, BundleStep):
@@ -192,9 +204,7 @@ class ModelWriter:
 
 def _elements(run: ElementRun, stored: Sequence[memoryview], kept: bool) -> Elements:
     """The elements of a run; if it is kept, its blocks, with the name of their format."""
-    if kept:
-        return Elements(run.tensor.encoding.format, np.frombuffer(stored[0], np.uint8))
-    return dequantise(run, stored)
+    return kept_rows(run, stored) if kept else dequantise(run, stored)
 
 
 class _HeldMatrices:
@@ -274,18 +284,25 @@ class ResidentStream:
         self._write_behind = write_behind
         self._tensors = tensors
         self._checksums = [_native.Checksum() for _ in tensors]
+        self._errors = np.zeros((len(tensors), 2))  # sums of squared differences and of squares
+        self._rest = Elements("F32", np.empty(0, np.uint8))  # of a tensor that is quantised: less than a block
         self._buffer: memoryview | None = None
         self._filled_bytes = 0  # of the buffer
         self._offset_bytes = 0  # of the buffer in the file
         self._header = header
 
     def dtype(self, index: int) -> str:
-        return self._tensors[index].dtype
+        """The dtype in which append() takes what was put together: F32 for what is quantised."""
+        dtype = self._tensors[index].dtype
+        return dtype if dtype in DTYPES else "F32"
 
     def append(self, index: int, elements: Elements) -> None:
-        """Appends elements to the index-th tensor."""
+        """Appends elements to the index-th tensor. CheckpointError for a value that cannot be quantised."""
         self._write_header()
         dtype = self._tensors[index].dtype
+        if dtype in BLOCK_FORMATS:
+            blocks = elements.data if elements.dtype == dtype else self._quantised(index, elements)
+            elements, dtype = Elements("U8", blocks), "U8"
         source_bytes, target_bytes = DTYPES[elements.dtype].bytes, DTYPES[dtype].bytes
         left = elements.data
         while len(left):
@@ -294,6 +311,25 @@ class ResidentStream:
             Elements(elements.dtype, left[: count * source_bytes]).into(target, dtype)
             self._checksums[index].update(target)
             left = left[count * source_bytes :]
+
+    def _quantised(self, index: int, elements: Elements) -> Bytes:
+        """The whole blocks of what is left of the tensor's elements and of those that follow."""
+        tensor = self._tensors[index]
+        encoding = in_blocks(tensor.dtype)
+        data = np.concatenate([self._rest.data, elements.data]) if len(self._rest.data) else elements.data
+        block_bytes = encoding.block_values * DTYPES[elements.dtype].bytes
+        blocks = len(data) // block_bytes
+        self._rest = Elements(elements.dtype, data[blocks * block_bytes :].copy())
+        target = np.empty(blocks * encoding.block_bytes, np.uint8)
+        try:
+            error = _native.quantise(data[: blocks * block_bytes], elements.dtype, target, encoding)
+        except _native.UnquantisableValue as refused:
+            _, why = refused.args
+            raise CheckpointError(
+                f"{tensor.name} has a weight that is {why}: import with --resident-dtype plain"
+            ) from refused
+        self._errors[index] += error
+        return target
 
     def _write_header(self) -> None:
         header = np.frombuffer(self._header, np.uint8)
@@ -305,8 +341,10 @@ class ResidentStream:
 
     def finish(self) -> None:
         """Pads the last block."""
-        for tensor, checksum in zip(self._tensors, self._checksums, strict=True):
+        for tensor, checksum, (differences, squares) in zip(self._tensors, self._checksums, self._errors, strict=True):
             tensor.checksum = checksum.value
+            if squares:
+                tensor.quantisation_error = math.sqrt(differences / squares)
         if self._buffer is not None:
             padded_bytes = round_up(self._filled_bytes, self._file.block_bytes)
             self._buffer[self._filled_bytes : padded_bytes] = bytes(padded_bytes - self._filled_bytes)

@@ -30,7 +30,14 @@ from weightd.serving.served_models import demand_of
 from weightd.sizes import NOTHING_GIVEN, format_enough, format_size
 from weightd.store.device_profile import DeviceProfile, assumed_profile, known_profile
 from weightd.store.store import Store
-from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, bundle_neurons, formats_of, has_experts
+from weightd_proto.encodings import (
+    COMPUTE_DTYPES,
+    QUANTISED_DTYPES,
+    bundle_neurons,
+    formats_of,
+    has_experts,
+    resident_formats_of,
+)
 from weightd_proto.modes import EXACT, PREDICT, THRESHOLD, WINDOW_TOKENS, lossy_mode
 
 DEVICE_GB_PER_S_DEFAULT = 3.0  # of a common NVMe drive
@@ -62,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
     dram_bytes = dram.bytes if dram.percent is None else percent_of_memory(dram.percent, memory_limits())
     device, device_text = _device(flags.device, flags.store)
     with child() as ask:
-        subject = subject_of(flags.model, flags.revision, flags.dtype, device, flags.store, ask)
+        subject = subject_of(flags.model, flags.revision, flags.dtype, device, flags.store, ask, flags.resident_dtype)
     subject, mode, firing = _mode(
         subject, flags.mode, flags.firing, None if flags.window is None else int(flags.window)
     )
@@ -153,6 +160,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         "model": subject.name,
         "model_class": record.model_class,
         "dtype": formats_of(record),
+        "resident_dtype": resident_formats_of(record),
         "mode": plan.mode,
         "resident_bytes": record.resident_file_bytes,
         "tables": [vars(each) for each in tables_of(record)],
@@ -243,6 +251,11 @@ def _parser() -> FlagParser:
     )
     parser.add_argument(
         "--dtype", choices=(*COMPUTE_DTYPES, *QUANTISED_DTYPES), help="of the stored weights (default: the model's)"
+    )
+    parser.add_argument(
+        "--resident-dtype",
+        choices=tuple(QUANTISED_DTYPES),
+        help="of matrices outside the FFNs (default: the model's dtype)",
     )
     firing = "assume that predict mode predicts this share of the neurons for a token"
     parser.add_argument(

@@ -32,7 +32,7 @@ from weightd.planning.outline import (
 from weightd.sizes import format_size
 from weightd.store.device_profile import FULL_SPEED_READ_BYTES_DEFAULT
 from weightd.store.store import FILES_FOLDER, model_name_for
-from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, formats_of
+from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, RESIDENT_DTYPES, formats_of, resident_formats_of
 from weightd_proto.weightd_pb2 import Model, Recipe
 
 BLOCK_BYTES, SECTOR_BYTES = 4096, 512  # of most devices; a store's own may be larger
@@ -42,12 +42,12 @@ def main(arguments: Sequence[str]) -> int:
     """Prints what is found. Raises CheckpointError where an import would be refused: what, where, and what is known."""
     flags = _parser().parse_args(list(arguments))
     path = locate_here(flags.source, flags.revision, flags.file)
-    recipe, record = probe(path, flags.dtype or KEEP, flags.activation or "")
+    recipe, record = probe(path, flags.dtype or KEEP, flags.activation or "", flags.resident_dtype or "")
     say(json.dumps(_as_json(record, recipe)) if flags.json else "\n".join(_as_text(record, recipe)))
     return 0
 
 
-def probe(path: Path, dtype: str = KEEP, activation: str = "") -> tuple[Recipe, Model]:
+def probe(path: Path, dtype: str = KEEP, activation: str = "", resident_request: str = "") -> tuple[Recipe, Model]:
     """The recipe of the checkpoint at `path`, and the record of the model that an import would make with it.
 
     Raises the errors of import_checkpoint() about the checkpoint.
@@ -57,7 +57,7 @@ def probe(path: Path, dtype: str = KEEP, activation: str = "") -> tuple[Recipe, 
         recipe = derive(checkpoint, ask, activation)
         name = model_name_for(path.resolve())
         sizes = (BLOCK_BYTES, FULL_SPEED_READ_BYTES_DEFAULT, SECTOR_BYTES, TABLES_ABOVE_BYTES)
-        record = lay_out(checkpoint, recipe, name, dtype, *sizes).record
+        record = lay_out(checkpoint, recipe, name, dtype, *sizes, resident_request=resident_request).record
         files = Path(scratch, FILES_FOLDER)
         write_files(checkpoint, recipe, files)
         check_runnable(record, files, path, ask)
@@ -69,6 +69,7 @@ def _as_json(record: Model, recipe: Recipe) -> dict[str, Any]:
         "model": record.name,
         "model_class": record.model_class,
         "dtype": formats_of(record),
+        "resident_dtype": resident_formats_of(record),
         "activation": activation_text(record.activation),
         "bundle_bytes": record.bundle.bundle_bytes,
         "ffns": [asdict(each) for each in ffns_of(record)],
@@ -119,6 +120,7 @@ def _parser() -> FlagParser:
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a model of the hub (default: main)")
     parser.add_argument("--file", metavar="F", help="the .gguf file of a model of the hub that has several")
     parser.add_argument("--dtype", choices=(KEEP, *COMPUTE_DTYPES, *QUANTISED_DTYPES), help="as of `weightd import`")
+    parser.add_argument("--resident-dtype", choices=RESIDENT_DTYPES, help="as of `weightd import`")
     parser.add_argument("--activation", metavar="NAME", help="as of `weightd import`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

@@ -15,7 +15,7 @@ from weightd.checkpoint.opening import locate_here
 from weightd.errors import CheckpointError
 from weightd.importing.client_process import Ask, TokenCost, derive_from_config, token_cost
 from weightd.importing.record import lay_out_record
-from weightd.importing.stored_dtype import bundle_encoding
+from weightd.importing.stored_dtype import PLAIN, bundle_encoding, resident_format
 from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
 from weightd.store.device_profile import DeviceProfile
@@ -46,21 +46,29 @@ class Subject:
 
 
 def subject_of(
-    model: str, revision: str | None, dtype: str | None, device: DeviceProfile, store: Path | None, ask: Ask
+    model: str,
+    revision: str | None,
+    dtype: str | None,
+    device: DeviceProfile,
+    store: Path | None,
+    ask: Ask,
+    resident_request: str | None = None,
 ) -> Subject:
     """Raises CheckpointError where `model` names nothing, or what it names cannot be imported; StoreError."""
     if not Path(model).exists() and store is not None and (store / CATALOG_FILE).exists():
         with Store.open(store, readonly=True) as opened:
             if model in opened.names():
-                return _stored(opened, model, dtype, ask)
+                return _stored(opened, model, dtype or resident_request, ask)
     path, config = _configuration(model, revision)
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
-    return _from_config(name, config, path, dtype, device, ask)
+    return _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
 
 
 def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
     if dtype is not None:
-        raise CheckpointError(f"{model} is in {store.path} with a dtype of its own: leave --dtype out")
+        raise CheckpointError(
+            f"{model} is in {store.path} with dtypes of its own: leave --dtype and --resident-dtype out"
+        )
     record = store.model(model)
     cost = token_cost(record, store.path / model / FILES_FOLDER, ask)
     return Subject(model, record, cost, store.path)
@@ -88,14 +96,24 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
 
 
 def _from_config(
-    name: str, config: Mapping[str, Any], path: Path, dtype: str | None, device: DeviceProfile, ask: Ask
+    name: str,
+    config: Mapping[str, Any],
+    path: Path,
+    dtype: str | None,
+    device: DeviceProfile,
+    ask: Ask,
+    resident_request: str,
 ) -> Subject:
     used, assumptions = _dtype(config, None if dtype in QUANTISED_DTYPES else dtype)
     stored = COMPUTE_DTYPES[used]
     recipe = derive_from_config(config, path, ask)
     dtypes = {source.name: "F32" if stored in source.f32_in else stored for source in recipe.resident}
     looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
-    kinds = {source.name: (dtypes[source.name], tuple(source.shape)) for source in resident}
+    formats = {
+        source.name: resident_format(recipe, source, {}, dtypes[source.name], used, resident_request)
+        for source in resident
+    }
+    kinds = {source.name: (formats[source.name], tuple(source.shape)) for source in resident}
     encoding = bundle_encoding(recipe, dtype or used, stored)
     sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES)
     record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, *sizes)

@@ -1,1 +1,1 @@
-"""Tables: embeddings whose rows stay with weightd, and are read when they are looked up."""
+"""Weights that are no tensors of values: tables, whose rows are read when they are looked up; matrices in blocks."""

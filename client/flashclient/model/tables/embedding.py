@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,13 +30,19 @@ _PLACE: dict[Any, Any] = {
 }
 
 
+class LookedUpRows(Protocol):
+    """Rows of a matrix, by their numbers."""
+
+    def read(self, ids: Tensor) -> Tensor: ...
+
+
 class AbsentTable(AbsentWeight):
     """The weight of an embedding. Rows can be looked up; what needs all of it raises AbsentWeightError."""
 
-    rows: TableRows
+    rows: LookedUpRows
 
     @classmethod
-    def of_rows(cls, rows: TableRows, path: str, unmade: Tensor) -> AbsentTable:
+    def of_rows(cls, rows: LookedUpRows, path: str, unmade: Tensor) -> AbsentTable:
         weight = cls.of(path, unmade)
         assert isinstance(weight, cls)
         weight.rows = rows
