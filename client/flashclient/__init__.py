@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from flashclient.garbage import garbage_kept
+
 # By default, torch's idle OpenMP threads spin and take processor time from the kernels, the daemon and other processes.
 # On two busy cores decoding is 4 to 8 times as fast without that. libgomp reads the variable once, when torch is
 # imported. A user's own setting stands.
@@ -27,7 +29,8 @@ __all__ = ["FlashClient"]
 def __getattr__(name: str) -> Any:
     """Imports FlashClient when it is first named: torch and transformers take seconds."""
     if name == "FlashClient":
-        from flashclient.client import FlashClient
+        with garbage_kept():
+            from flashclient.client import FlashClient
 
         return FlashClient
     raise AttributeError(f"module 'flashclient' has no attribute '{name}'")

@@ -35,6 +35,7 @@ TABLE = {
     """,
     "flashclient": """
         errors:
+        garbage:
         memory_limits:
         standard_streams:
         torch_state:
@@ -42,7 +43,7 @@ TABLE = {
         daemon: errors
         source: errors daemon
         kernels: errors
-        model: errors torch_state turns daemon source kernels
+        model: errors garbage torch_state turns daemon source kernels
         tensors: errors
         recipes: errors source model tensors
         generation: errors torch_state source kernels model tensors recipes
@@ -51,10 +52,10 @@ TABLE = {
         options: errors daemon
         client: errors standard_streams torch_state turns daemon source model generation options
         server: errors generation batching client
-        commands: errors standard_streams daemon generation batching calibration options client server
+        commands: errors garbage standard_streams daemon generation batching calibration options client server
         cli: errors standard_streams commands
         __main__: cli
-        __init__: client
+        __init__: garbage client
     """,
 }
 # The modules of the client that weightd may import: code that both need, and the client that `weightd top` is.

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from flashclient.errors import OptionError
+from flashclient.garbage import garbage_kept
 from flashclient.options import Options
 from flashclient.standard_streams import complain
 from weightd_proto.hub_names import is_hub_name
@@ -30,7 +29,7 @@ def open_client(options: argparse.Namespace, model: str | None = None, **more: A
     _check_served(model, Options(**given))
     if sys.stderr.isatty():
         complain("flashclient", f"loading {model}")  # the next lines take seconds
-    with _garbage_kept(), _weightd_starting(options):
+    with garbage_kept(), _weightd_starting(model, options):
         from transformers import logging as transformers_logging
 
         from flashclient.client import FlashClient
@@ -41,21 +40,9 @@ def open_client(options: argparse.Namespace, model: str | None = None, **more: A
         return FlashClient(model, **given)
 
 
-@contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """Modules and tokenizers are a million objects that stay: looking through them again and again for garbage takes a
-    sixth of the time of imports, and a third of that of a large tokenizer."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
-def _weightd_starting(options: argparse.Namespace) -> AbstractContextManager[None]:
+def _weightd_starting(model: str, options: argparse.Namespace) -> AbstractContextManager[None]:
     """A private weightd starts while torch is imported. Not before an import: a model that is served stays as it is."""
-    if options.store is None or os.path.exists(options.model) or is_hub_name(options.model):  # noqa: PTH110
+    if options.store is None or os.path.exists(model) or is_hub_name(model):  # noqa: PTH110
         return nullcontext()
     from flashclient.daemon.private import started_ahead
 

@@ -109,7 +109,8 @@ def load_model(
     with tempfile.TemporaryDirectory(prefix="flashclient-") as scratch:
         folder = Path(scratch)
         connection.save_files(record, folder)
-        tokenizer = load_tokenizer(folder)
+        with garbage_kept():
+            tokenizer = load_tokenizer(folder)
         built = build_model(record, folder, source, placement, Workers(torch.get_num_threads()), window)
     turns.watch_passes(built.model)
     return LoadedModel(connection, built.record, source, turns, built, tokenizer)
