@@ -48,12 +48,13 @@ MAGIC, VERSION = 0x676E6972, 2
 CALLS_MAX = 12  # of one input
 PART_BYTES_MAX = 4096  # of an upload's messages
 UNARY = ("ListModels", "DescribeModel", "OpenSession", "Stats")
-KINDS = (*UNARY, "Fetch", "PublishCalibration", "attach")
+KINDS = (*UNARY, "Fetch", "PublishCalibration", "attach", "RemoveModel")
 MESSAGES: dict[str, type[Message]] = {
     "ListModels": pb.ListModelsRequest,
     "DescribeModel": pb.DescribeModelRequest,
     "OpenSession": pb.OpenSessionRequest,
     "Stats": pb.StatsRequest,
+    "RemoveModel": pb.RemoveModelRequest,
     "Fetch": pb.FetchRequest,
     "PublishCalibration": pb.PublishCalibrationRequest,
 }
@@ -154,7 +155,7 @@ def joined(calls: list[tuple[int, bytes]]) -> bytes:
 
 def _call(here: Served, kind: str, message: bytes, connections: ExitStack) -> None:
     raw: Any = here.channel  # Any, because its type stubs do not allow messages of bytes
-    if kind in UNARY:
+    if kind in (*UNARY, "RemoveModel"):
         answer = raw.unary_unary(f"/{SERVICE_NAME}/{kind}")(message, timeout=ANSWER_S)
         if kind == "OpenSession":
             here.tokens.append(pb.OpenSessionResponse.FromString(answer).token)

@@ -60,7 +60,7 @@ TABLE = {
 }
 # The modules of the client that weightd may import: code that both need, and the client that `weightd top` is.
 CLIENT_IN_WEIGHTD = {
-    "cli": {"commands", "standard_streams"},
+    "cli": {"commands", "daemon", "errors", "standard_streams"},
     "flags": {"commands"},
     "gateway": {"standard_streams"},
     "machine": {"memory_limits", "standard_streams"},

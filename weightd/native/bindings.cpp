@@ -257,6 +257,9 @@ void bind_engine(nb::module_& module) {
         .def_prop_ro("io_engine_note", &EngineThread::io_note, "why a better level was refused, or empty")
         .def("add_model", &EngineThread::add_model, "spec"_a, nb::call_guard<nb::gil_scoped_release>(),
              "Opens a model's files; returns its number.")
+        .def(
+            "remove_model", &EngineThread::remove_model, "model"_a, nb::call_guard<nb::gil_scoped_release>(),
+            "Gives its memory back and closes its files. False: somebody uses the model. Its number is not used again.")
         .def("raise_dram", &EngineThread::raise_dram, "dram_bytes"_a, "floor_bytes"_a,
              nb::call_guard<nb::gil_scoped_release>(), "--dram and its floor from now on, unless it is more already.")
         .def("open_session", &open_session, "model"_a, "slots_wanted"_a, "user_id"_a, "predicts"_a = true,

@@ -33,7 +33,7 @@ from typing import Any, TextIO
 from flashclient import standard_streams
 from flashclient.commands.slips import no_command
 from flashclient.standard_streams import complain, say
-from weightd.errors import UsageError, WeightdError
+from weightd.errors import DaemonError, UsageError, WeightdError
 from weightd.flags import FlagParser
 from weightd.log import one_line
 from weightd.sizes import format_size, parse_size
@@ -62,6 +62,7 @@ MAINS = {
     "install-service": "weightd.machine.service",
     "top": "weightd.watching.top",
 }
+REMOVED_WITHIN_S = 60.0  # deleting tens of GB takes seconds
 COMMANDS = ("import", "ls", "rm", "verify", *MAINS)
 
 
@@ -155,7 +156,7 @@ def _parser() -> FlagParser:
     adding = command("import", _import, "Imports a model from a Hugging Face folder, a .gguf file or the hub.")
     _add_import_flags(adding)
     listing = command("ls", _list, "Lists the models of a store.")
-    removing = command("rm", _remove, "Deletes a model; no daemon may serve the store.")
+    removing = command("rm", _remove, "Deletes a model, unless somebody uses it.")
     removing.add_argument("name", metavar="NAME")
     verifying = command("verify", _verify, "Reads all stored bytes and compares them with their checksums.")
     verifying.add_argument("names", nargs="*", metavar="NAME", help="default: all models")
@@ -325,7 +326,27 @@ def _list(options: argparse.Namespace) -> None:
 
 def _remove(options: argparse.Namespace) -> None:
     with Store.open(options.store) as store:
-        store.remove(options.name)
+        store.model(options.name)  # an unknown name is an error of the store
+        address = store.served_by()
+        if address is None:
+            store.remove(options.name)
+    if address is not None:
+        _remove_served(options.name, address)
+
+
+def _remove_served(name: str, address: str) -> None:
+    """Asks the weightd that serves the store. Raises DaemonError with its answer."""
+    from flashclient.daemon.channel import Connection
+    from flashclient.errors import FlashClientError
+
+    try:
+        connection = Connection(address, REMOVED_WITHIN_S)
+        try:
+            connection.remove(name)
+        finally:
+            connection.close()
+    except FlashClientError as error:
+        raise DaemonError(f"cannot remove {name!r}, which a weightd at {address} serves: {error}") from error
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ WeightdError                  one line for the user: lower case, the value, what
 ├── ForbiddenError            a remote caller may not do this
 ├── StoreError                the store is missing, locked, of a newer format or lacks the model
 │   ├── UnknownModelError     no model has that name; lists the names that exist
+│   ├── InUseError            a model cannot be removed, because clients use it
 │   ├── ImportingError        another process is importing a model of that name
 │   └── CorruptionError       bytes on flash are wrong or cannot be read; names model, layer and neuron
 ├── ServiceError              `weightd install-service` cannot do a step; names it
@@ -65,6 +66,10 @@ class StoreError(WeightdError):
 
 class UnknownModelError(StoreError):
     """No model has that name; lists the names that exist."""
+
+
+class InUseError(StoreError):
+    """A model cannot be removed, because clients use it."""
 
 
 class ImportingError(StoreError):

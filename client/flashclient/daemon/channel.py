@@ -221,6 +221,10 @@ class Connection:
         answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest(), timeout_s)
         return answer
 
+    def remove(self, name: str) -> None:
+        """Deletes a model from the store that the daemon serves. Raises ModelNotFoundError, RefusedError."""
+        self._call(self.stub.RemoveModel, weightd_pb2.RemoveModelRequest(name=name))
+
     def describe(self, name: str) -> weightd_pb2.Model:
         """The model's record.
 

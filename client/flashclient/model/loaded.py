@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from flashclient._native import Workers
 from flashclient.daemon.channel import Connection
+from flashclient.garbage import garbage_kept
 from flashclient.model.build import BuiltModel, build_model
 from flashclient.source.bundle_source import BundleSource
 from flashclient.turns import Turns

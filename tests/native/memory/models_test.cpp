@@ -48,6 +48,25 @@ TEST_F(ModelsTest, AnIdleModelIsDeactivatedForAnother) {
     EXPECT_EQ(models.at(0).activations, 2U);
 }
 
+TEST_F(ModelsTest, ARemovedModelGivesBackAllItsMemoryAndIsNeverActiveAgain) {
+    Models models(cost_bytes + catalog_bytes(second.spec) + (1 << 20), reader);
+    models.add(first.spec, false);
+    models.add(second.spec, false);
+    ASSERT_TRUE(models.activate(0));
+    EXPECT_FALSE(models.remove(0)) << "it has a user";
+    const Place place = models.place_for(models.at(0), 3);
+    models.leave(0);
+    EXPECT_FALSE(models.remove(0)) << "a cell is being read";
+    models.at(0).pool->loaded(place);
+    EXPECT_TRUE(models.remove(0));
+    EXPECT_EQ(models.memory().used_bytes(), catalog_bytes(second.spec));
+    EXPECT_THROW(models.activate(0), std::out_of_range);
+    EXPECT_TRUE(models.remove(0)) << "once more changes nothing";
+    EXPECT_EQ(models.memory().used_bytes(), catalog_bytes(second.spec));
+    EXPECT_TRUE(models.activate(1));
+    EXPECT_EQ(models.add(first.spec, false), 2U) << "its index is not used again";
+}
+
 TEST_F(ModelsTest, ACellIsPlacedWhereThereIsRoomElseWhereTheLeastUsedWas) {
     Models models(cost_bytes, reader);
     models.add(first.spec, false);

@@ -120,8 +120,8 @@ def test_resident_files_and_placement(daemon: Daemon, tiny: TinyModel) -> None:
     ("what", "words"),
     [
         ({"bundles": pb.NeuronSet(layer=2, neurons=[0])}, ["no layer 2", "2 layers"]),
-        ({"bundles": pb.NeuronSet(layer=0, neurons=[5, 101])}, ["no neuron 101", "101 neurons"]),
-        ({"bundles": pb.NeuronSet(layer=0, positions=[pb.Range(begin=0, end=102)])}, ["102", "101 neurons"]),
+        ({"bundles": pb.NeuronSet(layer=0, neurons=[5, 101])}, ["no neuron 101", "101 bundles"]),
+        ({"bundles": pb.NeuronSet(layer=0, positions=[pb.Range(begin=0, end=102)])}, ["102", "101 bundles"]),
         ({"bundles": pb.NeuronSet(layer=0, positions=[pb.Range(begin=7, end=6)])}, ["7 to 6"]),
         ({"resident": pb.ByteRange(offset=1, size=3 << 20)}, ["3145728"]),
         ({"resident": pb.ByteRange(offset=(1 << 64) - 1, size=2)}, ["3145728"]),

@@ -44,6 +44,22 @@ std::optional<uint32_t> Models::add(std::unique_ptr<Model>& opened) {
     return models_.back()->index;
 }
 
+bool Models::remove(uint32_t index) {
+    Model& model = *models_.at(index);
+    if (model.removed) return true;
+    if (model.users > 0 || (model.pool != nullptr && model.pool->busy() > 0)) return false;
+    if (model.pool != nullptr) deactivate(model);
+    room_.stop_keeping(model);
+    memory_.give(Account::tables, catalog_bytes(model.spec));
+    sessions_.update_limits();
+    reader_.unregister_file(model.file_index);
+    model.file.reset();
+    model.hotness = {};
+    model.spec.checksums = {};
+    model.removed = true;
+    return true;
+}
+
 void Models::seed(uint32_t index, std::span<const Hotness> hotness) {
     Model& model = *models_.at(index);
     if (hotness.size() != model.hotness.size()) {
@@ -65,6 +81,7 @@ std::vector<Hotness> Models::hotness(uint32_t index) const {
 
 bool Models::activate(uint32_t index, Use use, uint64_t has_bytes) {
     Model& model = *models_.at(index);
+    if (model.removed) throw std::out_of_range(model.spec.name + " was removed from the store");
     const bool active = model.pool != nullptr;
     const uint64_t user_bytes = model.users >= SESSIONS_RESERVED ? session_bytes(model.spec) : 0;
     const uint64_t share_bytes = SHARE_SLOTS_MIN * uint64_t{model.spec.cell_bytes};

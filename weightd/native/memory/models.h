@@ -42,6 +42,8 @@ class Models {
         auto opened = open_model(std::move(spec), allow_buffered);
         return add(opened).value();
     }
+    // Ends an idle model: gives its memory back and closes its files. False: somebody uses it, or it is being read.
+    bool remove(uint32_t model);
     Model& at(uint32_t model) { return *models_.at(model); }
     const ModelList& all() const { return models_; }
 
@@ -52,7 +54,8 @@ class Models {
     // Sets memory aside for the model's resident weights and tables and for one more user. Takes it from idle models
     // and from surplus segments. False: those are being drained, and what becomes free is kept for this model: ask
     // again soon, or call stop_waiting(). Throws NoRoom, without any change, if this and the rest of what the user
-    // needs do not fit even after all memory that can be taken back has been taken back. leave() ends the use.
+    // needs do not fit even after all memory that can be taken back has been taken back, and std::out_of_range if the
+    // model was removed. leave() ends the use.
     // `has_bytes`: the part of --dram that the user has by other sessions (user.h).
     bool activate(uint32_t model, Use use = Use::session, uint64_t has_bytes = 0);
     void stop_waiting(const Model& model) { room_.stop_keeping(model); }

@@ -81,7 +81,7 @@ NoRoom Room::refusal(const Model& asking, uint64_t bytes, uint64_t left_bytes, u
     uint64_t catalogs_bytes = 0;
     bool in_use = false;
     for (const auto& model : models_) {
-        catalogs_bytes += catalog_bytes(model->spec);
+        if (!model->removed) catalogs_bytes += catalog_bytes(model->spec);
         if (model->pool == nullptr || model->users == 0) continue;
         in_use = true;
         text += "; " + model->spec.name + " has " + mebibytes(in_use_bytes(*model)) + " for " +

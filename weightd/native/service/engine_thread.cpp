@@ -127,7 +127,8 @@ void EngineThread::check_periodically() {
 std::string EngineThread::io_level() {
     const bool buffered = commands_.on_loop([&] {
         const auto& models = engine_.models().all();
-        return std::any_of(models.begin(), models.end(), [](const auto& model) { return model->file->buffered(); });
+        return std::any_of(models.begin(), models.end(),
+                           [](const auto& model) { return model->file != nullptr && model->file->buffered(); });
     });
     return reader_->level() + (buffered ? ", through the page cache" : "");
 }

@@ -40,6 +40,10 @@ class EngineThread {
     const std::string& io_note() const { return io_note_; }
 
     uint32_t add_model(ModelSpec spec) { return openings_.add_model(std::move(spec)); }
+    // False: somebody uses the model. Its index is not used again.
+    bool remove_model(uint32_t model) {
+        return commands_.on_loop([&] { return engine_.models().remove(model); });
+    }
     // --dram and its floor from now on, unless --dram is more already.
     void raise_dram(uint64_t dram_bytes, uint64_t floor_bytes) {
         commands_.on_loop([&] { engine_.models().raise_dram(dram_bytes, floor_bytes); });

@@ -41,7 +41,9 @@ Report report_of(const Engine& engine, const RingSessions& sessions, const Press
     report.uptime_s = seconds(uptime);
     report.read_queue = engine.read_queue();
     report.memory_pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(), signals.count()};
-    for (const auto& model : engine.models().all()) report.models.push_back(report_of(engine, sessions, *model));
+    for (const auto& model : engine.models().all()) {
+        if (!model->removed) report.models.push_back(report_of(engine, sessions, *model));
+    }
     for (const auto& [id, session] : sessions.open_sessions()) {
         report.attached.push_back(report_of(*session, engine.models().all()[session->model]->spec));
     }

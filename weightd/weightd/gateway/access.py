@@ -78,6 +78,12 @@ def require_read(caller: Caller, model: str, allow: Rules) -> None:
         )
 
 
+def require_trusted(caller: Caller, wanted: str) -> None:
+    """Raises ForbiddenError unless `caller` is root or the daemon's own user. `wanted`: what it asked for."""
+    if not caller.trusted:
+        raise ForbiddenError(f"{caller} may not {wanted}: only root and weightd's own user may, over the Unix socket")
+
+
 def require_publish(caller: Caller, model: str, allow: Rules, allow_publish: Rules) -> None:
     """Raises ForbiddenError unless `caller` may read `model` and publish calibrations of it."""
     require_read(caller, model, allow)

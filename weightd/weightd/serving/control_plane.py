@@ -18,8 +18,16 @@ from typing import TypeVar
 
 from weightd import _native
 from weightd._native import EngineThread
-from weightd.errors import CorruptionError, DeviceError, RequestError, SpaceError, StoppingError, StoreError
-from weightd.gateway.access import Caller, Rules, may_read, require_publish, require_read
+from weightd.errors import (
+    CorruptionError,
+    DeviceError,
+    RequestError,
+    SpaceError,
+    StoppingError,
+    StoreError,
+    UnknownModelError,
+)
+from weightd.gateway.access import Caller, Rules, may_read, require_publish, require_read, require_trusted
 from weightd.gateway.identity import Context, Identities
 from weightd.machine.budget import GrowingDram
 from weightd.serving.call_bounds import CALLS_MAX, FETCHES_MAX, keeping_place
@@ -134,6 +142,13 @@ class ControlPlane:
                 await self._run_whole(functools.partial(staging.write, _data(request)))
             return await self._run_whole(lambda: self._models.publish(served, staging))
 
+    async def RemoveModel(
+        self, request: weightd_pb2.RemoveModelRequest, context: Context
+    ) -> weightd_pb2.RemoveModelResponse:
+        require_trusted(self._identities.caller(context), "remove models")
+        await self._run_whole(lambda: self._models.remove(request.name))
+        return weightd_pb2.RemoveModelResponse()
+
     async def Stats(self, request: weightd_pb2.StatsRequest, context: Context) -> weightd_pb2.StatsResponse:
         caller = self._identities.caller(context)
         stats = await self._run(self._statistics.now)
@@ -211,6 +226,8 @@ class ControlPlane:
             )
         except _native.CorruptResident as error:
             raise CorruptionError(str(error)) from error
+        except IndexError as error:
+            raise UnknownModelError(str(error)) from error  # removed since it was looked up
         return token, share
 
     async def _run(self, work: Callable[[], Result], threads: ThreadPoolExecutor | None = None) -> Result:

@@ -1,7 +1,7 @@
 """The models that the daemon serves: records of the catalog, opened in the engine.
 
-A model that is imported while the daemon runs is opened when it is first requested. Models do not disappear: `rm` is
-refused while a daemon serves the store.
+A model that is imported while the daemon runs is opened when it is first requested. `weightd rm` asks the daemon to
+remove a model, which it does unless somebody uses it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import numpy.typing as npt
 
 from weightd import _native
 from weightd._native import PAGE_BYTES, SEGMENT_BYTES_MAX, EngineThread, ModelSpec, sector_size_bytes
-from weightd.errors import CorruptionError, DeviceError, SpaceError, StoreError, UnknownModelError, WeightdError
+from weightd.errors import (
+    CorruptionError,
+    DeviceError,
+    InUseError,
+    SpaceError,
+    StoreError,
+    UnknownModelError,
+    WeightdError,
+)
 from weightd.machine.budget import GrowingDram, ModelDemand
 from weightd.sizes import round_up
 from weightd.store.calibration import CalibrationStaging, calibration_path, predictors_of, remove_old
@@ -157,6 +165,27 @@ class ServedModels:
             self._opened[record.name] = served
         return served
 
+    def remove(self, name: str) -> None:
+        """Closes the model and its tables and deletes it from the store.
+
+        Raises UnknownModelError if there is none, InUseError while somebody uses it, StoreError.
+        """
+        with self._changes(name):
+            self.require_known(name, lambda _: True)
+            record = self._store.model(name)
+            for stored in (record, *record.tables):  # whoever uses a table uses its model
+                served = self._opened.get(stored.name)
+                if served is None:
+                    continue
+                if not self._engine.remove_model(served.number):
+                    raise InUseError(f"model {name!r} is in use: end its clients, or try again when they have ended")
+                with self._lock:
+                    del self._opened[stored.name]
+                    self._remembered.pop(stored.name, None)
+            self.positions.cache_clear()  # another model may get the name
+            self._store.remove(name, by_daemon=True)
+        logger.info("removed model %s", name, extra={"fields": {"model": name}})
+
     def _changes(self, name: str) -> threading.Lock:
         with self._lock:
             return self._changing[name]
@@ -190,9 +219,13 @@ class ServedModels:
             name = served.record.name
             try:
                 hotness = self._engine.hotness(served.number)
-                if _checksum(hotness) != self._remembered[name]:
-                    self._store.catalog.set_hotness(name, hotness)
-                    self._remembered[name] = _checksum(hotness)
+                with self._changes(name):
+                    now = self._opened.get(name)
+                    if now is None or now.number != served.number:  # removed meanwhile
+                        continue
+                    if _checksum(hotness) != self._remembered[name]:
+                        self._store.catalog.set_hotness(name, hotness)
+                        self._remembered[name] = _checksum(hotness)
             except _native.Stopping:
                 return
             except (SpaceError, StoreError) as error:

@@ -221,10 +221,11 @@ class Store(Closing):
             with suppress(FileNotFoundError), marker.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_SH)
 
-    def remove(self, name: str) -> None:
-        """Deletes the model; StoreError if there is none or a daemon serves the store."""
+    def remove(self, name: str, by_daemon: bool = False) -> None:
+        """Deletes the model; StoreError if there is none, or if a daemon serves the store and is not the caller."""
         with self.locked():  # a daemon claims the store under this lock too
-            self._refuse_served(f"cannot remove {name!r}")
+            if not by_daemon:
+                self._refuse_served(f"cannot remove {name!r}")
             self.model(name)
             removed = self.take_out(name)
         delete(removed)

@@ -1,0 +1,104 @@
+"""`weightd rm` while a daemon serves the store: it works unless the model is in use, for those who may."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from daemon import Daemon, serving
+from tiny_store import write_model
+
+from flashclient.daemon.channel import Connection
+from flashclient.errors import ModelNotFoundError, RefusedError
+from flashclient.source.ring import RingSource
+from weightd.cli import main
+from weightd.store.store import Store
+from weightd_proto import weightd_pb2 as pb
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    folder = tmp_path / "store"
+    write_model(folder)
+    write_model(folder, "other", seed=1)
+    return folder
+
+
+@pytest.fixture
+def daemon(store: Path) -> Iterator[Daemon]:
+    with serving(store, "--dram", "64MiB") as started:
+        yield started
+
+
+def remove(store: Path, name: str) -> int:
+    return main(["rm", name, "--store", str(store)])
+
+
+def files_open(daemon: Daemon, store: Path, name: str) -> list[str]:
+    paths = [os.readlink(entry) for entry in Path(f"/proc/{daemon.process.pid}/fd").iterdir()]  # noqa: PTH115
+    return [path for path in paths if path.startswith(str(store / name))]
+
+
+def test_a_model_that_nobody_uses_is_removed(store: Path, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    connection = Connection(daemon.address, 20.0)
+    before = connection.stats()
+    assert files_open(daemon, store, "tiny")
+    assert remove(store, "tiny") == 0
+    assert not (store / "tiny").exists()
+    assert not files_open(daemon, store, "tiny")
+    with pytest.raises(ModelNotFoundError, match="there is other"):
+        connection.describe("tiny")
+    after = connection.stats()
+    assert [model.name for model in after.models] == ["other"]
+    assert after.dram_tables_bytes < before.dram_tables_bytes
+    assert connection.describe("other").name == "other"
+    assert remove(store, "tiny") == 1
+    assert "no model 'tiny'" in capsys.readouterr().err
+    connection.close()
+
+
+def test_another_model_of_the_name_is_served_then(store: Path, daemon: Daemon) -> None:
+    connection = Connection(daemon.address, 20.0)
+    first = b"".join(connection.fetch(pb.FetchRequest(model="tiny", placement_of=0)))
+    assert remove(store, "tiny") == 0
+    again = write_model(store, neurons=50, seed=9)
+    assert len(b"".join(connection.fetch(pb.FetchRequest(model="tiny", placement_of=0)))) < len(first)
+    wanted = pb.NeuronSet(layer=0, neurons=[7])
+    fetched = b"".join(connection.fetch(pb.FetchRequest(model="tiny", bundles=wanted)))
+    assert np.array_equal(np.frombuffer(fetched, np.uint8)[: again.bundles[0].shape[1]], again.bundles[0][7])
+    connection.close()
+
+
+def test_a_model_in_use_stays(store: Path, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
+    connection = Connection(daemon.address, 20.0)
+    source = RingSource(connection, connection.describe("tiny"), False)
+    assert remove(store, "tiny") == 1
+    said = capsys.readouterr().err
+    assert "model 'tiny' is in use: end its clients" in said
+    assert said.count("\n") == 1
+    assert connection.describe("tiny").name == "tiny"
+    source.close()
+    for _ in range(200):  # the daemon notices the end of the session by itself
+        if remove(store, "tiny") == 0:
+            break
+    assert not (store / "tiny").exists()
+    connection.close()
+
+
+def test_only_root_and_the_daemons_user_may(store: Path, daemon: Daemon) -> None:
+    with pytest.raises(grpc.RpcError) as caught:  # without an identity
+        daemon.stub.RemoveModel(pb.RemoveModelRequest(name="tiny"))
+    assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert "may not remove models: only root and weightd's own user" in (caught.value.details() or "")
+    connection = Connection(daemon.address, 20.0)
+    with pytest.raises(ModelNotFoundError, match="no model 'nothing'"):
+        connection.remove("nothing")
+    with pytest.raises((ModelNotFoundError, RefusedError)):
+        connection.remove("../tiny")
+    connection.close()
+    with Store.open(store, readonly=True) as opened:
+        assert opened.names() == ["other", "tiny"]
