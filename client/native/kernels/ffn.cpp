@@ -129,23 +129,32 @@ void Ffn::fire_entries(const Neurons& list, const uint32_t* entries, size_t coun
         std::max<size_t>(2, divide_up(count, GROUP_MAX * workers_.threads()));  // the same of each thread
     const size_t share = divide_up(count, rounds * workers_.threads());
     const size_t group_size = std::clamp(divide_up(share, GROUP_MIN) * GROUP_MIN, GROUP_MIN, GROUP_MAX);
+    const auto h_of = [&](size_t t) { return h + t * TOKENS_MAX * entries_of(list); };
     workers_.run(divide_up(count, group_size), [&](size_t item) {
         const size_t end = std::min(count, (item + 1) * group_size);
-        for (size_t t = 0; t < x.groups(); t++) {
-            const Neurons of_tokens = list.of_tokens(t);
-            float* h_of_tokens = h + t * TOKENS_MAX * entries_of(list);
+        const auto of_tokens = [&](size_t t) {
             Group group{{}, 0, t};
+            const Neurons masked = list.of_tokens(t);
             for (size_t i = item * group_size; i < end; i++) {
                 const size_t entry = entries != nullptr ? entries[i] : i;
-                if (of_tokens.row_masks != nullptr && of_tokens.row_masks[entry] == 0) {
-                    std::fill_n(h_of_tokens + entry * x.in_group(t), x.in_group(t), 0.0f);
+                if (masked.row_masks != nullptr && masked.row_masks[entry] == 0) {
+                    std::fill_n(h_of(t) + entry * x.in_group(t), x.in_group(t), 0.0f);
                 } else {
                     group.entry[group.count++] = static_cast<uint32_t>(entry);
                 }
             }
-            fire_group(group, of_tokens, x, h_of_tokens);
+            return group;
+        };
+        size_t t = 0;
+        for (; list.row_masks == nullptr && has_pairs() && t + 1 < x.groups(); t += 2) {
+            fire_two({of_tokens(t), of_tokens(t + 1)}, list, x, {h_of(t), h_of(t + 1)});
         }
+        for (; t < x.groups(); t++) fire_group(of_tokens(t), list.of_tokens(t), x, h_of(t));
     });
+}
+
+bool Ffn::has_pairs() const {
+    return gate_or_up_.kernels->dots_of_groups != nullptr && up_.kernels->dots_of_groups != nullptr;
 }
 
 // Computes the dots of a neuron for all tokens, which reads no more bytes, and sets those that are not wanted to 0.
@@ -156,6 +165,38 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const Rows& x, flo
     for (size_t i = 0; i < group.count; i++) rows[i] = row_of(gate_or_up_, list, group.entry[i]);
     gate_or_up_.kernels->dots(rows, group.count, x.of_gate_or_up().group(group.tokens * TOKENS_MAX), shape_.hidden,
                               tokens, dots);
+    const Group open = activate_group(group, list, dots, tokens, h);
+    if (shape_.gated() && open.count > 0) open_gate(open, list, x, h);
+}
+
+// The same neurons for two groups of tokens, without masks.
+void Ffn::fire_two(const Group (&groups)[2], const Neurons& list, const Rows& x, float* const (&h)[2]) const {
+    const void* rows[GROUP_MAX];
+    float dots[2][GROUP_MAX * TOKENS_MAX];
+    const size_t first[2] = {groups[0].tokens * TOKENS_MAX, groups[1].tokens * TOKENS_MAX};
+    const size_t tokens[2] = {x.in_group(groups[0].tokens), x.in_group(groups[1].tokens)};
+    const auto multiply = [&](const Part& part, const PackedRows& packed) {
+        for (size_t i = 0; i < groups[0].count; i++) rows[i] = row_of(part, list, groups[0].entry[i]);
+        part.kernels->dots_of_groups(rows, groups[0].count, {packed.group(first[0]), packed.group(first[1])},
+                                     shape_.hidden, tokens, {dots[0], dots[1]});
+    };
+    multiply(gate_or_up_, x.of_gate_or_up());
+    Group open[2];
+    for (size_t g = 0; g < 2; g++) open[g] = activate_group(groups[g], list, dots[g], tokens[g], h[g]);
+    if (!shape_.gated()) return;
+    if (open[0].count < groups[0].count || open[1].count < groups[1].count) {
+        for (size_t g = 0; g < 2; g++) {
+            if (open[g].count > 0) open_gate(open[g], list, x, h[g]);
+        }
+        return;
+    }
+    multiply(up_, x.of_up());
+    for (size_t g = 0; g < 2; g++) multiply_group(open[g], list, dots[g], tokens[g], h[g]);
+}
+
+// Sets h of the neurons to the activation of their dots. Returns those that are not 0 for all tokens.
+Ffn::Group Ffn::activate_group(const Group& group, const Neurons& list, const float* dots, size_t tokens,
+                               float* h) const {
     const Activation activation = shape_.activation;  // a copy, which writing h cannot change
     Group open{{}, 0, group.tokens};
     for (size_t i = 0; i < group.count; i++) {
@@ -168,7 +209,7 @@ void Ffn::fire_group(const Group& group, const Neurons& list, const Rows& x, flo
         }
         if (!all_zero(of_entry, tokens)) open.entry[open.count++] = entry;
     }
-    if (shape_.gated() && open.count > 0) open_gate(open, list, x, h);
+    return open;
 }
 
 // Multiplies h by the factors of the up rows where the gate is open. A closed gate stays 0, whatever the up row holds.
@@ -178,6 +219,10 @@ void Ffn::open_gate(const Group& group, const Neurons& list, const Rows& x, floa
     const size_t tokens = x.in_group(group.tokens);
     for (size_t i = 0; i < group.count; i++) rows[i] = row_of(up_, list, group.entry[i]);
     up_.kernels->dots(rows, group.count, x.of_up().group(group.tokens * TOKENS_MAX), shape_.hidden, tokens, dots);
+    multiply_group(group, list, dots, tokens, h);
+}
+
+void Ffn::multiply_group(const Group& group, const Neurons& list, const float* dots, size_t tokens, float* h) const {
     const Activation activation = shape_.activation;
     for (size_t i = 0; i < group.count; i++) {
         const uint32_t entry = group.entry[i];

@@ -100,7 +100,11 @@ class Ffn {
     Reading new_reading() const { return {bundle_bytes_, alignment_bytes_}; }
     void fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const Rows& x, float* h) const;
     void fire_group(const Group& group, const Neurons& list, const Rows& x, float* h) const;
+    void fire_two(const Group (&groups)[2], const Neurons& list, const Rows& x, float* const (&h)[2]) const;
+    bool has_pairs() const;
+    Group activate_group(const Group& group, const Neurons& list, const float* dots, size_t tokens, float* h) const;
     void open_gate(const Group& group, const Neurons& list, const Rows& x, float* h) const;
+    void multiply_group(const Group& group, const Neurons& list, const float* dots, size_t tokens, float* h) const;
     bool in_slabs() const { return shape_.neurons > 1; }
     size_t entries_of(const Neurons& list) const { return list.bundles.size() << neurons_shift_; }
     const void* row_of(const Part& part, const Neurons& list, size_t entry) const {

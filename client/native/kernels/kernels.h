@@ -46,6 +46,10 @@ struct Kernels {
     // whole blocks and 32s. h: h_stride values from token to token; y: [tokens, hidden]. Null for i8.
     void (*add_products)(const void* matrix, size_t length, const float* h, size_t h_stride, size_t tokens,
                          size_t hidden, size_t begin, size_t end, float* y);
+    // dots() of two groups of tokens, with the same bits, for rows that are in a cache. Null: there is nothing faster
+    // than two calls of dots().
+    void (*dots_of_groups)(const void* const* rows, size_t row_count, const void* const (&x)[2], size_t hidden,
+                           const size_t (&tokens)[2], float* const (&dots)[2]) = nullptr;
 };
 
 // The best instruction set of the processor, or the one named: "amx", "avx512", "avx2" or "portable". Throws

@@ -216,22 +216,30 @@ struct WeightTiles {
     size_t stride;
 };
 
-// Blocks [begin, end) of some tiles of rows, times those of x. Fetches what lies `shift` bytes behind each in `ahead`.
+// Tiles of x: those of the first tile of columns, block by block, and how far behind them those of the next one are.
+struct ColumnTiles {
+    const char* data;
+    size_t apart_bytes;
+};
+
+// Blocks [begin, end) of some tiles of rows, times those of x. Fetches what lies `shift` bytes behind each in `ahead`,
+// if it is not null.
 template <size_t tiles, size_t columns>
-LANE void add_blocks(const WeightTiles& source, const char* x, size_t blocks, size_t begin, size_t end,
-                     const WeightRows<tiles>& ahead, ptrdiff_t shift) {
+LANE void add_blocks(const WeightTiles& source, const ColumnTiles& x, size_t begin, size_t end,
+                     const WeightRows<tiles>* ahead, ptrdiff_t shift) {
     for (size_t block = begin; block < end; block++) {
-        ahead.prefetch(static_cast<ptrdiff_t>(block * ROW_BYTES) + shift);
-        Tiles<tiles, columns>::load_x(x + block * TILE_BYTES, blocks * TILE_BYTES);
+        if (ahead != nullptr) ahead->prefetch(static_cast<ptrdiff_t>(block * ROW_BYTES) + shift);
+        Tiles<tiles, columns>::load_x(x.data + block * TILE_BYTES, x.apart_bytes);
         Tiles<tiles, columns>::add_rows(source.data + (block - begin) * source.block_bytes, source.tile_bytes,
                                         source.stride);
     }
 }
 
-// Dots of some tiles of rows with some of columns: [tile of rows, tile of columns, TILE_ROWS, TILE_COLUMNS].
+// Dots of some tiles of rows with some of columns: [tile of rows, tile of columns, TILE_ROWS, TILE_COLUMNS]. `next`:
+// the rows that are fetched; null where these and the next ones are in a cache.
 template <size_t tiles, size_t columns>
-KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>& next, const char* x, size_t hidden,
-                          float* sums) {
+KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>* next, const ColumnTiles& x,
+                          size_t hidden, float* sums) {
     const size_t blocks = divide_up(hidden, BLOCK);
     const size_t whole = rows.stride != 0 ? hidden / BLOCK : 0;
     Tiles<tiles, columns>::clear_sums();
@@ -250,14 +258,29 @@ KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>
         }
         const auto shift = static_cast<ptrdiff_t>(AHEAD * ROW_BYTES);
         if (here) {
-            add_blocks<tiles, columns>(source, x, blocks, begin, end, rows, shift);
+            add_blocks<tiles, columns>(source, x, begin, end, next == nullptr ? nullptr : &rows, shift);
         } else {
             const auto back = blocks > AHEAD ? shift - static_cast<ptrdiff_t>(blocks * ROW_BYTES) : 0;
-            add_blocks<tiles, columns>(source, x, blocks, begin, end, next, back);
+            add_blocks<tiles, columns>(source, x, begin, end, next, back);
         }
         begin = end;
     }
     Tiles<tiles, columns>::store_sums(sums);
+}
+
+// The dots of a row with the columns of some tokens, [tile of columns, TILE_COLUMNS]; `apart` from one tile to the
+// next.
+KERNEL void store_dots(const float* sums, size_t apart, const Columns& columns, size_t tokens, float* dots) {
+    if (columns.count == tokens) {  // each token has one column
+        const auto mask = static_cast<__mmask16>((1U << tokens) - 1);
+        return _mm512_mask_storeu_ps(dots, mask, _mm512_load_ps(sums));
+    }
+    const auto dot = [&](size_t column) { return sums[column / TILE_COLUMNS * apart + column % TILE_COLUMNS]; };
+    for (size_t t = 0; t < tokens; t++) {
+        const size_t column = columns.first[t];
+        const float rest = columns.exact[t] ? 0.0f : dot(column + 1) + dot(column + 2);
+        dots[t] = columns.exact[t] ? dot(column) : dot(column) + rest;
+    }
 }
 
 template <size_t tiles, size_t column_tiles>
@@ -265,20 +288,14 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const Colum
                           size_t hidden, size_t tokens, float* dots) {
     alignas(64) float sums[tiles][column_tiles][TILE_ROWS][TILE_COLUMNS];
     const size_t tiles_ahead = std::max<size_t>(1, AHEAD / tiles / divide_up(hidden, BLOCK));
+    const ColumnTiles of_x{x, divide_up(hidden, BLOCK) * TILE_BYTES};
     for (size_t i = 0; i < row_count; i += tiles * TILE_ROWS) {
         const WeightRows<tiles> rows_here(rows, row_count, i);
         const WeightRows<tiles> ahead(rows, row_count, i + tiles_ahead * tiles * TILE_ROWS);
-        dots_of_tiles<tiles, column_tiles>(rows_here, ahead, x, hidden, sums[0][0][0]);
+        dots_of_tiles<tiles, column_tiles>(rows_here, &ahead, of_x, hidden, sums[0][0][0]);
         for (size_t r = 0; r < std::min(tiles * TILE_ROWS, row_count - i); r++) {
-            const auto& of_row = sums[r / TILE_ROWS];
-            const auto dot = [&](size_t column) {
-                return of_row[column / TILE_COLUMNS][r % TILE_ROWS][column % TILE_COLUMNS];
-            };
-            for (size_t t = 0; t < tokens; t++) {
-                const size_t column = columns.first[t];
-                const float rest = columns.exact[t] ? 0.0f : dot(column + 1) + dot(column + 2);
-                dots[(i + r) * tokens + t] = columns.exact[t] ? dot(column) : dot(column) + rest;
-            }
+            store_dots(sums[r / TILE_ROWS][0][r % TILE_ROWS], TILE_ROWS * TILE_COLUMNS, columns, tokens,
+                       dots + (i + r) * tokens);
         }
     }
 }
@@ -299,6 +316,46 @@ KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, 
     _tile_release();
 }
 
+// One or two tiles of rows with two tiles of columns, of a group of tokens each. Twice the products of each line that
+// is loaded from the L2 cache, which otherwise takes longer than multiplying.
+template <size_t tiles>
+KERNEL void dots_of_two(const WeightRows<tiles>& rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
+                        const size_t (&tokens)[2], float* const (&dots)[2]) {
+    alignas(64) float sums[tiles][2][TILE_ROWS][TILE_COLUMNS];
+    const auto tiles_of = [&](size_t group) { return static_cast<const char*>(packed[group]) + sizeof(Columns); };
+    const ColumnTiles x{tiles_of(0), static_cast<size_t>(tiles_of(1) - tiles_of(0))};
+    dots_of_tiles<tiles, 2>(rows, nullptr, x, hidden, sums[0][0][0]);
+    for (size_t r = 0; r < row_count; r++) {
+        for (size_t group = 0; group < 2; group++) {
+            store_dots(sums[r / TILE_ROWS][group][r % TILE_ROWS], 0, *static_cast<const Columns*>(packed[group]),
+                       tokens[group], dots[group] + r * tokens[group]);
+        }
+    }
+}
+
+KERNEL void dots_of_groups(const void* const* rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
+                           const size_t (&tokens)[2], float* const (&dots)[2]) {
+    for (size_t group = 0; group < 2; group++) {
+        if (static_cast<const Columns*>(packed[group])->count == tokens[group]) continue;
+        for (group = 0; group < 2; group++) {
+            flashclient::dots(rows, row_count, packed[group], hidden, tokens[group], dots[group]);
+        }
+        return;
+    }
+    static const TileConfig config;
+    _tile_loadconfig(&config);
+    for (size_t i = 0; i < row_count; i += 2 * TILE_ROWS) {
+        const size_t some = std::min(2 * TILE_ROWS, row_count - i);
+        float* const out[2] = {dots[0] + i * tokens[0], dots[1] + i * tokens[1]};
+        if (some > TILE_ROWS) {
+            dots_of_two<2>(WeightRows<2>(rows, row_count, i), some, packed, hidden, tokens, out);
+        } else {
+            dots_of_two<1>(WeightRows<1>(rows, row_count, i), some, packed, hidden, tokens, out);
+        }
+    }
+    _tile_release();
+}
+
 }  // namespace
 }  // namespace flashclient
 
@@ -310,6 +367,7 @@ const flashclient::Kernels* flashclient::kernels_amx(Dtype dtype) {
         table.packed_bytes = packed_bytes;
         table.pack = pack;
         table.dots = dots;
+        table.dots_of_groups = dots_of_groups;
         return table;
     }();
     return &kernels;

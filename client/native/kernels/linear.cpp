@@ -57,12 +57,20 @@ void Linear::for_blocks(const Matrix& weight, const float* x, size_t tokens, con
 void Linear::of_block(const Rows& of, size_t first, size_t count, const PackedRows& x, size_t tokens,
                       const Block& block) {
     const void* rows[BLOCK_ROWS_MAX];
-    float values[BLOCK_ROWS_MAX * TOKENS_MAX];
+    float values[2][BLOCK_ROWS_MAX * TOKENS_MAX];
     for (size_t i = 0; i < count; i++) rows[i] = static_cast<const char*>(of.matrix.data) + (first + i) * of.bytes;
-    for (size_t token = 0; token < tokens; token += TOKENS_MAX) {
-        const size_t some = std::min(TOKENS_MAX, tokens - token);
-        of.kernels.dots(rows, count, x.group(token), of.matrix.columns, some, values);
-        block({first, count, token, some, values});
+    const auto in_group = [&](size_t from) { return std::min(TOKENS_MAX, tokens - from); };
+    size_t token = 0;
+    for (; of.kernels.dots_of_groups != nullptr && token + TOKENS_MAX < tokens; token += 2 * TOKENS_MAX) {
+        const size_t next = token + TOKENS_MAX;
+        of.kernels.dots_of_groups(rows, count, {x.group(token), x.group(next)}, of.matrix.columns,
+                                  {TOKENS_MAX, in_group(next)}, {values[0], values[1]});
+        block({first, count, token, TOKENS_MAX, values[0]});
+        block({first, count, next, in_group(next), values[1]});
+    }
+    for (; token < tokens; token += TOKENS_MAX) {
+        of.kernels.dots(rows, count, x.group(token), of.matrix.columns, in_group(token), values[0]);
+        block({first, count, token, in_group(token), values[0]});
     }
 }
 

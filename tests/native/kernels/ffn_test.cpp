@@ -96,6 +96,49 @@ TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
     }
 }
 
+// Many tokens are computed by other loops than few.
+TEST_P(FfnBits, RowsOf16BitsDoNotDependOnTheOthersOrOnChunks) {
+    try {
+        kernels_for(Dtype::bf16, GetParam());
+    } catch (const std::invalid_argument& error) {
+        GTEST_SKIP() << error.what();
+    }
+    constexpr size_t TOKENS = 83;
+    std::vector<std::vector<uint16_t>> bundles;
+    std::deque<ReadableMemory> readable;
+    std::vector<uint64_t> addresses;
+    const Kernels& kernels = kernels_for(Dtype::bf16, GetParam());
+    for (const std::vector<float>& bundle : bundles_) {
+        bundles.emplace_back(bundle.size());
+        kernels.downcast(bundle.data(), bundle.size(), bundles.back().data());
+        addresses.push_back(reinterpret_cast<uint64_t>(bundles.back().data()));
+        readable.emplace_back(bundles.back().data(), bundles.back().size() * sizeof(uint16_t));
+    }
+    std::vector<uint16_t> narrow(TOKENS * HIDDEN);
+    std::vector<float> x = random_floats(TOKENS * HIDDEN, 1000);
+    kernels.downcast(x.data(), x.size(), narrow.data());
+    kernels.upcast(narrow.data(), x.size(), x.data());
+    for (const Function function : {Function::silu, Function::relu}) {
+        const auto sum = [&](size_t threads, size_t chunk, size_t first, size_t tokens) {
+            Workers workers(threads);
+            const FfnShape shape{std::vector(3, weightd::plain_encoding(Dtype::bf16)), HIDDEN, {function}};
+            const Ffn ffn(workers, shape, GetParam());
+            std::vector<float> y(tokens * HIDDEN, 0.5f);
+            for (size_t i = 0; i < NEURONS; i += chunk) {
+                const auto part = std::span(addresses).subspan(i, std::min(chunk, NEURONS - i));
+                ffn.add_rows({part}, x.data() + first * HIDDEN, tokens, y.data());
+            }
+            return y;
+        };
+        const std::vector<float> all = sum(3, NEURONS, 0, TOKENS);
+        EXPECT_EQ(sum(2, 37, 0, TOKENS), all);
+        for (const auto& [first, tokens] : std::vector<std::pair<size_t, size_t>>{{0, 1}, {5, 2}, {9, 16}, {7, 33}}) {
+            const std::vector<float> some = sum(1, 64, first, tokens);
+            EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first * HIDDEN)));
+        }
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace

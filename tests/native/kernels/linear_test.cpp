@@ -50,11 +50,21 @@ TEST_P(LinearBits, DoNotDependOnThreadsOrTokens) {
     }
 }
 
-// Rows of x whose numbers need all bits of fp32, and others that bf16 holds, side by side.
-TEST_P(LinearBits, RowsOf16BitsDoNotDependOnTheOthersAndAreSummedInFp32) {
+class LinearBitsOf16 : public LinearBits {
+  protected:
+    void check(size_t exact, size_t of);
+};
+
+TEST_P(LinearBitsOf16, RowsDoNotDependOnTheOthersAndAreSummedInFp32) {
+    check(1, 3);  // side by side
+    check(1, 1);  // groups of tokens are multiplied together
+}
+
+// `exact` of so many rows of x have numbers that bf16 holds; those of the others need all bits of fp32.
+void LinearBitsOf16::check(size_t exact, size_t of) {
     std::vector<float> x = x_;
     for (size_t i = 0; i < x.size(); i++) {
-        if (i / COLUMNS % 3 == 1) x[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x[i]) & 0xffff0000U);
+        if (i / COLUMNS % of < exact) x[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x[i]) & 0xffff0000U);
     }
     for (const Dtype dtype : {Dtype::bf16, Dtype::f16}) {
         std::vector<uint16_t> weight(weight_.size());
@@ -120,6 +130,7 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
 }
 
 INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits, testing::Values("amx", "avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBitsOf16, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient
