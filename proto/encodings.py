@@ -110,6 +110,11 @@ def bundle_neurons(layout: BundleLayout) -> int:
     return max(1, layout.slab_neurons)
 
 
+def layout_of(layout: BundleLayout) -> str:
+    """One of LAYOUTS."""
+    return LAYOUTS[bundle_neurons(layout) > 1]
+
+
 def bundles_in(layout: BundleLayout, layer: Layer) -> int:
     """The bundles of a layer. They are what placement, checksums and positions count."""
     return layer.neurons // bundle_neurons(layout)

@@ -46,6 +46,7 @@ from weightd_proto.encodings import (
     RESIDENT_DTYPES,
     bundle_neurons,
     formats_of,
+    layout_of,
     resident_formats_of,
 )
 from weightd_proto.modes import lossy_mode
@@ -375,7 +376,7 @@ def _summary(model: weightd_pb2.Model) -> dict[str, Any]:
         "resident_quantisation_error": max((tensor.quantisation_error for tensor in model.resident), default=0.0),
         "layers": len(model.layers),
         "neurons": sum(layer.neurons for layer in model.layers),
-        "layout": "slab" if bundle_neurons(model.bundle) > 1 else "neuron",
+        "layout": layout_of(model.bundle),
         "bundle_neurons": bundle_neurons(model.bundle),
         "bundle_bytes": model.bundle.bundle_bytes,
         "ffn_bytes": model.bundles_file_bytes,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from quantised_checkpoints import DTYPES, Quantised, make_fp8, make_gpt_oss
 from safetensors.torch import load_file, save_file
-from stored_model import read_bundles
+from stored_model import read_bundles, read_matrices
 
 from flashclient import FlashClient
 from weightd.errors import CheckpointError
@@ -65,6 +65,23 @@ def test_tokens_are_those_of_transformers(kind: str, request: pytest.FixtureRequ
     expected = reference.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)
     with FlashClient("m", store=tmp_path / "store32") as client:
         assert client.generate(IDS.tolist(), **settings) == expected.tolist()
+
+
+def test_mxfp4_is_kept(gpt_oss: Quantised, tmp_path: Path) -> None:
+    """In slabs of GGML's blocks, whose halves are in another order than the published ones."""
+    record = import_into(tmp_path / "store", gpt_oss.folder, "keep")
+    assert [part.encoding.format for part in record.bundle.parts] == ["MXFP4"] * 3
+    plain = import_into(tmp_path / "store32", gpt_oss.folder, "fp32")
+    with Store.open(tmp_path / "store") as ours, Store.open(tmp_path / "store32") as theirs:
+        for index in range(len(record.layers)):
+            pairs = zip(read_matrices(ours, record, index), read_matrices(theirs, plain, index), strict=True)
+            assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    import_into(tmp_path / "store16", gpt_oss.folder, "bf16")
+    logits = []
+    for store in ("store", "store16"):
+        with FlashClient("m", store=tmp_path / store) as client, torch.no_grad():
+            logits.append(client.model(IDS).logits)
+    torch.testing.assert_close(*logits, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("scales", ["tensor", "row", "ragged", "exponents", "packed"])

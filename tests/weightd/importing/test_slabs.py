@@ -62,24 +62,30 @@ def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
         ("gemma3", types("Q8_0", "Q8_0", "Q4_0", "Q8_0"), "grpc"),  # the slabs of a layer are smaller
         ("qwen2", types("F16", "Q4_0", "F32"), "shm"),  # parts that are not quantised
         ("qwen3", types("Q4_1", "TQ1_0", "Q4_1"), "shm"),  # a format without kernels
+        ("llama", types("Q4_K", "Q4_K", "Q6_K", "Q4_K"), "shm"),  # as in Q4_K_M
+        ("gemma3", types("Q5_0", "Q5_1", "Q5_K", "IQ4_XS"), "shm"),
+        ("qwen2", types("Q2_K", "Q3_K", "Q6_K"), "grpc"),
+        ("llama", types("IQ4_NL", "MXFP4", "MXFP4"), "shm"),
     ],
 )
 def test_a_file_is_run_with_its_own_numbers(
     family: str, kinds: Kinds, transport: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plan, "CHUNK_BYTES", 30000)  # several steps
-    hidden = 256 if family == "qwen3" else 64
-    path = gguf_of(family, tmp_path, kinds, hidden=hidden)
+    down = kinds("blk.0.ffn_down.weight").name
+    hidden, neurons = (256, 512) if family == "qwen3" or "K" in down else (64, 192)
+    path = gguf_of(family, tmp_path, kinds, hidden=hidden, neurons=neurons)
     notes: list[str] = []
     with Store.open(tmp_path / "store", create=True) as store:
         record = import_checkpoint(path, store, tell=notes.append)
-        assert record.bundle.slab_neurons == 32
+        assert record.bundle.slab_neurons == (256 if "K" in down else 32)
         verify_model(store, "m")
     assert any("stay quantised as published" in note for note in notes)
-    assert any("tensors become F32, first blk.0.ffn_up.weight, of TQ1_0" in note for note in notes) == (
-        family == "qwen3"
+    widened = "2 tensors cannot be kept and become F32, first blk.0.ffn_up.weight, of TQ1_0"
+    assert any(widened in note for note in notes) == (family == "qwen3")
+    reference: Any = with_state(
+        make_model(make_config(family, neurons=neurons, hidden=hidden)), tmp_path / "store", "m"
     )
-    reference: Any = with_state(make_model(make_config(family, neurons=192, hidden=hidden)), tmp_path / "store", "m")
     with FlashClient("m", store=tmp_path / "store", transport=transport) as client, torch.no_grad():
         model: Any = client.model
         together = model(WIDE).logits
@@ -89,18 +95,24 @@ def test_a_file_is_run_with_its_own_numbers(
         assert client.generate(IDS.tolist(), **SETTINGS) == tokens.tolist()
 
 
-@pytest.mark.parametrize(("architecture", "kind"), [("qwen3moe", "Q4_0"), ("mixtral", "Q8_0")])
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [("qwen3moe", "Q4_0"), ("mixtral", "Q8_0"), ("qwen3moe", "Q4_K"), ("gpt-oss", "MXFP4")],
+)
 def test_experts_are_ranges_of_slabs(architecture: str, kind: str, tmp_path: Path) -> None:
-    case = CASES[architecture]
+    case, neurons = CASES[architecture], 256 if kind == "Q4_K" else 32
     if architecture == "qwen3moe":
-        config = {**case.config, "moe_intermediate_size": 64}
-        case = replace(case, config=config, keys={**case.keys, "expert_feed_forward_length": 64})
+        config = {**case.config, "moe_intermediate_size": 2 * neurons}
+        keys = {**case.keys, "expert_feed_forward_length": 2 * neurons}
+        if kind == "Q4_K":
+            config["hidden_size"] = keys["embedding_length"] = 256
+        case = replace(case, config=config, keys=keys)
     path, _ = make_gguf(case, tmp_path / "m", kind)
     with Store.open(tmp_path / "store", create=True) as store:
         record = import_checkpoint(path, store, "kept")
         import_checkpoint(path, store, "apart", layout="neuron")
         verify_model(store, "kept")
-        assert record.bundle.slab_neurons == 32
+        assert record.bundle.slab_neurons == neurons
         assert [part.encoding.format for part in record.bundle.parts] == [kind] * 3
         kept, apart = read_state(store, "kept"), read_state(store, "apart")
         assert kept.keys() == apart.keys()

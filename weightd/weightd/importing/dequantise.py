@@ -12,7 +12,7 @@ import numpy.typing as npt
 from weightd import _native
 from weightd.disk.tensors import BlockScales, SourceTensor
 from weightd.importing.plan import ElementRun
-from weightd_proto.encodings import DTYPES, PACKED_E2M1
+from weightd_proto.encodings import BLOCK_FORMATS, DTYPES, PACKED_E2M1
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -60,6 +60,18 @@ def kept_rows(run: ElementRun, stored: Sequence[memoryview]) -> Elements:
     if tensor.undo is not None:
         data = _without_interleaving(data, tensor.rows_together, tensor.bytes_of(tensor.row_elements))
     return Elements(tensor.encoding.format, data)
+
+
+def mxfp4_blocks(stored: Sequence[memoryview]) -> Elements:
+    """Rows of PACKED_E2M1 with an exponent for 32 values, as GGML's blocks. `stored`: values and exponents."""
+    values, size_bytes = BLOCK_FORMATS["MXFP4"]
+    pairs = np.frombuffer(stored[0], np.uint8).reshape(-1, values // 2)
+    codes = np.empty((len(pairs), values), np.uint8)
+    codes[:, 0::2], codes[:, 1::2] = pairs & 15, pairs >> 4
+    blocks = np.empty((len(pairs), size_bytes), np.uint8)
+    blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
+    blocks[:, 1:] = codes[:, : values // 2] | codes[:, values // 2 :] << 4  # of one code in each half of the block
+    return Elements("MXFP4", blocks.reshape(-1))
 
 
 def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:

@@ -14,9 +14,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.units import Unit, UnitPart
-from weightd_proto.encodings import BLOCK_FORMATS, COMPUTE_DTYPES, DTYPES, in_blocks, is_plain, plain, stored_bytes
+from weightd_proto.encodings import (
+    BLOCK_FORMATS,
+    COMPUTE_DTYPES,
+    DTYPES,
+    PACKED_E2M1,
+    in_blocks,
+    is_plain,
+    plain,
+    stored_bytes,
+)
 from weightd_proto.weightd_pb2 import BundleLayout, Encoding
 
 Bytes = npt.NDArray[np.uint8]
@@ -36,7 +46,8 @@ HALF_SCALES = {
     "Q5_K": (0, 2),
     "Q6_K": (208,),
 }
-EXPONENT_SCALES = {"MXFP4": (0,)}  # E8M0, in which 255 is not a number
+MXFP4 = "MXFP4"
+EXPONENT_SCALES = {MXFP4: (0,)}  # E8M0, in which 255 is not a number
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,22 @@ def _encodings(units: Sequence[Unit]) -> Iterator[Encoding]:
 
 def _kept(part: UnitPart, down: bool) -> Encoding:
     tensor = part.matrix.tensor
-    encoding = tensor.encoding
+    encoding = in_blocks(MXFP4) if _is_mxfp4(tensor) else tensor.encoding
     if tensor.is_plain:
         return encoding if tensor.dtype in COMPUTE_DTYPES.values() and tensor.undo is None else plain("F32")
     whole = part.columns and part.step == 1 and part.first % encoding.block_values == 0 if down else not part.columns
     known = encoding.format in BLOCK_FORMATS and encoding == in_blocks(encoding.format)
-    return encoding if known and whole and tensor.undo is None and tensor.scales is None else plain("F32")
+    kept = known and whole and tensor.undo is None
+    return encoding if kept else plain(tensor.dtype if tensor.scales is not None else "F32")
+
+
+def _is_mxfp4(tensor: SourceTensor) -> bool:
+    """Whether its numbers and the exponents apart from them are those of GGML's blocks."""
+    values, scales = BLOCK_FORMATS[MXFP4][0], tensor.scales
+    if scales is None or tensor.encoding != PACKED_E2M1 or tensor.row_elements % values:
+        return False
+    exponents = scales.tensor.encoding in (plain("U8"), plain("F8_E8M0"))
+    return exponents and (scales.rows, scales.columns) == (1, values)
 
 
 def _notes(units: Sequence[Unit], layers: Sequence[Sequence[Encoding]]) -> Iterator[str]:
@@ -101,8 +122,9 @@ def _notes(units: Sequence[Unit], layers: Sequence[Sequence[Encoding]]) -> Itera
     )
     if widened:
         names = list(widened)
-        tensor = next(p.matrix.tensor for unit in units for p in unit.parts if p.matrix.tensor.name == names[0])
-        yield f"{len(names)} tensors become F32, first {names[0]}, of {tensor.encoding.format}: they cannot be kept"
+        first = next(p.matrix.tensor for unit in units for p in unit.parts if p.matrix.tensor.name == names[0])
+        count, format = f"{len(names)} tensor{'s' * (len(names) > 1)}", first.encoding.format
+        yield f"{count} cannot be kept and become {first.dtype}, first {first.name}, of {format}"
 
 
 # Cutting

@@ -17,7 +17,7 @@ from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
 from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
-from weightd.importing.dequantise import Bytes, Elements, dequantise, kept_rows
+from weightd.importing.dequantise import Bytes, Elements, dequantise, kept_rows, mxfp4_blocks
 from weightd.importing.plan import BundleStep, ElementRun, HoldStep
 from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs
 from weightd.importing.units import Unit
@@ -165,8 +165,8 @@ class ModelWriter:
         self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]
     ) -> None:
         unit = self._units[step.unit]
-        parts = []
-        for part, encoding in zip(step.parts, self._encodings(step.unit), strict=True):
+        parts, encodings = [], self._encodings(step.unit)
+        for part, encoding in zip(step.parts, encodings, strict=True):
             matrix = self._held.matrix(step.unit, part.index) if part.columns else runs[part.index]
             data = matrix.data if matrix.dtype == encoding.format else matrix.as_dtype(encoding.format)
             parts.append(SlabPart(data, encoding, part.columns, part.first, part.step))
@@ -177,7 +177,7 @@ class ModelWriter:
             slab = (unit.position + step.begin) // self._layout.slab_neurons + error.slab
             first = slab * self._layout.slab_neurons
             raise CheckpointError(
-                f"{tensor.name} in {tensor.path} has a block of {tensor.encoding.format} whose scale is NaN or "
+                f"{tensor.name} in {tensor.path} has a block of {encodings[error.part].format} whose scale is NaN or "
                 f"infinite, in neurons {first} to {first + self._layout.slab_neurons - 1} of "
                 f"{self._record.layers[unit.layer].module}: download the file again"
             ) from error
@@ -204,7 +204,9 @@ class ModelWriter:
 
 def _elements(run: ElementRun, stored: Sequence[memoryview], kept: bool) -> Elements:
     """The elements of a run; if it is kept, its blocks, with the name of their format."""
-    return kept_rows(run, stored) if kept else dequantise(run, stored)
+    if not kept:
+        return dequantise(run, stored)
+    return kept_rows(run, stored) if run.tensor.scales is None else mxfp4_blocks(stored)
 
 
 class _HeldMatrices:

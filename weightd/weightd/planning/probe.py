@@ -32,7 +32,16 @@ from weightd.planning.outline import (
 from weightd.sizes import format_size
 from weightd.store.device_profile import FULL_SPEED_READ_BYTES_DEFAULT
 from weightd.store.store import FILES_FOLDER, model_name_for
-from weightd_proto.encodings import COMPUTE_DTYPES, QUANTISED_DTYPES, RESIDENT_DTYPES, formats_of, resident_formats_of
+from weightd_proto.encodings import (
+    COMPUTE_DTYPES,
+    LAYOUTS,
+    QUANTISED_DTYPES,
+    RESIDENT_DTYPES,
+    bundle_neurons,
+    formats_of,
+    layout_of,
+    resident_formats_of,
+)
 from weightd_proto.weightd_pb2 import Model, Recipe
 
 BLOCK_BYTES, SECTOR_BYTES = 4096, 512  # of most devices; a store's own may be larger
@@ -42,13 +51,16 @@ def main(arguments: Sequence[str]) -> int:
     """Prints what is found. Raises CheckpointError where an import would be refused: what, where, and what is known."""
     flags = _parser().parse_args(list(arguments))
     path = locate_here(flags.source, flags.revision, flags.file)
-    recipe, record = probe(path, flags.dtype or KEEP, flags.activation or "", flags.resident_dtype or "")
+    requests = (flags.dtype or KEEP, flags.activation or "", flags.resident_dtype or "", flags.layout or "")
+    recipe, record = probe(path, *requests)
     say(json.dumps(_as_json(record, recipe)) if flags.json else "\n".join(_as_text(record, recipe)))
     return 0
 
 
-def probe(path: Path, dtype: str = KEEP, activation: str = "", resident_request: str = "") -> tuple[Recipe, Model]:
-    """The recipe of the checkpoint at `path`, and the record of the model that an import would make with it.
+def probe(
+    path: Path, dtype: str = KEEP, activation: str = "", resident_request: str = "", layout: str = ""
+) -> tuple[Recipe, Model]:
+    """The recipe of the checkpoint at `path`, with all notes, and the record of the model that an import would make.
 
     Raises the errors of import_checkpoint() about the checkpoint.
     """
@@ -57,7 +69,9 @@ def probe(path: Path, dtype: str = KEEP, activation: str = "", resident_request:
         recipe = derive(checkpoint, ask, activation)
         name = model_name_for(path.resolve())
         sizes = (BLOCK_BYTES, FULL_SPEED_READ_BYTES_DEFAULT, SECTOR_BYTES, TABLES_ABOVE_BYTES)
-        record = lay_out(checkpoint, recipe, name, dtype, *sizes, resident_request=resident_request).record
+        laid_out = lay_out(checkpoint, recipe, name, dtype, *sizes, layout, resident_request)
+        record = laid_out.record
+        recipe.notes.extend(laid_out.notes)
         files = Path(scratch, FILES_FOLDER)
         write_files(checkpoint, recipe, files)
         check_runnable(record, files, path, ask)
@@ -71,6 +85,8 @@ def _as_json(record: Model, recipe: Recipe) -> dict[str, Any]:
         "dtype": formats_of(record),
         "resident_dtype": resident_formats_of(record),
         "activation": activation_text(record.activation),
+        "layout": layout_of(record.bundle),
+        "bundle_neurons": bundle_neurons(record.bundle),
         "bundle_bytes": record.bundle.bundle_bytes,
         "ffns": [asdict(each) for each in ffns_of(record)],
         "ffn_bytes": record.bundles_file_bytes,
@@ -87,8 +103,10 @@ def _as_text(record: Model, recipe: Recipe) -> Iterator[str]:
     yield f"{record.name}: {record.model_class}; a tiny instance computes the same when it is streamed"
     for each in ffns_of(record):
         yield _row("FFNs", each.line())
-    bundle = format_size(record.bundle.bundle_bytes)
-    yield _row("activation", f"{activation_text(record.activation)}; {formats_of(record)}, {bundle} a neuron")
+    neurons = bundle_neurons(record.bundle)
+    of = "neuron" if neurons == 1 else f"slab of {neurons} neurons"
+    bundle = f"{format_size(record.bundle.bundle_bytes)} a {of}"
+    yield _row("activation", f"{activation_text(record.activation)}; {formats_of(record)}, {bundle}")
     whole_bytes, share = stored_bytes(record), _resident_share(record)
     streamed = f"{format_size(record.bundles_file_bytes)}, {record.bundles_file_bytes / whole_bytes:.0%} of the model"
     yield _row("streamed", streamed)
@@ -121,6 +139,7 @@ def _parser() -> FlagParser:
     parser.add_argument("--file", metavar="F", help="the .gguf file of a model of the hub that has several")
     parser.add_argument("--dtype", choices=(KEEP, *COMPUTE_DTYPES, *QUANTISED_DTYPES), help="as of `weightd import`")
     parser.add_argument("--resident-dtype", choices=RESIDENT_DTYPES, help="as of `weightd import`")
+    parser.add_argument("--layout", choices=LAYOUTS, help="as of `weightd import`")
     parser.add_argument("--activation", metavar="NAME", help="as of `weightd import`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser

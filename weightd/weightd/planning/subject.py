@@ -13,16 +13,17 @@ from weightd.checkpoint.folder import CONFIG_FILE, configuration_name
 from weightd.checkpoint.gguf import open_gguf
 from weightd.checkpoint.opening import locate_here
 from weightd.errors import CheckpointError
-from weightd.importing.client_process import Ask, TokenCost, derive_from_config, token_cost
+from weightd.importing.client_process import Ask, TokenCost, derive, derive_from_config, token_cost
+from weightd.importing.convert import lay_out
 from weightd.importing.record import lay_out_record
-from weightd.importing.stored_dtype import PLAIN, bundle_encoding, resident_format
+from weightd.importing.stored_dtype import KEEP, PLAIN, bundle_encoding, resident_format
 from weightd.importing.tables import TABLES_ABOVE_BYTES, choose_tables, table_record
 from weightd.planning.published import SLIDES, shipped_config
 from weightd.store.device_profile import DeviceProfile
 from weightd.store.store import CATALOG_FILE, FILES_FOLDER, Store, model_name_for
 from weightd_proto.encodings import COMPUTE_DTYPES, DTYPES, QUANTISED_DTYPES
 from weightd_proto.hub_names import is_hub_name
-from weightd_proto.weightd_pb2 import Model
+from weightd_proto.weightd_pb2 import Model, Recipe
 
 BLOCK_BYTES, SECTOR_BYTES = 4096, 512  # of most devices
 DTYPE_DEFAULT = "bf16"  # of most published models
@@ -60,6 +61,8 @@ def subject_of(
             if model in opened.names():
                 return _stored(opened, model, dtype or resident_request, ask)
     path, config = _configuration(model, revision)
+    if path.suffix == ".gguf" and dtype is None:
+        return _from_gguf(path, device, ask)
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
     return _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
 
@@ -95,6 +98,22 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
     return path, config if named == CONFIG_FILE else read_json(path / named)
 
 
+def _from_gguf(path: Path, device: DeviceProfile, ask: Ask) -> Subject:
+    """As an import would lay the file out: it has its own encodings."""
+    checkpoint = open_gguf(path)
+    recipe = derive(checkpoint, ask)
+    sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES, TABLES_ABOVE_BYTES)
+    laid_out = lay_out(checkpoint, recipe, model_name_for(path), KEEP, *sizes)
+    cost = _cost(recipe, laid_out.record, ask)
+    return Subject(laid_out.record.name, laid_out.record, cost, None, (*recipe.notes, *laid_out.notes))
+
+
+def _cost(recipe: Recipe, record: Model, ask: Ask) -> TokenCost:
+    with TemporaryDirectory(prefix="weightd-plan-") as folder:
+        Path(folder, CONFIG_FILE).write_bytes(recipe.config_json)
+        return token_cost(record, Path(folder), ask)
+
+
 def _from_config(
     name: str,
     config: Mapping[str, Any],
@@ -118,10 +137,7 @@ def _from_config(
     sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES)
     record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, *sizes)
     record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
-    with TemporaryDirectory(prefix="weightd-plan-") as folder:
-        Path(folder, CONFIG_FILE).write_bytes(recipe.config_json)
-        cost = token_cost(record, Path(folder), ask)
-    return Subject(name, record, cost, None, (*assumptions, *recipe.notes))
+    return Subject(name, record, _cost(recipe, record, ask), None, (*assumptions, *recipe.notes))
 
 
 def _dtype(config: Mapping[str, Any], asked: str | None) -> tuple[str, tuple[str, ...]]:
