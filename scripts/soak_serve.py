@@ -31,7 +31,7 @@ from planted.store import cut, dense_store
 SEED = 23
 QUESTIONS = 24
 TOKENS_MAX = 24
-LEAVING = 0.1  # share of streams whose client leaves
+LEAVING = 0.25  # share of streams whose client leaves
 BROKEN = 0.03  # share of requests that are refused
 LEAVING_MIN = 100
 GROWTH_MIB_MAX = 64.0

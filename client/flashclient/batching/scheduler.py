@@ -117,7 +117,7 @@ class Scheduler:
         self._batch = Batch(loaded)
         self._running: list[tuple[TextRequest, int]] = []  # by row: the request, and its last token
         self._prompts: _Prompts | None = None
-        self.steps = 0
+        self.steps = self.made_tokens = 0
         self._thread = threading.Thread(target=self._run, name="flashclient-scheduler", daemon=True)
         self._thread.start()
 
@@ -206,11 +206,13 @@ class Scheduler:
             return
         logits = self._batch.step([token for _, token in self._running])
         self.steps += 1
+        self.made_tokens += len(self._running)
         self._take(logits)
 
     def _join(self, prompts: _Prompts, logits: Tensor) -> None:
         rows = len(self._running)
         tokens = [_taken(request, logits[row]) for row, request in enumerate(prompts.requests)]
+        self.made_tokens += len(tokens)
         self._batch.join(prompts.cache, prompts.lengths)
         self._running += [(request, token or 0) for request, token in zip(prompts.requests, tokens, strict=True)]
         self._leave({rows + row for row, token in enumerate(tokens) if token is None})

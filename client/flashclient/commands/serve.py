@@ -35,6 +35,7 @@ def add(commands: Any) -> None:
     command.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys that may ask, one a line; needed for other hosts"
     )
+    command.add_argument("--ui", action="store_true", help="also serve a page to chat and to watch the model, at /")
     command.add_argument(
         "--sequences",
         type=positive,
@@ -131,11 +132,13 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
     from flashclient.server.access import Access
     from flashclient.server.api import make_api
 
-    api = make_api(models, Access(keys))
+    api = make_api(models, Access(keys), options.ui)
     listening = _bound(options)
     host, port = listening.getsockname()[:2]
     served = ", ".join(f"{name} (mode {model.client.mode})" for name, model in models.items())
     say(f"serving {served} at http://{f'[{host}]' if ':' in host else host}:{port}/v1")
+    if options.ui:
+        say(f"the page is at http://{f'[{host}]' if ':' in host else host}:{port}/")
     config = uvicorn.Config(
         api,
         log_level="warning",

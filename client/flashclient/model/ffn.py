@@ -41,6 +41,13 @@ class Clock:
     head_s: float = 0.0
     forward_s: float = 0.0  # the whole model
 
+    def __post_init__(self) -> None:
+        self.layer_waits_s: dict[int, float] = {}  # for bundles, by layer
+
+    def add_wait(self, layer: int, wait_s: float) -> None:
+        """Notes which layer has waited."""
+        self.layer_waits_s[layer] = self.layer_waits_s.get(layer, 0.0) + wait_s
+
     def add(self, predict_s: float = 0, acquire_s: float = 0, compute_s: float = 0, wait_s: float = 0) -> None:
         """Adds the parts of an FFN's time."""
         self.predict_s += predict_s
@@ -198,6 +205,7 @@ class LayerFFN:
                 with ffn.source.errors:
                     times = compute(native)
             ffn.clock.add(*times)
+            ffn.clock.add_wait(self.layer, times[-1])
             ffn.clock.ffn_s += sum(times)
             return True
 
@@ -208,7 +216,9 @@ class LayerFFN:
         return self.layer, self.biases, None if self.output_bias is None else array_of(self.output_bias)
 
     def _of_rows(self, rows: Tensor) -> Tensor:
+        before_s = self.ffn.clock.wait_s
         y = retry_on_loss(self.ffn.source, lambda: self.ffn(self.layer, rows, self.biases))
+        self.ffn.clock.add_wait(self.layer, self.ffn.clock.wait_s - before_s)
         if self.output_bias is not None:
             y += self.output_bias
         return y

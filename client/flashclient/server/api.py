@@ -23,6 +23,7 @@ from flashclient.server.answer_formats import ANY_OBJECT
 from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
+from flashclient.server.pages import add_page
 from flashclient.server.problems import Problem
 from flashclient.server.schema import ChatBody, CompletionBody, SamplingBody
 from flashclient.server.tools import ToolSet
@@ -33,7 +34,7 @@ Body = TypeVar("Body", bound=SamplingBody)
 logger = logging.getLogger("flashclient.server")
 
 
-def make_api(models: Mapping[str, HostedModel], access: Access) -> FastAPI:
+def make_api(models: Mapping[str, HostedModel], access: Access, with_page: bool = False) -> FastAPI:
     """The application for uvicorn."""
     api = FastAPI(title="flashclient", docs_url=None, redoc_url=None, openapi_url=None)
     routes = _Routes(models, access, Metrics(models))
@@ -43,6 +44,8 @@ def make_api(models: Mapping[str, HostedModel], access: Access) -> FastAPI:
     api.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
     api.add_api_route("/v1/completions", routes.completions, methods=["POST"])
     api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    if with_page:
+        add_page(api, models, access)
     for kind in (Problem, FlashClientError):
         api.add_exception_handler(kind, _answer_problem)
     api.add_exception_handler(ClientDisconnect, _answer_nobody)

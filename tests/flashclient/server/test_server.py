@@ -5,12 +5,10 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import openai
 import pytest
 from checkpoints import make_checkpoint
 from daemon import Daemon, serving
+from openai_servers import server_of
 
 from flashclient import FlashClient
 from weightd import cli
@@ -47,28 +46,11 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield started
 
 
-@contextmanager
-def server_of(daemon: Daemon, *flags: str, names: Sequence[str] = (NAME,)) -> Iterator[str]:
-    """The address of a `flashclient serve`, which must end with status 0."""
-    command = [sys.executable, "-P", "-m", "flashclient", "serve", *names, "--address", daemon.address, "--port", "0"]
-    with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line.startswith(f"serving {NAME} (mode exact)"), process.communicate()
-            assert " at http://127.0.0.1:" in line
-            yield line.rpartition(" ")[2].strip()
-        finally:
-            process.send_signal(signal.SIGTERM)
-            _, errors = process.communicate(timeout=STOP_S)
-        assert (process.returncode, errors) == (0, "")
-
-
 @pytest.fixture(scope="module")
 def address(daemon: Daemon, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     keys = tmp_path_factory.mktemp("keys") / "keys"
     keys.write_text(f"sk-other\n\n{KEY}\n")
-    with server_of(daemon, "--api-key-file", str(keys), names=(NAME, OTHER)) as url:
+    with server_of(daemon, NAME, OTHER, flags=("--api-key-file", str(keys))) as url:
         yield url
 
 
@@ -378,7 +360,7 @@ def test_raw_errors_have_one_shape(
 
 def test_a_client_that_goes_frees_its_place(daemon: Daemon) -> None:
     with (
-        server_of(daemon, "--sequences", "1", "--waiting", "2") as url,
+        server_of(daemon, NAME, flags=("--sequences", "1", "--waiting", "2")) as url,
         openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
     ):
         endless: dict[str, Any] = {"max_tokens": 400, **GREEDY}
