@@ -94,12 +94,12 @@ def run(options: argparse.Namespace) -> tuple[Seen, float, int]:
 
 def _bodies(name: str, vocabulary: int) -> list[dict[str, Any]]:
     """Questions of many lengths; some begin alike, some are sampled."""
-    chance, shared = random.Random(SEED), random_ids(vocabulary, 300, SEED)
+    chance, shared = random.Random(SEED), random_ids(vocabulary, 200, SEED)
     bodies = []
     for number in range(QUESTIONS):
-        own = random_ids(vocabulary, chance.choice((1, 5, 40, 300)), SEED + 1 + number)
+        own = random_ids(vocabulary, chance.choice((1, 5, 40, 200)), SEED + 1 + number)
         sampled = {"temperature": 1.0, "seed": number} if number % 3 == 0 else {"temperature": 0.0}
-        prompt = shared[: chance.choice((0, 100, 300))] + own
+        prompt = shared[: chance.choice((0, 100, 200))] + own
         bodies.append({"model": name, "prompt": prompt, "max_tokens": chance.randint(1, TOKENS_MAX), **sampled})
     return bodies
 

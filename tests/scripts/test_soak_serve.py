@@ -10,7 +10,16 @@ from repository import ROOT
 
 
 def test_a_short_soak(tmp_path: Path) -> None:
-    command = [str(ROOT / "scripts" / "soak_serve.py"), "--json", "--minutes", "0.05", "--clients", "40"]
+    command = [
+        str(ROOT / "scripts" / "soak_serve.py"),
+        "--json",
+        "--minutes",
+        "0.05",
+        "--clients",
+        "40",
+        "--shape",
+        "llama-tiny",
+    ]
     done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.stdout, done.stderr
     told = json.loads(done.stdout)

@@ -131,6 +131,7 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
 
     from flashclient.server.access import Access
     from flashclient.server.api import make_api
+    from flashclient.server.connections import PatientProtocol
 
     api = make_api(models, Access(keys), options.ui)
     listening = _bound(options)
@@ -145,6 +146,7 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
         lifespan="off",
         timeout_graceful_shutdown=STOPPING_S,
         limit_concurrency=CONNECTIONS_MAX,
+        http=PatientProtocol,
     )
 
     class Server(uvicorn.Server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Mapping, Sequence
 
@@ -9,6 +10,7 @@ from fastapi import Request
 
 from flashclient.server.problems import Problem
 
+BODY_S = 60.0
 BODY_BYTES_MAX = 8 << 20  # a prompt of a million tokens has about 4 MB
 
 
@@ -33,14 +35,25 @@ class Access:
             raise Problem(401, text if not given else "the API key is wrong", code="invalid_api_key")
 
     async def read_body(self, request: Request) -> bytes:
-        """The body. Raises Problem for a larger one, without reading the rest of it."""
+        """The body. Raises Problem for one that is too large, without reading the rest of it, or too slow."""
         declared = request.headers.get("content-length", "")
-        held = bytearray()
-        if not declared.isdecimal() or int(declared) <= BODY_BYTES_MAX:
-            async for piece in request.stream():
-                held += piece
-                if len(held) > BODY_BYTES_MAX:
-                    break
-            else:
-                return bytes(held)
-        raise Problem(413, f"the body is larger than {BODY_BYTES_MAX >> 20} MiB: shorten the prompt")
+        if not declared.isdecimal() or (len(declared) < 20 and int(declared) <= BODY_BYTES_MAX):
+            try:
+                async with asyncio.timeout(BODY_S):
+                    return await _read(request)
+            except TimeoutError:
+                raise Problem(408, f"the body has not come within {BODY_S:g} s: send it faster") from None
+        raise _too_large()
+
+
+async def _read(request: Request) -> bytes:
+    held = bytearray()
+    async for piece in request.stream():
+        held += piece
+        if len(held) > BODY_BYTES_MAX:
+            raise _too_large()
+    return bytes(held)
+
+
+def _too_large() -> Problem:
+    return Problem(413, f"the body is larger than {BODY_BYTES_MAX >> 20} MiB: shorten the prompt")

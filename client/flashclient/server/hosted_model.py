@@ -21,10 +21,12 @@ from flashclient.client import FlashClient
 from flashclient.errors import OptionError
 from flashclient.generation.chat import LAYOUT, conversation
 from flashclient.generation.prompts import encode
+from flashclient.server.deadline import deadline
 from flashclient.server.problems import Problem
 from flashclient.server.tools import ToolFormat, format_of
 
 SEQUENCES_OF_REQUEST_MAX = 64
+TEMPLATE_S = 3.0  # for a chat template, which may have loops in loops
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
 
 
@@ -100,7 +102,7 @@ class HostedModel:
         refused = [name for name in layout if name in LAYOUT]
         if refused:
             raise Problem(400, f"chat_template_kwargs cannot set {refused[0]}: leave it out", "chat_template_kwargs")
-        with self._encoding:
+        with self._encoding, deadline(TEMPLATE_S, "formatting the conversation"):
             prompt, rest = conversation(self.tokenizer, messages, layout | ({"tools": tools} if tools else {}), set())
         if rest:
             raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")

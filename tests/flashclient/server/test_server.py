@@ -24,6 +24,8 @@ from weightd import cli
 TEMPLATE = (
     "{% if tools %}<tool_call>{{ tools | tojson }}{% endif %}"
     "{% if messages[-1]['content'] == 'Bah' %}{{ raise_exception('no such word') }}{% endif %}"
+    "{% if messages[-1]['content'] == 'Loop' %}"
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
 )
 KEY = "sk-secret"
@@ -294,6 +296,7 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"extra_body": {"best": 1}}, "this server does not know best: leave it out"),
         ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "the chat template uses no 'thinking'"),
         ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
+        ({"messages": [{"role": "user", "content": "Loop"}]}, "formatting the conversation takes longer than 3 s"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this server reads text only"),
         ({"stop": ""}, "stop: "),
         ({"messages": [{"role": "user"}]}, "a message has no text: give its content as a string"),

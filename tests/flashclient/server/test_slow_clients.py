@@ -1,0 +1,71 @@
+"""Clients that send nothing or slowly, and templates that loop: their time is bounded."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+import uvicorn
+from fastapi.responses import PlainTextResponse
+from uvicorn.server import ServerState
+
+from flashclient.errors import OptionError
+from flashclient.server import access, connections
+from flashclient.server.access import Access
+from flashclient.server.connections import PatientProtocol
+from flashclient.server.deadline import deadline
+from flashclient.server.problems import Problem
+
+SOON_S = 0.05
+ANSWER_S = 30.0
+REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", REQUEST])
+def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(connections, "REQUEST_S", SOON_S)
+    config = uvicorn.Config(PlainTextResponse("Hi"), timeout_keep_alive=3600)
+    config.load()
+
+    async def talk() -> bytes:
+        loop, state = asyncio.get_running_loop(), ServerState()
+        server = await loop.create_server(lambda: PatientProtocol(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(sent)
+        try:
+            return await asyncio.wait_for(reader.read(), ANSWER_S)
+        finally:
+            writer.close()
+            server.close()
+
+    assert asyncio.run(talk()).endswith(b"Hi" if sent == REQUEST else b"")
+
+
+class SlowRequest:
+    def __init__(self, **headers: str) -> None:
+        self.headers = headers
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+
+def test_a_slow_body_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "BODY_S", SOON_S)
+    slow: Any = SlowRequest()
+    with pytest.raises(Problem, match="the body has not come within"):
+        asyncio.run(Access().read_body(slow))
+    huge: Any = SlowRequest(**{"content-length": "9" * 5000})
+    with pytest.raises(Problem, match="the body is larger than 8 MiB"):
+        asyncio.run(Access().read_body(huge))
+
+
+def test_python_code_is_interrupted() -> None:
+    def loop() -> None:
+        while True:
+            pass
+
+    with pytest.raises(OptionError, match=r"the template takes longer than 0.05 s"), deadline(SOON_S, "the template"):
+        loop()
