@@ -34,6 +34,10 @@ class BlockRows:
         self._stored = stored
         self._dtype = dtype
 
+    def part(self, rows: slice) -> BlockRows:
+        """Some of the rows, in the same memory."""
+        return BlockRows(self._stored[rows], self.format, self.shape[1], self._dtype)
+
     def read(self, ids: Tensor) -> Tensor:
         """The values of the rows `ids`: [ids, columns]. IndexError, that of torch, for a row that is not there."""
         return self._decoded(self._stored.index_select(0, ids.reshape(-1)))
@@ -59,6 +63,8 @@ class WeightInBlocks(nn.Parameter):
     rows: BlockRows
 
 
-def matrix_of(weight: Tensor) -> Any:
-    """A weight as kernels of linear layers take it: its array, or its rows in blocks."""
-    return weight.rows.matrix if isinstance(weight, WeightInBlocks) else array_of(weight)
+def matrix_of(weight: Tensor, rows: slice = slice(None)) -> Any:
+    """A weight, or some rows of it, as kernels of linear layers take it: its array, or its rows in blocks."""
+    if not isinstance(weight, WeightInBlocks):
+        return array_of(weight[rows])
+    return weight.rows.matrix if rows == slice(None) else weight.rows.part(rows).matrix

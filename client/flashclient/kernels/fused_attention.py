@@ -1,7 +1,8 @@
 """Queries, keys and values of a layer in one native call: projections, norms of heads, rotary embedding.
 
-An attention module becomes native if it is the plain one: three projections of its input, perhaps norms, perhaps a
-rotation by `position_embeddings`, transformers' attention interface, and a projection of what that returns. This is
+An attention module becomes native if it is the plain one: three projections of its input, whose rows may lie in one
+matrix one after the other, perhaps norms, perhaps a rotation by `position_embeddings`, transformers' attention
+interface, and a projection of what that returns. This is
 shown by running the module's own forward for random inputs: the queries, keys and values that it passes on must be the
 kernel's, and so must what it returns. What the module is called, and what it is made of, does not matter; a module that
 does anything else keeps its forward.
@@ -48,6 +49,7 @@ TRIED_SCALES = (1.0, 100.0)  # of inputs; large ones reach limits and softcaps
 TRIED_TOKENS = 3
 TRIED_POSITIONS = (0, 1_000_003)  # tokens in the cache; some modules scale queries by their position
 QUERY, KEY, VALUE = ("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value")
+FUSED = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")  # all three
 OUTPUT = ("o_proj", "out_proj", "dense")
 QUERY_NORM, KEY_NORM = ("q_norm", "q_layernorm", "query_layernorm"), ("k_norm", "k_layernorm", "key_layernorm")
 CACHE_NAMES = ("past_key_values", "past_key_value")
@@ -106,7 +108,7 @@ AttentionInterface.register(PROBE, _record)
 
 @dataclass(frozen=True)
 class Parts:
-    """Names of an attention module's children."""
+    """Names of an attention module's children. A fused projection is that of queries, keys and values."""
 
     query: str
     key: str
@@ -119,7 +121,7 @@ class Parts:
     def names(self) -> list[str]:
         """All of them."""
         every = (self.query, self.key, self.value, self.output, self.query_norm, self.key_norm)
-        return [one for one in every if one is not None]
+        return list(dict.fromkeys(one for one in every if one is not None))
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class AttentionFormula:
 
     Attributes:
         elements: of a head.
+        rows: of queries, keys and values in their projections.
         factor: of queries.
         pairs: which elements rotate together (client/native/kernels/attention_inputs.h).
         widths: that cos and sin may have; none where nothing rotates.
@@ -139,6 +142,7 @@ class AttentionFormula:
 
     parts: Parts
     elements: int
+    rows: tuple[int, int, int]
     factor: float
     pairs: str
     widths: tuple[int, ...]
@@ -146,6 +150,14 @@ class AttentionFormula:
     cache: str
     cached: tuple[str, ...]
     arguments: dict[str, Any]
+
+    @cached_property
+    def slices(self) -> list[slice]:
+        """Where queries, keys and values are among the rows of their projections."""
+        if self.parts.query != self.parts.key:
+            return [slice(None)] * 3
+        ends = list(itertools.accumulate(self.rows))
+        return [slice(end - count, end) for end, count in zip(ends, self.rows, strict=True)]
 
     @cached_property
     def untried(self) -> list[str]:
@@ -207,7 +219,7 @@ class FusedAttention(Native):
         held = self.__dict__.get("_held")
         if held is None or held[0] != pointers:
             made = [
-                _projection(linear, norm, formula.factor if index == 0 else 1.0)
+                _projection(linear, norm, formula.factor if index == 0 else 1.0, formula.slices[index])
                 for index, (linear, norm) in enumerate(modules)
             ]
             held = self.__dict__["_held"] = (pointers, made)
@@ -266,10 +278,11 @@ def _pointers(module: nn.Module) -> tuple[int, ...]:
     return tuple(one.data_ptr() for one in module._parameters.values() if one is not None)
 
 
-def _projection(linear: Any, norm: Any, factor: float) -> tuple[AttentionProjection, int]:
-    bias = None if linear.bias is None else array_of(linear.bias)
+def _projection(linear: Any, norm: Any, factor: float, rows: slice) -> tuple[AttentionProjection, int]:
+    bias = None if linear.bias is None else array_of(linear.bias[rows])
     native = norm.native_norm() if norm is not None else None
-    return AttentionProjection(matrix_of(linear.weight), bias, native, factor), len(linear.weight)
+    count = len(range(len(linear.weight))[rows])
+    return AttentionProjection(matrix_of(linear.weight, rows), bias, native, factor), count
 
 
 def use_fused_attention(model: PreTrainedModel, workers: Workers, instruction_set: str | None = None) -> int:
@@ -309,6 +322,8 @@ def _parts(module: nn.Module) -> Parts | None:
         return next((name for name in names if isinstance(module._modules.get(name), kind)), None)
 
     query, key, value, output = (named(names, ResidentLinear) for names in (QUERY, KEY, VALUE, OUTPUT))
+    if query is None and key is None and value is None:
+        query = key = value = named(FUSED, ResidentLinear)
     if query is None or key is None or value is None or output is None:
         return None
     norms = (named(QUERY_NORM, NativeNorm), named(KEY_NORM, NativeNorm))
@@ -418,12 +433,22 @@ def _formulas(
 ) -> Iterator[AttentionFormula]:
     call = trial.call
     elements = call.query.shape[3]
+    query, key, value = (one.shape[1] * one.shape[3] for one in (call.query, call.key, call.value))
     factors = {1.0, float(getattr(module, "scaling", None) or 1.0)}
     pairs = ("halves", "neighbours", "none") if width else ("none",)
     for factor, rotating in itertools.product(sorted(factors, reverse=True), pairs):
         widths = (width,) if rotating != "none" else ()
         yield AttentionFormula(
-            parts, elements, factor, rotating, widths, names, cache_name, trial.cached, call.arguments
+            parts,
+            elements,
+            (query, key, value),
+            factor,
+            rotating,
+            widths,
+            names,
+            cache_name,
+            trial.cached,
+            call.arguments,
         )
 
 
@@ -433,8 +458,9 @@ def _repeats(module: Any, formula: AttentionFormula, trial: Trial, kernels: dict
     if not isinstance(output, tuple) or len(output) != 2 or output[1] is not None:
         return False
     parts, elements = formula.parts, formula.elements
-    rows = [len(module._modules[name].weight) for name in (parts.query, parts.key, parts.value)]
-    if call.value.shape[3] != elements or any(one % elements for one in rows):
+    held = [len(module._modules[name].weight) for name in dict.fromkeys((parts.query, parts.key, parts.value))]
+    fits = held == list(formula.rows) or held == [sum(formula.rows)]
+    if not fits or call.value.shape[3] != elements or any(one % elements for one in formula.rows):
         return False
     fused = FusedAttention()
     fused._modules = module._modules
