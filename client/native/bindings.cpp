@@ -31,6 +31,7 @@ using flashclient::U32Array;
 void bind_checksum(nb::module_& module);   // bindings_checksum.cpp
 void bind_exact(nb::module_& module);      // bindings_exact.cpp
 void bind_experts(nb::module_& module);    // bindings_experts.cpp
+void bind_routers(nb::module_& module);    // bindings_routers.cpp
 void bind_attention(nb::module_& module);  // bindings_attention.cpp
 void bind_kernels(nb::module_& module);    // bindings_kernels.cpp
 void bind_predict(nb::module_& module);    // bindings_predict.cpp
@@ -233,6 +234,7 @@ NB_MODULE(_native, module) {
     bind_attention(module);
     bind_predict(module);
     bind_experts(module);
+    bind_routers(module);
     bind_tables(module);
     bind_leases(module);
 }

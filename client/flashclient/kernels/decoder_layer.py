@@ -1,6 +1,7 @@
 """A decoder layer that is one native call: attention, norms, residual sums, and the FFN where it is streamed.
 
-Any other FFN is called as before, between two native calls.
+A mixture is one of these where its block is nothing but a router and experts (mixtures.py). Any other FFN is called as
+before, between two native calls.
 
 A layer becomes native if it is one of these, with norms where it has them, and its attention is a FusedAttention:
 
@@ -32,6 +33,7 @@ from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.fused_attention import TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
 from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.mixtures import Mixture, mixture_of
 from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.kernels.trials import (
@@ -97,6 +99,7 @@ class NativeDecoderLayer(Native):
     untried: tuple[str, ...]  # those that no trial has given it
     block_kernels: dict[torch.dtype, AttentionBlocks]
     ffn_kind: type[nn.Module]  # of modules that stream an FFN
+    mixture: Mixture | None = None  # what the FFN is, if it is one
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         call = dict(zip(self.names, args, strict=False)) | kwargs
@@ -108,15 +111,15 @@ class NativeDecoderLayer(Native):
         wiring = self.wiring
         ffn: Any = self.get_submodule(wiring.ffn)
         norm: Any = None if wiring.after_ffn is None else self._modules[wiring.after_ffn]
-        streams = isinstance(ffn, self.ffn_kind) and is_called_alone(ffn)
-        if not streams or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
+        streamed = self._streamed(ffn, call["hidden_states"])
+        if streamed is None or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
             total, ffn_input = self._attend(held, call, room, held.dtype)
             y = ffn(ffn_input)
             return total + (y if norm is None else norm(y))
-        if (out := self._whole(held, call, room, ffn.streamed, norm)) is not None:
+        if (out := self._whole(held, call, room, streamed, norm)) is not None:
             return out
         total, ffn_input = self._attend(held, call, room, torch.float32)
-        y = ffn.streamed.of_rows(ffn_input.view(-1, ffn_input.shape[-1]))
+        y = streamed.of_rows(ffn_input.view(-1, ffn_input.shape[-1]))
         out = torch.empty_like(total)
         after = None if norm is None else norm.native_norm()
         self.block_kernels[held.dtype].finish(array_of(y), after, array_of(total), array_of(out))
@@ -127,6 +130,13 @@ class NativeDecoderLayer(Native):
         held = self._held_block(call)
         room = None if held is None else self._room(held, call)
         return None if held is None or room is None else (held, room)
+
+    def _streamed(self, ffn: Any, x: Tensor) -> Any:
+        """What computes the FFN within this layer; None where the FFN must be called."""
+        if isinstance(ffn, self.ffn_kind):
+            streamed: Any = ffn.streamed
+            return streamed if is_called_alone(ffn) else None
+        return None if self.mixture is None else self.mixture.streamed(ffn, x)
 
     def _whole(self, held: HeldBlock, call: dict[str, Any], room: Room, streamed: Any, norm: Any) -> Tensor | None:
         """The output of the layer by one native call; None where the FFN must be called, and nothing was done."""
@@ -257,13 +267,18 @@ class NativeDecoderLayer(Native):
 
 
 def use_native_layers(
-    model: PreTrainedModel, workers: Workers, ffn_kind: type[nn.Module], instruction_set: str | None = None
+    model: PreTrainedModel,
+    workers: Workers,
+    ffn_kind: type[nn.Module],
+    experts_kind: type[nn.Module] | None = None,
+    instruction_set: str | None = None,
 ) -> int:
     """Makes every decoder layer of `model` native that is one of those above. After use_fused_attention().
 
     Args:
         workers: shared with the other kernels.
         ffn_kind: the class of modules that compute a whole FFN, though other modules hold its parts.
+        experts_kind: the class of modules that stream experts.
         instruction_set: amx, avx512, avx2 or portable; None takes the best.
 
     Returns:
@@ -273,7 +288,11 @@ def use_native_layers(
         ValueError: the processor does not have `instruction_set`.
     """
     kernels = KernelOf({one: AttentionBlocks(workers, name, instruction_set) for one, name in KERNEL_DTYPES.items()})
-    return make_native(model, NativeDecoderLayer, _key, lambda module: _found(module, ffn_kind, kernels))
+    changed = make_native(model, NativeDecoderLayer, _key, lambda module: _found(module, ffn_kind, kernels))
+    for layer in model.modules():
+        if isinstance(layer, NativeDecoderLayer) and experts_kind is not None:
+            layer.__dict__["mixture"] = mixture_of(layer.get_submodule(layer.wiring.ffn), experts_kind)
+    return changed
 
 
 def _attention_of(module: nn.Module) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Any
 
@@ -15,7 +16,7 @@ from flashclient.kernels.encoded_matrix import WeightInBlocks
 
 DIFFERENT_SHARE_MAX = 0.02  # of the elements: sums in another order may round differently
 # What a pass may collect from modules that no native one stands for.
-COLLECTED_ELSEWHERE = {"hidden_states", "_hidden_states_layers", "router_logits"}
+COLLECTED_ELSEWHERE = frozenset({"hidden_states", "_hidden_states_layers", "router_logits"})
 
 
 class Native(nn.Module):
@@ -79,19 +80,23 @@ def has_tensors(module: nn.Module) -> bool:
     return bool(module._buffers) or any(isinstance(value, Tensor) for value in vars(module).values())
 
 
-def is_called_alone(module: nn.Module) -> bool:
-    """Whether calling the module is calling its forward, in this pass."""
+def is_called_alone(module: nn.Module, elsewhere: AbstractSet[str] = COLLECTED_ELSEWHERE) -> bool:
+    """Whether calling the module is calling its forward, in this pass.
+
+    Args:
+        elsewhere: what a pass may collect, because it is not collected from this module.
+    """
     if "forward" in module.__dict__ or module._forward_pre_hooks:
         return False
-    return not module._forward_hooks or all(map(_is_idle, module._forward_hooks.values()))
+    return not module._forward_hooks or all(_is_idle(one, elsewhere) for one in module._forward_hooks.values())
 
 
-def _is_idle(hook: Any) -> bool:
+def _is_idle(hook: Any, elsewhere: AbstractSet[str]) -> bool:
     """Whether a hook is one of transformers' that collect outputs, which stay for ever, and collects nothing now."""
     if getattr(hook, "__module__", None) != output_capturing.__name__:
         return False
     collected = output_capturing._active_collector.get()  # type: ignore[no-untyped-call]
-    return collected is None or set(collected) <= COLLECTED_ELSEWHERE
+    return collected is None or set(collected) <= elsewhere
 
 
 def hooked_everywhere() -> bool:

@@ -28,6 +28,7 @@ from flashclient.kernels.encoded_matrix import BlockRows
 from flashclient.kernels.fused_attention import use_fused_attention
 from flashclient.kernels.resident_linear import use_fast_linears
 from flashclient.kernels.resident_norm import use_native_norms
+from flashclient.kernels.resident_router import use_native_routers
 from flashclient.model.absent_weights import AbsentWeight, guard
 from flashclient.model.experts_ffn import ExpertsFFN
 from flashclient.model.ffn import Clock, ExactFFN, ModelFFN, StreamedFFN
@@ -36,6 +37,7 @@ from flashclient.model.old_records import completed
 from flashclient.model.predicted_ffn import PredictedFFN
 from flashclient.model.predictor import Predictors
 from flashclient.model.step import Steps
+from flashclient.model.streamed_experts import StreamedExperts
 from flashclient.model.tables.embedding import install_tables
 from flashclient.model.tables.encoded_weights import EncodedWeight, settle_encoded_weights
 from flashclient.source.bundle_source import BundleSource
@@ -130,11 +132,12 @@ def build_model(
     use_fast_linears(model, workers)
     settle_encoded_weights(model)
     use_native_norms(model, workers)
+    use_native_routers(model, workers)
     native_layers = 0
     if not attention_chosen:
         use_decode_attention(model, workers)
         use_fused_attention(model, workers)
-        native_layers = use_native_layers(model, workers, StreamedFFN)
+        native_layers = use_native_layers(model, workers, StreamedFFN, StreamedExperts)
     _keep_time(model, ffn.clock)
     model.train(False)  # the modules that were added, too
     guard(model)

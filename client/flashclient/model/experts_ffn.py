@@ -9,17 +9,26 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flashclient._native import ExpertStep, Ffn
+from flashclient._native import ExpertStep, Ffn, LayerFfn, MixtureLayer, Router, Routers
 from flashclient.errors import ModelError
 from flashclient.kernels.arrays import array_of
 from flashclient.model.experts.look_ahead import Guess, LookAhead
 from flashclient.model.ffn import Biases, Clock, LayerFFN
 from flashclient.source.bundle_source import BundleSource
 from weightd_proto import weightd_pb2
+
+
+@dataclass
+class _HeldMixture:
+    router: Router
+    native: MixtureLayer
+    guessed: tuple[int, Router] | None = None  # what it guesses next
 
 
 class ExpertsFFN:
@@ -46,6 +55,8 @@ class ExpertsFFN:
         self.clock = clock
         self.lock = threading.Lock()
         self.look_ahead = LookAhead(source, [index for index, layer in enumerate(layers) if layer.experts])
+        self._natives: dict[int, LayerFfn] = {}  # by layer
+        self._mixtures: dict[int, _HeldMixture] = {}
         sizes = [(max(1, layer.experts), layer.neurons) for layer in layers]
         try:
             self._step = ExpertStep(tuple(kernels), source.open_walk(), sizes)
@@ -88,8 +99,30 @@ class ExpertsFFN:
         """
         return self._run(layer, x, experts, weights, biases, output_bias, guess)
 
-    def native(self, streamed: LayerFFN, rows: int) -> None:
-        """None: a layer that is not a mixture is called as mixtures are."""
+    def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:
+        made = self._natives.get(streamed.layer)
+        if made is None:
+            layer, biases, output_bias = streamed.arrays()
+            made = self._natives[layer] = MixtureLayer(self._step, layer, biases, output_bias, None, None, None)
+        return made
+
+    def mixture(
+        self, layer: int, biases: Biases, expert_biases: Any, routers: Routers, router: Router, rows: int
+    ) -> LayerFfn:
+        """What computes a mixture within a native decoder layer. Called with the lock.
+
+        Args:
+            expert_biases: an array of [experts, hidden_size] fp32, added to each expert's output.
+        """
+        held = self._mixtures.get(layer)
+        if held is None or held.router is not router:
+            native = MixtureLayer(self._step, layer, biases, None, expert_biases, routers, router)
+            held = self._mixtures[layer] = _HeldMixture(router, native)
+        guessed = self.look_ahead.router_after(layer, rows)
+        if guessed != held.guessed:
+            held.native.guess(*(guessed or (0, None)))
+            held.guessed = guessed
+        return held.native
 
     def idle(self) -> None:
         self.source.idle()

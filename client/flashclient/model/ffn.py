@@ -165,6 +165,34 @@ def by_rows(ffn: ModelFFN, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Te
     return without_gradient(x, y)
 
 
+def within(
+    ffn: ModelFFN, layer: int, native: Callable[[], LayerFfn | None], compute: Callable[[LayerFfn], Times]
+) -> bool:
+    """Calls `compute`, a native decoder layer, with the native FFN of `layer`; again after each loss of weightd.
+
+    Args:
+        native: returns the native FFN. It is called with the lock.
+        compute: returns the seconds that the FFN took for predicting, acquiring, computing and waiting.
+
+    Returns:
+        False where there is no native FFN. Nothing was computed then.
+    """
+
+    def attempt() -> bool:
+        with ffn.lock:
+            made = native()
+            if made is None:
+                return False
+            with ffn.source.errors:
+                times = compute(made)
+        ffn.clock.add(*times)
+        ffn.clock.add_wait(layer, times[-1])
+        ffn.clock.ffn_s += sum(times)
+        return True
+
+    return retry_on_loss(ffn.source, attempt)
+
+
 @dataclass(frozen=True)
 class LayerFFN:
     """The FFN of one layer, of `output_bias` [hidden_size] fp32 or None."""
@@ -187,29 +215,8 @@ class LayerFFN:
         return y
 
     def within(self, rows: int, compute: Callable[[LayerFfn], Times]) -> bool:
-        """Calls `compute`, a native decoder layer, with the native FFN; again after each loss of weightd.
-
-        Args:
-            compute: returns the seconds that the FFN took for predicting, acquiring, computing and waiting.
-
-        Returns:
-            False where there is no native FFN for so many rows. Nothing was called then.
-        """
-        ffn = self.ffn
-
-        def attempt() -> bool:
-            with ffn.lock:
-                native = ffn.native(self, rows)
-                if native is None:
-                    return False
-                with ffn.source.errors:
-                    times = compute(native)
-            ffn.clock.add(*times)
-            ffn.clock.add_wait(self.layer, times[-1])
-            ffn.clock.ffn_s += sum(times)
-            return True
-
-        return retry_on_loss(ffn.source, attempt)
+        """See within(). False where there is no native FFN for so many rows."""
+        return within(self.ffn, self.layer, lambda: self.ffn.native(self, rows), compute)
 
     def arrays(self) -> tuple[int, Biases, Any]:
         """What a LayerFfn is made of, beside the FFN."""

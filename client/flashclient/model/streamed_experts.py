@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from flashclient._native import LayerFfn, Router, Routers
+from flashclient.kernels.arrays import array_of
 from flashclient.model.absent_weights import HoldsAbsentWeights
 from flashclient.model.experts_ffn import ExpertsFFN
-from flashclient.model.ffn import Biases, by_rows
+from flashclient.model.ffn import Biases, Times, by_rows, within
 from flashclient.source.bundle_source import retry_on_loss
 from flashclient.torch_state import eager
 
@@ -56,6 +59,26 @@ class LayerExperts:
             )
 
         return by_rows(self.ffn, hidden_states, of_rows)
+
+    def routed(self, routers: Routers, router: Router) -> RoutedExperts:
+        """The experts with the router that picks them."""
+        return RoutedExperts(self, routers, router)
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """A mixture as a native decoder layer computes it."""
+
+    experts: LayerExperts
+    routers: Routers
+    router: Router
+
+    def within(self, rows: int, compute: Callable[[LayerFfn], Times]) -> bool:
+        """See within(). Always True."""
+        ffn, layer, biases = self.experts.ffn, self.experts.layer, self.experts.biases
+        output_bias = None if self.experts.output_bias is None else array_of(self.experts.output_bias)
+        router = (self.routers, self.router)
+        return within(ffn, layer, lambda: ffn.mixture(layer, biases, output_bias, *router, rows), compute)
 
 
 class StreamedExperts(HoldsAbsentWeights):

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from flashclient._native import Router
+from flashclient.kernels.resident_router import NativeRouter
 from flashclient.source.bundle_source import BundleSource
 from flashclient.torch_state import eager
 
@@ -34,7 +36,7 @@ Guess = tuple[int, NDArray[np.int64]]  # a mixture, and the experts that it may 
 
 
 @dataclass(frozen=True)
-class Router:
+class FoundRouter:
     """A module that picks the experts of one mixture. `output`: where the picks are in what it returns; None: alone."""
 
     module: nn.Module
@@ -57,7 +59,7 @@ class LookAhead:
     def __init__(self, source: BundleSource, layers: Sequence[int]) -> None:
         self._next = dict(pairwise(layers))
         self._first = layers[0] if layers else None
-        self._routers: dict[int, Router] = {}
+        self._routers: dict[int, FoundRouter] = {}
         self._trust = Trust(source)
 
     def watch(self, layer: int, experts: nn.Module, beside: Sequence[nn.Module]) -> None:
@@ -85,14 +87,27 @@ class LookAhead:
         Args:
             x: [rows, hidden_size]: the input of the mixture `layer`.
         """
-        following = self._next.get(layer)
-        router = None if following is None else self._routers.get(following)
-        if following is None or router is None or len(x) > ROWS_MAX or not self._trust.pays(layer == self._first):
+        following, router = self._after(layer, len(x)) or (0, None)
+        if router is None:
             return None
         with torch.no_grad():
             picks = router.picks(x)
         by_rank = picks.reshape(len(x), -1).T.reshape(-1)
         return following, np.ascontiguousarray(by_rank.numpy(), np.int64)
+
+    def router_after(self, layer: int, rows: int) -> tuple[int, Router] | None:
+        """The next mixture and its router, which guesses within a native layer. None: nothing should be read ahead."""
+        following, router = self._after(layer, rows) or (0, None)
+        if router is None or not isinstance(router.module, NativeRouter):
+            return None
+        return following, router.module.native_router()
+
+    def _after(self, layer: int, rows: int) -> tuple[int, FoundRouter] | None:
+        following = self._next.get(layer)
+        router = None if following is None else self._routers.get(following)
+        if following is None or router is None or rows > ROWS_MAX or not self._trust.pays(layer == self._first):
+            return None
+        return following, router
 
 
 class Trust:
@@ -129,7 +144,7 @@ class Trust:
             self._paused, self._pause = self._pause, min(2 * self._pause, PAUSE_STEPS_MAX)
 
 
-def _router_of(inputs: tuple[Any, ...], returned: Sequence[tuple[nn.Module, Any, Any]]) -> Router | None:
+def _router_of(inputs: tuple[Any, ...], returned: Sequence[tuple[nn.Module, Any, Any]]) -> FoundRouter | None:
     """The router among modules that have returned, by what the experts are called with: x and picks."""
     if len(inputs) < 2:
         return None
@@ -140,5 +155,5 @@ def _router_of(inputs: tuple[Any, ...], returned: Sequence[tuple[nn.Module, Any,
         outputs = made if isinstance(made, tuple) else (made,)
         for index, output in enumerate(outputs):
             if output is picks:
-                return Router(module, index if isinstance(made, tuple) else None)
+                return FoundRouter(module, index if isinstance(made, tuple) else None)
     return None
