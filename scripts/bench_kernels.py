@@ -38,6 +38,7 @@ PREDICTED_SHARE = 0.10
 FIRING_SHARE = 0.033
 LAYER_NEURONS = 8192
 ENCODED_HIDDEN_SIZE = 2048
+SLAB_NEURONS_MIN = 32
 LINE_BYTES = 64
 RANK = 128
 ELEMENT_BYTES = 2
@@ -151,6 +152,27 @@ def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int =
     return {"kernel": "FFN", "encoding": encoding.format, "tokens": tokens, "read_bytes": read_bytes} | row
 
 
+def slab_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
+    """All neurons, in slabs. The numbers are those that encoded_row() has written."""
+    neurons = max(SLAB_NEURONS_MIN, encoding.block_values)
+    slab_bytes = 3 * stored_bytes(encoding, ENCODED_HIDDEN_SIZE * neurons)
+    stride_bytes = -(-slab_bytes // LINE_BYTES) * LINE_BYTES
+    count = arena.bytes // stride_bytes
+    addresses = np.uint64(arena.address) + np.arange(count, dtype=np.uint64) * np.uint64(stride_bytes)
+    lists = np.array_split(addresses, max(1, count * neurons // LAYER_NEURONS))
+    kernels = Ffn(arena.workers, [encoding] * 3, ENCODED_HIDDEN_SIZE, "silu", neurons=neurons)
+    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
+    y = np.zeros_like(x)
+
+    def work() -> None:
+        for some in lists:
+            kernels.add_rows(some, None, None, x, y)
+
+    row = compare(arena, work, count * slab_bytes, rounds)
+    facts = {"kernel": "FFN in slabs", "encoding": encoding.format, "tokens": tokens, "read_bytes": count * slab_bytes}
+    return facts | row
+
+
 def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, rounds: int = ROUNDS) -> Row:
     """The native matrix product, then torch's, over as many matrices as the buffer holds."""
     matrices = arena.matrices(rows, columns)
@@ -245,7 +267,11 @@ def main() -> int:
     predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
     attention = [attention_row(arena, cached_tokens, options.rounds) for cached_tokens in CONTEXTS]
     encodings = [plain("BF16"), *map(in_blocks, BLOCK_FORMATS)]  # last: they write into the buffer
-    encoded = [encoded_row(arena, encoding, tokens, options.rounds) for encoding in encodings for tokens in (1, 16)]
+    encoded, slabs = [], []
+    for encoding in encodings:
+        for tokens in (1, 16):
+            encoded.append(encoded_row(arena, encoding, tokens, options.rounds))
+            slabs.append(slab_row(arena, encoding, tokens, options.rounds))
     of_one = {
         "sparse_ffn_8_kib": sparse[0:1],
         "sparse_ffn": sparse[2::2],
@@ -253,6 +279,7 @@ def main() -> int:
         "predictor": [predictor],
         "attention": attention,
         "encodings": encoded[2::2],
+        "slabs": slabs[2::2],
     }
     targets = [
         Target(
@@ -267,7 +294,7 @@ def main() -> int:
         Target(f"{kernel}_16_rows_over_1_time_ratio", slowdown(rows), "x", 2.0, "lower")
         for kernel, rows in (("sparse_ffn", sparse), ("linear", linear))
     ]
-    report(machine, [*sparse, *linear, predictor, *attention, *encoded], targets, options.json)
+    report(machine, [*sparse, *linear, predictor, *attention, *encoded, *slabs], targets, options.json)
     return 0
 
 

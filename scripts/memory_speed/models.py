@@ -19,13 +19,15 @@ from planted.store import PlantedStore, cut, dense_store, import_once, planted_s
 from memory_speed.packages import PACKAGED, packaged_gguf
 from memory_speed.plain_gguf import write_plain_gguf
 from weightd_proto import weightd_pb2
+from weightd_proto.encodings import bundles_in, part_bytes
 from weightd_proto.files import PREDICTORS_FILE
 
 DTYPE = "bf16"  # of packaged models, whose files are quantised
+KEPT = "-kept"  # after the name of a packaged model: with its quantised numbers
 EMBEDDINGS = ("embed_tokens.weight", "embed_positions.weight")  # looked up by row, also where they are resident
 HEAD = "lm_head.weight"
 TINY = ("llama-tiny", "opt-tiny", "olmoe-tiny")  # for tests
-MODELS = ("llama-1.3b", "opt-1.3b", "olmoe-1b-7b", *PACKAGED)
+MODELS = ("llama-1.3b", "opt-1.3b", "olmoe-1b-7b", *PACKAGED, *(name + KEPT for name in PACKAGED))
 # Of OLMoE-1B-7B's 16: three processes hold the model at once, and its files are three.
 LAYERS_OF = {"olmoe-1b-7b": 4}
 
@@ -78,7 +80,7 @@ def measured_model(name: str, layers: int | None, folder: Path) -> MeasuredModel
     Raises:
         BenchError, OSError: as planted_store() does.
     """
-    if name in PACKAGED:
+    if name.removesuffix(KEPT) in PACKAGED:
         return _packaged(name, folder)
     layers = layers or LAYERS_OF.get(name)
     if name in MIXTURES:
@@ -133,15 +135,20 @@ def _mixture(name: str, layers: int | None, folder: Path) -> MeasuredModel:
 
 
 def _packaged(name: str, folder: Path) -> MeasuredModel:
-    """A real model, whose numbers are not those of its quantised file but the same rounded to DTYPE."""
-    source = packaged_gguf(name, folder)
+    """A real model, with the numbers of its quantised file as they are, or rounded to DTYPE."""
+    kept = name.endswith(KEPT)
+    source = packaged_gguf(name.removesuffix(KEPT), folder)
     stored = PlantedStore(source, folder / f"store-{name}", name)
-    import_once(stored, "--name", name, "--dtype", DTYPE)
+    import_once(stored, "--name", name, "--dtype", "keep" if kept else DTYPE)
     record = stored.record
     vocabulary = next(one.shape[0] for one in record.resident if one.name.endswith(EMBEDDINGS[0]))
 
     def write(path: Path) -> None:
-        write_plain_gguf(source, path)
+        if kept:
+            path.parent.mkdir(parents=True)
+            path.symlink_to(source.resolve())
+        else:
+            write_plain_gguf(source, path)
 
     of_token = {"exact": needed_bytes(record)}
     return MeasuredModel(name, name, stored, write, of_token, vocabulary, is_large=False)
@@ -164,7 +171,9 @@ def needed_bytes(record: weightd_pb2.Model, chosen: int | None = None) -> int:
 
 
 def _ffn_bytes(record: weightd_pb2.Model, chosen: int | None = None) -> int:
-    neurons = 0
+    size_bytes = 0
     for layer in record.layers:
-        neurons += layer.neurons if chosen is None or not layer.experts else layer.neurons * chosen // layer.experts
-    return neurons * record.bundle.bundle_bytes
+        bundles = bundles_in(record.bundle, layer)
+        bundles = bundles if chosen is None or not layer.experts else bundles * chosen // layer.experts
+        size_bytes += bundles * sum(part_bytes(record.bundle, layer))
+    return size_bytes

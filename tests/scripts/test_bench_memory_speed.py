@@ -74,6 +74,10 @@ def test_a_packaged_model_has_the_same_numbers_for_all(tmp_path: Path, monkeypat
     needed = sum(one.numel() for name, one in read.named_parameters() if "embed" not in name and "lm_head" not in name)
     embedding_bytes = 2 * read.model.embed_tokens.weight.numel() if head_bytes == 0 else 0
     assert model.token_bytes == {"exact": 2 * needed + head_bytes + embedding_bytes}
+    kept = measured_model("smollm2-135m-kept", None, tmp_path)
+    assert {part.encoding.format for part in kept.stored.record.bundle.parts} == {"Q4_1"}
+    assert kept.gguf().resolve() == (tmp_path / "smollm2-135m.gguf").resolve()
+    assert kept.token_bytes["exact"] < model.token_bytes["exact"] * 0.4
 
 
 def test_llama_cpp_gets_the_matrices_of_opt(tmp_path: Path) -> None:
