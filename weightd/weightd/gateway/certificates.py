@@ -44,16 +44,7 @@ class _Signer:
 
 def main(arguments: Sequence[str]) -> int:
     """Makes what the flags ask for, and says how to use it. Raises UsageError, CertificateError, OSError."""
-    parser = FlagParser(prog="weightd cert", allow_abbrev=False, description="Makes TLS certificates.")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the certificates")
-    host = (
-        "name or address that clients connect to; may be repeated: one certificate, called as the first, has them all"
-    )
-    parser.add_argument("--host", action="append", default=[], metavar="NAME", help=host)
-    client = "a client, as in --allow MODEL=tls:NAME; may be repeated: each gets a certificate"
-    parser.add_argument("--client", action="append", default=[], metavar="NAME", help=client)
-    parser.add_argument("--days", type=int, default=DAYS_DEFAULT, help="that they are valid (default: 825)")
-    options = parser.parse_args(list(arguments))
+    options = _parser().parse_args(list(arguments))
     if not options.host and not options.client:
         raise UsageError("nothing to make: give --host NAME for the daemon's machine, --client NAME for a client")
     if not 0 < options.days <= AUTHORITY_DAYS:
@@ -63,6 +54,19 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"{name!r} cannot be the name of a certificate: use letters, digits, dots and dashes")
     _make(options.out, options.host, options.client, options.days)
     return 0
+
+
+def _parser() -> FlagParser:
+    parser = FlagParser(prog="weightd cert", allow_abbrev=False, description="Makes TLS certificates.")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the certificates")
+    host = (
+        "name or address that clients connect to; may be repeated: one certificate, called as the first, has them all"
+    )
+    parser.add_argument("--host", action="append", default=[], metavar="NAME", help=host)
+    client = "a client, as in --allow MODEL=tls:NAME; may be repeated: each gets a certificate"
+    parser.add_argument("--client", action="append", default=[], metavar="NAME", help=client)
+    parser.add_argument("--days", type=int, default=DAYS_DEFAULT, help="that they are valid (default: 825)")
+    return parser
 
 
 def _make(folder: Path, hosts: Sequence[str], clients: Sequence[str], days: int) -> None:
