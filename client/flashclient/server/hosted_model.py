@@ -26,6 +26,7 @@ from flashclient.server.problems import Problem
 from flashclient.server.tools import ToolFormat, format_of
 
 SEQUENCES_OF_REQUEST_MAX = 64
+CHARACTERS_MIN = 1 << 18  # of a prompt that is encoded in any case: an unknown word of any length may be one token
 TEMPLATE_S = 3.0  # for a chat template, which may have loops in loops
 NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model's context sets a limit
 
@@ -79,6 +80,9 @@ class HostedModel:
         ends = getattr(config, "eos_token_id", None)
         self.tokenizer: Any = copy.deepcopy(self.client.tokenizer)  # encodes while the model's own decodes
         self._encoding = threading.Lock()
+        longest = max(map(len, self.tokenizer.get_vocab()))
+        context = self.client.loaded.context_tokens
+        self._characters_max = None if context is None else max(CHARACTERS_MIN, context * longest)
         self._ends = frozenset() if ends is None else frozenset(int(end) for end in np.atleast_1d(ends))
         self._grammars: Grammars | None = None  # made on first use: a large vocabulary takes a second
 
@@ -97,7 +101,8 @@ class HostedModel:
         self, messages: list[dict[str, Any]], layout: dict[str, Any], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
-        if tools or any(message.get("tool_calls") or message["role"] == "tool" for message in messages):
+        self._check_length(sum(len(message["content"]) for message in messages))
+        if tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             self.tool_format(tools)
         refused = [name for name in layout if name in LAYOUT]
         if refused:
@@ -123,12 +128,19 @@ class HostedModel:
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
+            self._check_length(len(prompt))
             return [int(token) for token in encode(prompt, {}, self.tokenizer).inputs["input_ids"][0]]
         strange = [token for token in prompt if not 0 <= token < self._vocabulary]
         if strange:
             last = self._vocabulary - 1
             raise OptionError(f"the prompt has token {strange[0]}, and the model's tokens are 0 to {last}")
         return prompt
+
+    def _check_length(self, characters: int) -> None:
+        """Raises OptionError for text that cannot fit the model's context: encoding it would take long."""
+        if self._characters_max is not None and characters > self._characters_max:
+            context = self.client.loaded.context_tokens
+            raise OptionError(f"the model's context is {context} tokens, and the prompt has {characters} characters")
 
     def ask(self, prompts: Sequence[Sequence[int]], asked: Asked) -> list[Answer]:
         """Queues the sequences of a request. Raises BusyError, OptionError; then none is queued."""

@@ -296,6 +296,8 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"extra_body": {"best": 1}}, "this server does not know best: leave it out"),
         ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "the chat template uses no 'thinking'"),
         ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
+        ({"messages": [{"content": "Hi"}]}, "message 0 has no role"),
+        ({"messages": [{"role": "user", "content": "Hi" * 200_000}]}, "and the prompt has 400000 characters"),
         ({"messages": [{"role": "user", "content": "Loop"}]}, "formatting the conversation takes longer than 3 s"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "this server reads text only"),
         ({"stop": ""}, "stop: "),
@@ -320,6 +322,10 @@ def test_keys(address: str) -> None:
                 client.chat.completions.create(messages=HI, **GREEDY, extra_headers=headers)
     with openai.OpenAI(base_url=address, api_key="sk-other", max_retries=0) as client:
         assert [model.id for model in client.models.list()] == [NAME, OTHER]
+
+
+def long_text(characters: int) -> bytes:
+    return json.dumps({"model": NAME, "prompt": "a" * characters}).encode()
 
 
 def many(prompts: int, count: int) -> bytes:
@@ -348,6 +354,7 @@ def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str)
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": []}', 400, "the prompt is empty"),
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": "a", "echo": true}', 400, "echo"),
         ("POST", "/v1/completions", many(65, 1), 400, "prompt: "),
+        ("POST", "/v1/completions", long_text(300_000), 400, "and the prompt has 300000 characters"),
         ("POST", "/v1/completions", many(20, 16), 400, "a request may ask for 64 sequences, not 320"),
         ("POST", "/v1/completions", b" " * (9 << 20), 413, "the body is larger than 8 MiB"),
     ],
