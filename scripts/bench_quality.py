@@ -1,10 +1,12 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
-"""Measures what encodings of FFNs cost in quality: perplexity on a text, against the weights of the checkpoint.
+"""Measures what encodings of weights cost in quality: perplexity on a text, against the weights of the checkpoint.
 
-Each model is imported as it is, and in each encoding, and runs in exact mode. In the rows of gguf-py, the FFN weights
-of transformers' model go through gguf-py's own quantiser, row by row along the hidden size as in bundles: Q4_0 is what
-llama.cpp makes of them without an importance matrix. In the row "dequantised", transformers' model has the numbers that
-the store holds in the last encoding, which must give the same perplexity as the client.
+Each model is imported as it is, and in each encoding, and runs in exact mode. "resident" are the matrices outside the
+FFNs, which then stay as they are; "plain" is what a quantised file holds, dequantised to fp32 by gguf-py. In the rows
+of gguf-py, the FFN weights of transformers' model go through gguf-py's own quantiser, row by row along the hidden size
+as in bundles: Q4_0 is what llama.cpp makes of them without an importance matrix. In the row "dequantised",
+transformers' model has the numbers that the store holds in the last encoding, which must give the same perplexity as
+the client.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from flashclient.calibration.evaluate import Quality, dense_model
 from flashclient.calibration.sequences import read_sequences
 from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
-from weightd_proto.encodings import QUANTISED_DTYPES
+from weightd_proto.encodings import QUANTISED_DTYPES, RESIDENT_DTYPES
+from weightd_proto.weightd_pb2 import Model
 
 MODELS = Path(__file__).with_name("models")
 TEXT = MODELS / "held_out.txt"
-SOURCE = "keep"
+SOURCE, PLAIN = "keep", "plain"
 BY_GGUF = ("Q8_0", "Q4_0", "Q4_1")
 LOSS_MAX = {"int8": 0.001, "int4": 0.03}
 
@@ -65,10 +68,13 @@ def through_gguf(model: Any, record: Any, format: str) -> None:
 def rows_of(name: str, source: Path, folder: Path, tokens: int, length: int) -> list[Row]:
     rows: list[Row] = []
 
-    def add(encoding: str, quality: Quality, error: float = 0.0, ffn_bytes: int = 0) -> None:
+    def add(encoding: str, quality: Quality, error: float = 0.0, record: Model | None = None) -> None:
         loss = quality.perplexity / rows[0]["perplexity"] - 1 if rows else 0.0
         row = {"model": name, "encoding": encoding, "perplexity": quality.perplexity, "loss": loss}
-        rows.append(row | {"weight_error": error, "ffn_bytes": ffn_bytes})
+        ffn_bytes, resident_bytes = (
+            (0, 0) if record is None else (record.bundles_file_bytes, record.resident_file_bytes)
+        )
+        rows.append(row | {"weight_error": error, "ffn_bytes": ffn_bytes, "resident_bytes": resident_bytes})
 
     for dtype in (SOURCE, *QUANTISED_DTYPES):
         store = folder / dtype
@@ -77,7 +83,7 @@ def rows_of(name: str, source: Path, folder: Path, tokens: int, length: int) -> 
         with FlashClient(name, store=store, mode="exact") as client:
             sequences = read_sequences(TEXT, client.tokenizer, length, None, tokens)
             error = max(layer.quantisation_error for layer in record.layers)
-            add(dtype, quality_of(client.model, sequences), error, record.bundles_file_bytes)
+            add(dtype, quality_of(client.model, sequences), error, record)
             if dtype == SOURCE:
                 for format in BY_GGUF:
                     dense = dense_model(client.loaded)
@@ -85,6 +91,14 @@ def rows_of(name: str, source: Path, folder: Path, tokens: int, length: int) -> 
                     add(f"gguf {format}", quality_of(dense, sequences))
             elif dtype == tuple(QUANTISED_DTYPES)[-1]:
                 add(f"{dtype}, dequantised", quality_of(dense_model(client.loaded), sequences))
+    for resident in RESIDENT_DTYPES:
+        store, layout = folder / f"resident-{resident}", "neuron" if resident == PLAIN else ""
+        with Store.open(store, create=True) as opened:
+            record = import_checkpoint(source, opened, name, layout=layout, resident_request=resident)
+        with FlashClient(name, store=store, mode="exact") as client:
+            error = max(tensor.quantisation_error for tensor in record.resident)
+            label = resident if resident == PLAIN else f"resident {resident}"
+            add(label, quality_of(client.model, sequences), error, record)
     return rows
 
 
@@ -92,8 +106,17 @@ def targets_of(name: str, rows: list[Row]) -> list[Target]:
     loss = {row["encoding"]: row["loss"] for row in rows}
     most = LOSS_MAX | {"int4": min(LOSS_MAX["int4"], max(0.0, loss["gguf Q4_0"]))}
     targets = [Target(f"{name}_{dtype}_loss", loss[dtype], "relative", most[dtype], "lower") for dtype in most]
+    targets += [
+        Target(f"{name}_resident_{dtype}_loss", loss[f"resident {dtype}"], "relative", LOSS_MAX[dtype], "lower")
+        for dtype in LOSS_MAX
+    ]
     difference = abs(loss["int4"] - loss["int4, dequantised"])
-    return [*targets, Target(f"{name}_difference_from_dequantised", difference, "relative", 1e-4, "lower")]
+    kept = max(abs(loss[PLAIN] - loss[one]) for one in (SOURCE, f"resident {SOURCE}"))
+    return [
+        *targets,
+        Target(f"{name}_difference_from_dequantised", difference, "relative", 1e-4, "lower"),
+        Target(f"{name}_kept_difference_from_dequantised", kept, "relative", 1e-6, "lower"),
+    ]
 
 
 def _shipped(_: Path, target: Path) -> None:

@@ -125,7 +125,7 @@ def _key(module: nn.Module) -> Any:
         and not has_tensors(module)
         and next(module.children(), None) is None
         and weight.dim() == 2
-        and len(weight) <= EXPERTS_MAX
+        and weight.shape[0] <= EXPERTS_MAX
         and weight.dtype in KERNEL_DTYPES
         and all(type(one) is nn.Parameter and one.is_cpu for one in (weight, bias) if one is not None)
     )

@@ -74,10 +74,9 @@ struct BlockQ4_1 {
     LANE Lane lane(size_t first) const { return values.of_halves(codes + first % 16, first / 16); }
 };
 
-// The fifth bit of each code lies in a string of bits.
-LANE Codes codes_of_five_bits(const uint8_t* bits, const uint8_t* codes, size_t first) {
-    const Codes four = bits_of(codes_of(codes + first % 16), first / 16 * 4, 15);
-    return joined(four, bits_in_order(bits, first), 4);
+// code - zero: the fifth bit of each code lies in a string of bits.
+LANE Lane numbers_of_five_bits(const uint8_t* bits, const uint8_t* codes, size_t first, int zero) {
+    return numbers_with_bits(codes_of(codes + first % 16), {first / 16 * 4, 4}, bits, first, zero);
 }
 
 // value = scale * (code - 16)
@@ -89,7 +88,7 @@ struct BlockQ5_0 {
 
     LANE BlockQ5_0(const uint8_t* block, NoScales, size_t) : block(block), scale(half_before_codes(block)) {}
     LANE Lane lane(size_t first) const {
-        return multiply(numbers_of(codes_of_five_bits(block + 2, block + 6, first), 16), scale);
+        return multiply(numbers_of_five_bits(block + 2, block + 6, first, 16), scale);
     }
 };
 
@@ -104,7 +103,7 @@ struct BlockQ5_1 {
     LANE BlockQ5_1(const uint8_t* block, NoScales, size_t)
         : block(block), scale(half_before_codes(block)), least(half_before_codes(block + 2)) {}
     LANE Lane lane(size_t first) const {
-        return add(multiply(numbers_of(codes_of_five_bits(block + 4, block + 8, first), 0), scale), least);
+        return add(multiply(numbers_of_five_bits(block + 4, block + 8, first, 0), scale), least);
     }
 };
 

@@ -60,6 +60,14 @@ LANE Codes bits_of(Codes codes, size_t shift, int mask) {
     return {_mm256_and_si256(shifted, _mm256_set1_epi32(mask))};
 }
 
+// Which bits of a byte are a part of a code.
+struct Field {
+    size_t first;
+    unsigned count;
+
+    int mask() const { return (1 << count) - 1; }
+};
+
 // The bits of a string, from bit `first` on.
 LANE Codes bits_in_order(const uint8_t* bits, size_t first) {
     const __m256i byte = _mm256_set1_epi32(bits[first / 8]);
@@ -67,14 +75,21 @@ LANE Codes bits_in_order(const uint8_t* bits, size_t first) {
     return {_mm256_and_si256(shifted, _mm256_set1_epi32(1))};
 }
 
-// low | high << shift
-LANE Codes joined(Codes low, Codes high, int shift) {
-    return {_mm256_or_si256(low.value, _mm256_slli_epi32(high.value, shift))};
-}
-
 // code - zero, in fp32
 LANE Lane numbers_of(Codes codes, int zero) {
     return {_mm256_cvtepi32_ps(_mm256_sub_epi32(codes.value, _mm256_set1_epi32(zero)))};
+}
+
+// The same for codes of a lower and an upper field of bits: field(lower) | field(upper) << lower.count
+LANE Lane numbers_of_fields(Codes lower, Field of_lower, Codes upper, Field of_upper, int zero) {
+    const __m256i low = bits_of(lower, of_lower.first, of_lower.mask()).value;
+    const __m256i high = bits_of(upper, of_upper.first, of_upper.mask()).value;
+    return numbers_of({_mm256_or_si256(low, _mm256_slli_epi32(high, static_cast<int>(of_lower.count)))}, zero);
+}
+
+// The same where the upper field is bit `first` and the following of a string of bits.
+LANE Lane numbers_with_bits(Codes lower, Field of_lower, const uint8_t* bits, size_t first, int zero) {
+    return numbers_of_fields(lower, of_lower, bits_in_order(bits, first), {0, 1}, zero);
 }
 
 }  // namespace

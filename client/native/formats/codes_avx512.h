@@ -59,16 +59,41 @@ LANE Codes bits_of(Codes codes, size_t shift, int mask) {
     return {_mm512_and_si512(shifted, _mm512_set1_epi32(mask))};
 }
 
-// The bits of a string, from bit `first` on.
-LANE Codes bits_in_order(const uint8_t* bits, size_t first) {
-    uint16_t some;
-    std::memcpy(&some, bits + first / 8, sizeof(some));
-    return {_mm512_maskz_set1_epi32(some, 1)};
+// Which bits of a byte are a part of a code.
+struct Field {
+    size_t first;
+    unsigned count;
+
+    int mask() const { return (1 << count) - 1; }
+};
+
+constexpr int AND_OR = 0xea;  // of ternary logic: a & b | c
+
+// code - zero in fp32, for codes of a lower and an upper field of bits: field(lower) | field(upper) << lower.count. The
+// code becomes the fraction of a number from 2^23 on, from which 2^23 + zero is subtracted, exactly.
+LANE Lane numbers_of_fields(Codes lower, Field of_lower, Codes upper, Field of_upper, int zero) {
+    constexpr float FROM = 0x1p23f;
+    constexpr int AND_OR = 0xea;                                          // a & b | c
+    const auto left = static_cast<int>(of_lower.count - of_upper.first);  // or right: widened bytes have room for both
+    const __m512i low = _mm512_srlv_epi32(lower.value, _mm512_set1_epi32(static_cast<int>(of_lower.first)));
+    const __m512i high = _mm512_rolv_epi32(upper.value, _mm512_set1_epi32(left & 31));
+    const __m512i from = _mm512_castps_si512(_mm512_set1_ps(FROM));
+    const __m512i fraction = _mm512_ternarylogic_epi32(low, _mm512_set1_epi32(of_lower.mask()), from, AND_OR);
+    const __m512i whole =
+        _mm512_ternarylogic_epi32(high, _mm512_set1_epi32(of_upper.mask() << of_lower.count), fraction, AND_OR);
+    return {_mm512_sub_ps(_mm512_castsi512_ps(whole), _mm512_set1_ps(FROM + static_cast<float>(zero)))};
 }
 
-// low | high << shift
-LANE Codes joined(Codes low, Codes high, unsigned shift) {
-    return {_mm512_or_si512(low.value, _mm512_slli_epi32(high.value, shift))};
+// The same where the upper field is bit `first` and the following of a string of bits.
+LANE Lane numbers_with_bits(Codes lower, Field of_lower, const uint8_t* bits, size_t first, int zero) {
+    constexpr float FROM = 0x1p23f;
+    uint16_t some;
+    std::memcpy(&some, bits + first / 8, sizeof(some));
+    const __m512i low = _mm512_srlv_epi32(lower.value, _mm512_set1_epi32(static_cast<int>(of_lower.first)));
+    const __m512i from = _mm512_castps_si512(_mm512_set1_ps(FROM));
+    const __m512i fraction = _mm512_ternarylogic_epi32(low, _mm512_set1_epi32(of_lower.mask()), from, AND_OR);
+    const __m512i whole = _mm512_mask_or_epi32(fraction, some, fraction, _mm512_set1_epi32(of_lower.mask() + 1));
+    return {_mm512_sub_ps(_mm512_castsi512_ps(whole), _mm512_set1_ps(FROM + static_cast<float>(zero)))};
 }
 
 // code - zero, in fp32

@@ -72,6 +72,14 @@ Codes bits_of(Codes codes, size_t shift, int mask) {
     return codes;
 }
 
+// Which bits of a byte are a part of a code.
+struct Field {
+    size_t first;
+    unsigned count;
+
+    int mask() const { return (1 << count) - 1; }
+};
+
 // The bits of a string, from bit `first` on.
 Codes bits_in_order(const uint8_t* bits, size_t first) {
     Codes codes;
@@ -79,17 +87,24 @@ Codes bits_in_order(const uint8_t* bits, size_t first) {
     return codes;
 }
 
-// low | high << shift
-Codes joined(Codes low, Codes high, unsigned shift) {
-    for (size_t i = 0; i < Lane::WIDTH; i++) low.value[i] |= high.value[i] << shift;
-    return low;
-}
-
 // code - zero, in fp32
 Lane numbers_of(Codes codes, int zero) {
     Lane lane;
     for (size_t i = 0; i < Lane::WIDTH; i++) lane.value[i] = static_cast<float>(codes.value[i] - zero);
     return lane;
+}
+
+// The same for codes of a lower and an upper field of bits: field(lower) | field(upper) << lower.count
+Lane numbers_of_fields(Codes lower, Field of_lower, Codes upper, Field of_upper, int zero) {
+    Codes joined = bits_of(lower, of_lower.first, of_lower.mask());
+    upper = bits_of(upper, of_upper.first, of_upper.mask());
+    for (size_t i = 0; i < Lane::WIDTH; i++) joined.value[i] |= upper.value[i] << of_lower.count;
+    return numbers_of(joined, zero);
+}
+
+// The same where the upper field is bit `first` and the following of a string of bits.
+Lane numbers_with_bits(Codes lower, Field of_lower, const uint8_t* bits, size_t first, int zero) {
+    return numbers_of_fields(lower, of_lower, bits_in_order(bits, first), {0, 1}, zero);
 }
 
 }  // namespace

@@ -11,10 +11,20 @@
 namespace flashclient {
 namespace {
 
-// Of Q4_K and Q5_K: eight scales and eight leasts, of six bits each, in twelve bytes.
+// out[i] = factor * (code - zero), for sixteen codes that are each in a byte.
+LANE void scale_codes(const uint8_t* codes, int zero, float factor, float* out) {
+    for (size_t i = 0; i < 16; i += Lane::WIDTH) {
+        multiply(numbers_of(codes_of(codes + i), zero), Lane::all(factor)).store(out + i);
+    }
+}
+
+// Of Q4_K and Q5_K: eight scales and eight leasts, of six bits each, in twelve bytes. They are made as vectors of
+// sixteen, of which half are not used.
 struct ScalesOfSixBits {
-    float scale[8];
-    float least[8];
+    float scale[16];
+    float least_behind[16];
+
+    const float* least() const { return least_behind + 8; }
 
     LANE static ScalesOfSixBits of(const uint8_t* block) {
         ScalesOfSixBits scales;
@@ -25,10 +35,8 @@ struct ScalesOfSixBits {
                                     (packed[2] >> 4 & FOUR) | (packed[1] >> 2 & UPPER_TWO)};
         uint8_t codes[16];
         std::memcpy(codes, joined, sizeof(codes));
-        const float of_scales = half_at(block);
-        const float of_leasts = -half_at(block + 2);
-        for (size_t i = 0; i < 8; i++) scales.scale[i] = of_scales * static_cast<float>(codes[i]);
-        for (size_t i = 0; i < 8; i++) scales.least[i] = of_leasts * static_cast<float>(codes[8 + i]);
+        scale_codes(codes, 0, half_at(block), scales.scale);
+        scale_codes(codes, 0, -half_at(block + 2), scales.least_behind);
         return scales;
     }
 };
@@ -43,8 +51,8 @@ struct BlockQ4K {
 
     LANE BlockQ4K(const uint8_t* block, const Scales& of, size_t group)
         : codes(block + 16 + group * 32),
-          lower(Lane::all(of.scale[2 * group]), Lane::all(of.least[2 * group])),
-          upper(Lane::all(of.scale[2 * group + 1]), Lane::all(of.least[2 * group + 1])) {}
+          lower(Lane::all(of.scale[2 * group]), Lane::all(of.least()[2 * group])),
+          upper(Lane::all(of.scale[2 * group + 1]), Lane::all(of.least()[2 * group + 1])) {}
     LANE Lane lane(size_t first) const {
         return (first < 32 ? lower : upper).of_halves(codes + first % 32, first / 32);
     }
@@ -64,13 +72,13 @@ struct BlockQ5K {
         : bits(block + 16),
           codes(block + 48 + group * 32),
           scale(of.scale + 2 * group),
-          least(of.least + 2 * group),
+          least(of.least() + 2 * group),
           group(group) {}
     LANE Lane lane(size_t first) const {
         const size_t half = first / 32;
-        const Codes four = bits_of(codes_of(codes + first % 32), 4 * half, 15);
-        const Codes fifth = bits_of(codes_of(bits + first % 32), 2 * group + half, 1);
-        return add(multiply(numbers_of(joined(four, fifth, 4), 0), Lane::all(scale[half])), Lane::all(least[half]));
+        const Lane number = numbers_of_fields(codes_of(codes + first % 32), {4 * half, 4}, codes_of(bits + first % 32),
+                                              {2 * group + half, 1}, 0);
+        return add(multiply(number, Lane::all(scale[half])), Lane::all(least[half]));
     }
 };
 
@@ -80,10 +88,10 @@ struct ScalesOfQ6K {
 
     LANE static ScalesOfQ6K of(const uint8_t* block) {
         ScalesOfQ6K scales;
-        int8_t codes[16];
-        std::memcpy(codes, block + 192, sizeof(codes));
-        const float of_scales = half_at(block + 208);
-        for (size_t i = 0; i < 16; i++) scales.scale[i] = of_scales * static_cast<float>(codes[i]);
+        const Lane factor = Lane::all(half_at(block + 208));
+        for (size_t i = 0; i < 16; i += Lane::WIDTH) {
+            multiply(signed_bytes(block + 192 + i), factor).store(scales.scale + i);
+        }
         return scales;
     }
 };
@@ -104,9 +112,9 @@ struct BlockQ6K {
           scale(of.scale + 2 * group),
           group(group) {}
     LANE Lane lane(size_t first) const {
-        const Codes four = bits_of(codes_of(lower + first), group % 4 / 2 * 4, 15);
-        const Codes two = bits_of(codes_of(upper + first), group % 4 * 2, 3);
-        return multiply(numbers_of(joined(four, two, 4), 32), Lane::all(scale[first / 16]));
+        const Lane number = numbers_of_fields(codes_of(lower + first), {group % 4 / 2 * 4, 4}, codes_of(upper + first),
+                                              {group % 4 * 2, 2}, 32);
+        return multiply(number, Lane::all(scale[first / 16]));
     }
 };
 
@@ -116,20 +124,18 @@ struct ScalesOfQ2K {
 
     LANE static ScalesOfQ2K of(const uint8_t* block) {
         ScalesOfQ2K scales;
-        const float of_scales = half_at(block + 80);
-        const float of_leasts = -half_at(block + 82);
-        for (size_t i = 0; i < 16; i++) scales.scale[i] = of_scales * static_cast<float>(block[i] & 15);
-        for (size_t i = 0; i < 16; i++) scales.least[i] = of_leasts * static_cast<float>(block[i] >> 4);
+        const Lane of_scales = Lane::all(half_at(block + 80));
+        const Lane of_leasts = Lane::all(-half_at(block + 82));
+        for (size_t i = 0; i < 16; i += Lane::WIDTH) {
+            const Codes codes = codes_of(block + i);
+            multiply(numbers_of(bits_of(codes, 0, 15), 0), of_scales).store(scales.scale + i);
+            multiply(numbers_of(bits_of(codes, 4, 15), 0), of_leasts).store(scales.least + i);
+        }
         return scales;
     }
 };
 
-// Codes of two bits: 128 values lie in 32 bytes, lowest bits first.
-LANE Codes codes_of_two_bits(const uint8_t* codes, size_t group, size_t first) {
-    return bits_of(codes_of(codes + group / 4 * 32 + first), group % 4 * 2, 3);
-}
-
-// value = scale * code + least
+// value = scale * code + least. 128 codes of two bits lie in 32 bytes, lowest bits first.
 struct BlockQ2K {
     static constexpr size_t VALUES = 256, GROUP = 32, BYTES = 84;
     using Scales = ScalesOfQ2K;
@@ -141,7 +147,7 @@ struct BlockQ2K {
     LANE BlockQ2K(const uint8_t* block, const Scales& of, size_t group)
         : codes(block + 16), scale(of.scale + 2 * group), least(of.least + 2 * group), group(group) {}
     LANE Lane lane(size_t first) const {
-        const Lane number = numbers_of(codes_of_two_bits(codes, group, first), 0);
+        const Lane number = numbers_of(bits_of(codes_of(codes + group / 4 * 32 + first), group % 4 * 2, 3), 0);
         return add(multiply(number, Lane::all(scale[first / 16])), Lane::all(least[first / 16]));
     }
 };
@@ -152,12 +158,19 @@ struct ScalesOfQ3K {
 
     LANE static ScalesOfQ3K of(const uint8_t* block) {
         ScalesOfQ3K scales;
-        const float of_scales = half_at(block + 108);
-        for (size_t i = 0; i < 16; i++) {
-            const int four = block[96 + i % 8] >> (i / 8 * 4) & 15;
-            const int two = block[104 + i % 4] >> (i / 4 * 2) & 3;
-            scales.scale[i] = of_scales * static_cast<float>((four | two << 4) - 32);
-        }
+        constexpr uint64_t FOUR = 0x0f0f0f0f0f0f0f0f;
+        constexpr uint32_t TWO = 0x03030303;
+        uint64_t lower;
+        uint32_t upper;
+        std::memcpy(&lower, block + 96, sizeof(lower));
+        std::memcpy(&upper, block + 104, sizeof(upper));
+        const auto both = [&](unsigned shift) {
+            return uint64_t{upper >> shift & TWO} | uint64_t{upper >> (shift + 2) & TWO} << 32;
+        };
+        const uint64_t joined[2] = {(lower & FOUR) | both(0) << 4, (lower >> 4 & FOUR) | both(4) << 4};
+        uint8_t codes[16];
+        std::memcpy(codes, joined, sizeof(codes));
+        scale_codes(codes, 32, half_at(block + 108), scales.scale);
         return scales;
     }
 };
@@ -173,9 +186,9 @@ struct BlockQ3K {
     LANE BlockQ3K(const uint8_t* block, const Scales& of, size_t group)
         : bits(block), scale(of.scale + 2 * group), group(group) {}
     LANE Lane lane(size_t first) const {
-        const Codes two = codes_of_two_bits(bits + 32, group, first);
-        const Codes third = bits_of(codes_of(bits + first), group, 1);
-        return multiply(numbers_of(joined(two, third, 2), 4), Lane::all(scale[first / 16]));
+        const Lane number = numbers_of_fields(codes_of(bits + 32 + group / 4 * 32 + first), {group % 4 * 2, 2},
+                                              codes_of(bits + first), {group, 1}, 4);
+        return multiply(number, Lane::all(scale[first / 16]));
     }
 };
 
