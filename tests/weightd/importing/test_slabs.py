@@ -21,15 +21,18 @@ from test_quantising import IDS, SETTINGS, with_state
 from flashclient import FlashClient
 from flashclient.errors import CalibrationError, CorruptionError
 from weightd import cli
+from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.errors import CorruptionError as StoredCorruption
 from weightd.importing import plan
 from weightd.importing.convert import import_checkpoint
 from weightd.importing.slabs import EXPONENT_SCALES, HALF_SCALES
+from weightd.importing.stored_dtype import kept_slabs
+from weightd.importing.units import TensorMatrix, Unit, UnitPart
 from weightd.importing.update import KEPT, REPLACED, update
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
-from weightd_proto.encodings import BLOCK_FORMATS
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks
 
 Kinds = Callable[[str], gguf.GGMLQuantizationType]
 WIDE = torch.arange(3, 63).view(1, 60)  # several groups of rows
@@ -203,3 +206,24 @@ def test_other_modes_are_refused(tmp_path: Path) -> None:
 
 def test_every_format_says_where_its_scales_are() -> None:
     assert BLOCK_FORMATS.keys() <= HALF_SCALES.keys() | EXPONENT_SCALES.keys()
+
+
+def test_layers_with_blocks_of_different_lengths(tmp_path: Path) -> None:
+    """As in Qwen1.5-MoE: 256 values in the blocks of shared experts, 32 in those of experts, of 1408 neurons."""
+
+    def unit(layer: int, neurons: int, format: str) -> Unit:
+        tensor = SourceTensor(f"down{layer}", (64, neurons), in_blocks(format), tmp_path / "m.gguf", 0)
+        down = UnitPart(TensorMatrix(tensor, 0, 64), columns=True, first=0, step=1)
+        return Unit(layer, 0, neurons, (down, down))
+
+    slabs, notes = kept_slabs([unit(0, 512, "Q4_K"), unit(1, 96, "Q5_0")], "keep", "")
+    assert slabs is not None
+    assert slabs.neurons == 32
+    assert [encodings[-1].format for encodings in slabs.layers] == ["F32", "Q5_0"]
+    assert any("cannot be kept and become F32, first down0, of Q4_K" in note for note in notes)
+    odd = [unit(0, 512, "Q4_0"), unit(1, 40, "Q8_0")]
+    slabs, notes = kept_slabs(odd, "keep", "")
+    assert slabs is None
+    assert "neuron by neuron: layer 1 has 40 neurons, which are not whole slabs of 32" in notes[0]
+    with pytest.raises(CheckpointError, match="not whole slabs of 32: leave --layout slab out"):
+        kept_slabs(odd, "keep", "slab")

@@ -194,7 +194,7 @@ def lay_out(
         for source in resident
     }
     kinds = {source.name: (formats[source.name], tuple(source.shape)) for source in resident}
-    slabs = kept_slabs(units, dtype_request, layout)
+    slabs, notes = kept_slabs(units, dtype_request, layout)
     encoding = slabs or bundle_encoding(recipe, dtype_request, dtype)
     sizes = (block_bytes, read_bytes, sector_bytes)
     record, header = lay_out_record(recipe.model, kinds, name, dtype, encoding, *sizes)
@@ -205,7 +205,7 @@ def lay_out(
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors, kinds)]
     tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
     record.tables.extend(table.record for table in tables)
-    return LaidOut(record, header, units, in_order, steps, tables, slabs.notes if slabs is not None else ())
+    return LaidOut(record, header, units, in_order, steps, tables, notes)
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> int:

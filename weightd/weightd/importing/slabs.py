@@ -68,16 +68,23 @@ def slabs_of(units: Sequence[Unit]) -> Slabs | None:
     for unit in units:
         by_layer.setdefault(unit.layer, []).append(unit)
     layers = tuple(tuple(_encodings(of_layer)) for of_layer in by_layer.values())
+    neurons = max(NEURONS_MIN, *(encodings[-1].block_values for encodings in layers))
+    if any(unit.neurons % neurons for unit in units):  # as where shared experts have larger blocks than routed ones
+        neurons, layers = NEURONS_MIN, tuple(map(_with_short_blocks, layers))
     if all(is_plain(encoding) for encodings in layers for encoding in encodings):
         return None
-    neurons = max(NEURONS_MIN, *(encodings[-1].block_values for encodings in layers))
     for unit in units:
         if unit.neurons % neurons:
             raise CheckpointError(
-                f"layer {unit.layer} has {unit.neurons} neurons, which are not whole slabs of {neurons}: import with "
-                "--layout neuron"
+                f"layer {unit.layer} has {unit.neurons} neurons, which are not whole slabs of {neurons}"
             )
     return Slabs(neurons, layers, tuple(_notes(units, layers)))
+
+
+def _with_short_blocks(encodings: tuple[Encoding, ...]) -> tuple[Encoding, ...]:
+    """The encodings of a layer in slabs of NEURONS_MIN, where a down matrix with longer blocks cannot be kept."""
+    *rows, down = encodings
+    return (*rows, plain("F32") if down.block_values > NEURONS_MIN else down)
 
 
 def _encodings(units: Sequence[Unit]) -> Iterator[Encoding]:

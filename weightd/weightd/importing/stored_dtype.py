@@ -52,23 +52,30 @@ def stored_dtype(recipe: Recipe, tensors: Mapping[str, SourceTensor], request: s
     return dtype if dtype == "F32" or _hold_exactly(others, dtype) else "F32"
 
 
-def kept_slabs(units: Sequence[Unit], request: str, layout: str) -> Slabs | None:
+def kept_slabs(units: Sequence[Unit], request: str, layout: str) -> tuple[Slabs | None, tuple[str, ...]]:
     """Slabs for a checkpoint whose FFNs are quantised, where --dtype and --layout (empty: what is best) keep them.
+
+    And what a user should know.
 
     CheckpointError where slabs are asked for and cannot be had.
     """
     if request != KEEP and layout == SLAB:
         raise CheckpointError(f"--layout {SLAB} keeps what is quantised as published: leave --dtype {request} out")
     if request != KEEP or layout == NEURON:
-        return None
-    slabs = slabs_of(units)
+        return None, ()
+    try:
+        slabs = slabs_of(units)
+    except CheckpointError as error:
+        if layout == SLAB:
+            raise CheckpointError(f"{error}: leave --layout {SLAB} out") from error
+        return None, (f"the FFNs are dequantised and stored neuron by neuron: {error}",)
     if slabs is None and layout == SLAB:
         known = ", ".join(BLOCK_FORMATS)
         raise CheckpointError(
             f"no FFN of the checkpoint is quantised in a format that kernels compute with ({known}), so slabs would "
             f"keep nothing: leave --layout {SLAB} out"
         )
-    return slabs
+    return slabs, () if slabs is None else slabs.notes
 
 
 def bundle_encoding(recipe: Recipe, request: str, dtype: str) -> Encoding:
