@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
@@ -123,32 +122,37 @@ def _joined(config: Any, first: GrowingCache, second: GrowingCache, columns: int
     layers: Any = zip(joined.layers, first.layers, second.layers, strict=True)
     for layer, one, other in layers:
         held = max(one.keys.shape[-2], other.keys.shape[-2])
-        _fill(
-            layer,
-            torch.cat([_padded(one.keys, held), _padded(other.keys, held)]),
-            torch.cat([_padded(one.values, held), _padded(other.values, held)]),
-            columns,
-        )
+        rows = one.keys.shape[0] + other.keys.shape[0]
+        rooms = layer.room_for(held, _empty(one.keys, rows), _empty(one.values, rows))
+        for room, parts in zip(rooms, ((one.keys, other.keys), (one.values, other.values)), strict=True):
+            for at, part in zip((0, one.keys.shape[0]), parts, strict=True):
+                padding = held - part.shape[-2]
+                room[at : at + part.shape[0], :, :padding] = 0
+                room[at : at + part.shape[0], :, padding:held] = part
+        _hold(layer, held, columns)
     return joined
 
 
 def _selected(config: Any, cache: GrowingCache, rows: list[int], columns: int) -> GrowingCache:
     """Some rows, without columns at the beginning that are padding in all of them."""
-    selected, index = GrowingCache(config), torch.tensor(rows)
+    selected = GrowingCache(config)
     layers: Any = zip(selected.layers, cache.layers, strict=True)
     for layer, one in layers:
         held = min(columns, one.keys.shape[-2])
-        keys, values = (states[..., -held:, :].index_select(0, index) for states in (one.keys, one.values))
-        _fill(layer, keys, values, columns)
+        rooms = layer.room_for(held, _empty(one.keys, len(rows)), _empty(one.values, len(rows)))
+        for room, states in zip(rooms, (one.keys, one.values), strict=True):
+            for at, row in enumerate(rows):
+                room[at, :, :held] = states[row, :, -held:]
+        _hold(layer, held, columns)
     return selected
 
 
-def _fill(layer: Any, keys: Tensor, values: Tensor, columns: int) -> None:
-    layer.update(keys, values)
+def _hold(layer: Any, held: int, columns: int) -> None:
+    layer.add_written(held)
     if isinstance(layer, GrowingWindowLayer):
         layer.cumulative_length = columns  # those that have left the window count, too
 
 
-def _padded(states: Tensor, tokens: int) -> Tensor:
-    """[rows, heads, tokens, elements], with zeros at the beginning."""
-    return pad(states, (0, 0, tokens - states.shape[-2], 0))
+def _empty(states: Tensor, rows: int) -> Tensor:
+    """No tokens of so many sequences, otherwise like `states`."""
+    return states.new_empty(rows, states.shape[1], 0, states.shape[3])
