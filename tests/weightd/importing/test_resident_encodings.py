@@ -153,10 +153,10 @@ def test_commands_know_the_encoding(tmp_path: Path, capsys: pytest.CaptureFixtur
     source = make_checkpoint("llama", tmp_path / "m")
     arguments = ["--store", str(tmp_path / "store")]
     assert cli.main(["import", str(source), *arguments, "--resident-dtype", "int4"]) == 0
-    assert "(IQ4_NL)" in capsys.readouterr().out
+    assert "(IQ4_NL/Q8_0)" in capsys.readouterr().out
     assert cli.main(["ls", *arguments, "--json"]) == 0
     (model,) = json.loads(capsys.readouterr().out)["models"]
-    assert (model["dtype"], model["resident_dtype"]) == ("F32", "IQ4_NL")
+    assert (model["dtype"], model["resident_dtype"]) == ("F32", "IQ4_NL/Q8_0")
     assert 0.07 < model["resident_quantisation_error"] < 0.09
     assert cli.main(["verify", *arguments]) == 0
 
@@ -167,7 +167,7 @@ def test_an_update_keeps_the_encoding_and_another_one_is_a_change(tmp_path: Path
         import_checkpoint(source, store, resident_request="int8")
         assert update(source, store)[1] == KEPT
         record, done = update(source, store, resident_request="int4")
-        assert (done, set(formats_in(record).values())) == (REPLACED, {"IQ4_NL"})
+        assert (done, set(formats_in(record).values())) == (REPLACED, {"IQ4_NL", "Q8_0"})
         assert update(source, store)[1] == KEPT
         assert update(source, store, resident_request="plain")[1] == REPLACED
 
