@@ -62,7 +62,7 @@ def subject_of(
                 return _stored(opened, model, dtype or resident_request, ask)
     path, config = _configuration(model, revision)
     if path.suffix == ".gguf" and dtype is None:
-        return _from_gguf(path, device, ask)
+        return _from_gguf(path, device, ask, resident_request or "")
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
     return _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
 
@@ -98,12 +98,12 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
     return path, config if named == CONFIG_FILE else read_json(path / named)
 
 
-def _from_gguf(path: Path, device: DeviceProfile, ask: Ask) -> Subject:
+def _from_gguf(path: Path, device: DeviceProfile, ask: Ask, resident_request: str) -> Subject:
     """As an import would lay the file out: it has its own encodings."""
     checkpoint = open_gguf(path)
     recipe = derive(checkpoint, ask)
     sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES, TABLES_ABOVE_BYTES)
-    laid_out = lay_out(checkpoint, recipe, model_name_for(path), KEEP, *sizes)
+    laid_out = lay_out(checkpoint, recipe, model_name_for(path), KEEP, *sizes, resident_request=resident_request)
     cost = _cost(recipe, laid_out.record, ask)
     return Subject(laid_out.record.name, laid_out.record, cost, None, (*recipe.notes, *laid_out.notes))
 
