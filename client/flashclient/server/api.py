@@ -28,6 +28,7 @@ from flashclient.server.problems import Problem
 from flashclient.server.schema import ChatBody, CompletionBody, SamplingBody
 from flashclient.server.tools import ToolSet
 
+FAULTS_MAX = 1000  # describing millions of them, to tell the first, would take many seconds
 POLL_S = 0.25  # how often a request that is not a stream looks whether its client has gone
 Body = TypeVar("Body", bound=SamplingBody)
 
@@ -205,6 +206,8 @@ def _described(model: HostedModel) -> dict[str, Any]:
 
 def _refused(error: ValidationError) -> Problem:
     """The first thing that is wrong with a body, in one line."""
+    if error.error_count() > FAULTS_MAX:
+        return Problem(400, f"the body has {error.error_count()} faults: see which fields this endpoint takes")
     first = error.errors(include_url=False, include_context=False)[0]
     where = [str(part) for part in first["loc"]]
     param = where[0] if where else None

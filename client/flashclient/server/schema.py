@@ -22,7 +22,7 @@ COMPLETION_TOKENS_DEFAULT = 16  # of the interface
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
-Ids = Annotated[list[int], Field(max_length=PROMPT_TOKENS_MAX)]
+Ids = Annotated[list[int], Field(max_length=PROMPT_TOKENS_MAX, fail_fast=True)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=STOPS_MAX)]
 
 

@@ -354,6 +354,7 @@ def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str)
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": []}', 400, "the prompt is empty"),
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": "a", "echo": true}', 400, "echo"),
         ("POST", "/v1/completions", many(65, 1), 400, "prompt: "),
+        ("POST", "/v1/completions", json.dumps({str(one): 1 for one in range(2000)}).encode(), 400, "2002 faults"),
         ("POST", "/v1/completions", long_text(300_000), 400, "and the prompt has 300000 characters"),
         ("POST", "/v1/completions", many(20, 16), 400, "a request may ask for 64 sequences, not 320"),
         ("POST", "/v1/completions", b" " * (9 << 20), 413, "the body is larger than 8 MiB"),
