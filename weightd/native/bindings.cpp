@@ -192,6 +192,7 @@ void bind_errors(nb::module_& module) {
     bundle.attr("error") = 0;
     corrupt_bundle = bundle.ptr();
     nb::exception<weightd::CorruptResident>(module, "CorruptResident", PyExc_RuntimeError);
+    nb::exception<weightd::ModelRemoved>(module, "ModelRemoved", PyExc_RuntimeError);
     nb::exception<weightd::Stopping>(module, "Stopping", PyExc_RuntimeError);
     unquantisable_value =
         nb::exception<weightd::UnquantisableValue>(module, "UnquantisableValue", PyExc_ValueError).ptr();

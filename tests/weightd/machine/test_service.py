@@ -62,11 +62,15 @@ def test_a_service_of_the_system(
     assert "ReadWritePaths=/srv/models" in unit.read_text()
     assert (tmp_path / "srv" / "models").is_dir()
     verify(unit)
-    (tmp_path / "etc" / "weightd.toml").write_text("# mine")
+    (tmp_path / "etc" / "weightd.toml").write_text('store = "/srv/mine"  # mine')
     capsys.readouterr()
-    assert main(arguments) == 0
-    assert "weightd.toml is kept as it is" in capsys.readouterr().err
-    assert (tmp_path / "etc" / "weightd.toml").read_text() == "# mine"
+    assert main(arguments) == 2
+    assert "weightd.toml is there already and is kept" in capsys.readouterr().err
+    assert "/srv/models" in unit.read_text()
+    assert main(["install-service", "--root", str(tmp_path)]) == 0
+    assert "ReadWritePaths=/srv/mine" in unit.read_text()
+    assert "the store is /srv/mine" in capsys.readouterr().out
+    assert (tmp_path / "etc" / "weightd.toml").read_text().endswith("# mine")
 
 
 @AS_ROOT

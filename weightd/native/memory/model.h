@@ -50,6 +50,7 @@ struct Model {
     ModelCounts counts;
     uint32_t users = 0;            // number of sessions, fetches and openings under way; if 0, an active model is idle
     uint32_t idle_rebalances = 0;  // number of consecutive rebalances that found the model idle
+    bool fetched = false;          // by a remote client, which may come back: until it has been idle for a while
     bool removed = false;          // from the store: it has no files and is never active again, but keeps its index
     uint32_t activations = 0;      // number of activations; tells one activation's pool from the next one's
 

@@ -47,7 +47,7 @@ std::optional<uint32_t> Models::add(std::unique_ptr<Model>& opened) {
 bool Models::remove(uint32_t index) {
     Model& model = *models_.at(index);
     if (model.removed) return true;
-    if (model.users > 0 || (model.pool != nullptr && model.pool->busy() > 0)) return false;
+    if (model.users > 0 || model.fetched || (model.pool != nullptr && model.pool->busy() > 0)) return false;
     if (model.pool != nullptr) deactivate(model);
     room_.stop_keeping(model);
     memory_.give(Account::tables, catalog_bytes(model.spec));
@@ -81,7 +81,7 @@ std::vector<Hotness> Models::hotness(uint32_t index) const {
 
 bool Models::activate(uint32_t index, Use use, uint64_t has_bytes) {
     Model& model = *models_.at(index);
-    if (model.removed) throw std::out_of_range(model.spec.name + " was removed from the store");
+    if (model.removed) throw ModelRemoved(model.spec.name);
     const bool active = model.pool != nullptr;
     const uint64_t user_bytes = model.users >= SESSIONS_RESERVED ? session_bytes(model.spec) : 0;
     const uint64_t share_bytes = SHARE_SLOTS_MIN * uint64_t{model.spec.cell_bytes};
@@ -181,6 +181,7 @@ void Models::claim_slots(const Model& model) {
 void Models::rebalance() {
     for (const auto& model : models_) {
         model->idle_rebalances = model->users > 0 ? 0 : model->idle_rebalances + 1;
+        if (model->idle_rebalances >= IDLE_REBALANCES_MIN) model->fetched = false;
         if (model->pool != nullptr) demand_.note(*model);
     }
     segments_.end_reservation();

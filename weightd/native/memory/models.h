@@ -8,6 +8,8 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -29,6 +31,10 @@ enum class Use {
     resident,  // its resident weights are read
     cells,     // cells are fetched, or a session computes all of them: a share of the pool
     session,   // a share, and predictors if there are any
+};
+
+struct ModelRemoved : std::runtime_error {  // from the store, since its caller has found it
+    explicit ModelRemoved(const std::string& model) : std::runtime_error(model + " was removed from the store") {}
 };
 
 class Models {
@@ -54,12 +60,13 @@ class Models {
     // Sets memory aside for the model's resident weights and tables and for one more user. Takes it from idle models
     // and from surplus segments. False: those are being drained, and what becomes free is kept for this model: ask
     // again soon, or call stop_waiting(). Throws NoRoom, without any change, if this and the rest of what the user
-    // needs do not fit even after all memory that can be taken back has been taken back, and std::out_of_range if the
-    // model was removed. leave() ends the use.
+    // needs do not fit even after all memory that can be taken back has been taken back, and ModelRemoved.
+    // leave() ends the use.
     // `has_bytes`: the part of --dram that the user has by other sessions (user.h).
     bool activate(uint32_t model, Use use = Use::session, uint64_t has_bytes = 0);
     void stop_waiting(const Model& model) { room_.stop_keeping(model); }
     void leave(uint32_t model);
+    void note_fetch(uint32_t model) { at(model).fetched = true; }
     // Sets memory aside for predictors, until their last user drops them. None: segments are being drained, ask again.
     // Throws NoRoom.
     std::shared_ptr<LoadedPredictors> reserve_predictors(uint32_t model, const PredictorsFile& wanted);

@@ -90,6 +90,7 @@ void Fetches::cells(uint32_t model, uint32_t layer, std::span<const uint32_t> ce
     const auto end = [&] {
         commands_.on_loop([&] {
             if (session != nullptr) engine_.close(session->id);
+            engine_.models().note_fetch(model);
             engine_.models().leave(model);
         });
     };

@@ -12,6 +12,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.user:
         install_for_user(options.store, options.dram, os.environ)
     else:
-        install_for_system(options.store or STORE, options.dram, options.root)
+        install_for_system(options.store, options.dram, options.root)
     return 0
 
 
@@ -89,29 +90,30 @@ def install_for_user(store: Path | None, dram: str | None, environment: Mapping[
     say("  loginctl enable-linger                 so that it also runs while you are logged out")
 
 
-def install_for_system(store: Path, dram: str | None, root: Path) -> None:
+def install_for_system(store: Path | None, dram: str | None, root: Path) -> None:
     """Makes user, store, configuration and unit below `root`. Raises UsageError, ServiceError, OSError."""
     if os.geteuid() != 0:
         raise UsageError("a service of the system needs root: use sudo, or give --user for a service of your own")
     command = _command()
+    config, unit = (root / path.relative_to("/") for path in (CONFIG, SYSTEM_UNIT))
+    kept = config.exists()
+    if kept and (store is not None or dram is not None):
+        raise UsageError(f"{config} is there already and is kept: leave --store and --dram out, and set them there")
+    store = _store_in(config) if kept else store or STORE
+    if not store.is_absolute():
+        raise UsageError(f"--store {store} must be an absolute path")
     if hidden := [path for path in (*command[:1], str(store)) if path.startswith(tuple(f"{one}/" for one in HIDDEN))]:
         raise UsageError(
             f"the service cannot see {hidden[0]} (ProtectHome=): install it in /opt, and the store in /var"
         )
-    if not store.is_absolute():
-        raise UsageError(f"--store {store} must be an absolute path")
     account = _account(root)
     folder = root / store.relative_to("/")
     folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     if account is not None:
         os.chown(folder, account.pw_uid, account.pw_gid)
-    config, unit = (root / path.relative_to("/") for path in (CONFIG, SYSTEM_UNIT))
-    kept = config.exists()
     if not kept:
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(_configured(store, dram))
-    elif dram is not None or store != STORE:
-        complain("weightd", f"{config} is kept as it is: set store and dram there")
     unit.parent.mkdir(parents=True, exist_ok=True)
     unit.write_text(_unit(command, store))
     say(f"{'kept' if kept else 'wrote'} {config}, wrote {unit}; the store is {store}")
@@ -132,6 +134,14 @@ def _command() -> list[str]:
 def _quoted(*words: str) -> str:
     """Words of a command in a unit; systemd reads percent signs, and quotes as a shell does."""
     return " ".join(f'"{word}"' if set(word) & set(" \t'") else word for word in words).replace("%", "%%")
+
+
+def _store_in(config: Path) -> Path:
+    """The store of a configuration that is kept."""
+    try:
+        return Path(tomllib.loads(config.read_text()).get("store", STORE))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{config} cannot be read: {error}") from error
 
 
 def _configured(store: Path, dram: str | None) -> str:

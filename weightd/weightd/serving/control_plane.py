@@ -25,7 +25,6 @@ from weightd.errors import (
     SpaceError,
     StoppingError,
     StoreError,
-    UnknownModelError,
 )
 from weightd.gateway.access import Caller, Rules, may_read, require_publish, require_read, require_trusted
 from weightd.gateway.identity import Context, Identities
@@ -226,8 +225,6 @@ class ControlPlane:
             )
         except _native.CorruptResident as error:
             raise CorruptionError(str(error)) from error
-        except IndexError as error:
-            raise UnknownModelError(str(error)) from error  # removed since it was looked up
         return token, share
 
     async def _run(self, work: Callable[[], Result], threads: ThreadPoolExecutor | None = None) -> Result:

@@ -6,6 +6,7 @@ import logging
 
 import grpc
 
+from weightd import _native
 from weightd.errors import (
     BusyError,
     CorruptionError,
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 # The first row that matches counts, so a class comes before its parents.
 STATUSES: tuple[tuple[type[Exception], grpc.StatusCode], ...] = (
     (UnknownModelError, grpc.StatusCode.NOT_FOUND),
+    (_native.ModelRemoved, grpc.StatusCode.NOT_FOUND),  # since the call has found it
     (CorruptionError, grpc.StatusCode.DATA_LOSS),
     (LimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT),
