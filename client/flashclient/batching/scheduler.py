@@ -243,7 +243,12 @@ class Scheduler:
                 request = self._waiting.popleft()
                 chosen += [] if request.cancelled else [request]
         if chosen:
-            self._prompts = _Prompts(self._loaded, chosen, self._kept)
+            try:
+                self._prompts = _Prompts(self._loaded, chosen, self._kept)
+            except Exception as error:  # they are in no list, so nobody else tells them
+                _log(error)
+                for request in chosen:
+                    request.fail(error)
 
     def _fits(self, chosen: list[TextRequest]) -> bool:
         """Whether the first of those that wait may begin beside those that run and were chosen."""

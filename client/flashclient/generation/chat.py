@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -17,12 +17,17 @@ LAYOUT = ("tools", "documents", "chat_template", "add_generation_prompt", "conti
 
 
 def conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Any, arguments: Mapping[str, Any], known: set[str]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Any,
+    arguments: Mapping[str, Any],
+    known: set[str],
+    check: Callable[[str], None] | None = None,
 ) -> tuple[Prompt, dict[str, Any]]:
     """The prompt of one conversation or of several, and the arguments that belong to generate().
 
     Args:
         known: names of generate()'s arguments. Another name belongs to the template if the template uses it.
+        check: of the text of each conversation, before it is encoded.
 
     Raises:
         OptionError: there is no template, it refuses the messages, or they have another form.
@@ -36,7 +41,7 @@ def conversation(
     rest = {name: value for name, value in arguments.items() if name not in layout}
     for name in [name for name in rest if name not in known and re.search(rf"\b{re.escape(name)}\b", template)]:
         layout[name] = rest.pop(name)
-    rows = [_laid_out(tokenizer, one, layout) for one in conversations]
+    rows = [_laid_out(tokenizer, one, layout, check) for one in conversations]
     prompt = of_rows(rows, tokenizer)
     if several:
         return prompt, rest
@@ -89,10 +94,17 @@ def _template(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) 
 
 
 def _laid_out(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], layout: Mapping[str, Any]
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    layout: Mapping[str, Any],
+    check: Callable[[str], None] | None,
 ) -> list[int]:
     try:
+        if check is not None:
+            check(str(tokenizer.apply_chat_template(messages, tokenize=False, **layout)))
         encoded: Any = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **layout)
+    except OptionError:
+        raise
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise OptionError(f"the model's chat template refuses the messages: {error}") from error
     row = [int(token) for token in encoded["input_ids"]]

@@ -101,14 +101,16 @@ class HostedModel:
         self, messages: list[dict[str, Any]], layout: dict[str, Any], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
-        self._check_length(sum(len(message["content"]) for message in messages))
         if tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             self.tool_format(tools)
         refused = [name for name in layout if name in LAYOUT]
         if refused:
             raise Problem(400, f"chat_template_kwargs cannot set {refused[0]}: leave it out", "chat_template_kwargs")
         with self._encoding, deadline(TEMPLATE_S, "formatting the conversation"):
-            prompt, rest = conversation(self.tokenizer, messages, layout | ({"tools": tools} if tools else {}), set())
+            layout = layout | ({"tools": tools} if tools else {})
+            prompt, rest = conversation(
+                self.tokenizer, messages, layout, set(), lambda text: self._check_length(len(text))
+            )
         if rest:
             raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")
         return [int(token) for token in prompt.inputs["input_ids"][0]]

@@ -128,6 +128,7 @@ class ToolReader:
         self._tools = tools
         self._held = ""  # text that may become a call, or the space before one
         self._inside = False
+        self._searched = 0  # characters of the held text in which no end of a call begins
         self._begun = False  # whether text was given out
         self._after = False  # whether all since a call is space
         self.calls = 0
@@ -142,12 +143,17 @@ class ToolReader:
 
     def rest(self) -> list[str | ToolCall]:
         """What was held back, at the end of the answer."""
+        begin, end = self._tools.format.begin, self._tools.format.end
+        found: list[str | ToolCall] = []
+        while (
+            self._inside and end and (following := self._held.find(begin, 1)) > 0
+        ):  # a string in a call was never closed
+            found += [self._taken(following), *self.add("")]
         held, self._held = self._held, ""
         if self._inside:
-            begin = self._tools.format.begin
-            calls = None if self._tools.format.end else self._read(held.removeprefix(begin))
-            return self._given(calls) if calls is not None else [held]
-        return [held] if held and not (held.isspace() and self._after) else []
+            calls = None if end else self._read(held.removeprefix(begin))
+            return found + (self._given(calls) if calls is not None else [held])
+        return found + ([held] if held and not (held.isspace() and self._after) else [])
 
     def _next(self) -> list[str | ToolCall] | None:
         """The next text or calls; None where more of the answer is needed."""
@@ -176,14 +182,25 @@ class ToolReader:
 
     def _next_calls(self) -> list[str | ToolCall] | None:
         form = self._tools.format
-        at = self._held.find(form.end) if form.end else -1
-        while at >= 0:  # an end inside of an argument is none
-            calls = self._read(self._held[len(form.begin) : at])
+        while form.end and (at := self._held.find(form.end, self._searched)) >= 0:
+            self._searched = at + 1
+            text = self._held[len(form.begin) : at]
+            calls = self._read(text)
             if calls is not None:
-                self._held, self._inside, self._after = self._held[at + len(form.end) :], False, True
+                self._taken(at + len(form.end))
+                self._inside, self._after = False, True
                 return self._given(calls)
-            at = self._held.find(form.end, at + 1)
+            if not _ends_in_string(text):  # nothing that follows makes it a call; an end inside of a string is none
+                following = self._held.find(form.begin, 1, at)
+                self._inside = following > 0
+                return [self._taken(following if self._inside else at + len(form.end))]
+        self._searched = max(self._searched, len(self._held) - len(form.end) + 1)
         return None
+
+    def _taken(self, length: int) -> str:
+        """Takes the first characters of what is held."""
+        text, self._held, self._searched = self._held[:length], self._held[length:], 0
+        return text
 
     def _given(self, calls: list[ToolCall]) -> list[str | ToolCall]:
         if self._tools.one:
@@ -193,13 +210,8 @@ class ToolReader:
 
     def _read(self, text: str) -> list[ToolCall] | None:
         """The calls of a text that is JSON; None where it is something else."""
-        decoder, at, values = json.JSONDecoder(), BETWEEN.match(text).end(), []  # type: ignore[union-attr]
         try:
-            while at < len(text):
-                value, at = decoder.raw_decode(text, at)
-                values += value if isinstance(value, list) else [value]
-                at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-            calls = [self._call(value) for value in values]
+            calls = [self._call(value) for value in _values(text)]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         return calls or None
@@ -211,6 +223,27 @@ class ToolReader:
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def _values(text: str) -> list[Any]:
+    """JSON values that follow each other; those of a list are its elements. Raises ValueError, RecursionError."""
+    decoder, at, values = json.JSONDecoder(), BETWEEN.match(text).end(), []  # type: ignore[union-attr]
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        values += value if isinstance(value, list) else [value]
+        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+    return values
+
+
+def _ends_in_string(text: str) -> bool:
+    """Whether JSON ends within a string, so that more text may complete it."""
+    try:
+        _values(text)
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 
 def with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

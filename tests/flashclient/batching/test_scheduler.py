@@ -17,6 +17,7 @@ from daemon import Daemon, serving
 from predictors import lossy, publish_predictors
 
 from flashclient import FlashClient
+from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
 from flashclient.batching.scheduler import CHUNK_TOKENS, Scheduler
@@ -123,6 +124,21 @@ def test_a_text_that_cannot_go_on_fails_alone(daemon: Daemon) -> None:
         scheduler.submit(wrong.request, right.request)
         assert isinstance(wrong.end()[1].error, IndexError)
         assert right.end()[1].finished == "length"
+
+
+def test_prompts_that_cannot_begin_fail(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin(*_: Any) -> Any:
+        raise MemoryError
+
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client) as scheduler:
+        listeners = [asked(prompt_of(index, 7)) for index in range(2)]
+        with monkeypatch.context() as patched:
+            patched.setattr(KeptPrefixes, "begin", begin)
+            scheduler.submit(*(listener.request for listener in listeners))
+            assert all(isinstance(listener.end()[1].error, MemoryError) for listener in listeners)
+        after = asked(prompt_of(1, 7))
+        scheduler.submit(after.request)
+        assert after.end()[1].finished == "length"
 
 
 def test_a_cancelled_request_ends(daemon: Daemon) -> None:

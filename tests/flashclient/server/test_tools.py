@@ -75,6 +75,14 @@ TWO = '{"name": "now", "arguments": {}}'
             [ToolCall("rain", '{"place": "</tool_call>"}')],
         ),
         (HERMES, '<tool_call>{"name": "now", "arguments": "{}"}</tool_call>', [NOW]),
+        (HERMES, f"<tool_call>{{}}</tool_call>\n<tool_call>{ONE}</tool_call>", ["<tool_call>{}</tool_call>", RAIN]),
+        (
+            HERMES,
+            f"<tool_call>{{<tool_call>{ONE}</tool_call><tool_call>{TWO}",
+            ["<tool_call>{", RAIN, f"<tool_call>{TWO}"],
+        ),
+        (HERMES, f'<tool_call>{{"a</tool_call><tool_call>{TWO}</tool_call>', ['<tool_call>{"a</tool_call>', NOW]),
+        (HERMES, "<tool_call></tool_call>Sorry. ", ["<tool_call></tool_call>Sorry. "]),
         (MISTRAL, f"[TOOL_CALLS][{ONE}, {TWO}]", [RAIN, NOW]),
         (MISTRAL, f"[TOOL_CALLS] [{ONE}]\n", [RAIN]),
         (MISTRAL, "No [TOOL", ["No [TOOL"]),
@@ -88,6 +96,10 @@ def test_calls_are_read(form: Any, text: str, expected: list[Any]) -> None:
     assert read(tools_of(form), text) == expected
     for seed in range(20):
         assert read(tools_of(form), text, random.Random(seed)) == expected
+
+
+def test_no_call_is_given_out_at_its_end() -> None:
+    assert ToolReader(tools_of(HERMES)).add("<tool_call>{}</tool_call>So") == ["<tool_call>{}</tool_call>", "So"]
 
 
 def test_one_call_where_one_is_wanted() -> None:
