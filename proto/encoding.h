@@ -2,6 +2,7 @@
 // tables with it), and weightd.v1.Encoding.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
@@ -50,6 +51,12 @@ inline constexpr BlockRecord BLOCK_FORMATS[] = {
     {"Q8_0", 32, 34},   {"Q4_0", 32, 18},   {"Q4_1", 32, 20},    {"IQ4_NL", 32, 18}, {"Q5_0", 32, 22},
     {"Q5_1", 32, 24},   {"MXFP4", 32, 17},  {"Q2_K", 256, 84},   {"Q3_K", 256, 110}, {"Q4_K", 256, 144},
     {"Q5_K", 256, 176}, {"Q6_K", 256, 210}, {"IQ4_XS", 256, 136}};  // in the order of BlockFormat
+
+// Neurons of a slab. Fewer would make rows of down too short for vectors; the most are those of the largest block.
+inline constexpr size_t SLAB_NEURONS_MIN = 32, SLAB_NEURONS_MAX = 256;
+static_assert(std::ranges::all_of(BLOCK_FORMATS, [](const BlockRecord& record) {
+    return record.values >= SLAB_NEURONS_MIN && record.values <= SLAB_NEURONS_MAX;
+}));
 
 enum class Scales : uint8_t { none, in_block, after_values };
 

@@ -47,26 +47,40 @@ DTYPES = {
 }
 # In which models are computed. By what `weightd import --dtype` calls them.
 COMPUTE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-# GGML's quantised formats that kernels compute with: values and bytes of a block, which holds its own scales.
+
+
+class BlockFormat(NamedTuple):
+    """A quantised format, whose blocks hold their own scales."""
+
+    values: int  # of a block
+    bytes: int
+    scale_offsets: tuple[int, ...]  # in a block, in bytes: of the scales and minima that are no integers
+    scale_dtype: str = "F16"
+
+
+# Those of GGML that kernels compute with.
 BLOCK_FORMATS = {
-    "Q8_0": (32, 34),
-    "Q4_0": (32, 18),
-    "Q4_1": (32, 20),
-    "IQ4_NL": (32, 18),
-    "Q5_0": (32, 22),
-    "Q5_1": (32, 24),
-    "MXFP4": (32, 17),
-    "Q2_K": (256, 84),
-    "Q3_K": (256, 110),
-    "Q4_K": (256, 144),
-    "Q5_K": (256, 176),
-    "Q6_K": (256, 210),
-    "IQ4_XS": (256, 136),
+    "Q8_0": BlockFormat(32, 34, (0,)),
+    "Q4_0": BlockFormat(32, 18, (0,)),
+    "Q4_1": BlockFormat(32, 20, (0, 2)),
+    "IQ4_NL": BlockFormat(32, 18, (0,)),
+    "Q5_0": BlockFormat(32, 22, (0,)),
+    "Q5_1": BlockFormat(32, 24, (0, 2)),
+    "MXFP4": BlockFormat(32, 17, (0,), "F8_E8M0"),
+    "Q2_K": BlockFormat(256, 84, (80, 82)),
+    "Q3_K": BlockFormat(256, 110, (108,)),
+    "Q4_K": BlockFormat(256, 144, (0, 2)),
+    "Q5_K": BlockFormat(256, 176, (0, 2)),
+    "Q6_K": BlockFormat(256, 210, (208,)),
+    "IQ4_XS": BlockFormat(256, 136, (0,)),
 }
 # What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.
 QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}
 # What `weightd import --layout` makes of bundles: one neuron each, or a slab of neurons (BundleLayout.slab_neurons).
 LAYOUTS = ("neuron", "slab")
+# Neurons of a slab. Fewer would make rows of down too short for vectors; the most are those of the largest block.
+SLAB_NEURONS_MIN, SLAB_NEURONS_MAX = 32, 256
+assert all(SLAB_NEURONS_MIN <= format.values <= SLAB_NEURONS_MAX for format in BLOCK_FORMATS.values())
 # How `weightd import --resident-dtype` stores matrices outside the FFNs: in the model's dtype, in the blocks of the
 # checkpoint, or quantised as bundles are.
 RESIDENT_DTYPES = ("plain", "keep", *QUANTISED_DTYPES)
@@ -81,8 +95,8 @@ def plain(dtype: str) -> Encoding:
 
 def in_blocks(format: str) -> Encoding:
     """The encoding of one of BLOCK_FORMATS. KeyError for an unknown one."""
-    values, size_bytes = BLOCK_FORMATS[format]
-    return Encoding(format=format, block_values=values, block_bytes=size_bytes, scales=Encoding.IN_BLOCK)
+    block = BLOCK_FORMATS[format]
+    return Encoding(format=format, block_values=block.values, block_bytes=block.bytes, scales=Encoding.IN_BLOCK)
 
 
 def encoding_named(name: str) -> Encoding:

@@ -29,7 +29,7 @@ from torch.nn import functional
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.kernels.decode_attention import attend
-from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, plain, stored_bytes
+from weightd_proto.encodings import BLOCK_FORMATS, SLAB_NEURONS_MIN, in_blocks, plain, stored_bytes
 from weightd_proto.weightd_pb2 import Encoding
 
 BUFFER_OVER_CACHE = 8  # a pass over the bundles reads just over half of the buffer
@@ -38,7 +38,6 @@ PREDICTED_SHARE = 0.10
 FIRING_SHARE = 0.033
 LAYER_NEURONS = 8192
 ENCODED_HIDDEN_SIZE = 2048
-SLAB_NEURONS_MIN = 32
 LINE_BYTES = 64
 RANK = 128
 ELEMENT_BYTES = 2

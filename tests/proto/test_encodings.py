@@ -11,8 +11,11 @@ import torch
 from repository import ROOT
 
 from weightd_proto.encodings import (
+    BLOCK_FORMATS,
     COMPUTE_DTYPES,
     DTYPES,
+    SLAB_NEURONS_MAX,
+    SLAB_NEURONS_MIN,
     check,
     fill_old_fields,
     formats_of,
@@ -42,6 +45,15 @@ def test_cpp_has_the_same_names_and_sizes() -> None:
     (order,) = re.findall(r"enum class Dtype[^{]*\{ ?([\w, ]*) ?\}", HEADER)
     assert [name.lower() for name, _ in found] == order.replace(" ", "").split(",")
     assert {name for name, _ in found} >= set(COMPUTE_DTYPES.values())
+
+
+def test_cpp_has_the_same_blocks_and_slabs() -> None:
+    found = re.findall(r'\{"(\w+)", (\d+), (\d+)\}', HEADER)
+    assert {name: (int(values), int(size)) for name, values, size in found} == {
+        name: (record.values, record.bytes) for name, record in BLOCK_FORMATS.items()
+    }
+    slabs = {name: int(size) for name, size in re.findall(r"(SLAB_\w+) = (\d+)", HEADER)}
+    assert slabs == {"SLAB_NEURONS_MIN": SLAB_NEURONS_MIN, "SLAB_NEURONS_MAX": SLAB_NEURONS_MAX}
 
 
 def test_cpp_numbers_the_places_of_scales_as_protobuf_does() -> None:

@@ -10,12 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "encoding.h"
 #include "formats/block_loops.h"
 
 namespace flashclient {
 namespace {
-
-constexpr size_t SLAB_VALUES_MAX = 256;  // of a row: 16 rows of AVX-512 take 16 KiB decoded
 
 // Numbers that are stored one by one, as block_formats.h describes formats.
 template <Dtype dtype>
@@ -89,7 +88,7 @@ KERNEL void add_products(const void* matrix, size_t length, const float* h, size
     const auto* rows = static_cast<const uint8_t*>(matrix);
     const size_t row_bytes = length / Format::VALUES * Format::BYTES;
     if (tokens == 1) return add_products_of_one<Format>(rows, length, row_bytes, h, begin, end, y);
-    alignas(64) float values[Lane::WIDTH][SLAB_VALUES_MAX];
+    alignas(64) float values[Lane::WIDTH][weightd::SLAB_NEURONS_MAX];  // 16 KiB with AVX-512
     for (size_t j = begin; j < end; j += Lane::WIDTH) {
         const size_t some = std::min(Lane::WIDTH, end - j);
         for (size_t r = 0; r < some; r++) decode<Format>(rows + (j + r) * row_bytes, 0, length, values[r]);

@@ -19,8 +19,6 @@ constexpr size_t GROUP_MIN = 16;           // a tile for one token
 constexpr size_t ELEMENTS_PER_ITEM = 256;  // the fewest columns of a thread: eight cache lines of a bf16 row
 constexpr size_t ELEMENTS_MAX = 8192;      // the most columns at a time: y of a token stays in the L1 cache
 constexpr size_t H_ELEMENTS = 1 << 16;     // of many tokens at a time, at least: 256 KiB
-constexpr size_t SLAB_NEURONS_MIN = 32;    // fewer would make rows of down too short for vectors
-constexpr size_t SLAB_NEURONS_MAX = 256;   // the largest block of a published format
 constexpr size_t ROWS_PER_ITEM = 64;       // of down in a slab
 constexpr size_t BLOCKS_MIN = 2;           // groups of neurons that each thread fires at a time, at least
 
@@ -75,8 +73,8 @@ Ffn::Ffn(Workers& workers, FfnShape shape, const char* instruction_set) : worker
     if (shape_.activation.function == Function::gated_relu && !shape_.gated()) {
         throw std::invalid_argument("activation gated_relu needs bundles with a gate row");
     }
-    if (in_slabs() && (!std::has_single_bit(shape_.neurons) || shape_.neurons < SLAB_NEURONS_MIN ||
-                       shape_.neurons > SLAB_NEURONS_MAX)) {
+    if (in_slabs() && (!std::has_single_bit(shape_.neurons) || shape_.neurons < weightd::SLAB_NEURONS_MIN ||
+                       shape_.neurons > weightd::SLAB_NEURONS_MAX)) {
         throw std::invalid_argument("a slab has 32 to 256 neurons, a power of two");
     }
     neurons_shift_ = static_cast<unsigned>(std::bit_width(shape_.neurons) - 1);

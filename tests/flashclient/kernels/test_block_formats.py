@@ -20,7 +20,7 @@ VALUES = 512  # two of the largest blocks
 
 
 def decode(format: str, rows: NDArray[np.uint8], instruction_set: str) -> NDArray[np.float32]:
-    block_values, block_bytes = BLOCK_FORMATS[format]
+    block_values, block_bytes, *_ = BLOCK_FORMATS[format]
     out = np.empty((len(rows), rows.shape[1] // block_bytes * block_values), np.float32)
     decode_rows(in_blocks(format), rows, out, instruction_set)
     return out
@@ -30,7 +30,7 @@ def decode(format: str, rows: NDArray[np.uint8], instruction_set: str) -> NDArra
 @pytest.mark.parametrize("format", BLOCK_FORMATS)
 def test_numbers_are_those_of_gguf(format: str, instruction_set: str) -> None:
     """Of any bytes: scales are NaN, infinite and subnormal, too."""
-    block_values, block_bytes = BLOCK_FORMATS[format]
+    block_values, block_bytes, *_ = BLOCK_FORMATS[format]
 
     @settings(max_examples=60, deadline=None)
     @given(arrays(np.uint8, (3, VALUES // block_values * block_bytes)))
@@ -49,7 +49,7 @@ def test_damaged_scales_spoil_their_own_neurons_only(format: str, tokens: int, i
     """NaN and infinity flow into the sums that have them, as in float64, and nothing else happens."""
     neurons, parts = 61, 3
     stored = random_rows(format, neurons * parts, VALUES, 0.05, 1).reshape(neurons, -1)
-    block_bytes = BLOCK_FORMATS[format][1]
+    block_bytes = BLOCK_FORMATS[format].bytes
     for neuron, scale in ((7, np.nan), (40, np.inf)):
         spoil(format, stored[neuron, block_bytes : 2 * block_bytes], scale)
     gate, up, down = decoded(format, stored.reshape(neurons * parts, -1)).reshape(neurons, parts, -1).swapaxes(0, 1)
@@ -74,8 +74,8 @@ def test_damaged_scales_spoil_their_own_neurons_only(format: str, tokens: int, i
 
 
 def test_sizes_are_those_of_gguf() -> None:
-    for format, sizes in BLOCK_FORMATS.items():
-        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]] == sizes
+    for format, record in BLOCK_FORMATS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[format]] == (record.values, record.bytes)
 
 
 def test_other_encodings_are_refused() -> None:

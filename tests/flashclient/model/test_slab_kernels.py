@@ -18,7 +18,7 @@ from torch import Tensor
 from flashclient._native import Ffn, LentMemory, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.model.activations import FUNCTIONS, neurons_of
-from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, plain
+from weightd_proto.encodings import BLOCK_FORMATS, SLAB_NEURONS_MIN, in_blocks, plain
 from weightd_proto.weightd_pb2 import Activation, Encoding
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -88,7 +88,7 @@ class Slabs:
 
 
 def slab_neurons(formats: Sequence[str]) -> int:
-    return max(32, encoding_of(formats[-1]).block_values)
+    return max(SLAB_NEURONS_MIN, encoding_of(formats[-1]).block_values)
 
 
 def hidden_of(formats: Sequence[str], least: int) -> int:

@@ -43,7 +43,7 @@ class Case:
         self.gated = self.gated or self.activation == "gated_relu"
         self.parts = 3 if self.gated else 2
         if self.dtype in BLOCK_FORMATS:
-            values = BLOCK_FORMATS[self.dtype][0]
+            values = BLOCK_FORMATS[self.dtype].values
             self.hidden = -(-self.hidden // values) * values
             rows = random_rows(self.dtype, self.neurons * self.parts, self.hidden, 2 / self.hidden**0.5, self.seed)
             self.weights = torch.from_numpy(decoded(self.dtype, rows)).view(self.neurons, self.parts, -1)

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from blocks import decoded, random_rows, spoil
 from byte_flips import flip_bit
 from checkpoints import make_checkpoint, make_config, make_model, write_gguf
 from gguf_models import CASES, make_gguf
@@ -26,7 +27,7 @@ from weightd.errors import CheckpointError
 from weightd.errors import CorruptionError as StoredCorruption
 from weightd.importing import plan
 from weightd.importing.convert import import_checkpoint
-from weightd.importing.slabs import EXPONENT_SCALES, HALF_SCALES
+from weightd.importing.dequantise import first_unusable
 from weightd.importing.stored_dtype import kept_slabs
 from weightd.importing.units import TensorMatrix, Unit, UnitPart
 from weightd.importing.update import KEPT, REPLACED, update
@@ -204,8 +205,18 @@ def test_other_modes_are_refused(tmp_path: Path) -> None:
         FlashClient("m", store=tmp_path / "store", mode="predict")
 
 
-def test_every_format_says_where_its_scales_are() -> None:
-    assert BLOCK_FORMATS.keys() <= HALF_SCALES.keys() | EXPONENT_SCALES.keys()
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_blocks_with_unusable_scales_are_those_that_gguf_makes_no_numbers_of(format: str) -> None:
+    record = BLOCK_FORMATS[format]
+    rows = random_rows(format, 5, record.values, 1.0, 0)
+    assert first_unusable(format, rows) is None
+    spoil(format, rows[3], np.inf)
+    assert first_unusable(format, rows) == 3
+    if record.scale_dtype == "F16":
+        rows = np.random.default_rng(0).integers(0, 256, (1000, record.bytes), np.uint8)
+        found = [first_unusable(format, row) is not None for row in rows]
+        assert any(found)
+        assert np.array_equal(found, ~np.isfinite(decoded(format, rows)).all(axis=1))
 
 
 def test_layers_with_blocks_of_different_lengths(tmp_path: Path) -> None:

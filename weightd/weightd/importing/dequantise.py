@@ -64,7 +64,7 @@ def kept_rows(run: ElementRun, stored: Sequence[memoryview]) -> Elements:
 
 def mxfp4_blocks(stored: Sequence[memoryview]) -> Elements:
     """Rows of PACKED_E2M1 with an exponent for 32 values, as GGML's blocks. `stored`: values and exponents."""
-    values, size_bytes = BLOCK_FORMATS["MXFP4"]
+    values, size_bytes, *_ = BLOCK_FORMATS["MXFP4"]
     pairs = np.frombuffer(stored[0], np.uint8).reshape(-1, values // 2)
     codes = np.empty((len(pairs), values), np.uint8)
     codes[:, 0::2], codes[:, 1::2] = pairs & 15, pairs >> 4
@@ -72,6 +72,20 @@ def mxfp4_blocks(stored: Sequence[memoryview]) -> Elements:
     blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
     blocks[:, 1:] = codes[:, : values // 2] | codes[:, values // 2 :] << 4  # of one code in each half of the block
     return Elements("MXFP4", blocks.reshape(-1))
+
+
+def first_unusable(format: str, data: Bytes) -> int | None:
+    """The first of the blocks whose scale is NaN or infinite. `data`: whole blocks, of any shape."""
+    record = BLOCK_FORMATS[format]
+    blocks = data.reshape(-1, record.bytes)
+    wrong = np.zeros(len(blocks), bool)
+    for offset in record.scale_offsets:
+        if record.scale_dtype == "F16":
+            wrong |= blocks[:, offset + 1] & 0x7C == 0x7C  # all bits of the exponent
+        else:
+            assert record.scale_dtype == "F8_E8M0", f"scales of {record.scale_dtype}"
+            wrong |= blocks[:, offset] == 0xFF  # the only one that is not a number
+    return int(np.argmax(wrong)) if wrong.any() else None
 
 
 def _without_interleaving(data: Bytes, head_rows: int, row_bytes: int) -> Bytes:

@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
+from weightd.importing.dequantise import first_unusable
 from weightd.importing.units import Unit, UnitPart
 from weightd_proto.encodings import (
     BLOCK_FORMATS,
     COMPUTE_DTYPES,
     DTYPES,
     PACKED_E2M1,
+    SLAB_NEURONS_MIN,
     in_blocks,
     is_plain,
     plain,
@@ -30,24 +32,7 @@ from weightd_proto.encodings import (
 from weightd_proto.weightd_pb2 import BundleLayout, Encoding
 
 Bytes = npt.NDArray[np.uint8]
-NEURONS_MIN = 32  # of a slab: fewer would make rows of down too short for vectors
-# Where the scales of a block lie that are numbers of half precision.
-HALF_SCALES = {
-    "Q8_0": (0,),
-    "Q4_0": (0,),
-    "Q4_1": (0, 2),
-    "Q5_0": (0,),
-    "Q5_1": (0, 2),
-    "IQ4_NL": (0,),
-    "IQ4_XS": (0,),
-    "Q2_K": (80, 82),
-    "Q3_K": (108,),
-    "Q4_K": (0, 2),
-    "Q5_K": (0, 2),
-    "Q6_K": (208,),
-}
 MXFP4 = "MXFP4"
-EXPONENT_SCALES = {MXFP4: (0,)}  # E8M0, in which 255 is not a number
 
 
 @dataclass(frozen=True)
@@ -68,9 +53,9 @@ def slabs_of(units: Sequence[Unit]) -> Slabs | None:
     for unit in units:
         by_layer.setdefault(unit.layer, []).append(unit)
     layers = tuple(tuple(_encodings(of_layer)) for of_layer in by_layer.values())
-    neurons = max(NEURONS_MIN, *(encodings[-1].block_values for encodings in layers))
+    neurons = max(SLAB_NEURONS_MIN, *(encodings[-1].block_values for encodings in layers))
     if any(unit.neurons % neurons for unit in units):  # as where shared experts have larger blocks than routed ones
-        neurons, layers = NEURONS_MIN, tuple(map(_with_short_blocks, layers))
+        neurons, layers = SLAB_NEURONS_MIN, tuple(map(_with_short_blocks, layers))
     if all(is_plain(encoding) for encodings in layers for encoding in encodings):
         return None
     for unit in units:
@@ -82,9 +67,9 @@ def slabs_of(units: Sequence[Unit]) -> Slabs | None:
 
 
 def _with_short_blocks(encodings: tuple[Encoding, ...]) -> tuple[Encoding, ...]:
-    """The encodings of a layer in slabs of NEURONS_MIN, where a down matrix with longer blocks cannot be kept."""
+    """The encodings of a layer in slabs of SLAB_NEURONS_MIN, where a down matrix with longer blocks cannot be kept."""
     *rows, down = encodings
-    return (*rows, plain("F32") if down.block_values > NEURONS_MIN else down)
+    return (*rows, plain("F32") if down.block_values > SLAB_NEURONS_MIN else down)
 
 
 def _encodings(units: Sequence[Unit]) -> Iterator[Encoding]:
@@ -108,7 +93,7 @@ def _kept(part: UnitPart, down: bool) -> Encoding:
 
 def _is_mxfp4(tensor: SourceTensor) -> bool:
     """Whether its numbers and the exponents apart from them are those of GGML's blocks."""
-    values, scales = BLOCK_FORMATS[MXFP4][0], tensor.scales
+    values, scales = BLOCK_FORMATS[MXFP4].values, tensor.scales
     if scales is None or tensor.encoding != PACKED_E2M1 or tensor.row_elements % values:
         return False
     exponents = scales.tensor.encoding in (plain("U8"), plain("F8_E8M0"))
@@ -161,7 +146,8 @@ def cut_slabs(layout: BundleLayout, parts: Sequence[SlabPart], cells: Bytes, cou
     begin_bytes = 0
     for number, part in enumerate(parts):
         values = _down(layout, part, count) if number == len(parts) - 1 else _rows(layout, part, count)
-        _check_scales(part.encoding, values, number)
+        if not is_plain(part.encoding) and (block := first_unusable(part.encoding.format, values)) is not None:
+            raise UnusableScale(number, block * part.encoding.block_bytes // values.shape[1])
         end_bytes = begin_bytes + values.shape[1]
         whole = count // per_cell
         by_slab[:whole, :, begin_bytes:end_bytes] = values[: whole * per_cell].reshape(whole, per_cell, -1)
@@ -214,16 +200,3 @@ class UnusableScale(ValueError):
         super().__init__(part, slab)
         self.part = part
         self.slab = slab
-
-
-def _check_scales(encoding: Encoding, slabs: Bytes, part: int) -> None:
-    if is_plain(encoding):
-        return
-    blocks = slabs.reshape(-1, encoding.block_bytes)
-    wrong = np.zeros(len(blocks), bool)
-    for offset in HALF_SCALES.get(encoding.format, ()):
-        wrong |= blocks[:, offset + 1] & 0x7C == 0x7C  # all bits of the exponent
-    for offset in EXPONENT_SCALES.get(encoding.format, ()):
-        wrong |= blocks[:, offset] == 0xFF
-    if wrong.any():
-        raise UnusableScale(part, int(np.flatnonzero(wrong)[0]) // (len(blocks) // len(slabs)))

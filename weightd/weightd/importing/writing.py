@@ -13,11 +13,12 @@ import numpy.typing as npt
 
 from weightd import _native
 from weightd.disk.read_ahead import CHUNK_BYTES, ReadAhead
+from weightd.disk.tensors import SourceTensor
 from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
 from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
-from weightd.importing.dequantise import Bytes, Elements, dequantise, kept_rows, mxfp4_blocks
+from weightd.importing.dequantise import Bytes, Elements, dequantise, first_unusable, kept_rows, mxfp4_blocks
 from weightd.importing.plan import BundleStep, ElementRun, HoldStep
 from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs
 from weightd.importing.units import Unit
@@ -122,6 +123,8 @@ class ModelWriter:
                         self._write(step, elements, bundles, write_behind)
                     case ResidentStep() | AssemblyStep():
                         assert resident is not None, "a table has no resident weights"
+                        if isinstance(step, ResidentStep) and step.kept:
+                            _check_kept(step, elements[0])
                         resident.add(step, elements[0])
                 self._progress(sum(len(data) for each in stored for data in each), total_bytes)
 
@@ -176,11 +179,9 @@ class ModelWriter:
             tensor = unit.parts[error.part].matrix.tensor
             slab = (unit.position + step.begin) // self._layout.slab_neurons + error.slab
             first = slab * self._layout.slab_neurons
-            raise CheckpointError(
-                f"{tensor.name} in {tensor.path} has a block of {encodings[error.part].format} whose scale is NaN or "
-                f"infinite, in neurons {first} to {first + self._layout.slab_neurons - 1} of "
-                f"{self._record.layers[unit.layer].module}: download the file again"
-            ) from error
+            module = self._record.layers[unit.layer].module
+            where = f"neurons {first} to {first + self._layout.slab_neurons - 1} of {module}"
+            raise _unusable_scale(tensor, encodings[error.part].format, where) from error
         _native.checksum_bundles(self._shape, cells, checksums)
 
     def _cut(self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]) -> None:
@@ -207,6 +208,19 @@ def _elements(run: ElementRun, stored: Sequence[memoryview], kept: bool) -> Elem
     if not kept:
         return dequantise(run, stored)
     return kept_rows(run, stored) if run.tensor.scales is None else mxfp4_blocks(stored)
+
+
+def _check_kept(step: ResidentStep, blocks: Elements) -> None:
+    (run,) = step.runs
+    if first_unusable(blocks.dtype, blocks.data) is not None:
+        raise _unusable_scale(run.tensor, blocks.dtype, f"rows {run.first_row} to {run.end_row - 1}")
+
+
+def _unusable_scale(tensor: SourceTensor, format: str, where: str) -> CheckpointError:
+    return CheckpointError(
+        f"{tensor.name} in {tensor.path} has a block of {format} whose scale is NaN or infinite, in {where}: download "
+        "the file again"
+    )
 
 
 class _HeldMatrices:
