@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "formats/field.h"
+
 namespace flashclient {
 namespace {
 
@@ -59,14 +61,6 @@ LANE Codes bits_of(Codes codes, size_t shift, int mask) {
     const __m256i shifted = _mm256_srlv_epi32(codes.value, _mm256_set1_epi32(static_cast<int>(shift)));
     return {_mm256_and_si256(shifted, _mm256_set1_epi32(mask))};
 }
-
-// Which bits of a byte are a part of a code.
-struct Field {
-    size_t first;
-    unsigned count;
-
-    int mask() const { return (1 << count) - 1; }
-};
 
 // The bits of a string, from bit `first` on.
 LANE Codes bits_in_order(const uint8_t* bits, size_t first) {

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "formats/field.h"
+
 namespace flashclient {
 namespace {
 
@@ -59,21 +61,12 @@ LANE Codes bits_of(Codes codes, size_t shift, int mask) {
     return {_mm512_and_si512(shifted, _mm512_set1_epi32(mask))};
 }
 
-// Which bits of a byte are a part of a code.
-struct Field {
-    size_t first;
-    unsigned count;
-
-    int mask() const { return (1 << count) - 1; }
-};
-
-constexpr int AND_OR = 0xea;  // of ternary logic: a & b | c
+constexpr int AND_OR = 0xea;     // of ternary logic: a & b | c
+constexpr float FROM = 0x1p23f;  // from here on, the fraction of a number in fp32 counts ones
 
 // code - zero in fp32, for codes of a lower and an upper field of bits: field(lower) | field(upper) << lower.count. The
 // code becomes the fraction of a number from 2^23 on, from which 2^23 + zero is subtracted, exactly.
 LANE Lane numbers_of_fields(Codes lower, Field of_lower, Codes upper, Field of_upper, int zero) {
-    constexpr float FROM = 0x1p23f;
-    constexpr int AND_OR = 0xea;                                          // a & b | c
     const auto left = static_cast<int>(of_lower.count - of_upper.first);  // or right: widened bytes have room for both
     const __m512i low = _mm512_srlv_epi32(lower.value, _mm512_set1_epi32(static_cast<int>(of_lower.first)));
     const __m512i high = _mm512_rolv_epi32(upper.value, _mm512_set1_epi32(left & 31));
@@ -86,7 +79,6 @@ LANE Lane numbers_of_fields(Codes lower, Field of_lower, Codes upper, Field of_u
 
 // The same where the upper field is bit `first` and the following of a string of bits.
 LANE Lane numbers_with_bits(Codes lower, Field of_lower, const uint8_t* bits, size_t first, int zero) {
-    constexpr float FROM = 0x1p23f;
     uint16_t some;
     std::memcpy(&some, bits + first / 8, sizeof(some));
     const __m512i low = _mm512_srlv_epi32(lower.value, _mm512_set1_epi32(static_cast<int>(of_lower.first)));

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "formats/field.h"
+
 namespace flashclient {
 namespace {
 
@@ -71,14 +73,6 @@ Codes bits_of(Codes codes, size_t shift, int mask) {
     for (int& code : codes.value) code = code >> shift & mask;
     return codes;
 }
-
-// Which bits of a byte are a part of a code.
-struct Field {
-    size_t first;
-    unsigned count;
-
-    int mask() const { return (1 << count) - 1; }
-};
 
 // The bits of a string, from bit `first` on.
 Codes bits_in_order(const uint8_t* bits, size_t first) {

@@ -335,9 +335,11 @@ KERNEL void dots_of_two(const WeightRows<tiles>& rows, size_t row_count, const v
 
 KERNEL void dots_of_groups(const void* const* rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
                            const size_t (&tokens)[2], float* const (&dots)[2]) {
-    for (size_t group = 0; group < 2; group++) {
-        if (static_cast<const Columns*>(packed[group])->count == tokens[group]) continue;
-        for (group = 0; group < 2; group++) {
+    const auto one_column_each = [&](size_t group) {
+        return static_cast<const Columns*>(packed[group])->count == tokens[group];
+    };
+    if (!one_column_each(0) || !one_column_each(1)) {
+        for (size_t group = 0; group < 2; group++) {
             flashclient::dots(rows, row_count, packed[group], hidden, tokens[group], dots[group]);
         }
         return;

@@ -113,8 +113,8 @@ def resident_format(
 
     `of_model`: the import's --dtype. `request`: plain, keep, int8, int4, or empty: keep with --dtype keep, else plain.
     Kept are rows that lie in the checkpoint in a format that kernels know. What is no matrix of whole blocks stays
-    plain. int4 is for matrices of layers: embeddings and heads get 8 bits. Quantised are no routers, which are small
-    and whose rounding picks experts.
+    plain. int4 is for matrices of layers: embeddings and heads get 8 bits. int8 and int4 never quantise routers, which
+    are small and whose rounding would pick other experts.
     """
     request = request or (KEEP if of_model == KEEP else PLAIN)
     if request == PLAIN or not source.rows or len(source.shape) != 2 or dtype not in COMPUTE_DTYPES.values():

@@ -25,8 +25,10 @@
 - A table is stored like a model with one layer (Model.tables in proto/weightd.proto): its bundles are rows, in their
   own order and in a layout of their own. So rows that are smaller than half a block share a cell.
 - resident.safetensors is a valid safetensors file whose data begin on a block boundary (spaces pad the header). Names
-  and shapes are those of transformers' state_dict without the FFN matrices and tables; a tied head is stored once. All
-  tensors have the compute dtype. Their order aligns each to 64 bytes as far as sizes allow.
+  are those of transformers' state_dict without the FFN matrices and tables, and so are shapes but for matrices in
+  blocks: those are U8 [rows, bytes of a row], and the record has their format and shape. A tied head is stored once.
+  Other tensors have the compute dtype, F32 where transformers keeps it, or their own dtype if they are integers. Their
+  order aligns each to 64 bytes as far as sizes allow.
 - Catalog keys: `meta` -> JSON {"magic": "weightd-store", "format_version": 4}; `model/<name>` -> weightd.v1.Model;
   `checksums/<name>/<layer:05d>` -> XXH3-64 of each bundle's bundle_bytes, u64 by position;
   `placement/<name>/<layer:05d>` -> u32 neuron at each position; `calibration/<name>` -> weightd.v1.Calibration, the
@@ -42,7 +44,8 @@
   rm have that file or such a folder name, and nobody holds the flock of the file. The next import deletes them.
 
 Refused: a folder without a catalog, a catalog of another kind or of a newer format, a model name that is not one
-plain path component, publishing over an existing model, removing while a daemon serves the store, a second daemon.
+plain path component, publishing over an existing model, removing past the daemon that serves the store, a second
+daemon.
 """
 
 from __future__ import annotations
