@@ -38,6 +38,7 @@ GROWTH_MIB_MAX = 64.0
 SAMPLE_S = 1.0
 WARM_SHARE = 1 / 3
 QUIET_S = 60.0  # for what was left behind to end
+JSON = {"Content-Type": "application/json"}
 BROKEN_BODIES = (b"{", b"[]", b'{"model": 5}', b'{"model": "nobody", "prompt": "a"}', b"\xff\xfe", b" " * (9 << 20))
 
 
@@ -137,7 +138,7 @@ async def _client(server: Server, seen: Seen, chance: random.Random, until: floa
 
 
 async def _send_broken(server: Server, seen: Seen, chance: random.Random) -> None:
-    answer = await server.http.post("/completions", content=chance.choice(BROKEN_BODIES))
+    answer = await server.http.post("/completions", content=chance.choice(BROKEN_BODIES), headers=JSON)
     seen.counts["broken"] += 1
     if not 400 <= answer.status_code < 500 or "message" not in answer.json()["error"]:
         seen.faults.append(f"a broken body got status {answer.status_code}: {answer.text[:200]}")

@@ -39,14 +39,14 @@ class Batch:
         """That its cache has room for: all rows are as long as the longest."""
         return self.rows * max(self._lengths, default=0)
 
-    def keep(self, row: int, tokens: Sequence[int], kept: KeptPrefixes) -> None:
+    def keep(self, row: int, tokens: Sequence[int], owner: int, kept: KeptPrefixes) -> None:
         """Keeps the keys and values of a row.
 
         Args:
             tokens: of the row; perhaps more than are in the cache.
         """
         assert self._cache is not None
-        kept.keep(tokens[: self._lengths[row]], self._cache, row)
+        kept.keep(tokens[: self._lengths[row]], self._cache, row, owner)
 
     def join(self, cache: GrowingCache, lengths: Sequence[int]) -> None:
         """Adds sequences as the last rows. `cache` holds their tokens, and is not used any more.

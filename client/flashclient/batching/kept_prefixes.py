@@ -1,7 +1,8 @@
 """Keys and values of earlier prompts and answers, for prompts that begin with the same tokens.
 
-They lie in a tree of spans of tokens. A conversation is a path from the root; conversations with the same beginning
-share its spans. A token's keys and values depend on the tokens before it alone, so what is reused changes no bit.
+They lie in trees of spans of tokens, one for each owner: what is reused tells that somebody has sent the same, by its
+count and its time. A conversation is a path from the root; conversations with the same beginning share its spans. A
+token's keys and values depend on the tokens before it alone, so what is reused changes no bit.
 
 The least recently used span goes first. A span is used whenever one behind it is, so those behind it have gone before.
 """
@@ -39,7 +40,7 @@ class KeptPrefixes:
 
     Args:
         config: of the model.
-        tokens_max: that are kept. None are where the model's cache holds states of another kind.
+        tokens_max: that are kept. Nothing is kept if the model's cache holds states of another kind.
     """
 
     def __init__(self, config: Any, tokens_max: int) -> None:
@@ -47,17 +48,19 @@ class KeptPrefixes:
         layers: list[Any] = GrowingCache(config).layers
         self._holds_tokens = GrowingCache(config).holds_tokens
         self._windows = [one.sliding_window - 1 if isinstance(one, GrowingWindowLayer) else None for one in layers]
-        self._tokens_max = tokens_max
-        self._root = _Span([], [], None)
+        self._tokens_max = self._room = tokens_max
+        self._roots: dict[int, _Span] = {}  # by owner
         self._spans: OrderedDict[_Span, None] = OrderedDict()  # the least recently used first
         self.tokens = 0  # that are kept
 
-    def keep(self, tokens: Sequence[int], cache: GrowingCache, row: int) -> None:
+    def keep(self, tokens: Sequence[int], cache: GrowingCache, row: int, owner: int = 0) -> None:
         """Copies the keys and values of a sequence: those of the last len(tokens) columns of a row of `cache`."""
-        if not self._holds_tokens or not tokens or len(tokens) > self._tokens_max:
+        if not self._holds_tokens or not tokens or len(tokens) > self._room:
             return
-        span, known = self._walked(tokens)
+        span, known = self._walked(tokens, owner)
         self._complete(span, cache, row, len(tokens) - known)
+        self._use(span)
+        self._shrink(self._room - (len(tokens) - known))  # before more is copied
         if known < len(tokens):
             more = list(tokens[known:])
             states = [_copied(layer, row, len(more), 0) for layer in cache.layers]
@@ -65,26 +68,32 @@ class KeptPrefixes:
             self.tokens += len(more)
             span = added
         self._use(span)
-        self.shrink(self._tokens_max)
 
-    def usable(self, prompt: Sequence[int], most: int) -> int:
+    def usable(self, prompt: Sequence[int], most: int, owner: int = 0) -> int:
         """How many of the first `most` tokens need not be computed."""
         if not self.tokens:
             return 0
-        path, known = self._path(prompt[:most])
+        path, known = self._path(prompt[:most], owner)
         windows = {window for window in self._windows if window is not None}
         usable = known
         while (least := min((self._usable_in(path, usable, one) for one in windows), default=usable)) < usable:
             usable = least
         return usable
 
-    def begin(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> GrowingCache:
-        """A cache with a row for each prompt, which holds its first tokens: as many as usable() says, or none."""
+    def begin(
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], owners: Sequence[int] | None = None
+    ) -> GrowingCache:
+        """A cache with a row for each prompt, which holds its first tokens: as many as usable() says, or none.
+
+        Args:
+            owners: of the prompts; else all have owner 0.
+        """
         cache = GrowingCache(self._config)
         columns = max(lengths)
         if columns == 0:
             return cache
-        paths = [self._path(prompt[:length])[0] for prompt, length in zip(prompts, lengths, strict=True)]
+        rows = zip(prompts, lengths, owners or [0] * len(prompts), strict=True)
+        paths = [self._path(prompt[:length], owner)[0] for prompt, length, owner in rows]
         over = [sum(len(one.tokens) for one in path) - length for path, length in zip(paths, lengths, strict=True)]
         for path in paths:
             self._use(path[-1] if path else None)
@@ -98,19 +107,23 @@ class KeptPrefixes:
                 layer.cumulative_length = columns  # those that have left it count, too
         return cache
 
-    def shrink(self, tokens_max: int) -> None:
-        """Lets go what is above a bound."""
-        while self.tokens > max(0, tokens_max):
+    def bound(self, tokens_max: int) -> None:
+        """Keeps no more than this from now on, and lets go what is more."""
+        self._room = max(0, min(self._tokens_max, tokens_max))
+        self._shrink(self._room)
+
+    def _shrink(self, tokens_max: int) -> None:
+        while self.tokens > tokens_max:
             span, _ = self._spans.popitem(last=False)
             assert not span.behind
             assert span.before is not None
             del span.before.behind[span.tokens[0]]
             self.tokens -= len(span.tokens)
 
-    def _path(self, tokens: Sequence[int]) -> tuple[list[_Span], int]:
+    def _path(self, tokens: Sequence[int], owner: int) -> tuple[list[_Span], int]:
         """The spans that begin with what is known of `tokens`, and how many these are. The last may go on."""
         path: list[_Span] = []
-        span, known = self._root, 0
+        span, known = self._root(owner), 0
         while known < len(tokens) and (following := span.behind.get(tokens[known])) is not None:
             common = _common(following.tokens, tokens[known : known + len(following.tokens)])
             known += common
@@ -135,11 +148,14 @@ class KeptPrefixes:
                 usable = stop
         return usable
 
-    def _walked(self, tokens: Sequence[int]) -> tuple[_Span, int]:
+    def _root(self, owner: int) -> _Span:
+        return self._roots.setdefault(owner, _Span([], [], None))
+
+    def _walked(self, tokens: Sequence[int], owner: int) -> tuple[_Span, int]:
         """The span that ends with what is known of `tokens`, cut there if need be, and how many these are."""
-        path, known = self._path(tokens)
+        path, known = self._path(tokens, owner)
         if not path:
-            return self._root, 0
+            return self._root(owner), 0
         last = path[-1]
         over = sum(len(span.tokens) for span in path) - known
         return (self._cut(last, len(last.tokens) - over) if over else last), known
@@ -152,7 +168,7 @@ class KeptPrefixes:
         """
         windows = [layer for layer, window in enumerate(self._windows) if window is not None]
         at: _Span | None = span
-        while windows and at is not None and at is not self._root:
+        while windows and at is not None and at.before is not None:
             for layer in windows:
                 there: Any = cache.layers[layer]
                 if min(len(at.tokens), there.keys.shape[-2] - behind) > at.states[layer][0].shape[-2]:
@@ -172,7 +188,7 @@ class KeptPrefixes:
         return first
 
     def _use(self, span: _Span | None) -> None:
-        while span is not None and span is not self._root:
+        while span is not None and span.before is not None:
             self._spans[span] = None
             self._spans.move_to_end(span)
             span = span.before

@@ -41,6 +41,7 @@ class TextRequest:
         stops: texts that end it, and are not part of it.
         constraint: what it must be; it ends where nothing may follow.
         markers: special tokens that are shown, with their texts; others are not.
+        owner: what is kept of this request is for requests of the same owner.
     """
 
     prompt: Sequence[int]
@@ -52,6 +53,7 @@ class TextRequest:
     tell: Callable[[Progress], None]
     constraint: Constraint | None = None
     markers: Mapping[int, str] = field(default_factory=dict)
+    owner: int = 0
     made: int = 0
     kept_tokens: int = 0  # of the prompt, which were not computed again
     _cancelled: threading.Event = field(default_factory=threading.Event)

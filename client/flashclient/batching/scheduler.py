@@ -38,7 +38,8 @@ class _Prompts:
         self._loaded = loaded
         self._kept = kept
         self._done = starts_of(requests, kept)
-        self.cache = kept.begin([request.prompt for request in requests], self._done)
+        owners = [request.owner for request in requests]
+        self.cache = kept.begin([request.prompt for request in requests], self._done, owners)
         for request, start in zip(requests, self._done, strict=True):
             request.kept_tokens = start
 
@@ -61,7 +62,7 @@ class _Prompts:
                 steps.end()
         self._done = [done + len(chunk) for done, chunk in zip(self._done, chunks, strict=True)]
         for row, request in enumerate(self.requests):
-            self._kept.keep(request.prompt[: self._done[row]], self.cache, row)
+            self._kept.keep(request.prompt[: self._done[row]], self.cache, row, request.owner)
         return logits if self._done == self.lengths else None
 
 
@@ -71,11 +72,11 @@ def starts_of(requests: Sequence[TextRequest], kept: KeptPrefixes) -> list[int]:
     Rows of a pass that continue what is in a cache are of one length. If they cannot be, all begin at 0.
     """
     lengths = [len(request.prompt) for request in requests]
-    known = [kept.usable(request.prompt, length - 1) for request, length in zip(requests, lengths, strict=True)]
+    known = [kept.usable(one.prompt, length - 1, one.owner) for one, length in zip(requests, lengths, strict=True)]
     computed = max(length - one for length, one in zip(lengths, known, strict=True))
     starts = [length - computed for length in lengths]
     usable = all(
-        start >= 0 and kept.usable(request.prompt, start) == start
+        start >= 0 and kept.usable(request.prompt, start, request.owner) == start
         for request, start in zip(requests, starts, strict=True)
     )
     return starts if usable else [0] * len(requests)
@@ -195,13 +196,11 @@ class Scheduler:
         """A chunk of prompts, and a token of each sequence."""
         self._drop_cancelled()
         self._next_prompts()
-        under_way = self._batch.tokens + (self._prompts.tokens if self._prompts is not None else 0)
-        self._kept.shrink(self._cache_tokens_max - under_way)
+        self._bound_kept()
         if self._prompts is not None:
             logits = self._prompts.advance()
             if logits is not None:
                 self._join(self._prompts, logits)
-                self._prompts = None
         if not self._running:
             return
         logits = self._batch.step([token for _, token in self._running])
@@ -209,12 +208,17 @@ class Scheduler:
         self.made_tokens += len(self._running)
         self._take(logits)
 
+    def _bound_kept(self) -> None:
+        under_way = self._batch.tokens + (self._prompts.tokens if self._prompts is not None else 0)
+        self._kept.bound(self._cache_tokens_max - under_way)
+
     def _join(self, prompts: _Prompts, logits: Tensor) -> None:
         rows = len(self._running)
         tokens = [_taken(request, logits[row]) for row, request in enumerate(prompts.requests)]
         self.made_tokens += len(tokens)
         self._batch.join(prompts.cache, prompts.lengths)
         self._running += [(request, token or 0) for request, token in zip(prompts.requests, tokens, strict=True)]
+        self._prompts = None
         self._leave({rows + row for row, token in enumerate(tokens) if token is None})
 
     def _take(self, logits: Tensor) -> None:
@@ -230,8 +234,10 @@ class Scheduler:
 
     def _leave(self, rows: set[int]) -> None:
         if self._loaded.mode == "exact":  # else a prompt is computed with more neurons than what was made
+            self._bound_kept()
             for row in rows:
-                self._batch.keep(row, self._running[row][0].tokens, self._kept)
+                request = self._running[row][0]
+                self._batch.keep(row, request.tokens, request.owner, self._kept)
         self._batch.leave(rows)
         self._running = [one for row, one in enumerate(self._running) if row not in rows]
 

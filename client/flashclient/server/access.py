@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
 from collections.abc import Mapping, Sequence
 
 from fastapi import Request
 
 from flashclient.server.problems import Problem
 
+HOSTS = ("localhost", "127.0.0.1", "[::1]")
 BODY_S = 60.0
 BODY_BYTES_MAX = 8 << 20  # a prompt of a million tokens has about 4 MB
 
@@ -18,24 +20,42 @@ class Access:
     """API keys, and the bound of bodies.
 
     Args:
-        keys: that may ask; none means that everybody may.
+        keys: that may ask; none means that every user of this machine may.
     """
 
     def __init__(self, keys: Sequence[str] = ()) -> None:
         self._keys = [key.encode() for key in keys]
 
-    def check_key(self, headers: Mapping[str, str]) -> None:
-        """Raises Problem unless the request has one of the keys, as `Authorization: Bearer KEY`."""
+    async def check_host(self, request: Request) -> None:
+        """Raises Problem where there are no keys, and a browser has come by the name of another site.
+
+        The name may be a page's own, which its owner has pointed to this machine: the page could read what we answer.
+        """
+        host = request.headers.get("host", HOSTS[0])
+        if not self._keys and re.sub(r":\d*$", "", host).lower() not in HOSTS:
+            known = "this server has no API keys, so it answers at localhost, 127.0.0.1 and [::1] only"
+            raise Problem(403, f"{known}, not at {host!r}: use one of these, or start it with --api-key-file")
+
+    def check_key(self, headers: Mapping[str, str]) -> int:
+        """The number of the request's key. Raises Problem unless it has one, as `Authorization: Bearer KEY`."""
         if not self._keys:
-            return
+            return 0
         scheme, _, given = headers.get("authorization", "").partition(" ")
         found = [hmac.compare_digest(given.strip().encode(), key) for key in self._keys]  # all, in constant time
         if scheme.lower() != "bearer" or not any(found):
             text = "this server wants an API key: send it as `Authorization: Bearer KEY`"
             raise Problem(401, text if not given else "the API key is wrong", code="invalid_api_key")
+        return found.index(True)
 
     async def read_body(self, request: Request) -> bytes:
-        """The body. Raises Problem for one that is too large, without reading the rest of it, or too slow."""
+        """The body. Raises Problem for one that is too large, without reading the rest of it, or too slow.
+
+        Pages of other sites cannot send the type that is wanted: their browser asks first whether they may.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            text = f"the body's type is {kind or 'missing'}, not application/json"
+            raise Problem(415, f"{text}: with curl, add -H 'Content-Type: application/json'")
         declared = request.headers.get("content-length", "")
         if not declared.isdecimal() or (len(declared) < 20 and int(declared) <= BODY_BYTES_MAX):
             try:

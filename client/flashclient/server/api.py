@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
@@ -37,7 +37,8 @@ logger = logging.getLogger("flashclient.server")
 
 def make_api(models: Mapping[str, HostedModel], access: Access, with_page: bool = False) -> FastAPI:
     """The application for uvicorn."""
-    api = FastAPI(title="flashclient", docs_url=None, redoc_url=None, openapi_url=None)
+    checks = [Depends(access.check_host)]
+    api = FastAPI(title="flashclient", docs_url=None, redoc_url=None, openapi_url=None, dependencies=checks)
     routes = _Routes(models, access, Metrics(models))
     api.add_api_route("/health", routes.health, methods=["GET"])
     api.add_api_route("/metrics", routes.metrics, methods=["GET"])
@@ -99,19 +100,20 @@ class _Routes:
         return JSONResponse(_described(self._named(name)))
 
     async def completions(self, request: Request) -> Response:
-        body = await self._body(request, CompletionBody)
+        key, body = await self._body(request, CompletionBody)
         model = self._named(body.model)
         prompts = await run_in_threadpool(model.text_ids, body.prompts)
-        asked = Asked(body.chosen(), body.max_tokens, body.stops, body.n or 1, body.logprobs)
+        asked = Asked(body.chosen(), body.max_tokens, body.stops, body.n or 1, body.logprobs, owner=key)
         form = CompletionForm(model.name, model.tokenizer, body.logprobs is not None)
         return await self._answer(request, body, form, model.ask(prompts, asked))
 
     async def chat(self, request: Request) -> Response:
-        body = await self._body(request, ChatBody)
+        key, body = await self._body(request, ChatBody)
         model = self._named(body.model)
         ids, tools, constraint = await run_in_threadpool(_prepared, model, body)
         markers = {} if tools is None else tools.markers(model.tokenizer)
-        asked = Asked(body.chosen(), body.tokens_max, body.stops, body.n or 1, body.alternatives, constraint, markers)
+        chosen, count = body.chosen(), body.n or 1
+        asked = Asked(chosen, body.tokens_max, body.stops, count, body.alternatives, constraint, markers, key)
         form = ChatForm(model.name, model.tokenizer, bool(body.logprobs), tools)
         return await self._answer(request, body, form, model.ask([ids], asked))
 
@@ -122,11 +124,12 @@ class _Routes:
             raise Problem(404, f"no model '{name}': this server has {there}", "model", "model_not_found")
         return model
 
-    async def _body(self, request: Request, kind: type[Body]) -> Body:
-        self._access.check_key(request.headers)
+    async def _body(self, request: Request, kind: type[Body]) -> tuple[int, Body]:
+        """The number of the request's key, and its body."""
+        key = self._access.check_key(request.headers)
         data = await self._access.read_body(request)
         try:
-            return kind.model_validate_json(data)
+            return key, kind.model_validate_json(data)
         except ValidationError as error:
             raise _refused(error) from None
 

@@ -33,7 +33,7 @@ NEW_TOKENS_DEFAULT = 2048  # of a chat, where neither the request nor the model'
 
 @dataclass(frozen=True)
 class Asked:
-    """What a request wants of each of its prompts."""
+    """What a request wants of each of its prompts, and who asks: the number of a key."""
 
     sampling: dict[str, Any]
     tokens_max: int | None
@@ -42,6 +42,7 @@ class Asked:
     top_logprobs: int | None
     constraint: Constraint | None = None
     markers: Mapping[int, str] = field(default_factory=dict)
+    owner: int = 0
 
 
 @dataclass
@@ -177,6 +178,7 @@ class HostedModel:
             _teller(asyncio.get_running_loop(), progress),
             None if asked.constraint is None else asked.constraint.copy(),
             asked.markers,
+            asked.owner,
         )
         return Answer(index, len(prompt), request, progress)
 

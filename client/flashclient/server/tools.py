@@ -27,7 +27,7 @@ class ToolFormat:
         begin, end: around calls. No end: that of the answer.
         arguments: the key of a call's arguments.
         listed: whether all calls are one JSON list.
-        bare: whether an answer that begins with a brace is a call, too.
+        bare_json: whether an answer that begins with a brace is a call, too.
     """
 
     signs: Sequence[str]
@@ -36,7 +36,7 @@ class ToolFormat:
     end: str
     arguments: str = "arguments"
     listed: bool = False
-    bare: bool = False
+    bare_json: bool = False
 
     def fits(self, template: str) -> bool:
         return all(sign in template for sign in self.signs) and not any(sign in template for sign in self.other_signs)
@@ -45,7 +45,7 @@ class ToolFormat:
 FORMATS = (
     ToolFormat(("<tool_call>", "tools"), ("<function=", "<arg_key>"), "<tool_call>", "</tool_call>"),  # Hermes, Qwen
     ToolFormat(("[TOOL_CALLS]", "tools"), ("[ARGS]",), "[TOOL_CALLS]", "", listed=True),  # Mistral
-    ToolFormat(('"parameters"', "tools"), (), "<|python_tag|>", "", arguments="parameters", bare=True),  # Llama 3
+    ToolFormat(('"parameters"', "tools"), (), "<|python_tag|>", "", arguments="parameters", bare_json=True),  # Llama 3
 )
 
 
@@ -74,13 +74,13 @@ class ToolSet:
     Attributes:
         parameters: the JSON schema of each function's arguments, by its name.
         required: whether the answer must call one.
-        one: whether it may call no more than one.
+        single_call: whether it may call no more than one.
     """
 
     format: ToolFormat
     parameters: Mapping[str, Any]
     required: bool
-    one: bool
+    single_call: bool
 
     def markers(self, tokenizer: Any) -> dict[int, str]:
         """Special tokens that are around calls; decoding would leave them out."""
@@ -91,12 +91,12 @@ class ToolSet:
         """A grammar of answers that call. With `answer`, a JSON schema, also of those that are JSON of it."""
         form, special = self.format, {mark: token for token, mark in self.markers(tokenizer).items()}
         calls: dict[str, Any] = {"anyOf": [self._call(name) for name in self.parameters]}
-        most = 1 if self.one else CALLS_MAX
+        most = 1 if self.single_call else CALLS_MAX
         if form.listed:
             calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": most}
         begin = f"<[{special[form.begin]}]>" if form.begin in special else _quoted(form.begin)
         end = f"<[{special[form.end]}]>" if form.end in special else _quoted(form.end)
-        written = 'begin "\\n" calls "\\n" end' if form.end else "calls" if form.bare else "begin calls"
+        written = 'begin "\\n" calls "\\n" end' if form.end else "calls" if form.bare_json else "begin calls"
         lines = [
             f"start: one ({_quoted(chr(10))} one){{0,{most - 1}}}" if form.end and most > 1 else "start: one",
             f"one: {written}",
@@ -163,12 +163,12 @@ class ToolReader:
         if self._after:
             self._held = self._held.lstrip()
             self._after = not self._held
-        if form.bare and not self._begun and self._held.lstrip().startswith("{"):
+        if form.bare_json and not self._begun and self._held.lstrip().startswith("{"):
             self._inside = True
             return []
         before, mark, _ = self._held.partition(form.begin)
         if not mark:
-            before = self._held[: len(self._held) - _possible(self._held, form.begin)]
+            before = self._held[: len(self._held) - _partial_marker(self._held, form.begin)]
         before = before.rstrip()  # the space before a call is not part of the text
         if mark:
             self._inside = True
@@ -203,7 +203,7 @@ class ToolReader:
         return text
 
     def _given(self, calls: list[ToolCall]) -> list[str | ToolCall]:
-        if self._tools.one:
+        if self._tools.single_call:
             calls = calls[: 1 - self.calls]
         self.calls += len(calls)
         return [*calls]
@@ -273,7 +273,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def _possible(text: str, mark: str) -> int:
+def _partial_marker(text: str, mark: str) -> int:
     """The length of the longest end of `text` that is the beginning of `mark`."""
     ends = range(min(len(mark) - 1, len(text)), 0, -1)
     return next((length for length in ends if mark.startswith(text[-length:])), 0)

@@ -83,8 +83,24 @@ def test_the_least_recently_used_goes_first(clients: dict[str, FlashClient]) -> 
     assert [kept.usable(prompt, 10) for prompt in (first, second, third)] == [10, 0, 10]
     kept.keep([9] * 31, filled(model, [9] * 31), 0)
     assert kept.usable([9] * 31, 31) == 0, "it is longer than the bound"
-    kept.shrink(0)
+    kept.bound(0)
     assert kept.tokens == 0
+
+
+def test_owners_share_nothing(clients: dict[str, FlashClient]) -> None:
+    model, prompt = clients["llama"].model, [5] * 10
+    kept = KeptPrefixes(model.config, 30)
+    kept.keep(prompt, filled(model, prompt), 0, owner=1)
+    assert [kept.usable(prompt, 10, owner) for owner in (0, 1, 2)] == [0, 10, 0]
+    kept.keep(prompt, filled(model, prompt), 0, owner=2)
+    assert kept.tokens == 20
+    logits = feed(model, [[6], [6]], kept.begin([prompt, prompt], [10, 10], [1, 2]), [10, 10])
+    assert torch.equal(logits[0], logits[1])
+    kept.bound(15)
+    assert [kept.usable(prompt, 10, owner) for owner in (1, 2)] == [0, 10]
+    kept.keep([7] * 10, filled(model, [7] * 10), 0)
+    kept.keep([8] * 16, filled(model, [8] * 16), 0)
+    assert kept.tokens == kept.usable([7] * 10, 10) == 10
 
 
 def test_windows_are_continued_only_where_they_are_whole(clients: dict[str, FlashClient]) -> None:

@@ -17,6 +17,7 @@ from daemon import Daemon, serving
 from predictors import lossy, publish_predictors
 
 from flashclient import FlashClient
+from flashclient.batching.batch import Batch
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import Progress, TextRequest
 from flashclient.batching.sampling import Sampling
@@ -175,6 +176,22 @@ def test_keys_and_values_are_bounded(daemon: Daemon) -> None:
         assert short.end()[1].finished == "length"
         with pytest.raises(FlashClientError, match="9 sequences at once, and 8 may wait"):
             scheduler.submit(*(asked([5]).request for _ in range(9)))
+
+
+def test_what_is_kept_of_a_full_batch_is_within_the_bound(daemon: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, keep = [], Batch.keep
+
+    def keep_and_count(batch: Batch, row: int, tokens: Any, owner: int, kept: KeptPrefixes) -> None:
+        keep(batch, row, tokens, owner, kept)
+        held.append(batch.tokens + kept.tokens)
+
+    monkeypatch.setattr(Batch, "keep", keep_and_count)
+    with FlashClient("llama", address=daemon.address) as client, scheduler_of(client, 4, 8, 100, 100) as scheduler:
+        listeners = [asked(prompt_of(index, 10)) for index in range(4)]
+        scheduler.submit(*(listener.request for listener in listeners))
+        assert all(listener.end()[1].finished == "length" for listener in listeners)
+    assert len(held) == 4
+    assert 70 < max(held) <= 100
 
 
 def test_closing_fails_what_runs_and_waits(daemon: Daemon) -> None:

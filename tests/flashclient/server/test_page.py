@@ -91,6 +91,16 @@ def test_a_chat(page: Page, address: str, tmp_path: Path) -> None:
     assert page.errors == []
 
 
+def test_a_new_chat_during_an_answer_is_empty(page: Page) -> None:
+    page.run("document.getElementById('new').click()")
+    say(page, "Hi")
+    page.until("document.querySelector('article.assistant')?.textContent.length > 20")
+    page.run("document.getElementById('new').click()")
+    page.until("chat.asking === null && !document.getElementById('send').hidden")
+    assert page.run("chat.messages.length + document.querySelectorAll('article').length") == 0
+    assert page.errors == []
+
+
 def test_markdown(page: Page, tmp_path: Path) -> None:
     page.run("document.getElementById('new').click(); show('user').textContent = 'Tell me <b>';")
     page.run(f"render(show('assistant'), {json.dumps(MARKDOWN)})")

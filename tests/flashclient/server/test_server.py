@@ -29,6 +29,7 @@ TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
 )
 KEY = "sk-secret"
+JSON = "application/json"
 STOP_S = 60.0
 NAME = "tiny-chat"
 OTHER = "tiny-other"
@@ -155,6 +156,12 @@ def test_a_turn_after_another(asking: openai.OpenAI) -> None:
     assert second.usage is not None
     assert second.usage.prompt_tokens_details is not None
     assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens - 1
+    stranger = asking.with_options(api_key="sk-other")
+    third = stranger.chat.completions.create(messages=said, max_tokens=4, **GREEDY)
+    assert third.choices[0].message.content == second.choices[0].message.content
+    assert third.usage is not None
+    assert third.usage.prompt_tokens_details is not None
+    assert third.usage.prompt_tokens_details.cached_tokens == 0
 
 
 def test_an_answer_that_follows_a_schema(asking: openai.OpenAI) -> None:
@@ -337,7 +344,7 @@ def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str)
     host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=STOP_S)
     try:
-        connection.request(method, path, body, {"Authorization": f"Bearer {KEY}", **headers})
+        connection.request(method, path, body, {"Authorization": f"Bearer {KEY}", "Content-Type": JSON, **headers})
         answer = connection.getresponse()
         return answer.status, json.loads(answer.read())
     finally:
@@ -375,6 +382,8 @@ def test_a_client_that_goes_frees_its_place(daemon: Daemon) -> None:
         server_of(daemon, NAME, flags=("--sequences", "1", "--waiting", "2")) as url,
         openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
     ):
+        status, answer = raw(url, "GET", "/v1/models", Host="a.example")
+        assert (status, answer["error"]["type"]) == (403, "invalid_request_error")
         endless: dict[str, Any] = {"max_tokens": 400, **GREEDY}
         stream = client.completions.create(prompt="Once", stream=True, **endless)
         next(iter(stream))

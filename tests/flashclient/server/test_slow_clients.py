@@ -45,7 +45,7 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, sent: by
 
 class SlowRequest:
     def __init__(self, **headers: str) -> None:
-        self.headers = headers
+        self.headers = {"content-type": "application/json"} | headers
 
     async def stream(self) -> AsyncIterator[bytes]:
         yield b"{"

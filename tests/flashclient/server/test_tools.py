@@ -31,7 +31,7 @@ NOW = ToolCall("now", "{}")
 
 
 def tools_of(form: Any, **more: Any) -> ToolSet:
-    return ToolSet(form, PARAMETERS, **({"required": False, "one": False} | more))
+    return ToolSet(form, PARAMETERS, **({"required": False, "single_call": False} | more))
 
 
 def read(tools: ToolSet, text: str, chance: random.Random | None = None) -> list[Any]:
@@ -103,8 +103,10 @@ def test_no_call_is_given_out_at_its_end() -> None:
 
 
 def test_one_call_where_one_is_wanted() -> None:
-    assert read(tools_of(HERMES, one=True), f"<tool_call>{ONE}</tool_call><tool_call>{TWO}</tool_call>") == [RAIN]
-    assert read(tools_of(MISTRAL, one=True), f"[TOOL_CALLS][{ONE}, {TWO}]") == [RAIN]
+    assert read(tools_of(HERMES, single_call=True), f"<tool_call>{ONE}</tool_call><tool_call>{TWO}</tool_call>") == [
+        RAIN
+    ]
+    assert read(tools_of(MISTRAL, single_call=True), f"[TOOL_CALLS][{ONE}, {TWO}]") == [RAIN]
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -114,7 +116,7 @@ def test_random_texts_that_must_call(form: Any, one: bool) -> None:
     special = form is MISTRAL
     if special:
         tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
-    tools = tools_of(form, required=True, one=one)
+    tools = tools_of(form, required=True, single_call=one)
     markers = tools.markers(tokenizer)
     assert len(markers) == special
     constraint = Grammars(tokenizer, VOCABULARY, [2]).lark(tools.grammar(tokenizer))

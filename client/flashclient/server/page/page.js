@@ -52,14 +52,15 @@ function notice(text) {
 
 async function send(text) {
   notice("");
-  chat.messages.push({ role: "user", content: text });
+  const messages = chat.messages; // New begins another list
+  messages.push({ role: "user", content: text });
   show("user").textContent = text;
   const article = show("assistant"), begin = performance.now();
   let said = "", tokens = 0, usage = null, first = 0;
   chat.asking = new AbortController();
   busy(true);
   try {
-    const body = { model: by("models").value, messages: chat.messages, stream: true, stream_options: { include_usage: true } };
+    const body = { model: by("models").value, messages, stream: true, stream_options: { include_usage: true } };
     const answer = await ask("v1/chat/completions", { method: "POST", body: JSON.stringify(body), signal: chat.asking.signal });
     for await (const event of events(answer)) {
       if (event.error) throw new Error(event.error.message);
@@ -77,11 +78,12 @@ async function send(text) {
   }
   chat.asking = null;
   busy(false);
+  if (chat.messages !== messages) return;
   if (said) {
-    chat.messages.push({ role: "assistant", content: said });
+    messages.push({ role: "assistant", content: said });
     note(article, usage, tokens, first - begin, performance.now() - first);
   } else {
-    chat.messages.pop();
+    messages.pop();
     article.previousSibling?.remove();
     article.remove();
     if (!by("text").value) by("text").value = text;

@@ -1,0 +1,53 @@
+"""Pages of other sites, which a browser of this machine shows, cannot use a server without keys."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from flashclient.server.access import Access
+from flashclient.server.problems import Problem
+
+
+class Sent:
+    """A request with some headers and an empty object."""
+
+    def __init__(self, **headers: str) -> None:
+        self.headers = headers
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        yield b"{}"
+
+
+@pytest.mark.parametrize("host", ["localhost", "LocalHost:8080", "127.0.0.1:1", "[::1]", "[::1]:8080"])
+def test_names_of_this_machine_are_answered(host: str) -> None:
+    sent: Any = Sent(host=host)
+    asyncio.run(Access().check_host(sent))
+
+
+@pytest.mark.parametrize("host", ["", "a.example", "localhost.a.example:80", "127.0.0.1.a.example", "[::2]:80", "::1"])
+def test_names_of_other_sites_are_refused_without_keys(host: str) -> None:
+    sent: Any = Sent(host=host)
+    with pytest.raises(Problem, match="start it with --api-key-file") as refused:
+        asyncio.run(Access().check_host(sent))
+    assert refused.value.status == 403
+    asyncio.run(Access(["sk-a"]).check_host(sent))
+
+
+def test_a_key_has_a_number() -> None:
+    access = Access(["sk-a", "sk-b"])
+    assert [access.check_key({"authorization": f"Bearer {key}"}) for key in ("sk-a", "sk-b")] == [0, 1]
+    assert Access().check_key({}) == 0
+
+
+@pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])
+def test_bodies_of_another_type_are_refused(kind: str) -> None:
+    sent: Any = Sent(**{"content-type": kind})
+    with pytest.raises(Problem, match="add -H 'Content-Type: application/json'") as refused:
+        asyncio.run(Access().read_body(sent))
+    assert refused.value.status == 415
+    sent = Sent(**{"content-type": "Application/JSON; charset=utf-8"})
+    assert asyncio.run(Access().read_body(sent)) == b"{}"
