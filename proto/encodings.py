@@ -49,7 +49,7 @@ DTYPES = {
 COMPUTE_DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
-class BlockFormat(NamedTuple):
+class BlockLayout(NamedTuple):
     """A quantised format, whose blocks hold their own scales."""
 
     values: int  # of a block
@@ -60,19 +60,19 @@ class BlockFormat(NamedTuple):
 
 # Those of GGML that kernels compute with.
 BLOCK_FORMATS = {
-    "Q8_0": BlockFormat(32, 34, (0,)),
-    "Q4_0": BlockFormat(32, 18, (0,)),
-    "Q4_1": BlockFormat(32, 20, (0, 2)),
-    "IQ4_NL": BlockFormat(32, 18, (0,)),
-    "Q5_0": BlockFormat(32, 22, (0,)),
-    "Q5_1": BlockFormat(32, 24, (0, 2)),
-    "MXFP4": BlockFormat(32, 17, (0,), "F8_E8M0"),
-    "Q2_K": BlockFormat(256, 84, (80, 82)),
-    "Q3_K": BlockFormat(256, 110, (108,)),
-    "Q4_K": BlockFormat(256, 144, (0, 2)),
-    "Q5_K": BlockFormat(256, 176, (0, 2)),
-    "Q6_K": BlockFormat(256, 210, (208,)),
-    "IQ4_XS": BlockFormat(256, 136, (0,)),
+    "Q8_0": BlockLayout(32, 34, (0,)),
+    "Q4_0": BlockLayout(32, 18, (0,)),
+    "Q4_1": BlockLayout(32, 20, (0, 2)),
+    "IQ4_NL": BlockLayout(32, 18, (0,)),
+    "Q5_0": BlockLayout(32, 22, (0,)),
+    "Q5_1": BlockLayout(32, 24, (0, 2)),
+    "MXFP4": BlockLayout(32, 17, (0,), "F8_E8M0"),
+    "Q2_K": BlockLayout(256, 84, (80, 82)),
+    "Q3_K": BlockLayout(256, 110, (108,)),
+    "Q4_K": BlockLayout(256, 144, (0, 2)),
+    "Q5_K": BlockLayout(256, 176, (0, 2)),
+    "Q6_K": BlockLayout(256, 210, (208,)),
+    "IQ4_XS": BlockLayout(256, 136, (0,)),
 }
 # What `weightd import --dtype` quantises bundles to. Of 4 bits IQ4_NL has the smallest error: see README.md.
 QUANTISED_DTYPES = {"int8": "Q8_0", "int4": "IQ4_NL"}

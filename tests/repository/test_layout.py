@@ -183,7 +183,7 @@ def test_the_architecture_is_one_page_that_names_every_folder() -> None:
 
 # Names that mean the same thing on both sides (a Session has two ends), or in a message and in the code that reads it.
 SHARED_NAMES = {
-    "Activation", "BlockFormat", "BusyError", "Codes", "CorruptBundle", "CorruptionError", "Dtype", "Encoding", "Field",
+    "Activation", "BusyError", "Codes", "CorruptBundle", "CorruptionError", "Dtype", "Encoding",
     "Lane", "Metric", "Model", "ReadQueue", "Session", "Sixteen", "SixteenAbove",
 }  # fmt: skip
 CLASS = re.compile(r"^(?:class|struct|enum(?: class)?) (\w+)(?: final)?(?: : [^;{]*)?\s*\{", re.MULTILINE)
