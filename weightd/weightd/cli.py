@@ -338,7 +338,7 @@ def _remove(options: argparse.Namespace) -> None:
 def _remove_served(name: str, address: str) -> None:
     """Asks the weightd that serves the store. Raises DaemonError with its answer."""
     from flashclient.daemon.channel import Connection
-    from flashclient.errors import FlashClientError
+    from flashclient.errors import FlashClientError, OptionError
 
     try:
         connection = Connection(address, REMOVED_WITHIN_S)
@@ -346,8 +346,10 @@ def _remove_served(name: str, address: str) -> None:
             connection.remove(name)
         finally:
             connection.close()
+    except OptionError as error:  # its lock file is damaged
+        raise DaemonError(f"cannot remove {name!r}: a weightd at {address} serves the store, stop it first") from error
     except FlashClientError as error:
-        raise DaemonError(f"cannot remove {name!r}, which a weightd at {address} serves: {error}") from error
+        raise DaemonError(f"cannot remove {name!r}: a weightd at {address} serves the store: {error}") from error
 
 
 def _verify(options: argparse.Namespace) -> None:
