@@ -16,6 +16,10 @@ Kernel = TypeVar("Kernel")
 class KernelOf(dict[torch.dtype, Kernel]):
     """A kernel for each dtype. A kernel belongs to the process: a copied module shares it, and it cannot be pickled."""
 
+    def takes(self, x: Tensor) -> bool:
+        """Whether there is a kernel for x: not empty, on the CPU, of a dtype that autocast does not change."""
+        return x.dtype in self and x.is_cpu and x.numel() > 0 and not torch.is_autocast_enabled("cpu")
+
     def __deepcopy__(self, memo: Any) -> KernelOf[Kernel]:
         return self
 

@@ -171,7 +171,7 @@ class FusedAttention(Native):
     config: Any
     layer_idx: int
     formula: AttentionFormula
-    input_kernels: dict[torch.dtype, AttentionInputs]
+    input_kernels: KernelOf[AttentionInputs]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         formula = self.formula
@@ -241,9 +241,7 @@ class FusedAttention(Native):
 
     def takes(self, x: Tensor, embeddings: Any) -> bool:
         """Whether the kernels take this input, and attention is ours."""
-        if torch.compiler.is_compiling() or x.dim() != 3 or x.numel() == 0 or not x.is_cpu:
-            return False
-        if x.dtype not in self.input_kernels or torch.is_autocast_enabled("cpu"):
+        if torch.compiler.is_compiling() or x.dim() != 3 or not self.input_kernels.takes(x):
             return False
         if "forward" in self.__dict__ or _implementation(self.config) != IMPLEMENTATION:
             return False

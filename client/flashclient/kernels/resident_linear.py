@@ -26,7 +26,7 @@ class ResidentLinear(nn.Linear):
     what the kernel cannot: gradients, other dtypes and devices.
     """
 
-    kernels: dict[torch.dtype, Linear]
+    kernels: KernelOf[Linear]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features], in the dtype of x."""
@@ -39,8 +39,8 @@ class ResidentLinear(nn.Linear):
         return y.view(*x.shape[:-1], self.out_features)
 
     def _is_for_kernel(self, x: Tensor) -> bool:
-        fits = x.dtype in self.kernels and x.shape[-1] == self.in_features and x.numel() > 0 and x.is_cpu
-        return fits and not torch.is_autocast_enabled("cpu") and has_plain_weights(self, x, BIAS_DTYPES)
+        fits = x.shape[-1] == self.in_features and self.kernels.takes(x)
+        return fits and has_plain_weights(self, x, BIAS_DTYPES)
 
 
 def use_fast_linears(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:

@@ -50,7 +50,7 @@ class NativeNorm(Native):
     """The forward pass of a norm that became native. Other cases are left to the class that it had."""
 
     formula: NormFormula
-    norm_kernels: dict[torch.dtype, Norms]
+    norm_kernels: KernelOf[Norms]
     _held: tuple[tuple[int | None, int | None], Norm] | None = None
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
@@ -75,12 +75,10 @@ class NativeNorm(Native):
         return held[1]
 
     def _is_for_kernel(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or x.numel() == 0 or x.dtype not in self.norm_kernels or not x.is_cpu:
+        if torch.compiler.is_compiling() or not self.norm_kernels.takes(x):
             return False
         weight = self._parameters.get("weight")
-        if weight is None or torch.is_autocast_enabled("cpu") or x.shape[-1] != len(weight):
-            return False
-        return has_plain_weights(self, x)
+        return weight is not None and x.shape[-1] == len(weight) and has_plain_weights(self, x)
 
 
 def use_native_norms(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:

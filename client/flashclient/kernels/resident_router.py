@@ -54,7 +54,7 @@ class NativeRouter(Native):
     """The forward pass of a router that became native. Other cases are left to the class that it had."""
 
     formula: RouterFormula
-    router_kernels: dict[torch.dtype, Routers]
+    router_kernels: KernelOf[Routers]
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., hidden] -> logits [rows, experts], weights [rows, picks], picks [rows, picks]."""
@@ -88,9 +88,7 @@ class NativeRouter(Native):
         return weight is not None and x.shape[-1] == weight.shape[1] and has_plain_weights(self, x)
 
     def _is_for_kernel(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or x.numel() == 0 or x.dtype not in self.router_kernels or not x.is_cpu:
-            return False
-        return not torch.is_autocast_enabled("cpu") and self.is_plain(x)
+        return not torch.compiler.is_compiling() and self.router_kernels.takes(x) and self.is_plain(x)
 
 
 def use_native_routers(model: nn.Module, workers: Workers, instruction_set: str | None = None) -> int:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from native_calls import attending_layers
 from native_models import FUSED, PROMPTS, WORKERS, make
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from flashclient.kernels.decoder_layer import NativeDecoderLayer, use_native_layers
+from flashclient.kernels.decoder_layer import use_native_layers
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.model.ffn import StreamedFFN
@@ -24,15 +25,7 @@ MASK = (PROMPTS != 0).long()
 @pytest.fixture
 def native_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers that went the native way, one entry a call."""
-    made: list[Any] = []
-    attend = NativeDecoderLayer._attend
-
-    def counted(self: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        made.append(self)
-        return attend(self, *arguments)
-
-    monkeypatch.setattr(NativeDecoderLayer, "_attend", counted)
-    return made
+    return attending_layers(monkeypatch)
 
 
 def models(kind: str, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedModel]:

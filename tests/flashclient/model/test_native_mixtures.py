@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from daemon import serving
+from native_calls import attending_layers
 from torch import Tensor
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from flashclient import FlashClient
-from flashclient.kernels.decoder_layer import NativeDecoderLayer
 from flashclient.kernels.growing_cache import GrowingCache
 from weightd.importing.convert import import_checkpoint
 from weightd.store.store import Store
@@ -51,15 +51,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def parts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The layers whose FFN was called between native parts, one entry a call."""
-    made: list[Any] = []
-    attend = NativeDecoderLayer._attend
-
-    def counted(self: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        made.append(self)
-        return attend(self, *arguments)
-
-    monkeypatch.setattr(NativeDecoderLayer, "_attend", counted)
-    return made
+    return attending_layers(monkeypatch)
 
 
 def passes(model: Any) -> Tensor:
