@@ -39,6 +39,7 @@ SAMPLE_S = 1.0
 WARM_SHARE = 1 / 3
 QUIET_S = 60.0  # for what was left behind to end
 JSON = {"Content-Type": "application/json"}
+WAITING_SHARE = 0.16  # of the clients may wait: others are refused, because 16 requests run at once
 BROKEN_BODIES = (b"{", b"[]", b'{"model": 5}', b'{"model": "nobody", "prompt": "a"}', b"\xff\xfe", b" " * (9 << 20))
 
 
@@ -70,7 +71,8 @@ def main() -> int:
     for fault in seen.faults[:20]:
         print(f"soak_serve: {fault}", file=sys.stderr)
     memory = [size for at, size in seen.memory if at > seconds * WARM_SHARE]
-    row = {"clients": options.clients, "seconds": seconds, **seen.counts, "server_mib": max(memory, default=0.0)}
+    counts = {name: seen.counts[name] for name in ("answers", "left", "refused", "broken")}
+    row = {"clients": options.clients, "seconds": seconds, **counts, "server_mib": max(memory, default=0.0)}
     targets = [
         Target("faults", len(seen.faults), "", 0, "lower"),
         Target("left_in_the_middle", seen.counts["left"], "", LEAVING_MIN, "higher"),
@@ -85,7 +87,8 @@ def run(options: argparse.Namespace) -> tuple[Seen, float, int]:
     """What was seen, for how long, and how many requests and descriptors were left behind."""
     dense = dense_store(options.shape, options.folder, options.layers)
     vocabulary = cut(options.shape, options.layers)[0].vocabulary
-    flags = ("--waiting", "32", "--cache-tokens", "8192", "--kept-tokens", "2048")
+    waiting = round(options.clients * WAITING_SHARE)
+    flags = ("--waiting", str(waiting), "--cache-tokens", "8192", "--kept-tokens", "2048")
     with (
         serving(dense.store, max(round(dense.model_bytes * options.memory), dense.least_bytes)) as daemon,
         served(dense.name, daemon, *flags) as (address, pid),
