@@ -151,11 +151,15 @@ class Scheduler:
         """The tokens whose keys and values are kept for later prompts."""
         return self._kept.tokens
 
-    def close(self) -> None:
-        """Fails all requests, and waits for the thread."""
+    def stop(self) -> None:
+        """Fails all requests after the step under way, and does not wait for it."""
         with self._changed:
             self._closing = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Fails all requests, and waits for the thread."""
+        self.stop()
         self._thread.join()
 
     def _run(self) -> None:

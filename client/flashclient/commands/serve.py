@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import re
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from flashclient.standard_streams import say
 PORT_DEFAULT = 8080
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("fastapi", "uvicorn", "llguidance")
-STOPPING_S = 5  # for answers under way
 BACKLOG = 128
 MODELS_MAX = 16
 CONNECTIONS_MAX = 512  # further ones get status 503
@@ -34,6 +32,14 @@ def add(commands: Any) -> None:
     command.add_argument("--port", type=_port, default=PORT_DEFAULT, help=f"default: {PORT_DEFAULT}")
     command.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="keys that may ask, one a line; needed for other hosts"
+    )
+    command.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        type=_origin,
+        metavar="ORIGIN",
+        help="a site whose pages may use the server, such as http://localhost:3000; may be repeated",
     )
     command.add_argument("--ui", action="store_true", help="also serve a page to chat and to watch the model, at /")
     command.add_argument(
@@ -69,6 +75,12 @@ def _port(text: str) -> int:
     return value
 
 
+def _origin(text: str) -> str:
+    if text != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a site such as http://localhost:3000")
+    return text
+
+
 def _run(options: argparse.Namespace) -> int:
     keys = _checked(options)
     with ExitStack() as opened:
@@ -89,6 +101,8 @@ def _checked(options: argparse.Namespace) -> list[str]:
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
     if options.api_key_file is None:
+        if "*" in options.allow_origin:
+            raise OptionError("--allow-origin * lets in every page that a browser here shows: pass --api-key-file, too")
         if options.host not in LOOPBACK:
             raise OptionError(f"--host {options.host} may be reached by others: pass --api-key-file, too")
         return []
@@ -131,9 +145,9 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
 
     from flashclient.server.access import Access
     from flashclient.server.api import make_api
-    from flashclient.server.connections import PatientProtocol
+    from flashclient.server.connections import ENDING_S, STOPPING_S, AnsweringServer, PatientProtocol
 
-    api = make_api(models, Access(keys), options.ui)
+    api = make_api(models, Access(keys), options.ui, options.allow_origin)
     listening = _bound(options)
     host, port = listening.getsockname()[:2]
     served = ", ".join(f"{name} (mode {model.client.mode})" for name, model in models.items())
@@ -144,23 +158,12 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
         api,
         log_level="warning",
         lifespan="off",
-        timeout_graceful_shutdown=STOPPING_S,
+        timeout_graceful_shutdown=STOPPING_S + ENDING_S,
         limit_concurrency=CONNECTIONS_MAX,
         http=PatientProtocol,
     )
 
-    class Server(uvicorn.Server):
-        @contextmanager
-        def capture_signals(self) -> Iterator[None]:
-            """Without raising the signal again, so that the client is closed in order."""
-            before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
-            try:
-                yield
-            finally:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    Server(config).run(sockets=[listening])
+    AnsweringServer(config, lambda: [model.scheduler.stop() for model in models.values()]).run(sockets=[listening])
 
 
 def _bound(options: argparse.Namespace) -> socket.socket:

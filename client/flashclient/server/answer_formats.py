@@ -22,17 +22,20 @@ class TextFormat(_Part):
 
 
 class AnyObjectFormat(_Part):
+    """Other servers take a schema here, too."""
+
     type: Literal["json_object"]
+    schema_: Annotated[dict[str, Any], Field(alias="schema")] = ANY_OBJECT
 
     @property
     def json_of(self) -> Any:
-        return ANY_OBJECT
+        return self.schema_
 
 
 class NamedSchema(_Part):
-    """`strict` changes nothing: an answer always follows its schema."""
+    """`name` and `strict` change nothing: an answer always follows its schema."""
 
-    name: Annotated[str, Field(max_length=64)]
+    name: Annotated[str, Field(max_length=64)] | None = None
     description: str | None = None
     schema_: Annotated[dict[str, Any], Field(alias="schema")] = ANY_OBJECT
     strict: bool | None = None

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
@@ -21,6 +22,7 @@ from flashclient.errors import FlashClientError, OptionError
 from flashclient.server.access import Access
 from flashclient.server.answer_formats import ANY_OBJECT
 from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
+from flashclient.server.body_faults import refused
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
 from flashclient.server.pages import add_page
@@ -28,24 +30,42 @@ from flashclient.server.problems import Problem
 from flashclient.server.schema import ChatBody, CompletionBody, SamplingBody
 from flashclient.server.tools import ToolSet
 
-FAULTS_MAX = 1000  # describing millions of them, to tell the first, would take many seconds
 POLL_S = 0.25  # how often a request that is not a stream looks whether its client has gone
 Body = TypeVar("Body", bound=SamplingBody)
 
 logger = logging.getLogger("flashclient.server")
 
 
-def make_api(models: Mapping[str, HostedModel], access: Access, with_page: bool = False) -> FastAPI:
-    """The application for uvicorn."""
+def make_api(
+    models: Mapping[str, HostedModel], access: Access, with_page: bool = False, origins: Sequence[str] = ()
+) -> FastAPI:
+    """The application for uvicorn.
+
+    Args:
+        origins: other sites whose pages may ask.
+    """
     checks = [Depends(access.check_host)]
     api = FastAPI(title="flashclient", docs_url=None, redoc_url=None, openapi_url=None, dependencies=checks)
     routes = _Routes(models, access, Metrics(models))
-    api.add_api_route("/health", routes.health, methods=["GET"])
-    api.add_api_route("/metrics", routes.metrics, methods=["GET"])
-    api.add_api_route("/v1/models", routes.list_models, methods=["GET"])
-    api.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"])
-    api.add_api_route("/v1/completions", routes.completions, methods=["POST"])
-    api.add_api_route("/v1/chat/completions", routes.chat, methods=["POST"])
+    for path, give in (
+        ("/health", routes.health),
+        ("/metrics", routes.metrics),
+        ("/v1/models", routes.list_models),
+        ("/v1/models/", routes.list_models),
+        ("/v1/models/{name:path}", routes.model),
+    ):
+        api.add_api_route(path, give, methods=["GET", "HEAD"])
+    for path, answer in (("/v1/completions", routes.completions), ("/v1/chat/completions", routes.chat)):
+        api.add_api_route(path, answer, methods=["POST"])
+        api.add_api_route(f"{path}/", answer, methods=["POST"])  # a redirection is not followed by all clients
+    if origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],  # clients in JavaScript tell their versions in headers of their own
+            expose_headers=["Retry-After"],
+        )
     if with_page:
         add_page(api, models, access)
     for kind in (Problem, FlashClientError):
@@ -69,7 +89,10 @@ async def _answer_unknown(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     there = "GET /v1/models, POST /v1/completions, POST /v1/chat/completions, GET /health and GET /metrics"
     message = f"no {request.method} {request.url.path}: this server has {there}"
-    return JSONResponse(Problem(error.status_code, message).as_dict(), error.status_code)
+    if request.method == "OPTIONS" and "origin" in request.headers:
+        origin = request.headers["origin"]
+        message = f"pages of {origin} may not use this server: start it with --allow-origin {origin}"
+    return JSONResponse(Problem(error.status_code, message).as_dict(), error.status_code, error.headers)
 
 
 async def _answer_unexpected(_: Request, error: Exception) -> Response:
@@ -131,7 +154,7 @@ class _Routes:
         try:
             return key, kind.model_validate_json(data)
         except ValidationError as error:
-            raise _refused(error) from None
+            raise refused(error, data) from None
 
     async def _answer(self, request: Request, body: SamplingBody, form: AnswerForm, answers: list[Answer]) -> Response:
         if body.stream:
@@ -187,7 +210,7 @@ def _prepared(model: HostedModel, body: ChatBody) -> tuple[list[int], ToolSet | 
     """The prompt, the functions that the answer may call, and what the answer must be. Raises Problem, OptionError."""
     functions = body.functions
     described = [one.model_dump(exclude_none=True) for one in body.tools or ()] if functions else None
-    ids = model.chat_ids(body.conversation(), dict(body.chat_template_kwargs or {}), described)
+    ids = model.chat_ids(body.conversation(), body.layout, described)
     tools = None
     if functions:
         parameters = {name: function.parameters or ANY_OBJECT for name, function in functions.items()}
@@ -205,18 +228,3 @@ def _prepared(model: HostedModel, body: ChatBody) -> tuple[list[int], ToolSet | 
 
 def _described(model: HostedModel) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": model.created_unix_s, "owned_by": "weightd"}
-
-
-def _refused(error: ValidationError) -> Problem:
-    """The first thing that is wrong with a body, in one line."""
-    if error.error_count() > FAULTS_MAX:
-        return Problem(400, f"the body has {error.error_count()} faults: see which fields this endpoint takes")
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = [str(part) for part in first["loc"]]
-    param = where[0] if where else None
-    if first["type"] == "extra_forbidden":
-        return Problem(400, f"this server does not know {'.'.join(where)}: leave it out", param, "unknown_parameter")
-    if first["type"] == "json_invalid":
-        return Problem(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
-    name = where[0] if where else "the body"
-    return Problem(400, f"{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", param)

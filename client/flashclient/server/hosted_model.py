@@ -102,6 +102,7 @@ class HostedModel:
         self, messages: list[dict[str, Any]], layout: dict[str, Any], tools: list[dict[str, Any]] | None = None
     ) -> list[int]:
         """The token ids of a conversation. Raises OptionError if the chat template refuses it."""
+        messages = [self._with_known_role(message) for message in messages]
         if tools or any(message.get("tool_calls") or message.get("role") == "tool" for message in messages):
             self.tool_format(tools)
         refused = [name for name in layout if name in LAYOUT]
@@ -113,8 +114,17 @@ class HostedModel:
                 self.tokenizer, messages, layout, set(), lambda text: self._check_length(len(text))
             )
         if rest:
-            raise Problem(400, f"the chat template uses no {next(iter(rest))!r}", "chat_template_kwargs")
+            name = next(iter(rest))
+            param = name if name == "reasoning_effort" else "chat_template_kwargs"
+            raise Problem(400, f"the chat template uses no {name!r}: leave it out", param)
         return [int(token) for token in prompt.inputs["input_ids"][0]]
+
+    def _with_known_role(self, message: dict[str, Any]) -> dict[str, Any]:
+        """`developer` is the new name of `system`, which only newer chat templates know."""
+        known = self.tokenizer.chat_template
+        if message.get("role") != "developer" or "developer" in str(known):
+            return message
+        return message | {"role": "system"}
 
     @property
     def grammars(self) -> Grammars:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from flashclient.batching.sampling import TOP_LOGPROBS_MAX, Sampling
 from flashclient.server.answer_formats import AnswerFormat
@@ -23,6 +23,9 @@ COMPLETION_TOKENS_DEFAULT = 16  # of the interface
 Probability = Annotated[float, Field(ge=0, le=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Ids = Annotated[list[int], Field(max_length=PROMPT_TOKENS_MAX, fail_fast=True)]
+# Other servers take -1 where there is no limit.
+TokensMax = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(lambda given: None if given == -1 else given)]
+TopK = Annotated[Annotated[int, Field(ge=0)] | None, BeforeValidator(lambda given: 0 if given == -1 else given)]
 Stop = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=STOPS_MAX)]
 
 
@@ -44,7 +47,7 @@ class SamplingBody(_Body):
     model: str
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    top_k: TopK = None
     min_p: Probability | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Penalty | None = None
@@ -63,6 +66,16 @@ class SamplingBody(_Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out(cls, given: Any) -> Any:
+        """Null is as good as left out, for fields that are not known, too: some clients send all that they know."""
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None or name in cls.model_fields}
 
     @property
     def stops(self) -> list[str]:
@@ -80,11 +93,11 @@ class SamplingBody(_Body):
 
 class CompletionBody(SamplingBody):
     prompt: str | Ids | Annotated[list[str] | list[Ids], Field(max_length=PROMPTS_MAX)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = COMPLETION_TOKENS_DEFAULT
+    max_tokens: TokensMax = COMPLETION_TOKENS_DEFAULT
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
-    echo: Literal[False] | None = None
+    echo: bool | None = None
     best_of: int | None = None
-    suffix: Literal[""] | None = None
+    suffix: str | None = None
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -94,6 +107,9 @@ class CompletionBody(SamplingBody):
         prompts = prompt if several else [prompt]
         if not all(prompts):
             raise Problem(400, "the prompt is empty: give a text or token ids", "prompt")
+        for name in ("echo", "suffix"):
+            if getattr(self, name):
+                raise Problem(400, f"{name} is not supported: leave it out", name)
         if self.best_of not in (None, 1, self.n):
             raise Problem(400, "best_of is not supported: leave it out, or give the value of n", "best_of")
         return list(prompts)
@@ -122,17 +138,30 @@ class NamedTool(_Body):
     function: _Named
 
 
+class _Allowed(_Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=TOOLS_MAX)]
+
+
+class AllowedTools(_Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: _Allowed
+
+
 class ChatBody(SamplingBody):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: TokensMax = None
+    max_completion_tokens: TokensMax = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS_MAX)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     response_format: AnswerFormat | None = None
-    store: Literal[False] | None = None
+    reasoning_effort: str | None = None
+    store: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    prediction: dict[str, Any] | None = None  # changes no answer
     tools: Annotated[list[Tool], Field(max_length=TOOLS_MAX)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
 
     @property
@@ -142,13 +171,21 @@ class ChatBody(SamplingBody):
     @property
     def alternatives(self) -> int | None:
         """The likeliest tokens to report beside each; None where no logarithms are wanted. Raises Problem."""
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise Problem(400, "top_logprobs needs logprobs: true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> list[dict[str, Any]]:
         """The messages, as chat templates take them. Raises Problem for what this server does not do."""
+        if self.store:
+            raise Problem(400, "this server stores no answers: leave out store", "store")
         return [with_parsed_arguments(message | {"content": _text(message)}) for message in self.messages]
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """Arguments of the chat template."""
+        more = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return more | (self.chat_template_kwargs or {})
 
     @property
     def functions(self) -> dict[str, ToolFunction]:
@@ -156,23 +193,33 @@ class ChatBody(SamplingBody):
         given = {tool.function.name: tool.function for tool in self.tools or ()}
         if len(given) < len(self.tools or ()):
             raise Problem(400, "two tools have one name: give each its own", "tools")
-        if isinstance(self.tool_choice, NamedTool):
-            name = self.tool_choice.function.name
-            if name not in given:
-                raise Problem(400, f"tool_choice names '{name}', and there is no such tool", "tool_choice")
-            return {name: given[name]}
-        if self.tool_choice in ("required", "auto") and not given:
-            raise Problem(400, f"tool_choice {self.tool_choice} needs tools", "tool_choice")
+        if isinstance(self.tool_choice, NamedTool | AllowedTools):
+            for name in self._chosen:
+                if name not in given:
+                    raise Problem(400, f"tool_choice names '{name}', and there is no such tool", "tool_choice")
+            return {name: given[name] for name in self._chosen}
+        if self.tool_choice == "required" and not given:
+            raise Problem(400, "tool_choice required needs tools", "tool_choice")
         return {} if self.tool_choice == "none" else given
 
     @property
+    def _chosen(self) -> list[str]:
+        """The names of a choice that has some."""
+        choice = self.tool_choice
+        if isinstance(choice, AllowedTools):
+            return [tool.function.name for tool in choice.allowed_tools.tools]
+        return [choice.function.name] if isinstance(choice, NamedTool) else []
+
+    @property
     def must_call(self) -> bool:
-        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
+        choice = self.tool_choice
+        mode = choice.allowed_tools.mode if isinstance(choice, AllowedTools) else choice
+        return mode == "required" or isinstance(mode, NamedTool)
 
 
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if content is None and (message.get("tool_calls") or message.get("role") == "assistant"):
         return ""
     if isinstance(content, str):
         return content

@@ -31,6 +31,7 @@ TEMPLATE = (
 KEY = "sk-secret"
 JSON = "application/json"
 STOP_S = 60.0
+SITE = "http://localhost:3000"
 NAME = "tiny-chat"
 OTHER = "tiny-other"
 
@@ -288,20 +289,28 @@ def test_requests_at_once_do_not_change_each_other(asking: openai.OpenAI, alone:
         ({"max_tokens": 0}, "max_tokens: "),
         ({"max_tokens": 5000}, "the model's context is 512 tokens"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs: true"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools: "),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: string should match"),
         ({"tools": TOOLS * 2}, "two tools have one name"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice names 'g'"),
         ({"tool_choice": "required"}, "tool_choice required needs tools"),
         ({"tools": with_parameters({"type": "no"}), "tool_choice": "required"}, "tools: the grammar is refused: "),
         ({"messages": [{"role": "assistant", "tool_calls": [5]}]}, "arguments that are JSON of an object"),
         ({"response_format": {"type": "xml"}}, "response_format: "),
-        ({"response_format": {"type": "json_schema"}}, "response_format: field required"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: field required"),
+        ({"tool_choice": {"type": "function", "name": "rain"}}, "tool_choice.function: field required"),
+        ({"stop": ["a", ""]}, "stop.1: string should have at least 1 character"),
+        ({"extra_body": {"functions": []}}, "this server does not know functions: use tools"),
+        ({"extra_body": {"reasoning_effort": "low"}}, "the chat template uses no 'reasoning_effort': leave it out"),
+        ({"store": True}, "this server stores no answers: leave out store"),
         (with_schema({"type": "nope"}), "response_format: the schema is refused: Invalid type: nope"),
         (with_schema({"enum": [f"v{one}" for one in range(9000)]}), "response_format: the schema has"),
         (with_schema(nested(150)), "response_format: the schema is refused: recursion limit exceeded"),
         (with_schema({"allOf": [{"anyOf": [{"pattern": f".{{{i}}}a"}] * 6} for i in range(8)]}), "schema too large"),
         ({"extra_body": {"best": 1}}, "this server does not know best: leave it out"),
-        ({"extra_body": {"chat_template_kwargs": {"thinking": True}}}, "the chat template uses no 'thinking'"),
+        (
+            {"extra_body": {"chat_template_kwargs": {"thinking": True}}},
+            "the chat template uses no 'thinking': leave it out",
+        ),
         ({"messages": [{"role": "user", "content": "Bah"}]}, "the model's chat template refuses the messages"),
         ({"messages": [{"content": "Hi"}]}, "message 0 has no role"),
         ({"messages": [{"role": "user", "content": "Hi" * 200_000}]}, "and the prompt has 400005 characters"),
@@ -320,6 +329,40 @@ def test_refusals_name_the_field(asking: openai.OpenAI, more: dict[str, Any], me
     with pytest.raises(openai.BadRequestError) as refused:
         asking.chat.completions.create(**{"messages": HI, "max_tokens": 4, **GREEDY, **more})
     assert message in refused.value.body["message"]  # type: ignore[index]
+
+
+HABITS: list[dict[str, Any]] = [
+    dict.fromkeys(("audio", "functions", "function_call", "stop", "logit_bias", "response_format", "best")),
+    {"max_tokens": -1, "max_completion_tokens": 1, "top_k": -1},  # LM Studio, vLLM
+    {"logprobs": False, "top_logprobs": 0, "tool_choice": "auto", "tools": []},
+    {"prediction": {"type": "content", "content": "x"}, "modalities": ["text"], "prompt_cache_retention": "24h"},
+    {"response_format": {"type": "json_object", "schema": {"type": "object"}}},  # llama.cpp
+    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}},
+    {"messages": [*HI, {"role": "assistant", "content": None, "tool_calls": None, "refusal": None}, *HI]},
+]
+
+
+@pytest.mark.parametrize("habit", HABITS)
+def test_habits_of_other_clients_are_answered(address: str, habit: dict[str, Any]) -> None:
+    asked = {**GREEDY, "messages": HI, "max_tokens": 1} | habit
+    status, answer = raw(address, "POST", "/v1/chat/completions/", json.dumps(asked).encode())
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+def test_a_developer_is_the_system(asking: openai.OpenAI) -> None:
+    messages: list[Any] = [[{"role": role, "content": "Be"}, *HI] for role in ("developer", "system")]
+    made = [asking.chat.completions.create(messages=one, max_tokens=6, **GREEDY) for one in messages]
+    assert made[0].choices[0].message == made[1].choices[0].message
+
+
+def test_tools_that_are_allowed(asking: openai.OpenAI) -> None:
+    other = {"type": "function", "function": {"name": "snow", "parameters": {"type": "object"}}}
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "rain"}}]}
+    more: Any = {"tool_choice": {"type": "allowed_tools", "allowed_tools": allowed}, "tools": [*TOOLS, other]}
+    more |= {"parallel_tool_calls": False, "max_tokens": 200, "temperature": 2, "seed": 1}
+    made: Any = asking.chat.completions.create(messages=HI, model=NAME, **more)
+    assert [call.function.name for call in made.choices[0].message.tool_calls] == ["rain"]
 
 
 def test_keys(address: str) -> None:
@@ -346,7 +389,8 @@ def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str)
     try:
         connection.request(method, path, body, {"Authorization": f"Bearer {KEY}", "Content-Type": JSON, **headers})
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        text = answer.read()
+        return answer.status, (json.loads(text) if text.startswith(b"{") else {}) | dict(answer.headers)
     finally:
         connection.close()
 
@@ -359,6 +403,7 @@ def raw(address: str, method: str, path: str, body: bytes = b"", **headers: str)
         ("POST", "/v1/chat/completions", b"\xff", 400, "the body is not JSON"),
         ("POST", "/v1/embeddings", b"{}", 404, "no POST /v1/embeddings: this server has GET /v1/models"),
         ("GET", "/v1/completions", b"", 405, "no GET /v1/completions"),
+        ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": "a", "n_predict": 5}', 400, "use max_tokens"),
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": []}', 400, "the prompt is empty"),
         ("POST", "/v1/completions", b'{"model": "tiny-chat", "prompt": "a", "echo": true}', 400, "echo"),
         ("POST", "/v1/completions", many(65, 1), 400, "prompt: "),
@@ -375,15 +420,24 @@ def test_raw_errors_have_one_shape(
     assert got == status
     assert message in answer["error"]["message"]
     assert set(answer["error"]) == {"message", "type", "param", "code"}
+    assert status != 405 or answer["allow"] == "POST"
 
 
 def test_a_client_that_goes_frees_its_place(daemon: Daemon) -> None:
     with (
-        server_of(daemon, NAME, flags=("--sequences", "1", "--waiting", "2")) as url,
+        server_of(daemon, NAME, flags=("--sequences", "1", "--waiting", "2", "--allow-origin", SITE)) as url,
         openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client,
     ):
         status, answer = raw(url, "GET", "/v1/models", Host="a.example")
         assert (status, answer["error"]["type"]) == (403, "invalid_request_error")
+        asks: dict[str, str] = {
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,x-stainless-os",
+        }
+        _, allowed = raw(url, "OPTIONS", "/v1/chat/completions", b"", Origin=SITE, **asks)
+        assert allowed["access-control-allow-origin"] == SITE
+        assert "x-stainless-os" in allowed["access-control-allow-headers"]
+        assert "access-control-allow-origin" not in raw(url, "GET", "/v1/models", Origin="http://a.example")[1]
         endless: dict[str, Any] = {"max_tokens": 400, **GREEDY}
         stream = client.completions.create(prompt="Once", stream=True, **endless)
         next(iter(stream))
@@ -398,7 +452,11 @@ def test_a_client_that_goes_frees_its_place(daemon: Daemon) -> None:
 
 
 def test_health_and_metrics(address: str) -> None:
-    assert raw(address, "GET", "/health") == (200, {"status": "ok"})
+    status, answer = raw(address, "GET", "/health")
+    assert (status, answer["status"]) == (200, "ok")
+    status, head = raw(address, "HEAD", "/health")
+    assert (status, head["content-length"]) == (200, answer["content-length"])
+    assert [one["id"] for one in raw(address, "GET", "/v1/models/")[1]["data"]] == [NAME, OTHER]
     host, port = address.removeprefix("http://").removesuffix("/v1").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=STOP_S)
     connection.request("GET", "/metrics")
@@ -416,6 +474,8 @@ def test_health_and_metrics(address: str) -> None:
         (["--api-key-file", os.devnull], 2, "has no key: write one a line"),
         (["--port", "70000"], 2, "'70000' is not a port from 0 to 65535"),
         (["--address", "ADDRESS", NAME, NAME], 2, f"model '{NAME}' is given twice: give each once"),
+        (["--allow-origin", "*"], 2, "pass --api-key-file, too"),
+        (["--allow-origin", "localhost"], 2, "'localhost' is not a site such as http://localhost:3000"),
         (["--sequences", "17"], 2, "--sequences 17 is more than 16"),
         (["--port", "1", "--host", "192.0.2.1", "--api-key-file", "KEYS"], 1, "cannot listen at 192.0.2.1:1"),
     ],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 import uvicorn
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, StreamingResponse
 from uvicorn.server import ServerState
 
 from flashclient.errors import OptionError
@@ -41,6 +42,33 @@ def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch, sent: by
             server.close()
 
     assert asyncio.run(talk()).endswith(b"Hi" if sent == REQUEST else b"")
+
+
+def test_answers_that_outlast_a_stop_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "STOPPING_S", SOON_S)
+
+    async def talk() -> bytes:
+        ended = asyncio.Event()
+
+        async def endless() -> AsyncIterator[bytes]:
+            yield b"begun"
+            await ended.wait()
+            yield b" and ended"
+
+        config = uvicorn.Config(StreamingResponse(endless()), lifespan="off", log_level="warning")
+        server = connections.AnsweringServer(config, ended.set)
+        listening = socket.create_server(("127.0.0.1", 0))
+        running = asyncio.ensure_future(server.serve([listening]))
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.write(REQUEST)
+        await asyncio.wait_for(reader.readuntil(b"begun"), ANSWER_S)
+        server.should_exit = True
+        rest = await asyncio.wait_for(reader.read(), ANSWER_S)
+        await running
+        writer.close()
+        return rest
+
+    assert b" and ended\r\n0\r\n" in asyncio.run(talk())
 
 
 class SlowRequest:
