@@ -2,19 +2,22 @@
 """Compares the client's kernels with the speed at which the same threads read the same memory.
 
 All weights are views of one bfloat16 buffer of at least eight times the last-level cache. A kernel uses the whole
-buffer before it uses a part again, so nothing that it reads is in a cache. Bundles are picked at random: a tenth of a
-layer is predicted, a third of that fires. Only bytes that the kernel needs are counted: gate or up rows of predicted
-neurons, up rows and down columns of firing ones. Kernel and plain reading take turns in ABBA order.
+buffer before it uses a part again, so nothing that it reads is in a cache. Each measurement takes the next eighth of
+the buffer. Bundles are picked at random: a tenth of a layer is predicted, a third of that fires. Only bytes that the
+kernel needs are counted: gate or up rows of predicted neurons, up rows and down columns of firing ones. Kernel and
+plain reading take turns in ABBA order.
 """
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import TypeVar
 
 from flags import FlagParser
 
@@ -24,6 +27,7 @@ import torch
 from benchmarks.memory_read import read_memory
 from benchmarks.report import Row, Target, abba, machine_facts, report
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.nn import functional
 
 from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
@@ -41,7 +45,7 @@ ENCODED_HIDDEN_SIZE = 2048
 LINE_BYTES = 64
 RANK = 128
 ELEMENT_BYTES = 2
-ROUNDS = 5
+ROUNDS = 4
 
 BUNDLES = (  # hidden_size, gated
     (2048, False),  # OPT-1.3B: 8 KiB
@@ -54,7 +58,11 @@ MATRICES = (  # what, rows, columns
     ("head of Gemma 3 270M", 262144, 640),
 )
 CONTEXTS = (512, 2048)  # cached tokens
+TOKENS = (1, 16)
 HEADS, HEAD_ELEMENTS = 32, 64  # OPT-1.3B
+
+
+Item = TypeVar("Item")
 
 
 class Arena:
@@ -65,16 +73,31 @@ class Arena:
         self.bytes = max(BUFFER_BYTES_MIN, BUFFER_OVER_CACHE * last_level_cache_bytes())
         mapped = mmap.mmap(-1, self.bytes)
         mapped.madvise(mmap.MADV_HUGEPAGE)  # as the daemon asks for its pool
-        random = torch.randn(2**20).mul(0.02).bfloat16().view(torch.uint16).numpy()
         self.bits = np.frombuffer(mapped, np.uint16)
-        self.bits[:] = np.resize(random, len(self.bits))
+        self.pattern = np.zeros(0, np.uint8)
+        self.fill(torch.randn(2**20).mul(0.02).bfloat16().view(torch.uint8).numpy())
         self.address = self.bits.ctypes.data
         self.lent = LentMemory(self.bits)
+        self.parts = itertools.cycle(np.array_split(self.bits, BUFFER_OVER_CACHE))
 
-    def read_s(self) -> float:
+    def fill(self, pattern: NDArray[np.uint8]) -> None:
+        """Repeats the pattern, unless it is there already."""
+        if np.array_equal(self.pattern, pattern):
+            return
+        data = self.bits.view(np.uint8)
+        for start in range(0, len(data), len(pattern)):
+            data[start : start + len(pattern)] = pattern[: len(data) - start]
+        self.pattern = pattern
+
+    def read_s(self, bits: NDArray[np.uint16] | None = None) -> float:
         start_s = time.perf_counter()
-        read_memory(self.bits, self.workers.threads)
+        read_memory(self.bits if bits is None else bits, self.workers.threads)
         return time.perf_counter() - start_s
+
+    def speed_of_part(self) -> float:
+        """Of reading the next part of the buffer, in GB/s."""
+        part = next(self.parts)
+        return part.nbytes / self.read_s(part) / 1e9
 
     def matrices(self, rows: int, columns: int) -> list[NDArray[np.uint16]]:
         count = len(self.bits) // (rows * columns)
@@ -87,18 +110,23 @@ def last_level_cache_bytes() -> int:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 2**20)
 
 
-def compare(arena: Arena, work: Callable[[], None], work_bytes: int, rounds: int) -> Row:
-    """The speed of `work`, which reads `work_bytes`, and of plain reading."""
+def compare(arena: Arena, work: Callable[[Item], None], items: Sequence[Item], item_bytes: int, rounds: int) -> Row:
+    """The speed of `work`, which reads `item_bytes` of an item, and of plain reading. `items`: all of the buffer."""
+    turn = itertools.cycle(items)
+    count = -(-len(items) // BUFFER_OVER_CACHE)
 
     def work_s() -> float:
+        some = list(itertools.islice(turn, count))
         start_s = time.perf_counter()
-        work()
+        for item in some:
+            work(item)
         return time.perf_counter() - start_s
 
-    work()
-    kernel, memory = abba(work_s, arena.read_s, rounds)
-    kernel_gbps, memory_gbps = work_bytes / median(kernel) / 1e9, arena.bytes / median(memory) / 1e9
-    return {"GB_per_s": kernel_gbps, "memory_GB_per_s": memory_gbps, "over_memory_ratio": kernel_gbps / memory_gbps}
+    work_s()
+    kernel, memory = abba(work_s, arena.speed_of_part, rounds)
+    kernel_gbps, memory_gbps = count * item_bytes / median(kernel) / 1e9, median(memory)
+    speeds = {"GB_per_s": kernel_gbps, "memory_GB_per_s": memory_gbps, "over_memory_ratio": kernel_gbps / memory_gbps}
+    return {"read_bytes": count * item_bytes} | speeds
 
 
 def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rounds: int = ROUNDS) -> Row:
@@ -116,39 +144,35 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
     index, masks = np.arange(predicted, dtype=np.uint32), np.full(predicted, 2**tokens - 1, np.uint16)
     h, y = np.empty((predicted, tokens), np.float32), np.zeros((tokens, hidden_size), np.float32)
 
-    def work() -> None:
-        for addresses in lists:
-            kernels.fire(addresses, index, masks, biases, x, h)
-            kernels.accumulate(addresses, h, y)
+    def work(addresses: NDArray[np.uint64]) -> None:
+        kernels.fire(addresses, index, masks, biases, x, h)
+        kernels.accumulate(addresses, h, y)
 
-    read_bytes = len(lists) * row_bytes * (predicted + (parts - 1) * fired)
-    row = compare(arena, work, read_bytes, rounds)
+    row = compare(arena, work, lists, row_bytes * (predicted + (parts - 1) * fired), rounds)
     assert np.count_nonzero(h[:, 0]) == fired
-    return {"kernel": "sparse FFN", "bundle_bytes": parts * row_bytes, "tokens": tokens, "read_bytes": read_bytes} | row
+    return {"kernel": "sparse FFN", "bundle_bytes": parts * row_bytes, "tokens": tokens} | row
 
 
 def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
-    """All neurons of layer after layer, stored in `encoding`. The numbers are small: their bytes are those of halves of
-    1 / 64 to 1 / 32, and of exponents of 2^-11 to 2^-8. Zeros would not be read."""
-    data = arena.bits.view(np.uint8)
-    least = 0x74 if encoding.format == "MXFP4" else 0x24
-    data[:] = np.resize(np.random.default_rng(0).integers(least, least + 4, 2**20 + 1, np.uint8), len(data))
+    """All neurons of layer after layer, stored in `encoding`. Bytes are those of bfloat16 of 1 / 128 to 1, halves of
+    1 / 64 to 1 / 32, and exponents of 2^-11 to 2^-8. Zeros would not be read, and much smaller numbers would make
+    subnormal ones, with which processors are slow."""
+    least = {"BF16": 0x3C, "MXFP4": 0x74}.get(encoding.format, 0x24)
+    arena.fill(np.random.default_rng(0).integers(least, least + 4, 2**20 + 1, np.uint8))
     bundle_bytes = 3 * stored_bytes(encoding, ENCODED_HIDDEN_SIZE)
     stride_bytes = -(-bundle_bytes // LINE_BYTES) * LINE_BYTES
-    layers = len(data) // stride_bytes // LAYER_NEURONS
+    layers = arena.bytes // stride_bytes // LAYER_NEURONS
     bundles = np.arange(layers * LAYER_NEURONS, dtype=np.uint64).reshape(layers, -1)
     lists = list(np.uint64(arena.address) + bundles * np.uint64(stride_bytes))
     kernels = Ffn(arena.workers, [encoding] * 3, ENCODED_HIDDEN_SIZE, "silu")
     x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
     y = np.zeros_like(x)
 
-    def work() -> None:
-        for addresses in lists:
-            kernels.add_rows(addresses, None, None, x, y)
+    def work(addresses: NDArray[np.uint64]) -> None:
+        kernels.add_rows(addresses, None, None, x, y)
 
-    read_bytes = bundles.size * bundle_bytes
-    row = compare(arena, work, read_bytes, rounds)
-    return {"kernel": "FFN", "encoding": encoding.format, "tokens": tokens, "read_bytes": read_bytes} | row
+    row = compare(arena, work, lists, LAYER_NEURONS * bundle_bytes, rounds)
+    return {"kernel": "FFN", "encoding": encoding.format, "tokens": tokens} | row
 
 
 def slab_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
@@ -156,20 +180,19 @@ def slab_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = RO
     neurons = max(SLAB_NEURONS_MIN, encoding.block_values)
     slab_bytes = 3 * stored_bytes(encoding, ENCODED_HIDDEN_SIZE * neurons)
     stride_bytes = -(-slab_bytes // LINE_BYTES) * LINE_BYTES
-    count = arena.bytes // stride_bytes
-    addresses = np.uint64(arena.address) + np.arange(count, dtype=np.uint64) * np.uint64(stride_bytes)
-    lists = np.array_split(addresses, max(1, count * neurons // LAYER_NEURONS))
+    slabs = LAYER_NEURONS // neurons  # of a layer
+    layers = arena.bytes // stride_bytes // slabs
+    addresses = np.arange(layers * slabs, dtype=np.uint64) * np.uint64(stride_bytes)
+    lists = list(np.uint64(arena.address) + addresses.reshape(layers, slabs))
     kernels = Ffn(arena.workers, [encoding] * 3, ENCODED_HIDDEN_SIZE, "silu", neurons=neurons)
     x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
     y = np.zeros_like(x)
 
-    def work() -> None:
-        for some in lists:
-            kernels.add_rows(some, None, None, x, y)
+    def work(addresses: NDArray[np.uint64]) -> None:
+        kernels.add_rows(addresses, None, None, x, y)
 
-    row = compare(arena, work, count * slab_bytes, rounds)
-    facts = {"kernel": "FFN in slabs", "encoding": encoding.format, "tokens": tokens, "read_bytes": count * slab_bytes}
-    return facts | row
+    row = compare(arena, work, lists, slabs * slab_bytes, rounds)
+    return {"kernel": "FFN in slabs", "encoding": encoding.format, "tokens": tokens} | row
 
 
 def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, rounds: int = ROUNDS) -> Row:
@@ -180,18 +203,16 @@ def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, ro
     x, y = torch.randn(tokens, columns), torch.empty(tokens, rows)
     rounded = x.bfloat16()
 
-    def native() -> None:
-        for matrix in matrices:
-            kernel.multiply(matrix, array_of(x), array_of(y))
+    def native(matrix: NDArray[np.uint16]) -> None:
+        kernel.multiply(matrix, array_of(x), array_of(y))
 
-    def by_torch() -> None:
-        for tensor in tensors:
-            functional.linear(rounded, tensor)
+    def by_torch(matrix: Tensor) -> None:
+        functional.linear(rounded, matrix)
 
-    read_bytes = sum(matrix.nbytes for matrix in matrices)
-    torch_row = compare(arena, by_torch, read_bytes, 1)
-    row = compare(arena, native, read_bytes, rounds) | {"torch_over_memory_ratio": torch_row["over_memory_ratio"]}
-    return {"kernel": "linear", "matrix": what, "tokens": tokens, "read_bytes": read_bytes} | row
+    torch_row = compare(arena, by_torch, tensors, matrices[0].nbytes, 1)
+    row = compare(arena, native, matrices, matrices[0].nbytes, rounds)
+    row["torch_over_memory_ratio"] = torch_row["over_memory_ratio"]
+    return {"kernel": "linear", "matrix": what, "tokens": tokens} | row
 
 
 def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int = ROUNDS) -> Row:
@@ -207,13 +228,12 @@ def predictor_row(arena: Arena, hidden_size: int, rank: int = RANK, rounds: int 
     ]
     x = np.random.default_rng(0).standard_normal((1, hidden_size)).astype(np.float32)
 
-    def work() -> None:
-        for layer in layers:
-            layer.predict(x)
+    def work(layer: LowRankPredictor) -> None:
+        layer.predict(x)
 
-    read_bytes = len(layers) * (rows * hidden_size * ELEMENT_BYTES + bias.nbytes + scale.nbytes)
+    layer_bytes = rows * hidden_size * ELEMENT_BYTES + bias.nbytes + scale.nbytes
     facts = {"kernel": "low-rank predictor", "rank": rank, "neurons": LAYER_NEURONS, "tokens": 1}
-    return facts | {"read_bytes": read_bytes} | compare(arena, work, read_bytes, rounds)
+    return facts | compare(arena, work, layers, layer_bytes, rounds)
 
 
 def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row:
@@ -227,15 +247,31 @@ def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row
     by_torch, native = torch.nn.Module(), torch.nn.Module()
     native.decode_kernels = {torch.bfloat16: Attention(arena.workers, "BF16")}  # type: ignore[assignment]
 
-    def over_all(module: torch.nn.Module) -> None:
-        for keys, values in layers:
-            attend(module, query, keys, values, None)
+    def attend_with(module: torch.nn.Module, layer: Tensor) -> None:
+        attend(module, query, layer[0], layer[1], None)
 
-    read_bytes = sum(layer.nbytes for layer in layers)
-    torch_row = compare(arena, partial(over_all, by_torch), read_bytes, 1)
-    row = compare(arena, partial(over_all, native), read_bytes, rounds)
-    facts = {"kernel": "attention", "cached_tokens": cached_tokens, "tokens": 1, "read_bytes": read_bytes}
-    return facts | row | {"torch_over_memory_ratio": torch_row["over_memory_ratio"]}
+    torch_row = compare(arena, partial(attend_with, by_torch), layers, layers[0].nbytes, 1)
+    row = compare(arena, partial(attend_with, native), layers, layers[0].nbytes, rounds)
+    row["torch_over_memory_ratio"] = torch_row["over_memory_ratio"]
+    return {"kernel": "attention", "cached_tokens": cached_tokens, "tokens": 1} | row
+
+
+def encodings_of(arena: Arena, row: Callable[[Arena, Encoding, int, int], Row], rounds: int) -> list[Row]:
+    encodings = [plain("BF16"), *map(in_blocks, BLOCK_FORMATS)]
+    return [row(arena, encoding, tokens, rounds) for encoding in encodings for tokens in TOKENS]
+
+
+# The last two write into the buffer.
+ROWS: dict[str, Callable[[Arena, int], list[Row]]] = {
+    "sparse_ffn": lambda arena, rounds: [
+        sparse_row(arena, *one, tokens, rounds) for one in BUNDLES for tokens in TOKENS
+    ],
+    "linear": lambda arena, rounds: [linear_row(arena, *one, tokens, rounds) for one in MATRICES for tokens in TOKENS],
+    "predictor": lambda arena, rounds: [predictor_row(arena, BUNDLES[0][0], rounds=rounds)],
+    "attention": lambda arena, rounds: [attention_row(arena, cached_tokens, rounds) for cached_tokens in CONTEXTS],
+    "encodings": lambda arena, rounds: encodings_of(arena, encoded_row, rounds),
+    "slabs": lambda arena, rounds: encodings_of(arena, slab_row, rounds),
+}
 
 
 def slowdown(rows: list[Row]) -> float:
@@ -246,11 +282,35 @@ def slowdown(rows: list[Row]) -> float:
     )
 
 
+def of_one(name: str, rows: list[Row]) -> Iterator[tuple[str, float, list[Row]]]:
+    """The targets for one token: name, least ratio, and the rows that should reach it."""
+    few = [row for row in rows if row["tokens"] == 1]
+    if name == "sparse_ffn":
+        yield "sparse_ffn_8_kib", 0.8, few[:1]
+        few = few[1:]
+    yield name, 0.9, few[1:] if name in ("encodings", "slabs") else few  # the first is plain bfloat16
+
+
+def targets_of(measured: dict[str, list[Row]]) -> list[Target]:
+    targets = [
+        Target(
+            f"{kernel}_over_memory_bandwidth_ratio", min(row["over_memory_ratio"] for row in few), "x", least, "higher"
+        )
+        for name, rows in measured.items()
+        for kernel, least, few in of_one(name, rows)
+    ]
+    for name in ("sparse_ffn", "linear"):
+        if name in measured:
+            targets.append(Target(f"{name}_16_rows_over_1_time_ratio", slowdown(measured[name]), "x", 2.0, "lower"))
+    return targets
+
+
 def main() -> int:
     parser = FlagParser(__doc__)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what is measured")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     arena = Arena(options.threads)
@@ -259,41 +319,8 @@ def main() -> int:
         "cache_bytes": last_level_cache_bytes(),
         "instruction_set": Linear(arena.workers, "BF16").instruction_set,
     }
-    sparse = [
-        sparse_row(arena, hidden, gated, tokens, options.rounds) for hidden, gated in BUNDLES for tokens in (1, 16)
-    ]
-    linear = [linear_row(arena, *matrix, tokens, options.rounds) for matrix in MATRICES for tokens in (1, 16)]
-    predictor = predictor_row(arena, BUNDLES[0][0], rounds=options.rounds)
-    attention = [attention_row(arena, cached_tokens, options.rounds) for cached_tokens in CONTEXTS]
-    encodings = [plain("BF16"), *map(in_blocks, BLOCK_FORMATS)]  # last: they write into the buffer
-    encoded, slabs = [], []
-    for encoding in encodings:
-        for tokens in (1, 16):
-            encoded.append(encoded_row(arena, encoding, tokens, options.rounds))
-            slabs.append(slab_row(arena, encoding, tokens, options.rounds))
-    of_one = {
-        "sparse_ffn_8_kib": sparse[0:1],
-        "sparse_ffn": sparse[2::2],
-        "linear": linear[0::2],
-        "predictor": [predictor],
-        "attention": attention,
-        "encodings": encoded[2::2],
-        "slabs": slabs[2::2],
-    }
-    targets = [
-        Target(
-            f"{kernel}_over_memory_bandwidth_ratio",
-            min(row["over_memory_ratio"] for row in rows),
-            "x",
-            0.8 if kernel == "sparse_ffn_8_kib" else 0.9,
-            "higher",
-        )
-        for kernel, rows in of_one.items()
-    ] + [
-        Target(f"{kernel}_16_rows_over_1_time_ratio", slowdown(rows), "x", 2.0, "lower")
-        for kernel, rows in (("sparse_ffn", sparse), ("linear", linear))
-    ]
-    report(machine, [*sparse, *linear, predictor, *attention, *encoded, *slabs], targets, options.json)
+    measured = {name: rows(arena, options.rounds) for name, rows in ROWS.items() if name in options.rows}
+    report(machine, list(itertools.chain(*measured.values())), targets_of(measured), options.json)
     return 0
 
 
