@@ -256,7 +256,7 @@ def _import(options: argparse.Namespace) -> None:
     from weightd.importing.client_process import starter
     from weightd.importing.convert import import_checkpoint
     from weightd.importing.tables import TABLES_ABOVE_BYTES
-    from weightd.importing.update import IMPORTED, KEPT, current_on_hub, update
+    from weightd.importing.update import IMPORTED, KEPT, REPLACED, current_on_hub, update
 
     ask = None if options.client_fd is None else starter(options.client_fd)
     if options.update and options.file is None:
@@ -301,6 +301,12 @@ def _import(options: argparse.Namespace) -> None:
                 resident_request=options.resident_dtype or "",
             )
             done = IMPORTED
+        address = store.served_by() if done == REPLACED else None
+    if address is not None:
+        try:
+            _change_served(model.name, address, replaced=True)
+        except DaemonError as error:
+            _tell(terminal, f"{error}; it serves the former import for some minutes more")
     return _say_imported(model, done, options.json)
 
 
@@ -332,24 +338,28 @@ def _remove(options: argparse.Namespace) -> None:
         if address is None:
             store.remove(options.name)
     if address is not None:
-        _remove_served(options.name, address)
+        _change_served(options.name, address)
 
 
-def _remove_served(name: str, address: str) -> None:
-    """Asks the weightd that serves the store. Raises DaemonError with its answer."""
+def _change_served(name: str, address: str, replaced: bool = False) -> None:
+    """Asks the weightd that serves the store to remove a model, or to close imports of it that were replaced.
+
+    Raises DaemonError with its answer.
+    """
     from flashclient.daemon.channel import Connection
     from flashclient.errors import FlashClientError, OptionError
 
+    cannot = f"cannot {'close the former' if replaced else 'remove'} {name!r}"
     try:
         connection = Connection(address, REMOVED_WITHIN_S)
         try:
-            connection.remove(name)
+            connection.remove(name, replaced)
         finally:
             connection.close()
     except OptionError as error:  # its lock file is damaged
-        raise DaemonError(f"cannot remove {name!r}: a weightd at {address} serves the store, stop it first") from error
+        raise DaemonError(f"{cannot}: a weightd at {address} serves the store, stop it first") from error
     except FlashClientError as error:
-        raise DaemonError(f"cannot remove {name!r}: a weightd at {address} serves the store: {error}") from error
+        raise DaemonError(f"{cannot}: a weightd at {address} serves the store: {error}") from error
 
 
 def _verify(options: argparse.Namespace) -> None:

@@ -221,9 +221,13 @@ class Connection:
         answer: weightd_pb2.StatsResponse = self._call(self.stub.Stats, weightd_pb2.StatsRequest(), timeout_s)
         return answer
 
-    def remove(self, name: str) -> None:
-        """Deletes a model from the store that the daemon serves. Raises ModelNotFoundError, RefusedError."""
-        self._call(self.stub.RemoveModel, weightd_pb2.RemoveModelRequest(name=name))
+    def remove(self, name: str, replaced: bool = False) -> None:
+        """Deletes a model from the store that the daemon serves. Raises ModelNotFoundError, RefusedError.
+
+        Args:
+            replaced: only closes imports of it that another one has replaced in the store.
+        """
+        self._call(self.stub.RemoveModel, weightd_pb2.RemoveModelRequest(name=name, replaced=replaced))
 
     def describe(self, name: str) -> weightd_pb2.Model:
         """The model's record.

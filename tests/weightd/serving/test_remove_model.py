@@ -1,4 +1,4 @@
-"""`weightd rm` while a daemon serves the store: it works unless the model is in use, for those who may."""
+"""`weightd rm` and `import --update` while a daemon serves the store: whoever uses a model keeps it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
+from checkpoints import make_checkpoint
 from daemon import Daemon, serving
 from tiny_store import write_model
 
+from flashclient import FlashClient
 from flashclient.daemon.channel import Connection
 from flashclient.errors import ModelNotFoundError, RefusedError
 from flashclient.source.ring import RingSource
@@ -87,6 +89,34 @@ def test_a_model_in_use_stays(store: Path, daemon: Daemon, capsys: pytest.Captur
             break
     assert not (store / "tiny").exists()
     connection.close()
+
+
+def test_a_model_in_use_is_replaced_for_those_who_come_later(tmp_path: Path) -> None:
+    checkpoint, store = make_checkpoint("llama", tmp_path / "m", layers=1), tmp_path / "store"
+    assert main(["import", str(checkpoint), "--store", str(store)]) == 0
+    with serving(store, "--dram", "64MiB") as daemon:
+        connection = Connection(daemon.address, 20.0)
+        with FlashClient("m", address=daemon.address) as early:
+            before = early.generate([1, 2, 3], max_new_tokens=8, do_sample=False)
+            make_checkpoint("llama", checkpoint, layers=1, seed=5)
+            assert main(["import", str(checkpoint), "--store", str(store), "--update"]) == 0
+            with FlashClient("m", address=daemon.address) as late:
+                after = late.generate([1, 2, 3], max_new_tokens=8, do_sample=False)
+            with FlashClient(str(checkpoint), store=store) as same:
+                assert same.generate([1, 2, 3], max_new_tokens=8, do_sample=False) == after
+            assert after != before
+            assert early.generate([1, 2, 3], max_new_tokens=8, do_sample=False) == before
+            assert [(model.name, model.sessions) for model in connection.stats().models] == [("m", 1)]
+            with pytest.raises(RefusedError, match="'m' is another import than the one asked for: make a new client"):
+                b"".join(connection.fetch(pb.FetchRequest(model="m", import_id=b"a" * 16, placement_of=0)))
+        for _ in range(200):  # the daemon notices the end of the session by itself
+            connection.remove("m", replaced=True)
+            deleted = [path for path in files_open(daemon, store, "") if path.endswith("(deleted)")]
+            if not deleted:
+                break
+        assert not deleted
+        assert remove(store, "m") == 0
+        connection.close()
 
 
 def test_only_root_and_the_daemons_user_may(store: Path, daemon: Daemon) -> None:

@@ -39,7 +39,7 @@ def update(
     its checkpoint if it is new. `dtype`, `activation`, `tables_above_bytes`, `layout`, `resident_request`: as of
     import_checkpoint; by default those of the last import. `tell`: as of import_checkpoint. Raises the errors of
     import_checkpoint, and StoreError if the name belongs to another checkpoint, or if the checkpoint has changed but
-    its model is calibrated or served.
+    its model is calibrated.
     """
     check_exists(path)
     while True:
@@ -150,12 +150,6 @@ def _require_free(store: Store, name: str, path: Path) -> None:
 
 def _require_replaceable(model: weightd_pb2.Model, store: Store, path: Path) -> None:
     changed = f"{path.resolve()} has changed since it was imported as {model.name!r}"
-    address = store.served_by()
-    if address is not None:
-        raise StoreError(
-            f"{changed}, and cannot be imported again while a weightd at {address} serves {store.path}: stop that "
-            f"weightd, or use the old import by its name, {model.name!r}"
-        )
     if model.calibration.version:
         raise StoreError(
             f"{changed}, and a new import would delete its calibration: use the old import by its name, "

@@ -145,7 +145,8 @@ class ControlPlane:
         self, request: weightd_pb2.RemoveModelRequest, context: Context
     ) -> weightd_pb2.RemoveModelResponse:
         require_trusted(self._identities.caller(context), "remove models")
-        await self._run_whole(lambda: self._models.remove(request.name))
+        change = self._models.close_replaced if request.replaced else self._models.remove
+        await self._run_whole(lambda: change(request.name))
         return weightd_pb2.RemoveModelResponse()
 
     async def Stats(self, request: weightd_pb2.StatsRequest, context: Context) -> weightd_pb2.StatsResponse:

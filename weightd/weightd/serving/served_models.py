@@ -1,7 +1,8 @@
 """The models that the daemon serves: records of the catalog, opened in the engine.
 
 A model that is imported while the daemon runs is opened when it is first requested. `weightd rm` asks the daemon to
-remove a model, which it does unless somebody uses it.
+remove a model, which it does unless somebody uses it. An import that another one has replaced in the store stays open
+for those who use it, and is opened for nobody else.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class ServedModels:
         self._changing: defaultdict[str, threading.Lock] = defaultdict(
             threading.Lock
         )  # held to open or publish a model
+        self._replaced: list[ServedModel] = []  # by other imports, still in use; guarded by _lock
         self._remembered: dict[str, int] = {}  # checksum of the last saved hotness
         self.positions = lru_cache(maxsize=PLACEMENTS_KEPT)(self._positions)
 
@@ -186,6 +188,32 @@ class ServedModels:
             self._store.remove(name, by_daemon=True)
         logger.info("removed model %s", name, extra={"fields": {"model": name}})
 
+    def close_replaced(self, name: str) -> None:
+        """Closes imports of the model that another one has replaced in the store: whoever asks from now on gets that.
+
+        Those that are in use are closed later. Raises StoreError.
+        """
+        with self._changes(name):
+            current = self._store.model(name).import_id
+            old = [one for one in list(self._opened.values()) if model_of(one.record.name) == name]
+            old = [one for one in old if one.record.import_id != current]
+            with self._lock:
+                for served in old:
+                    del self._opened[served.record.name]
+                    self._remembered.pop(served.record.name, None)
+                self._replaced += sorted(old, key=lambda one: one.record.name != name)  # a model before its tables
+            self.positions.cache_clear()
+        if old:
+            logger.info("model %s was imported again", name, extra={"fields": {"model": name}})
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        with self._lock:
+            replaced, self._replaced = self._replaced, []
+        in_use = [served for served in replaced if not self._engine.remove_model(served.number)]
+        with self._lock:
+            self._replaced += in_use
+
     def _changes(self, name: str) -> threading.Lock:
         with self._lock:
             return self._changing[name]
@@ -212,12 +240,16 @@ class ServedModels:
             self._engine.seed(number, hotness)
 
     def remember(self) -> None:
-        """Saves the hotness of each model's cells in the catalog, a byte per cell, if it has changed."""
+        """Saves the hotness of each model's cells in the catalog, a byte per cell, if it has changed.
+
+        Imports that were replaced are closed, should nobody have told us.
+        """
         with self._lock:
             opened = list(self._opened.values())
         for served in opened:
             name = served.record.name
             try:
+                self.close_replaced(model_of(name))
                 hotness = self._engine.hotness(served.number)
                 with self._changes(name):
                     now = self._opened.get(name)

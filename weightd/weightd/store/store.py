@@ -271,10 +271,8 @@ class Store(Closing):
 
     def _refuse_taken(self, name: str, replaces: bytes) -> None:
         """StoreError unless the name is free, or belongs to the import that is to be replaced."""
-        if replaces:
-            self._refuse_served(f"cannot replace {name!r}")
-            if self.model(name).import_id == replaces:
-                return
+        if replaces and self.model(name).import_id == replaces:
+            return
         if (self.path / name).exists() or self.catalog.model(name) is not None:
             raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
 
@@ -347,7 +345,7 @@ class Staging(StagedFolder):
         """Makes the model part of the store, with neurons placed in their own order. The files must be synced already.
 
         `checksums`: per layer, one XXH3-64 per position; `of_tables`: per table, one per row. StoreError if the name
-        was taken meanwhile, or if a daemon has begun to serve the model that is to be replaced.
+        was taken meanwhile. A daemon that serves a model that is replaced closes it when it looks, or is told.
         """
         arrays = {model.name: _arrays(model, checksums)}
         for table, sums in zip(model.tables, of_tables, strict=True):

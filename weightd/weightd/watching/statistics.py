@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
 from weightd import _native
 from weightd._native import EngineThread
@@ -27,6 +28,22 @@ class Statistics:
             read_latency_bounds_s=_native.READ_LATENCY_BOUNDS_S,
             sessions_limit=_native.SESSIONS_MAX,
         )
-        stats.models.sort(key=lambda model: model.name)
+        models = _by_name(stats.models)
+        del stats.models[:]
+        stats.models.extend(models)
         stats.memory_pressure.watched.extend(self._pressure_watched)
         return stats
+
+
+def _by_name(models: Iterable[weightd_pb2.ModelStats]) -> list[weightd_pb2.ModelStats]:
+    """Sums of all imports of a model: one that was replaced may still be in use."""
+    sums: dict[str, weightd_pb2.ModelStats] = {}
+    for model in models:
+        total = sums.setdefault(model.name, weightd_pb2.ModelStats(name=model.name))
+        for field, value in model.ListFields():
+            if field.is_repeated:
+                before = getattr(total, field.name)
+                before[:] = [sum(pair) for pair in zip_longest(before, value, fillvalue=0)]
+            elif field.name != "name":
+                setattr(total, field.name, getattr(total, field.name) + value)
+    return [sums[name] for name in sorted(sums)]
