@@ -17,6 +17,18 @@ from typing import Any
 import llama_cpp  # type: ignore[import-not-found]
 
 
+def map_weights() -> None:
+    """Lets llama.cpp compute on the mapped file. It would repack quantised weights, into memory that they fill."""
+    params = llama_cpp.llama_cpp.llama_model_default_params
+
+    def of_mapped_weights() -> Any:
+        made = params()
+        made.use_extra_bufts = False
+        return made
+
+    llama_cpp.llama_cpp.llama_model_default_params = of_mapped_weights
+
+
 def run(gguf: str, ids: list[int], prompt_tokens: int, new_tokens: int, threads: int) -> dict[str, Any]:
     """Seconds and bytes read of each token, the prompt first, and the tokens of the highest logits."""
     started_s = time.perf_counter()
@@ -52,6 +64,7 @@ def read_bytes() -> int:
 def main() -> None:
     gguf, plan, *numbers = sys.argv[1:]
     prompt_tokens, new_tokens, threads = map(int, numbers)
+    map_weights()
     print(json.dumps(run(gguf, json.loads(Path(plan).read_text())["ids"], prompt_tokens, new_tokens, threads)))
 
 

@@ -6,12 +6,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from planted.gguf_file import ATTENTION, OUTSIDE, write_gguf
-from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, MixtureShape, PlantedMixture
+from gguf import GGUFWriter
+from numpy.typing import NDArray
+from planted.gguf_file import ATTENTION, OUTSIDE, new_writer, write_front, write_gguf
+from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, Matrix, MixtureShape, PlantedMixture
+from planted.q4_k import KIND, Q4KMatrix
 from planted.shapes import checkpoint_shapes
 from planted.shards import Shards, new_folder, write_json
 from planted.store import PlantedStore, import_once
@@ -38,10 +43,14 @@ class MixtureFiles(PlantedStore):
     def gguf(self) -> Path:
         return self.checkpoint.parent / f"gguf-{self.name}" / f"{self.name}.gguf"
 
+    @property
+    def plan_path(self) -> Path:
+        return self.checkpoint / PLAN_FILE
+
     @cached_property
     def plan(self) -> dict[str, Any]:
         """See PlantedMixture.plan()."""
-        content: dict[str, Any] = json.loads((self.checkpoint / PLAN_FILE).read_text())
+        content: dict[str, Any] = json.loads(self.plan_path.read_text())
         return content
 
     def planted(self) -> None:
@@ -73,7 +82,33 @@ class MixtureFiles(PlantedStore):
         size_bytes = sum(path.stat().st_size for path in self.checkpoint.glob("*.safetensors"))
         with new_folder(self.gguf.parent, size_bytes) as folder:
             path, tensors = folder / self.gguf.name, dict(_gguf_tensors(self.shape))
-            write_gguf(path, "olmoe", _keys(self.shape), tensors, self.checkpoint)
+            write_gguf(path, self.shape.architecture, _keys(self.shape), tensors, self.checkpoint)
+
+
+class QuantisedFiles(MixtureFiles):
+    """A planted mixture whose checkpoint is a GGUF file, which llama.cpp reads, too."""
+
+    @property
+    def gguf(self) -> Path:
+        return self.checkpoint
+
+    @property
+    def plan_path(self) -> Path:
+        return self.checkpoint.parent / PLAN_FILE
+
+    def planted(self) -> None:
+        if self.checkpoint.exists():
+            return
+        shape = self.shape
+        size_bytes = 2 * shape.matrix_bytes(shape.vocabulary, shape.hidden_size)
+        size_bytes += shape.layers * shape.experts * shape.expert_bytes
+        with new_folder(self.checkpoint.parent, size_bytes) as folder:
+            mixture = PlantedMixture(shape, SEED)
+            _write_quantised(folder / self.checkpoint.name, mixture)
+            write_json(folder / PLAN_FILE, mixture.plan())
+
+    def converted(self) -> None:
+        """The checkpoint is what llama.cpp reads."""
 
 
 def mixture_files(shape: str, layers: int | None, folder: Path) -> MixtureFiles:
@@ -81,6 +116,8 @@ def mixture_files(shape: str, layers: int | None, folder: Path) -> MixtureFiles:
     chosen, name = MIXTURES[shape], f"planted-{shape}"
     if layers is not None:
         chosen, name = replace(chosen, layers=layers), f"{name}-{layers}"
+    if chosen.quantised:
+        return QuantisedFiles(folder / name / f"{name}.gguf", folder / f"store-{name}", name, chosen)
     return MixtureFiles(folder / name, folder / f"store-{name}", name, chosen)
 
 
@@ -91,13 +128,57 @@ def _keys(shape: MixtureShape) -> Mapping[str, int | float]:
         "block_count": shape.layers,
         "feed_forward_length": shape.expert_size,
         "attention.head_count": shape.heads,
-        "attention.head_count_kv": shape.heads,
+        "attention.head_count_kv": shape.kv_heads,
+        "attention.key_length": shape.head_size,
+        "attention.value_length": shape.head_size,
         "attention.layer_norm_rms_epsilon": NORM_EPSILON,
         "rope.freq_base": ROPE_THETA,
+        "expert_feed_forward_length": shape.expert_size,
         "expert_count": shape.experts,
         "expert_used_count": shape.chosen,
         "vocab_size": shape.vocabulary,
     }
+
+
+def _write_quantised(path: Path, mixture: PlantedMixture) -> None:
+    """Writes the layers one by one, as they are made."""
+    shape = mixture.shape
+    writer = new_writer(path, shape.architecture, _keys(shape))
+    outside, layers = mixture.outside(), mixture.layers()
+    first = next(layers)  # all layers have the same shapes
+    parts = {name: [outside[source]] for name, source in OUTSIDE.items()}
+    for name, matrices in parts.items():
+        _name_tensor(writer, name, _joined(matrices))
+    like = {name: _joined(matrices) for name, matrices in _of_layer(shape, first).items()}
+    for layer in range(shape.layers):
+        for name, data in like.items():
+            _name_tensor(writer, f"blk.{layer}.{name}", data)
+    write_front(writer)
+    for matrices in parts.values():
+        writer.write_tensor_data(_joined(matrices))
+    for tensors in tqdm(chain([first], layers), total=shape.layers, unit="layer", disable=None):
+        for matrices in _of_layer(shape, tensors).values():
+            writer.write_tensor_data(_joined(matrices))
+    writer.close()
+
+
+def _of_layer(shape: MixtureShape, tensors: Mapping[str, Matrix]) -> dict[str, list[Matrix]]:
+    """The matrices of a layer that make one tensor of the file each."""
+    parts = {name: [tensors[source]] for name, source in GGUF_OF_LAYER.items()}
+    for part in PARTS:
+        names = (f"mlp.experts.{expert}.{part}_proj.weight" for expert in range(shape.experts))
+        parts[f"ffn_{part}_exps.weight"] = [tensors[name] for name in names]
+    return parts
+
+
+def _joined(matrices: list[Matrix]) -> NDArray[Any]:
+    """Blocks, or numbers in fp32: llama.cpp computes norms and routers so. Several matrices have a dimension more."""
+    arrays = [one.blocks if isinstance(one, Q4KMatrix) else one.float().numpy() for one in matrices]
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+
+
+def _name_tensor(writer: GGUFWriter, name: str, data: NDArray[Any]) -> None:
+    writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, KIND if data.dtype == np.uint8 else None)
 
 
 def _gguf_tensors(shape: MixtureShape) -> Iterator[tuple[str, list[str]]]:

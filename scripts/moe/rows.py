@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from benchmarks.processes import WEIGHTD, module_command, run_json, serving
 from benchmarks.report import Row
 from paper.peers import BESIDE_WEIGHTS_BYTES
 from paper.rows import COLD, costs
-from planted.mixture import DTYPE
 
 from moe.client import Task
-from moe.files import PLAN_FILE, MixtureFiles
+from moe.files import MixtureFiles
+from weightd.errors import UsageError
 from weightd.serving.served_models import demand_of
+from weightd.sizes import parse_size
 
 MEMORY = {"all": 1.0, "half": 0.5, "quarter": 0.25}  # of the model's bytes
 OURS = {True: "weightd", False: "no look-ahead"}
@@ -29,6 +31,16 @@ LLAMA, ACCELERATE = "llama.cpp", "accelerate"
 ROWS = (*OURS.values(), LLAMA, ACCELERATE)
 ACCELERATE_TOKENS = 4  # each reads most of what is offloaded
 POOL_BYTES_MIN = 32 << 20  # for a small model, which half is not enough to serve
+
+
+def memory_given(text: str) -> str:
+    """One of MEMORY, or the memory of all processes of a row, such as 10GB. Raises argparse.ArgumentTypeError."""
+    if text not in MEMORY:
+        try:
+            parse_size(text)
+        except UsageError:
+            raise ArgumentTypeError(f"{text!r} is neither {', '.join(MEMORY)} nor a size such as 10GB") from None
+    return text
 
 
 @dataclass(frozen=True)
@@ -47,13 +59,15 @@ class Work:
 
     @property
     def plan(self) -> Path:
-        return self.files.checkpoint / PLAN_FILE
+        return self.files.plan_path
 
     def weights_bytes(self, memory: str) -> int:
         """The memory for weights."""
         if memory == "all":
             return self.files.model_bytes + (256 << 20)
         least_bytes = demand_of(self.files.record).minimum_bytes + POOL_BYTES_MIN
+        if memory not in MEMORY:
+            return max(parse_size(memory) - BESIDE_WEIGHTS_BYTES, least_bytes)
         return max(round(self.files.model_bytes * MEMORY[memory]), least_bytes)
 
     def memory_bytes(self, memory: str) -> int:
@@ -70,7 +84,7 @@ class Work:
     def touched_bytes(self) -> int:
         """Of the weights that a token needs: the chosen experts, and all others but the embeddings of other tokens."""
         shape, record = self.files.shape, self.files.record
-        embeddings_bytes = 0 if record.tables else shape.vocabulary * shape.hidden_size * DTYPE.itemsize
+        embeddings_bytes = 0 if record.tables else shape.matrix_bytes(shape.vocabulary, shape.hidden_size)
         return self.routed_bytes + record.resident_file_bytes - embeddings_bytes
 
 

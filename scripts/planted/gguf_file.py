@@ -45,20 +45,14 @@ def write_gguf(
         paired_heads: the heads of queries and keys, if llama.cpp rotates neighbouring rows of this architecture, where
             transformers rotates a row of the first half with one of the second. Else 0.
     """
-    writer = GGUFWriter(path, architecture)
-    for key, value in keys.items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(f"{architecture}.{key}", value)  # type: ignore[arg-type]
+    writer = new_writer(path, architecture, keys)
     writer.add_file_type(1)  # mostly F16
-    writer.add_tokenizer_model("none")
     read = _Tensors(checkpoint)
     for name, sources in tensors.items():
         kind = _kind(name)
         full = _full_shape(name, read.shape(sources[0]), len(sources))
         writer.add_tensor_info(name, full, kind, int(np.prod(full)) * kind.itemsize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    write_front(writer)
     for name, sources in tqdm(tensors.items(), unit="tensor", disable=None):
         parts = [read(source, _kind(name)) for source in sources]
         tensor = parts[0] if len(parts) == 1 else np.concatenate(parts)  # the shape is in the header
@@ -66,6 +60,23 @@ def write_gguf(
             tensor = _in_pairs(tensor, paired_heads)
         writer.write_tensor_data(tensor)
     writer.close()
+
+
+def new_writer(path: Path, architecture: str, keys: Mapping[str, int | float]) -> GGUFWriter:
+    """A file without a vocabulary. keys: of the header, without the architecture."""
+    writer = GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{architecture}.{key}", value)  # type: ignore[arg-type]
+    writer.add_tokenizer_model("none")
+    return writer
+
+
+def write_front(writer: GGUFWriter) -> None:
+    """What comes before the tensors' data, once all tensors are named."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _kind(name: str) -> np.dtype[Any]:

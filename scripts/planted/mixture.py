@@ -13,10 +13,10 @@ tells as much about a router's choices as in real mixtures: with it, the router 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from planted.layers import Noise, rotated
+from planted.q4_k import BLOCK_BYTES, BLOCK_VALUES, Q4KMatrix, Q4KNoise
 
 ADDED = 0.2  # standard deviation, per coordinate, of the output of one attention or mixture; that of embeddings is 1
 # A router's logit of a chosen expert; that of the others is -MARGIN. It is small because the weights of experts are as
@@ -35,14 +36,23 @@ MARGIN = 0.25
 GUESS_PRECISION = 0.85  # published for neighbouring layers: 80 to 90 %
 SILU_SQUARED = 0.3556  # the mean of silu(g)^2 for a standard normal g
 ROWS_MAX = 20.0  # norm of a router's rows in units of the margin, at most
-NORM_EPSILON = 1e-5  # of OLMoE
+NORM_EPSILON = 1e-5
 TOKENS_SPECIAL = 16  # token ids below this one are not in the sequence
 DTYPE = torch.float16
 
 
+Matrix = Tensor | Q4KMatrix
+
+
+class Matrices(Protocol):
+    """Makes random matrices [rows, columns] of a standard deviation."""
+
+    def matrix(self, rows: int, columns: int, deviation: float) -> Any: ...
+
+
 @dataclass(frozen=True)
 class MixtureShape:
-    """Sizes of a planted mixture, which has OLMoE's architecture."""
+    """Sizes of a planted mixture, which has OLMoE's architecture and is in 16 bit."""
 
     hidden_size: int
     expert_size: int
@@ -53,10 +63,27 @@ class MixtureShape:
     vocabulary: int
     context_tokens: int = 2048
 
+    architecture = "olmoe"  # its name in GGUF files
+    quantised = False
+
     @property
     def tokens_max(self) -> int:
         """The length of the sequence that the routers know."""
-        return self.hidden_size // 4
+        return self.hidden_size * 3 // 8
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.heads
+
+    def matrix_bytes(self, rows: int, columns: int) -> int:
+        return rows * columns * DTYPE.itemsize
+
+    def noise(self, seed: int) -> Matrices:
+        return Noise(seed, DTYPE)
 
     def config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -81,14 +108,57 @@ class MixtureShape:
             "pad_token_id": 1,
         }
 
+    def normalised_heads(self, x: Tensor, heads: int) -> Tensor:
+        """Queries or keys [tokens, heads * head_size], normalised, as [1, heads, tokens, head_size]."""
+        return in_heads(normalised(x), heads)
+
+    def expert_weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and numbers of the chosen experts, [tokens, chosen]. logits: [tokens, experts]."""
+        weights, picks = torch.softmax(logits, dim=-1).topk(self.chosen, dim=-1)
+        return weights, picks
+
     @property
     def expert_bytes(self) -> int:
-        return 3 * self.hidden_size * self.expert_size * DTYPE.itemsize
+        return 3 * self.matrix_bytes(self.expert_size, self.hidden_size)
 
 
-MIXTURES = {
+@dataclass(frozen=True)
+class QuantisedShape(MixtureShape):
+    """Sizes of a planted mixture, which has the architecture of Qwen3's mixtures and all matrices in Q4_K."""
+
+    query_groups: int = 8  # heads that share keys and values
+    head_width: int = 128
+
+    architecture = "qwen3moe"
+    quantised = True
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.query_groups
+
+    @property
+    def head_size(self) -> int:
+        return self.head_width
+
+    def matrix_bytes(self, rows: int, columns: int) -> int:
+        return rows * columns // BLOCK_VALUES * BLOCK_BYTES
+
+    def noise(self, seed: int) -> Matrices:
+        return Q4KNoise(seed)
+
+    def normalised_heads(self, x: Tensor, heads: int) -> Tensor:
+        return normalised(in_heads(x, heads))
+
+    def expert_weights(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights, picks = super().expert_weights(logits)
+        return weights / weights.sum(dim=-1, keepdim=True), picks
+
+
+MIXTURES: Mapping[str, MixtureShape] = {
     "olmoe-1b-7b": MixtureShape(2048, 1024, 16, 64, 8, 16, 50304),
     "olmoe-tiny": MixtureShape(512, 128, 4, 16, 4, 4, 1024),
+    "qwen3-30b-a3b-q4_k": QuantisedShape(2048, 768, 48, 128, 8, 32, 151936),
+    "qwen3-tiny-q4_k": QuantisedShape(512, 256, 4, 16, 4, 4, 1024, query_groups=2, head_width=64),
 }
 
 
@@ -110,11 +180,11 @@ class PlantedMixture:
         self.choices: list[NDArray[np.uint32]] = []
         self.precisions: list[float] = []
         self._seed = seed
-        self._noise = Noise(seed, DTYPE)
+        self._noise = shape.noise(seed)
         self._stream = torch.empty(0)  # [tokens, hidden_size] fp32: the residual stream of the sequence
         self._before = torch.empty(0)  # the input of the last router
 
-    def outside(self) -> dict[str, Tensor]:
+    def outside(self) -> dict[str, Matrix]:
         """All tensors outside the layers."""
         shape = self.shape
         embedding = self._noise.matrix(shape.vocabulary, shape.hidden_size, 1.0)
@@ -123,7 +193,7 @@ class PlantedMixture:
         norm = torch.ones(shape.hidden_size, dtype=DTYPE)
         return {"model.embed_tokens.weight": embedding, "lm_head.weight": head, "model.norm.weight": norm}
 
-    def layers(self) -> Iterator[dict[str, Tensor]]:
+    def layers(self) -> Iterator[dict[str, Matrix]]:
         """The tensors of each layer by their names within it."""
         shape = self.shape
         for layer in range(shape.layers):
@@ -136,27 +206,32 @@ class PlantedMixture:
             yield tensors | self._experts(x, router)
             self._before = x
 
-    def _attention(self) -> dict[str, Tensor]:
-        size = self.shape.hidden_size
-        tensors = {f"self_attn.{name}_proj.weight": self._noise.matrix(size, size, size**-0.5) for name in "qkv"}
-        tensors["self_attn.o_proj.weight"] = self._noise.matrix(size, size, ADDED * size**-0.5)
-        norms = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
-        return tensors | {f"{norm}.weight": torch.ones(size, dtype=DTYPE) for norm in norms}
+    def _attention(self) -> dict[str, Matrix]:
+        shape, size = self.shape, self.shape.hidden_size
+        heads = {"q": shape.heads, "k": shape.kv_heads, "v": shape.kv_heads}
+        tensors = {
+            f"self_attn.{name}_proj.weight": self._noise.matrix(count * shape.head_size, size, size**-0.5)
+            for name, count in heads.items()
+        }
+        width = shape.heads * shape.head_size
+        tensors["self_attn.o_proj.weight"] = self._noise.matrix(size, width, ADDED * width**-0.5)
+        norms = {"input_layernorm": size, "post_attention_layernorm": size}
+        norms |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), shape.head_size if shape.quantised else size)
+        return tensors | {f"{norm}.weight": torch.ones(wide, dtype=DTYPE) for norm, wide in norms.items()}
 
     def _normalised(self) -> Tensor:
         return normalised(self._stream)
 
-    def _attend(self, tensors: dict[str, Tensor]) -> None:
+    def _attend(self, tensors: dict[str, Matrix]) -> None:
         """Adds causal self-attention to the stream."""
-        x = self._normalised()
+        x, shape = self._normalised(), self.shape
         q, k, v = (x @ tensors[f"self_attn.{name}_proj.weight"].float().T for name in "qkv")
-        q, k, v = (self._heads(one) for one in (normalised(q), normalised(k), v))
-        mixed = functional.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True)
-        mixed = mixed.transpose(1, 2).reshape(x.shape)
+        q, k = shape.normalised_heads(q, shape.heads), shape.normalised_heads(k, shape.kv_heads)
+        attended = functional.scaled_dot_product_attention(
+            rotated(q), rotated(k), in_heads(v, shape.kv_heads), is_causal=True, enable_gqa=True
+        )
+        mixed = attended.transpose(1, 2).reshape(len(x), -1)
         self._stream = self._stream + mixed @ tensors["self_attn.o_proj.weight"].float().T
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(1, len(x), self.shape.heads, -1).transpose(1, 2)
 
     def _router(self, x: Tensor, choices: NDArray[np.uint32]) -> Tensor:
         """The router's weights [experts, hidden_size]. x: its inputs for the sequence, [tokens, hidden_size]."""
@@ -164,17 +239,18 @@ class PlantedMixture:
         wanted.scatter_(1, torch.from_numpy(choices.astype(np.int64)), MARGIN)
         solve = torch.linalg.pinv(x.double()).float()  # [hidden_size, tokens]
         solved = (solve @ wanted).T
-        random = self._noise.matrix(self.shape.experts, self.shape.hidden_size, self.shape.hidden_size**-0.5).float()
+        size = self.shape.hidden_size
+        random: Tensor = self._noise.matrix(self.shape.experts, size, size**-0.5).float().clone()
         random -= (solve @ (x @ random.T)).T  # it says nothing about x
         if len(self._before) == 0:
             first: Tensor = solved.to(DTYPE).contiguous()
             return first
-        size, precision = self._size_of_random(solved, random, choices)
+        factor, precision = self._factor_of_random(solved, random, choices)
         self.precisions.append(precision)
-        router: Tensor = (solved + size * random).to(DTYPE).contiguous()
+        router: Tensor = (solved + factor * random).to(DTYPE).contiguous()
         return router
 
-    def _size_of_random(self, solved: Tensor, random: Tensor, choices: NDArray[np.uint32]) -> tuple[float, float]:
+    def _factor_of_random(self, solved: Tensor, random: Tensor, choices: NDArray[np.uint32]) -> tuple[float, float]:
         """The factor of the random part with which GUESS_PRECISION is met, and the precision. By bisection."""
         known, unknown = self._before @ solved.T, self._before @ random.T  # [tokens, experts]
         low, high = 0.0, ROWS_MAX * MARGIN
@@ -184,12 +260,12 @@ class PlantedMixture:
             low, high = (middle, high) if precise else (low, middle)
         return high, precision(known + high * unknown, choices)
 
-    def _experts(self, x: Tensor, router: Tensor) -> dict[str, Tensor]:
+    def _experts(self, x: Tensor, router: Tensor) -> dict[str, Matrix]:
         """The tensors of the experts, by their names within the layer. Adds their output to the stream."""
         size, width = self.shape.hidden_size, self.shape.expert_size
-        weights, picks = torch.softmax(x @ router.float().T, dim=-1).topk(self.shape.chosen, dim=-1)
+        weights, picks = self.shape.expert_weights(x @ router.float().T)
         strength = sqrt(width * SILU_SQUARED * float(weights.square().sum(dim=1).mean()))
-        tensors: dict[str, Tensor] = {}
+        tensors: dict[str, Matrix] = {}
         added = torch.zeros_like(x)
         for expert in range(self.shape.experts):
             gate, up = (self._noise.matrix(width, size, size**-0.5) for _ in range(2))
@@ -215,6 +291,11 @@ class PlantedMixture:
 
 def normalised(x: Tensor) -> Tensor:
     return functional.rms_norm(x, x.shape[-1:], eps=NORM_EPSILON)
+
+
+def in_heads(x: Tensor, heads: int) -> Tensor:
+    """[tokens, heads * head_size] as [1, heads, tokens, head_size]."""
+    return x.view(1, len(x), heads, -1).transpose(1, 2)
 
 
 def precision(logits: Tensor, choices: NDArray[np.uint32]) -> float:

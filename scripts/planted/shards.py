@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 SPARE_BYTES = 64 << 20  # of the disk, beside the tensors
@@ -24,7 +23,8 @@ class Shards:
         self._file_of: dict[str, str] = {}
         self._total_bytes = 0
 
-    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, tensors: dict[str, Any]) -> None:
+        """Writes a file. tensors: by name."""
         self._written += 1
         name = f"model-{self._written:05}-of-{self._count:05}.safetensors"
         save_file(tensors, self._folder / name, metadata={"format": "pt"})

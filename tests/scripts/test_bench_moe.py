@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from argparse import ArgumentTypeError
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,11 +17,12 @@ from benchmarks import readahead as readahead_module
 from benchmarks.llama import DEFAULT
 from benchmarks.processes import BenchError
 from benchmarks.readahead import readahead
-from gguf import GGUFReader
+from gguf import GGUFReader, dequantize
 from moe import rows as rows_module
 from moe.files import MixtureFiles, mixture_files
-from moe.rows import ACCELERATE, LLAMA, OURS, ROWS, Work, llama_row, run_llama, run_weightd, weightd_row
+from moe.rows import ACCELERATE, LLAMA, OURS, ROWS, Work, llama_row, memory_given, run_llama, run_weightd, weightd_row
 from planted.mixture import DTYPE, GUESS_PRECISION
+from planted.q4_k import KIND, Q4KNoise
 from safetensors.numpy import load_file
 from simulation.policies import POLICIES
 
@@ -59,6 +61,35 @@ def test_gguf_holds_the_same_numbers(files: MixtureFiles) -> None:
     np.testing.assert_array_equal(
         tensors["blk.1.ffn_gate_inp.weight"].data, published["model.layers.1.mlp.gate.weight"]
     )
+
+
+def test_blocks_hold_the_values_that_routers_are_made_for() -> None:
+    noise = Q4KNoise(3)
+    for deviation in (1.0, 0.03, 0.0003):
+        matrix = noise.matrix(64, 512, deviation)
+        np.testing.assert_array_equal(dequantize(matrix.blocks, KIND), matrix.float().numpy())
+        assert matrix.float().std() == pytest.approx(deviation, rel=0.02)
+        assert abs(matrix.float().mean()) < deviation / 20
+
+
+def test_a_quantised_mixture_chooses_as_planned(tmp_path: Path) -> None:
+    files = mixture_files("qwen3-tiny-q4_k", LAYERS, tmp_path)
+    files.planted()
+    files.imported()
+    files.converted()
+    assert files.gguf == files.checkpoint
+    work = Work(files, prompt_tokens=12, first_tokens=4, tokens=4, threads=2)
+    told = run_weightd(work, "1GB", looks_ahead=True)
+    row = weightd_row(work, "1GB", True, told)
+    assert (row["as_planned_share"], row["memory_gb"]) == (1, 1.0)
+    assert row["prompt"]["read_over_experts_ratio"] == pytest.approx(1.0)
+    assert {part.encoding.format for part in files.record.bundle.parts} == {"Q4_K"}
+
+
+def test_memory_is_a_share_or_a_size() -> None:
+    assert [memory_given(text) for text in ("half", "10GB")] == ["half", "10GB"]
+    with pytest.raises(ArgumentTypeError, match="neither all, half, quarter nor a size"):
+        memory_given("most")
 
 
 def test_a_row_of_weightd(files: MixtureFiles) -> None:
