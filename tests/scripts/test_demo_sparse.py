@@ -25,21 +25,21 @@ CALIBRATION_TOKENS = 2048  # enough for this test; the demo takes more for bette
 
 
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the demo's store. Its model is calibrated on less text than in a user's demo."""
+def shown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the demo's store. Slow tests take all of the demo's text for calibration, others less."""
     folder = tmp_path_factory.mktemp("demo")
+    slow = any(item.path == request.path and item.get_closest_marker("slow") for item in request.session.items)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("demonstration.sparse.CALIBRATION_TOKENS", CALIBRATION_TOKENS)
+        if not slow:
+            patch.setattr("demonstration.sparse.CALIBRATION_TOKENS", CALIBRATION_TOKENS)
         show_sparse(folder, NEW_TOKENS)
     return folder
 
 
 @pytest.fixture(scope="module")
-def quality(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """`flashclient eval` after the whole demo, on text that neither training nor calibration saw."""
-    folder = tmp_path_factory.mktemp("whole-demo")
-    show_sparse(folder, NEW_TOKENS)
-    command = [sys.executable, "-m", "flashclient", "eval", MODEL, "--store", str(folder / "sparse-store"), "--json"]
+def quality(shown: Path) -> dict[str, Any]:
+    """`flashclient eval` after the demo, on text that neither training nor calibration saw."""
+    command = [sys.executable, "-m", "flashclient", "eval", MODEL, "--store", str(shown / "sparse-store"), "--json"]
     command += ["--text", str(MODELS / "held_out.txt"), "--tokens", "8192"]
     told = subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=240).stdout
     answer: dict[str, Any] = json.loads(told)
