@@ -17,6 +17,7 @@ from daemon import serving
 from repository import ROOT
 from tiny_store import write_model
 
+from flashclient.cli import _parser
 from weightd.machine.budget import INTERPRETER_BYTES
 from weightd.serving.config import ServeConfig, load_config
 from weightd.sizes import parse_size
@@ -173,6 +174,28 @@ def test_the_daemon_set_gives_weightd_the_memory_that_it_asks_for(tmp_path: Path
     assert documents["DaemonSet"]["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
     assert config.metrics is not None
     assert pod["metadata"]["annotations"]["prometheus.io/port"] == str(config.metrics.port)
+
+
+def test_the_server_beside_the_daemon_set_is_started_as_its_command_line_allows() -> None:
+    documents = {one["kind"]: one for one in yaml.safe_load_all((DEPLOY / "kubernetes-server.yaml").read_text())}
+    assert set(documents) == {"Deployment", "Service"}
+    template = documents["Deployment"]["spec"]["template"]
+    pod = template["spec"]
+    (container,) = pod["containers"]
+    options = _parser().parse_args(container["args"])
+    assert options.address == "unix:/run/weightd/weightd.sock"
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounted) == {volume["name"] for volume in pod["volumes"]}
+    assert (mounted["sockets"], mounted["keys"]) == ("/run/weightd", str(options.api_key_file.parent))
+    (port,) = container["ports"]
+    assert (port["name"], port["containerPort"]) == ("http", options.port)
+    assert template["metadata"]["annotations"]["prometheus.io/port"] == str(options.port)
+    labels = template["metadata"]["labels"]
+    assert documents["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert documents["Service"]["spec"]["selector"] == labels
+    assert {container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")} == {
+        "/health"
+    }
 
 
 def test_the_images_copy_what_there_is() -> None:

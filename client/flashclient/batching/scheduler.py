@@ -151,6 +151,11 @@ class Scheduler:
         """The tokens whose keys and values are kept for later prompts."""
         return self._kept.tokens
 
+    def check_runs(self) -> None:
+        """Raises FlashClientError if its thread has ended."""
+        if not self._thread.is_alive():
+            raise FlashClientError("the server is stopping: try again later")
+
     def stop(self) -> None:
         """Fails all requests after the step under way, and does not wait for it."""
         with self._changed:

@@ -161,6 +161,7 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
         timeout_graceful_shutdown=STOPPING_S + ENDING_S,
         limit_concurrency=CONNECTIONS_MAX,
         http=PatientProtocol,
+        ws="none",
     )
 
     AnsweringServer(config, lambda: [model.scheduler.stop() for model in models.values()]).run(sockets=[listening])

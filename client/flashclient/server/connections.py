@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol  # whatever else is installed
 
 REQUEST_S = 30.0  # within which the head of a request must have come; a server has a bounded number of connections
 STOPPING_S = 5  # for answers under way, when the server is told to stop
@@ -49,7 +49,7 @@ class AnsweringServer(uvicorn.Server):
         ending.cancel()
 
 
-class PatientProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class PatientProtocol(H11Protocol):
     """uvicorn's own, which closes a connection that has no request for REQUEST_S. Answers take as long as they need."""
 
     transport: Any
