@@ -1,7 +1,8 @@
 """The server of flashclient as replicas of Ray Serve, beside one weightd on each node with flash.
 
     ray start --head --resources '{"weightd": 1}'
-    serve run --app-dir deploy --working-dir deploy ray_serve:app model=opt-1.3b address=unix:/run/weightd/weightd.sock replicas_max=4
+    serve run --app-dir deploy --working-dir deploy ray_serve:app model=opt-1.3b \\
+        address=unix:/run/weightd/weightd.sock replicas_max=4
 
 Replicas of a node share its weightd, and so one copy of the weights in memory. Ray places them on nodes that have the
 resource `weightd`, restarts those that die, and adds some while more requests run than `requests_wanted` for each.
