@@ -25,6 +25,7 @@ from weightd_proto import weightd_pb2
 Config = Mapping[str, Any]
 
 QUANTISATION = "quantization_config"  # the import dequantises
+WORDS = ".qweight"  # of GPTQ and AWQ
 ACTIVATIONS = tuple(name for name in FUNCTIONS if name != "swish")  # which no published format needs
 
 
@@ -37,6 +38,7 @@ class Published:
         activation: what the FFNs compute instead of what that class computes; None: what it computes. The reference
             that computes it is made by reference.amend().
         notes: what a user should know, one line each.
+        words: tensors named WORDS are quantised matrices with a row for each input, the transpose of transformers'.
     """
 
     config: dict[str, Any]
@@ -44,6 +46,7 @@ class Published:
     notes: tuple[str, ...] = ()
     renames: tuple[Rename, ...] = ()
     omissions: tuple[Omission, ...] = ()
+    words: bool = False
 
     def tensors(self, shapes: Shapes) -> tuple[dict[str, weightd_pb2.TensorSource], list[weightd_pb2.LeftOut]]:
         """The source of each tensor of transformers' checkpoint, and the tensors that are left out.
@@ -54,7 +57,18 @@ class Published:
         Raises:
             ModelError: they contradict the configuration.
         """
-        return renamed(self.renames, self.omissions, shapes)
+        if not self.words:
+            return renamed(self.renames, self.omissions, shapes)
+        names = {name.removesuffix(WORDS) + ".weight": name for name in shapes if name.endswith(WORDS)}
+        swapped = {name.removesuffix(WORDS) + ".weight": shapes[name][::-1] for name in names.values()}
+        both = sorted(swapped.keys() & shapes.keys())
+        if both:
+            raise ModelError(f"the checkpoint holds {both[0]} beside {names[both[0]]}")
+        plain = {name: shape for name, shape in shapes.items() if not name.endswith(WORDS)}
+        sources, left_out = renamed(self.renames, self.omissions, plain | swapped)
+        for each in left_out:
+            each.tensors[:] = [names.get(name, name) for name in each.tensors]
+        return {name: _in_rows_of_inputs(source, names) for name, source in sources.items()}, left_out
 
 
 def published(config: Config, activation: str | None = None) -> Published:
@@ -69,15 +83,35 @@ def published(config: Config, activation: str | None = None) -> Published:
     """
     chosen = None if activation is None else parse_activation(activation)
     found = _published({key: value for key, value in config.items() if key != QUANTISATION}, chosen is not None)
-    renames = (*_quantised_renames(config.get(QUANTISATION)), *found.renames)
-    return replace(found, activation=chosen or found.activation, renames=renames)
+    quantisation = config.get(QUANTISATION)
+    method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+    renames = (*_quantised_renames(method), *found.renames)
+    return replace(found, activation=chosen or found.activation, renames=renames, words=method in ("gptq", "awq"))
 
 
-def _quantised_renames(quantisation: Any) -> tuple[Rename, ...]:
+def _quantised_renames(method: Any) -> tuple[Rename, ...]:
     """transformers dequantises experts of MXFP4 to the transpose of what the checkpoint holds."""
-    if not isinstance(quantisation, dict) or quantisation.get("quant_method") != "mxfp4":
+    if method != "mxfp4":
         return ()
     return (rename(r"(.+\.(?:gate_up_proj|down_proj))", Target(r"\1", swapped=True)),)
+
+
+def _in_rows_of_inputs(source: weightd_pb2.TensorSource, names: Mapping[str, str]) -> weightd_pb2.TensorSource:
+    """A source of tensors as transformers has them, some of which lie transposed, under names of their own."""
+    found = weightd_pb2.TensorSource()
+    found.CopyFrom(source)
+    match source.WhichOneof("of"):
+        case "concatenated":
+            for part in found.concatenated.parts:
+                part.CopyFrom(_in_rows_of_inputs(part, names))
+        case "slice":
+            found.slice.of.CopyFrom(_in_rows_of_inputs(source.slice.of, names))
+        case "transposed":
+            found.transposed.of.CopyFrom(_in_rows_of_inputs(source.transposed.of, names))
+        case _ if source.tensor in names:
+            whole = weightd_pb2.TensorSource(tensor=names[source.tensor])
+            return weightd_pb2.TensorSource(transposed=weightd_pb2.Transposed(of=whole, dim0=0, dim1=1))
+    return found
 
 
 def parse_activation(text: str) -> weightd_pb2.Activation:

@@ -228,8 +228,8 @@ BAD: dict[str, tuple[str, Damage, str]] = {
     "wrong_shape": ("safetensors", lambda f: change_config(f, intermediate_size=200), r"has shape \[\d+, \d+\] in"),
     "quantised": (
         "safetensors",
-        lambda f: change_config(f, quantization_config={"quant_method": "gptq"}),
-        r"is quantised \(gptq\): import the unquantised",
+        lambda f: change_config(f, quantization_config={"quant_method": "hqq"}),
+        r"is quantised \(hqq\): import the unquantised",
     ),
 }
 

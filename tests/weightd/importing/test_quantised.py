@@ -115,7 +115,7 @@ def with_wrong_scales(tensors: dict[str, torch.Tensor]) -> None:
             {},
             r"shape \[3, 7\] of F32 in .*, which are no scales of model\.layers\.1\.mlp\.down_proj",
         ),
-        (None, {"quant_method": "compressed-tensors"}, r"is quantised \(compressed-tensors\): import the unquantised"),
+        (None, {"quant_method": "hqq"}, r"is quantised \(hqq\): import the unquantised"),
         (None, {"quant_method": "mxfp4"}, r"holds 28 tensors that its configuration has no place for"),
     ],
 )

@@ -24,6 +24,7 @@ class Checkpoint:
     """Tensors, the configuration, and a function that writes the other files.
 
     Tensors have the names of the checkpoint. `gguf`: the architecture of a GGUF file, whose names are llama.cpp's.
+    `notes`: what a user should know.
     """
 
     path: Path
@@ -31,6 +32,7 @@ class Checkpoint:
     tensors: Mapping[str, SourceTensor]
     write_files: Callable[[Path], None] = field(repr=False)  # config, generation config, tokenizer into a folder
     gguf: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def read_json(path: Path) -> dict[str, Any]:

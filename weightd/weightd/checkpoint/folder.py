@@ -16,7 +16,7 @@ from typing import Any
 
 from weightd.checkpoint.checkpoint import Checkpoint, read_json
 from weightd.checkpoint.model_folder import ModelFolder
-from weightd.checkpoint.quantised import quantisation, with_scales
+from weightd.checkpoint.quantisation.formats import CONFIG, CONFIG_FILES, dequantisable, quantisation
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 
@@ -42,6 +42,7 @@ FILE_PATTERNS = (
     "tekken.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    *CONFIG_FILES,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -67,9 +68,21 @@ def open_folder(path: Path) -> Checkpoint:
     configuration = configuration_name(config)
     if configuration != CONFIG_FILE:
         config = read_json(folder.file(configuration))
+    config = _with_quantisation(folder, config)
     quantisation(path, config)  # refuses before the weights are looked for
-    tensors = with_scales(path, config, _read_tensors(folder, config.get("transformers_weights")))
-    return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target, configuration))
+    tensors, notes = dequantisable(path, config, _read_tensors(folder, config.get("transformers_weights")))
+    return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target, configuration), notes=notes)
+
+
+def _with_quantisation(folder: ModelFolder, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with its quantization_config, which may lie in the text part's or in a file of its own."""
+    text = config.get("text_config")
+    if CONFIG not in config and isinstance(text, dict) and CONFIG in text:
+        return config | {CONFIG: text[CONFIG], "text_config": {key: text[key] for key in text if key != CONFIG}}
+    for name, method in CONFIG_FILES.items():
+        if CONFIG not in config and folder.has(name):
+            return config | {CONFIG: {"quant_method": method} | read_json(folder.file(name))}
+    return config
 
 
 def configuration_name(config: Mapping[str, Any]) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 
 from weightd.errors import CheckpointError
 from weightd.sizes import format_size
-from weightd_proto.encodings import is_plain, stored_bytes
+from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, is_plain, stored_bytes
 from weightd_proto.weightd_pb2 import Encoding
+
+TRANSPOSED_ROWS = 32  # whose numbers become blocks of GGML's formats
 
 
 @dataclass(frozen=True)
@@ -24,15 +26,42 @@ class Undo:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How integers of a few bits lie in words of 32 bits, one word after the other.
+
+    Attributes:
+        bits: of an integer.
+        across: a word holds numbers of one column, in consecutive rows; otherwise those of one row.
+        order: which of its numbers a word holds in its lowest bits, in the next, and so on.
+    """
+
+    bits: int
+    across: bool
+    order: tuple[int, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Of a word."""
+        return 32 // self.bits
+
+
+@dataclass(frozen=True)
 class BlockScales:
     """The factors of a tensor's values, which lie in a tensor of their own: one for each block of rows x columns.
 
-    Factors of U8 and F8_E8M0 are exponents.
+    value = (number - zero) * factor. Factors of U8 and F8_E8M0 are exponents.
 
     Attributes:
         tensor: [..., rows of blocks, columns of blocks].
         matrix_rows: of the tensor's last two dimensions. Blocks do not reach from one matrix into the next.
         dtype: that of the values once they are dequantised, by the checkpoint's publisher.
+        zero: of all blocks, if they have no `zeros`.
+        zeros: shaped as `tensor`. `zero` is added to each, and of a packed one the result is taken modulo 2 ** bits.
+        groups: int32 for each row, or each column if blocks are of one row: its block, where they are not in order.
+        divisor: of all factors.
+        multiplier: of all factors.
+        transposed: rows are inputs, so that a block of 32 inputs of one output lies in 32 rows.
+        kept: the format of blocks in which the import keeps the numbers; empty: it dequantises them.
     """
 
     tensor: SourceTensor
@@ -40,9 +69,21 @@ class BlockScales:
     columns: int
     matrix_rows: int
     dtype: str
+    zero: int = 0
+    zeros: SourceTensor | None = None
+    groups: bytes = b""
+    divisor: float = 1.0
+    multiplier: float = 1.0
+    transposed: bool = False
+    kept: str = ""
 
-    def row_of(self, row: int) -> int:
-        """The row of `tensor` that has the factors of a row of values."""
+    def rows_of(self, first: int, end: int) -> tuple[int, int]:
+        """The rows of `tensor` that have the factors of some rows of values: from one to another."""
+        if self.groups and self.transposed:
+            return 0, self.tensor.rows
+        return self._row_of(first), self._row_of(end - 1) + 1
+
+    def _row_of(self, row: int) -> int:
         matrix, within = divmod(row, self.matrix_rows)
         return matrix * self.tensor.shape[-2] + within // self.rows
 
@@ -58,6 +99,7 @@ class SourceTensor:
     offset_bytes: int
     undo: Undo | None = None
     scales: BlockScales | None = None
+    packing: Packing | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -70,6 +112,19 @@ class SourceTensor:
         if self.scales is not None:
             return self.scales.dtype
         return self.encoding.format if self.is_plain else "F32"
+
+    @property
+    def kept_format(self) -> str:
+        """The format of blocks in which the import can keep the numbers; empty: it must dequantise them."""
+        if self.scales is not None:
+            return self.scales.kept
+        format = self.encoding.format
+        return format if format in BLOCK_FORMATS and self.encoding == in_blocks(format) else ""
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether a block holds numbers of consecutive rows, in one column."""
+        return self.scales is not None and self.scales.transposed
 
     @property
     def elements(self) -> int:
@@ -91,7 +146,12 @@ class SourceTensor:
 
     @property
     def rows_together(self) -> int:
-        """How many rows must be read together: those of a head if they are permuted, otherwise 1."""
+        """How many rows must be read together: those of a head if they are permuted, those whose numbers share a word
+        or a block, otherwise 1."""
+        if self.scales is not None and self.scales.transposed and self.rows % TRANSPOSED_ROWS == 0:
+            return TRANSPOSED_ROWS
+        if self.packing is not None and self.packing.across:
+            return self.packing.numbers
         return self.rows // self.undo.heads if self.undo and self.undo.heads else 1
 
     def bytes_of(self, elements: int) -> int:

@@ -13,7 +13,6 @@ from math import prod
 from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.plan import ElementRun, runs_of
-from weightd_proto.encodings import BLOCK_FORMATS, in_blocks
 from weightd_proto.tensor_sources import tensor_names
 from weightd_proto.weightd_pb2 import Concatenated, ResidentSource, Slice, TensorSource
 
@@ -35,27 +34,34 @@ class ResidentStep:
 
 @dataclass(frozen=True)
 class AssemblyStep:
-    """Reads elements of tensor `name`, a part of the index-th resident tensor. The `last` step completes that."""
+    """Reads elements of tensor `name`, a part of the index-th resident tensor. The `last` step completes that.
+
+    `kept`: in blocks, which lie in columns of a tensor that is to be transposed."""
 
     index: int
     name: str
     runs: tuple[ElementRun]
     last: bool
+    kept: bool = False
 
 
 def kept_format(resident: ResidentSource, tensors: Tensors) -> str | None:
-    """The format of blocks in which the checkpoint holds all rows of a tensor, one after the other; None: it does not,
-    or no kernel knows the format."""
-    known = {name for name in tensor_names(resident.source) if tensors[name].encoding.format in BLOCK_FORMATS}
-    formats = {tensors[name].encoding.format for name in known}
-    if len(formats) != 1 or known != set(tensor_names(resident.source)):
+    """The format of blocks in which the rows of a tensor can be kept, as the checkpoint holds all of them one after the
+    other, or transposed in a tensor whose blocks lie in columns; None: they cannot be kept."""
+    used = [tensors[name] for name in tensor_names(resident.source)]
+    formats = {tensor.kept_format for tensor in used}
+    if len(formats) != 1 or "" in formats:
         return None
-    (format,), ranges = formats, _read_in_order(resident.source, tensors)
-    row_elements = {tensors[name].row_elements for name in known}
-    values_change = any(undo is not None and not undo.heads for undo in (tensors[name].undo for name in known))
-    alike = all(tensors[name].encoding == in_blocks(format) for name in known)
+    (format,) = formats
+    if any(tensor.in_columns for tensor in used):
+        of = resident.source.transposed.of
+        whole = resident.source.WhichOneof("of") == "transposed" and of.WhichOneof("of") == "tensor"
+        return format if whole and used[0].rows == resident.shape[-1] else None
+    ranges = _read_in_order(resident.source, tensors)
+    row_elements = {tensor.row_elements for tensor in used}
+    values_change = any(tensor.undo is not None and not tensor.undo.heads for tensor in used)
     in_rows = ranges is not None and row_elements == {resident.shape[-1]} and not values_change
-    return format if alike and in_rows else None
+    return format if in_rows else None
 
 
 def plan_resident(
@@ -74,7 +80,7 @@ def plan_resident(
             continue
         pieces = [(name, run) for name in tensor_names(resident.source) for run in runs_of(tensors[name])]
         for number, (name, run) in enumerate(pieces, start=1):
-            yield AssemblyStep(index, name, (run,), number == len(pieces))
+            yield AssemblyStep(index, name, (run,), number == len(pieces), kept)
 
 
 def _check_shape(resident: ResidentSource, tensors: Tensors) -> None:
@@ -136,7 +142,8 @@ def _read_in_order(source: TensorSource, tensors: Tensors) -> list[_Range] | Non
 def _is_readable(item: _Range, tensor: SourceTensor) -> bool:
     if tensor.undo is not None and tensor.undo.heads:
         return (item.begin, item.end) == (0, tensor.elements)
-    return tensor.is_plain or item.begin % tensor.row_elements == item.end % tensor.row_elements == 0
+    together = tensor.row_elements * tensor.rows_together
+    return tensor.is_plain or item.begin % together == item.end % together == 0
 
 
 def _ranges(source: TensorSource, tensors: Tensors, most: int) -> list[_Range]:

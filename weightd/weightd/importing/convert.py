@@ -27,6 +27,7 @@ from weightd.errors import SpaceError
 from weightd.importing.assembly import plan_resident
 from weightd.importing.client_process import Ask, check_runnable, child, derive
 from weightd.importing.plan import plan_bundles
+from weightd.importing.quantised.kept_blocks import with_kept_formats
 from weightd.importing.record import lay_out_record
 from weightd.importing.sources import used_tensors, without_equal_ties
 from weightd.importing.stored_dtype import (
@@ -184,7 +185,9 @@ def lay_out(
         dtype_request, tables_above_bytes, layout, resident_request: as import_checkpoint()'s.
         block_bytes, read_bytes, sector_bytes: of the store's device; see model_layout().
     """
-    tensors = used_tensors(recipe, checkpoint.tensors)
+    tensors, reasons = used_tensors(recipe, checkpoint.tensors), list[str]()
+    if KEEP in (dtype_request, resident_request):
+        tensors, reasons = with_kept_formats(tensors)
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
     dtype = stored_dtype(recipe, tensors, dtype_request)
     dtypes = {source.name: resident_dtype(source, tensors, dtype) for source in resident}
@@ -205,7 +208,7 @@ def lay_out(
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors, kinds)]
     tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
     record.tables.extend(table.record for table in tables)
-    return LaidOut(record, header, units, in_order, steps, tables, notes)
+    return LaidOut(record, header, units, in_order, steps, tables, (*checkpoint.notes, *notes, *reasons))
 
 
 def _check_space(record: weightd_pb2.Model, path: Path) -> int:

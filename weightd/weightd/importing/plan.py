@@ -39,14 +39,20 @@ class ElementRun:
 
     @property
     def extents(self) -> tuple[Extent, ...]:
-        """Of the values, and of the scales if they lie elsewhere."""
+        """Of the values, and of the scales and zeros if they lie elsewhere."""
         values = _extent(self.tensor, self.begin, self.end)
         scales = self.tensor.scales
         if scales is None or self.begin == self.end:
             return (values,)
-        first, end = scales.row_of(self.first_row), scales.row_of(self.end_row - 1) + 1
-        width = scales.tensor.row_elements
-        return (values, _extent(scales.tensor, first * width, end * width))
+        first, end = scales.rows_of(self.first_row, self.end_row)
+        beside = [_rows_extent(scales.tensor, first, end)]
+        return (values, *beside, *([] if scales.zeros is None else [_rows_extent(scales.zeros, first, end)]))
+
+
+def _rows_extent(tensor: SourceTensor, first: int, end: int) -> Extent:
+    """Of rows, and of those whose numbers share a word with them."""
+    together, width = tensor.rows_together, tensor.row_elements
+    return _extent(tensor, first // together * together * width, -(-end // together) * together * width)
 
 
 def _extent(tensor: SourceTensor, begin: int, end: int) -> Extent:
@@ -130,6 +136,7 @@ def _bundle_steps(index: int, unit: Unit, layout: weightd_pb2.BundleLayout) -> I
     of_cell = layout.bundles_per_cell * bundle_neurons(layout)
     neurons = min(CHUNK_BYTES // layout.cell_bytes * of_cell, *limits)
     together = lcm(layout.cell_bytes, layout.block_bytes) // layout.cell_bytes * of_cell
+    together = lcm(together, *(part.matrix.tensor.rows_together for part in rows))
     neurons = max(1, neurons // together) * together
     for begin in range(0, unit.neurons, neurons):
         end = min(unit.neurons, begin + neurons)

@@ -14,15 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from weightd.disk.tensors import SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.dequantise import first_unusable
 from weightd.importing.units import Unit, UnitPart
 from weightd_proto.encodings import (
-    BLOCK_FORMATS,
     COMPUTE_DTYPES,
     DTYPES,
-    PACKED_E2M1,
     SLAB_NEURONS_MIN,
     in_blocks,
     is_plain,
@@ -32,7 +29,6 @@ from weightd_proto.encodings import (
 from weightd_proto.weightd_pb2 import BundleLayout, Encoding
 
 Bytes = npt.NDArray[np.uint8]
-MXFP4 = "MXFP4"
 
 
 @dataclass(frozen=True)
@@ -81,23 +77,15 @@ def _encodings(units: Sequence[Unit]) -> Iterator[Encoding]:
 
 
 def _kept(part: UnitPart, down: bool) -> Encoding:
-    tensor = part.matrix.tensor
-    encoding = in_blocks(MXFP4) if _is_mxfp4(tensor) else tensor.encoding
+    tensor, format = part.matrix.tensor, part.matrix.tensor.kept_format
     if tensor.is_plain:
-        return encoding if tensor.dtype in COMPUTE_DTYPES.values() and tensor.undo is None else plain("F32")
-    whole = part.columns and part.step == 1 and part.first % encoding.block_values == 0 if down else not part.columns
-    known = encoding.format in BLOCK_FORMATS and encoding == in_blocks(encoding.format)
-    kept = known and whole and tensor.undo is None
-    return encoding if kept else plain(tensor.dtype if tensor.scales is not None else "F32")
-
-
-def _is_mxfp4(tensor: SourceTensor) -> bool:
-    """Whether its numbers and the exponents apart from them are those of GGML's blocks."""
-    values, scales = BLOCK_FORMATS[MXFP4].values, tensor.scales
-    if scales is None or tensor.encoding != PACKED_E2M1 or tensor.row_elements % values:
-        return False
-    exponents = scales.tensor.encoding in (plain("U8"), plain("F8_E8M0"))
-    return exponents and (scales.rows, scales.columns) == (1, values)
+        return tensor.encoding if tensor.dtype in COMPUTE_DTYPES.values() and tensor.undo is None else plain("F32")
+    along_inputs = part.columns == tensor.in_columns
+    if down and format:
+        whole = not along_inputs and part.step == 1 and part.first % in_blocks(format).block_values == 0
+    else:
+        whole = along_inputs
+    return in_blocks(format) if format and whole and tensor.undo is None else plain(tensor.dtype)
 
 
 def _notes(units: Sequence[Unit], layers: Sequence[Sequence[Encoding]]) -> Iterator[str]:
@@ -111,6 +99,7 @@ def _notes(units: Sequence[Unit], layers: Sequence[Sequence[Encoding]]) -> Itera
         for unit in units
         for part, encoding in zip(unit.parts, layers[unit.layer], strict=True)
         if is_plain(encoding) and not part.matrix.tensor.is_plain
+        if part.matrix.tensor.scales is None or part.matrix.tensor.kept_format  # else with_kept_formats() says why
     )
     if widened:
         names = list(widened)
@@ -159,8 +148,12 @@ def cut_slabs(layout: BundleLayout, parts: Sequence[SlabPart], cells: Bytes, cou
 def _rows(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
     """Of a gate or up matrix: [slabs, bytes]."""
     neurons = count * layout.slab_neurons
-    if part.columns:
+    if part.columns and is_plain(part.encoding):
         return _numbers(layout, part, neurons).T.reshape(count, -1).view(np.uint8)
+    if part.columns:
+        blocks = _blocks(part, layout.hidden_size // part.encoding.block_values, -1)
+        columns = np.ascontiguousarray(blocks[:, part.first :: part.step][:, :neurons].T)
+        return columns.reshape(count, -1).view(np.uint8)
     row_bytes = stored_bytes(part.encoding, layout.hidden_size)
     rows = part.data.reshape(-1, row_bytes)[part.first :: part.step][:neurons]
     return np.ascontiguousarray(rows).reshape(count, -1)
@@ -169,6 +162,11 @@ def _rows(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
 def _down(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
     """Of a down matrix: [slabs, bytes]."""
     hidden, neurons = layout.hidden_size, layout.slab_neurons
+    if not part.columns and not is_plain(part.encoding):  # a row of blocks for as many neurons
+        begin, end = (of // part.encoding.block_values for of in (part.first, part.first + count * neurons))
+        of_slabs = _blocks(part, -1, hidden)[begin:end]
+        by_output = of_slabs.reshape(count, -1, hidden).swapaxes(1, 2)
+        return np.ascontiguousarray(by_output).reshape(count, -1).view(np.uint8)
     if not part.columns:  # a row for each neuron
         size_bytes = part.encoding.block_bytes
         rows = part.data.view(f"u{size_bytes}").reshape(-1, hidden)[part.first :: part.step][: count * neurons]
@@ -177,13 +175,17 @@ def _down(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
     if is_plain(part.encoding):
         values = _numbers(layout, part, count * neurons).reshape(hidden, count, neurons)
         return np.ascontiguousarray(values.swapaxes(0, 1)).reshape(count, -1).view(np.uint8)
-    # Items that numpy copies as a whole.
     of_slab = np.dtype((np.void, stored_bytes(part.encoding, neurons)))
     blocks = part.data.reshape(hidden, -1)
     begin = part.first // part.encoding.block_values * part.encoding.block_bytes
     taken = blocks[:, begin : begin + count * of_slab.itemsize]
     items = np.ascontiguousarray(taken).view(of_slab)  # [hidden, slabs]
     return np.ascontiguousarray(items.T).view(np.uint8)
+
+
+def _blocks(part: SlabPart, rows: int, columns: int) -> npt.NDArray[np.void]:
+    """Of a matrix whose blocks hold numbers of one column, as items that numpy copies as a whole."""
+    return part.data.view(np.dtype((np.void, part.encoding.block_bytes))).reshape(rows, columns)
 
 
 def _numbers(layout: BundleLayout, part: SlabPart, neurons: int) -> npt.NDArray[np.generic]:

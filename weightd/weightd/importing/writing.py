@@ -18,7 +18,7 @@ from weightd.disk.uncached_file import UncachedWriter
 from weightd.disk.write_behind import WriteBehind
 from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
-from weightd.importing.dequantise import Bytes, Elements, dequantise, first_unusable, kept_rows, mxfp4_blocks
+from weightd.importing.dequantise import Bytes, Elements, dequantise, first_unusable, kept_rows
 from weightd.importing.plan import BundleStep, ElementRun, HoldStep
 from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs
 from weightd.importing.units import Unit
@@ -123,7 +123,7 @@ class ModelWriter:
                         self._write(step, elements, bundles, write_behind)
                     case ResidentStep() | AssemblyStep():
                         assert resident is not None, "a table has no resident weights"
-                        if isinstance(step, ResidentStep) and step.kept:
+                        if step.kept:
                             _check_kept(step, elements[0])
                         resident.add(step, elements[0])
                 self._progress(sum(len(data) for each in stored for data in each), total_bytes)
@@ -131,7 +131,7 @@ class ModelWriter:
     def _kept(self, step: Step) -> list[bool]:
         """Which runs of a step stay as they are in the checkpoint, because slabs or matrices hold their blocks."""
         kept = [False] * len(step.runs)
-        if isinstance(step, ResidentStep):
+        if isinstance(step, ResidentStep | AssemblyStep):
             return [step.kept]
         if isinstance(step, HoldStep):
             return [not is_plain(self._held.encoding(step.unit, step.held))]
@@ -205,12 +205,10 @@ class ModelWriter:
 
 def _elements(run: ElementRun, stored: Sequence[memoryview], kept: bool) -> Elements:
     """The elements of a run; if it is kept, its blocks, with the name of their format."""
-    if not kept:
-        return dequantise(run, stored)
-    return kept_rows(run, stored) if run.tensor.scales is None else mxfp4_blocks(stored)
+    return kept_rows(run, stored) if kept else dequantise(run, stored)
 
 
-def _check_kept(step: ResidentStep, blocks: Elements) -> None:
+def _check_kept(step: ResidentStep | AssemblyStep, blocks: Elements) -> None:
     (run,) = step.runs
     if first_unusable(blocks.dtype, blocks.data) is not None:
         raise _unusable_scale(run.tensor, blocks.dtype, f"rows {run.first_row} to {run.end_row - 1}")
@@ -276,6 +274,9 @@ class _Assembly:
             self.stream.append(step.index, elements)
             return
         (run,) = step.runs
+        if step.kept:
+            self._add_kept(step, run, elements)
+            return
         dtype = self.stream.dtype(step.index)
         size_bytes = DTYPES[dtype].bytes
         array = self._arrays.get(step.name)
@@ -288,6 +289,21 @@ class _Assembly:
             whole = np.ascontiguousarray(gather(source, self._arrays, np.stack, np.concatenate))
             self._arrays.clear()
             self.stream.append(step.index, Elements(dtype, whole.reshape(-1).view(np.uint8)))
+
+    def _add_kept(self, step: AssemblyStep, run: ElementRun, elements: Elements) -> None:
+        """Blocks of consecutive rows, which become those of columns: [rows of blocks, columns]."""
+        encoding = in_blocks(elements.dtype)
+        array = self._arrays.get(step.name)
+        if array is None:
+            rows = run.tensor.rows // encoding.block_values
+            shape = (rows, run.tensor.row_elements)
+            array = self._arrays[step.name] = np.empty(shape, np.dtype((np.void, encoding.block_bytes)))
+        begin = stored_bytes(encoding, run.begin)
+        array.reshape(-1).view(np.uint8)[begin : begin + len(elements.data)] = elements.data
+        if step.last:
+            blocks = np.ascontiguousarray(array.T)
+            self._arrays.clear()
+            self.stream.append(step.index, Elements(elements.dtype, blocks.reshape(-1).view(np.uint8)))
 
 
 class ResidentStream:

@@ -1,0 +1,165 @@
+"""Checkpoints of GPTQ, AWQ, compressed-tensors and modelopt: what is imported are the numbers that they publish."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from packed_checkpoints import KINDS, make_packed
+from safetensors.torch import load_file, save_file
+from stored_model import read_matrices, read_state
+from test_quantising import IDS, SETTINGS
+
+from flashclient import FlashClient
+from weightd.errors import CheckpointError
+from weightd.importing import plan
+from weightd.importing.convert import import_checkpoint
+from weightd.store.store import Store
+from weightd.store.verify import verify_model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_are_those_that_are_published(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kept in blocks where a format holds them, else rounded once."""
+    monkeypatch.setattr(plan, "DEQUANTISED_CHUNK_BYTES", 10000)  # several runs of a matrix
+    monkeypatch.setattr(plan, "CHUNK_BYTES", 30000)
+    made = make_packed(kind, tmp_path / "m")
+    notes: list[str] = []
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(made.folder, store, tell=notes.append)
+        verify_model(store, "m")
+        state = {name: tensor for name, tensor in read_state(store, "m").items() if name in made.weights}
+        matrices = [read_matrices(store, record, layer) for layer in range(len(record.layers))]
+        assert "quantization_config" not in json.loads((store.files_path("m") / "config.json").read_text())
+    kept = KINDS[kind][-1]
+    assert {part.encoding.format for part in record.bundle.parts} == {kept or record.compute_dtype}
+    assert any("stay quantised as published" in note for note in notes) == bool(kept)
+    assert any("dequantised" in note for note in notes) == (not kept)
+    for name, tensor in state.items():
+        assert torch.equal(tensor, made.weights[name].to(tensor.dtype)), name
+    for found, published in zip(matrices, ffns_of(made.weights), strict=True):
+        for ours, theirs in zip(found, published, strict=True):
+            assert torch.equal(ours, theirs.to(ours.dtype))
+
+
+def ffns_of(weights: dict[str, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of each layer: gate and up [neurons, hidden], down [hidden, neurons], those of experts one after the other."""
+    for layer in range(2):
+        by_part = [
+            [t for name, t in weights.items() if name.startswith(f"model.layers.{layer}.mlp.") and f".{part}." in name]
+            for part in ("gate_proj", "up_proj", "down_proj")
+        ]
+        yield torch.cat(by_part[0]), torch.cat(by_part[1]), torch.cat(by_part[2], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("gptq", "keep"), ("gptq 8 bits", "keep"), ("awq", "fp32"), ("packed", "int8")]
+)
+def test_tokens_are_those_of_transformers(kind: str, dtype: str, tmp_path: Path) -> None:
+    """Of the dequantised weights, in fp32."""
+    made = make_packed(kind, tmp_path / "m")
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(made.folder, store, dtype=dtype)
+        assert any(layer.quantisation_error for layer in record.layers) == (dtype == "int8")
+    reference = made.reference()
+    with FlashClient("m", store=tmp_path / "store") as client, torch.no_grad():
+        close = {"keep": 2e-3, "fp32": 1e-4, "int8": 2e-2}[dtype]
+        expected = reference(IDS).logits
+        assert (client.model(IDS).logits - expected).abs().max() < close * expected.abs().max()
+        if dtype == "fp32":
+            tokens = reference.generate(IDS, attention_mask=torch.ones_like(IDS), **SETTINGS)
+            assert client.generate(IDS.tolist(), **SETTINGS) == tokens.tolist()
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: make_packed(kind, tmp_path_factory.mktemp("published") / "m").folder for kind in ("gptq", "packed")}
+
+
+UP, GPTQ_UP = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj.qweight"
+Spoil = Callable[[dict[str, torch.Tensor]], object]
+
+
+def with_value(name: str, value: float) -> Spoil:
+    return lambda tensors: tensors[name].view(-1)[3:4].fill_(value)
+
+
+def cut(name: str, rows: int) -> Spoil:
+    return lambda tensors: tensors.update({name: tensors[name][:rows].contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("kind", "spoil", "settings", "message"),
+    [
+        ("gptq", lambda tensors: tensors.pop(f"{UP}.scales"), {}, rf"{GPTQ_UP} has no {UP}\.scales in .*: download"),
+        ("gptq", lambda tensors: tensors.pop(f"{UP}.qzeros"), {}, rf"{GPTQ_UP} has no {UP}\.qzeros in .*: download"),
+        ("gptq", cut(f"{UP}.qzeros", 1), {}, rf"{UP}\.qzeros has shape \[1, 12\] of I32 in .*, which are no scales of"),
+        ("gptq", cut(GPTQ_UP, 7), {}, rf"{GPTQ_UP} is packed in 3 bits|no scales of|not a group for each"),
+        ("gptq", with_value(f"{UP}.g_idx", 2), {}, rf"{UP}\.g_idx names a group beyond the 2 that there are"),
+        ("gptq", with_value(f"{UP}.scales", np.nan), {}, rf"{UP}\.scales in .* has a scale that is NaN or infinite"),
+        ("gptq", None, {"checkpoint_format": "marlin"}, r"checkpoint_format 'marlin', which is packed for one kernel"),
+        ("gptq", None, {"quant_method": "awq"}, r"no scales of|holds .* tensors"),
+        ("gptq", None, {"quant_method": "awq", "version": "gemv_fast"}, r"AWQ of version gemv_fast, which is"),
+        ("gptq", None, {"quant_method": "aqlm"}, r"is quantised \(aqlm\): import the unquantised checkpoint, one"),
+        ("packed", with_value(f"{UP}.weight_scale", np.inf), {}, r"has a scale that is NaN or infinite"),
+        ("packed", lambda tensors: tensors[f"{UP}.weight_shape"][1:].fill_(0), {}, r"no matrix \[96, 0\] of 4 or 8"),
+        ("packed", cut(f"{UP}.weight_scale", 95), {}, r"scale has shape \[95, 2\] of BF16 in .*, which are no scales"),
+        ("packed", None, {"format": "marlin-24"}, r"compressed-tensors of format 'marlin-24', read are pack-quantized"),
+        ("packed", None, {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"leaves out zeros \(sparsity_config"),
+        ("packed", None, {"transform_config": {"config_groups": {}}}, r"rotates activations \(transform_config\)"),
+    ],
+)  # fmt: skip
+def test_what_is_damaged_is_refused_in_one_line(
+    kind: str, spoil: Spoil | None, settings: dict[str, Any], message: str, published: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(published[kind], tmp_path / "m")
+    if spoil is not None:
+        tensors = load_file(folder / "model.safetensors")
+        spoil(tensors)
+        save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with Store.open(tmp_path / "store", create=True) as store:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            import_checkpoint(folder, store)
+        assert store.names() == []
+    assert "\n" not in str(caught.value)
+
+
+def test_scales_of_keys_and_values_are_left_out_with_a_note(published: dict[str, Path], tmp_path: Path) -> None:
+    """And groups that are no whole blocks, or scales that half precision does not hold, are dequantised with one."""
+    folder = shutil.copytree(published["packed"], tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {f"model.layers.{i}.self_attn.{kv}_scale": torch.tensor(0.1) for i in range(2) for kv in "kv"}
+    scales = tensors[f"{UP}.weight_scale"]
+    scales[0, 0] = 1.001e-7 * 3
+    save_file(tensors, folder / "model.safetensors")
+    notes: list[str] = []
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(folder, store, tell=notes.append)
+        gate, up, _ = read_matrices(store, record, 1)
+    said = "\n".join(notes)
+    assert "4 scales of keys and values left out, which are not quantised here; first model.layers.0" in said
+    assert f"{UP}.weight_packed is dequantised, because half precision does not hold its scales" in said
+    assert (gate.dtype, up.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_older_checkpoints_have_their_settings_in_a_file_of_their_own(
+    published: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(published["gptq"], tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(settings))
+    with Store.open(tmp_path / "store", create=True) as store:
+        record = import_checkpoint(folder, store)
+    assert record.bundle.parts[0].encoding.format == "Q4_0"
