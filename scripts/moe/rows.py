@@ -30,6 +30,7 @@ OURS = {True: "weightd", False: "no look-ahead"}
 LLAMA, ACCELERATE = "llama.cpp", "accelerate"
 ROWS = (*OURS.values(), LLAMA, ACCELERATE)
 ACCELERATE_TOKENS = 4  # each reads most of what is offloaded
+BESIDE_GIVEN_BYTES = 1 << 30  # of a memory in bytes, with which larger models and longer prompts are measured
 POOL_BYTES_MIN = 32 << 20  # for a small model, which half is not enough to serve
 
 
@@ -67,12 +68,12 @@ class Work:
             return self.files.model_bytes + (256 << 20)
         least_bytes = demand_of(self.files.record).minimum_bytes + POOL_BYTES_MIN
         if memory not in MEMORY:
-            return max(parse_size(memory) - BESIDE_WEIGHTS_BYTES, least_bytes)
+            return max(parse_size(memory) - BESIDE_GIVEN_BYTES, least_bytes)
         return max(round(self.files.model_bytes * MEMORY[memory]), least_bytes)
 
     def memory_bytes(self, memory: str) -> int:
         """The memory of all processes of a row, page cache included."""
-        return self.weights_bytes(memory) + BESIDE_WEIGHTS_BYTES
+        return self.weights_bytes(memory) + (BESIDE_WEIGHTS_BYTES if memory in MEMORY else BESIDE_GIVEN_BYTES)
 
     @property
     def routed_bytes(self) -> int:
