@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from weightd.errors import UsageError
+from weightd.sizes import parse_size
+
 
 class FlagParser(argparse.ArgumentParser):
     """Describes the script by its module's docstring. Flags cannot be abbreviated."""
@@ -21,3 +24,11 @@ class FlagParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def size_given(text: str) -> int:
+    """The bytes of a flag's size, such as 10GB. Raises argparse.ArgumentTypeError."""
+    try:
+        return parse_size(text)
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

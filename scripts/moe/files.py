@@ -10,13 +10,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gguf import GGUFWriter
-from numpy.typing import NDArray
-from planted.gguf_file import ATTENTION, OUTSIDE, new_writer, write_front, write_gguf
-from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, Matrix, MixtureShape, PlantedMixture
-from planted.q4_k import KIND, Q4KMatrix
+from planted.gguf_file import ATTENTION, OUTSIDE, joined, name_tensor, new_writer, write_front, write_gguf
+from planted.mixture import DTYPE, MIXTURES, NORM_EPSILON, MixtureShape, PlantedMixture
+from planted.q4_k import Matrix
 from planted.shapes import checkpoint_shapes
 from planted.shards import Shards, new_folder, write_json
 from planted.store import PlantedStore, import_once
@@ -148,17 +145,17 @@ def _write_quantised(path: Path, mixture: PlantedMixture) -> None:
     first = next(layers)  # all layers have the same shapes
     parts = {name: [outside[source]] for name, source in OUTSIDE.items()}
     for name, matrices in parts.items():
-        _name_tensor(writer, name, _joined(matrices))
-    like = {name: _joined(matrices) for name, matrices in _of_layer(shape, first).items()}
+        name_tensor(writer, name, joined(matrices))
+    like = {name: joined(matrices) for name, matrices in _of_layer(shape, first).items()}
     for layer in range(shape.layers):
         for name, data in like.items():
-            _name_tensor(writer, f"blk.{layer}.{name}", data)
+            name_tensor(writer, f"blk.{layer}.{name}", data)
     write_front(writer)
     for matrices in parts.values():
-        writer.write_tensor_data(_joined(matrices))
+        writer.write_tensor_data(joined(matrices))
     for tensors in tqdm(chain([first], layers), total=shape.layers, unit="layer", disable=None):
         for matrices in _of_layer(shape, tensors).values():
-            writer.write_tensor_data(_joined(matrices))
+            writer.write_tensor_data(joined(matrices))
     writer.close()
 
 
@@ -169,16 +166,6 @@ def _of_layer(shape: MixtureShape, tensors: Mapping[str, Matrix]) -> dict[str, l
         names = (f"mlp.experts.{expert}.{part}_proj.weight" for expert in range(shape.experts))
         parts[f"ffn_{part}_exps.weight"] = [tensors[name] for name in names]
     return parts
-
-
-def _joined(matrices: list[Matrix]) -> NDArray[Any]:
-    """Blocks, or numbers in fp32: llama.cpp computes norms and routers so. Several matrices have a dimension more."""
-    arrays = [one.blocks if isinstance(one, Q4KMatrix) else one.float().numpy() for one in matrices]
-    return arrays[0] if len(arrays) == 1 else np.stack(arrays)
-
-
-def _name_tensor(writer: GGUFWriter, name: str, data: NDArray[Any]) -> None:
-    writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, KIND if data.dtype == np.uint8 else None)
 
 
 def _gguf_tensors(shape: MixtureShape) -> Iterator[tuple[str, list[str]]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,14 +15,13 @@ from benchmarks.cgroup import capped_memory
 from benchmarks.llama import LlamaTask, decode_llama
 from benchmarks.processes import WEIGHTD, module_command, run_json, serving
 from benchmarks.report import Row
+from flags import size_given
 from paper.peers import BESIDE_WEIGHTS_BYTES
 from paper.rows import COLD, costs
 
 from moe.client import Task
 from moe.files import MixtureFiles
-from weightd.errors import UsageError
 from weightd.serving.served_models import demand_of
-from weightd.sizes import parse_size
 
 MEMORY = {"all": 1.0, "half": 0.5, "quarter": 0.25}  # of the model's bytes
 OURS = {True: "weightd", False: "no look-ahead"}
@@ -37,10 +35,7 @@ POOL_BYTES_MIN = 32 << 20  # for a small model, which half is not enough to serv
 def memory_given(text: str) -> str:
     """One of MEMORY, or the memory of all processes of a row, such as 10GB. Raises argparse.ArgumentTypeError."""
     if text not in MEMORY:
-        try:
-            parse_size(text)
-        except UsageError:
-            raise ArgumentTypeError(f"{text!r} is neither {', '.join(MEMORY)} nor a size such as 10GB") from None
+        size_given(text)
     return text
 
 
@@ -68,7 +63,7 @@ class Work:
             return self.files.model_bytes + (256 << 20)
         least_bytes = demand_of(self.files.record).minimum_bytes + POOL_BYTES_MIN
         if memory not in MEMORY:
-            return max(parse_size(memory) - BESIDE_GIVEN_BYTES, least_bytes)
+            return max(size_given(memory) - BESIDE_GIVEN_BYTES, least_bytes)
         return max(round(self.files.model_bytes * MEMORY[memory]), least_bytes)
 
     def memory_bytes(self, memory: str) -> int:

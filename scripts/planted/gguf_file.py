@@ -1,4 +1,4 @@
-"""A checkpoint in shards as a GGUF file, for llama.cpp: the same weights, matrices in F16."""
+"""Planted GGUF files: a checkpoint in shards with the same weights, matrices in F16; and matrices in Q4_K."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 from safetensors import safe_open
 from tqdm import tqdm
+
+from planted.q4_k import KIND, Matrix, Q4KMatrix
 
 OUTSIDE = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -77,6 +79,17 @@ def write_front(writer: GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+
+def joined(matrices: Sequence[Matrix]) -> NDArray[Any]:
+    """Blocks, or numbers in fp32, in which llama.cpp computes norms and routers. Several have a dimension more."""
+    arrays = [one.blocks if isinstance(one, Q4KMatrix) else one.float().numpy() for one in matrices]
+    return arrays[0] if len(arrays) == 1 else np.stack(arrays)
+
+
+def name_tensor(writer: GGUFWriter, name: str, data: NDArray[Any]) -> None:
+    """Adds a tensor like `data`, which joined() has returned, to the front of the file."""
+    writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, KIND if data.dtype == np.uint8 else None)
 
 
 def _kind(name: str) -> np.dtype[Any]:

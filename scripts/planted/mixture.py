@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from planted.layers import Noise, rotated
-from planted.q4_k import BLOCK_BYTES, BLOCK_VALUES, Q4KMatrix, Q4KNoise
+from planted.q4_k import Matrix, Q4KNoise, q4_k_bytes
 
 ADDED = 0.2  # standard deviation, per coordinate, of the output of one attention or mixture; that of embeddings is 1
 # A router's logit of a chosen expert; that of the others is -MARGIN. It is small because the weights of experts are as
@@ -39,9 +39,6 @@ ROWS_MAX = 20.0  # norm of a router's rows in units of the margin, at most
 NORM_EPSILON = 1e-5
 TOKENS_SPECIAL = 16  # token ids below this one are not in the sequence
 DTYPE = torch.float16
-
-
-Matrix = Tensor | Q4KMatrix
 
 
 class Matrices(Protocol):
@@ -141,7 +138,7 @@ class QuantisedShape(MixtureShape):
         return self.head_width
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
-        return rows * columns // BLOCK_VALUES * BLOCK_BYTES
+        return q4_k_bytes(rows, columns)
 
     def noise(self, seed: int) -> Matrices:
         return Q4KNoise(seed)

@@ -48,6 +48,14 @@ class Q4KMatrix:
         return self.float()[rows]
 
 
+Matrix = Tensor | Q4KMatrix
+
+
+def q4_k_bytes(rows: int, columns: int) -> int:
+    """The bytes of a matrix. Columns are a multiple of 256."""
+    return rows * columns // BLOCK_VALUES * BLOCK_BYTES
+
+
 class Q4KNoise:
     """Makes random matrices of consecutive blocks of one bank, from a random place on, with a scale of their own."""
 

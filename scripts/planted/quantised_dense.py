@@ -1,0 +1,123 @@
+"""A dense model (SwiGLU) with all matrices in Q4_K, random: a GGUF file, which weightd and llama.cpp read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from planted.dense import NORM_EPSILON, ROPE_THETA
+from planted.gguf_file import joined, name_tensor, new_writer, write_front
+from planted.q4_k import Matrix, Q4KNoise, q4_k_bytes
+from planted.shards import new_folder
+from planted.store import PlantedStore, import_once
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class QuantisedDense:
+    """Sizes of a model, which has Llama's architecture. Rows of all matrices are multiples of 256."""
+
+    hidden_size: int
+    ffn_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    context_tokens: int = 2048
+
+    @property
+    def kv_size(self) -> int:
+        return self.hidden_size // self.heads * self.kv_heads
+
+    @property
+    def layer(self) -> dict[str, tuple[int, int]]:
+        """The matrices of a layer: [rows, columns] by their names in the file."""
+        size, ffn_size = self.hidden_size, self.ffn_size
+        return {
+            "attn_q": (size, size),
+            "attn_k": (self.kv_size, size),
+            "attn_v": (self.kv_size, size),
+            "attn_output": (size, size),
+            "ffn_gate": (ffn_size, size),
+            "ffn_up": (ffn_size, size),
+            "ffn_down": (size, ffn_size),
+        }
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the matrices that a token needs: all but the embeddings."""
+        head_bytes = q4_k_bytes(self.vocabulary, self.hidden_size)
+        return head_bytes + self.layers * sum(q4_k_bytes(*size) for size in self.layer.values())
+
+    @property
+    def keys(self) -> dict[str, int | float]:
+        """Of the file's header."""
+        return {
+            "context_length": self.context_tokens,
+            "embedding_length": self.hidden_size,
+            "block_count": self.layers,
+            "feed_forward_length": self.ffn_size,
+            "attention.head_count": self.heads,
+            "attention.head_count_kv": self.kv_heads,
+            "attention.layer_norm_rms_epsilon": NORM_EPSILON,
+            "rope.freq_base": ROPE_THETA,
+            "rope.dimension_count": self.hidden_size // self.heads,
+            "vocab_size": self.vocabulary,
+        }
+
+
+QUANTISED = {
+    "llama-3-8b-q4_k": QuantisedDense(4096, 14336, 32, 32, 8, 128256),
+    "qwen-7b-q4_k": QuantisedDense(4096, 11008, 32, 32, 32, 151936),
+    # ChatGLM's FFN has two matrices of 16384 neurons; here it has three with as many weights.
+    "chatglm-6b-q4_k": QuantisedDense(4096, 11008, 28, 32, 32, 130560),
+    "llama-tiny-q4_k": QuantisedDense(256, 1024, 4, 4, 4, 2048),
+}
+
+
+def quantised_store(name: str, folder: Path) -> PlantedStore:
+    """The file and the store of one of QUANTISED in `folder`. Makes those that are missing.
+
+    Raises:
+        BenchError, OSError: as planted_store() does.
+    """
+    name, shape = f"planted-{name}", QUANTISED[name]
+    made = PlantedStore(folder / name / f"{name}.gguf", folder / f"store-{name}", name)
+    if not made.checkpoint.exists():
+        with new_folder(made.checkpoint.parent, 2 * shape.needed_bytes) as partial:
+            write_quantised(shape, partial / made.checkpoint.name)
+    import_once(made)
+    return made
+
+
+def write_quantised(shape: QuantisedDense, path: Path) -> None:
+    """Writes the file. One matrix is in memory at a time."""
+    writer = new_writer(path, "llama", shape.keys)
+    noise = Q4KNoise(SEED)
+    for name, size in _sizes(shape):
+        name_tensor(writer, name, joined([_random(noise, size)]))
+    write_front(writer)
+    for _, size in _sizes(shape):
+        writer.write_tensor_data(joined([_random(noise, size)]))
+    writer.close()
+
+
+def _sizes(shape: QuantisedDense) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """All tensors of the file."""
+    norm, matrix = (shape.hidden_size,), (shape.vocabulary, shape.hidden_size)
+    yield from {"token_embd.weight": matrix, "output_norm.weight": norm, "output.weight": matrix}.items()
+    for layer in range(shape.layers):
+        of_layer = shape.layer | {"attn_norm": norm, "ffn_norm": norm}
+        yield from ((f"blk.{layer}.{name}.weight", size) for name, size in of_layer.items())
+
+
+def _random(noise: Q4KNoise, size: tuple[int, ...]) -> Matrix:
+    """Norms are ones; other matrices keep the variance of what they are multiplied with."""
+    if len(size) == 1:
+        return torch.ones(size)
+    rows, columns = size
+    return noise.matrix(rows, columns, columns**-0.5)
