@@ -22,11 +22,10 @@ from flashclient.errors import FlashClientError, OptionError
 from flashclient.server.access import Access
 from flashclient.server.answer_formats import ANY_OBJECT
 from flashclient.server.answers import AnswerForm, ChatForm, CompletionForm
-from flashclient.server.body_faults import refused
 from flashclient.server.hosted_model import Answer, Asked, HostedModel
 from flashclient.server.metrics import Metrics
 from flashclient.server.pages import add_page
-from flashclient.server.problems import Problem
+from flashclient.server.problems import Problem, refused
 from flashclient.server.schema import ChatBody, CompletionBody, SamplingBody
 from flashclient.server.tools import ToolSet
 

@@ -23,7 +23,7 @@ from flashclient.generation.chat import LAYOUT, conversation
 from flashclient.generation.prompts import encode
 from flashclient.server.deadline import deadline
 from flashclient.server.problems import Problem
-from flashclient.server.tools import ToolFormat, format_of
+from flashclient.server.tool_formats import ToolFormat, format_of
 
 SEQUENCES_OF_REQUEST_MAX = 64
 CHARACTERS_MIN = 1 << 18  # of a prompt that is encoded in any case: an unknown word of any length may be one token

@@ -1,57 +1,21 @@
-"""Functions that a model may call: how families of models write calls, as data, and a reader of their texts."""
+"""Functions that a model may call: grammars of calls, and a reader of texts that have some."""
 
 from __future__ import annotations
 
 import json
-import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flashclient.batching.constraint import JSON_SPACE
 from flashclient.server.problems import Problem
+from flashclient.server.tool_formats import ToolFormat
 
 CALLS_MAX = 16  # of an answer that must call
+VALUE_END = "\n</parameter>\n"
+TEXT = f"text[suffix={json.dumps(VALUE_END)}]: /(?s:.*)/"  # a parameter that is text, and its end
 ID_CHARACTERS = 9  # templates of Mistral take no other number
-BETWEEN = re.compile(r"[\s;,]*")  # calls that follow each other without an end
-
-
-@dataclass(frozen=True)
-class ToolFormat:
-    """How calls are written: as JSON objects, with a name and arguments.
-
-    Attributes:
-        signs: texts that are all in the chat templates of such models.
-        other_signs: texts of templates of other formats, which have the same signs.
-        begin, end: around calls. No end: that of the answer.
-        arguments: the key of a call's arguments.
-        listed: whether all calls are one JSON list.
-        bare_json: whether an answer that begins with a brace is a call, too.
-    """
-
-    signs: Sequence[str]
-    other_signs: Sequence[str]
-    begin: str
-    end: str
-    arguments: str = "arguments"
-    listed: bool = False
-    bare_json: bool = False
-
-    def fits(self, template: str) -> bool:
-        return all(sign in template for sign in self.signs) and not any(sign in template for sign in self.other_signs)
-
-
-FORMATS = (
-    ToolFormat(("<tool_call>", "tools"), ("<function=", "<arg_key>"), "<tool_call>", "</tool_call>"),  # Hermes, Qwen
-    ToolFormat(("[TOOL_CALLS]", "tools"), ("[ARGS]",), "[TOOL_CALLS]", "", listed=True),  # Mistral
-    ToolFormat(('"parameters"', "tools"), (), "<|python_tag|>", "", arguments="parameters", bare_json=True),  # Llama 3
-)
-
-
-def format_of(template: str) -> ToolFormat | None:
-    """The format of a chat template; None where it takes no tools, or its calls cannot be read."""
-    return next((one for one in FORMATS if one.fits(template)), None)
 
 
 @dataclass(frozen=True)
@@ -84,41 +48,85 @@ class ToolSet:
 
     def markers(self, tokenizer: Any) -> dict[int, str]:
         """Special tokens that are around calls; decoding would leave them out."""
-        marks = {self.format.begin, self.format.end} & set(tokenizer.all_special_tokens)
+        marks = self.format.marks & set(tokenizer.all_special_tokens)
         return {int(tokenizer.convert_tokens_to_ids(mark)): mark for mark in marks}
 
     def grammar(self, tokenizer: Any, answer: Any = None) -> str:
         """A grammar of answers that call. With `answer`, a JSON schema, also of those that are JSON of it."""
         form, special = self.format, {mark: token for token, mark in self.markers(tokenizer).items()}
-        calls: dict[str, Any] = {"anyOf": [self._call(name) for name in self.parameters]}
         most = 1 if self.single_call else CALLS_MAX
-        if form.listed:
-            calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": most}
-        begin = f"<[{special[form.begin]}]>" if form.begin in special else _quoted(form.begin)
-        end = f"<[{special[form.end]}]>" if form.end in special else _quoted(form.end)
-        written = 'begin "\\n" calls "\\n" end' if form.end else "calls" if form.bare_json else "begin calls"
-        lines = [
-            f"start: one ({_quoted(chr(10))} one){{0,{most - 1}}}" if form.end and most > 1 else "start: one",
-            f"one: {written}",
-            *((f"begin: {begin}",) if "begin" in written else ()),
-            *((f"end: {end}",) if form.end else ()),
-            f"calls: %json {json.dumps(calls | {'x-guidance': JSON_SPACE})}",
-        ]
+
+        def mark(text: str) -> str:
+            return f"<[{special[text]}]>" if text in special else _quoted(text)
+
+        if form.elements or form.name_end:
+            rules = self._named_rules(mark)
+        else:
+            calls: dict[str, Any] = {"anyOf": [self._call(name) for name in self.parameters]}
+            if form.listed:
+                calls = {"type": "array", "items": calls, "minItems": 1, "maxItems": most}
+            written = 'begin "\\n" calls "\\n" end' if form.end else "calls" if form.bare_json else "begin calls"
+            rules = [
+                f"one: {written}",
+                *((f"begin: {mark(form.begin)}",) if "begin" in written else ()),
+                *((f"end: {mark(form.end)}",) if form.end else ()),
+                f"calls: {_json_rule(calls)}",
+            ]
+        again = f"{_quoted(chr(10))} one" if form.end else "one" if form.name_end else ""
+        lines = [f"start: one ({again}){{0,{most - 1}}}" if again and most > 1 else "start: one", *rules]
         if answer is not None:
             lines[0] += " | answer"
-            lines.append(f"answer: %json {json.dumps(answer | {'x-guidance': JSON_SPACE})}")
+            lines.append(f"answer: {_json_rule(answer)}")
         return "\n".join(lines)
 
+    def _named_rules(self, mark: Callable[[str], str]) -> list[str]:
+        """Rules of `one` call, by function."""
+        form, rules = self.format, []
+        for number, (name, schema) in enumerate(self.parameters.items()):
+            rule, schema = f"call_{number}", _with_own_references(name, schema)
+            if form.name_end:
+                rules.append(f"{rule}: {mark(form.begin)} {_quoted(name)} {mark(form.name_end)} {_json_rule(schema)}")
+                continue
+            known = schema.get("properties") if isinstance(schema.get("properties"), dict) else {}
+            given = []
+            for place, (key, value) in enumerate((known or {}).items()):
+                own: dict[str, Any] = {word: schema[word] for word in ("$id", "$defs", "definitions") if word in schema}
+                text = isinstance(value, dict) and value.get("type") == "string" and "enum" not in value
+                inside = "text" if text else f"{_element_value(value, own)} {_quoted(VALUE_END)}"
+                rules.append(f"{rule}_{place}: {_quoted(f'<parameter={key}>{chr(10)}')} {inside}")
+                given.append(f"{rule}_{place}" + ("" if key in schema.get("required", ()) else "?"))
+            opening, closing = f"{chr(10)}<function={name}>{chr(10)}", f"</function>{chr(10)}"
+            inside = " ".join([_quoted(opening), *given, _quoted(closing)])
+            rules.append(f"{rule}: {mark(form.begin)} {inside} {mark(form.end)}")
+        rules += [TEXT] if form.elements else []
+        return [f"one: {' | '.join(f'call_{number}' for number in range(len(self.parameters)))}", *rules]
+
     def _call(self, name: str) -> dict[str, Any]:
-        arguments = self.parameters[name]
-        if "$defs" in arguments or "definitions" in arguments:
-            arguments = {"$id": f"tool:/{name}"} | arguments  # its references are to itself
+        arguments = _with_own_references(name, self.parameters[name])
         return {
             "type": "object",
             "properties": {"name": {"const": name}, self.format.arguments: arguments},
             "required": ["name", self.format.arguments],
             "additionalProperties": False,
         }
+
+
+def _with_own_references(name: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function, whose references are to itself wherever it is put."""
+    named = {"$id": f"tool:/{name}"} if "$defs" in schema or "definitions" in schema else {}
+    return named | dict(schema)
+
+
+def _json_rule(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': JSON_SPACE})}"
+
+
+def _element_value(schema: Any, own: Mapping[str, Any]) -> str:
+    """What a parameter that is not just text may be."""
+    values = schema.get("enum") if isinstance(schema, dict) and schema.get("type") == "string" else None
+    if values and all(isinstance(value, str) for value in values):
+        return f"({' | '.join(map(_quoted, values))})"
+    return _json_rule({**own, **(schema if isinstance(schema, dict) else {})})
 
 
 class ToolReader:
@@ -190,7 +198,7 @@ class ToolReader:
                 self._taken(at + len(form.end))
                 self._inside, self._after = False, True
                 return self._given(calls)
-            if not _ends_in_string(text):  # nothing that follows makes it a call; an end inside of a string is none
+            if not form.may_go_on(text):  # nothing that follows makes it a call; an end inside of a string is none
                 following = self._held.find(form.begin, 1, at)
                 self._inside = following > 0
                 return [self._taken(following if self._inside else at + len(form.end))]
@@ -209,41 +217,19 @@ class ToolReader:
         return [*calls]
 
     def _read(self, text: str) -> list[ToolCall] | None:
-        """The calls of a text that is JSON; None where it is something else."""
+        """The calls of a text; None where it is something else."""
         try:
-            calls = [self._call(value) for value in _values(text)]
+            calls = [self._call(*call) for call in self._tools.format.read(text, self._tools.parameters)]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
         return calls or None
 
-    def _call(self, value: Any) -> ToolCall:
-        name, arguments = value["name"], value.get("arguments", value.get("parameters", {}))
+    def _call(self, name: str, arguments: Any) -> ToolCall:
         if name not in self._tools.parameters:
             raise ValueError(name)
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
-
-
-def _values(text: str) -> list[Any]:
-    """JSON values that follow each other; those of a list are its elements. Raises ValueError, RecursionError."""
-    decoder, at, values = json.JSONDecoder(), BETWEEN.match(text).end(), []  # type: ignore[union-attr]
-    while at < len(text):
-        value, at = decoder.raw_decode(text, at)
-        values += value if isinstance(value, list) else [value]
-        at = BETWEEN.match(text, at).end()  # type: ignore[union-attr]
-    return values
-
-
-def _ends_in_string(text: str) -> bool:
-    """Whether JSON ends within a string, so that more text may complete it."""
-    try:
-        _values(text)
-    except json.JSONDecodeError as error:
-        return error.msg.startswith("Unterminated string")
-    except (ValueError, RecursionError):
-        pass
-    return False
 
 
 def with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from checkpoints import VOCABULARY, make_tokenizer
 from flashclient.batching.constraint import Grammars
 from flashclient.batching.sampling import Sampler, Sampling
 from flashclient.server.problems import Problem
-from flashclient.server.tools import FORMATS, ToolCall, ToolReader, ToolSet, format_of, with_parsed_arguments
+from flashclient.server.tool_formats import FORMATS, format_of
+from flashclient.server.tools import ToolCall, ToolReader, ToolSet, with_parsed_arguments
 
-HERMES, MISTRAL, LLAMA = FORMATS
+HERMES, MISTRAL, LLAMA, NAMED, ELEMENTS = FORMATS
 PARAMETERS: dict[str, Any] = {
     "rain": {
         "type": "object",
@@ -51,6 +52,7 @@ def read(tools: ToolSet, text: str, chance: random.Random | None = None) -> list
 
 
 ONE = '{"name": "rain", "arguments": {"place": "Bern"}}'
+XML = "<tool_call>\n<function=rain>\n<parameter=place>\nBern\n</parameter>\n</function>\n</tool_call>"
 TWO = '{"name": "now", "arguments": {}}'
 
 
@@ -90,6 +92,25 @@ TWO = '{"name": "now", "arguments": {}}'
         (LLAMA, f"<|python_tag|>{TWO}; {ONE}", [NOW, RAIN]),
         (LLAMA, '{"a": 1}', ['{"a": 1}']),
         (LLAMA, 'It is {"a": 1}', ['It is {"a": 1}']),
+        (NAMED, '[TOOL_CALLS]rain[ARGS]{"place": "Bern"}', [RAIN]),
+        (NAMED, 'Well.[TOOL_CALLS]rain[ARGS]{"place": "Bern"}[TOOL_CALLS] now [ARGS] {}', ["Well.", RAIN, NOW]),
+        (
+            NAMED,
+            '[TOOL_CALLS]rain[ARGS]{"place": "[TOOL_CALLS]now[ARGS]"}',
+            [ToolCall("rain", '{"place": "[TOOL_CALLS]now[ARGS]"}')],
+        ),
+        (NAMED, '[TOOL_CALLS]rm[ARGS]{"place": "Bern"}', ['[TOOL_CALLS]rm[ARGS]{"place": "Bern"}']),
+        (NAMED, "[TOOL_CALLS]rain", ["[TOOL_CALLS]rain"]),
+        (ELEMENTS, XML, [RAIN]),
+        (ELEMENTS, f"So:\n{XML}\n<tool_call>\n<function=now>\n</function>\n</tool_call>", ["So:", RAIN, NOW]),
+        (
+            ELEMENTS,
+            XML.replace("Bern", "a\n<b></tool_call>\n</c>"),
+            [ToolCall("rain", '{"place": "a\\n<b></tool_call>\\n</c>"}')],
+        ),
+        (ELEMENTS, XML.replace("Bern", "[1, 2]"), [ToolCall("rain", '{"place": [1, 2]}')]),
+        (ELEMENTS, XML.replace("rain", "rm"), [XML.replace("rain", "rm")]),
+        (ELEMENTS, XML[:-20], [XML[:-20]]),
     ],
 )
 def test_calls_are_read(form: Any, text: str, expected: list[Any]) -> None:
@@ -113,12 +134,12 @@ def test_one_call_where_one_is_wanted() -> None:
 @pytest.mark.parametrize("one", [False, True])
 def test_random_texts_that_must_call(form: Any, one: bool) -> None:
     tokenizer = make_tokenizer()
-    special = form is MISTRAL
+    special = {id(MISTRAL): ["[TOOL_CALLS]"], id(NAMED): ["[TOOL_CALLS]", "[ARGS]"]}.get(id(form), [])
     if special:
-        tokenizer.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]"]})
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
     tools = tools_of(form, required=True, single_call=one)
     markers = tools.markers(tokenizer)
-    assert len(markers) == special
+    assert len(markers) == len(special)
     constraint = Grammars(tokenizer, VOCABULARY, [2]).lark(tools.grammar(tokenizer))
     for seed in range(4):
         random_of, mine = torch.Generator().manual_seed(seed), constraint.copy()
@@ -133,9 +154,34 @@ def test_random_texts_that_must_call(form: Any, one: bool) -> None:
         assert len(calls) == 1 or not one
 
 
+@pytest.mark.parametrize(
+    ("value", "loud"), [("if a < b:\n    c = '</d>'\n", "true"), ("", None), ("</parameter", "false")]
+)
+def test_any_text_may_be_a_parameter_of_an_element(value: str, loud: str | None) -> None:
+    say = {
+        "type": "object",
+        "properties": {"text": {"type": "string"}, "loud": {"type": "boolean"}},
+        "required": ["text"],
+    }
+    tools = ToolSet(ELEMENTS, {"say": say}, required=True, single_call=True)
+    tokenizer = make_tokenizer()
+    constraint = Grammars(tokenizer, VOCABULARY, [2]).lark(tools.grammar(tokenizer))
+    parameters = {"text": value} | ({} if loud is None else {"loud": loud})
+    written = "".join(f"<parameter={key}>\n{given}\n</parameter>\n" for key, given in parameters.items())
+    text = f"<tool_call>\n<function=say>\n{written}</function>\n</tool_call>"
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        assert constraint.allowed()[token], (tokenizer.decode([token]), text)
+        constraint.take(token)
+    (call,) = read(tools, text)
+    assert json.loads(call.arguments) == {"text": value} | ({} if loud is None else {"loud": loud == "true"})
+
+
 def test_formats_are_known_by_their_templates() -> None:
     assert format_of("{% if tools %}<tool_call>{% endif %}") is HERMES
     assert format_of("{% if tools %}<tool_call><function=x>{% endif %}") is None
+    assert format_of("{% if tools %}<tool_call><function=x><parameter=y>{% endif %}") is ELEMENTS
+    assert format_of("{% if tools %}[TOOL_CALLS]{{ name }}[ARGS]{% endif %}") is NAMED
+    assert format_of("{% if tools %}[TOOL_CALLS]{{ name }}[CALL_ID]{{ id }}[ARGS]{% endif %}") is None
     assert format_of('{% if tools %}{"name": x, "parameters": y}{% endif %}') is LLAMA
     assert format_of("{{ messages }}") is None
 

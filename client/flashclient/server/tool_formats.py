@@ -1,0 +1,149 @@
+"""How families of models write calls of functions, as data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BETWEEN = re.compile(r"[\s;,]*")  # calls that follow each other without an end
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How calls are written: as JSON objects with a name and arguments, where nothing else is said.
+
+    Attributes:
+        signs: texts that are all in the chat templates of such models.
+        other_signs: texts of templates of other formats, which have the same signs.
+        begin, end: around calls. No end: that of the answer.
+        arguments: the key of a call's arguments.
+        listed: whether all calls are one JSON list.
+        bare_json: whether an answer that begins with a brace is a call, too.
+        name_end: what is between a call's name and the JSON of its arguments, where they follow each other.
+        elements: whether a call is an element `<function=NAME>` with elements `<parameter=NAME>` in it, whose texts are
+            values: those of strings as they are, others as JSON.
+    """
+
+    signs: Sequence[str]
+    other_signs: Sequence[str]
+    begin: str
+    end: str
+    arguments: str = "arguments"
+    listed: bool = False
+    bare_json: bool = False
+    name_end: str = ""
+    elements: bool = False
+
+    def fits(self, template: str) -> bool:
+        return all(sign in template for sign in self.signs) and not any(sign in template for sign in self.other_signs)
+
+    @property
+    def marks(self) -> set[str]:
+        """Texts that may be special tokens."""
+        return {self.begin, self.end, self.name_end}
+
+    def read(self, text: str, parameters: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        """The name and arguments of each call in what is between `begin` and `end`.
+
+        Args:
+            parameters: schemas of functions, by name.
+
+        Raises:
+            ValueError, KeyError, TypeError, RecursionError: it is something else.
+        """
+        if self.elements:
+            return _elements(text, parameters)
+        if self.name_end:
+            return _named(text, self.begin, self.name_end)
+        return [(value["name"], value.get("arguments", value.get("parameters", {}))) for value in _values(text)]
+
+    def may_go_on(self, text: str) -> bool:
+        """Whether text that is no call ends within a value, so that more text may complete it."""
+        if self.elements:
+            return text.rfind("<parameter=") > text.rfind("</parameter>")
+        try:
+            _values(text)
+        except json.JSONDecodeError as error:
+            return error.msg.startswith("Unterminated string")
+        except (ValueError, RecursionError):
+            pass
+        return False
+
+
+FORMATS = (  # Hermes and Qwen, Mistral, Llama 3, newer Mistral, Qwen's Coder
+    ToolFormat(("<tool_call>", "tools"), ("<function=", "<arg_key>"), "<tool_call>", "</tool_call>"),
+    ToolFormat(("[TOOL_CALLS]", "tools"), ("[ARGS]",), "[TOOL_CALLS]", "", listed=True),
+    ToolFormat(('"parameters"', "tools"), ("<function=",), "<|python_tag|>", "", "parameters", bare_json=True),
+    ToolFormat(("[TOOL_CALLS]", "[ARGS]", "tools"), ("[CALL_ID]",), "[TOOL_CALLS]", "", name_end="[ARGS]"),
+    ToolFormat(("<tool_call>", "<function=", "<parameter=", "tools"), (), "<tool_call>", "</tool_call>", elements=True),
+)
+
+
+def format_of(template: str) -> ToolFormat | None:
+    """The format of a chat template; None where it takes no tools, or its calls cannot be read."""
+    return next((one for one in FORMATS if one.fits(template)), None)
+
+
+def _values(text: str) -> list[Any]:
+    """JSON values that follow each other; those of a list are its elements. Raises ValueError, RecursionError."""
+    decoder, at, values = json.JSONDecoder(), _after_space(text, 0), []
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        values += value if isinstance(value, list) else [value]
+        at = _after_space(text, at)
+    return values
+
+
+def _after_space(text: str, at: int) -> int:
+    return BETWEEN.match(text, at).end()  # type: ignore[union-attr]
+
+
+def _named(text: str, begin: str, name_end: str) -> list[tuple[str, Any]]:
+    decoder, at, calls = json.JSONDecoder(), 0, []
+    while text[at:].strip():
+        following = text.index(name_end, at)
+        name = text[at:following].strip().removeprefix(begin).strip()
+        value, at = decoder.raw_decode(text, _after_space(text, following + len(name_end)))
+        calls.append((name, value))
+    return calls
+
+
+FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*?)</function>\s*(?=<function=|$)", re.DOTALL)
+PARAMETER = re.compile(r"\s*<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>\s*(?=<parameter=|$)", re.DOTALL)
+
+
+def _elements(text: str, parameters: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    calls, at = [], 0
+    while at < len(text):
+        found = FUNCTION.match(text, at)
+        if found is None:
+            raise ValueError(text[at:])
+        name, inside = found.groups()
+        known = parameters[name].get("properties", {})
+        calls.append((name, _parameters(inside, known if isinstance(known, dict) else {})))
+        at = found.end()
+    return calls
+
+
+def _parameters(text: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    values, at, text = {}, 0, text.strip()
+    while at < len(text):
+        found = PARAMETER.match(text, at)
+        if found is None:
+            raise ValueError(text[at:])
+        values[found[1]] = _value(found[2], known.get(found[1]))
+        at = found.end()
+    return values
+
+
+def _value(text: str, schema: Any) -> Any:
+    """A parameter's value: text where the schema wants a string, else JSON; what is no JSON is text, too."""
+    if isinstance(schema, dict) and schema.get("type") == "string":
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
