@@ -12,6 +12,7 @@ from typing import NoReturn
 from flashclient import standard_streams
 from flashclient.commands import calibrate, chat, evaluate, generate, run, serve
 from flashclient.commands.arguments import utf8
+from flashclient.commands.completion import add_completion
 from flashclient.commands.keywords import in_flags
 from flashclient.commands.slips import UNRECOGNIZED, no_command, told
 from flashclient.errors import FlashClientError, OptionError
@@ -30,6 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="flashclient", description="Run large language models from flash, through a weightd.")
     parser.add_argument("--version", action="version", version=f"flashclient {version('weightd')}")
+    add_completion(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add(commands)

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from flashclient import standard_streams
+from flashclient.commands.completion import SHELLS, completion
 from flashclient.commands.slips import no_command
 from flashclient.standard_streams import complain, say
 from weightd.errors import DaemonError, UsageError, WeightdError
@@ -94,6 +95,11 @@ def _run(arguments: list[str]) -> int:
         case ["--version", *_]:
             say(f"weightd {version('weightd')}")
             return 0
+        case ["--print-completion", shell] if shell in SHELLS:
+            say(completion(_whole_parser(), shell))
+            return 0
+        case ["--print-completion", *_]:
+            raise UsageError(f"--print-completion takes one of {', '.join(SHELLS)}")
         case ["help", *command]:
             return _run([*command, "--help"])
         case [command, *rest] if command in MAINS:
@@ -135,6 +141,15 @@ def _ended_as_interrupted() -> Iterator[None]:
 def _describe(error: OSError) -> str:
     reason = (error.strerror or str(error)).lower()
     return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _whole_parser() -> FlagParser:
+    """With the commands that have a parser of their own."""
+    parser = _parser()
+    commands = next(one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
+    for name, module in MAINS.items():
+        commands.choices[name] = import_module("weightd.serving.config" if name == "serve" else module)._parser()
+    return parser
 
 
 def _parser() -> FlagParser:

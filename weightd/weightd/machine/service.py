@@ -47,8 +47,7 @@ WantedBy=default.target
 """
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Writes the files and says what comes next. Raises UsageError, ServiceError, OSError."""
+def _parser() -> FlagParser:
     parser = FlagParser(
         prog="weightd install-service", allow_abbrev=False, description="Installs weightd as a systemd service."
     )
@@ -57,7 +56,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--store", type=Path, metavar="DIR", help=store)
     parser.add_argument("--dram", metavar="SIZE", help="all memory for weights, such as 8GiB or 50%%")
     parser.add_argument("--root", type=Path, default=Path("/"), metavar="DIR", help="of an image that is being made")
-    options = parser.parse_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Writes the files and says what comes next. Raises UsageError, ServiceError, OSError."""
+    options = _parser().parse_args(list(arguments))
     if options.dram is not None:
         _check_dram(options.dram)
     if options.user:
