@@ -46,6 +46,23 @@ bool processor_has(std::string_view instruction_set) {
     return false;
 }
 
+bool processor_multiplies_bytes() {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+           __builtin_cpu_supports("bmi2");
+#else
+    return false;
+#endif
+}
+
+const Kernels* best_avx512(Dtype dtype) { return kernels_avx512(dtype); }
+const Kernels* best_avx512(BlockFormat format) {
+    return processor_multiplies_bytes() ? kernels_vnni(format) : kernels_avx512(format);
+}
+
+const Kernels* best_amx(Dtype dtype) { return kernels_amx(dtype); }
+const Kernels* best_amx(BlockFormat format) { return best_avx512(format); }
+
 std::string block_format_names() {
     std::string names;
     for (const auto& record : weightd::BLOCK_FORMATS) names += (names.empty() ? "" : ", ") + std::string(record.name);
@@ -54,8 +71,8 @@ std::string block_format_names() {
 
 template <typename Stored>
 const Kernels& table_of(Stored stored, std::string_view instruction_set) {
-    if (instruction_set == "amx") return *kernels_amx(stored);
-    if (instruction_set == "avx512") return *kernels_avx512(stored);
+    if (instruction_set == "amx") return *best_amx(stored);
+    if (instruction_set == "avx512") return *best_avx512(stored);
     if (instruction_set == "avx2") return *kernels_avx2(stored);
     return *kernels_portable(stored);
 }

@@ -1,7 +1,7 @@
 #include "kernels/linear.h"
 
 #include <algorithm>
-#include <optional>
+#include <list>
 #include <vector>
 
 #include "kernels/packed_rows.h"
@@ -21,6 +21,14 @@ size_t block_rows(size_t rows, size_t row_bytes, size_t threads) {
     const size_t step = block < BLOCK_ROWS_STEP ? BLOCK_ROWS_MIN : BLOCK_ROWS_STEP;
     return std::clamp(block / step * step, BLOCK_ROWS_MIN, BLOCK_ROWS_MAX);
 }
+
+// x as some of the matrices' kernels take it.
+struct PackedForm {
+    PackedForm(Workers& workers, const Kernels& kernels, const float* x, size_t tokens, size_t columns)
+        : pack(kernels.pack), rows(workers, kernels, x, tokens, columns) {}
+    decltype(Kernels::pack) pack;
+    PackedRows rows;
+};
 
 }  // namespace
 
@@ -79,25 +87,26 @@ void Linear::project(std::span<const Projection> projections, const void* x, siz
     struct Part {
         const Projection* projection;
         Rows rows;
+        const PackedRows* x;
         size_t first;
         size_t count;
     };
     const size_t columns = projections.front().weight.columns;
     const float* wide = widened(x, tokens, columns);
-    std::optional<PackedRows> packed, as_it_is;  // x in the forms that the matrices' kernels take
+    std::list<PackedForm> forms;  // of x, that the matrices' kernels take
     std::vector<Part> parts;
     for (const Projection& projection : projections) {
         const Rows of = rows_of(projection.weight);
         const size_t rows = block_rows(projection.weight.rows, of.bytes, workers_.threads());
+        auto form = std::ranges::find(forms, of.kernels.pack, &PackedForm::pack);
+        if (form == forms.end()) form = forms.emplace(form, workers_, of.kernels, wide, tokens, columns);
         for (size_t first = 0; first < projection.weight.rows; first += rows) {
-            parts.push_back({&projection, of, first, std::min(rows, projection.weight.rows - first)});
+            parts.push_back({&projection, of, &form->rows, first, std::min(rows, projection.weight.rows - first)});
         }
-        auto& form = of.kernels.pack != nullptr ? packed : as_it_is;
-        if (!form) form.emplace(workers_, of.kernels, wide, tokens, columns);
     }
     workers_.run(parts.size(), [&](size_t item) {
         const Part& part = parts[item];
-        of_block(part.rows, part.first, part.count, part.rows.kernels.pack != nullptr ? *packed : *as_it_is, tokens,
+        of_block(part.rows, part.first, part.count, *part.x, tokens,
                  [&](const Dots& dots) { round(*part.projection, dots); });
     });
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import numpy as np
 import pytest
-from blocks import decoded, random_rows, spoil
+from blocks import as_multiplied, decoded, random_rows, spoil
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from instruction_sets import AVAILABLE
@@ -60,8 +60,9 @@ def test_damaged_scales_spoil_their_own_neurons_only(format: str, tokens: int, i
     h, masks = np.empty((neurons, tokens), np.float32), np.full(neurons, 2**tokens - 1, np.uint16)
     kernels.fire(addresses, np.arange(neurons, dtype=np.uint32), masks, None, x, h)
     with np.errstate(all="ignore"):
-        products = gate.astype(np.float64) @ x.T
-        expected = products / (1 + np.exp(-products)) * (up.astype(np.float64) @ x.T)
+        multiplied = as_multiplied(x, instruction_set).T.astype(np.float64)
+        products = gate @ multiplied
+        expected = products / (1 + np.exp(-products)) * (up @ multiplied)
     spoilt = ~np.isfinite(expected).all(axis=1)
     assert list(np.flatnonzero(~np.isfinite(h).all(axis=1))) == list(np.flatnonzero(spoilt))
     assert spoilt.sum() == 2

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from blocks import decoded, random_rows
+from blocks import as_multiplied, decoded, random_rows
 from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -173,10 +173,48 @@ def test_a_matrix_in_blocks_is_computed_on_as_it_lies(format: str, instruction_s
         kernel, given = Linear(WORKERS, name, instruction_set), x.to(dtype)
         y, alone = torch.empty(35, outputs, dtype=dtype), torch.empty(1, outputs, dtype=dtype)
         kernel.project(encoded, array_of(bias), array_of(given), array_of(y))
-        assert near(y, x.double() @ values.T + bias.double())
+        assert near(y, torch.from_numpy(as_multiplied(x.float().numpy(), instruction_set)).double() @ values.T + bias)
         for row in (0, 17, 34):
             kernel.project(encoded, array_of(bias), array_of(given[row : row + 1]), array_of(alone))
             assert torch.equal(alone[0], y[row]), "a row depends on its batch-mates"
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+def test_bits_of_blocks_depend_on_the_row_alone(format: str, instruction_set: str) -> None:
+    """Not on the number of rows or threads. Rows may end within the largest vectors."""
+    block = BLOCK_FORMATS[format]
+    for columns in {256, -(-96 // block.values) * block.values, -(-576 // block.values) * block.values}:
+        encoded = EncodedMatrix(in_blocks(format), random_rows(format, 83, columns, 0.1, 0), columns)
+        x = np.random.default_rng(0).standard_normal((40, columns)).astype(np.float32)
+        whole = np.empty((40, 83), np.float32)
+        Linear(WORKERS, "F32", instruction_set).multiply(encoded, x, whole)
+        for rows, threads in ((1, 1), (2, 2), (7, 3), (16, 1), (40, 5)):
+            y = np.empty((rows, 83), np.float32)
+            Linear(Workers(threads), "F32", instruction_set).multiply(encoded, x[:rows], y)
+            assert np.array_equal(y, whole[:rows])
+
+
+@pytest.mark.parametrize("instruction_set", AVAILABLE)
+@pytest.mark.parametrize("format", BLOCK_FORMATS)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_blocks_times_special_numbers(format: str, instruction_set: str, rows: int) -> None:
+    """NaN and infinity spoil their own row. Numbers of any size and zeros are computed as any others."""
+    stored = random_rows(format, 20, 512, 0.1, 0)
+    values, encoded = decoded(format, stored).astype(np.float64), EncodedMatrix(in_blocks(format), stored, 512)
+    x = np.random.default_rng(0).standard_normal((rows, 512)).astype(np.float32)
+    kernel, y = Linear(WORKERS, "F32", instruction_set), np.empty((rows, 20), np.float32)
+    for size in (1e-30, 1e-8, 0, 1e20, 1e34):
+        scaled = x * np.float32(size)
+        kernel.multiply(encoded, scaled, y)
+        expected = as_multiplied(scaled, instruction_set).astype(np.float64) @ values.T
+        assert np.allclose(y, expected, rtol=1e-5, atol=1e-5 * size)
+    for special in (np.nan, np.inf, -np.inf):
+        spoilt = x.copy()
+        spoilt[-1, 77] = special
+        kernel.multiply(encoded, spoilt, y)
+        assert not np.isfinite(y[-1]).any()
+        assert np.isfinite(y[:-1]).all()
 
 
 def test_matrices_in_blocks_that_are_none_are_refused() -> None:
@@ -204,7 +242,7 @@ def test_weights_in_blocks_of_other_modules_are_decoded() -> None:
         module._parameters["weight"] = EncodedWeight.of_blocks(rows, "w", torch.float32)
     use_fast_linears(model, WORKERS)
     assert settle_encoded_weights(model) == ["scaled"]
-    x = torch.randn(2, 64)
+    x = torch.from_numpy(as_multiplied(torch.randn(2, 64).numpy(), AVAILABLE[0]))
     with torch.no_grad():
         for module in (model["head"], model["scaled"]):
             expected = nn.functional.linear(x, rows.values(), module.bias)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from blocks import decoded, random_rows
+from blocks import as_multiplied, decoded, random_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import AVAILABLE, INSTRUCTION_SETS
@@ -81,9 +81,11 @@ class Slabs:
             kernels.add_rows(self.addresses[begin:end], array_of(biases), None, array_of(x), array_of(y))
         return y
 
-    def reference(self, x: Tensor) -> Tensor:
-        pairs = zip(self.matrices, self.biases.double(), strict=True)
-        products = [x.double() @ rows.T + bias for rows, bias in pairs]
+    def reference(self, x: Tensor, instruction_set: str) -> Tensor:
+        multiplied = torch.from_numpy(as_multiplied(x.numpy(), instruction_set))
+        inputs = [(x if format in DTYPES else multiplied).double() for format in self.formats[:-1]]
+        parts = zip(inputs, self.matrices, self.biases.double(), strict=True)
+        products = [x @ rows.T + bias for x, rows, bias in parts]
         return neurons_of(ACTIVATIONS[self.activation], *products) @ self.down.T
 
 
@@ -111,14 +113,18 @@ def test_sum_is_the_formula(instruction_set: str, down: str) -> None:
         kernels = case.kernels(instruction_set)
         for tokens in (1, 2, 5, 16, 40):
             x = rows_of(tokens, case.hidden)
-            torch.testing.assert_close(case.run(kernels, x).double(), case.reference(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                case.run(kernels, x).double(), case.reference(x, instruction_set), rtol=1e-4, atol=1e-4
+            )
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
 def test_activations(activation: str) -> None:
     case = Slabs(("Q4_0", "Q8_0", "Q4_1"), 64, 32, 2, activation)
     x = rows_of(3, 64)
-    torch.testing.assert_close(case.run(case.kernels(), x).double(), case.reference(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        case.run(case.kernels(), x).double(), case.reference(x, AVAILABLE[0]), rtol=1e-4, atol=1e-4
+    )
 
 
 @settings(deadline=None, max_examples=40)

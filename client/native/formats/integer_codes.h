@@ -1,0 +1,153 @@
+// GGML's quantised formats as integers: value = scale * (code - ZERO) + least, for products with integers
+// (integer_products.h). block_formats.h has them in fp32. To add a format, see "Encodings" in proto/README.md.
+//
+// A stretch is 128 values of a row: four units of 32, which are blocks or parts of a block of 256. Codes<format> has
+//   ZERO      a power of two, or 0
+//   PARTS     1: a unit has one scale; 2: each half of it has its own
+//   LEAST     whether there are leasts
+//   codes<half>(at)           the stretch's codes; `at`: its first block, or the block of 256 of which it is a half
+//   scales<half>(at, of)      of four rows
+// Compiled with AVX-512 VNNI and VBMI, by files that define KERNEL and LANE as kernels_body.h says.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "encoding.h"
+
+namespace flashclient {
+namespace {
+
+constexpr size_t UNIT = 32, UNITS = 4, STRETCH = UNIT * UNITS;
+constexpr size_t QUAD = 4;  // rows whose scales are made together
+
+// The codes of a stretch, bytes: sixteen of each unit in `halves[0]`, the other sixteen in `halves[1]`.
+struct StretchCodes {
+    __m512i halves[2];
+};
+
+// Scales and leasts of four rows, of all units [unit][row], and of both halves where each has its own.
+template <size_t parts>
+struct QuadScales {
+    __m512 scale[parts];
+    __m512 least[parts];
+};
+
+using QuadBlocks = const uint8_t* const (&)[QUAD];
+
+template <weightd::BlockFormat format>
+struct Codes;
+
+template <weightd::BlockFormat format>
+constexpr weightd::BlockRecord record_of() {
+    return weightd::BLOCK_FORMATS[static_cast<size_t>(format)];
+}
+
+// ---- Vectors of bytes ----
+
+LANE __m128i sixteen_at(const uint8_t* bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)); }
+
+// Sixteen bytes of each of four blocks.
+LANE __m512i of_four_blocks(const uint8_t* first, size_t stride) {
+    __m512i bytes = _mm512_castsi128_si512(sixteen_at(first));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0x00f0, sixteen_at(first + stride));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0x0f00, sixteen_at(first + 2 * stride));
+    return _mm512_mask_broadcast_i32x4(bytes, 0xf000, sixteen_at(first + 3 * stride));
+}
+
+LANE __m512i field(__m512i bytes, int mask) {
+    return _mm512_and_si512(bytes, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+
+constexpr int AND_OR = 0xea;  // of ternary logic: a & b | c
+
+LANE __m512i with_field(__m512i codes, __m512i bytes, int mask) {
+    return _mm512_ternarylogic_epi32(bytes, _mm512_set1_epi8(static_cast<char>(mask)), codes, AND_OR);
+}
+
+// Numbers for the four quarters of a vector.
+LANE __m512i of_units(int first, int second, int third, int fourth) {
+    return _mm512_setr_epi32(first, first, first, first, second, second, second, second, third, third, third, third,
+                             fourth, fourth, fourth, fourth);
+}
+
+// Codes of four bits of blocks of 32: lower halves of bytes first.
+LANE StretchCodes halves_of_bytes(const uint8_t* first, size_t stride) {
+    const __m512i bytes = of_four_blocks(first, stride);
+    return {{field(bytes, 15), field(_mm512_srli_epi32(bytes, 4), 15)}};
+}
+
+LANE StretchCodes looked_up(const StretchCodes& codes, const uint8_t (&numbers)[16]) {
+    const __m512i table = _mm512_broadcast_i32x4(sixteen_at(numbers));
+    return {{_mm512_shuffle_epi8(table, codes.halves[0]), _mm512_shuffle_epi8(table, codes.halves[1])}};
+}
+
+// ---- Scales ----
+
+// Numbers of half precision of four blocks of four rows, [unit][row].
+LANE __m512 halves_of_blocks(QuadBlocks at, size_t offset, size_t stride) {
+    uint16_t each[2][8];
+    __m128i two[2];
+    for (size_t pair = 0; pair < 2; pair++) {
+        for (size_t i = 0; i < 8; i++) {
+            std::memcpy(&each[pair][i], at[i % QUAD] + offset + (2 * pair + i / QUAD) * stride, 2);
+        }
+        __m128i halves = _mm_cvtsi32_si128(each[pair][0]);
+        halves = _mm_insert_epi16(halves, each[pair][1], 1);
+        halves = _mm_insert_epi16(halves, each[pair][2], 2);
+        halves = _mm_insert_epi16(halves, each[pair][3], 3);
+        halves = _mm_insert_epi16(halves, each[pair][4], 4);
+        halves = _mm_insert_epi16(halves, each[pair][5], 5);
+        halves = _mm_insert_epi16(halves, each[pair][6], 6);
+        two[pair] = _mm_insert_epi16(halves, each[pair][7], 7);
+    }
+    return _mm512_cvtph_ps(_mm256_set_m128i(two[1], two[0]));
+}
+
+// A number of half precision of each of four rows, for all units.
+LANE __m512 halves_of_rows(QuadBlocks at, size_t offset) {
+    uint16_t each[QUAD];
+    for (size_t r = 0; r < QUAD; r++) std::memcpy(&each[r], at[r] + offset, 2);
+    __m128i halves = _mm_cvtsi32_si128(each[0]);
+    halves = _mm_insert_epi16(halves, each[1], 1);
+    halves = _mm_insert_epi16(halves, each[2], 2);
+    halves = _mm_insert_epi16(halves, each[3], 3);
+    return _mm512_cvtph_ps(_mm256_broadcastq_epi64(halves));
+}
+
+// Bytes of four rows, one of each unit, as numbers [unit][row].
+LANE __m512i bytes_of_rows(uint32_t first, uint32_t second, uint32_t third, uint32_t fourth) {
+    __m128i bytes = _mm_cvtsi32_si128(static_cast<int>(first));
+    bytes = _mm_insert_epi32(bytes, static_cast<int>(second), 1);
+    bytes = _mm_insert_epi32(bytes, static_cast<int>(third), 2);
+    bytes = _mm_insert_epi32(bytes, static_cast<int>(fourth), 3);
+    const __m128i by_unit = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    return _mm512_cvtepu8_epi32(_mm_shuffle_epi8(bytes, by_unit));
+}
+
+LANE __m512 scaled(__m512i numbers, int zero, __m512 by) {
+    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(numbers, _mm512_set1_epi32(zero))), by);
+}
+
+// Of four rows of eight bytes, for both halves of four units: [unit][half].
+struct HalfNumbers {
+    __m512i of[2];
+
+    LANE explicit HalfNumbers(const uint64_t (&rows)[QUAD]) {
+        const __m256i bytes = _mm256_setr_epi64x(static_cast<long long>(rows[0]), static_cast<long long>(rows[1]),
+                                                 static_cast<long long>(rows[2]), static_cast<long long>(rows[3]));
+        const __m256i by_unit = _mm256_setr_epi8(0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30,  //
+                                                 1, 9, 17, 25, 3, 11, 19, 27, 5, 13, 21, 29, 7, 15, 23, 31);
+        const __m256i sorted = _mm256_permutexvar_epi8(by_unit, bytes);
+        of[0] = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(sorted));
+        of[1] = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(sorted, 1));
+    }
+};
+
+}  // namespace
+}  // namespace flashclient
+
+#include "formats/integer_formats.h"

@@ -1,0 +1,312 @@
+// What Codes<format> is of each format; integer_codes.h says what it has, and includes this.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace flashclient {
+namespace {
+
+// Blocks of 32 values with a scale in half precision, and a least behind it.
+template <BlockFormat format, bool least>
+struct SmallBlocks {
+    static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 1;
+    static constexpr bool LEAST = least;
+
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
+        of.scale[0] = halves_of_blocks(at, 0, BYTES);
+        if constexpr (least) of.least[0] = halves_of_blocks(at, 2, BYTES);
+    }
+};
+
+template <>
+struct Codes<BlockFormat::q8_0> : SmallBlocks<BlockFormat::q8_0, false> {
+    static constexpr int ZERO = 128;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        const __m512i sign = _mm512_set1_epi8(static_cast<char>(ZERO));
+        return {{_mm512_xor_si512(of_four_blocks(at + 2, BYTES), sign),
+                 _mm512_xor_si512(of_four_blocks(at + 18, BYTES), sign)}};
+    }
+};
+
+template <>
+struct Codes<BlockFormat::q4_0> : SmallBlocks<BlockFormat::q4_0, false> {
+    static constexpr int ZERO = 8;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return halves_of_bytes(at + 2, BYTES);
+    }
+};
+
+template <>
+struct Codes<BlockFormat::q4_1> : SmallBlocks<BlockFormat::q4_1, true> {
+    static constexpr int ZERO = 0;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return halves_of_bytes(at + 4, BYTES);
+    }
+};
+
+constexpr uint8_t IQ4_NL_ABOVE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+template <>
+struct Codes<BlockFormat::iq4_nl> : SmallBlocks<BlockFormat::iq4_nl, false> {
+    static constexpr int ZERO = 128;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return looked_up(halves_of_bytes(at + 2, BYTES), IQ4_NL_ABOVE);
+    }
+};
+
+// A fifth bit of each code: two bytes for sixteen codes of each block.
+LANE StretchCodes with_fifth_bits(StretchCodes codes, const uint8_t* bits, size_t stride) {
+    uint64_t masks[2] = {};
+    for (size_t unit = UNITS; unit-- > 0;) {
+        uint32_t of_unit;
+        std::memcpy(&of_unit, bits + unit * stride, sizeof(of_unit));
+        masks[0] = masks[0] << 16 | (of_unit & 0xffff);
+        masks[1] = masks[1] << 16 | of_unit >> 16;
+    }
+    const __m512i fifth = _mm512_set1_epi8(16);
+    for (size_t i = 0; i < 2; i++)
+        codes.halves[i] = _mm512_mask_add_epi8(codes.halves[i], masks[i], codes.halves[i], fifth);
+    return codes;
+}
+
+template <>
+struct Codes<BlockFormat::q5_0> : SmallBlocks<BlockFormat::q5_0, false> {
+    static constexpr int ZERO = 16;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return with_fifth_bits(halves_of_bytes(at + 6, BYTES), at + 2, BYTES);
+    }
+};
+
+template <>
+struct Codes<BlockFormat::q5_1> : SmallBlocks<BlockFormat::q5_1, true> {
+    static constexpr int ZERO = 0;
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return with_fifth_bits(halves_of_bytes(at + 8, BYTES), at + 4, BYTES);
+    }
+};
+
+constexpr uint8_t E2M1_ABOVE[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};  // doubled
+
+template <>
+struct Codes<BlockFormat::mxfp4> {
+    static constexpr size_t BYTES = record_of<BlockFormat::mxfp4>().bytes, PARTS = 1;
+    static constexpr int ZERO = 16;
+    static constexpr bool LEAST = false;
+
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return looked_up(halves_of_bytes(at + 1, BYTES), E2M1_ABOVE);
+    }
+    // Half of the power of two that an exponent stands for: those of the two least are smaller than normal numbers.
+    // That of the greatest would be beyond fp32, as the values of most codes are.
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
+        alignas(16) uint8_t each[16];
+        for (size_t i = 0; i < 16; i++) each[i] = at[i % QUAD][i / QUAD * BYTES];
+        const __m512i exponent = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(each)));
+        const __m512i one = _mm512_set1_epi32(1);
+        const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(exponent, one), 23);
+        const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), exponent);
+        const __m512i power = _mm512_mask_mov_epi32(normal, _mm512_cmple_epi32_mask(exponent, one), small);
+        const __mmask16 greatest = _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(255));
+        of.scale[0] = _mm512_castsi512_ps(_mm512_mask_slli_epi32(power, greatest, exponent, 23));
+    }
+};
+
+// ---- Blocks of 256 values ----
+
+template <BlockFormat format>
+struct SixBitScales {  // of Q4_K and Q5_K
+    static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 1;
+    static constexpr int ZERO = 0;
+    static constexpr bool LEAST = true;
+
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
+        constexpr uint32_t SIX = 0x3f3f3f3f, FOUR = 0x0f0f0f0f, UPPER_TWO = 0x30303030;
+        uint32_t scale[QUAD], least[QUAD];
+        for (size_t r = 0; r < QUAD; r++) {
+            uint32_t packed[3];
+            std::memcpy(packed, at[r] + 4, sizeof(packed));
+            if constexpr (half == 0) {
+                scale[r] = packed[0] & SIX;
+                least[r] = packed[1] & SIX;
+            } else {
+                scale[r] = (packed[2] & FOUR) | (packed[0] >> 2 & UPPER_TWO);
+                least[r] = (packed[2] >> 4 & FOUR) | (packed[1] >> 2 & UPPER_TWO);
+            }
+        }
+        const __m512i scales = bytes_of_rows(scale[0], scale[1], scale[2], scale[3]);
+        const __m512i leasts = bytes_of_rows(least[0], least[1], least[2], least[3]);
+        const __m512 sign = _mm512_set1_ps(-0.0f);
+        of.scale[0] = scaled(scales, 0, halves_of_rows(at, 0));
+        of.least[0] = scaled(leasts, 0, _mm512_xor_ps(halves_of_rows(at, 2), sign));
+    }
+    // Of 64 values, the first half are in the lower halves of 32 bytes.
+    LANE static StretchCodes halves(const uint8_t* bytes) {
+        const __m512i all = _mm512_loadu_si512(bytes);
+        const __m512i shift = of_units(0, 4, 0, 4);
+        return {{field(_mm512_srlv_epi32(_mm512_shuffle_i64x2(all, all, 0xa0), shift), 15),
+                 field(_mm512_srlv_epi32(_mm512_shuffle_i64x2(all, all, 0xf5), shift), 15)}};
+    }
+};
+
+template <>
+struct Codes<BlockFormat::q4_k> : SixBitScales<BlockFormat::q4_k> {
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return halves(at + 16 + half * 64);
+    }
+};
+
+// Adds a field of bits of sixteen bytes: of each unit other bits, which a rotation brings to their place.
+LANE __m512i with_upper_bits(__m512i codes, const uint8_t* bytes, __m512i rotation, int mask) {
+    const __m512i bits = _mm512_rolv_epi32(_mm512_broadcast_i32x4(sixteen_at(bytes)), rotation);
+    return with_field(codes, bits, mask);
+}
+
+// The fifth bit: bit i of 32 bytes belongs to unit i of the block.
+template <>
+struct Codes<BlockFormat::q5_k> : SixBitScales<BlockFormat::q5_k> {
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        const StretchCodes lower = halves(at + 48 + half * 64);
+        const __m512i rotation = half == 0 ? of_units(4, 3, 2, 1) : of_units(0, 31, 30, 29);
+        return {{with_upper_bits(lower.halves[0], at + 16, rotation, 16),
+                 with_upper_bits(lower.halves[1], at + 32, rotation, 16)}};
+    }
+};
+
+// Blocks whose halves of units have scales, of one byte each.
+template <BlockFormat format>
+struct ScalesOfHalves {
+    static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 2;
+};
+
+template <>
+struct Codes<BlockFormat::q6_k> : ScalesOfHalves<BlockFormat::q6_k> {
+    static constexpr int ZERO = 32;
+    static constexpr bool LEAST = false;
+
+    // The lower four bits lie in 64 bytes, lower halves first, and the upper two in 32 bytes, lowest first.
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        const __m512i all = _mm512_loadu_si512(at + half * 64);
+        const __m512i shift = of_units(0, 0, 4, 4), rotation = of_units(4, 2, 0, 30);
+        const uint8_t* upper = at + 128 + half * 32;
+        const __m512i first = field(_mm512_srlv_epi32(_mm512_shuffle_i64x2(all, all, 0x88), shift), 15);
+        const __m512i second = field(_mm512_srlv_epi32(_mm512_shuffle_i64x2(all, all, 0xdd), shift), 15);
+        return {{with_upper_bits(first, upper, rotation, 48), with_upper_bits(second, upper + 16, rotation, 48)}};
+    }
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+        uint64_t bytes[QUAD];
+        for (size_t r = 0; r < QUAD; r++) {
+            std::memcpy(&bytes[r], at[r] + 192 + half * 8, sizeof(bytes[r]));
+            bytes[r] ^= 0x8080808080808080;
+        }
+        const HalfNumbers numbers(bytes);
+        const __m512 factor = halves_of_rows(at, 208);
+        for (size_t i = 0; i < 2; i++) of.scale[i] = scaled(numbers.of[i], 128, factor);
+    }
+};
+
+// Codes of two bits: 128 in 32 bytes, lowest bits first.
+LANE StretchCodes quarters_of_bytes(const uint8_t* bytes) {
+    const __m512i shift = of_units(0, 2, 4, 6);
+    return {{field(_mm512_srlv_epi32(_mm512_broadcast_i32x4(sixteen_at(bytes)), shift), 3),
+             field(_mm512_srlv_epi32(_mm512_broadcast_i32x4(sixteen_at(bytes + 16)), shift), 3)}};
+}
+
+template <>
+struct Codes<BlockFormat::q2_k> : ScalesOfHalves<BlockFormat::q2_k> {
+    static constexpr int ZERO = 0;
+    static constexpr bool LEAST = true;
+
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return quarters_of_bytes(at + 16 + half * 32);
+    }
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+        uint64_t bytes[QUAD];
+        for (size_t r = 0; r < QUAD; r++) std::memcpy(&bytes[r], at[r] + half * 8, sizeof(bytes[r]));
+        const HalfNumbers numbers(bytes);
+        const __m512 factor = halves_of_rows(at, 80);
+        const __m512 of_least = _mm512_xor_ps(halves_of_rows(at, 82), _mm512_set1_ps(-0.0f));
+        for (size_t i = 0; i < 2; i++) {
+            of.scale[i] = scaled(_mm512_and_si512(numbers.of[i], _mm512_set1_epi32(15)), 0, factor);
+            of.least[i] = scaled(_mm512_srli_epi32(numbers.of[i], 4), 0, of_least);
+        }
+    }
+};
+
+template <>
+struct Codes<BlockFormat::q3_k> : ScalesOfHalves<BlockFormat::q3_k> {
+    static constexpr int ZERO = 4;
+    static constexpr bool LEAST = false;
+
+    // The third bit: bit i of 32 bytes belongs to unit i of the block.
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        const StretchCodes lower = quarters_of_bytes(at + 32 + half * 32);
+        const __m512i rotation = half == 0 ? of_units(2, 1, 0, 31) : of_units(30, 29, 28, 27);
+        return {{with_upper_bits(lower.halves[0], at, rotation, 4),
+                 with_upper_bits(lower.halves[1], at + 16, rotation, 4)}};
+    }
+    // Sixteen scales of six bits: the lower four in eight bytes, lower halves first, the upper two in four bytes.
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+        constexpr uint64_t FOUR = 0x0f0f0f0f0f0f0f0f;
+        constexpr uint32_t TWO = 0x03030303;
+        uint64_t bytes[QUAD];
+        for (size_t r = 0; r < QUAD; r++) {
+            uint64_t lower;
+            uint32_t upper;
+            std::memcpy(&lower, at[r] + 96, sizeof(lower));
+            std::memcpy(&upper, at[r] + 104, sizeof(upper));
+            const uint64_t both = uint64_t{upper >> 4 * half & TWO} | uint64_t{upper >> (4 * half + 2) & TWO} << 32;
+            bytes[r] = (lower >> 4 * half & FOUR) | both << 4;
+        }
+        const HalfNumbers numbers(bytes);
+        const __m512 factor = halves_of_rows(at, 108);
+        for (size_t i = 0; i < 2; i++) of.scale[i] = scaled(numbers.of[i], 32, factor);
+    }
+};
+
+template <>
+struct Codes<BlockFormat::iq4_xs> {
+    static constexpr size_t BYTES = record_of<BlockFormat::iq4_xs>().bytes, PARTS = 1;
+    static constexpr int ZERO = 128;
+    static constexpr bool LEAST = false;
+
+    template <size_t half>
+    LANE static StretchCodes codes(const uint8_t* at) {
+        return looked_up(halves_of_bytes(at + 8 + half * 64, 16), IQ4_NL_ABOVE);
+    }
+    // Eight scales of six bits: the lower four in four bytes, the upper two in a number of sixteen bits.
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
+        uint32_t bytes[QUAD];
+        for (size_t r = 0; r < QUAD; r++) {
+            uint16_t lower;
+            std::memcpy(&lower, at[r] + 4 + half * 2, sizeof(lower));
+            bytes[r] = _pdep_u32(lower, 0x0f0f0f0f) | _pdep_u32(at[r][2 + half], 0x30303030);
+        }
+        of.scale[0] = scaled(bytes_of_rows(bytes[0], bytes[1], bytes[2], bytes[3]), 32, halves_of_rows(at, 0));
+    }
+};
+
+}  // namespace
+}  // namespace flashclient

@@ -1,0 +1,197 @@
+// Products of rows in blocks with rows of x as integers (integer_activations.h), for four rows at a time.
+//
+// A dot is four chains of sums in fp32: chain i adds the products of units i, i + 4, ... of the row, each an exact
+// integer times both scales, and the leasts times the sums of x. The chains are added in the end. This order follows
+// from the length of the row alone.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "formats/integer_activations.h"
+
+namespace flashclient {
+namespace {
+
+constexpr size_t AHEAD_BYTES = 8192;  // fetched before they are computed: latency times speed
+constexpr size_t LINE_BYTES = 64;
+
+// Where the stretches of rows lie.
+template <BlockFormat format>
+struct Stretches {
+    static constexpr bool LARGE = record_of<format>().values > UNIT;                  // a block is two stretches
+    static constexpr size_t BYTES = record_of<format>().bytes * (LARGE ? 1 : UNITS);  // of two or one
+    static constexpr size_t STRETCHES = LARGE ? 2 : 1;                                // in BYTES
+    static size_t bytes_of(size_t elements) {
+        return elements / record_of<format>().values * record_of<format>().bytes;
+    }
+};
+
+// Sums of the four numbers in each quarter of four vectors: [quarter][vector].
+LANE __m512i quarter_sums(const __m512i (&of)[QUAD]) {
+    const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(of[0], of[1]), _mm512_unpackhi_epi32(of[0], of[1]));
+    const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(of[2], of[3]), _mm512_unpackhi_epi32(of[2], of[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+}
+
+// (chain 0 + chain 1) + (chain 2 + chain 3) of four rows.
+LANE __m128 sums_of_chains(__m512 chains) {
+    const __m128 low = _mm_add_ps(_mm512_castps512_ps128(chains), _mm512_extractf32x4_ps(chains, 1));
+    const __m128 high = _mm_add_ps(_mm512_extractf32x4_ps(chains, 2), _mm512_extractf32x4_ps(chains, 3));
+    return _mm_add_ps(low, high);
+}
+
+template <BlockFormat format>
+struct QuadStretch {  // a stretch of four rows, decoded
+    using Of = Codes<format>;
+    StretchCodes codes[QUAD];
+    QuadScales<Of::PARTS> scales;
+
+    template <size_t half>
+    LANE void decode(QuadBlocks at) {
+        for (size_t r = 0; r < QUAD; r++) codes[r] = Of::template codes<half>(at[r]);
+        Of::template scales<half>(at, scales);
+    }
+
+    template <size_t part>
+    LANE __m512 add_part(const __m512i (&sums)[QUAD], const StretchOfX::Sums& of_x, __m512 scale_of_x,
+                         __m512 chains) const {
+        __m512i sum = quarter_sums(sums);
+        if constexpr (Of::ZERO != 0) {
+            constexpr int SHIFT = __builtin_ctz(Of::ZERO);
+            sum = _mm512_sub_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(of_x.integers), SHIFT));
+        }
+        const __m512 scale = _mm512_mul_ps(scales.scale[part], scale_of_x);
+        chains = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, chains);
+        if constexpr (Of::LEAST) {
+            chains = _mm512_fmadd_ps(scales.least[part], _mm512_load_ps(of_x.values), chains);
+        }
+        return chains;
+    }
+
+    using Bytes = const int8_t (&)[2][UNITS][16];
+    LANE static __m512i times(const StretchCodes& row, size_t half, Bytes x, __m512i sums) {
+        return _mm512_dpbusd_epi32(sums, row.halves[half], _mm512_load_si512(x[half]));
+    }
+
+    // Chains [unit][row] with the products of a stretch of x.
+    LANE __m512 add_to(__m512 chains, const StretchOfX& x) const {
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512 scale_of_x = _mm512_load_ps(x.scale);
+        __m512i sums[QUAD];
+        if constexpr (Of::PARTS == 1) {
+            for (size_t r = 0; r < QUAD; r++) {
+                const __m512i upper = times(codes[r], 1, x.upper, times(codes[r], 0, x.upper, zero));
+                sums[r] = times(codes[r], 1, x.lower, times(codes[r], 0, x.lower, _mm512_slli_epi32(upper, 8)));
+            }
+            return add_part<0>(sums, x.unit, scale_of_x, chains);
+        } else {
+            for (size_t r = 0; r < QUAD; r++) {
+                sums[r] = times(codes[r], 0, x.lower, _mm512_slli_epi32(times(codes[r], 0, x.upper, zero), 8));
+            }
+            chains = add_part<0>(sums, x.half[0], scale_of_x, chains);
+            for (size_t r = 0; r < QUAD; r++) {
+                sums[r] = times(codes[r], 1, x.lower, _mm512_slli_epi32(times(codes[r], 1, x.upper, zero), 8));
+            }
+            return add_part<1>(sums, x.half[1], scale_of_x, chains);
+        }
+    }
+};
+
+// Four rows, and those to fetch meanwhile. At the edge the last row is repeated.
+struct QuadRows {
+    const uint8_t* row[QUAD];
+    const uint8_t* ahead[QUAD];
+
+    KERNEL QuadRows(const void* const* rows, size_t row_count, size_t first, size_t quads_ahead) {
+        for (size_t r = 0; r < QUAD; r++) {
+            row[r] = static_cast<const uint8_t*>(rows[std::min(first + r, row_count - 1)]);
+            ahead[r] = static_cast<const uint8_t*>(rows[std::min(first + quads_ahead * QUAD + r, row_count - 1)]);
+        }
+    }
+    LANE void prefetch(size_t offset, size_t bytes) const {
+        for (size_t r = 0; r < QUAD; r++) {
+            for (size_t line = 0; line < bytes; line += LINE_BYTES) __builtin_prefetch(ahead[r] + offset + line, 0, 2);
+        }
+    }
+};
+
+// What is left of four rows behind whole stretches, with zeros behind it, so that no byte behind the rows is read.
+template <BlockFormat format>
+struct QuadRest {
+    uint8_t bytes[QUAD][Stretches<format>::BYTES] = {};
+
+    KERNEL QuadRest(const QuadRows& rows, size_t hidden) {
+        using Row = Stretches<format>;
+        for (size_t r = 0; r < QUAD; r++) {
+            std::memcpy(bytes[r], rows.row[r] + hidden / STRETCH * Row::BYTES, Row::bytes_of(hidden % STRETCH));
+        }
+    }
+};
+
+inline size_t stretches_of(size_t hidden) { return divide_up(hidden, STRETCH); }
+
+// The chains of four rows and some tokens.
+template <BlockFormat format, bool one>
+struct QuadChains {
+    using Row = Stretches<format>;
+    __m512 of_token[one ? 1 : TOKENS_MAX];
+    const StretchOfX* x;
+    size_t stretches;
+    size_t tokens;
+
+    template <size_t half>
+    LANE void add(QuadBlocks at, size_t stretch) {
+        QuadStretch<format> quad;
+        quad.template decode<half>(at);
+        if constexpr (one) {
+            of_token[0] = quad.add_to(of_token[0], x[stretch]);
+        } else {
+            for (size_t t = 0; t < tokens; t++) of_token[t] = quad.add_to(of_token[t], x[t * stretches + stretch]);
+        }
+    }
+
+    LANE void add_rows(const QuadRows& rows, size_t hidden) {
+        for (size_t t = 0; t < (one ? 1 : tokens); t++) of_token[t] = _mm512_setzero_ps();
+        const size_t whole = hidden / (STRETCH * Row::STRETCHES);
+        const uint8_t* at[QUAD];
+        for (size_t i = 0; i < whole; i++) {
+            rows.prefetch(i * Row::BYTES, Row::BYTES);
+            for (size_t r = 0; r < QUAD; r++) at[r] = rows.row[r] + i * Row::BYTES;
+            add<0>(at, i * Row::STRETCHES);
+            if constexpr (Row::LARGE) add<1>(at, i * Row::STRETCHES + 1);
+        }
+        if constexpr (!Row::LARGE) {
+            if (whole * STRETCH == hidden) return;
+            const QuadRest<format> rest(rows, hidden);
+            for (size_t r = 0; r < QUAD; r++) at[r] = rest.bytes[r];
+            add<0>(at, whole);
+        }
+    }
+};
+
+// dots [row_count, tokens] of rows with x, [tokens][stretches of hidden].
+template <BlockFormat format, bool one>
+KERNEL void dots_of_quads(const void* const* rows, size_t row_count, const StretchOfX* x, size_t hidden, size_t tokens,
+                          float* dots) {
+    const size_t ahead = std::max<size_t>(1, AHEAD_BYTES / (QUAD * Stretches<format>::bytes_of(hidden)));
+    QuadChains<format, one> chains;
+    chains.x = x;
+    chains.stretches = stretches_of(hidden);
+    chains.tokens = tokens;
+    for (size_t i = 0; i < row_count; i += QUAD) {
+        chains.add_rows(QuadRows(rows, row_count, i, ahead), hidden);
+        for (size_t t = 0; t < (one ? 1 : tokens); t++) {
+            alignas(16) float sums[QUAD];
+            _mm_store_ps(sums, sums_of_chains(chains.of_token[t]));
+            for (size_t r = 0; r < std::min(QUAD, row_count - i); r++) dots[(i + r) * tokens + t] = sums[r];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace flashclient
