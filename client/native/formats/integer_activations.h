@@ -95,10 +95,12 @@ LANE void quantise_unit(const float* x, size_t unit, StretchOfX& out) {
     set_sums(out.unit, unit, sums[0] + sums[1], scale);
 }
 
-// `elements` are whole units, at most a stretch; the others are 0.
+// `elements` are whole units, at most a stretch. Where they are fewer, those before them are 0: the last stretch of a
+// row begins among units that belong to the one before it.
 KERNEL void quantise(const float* x, size_t elements, StretchOfX& out) {
     if (elements < STRETCH) std::memset(&out, 0, sizeof(out));
-    for (size_t unit = 0; unit < elements / UNIT; unit++) quantise_unit(x + unit * UNIT, unit, out);
+    const size_t units = elements / UNIT;
+    for (size_t i = 0; i < units; i++) quantise_unit(x + i * UNIT, UNITS - units + i, out);
 }
 
 KERNEL void quantise_row(const float* x, size_t hidden, StretchOfX* out) {

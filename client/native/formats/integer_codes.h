@@ -87,24 +87,39 @@ LANE StretchCodes looked_up(const StretchCodes& codes, const uint8_t (&numbers)[
 
 // ---- Scales ----
 
-// Numbers of half precision of four blocks of four rows, [unit][row].
-LANE __m512 halves_of_blocks(QuadBlocks at, size_t offset, size_t stride) {
-    uint16_t each[2][8];
-    __m128i two[2];
-    for (size_t pair = 0; pair < 2; pair++) {
-        for (size_t i = 0; i < 8; i++) {
-            std::memcpy(&each[pair][i], at[i % QUAD] + offset + (2 * pair + i / QUAD) * stride, 2);
+// Numbers of two bytes of four blocks of four rows, [unit][row]. Where those of a row are within 64 bytes, a
+// permutation takes them.
+template <size_t offset, size_t stride>
+LANE __m256i pairs_of_blocks(QuadBlocks at) {
+    if constexpr (offset + (UNITS - 1) * stride + 2 <= 64) {
+        constexpr short FIRST = offset / 2, STEP = stride / 2;
+        const __m256i unit = _mm256_setr_epi16(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        const __m256i word =
+            _mm256_add_epi16(_mm256_mullo_epi16(unit, _mm256_set1_epi16(STEP)), _mm256_set1_epi16(FIRST));
+        const __m512i words = _mm512_castsi256_si512(word);
+        __m512i pairs = _mm512_permutexvar_epi16(words, _mm512_loadu_si512(at[0]));
+        pairs = _mm512_mask_permutexvar_epi16(pairs, 0x2222, words, _mm512_loadu_si512(at[1]));
+        pairs = _mm512_mask_permutexvar_epi16(pairs, 0x4444, words, _mm512_loadu_si512(at[2]));
+        pairs = _mm512_mask_permutexvar_epi16(pairs, 0x8888, words, _mm512_loadu_si512(at[3]));
+        return _mm512_castsi512_si256(pairs);
+    } else {
+        uint16_t pair[UNITS * QUAD];
+        for (size_t i = 0; i < UNITS * QUAD; i++) {
+            std::memcpy(&pair[i], at[i % QUAD] + offset + i / QUAD * stride, sizeof(pair[i]));
         }
-        __m128i halves = _mm_cvtsi32_si128(each[pair][0]);
-        halves = _mm_insert_epi16(halves, each[pair][1], 1);
-        halves = _mm_insert_epi16(halves, each[pair][2], 2);
-        halves = _mm_insert_epi16(halves, each[pair][3], 3);
-        halves = _mm_insert_epi16(halves, each[pair][4], 4);
-        halves = _mm_insert_epi16(halves, each[pair][5], 5);
-        halves = _mm_insert_epi16(halves, each[pair][6], 6);
-        two[pair] = _mm_insert_epi16(halves, each[pair][7], 7);
+        return _mm256_setr_epi16(static_cast<short>(pair[0]), static_cast<short>(pair[1]), static_cast<short>(pair[2]),
+                                 static_cast<short>(pair[3]), static_cast<short>(pair[4]), static_cast<short>(pair[5]),
+                                 static_cast<short>(pair[6]), static_cast<short>(pair[7]), static_cast<short>(pair[8]),
+                                 static_cast<short>(pair[9]), static_cast<short>(pair[10]),
+                                 static_cast<short>(pair[11]), static_cast<short>(pair[12]),
+                                 static_cast<short>(pair[13]), static_cast<short>(pair[14]),
+                                 static_cast<short>(pair[15]));
     }
-    return _mm512_cvtph_ps(_mm256_set_m128i(two[1], two[0]));
+}
+
+template <size_t offset, size_t stride>
+LANE __m512 halves_of_blocks(QuadBlocks at) {
+    return _mm512_cvtph_ps(pairs_of_blocks<offset, stride>(at));
 }
 
 // A number of half precision of each of four rows, for all units.
@@ -116,6 +131,20 @@ LANE __m512 halves_of_rows(QuadBlocks at, size_t offset) {
     halves = _mm_insert_epi16(halves, each[2], 2);
     halves = _mm_insert_epi16(halves, each[3], 3);
     return _mm512_cvtph_ps(_mm256_broadcastq_epi64(halves));
+}
+
+// Sixteen bytes of each of four rows.
+LANE __m512i of_four_rows(QuadBlocks at, size_t offset) {
+    __m512i bytes = _mm512_castsi128_si512(sixteen_at(at[0] + offset));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0x00f0, sixteen_at(at[1] + offset));
+    bytes = _mm512_mask_broadcast_i32x4(bytes, 0x0f00, sixteen_at(at[2] + offset));
+    return _mm512_mask_broadcast_i32x4(bytes, 0xf000, sixteen_at(at[3] + offset));
+}
+
+// Of sixteen bytes of each of four rows: those from `first` on, one for each unit, as numbers [unit][row].
+LANE __m512i numbers_of_bytes(__m512i rows, int first) {
+    const __m512i place = _mm512_setr_epi32(0, 16, 32, 48, 1, 17, 33, 49, 2, 18, 34, 50, 3, 19, 35, 51);
+    return _mm512_maskz_permutexvar_epi8(0x1111111111111111, _mm512_add_epi32(place, _mm512_set1_epi32(first)), rows);
 }
 
 // Bytes of four rows, one of each unit, as numbers [unit][row].

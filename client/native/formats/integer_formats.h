@@ -18,8 +18,8 @@ struct SmallBlocks {
 
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
-        of.scale[0] = halves_of_blocks(at, 0, BYTES);
-        if constexpr (least) of.least[0] = halves_of_blocks(at, 2, BYTES);
+        of.scale[0] = halves_of_blocks<0, BYTES>(at);
+        if constexpr (least) of.least[0] = halves_of_blocks<2, BYTES>(at);
     }
 };
 
@@ -73,8 +73,9 @@ LANE StretchCodes with_fifth_bits(StretchCodes codes, const uint8_t* bits, size_
         masks[1] = masks[1] << 16 | of_unit >> 16;
     }
     const __m512i fifth = _mm512_set1_epi8(16);
-    for (size_t i = 0; i < 2; i++)
+    for (size_t i = 0; i < 2; i++) {
         codes.halves[i] = _mm512_mask_add_epi8(codes.halves[i], masks[i], codes.halves[i], fifth);
+    }
     return codes;
 }
 
@@ -112,9 +113,14 @@ struct Codes<BlockFormat::mxfp4> {
     // That of the greatest would be beyond fp32, as the values of most codes are.
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
-        alignas(16) uint8_t each[16];
-        for (size_t i = 0; i < 16; i++) each[i] = at[i % QUAD][i / QUAD * BYTES];
-        const __m512i exponent = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(each)));
+        const __m128i place = _mm_setr_epi8(0, 0, 0, 0, 17, 17, 17, 17, 34, 34, 34, 34, 51, 51, 51, 51);
+        static_assert(BYTES == 17);
+        const __m512i places = _mm512_castsi128_si512(place);
+        __m512i bytes = _mm512_permutexvar_epi8(places, _mm512_loadu_si512(at[0]));
+        bytes = _mm512_mask_permutexvar_epi8(bytes, 0x2222, places, _mm512_loadu_si512(at[1]));
+        bytes = _mm512_mask_permutexvar_epi8(bytes, 0x4444, places, _mm512_loadu_si512(at[2]));
+        bytes = _mm512_mask_permutexvar_epi8(bytes, 0x8888, places, _mm512_loadu_si512(at[3]));
+        const __m512i exponent = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
         const __m512i one = _mm512_set1_epi32(1);
         const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(exponent, one), 23);
         const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), exponent);
@@ -134,24 +140,26 @@ struct SixBitScales {  // of Q4_K and Q5_K
 
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
-        constexpr uint32_t SIX = 0x3f3f3f3f, FOUR = 0x0f0f0f0f, UPPER_TWO = 0x30303030;
-        uint32_t scale[QUAD], least[QUAD];
-        for (size_t r = 0; r < QUAD; r++) {
-            uint32_t packed[3];
-            std::memcpy(packed, at[r] + 4, sizeof(packed));
-            if constexpr (half == 0) {
-                scale[r] = packed[0] & SIX;
-                least[r] = packed[1] & SIX;
-            } else {
-                scale[r] = (packed[2] & FOUR) | (packed[0] >> 2 & UPPER_TWO);
-                least[r] = (packed[2] >> 4 & FOUR) | (packed[1] >> 2 & UPPER_TWO);
-            }
+        // A scale and a least in half precision, then four scales, four leasts, and four bytes with the lower four bits
+        // of the other scales and leasts, whose upper two bits are above the first ones.
+        const __m512i rows = of_four_rows(at, 0);
+        const __m512i six = _mm512_set1_epi32(63), four = _mm512_set1_epi32(15), two = _mm512_set1_epi32(48);
+        __m512i scale = numbers_of_bytes(rows, 4), least = numbers_of_bytes(rows, 8);
+        if constexpr (half == 0) {
+            scale = _mm512_and_si512(scale, six);
+            least = _mm512_and_si512(least, six);
+        } else {
+            const __m512i lower = numbers_of_bytes(rows, 12);
+            scale = _mm512_ternarylogic_epi32(_mm512_srli_epi32(scale, 2), two, _mm512_and_si512(lower, four), AND_OR);
+            least = _mm512_ternarylogic_epi32(_mm512_srli_epi32(least, 2), two, _mm512_srli_epi32(lower, 4), AND_OR);
         }
-        const __m512i scales = bytes_of_rows(scale[0], scale[1], scale[2], scale[3]);
-        const __m512i leasts = bytes_of_rows(least[0], least[1], least[2], least[3]);
-        const __m512 sign = _mm512_set1_ps(-0.0f);
-        of.scale[0] = scaled(scales, 0, halves_of_rows(at, 0));
-        of.least[0] = scaled(leasts, 0, _mm512_xor_ps(halves_of_rows(at, 2), sign));
+        const __m512i pairs = _mm512_setr_epi32(0x00080000, 0x00180010, 0x00080000, 0x00180010, 0x00080000, 0x00180010,
+                                                0x00080000, 0x00180010, 0x00090001, 0x00190011, 0x00090001, 0x00190011,
+                                                0x00090001, 0x00190011, 0x00090001, 0x00190011);
+        const __m512i factors = _mm512_permutexvar_epi16(pairs, rows);
+        const __m512 of_least = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(factors, 1));
+        of.scale[0] = scaled(scale, 0, _mm512_cvtph_ps(_mm512_castsi512_si256(factors)));
+        of.least[0] = scaled(least, 0, _mm512_xor_ps(of_least, _mm512_set1_ps(-0.0f)));
     }
     // Of 64 values, the first half are in the lower halves of 32 bytes.
     LANE static StretchCodes halves(const uint8_t* bytes) {

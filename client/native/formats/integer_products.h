@@ -113,6 +113,13 @@ struct QuadRows {
             ahead[r] = static_cast<const uint8_t*>(rows[std::min(first + quads_ahead * QUAD + r, row_count - 1)]);
         }
     }
+    // Of rows that lie back to back.
+    KERNEL explicit QuadRows(const void* const* rows) {
+        for (size_t r = 0; r < QUAD; r++) {
+            row[r] = static_cast<const uint8_t*>(rows[r]);
+            ahead[r] = row[r] + AHEAD_BYTES / 2;
+        }
+    }
     LANE void prefetch(size_t offset, size_t bytes) const {
         for (size_t r = 0; r < QUAD; r++) {
             for (size_t line = 0; line < bytes; line += LINE_BYTES) __builtin_prefetch(ahead[r] + offset + line, 0, 2);
@@ -120,15 +127,24 @@ struct QuadRows {
     }
 };
 
-// What is left of four rows behind whole stretches, with zeros behind it, so that no byte behind the rows is read.
+// The last stretch of four rows that are not whole stretches: their last units. Shorter rows are copied, with zeros
+// before them.
 template <BlockFormat format>
-struct QuadRest {
-    uint8_t bytes[QUAD][Stretches<format>::BYTES] = {};
+struct LastOfQuad {
+    static constexpr size_t BLOCK_BYTES = record_of<format>().bytes;
+    const uint8_t* at[QUAD];
+    uint8_t copied[QUAD][UNITS * BLOCK_BYTES];
 
-    KERNEL QuadRest(const QuadRows& rows, size_t hidden) {
-        using Row = Stretches<format>;
+    LANE LastOfQuad(const QuadRows& rows, size_t hidden) {
+        const size_t units = hidden / UNIT;
         for (size_t r = 0; r < QUAD; r++) {
-            std::memcpy(bytes[r], rows.row[r] + hidden / STRETCH * Row::BYTES, Row::bytes_of(hidden % STRETCH));
+            if (units >= UNITS) {
+                at[r] = rows.row[r] + (units - UNITS) * BLOCK_BYTES;
+                continue;
+            }
+            std::memset(copied[r], 0, sizeof(copied[r]));
+            std::memcpy(copied[r] + (UNITS - units) * BLOCK_BYTES, rows.row[r], units * BLOCK_BYTES);
+            at[r] = copied[r];
         }
     }
 };
@@ -167,9 +183,8 @@ struct QuadChains {
         }
         if constexpr (!Row::LARGE) {
             if (whole * STRETCH == hidden) return;
-            const QuadRest<format> rest(rows, hidden);
-            for (size_t r = 0; r < QUAD; r++) at[r] = rest.bytes[r];
-            add<0>(at, whole);
+            const LastOfQuad<format> last(rows, hidden);
+            add<0>(last.at, whole);
         }
     }
 };
@@ -191,6 +206,40 @@ KERNEL void dots_of_quads(const void* const* rows, size_t row_count, const Stret
             for (size_t r = 0; r < std::min(QUAD, row_count - i); r++) dots[(i + r) * tokens + t] = sums[r];
         }
     }
+}
+
+// Table<format>::get() of a format.
+template <template <BlockFormat> typename Table>
+const Kernels* table_of_format(BlockFormat format) {
+    switch (format) {
+        case BlockFormat::q8_0:
+            return Table<BlockFormat::q8_0>::get();
+        case BlockFormat::q4_0:
+            return Table<BlockFormat::q4_0>::get();
+        case BlockFormat::q4_1:
+            return Table<BlockFormat::q4_1>::get();
+        case BlockFormat::iq4_nl:
+            return Table<BlockFormat::iq4_nl>::get();
+        case BlockFormat::q5_0:
+            return Table<BlockFormat::q5_0>::get();
+        case BlockFormat::q5_1:
+            return Table<BlockFormat::q5_1>::get();
+        case BlockFormat::mxfp4:
+            return Table<BlockFormat::mxfp4>::get();
+        case BlockFormat::q2_k:
+            return Table<BlockFormat::q2_k>::get();
+        case BlockFormat::q3_k:
+            return Table<BlockFormat::q3_k>::get();
+        case BlockFormat::q4_k:
+            return Table<BlockFormat::q4_k>::get();
+        case BlockFormat::q5_k:
+            return Table<BlockFormat::q5_k>::get();
+        case BlockFormat::q6_k:
+            return Table<BlockFormat::q6_k>::get();
+        case BlockFormat::iq4_xs:
+            return Table<BlockFormat::iq4_xs>::get();
+    }
+    return nullptr;
 }
 
 }  // namespace

@@ -18,11 +18,11 @@ namespace {
 bool amx_is_granted() {
 #if defined(__x86_64__) && defined(SYS_arch_prctl) && defined(ARCH_REQ_XCOMP_PERM)
     constexpr unsigned FEATURES_LEAF = 7;
-    constexpr unsigned AMX_BF16 = 1U << 22, AMX_TILE = 1U << 24;  // of edx
-    constexpr long TILE_DATA = 18;                                // component of the processor's state
+    constexpr unsigned AMX_BF16 = 1U << 22, AMX_TILE = 1U << 24, AMX_INT8 = 1U << 25;  // of edx
+    constexpr long TILE_DATA = 18;  // component of the processor's state
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     if (__get_cpuid_count(FEATURES_LEAF, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-    if ((edx & AMX_BF16) == 0 || (edx & AMX_TILE) == 0) return false;
+    if ((edx & AMX_BF16) == 0 || (edx & AMX_TILE) == 0 || (edx & AMX_INT8) == 0) return false;
     return ::syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0;
 #else
     return false;
@@ -61,7 +61,9 @@ const Kernels* best_avx512(BlockFormat format) {
 }
 
 const Kernels* best_amx(Dtype dtype) { return kernels_amx(dtype); }
-const Kernels* best_amx(BlockFormat format) { return best_avx512(format); }
+const Kernels* best_amx(BlockFormat format) {
+    return processor_multiplies_bytes() ? kernels_amx(format) : kernels_avx512(format);
+}
 
 std::string block_format_names() {
     std::string names;

@@ -67,7 +67,7 @@ const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
 const Kernels* kernels_avx512(Dtype dtype);
 const Kernels* kernels_avx512(BlockFormat format);
 const Kernels* kernels_vnni(BlockFormat format);  // that of AVX-512 but for products, which are of integers
-inline const Kernels* kernels_amx(BlockFormat format) { return kernels_avx512(format); }
+const Kernels* kernels_amx(BlockFormat format);   // the same, of several rows of x by tiles
 const Kernels* kernels_avx2(Dtype dtype);
 const Kernels* kernels_avx2(BlockFormat format);
 const Kernels* kernels_portable(Dtype dtype);

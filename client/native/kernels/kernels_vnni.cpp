@@ -11,6 +11,7 @@
 #define LANE KERNEL __attribute__((always_inline)) inline
 
 #include "formats/integer_products.h"
+#include "formats/integer_slabs.h"
 
 namespace flashclient {
 namespace {
@@ -34,51 +35,24 @@ KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, 
 }
 
 template <BlockFormat format>
-const Kernels* table_of() {
-    static const Kernels kernels = [] {
-        Kernels table = *kernels_avx512(format);
-        table.packed_bytes = packed_bytes;
-        table.pack = pack;
-        table.dots = dots<format>;
-        return table;
-    }();
-    return &kernels;
-}
+struct ByteTable {
+    static const Kernels* get() {
+        static const Kernels kernels = [] {
+            Kernels table = *kernels_avx512(format);
+            table.packed_bytes = packed_bytes;
+            table.pack = pack;
+            table.dots = dots<format>;
+            table.add_products = add_products<format>;
+            return table;
+        }();
+        return &kernels;
+    }
+};
 
 }  // namespace
 }  // namespace flashclient
 
-const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat format) {
-    switch (format) {
-        case BlockFormat::q8_0:
-            return table_of<BlockFormat::q8_0>();
-        case BlockFormat::q4_0:
-            return table_of<BlockFormat::q4_0>();
-        case BlockFormat::q4_1:
-            return table_of<BlockFormat::q4_1>();
-        case BlockFormat::iq4_nl:
-            return table_of<BlockFormat::iq4_nl>();
-        case BlockFormat::q5_0:
-            return table_of<BlockFormat::q5_0>();
-        case BlockFormat::q5_1:
-            return table_of<BlockFormat::q5_1>();
-        case BlockFormat::mxfp4:
-            return table_of<BlockFormat::mxfp4>();
-        case BlockFormat::q2_k:
-            return table_of<BlockFormat::q2_k>();
-        case BlockFormat::q3_k:
-            return table_of<BlockFormat::q3_k>();
-        case BlockFormat::q4_k:
-            return table_of<BlockFormat::q4_k>();
-        case BlockFormat::q5_k:
-            return table_of<BlockFormat::q5_k>();
-        case BlockFormat::q6_k:
-            return table_of<BlockFormat::q6_k>();
-        case BlockFormat::iq4_xs:
-            return table_of<BlockFormat::iq4_xs>();
-    }
-    return nullptr;
-}
+const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat format) { return table_of_format<ByteTable>(format); }
 #else
 const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat) { return nullptr; }
 #endif

@@ -86,7 +86,10 @@ class Slabs:
         inputs = [(x if format in DTYPES else multiplied).double() for format in self.formats[:-1]]
         parts = zip(inputs, self.matrices, self.biases.double(), strict=True)
         products = [x @ rows.T + bias for x, rows, bias in parts]
-        return neurons_of(ACTIVATIONS[self.activation], *products) @ self.down.T
+        h = neurons_of(ACTIVATIONS[self.activation], *products)
+        if self.formats[-1] not in DTYPES:
+            h = torch.from_numpy(as_multiplied(h.float().numpy(), instruction_set)).double()
+        return h @ self.down.T
 
 
 def slab_neurons(formats: Sequence[str]) -> int:
@@ -114,7 +117,7 @@ def test_sum_is_the_formula(instruction_set: str, down: str) -> None:
         for tokens in (1, 2, 5, 16, 40):
             x = rows_of(tokens, case.hidden)
             torch.testing.assert_close(
-                case.run(kernels, x).double(), case.reference(x, instruction_set), rtol=1e-4, atol=1e-4
+                case.run(kernels, x).double(), case.reference(x, instruction_set), rtol=1e-4, atol=2e-4
             )
 
 
@@ -123,7 +126,7 @@ def test_activations(activation: str) -> None:
     case = Slabs(("Q4_0", "Q8_0", "Q4_1"), 64, 32, 2, activation)
     x = rows_of(3, 64)
     torch.testing.assert_close(
-        case.run(case.kernels(), x).double(), case.reference(x, AVAILABLE[0]), rtol=1e-4, atol=1e-4
+        case.run(case.kernels(), x).double(), case.reference(x, AVAILABLE[0]), rtol=1e-4, atol=2e-4
     )
 
 
