@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from flashclient._native import Attention, Ffn, LentMemory, Linear, LowRankPredictor, Workers
+from flashclient._native import Attention, Ffn, FfnSum, LentMemory, Linear, LowRankPredictor, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.kernels.decode_attention import attend
 from weightd_proto.encodings import BLOCK_FORMATS, SLAB_NEURONS_MIN, in_blocks, plain, stored_bytes
@@ -169,7 +169,9 @@ def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int =
     y = np.zeros_like(x)
 
     def work(addresses: NDArray[np.uint64]) -> None:
-        kernels.add_rows(addresses, None, None, x, y)
+        every_neuron = FfnSum(kernels, x, y)
+        every_neuron.add(addresses, None)
+        every_neuron.finish()
 
     row = compare(arena, work, lists, LAYER_NEURONS * bundle_bytes, rounds)
     return {"kernel": "FFN", "encoding": encoding.format, "tokens": tokens} | row
@@ -189,7 +191,9 @@ def slab_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = RO
     y = np.zeros_like(x)
 
     def work(addresses: NDArray[np.uint64]) -> None:
-        kernels.add_rows(addresses, None, None, x, y)
+        every_neuron = FfnSum(kernels, x, y)
+        every_neuron.add(addresses, None)
+        every_neuron.finish()
 
     row = compare(arena, work, lists, slabs * slab_bytes, rounds)
     return {"kernel": "FFN in slabs", "encoding": encoding.format, "tokens": tokens} | row

@@ -39,6 +39,7 @@ using flashclient::Dtype;
 using flashclient::EncodedMatrix;
 using flashclient::Encoding;
 using flashclient::Ffn;
+using flashclient::FfnSum;
 using flashclient::GatePredictor;
 using flashclient::InstructionSet;
 using flashclient::is_of;
@@ -134,6 +135,32 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Biase
     const nb::gil_scoped_release released;
     ffn.add_rows(list, x.data(), x.shape(0), y.data());
 }
+
+// Of the FFN's sum: the arrays live as long.
+class BoundSum {
+  public:
+    BoundSum(const Ffn& ffn, const Input& x, const Output& y) : ffn_(ffn), x_(x), y_(y) {
+        require_input(ffn, x);
+        require(aligned(y, "y").shape(0) == x.shape(0) && y.shape(1) == x.shape(1), "x and y must have the same shape");
+        sum_.emplace(ffn, x.data(), x.shape(0), y.data());
+    }
+    void add(const U64Array& bundles, const std::optional<Biases>& biases) {
+        Neurons list{addresses_of(bundles)};
+        set_biases(list, ffn_, biases);
+        const nb::gil_scoped_release released;
+        sum_->add(list);
+    }
+    void finish() {
+        const nb::gil_scoped_release released;
+        sum_->finish();
+    }
+
+  private:
+    const Ffn& ffn_;
+    Input x_;
+    Output y_;
+    std::optional<FfnSum> sum_;
+};
 
 void fire(const Ffn& ffn, const U64Array& addresses, const U32Array& index, const U16Array& row_masks,
           const std::optional<Biases>& biases, const Input& x, const Output& h) {
@@ -234,6 +261,15 @@ void bind_ffn(nb::module_& module) {
         .def_prop_ro(
             "neurons", [](const Ffn& ffn) { return ffn.shape().neurons; }, "of a bundle")
         .def_ro_static("TOKENS_MAX", &TOKENS_MAX, "tokens of a row mask, and of one fire()");
+    nb::class_<BoundSum>(
+        module, "FfnSum",
+        "Adds to y [tokens, hidden] the sum over all neurons of a layer, which come in chunks, in order, "
+        "for x [tokens, hidden]; see client/native/kernels/ffn.h.")
+        .def(nb::init<const Ffn&, const Input&, const Output&>(), "ffn"_a, "x"_a.noconvert(), "y"_a.noconvert(),
+             nb::keep_alive<1, 2>())
+        .def("add", &BoundSum::add, "bundles"_a.noconvert(), "biases"_a.noconvert().none(),
+             "The next neurons. biases: as for Ffn.fire().")
+        .def("finish", &BoundSum::finish, "There are no more neurons.");
 }
 
 // ---- Linear ----

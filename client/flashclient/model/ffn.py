@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from flashclient._native import ExactLayer, Ffn, LayerFfn
+from flashclient._native import ExactLayer, Ffn, FfnSum, LayerFfn
 from flashclient.kernels.arrays import array_of
 from flashclient.model.absent_weights import without_gradient
 from flashclient.source.bundle_source import BundleSource, Chunk, retry_on_loss
@@ -115,12 +115,17 @@ class ExactFFN:
             y = torch.zeros_like(x)
             x_rows, y_rows = x.numpy(), y.numpy()
             kernels = self._kernels[layer]
+            every_neuron = FfnSum(kernels, x_rows, y_rows) if row_masks is None else None
             with closing(self._chunks(layer)) as chunks:
                 for chunk in chunks:
                     part = slice(chunk.first * kernels.neurons, (chunk.first + len(chunk.addresses)) * kernels.neurons)
                     biases_part = None if biases is None else biases[:, part]
-                    masks_part = None if row_masks is None else row_masks[:, part]
-                    kernels.add_rows(chunk.addresses, biases_part, masks_part, x_rows, y_rows)
+                    if every_neuron is not None:
+                        every_neuron.add(chunk.addresses, biases_part)
+                    elif row_masks is not None:
+                        kernels.add_rows(chunk.addresses, biases_part, row_masks[:, part], x_rows, y_rows)
+            if every_neuron is not None:
+                every_neuron.finish()
             return y
 
     def native(self, streamed: LayerFFN, rows: int) -> LayerFfn | None:

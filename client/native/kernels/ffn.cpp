@@ -14,13 +14,24 @@
 namespace flashclient {
 namespace {
 
-constexpr size_t GROUP_MAX = 96;           // neurons that a thread fires at once: tens of microseconds of work
-constexpr size_t GROUP_MIN = 16;           // a tile for one token
-constexpr size_t ELEMENTS_PER_ITEM = 256;  // the fewest columns of a thread: eight cache lines of a bf16 row
-constexpr size_t ELEMENTS_MAX = 8192;      // the most columns at a time: y of a token stays in the L1 cache
-constexpr size_t H_ELEMENTS = 1 << 16;     // of many tokens at a time, at least: 256 KiB
-constexpr size_t ROWS_PER_ITEM = 64;       // of down in a slab
-constexpr size_t BLOCKS_MIN = 2;           // groups of neurons that each thread fires at a time, at least
+constexpr size_t GROUP_MAX = 96;            // neurons that a thread fires at once: tens of microseconds of work
+constexpr size_t GROUP_MIN = 16;            // a tile for one token
+constexpr size_t ELEMENTS_PER_ITEM = 256;   // the fewest columns of a thread: eight cache lines of a bf16 row
+constexpr size_t ELEMENTS_MAX = 8192;       // the most columns at a time: y of a token stays in the L1 cache
+constexpr size_t H_ELEMENTS = 1 << 16;      // of many tokens at a time, at least: 256 KiB
+constexpr size_t SUM_H_ELEMENTS = 1 << 18;  // the same in tiles: 1.5 MiB
+constexpr size_t TILE_ALIGNMENT = 64;
+constexpr size_t ROWS_PER_ITEM = 64;  // of down in a slab
+constexpr size_t BLOCKS_MIN = 2;      // groups of neurons that each thread fires at a time, at least
+
+// Room for `count` elements from the beginning of a cache line on. Not cleared unless it is new.
+template <typename Element>
+Element* aligned_room(std::vector<char>& memory, size_t count) {
+    const size_t bytes = count * sizeof(Element) + TILE_ALIGNMENT;
+    if (memory.size() < bytes) memory.resize(bytes);
+    return reinterpret_cast<Element*>(memory.data() +
+                                      (-reinterpret_cast<uintptr_t>(memory.data()) & (TILE_ALIGNMENT - 1)));
+}
 
 bool all_zero(const float* values, size_t count) {
     return std::all_of(values, values + count, [](float value) { return value == 0.0f; });
@@ -329,25 +340,144 @@ void Ffn::accumulate_slabs(std::span<const uint64_t> slabs, const float* h, size
     });
 }
 
-// Many tokens are computed for some neurons at a time, whose weights then stay in a cache.
 void Ffn::add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const {
     Reading reading = new_reading();
     const auto checked = reading.checked(list.bundles);
-    const Rows rows(*this, x, tokens);
     const Neurons readable{checked, list.bias, list.up_bias, list.row_masks, list.mask_stride};
+    add_list(readable, Rows(*this, x, tokens), y);
+}
+
+// Many tokens are computed for some neurons at a time, whose weights then stay in a cache.
+void Ffn::add_list(const Neurons& list, const Rows& x, float* y) const {
     if (in_slabs()) {
         if (list.row_masks != nullptr) require_no_slabs();
-        return add_slabs(readable, rows, y);
+        return add_slabs(list, x, y);
     }
     Scratch& scratch = scratch_of_thread();
     const size_t least = BLOCKS_MIN * GROUP_MAX * workers_.threads();
-    const size_t block = tokens <= TOKENS_MAX ? checked.size() : std::max(least, H_ELEMENTS / tokens);
-    for (size_t first = 0; first < checked.size(); first += block) {
-        const Neurons part = readable.part(first, std::min(block, checked.size() - first));
-        if (scratch.h.size() < part.bundles.size() * tokens) scratch.h.resize(part.bundles.size() * tokens);
-        fire_entries(part, nullptr, part.bundles.size(), rows, scratch.h.data());
-        accumulate_list(part.bundles, tokens, scratch, y);
+    const size_t block = x.tokens <= TOKENS_MAX ? list.bundles.size() : std::max(least, H_ELEMENTS / x.tokens);
+    for (size_t first = 0; first < list.bundles.size(); first += block) {
+        const Neurons part = list.part(first, std::min(block, list.bundles.size() - first));
+        if (scratch.h.size() < part.bundles.size() * x.tokens) scratch.h.resize(part.bundles.size() * x.tokens);
+        fire_entries(part, nullptr, part.bundles.size(), x, scratch.h.data());
+        accumulate_list(part.bundles, x.tokens, scratch, y);
     }
+}
+
+FfnSum::FfnSum(const Ffn& ffn, const float* x, size_t tokens, float* y)
+    : ffn_(ffn), x_(std::make_unique<Ffn::Rows>(ffn, x, tokens)), y_(y) {
+    if (!in_groups() || tokens <= 1) return;
+    const size_t elements = divide_up(ffn.shape_.hidden, SUM_ELEMENTS) * SUM_ELEMENTS;
+    sums_ = aligned_room<float>(sums_memory_, x_->groups() * TOKENS_MAX * elements);
+    for_strips([](float* sums, float* of_y, size_t count) { std::copy_n(of_y, count, sums); });
+}
+FfnSum::~FfnSum() = default;
+
+// Calls copy(sums, y, count) for each token's part of each strip.
+template <typename Copy>
+void FfnSum::for_strips(const Copy& copy) {
+    const size_t hidden = ffn_.shape_.hidden;
+    ffn_.workers_.run(divide_up(hidden, SUM_ELEMENTS), [&](size_t strip) {
+        const size_t first = strip * SUM_ELEMENTS;
+        float* sums = sums_ + first * x_->groups() * TOKENS_MAX;
+        for (size_t t = 0; t < x_->tokens; t++) {
+            copy(sums + t * SUM_ELEMENTS, y_ + t * hidden + first, std::min(SUM_ELEMENTS, hidden - first));
+        }
+    });
+}
+
+void FfnSum::add(const Neurons& list) {
+    if (x_->tokens == 0) return;
+    Reading reading = ffn_.new_reading();
+    const auto checked = reading.checked(list.bundles);
+    const Neurons readable{checked, list.bias, list.up_bias};
+    if (!in_groups()) return ffn_.add_list(readable, *x_, y_);
+    const size_t least = BLOCKS_MIN * GROUP_MAX * ffn_.workers_.threads();
+    const size_t many = divide_up(std::max(least, SUM_H_ELEMENTS / x_->tokens), GROUP_NEURONS) * GROUP_NEURONS;
+    const size_t block = x_->tokens <= TOKENS_MAX ? checked.size() + waiting_ : many;
+    for (size_t first = 0, count = 0; first < checked.size(); first += count) {
+        count = std::min(block - waiting_, checked.size() - first);
+        add_block(readable.part(first, count));
+    }
+}
+
+// Adds all whole groups.
+void FfnSum::add_block(const Neurons& list) {
+    Ffn::Scratch& scratch = Ffn::scratch_of_thread();
+    const size_t some = list.bundles.size();
+    const size_t count = waiting_ + some;
+    if (scratch.h.size() < some * x_->tokens) scratch.h.resize(some * x_->tokens);
+    ffn_.fire_entries(list, nullptr, some, *x_, scratch.h.data());
+    for (const uint64_t bundle : list.bundles) rows_.push_back(ffn_.down_.in(bundle));
+    const float* h = scratch.h.data();
+    if (waiting_ > 0) {
+        if (scratch.by_token.size() < count * x_->tokens) scratch.by_token.resize(count * x_->tokens);
+        for (size_t group = 0; group < x_->groups(); group++) {
+            const size_t first = group * TOKENS_MAX, tokens = x_->in_group(group);
+            float* out =
+                std::copy_n(h_.data() + first * waiting_, waiting_ * tokens, scratch.by_token.data() + first * count);
+            std::copy_n(h + first * some, some * tokens, out);
+        }
+        h = scratch.by_token.data();
+    }
+    const size_t whole = count / GROUP_NEURONS * GROUP_NEURONS;
+    if (whole > 0) add_groups(h, whole);
+    keep(h, whole, count - whole);
+}
+
+// Keeps `count` neurons from `first` on, the last of those at hand.
+void FfnSum::keep(const float* h, size_t first, size_t count) {
+    const size_t row_bytes = ffn_.down_.row_bytes;
+    std::vector<char> columns(count * row_bytes);
+    std::vector<float> kept(count * x_->tokens);
+    for (size_t i = 0; i < count; i++) {
+        std::copy_n(static_cast<const char*>(rows_[first + i]), row_bytes, columns.data() + i * row_bytes);
+    }
+    for (size_t group = 0; group < x_->groups(); group++) {
+        const size_t token = group * TOKENS_MAX, tokens = x_->in_group(group);
+        std::copy_n(h + token * (first + count) + first * tokens, count * tokens, kept.data() + token * count);
+    }
+    columns_.swap(columns);
+    h_.swap(kept);
+    waiting_ = count;
+    rows_.clear();
+    for (size_t i = 0; i < count; i++) rows_.push_back(columns_.data() + i * row_bytes);
+}
+
+void FfnSum::finish() {
+    if (waiting_ > 0) add_groups(h_.data(), waiting_);
+    waiting_ = 0;
+    rows_.clear();
+    if (sums_ == nullptr) return;
+    for_strips([](const float* sums, float* of_y, size_t count) { std::copy_n(sums, count, of_y); });
+}
+
+// The first `count` neurons of rows_, to whose end `h` [group of tokens][rows_, token] reaches.
+void FfnSum::add_groups(const float* h, size_t count) {
+    const GroupSums& sums = *ffn_.down_.kernels->groups;
+    Workers& workers = ffn_.workers_;
+    const size_t hidden = ffn_.shape_.hidden;
+    const size_t tokens = x_->tokens;
+    const size_t bytes = sums.packed_bytes(count);  // of a group of tokens
+    char* packed = nullptr;
+    if (tokens > 1) {
+        packed = aligned_room<char>(packed_, x_->groups() * bytes);
+        workers.run(x_->groups(), [&](size_t group) {
+            sums.pack(h + group * TOKENS_MAX * rows_.size(), count, x_->in_group(group), packed + group * bytes);
+        });
+    }
+    const size_t share = divide_up(hidden, workers.threads());
+    const size_t least = std::min(divide_up(share, ELEMENTS_PER_ITEM) * ELEMENTS_PER_ITEM, ELEMENTS_MAX);
+    const size_t slice = tokens > TOKENS_MAX ? ELEMENTS_PER_ITEM : least;
+    workers.run(divide_up(hidden, slice), [&](size_t item) {
+        const size_t begin = item * slice;
+        const size_t end = std::min(hidden, begin + slice);
+        if (tokens == 1) {
+            sums.add_to_one(rows_.data(), h, count, begin, end, y_);
+        } else {
+            sums.add(rows_.data(), packed, count, tokens, hidden, begin, end, sums_);
+        }
+    });
 }
 
 }  // namespace flashclient

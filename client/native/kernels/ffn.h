@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
@@ -82,6 +83,7 @@ class Ffn {
     std::string instruction_set() const { return gate_or_up_.kernels->instruction_set; }
 
   private:
+    friend class FfnSum;
     struct Group;    // neurons that one thread fires together for a group of tokens
     struct Rows;     // x in the forms that the parts' kernels take
     struct Fired;    // what a group of tokens adds to y
@@ -111,6 +113,7 @@ class Ffn {
         return part.in(list.bundles[entry >> neurons_shift_], entry & (shape_.neurons - 1));
     }
     void require_no_slabs() const;
+    void add_list(const Neurons& list, const Rows& rows, float* y) const;
     void add_slabs(const Neurons& list, const Rows& rows, float* y) const;
     void accumulate_slabs(std::span<const uint64_t> slabs, const float* h, size_t tokens, float* y) const;
     void accumulate_list(std::span<const uint64_t> bundles, size_t tokens, Scratch& scratch, float* y) const;
@@ -123,6 +126,41 @@ class Ffn {
     Part gate_or_up_;             // the part whose dot goes through the activation
     Part up_;                     // the same as gate_or_up_ if there is no gate
     Part down_;
+};
+
+// The sum over all neurons of a layer, which come in chunks, in order. Where the down column's kernels have group sums
+// (kernels.h) they are used, so the bits may differ from those of Ffn::add_rows(). They depend neither on the chunks
+// nor on the other tokens or the number of threads.
+//
+// A group whose neurons have not all come waits for the rest: their down columns are copied.
+class FfnSum {
+  public:
+    // y [tokens, hidden] += the sum, after finish(). All must outlive this.
+    FfnSum(const Ffn& ffn, const float* x, size_t tokens, float* y);
+    ~FfnSum();
+
+    // The next neurons, without masks. Throws what Ffn::add_rows() throws.
+    void add(const Neurons& list);
+    void finish();  // there are no more
+
+  private:
+    void add_block(const Neurons& list);
+    void add_groups(const float* h, size_t count);
+    void keep(const float* h, size_t first, size_t count);
+    bool in_groups() const { return !ffn_.in_slabs() && ffn_.down_.kernels->groups != nullptr; }
+    template <typename Copy>
+    void for_strips(const Copy& copy);
+
+    const Ffn& ffn_;
+    std::unique_ptr<Ffn::Rows> x_;
+    float* y_;
+    float* sums_ = nullptr;          // y as GroupSums::add() takes it
+    std::vector<char> sums_memory_;  // of sums_
+    std::vector<const void*> rows_;  // down columns: of the neurons that wait, and of the next ones
+    size_t waiting_ = 0;
+    std::vector<char> columns_;  // of the neurons that wait
+    std::vector<float> h_;       // theirs: [group of tokens][neuron, token]
+    std::vector<char> packed_;   // what GroupSums::add() takes
 };
 
 }  // namespace flashclient

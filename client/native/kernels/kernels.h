@@ -22,6 +22,25 @@ inline constexpr size_t TOKENS_MAX = 16;
 
 inline size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 
+// Neurons of a layer that are summed together, for tables with GroupSums.
+inline constexpr size_t GROUP_NEURONS = 32;
+inline constexpr size_t SUM_ELEMENTS = 32;
+
+// Sums over all neurons of a layer, group after group: y += the sum of a group, which is that of the even neurons and
+// that of the odd ones, for each of the three numbers of 16 bits whose sum an h is. The last group may have fewer.
+struct GroupSums {
+    // The form of h, [neurons, tokens] fp32 of at most TOKENS_MAX tokens, that add() takes; aligned to a cache line.
+    size_t (*packed_bytes)(size_t neurons);
+    void (*pack)(const float* h, size_t neurons, size_t tokens, void* packed);
+    // Adds the groups of h[k][t] * rows[k][j] for j in [begin, end), which are multiples of SUM_ELEMENTS or `hidden`.
+    // `packed`: of each TOKENS_MAX tokens in turn, back to back. `sums`: y as [SUM_ELEMENTS of hidden][tokens, rounded
+    // up to TOKENS_MAX][SUM_ELEMENTS].
+    void (*add)(const void* const* rows, const void* packed, size_t row_count, size_t tokens, size_t hidden,
+                size_t begin, size_t end, float* sums);
+    // The same for one token, with h and y as they are. Rows whose h is 0 are not read.
+    void (*add_to_one)(const void* const* rows, const float* h, size_t row_count, size_t begin, size_t end, float* y);
+};
+
 struct Kernels {
     const char* instruction_set;
     // The form of x, [tokens, hidden] fp32, that dots() takes, at most TOKENS_MAX tokens of it; `packed` is aligned to
@@ -50,6 +69,7 @@ struct Kernels {
     // than two calls of dots().
     void (*dots_of_groups)(const void* const* rows, size_t row_count, const void* const (&x)[2], size_t hidden,
                            const size_t (&tokens)[2], float* const (&dots)[2]) = nullptr;
+    const GroupSums* groups = nullptr;  // null: there is nothing faster than accumulate()
 };
 
 // The best instruction set of the processor, or the one named: "amx", "avx512", "avx2" or "portable". Throws
@@ -64,6 +84,7 @@ const Kernels& kernels_for(BlockFormat format, const char* instruction_set = nul
 
 // One table per instruction set and dtype or format; null where the compiler's target has no such instructions.
 const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
+const GroupSums* group_sums_amx();        // of bf16
 const Kernels* kernels_avx512(Dtype dtype);
 const Kernels* kernels_avx512(BlockFormat format);
 const Kernels* kernels_vnni(BlockFormat format);  // that of AVX-512 but for products, which are of integers

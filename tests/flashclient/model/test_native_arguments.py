@@ -22,6 +22,7 @@ from flashclient._native import (
     CellWalk,
     ExpertStep,
     Ffn,
+    FfnSum,
     LentMemory,
     Linear,
     LowRankPredictor,
@@ -88,6 +89,7 @@ rows = np.zeros((1, 2, 3, 8), np.float32)
 biases = np.zeros((2, NEURONS), np.float32)
 ones, index = np.ones(NEURONS, np.uint16), np.arange(NEURONS, dtype=np.uint32)
 ffn = Ffn(WORKERS, [plain("F32")] * 3, HIDDEN, "silu")
+bf16 = Ffn(WORKERS, [plain("BF16")] * 3, HIDDEN, "silu")
 low_rank_arrays = (np.ones((2, 8), np.float32), np.ones((9, 2), np.float32), np.ones(9, np.float32))
 low_rank = LowRankPredictor(WORKERS, "F32", *low_rank_arrays)
 sign_arrays = (np.zeros((9, 1), np.uint8), HIDDEN, np.zeros(9, np.int32))
@@ -134,6 +136,12 @@ def new_experts(cells: Cells | None = None, experts: Any = 3, neurons: Any = NEU
     return ExpertStep((ffn,), CellWalk(cells or Cells(), 1, 96), [(experts, neurons)])
 
 
+def add_all(addresses: Any, of_all: Any, x_rows: Any, y_rows: Any) -> None:
+    every_neuron = FfnSum(bf16, x_rows, y_rows)
+    every_neuron.add(addresses, of_all)
+    every_neuron.finish()
+
+
 picks, weights = np.array([[0, 2], [1, 2]]), np.ones((2, 2), np.float32)
 no_picks = (None, None, None, None, x, y)
 
@@ -143,6 +151,7 @@ CALLS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "fire": (ffn.fire, (right_addresses, index, ones, biases, x, h)),
     "accumulate": (ffn.accumulate, (right_addresses, h, y)),
     "add_rows": (ffn.add_rows, (right_addresses, biases, ones[None], x, y)),
+    "sum": (add_all, (right_addresses, biases, x, y)),
     "multiply": (Linear(WORKERS, "F32").multiply, (np.zeros((9, HIDDEN), np.float32), x, products)),
     "multiply 16 bit": (Linear(WORKERS, "BF16").multiply, (np.zeros((9, HIDDEN), np.uint16), x, products)),
     "attend": (Attention(WORKERS, "F32").attend, (rows, rows, rows, None, True, 1.0, out)),

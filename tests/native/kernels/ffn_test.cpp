@@ -139,6 +139,52 @@ TEST_P(FfnBits, RowsOf16BitsDoNotDependOnTheOthersOrOnChunks) {
     }
 }
 
+// Chunks of any size, of which some end within a group, for numbers of rows that are computed by different loops. Some
+// numbers are so small that products of bf16 count as 0, and some h are 0.
+TEST_P(FfnBits, SumOverALayerDependsOnNeitherChunksNorOtherRows) {
+    try {
+        kernels_for(Dtype::bf16, GetParam());
+    } catch (const std::invalid_argument& error) {
+        GTEST_SKIP() << error.what();
+    }
+    constexpr size_t TOKENS = 70;
+    const Kernels& kernels = kernels_for(Dtype::bf16, GetParam());
+    std::deque<std::vector<uint16_t>> bundles;
+    std::deque<ReadableMemory> readable;
+    std::vector<uint64_t> addresses;
+    for (std::vector<float> bundle : bundles_) {
+        const bool tiny = addresses.size() % 5 == 0;
+        for (size_t j = 2 * HIDDEN; tiny && j < 3 * HIDDEN; j++) bundle[j] *= 0x1p-120f;
+        kernels.downcast(bundle.data(), bundle.size(), bundles.emplace_back(bundle.size()).data());
+        addresses.push_back(reinterpret_cast<uint64_t>(bundles.back().data()));
+        readable.emplace_back(bundles.back().data(), bundles.back().size() * sizeof(uint16_t));
+    }
+    const std::vector<float> x = random_floats(TOKENS * HIDDEN, 1000);
+    for (const Function function : {Function::silu, Function::relu}) {
+        const auto sum = [&](size_t threads, size_t chunk, size_t first, size_t tokens) {
+            Workers workers(threads);
+            const FfnShape shape{std::vector(3, weightd::plain_encoding(Dtype::bf16)), HIDDEN, {function}};
+            const Ffn ffn(workers, shape, GetParam());
+            std::vector<float> y(tokens * HIDDEN, 0.0f);
+            FfnSum all(ffn, x.data() + first * HIDDEN, tokens, y.data());
+            for (size_t i = 0; i < NEURONS; i += chunk) {
+                all.add({std::span(addresses).subspan(i, std::min(chunk, NEURONS - i))});
+            }
+            all.finish();
+            return y;
+        };
+        const std::vector<float> all = sum(3, NEURONS, 0, TOKENS);
+        EXPECT_EQ(sum(1, 1, 0, TOKENS), all);
+        EXPECT_EQ(sum(2, 37, 0, TOKENS), all);
+        for (const auto& [first, tokens] : std::vector<std::pair<size_t, size_t>>{{0, 1}, {5, 2}, {9, 16}, {7, 33}}) {
+            for (const size_t chunk : {5, 64, 150}) {
+                const std::vector<float> some = sum(2, chunk, first, tokens);
+                EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first * HIDDEN)));
+            }
+        }
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(InstructionSets, FfnBits, testing::Values("amx", "avx512", "avx2", "portable"));
 
 }  // namespace
