@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import make_checkpoint, make_config
 from conftest import client_here
+from packed_checkpoints import make_packed
 from safetensors.numpy import save
 from stored_calibration import offline
 
@@ -44,6 +45,18 @@ def config(tmp_path: Path) -> Path:
     """A folder that holds a configuration and nothing else."""
     make_config("llama", hidden=64, neurons=4096, torch_dtype="bfloat16").save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+def test_a_quantised_folder_is_planned_as_it_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, store = make_packed("awq", tmp_path / "model").folder, tmp_path / "store"
+    assert main(["import", str(source), "--store", str(store)]) == 0
+    with Store.open(store, readonly=True) as opened:
+        record = opened.model("model")
+    said = planned(capsys, source)
+    assert (said["ffn_bytes"], said["resident_bytes"]) == (record.bundles_file_bytes, record.resident_file_bytes)
+    (source / "model.safetensors").unlink()
+    (unknown,) = (each for each in planned(capsys, source)["assumptions"] if "awq" in each)
+    assert unknown == "dequantised, because only the weights, which are not there, say whether those of awq can be kept"
 
 
 def test_a_configuration_gives_the_sizes_of_the_import(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,13 +68,13 @@ def open_folder(path: Path) -> Checkpoint:
     configuration = configuration_name(config)
     if configuration != CONFIG_FILE:
         config = read_json(folder.file(configuration))
-    config = _with_quantisation(folder, config)
+    config = with_quantisation(folder, config)
     quantisation(path, config)  # refuses before the weights are looked for
     tensors, notes = dequantisable(path, config, _read_tensors(folder, config.get("transformers_weights")))
     return Checkpoint(path, config, tensors, lambda target: copy_files(folder, target, configuration), notes=notes)
 
 
-def _with_quantisation(folder: ModelFolder, config: dict[str, Any]) -> dict[str, Any]:
+def with_quantisation(folder: ModelFolder, config: dict[str, Any]) -> dict[str, Any]:
     """The configuration with its quantization_config, which may lie in the text part's or in a file of its own."""
     text = config.get("text_config")
     if CONFIG not in config and isinstance(text, dict) and CONFIG in text:

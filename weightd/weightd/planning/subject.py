@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from weightd.checkpoint.checkpoint import read_json
-from weightd.checkpoint.folder import CONFIG_FILE, configuration_name
+from weightd.checkpoint.folder import CONFIG_FILE, configuration_name, has_weights, with_quantisation
 from weightd.checkpoint.gguf import open_gguf
-from weightd.checkpoint.opening import locate_here
+from weightd.checkpoint.model_folder import ModelFolder
+from weightd.checkpoint.opening import locate_here, open_checkpoint
+from weightd.checkpoint.quantisation.formats import quantisation
 from weightd.errors import CheckpointError
 from weightd.importing.client_process import Ask, TokenCost, derive, derive_from_config, token_cost
 from weightd.importing.convert import lay_out
@@ -61,10 +63,15 @@ def subject_of(
             if model in opened.names():
                 return _stored(opened, model, dtype or resident_request, ask)
     path, config = _configuration(model, revision)
-    if path.suffix == ".gguf" and dtype is None:
-        return _from_gguf(path, device, ask, resident_request or "")
+    method = None if path.suffix == ".gguf" else quantisation(path, config)
+    if dtype is None and (path.suffix == ".gguf" or (method and path.is_dir() and has_weights(ModelFolder(path)))):
+        return _with_its_encodings(path, device, ask, resident_request or "")
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
-    return _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
+    subject = _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
+    if method is None or dtype is not None:
+        return subject
+    unknown = f"dequantised, because only the weights, which are not there, say whether those of {method} can be kept"
+    return replace(subject, assumptions=(*subject.assumptions, unknown))
 
 
 def _stored(store: Store, model: str, dtype: str | None, ask: Ask) -> Subject:
@@ -95,12 +102,12 @@ def _configuration(model: str, revision: str | None) -> tuple[Path, Mapping[str,
         raise CheckpointError(f"{path} has no {CONFIG_FILE}: give its path, or one of {', '.join(SLIDES)}")
     config = read_json(path / CONFIG_FILE)
     named = configuration_name(config)
-    return path, config if named == CONFIG_FILE else read_json(path / named)
+    return path, with_quantisation(ModelFolder(path), config if named == CONFIG_FILE else read_json(path / named))
 
 
-def _from_gguf(path: Path, device: DeviceProfile, ask: Ask, resident_request: str) -> Subject:
-    """As an import would lay the file out: it has its own encodings."""
-    checkpoint = open_gguf(path)
+def _with_its_encodings(path: Path, device: DeviceProfile, ask: Ask, resident_request: str) -> Subject:
+    """As an import would lay out a GGUF file or a folder that is quantised."""
+    checkpoint = open_checkpoint(path)
     recipe = derive(checkpoint, ask)
     sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES, TABLES_ABOVE_BYTES)
     laid_out = lay_out(checkpoint, recipe, model_name_for(path), KEEP, *sizes, resident_request=resident_request)

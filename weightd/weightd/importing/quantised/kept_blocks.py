@@ -1,7 +1,9 @@
 """Which tensors are kept in blocks of GGML's formats that hold the same values, and these blocks.
 
     Q4_0    integers of 4 bits whose zero is 8
-    Q8_0    integers of 8 bits whose zero is the middle
+    Q5_0    integers of 4 bits with other zeros, which are subtracted: then they have 5 bits. Q4_1 has instead of the
+            zero its product with the scale, which half precision holds for few scales.
+    Q8_0    integers of 8 bits whose zero is 128, or 0 if they are signed
     MXFP4   floats of 4 bits with an exponent for 32
 
 A block of 32 inputs has one scale, in half precision. So groups must be whole blocks in order, and half precision must
@@ -26,7 +28,8 @@ Bytes = npt.NDArray[np.uint8]
 
 VALUES = 32  # of a block
 MXFP4 = "MXFP4"
-INTEGERS = {4: "Q4_0", 8: "Q8_0"}  # by bits
+INTEGERS = {4: "Q4_0", 8: "Q8_0"}  # by bits; the zero is the middle
+WITH_ZEROS = {"Q4_0": "Q5_0"}  # which holds any zeros of four bits
 
 
 def with_kept_formats(tensors: Mapping[str, SourceTensor]) -> tuple[dict[str, SourceTensor], list[str]]:
@@ -37,10 +40,10 @@ def with_kept_formats(tensors: Mapping[str, SourceTensor]) -> tuple[dict[str, So
         if scales is None:
             found[name] = tensor
             continue
-        reason = _obstacle(tensor, scales)
+        format, reason = _choice(tensor, scales)
         if reason:
             reasons.setdefault(reason, []).append(tensor.name)
-        found[name] = tensor if reason else replace(tensor, scales=replace(scales, kept=_format(tensor, scales)))
+        found[name] = replace(tensor, scales=replace(scales, kept=format))
     return found, [f"{_counted(names)} dequantised, because {reason}" for reason, names in reasons.items()]
 
 
@@ -57,36 +60,39 @@ def _format(tensor: SourceTensor, scales: BlockScales) -> str:
     return INTEGERS.get(bits, "")
 
 
-def _obstacle(tensor: SourceTensor, scales: BlockScales) -> str:
-    """Why a tensor cannot be kept; empty: it can."""
+def _choice(tensor: SourceTensor, scales: BlockScales) -> tuple[str, str]:
+    """The format in which a tensor is kept, or why it cannot be."""
     format = _format(tensor, scales)
     if not format:
-        return f"no kernel computes on {_kind(tensor)}"
+        return "", f"no kernel computes on {_kind(tensor)}"
     if scales.groups:
-        return "its groups are in another order than its inputs (desc_act, actorder)"
+        return "", "groups are in another order than inputs (desc_act, actorder)"
     inputs, size = (tensor.rows, scales.rows) if scales.transposed else (tensor.row_elements, scales.columns)
     if inputs % VALUES or size % VALUES:
-        return f"groups of {size} of {inputs} inputs are not whole blocks of {VALUES}"
+        return "", f"groups of {size} of {inputs} inputs are not whole blocks of {VALUES}"
     if format == MXFP4:
-        return ""
+        return format, ""
     middle = 0 if tensor.packing is None else 1 << (tensor.packing.bits - 1)
-    if not _all_are(scales, middle):
-        return "its zeros are not all in the middle"
-    return "" if _fit_half(scales.tensor) else "half precision does not hold its scales"
+    least, greatest = _zeros_between(tensor, scales)
+    if (least, greatest) != (middle, middle):
+        format = WITH_ZEROS.get(format, "")
+        if not format or least < 0 or greatest > 2 * middle:
+            return "", f"no format has {2 * middle or 256} numbers and zeros of their own"
+    return (format, "") if _fit_half(scales.tensor) else ("", "half precision does not hold its scales")
 
 
 def _kind(tensor: SourceTensor) -> str:
     return "numbers of NVFP4" if tensor.encoding == PACKED_E2M1 else f"numbers of {tensor.encoding.format}"
 
 
-def _all_are(scales: BlockScales, middle: int) -> bool:
-    """Of the zeros."""
+def _zeros_between(tensor: SourceTensor, scales: BlockScales) -> tuple[float, float]:
+    """The least and the greatest of the zeros."""
     zeros = scales.zeros
     if zeros is None:
-        return scales.zero == middle
-    rows = scales.tensor.rows  # words at the end may have padding
-    found = [zero_points(scales, zeros, data) for data in _whole(zeros)]
-    return bool((np.concatenate(found)[:rows] == middle).all())
+        return scales.zero, scales.zero
+    rows, groups = scales.tensor.rows, -(-tensor.row_elements // scales.columns)  # after them may be padding
+    found = np.concatenate([zero_points(scales, zeros, data) for data in _whole(zeros)])[:rows, :groups]
+    return float(found.min()), float(found.max())
 
 
 def _fit_half(scales: SourceTensor) -> bool:
@@ -124,17 +130,34 @@ def kept_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
         return _mxfp4_blocks(stored)
     width, data = run.tensor.row_elements, np.frombuffer(stored[0], np.uint8)
     codes = data.view(np.uint8) if run.tensor.packing is None else unpacked(run.tensor.packing, data, width)
-    factors, _ = of_blocks(run, stored)
+    factors, zeros = of_blocks(run, stored)
     if scales.transposed:
         by_block = codes.reshape(-1, VALUES, width).swapaxes(1, 2)
-        of_block = factors[::VALUES]
     else:
         by_block = codes.reshape(len(factors), -1, VALUES)
-        of_block = np.repeat(factors, scales.columns // VALUES, axis=1)[:, : by_block.shape[1]]
+    of_block = _for_blocks(scales, factors, by_block.shape[1])
     if scales.kept == "Q8_0":
         signed = by_block if run.tensor.packing is None else by_block ^ np.uint8(128)
         return _blocks(scales.kept, of_block, signed)
-    return _blocks(scales.kept, of_block, by_block[..., : VALUES // 2] | by_block[..., VALUES // 2 :] << np.uint8(4))
+    if scales.kept == "Q4_0":
+        return _blocks(scales.kept, of_block, _halves(by_block))
+    assert zeros is not None or scales.zero
+    subtracted = np.float32(scales.zero) if zeros is None else _for_blocks(scales, zeros, by_block.shape[1])[..., None]
+    fives = (by_block - subtracted + 16).astype(np.uint8)
+    fifth = np.packbits(fives >> np.uint8(4), axis=-1, bitorder="little")
+    return _blocks(scales.kept, of_block, np.concatenate([fifth, _halves(fives & np.uint8(15))], axis=-1))
+
+
+def _for_blocks(scales: BlockScales, of_groups: npt.NDArray[np.float32], blocks: int) -> npt.NDArray[np.float32]:
+    """What is given for groups, for the blocks of which they consist: [rows, blocks]."""
+    if scales.transposed:
+        return of_groups[::VALUES]
+    return np.repeat(of_groups, scales.columns // VALUES, axis=1)[:, :blocks]
+
+
+def _halves(codes: Bytes) -> Bytes:
+    """Numbers of four bits: those of the first half of a block in the lower halves of bytes."""
+    return codes[..., : VALUES // 2] | codes[..., VALUES // 2 :] << np.uint8(4)
 
 
 def _blocks(format: str, factors: npt.NDArray[np.float32], codes: Bytes) -> Bytes:
