@@ -86,6 +86,14 @@ assert all(SLAB_NEURONS_MIN <= format.values <= SLAB_NEURONS_MAX for format in B
 RESIDENT_DTYPES = ("plain", "keep", *QUANTISED_DTYPES)
 # Two numbers of 4 bits in a byte, the lower half first, as in published checkpoints. Their scales lie elsewhere.
 PACKED_E2M1 = Encoding(format="E2M1", block_values=2, block_bytes=1)
+# bitsandbytes': quantiles of the normal distribution, by code; the upper half of a byte first.
+PACKED_NF4 = Encoding(format="NF4", block_values=2, block_bytes=1)
+NF4_NUMBERS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 
 
 def plain(dtype: str) -> Encoding:

@@ -46,6 +46,20 @@ class Packing:
 
 
 @dataclass(frozen=True)
+class NestedScales:
+    """Factors that are quantised themselves: numbers[code] * factors[block of codes] + offset.
+
+    Attributes:
+        numbers, factors: F32. Of each code, and of each `size` codes in row-major order.
+    """
+
+    numbers: bytes
+    factors: bytes
+    size: int
+    offset: float
+
+
+@dataclass(frozen=True)
 class BlockScales:
     """The factors of a tensor's values, which lie in a tensor of their own: one for each block of rows x columns.
 
@@ -61,6 +75,7 @@ class BlockScales:
         divisor: of all factors.
         multiplier: of all factors.
         transposed: rows are inputs, so that a block of 32 inputs of one output lies in 32 rows.
+        nested: what the codes in `tensor` stand for, if it does not hold the factors themselves.
         kept: the format of blocks in which the import keeps the numbers; empty: it dequantises them.
     """
 
@@ -75,6 +90,7 @@ class BlockScales:
     divisor: float = 1.0
     multiplier: float = 1.0
     transposed: bool = False
+    nested: NestedScales | None = None
     kept: str = ""
 
     def rows_of(self, first: int, end: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from weightd.checkpoint.quantisation.bits_and_bytes import bits_and_bytes
 from weightd.checkpoint.quantisation.floats import fp8, mxfp4, with_scales
 from weightd.checkpoint.quantisation.integers import awq, gptq, packed_integers, with_zeros
 from weightd.checkpoint.quantisation.scales import QuantisedTensors
@@ -178,4 +179,5 @@ FORMATS: dict[str, Callable[[QuantisedTensors], Iterator[tuple[str, SourceTensor
     "mxfp4": mxfp4,
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
+    "bitsandbytes": bits_and_bytes,
 }

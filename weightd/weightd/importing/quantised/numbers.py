@@ -11,7 +11,7 @@ import numpy.typing as npt
 from weightd.disk.tensors import BlockScales, Packing, SourceTensor
 from weightd.errors import CheckpointError
 from weightd.importing.plan import ElementRun
-from weightd_proto.encodings import DTYPES, PACKED_E2M1
+from weightd_proto.encodings import DTYPES, NF4_NUMBERS, PACKED_E2M1, PACKED_NF4
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ def of_blocks(run: ElementRun, stored: Sequence[memoryview]) -> tuple[Floats, Fl
         rows = np.arange(run.first_row, run.end_row)
         matrix = rows // scales.matrix_rows
         which = matrix * scales.tensor.shape[-2] + rows % scales.matrix_rows // scales.rows - first
-    factors = _factors(scales, np.frombuffer(stored[1], np.uint8)).reshape(end - first, -1)
+    factors = _factors(scales, np.frombuffer(stored[1], np.uint8), first).reshape(end - first, -1)
     zeros = None
     if scales.zeros is not None:
         zeros = _zeros(scales, scales.zeros, np.frombuffer(stored[2], np.uint8), first)[which]
@@ -103,15 +103,23 @@ def _apply(operation: np.ufunc, values: Floats, spread: Floats) -> None:
     operation(target, spread, out=target)
 
 
-def _factors(scales: BlockScales, data: Bytes) -> Floats:
-    dtype = scales.tensor.dtype
+def _factors(scales: BlockScales, data: Bytes, first_row: int) -> Floats:
+    dtype, nested = scales.tensor.dtype, scales.nested
+    if nested is not None:
+        begin = first_row * scales.tensor.row_elements
+        of_codes = np.arange(begin, begin + len(data)) // nested.size
+        found = np.frombuffer(nested.numbers, np.float32)[data] * np.frombuffer(nested.factors, np.float32)[of_codes]
+        return _finite(scales, found + np.float32(nested.offset))
     if dtype in _EXPONENTS:
         return _EXPONENTS[dtype][data]
-    factors = as_floats(dtype, data)
+    return _finite(scales, as_floats(dtype, data)) / np.float32(scales.divisor) * np.float32(scales.multiplier)
+
+
+def _finite(scales: BlockScales, factors: Floats) -> Floats:
     if not np.isfinite(factors).all():
         name, path = scales.tensor.name, scales.tensor.path
         raise CheckpointError(f"{name} in {path} has a scale that is NaN or infinite: download the file again")
-    return factors / np.float32(scales.divisor) * np.float32(scales.multiplier)
+    return factors
 
 
 def as_floats(dtype: str, data: Bytes) -> Floats:
@@ -141,6 +149,7 @@ VALUES = {
     "F8_E4M3": _e4m3(),
     "F8_E5M2": (np.arange(256) << 8).astype(np.uint16).view(np.float16).astype(np.float32),
     PACKED_E2M1.format: np.array([(_E2M1[byte & 15], _E2M1[byte >> 4]) for byte in range(256)]),
+    PACKED_NF4.format: np.array([(NF4_NUMBERS[b >> 4], NF4_NUMBERS[b & 15]) for b in range(256)], np.float32),
 }
 # In F8_E8M0, 255 is not a number.
 _EXPONENTS = {"U8": _exponents(), "F8_E8M0": np.append(_exponents()[:255], np.float32(np.nan))}
