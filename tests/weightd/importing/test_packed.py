@@ -112,6 +112,7 @@ def cut(name: str, rows: int) -> Spoil:
         ("packed", cut(f"{UP}.weight_scale", 95), {}, r"scale has shape \[95, 2\] of BF16 in .*, which are no scales"),
         ("packed", None, {"format": "marlin-24"}, r"compressed-tensors of format 'marlin-24', read are pack-quantized"),
         ("packed", None, {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"leaves out zeros \(sparsity_config"),
+        ("packed", None, {"format": "pack", "config_groups": [1]}, r"compressed-tensors of format 'pack', read are"),
         ("packed", None, {"transform_config": {"config_groups": {}}}, r"rotates activations \(transform_config\)"),
     ],
 )  # fmt: skip
@@ -151,15 +152,22 @@ def test_scales_of_keys_and_values_are_left_out_with_a_note(published: dict[str,
     assert (gate.dtype, up.dtype) == (torch.float32, torch.bfloat16)
 
 
-def test_older_checkpoints_have_their_settings_in_a_file_of_their_own(
+def test_older_checkpoints_have_a_file_of_settings_and_biases_of_zero(
     published: dict[str, Path], tmp_path: Path
 ) -> None:
     folder = shutil.copytree(published["gptq"], tmp_path / "m")
     config = json.loads((folder / "config.json").read_text())
     settings = config.pop("quantization_config")
     del settings["quant_method"]
+    tensors = load_file(folder / "model.safetensors")
+    biases = [name.replace("qweight", "bias") for name in tensors if name.endswith("qweight")]
+    outputs = {name: tensors[name.replace("bias", "scales")].shape[1] for name in biases}
+    tensors |= {name: torch.zeros(size, dtype=torch.float16) for name, size in outputs.items()}
+    save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "quantize_config.json").write_text(json.dumps(settings))
+    notes: list[str] = []
     with Store.open(tmp_path / "store", create=True) as store:
-        record = import_checkpoint(folder, store)
+        record = import_checkpoint(folder, store, tell=notes.append)
     assert record.bundle.parts[0].encoding.format == "Q4_0"
+    assert "14 biases left out, which are all zero; first model.layers.0.mlp.down_proj.bias" in notes

@@ -125,8 +125,7 @@ def _compressed(q: QuantisedTensors) -> Iterator[tuple[str, SourceTensor]]:
 
 
 def _check_compressed(q: QuantisedTensors) -> None:
-    groups = [group for group in (q.settings.get("config_groups") or {}).values() if isinstance(group, dict)]
-    for form in (q.settings.get("format"), *(group.get("format") for group in groups)):
+    for form in (q.settings.get("format"), *(group.get("format") for group in _groups(q.settings))):
         if form is not None and form not in CT_FORMATS:
             raise CheckpointError(
                 f"{q.path} is compressed-tensors of format {form!r}, read are {', '.join(CT_FORMATS)}: import one of "
@@ -147,10 +146,18 @@ def _check_compressed(q: QuantisedTensors) -> None:
 
 def _block_structure(settings: Mapping[str, Any]) -> Any:
     """The rows and columns of blocks, if all groups that have some agree."""
-    groups = [group for group in (settings.get("config_groups") or {}).values() if isinstance(group, dict)]
-    found = [weights.get("block_structure") for group in groups if isinstance(weights := group.get("weights"), dict)]
+    found = [
+        weights.get("block_structure")
+        for group in _groups(settings)
+        if isinstance(weights := group.get("weights"), dict)
+    ]
     found = [each for each in found if isinstance(each, list)]
     return found[0] if found and all(each == found[0] for each in found) else None
+
+
+def _groups(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    groups = settings.get("config_groups")
+    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
 
 
 def _modelopt(q: QuantisedTensors) -> Iterator[tuple[str, SourceTensor]]:

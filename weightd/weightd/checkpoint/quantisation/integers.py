@@ -60,8 +60,21 @@ def gptq(q: QuantisedTensors) -> Named:
             f"{q.path} has checkpoint_format {form!r}, which is packed for one kernel: import one in {known}, or a "
             ".gguf file"
         )
+    biases = _zero_biases(q)
     for name, tensor in _without_sides(q, (ZEROS, SCALES, GROUPS)):
-        yield name, _gptq_matrix(q, tensor, name.removesuffix(WORDS), form) if name.endswith(WORDS) else tensor
+        if name not in biases:
+            yield name, _gptq_matrix(q, tensor, name.removesuffix(WORDS), form) if name.endswith(WORDS) else tensor
+
+
+def _zero_biases(q: QuantisedTensors) -> set[str]:
+    """Those of packed modules, if all are zero: older versions of AutoGPTQ write one for each module."""
+    packed_modules = (name.removesuffix(WORDS) + ".bias" for name in q.tensors if name.endswith(WORDS))
+    biases = [name for name in packed_modules if name in q.tensors]
+    known = all(q.tensors[name].is_plain and q.tensors[name].dtype in FLOAT_DTYPES for name in biases)
+    if not biases or not known or any(small_values(q.tensors[name]).any() for name in biases):
+        return set()
+    q.notes.append(f"{len(biases)} biases left out, which are all zero; first {biases[0]}")
+    return set(biases)
 
 
 def _gptq_matrix(q: QuantisedTensors, tensor: SourceTensor, module: str, form: str) -> SourceTensor:
