@@ -1,10 +1,13 @@
 #!/usr/bin/env -S bash -c 'PATH="$(realpath "${0%/*}/..")/.venv/bin:$PATH" exec python3 "$0" "$@"'
 """Measures `flashclient serve` by the official client of the interface: requests at once, and a conversation's turns.
 
-A dense model (SwiGLU, random weights) is served in exact mode with a share of its weights in memory. Each row has so
-many streams at once, each with a prompt of its own. Speed is that of decoding: tokens of all streams while all of them
-decode. Rows take turns, so that a slow drift of the device affects all alike. The last row is the second turn of a long
-conversation, whose prompt is kept, and the same prompt with another beginning, of which nothing is kept.
+A model with random weights is served with a share of them in memory: a dense one (SwiGLU) in exact mode, or with --kind
+a planted one in predict mode or a mixture of experts. Each row has so many streams at once, each with a prompt of its
+own. Speed is that of decoding: tokens of all streams while all of them decode. Rows take turns, so that a slow drift of
+the device affects all alike. Tokens of a planted model are drawn at random, because its greedy texts repeat themselves,
+which would flatter the pool; a mixture's streams then share no more experts than chance makes them. The last row is the
+second turn of a long conversation, whose prompt is kept, and the same prompt with another beginning, of which nothing
+is kept.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import flashclient  # isort: skip  # noqa: F401 - before torch, so that torch's idle threads do not spin
 from benchmarks.forced_tokens import random_ids
@@ -24,16 +28,22 @@ from benchmarks.openai_server import served
 from benchmarks.processes import BenchError, serving
 from benchmarks.report import Row, Target, machine_facts, report
 from flags import FlagParser
+from make_planted_model import make_planted_model
+from moe.files import mixture_files
 from openai import AsyncOpenAI
+from planted.dense import write_tokenizer
+from planted.mixture import MIXTURES
 from planted.plan import SHAPES
-from planted.store import cut, dense_store
+from planted.store import PlantedStore, cut, dense_store, planted_store
 
-DENSE_SHAPES = tuple(name for name, shape in SHAPES.items() if shape.family == "llama")
+EXACT, PREDICT, MIXTURE = "exact", "predict", "mixture"
+SHAPE_OF = {EXACT: "llama-1.3b", PREDICT: "opt-1.3b", MIXTURE: "olmoe-1b-7b"}
+AT_RANDOM = 100.0  # a temperature with which all tokens are as likely
 SEED = 17
 TURN_TOKENS = 16  # of the second turn
 TURN_TARGET = 10.0
 AT_ONCE_TARGET = 8
-GAIN_TARGET = 3.0
+GAIN_TARGETS = {EXACT: 3.0, PREDICT: 2.0, MIXTURE: 2.0}
 
 
 @dataclass
@@ -72,27 +82,49 @@ def main() -> int:
 
 def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each number of streams."""
-    dense = dense_store(options.shape, options.folder, options.layers)
-    vocabulary = cut(options.shape, options.layers)[0].vocabulary
+    planted, vocabulary = _planted(options)
+    mode = PREDICT if options.kind == PREDICT else EXACT
     with (
-        serving(dense.store, round(dense.model_bytes * options.memory)) as daemon,
-        served(dense.name, daemon) as (address, _),
+        serving(planted.store, round(planted.model_bytes * options.memory)) as daemon,
+        served(planted.name, daemon, "--mode", mode) as (address, _),
     ):
-        turns = asyncio.run(_turns(options, address, dense.name, vocabulary))
-        second = asyncio.run(_second_turns(options, address, dense.name, vocabulary)) if options.conversation else []
-    return [row_of(count, of_count) for count, of_count in turns.items()] + second
+        turns = asyncio.run(_turns(options, address, planted.name, vocabulary))
+        second = asyncio.run(_second_turns(options, address, planted.name, vocabulary)) if options.conversation else []
+    return [{"kind": options.kind} | row_of(count, of_count) for count, of_count in turns.items()] + second
+
+
+def _planted(options: argparse.Namespace) -> tuple[PlantedStore, int]:
+    """The model, with a tokenizer, and the size of its vocabulary."""
+    if options.kind == EXACT:
+        dense = dense_store(options.shape, options.folder, options.layers)
+        return dense, cut(options.shape, options.layers)[0].vocabulary
+    folder = options.folder / "with-tokenizers"
+    folder.mkdir(parents=True, exist_ok=True)
+    if options.kind == MIXTURE:
+        files = mixture_files(options.shape, options.layers, folder)
+        files.planted()
+        write_tokenizer(files.shape.vocabulary, files.checkpoint)
+        files.imported()
+        return files, files.shape.vocabulary
+    shape, name = cut(options.shape, options.layers)
+    checkpoint = folder / f"planted-{name}"
+    if not checkpoint.exists():
+        make_planted_model(shape, checkpoint, "bf16")
+    write_tokenizer(shape.vocabulary, checkpoint)
+    return planted_store(options.shape, folder, options.layers), shape.vocabulary
 
 
 async def _turns(options: argparse.Namespace, address: str, name: str, vocabulary: int) -> dict[int, list[Turn]]:
     turns: dict[int, list[Turn]] = {count: [] for count in options.at_once}
     async with AsyncOpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600) as client:
+        heat = 0.0 if options.kind == EXACT else AT_RANDOM
         await _stream(client, name, random_ids(vocabulary, options.prompt_tokens, SEED), 2)  # fills the pool
         for number in range(options.rounds):
             for count in options.at_once if number % 2 == 0 else reversed(options.at_once):
                 prompts = [random_ids(vocabulary, options.prompt_tokens, SEED + 1 + index) for index in range(count)]
                 turn = Turn(time.perf_counter())
                 turn.times = await asyncio.gather(
-                    *(_stream(client, name, prompt, options.tokens) for prompt in prompts)
+                    *(_stream(client, name, prompt, options.tokens, heat, seed) for seed, prompt in enumerate(prompts))
                 )
                 turns[count].append(turn)
     return turns
@@ -120,10 +152,13 @@ async def _second_turns(options: argparse.Namespace, address: str, name: str, vo
     ]
 
 
-async def _stream(client: AsyncOpenAI, name: str, prompt: list[int], tokens: int) -> list[float]:
+async def _stream(
+    client: AsyncOpenAI, name: str, prompt: list[int], tokens: int, temperature: float = 0.0, seed: int = 0
+) -> list[float]:
     """When each token came."""
+    drawn: dict[str, Any] = {"temperature": temperature, "seed": seed, "extra_body": {"top_k": 0}}
     stream = await client.completions.create(
-        model=name, prompt=prompt, max_tokens=tokens, temperature=0, stream=True, logprobs=0
+        model=name, prompt=prompt, max_tokens=tokens, stream=True, logprobs=0, **drawn
     )
     return [time.perf_counter() async for chunk in stream if chunk.choices and chunk.choices[0].logprobs is not None]
 
@@ -157,13 +192,15 @@ def targets_of(rows: list[Row]) -> list[Target]:
     ]
     if {1, AT_ONCE_TARGET} <= speeds.keys():
         gain = speeds[AT_ONCE_TARGET] / speeds[1]
-        targets.append(Target("gain_of_8_requests", gain, "x", GAIN_TARGET, "higher"))
+        kind = next(row["kind"] for row in rows if "at_once" in row)
+        targets.append(Target("gain_of_8_requests", gain, "x", GAIN_TARGETS[kind], "higher"))
     return targets
 
 
 def _options() -> argparse.Namespace:
     parser = FlagParser(__doc__)
-    parser.add_argument("--shape", choices=DENSE_SHAPES, default="llama-1.3b")
+    parser.add_argument("--kind", choices=SHAPE_OF, default=EXACT, help="of model and mode (default: exact)")
+    parser.add_argument("--shape", help=f"default: {', '.join(SHAPE_OF.values())}, by kind")
     parser.add_argument("--layers", type=int, help="of the model, fewer than the shape has")
     parser.add_argument("--folder", type=Path, default=Path("build/bench"), help="for the files, which are kept")
     parser.add_argument("--memory", type=float, default=0.5, help="share of the model's bytes (default: 0.5)")
@@ -173,7 +210,15 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--conversation", type=int, default=2000, help="tokens of its first turn; 0: without this row")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
+    options = parser.parse_args()
+    families = {EXACT: "llama", PREDICT: "opt"}
+    known = [name for name, shape in SHAPES.items() if shape.family == families.get(options.kind)]
+    if options.kind == MIXTURE:
+        known = [name for name, shape in MIXTURES.items() if not shape.quantised]  # a GGUF file has its own tokenizer
+    options.shape = options.shape or SHAPE_OF[options.kind]
+    if options.shape not in known:
+        parser.error(f"--shape {options.shape} is none of --kind {options.kind}: give one of {', '.join(known)}")
+    return options
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def test_rows_of_a_small_model(tmp_path: Path) -> None:
     assert [row["at_once"] for row in rows] == [1, 3]
     assert turn["second_turn_first_token_s"] > 0
     assert told["targets"][0]["name"] == "second_turn_sooner"
+    assert {row["kind"] for row in rows} == {"exact"}
     for row in rows:
         assert row["tokens_per_s"] > 0
         assert 0 < row["between_tokens_ms_p50"] <= row["between_tokens_ms_p99"]
@@ -44,6 +45,6 @@ def test_speed_counts_only_what_all_streams_have_in_common() -> None:
     turn = Turn(0.0, [[1.0, 2.0, 3.0, 4.0], [2.0, 3.0, 4.0, 5.0]])
     assert turn.tokens_per_s == pytest.approx(4 / 2)
     assert turn.first_s == [1.0, 2.0]
-    rows = [row_of(count, [turn]) | {"tokens_per_s": speed} for count, speed in ((1, 2.0), (8, 9.0))]
+    rows = [row_of(count, [turn]) | {"tokens_per_s": speed, "kind": "exact"} for count, speed in ((1, 2.0), (8, 9.0))]
     (target,) = targets_of(rows)
     assert (target.value, target.met) == (4.5, True)
