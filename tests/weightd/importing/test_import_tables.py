@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gguf
 import lmdb
 import pytest
-from checkpoints import make_checkpoint
+import torch
+from checkpoints import make_checkpoint, make_config, make_model, write_gguf
 from safetensors.numpy import load_file
 from stored_model import read_bundles
 
+from flashclient import FlashClient
 from weightd import cli
-from weightd.errors import CorruptionError, StoreError
+from weightd.errors import CheckpointError, CorruptionError, StoreError
 from weightd.importing.convert import import_checkpoint
 from weightd.importing.update import KEPT, REPLACED, update
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
+from weightd_proto.encodings import check
 
 TABLE = "model.embed_tokens"
 ROWS, HIDDEN = 320, 64
@@ -125,3 +129,47 @@ def test_the_commands_show_tables(tmp_path: Path, untied: Path, capsys: pytest.C
     assert f" {ROWS} rows," in capsys.readouterr().out
     assert cli.main(["import", str(untied), *where, "--tables-above", "much"]) == 2
     assert "--tables-above: not a size: 'much'" in capsys.readouterr().err
+
+
+def kind_of(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType["Q4_0" if name.startswith(("token_embd", "blk.0.ffn")) else "F32"]
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("quantised") / "model.gguf"
+    write_gguf(make_model(make_config("llama", neurons=192, tie_word_embeddings=False)), path, kind_of)
+    return path
+
+
+def test_blocks_of_a_table_are_kept_and_give_the_values_of_resident_ones(store: Store, quantised: Path) -> None:
+    resident = import_checkpoint(quantised, store, "resident")
+    (table,) = import_checkpoint(quantised, store, "tables", tables_above_bytes=0).tables
+    check(store.model("tables"))
+    (published,) = [one for one in gguf.GGUFReader(quantised).tensors if one.name == "token_embd.weight"]
+    assert table.bundle.parts[0].encoding.format == "Q4_0"
+    assert [row.tobytes() for row in read_bundles(store, table, 0)] == [row.tobytes() for row in published.data]
+    assert {tensor.name: tensor.dtype for tensor in resident.resident}[f"{TABLE}.weight"] == "Q4_0"
+    assert verify_model(store, "tables").rows == ROWS
+    logits = []
+    for name in ("resident", "tables"):
+        with FlashClient(name, store=store.path, mode="exact") as client, torch.no_grad():
+            logits.append(client.model(torch.arange(3, 63).view(2, 30)).logits)
+    assert torch.equal(*logits)
+    (plain,) = import_checkpoint(quantised, store, "plain", tables_above_bytes=0, resident_request="plain").tables
+    assert plain.bundle.parts[0].encoding.format == "F32"
+    size_bytes = len(published.data.tobytes())
+    assert not import_checkpoint(quantised, store, "small", tables_above_bytes=size_bytes).tables
+
+
+def test_a_damaged_scale_of_a_table_is_refused_with_its_row(store: Store, quantised: Path, tmp_path: Path) -> None:
+    (published,) = [one for one in gguf.GGUFReader(quantised).tensors if one.name == "token_embd.weight"]
+    row_bytes = published.data.shape[1]
+    damaged = tmp_path / "damaged.gguf"
+    content = bytearray(quantised.read_bytes())
+    at = int(published.data_offset) + 7 * row_bytes
+    content[at : at + 2] = b"\xff\x7f"
+    damaged.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"token_embd.weight in .* Q4_0 whose scale is NaN or infinite, in row 7"):
+        import_checkpoint(damaged, store, "damaged", tables_above_bytes=0)
+    assert store.models() == []

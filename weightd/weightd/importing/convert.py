@@ -37,6 +37,7 @@ from weightd.importing.stored_dtype import (
     resident_dtype,
     resident_format,
     stored_dtype,
+    table_format,
 )
 from weightd.importing.tables import TABLES_ABOVE_BYTES, Table, choose_tables, lay_out_table
 from weightd.importing.units import Unit, units_of
@@ -191,7 +192,11 @@ def lay_out(
     units, resident = units_of(recipe, tensors), without_equal_ties(recipe, tensors)
     dtype = stored_dtype(recipe, tensors, dtype_request)
     dtypes = {source.name: resident_dtype(source, tensors, dtype) for source in resident}
-    looked_up, resident = choose_tables(recipe, resident, dtypes, dtype, tables_above_bytes)
+    of_tables = {  # those that an import quantises stay resident only where they are no tables
+        source.name: table_format(source, tensors, dtypes[source.name], dtype_request, resident_request)
+        for source in resident
+    }
+    looked_up, resident = choose_tables(recipe, resident, dtypes, of_tables, dtype, tables_above_bytes)
     formats = {
         source.name: resident_format(recipe, source, tensors, dtypes[source.name], dtype_request, resident_request)
         for source in resident
@@ -206,7 +211,7 @@ def lay_out(
     by_name = {source.name: source for source in resident}
     in_order = [by_name[tensor.name] for tensor in record.resident]
     steps = [*plan_bundles(units, record.bundle), *plan_resident(in_order, tensors, kinds)]
-    tables = [lay_out_table(record, source, tensors, block_bytes) for source in looked_up]
+    tables = [lay_out_table(record, one, of_tables[one.name], tensors, block_bytes) for one in looked_up]
     record.tables.extend(table.record for table in tables)
     return LaidOut(record, header, units, in_order, steps, tables, (*checkpoint.notes, *notes, *reasons))
 

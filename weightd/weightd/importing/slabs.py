@@ -129,20 +129,33 @@ def cut_slabs(layout: BundleLayout, parts: Sequence[SlabPart], cells: Bytes, cou
         UnusableScale: the first one in a slab.
     """
     cells[:] = 0
-    per_cell = layout.bundles_per_cell
-    by_cell = cells.reshape(-1, layout.cell_bytes)[:, : per_cell * layout.stride_bytes]
-    by_slab = by_cell.reshape(-1, per_cell, layout.stride_bytes)
     begin_bytes = 0
     for number, part in enumerate(parts):
         values = _down(layout, part, count) if number == len(parts) - 1 else _rows(layout, part, count)
-        if not is_plain(part.encoding) and (block := first_unusable(part.encoding.format, values)) is not None:
-            raise UnusableScale(number, block * part.encoding.block_bytes // values.shape[1])
-        end_bytes = begin_bytes + values.shape[1]
-        whole = count // per_cell
-        by_slab[:whole, :, begin_bytes:end_bytes] = values[: whole * per_cell].reshape(whole, per_cell, -1)
-        if count % per_cell:
-            by_slab[whole, : count % per_cell, begin_bytes:end_bytes] = values[whole * per_cell :]
-        begin_bytes = end_bytes
+        _place(layout, part.encoding, values, cells, begin_bytes, number)
+        begin_bytes += values.shape[1]
+
+
+def cut_table_rows(layout: BundleLayout, rows: Bytes, cells: Bytes, count: int) -> None:
+    """Fills `cells` with `count` rows of a table in blocks, and with zeros. Raises UnusableScale."""
+    cells[:] = 0
+    _place(layout, layout.parts[0].encoding, rows.reshape(count, -1), cells, 0, 0)
+
+
+def _place(
+    layout: BundleLayout, encoding: Encoding, values: Bytes, cells: Bytes, begin_bytes: int, number: int
+) -> None:
+    """Puts a part of each bundle, values [bundles, bytes], into its place in the cells."""
+    if not is_plain(encoding) and (block := first_unusable(encoding.format, values)) is not None:
+        raise UnusableScale(number, block * encoding.block_bytes // values.shape[1])
+    per_cell = layout.bundles_per_cell
+    by_cell = cells.reshape(-1, layout.cell_bytes)[:, : per_cell * layout.stride_bytes]
+    by_bundle = by_cell.reshape(-1, per_cell, layout.stride_bytes)
+    end_bytes = begin_bytes + values.shape[1]
+    whole, count = len(values) // per_cell, len(values)
+    by_bundle[:whole, :, begin_bytes:end_bytes] = values[: whole * per_cell].reshape(whole, per_cell, -1)
+    if count % per_cell:
+        by_bundle[whole, : count % per_cell, begin_bytes:end_bytes] = values[whole * per_cell :]
 
 
 def _rows(layout: BundleLayout, part: SlabPart, count: int) -> Bytes:
@@ -196,7 +209,7 @@ def _numbers(layout: BundleLayout, part: SlabPart, neurons: int) -> npt.NDArray[
 
 
 class UnusableScale(ValueError):
-    """A block whose scale is NaN or infinite. `part` and `slab` say where."""
+    """A block whose scale is NaN or infinite. `part` and `slab`, which of a table is a row, say where."""
 
     def __init__(self, part: int, slab: int) -> None:
         super().__init__(part, slab)

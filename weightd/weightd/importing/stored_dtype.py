@@ -116,7 +116,7 @@ def resident_format(
     plain. int4 is for matrices of layers: embeddings and heads get 8 bits. int8 and int4 never quantise routers, which
     are small and whose rounding would pick other experts.
     """
-    request = request or (KEEP if of_model == KEEP else PLAIN)
+    request = _resident_request(of_model, request)
     if request == PLAIN or not source.rows or len(source.shape) != 2 or dtype not in COMPUTE_DTYPES.values():
         return dtype
     if request == KEEP:
@@ -125,6 +125,21 @@ def resident_format(
     format = QUANTISED_DTYPES[request if in_a_layer else "int8"]  # 4 bits would cost 10 to 15 % more of perplexity
     is_router = any(layer.experts == source.shape[0] for layer in recipe.model.layers)
     return dtype if is_router or source.shape[1] % in_blocks(format).block_values else format
+
+
+def table_format(
+    source: ResidentSource, tensors: Mapping[str, SourceTensor], dtype: str, of_model: str, request: str
+) -> str:
+    """The format in which a tensor is stored if it becomes a table: blocks that are kept, or `dtype`.
+
+    `of_model`, `request`: as of resident_format(). A table is not quantised, because its rows take no memory.
+    """
+    kept = kept_format(source, tensors) if _resident_request(of_model, request) == KEEP else None
+    return kept or dtype
+
+
+def _resident_request(of_model: str, request: str) -> str:
+    return request or (KEEP if of_model == KEEP else PLAIN)
 
 
 def _is_small(tensor: SourceTensor) -> bool:

@@ -20,7 +20,7 @@ from weightd.errors import CheckpointError
 from weightd.importing.assembly import AssemblyStep, ResidentStep
 from weightd.importing.dequantise import Bytes, Elements, dequantise, first_unusable, kept_rows
 from weightd.importing.plan import BundleStep, ElementRun, HoldStep
-from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs
+from weightd.importing.slabs import SlabPart, UnusableScale, cut_slabs, cut_table_rows
 from weightd.importing.units import Unit
 from weightd.sizes import round_up
 from weightd.store.layout import native_shape
@@ -39,7 +39,7 @@ from weightd_proto.encodings import (
 )
 from weightd_proto.files import BUNDLES_FILE
 from weightd_proto.tensor_sources import gather
-from weightd_proto.weightd_pb2 import Encoding, ResidentSource
+from weightd_proto.weightd_pb2 import Encoding, Layer, ResidentSource
 
 Progress = Callable[[int, int], None]  # bytes read since the last call, bytes to read in all
 Step = HoldStep | BundleStep | ResidentStep | AssemblyStep
@@ -137,9 +137,13 @@ class ModelWriter:
             return [not is_plain(self._held.encoding(step.unit, step.held))]
         if isinstance(step, BundleStep):
             for part, encoding in zip(step.parts, self._encodings(step.unit), strict=True):
-                if not part.columns and self._layout.slab_neurons:
+                if not part.columns and (self._layout.slab_neurons or self._is_table):
                     kept[part.index] = not is_plain(encoding)
         return kept
+
+    @property
+    def _is_table(self) -> bool:
+        return bool(self._record.layers[0].place == Layer.TABLE)
 
     def _encodings(self, unit: int) -> list[Encoding]:
         return encodings_of(self._layout, self._record.layers[self._units[unit].layer])
@@ -156,6 +160,8 @@ class ModelWriter:
         checksums = self._checksums[unit.layer][position : position + count]
         if self._layout.slab_neurons:
             self._cut_slabs(step, runs, cells, checksums)
+        elif self._is_table and not is_plain(self._layout.parts[0].encoding):
+            self._cut_table_rows(step, runs, cells, checksums)
         else:
             self._cut(step, runs, cells, checksums)
         cell = position // self._layout.bundles_per_cell
@@ -182,6 +188,17 @@ class ModelWriter:
             module = self._record.layers[unit.layer].module
             where = f"neurons {first} to {first + self._layout.slab_neurons - 1} of {module}"
             raise _unusable_scale(tensor, encodings[error.part].format, where) from error
+        _native.checksum_bundles(self._shape, cells, checksums)
+
+    def _cut_table_rows(
+        self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]
+    ) -> None:
+        try:
+            cut_table_rows(self._layout, runs[0].data, cells, len(checksums))
+        except UnusableScale as error:
+            (part,) = self._units[step.unit].parts
+            format = self._layout.parts[0].encoding.format
+            raise _unusable_scale(part.matrix.tensor, format, f"row {step.begin + error.slab}") from error
         _native.checksum_bundles(self._shape, cells, checksums)
 
     def _cut(self, step: BundleStep, runs: list[Elements], cells: Bytes, checksums: npt.NDArray[np.uint64]) -> None:

@@ -134,7 +134,7 @@ def _from_config(
     stored = COMPUTE_DTYPES[used]
     recipe = derive_from_config(config, path, ask)
     dtypes = {source.name: "F32" if stored in source.f32_in else stored for source in recipe.resident}
-    looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, stored, TABLES_ABOVE_BYTES)
+    looked_up, resident = choose_tables(recipe, recipe.resident, dtypes, dtypes, stored, TABLES_ABOVE_BYTES)
     formats = {
         source.name: resident_format(recipe, source, {}, dtypes[source.name], used, resident_request)
         for source in resident
@@ -143,7 +143,7 @@ def _from_config(
     encoding = bundle_encoding(recipe, dtype or used, stored)
     sizes = (BLOCK_BYTES, device.full_speed_bytes, SECTOR_BYTES)
     record, _ = lay_out_record(recipe.model, kinds, name, stored, encoding, *sizes)
-    record.tables.extend(table_record(record, source, BLOCK_BYTES) for source in looked_up)
+    record.tables.extend(table_record(record, source, stored, BLOCK_BYTES) for source in looked_up)
     return Subject(name, record, _cost(recipe, record, ask), None, (*assumptions, *recipe.notes))
 
 
