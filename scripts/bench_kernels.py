@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from flashclient._native import Attention, Ffn, FfnSum, LentMemory, Linear, LowRankPredictor, Workers
+from flashclient._native import Attention, EncodedMatrix, Ffn, FfnSum, LentMemory, Linear, LowRankPredictor, Workers
 from flashclient.kernels.arrays import array_of
 from flashclient.kernels.decode_attention import attend
 from weightd_proto.encodings import BLOCK_FORMATS, SLAB_NEURONS_MIN, in_blocks, plain, stored_bytes
@@ -153,12 +153,16 @@ def sparse_row(arena: Arena, hidden_size: int, gated: bool, tokens: int = 1, rou
     return {"kernel": "sparse FFN", "bundle_bytes": parts * row_bytes, "tokens": tokens} | row
 
 
-def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
-    """All neurons of layer after layer, stored in `encoding`. Bytes are those of bfloat16 of 1 / 128 to 1, halves of
-    1 / 64 to 1 / 32, and exponents of 2^-11 to 2^-8. Zeros would not be read, and much smaller numbers would make
-    subnormal ones, with which processors are slow."""
+def fill_for(arena: Arena, encoding: Encoding) -> None:
+    """Bytes are those of bfloat16 of 1 / 128 to 1, halves of 1 / 64 to 1 / 32, and exponents of 2^-11 to 2^-8. Zeros
+    would not be read, and much smaller numbers would make subnormal ones, with which processors are slow."""
     least = {"BF16": 0x3C, "MXFP4": 0x74}.get(encoding.format, 0x24)
     arena.fill(np.random.default_rng(0).integers(least, least + 4, 2**20 + 1, np.uint8))
+
+
+def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
+    """All neurons of layer after layer, stored in `encoding`."""
+    fill_for(arena, encoding)
     bundle_bytes = 3 * stored_bytes(encoding, ENCODED_HIDDEN_SIZE)
     stride_bytes = -(-bundle_bytes // LINE_BYTES) * LINE_BYTES
     layers = arena.bytes // stride_bytes // LAYER_NEURONS
@@ -197,6 +201,25 @@ def slab_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = RO
 
     row = compare(arena, work, lists, slabs * slab_bytes, rounds)
     return {"kernel": "FFN in slabs", "encoding": encoding.format, "tokens": tokens} | row
+
+
+def encoded_linear_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
+    """Products with matrices of 8192 rows in blocks."""
+    fill_for(arena, encoding)
+    row_bytes = stored_bytes(encoding, ENCODED_HIDDEN_SIZE)
+    count = arena.bytes // (LAYER_NEURONS * row_bytes)
+    data = arena.bits.view(np.uint8)[: count * LAYER_NEURONS * row_bytes]
+    stored = list(data.reshape(count, LAYER_NEURONS, row_bytes))
+    matrices = [EncodedMatrix(encoding, rows, ENCODED_HIDDEN_SIZE) for rows in stored]
+    kernel = Linear(arena.workers, "F32")
+    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
+    y = np.empty((tokens, LAYER_NEURONS), np.float32)
+
+    def work(matrix: EncodedMatrix) -> None:
+        kernel.multiply(matrix, x, y)
+
+    row = compare(arena, work, matrices, LAYER_NEURONS * row_bytes, rounds)
+    return {"kernel": "encoded linear", "encoding": encoding.format, "tokens": tokens} | row
 
 
 def linear_row(arena: Arena, what: str, rows: int, columns: int, tokens: int, rounds: int = ROUNDS) -> Row:
@@ -261,11 +284,13 @@ def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row
 
 
 def encodings_of(arena: Arena, row: Callable[[Arena, Encoding, int, int], Row], rounds: int) -> list[Row]:
-    encodings = [plain("BF16"), *map(in_blocks, BLOCK_FORMATS)]
+    encodings = [*map(in_blocks, BLOCK_FORMATS)]
+    if row is not encoded_linear_row:
+        encodings.insert(0, plain("BF16"))
     return [row(arena, encoding, tokens, rounds) for encoding in encodings for tokens in TOKENS]
 
 
-# The last two write into the buffer.
+# The last three write into the buffer.
 ROWS: dict[str, Callable[[Arena, int], list[Row]]] = {
     "sparse_ffn": lambda arena, rounds: [
         sparse_row(arena, *one, tokens, rounds) for one in BUNDLES for tokens in TOKENS
@@ -273,6 +298,7 @@ ROWS: dict[str, Callable[[Arena, int], list[Row]]] = {
     "linear": lambda arena, rounds: [linear_row(arena, *one, tokens, rounds) for one in MATRICES for tokens in TOKENS],
     "predictor": lambda arena, rounds: [predictor_row(arena, BUNDLES[0][0], rounds=rounds)],
     "attention": lambda arena, rounds: [attention_row(arena, cached_tokens, rounds) for cached_tokens in CONTEXTS],
+    "encoded_linear": lambda arena, rounds: encodings_of(arena, encoded_linear_row, rounds),
     "encodings": lambda arena, rounds: encodings_of(arena, encoded_row, rounds),
     "slabs": lambda arena, rounds: encodings_of(arena, slab_row, rounds),
 }

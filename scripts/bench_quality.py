@@ -115,7 +115,7 @@ def targets_of(name: str, rows: list[Row]) -> list[Target]:
     return [
         *targets,
         Target(f"{name}_difference_from_dequantised", difference, "relative", 1e-4, "lower"),
-        Target(f"{name}_kept_difference_from_dequantised", kept, "relative", 1e-6, "lower"),
+        Target(f"{name}_kept_difference_from_dequantised", kept, "relative", 1e-5, "lower"),
     ]
 
 
