@@ -49,7 +49,8 @@ def agree(client: FlashClient) -> None:
     with torch.no_grad():
         for ids in (IDS, WIDE):
             expected, actual = dense(ids).logits, model(ids).logits
-            assert (actual - expected).abs().max() < 1e-4 * expected.abs().max()
+            # blocks may be multiplied with integers of 16 bits
+            assert (actual - expected).abs().max() < 5e-4 * expected.abs().max()
         assert torch.equal(model(WIDE[1:]).logits[0], model(WIDE).logits[1])
         tokens = dense.generate(IDS, attention_mask=torch.ones_like(IDS), **SETTINGS)
     assert client.generate(IDS.tolist(), **SETTINGS) == tokens.tolist()

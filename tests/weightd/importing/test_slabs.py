@@ -56,7 +56,8 @@ def gguf_of(family: str, folder: Path, kinds: Kinds, **sizes: int) -> Path:
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor) -> bool:
-    return bool((actual - expected).abs().max() < 1e-4 * expected.abs().max())
+    """Blocks may be multiplied with integers of 16 bits, which move numbers by 1 / 32768 of the greatest of 32."""
+    return bool((actual - expected).abs().max() < 5e-4 * expected.abs().max())
 
 
 @pytest.mark.parametrize(
