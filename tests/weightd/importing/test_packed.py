@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from stored_model import read_matrices, read_state
 from test_quantising import IDS, SETTINGS
 
 from flashclient import FlashClient
+from weightd.checkpoint.quantisation.formats import dequantisable
 from weightd.errors import CheckpointError
 from weightd.importing import plan
 from weightd.importing.convert import import_checkpoint
@@ -77,9 +79,13 @@ def test_tokens_are_those_of_transformers(kind: str, dtype: str, tmp_path: Path)
             assert client.generate(IDS.tolist(), **SETTINGS) == tokens.tolist()
 
 
+BITS_8 = "bitsandbytes 8 bits"
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: make_packed(kind, tmp_path_factory.mktemp("published") / "m").folder for kind in ("gptq", "packed")}
+    kinds = ("gptq", "packed", "float8", "nvfp4", "nf4", BITS_8)
+    return {kind: make_packed(kind, tmp_path_factory.mktemp("published") / "m").folder for kind in kinds}
 
 
 UP, GPTQ_UP = "model.layers.1.mlp.up_proj", "model.layers.1.mlp.up_proj.qweight"
@@ -92,6 +98,30 @@ def with_value(name: str, value: float) -> Spoil:
 
 def cut(name: str, rows: int) -> Spoil:
     return lambda tensors: tensors.update({name: tensors[name][:rows].contiguous()})
+
+
+def shaped(name: str, *shape: int) -> Spoil:
+    """Cut to fewer values in another shape."""
+    return lambda tensors: tensors.update({name: tensors[name].reshape(-1)[: math.prod(shape)].reshape(shape).clone()})
+
+
+def with_state(change: Callable[[str], str]) -> Spoil:
+    """`change`: of the JSON of a matrix of nf4."""
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        name = f"{UP}.weight.quant_state.bitsandbytes__nf4"
+        changed = change(bytes(tensors[name].tolist()).decode()).encode()
+        tensors[name] = torch.tensor(list(changed), dtype=torch.uint8)
+
+    return spoil
+
+
+def flat_blocks(tensors: dict[str, torch.Tensor]) -> None:
+    tensors |= {"a_blocks": torch.zeros(8, dtype=torch.uint8), "a_scales": torch.zeros((), dtype=torch.uint8)}
+
+
+FIRST_UP = "model.layers.0.mlp.up_proj.weight_scale"
+FAR = "1" + "0" * 400
 
 
 @pytest.mark.parametrize(
@@ -114,6 +144,18 @@ def cut(name: str, rows: int) -> Spoil:
         ("packed", None, {"sparsity_config": {"format": "sparse-24-bitmask"}}, r"leaves out zeros \(sparsity_config"),
         ("packed", None, {"format": "pack", "config_groups": [1]}, r"compressed-tensors of format 'pack', read are"),
         ("packed", None, {"transform_config": {"config_groups": {}}}, r"rotates activations \(transform_config\)"),
+        ("gptq", None, {"checkpoint_format": ["gptq"]}, r"checkpoint_format \['gptq'\], which is packed for one"),
+        ("gptq", None, {"quant_method": ["gptq"]}, r"is quantised \(\['gptq'\]\): import the unquantised checkpoint"),
+        ("packed", flat_blocks, {"quant_method": "mxfp4"}, r"a_blocks has no a_scales that fits it in"),
+        ("float8", shaped(f"{UP}.weight", 96), {}, rf"are no scales of {UP}\.weight \[96\]"),
+        ("float8", shaped(f"{UP}.weight_scale", 48), {}, rf"shape \[48\] of BF16 in .*are no scales of {UP}\.weight"),
+        ("nvfp4", shaped(f"{UP}.weight_packed", 96), {}, rf"are no scales of {UP}\.weight_packed \[192\]"),
+        ("nvfp4", shaped(f"{UP}.weight_packed"), {}, rf"are no scales of {UP}\.weight_packed \[\]"),
+        ("gptq", with_value(f"{UP}.g_idx", 2), {"group_size": int(FAR)}, r"names a group beyond|no scales of"),
+        ("nf4", with_state(lambda _: "[" * 60000), {}, r"quant_state\.bitsandbytes__nf4 in .* is not JSON: download"),
+        ("nf4", with_state(lambda state: state.replace("0.13032276928424835", FAR)), {}, r"has nested_offset = 1000"),
+        (BITS_8, shaped(f"{UP}.weight", 96), {}, rf"SCB has shape \[96\] of F32 in .*, which are no scales of {UP}"),
+        (BITS_8, lambda tensors: tensors[f"{UP}.weight_format"].fill_(1), {}, rf"{UP}\.weight in .* order of one proc"),
     ],
 )  # fmt: skip
 def test_what_is_damaged_is_refused_in_one_line(
@@ -134,6 +176,12 @@ def test_what_is_damaged_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_a_dtype_that_is_no_name_is_none() -> None:
+    """transformers refuses it, when it makes the model."""
+    config = {"quantization_config": {"quant_method": "gptq"}, "dtype": {}, "text_config": {"dtype": ["float16"]}}
+    assert dequantisable(Path("m"), config, {}) == ({}, ())
+
+
 def test_scales_of_keys_and_values_are_left_out_with_a_note(published: dict[str, Path], tmp_path: Path) -> None:
     """And groups that are no whole blocks, or scales that half precision does not hold, are dequantised with one."""
     folder = shutil.copytree(published["packed"], tmp_path / "m")
@@ -141,6 +189,7 @@ def test_scales_of_keys_and_values_are_left_out_with_a_note(published: dict[str,
     tensors |= {f"model.layers.{i}.self_attn.{kv}_scale": torch.tensor(0.1) for i in range(2) for kv in "kv"}
     scales = tensors[f"{UP}.weight_scale"]
     scales[0, 0] = 1.001e-7 * 3
+    tensors[FIRST_UP] = torch.full_like(tensors[FIRST_UP], 118, dtype=torch.uint8)  # exponents
     save_file(tensors, folder / "model.safetensors")
     notes: list[str] = []
     with Store.open(tmp_path / "store", create=True) as store:
@@ -148,7 +197,7 @@ def test_scales_of_keys_and_values_are_left_out_with_a_note(published: dict[str,
         gate, up, _ = read_matrices(store, record, 1)
     said = "\n".join(notes)
     assert "4 scales of keys and values left out, which are not quantised here; first model.layers.0" in said
-    assert f"{UP}.weight_packed is dequantised, because half precision does not hold its scales" in said
+    assert "2 matrices, first model.layers.0.mlp.up_proj.weight_packed, are dequantised, because half prec" in said
     assert (gate.dtype, up.dtype) == (torch.float32, torch.bfloat16)
 
 

@@ -54,7 +54,11 @@ def test_a_quantised_folder_is_planned_as_it_is_imported(tmp_path: Path, capsys:
         record = opened.model("model")
     said = planned(capsys, source)
     assert (said["ffn_bytes"], said["resident_bytes"]) == (record.bundles_file_bytes, record.resident_file_bytes)
-    (source / "model.safetensors").unlink()
+    weights, config = source / "elsewhere.safetensors", json.loads((source / "config.json").read_text())
+    (source / "model.safetensors").rename(weights)
+    (source / "config.json").write_text(json.dumps(config | {"transformers_weights": weights.name}))
+    assert planned(capsys, source)["resident_bytes"] == record.resident_file_bytes
+    weights.unlink()
     (unknown,) = (each for each in planned(capsys, source)["assumptions"] if "awq" in each)
     assert unknown == "dequantised, because only the weights, which are not there, say whether those of awq can be kept"
 

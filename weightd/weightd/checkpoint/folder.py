@@ -181,9 +181,11 @@ def _read_shards(
     return tensors
 
 
-def has_weights(folder: ModelFolder) -> bool:
-    """Whether the folder holds weights under a name that transformers looks for."""
-    return any(map(folder.has, WEIGHTS_FILES))
+def has_weights(folder: ModelFolder, config: Mapping[str, Any] | None = None) -> bool:
+    """Whether the folder holds weights under the name that its configuration gives, or that transformers looks for."""
+    named = None if config is None else config.get("transformers_weights")
+    names = WEIGHTS_FILES if named is None else (named,)
+    return any(isinstance(name, str) and folder.has(name) for name in names)
 
 
 def _unfinished(folder: ModelFolder) -> str:

@@ -64,7 +64,9 @@ def subject_of(
                 return _stored(opened, model, dtype or resident_request, ask)
     path, config = _configuration(model, revision)
     method = None if path.suffix == ".gguf" else quantisation(path, config)
-    if dtype is None and (path.suffix == ".gguf" or (method and path.is_dir() and has_weights(ModelFolder(path)))):
+    if dtype is None and (
+        path.suffix == ".gguf" or (method and path.is_dir() and has_weights(ModelFolder(path), config))
+    ):
         return _with_its_encodings(path, device, ask, resident_request or "")
     name = model if model in SLIDES else model_name_for(path.parent if path.name == CONFIG_FILE else path)
     subject = _from_config(name, config, path, dtype, device, ask, resident_request or PLAIN)
@@ -155,6 +157,6 @@ def _dtype(config: Mapping[str, Any], asked: str | None) -> tuple[str, tuple[str
     parts = [config, *([text] if isinstance(text, dict) else [])]  # of a multimodal model
     said = next((part[key] for part in parts for key in ("dtype", "torch_dtype") if part.get(key)), None)
     known = {DTYPES[dtype].torch: name for name, dtype in COMPUTE_DTYPES.items()}
-    if said in known:
+    if isinstance(said, str) and said in known:
         return known[said], ()
     return DTYPE_DEFAULT, (f"weights in {DTYPE_DEFAULT}, as the configuration says no dtype",)

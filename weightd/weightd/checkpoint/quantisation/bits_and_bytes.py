@@ -5,6 +5,8 @@ nf4     NAME of U8 [values / 2, 1], two numbers in a byte, the upper half first.
         nested_quant_map[absmax] * nested_absmax[block of 256] + nested_offset.
         NAME.quant_state.bitsandbytes__nf4 is JSON with shape and offset.
 8 bits  NAME.weight of I8 and NAME.SCB of F32, the greatest magnitude of a row, for which 127 stands.
+        NAME.weight_format of U8, if it is there, is 0: rows lie one after the other. Older versions wrote orders of
+        single processors, too (col32, col_turing, col_ampere), which are refused.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ ABSMAX, MAP = ".absmax", ".quant_map"
 NESTED_ABSMAX, NESTED_MAP = ".nested_absmax", ".nested_quant_map"
 ROWS, FORMAT = ".SCB", ".weight_format"
 STATE_BYTES_MAX = 1 << 16
+F32_MAX = float(np.finfo(np.float32).max)
 
 
 def bits_and_bytes(q: QuantisedTensors) -> Named:
@@ -41,11 +43,22 @@ def bits_and_bytes(q: QuantisedTensors) -> Named:
         if name in states:
             yield name, _of_four_bits(q, name, tensor, states[name])
         elif tensor.dtype == "I8" and module + ROWS in q.tensors:
+            _require_rows(q, module, tensor)
             matrix = scaled(tensor, q.tensors[module + ROWS], q.dtype)
             assert matrix.scales is not None
             yield name, replace(matrix, scales=replace(matrix.scales, divisor=127.0))
         elif STATE not in name and name not in sides and not name.endswith((ROWS, FORMAT)):
             yield name, tensor
+
+
+def _require_rows(q: QuantisedTensors, module: str, tensor: SourceTensor) -> None:
+    order = q.tensors.get(module + FORMAT)
+    if order is None or (order.encoding == plain("U8") and order.elements == 1 and not small_values(order).any()):
+        return
+    raise CheckpointError(
+        f"{tensor.name} in {tensor.path} is in the order of one processor, by {order.name}: save it with a newer "
+        "bitsandbytes, or import the unquantised checkpoint"
+    )
 
 
 def _of_four_bits(q: QuantisedTensors, name: str, tensor: SourceTensor, state_name: str) -> SourceTensor:
@@ -93,7 +106,7 @@ def _nested(q: QuantisedTensors, name: str, greatest: SourceTensor, state: dict[
     known = numbers.encoding == factors.encoding == plain("F32") and numbers.elements == 256
     if not known or type(size) is not int or size <= 0 or factors.elements != -(-greatest.elements // size):
         raise misfit(factors, greatest)
-    if not isinstance(offset, int | float) or not isfinite(offset):
+    if not isinstance(offset, int | float) or not abs(offset) <= F32_MAX:
         raise CheckpointError(f"{name} has nested_offset = {offset!r} in {greatest.path}: download the file again")
     return NestedScales(small_values(numbers).tobytes(), small_values(factors).tobytes(), size, float(offset))
 
@@ -101,7 +114,7 @@ def _nested(q: QuantisedTensors, name: str, greatest: SourceTensor, state: dict[
 def _state(tensor: SourceTensor) -> dict[str, Any]:
     try:
         read = json.loads(small_values(tensor).tobytes()) if tensor.elements <= STATE_BYTES_MAX else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{tensor.name} in {tensor.path} is not JSON: download the file again") from error
     if not isinstance(read, dict):
         raise CheckpointError(f"{tensor.name} in {tensor.path} does not hold a JSON object: download the file again")

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import isfinite
 
-from weightd.checkpoint.quantisation.scales import QuantisedTensors, scaled, small_values
+from weightd.checkpoint.quantisation.scales import QuantisedTensors, misfit, scaled, small_values
 from weightd.disk.tensors import BlockScales, SourceTensor
 from weightd.errors import CheckpointError
 from weightd_proto.encodings import PACKED_E2M1, plain
@@ -38,7 +38,8 @@ def mxfp4(q: QuantisedTensors) -> Named:
         module = name.removesuffix(BLOCKS)
         if module != name:
             scales = tensors.get(module + BLOCK_SCALES)
-            if scales is None or tensor.dtype != "U8" or scales.dtype != "U8" or scales.shape != tensor.shape[:-1]:
+            known = scales is not None and tensor.dtype == scales.dtype == "U8" and len(tensor.shape) > 2
+            if scales is None or not known or scales.shape != tensor.shape[:-1]:
                 raise CheckpointError(f"{name} has no {module + BLOCK_SCALES} that fits it in {tensor.path}")
             *rows, blocks, block_bytes = tensor.shape
             columns = block_bytes * PACKED_E2M1.block_values
@@ -68,6 +69,8 @@ def fp8(q: QuantisedTensors) -> Named:
 
 def with_scales(q: QuantisedTensors, name: str, tensor: SourceTensor, scales: SourceTensor) -> SourceTensor:
     """A tensor of floats of 4 or 8 bits. Of 4, if its dtype is one of PACKED."""
+    if not tensor.shape:
+        raise misfit(scales, tensor)
     *rows, width = tensor.shape
     four = tensor.dtype in PACKED
     whole = replace(tensor, shape=(*rows, 2 * width), encoding=PACKED_E2M1) if four else tensor

@@ -60,8 +60,8 @@ def quantisation(path: Path, config: Mapping[str, Any]) -> str | None:
         if value is None:
             continue
         method = value.get("quant_method") if isinstance(value, dict) else None
-        if key == CONFIG and method in FORMATS:
-            return str(method)
+        if key == CONFIG and isinstance(method, str) and method in FORMATS:
+            return method
         raise CheckpointError(
             f"{path} is quantised ({method or f'{key} = {value!r}'}): import the unquantised checkpoint, one in "
             f"{', '.join(list(FORMATS)[:-1])} or {list(FORMATS)[-1]}, or a .gguf file"
@@ -82,7 +82,7 @@ def dequantisable(
         return dict(tensors), ()
     text = config.get("text_config")
     values = (part.get(key) for part in (config, text) if isinstance(part, dict) for key in ("dtype", "torch_dtype"))
-    dtype = next((DTYPES[value] for value in values if value in DTYPES), "BF16")
+    dtype = next((DTYPES[value] for value in values if isinstance(value, str) and value in DTYPES), "BF16")
     notes: list[str] = []
     weights = dict(tensors)
     for of, pattern in LEFT_OUT.items():

@@ -55,7 +55,7 @@ def packing(bits: int, across: bool = False, order: tuple[int, ...] = ()) -> Pac
 def gptq(q: QuantisedTensors) -> Named:
     known = " and ".join(GPTQ_FORMATS)
     form = q.settings.get("checkpoint_format", "gptq")
-    if form not in GPTQ_FORMATS or q.settings.get("is_marlin_format"):
+    if not isinstance(form, str) or form not in GPTQ_FORMATS or q.settings.get("is_marlin_format"):
         raise CheckpointError(
             f"{q.path} has checkpoint_format {form!r}, which is packed for one kernel: import one in {known}, or a "
             ".gguf file"

@@ -53,10 +53,12 @@ def scaled(
 
     `in_parts`: another scale is that of the whole tensor; only then may these be of F8_E4M3.
     """
-    *matrices, rows, width = tensor.shape
     shape = as_matrix(scales, tensor)
+    if len(tensor.shape) < 2 or len(shape) != len(tensor.shape):
+        raise misfit(scales, tensor)
+    *matrices, rows, width = tensor.shape
     sizes = block if isinstance(block, list | tuple) and len(block) == 2 else (None, None)
-    found = [block_size(*of) for of in zip((rows, width), shape[-2:], sizes, strict=False)]
+    found = [block_size(*of) for of in zip((rows, width), shape[-2:], sizes, strict=True)]
     known = scales.encoding in EXPONENTS or scales.dtype in FLOAT_DTYPES or (in_parts and scales.dtype == "F8_E4M3")
     if list(shape[:-2]) != matrices or None in found or not known:
         raise misfit(scales, tensor)
@@ -81,7 +83,7 @@ def misfit(scales: SourceTensor, tensor: SourceTensor) -> CheckpointError:
 def block_size(values: int, scales: int, configured: Any = None) -> int | None:
     """How many values have one scale, in one dimension. The last block may be shorter."""
     if type(configured) is int and configured > 0 and -(-values // configured) == scales:
-        return configured
+        return max(1, min(configured, values))
     return values // scales if scales and values and values % scales == 0 else None
 
 

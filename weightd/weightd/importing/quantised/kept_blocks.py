@@ -65,6 +65,8 @@ def _choice(tensor: SourceTensor, scales: BlockScales) -> tuple[str, str]:
     format = _format(tensor, scales)
     if not format:
         return "", f"no kernel computes on {_kind(tensor)}"
+    if scales.nested is not None or (scales.divisor, scales.multiplier) != (1, 1):
+        return "", "its scales are products or quotients, which half precision does not hold"
     if scales.groups:
         return "", "groups are in another order than inputs (desc_act, actorder)"
     inputs, size = (tensor.rows, scales.rows) if scales.transposed else (tensor.row_elements, scales.columns)
@@ -96,9 +98,9 @@ def _zeros_between(tensor: SourceTensor, scales: BlockScales) -> tuple[float, fl
 
 
 def _fit_half(scales: SourceTensor) -> bool:
-    """NaN and infinity do: they are refused when they are written."""
-    if scales.dtype == "F16":
-        return True
+    """NaN and infinity do: they are refused when they are written. Exponents do not: most are beyond it."""
+    if scales.dtype not in ("F32", "BF16"):
+        return scales.dtype == "F16"
     for data in _whole(scales):
         values = as_floats(scales.dtype, data)
         with np.errstate(over="ignore"):

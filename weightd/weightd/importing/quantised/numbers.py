@@ -110,9 +110,8 @@ def _factors(scales: BlockScales, data: Bytes, first_row: int) -> Floats:
         of_codes = np.arange(begin, begin + len(data)) // nested.size
         found = np.frombuffer(nested.numbers, np.float32)[data] * np.frombuffer(nested.factors, np.float32)[of_codes]
         return _finite(scales, found + np.float32(nested.offset))
-    if dtype in _EXPONENTS:
-        return _EXPONENTS[dtype][data]
-    return _finite(scales, as_floats(dtype, data)) / np.float32(scales.divisor) * np.float32(scales.multiplier)
+    factors = _EXPONENTS[dtype][data] if dtype in _EXPONENTS else _finite(scales, as_floats(dtype, data))
+    return factors / np.float32(scales.divisor) * np.float32(scales.multiplier)
 
 
 def _finite(scales: BlockScales, factors: Floats) -> Floats:
