@@ -357,9 +357,12 @@ def _remove(options: argparse.Namespace) -> None:
 
 
 def _change_served(name: str, address: str, replaced: bool = False) -> None:
-    """Asks the weightd that serves the store to remove a model, or to close imports of it that were replaced.
+    """Asks the weightd that serves the store to remove a model.
 
-    Raises DaemonError with its answer.
+    Args:
+        replaced: the model stays. The daemon only closes older imports of it.
+
+    Raises DaemonError with the daemon's answer.
     """
     from flashclient.daemon.channel import Connection
     from flashclient.errors import FlashClientError, OptionError

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -41,8 +42,15 @@ def remove(store: Path, name: str) -> int:
 
 
 def files_open(daemon: Daemon, store: Path, name: str) -> list[str]:
-    paths = [os.readlink(entry) for entry in Path(f"/proc/{daemon.process.pid}/fd").iterdir()]  # noqa: PTH115
+    paths = []
+    for entry in Path(f"/proc/{daemon.process.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since
+            paths.append(os.readlink(entry))  # noqa: PTH115
     return [path for path in paths if path.startswith(str(store / name))]
+
+
+def deleted_files(daemon: Daemon, store: Path) -> list[str]:
+    return [path for path in files_open(daemon, store, "") if path.endswith("(deleted)")]
 
 
 def test_a_model_that_nobody_uses_is_removed(store: Path, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,13 +117,25 @@ def test_a_model_in_use_is_replaced_for_those_who_come_later(tmp_path: Path) -> 
             assert [(model.name, model.sessions) for model in connection.stats().models] == [("m", 1)]
             with pytest.raises(RefusedError, match="'m' is another import than the one asked for: make a new client"):
                 b"".join(connection.fetch(pb.FetchRequest(model="m", import_id=b"a" * 16, placement_of=0)))
-        for _ in range(200):  # the daemon notices the end of the session by itself
-            connection.remove("m", replaced=True)
-            deleted = [path for path in files_open(daemon, store, "") if path.endswith("(deleted)")]
-            if not deleted:
-                break
-        assert not deleted
+        while deleted_files(daemon, store):
+            connection.stats()  # the daemon notices the end of the session by itself
         assert remove(store, "m") == 0
+        connection.close()
+
+
+def test_a_replaced_model_is_closed_though_no_other_is_open(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    first = write_model(store)
+    with serving(store, "--dram", "64MiB", "--cold-start") as daemon:
+        connection = Connection(daemon.address, 20.0)
+        source = RingSource(connection, connection.describe("tiny"), False)
+        write_model(store, seed=1, replaces=first.record.import_id)
+        connection.remove("tiny", replaced=True)
+        assert remove(store, "tiny") == 0
+        assert deleted_files(daemon, store)
+        source.close()
+        while deleted_files(daemon, store):
+            connection.stats()  # nobody opens a model or asks for a closing
         connection.close()
 
 

@@ -20,10 +20,11 @@ from daemon import Daemon, serving
 from stored_calibration import contents, offline, record_of
 from tiny_store import TinyModel, write_model
 
+from flashclient.daemon.channel import Connection
 from weightd import cli
-from weightd.errors import CorruptionError, SpaceError
+from weightd.errors import CorruptionError, SpaceError, StoreError
 from weightd.serving.served_models import demand_of
-from weightd.store.calibration import remove_old
+from weightd.store.calibration import CalibrationStaging, remove_old
 from weightd.store.store import Store
 from weightd.store.verify import verify_model
 from weightd_proto import weightd_pb2 as pb
@@ -230,6 +231,41 @@ def test_what_is_refused_leaves_nothing(
     assert stored_files(store) == before
     assert not [path.name for path in store.iterdir() if path.name.startswith(".import")]
     assert fetch(daemon, "report.json") == contents(1)["report.json"]
+
+
+def test_a_model_that_is_imported_again_meanwhile_gets_no_old_calibration(store: Path, model: TinyModel) -> None:
+    record = record_of(model.record, GOOD)
+    with Store.open(store) as opened, CalibrationStaging(opened, model.record, record) as staging:
+        staging.write(GOOD_DATA)
+        write_model(store, seed=1, replaces=model.record.import_id)
+        with pytest.raises(StoreError, match="a calibration of another import of 'tiny'"):
+            staging.publish()
+        assert not opened.model("tiny").HasField("calibration")
+
+
+def test_a_daemon_refuses_a_calibration_of_a_model_that_was_replaced(
+    daemon: Daemon, model: TinyModel, store: Path
+) -> None:
+    def replaced_at_the_end() -> Iterator[pb.PublishCalibrationRequest]:
+        yield from parts("tiny", record_of(model.record, GOOD), GOOD_DATA)
+        write_model(store, seed=1, replaces=model.record.import_id)
+        connection = Connection(daemon.address, 20.0)
+        connection.remove("tiny", replaced=True)
+        connection.close()
+
+    code, details = refused(daemon, replaced_at_the_end())
+    assert code is grpc.StatusCode.FAILED_PRECONDITION
+    assert "'tiny' was removed or imported again meanwhile" in details
+    assert not daemon.stub.DescribeModel(pb.DescribeModelRequest(name="tiny")).HasField("calibration")
+
+
+def test_a_calibration_is_not_lost_to_an_import_that_began_before(store: Path, model: TinyModel) -> None:
+    with Store.open(store) as opened, opened.begin_import("tiny", model.record.import_id) as staging:
+        published = offline(store, model.record)
+        sums = [opened.checksums("tiny", layer) for layer in range(len(model.record.layers))]
+        with pytest.raises(StoreError, match=r"was calibrated meanwhile.*use the old import, remove it with"):
+            staging.publish(model.record, sums)
+        assert opened.model("tiny").calibration == published
 
 
 def test_parts_out_of_order_are_refused(daemon: Daemon, model: TinyModel) -> None:

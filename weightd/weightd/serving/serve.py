@@ -40,6 +40,7 @@ logger = logging.getLogger("weightd")
 # device, but short after the start, when hotness changes fastest.
 REMEMBER_FIRST_S = 4.0
 REMEMBER_EVERY_S = 256.0
+CLOSE_UNUSED_EVERY_S = 1.0  # imports that were replaced while in use hold memory and disk until they are closed
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -102,7 +103,8 @@ async def serve(config: ServeConfig, arguments: Sequence[str]) -> None:
         reloader = Reloader(config, arguments, control, tls)
         loop.add_signal_handler(signal.SIGHUP, _on_hangup(had_terminal, told, reloader))
         stack.callback(loop.remove_signal_handler, signal.SIGHUP)  # the handler would keep the engine's memory alive
-        for task in (feed_watchdog(config.service_manager, engine), _remember_now_and_then(config, models)):
+        watchdog = feed_watchdog(config.service_manager, engine)
+        for task in (watchdog, _remember_now_and_then(config, models), _close_unused_soon(models)):
             stack.callback(asyncio.create_task(task).cancel)
         await endpoints.start(identities)
         _say_started(config, models, engine, dram_bytes)
@@ -180,10 +182,17 @@ def _say_stopping(config: ServeConfig) -> None:
 
 async def _remember_now_and_then(config: ServeConfig, models: ServedModels) -> None:
     pause_s = REMEMBER_FIRST_S
-    while not config.cold_start:
+    while True:
         await asyncio.sleep(pause_s)
-        await asyncio.to_thread(models.remember)
+        await asyncio.to_thread(models.close_all_replaced if config.cold_start else models.remember)
         pause_s = min(2 * pause_s, REMEMBER_EVERY_S)
+
+
+async def _close_unused_soon(models: ServedModels) -> None:
+    while True:
+        await asyncio.sleep(CLOSE_UNUSED_EVERY_S)
+        if models.has_replaced:
+            await asyncio.to_thread(models.close_unused)
 
 
 def _told_to_stop(config: ServeConfig, engine: EngineThread) -> asyncio.Event:

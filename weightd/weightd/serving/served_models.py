@@ -193,6 +193,12 @@ class ServedModels:
 
         Those that are in use are closed later. Raises StoreError.
         """
+        try:
+            self._set_replaced_aside(name)
+        finally:
+            self.close_unused()
+
+    def _set_replaced_aside(self, name: str) -> None:
         with self._changes(name):
             current = self._store.model(name).import_id
             old = [one for one in list(self._opened.values()) if model_of(one.record.name) == name]
@@ -205,12 +211,30 @@ class ServedModels:
             self.positions.cache_clear()
         if old:
             logger.info("model %s was imported again", name, extra={"fields": {"model": name}})
-        self._close_unused()
 
-    def _close_unused(self) -> None:
+    def close_all_replaced(self) -> None:
+        """Closes imports that others have replaced in the store, should nobody have told us."""
+        with self._lock:
+            names = {model_of(name) for name in self._opened}
+        for name in sorted(names):
+            try:
+                self._set_replaced_aside(name)
+            except StoreError as error:
+                logger.warning("cannot tell whether %s was imported again: %s", name, error)
+        self.close_unused()
+
+    @property
+    def has_replaced(self) -> bool:
+        return bool(self._replaced)
+
+    def close_unused(self) -> None:
+        """Closes imports that were replaced, and that nobody uses any more."""
         with self._lock:
             replaced, self._replaced = self._replaced, []
-        in_use = [served for served in replaced if not self._engine.remove_model(served.number)]
+        try:
+            in_use = [served for served in replaced if not self._engine.remove_model(served.number)]
+        except _native.Stopping:
+            return
         with self._lock:
             self._replaced += in_use
 
@@ -224,10 +248,19 @@ class ServedModels:
         return CalibrationStaging(self._store, served.record, offered)
 
     def publish(self, served: ServedModel, staging: CalibrationStaging) -> weightd_pb2.Calibration:
-        """Publishes the staged calibration. Sessions that open from now on use it."""
-        calibration = staging.publish()
-        with self._changes(served.record.name):
-            record = self._store.model(served.record.name)
+        """Publishes the staged calibration. Sessions that open from now on use it.
+
+        Raises RequestError, SpaceError, and StoreError if the model was removed or imported again meanwhile.
+        """
+        name = served.record.name
+        with self._changes(name):
+            now = self._opened.get(name)
+            if now is None or now.number != served.number:
+                raise StoreError(
+                    f"{name!r} was removed or imported again meanwhile: calibrate the model that is there now"
+                )
+            calibration = staging.publish()
+            record = self._store.model(name)
             with self._lock:
                 self._opened[record.name] = ServedModel(record, served.number)
             _offer_predictors(self._store, self._engine, record, served.number)
@@ -249,7 +282,7 @@ class ServedModels:
         for served in opened:
             name = served.record.name
             try:
-                self.close_replaced(model_of(name))
+                self._set_replaced_aside(model_of(name))
                 hotness = self._engine.hotness(served.number)
                 with self._changes(name):
                     now = self._opened.get(name)
@@ -262,6 +295,7 @@ class ServedModels:
                 return
             except (SpaceError, StoreError) as error:
                 logger.warning("cannot save the hotness of %s: %s", name, error)
+        self.close_unused()
 
     def placement(self, name: str, layer: int) -> npt.NDArray[np.uint32]:
         """The neuron at each position of the layer."""

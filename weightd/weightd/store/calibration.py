@@ -52,11 +52,7 @@ def predictors_of(calibration: weightd_pb2.Calibration) -> weightd_pb2.File | No
 
 def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration) -> None:
     """RequestError or StoreError, with the wrong value, if `offered` cannot become the calibration of `model`."""
-    if offered.import_id != model.import_id:
-        raise StoreError(
-            f"a calibration of another import of {model.name!r}: import {offered.import_id.hex() or 'none'}, where the "
-            f"store has {model.import_id.hex()}; calibrate the model that is there now"
-        )
+    _require_same_import(model, offered)
     if offered.mode not in MODES:
         raise RequestError(f"mode {offered.mode!r} of a calibration: want {' or '.join(MODES)}")
     if offered.lossy_mode not in LOSSY_MODES or (offered.lossy_mode == "threshold" and offered.mode != "exact"):
@@ -75,6 +71,14 @@ def check_calibration(model: weightd_pb2.Model, offered: weightd_pb2.Calibration
     if size_bytes > most_bytes:
         raise RequestError(
             f"a calibration of {format_size(size_bytes)}: {model.name!r} may have one of {format_size(most_bytes)}"
+        )
+
+
+def _require_same_import(model: weightd_pb2.Model, offered: weightd_pb2.Calibration) -> None:
+    if offered.import_id != model.import_id:
+        raise StoreError(
+            f"a calibration of another import of {model.name!r}: import {offered.import_id.hex() or 'none'}, where the "
+            f"store has {model.import_id.hex()}; calibrate the model that is there now"
         )
 
 
@@ -136,14 +140,19 @@ class CalibrationStaging(StagedFolder):
         self._file, self._written_bytes, self._checksum = None, 0, _native.Checksum()
 
     def publish(self) -> weightd_pb2.Calibration:
-        """Makes this the model's newest calibration. RequestError if bytes are missing."""
+        """Makes this the model's newest calibration.
+
+        RequestError if bytes are missing, StoreError if the model was removed or imported again meanwhile.
+        """
         if self._missing:
             raise RequestError(f"the calibration ended early, in {self._missing[0].name}: send it again")
         published = weightd_pb2.Calibration()
         published.CopyFrom(self._offered)
         published.published_unix_s = int(time.time())
         with self.store.locked(), space_errors(self.store.path):
-            published.version = self.store.model(self._model).calibration.version + 1
+            model = self.store.model(self._model)
+            _require_same_import(model, published)
+            published.version = model.calibration.version + 1
             target = calibration_path(self.store, self._model, published.version)
             target.parent.mkdir(exist_ok=True)
             sync(target.parent.parent)

@@ -270,8 +270,14 @@ class Store(Closing):
         return True
 
     def _refuse_taken(self, name: str, replaces: bytes) -> None:
-        """StoreError unless the name is free, or belongs to the import that is to be replaced."""
-        if replaces and self.model(name).import_id == replaces:
+        """StoreError unless the name is free, or the model is the one to be replaced and was never calibrated."""
+        if replaces and (model := self.model(name)).import_id == replaces:
+            if model.calibration.version:  # published meanwhile
+                raise StoreError(
+                    f"{name!r} in {self.path} was calibrated meanwhile, and a new import would delete its calibration: "
+                    f"use the old import, remove it with `weightd rm {name} --store {self.path}`, or import the "
+                    "checkpoint under another name with `weightd import --name`"
+                )
             return
         if (self.path / name).exists() or self.catalog.model(name) is not None:
             raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
@@ -345,7 +351,8 @@ class Staging(StagedFolder):
         """Makes the model part of the store, with neurons placed in their own order. The files must be synced already.
 
         `checksums`: per layer, one XXH3-64 per position; `of_tables`: per table, one per row. StoreError if the name
-        was taken meanwhile. A daemon that serves a model that is replaced closes it when it looks, or is told.
+        was taken meanwhile, or the model to be replaced was calibrated. A daemon that serves a model that is replaced
+        closes it when it looks, or is told.
         """
         arrays = {model.name: _arrays(model, checksums)}
         for table, sums in zip(model.tables, of_tables, strict=True):
