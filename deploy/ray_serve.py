@@ -21,7 +21,7 @@ from flashclient import FlashClient
 from flashclient.batching.bounds import SEQUENCES_MAX, WAITING_MAX
 from flashclient.batching.scheduler import Scheduler
 from flashclient.batching.step_order import StepOrder
-from flashclient.server.access import Access
+from flashclient.server.access import Access, read_keys
 from flashclient.server.api import make_api
 from flashclient.server.hosted_model import HostedModel
 
@@ -63,7 +63,7 @@ class Server:
         torch.set_num_threads(settings.threads)
         self._opened = ExitStack()
         self._models: dict[str, HostedModel] = {}
-        self._keys = [] if settings.api_key_file is None else settings.api_key_file.read_text().split()
+        self._keys = [] if settings.api_key_file is None else read_keys(settings.api_key_file)
         order = StepOrder()
         for name in settings.model.split(","):
             client = self._opened.enter_context(FlashClient(name, address=settings.address, mode=settings.mode))

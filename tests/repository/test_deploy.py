@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -196,6 +197,18 @@ def test_the_server_beside_the_daemon_set_is_started_as_its_command_line_allows(
     assert {container[name]["httpGet"]["path"] for name in ("startupProbe", "readinessProbe", "livenessProbe")} == {
         "/health"
     }
+
+
+def test_the_job_of_slurm_ends_where_weightd_does(tmp_path: Path) -> None:
+    ((script,),) = [re.findall(r"```bash\n(#!.*?#SBATCH.*?)```", (DEPLOY / "README.md").read_text(), re.DOTALL)]
+    for name, content in (("weightd", '[ "$1" = import ]'), ("flashclient", "echo made"), ("sleep", "true")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "USER": "user", "SLURM_JOB_ID": "1"}
+    done = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_the_images_copy_what_there_is() -> None:

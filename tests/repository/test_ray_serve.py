@@ -44,6 +44,20 @@ def replicas_of(daemon: Daemon, log: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'weightd[ray]'")
+def test_a_file_without_keys_lets_nobody_in(tmp_path: Path) -> None:
+    (tmp_path / "keys").touch()
+    start = (
+        "from ray_serve import Server, Settings; Server(Settings(model='m', address='unix:/m', api_key_file='keys'))"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", start]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "deploy")}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("OptionError: the file of API keys keys has no key: write one a line\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ray") is None, reason="ray is not installed: pip install 'weightd[ray]'")
 def test_one_of_two_replicas_is_killed(tmp_path: Path) -> None:
     checkpoint = make_checkpoint("llama", tmp_path / "tiny")
     assert cli.main(["import", str(checkpoint), "--store", str(tmp_path / "store")]) == 0

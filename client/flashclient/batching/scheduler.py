@@ -154,7 +154,7 @@ class Scheduler:
     def check_runs(self) -> None:
         """Raises FlashClientError if its thread has ended."""
         if not self._thread.is_alive():
-            raise FlashClientError("the server is stopping: try again later")
+            raise FlashClientError("the model computes no more requests: start the server again")
 
     def stop(self) -> None:
         """Fails all requests after the step under way, and does not wait for it."""

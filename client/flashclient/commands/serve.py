@@ -106,15 +106,9 @@ def _checked(options: argparse.Namespace) -> list[str]:
         if options.host not in LOOPBACK:
             raise OptionError(f"--host {options.host} may be reached by others: pass --api-key-file, too")
         return []
-    try:
-        lines = options.api_key_file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise OptionError(f"--api-key-file {options.api_key_file}: {reason.lower()}") from error
-    keys = [line.strip() for line in lines if line.strip()]
-    if not keys:
-        raise OptionError(f"--api-key-file {options.api_key_file} has no key: write one a line")
-    return keys
+    from flashclient.server.access import read_keys
+
+    return read_keys(options.api_key_file)
 
 
 def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:

@@ -6,14 +6,29 @@ import asyncio
 import hmac
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from fastapi import Request
 
+from flashclient.errors import OptionError
 from flashclient.server.problems import Problem
 
 HOSTS = ("localhost", "127.0.0.1", "[::1]")
 BODY_S = 60.0
 BODY_BYTES_MAX = 8 << 20  # a prompt of a million tokens has about 4 MB
+
+
+def read_keys(path: Path) -> list[str]:
+    """The API keys of a file, one a line. Raises OptionError for a file that cannot be read, or has none."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise OptionError(f"the file of API keys {path}: {reason.lower()}") from error
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise OptionError(f"the file of API keys {path} has no key: write one a line")
+    return keys
 
 
 class Access:

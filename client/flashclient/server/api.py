@@ -107,6 +107,8 @@ class _Routes:
         self._metrics = metrics
 
     async def health(self) -> Response:
+        for model in self._models.values():
+            model.scheduler.check_runs()
         return JSONResponse({"status": "ok"})
 
     async def metrics(self) -> Response:

@@ -60,12 +60,18 @@ class ToolFormat:
             return _named(text, self.begin, self.name_end)
         return [(value["name"], value.get("arguments", value.get("parameters", {}))) for value in _values(text)]
 
-    def may_go_on(self, text: str) -> bool:
-        """Whether text that is no call ends within a value, so that more text may complete it."""
-        if self.elements:
-            return text.rfind("<parameter=") > text.rfind("</parameter>")
+    def ends_within_value(self, held: str, since: int, at: int) -> bool:
+        """Whether an end of a call at `at` is within a value, so that more text may complete the call.
+
+        Args:
+            held: text from `begin` on.
+            since: behind the last end before that was within a value; 0: there was none.
+        """
+        if self.elements:  # what was read before is not read again
+            opened, closed = (held.rfind(mark, since, at) for mark in ("<parameter=", "</parameter>"))
+            return opened > closed or (opened == closed and since > 0)
         try:
-            _values(text)
+            _values(held[len(self.begin) : at])
         except json.JSONDecodeError as error:
             return error.msg.startswith("Unterminated string")
         except (ValueError, RecursionError):
@@ -103,7 +109,7 @@ def _after_space(text: str, at: int) -> int:
 
 def _named(text: str, begin: str, name_end: str) -> list[tuple[str, Any]]:
     decoder, at, calls = json.JSONDecoder(), 0, []
-    while text[at:].strip():
+    while (at := _after_space(text, at)) < len(text):
         following = text.index(name_end, at)
         name = text[at:following].strip().removeprefix(begin).strip()
         value, at = decoder.raw_decode(text, _after_space(text, following + len(name_end)))
@@ -122,28 +128,68 @@ def _elements(text: str, parameters: Mapping[str, Any]) -> list[tuple[str, Any]]
         if found is None:
             raise ValueError(text[at:])
         name, inside = found.groups()
-        known = parameters[name].get("properties", {})
-        calls.append((name, _parameters(inside, known if isinstance(known, dict) else {})))
+        calls.append((name, _parameters(inside, parameters[name])))
         at = found.end()
     return calls
 
 
-def _parameters(text: str, known: Mapping[str, Any]) -> dict[str, Any]:
+def _parameters(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
+    known = schema.get("properties")
     values, at, text = {}, 0, text.strip()
     while at < len(text):
         found = PARAMETER.match(text, at)
         if found is None:
             raise ValueError(text[at:])
-        values[found[1]] = _value(found[2], known.get(found[1]))
+        one = known.get(found[1]) if isinstance(known, dict) else None
+        values[found[1]] = _value(found[2], one if isinstance(one, dict) else {}, schema)
         at = found.end()
     return values
 
 
-def _value(text: str, schema: Any) -> Any:
-    """A parameter's value: text where the schema wants a string, else JSON; what is no JSON is text, too."""
-    if isinstance(schema, dict) and schema.get("type") == "string":
+def _value(text: str, schema: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
+    """A parameter's value: JSON, or text where the schema wants a string, and no value of the JSON's type."""
+    if schema.get("type") == "string":
         return text
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    types = _types(schema, whole)
+    return value if "string" not in types or types & set(TYPES[type(value)]) else text
+
+
+TYPES = {
+    str: ["string"],
+    bool: ["boolean"],
+    int: ["integer", "number"],
+    float: ["number"],
+    list: ["array"],
+    dict: ["object"],
+    type(None): ["null"],
+}
+SCHEMAS_MAX = 64  # that are looked at for one value, and of the values and types that each lists
+
+
+def _types(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> set[str]:
+    """The types of the values that a schema allows, as far as it tells. `whole`: the function's schema."""
+    left, types, looked = [schema], set[str](), 0
+    while looked < min(len(left), SCHEMAS_MAX):
+        one, looked = left[looked], looked + 1
+        given = one.get("type")
+        types.update(kind for kind in [given, *_listed(given)] if isinstance(kind, str))
+        for value in [*_listed(one.get("enum")), *([one["const"]] if "const" in one else [])]:
+            types.update(TYPES[type(value)])
+        others = [other for word in ("anyOf", "oneOf", "allOf") for other in _listed(one.get(word))]
+        left += [other for other in [*others, _referred(one, whole)] if isinstance(other, dict)]
+    return types
+
+
+def _listed(value: Any) -> list[Any]:
+    return value[:SCHEMAS_MAX] if isinstance(value, list) else []
+
+
+def _referred(schema: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
+    """The definition in a function's schema to which one in it refers; None where there is none."""
+    kind, _, name = str(schema.get("$ref")).removeprefix("#/").partition("/")
+    definitions = whole.get(kind) if kind in ("$defs", "definitions") else None
+    return definitions.get(name) if isinstance(definitions, dict) else None

@@ -15,6 +15,7 @@ from flashclient.server.tool_formats import ToolFormat
 CALLS_MAX = 16  # of an answer that must call
 VALUE_END = "\n</parameter>\n"
 TEXT = f"text[suffix={json.dumps(VALUE_END)}]: /(?s:.*)/"  # a parameter that is text, and its end
+READ_AGAIN_CHARACTERS_MAX = 4 << 20  # of an answer; a read takes up to 33 ns a character, and all streams wait for it
 ID_CHARACTERS = 9  # templates of Mistral take no other number
 
 
@@ -130,13 +131,19 @@ def _element_value(schema: Any, own: Mapping[str, Any]) -> str:
 
 
 class ToolReader:
-    """Separates calls from the text around them. What only looks like a call stays text."""
+    """Separates calls from the text around them. What only looks like a call stays text.
+
+    What ends within a value, or has another beginning in it, is read again. After READ_AGAIN_CHARACTERS_MAX the rest of
+    the answer is text.
+    """
 
     def __init__(self, tools: ToolSet) -> None:
         self._tools = tools
         self._held = ""  # text that may become a call, or the space before one
         self._inside = False
         self._searched = 0  # characters of the held text in which no end of a call begins
+        self._within = 0  # behind the last end that was within a value
+        self._read_again = 0  # characters
         self._begun = False  # whether text was given out
         self._after = False  # whether all since a call is space
         self.calls = 0
@@ -153,9 +160,8 @@ class ToolReader:
         """What was held back, at the end of the answer."""
         begin, end = self._tools.format.begin, self._tools.format.end
         found: list[str | ToolCall] = []
-        while (
-            self._inside and end and (following := self._held.find(begin, 1)) > 0
-        ):  # a string in a call was never closed
+        while self._inside and end and (following := self._held.find(begin, 1)) > 0:
+            self._read_again += len(self._held)  # a string in a call was never closed
             found += [self._taken(following), *self.add("")]
         held, self._held = self._held, ""
         if self._inside:
@@ -166,6 +172,9 @@ class ToolReader:
     def _next(self) -> list[str | ToolCall] | None:
         """The next text or calls; None where more of the answer is needed."""
         form = self._tools.format
+        if self._read_again > READ_AGAIN_CHARACTERS_MAX:
+            self._inside = False
+            return [self._taken(len(self._held))] if self._held else None
         if self._inside:
             return self._next_calls()
         if self._after:
@@ -192,22 +201,28 @@ class ToolReader:
         form = self._tools.format
         while form.end and (at := self._held.find(form.end, self._searched)) >= 0:
             self._searched = at + 1
-            text = self._held[len(form.begin) : at]
-            calls = self._read(text)
+            if form.ends_within_value(self._held, self._within, at):
+                self._within = at + 1
+                self._read_again += 0 if form.elements else at
+                if self._read_again > READ_AGAIN_CHARACTERS_MAX:
+                    return []
+                continue
+            calls = self._read(self._held[len(form.begin) : at])
             if calls is not None:
                 self._taken(at + len(form.end))
                 self._inside, self._after = False, True
                 return self._given(calls)
-            if not form.may_go_on(text):  # nothing that follows makes it a call; an end inside of a string is none
-                following = self._held.find(form.begin, 1, at)
-                self._inside = following > 0
-                return [self._taken(following if self._inside else at + len(form.end))]
+            following = self._held.find(form.begin, 1, at)  # nothing behind it makes it a call; this may be one
+            self._inside = following > 0
+            self._read_again += at if self._inside else 0
+            return [self._taken(following if self._inside else at + len(form.end))]
         self._searched = max(self._searched, len(self._held) - len(form.end) + 1)
         return None
 
     def _taken(self, length: int) -> str:
         """Takes the first characters of what is held."""
         text, self._held, self._searched = self._held[:length], self._held[length:], 0
+        self._within = 0
         return text
 
     def _given(self, calls: list[ToolCall]) -> list[str | ToolCall]:

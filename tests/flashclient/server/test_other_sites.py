@@ -1,14 +1,16 @@
-"""Pages of other sites, which a browser of this machine shows, cannot use a server without keys."""
+"""Who may ask: those with a key, and without keys this machine, but not the pages of other sites that it shows."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flashclient.server.access import Access
+from flashclient.errors import OptionError
+from flashclient.server.access import Access, read_keys
 from flashclient.server.problems import Problem
 
 
@@ -41,6 +43,18 @@ def test_a_key_has_a_number() -> None:
     access = Access(["sk-a", "sk-b"])
     assert [access.check_key({"authorization": f"Bearer {key}"}) for key in ("sk-a", "sk-b")] == [0, 1]
     assert Access().check_key({}) == 0
+
+
+def test_keys_are_the_lines_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(" sk-a b \r\n\n\tsk-c")
+    assert read_keys(file) == ["sk-a b", "sk-c"]
+    for content, reason in ((b"", "has no key: write one a line"), (b" \n", "has no key"), (b"\xff", "it is not text")):
+        file.write_bytes(content)
+        with pytest.raises(OptionError, match=reason):
+            read_keys(file)
+    with pytest.raises(OptionError, match="is a directory"):
+        read_keys(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded", "application/jsonp"])

@@ -470,7 +470,7 @@ def test_health_and_metrics(address: str) -> None:
     ("flags", "status", "message"),
     [
         (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 may be reached by others: pass --api-key-file, too"),
-        (["--api-key-file", "/nowhere/keys"], 2, "--api-key-file /nowhere/keys: no such file or directory"),
+        (["--api-key-file", "/nowhere/keys"], 2, "the file of API keys /nowhere/keys: no such file or directory"),
         (["--api-key-file", os.devnull], 2, "has no key: write one a line"),
         (["--port", "70000"], 2, "'70000' is not a port from 0 to 65535"),
         (["--address", "ADDRESS", NAME, NAME], 2, f"model '{NAME}' is given twice: give each once"),

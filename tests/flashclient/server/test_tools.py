@@ -12,9 +12,10 @@ from checkpoints import VOCABULARY, make_tokenizer
 
 from flashclient.batching.constraint import Grammars
 from flashclient.batching.sampling import Sampler, Sampling
+from flashclient.server import tool_formats
 from flashclient.server.problems import Problem
 from flashclient.server.tool_formats import FORMATS, format_of
-from flashclient.server.tools import ToolCall, ToolReader, ToolSet, with_parsed_arguments
+from flashclient.server.tools import READ_AGAIN_CHARACTERS_MAX, ToolCall, ToolReader, ToolSet, with_parsed_arguments
 
 HERMES, MISTRAL, LLAMA, NAMED, ELEMENTS = FORMATS
 PARAMETERS: dict[str, Any] = {
@@ -108,7 +109,7 @@ TWO = '{"name": "now", "arguments": {}}'
             XML.replace("Bern", "a\n<b></tool_call>\n</c>"),
             [ToolCall("rain", '{"place": "a\\n<b></tool_call>\\n</c>"}')],
         ),
-        (ELEMENTS, XML.replace("Bern", "[1, 2]"), [ToolCall("rain", '{"place": [1, 2]}')]),
+        (ELEMENTS, XML.replace("Bern", "[1, 2]"), [ToolCall("rain", '{"place": "[1, 2]"}')]),
         (ELEMENTS, XML.replace("rain", "rm"), [XML.replace("rain", "rm")]),
         (ELEMENTS, XML[:-20], [XML[:-20]]),
     ],
@@ -174,6 +175,81 @@ def test_any_text_may_be_a_parameter_of_an_element(value: str, loud: str | None)
         constraint.take(token)
     (call,) = read(tools, text)
     assert json.loads(call.arguments) == {"text": value} | ({} if loud is None else {"loud": loud == "true"})
+
+
+OPEN = "<tool_call>\n<function=rain>\n<parameter=place>\n"
+END = "</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("form", "text", "found"),
+    [
+        (ELEMENTS, f"{OPEN}{END * 20_000}\n</parameter>\n</function>\n{END}", "call"),
+        (ELEMENTS, f"{OPEN}{END * 20_000}", "text"),
+        (ELEMENTS, f"{'<tool_call><function=rain>' * 20_000}{END}", "text"),
+        (HERMES, ONE.replace("Bern", f"{END * 20_000}").join(("<tool_call>", END)), "text"),
+        (HERMES, '<tool_call>{"' * 20_000, "text"),
+        (HERMES, f"{'<tool_call>{' * 20_000}{END}", "text"),
+        (HERMES, f"{'<tool_call>{}</tool_call>' * 2000}", "text"),
+    ],
+)
+@pytest.mark.parametrize("piece", [1 << 20, 100])
+def test_what_is_read_again_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, form: Any, text: str, found: str, piece: int
+) -> None:
+    read_characters: list[int] = []
+
+    def counted(values: Any) -> Any:
+        def count(text: str, *more: Any) -> Any:
+            read_characters.append(len(text))
+            return values(text, *more)
+
+        return count
+
+    for name in ("_elements", "_values"):
+        monkeypatch.setattr(tool_formats, name, counted(getattr(tool_formats, name)))
+    reader = ToolReader(tools_of(form))
+    given: list[Any] = [one for at in range(0, len(text), piece) for one in reader.add(text[at : at + piece])]
+    given += reader.rest()
+    assert sum(read_characters) <= 2 * (READ_AGAIN_CHARACTERS_MAX + 2 * len(text))  # an end is looked at, and read
+    if found == "call":
+        (call,) = given
+        assert json.loads(call.arguments) == {"place": END * 20_000}
+        assert len(read_characters) == 1
+    else:
+        assert "".join(given) == text
+
+
+NULLABLE = {"type": ["string", "null"]}
+COUNTED = {"anyOf": [{"type": "string"}, {"type": "array"}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "value"),
+    [
+        (NULLABLE, "123", "123"),
+        (NULLABLE, "null", None),
+        (NULLABLE, '"quoted, as a grammar writes it"', "quoted, as a grammar writes it"),
+        (COUNTED, "null", "null"),
+        (COUNTED, '["a"]', ["a"]),
+        ({"oneOf": [{"$ref": "#/$defs/word"}, {"type": "null"}]}, "true", "true"),
+        ({"$ref": "#/$defs/loop"}, "123", "123"),
+        ({"enum": ["1", "2"]}, "1", "1"),
+        ({"const": 1}, "1", 1),
+        ({"type": "integer"}, "1", 1),
+        ({"type": ["number", "string"]}, "1", 1),
+        ({"type": "integer"}, "one", "one"),
+        ({}, "1", 1),
+        (True, "1", 1),
+        ({"type": 5, "enum": 5, "anyOf": [5], "$ref": 5}, "1", 1),
+    ],
+)
+def test_values_are_of_the_types_of_the_schema(schema: Any, text: str, value: Any) -> None:
+    loop = {"anyOf": [{"$ref": "#/$defs/loop"}, {"$ref": "#/$defs/word"}]}
+    whole = {"properties": {"a": schema}, "$defs": {"word": {"type": "string"}, "loop": loop}}
+    tools = ToolSet(ELEMENTS, {"say": whole}, required=False, single_call=False)
+    (call,) = read(tools, f"<tool_call><function=say><parameter=a>\n{text}\n</parameter></function></tool_call>")
+    assert json.loads(call.arguments) == {"a": value}
 
 
 def test_formats_are_known_by_their_templates() -> None:
