@@ -117,9 +117,16 @@ def test_a_model_in_use_is_replaced_for_those_who_come_later(tmp_path: Path) -> 
             assert [(model.name, model.sessions) for model in connection.stats().models] == [("m", 1)]
             with pytest.raises(RefusedError, match="'m' is another import than the one asked for: make a new client"):
                 b"".join(connection.fetch(pb.FetchRequest(model="m", import_id=b"a" * 16, placement_of=0)))
+            (counted,) = connection.stats().models
         while deleted_files(daemon, store):
             connection.stats()  # the daemon notices the end of the session by itself
+        (closed,) = connection.stats().models
+        assert min(counted.hits + counted.misses, counted.reads) > 0
+        for counter in ("hits", "misses", "reads", "read_bytes", "reading_s", "read_latency_sum_s"):
+            assert getattr(closed, counter) >= getattr(counted, counter), counter
+        assert sum(closed.read_latency_counts) >= sum(counted.read_latency_counts)
         assert remove(store, "m") == 0
+        assert not connection.stats().models
         connection.close()
 
 

@@ -1,5 +1,8 @@
 #include "service/report.h"
 
+#include <set>
+#include <string_view>
+
 namespace weightd {
 namespace {
 
@@ -41,8 +44,12 @@ Report report_of(const Engine& engine, const RingSessions& sessions, const Press
     report.uptime_s = seconds(uptime);
     report.read_queue = engine.read_queue();
     report.memory_pressure = {pressure.pressed(), pressure.target_bytes(), pressure.floor_bytes(), signals.count()};
+    std::set<std::string_view> served;
     for (const auto& model : engine.models().all()) {
-        if (!model->removed) report.models.push_back(report_of(engine, sessions, *model));
+        if (!model->removed) served.insert(model->spec.name);
+    }
+    for (const auto& model : engine.models().all()) {  // counters of a name do not fall when an import is replaced
+        if (served.contains(model->spec.name)) report.models.push_back(report_of(engine, sessions, *model));
     }
     for (const auto& [id, session] : sessions.open_sessions()) {
         report.attached.push_back(report_of(*session, engine.models().all()[session->model]->spec));

@@ -36,7 +36,7 @@ class Statistics:
 
 
 def _by_name(models: Iterable[weightd_pb2.ModelStats]) -> list[weightd_pb2.ModelStats]:
-    """Sums of all imports of a model: one that was replaced may still be in use."""
+    """Sums of all imports of a model: one that was replaced may still be in use, and its counts stay."""
     sums: dict[str, weightd_pb2.ModelStats] = {}
     for model in models:
         total = sums.setdefault(model.name, weightd_pb2.ModelStats(name=model.name))
