@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <tuple>
@@ -136,7 +137,7 @@ void add_rows(const Ffn& ffn, const U64Array& bundles, const std::optional<Biase
     ffn.add_rows(list, x.data(), x.shape(0), y.data());
 }
 
-// Of the FFN's sum: the arrays live as long.
+// An FfnSum that keeps its arrays alive. Calls of several threads wait for each other.
 class BoundSum {
   public:
     BoundSum(const Ffn& ffn, const Input& x, const Output& y) : ffn_(ffn), x_(x), y_(y) {
@@ -148,10 +149,12 @@ class BoundSum {
         Neurons list{addresses_of(bundles)};
         set_biases(list, ffn_, biases);
         const nb::gil_scoped_release released;
+        const std::lock_guard lock(mutex_);
         sum_->add(list);
     }
     void finish() {
         const nb::gil_scoped_release released;
+        const std::lock_guard lock(mutex_);
         sum_->finish();
     }
 
@@ -159,6 +162,7 @@ class BoundSum {
     const Ffn& ffn_;
     Input x_;
     Output y_;
+    std::mutex mutex_;
     std::optional<FfnSum> sum_;
 };
 
@@ -264,7 +268,7 @@ void bind_ffn(nb::module_& module) {
     nb::class_<BoundSum>(
         module, "FfnSum",
         "Adds to y [tokens, hidden] the sum over all neurons of a layer, which come in chunks, in order, "
-        "for x [tokens, hidden]; see client/native/kernels/ffn.h.")
+        "for x [tokens, hidden]; see client/native/kernels/ffn.h. y is undefined until finish().")
         .def(nb::init<const Ffn&, const Input&, const Output&>(), "ffn"_a, "x"_a.noconvert(), "y"_a.noconvert(),
              nb::keep_alive<1, 2>())
         .def("add", &BoundSum::add, "bundles"_a.noconvert(), "biases"_a.noconvert().none(),

@@ -5,7 +5,7 @@
 // byte of integers are apart, because instructions multiply bytes. Sums of products of codes are exact, so that all
 // instructions find the same.
 //
-// A unit with a NaN has the scale NaN. One with infinities has an infinite scale and counts only these.
+// A unit with a NaN or an infinity has the scale NaN, so all products with its row are NaN.
 #pragma once
 
 #include <immintrin.h>
@@ -21,7 +21,7 @@
 namespace flashclient {
 namespace {
 
-// A stretch of a row of x. Numbers of units are there four times, once for each row of a quad.
+// A stretch of a row of x. Each scale and sum is repeated four times, once for each row of a quad.
 struct alignas(64) StretchOfX {
     int8_t upper[2][UNITS][16];  // [half of a unit]
     int8_t lower[2][UNITS][16];
@@ -53,16 +53,6 @@ LANE float inverse_of_power(float power) {
     return power;
 }
 
-// The integers of a unit with infinities or NaN.
-KERNEL float integers_of_special(const float* x, int32_t (&integers)[UNIT]) {
-    bool has_nan = false;
-    for (size_t i = 0; i < UNIT; i++) {
-        has_nan = has_nan || x[i] != x[i];
-        integers[i] = (x[i] > std::numeric_limits<float>::max()) - (x[i] < std::numeric_limits<float>::lowest());
-    }
-    return has_nan ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-}
-
 LANE void set_sums(StretchOfX::Sums& sums, size_t unit, int32_t sum, float scale) {
     std::fill_n(sums.integers[unit], QUAD, sum);
     std::fill_n(sums.values[unit], QUAD, static_cast<float>(sum) * scale);
@@ -74,11 +64,9 @@ LANE void quantise_unit(const float* x, size_t unit, StretchOfX& out) {
     const float greatest = _mm512_reduce_max_ps(sizes);
     const __mmask16 no_number = _mm512_cmp_ps_mask(values[0], values[1], _CMP_UNORD_Q);
     float scale = scale_for(greatest);
-    __m512i integers[2];
+    __m512i integers[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
     if (no_number != 0 || greatest > std::numeric_limits<float>::max()) {
-        alignas(64) int32_t each[UNIT];
-        scale = integers_of_special(x, each);
-        for (size_t i = 0; i < 2; i++) integers[i] = _mm512_load_si512(each + i * 16);
+        scale = std::numeric_limits<float>::quiet_NaN();
     } else {
         const __m512 inverse = _mm512_set1_ps(inverse_of_power(scale));
         for (size_t i = 0; i < 2; i++) integers[i] = _mm512_cvtps_epi32(_mm512_mul_ps(values[i], inverse));

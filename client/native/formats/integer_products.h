@@ -1,8 +1,8 @@
 // Products of rows in blocks with rows of x as integers (integer_activations.h), for four rows at a time.
 //
-// A dot is four chains of sums in fp32: chain i adds the products of units i, i + 4, ... of the row, each an exact
-// integer times both scales, and the leasts times the sums of x. The chains are added in the end. This order follows
-// from the length of the row alone.
+// A dot is four chains of sums in fp32: chain i adds the products of unit i of each stretch, each an exact integer
+// times both scales, and the leasts times the sums of x. The units of a shorter last stretch go to the last chains. The
+// chains are added in the end. This order follows from the length of the row alone.
 #pragma once
 
 #include <immintrin.h>

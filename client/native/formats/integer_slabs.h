@@ -28,7 +28,7 @@ struct ShortRows {
 
     // Addresses of `count` rows of whole stretches from row `first` on. Those behind the end have zeros, in `rest`.
     struct Rest {
-        uint8_t bytes[SLAB_STRETCHES * STRETCH / UNIT * 34];
+        uint8_t bytes[SLAB_STRETCHES * STRETCH / record_of<format>().values * record_of<format>().bytes];
     };
     template <size_t count>
     KERNEL void addresses(size_t first, const void* (&rows)[count], Rest& rest, Rest& zeros) const {

@@ -132,7 +132,8 @@ class Ffn {
 // (kernels.h) they are used, so the bits may differ from those of Ffn::add_rows(). They depend neither on the chunks
 // nor on the other tokens or the number of threads.
 //
-// A group whose neurons have not all come waits for the rest: their down columns are copied.
+// A group whose neurons have not all come waits for the rest: their down columns are copied. Not for several threads at
+// once, and y is undefined until finish().
 class FfnSum {
   public:
     // y [tokens, hidden] += the sum, after finish(). All must outlive this.

@@ -14,7 +14,8 @@
 namespace flashclient {
 namespace {
 
-// Tiles of bf16, which Linux allows a process on request. It refuses if a thread's stack for signals is too small.
+// Tiles of bf16 and of bytes, which Linux allows a process on request. It refuses if a thread's stack for signals is
+// too small.
 bool amx_is_granted() {
 #if defined(__x86_64__) && defined(SYS_arch_prctl) && defined(ARCH_REQ_XCOMP_PERM)
     constexpr unsigned FEATURES_LEAF = 7;
@@ -38,31 +39,15 @@ bool processor_has(std::string_view instruction_set) {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     if (instruction_set == "avx512") return avx512;
+    const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+                      __builtin_cpu_supports("bmi2");
+    if (instruction_set == "avx512_vnni") return vnni;
     if (instruction_set == "amx") {
         static const bool granted = amx_is_granted();
-        return avx512 && granted;
+        return vnni && granted;
     }
 #endif
     return false;
-}
-
-bool processor_multiplies_bytes() {
-#if defined(__x86_64__)
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
-           __builtin_cpu_supports("bmi2");
-#else
-    return false;
-#endif
-}
-
-const Kernels* best_avx512(Dtype dtype) { return kernels_avx512(dtype); }
-const Kernels* best_avx512(BlockFormat format) {
-    return processor_multiplies_bytes() ? kernels_vnni(format) : kernels_avx512(format);
-}
-
-const Kernels* best_amx(Dtype dtype) { return kernels_amx(dtype); }
-const Kernels* best_amx(BlockFormat format) {
-    return processor_multiplies_bytes() ? kernels_amx(format) : kernels_avx512(format);
 }
 
 std::string block_format_names() {
@@ -73,8 +58,9 @@ std::string block_format_names() {
 
 template <typename Stored>
 const Kernels& table_of(Stored stored, std::string_view instruction_set) {
-    if (instruction_set == "amx") return *best_amx(stored);
-    if (instruction_set == "avx512") return *best_avx512(stored);
+    if (instruction_set == "amx") return *kernels_amx(stored);
+    if (instruction_set == "avx512_vnni") return *kernels_vnni(stored);
+    if (instruction_set == "avx512") return *kernels_avx512(stored);
     if (instruction_set == "avx2") return *kernels_avx2(stored);
     return *kernels_portable(stored);
 }
@@ -84,12 +70,13 @@ template <typename Stored>
 const Kernels& best_or_named(Stored stored, const char* instruction_set) {
     if (instruction_set != nullptr) {
         if (!processor_has(instruction_set)) {
-            throw std::invalid_argument("instruction set '" + std::string(instruction_set) +
-                                        "' is unknown or not in this processor: pick amx, avx512, avx2 or portable");
+            throw std::invalid_argument(
+                "instruction set '" + std::string(instruction_set) +
+                "' is unknown or not in this processor: pick amx, avx512_vnni, avx512, avx2 or portable");
         }
         return table_of(stored, instruction_set);
     }
-    for (const char* name : {"amx", "avx512", "avx2"}) {
+    for (const char* name : {"amx", "avx512_vnni", "avx512", "avx2"}) {
         if (processor_has(name)) return table_of(stored, name);
     }
     return table_of(stored, "portable");

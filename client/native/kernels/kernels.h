@@ -22,12 +22,13 @@ inline constexpr size_t TOKENS_MAX = 16;
 
 inline size_t divide_up(size_t value, size_t by) { return (value + by - 1) / by; }
 
-// Neurons of a layer that are summed together, for tables with GroupSums.
+// Neurons of a layer that are summed together, for tables with GroupSums: a tile adds the sum of 32 products.
 inline constexpr size_t GROUP_NEURONS = 32;
-inline constexpr size_t SUM_ELEMENTS = 32;
+inline constexpr size_t SUM_ELEMENTS = 32;  // of y that lie together in the sums of tiles: two tiles of columns
 
-// Sums over all neurons of a layer, group after group: y += the sum of a group, which is that of the even neurons and
-// that of the odd ones, for each of the three numbers of 16 bits whose sum an h is. The last group may have fewer.
+// Sums over all neurons of a layer, group after group. An h is the sum of three numbers of 16 bits, h = h_0 + h_1 +
+// h_2. For each part p in turn, y += (sum of h_p[n] * down[n] over the even n of the group) + (the same over its odd
+// n). The last group may have fewer neurons.
 struct GroupSums {
     // The form of h, [neurons, tokens] fp32 of at most TOKENS_MAX tokens, that add() takes; aligned to a cache line.
     size_t (*packed_bytes)(size_t neurons);
@@ -72,7 +73,8 @@ struct Kernels {
     const GroupSums* groups = nullptr;  // null: there is nothing faster than accumulate()
 };
 
-// The best instruction set of the processor, or the one named: "amx", "avx512", "avx2" or "portable". Throws
+// The best instruction set of the processor, or the one named: "amx", "avx512_vnni" (which differs from "avx512" for
+// blocks only), "avx512", "avx2" or "portable". Throws
 // std::invalid_argument for an unknown name and for one that this processor lacks.
 const Kernels& kernels_for(Dtype dtype, const char* instruction_set = nullptr);
 
@@ -87,6 +89,7 @@ const Kernels* kernels_amx(Dtype dtype);  // that of AVX-512 but for bf16
 const GroupSums* group_sums_amx();        // of bf16
 const Kernels* kernels_avx512(Dtype dtype);
 const Kernels* kernels_avx512(BlockFormat format);
+const Kernels* kernels_vnni(Dtype dtype);         // that of AVX-512
 const Kernels* kernels_vnni(BlockFormat format);  // that of AVX-512 but for products, which are of integers
 const Kernels* kernels_amx(BlockFormat format);   // the same, of several rows of x by tiles
 const Kernels* kernels_avx2(Dtype dtype);

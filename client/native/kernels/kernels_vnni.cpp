@@ -39,6 +39,7 @@ struct ByteTable {
     static const Kernels* get() {
         static const Kernels kernels = [] {
             Kernels table = *kernels_avx512(format);
+            table.instruction_set = "avx512_vnni";
             table.packed_bytes = packed_bytes;
             table.pack = pack;
             table.dots = dots<format>;
@@ -52,7 +53,9 @@ struct ByteTable {
 }  // namespace
 }  // namespace flashclient
 
+const flashclient::Kernels* flashclient::kernels_vnni(Dtype dtype) { return kernels_avx512(dtype); }
 const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat format) { return table_of_format<ByteTable>(format); }
 #else
+const flashclient::Kernels* flashclient::kernels_vnni(Dtype) { return nullptr; }
 const flashclient::Kernels* flashclient::kernels_vnni(BlockFormat) { return nullptr; }
 #endif

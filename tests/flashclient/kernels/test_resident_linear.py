@@ -12,7 +12,7 @@ from blocks import as_multiplied, decoded, random_rows
 from checkpoints import make_config, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from instruction_sets import AVAILABLE
+from instruction_sets import AVAILABLE, INTEGERS
 from torch import Tensor, nn
 
 from flashclient._native import EncodedMatrix, Linear, Workers
@@ -147,7 +147,7 @@ def test_default_is_the_best_instruction_set() -> None:
     """The choice never depends on a measurement."""
     linear: Any = nn.Linear(4, 4)
     assert use_fast_linears(linear, WORKERS) == 1
-    best = AVAILABLE[0]
+    best = next(name for name in AVAILABLE if name != "avx512_vnni")  # which is for blocks
     assert linear.kernels[torch.bfloat16].instruction_set == best
     with pytest.raises(ValueError, match="instruction set 'mmx' is unknown"):
         use_fast_linears(nn.Linear(4, 4), WORKERS, "mmx")
@@ -213,7 +213,7 @@ def test_blocks_times_special_numbers(format: str, instruction_set: str, rows: i
         spoilt = x.copy()
         spoilt[-1, 77] = special
         kernel.multiply(encoded, spoilt, y)
-        assert not np.isfinite(y[-1]).any()
+        assert np.isnan(y[-1]).all() if instruction_set in INTEGERS else not np.isfinite(y[-1]).any()
         assert np.isfinite(y[:-1]).all()
 
 

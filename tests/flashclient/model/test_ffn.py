@@ -210,6 +210,15 @@ def test_a_row_depends_on_itself_alone(
     assert torch.equal(layer.run(x[first:]), together[first:])
 
 
+def test_a_sum_in_several_blocks_of_neurons_and_slices_of_outputs() -> None:
+    layer, x = Layer("BF16", 600, 1200, gated=True, activation="silu"), torch.randn(400, 600)
+    whole = layer.run(x, [1200], 1)
+    assert close(whole, layer.reference(x))
+    for chunks, threads in (([37, 1, 64], 2), ([701, 499], 3)):
+        assert torch.equal(layer.run(x, chunks, threads), whole)
+    assert torch.equal(layer.run(x[130:131]), whole[130:131])
+
+
 @pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_instruction_sets(dtype: str, instruction_set: str) -> None:
@@ -218,8 +227,8 @@ def test_instruction_sets(dtype: str, instruction_set: str) -> None:
         kernels = Ffn(Workers(2), [plain(dtype)] * 3, 77, "gelu_tanh", instruction_set=instruction_set)
     except ValueError as error:
         pytest.skip(str(error))
-    tiles_of_another = instruction_set == "amx" and dtype != "BF16"
-    assert kernels.instruction_set == ("avx512" if tiles_of_another else instruction_set)
+    for_others = instruction_set == "avx512_vnni" or (instruction_set == "amx" and dtype != "BF16")
+    assert kernels.instruction_set == ("avx512" if for_others else instruction_set)
     x = torch.randn(16, 77)
     (chunk,) = layer.source([90]).chunks(0)
     addresses = layer.weights.data_ptr() + np.arange(90, dtype=np.uint64) * layer.weights[0].nbytes

@@ -129,8 +129,10 @@ TEST_P(LinearBits, PredictorsServeSeveralThreadsAtOnce) {
     for (std::thread& caller : callers) caller.join();
 }
 
-INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits, testing::Values("amx", "avx512", "avx2", "portable"));
-INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBitsOf16, testing::Values("amx", "avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBits,
+                         testing::Values("amx", "avx512_vnni", "avx512", "avx2", "portable"));
+INSTANTIATE_TEST_SUITE_P(InstructionSets, LinearBitsOf16,
+                         testing::Values("amx", "avx512_vnni", "avx512", "avx2", "portable"));
 
 }  // namespace
 }  // namespace flashclient
