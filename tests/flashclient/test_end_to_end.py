@@ -45,6 +45,7 @@ class Imported:
     names: list[str]
     reference: Any
     new_tokens: int = NEW_TOKENS
+    tolerance: float = TOLERANCE  # of logits
     texts: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def expected(self, prompt: list[int]) -> tuple[Tensor, Tensor]:
@@ -116,11 +117,11 @@ def streamed_logits(client: FlashClient, ids: Tensor, prompt_tokens: int) -> Ten
     return torch.cat(logits)
 
 
-def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_tokens: int) -> None:
+def assert_same_greedy(tokens: Tensor, expected: Tensor, logits: Tensor, prompt_tokens: int, tolerance: float) -> None:
     """Equal until the reference's two best tokens are closer than the tolerance; then the texts may differ."""
     for i in range(prompt_tokens, expected.shape[1]):
         best = logits[i - 1].topk(2).values
-        if best[0] - best[1] < 2 * TOLERANCE:
+        if best[0] - best[1] < 2 * tolerance:
             return
         assert tokens[0, i] == expected[0, i], f"token {i}"
 
@@ -136,10 +137,10 @@ def run_one(client: FlashClient, model: Imported, prompt: list[int]) -> list[Ten
     """The logits of a text and the tokens generated from its prompt."""
     ids, expected = model.expected(prompt)
     logits = streamed_logits(client, ids, len(prompt))
-    assert (logits - expected).abs().max() < TOLERANCE
+    assert (logits - expected).abs().max() < model.tolerance
     greedy: dict[str, Any] = {"max_new_tokens": model.new_tokens, "do_sample": False, "eos_token_id": -1}
     tokens = client.generate(torch.tensor([prompt]), **greedy)
-    assert_same_greedy(tokens, ids, expected, len(prompt))
+    assert_same_greedy(tokens, ids, expected, len(prompt), model.tolerance)
     return [logits, tokens]
 
 
@@ -150,14 +151,14 @@ def padded_batch(client: FlashClient, model: Imported, prompts: Sequence[list[in
     with torch.no_grad():
         expected = model.reference(ids, attention_mask=mask).logits
         logits: Tensor = client.model(ids, attention_mask=mask).logits
-    assert ((logits - expected).abs() * mask[..., None]).max() < TOLERANCE
+    assert ((logits - expected).abs() * mask[..., None]).max() < model.tolerance
     tokens: Tensor = client.generate(
         {"input_ids": ids, "attention_mask": mask}, max_new_tokens=12, do_sample=False, eos_token_id=-1
     )
     for row, prompt in enumerate(prompts):
         alone = model.expected(prompt)
         whole = torch.cat([torch.tensor([prompt]), tokens[row : row + 1, longest:]], dim=1)
-        assert_same_greedy(whole, alone[0][:, : len(prompt) + 12], alone[1], len(prompt))
+        assert_same_greedy(whole, alone[0][:, : len(prompt) + 12], alone[1], len(prompt), model.tolerance)
     return tokens
 
 
@@ -225,7 +226,8 @@ def test_the_real_gemma_is_stored_as_transformers_loads_it(gemma: tuple[Path, An
 def test_the_real_gemma(gemma: tuple[Path, Any], tmp_path: Path) -> None:
     """The quantised file's exact values in fp32: real text, margins and widths."""
     checkpoint, reference = gemma
-    model = Imported(tmp_path / "store", ["gemma"], reference, FEW_TOKENS // 2)
+    # Kernels multiply blocks with x in 16 bits, and the greatest logits are near 30.
+    model = Imported(tmp_path / "store", ["gemma"], reference, FEW_TOKENS // 2, tolerance=0.02)
     assert cli.main(["import", str(checkpoint), "--store", str(model.store)]) == 0
     prompts = ["The capital of France is", "def fibonacci(n):", "Water boils at"]
     with daemon_of(model, 0.5, "io_uring") as address:

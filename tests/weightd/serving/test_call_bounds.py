@@ -286,12 +286,14 @@ def test_a_stream_that_nobody_reads_is_given_up_and_whoever_reads_on_is_told(tmp
 
 
 def answer_in_time(stub: weightd_pb2_grpc.WeightdStub, request: pb.FetchRequest) -> list[pb.FetchResponse]:
-    """The answer. Asks again until the server has noticed that the other calls have ended."""
+    """The answer. Asks again until the server has noticed that the other calls have ended, and if a connection became
+    too old as the call began."""
     while True:
         try:
             return list(stub.Fetch(request, timeout=60))
         except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ABORTED:
+            too_old = error.code() is grpc.StatusCode.UNAVAILABLE and error.details() == "max connection age"
+            if error.code() is not grpc.StatusCode.ABORTED and not too_old:
                 raise
 
 

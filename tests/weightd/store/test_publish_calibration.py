@@ -10,6 +10,7 @@ import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -290,9 +291,12 @@ def test_a_client_that_goes_away_leaves_nothing(daemon: Daemon, model: TinyModel
         yield from parts("tiny", record_of(model.record, GOOD), GOOD_DATA[: len(GOOD_DATA) // 2])
         while not [path for path in store.iterdir() if path.name.startswith(".import")]:
             pass
+        assert named.wait(60)
         call.cancel()
 
+    named = Event()  # gRPC asks for requests before `call` has a value
     call = daemon.stub.PublishCalibration.future(first_half())
+    named.set()
     with pytest.raises(grpc.FutureCancelledError):
         call.result()
     while [path for path in store.iterdir() if path.name.startswith((".import", ".removed"))]:
