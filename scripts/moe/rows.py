@@ -28,7 +28,7 @@ OURS = {True: "weightd", False: "no look-ahead"}
 LLAMA, ACCELERATE = "llama.cpp", "accelerate"
 ROWS = (*OURS.values(), LLAMA, ACCELERATE)
 ACCELERATE_TOKENS = 4  # each reads most of what is offloaded
-BESIDE_GIVEN_BYTES = 1 << 30  # of a memory in bytes, with which larger models and longer prompts are measured
+BESIDE_GIVEN_BYTES = 5 << 28  # of a memory in bytes, with which larger models and longer prompts are measured
 POOL_BYTES_MIN = 32 << 20  # for a small model, which half is not enough to serve
 
 
