@@ -270,14 +270,8 @@ class Store(Closing):
         return True
 
     def _refuse_taken(self, name: str, replaces: bytes) -> None:
-        """StoreError unless the name is free, or the model is the one to be replaced and was never calibrated."""
-        if replaces and (model := self.model(name)).import_id == replaces:
-            if model.calibration.version:  # published meanwhile
-                raise StoreError(
-                    f"{name!r} in {self.path} was calibrated meanwhile, and a new import would delete its calibration: "
-                    f"use the old import, remove it with `weightd rm {name} --store {self.path}`, or import the "
-                    "checkpoint under another name with `weightd import --name`"
-                )
+        """StoreError unless the name is free, or belongs to the import that is to be replaced."""
+        if replaces and self.model(name).import_id == replaces:
             return
         if (self.path / name).exists() or self.catalog.model(name) is not None:
             raise StoreError(f"model {name!r} is already in {self.path}: rm it first, or import it as another --name")
@@ -332,6 +326,7 @@ class Staging(StagedFolder):
         self.store = store
         self.name = name
         self._replaces = replaces
+        self._calibration = store.model(name).calibration.version if replaces else 0  # which the user knows of
         self._import_id = b""
 
     def close(self) -> None:
@@ -351,7 +346,7 @@ class Staging(StagedFolder):
         """Makes the model part of the store, with neurons placed in their own order. The files must be synced already.
 
         `checksums`: per layer, one XXH3-64 per position; `of_tables`: per table, one per row. StoreError if the name
-        was taken meanwhile, or the model to be replaced was calibrated. A daemon that serves a model that is replaced
+        was taken or the model to be replaced was calibrated meanwhile. A daemon that serves a model that is replaced
         closes it when it looks, or is told.
         """
         arrays = {model.name: _arrays(model, checksums)}
@@ -362,12 +357,22 @@ class Staging(StagedFolder):
         with self.store.locked():
             self.store._refuse_taken(self.name, self._replaces)
             if self._replaces:
+                self._refuse_calibrated()
                 replaced.append(self.store.take_out(self.name))
             self.move(self.store.path / self.name)
             self.store.catalog.add(model, arrays)
             self.finish()
         for folder in replaced:
             delete(folder)
+
+    def _refuse_calibrated(self) -> None:
+        if self.store.model(self.name).calibration.version == self._calibration:
+            return
+        raise StoreError(
+            f"{self.name!r} in {self.store.path} was calibrated meanwhile, and a new import would delete its "
+            f"calibration: use the old import, remove it with `weightd rm {self.name} --store {self.store.path}`, or "
+            "import the checkpoint under another name with `weightd import --name`"
+        )
 
 
 def _arrays(record: weightd_pb2.Model, checksums: Sequence[npt.NDArray[np.uint64]]) -> Arrays:
