@@ -160,6 +160,19 @@ def fill_for(arena: Arena, encoding: Encoding) -> None:
     arena.fill(np.random.default_rng(0).integers(least, least + 4, 2**20 + 1, np.uint8))
 
 
+def whole_sum(kernels: Ffn, tokens: int) -> Callable[[NDArray[np.uint64]], None]:
+    """What sums over all neurons of a layer, which lie at the addresses that it is given, for random tokens."""
+    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
+    y = np.zeros_like(x)
+
+    def work(addresses: NDArray[np.uint64]) -> None:
+        every_neuron = FfnSum(kernels, x, y)
+        every_neuron.add(addresses, None)
+        every_neuron.finish()
+
+    return work
+
+
 def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = ROUNDS) -> Row:
     """All neurons of layer after layer, stored in `encoding`."""
     fill_for(arena, encoding)
@@ -169,15 +182,7 @@ def encoded_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int =
     bundles = np.arange(layers * LAYER_NEURONS, dtype=np.uint64).reshape(layers, -1)
     lists = list(np.uint64(arena.address) + bundles * np.uint64(stride_bytes))
     kernels = Ffn(arena.workers, [encoding] * 3, ENCODED_HIDDEN_SIZE, "silu")
-    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
-    y = np.zeros_like(x)
-
-    def work(addresses: NDArray[np.uint64]) -> None:
-        every_neuron = FfnSum(kernels, x, y)
-        every_neuron.add(addresses, None)
-        every_neuron.finish()
-
-    row = compare(arena, work, lists, LAYER_NEURONS * bundle_bytes, rounds)
+    row = compare(arena, whole_sum(kernels, tokens), lists, LAYER_NEURONS * bundle_bytes, rounds)
     return {"kernel": "FFN", "encoding": encoding.format, "tokens": tokens} | row
 
 
@@ -191,15 +196,7 @@ def slab_row(arena: Arena, encoding: Encoding, tokens: int = 1, rounds: int = RO
     addresses = np.arange(layers * slabs, dtype=np.uint64) * np.uint64(stride_bytes)
     lists = list(np.uint64(arena.address) + addresses.reshape(layers, slabs))
     kernels = Ffn(arena.workers, [encoding] * 3, ENCODED_HIDDEN_SIZE, "silu", neurons=neurons)
-    x = np.random.default_rng(0).standard_normal((tokens, ENCODED_HIDDEN_SIZE)).astype(np.float32)
-    y = np.zeros_like(x)
-
-    def work(addresses: NDArray[np.uint64]) -> None:
-        every_neuron = FfnSum(kernels, x, y)
-        every_neuron.add(addresses, None)
-        every_neuron.finish()
-
-    row = compare(arena, work, lists, slabs * slab_bytes, rounds)
+    row = compare(arena, whole_sum(kernels, tokens), lists, slabs * slab_bytes, rounds)
     return {"kernel": "FFN in slabs", "encoding": encoding.format, "tokens": tokens} | row
 
 

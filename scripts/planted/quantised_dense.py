@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from planted.dense import NORM_EPSILON, ROPE_THETA
 from planted.gguf_file import joined, name_tensor, new_writer, write_front
@@ -99,7 +102,7 @@ def write_quantised(shape: QuantisedDense, path: Path) -> None:
     writer = new_writer(path, "llama", shape.keys)
     noise = Q4KNoise(SEED)
     for name, size in _sizes(shape):
-        name_tensor(writer, name, joined([_random(noise, size)]))
+        name_tensor(writer, name, _like(size))
     write_front(writer)
     for _, size in _sizes(shape):
         writer.write_tensor_data(joined([_random(noise, size)]))
@@ -113,6 +116,14 @@ def _sizes(shape: QuantisedDense) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(shape.layers):
         of_layer = shape.layer | {"attn_norm": norm, "ffn_norm": norm}
         yield from ((f"blk.{layer}.{name}.weight", size) for name, size in of_layer.items())
+
+
+def _like(size: tuple[int, ...]) -> NDArray[Any]:
+    """An array of the shape and dtype that _random() gives joined, without memory of its own."""
+    if len(size) == 1:
+        return np.broadcast_to(np.float32(1), size)
+    rows, columns = size
+    return np.broadcast_to(np.uint8(0), (rows, q4_k_bytes(1, columns)))
 
 
 def _random(noise: Q4KNoise, size: tuple[int, ...]) -> Matrix:

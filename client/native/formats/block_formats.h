@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "formats/field.h"
 #include "formats/half_values.h"
 
 namespace flashclient {
@@ -58,7 +59,6 @@ struct BlockOfNumbers {
 };
 
 constexpr int8_t Q4_0_NUMBERS[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
-constexpr int8_t IQ4_NL_NUMBERS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 using BlockQ4_0 = BlockOfNumbers<Q4_0_NUMBERS>;
 using BlockIq4Nl = BlockOfNumbers<IQ4_NL_NUMBERS>;
 
@@ -114,8 +114,6 @@ LANE float half_of_power(uint8_t exponent) {
     std::memcpy(&power, &bits, sizeof(power));
     return power;
 }
-
-constexpr int8_t E2M1_NUMBERS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
 struct BlockMxfp4 {
     static constexpr size_t VALUES = 32, GROUP = 32, BYTES = 17;

@@ -1,7 +1,8 @@
-// What codes_*.h have in common.
+// What codes are: for products in fp32 (codes_*.h, block_formats.h) and in integers (integer_formats.h).
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace flashclient {
 namespace {
@@ -13,6 +14,10 @@ struct Field {
 
     int mask() const { return (1 << count) - 1; }
 };
+
+// Of codes that stand for numbers of a list.
+constexpr int8_t IQ4_NL_NUMBERS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+constexpr int8_t E2M1_NUMBERS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};  // doubled
 
 }  // namespace
 }  // namespace flashclient

@@ -12,11 +12,13 @@
 
 #include <immintrin.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
 #include "encoding.h"
+#include "formats/field.h"
 
 namespace flashclient {
 namespace {
@@ -80,8 +82,8 @@ LANE StretchCodes halves_of_bytes(const uint8_t* first, size_t stride) {
     return {{field(bytes, 15), field(_mm512_srli_epi32(bytes, 4), 15)}};
 }
 
-LANE StretchCodes looked_up(const StretchCodes& codes, const uint8_t (&numbers)[16]) {
-    const __m512i table = _mm512_broadcast_i32x4(sixteen_at(numbers));
+LANE StretchCodes looked_up(const StretchCodes& codes, const std::array<uint8_t, 16>& numbers) {
+    const __m512i table = _mm512_broadcast_i32x4(sixteen_at(numbers.data()));
     return {{_mm512_shuffle_epi8(table, codes.halves[0]), _mm512_shuffle_epi8(table, codes.halves[1])}};
 }
 

@@ -52,7 +52,14 @@ struct Codes<BlockFormat::q4_1> : SmallBlocks<BlockFormat::q4_1, true> {
     }
 };
 
-constexpr uint8_t IQ4_NL_ABOVE[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+// Numbers with `zero` added, so that none is below 0.
+constexpr std::array<uint8_t, 16> above(const int8_t (&numbers)[16], int zero) {
+    std::array<uint8_t, 16> sums{};
+    for (size_t i = 0; i < 16; i++) sums[i] = static_cast<uint8_t>(numbers[i] + zero);
+    return sums;
+}
+
+constexpr std::array<uint8_t, 16> IQ4_NL_ABOVE = above(IQ4_NL_NUMBERS, 128);
 
 template <>
 struct Codes<BlockFormat::iq4_nl> : SmallBlocks<BlockFormat::iq4_nl, false> {
@@ -97,7 +104,7 @@ struct Codes<BlockFormat::q5_1> : SmallBlocks<BlockFormat::q5_1, true> {
     }
 };
 
-constexpr uint8_t E2M1_ABOVE[16] = {16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4};  // doubled
+constexpr std::array<uint8_t, 16> E2M1_ABOVE = above(E2M1_NUMBERS, 16);
 
 template <>
 struct Codes<BlockFormat::mxfp4> {

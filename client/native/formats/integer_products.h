@@ -11,6 +11,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <iterator>
+#include <utility>
 
 #include "formats/integer_activations.h"
 
@@ -211,35 +213,13 @@ KERNEL void dots_of_quads(const void* const* rows, size_t row_count, const Stret
 // Table<format>::get() of a format.
 template <template <BlockFormat> typename Table>
 const Kernels* table_of_format(BlockFormat format) {
-    switch (format) {
-        case BlockFormat::q8_0:
-            return Table<BlockFormat::q8_0>::get();
-        case BlockFormat::q4_0:
-            return Table<BlockFormat::q4_0>::get();
-        case BlockFormat::q4_1:
-            return Table<BlockFormat::q4_1>::get();
-        case BlockFormat::iq4_nl:
-            return Table<BlockFormat::iq4_nl>::get();
-        case BlockFormat::q5_0:
-            return Table<BlockFormat::q5_0>::get();
-        case BlockFormat::q5_1:
-            return Table<BlockFormat::q5_1>::get();
-        case BlockFormat::mxfp4:
-            return Table<BlockFormat::mxfp4>::get();
-        case BlockFormat::q2_k:
-            return Table<BlockFormat::q2_k>::get();
-        case BlockFormat::q3_k:
-            return Table<BlockFormat::q3_k>::get();
-        case BlockFormat::q4_k:
-            return Table<BlockFormat::q4_k>::get();
-        case BlockFormat::q5_k:
-            return Table<BlockFormat::q5_k>::get();
-        case BlockFormat::q6_k:
-            return Table<BlockFormat::q6_k>::get();
-        case BlockFormat::iq4_xs:
-            return Table<BlockFormat::iq4_xs>::get();
-    }
-    return nullptr;
+    const auto among = [&]<size_t... i>(std::index_sequence<i...>) {
+        const Kernels* found = nullptr;
+        ((format == static_cast<BlockFormat>(i) && (found = Table<static_cast<BlockFormat>(i)>::get()) != nullptr) ||
+         ...);
+        return found;
+    };
+    return among(std::make_index_sequence<std::size(weightd::BLOCK_FORMATS)>());
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Tiles of Intel's AMX, in the products of bf16. Only kernels_amx*.cpp include this, where __x86_64__ is defined.
+// Tiles of Intel's AMX, and the products of bf16 in them, for kernels_amx*.cpp. Files with products of other numbers
+// define KERNEL and LANE before.
 #pragma once
 
 #include "kernels/kernels.h"
@@ -13,8 +14,10 @@
 #include <algorithm>
 #include <cstring>
 
+#ifndef KERNEL
 #define KERNEL __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")))
 #define LANE KERNEL __attribute__((always_inline)) inline
+#endif
 
 // A processor adds the 32 products of a row and a column as two chains, of even and of odd elements, and their sum to
 // what the tile holds. Each step is rounded to the nearest, and numbers below 2^-126 count as 0.

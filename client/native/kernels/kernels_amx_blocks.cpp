@@ -18,14 +18,15 @@
 
 #include "formats/integer_products.h"
 #include "formats/integer_slabs.h"
+#include "kernels/amx_tiles.h"
 
 namespace flashclient {
 namespace {
 
-constexpr size_t TILE_ROWS = 16, TILE_COLUMNS = TOKENS_MAX, TILE_QUADS = TILE_ROWS / QUAD;
+constexpr size_t TILE_QUADS = TILE_ROWS / QUAD;
 constexpr size_t PANEL = 8;  // stretches that are decoded together: with their scales less than half of an L1 cache
 constexpr size_t GROUP = 4;  // integers of a row that lie together in a tile of x
-static_assert(PANEL % 2 == 0 && TILE_COLUMNS == 16);
+static_assert(PANEL % 2 == 0 && TILE_COLUMNS == TOKENS_MAX);
 
 // A stretch of up to 16 rows of x.
 struct alignas(64) TilesOfX {
@@ -70,34 +71,14 @@ KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
     }
 }
 
-struct alignas(64) TileConfig {
-    uint8_t palette = 1;
-    uint8_t start_row = 0;
-    uint8_t reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-
-    explicit TileConfig(size_t values) {  // of a row in a tile of weights
-        for (size_t tile = 0; tile < 8; tile++) {
-            row_bytes[tile] = 64;
-            rows[tile] = TILE_ROWS;
-        }
-        for (size_t pair = 0; pair < 2; pair++) {
-            row_bytes[6 + pair] = static_cast<uint16_t>(values);
-        }
-        rows[4] = rows[5] = static_cast<uint8_t>(values / GROUP);
-    }
-};
-
-// Not the compiler's intrinsics: they take no template's argument, and do not say that they read memory.
-template <size_t tile>
-LANE void load_tile(const void* rows, size_t stride) {
-    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(rows), "r"(stride), "i"(tile) : "memory");
+// `values`: of a row in a tile of weights, numbers 6 and 7; those of x, 4 and 5, have as many integers in a column.
+TileConfig config_for(size_t values) {
+    TileConfig config;
+    std::fill_n(config.row_bytes + 6, 2, static_cast<uint16_t>(values));
+    std::fill_n(config.rows + 4, 2, static_cast<uint8_t>(values / GROUP));
+    return config;
 }
-template <size_t tile>
-LANE void store_tile(void* rows, size_t stride) {
-    asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(rows), "r"(stride), "i"(tile) : "memory");
-}
+
 template <size_t sums, size_t weights, size_t x>
 LANE void multiply_tiles() {
     asm volatile("tilezero %%tmm%c0\n\ttdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(weights), "i"(x));
@@ -225,7 +206,7 @@ struct TileGroup {
 
 template <BlockFormat format, size_t groups>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidden, const TileGroup (&group)[groups]) {
-    static const TileConfig config(UNIT / Codes<format>::PARTS);
+    static const TileConfig config = config_for(UNIT / Codes<format>::PARTS);
     _tile_loadconfig(&config);
     DecodedPanel<format> panel;
     const size_t ahead = std::max<size_t>(1, AHEAD_BYTES / (TILE_ROWS * Stretches<format>::bytes_of(hidden)));
@@ -337,7 +318,7 @@ constexpr size_t SLAB_GROUPS = 4;  // of tokens for which rows are decoded once:
 template <BlockFormat format>
 KERNEL void add_products_of_tiles(const ShortRows<format>& rows, const float* h, size_t h_stride, size_t tokens,
                                   size_t hidden, size_t begin, float* y) {
-    static const TileConfig config(UNIT / Codes<format>::PARTS);
+    static const TileConfig config = config_for(UNIT / Codes<format>::PARTS);
     TilesOfX x[SLAB_GROUPS][SLAB_STRETCHES];
     const size_t stretches = rows.hidden() / STRETCH;
     if (tokens % TILE_COLUMNS != 0) std::memset(x[tokens / TILE_COLUMNS], 0, sizeof(x[0]));

@@ -59,6 +59,11 @@ class FfnBits : public testing::TestWithParam<const char*> {
     static constexpr float DEVIATION = 0.1f;
 
     void SetUp() override {
+        try {
+            kernels_for(Dtype::f32, GetParam());
+        } catch (const std::invalid_argument& error) {
+            GTEST_SKIP() << error.what();
+        }
         for (size_t neuron = 0; neuron < NEURONS; neuron++) {
             bundles_.push_back(random_floats(3 * HIDDEN, static_cast<unsigned>(neuron), DEVIATION));
             addresses_.push_back(reinterpret_cast<uint64_t>(bundles_.back().data()));
@@ -84,11 +89,6 @@ class FfnBits : public testing::TestWithParam<const char*> {
 };
 
 TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
-    try {
-        kernels_for(Dtype::f32, GetParam());
-    } catch (const std::invalid_argument& error) {
-        GTEST_SKIP() << error.what();
-    }
     for (const size_t tokens : {1, 3, 16, 37}) {
         const std::vector<float> expected = sum(1, NEURONS, tokens);
         EXPECT_EQ(sum(4, 7, tokens), expected);
@@ -98,11 +98,6 @@ TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
 
 // Many tokens are computed by other loops than few.
 TEST_P(FfnBits, RowsOf16BitsDoNotDependOnTheOthersOrOnChunks) {
-    try {
-        kernels_for(Dtype::bf16, GetParam());
-    } catch (const std::invalid_argument& error) {
-        GTEST_SKIP() << error.what();
-    }
     constexpr size_t TOKENS = 83;
     std::vector<std::vector<uint16_t>> bundles;
     std::deque<ReadableMemory> readable;
@@ -142,11 +137,6 @@ TEST_P(FfnBits, RowsOf16BitsDoNotDependOnTheOthersOrOnChunks) {
 // Chunks of any size, of which some end within a group, for numbers of rows that are computed by different loops. Some
 // numbers are so small that products of bf16 count as 0, and some h are 0.
 TEST_P(FfnBits, SumOverALayerDependsOnNeitherChunksNorOtherRows) {
-    try {
-        kernels_for(Dtype::bf16, GetParam());
-    } catch (const std::invalid_argument& error) {
-        GTEST_SKIP() << error.what();
-    }
     constexpr size_t TOKENS = 70;
     const Kernels& kernels = kernels_for(Dtype::bf16, GetParam());
     std::deque<std::vector<uint16_t>> bundles;

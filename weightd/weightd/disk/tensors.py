@@ -11,7 +11,7 @@ from weightd.sizes import format_size
 from weightd_proto.encodings import BLOCK_FORMATS, in_blocks, is_plain, stored_bytes
 from weightd_proto.weightd_pb2 import Encoding
 
-TRANSPOSED_ROWS = 32  # whose numbers become blocks of GGML's formats
+KEPT_VALUES = 32  # of a block in which published integers are kept (importing/quantised/kept_blocks.py)
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class SourceTensor:
     def rows_together(self) -> int:
         """How many rows must be read together: those of a head if they are permuted, those whose numbers share a word
         or a block, otherwise 1."""
-        if self.scales is not None and self.scales.transposed and self.rows % TRANSPOSED_ROWS == 0:
-            return TRANSPOSED_ROWS
+        if self.scales is not None and self.scales.transposed and self.rows % KEPT_VALUES == 0:
+            return KEPT_VALUES
         if self.packing is not None and self.packing.across:
             return self.packing.numbers
         return self.rows // self.undo.heads if self.undo and self.undo.heads else 1

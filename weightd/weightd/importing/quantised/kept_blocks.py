@@ -19,14 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from weightd.disk.read_ahead import ReadAhead
-from weightd.disk.tensors import BlockScales, SourceTensor
+from weightd.disk.tensors import KEPT_VALUES, BlockScales, SourceTensor
 from weightd.importing.plan import ElementRun, runs_of
 from weightd.importing.quantised.numbers import as_floats, of_blocks, unpacked, zero_points
 from weightd_proto.encodings import BLOCK_FORMATS, PACKED_E2M1, plain
 
 Bytes = npt.NDArray[np.uint8]
 
-VALUES = 32  # of a block
 MXFP4 = "MXFP4"
 INTEGERS = {4: "Q4_0", 8: "Q8_0"}  # by bits; the zero is the middle
 WITH_ZEROS = {"Q4_0": "Q5_0"}  # which holds any zeros of four bits
@@ -55,7 +54,7 @@ def _format(tensor: SourceTensor, scales: BlockScales) -> str:
     """Which would hold the numbers, or nothing."""
     if tensor.encoding == PACKED_E2M1:
         exponents = scales.tensor.encoding in (plain("U8"), plain("F8_E8M0"))
-        return MXFP4 if exponents and (scales.rows, scales.columns) == (1, VALUES) else ""
+        return MXFP4 if exponents and (scales.rows, scales.columns) == (1, KEPT_VALUES) else ""
     bits = 8 if tensor.encoding == plain("I8") else tensor.packing.bits if tensor.packing is not None else 0
     return INTEGERS.get(bits, "")
 
@@ -70,8 +69,8 @@ def _choice(tensor: SourceTensor, scales: BlockScales) -> tuple[str, str]:
     if scales.groups:
         return "", "groups are in another order than inputs (desc_act, actorder)"
     inputs, size = (tensor.rows, scales.rows) if scales.transposed else (tensor.row_elements, scales.columns)
-    if inputs % VALUES or size % VALUES:
-        return "", f"groups of {size} of {inputs} inputs are not whole blocks of {VALUES}"
+    if inputs % KEPT_VALUES or size % KEPT_VALUES:
+        return "", f"groups of {size} of {inputs} inputs are not whole blocks of {KEPT_VALUES}"
     if format == MXFP4:
         return format, ""
     middle = 0 if tensor.packing is None else 1 << (tensor.packing.bits - 1)
@@ -134,9 +133,9 @@ def kept_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
     codes = data.view(np.uint8) if run.tensor.packing is None else unpacked(run.tensor.packing, data, width)
     factors, zeros = of_blocks(run, stored)
     if scales.transposed:
-        by_block = codes.reshape(-1, VALUES, width).swapaxes(1, 2)
+        by_block = codes.reshape(-1, KEPT_VALUES, width).swapaxes(1, 2)
     else:
-        by_block = codes.reshape(len(factors), -1, VALUES)
+        by_block = codes.reshape(len(factors), -1, KEPT_VALUES)
     of_block = _for_blocks(scales, factors, by_block.shape[1])
     if scales.kept == "Q8_0":
         signed = by_block if run.tensor.packing is None else by_block ^ np.uint8(128)
@@ -153,13 +152,13 @@ def kept_blocks(run: ElementRun, stored: Sequence[memoryview]) -> Bytes:
 def _for_blocks(scales: BlockScales, of_groups: npt.NDArray[np.float32], blocks: int) -> npt.NDArray[np.float32]:
     """What is given for groups, for the blocks of which they consist: [rows, blocks]."""
     if scales.transposed:
-        return of_groups[::VALUES]
-    return np.repeat(of_groups, scales.columns // VALUES, axis=1)[:, :blocks]
+        return of_groups[::KEPT_VALUES]
+    return np.repeat(of_groups, scales.columns // KEPT_VALUES, axis=1)[:, :blocks]
 
 
 def _halves(codes: Bytes) -> Bytes:
     """Numbers of four bits: those of the first half of a block in the lower halves of bytes."""
-    return codes[..., : VALUES // 2] | codes[..., VALUES // 2 :] << np.uint8(4)
+    return codes[..., : KEPT_VALUES // 2] | codes[..., KEPT_VALUES // 2 :] << np.uint8(4)
 
 
 def _blocks(format: str, factors: npt.NDArray[np.float32], codes: Bytes) -> Bytes:
@@ -173,10 +172,12 @@ def _blocks(format: str, factors: npt.NDArray[np.float32], codes: Bytes) -> Byte
 
 def _mxfp4_blocks(stored: Sequence[memoryview]) -> Bytes:
     """Rows of PACKED_E2M1 with an exponent for 32 values. `stored`: values and exponents."""
-    pairs = np.frombuffer(stored[0], np.uint8).reshape(-1, VALUES // 2)
-    codes = np.empty((len(pairs), VALUES), np.uint8)
+    pairs = np.frombuffer(stored[0], np.uint8).reshape(-1, KEPT_VALUES // 2)
+    codes = np.empty((len(pairs), KEPT_VALUES), np.uint8)
     codes[:, 0::2], codes[:, 1::2] = pairs & 15, pairs >> 4
     blocks = np.empty((len(pairs), BLOCK_FORMATS[MXFP4].bytes), np.uint8)
     blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
-    blocks[:, 1:] = codes[:, : VALUES // 2] | codes[:, VALUES // 2 :] << 4  # of one code in each half of the block
+    blocks[:, 1:] = (
+        codes[:, : KEPT_VALUES // 2] | codes[:, KEPT_VALUES // 2 :] << 4
+    )  # of one code in each half of the block
     return blocks.reshape(-1)
