@@ -157,9 +157,9 @@ class RingSource:
         for table in self.tables:
             table._attach()
         opened = self._open_session()
+        self._forget()  # first: a signal handler may raise right after attach(), and idle() then asks the new session
         with self.errors:
             self._session.attach(opened.data_socket, opened.token)
-        self._forget()
 
     def _open_session(self) -> weightd_pb2.OpenSessionResponse:
         wanted = TABLE_SLOTS if module_of(self._name) else slots_wanted(self._model.bundle.cell_bytes)

@@ -22,7 +22,11 @@ void Sweep::forget() {
     in_use_ = 0;
     next_ = ahead_ = {};
     layer_ended_ = false;
-    // At least two chunks, one in use and one on its way; as large as one read where the share allows it.
+    chunk_cells_ = chunks_max_ = 0;
+}
+
+// At least two chunks, one in use and one on its way; as large as one read where the share of the session allows it.
+void Sweep::choose_chunks() {
     const uint32_t quarter = std::max(1U, session_.share_slots() / 4);
     chunk_cells_ = std::clamp(CHUNK_BYTES / layout_.cell_bytes, 1U, quarter);
     chunks_max_ = std::max(1U, std::min(session_.share_slots(), ring::GRANTS) / chunk_cells_);
@@ -54,6 +58,7 @@ uint32_t Sweep::streamed_cells() const {
 
 const Sweep::Bundles* Sweep::next(uint32_t layer) {
     if (layer >= layout_.bundles.size()) throw std::out_of_range("there is no such layer");
+    if (chunk_cells_ == 0) choose_chunks();
     const uint32_t limit = session_.lease_limit();
     const uint32_t streamed = cells_ <= limit ? 0 : chunks_max_ * chunk_cells_;  // what is not kept must have its place
     keep_max_ = std::min({cells_, limit - std::min(limit, streamed), refused_at_ - 1});

@@ -82,6 +82,7 @@ class Sweep {
     void finish_first();
     void refill();  // gives back used chunks, and asks for as many
     void wait_for_first();
+    void choose_chunks();
     void give_out(const Chunk& chunk);
     void give_out_kept();
     void give_out_streamed();
@@ -92,8 +93,8 @@ class Sweep {
 
     Session& session_;
     Layout layout_;
-    uint32_t cells_ = 0;  // of the model
-    uint32_t chunk_cells_;
+    uint32_t cells_ = 0;       // of the model
+    uint32_t chunk_cells_;     // 0: to be chosen
     uint32_t chunks_max_;      // that are streamed: used, in use or on their way
     uint32_t keep_max_ = 0;    // cells of all layers, by the limit
     uint32_t refused_at_ = 0;  // cells: when so many were kept, weightd refused to lend more

@@ -184,6 +184,36 @@ def test_a_closed_source_holds_nothing(model: TinyModel, tmp_path: Path) -> None
             source.reattach(lost.value)
 
 
+class InterruptedSession:
+    """Raises what a signal handler would, right after another session has been opened."""
+
+    def __init__(self, session: _native.Session) -> None:
+        self._session = session
+
+    def attach(self, data_socket: str, token: bytes) -> None:
+        self._session.attach(data_socket, token)
+        raise KeyboardInterrupt
+
+
+def test_nothing_of_a_lost_session_is_asked_of_the_next(
+    model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(tmp_path) as (source, daemon):
+        list(source.chunks(0))
+        source.leases.exchange(0, list(range(100)), [])
+        with monkeypatch.context() as patch:
+            patch.setattr(source, "_session", InterruptedSession(source._session))
+            with pytest.raises(KeyboardInterrupt):
+                source.reattach(SessionLostError("weightd is gone"))
+        source.leases.cancel()
+        source.idle()
+        source.leases.exchange(1, [7, 3], [])
+        assert sorted(settle(source)) == [3, 7]
+        assert leased(daemon) == 2
+        source.leases.exchange(1, [], [7, 3])
+        assert sum(len(chunk.addresses) for chunk in source.chunks(1)) == NEURONS
+
+
 def test_a_daemon_that_stops_is_noticed(model: TinyModel, tmp_path: Path) -> None:
     with opened(tmp_path) as (source, daemon):
         source.leases.exchange(0, [1], [])
