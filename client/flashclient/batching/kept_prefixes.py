@@ -5,6 +5,7 @@ count and its time. A conversation is a path from the root; conversations with t
 token's keys and values depend on the tokens before it alone, so what is reused changes no bit.
 
 The least recently used span goes first. A span is used whenever one behind it is, so those behind it have gone before.
+It goes to a file, if there is one, and comes back when a prompt begins with its tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from flashclient.batching.kept_file import KeptFile, Place, States
 from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
 
 
@@ -25,14 +27,20 @@ class _Span:
     """Tokens that follow each other.
 
     Attributes:
-        states: keys and values of each layer, [heads, held, elements]. A layer with a window may hold fewer than all
-            tokens: the last ones.
+        states: in memory; a layer with a window may hold fewer than all tokens: the last ones.
+        place: of the same states in the file.
     """
 
     tokens: list[int]
-    states: list[tuple[Tensor, Tensor]]
+    states: States | None
     before: _Span | None
     behind: dict[int, _Span] = field(default_factory=dict)  # by their first token
+    place: Place | None = None
+
+    @property
+    def loaded(self) -> States:
+        assert self.states is not None
+        return self.states
 
 
 class KeptPrefixes:
@@ -40,18 +48,23 @@ class KeptPrefixes:
 
     Args:
         config: of the model.
-        tokens_max: that are kept. Nothing is kept if the model's cache holds states of another kind.
+        tokens_max: that are kept in memory. Nothing is kept if the model's cache holds states of another kind.
+        file: for those that go.
     """
 
-    def __init__(self, config: Any, tokens_max: int) -> None:
+    def __init__(self, config: Any, tokens_max: int, file: KeptFile | None = None) -> None:
         self._config = config
+        self._file = file
         layers: list[Any] = GrowingCache(config).layers
         self._holds_tokens = GrowingCache(config).holds_tokens
         self._windows = [one.sliding_window - 1 if isinstance(one, GrowingWindowLayer) else None for one in layers]
         self._tokens_max = self._room = tokens_max
         self._roots: dict[int, _Span] = {}  # by owner
-        self._spans: OrderedDict[_Span, None] = OrderedDict()  # the least recently used first
-        self.tokens = 0  # that are kept
+        self._in_memory: OrderedDict[_Span, None] = OrderedDict()  # the least recently used first
+        self._in_file: OrderedDict[_Span, None] = OrderedDict()
+        self._latest: set[_Span] = set()  # the path that was used last
+        self.tokens = 0  # that are kept in memory
+        self.fetched_tokens = 0
 
     def keep(self, tokens: Sequence[int], cache: GrowingCache, row: int, owner: int = 0) -> None:
         """Copies the keys and values of a sequence: those of the last len(tokens) columns of a row of `cache`."""
@@ -63,8 +76,8 @@ class KeptPrefixes:
         self._shrink(self._room - (len(tokens) - known))  # before more is copied
         if known < len(tokens):
             more = list(tokens[known:])
-            states = [_copied(layer, row, len(more), 0) for layer in cache.layers]
-            span.behind[more[0]] = added = _Span(more, states, span)
+            copied = [_copied(layer, row, len(more), 0) for layer in cache.layers]
+            span.behind[more[0]] = added = _Span(more, copied, span)
             self.tokens += len(more)
             span = added
         self._use(span)
@@ -74,11 +87,27 @@ class KeptPrefixes:
         if not self.tokens:
             return 0
         path, known = self._path(prompt[:most], owner)
-        windows = {window for window in self._windows if window is not None}
-        usable = known
-        while (least := min((self._usable_in(path, usable, one) for one in windows), default=usable)) < usable:
-            usable = least
-        return usable
+        in_memory = list(takewhile(lambda span: span.states is not None, path))
+        return self._usable(in_memory, min(known, _length(in_memory)))
+
+    def fetch(self, prompt: Sequence[int], most: int, owner: int = 0) -> None:
+        """Reads back what begins a prompt, so that it is usable."""
+        if not self._in_file:
+            return
+        path, known = self._path(prompt[:most], owner)
+        while path and (
+            _length(path) - len(path[-1].tokens) >= self._usable(path, known) or _length(path) > self._room
+        ):
+            known = min(known, _length(path[:-1]))
+            path = path[:-1]
+        missing = [span for span in path if span.states is None]
+        if missing:
+            self._use(path[-1])
+            self._shrink(self._room - _length(missing))
+            for span in missing:
+                if not self._read(span):
+                    return
+                self.fetched_tokens += len(span.tokens)
 
     def begin(
         self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], owners: Sequence[int] | None = None
@@ -94,14 +123,14 @@ class KeptPrefixes:
             return cache
         rows = zip(prompts, lengths, owners or [0] * len(prompts), strict=True)
         paths = [self._path(prompt[:length], owner)[0] for prompt, length, owner in rows]
-        over = [sum(len(one.tokens) for one in path) - length for path, length in zip(paths, lengths, strict=True)]
+        over = [_length(path) - length for path, length in zip(paths, lengths, strict=True)]
         for path in paths:
             self._use(path[-1] if path else None)
         layers: list[Any] = cache.layers
         for number, layer in enumerate(layers):
             window = self._windows[number]
             held = columns if window is None else min(columns, window)
-            spans = [[span.states[number] for span in path] for path in paths]
+            spans = [[span.loaded[number] for span in path] for path in paths]
             _fill(layer, spans, over, [min(length, held) for length in lengths], held)
             if window is not None:
                 layer.cumulative_length = columns  # those that have left it count, too
@@ -114,11 +143,73 @@ class KeptPrefixes:
 
     def _shrink(self, tokens_max: int) -> None:
         while self.tokens > tokens_max:
-            span, _ = self._spans.popitem(last=False)
-            assert not span.behind
-            assert span.before is not None
-            del span.before.behind[span.tokens[0]]
-            self.tokens -= len(span.tokens)
+            span = next(iter(self._in_memory))
+            if span.place is None and not self._write(span):
+                self._forget(span)
+            else:
+                self._let_go(span)
+
+    def _write(self, span: _Span) -> bool:
+        """Writes a span to the file, where others make room that have not been used for longer."""
+        if self._file is None or not self._file.may_hold(span.loaded):
+            return False
+        while not self._file.has_room(span.loaded):
+            oldest = next(iter(self._in_file), None)
+            if oldest is None or (oldest.states is None and oldest in self._latest):
+                return False
+            if oldest.states is None:
+                self._forget(oldest)
+            else:
+                self._unwrite(oldest)
+        span.place = self._file.write(span.loaded)
+        if span.place is not None:
+            self._in_file[span] = None
+        return span.place is not None
+
+    def _read(self, span: _Span) -> bool:
+        """Brings a span back into memory. One that cannot be read is forgotten, and so are those behind it."""
+        assert self._file is not None
+        assert span.place is not None
+        span.states = self._file.read(span.place)
+        if span.states is None:
+            self._forget(span)
+            return False
+        self._in_memory[span] = None
+        self.tokens += len(span.tokens)
+        return True
+
+    def _brought_back(self, path: list[_Span]) -> bool:
+        """Reads the last span of a path. False where it is forgotten instead."""
+        last = path[-1]
+        if _length(path) > self._room:
+            self._forget(last)
+            return False
+        self._use(last)
+        self._shrink(self._room - len(last.tokens))
+        return self._read(last)
+
+    def _let_go(self, span: _Span) -> None:
+        del self._in_memory[span]
+        span.states = None
+        self.tokens -= len(span.tokens)
+
+    def _unwrite(self, span: _Span) -> None:
+        if span.place is not None and self._file is not None:
+            self._file.free(span.place)
+            del self._in_file[span]
+            span.place = None
+
+    def _forget(self, span: _Span) -> None:
+        """Removes a span and all behind it."""
+        assert span.before is not None
+        del span.before.behind[span.tokens[0]]
+        left = [span]
+        while left:
+            one = left.pop()
+            left += one.behind.values()
+            self._unwrite(one)
+            if one.states is not None:
+                self._let_go(one)
 
     def _path(self, tokens: Sequence[int], owner: int) -> tuple[list[_Span], int]:
         """The spans that begin with what is known of `tokens`, and how many these are. The last may go on."""
@@ -133,6 +224,14 @@ class KeptPrefixes:
             span = following
         return path, known
 
+    def _usable(self, path: list[_Span], known: int) -> int:
+        """How many of the first `known` tokens of a path can be continued."""
+        windows = {window for window in self._windows if window is not None}
+        usable = known
+        while (least := min((self._usable_in(path, usable, one) for one in windows), default=usable)) < usable:
+            usable = least
+        return usable
+
     def _usable_in(self, path: list[_Span], known: int, window: int) -> int:
         """How many of the first `known` tokens of a path can be continued in layers with a window of past tokens."""
         layer = self._windows.index(window)
@@ -140,7 +239,7 @@ class KeptPrefixes:
         position = 0
         for span in path:
             position += len(span.tokens)
-            first = position - span.states[layer][0].shape[-2]
+            first = position - _held(span, layer)
             begin = begin if first <= end else first
             end = position
             stop = min(end, known)
@@ -157,8 +256,13 @@ class KeptPrefixes:
         if not path:
             return self._root(owner), 0
         last = path[-1]
-        over = sum(len(span.tokens) for span in path) - known
-        return (self._cut(last, len(last.tokens) - over) if over else last), known
+        over = _length(path) - known
+        if not over:
+            return last, known
+        if last.states is None and not self._brought_back(path):
+            assert last.before is not None
+            return last.before, known - (len(last.tokens) - over)
+        return self._cut(last, len(last.tokens) - over), known
 
     def _complete(self, span: _Span, cache: GrowingCache, row: int, behind: int) -> None:
         """Adds to layers with a window what a span and those before it do not hold, and a row of `cache` does.
@@ -169,35 +273,63 @@ class KeptPrefixes:
         windows = [layer for layer, window in enumerate(self._windows) if window is not None]
         at: _Span | None = span
         while windows and at is not None and at.before is not None:
-            for layer in windows:
-                there: Any = cache.layers[layer]
-                if min(len(at.tokens), there.keys.shape[-2] - behind) > at.states[layer][0].shape[-2]:
-                    at.states[layer] = _copied(there, row, len(at.tokens), behind)
+            here = {layer: _in_row(cache.layers[layer], len(at.tokens), behind) for layer in windows}
+            more = [layer for layer, held in here.items() if held > _held(at, layer)]
+            if at.states is not None:
+                for layer in more:
+                    at.states[layer] = _copied(cache.layers[layer], row, len(at.tokens), behind)
+            elif more and all(held >= _held(at, layer) for layer, held in here.items()):
+                at.states = [_copied(layer, row, len(at.tokens), behind) for layer in cache.layers]
+                self.tokens += len(at.tokens)
+            if more and at.states is not None:
+                self._unwrite(at)
             behind += len(at.tokens)
             at = at.before
 
     def _cut(self, span: _Span, length: int) -> _Span:
         """Makes two of a span. Returns the first, of `length` tokens."""
+        self._unwrite(span)
         before, rest = span.before, len(span.tokens) - length
         assert before is not None
-        first = _Span(span.tokens[:length], [_halves(pair, rest)[0] for pair in span.states], before)
+        first = _Span(span.tokens[:length], [_halves(pair, rest)[0] for pair in span.loaded], before)
         before.behind[span.tokens[0]] = first
-        span.states = [_halves(pair, rest)[1] for pair in span.states]
+        span.states = [_halves(pair, rest)[1] for pair in span.loaded]
         span.tokens, span.before = span.tokens[length:], first
         first.behind[span.tokens[0]] = span
         return first
 
     def _use(self, span: _Span | None) -> None:
+        self._latest.clear()
         while span is not None and span.before is not None:
-            self._spans[span] = None
-            self._spans.move_to_end(span)
+            self._latest.add(span)
+            for spans, there in ((self._in_memory, span.states), (self._in_file, span.place)):
+                if there is not None:
+                    spans[span] = None
+                    spans.move_to_end(span)
             span = span.before
+
+
+def _length(path: Sequence[_Span]) -> int:
+    return sum(len(span.tokens) for span in path)
+
+
+def _held(span: _Span, layer: int) -> int:
+    """The tokens that a layer of a span holds."""
+    if span.states is not None:
+        return span.states[layer][0].shape[-2]
+    assert span.place is not None
+    return span.place.held(layer)
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
     if list(one) == list(other):
         return len(one)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _in_row(layer: Any, tokens: int, behind: int) -> int:
+    """How many of some tokens before the last `behind` ones a layer of a cache holds."""
+    return max(0, min(tokens, layer.keys.shape[-2] - behind))
 
 
 def _copied(layer: Any, row: int, tokens: int, behind: int) -> tuple[Tensor, Tensor]:

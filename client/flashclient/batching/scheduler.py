@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashclient.batching.batch import Batch, feed
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
+from flashclient.batching.kept_file import KeptFile
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import TextRequest
 from flashclient.batching.step_order import StepOrder
@@ -37,6 +38,8 @@ class _Prompts:
         self.lengths = [len(request.prompt) for request in requests]
         self._loaded = loaded
         self._kept = kept
+        for request in requests:
+            kept.fetch(request.prompt, len(request.prompt) - 1, request.owner)
         self._done = starts_of(requests, kept)
         owners = [request.owner for request in requests]
         self.cache = kept.begin([request.prompt for request in requests], self._done, owners)
@@ -93,6 +96,7 @@ class Scheduler:
         kept_tokens_max: of sequences that have ended, kept for prompts that begin alike; fewer where those that advance
             need the room.
         order: of steps, shared with the schedulers of other models.
+        kept_file: for what is kept and has no room in memory.
     """
 
     def __init__(
@@ -103,6 +107,7 @@ class Scheduler:
         cache_tokens_max: int = CACHE_TOKENS_MAX,
         kept_tokens_max: int = KEPT_TOKENS_MAX,
         order: StepOrder | None = None,
+        kept_file: KeptFile | None = None,
     ) -> None:
         assert 1 <= sequences_max <= SEQUENCES_MAX
         self._loaded = loaded
@@ -110,7 +115,8 @@ class Scheduler:
         self._sequences_max = sequences_max if GrowingCache(loaded.model.config).holds_tokens else 1
         self._waiting_max = waiting_max
         self._cache_tokens_max = cache_tokens_max
-        self._kept = KeptPrefixes(loaded.model.config, min(kept_tokens_max, cache_tokens_max))
+        self._kept = KeptPrefixes(loaded.model.config, min(kept_tokens_max, cache_tokens_max), kept_file)
+        self.kept_file = kept_file
         self._order = StepOrder() if order is None else order
         self._changed = threading.Condition()
         self._waiting: deque[TextRequest] = deque()
@@ -148,8 +154,13 @@ class Scheduler:
 
     @property
     def kept_tokens(self) -> int:
-        """The tokens whose keys and values are kept for later prompts."""
+        """The tokens whose keys and values are kept in memory for later prompts."""
         return self._kept.tokens
+
+    @property
+    def fetched_tokens(self) -> int:
+        """The tokens whose keys and values came back from the file."""
+        return self._kept.fetched_tokens
 
     def check_runs(self) -> None:
         """Raises FlashClientError if its thread has ended."""

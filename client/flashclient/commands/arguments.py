@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,18 @@ def not_negative(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"'{text}' must be a whole number of at least 0")
     return int(text)
+
+
+UNITS_BYTES = {"": 1, "b": 1} | {f"{letter}ib": 1 << 10 * (at + 1) for at, letter in enumerate("kmgt")}
+UNITS_BYTES |= {f"{letter}b": 1000 ** (at + 1) for at, letter in enumerate("kmgt")}
+
+
+def size(text: str) -> int:
+    """Bytes, such as 8GiB, 300 MB or 0."""
+    found = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip())
+    if found is None or found[2].lower() not in UNITS_BYTES:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a size such as 8GiB, 512MiB or 0")
+    return int(float(found[1]) * UNITS_BYTES[found[2].lower()])
 
 
 def utf8(text: str) -> str:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import shutil
 import socket
+from collections.abc import Iterator
 from contextlib import ExitStack
 from importlib.util import find_spec
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 from flashclient.batching.bounds import CACHE_TOKENS_MAX, KEPT_TOKENS_MAX, SEQUENCES_MAX, WAITING_MAX
-from flashclient.commands.arguments import add_command, add_mode_flag, not_negative, positive
+from flashclient.commands.arguments import add_command, add_mode_flag, not_negative, positive, size
 from flashclient.commands.opening import open_client
 from flashclient.errors import FlashClientError, OptionError
 from flashclient.standard_streams import say
@@ -21,6 +25,8 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PACKAGES = ("fastapi", "uvicorn", "llguidance")
 BACKLOG = 128
 MODELS_MAX = 16
+KEPT_FILE_BYTES = 8 << 30
+KEPT_FILE_SHARE = 10  # of what is free
 CONNECTIONS_MAX = 512  # further ones get status 503
 
 
@@ -66,6 +72,15 @@ def add(commands: Any) -> None:
         metavar="N",
         help=f"of these, at most so many of requests that have ended, for prompts that begin alike ({KEPT_TOKENS_MAX})",
     )
+    command.add_argument(
+        "--kept-bytes",
+        type=size,
+        metavar="SIZE",
+        help="room on flash for what then leaves memory; 0: none (default: 8GiB, a tenth of what is free at most)",
+    )
+    command.add_argument(
+        "--kept-folder", type=Path, metavar="DIR", help="where it lies (default: the store, else ~/.cache/flashclient)"
+    )
 
 
 def _port(text: str) -> int:
@@ -100,6 +115,8 @@ def _checked(options: argparse.Namespace) -> list[str]:
         raise OptionError(f"{len(options.models)} models are more than {MODELS_MAX}: start another server for the rest")
     if options.json:
         raise OptionError("--json is not for serve: leave it out")
+    if options.kept_folder is not None and not options.kept_folder.is_dir():
+        raise OptionError(f"--kept-folder {options.kept_folder} is not a folder: make it first")
     if options.api_key_file is None:
         if "*" in options.allow_origin:
             raise OptionError("--allow-origin * lets in every page that a browser here shows: pass --api-key-file, too")
@@ -119,6 +136,7 @@ def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
 
     models: dict[str, Any] = {}
     order = StepOrder()
+    files = _kept_files(options, opened)
     bounds = (options.sequences, options.waiting, options.cache_tokens, options.kept_tokens)
     for asked in options.models:
         more = {"dram": None} if models else {}  # the first has started the weightd
@@ -128,10 +146,38 @@ def _hosted(options: argparse.Namespace, opened: ExitStack) -> dict[str, Any]:
             raise OptionError(f"model '{name}' is given twice: give each once")
         if client.tokenizer is None:
             raise FlashClientError(f"model '{name}' was stored without a tokenizer, and the server answers with text")
-        scheduler = Scheduler(client.loaded, *bounds, order)
+        scheduler = Scheduler(client.loaded, *bounds, order, next(files))
         opened.callback(scheduler.close)
         models[name] = HostedModel(name, client, scheduler)
     return models
+
+
+def _kept_files(options: argparse.Namespace, opened: ExitStack) -> Iterator[Any]:
+    """A file for each model; None where there can be none. Raises OptionError if the folder was given."""
+    from flashclient.batching.kept_file import KeptFile
+
+    folder: Path | None = options.kept_folder
+    try:
+        if folder is None:
+            folder = Path(options.store) if options.store is not None else _cache_folder()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        bytes_max = options.kept_bytes
+        if bytes_max is None:
+            bytes_max = min(KEPT_FILE_BYTES, shutil.disk_usage(folder).free // KEPT_FILE_SHARE)
+        for _ in options.models:
+            file = KeptFile(folder, bytes_max // len(options.models)) if bytes_max and options.kept_tokens else None
+            if file is not None:
+                opened.callback(file.close)
+            yield file
+    except OSError as error:
+        if options.kept_folder is not None or options.kept_bytes:
+            reason = (error.strerror or str(error)).lower()
+            raise OptionError(f"--kept-folder {folder}: {reason}: give a folder of a local disk") from error
+    yield from repeat(None)
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashclient"
 
 
 def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str]) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from cut_model import clients_of, cut
 
 from flashclient import FlashClient
 from flashclient.batching.batch import feed
+from flashclient.batching.kept_file import NAME, PAGE_BYTES, KeptFile
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.kernels.growing_cache import GrowingCache
 
@@ -42,13 +47,37 @@ def conversations(chance: random.Random) -> list[list[int]]:
     return made[1:]
 
 
+@contextmanager
+def file_of(folder: Path, pages: int) -> Iterator[KeptFile]:
+    file = KeptFile(folder, pages * PAGE_BYTES)
+    try:
+        yield file
+    finally:
+        file.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bound", [10_000, 150])
-def test_what_is_kept_changes_no_bit(clients: dict[str, FlashClient], kind: str, bound: int) -> None:
-    model, chance = clients[kind].model, random.Random(bound)
-    kept = KeptPrefixes(model.config, bound)
+@pytest.mark.parametrize(("bound", "pages"), [(10_000, 0), (150, 0), (150, 7), (150, 1000)])
+def test_what_is_kept_changes_no_bit(
+    clients: dict[str, FlashClient], kind: str, bound: int, pages: int, tmp_path: Path
+) -> None:
+    model, chance = clients[kind].model, random.Random(bound + pages)
+    with file_of(tmp_path, pages) as file:
+        kept = KeptPrefixes(model.config, bound, file)
+        reused = reuse(model, kept, bound, chance)
+        assert reused > 50
+        assert (kept.fetched_tokens > 0) == (pages > 0)
+        assert file.used_bytes <= pages * PAGE_BYTES
+        kept.bound(0)
+        for prompt in conversations(random.Random(bound + pages)):
+            kept.fetch(prompt, len(prompt))
+        assert kept.tokens == 0
+
+
+def reuse(model: Any, kept: KeptPrefixes, bound: int, chance: random.Random) -> int:
     reused = 0
     for prompt in conversations(chance):
+        kept.fetch(prompt, len(prompt) - 1)
         length = kept.usable(prompt, len(prompt) - 1)
         cache = kept.begin([prompt], [length])
         logits = feed(model, [prompt[length:]], cache, [length])
@@ -56,8 +85,91 @@ def test_what_is_kept_changes_no_bit(clients: dict[str, FlashClient], kind: str,
         kept.keep(prompt, cache, 0)
         assert kept.tokens <= bound
         reused += length
+        kept.fetch(prompt, len(prompt))
         assert kept.usable(prompt, len(prompt)) == (len(prompt) if len(prompt) <= bound else 0)
-    assert reused > 50
+    return reused
+
+
+def test_what_has_gone_comes_back(clients: dict[str, FlashClient], tmp_path: Path) -> None:
+    model = clients["llama"].model
+    prompts = [[token] * 10 for token in (5, 6, 7)]
+    with file_of(tmp_path, 10) as file:
+        kept = KeptPrefixes(model.config, 10, file)
+        for prompt in prompts:
+            kept.keep(prompt, filled(model, prompt), 0)
+        assert [kept.usable(prompt, 10) for prompt in prompts] == [0, 0, 10]
+        assert (file.used_bytes, file.written_bytes) == (2 * PAGE_BYTES, 2 * PAGE_BYTES)
+        kept.fetch([*prompts[0], 9], 10)
+        assert [kept.usable(prompt, 10) for prompt in prompts] == [10, 0, 0]
+        kept.fetch(prompts[1], 10)
+        assert file.written_bytes == 3 * PAGE_BYTES, "what came back is not written again"
+        kept.keep([*prompts[0][:5], 8], filled(model, [*prompts[0][:5], 8]), 0)
+        assert kept.tokens == 6, "a span was cut: its end has gone to the file"
+        kept.fetch(prompts[0], 10)
+        assert kept.usable(prompts[0], 10) == 10
+        logits = feed(model, [[6]], kept.begin([prompts[0]], [10]), [10])
+        assert torch.equal(logits, feed(model, [[*prompts[0], 6]], GrowingCache(model.config), [0]))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_what_is_damaged_is_computed_again(
+    clients: dict[str, FlashClient], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    model, prompt = clients["opt"].model, [5] * 10
+    with file_of(tmp_path, 10) as file:
+        kept = KeptPrefixes(model.config, 20, file)
+        kept.keep(prompt, filled(model, prompt), 0)
+        kept.keep(prompt * 2, filled(model, prompt * 2), 0)
+        kept.bound(0)
+        assert file.used_bytes == 2 * PAGE_BYTES
+        opened = (one for one in Path("/proc/self/fd").iterdir() if one.exists())
+        (descriptor,) = (one for one in opened if str(tmp_path) in str(one.readlink()))
+        if damage == "cut":
+            os.truncate(descriptor, PAGE_BYTES // 2)
+        else:
+            with descriptor.open("r+b") as written:
+                written.seek(PAGE_BYTES + 1000)
+                written.write(b"x")
+        kept.bound(20)
+        kept.fetch(prompt * 2, 20)
+        assert kept.usable(prompt * 2, 20) == 0
+        assert (file.used_bytes, file.damaged) == (0, 1)
+        assert "are computed again: " in caplog.text
+        kept.keep(prompt, filled(model, prompt), 0)
+        assert kept.usable(prompt, 10) == 10
+
+
+@pytest.mark.parametrize("limit_pages", [0, 3])
+def test_a_full_device_keeps_what_it_holds(
+    clients: dict[str, FlashClient], tmp_path: Path, caplog: pytest.LogCaptureFixture, limit_pages: int
+) -> None:
+    model = clients["llama"].model
+    prompts = [[token] * 10 for token in range(5, 12)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with file_of(tmp_path, 100) as file:
+        kept = KeptPrefixes(model.config, 10, file)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_pages * PAGE_BYTES + 4096, before[1]))
+        try:
+            for prompt in prompts:
+                kept.keep(prompt, filled(model, prompt), 0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert file.used_bytes == limit_pages * PAGE_BYTES
+        assert caplog.text.count("is kept in") == 1
+        kept.fetch(prompts[-2], 10)
+        assert kept.usable(prompts[-2], 10) == (10 if limit_pages else 0)
+
+
+def test_the_file_is_private_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / f"{NAME}0123"
+    left.touch()
+    with file_of(tmp_path, 10):
+        assert list(tmp_path.iterdir()) == [left]
+    monkeypatch.setattr(os, "O_TMPFILE", 1 << 30)  # a file system without nameless files
+    with file_of(tmp_path, 10):
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError):
+        KeptFile(tmp_path / "missing", PAGE_BYTES)
 
 
 def test_rows_that_continue_different_beginnings(clients: dict[str, FlashClient]) -> None:
