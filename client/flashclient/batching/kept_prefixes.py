@@ -329,7 +329,7 @@ def _common(one: Sequence[int], other: Sequence[int]) -> int:
 
 def _in_row(layer: Any, tokens: int, behind: int) -> int:
     """How many of some tokens before the last `behind` ones a layer of a cache holds."""
-    return max(0, min(tokens, layer.keys.shape[-2] - behind))
+    return int(max(0, min(tokens, layer.keys.shape[-2] - behind)))
 
 
 def _copied(layer: Any, row: int, tokens: int, behind: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from flashclient.batching.sampling import Picked
 from flashclient.generation.texts import HALF
 from flashclient.server.hosted_model import Answer
 from flashclient.server.problems import Problem
-from flashclient.server.tools import ToolCall, ToolReader, ToolSet
+from flashclient.server.tools import ToolCall, ToolReader, ToolSet, joined
 
 DONE = "data: [DONE]\n\n"
 
@@ -148,11 +148,11 @@ class ChatForm(AnswerForm):
         if self._tools is not None:
             reader = ToolReader(self._tools)
             read = reader.add(text) + reader.rest()
-            calls = [one.described() for one in read if isinstance(one, ToolCall)]
+            calls = [one.described() for one in joined(read)]
             if calls:
                 content = "".join(one for one in read if isinstance(one, str))
                 message |= {"content": content or None, "tool_calls": calls}
-                choice["finish_reason"] = "tool_calls"
+                choice |= {} if reader.is_cut else {"finish_reason": "tool_calls"}
         return choice
 
     def _deltas(self, index: int, step: Progress) -> list[dict[str, Any]]:
@@ -164,17 +164,21 @@ class ChatForm(AnswerForm):
         deltas = []
         for one in read:
             if isinstance(one, str):
-                deltas.append(self._delta(one, []))
-            else:
-                deltas.append({"delta": {"tool_calls": [{"index": number, **one.described()}]}, "logprobs": None})
+                deltas += [self._delta(one, [])] if one else []
+                continue
+            if isinstance(one, ToolCall):
+                deltas.append(_call_delta({"index": number, **ToolCall(one.name, "").described()}))
                 number += 1
+            arguments = one.arguments if isinstance(one, ToolCall) else one.text
+            if arguments:
+                deltas.append(_call_delta({"index": number - 1, "function": {"arguments": arguments}}))
         if step.picked is not None and self._with_logprobs:
             deltas.append(self._delta("", [step.picked]))
         return deltas
 
     def _reason(self, index: int, finished: str) -> str:
         reader = self._readers.get(index)
-        return "tool_calls" if reader is not None and reader.calls else finished
+        return "tool_calls" if reader is not None and reader.calls and not reader.is_cut else finished
 
     def _first(self) -> list[dict[str, Any]]:
         return [{"delta": {"role": "assistant", "content": ""}, "logprobs": None}]
@@ -197,6 +201,10 @@ class ChatForm(AnswerForm):
     def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
         text = self._token_text(token)
         return {"token": text, "logprob": logprob, "bytes": None if HALF in text else list(text.encode())}
+
+
+def _call_delta(call: dict[str, Any]) -> dict[str, Any]:
+    return {"delta": {"tool_calls": [call]}, "logprobs": None}
 
 
 def usage_of(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -141,12 +141,12 @@ def _parameters(text: str, schema: Mapping[str, Any]) -> dict[str, Any]:
         if found is None:
             raise ValueError(text[at:])
         one = known.get(found[1]) if isinstance(known, dict) else None
-        values[found[1]] = _value(found[2], one if isinstance(one, dict) else {}, schema)
+        values[found[1]] = element_value(found[2], one if isinstance(one, dict) else {}, schema)
         at = found.end()
     return values
 
 
-def _value(text: str, schema: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
+def element_value(text: str, schema: Mapping[str, Any], whole: Mapping[str, Any]) -> Any:
     """A parameter's value: JSON, or text where the schema wants a string, and no value of the JSON's type."""
     if schema.get("type") == "string":
         return text

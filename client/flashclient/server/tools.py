@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from flashclient.batching.constraint import JSON_SPACE
+from flashclient.server.open_calls import OpenCall, opening
 from flashclient.server.problems import Problem
 from flashclient.server.tool_formats import ToolFormat
 
@@ -21,7 +22,7 @@ ID_CHARACTERS = 9  # templates of Mistral take no other number
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call. `arguments` is JSON."""
+    """A call. `arguments` is JSON, or its beginning: then more follows in pieces."""
 
     name: str
     arguments: str
@@ -30,6 +31,16 @@ class ToolCall:
         """As the OpenAI interface tells it, with a new id."""
         called = {"name": self.name, "arguments": self.arguments}
         return {"id": uuid.uuid4().hex[:ID_CHARACTERS], "type": "function", "function": called}
+
+
+@dataclass(frozen=True)
+class ArgumentsPiece:
+    """More of the arguments of the last call."""
+
+    text: str
+
+
+Found = str | ToolCall | ArgumentsPiece
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,9 @@ def _element_value(schema: Any, own: Mapping[str, Any]) -> str:
 class ToolReader:
     """Separates calls from the text around them. What only looks like a call stays text.
 
+    A call that begins with the name of a function is one whatever follows, and its arguments are given out as they
+    come: they may be cut, or no JSON. Others are read when they have ended.
+
     What ends within a value, or has another beginning in it, is read again. After READ_AGAIN_CHARACTERS_MAX the rest of
     the answer is text.
     """
@@ -146,20 +160,32 @@ class ToolReader:
         self._read_again = 0  # characters
         self._begun = False  # whether text was given out
         self._after = False  # whether all since a call is space
+        self._open_call: OpenCall | None = None
+        self._behind = False  # whether all is behind a call, before the end of the calls
+        self._left_out = False  # whether the last call is one too many
         self.calls = 0
+        self.is_cut = False  # whether the answer has ended within a call
 
-    def add(self, text: str) -> list[str | ToolCall]:
+    def add(self, text: str) -> list[Found]:
         """What is known after more of the answer."""
         self._held += text
-        found: list[str | ToolCall] = []
+        found: list[Found] = []
         while (more := self._next()) is not None:
             found += more
         return found
 
-    def rest(self) -> list[str | ToolCall]:
+    def rest(self) -> list[Found]:
         """What was held back, at the end of the answer."""
         begin, end = self._tools.format.begin, self._tools.format.end
-        found: list[str | ToolCall] = []
+        found: list[Found] = []
+        if self._open_call is not None:
+            found += self._taken_by(self._open_call, *self._open_call.end())
+            self.is_cut = self._open_call is not None
+            if self.is_cut:
+                return found
+        if self._behind:
+            text, self._held = self._held.strip(" \n\t;,]" if self._tools.format.listed else None), ""
+            return [*found, text] if text else found
         while self._inside and end and (following := self._held.find(begin, 1)) > 0:
             self._read_again += len(self._held)  # a string in a call was never closed
             found += [self._taken(following), *self.add("")]
@@ -169,14 +195,18 @@ class ToolReader:
             return found + (self._given(calls) if calls is not None else [held])
         return found + ([held] if held and not (held.isspace() and self._after) else [])
 
-    def _next(self) -> list[str | ToolCall] | None:
+    def _next(self) -> list[Found] | None:
         """The next text or calls; None where more of the answer is needed."""
         form = self._tools.format
         if self._read_again > READ_AGAIN_CHARACTERS_MAX:
             self._inside = False
             return [self._taken(len(self._held))] if self._held else None
+        if self._open_call is not None:
+            held, self._held = self._held, ""
+            found = self._taken_by(self._open_call, *self._open_call.take(held))
+            return found if found or self._open_call is None else None
         if self._inside:
-            return self._next_calls()
+            return self._opened() or (self._next_behind() if self._behind else self._next_calls())
         if self._after:
             self._held = self._held.lstrip()
             self._after = not self._held
@@ -197,7 +227,38 @@ class ToolReader:
         self._begun = True
         return [before]
 
-    def _next_calls(self) -> list[str | ToolCall] | None:
+    def _opened(self) -> list[Found] | None:
+        """The call that begins here. Empty where it is one too many."""
+        if self._behind:
+            self._held = self._held.lstrip(" \n\t;,")
+        begun = opening(self._tools.format, self._held, self._tools.parameters)
+        if begun is None:
+            return None
+        self._taken(begun.length)
+        self._open_call, self._behind = begun.call, False
+        found = self._given([ToolCall(begun.name, "")])
+        self._left_out = not found
+        return found or [""]
+
+    def _taken_by(self, call: OpenCall, piece: str, rest: str) -> list[Found]:
+        """What a call took, and the text behind it."""
+        if call.done:
+            self._open_call, self._behind, self._held, self._searched = None, True, rest, 0
+        return [ArgumentsPiece(piece)] if piece and not self._left_out else []
+
+    def _next_behind(self) -> list[Found] | None:
+        """The end of calls; None where more of the answer is needed."""
+        end = self._tools.format.end
+        at = self._held.find(end, self._searched) if end else -1
+        if at < 0:
+            self._searched = max(0, len(self._held) - len(end) + 1)
+            return None
+        text = self._taken(at).strip()
+        self._taken(len(end))
+        self._inside, self._behind, self._after = False, False, True
+        return [text]
+
+    def _next_calls(self) -> list[Found] | None:
         form = self._tools.format
         while form.end and (at := self._held.find(form.end, self._searched)) >= 0:
             self._searched = at + 1
@@ -225,7 +286,7 @@ class ToolReader:
         self._within = 0
         return text
 
-    def _given(self, calls: list[ToolCall]) -> list[str | ToolCall]:
+    def _given(self, calls: list[ToolCall]) -> list[Found]:
         if self._tools.single_call:
             calls = calls[: 1 - self.calls]
         self.calls += len(calls)
@@ -245,6 +306,17 @@ class ToolReader:
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
         return ToolCall(name, json.dumps(arguments, ensure_ascii=False))
+
+
+def joined(found: Iterable[Found]) -> list[ToolCall]:
+    """The calls, whole."""
+    calls: list[ToolCall] = []
+    for one in found:
+        if isinstance(one, ToolCall):
+            calls.append(one)
+        elif isinstance(one, ArgumentsPiece):
+            calls[-1] = ToolCall(calls[-1].name, calls[-1].arguments + one.text)
+    return calls
 
 
 def with_parsed_arguments(message: Mapping[str, Any]) -> dict[str, Any]:

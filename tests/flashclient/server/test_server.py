@@ -205,9 +205,12 @@ def test_calls_of_tools(asking: openai.OpenAI, alone: FlashClient) -> None:
     )
     chunks = list(stream)
     deltas = [one for chunk in chunks for one in chunk.choices[0].delta.tool_calls or ()]
-    assert [(one.index, one.function.name, one.function.arguments) for one in deltas] == [
-        (0, "rain", call.function.arguments)
+    assert [(one.index, one.function.name, one.id is None) for one in deltas[:2]] == [
+        (0, "rain", False),
+        (0, None, True),
     ]
+    pieces = [one.function.arguments for one in deltas]
+    assert ("".join(pieces), pieces[0], len(pieces) > 3) == (call.function.arguments, "", True)
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     history: Any = [*HI, made.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "dry"}]
     after = asking.chat.completions.create(messages=history, max_tokens=4, tools=TOOLS, tool_choice="none", **GREEDY)

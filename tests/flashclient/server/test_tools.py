@@ -15,7 +15,15 @@ from flashclient.batching.sampling import Sampler, Sampling
 from flashclient.server import tool_formats
 from flashclient.server.problems import Problem
 from flashclient.server.tool_formats import FORMATS, format_of
-from flashclient.server.tools import READ_AGAIN_CHARACTERS_MAX, ToolCall, ToolReader, ToolSet, with_parsed_arguments
+from flashclient.server.tools import (
+    READ_AGAIN_CHARACTERS_MAX,
+    ArgumentsPiece,
+    ToolCall,
+    ToolReader,
+    ToolSet,
+    joined,
+    with_parsed_arguments,
+)
 
 HERMES, MISTRAL, LLAMA, NAMED, ELEMENTS = FORMATS
 PARAMETERS: dict[str, Any] = {
@@ -37,7 +45,7 @@ def tools_of(form: Any, **more: Any) -> ToolSet:
 
 
 def read(tools: ToolSet, text: str, chance: random.Random | None = None) -> list[Any]:
-    """What is read of a text, given whole or in random pieces; neighbouring texts are one."""
+    """What is read of a text, given whole or in random pieces; neighbouring texts are one, and calls are whole."""
     reader, found, at = ToolReader(tools), [], 0
     while at < len(text):
         size = len(text) if chance is None else chance.randint(1, 9)
@@ -45,9 +53,11 @@ def read(tools: ToolSet, text: str, chance: random.Random | None = None) -> list
         at += size
     joined: list[Any] = []
     for one in found + reader.rest():
-        if joined and isinstance(one, str) and isinstance(joined[-1], str):
+        if isinstance(one, ArgumentsPiece):
+            joined[-1] = ToolCall(joined[-1].name, joined[-1].arguments + one.text)
+        elif joined and isinstance(one, str) and isinstance(joined[-1], str):
             joined[-1] += one
-        else:
+        elif one:
             joined.append(one)
     return joined
 
@@ -68,7 +78,8 @@ TWO = '{"name": "now", "arguments": {}}'
         ),
         (HERMES, f"<tool_call>{ONE}</tool_call> Done. ", [RAIN, "Done. "]),
         (HERMES, " Just <b> text <tool", [" Just <b> text <tool"]),
-        (HERMES, f"<tool_call>{ONE[:-9]}", [f"<tool_call>{ONE[:-9]}"]),  # cut by max_tokens
+        (HERMES, f"<tool_call>{ONE[:-9]}", [ToolCall("rain", '{"place":')]),  # cut by max_tokens
+        (HERMES, f"<tool_call>{ONE[:30]}", [f"<tool_call>{ONE[:30]}"]),
         (HERMES, "<tool_call>{}</tool_call>", ["<tool_call>{}</tool_call>"]),
         (HERMES, '<tool_call>{"name": "rm"}</tool_call>', ['<tool_call>{"name": "rm"}</tool_call>']),
         (HERMES, f"<tool_call>{'[' * 5000}</tool_call>", [f"<tool_call>{'[' * 5000}</tool_call>"]),
@@ -82,7 +93,7 @@ TWO = '{"name": "now", "arguments": {}}'
         (
             HERMES,
             f"<tool_call>{{<tool_call>{ONE}</tool_call><tool_call>{TWO}",
-            ["<tool_call>{", RAIN, f"<tool_call>{TWO}"],
+            ["<tool_call>{", RAIN, NOW],
         ),
         (HERMES, f'<tool_call>{{"a</tool_call><tool_call>{TWO}</tool_call>', ['<tool_call>{"a</tool_call>', NOW]),
         (HERMES, "<tool_call></tool_call>Sorry. ", ["<tool_call></tool_call>Sorry. "]),
@@ -111,13 +122,41 @@ TWO = '{"name": "now", "arguments": {}}'
         ),
         (ELEMENTS, XML.replace("Bern", "[1, 2]"), [ToolCall("rain", '{"place": "[1, 2]"}')]),
         (ELEMENTS, XML.replace("rain", "rm"), [XML.replace("rain", "rm")]),
-        (ELEMENTS, XML[:-20], [XML[:-20]]),
+        (ELEMENTS, XML[:-20], [ToolCall("rain", '{"place": "Bern"')]),
+        (ELEMENTS, XML[: XML.index("rn")], [ToolCall("rain", '{"place": ')]),
     ],
 )
 def test_calls_are_read(form: Any, text: str, expected: list[Any]) -> None:
     assert read(tools_of(form), text) == expected
     for seed in range(20):
         assert read(tools_of(form), text, random.Random(seed)) == expected
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (HERMES, f"Well.<tool_call>{ONE}</tool_call><tool_call>{TWO}</tool_call>"),
+        (MISTRAL, f"Well.[TOOL_CALLS][{ONE}, {TWO}]"),
+        (LLAMA, f"{ONE}; {TWO}"),
+        (NAMED, 'Well.[TOOL_CALLS]rain[ARGS]{"place": "Bern"}[TOOL_CALLS]now[ARGS]{}'),
+        (ELEMENTS, f"Well.{XML}<tool_call><function=now></function></tool_call>"),
+    ],
+)
+def test_arguments_come_while_they_are_made(form: Any, text: str) -> None:
+    place = {"type": "object", "properties": {"place": {"type": "string"}}}
+    tools = ToolSet(form, {"rain": place, "now": {}}, required=False, single_call=False)
+    reader, so_far = ToolReader(tools), ""
+    for at, character in enumerate(text):
+        for one in reader.add(character):
+            if isinstance(one, ToolCall):
+                assert (one.arguments, so_far) == ("", '{"place": "Bern"}' if one.name == "now" else "")
+            elif isinstance(one, ArgumentsPiece):
+                so_far += one.text
+        if text[:at].endswith("Ber"):
+            assert so_far in ('{"place": "Be', '{"place": "Ber', '{"place": "Bern')
+    assert so_far == '{"place": "Bern"}{}'
+    reader.rest()
+    assert (reader.calls, reader.is_cut) == (2, False)
 
 
 def test_no_call_is_given_out_at_its_end() -> None:
@@ -185,9 +224,11 @@ END = "</tool_call>"
     ("form", "text", "found"),
     [
         (ELEMENTS, f"{OPEN}{END * 20_000}\n</parameter>\n</function>\n{END}", "call"),
-        (ELEMENTS, f"{OPEN}{END * 20_000}", "text"),
+        (ELEMENTS, f"{OPEN}{END * 20_000}", "call"),
         (ELEMENTS, f"{'<tool_call><function=rain>' * 20_000}{END}", "text"),
-        (HERMES, ONE.replace("Bern", f"{END * 20_000}").join(("<tool_call>", END)), "text"),
+        (HERMES, ONE.replace("Bern", f"{END * 20_000}").join(("<tool_call>", END)), "call"),
+        (HERMES, f"<tool_call>{ONE}{'<' * 200_000}", "call"),
+        (HERMES, f"<tool_call>{' ' * 200_000}", "text"),
         (HERMES, '<tool_call>{"' * 20_000, "text"),
         (HERMES, f"{'<tool_call>{' * 20_000}{END}", "text"),
         (HERMES, f"{'<tool_call>{}</tool_call>' * 2000}", "text"),
@@ -212,12 +253,12 @@ def test_what_is_read_again_is_bounded(
     given: list[Any] = [one for at in range(0, len(text), piece) for one in reader.add(text[at : at + piece])]
     given += reader.rest()
     assert sum(read_characters) <= 2 * (READ_AGAIN_CHARACTERS_MAX + 2 * len(text))  # an end is looked at, and read
-    if found == "call":
-        (call,) = given
-        assert json.loads(call.arguments) == {"place": END * 20_000}
-        assert len(read_characters) == 1
-    else:
+    calls = joined(given)
+    assert len(calls) == (found == "call")
+    if found == "text":
         assert "".join(given) == text
+    elif '"}' in calls[0].arguments and END in text:
+        assert END * 20_000 in calls[0].arguments
 
 
 NULLABLE = {"type": ["string", "null"]}
