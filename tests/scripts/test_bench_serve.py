@@ -34,6 +34,7 @@ def test_rows_of_a_small_model(tmp_path: Path) -> None:
     *rows, turn = told["rows"]
     assert [row["at_once"] for row in rows] == [1, 3]
     assert turn["second_turn_first_token_s"] > 0
+    assert turn["from_flash_first_token_s"] > 0
     assert told["targets"][0]["name"] == "second_turn_sooner"
     assert {row["kind"] for row in rows} == {"exact"}
     for row in rows:
