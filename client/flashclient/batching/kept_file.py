@@ -36,7 +36,7 @@ logger = logging.getLogger("flashclient.server")
 
 
 @dataclass(frozen=True)
-class Place:
+class Pages:
     """Where states lie.
 
     Attributes:
@@ -93,7 +93,7 @@ class KeptFile:
     def pages_for(states: States) -> int:
         return max(1, -(-sum(_room_of(one.nbytes) for pair in states for one in pair) // PAGE_BYTES))
 
-    def write(self, states: States) -> Place | None:
+    def write(self, states: States) -> Pages | None:
         """Writes what there is room for. None where the device refuses."""
         tensors = [one for pair in states for one in pair]
         before, checksums, at = self._pages, [], 0
@@ -109,9 +109,9 @@ class KeptFile:
             self._bound(before, pages, at, error)
             return None
         self.written_bytes += len(pages) * PAGE_BYTES
-        return Place(pages, checksums, [(one.shape, one.dtype) for one in tensors])
+        return Pages(pages, checksums, [(one.shape, one.dtype) for one in tensors])
 
-    def read(self, place: Place) -> States | None:
+    def read(self, place: Pages) -> States | None:
         """What lies there. None, with a line in the log, where it cannot be read or differs from its checksum."""
         memory = mmap.mmap(-1, len(place.pages) * PAGE_BYTES)
         whole, at = np.frombuffer(memory, np.uint8), 0
@@ -130,7 +130,7 @@ class KeptFile:
         self.read_bytes += len(whole)
         return _states(memory, place)
 
-    def free(self, place: Place) -> None:
+    def free(self, place: Pages) -> None:
         """Gives the room to others."""
         for page in place.pages:
             heappush(self._free, page)
@@ -192,7 +192,7 @@ def _copy(tensors: Sequence[Tensor], begin: int, piece: NDArray[np.uint8]) -> No
         at += _room_of(tensor.nbytes)
 
 
-def _states(memory: mmap.mmap, place: Place) -> States:
+def _states(memory: mmap.mmap, place: Pages) -> States:
     made, at = [], 0
     for shape, dtype in place.shapes:
         count = shape.numel()

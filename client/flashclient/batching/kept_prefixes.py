@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from flashclient.batching.kept_file import KeptFile, Place, States
+from flashclient.batching.kept_file import KeptFile, Pages, States
 from flashclient.kernels.growing_cache import GrowingCache, GrowingWindowLayer
 
 
@@ -35,7 +35,7 @@ class _Span:
     states: States | None
     before: _Span | None
     behind: dict[int, _Span] = field(default_factory=dict)  # by their first token
-    place: Place | None = None
+    place: Pages | None = None
 
     @property
     def loaded(self) -> States:
