@@ -56,7 +56,7 @@ COMPARED = [
     ("llama", "predict", "shm"),
 ]  # few enough to leave a processor to the hostile clients
 TURN_SHARE = 0.05  # of the time, for each of two times four turns
-TURN_S_MIN = 8.0  # four such turns have several times the tokens that a 99th percentile needs
+TURN_S_MIN = 6.0  # four such turns have several times the tokens that a 99th percentile needs
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
 TOKENS = 8
 WINDOW = 16
@@ -96,6 +96,7 @@ class Soak:
         self._corruptions: list[Corruption] = []
         self._later: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
+        self._acts: list[Callable[[], None]] = []  # disturbances to come
         self.witness: list[Event] = []
         self.weightd: list[dict[str, int]] = []
         self.memory: list[int] = []  # bytes that are charged to weightd
@@ -185,15 +186,12 @@ class Soak:
         heapq.heappush(self._later, (time.monotonic() + self.chance.uniform(*seconds), next(self._order), act))
 
     def _disturb(self) -> None:
-        acts = [
-            (3, self._kill_client),
-            (3, self._freeze_client),
-            (2, self._stop_client),
-            (2, self._corrupt),
-            (1, self._kill_daemon),
-        ]
-        weights, choices = zip(*acts, strict=True)
-        self.chance.choices(choices, weights)[0]()
+        """The next of shuffled disturbances, so that a short run has each of them."""
+        if not self._acts:
+            often = [self._kill_client, self._freeze_client]
+            self._acts = 3 * often + 2 * [self._stop_client, self._corrupt] + [self._kill_daemon]
+            self.chance.shuffle(self._acts)
+        self._acts.pop()()
         self._after(PAUSE_S, self._disturb)
 
     def _victim(self, *, witness: bool) -> int | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import bench_dense
 import pytest
 import torch
 from bench_dense import EXACT, GivenMemory, llama_row, row_of, targets_of
@@ -16,17 +15,15 @@ from planted.dense import EMBEDDING, bytes_of, dense_config, make_dense_model, w
 from planted.plan import SHAPES
 from planted.quantised_dense import QUANTISED, quantised_store
 from planted.shapes import checkpoint_shapes
-from repository import SCRIPTS
+from run_here import run_here
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 
 @pytest.mark.slow
 def test_a_run_accounts_for_all_of_the_memory(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "bench_dense.py"), "--shape", "llama-tiny", "--folder", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--json", "--runs", "1", "--tokens", "4", "--no-peers"], capture_output=True, text=True, check=False
-    )
+    command = ["bench_dense", "--shape", "llama-tiny", "--folder", str(tmp_path)]
+    done = run_here(bench_dense.main, *command, "--json", "--runs", "1", "--tokens", "4", "--no-peers")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     (row,) = result["rows"]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import bench_paper
 import pytest
 import torch
 from benchmarks.forced_tokens import IDS_SPECIAL, ForcedTokens, random_ids
@@ -19,6 +19,7 @@ from paper.figure import draw
 from paper.rows import COLD, FIRST_TOKENS, ROWS, Work, costs, summary, unbundled_weightd
 from paper.table import PAPER_TABLE_2, tables
 from repository import SCRIPTS
+from run_here import run_here
 from tiny_store import write_model
 
 from flashclient.daemon.channel import Connection
@@ -141,12 +142,17 @@ def test_rows_without_bundling_need_parts_of_whole_blocks(tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """The benchmark's folder and what it printed, for the rows that such small bundles allow."""
+    """The benchmark's folder and what it printed, for the rows that such small bundles allow. It measures briefly."""
     folder = tmp_path_factory.mktemp("bench")
-    command = [sys.executable, str(SCRIPT), "--shape", "opt-tiny", "--folder", str(folder), "--json", "--no-peers"]
+    command = [str(SCRIPT), "--shape", "opt-tiny", "--folder", str(folder), "--json", "--no-peers"]
     command += ["--rows", "naive", "hybrid", "all", "--figures", str(folder)]
     command += ["--prompt-tokens", "8", "--dense-tokens", "3", "--tokens", "80"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_paper, "COMPARED", ("naive",))
+        patch.setattr(bench_paper, "FIO_SECONDS", 1.0)
+        patch.setattr("bench_kernels.BUFFER_BYTES_MIN", 64 << 20)
+        patch.setattr("bench_kernels.last_level_cache_bytes", lambda: 16 << 20)
+        done = run_here(bench_paper.main, *command)
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 

@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 
+import bench_serve
 import pytest
 from bench_serve import Turn, row_of, targets_of
-from repository import ROOT
+from run_here import run_here
 
 
 def test_rows_of_a_small_model(tmp_path: Path) -> None:
-    command = [str(ROOT / "scripts" / "bench_serve.py"), "--json", "--layers", "1", "--folder", str(tmp_path)]
-    command += [
-        "--conversation",
-        "64",
-        "--memory",
-        "1.5",
-        "--at-once",
-        "1",
-        "3",
-        "--tokens",
-        "5",
-        "--rounds",
-        "1",
-        "--prompt-tokens",
-        "3",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["bench_serve", "--json", "--layers", "1", "--folder", str(tmp_path), "--conversation", "64"]
+    command += ["--memory", "1.5", "--at-once", "1", "3", "--tokens", "5", "--rounds", "1", "--prompt-tokens", "3"]
+    done = run_here(bench_serve.main, *command)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     *rows, turn = told["rows"]

@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from checkpoints import make_checkpoint
 from daemon import Daemon, serving
+from run_here import run_here
 
 from flashclient import FlashClient
+from flashclient.cli import main
 from flashclient.commands.run import default_store
 from weightd import cli
 
@@ -48,8 +50,7 @@ def daemon(checkpoint: Path) -> Iterator[Daemon]:
 
 
 def chat(daemon: Daemon, lines: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, "chat", "tiny-chat", "--address", daemon.address, *flags]
-    return subprocess.run(command, input=lines, capture_output=True, text=True, check=False)
+    return run_here(main, "flashclient", "chat", "tiny-chat", "--address", daemon.address, *flags, input=lines)
 
 
 def test_each_line_is_a_message_of_one_conversation(daemon: Daemon) -> None:
@@ -86,8 +87,7 @@ def test_an_error_in_a_script_ends_it(daemon: Daemon) -> None:
 
 
 def test_a_model_without_a_chat_template(daemon: Daemon) -> None:
-    command = [*COMMAND, "chat", "tiny-base", "--address", daemon.address]
-    done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, check=False)
+    done = run_here(main, "flashclient", "chat", "tiny-base", "--address", daemon.address, input="Hi\n")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("flashclient: model 'tiny-base' has no chat template")
     assert "`flashclient generate`" in done.stderr
@@ -146,15 +146,16 @@ def test_at_a_terminal_an_interrupt_stops_the_answer_only(daemon: Daemon) -> Non
     assert terminal.end() == 0
 
 
-def test_run_imports_starts_a_weightd_and_chats(checkpoint: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"XDG_DATA_HOME": str(tmp_path)}
-    command = [*COMMAND, "run", str(checkpoint), "--dram", "64MiB", "--max-new-tokens", "4"]
-    texts = []
-    for _ in range(2):
-        done = subprocess.run(command, input="Hi\n", capture_output=True, text=True, env=environment, check=False)
+def test_run_imports_starts_a_weightd_and_chats(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    arguments = ["run", str(checkpoint), "--dram", "64MiB", "--max-new-tokens", "4"]
+    first = subprocess.run([*COMMAND, *arguments], input="Hi\n", capture_output=True, text=True, check=False)
+    second = run_here(main, "flashclient", *arguments, input="Hi\n")
+    for done in (first, second):
         assert done.returncode == 0, done.stderr
-        texts.append(done.stdout)
-    assert texts[0] == texts[1] != ""
+    assert first.stdout == second.stdout != ""
     assert (tmp_path / "weightd" / "tiny-chat").is_dir()
 
 

@@ -109,12 +109,13 @@ def batch() -> dict[str, Tensor]:
 def run_all(client: FlashClient) -> list[Tensor]:
     """The tokens and scores, which are compared bit for bit."""
     results = []
+    greedy = GREEDY | {"max_new_tokens": 12}  # more than any window
     for prompt in PROMPTS:
-        out = client.generate(torch.tensor([prompt]), **GREEDY, return_dict_in_generate=True, output_logits=True)
+        out = client.generate(torch.tensor([prompt]), **greedy, return_dict_in_generate=True, output_logits=True)
         results += [out.sequences, torch.stack(out.logits)]
-    results.append(client.generate(batch(), **GREEDY))
-    results.append(client.generate(torch.tensor([PROMPT]), **GREEDY, num_beams=3))
-    results.append(client.generate(torch.tensor([PROMPT]), **GREEDY | {"use_cache": False, "max_new_tokens": 3}))
+    results.append(client.generate(batch(), **greedy))
+    results.append(client.generate(torch.tensor([PROMPT]), **greedy, num_beams=3))
+    results.append(client.generate(torch.tensor([PROMPT]), **greedy | {"use_cache": False, "max_new_tokens": 3}))
     model: Any = client.model
     with torch.no_grad():
         attended = batch()["attention_mask"].bool()  # padding is not compared

@@ -5,8 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +15,10 @@ import pytest
 from checkpoints import make_checkpoint
 from daemon import Daemon, serving
 from openai_servers import server_of
+from run_here import run_here
 
 from flashclient import FlashClient
+from flashclient.cli import main
 from weightd import cli
 
 TEMPLATE = (
@@ -487,9 +487,8 @@ def test_bad_flags(daemon: Daemon, tmp_path: Path, flags: list[str], status: int
     keys = tmp_path / "keys"
     keys.write_text(KEY)
     flags = [{"KEYS": str(keys), "ADDRESS": daemon.address}.get(flag, flag) for flag in flags]
-    command = [sys.executable, "-P", "-m", "flashclient", "serve", *flags]
-    command += [] if "--address" in flags else [NAME, "--address", daemon.address]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=STOP_S, check=False)
+    flags += [] if "--address" in flags else [NAME, "--address", daemon.address]
+    done = run_here(main, "flashclient", "serve", *flags)
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith("flashclient: ")
     assert message in done.stderr
