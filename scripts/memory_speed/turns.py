@@ -146,12 +146,12 @@ def _workers(
 
 @contextmanager
 def _started(name: str, command: Sequence[str], mode: str | None = None) -> Iterator[Worker]:
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         worker = Worker(name, process, mode)
-        worker.answer()  # it is ready
-        yield worker
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
+        try:
+            worker.answer()  # it is ready
+            yield worker
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()

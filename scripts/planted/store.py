@@ -103,16 +103,13 @@ def import_once(planted: PlantedStore, *flags: str) -> None:
     """
     if (planted.store / planted.name).exists():
         return
-    command = [
-        sys.executable,
-        "-m",
-        "weightd",
-        "import",
-        str(planted.checkpoint),
-        "--store",
-        str(planted.store),
-        *flags,
-    ]
-    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+    done = run_import(str(planted.checkpoint), "--store", str(planted.store), *flags)
     if done.returncode:
         raise BenchError(f"import: {done.stderr.strip().splitlines()[-1]}")
+
+
+def run_import(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`weightd import` in a process of its own, whose memory is free again when a benchmark measures."""
+    return subprocess.run(
+        [sys.executable, "-m", "weightd", "import", *arguments], capture_output=True, text=True, check=False
+    )

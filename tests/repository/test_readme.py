@@ -18,6 +18,7 @@ from run_here import run_here
 from sparse_model import write_text
 
 from flashclient import cli
+from weightd.cli import main as weightd_main
 
 README = (ROOT / "README.md").read_text()
 MODEL = "opt-1.3b"
@@ -44,15 +45,10 @@ def example(start: str) -> list[str]:
 
 
 def run(command: list[str], folder: Path) -> str:
-    """What the command prints. Those of flashclient, which load torch, run in this process."""
-    if command[0] == "flashclient":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(folder)
-            done = run_here(cli.main, *command)
-    else:
-        done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=folder, capture_output=True, text=True, timeout=120, check=False
-        )
+    """What the command prints. It runs in this process, which has loaded torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        done = run_here({"flashclient": cli.main, "weightd": weightd_main}[command[0]], *command)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, cast
 
+import bench_memory_speed
 import gguf
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from memory_speed.turns import LLAMA, OURS, Worker
 from planted.gpt2 import write_gpt2_gguf
 from planted.plan import SHAPES
 from planted.store import planted_store
-from repository import SCRIPTS
+from run_here import run_here
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -33,9 +32,9 @@ GIVEN = {  # the modes of the client that are measured
 
 @pytest.mark.slow
 def test_a_run_without_peers(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPTS / "bench_memory_speed.py"), "--models", *GIVEN, "--layers", "2"]
+    command = ["bench_memory_speed", "--models", *GIVEN, "--layers", "2"]
     flags = ["--folder", str(tmp_path), "--no-peers", "--rounds", "1", "--tokens", "3", "--prompt-tokens", "20"]
-    done = subprocess.run([*command, *flags, "--json"], capture_output=True, text=True, check=False)
+    done = run_here(bench_memory_speed.main, *command, *flags, "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = [(name, mode) for name, modes in GIVEN.items() for mode in modes]

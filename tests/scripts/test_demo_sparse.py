@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from demonstration.serving import run
 from demonstration.sparse import DRAFT, MODEL, MODELS, show_sparse
 from run_here import run_here
 
 from flashclient import FlashClient, cli
+from weightd.cli import main as weightd_main
 
 LOSS_MAX = 0.005
 FALSE_NEGATIVES_MAX = 0.055
@@ -26,10 +26,8 @@ CALIBRATION_TOKENS_SLOW = 8192
 
 
 def run_command(module: str, *arguments: str) -> str:
-    """What the command prints: of flashclient in this process."""
-    if module != "flashclient":
-        return run(module, *arguments)
-    done = run_here(cli.main, module, *arguments)
+    """What the command prints."""
+    done = run_here({"flashclient": cli.main, "weightd": weightd_main}[module], module, *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -17,6 +17,8 @@ from daemon import serving
 from repository import ROOT
 from transformers import AutoModelForCausalLM
 
+from weightd import cli
+
 SCRIPT = ROOT / "scripts/evaluate_with_harness.py"
 TASK = """
 task: completions
@@ -68,7 +70,7 @@ def test_a_local_task_gives_the_accuracy_of_transformers(tmp_path: Path) -> None
     checkpoint = make_checkpoint("opt", tmp_path / "tiny")
     documents = write_task(tmp_path)
     store = tmp_path / "store"
-    subprocess.run([sys.executable, "-m", "weightd", "import", checkpoint, "--store", store], check=True)
+    assert cli.main(["import", str(checkpoint), "--store", str(store)]) == 0
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
     with serving(store) as daemon:
         command = [sys.executable, str(SCRIPT), "tiny", "--address", daemon.address, "--tasks", "completions", "--json"]
