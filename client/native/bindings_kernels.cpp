@@ -18,8 +18,9 @@
 
 #include "array_arguments.h"
 #include "encoding_argument.h"
+#include "ffn/ffn.h"
+#include "ffn/ffn_sum.h"
 #include "kernel_arguments.h"
-#include "kernels/ffn.h"
 #include "kernels/linear.h"
 #include "kernels/predictor.h"
 #include "kernels/readable_memory.h"
@@ -244,7 +245,7 @@ void make_ffn(Ffn* self, Workers& workers, std::vector<Encoding> parts, size_t h
 }
 
 void bind_ffn(nb::module_& module) {
-    nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/kernels/ffn.h.")
+    nb::class_<Ffn>(module, "Ffn", "Sums over neurons from bundles in place; see client/native/ffn/ffn.h.")
         .def("__init__", &make_ffn, "workers"_a, "parts"_a, "hidden_size"_a, "activation"_a,
              "instruction_set"_a = nb::none(), "neurons"_a = 1, nb::keep_alive<1, 2>(),
              "neurons: of a bundle, more than one in a slab. parts: the encodings of [gate,] up and down. activation: "
@@ -268,7 +269,7 @@ void bind_ffn(nb::module_& module) {
     nb::class_<BoundSum>(
         module, "FfnSum",
         "Adds to y [tokens, hidden] the sum over all neurons of a layer, which come in chunks, in order, "
-        "for x [tokens, hidden]; see client/native/kernels/ffn.h. y is undefined until finish().")
+        "for x [tokens, hidden]; see client/native/ffn/ffn_sum.h. y is undefined until finish().")
         .def(nb::init<const Ffn&, const Input&, const Output&>(), "ffn"_a, "x"_a.noconvert(), "y"_a.noconvert(),
              nb::keep_alive<1, 2>())
         .def("add", &BoundSum::add, "bundles"_a.noconvert(), "biases"_a.noconvert().none(),

@@ -10,7 +10,7 @@
 #include <string>
 
 #include "array_arguments.h"
-#include "kernels/ffn.h"
+#include "ffn/ffn.h"
 #include "predict/step_times.h"
 
 namespace flashclient {

@@ -8,6 +8,7 @@ namespace flashclient {
 namespace {
 
 constexpr size_t PARTS = 4;  // of what may be leased: one part is computed while the others are here or on their way
+constexpr uint32_t SHARES_READ_ON = 8;  // a share is 8 MiB: what a device reads in tens of milliseconds
 
 }  // namespace
 
@@ -139,6 +140,11 @@ void CellWalk::prefetch(uint32_t layer, std::vector<CellRange> ranges) {
         });
     }
     if (!ranges.empty()) source_.prefetch(layer, ranges);
+}
+
+void CellWalk::read_on(uint32_t layer, uint32_t cells) {
+    const uint32_t most = std::min(source_.lease_limit(), SHARES_READ_ON * source_.share_slots());
+    if (most > 0) prefetch(layer, {{0, std::min(cells, most)}});
 }
 
 // ---- what arrives ----

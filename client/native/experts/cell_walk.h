@@ -43,7 +43,10 @@ class CellWalk {
     void begin(uint32_t layer, std::vector<uint32_t> cells, bool far);
     // The ranges of cells that the next step of `layer` may want; see CellSource. Ranges that are kept are left out.
     void prefetch(uint32_t layer, std::vector<CellRange> ranges);
-    bool is_asked() const { return asked_ > 0; }  // whether cells are on their way
+    // Some of the first cells of `layer`, which the next step surely wants.
+    void read_on(uint32_t layer, uint32_t cells);
+    bool is_asked() const { return asked_ > 0; }     // whether cells are on their way
+    bool all_asked() const { return wanted_ == 0; }  // whether none is still to be asked for
     // The address of a cell that is here; 0 for the others.
     uint64_t address(size_t index) const { return addresses_[index]; }
     // The cells from `first` on are computed.

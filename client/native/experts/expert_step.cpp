@@ -5,6 +5,11 @@
 #include <utility>
 
 namespace flashclient {
+namespace {
+
+constexpr size_t PICKS_TOGETHER = 8 * TOKENS_MAX;  // rows of all experts that are computed together
+
+}  // namespace
 
 ExpertStep::ExpertStep(const Ffn& ffn, CellWalk& walk, std::vector<ExpertLayer> layers)
     : ffn_(ffn), walk_(walk), layers_(std::move(layers)) {
@@ -33,9 +38,12 @@ StepTimes ExpertStep::run(uint32_t index, const PickedRows& rows, float* y, cons
     const bool few = picks_.size() <= TOKENS_MAX * std::max<size_t>(1, rows.picks);
     walk_.begin(index, cells_of_experts(), few);
     if (guess && walk_.is_asked()) look_ahead(guess());
+    bool reads_on = picks_nearly_all(layer);
     timer.lap(timer.times.acquire_s);
     while (true) {
-        while (compute_some(rows, y)) continue;
+        do {
+            if (walk_.all_asked() && std::exchange(reads_on, false)) read_on(index);
+        } while (compute_some(rows, y));
         timer.lap(timer.times.compute_s);
         if (added_ == experts_.size()) break;
         walk_.wait();
@@ -109,62 +117,120 @@ void ExpertStep::look_ahead(const Guess& guess) {
     walk_.prefetch(guess.layer, ranges);
 }
 
-// ---- computing ----
-
-// Computes the cells of one expert that are here and come next in it. Returns false where there are none.
-bool ExpertStep::compute_some(const PickedRows& rows, float* y) {
-    for (size_t i = added_; i < experts_.size(); i++) {
-        Expert& expert = experts_[i];
-        const size_t left = std::min(cells_ - expert.computed, walk_.part());
-        size_t cells = 0;
-        while (cells < left && walk_.address(expert.first_cell + expert.computed + cells) != 0) cells++;
-        if (cells == 0) continue;
-        compute(expert, cells, rows, y);
-        add_finished(rows, y);
-        return true;
-    }
-    return false;
+// Whether the next mixture may be read before its router has picked.
+bool ExpertStep::picks_nearly_all(const ExpertLayer& layer) const {
+    return layer.experts > 1 && experts_.size() * 4 >= size_t{layer.experts} * 3;
 }
 
-void ExpertStep::compute(Expert& expert, size_t cells, const PickedRows& rows, float* y) {
+// Where rows pick nearly all experts, the next layer's first ones are read while the last ones of this layer are
+// computed, and what lies between the two.
+void ExpertStep::read_on(uint32_t index) {
+    if (index + 1 == layers_.size()) return;
+    const ExpertLayer& next = layers_[index + 1];
+    walk_.read_on(index + 1, static_cast<uint32_t>(next.experts * cells_of(next)));
+}
+
+// ---- computing ----
+
+// Computes cells that are here and come next in their experts. Returns false where there are none.
+bool ExpertStep::compute_some(const PickedRows& rows, float* y) {
+    find_ready();
+    if (ready_.empty()) return false;
+    compute_ready(rows, y);
+    for (const auto& [expert, cells] : ready_) {
+        walk_.done(expert->first_cell + expert->computed, cells);
+        expert->computed += cells;
+    }
+    add_finished(rows, y);
+    return true;
+}
+
+void ExpertStep::find_ready() {
+    ready_.clear();
+    size_t left = walk_.part(), picks = 0;
+    for (size_t i = added_; i < experts_.size() && left > 0; i++) {
+        Expert& expert = experts_[i];
+        const size_t most = std::min(cells_ - expert.computed, left);
+        size_t cells = 0;
+        while (cells < most && walk_.address(expert.first_cell + expert.computed + cells) != 0) cells++;
+        if (cells == 0) continue;
+        if (!ready_.empty() && picks + expert.picks > PICKS_TOGETHER) break;
+        ready_.push_back({&expert, cells});
+        picks += expert.picks;
+        left -= cells;
+    }
+}
+
+void ExpertStep::compute_ready(const PickedRows& rows, float* y) {
+    const size_t hidden = ffn_.shape().hidden;
+    size_t cells = 0, picks = 0;
+    for (const Ready& ready : ready_) {
+        cells += ready.cells;
+        picks += ready.expert->picks;
+    }
+    addresses_.clear();
+    addresses_.reserve(cells * walk_.cell().bundles);  // terms refer to what is in it
+    if (x_.size() < picks * hidden) x_.resize(picks * hidden);
+    terms_.clear();
+    float* x = x_.data();
+    for (const Ready& ready : ready_) {
+        Expert& expert = *ready.expert;
+        if (!is_direct(rows) && expert.y.empty()) expert.y = zeros(expert.picks * hidden);
+        terms_.push_back(
+            {neurons_of(ready, rows), rows_of(expert, rows, x), expert.picks, is_direct(rows) ? y : expert.y.data()});
+        x += expert.picks * hidden;
+    }
+    if (terms_.size() > 1) return of_layer_->add_terms(terms_);
+    of_layer_->add_rows(terms_[0].list, terms_[0].x, terms_[0].tokens, terms_[0].y);  // of any number of rows
+}
+
+// Appends to addresses_.
+Neurons ExpertStep::neurons_of(const Ready& ready, const PickedRows& rows) {
+    const Expert& expert = *ready.expert;
     const BundlesOfCell cell = walk_.cell();
     const size_t first = expert.computed * cell.bundles;  // bundle of the expert
-    const size_t count = std::min(cells * cell.bundles, neurons_ / ffn_.shape().neurons - first);
-    addresses_.resize(count);
+    const size_t count = std::min(ready.cells * cell.bundles, neurons_ / ffn_.shape().neurons - first);
+    const size_t begin = addresses_.size();
     for (size_t i = 0; i < count; i++) {
         const uint64_t address = walk_.address(expert.first_cell + expert.computed + i / cell.bundles);
-        addresses_[i] = address + i % cell.bundles * cell.stride_bytes;
+        addresses_.push_back(address + i % cell.bundles * cell.stride_bytes);
     }
-    Neurons list{addresses_};
+    Neurons list{std::span(addresses_).subspan(begin)};
     const size_t first_neuron = expert.number * neurons_ + first * ffn_.shape().neurons;
     if (rows.bias != nullptr) list.bias = rows.bias + first_neuron;
     if (rows.up_bias != nullptr) list.up_bias = rows.up_bias + first_neuron;
-    if (!is_direct(rows) && expert.y.empty()) expert.y = zeros(expert.picks * ffn_.shape().hidden);
-    of_layer_->add_rows(list, rows_of(expert, rows), expert.picks, is_direct(rows) ? y : expert.y.data());
-    walk_.done(expert.first_cell + expert.computed, cells);
-    expert.computed += cells;
+    return list;
 }
 
-const float* ExpertStep::rows_of(const Expert& expert, const PickedRows& rows) {
+// The rows of an expert, copied to `x` unless they lie together.
+const float* ExpertStep::rows_of(const Expert& expert, const PickedRows& rows, float* x) const {
     if (rows.experts == nullptr || (rows.tokens == 1 && expert.picks == 1)) return rows.x;
     const size_t hidden = ffn_.shape().hidden;
-    x_.resize(expert.picks * hidden);
-    for (size_t i = 0; i < expert.picks; i++) {
-        std::copy_n(rows.x + picks_[expert.first_pick + i].token * hidden, hidden, x_.data() + i * hidden);
-    }
-    return x_.data();
+    ffn_.workers().run(divide_up(expert.picks, TOKENS_MAX), [&](size_t item) {
+        for (size_t i = item * TOKENS_MAX; i < std::min(expert.picks, (item + 1) * TOKENS_MAX); i++) {
+            std::copy_n(rows.x + picks_[expert.first_pick + i].token * hidden, hidden, x + i * hidden);
+        }
+    });
+    return x;
 }
 
 void ExpertStep::add_finished(const PickedRows& rows, float* y) {
-    for (; added_ < experts_.size() && experts_[added_].computed == cells_; added_++) {
-        if (is_direct(rows)) continue;
-        Expert& expert = experts_[added_];
-        add(expert, rows, y);
-        free_.push_back(std::move(expert.y));
-    }
+    const size_t first = added_;
+    size_t picks = 0;
+    for (; added_ < experts_.size() && experts_[added_].computed == cells_; added_++) picks += experts_[added_].picks;
+    if (first == added_ || is_direct(rows)) return;
+    const size_t hidden = ffn_.shape().hidden;
+    const size_t slice = picks <= TOKENS_MAX ? hidden : divide_up(hidden, ffn_.workers().threads());
+    ffn_.workers().run(divide_up(hidden, slice), [&](size_t item) {
+        const size_t begin = item * slice;
+        const size_t end = std::min(hidden, begin + slice);
+        for (size_t i = first; i < added_; i++) add(experts_[i], rows, begin, end, y);
+    });
+    for (size_t i = first; i < added_; i++) free_.push_back(std::move(experts_[i].y));
 }
 
-void ExpertStep::add(const Expert& expert, const PickedRows& rows, float* y) const {
+// The elements [begin, end) of each row.
+void ExpertStep::add(const Expert& expert, const PickedRows& rows, size_t begin, size_t end, float* y) const {
     const size_t hidden = ffn_.shape().hidden;
     const float* bias = rows.output_bias == nullptr ? nullptr : rows.output_bias + expert.number * hidden;
     for (size_t i = 0; i < expert.picks; i++) {
@@ -172,9 +238,9 @@ void ExpertStep::add(const Expert& expert, const PickedRows& rows, float* y) con
         const float* from = expert.y.data() + i * hidden;
         float* to = y + token * hidden;
         if (bias == nullptr) {
-            for (size_t j = 0; j < hidden; j++) to[j] += weight * from[j];
+            for (size_t j = begin; j < end; j++) to[j] += weight * from[j];
         } else {
-            for (size_t j = 0; j < hidden; j++) to[j] += weight * (from[j] + bias[j]);
+            for (size_t j = begin; j < end; j++) to[j] += weight * (from[j] + bias[j]);
         }
     }
 }

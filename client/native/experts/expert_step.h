@@ -2,9 +2,10 @@
 // FFN that is not a mixture is computed as one expert that every row picks.
 //
 // The cells of all picked experts are asked for at once if there are few tokens, else in the order in which they are
-// computed. An expert is computed as soon as its cells are here, with all its rows at once. The weighted outputs of a
-// row's experts are added in ascending order of the experts, in fp32. So the result of a row depends on that row alone:
-// not on the other rows, on what is in the pool, nor on what arrives first.
+// computed. An expert is computed as soon as its cells are here, with all its rows at once, and together with others
+// that have few rows. The weighted outputs of a row's experts are added in ascending order of the experts, in fp32. So
+// the result of a row depends on that row alone: not on the other rows, on what is in the pool, nor on what arrives
+// first.
 #pragma once
 
 #include <cstddef>
@@ -13,7 +14,7 @@
 #include <vector>
 
 #include "experts/cell_walk.h"
-#include "kernels/ffn.h"
+#include "ffn/ffn.h"
 #include "predict/step_times.h"
 
 namespace flashclient {
@@ -72,16 +73,25 @@ class ExpertStep {
         std::vector<float> y;  // [picks, hidden], from its first cell on until it is added
     };
 
+    struct Ready {  // the next cells of an expert, which are here
+        Expert* expert;
+        size_t cells;
+    };
+
     void pick_all(const ExpertLayer& layer, const PickedRows& rows);
     void sort_picks(const ExpertLayer& layer, const PickedRows& rows);
     std::vector<uint32_t> cells_of_experts();
     void look_ahead(const Guess& guess);
+    bool picks_nearly_all(const ExpertLayer& layer) const;
+    void read_on(uint32_t index);
     size_t cells_of(const ExpertLayer& layer) const;  // of one expert
     bool compute_some(const PickedRows& rows, float* y);
-    void compute(Expert& expert, size_t cells, const PickedRows& rows, float* y);
-    const float* rows_of(const Expert& expert, const PickedRows& rows);
+    void find_ready();
+    void compute_ready(const PickedRows& rows, float* y);
+    Neurons neurons_of(const Ready& ready, const PickedRows& rows);
+    const float* rows_of(const Expert& expert, const PickedRows& rows, float* x) const;
     void add_finished(const PickedRows& rows, float* y);
-    void add(const Expert& expert, const PickedRows& rows, float* y) const;
+    void add(const Expert& expert, const PickedRows& rows, size_t begin, size_t end, float* y) const;
     bool is_direct(const PickedRows& rows) const { return rows.experts == nullptr && rows.output_bias == nullptr; }
     std::vector<float> zeros(size_t count);
 
@@ -96,8 +106,10 @@ class ExpertStep {
     size_t added_ = 0;             // how many of them y has
     std::vector<Pick> picks_;      // by expert, tokens ascending
     std::vector<size_t> ends_;     // by number of an expert: where its picks end
-    std::vector<uint64_t> addresses_;
-    std::vector<float> x_;                  // the rows of an expert
+    std::vector<Ready> ready_;
+    std::vector<FfnTerm> terms_;            // what is computed of them
+    std::vector<uint64_t> addresses_;       // of their bundles
+    std::vector<float> x_;                  // their rows
     std::vector<std::vector<float>> free_;  // memory for Expert::y
 };
 

@@ -230,9 +230,17 @@ KERNEL void accumulate_in_blocks(const void* const* rows, const float* h, size_t
 
 template <typename Format>
 const Kernels* table_of_blocks(const char* instruction_set) {
-    static const Kernels kernels{
-        instruction_set,       nullptr, nullptr,      dots_in_blocks<Format>, accumulate_in_blocks<Format>,
-        upcast_blocks<Format>, nullptr, exponentials, differing_bits,         add_products<Format>};
+    static const Kernels kernels{instruction_set,
+                                 nullptr,
+                                 nullptr,
+                                 dots_in_blocks<Format>,
+                                 accumulate_in_blocks<Format>,
+                                 upcast_blocks<Format>,
+                                 nullptr,
+                                 exponentials,
+                                 differing_bits,
+                                 add_products<Format>,
+                                 logistic};
     return &kernels;
 }
 

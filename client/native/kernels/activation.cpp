@@ -1,5 +1,7 @@
 #include "kernels/activation.h"
 
+#include <algorithm>
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -14,7 +16,45 @@ constexpr std::pair<std::string_view, Function> FUNCTIONS[] = {
     {"silu", Function::silu},       {"swish", Function::swish},
 };
 
+// What the logistic function of which, times v, is function(v): for those that are computed so.
+bool logistic_argument(Function function, float parameter, const float* values, size_t count, float* out) {
+    switch (function) {
+        case Function::silu:
+            std::copy_n(values, count, out);
+            return true;
+        case Function::swish:
+            for (size_t i = 0; i < count; i++) out[i] = parameter * values[i];
+            return true;
+        case Function::gelu_tanh:  // (1 + tanh(u)) / 2 is the logistic function of 2 u
+            for (size_t i = 0; i < count; i++) {
+                const float v = values[i];
+                out[i] = 1.59576912160573072f * (v + 0.044715f * v * v * v);
+            }
+            return true;
+        default:
+            return false;
+    }
+}
+
 }  // namespace
+
+void activate_all(const Activation& activation, const Kernels& kernels, float* values, size_t count) {
+    constexpr size_t SOME = 256;
+    const auto [function, parameter, factor, gate_max, activation_max, up_limit, up_offset] = activation;
+    for (size_t first = 0; first < count; first += SOME) {
+        const size_t some = std::min(SOME, count - first);
+        float* of_some = values + first;
+        float gate[SOME];
+        for (size_t i = 0; i < some; i++) of_some[i] = std::min(factor * of_some[i], gate_max);
+        if (logistic_argument(function, parameter, of_some, some, gate)) {
+            kernels.logistic(gate, some);
+            for (size_t i = 0; i < some; i++) of_some[i] *= gate[i];
+        } else {
+            for (size_t i = 0; i < some; i++) of_some[i] = apply(function, parameter, of_some[i]);
+        }
+        for (size_t i = 0; i < some; i++) of_some[i] = std::min(of_some[i], activation_max);
+    }
+}
 
 std::vector<std::string_view> function_names() {
     std::vector<std::string_view> names;

@@ -7,6 +7,8 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels/kernels.h"
+
 namespace flashclient {
 
 // Of v, a neuron's product with its gate row:
@@ -62,6 +64,9 @@ inline float activate(const Activation& activation, float v) {
     const float gate = std::min(activation.gate_factor * v, activation.gate_max);
     return std::min(apply(activation.function, activation.parameter, gate), activation.activation_max);
 }
+
+// activate() of each value, in place, but for rounding. Of any value in the same way, wherever it is.
+void activate_all(const Activation& activation, const Kernels& kernels, float* values, size_t count);
 
 // The factor of the activated gate, of the product with the up row. A NaN stays one.
 inline float up_factor(const Activation& activation, float v) {

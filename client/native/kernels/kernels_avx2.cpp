@@ -71,6 +71,7 @@ struct Lane {
 
 LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm256_fmadd_ps(a.value, b.value, c.value)}; }
 LANE Lane max(Lane a, Lane b) { return {_mm256_max_ps(a.value, b.value)}; }  // b where either is NaN
+LANE Lane divide(Lane a, Lane b) { return {_mm256_div_ps(a.value, b.value)}; }
 LANE Lane power_of_two(Lane a) { return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.value), 23))}; }
 LANE float sum(Lane a) {
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(a.value), _mm256_extractf128_ps(a.value, 1));

@@ -76,6 +76,7 @@ struct Lane {
 
 LANE Lane fma(Lane a, Lane b, Lane c) { return {_mm512_fmadd_ps(a.value, b.value, c.value)}; }
 LANE Lane max(Lane a, Lane b) { return {_mm512_max_ps(a.value, b.value)}; }  // b where either is NaN
+LANE Lane divide(Lane a, Lane b) { return {_mm512_div_ps(a.value, b.value)}; }
 LANE Lane power_of_two(Lane a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(a.value), 23))}; }
 LANE float sum(Lane a) { return _mm512_reduce_add_ps(a.value); }
 

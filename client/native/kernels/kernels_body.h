@@ -2,8 +2,8 @@
 //   KERNEL  the attributes of a function (its target), so that no function leaks into another file's code
 //   LANE    the same, and always inline
 //   Lane    a vector of fp32: WIDTH, TILE_ROWS, TILE_TOKENS, load<dtype>(row), load_some<dtype>(row, n), store,
-//           store_some, store_as<dtype>(row) for bf16 and f16, fma (a * b + c), max, sum, and power_of_two (2^n of the
-//           low bits of fp32, bias included), and sums_of (the sum of the lanes of each of WIDTH vectors)
+//           store_some, store_as<dtype>(row) for bf16 and f16, fma (a * b + c), max, divide, sum, and power_of_two (2^n
+//           of the low bits of fp32, bias included), and sums_of (the sum of the lanes of each of WIDTH vectors)
 // and includes formats/codes_*.h, with what decoding blocks needs of its vectors.
 // Everything has internal linkage, because the same names exist once per instruction set.
 #pragma once
@@ -330,7 +330,7 @@ KERNEL void downcast(const float* values, size_t count, void* row) {
     }
 }
 
-// e^x for x <= 0 or NaN: 2^n * e^r, n the integer nearest to x / ln 2, which adding ROUND leaves in the low bits; the
+// e^x for x <= 88 or NaN: 2^n * e^r, n the integer nearest to x / ln 2, which adding ROUND leaves in the low bits; the
 // polynomial is that of Cephes' expf.
 KERNEL Lane exponential(Lane x) {
     constexpr float ROUND = 0x1.8p23f + 127.0f;  // with the bias of an exponent
@@ -377,6 +377,23 @@ KERNEL float exponentials(float* values, size_t count) {
         sums = fma(result, one, sums);
     }
     return sum(sums);
+}
+
+KERNEL void logistic(float* values, size_t count) {
+    const Lane minus_one = Lane::all(-1.0f), one = Lane::all(1.0f), zero = Lane::zero(), least = Lane::all(-88.0f);
+    for (size_t i = 0; i < count; i += Lane::WIDTH) {
+        const size_t some = std::min(Lane::WIDTH, count - i);
+        const bool whole = some == Lane::WIDTH;
+        float* at = values + i;
+        const Lane x = whole ? Lane::template load<Dtype::f32>(at) : Lane::template load_some<Dtype::f32>(at, some);
+        const Lane minus_x = fma(max(least, x), minus_one, zero);  // 88 at most; a NaN stays one
+        const Lane result = divide(one, fma(exponential(minus_x), one, one));
+        if (whole) {
+            result.store(at);
+        } else {
+            result.store_some(at, some);
+        }
+    }
 }
 
 KERNEL size_t differing_bits(const uint8_t* a, const uint8_t* b, size_t bytes) {
@@ -428,7 +445,8 @@ const Kernels* table(const char* instruction_set) {
                                  downcast_of<dtype>(),
                                  exponentials,
                                  differing_bits,
-                                 add_products_of<dtype>()};
+                                 add_products_of<dtype>(),
+                                 logistic};
     return &kernels;
 }
 

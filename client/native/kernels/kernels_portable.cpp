@@ -87,6 +87,10 @@ Lane max(Lane a, Lane b) {  // b where either is NaN
     }
     return b;
 }
+Lane divide(Lane a, Lane b) {
+    for (size_t i = 0; i < Lane::WIDTH; i++) a.value[i] /= b.value[i];
+    return a;
+}
 Lane power_of_two(Lane a) {
     for (float& value : a.value) value = std::bit_cast<float>(std::bit_cast<uint32_t>(value) << 23);
     return a;

@@ -11,7 +11,7 @@
 #include <span>
 #include <vector>
 
-#include "kernels/ffn.h"
+#include "ffn/ffn.h"
 #include "kernels/predictor.h"
 #include "predict/step_times.h"
 #include "predict/window.h"

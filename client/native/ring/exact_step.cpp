@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "ffn/ffn_sum.h"
+
 namespace flashclient {
 
 StepTimes ExactStep::run(uint32_t layer, const ExactRows& rows, float* y) {

@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "kernels/ffn.h"
+#include "ffn/ffn.h"
 #include "predict/step_times.h"
 #include "ring/sweep.h"
 

@@ -144,6 +144,21 @@ TEST_F(ExpertStepTest, WhatIsGuessedIsOnlyAHint) {
     EXPECT_EQ(run(rows), expected_rows(rows)) << "the next step gives back what that one was granted";
 }
 
+TEST_F(ExpertStepTest, WhereNearlyAllExpertsArePickedTheNextLayerIsReadEarly) {
+    Rows rows = rows_of(2, 1);
+    rows.experts = {5, 2, 4, 2, 1, 5};
+    EXPECT_EQ(run(rows), expected_rows(rows));
+    EXPECT_TRUE(cells.prefetched.empty());
+    rows.experts = {5, 2, 4, 0, 1, 6};
+    for (const uint32_t limit : {5U, 1000U}) {
+        cells.limit = limit;
+        cells.prefetched.clear();
+        EXPECT_EQ(run(rows), expected_rows(rows));
+        const std::vector<std::array<uint32_t, 3>> wanted = {{DENSE, 0, std::min(limit, 8U)}};
+        EXPECT_EQ(cells.prefetched, wanted) << "once, and no more than may be leased at once";
+    }
+}
+
 TEST_F(ExpertStepTest, RowsThatPickNothingAreZero) {
     Rows rows = rows_of(1, 1);
     rows.experts.assign(PICKS, -3);
@@ -242,6 +257,7 @@ TEST_F(KeepingStepTest, WhatIsHeldNeedsNoMessage) {
     run_dense_kept();
     EXPECT_EQ(cells.held.size(), CELLS);
     const uint32_t exchanges = cells.exchanges;
+    cells.prefetched.clear();
     for (const size_t tokens : {1, 3, 40}) {
         check(rows_of(tokens, 2), [] { return Guess{0, {1, 4}}; });
     }

@@ -40,8 +40,9 @@ struct Neurons {
     const uint16_t* row_masks = nullptr;  // bit t: row t wants the entry; null: all rows want all
     size_t mask_stride = 0;               // between the masks of one group of TOKENS_MAX rows and those of the next
 
-    Neurons part(size_t first, size_t count) const {
-        const auto from = [first](auto* each) { return each != nullptr ? each + first : nullptr; };
+    // `count` bundles from `first` on, of `neurons` each.
+    Neurons part(size_t first, size_t count, size_t neurons = 1) const {
+        const auto from = [&](auto* each) { return each != nullptr ? each + first * neurons : nullptr; };
         return {bundles.subspan(first, count), from(bias), from(up_bias), from(row_masks), mask_stride};
     }
     Neurons of_tokens(size_t group) const {
@@ -49,6 +50,14 @@ struct Neurons {
         if (row_masks != nullptr) some.row_masks += group * mask_stride;
         return some;
     }
+};
+
+// One of several sums, each over neurons of its own for rows of its own.
+struct FfnTerm {
+    Neurons list;  // without masks
+    const float* x;
+    size_t tokens;
+    float* y;  // of no other term
 };
 
 // The bits of the output depend on the order of the list only. They depend neither on how the list is cut into chunks,
@@ -77,7 +86,12 @@ class Ffn {
     // fire() and accumulate() for the whole list and any number of tokens.
     void add_rows(const Neurons& list, const float* x, size_t tokens, float* y) const;
 
+    // add_rows() of each term, with the same bits. The threads share the work of all terms, so that they wait for each
+    // other twice, not twice for each term. For some hundred rows in all: h of all neurons is held at once.
+    void add_terms(std::span<const FfnTerm> terms) const;
+
     const FfnShape& shape() const { return shape_; }
+    Workers& workers() const { return workers_; }
     size_t bundle_bytes() const { return bundle_bytes_; }
     size_t alignment_bytes() const { return alignment_bytes_; }  // alignment of a bundle: that of its largest element
     std::string instruction_set() const { return gate_or_up_.kernels->instruction_set; }
@@ -86,6 +100,7 @@ class Ffn {
     friend class FfnSum;
     struct Group;    // neurons that one thread fires together for a group of tokens
     struct Rows;     // x in the forms that the parts' kernels take
+    struct Job;      // neurons that are fired for some rows, and where their sum goes
     struct Fired;    // what a group of tokens adds to y
     struct Scratch;  // memory of a thread that adds rows
     static Scratch& scratch_of_thread();
@@ -100,11 +115,12 @@ class Ffn {
     };
     Part next_part(size_t part, const char* instruction_set);
     Reading new_reading() const { return {bundle_bytes_, alignment_bytes_}; }
-    void fire_entries(const Neurons& list, const uint32_t* entries, size_t count, const Rows& x, float* h) const;
+    void fire_jobs(std::span<const Job> jobs) const;
+    void fire_some(const Job& job, size_t first, size_t end) const;
     void fire_group(const Group& group, const Neurons& list, const Rows& x, float* h) const;
     void fire_two(const Group (&groups)[2], const Neurons& list, const Rows& x, float* const (&h)[2]) const;
     bool has_pairs() const;
-    Group activate_group(const Group& group, const Neurons& list, const float* dots, size_t tokens, float* h) const;
+    Group activate_group(const Group& group, const Neurons& list, float* dots, size_t tokens, float* h) const;
     void open_gate(const Group& group, const Neurons& list, const Rows& x, float* h) const;
     void multiply_group(const Group& group, const Neurons& list, const float* dots, size_t tokens, float* h) const;
     bool in_slabs() const { return shape_.neurons > 1; }
@@ -114,9 +130,10 @@ class Ffn {
     }
     void require_no_slabs() const;
     void add_list(const Neurons& list, const Rows& rows, float* y) const;
-    void add_slabs(const Neurons& list, const Rows& rows, float* y) const;
-    void accumulate_slabs(std::span<const uint64_t> slabs, const float* h, size_t tokens, float* y) const;
-    void accumulate_list(std::span<const uint64_t> bundles, size_t tokens, Scratch& scratch, float* y) const;
+    void add_jobs(std::span<Job> jobs) const;
+    void accumulate_jobs(std::span<const Job> jobs) const;
+    void accumulate_slabs(std::span<const Job> jobs) const;
+    size_t slice_for(size_t jobs, size_t step) const;
 
     Workers& workers_;
     FfnShape shape_;
@@ -126,42 +143,6 @@ class Ffn {
     Part gate_or_up_;             // the part whose dot goes through the activation
     Part up_;                     // the same as gate_or_up_ if there is no gate
     Part down_;
-};
-
-// The sum over all neurons of a layer, which come in chunks, in order. Where the down column's kernels have group sums
-// (kernels.h) they are used, so the bits may differ from those of Ffn::add_rows(). They depend neither on the chunks
-// nor on the other tokens or the number of threads.
-//
-// A group whose neurons have not all come waits for the rest: their down columns are copied. Not for several threads at
-// once, and y is undefined until finish().
-class FfnSum {
-  public:
-    // y [tokens, hidden] += the sum, after finish(). All must outlive this.
-    FfnSum(const Ffn& ffn, const float* x, size_t tokens, float* y);
-    ~FfnSum();
-
-    // The next neurons, without masks. Throws what Ffn::add_rows() throws.
-    void add(const Neurons& list);
-    void finish();  // there are no more
-
-  private:
-    void add_block(const Neurons& list);
-    void add_groups(const float* h, size_t count);
-    void keep(const float* h, size_t first, size_t count);
-    bool in_groups() const { return !ffn_.in_slabs() && ffn_.down_.kernels->groups != nullptr; }
-    template <typename Copy>
-    void for_strips(const Copy& copy);
-
-    const Ffn& ffn_;
-    std::unique_ptr<Ffn::Rows> x_;
-    float* y_;
-    float* sums_ = nullptr;          // y as GroupSums::add() takes it
-    std::vector<char> sums_memory_;  // of sums_
-    std::vector<const void*> rows_;  // down columns: of the neurons that wait, and of the next ones
-    size_t waiting_ = 0;
-    std::vector<char> columns_;  // of the neurons that wait
-    std::vector<float> h_;       // theirs: [group of tokens][neuron, token]
-    std::vector<char> packed_;   // what GroupSums::add() takes
 };
 
 }  // namespace flashclient

@@ -1,6 +1,4 @@
 // The FFN's sums and the workers behind them, from several threads: what the sanitizers watch.
-#include "kernels/ffn.h"
-
 #include <gtest/gtest.h>
 
 #include <atomic>
@@ -9,6 +7,7 @@
 #include <thread>
 #include <vector>
 
+#include "ffn/ffn_sum.h"
 #include "kernels/workers.h"
 #include "random_floats.h"
 
@@ -171,6 +170,45 @@ TEST_P(FfnBits, SumOverALayerDependsOnNeitherChunksNorOtherRows) {
                 const std::vector<float> some = sum(2, chunk, first, tokens);
                 EXPECT_TRUE(std::equal(some.begin(), some.end(), all.begin() + static_cast<ptrdiff_t>(first * HIDDEN)));
             }
+        }
+    }
+}
+
+// Lists of other neurons for other rows, some of them the same rows; bundles of one neuron and slabs of 32.
+TEST_P(FfnBits, TermsAreSumsOfTheirOwn) {
+    constexpr size_t ROWS = 40;
+    const std::vector<float> x = random_floats(ROWS * HIDDEN, 1000, DEVIATION);
+    const std::vector<float> bias = random_floats(32 * NEURONS, 1001), up_bias = random_floats(32 * NEURONS, 1002);
+    for (const size_t neurons : {1, 32}) {
+        std::deque<std::vector<float>> bundles;
+        std::deque<ReadableMemory> readable;
+        std::vector<uint64_t> addresses;
+        for (unsigned i = 0; i < 20; i++) {
+            bundles.push_back(random_floats(3 * HIDDEN * neurons, i, DEVIATION));
+            readable.emplace_back(bundles.back().data(), bundles.back().size() * sizeof(float));
+            addresses.push_back(reinterpret_cast<uint64_t>(bundles.back().data()));
+        }
+        for (const size_t threads : {1, 3}) {
+            Workers workers(threads);
+            const FfnShape shape{
+                std::vector(3, weightd::plain_encoding(Dtype::f32)), HIDDEN, {Function::relu}, neurons};
+            const Ffn ffn(workers, shape, GetParam());
+            std::vector<std::vector<float>> sums, expected;
+            std::vector<FfnTerm> terms;
+            const auto add = [&](size_t first, size_t count, size_t row, size_t tokens) {
+                const Neurons list{std::span(addresses).subspan(first, count), bias.data() + first * neurons,
+                                   up_bias.data() + first * neurons};
+                terms.push_back({list, x.data() + row * HIDDEN, tokens, nullptr});
+                std::vector<float>& alone = expected.emplace_back(tokens * HIDDEN, 0.5f);
+                sums.push_back(alone);
+                if (tokens > 0) ffn.add_rows(list, terms.back().x, tokens, alone.data());
+            };
+            for (const size_t tokens : {1, 1, 2, 17, 0, 1, 40}) add(terms.size(), 3 + terms.size(), 0, tokens);
+            add(0, 0, 3, 5);
+            for (size_t row = 0; row < 6; row++) add(row, 20 - row, row, 1);
+            for (size_t i = 0; i < terms.size(); i++) terms[i].y = sums[i].data();
+            ffn.add_terms(terms);
+            EXPECT_EQ(sums, expected) << neurons << " " << threads;
         }
     }
 }
