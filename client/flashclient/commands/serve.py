@@ -209,12 +209,15 @@ def _serve(models: dict[str, Any], options: argparse.Namespace, keys: list[str])
 
 def _bound(options: argparse.Namespace) -> socket.socket:
     """A listening socket. Raises FlashClientError where the address cannot be had."""
-    try:
-        listening = socket.socket(socket.AF_INET6 if ":" in options.host else socket.AF_INET, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((options.host, options.port))
-        listening.listen(BACKLOG)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise FlashClientError(f"cannot listen at {options.host}:{options.port}: {reason}") from error
-    return listening
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    with ExitStack() as opened:
+        try:
+            listening = opened.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind((options.host, options.port))
+            listening.listen(BACKLOG)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise FlashClientError(f"cannot listen at {options.host}:{options.port}: {reason}") from error
+        opened.pop_all()
+        return listening
