@@ -49,6 +49,8 @@ void activate_all(const Activation& activation, const Kernels& kernels, float* v
         if (logistic_argument(function, parameter, of_some, some, gate)) {
             kernels.logistic(gate, some);
             for (size_t i = 0; i < some; i++) of_some[i] *= gate[i];
+        } else if (function == Function::relu || function == Function::gated_relu) {  // a loop of vectors
+            for (size_t i = 0; i < some; i++) of_some[i] = of_some[i] < 0.0f ? 0.0f : of_some[i];
         } else {
             for (size_t i = 0; i < some; i++) of_some[i] = apply(function, parameter, of_some[i]);
         }
