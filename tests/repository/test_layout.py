@@ -34,28 +34,28 @@ TABLE = {
         __main__: cli
     """,
     "flashclient": """
-        errors:
-        garbage:
-        memory_limits:
-        standard_streams:
-        torch_state:
-        turns: errors
-        daemon: errors
-        source: errors daemon
-        kernels: errors
-        model: errors garbage torch_state turns daemon source kernels
-        tensors: errors
-        recipes: errors source model tensors
-        generation: errors torch_state source kernels model tensors recipes
-        batching: errors torch_state kernels model generation
-        calibration: errors memory_limits daemon source kernels model
-        options: errors daemon
-        client: errors standard_streams torch_state turns daemon source model generation options
-        server: errors generation batching client
-        commands: errors garbage standard_streams daemon generation batching calibration options client server
-        cli: errors standard_streams commands
-        __main__: cli
-        __init__: garbage client
+    errors:
+    garbage:
+    memory_limits:
+    standard_streams:
+    torch_state:
+    turns: errors
+    daemon: errors
+    source: errors daemon
+    kernels: errors
+    model: errors garbage torch_state turns daemon source kernels
+    tensors: errors
+    recipes: errors source model tensors
+    generation: errors torch_state source kernels model tensors recipes
+    batching: errors torch_state kernels model generation
+    calibration: errors memory_limits daemon source kernels model
+    options: errors daemon
+    client: errors standard_streams torch_state turns daemon source model generation options
+    server: errors generation batching client
+    commands: errors garbage standard_streams torch_state daemon generation batching calibration options client server
+    cli: errors standard_streams commands
+    __main__: cli
+    __init__: garbage client
     """,
 }
 # The modules of the client that weightd may import: code that both need, and the client that `weightd top` is.

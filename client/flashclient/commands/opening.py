@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from flashclient.commands.quick_imports import quick_imports
 from flashclient.errors import OptionError
 from flashclient.garbage import garbage_kept
 from flashclient.options import Options
@@ -30,9 +31,10 @@ def open_client(options: argparse.Namespace, model: str | None = None, **more: A
     if sys.stderr.isatty():
         complain("flashclient", f"loading {model}")  # the next lines take seconds
     with garbage_kept(), _weightd_starting(model, options):
-        from transformers import logging as transformers_logging
+        with quick_imports():
+            from transformers import logging as transformers_logging
 
-        from flashclient.client import FlashClient
+            from flashclient.client import FlashClient
 
         logging: Any = transformers_logging
         logging.set_verbosity_error()

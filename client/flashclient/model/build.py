@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -46,6 +47,7 @@ from weightd_proto import weightd_pb2
 from weightd_proto.encodings import BLOCK_FORMATS, bundle_neurons, encodings_of, formats_of, has_experts
 
 COMPUTED_ELEMENTS_MAX = 1 << 24
+FILLING = {name for name in vars(nn.init) if re.fullmatch("[a-z].*_", name)}  # transformers wraps these functions
 
 
 class _UnmadeParameters(TorchFunctionMode):
@@ -53,13 +55,17 @@ class _UnmadeParameters(TorchFunctionMode):
 
     torch's layers allocate their weights with torch.empty. Constructing the whole model on the meta device would lose
     what models compute at construction and no checkpoint holds: rotary frequencies, Gemma's embedding scale. Some
-    classes make large parameters, of experts, with torch.zeros.
+    classes make large parameters, of experts, with torch.zeros. Parameters are not filled with random numbers: on the
+    meta device that does nothing, and torch imports its compiler for it, which takes half a second.
     """
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        filled = kwargs.get("tensor", args[0] if args else None)
+        if getattr(func, "__name__", None) in FILLING and isinstance(filled, Tensor) and filled.is_meta:
+            return filled
         if kwargs.get("device") is None and (func is torch.empty or (func is torch.zeros and _is_large(args))):
             kwargs["device"] = "meta"
         return func(*args, **kwargs)
