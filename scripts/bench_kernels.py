@@ -14,7 +14,6 @@ import itertools
 import mmap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
@@ -264,18 +263,22 @@ def attention_row(arena: Arena, cached_tokens: int, rounds: int = ROUNDS) -> Row
     """The native attention of one token, then transformers' own, over the caches of layer after layer."""
     shape = (2, 1, HEADS, cached_tokens, HEAD_ELEMENTS)  # keys and values
     layers = [
-        torch.from_numpy(part.view(np.int16)).view(torch.bfloat16).view(shape)
+        torch.from_numpy(part.view(np.int16)).view(torch.bfloat16).view(shape).unbind()
         for part in arena.matrices(2 * HEADS * cached_tokens, HEAD_ELEMENTS)
     ]
     query = torch.randn(1, HEADS, 1, HEAD_ELEMENTS).bfloat16()
-    by_torch, native = torch.nn.Module(), torch.nn.Module()
-    native.decode_kernels = {torch.bfloat16: Attention(arena.workers, "BF16")}  # type: ignore[assignment]
+    out = torch.empty(1, 1, HEADS, HEAD_ELEMENTS, dtype=torch.bfloat16)
+    kernel, scale, module = Attention(arena.workers, "BF16"), HEAD_ELEMENTS**-0.5, torch.nn.Module()
 
-    def attend_with(module: torch.nn.Module, layer: Tensor) -> None:
+    def native(layer: Sequence[Tensor]) -> None:
+        kernel.attend(array_of(query), array_of(layer[0]), array_of(layer[1]), None, False, scale, array_of(out))
+
+    def by_torch(layer: Sequence[Tensor]) -> None:
         attend(module, query, layer[0], layer[1], None)
 
-    torch_row = compare(arena, partial(attend_with, by_torch), layers, layers[0].nbytes, 1)
-    row = compare(arena, partial(attend_with, native), layers, layers[0].nbytes, rounds)
+    layer_bytes = sum(part.nbytes for part in layers[0])
+    torch_row = compare(arena, by_torch, layers, layer_bytes, 1)
+    row = compare(arena, native, layers, layer_bytes, rounds)
     row["torch_over_memory_ratio"] = torch_row["over_memory_ratio"]
     return {"kernel": "attention", "cached_tokens": cached_tokens, "tokens": 1} | row
 

@@ -108,7 +108,7 @@ void Ffn::fire_jobs(std::span<const Job> jobs) const {
     const size_t rounds =
         std::max<size_t>(2, divide_up(count, FIRED_MAX * workers_.threads()));  // the same of each thread
     const size_t share = divide_up(count, rounds * workers_.threads());
-    const size_t some = std::clamp(divide_up(share, FIRED_MIN) * FIRED_MIN, FIRED_MIN, FIRED_MAX);
+    const size_t some = std::clamp(share / FIRED_MIN * FIRED_MIN, FIRED_MIN, FIRED_MAX);
     const auto items_of = [&](const Job& job) { return divide_up(count_of(job), some); };
     size_t items = 0;
     for (const Job& job : jobs) items += items_of(job);
@@ -264,9 +264,10 @@ void Ffn::accumulate_jobs(std::span<const Job> jobs) const {
         const size_t some = job.in_group(group);
         for (size_t i = 0; i < job.list.bundles.size(); i++) {
             const float* of_entry = fired.h + i * some;
-            if (all_zero(of_entry, some)) continue;
+            const bool fires = !all_zero(of_entry, some);
             std::copy_n(of_entry, some, fired.h + fired.count * some);
-            fired.rows[fired.count++] = down_.in(job.list.bundles[i]);
+            fired.rows[fired.count] = down_.in(job.list.bundles[i]);
+            fired.count += fires;  // without a branch, because no processor predicts which neurons fire
         }
     });
     // One thread computes an element of y and adds the neurons in order.

@@ -23,14 +23,19 @@ namespace {
 
 // A stretch of a row of x. Each scale and sum is repeated four times, once for each row of a quad.
 struct alignas(64) StretchOfX {
-    int8_t upper[2][UNITS][16];  // [half of a unit]
-    int8_t lower[2][UNITS][16];
+    int8_t upper[2 * UNITS][16];  // halves of units, at place_of_half()
+    int8_t lower[2 * UNITS][16];
     float scale[UNITS][QUAD];
     struct Sums {  // of x
         int32_t integers[UNITS][QUAD];
         float values[UNITS][QUAD];
     } unit, half[2];
 };
+
+// Where a half of a unit lies among those of a stretch, as its codes do (StretchCodes).
+constexpr size_t place_of_half(bool in_order, size_t unit, size_t half) {
+    return in_order ? unit * 2 + half : half * UNITS + unit;
+}
 
 // The power of two that is a scale, for a finite greatest size.
 LANE float scale_for(float greatest) {
@@ -58,6 +63,7 @@ LANE void set_sums(StretchOfX::Sums& sums, size_t unit, int32_t sum, float scale
     std::fill_n(sums.values[unit], QUAD, static_cast<float>(sum) * scale);
 }
 
+template <bool in_order>
 LANE void quantise_unit(const float* x, size_t unit, StretchOfX& out) {
     const __m512 values[2] = {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
     const __m512 sizes = _mm512_range_ps(values[0], values[1], 0x0b);  // the greater of the sizes
@@ -75,8 +81,9 @@ LANE void quantise_unit(const float* x, size_t unit, StretchOfX& out) {
     int32_t sums[2];
     for (size_t i = 0; i < 2; i++) {
         const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(integers[i], _mm512_set1_epi32(128)), 8);
-        _mm_store_si128(reinterpret_cast<__m128i*>(out.upper[i][unit]), _mm512_cvtepi32_epi8(upper));
-        _mm_store_si128(reinterpret_cast<__m128i*>(out.lower[i][unit]), _mm512_cvtepi32_epi8(integers[i]));
+        const size_t place = place_of_half(in_order, unit, i);
+        _mm_store_si128(reinterpret_cast<__m128i*>(out.upper[place]), _mm512_cvtepi32_epi8(upper));
+        _mm_store_si128(reinterpret_cast<__m128i*>(out.lower[place]), _mm512_cvtepi32_epi8(integers[i]));
         sums[i] = _mm512_reduce_add_epi32(integers[i]);
         set_sums(out.half[i], unit, sums[i], scale);
     }
@@ -85,14 +92,16 @@ LANE void quantise_unit(const float* x, size_t unit, StretchOfX& out) {
 
 // `elements` are whole units, at most a stretch. Where they are fewer, those before them are 0: the last stretch of a
 // row begins among units that belong to the one before it.
+template <bool in_order>
 KERNEL void quantise(const float* x, size_t elements, StretchOfX& out) {
     if (elements < STRETCH) std::memset(&out, 0, sizeof(out));
     const size_t units = elements / UNIT;
-    for (size_t i = 0; i < units; i++) quantise_unit(x + i * UNIT, UNITS - units + i, out);
+    for (size_t i = 0; i < units; i++) quantise_unit<in_order>(x + i * UNIT, UNITS - units + i, out);
 }
 
+template <bool in_order>
 KERNEL void quantise_row(const float* x, size_t hidden, StretchOfX* out) {
-    for (size_t j = 0; j < hidden; j += STRETCH) quantise(x + j, std::min(STRETCH, hidden - j), *out++);
+    for (size_t j = 0; j < hidden; j += STRETCH) quantise<in_order>(x + j, std::min(STRETCH, hidden - j), *out++);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 //   ZERO      a power of two, or 0
 //   PARTS     1: a unit has one scale; 2: each half of it has its own
 //   LEAST     whether there are leasts
+//   IN_ORDER  whether codes stay in the order of their values (StretchCodes), for PARTS = 2
 //   codes<half>(at)           the stretch's codes; `at`: its first block, or the block of 256 of which it is a half
 //   scales<half>(at, of)      of four rows
 // Compiled with AVX-512 VNNI and VBMI, by files that define KERNEL and LANE as kernels_body.h says.
@@ -26,7 +27,8 @@ namespace {
 constexpr size_t UNIT = 32, UNITS = 4, STRETCH = UNIT * UNITS;
 constexpr size_t QUAD = 4;  // rows whose scales are made together
 
-// The codes of a stretch, bytes: sixteen of each unit in `halves[0]`, the other sixteen in `halves[1]`.
+// The codes of a stretch, bytes: sixteen of each unit in `halves[0]`, the other sixteen in `halves[1]`. With IN_ORDER
+// all of two units in the first, of the other two in the second.
 struct StretchCodes {
     __m512i halves[2];
 };
@@ -82,9 +84,12 @@ LANE StretchCodes halves_of_bytes(const uint8_t* first, size_t stride) {
     return {{field(bytes, 15), field(_mm512_srli_epi32(bytes, 4), 15)}};
 }
 
-LANE StretchCodes looked_up(const StretchCodes& codes, const std::array<uint8_t, 16>& numbers) {
+// The numbers for which such codes stand. A permutation reads six bits of a byte, of which the upper two pick one of
+// four tables that are the same.
+LANE StretchCodes looked_up_halves(const uint8_t* first, size_t stride, const std::array<uint8_t, 16>& numbers) {
     const __m512i table = _mm512_broadcast_i32x4(sixteen_at(numbers.data()));
-    return {{_mm512_shuffle_epi8(table, codes.halves[0]), _mm512_shuffle_epi8(table, codes.halves[1])}};
+    const __m512i bytes = of_four_blocks(first, stride);
+    return {{_mm512_permutexvar_epi8(bytes, table), _mm512_permutexvar_epi8(_mm512_srli_epi32(bytes, 4), table)}};
 }
 
 // ---- Scales ----
@@ -164,6 +169,7 @@ LANE __m512 scaled(__m512i numbers, int zero, __m512 by) {
 }
 
 // Of four rows of eight bytes, for both halves of four units: [unit][half].
+template <bool is_signed = false>
 struct HalfNumbers {
     __m512i of[2];
 
@@ -173,8 +179,10 @@ struct HalfNumbers {
         const __m256i by_unit = _mm256_setr_epi8(0, 8, 16, 24, 2, 10, 18, 26, 4, 12, 20, 28, 6, 14, 22, 30,  //
                                                  1, 9, 17, 25, 3, 11, 19, 27, 5, 13, 21, 29, 7, 15, 23, 31);
         const __m256i sorted = _mm256_permutexvar_epi8(by_unit, bytes);
-        of[0] = _mm512_cvtepu8_epi32(_mm256_castsi256_si128(sorted));
-        of[1] = _mm512_cvtepu8_epi32(_mm256_extracti128_si256(sorted, 1));
+        const __m128i halves[2] = {_mm256_castsi256_si128(sorted), _mm256_extracti128_si256(sorted, 1)};
+        for (size_t i = 0; i < 2; i++) {
+            of[i] = is_signed ? _mm512_cvtepi8_epi32(halves[i]) : _mm512_cvtepu8_epi32(halves[i]);
+        }
     }
 };
 

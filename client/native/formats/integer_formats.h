@@ -14,7 +14,7 @@ namespace {
 template <BlockFormat format, bool least>
 struct SmallBlocks {
     static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 1;
-    static constexpr bool LEAST = least;
+    static constexpr bool LEAST = least, IN_ORDER = false;
 
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
@@ -66,7 +66,7 @@ struct Codes<BlockFormat::iq4_nl> : SmallBlocks<BlockFormat::iq4_nl, false> {
     static constexpr int ZERO = 128;
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
-        return looked_up(halves_of_bytes(at + 2, BYTES), IQ4_NL_ABOVE);
+        return looked_up_halves(at + 2, BYTES, IQ4_NL_ABOVE);
     }
 };
 
@@ -110,14 +110,14 @@ template <>
 struct Codes<BlockFormat::mxfp4> {
     static constexpr size_t BYTES = record_of<BlockFormat::mxfp4>().bytes, PARTS = 1;
     static constexpr int ZERO = 16;
-    static constexpr bool LEAST = false;
+    static constexpr bool LEAST = false, IN_ORDER = false;
 
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
-        return looked_up(halves_of_bytes(at + 1, BYTES), E2M1_ABOVE);
+        return looked_up_halves(at + 1, BYTES, E2M1_ABOVE);
     }
-    // Half of the power of two that an exponent stands for: those of the two least are smaller than normal numbers.
-    // That of the greatest would be beyond fp32, as the values of most codes are.
+    // Half of the power of two that an exponent stands for. The power of the least is smaller than normal numbers, and
+    // that of the greatest is beyond fp32, as the values of most codes are.
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
         const __m128i place = _mm_setr_epi8(0, 0, 0, 0, 17, 17, 17, 17, 34, 34, 34, 34, 51, 51, 51, 51);
@@ -128,12 +128,8 @@ struct Codes<BlockFormat::mxfp4> {
         bytes = _mm512_mask_permutexvar_epi8(bytes, 0x4444, places, _mm512_loadu_si512(at[2]));
         bytes = _mm512_mask_permutexvar_epi8(bytes, 0x8888, places, _mm512_loadu_si512(at[3]));
         const __m512i exponent = _mm512_cvtepu8_epi32(_mm512_castsi512_si128(bytes));
-        const __m512i one = _mm512_set1_epi32(1);
-        const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(exponent, one), 23);
-        const __m512i small = _mm512_sllv_epi32(_mm512_set1_epi32(0x00200000), exponent);
-        const __m512i power = _mm512_mask_mov_epi32(normal, _mm512_cmple_epi32_mask(exponent, one), small);
-        const __mmask16 greatest = _mm512_cmpeq_epi32_mask(exponent, _mm512_set1_epi32(255));
-        of.scale[0] = _mm512_castsi512_ps(_mm512_mask_slli_epi32(power, greatest, exponent, 23));
+        const __m512i power = _mm512_max_epu32(_mm512_slli_epi32(exponent, 23), _mm512_set1_epi32(0x00400000));
+        of.scale[0] = _mm512_mul_ps(_mm512_castsi512_ps(power), _mm512_set1_ps(0.5f));
     }
 };
 
@@ -143,7 +139,7 @@ template <BlockFormat format>
 struct SixBitScales {  // of Q4_K and Q5_K
     static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 1;
     static constexpr int ZERO = 0;
-    static constexpr bool LEAST = true;
+    static constexpr bool LEAST = true, IN_ORDER = false;
 
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
@@ -212,28 +208,26 @@ struct ScalesOfHalves {
 template <>
 struct Codes<BlockFormat::q6_k> : ScalesOfHalves<BlockFormat::q6_k> {
     static constexpr int ZERO = 32;
-    static constexpr bool LEAST = false;
+    static constexpr bool LEAST = false, IN_ORDER = true;
 
     // The lower four bits lie in 64 bytes, lower halves first, and the upper two in 32 bytes, lowest first.
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
-        const __m512i all = _mm512_loadu_si512(at + half * 64);
-        const __m512i shift = of_units(0, 0, 4, 4), rotation = of_units(4, 2, 0, 30);
-        const uint8_t* upper = at + 128 + half * 32;
-        const __m512i first = field(_mm512_srlv_epi32(_mm512_shuffle_i64x2(all, all, 0x88), shift), 15);
-        const __m512i second = field(_mm512_srlv_epi32(_mm512_shuffle_i64x2(all, all, 0xdd), shift), 15);
-        return {{with_upper_bits(first, upper, rotation, 48), with_upper_bits(second, upper + 16, rotation, 48)}};
+        const __m512i lower = _mm512_loadu_si512(at + half * 64);
+        const __m512i upper =
+            _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 128 + half * 32)));
+        const __m512i first = _mm512_rolv_epi32(upper, of_units(4, 4, 2, 2));
+        const __m512i second = _mm512_rolv_epi32(upper, of_units(0, 0, 30, 30));
+        return {
+            {with_field(field(lower, 15), first, 48), with_field(field(_mm512_srli_epi32(lower, 4), 15), second, 48)}};
     }
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
         uint64_t bytes[QUAD];
-        for (size_t r = 0; r < QUAD; r++) {
-            std::memcpy(&bytes[r], at[r] + 192 + half * 8, sizeof(bytes[r]));
-            bytes[r] ^= 0x8080808080808080;
-        }
-        const HalfNumbers numbers(bytes);
+        for (size_t r = 0; r < QUAD; r++) std::memcpy(&bytes[r], at[r] + 192 + half * 8, sizeof(bytes[r]));
+        const HalfNumbers<true> numbers(bytes);
         const __m512 factor = halves_of_rows(at, 208);
-        for (size_t i = 0; i < 2; i++) of.scale[i] = scaled(numbers.of[i], 128, factor);
+        for (size_t i = 0; i < 2; i++) of.scale[i] = _mm512_mul_ps(_mm512_cvtepi32_ps(numbers.of[i]), factor);
     }
 };
 
@@ -247,7 +241,7 @@ LANE StretchCodes quarters_of_bytes(const uint8_t* bytes) {
 template <>
 struct Codes<BlockFormat::q2_k> : ScalesOfHalves<BlockFormat::q2_k> {
     static constexpr int ZERO = 0;
-    static constexpr bool LEAST = true;
+    static constexpr bool LEAST = true, IN_ORDER = false;
 
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
@@ -257,7 +251,7 @@ struct Codes<BlockFormat::q2_k> : ScalesOfHalves<BlockFormat::q2_k> {
     LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
         uint64_t bytes[QUAD];
         for (size_t r = 0; r < QUAD; r++) std::memcpy(&bytes[r], at[r] + half * 8, sizeof(bytes[r]));
-        const HalfNumbers numbers(bytes);
+        const HalfNumbers<> numbers(bytes);
         const __m512 factor = halves_of_rows(at, 80);
         const __m512 of_least = _mm512_xor_ps(halves_of_rows(at, 82), _mm512_set1_ps(-0.0f));
         for (size_t i = 0; i < 2; i++) {
@@ -270,7 +264,7 @@ struct Codes<BlockFormat::q2_k> : ScalesOfHalves<BlockFormat::q2_k> {
 template <>
 struct Codes<BlockFormat::q3_k> : ScalesOfHalves<BlockFormat::q3_k> {
     static constexpr int ZERO = 4;
-    static constexpr bool LEAST = false;
+    static constexpr bool LEAST = false, IN_ORDER = false;
 
     // The third bit: bit i of 32 bytes belongs to unit i of the block.
     template <size_t half>
@@ -294,7 +288,7 @@ struct Codes<BlockFormat::q3_k> : ScalesOfHalves<BlockFormat::q3_k> {
             const uint64_t both = uint64_t{upper >> 4 * half & TWO} | uint64_t{upper >> (4 * half + 2) & TWO} << 32;
             bytes[r] = (lower >> 4 * half & FOUR) | both << 4;
         }
-        const HalfNumbers numbers(bytes);
+        const HalfNumbers<> numbers(bytes);
         const __m512 factor = halves_of_rows(at, 108);
         for (size_t i = 0; i < 2; i++) of.scale[i] = scaled(numbers.of[i], 32, factor);
     }
@@ -304,11 +298,11 @@ template <>
 struct Codes<BlockFormat::iq4_xs> {
     static constexpr size_t BYTES = record_of<BlockFormat::iq4_xs>().bytes, PARTS = 1;
     static constexpr int ZERO = 128;
-    static constexpr bool LEAST = false;
+    static constexpr bool LEAST = false, IN_ORDER = false;
 
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
-        return looked_up(halves_of_bytes(at + 8 + half * 64, 16), IQ4_NL_ABOVE);
+        return looked_up_halves(at + 8 + half * 64, 16, IQ4_NL_ABOVE);
     }
     // Eight scales of six bits: the lower four in four bytes, the upper two in a number of sixteen bits.
     template <size_t half>

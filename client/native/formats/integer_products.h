@@ -60,9 +60,7 @@ struct QuadStretch {  // a stretch of four rows, decoded
     }
 
     template <size_t part>
-    LANE __m512 add_part(const __m512i (&sums)[QUAD], const StretchOfX::Sums& of_x, __m512 scale_of_x,
-                         __m512 chains) const {
-        __m512i sum = quarter_sums(sums);
+    LANE __m512 add_part(__m512i sum, const StretchOfX::Sums& of_x, __m512 scale_of_x, __m512 chains) const {
         if constexpr (Of::ZERO != 0) {
             constexpr int SHIFT = __builtin_ctz(Of::ZERO);
             sum = _mm512_sub_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(of_x.integers), SHIFT));
@@ -75,31 +73,40 @@ struct QuadStretch {  // a stretch of four rows, decoded
         return chains;
     }
 
-    using Bytes = const int8_t (&)[2][UNITS][16];
-    LANE static __m512i times(const StretchCodes& row, size_t half, Bytes x, __m512i sums) {
-        return _mm512_dpbusd_epi32(sums, row.halves[half], _mm512_load_si512(x[half]));
+    LANE static __m512i times(__m512i codes, const int8_t (&x)[2 * UNITS][16], size_t half, __m512i sums) {
+        return _mm512_dpbusd_epi32(sums, codes, _mm512_load_si512(x[half * UNITS]));
+    }
+    // Sums of products of a half of the codes with x, [quarter][row].
+    LANE __m512i sums_of_half(const StretchOfX& x, size_t half) const {
+        __m512i sums[QUAD];
+        for (size_t r = 0; r < QUAD; r++) {
+            const __m512i upper = times(codes[r].halves[half], x.upper, half, _mm512_setzero_si512());
+            sums[r] = times(codes[r].halves[half], x.lower, half, _mm512_slli_epi32(upper, 8));
+        }
+        return quarter_sums(sums);
     }
 
     // Chains [unit][row] with the products of a stretch of x.
     LANE __m512 add_to(__m512 chains, const StretchOfX& x) const {
-        const __m512i zero = _mm512_setzero_si512();
         const __m512 scale_of_x = _mm512_load_ps(x.scale);
-        __m512i sums[QUAD];
         if constexpr (Of::PARTS == 1) {
+            __m512i sums[QUAD];
             for (size_t r = 0; r < QUAD; r++) {
-                const __m512i upper = times(codes[r], 1, x.upper, times(codes[r], 0, x.upper, zero));
-                sums[r] = times(codes[r], 1, x.lower, times(codes[r], 0, x.lower, _mm512_slli_epi32(upper, 8)));
+                const StretchCodes& row = codes[r];
+                const __m512i first = times(row.halves[0], x.upper, 0, _mm512_setzero_si512());
+                const __m512i upper = _mm512_slli_epi32(times(row.halves[1], x.upper, 1, first), 8);
+                sums[r] = times(row.halves[1], x.lower, 1, times(row.halves[0], x.lower, 0, upper));
             }
-            return add_part<0>(sums, x.unit, scale_of_x, chains);
+            return add_part<0>(quarter_sums(sums), x.unit, scale_of_x, chains);
         } else {
-            for (size_t r = 0; r < QUAD; r++) {
-                sums[r] = times(codes[r], 0, x.lower, _mm512_slli_epi32(times(codes[r], 0, x.upper, zero), 8));
+            __m512i sums[] = {sums_of_half(x, 0), sums_of_half(x, 1)};
+            if constexpr (Of::IN_ORDER) {  // each has both halves of two units
+                const __m512i first = _mm512_shuffle_i32x4(sums[0], sums[1], 0x88);
+                sums[1] = _mm512_shuffle_i32x4(sums[0], sums[1], 0xdd);
+                sums[0] = first;
             }
-            chains = add_part<0>(sums, x.half[0], scale_of_x, chains);
-            for (size_t r = 0; r < QUAD; r++) {
-                sums[r] = times(codes[r], 1, x.lower, _mm512_slli_epi32(times(codes[r], 1, x.upper, zero), 8));
-            }
-            return add_part<1>(sums, x.half[1], scale_of_x, chains);
+            chains = add_part<0>(sums[0], x.half[0], scale_of_x, chains);
+            return add_part<1>(sums[1], x.half[1], scale_of_x, chains);
         }
     }
 };
@@ -195,7 +202,7 @@ struct QuadChains {
 template <BlockFormat format, bool one>
 KERNEL void dots_of_quads(const void* const* rows, size_t row_count, const StretchOfX* x, size_t hidden, size_t tokens,
                           float* dots) {
-    const size_t ahead = std::max<size_t>(1, AHEAD_BYTES / (QUAD * Stretches<format>::bytes_of(hidden)));
+    const size_t ahead = divide_up(AHEAD_BYTES, QUAD * Stretches<format>::bytes_of(hidden));
     QuadChains<format, one> chains;
     chains.x = x;
     chains.stretches = stretches_of(hidden);

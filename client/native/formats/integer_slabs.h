@@ -46,9 +46,10 @@ struct ShortRows {
 };
 
 // h of one token, repeated if it is shorter than a stretch.
+template <bool in_order>
 KERNEL void quantise_short(const float* h, size_t length, StretchOfX (&x)[SLAB_STRETCHES]) {
-    if (length >= STRETCH) return quantise_row(h, length, x);
-    for (size_t unit = 0; unit < UNITS; unit++) quantise_unit(h + unit * UNIT % length, unit, x[0]);
+    if (length >= STRETCH) return quantise_row<in_order>(h, length, x);
+    for (size_t unit = 0; unit < UNITS; unit++) quantise_unit<in_order>(h + unit * UNIT % length, unit, x[0]);
 }
 
 // Sums of the chains of four rows of stretches, in the order of the matrix's rows: 4, 8 or 16 of them.
@@ -66,7 +67,7 @@ template <BlockFormat format, bool one>
 KERNEL void add_products_of_quads(const ShortRows<format>& rows, const float* h, size_t h_stride, size_t tokens,
                                   size_t hidden, size_t begin, float* y) {
     StretchOfX x[one ? 1 : TOKENS_MAX][SLAB_STRETCHES];
-    for (size_t t = 0; t < tokens; t++) quantise_short(h + t * h_stride, rows.length, x[t]);
+    for (size_t t = 0; t < tokens; t++) quantise_short<Codes<format>::IN_ORDER>(h + t * h_stride, rows.length, x[t]);
     QuadChains<format, one> chains;
     chains.x = x[0];
     chains.stretches = SLAB_STRETCHES;

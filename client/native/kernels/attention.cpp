@@ -13,8 +13,6 @@ namespace {
 
 constexpr size_t ROWS_MAX = 16;    // rows of queries in an item: bits of RowSet
 constexpr size_t RUN_DOTS = 4096;  // of a run, which stay in the L1 cache
-constexpr size_t LINE_BYTES = 64;
-constexpr size_t FETCHED_BYTES = 8192;  // of the values, while the weights of a row are computed
 constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 using RowSet = uint16_t;  // bit r: row r of an item
@@ -27,11 +25,13 @@ struct Run {
     bool for_all;
 };
 
-// Calls of_run for each run of keys to which some row attends, in rising order.
+// Calls of_run for each run of keys to which some row attends, in rising order. No `attending`: all attend to each.
 template <typename OfRun>
-void for_runs(const std::vector<RowSet>& attending, RowSet all, size_t run_max, OfRun&& of_run) {
-    const size_t keys = attending.size();
+void for_runs(size_t keys, const std::vector<RowSet>& attending, RowSet all, size_t run_max, OfRun&& of_run) {
     size_t begin = 0;
+    for (; attending.empty() && begin < keys; begin += run_max) {
+        of_run(Run{begin, std::min(run_max, keys - begin), true});
+    }
     while (begin < keys) {
         const RowSet rows = attending[begin];
         const size_t limit = rows == 0 ? keys : std::min(keys, begin + run_max);
@@ -96,7 +96,7 @@ float Attention::Call::bias(const Item& item, size_t row, size_t index) const {
 
 // Each thread keeps one, because allocating takes longer than an item.
 struct Attention::Scratch {
-    std::vector<RowSet> attending;  // by key
+    std::vector<RowSet> attending;  // by key; empty where all rows attend to each
     std::vector<float> weights;     // [rows, keys]: of those that a row attends to, side by side
     std::vector<float> query;       // [rows, key_elements]
     std::vector<float> sums;        // [rows, value_elements]
@@ -105,7 +105,7 @@ struct Attention::Scratch {
     float dots[RUN_DOTS];           // [keys, rows] of a run
 
     void prepare(const Call& call, const Item& item) {
-        attending.assign(call.shape.keys, call.mask.kind == AttentionMask::Kind::none ? item.all : RowSet{0});
+        attending.assign(call.mask.kind == AttentionMask::Kind::none ? 0 : call.shape.keys, RowSet{0});
         if (call.mask.kind == AttentionMask::Kind::causal) add_causal_rows(call, item);
         weights.resize(std::max(weights.size(), item.count * call.shape.keys));
         query.resize(item.count * call.shape.key_elements);
@@ -156,14 +156,21 @@ void Attention::attend(const AttentionShape& shape, const AttentionRows& query, 
                        const AttentionRows& value, const AttentionMask& mask, void* out) const {
     assert(shape.key_heads > 0 && shape.heads % shape.key_heads == 0);
     const Call call{shape, query, key, value, mask, out};
-    workers_.run(shape.sequences * shape.key_heads * call.items_of_head(),
-                 [&](size_t index) { attend_item(call, Item(call, index)); });
+    const size_t items = shape.sequences * shape.key_heads * call.items_of_head();
+    workers_.run(items, [&](size_t index) {
+        const size_t next = index + workers_.threads();  // most likely this thread's
+        attend_item(call, Item(call, index), next < items ? Item(call, next) : Item(call, index));
+    });
 }
 
-void Attention::attend_item(const Call& call, const Item& item) const {
+void Attention::attend_item(const Call& call, const Item& item, const Item& next) const {
     static thread_local Scratch scratch;
     scratch.prepare(call, item);
     weigh(call, item, scratch);
+    const bool other_keys = next.key_head != item.key_head || next.sequence != item.sequence;
+    if (other_keys && scratch.attending.empty()) {
+        fetch_rows(call, next, call.key, call.shape.key_elements, scratch);
+    }
     blend(call, item, scratch);
     const size_t elements = call.shape.value_elements;
     for (size_t r = 0; r < item.count; r++) {
@@ -185,10 +192,10 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
     }
     const PackedRows packed(workers_, kernels_, scratch.query.data(), item.count, shape.key_elements);
     size_t filled[ROWS_MAX] = {};
-    for_runs(scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
+    for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
         const void** keys = scratch.rows;
         float* dots = scratch.dots;
-        for (size_t k = 0; k < run.count; k++) keys[k] = row(call.key, item.sequence, item.key_head, run.begin + k);
+        address_rows(call.key, item, run.begin, run.count, keys);
         kernels_.dots(keys, run.count, packed.group(0), shape.key_elements, item.count, dots);
         for (size_t r = 0; r < item.count; r++) {
             float* weights = scratch.weights.data() + r * shape.keys + filled[r];
@@ -204,23 +211,30 @@ void Attention::weigh(const Call& call, const Item& item, Scratch& scratch) cons
             }
         }
     });
-    fetch_values(call, item, scratch);
+    fetch_rows(call, item, call.value, shape.value_elements, scratch);
     for (size_t r = 0; r < item.count; r++) {
         scratch.total[r] =
             filled[r] == 0 ? 0.0f : kernels_.exponentials(scratch.weights.data() + r * shape.keys, filled[r]);
     }
 }
 
-// Asks for the first values, so that memory is read while weights are computed.
-void Attention::fetch_values(const Call& call, const Item& item, const Scratch& scratch) const {
-    const size_t row_bytes = call.shape.value_elements * bytes_of(dtype_);
+// Fetches the first rows of a head to which some row attends.
+void Attention::fetch_rows(const Call& call, const Item& item, const AttentionRows& rows, size_t elements,
+                           const Scratch& scratch) const {
+    const size_t row_bytes = elements * bytes_of(dtype_);
     size_t fetched = 0;
     for (size_t i = 0; i < call.shape.keys && fetched < FETCHED_BYTES; i++) {
-        if (scratch.attending[i] == 0) continue;
-        const char* value = row(call.value, item.sequence, item.key_head, i);
-        for (size_t j = 0; j < row_bytes; j += LINE_BYTES) __builtin_prefetch(value + j, 0, 2);
+        if (!scratch.attending.empty() && scratch.attending[i] == 0) continue;
+        fetch_lines(row(rows, item.sequence, item.key_head, i), row_bytes);
         fetched += row_bytes;
     }
+}
+
+void Attention::address_rows(const AttentionRows& of, const Item& item, size_t begin, size_t count,
+                             const void** rows) const {
+    const char* first = row(of, item.sequence, item.key_head, begin);
+    const size_t stride = of.row_stride * bytes_of(dtype_);
+    for (size_t k = 0; k < count; k++) rows[k] = first + k * stride;
 }
 
 // scratch.sums[r] += weight * value, in the order of the keys. Where not all rows attend, each row is summed alone,
@@ -230,15 +244,16 @@ void Attention::blend(const Call& call, const Item& item, Scratch& scratch) cons
     const size_t elements = shape.value_elements;
     const float* next[ROWS_MAX];
     for (size_t r = 0; r < item.count; r++) next[r] = scratch.weights.data() + r * shape.keys;
-    for_runs(scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
+    for_runs(shape.keys, scratch.attending, item.all, RUN_DOTS / item.count, [&](const Run& run) {
         const void** values = scratch.rows;
-        if (run.for_all && item.count > 1) {
-            for (size_t k = 0; k < run.count; k++) {
-                values[k] = row(call.value, item.sequence, item.key_head, run.begin + k);
-            }
-            float* weights = scratch.dots;
-            for (size_t r = 0; r < item.count; r++) {
-                for (size_t k = 0; k < run.count; k++) weights[k * item.count + r] = next[r][k];
+        if (run.for_all) {
+            address_rows(call.value, item, run.begin, run.count, values);
+            const float* weights = next[0];
+            if (item.count > 1) {
+                for (size_t r = 0; r < item.count; r++) {
+                    for (size_t k = 0; k < run.count; k++) scratch.dots[k * item.count + r] = next[r][k];
+                }
+                weights = scratch.dots;
             }
             kernels_.accumulate(values, weights, run.count, item.count, elements, 0, elements, scratch.sums.data());
             for (size_t r = 0; r < item.count; r++) next[r] += run.count;

@@ -64,9 +64,11 @@ class Attention {
     struct Call;     // the arguments of attend()
     struct Item;     // some rows of queries over one head of keys
     struct Scratch;  // the intermediate results of an item
-    void attend_item(const Call& call, const Item& item) const;
+    void attend_item(const Call& call, const Item& item, const Item& next) const;
     void weigh(const Call& call, const Item& item, Scratch& scratch) const;
-    void fetch_values(const Call& call, const Item& item, const Scratch& scratch) const;
+    void fetch_rows(const Call& call, const Item& item, const AttentionRows& rows, size_t elements,
+                    const Scratch& scratch) const;
+    void address_rows(const AttentionRows& of, const Item& item, size_t begin, size_t count, const void** rows) const;
     void blend(const Call& call, const Item& item, Scratch& scratch) const;
     const char* row(const AttentionRows& rows, size_t sequence, size_t head, size_t index) const;
 

@@ -15,16 +15,23 @@ namespace flashclient {
 namespace {
 
 constexpr size_t COLUMN_TILES = PARTS * TOKENS_MAX / TILE_COLUMNS;
-constexpr size_t AHEAD = 8;   // blocks of a row that are fetched before they are computed: latency times speed
-constexpr size_t COPIED = 4;  // blocks of scattered rows that are copied together
+constexpr size_t AHEAD = 8;        // blocks of a row that are fetched before they are computed: latency times speed
+constexpr size_t COPIED = 4;       // blocks of scattered rows that are copied together
+constexpr size_t SHORT_ROW = 256;  // elements: of such rows more tiles are multiplied at once, to hide latencies
+constexpr size_t SHORT_TILES = 4;
 
-// What precedes the tiles of x: which columns are whose. Tiles are [column tile][block], of [pair][column].
+// What precedes the tiles of x: which columns are whose. Tiles are [column tile][block], of [pair][column]. Those of
+// few columns are small, so that x stays in the L1 cache.
 struct alignas(ROW_BYTES) Columns {
     uint8_t first[TOKENS_MAX];  // column of a token
     bool exact[TOKENS_MAX];     // it has one column, not PARTS
     uint8_t count;
+    uint8_t pair_bytes;  // from a pair of a tile to the next
+
+    size_t tile_bytes() const { return TILE_ROWS * pair_bytes; }
 };
 static_assert(sizeof(Columns) == ROW_BYTES);
+constexpr size_t FEW_COLUMNS = 4;
 
 size_t packed_bytes(size_t hidden, size_t tokens) {
     return sizeof(Columns) + divide_up(PARTS * tokens, TILE_COLUMNS) * divide_up(hidden, BLOCK) * TILE_BYTES;
@@ -44,37 +51,77 @@ KERNEL bool is_exact(const float* x, size_t hidden) {
 // The bf16 in the upper halves, in order.
 LANE __m256i narrow(__m512i upper) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(upper, 16)); }
 
-KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
-    Columns& columns = *static_cast<Columns*>(packed);
-    char* tiles = static_cast<char*>(packed) + sizeof(Columns);
-    const size_t blocks = divide_up(hidden, BLOCK);
+KERNEL void assign_columns(const float* x, size_t hidden, size_t tokens, Columns& columns) {
     size_t count = 0;
     for (size_t t = 0; t < tokens; t++) {
-        const float* of_token = x + t * hidden;
         columns.first[t] = static_cast<uint8_t>(count);
-        columns.exact[t] = is_exact(of_token, hidden);
-        const size_t parts = columns.exact[t] ? 1 : PARTS;
-        for (size_t block = 0; block < blocks; block++) {
-            const auto some = [&](size_t from) { return std::min<size_t>(16, hidden - std::min(hidden, from)); };
-            const auto mask = [&](size_t from) { return static_cast<__mmask16>((1U << some(from)) - 1); };
-            const size_t j = block * BLOCK;
-            __m512 low = _mm512_maskz_loadu_ps(mask(j), of_token + j);
-            __m512 high = _mm512_maskz_loadu_ps(mask(j + 16), of_token + std::min(hidden, j + 16));
-            for (size_t part = 0; part < parts; part++) {
-                const __m256i narrow_low = narrow(take_part(low));
-                const __m512i pairs =
-                    _mm512_inserti64x4(_mm512_castsi256_si512(narrow_low), narrow(take_part(high)), 1);
-                alignas(64) uint32_t each[TILE_ROWS];
-                _mm512_store_si512(each, pairs);
-                const size_t column = count + part;
-                char* tile = tiles + (column / TILE_COLUMNS * blocks + block) * TILE_BYTES;
-                auto* out = reinterpret_cast<uint32_t*>(tile) + column % TILE_COLUMNS;
-                for (size_t pair = 0; pair < TILE_ROWS; pair++) out[pair * TILE_COLUMNS] = each[pair];
-            }
-        }
-        count += parts;
+        columns.exact[t] = is_exact(x + t * hidden, hidden);
+        count += columns.exact[t] ? 1 : PARTS;
     }
     columns.count = static_cast<uint8_t>(count);
+    const size_t pair_bytes = count <= FEW_COLUMNS ? std::bit_ceil(count) * sizeof(uint32_t) : ROW_BYTES;
+    columns.pair_bytes = static_cast<uint8_t>(pair_bytes);
+}
+
+LANE __m512 load_some(const float* x, size_t from, size_t hidden) {
+    const size_t first = std::min(from, hidden);
+    const size_t some = std::min<size_t>(16, hidden - first);
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << some) - 1), x + first);
+}
+
+// The parts of the numbers [j, j + BLOCK) of a row of x, in pairs.
+LANE void take_pairs(const float* x, size_t j, size_t hidden, size_t parts, __m512i (&pairs)[PARTS]) {
+    __m512 low = load_some(x, j, hidden);
+    __m512 high = load_some(x, j + 16, hidden);
+    for (size_t part = 0; part < parts; part++) {
+        const __m256i narrow_low = narrow(take_part(low));
+        pairs[part] = _mm512_inserti64x4(_mm512_castsi256_si512(narrow_low), narrow(take_part(high)), 1);
+    }
+}
+
+// A block of the one token that has PARTS columns, of the four of a tile.
+LANE void store_parts(const __m512i (&pairs)[PARTS], void* tile) {
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i low[] = {_mm512_unpacklo_epi32(pairs[0], pairs[1]), _mm512_unpacklo_epi32(pairs[2], zero)};
+    const __m512i high[] = {_mm512_unpackhi_epi32(pairs[0], pairs[1]), _mm512_unpackhi_epi32(pairs[2], zero)};
+    const __m512i every_fourth[] = {_mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
+                                    _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])};
+    auto* out = static_cast<__m128i*>(tile);
+#pragma GCC unroll 4
+    for (size_t i = 0; i < 4; i++) {
+        _mm_store_si128(out + i, _mm512_castsi512_si128(every_fourth[i]));
+        _mm_store_si128(out + 4 + i, _mm512_extracti32x4_epi32(every_fourth[i], 1));
+        _mm_store_si128(out + 8 + i, _mm512_extracti32x4_epi32(every_fourth[i], 2));
+        _mm_store_si128(out + 12 + i, _mm512_extracti32x4_epi32(every_fourth[i], 3));
+    }
+}
+
+KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
+    Columns& columns = *static_cast<Columns*>(packed);
+    assign_columns(x, hidden, tokens, columns);
+    char* tiles = static_cast<char*>(packed) + sizeof(Columns);
+    const size_t blocks = divide_up(hidden, BLOCK);
+    const size_t apart = columns.pair_bytes / sizeof(uint32_t);
+    __m512i pairs[PARTS];
+    for (size_t t = 0; t < tokens; t++) {
+        const size_t parts = columns.exact[t] ? 1 : PARTS;
+        for (size_t block = 0; block < blocks; block++) {
+            take_pairs(x + t * hidden, block * BLOCK, hidden, parts, pairs);
+            if (tokens == 1) {
+                char* tile = tiles + block * columns.tile_bytes();
+                parts == 1 ? _mm512_store_si512(tile, pairs[0]) : store_parts(pairs, tile);
+                continue;
+            }
+            for (size_t part = 0; part < parts; part++) {
+                alignas(64) uint32_t each[TILE_ROWS];
+                _mm512_store_si512(each, pairs[part]);
+                const size_t column = columns.first[t] + part;
+                char* tile = tiles + (column / TILE_COLUMNS * blocks + block) * columns.tile_bytes();
+                auto* out = reinterpret_cast<uint32_t*>(tile) + column % TILE_COLUMNS;
+                for (size_t pair = 0; pair < TILE_ROWS; pair++) out[pair * apart] = each[pair];
+            }
+        }
+    }
 }
 
 // Some tiles of rows of weights. At the edge the last row is repeated.
@@ -82,7 +129,8 @@ template <size_t tiles>
 struct WeightRows {
     static constexpr size_t COUNT = tiles * TILE_ROWS;
     const void* const* row;
-    size_t stride;  // 0: they are scattered
+    size_t stride;                     // 0: they are scattered
+    size_t fetched_apart = ROW_BYTES;  // from block to block
     const void* edge[COUNT];
 
     KERNEL WeightRows(const void* const* rows, size_t row_count, size_t first) : row(rows + first) {
@@ -90,17 +138,41 @@ struct WeightRows {
             for (size_t r = 0; r < COUNT; r++) edge[r] = rows[std::min(first + r, row_count - 1)];
             row = edge;
         }
-        const auto apart = [this](size_t r) {
-            return reinterpret_cast<uintptr_t>(row[r]) - reinterpret_cast<uintptr_t>(row[r - 1]);
-        };
-        stride = apart(1);
-        uintptr_t differ = 0;
-        for (size_t r = 2; r < COUNT; r++) differ |= apart(r) ^ stride;
-        if (differ != 0) stride = 0;
+        stride = common_stride();
     }
 
-    LANE void prefetch(ptrdiff_t offset_bytes) const {
-        for (size_t r = 0; r < COUNT; r++) __builtin_prefetch(static_cast<const char*>(row[r]) + offset_bytes, 0, 2);
+    // From each row to the next, or 0.
+    LANE size_t common_stride() const {
+        const auto first = reinterpret_cast<intptr_t>(row[0]);
+        const auto apart = reinterpret_cast<intptr_t>(row[1]) - first;
+        const __m512i eight = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+        __m512i expected = _mm512_mullo_epi64(_mm512_set1_epi64(apart), eight);
+        expected = _mm512_add_epi64(expected, _mm512_set1_epi64(first));
+        unsigned differ = 0;
+        for (size_t r = 0; r < COUNT; r += 8) {
+            differ |= _mm512_cmpneq_epi64_mask(_mm512_loadu_si512(row + r), expected);
+            expected = _mm512_add_epi64(expected, _mm512_set1_epi64(8 * apart));
+        }
+        return differ == 0 ? static_cast<size_t>(apart) : 0;
+    }
+
+    // Of the rows of a tile, what lies `shift` bytes behind a block.
+    LANE void prefetch(size_t tile, size_t block, ptrdiff_t shift) const {
+        const ptrdiff_t offset = static_cast<ptrdiff_t>(block * fetched_apart) + shift;
+        for (size_t r = tile * TILE_ROWS; r < (tile + 1) * TILE_ROWS; r++) {
+            __builtin_prefetch(static_cast<const char*>(row[r]) + offset, 0, 2);
+        }
+    }
+    // Short rows that lie back to back are fetched in the order of their addresses, in which memory is read the
+    // fastest: these are then the lines of the first block.
+    KERNEL void fetch_in_order(size_t blocks) {
+        if (blocks > AHEAD || stride != blocks * ROW_BYTES) return;
+        const char* first = static_cast<const char*>(row[0]);
+        for (size_t r = 0; r < COUNT; r++) {
+            edge[r] = first + r / TILE_ROWS * TILE_ROWS * stride + r % TILE_ROWS * ROW_BYTES;
+        }
+        row = edge;
+        fetched_apart = TILE_BYTES;
     }
     KERNEL void copy(size_t begin, size_t end, size_t hidden, char* out) const {
         for (size_t block = begin; block < end; block++) {
@@ -124,9 +196,9 @@ struct Tiles {
     static constexpr size_t weights(size_t row) { return (rows + 1) * columns + row % SPARE; }
 
     template <size_t column = 0>
-    LANE static void load_x(const char* of_block, size_t column_bytes) {
-        load_tile<x(column)>(of_block + column * column_bytes, ROW_BYTES);
-        if constexpr (column + 1 < columns) load_x<column + 1>(of_block, column_bytes);
+    LANE static void load_x(const char* of_block, size_t column_bytes, size_t pair_bytes) {
+        load_tile<x(column)>(of_block + column * column_bytes, pair_bytes);
+        if constexpr (column + 1 < columns) load_x<column + 1>(of_block, column_bytes, pair_bytes);
     }
     template <size_t row, size_t column = 0>
     LANE static void add_row() {
@@ -134,10 +206,12 @@ struct Tiles {
         if constexpr (column + 1 < columns) add_row<row, column + 1>();
     }
     template <size_t row = 0>
-    LANE static void add_rows(const char* of_block, size_t tile_bytes, size_t stride) {
+    LANE static void add_rows(const char* of_block, size_t tile_bytes, size_t stride, const WeightRows<rows>* ahead,
+                              size_t block, ptrdiff_t shift) {
+        if (ahead != nullptr) ahead->prefetch(row, block, shift);
         load_tile<weights(row)>(of_block + row * tile_bytes, stride);
         add_row<row>();
-        if constexpr (row + 1 < rows) add_rows<row + 1>(of_block, tile_bytes, stride);
+        if constexpr (row + 1 < rows) add_rows<row + 1>(of_block, tile_bytes, stride, ahead, block, shift);
     }
     template <size_t tile = 0>
     LANE static void clear_sums() {
@@ -145,9 +219,15 @@ struct Tiles {
         if constexpr (tile + 1 < rows * columns) clear_sums<tile + 1>();
     }
     template <size_t tile = 0>
-    LANE static void store_sums(float* out) {
-        store_tile<tile>(out + tile * TILE_ROWS * TILE_COLUMNS, ROW_BYTES);
-        if constexpr (tile + 1 < rows * columns) store_sums<tile + 1>(out);
+    LANE static void store_sums(float* out, size_t row_bytes) {
+        store_tile<tile>(out + tile * TILE_ROWS * row_bytes / sizeof(float), row_bytes);
+        if constexpr (tile + 1 < rows * columns) store_sums<tile + 1>(out, row_bytes);
+    }
+    // Where the tiles of x and of sums have so many columns.
+    static TileConfig config(size_t count) {
+        TileConfig made;
+        std::fill_n(made.row_bytes, x(columns), static_cast<uint16_t>(count * sizeof(float)));
+        return made;
     }
 };
 
@@ -163,6 +243,9 @@ struct WeightTiles {
 struct ColumnTiles {
     const char* data;
     size_t apart_bytes;
+    size_t pair_bytes;
+
+    size_t tile_bytes() const { return TILE_ROWS * pair_bytes; }
 };
 
 // Blocks [begin, end) of some tiles of rows, times those of x. Fetches what lies `shift` bytes behind each in `ahead`,
@@ -171,18 +254,18 @@ template <size_t tiles, size_t columns>
 LANE void add_blocks(const WeightTiles& source, const ColumnTiles& x, size_t begin, size_t end,
                      const WeightRows<tiles>* ahead, ptrdiff_t shift) {
     for (size_t block = begin; block < end; block++) {
-        if (ahead != nullptr) ahead->prefetch(static_cast<ptrdiff_t>(block * ROW_BYTES) + shift);
-        Tiles<tiles, columns>::load_x(x.data + block * TILE_BYTES, x.apart_bytes);
+        Tiles<tiles, columns>::load_x(x.data + block * x.tile_bytes(), x.apart_bytes, x.pair_bytes);
         Tiles<tiles, columns>::add_rows(source.data + (block - begin) * source.block_bytes, source.tile_bytes,
-                                        source.stride);
+                                        source.stride, ahead, block, shift);
     }
 }
 
-// Dots of some tiles of rows with some of columns: [tile of rows, tile of columns, TILE_ROWS, TILE_COLUMNS]. `next`:
-// the rows that are fetched; null where these and the next ones are in a cache.
+// Dots of some tiles of rows with some of columns: [tile of rows, tile of columns, TILE_ROWS, column], with
+// `sums_bytes` from a row to the next. `next`: the rows that are fetched; null where these and the next ones are in a
+// cache.
 template <size_t tiles, size_t columns>
 KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>* next, const ColumnTiles& x,
-                          size_t hidden, float* sums) {
+                          size_t hidden, float* sums, size_t sums_bytes = ROW_BYTES) {
     const size_t blocks = divide_up(hidden, BLOCK);
     const size_t whole = rows.stride != 0 ? hidden / BLOCK : 0;
     Tiles<tiles, columns>::clear_sums();
@@ -208,7 +291,7 @@ KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>
         }
         begin = end;
     }
-    Tiles<tiles, columns>::store_sums(sums);
+    Tiles<tiles, columns>::store_sums(sums, sums_bytes);
 }
 
 // The dots of a row with the columns of some tokens, [tile of columns, TILE_COLUMNS]; `apart` from one tile to the
@@ -216,7 +299,7 @@ KERNEL void dots_of_tiles(const WeightRows<tiles>& rows, const WeightRows<tiles>
 KERNEL void store_dots(const float* sums, size_t apart, const Columns& columns, size_t tokens, float* dots) {
     if (columns.count == tokens) {  // each token has one column
         const auto mask = static_cast<__mmask16>((1U << tokens) - 1);
-        return _mm512_mask_storeu_ps(dots, mask, _mm512_load_ps(sums));
+        return _mm512_mask_storeu_ps(dots, mask, _mm512_maskz_loadu_ps(mask, sums));
     }
     const auto dot = [&](size_t column) { return sums[column / TILE_COLUMNS * apart + column % TILE_COLUMNS]; };
     for (size_t t = 0; t < tokens; t++) {
@@ -226,17 +309,53 @@ KERNEL void store_dots(const float* sums, size_t apart, const Columns& columns, 
     }
 }
 
+// The dots of a tile of rows with the one token that has PARTS columns: sums [row][FEW_COLUMNS].
+KERNEL void store_dots_of_parts(const float* sums, size_t some, float* dots) {
+    const __m512i first = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    __m512 part[PARTS];
+    for (size_t p = 0; p < PARTS; p++) {
+        const __m512i places = _mm512_add_epi32(first, _mm512_set1_epi32(static_cast<int>(p)));
+        const __m512 low = _mm512_permutex2var_ps(_mm512_load_ps(sums), places, _mm512_load_ps(sums + 16));
+        const __m512 high = _mm512_permutex2var_ps(_mm512_load_ps(sums + 32), places, _mm512_load_ps(sums + 48));
+        part[p] = _mm512_shuffle_f32x4(low, high, 0x44);
+    }
+    const auto mask = static_cast<__mmask16>((1U << some) - 1);
+    _mm512_mask_storeu_ps(dots, mask, _mm512_add_ps(part[0], _mm512_add_ps(part[1], part[2])));
+}
+
 template <size_t tiles, size_t column_tiles>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, const Columns& columns, const char* x,
                           size_t hidden, size_t tokens, float* dots) {
     alignas(64) float sums[tiles][column_tiles][TILE_ROWS][TILE_COLUMNS];
     const size_t tiles_ahead = std::max<size_t>(1, AHEAD / tiles / divide_up(hidden, BLOCK));
-    const ColumnTiles of_x{x, divide_up(hidden, BLOCK) * TILE_BYTES};
+    const ColumnTiles of_x{x, divide_up(hidden, BLOCK) * TILE_BYTES, columns.pair_bytes};
+    const bool in_place = column_tiles == 1 && columns.count == tokens;
+    const auto config = Tiles<tiles, column_tiles>::config(std::min<size_t>(columns.count, TILE_COLUMNS));
+    _tile_loadconfig(&config);
+    const size_t blocks = divide_up(hidden, BLOCK);
+    const WeightRows<tiles> first(rows, row_count, 0);
+    for (size_t block = 0; block < std::min(AHEAD, blocks); block++) {
+        for (size_t tile = 0; tile < tiles; tile++) first.prefetch(tile, block, 0);
+    }
     for (size_t i = 0; i < row_count; i += tiles * TILE_ROWS) {
         const WeightRows<tiles> rows_here(rows, row_count, i);
-        const WeightRows<tiles> ahead(rows, row_count, i + tiles_ahead * tiles * TILE_ROWS);
+        WeightRows<tiles> ahead(rows, row_count, i + tiles_ahead * tiles * TILE_ROWS);
+        ahead.fetch_in_order(blocks);
+        const size_t some = std::min(tiles * TILE_ROWS, row_count - i);
+        if (in_place && some == tiles * TILE_ROWS) {
+            dots_of_tiles<tiles, column_tiles>(rows_here, &ahead, of_x, hidden, dots + i * tokens,
+                                               tokens * sizeof(float));
+            continue;
+        }
+        if (tokens == 1 && !columns.exact[0]) {
+            dots_of_tiles<tiles, column_tiles>(rows_here, &ahead, of_x, hidden, sums[0][0][0], columns.pair_bytes);
+            for (size_t r = 0; r < some; r += TILE_ROWS) {
+                store_dots_of_parts(sums[0][0][0] + r * FEW_COLUMNS, std::min(TILE_ROWS, some - r), dots + i + r);
+            }
+            continue;
+        }
         dots_of_tiles<tiles, column_tiles>(rows_here, &ahead, of_x, hidden, sums[0][0][0]);
-        for (size_t r = 0; r < std::min(tiles * TILE_ROWS, row_count - i); r++) {
+        for (size_t r = 0; r < some; r++) {
             store_dots(sums[r / TILE_ROWS][0][r % TILE_ROWS], TILE_ROWS * TILE_COLUMNS, columns, tokens,
                        dots + (i + r) * tokens);
         }
@@ -247,9 +366,9 @@ KERNEL void dots(const void* const* rows, size_t row_count, const void* packed, 
                  float* dots) {
     const Columns& columns = *static_cast<const Columns*>(packed);
     const char* x = static_cast<const char*>(packed) + sizeof(Columns);
-    static const TileConfig config;
-    _tile_loadconfig(&config);
-    if (columns.count <= TILE_COLUMNS) {
+    if (columns.count <= TILE_COLUMNS && hidden <= SHORT_ROW) {
+        dots_in_tiles<SHORT_TILES, 1>(rows, row_count, columns, x, hidden, tokens, dots);
+    } else if (columns.count <= TILE_COLUMNS) {
         dots_in_tiles<1, 1>(rows, row_count, columns, x, hidden, tokens, dots);
     } else if (columns.count <= 2 * TILE_COLUMNS) {
         dots_in_tiles<2, 2>(rows, row_count, columns, x, hidden, tokens, dots);
@@ -266,7 +385,7 @@ KERNEL void dots_of_two(const WeightRows<tiles>& rows, size_t row_count, const v
                         const size_t (&tokens)[2], float* const (&dots)[2]) {
     alignas(64) float sums[tiles][2][TILE_ROWS][TILE_COLUMNS];
     const auto tiles_of = [&](size_t group) { return static_cast<const char*>(packed[group]) + sizeof(Columns); };
-    const ColumnTiles x{tiles_of(0), static_cast<size_t>(tiles_of(1) - tiles_of(0))};
+    const ColumnTiles x{tiles_of(0), static_cast<size_t>(tiles_of(1) - tiles_of(0)), ROW_BYTES};
     dots_of_tiles<tiles, 2>(rows, nullptr, x, hidden, sums[0][0][0]);
     for (size_t r = 0; r < row_count; r++) {
         for (size_t group = 0; group < 2; group++) {
@@ -279,7 +398,8 @@ KERNEL void dots_of_two(const WeightRows<tiles>& rows, size_t row_count, const v
 KERNEL void dots_of_groups(const void* const* rows, size_t row_count, const void* const (&packed)[2], size_t hidden,
                            const size_t (&tokens)[2], float* const (&dots)[2]) {
     const auto one_column_each = [&](size_t group) {
-        return static_cast<const Columns*>(packed[group])->count == tokens[group];
+        const Columns& columns = *static_cast<const Columns*>(packed[group]);
+        return columns.count == tokens[group] && columns.pair_bytes == ROW_BYTES;
     };
     if (!one_column_each(0) || !one_column_each(1)) {
         for (size_t group = 0; group < 2; group++) {

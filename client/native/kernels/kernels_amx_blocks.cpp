@@ -11,9 +11,10 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // false in GCC 12's own header (its bug 105593)
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
-#define KERNEL             \
-    __attribute__((target( \
-        "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,bmi2,fma,f16c,popcnt,amx-tile,amx-int8")))
+#define KERNEL                                                                                           \
+    __attribute__((                                                                                      \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi,avx2,bmi2,fma,f16c,popcnt,amx-" \
+               "tile,amx-int8")))
 #define LANE KERNEL __attribute__((always_inline)) inline
 
 #include "formats/integer_products.h"
@@ -36,13 +37,15 @@ struct alignas(64) TilesOfX {
     float unit_sums[UNITS][TILE_COLUMNS];
     float half_sums[2][UNITS][TILE_COLUMNS];
 
+    template <bool in_order>
     void set_token(size_t token, const StretchOfX& x) {
         for (size_t unit = 0; unit < UNITS; unit++) {
             for (size_t half = 0; half < 2; half++) {
+                const size_t place = place_of_half(in_order, unit, half);
                 for (size_t group = 0; group < UNIT / GROUP / 2; group++) {
                     const size_t to = half * UNIT / GROUP / 2 + group;
-                    std::memcpy(upper[unit][to][token], x.upper[half][unit] + group * GROUP, GROUP);
-                    std::memcpy(lower[unit][to][token], x.lower[half][unit] + group * GROUP, GROUP);
+                    std::memcpy(upper[unit][to][token], x.upper[place] + group * GROUP, GROUP);
+                    std::memcpy(lower[unit][to][token], x.lower[place] + group * GROUP, GROUP);
                 }
                 half_sums[half][unit][token] = x.half[half].values[unit][0];
             }
@@ -58,15 +61,16 @@ size_t packed_bytes(size_t hidden, size_t tokens) {
     return tokens == 1 ? of_one : std::max(of_one, stretches_of(hidden) * sizeof(TilesOfX));
 }
 
+template <bool in_order>
 KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
-    if (tokens == 1) return quantise_row(x, hidden, static_cast<StretchOfX*>(packed));
+    if (tokens == 1) return quantise_row<in_order>(x, hidden, static_cast<StretchOfX*>(packed));
     auto* tiles = static_cast<TilesOfX*>(packed);
     for (size_t j = 0; j < hidden; j += STRETCH, tiles++) {
         if (tokens < TILE_COLUMNS) std::memset(tiles, 0, sizeof(*tiles));
         for (size_t t = 0; t < tokens; t++) {
             StretchOfX stretch;
-            quantise(x + t * hidden + j, std::min(STRETCH, hidden - j), stretch);
-            tiles->set_token(t, stretch);
+            quantise<in_order>(x + t * hidden + j, std::min(STRETCH, hidden - j), stretch);
+            tiles->template set_token<in_order>(t, stretch);
         }
     }
 }
@@ -107,6 +111,11 @@ struct DecodedPanel {
             const __m512i first = _mm512_sub_epi8(decoded.codes[r].halves[0], zero);
             const __m512i second = _mm512_sub_epi8(decoded.codes[r].halves[1], zero);
             int8_t* out = codes[stretch][quad * QUAD + r];
+            if constexpr (Codes<format>::IN_ORDER) {
+                _mm512_store_si512(out, first);
+                _mm512_store_si512(out + 64, second);
+                continue;
+            }
             const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
             const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
             _mm512_store_si512(out, _mm512_permutex2var_epi64(first, low, second));
@@ -166,15 +175,17 @@ struct PanelProducts {
         }
     }
 
-    // Adds the products of one unit of each stretch to its chains, [row]. Tiles are multiplied a step ahead.
+    // Adds the products of one unit of each stretch to its chains, [row]. Tiles are multiplied some steps ahead,
+    // because what they store can be read only after a while.
     KERNEL void add_unit(const TilesOfX* x, size_t stretches, size_t unit, __m512 (&chains)[TILE_ROWS]) const {
         TileSums sums[2];
+        const size_t steps = stretches * PARTS;
         __m512 chain[TILE_ROWS];
 #pragma GCC unroll 16
         for (size_t r = 0; r < TILE_ROWS; r++) chain[r] = chains[r];
         multiply_step(x, 0, unit, sums);
-        for (size_t step = 0; step < stretches * PARTS; step++) {
-            if (step + 1 < stretches * PARTS) multiply_step(x, step + 1, unit, sums);
+        for (size_t step = 0; step < steps; step++) {
+            if (step + 1 < steps) multiply_step(x, step + 1, unit, sums);
             const TileSums& done = sums[step % 2];
             const size_t s = step / PARTS, part = step % PARTS;
             const __m512 scale_of_x = _mm512_load_ps(x[s].scale[unit]);
@@ -209,7 +220,7 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
     static const TileConfig config = config_for(UNIT / Codes<format>::PARTS);
     _tile_loadconfig(&config);
     DecodedPanel<format> panel;
-    const size_t ahead = std::max<size_t>(1, AHEAD_BYTES / (TILE_ROWS * Stretches<format>::bytes_of(hidden)));
+    const size_t ahead = divide_up(AHEAD_BYTES, TILE_ROWS * Stretches<format>::bytes_of(hidden));
     for (size_t i = 0; i < row_count; i += TILE_ROWS) {
         __m512 chains[groups][UNITS][TILE_ROWS];
         for (auto& of_group : chains) {
@@ -324,8 +335,11 @@ KERNEL void add_products_of_tiles(const ShortRows<format>& rows, const float* h,
     if (tokens % TILE_COLUMNS != 0) std::memset(x[tokens / TILE_COLUMNS], 0, sizeof(x[0]));
     for (size_t t = 0; t < tokens; t++) {
         StretchOfX of_token[SLAB_STRETCHES];
-        quantise_short(h + t * h_stride, rows.length, of_token);
-        for (size_t s = 0; s < stretches; s++) x[t / TILE_COLUMNS][s].set_token(t % TILE_COLUMNS, of_token[s]);
+        constexpr bool IN_ORDER = Codes<format>::IN_ORDER;
+        quantise_short<IN_ORDER>(h + t * h_stride, rows.length, of_token);
+        for (size_t s = 0; s < stretches; s++) {
+            x[t / TILE_COLUMNS][s].template set_token<IN_ORDER>(t % TILE_COLUMNS, of_token[s]);
+        }
     }
     _tile_loadconfig(&config);
     DecodedPanel<format> panel;
@@ -376,7 +390,7 @@ struct TileTable {
             Kernels table = *kernels_vnni(format);
             table.instruction_set = "amx";
             table.packed_bytes = packed_bytes;
-            table.pack = pack;
+            table.pack = pack<Codes<format>::IN_ORDER>;
             table.dots = dots<format>;
             table.dots_of_groups = dots_of_groups<format>;
             table.add_products = add_products_in_tiles<format>;

@@ -207,6 +207,9 @@ KERNEL void accumulate_one(const void* const* rows, const float* h, size_t row_c
     constexpr size_t STEP = 8;
     const size_t step_bytes = STEP * std::max<size_t>(end - begin, 1) * bytes_of(dtype);
     const size_t ahead = STEP * divide_up(AHEAD_BYTES, step_bytes);
+    for (size_t r = 0; r < std::min(STEP, row_count); r++) {
+        fetch_lines(static_cast<const typename Element<dtype>::type*>(rows[r]) + begin, step_bytes / STEP);
+    }
     size_t k = 0;
     for (; k + STEP <= row_count; k += STEP) {
         const size_t next = k + ahead + STEP <= row_count ? k + ahead : k;

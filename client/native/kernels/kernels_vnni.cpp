@@ -18,9 +18,10 @@ namespace {
 
 size_t packed_bytes(size_t hidden, size_t tokens) { return tokens * stretches_of(hidden) * sizeof(StretchOfX); }
 
+template <bool in_order>
 KERNEL void pack(const float* x, size_t hidden, size_t tokens, void* packed) {
     auto* out = static_cast<StretchOfX*>(packed);
-    for (size_t t = 0; t < tokens; t++) quantise_row(x + t * hidden, hidden, out + t * stretches_of(hidden));
+    for (size_t t = 0; t < tokens; t++) quantise_row<in_order>(x + t * hidden, hidden, out + t * stretches_of(hidden));
 }
 
 template <BlockFormat format>
@@ -41,7 +42,7 @@ struct ByteTable {
             Kernels table = *kernels_avx512(format);
             table.instruction_set = "avx512_vnni";
             table.packed_bytes = packed_bytes;
-            table.pack = pack;
+            table.pack = pack<Codes<format>::IN_ORDER>;
             table.dots = dots<format>;
             table.add_products = add_products<format>;
             return table;

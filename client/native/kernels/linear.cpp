@@ -36,6 +36,16 @@ struct Linear::Rows {
     const Matrix& matrix;
     const Kernels& kernels;
     size_t bytes;  // of a row
+
+    // Of the block that a thread most likely takes next, the beginning of the first rows.
+    void fetch(size_t first) const {
+        constexpr size_t OF_ROW = FETCHED_BYTES / BLOCK_ROWS_MIN;
+        const size_t some = std::min(bytes, OF_ROW);
+        for (size_t row = first; row < std::min(matrix.rows, first + FETCHED_BYTES / std::max<size_t>(some, 1));
+             row++) {
+            fetch_lines(static_cast<const char*>(matrix.data) + row * bytes, some);
+        }
+    }
 };
 
 Linear::Linear(Workers& workers, Dtype dtype, const char* instruction_set)
@@ -58,7 +68,10 @@ void Linear::for_blocks(const Matrix& weight, const float* x, size_t tokens, con
     const PackedRows packed(workers_, of.kernels, x, tokens, weight.columns);
     workers_.run(divide_up(weight.rows, rows), [&](size_t item) {
         const size_t first = item * rows;
-        of_block(of, first, std::min(rows, weight.rows - first), packed, tokens, block);
+        of_block(of, first, std::min(rows, weight.rows - first), packed, tokens, [&](const Dots& dots) {
+            if (dots.first_token == 0) of.fetch(first + workers_.threads() * rows);
+            block(dots);
+        });
     });
 }
 
@@ -106,8 +119,11 @@ void Linear::project(std::span<const Projection> projections, const void* x, siz
     }
     workers_.run(parts.size(), [&](size_t item) {
         const Part& part = parts[item];
-        of_block(part.rows, part.first, part.count, *part.x, tokens,
-                 [&](const Dots& dots) { round(*part.projection, dots); });
+        of_block(part.rows, part.first, part.count, *part.x, tokens, [&](const Dots& dots) {
+            const size_t next = item + workers_.threads();
+            if (dots.first_token == 0 && next < parts.size()) parts[next].rows.fetch(parts[next].first);
+            round(*part.projection, dots);
+        });
     });
 }
 

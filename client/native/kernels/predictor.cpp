@@ -81,8 +81,10 @@ Prediction LowRankPredictor::predict(const float* x, size_t tokens) const {
         judged.add_block(dots.first, dots.count, [&](size_t neuron) {
             const float scale = scale_ != nullptr ? scale_[neuron] : 1.0f;
             const float* of_neuron = dots.values + (neuron - dots.first) * tokens;
+            const auto wants = [&](size_t t) { return unsigned{scale * of_neuron[t] + bias_[neuron] > 0.0f}; };
+            if (tokens == 1) return wants(0);
             unsigned mask = 0;
-            for (size_t t = 0; t < tokens; t++) mask |= (scale * of_neuron[t] + bias_[neuron] > 0.0f) << t;
+            for (size_t t = 0; t < tokens; t++) mask |= wants(t) << t;
             return mask;
         });
     });
