@@ -55,8 +55,8 @@ COMPARED = [
     ("opt", "exact", "shm"),
     ("llama", "predict", "shm"),
 ]  # few enough to leave a processor to the hostile clients
-TURN_SHARE = 0.05  # of the time, for each of two times four turns
-TURN_S_MIN = 6.0  # four such turns have several times the tokens that a 99th percentile needs
+TURN_SHARE = 0.1  # of the time, for each of four turns
+TURN_S_MIN = 10.0  # two such turns have twice the tokens that a 99th percentile needs
 PROMPTS = [[5, 17, 200, 31, 8], [290, 3, 77], [99, 12, 13, 14, 15, 16, 17, 18]]
 TOKENS = 8
 WINDOW = 16
@@ -162,12 +162,12 @@ class Soak:
         self._calm_down()
 
     def compare(self, seconds: float) -> None:
-        """Runs honest clients in eight turns of `seconds`, with and without hostile ones."""
+        """Runs honest clients in four turns of `seconds`, with and without hostile ones."""
         for index, kind in enumerate(COMPARED):
             self._start(index, kind)
         while len(self._pids) < len(COMPARED):
             self._take(self._next(QUIET_WITHIN_S), replace=False)
-        for hostile in 2 * TURNS:
+        for hostile in TURNS:
             with HostileClients(self.daemon.target) if hostile else nullcontext():
                 self._listen(SETTLE_S)
                 self.comparison.begin(hostile)
