@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from flashclient import errors
 from flashclient._native import checksum
 from flashclient.daemon.address import NO_TLS, TlsOptions, parse_address
+from flashclient.daemon.call_threads import CalledStub, CallThreads
 from flashclient.daemon.identity import IdentifiedStub
 from weightd_proto import encodings, weightd_pb2, weightd_pb2_grpc
 from weightd_proto.addresses import Address
@@ -140,7 +141,8 @@ class Connection:
         self._revive = revive
         self._private = private
         self._channel = open_channel(parsed, tls)
-        self.stub = stub_of(self._channel, parsed)
+        self._threads = CallThreads()
+        self.stub: Any = CalledStub(stub_of(self._channel, parsed), self._threads)
         try:
             self.stats()
         except errors.DaemonLostError as error:
@@ -326,4 +328,5 @@ class Connection:
 
     def close(self) -> None:
         """Closes the channel and ends every call on it."""
-        self._channel.close()
+        self._threads.call(self._channel.close)
+        self._threads.close()

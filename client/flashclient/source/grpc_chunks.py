@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +118,9 @@ class GrpcSource:
         self.tables = [GrpcTable(connection, table) for table in model.tables]
         self._resident = self._fetch_resident()
         self._closed = threading.Event()
-        self._changed = threading.Condition()  # guards everything below
+        self._lock = threading.Lock()  # guards everything below
+        self._wanted = threading.Condition(self._lock)  # the loaders wait for it
+        self._news = threading.Lock()  # the thread that generates waits for it; locked when nothing is new
         self._free = list(range(slots))
         self._slot_of: dict[int, int] = {}  # span -> slot, from the moment its fetch begins
         self._ready: set[int] = set()  # spans whose bytes have arrived
@@ -167,7 +169,7 @@ class GrpcSource:
         if self._holds_cells:
             return
         self._quiet()
-        with self._changed:
+        with self._lock:
             self._free += self._slot_of.values()
             self._slot_of.clear()
             self._ready.clear()
@@ -194,7 +196,7 @@ class GrpcSource:
                 self._move_on(index)
 
     def idle(self) -> None:
-        with self._changed:
+        with self._lock:
             self._end_walk()
         for held in (self.window, self.walk):
             if held is not None:
@@ -212,9 +214,9 @@ class GrpcSource:
 
     def _quiet(self) -> None:
         """Waits for fetches under way. Afterwards nothing writes to the pool."""
-        with self._changed:
+        with self._lock:
             self._end_walk()
-            self._changed.wait_for(lambda: len(self._ready) == len(self._slot_of))
+        self._await(lambda: len(self._ready) == len(self._slot_of))
 
     def _end_walk(self) -> None:
         """Fetches under way may still arrive. Their errors do not concern the walks that begin afterwards."""
@@ -223,7 +225,7 @@ class GrpcSource:
         self._failed.clear()
 
     def counters(self) -> Counters:
-        with self._changed:
+        with self._lock:
             hits = max(0, self._served_bundles - self._fetched_bundles)
             read_bytes = self._fetched_bundles * self._model.bundle.bundle_bytes
             counters = Counters(hits, self._fetched_bundles, read_bytes).plus(self.cells.counters())
@@ -236,8 +238,9 @@ class GrpcSource:
         self._closed.set()
         for table in self.tables:
             table.close()
-        with self._changed:
-            self._changed.notify_all()
+        with self._lock:
+            self._wanted.notify_all()
+            self._tell()
         for loader in self._loaders:
             loader.join()
         # They close a reference cycle, through native objects that the garbage collector cannot see.
@@ -245,10 +248,11 @@ class GrpcSource:
 
     def _wait_for(self, index: int) -> int:
         """Makes `index` the cursor and returns its slot once its bytes have arrived."""
-        with self._changed:
+        with self._lock:
             self._cursor = index
-            self._changed.notify_all()
-            self._changed.wait_for(lambda: index in self._ready or index in self._failed or self._closed.is_set())
+            self._wanted.notify_all()
+        self._await(lambda: index in self._ready or index in self._failed or self._closed.is_set())
+        with self._lock:
             if index in self._failed:
                 error = self._failed[index]
                 self._end_walk()
@@ -258,11 +262,28 @@ class GrpcSource:
             self._served_bundles += self._spans[index].bundles
             return self._slot_of[index]
 
+    def _await(self, ready: Callable[[], bool]) -> None:
+        """Waits until ready(), which is called under the lock.
+
+        An interrupt while the main thread waits for a Condition could leave its lock in the wrong state; that of a
+        Lock cannot.
+        """
+        while True:
+            self._news.acquire(blocking=False)
+            with self._lock:
+                if ready():
+                    return
+            self._news.acquire()
+
+    def _tell(self) -> None:
+        if self._news.locked():
+            self._news.release()
+
     def _move_on(self, index: int) -> None:
-        with self._changed:
+        with self._lock:
             if self._cursor == index:
                 self._cursor = (index + 1) % len(self._spans)
-                self._changed.notify_all()
+                self._wanted.notify_all()
 
     def _chunk(self, span: Span, slot: int) -> Chunk:
         bundle_bytes = self._model.bundle.bundle_bytes
@@ -290,8 +311,8 @@ class GrpcSource:
 
     def _claim(self) -> tuple[int, int, int] | None:
         """Waits for a span to fetch. Returns it, the slot to fill and the walk that wants it; None after close()."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed.is_set() or self._next_missing() is not None)
+        with self._lock:
+            self._wanted.wait_for(lambda: self._closed.is_set() or self._next_missing() is not None)
             index = self._next_missing()
             if self._closed.is_set() or index is None:
                 return None
@@ -311,17 +332,19 @@ class GrpcSource:
             except FlashClientError as error:
                 self._give_up(index, error, walk)
             else:
-                with self._changed:
+                with self._lock:
                     self._ready.add(index)
                     self._fetched_bundles += self._spans[index].bundles
-                    self._changed.notify_all()
+                    self._wanted.notify_all()
+                    self._tell()
 
     def _give_up(self, index: int, error: FlashClientError, walk: int) -> None:
-        with self._changed:
+        with self._lock:
             self._free.append(self._slot_of.pop(index))
             if walk == self._walk:
                 self._failed[index] = error
-            self._changed.notify_all()
+            self._wanted.notify_all()
+            self._tell()
 
     def _fill(self, span: Span, slot: int) -> None:
         positions = [weightd_pb2.Range(begin=span.begin, end=span.end)]
