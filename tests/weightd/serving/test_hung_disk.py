@@ -120,7 +120,7 @@ def test_fetches_of_a_hung_device_are_bounded_also_when_their_callers_have_gone(
             for _ in range(places):
                 gone = stub.Fetch(wanted, timeout=ANSWER_S)
                 disk.await_held()
-                gone.cancel()
+                del gone  # cancels the call
         status, details = refused(fetch, another.stub, wanted)
         assert status is grpc.StatusCode.ABORTED
         assert f"{FETCHES_OF_MODEL} of {FETCHES_OF_MODEL} calls of Fetch run that want 'tiny'" in details
