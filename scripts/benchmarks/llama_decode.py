@@ -8,12 +8,14 @@ this project.
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+os.environ.pop("GOMP_SPINCOUNT", None)  # flashclient sets it for torch in the bench; llama.cpp is faster without it
 import llama_cpp  # type: ignore[import-not-found]
 
 

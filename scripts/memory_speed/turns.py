@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ SPARE_BYTES = 1 << 30  # of --dram, above the model
 CONTEXT_TOKENS = 2048
 READ_BYTES = 1 << 29  # of memory, larger than the caches
 SEED = 11
+GOMP_SPINCOUNT = "300000"  # the default of libgomp
 
 
 @dataclass
@@ -141,12 +143,17 @@ def _workers(
     yield _started(LLAMA, [str(python), *llama])
     path, options = model.loaded()
     plain = Model("transformers", path, stored.name, threads, options)
-    yield _started(PLAIN, [*program, json.dumps(asdict(plain))])
+    spins = {"GOMP_SPINCOUNT": GOMP_SPINCOUNT}  # flashclient's setting costs transformers speed where it is alone
+    yield _started(PLAIN, [*program, json.dumps(asdict(plain))], more=spins)
 
 
 @contextmanager
-def _started(name: str, command: Sequence[str], mode: str | None = None) -> Iterator[Worker]:
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+def _started(
+    name: str, command: Sequence[str], mode: str | None = None, more: Mapping[str, str] | None = None
+) -> Iterator[Worker]:
+    """A worker, with `more` in its environment."""
+    pipe, environment = subprocess.PIPE, os.environ | (more or {})
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         worker = Worker(name, process, mode)
         try:
             worker.answer()  # it is ready
