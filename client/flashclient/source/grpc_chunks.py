@@ -239,7 +239,6 @@ class GrpcSource:
         for table in self.tables:
             table.close()
         with self._lock:
-            self._wanted.notify_all()
             self._tell()
         for loader in self._loaders:
             loader.join()
@@ -276,6 +275,8 @@ class GrpcSource:
             self._news.acquire()
 
     def _tell(self) -> None:
+        """Wakes all that wait for what changed under the lock."""
+        self._wanted.notify_all()
         if self._news.locked():
             self._news.release()
 
@@ -335,7 +336,6 @@ class GrpcSource:
                 with self._lock:
                     self._ready.add(index)
                     self._fetched_bundles += self._spans[index].bundles
-                    self._wanted.notify_all()
                     self._tell()
 
     def _give_up(self, index: int, error: FlashClientError, walk: int) -> None:
@@ -343,7 +343,6 @@ class GrpcSource:
             self._free.append(self._slot_of.pop(index))
             if walk == self._walk:
                 self._failed[index] = error
-            self._wanted.notify_all()
             self._tell()
 
     def _fill(self, span: Span, slot: int) -> None:

@@ -177,7 +177,5 @@ def _mxfp4_blocks(stored: Sequence[memoryview]) -> Bytes:
     codes[:, 0::2], codes[:, 1::2] = pairs & 15, pairs >> 4
     blocks = np.empty((len(pairs), BLOCK_FORMATS[MXFP4].bytes), np.uint8)
     blocks[:, 0] = np.frombuffer(stored[1], np.uint8)
-    blocks[:, 1:] = (
-        codes[:, : KEPT_VALUES // 2] | codes[:, KEPT_VALUES // 2 :] << 4
-    )  # of one code in each half of the block
+    blocks[:, 1:] = _halves(codes)
     return blocks.reshape(-1)
