@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "ffn/ffn_sum.h"
+#include "instruction_set.h"
 #include "kernels/workers.h"
 #include "random_floats.h"
 
@@ -50,19 +51,37 @@ TEST(Workers, StopWithoutARun) {
     for (int turn = 0; turn < 50; turn++) Workers workers(3);
 }
 
+// Bundles in bf16.
+class NarrowBundles {
+  public:
+    explicit NarrowBundles(const Kernels& kernels) : kernels_(kernels) {}
+
+    void add(const std::vector<float>& bundle) {
+        std::vector<uint16_t>& narrow = bundles_.emplace_back(bundle.size());
+        kernels_.downcast(bundle.data(), bundle.size(), narrow.data());
+        addresses_.push_back(reinterpret_cast<uint64_t>(narrow.data()));
+        readable_.emplace_back(narrow.data(), narrow.size() * sizeof(uint16_t));
+    }
+
+    std::span<const uint64_t> addresses() const { return addresses_; }
+
+  private:
+    const Kernels& kernels_;
+    std::deque<std::vector<uint16_t>> bundles_;
+    std::vector<uint64_t> addresses_;
+    std::deque<ReadableMemory> readable_;
+};
+
 // Rows of exactly hidden elements at the end of an allocation: reading past one is an error of the address sanitizer.
-class FfnBits : public testing::TestWithParam<const char*> {
+class FfnBits : public OfInstructionSet {
   protected:
     static constexpr size_t HIDDEN = 77;
     static constexpr size_t NEURONS = 150;
     static constexpr float DEVIATION = 0.1f;
 
     void SetUp() override {
-        try {
-            kernels_for(Dtype::f32, GetParam());
-        } catch (const std::invalid_argument& error) {
-            GTEST_SKIP() << error.what();
-        }
+        OfInstructionSet::SetUp();
+        if (IsSkipped()) return;
         for (size_t neuron = 0; neuron < NEURONS; neuron++) {
             bundles_.push_back(random_floats(3 * HIDDEN, static_cast<unsigned>(neuron), DEVIATION));
             addresses_.push_back(reinterpret_cast<uint64_t>(bundles_.back().data()));
@@ -98,16 +117,10 @@ TEST_P(FfnBits, DoNotDependOnThreadsOrChunks) {
 // Many tokens are computed by other loops than few.
 TEST_P(FfnBits, RowsOf16BitsDoNotDependOnTheOthersOrOnChunks) {
     constexpr size_t TOKENS = 83;
-    std::vector<std::vector<uint16_t>> bundles;
-    std::deque<ReadableMemory> readable;
-    std::vector<uint64_t> addresses;
     const Kernels& kernels = kernels_for(Dtype::bf16, GetParam());
-    for (const std::vector<float>& bundle : bundles_) {
-        bundles.emplace_back(bundle.size());
-        kernels.downcast(bundle.data(), bundle.size(), bundles.back().data());
-        addresses.push_back(reinterpret_cast<uint64_t>(bundles.back().data()));
-        readable.emplace_back(bundles.back().data(), bundles.back().size() * sizeof(uint16_t));
-    }
+    NarrowBundles narrowed(kernels);
+    for (const std::vector<float>& bundle : bundles_) narrowed.add(bundle);
+    const std::span<const uint64_t> addresses = narrowed.addresses();
     std::vector<uint16_t> narrow(TOKENS * HIDDEN);
     std::vector<float> x = random_floats(TOKENS * HIDDEN, 1000);
     kernels.downcast(x.data(), x.size(), narrow.data());
@@ -138,16 +151,13 @@ TEST_P(FfnBits, RowsOf16BitsDoNotDependOnTheOthersOrOnChunks) {
 TEST_P(FfnBits, SumOverALayerDependsOnNeitherChunksNorOtherRows) {
     constexpr size_t TOKENS = 70;
     const Kernels& kernels = kernels_for(Dtype::bf16, GetParam());
-    std::deque<std::vector<uint16_t>> bundles;
-    std::deque<ReadableMemory> readable;
-    std::vector<uint64_t> addresses;
+    NarrowBundles narrowed(kernels);
     for (std::vector<float> bundle : bundles_) {
-        const bool tiny = addresses.size() % 5 == 0;
+        const bool tiny = narrowed.addresses().size() % 5 == 0;
         for (size_t j = 2 * HIDDEN; tiny && j < 3 * HIDDEN; j++) bundle[j] *= 0x1p-120f;
-        kernels.downcast(bundle.data(), bundle.size(), bundles.emplace_back(bundle.size()).data());
-        addresses.push_back(reinterpret_cast<uint64_t>(bundles.back().data()));
-        readable.emplace_back(bundles.back().data(), bundles.back().size() * sizeof(uint16_t));
+        narrowed.add(bundle);
     }
+    const std::span<const uint64_t> addresses = narrowed.addresses();
     const std::vector<float> x = random_floats(TOKENS * HIDDEN, 1000);
     for (const Function function : {Function::silu, Function::relu}) {
         const auto sum = [&](size_t threads, size_t chunk, size_t first, size_t tokens) {

@@ -8,16 +8,16 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
-#include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "instruction_set.h"
 #include "random_floats.h"
 
 namespace flashclient {
 namespace {
 
-class BlockBits : public testing::TestWithParam<const char*> {
+class BlockBits : public OfInstructionSet {
   protected:
     static constexpr size_t HIDDEN = 40;
     static constexpr size_t ELEMENTS = 10;
@@ -25,14 +25,6 @@ class BlockBits : public testing::TestWithParam<const char*> {
     static constexpr size_t KEY_HEADS = 2;
     static constexpr size_t SEQUENCES = 2;
     static constexpr size_t TOKENS = 7;
-
-    void SetUp() override {
-        try {
-            kernels_for(Dtype::f32, GetParam());
-        } catch (const std::invalid_argument& error) {
-            GTEST_SKIP() << error.what();
-        }
-    }
 
     Norm norm(NormKind kind) const { return {kind, HIDDEN, norm_.data(), norm_.data(), 1e-6f, 0.5f}; }
 

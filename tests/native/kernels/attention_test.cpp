@@ -8,25 +8,22 @@
 #include <cmath>
 #include <cstdint>
 #include <random>
-#include <stdexcept>
 #include <thread>
 #include <vector>
 
+#include "instruction_set.h"
 #include "random_floats.h"
 
 namespace flashclient {
 namespace {
 
-class AttentionBits : public testing::TestWithParam<const char*> {
+class AttentionBits : public OfInstructionSet {
   protected:
     static constexpr AttentionShape SHAPE{2, 6, 2, 5, 131, 37, 21, 0.3f};
 
     void SetUp() override {
-        try {
-            kernels_for(Dtype::f32, GetParam());
-        } catch (const std::invalid_argument& error) {
-            GTEST_SKIP() << error.what();
-        }
+        OfInstructionSet::SetUp();
+        if (IsSkipped()) return;
         std::mt19937 random(4);
         for (uint8_t& byte : mask_) byte = random() % 3 != 0;
     }

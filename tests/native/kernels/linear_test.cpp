@@ -11,24 +11,17 @@
 #include <utility>
 #include <vector>
 
+#include "instruction_set.h"
 #include "kernels/predictor.h"
 #include "random_floats.h"
 
 namespace flashclient {
 namespace {
 
-class LinearBits : public testing::TestWithParam<const char*> {
+class LinearBits : public OfInstructionSet {
   protected:
     static constexpr size_t COLUMNS = 77;
     static constexpr size_t ROWS = 1301;
-
-    void SetUp() override {
-        try {
-            kernels_for(Dtype::f32, GetParam());
-        } catch (const std::invalid_argument& error) {
-            GTEST_SKIP() << error.what();
-        }
-    }
 
     std::vector<float> product(size_t threads, size_t tokens) {
         Workers workers(threads);
