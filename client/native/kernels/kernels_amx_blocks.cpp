@@ -136,7 +136,6 @@ struct DecodedPanel {
         const size_t whole = std::min(end, hidden / STRETCH);
         for (size_t s = begin; s < whole; s += Row::STRETCHES) {
             const size_t offset = s / Row::STRETCHES * Row::BYTES;
-            rows.prefetch(offset, Row::BYTES);
             for (size_t r = 0; r < QUAD; r++) at[r] = rows.row[r] + offset;
             decode<0>(at, s - begin, quad);
             if constexpr (Row::LARGE) decode<1>(at, s - begin + 1, quad);
@@ -147,6 +146,29 @@ struct DecodedPanel {
             decode<0>(last.at, whole - begin, quad);
         }
     }
+};
+
+// What is decoded next, fetched some lines at a time, because memory gives nothing faster when it is asked for all at
+// once. None where nothing is.
+class NextRows {
+  public:
+    NextRows() = default;
+    KERNEL NextRows(const void* const* rows, size_t row_count, size_t offset, size_t bytes, size_t steps)
+        : rows_(rows), row_count_(row_count), offset_(offset), lines_(divide_up(bytes, LINE_BYTES) + 1) {
+        at_once_ = divide_up(row_count * lines_, steps);
+    }
+
+    LANE void fetch() {
+        for (size_t i = 0; i < at_once_ && row_ < row_count_; i++) {
+            __builtin_prefetch(static_cast<const uint8_t*>(rows_[row_]) + offset_ + line_ * LINE_BYTES, 0, 2);
+            if (++line_ == lines_) line_ = 0, row_++;
+        }
+    }
+
+  private:
+    const void* const* rows_ = nullptr;
+    size_t row_count_ = 0, offset_ = 0, lines_ = 0, at_once_ = 0;
+    size_t row_ = 0, line_ = 0;  // the next
 };
 
 // Products of the decoded rows with tiles of x.
@@ -177,7 +199,8 @@ struct PanelProducts {
 
     // Adds the products of one unit of each stretch to its chains, [row]. Tiles are multiplied some steps ahead,
     // because what they store can be read only after a while.
-    KERNEL void add_unit(const TilesOfX* x, size_t stretches, size_t unit, __m512 (&chains)[TILE_ROWS]) const {
+    KERNEL void add_unit(const TilesOfX* x, size_t stretches, size_t unit, __m512 (&chains)[TILE_ROWS],
+                         NextRows& next) const {
         TileSums sums[2];
         const size_t steps = stretches * PARTS;
         __m512 chain[TILE_ROWS];
@@ -185,6 +208,7 @@ struct PanelProducts {
         for (size_t r = 0; r < TILE_ROWS; r++) chain[r] = chains[r];
         multiply_step(x, 0, unit, sums);
         for (size_t step = 0; step < steps; step++) {
+            next.fetch();
             if (step + 1 < steps) multiply_step(x, step + 1, unit, sums);
             const TileSums& done = sums[step % 2];
             const size_t s = step / PARTS, part = step % PARTS;
@@ -215,12 +239,24 @@ struct TileGroup {
     float* dots;
 };
 
+// What follows the stretches before `end` of a tile of rows that begins with row `first`.
+template <BlockFormat format>
+KERNEL NextRows next_rows(const void* const* rows, size_t row_count, size_t hidden, size_t first, size_t end,
+                          size_t steps) {
+    using Row = Stretches<format>;
+    const bool of_next_tile = end == stretches_of(hidden);
+    if (of_next_tile) first += TILE_ROWS, end = 0;
+    if (first >= row_count) return {};
+    const size_t some = std::min(hidden - end * STRETCH, PANEL * STRETCH);
+    return {rows + first, std::min(TILE_ROWS, row_count - first), Row::bytes_of(end * STRETCH), Row::bytes_of(some),
+            steps * Codes<format>::PARTS};
+}
+
 template <BlockFormat format, size_t groups>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidden, const TileGroup (&group)[groups]) {
     static const TileConfig config = config_for(UNIT / Codes<format>::PARTS);
     _tile_loadconfig(&config);
     DecodedPanel<format> panel;
-    const size_t ahead = divide_up(AHEAD_BYTES, TILE_ROWS * Stretches<format>::bytes_of(hidden));
     for (size_t i = 0; i < row_count; i += TILE_ROWS) {
         __m512 chains[groups][UNITS][TILE_ROWS];
         for (auto& of_group : chains) {
@@ -229,12 +265,12 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
         for (size_t begin = 0; begin < stretches_of(hidden); begin += PANEL) {
             const size_t end = std::min(begin + PANEL, stretches_of(hidden));
             for (size_t quad = 0; quad < TILE_QUADS; quad++) {
-                const QuadRows of_quad(rows, row_count, i + quad * QUAD, ahead * TILE_QUADS);
-                panel.fill(of_quad, quad, begin, end, hidden);
+                panel.fill(QuadRows(rows, row_count, i + quad * QUAD, 0), quad, begin, end, hidden);
             }
+            NextRows next = next_rows<format>(rows, row_count, hidden, i, end, groups * UNITS * (end - begin));
             for (size_t g = 0; g < groups; g++) {
                 for (size_t unit = 0; unit < UNITS; unit++) {
-                    PanelProducts<format>{panel}.add_unit(group[g].x + begin, end - begin, unit, chains[g][unit]);
+                    PanelProducts<format>{panel}.add_unit(group[g].x + begin, end - begin, unit, chains[g][unit], next);
                 }
             }
         }
@@ -348,13 +384,16 @@ KERNEL void add_products_of_tiles(const ShortRows<format>& rows, const float* h,
         const void* of_tile[TILE_ROWS];
         rows.addresses(j, of_tile, rest, zeros);
         for (size_t quad = 0; quad < TILE_QUADS; quad++) {
-            panel.fill(QuadRows(of_tile + quad * QUAD), quad, 0, stretches, rows.hidden());
+            const QuadRows of_quad(of_tile + quad * QUAD);
+            of_quad.prefetch(0, Stretches<format>::bytes_of(rows.hidden()));
+            panel.fill(of_quad, quad, 0, stretches, rows.hidden());
         }
         for (size_t first = 0; first < tokens; first += TILE_COLUMNS) {
             __m512 chains[UNITS][TILE_ROWS];
             for (size_t unit = 0; unit < UNITS; unit++) {
                 std::fill_n(chains[unit], TILE_ROWS, _mm512_setzero_ps());
-                PanelProducts<format>{panel}.add_unit(x[first / TILE_COLUMNS], stretches, unit, chains[unit]);
+                NextRows none;
+                PanelProducts<format>{panel}.add_unit(x[first / TILE_COLUMNS], stretches, unit, chains[unit], none);
             }
             for (size_t i = j; i < std::min(j + TILE_ROWS * rows.together(), rows.end); i += 16) {
                 const auto some = static_cast<__mmask16>((1U << std::min<size_t>(16, rows.end - i)) - 1);
