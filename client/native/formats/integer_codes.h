@@ -6,8 +6,11 @@
 //   PARTS     1: a unit has one scale; 2: each half of it has its own
 //   LEAST     whether there are leasts
 //   IN_ORDER  whether codes stay in the order of their values (StretchCodes), for PARTS = 2
+//   FOLDED    whether scales of halves are integers whose products with codes are bytes, for PARTS = 2
 //   codes<half>(at)           the stretch's codes; `at`: its first block, or the block of 256 of which it is a half
 //   scales<half>(at, of)      of four rows
+//   folded<half>(at)          where FOLDED: SIGN * (code - ZERO) * integer of the half, signed bytes
+//   UNIT_STEP                 unit u's codes are times two to the power of u times this, for FOLDED
 // Compiled with AVX-512 VNNI and VBMI, by files that define KERNEL and LANE as kernels_body.h says.
 #pragma once
 
@@ -33,11 +36,13 @@ struct StretchCodes {
     __m512i halves[2];
 };
 
-// Scales and leasts of four rows, of all units [unit][row], and of both halves where each has its own.
+// Scales and leasts of four rows, of all units [unit][row], and of both halves where each has its own. Where they are
+// folded, a half's scale is scale[0] * integer[half].
 template <size_t parts>
 struct QuadScales {
     __m512 scale[parts];
     __m512 least[parts];
+    __m512i integer[parts];
 };
 
 using QuadBlocks = const uint8_t* const (&)[QUAD];

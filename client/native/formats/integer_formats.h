@@ -14,7 +14,7 @@ namespace {
 template <BlockFormat format, bool least>
 struct SmallBlocks {
     static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 1;
-    static constexpr bool LEAST = least, IN_ORDER = false;
+    static constexpr bool LEAST = least, IN_ORDER = false, FOLDED = false;
 
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
@@ -110,7 +110,7 @@ template <>
 struct Codes<BlockFormat::mxfp4> {
     static constexpr size_t BYTES = record_of<BlockFormat::mxfp4>().bytes, PARTS = 1;
     static constexpr int ZERO = 16;
-    static constexpr bool LEAST = false, IN_ORDER = false;
+    static constexpr bool LEAST = false, IN_ORDER = false, FOLDED = false;
 
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
@@ -139,7 +139,7 @@ template <BlockFormat format>
 struct SixBitScales {  // of Q4_K and Q5_K
     static constexpr size_t BYTES = record_of<format>().bytes, PARTS = 1;
     static constexpr int ZERO = 0;
-    static constexpr bool LEAST = true, IN_ORDER = false;
+    static constexpr bool LEAST = true, IN_ORDER = false, FOLDED = false;
 
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<1>& of) {
@@ -208,7 +208,7 @@ struct ScalesOfHalves {
 template <>
 struct Codes<BlockFormat::q6_k> : ScalesOfHalves<BlockFormat::q6_k> {
     static constexpr int ZERO = 32;
-    static constexpr bool LEAST = false, IN_ORDER = true;
+    static constexpr bool LEAST = false, IN_ORDER = true, FOLDED = false;
 
     // The lower four bits lie in 64 bytes, lower halves first, and the upper two in 32 bytes, lowest first.
     template <size_t half>
@@ -240,31 +240,60 @@ LANE StretchCodes quarters_of_bytes(const uint8_t* bytes) {
 
 template <>
 struct Codes<BlockFormat::q2_k> : ScalesOfHalves<BlockFormat::q2_k> {
-    static constexpr int ZERO = 0;
-    static constexpr bool LEAST = true, IN_ORDER = false;
+    static constexpr int ZERO = 0, SIGN = 1, UNIT_STEP = 2;
+    static constexpr bool LEAST = true, IN_ORDER = false, FOLDED = true;
 
+    // Of each unit two other bits of bytes, where they are.
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {
-        return quarters_of_bytes(at + 16 + half * 32);
+        const __m512i mask = of_units(0x03030303, 0x0c0c0c0c, 0x30303030, static_cast<int>(0xc0c0c0c0));
+        const uint8_t* bytes = at + 16 + half * 32;
+        return {{_mm512_and_si512(_mm512_broadcast_i32x4(sixteen_at(bytes)), mask),
+                 _mm512_and_si512(_mm512_broadcast_i32x4(sixteen_at(bytes + 16)), mask)}};
+    }
+    // Products of bytes take no more than a byte, so that words multiply two of them.
+    template <size_t half>
+    LANE static StretchCodes folded(const uint8_t* at) {
+        const __m512i scales = field(_mm512_broadcast_i32x4(sixteen_at(at)), 15);
+        constexpr int OF_STRETCH = half * 8, ZEROS = 0x0080;
+        const auto words = [](int unit) { return ((OF_STRETCH + 2 * unit) | ZEROS << 8) * 0x00010001U; };
+        const __m512i first = of_units(static_cast<int>(words(0)), static_cast<int>(words(1)),
+                                       static_cast<int>(words(2)), static_cast<int>(words(3)));
+        const __m512i second = _mm512_add_epi16(first, _mm512_set1_epi16(1));
+        const StretchCodes plain = quarters_of_bytes(at + 16 + half * 32);
+        return {{_mm512_mullo_epi16(plain.halves[0], _mm512_shuffle_epi8(scales, first)),
+                 _mm512_mullo_epi16(plain.halves[1], _mm512_shuffle_epi8(scales, second))}};
     }
     template <size_t half>
     LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
-        uint64_t bytes[QUAD];
-        for (size_t r = 0; r < QUAD; r++) std::memcpy(&bytes[r], at[r] + half * 8, sizeof(bytes[r]));
-        const HalfNumbers<> numbers(bytes);
-        const __m512 factor = halves_of_rows(at, 80);
+        const __m512i rows = of_four_rows(at, 0);
+        of.scale[0] = halves_of_rows(at, 80);
         const __m512 of_least = _mm512_xor_ps(halves_of_rows(at, 82), _mm512_set1_ps(-0.0f));
-        for (size_t i = 0; i < 2; i++) {
-            of.scale[i] = scaled(_mm512_and_si512(numbers.of[i], _mm512_set1_epi32(15)), 0, factor);
-            of.least[i] = scaled(_mm512_srli_epi32(numbers.of[i], 4), 0, of_least);
+        const __m512i place = _mm512_setr_epi32(0, 16, 32, 48, 2, 18, 34, 50, 4, 20, 36, 52, 6, 22, 38, 54);
+        for (int i = 0; i < 2; i++) {
+            const __m512i places = _mm512_add_epi32(place, _mm512_set1_epi32(static_cast<int>(half) * 8 + i));
+            const __m512i both = _mm512_maskz_permutexvar_epi8(0x1111111111111111, places, rows);
+            of.integer[i] = _mm512_and_si512(both, _mm512_set1_epi32(15));
+            of.least[i] = scaled(_mm512_srli_epi32(both, 4), 0, of_least);
         }
     }
 };
 
+// What a code of three bits stands for, times a scale of six bits; negative, because the greatest product is 128.
+struct ProductsOfQ3K {
+    int8_t of[64][8];
+    constexpr ProductsOfQ3K() : of() {
+        for (int scale = 0; scale < 64; scale++) {
+            for (int code = 0; code < 8; code++) of[scale][code] = static_cast<int8_t>((4 - code) * (scale - 32));
+        }
+    }
+};
+constexpr ProductsOfQ3K PRODUCTS_OF_Q3K;
+
 template <>
 struct Codes<BlockFormat::q3_k> : ScalesOfHalves<BlockFormat::q3_k> {
-    static constexpr int ZERO = 4;
-    static constexpr bool LEAST = false, IN_ORDER = false;
+    static constexpr int ZERO = 4, SIGN = -1, UNIT_STEP = 0;
+    static constexpr bool LEAST = false, IN_ORDER = false, FOLDED = true;
 
     // The third bit: bit i of 32 bytes belongs to unit i of the block.
     template <size_t half>
@@ -274,23 +303,44 @@ struct Codes<BlockFormat::q3_k> : ScalesOfHalves<BlockFormat::q3_k> {
         return {{with_upper_bits(lower.halves[0], at, rotation, 4),
                  with_upper_bits(lower.halves[1], at + 16, rotation, 4)}};
     }
-    // Sixteen scales of six bits: the lower four in eight bytes, lower halves first, the upper two in four bytes.
+    // The scales of a stretch, six bits of each byte: the lower four are in eight bytes, lower halves first, the upper
+    // two in four bytes.
     template <size_t half>
-    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+    LANE static uint64_t six_bits(const uint8_t* at) {
         constexpr uint64_t FOUR = 0x0f0f0f0f0f0f0f0f;
         constexpr uint32_t TWO = 0x03030303;
-        uint64_t bytes[QUAD];
-        for (size_t r = 0; r < QUAD; r++) {
-            uint64_t lower;
-            uint32_t upper;
-            std::memcpy(&lower, at[r] + 96, sizeof(lower));
-            std::memcpy(&upper, at[r] + 104, sizeof(upper));
-            const uint64_t both = uint64_t{upper >> 4 * half & TWO} | uint64_t{upper >> (4 * half + 2) & TWO} << 32;
-            bytes[r] = (lower >> 4 * half & FOUR) | both << 4;
+        uint64_t lower;
+        uint32_t upper;
+        std::memcpy(&lower, at + 96, sizeof(lower));
+        std::memcpy(&upper, at + 104, sizeof(upper));
+        const uint64_t both = uint64_t{upper >> 4 * half & TWO} | uint64_t{upper >> (4 * half + 2) & TWO} << 32;
+        return (lower >> 4 * half & FOUR) | both << 4;
+    }
+    template <size_t half>
+    LANE static StretchCodes folded(const uint8_t* at) {
+        const uint64_t scales = six_bits<half>(at);
+        StretchCodes of = codes<half>(at);
+        for (size_t i = 0; i < 2; i++) {
+            const auto products = [&](size_t unit) {
+                long long eight;
+                std::memcpy(&eight, PRODUCTS_OF_Q3K.of[scales >> (16 * unit + 8 * i) & 63], sizeof(eight));
+                return eight;
+            };
+            __m512i table = _mm512_set1_epi64(products(0));
+            table = _mm512_mask_set1_epi64(table, 0x0c, products(1));
+            table = _mm512_mask_set1_epi64(table, 0x30, products(2));
+            table = _mm512_mask_set1_epi64(table, 0xc0, products(3));
+            of.halves[i] = _mm512_shuffle_epi8(table, of.halves[i]);
         }
+        return of;
+    }
+    template <size_t half>
+    LANE static void scales(QuadBlocks at, QuadScales<2>& of) {
+        uint64_t bytes[QUAD];
+        for (size_t r = 0; r < QUAD; r++) bytes[r] = six_bits<half>(at[r]);
         const HalfNumbers<> numbers(bytes);
-        const __m512 factor = halves_of_rows(at, 108);
-        for (size_t i = 0; i < 2; i++) of.scale[i] = scaled(numbers.of[i], 32, factor);
+        of.scale[0] = halves_of_rows(at, 108);
+        for (size_t i = 0; i < 2; i++) of.integer[i] = _mm512_sub_epi32(numbers.of[i], _mm512_set1_epi32(32));
     }
 };
 
@@ -298,7 +348,7 @@ template <>
 struct Codes<BlockFormat::iq4_xs> {
     static constexpr size_t BYTES = record_of<BlockFormat::iq4_xs>().bytes, PARTS = 1;
     static constexpr int ZERO = 128;
-    static constexpr bool LEAST = false, IN_ORDER = false;
+    static constexpr bool LEAST = false, IN_ORDER = false, FOLDED = false;
 
     template <size_t half>
     LANE static StretchCodes codes(const uint8_t* at) {

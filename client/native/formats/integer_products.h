@@ -1,8 +1,9 @@
 // Products of rows in blocks with rows of x as integers (integer_activations.h), for four rows at a time.
 //
 // A dot is four chains of sums in fp32: chain i adds the products of unit i of each stretch, each an exact integer
-// times both scales, and the leasts times the sums of x. The units of a shorter last stretch go to the last chains. The
-// chains are added in the end. This order follows from the length of the row alone.
+// times both scales, and the leasts times the sums of x. Scales of halves that are integers are part of the exact one.
+// The units of a shorter last stretch go to the last chains. The chains are added in the end. This order follows from
+// the length of the row alone.
 #pragma once
 
 #include <immintrin.h>
@@ -59,14 +60,16 @@ struct QuadStretch {  // a stretch of four rows, decoded
         Of::template scales<half>(at, scales);
     }
 
+    LANE static __m512i without_zero(__m512i sum, const StretchOfX::Sums& of_x) {
+        if constexpr (Of::ZERO == 0) return sum;
+        constexpr int SHIFT = __builtin_ctz(Of::ZERO | 1 << 30);
+        return _mm512_sub_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(of_x.integers), SHIFT));
+    }
+
     template <size_t part>
     LANE __m512 add_part(__m512i sum, const StretchOfX::Sums& of_x, __m512 scale_of_x, __m512 chains) const {
-        if constexpr (Of::ZERO != 0) {
-            constexpr int SHIFT = __builtin_ctz(Of::ZERO);
-            sum = _mm512_sub_epi32(sum, _mm512_slli_epi32(_mm512_load_si512(of_x.integers), SHIFT));
-        }
         const __m512 scale = _mm512_mul_ps(scales.scale[part], scale_of_x);
-        chains = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, chains);
+        chains = _mm512_fmadd_ps(_mm512_cvtepi32_ps(without_zero(sum, of_x)), scale, chains);
         if constexpr (Of::LEAST) {
             chains = _mm512_fmadd_ps(scales.least[part], _mm512_load_ps(of_x.values), chains);
         }
@@ -84,6 +87,22 @@ struct QuadStretch {  // a stretch of four rows, decoded
             sums[r] = times(codes[r].halves[half], x.lower, half, _mm512_slli_epi32(upper, 8));
         }
         return quarter_sums(sums);
+    }
+
+    // The sums of both halves of units times their integers are exact, and scaled once.
+    LANE __m512 add_folded(__m512i (&sums)[2], const StretchOfX& x, __m512 scale_of_x, __m512 chains) const {
+        for (size_t i = 0; i < 2; i++) {
+            if constexpr (Of::UNIT_STEP != 0) {
+                sums[i] = _mm512_srav_epi32(sums[i], of_units(0, Of::UNIT_STEP, 2 * Of::UNIT_STEP, 3 * Of::UNIT_STEP));
+            }
+            sums[i] = _mm512_mullo_epi32(without_zero(sums[i], x.half[i]), scales.integer[i]);
+        }
+        const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(sums[0], sums[1]));
+        chains = _mm512_fmadd_ps(sum, _mm512_mul_ps(scales.scale[0], scale_of_x), chains);
+        for (size_t i = 0; Of::LEAST && i < 2; i++) {
+            chains = _mm512_fmadd_ps(scales.least[i], _mm512_load_ps(x.half[i].values), chains);
+        }
+        return chains;
     }
 
     // Chains [unit][row] with the products of a stretch of x.
@@ -105,6 +124,7 @@ struct QuadStretch {  // a stretch of four rows, decoded
                 sums[1] = _mm512_shuffle_i32x4(sums[0], sums[1], 0xdd);
                 sums[0] = first;
             }
+            if constexpr (Of::FOLDED) return add_folded(sums, x, scale_of_x, chains);
             chains = add_part<0>(sums[0], x.half[0], scale_of_x, chains);
             return add_part<1>(sums[1], x.half[1], scale_of_x, chains);
         }

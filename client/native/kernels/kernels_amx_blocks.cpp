@@ -94,24 +94,35 @@ struct alignas(64) TileSums {
     int32_t lower[TILE_ROWS][TILE_COLUMNS];
 };
 
+// Parts of a unit that are multiplied apart.
+template <BlockFormat format>
+constexpr size_t APART = Codes<format>::FOLDED ? 1 : Codes<format>::PARTS;
+
 // Stretches of 16 rows, decoded.
 template <BlockFormat format>
 struct DecodedPanel {
-    static constexpr size_t PARTS = Codes<format>::PARTS;
-    alignas(64) int8_t codes[PANEL][TILE_ROWS][STRETCH];  // code - ZERO
-    alignas(64) float scale[PANEL][PARTS][TILE_QUADS][UNITS][QUAD];
-    alignas(64) float least[PANEL][PARTS][TILE_QUADS][UNITS][QUAD];
+    using Of = Codes<format>;
+    alignas(64) int8_t codes[PANEL][TILE_ROWS][STRETCH];  // code - ZERO, or folded
+    alignas(64) float scale[PANEL][APART<format>][TILE_QUADS][UNITS][QUAD];
+    alignas(64) float least[PANEL][Of::PARTS][TILE_QUADS][UNITS][QUAD];
+
+    template <size_t half>
+    LANE static StretchCodes signed_codes(const uint8_t* at) {
+        if constexpr (Of::FOLDED) {
+            return Of::template folded<half>(at);
+        } else {
+            const StretchCodes of = Of::template codes<half>(at);
+            const __m512i zero = _mm512_set1_epi8(static_cast<char>(Of::ZERO));
+            return {{_mm512_sub_epi8(of.halves[0], zero), _mm512_sub_epi8(of.halves[1], zero)}};
+        }
+    }
 
     template <size_t half>
     LANE void decode(QuadBlocks at, size_t stretch, size_t quad) {
-        QuadStretch<format> decoded;
-        decoded.template decode<half>(at);
-        const __m512i zero = _mm512_set1_epi8(static_cast<char>(Codes<format>::ZERO));
         for (size_t r = 0; r < QUAD; r++) {
-            const __m512i first = _mm512_sub_epi8(decoded.codes[r].halves[0], zero);
-            const __m512i second = _mm512_sub_epi8(decoded.codes[r].halves[1], zero);
+            const auto [first, second] = signed_codes<half>(at[r]).halves;
             int8_t* out = codes[stretch][quad * QUAD + r];
-            if constexpr (Codes<format>::IN_ORDER) {
+            if constexpr (Of::IN_ORDER) {
                 _mm512_store_si512(out, first);
                 _mm512_store_si512(out + 64, second);
                 continue;
@@ -121,11 +132,14 @@ struct DecodedPanel {
             _mm512_store_si512(out, _mm512_permutex2var_epi64(first, low, second));
             _mm512_store_si512(out + 64, _mm512_permutex2var_epi64(first, high, second));
         }
-        for (size_t part = 0; part < PARTS; part++) {
-            _mm512_store_ps(scale[stretch][part][quad][0], decoded.scales.scale[part]);
-            if constexpr (Codes<format>::LEAST) {
-                _mm512_store_ps(least[stretch][part][quad][0], decoded.scales.least[part]);
-            }
+        QuadScales<Of::PARTS> scales;
+        Of::template scales<half>(at, scales);
+        if constexpr (Of::FOLDED) scales.scale[0] = _mm512_mul_ps(scales.scale[0], _mm512_set1_ps(Of::SIGN));
+        for (size_t part = 0; part < APART<format>; part++) {
+            _mm512_store_ps(scale[stretch][part][quad][0], scales.scale[part]);
+        }
+        for (size_t part = 0; Of::LEAST && part < Of::PARTS; part++) {
+            _mm512_store_ps(least[stretch][part][quad][0], scales.least[part]);
         }
     }
 
@@ -174,7 +188,8 @@ class NextRows {
 // Products of the decoded rows with tiles of x.
 template <BlockFormat format>
 struct PanelProducts {
-    static constexpr size_t PARTS = Codes<format>::PARTS;
+    using Of = Codes<format>;
+    static constexpr size_t PARTS = APART<format>;
     const DecodedPanel<format>& panel;
 
     // Products of a unit of a stretch, or of half of it, with tiles of x. Two sets of tiles take turns.
@@ -197,6 +212,17 @@ struct PanelProducts {
         }
     }
 
+    // Of formats with leasts, where a unit is one part.
+    LANE __m512 with_least(__m512 chain, const TilesOfX& of_x, size_t stretch, size_t r, size_t unit) const {
+        static_assert(!Of::LEAST || PARTS == 1);
+        for (size_t i = 0; i < Of::PARTS; i++) {
+            const float* sums = Of::PARTS == 1 ? of_x.unit_sums[unit] : of_x.half_sums[i][unit];
+            const __m512 of_row = _mm512_set1_ps(panel.least[stretch][i][r / QUAD][unit][r % QUAD]);
+            chain = _mm512_fmadd_ps(of_row, _mm512_load_ps(sums), chain);
+        }
+        return chain;
+    }
+
     // Adds the products of one unit of each stretch to its chains, [row]. Tiles are multiplied some steps ahead,
     // because what they store can be read only after a while.
     KERNEL void add_unit(const TilesOfX* x, size_t stretches, size_t unit, __m512 (&chains)[TILE_ROWS],
@@ -213,7 +239,6 @@ struct PanelProducts {
             const TileSums& done = sums[step % 2];
             const size_t s = step / PARTS, part = step % PARTS;
             const __m512 scale_of_x = _mm512_load_ps(x[s].scale[unit]);
-            const float* sums_of_x = PARTS == 1 ? x[s].unit_sums[unit] : x[s].half_sums[part][unit];
 #pragma GCC unroll 16
             for (size_t r = 0; r < TILE_ROWS; r++) {
                 const __m512i upper = _mm512_slli_epi32(_mm512_load_si512(done.upper[r]), 8);
@@ -221,10 +246,7 @@ struct PanelProducts {
                 const float scale_of_row = panel.scale[s][part][r / QUAD][unit][r % QUAD];
                 const __m512 both = _mm512_mul_ps(scale_of_x, _mm512_set1_ps(scale_of_row));
                 chain[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), both, chain[r]);
-                if constexpr (Codes<format>::LEAST) {
-                    const __m512 of_row = _mm512_set1_ps(panel.least[s][part][r / QUAD][unit][r % QUAD]);
-                    chain[r] = _mm512_fmadd_ps(of_row, _mm512_load_ps(sums_of_x), chain[r]);
-                }
+                if constexpr (Of::LEAST) chain[r] = with_least(chain[r], x[s], s, r, unit);
             }
         }
 #pragma GCC unroll 16
@@ -249,12 +271,12 @@ KERNEL NextRows next_rows(const void* const* rows, size_t row_count, size_t hidd
     if (first >= row_count) return {};
     const size_t some = std::min(hidden - end * STRETCH, PANEL * STRETCH);
     return {rows + first, std::min(TILE_ROWS, row_count - first), Row::bytes_of(end * STRETCH), Row::bytes_of(some),
-            steps * Codes<format>::PARTS};
+            steps * APART<format>};
 }
 
 template <BlockFormat format, size_t groups>
 KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidden, const TileGroup (&group)[groups]) {
-    static const TileConfig config = config_for(UNIT / Codes<format>::PARTS);
+    static const TileConfig config = config_for(UNIT / APART<format>);
     _tile_loadconfig(&config);
     DecodedPanel<format> panel;
     for (size_t i = 0; i < row_count; i += TILE_ROWS) {
@@ -365,7 +387,7 @@ constexpr size_t SLAB_GROUPS = 4;  // of tokens for which rows are decoded once:
 template <BlockFormat format>
 KERNEL void add_products_of_tiles(const ShortRows<format>& rows, const float* h, size_t h_stride, size_t tokens,
                                   size_t hidden, size_t begin, float* y) {
-    static const TileConfig config = config_for(UNIT / Codes<format>::PARTS);
+    static const TileConfig config = config_for(UNIT / APART<format>);
     TilesOfX x[SLAB_GROUPS][SLAB_STRETCHES];
     const size_t stretches = rows.hidden() / STRETCH;
     if (tokens % TILE_COLUMNS != 0) std::memset(x[tokens / TILE_COLUMNS], 0, sizeof(x[0]));
