@@ -287,7 +287,7 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
         for (size_t begin = 0; begin < stretches_of(hidden); begin += PANEL) {
             const size_t end = std::min(begin + PANEL, stretches_of(hidden));
             for (size_t quad = 0; quad < TILE_QUADS; quad++) {
-                panel.fill(QuadRows(rows, row_count, i + quad * QUAD, 0), quad, begin, end, hidden);
+                panel.fill(QuadRows(rows, row_count, i + quad * QUAD, 1, 0), quad, begin, end, hidden);
             }
             NextRows next = next_rows<format>(rows, row_count, hidden, i, end, groups * UNITS * (end - begin));
             for (size_t g = 0; g < groups; g++) {
