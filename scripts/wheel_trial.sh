@@ -2,6 +2,7 @@
 for tool in cc gcc g++ cmake ninja; do
     ! command -v $tool >/dev/null || { echo "$tool is there: this root proves nothing" >&2 && exit 1; }
 done
+python3 --version
 echo "--- the core alone says what is missing"
 python3 -m venv /core
 /core/bin/pip install -q --no-index --find-links /wheels weightd
@@ -11,9 +12,10 @@ status=0
 cat /core/said
 [[ $status == 1 && $(cat /core/said) == *"pip install 'weightd[client]'"* ]]
 echo "--- with all that imports, generates and serves"
-python3 -m venv /env
+python3 -m venv --system-site-packages /env # where scripts/wheel has installed it, torch is Debian's
 /env/bin/pip install -q --no-index --find-links /wheels 'weightd[import,serve]'
 PATH=/env/bin:$PATH
+python3 -c "import torch; print('torch', torch.__version__)"
 weightd import /relu-6m --store /store
 weightd verify --store /store
 echo "--- a service of the system"

@@ -105,6 +105,8 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     if templates:
         tokenizer.chat_template = templates["default"] if list(templates) == ["default"] else templates
     tokenizer.save_pretrained(folder)
+    # Without the spaces between: Gemma's 33 MB become 14, which each client fetches and parses.
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     _list_added_tokens(tokenizer, folder / "tokenizer_config.json")
 
 
