@@ -91,15 +91,14 @@ KERNEL void dots_of_one_in_blocks(const void* const* rows, size_t row_count, con
     Lane sums[ROWS];
     const void* row[ROWS];
     const void* ahead[ROWS];
-    for (size_t i = 0; i < row_count; i += ROWS) {
+    const size_t apart = divide_up(row_count, ROWS);  // as integer_products.h says
+    for (size_t i = 0; i < apart; i++) {
         for (size_t r = 0; r < ROWS; r++) {
-            row[r] = rows[std::min(i + r, row_count - 1)];
-            ahead[r] = rows[std::min(i + ROWS + r, row_count - 1)];
+            row[r] = rows[std::min(i + r * apart, row_count - 1)];
+            ahead[r] = rows[std::min(i + 1 + r * apart, row_count - 1)];
         }
         dots_of_blocks<Format, ROWS>(row, ahead, x, hidden, sums);
-        float of_row[ROWS];
-        for (size_t r = 0; r < ROWS; r++) of_row[r] = sum(sums[r]);
-        std::copy_n(of_row, std::min(ROWS, row_count - i), dots + i);
+        for (size_t r = 0; r < ROWS && i + r * apart < row_count; r++) dots[i + r * apart] = sum(sums[r]);
     }
 }
 

@@ -167,22 +167,28 @@ struct DecodedPanel {
 class NextRows {
   public:
     NextRows() = default;
-    KERNEL NextRows(const void* const* rows, size_t row_count, size_t offset, size_t bytes, size_t steps)
-        : rows_(rows), row_count_(row_count), offset_(offset), lines_(divide_up(bytes, LINE_BYTES) + 1) {
-        at_once_ = divide_up(row_count * lines_, steps);
+    // Of each row that is a multiple of `apart`, `bytes` from `offset` on.
+    KERNEL NextRows(const void* const* rows, size_t row_count, size_t apart, size_t offset, size_t bytes, size_t steps)
+        : rows_(rows),
+          end_(rows + row_count),
+          apart_(apart),
+          offset_(offset),
+          lines_(divide_up(bytes, LINE_BYTES) + 1) {
+        at_once_ = divide_up(divide_up(row_count, apart) * lines_, steps);
     }
 
     LANE void fetch() {
-        for (size_t i = 0; i < at_once_ && row_ < row_count_; i++) {
-            __builtin_prefetch(static_cast<const uint8_t*>(rows_[row_]) + offset_ + line_ * LINE_BYTES, 0, 2);
-            if (++line_ == lines_) line_ = 0, row_++;
+        for (size_t i = 0; i < at_once_ && rows_ < end_; i++) {
+            __builtin_prefetch(static_cast<const uint8_t*>(*rows_) + offset_ + line_ * LINE_BYTES, 0, 2);
+            if (++line_ == lines_) line_ = 0, rows_ += apart_;
         }
     }
 
   private:
-    const void* const* rows_ = nullptr;
-    size_t row_count_ = 0, offset_ = 0, lines_ = 0, at_once_ = 0;
-    size_t row_ = 0, line_ = 0;  // the next
+    const void* const* rows_ = nullptr;  // the next
+    const void* const* end_ = nullptr;
+    size_t apart_ = 0, offset_ = 0, lines_ = 0, at_once_ = 0;
+    size_t line_ = 0;  // the next
 };
 
 // Products of the decoded rows with tiles of x.
@@ -267,11 +273,12 @@ KERNEL NextRows next_rows(const void* const* rows, size_t row_count, size_t hidd
                           size_t steps) {
     using Row = Stretches<format>;
     const bool of_next_tile = end == stretches_of(hidden);
-    if (of_next_tile) first += TILE_ROWS, end = 0;
-    if (first >= row_count) return {};
+    const size_t apart = divide_up(row_count, TILE_ROWS);
+    if (of_next_tile) first++, end = 0;
+    if (first >= apart) return {};
     const size_t some = std::min(hidden - end * STRETCH, PANEL * STRETCH);
-    return {rows + first, std::min(TILE_ROWS, row_count - first), Row::bytes_of(end * STRETCH), Row::bytes_of(some),
-            steps * APART<format>};
+    return {rows + first,        row_count - first,    apart, Row::bytes_of(end * STRETCH),
+            Row::bytes_of(some), steps * APART<format>};
 }
 
 template <BlockFormat format, size_t groups>
@@ -279,7 +286,8 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
     static const TileConfig config = config_for(UNIT / APART<format>);
     _tile_loadconfig(&config);
     DecodedPanel<format> panel;
-    for (size_t i = 0; i < row_count; i += TILE_ROWS) {
+    const size_t apart = divide_up(row_count, TILE_ROWS);
+    for (size_t i = 0; i < apart; i++) {
         __m512 chains[groups][UNITS][TILE_ROWS];
         for (auto& of_group : chains) {
             for (auto& of_unit : of_group) std::fill_n(of_unit, TILE_ROWS, _mm512_setzero_ps());
@@ -287,7 +295,7 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
         for (size_t begin = 0; begin < stretches_of(hidden); begin += PANEL) {
             const size_t end = std::min(begin + PANEL, stretches_of(hidden));
             for (size_t quad = 0; quad < TILE_QUADS; quad++) {
-                panel.fill(QuadRows(rows, row_count, i + quad * QUAD, 1, 0), quad, begin, end, hidden);
+                panel.fill(QuadRows(rows, row_count, i + quad * QUAD * apart, apart, 0), quad, begin, end, hidden);
             }
             NextRows next = next_rows<format>(rows, row_count, hidden, i, end, groups * UNITS * (end - begin));
             for (size_t g = 0; g < groups; g++) {
@@ -298,10 +306,11 @@ KERNEL void dots_in_tiles(const void* const* rows, size_t row_count, size_t hidd
         }
         for (size_t g = 0; g < groups; g++) {
             const auto mask = static_cast<__mmask16>((1U << group[g].tokens) - 1);
-            for (size_t r = 0; r < std::min(TILE_ROWS, row_count - i); r++) {
+            for (size_t r = 0; r < TILE_ROWS && i + r * apart < row_count; r++) {
                 const __m512 low = _mm512_add_ps(chains[g][0][r], chains[g][1][r]);
                 const __m512 high = _mm512_add_ps(chains[g][2][r], chains[g][3][r]);
-                _mm512_mask_storeu_ps(group[g].dots + (i + r) * group[g].tokens, mask, _mm512_add_ps(low, high));
+                _mm512_mask_storeu_ps(group[g].dots + (i + r * apart) * group[g].tokens, mask,
+                                      _mm512_add_ps(low, high));
             }
         }
     }
