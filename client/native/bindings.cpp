@@ -33,6 +33,7 @@ void bind_exact(nb::module_& module);      // bindings_exact.cpp
 void bind_experts(nb::module_& module);    // bindings_experts.cpp
 void bind_routers(nb::module_& module);    // bindings_routers.cpp
 void bind_attention(nb::module_& module);  // bindings_attention.cpp
+void bind_layers(nb::module_& module);     // bindings_layers.cpp
 void bind_kernels(nb::module_& module);    // bindings_kernels.cpp
 void bind_predict(nb::module_& module);    // bindings_predict.cpp
 void bind_tables(nb::module_& module);     // bindings_tables.cpp
@@ -232,6 +233,7 @@ NB_MODULE(_native, module) {
     bind_kernels(module);
     bind_exact(module);
     bind_attention(module);
+    bind_layers(module);
     bind_predict(module);
     bind_experts(module);
     bind_routers(module);

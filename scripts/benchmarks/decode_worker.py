@@ -125,7 +125,7 @@ class Weightd(Decoder):
     def timing_kernels(self) -> Iterator[None]:
         timed = [(getattr(_native, kind), method, self._timed) for kind, method in KERNELS]
         timed += [(getattr(_native, kind), "run", self._timed_step) for kind in STEPS]
-        timed += [(_native.AttentionBlocks, "layer", self._timed_layer)]
+        timed += [(_native.LayerCalls, "run", self._timed_layers)]
         plain = [getattr(kind, method) for kind, method, _ in timed]
         for (kind, method, wrapped), call in zip(timed, plain, strict=True):
             setattr(kind, method, wrapped(call))
@@ -145,12 +145,13 @@ class Weightd(Decoder):
 
         return timed
 
-    def _timed_layer(self, call: Any) -> Any:
+    def _timed_layers(self, call: Any) -> Any:
         def timed(*arguments: Any) -> Any:
             started_s = time.perf_counter()
-            predict_s, acquire_s, compute_s, wait_s = call(*arguments)
-            self._kernel_s += time.perf_counter() - started_s - acquire_s - wait_s
-            return predict_s, acquire_s, compute_s, wait_s
+            layers = call(*arguments)
+            self._kernel_s += time.perf_counter() - started_s
+            self._kernel_s -= sum(acquire_s + wait_s for _, acquire_s, _, wait_s in layers)
+            return layers
 
         return timed
 

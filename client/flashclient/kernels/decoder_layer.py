@@ -33,6 +33,7 @@ from flashclient.kernels.dtypes import KERNEL_DTYPES
 from flashclient.kernels.encoded_matrix import matrix_of
 from flashclient.kernels.fused_attention import TRIED_ARGUMENTS, TRIED_SCALES, TRIED_TOKENS, FusedAttention
 from flashclient.kernels.growing_cache import GrowingLayer, GrowingWindowLayer
+from flashclient.kernels.layer_runs import LayerRun, open_run, use_layer_runs
 from flashclient.kernels.mixtures import Mixture, mixture_of
 from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
@@ -105,19 +106,22 @@ class NativeDecoderLayer(Native):
         call = dict(zip(self.names, args, strict=False)) | kwargs
         traced = torch.compiler.is_compiling() or len(args) > len(self.names)
         way = None if traced else self.way_of(call)
-        if way is None:
-            return super().forward(*args, **kwargs)
-        held, room = way
-        wiring = self.wiring
-        ffn: Any = self.get_submodule(wiring.ffn)
-        norm: Any = None if wiring.after_ffn is None else self._modules[wiring.after_ffn]
-        streamed = self._streamed(ffn, call["hidden_states"])
-        if streamed is None or torch.is_grad_enabled() or torch._C._len_torch_function_stack():
-            total, ffn_input = self._attend(held, call, room, held.dtype)
-            y = ffn(ffn_input)
-            return total + (y if norm is None else norm(y))
-        if (out := self._whole(held, call, room, streamed, norm)) is not None:
+        run = None if traced else open_run()
+        streamed = None if way is None else self._streamed(call["hidden_states"])
+        out = None if way is None or streamed is None else self._whole(*way, call, streamed, run)
+        if out is not None:
             return out
+        if run is not None:
+            run.compute()  # the layers before this one
+        return super().forward(*args, **kwargs) if way is None else self._in_parts(*way, call, streamed)
+
+    def _in_parts(self, held: HeldBlock, room: Room, call: dict[str, Any], streamed: Any) -> Tensor:
+        """The output of the layer by two native calls, with that of the FFN between them."""
+        norm = self._norm_after_ffn()
+        if streamed is None:
+            total, ffn_input = self._attend(held, call, room, held.dtype)
+            y: Tensor = self.get_submodule(self.wiring.ffn)(ffn_input)
+            return total + (y if norm is None else norm(y))
         total, ffn_input = self._attend(held, call, room, torch.float32)
         y = streamed.of_rows(ffn_input.view(-1, ffn_input.shape[-1]))
         out = torch.empty_like(total)
@@ -125,32 +129,46 @@ class NativeDecoderLayer(Native):
         self.block_kernels[held.dtype].finish(array_of(y), after, array_of(total), array_of(out))
         return out
 
+    def _norm_after_ffn(self) -> Any:
+        return None if self.wiring.after_ffn is None else self._modules[self.wiring.after_ffn]
+
     def way_of(self, call: dict[str, Any]) -> tuple[HeldBlock, Room] | None:
         """The native block, and the layer of the cache to write to. None where the native way is not for this call."""
         held = self._held_block(call)
         room = None if held is None else self._room(held, call)
         return None if held is None or room is None else (held, room)
 
-    def _streamed(self, ffn: Any, x: Tensor) -> Any:
+    def _streamed(self, x: Tensor) -> Any:
         """What computes the FFN within this layer; None where the FFN must be called."""
+        if torch.is_grad_enabled() or torch._C._len_torch_function_stack():
+            return None
+        ffn: Any = self.get_submodule(self.wiring.ffn)
         if isinstance(ffn, self.ffn_kind):
             streamed: Any = ffn.streamed
             return streamed if is_called_alone(ffn) else None
         return None if self.mixture is None else self.mixture.streamed(ffn, x)
 
-    def _whole(self, held: HeldBlock, call: dict[str, Any], room: Room, streamed: Any, norm: Any) -> Tensor | None:
-        """The output of the layer by one native call; None where the FFN must be called, and nothing was done."""
+    def _whole(
+        self, held: HeldBlock, room: Room, call: dict[str, Any], streamed: Any, run: LayerRun | None
+    ) -> Tensor | None:
+        """The output of the layer by one native call, which others may share: its values come with the run then.
+
+        None where the FFN must be called, and nothing was done.
+        """
         x: Tensor = call["hidden_states"]
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        after = None if norm is None else norm.native_norm()
-        kernels = self.block_kernels[held.dtype]
-
-        def compute(ffn: Any) -> Any:
-            return kernels.layer(*self._arguments(held, call, room, ffn, after, array_of(out)))
-
-        if not streamed.within(x.shape[0] * x.shape[1], compute):
+        rows, tokens = x.shape[0] * x.shape[1], x.shape[1]
+        ffn = streamed.native(rows)
+        if ffn is None:
             return None
-        room.add_written(x.shape[1])
+        joined = run if run is not None and run.takes(self, room, rows) else None
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        norm = self._norm_after_ffn()
+        after = None if norm is None else norm.native_norm()
+        calls = joined or LayerRun(type(self))
+        arguments = self._arguments(held, call, room, ffn, after, array_of(out))
+        calls.add(streamed, room, tokens, self.block_kernels[held.dtype], *arguments)
+        if joined is None:
+            calls.compute()
         return out
 
     def _attend(
@@ -292,6 +310,7 @@ def use_native_layers(
     for layer in model.modules():
         if isinstance(layer, NativeDecoderLayer) and experts_kind is not None:
             layer.__dict__["mixture"] = mixture_of(layer.get_submodule(layer.wiring.ffn), experts_kind)
+    use_layer_runs(model, NativeDecoderLayer)
     return changed
 
 

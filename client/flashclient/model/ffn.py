@@ -170,32 +170,23 @@ def by_rows(ffn: ModelFFN, x: Tensor, compute: Callable[[Tensor], Tensor]) -> Te
     return without_gradient(x, y)
 
 
-def within(
-    ffn: ModelFFN, layer: int, native: Callable[[], LayerFfn | None], compute: Callable[[LayerFfn], Times]
-) -> bool:
-    """Calls `compute`, a native decoder layer, with the native FFN of `layer`; again after each loss of weightd.
+def within(ffn: ModelFFN, layers: Sequence[int], compute: Callable[[], Sequence[Times]]) -> None:
+    """Calls `compute`, native decoder layers with native FFNs of `ffn`; again after each loss of weightd.
 
     Args:
-        native: returns the native FFN. It is called with the lock.
-        compute: returns the seconds that the FFN took for predicting, acquiring, computing and waiting.
-
-    Returns:
-        False where there is no native FFN. Nothing was computed then.
+        layers: whose FFNs are computed.
+        compute: returns for each the seconds that it took for predicting, acquiring, computing and waiting.
     """
 
-    def attempt() -> bool:
-        with ffn.lock:
-            made = native()
-            if made is None:
-                return False
-            with ffn.source.errors:
-                times = compute(made)
-        ffn.clock.add(*times)
-        ffn.clock.add_wait(layer, times[-1])
-        ffn.clock.ffn_s += sum(times)
-        return True
+    def attempt() -> Sequence[Times]:
+        with ffn.lock, ffn.source.errors:
+            return compute()
 
-    return retry_on_loss(ffn.source, attempt)
+    clock = ffn.clock
+    for layer, times in zip(layers, retry_on_loss(ffn.source, attempt), strict=True):
+        clock.add(*times)
+        clock.add_wait(layer, times[-1])
+        clock.ffn_s += sum(times)
 
 
 @dataclass(frozen=True)
@@ -219,9 +210,14 @@ class LayerFFN:
         self.ffn.clock.ffn_s += time.perf_counter() - started_s
         return y
 
-    def within(self, rows: int, compute: Callable[[LayerFfn], Times]) -> bool:
-        """See within(). False where there is no native FFN for so many rows."""
-        return within(self.ffn, self.layer, lambda: self.ffn.native(self, rows), compute)
+    def native(self, rows: int) -> LayerFfn | None:
+        """What computes the FFN within a native decoder layer. None: the FFN of so many rows must be called."""
+        with self.ffn.lock:
+            return self.ffn.native(self, rows)
+
+    def within(self, layers: Sequence[int], compute: Callable[[], Sequence[Times]]) -> None:
+        """See within()."""
+        within(self.ffn, layers, compute)
 
     def arrays(self) -> tuple[int, Biases, Any]:
         """What a LayerFfn is made of, beside the FFN."""

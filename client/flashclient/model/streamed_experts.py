@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -73,12 +73,20 @@ class RoutedExperts:
     routers: Routers
     router: Router
 
-    def within(self, rows: int, compute: Callable[[LayerFfn], Times]) -> bool:
-        """See within(). Always True."""
+    @property
+    def layer(self) -> int:
+        return self.experts.layer
+
+    def native(self, rows: int) -> LayerFfn:
+        """What computes the experts within a native decoder layer."""
         ffn, layer, biases = self.experts.ffn, self.experts.layer, self.experts.biases
         output_bias = None if self.experts.output_bias is None else array_of(self.experts.output_bias)
-        router = (self.routers, self.router)
-        return within(ffn, layer, lambda: ffn.mixture(layer, biases, output_bias, *router, rows), compute)
+        with ffn.lock:
+            return ffn.mixture(layer, biases, output_bias, self.routers, self.router, rows)
+
+    def within(self, layers: Sequence[int], compute: Callable[[], Sequence[Times]]) -> None:
+        """See within()."""
+        within(self.experts.ffn, layers, compute)
 
 
 class StreamedExperts(HoldsAbsentWeights):

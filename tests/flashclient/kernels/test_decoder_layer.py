@@ -173,8 +173,7 @@ class Scaling:
     def __call__(self, x: Tensor) -> Tensor:
         return (x.float() * self.factors).to(x.dtype)
 
-    def within(self, *_: object) -> bool:
-        return False
+    def native(self, rows: int) -> None: ...
 
     def of_rows(self, rows: Tensor) -> Tensor:
         assert rows.dtype == torch.float32
