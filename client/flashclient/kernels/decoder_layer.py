@@ -39,6 +39,7 @@ from flashclient.kernels.resident_linear import BIAS_DTYPES, ResidentLinear
 from flashclient.kernels.resident_norm import NativeNorm
 from flashclient.kernels.trials import (
     Native,
+    SeenModules,
     has_tensors,
     hooked_everywhere,
     is_called_alone,
@@ -80,6 +81,7 @@ class HeldBlock:
         modules: that it stands for; the first is the attention.
         pointers: of their weights.
         elements: of a head.
+        seen: the modules and their weights.
     """
 
     block: AttentionBlock
@@ -90,6 +92,7 @@ class HeldBlock:
     key_heads: int
     elements: int
     rotates: bool
+    seen: SeenModules
 
 
 class NativeDecoderLayer(Native):
@@ -142,7 +145,9 @@ class NativeDecoderLayer(Native):
         """What computes the FFN within this layer; None where the FFN must be called."""
         if torch.is_grad_enabled() or torch._C._len_torch_function_stack():
             return None
-        ffn: Any = self.get_submodule(self.wiring.ffn)
+        ffn: Any = self._modules.get(self.wiring.ffn)  # mostly; get_submodule() takes much longer
+        if ffn is None:
+            ffn = self.get_submodule(self.wiring.ffn)
         if isinstance(ffn, self.ffn_kind):
             streamed: Any = ffn.streamed
             return streamed if is_called_alone(ffn) else None
@@ -156,7 +161,7 @@ class NativeDecoderLayer(Native):
         None where the FFN must be called, and nothing was done.
         """
         x: Tensor = call["hidden_states"]
-        rows, tokens = x.shape[0] * x.shape[1], x.shape[1]
+        rows = x.shape[0] * x.shape[1]
         ffn = streamed.native(rows)
         if ffn is None:
             return None
@@ -166,7 +171,7 @@ class NativeDecoderLayer(Native):
         after = None if norm is None else norm.native_norm()
         calls = joined or LayerRun(type(self))
         arguments = self._arguments(held, call, room, ffn, after, array_of(out))
-        calls.add(streamed, room, tokens, self.block_kernels[held.dtype], *arguments)
+        calls.add(streamed, room, out, self.block_kernels[held.dtype], *arguments)
         if joined is None:
             calls.compute()
         return out
@@ -187,8 +192,11 @@ class NativeDecoderLayer(Native):
         """What a call of the native block computes on, and more arguments after that."""
         x: Tensor = call["hidden_states"].detach().contiguous()
         tokens = x.shape[1]
-        new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
-        keys, values = map(array_of, room.room_for(tokens, new, new))
+        rooms = room.room_now(x.shape[0], tokens)
+        if rooms is None:
+            new = x.new_empty((x.shape[0], held.key_heads, 0, held.elements))
+            rooms = room.room_for(tokens, new, new)
+        keys, values = map(array_of, rooms)
         begin, before = room.held_at
         cos, sin = map(array_of, call["position_embeddings"]) if held.rotates else (None, None)
         mask = call.get("attention_mask")
@@ -205,21 +213,35 @@ class NativeDecoderLayer(Native):
             return None
         if hooked_everywhere() or any(call.get(name) not in (None, False) for name in self.untried):
             return None
-        parts = attention.formula.parts
-        modules: list[Any] = [attention, *(self._modules[one] for one in wiring.norms)]
-        modules += (attention._modules[one] for one in parts.names)
+        held: HeldBlock | None = self.__dict__.get("_held")
+        if held is not None and not torch.is_grad_enabled() and held.seen.are_unchanged():
+            return held if held.dtype == x.dtype and self._takes(attention, x, call) else None
+        places = [(self._modules, one) for one in (wiring.attention, *wiring.norms)]
+        places += ((attention._modules, one) for one in attention.formula.parts.names)
+        modules: list[Any] = [children[name] for children, name in places]
         pointers: list[int] = []
         for module in modules:
             if not is_called_alone(module):
                 return None
             pointers += (one.data_ptr() for one in module._parameters.values() if one is not None)
-        held: HeldBlock | None = self.__dict__.get("_held")
         changed = held is None or held.pointers != pointers or held.modules != modules
         if (changed or torch.is_grad_enabled()) and not self._is_plain(attention, x):
             return None
         if held is None or changed:
-            held = self.__dict__["_held"] = self._made(attention, modules, pointers, x.dtype)
-        return held if held.dtype == x.dtype and attention.takes(x, call.get("position_embeddings")) else None
+            held = self.__dict__["_held"] = self._made(attention, modules, pointers, x.dtype, places)
+        return held if held.dtype == x.dtype and self._takes(attention, x, call) else None
+
+    def _takes(self, attention: FusedAttention, x: Tensor, call: dict[str, Any]) -> bool:
+        """Whether the kernels take this input. Layers of a run have inputs of one form, so one of them is looked at."""
+        run, embeddings = open_run(), call.get("position_embeddings")
+        if run is None or not run.waits_for(x):
+            return attention.takes(x, embeddings)
+        known = run.known_inputs
+        found = known.get(id(embeddings))
+        widths, config = attention.formula.widths, attention.config
+        if found is None or found[:2] != (widths, config) or not found[3]:
+            found = known[id(embeddings)] = (widths, config, embeddings, attention.takes(x, embeddings))
+        return found[3]
 
     def _is_plain(self, attention: FusedAttention, x: Tensor) -> bool:
         """Whether the weights are as the kernels take them, and need no gradient."""
@@ -231,7 +253,9 @@ class NativeDecoderLayer(Native):
             and all(is_plain(one, NativeNorm, x) for one in norms)
         )
 
-    def _made(self, attention: Any, modules: list[Any], pointers: list[int], dtype: torch.dtype) -> HeldBlock:
+    def _made(
+        self, attention: Any, modules: list[Any], pointers: list[int], dtype: torch.dtype, places: list[Any]
+    ) -> HeldBlock:
         wiring, formula = self.wiring, attention.formula
         output: Any = attention._modules[formula.parts.output]
         bias = None if output.bias is None else array_of(output.bias)
@@ -255,7 +279,7 @@ class NativeDecoderLayer(Native):
         )
         elements = formula.elements
         shape = (rows // elements, key_rows // elements, elements, bool(formula.widths))
-        return HeldBlock(block, modules, pointers, dtype, *shape)
+        return HeldBlock(block, modules, pointers, dtype, *shape, SeenModules(places))
 
     def _room(self, held: HeldBlock, call: dict[str, Any]) -> Room | None:
         attention: Any = held.modules[0]

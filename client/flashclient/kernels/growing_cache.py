@@ -98,6 +98,14 @@ class _Growing(DynamicLayer):  # type: ignore[no-untyped-call]
             self._shown = None
         return rooms
 
+    def room_now(self, sequences: int, tokens: int) -> tuple[Tensor, Tensor] | None:
+        """What room_for() returns, where nothing need be allocated or looked at; else None."""
+        rooms = self._rooms
+        if rooms is None or self._shown is not None or rooms[0].shape[0] != sequences:
+            return None
+        writable = torch.is_inference_mode_enabled() or not rooms[0].is_inference()
+        return rooms if writable and self._begin + self._length + tokens <= rooms[0].shape[-2] else None
+
     def add_written(self, tokens: int) -> None:
         """Says that so many tokens were written behind those held."""
         self._length += tokens

@@ -46,6 +46,8 @@ class LayerRun:
         self._calls = LayerCalls()
         self._streamed: list[Any] = []
         self._rooms: list[tuple[Any, int]] = []  # of the cache, and the tokens that each gets
+        self._last: Tensor | None = None  # what the layer that was noted last has returned
+        self.known_inputs: dict[int, Any] = {}  # what layers found out about inputs of the form that this run has
         self._expected: nn.Module | None = None  # the layer that the loop is about to call
         self.error: BaseException | None = None  # of layers that were computed where the loop was left
 
@@ -74,24 +76,30 @@ class LayerRun:
         self.compute()
         return False
 
-    def add(self, streamed: Any, room: GrowingLayer | GrowingWindowLayer, tokens: int, *arguments: Any) -> None:
+    def waits_for(self, x: Tensor) -> bool:
+        """Whether x is what the layer before has returned, whose values are still to come."""
+        return x is self._last
+
+    def add(self, streamed: Any, room: GrowingLayer | GrowingWindowLayer, out: Tensor, *arguments: Any) -> None:
         """Notes a call.
 
         Args:
-            streamed: has computed the native FFN among the arguments.
-            room: in which `tokens` tokens will be written.
+            streamed: has given the native FFN among the arguments.
+            room: in which the tokens of `out` [sequences, tokens, hidden] will be written.
+            out: what the layer returns.
             arguments: of LayerCalls.add().
         """
         self._calls.add(*arguments)
         self._streamed.append(streamed)
-        self._rooms.append((room, tokens))
+        self._rooms.append((room, out.shape[1]))
+        self._last = out
 
     def compute(self) -> None:
         """Computes all that was noted. Raises what the FFNs raise; nothing is noted any more then."""
         if not self._streamed:
             return
         streamed, rooms = self._streamed, self._rooms
-        self._streamed, self._rooms = [], []
+        self._streamed, self._rooms, self._last = [], [], None
         try:
             streamed[0].within([one.layer for one in streamed], self._calls.run)
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Any
@@ -102,6 +102,37 @@ def _is_idle(hook: Any, elsewhere: AbstractSet[str]) -> bool:
 def hooked_everywhere() -> bool:
     """Whether there are hooks for the modules of all models."""
     return bool(torch_modules._global_forward_hooks or torch_modules._global_forward_pre_hooks)
+
+
+class SeenModules:
+    """Modules and their weights as they were once, with no hooks and not in training.
+
+    Args:
+        places: of the modules: the children among which each is, and its name.
+    """
+
+    def __init__(self, places: Iterable[tuple[dict[str, Any], str]]) -> None:
+        self._places = [(children, name, children[name], vars(children[name])) for children, name in places]
+        modules: list[nn.Module] = [module for _, _, module, _ in self._places]
+        self._hooks = [one for module in modules for one in (module._forward_hooks, module._forward_pre_hooks)]
+        self._weights = [
+            (module._parameters, name, weight, 0 if weight is None else weight.data_ptr())
+            for module in modules
+            for name, weight in module._parameters.items()
+        ]
+
+    def are_unchanged(self) -> bool:
+        """Whether all is as it was. Each layer asks for each token, and finds its modules no more in the caches."""
+        for hooks in self._hooks:
+            if hooks:
+                return False
+        for children, name, module, attributes in self._places:
+            if children.get(name) is not module or "forward" in attributes or attributes["training"]:
+                return False
+        for parameters, name, weight, pointer in self._weights:
+            if parameters.get(name) is not weight or (weight is not None and weight.data_ptr() != pointer):
+                return False
+        return True
 
 
 def is_plain(

@@ -182,11 +182,12 @@ def within(ffn: ModelFFN, layers: Sequence[int], compute: Callable[[], Sequence[
         with ffn.lock, ffn.source.errors:
             return compute()
 
-    clock = ffn.clock
-    for layer, times in zip(layers, retry_on_loss(ffn.source, attempt), strict=True):
-        clock.add(*times)
-        clock.add_wait(layer, times[-1])
-        clock.ffn_s += sum(times)
+    by_layer = retry_on_loss(ffn.source, attempt)
+    sums = [sum(one) for one in zip(*by_layer, strict=True)]
+    ffn.clock.add(*sums)
+    ffn.clock.ffn_s += sum(sums)
+    for layer, times in zip(layers, by_layer, strict=True):
+        ffn.clock.add_wait(layer, times[-1])
 
 
 @dataclass(frozen=True)
