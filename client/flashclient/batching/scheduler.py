@@ -11,6 +11,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from flashclient.batching.kept_file import KeptFile
 from flashclient.batching.kept_prefixes import KeptPrefixes
 from flashclient.batching.request import TextRequest
 from flashclient.batching.step_order import StepOrder
-from flashclient.errors import BusyError, FlashClientError, OptionError
+from flashclient.errors import BusyError, FlashClientError, ModelError, OptionError
 from flashclient.kernels.growing_cache import GrowingCache
 from flashclient.model.loaded import LoadedModel
 from flashclient.torch_state import on_cpu
@@ -110,6 +111,7 @@ class Scheduler:
         kept_file: KeptFile | None = None,
     ) -> None:
         assert 1 <= sequences_max <= SEQUENCES_MAX
+        _check_cache(loaded)
         self._loaded = loaded
         # A model with states of another kind than keys and values runs one sequence at a time.
         self._sequences_max = sequences_max if GrowingCache(loaded.model.config).holds_tokens else 1
@@ -302,6 +304,13 @@ class Scheduler:
         self._batch.clear()
         for request in failed:
             request.fail(error)
+
+
+def _check_cache(loaded: LoadedModel) -> None:
+    """Raises ModelError for a class that does not take the caches of transformers."""
+    kind: Any = type(loaded.model)
+    if not kind._supports_default_dynamic_cache():
+        raise ModelError(f"{kind.__name__} has a cache of its own, which no server can share: use flashclient generate")
 
 
 def _taken(request: TextRequest, logits: Tensor) -> int | None:

@@ -366,7 +366,8 @@ class Generator:
         config = call.config
         embeds = call.arguments.get("inputs_embeds") is not None  # then transformers always uses a cache
         unasked = call.arguments.get("past_key_values") is None and config.cache_implementation in (None, "hybrid")
-        return unasked and (embeds or config.use_cache is not False) and not config.is_assistant
+        wanted = unasked and (embeds or config.use_cache is not False) and not config.is_assistant
+        return wanted and bool(self._model._supports_default_dynamic_cache())  # others make one of their own
 
 
 def _refuse_batching(name: str, *_: Any, **__: Any) -> None:

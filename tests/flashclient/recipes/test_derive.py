@@ -61,6 +61,7 @@ def request_of(config: dict[str, Any], shapes: Mapping[str, Sequence[int]]) -> D
         ("phi3", FEW_LAYERS, 6, {Layer.MODULE}),
         ("llama", FEW_LAYERS | {"vocab_size": 8}, 6, {Layer.MODULE}),
         ("falcon", FEW_LAYERS, 6, {Layer.MODULE}),
+        ("falcon", FEW_LAYERS | {"alibi": True, "parallel_attn": False, "bias": True}, 6, {Layer.MODULE}),
         ("persimmon", FEW_LAYERS, 6, {Layer.MODULE}),
         ("gpt2", {"n_layer": 6}, 6, {Layer.MODULE}),
         ("openai-gpt", {"n_layer": 6}, 6, {Layer.MODULE}),

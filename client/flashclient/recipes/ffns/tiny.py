@@ -253,10 +253,17 @@ def tiny_model(found: type[PreTrainedModel], config: PreTrainedConfig, layers: i
     """
     for more in (layers, 2 * layers, 3 * layers):
         try:
-            return _made(found, tiny_config(config, more))
+            return _made(found, _as_by_default(found, tiny_config(config, more)))
         except Exception as error:  # transformers' classes raise anything for a config that they cannot be made from
             reason = error
     raise ModelError(f"config.json: no tiny {found.__name__} could be made: {one_line(reason)}") from reason
+
+
+def _as_by_default(found: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    """Where a class has attention of its own, that which users get: eager may differ, as with the ALiBi of Falcon."""
+    if not found._can_set_attn_implementation():
+        config._attn_implementation = None
+    return config
 
 
 def one_line(error: Exception) -> str:
