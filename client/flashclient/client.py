@@ -236,6 +236,9 @@ class FlashClient:
         with self._turns.last():
             self._close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise OptionError("a FlashClient cannot be copied or sent to another process: make one there, which shares all")
+
     def __enter__(self) -> FlashClient:
         return self
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -280,6 +282,12 @@ def test_closed(server: FetchServer) -> None:
     for generate in (client.generate, client.chat, model.generate):
         with pytest.raises(FlashClientError, match="this client is closed"):
             generate("a")
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies_are_refused(client: FlashClient, copied: Any) -> None:
+    with pytest.raises(OptionError, match="cannot be copied or sent to another process"):
+        copied(client)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
