@@ -24,8 +24,9 @@ from flashclient.recipes.renaming import Omission, Rename, Target, rename
 Config = Mapping[str, Any]
 
 TOWERS = (
-    r"(model\.)?(vision_tower|vision_model|visual|vision_embedder|image_newline|audio_tower|audio_model|embed_vision"
-    r"|embed_audio|multi_modal_projector|mm_projector|connector|mlp_AR|projector)(\..+)?"
+    r"(model\.)?(vision_tower|vision_model|vision_encoder|visual|vision_embedder|image_newline|image_tower|video_tower"
+    r"|audio_tower|audio_model|embed_vision|embed_audio|multi_modal_projector|mm_projector|vision_projection|aligner"
+    r"|visual_embeddings_table|connector|mlp_AR|projector|encoder|vqmodel|generation_(embeddings|aligner|head))(\..+)?"
 )
 # Names before transformers 4.52, names since then, and names of models that were saved without their head.
 LANGUAGE_MODEL = (
@@ -57,7 +58,10 @@ TEXT_PARTS: dict[str, TextPart] = {
     **dict.fromkeys(("gemma3", "gemma3n", "gemma4", "gemma4_unified", "llama4", "mistral3"), TextPart()),
     **dict.fromkeys(("llava", "llava_next", "llava_onevision", "vipllava", "internvl"), TextPart()),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "kimi_k25", "lfm2_vl", "exaone4_5"), TextPart()),
-    **dict.fromkeys(("idefics3", "smolvlm"), TextPart(TEXT_MODEL)),
+    **dict.fromkeys(("llava_next_video", "video_llava", "paligemma", "deepseek_vl", "lighton_ocr", "aria"), TextPart()),
+    **dict.fromkeys(("janus", "ovis2", "voxtral", "qwen2_audio", "glmasr", "granite_speech"), TextPart()),
+    **dict.fromkeys(("aya_vision", "cohere2_vision"), TextPart(constants={"logit_scale": 1.0})),
+    **dict.fromkeys(("idefics2", "idefics3", "smolvlm"), TextPart(TEXT_MODEL)),
     "qwen2_vl": TextPart(model_type="qwen2"),
     "qwen2_5_vl": TextPart(model_type="qwen2"),
     "qwen3_vl": TextPart(model_type="qwen3"),

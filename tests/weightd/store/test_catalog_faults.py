@@ -58,6 +58,9 @@ def test_a_catalog_cut_short_is_one_line(store: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(StoreError, match="catalog"):
             Store.open(store, readonly=True)
+    path.write_bytes(b"")
+    with pytest.raises(CorruptionError, match="it is empty"):
+        Store.open(store, readonly=True)
     one_line(store, "catalog")
     path.write_bytes(whole)
     with Store.open(store) as opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,12 +33,18 @@ def replace_by_folder(file: Path) -> None:
     file.mkdir()
 
 
+def replace_by_fifo(file: Path) -> None:
+    file.unlink()
+    os.mkfifo(file)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "a flipped bit": lambda file: flip_bit(file, 3),
     "a byte less": lambda file: file.write_bytes(file.read_bytes()[:-1]),
     "nothing": lambda file: file.write_bytes(b""),
     "no file": Path.unlink,
     "a folder": replace_by_folder,
+    "a FIFO": replace_by_fifo,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from weightd.sizes import round_up
 # into each block, which fails with EINVAL or EBADF for O_DIRECT and O_WRONLY. Without a reservation, a full device is
 # noticed by the write that fails.
 CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM, errno.EACCES, errno.EINVAL, errno.EBADF)
+
+OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # or a FIFO in a file's place would be waited for, for ever
 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
@@ -53,16 +56,20 @@ class UncachedReader(_UncachedFile):
     def __init__(self, path: Path, direct_only: bool = False) -> None:
         self.buffered = False
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            descriptor = os.open(path, OPEN_FLAGS | os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             if direct_only:
                 raise DeviceError(_refusal(path)) from error
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, OPEN_FLAGS)
             self.buffered = True
         super().__init__(path, descriptor)
-        self.size_bytes = os.fstat(descriptor).st_size
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise OSError(errno.ESPIPE, "not a regular file", str(path))
+        self.size_bytes = status.st_size
 
     def buffer_bytes(self, size_bytes: int) -> int:
         """The size of a buffer that can take any `size_bytes` of this file."""

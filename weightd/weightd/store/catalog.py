@@ -157,6 +157,8 @@ class Catalog:
 
     def check(self) -> None:
         """StoreError unless this is a whole catalog of a known format version."""
+        if self.path.stat().st_size == 0:  # LMDB calls it a bad file descriptor
+            raise CorruptionError(f"the catalog {self.path} is damaged: it is empty; restore a copy, or import anew")
         with self._begun() as transaction:
             check_pages(self.path)  # inside a transaction, so that no page of this snapshot is overwritten meanwhile
             meta = Records(transaction, self.path).meta() or {}
