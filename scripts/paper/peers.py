@@ -13,8 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# The same setting as in flashclient: with idle threads that spin, two busy cores decode several times slower.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.pop("GOMP_SPINCOUNT", None)  # flashclient sets it in the bench; a peer that runs alone is faster without it
 
 import torch
 from benchmarks.forced_tokens import ForcedTokens, random_ids
