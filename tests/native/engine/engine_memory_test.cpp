@@ -131,7 +131,7 @@ TEST_F(EngineMemoryTest, AnIdleModelIsDeactivatedForABusyOneAfterAWhile) {
     engine.models().add(first.spec, false);
     engine.models().add(second.spec, false);
     CountingSession& idle = open(engine, 0, 20);
-    sweep(engine, idle, 100);
+    sweep(engine, idle, 60);
     leave(engine, idle);
     CountingSession& busy = open(engine, 1, 20);
     sweep(engine, busy, 200);

@@ -33,7 +33,8 @@ class ToldReader final : public Reader {
                 std::memcpy(piece.iov_base, file_.data() + offset, piece.iov_len);
                 const uint64_t end = offset + piece.iov_len;
                 for (; offset < end; offset += CELL_BYTES) {
-                    if (in_pool(piece.iov_base)) cells_read.push_back(static_cast<uint32_t>(offset / CELL_BYTES));
+                    const auto cell = static_cast<uint32_t>(offset / CELL_BYTES);
+                    if (in_pool(cell)) cells_read.push_back(cell);
                 }
             }
             done_.push_back({read.tag, 0, {}});
@@ -43,10 +44,7 @@ class ToldReader final : public Reader {
     std::string level() const override { return "told"; }
     int register_file(const DirectFile&) override { return -1; }
     void unregister_file(int) override {}
-    int register_memory(std::span<std::byte> memory) override {
-        pool_.push_back(memory);
-        return -1;
-    }
+    int register_memory(std::span<std::byte>) override { return -1; }
     void unregister_memory(int) override {}
     void submit(std::vector<Read> reads) override { std::move(reads.begin(), reads.end(), std::back_inserter(asked_)); }
     void reap(std::vector<Completion>& completions) override {
@@ -57,16 +55,15 @@ class ToldReader final : public Reader {
     ReadQueue queue() const override { return {}; }
     int event_fd() const override { return -1; }
     std::vector<uint32_t> cells_read;  // the last time, without gaps
+    const Pool* pool = nullptr;        // of the only model
 
   private:
-    bool in_pool(const void* address) const {  // else it is a gap between cells
-        return std::any_of(pool_.begin(), pool_.end(), [&](std::span<std::byte> memory) {
-            return address >= memory.data() && address < memory.data() + memory.size();
-        });
+    bool in_pool(uint32_t cell) const {  // else it was read as a gap between cells
+        const Place place = pool->find(cell);
+        return place && place.slot().reading;
     }
 
     const std::vector<std::byte>& file_;
-    std::vector<std::span<std::byte>> pool_;
     std::deque<Read> asked_;
     std::vector<Completion> done_;
 };
@@ -91,6 +88,7 @@ struct ScansTest : testing::Test {
 
     Counter& open() {
         EXPECT_TRUE(engine.models().activate(0));
+        reader.pool = engine.model(0).pool.get();
         return static_cast<Counter&>(engine.open(std::make_unique<Counter>(0, CELLS, AHEAD * CHUNK)));
     }
     void acquire(Session& session, uint32_t begin, uint32_t count, uint32_t tag = 0) {

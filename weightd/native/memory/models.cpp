@@ -170,7 +170,9 @@ Place Models::place_for(Model& model, uint32_t cell) {
     while (!model.pool->has_free() && !segments_.grow(model)) {
         if (!model.wants_more_slots() || !deactivate_idle(&model, IDLE_REBALANCES_MIN)) break;
     }
-    return model.pool->insert(cell);
+    const Place place = model.pool->insert(cell);
+    if (place && place.index == 0) segments_.grow(model);  // the next one, which gets its pages while this one fills
+    return place;
 }
 
 void Models::claim_slots(const Model& model) {

@@ -6,6 +6,7 @@
 #include "device/block_size.h"
 #include "device/checksum.h"
 #include "device/clock.h"
+#include "device/populator.h"
 #include "device/reader.h"
 
 namespace weightd {
@@ -50,6 +51,8 @@ SharedMemory load_file(const char* name, const std::string& path, uint64_t bytes
                               std::to_string(bytes) + ": import or calibrate the model again");
     }
     SharedMemory memory(name, whole_pages(bytes));
+    Populator populator;
+    populator.add(memory.bytes());
     const auto read = [&] {
         read_all(file, memory, choice, on_progress);
         check(memory);

@@ -44,8 +44,18 @@ bool Segments::grow(Model& model) {
     memory_.take(Account::pool, slots * cell_bytes);
     if (reservation_.model == model.index) reservation_.bytes -= std::min(reservation_.bytes, slots * cell_bytes);
     Segment& segment = model.pool->add_segment(next_number_++, std::move(*memory));
-    segment.buffer_index = reader_.register_memory(segment.memory.bytes());
+    unpopulated_.emplace(segment.memory.data(), &segment);
+    populator_.add(segment.memory.bytes());
     return true;
+}
+
+void Segments::register_populated() {
+    if (unpopulated_.empty()) return;
+    for (const std::span<std::byte> memory : populator_.take_complete()) {
+        Segment& segment = *unpopulated_.at(memory.data());
+        segment.buffer_index = reader_.register_memory(memory);
+        unpopulated_.erase(memory.data());
+    }
 }
 
 uint64_t Segments::spare_slots(const Model& model) const {
@@ -88,6 +98,7 @@ void Segments::retire(Model& model) {
 void Segments::drop(const Model& model, std::unique_ptr<Segment> segment) {
     sessions_.tell_segment_gone(model, segment->number);
     memory_.give(Account::pool, segment->slots.size() * uint64_t{model.spec.cell_bytes});
+    if (unpopulated_.erase(segment->memory.data()) > 0) populator_.withdraw(segment->memory.bytes());
     reader_.unregister_memory(segment->buffer_index);
     segment->memory.drain();
 }

@@ -1,12 +1,15 @@
 // The segments of all pools: which pool gets a new one, and which gives one up.
 //
 // Invariants: every segment is paid from --dram until it is dropped. A pool grows above the memory target only as far
-// as its sessions' shares need it. A segment that drains is dropped when its last lease ends.
+// as its sessions' shares need it. A segment that drains is dropped when its last lease ends. A segment is registered
+// with the reader when all its pages are there; until then it is read into unregistered.
 #pragma once
 
 #include <cstdint>
 #include <memory>
+#include <unordered_map>
 
+#include "device/populator.h"
 #include "device/reader.h"
 #include "memory/memory.h"
 #include "memory/model.h"
@@ -29,6 +32,7 @@ class Segments {
     bool drain_surplus(const Model* asking, bool own);
     void drain_all(Model& model);  // nothing of it is leased or being read
     void retire(Model& model);     // drops its segments that have drained
+    void register_populated();     // with the reader
 
     // Takes a segment without leases from one model, if it has one. What becomes free is reserved for the other model
     // until it has grown by as much, or until end_reservation().
@@ -53,6 +57,8 @@ class Segments {
     const Room& room_;
     uint32_t next_number_ = 0;
     Reservation reservation_;
+    std::unordered_map<const std::byte*, Segment*> unpopulated_;  // by where their memory begins
+    Populator populator_;
 };
 
 }  // namespace weightd
